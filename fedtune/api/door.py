@@ -246,7 +246,8 @@ def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
     Raises:
         ValueError: there is no report.
     """
-    from fedtune.report.checks import check_report, read_report
+    from fedtune.report.checks import check_report
+    from fedtune.report.signing import read_report
 
     if key is not None:
         check_public_key("key", key)

@@ -80,10 +80,9 @@ def run_in_folder(
                 tracked.begin()
                 result = work(config, folder, _Followed(listener, tracked, page))
             scored(result)
-            from fedtune.report.model_card import write_card
-            from fedtune.report.page.render import write_report  # draws, which takes a second to import
+            from fedtune.report import model_card  # draws, which takes a second to import
 
-            write_card(folder, write_report(folder, language=config.report.language))
+            model_card.write_report_and_card(folder, language=config.report.language)
             tracked.finish(result, folder)
     except BaseException:
         if RunFolder(folder).saved_checkpoints:

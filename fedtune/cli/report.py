@@ -21,7 +21,7 @@ from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
-from fedtune.report.checks import Check, check_report, read_report
+from fedtune.report.checks import Check, check_report
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.difference import Change, Value, differences
 from fedtune.report.difference import Group as ChangeGroup
@@ -172,7 +172,7 @@ def verify(
         check_public_key("--key", key)
     if config is not None and (len(config) != 64 or set(config) - set("0123456789abcdef")):
         raise ConfigError("--config", config, "must be a SHA-256 of 64 lower-case hex digits")
-    path, report = read_report(file)
+    path, report = signing.read_report(file)
     of_roster: list[Check] = []
     if roster and not key:
         key, check = _key_by_roster(report, roster)
@@ -208,7 +208,7 @@ def diff(
     A and B are report.json files, or folders that hold one. Two runs are compared, or two reports of one ledger.
     Each is checked first, as `fedtune report verify` does, and one that does not hold is not compared.
     """
-    pairs = [read_report(before), read_report(after)]
+    pairs = [signing.read_report(before), signing.read_report(after)]
     for path, report in pairs:
         if wrong := [check.text for check in check_report(path, report, key=None) if check.state == "wrong"]:
             raise RunError(f"{path} does not hold: {' '.join(wrong)} fedtune report verify says more")

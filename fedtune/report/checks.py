@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,12 @@ from fedtune.report.derive import cells
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
-from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError, errors_in
+from fedtune.spec import REPORT_SCHEMA, RunError
 from fedtune.version import __version__
 from fedtune.words import counted
 
 _CALIBRATED, _STEP = 1e-3, 1e-4
 """How much less noise than searched for here another version may have found, relatively, and how much more: a step."""
-_MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +122,7 @@ def _drawn(path: Path, report: Report) -> Iterator[Check]:
         file = path.with_name(name)
         if not file.is_file():
             continue
-        content = file.read_bytes() if file.stat().st_size <= _MOST_BYTES else b""
+        content = file.read_bytes() if file.stat().st_size <= signing.MOST_BYTES else b""
         if any(draw(report, language=language).encode() == content for language in LANGUAGES):
             yield Check(name=name, state="right", text="It shows what the report says, byte for byte.")
         elif report.provenance.fedtune_version == __version__:
@@ -199,24 +197,3 @@ def _configuration(report: Report, sha256: str | None, config: RunConfig | None)
     if sha256 is not None:
         text = f"It is of the configuration {sha256}, whose settings are not at hand: {text[0].lower()}{text[1:]}"
     return Check(name="configuration", state="not_checked", text=text)
-
-
-def read_report(name: str) -> tuple[Path, Report]:
-    """The report in a file, or in the report.json of a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
-    bound = "must be a report.json, or a folder with one"
-    try:
-        file = path.stat()
-        if not stat.S_ISREG(file.st_mode):  # a pipe would wait for ever
-            raise ConfigError("report", name, bound)
-        if file.st_size > _MOST_BYTES:
-            raise ConfigError("report", name, f"must be a report.json of at most {_MOST_BYTES >> 20} MiB")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError("report", name, f"{bound} ({error.strerror})") from None
-    with errors_in(path):
-        return path, signing.read(data)

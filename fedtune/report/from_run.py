@@ -16,7 +16,6 @@ from typing import Any
 from fedtune.federation.drift import HeldOut, held_out_of
 from fedtune.federation.run_folder import RunFolder
 from fedtune.report import signing
-from fedtune.report.checks import read_report
 from fedtune.report.derive import cells
 from fedtune.report.derive.audit_bounds import read_audit
 from fedtune.report.derive.derived import derive
@@ -52,7 +51,7 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
         RunError: what it holds is damaged.
     """
     record = read_run(folder)
-    released = [read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
+    released = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
     return derive(facts_of(folder, record, own=by_site(record, [*released, *site_reports])))
 
 

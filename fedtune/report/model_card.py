@@ -21,10 +21,11 @@ from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.model.source import public_place
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.privacy.durable import write_durably
+from fedtune.report import from_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.label import as_svg
-from fedtune.report.page.render import TEMPLATES
+from fedtune.report.page.render import TEMPLATES, write_files
 from fedtune.report.page.report_words import Words
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.tasks import task_named
@@ -71,15 +72,15 @@ class Form:
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
 
 
-def write_card(run: Path, report: Report) -> None:
-    """Write the card of a run's adapter, and the label that it shows, into the adapter's folder.
+def write_report_and_card(run: Path, *, language: str) -> None:
+    """Write the report of a run into its folder, and into its adapter's folder the card with the label that it shows.
 
     Raises:
-        ConfigError: the folder holds no run, or its files belong to different runs.
+        ConfigError: the folder holds no run, its files belong to different runs, or there is no such language.
         RunError: its files are damaged.
     """
-    record = read_run(run)
-    adapter = RunFolder(run).adapter
+    report, record, adapter = from_run.build(run), read_run(run), RunFolder(run).adapter
+    write_files(run, report, language=language)
     for name, data in card_files(record, report, Form.adapter(record.config, folder=adapter.name)).items():
         write_durably(adapter / name, data)
 

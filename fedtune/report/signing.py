@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import stat
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report.model import Report, Signature, from_json, to_json
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import ConfigError, RunError, errors_in
 from fedtune.words import spoken
 
 PURPOSE = "report"
 """Purpose of the signature, so that one made for a receipt or a ledger does not pass here."""
 _MOST_DIGITS = 19
+MOST_BYTES = 64 << 20
+"""Of a report's file."""
 
 
 def canonical(report: Report) -> bytes:
@@ -53,6 +57,27 @@ def read(data: bytes) -> Report:
         where = f"text that is no JSON from line {error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
         raise ConfigError("report", where or "no JSON in UTF-8", "must be a whole report.json") from None
     return from_json(data)
+
+
+def read_report(name: str) -> tuple[Path, Report]:
+    """The report in a file, or in the report.json of a folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
+    bound = "must be a report.json, or a folder with one"
+    try:
+        file = path.stat()
+        if not stat.S_ISREG(file.st_mode):  # a pipe would wait for ever
+            raise ConfigError("report", name, bound)
+        if file.st_size > MOST_BYTES:
+            raise ConfigError("report", name, f"must be a report.json of at most {MOST_BYTES >> 20} MiB")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError("report", name, f"{bound} ({error.strerror})") from None
+    with errors_in(path):
+        return path, read(data)
 
 
 def signed(report: Report, key: SigningKey) -> Report:

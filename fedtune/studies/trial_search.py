@@ -258,10 +258,9 @@ class Search:
             score=best.score,
         )
         write_durably(RunFolder(best.folder).selection, json_text(asdict(selection)).encode())
-        from fedtune.report.model_card import write_card
-        from fedtune.report.page.render import write_report
+        from fedtune.report import model_card
 
-        write_card(best.folder, write_report(best.folder, language=best.config.report.language))
+        model_card.write_report_and_card(best.folder, language=best.config.report.language)
         self._note(picked=best.folder.name, judged_by=judged_by, score=best.score)
 
     def picked_text(self, best: Trial) -> str:

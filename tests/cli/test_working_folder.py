@@ -215,7 +215,7 @@ def test_scores_are_shown_before_a_report_that_has_no_room(
         raise full()
 
     monkeypatch.setattr("fedtune.show.run_progress.show_result", lambda console, *_, **__: console.print("the scores"))
-    monkeypatch.setattr("fedtune.report.page.render.write_report", no_room)
+    monkeypatch.setattr("fedtune.report.model_card.write_report_and_card", no_room)
     said = io.StringIO()
     with pytest.raises(OSError, match="No space"):
         show_run(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)

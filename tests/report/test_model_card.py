@@ -17,7 +17,7 @@ from fedtune.report.derive.derived import derive
 from fedtune.report.facts import StartAdapter
 from fedtune.report.from_run import spent_on_start
 from fedtune.report.model import Report
-from fedtune.report.model_card import Form, card_text, write_card
+from fedtune.report.model_card import Form, card_text, write_report_and_card
 from fedtune.report.page.label import as_svg
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.report.rederive import problems
@@ -48,7 +48,7 @@ def test_a_run_ends_with_a_card_that_the_hub_s_tools_read(run_folder: Path, of_r
     told = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert told == of_run.utility.final
     before = path.read_bytes()
-    write_card(run_folder, of_run)
+    write_report_and_card(run_folder, language="en")
     assert path.read_bytes() == before, "equal runs give equal cards"
 
 

@@ -19,8 +19,8 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_run, model, signing
 from fedtune.report.derive.profile import as_stated
 from fedtune.report.model import HitRate, Meaning, Posterior
+from fedtune.report.model_card import write_report_and_card
 from fedtune.report.page import render
-from fedtune.report.page.render import write_report
 from fedtune.spec import ConfigError
 
 from .shown import NAMES, reports_of
@@ -38,7 +38,7 @@ def test_a_run_ends_with_its_report(run_folder: Path) -> None:
 
 def test_writing_it_again_gives_the_same_bytes(run_folder: Path) -> None:
     before = [(run_folder / name).read_bytes() for name in ("report.json", "report.html")]
-    write_report(run_folder)
+    write_report_and_card(run_folder, language="en")
     assert [(run_folder / name).read_bytes() for name in ("report.json", "report.html")] == before
 
 
@@ -96,7 +96,7 @@ def test_a_reports_meaning_does_not_depend_on_last_digits(last: int) -> None:
 def test_an_unknown_language_writes_nothing(run_folder: Path) -> None:
     before = (run_folder / "report.html").stat().st_mtime_ns
     with pytest.raises(ConfigError, match=r"report\.language"):
-        write_report(run_folder, language="xx")
+        write_report_and_card(run_folder, language="xx")
     assert (run_folder / "report.html").stat().st_mtime_ns == before
 
 

@@ -63,6 +63,12 @@ def report_of(facts: LedgerFacts) -> Report:
         asserted=facts.asserted,
         by_trust=profile.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent)))),
     )
+    # As it was decided when the run was accepted.
+    above_cap = any(
+        accountant.epsilon_above([run.plan.whole], run.plan.delta, limit=run.max_epsilon) is not None
+        for run in facts.runs
+        if run.max_epsilon is not None
+    )
     reasons = [
         *verdicts.of_ledger(
             life,
@@ -71,7 +77,7 @@ def report_of(facts: LedgerFacts) -> Report:
             verified=facts.verification is not None,
             limits_loosened=bool(facts.limits_loosened),
         ),
-        *(["above_run_cap"] if _plans_above_their_caps(facts) else []),
+        *(["above_run_cap"] if above_cap else []),
         *(["accountants_disagree"] if not profile.accountants_agree(spent, width=accountant.COARSE) else []),
     ]
     site = verdicts.judged(site, reasons, charged=charged, delta=delta)
@@ -281,15 +287,6 @@ def _approved(facts: LedgerFacts) -> Approved:
         max_epsilon_per_period=facts.max_epsilon_per_period,
         period=facts.period,
         since=facts.caps[-1].time if facts.max_epsilon == facts.caps[-1].max_epsilon else None,
-    )
-
-
-def _plans_above_their_caps(facts: LedgerFacts) -> bool:
-    """Whether a plan is above the cap on one run that was in force when it was accepted, as it was decided then."""
-    return any(
-        accountant.epsilon_above([run.plan.whole], run.plan.delta, limit=run.max_epsilon) is not None
-        for run in facts.runs
-        if run.max_epsilon is not None
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dp_accounting import GaussianDpEvent
@@ -123,7 +123,9 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
 
 
 def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
-    epsilons, line = epsilon_by_round(sites), facts.held_out or ()
+    line, epsilons = facts.held_out or (), defaultdict[int | None, list[float | None]](list)
+    for step in (step for site in sites for step in site.steps):
+        epsilons[step.round].append(step.epsilon)
     fall = fall_of(line) if line and line[-1].run == facts.name else None
     releases = max((site.rounds for site in facts.sites), default=0)
     price = Counter({GaussianDpEvent(facts.plan.metrics_noise_multiplier): releases}) if line else Counter()
@@ -147,20 +149,11 @@ def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
                 bytes_down=result.bytes_down,
                 bytes_up=result.bytes_up,
                 scores=result.metrics,
-                epsilon=epsilons[result.round],
+                epsilon=profile.largest(epsilons[result.round]),
             )
             for result in facts.rounds
         ),
     )
-
-
-def epsilon_by_round(sites: Iterable[SiteReport]) -> Mapping[int, float | None]:
-    """Round -> the worst site's epsilon after it."""
-    worst: dict[int, list[float | None]] = {}
-    for site in sites:
-        for step in site.steps:
-            worst.setdefault(step.round or 0, []).append(step.epsilon)
-    return {number: profile.largest(values) for number, values in worst.items()}
 
 
 def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[Step]:

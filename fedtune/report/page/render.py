@@ -137,20 +137,6 @@ def environment() -> Environment:
     return made
 
 
-def write_report(folder: Path, *, language: str = "en") -> Report:
-    """Write the report of a run into its folder, and return it.
-
-    Raises:
-        ConfigError: the folder holds no run, or there is no such language.
-        RunError: what it holds is damaged.
-    """
-    from fedtune.report import from_run  # reads checkpoints, which takes torch; a ledger's report does without
-
-    report = from_run.build(folder)
-    write_files(folder, report, language=language)
-    return report
-
-
 def write_files(folder: Path, report: Report, *, language: str, pdf: bool = False) -> list[Path]:
     """Write a report's files; each is whole at any moment.
 
@@ -255,13 +241,9 @@ class PageOne:
 
     def largest_failures(self) -> str | None:
         """Pointer to the site that expects most failures of the promise."""
-        sites = self._words.report.sites
-        known = {
-            place: site.meaning.expected_failures
-            for place, site in enumerate(sites)
-            if site.meaning is not None and site.meaning.expected_failures is not None
-        }
-        return f"/sites/{max(known, key=lambda place: known[place])}" if known else None
+        sites = [f"/sites/{place}" for place in range(len(self._words.report.sites))]
+        failures = {site: self._words.at(f"{site}/meaning/expected_failures") for site in sites}
+        return max((site for site in sites if failures[site] is not None), key=failures.__getitem__, default=None)
 
     def heading(self) -> Markup:
         """The result, or that a budget that is kept has no room for more."""

@@ -33,7 +33,7 @@ class Words:
     """
 
     def __init__(self, report: Report, catalogue: Catalogue) -> None:
-        self.report = report
+        self.report, self.is_ledger = report, report.kind == "ledger"
         self.catalogue = catalogue.instead(f"by_{report.unit}").instead(f"where_{self.noise}")
         self.text, self.code, self.listed = self.catalogue.text, self.catalogue.code, self.catalogue.listed
         self.json = model.to_json(report)["derived"]  # pointers on a page begin there
@@ -120,7 +120,7 @@ class Words:
     @property
     def cohorts(self) -> tuple[CohortFigures, ...]:
         """What people of a ledger spent by when they came; none where one figure is everybody's."""
-        life = self.report.sites[0].lifetime if self.report.kind == "ledger" else None
+        life = self.report.sites[0].lifetime if self.is_ledger else None
         return (life and life.cohorts) or ()
 
     @property

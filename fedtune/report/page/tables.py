@@ -112,7 +112,6 @@ class Tables:
 
     def __init__(self, words: Words) -> None:
         self._words = words
-        self._is_ledger = words.report.kind == "ledger"
 
     def cell(self, row: str, column: Column) -> Markup:
         """What a table shows of the row at a pointer."""
@@ -190,7 +189,7 @@ class Tables:
         rows, last = self._rows(of), of.startswith("/utility/rounds")
         if not of.startswith(("/", "sites", "worst ")):
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
-            last, same = self._is_ledger, "page.site" if self._is_ledger else "page.run"
+            last, same = self._words.is_ledger, "page.site" if self._words.is_ledger else "page.run"
             columns = [column for column in columns if column.heading != same]
         if columns[0].at == "@site" and len(self._words.sites) > 1:
             return self._together(self.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
@@ -242,7 +241,7 @@ class Tables:
 
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
-        if self._is_ledger:
+        if self._words.is_ledger:
             more = [Column(dates, f"cohorts/{n}", "epsilon", is_named=True) for n, dates in self._words.drawn.items()]
             return self.named("steps", more)
         known = {site: self._words.at(f"{site}/steps") for site in self._words.sites if self._words.at(f"{site}/steps")}
@@ -331,7 +330,7 @@ class Charts:
             by_arrival = ((self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items())
             series = [Series(points=some, number=n, label=dates) for n, (some, dates) in enumerate(by_arrival) if some]
         target, levels = self._words.report.target_epsilon, []
-        if self._is_ledger:
+        if self._words.is_ledger:
             series += [limit for site in lines if (limit := self._limit(site)).points]
         elif target is not None:
             levels = [(target, self._said("limit"), LIMIT)]
@@ -347,7 +346,7 @@ class Charts:
         steps = self._words.at(f"{worst}/steps")
         last = max(place for place, step in enumerate(steps) if step["epsilon"] is not None)
         reached = self._words.figure(f"{worst}/steps/{last}/epsilon", "epsilon")
-        limit = f"{worst}/approved/max_epsilon" if self._is_ledger else limit
+        limit = f"{worst}/approved/max_epsilon" if self._words.is_ledger else limit
         if self._words.at(limit) is None:
             return self._words.text("chart.rose", reached=reached)
         return self._words.text("chart.rose_of", reached=reached, limit=self._words.figure(limit, "cap"))
@@ -404,10 +403,6 @@ class Charts:
         panel = Panel(series=series, x=self._said("axis_probability"), y=self._said("axis_right"))
         return self._chart("reliability", self._tables.named("reliability"), panel)
 
-    @property
-    def _is_ledger(self) -> bool:
-        return self._words.report.kind == "ledger"
-
     def _said(self, key: str) -> str:
         return self._words.text(f"chart.{key}").unescape()
 
@@ -415,7 +410,7 @@ class Charts:
         """Pointers to a site's bounded steps, and where: by round, of a ledger in order, by day where people arrive."""
         found = []
         for place, step in enumerate(self._words.at(f"{site}/steps")):
-            x = step["round"] if not self._is_ledger else place + 1
+            x = step["round"] if not self._words.is_ledger else place + 1
             if self._words.drawn:
                 x = date.fromisoformat(step["time"][:10]).toordinal()
             if x is not None and step["epsilon"] is not None:
@@ -428,7 +423,7 @@ class Charts:
 
     def _axis_of_steps(self, sites: Iterable[str]) -> str:
         """A ledger has a point for each round, or where they are too many for each run."""
-        if not self._is_ledger:
+        if not self._words.is_ledger:
             return "axis_round"
         if self._words.drawn:
             return "axis_day"
