@@ -14,6 +14,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ import readme  # noqa: E402
 
 SOURCE = HERE.parent / "data" / "banking77"
 ROWS, KEPT = 3000, 1000
+DRAWN = WritingSpec(max_new_tokens=40, temperature=0.7, top_p=0.95)
+GUIDED = replace(DRAWN, guidance=1.0)
 BANKS = {
     "data.dataset": "banking77",
     "federation.num_sites": 4,
@@ -46,21 +49,22 @@ WRITER = {
     "model.dtype": "mixed",
 }
 SECURE = {"federation.aggregation": "secure", "training.local_steps": 1, "privacy.sampling_rate": 0.1}
+NONE = {
+    "privacy": "none",
+    "privacy.sampling_rate": 0.0139,
+    "training": "adamw",
+    "training.schedule": "linear",
+    "training.local_steps": 36,
+    "federation.num_rounds": 6,
+    "lora.rank": 16,
+    "lora.alpha": 32,
+    "lora.train_a": True,
+    "lora.target_modules": "all-linear",
+}
 WRITERS: dict[str, dict[str, Any]] = {
     "secure-e8": {**SECURE, "federation.num_rounds": 16, "privacy.epsilon": 8},
-    "lora-none": {
-        "privacy": "none",
-        "privacy.sampling_rate": 0.05,
-        "training": "adamw",
-        "training.unclipped_learning_rate": 0.002,
-        "training.schedule": "linear",
-        "training.local_steps": 10,
-        "federation.num_rounds": 4,
-        "lora.rank": 16,
-        "lora.alpha": 32,
-        "lora.train_a": True,
-        "lora.target_modules": "all-linear",
-    },
+    "three-epochs": {**NONE, "training.unclipped_learning_rate": 0.001},
+    "six-epochs": {**NONE, "training.unclipped_learning_rate": 0.0015, "model.adapter": "three-epochs"},
 }
 VOTES = {
     "data.columns": {"text": "both"},
@@ -76,6 +80,14 @@ CLASSIFIER = {
     "tracking": "quiet",
     "training.unclipped_learning_rate": 2.0,
     "training.unclipped_head_learning_rate": 3.5,
+}
+JUDGE = {
+    "privacy": "none",
+    "federation.num_sites": 1,
+    "federation.site_names": ["all"],
+    "data.train_file": str(SOURCE / "train.jsonl.gz"),
+    "data.declared_sizes": 9275,
+    "tracking": "quiet",
 }
 
 
@@ -112,13 +124,14 @@ def write(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
     return path
 
 
-def written(path: Path, run: fedtune.Run, codes: Path, *, rows: int, base: bool = False) -> list[dict[str, str]]:
+def written(
+    path: Path, run: fedtune.Run, codes: Path, *, rows: int, base: bool = False, drawn: WritingSpec = DRAWN
+) -> list[dict[str, str]]:
     """Texts of a run's model, or of the model before training, with the labels' own names."""
     if not path.exists():
         use: Callable[..., None] = SavedModel.use
         SavedModel.use = (lambda self, name: use(self, BASE)) if base else use  # type: ignore[method-assign]
-        spec = WritingSpec(max_new_tokens=40, temperature=0.7, top_p=0.95)
-        made = synthesize(run, codes, rows=rows, spec=spec)
+        made = synthesize(run, codes, rows=rows, spec=drawn)
         SavedModel.use = use  # type: ignore[method-assign]
         print(path.stem, len(made.rows), made.left_out, flush=True)
         with gzip.open(SOURCE / "train.jsonl.gz", "rt") as stream:
@@ -142,10 +155,13 @@ def voted(runs: Path, name: str, texts: Path, made: Mapping[str, Path]) -> Path:
 
 
 def scored(runs: Path, texts: Path) -> dict[str, float]:
-    rows = len(texts.read_text().splitlines())
-    own = {"data.train_file": str(texts), "data.declared_sizes": rows}
+    """What a classifier learns from texts, and the share whose label a classifier of the real questions gives too."""
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    own = {"data.train_file": str(texts), "data.declared_sizes": len(rows)}
     run = finished(runs, f"classifier-{texts.stem}", "banks_intents", {**CLASSIFIER, **own})
-    return {"texts": rows, **run.metrics}
+    judged = finished(runs, "judge", "banks_intents", JUDGE).predict([row["text"] for row in rows])
+    right = sum(found[0]["label"] == row["label"] for found, row in zip(judged, rows, strict=True))  # type: ignore[index]
+    return {"texts": len(rows), "labelled_right": right / len(rows), **run.metrics}
 
 
 def main() -> None:
@@ -154,32 +170,35 @@ def main() -> None:
     runs = parser.parse_args().runs.absolute()
     made = files(runs / "files")
     lines: dict[str, dict[str, Any]] = {}
+    shared = {**BANKS, **WRITER, "data.train_file": str(made["train"]), "data.test_file": str(made["validation"])}
     for name, settings in WRITERS.items():
-        shared = {**BANKS, **WRITER, "data.train_file": str(made["train"]), "data.test_file": str(made["validation"])}
-        run = finished(runs, name, "smollm2_e2e", {**shared, **settings})
+        start = settings.get("model.adapter")
+        begun = {"model.adapter": str(runs / start / "adapter")} if start else {}
+        run = finished(runs, name, "smollm2_e2e", {**shared, **settings, **begun})
         about = {"epsilon": run.privacy.epsilon, "writer_loss": run.metrics["loss"]}
         if not lines:
-            base = written(runs / "files" / "base.jsonl", run, made["codes"], rows=KEPT, base=True)
-            lines["untuned"] = {
-                "epsilon": 0.0,
-                "writer_loss": run.result.final.metrics_before["loss"],
-                "rows": len(base),
-            }
-            lines["untuned"] |= scored(runs, runs / "files" / "base.jsonl")
-        written(runs / "files" / f"{name}.jsonl", run, made["codes"], rows=ROWS)
-        lines[name] = about | scored(runs, runs / "files" / f"{name}.jsonl")
-        if run.privacy.epsilon is not None:
-            best = voted(runs, f"votes-{name}", runs / "files" / f"{name}.jsonl", made)
-            epsilon = run.privacy.epsilon + (fedtune.load(runs / f"votes-{name}").privacy.epsilon or 0.0)
-            lines[f"{name}, most votes"] = about | {"epsilon": epsilon} | scored(runs, best)
+            base = runs / "files" / "base.jsonl"
+            written(base, run, made["codes"], rows=KEPT, base=True)
+            loss = run.result.final.metrics_before["loss"]
+            lines["untuned"] = {"epsilon": 0.0, "writer_loss": loss} | scored(runs, base)
+        ways = {name: DRAWN} | ({f"{name}-guided": GUIDED} if run.privacy.epsilon is not None else {})
+        for title, spec in ways.items():
+            texts = runs / "files" / f"{title}.jsonl"
+            written(texts, run, made["codes"], rows=ROWS, drawn=spec)
+            lines[title] = about | scored(runs, texts)
+            if run.privacy.epsilon is not None:
+                best = voted(runs, f"votes-{title}", texts, made)
+                epsilon = run.privacy.epsilon + (fedtune.load(runs / f"votes-{title}").privacy.epsilon or 0.0)
+                lines[f"{title}, most votes"] = about | {"epsilon": epsilon} | scored(runs, best)
     write_durably(HERE / "results.json", json.dumps(lines, indent=1).encode() + b"\n")
-    heads = ["", "epsilon", "loss of the writer", "texts", "accuracy", "macro-F1"]
+    heads = ["", "epsilon", "loss of the writer", "texts", "labelled right", "accuracy", "macro-F1"]
     rows = [
         [
             name,
             "unbounded" if one["epsilon"] is None else f"{one['epsilon']:.2f}",
             f"{one['writer_loss']:.3f}",
             f"{one['texts']:,}",
+            f"{one['labelled_right']:.0%}",
             f"{one['accuracy']:.4f}",
             f"{one['macro_f1']:.4f}",
         ]
