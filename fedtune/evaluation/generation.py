@@ -367,8 +367,8 @@ def write_batch(
     Returns:
         The new token ids of each prompt, with the one that ends them and whatever follows it.
     """
+    begun, halves = [*prompts, *against], 2 if against else 1  # both write the same text
     # Right-aligned, (n, longest), so that every row's last token is real.
-    begun = [*prompts, *against]
     longest = max(map(len, begun))
     token_ids = torch.full((len(begun), longest), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(token_ids)
@@ -390,7 +390,7 @@ def write_batch(
         )
         cache = output.past_key_values
         chosen = choose(output.logits[:, -1], places)
-        token_ids = chosen.repeat(len(begun) // len(prompts))[:, None]
+        token_ids = chosen.repeat(halves)[:, None]
         for place, token_id in zip(places, chosen.tolist(), strict=True):
             rows[place].append(token_id)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -399,7 +399,7 @@ def write_batch(
         if not any(goes_on):
             break
         if sum(goes_on) <= _LEAVE * len(places):  # one long text does not make all others wait
-            kept = torch.tensor(goes_on * (len(begun) // len(prompts)), device=device).nonzero()[:, 0]
+            kept = torch.tensor(goes_on * halves, device=device).nonzero()[:, 0]
             cache.batch_select_indices(kept)
             token_ids, mask, positions, places = token_ids[kept], mask[kept], positions[kept], places[goes_on]
     return rows

@@ -154,12 +154,12 @@ def voted(runs: Path, name: str, texts: Path, made: Mapping[str, Path]) -> Path:
     return write(texts.with_name(f"{name}.jsonl"), chosen(rows, "both", run, keep=KEPT).rows)
 
 
-def scored(runs: Path, texts: Path) -> dict[str, float]:
+def scored(runs: Path, texts: Path, judge: fedtune.Run) -> dict[str, float]:
     """What a classifier learns from texts, and the share whose label a classifier of the real questions gives too."""
     rows = [json.loads(line) for line in texts.read_text().splitlines()]
     own = {"data.train_file": str(texts), "data.declared_sizes": len(rows)}
     run = finished(runs, f"classifier-{texts.stem}", "banks_intents", {**CLASSIFIER, **own})
-    judged = finished(runs, "judge", "banks_intents", JUDGE).predict([row["text"] for row in rows])
+    judged = judge.predict([row["text"] for row in rows])
     right = sum(found[0]["label"] == row["label"] for found, row in zip(judged, rows, strict=True))  # type: ignore[index]
     return {"texts": len(rows), "labelled_right": right / len(rows), **run.metrics}
 
@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     runs = parser.parse_args().runs.absolute()
     made = files(runs / "files")
+    judge = finished(runs, "judge", "banks_intents", JUDGE)
     lines: dict[str, dict[str, Any]] = {}
     shared = {**BANKS, **WRITER, "data.train_file": str(made["train"]), "data.test_file": str(made["validation"])}
     for name, settings in WRITERS.items():
@@ -180,16 +181,16 @@ def main() -> None:
             base = runs / "files" / "base.jsonl"
             written(base, run, made["codes"], rows=KEPT, base=True)
             loss = run.result.final.metrics_before["loss"]
-            lines["untuned"] = {"epsilon": 0.0, "writer_loss": loss} | scored(runs, base)
+            lines["untuned"] = {"epsilon": 0.0, "writer_loss": loss} | scored(runs, base, judge)
         ways = {name: DRAWN} | ({f"{name}-guided": GUIDED} if run.privacy.epsilon is not None else {})
         for title, spec in ways.items():
             texts = runs / "files" / f"{title}.jsonl"
             written(texts, run, made["codes"], rows=ROWS, drawn=spec)
-            lines[title] = about | scored(runs, texts)
+            lines[title] = about | scored(runs, texts, judge)
             if run.privacy.epsilon is not None:
                 best = voted(runs, f"votes-{title}", texts, made)
                 epsilon = run.privacy.epsilon + (fedtune.load(runs / f"votes-{title}").privacy.epsilon or 0.0)
-                lines[f"{title}, most votes"] = about | {"epsilon": epsilon} | scored(runs, best)
+                lines[f"{title}, most votes"] = about | {"epsilon": epsilon} | scored(runs, best, judge)
     write_durably(HERE / "results.json", json.dumps(lines, indent=1).encode() + b"\n")
     heads = ["", "epsilon", "loss of the writer", "texts", "labelled right", "accuracy", "macro-F1"]
     rows = [
