@@ -8,7 +8,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("renew_lead", "renew_server", "show_events", "write_anchor"),
     },
     "a card's template shows them": {"distinct", "distinct_pairs"},
-    "people call them from Python": {"predict", "to_frame"},
+    "people call them from Python": {"to_frame"},
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept", "introduce"},
     "Python itself: a module's names, and one of another class": {"__class__", "__dir__"},

@@ -1,4 +1,4 @@
-"""`fedtune choose`: of synthetic records those that have most votes of a finished run, with a card of their own."""
+"""`fedtune choose`: of synthetic records those with most votes, or all with a classifier's labels, with a card."""
 
 from __future__ import annotations
 
@@ -10,41 +10,51 @@ from fedtune.cli.command import AsJson, Option, single
 from fedtune.cli.finished_run import Run
 from fedtune.cli.synthetic_file import Beside, SyntheticFile, To
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import resolve_file
-from fedtune.sites.run_records import LeadRecords
+from fedtune.data.records import iter_records, resolve_file
+from fedtune.spec import ConfigError
 from fedtune.studies import synthetic
 
 
 def choose(
     run: Run,
     candidates: Annotated[Path, Option("records of fedtune synthesize with RUN, and their card", metavar="FILE")],
-    votes: Annotated[Path, Option("a run of task votes on these records", metavar="RUN")],
     to: To,
-    rows: Annotated[int, Option("how many records stay")],
+    votes: Annotated[Path | None, Option("a run of task votes on these records; with --rows", metavar="RUN")] = None,
+    rows: Annotated[int | None, Option("how many records stay, by --votes")] = None,
+    labels: Annotated[Path | None, Option("a classifier of the sites, which labels what stays", metavar="RUN")] = None,
     beside: Beside = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keep the synthetic records that most of the sites' own are nearest to.
+    """Keep synthetic records that most of the sites' own are nearest to, or label them by a classifier of the sites.
 
       fedtune choose runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
+      fedtune choose runs/writer --candidates texts.jsonl --labels runs/classifier --to labelled.jsonl
 
     RUN wrote them with fedtune synthesize, whose --ballot is the experiment of the votes. FILE.card.md and
     FILE.card.json say how the records were made and chosen, and what all runs behind them promise together. Nothing is
     charged. docs/synthetic_texts.md says more.
     """
-    voted = door.load(votes)
-    file = SyntheticFile(to, run, voted, rows=rows, beside=beside)
+    if votes is None and labels is None:
+        raise ConfigError("--votes", None, "must be given, or --labels: what records are chosen or labelled by")
+    if (votes is None) != (rows is None):
+        raise ConfigError("--rows", rows, "must be given with --votes, and only there")
+    by = {"--votes": votes, "--labels": labels}
+    others = {option: door.load(folder) for option, folder in by.items() if folder is not None}
+    file = SyntheticFile(to, run, others, rows=rows, beside=beside)
     from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
 
     place = resolve_file(str(candidates), shipped_folders(), key="--candidates")
-    known, config = read_card(place, file.reports[0], option="--candidates"), file.writer.config
-    written = [
-        {config.data.columns[role]: text for role, text in record.fields.items()}
-        for record in LeadRecords.read(str(place), config, key="--candidates").records
-    ]
-    found = synthetic.chosen(written, file.columns[-1], voted, keep=rows)
+    known = read_card(place, file.reports[0], option="--candidates")
     # They were written as that card says, and owe to its runs too.
-    made = known["made"] | {"candidates": sum(found.wanted.values())}
+    made, columns = dict(known["made"]), (*file.columns, *filter(None, [known["made"].get("label_column")]))
+    records = iter_records(place, {column: column for column in dict.fromkeys(columns)})
+    found = synthetic.as_written([record.fields for record in records], file.columns)
+    if rows is not None:
+        made |= {"candidates": len(found.rows), "chosen_by": others["--votes"].config.name}
+        found = synthetic.chosen(found, file.columns[-1], others["--votes"], keep=rows)
+    if classifier := others.get("--labels"):
+        made |= {"label_column": classifier.config.data.columns.get("label"), "labelled_by": classifier.config.name}
+        found = synthetic.labelled(found, file.columns[-1], classifier)
     file.write(found, made, earlier=known["runs"][1:], as_json=as_json)
 
 

@@ -48,7 +48,8 @@ def synthesize(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, guidance=guidance, seed=seed
     )
     voted = door.load(votes) if votes is not None else None
-    file = SyntheticFile(to, run, voted, rows=rows, beside=beside, ballot=ballot, device=device)
+    others = {"--votes": voted} if voted is not None else {}
+    file = SyntheticFile(to, run, others, rows=rows, beside=beside, ballot=ballot, device=device)
     sha256 = None
     if codes is not None:  # before hours in which it may change
         sha256 = file_sha256(resolve_file(str(codes), shipped_folders(), key="--codes"))
@@ -56,7 +57,8 @@ def synthesize(
         found = synthetic.synthesize(
             file.writer, codes, rows=rows, votes=voted, spec=spec, pattern=pattern, own=file.own, progress=progress
         )
-    made = {"codes_file": codes.name if codes else None, "codes_sha256": sha256, "candidates": None, **asdict(spec)}
+    made = {"codes_file": codes.name if codes else None, "codes_sha256": sha256, **asdict(spec)}
+    made |= dict.fromkeys(("candidates", "chosen_by", "label_column", "labelled_by"))
     made |= {"shares": "declared" if voted is None else "voted", "left_out": dict(found.left_out)}
     file.write(found, made, as_json=as_json)
 

@@ -32,23 +32,28 @@ class SyntheticFile:
         self,
         to: Path,
         run: Path,
-        voted: door.Run | None,
+        others: Mapping[str, door.Run],
         *,
-        rows: int,
+        rows: int | None,
         beside: Path | None,
         ballot: Path | None = None,
         device: str = "auto",
     ) -> None:
-        """Check what takes no model: a ConfigError says what cannot be used, or is there already."""
-        check_at_least("--rows", rows, 1)
-        check_at_most("--rows", rows, _MOST_ROWS)
+        """Check what takes no model: a ConfigError says what cannot be used, or is there already.
+
+        `others`: by option, the runs beside the writer's that the records owe to.
+        """
+        if rows is not None:
+            check_at_least("--rows", rows, 1)
+            check_at_most("--rows", rows, _MOST_ROWS)
         config, adapter = finished_run(run, device=device)
         self.to, self.rows, self.beside, self.ballot, self.own = to, rows, beside, ballot, RunRecords(config)
         self.writer = door.Run(folder=adapter.absolute().parent, config=config)
         self.columns = synthetic.columns_of(self.writer)
-        if voted is not None and voted.config.privacy.unit != config.privacy.unit:
-            bound = f"must be of privacy.unit={config.privacy.unit}, as RUN is: other epsilons do not add up"
-            raise ConfigError("--votes", str(voted.folder), bound)
+        for option, other in others.items():
+            if other.config.privacy.unit != config.privacy.unit:
+                bound = f"must be of privacy.unit={config.privacy.unit}, as RUN is: other epsilons do not add up"
+                raise ConfigError(option, str(other.folder), bound)
         from fedtune.report.synthetic_card import card_of  # it imports torch, which takes seconds
 
         self.card = {suffix: card_of(to, suffix) for suffix in (".json", ".md")}
@@ -56,7 +61,7 @@ class SyntheticFile:
         for option, path in (*(("--to", path) for path in made_here), ("--ballot", ballot)):
             if path is not None and (os.path.lexists(path) or (option == "--ballot" and path in made_here)):
                 raise ConfigError(option, str(path), "must be a new file; there is something of that name")
-        self.reports = [one.report() for one in (self.writer, voted) if one is not None]
+        self.reports = [one.report() for one in (self.writer, *others.values())]
         self._public: list[str] = []
         if beside is not None:
             records = LeadRecords.read(str(beside), config, key="--beside").records
@@ -76,7 +81,8 @@ class SyntheticFile:
         if not found.rows:
             raise ConfigError("--rows", self.rows, f"gave none that keeps the format: {left_out or 'no text'}")
         texts = [row[self.columns[-1]] for row in found.rows]
-        counts = {"rows": len(texts), "codes": len(found.wanted), "missing": self.rows - len(texts)}
+        missing = 0 if self.rows is None else self.rows - len(texts)
+        counts = {"rows": len(texts), "codes": len(found.wanted), "missing": missing}
         told, figures = {**made, **counts, "beside": None}, {"these records": synthetic_card.figures_of(texts)}
         if self.beside is not None:
             figures[self.beside.name] = synthetic_card.figures_of(self._public)
@@ -94,11 +100,11 @@ class SyntheticFile:
             print_json(card)
             return
         some = found.rows[:: max(1, len(found.rows) // _SHOWN)][:_SHOWN]
-        rows = tuple(tuple(harmless(row[column]) for column in self.columns) for row in some)
+        rows = tuple(tuple(map(harmless, row.values())) for row in some)
         facts = {"records": f"{len(found.rows):,} of {counted(len(found.wanted), 'code')}"}
         facts |= {"drawn again": left_out} if left_out else {}
         facts |= {"card": str(self.card[".md"])}
-        if missing := card["made"]["missing"]:
+        if missing:
             facts["missing"] = f"{missing:,}: the model wrote no more that keep the format"
-        examples = Section(title="Some of them", headings=self.columns, rows=rows)
+        examples = Section(title="Some of them", headings=tuple(some[0]), rows=rows)
         show(Console(), [pairs(facts, title=str(self.to)), examples])

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,11 +222,17 @@ def columns_of(run: Run) -> tuple[str, ...]:
     return tuple(run.config.data.columns[role] for role in (*_roles(run), "completion"))
 
 
-def chosen(rows: Sequence[Mapping[str, str]], column: str, votes: Run, *, keep: int) -> Synthetic:
-    """The `keep` candidates with most votes, in their order.
+def as_written(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Synthetic:
+    """Records from a file of `synthesize`, with its columns as `columns_of` has them."""
+    codes = Counter(tuple(row[column] for column in columns[:-1]) for row in rows)
+    return Synthetic(rows=tuple(rows), wanted=codes, left_out={})
+
+
+def chosen(found: Synthetic, column: str, votes: Run, *, keep: int) -> Synthetic:
+    """The `keep` records with most votes, in their order.
 
     Args:
-        rows: synthetic records.
+        found: synthetic records.
         column: of their text, the candidates of `votes`.
         votes: a finished run in which each of a site's units voted for the text that is nearest to its own.
         keep: how many stay.
@@ -235,14 +241,40 @@ def chosen(rows: Sequence[Mapping[str, str]], column: str, votes: Run, *, keep: 
         ValueError: the candidates of `votes` are others.
     """
     weights = weights_of(votes)
-    rows = [row for row in rows if _NO_SETTING not in row[column]]  # as on the ballot
+    rows = [row for row in found.rows if _NO_SETTING not in row[column]]  # as on the ballot
     if keep > len(rows):
         raise ConfigError("--rows", keep, f"must be at most the {len(rows)} candidates on a ballot")
     if missing := sum(row[column] not in weights for row in rows):
         raise ConfigError("--votes", str(votes.folder), f"must have all texts as candidates; {missing} are none")
     order = sorted(range(len(rows)), key=lambda place: -weights[rows[place][column]])
-    codes = Counter(tuple(text for name, text in row.items() if name != column) for row in rows)
-    return Synthetic(rows=tuple(rows[place] for place in sorted(order[:keep])), wanted=codes, left_out={})
+    return replace(found, rows=tuple(rows[place] for place in sorted(order[:keep])))
+
+
+def labelled(found: Synthetic, column: str, classifier: Run) -> Synthetic:
+    """The records with the label that a classifier gives their text, in the column where its own records have theirs.
+
+    A model that is tuned with noise often misses what it was asked to write of.  A classifier of the same sites knows
+    better what a text says, for a fraction of the epsilon (simulations/synthetic_texts).
+
+    Args:
+        found: synthetic records; a column of the label's name is written over.
+        column: of their text.
+        classifier: a finished run whose records are a text with one label.
+
+    Raises:
+        ValueError: it is none, or its adapter is private to a site.
+    """
+    config = classifier.config
+    label = config.data.columns.get("label", column)
+    if task_named(config.task).answers != {"label"} or label == column:
+        bound = f"must be a run whose records have a text and, in another column than {column}, one label"
+        raise ConfigError("--labels", str(classifier.folder), bound)
+    from fedtune.tasks import SavedAdapter
+
+    SavedAdapter.read(classifier.adapter)  # not one that is private to a site
+    answers: Any = classifier.predict([row[column] for row in found.rows])
+    rows = ({**row, label: answer[0]["label"]} for row, answer in zip(found.rows, answers, strict=True))
+    return replace(found, rows=tuple(rows))
 
 
 def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:

@@ -22,7 +22,7 @@ import fedtune
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.saved_model import BASE, SavedModel
-from fedtune.studies.synthetic import chosen, synthesize
+from fedtune.studies.synthetic import as_written, chosen, synthesize
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -151,7 +151,9 @@ def voted(runs: Path, name: str, texts: Path, made: Mapping[str, Path]) -> Path:
         "head.label_texts": candidates,
     }
     run = finished(runs, name, "votes", {**BANKS, **VOTES, **ballot})
-    return write(texts.with_name(f"{name}.jsonl"), chosen(rows, "both", run, keep=KEPT).rows)
+    return write(
+        texts.with_name(f"{name}.jsonl"), chosen(as_written(rows, ("intent", "both")), "both", run, keep=KEPT).rows
+    )
 
 
 def scored(runs: Path, texts: Path, judge: fedtune.Run) -> dict[str, float]:

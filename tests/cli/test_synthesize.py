@@ -21,7 +21,7 @@ from fedtune.data.load import deal
 from fedtune.report.synthetic_card import together
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
-from fedtune.studies.synthetic import allotted, ballot, chosen, weights_of
+from fedtune.studies.synthetic import allotted, as_written, ballot, chosen, weights_of
 
 TABLES = "simulations/data/e2e_nlg/train.jsonl.gz"
 
@@ -157,6 +157,39 @@ def test_candidates_are_chosen_by_their_votes(
     assert "private text" not in changed.err
 
 
+def test_a_classifier_labels_records_and_its_epsilon_adds_up(
+    runs: Path, command: Any, simulate: Callable[..., Path], tmp_path: Path
+) -> None:
+    to, best = tmp_path / "texts.jsonl", tmp_path / "labelled.jsonl"
+    rows = written(command, runs, to, "--rows", "6")
+    folder = simulate(into=tmp_path, name="kinds")
+    choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--labels")
+    outcome = command(*choose, str(folder), "--to", str(best), "--json")
+    assert outcome.code == 0, outcome.err
+    classifier, found = door.load(folder), [json.loads(line) for line in best.read_text().splitlines()]
+    answers: Any = classifier.predict([row["ref"] for row in rows])
+    assert found == [{**row, "label": answer[0]["label"]} for row, answer in zip(rows, answers, strict=True)]
+    card = json.loads(outcome.out)
+    both = [door.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
+    assert card["together"]["epsilon"] == pytest.approx(sum(both))
+    assert (card["made"]["labelled_by"], card["made"]["codes"], card["made"]["missing"]) == ("kinds", 2, 0)
+    assert "in column label, by what the classifier kinds says" in (tmp_path / "labelled.jsonl.card.md").read_text()
+    for options, said in (
+        ((), "--votes = null: must be given, or --labels"),
+        (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
+        (("--labels", str(folder), "--rows", "2"), "--rows = 2: must be given with --votes, and only there"),
+        (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
+    ):
+        outcome = command(*choose[:-1], "--to", str(tmp_path / "no"), *options)
+        assert (outcome.code, (tmp_path / "no").exists()) == (2, False), options
+        assert said in outcome.err
+    known = {"label_column": "label", "labelled_by": "kinds"}
+    again = command(*choose[:2], "--candidates", str(best), "--labels", str(folder), "--to", str(tmp_path / "again"))
+    assert again.code == 0, again.err
+    assert known.items() <= json.loads((tmp_path / "again.card.json").read_text())["made"].items()
+    assert (tmp_path / "again").read_text() == best.read_text()
+
+
 @pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
 def test_votes_of_another_unit_are_refused(
     words: tuple[str, ...], runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -260,7 +293,7 @@ def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path,
     voting = compose_run([f"experiment={file}", "model=random_bert"])
     assert voting.head.label_texts == ("a blue one", "a red one")
     assert (voting.privacy.unit, voting.data.columns["user"]) == ("user", "who")
-    assert chosen(rows, "ref", door.load(runs / "shares"), keep=2).rows == (rows[0], rows[2])
+    assert chosen(as_written(rows, ("mr", "ref")), "ref", door.load(runs / "shares"), keep=2).rows == (rows[0], rows[2])
 
 
 @pytest.mark.parametrize(
