@@ -27,6 +27,7 @@ from fedtune.spec import ConfigError
 if TYPE_CHECKING:  # they import torch, which takes seconds
     import pandas
 
+    from fedtune.export.distillation import Distilled
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
     from fedtune.privacy.proposal import Proposal
@@ -331,6 +332,24 @@ class Run:
             raise ConfigError("task", self.config.task, "writes no text: see predict")
         ids = self._model.prompt_ids(self._model.fields_of(prompt, at="prompt"), at="prompt")
         return "".join(self._model.written(ids, spec))
+
+    def distil(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
+        """Teach a smaller model to answer as the tuned one does, and write it into a new folder.
+
+        Guarantee: the run's own, if `texts` are public, or were made by a model that has a promise for its records.
+
+        Args:
+            to: the new folder.
+            texts: a file of public or synthetic texts, a line or a record each.
+            student: "half" of the base's layers, or how many of the lowest stay; or another base.
+            **options: as `fedtune.export.distillation.distil` has them.
+
+        Raises:
+            ValueError: the run, the student, the texts or the folder cannot be used; nothing is written.
+        """
+        from fedtune.export.distillation import distil
+
+        return distil(self.config, self.adapter, Path(to), student=student, texts=str(texts), **options)
 
     @cached_property
     def _model(self) -> SavedModel:

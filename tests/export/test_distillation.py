@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+import fedtune
 from fedtune.config import saved_config
 from fedtune.data.batching import collate
 from fedtune.data.records import Record
@@ -138,6 +139,10 @@ def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, command:
     assert [line[0] for line in lines if line[:1] in (["teacher"], ["student"])] == ["teacher", "student"]
     assert ["metric", "teacher", "student", "difference", "95", "%", "interval", "student", "is"] in lines
     assert f"Taught on {len(TEXTS)} texts." in told.out
+    found = fedtune.load(finished).distil(tmp_path / "again", texts=texts, passes=1)
+    assert found.texts == len(TEXTS)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert written[0] == written[1], "Python and the command line teach one student"
 
 
 @pytest.mark.parametrize(
