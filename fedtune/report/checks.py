@@ -23,7 +23,7 @@ _CALIBRATED, _STEP = 1e-3, 1e-4
 """How much less noise than searched for here another version may have found, relatively, and how much more: a step."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Check:
     """One check and what it came to.
 
@@ -50,39 +50,33 @@ def check_report(path: Path, report: Report, *, key: str | None, config_sha256: 
 def checks(
     report: Report, *, key: str | None, config_sha256: str | None = None, config: RunConfig | None = None
 ) -> tuple[Check, ...]:
-    """All checks of a report.
+    """All checks of a report that was read, and so has the form of one.
 
     Args:
-        report: that was read, and so has the form of one.
+        report: the whole.
         key: public key that must have signed it, if one is known from elsewhere.
         config_sha256: hash that the run's settings must have, if it is known.
         config: the run's settings, where they are at hand.
     """
-    form = Check(name="schema", state="right", text=f"It is a report of schema version {REPORT_SCHEMA}.")
-    return (
-        form,
-        _signature(report, key),
-        *_figures(report),
-        *_taken(report),
-        _configuration(report, config_sha256, config),
-    )
+    form = Check("schema", "right", f"It is a report of schema version {REPORT_SCHEMA}.")
+    of_facts = (*_figures(report), *_taken(report))
+    return form, _signature(report, key), *of_facts, _configuration(report, config_sha256, config)
 
 
 def _signature(report: Report, key: str | None) -> Check:
     try:
         signer = signing.check(report, expected_key=key)
     except RunError as error:
-        return Check(name="signature", state="wrong", text=f"{str(error)[0].upper()}{str(error)[1:]}.")
-    if signer is None:
-        text = "It is not signed: anybody could have changed what cannot be computed again."
-        return Check(name="signature", state="not_checked", text=text)
-    if key is None:
+        return Check("signature", "wrong", f"{str(error)[0].upper()}{str(error)[1:]}.")
+    if signer is not None and key is not None:
+        return Check("signature", "right", f"It is signed with the key {key}, and nothing was changed.")
+    text = "It is not signed: anybody could have changed what cannot be computed again."
+    if signer is not None:
         text = (
             f"It was made with the key in the file, {signer}: not checked. Anybody can sign with a key of their own; "
             "give the key that you know with --key."
         )
-        return Check(name="signature", state="not_checked", text=text)
-    return Check(name="signature", state="right", text=f"It is signed with the key {key}, and nothing was changed.")
+    return Check("signature", "not_checked", text)
 
 
 def _figures(report: Report) -> Iterator[Check]:
@@ -96,9 +90,7 @@ def _figures(report: Report) -> Iterator[Check]:
         ("figures", others, right, f"{wrong} not as {again}:"),
         ("verdict", of_verdict, "No verdict is better than its figures.", "The verdict does not fit the figures:"),
     ):
-        yield Check(
-            name=name, state="wrong" if those else "right", text=if_wrong if those else if_right, problems=those
-        )
+        yield Check(name, "wrong" if those else "right", if_wrong if those else if_right, those)
 
 
 def _taken(report: Report) -> Iterator[Check]:
@@ -109,7 +101,7 @@ def _taken(report: Report) -> Iterator[Check]:
             f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
             "runs). The lead took them from the site's own report, whose signature is not in this file."
         )
-        yield Check(name="taken", state="not_checked", text=text)
+        yield Check("taken", "not_checked", text)
 
 
 def _drawn(path: Path, report: Report) -> Iterator[Check]:
@@ -124,24 +116,21 @@ def _drawn(path: Path, report: Report) -> Iterator[Check]:
             continue
         content = file.read_bytes() if file.stat().st_size <= signing.MOST_BYTES else b""
         if any(draw(report, language=language).encode() == content for language in LANGUAGES):
-            yield Check(name=name, state="right", text="It shows what the report says, byte for byte.")
+            yield Check(name, "right", "It shows what the report says, byte for byte.")
         elif report.provenance.fedtune_version == __version__:
             text = f"It is not what fedtune draws of this report: write it anew with fedtune report {path.parent}."
-            yield Check(name=name, state="wrong", text=text)
+            yield Check(name, "wrong", text)
         else:
             text = f"Not compared: fedtune {__version__} may draw it in another form."
-            yield Check(name=name, state="not_checked", text=text)
+            yield Check(name, "not_checked", text)
 
 
 def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
     """Every fact of a run that its settings deny.
 
     Guarantee: where there is none, each number of the plan, and so each mechanism, is the one that the settings ask
-    for; what the report says of data, model and settings is what they say.
-
-    Args:
-        facts: of the run.
-        config: its settings; that they are the run's own shows their digest.
+    for; what the report says of data, model and settings is what they say.  That they are the run's own shows their
+    digest.
     """
     if config.digest() != facts.provenance.config_sha256:
         yield Problem("provenance.config_sha256", facts.provenance.config_sha256, config.digest())
@@ -152,7 +141,7 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
     searched = config.privacy.noise_multiplier is None and noise > 0
     if searched and -_CALIBRATED * noise <= noise - plan.noise_multiplier <= more:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
-    sizes, start = config.declared_sizes(), facts.provenance.start_adapter
+    sizes, made, start = config.declared_sizes(), facts.provenance, facts.provenance.start_adapter
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
         ("name", facts.name, config.name),
@@ -162,11 +151,11 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         ("stop_after", facts.stop_after, config.federation.stop_after),
         ("judged_by", facts.judged_by, config.judged_by),
         ("settings", dict(facts.settings), cells.settings_of(config, plan)),
-        ("provenance.model", facts.provenance.model, config.model.shown_path),
-        ("provenance.model_licence", facts.provenance.model_licence, config.model.licence),
-        ("provenance.dataset", facts.provenance.dataset, config.data.dataset),
-        ("provenance.task", facts.provenance.task, config.task),
-        ("provenance.purpose", facts.provenance.purpose, config.report.about.purpose),
+        ("provenance.model", made.model, config.model.shown_path),
+        ("provenance.model_licence", made.model_licence, config.model.licence),
+        ("provenance.dataset", made.dataset, config.data.dataset),
+        ("provenance.task", made.task, config.task),
+        ("provenance.purpose", made.purpose, config.report.about.purpose),
         ("provenance.start_adapter", start and start.digest, config.model.adapter_sha256),
         ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
         ("sites", {site.site: site.declared_size for site in facts.sites}, dict(sizes)),
@@ -177,23 +166,21 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
 
 def _configuration(report: Report, sha256: str | None, config: RunConfig | None) -> Check:
     """The run's settings against the report: their digest, and the plan that they give."""
-    facts = report.facts
+    facts, name = report.facts, "configuration"
     if not isinstance(facts, RunFacts):
-        text = "A ledger covers many runs and has no single configuration."
-        return Check(name="configuration", state="not_checked", text=text)
+        return Check(name, "not_checked", "A ledger covers many runs and has no single configuration.")
     found = [*settings_problems(facts, config)] if config is not None else []
     said = facts.provenance.config_sha256
     if sha256 not in (None, said):
         found.insert(0, Problem("provenance.config_sha256", said, sha256))
     if found:
-        text = "The run's settings say something else:"
-        return Check(name="configuration", state="wrong", text=text, problems=tuple(found))
+        return Check(name, "wrong", "The run's settings say something else:", tuple(found))
     if config is not None:
         text = "The run's config.yaml gives the same noise, sampling rate, clip norm, steps, rounds and epsilon."
-        return Check(name="configuration", state="right", text=text)
+        return Check(name, "right", text)
     text = (
         "The run's config.yaml does not lie beside the report: nobody compared noise, sampling rate and steps with it."
     )
     if sha256 is not None:
         text = f"It is of the configuration {sha256}, whose settings are not at hand: {text[0].lower()}{text[1:]}"
-    return Check(name="configuration", state="not_checked", text=text)
+    return Check(name, "not_checked", text)

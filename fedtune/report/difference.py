@@ -16,6 +16,7 @@ Group = Literal["settings", "privacy", "utility", "cost"]
 GROUPS: tuple[Group, ...] = ("utility", "privacy", "settings", "cost")
 Value = str | float | bool | None
 Figures = dict[str, Value]
+Missing = Literal["before", "after"] | None
 _OF_REPORT: Mapping[Group, Sequence[str]] = {
     "settings": (
         *("name", "unit", "neighbouring_relation", "delta", "target_epsilon", "seeded_noise", "randomness"),
@@ -59,7 +60,7 @@ class Change:
     key: str
     before: Value
     after: Value
-    missing: Literal["before", "after"] | None = None
+    missing: Missing = None
 
 
 def differences(
@@ -67,10 +68,7 @@ def differences(
 ) -> tuple[Change, ...]:
     """What differs between two reports of one kind, group by group.
 
-    Args:
-        before: the first report.
-        after: the second.
-        settings: of both runs, where their configurations are at hand: a report holds only the hash.
+    `settings` are those of both runs, where their configurations are at hand: a report holds only the hash.
 
     Raises:
         ConfigError: a run's report and a ledger's cannot be compared.
@@ -78,17 +76,16 @@ def differences(
     if before.kind != after.kind:
         bound = f"the first report is of a {before.kind} and the second of a {after.kind}: give two of one kind"
         raise ConfigError("report diff", NOT_GIVEN, bound)
-    old, new = _figures(before), _figures(after)
-    for figures, one in zip((old, new), settings, strict=True):
-        figures["settings"] |= {f"config.{key}": value for key, value in _flat(one)}
-    return tuple(change for group in GROUPS for change in _changes(group, old[group], new[group]))
-
-
-def _changes(group: Group, old: Figures, new: Figures) -> Iterator[Change]:
-    for key in [*old, *(key for key in new if key not in old)]:
-        missing: Literal["before", "after"] | None = "before" if key not in old else "after" if key not in new else None
-        if missing or old[key] != new[key]:
-            yield Change(group=group, key=key, before=old.get(key), after=new.get(key), missing=missing)
+    found, both = list[Change](), (_figures(before), _figures(after))
+    for figures, one in zip(both, settings, strict=True):
+        figures["settings"] |= _flat(one, "config.")
+    for group in GROUPS:
+        old, new = (figures[group] for figures in both)
+        for key in old | new:
+            missing: Missing = "before" if key not in old else "after" if key not in new else None
+            if missing or old[key] != new[key]:
+                found.append(Change(group=group, key=key, before=old.get(key), after=new.get(key), missing=missing))
+    return tuple(found)
 
 
 def _figures(report: Report) -> dict[Group, Figures]:

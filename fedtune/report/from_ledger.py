@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -16,7 +17,6 @@ from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.site_policy import Budget
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.derived import derive
@@ -80,25 +80,16 @@ def spending_json(verified: Verified) -> dict[str, Any]:
 
 
 def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) -> LedgerFacts:
-    """What a ledger's report rests on.
-
-    Args:
-        record: of the ledger.
-        most: charged rounds that are told by themselves, as in `charges`.
-        now: as of when; None: its newest event.
-    """
-    history, budget, now = record.history, record.in_force.budget, now or record.now
+    """What a ledger's report rests on, as of `now`; None: its newest event.  `most` as in `charges`."""
+    history, budget, now, found = record.history, record.in_force.budget, now or record.now, record.verified
     policies = [event.detail["policy"] for event in record.events if event.detail.get("what") == "policy"]
-    found = record.verified
     # A simulation notes that it is one, whatever the file says.
     own = record.policy_file and replace(record.policy_file, simulated=record.policy.simulated)
     run_caps, loosened = _limits(record.events)
     proposals = [run.proposal for run in history.runs.values()]
     settings = {
-        "rank": ", ".join(dict.fromkeys(rank_text(proposal.adapter, proposal.rank) for proposal in proposals)),
-        "target_modules": ", ".join(
-            dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",))
-        ),
+        "rank": dict.fromkeys(rank_text(one.adapter, one.rank) for one in proposals),
+        "target_modules": dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",)),
     }
     return LedgerFacts(
         kind="ledger",
@@ -155,7 +146,7 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
         releases=releases(record.events, history),
         # Nobody stands behind a simulated site who could state anything, whatever its policy says.
         asserted={} if record.simulated else dataclasses.asdict(record.policy.asserted),
-        settings={name: text for name, text in settings.items() if text},
+        settings={name: ", ".join(said) for name, said in settings.items() if said},
         provenance=_provenance(record),
         arrivals=history.opened.arrivals or None,
     )
@@ -197,7 +188,7 @@ def _limits(events: Sequence[Event]) -> tuple[dict[str, float | None], tuple[str
         limit for a run or a period, where something had been charged before.
     """
     run_caps: dict[str, float | None] = {}
-    loosened: list[str] = []
+    loosened: dict[str, None] = {}
     charged, budget = False, None
     for event in events:
         if event.kind is Kind.PLAN:
@@ -206,15 +197,12 @@ def _limits(events: Sequence[Event]) -> tuple[dict[str, float | None], tuple[str
             charged = True
         elif event.kind is Kind.NOTE and event.detail["what"] == "policy":
             before, budget = budget, policy_of(event.detail["policy"]).budget
-            if charged and before is not None and _is_looser(budget, before):
-                loosened.append(day_of(event.time))
-    return run_caps, tuple(dict.fromkeys(loosened))
-
-
-def _is_looser(budget: Budget, before: Budget) -> bool:
-    shorter = MONTHS[budget.period] < MONTHS[before.period] and before.max_epsilon_per_period is not None
-    of_period = unbounded(budget.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period)
-    return shorter or of_period or unbounded(budget.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
+            if charged and before is not None:
+                shorter = MONTHS[budget.period] < MONTHS[before.period] and before.max_epsilon_per_period is not None
+                of_run = unbounded(budget.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
+                of_period = unbounded(budget.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period)
+                loosened |= {day_of(event.time): None} if shorter or of_run or of_period else {}
+    return run_caps, tuple(loosened)
 
 
 def day_of(time: str) -> str:
@@ -223,13 +211,7 @@ def day_of(time: str) -> str:
 
 
 def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[ChargedRounds, ...]:
-    """What was charged, in order: by round, or of more than `most` rounds those of one run and month together.
-
-    Args:
-        events: of the ledger.
-        history: what they add up to.
-        most: rounds that are told by themselves.
-    """
+    """What was charged, in order: by round, or of more than `most` rounds those of one run and month together."""
     by_round = sum(event.kind is Kind.RESERVE for event in events) <= most
     restored, made = iter(history.restored), list[ChargedRounds]()
     for event in events:
@@ -245,18 +227,10 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
         elif event.kind is Kind.NOTE and event.detail["what"] == "restored":
             back = next(restored)
             lost = tuple(Charge(event=charged, count=count) for charged, count in back.gap)
-            made.append(
-                ChargedRounds(
-                    run="",
-                    rounds=0,
-                    round=None,
-                    day=day,
-                    lost=lost,
-                    entry=event.sequence,
-                    lost_cohorts=None if back.arrivals is None else back.arrivals.ranges,
-                    lost_rows=None if back.arrivals is None else back.arrivals.lost_after is not None,
-                )
-            )
+            found = ChargedRounds(run="", rounds=0, round=None, day=day, lost=lost, entry=event.sequence)
+            if (people := back.arrivals) is not None:
+                found = replace(found, lost_cohorts=people.ranges, lost_rows=people.lost_after is not None)
+            made.append(found)
     return tuple(made)
 
 
@@ -265,7 +239,7 @@ def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
 
     Refusals of runs that the site never took part in are counted together: their names are whatever somebody asked for.
     """
-    groups: dict[tuple[str, str, str | None], list[str]] = {}
+    groups = defaultdict[tuple[str, str, str | None], list[str]](list)
     unanswered: dict[tuple[str, int, int], str] = {}
     for event in events:
         run = event.run if event.run in history.runs else ""
@@ -274,13 +248,13 @@ def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
                 unanswered[event.run, event.round, event.attempt] = event.time
             case Kind.COMMIT:
                 unanswered.pop((event.run, event.round, event.attempt), None)
-                groups.setdefault((run, "update", None), []).append(event.time)
+                groups[run, "update", None].append(event.time)
             case Kind.REFUSAL:
-                groups.setdefault((run, "refusal", str(event.detail["reason"])), []).append(event.time)
+                groups[run, "refusal", str(event.detail["reason"])].append(event.time)
             case Kind.RELEASE:
-                groups.setdefault((run, str(event.detail.get("what", "offer")), None), []).append(event.time)
+                groups[run, str(event.detail.get("what", "offer")), None].append(event.time)
     for (name, _, _), time in unanswered.items():
-        groups.setdefault((name, "reservation_without_update", None), []).append(time)
+        groups[name, "reservation_without_update", None].append(time)
     return tuple(
         Release(kind=kind, run=run, reason=reason, count=len(times), first=day_of(times[0]), last=day_of(times[-1]))
         for (run, kind, reason), times in groups.items()

@@ -40,11 +40,7 @@ from fedtune.words import finite, finite_scores
 
 
 def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
-    """The report of the run in `folder`, finished or not.
-
-    Args:
-        folder: the run's.
-        site_reports: signed ones that sites released, beside those in the folder's `site_reports/`.
+    """The report of the run in `folder`, finished or not; `site_reports` beside those in its `site_reports/`.
 
     Raises:
         ConfigError: the folder holds no run, its files belong to different runs, or a site report does not belong here.
@@ -56,12 +52,9 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
 
 
 def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
-    """What the report of a run rests on, which may be under way.
+    """What the report of a run rests on, which may be under way; `own` is site -> the report that it released, checked.
 
-    Args:
-        folder: the run's, which says whether an attack on it was planned, and what came of it.
-        record: of the folder.
-        own: site -> the report that it released, checked.
+    The folder says whether an attack on the run was planned, and what came of it.
 
     Raises:
         RunError: the findings of the attack are damaged, or of another run.
@@ -128,35 +121,21 @@ def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
 def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
     """A site as the lead knows it, and what it said in a report of its own, where it gave one."""
     receipt, (rounds, upper_bound) = record.receipts.get(site), record.charged(site)
-    made = SiteFacts(
-        site=site,
-        declared_size=record.config.declared_sizes()[site],
-        rounds=rounds,
-        upper_bound=upper_bound,
-        signed_rounds=receipt.charged_rounds if receipt else None,
-        key=receipt.site_key[:16] if receipt else "",
-        believed=site not in record.doubtful,
-        noise_factor=factor if (factor := record.noise_factor(site)) != 1 else None,
-    )
-    if report is None:
-        return made
-    (own,), facts, known = report.sites, _ledger_of(report), _this_run(record, report)
-    assert own.lifetime is not None
-    assert own.approved is not None
-    charged = next((one.rounds for one in own.lifetime.runs if one.run == record.run), 0)
-    if known and upper_bound and known.state != "open":
-        # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
-        rounds, upper_bound = _by_receipt(record, site), False
-    plan = record.plan.stronger(factor)
-    same_plan = known is None or (  # which of its rounds are spare ones makes no difference
-        known.plan.most_rounds == plan.most_rounds
-        and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
-    )
-    return replace(
-        made,
-        rounds=max(rounds, charged),
-        upper_bound=upper_bound,
-        statement=SiteStatement(
+    factor, statement = record.noise_factor(site), None
+    if report is not None:
+        (own,), facts, known = report.sites, _ledger_of(report), _this_run(record, report)
+        assert own.lifetime is not None
+        assert own.approved is not None
+        if known and upper_bound and known.state != "open":
+            # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
+            rounds, upper_bound = _by_receipt(record, site), False
+        rounds = max([rounds, *(one.rounds for one in own.lifetime.runs if one.run == record.run)])
+        plan = record.plan.stronger(factor)
+        same_plan = known is None or (  # which of its rounds are spare ones makes no difference
+            known.plan.most_rounds == plan.most_rounds
+            and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
+        )
+        statement = SiteStatement(
             reported=report.date[:10] if report.date else None,
             same_plan=same_plan,
             verdict=own.verdict,
@@ -166,7 +145,17 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
             verification=own.verification,
             releases=tuple(release for release in own.releases if release.run == record.run),
             asserted=own.asserted,
-        ),
+        )
+    return SiteFacts(
+        site=site,
+        declared_size=record.config.declared_sizes()[site],
+        rounds=rounds,
+        upper_bound=upper_bound,
+        signed_rounds=receipt.charged_rounds if receipt else None,
+        key=receipt.site_key[:16] if receipt else "",
+        believed=site not in record.doubtful,
+        statement=statement,
+        noise_factor=factor if factor != 1 else None,
     )
 
 
@@ -262,23 +251,13 @@ def _provenance(record: RunRecord) -> Provenance:
 def _start_adapter(record: RunRecord) -> StartAdapter | None:
     """As the run noted it, in files that anybody may have written: what has another form is not known."""
     digest, noted = record.config.model.adapter_sha256, record.start_adapter
-
-    def text(key: str) -> str | None:
-        value = noted.get(key)
-        return value if isinstance(value, str) and value != UNKNOWN else None
-
     if digest is None:
         return None
+    said = (noted.get(key) for key in ("from", "dataset", "unit"))
+    run, dataset, unit = (one if isinstance(one, str) and one != UNKNOWN else None for one in said)
     epsilon, delta = spent_on_start(noted)
-    return StartAdapter(
-        digest=digest,
-        run=text("from"),
-        dataset=text("dataset"),
-        unit=text("unit"),
-        delta=delta,
-        epsilon=epsilon,
-        public=noted.get("public") is True,
-    )
+    public = noted.get("public") is True
+    return StartAdapter(digest=digest, run=run, dataset=dataset, unit=unit, delta=delta, epsilon=epsilon, public=public)
 
 
 def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,22 +102,19 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     config = record.config
     task, model, dataset = task_named(config.task), config.model, config.data.dataset
     scores = {name: after for name, (_, after) in _scores(words.report).items() if after is not None}
-    results = [
-        EvalResult(
-            task_type=task.hub_name or config.task,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split="test",
-            metric_type=name,
-            metric_value=score,
-        )
-        for name, score in scores.items()
-    ]
+    of_test = partial(EvalResult, dataset_type=dataset, dataset_name=dataset, dataset_split="test")
+    of_task = partial(of_test, task_type=task.hub_name or config.task)
+    results = [of_task(metric_type=name, metric_value=score) for name, score in scores.items()]
     known: dict[str, Any] = {}
     if model.public_id is not None:
-        known = {"base_model": model.public_id, "base_model_relation": form.relation}
+        known |= {"base_model": model.public_id, "base_model_relation": form.relation}
     if task.hub_name and model.path != NO_BASE:
         known["pipeline_tag"] = task.hub_name
+    # The hub knows short names in lower case; any other licence is "other", with its name.
+    if model.licence is not None and re.fullmatch(r"[A-Za-z0-9.-]+", model.licence):
+        known["license"] = model.licence.lower()
+    elif model.licence is not None:
+        known |= {"license": "other", "license_name": " ".join(_one_line(model.licence).split())}
     tags = ["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if words.promises else [])]
     return ModelCardData(
         library_name=form.library,
@@ -126,17 +124,7 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
         model_name=config.name,
         eval_results=results or None,
         **known,
-        **_licence(model.licence),
     )
-
-
-def _licence(declared: str | None) -> dict[str, Any]:
-    """The hub knows short names in lower case; any other licence is "other", with its name."""
-    if declared is None:
-        return {}
-    if re.fullmatch(r"[A-Za-z0-9.-]+", declared):
-        return {"license": declared.lower()}
-    return {"license": "other", "license_name": " ".join(_one_line(declared).split())}
 
 
 def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
@@ -198,14 +186,8 @@ def start_of(words: Words) -> str:
 
 def rendered(file: str, **values: object) -> str:
     """A card by its template, whose values are escaped for Markdown."""
-    templates = Templates(
-        loader=TEMPLATES,
-        autoescape=False,
-        finalize=_escaped,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    ways: dict[str, Any] = {"autoescape": False, "trim_blocks": True, "keep_trailing_newline": True}
+    templates = Templates(loader=TEMPLATES, finalize=_escaped, undefined=StrictUndefined, **ways)
     return templates.get_template(file).render(**values)
 
 

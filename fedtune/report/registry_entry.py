@@ -25,14 +25,11 @@ _MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded",
 
 
 def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
-    """The fields of an entry, in English.
-
-    Args:
-        report: of a run, or of a ledger.
-        about: what persons said of it.
-    """
-    words = Words(report, catalogue("en"))
-    said = dataclasses.asdict(about) | {"tuning": about.tuning or _search(report)}
+    """The fields of an entry, in English."""
+    words, of_run = Words(report, catalogue("en")), report.kind == "run"
+    picked = report.utility.selection if report.utility else None  # in a search of fedtune's
+    search = f"picked by {picked.judged_by} out of {picked.trials} trials of {picked.search}" if picked else ""
+    said = dataclasses.asdict(about) | {"tuning": about.tuning or search}
     facts = {name: value for cell in report.cells for name, value in cell.facts.items() if value}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -43,11 +40,11 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         "sector": about.sector,
         "published": about.published,
         "data_product": {
-            "kind": "fine-tuned model" if report.kind == "run" else "updates to models",
+            "kind": "fine-tuned model" if of_run else "updates to models",
             "task": facts.get("task"),
             "base_model": facts.get("base_model"),
             "released": _said(words, "released", report.released),
-            "release": "one run" if report.kind == "run" else "all runs of one site so far",
+            "release": "one run" if of_run else "all runs of one site so far",
             "access": about.access,
         },
         "data": {"name": facts.get("dataset"), "dynamics": about.dynamics, "preprocessing": about.preprocessing},
@@ -92,14 +89,6 @@ def _privacy(words: Words) -> dict[str, Any]:
         "model": _TOGETHER if words.shared else words.text(_MODEL[words.noise]).unescape(),
         "mechanisms": [{"name": "DP-SGD" if row[2] else "none", **dict(zip(keys, row, strict=True))} for row in rows],
     }
-
-
-def _search(report: Report) -> str:
-    """How a search of fedtune's picked the run, where one did."""
-    picked = report.utility.selection if report.utility else None
-    if picked is None:
-        return ""
-    return f"picked by {picked.judged_by} out of {picked.trials} trials of {picked.search}"
 
 
 def to_text(report: Report, about: AboutSpec) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,22 +61,15 @@ def read_audit(folder: Path) -> Audit | None:
         raise RunError(f"{path} is damaged: what the audit found is not known") from error
 
 
-def judged(sites: Iterable[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:
-    """The sites, with no guarantee where the audit refutes the claim, or has begun and found nothing yet.
-
-    Args:
-        sites: as they are without the audit.
-        audit: what it found.
-        marked: whether the run's folder says that canaries were planted.
-    """
-    before = tuple(sites)
+def judged(sites: Sequence[SiteReport], audit: Audit | None, *, marked: bool) -> tuple[SiteReport, ...]:
+    """The sites, with no guarantee where the audit refutes the claim, or has begun (`marked`) and found nothing yet."""
     if audit is None:
-        return tuple(_nothing_promised(site, "holds_canaries") for site in before) if marked else before
-    places = {bound.site for bound in refuted(audit, before)}
+        return tuple(_nothing_promised(site, "holds_canaries") if marked else site for site in sites)
+    places = {bound.site for bound in refuted(audit, sites)}
     # A bound over all sites together denies each site's claim.
     everywhere = None in places or (audit.exceeded and not places)
     made: list[SiteReport] = []
-    for site in before:
+    for site in sites:
         if everywhere or site.site in places:
             site = _nothing_promised(site, "refuted_by_audit")
         elif site.verdict.state != "no_guarantee":
@@ -87,21 +80,14 @@ def judged(sites: Iterable[SiteReport], audit: Audit | None, *, marked: bool) ->
 
 
 def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound, ...]:
-    """The bounds whose claim the counts refute.
+    """The bounds whose claim the counts refute; where one of the `sites` claims less than the audit says, that counts.
 
     All bounds are judged at once, so each is asked for more confidence than it has by itself.
-
-    Args:
-        audit: its bounds, each with the epsilon that was claimed.
-        sites: of a report; where one claims less than the audit says was claimed, that counts.
     """
     spent = charged(audit, sites)
     errors = audit_bound.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
-    return tuple(
-        bound
-        for bound, error in zip(audit.bounds, errors, strict=True)
-        if _is_refuted(bound, spent, delta=audit.delta, error=error)
-    )
+    both = zip(audit.bounds, errors, strict=True)
+    return tuple(bound for bound, error in both if _is_refuted(bound, spent, delta=audit.delta, error=error))
 
 
 def charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:

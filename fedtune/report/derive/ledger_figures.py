@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
@@ -17,7 +18,6 @@ from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, groups, period_of
 from fedtune.privacy.events import Charge
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
-from fedtune.report.derive.profile import mechanism_of
 from fedtune.report.facts import (
     NOT_RECORDED,
     Approved,
@@ -26,7 +26,6 @@ from fedtune.report.facts import (
     LedgerFacts,
     Lifetime,
     LifetimeRun,
-    RunInLedger,
     Verdict,
 )
 from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step
@@ -37,6 +36,13 @@ from fedtune.words import finite, unbounded
 def report_of(facts: LedgerFacts) -> Report:
     """The figures that follow from a ledger's facts."""
     ran, charged, life, delta = mechanisms(facts), charged_of(facts), lifetime(facts), facts.delta
+    approved = Approved(
+        max_epsilon=facts.max_epsilon,
+        max_epsilon_per_run=facts.max_epsilon_per_run,
+        max_epsilon_per_period=facts.max_epsilon_per_period,
+        period=facts.period,
+        since=facts.caps[-1].time if facts.max_epsilon == facts.caps[-1].max_epsilon else None,
+    )
     spent = Spent(
         epsilon=life.epsilon,
         epsilon_pld=life.epsilon_pld,
@@ -51,7 +57,7 @@ def report_of(facts: LedgerFacts) -> Report:
         source="own_ledger",
         verdict=Verdict(state="within"),
         declared_size=facts.declared_size,
-        approved=_approved(facts),
+        approved=approved,
         spent=spent,
         meaning=None,
         mechanisms=ran,
@@ -69,19 +75,12 @@ def report_of(facts: LedgerFacts) -> Report:
         for run in facts.runs
         if run.max_epsilon is not None
     )
-    reasons = [
-        *verdicts.of_ledger(
-            life,
-            _approved(facts),
-            charges=num_charges(facts),
-            verified=facts.verification is not None,
-            limits_loosened=bool(facts.limits_loosened),
-        ),
-        *(["above_run_cap"] if above_cap else []),
-        *(["accountants_disagree"] if not profile.accountants_agree(spent, width=accountant.COARSE) else []),
-    ]
-    site = verdicts.judged(site, reasons, charged=charged, delta=delta)
-    return rules.report_of(facts, (site,))
+    loosened, verified = bool(facts.limits_loosened), facts.verification is not None
+    found = verdicts.of_ledger(life, approved, charges=num_charges(facts), verified=verified, limits_loosened=loosened)
+    reasons = [*found, *(["above_run_cap"] if above_cap else [])]
+    if not profile.accountants_agree(spent, width=accountant.COARSE):
+        reasons.append("accountants_disagree")
+    return rules.report_of(facts, (verdicts.judged(site, reasons, charged=charged, delta=delta),))
 
 
 def num_charges(facts: LedgerFacts) -> int:
@@ -165,11 +164,9 @@ def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
         # A head that names more rounds than charges: the events alone count, and what they leave is nobody's run.
         rounds = dict(own)
         unexplained = _less(charged, facts, rounds)
-    known = [
-        # The fedtune that wrote the entry samples so.
-        mechanism_of(run.plan, run=run.run, rounds=rounds[run.run], sampling="poisson", noise_factor=run.noise_factor)
-        for run in facts.runs
-    ]
+    # The fedtune that wrote the entry samples so.
+    made = partial(profile.mechanism_of, sampling="poisson")
+    known = [made(one.plan, run=one.run, rounds=rounds[one.run], noise_factor=one.noise_factor) for one in facts.runs]
     return (*known, *(_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
 
 
@@ -208,7 +205,16 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
     own, rounds = _rounds(facts), {row.run: row.rounds for row in mechanisms(facts)}
     begins = _groups(facts)
     spent = [charged_to(facts, cohort) for cohort in begins]
-    taken = [one + _held(facts, cohort, own) for cohort, one in zip(begins, spent, strict=True)]
+    # With what open runs that admit a cohort have set aside.
+    held = [
+        (run.plan.cohorts, run.plan.event(rounds=run.plan.most_rounds - own[run.run]))
+        for run in facts.runs
+        if run.state == "open"
+    ]
+    taken = [
+        one + events.grouped([event for admitted, event in held if admitted is None or cohort in admitted])
+        for cohort, one in zip(begins, spent, strict=True)
+    ]
     charged, most = _most(facts, spent), _most(facts, taken)
     left, reference = _left(facts, most), facts.reference
     typical = events.dp_sgd(
@@ -226,7 +232,23 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
         period_epsilon=_filtered(facts, charged_of(facts, period=facts.period)),
         reference_runs_left=None if left is None or each == 0 else math.floor(left / each),
         caps=facts.caps,
-        runs=tuple(_run(facts, run, rounds[run.run]) for run in facts.runs),
+        runs=tuple(
+            LifetimeRun(  # rounds that it was charged on a lost branch are in its figures
+                run=run.run,
+                lead=run.lead,
+                dataset=run.dataset,
+                state=run.state,
+                rounds=rounds[run.run],
+                most_rounds=run.plan.most_rounds,
+                steps=rounds[run.run] * run.plan.local_steps,
+                epsilon=profile.epsilon_pld([run.plan.event(rounds=rounds[run.run])], facts.delta),
+                planned_epsilon=profile.epsilon_pld([run.plan.whole], facts.delta),
+                seeded_noise=run.seeded_noise,
+                base_model=run.base_model,
+                adapter_sha256=run.adapter_sha256,
+            )
+            for run in facts.runs
+        ),
         frozen=facts.frozen,
         in_doubt=facts.in_doubt,
         restored=sum(not entry.run for entry in facts.charges),
@@ -244,13 +266,6 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
     )
 
 
-def _held(facts: LedgerFacts, cohort: int, rounds: Mapping[str, int]) -> Counter[DpEvent]:
-    """What open runs that admit a cohort have set aside."""
-    runs = (run for run in facts.runs if run.state == "open")
-    admit = [run for run in runs if run.plan.cohorts is None or cohort in run.plan.cohorts]
-    return events.grouped([run.plan.event(rounds=run.plan.most_rounds - rounds[run.run]) for run in admit])
-
-
 def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
     """What the lifetime cap leaves for new runs, as a divergence of the ledger's order; None: no cap."""
     if facts.frozen or facts.in_doubt:
@@ -259,35 +274,6 @@ def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
         return None
     room = filter.most_divergence(facts.max_epsilon, order=facts.order, delta=facts.delta)
     return max(0.0, room - filter.total_divergence(taken, facts.order))
-
-
-def _run(facts: LedgerFacts, run: RunInLedger, rounds: int) -> LifetimeRun:
-    """One run; rounds that it was charged on a lost branch are in its figures."""
-    plan = run.plan
-    return LifetimeRun(
-        run=run.run,
-        lead=run.lead,
-        dataset=run.dataset,
-        state=run.state,
-        rounds=rounds,
-        most_rounds=plan.most_rounds,
-        steps=rounds * plan.local_steps,
-        epsilon=profile.epsilon_pld([plan.event(rounds=rounds)], facts.delta),
-        planned_epsilon=profile.epsilon_pld([plan.whole], facts.delta),
-        seeded_noise=run.seeded_noise,
-        base_model=run.base_model,
-        adapter_sha256=run.adapter_sha256,
-    )
-
-
-def _approved(facts: LedgerFacts) -> Approved:
-    return Approved(
-        max_epsilon=facts.max_epsilon,
-        max_epsilon_per_run=facts.max_epsilon_per_run,
-        max_epsilon_per_period=facts.max_epsilon_per_period,
-        period=facts.period,
-        since=facts.caps[-1].time if facts.max_epsilon == facts.caps[-1].max_epsilon else None,
-    )
 
 
 def steps(facts: LedgerFacts, life: Lifetime) -> tuple[Step, ...]:

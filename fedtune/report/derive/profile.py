@@ -62,16 +62,10 @@ def charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
 
 
 def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_factor: float | None = None) -> Mechanism:
-    """What `rounds` charged rounds of a plan did.
+    """What `rounds` charged rounds, retries included, of a plan did, as the site carried it out.
 
-    Args:
-        plan: the run's, as the site carried it out.
-        run: as the sites' ledgers call it.
-        rounds: charged, retries included.
-        sampling: how units really joined a step, or "not_recorded".
-        noise_factor: of its noise over the noise that was asked for, where it is more.
+    `sampling` says how units really joined a step, `noise_factor` its noise over what was asked for, where it is more.
     """
-    charges = events.counted(charged_events(plan, rounds))
     return Mechanism(
         run=run,
         sampling_assumed="poisson",
@@ -82,7 +76,7 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_fact
         local_steps=plan.local_steps,
         rounds=rounds,
         metrics_noise_multiplier=plan.metrics_noise_multiplier,
-        charges=tuple(Charge(event=event, count=count) for event, count in charges),
+        charges=tuple(Charge(event=one, count=count) for one, count in events.counted(charged_events(plan, rounds))),
         records_per_user=plan.records_per_user,
         shared=plan.shared,
         noise_factor=noise_factor,
@@ -119,12 +113,7 @@ def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Coun
 
 
 def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> Epsilons | None:
-    """What the charges of these runs come to, by who looks; None where no sum was secure.
-
-    Args:
-        rows: of one site.
-        epsilon: of charges, as the site's own figure is computed.
-    """
+    """What the charges of a site's runs come to by `epsilon`, for each who looks; None where no sum was secure."""
     if all(row.shared is None for row in rows):
         return None
     lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
@@ -159,10 +148,7 @@ def posterior(epsilon: float, *, prior: float) -> float:
 def hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> float:
     """Of the records that were used, the share that any attack finds: at most, from (epsilon, delta) alone.
 
-    Args:
-        epsilon: of the guarantee.
-        delta: of the guarantee.
-        false_alarms: share of the records that were not used which the attack takes for used ones.
+    `false_alarms`: share of the records that were not used which the attack takes for used ones.
     """
     other_way = 1 - (1 - delta - false_alarms) * _inverse_exponential(epsilon)
     return max(false_alarms, min(math.exp(min(epsilon, _LARGEST_EXPONENT)) * false_alarms + delta, other_way, 1.0))
@@ -205,17 +191,12 @@ def _right_by_mixture(counted: Counted, members: int) -> float | None:
             return None
         shares = {n: math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)}
         moved = [n for n, share in shares.items() if share > 0]
+        noise, width = gaussian.noise_multiplier, _INTERVAL_OF_SEVERAL
         if len(moved) == 1:  # no mixture, which the library does not take for one
-            one = from_gaussian_mechanism(
-                gaussian.noise_multiplier, sensitivity=moved[0], value_discretization_interval=_INTERVAL_OF_SEVERAL
-            )
+            one = from_gaussian_mechanism(noise, sensitivity=moved[0], value_discretization_interval=width)
         else:
-            one = from_mixture_gaussian_mechanism(
-                gaussian.noise_multiplier,
-                [float(n) for n in moved],
-                [shares[n] for n in moved],
-                value_discretization_interval=_INTERVAL_OF_SEVERAL,
-            )
+            of_moved = [float(n) for n in moved], [shares[n] for n in moved]
+            one = from_mixture_gaussian_mechanism(noise, *of_moved, value_discretization_interval=width)
         one = one.self_compose(count)
         total = one if total is None else total.compose(one)
     return None if total is None else 50 * (1 + min(1.0, max(0.0, float(total.get_delta_for_epsilon(0.0)))))
@@ -281,10 +262,9 @@ def accountants_agree(figures: Figures, *, width: float) -> bool:
 
 def curve(spent: Spent, delta: float) -> tuple[CurvePoint, ...]:
     """Epsilon by both accountants at powers of ten and at a report's own delta, the largest first; () of nothing."""
-    return tuple(
-        CurvePoint(delta=one, epsilon_pld=epsilon_pld(spent, one), epsilon_rdp=epsilon_rdp(spent, one))
-        for one in (sorted({*DELTAS, delta}, reverse=True) if spent else ())
-    )
+    deltas = sorted({*DELTAS, delta}, reverse=True) if spent else ()
+    both = ((one, epsilon_pld(spent, one), epsilon_rdp(spent, one)) for one in deltas)
+    return tuple(CurvePoint(delta=one, epsilon_pld=pld, epsilon_rdp=rdp) for one, pld, rdp in both)
 
 
 def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
@@ -301,14 +281,9 @@ def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
 def _hit_rate_of(counted: Counted, false_alarms: float) -> float | None:
     if _is_unbounded(counted):
         return None
-
-    def more_alarms(epsilon: float) -> float:
-        return math.exp(epsilon) * false_alarms + _delta(counted, epsilon)
-
-    def fewer_misses(epsilon: float) -> float:
-        return 1 - (1 - _delta(counted, epsilon) - false_alarms) * math.exp(-epsilon)
-
-    return max(false_alarms, min(1.0, _least(more_alarms), _least(fewer_misses)))
+    more_alarms = _least(lambda epsilon: math.exp(epsilon) * false_alarms + _delta(counted, epsilon))
+    fewer_misses = _least(lambda epsilon: 1 - (1 - _delta(counted, epsilon) - false_alarms) * math.exp(-epsilon))
+    return max(false_alarms, min(1.0, more_alarms, fewer_misses))
 
 
 def right_of_100(spent: Spent) -> float | None:
@@ -329,21 +304,26 @@ def meaning(
     fixed: bool = True,
     others: tuple[Spent, float | None] | None = None,
 ) -> Meaning:
-    """What `epsilon` at `delta`, and the mechanism that `spent` it, mean as frequencies.
+    """What `epsilon` (None: unbounded) at `delta`, and the mechanism that `spent` it, mean as frequencies.
 
     Args:
         spent: everything charged.
-        epsilon: that the report states for it; None: unbounded.
+        epsilon: that the report states for it.
         delta: that it is stated at.
         declared_size: number of units that the site publishes.
         fixed: whether all that was charged was fixed beforehand; else the mechanism's curve bounds nothing.
         others: what it comes to where all other sites tell what they added, with its epsilon; None: it stays the same.
     """
-    stated = unbounded(epsilon)
-    right, by_mechanism = _right(spent if fixed else None, stated, delta)
+    stated, known = unbounded(epsilon), spent if fixed else None
+    right, by_mechanism = _right(known, stated, delta)
     best = right if by_mechanism is None else by_mechanism
-    for_several = partial(right_of_several, spent if fixed else None, best, epsilon=stated, delta=delta)
-    with_all_others = None
+    for_several = partial(right_of_several, known, best, epsilon=stated, delta=delta)
+    with_all_others, rates = None, []
+    for alarms in FALSE_ALARMS:
+        ceiling = hit_rate_ceiling(stated, delta, false_alarms=alarms)
+        found = None if known is None else hit_rate(known, false_alarms=alarms)
+        found = None if found is None else min(found, ceiling)
+        rates.append(HitRate(false_alarms=alarms, ceiling=ceiling, mechanism=found))
     if others is not None:
         told, of_told = others
         bounds = _right(told if fixed and of_told is not None else None, unbounded(of_told), delta)
@@ -352,7 +332,7 @@ def meaning(
         right_of_100_ceiling=right,
         right_of_100_mechanism=by_mechanism,
         posterior=tuple(Posterior(prior=prior, ceiling=posterior(stated, prior=prior)) for prior in PRIORS),
-        hit_rates=tuple(_hit_rate(spent if fixed else None, stated, delta, false_alarms=one) for one in FALSE_ALARMS),
+        hit_rates=tuple(rates),
         expected_failures=None if declared_size is None else delta * declared_size,
         right_of_100_with_all_others=with_all_others,
         right_of_100_for_2=for_several(members=2),
@@ -365,13 +345,6 @@ def _right(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, fl
     ceiling, found = right_of_100_ceiling(epsilon, delta), None if spent is None else right_of_100(spent)
     # Both bound the same attack; the coarse grid may say a little more than a ceiling from a finer one.
     return ceiling, None if found is None else min(found, ceiling)
-
-
-def _hit_rate(spent: Spent | None, epsilon: float, delta: float, *, false_alarms: float) -> HitRate:
-    ceiling = hit_rate_ceiling(epsilon, delta, false_alarms=false_alarms)
-    found = None if spent is None else hit_rate(spent, false_alarms=false_alarms)
-    mechanism = None if found is None else min(found, ceiling)
-    return HitRate(false_alarms=false_alarms, ceiling=ceiling, mechanism=mechanism)
 
 
 def as_stated(part: Any) -> Any:

@@ -12,55 +12,29 @@ from typing import Literal
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report.derive import profile, verdicts
-from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Lifetime, RunFacts, Verification
+from fedtune.report.facts import NOT_RECORDED, LedgerFacts, RunFacts
 from fedtune.report.model import Assumption, Report, SiteReport, Utility
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
 
 LEAVES_OUT = (
-    "other_runs",
-    "tuning_trials",
-    "other_ledgers",
-    "lead_evaluation",
-    "preprocessing",
-    "pretraining_data",
-    "unreleased_statistics",
-    "refusals_and_receipts",
-    "side_channels",
+    *("other_runs", "tuning_trials", "other_ledgers", "lead_evaluation", "preprocessing", "pretraining_data"),
+    *("unreleased_statistics", "refusals_and_receipts", "side_channels"),
 )
 """Privacy losses that the epsilon of a report does not include."""
 NOT_PROTECTED = (
-    "facts_about_people_in_general",
-    "outside_training",
-    "several_records",
-    "several_sites",
-    "reply_time_and_absence",
-    "public_choices",
-    "ledger_length",
-    "lead_files",
-    "pretraining_data",
-    "site_administrator",
-    "model_against_malicious_sites",
+    *("facts_about_people_in_general", "outside_training", "several_records", "several_sites"),
+    *("reply_time_and_absence", "public_choices", "ledger_length", "lead_files", "pretraining_data"),
+    *("site_administrator", "model_against_malicious_sites"),
 )
 UNPROTECTED_FIGURES = (
-    "scores_on_lead_files",
-    "declared_sizes",
-    "times",
-    "bytes",
-    "who_took_part",
-    "attack_on_real_records",
-    "counts_of_events",
+    *("scores_on_lead_files", "declared_sizes", "times", "bytes", "who_took_part"),
+    *("attack_on_real_records", "counts_of_events"),
 )
 """Exact figures of a report that no noise covers."""
 _NOT_OF_A_LEDGER = {
-    "other_runs",
-    "tuning_trials",
-    "lead_evaluation",
-    "lead_files",
-    "model_against_malicious_sites",
-    "scores_on_lead_files",
-    "bytes",
-    "who_took_part",
+    *("other_runs", "tuning_trials", "lead_evaluation", "lead_files", "model_against_malicious_sites"),
+    *("scores_on_lead_files", "bytes", "who_took_part"),
 }
 _Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
 _WORST_FIRST: tuple[_Status, ...] = ("violated", "assumed", "asserted", "ensured", "verified")
@@ -70,67 +44,54 @@ _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
 _UPDATES = {False: "updates", True: "masked_updates"}
 """The code of a site's released updates, by whether they are masked for a secure sum."""
-_NOISED_SCORES = ("noised_scores",)
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
 def report_of(
     facts: RunFacts | LedgerFacts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None
 ) -> Report:
-    """The report of a run or a ledger, without its cells.
-
-    Args:
-        facts: from its record.
-        sites: with their verdicts.
-        utility: the scores of a run.
-    """
+    """The report of a run or a ledger, without its cells; `sites` with their verdicts."""
     if isinstance(facts, RunFacts):
-        name, date, unit, delta = facts.name, facts.date, facts.plan.unit, facts.plan.delta
-        scores = _NOISED_SCORES if facts.plan.releases_metrics else ()
-        released = (_UPDATES[facts.plan.shared is not None], *scores, "aggregates", "refusals_and_receipts")
-        released += ("final_adapter",) if facts.finished else ()
-        covers = ("rounds_and_steps", "charged_retries", *scores)
-        others, audit, of_run = {"other_ledgers"}, facts.audit, True
-        cohorts = facts.plan.cohorts
+        name, unit, delta, target = facts.name, facts.plan.unit, facts.plan.delta, facts.target_epsilon
+        scores = ["noised_scores"] if facts.plan.releases_metrics else []
+        released = [_UPDATES[facts.plan.shared is not None], *scores, "aggregates", "refusals_and_receipts"]
+        released += ["final_adapter"] if facts.finished else []
+        covers = ["rounds_and_steps", "charged_retries", *scores]
+        others, unknown, audit, cohorts = {"other_ledgers"}, set[str](), facts.audit, facts.plan.cohorts
         admits = Arrivals.of(cohorts.span[0], cohorts.span[1] + 1, cohorts.period) if cohorts else None
         # Codes of exact figures that this report lacks: attacks on training records, and a joined site's events.
         no_figures = set() if audit is not None and audit.membership else {"attack_on_real_records"}
         no_figures |= set() if any(site.verification for site in sites) else {"counts_of_events"}
     else:
-        name, date, unit, delta = f"{facts.site} {facts.population}", facts.date, facts.unit, facts.delta
-        scores = _NOISED_SCORES if any(run.plan.releases_metrics for run in facts.runs) else ()
+        name, unit, delta, target = f"{facts.site} {facts.population}", facts.unit, facts.delta, None
+        scores = ["noised_scores"] if any(run.plan.releases_metrics for run in facts.runs) else []
         masked = {run.run: run.plan.shared is not None for run in facts.runs}
         sent = {masked[one.run] for one in facts.releases if one.kind == "update" and one.run in masked}
-        released = (
-            *(code for is_masked, code in _UPDATES.items() if is_masked in sent),
-            *(*scores, "refusals_and_receipts"),
-        )
-        covers = ("rounds_and_steps", "charged_retries", *scores, "all_runs", "tuning_trials")
-        covers += () if all(entry.run for entry in facts.charges) else ("lost_branches",)
-        others, audit, of_run, admits = _NOT_OF_A_LEDGER, None, False, None
+        released = [code for is_masked, code in _UPDATES.items() if is_masked in sent]
+        released += [*scores, "refusals_and_receipts"]
+        covers = ["rounds_and_steps", "charged_retries", *scores, "all_runs", "tuning_trials"]
+        covers += [] if all(entry.run for entry in facts.charges) else ["lost_branches"]
+        others, unknown, audit, admits = _NOT_OF_A_LEDGER, _NOT_OF_A_LEDGER, None, None
         no_figures = _NOT_OF_A_LEDGER | {"attack_on_real_records"}
     return Report(
         facts=facts,
         kind=facts.kind,
         name=name,
-        date=date,
+        date=facts.date,
         verdict=verdicts.worst(site.verdict for site in sites),
         unit=unit,
         neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
         delta=delta,
         epsilon=profile.largest(profile.claimed(site.spent) if site.spent else None for site in sites),
-        target_epsilon=facts.target_epsilon if isinstance(facts, RunFacts) else None,
+        target_epsilon=target,
         seeded_noise=facts.seeded_noise,
         randomness=_randomness(facts, sites),
-        released=released,
+        released=tuple(released),
         sites=sites,
-        covers=covers,
+        covers=tuple(covers),
         leaves_out=_of_kind(LEAVES_OUT, others),
         # By user, a person's records are protected as a whole.
-        not_protected=_of_kind(
-            NOT_PROTECTED,
-            (set() if of_run else _NOT_OF_A_LEDGER) | (set() if unit == "record" else {"several_records"}),
-        ),
+        not_protected=_of_kind(NOT_PROTECTED, unknown if unit == "record" else unknown | {"several_records"}),
         unprotected_figures=_of_kind(UNPROTECTED_FIGURES, no_figures),
         assumptions=assumptions(facts, sites),
         cells=(),
@@ -294,25 +255,16 @@ def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
     else:
         yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
     yield from _of_figures([site], delta=facts.delta, unit=facts.unit)
-    yield from _of_file(facts, site.verification, in_doubt=bool(life and life.in_doubt))
-    if life:
-        yield from _of_history(facts, life)
-
-
-def _of_file(facts: LedgerFacts, found: Verification | None, *, in_doubt: bool) -> Iterator[_Found]:
-    if found is None:
+    if (found := facts.verification) is None:
         yield "ledger_intact", "violated", facts.problem
+    else:
+        yield "ledger_intact", "verified", f"{found.num_events}: {found.head}"
+        missing: _Status = "verified" if found.rollback_excluded else "assumed"
+        anchor = "none" if found.anchor_sequence is None else f"{found.anchor_sequence} / {found.num_events}"
+        yield "no_event_missing", "violated" if facts.in_doubt else missing, f"anchor: {anchor}"
+        yield "site_key_known", "verified" if found.key_expected else "assumed", found.site_key
+    if life is None:
         return
-    yield "ledger_intact", "verified", f"{found.num_events}: {found.head}"
-    yield (
-        "no_event_missing",
-        "violated" if in_doubt else "verified" if found.rollback_excluded else "assumed",
-        "anchor: none" if found.anchor_sequence is None else f"anchor: {found.anchor_sequence} / {found.num_events}",
-    )
-    yield "site_key_known", "verified" if found.key_expected else "assumed", found.site_key
-
-
-def _of_history(facts: LedgerFacts, life: Lifetime) -> Iterator[_Found]:
     yield "order_fixed_beforehand", "verified", f"1: {life.order:g}"
     caps = ", ".join(f"{cap.time[:10]}: {cap.max_epsilon}" for cap in life.caps)
     yield "cap_never_raised", "violated" if life.cap_raised else "verified", caps

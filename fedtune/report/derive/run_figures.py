@@ -11,7 +11,6 @@ from dp_accounting import GaussianDpEvent
 
 from fedtune.federation.aggregation import weights_of
 from fedtune.federation.drift import FELL, fall_of
-from fedtune.federation.lead import RoundResult
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.report.derive import audit_bounds, profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source, Verdict
@@ -25,21 +24,9 @@ _MOST_FIGURES = 64
 def report_of(facts: RunFacts) -> Report:
     """The figures that follow from a run's facts."""
     weights = _weights(facts)
-    sites = audit_bounds.judged(
-        (replace(_site(facts, site), average_weight=weights.get(site.site)) for site in facts.sites),
-        facts.audit,
-        marked=facts.canaries_planted,
-    )
+    made = [replace(_site(facts, site), average_weight=weights.get(site.site)) for site in facts.sites]
+    sites = audit_bounds.judged(made, facts.audit, marked=facts.canaries_planted)
     return rules.report_of(facts, sites, utility=_utility(facts, sites))
-
-
-def source_of(facts: RunFacts, site: SiteFacts) -> Source:
-    """Where a site's figures come from."""
-    if site.statement:
-        return "signed_site_report"
-    if not facts.has_checkpoint:
-        return "run_record"
-    return "not_released" if site.signed_rounds is None else "charged_by_receipts"
 
 
 def least_rounds(facts: RunFacts, site: SiteFacts) -> int:
@@ -68,7 +55,10 @@ def _weights(facts: RunFacts) -> Mapping[str, float]:
 
 
 def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
-    plan, source, statement = facts.plan_of(site), source_of(facts, site), site.statement
+    plan, statement = facts.plan_of(site), site.statement
+    source: Source = "not_released" if site.signed_rounds is None else "charged_by_receipts"
+    if statement or not facts.has_checkpoint:
+        source = "signed_site_report" if statement else "run_record"
     grid, charged = profile.interval_of(source), profile.charged_events(plan, site.rounds)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
     ran = (facts.sampling if statement is None else "poisson" if known else None) or NOT_RECORDED
@@ -159,10 +149,7 @@ def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
 def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[Step]:
     """Epsilon after each round: at most all that was charged, but for one round for each later update of the site.
 
-    Args:
-        facts: of the run.
-        site: whose rounds they are.
-        final: its epsilon at the end; those before are on the coarse grid, and none is larger.
+    `final` is its epsilon at the end; those before are on the coarse grid, and none is larger.
     """
     plan, later = facts.plan_of(site), sum(result.has_update_of(site.site) for result in facts.rounds)
     every, epsilons = math.ceil(site.rounds / _MOST_FIGURES) or 1, {site.rounds: final}
@@ -177,25 +164,21 @@ def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[St
 
 def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
     """What came from a site over all rounds, by kind and reason."""
-    groups: dict[tuple[str, str | None], list[RoundResult]] = {}
+    groups = defaultdict[tuple[str, str | None], list[str]](list)
     for result in facts.rounds:
-        if (what := _what_came(result, site.site)) is not None:
-            groups.setdefault(what, []).append(result)
-    for (kind, reason), results in groups.items():
-        times = [result.ended for result in results if result.ended]
+        reason, kind = result.failed_sites.get(site.site), "refusal"
+        if result.has_update_of(site.site):
+            kind = "update"
+        elif reason in (None, LEFT_OUT):
+            continue  # it was not asked
+        elif reason in (NO_REPLY, UNSIGNED_REPLY):
+            kind = "no_answer"
+        groups[kind, reason].append(result.ended)
+    for (kind, reason), ended in groups.items():
+        times = [time for time in ended if time]
         first, last = min(times, default=None), max(times, default=None)
-        yield Release(kind=kind, run=facts.run, reason=reason, count=len(results), first=first, last=last)
-    came = sum(len(results) for (kind, _), results in groups.items() if kind == "update")
+        yield Release(kind=kind, run=facts.run, reason=reason, count=len(ended), first=first, last=last)
+    came = sum(len(ended) for (kind, _), ended in groups.items() if kind == "update")
     if (without := (site.signed_rounds or 0) - came) > 0:
         kind = "reservation_without_update"
         yield Release(kind=kind, run=facts.run, reason=None, count=without, first=None, last=None)
-
-
-def _what_came(result: RoundResult, site: str) -> tuple[str, str | None] | None:
-    """Kind and reason; None where the site was not asked."""
-    reason = result.failed_sites.get(site)
-    if result.has_update_of(site):
-        return "update", reason
-    if reason in (None, LEFT_OUT):
-        return None
-    return "no_answer" if reason in (NO_REPLY, UNSIGNED_REPLY) else "refusal", reason

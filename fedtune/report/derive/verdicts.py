@@ -19,29 +19,14 @@ from fedtune.words import unbounded
 
 REASONS: Mapping[State, tuple[str, ...]] = {
     "no_guarantee": (
-        "no_noise",
-        "seeded_noise",
-        "ledger_not_verified",
-        "ledger_in_doubt",
-        "no_lifetime_cap",
-        "site_report_disagrees",
-        "configuration_changed",
-        "receipts_not_believed",
-        "accountants_disagree",
-        "refuted_by_audit",
-        "holds_canaries",
+        *("no_noise", "seeded_noise", "ledger_not_verified", "ledger_in_doubt", "no_lifetime_cap"),
+        *("site_report_disagrees", "configuration_changed", "receipts_not_believed", "accountants_disagree"),
+        *("refuted_by_audit", "holds_canaries"),
     ),
     "exceeded": ("above_target", "above_lifetime_cap", "above_period_cap", "above_run_cap"),
     "within": (
-        "nothing_spent",
-        "not_finished",
-        "ended_by_scores",
-        "site_silent",
-        "sampling_not_recorded",
-        "cap_raised",
-        "limits_loosened",
-        "began_in_an_adapter",
-        "audited",
+        *("nothing_spent", "not_finished", "ended_by_scores", "site_silent", "sampling_not_recorded"),
+        *("cap_raised", "limits_loosened", "began_in_an_adapter", "audited"),
     ),
 }
 """State -> the reasons for it, the worst state first.  Those of "within" are remarks."""
@@ -85,15 +70,9 @@ def room_of(report: Report) -> Room | None:
 
 
 def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: float) -> SiteReport:
-    """Add to a site the verdict for `reasons`, and the meaning of its epsilon.
+    """Add to a site the verdict for `reasons`, and the meaning of its epsilon, which covers all that was `charged`.
 
     Without a guarantee the meaning is left out, unless missing noise is the only reason.
-
-    Args:
-        site: the site, with its figures.
-        reasons: the reasons that hold.
-        charged: all events that its epsilon covers.
-        delta: of the report.
     """
     verdict, spent = verdict_of(reasons), site.spent
     assert spent is not None
@@ -140,15 +119,7 @@ def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str
 def of_ledger(
     life: Lifetime, approved: Approved, *, charges: int, verified: bool, limits_loosened: bool = False
 ) -> Iterator[str]:
-    """The reasons of a ledger: what was spent against what is approved now.
-
-    Args:
-        life: the ledger's spending.
-        approved: the caps that the site approves.
-        charges: number of charges in the ledger, as `Cap.charges_before` counts them.
-        verified: whether the ledger is consistent.
-        limits_loosened: whether a limit for a run or a period was, after something was charged.
-    """
+    """The reasons of a ledger: what was spent against what is approved now; `charges` as `Cap.charges_before`."""
     something = life.epsilon != 0
     yield from _holding(
         ledger_not_verified=not verified,

@@ -6,14 +6,13 @@ What page 1 says beyond single figures is here, too, and how cells are grouped t
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import importlib
 import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,8 +51,6 @@ _GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "docum
 _RIGHT_GUESSES = ("right_of_100_ceiling", "right_of_100_mechanism", "singling_out_bound", "linkability_bound")
 _SCORES = ("scores_before", "scores_final")
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
-
-
 AGAIN_S = 15
 """After this time a page of a run that goes on loads itself again."""
 
@@ -88,36 +85,33 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
     tables = Tables(words)
     digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
     footer = words.text("page.footer", name=shortened(report.name, _LONGEST_NAME), digest=digest)
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            language=language,
-            fillable=fillable,
-            unfinished=unfinished,
-            again_s=AGAIN_S,
-            written=words.catalogue.figure(unfinished.written, "moment") if unfinished else "",
-            report=report,
-            words=words,
-            t=words.text,
-            figure=words.figure,
-            code=words.code,
-            spoken=score_words,
-            tables=tables,
-            charts=Charts(words, tables),
-            key_digest=signing.digest_of_key(report.signature.key) if report.signature else "",
-            one=PageOne(words),
-            fields=Fields(words),
-            columns=data()["access"]["columns"],
-            pointer=pointer,
-            sections=data()["section"],
-            tiers_source=TIERS_SOURCE,
-            title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
-            short=lambda name: shortened(name, _LONGEST_NAME),
-            digest=digest,
-            footer=css_string(footer.unescape()),
-            banner=css_string(" ".join(words.code("banner", code).unescape() for code in report.banners)),
-        )
+    page = environment().get_template("report.html.j2")
+    return page.render(
+        language=language,
+        fillable=fillable,
+        unfinished=unfinished,
+        again_s=AGAIN_S,
+        written=words.catalogue.figure(unfinished.written, "moment") if unfinished else "",
+        report=report,
+        words=words,
+        t=words.text,
+        figure=words.figure,
+        code=words.code,
+        spoken=score_words,
+        tables=tables,
+        charts=Charts(words, tables),
+        key_digest=signing.digest_of_key(report.signature.key) if report.signature else "",
+        one=PageOne(words),
+        fields=Fields(words),
+        columns=data()["access"]["columns"],
+        pointer=pointer,
+        sections=data()["section"],
+        tiers_source=TIERS_SOURCE,
+        title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
+        short=lambda name: shortened(name, _LONGEST_NAME),
+        digest=digest,
+        footer=css_string(footer.unescape()),
+        banner=css_string(" ".join(words.code("banner", code).unescape() for code in report.banners)),
     )
 
 
@@ -139,9 +133,6 @@ def environment() -> Environment:
 
 def write_files(folder: Path, report: Report, *, language: str, pdf: bool = False) -> list[Path]:
     """Write a report's files; each is whole at any moment.
-
-    Returns:
-        The files.
 
     Raises:
         ConfigError: there is no such language, what makes a PDF is not installed, or the folder cannot be written.
@@ -181,22 +172,14 @@ def as_pdf(html: str) -> bytes:
     fetcher = weasyprint.urls.URLFetcher(allowed_protocols={"data"})  # the page's own fonts
     document = weasyprint.HTML(string=html, base_url=None, url_fetcher=fetcher)
     identifier = hashlib.sha256(html.encode()).digest()[:16]
-    with _no_clock():
-        return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
-
-
-@contextlib.contextmanager
-def _no_clock() -> Iterator[None]:
-    """Without HarfBuzz's library for subsets, fontTools writes the time into each font, unless this says another."""
     before = os.environ.get("SOURCE_DATE_EPOCH")
+    # Without HarfBuzz's library for subsets, fontTools writes the time into each font, unless this says another.
     os.environ["SOURCE_DATE_EPOCH"] = "0"
     try:
-        yield
+        return bytes(document.write_pdf(pdf_identifier=identifier, pdf_tags=True, pdf_forms=True))
     finally:
-        if before is None:
-            del os.environ["SOURCE_DATE_EPOCH"]
-        else:
-            os.environ["SOURCE_DATE_EPOCH"] = before
+        del os.environ["SOURCE_DATE_EPOCH"]
+        os.environ |= {} if before is None else {"SOURCE_DATE_EPOCH": before}
 
 
 def _weasyprint() -> Any:
@@ -404,7 +387,5 @@ class Fields:
         if key in _SCORES:
             name, _, score = token.rpartition(" ")
             token = f"{score_words(name)} {score}"
-        return Markup("{}").format(_NUMBER.sub(self._number, token) if key in NUMBERS else token)
-
-    def _number(self, found: re.Match[str]) -> str:
-        return self._words.catalogue.digits(found.group())
+        digits = self._words.catalogue.digits
+        return Markup("{}").format(_NUMBER.sub(lambda found: digits(found[0]), token) if key in NUMBERS else token)

@@ -69,17 +69,11 @@ class Table:
     rows: tuple[tuple[Markup, ...], ...]
     all: int
 
-    @property
-    def is_narrow(self) -> bool:
-        """Whether two halves of it fit beside each other, and are worth it."""
-        return len(self.columns) <= 3 and len(self.rows) > 3
-
     def parts(self) -> tuple[Table, ...]:
-        """Its two halves where it is narrow, else itself."""
-        half = (len(self.rows) + 1) // 2
-        return (
-            (replace(self, rows=self.rows[:half]), replace(self, rows=self.rows[half:])) if self.is_narrow else (self,)
-        )
+        """Its two halves where they fit beside each other and are worth it, else itself."""
+        half, is_narrow = (len(self.rows) + 1) // 2, len(self.columns) <= 3 and len(self.rows) > 3
+        rows = (self.rows[:half], self.rows[half:]) if is_narrow else (self.rows,)
+        return tuple(replace(self, rows=some) for some in rows)
 
 
 def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]:
@@ -125,13 +119,10 @@ class Tables:
             return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self._words.text(column.absent or "word.unknown"))
         if column.zero and found == 0:
             return self._words.text(column.zero)
+        if column.kind.endswith("?"):
+            return self._words.spent(site, pointer.removeprefix(f"{site}/"), kind)
         if column.is_figure:
-            within = pointer.removeprefix(f"{site}/")
-            return (
-                self._words.spent(site, within, kind)
-                if column.kind.endswith("?")
-                else self._words.figure(pointer, kind)
-            )
+            return self._words.figure(pointer, kind)
         return Markup('<span data-at="{}">{}</span>').format(pointer, self._as_text(found, kind))
 
     def _as_text(self, value: Any, kind: str) -> Markup:
@@ -170,16 +161,10 @@ class Tables:
         most: int = MOST_ROWS,
     ) -> Table:
         """A table of the rows at these pointers; of more than `most` the last ones, or the first."""
-        shown, text = rows[-most:] if last else rows[:most], self._words.text
-        return Table(
-            caption=caption,
-            columns=tuple(
-                (Markup("{}").format(one.heading) if one.is_named else text(one.heading), one.is_figure)
-                for one in columns
-            ),
-            rows=tuple(tuple(self.cell(row, column) for column in columns) for row in shown),
-            all=len(rows),
-        )
+        shown, text, named = rows[-most:] if last else rows[:most], self._words.text, Markup("{}").format
+        headings = [(named(one.heading) if one.is_named else text(one.heading), one.is_figure) for one in columns]
+        cells = tuple(tuple(self.cell(row, column) for column in columns) for row in shown)
+        return Table(caption=caption, columns=tuple(headings), rows=cells, all=len(rows))
 
     def named(self, name: str, more: Sequence[Column] = ()) -> Table:
         """The table with a name, and perhaps more columns."""
@@ -242,8 +227,8 @@ class Tables:
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
         if self._words.is_ledger:
-            more = [Column(dates, f"cohorts/{n}", "epsilon", is_named=True) for n, dates in self._words.drawn.items()]
-            return self.named("steps", more)
+            drawn = self._words.drawn.items()
+            return self.named("steps", [Column(one, f"cohorts/{n}", "epsilon", is_named=True) for n, one in drawn])
         known = {site: self._words.at(f"{site}/steps") for site in self._words.sites if self._words.at(f"{site}/steps")}
         alike = in_groups((tuple((step["round"], step["epsilon"]) for step in of), site) for site, of in known.items())
         names = {sites[0]: self._words.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
@@ -260,15 +245,10 @@ class Tables:
 
     def utility(self) -> Table:
         """Scores by round, beside what was spent by then."""
-        scores = (
-            Column(score_words(name), pointer("scores", name)[1:], "score", is_named=True)
-            for name in self.score_names()
-        )
-        columns = (
-            Column("page.round", "round", "count"),
-            *scores,
-            Column("utility.epsilon", "epsilon", "epsilon", "word.not_released"),
-        )
+        columns = [Column("page.round", "round", "count")]
+        for name in self.score_names():
+            columns.append(Column(score_words(name), pointer("scores", name)[1:], "score", is_named=True))
+        columns.append(Column("utility.epsilon", "epsilon", "epsilon", "word.not_released"))
         return self.table(self._words.text("utility.caption"), columns, self.rounds())
 
     def rounds(self) -> list[str]:
@@ -329,12 +309,15 @@ class Charts:
         if drawn := self._words.drawn:
             by_arrival = ((self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items())
             series = [Series(points=some, number=n, label=dates) for n, (some, dates) in enumerate(by_arrival) if some]
-        target, levels = self._words.report.target_epsilon, []
+        target, levels, axis = self._words.report.target_epsilon, [], "axis_round"
         if self._words.is_ledger:
             series += [limit for site in lines if (limit := self._limit(site)).points]
+            # It has a point for each round, or where they are too many for each run.
+            rounds = [step["round"] is not None for site in lines for step in self._words.at(f"{site}/steps")]
+            axis = "axis_day" if drawn else "axis_charged" if any(rounds) else "axis_run"
         elif target is not None:
             levels = [(target, self._said("limit"), LIMIT)]
-        x, y = self._said(self._axis_of_steps(lines)), self._said("axis_epsilon")
+        x, y = self._said(axis), self._said("axis_epsilon")
         panel = Panel(series=series, levels=levels, x=x, y=y, scale="days" if drawn else "whole")
         return self._chart("epsilon_spent", self._tables.steps(), panel, seen=self._rose(lines))
 
@@ -353,13 +336,11 @@ class Charts:
 
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
-        rows = self._words.rows("curve", worst=True)
-        rows = [row for row in rows if self._words.at(f"{row}/epsilon_pld") is not None]
-        series = []
+        series, at = list[Series](), self._words.at
+        rows = [row for row in self._words.rows("curve", worst=True) if at(f"{row}/epsilon_pld") is not None]
         for number, key in enumerate(("pld", "rdp")):
-            points = [(self._words.at(f"{row}/delta"), self._words.at(f"{row}/epsilon_{key}")) for row in rows]
-            points = [point for point in points if point[1] is not None]
-            if points:
+            points = [(at(f"{row}/delta"), at(f"{row}/epsilon_{key}")) for row in rows]
+            if points := [point for point in points if point[1] is not None]:
                 series.append(Series(points=points, number=number, label=self._said(key)))
         panel = Panel(series=series, x=self._said("axis_delta"), y=self._said("axis_epsilon"), scale="powers")
         return self._chart("profile", self._tables.named("curve"), panel)
@@ -420,15 +401,6 @@ class Charts:
     def _line(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
         """A site's bounded figures."""
         return [(x, self._words.at(f"{step}/{of}")) for x, step in self._steps(site)]
-
-    def _axis_of_steps(self, sites: Iterable[str]) -> str:
-        """A ledger has a point for each round, or where they are too many for each run."""
-        if not self._words.is_ledger:
-            return "axis_round"
-        if self._words.drawn:
-            return "axis_day"
-        rounds = [step["round"] is not None for site in sites for step in self._words.at(f"{site}/steps")]
-        return "axis_charged" if any(rounds) else "axis_run"
 
     def _limit(self, site: str) -> Series:
         """The lifetime limit that was in force at each step of a ledger."""

@@ -37,9 +37,8 @@ class LedgerRecord:
     @classmethod
     def of(cls, verified: Verified, *, policy_file: Policy | None = None) -> LedgerRecord:
         """The record of a ledger that was verified."""
-        return cls(
-            events=verified.events, history=verified.history, verified=verified, problem="", policy_file=policy_file
-        )
+        events, history = verified.events, verified.history
+        return cls(events=events, history=history, verified=verified, problem="", policy_file=policy_file)
 
     @property
     def policy(self) -> Policy:
@@ -58,18 +57,17 @@ class LedgerRecord:
             return self.policy
         # A cap on another period counts once the ledger has noted it, and until then the noted one does.
         of_period = own if noted.max_epsilon_per_period is None else noted
-        return replace(
-            self.policy,
-            budget=replace(
-                noted,
-                max_epsilon=min(noted.max_epsilon, own.max_epsilon),
-                max_epsilon_per_run=_smaller(noted.max_epsilon_per_run, own.max_epsilon_per_run),
-                period=of_period.period,
-                max_epsilon_per_period=_smaller(of_period.max_epsilon_per_period, own.max_epsilon_per_period)
-                if of_period.period == own.period
-                else noted.max_epsilon_per_period,
-            ),
+        most = noted.max_epsilon_per_period
+        if of_period.period == own.period:
+            most = _smaller(of_period.max_epsilon_per_period, own.max_epsilon_per_period)
+        budget = replace(
+            noted,
+            max_epsilon=min(noted.max_epsilon, own.max_epsilon),
+            max_epsilon_per_run=_smaller(noted.max_epsilon_per_run, own.max_epsilon_per_run),
+            period=of_period.period,
+            max_epsilon_per_period=most,
         )
+        return replace(self.policy, budget=budget)
 
     @property
     def simulated(self) -> bool:
@@ -106,27 +104,17 @@ def read_ledger(path: Path, *, anchor: Path | None = None) -> LedgerRecord:
         raise ConfigError("ledger", str(ledger), "must be a ledger: there is no such file")
     if anchor is None and files and files.anchor and files.anchor.is_file():
         anchor = files.anchor
-    record = _read(ledger, anchor=Head.read(anchor) if anchor else None, files=files)
-    for key, made_for, says in record.history.opened.differences(files.policy) if files else []:
-        raise ConfigError(key, says, f"must be {made_for!r}, for which {ledger} was made").in_file(path)
-    return record
-
-
-def _read(ledger: Path, *, anchor: Head | None, files: SiteFiles | None) -> LedgerRecord:
-    policy = files.policy if files else None
+    head, policy = Head.read(anchor) if anchor else None, files.policy if files else None
     key = SigningKey.load(files.site_key).public if files and files.site_key.is_file() else None
     try:
-        verified = verify(ledger, anchor=anchor, site_key=key)
+        record = LedgerRecord.of(verify(ledger, anchor=head, site_key=key), policy_file=policy)
     except RunError as error:
         events, history = _followed(ledger)
-        return LedgerRecord(
-            events=events,
-            history=history,
-            verified=None,
-            problem=str(error).replace(str(ledger), ledger.name),  # folders are nobody else's business
-            policy_file=policy,
-        )
-    return LedgerRecord.of(verified, policy_file=policy)
+        problem = str(error).replace(str(ledger), ledger.name)  # folders are nobody else's business
+        record = LedgerRecord(events=events, history=history, verified=None, problem=problem, policy_file=policy)
+    for name, made_for, says in record.history.opened.differences(policy) if policy else []:
+        raise ConfigError(name, says, f"must be {made_for!r}, for which {ledger} was made").in_file(path)
+    return record
 
 
 def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
@@ -137,15 +125,14 @@ def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
     """
     with store.reading(ledger) as file:
         events = store.read_events(file)
-    history, followed = History(), list[Event]()
-    for event in events:
+    history = History()
+    for number, event in enumerate(events):
         try:
             history.follow(event)
         except RunError:
-            if len(followed) < 2:
+            if number < 2:
                 raise
-            break
-        followed.append(event)
-    if len(followed) < 2:
+            return tuple(events[:number]), history
+    if len(events) < 2:
         raise RunError(f"ledger {ledger} is empty")
-    return tuple(followed), history
+    return tuple(events), history

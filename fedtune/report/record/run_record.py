@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,12 +74,8 @@ class RunRecord:
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
         """Site -> its newest receipt of this run, where it is the site's own word."""
-        stored = self._stored
-        return {
-            site: receipt
-            for site, receipt in stored.items()
-            if (receipt.site, receipt.run) == (site, self.run) and receipt.is_signed()
-        }
+        stored = self._stored.items()
+        return {site: one for site, one in stored if (one.site, one.run) == (site, self.run) and one.is_signed()}
 
     @cached_property
     def doubtful(self) -> tuple[str, ...]:
@@ -88,28 +84,16 @@ class RunRecord:
         As rounds come in, an older receipt counts as none, and the round as unanswered: what is missing in both was
         put there later.  A checkpoint is written before `run.json` is, so one that knows less was put there, too.
         """
-        unanswered = self.state.unanswered if self.state else {}
-        credible = {
-            site
-            for site, receipt in self.receipts.items()
-            if receipt.charged_rounds + unanswered.get(site, 0) >= self.updates(site)
-        }
-        disbelieved = {site: None for site in self._stored if site not in credible}
-        return tuple(disbelieved | dict.fromkeys(self._stale()))
-
-    def _stale(self) -> Iterator[str]:
-        """Sites of which the newest checkpoint knows less than `run.json`."""
-        if self.state is not None:
-            put_back = len(self.state.rounds) < len(self.rounds)
-            yield from (
-                site for site in self.config.federation.active if put_back or self._known(site) < self._noted(site)
-            )
-
-    def _known(self, site: str) -> int:
-        """Rounds that the newest checkpoint says may have been charged."""
-        assert self.state is not None
-        receipt = self.receipts.get(site)
-        return (receipt.charged_rounds if receipt else 0) + self.state.unanswered.get(site, 0)
+        if self.state is None:
+            return ()
+        receipts, put_back = self.receipts, len(self.state.rounds) < len(self.rounds)
+        # Rounds that the newest checkpoint says may have been charged.
+        known = dict(self.state.unanswered)
+        for site, receipt in receipts.items():
+            known[site] = known.get(site, 0) + receipt.charged_rounds
+        found = [site for site in self._stored if site not in receipts or known[site] < self.updates(site)]
+        stale = [site for site in self.config.federation.active if put_back or known.get(site, 0) < self._noted(site)]
+        return tuple(dict.fromkeys([*found, *stale]))
 
     def _noted(self, site: str) -> int:
         """Rounds that were charged according to `run.json`, where no later receipt can have said that it were fewer."""
@@ -195,17 +179,20 @@ class RunRecord:
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
     """The record of a run folder.
 
-    Args:
-        folder: the run's.
-        plan: of an earlier reading of the same folder; without it, noise that is not on record is searched for again.
+    With the `plan` of an earlier reading of the same folder, noise that is not on record is not searched for again.
 
     Raises:
         ConfigError: it is not a run folder, or its files belong to different runs.
         RunError: what it holds is damaged.
     """
-    config, result = _config(folder), _result(folder)
+    files, settings = RunFolder(folder), saved_settings(folder)
+    with errors_in(files.config):
+        config = parse(settings)
+    result = _result(folder)
     digest = result.config_sha256 if result else config.digest()
-    state = _state(folder, digest, result)
+    if not files.saved_checkpoints and result is None:
+        raise ConfigError("run folder", str(folder), "must be one of a run that has begun: it has no checkpoint")
+    state = Checkpoints(files.checkpoints, digest).load() if files.saved_checkpoints else None
     return RunRecord(
         config=config,
         plan=plan or _plan(folder, config, result),
@@ -231,12 +218,6 @@ def _inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return all(accepted) if all(type(one) is bool for one in accepted) else None
-
-
-def _config(folder: Path) -> RunConfig:
-    settings = saved_settings(folder)
-    with errors_in(RunFolder(folder).config):
-        return parse(settings)
 
 
 def _result(folder: Path) -> RunResult | None:
@@ -292,12 +273,3 @@ def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
             wrong = ConfigError(key, value, f"must be what run.json says it was, {noted}")
             raise wrong.in_file(RunFolder(folder).config)
     return plan
-
-
-def _state(folder: Path, digest: str, result: RunResult | None) -> LeadState | None:
-    files = RunFolder(folder)
-    if not files.saved_checkpoints:
-        if result is None:
-            raise ConfigError("run folder", str(folder), "must be one of a run that has begun: it has no checkpoint")
-        return None
-    return Checkpoints(files.checkpoints, digest).load()
