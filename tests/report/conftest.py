@@ -17,6 +17,7 @@ from fedtune.report import from_ledger, from_run
 from fedtune.report.derive.derived import derive
 from fedtune.report.facts import LedgerFacts, RunFacts
 from fedtune.report.model import Report
+from fedtune.report.page.catalogue import LANGUAGES
 
 from .site_ledgers import Books
 
@@ -71,6 +72,18 @@ def a_ledger_report() -> Callable[..., Report]:
 def run_folder(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run at two sites of different sizes; tests that change it take a copy."""
     return simulate("data.declared_sizes=[80,90]", into=tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def folder(run_folder: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(run_folder, tmp_path / "run"))
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request: pytest.FixtureRequest) -> str:
+    """Each in which there are pages."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from fedtune.privacy.cohorts import Cohorts
 from fedtune.report.derive import cells, rules
 from fedtune.report.derive.derived import derive
 from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, Verdict
-from fedtune.report.model import Assumption, Report, SiteReport, Spent, Step
+from fedtune.report.model import Assumption, Report, SiteReport, Step
 from fedtune.report.page import render
 from fedtune.report.rederive import problems
 from fedtune.show.budget_text import Arrivals
@@ -48,6 +49,12 @@ def with_site(report: Report, **changes: Any) -> Report:
 def status(report: Report, code: str) -> str:
     """Of the assumption with this code."""
     (found,) = [assumption.status for assumption in report.assumptions if assumption.code == code]
+    return found
+
+
+def evidence(report: Report, code: str) -> str:
+    """Likewise."""
+    (found,) = [assumption.evidence for assumption in report.assumptions if assumption.code == code]
     return found
 
 
@@ -104,13 +111,15 @@ def filled(report: Report, **changes: Any) -> Report:
     return replace(report, **{**fields, **changes})
 
 
-def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make) -> dict[str, Report]:
-    """The situations whose page 1 is kept as golden text."""
+def situations(
+    a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make, a_secure_report: Make
+) -> dict[str, Report]:
+    """All of them; page 1 is kept as golden text of all but the wide ones."""
     run = a_report()
     north, south = run.sites
     exceeded = Verdict(state="exceeded", reasons=("above_target",))
     seeded = Verdict(state="no_guarantee", reasons=("seeded_noise",))
-    silent = Verdict(state="within", reasons=("site_silent",))
+    silent, upper_bound = Verdict(state="within", reasons=("site_silent",)), replace(north.spent, upper_bound=True)
     unreleased = replace(
         south, source="not_released", spent=None, meaning=None, mechanisms=(), curve=(), steps=(), releases=()
     )
@@ -128,7 +137,7 @@ def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: 
         "upper_bound": filled(
             run,
             verdict=silent,
-            sites=(replace(north, verdict=silent, spent=_silent(north.spent), source="not_released"), south),
+            sites=(replace(north, verdict=silent, spent=upper_bound, source="not_released"), south),
         ),
         "not_released": filled(run, sites=(north, unreleased)),
         "ledger": filled(a_ledger_report()),
@@ -140,6 +149,9 @@ def situations(a_report: Make, a_report_without_privacy: Make, a_ledger_report: 
         "admitting": filled(admitting(run)),
         "drifting": filled(drifting(run)),
         "site_reports": filled(replace(run, sites=told_by_their_sites(run, a_ledger_report()))),
+        "wide_run": wide_run(a_report),
+        "wide_ledger": wide_ledger(a_ledger_report),
+        "secure": a_secure_report(),
     }
 
 
@@ -199,21 +211,13 @@ def without_room(ledger: Report, *, left: float) -> Report:
 
 def by_user(run: Report) -> Report:
     """The same run with people for rows."""
-    people = Assumption(
-        code="every_record_names_its_person", status="assumed", evidence="unit=user; docs/user_level.md"
-    )
-    sites = tuple(
-        replace(site, mechanisms=tuple(replace(one, records_per_user=8) for one in site.mechanisms))
-        for site in run.sites
-    )
+    code, evidence = "every_record_names_its_person", "unit=user; docs/user_level.md"
+    people = Assumption(code=code, status="assumed", evidence=evidence)
+    rows = [tuple(replace(one, records_per_user=8) for one in site.mechanisms) for site in run.sites]
+    sites = tuple(replace(site, mechanisms=row) for site, row in zip(run.sites, rows, strict=True))
     report = filled(replace(run, unit="user", sites=sites))
-    return replace(
-        report, assumptions=tuple(people if one.code == "one_record_is_one_unit" else one for one in report.assumptions)
-    )
-
-
-def _silent(spent: Spent | None) -> Spent:
-    return replace(spent, upper_bound=True)
+    supposed = (people if one.code == "one_record_is_one_unit" else one for one in report.assumptions)
+    return replace(report, assumptions=tuple(supposed))
 
 
 def detail_of(*labels: str) -> Detail:
@@ -228,8 +232,7 @@ def wide_run(a_report: Make) -> Report:
     """Ten sites, some with long or strange names, and sixty rounds."""
     run = a_report()
     names = (LONG, HOSTILE, "_underscore", "klinikum-süd", "病院", "f", "g", "h", "i", "j")
-    last = run.sites[0].steps[-1]
-    first = run.sites[0]
+    first, last, round_ = run.sites[0], run.sites[0].steps[-1], run.utility.rounds[0]
     sites = tuple(
         replace(
             first,
@@ -239,15 +242,10 @@ def wide_run(a_report: Make) -> Report:
         )
         for number, name in enumerate(names)
     )
+    failed = {number: {HOSTILE: "max_epsilon"} if number % 7 == 0 else {} for number in range(1, 61)}
     rounds = tuple(
-        replace(
-            run.utility.rounds[0],
-            round=number,
-            sites=names,
-            seconds=1.5 + number % 5,
-            failed_sites={HOSTILE: "max_epsilon"} if number % 7 == 0 else {},
-        )
-        for number in range(1, 61)
+        replace(round_, round=number, sites=names, seconds=1.5 + number % 5, failed_sites=failed_sites)
+        for number, failed_sites in failed.items()
     )
     energy = Energy(kwh=0.5, carbon_kg=0.19, seconds=930.0)
     detail = detail_of(LONG, HOSTILE, "c")
@@ -267,41 +265,15 @@ def wide_ledger(a_ledger_report: Make, *, runs: int = 500) -> Report:
     def many(items: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(replace(items[n % len(items)], run=f"run-{n:04d}-0123456789abcdef") for n in range(runs))
 
-    steps = tuple(
-        Step(
-            run=f"run-{n:04d}", round=None, time=f"{2020 + n // 100}-03-01T08:00:00+00:00", epsilon=2.0 * (n + 1) / runs
-        )
-        for n in range(runs)
-    )
-    lifetime = replace(
-        site.lifetime,
-        runs=many(site.lifetime.runs),
-        caps=tuple(
-            Cap(time=f"{2020 + n}-01-01T08:00:00+00:00", max_epsilon=4.0 + n, charges_before=n) for n in range(3)
-        ),
-        with_set_aside=2.5,
-    )
-    refusal = Release(
-        kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last="2026-02-01T08:00:00+00:00"
-    )
-    wide = replace(
-        site,
-        site=HOSTILE,
-        lifetime=lifetime,
-        steps=steps,
-        mechanisms=many(site.mechanisms),
-        releases=(*many(site.releases), refusal),
-    )
-    return filled(report, name=HOSTILE, sites=(wide,))
-
-
-def all_pages(
-    a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make, a_secure_report: Make
-) -> dict[str, Report]:
-    """All situations, the wide ones, and a real run with secure sums as it was."""
-    found = situations(a_report, a_report_without_privacy, a_ledger_report)
-    found |= {"wide_run": wide_run(a_report), "wide_ledger": wide_ledger(a_ledger_report)}
-    return found | {"secure": a_secure_report()}
+    days = [f"{2020 + n // 100}-03-01T08:00:00+00:00" for n in range(runs)]
+    steps = [Step(run=f"run-{n:04d}", round=None, time=day, epsilon=2.0 * (n + 1) / runs) for n, day in enumerate(days)]
+    limits = [(f"{2020 + n}-01-01T08:00:00+00:00", 4.0 + n, n) for n in range(3)]
+    caps = tuple(Cap(time=time, max_epsilon=cap, charges_before=charges) for time, cap, charges in limits)
+    lifetime = replace(site.lifetime, runs=many(site.lifetime.runs), caps=caps, with_set_aside=2.5)
+    last = "2026-02-01T08:00:00+00:00"
+    refusal = Release(kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last=last)
+    lists = {"mechanisms": many(site.mechanisms), "releases": (*many(site.releases), refusal), "steps": tuple(steps)}
+    return filled(report, name=HOSTILE, sites=(replace(site, site=HOSTILE, lifetime=lifetime, **lists),))
 
 
 _REPORTS: dict[str, Report] = {}
@@ -312,7 +284,7 @@ def reports_of(request: pytest.FixtureRequest) -> dict[str, Report]:
     """By situation; made once, since their figures take a while."""
     if not _REPORTS:
         makers = ("a_report", "a_report_without_privacy", "a_ledger_report", "a_secure_report")
-        _REPORTS.update(all_pages(*(request.getfixturevalue(maker) for maker in makers)))
+        _REPORTS.update(situations(*(request.getfixturevalue(maker) for maker in makers)))
     return _REPORTS
 
 
@@ -390,6 +362,18 @@ def parsed(html: str) -> Element:
     parser.close()
     assert len(parser.open) == 1
     return parser.open[0]
+
+
+def numbers(text: str) -> list[str]:
+    """Those in a text, as they are written."""
+    return re.findall(r"\d+(?:[.,]\d+)*", text)
+
+
+def put(data: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Change plain data at a place."""
+    for key in path[:-1]:
+        data = data[key]
+    data[path[-1]] = value
 
 
 def lookup(data: Any, pointer: str) -> Any:

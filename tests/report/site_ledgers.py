@@ -9,13 +9,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
+
+
+def resigned(receipt: Receipt, **changes: Any) -> Receipt:
+    """The receipt with changes, and signed again with a key of its own."""
+    key = SigningKey(Ed25519PrivateKey.generate())
+    other = replace(receipt, site_key=key.public, **changes)
+    return replace(other, signature=key.sign(RECEIPT, other.message()))
 
 
 @dataclass(frozen=True)
@@ -48,15 +57,16 @@ class Books:
     def open(self) -> Ledger:
         return SiteFiles.of(self.site_toml).open()
 
-    def edit(self, **changes: Any) -> None:
-        """Change the policy as its owner would, tables by dicts of their values; the ledger notes it."""
+    def edit(self, *, noted: bool = True, **changes: Any) -> None:
+        """Change the policy as its owner would, tables by dicts of their values; an open ledger notes it."""
         policy = read_policy(self.site_toml)
         values = {
             name: replace(getattr(policy, name), **change) if isinstance(change, dict) else change
             for name, change in changes.items()
         }
         write_policy(replace(policy, **values), self.site_toml)
-        self.open()
+        if noted:
+            self.open()
 
     def charge(self, proposal: Proposal, *rounds: int, committed: bool = True) -> None:
         """Train these rounds of a run; without `committed`, each dies before its reply is stored."""

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune
-from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
+from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
-from fedtune.report.model import Assumption, Report, SiteReport
+from fedtune.report.model import Assumption, SiteReport
 from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.sites.shared_settings import for_sites
 
-from .site_ledgers import Books
+from .shown import evidence, status
+from .site_ledgers import Books, resigned
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -32,13 +30,8 @@ def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., B
     return lambda **changes: Books.made(tmp_path / "site", site_policy(**changes))
 
 
-def statuses(report: Report) -> dict[str, str]:
-    return {one.code: one.status for one in report.assumptions}
-
-
-def evidence(report: Report, code: str) -> str:
-    (found,) = [one.evidence for one in report.assumptions if one.code == code]
-    return found
+def statuses(found: Iterable[Assumption]) -> dict[str, str]:
+    return {one.code: one.status for one in found}
 
 
 def of_run(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
@@ -70,13 +63,13 @@ def test_each_word_for_what_was_confirmed_has_one_meaning(run_folder: Path) -> N
     of_lead, own = from_run.build(run_folder), from_ledger.build(run_folder / "sites/site-1/site.toml")
     by_program = {"clipping_exact", "noise_in_every_step", "poisson_sampling", "unpredictable_randomness"}
     for report in (of_lead, own):
-        found = statuses(report)
-        assert {code for code, status in found.items() if status == "ensured"} == by_program
-        for code, status in found.items():
+        found = statuses(report.assumptions)
+        assert {code for code, how in found.items() if how == "ensured"} == by_program
+        for code, how in found.items():
             said = evidence(report, code)
-            if status == "ensured":
+            if how == "ensured":
                 assert re.match(rf"fedtune {re.escape(fedtune.__version__)}: tests/\S+\.py", said), said
-            if status == "verified":
+            if how == "verified":
                 assert "tests/" not in said, "a test of the program is no check of this report"
 
 
@@ -86,16 +79,15 @@ def clipping(found: tuple[Assumption, ...]) -> tuple[str, str]:
     return one.code, one.status
 
 
-def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(run_folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
-    policies = sorted(copy.glob("sites/*/site.toml"))
+def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(folder: Path) -> None:
+    policies = sorted(folder.glob("sites/*/site.toml"))
     for count, path in enumerate(policies, start=1):
         path.write_text(path.read_text().replace("inexact_gradients = false", "inexact_gradients = true"))
         # One that does not accept them is enough: all train on one machine.
         expected = ("clipping_but_for_rounding", "assumed") if count == len(policies) else ("clipping_exact", "ensured")
-        assert clipping(from_run.build(copy).assumptions) == expected
+        assert clipping(from_run.build(folder).assumptions) == expected
     policies[0].unlink()
-    assert clipping(from_run.build(copy).assumptions) == ("clipping_exact", "assumed")
+    assert clipping(from_run.build(folder).assumptions) == ("clipping_exact", "assumed")
 
 
 def test_of_a_ledger_that_ever_noted_inexact_gradients_the_bound_is_measured(
@@ -110,13 +102,7 @@ def test_of_a_ledger_that_ever_noted_inexact_gradients_the_bound_is_measured(
 
 def with_receipts_of(record: RunRecord, *, run: str) -> RunRecord:
     """The record with its sites' receipts made out, and signed, for a run of another name."""
-    key = SigningKey(Ed25519PrivateKey.generate())
-
-    def signed(receipt: Receipt) -> Receipt:
-        other = replace(receipt, run=run, site_key=key.public)
-        return replace(other, signature=key.sign(RECEIPT, other.message()))
-
-    receipts = {site: signed(receipt) for site, receipt in record.state.receipts.items()}
+    receipts = {site: resigned(receipt, run=run) for site, receipt in record.state.receipts.items()}
     return replace(record, state=replace(record.state, receipts=receipts))
 
 
@@ -145,7 +131,7 @@ def test_of_real_sites_the_lead_knows_what_it_holds(run_folder: Path) -> None:
         environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
     )
     deployed = with_receipts_of(deployed, run=deployed.run)
-    found = {one.code: one.status for one in of_run(run_folder, deployed, from_run.build(run_folder).sites)}
+    found = statuses(of_run(run_folder, deployed, from_run.build(run_folder).sites))
     assert found["sites_run_their_own_software"] == "assumed"
     assert found["unpredictable_randomness"] == "assumed"
     assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
@@ -161,20 +147,19 @@ def test_a_receipt_that_is_not_signed_is_found(run_folder: Path) -> None:
     assert (found[0].status, found[0].evidence) == ("violated", "site-1")
 
 
-def test_of_a_simulation_nobody_states_anything(run_folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run_folder, tmp_path / "run"))
-    policy = copy / "sites/site-1/site.toml"
+def test_of_a_simulation_nobody_states_anything(folder: Path) -> None:
+    policy = folder / "sites/site-1/site.toml"
     assert "no_person_at_another_site" not in policy.read_text()
     for more in ("", "\n[asserted]\nno_person_at_another_site = true\n"):  # as earlier versions wrote it
         policy.write_text(policy.read_text() + more)
-        for report in (from_run.build(copy), from_ledger.build(policy)):
-            assert statuses(report)["units_at_one_site_only"] == "assumed"
+        for report in (from_run.build(folder), from_ledger.build(policy)):
+            assert status(report, "units_at_one_site_only") == "assumed"
             assert all(site.asserted == {} for site in report.sites)
 
 
 def test_a_site_that_denies_is_heard(books: Callable[..., Books]) -> None:
     report = from_ledger.build(books(asserted={"no_person_at_another_site": False}).ledger)
-    assert statuses(report)["units_at_one_site_only"] == "violated"
+    assert status(report, "units_at_one_site_only") == "violated"
     assert report.assumptions[0].code == "units_at_one_site_only"
 
 
@@ -189,8 +174,7 @@ def test_an_accountant_that_contradicts_the_other_is_violated(run_folder: Path) 
     report = from_run.build(run_folder)
     (first, *others) = report.sites
     wrong = replace(first, spent=replace(first.spent, epsilon_rdp=0.01))
-    found = {one.code: one.status for one in of_run(run_folder, read_run(run_folder), [wrong, *others])}
-    assert found["accountants_agree"] == "violated"
+    assert statuses(of_run(run_folder, read_run(run_folder), [wrong, *others]))["accountants_agree"] == "violated"
 
 
 def test_a_seeded_or_unprotected_run_is_named(books: Callable[..., Books], run_proposal: Any) -> None:
@@ -200,7 +184,7 @@ def test_a_seeded_or_unprotected_run_is_named(books: Callable[..., Books], run_p
     made.charge(run_proposal(run="study", seeded_noise=True), 1)
     made.charge(run_proposal(run="open", noise_multiplier=0.0), 1)
     report = from_ledger.build(made.ledger)
-    assert statuses(report)["unpredictable_randomness"] == statuses(report)["noise_in_every_step"] == "violated"
+    assert status(report, "unpredictable_randomness") == status(report, "noise_in_every_step") == "violated"
     assert evidence(report, "unpredictable_randomness") == "study"
     assert evidence(report, "noise_in_every_step") == "open"
 
@@ -217,5 +201,5 @@ def test_a_ledger_in_doubt_misses_events(books: Callable[..., Books], run_propos
     assert caught.value.reason is Reason.LEDGER_BEHIND_RECEIPT
     report = from_ledger.build(made.ledger)
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("ledger_in_doubt",))
-    assert statuses(report)["no_event_missing"] == "violated"
+    assert status(report, "no_event_missing") == "violated"
     assert report.sites[0].meaning is None

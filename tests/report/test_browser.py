@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.report.model import to_json
-from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.catalogue import catalogue
 
 from .shown import NAMES, lookup, page_of, reports_of
 
@@ -85,7 +85,6 @@ SIZES = """
 """
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, request: pytest.FixtureRequest) -> None:
     """On the screen at each width, and then on paper; loading a page takes longer than looking at it."""

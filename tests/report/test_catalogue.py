@@ -87,7 +87,6 @@ def found_in(parts: dict[str, Any], place: str) -> Iterator[str]:
             yield from value if isinstance(value, list) else [value]
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 def test_every_code_of_reports_on_file_has_words(language: str) -> None:
     for name, parts in ON_FILE.items():
         for section, place in WRITTEN.items():
@@ -99,7 +98,6 @@ def test_every_code_of_reports_on_file_has_words(language: str) -> None:
     )
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 def test_languages_have_the_same_keys_and_placeholders(language: str) -> None:
     other = {(section, key) for section, texts in TEXTS[language].items() for key in texts}
     assert other == KEYS
@@ -160,7 +158,6 @@ def test_no_language_judges_or_leaves_out_what_the_other_does_not() -> None:
     assert differ == []
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("section", CODES)
 def test_every_code_of_a_report_has_words(language: str, section: str) -> None:
     assert set(TEXTS[language][section]) >= CODES[section]
@@ -220,7 +217,6 @@ def test_every_key_that_is_used_is_there() -> None:
             assert not column.kind.startswith("code:") or column.kind.removeprefix("code:") in TEXTS["en"]
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 def test_what_nobody_may_have_stated_can_be_asked(language: str) -> None:
     """But for what the annex's figures alone rest on."""
     sound = [parts for parts in ON_FILE.values() if "ledger_not_verified" not in parts["/verdict/reasons"]]
@@ -232,7 +228,6 @@ def test_what_nobody_may_have_stated_can_be_asked(language: str) -> None:
     assert of_the_annex.isdisjoint(TEXTS[language]["question"])
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
 def test_nothing_claims_what_only_people_can(language: str) -> None:
     for section, texts in TEXTS[language].items():
         for key, text in texts.items():

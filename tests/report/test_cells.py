@@ -16,13 +16,17 @@ from fedtune.report.model import Cell, Report
 LEGAL = {"purpose", "legal_basis", "retention", "claim", "judgement", "determination", "legal_role", "high_risk_class"}
 
 
+@pytest.fixture(params=["of_run", "of_ledger"])
+def report(request: pytest.FixtureRequest) -> Report:
+    made: Report = request.getfixturevalue(request.param)
+    return made
+
+
 def facts(report: Report, state: str) -> dict[str, dict[str, str]]:
     return {cell.code: dict(cell.facts) for cell in report.cells if cell.state == state}
 
 
-@pytest.mark.parametrize("which", ["of_run", "of_ledger"])
-def test_every_row_is_there_and_names_what_the_site_supplies(which: str, request: pytest.FixtureRequest) -> None:
-    report: Report = request.getfixturevalue(which)
+def test_every_row_is_there_and_names_what_the_site_supplies(report: Report) -> None:
     rows = {row.code: row for row in cells.ROWS}
     assert {cell.code for cell in report.cells} == rows.keys()
     for code, row in rows.items():
@@ -32,9 +36,7 @@ def test_every_row_is_there_and_names_what_the_site_supplies(which: str, request
         assert known == set(row.facts)
 
 
-@pytest.mark.parametrize("which", ["of_run", "of_ledger"])
-def test_only_what_fedtune_knows_has_a_value(which: str, request: pytest.FixtureRequest) -> None:
-    report: Report = request.getfixturevalue(which)
+def test_only_what_fedtune_knows_has_a_value(report: Report) -> None:
     for cell in report.cells:
         assert all(bool(value) == (cell.state in ("auto", "design")) for value in cell.facts.values()), cell
 
@@ -47,18 +49,14 @@ def test_nothing_legal_is_filled_by_fedtune() -> None:
     assert by_fedtune.isdisjoint(LEGAL)
 
 
-@pytest.mark.parametrize("which", ["of_run", "of_ledger"])
-def test_no_value_is_prose_or_a_verdict_of_law(which: str, request: pytest.FixtureRequest) -> None:
-    report: Report = request.getfixturevalue(which)
+def test_no_value_is_prose_or_a_verdict_of_law(report: Report) -> None:
     for values in facts(report, "auto").values():
         for name, value in values.items():
             assert not re.search("anonym|complian|lawful|gdpr|hipaa|impossible", value, re.IGNORECASE), name
             assert not value.endswith("."), "a sentence"
 
 
-@pytest.mark.parametrize("which", ["of_run", "of_ledger"])
-def test_what_no_record_shows_is_by_design_and_not_from_the_record(which: str, request: pytest.FixtureRequest) -> None:
-    report: Report = request.getfixturevalue(which)
+def test_what_no_record_shows_is_by_design_and_not_from_the_record(report: Report) -> None:
     by_design = {name: value for found in facts(report, "design").values() for name, value in found.items()}
     assert by_design == dict(cells.BY_DESIGN)
     assert by_design["raw_records_leave_site"] == "no"

@@ -4,7 +4,6 @@ import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from datetime import date
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from fedtune.report.page.report_words import Words
 from fedtune.report.page.tables import Chart, Charts, Tables
 from fedtune.show import drawing
 
-from .shown import HOSTILE, Make, arrivals, detail_of, filled, wide_ledger, wide_run
+from .shown import HOSTILE, Make, arrivals, detail_of, filled, wide_ledger, wide_run, with_site
 
 CODES = ("epsilon_spent", "profile", "utility")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -50,7 +49,6 @@ def ledger(a_ledger_report: Make) -> Report:
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("language", ["en", "de"])
 def test_each_chart_is_named_for_who_cannot_see_it(code: str, language: str, run: Report) -> None:
     svg = drawn(run, code, language)
     words = catalogue(language)
@@ -72,16 +70,13 @@ def test_a_round_that_a_site_has_no_step_of_is_a_dash(run: Report) -> None:
 
 def test_epsilon_by_run_shows_the_limit_of_its_time(ledger: Report) -> None:
     site = ledger.sites[0]
-    caps = (
-        Cap(time="2026-01-01T08:00:00+00:00", max_epsilon=6.0, charges_before=0),
-        Cap(time="2026-02-01T07:00:00+00:00", max_epsilon=9.0, charges_before=0),
-    )
-    raised = replace(ledger, sites=(replace(site, lifetime=replace(site.lifetime, caps=caps)),))
+    both = (("2026-01-01T08:00:00+00:00", 6.0), ("2026-02-01T07:00:00+00:00", 9.0))
+    caps = tuple(Cap(time=time, max_epsilon=cap, charges_before=0) for time, cap in both)
+    raised = with_site(ledger, lifetime=replace(site.lifetime, caps=caps))
     assert chart(raised, "epsilon_spent").svg != chart(ledger, "epsilon_spent").svg
     assert "limit" in texts(drawn(raised, "epsilon_spent"))
 
 
-@pytest.mark.parametrize("language", ["en", "de"])
 def test_rounds_of_a_ledgers_run_are_not_shown_as_runs(language: str, ledger: Report) -> None:
     (site,) = ledger.sites
     last, said = site.steps[-1], catalogue(language).texts["chart"]
@@ -89,7 +84,7 @@ def test_rounds_of_a_ledgers_run_are_not_shown_as_runs(language: str, ledger: Re
         steps = tuple(
             replace(last, run="r" if one else "q", round=one, epsilon=last.epsilon + n) for n, one in enumerate(rounds)
         )
-        report = replace(ledger, sites=(replace(site, steps=steps),))
+        report = with_site(ledger, steps=steps)
         shown = texts(drawn(report, "epsilon_spent", language))
         named = {one for one in shown if one in [said[key] for key in said if key.startswith("axis_")]}
         assert named == {said["axis_epsilon"], said[axis]}
@@ -133,7 +128,6 @@ def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
     assert "10⁻⁵" in texts(drawn(run, "profile"))
 
 
-@pytest.mark.parametrize("language", ["en", "de"])
 def test_how_sure_the_model_is_stands_beside_a_model_as_sure_as_right(run: Report, language: str) -> None:
     report = replace(run, utility=replace(run.utility, detail=detail_of("a", "b")))
     svg = drawn(report, "reliability", language)
@@ -150,24 +144,12 @@ def test_the_score_chart_leaves_out_losses(run: Report) -> None:
     assert "accuracy" in texts(drawn(run, "utility"))
 
 
-@pytest.mark.parametrize(
-    ("code", "changes"),
-    [
-        ("epsilon_spent", {"sites": ()}),
-        ("profile", {"sites": ()}),
-        ("utility", {"utility": None}),
-    ],
-)
-def test_without_figures_there_is_no_chart(code: str, changes: dict[str, Any], run: Report) -> None:
-    assert chart(replace(run, **changes), code).svg is None
+@pytest.mark.parametrize("code", CODES)
+def test_without_figures_or_bounds_there_is_no_chart(code: str, run: Report, a_report_without_privacy: Make) -> None:
+    nothing = replace(run, utility=None) if code == "utility" else replace(run, sites=())
+    for report in (nothing, a_report_without_privacy()):
+        assert chart(report, code).svg is None
     assert catalogue("en").has("chart", f"{code}_none")
-
-
-def test_what_nothing_bounds_is_not_drawn(a_report_without_privacy: Make) -> None:
-    report = a_report_without_privacy()
-    assert chart(report, "epsilon_spent").svg is None
-    assert chart(report, "profile").svg is None
-    assert chart(report, "utility").svg is None
 
 
 def test_what_never_changes_is_said_and_not_drawn(run: Report) -> None:
@@ -176,8 +158,8 @@ def test_what_never_changes_is_said_and_not_drawn(run: Report) -> None:
     assert chart(once, "utility").seen == catalogue("en").text("chart.same")
 
 
-@pytest.mark.parametrize(("language", "said"), [("en", "all 3 sites alike"), ("de", "alle 3 Standorte gleich")])
-def test_equal_lines_are_drawn_once(run: Report, language: str, said: str) -> None:
+def test_equal_lines_are_drawn_once(run: Report, language: str) -> None:
+    said = {"en": "all 3 sites alike", "de": "alle 3 Standorte gleich"}[language]
     north, south = run.sites
     three = tuple(replace(north, site=f"clinic-{n}") for n in range(3))
     alone = drawn(replace(run, sites=three), "epsilon_spent", language)

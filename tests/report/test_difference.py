@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -13,14 +12,9 @@ from fedtune.report.difference import Change, differences
 from fedtune.report.model import Report
 from fedtune.spec import ConfigError
 
+from .shown import with_site
+
 Make = Callable[..., Report]
-
-
-def with_mechanism(report: Report, **changes: Any) -> Report:
-    """The report with its first site's mechanism changed."""
-    first, *others = report.sites
-    rows = (replace(first.mechanisms[0], **changes), *first.mechanisms[1:])
-    return replace(report, sites=(replace(first, mechanisms=rows), *others))
 
 
 def test_equal_reports_differ_in_nothing(a_report: Make, a_ledger_report: Make) -> None:
@@ -29,15 +23,11 @@ def test_equal_reports_differ_in_nothing(a_report: Make, a_ledger_report: Make) 
 
 
 def test_a_changed_setting_is_named_once_with_both_values(a_report: Make) -> None:
-    after = with_mechanism(a_report(), noise_multiplier=1.25, run="tighter-fedcba9876543210")
-    assert differences(a_report(), after) == (
-        Change(
-            group="settings",
-            key="sites.north-hospital.mechanism.noise_multiplier",
-            before=1.5,
-            after=1.25,
-            missing=None,
-        ),
+    (row,) = a_report().sites[0].mechanisms
+    other = replace(row, noise_multiplier=1.25, run="tighter-fedcba9876543210")
+    key = "sites.north-hospital.mechanism.noise_multiplier"
+    assert differences(a_report(), with_site(a_report(), mechanisms=(other,))) == (
+        Change(group="settings", key=key, before=1.5, after=1.25, missing=None),
     )
 
 
@@ -76,21 +66,16 @@ def test_losing_the_guarantee_is_a_change_of_privacy(a_report: Make, a_report_wi
     changes = {change.key: change for change in differences(a_report(), a_report_without_privacy())}
     assert (changes["verdict.state"].before, changes["verdict.state"].after) == ("within", "no_guarantee")
     assert changes["verdict.reasons"].after == "no_noise"
-    assert changes["epsilon"].after is None
-    assert changes["epsilon"].missing is None  # there, and unbounded
+    assert (changes["epsilon"].after, changes["epsilon"].missing) == (None, None), "there, and unbounded"
     assert changes["target_epsilon"].after is None
 
 
 def test_a_ledger_a_year_later(a_ledger_report: Make) -> None:
     report = a_ledger_report()
     (site,) = report.sites
-    earlier = replace(
-        site,
-        mechanisms=site.mechanisms[:1],
-        lifetime=replace(site.lifetime, left=5.0),
-        approved=replace(site.approved, max_epsilon=7.0),
-    )
-    changes = {change.key: change for change in differences(a_ledger_report(sites=(earlier,)), report)}
+    figures = {"lifetime": replace(site.lifetime, left=5.0), "approved": replace(site.approved, max_epsilon=7.0)}
+    earlier = with_site(report, mechanisms=site.mechanisms[:1], **figures)
+    changes = {change.key: change for change in differences(earlier, report)}
     assert changes["sites.north-hospital.runs.triage.noise_multiplier"].missing == "before"
     assert changes["sites.north-hospital.runs.triage.rounds"].after == 3
     assert changes["sites.north-hospital.lifetime.left"].before == 5.0
@@ -98,18 +83,10 @@ def test_a_ledger_a_year_later(a_ledger_report: Make) -> None:
 
 
 def test_an_audit_belongs_to_privacy(a_report: Make) -> None:
-    bound = AuditBound(
-        site="a", claimed_epsilon=1.0, lower_bound=0.3, best_possible=1.1, canaries=1000, guesses=10, right=9
-    )
-    audit = Audit(
-        method="gradient_canaries",
-        confidence=0.95,
-        delta=1e-5,
-        seeded=False,
-        exceeded=False,
-        bounds=(bound,),
-        membership=(),
-    )
+    counts = {"canaries": 1000, "guesses": 10, "right": 9}
+    bound = AuditBound(site="a", claimed_epsilon=1.0, lower_bound=0.3, best_possible=1.1, **counts)
+    said = {"method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False, "exceeded": False}
+    audit = Audit(**said, bounds=(bound,), membership=())
     changes = differences(a_report(), a_report(audit=audit))
     assert ("privacy", "audit.a.lower_bound", 0.3) in [(change.group, change.key, change.after) for change in changes]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset, Policy
@@ -29,7 +27,7 @@ from fedtune.report.record.ledger_record import LedgerRecord
 from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError, RunError
 
-from .shown import status
+from .shown import evidence, status
 from .site_ledgers import Books
 
 Proposals = Callable[..., Proposal]
@@ -72,12 +70,10 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
     expected = filter.epsilon_filter(history.charged(), order=history.order, delta=history.delta)
     assert report.epsilon == site.spent.epsilon == site.lifetime.epsilon == expected
     assert (site.spent.rounds, site.spent.steps) == (3, 6)
-    assert {m.run: (m.rounds, m.noise_multiplier) for m in site.mechanisms} == {"r": (2, 4.0), "s": (1, 6.0)}
+    assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("s", 1, 6.0)]
     assert site.lifetime.with_set_aside > site.lifetime.epsilon, "both runs are open"
-    assert {run.run: (run.state, run.rounds, run.most_rounds) for run in site.lifetime.runs} == {
-        "r": ("open", 2, 4),
-        "s": ("open", 1, 4),
-    }
+    runs = [(run.run, run.state, run.rounds, run.most_rounds) for run in site.lifetime.runs]
+    assert runs == [("r", "open", 2, 4), ("s", "open", 1, 4)]
     assert report.date == history.last_time.date().isoformat()
     assert problems(report) == []
     assert report.verdict.state == "within"
@@ -152,17 +148,15 @@ def test_a_site_toml_brings_key_and_anchor(books: Callable[..., Books], run_prop
     (alone,) = from_ledger.build(made.ledger).sites
     assert (alone.verification.key_expected, alone.verification.rollback_excluded) == (False, False)
     report = from_ledger.build(made.site_toml)
-    (site,) = report.sites
-    assert (site.verification.key_expected, site.verification.rollback_excluded) == (True, True)
-    assert site.verification.anchor_sequence == site.verification.num_events
+    found = report.sites[0].verification
+    assert (found.key_expected, found.rollback_excluded, found.anchor_sequence) == (True, True, found.num_events)
     assert (status(report, "no_event_missing"), status(report, "policy_noted")) == ("verified", "verified")
     by_hand = from_ledger.build(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
     assert by_hand.sites[0].verification.rollback_excluded
 
 
 def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> None:
-    text = charged.site_toml.read_text()
-    charged.site_toml.write_text(text.replace("max_epsilon = 5.0", "max_epsilon = 4.0"))
+    charged.edit(noted=False, budget={"max_epsilon": 4.0})
     report = from_ledger.build(charged.site_toml)
     assert status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
@@ -174,25 +168,20 @@ def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> No
 @pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
 def test_a_policy_in_force_below_what_is_spent_is_exceeded(charged: Books, key: str) -> None:
     spent = from_ledger.build(charged.site_toml).epsilon
-    policy = read_policy(charged.site_toml)
-    lower = replace(policy.budget, **{key: round(spent * 0.8, 3)})
-    write_policy(replace(policy, budget=lower), charged.site_toml)  # nobody opened the ledger since
+    charged.edit(noted=False, budget={key: round(spent * 0.8, 3)})  # nobody opened the ledger since
     report = from_ledger.build(charged.site_toml)
     name = "above_lifetime_cap" if key == "max_epsilon" else "above_period_cap"
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", (name,))
     assert getattr(report.sites[0].approved, key) == round(spent * 0.8, 3)
     assert problems(report) == []
-    higher = replace(policy.budget, max_epsilon=50.0, max_epsilon_per_period=60.0)
-    write_policy(replace(policy, budget=higher), charged.site_toml)
+    charged.edit(noted=False, budget={"max_epsilon": 50.0, "max_epsilon_per_period": 60.0})
     approved = from_ledger.build(charged.site_toml).sites[0].approved
     assert approved.max_epsilon == 5.0, "a cap that the ledger has not noted raises nothing"
 
 
 def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Books) -> None:
-    policy = read_policy(charged.site_toml)
-    assert policy.budget.period == "year"
-    lower = replace(policy.budget, period="month", max_epsilon_per_period=0.1)
-    write_policy(replace(policy, budget=lower), charged.site_toml)
+    assert read_policy(charged.site_toml).budget.period == "year"
+    charged.edit(noted=False, budget={"period": "month", "max_epsilon_per_period": 0.1})
     report = from_ledger.build(charged.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.sites[0].approved.period, report.sites[0].lifetime.period) == ("month", "month")
@@ -204,9 +193,7 @@ def test_another_period_in_the_file_loosens_nothing_that_the_ledger_noted(
     made = books(budget={"max_epsilon_per_period": 3.0})
     made.charge(run_proposal(), 1, 2)
     made.edit(budget={"max_epsilon_per_period": 0.1})
-    policy = read_policy(made.site_toml)
-    larger = replace(policy.budget, period="month", max_epsilon_per_period=39.0)
-    write_policy(replace(policy, budget=larger), made.site_toml)
+    made.edit(noted=False, budget={"period": "month", "max_epsilon_per_period": 39.0})
     report = from_ledger.build(made.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.sites[0].approved.period, report.sites[0].approved.max_epsilon_per_period) == ("year", 0.1)
@@ -278,8 +265,7 @@ def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(
     found = report.sites[0].verification
     assert (found.rollback_excluded, found.num_events - found.anchor_sequence) == (False, 2)
     assert status(report, "no_event_missing") == "assumed"
-    evidence = [one.evidence for one in report.assumptions if one.code == "no_event_missing"]
-    assert evidence == [f"anchor: {found.anchor_sequence} / {found.num_events}"]
+    assert evidence(report, "no_event_missing") == f"anchor: {found.anchor_sequence} / {found.num_events}"
     said = {cell.facts["rollback_excluded"] for cell in report.cells if "rollback_excluded" in cell.facts}
     assert said == {"up_to_the_anchor"}
     assert problems(report) == []
@@ -337,10 +323,10 @@ def test_a_ledger_that_was_changed_gives_a_report_that_promises_nothing(
         report = from_ledger.build(path)
         assert report.verdict.state == "no_guarantee"
         assert "ledger_not_verified" in report.verdict.reasons
-        (broken,) = [one for one in report.assumptions if one.code == "ledger_intact"]
-        assert broken.status == "violated"
-        assert says in broken.evidence
-        assert str(charged.folder) not in broken.evidence
+        assert status(report, "ledger_intact") == "violated"
+        said = evidence(report, "ledger_intact")
+        assert says in said
+        assert str(charged.folder) not in said
         (site,) = report.sites
         assert (site.verification, site.meaning) == (None, None)
         assert {one.status for one in report.assumptions} <= {"violated", "assumed"}, "its own word shows nothing"
@@ -362,10 +348,9 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes) 
 
 
 def test_a_missing_ledger_policy_or_anchor_is_said(charged: Books, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no such file"):
-        from_ledger.build(tmp_path / "none.db")
-    with pytest.raises(ConfigError, match=r"none\.toml"):
-        from_ledger.build(tmp_path / "none.toml")
+    for name, said in (("none.db", "there is no such file"), ("none.toml", r"none\.toml")):
+        with pytest.raises(ConfigError, match=said):
+            from_ledger.build(tmp_path / name)
     with pytest.raises(ConfigError, match="anchor"):
         from_ledger.build(charged.ledger, anchor=tmp_path / "none.json")
     charged.ledger.unlink()
@@ -374,7 +359,7 @@ def test_a_missing_ledger_policy_or_anchor_is_said(charged: Books, tmp_path: Pat
 
 
 def test_a_policy_of_another_site_is_refused(charged: Books) -> None:
-    charged.site_toml.write_text(charged.site_toml.read_text().replace('site = "a"', 'site = "b"'))
+    charged.edit(noted=False, site="b")
     with pytest.raises(ConfigError, match=r"site\.toml: site = 'b': must be 'a'"):
         from_ledger.build(charged.site_toml)
 
@@ -382,8 +367,6 @@ def test_a_policy_of_another_site_is_refused(charged: Books) -> None:
 def test_equal_ledgers_give_equal_bytes(charged: Books) -> None:
     one, other = (signing.to_text(from_ledger.build(charged.site_toml)) for _ in range(2))
     assert one == other
-    assert signing.read(one.encode()) == from_ledger.build(charged.site_toml)
-    assert json.loads(one)["schema_version"] == 4
 
 
 def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(

@@ -14,21 +14,16 @@ from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.report import registry_entry, signing
 from fedtune.report.model import Report
 from fedtune.report.page import label
-from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.label import as_svg
 from fedtune.report.page.render import FONTS
 from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
 
-from .shown import HOSTILE, NAMES, periods, reports_of, with_site
+from .shown import HOSTILE, NAMES, numbers, periods, reports_of, with_site
 
 FILES = {"plain": "sans-regular", "bold": "sans-bold", "mono": "mono-regular"}
 SPACE = "{http://www.w3.org/2000/svg}"
-
-
-@pytest.fixture(params=LANGUAGES)
-def language(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture(params=[*NAMES, "says_nothing"])
@@ -51,21 +46,13 @@ def test_every_figure_on_it_is_one_of_the_report(report: Report, language: str) 
     known += [text for section in words.catalogue.texts.values() for text in section.values()]
     figures = [(report.epsilon, "epsilon"), (report.epsilon, "factor"), (report.delta, "exact"), (report.date, "day")]
     figures += [(len(report.sites), "count"), (report.target_epsilon, "cap")]
-    for site in report.sites:
-        figures += [(site.approved.max_epsilon, "cap")] if site.approved else []
-        if site.meaning:
-            means = site.meaning
-            figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
+    figures += [(site.approved.max_epsilon, "cap") for site in report.sites if site.approved]
+    for means in (site.meaning for site in report.sites if site.meaning):
+        figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
     known += [words.catalogue.figure(value, kind) for value, kind in figures]
     known += [one.dates for one in periods(report)]
-    shown = " ".join(
-        line for line in lines(as_svg(report, language=language)) if not re.fullmatch("[0-9a-f]{64}", line)
-    )
-    assert set(numbers(shown)) <= set(numbers(" ".join(known)))
-
-
-def numbers(text: str) -> list[str]:
-    return re.findall(r"\d+(?:[.,]\d+)*", text)
+    shown = [line for line in lines(as_svg(report, language=language)) if not re.fullmatch("[0-9a-f]{64}", line)]
+    assert set(numbers(" ".join(shown))) <= set(numbers(" ".join(known)))
 
 
 def test_it_names_what_is_not_covered_and_the_file_to_check(report: Report, language: str) -> None:
@@ -82,10 +69,8 @@ def test_it_names_what_is_not_covered_and_the_file_to_check(report: Report, lang
 def test_who_relies_on_other_sites_is_told_so(request: pytest.FixtureRequest, language: str) -> None:
     """In the label and in a registry's entry: where sites make their noise together."""
     found = reports_of(request)["within"]
-    first, *others = found.sites
     together = SharedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
-    rows = tuple(replace(row, shared=together) for row in first.mechanisms)
-    shared = replace(found, sites=(replace(first, mechanisms=rows), *others))
+    shared = with_site(found, mechanisms=tuple(replace(row, shared=together) for row in found.sites[0].mechanisms))
     said = " ".join(lines(as_svg(shared, language=language)))
     assert catalogue(language).texts["label"]["shared"] in said
     assert catalogue(language).texts["label"]["shared"] not in " ".join(lines(as_svg(found, language=language)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from fedtune.report.page import render
-from fedtune.report.page.catalogue import LANGUAGES, catalogue
+from fedtune.report.page.catalogue import catalogue
 from fedtune.spec import ConfigError
 
 from .shown import LONG, NAMES, Make, page_of, reports_of
@@ -42,7 +43,6 @@ def beginning(html: str) -> str:
 
 
 @needs_weasyprint
-@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("name", NAMES)
 def test_page_one_is_one_side_with_five_millimetres_to_spare(
     name: str, language: str, request: pytest.FixtureRequest
@@ -117,7 +117,6 @@ def test_a_pdf_is_the_same_each_time_without_harfbuzz_for_subsets_of_fonts(
 
 
 @needs_weasyprint
-@pytest.mark.parametrize("language", LANGUAGES)
 def test_what_a_person_fills_in_are_fields_of_the_pdf(language: str, request: pytest.FixtureRequest) -> None:
     """On page 1, which stays one side; the page for screens and browsers has none."""
     for name in ("by_user", "wide_run"):
@@ -142,17 +141,19 @@ def _unpacked(data: bytes) -> Iterator[bytes]:
             yield zlib.decompressobj().decompress(stream)  # its last byte may look like the end of a line
 
 
+def printed(page: Any, *, below: float = 0, above: float = math.inf) -> str:
+    """What stands between two heights of a page, without its spaces."""
+    boxes = [box for box in page._page_box.descendants() if type(box).__name__ == "TextBox"]
+    return "".join(str(box.text) for box in boxes if below <= box.position_y < above).replace(" ", "")
+
+
 @needs_weasyprint
 def test_each_page_names_the_report_and_its_hash(a_report: Make) -> None:
     html = render.render(a_report(name=LONG), language="en")
     digest = re.findall(r"\b[0-9a-f]{64}\b", html)[-1]
     for one in pages(html):
-        footer = " ".join(
-            str(box.text)
-            for box in one._page_box.descendants()
-            if type(box).__name__ == "TextBox" and _in_margin(box, one)
-        )
-        assert digest in footer.replace(" ", "")
+        footer = printed(one, below=one.height - 60)
+        assert digest in footer
         assert "universi" in footer
 
 
@@ -162,13 +163,8 @@ def test_each_page_of_a_study_says_so(name: str, request: pytest.FixtureRequest)
     report = reports_of(request)[name]
     assert report.banners
     for one in pages(page_of(request, name, "de")):
-        above = "".join(
-            str(box.text)
-            for box in one._page_box.descendants()
-            if type(box).__name__ == "TextBox" and box.position_y < 30
-        )
         for banner in report.banners:
-            assert catalogue("de").texts["banner"][banner].replace(" ", "") in above.replace(" ", "")
+            assert catalogue("de").texts["banner"][banner].replace(" ", "") in printed(one, above=30)
 
 
 @needs_weasyprint
@@ -177,19 +173,9 @@ def test_where_margins_hold_no_text_page_one_says_so_itself(request: pytest.Fixt
     report = reports_of(request)["no_guarantee"]
     for fillable in (False, True):
         first, *_ = pages(beginning(render.render(report, language="en", fillable=fillable)))
-        said = "".join(
-            str(box.text) for box in first._page_box.descendants() if type(box).__name__ == "TextBox" and _in_page(box)
-        )
         for banner in report.banners:
-            assert (catalogue("en").texts["banner"][banner].replace(" ", "") in said.replace(" ", "")) != fillable
-
-
-def _in_page(box: Any) -> bool:
-    return bool(box.position_y >= 30)
-
-
-def _in_margin(box: Any, one: Any) -> bool:
-    return bool(box.position_y > one.height - 60)
+            said = catalogue("en").texts["banner"][banner].replace(" ", "") in printed(first, below=30)
+            assert said != fillable
 
 
 @needs_weasyprint

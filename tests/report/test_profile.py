@@ -119,8 +119,7 @@ def test_more_alarms_and_more_steps_never_mean_fewer_hits(spent: dict[DpEvent, i
     for alarms, rate in zip(_SHARES, rates, strict=True):
         again = profile.hit_rate(twice, false_alarms=alarms)
         assert rate <= again + 1e-9
-    once, more = profile.right_of_100(spent), profile.right_of_100(twice)
-    assert once < more
+    assert profile.right_of_100(spent) < profile.right_of_100(twice)
 
 
 def test_epsilon_falls_with_delta(spent: dict[DpEvent, int]) -> None:
@@ -180,8 +179,7 @@ def test_without_noise_nothing_is_bounded(spent: events.Spent) -> None:
 
 
 def test_hardly_any_noise_is_bounded_all_the_same() -> None:
-    rate = profile.hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01)
-    assert rate == pytest.approx(1.0)
+    assert profile.hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01) == pytest.approx(1.0)
     assert profile.right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
 
 

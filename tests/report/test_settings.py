@@ -12,7 +12,7 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.report import from_run
 from fedtune.report.checks import settings_problems
 from fedtune.report.derive.derived import derive
-from fedtune.report.facts import RunFacts, StartAdapter
+from fedtune.report.facts import StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.record.run_record import read_run
 from fedtune.report.rederive import problems
@@ -31,7 +31,6 @@ def forged(folder: Path, **changes: Any) -> Report:
 
 
 def places(report: Report, config: RunConfig) -> set[str]:
-    assert isinstance(report.facts, RunFacts)
     return {problem.where.rpartition(".")[2] for problem in settings_problems(report.facts, config)}
 
 
@@ -40,22 +39,18 @@ def test_a_true_report_fits_its_settings(of_run: Report, config: RunConfig) -> N
 
 
 @pytest.mark.parametrize(
-    ("changes", "where"),
+    ("key", "value"),
     [
-        ({"noise_multiplier": 20.0}, "noise_multiplier"),
-        ({"sampling_rate": 0.01}, "sampling_rate"),
-        ({"max_grad_norm": 0.5}, "max_grad_norm"),
-        ({"local_steps": 1}, "local_steps"),
-        ({"num_rounds": 1}, "num_rounds"),
-        ({"delta": 1e-4}, "delta"),
+        *(("noise_multiplier", 20.0), ("sampling_rate", 0.01), ("max_grad_norm", 0.5)),
+        *(("local_steps", 1), ("num_rounds", 1), ("delta", 1e-4)),
     ],
 )
 def test_a_plan_that_the_settings_do_not_give_is_found(
-    changes: dict[str, Any], where: str, run_folder: Path, config: RunConfig
+    key: str, value: float, run_folder: Path, config: RunConfig
 ) -> None:
-    report = forged(run_folder, **changes)
-    assert problems(report) == [] or "num_rounds" in changes, "it agrees with itself"
-    assert where in places(report, config)
+    report = forged(run_folder, **{key: value})
+    assert problems(report) == [] or key == "num_rounds", "it agrees with itself"
+    assert key in places(report, config)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +101,5 @@ def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, con
 
 def test_other_settings_are_named_by_their_digest_alone(of_run: Report, config: RunConfig) -> None:
     other = replace(config, training=replace(config.training, learning_rate=0.123))
-    assert isinstance(of_run.facts, RunFacts)
     (problem,) = settings_problems(of_run.facts, other)
     assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())

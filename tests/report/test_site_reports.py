@@ -12,9 +12,7 @@ import pytest
 
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import RECEIPT
-from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import checks
 from fedtune.report.derive.derived import derive
@@ -23,6 +21,7 @@ from fedtune.report.page import render
 from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError
 
+from .shown import status, where, with_site
 from .site_ledgers import Books
 
 
@@ -33,7 +32,7 @@ def made(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={folder / 'sites'}", "federation.num_rounds=1", into=folder, name=name)
         for site in ("site-1", "site-2"):
-            widen(folder / "sites" / site / "site.toml", max_epsilon=2.0)
+            Books(folder / "sites" / site).edit(noted=False, budget={"max_epsilon": 2.0})
     return folder
 
 
@@ -42,39 +41,34 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
-def widen(site_toml: Path, **budget: Any) -> None:
-    policy = read_policy(site_toml)
-    write_policy(replace(policy, budget=replace(policy.budget, **budget)), site_toml)
-
-
 def key_of(folder: Path, site: str) -> SigningKey:
     return SigningKey.load(folder / "sites" / site / "site_key.pem")
 
 
-def signed_report(folder: Path, site: str, **changes: Any) -> Report:
+def report_of(folder: Path, site: str = "site-1") -> Report:
+    return from_ledger.build(folder / "sites" / site / "site.toml")
+
+
+def signed_report(folder: Path, site: str = "site-1", **changes: Any) -> Report:
     """What `fedtune report site.toml --sign` writes at the site; `changes` are made before it is signed."""
-    report = from_ledger.build(folder / "sites" / site / "site.toml")
-    return signing.signed(replace(report, **changes), key_of(folder, site))
+    return signing.signed(replace(report_of(folder, site), **changes), key_of(folder, site))
 
 
-def derived(folder: Path, site: str, **changes: Any) -> Report:
-    """What a site would sign that changed facts of its ledger and derived all else from them."""
-    facts = from_ledger.build(folder / "sites" / site / "site.toml").facts
-    return signing.signed(derive(replace(facts, **changes)), key_of(folder, site))
+def joined_by(folder: Path, *reports: Report) -> Report:
+    """The report of the second run with what its sites released."""
+    return from_run.build(folder / "second", site_reports=reports)
 
 
-def with_run(report: Report, **changes: Any) -> dict[str, Any]:
-    """The report's sites, with the newest run's line in the lifetime figures changed."""
-    (site,) = report.sites
-    (*earlier, newest) = site.lifetime.runs
-    lifetime = replace(site.lifetime, runs=(*earlier, replace(newest, **changes)))
-    return {"sites": (replace(site, lifetime=lifetime),)}
+def derived(folder: Path, **changes: Any) -> Report:
+    """What the first site would sign that changed facts of its ledger and derived all else from them."""
+    made = derive(replace(report_of(folder).facts, **changes))
+    return signing.signed(made, key_of(folder, "site-1"))
 
 
 def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) -> None:
     alone = from_run.build(folder / "second")
-    own = signed_report(folder, "site-1")
-    report = from_run.build(folder / "second", site_reports=[own])
+    own = signed_report(folder)
+    report = joined_by(folder, own)
     joined, other = report.sites
     assert (joined.source, other.source) == ("signed_site_report", "charged_by_receipts")
     assert (joined.approved, joined.lifetime) == (own.sites[0].approved, own.sites[0].lifetime)
@@ -93,14 +87,10 @@ def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) 
 
 
 def test_the_assumptions_say_who_asserts_what(folder: Path) -> None:
-    def statuses(*sites: str) -> dict[str, str]:
-        report = from_run.build(folder / "second", site_reports=[signed_report(folder, site) for site in sites])
-        return {one.code: one.status for one in report.assumptions}
-
-    assert statuses()["units_at_one_site_only"] == "assumed"
-    assert statuses("site-1")["units_at_one_site_only"] == "assumed"
-    both = statuses("site-1", "site-2")
-    assert (both["units_at_one_site_only"], both["site_reports_agree"]) == ("assumed", "verified")
+    reports = [signed_report(folder, site) for site in ("site-1", "site-2")]
+    found = [joined_by(folder, *reports[:count]) for count in range(3)]
+    assert [status(one, "units_at_one_site_only") for one in found] == ["assumed"] * 3
+    assert status(found[2], "site_reports_agree") == "verified"
 
 
 def test_reports_in_the_run_folder_are_taken(folder: Path) -> None:
@@ -109,64 +99,60 @@ def test_reports_in_the_run_folder_are_taken(folder: Path) -> None:
     (folder / "second" / "site_reports" / "site-2.json").write_text(signing.to_text(own))
     report = from_run.build(folder / "second")
     assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
-    assert from_run.build(folder / "second", site_reports=[own]) == report, "the same one twice is one"
+    assert joined_by(folder, own) == report, "the same one twice is one"
 
 
 def test_an_earlier_runs_report_takes_the_same_site_report(folder: Path) -> None:
-    report = from_run.build(folder / "first", site_reports=[signed_report(folder, "site-1")])
+    report = from_run.build(folder / "first", site_reports=[signed_report(folder)])
     assert report.sites[0].lifetime.runs[0].run == report.sites[0].mechanisms[0].run
 
 
 def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) -> None:
-    widen(folder / "sites" / "site-1" / "site.toml", max_epsilon=0.36)
-    SiteFiles.of(folder / "sites" / "site-1" / "site.toml").open()
-    report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
+    Books(folder / "sites" / "site-1").edit(budget={"max_epsilon": 0.36})
+    report = joined_by(folder, signed_report(folder))
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
     assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]
     assert problems(report) == []
 
 
 def test_a_report_that_says_less_than_the_receipts_promises_nothing(folder: Path) -> None:
-    *earlier, newest = from_ledger.build(folder / "sites" / "site-1" / "site.toml").facts.runs
-    less = derived(folder, "site-1", runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
-    report = from_run.build(folder / "second", site_reports=[less])
+    *earlier, newest = report_of(folder).facts.runs
+    less = derived(folder, runs=(*earlier, replace(newest, plan=replace(newest.plan, num_rounds=9))))
+    report = joined_by(folder, less)
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("site_report_disagrees",))
     assert report.sites[1].verdict.state == "within"
     assert report.sites[0].meaning is None
-    assert [one.status for one in report.assumptions if one.code == "site_reports_agree"] == ["violated"]
+    assert status(report, "site_reports_agree") == "violated"
     assert problems(report) == []
 
 
 def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
-    (site,) = own.sites
+    (site,) = report_of(folder).sites
     (*earlier, newest) = site.mechanisms
-    little = replace(
-        site.lifetime, epsilon=0.001, with_set_aside=0.001, epsilon_pld=0.001, epsilon_rdp=0.001, left=1.999
-    )
+    figures = ("epsilon", "with_set_aside", "epsilon_pld", "epsilon_rdp")
     for changes in (
-        with_run(own, rounds=0),
-        with_run(own, seeded_noise=True),
-        {"sites": (replace(site, mechanisms=(*earlier, replace(newest, noise_multiplier=9.0))),)},
-        {"sites": (replace(site, lifetime=little),)},
-        {"sites": (replace(site, verification=None),)},
+        of_its_runs(site, rounds=0),
+        of_its_runs(site, seeded_noise=True),
+        {"mechanisms": (*earlier, replace(newest, noise_multiplier=9.0))},
+        of_all_runs(site, **dict.fromkeys(figures, 0.001), left=1.999),
+        {"verification": None},
     ):
-        forged = signed_report(folder, "site-1", **changes)
+        forged = signed_report(folder, sites=(replace(site, **changes),))
         assert "must agree with itself" in refused(folder, forged)
 
 
 def test_a_report_that_is_older_than_the_runs_receipts_is_refused(folder: Path) -> None:
-    own = from_ledger.build(folder / "sites" / "site-1" / "site.toml")
+    own = report_of(folder)
     (site,) = own.sites
     receipt = from_run.read_run(folder / "second").receipts["site-1"]
     assert site.verification.num_events >= receipt.sequence
     early = replace(site, verification=replace(site.verification, num_events=receipt.sequence - 1))
-    assert "must be no older than this run" in refused(folder, signed_report(folder, "site-1", sites=(early,)))
+    assert "must be no older than this run" in refused(folder, signed_report(folder, sites=(early,)))
 
 
 def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> None:
-    own = signed_report(folder, "site-1")
-    report = from_run.build(folder / "second", site_reports=[own])
+    own = signed_report(folder)
+    report = joined_by(folder, own)
     assert [site.reported for site in report.sites] == [own.date, None]
     (found,) = [one for one in report.assumptions if one.code == "site_reports_are_newest"]
     assert (found.status, found.evidence) == ("assumed", f"site-1: {own.date}")
@@ -175,6 +161,9 @@ def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> No
     assert "As of" in first
     assert 'data-at="/sites/0/reported"' in first
     assert "counts_of_events" in report.unprotected_figures, "the ledger's number of entries is among the figures"
+
+
+SPENT = ("epsilon", "with_set_aside", "period_epsilon")
 
 
 @pytest.mark.parametrize(
@@ -189,68 +178,55 @@ def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> No
         (lambda said, other: of_its_runs(said, rounds=2), "lifetime.runs"),
         (lambda said, other: of_its_runs(said, epsilon=0.01), "lifetime.runs.epsilon"),
         (lambda said, other: of_its_runs(said, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
+        (lambda said, other: of_all_runs(said, **dict.fromkeys(SPENT, 0.001), left=1.999), "lifetime.epsilon"),
+        (lambda said, other: of_all_runs(said, with_set_aside=0.01), "lifetime.epsilon"),
+        (lambda said, other: of_all_runs(said, period_epsilon=9.0), "lifetime.epsilon"),
+        (lambda said, other: of_all_runs(said, left=1.9), "lifetime.left"),
+        (lambda said, other: of_all_runs(said, left=None), "lifetime.left"),
+        (lambda said, other: of_all_runs(said, caps=()), "approved.max_epsilon"),
+        (lambda said, other: of_all_runs(said, order=1e300), "lifetime.order"),
+        (lambda said, other: of_all_runs(said, order=1.0), "lifetime.order"),
     ],
 )
 def test_a_statement_that_no_site_can_have_made_is_found(folder: Path, change: Any, place: str) -> None:
     reports = [signed_report(folder, site) for site in ("site-1", "site-2")]
-    facts = from_run.build(folder / "second", site_reports=reports).facts
+    facts = joined_by(folder, *reports).facts
     site, other = facts.sites
     forged = replace(site, statement=replace(site.statement, **change(site.statement, other.statement)))
     rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "reported" else []))
-    found = {problem.where for problem in problems(derive(replace(facts, rounds=rounds, sites=(forged, other))))}
-    assert f"sites.site-1.statement.{place}" in found
+    assert f"sites.site-1.statement.{place}" in where(derive(replace(facts, rounds=rounds, sites=(forged, other))))
     unsigned = replace(facts, sites=(replace(site, signed_rounds=None, key=""), other))
-    assert "sites.site-1.statement.verification.site_key" in {one.where for one in problems(derive(unsigned))}
+    assert "sites.site-1.statement.verification.site_key" in where(derive(unsigned))
+
+
+def of_all_runs(said: Any, **changes: Any) -> dict[str, Any]:
+    return {"lifetime": replace(said.lifetime, **changes)}
 
 
 def of_its_runs(said: Any, **changes: Any) -> dict[str, Any]:
     *earlier, newest = said.lifetime.runs
-    return {"lifetime": replace(said.lifetime, runs=(*earlier, replace(newest, **changes)))}
-
-
-@pytest.mark.parametrize(
-    ("changes", "place"),
-    [
-        ({"epsilon": 0.001, "with_set_aside": 0.001, "period_epsilon": 0.001, "left": 1.999}, "lifetime.epsilon"),
-        ({"with_set_aside": 0.01}, "lifetime.epsilon"),
-        ({"period_epsilon": 9.0}, "lifetime.epsilon"),
-        ({"left": 1.9}, "lifetime.left"),
-        ({"left": None}, "lifetime.left"),
-        ({"caps": ()}, "approved.max_epsilon"),
-        ({"order": 1e300}, "lifetime.order"),
-        ({"order": 1.0}, "lifetime.order"),
-    ],
-)
-def test_figures_over_all_runs_that_deny_themselves_are_found(folder: Path, changes: Any, place: str) -> None:
-    facts = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")]).facts
-    site, other = facts.sites
-    said = replace(site.statement, lifetime=replace(site.statement.lifetime, **changes))
-    forged = replace(facts, sites=(replace(site, statement=said), other))
-    found = {problem.where for problem in problems(derive(forged))}
-    assert f"sites.site-1.statement.{place}" in found
+    return of_all_runs(said, runs=(*earlier, replace(newest, **changes)))
 
 
 def test_a_seeded_run_of_a_statement_is_said_of_its_ledger(folder: Path) -> None:
-    facts = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")]).facts
+    facts = joined_by(folder, signed_report(folder)).facts
     site, other = facts.sites
     first, *runs = site.statement.lifetime.runs
     for seeded in (False, True):
         life = replace(site.statement.lifetime, runs=(replace(first, seeded_noise=True), *runs), seeded=seeded)
         forged = replace(site, statement=replace(site.statement, lifetime=life))
         report = derive(replace(facts, sites=(forged, other)))
-        found = {problem.where for problem in problems(report)}
-        assert found == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
+        assert where(report) == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
         assert (report.verdict.state == "no_guarantee") == seeded
 
 
 def test_verify_says_which_figures_are_a_sites_word(folder: Path) -> None:
-    joined = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
+    joined = joined_by(folder, signed_report(folder))
     (taken,) = [one for one in checks(joined, key=None) if one.name == "taken"]
     assert taken.state == "not_checked"
     assert "site-1" in taken.text
     assert "all runs" in taken.text
-    alone = checks(from_run.build(folder / "second"), key=None)
-    assert [one for one in alone if one.name == "taken"] == []
+    assert "taken" not in {one.name for one in checks(from_run.build(folder / "second"), key=None)}
 
 
 def test_a_report_that_says_more_is_believed(folder: Path) -> None:
@@ -263,44 +239,43 @@ def test_a_report_that_says_more_is_believed(folder: Path) -> None:
     Checkpoints(folder / "second" / "checkpoints", record.config_sha256).save(state)
     (folder / "second" / "run.json").unlink()  # which says what the receipts said
     assert from_run.build(folder / "second").sites[0].spent.rounds == 0
-    report = from_run.build(folder / "second", site_reports=[signed_report(folder, "site-1")])
+    report = joined_by(folder, signed_report(folder))
     assert report.sites[0].spent.rounds == 1
     assert report.sites[0].spent.epsilon == report.sites[1].spent.epsilon
 
 
 def test_a_ledger_that_does_not_verify_promises_nothing_here_either(folder: Path) -> None:
     Books(folder / "sites" / "site-1").tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
-    own = signed_report(folder, "site-1")
+    own = signed_report(folder)
     assert own.sites[0].verification is None
-    report = from_run.build(folder / "second", site_reports=[own])
+    report = joined_by(folder, own)
     assert report.verdict.reasons == ("ledger_not_verified",)
 
 
-def refused(folder: Path, report: Report, run: str = "second") -> str:
+def refused(folder: Path, report: Report) -> str:
     with pytest.raises(ConfigError) as caught:
-        from_run.build(folder / run, site_reports=[report])
+        joined_by(folder, report)
     assert caught.value.key == "site report"
     return caught.value.bound
 
 
-def posing(folder: Path, of: str, *, by: str, **changes: Any) -> Report:
-    """A report of the ledger at a site, with its site changed, and signed with the key of another."""
-    own = from_ledger.build(folder / "sites" / of / "site.toml")
-    return signing.signed(replace(own, sites=(replace(own.sites[0], **changes),)), key_of(folder, by))
+def posing(folder: Path, of: str, **changes: Any) -> Report:
+    """A report of the ledger at a site, with its site changed, and signed with the key of the second one."""
+    return signing.signed(with_site(report_of(folder, of), **changes), key_of(folder, "site-2"))
 
 
 @pytest.mark.parametrize(
     ("released", "says"),
     [
         (lambda folder: from_run.build(folder / "first"), "must be a site's report of its own ledger"),
-        (lambda folder: replace(signed_report(folder, "site-1"), signature=None), "it is not signed"),
-        (lambda folder: replace(signed_report(folder, "site-1"), epsilon=0.1), "must carry its site's signature"),
-        (lambda folder: posing(folder, "site-1", by="site-2"), "must carry its site's signature"),
+        (lambda folder: replace(signed_report(folder), signature=None), "it is not signed"),
+        (lambda folder: replace(signed_report(folder), epsilon=0.1), "must carry its site's signature"),
+        (lambda folder: posing(folder, "site-1"), "must carry its site's signature"),
         # Nor does it help to leave out what names the ledger's key.
-        (lambda folder: posing(folder, "site-1", by="site-2", verification=None), "as the receipts of site-1 are"),
-        (lambda folder: posing(folder, "site-2", by="site-2", site="site-1"), "as the receipts of site-1 are"),
+        (lambda folder: posing(folder, "site-1", verification=None), "as the receipts of site-1 are"),
+        (lambda folder: posing(folder, "site-2", site="site-1"), "as the receipts of site-1 are"),
         (
-            lambda folder: posing(folder, "site-2", by="site-2", site="west"),
+            lambda folder: posing(folder, "site-2", site="west"),
             "must be about a site of this run (site-1, site-2), not west",
         ),
     ],
@@ -310,12 +285,9 @@ def test_what_is_not_a_sites_own_word_is_refused(released: Callable[[Path], Repo
 
 
 def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
-    facts = from_ledger.build(folder / "sites" / "site-1" / "site.toml").facts
-    first = facts.runs[0].run
-    charges, releases = ([one for one in part if one.run == first] for part in (facts.charges, facts.releases))
-    report = derived(
-        folder, "site-1", runs=facts.runs[:1], charges=tuple(charges), releases=tuple(releases),
-    )  # fmt: skip
+    facts = report_of(folder).facts
+    first, lists = facts.runs[0].run, ("runs", "charges", "releases")
+    report = derived(folder, **{key: tuple(one for one in getattr(facts, key) if one.run == first) for key in lists})
     assert "must be of a ledger that knows the run second-" in refused(folder, report)
     assert from_run.build(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
@@ -323,7 +295,7 @@ def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
 def test_a_site_that_refused_the_run_may_release_its_report(simulate: Callable[..., Path], tmp_path: Path) -> None:
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
-        widen(tmp_path / "sites" / "site-2" / "site.toml", max_epsilon=2.0)
+        Books(tmp_path / "sites" / "site-2").edit(noted=False, budget={"max_epsilon": 2.0})
     own = signed_report(tmp_path, "site-1")
     assert [run.run[:5] for run in own.sites[0].lifetime.runs] == ["first"]
     site = from_run.build(tmp_path / "second", site_reports=[own]).sites[0]
@@ -332,15 +304,15 @@ def test_a_site_that_refused_the_run_may_release_its_report(simulate: Callable[.
 
 
 def test_two_different_reports_of_one_site_are_refused(folder: Path) -> None:
-    one = signed_report(folder, "site-1")
-    other = derived(folder, "site-1", provenance=replace(one.provenance, task="regression"))
+    one = signed_report(folder)
+    other = derived(folder, provenance=replace(one.provenance, task="regression"))
     with pytest.raises(ConfigError, match="must be the only report of site-1"):
-        from_run.build(folder / "second", site_reports=[one, other])
+        joined_by(folder, one, other)
 
 
 def test_without_receipts_no_report_can_be_checked(folder: Path) -> None:
     shutil.rmtree(folder / "second" / "checkpoints")
-    assert "gave this run no receipt" in refused(folder, signed_report(folder, "site-1"))
+    assert "gave this run no receipt" in refused(folder, signed_report(folder))
 
 
 def test_a_file_that_is_no_report_is_named(folder: Path) -> None:

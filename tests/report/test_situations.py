@@ -18,7 +18,6 @@ from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Policy
@@ -32,6 +31,7 @@ from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import Participants
 
 from .masking import check_golden
+from .shown import status, where
 from .site_ledgers import Books
 
 Proposals = Callable[..., Proposal]
@@ -72,18 +72,6 @@ def verdict(report: Report) -> tuple[str, tuple[str, ...]]:
 
 
 @pytest.fixture
-def edit() -> Callable[..., None]:
-    """Change a simulated site's policy, tables by dicts, as its owner would."""
-
-    def change(site_toml: Path, **tables: dict[str, Any]) -> None:
-        policy = read_policy(site_toml)
-        values = {name: replace(getattr(policy, name), **table) for name, table in tables.items()}
-        write_policy(replace(policy, **values), site_toml)
-
-    return change
-
-
-@pytest.fixture
 def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Books:
     """A site whose policy allows the runs below."""
     limits = {"min_noise_multiplier": 1.0, "max_rounds": 50}
@@ -121,16 +109,14 @@ def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], com
     text = (site / "site.toml").read_text()
     assert "simulated = true\n" in text
     (kept / "receipts.json").unlink()
+    text = text.replace("simulated = true\n", "") + "\n[asserted]\nno_person_at_another_site = true\n"
     for ledger in kept.glob("*/ledger.db"):
         ledger.unlink()
-        (ledger.parent / "site.toml").write_text(
-            text.replace("simulated = true\n", "").replace("site-1", ledger.parent.name)
-            + "\n[asserted]\nno_person_at_another_site = true\n"
-        )
+        (ledger.parent / "site.toml").write_text(text.replace("site-1", ledger.parent.name))
     simulate(f"runtime.sites_dir={kept}", into=tmp_path, name="again")
     own = from_ledger.build(kept / "site-1/site.toml")
     assert own.banners == ("simulation",)
-    assert {one.code: one.status for one in own.assumptions}["policy_noted"] == "verified"
+    assert status(own, "policy_noted") == "verified"
 
 
 def test_a_run_without_privacy(simulate: Callable[..., Path], tmp_path: Path) -> None:
@@ -150,17 +136,12 @@ def test_a_run_without_privacy(simulate: Callable[..., Path], tmp_path: Path) ->
 
 
 def test_a_run_without_privacy_that_every_site_refused(simulate: Callable[..., Path], tmp_path: Path) -> None:
-    folder = simulate("privacy=none", into=tmp_path)
-    report = from_run.build(folder)
+    report = from_run.build(simulate("privacy=none", into=tmp_path))
     charged = {"rounds": 0, "steps": 0, "epsilon": 0.0, "epsilon_pld": 0.0, "epsilon_rdp": 0.0}
-    sites = tuple(
-        replace(
-            site, mechanisms=(), curve=(), steps=(), releases=(), spent=replace(site.spent, **charged), meaning=None,
-        )
-        for site in report.sites
-    )  # fmt: skip
-    found = {problem.where for problem in problems(replace(report, sites=sites))}
-    assert not any("unpredictable_randomness" in where for where in found)
+    none = {"mechanisms": (), "curve": (), "steps": (), "releases": (), "meaning": None}
+    sites = tuple(replace(site, spent=replace(site.spent, **charged), **none) for site in report.sites)
+    found = where(replace(report, sites=sites))
+    assert not any("unpredictable_randomness" in place for place in found)
 
 
 def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path: Path) -> None:
@@ -169,18 +150,17 @@ def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path:
     assert [site.meaning for site in report.sites] == [None, None]
     assert (report.seeded_noise, report.randomness) == (True, "seeded")
     for language in LANGUAGES:
-        assert catalogue(language).texts["where_seeded"]["released__updates"] in shown_text(
-            render(report, language=language)
-        )
+        said = catalogue(language).texts["where_seeded"]["released__updates"]
+        assert said in shown_text(render(report, language=language))
 
 
 @pytest.fixture
-def kept(simulate: Callable[..., Path], edit: Callable[..., None], tmp_path: Path) -> Path:
+def kept(simulate: Callable[..., Path], tmp_path: Path) -> Path:
     """Two runs on the same sites, the first of which wants more noise in the second than that one has."""
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
-        edit(tmp_path / "sites/site-1/site.toml", limits={"min_noise_multiplier": 9.0})
-        edit(tmp_path / "sites/site-2/site.toml", budget={"max_epsilon": 2.0})
+        Books(tmp_path / "sites/site-1").edit(noted=False, limits={"min_noise_multiplier": 9.0})
+        Books(tmp_path / "sites/site-2").edit(noted=False, budget={"max_epsilon": 2.0})
     return tmp_path
 
 
@@ -309,10 +289,8 @@ def test_a_restored_ledger(books: Books, run_proposal: Proposals) -> None:
     assert verdict(from_ledger.build(books.site_toml)) == ("no_guarantee", ("ledger_not_verified",))
     # Its owner takes the anchor away, which keeps it from training, and has it made up for.
     (books.folder / "anchor.json").unlink()
-    books_without = Books(books.folder)
-    policy = read_policy(books.site_toml)
-    write_policy(replace(policy, anchor=""), books.site_toml)
-    books_without.open().charge_gap(head)
+    books.edit(noted=False, anchor="")
+    books.open().charge_gap(head)
     report = check("restored", from_ledger.build(books.site_toml))
     assert report.epsilon == spent
     assert report.sites[0].lifetime.restored == 1

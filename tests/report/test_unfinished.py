@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +25,9 @@ from fedtune.show.run_progress import Display
 
 
 @pytest.fixture
-def folder(run_folder: Path, tmp_path: Path) -> Path:
-    """A run after its last round, before its own report."""
-    made = shutil.copytree(run_folder, tmp_path / "run")
-    (made / "report.html").unlink()
-    return made
-
-
-@pytest.fixture
 def state(folder: Path) -> LeadState:
+    """Of a run after its last round, before its own report."""
+    (folder / "report.html").unlink()
     return Checkpoints(folder / "checkpoints", saved_config(folder).digest()).load()
 
 

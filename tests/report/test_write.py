@@ -34,12 +34,10 @@ def test_a_run_ends_with_its_report(run_folder: Path) -> None:
     assert data.decode() == signing.to_text(report)
     assert (run_folder / "report.html").read_text() == render.render(report, language="en")
     assert json.loads(data)["schema_version"] == 4
-
-
-def test_writing_it_again_gives_the_same_bytes(run_folder: Path) -> None:
-    before = [(run_folder / name).read_bytes() for name in ("report.json", "report.html")]
+    paths = [run_folder / name for name in ("report.json", "report.html", "adapter/README.md", "adapter/label.svg")]
+    before = [path.read_bytes() for path in paths]
     write_report_and_card(run_folder, language="en")
-    assert [(run_folder / name).read_bytes() for name in ("report.json", "report.html")] == before
+    assert [path.read_bytes() for path in paths] == before, "equal runs give equal reports and cards"
 
 
 _DIGESTS = """
@@ -77,17 +75,10 @@ def test_a_reports_meaning_does_not_depend_on_last_digits(last: int) -> None:
     share = 0.04296797538628186
     rate = HitRate(false_alarms=0.001, ceiling=1.0, mechanism=share + last * math.ulp(share))
     posterior = Posterior(prior=0.5, ceiling=0.5)
-    stated = as_stated(
-        Meaning(
-            right_of_100_ceiling=50 * (1 + abs(last) * math.ulp(1.0)),
-            right_of_100_mechanism=None,
-            posterior=(posterior,),
-            hit_rates=(rate,),
-            expected_failures=230 * 1e-05,
-            right_of_100_for_2=75 * (1 + abs(last) * math.ulp(1.0)),
-            right_of_100_for_5=99.0,
-        )
-    )
+    more = 1 + abs(last) * math.ulp(1.0)
+    figures = {"right_of_100_ceiling": 50 * more, "right_of_100_for_2": 75 * more, "right_of_100_for_5": 99.0}
+    failures = {"right_of_100_mechanism": None, "expected_failures": 230 * 1e-05}
+    stated = as_stated(Meaning(**figures, **failures, posterior=(posterior,), hit_rates=(rate,)))
     assert stated.hit_rates == (replace(rate, mechanism=0.0429679754),), "upwards, in nine digits"
     assert (stated.right_of_100_ceiling, stated.expected_failures) == (50.0, 0.0023)
     assert (stated.right_of_100_for_2, stated.posterior) == (75.0, (posterior,))
