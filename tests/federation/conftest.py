@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedtune.federation.lead import RoundResult
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, Trained, answer, consider, end_run
 from fedtune.model import Adapter
@@ -26,6 +27,12 @@ from fedtune.privacy.site_policy import Policy
 from ..builders import MadeSite, Train
 
 NONCE = "0a" * 16
+
+
+def round_of(number: int, **changes: Any) -> RoundResult:
+    """A round of the site `a` without scores."""
+    about = {"round": number, "seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 2}
+    return RoundResult(**about | {"metrics": {}} | changes)
 
 
 def reason(reply: Reply) -> Reason:

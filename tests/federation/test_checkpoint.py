@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
+from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model import Adapter
-from fedtune.privacy.release import Receipt
 from fedtune.spec import ConfigError, RunError
+
+from .conftest import round_of
 
 
 @pytest.fixture
@@ -28,16 +29,12 @@ def checkpoints(folder: Path) -> Checkpoints:
 
 
 @pytest.fixture
-def state(adapter: Adapter, receipt: Callable[..., Receipt]) -> Callable[..., LeadState]:
+def state(adapter: Adapter, receipt: Any) -> Callable[..., LeadState]:
     def make(round: int) -> LeadState:
         results = [
-            RoundResult(
-                round=number,
-                seconds=0.5,
-                sites=("a",),
+            round_of(
+                number,
                 failed_sites={"b": "site_error"},
-                bytes_down=1,
-                bytes_up=2,
                 metrics={"loss": float("nan") if number == 1 else 0.25},
                 site_scores={"a": (0.5, -0.125)} if number == 2 else {},
             )
@@ -67,7 +64,7 @@ def same(one: LeadState, other: LeadState) -> bool:
     return bool(plain(one) == plain(other))
 
 
-def test_what_is_saved_is_loaded(checkpoints: Checkpoints, state: Callable[..., LeadState]) -> None:
+def test_what_is_saved_is_loaded(checkpoints: Checkpoints, state: Any) -> None:
     checkpoints.save(state(2))
     loaded = checkpoints.load()
     assert same(loaded, state(2))
@@ -75,9 +72,7 @@ def test_what_is_saved_is_loaded(checkpoints: Checkpoints, state: Callable[..., 
     assert loaded.receipts["a"].is_signed(), "the site gets its receipt back, and checks its own signature"
 
 
-def test_the_newest_is_loaded_and_one_before_it_is_kept(
-    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
-) -> None:
+def test_the_newest_is_loaded_and_one_before_it_is_kept(checkpoints: Checkpoints, state: Any, folder: Path) -> None:
     # The newest has the largest number, not the last name.
     for round in (9998, 9999, 10_000, 10_001):
         checkpoints.save(replace(state(1), round=round))
@@ -95,7 +90,7 @@ def test_the_newest_is_loaded_and_one_before_it_is_kept(
     ],
 )
 def test_counts_that_are_none_are_damage(
-    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path, name: str, value: Any
+    checkpoints: Checkpoints, state: Any, folder: Path, name: str, value: Any
 ) -> None:
     checkpoints.save(state(1))
     (path,) = folder.glob("round-*")
@@ -108,9 +103,7 @@ def test_counts_that_are_none_are_damage(
         checkpoints.load()
 
 
-def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(
-    checkpoints: Checkpoints, state: Callable[..., LeadState]
-) -> None:
+def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(checkpoints: Checkpoints, state: Any) -> None:
     checkpoints.ask(1, ["a", "b"])
     checkpoints.save(state(1))
     for _ in range(2):
@@ -118,32 +111,21 @@ def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(
     assert checkpoints.load().unanswered == {"a": 2, "b": 3}
 
 
-def test_a_line_that_a_crash_cut_short_was_never_sent(
-    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
+def test_without_a_checkpoint_or_with_another_configuration_is_refused(
+    checkpoints: Checkpoints, state: Any, folder: Path
 ) -> None:
-    checkpoints.save(state(1))
-    checkpoints.ask(2, ["a"])
-    with (folder / "asked.jsonl").open("ab") as file:
-        file.write(b'{"round": 2, "si')
-    assert checkpoints.load().unanswered == {"a": 1, "b": 1}
-
-
-def test_another_configuration_is_refused(
-    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
-) -> None:
+    with pytest.raises(ConfigError, match="must be a run folder with a checkpoint"):
+        checkpoints.load()
     checkpoints.save(state(1))
     with pytest.raises(ConfigError, match="another configuration"):
         Checkpoints(folder, "other").load()
-
-
-def test_a_folder_without_a_checkpoint_is_refused(checkpoints: Checkpoints) -> None:
-    with pytest.raises(ConfigError, match="must be a run folder with a checkpoint"):
-        checkpoints.load()
+    (folder / "round-0002.safetensors.partial").write_bytes(b"half")
+    assert checkpoints.load().round == 1, "a half-written one does not count"
 
 
 @pytest.mark.parametrize("left", [0, 4, 200, -1])
 def test_a_damaged_checkpoint_is_no_configuration_mistake(
-    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path, left: int
+    checkpoints: Checkpoints, state: Any, folder: Path, left: int
 ) -> None:
     checkpoints.save(state(1))
     file = folder / "round-0001.safetensors"
@@ -152,23 +134,12 @@ def test_a_damaged_checkpoint_is_no_configuration_mistake(
         checkpoints.load()
 
 
-def test_a_half_written_checkpoint_does_not_count(
-    checkpoints: Checkpoints, state: Callable[..., LeadState], folder: Path
-) -> None:
+def test_a_request_after_a_cut_line_keeps_the_journal_whole(checkpoints: Checkpoints, folder: Path, state: Any) -> None:
     checkpoints.save(state(1))
-    (folder / "round-0002.safetensors.partial").write_bytes(b"half")
-    assert checkpoints.load().round == 1
-
-
-def test_a_request_after_a_cut_line_keeps_the_journal_whole(
-    checkpoints: Checkpoints, folder: Path, state: Callable[..., LeadState]
-) -> None:
-    checkpoints.save(state(1))
-    (folder / "asked.jsonl").write_bytes(b'{"round": 2, "si')
-    checkpoints.ask(2, ["a"])
+    (folder / "asked.jsonl").write_bytes(b'{"round": 2, "sites": ["a"]}\n{"round": 2, "si')
+    assert checkpoints.load().unanswered == {"a": 1, "b": 1}, "what a crash cut short was never sent"
     checkpoints.ask(2, ["a", "b"])
-    loaded = checkpoints.load()
-    assert loaded.unanswered["a"] - state(1).unanswered.get("a", 0) == 2
+    assert checkpoints.load().unanswered == {"a": 2, "b": 2}
     for line in (b"not JSON\n", b'{"round": 2, "sites": 5}\n', b'{"round": 2.5, "sites": []}\n'):
         (folder / "asked.jsonl").write_bytes(line)
         with pytest.raises(RunError, match="damaged"):

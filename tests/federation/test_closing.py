@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
 
@@ -20,11 +22,14 @@ def closing(clock: Clock, **settings: Any) -> Closing:
     return Closing(spec, clock=clock)
 
 
-def test_a_round_waits_for_every_site_that_is_at_work() -> None:
+@pytest.mark.parametrize(("good", "at_work", "others"), [(3, 1, 0), (1, 0, 3)], ids=["at work", "too few"])
+def test_a_round_waits_for_every_site_that_is_at_work_and_for_enough_updates(
+    good: int, at_work: int, others: int
+) -> None:
     clock = Clock()
     rule = closing(clock)
     for _ in range(10):
-        assert not rule.is_over(good=3, at_work=1, others=0)
+        assert not rule.is_over(good=good, at_work=at_work, others=others)
         clock.now += 1000
 
 
@@ -36,14 +41,6 @@ def test_one_absent_site_costs_the_grace_period_and_not_the_whole_time() -> None
     assert not rule.is_over(good=3, at_work=0, others=1)
     clock.now += 0.2
     assert rule.is_over(good=3, at_work=0, others=1)
-
-
-def test_too_few_updates_are_waited_for() -> None:
-    clock = Clock()
-    rule = closing(clock)
-    for _ in range(10):
-        assert not rule.is_over(good=1, at_work=0, others=3)
-        clock.now += 1000
 
 
 def test_a_site_that_comes_back_and_works_starts_the_grace_period_anew() -> None:

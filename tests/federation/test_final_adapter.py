@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,21 +38,14 @@ def test_the_final_adapter_is_kept_and_its_digest_is_in_the_ledger(site: Any, fi
     assert receipt.sequence == len(site.events()), "it covers the note of the end"
 
 
-def test_without_an_adapter_the_end_is_noted_all_the_same(site: Any) -> None:
+@pytest.mark.parametrize("declines", [True, False], ids=["declined", "none came"])
+def test_without_an_adapter_the_end_is_noted_all_the_same(station: Any, final: Adapter, declines: bool) -> None:
+    site = station(final_adapter="decline") if declines else station()
     site.ask()
-    assert site.end().charged_rounds == 1
-    assert ends(site) == [{"what": "run_ended", "adapter_sha256": ""}]
+    digest = final.digest() if declines else ""
+    assert site.end(adapter=final if declines else None, digest=digest).charged_rounds == 1
+    assert ends(site) == [{"what": "run_ended", "adapter_sha256": digest}]
     assert site.kept == []
-
-
-def test_a_site_that_declines_keeps_nothing_and_knows_what_it_declined(
-    station: Callable[..., Any], final: Adapter
-) -> None:
-    site = station(final_adapter="decline")
-    site.ask()
-    assert site.end(adapter=final, digest=final.digest()).charged_rounds == 1
-    assert site.kept == []
-    assert ends(site) == [{"what": "run_ended", "adapter_sha256": final.digest()}]
 
 
 def test_another_adapter_than_was_signed_for_is_neither_kept_nor_noted(site: Any, final: Adapter) -> None:
@@ -89,7 +81,7 @@ def test_a_second_notice_changes_nothing_and_exchanges_no_adapter(site: Any, fin
 
 
 def test_another_lead_ends_nothing_and_gives_no_adapter(
-    station: Callable[..., Any], lead_key: SigningKey, stranger_key: SigningKey, final: Adapter
+    station: Any, lead_key: SigningKey, stranger_key: SigningKey, final: Adapter
 ) -> None:
     site = station(allow={"leads": (lead_key.public, stranger_key.public)})
     site.ask()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,9 @@ from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.release import Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Reason, Receipt, Update
+
+from .conftest import reason
 
 # What is asked for, the rule that it breaks, and what the refusal says about it: a few of all rules of a policy, which
 # tests/privacy/test_site_policy.py tries.
@@ -31,17 +34,17 @@ _TOO_MUCH: list[tuple[dict[str, Any], Reason, str | None, str | None]] = [
 ]
 
 
-def refusal(reply: Reply) -> Refusal:
-    assert isinstance(reply.body, Refusal)
-    return reply.body
-
-
-def require_only_refused(site: Any, before: tuple[Any, ...], reason: Reason) -> None:
-    """One refusal was appended to the ledger; nothing was charged, set aside or trained."""
+@contextmanager
+def only_refused(site: Any, rule: Reason) -> Iterator[None]:
+    """Within it one refusal is appended to the ledger; nothing is charged, set aside or trained."""
+    site.ledger()
+    before, trained = site.events(), list(site.trained)
+    yield
     after = site.events()
     assert after[: len(before)] == before
     (added,) = after[len(before) :]
-    assert (added.kind, added.detail["reason"]) == (Kind.REFUSAL, reason.value)
+    assert (added.kind, added.detail["reason"]) == (Kind.REFUSAL, rule.value)
+    assert site.trained == trained
 
 
 @pytest.mark.parametrize(("changes", "rule", "asked", "allowed"), _TOO_MUCH, ids=[str(row[0]) for row in _TOO_MUCH])
@@ -51,18 +54,14 @@ def test_asking_for_too_much_is_refused_with_the_rule(
 ) -> None:
     for round in range(1, rounds_before + 1):
         site.ask(round)
-    site.ledger()
-    before = site.events()
-    reply = site.ask(rounds_before + 1, **changes)
-    assert refusal(reply).reason is rule
+    with only_refused(site, rule):
+        reply = site.ask(rounds_before + 1, **changes)
+    assert reason(reply) is rule
     if asked is not None:
-        assert (refusal(reply).asked, refusal(reply).allowed) == (asked, allowed)
-    require_only_refused(site, before, rule)
-    assert len(site.trained) == rounds_before
+        assert (reply.body.asked, reply.body.allowed) == (asked, allowed)
     # Of a run that the ledger has, it says what was accepted without more ado.
     made_ready = (Reason.WRONG_RUN,) if rounds_before else (Reason.PLAN_CHANGED, Reason.WRONG_RUN)
     assert len(site.prepared) == rounds_before + (rule in made_ready)
-    assert reply.receipt is not None
     # A receipt is of the run that was asked for; of one that the site does not know, it says that nothing was charged.
     asked_for = changes.get("run", "r")
     assert (reply.receipt.run, reply.receipt.charged_rounds) == (asked_for, rounds_before if asked_for == "r" else 0)
@@ -75,12 +74,10 @@ def test_asking_for_too_much_is_refused_with_the_rule(
 def test_a_stranger_learns_nothing_whatever_else_is_wrong(
     site: Any, stranger_key: SigningKey, about: dict[str, Any]
 ) -> None:
-    site.ledger()
-    before = site.events()
-    reply = site.ask(1, key=stranger_key, lead=stranger_key.public, about=about, run="another", rank=64)
-    assert refusal(reply).reason is Reason.LEADS
+    with only_refused(site, Reason.LEADS):
+        reply = site.ask(1, key=stranger_key, lead=stranger_key.public, about=about, run="another", rank=64)
+    assert reason(reply) is Reason.LEADS
     assert reply.receipt is None
-    require_only_refused(site, before, Reason.LEADS)
 
 
 def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(
@@ -99,9 +96,9 @@ def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(
         replace(signed, text=json.dumps(stolen, sort_keys=True)),
     ):
         reply = site.send(wrong)
-        assert refusal(reply).reason is Reason.WRONG_SIGNATURE
+        assert reason(reply) is Reason.WRONG_SIGNATURE
         assert reply.receipt is None
-    assert refusal(site.send(replace(signed, text="{"))).reason is Reason.MALFORMED_REQUEST
+    assert reason(site.send(replace(signed, text="{"))) is Reason.MALFORMED_REQUEST
     assert site.events() == before
     assert site.trained == []
 
@@ -120,11 +117,8 @@ def test_an_adapter_that_is_not_the_runs_is_refused(site: Any, adapter: Adapter,
     others = {name: np.array(values, np.float32) for name, values in _OTHER_TENSORS.get(fault, {}).items()}
     other = Adapter(dict(adapter.tensors) | others if others else {"head": adapter.tensors["head"]})
     rule = Reason.MAX_ADAPTER_VALUE if fault in ("nan", "infinity") else Reason.ADAPTER_SHAPE
-    site.ledger()
-    before = site.events()
-    assert refusal(site.ask(adapter=other)).reason is rule
-    require_only_refused(site, before, rule)
-    assert site.trained == []
+    with only_refused(site, rule):
+        assert reason(site.ask(adapter=other)) is rule
 
 
 @pytest.mark.parametrize(
@@ -137,11 +131,8 @@ def test_an_adapter_that_is_not_the_runs_is_refused(site: Any, adapter: Adapter,
     ids=["for another site", "expired", "of another adapter"],
 )
 def test_what_was_not_meant_for_it_now_is_refused(site: Any, about: dict[str, Any], rule: Reason) -> None:
-    site.ledger()
-    before = site.events()
-    assert refusal(site.ask(about=about)).reason is rule
-    require_only_refused(site, before, rule)
-    assert site.trained == []
+    with only_refused(site, rule):
+        assert reason(site.ask(about=about)) is rule
     assert site.prepared == ([] if rule is not Reason.ADAPTER_DIFFERS else ["r"])
 
 
@@ -151,32 +142,26 @@ def test_a_replay_gets_the_same_bytes_and_later_nothing(site: Any) -> None:
     before = site.events()
     again = site.send(overheard)
     assert isinstance(first.body, Update)
-    assert isinstance(again.body, Update)
     assert again.body.to_bytes() == first.body.to_bytes()
     assert site.events() == before, "free, since it says nothing new"
     site.ask(2)
-    before = site.events()
-    assert refusal(site.send(overheard)).reason is Reason.REPLY_NO_LONGER_STORED
-    require_only_refused(site, before, Reason.REPLY_NO_LONGER_STORED)
+    with only_refused(site, Reason.REPLY_NO_LONGER_STORED):
+        assert reason(site.send(overheard)) is Reason.REPLY_NO_LONGER_STORED
     assert site.trained == [(1, 1), (2, 1)]
 
 
 def test_a_run_for_another_size_than_the_site_declares_is_refused(site: Any) -> None:
     # It would be trained with another denominator, and counted with another weight, than the site published.
-    site.ledger()
-    before = site.events()
     site.declared_size = 99
-    body = refusal(site.ask())
+    with only_refused(site, Reason.DECLARED_SIZE):
+        body = site.ask().body
     assert (body.reason, body.asked, body.allowed) == (Reason.DECLARED_SIZE, "99", "100")
-    require_only_refused(site, before, Reason.DECLARED_SIZE)
-    assert site.trained == []
 
 
 def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply: Reply) -> None:
     """The ledger lacks a receipt that the site gave: it says so, and nothing is trained any more for anybody."""
-    body = refusal(reply)
-    assert body.reason is Reason.LEDGER_BEHIND_RECEIPT
-    assert body.asked == str(receipt.sequence)
+    assert reason(reply) is Reason.LEDGER_BEHIND_RECEIPT
+    assert reply.body.asked == str(receipt.sequence)
     after = site.events()
     assert after[: len(before)] == before
     doubt, refused = after[len(before) :]
@@ -184,7 +169,7 @@ def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply
     assert (refused.kind, refused.detail["reason"]) == (Kind.REFUSAL, Reason.LEDGER_BEHIND_RECEIPT.value)
     trained = list(site.trained)
     for round in (3, 4):
-        assert refusal(site.ask(round)).reason is Reason.LEDGER_BEHIND_RECEIPT, "also without the receipt"
+        assert reason(site.ask(round)) is Reason.LEDGER_BEHIND_RECEIPT, "also without the receipt"
     assert site.trained == trained
 
 
@@ -203,16 +188,12 @@ def test_a_ledger_that_lacks_the_leads_last_receipt_trains_nothing(site: Any, le
     assert site.trained == [(1, 1), (2, 1)]
 
 
-def test_a_receipt_that_the_ledger_did_not_give_is_refused(
-    site: Any, receipt: Callable[..., Receipt], tmp_path: Any
-) -> None:
+def test_a_receipt_that_the_ledger_did_not_give_is_refused(site: Any, receipt: Any, tmp_path: Any) -> None:
     """How a receipt may be forged: tests/privacy/test_rollback.py."""
     forged = replace(site.ask().receipt, charged_rounds=0)
     for other in (forged, receipt("a")):
-        before = site.events()
-        assert refusal(site.ask(2, about={"receipt": other})).reason is Reason.WRONG_SIGNATURE
-        require_only_refused(site, before, Reason.WRONG_SIGNATURE)
-    assert site.trained == [(1, 1)]
+        with only_refused(site, Reason.WRONG_SIGNATURE):
+            assert reason(site.ask(2, about={"receipt": other})) is Reason.WRONG_SIGNATURE
     # With the site's own key, but of a ledger that was begun anew: the same number of events, and another history.
     other = replace(site, folder=tmp_path / "new", propose=partial(site.propose), trained=[])
     other.folder.mkdir()

@@ -11,19 +11,13 @@ from fedtune.federation.kept_round import Kept, is_over, kept_of
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.spec import FederationSpec
 
+from .conftest import round_of
+
 
 def rounds(*scores: float | None, name: str = "accuracy", lost: Collection[int] = ()) -> Sequence[RoundResult]:
     """Of one site, whose updates did not come in the rounds `lost`."""
     return [
-        RoundResult(
-            round=number,
-            seconds=1.0,
-            sites=() if number in lost else ("a",),
-            failed_sites={},
-            bytes_down=0,
-            bytes_up=0,
-            metrics={name: score},
-        )
+        round_of(number, sites=() if number in lost else ("a",), metrics={name: score})
         for number, score in enumerate(scores, 1)
     ]
 
@@ -45,13 +39,15 @@ def kept(*scores: float | None, name: str = "accuracy", **settings: Any) -> Kept
 )
 def test_the_best_round_is_the_first_of_the_best_scores(scores: Sequence[float | None], name: str, best: int) -> None:
     found = kept(*scores, name=name)
-    assert found is not None
     assert (found.round, found.judged_by, found.ended_early) == (best, name, False)
 
 
 def test_without_the_settings_nothing_is_decided() -> None:
     assert kept(0.5, 0.25, keep_round="last") is None
     assert kept() is None
+    # The last planned round ends nothing early.
+    found = kept(0.5, 0.25, 0.25, stop_after=2, num_rounds=3)
+    assert found == Kept(round=1, judged_by="accuracy", score=0.5, ended_early=False)
 
 
 def test_rounds_without_a_better_score_end_the_run() -> None:
@@ -67,13 +63,7 @@ def test_a_round_without_updates_is_no_trial_that_brought_nothing() -> None:
     federation = FederationSpec(num_rounds=9, stop_after=1)
     for lost, over in (((3, 4), False), ((), True), ((4,), True)):
         found = kept_of(rounds(0.25, 0.5, 0.5, 0.5, lost=lost), federation, judged_by="accuracy")
-        assert found is not None
         assert found.ended_early is over
-
-
-def test_the_last_planned_round_ends_nothing_early() -> None:
-    found = kept(0.5, 0.25, 0.25, stop_after=2, num_rounds=3)
-    assert found == Kept(round=1, judged_by="accuracy", score=0.5, ended_early=False)
 
 
 def test_when_a_run_is_over() -> None:

@@ -9,14 +9,15 @@ import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 
-from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
 from fedtune.model import Adapter
 from fedtune.privacy.distributed_noise import Together
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
+
+from .conftest import round_of
 
 MakeReceipt = Callable[..., Receipt]
 OF_RUN: Any = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.2, "noise_multiplier": 4.0, "max_grad_norm": 1.0}
@@ -89,9 +90,7 @@ def test_a_receipt_that_nobody_signed_counts_as_silence(state: LeadState, plan: 
     assert site_charge(state, "a", plan).upper_bound
 
 
-def test_a_site_keeps_its_key(
-    state: LeadState, plan: Plan, receipt: MakeReceipt, key_of: Callable[[str], SigningKey]
-) -> None:
+def test_a_site_keeps_its_key(state: LeadState, plan: Plan, receipt: MakeReceipt, key_of: Any) -> None:
     state = answered(state.asked(["a"]), answer(receipt(charged=1)))
     state = answered(state.asked(["a"]), answer(receipt(charged=2, key=key_of("b"))))
     assert state.receipts["a"] == receipt(charged=1)
@@ -101,13 +100,12 @@ def test_a_site_keeps_its_key(
 
 @pytest.mark.parametrize("came", [{"sites": ("a",)}, {"sites": (), "failed_sites": {"a": "beyond_plan"}}])
 def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
-    state: LeadState, plan: Plan, receipt: MakeReceipt, update: Callable[..., Update], came: Any
+    state: LeadState, plan: Plan, receipt: MakeReceipt, update: Any, came: Any
 ) -> None:
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
     old = receipt(charged=1)
-    whole = {"round": 1, "seconds": 1.0, "failed_sites": {}, "bytes_down": 0, "bytes_up": 0, "metrics": {}}
-    first = RoundResult(**whole | came)
-    state = replace(answered(state.asked(["a"]), {"a": Reply(body=update(), receipt=old)}), rounds=(first,))
+    state = answered(state.asked(["a"]), {"a": Reply(body=update(), receipt=old)})
+    state = replace(state, rounds=(round_of(1, **came),))
     assert site_charge(state, "a", plan).upper_bound is False
     replayed = answered(state.asked(["a"]), {"a": Reply(body=update(round=2), receipt=old)})
     charge = site_charge(replayed, "a", plan)
@@ -163,12 +161,9 @@ def test_time_left_goes_by_rounds_without_what_is_done_once() -> None:
         ends = [first_s + 20 * n + gap_s * (n > 2) for n in range(done)]
         began = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
         results = [
-            RoundResult(
-                round=n, seconds=first_s if n == 1 else 16.0, sites=("a",), failed_sites={}, bytes_down=1, bytes_up=1,
-                metrics={}, ended=(began + timedelta(seconds=end)).isoformat(timespec="seconds"),
-            )
+            round_of(n, seconds=first_s if n == 1 else 16.0, ended=(began + timedelta(seconds=end)).isoformat())
             for n, end in enumerate(ends, 1)
-        ]  # fmt: skip
+        ]
         seconds = 90.0 + ends[-1] if ends else 0.0
         return LeadState(round=done, adapter=Adapter({}), rounds=results, seconds=seconds)
 

@@ -30,15 +30,11 @@ def test_the_accountant_that_forgets_shows_one_round_of_many() -> None:
     assert price.steps == 2000
 
 
-def test_the_filter_s_figure_is_the_least_cap_with_room_for_the_plan(run_plan: Plan) -> None:
+def test_rounds_rise_to_the_whole_plan_by_every_accountant(run_plan: Plan) -> None:
     price = planner.price(run_plan, SIZES, before=0)
     whole = run_plan.event(rounds=run_plan.most_rounds)
     assert price.epsilon_filter == pytest.approx(filter.filter_cost(whole, delta=run_plan.delta))
     assert price.filter_order in filter.ORDERS
-
-
-def test_rounds_rise_to_the_whole_plan_by_every_accountant(run_plan: Plan) -> None:
-    price = planner.price(run_plan, SIZES, before=0)
     assert [one.round for one in price.rounds] == [1, 2, 3, 4]
     assert [one.steps for one in price.rounds] == [2, 4, 6, 8]
     assert [one.spare for one in price.rounds] == [False, False, False, True]
@@ -48,6 +44,13 @@ def test_rounds_rise_to_the_whole_plan_by_every_accountant(run_plan: Plan) -> No
     assert last.pld == pytest.approx(price.epsilon, abs=1e-3)
     assert last.pld >= price.epsilon, "the coarse grid is the more pessimistic one"
     assert (last.rdp, last.filter) == pytest.approx((price.epsilon_rdp, price.epsilon_filter))
+    # What a site adds depends on its declared size.
+    largest = price.sites["a"]
+    assert largest.expected_batch == pytest.approx(0.2 * 1200)
+    assert largest.weight == pytest.approx(1200 / 2080)
+    assert largest.expected_failures == pytest.approx(0.012)
+    assert largest.step_noise == pytest.approx(4.0 * 1.0 / 240)
+    assert sum(site.weight for site in price.sites.values()) == pytest.approx(1)
 
 
 def test_many_rounds_are_thinned_out_and_keep_their_ends() -> None:
@@ -55,16 +58,6 @@ def test_many_rounds_are_thinned_out_and_keep_their_ends() -> None:
     shown = [one.round for one in planner.price(plan, SIZES, before=0).rounds]
     assert len(shown) <= 22
     assert (shown[0], shown[-2], shown[-1]) == (1, 997, 1000)
-
-
-def test_what_a_site_adds_depends_on_its_declared_size(run_plan: Plan) -> None:
-    price = planner.price(run_plan, SIZES, before=0)
-    largest = price.sites["a"]
-    assert largest.expected_batch == pytest.approx(0.2 * 1200)
-    assert largest.weight == pytest.approx(1200 / 2080)
-    assert largest.expected_failures == pytest.approx(0.012)
-    assert largest.step_noise == pytest.approx(4.0 * 1.0 / 240)
-    assert sum(site.weight for site in price.sites.values()) == pytest.approx(1)
 
 
 def test_without_noise_nothing_is_bounded(run_plan: Plan) -> None:
@@ -84,7 +77,6 @@ def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
         f"epsilon {epsilon / 2:.4g}",
     ]  # fmt: skip
     for change in changes.values():
-        assert change.noise_needed is not None
         needed = replace(change.plan, noise_multiplier=change.noise_needed)
         assert accountant.epsilon_pld([needed.event(rounds=needed.most_rounds)], needed.delta) <= change.epsilon
         assert change.same_noise_epsilon == planner.coarse_epsilon(change.plan)
@@ -95,7 +87,6 @@ def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
 def test_what_if_says_what_a_larger_batch_does_to_the_mean_gradient() -> None:
     plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
     doubled = planner.what_if(plan, epsilon=planner.coarse_epsilon(plan))[3]
-    assert doubled.noise_needed is not None
     assert doubled.step_noise == pytest.approx(doubled.noise_needed / 0.2 / (2.0 / 0.1))
     assert doubled.noise_needed / 2.0 > 1 > doubled.noise_needed / 4.0, "more noise on the sum, less on the mean"
 

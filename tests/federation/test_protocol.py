@@ -10,13 +10,12 @@ import pytest
 from fedtune.federation.protocol import EndOfRun, Invitation, RoundRequest, Signed
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError
 
 
 @pytest.fixture
-def request_(run_proposal: Callable[..., Proposal], receipt: Callable[..., Receipt]) -> RoundRequest:
+def request_(run_proposal: Any, receipt: Any) -> RoundRequest:
     return RoundRequest(
         proposal=run_proposal(), round=2, site="a", adapter_digest="ab" * 32, receipt=receipt(), expires=1e9
     )
@@ -30,7 +29,7 @@ def test_what_the_lead_signed_arrives(request_: RoundRequest, lead_key: SigningK
 
 
 def test_every_field_that_is_asked_for_is_in_the_digest(
-    request_: RoundRequest, run_proposal: Callable[..., Proposal], lead_key: SigningKey
+    request_: RoundRequest, run_proposal: Any, lead_key: SigningKey
 ) -> None:
     changes: list[dict[str, Any]] = [
         {"proposal": run_proposal(run="s")},

@@ -28,17 +28,9 @@ def plan(run_plan: Plan) -> Plan:
 @given(
     rate=st.floats(0.01, 1), start=st.floats(0.8, 20), target=st.floats(0.3, 10), scores=st.sampled_from([0.0, 30.0])
 )
-def test_the_least_noise_never_overshoots(rate: float, start: float, target: float, scores: float) -> None:
-    planned = Plan(
-        unit="record",
-        delta=1e-5,
-        sampling_rate=rate,
-        noise_multiplier=start,
-        max_grad_norm=1.0,
-        local_steps=4,
-        num_rounds=2,
-        metrics_noise_multiplier=scores,
-    )
+def test_the_least_noise_never_overshoots(plan: Plan, rate: float, start: float, target: float, scores: float) -> None:
+    changes = {"local_steps": 4, "num_rounds": 2, "metrics_noise_multiplier": scores}
+    planned = replace(plan, sampling_rate=rate, noise_multiplier=start, **changes)
     noise = planner.least_noise(planned, epsilon=target)
     if noise is None:
         assert epsilon(replace(planned, noise_multiplier=1e4)) > target
@@ -79,14 +71,8 @@ def test_the_largest_rate_is_within_and_the_next_digit_is_not(plan: Plan) -> Non
     rate = solved.sampling_rate
     assert rate == float(f"{rate:.4g}"), "four digits"
     assert epsilon(solved) <= 3.0 < epsilon(replace(plan, sampling_rate=rate * 1.001))
-
-
-def test_much_noise_allows_every_rate(plan: Plan) -> None:
-    assert (
-        planner.solve_sampling_rate(replace(plan, noise_multiplier=50.0), epsilon=3.0, least=0.001).sampling_rate == 1.0
-    )
-
-
-def test_little_noise_allows_no_rate(plan: Plan) -> None:
+    # Much noise allows every rate, and little none.
+    loud, quiet = (replace(plan, noise_multiplier=noise) for noise in (50.0, 0.5))
+    assert planner.solve_sampling_rate(loud, epsilon=3.0, least=0.001).sampling_rate == 1.0
     with pytest.raises(ConfigError, match=r"passes privacy\.epsilon = 0\.1 at every sampling rate down to 0\.01"):
-        planner.solve_sampling_rate(replace(plan, noise_multiplier=0.5), epsilon=0.1, least=0.01)
+        planner.solve_sampling_rate(quiet, epsilon=0.1, least=0.01)

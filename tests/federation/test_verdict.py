@@ -25,7 +25,7 @@ Ask = Callable[..., Verdict]
 
 
 @pytest.fixture
-def ask(tmp_path: Path, run_proposal: Callable[..., Proposal]) -> Ask:
+def ask(tmp_path: Path, run_proposal: Any) -> Ask:
     """Write a policy and ask it about the run with these changes."""
 
     def asked(policy: Policy, sizes: dict[str, int] = SIZES, **changes: Any) -> Verdict:
@@ -41,18 +41,17 @@ def ledger_of(tmp_path: Path) -> Callable[[Policy], Ledger]:
     return lambda policy: Ledger(tmp_path / policy.ledger, policy, SigningKey.load_or_make(tmp_path / policy.site_key))
 
 
-def test_a_run_within_the_policy_is_accepted(ask: Ask, site_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_a_run_within_the_policy_is_accepted(ask: Ask, site_policy: Any, tmp_path: Path) -> None:
     said = ask(site_policy())
     assert said.allowed
     assert (said.site, said.ledger, said.taken, said.note) == ("a", "new", 0.0, "")
-    assert said.would_be is not None
     assert 0 < said.would_be <= said.max_epsilon == 5.0
     assert (said.most_rounds, said.least_noise) == (3, 4.0)
     assert not (tmp_path / "ledger.db").exists(), "asking makes no ledger"
     assert not (tmp_path / "site_key.pem").exists(), "nor a key"
 
 
-def test_every_broken_rule_is_named(ask: Ask, site_policy: Callable[..., Policy]) -> None:
+def test_every_broken_rule_is_named(ask: Ask, site_policy: Any) -> None:
     said = ask(site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
     assert [(one.rule, one.asked, one.allowed) for one in said.broken[1:]] == [
         ("max_rank", "9", "at most 4"),
@@ -62,7 +61,7 @@ def test_every_broken_rule_is_named(ask: Ask, site_policy: Callable[..., Policy]
     assert (said.most_rounds, said.least_noise) == (0, None)
 
 
-def test_too_many_rounds_can_be_mended_by_fewer(ask: Ask, site_policy: Callable[..., Policy]) -> None:
+def test_too_many_rounds_can_be_mended_by_fewer(ask: Ask, site_policy: Any) -> None:
     said = ask(site_policy(), num_rounds=9)
     assert [one.rule for one in said.broken] == ["max_rounds"]
     assert said.most_rounds == 3, "with the spare one, four"
@@ -73,27 +72,20 @@ def whole_epsilon(proposal: Proposal) -> float:
     return epsilon_pld([proposal.plan.event(rounds=proposal.plan.most_rounds)], proposal.plan.delta)
 
 
-def test_a_run_that_costs_too_much_is_told_what_would_fit(
-    ask: Ask, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]
-) -> None:
+def test_a_run_that_costs_too_much_is_told_what_would_fit(ask: Ask, site_policy: Any, run_proposal: Any) -> None:
     cap = 0.9 * whole_epsilon(run_proposal())
     said = ask(site_policy(budget={"max_epsilon_per_run": cap}))
     assert [one.rule for one in said.broken] == ["max_epsilon_per_run"]
     assert 0 < said.most_rounds < 3
-    assert said.least_noise is not None
     for changes in ({"num_rounds": said.most_rounds}, {"noise_multiplier": said.least_noise}):
         assert whole_epsilon(run_proposal(**changes)) <= cap
     assert whole_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
 
 
 def test_the_verdict_is_what_the_ledger_then_does(
-    ask: Ask,
-    site_policy: Callable[..., Policy],
-    run_proposal: Callable[..., Proposal],
-    ledger_of: Callable[[Policy], Ledger],
+    ask: Ask, site_policy: Any, run_proposal: Any, ledger_of: Any
 ) -> None:
     whole = ask(site_policy())
-    assert whole.would_be is not None
     tight = site_policy(budget={"max_epsilon": 1.3 * whole.would_be})
     ledger = ledger_of(tight)
     said = ask(tight, run="run-0")
@@ -113,28 +105,20 @@ def test_the_verdict_is_what_the_ledger_then_does(
     ]
 
 
-def test_a_nearly_spent_budget_has_room_for_less(
-    ask: Ask,
-    site_policy: Callable[..., Policy],
-    run_proposal: Callable[..., Proposal],
-    ledger_of: Callable[[Policy], Ledger],
-) -> None:
+def test_a_nearly_spent_budget_has_room_for_less(ask: Ask, site_policy: Any, run_proposal: Any, ledger_of: Any) -> None:
     plan = run_proposal().plan
     once = filter.filter_cost(plan.event(rounds=plan.most_rounds), delta=plan.delta)
     tight = site_policy(budget={"max_epsilon": 1.001 * once})
     ledger_of(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
     said = ask(tight, run="later")
     assert [one.rule for one in said.broken] == ["max_epsilon"]
-    assert said.taken is not None
     assert said.taken > 0
     offer = ledger_of(tight).offer(run_proposal(run="later"))
     assert (said.most_rounds, said.least_noise) == (offer.most_rounds, offer.least_noise)
     assert 0 < said.most_rounds < 3
 
 
-def test_asking_changes_nothing(
-    ask: Ask, site_policy: Callable[..., Policy], ledger_of: Callable[[Policy], Ledger], tmp_path: Path
-) -> None:
+def test_asking_changes_nothing(ask: Ask, site_policy: Any, ledger_of: Any, tmp_path: Path) -> None:
     ledger_of(site_policy())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     ask(site_policy())
@@ -143,9 +127,7 @@ def test_asking_changes_nothing(
     assert before == after
 
 
-def test_a_frozen_population_takes_part_in_nothing(
-    ask: Ask, site_policy: Callable[..., Policy], ledger_of: Callable[[Policy], Ledger]
-) -> None:
+def test_a_frozen_population_takes_part_in_nothing(ask: Ask, site_policy: Any, ledger_of: Any) -> None:
     ledger_of(site_policy()).freeze("asked to")
     said = ask(site_policy())
     assert [one.rule for one in said.broken] == ["frozen"]
@@ -157,11 +139,7 @@ def test_a_frozen_population_takes_part_in_nothing(
     [({"site": "b"}, "made for site = a"), ({"budget": {"delta": 1e-6}}, "made for budget.delta = 1e-05")],
 )
 def test_a_ledger_of_another_policy_is_in_doubt(
-    changes: dict[str, Any],
-    why: str,
-    ask: Ask,
-    site_policy: Callable[..., Policy],
-    ledger_of: Callable[[Policy], Ledger],
+    changes: dict[str, Any], why: str, ask: Ask, site_policy: Any, ledger_of: Any
 ) -> None:
     ledger_of(site_policy())
     said = ask(site_policy(**changes), delta=1e-5)
@@ -170,24 +148,20 @@ def test_a_ledger_of_another_policy_is_in_doubt(
     assert why in said.note
 
 
-def test_another_declared_size_is_noted(ask: Ask, site_policy: Callable[..., Policy]) -> None:
+def test_another_declared_size_is_noted(ask: Ask, site_policy: Any) -> None:
     assert ask(site_policy(), {"a": 90}).note == "the site declares 100 records of patients, the run takes it for 90"
     assert ask(site_policy(), {"b": 90}).note == "the run names no site a"
 
 
-def test_without_a_cap_any_number_of_runs_fits(ask: Ask, site_policy: Callable[..., Policy]) -> None:
+def test_without_a_cap_any_number_of_runs_fits_and_without_noise_none(ask: Ask, site_policy: Any) -> None:
     said = ask(site_policy(budget={"max_epsilon": float("inf")}))
-    assert said.allowed
-    assert said.runs_left is None
-
-
-def test_a_run_without_noise_fits_no_budget(ask: Ask, site_policy: Callable[..., Policy]) -> None:
+    assert (said.allowed, said.runs_left) == (True, None)
     said = ask(site_policy(), noise_multiplier=0.0)
     assert [one.rule for one in said.broken] == ["min_noise_multiplier", "max_epsilon"]
     assert said.runs_left == 0
     assert said.least_noise == pytest.approx(4.0, rel=1e-3)
 
 
-def test_a_file_that_is_no_policy_is_a_mistake(tmp_path: Path, run_proposal: Callable[..., Proposal]) -> None:
+def test_a_file_that_is_no_policy_is_a_mistake(tmp_path: Path, run_proposal: Any) -> None:
     with pytest.raises(ConfigError, match="must be a readable file"):
         verdict.ask(tmp_path / "missing.toml", run_proposal(), declared_sizes=SIZES)

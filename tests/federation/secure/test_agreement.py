@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -240,9 +239,7 @@ def test_the_lead_takes_a_key_from_its_own_site() -> None:
     ],
     ids=["signature", "key", "name", "bytes"],
 )
-def test_a_key_that_keeps_a_session_from_beginning_has_its_site_s_name(
-    spoilt: Callable[[bytes], bytes], reason: Wrong
-) -> None:
+def test_a_key_that_keeps_a_session_from_beginning_has_its_site_s_name(spoilt: Any, reason: Wrong) -> None:
     messages = announced(terms := terms_of(4, 3))
     with rejected(reason) as error:
         session_of(terms, {**messages, "b": spoilt(messages["b"])})

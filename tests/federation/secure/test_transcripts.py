@@ -159,7 +159,6 @@ class Transcript(RuleBasedStateMachine):
             text = pairs.opened(
                 upload.sealed[sites.index(colluder)], sender=upload.site, receiver=colluder, release=upload.release
             )
-            assert text is not None
             for place, other in enumerate(sites):
                 value = int.from_bytes(text[place * SHARE_BYTES : (place + 1) * SHARE_BYTES])
                 self.knowledge.learn(session.digest, upload.release, upload.site, other, {colluder: value})
