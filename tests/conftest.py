@@ -254,6 +254,22 @@ class Outcome:
         assert lines[0].startswith("fedtune: ")
         return lines[0].removeprefix("fedtune: ")
 
+    @property
+    def printed(self) -> str:
+        """What a command printed, which must have succeeded."""
+        assert self.code == 0, self
+        return self.out
+
+    def failed(self, code: int = 2) -> str:
+        """The message of a command, which must have failed with this exit code."""
+        assert self.code == code, self
+        return self.message
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """What lies in a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
 
 def parsed(*arguments: str) -> dict[str, Any]:
     """What the command line makes of the arguments, as the command's function would get it; nothing runs.

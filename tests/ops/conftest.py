@@ -171,11 +171,6 @@ def charge(ledger: Ledger, proposal: Proposal, *rounds: int) -> None:
         ledger.commit(granted, f"{round}".encode())
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    """What lies in a folder, by its path there."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """No proxy of this machine's stands between a site and its server."""
@@ -203,7 +198,6 @@ class Mailbox(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         plain, address = super().get_request()
-        assert self.context is not None
         # The handshake is made by the thread that answers, so that a client that fails it stops nobody else.
         return self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
 

@@ -39,6 +39,13 @@ def run(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+def passed(*command: object, **more: Any) -> str:
+    """What a command prints that has to end well."""
+    done = run(*command, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(DEPLOYMENT))
 

@@ -148,11 +148,7 @@ def home(whole: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 
 @pytest.fixture(scope="module")
 def whole(
-    tmp_path_factory: pytest.TempPathFactory,
-    mailbox: Mailbox,
-    site_policy: Callable[..., Policy],
-    run_proposal: Callable[..., Proposal],
-    now: datetime,
+    tmp_path_factory: pytest.TempPathFactory, mailbox: Mailbox, site_policy: Any, run_proposal: Any, now: datetime
 ) -> Home:
     """What is copied for each test."""
     tmp_path = tmp_path_factory.mktemp("whole")
@@ -317,29 +313,20 @@ def of_another_number(home: Home) -> None:
         file.execute(f"PRAGMA user_version = {LEDGER_SCHEMA - 1}")
 
 
-def anchor_of_another_number(home: Home) -> None:
-    home.change(anchor="anchor.json")
-    home.spend()
+def anchored(change: Callable[[Home], object]) -> Callable[[Home], None]:
+    """With a ledger that was charged and has an anchor."""
+
+    def make(home: Home) -> None:
+        home.change(anchor="anchor.json")
+        home.spend()
+        change(home)
+
+    return make
+
+
+def another_number(home: Home) -> None:
     anchor = home.folder / "anchor.json"
     anchor.write_text(json.dumps(json.loads(anchor.read_text()) | {"schema": LEDGER_SCHEMA - 1}))
-
-
-def ledger_put_back(home: Home) -> None:
-    home.change(anchor="anchor.json")
-    home.spend()
-    home.put_back(lambda: home.spend(run="r2"))
-
-
-def ledger_gone(home: Home) -> None:
-    home.change(anchor="anchor.json")
-    home.spend()
-    (home.folder / "ledger.db").unlink()
-
-
-def anchor_gone(home: Home) -> None:
-    home.change(anchor="anchor.json")
-    home.spend()
-    (home.folder / "anchor.json").unlink()
 
 
 def in_doubt(home: Home) -> None:
@@ -424,10 +411,10 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "no model that is allowed": policy(allow={"base_models": ()}),
     "a ledger that was changed": changed_ledger,
     "a ledger of another number": of_another_number,
-    "an anchor of another number": anchor_of_another_number,
-    "a ledger that was put back": ledger_put_back,
-    "a ledger that is gone": ledger_gone,
-    "a ledger whose anchor is gone": anchor_gone,
+    "an anchor of another number": anchored(another_number),
+    "a ledger that was put back": anchored(lambda home: home.put_back(lambda: home.spend(run="r2"))),
+    "a ledger that is gone": anchored(lambda home: (home.folder / "ledger.db").unlink()),
+    "a ledger whose anchor is gone": anchored(lambda home: (home.folder / "anchor.json").unlink()),
     "a ledger of another population": of_another_population,
     "a ledger that is frozen": lambda home: home.open().freeze("consent withdrawn"),
     "a ledger in doubt": in_doubt,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-import zipfile
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,19 +13,18 @@ import pytest
 
 from fedtune.ops.doctor.check import Status
 from fedtune.ops.doctor.examination import Visit, examine
-from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import read_certificate
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.kits.members import REQUEST, Roster
+from fedtune.ops.kits.members import REQUEST
 from fedtune.ops.services.site_state import SiteState, serving
 from fedtune.privacy.ledger.site_ledger import Ledger
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import charge, files_in
+from ..conftest import files_in
+from .conftest import Desk, charge, unpack
 
 pytestmark = pytest.mark.nightly
 
@@ -43,28 +40,24 @@ def ledger_of(folder: Path) -> Ledger:
     return opened
 
 
-def test_rotating_a_connection_key(federation: Path, north: Path, command: Any) -> None:
+def test_rotating_a_connection_key(desk: Desk, north: Path, command: Any) -> None:
     kit = north / "kit"
     before = (kit / "connection_key.pem").read_bytes()
-    provisioning.revoke_site(federation, "north", now=datetime.now(UTC))
+    desk.revoke("north")
     assert command("site", "init", "--site", str(north / "site.toml"), "--out", str(north / "new-kit")).code == 0
-    request = north / "new-kit" / REQUEST
-    renewed = provisioning.ask_to_renew(
-        federation, "north", request=request, days=None, new_site_key=False, now=datetime.now(UTC)
-    ).let_in()
+    renewed = desk.renew("north", north / "new-kit" / REQUEST)
     (north / "new-kit/connection_key.pem").replace(kit / "connection_key.pem")
-    with zipfile.ZipFile(renewed.archive) as archive:
-        archive.extractall(kit)
+    unpack(renewed.archive, kit)
     assert (kit / "connection_key.pem").read_bytes() != before
     assert Kit.read(kit, kind="site").check_certificate(datetime.now(UTC)).name == "north"
-    (member,) = Roster.read(federation / "server/roster.json").sites
+    member = desk.member("north")
     assert member.revoked is None
     assert member.issued.public_key() == read_certificate(kit / "site.pem").public_key()
-    with FederationFolder.held(federation) as held:
+    with FederationFolder.held(desk.folder) as held:
         assert len(held.retired()) == 1
 
 
-def test_moving_a_site_to_another_machine(north: Path, run_proposal: Callable[..., Proposal], tmp_path: Path) -> None:
+def test_moving_a_site_to_another_machine(north: Path, run_proposal: Any, tmp_path: Path) -> None:
     proposal = run_proposal()
     charge(ledger_of(north), proposal, 1)
     moved = tmp_path / "another machine"
@@ -82,9 +75,7 @@ def test_moving_a_site_to_another_machine(north: Path, run_proposal: Callable[..
         ledger_of(north).require_contains(there.receipt(proposal.run))
 
 
-def test_moving_without_the_ledger_is_noticed(
-    north: Path, run_proposal: Callable[..., Proposal], tmp_path: Path
-) -> None:
+def test_moving_without_the_ledger_is_noticed(north: Path, run_proposal: Any, tmp_path: Path) -> None:
     charge(ledger_of(north), run_proposal(), 1)
     moved = tmp_path / "another machine"
     shutil.copytree(north, moved, ignore=shutil.ignore_patterns("ledger.db*"))
@@ -92,9 +83,7 @@ def test_moving_without_the_ledger_is_noticed(
         SiteFiles.of(moved / "site.toml").open()
 
 
-def test_a_backup_at_any_time_is_whole_and_is_put_back(
-    north: Path, run_proposal: Callable[..., Proposal], command: Any
-) -> None:
+def test_a_backup_at_any_time_is_whole_and_is_put_back(north: Path, run_proposal: Any, command: Any) -> None:
     proposal, backup = run_proposal(), north / "copy.db"
     opened = ledger_of(north)
     charge(opened, proposal, 1)
@@ -114,7 +103,7 @@ def test_a_backup_at_any_time_is_whole_and_is_put_back(
     charge(ledger_of(north), run_proposal(run="another"), 1)
 
 
-def test_the_anchor_s_disk_is_lost(north: Path, run_proposal: Callable[..., Proposal], command: Any) -> None:
+def test_the_anchor_s_disk_is_lost(north: Path, run_proposal: Any, command: Any) -> None:
     proposal = run_proposal()
     charge(ledger_of(north), proposal, 1)
     shutil.rmtree(north / "other disk")
@@ -126,7 +115,7 @@ def test_the_anchor_s_disk_is_lost(north: Path, run_proposal: Callable[..., Prop
     charge(ledger_of(north), proposal, 2)
 
 
-def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_proposal: Callable[..., Proposal]) -> None:
+def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_proposal: Any) -> None:
     charge(ledger_of(north), run_proposal(), 1)
     with serving(north / "ledger.db"):
         before = files_in(north)
@@ -137,7 +126,7 @@ def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_propo
     assert before.items() <= after.items()
 
 
-def test_a_site_that_left_comes_back(north: Path, run_proposal: Callable[..., Proposal], command: Any) -> None:
+def test_a_site_that_left_comes_back(north: Path, run_proposal: Any, command: Any) -> None:
     proposal = run_proposal()
     charge(ledger_of(north), proposal, 1)
     words = ("--kit", str(north / "kit"), "--site", str(north / "site.toml"))
@@ -150,16 +139,12 @@ def test_a_site_that_left_comes_back(north: Path, run_proposal: Callable[..., Pr
     charge(there, run_proposal(run="another"), 1)
 
 
-def test_connection_key_and_kit_are_lost(federation: Path, north: Path, command: Any) -> None:
+def test_connection_key_and_kit_are_lost(desk: Desk, north: Path, command: Any) -> None:
     """They need no backup: a new key and a renewed kit, and the ledger goes on."""
     before = ledger_of(north).history.opened.ledger
     shutil.rmtree(north / "kit")
     assert command("site", "init", "--site", str(north / "site.toml")).code == 0
-    renewed = provisioning.ask_to_renew(
-        federation, "north", request=north / "kit" / REQUEST, days=None, new_site_key=False, now=datetime.now(UTC)
-    ).let_in()
-    with zipfile.ZipFile(renewed.archive) as archive:
-        archive.extractall(north / "kit")
+    unpack(desk.renew("north", north / "kit" / REQUEST).archive, north / "kit")
     Kit.read(north / "kit", kind="site").check_certificate(datetime.now(UTC))
     assert ledger_of(north).history.opened.ledger == before
 

@@ -33,15 +33,9 @@ def address(health: Health) -> Iterator[str]:
         yield bound
 
 
-def raw(address: str, sent: bytes, *, wait: float = 5.0) -> bytes:
-    """What comes back until the connection is closed."""
+def connected(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=wait) as connection:
-        connection.sendall(sent)
-        received = b""
-        while part := connection.recv(4096):
-            received += part
-    return received
+    return socket.create_connection((host, int(port)), timeout=10)
 
 
 def test_health_has_fixed_keys(address: str, health: Health) -> None:
@@ -100,7 +94,11 @@ def test_since_is_when_the_state_changed_last(health: Health, monkeypatch: pytes
     ],
 )
 def test_only_two_addresses_can_be_read(sent: bytes, status: bytes, address: str) -> None:
-    answer = raw(address, sent)
+    answer = b""
+    with connected(address) as connection:
+        connection.sendall(sent)
+        while part := connection.recv(4096):  # until it is closed
+            answer += part
     assert answer.split()[1] == status
     assert b"connection: close" in answer
     body = json.loads(answer.partition(b"\r\n\r\n")[2])
@@ -108,9 +106,8 @@ def test_only_two_addresses_can_be_read(sent: bytes, status: bytes, address: str
 
 
 def test_a_request_without_end_is_cut_off(address: str) -> None:
-    host, _, port = address.rpartition(":")
     began = time.monotonic()
-    with socket.create_connection((host, int(port)), timeout=10) as connection:
+    with connected(address) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n")
         try:
             for _ in range(100):
@@ -124,12 +121,10 @@ def test_a_request_without_end_is_cut_off(address: str) -> None:
 
 
 def test_who_holds_a_place_keeps_no_probe_out(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    slow = []
-    try:
-        for _ in range(40):
-            slow.append(socket.create_connection((host, int(port)), timeout=10))
-            slow[-1].sendall(b"G")
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connected(address)) for _ in range(40)]
+        for connection in slow:
+            connection.sendall(b"G")
         assert [ask(address)[0] for _ in range(20)] == [200] * 20
         assert ask(address, "/health")[0] == 200
         began = time.monotonic()
@@ -137,9 +132,6 @@ def test_who_holds_a_place_keeps_no_probe_out(address: str) -> None:
             with contextlib.suppress(ConnectionError):
                 assert connection.recv(1) == b""
         assert time.monotonic() - began < 8, "and each is cut off after two seconds"
-    finally:
-        for connection in slow:
-            connection.close()
 
 
 def test_it_ends_with_its_block(health: Health) -> None:
@@ -161,29 +153,28 @@ def test_ipv6_works_where_there_is_any(health: Health) -> None:
         assert ask(bound)[0] == 200
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "10.1.2.3:8089"])
-def test_an_address_that_others_reach_has_to_be_asked_for(address: str, health: Health) -> None:
-    with pytest.raises(ConfigError, match="--health-anywhere"), serve_health(address, health):
+ANYWHERE, NO_ADDRESS = "--health-anywhere", r"^--health = .*must be host:port"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *(("0.0.0.0:0", ANYWHERE), ("[::]:0", ANYWHERE), ("10.1.2.3:8089", ANYWHERE), ("8089", NO_ADDRESS)),
+        *(("127.0.0.1", NO_ADDRESS), ("127.0.0.1:70000", NO_ADDRESS), ("127.0.0.1:\uff18\uff10", NO_ADDRESS)),
+        *(("[127.0.0.1]:1", NO_ADDRESS), ("fl.example.org:8089", NO_ADDRESS), ("in use", "cannot be listened on")),
+    ],
+)
+def test_an_address_that_cannot_be_or_has_to_be_asked_for(
+    given: str, message: str, address: str, health: Health
+) -> None:
+    given = address if given == "in use" else given
+    with pytest.raises(ConfigError, match=message), serve_health(given, health):
         pass
 
 
 def test_an_address_that_others_reach_may_be_asked_for(health: Health) -> None:
     with serve_health("0.0.0.0:0", health, anywhere=True) as bound:
         assert ask(bound.replace("0.0.0.0", "127.0.0.1"))[0] == 200
-
-
-@pytest.mark.parametrize(
-    "address",
-    ["8089", "127.0.0.1", "127.0.0.1:70000", "127.0.0.1:\uff18\uff10", "[127.0.0.1]:1", "fl.example.org:8089"],
-)
-def test_what_is_no_address_is_said(address: str, health: Health) -> None:
-    with pytest.raises(ConfigError, match=r"^--health = .*must be host:port"), serve_health(address, health):
-        pass
-
-
-def test_an_address_in_use_is_said(address: str, health: Health) -> None:
-    with pytest.raises(ConfigError, match="cannot be listened on"), serve_health(address, health):
-        pass
 
 
 def test_the_probe_of_containers(address: str, health: Health) -> None:

@@ -19,11 +19,10 @@ from fedtune.ops.kits.members import JoinRequest, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 
 
-def test_a_request_says_what_the_policy_says(request_of: Callable[..., Path]) -> None:
+def test_a_request_says_what_the_policy_says(request_of: Any) -> None:
     path = request_of("north", declared_size=8000)
     request, folder = JoinRequest.read(path), path.parent
     assert (request.site, [(one.id, one.declared_size) for one in request.datasets]) == ("north", [("patients", 8000)])
@@ -31,7 +30,7 @@ def test_a_request_says_what_the_policy_says(request_of: Callable[..., Path]) ->
     assert request.node_key == public_pem(read_connection_key(folder / "connection_key.pem"))
 
 
-def test_keys_are_their_owner_s_alone(request_of: Callable[..., Path]) -> None:
+def test_keys_are_their_owner_s_alone(request_of: Any) -> None:
     folder = request_of("north").parent
     for key in (folder / "connection_key.pem", folder.parent / "site_key.pem"):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
@@ -39,7 +38,7 @@ def test_keys_are_their_owner_s_alone(request_of: Callable[..., Path]) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["connection_key.pem", "join_request.json"]
 
 
-def test_no_private_key_leaves(request_of: Callable[..., Path]) -> None:
+def test_no_private_key_leaves(request_of: Any) -> None:
     path = request_of("north")
     data, folder = path.read_bytes(), path.parent
     assert b"PRIVATE" not in data
@@ -58,32 +57,28 @@ def left_over(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["n" * 65, "Server"])
-def test_a_name_that_no_site_can_have_makes_nothing(
-    name: str, tmp_path: Path, site_policy: Callable[..., Policy]
-) -> None:
+def test_a_name_that_no_site_can_have_makes_nothing(name: str, tmp_path: Path, site_policy: Any) -> None:
     write_policy(site_policy(name), tmp_path / "site.toml")
     with pytest.raises(ConfigError, match=rf"site\.toml: site = '{name}': must"):
         site_init(tmp_path / "site.toml", out=None)
     assert left_over(tmp_path) == []
 
 
-def test_a_site_key_that_others_can_read_is_refused(tmp_path: Path, site_policy: Callable[..., Policy]) -> None:
-    write_policy(site_policy("north"), tmp_path / "site.toml")
-    SigningKey.load_or_make(tmp_path / "site_key.pem")
-    (tmp_path / "site_key.pem").chmod(0o644)
+def test_a_site_key_that_others_can_read_is_refused_and_a_ledger_s_lost_one_is_not_replaced(
+    tmp_path: Path, site_policy: Any
+) -> None:
+    site_toml, file = tmp_path / "site.toml", tmp_path / "site_key.pem"
+    write_policy(site_policy("north"), site_toml)
+    key = SigningKey.load_or_make(file)
+    file.chmod(0o644)
     with pytest.raises(ConfigError, match=r"site_key\.pem = 'mode 644': must be readable by its owner alone"):
-        site_init(tmp_path / "site.toml", out=None)
+        site_init(site_toml, out=None)
     assert left_over(tmp_path) == ["site_key.pem"]
-
-
-def test_a_ledger_s_lost_key_is_not_replaced(tmp_path: Path, site_policy: Callable[..., Policy]) -> None:
-    write_policy(site_policy("north"), tmp_path / "site.toml")
-    key = SigningKey.load_or_make(tmp_path / "site_key.pem")
-    Ledger(tmp_path / "ledger.db", read_policy(tmp_path / "site.toml"), key)
-    (tmp_path / "site_key.pem").unlink()
+    Ledger(tmp_path / "ledger.db", read_policy(site_toml), key)
+    file.unlink()
     with pytest.raises(ConfigError, match="restore it from its backup"):
-        site_init(tmp_path / "site.toml", out=None)
-    assert not (tmp_path / "site_key.pem").exists()
+        site_init(site_toml, out=None)
+    assert not file.exists()
 
 
 def resigned(path: Path, change: Callable[[dict[str, Any]], None]) -> bytes:
@@ -100,7 +95,7 @@ def resigned(path: Path, change: Callable[[dict[str, Any]], None]) -> bytes:
     ("key", "value"),
     [("site", "south"), ("datasets", [{"id": "patients", "declared_size": 101}]), ("signature", "00" * 64)],
 )
-def test_a_request_that_was_changed_is_refused(request_of: Callable[..., Path], key: str, value: object) -> None:
+def test_a_request_that_was_changed_is_refused(request_of: Any, key: str, value: object) -> None:
     path = request_of("north")
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(ConfigError, match=r"join_request\.json: signature = .*was changed after it was made"):
@@ -123,15 +118,13 @@ def csr_of(key: Any, *names: str) -> str:
     ],
     ids=["P-256", "another name", "two names", "rubbish"],
 )
-def test_a_wrong_csr_is_refused_though_the_site_signed_it(
-    request_of: Callable[..., Path], csr: str, message: str
-) -> None:
+def test_a_wrong_csr_is_refused_though_the_site_signed_it(request_of: Any, csr: str, message: str) -> None:
     path = request_of("north")
     with pytest.raises(ConfigError, match=message):
         JoinRequest.of(resigned(path, lambda fields: fields.update(csr=csr)))
 
 
-def test_a_csr_proves_that_its_maker_holds_the_key(request_of: Callable[..., Path]) -> None:
+def test_a_csr_proves_that_its_maker_holds_the_key(request_of: Any) -> None:
     path = request_of("north")
     csr = x509.load_pem_x509_csr(json.loads(path.read_text())["csr"].encode())
     another_s = public_pem(ec.generate_private_key(ec.SECP384R1()))
@@ -161,7 +154,7 @@ def _point(public: bytes) -> bytes:
     ],
 )
 def test_what_a_site_may_not_say_is_refused_though_it_signed_it(
-    request_of: Callable[..., Path], change: dict[str, Any], message: str
+    request_of: Any, change: dict[str, Any], message: str
 ) -> None:
     path = request_of("north")
     with pytest.raises(ConfigError, match=message):
@@ -175,7 +168,7 @@ def test_what_is_no_request_is_refused(tmp_path: Path, data: bytes) -> None:
         JoinRequest.read(tmp_path / "request")
 
 
-def test_a_request_has_at_most_64_kib(request_of: Callable[..., Path]) -> None:
+def test_a_request_has_at_most_64_kib(request_of: Any) -> None:
     path = request_of("north")
     data = path.read_bytes()
     path.write_bytes(data + b" " * (65536 - len(data)))

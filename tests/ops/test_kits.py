@@ -26,7 +26,7 @@ KINDS = ("server", "lead", "site")
 
 
 @pytest.fixture
-def kits(federation: Path, joined: Callable[[str], Path]) -> dict[str, Path]:
+def kits(federation: Path, joined: Any) -> dict[str, Path]:
     """A kit of each kind."""
     return {"site": joined("north"), "server": federation / "server", "lead": federation / "lead"}
 
@@ -114,28 +114,27 @@ def test_a_lead_s_kit_has_the_key_that_it_names(kits: dict[str, Path]) -> None:
         Kit.read(kits["lead"], kind="lead")
 
 
-def test_a_certificate_for_another_key_is_refused(
-    kits: dict[str, Path], request_of: Callable[..., Path], now: datetime
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("key", r"site\.pem = 'north': must belong to the key in connection_key\.pem"),
+        ("authority", r"must be issued by the authority in ca\.pem"),
+        ("site", "must be the certificate of south"),
+    ],
+)
+def test_a_certificate_for_something_else_is_refused(
+    kits: dict[str, Path], request_of: Any, federation_toml: Path, now: datetime, wrong: str, message: str
 ) -> None:
-    shutil.copy(request_of("south").parent / "connection_key.pem", kits["site"])
-    with pytest.raises(ConfigError, match=r"site\.pem = 'north': must belong to the key in connection_key\.pem"):
-        Kit.read(kits["site"], kind="site").check_certificate(now)
-
-
-def test_a_certificate_of_another_authority_is_refused(
-    kits: dict[str, Path], federation_toml: Path, now: datetime
-) -> None:
-    provisioning.init(federation_toml, out=federation_toml.parent / "other", now=now)
-    shutil.copy(federation_toml.parent / "other" / "server" / "ca.pem", kits["site"])
-    with pytest.raises(ConfigError, match=r"must be issued by the authority in ca\.pem"):
-        Kit.read(kits["site"], kind="site").check_certificate(now)
-
-
-def test_a_certificate_of_another_site_is_refused(kits: dict[str, Path], now: datetime) -> None:
-    path = kits["site"] / "kit.toml"
-    path.write_text(path.read_text().replace('"north"', '"south"'))
-    with pytest.raises(ConfigError, match="must be the certificate of south"):
-        Kit.read(kits["site"], kind="site").check_certificate(now)
+    kit, text = kits["site"], (kits["site"] / "kit.toml").read_text()
+    if wrong == "key":
+        shutil.copy(request_of("south").parent / "connection_key.pem", kit)
+    elif wrong == "authority":
+        provisioning.init(federation_toml, out=federation_toml.parent / "other", now=now)
+        shutil.copy(federation_toml.parent / "other" / "server" / "ca.pem", kit)
+    else:
+        (kit / "kit.toml").write_text(text.replace('"north"', '"south"'))
+    with pytest.raises(ConfigError, match=message):
+        Kit.read(kit, kind="site").check_certificate(now)
 
 
 def test_a_server_s_certificate_is_for_its_address(kits: dict[str, Path], now: datetime) -> None:
@@ -177,9 +176,7 @@ def _swap(key: str, value: Any) -> Callable[[Any], None]:
         (_swap("datasets", [{"id": "a", "declared_size": 10**400}]), "declared_size = 1000.*: must be"),
     ],
 )
-def test_a_wrong_roster_is_refused(
-    federation: Path, joined: Callable[[str], Path], change: Callable[[Any], None], message: str
-) -> None:
+def test_a_wrong_roster_is_refused(federation: Path, joined: Any, change: Any, message: str) -> None:
     joined("north")
     path = federation / "server" / "roster.json"
     fields = json.loads(path.read_text())
@@ -200,7 +197,7 @@ def test_a_wrong_roster_is_refused(
     ids=["point", "kind"],
 )
 def test_a_certificate_whose_key_cannot_be_read_is_refused(
-    federation: Path, joined: Callable[[str], Path], right: bytes, wrong: bytes
+    federation: Path, joined: Any, right: bytes, wrong: bytes
 ) -> None:
     der = read_certificate(joined("north") / "site.pem").public_bytes(serialization.Encoding.DER)
     assert der.count(right) == 1

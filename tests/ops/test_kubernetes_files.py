@@ -23,7 +23,7 @@ from fedtune.version import __version__
 
 from ..conftest import parsed
 from .conftest import Desk
-from .deployment_files import KUBERNETES, PROCESSES, documents, name_of, only, pod_of, run, template_of, tool
+from .deployment_files import KUBERNETES, PROCESSES, documents, name_of, only, passed, pod_of, run, template_of, tool
 
 pytestmark = pytest.mark.nightly
 
@@ -52,18 +52,15 @@ def put_together(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What kubectl makes of each folder, by its name."""
     into, made = tmp_path_factory.mktemp("made"), {}
     for folder in OVERLAYS:
-        done = run(tool("kubectl"), "kustomize", folder)
-        assert done.returncode == 0, done.stderr
         made[folder.name] = into / f"{folder.name}.yaml"
-        made[folder.name].write_text(done.stdout)
+        made[folder.name].write_text(passed(tool("kubectl"), "kustomize", folder))
     return made
 
 
 def test_the_manifests_fit_kubernetes_own_schema(put_together: dict[str, Path], tmp_path: Path) -> None:
     command = (tool("kubernetes-validate"), *VALIDATE)
     plain = [path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml"]
-    done = run(*command, *plain, *put_together.values())
-    assert done.returncode == 0, done.stdout + done.stderr
+    passed(*command, *plain, *put_together.values())
     broken = tmp_path / "broken.yaml"
     for path in plain:
         broken.write_text(path.read_text().replace("spec:\n", "spec:\n  replcas: 1\n", 1))
@@ -179,27 +176,20 @@ def fill(folder: Path, *names: str) -> None:
 
 def test_the_site_s_first_container_makes_keys_private_and_keeps_the_ledger_s(tmp_path: Path) -> None:
     secret, site = tmp_path / "secret", tmp_path / "pvc"
-    fill(secret / "site", "site.toml", "site_key.pem")
-    fill(secret / "kit", "kit.toml", "ca.pem", "site.pem", "connection_key.pem")
+    own, of_kit = ("site.toml", "site_key.pem"), ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")
+    fill(secret / "site", *own)
+    fill(secret / "kit", *of_kit)
     site.mkdir()
     script = start_script("site/site.yaml", secret=secret, site=site)
     for _ in range(2):
-        done = run("sh", "-euc", script)
-        assert done.returncode == 0, done.stderr
-        for name in (
-            "site.toml",
-            "site_key.pem",
-            "kit/connection_key.pem",
-            "kit/kit.toml",
-            "kit/ca.pem",
-            "kit/site.pem",
-        ):
+        passed("sh", "-euc", script)
+        for name in (*own, *(f"kit/{name}" for name in of_kit)):
             assert (site / name).stat().st_mode & 0o777 == 0o600, name
         (site / "site_key.pem").chmod(0o660)  # what a volume's fsGroup does to a restored one
     new_certificate = secret / "kit/site.pem"
     new_certificate.chmod(0o640)
     new_certificate.write_text("renewed")
-    assert run("sh", "-euc", script).returncode == 0
+    passed("sh", "-euc", script)
     assert (site / "kit/site.pem").read_text() == "renewed"
     (secret / "site/site_key.pem").chmod(0o640)
     (secret / "site/site_key.pem").write_text("another key")
@@ -214,8 +204,7 @@ def test_the_server_s_first_container_leaves_roster_and_certificate_links(desk: 
     folder.mkdir()
     script = start_script("server/server.yaml", secret=secret, kit=folder)
     for _ in range(2):
-        done = run("sh", "-euc", script)
-        assert done.returncode == 0, done.stderr
+        passed("sh", "-euc", script)
     assert (folder / "server_key.pem").stat().st_mode & 0o777 == 0o600
     assert {path.name for path in folder.iterdir() if path.is_symlink()} == {"roster.json", "server.pem"}
     kit = Kit.read(folder, kind="server")
@@ -239,14 +228,14 @@ def test_the_lead_s_first_container_keeps_the_receipts_that_have_come_since(has_
     fill(secret, "kit.toml", "ca.pem", "lead.pem", "connection_key.pem", "lead_key.pem", "roster.json", *receipts)
     lead.mkdir()
     script = start_script("lead/lead.yaml", secret=secret, lead=lead)
-    assert run("sh", "-euc", script).returncode == 0
+    passed("sh", "-euc", script)
     kit = lead / "kit"
     assert {path.name for path in kit.iterdir()} == {path.name for path in secret.iterdir()}
     assert {path.stat().st_mode & 0o777 for path in kit.iterdir()} == {0o600}
     (kit / "receipts.json").write_text("newer")
     (secret / "roster.json").chmod(0o640)
     (secret / "roster.json").write_text("a new site")
-    assert run("sh", "-euc", script).returncode == 0
+    passed("sh", "-euc", script)
     assert (kit / "receipts.json").read_text() == "newer"
     assert (kit / "roster.json").read_text() == "a new site"
 
@@ -376,17 +365,14 @@ def rendered(folder: Path, role: str, values: dict[str, Any]) -> Path:
     if importlib.util.find_spec("helm_python") is None:
         pytest.skip("helm-python-sdk is not installed on this machine")
     namespace = "fedtune" if role == "server" else f"fedtune-{role}"
-    done = run(sys.executable, "-c", ENGINE, CHART, namespace, json.dumps({"role": role, **values}))
-    assert done.returncode == 0, done.stderr
     made = folder / "rendered.yaml"
-    made.write_text(done.stdout)
+    made.write_text(passed(sys.executable, "-c", ENGINE, CHART, namespace, json.dumps({"role": role, **values})))
     return made
 
 
 def test_the_charts_values_fit_its_schema_and_mistakes_do_not(tmp_path: Path) -> None:
     checker, schema = tool("check-jsonschema"), CHART / "values.schema.json"
-    done = run(checker, "--check-metaschema", schema)
-    assert done.returncode == 0, done.stdout
+    passed(checker, "--check-metaschema", schema)
     plain, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
 
     def changed(*changes: tuple[str, str]) -> int:
@@ -453,8 +439,7 @@ def leaves(values: Any) -> Iterator[str]:
 def test_every_value_of_the_chart_has_an_effect_that_kubernetes_takes(role: str, tmp_path: Path) -> None:
     plain = set(rendered(tmp_path, role, PLAIN[role]).read_text().splitlines())
     made = rendered(tmp_path, role, CHANGES | OF_ROLE[role])
-    done = run(tool("kubernetes-validate"), *VALIDATE, made)
-    assert done.returncode == 0, done.stdout + done.stderr
+    passed(tool("kubernetes-validate"), *VALIDATE, made)
     text = made.read_text()
     assert "registry.example.org" not in text, "every container has the other image"
     new = "\n".join(line for line in text.splitlines() if line not in plain)

@@ -22,14 +22,15 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.metrics import FIGURES, LeadMetrics, ServerMetrics, SiteMetrics, Values, serve_metrics
 from fedtune.ops.wire.gate import Registered, Traffic
 from fedtune.privacy.ledger.site_ledger import Reservation
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
 
-from .deployment_files import run, tool
+from .deployment_files import passed, run, tool
 
 MONITORING = Path(__file__).parents[2] / "deployment/monitoring"
+(GROUP,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+RULES = {rule["alert"]: rule for rule in GROUP["rules"]}
 
 
 def scraped(figures: Callable[[], Values]) -> list[Sample]:
@@ -73,7 +74,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def north(joined: Callable[[str], Path]) -> Path:
+def north(joined: Any) -> Path:
     """The folder of a site that has joined."""
     return joined("north").parent
 
@@ -83,9 +84,7 @@ def of_site(folder: Path, health: Health | None = None) -> SiteMetrics:
     return SiteMetrics(kit=kit, site_toml=folder / "site.toml", health=health or Health())
 
 
-def test_a_site_s_budget_is_that_of_its_ledger(
-    north: Path, run_proposal: Callable[..., Proposal], command: Any
-) -> None:
+def test_a_site_s_budget_is_that_of_its_ledger(north: Path, run_proposal: Any, command: Any) -> None:
     metrics = of_site(north)
     assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}, "there is none yet"
     ledger, asked = SiteFiles.of(north / "site.toml").open(), run_proposal()
@@ -102,7 +101,7 @@ def test_a_site_s_budget_is_that_of_its_ledger(
     assert values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
 
-def test_a_ledger_that_refuses_the_next_run_has_none_left(north: Path, run_proposal: Callable[..., Proposal]) -> None:
+def test_a_ledger_that_refuses_the_next_run_has_none_left(north: Path, run_proposal: Any) -> None:
     metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
 
     def reserve_all() -> None:
@@ -117,7 +116,7 @@ def test_a_ledger_that_refuses_the_next_run_has_none_left(north: Path, run_propo
     assert values(samples, "fedtune_site_epsilon_left")[""] > 0
 
 
-def test_a_ledger_that_cannot_be_trusted_has_no_budget(north: Path, run_proposal: Callable[..., Proposal]) -> None:
+def test_a_ledger_that_cannot_be_trusted_has_no_budget(north: Path, run_proposal: Any) -> None:
     metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
     ledger.freeze("consent withdrawn")
     assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}
@@ -135,9 +134,8 @@ def test_a_site_s_contact_answers_and_certificate(north: Path) -> None:
     metrics = of_site(north, health)
     # From 0 on, since what first appears at 1 has not increased.
     assert values(scraped(metrics.figures), "fedtune_site_answers_total") == {"update": 0.0, "site_error": 0.0}
-    metrics.answered("update")
-    metrics.answered("paused")
-    metrics.answered("paused")
+    for answer in ("update", "paused", "paused"):
+        metrics.answered(answer)
     samples = scraped(metrics.figures)
     assert values(samples, "fedtune_site_answers_total") == {"update": 1.0, "paused": 2.0, "site_error": 0.0}
     assert 0 <= values(samples, "fedtune_site_contact_age_seconds")[""] < 60
@@ -193,9 +191,8 @@ def metrics_in(expression: str) -> set[str]:
 
 
 def test_the_alert_rules_name_metrics_that_exist(known: set[str]) -> None:
-    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
     used = set()
-    for rule in group["rules"]:
+    for rule in GROUP["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
@@ -227,9 +224,7 @@ FIRES: dict[str, dict[str, tuple[str, str]]] = {
 
 def rules_test(alert: str, *, fires: bool) -> dict[str, Any]:
     """Of one alert, half an hour after the start, in promtool's form."""
-    series = FIRES[alert]
-    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
-    (rule,) = (rule for rule in group["rules"] if rule["alert"] == alert)
+    series, rule = FIRES[alert], RULES[alert]
     labels = dict(re.findall(r'(\w+)="([^"]*)"', next(iter(series))))
     if "ignoring(part)" in rule["expr"]:
         del labels["part"]
@@ -256,11 +251,9 @@ def told_by_promtool(folder: Path, tests: list[dict[str, Any]]) -> str:
 
 
 def test_each_alert_fires_when_it_should_and_not_before(tmp_path: Path) -> None:
-    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
-    assert sorted(FIRES) == sorted(rule["alert"] for rule in group["rules"])
-    assert (
-        told_by_promtool(tmp_path, [rules_test(alert, fires=fires) for alert in FIRES for fires in (True, False)]) == ""
-    )
+    assert sorted(FIRES) == sorted(rule["alert"] for rule in GROUP["rules"])
+    right = [rules_test(alert, fires=fires) for alert in FIRES for fires in (True, False)]
+    assert told_by_promtool(tmp_path, right) == ""
     for alert in FIRES:
         wrong = rules_test(alert, fires=True)
         wrong["input_series"] = rules_test(alert, fires=False)["input_series"]
@@ -270,20 +263,18 @@ def test_each_alert_fires_when_it_should_and_not_before(tmp_path: Path) -> None:
 def test_promtool_takes_rules_and_scrape_jobs(tmp_path: Path) -> None:
     promtool = tool("promtool")
     for what, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
-        done = run(promtool, "check", what, MONITORING / name)
-        assert done.returncode == 0, done.stdout + done.stderr
+        passed(promtool, "check", what, MONITORING / name)
     broken = tmp_path / "alerts.yaml"
     broken.write_text((MONITORING / "alerts.yaml").read_text().replace("expr: up", "expr: up{", 1))
     assert run(promtool, "check", "rules", broken).returncode != 0
 
 
 def test_the_page_says_what_to_do_about_each_alert() -> None:
-    (group,) = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
     page = (MONITORING.parents[1] / "docs/operations.md").read_text()
     (table,) = re.findall(r"^\| alert \| what to do \|\n\|.*\n((?:\|.*\n)+)", page, re.MULTILINE)
     rows = [re.fullmatch(r"\| (.*?) \| (.+) \|", line) for line in table.splitlines()]
     told = [name for row in rows if row for name in re.findall(r"`(\w+)`", row[1])]
-    assert sorted(told) == sorted(rule["alert"] for rule in group["rules"])
+    assert sorted(told) == sorted(rule["alert"] for rule in GROUP["rules"])
     assert len(rows) == len([row for row in rows if row])
 
 

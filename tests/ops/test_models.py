@@ -34,15 +34,8 @@ def kit(tmp_path: Path) -> Callable[..., Kit]:
 
     def make(*hashes: str) -> Kit:
         named = tuple(KitModel(name=f"m{n}", sha256=found, licence="MIT") for n, found in enumerate(hashes, 1))
-        about = {
-            "version": KIT_SCHEMA,
-            "kind": "site",
-            "federation": "f",
-            "server": "h:1",
-            "lead": "ab" * 32,
-            "site": "north",
-        }
-        return Kit(folder=folder, model=named, **about)
+        about = {"version": KIT_SCHEMA, "kind": "site", "federation": "f", "server": "h:1", "site": "north"}
+        return Kit(folder=folder, model=named, lead="ab" * 32, **about)
 
     return make
 
@@ -235,27 +228,22 @@ def test_weights_that_change_while_they_are_copied(folder: Path, kit: Any, monke
     refused(folder, site, because="changed while it was copied")
 
 
-def test_a_disk_that_is_too_full(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**6))
-    site = kit(pin(folder))
-    with pytest.raises(RunError, match="nothing was installed"):
-        install_model(folder, site)
-    assert names(site.folder / "models") == set()
-
-
-def test_a_copy_that_fails_half_way_leaves_nothing(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = kit(pin(folder))
+def test_a_disk_without_room_leaves_nothing(folder: Path, kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, site = namedtuple("usage", "total used free"), kit(pin(folder))
 
     def full(read: Any, written: Any, length: int) -> None:
         written.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "copyfileobj", full)
-        with pytest.raises(RunError, match="No space left on device"):
-            install_model(folder, site)
-    assert names(site.folder / "models") == set()
+    for name, fake, said in (
+        ("disk_usage", lambda _: usage(10**9, 10**9, 10**6), "nothing was installed"),
+        ("copyfileobj", full, "No space left on device"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, name, fake)
+            with pytest.raises(RunError, match=said):
+                install_model(folder, site)
+        assert names(site.folder / "models") == set()
     assert install_model(folder, site).new
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -17,12 +16,13 @@ from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.spec import ConfigError
 
-from .conftest import files_in
+from ..conftest import files_in
+from .conftest import Desk
 
 SECRETS = {"authority/ca_key.pem", "server/server_key.pem", "lead/connection_key.pem", "lead/lead_key.pem"}
 
 
-def test_init_makes_the_folders_of_the_design(federation: Path, federation_toml: Path) -> None:
+def test_init_makes_all_folders_with_secrets_for_their_owner_alone(federation: Path, federation_toml: Path) -> None:
     assert files_in(federation).keys() == SECRETS | {
         *("federation.toml", "authority/ca.pem"),
         *(f"server/{name}" for name in ("kit.toml", "ca.pem", "server.pem", "roster.json", "README.md")),
@@ -30,9 +30,6 @@ def test_init_makes_the_folders_of_the_design(federation: Path, federation_toml:
     }
     assert (federation / "federation.toml").read_bytes() == federation_toml.read_bytes()
     assert (federation / "sites").is_dir()
-
-
-def test_secrets_are_their_owner_s_alone(federation: Path) -> None:
     for name, data in files_in(federation).items():
         private = b"PRIVATE" in data
         assert private == (name in SECRETS), name
@@ -92,7 +89,9 @@ def test_a_wrong_federation_toml_makes_nothing(
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
-def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: Path, now: datetime) -> None:
+def test_a_folder_that_exists_is_left_alone_and_no_folder_is_named(
+    federation: Path, federation_toml: Path, now: datetime
+) -> None:
     before = files_in(federation)
     with pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
         provisioning.init(federation_toml, out=federation, now=now)
@@ -101,9 +100,6 @@ def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: P
     dangling.symlink_to("nowhere")
     with pytest.raises(ConfigError, match="exists already"):
         provisioning.init(federation_toml, out=dangling, now=now)
-
-
-def test_a_place_that_is_no_folder_is_named(federation_toml: Path, now: datetime) -> None:
     with pytest.raises(ConfigError, match=r"--out = '.*/made': cannot be written: .*toml"):
         provisioning.init(federation_toml, out=federation_toml / "made", now=now)
 
@@ -139,16 +135,16 @@ def test_renewing_keeps_keys_and_everything_else(
 
 
 def test_the_server_takes_new_names_from_the_edited_file(
-    federation: Path, request_of: Callable[..., Path], now: datetime
+    federation: Path, desk: Desk, request_of: Any, now: datetime
 ) -> None:
-    settings, site = federation / "federation.toml", request_of("north")
+    settings, site = federation / "federation.toml", desk.request("north")
     settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first"):
-        provisioning.ask_to_add(federation, request=site, days=None, now=now).let_in()
+        desk.add(site)
     assert files_in(federation) == before
     provisioning.renew(federation, "server", days=None, now=now)
-    provisioning.ask_to_add(federation, request=site, days=None, now=now).let_in()
+    desk.add(site)
     assert 'server = "new.example.org:443"' in (federation / "sites" / "north" / "kit.toml").read_text()
     assert Kit.read(federation / "server", kind="server").check_certificate(now)
 
@@ -160,21 +156,17 @@ def test_a_federation_keeps_its_name(federation: Path, now: datetime) -> None:
         provisioning.renew(federation, "lead", days=None, now=now)
 
 
-def test_the_authority_may_be_kept_elsewhere(
-    federation: Path, request_of: Callable[..., Path], joined: Callable[[str], Path], now: datetime
-) -> None:
-    joined("north")
+def test_the_authority_may_be_kept_elsewhere(federation: Path, desk: Desk) -> None:
+    desk.join("north")
     (federation / "authority").rename(federation.parent / "offline")
     assert len(FederationFolder.open(federation).members) == 1
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
-        provisioning.ask_to_add(federation, request=request_of("south"), days=None, now=now).let_in()
+        desk.add(desk.request("south"))
     assert files_in(federation) == before
-    provisioning.revoke_site(federation, "north", now=now)
+    desk.revoke("north")
     (federation.parent / "offline").rename(federation / "authority")
-    provisioning.ask_to_add(
-        federation, request=federation.parent / "south/kit/join_request.json", days=None, now=now
-    ).let_in()
+    desk.add(federation.parent / "south/kit/join_request.json")
 
 
 def test_another_federation_s_authority_is_refused(federation: Path, federation_toml: Path, now: datetime) -> None:
@@ -202,7 +194,7 @@ def test_days_have_bounds(federation: Path, now: datetime) -> None:
 
 @pytest.mark.parametrize("kind", ["server", "lead", "site"])
 def test_a_readme_says_what_is_secret_and_how_long_it_lasts(
-    federation: Path, joined: Callable[[str], Path], kind: str, now: datetime
+    federation: Path, joined: Any, kind: str, now: datetime
 ) -> None:
     site = joined("north")
     folder = site if kind == "site" else federation / kind

@@ -113,19 +113,9 @@ def test_a_lead_asks_nobody_by_a_roster_that_somebody_changed(desk: Desk) -> Non
         members(kit, ("north",))
 
 
-def test_a_certificate_that_is_put_into_a_kit_is_used(desk: Desk) -> None:
-    kit = Kit.read(desk.join("north"), kind="site")
-    certificate = KitCertificate(kit)
-    before = certificate.certificate
-    assert not certificate.is_new()
-    done = provisioning.renew_site(desk.folder, "north", days=400, now=desk.now)
-    kit.certificate.write_text(done.member.certificate)
-    assert certificate.is_new()
-    assert not certificate.is_new()
-    assert (certificate.certificate.not_after - before.not_after).days == 35
-
-
-def test_a_kit_that_is_being_unzipped_is_waited_for(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_certificate_that_is_put_into_a_kit_is_used_once_it_is_whole(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
     kit = Kit.read(desk.join("north"), kind="site")
     certificate = KitCertificate(kit)
     before = certificate.certificate
@@ -141,3 +131,5 @@ def test_a_kit_that_is_being_unzipped_is_waited_for(desk: Desk, caplog: pytest.L
     assert not certificate.is_new()
     kit.certificate.write_text(done.member.certificate)
     assert certificate.is_new()
+    assert not certificate.is_new()
+    assert (certificate.certificate.not_after - before.not_after).days == 35

@@ -12,6 +12,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,13 +53,26 @@ class Told(Health):
             self._stop.set()
 
 
+def loop_of(
+    connection: Any,
+    folder: Path,
+    stop: threading.Event,
+    *,
+    bell: Any = None,
+    app: Any = None,
+    health: Health | None = None,
+    ends: datetime | None = None,
+) -> _Loop:
+    """A site's loop, whose parts do nothing where they are not given."""
+    ends = ends or datetime.now(UTC) + timedelta(days=1)
+    parts = (connection, bell or Quiet(), app, SiteState.of(folder), health or Health(), stop)
+    return _Loop(*parts, until=lambda: ends)
+
+
 def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
     """Let a site with this connection run until it is in a state."""
-    stop = threading.Event()
-    health = Told(stop, until)
-    ends = ends or datetime.now(UTC) + timedelta(days=1)
-    loop = _Loop(fleet, Quiet(), object(), SiteState.of(folder), health, stop, until=lambda: ends)  # type: ignore[arg-type]
-    loop.run()
+    health = Told(stop := threading.Event(), until)
+    loop_of(fleet, folder, stop, health=health, ends=ends).run()
     return health
 
 
@@ -108,11 +122,8 @@ def test_a_certificate_that_ends_while_an_answer_waits_is_shown_as_such(
     tmp_path: Path, caught: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is away, and when it comes back it would not take the site: the answer waits for a new certificate."""
-    stop = threading.Event()
-    health = Told(stop, "expired")
-    ended = datetime.now(UTC) - timedelta(minutes=1)
-    state = SiteState.of(tmp_path)
-    loop = _Loop(Untouched(), Quiet(), object(), state, health, stop, until=lambda: ended)  # type: ignore[arg-type]
+    health, ended = Told(stop := threading.Event(), "expired"), datetime.now(UTC) - timedelta(minutes=1)
+    loop = loop_of(Untouched(), tmp_path, stop, health=health, ends=ended)
     monkeypatch.setattr(Exchange, "is_void", lambda *_: False)
     loop._send(Exchange(None))  # type: ignore[arg-type]
     assert health.states == ["expired"]
@@ -140,25 +151,10 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path) -> None:
     """The signal comes while the site trains."""
     done: list[str] = []
 
-    class Asked:
-        """A connection on which one message waits."""
-
-        def activate(self) -> None:
-            done.append("came")
-
-        def receive(self) -> object:
-            return object()
-
-        def reply(self, reply: object) -> None:
-            done.append("sent")
-
-    class App:
-        """A site's."""
-
-        def answer(self, exchange: Any) -> None:
-            stop.set()
-            exchange._reply = object()
-            done.append("answered")
+    def answer(exchange: Any) -> None:
+        stop.set()
+        exchange._reply = object()
+        done.append("answered")
 
     class Exchanged(Exchange):
         """A message without Flower's envelope."""
@@ -169,12 +165,13 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path) -> None:
             return False
 
     stop = threading.Event()
-    ends = datetime.now(UTC) + timedelta(days=1)
+    asked = SimpleNamespace(
+        activate=lambda: done.append("came"), receive=object, reply=lambda reply: done.append("sent")
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(site_service, "Exchange", Exchanged)
         patch.setattr(site_service, "_FETCHED_S", 0.0)
-        state = SiteState.of(tmp_path)
-        _Loop(Asked(), Quiet(), App(), state, Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
+        loop_of(asked, tmp_path, stop, app=SimpleNamespace(answer=answer)).run()
     assert done == ["came", "answered", "sent"]
 
 
@@ -190,20 +187,13 @@ def test_a_message_of_no_kind_ends_no_site(
     waiting: list[Message | None] = [message, None]
     stop = threading.Event()
 
-    class Asked:
-        """A connection on which the message waits."""
-
-        def activate(self) -> None:
-            """There."""
-
-        def receive(self) -> Message | None:
-            if len(waiting) == 1:
-                stop.set()
-            return waiting.pop(0)
+    def receive() -> Message | None:
+        if len(waiting) == 1:
+            stop.set()
+        return waiting.pop(0)
 
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
-    ends = datetime.now(UTC) + timedelta(days=1)
-    _Loop(Asked(), Quiet(), app, SiteState.of(tmp_path), Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
+    loop_of(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, app=app).run()
     assert not waiting, "it went on"
     assert "a message was dropped" in caught.text
 
@@ -212,18 +202,13 @@ def test_a_site_rests_until_the_bell_rings(tmp_path: Path) -> None:
     stop, bell, asked = threading.Event(), Quiet(), []
     bell.works = True
 
-    class Asked:
-        def activate(self) -> None:
-            pass
+    def receive() -> None:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            threading.Timer(0.5, bell.rung.set).start()
+        else:
+            stop.set()
 
-        def receive(self) -> None:
-            asked.append(time.monotonic())
-            if len(asked) == 1:
-                threading.Timer(0.5, bell.rung.set).start()
-            else:
-                stop.set()
-
-    ends = datetime.now(UTC) + timedelta(days=1)
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
-    _Loop(Asked(), bell, app, SiteState.of(tmp_path), Health(), stop, until=lambda: ends).run()  # type: ignore[arg-type]
+    loop_of(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, bell=bell, app=app).run()
     assert 0.4 < asked[1] - asked[0] < 10, "neither before it rang nor after half a minute"

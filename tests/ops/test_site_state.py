@@ -19,7 +19,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import files_in
+from ..conftest import files_in
 
 Propose = Callable[..., Proposal]
 SETTINGS = '{"seed": 3}'
@@ -59,7 +59,7 @@ def test_pausing_and_resuming_twice_is_the_same_as_once(state: SiteState) -> Non
 
 
 def test_a_waiting_run_keeps_the_time_at_which_it_was_first_asked_for(
-    state: SiteState, run_proposal: Propose, clock: Callable[[str], None]
+    state: SiteState, run_proposal: Propose, clock: Any
 ) -> None:
     clock("2030-01-02T10:00:00+00:00")
     assert state.wait_for_approval(run_proposal(run="second"), SETTINGS) is True
@@ -181,7 +181,6 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process, which serves the ledger."""
     words = [sys.executable, "-c", _HOLD, str(tmp_path / "ledger.db")]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     try:
         assert process.stdout.readline() == "serving\n"
         yield process
