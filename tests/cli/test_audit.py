@@ -47,24 +47,19 @@ from .widths import COLUMNS, too_wide
     ],
 )
 def test_wrong_input(override: str, message: str, command: Any, tiny: Any, tmp_path: Path) -> None:
-    outcome = command("audit", *tiny("tracking=quiet", override, into=tmp_path))
-    assert outcome.code == 2, outcome.err
-    assert outcome.message.startswith(message)
+    assert command("audit", *tiny("tracking=quiet", override, into=tmp_path)).failed().startswith(message)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
 def test_made_up_records_are_no_users(command: Any, tiny: Any, tmp_path: Path) -> None:
     by_user = ("privacy.unit=user", "+data.columns.user=label", "audit.kind=records")
-    outcome = command("audit", *tiny("tracking=quiet", *by_user, into=tmp_path))
-    assert outcome.code == 2
-    assert outcome.message.startswith("privacy.unit = 'user': must be 'record' with audit.kind=records")
+    message = command("audit", *tiny("tracking=quiet", *by_user, into=tmp_path)).failed()
+    assert message.startswith("privacy.unit = 'user': must be 'record' with audit.kind=records")
     assert not (tmp_path / "run").exists()
 
 
 def test_resume_is_refused(command: Any, finished: Path) -> None:
-    outcome = command("audit", f"resume={finished}")
-    assert outcome.code == 2
-    assert "must be null: an audit runs from its start" in outcome.message
+    assert "must be null: an audit runs from its start" in command("audit", f"resume={finished}").failed()
     assert not (finished / "AUDIT.txt").exists()
 
 
@@ -78,59 +73,36 @@ def test_settings_as_given() -> None:
 
 def bound(site: str | None, right: int) -> AuditBound:
     shown = [audit_bound.epsilon_lower_bound(200, 200, v, delta=1e-5, confidence=0.95) for v in (right, 200)]
-    return AuditBound(
-        site=site,
-        claimed_epsilon=0.5,
-        lower_bound=shown[0],
-        best_possible=shown[1],
-        canaries=200,
-        guesses=200,
-        right=right,
-    )
+    about = {"lower_bound": shown[0], "best_possible": shown[1], "canaries": 200, "guesses": 200, "right": right}
+    return AuditBound(site=site, claimed_epsilon=0.5, **about)
+
+
+def found(folder: Path, *bounds: AuditBound, width: int = 200) -> tuple[Audit, str]:
+    """An audit with these bounds, and what is said of it."""
+    about: dict[str, Any] = {"method": "gradient_canaries", "confidence": 0.95, "delta": 1e-5, "seeded": False}
+    result = Audit(**about, bounds=bounds, membership=(), exceeded=False)
+    result, said = replace(result, exceeded=bool(refuted(result))), StringIO()
+    show_findings(Console(file=said, width=width), result, folder)
+    return result, said.getvalue()
 
 
 def test_what_was_found_fits_a_narrow_terminal(tmp_path: Path) -> None:
-    said, bounds = StringIO(), (bound("north-hospital", 190), bound("south-hospital", 110), bound(None, 150))
-    result = Audit(
-        method="gradient_canaries",
-        confidence=0.95,
-        delta=1e-5,
-        seeded=False,
-        bounds=bounds,
-        membership=(),
-        exceeded=True,
-    )
-    show_findings(Console(file=said, width=COLUMNS), result, tmp_path)
-    assert "north-hospital" in said.getvalue()
-    assert too_wide(said.getvalue()) == []
+    bounds = (bound("north-hospital", 190), bound("south-hospital", 110), bound(None, 150))
+    result, said = found(tmp_path, *bounds, width=COLUMNS)
+    assert (result.exceeded, "north-hospital" in said) == (True, True)
+    assert too_wide(said) == []
 
 
 def test_the_verdict_is_over_all_bounds_at_once(tmp_path: Path) -> None:
     """Among six sound sites one bound is above its claim in every fourth audit; together, in one of twenty."""
     barely = next(right for right in range(100, 200) if bound("a", right).lower_bound > 0.5)
-
-    def found(*bounds: AuditBound) -> tuple[Audit, str]:
-        result = Audit(
-            method="gradient_canaries",
-            confidence=0.95,
-            delta=1e-5,
-            seeded=False,
-            bounds=bounds,
-            membership=(),
-            exceeded=False,
-        )
-        result = replace(result, exceeded=bool(refuted(result)))
-        console = Console(record=True, width=200, file=StringIO())
-        show_findings(console, result, tmp_path)
-        return result, console.export_text()
-
-    alone, said = found(bound("a", barely))
+    alone, said = found(tmp_path, bound("a", barely))
     assert (alone.exceeded, "wrong" in said) == (True, True)
-    among, said = found(bound("a", barely), *(bound(f"b{n}", 100) for n in range(5)))
+    among, said = found(tmp_path, bound("a", barely), *(bound(f"b{n}", 100) for n in range(5)))
     assert (among.exceeded, refuted(among)) == (False, ())
     assert "The bound at a is above its claim by itself, but so little that it may be by chance" in said
     assert "No bound is above its claim" not in said
-    broken, said = found(bound("a", 200), *(bound(f"b{n}", barely) for n in range(5)))
+    broken, said = found(tmp_path, bound("a", 200), *(bound(f"b{n}", barely) for n in range(5)))
     assert [one.site for one in refuted(broken)] == ["a"]
     assert "At a the attack shows" in said
 

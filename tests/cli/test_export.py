@@ -10,9 +10,7 @@ import pytest
 
 
 def test_the_adapter_goes_out_with_its_card_and_tokenizer(finished: Path, command: Any, tmp_path: Path) -> None:
-    told = command("export", str(finished), "--to", str(tmp_path / "new" / "out"), "--json")
-    assert told.code == 0, told.err
-    report = json.loads(told.out)
+    report = json.loads(command("export", str(finished), "--to", str(tmp_path / "new" / "out"), "--json").printed)
     assert (report["format"], report["folder"]) == ("peft", str(tmp_path / "new" / "out"))
     names = {path.name for path in (tmp_path / "new" / "out").iterdir()}
     assert set(report["files"]) == names
@@ -20,13 +18,9 @@ def test_the_adapter_goes_out_with_its_card_and_tokenizer(finished: Path, comman
     assert names == adapter | {"labels.txt", "tokenizer.json", "tokenizer_config.json"}
     for name in adapter - {"README.md"}:
         assert (tmp_path / "new" / "out" / name).read_bytes() == (finished / "adapter" / name).read_bytes()
-
-
-def test_a_table_says_what_was_written(finished: Path, command: Any, tmp_path: Path) -> None:
-    told = command("export", str(finished), "--to", str(tmp_path / "out"))
-    assert told.code == 0, told.err
-    assert "as peft" in told.out
-    assert "adapter_model.safetensors" in told.out
+    out = command("export", str(finished), "--to", str(tmp_path / "out")).printed
+    assert "as peft" in out
+    assert "adapter_model.safetensors" in out
 
 
 @pytest.mark.parametrize(
@@ -57,6 +51,5 @@ def test_what_cannot_be_is_said(finished: Path, command: Any, tmp_path: Path, wo
 
 
 def test_a_run_that_is_not_finished_is_refused(finished: Path, command: Any, tmp_path: Path) -> None:
-    told = command("export", str(finished.parent), "--to", str(tmp_path / "new"))
-    assert told.code == 2
-    assert told.message.startswith(f"run folder = '{finished.parent}': must hold a config.yaml; ")
+    message = command("export", str(finished.parent), "--to", str(tmp_path / "new")).failed()
+    assert message.startswith(f"run folder = '{finished.parent}': must hold a config.yaml; ")

@@ -23,7 +23,7 @@ LANGUAGE_MODEL = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.
 
 
 @pytest.fixture(scope="module")
-def runs(simulate: Callable[..., Path], finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(simulate: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a classifier (`intents`), and two language models of one base (`tables`, `others`)."""
     into = tmp_path_factory.mktemp("runs")
     shutil.copytree(finished, into / "intents")
@@ -89,8 +89,10 @@ def test_a_classifier_names_the_likeliest_labels(runs: Path, command: Any) -> No
     told = json.loads(command(*asked, "--json").out)["answers"]["intents"]
     assert len(told) == 3
     assert 1 > told[0]["probability"] > told[1]["probability"] > told[2]["probability"] > 0
-    outcome = command(*asked)
-    assert outcome.out.startswith(f"{told[0]['label']} {told[0]['probability']:.3f} ({told[1]['label']} ")
+    out = command(*asked).printed
+    assert out.startswith(f"{told[0]['label']} {told[0]['probability']:.3f} ({told[1]['label']} ")
+    folder = command("generate", str(runs / "intents/adapter"), *asked[2:])
+    assert folder.printed == out, "the adapter's folder stands for its run"
 
 
 def test_a_file_of_prompts_gives_a_line_each(runs: Path, command: Any, tmp_path: Path) -> None:
@@ -247,9 +249,7 @@ def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, t
     whole = tensors.read_bytes()
     for damaged, told in ((whole[:-1], "tensors (a file is damaged)"), (whole[:-4] + b"\0\0\0@", "by digest")):
         tensors.write_bytes(damaged)
-        outcome = command(*asked)
-        assert outcome.code == 2
-        assert told in outcome.message
+        assert told in command(*asked).failed()
     shutil.rmtree(tmp_path / "run/adapter")
     assert "resume the run first" in command(*asked).message
 
@@ -257,24 +257,12 @@ def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, t
 @pytest.mark.nightly
 def test_an_adapter_of_other_shapes_is_refused(runs: Path, simulate: Any, command: Any, tmp_path: Path) -> None:
     wider = simulate(*LANGUAGE_MODEL, "lora.rank=6", "lora.alpha=12", "federation.num_rounds=1", into=tmp_path)
-    outcome = command("generate", str(runs / "tables"), "--prompt", "a", "--adapter", f"wide={wider}")
-    assert outcome.code == 2
-    assert re.search(
-        r"must be whole, and fit the run's model: .* has shape \(6, \d+\), not the model's \(4, ", outcome.message
-    )
+    message = command("generate", str(runs / "tables"), "--prompt", "a", "--adapter", f"wide={wider}").failed()
+    assert re.search(r"must be whole, and fit the run's model: .* has shape \(6, \d+\), not the model's \(4, ", message)
 
 
 def test_a_classifier_does_not_chat(runs: Path, command: Any) -> None:
-    outcome = command("chat", str(runs / "intents"))
-    assert outcome.code == 2
-    assert f"fedtune generate {runs / 'intents'} --prompt" in outcome.message
-
-
-def test_the_adapter_folder_stands_for_its_run(runs: Path, command: Any) -> None:
-    asked = ("--prompt", "where is my card")
-    folder = command("generate", str(runs / "intents/adapter"), *asked)
-    assert folder.code == 0
-    assert folder.out == command("generate", str(runs / "intents"), *asked).out
+    assert f"fedtune generate {runs / 'intents'} --prompt" in command("chat", str(runs / "intents")).failed()
 
 
 def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
@@ -282,8 +270,6 @@ def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
     started = [sys.executable, "-m", "fedtune", *words, "--temperature", "9"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     with Forked(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
         first = process.stdout.read(1)
         assert first, "the answer comes while it is written"
         process.send_signal(signal.SIGINT)
@@ -345,7 +331,5 @@ def test_users_are_drawn_where_they_are_the_unit_and_named(simulate: Any, comman
     rows = [f"{user},message {number}" for user in range(12) for number in range(2)]
     for header, unit in (("user,text", ("user", 12)), ("person,text", ("record", 24))):
         (tmp_path / "rows.csv").write_text("\n".join([header, *rows]) + "\n")
-        outcome = command("evaluate", str(run), "--data", str(tmp_path / "rows.csv"), "--json")
-        assert outcome.code == 0, outcome.err
-        told = json.loads(outcome.out)
+        told = json.loads(command("evaluate", str(run), "--data", str(tmp_path / "rows.csv"), "--json").printed)
         assert (told["unit"], told["units"], told["records"]) == (*unit, 24)

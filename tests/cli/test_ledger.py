@@ -19,17 +19,9 @@ from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 
+from ..conftest import files_in
+
 READERS = ("show", "spent", "verify", "export")
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines long enough that a phrase is not broken."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def tampered(ledger: Path) -> None:
@@ -38,22 +30,17 @@ def tampered(ledger: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_readers_write_nothing(reader: str, lived: Any, command: Any) -> None:
-    before = bytes_of(lived.folder)
-    assert command("ledger", reader, str(lived.ledger)).code == 0
-    assert bytes_of(lived.folder) == before
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_a_folder_stands_for_the_ledger_in_it(reader: str, lived: Any, command: Any) -> None:
-    assert command("ledger", reader, str(lived.folder)).code == 0
+def test_readers_write_nothing_and_a_folder_stands_for_the_ledger_in_it(reader: str, lived: Any, command: Any) -> None:
+    before = files_in(lived.folder)
+    for path in (lived.ledger, lived.folder):
+        assert command("ledger", reader, str(path)).code == 0
+    assert files_in(lived.folder) == before
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_ledger_that_is_not_there_is_wrong_input(reader: str, tmp_path: Path, command: Any) -> None:
-    outcome = command("ledger", reader, str(tmp_path / "none.db"))
-    assert outcome.code == 2
-    assert outcome.message == f"ledger = '{tmp_path}/none.db': must be a ledger.db, or a folder with one"
+    message = command("ledger", reader, str(tmp_path / "none.db")).failed()
+    assert message == f"ledger = '{tmp_path}/none.db': must be a ledger.db, or a folder with one"
     assert not any(tmp_path.iterdir())
 
 
@@ -61,9 +48,7 @@ def test_a_run_folder_names_its_ledgers(lived: Any, tmp_path: Path, command: Any
     inner = tmp_path / "run" / "sites" / "bank-a"
     inner.mkdir(parents=True)
     shutil.copy(lived.ledger, inner)
-    outcome = command("ledger", "show", str(tmp_path / "run"))
-    assert outcome.code == 2
-    assert outcome.message.endswith(f"must be one of {inner}/ledger.db")
+    assert command("ledger", "show", str(tmp_path / "run")).failed().endswith(f"must be one of {inner}/ledger.db")
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -78,9 +63,7 @@ def test_a_changed_ledger_is_one_line_and_exit_code_one(reader: str, lived: Any,
 @pytest.mark.parametrize("content", [b"", b"not a database at all, but long enough to look like one" * 20])
 def test_another_file_is_no_ledger(content: bytes, tmp_path: Path, command: Any) -> None:
     (tmp_path / "ledger.db").write_bytes(content)
-    outcome = command("ledger", "spent", str(tmp_path))
-    assert outcome.code == 1
-    assert str(tmp_path / "ledger.db") in outcome.message
+    assert str(tmp_path / "ledger.db") in command("ledger", "spent", str(tmp_path)).failed(1)
 
 
 def test_show_knows_runs_that_were_not_charged_and_backups_put_back(put_back: Any, command: Any) -> None:
@@ -159,18 +142,14 @@ def test_a_raised_cap_is_told(lived: Any, command: Any) -> None:
     assert "The lifetime cap was changed: at most 6" in command("ledger", "spent", str(lived.ledger)).out
 
 
-def test_verify_as_json(lived: Any, command: Any) -> None:
+def test_verify_says_what_was_checked_and_finds_another_site_s_key(lived: Any, command: Any) -> None:
     known = ("--anchor", str(lived.anchor), "--site-key", lived.key.public)
     told = json.loads(command("ledger", "verify", str(lived.ledger), "--json", *known).out)
     assert (told["rollback_excluded"], told["anchor_sequence"]) == (True, told["num_events"])
     assert (told["site_key"], told["key_expected"]) == (lived.key.public, True)
     assert "Not checked:" not in command("ledger", "verify", str(lived.ledger), *known).out
-
-
-def test_verify_finds_another_site_s_ledger(lived: Any, command: Any) -> None:
-    outcome = command("ledger", "verify", str(lived.ledger), "--site-key", "ab" * 32)
-    assert outcome.code == 1
-    assert "names site key" in outcome.message
+    # Another site's ledger is found.
+    assert "names site key" in command("ledger", "verify", str(lived.ledger), "--site-key", "ab" * 32).failed(1)
     assert command("ledger", "verify", str(lived.ledger), "--site-key", "short").code == 2
 
 
@@ -178,13 +157,11 @@ def test_verify_finds_a_ledger_that_was_put_back(lived: Any, command: Any) -> No
     backup = lived.folder / "backup.db"
     shutil.copy(lived.ledger, backup)
     lived.train(lived.open(), lived.proposal("triage", noise_multiplier=2.5), 2)
-    outcome = command("ledger", "verify", str(backup), "--anchor", str(lived.anchor))
-    assert outcome.code == 1
-    assert "put back" in outcome.message
+    assert "put back" in command("ledger", "verify", str(backup), "--anchor", str(lived.anchor)).failed(1)
     assert command("ledger", "verify", str(backup), "--anchor", str(lived.folder / "none.json")).code == 2
 
 
-def test_export_is_everything_in_one_file(lived: Any, command: Any, tmp_path: Path) -> None:
+def test_export_is_everything_in_one_file_and_overwrites_none(lived: Any, command: Any, tmp_path: Path) -> None:
     output = tmp_path / "ledger.json"
     assert command("ledger", "export", str(lived.ledger), "--output", str(output)).code == 0
     whole = json.loads(output.read_text())
@@ -193,21 +170,11 @@ def test_export_is_everything_in_one_file(lived: Any, command: Any, tmp_path: Pa
     assert whole["spending"].items() <= json.loads(command("ledger", "spent", str(lived.ledger), "--json").out).items()
     assert whole["verification"]["rollback_excluded"] is False
     assert json.loads(command("ledger", "export", str(lived.ledger)).out) == whole
-
-
-def test_export_overwrites_nothing(lived: Any, command: Any) -> None:
     for name in ("ledger.db", "site_key.pem"):
         before = (lived.folder / name).read_bytes()
-        outcome = command("ledger", "export", str(lived.ledger), "--output", str(lived.folder / name))
-        assert outcome.code == 2
-        assert "exists already" in outcome.message
+        message = command("ledger", "export", str(lived.ledger), "--output", str(lived.folder / name)).failed()
+        assert "exists already" in message
         assert (lived.folder / name).read_bytes() == before
-
-
-def test_an_anchor_made_by_hand_is_as_good_as_the_ledger_s_own(lived: Any, command: Any, tmp_path: Path) -> None:
-    made, key = tmp_path / "anchor.json", lived.folder / "site_key.pem"
-    assert command("ledger", "anchor", str(lived.ledger), "--key", str(key), "--output", str(made)).code == 0
-    assert made.read_bytes() == lived.anchor.read_bytes()
 
 
 def test_an_anchor_is_not_replaced_by_an_older_one(lived: Any, command: Any, tmp_path: Path) -> None:
@@ -215,20 +182,23 @@ def test_an_anchor_is_not_replaced_by_an_older_one(lived: Any, command: Any, tmp
     shutil.copy(lived.ledger, backup)
     lived.open().end("triage")
     before = lived.anchor.read_bytes()
-    outcome = command("ledger", "anchor", str(backup), "--key", str(key), "--output", str(lived.anchor))
-    assert outcome.code == 1
-    assert "put back" in outcome.message
+    message = command("ledger", "anchor", str(backup), "--key", str(key), "--output", str(lived.anchor)).failed(1)
+    assert "put back" in message
     assert lived.anchor.read_bytes() == before
 
 
-def test_an_anchor_needs_the_site_s_key_and_an_anchor_s_place(lived: Any, command: Any, tmp_path: Path) -> None:
-    other, output = lived.folder / "lead.pem", tmp_path / "anchor.json"
-    assert command("ledger", "anchor", str(lived.ledger), "--key", str(other), "--output", str(output)).code == 1
-    assert not output.exists()
-    key = lived.folder / "site_key.pem"
+def test_an_anchor_by_hand_is_the_ledger_s_own_and_needs_its_key_and_place(
+    lived: Any, command: Any, tmp_path: Path
+) -> None:
+    made, key = tmp_path / "anchor.json", lived.folder / "site_key.pem"
+    words = ("ledger", "anchor", str(lived.ledger))
+    assert command(*words, "--key", str(lived.folder / "lead.pem"), "--output", str(made)).code == 1
+    assert not made.exists()
     before = key.read_bytes()
-    assert command("ledger", "anchor", str(lived.ledger), "--key", str(key), "--output", str(key)).code == 2
+    assert command(*words, "--key", str(key), "--output", str(key)).code == 2
     assert key.read_bytes() == before
+    assert command(*words, "--key", str(key), "--output", str(made)).code == 0
+    assert made.read_bytes() == lived.anchor.read_bytes()
 
 
 @pytest.fixture
@@ -252,10 +222,9 @@ def restored(site: Any, command: Run, *more: str) -> Any:
 
 def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back: Any, command: Run) -> None:
     lost = Head.read(put_back.anchor)
-    outcome = restored(put_back, command)
-    assert outcome.code == 0, outcome.err
-    assert "10 noisy steps (rate 0.05, noise 2.5)" in outcome.out
-    assert "20 noisy steps (rate 0.05, noise 2)" in outcome.out
+    out = restored(put_back, command).printed
+    assert "10 noisy steps (rate 0.05, noise 2.5)" in out
+    assert "20 noisy steps (rate 0.05, noise 2)" in out
     verified = verify(put_back.ledger, anchor=Head.read(put_back.anchor))
     assert verified.history.head(put_back.key).charged == lost.charged
     put_back.train(put_back.open(), put_back.proposal("fourth"), 1)
@@ -283,17 +252,13 @@ def test_restore_happens_once(put_back: Any, command: Run, tmp_path: Path) -> No
     shutil.copy(put_back.anchor, lost)
     assert restored(put_back, command, "--anchor", str(lost)).code == 0
     before = put_back.ledger.read_bytes()
-    again = restored(put_back, command, "--anchor", str(lost))
-    assert again.code == 0
-    assert "Nothing was charged" in again.out
+    assert "Nothing was charged" in restored(put_back, command, "--anchor", str(lost)).printed
     assert put_back.ledger.read_bytes() == before
 
 
 def test_restore_leaves_a_ledger_that_lacks_nothing_alone(lived: Any, command: Run) -> None:
     before = lived.ledger.read_bytes()
-    outcome = restored(lived, command, str(lived.ledger), "--anchor", str(lived.anchor))
-    assert outcome.code == 0
-    assert "lacks nothing" in outcome.out
+    assert "lacks nothing" in restored(lived, command, str(lived.ledger), "--anchor", str(lived.anchor)).printed
     assert lived.ledger.read_bytes() == before
 
 
@@ -312,9 +277,8 @@ def test_restore_refuses_a_changed_backup_and_another_ledger_s_anchor(
 
 
 def test_restore_works_on_the_policy_s_own_ledger_alone(put_back: Any, command: Run) -> None:
-    outcome = restored(put_back, command, str(put_back.folder / "backup.db"))
-    assert outcome.code == 2
-    assert outcome.message.endswith(f"must be the policy's own ledger, {put_back.ledger}")
+    message = restored(put_back, command, str(put_back.folder / "backup.db")).failed()
+    assert message.endswith(f"must be the policy's own ledger, {put_back.ledger}")
     put_back.ledger.unlink()
     assert restored(put_back, command).code == 2
     assert not put_back.ledger.exists()
@@ -322,9 +286,7 @@ def test_restore_works_on_the_policy_s_own_ledger_alone(put_back: Any, command: 
 
 def test_restore_without_any_anchor_says_so(put_back: Any, command: Run) -> None:
     put_back.write_policy(anchor='""')
-    outcome = restored(put_back, command)
-    assert outcome.code == 2
-    assert outcome.message == "--anchor: is required, since the policy names no anchor"
+    assert restored(put_back, command).failed() == "--anchor: is required, since the policy names no anchor"
 
 
 @pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
@@ -362,22 +324,15 @@ def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run)
 
 
 def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Run) -> None:
-    silent = command("ledger", "freeze", "--policy", str(site.policy), "--why", " ")
-    assert silent.code == 2
-    assert silent.message == "--why = ' ': must say why; the ledger keeps it"
+    message = command("ledger", "freeze", "--policy", str(site.policy), "--why", " ").failed()
+    assert message == "--why = ' ': must say why; the ledger keeps it"
     assert command("ledger", "freeze", "--policy", str(site.policy), "--why", "x").code == 2
     assert not site.ledger.exists()
 
 
-@pytest.mark.parametrize(("epsilon", "shown"), [(1.0001, "1.001"), (2.0, "2.000"), (math.inf, "unbounded")])
-def test_epsilon_is_rounded_up(epsilon: float, shown: str) -> None:
-    assert epsilon_text(epsilon) == shown
-
-
-FACTORS = [(0.0, "1.00"), (0.5, "1.65"), (2.999, "20.1"), (6.0, "404"), (19.0, "178,482,301"), (50.0, "10^22")]
-
-
-@pytest.mark.parametrize(("epsilon", "shown"), FACTORS)
-def test_factors_are_rounded_up(epsilon: float, shown: str) -> None:
-    assert factor_text(epsilon) == shown
-    assert epsilon <= math.log(float(shown.replace("10^", "1e").replace(",", ""))) + 1e-12
+def test_epsilon_and_factors_are_rounded_up() -> None:
+    assert [epsilon_text(epsilon) for epsilon in (1.0001, 2.0, math.inf)] == ["1.001", "2.000", "unbounded"]
+    factors = {0.0: "1.00", 0.5: "1.65", 2.999: "20.1", 6.0: "404", 19.0: "178,482,301", 50.0: "10^22"}
+    for epsilon, shown in factors.items():
+        assert factor_text(epsilon) == shown
+        assert epsilon <= math.log(float(shown.replace("10^", "1e").replace(",", ""))) + 1e-12

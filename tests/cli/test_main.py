@@ -42,9 +42,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_two(arguments: list[str], command: Any) -> None:
-    outcome = command(*arguments)
-    assert outcome.code == 2
-    assert outcome.message.endswith("--help says more)")
+    assert command(*arguments).failed().endswith("--help says more)")
 
 
 @pytest.mark.parametrize("words", ["-m a=1 b=2", "a=1 -m b=2", "a=1 b=2 -m", "a=1 --multirun b=2"])
@@ -57,9 +55,7 @@ def test_each_command_gets_what_its_function_takes() -> None:
     context = click.Context(fedtune)
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
-        assert found is not None
         for command in found.commands.values() if isinstance(found, click.Group) else [found]:
-            assert command.callback is not None
             assert [each.name for each in command.params] == list(inspect.signature(command.callback).parameters)
 
 
@@ -77,28 +73,18 @@ def test_each_kind_of_error_has_its_exit_code(
     assert capsys.readouterr().err == f"fedtune: {str(error) or 'interrupted'}\n"
 
 
-def printed(code: str) -> str:
-    """What a new process prints that runs `code`."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout
+def process(code: str, *, to: Any = subprocess.PIPE, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A new process that ran `code`."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
+    words = [sys.executable, "-c", code]
+    pipes = {"stdout": to, "stderr": subprocess.PIPE}
+    return subprocess.run(words, cwd=REPOSITORY, env=environment, text=True, timeout=120, check=False, **pipes)
 
 
 def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
-    code = (
+    done = process(
         "import sys; from fedtune.cli.main import main; code = main(['simulate', 'privacy.epsilon=0']);"
         "print(code, 'flwr' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
     )
     assert done.stdout == "2 False\n"
     assert done.stderr == "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
@@ -106,24 +92,24 @@ def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
 
 def test_help_waits_for_no_slow_import() -> None:
     slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
-    code = (
+    done = process(
         "import sys; from fedtune.cli.main import main\n"
         "for words in ([], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash']):\n"
         "    assert main([*words, '--help']) == 0\n"
         f"print([name for name in {slow} if name in sys.modules])"
     )
-    assert printed(code).endswith("\n[]\n")
+    assert done.stdout.endswith("\n[]\n"), done.stderr
 
 
 def test_neither_help_nor_a_plan_waits_for_a_model() -> None:
     names = ("simulate", "plan", "audit", "evaluate", "ledger", "report", "provision", "run")
-    code = (
+    done = process(
         "import sys; from fedtune.cli.main import main\n"
         f"for name in {names}: assert main([name, '--help']) == 0\n"
         "assert main(['plan', 'experiment=debug', 'privacy.noise_multiplier=4.0', 'name=x']) == 0\n"
         "print([name for name in ('torch', 'transformers', 'peft', 'flwr', 'opacus') if name in sys.modules])"
     )
-    assert printed(code).endswith("\n[]\n")
+    assert done.stdout.endswith("\n[]\n"), done.stderr
 
 
 def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,33 +137,16 @@ def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest
 def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
-    code = "import sys; from fedtune.cli.main import main; sys.exit(main(['site', 'template']))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=write,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = process("import sys; from fedtune.cli.main import main; sys.exit(main(['site', 'template']))", to=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_flowers_telemetry_is_off_unless_someone_turned_it_on() -> None:
+def test_flowers_telemetry_is_off_unless_someone_turned_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
     code = "import os; import fedtune.flower; print(os.environ['FLWR_TELEMETRY_ENABLED'])"
-    plain = {key: value for key, value in os.environ.items() if key != "FLWR_TELEMETRY_ENABLED"}
-    for given, expected in (({}, "0\n"), ({"FLWR_TELEMETRY_ENABLED": "1"}, "1\n")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**plain, **given, "PYTHONPATH": str(REPOSITORY)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        assert done.stdout == expected
+    assert process(code).stdout == "0\n"
+    assert process(code, FLWR_TELEMETRY_ENABLED="1").stdout == "1\n"
 
 
 @pytest.mark.parametrize("was_on", [True, False])
@@ -228,36 +197,28 @@ def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str
 
 def test_output_that_has_no_room_is_one_line() -> None:
     with open("/dev/full", "wb") as full:
-        assert started("--version", to=full) == (
-            1,
-            "",
-            "fedtune: the disk is full; make room, and give the command again\n",
-        )
+        message = "fedtune: the disk is full; make room, and give the command again\n"
+        assert started("--version", to=full) == (1, "", message)
 
 
-@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0)])
-def test_a_stream_that_is_closed_is_not_written_to(closed: str, code: int) -> None:
-    assert started("model-hash", "--help", closed=closed)[0] == code
-
-
-def no_room(file: str) -> OSError:
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_stream_that_is_closed_is_not_written_to(closed: str) -> None:
+    assert started("model-hash", "--help", closed=closed)[0] == 0
 
 
 def test_a_full_disk_is_named_and_no_setting_is_blamed(
     lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
 ) -> None:
     def fails(*_: object) -> None:
-        raise no_room("nobody")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "nobody")
 
     folder = tmp_path / "disk"
     folder.mkdir()
     target = folder / "ledger.json"
     monkeypatch.setattr("fedtune.privacy.durable.os.fsync", fails)
-    outcome = command("ledger", "export", str(lived.ledger), "--output", str(target))
-    assert (outcome.code, outcome.message) == (
-        1,
-        f"the disk is full: no room for {target}; make room, and give the command again",
+    assert (
+        command("ledger", "export", str(lived.ledger), "--output", str(target)).failed(1)
+        == f"the disk is full: no room for {target}; make room, and give the command again"
     )
     assert list(folder.iterdir()) == []
 

@@ -17,7 +17,7 @@ from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_policy import Dataset, Policy
+from fedtune.privacy.site_policy import Dataset
 
 from . import snapshots
 from .widths import COLUMNS, too_wide
@@ -26,7 +26,7 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture
-def plan(command: Callable[..., Any], tiny: Callable[..., list[str]], tmp_path: Path) -> Run:
+def plan(command: Any, tiny: Any, tmp_path: Path) -> Run:
     """The command on the smallest run, without its model unless `model`; options come first."""
 
     def run(*arguments: str, model: bool = False) -> Any:
@@ -42,9 +42,8 @@ def plan_json(plan: Run) -> Run:
     """What the command prints as JSON."""
 
     def run(*arguments: str, **options: Any) -> Any:
-        outcome = plan(*arguments, "--json", **options)
-        assert outcome.code == 0, outcome.err
-        return json.loads(outcome.out)
+        out = plan(*arguments, "--json", **options).printed
+        return json.loads(out)
 
     return run
 
@@ -100,16 +99,14 @@ def test_what_was_solved_for_can_be_pasted(plan: Run, tiny: Any, tmp_path: Path)
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(plan: Run, arguments: list[str], message: str) -> None:
-    outcome = plan(*arguments)
-    assert outcome.code == 2
-    assert outcome.message.startswith(message)
+    assert plan(*arguments).failed().startswith(message)
 
 
-def test_what_is_printed(plan: Run, policy_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_printed(plan: Run, policy_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sites of unequal size with long names, a spare round, released scores, other plans, and a policy that refuses."""
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.chdir(policy_file().parent)
-    outcome = plan(
+    out = plan(
         "federation.site_names=[university-hospital,rural-clinic-in-the-north]",
         "data.declared_sizes=[90,30]",
         "federation.num_rounds=4",
@@ -118,10 +115,9 @@ def test_what_is_printed(plan: Run, policy_file: Callable[..., Path], monkeypatc
         "data.heldout_fraction=0.2",
         "public.train_file=public.csv",
         "--policy=site.toml",
-    )
-    assert outcome.code == 0, outcome.err
-    assert too_wide(outcome.out) == []
-    snapshots.check_output("plan", outcome.out)
+    ).printed
+    assert too_wide(out) == []
+    snapshots.check_output("plan", out)
 
 
 def test_a_public_stage_is_a_part_of_the_plan(plan_json: Run) -> None:
@@ -130,23 +126,19 @@ def test_a_public_stage_is_a_part_of_the_plan(plan_json: Run) -> None:
     assert plan_json()["public_stage"] is None
 
 
-def test_seeded_noise_is_no_guarantee(plan: Run, plan_json: Run) -> None:
-    assert plan("runtime.seeded_noise=true").out.splitlines()[1].startswith("NO GUARANTEE")
-    assert not plan_json("runtime.seeded_noise=true")["guaranteed"]
-
-
 def test_without_privacy_no_epsilon_is_promised(plan: Run, plan_json: Run) -> None:
     plain = ("privacy=none", "privacy.noise_multiplier=null")
     shown, said = plan(*plain).out, plan_json(*plain)
     assert "No epsilon is promised" in shown
     assert "Epsilon after each round" not in shown
     assert (said["epsilon"], said["rounds"], said["target_epsilon"]) == (None, [], None)
+    # Nor is anything guaranteed where noise comes from a seed.
+    assert plan("runtime.seeded_noise=true").out.splitlines()[1].startswith("NO GUARANTEE")
+    assert not plan_json("runtime.seeded_noise=true")["guaranteed"]
 
 
 @pytest.fixture
-def policy_file(
-    tmp_path: Path, site_policy: Callable[..., Policy], lead_key: SigningKey, tiny: Callable[..., list[str]]
-) -> Callable[..., Path]:
+def policy_file(tmp_path: Path, site_policy: Any, lead_key: SigningKey, tiny: Any) -> Callable[..., Path]:
     """A site.toml that allows the smallest run; keywords change the policy."""
 
     def make(**changes: Any) -> Path:
@@ -172,7 +164,7 @@ def test_a_policy_is_asked(plan_json: Run, policy_file: Any, lead_key: SigningKe
     assert said["lead_assumed"]
 
 
-def test_another_lead_is_refused(plan: Run, policy_file: Callable[..., Path], stranger_key: SigningKey) -> None:
+def test_another_lead_is_refused(plan: Run, policy_file: Any, stranger_key: SigningKey) -> None:
     outcome = plan(f"--policy={policy_file()}", f"--lead={stranger_key.public}")
     assert outcome.code == 0, "the question was answered"
     assert "site-1 would refuse the run" in outcome.out
@@ -180,9 +172,7 @@ def test_another_lead_is_refused(plan: Run, policy_file: Callable[..., Path], st
     assert "Neither fewer rounds nor more noise alone would be accepted." in outcome.out
 
 
-def test_the_plan_that_was_solved_for_is_what_a_policy_is_asked_about(
-    plan: Run, policy_file: Callable[..., Path]
-) -> None:
+def test_the_plan_that_was_solved_for_is_what_a_policy_is_asked_about(plan: Run, policy_file: Any) -> None:
     outcome = plan("--target=rounds", "privacy.epsilon=1", f"--policy={policy_file()}")
     assert "max_rounds" in outcome.out
     assert "Would be accepted: 4 rounds, all else as planned." in outcome.out

@@ -12,21 +12,19 @@ import pytest
 
 from fedtune.ops.kits.members import JoinRequest, Roster, next_steps, site_init
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.site_policy import Policy
 
-from ..conftest import parsed
+from ..conftest import files_in, parsed
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines long enough that a phrase is not broken, in a folder with a federation.toml."""
-    monkeypatch.setenv("COLUMNS", "250")
+    """In a folder with a federation.toml."""
     monkeypatch.chdir(tmp_path)
     Path("federation.toml").write_text('name = "cardiology"\nserver = "fl.example.org:9092"\n')
 
 
 @pytest.fixture
-def request_of(site_policy: Callable[..., Policy]) -> Callable[..., Path]:
+def request_of(site_policy: Any) -> Callable[..., Path]:
     """A site's keys and join request, in the folder `<site>/<kit>`."""
 
     def make(site: str, *, kit: str = "kit") -> Path:
@@ -50,18 +48,12 @@ def provision(command: Any) -> Callable[..., str]:
     return run
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def groups(text: str) -> set[str]:
     """Fingerprints in a text, each 16 groups of four hex digits."""
     return set(re.findall(r"(?:[0-9a-f]{4} ){15}[0-9a-f]{4}", text))
 
 
-def test_site_and_lead_read_out_the_same_fingerprints(
-    provision: Callable[..., str], request_of: Callable[..., Path]
-) -> None:
+def test_site_and_lead_read_out_the_same_fingerprints(provision: Any, request_of: Any) -> None:
     provision("init", "federation.toml")
     request = request_of("north")
     at_the_site = groups(next_steps(request.parent))
@@ -79,12 +71,7 @@ def test_site_and_lead_read_out_the_same_fingerprints(
 @pytest.mark.parametrize("typed", ["n\n", "\n", "", None])
 @pytest.mark.parametrize("what", ["add-site", "renew-site north"])
 def test_nothing_is_changed_before_a_person_has_compared(
-    provision: Callable[..., str],
-    request_of: Callable[..., Path],
-    command: Any,
-    what: str,
-    typed: str | None,
-    monkeypatch: pytest.MonkeyPatch,
+    provision: Any, request_of: Any, command: Any, what: str, typed: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provision("init", "federation.toml")
     first = request_of("north")
@@ -106,9 +93,7 @@ def test_nothing_is_changed_before_a_person_has_compared(
     assert files_in(Path("cardiology")) != before
 
 
-def test_what_is_let_in_is_what_was_compared(
-    provision: Callable[..., str], request_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_let_in_is_what_was_compared(provision: Any, request_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody puts another request in the file's place while people telephone."""
     provision("init", "federation.toml")
     request, other = request_of("north"), request_of("north", kit="other")
@@ -136,7 +121,7 @@ def test_what_is_let_in_is_what_was_compared(
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(
-    provision: Callable[..., str], request_of: Callable[..., Path], command: Any, arguments: str, message: str
+    provision: Any, request_of: Any, command: Any, arguments: str, message: str
 ) -> None:
     provision("init", "federation.toml")
     provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
@@ -150,7 +135,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     assert not Path("new").exists()
 
 
-def test_commands_in_the_readmes_exist(provision: Callable[..., str], request_of: Callable[..., Path]) -> None:
+def test_commands_in_the_readmes_exist(provision: Any, request_of: Any) -> None:
     provision("init", "federation.toml")
     provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
     text = "".join(path.read_text() for path in Path("cardiology").rglob("README.md"))

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,7 @@ from ..conftest import parsed
 from .widths import too_wide
 
 HASH = "0123456789abcdef" * 4
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines long enough that a phrase is not broken."""
-    monkeypatch.setenv("COLUMNS", "300")
+_EPSILON = ("derived", "sites", 0, "spent", "epsilon_pld")
 
 
 @pytest.fixture
@@ -123,9 +117,7 @@ def test_a_verdict_is_said_in_the_page_s_words(kind: str, state: Any, said: str,
 def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> None:
     for name in ("report.json", "report.html"):
         (run_folder / name).unlink(missing_ok=True)
-    outcome = command("report", str(run_folder))
-    assert outcome.code == 0
-    banner, verdict, two_figures, *others = outcome.out.splitlines()
+    banner, verdict, two_figures, *others = command("report", str(run_folder)).printed.splitlines()
     assert banner == catalogue("en").texts["banner"]["simulation"]
     assert verdict.startswith("The lead's limit for this run was kept: epsilon 0.")
     assert "at delta 1e-05 for each record" in verdict
@@ -139,23 +131,9 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path, command: Any) -> No
     assert not list(run_folder.glob("*.partial"))
 
 
-def test_a_label_is_drawn_beside_the_report(
-    run_folder: Path, tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    into = tmp_path / "written"
-    told = command("report", str(run_folder), "--label", "--language", "de", "--output", str(into))
-    assert told.code == 0, told.err
-    label = (into / "label.svg").read_text()
-    assert "DATENSCHUTZ-ETIKETT" in label
-    assert hashlib.sha256((into / "report.json").read_bytes()).hexdigest() in label
-    assert f"label.svg:   {into / 'label.svg'}" in told.out
-    assert {path.name for path in into.iterdir()} == {"label.svg", "report.html", "report.json"}
-
-
 def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp_path: Path, command: Any) -> None:
-    told = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before"))
-    assert told.code == 0, told.err
-    assert "lacks what only a person can say, in report.about: curator" in " ".join(told.out.split())
+    out = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before")).printed
+    assert "lacks what only a person can say, in report.about: curator" in " ".join(out.split())
     folder = shutil.copytree(run_folder, tmp_path / "run")
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["report"]["about"]["curator"] = "Hospital of the North"
@@ -172,11 +150,10 @@ def test_a_site_says_in_its_policy_what_a_registry_asks_for(lived: Any, tmp_path
     policy = read_policy(lived.policy)
     write_policy(replace(policy, about=AboutSpec(curator="Hospital of the North")), lived.policy)
     assert read_policy(lived.policy).digest() == policy.digest()
-    told = command("report", str(lived.policy), "--registry", "--output", str(tmp_path))
-    assert told.code == 0, told.err
+    out = command("report", str(lived.policy), "--registry", "--output", str(tmp_path)).printed
     entry = json.loads((tmp_path / "registry.json").read_text())
     assert (entry["curator"], "sector" in entry["missing"]) == ("Hospital of the North", True)
-    assert "in [about] of site.toml: description" in " ".join(told.out.split())
+    assert "in [about] of site.toml: description" in " ".join(out.split())
     assert not any(one["code"] == "policy_noted" and one["status"] == "violated" for one in _assumptions(tmp_path))
 
 
@@ -184,18 +161,18 @@ def _assumptions(folder: Path) -> Any:
     return json.loads((folder / "report.json").read_text())["derived"]["assumptions"]
 
 
-def test_one_run_gives_one_report(run_folder: Path, tmp_path: Path, command: Any) -> None:
+def test_one_run_gives_one_report_with_its_label_beside_it(run_folder: Path, tmp_path: Path, command: Any) -> None:
+    names = {"label.svg", "report.html", "report.json"}
     for name in ("a", "b"):
-        assert command("report", str(run_folder), "--output", str(tmp_path / name), "--language", "de").code == 0
-    for name in ("report.json", "report.html"):
+        words = ("--label", "--language", "de", "--output", str(tmp_path / name))
+        assert f"label.svg:   {tmp_path / name / 'label.svg'}" in command("report", str(run_folder), *words).printed
+        assert {path.name for path in (tmp_path / name).iterdir()} == names
+    for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert 'lang="de"' in (tmp_path / "a" / "report.html").read_text()
-
-
-def test_a_signed_report_is_its_key_s(signed: Path, key_file: Path, command: Any) -> None:
-    key = SigningKey.load(key_file)
-    assert signing.check(signing.read(signed.read_bytes()), expected_key=key.public) == key.public
-    assert command("report", "verify", str(signed), "--key", key.public).code == 0
+    label = (tmp_path / "a" / "label.svg").read_text()
+    assert "DATENSCHUTZ-ETIKETT" in label
+    assert hashlib.sha256((tmp_path / "a" / "report.json").read_bytes()).hexdigest() in label
 
 
 def test_a_ledger_s_report_lies_beside_it(lived: Any, command: Any) -> None:
@@ -205,7 +182,6 @@ def test_a_ledger_s_report_lies_beside_it(lived: Any, command: Any) -> None:
         assert outcome.code == 0, outcome.err
         report = report_in(lived.folder / "ledger.db.report")
         assert (report.kind, report.sites[0].source) == ("ledger", "own_ledger")
-        assert report.sites[0].verification
         assert not report.sites[0].verification.rollback_excluded
         assert command("report", "verify", str(lived.folder / "ledger.db.report")).code == 0
     assert lived.ledger.read_bytes() == before
@@ -217,16 +193,13 @@ def test_an_anchor_excludes_rollback(arguments: list[str], lived: Any, command: 
     key = str(lived.folder / "site_key.pem")
     assert command("report", *named, "--sign", key).code == 0
     report = report_in(lived.folder / "ledger.db.report")
-    assert report.sites[0].verification
     assert report.sites[0].verification.rollback_excluded
     checked = command("report", "verify", str(lived.folder / "ledger.db.report"), "--key", lived.key.public)
     assert checked.code == 0, checked.out + checked.err
 
 
 def test_a_ledger_s_report_is_signed_by_its_site_or_not_at_all(lived: Any, key_file: Path, command: Any) -> None:
-    outcome = command("report", str(lived.ledger), "--sign", str(key_file))
-    assert outcome.code == 1
-    assert f"not by {lived.key.public}" in outcome.message
+    assert f"not by {lived.key.public}" in command("report", str(lived.ledger), "--sign", str(key_file)).failed(1)
     assert not (lived.folder / "ledger.db.report").exists()
 
 
@@ -244,9 +217,7 @@ def test_what_cannot_be_is_wrong_input(
     arguments: list[str], words: str, run_folder: Path, lived: Any, command: Any
 ) -> None:
     named = [part.format(run=run_folder, ledger=lived.ledger) for part in arguments]
-    outcome = command("report", *named)
-    assert outcome.code == 2
-    assert words in outcome.message
+    assert words in command("report", *named).failed()
 
 
 # Verifying
@@ -263,47 +234,37 @@ def test_a_page_and_a_label_that_say_something_else_are_found(name: str, run_fol
     assert name in outcome.err
 
 
-def test_a_report_that_does_not_hold_is_not_compared(run_folder: Path, finished: Path, command: Any) -> None:
+def test_a_report_that_does_not_hold_is_not_compared(
+    run_folder: Path, finished: Path, signed: Path, command: Any
+) -> None:
+    edit(signed, *_EPSILON, to=0.25)
+    assert str(signed) in command("report", "diff", str(signed), str(signed)).failed(1), "its signature is wrong"
+    shutil.copy(finished / "report.json", run_folder)
     edit(run_folder / "report.json", "derived", "epsilon", to=1.0)
     outcome = command("report", "diff", str(finished), str(run_folder))
     assert outcome.code == 1
     assert "not as computed again" in outcome.err
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "says"),
-    [
-        ("digits", lambda text: text.replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1), "at most 19 digits"),
-        ("size", None, "at most 64 MiB"),
-    ],
-)
-def test_a_report_that_is_too_much_is_not_read(
-    name: str, change: Any, says: str, run_folder: Path, command: Any
-) -> None:
+def test_a_report_that_is_too_much_is_not_read(run_folder: Path, command: Any) -> None:
     path = run_folder / "report.json"
-    if change is None:
-        os.truncate(path, 20 << 30)  # a sparse file
-    else:
-        path.write_text(change(path.read_text()))
-    outcome = command("report", "verify", str(path))
-    assert outcome.code == 2, name
-    assert says in outcome.err
+    path.write_text(path.read_text().replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1))
+    assert "at most 19 digits" in command("report", "verify", str(path)).failed()
+    os.truncate(path, 20 << 30)  # a sparse file
+    assert "at most 64 MiB" in command("report", "verify", str(path)).failed()
 
 
 def test_a_missing_signature_or_key_is_said(signed: Path, key_file: Path, command: Any) -> None:
-    outcome = command("report", "verify", str(signed))
-    assert outcome.code == 0
+    key = SigningKey.load(key_file).public
+    assert signing.check(signing.read(signed.read_bytes()), expected_key=key) == key
+    assert command("report", "verify", str(signed), "--key", key).code == 0
+    out = command("report", "verify", str(signed)).printed
     made = f"made with the key in the file, {SigningKey.load(key_file).public}: not checked"
-    assert re.search(f"signature +not checked +It was {made}", outcome.out)
+    assert re.search(f"signature +not checked +It was {made}", out)
     edit(signed, "signature", to=None)
     (signed.parent / "report.html").unlink()  # it was drawn of the signed one
-    outcome = command("report", "verify", str(signed))
-    assert outcome.code == 0
-    assert re.search("signature +not checked +It is not signed", outcome.out)
+    assert re.search("signature +not checked +It is not signed", command("report", "verify", str(signed)).printed)
     assert command("report", "verify", str(signed), "--key", SigningKey.load(key_file).public).code == 1
-
-
-_EPSILON = ("derived", "sites", 0, "spent", "epsilon_pld")
 
 
 @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
@@ -344,17 +305,13 @@ def test_another_configuration_is_found(signed: Path, command: Any) -> None:
     settings.write_text(settings.read_text().replace("local_steps: 2", "local_steps: 3"))
     assert command("report", "verify", str(signed)).code == 1
     settings.unlink()
-    outcome = command("report", "verify", str(signed))
-    assert outcome.code == 0
-    assert re.search("configuration +not checked", outcome.out)
+    assert re.search("configuration +not checked", command("report", "verify", str(signed)).printed)
 
 
 def test_a_report_of_another_run_is_found_in_a_folder(signed: Path, looser: Path, tmp_path: Path, command: Any) -> None:
     other = shutil.copytree(looser, tmp_path / "two")
     shutil.copy(signed, other)
-    outcome = command("report", "verify", str(other))
-    assert outcome.code == 1
-    assert outcome.message.endswith("does not hold: configuration")
+    assert command("report", "verify", str(other)).failed(1).endswith("does not hold: configuration")
 
 
 def test_a_plan_that_the_settings_beside_it_do_not_give_is_found(signed: Path, key_file: Path, command: Any) -> None:
@@ -378,8 +335,6 @@ def test_a_raised_cap_under_another_key_is_not_the_site_s_word(joined: Any, run_
     assert re.search("signature +right", command("report", "verify", str(path), "--roster", str(roster)).out)
     report, other = signing.read(path.read_bytes()), SigningKey(Ed25519PrivateKey.generate())
     (site,) = report.sites
-    assert site.verification
-    assert site.approved
     forged = replace(
         site,
         approved=replace(site.approved, max_epsilon_per_run=99.0),
@@ -396,9 +351,8 @@ def test_a_run_s_report_is_the_lead_s_if_the_same_key_signed_the_roster(
     joined: Any, signed: Path, key_file: Path, command: Any
 ) -> None:
     roster = next(joined("a").folder.parent.joinpath("federation").rglob("roster.json"))
-    outcome = command("report", "verify", str(signed), "--roster", str(roster))
-    assert outcome.code == 1
-    assert "not signed by the lead, who signed" in outcome.message
+    message = command("report", "verify", str(signed), "--roster", str(roster)).failed(1)
+    assert "not signed by the lead, who signed" in message
     roster.write_bytes(Roster.read(roster).signed(SigningKey.load(key_file)).to_bytes())
     assert re.search("signature +right", command("report", "verify", str(signed), "--roster", str(roster)).out)
 
@@ -422,9 +376,7 @@ def test_verify_as_json(signed: Path, command: Any) -> None:
 
 @pytest.mark.parametrize("option", [["--key", "ab"], ["--key", "00" * 32], ["--config", "12"], ["--config", "X" * 64]])
 def test_a_key_or_a_hash_that_is_none_is_wrong_input(option: list[str], signed: Path, command: Any) -> None:
-    outcome = command("report", "verify", str(signed), *option)
-    assert outcome.code == 2
-    assert option[0] in outcome.message
+    assert option[0] in command("report", "verify", str(signed), *option).failed()
 
 
 def test_a_name_cannot_steer_the_terminal(signed: Path, command: Any) -> None:
@@ -441,31 +393,30 @@ def test_a_name_cannot_steer_the_terminal(signed: Path, command: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def looser(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, command: Any) -> Path:
+def looser(simulate: Any, tmp_path_factory: pytest.TempPathFactory, command: Any) -> Path:
     """Another one."""
     changed = ("privacy.noise_multiplier=3.0", "training.learning_rate=0.5")
     return simulate(*changed, into=tmp_path_factory.mktemp("runs"), name="two")
 
 
 def test_diff_shows_both_values_group_by_group(run_folder: Path, looser: Path, command: Any) -> None:
-    outcome = command("report", "diff", str(run_folder), str(looser))
-    assert outcome.code == 0, outcome.err
+    out = command("report", "diff", str(run_folder), str(looser)).printed
     changes = json.loads(command("report", "diff", str(run_folder), str(looser), "--json").out)["changes"]
     found = {change["key"]: change for change in changes}
     assert found["config.training.learning_rate"]["after"] == 0.5
     assert found["seconds"]["group"] == "cost"
-    (line,) = (line for line in outcome.out.splitlines() if ": noise multiplier" in line)
+    (line,) = (line for line in out.splitlines() if ": noise multiplier" in line)
     assert line.split() == ["all", "2", "sites:", "noise", "multiplier", "4", "3"], "what both sites share is one line"
-    names = [line.split("  ")[1] for line in outcome.out.splitlines() if line.startswith("  ")]
+    names = [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ")]
     assert not any("_" in name for name in names if "." not in name), "settings alone have names that people type"
-    assert not re.search(r"\d\.\d{7}", outcome.out), "as many digits as it takes"
+    assert not re.search(r"\d\.\d{7}", out), "as many digits as it takes"
     # Whether this score differs is noise's to decide.
-    for line in (line for line in outcome.out.splitlines() if "macro" in line):
+    for line in (line for line in out.splitlines() if "macro" in line):
         assert re.fullmatch(r" +macro F1 (before|after) training +0\.\d{4} +0\.\d{4}", line)
-    (line,) = (line for line in outcome.out.splitlines() if re.match(r" +epsilon +\d", line))
+    (line,) = (line for line in out.splitlines() if re.match(r" +epsilon +\d", line))
     before, after = map(float, line.split()[1:])
     assert before < after
-    assert "not beside the reports" not in outcome.out
+    assert "not beside the reports" not in out
 
 
 def test_a_report_alone_is_compared_without_its_configuration(
@@ -473,10 +424,9 @@ def test_a_report_alone_is_compared_without_its_configuration(
 ) -> None:
     alone = tmp_path / "alone.json"
     shutil.copy(run_folder / "report.json", alone)
-    outcome = command("report", "diff", str(alone), str(looser))
-    assert outcome.code == 0
-    assert "training.learning_rate" not in outcome.out
-    assert "not beside the reports" in outcome.out
+    out = command("report", "diff", str(alone), str(looser)).printed
+    assert "training.learning_rate" not in out
+    assert "not beside the reports" in out
 
 
 def test_diff_of_a_report_with_itself(run_folder: Path, command: Any) -> None:
@@ -503,17 +453,13 @@ def test_values_that_round_alike_are_told_apart(run_folder: Path, tmp_path: Path
     assert len(before) < 13
 
 
-def test_a_run_and_a_ledger_cannot_be_compared(run_folder: Path, lived: Any, command: Any) -> None:
+def test_a_run_is_compared_with_no_ledger_and_no_pipe(run_folder: Path, lived: Any, command: Any) -> None:
     assert command("report", str(lived.ledger)).code == 0
     assert command("report", "diff", str(run_folder), str(lived.folder / "ledger.db.report")).code == 2
-    assert command("report", "diff", str(run_folder), str(run_folder / "nowhere")).code == 2
-
-
-def test_a_report_with_a_wrong_signature_is_not_compared(signed: Path, command: Any) -> None:
-    edit(signed, *_EPSILON, to=0.25)
-    outcome = command("report", "diff", str(signed), str(signed))
-    assert outcome.code == 1
-    assert str(signed) in outcome.message
+    os.mkfifo(run_folder / "a.json")
+    for none in ("nowhere", "a.json"):
+        message = command("report", "diff", str(run_folder), str(run_folder / none)).failed()
+        assert message.endswith("must be a report.json, or a folder with one")
 
 
 def test_tables_fit_the_terminal(run_folder: Path, looser: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,13 +467,6 @@ def test_tables_fit_the_terminal(run_folder: Path, looser: Path, command: Any, m
     monkeypatch.chdir(run_folder.parent)
     for arguments in (["verify", "one"], ["diff", "one", str(looser)], ["one", "--registry"]):
         assert too_wide(command("report", *arguments).out) == []
-
-
-def test_a_pipe_is_no_report(run_folder: Path, command: Any, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.json")
-    outcome = command("report", "diff", str(run_folder), str(tmp_path / "a.json"))
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.message.endswith("must be a report.json, or a folder with one")
 
 
 @pytest.mark.parametrize(("content", "message"), [
@@ -543,6 +482,4 @@ def test_what_is_no_report_is_said_in_our_words(
     if content is not None:
         (tmp_path / "a.json").write_text(content)
     for words in (("verify",), ("diff", str(run_folder))):
-        outcome = command("report", *words, str(tmp_path / "a.json"))
-        assert outcome.code == 2
-        assert message in outcome.message
+        assert message in command("report", *words, str(tmp_path / "a.json")).failed()

@@ -26,7 +26,7 @@ from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.site_policy import Dataset, Policy
+from fedtune.privacy.site_policy import Dataset
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
 from fedtune.tasks import SavedAdapter, build_task_model, save_task_model
@@ -34,14 +34,8 @@ from fedtune.tasks import SavedAdapter, build_task_model, save_task_model
 SIZES = {"north": 230, "south": 180, "west": 90}
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines long enough that a phrase is not broken."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-
 @pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, site_policy: Callable[..., Policy]) -> Kit:
+def kit(tmp_path_factory: pytest.TempPathFactory, site_policy: Any) -> Kit:
     """The kit of a lead with three sites, and `gone`, which was revoked; west has no data set but banking77."""
     folder, now = tmp_path_factory.mktemp("federation"), datetime.now(UTC).replace(microsecond=0)
     (folder / "federation.toml").write_text('name = "banks"\nserver = "127.0.0.1:9"\n')
@@ -80,10 +74,8 @@ def test_sites_may_be_written_in_any_of_these_ways(kit: Kit, sites: str) -> None
 
 def test_without_a_word_all_sites_take_part_that_are_not_revoked(kit: Kit) -> None:
     assert sizes_of(compose_for_sites(words(), kit=kit)) == SIZES
-
-
-def test_the_last_word_on_sites_counts(kit: Kit) -> None:
-    assert sizes_of(compose_for_sites(words("sites=[west]", "sites=south"), kit=kit)) == {"south": 180}
+    last = compose_for_sites(words("sites=[west]", "sites=south"), kit=kit)
+    assert sizes_of(last) == {"south": 180}, "the last word counts"
 
 
 @pytest.mark.parametrize(
@@ -159,10 +151,9 @@ def test_a_delta_that_is_too_large_for_a_declared_size_is_found_at_once(kit: Kit
     ],
 )
 def test_what_a_real_run_fixes_cannot_be_set(command: Any, kit: Kit, word: str, key: str, bound: str) -> None:
-    outcome = command("run", "--kit", str(kit.folder), *words(word))
-    assert outcome.code == 2
-    assert outcome.message.startswith(f"{key} = ")
-    assert outcome.message.endswith(bound)
+    message = command("run", "--kit", str(kit.folder), *words(word)).failed()
+    assert message.startswith(f"{key} = ")
+    assert message.endswith(bound)
 
 
 def test_other_settings_of_runtime_and_federation_are_the_leads(kit: Kit) -> None:
@@ -170,9 +161,7 @@ def test_other_settings_of_runtime_and_federation_are_the_leads(kit: Kit) -> Non
         words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1"), kit=kit
     )
     assert (config.runtime.num_threads, config.federation.min_sites, config.federation.num_rounds) == (1, 2, 1)
-
-
-def test_how_a_simulation_deals_records_out_is_left_behind(kit: Kit) -> None:
+    # How a simulation deals records out is left behind.
     by_column = ("data.partition.kind=column", "+data.partition.sites.a=0", "+data.columns.site=x")
     for given in (("data.partition.kind=dirichlet", "data.partition.proportions=[1,2]"), by_column):
         partition = compose_for_sites(words(*given), kit=kit).data.partition
@@ -182,28 +171,23 @@ def test_how_a_simulation_deals_records_out_is_left_behind(kit: Kit) -> None:
 # The kit.
 
 
-def test_a_kit_is_needed(command: Any, kit: Kit, tmp_path: Path) -> None:
-    for given in (("experiment=debug",), ("resume", str(tmp_path)), ("stop", str(tmp_path), "--for-good")):
-        outcome = command("run", *given)
-        assert outcome.code == 2
-        assert outcome.message == "--kit: is required: the folder of the lead's kit"
-    server = kit.folder.parent / "server"
-    outcome = command("run", "--kit", str(server), "experiment=debug")
-    assert outcome.code == 2
-    assert outcome.message == f"{server / 'kit.toml'}: kind = 'server': must be 'lead' here"
+NO_KIT = "--kit: is required: the folder of the lead's kit"
 
 
-@pytest.mark.parametrize("action", ["stop", "resume"])
-def test_an_action_needs_a_folder(command: Any, kit: Kit, action: str) -> None:
-    outcome = command("run", action, "--kit", str(kit.folder))
-    assert outcome.code == 2
-    assert outcome.message == f"run folder: is required: fedtune run {action} FOLDER"
-
-
-def test_a_run_that_a_service_starts_needs_a_name(command: Any, kit: Kit) -> None:
-    outcome = command("run", "--kit", str(kit.folder), "--or-resume", "experiment=debug")
-    assert outcome.code == 2
-    assert outcome.message.startswith("name: is required with --or-resume")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *((["experiment=debug"], NO_KIT), (["resume", "."], NO_KIT), (["stop", ".", "--for-good"], NO_KIT)),
+        (["--kit", "SERVER", "experiment=debug"], "SERVER/kit.toml: kind = 'server': must be 'lead' here"),
+        (["stop", "--kit", "KIT"], "run folder: is required: fedtune run stop FOLDER"),
+        (["resume", "--kit", "KIT"], "run folder: is required: fedtune run resume FOLDER"),
+        (["--kit", "KIT", "--or-resume", "experiment=debug"], "name: is required with --or-resume"),
+    ],
+)
+def test_a_kit_a_folder_and_a_name_are_needed(command: Any, kit: Kit, words: list[str], message: str) -> None:
+    places = {"KIT": str(kit.folder), "SERVER": str(kit.folder.parent / "server")}
+    said = command("run", *(places.get(word, word) for word in words)).failed()
+    assert said.startswith(message.replace("SERVER/", places["SERVER"] + "/"))
 
 
 def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(command: Any, kit: Kit, tmp_path: Path) -> None:
@@ -214,15 +198,13 @@ def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(command: Any, ki
     assert f"Continue with: fedtune run resume {tmp_path / 'one'} --kit {kit.folder}" in outcome.out
     assert saved_config(tmp_path / "one").federation.active == ("north",)
     assert not (tmp_path / "one" / "running.json").exists()
-    again = command("run", "--kit", str(kit.folder), *words(*small))
-    assert again.code == 2
-    assert "name = 'one': is taken" in again.message
-    resumed = command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder))
-    assert resumed.code == 1
-    assert "127.0.0.1:9 cannot be reached" in resumed.message
-    other = command("run", "resume", str(tmp_path / "one"), "training.local_steps=9", "--kit", str(kit.folder))
-    assert other.code == 2
-    assert "was made with another configuration (training.local_steps was 2, is 9)" in other.message
+    assert "name = 'one': is taken" in command("run", "--kit", str(kit.folder), *words(*small)).failed()
+    message = command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder)).failed(1)
+    assert "127.0.0.1:9 cannot be reached" in message
+    message = command(
+        "run", "resume", str(tmp_path / "one"), "training.local_steps=9", "--kit", str(kit.folder)
+    ).failed()
+    assert "was made with another configuration (training.local_steps was 2, is 9)" in message
 
 
 # A folder of a run.
@@ -251,7 +233,6 @@ def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         )
         process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
         started.append(process)
-        assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
         return process
 
@@ -259,28 +240,20 @@ def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         process.kill()
         process.wait()
-        assert process.stdout is not None
         process.stdout.close()
 
 
-def test_stopping_what_does_not_run_says_so(command: Any, folder: Path) -> None:
-    outcome = command("run", "stop", str(folder))
-    assert (outcome.code, outcome.out) == (0, f"{folder} is not running.\n")
-
-
-def test_stopping_ends_the_process_and_says_how_to_go_on(command: Any, folder: Path, runner: Any) -> None:
+def test_stopping_ends_the_process_that_there_is_and_says_how_to_go_on(command: Any, folder: Path, runner: Any) -> None:
+    assert command("run", "stop", str(folder)).printed == f"{folder} is not running.\n"
     process = runner()
-    outcome = command("run", "stop", str(folder))
-    assert outcome.code == 0
-    assert outcome.out == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.\n"
+    out = command("run", "stop", str(folder)).printed
+    assert out == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.\n"
     assert process.wait(timeout=5) != 0
 
 
 def test_a_run_that_does_not_say_its_process_is_not_guessed_at(command: Any, folder: Path, runner: Any) -> None:
     process = runner(says_so=False)
-    outcome = command("run", "stop", str(folder))
-    assert outcome.code == 1
-    assert "does not say in which process" in outcome.message
+    assert "does not say in which process" in command("run", "stop", str(folder)).failed(1)
     assert process.poll() is None
 
 
@@ -289,9 +262,8 @@ def test_a_run_that_does_not_stop_is_said_to_go_on(
 ) -> None:
     monkeypatch.setattr("fedtune.cli.run._STOP_S", 0.3)
     process = runner(deaf=True)
-    outcome = command("run", "stop", str(folder))
-    assert outcome.code == 1
-    assert outcome.message.startswith(f"process {process.pid} has not stopped within 0.3 s")
+    message = command("run", "stop", str(folder)).failed(1)
+    assert message.startswith(f"process {process.pid} has not stopped within 0.3 s")
 
 
 def test_stopping_for_good_says_which_sites_heard_it(
@@ -306,11 +278,10 @@ def test_stopping_for_good_says_which_sites_heard_it(
 
     monkeypatch.setattr("fedtune.ops.deployment.end_deployed", tell)
     process = runner()
-    outcome = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
-    assert outcome.code == 0
+    out = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder)).printed
     config = saved_config(folder)
     assert asked == [(for_sites(config).run_id(), config.federation)]
-    stopped, told, silent = outcome.out.splitlines()
+    stopped, told, silent = out.splitlines()
     assert "is stopped" in stopped
     assert told == "Told that it is over: north, west."
     assert silent == "Not reached: south; their budget is free when the run expires."
@@ -330,22 +301,19 @@ def at_its_end(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ..
 
 
 def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
-    command: Any, kit: Kit, at_its_end: list[Any], site_policy: Callable[..., Policy], tmp_path: Path
+    command: Any, kit: Kit, at_its_end: list[Any], site_policy: Any, tmp_path: Path
 ) -> None:
     whole, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
     # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
     assert command(*stop, whole).out == "Told that it is over: north, south, west.\n"
-    unknown = command(*stop, "runs/trial")
-    assert unknown.code == 2
-    assert "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it" in unknown.message
+    message = command(*stop, "runs/trial").failed()
+    assert "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it" in message
     ledger = Ledger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_make(tmp_path / "key.pem"))
     book = ReceiptBook(kit.folder / "receipts.json")
     book.keep({"north": ledger.receipt(whole)})
     try:
         assert command(*stop, "runs/trial").code == 0
-        other = command(*stop, "runs/other")
-        assert other.code == 2
-        assert f"sites were last charged for {whole}" in other.message
+        assert f"sites were last charged for {whole}" in command(*stop, "runs/other").failed()
     finally:
         book.path.unlink()
     assert at_its_end == [(whole, ("north", "south", "west"))] * 2
@@ -368,18 +336,13 @@ def test_a_folder_without_a_run_is_wrong_input(command: Any, tmp_path: Path) -> 
     folder = tmp_path / "runs" / "one"
     folder.mkdir(parents=True)  # with no run beside it, which would be named
     for action in ("status", "stop"):
-        outcome = command("run", action, str(folder))
-        assert outcome.code == 2
-        assert outcome.message == f"run folder = {str(folder)!r}: must hold a config.yaml"
+        assert command("run", action, str(folder)).failed() == f"run folder = {str(folder)!r}: must hold a config.yaml"
 
 
 def test_a_resumed_run_keeps_its_sites(command: Any, kit: Kit, folder: Path) -> None:
-    outcome = command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder))
-    assert outcome.code == 2
-    assert outcome.message == "sites = '[north]': cannot change in a run that is resumed"
-    nowhere = command("run", "resume", str(folder / "no"), "--kit", str(kit.folder))
-    assert nowhere.code == 2
-    assert "must be a run folder" in nowhere.message
+    message = command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder)).failed()
+    assert message == "sites = '[north]': cannot change in a run that is resumed"
+    assert "must be a run folder" in command("run", "resume", str(folder / "no"), "--kit", str(kit.folder)).failed()
 
 
 def test_a_run_that_is_running_is_not_resumed_beside_it(command: Any, kit: Kit, folder: Path) -> None:
@@ -394,14 +357,12 @@ def test_a_run_that_is_running_is_not_resumed_beside_it(command: Any, kit: Kit, 
 def test_simulations_and_real_runs_are_each_resumed_by_their_own_command(
     command: Any, kit: Kit, folder: Path, tmp_path: Path
 ) -> None:
-    outcome = command("simulate", f"resume={folder}")
-    assert outcome.code == 2
-    assert outcome.message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
+    message = command("simulate", f"resume={folder}").failed()
+    assert message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
     simulated = tmp_path / "simulated"
     write_config(replace(compose_run(words("privacy.runs=2")), name="simulated"), simulated)
-    outcome = command("run", "resume", str(simulated), "--kit", str(kit.folder))
-    assert outcome.code == 2
-    assert "must be a run over real sites: fedtune simulate resume=" in outcome.message
+    message = command("run", "resume", str(simulated), "--kit", str(kit.folder)).failed()
+    assert "must be a run over real sites: fedtune simulate resume=" in message
     save_task_model(build_task_model(compose_run(words()).task_model()), simulated / "adapter")
     with pytest.raises(ConfigError, match="must be a run over real sites: fedtune simulate renew="):
         compose_for_sites([f"renew='{simulated}'"], kit=kit)

@@ -20,19 +20,14 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
 from fedtune.show.budget_text import amount_of
 
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines long enough that a phrase is not broken."""
-    monkeypatch.setenv("COLUMNS", "250")
+from ..conftest import files_in
 
 
 def warned(site: Any, command: Any, **changes: str | None) -> dict[str, str]:
     """The warnings of a policy that differs in `changes` from one without any."""
     site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **changes})
-    outcome = command("site", "check-policy", str(site.policy), "--json")
-    assert outcome.code == 0, outcome.err
-    return {warning["key"]: warning["text"] for warning in json.loads(outcome.out)["warnings"]}
+    out = command("site", "check-policy", str(site.policy), "--json").printed
+    return {warning["key"]: warning["text"] for warning in json.loads(out)["warnings"]}
 
 
 def keys_of(cls: Any = Policy, prefix: str = "") -> set[str]:
@@ -53,20 +48,15 @@ def keys_in(table: Any, prefix: str = "") -> set[str]:
 
 
 def test_the_template_is_a_policy(command: Any, tmp_path: Path) -> None:
-    outcome = command("site", "template")
-    assert outcome.code == 0
-    assert outcome.out == (config_folder() / "site.toml").read_text(encoding="utf-8")
-    (tmp_path / "site.toml").write_text(answered(outcome.out))
+    out = command("site", "template").printed
+    assert out == (config_folder() / "site.toml").read_text(encoding="utf-8")
+    (tmp_path / "site.toml").write_text(answered(out))
     assert read_policy(tmp_path / "site.toml").site == "north-hospital"
 
 
 def answered(template: str) -> str:
     """The template with an answer to what a person must state."""
     return template.replace("# no_person_at_another_site = ?", "no_person_at_another_site = true")
-
-
-def test_the_template_sets_every_key() -> None:
-    assert keys_in(tomllib.loads(answered((config_folder() / "site.toml").read_text(encoding="utf-8")))) == keys_of()
 
 
 @pytest.mark.parametrize("words", [("check-policy",), ("init", "--site"), ("doctor", "--kit", "kit", "--site")])
@@ -82,9 +72,10 @@ def test_no_command_takes_a_policy_before_a_person_has_answered(
     assert not (site.folder / "kit").exists()
 
 
-def test_the_template_explains_every_key() -> None:
-    lines = (config_folder() / "site.toml").read_text(encoding="utf-8").splitlines()
-    for before, line in pairwise(lines):
+def test_the_template_sets_and_explains_every_key() -> None:
+    text = (config_folder() / "site.toml").read_text(encoding="utf-8")
+    assert keys_in(tomllib.loads(answered(text))) == keys_of()
+    for before, line in pairwise(text.splitlines()):
         if re.match(r"\w+ = ", line):
             explained = before.startswith("#") or re.match(
                 r"(max_local_steps|path|max_epsilon_per_period|max_lora_scale) = ", before
@@ -150,10 +141,9 @@ def test_delta_is_compared_with_all_data_sets_together(site: Any, command: Any) 
     site.write_policy(delta="1e-4")
     text = site.policy.read_text()
     site.policy.write_text(text.replace("[budget]", '[[dataset]]\nid = "more"\ndeclared_size = 2000\n\n[budget]'))
-    outcome = command("site", "check-policy", str(site.policy))
-    assert outcome.code == 2
+    message = command("site", "check-policy", str(site.policy)).failed()
     bound = "must be below 1 / 10,000 = 0.0001, with the declared sizes of all data sets added up"
-    assert outcome.message == f"{site.policy}: budget.delta = 0.0001: {bound}"
+    assert message == f"{site.policy}: budget.delta = 0.0001: {bound}"
 
 
 def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any, command: Any) -> None:
@@ -165,16 +155,14 @@ def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any, command: Any) -
 
 def test_a_misspelt_key_and_a_missing_file_are_wrong_input(site: Any, command: Any) -> None:
     site.policy.write_text(site.policy.read_text().replace("max_rank", "max_rang"))
-    outcome = command("site", "check-policy", str(site.policy))
-    assert outcome.code == 2
-    assert "allow.max_rang" in outcome.message
+    assert "allow.max_rang" in command("site", "check-policy", str(site.policy)).failed()
     assert command("site", "check-policy", str(site.folder / "none.toml")).code == 2
 
 
 def test_check_policy_writes_nothing(lived: Any, command: Any) -> None:
-    before = {path: path.read_bytes() for path in lived.folder.rglob("*") if path.is_file()}
+    before = files_in(lived.folder)
     assert command("site", "check-policy", str(lived.policy)).code == 0
-    assert {path: path.read_bytes() for path in lived.folder.rglob("*") if path.is_file()} == before
+    assert files_in(lived.folder) == before
 
 
 @pytest.mark.parametrize(
@@ -200,9 +188,7 @@ def test_a_ledger_of_something_else_does_not_fit(
 
 def test_another_key_does_not_fit(lived: Any, command: Any) -> None:
     shutil.copy(lived.folder / "lead.pem", lived.folder / "site_key.pem")
-    outcome = command("site", "check-policy", str(lived.policy))
-    assert outcome.code == 2
-    assert "site_key" in outcome.message
+    assert "site_key" in command("site", "check-policy", str(lived.policy)).failed()
 
 
 def test_missing_files_beside_a_ledger_are_warned_of(lived: Any, command: Any) -> None:
@@ -217,6 +203,4 @@ def test_a_ledger_that_was_put_back_is_exit_code_one(lived: Any, command: Any) -
     shutil.copy(lived.ledger, backup)
     lived.open().end("triage")
     shutil.copy(backup, lived.ledger)
-    outcome = command("site", "check-policy", str(lived.policy))
-    assert outcome.code == 1
-    assert "put back" in outcome.message
+    assert "put back" in command("site", "check-policy", str(lived.policy)).failed(1)

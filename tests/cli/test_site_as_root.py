@@ -41,7 +41,7 @@ def tmp_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def served(joined: Callable[..., Here], monkeypatch: pytest.MonkeyPatch) -> Here:
+def served(joined: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
     """A site whose files belong to the account of its process."""
     # This Python may lie in root's own folder; what is needed of it is imported.
     monkeypatch.setattr(files, "_python_is_readable", lambda: True)
@@ -95,7 +95,7 @@ def require_usable(here: Here, proposal: Proposal) -> None:
 
 
 @pytest.fixture
-def waiting(served: Here, run_proposal: Callable[..., Proposal]) -> Proposal:
+def waiting(served: Here, run_proposal: Any) -> Proposal:
     proposal = run_proposal(run="r")
     assert as_service(lambda: served.state.wait_for_approval(proposal, "{}") and None) == 0
     return proposal

@@ -31,12 +31,6 @@ SETTINGS = json.dumps({"name": "r", "seed": 3, "training": {"learning_rate": 0.2
 
 
 @pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines long enough that a phrase is not broken."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-
-@pytest.fixture(autouse=True)
 def own_process() -> Iterator[None]:
     """A command takes its process's logs and umask over; afterwards they are as before."""
     before = os.umask(0o022)
@@ -46,7 +40,7 @@ def own_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def north(joined: Callable[..., Here]) -> Here:
+def north(joined: Any) -> Here:
     return joined("north")
 
 
@@ -73,10 +67,9 @@ def test_a_run_that_does_not_wait_cannot_be_approved(
 ) -> None:
     for run in waiting:
         north.state.wait_for_approval(run_proposal(run=run), SETTINGS)
-    outcome = approve(command, north, "other", "--yes")
-    assert outcome.code == 2
+    message = approve(command, north, "other", "--yes").failed()
     names = ", ".join(waiting) or "none"
-    assert outcome.message == f"RUN = 'other': must be a run that waits for approval: {names}"
+    assert message == f"RUN = 'other': must be a run that waits for approval: {names}"
 
 
 def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
@@ -88,16 +81,15 @@ def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
     with pytest.raises(Refused) as refused:
         north.ledger().reserve(asked, round=1, request="x")
     assert refused.value.reason is Reason.AWAITING_APPROVAL
-    outcome = approve(command, north, "triage", "--yes")
-    assert outcome.code == 0
+    out = approve(command, north, "triage", "--yes").printed
     ledger = north.ledger()
     delta, order = asked.plan.delta, ledger.history.order
     before = epsilon_filter([earlier.plan.whole], order=order, delta=delta)
     after = epsilon_filter([earlier.plan.whole, asked.plan.whole], order=order, delta=delta)
     assert 0 < before < after < 5
     price = epsilon_text(epsilon_pld([asked.plan.whole], delta))
-    assert f"epsilon {price} at delta 1e-05 for each record, for the whole run" in outcome.out
-    assert f"epsilon {epsilon_text(before)} is taken, {epsilon_text(after)} with this run" in outcome.out
+    assert f"epsilon {price} at delta 1e-05 for each record, for the whole run" in out
+    assert f"epsilon {epsilon_text(before)} is taken, {epsilon_text(after)} with this run" in out
     assert set(ledger.history.approved) == {earlier.digest(), asked.digest()}
     assert isinstance(ledger.reserve(asked, round=1, request="x"), Reservation)
     assert north.state.waiting() == []
@@ -128,9 +120,8 @@ def test_a_promise_of_the_site_is_told_of_before_and_after_a_run_begins(
     assert f"noise {noise:g}" in shown
     north.edit(promise={"epsilon_per_run": 1e-6})
     north.state.wait_for_approval(run_proposal(run="other"), SETTINGS)
-    refused = approve(command, north, "other", "--yes")
-    assert refused.code == 3
-    assert "could not keep its promise in such a run (asked noise of 4, allowed no such plan)" in refused.message
+    message = approve(command, north, "other", "--yes").failed(3)
+    assert "could not keep its promise in such a run (asked noise of 4, allowed no such plan)" in message
 
 
 def test_a_run_without_a_base_trains_its_head(command: Any, north: Here, run_proposal: Propose) -> None:
@@ -175,9 +166,7 @@ def test_what_the_budget_refuses_cannot_be_approved_and_waits_on(
 def test_a_data_set_that_the_policy_no_longer_has_is_refused(command: Any, north: Here, run_proposal: Propose) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
     north.edit(dataset=(replace(read_policy(north.toml).dataset[0], id="others"),))
-    outcome = approve(command, north, "r", "--yes")
-    assert outcome.code == 3
-    assert "the site has no such data set (asked patients" in outcome.message
+    assert "the site has no such data set (asked patients" in approve(command, north, "r", "--yes").failed(3)
 
 
 def test_a_ledger_that_does_not_fit_together_is_said_to_be_why(
@@ -185,19 +174,16 @@ def test_a_ledger_that_does_not_fit_together_is_said_to_be_why(
 ) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
     (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
-    outcome = approve(command, north, "r", "--yes")
-    assert outcome.code == 1
-    assert "the site would not start" in outcome.message
+    assert "the site would not start" in approve(command, north, "r", "--yes").failed(1)
 
 
 def test_a_run_without_a_guarantee_is_not_given_a_price(command: Any, north: Here, run_proposal: Propose) -> None:
     north.edit(allow={"seeded_noise": True})
     north.state.wait_for_approval(run_proposal(seeded_noise=True), SETTINGS)
     assert "NO GUARANTEE" in approve(command, north).out
-    outcome = approve(command, north, "r", "--yes")
-    assert outcome.code == 0
-    assert "NO GUARANTEE: its noise comes from a seed" in outcome.out
-    assert f"epsilon {epsilon_text(epsilon_pld([run_proposal().plan.whole], 1e-5))} at" not in outcome.out
+    out = approve(command, north, "r", "--yes").printed
+    assert "NO GUARANTEE: its noise comes from a seed" in out
+    assert f"epsilon {epsilon_text(epsilon_pld([run_proposal().plan.whole], 1e-5))} at" not in out
 
 
 def test_a_run_without_noise_has_no_noisy_steps(command: Any, north: Here, run_proposal: Propose) -> None:
@@ -218,11 +204,10 @@ def test_of_two_runs_with_one_name_one_is_approved_by_its_digest(
     north.edit(allow={"leads": (one.lead, other.lead)})
     for proposal in (one, other):
         north.state.wait_for_approval(proposal, SETTINGS)
-    outcome = approve(command, north, "r", "--yes")
-    assert outcome.code == 2
-    assert "was proposed in 2 ways" in outcome.message
+    message = approve(command, north, "r", "--yes").failed()
+    assert "was proposed in 2 ways" in message
     for proposal in (one, other):
-        assert f"{proposal.digest()[:12]} (lead {spoken_start(proposal.lead)})" in outcome.message
+        assert f"{proposal.digest()[:12]} (lead {spoken_start(proposal.lead)})" in message
     assert approve(command, north, other.digest()[:12], "--yes").code == 0
     assert set(north.ledger().history.approved) == {other.digest()}
     assert [pending.proposal for pending in north.state.waiting()] == [one]
@@ -232,18 +217,15 @@ def test_of_two_runs_with_one_name_one_is_approved_by_its_digest(
 def test_a_leads_brackets_are_shown_as_they_are(command: Any, north: Here, run_proposal: Propose, name: str) -> None:
     north.state.wait_for_approval(run_proposal(run=name), SETTINGS)
     assert name in approve(command, north).out
-    outcome = approve(command, north, name, "--yes")
-    assert outcome.code == 0, outcome.err
-    assert name in outcome.out
+    assert name in approve(command, north, name, "--yes").printed
 
 
 def test_a_damaged_file_of_a_waiting_run_is_one_line(command: Any, north: Here, run_proposal: Propose) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
     (path,) = (north.state.folder / "pending").iterdir()
     path.write_text("{")
-    outcome = approve(command, north)
-    assert outcome.code == 1
-    assert outcome.message == f"{path} is damaged; remove it, and the lead's next request writes it anew"
+    message = approve(command, north).failed(1)
+    assert message == f"{path} is damaged; remove it, and the lead's next request writes it anew"
 
 
 # Denying.
@@ -259,8 +241,10 @@ def test_denying_is_noted_with_its_reason_and_the_run_waits_no_longer(
     denied, other = run_proposal(run="triage"), run_proposal(run="other")
     for proposal in (denied, other):
         north.state.wait_for_approval(proposal, SETTINGS)
-    outcome = deny(command, north, "triage", "--reason", "not [red] in summer")
-    assert (outcome.code, outcome.out[:30]) == (0, "Denied, and noted in the ledge")
+    assert (
+        deny(command, north, "triage", "--reason", "not [red] in summer").printed[:30]
+        == "Denied, and noted in the ledge"
+    )
     assert [pending.proposal for pending in north.state.waiting()] == [other]
     for proposal, reason in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
         with pytest.raises(Refused) as refused:
@@ -276,9 +260,7 @@ def test_denying_is_noted_with_its_reason_and_the_run_waits_no_longer(
 @pytest.mark.parametrize("reason", ["", " ", "two\nlines", "x" * 301])
 def test_a_reason_is_one_line(command: Any, north: Here, run_proposal: Propose, reason: str) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
-    outcome = deny(command, north, "r", "--reason", reason)
-    assert outcome.code == 2
-    assert "must be one line of at most 300 characters" in outcome.message
+    assert "must be one line of at most 300 characters" in deny(command, north, "r", "--reason", reason).failed()
     assert len(north.state.waiting()) == 1
     assert deny(command, north, "r").code == 2
 
@@ -288,12 +270,10 @@ def test_a_reason_is_one_line(command: Any, north: Here, run_proposal: Propose, 
 
 def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(command: Any, north: Here) -> None:
     for _ in range(2):
-        outcome = command("site", "pause", *north.kit)
-        assert (outcome.code, outcome.out[:8]) == (0, "Paused: ")
+        assert command("site", "pause", *north.kit).printed[:8] == "Paused: "
         assert north.state.paused.exists()
     for _ in range(2):
-        outcome = command("site", "resume", *north.kit)
-        assert (outcome.code, outcome.out) == (0, "The site takes part again.\n")
+        assert command("site", "resume", *north.kit).printed == "The site takes part again.\n"
         assert not north.state.paused.exists()
 
 
@@ -305,11 +285,10 @@ def test_leaving_ends_open_runs_and_frees_what_they_had_set_aside(
     north.start_run(run_proposal(run="open"), 1)
     before = north.ledger().history
     assert before.set_aside(before.now())
-    outcome = command("site", "leave", *north.words)
-    assert outcome.code == 0
-    assert "north has left cardiology; 1 open run ended" in outcome.out
-    assert "fedtune provision revoke-site north" in outcome.out
-    assert str(north.folder / "ledger.db") in outcome.out
+    out = command("site", "leave", *north.words).printed
+    assert "north has left cardiology; 1 open run ended" in out
+    assert "fedtune provision revoke-site north" in out
+    assert str(north.folder / "ledger.db") in out
     ledger = north.ledger()
     assert not ledger.history.set_aside(ledger.history.now())
     assert ledger.history.epsilon() == before.epsilon()
@@ -323,16 +302,15 @@ def test_after_leaving_a_site_does_not_start(command: Any, north: Here) -> None:
     assert "0 open runs ended" in command("site", "leave", *north.words).out
     again = command("site", "leave", *north.words)
     assert again.code == 0
-    outcome = command("site", "start", *north.words)
-    assert outcome.code == 1
-    assert outcome.message == f"this site has left the federation; remove {north.state.left} to take part again"
+    message = command("site", "start", *north.words).failed(1)
+    assert message == f"this site has left the federation; remove {north.state.left} to take part again"
 
 
 # Kits and policies that do not belong together.
 
 
 def test_the_policy_of_another_site_is_refused_by_all_who_read_it(
-    command: Any, joined: Callable[..., Here], run_proposal: Propose
+    command: Any, joined: Any, run_proposal: Propose
 ) -> None:
     north, south = joined("north"), joined("south")
     north.state.wait_for_approval(run_proposal(), SETTINGS)
@@ -349,39 +327,27 @@ def test_the_policy_of_another_site_is_refused_by_all_who_read_it(
 def test_a_kit_of_another_kind_or_none_is_wrong_input(command: Any, north: Here, words: tuple[str, ...]) -> None:
     site = () if words[0] in ("pause", "resume") else north.words[2:]
     lead = north.folder.parent / "federation" / "lead"
-    outcome = command("site", *words, "--kit", str(lead), *site)
-    assert outcome.code == 2
-    assert outcome.message == f"{lead / 'kit.toml'}: kind = 'lead': must be 'site' here"
-    outcome = command("site", *words, "--kit", str(north.folder / "nowhere"), *site)
-    assert outcome.code == 2
-    assert "must be the folder of a site's kit" in outcome.message
+    message = command("site", *words, "--kit", str(lead), *site).failed()
+    assert message == f"{lead / 'kit.toml'}: kind = 'lead': must be 'site' here"
+    message = command("site", *words, "--kit", str(north.folder / "nowhere"), *site).failed()
+    assert "must be the folder of a site's kit" in message
     assert not (lead / "state").exists()
 
 
-def test_a_key_that_others_can_read_is_refused(command: Any, north: Here) -> None:
-    key = north.folder / "kit" / "connection_key.pem"
-    key.chmod(0o640)
-    outcome = command("site", "start", *north.words)
-    assert outcome.code == 2
-    assert f"chmod 600 {key}" in outcome.message
-
-
-def test_an_expired_certificate_does_not_start(command: Any, joined: Callable[..., Here]) -> None:
+def test_an_expired_certificate_does_not_start(command: Any, joined: Any) -> None:
     old = joined("north", days_ago=400)
-    outcome = command("site", "start", *old.words)
-    assert outcome.code == 2
-    assert "is when the certificate expired: ask the lead for a new kit" in outcome.message
+    message = command("site", "start", *old.words).failed()
+    assert "is when the certificate expired: ask the lead for a new kit" in message
     assert not (old.folder / "ledger.db").exists()
 
 
-def test_a_site_key_that_is_gone_or_open_to_others_does_not_start(command: Any, north: Here) -> None:
-    key = north.folder / "site_key.pem"
-    key.chmod(0o640)
-    assert f"chmod 600 {key}" in command("site", "start", *north.words).message
+def test_a_key_that_is_gone_or_open_to_others_does_not_start(command: Any, north: Here) -> None:
+    for key in (north.folder / "kit" / "connection_key.pem", north.folder / "site_key.pem"):
+        key.chmod(0o640)
+        assert f"chmod 600 {key}" in command("site", "start", *north.words).failed()
+        key.chmod(0o600)
     key.unlink()
-    outcome = command("site", "start", *north.words)
-    assert outcome.code == 2
-    assert f"site_key = {str(key)!r}: is missing" in outcome.message
+    assert f"site_key = {str(key)!r}: is missing" in command("site", "start", *north.words).failed()
     assert not key.exists(), "another key would be another site's"
 
 

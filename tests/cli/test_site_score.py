@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ import yaml
 from fedtune.data.load import own_records
 from fedtune.privacy.keys import SigningKey
 
+from ..conftest import files_in
+
 
 @pytest.fixture
-def here(joined: Callable[..., Any], finished: Path) -> Any:
+def here(joined: Any, finished: Path) -> Any:
     """A site that keeps the final adapter of `first`, and has records of two wards and some that cannot be used."""
     site = joined("north")
     labels = yaml.safe_load((finished / "config.yaml").read_text())["data"]["labels"]
@@ -34,15 +35,10 @@ def here(joined: Callable[..., Any], finished: Path) -> Any:
     return site
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any, command: Any) -> None:
-    before = contents(here.folder)
-    outcome = command("site", "score", "first", *here.words, "--by", "ward", "--smallest", "10", "--json")
-    assert outcome.code == 0, outcome.err
-    told = json.loads(outcome.out)
+    before = files_in(here.folder)
+    out = command("site", "score", "first", *here.words, "--by", "ward", "--smallest", "10", "--json").printed
+    told = json.loads(out)
     from fedtune.config import saved_config
     from fedtune.tasks import task_named
 
@@ -55,40 +51,34 @@ def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any, command:
     groups = told["groups"]["by ward"]["groups"]
     assert {group["name"] for group in groups} == {"w0", "w1"}
     assert sum(group["units"] for group in groups) == len(expected)
-    assert contents(here.folder) == before, "nothing is charged, and nothing is written"
-
-
-def test_it_is_told_in_words(here: Any, command: Any) -> None:
-    outcome = command("site", "score", "first", *here.words)
-    assert outcome.code == 0, outcome.err
-    assert "Tuned " in outcome.out
-    assert "Cost" not in outcome.out, "the site knows no run.json"
+    assert files_in(here.folder) == before, "nothing is charged, and nothing is written"
+    # For people, in words.
+    out = command("site", "score", "first", *here.words).printed
+    assert "Tuned " in out
+    assert "Cost" not in out, "the site knows no run.json"
 
 
 def test_what_cannot_be_scored_is_said(here: Any, command: Any) -> None:
-    missing = command("site", "score", "second", *here.words)
-    assert (missing.code, 'is kept (final_adapter = "keep"): first' in missing.message) == (2, True)
+    assert 'is kept (final_adapter = "keep"): first' in command("site", "score", "second", *here.words).failed()
     path = here.folder / "kit" / "adapters" / "first" / "config.yaml"
     settings = yaml.safe_load(path.read_text())
     settings["data"]["heldout_fraction"] = 0.0
     path.write_text(yaml.safe_dump(settings))
-    nothing = command("site", "score", "first", *here.words)
-    assert (nothing.code, nothing.message.split(":")[0]) == (2, "data.heldout_fraction = 0")
+    assert command("site", "score", "first", *here.words).failed().split(":")[0] == "data.heldout_fraction = 0"
     column = command("site", "score", "first", *here.words, "--smallest", "3")
     assert column.code == 2
 
 
 def test_the_own_adapter_is_made_at_the_site_and_noted_beside_its_ledger(here: Any, command: Any) -> None:
-    before = contents(here.folder)
-    outcome = command("site", "personalise", "first", *here.words, "--json")
-    assert outcome.code == 0, outcome.err
-    told = json.loads(outcome.out)["sites"]["north"]
+    before = files_in(here.folder)
+    out = command("site", "personalise", "first", *here.words, "--json").printed
+    told = json.loads(out)["sites"]["north"]
     folder = here.folder / "kit" / "private_to_north" / "first"
     assert (told["folder"], set(told["values"])) == (str(folder), {"base", "alone", "shared", "own"})
     assert told["scored_records_were_trained_on"] is False
     noted = json.loads((here.folder / "own_adapters.json").read_text())
     assert [set(one) for one in noted] == [{"run", "made"}], "no digest, no score"
-    after = contents(here.folder)
+    after = files_in(here.folder)
     assert {name: after[name] for name in before} == before, "the ledger and the kept adapter stay as they are"
     again = command("site", "personalise", "first", *here.words, "--json")
-    assert json.loads(again.out) == {**json.loads(outcome.out)}, "the same records give the same adapter"
+    assert json.loads(again.out) == {**json.loads(out)}, "the same records give the same adapter"

@@ -6,7 +6,6 @@ A terminal has 80 columns here; nothing is wider but what is copied, which is wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 
 from . import snapshots
-from .conftest import Here
 from .widths import COLUMNS, too_wide
 
 
@@ -103,25 +101,21 @@ def test_reports(lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_json_of_a_plan(lived: Any, tiny: Any, tmp_path: Path, command: Any) -> None:
     words = tiny("model.sha256=null", into=tmp_path)
-    outcome = command("plan", *words, "--policy", str(lived.policy), "--json")
-    assert outcome.code == 0, outcome.err
-    snapshots.check_json("plan", outcome.out, folder=lived.folder)
+    out = command("plan", *words, "--policy", str(lived.policy), "--json").printed
+    snapshots.check_json("plan", out, folder=lived.folder)
 
 
 def test_a_calendar(tiny: Any, tmp_path: Path, command: Any) -> None:
     words = tiny("privacy.unit=user", "+data.columns.user=u", "+data.columns.arrival=came", into=tmp_path)
     window = "privacy.cohorts={period: quarter, first: '2025-Q3', last: '2026-Q1'}"
-    outcome = command("plan", *words, "privacy.runs=4", "privacy.noise_multiplier=null", window)
-    assert outcome.code == 0, outcome.err
-    part = outcome.out.partition("Four runs a year")
+    out = command("plan", *words, "privacy.runs=4", "privacy.noise_multiplier=null", window).printed
+    part = out.partition("Four runs a year")
     snapshots.check_output("plan-calendar", "".join(part[1:]).partition("\nWhat if")[0])
 
 
-def test_runs_that_wait(joined: Callable[..., Here], run_proposal: Any, command: Any) -> None:
-    here, settings = (
-        joined("north"),
-        '{"name": "r", "training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}',
-    )
+def test_runs_that_wait(joined: Any, run_proposal: Any, command: Any) -> None:
+    here = joined("north")
+    settings = '{"name": "r", "training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}'
     here.state.wait_for_approval(run_proposal(run="triage"), settings)
     said = shown(command, "site approve", "site approve triage --yes", options=here.words)
     here.state.wait_for_approval(run_proposal(run="follow-up"), settings)

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,8 @@ from tests.forked import REPOSITORY, Forked
 from . import snapshots
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines long enough that a phrase is not broken."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-
 @pytest.fixture
-def config(tiny: Callable[..., list[str]], tmp_path: Path) -> RunConfig:
+def config(tiny: Any, tmp_path: Path) -> RunConfig:
     return compose_run([*tiny(into=tmp_path / "runs", name="one"), "tracking.progress=false"])
 
 
@@ -102,12 +95,8 @@ def test_nobody_runs_a_folder_without_a_log_and_looking_makes_none(config: RunCo
     assert not is_running(folder)
     assert not is_running(folder / "nowhere")
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
-
-
-def test_a_folder_that_may_only_be_read_can_be_looked_at(config: RunConfig, folder: Path) -> None:
-    make(folder, config)
     (folder / "log.txt").touch(mode=0o400)
-    assert not is_running(folder)
+    assert not is_running(folder), "one that may only be read can be looked at"
 
 
 def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path) -> None:
@@ -117,7 +106,6 @@ def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path
         "with only_one(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     try:
         assert process.stdout.readline() == "held\n"
         assert is_running(folder)
@@ -231,25 +219,26 @@ def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:
     assert folder.parent.is_dir(), "it was there before"
 
 
-def test_a_folder_that_somebody_else_made_is_not_cleared_away(config: RunConfig, folder: Path) -> None:
+def test_a_folder_that_somebody_else_made_or_that_is_resumed_is_not_cleared_away(
+    config: RunConfig, folder: Path
+) -> None:
     make(folder, config)
     with pytest.raises(ConfigError, match="is taken"):
         show_run(
             config, folder, Console(file=io.StringIO()), work=lambda *_: pytest.fail("it ran"), again="", began=0.0
         )
     assert saved_config(folder) == config
+    attempt(replace(config, resume=str(folder)), folder, RunError("no server"))
+    assert saved_config(folder) == config
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_stopped_while_it_loads_leaves_nothing(
-    tiny: Callable[..., list[str]], tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_run_that_is_stopped_while_it_loads_leaves_nothing(tiny: Any, tmp_path: Path, number: signal.Signals) -> None:
     # Its micro-batches have many shapes, each of which is tried: that takes seconds.
     slow = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=400")
     words = [sys.executable, "-m", "fedtune", "simulate", *tiny(*slow, into=tmp_path / "new" / "runs")]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     with Forked(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
         assert "loading" in process.stdout.readline()
         assert (tmp_path / "new" / "runs" / "run" / "log.txt").exists()
         process.send_signal(number)
@@ -277,26 +266,15 @@ def test_a_signal_where_python_drops_what_is_raised_ends_a_run_too(
     assert capfd.readouterr() == ("", "")
 
 
-def test_signals_have_their_handlers_back_afterwards(config: RunConfig, folder: Path) -> None:
-    def handlers() -> list[object]:
-        return [*(signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)), sys.unraisablehook]
+def test_signals_and_logging_are_as_before_afterwards(config: RunConfig, folder: Path) -> None:
+    def state() -> list[object]:
+        loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
+        handlers = [*(signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)), sys.unraisablehook]
+        return [*handlers, *((logger.level, logger.handlers[:], logger.propagate) for logger in loggers)]
 
-    before = handlers()
-    attempt(config, folder, RunError("no server"))
-    assert handlers() == before
-
-
-def test_a_resumed_folder_is_never_cleared_away(config: RunConfig, folder: Path) -> None:
-    make(folder, config)
-    attempt(replace(config, resume=str(folder)), folder, RunError("no server"))
-    assert saved_config(folder) == config
-
-
-def test_logging_is_as_before_afterwards(config: RunConfig, folder: Path) -> None:
-    loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
-    before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
+    before = state()
     attempt(config, folder, RunError("no server"), begun=True)
-    assert [(logger.level, logger.handlers, logger.propagate) for logger in loggers] == before
+    assert state() == before
 
 
 def test_a_resumed_run_keeps_what_decides_its_result(config: RunConfig, folder: Path) -> None:
@@ -314,16 +292,14 @@ def test_a_resumed_run_keeps_what_decides_its_result(config: RunConfig, folder: 
 
 
 def status(command: Any, folder: Path) -> dict[str, Any]:
-    outcome = command("run", "status", str(folder), "--json")
-    assert outcome.code == 0, outcome.err
-    fields: dict[str, Any] = json.loads(outcome.out)
+    out = command("run", "status", str(folder), "--json").printed
+    fields: dict[str, Any] = json.loads(out)
     return fields
 
 
 def test_the_status_of_a_finished_run(command: Any, finished: Path, result_of: Any) -> None:
-    outcome = command("run", "status", str(finished))
-    assert outcome.code == 0
-    assert f"{finished}: finished, 2 of 2 rounds are done" in outcome.out
+    out = command("run", "status", str(finished)).printed
+    assert f"{finished}: finished, 2 of 2 rounds are done" in out
     told = status(command, finished)
     settled = {**told, "metrics": sorted(told["metrics"])}  # scores of another machine differ in their last digits
     snapshots.check_json("run-status", json.dumps(settled), folder=finished)
@@ -331,7 +307,7 @@ def test_the_status_of_a_finished_run(command: Any, finished: Path, result_of: A
     assert told["metrics"] == result["rounds"][-1]["metrics"]
     for site, about in told["sites"].items():
         assert about["epsilon"] == result["privacy"]["sites"][site]["epsilon"] > 0
-        assert f"{about['epsilon']:.2f}"[:3] in outcome.out
+        assert f"{about['epsilon']:.2f}"[:3] in out
 
 
 def test_the_status_shows_what_sites_said_and_changes_nothing(command: Any, finished: Path, tmp_path: Path) -> None:
@@ -365,15 +341,11 @@ def test_the_status_of_a_run_that_goes_on(command: Any, finished: Path, tmp_path
 
 def test_a_run_that_has_not_begun_has_no_status(command: Any, config: RunConfig, folder: Path) -> None:
     make(folder, config)
-    outcome = command("run", "status", str(folder))
-    assert outcome.code == 2
-    assert "must be a run folder with a checkpoint" in outcome.message
+    assert "must be a run folder with a checkpoint" in command("run", "status", str(folder)).failed()
 
 
 def test_a_damaged_checkpoint_is_exit_code_one(command: Any, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
     (folder / "checkpoints" / "round-0002.safetensors").write_bytes(b"half")
-    outcome = command("run", "status", str(folder))
-    assert outcome.code == 1
-    assert "is damaged" in outcome.message
+    assert "is damaged" in command("run", "status", str(folder)).failed(1)
