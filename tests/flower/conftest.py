@@ -36,7 +36,7 @@ from fedtune.training.spec import TrainingSpec
 
 from ..builders import MadeSite
 from .certificates import LOOPBACK, Authority
-from .loopback import Loopback
+from .loopback import Loopback, running
 
 STEPS = {"site-1": 1.0, "site-2": -2.0, "site-3": 0.125}
 """What each site adds to every value of the adapter in a round."""
@@ -222,15 +222,9 @@ def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Messa
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    """A server in a process of its own, with the sites `a` and `b` on its roster; started once for a file of tests."""
-    made = Loopback(tmp_path_factory.mktemp("network"))
-    for name in ("a", "b"):
-        made.enlist(name)
-    try:
-        made.start()
+    """A server that is started once for a file of tests."""
+    with running(tmp_path_factory.mktemp("network")) as made:
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -223,6 +223,19 @@ class Loopback:
         partial = self.folder / "roster.partial"
         partial.write_text(json.dumps(list(self.members.values())))
         os.replace(partial, self.folder / "roster.json")
+
+
+@contextlib.contextmanager
+def running(folder: Path, *, enlist: Sequence[str] = ("a", "b"), **settings: Any) -> Iterator[Loopback]:
+    """A server in a process of its own, with these sites on its roster."""
+    made = Loopback(folder, **settings)
+    for name in enlist:
+        made.enlist(name)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
 
 
 def _paths(tls: Tls) -> dict[str, str]:

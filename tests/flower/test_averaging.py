@@ -56,7 +56,7 @@ def moved(federation: Any) -> float:
 
 
 @pytest.mark.parametrize("strategy", list(_EXPECTED))
-def test_a_site_that_promises_more_weighs_less(federation: Callable[..., Any], strategy: str) -> None:
+def test_a_site_that_promises_more_weighs_less(federation: Any, strategy: str) -> None:
     policies = {"site-2": {"promise": Promise(noise_factor=3.0)}}
     federated = federation(strategy=strategy, policies=policies, **_SETTINGS[strategy])
     factors, values = {"site-1": 1.0, "site-2": 3.0, "site-3": 1.0}, federated.adapter.num_values
@@ -71,9 +71,7 @@ def test_a_site_that_promises_more_weighs_less(federation: Callable[..., Any], s
 
 @pytest.mark.parametrize("strategy", list(_EXPECTED))
 @pytest.mark.parametrize("sizes", [(10, 10, 10), (1, 3, 6), (1000, 1, 1)])
-def test_updates_are_weighted_by_declared_sizes(
-    federation: Callable[..., Any], strategy: str, sizes: tuple[int, ...]
-) -> None:
+def test_updates_are_weighted_by_declared_sizes(federation: Any, strategy: str, sizes: tuple[int, ...]) -> None:
     mean = float(np.average(list(STEPS.values()), weights=sizes))
     made = federation(sizes=sizes, strategy=strategy, **_SETTINGS[strategy])
     assert moved(made) == pytest.approx(_EXPECTED[strategy](mean), abs=1e-5)
@@ -81,9 +79,7 @@ def test_updates_are_weighted_by_declared_sizes(
 
 @pytest.mark.by_day("fedavg", "fedmedian")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_replies_in_any_order_give_the_same_bytes(
-    federation: Callable[..., Any], tamper: Callable[..., None], strategy: str
-) -> None:
+def test_replies_in_any_order_give_the_same_bytes(federation: Any, tamper: Any, strategy: str) -> None:
     digests = set()
     for order in range(4):
 
@@ -98,7 +94,7 @@ def test_replies_in_any_order_give_the_same_bytes(
 
 @pytest.mark.by_day("fedadam")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_restored_strategy_goes_on_as_before(federation: Callable[..., Any], strategy: str) -> None:
+def test_a_restored_strategy_goes_on_as_before(federation: Any, strategy: str) -> None:
     settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}
     whole = federation(num_rounds=3, folder="whole", **settings)
     expected = run_rounds(whole.transport, whole.lead, whole.start)
@@ -136,7 +132,6 @@ def test_updates_averaged_piece_by_piece_give_flowers_own_bits(
         whole.current_arrays = dict(sent.tensors) if strategy == "fedadam" else to_arrays(sent.tensors)
         replies = [Message(weighted(updates[site], size), 1, "train") for site, size in sizes.items()]
         arrays, _ = whole.aggregate_train(round, replies)
-        assert arrays is not None
         expected = {name: value.astype(np.float32) for name, value in from_arrays(arrays).items()}
         with Arrived(tmp_path / "arrived", sent) as arrived:
             for site in reversed(sizes):
@@ -146,9 +141,7 @@ def test_updates_averaged_piece_by_piece_give_flowers_own_bits(
             assert value.tobytes() == sent.tensors[name].tobytes(), name
 
 
-def test_an_update_is_on_disk_before_the_next_site_trains(
-    federation: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_is_on_disk_before_the_next_site_trains(federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made = federation(sizes=(3, 5, 7))
     there: list[list[str]] = []
     train = made._train

@@ -80,6 +80,14 @@ def serve(ours: Authority) -> Iterator[Callable[..., Hostile]]:
 
 
 @pytest.fixture
+def client(tls: Tls) -> Iterator[httpx.Client]:
+    """One whose answers are bounded."""
+    with httpx.Client(verify=tls.client_context(), timeout=30) as made:
+        bounded_http.bounded(made)
+        yield made
+
+
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds in place of minutes."""
     monkeypatch.setattr(bounded_http, "_OTHER", _Bound(bounded_http._OTHER.most_bytes, 0.5))
@@ -93,7 +101,7 @@ def grown_mib(work: Callable[[], None]) -> float:
 
 
 @both
-def test_a_compressed_answer_is_not_read(serve: Callable[..., Hostile], tls: Tls, call: Called) -> None:
+def test_a_compressed_answer_is_not_read(serve: Any, tls: Tls, call: Called) -> None:
     # 256 KB that stand for 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
     server = serve(lambda to, path: to.sendall(whole(bomb, headers="content-encoding: gzip\r\n")))
@@ -107,9 +115,7 @@ def test_a_compressed_answer_is_not_read(serve: Callable[..., Hostile], tls: Tls
 
 @both
 @pytest.mark.parametrize("length_said", [True, False], ids=["announced", "without a length"])
-def test_an_answer_is_read_up_to_a_bound(
-    serve: Callable[..., Hostile], tls: Tls, call: Called, *, length_said: bool
-) -> None:
+def test_an_answer_is_read_up_to_a_bound(serve: Any, tls: Tls, call: Called, *, length_said: bool) -> None:
     def flood(to: ssl.SSLSocket, path: str) -> None:
         head = f"content-length: {1 << 30}" if length_said else "transfer-encoding: chunked"
         to.sendall(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode())
@@ -136,9 +142,7 @@ def test_an_answer_is_read_up_to_a_bound(
     ids=["before the head", "in the head", "in the body"],
 )
 @pytest.mark.usefixtures("impatient")
-def test_a_dribbled_answer_ends(
-    serve: Callable[..., Hostile], tls: Tls, call: Called, begins: bytes, part: bytes
-) -> None:
+def test_a_dribbled_answer_ends(serve: Any, tls: Tls, call: Called, begins: bytes, part: bytes) -> None:
     def dribble(to: ssl.SSLSocket, path: str) -> None:
         to.sendall(begins)
         while True:
@@ -163,20 +167,17 @@ def test_a_server_that_does_not_shake_hands_is_left(tls: Tls, call: Called) -> N
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_server_that_reads_slowly_is_left(serve: Callable[..., Hostile], tls: Tls) -> None:
+def test_a_server_that_reads_slowly_is_left(serve: Any, client: httpx.Client) -> None:
     server = serve(lambda to, path: None)
-    client = httpx.Client(verify=tls.client_context(), timeout=30)
-    bounded_http.bounded(client)
     began = time.monotonic()
     with pytest.raises(httpx.TimeoutException):
         client.post(f"https://{server.address}/push-object", content=bytes(64 * MIB))
     assert time.monotonic() - began < 5
-    client.close()
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_nobody_goes_elsewhere_and_nothing_that_was_signed_does(
-    serve: Callable[..., Hostile], tls: Tls, lead_key: SigningKey, status: int
+    serve: Any, tls: Tls, lead_key: SigningKey, status: int
 ) -> None:
     """The federation's own server, whose administrator has put in a redirect to a machine in somebody's network."""
     with socket.create_server((LOOPBACK, 0)) as elsewhere:
@@ -203,15 +204,12 @@ def test_nobody_goes_elsewhere_and_nothing_that_was_signed_does(
             elsewhere.accept()
 
 
-def test_no_answer_may_be_compressed(serve: Callable[..., Hostile], tls: Tls) -> None:
+def test_no_answer_may_be_compressed(serve: Any, tls: Tls, client: httpx.Client) -> None:
     server = serve(lambda to, path: to.sendall(whole(b"{}", status="404 Not Found")))
     with pytest.raises(Foreign):
         hello(server.address, tls)
-    client = httpx.Client(verify=tls.client_context())
-    bounded_http.bounded(client)
     sent = client.get(f"https://{server.address}/").request
     assert sent.headers["accept-encoding"] == "identity"
-    client.close()
 
 
 @pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized"])
@@ -220,7 +218,7 @@ def test_no_answer_may_be_compressed(serve: Callable[..., Hostile], tls: Tls) ->
     [b"[" * 100_000, b'{"reason": "\xff"}', b"7" * 5000, b"[]", b""],
     ids=["nesting", "no text", "a long number", "a list", "nothing"],
 )
-def test_no_greeting_ends_a_site(serve: Callable[..., Hostile], tls: Tls, status: str, body: bytes) -> None:
+def test_no_greeting_ends_a_site(serve: Any, tls: Tls, status: str, body: bytes) -> None:
     """Who runs the server could otherwise end every site's process at once."""
     server = serve(lambda to, path: to.sendall(whole(body, status=status)))
     with pytest.raises(Foreign):
@@ -228,7 +226,7 @@ def test_no_greeting_ends_a_site(serve: Callable[..., Hostile], tls: Tls, status
 
 
 def test_a_connection_is_made_anew_now_and_then(
-    serve: Callable[..., Hostile], tls: Tls, ours: Authority, monkeypatch: pytest.MonkeyPatch
+    serve: Any, tls: Tls, ours: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or a server whose certificate has ended, or was replaced, would be polled for ever."""
     server = serve(lambda to, path: to.sendall(whole(ActivateNodeResponse(node_id=7).SerializeToString())))
@@ -270,9 +268,7 @@ def _pour(source: socket.socket, target: socket.socket) -> None:
         end.close()
 
 
-def test_calls_through_a_proxy_are_bounded_too(
-    serve: Callable[..., Hostile], tls: Tls, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calls_through_a_proxy_are_bounded_too(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(lambda to, path: to.sendall(whole(b"{}", headers="content-encoding: gzip\r\n")))
     asked: list[str] = []
     with socket.create_server((LOOPBACK, 0)) as listening:

@@ -21,9 +21,7 @@ from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.site_ledger import Ledger
-from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Refusal, Update
-from fedtune.privacy.site_policy import Policy
+from fedtune.privacy.release import Reason, Update
 from fedtune.spec import ConfigError, RunError
 
 from ..builders import MadeSite, Train
@@ -42,9 +40,7 @@ def one_more(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
 
 
 @pytest.fixture
-def site(
-    tmp_path: Path, adapter: Adapter, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]
-) -> Callable[..., Site]:
+def site(tmp_path: Path, adapter: Adapter, site_policy: Any, run_proposal: Any) -> Callable[..., Site]:
     """The site `a`, whose ledger is opened anew, and which trains by adding one unless told otherwise."""
 
     def make(train: Train = one_more) -> Site:
@@ -57,13 +53,13 @@ def site(
 
 
 @pytest.fixture
-def app(site: Callable[..., Site]) -> SiteApp:
+def app(site: Any) -> SiteApp:
     """The app of that site."""
     return SiteApp(lambda settings: site(), name="a")
 
 
 @pytest.fixture
-def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> RecordDict:
+def request_(adapter: Adapter, run_proposal: Any, lead_key: SigningKey) -> RecordDict:
     """The request for the first round, as it travels."""
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
@@ -91,7 +87,6 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
     exchange = asked(app, request_)
     (array,) = exchange.reply.content.array_records[flower_records.UPDATE].values()
     body = flower_records.to_reply(exchange.reply.content).body
-    assert isinstance(body, Update)
     with store.reading(tmp_path / "ledger.db") as file:
         ((_, _, stored),) = store.stored_replies(file)
     assert array.data == stored == body.to_bytes()
@@ -107,7 +102,7 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
 
 
 def test_the_ledger_hears_when_the_server_asked(
-    site: Callable[..., Site], request_: RecordDict, monkeypatch: pytest.MonkeyPatch
+    site: Any, request_: RecordDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What opens a period of the site's budget; a ledger that hears nothing opens none."""
     told: list[float] = []
@@ -123,7 +118,7 @@ def test_an_introduction_is_no_answer_to_a_round(app: SiteApp) -> None:
 
 
 def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alone(
-    app: SiteApp, site: Callable[..., Site], request_: RecordDict, lead_key: SigningKey, stranger_key: SigningKey
+    app: SiteApp, site: Any, request_: RecordDict, lead_key: SigningKey, stranger_key: SigningKey
 ) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
     before = asked(app, flower_records.from_question(Question(site="", signed=notice), None), END)
@@ -168,7 +163,6 @@ def test_whatever_comes_is_answered_and_nothing_of_it_comes_back(odd: str, caplo
         assert not reply.has_error(), kind
         assert b"canary-31" not in message_to_proto(reply).content.SerializeToString(), kind
         if exchange.answered is not None:
-            assert isinstance(exchange.answered, Refusal), kind
             assert (exchange.answered.reason, exchange.answered.run) == (Reason.MALFORMED_REQUEST, ""), kind
             assert (exchange.answered.asked, exchange.answered.allowed) == (None, None), kind
             assert flower_records.to_reply(reply.content).receipt is None, kind
@@ -182,7 +176,6 @@ def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
     app: SiteApp, request_: RecordDict, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     answered = asked(app, request_, kind).answered
-    assert isinstance(answered, Refusal)
     assert answered.reason is Reason.MALFORMED_REQUEST
     assert "could not be answered" in caplog.text
 
@@ -198,11 +191,7 @@ class Panic(BaseException):
 )
 @pytest.mark.parametrize("where", ["opening the site", "training", "ending"])
 def test_a_failure_is_a_reason_without_text(
-    site: Callable[..., Site],
-    request_: RecordDict,
-    failure: BaseException,
-    where: str,
-    caplog: pytest.LogCaptureFixture,
+    site: Any, request_: RecordDict, failure: BaseException, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: object) -> Any:
         raise failure
@@ -211,13 +200,12 @@ def test_a_failure_is_a_reason_without_text(
     exchange = asked(app, request_, END if where == "ending" else "train")
     assert not exchange.reply.has_error()
     if where != "ending":
-        assert isinstance(exchange.answered, Refusal)
         assert exchange.answered.reason is Reason.SITE_ERROR
     assert b"canary-31" not in message_to_proto(exchange.reply).content.SerializeToString()
     assert "canary-31" in caplog.text
 
 
-def test_ctrl_c_is_not_swallowed(site: Callable[..., Site], request_: RecordDict) -> None:
+def test_ctrl_c_is_not_swallowed(site: Any, request_: RecordDict) -> None:
     def interrupted(*_: object) -> Any:
         raise KeyboardInterrupt
 

@@ -18,7 +18,7 @@ from fedtune.ops.wire.fleet import HELLO, hello
 from fedtune.ops.wire.identity import Tls
 
 from .certificates import LOOPBACK, Authority
-from .loopback import Loopback, wait_for
+from .loopback import Loopback, running, wait_for
 from .member import by_site
 
 LIMITS = {"handshake_s": 1.5, "head_s": 1.0, "idle_s": 1.5, "life_s": 2.5, "of_certificate": 6}
@@ -28,14 +28,8 @@ ELSEWHERE = "127.0.0.9"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server with 256 files and short times."""
-    made = Loopback(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256)
-    for name in ("a", "b"):
-        made.enlist(name)
-    try:
-        made.start()
+    with running(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256) as made:
         yield made
-    finally:
-        made.stop()
 
 
 def secure(network: Loopback, tls: Tls, *, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,6 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
-from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, RunError
 
 NONCE = "0a" * 16
@@ -90,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ledger(folder: Path, site_policy: Callable[..., Policy], run_proposal: Callable[..., Proposal]) -> Ledger:
+def ledger(folder: Path, site_policy: Any, run_proposal: Any) -> Ledger:
     """One that was charged for two rounds; it signs both sites' receipts."""
     made = Ledger(folder / "ledger.db", site_policy(), SigningKey.load_or_make(folder / "key.pem"))
     for round in (1, 2):
@@ -99,9 +97,7 @@ def ledger(folder: Path, site_policy: Callable[..., Policy], run_proposal: Calla
 
 
 @pytest.fixture
-def line(
-    folder: Path, ledger: Ledger, run_proposal: Callable[..., Proposal], lead_key: SigningKey, adapter: Adapter
-) -> Line:
+def line(folder: Path, ledger: Ledger, run_proposal: Any, lead_key: SigningKey, adapter: Adapter) -> Line:
     return Line(ledger, SigningKey.load_or_make(folder / "key.pem").public, run_proposal(), lead_key, adapter)
 
 
@@ -189,10 +185,8 @@ def test_before_a_run_begins_people_are_waited_for_and_a_pause_is_not(line: Line
 
 
 def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
-    offer, kind = (
-        Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE),
-        f"query.{flower_records.INVITE}",
-    )
+    offer = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE)
+    kind = f"query.{flower_records.INVITE}"
     assert line.hears(1, line.signed(offer), kind) == Answered(good=True)
     assert line.heard.words == [("north", OFFER)]
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-import pytest
-
-from fedtune.federation.lead import LeadState
 from fedtune.federation.rounds import run_rounds
 from fedtune.model import Adapter
 from fedtune.privacy.ledger.chain import Kind
@@ -22,29 +19,20 @@ def with_scores(made: Any, scores: Sequence[float], **changes: Any) -> Any:
     return replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, judged_by="accuracy", **changes)
 
 
-@pytest.fixture
-def stopped(federation: Callable[..., Any]) -> tuple[Any, LeadState, list[Adapter]]:
-    """A run of four planned rounds that its scores end after the third, with each round's adapter."""
+def test_the_best_round_is_kept_and_sites_learn_the_end_and_save_the_rest(federation: Any) -> None:
+    """A run of four planned rounds that its scores end after the third."""
     asks = {"num_rounds": 4, "spare_rounds": 0}
     made = federation(num_rounds=4, stop_after=1, keep_round="best", asks=asks)
     adapters: list[Adapter] = []
     lead = with_scores(made, (0.25, 0.75, 0.75), gives_adapter=True)
     lead = replace(lead, finished=lambda state: adapters.append(state.adapter))
-    return made, run_rounds(made.transport, lead, made.start), adapters
-
-
-def test_the_best_round_is_kept_and_no_other_is_asked_for(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
-    made, state, adapters = stopped
+    state: Any = run_rounds(made.transport, lead, made.start)
     assert (state.round, len(adapters)) == (3, 3)
     assert made.trained == [*made.spec.names] * 3
     assert state.kept.digest() == adapters[1].digest() != state.adapter.digest()
     # A checkpoint holds it, too.
     loaded = made.lead.checkpoints.load()
     assert (loaded.kept.digest(), loaded.adapter.digest()) == (adapters[1].digest(), adapters[2].digest())
-
-
-def test_sites_learn_the_end_and_save_the_rest(stopped: tuple[Any, LeadState, list[Adapter]]) -> None:
-    made, state, adapters = stopped
     for site in made.spec.names:
         last = made.events(site)[-1]
         assert (last.kind, last.detail["what"]) == (Kind.NOTE, "run_ended")
@@ -57,7 +45,7 @@ def test_sites_learn_the_end_and_save_the_rest(stopped: tuple[Any, LeadState, li
         assert charge.claim(ended_by_scores=False) == charge.epsilon
 
 
-def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Callable[..., Any]) -> None:
+def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Any) -> None:
     made = federation(num_rounds=2, keep_round="best")
     made.lead = with_scores(made, (0.75, 0.5))
     after_one = made.run_until(1)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,15 @@ from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
 
-RECEIPT = Receipt(
-    site="a",
-    run="r",
-    charged_rounds=1,
-    charged_steps=2,
-    sequence=3,
-    head="ab" * 32,
-    site_key="cd" * 32,
-    signature="ef" * 64,
-)
+COUNTS = {"charged_rounds": 1, "charged_steps": 2, "sequence": 3}
+RECEIPT = Receipt(site="a", run="r", head="ab" * 32, site_key="cd" * 32, signature="ef" * 64, **COUNTS)
 
 
 @pytest.fixture
-def request_(adapter: Adapter, run_proposal: Callable[..., Proposal], lead_key: SigningKey) -> Signed:
+def request_(adapter: Adapter, run_proposal: Any, lead_key: SigningKey) -> Signed:
     request = RoundRequest(
         proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
     )
@@ -56,10 +46,14 @@ def test_a_refusal_arrives_as_it_was_sent() -> None:
         assert flower_records.to_reply(flower_records.from_reply(sent)) == sent
 
 
-def test_bytes_are_carried_in_one_form_alone(adapter: Adapter) -> None:
+def test_a_reply_holds_the_release_in_one_form_alone(adapter: Adapter) -> None:
     """What Flower says beside the bytes is part of no signature: it says the same each time, or it is no answer."""
     update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
     content = flower_records.from_reply(Reply(body=update, receipt=RECEIPT))
+    assert set(content) == {flower_records.UPDATE, flower_records.REPLY}
+    assert not content.metric_records, "Flower's num-examples would tell a site's exact size"
+    refusal = Refusal(site="a", run="r", round=1, reason=Reason.SITE_ERROR)
+    assert set(flower_records.from_reply(Reply(body=refusal, receipt=None))) == {flower_records.REPLY}
     ((name, honest),) = content.array_records[flower_records.UPDATE].items()
     assert honest.data == update.to_bytes()
     said: dict[str, Any] = {"dtype": honest.dtype, "shape": honest.shape, "stype": honest.stype, "data": honest.data}
@@ -71,25 +65,6 @@ def test_bytes_are_carried_in_one_form_alone(adapter: Adapter) -> None:
     ]
     for other in others:
         content[flower_records.UPDATE] = ArrayRecord(other)
-        with pytest.raises(ConfigError, match="must be a site's answer"):
-            flower_records.to_reply(content)
-
-
-def test_a_reply_holds_nothing_but_the_release(adapter: Adapter) -> None:
-    update = Update(site="a", run="r", round=1, tensors=adapter.tensors)
-    content = flower_records.from_reply(Reply(body=update, receipt=RECEIPT))
-    assert set(content) == {flower_records.UPDATE, flower_records.REPLY}
-    assert not content.metric_records, "Flower's num-examples would tell a site's exact size"
-    refusal = Refusal(site="a", run="r", round=1, reason=Reason.SITE_ERROR)
-    assert set(flower_records.from_reply(Reply(body=refusal, receipt=None))) == {flower_records.REPLY}
-
-
-def test_unreadable_replies_are_one_kind_of_error() -> None:
-    texts = ("{", "[1]", '{"kind": "update"}')
-    for content in (
-        RecordDict(),
-        *(RecordDict({flower_records.REPLY: ConfigRecord({"json": text})}) for text in texts),
-    ):
         with pytest.raises(ConfigError, match="must be a site's answer"):
             flower_records.to_reply(content)
 
@@ -108,14 +83,27 @@ def test_the_answer_to_the_end_arrives_as_it_was_sent(receipt: Receipt | None) -
     assert flower_records.to_receipt(content) == receipt
 
 
-_NO_RECEIPT = ("", "{", "[]", "7", '"text"', '{"site": "a"}', "[" * 5000, '{"charged_rounds": 1e999}')
+NO_ANSWER, NO_RECEIPT = "must be a site's answer", "must be a site's receipt"
 
 
-@pytest.mark.parametrize("text", _NO_RECEIPT)
-def test_any_other_answer_to_the_end_is_one_kind_of_error(text: str) -> None:
-    for content in (RecordDict({flower_records.RECEIPT: ConfigRecord({"json": text})}), RecordDict()):
-        with pytest.raises(ConfigError, match="must be a site's receipt"):
-            flower_records.to_receipt(content)
+@pytest.mark.parametrize(
+    ("read", "record", "texts", "message"),
+    [
+        (flower_records.to_reply, flower_records.REPLY, ("{", "[1]", '{"kind": "update"}'), NO_ANSWER),
+        (
+            flower_records.to_receipt,
+            flower_records.RECEIPT,
+            ("", "{", "[]", "7", '"text"', '{"site": "a"}', "[" * 5000, '{"charged_rounds": 1e999}'),
+            NO_RECEIPT,
+        ),
+    ],
+    ids=["reply", "receipt"],
+)
+def test_whatever_is_none_is_one_kind_of_error(read: Any, record: str, texts: tuple[str, ...], message: str) -> None:
+    contents = [RecordDict({record: ConfigRecord({"json": text})}) for text in texts]
+    for content in (RecordDict(), *contents):
+        with pytest.raises(ConfigError, match=message):
+            read(content)
 
 
 @pytest.mark.parametrize("record", [ConfigRecord({"text": "{}"}), ArrayRecord([np.ones(1, np.float32)])])

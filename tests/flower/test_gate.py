@@ -33,6 +33,9 @@ from .loopback import Loopback
 from .member import Member, by_site
 
 CLOSED = {"reason": "no such call"}
+START = "/v1/control/start-run"
+RUN = StartRunRequest(fab=Fab(content=_bundle())).SerializeToString()
+PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
 
 
 @pytest.fixture
@@ -94,22 +97,21 @@ _LEAD_CALLS = sorted(gate._LEAD_CALLS)
 
 def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any, stranger_key: SigningKey) -> None:
     runs = network.rows("SELECT count(*) FROM run")
-    body = StartRunRequest(fab=Fab(content=_bundle())).SerializeToString()
     old = repr(time.time() - 3600)
     for who in (network.lead_tls, network.tls["a"]):
         client = caller(who)
         for path in _LEAD_CALLS:
-            right = by_lead(network.lead_key, path, body)
+            right = by_lead(network.lead_key, path, RUN)
             for why, headers, sent in (
-                ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}, body),
-                ("a site's", by_site(network.tls["a"]), body),
-                ("another key's", by_lead(stranger_key, path, body), body),
-                ("an old one", by_lead(network.lead_key, path, body, moment=old), body),
-                ("an old one with a new time", right | {TIME: old}, body),
-                ("of another body", right, body + b"\0"),
+                ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}, RUN),
+                ("a site's", by_site(network.tls["a"]), RUN),
+                ("another key's", by_lead(stranger_key, path, RUN), RUN),
+                ("an old one", by_lead(network.lead_key, path, RUN, moment=old), RUN),
+                ("an old one with a new time", right | {TIME: old}, RUN),
+                ("of another body", right, RUN + b"\0"),
                 ("of another body with its digest", right | {BODY: hashlib.sha256(b"").hexdigest()}, b""),
-                ("of another path", by_lead(network.lead_key, "/v1/control/stop", body), body),
-                ("cut", right | {SIGNATURE: right[SIGNATURE][:-2]}, body),
+                ("of another path", by_lead(network.lead_key, "/v1/control/stop", RUN), RUN),
+                ("cut", right | {SIGNATURE: right[SIGNATURE][:-2]}, RUN),
             ):
                 answer = client.post(path, content=sent, headers=headers)
                 assert answer.status_code == 401, (path, why)
@@ -117,27 +119,17 @@ def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any
     assert network.rows("SELECT count(*) FROM run") == runs
 
 
-def test_the_lead_s_own_call_passes(network: Loopback, caller: Any) -> None:
-    # Whatever certificate of the federation it comes with: the signature counts.
-    path, runs = "/v1/control/start-run", network.rows("SELECT count(*) FROM run")[0][0]
-    body = StartRunRequest(fab=Fab(content=_bundle())).SerializeToString()
-    answer = caller(network.lead_tls).post(path, content=body, headers=by_lead(network.lead_key, path, body))
-    assert answer.status_code == 200
-    assert network.rows("SELECT count(*) FROM run") == [(runs + 1,)]
-
-
 def test_a_call_of_the_lead_s_passes_once_and_over_no_site_s_connection(network: Loopback, caller: Any) -> None:
     # Who has seen one, such as a proxy that opens TLS, could make it again for two minutes.
-    path, lead, site = "/v1/control/start-run", caller(network.lead_tls), caller(network.tls["a"])
-    body = StartRunRequest(fab=Fab(content=_bundle())).SerializeToString()
+    lead, site = caller(network.lead_tls), caller(network.tls["a"])
     runs = network.rows("SELECT count(*) FROM run")[0][0]
-    headers = by_lead(network.lead_key, path, body)
-    stolen = site.post(path, content=body, headers=headers)
-    assert (stolen.status_code, lead.post(path, content=body, headers=headers).status_code) == (401, 200)
+    headers = by_lead(network.lead_key, START, RUN)
+    stolen = site.post(START, content=RUN, headers=headers)
+    assert (stolen.status_code, lead.post(START, content=RUN, headers=headers).status_code) == (401, 200)
     for client in (lead, site):
-        assert client.post(path, content=body, headers=headers).status_code == 401
+        assert client.post(START, content=RUN, headers=headers).status_code == 401
     assert network.rows("SELECT count(*) FROM run") == [(runs + 1,)]
-    again = lead.post(path, content=body, headers=by_lead(network.lead_key, path, body))
+    again = lead.post(START, content=RUN, headers=by_lead(network.lead_key, START, RUN))
     assert again.status_code == 200, "a retry is signed anew"
     noted = {(line["event"], line.get("reason"), line.get("member")) for line in network.audit()}
     assert ("lead's call refused", "the lead's signature was used before", None) in noted
@@ -178,31 +170,29 @@ def test_a_body_is_read_within_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_site_s_call_needs_its_own_signature(network: Loopback, caller: Any) -> None:
-    body = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
     client = caller(network.tls["a"])
     for path in sorted(gate._SITE_CALLS):
         for why, headers in (
             ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}),
-            ("the lead's", by_lead(network.lead_key, path, body)),
+            ("the lead's", by_lead(network.lead_key, path, PULL)),
             ("of a key that nobody knows", by_site(network.lead_tls)),
             ("of another node's number", by_site(network.tls["a"])),
             ("old", by_site(network.tls["a"], moment="2020-01-01T00:00:00+00:00")),
             ("unsigned, and not what Flower understands", {"content-type": "application/json"}),
         ):
-            answer = client.post(path, content=body, headers=headers)
+            answer = client.post(path, content=PULL, headers=headers)
             assert answer.status_code in (400, 401, 412), (path, why, answer.text)
         # Flower itself checks a signature only where it understands the call.
         right = by_site(network.tls["a"])
-        assert client.post(path, content=body, headers=right | {"content-type": "text/plain"}).status_code == 415
+        assert client.post(path, content=PULL, headers=right | {"content-type": "text/plain"}).status_code == 415
         assert client.get(path, headers=right).status_code == 405
 
 
 @pytest.mark.parametrize("host", ["x/v1/runtime/pull-object?", "x/v1/runtime/pull-object#", "x/nowhere?", "a@b:1"])
 def test_a_forged_host_does_not_get_around_the_signature(network: Loopback, caller: Any, host: str) -> None:
     # Flower decides by the request's URL, which contains what the caller says that the host's name is.
-    body = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).SerializeToString()
     headers = {"content-type": PROTOBUF_MEDIA_TYPE, "host": host}
-    answer = caller(network.tls["b"]).post("/v1/fleet/pull-object", content=body, headers=headers)
+    answer = caller(network.tls["b"]).post("/v1/fleet/pull-object", content=PULL, headers=headers)
     assert answer.status_code in (400, 401)
 
 

@@ -58,12 +58,7 @@ def asking(lead_key: SigningKey) -> Callable[..., Change]:
     ids=str,
 )
 def test_asking_one_site_for_more(
-    federation: Any,
-    intercept: Any,
-    asking: Callable[..., Change],
-    stranger_key: SigningKey,
-    changes: dict[str, Any],
-    rule: Reason,
+    federation: Any, intercept: Any, asking: Any, stranger_key: SigningKey, changes: dict[str, Any], rule: Reason
 ) -> None:
     """Two rounds, in the second of which site-2 is asked for something else, or by somebody else."""
     made = federation(num_rounds=2)

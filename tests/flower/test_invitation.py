@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +27,7 @@ def charged(made: Any) -> list[str]:
     return [site for site, found in kinds.items() if found & {Kind.PLAN, Kind.RESERVE, Kind.COMMIT}]
 
 
-def test_one_sites_refusal_costs_the_others_nothing(federation: Callable[..., Any]) -> None:
+def test_one_sites_refusal_costs_the_others_nothing(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
     for _ in range(2):  # before, each try cost the others a round
         with pytest.raises(
@@ -39,18 +38,14 @@ def test_one_sites_refusal_costs_the_others_nothing(federation: Callable[..., An
     assert made.trained == []
 
 
-def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_same(
-    federation: Callable[..., Any],
-) -> None:
+def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_same(federation: Any) -> None:
     made = federation(min_sites=2, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
     state = run_rounds(made.transport, made.lead, made.start)
     assert state.rounds[0].sites == ("site-1", "site-3")
     assert state.rounds[0].failed_sites == {"site-2": "max_epsilon"}
 
 
-def test_a_site_of_another_version_is_named_before_anybody_pays(
-    federation: Callable[..., Any], tamper: Callable[..., None]
-) -> None:
+def test_a_site_of_another_version_is_named_before_anybody_pays(federation: Any, tamper: Any) -> None:
     def older(messages: list[Message]) -> list[Message]:
         (message,) = [message for message in messages if message.metadata.src_node_id == 2]
         refusal = Refusal(site="site-2", run="", round=0, reason=Reason.MALFORMED_REQUEST)
@@ -64,7 +59,7 @@ def test_a_site_of_another_version_is_named_before_anybody_pays(
     assert charged(made) == []
 
 
-def test_a_site_that_waits_for_a_person_may_still_come(federation: Callable[..., Any]) -> None:
+def test_a_site_that_waits_for_a_person_may_still_come(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"approval": "manual"}})
     with pytest.raises(RunError, match=r"2 of 3 sites.*site-2: awaiting_approval") as raised:
         run_rounds(made.transport, made.lead, made.start)
@@ -75,9 +70,7 @@ def test_a_site_that_waits_for_a_person_may_still_come(federation: Callable[...,
 @pytest.mark.parametrize(
     "what", ["nothing", "for another run", "by another site", "more rounds than were signed", "to another question"]
 )
-def test_an_offer_that_its_site_did_not_sign_is_none(
-    federation: Callable[..., Any], tamper: Callable[..., None], what: str
-) -> None:
+def test_an_offer_that_its_site_did_not_sign_is_none(federation: Any, tamper: Any, what: str) -> None:
     old: dict[str, ConfigRecord] = {}
 
     def change(messages: list[Message]) -> list[Message]:
@@ -112,7 +105,7 @@ def test_an_offer_that_its_site_did_not_sign_is_none(
     assert charged(made) == []
 
 
-def test_a_resumed_run_is_not_asked_about_again(federation: Callable[..., Any]) -> None:
+def test_a_resumed_run_is_not_asked_about_again(federation: Any) -> None:
     made = federation(num_rounds=2)
     state = made.run_until(1)
     seen: list[str] = []
@@ -129,7 +122,7 @@ def test_a_resumed_run_is_not_asked_about_again(federation: Callable[..., Any]) 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
 def test_a_round_that_diverged_goes_back_and_the_run_goes_on(
-    federation: Callable[..., Any], caplog: pytest.LogCaptureFixture, strategy: str
+    federation: Any, caplog: pytest.LogCaptureFixture, strategy: str
 ) -> None:
     made = federation(num_rounds=3, strategy=strategy, server_momentum=0.5)
     plain = federation(num_rounds=3, strategy=strategy, server_momentum=0.5, folder="b")
@@ -145,7 +138,7 @@ def test_a_round_that_diverged_goes_back_and_the_run_goes_on(
     assert len([event for event in made.events("site-1") if event.kind is Kind.COMMIT]) == 3, "all three are charged"
 
 
-def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(federation: Callable[..., Any]) -> None:
+def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(federation: Any) -> None:
     made = federation(num_rounds=3)
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": float("inf")}])
     message = (

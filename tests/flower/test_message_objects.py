@@ -130,36 +130,40 @@ def test_objects_that_share_their_parts_are_read_once(monkeypatch: pytest.Monkey
     assert len(read) == len(set(read)) == 202
 
 
-def test_parts_that_are_not_named_are_no_parts() -> None:
-    tree, objects = honest(np.arange(4, dtype=np.float32))
+def not_named(tree: ObjectTree, objects: Objects) -> None:
     rewrite(objects, "RecordDict", lambda fields: fields.pop("request"))
-    with pytest.raises(OutOfBounds, match="a RecordDict whose parts are not those that it names"):
-        pulled(tree, objects)
 
 
-def test_more_objects_than_any_message_has() -> None:
-    tree, objects = honest(np.zeros(4, np.float32))
+def many_objects(tree: ObjectTree, objects: Objects) -> None:
     tree.children.extend(ObjectTree(object_id=f"{number:064x}") for number in range(5000))
-    with pytest.raises(OutOfBounds, match="4096 objects"):
-        pulled(tree, objects)
 
 
-def test_more_bytes_than_any_message_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(message_objects, "MOST_BYTES", 1000)
-    tree, objects = honest(np.arange(1000, dtype=np.float32))
-    with pytest.raises(OutOfBounds, match="more than 1000 bytes"):
-        pulled(tree, objects)
-
-
-def test_a_message_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(message_objects, "MOST_S", -1.0)
-    tree, objects = honest(np.zeros(4, np.float32))
-    with pytest.raises(OutOfBounds, match="takes more than"):
-        pulled(tree, objects)
-
-
-def test_another_object_in_the_place_of_a_message() -> None:
-    tree, objects = honest(np.zeros(4, np.float32))
+def another_in_its_place(tree: ObjectTree, objects: Objects) -> None:
     objects[tree.object_id] = objects[of_kind(objects, "RecordDict")]
-    with pytest.raises(OutOfBounds, match="something else"):
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (not_named, "a RecordDict whose parts are not those that it names"),
+        (many_objects, "4096 objects"),
+        (another_in_its_place, "something else"),
+    ],
+)
+def test_objects_that_are_no_message(change: Callable[[ObjectTree, Objects], None], says: str) -> None:
+    tree, objects = honest(np.arange(4, dtype=np.float32))
+    change(tree, objects)
+    with pytest.raises(OutOfBounds, match=says):
+        pulled(tree, objects)
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "says"), [("MOST_BYTES", 1000, "more than 1000 bytes"), ("MOST_S", -1.0, "takes more than")]
+)
+def test_more_bytes_or_time_than_any_message_has(
+    monkeypatch: pytest.MonkeyPatch, bound: str, value: float, says: str
+) -> None:
+    monkeypatch.setattr(message_objects, bound, value)
+    tree, objects = honest(np.arange(1000, dtype=np.float32))
+    with pytest.raises(OutOfBounds, match=says):
         pulled(tree, objects)

@@ -43,7 +43,7 @@ def charges(made: Any, state: Any) -> dict[str, tuple[int, bool]]:
 
 @pytest.mark.parametrize("named", [SITES, SITES[:1]], ids=["all", "one"])
 def test_receipts_count_under_the_keys_of_the_roster_and_of_sites_that_it_does_not_name(
-    federation: Callable[..., Any], named: tuple[str, ...]
+    federation: Any, named: tuple[str, ...]
 ) -> None:
     made = federation(num_rounds=2)
     keys = {site: key for site, key in known_keys(made).items() if site in named}
@@ -52,7 +52,7 @@ def test_receipts_count_under_the_keys_of_the_roster_and_of_sites_that_it_does_n
 
 
 def test_a_receipt_under_another_key_is_nobody_s_word(
-    federation: Callable[..., Any], stranger_key: SigningKey, caplog: pytest.LogCaptureFixture
+    federation: Any, stranger_key: SigningKey, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = federation(num_rounds=2)
     keys = known_keys(made) | {"site-2": stranger_key.public}
@@ -65,9 +65,7 @@ def test_a_receipt_under_another_key_is_nobody_s_word(
     assert "site-2: its receipt is signed with a key that the roster does not know" in caplog.text
 
 
-def test_the_last_word_of_a_site_that_was_silent_says_what_it_was_charged(
-    federation: Callable[..., Any], tamper: Callable[..., None]
-) -> None:
+def test_the_last_word_of_a_site_that_was_silent_says_what_it_was_charged(federation: Any, tamper: Any) -> None:
     # Its answers were lost on the way, and the last question was not.
     made = federation(num_rounds=2)
     tamper(without(2))
@@ -79,7 +77,7 @@ def test_the_last_word_of_a_site_that_was_silent_says_what_it_was_charged(
     assert saved.round == 2
 
 
-def test_an_older_receipt_hides_no_charge(federation: Callable[..., Any], tamper: Callable[..., None]) -> None:
+def test_an_older_receipt_hides_no_charge(federation: Any, tamper: Any) -> None:
     """A server keeps what a site says of a round, and gives the lead what it said before."""
     made, said = federation(num_rounds=2), list[RecordDict]()
 
@@ -105,9 +103,7 @@ _LAST_WORDS: dict[str, Any] = {  # a text, or changes of the receipt
 
 
 @pytest.mark.parametrize("what", list(_LAST_WORDS))
-def test_a_last_word_that_is_none_changes_nothing(
-    federation: Callable[..., Any], tamper: Callable[..., None], what: str
-) -> None:
+def test_a_last_word_that_is_none_changes_nothing(federation: Any, tamper: Any, what: str) -> None:
     def spoil(messages: list[Message]) -> list[Message]:
         record, said = messages[1].content.config_records[flower_records.RECEIPT], _LAST_WORDS[what]
         record["json"] = json.dumps(json.loads(str(record["json"])) | said) if isinstance(said, dict) else said
@@ -121,7 +117,7 @@ def test_a_last_word_that_is_none_changes_nothing(
     assert state.round == 1, "the run is over all the same"
 
 
-def test_settings_travel_to_each_site_in_each_round(federation: Callable[..., Any]) -> None:
+def test_settings_travel_to_each_site_in_each_round(federation: Any) -> None:
     made, seen = federation(num_rounds=2), []
 
     def site_of(context: Context, settings: str) -> Site:
@@ -137,7 +133,7 @@ def test_settings_travel_to_each_site_in_each_round(federation: Callable[..., An
 
 
 @pytest.fixture
-def giving(federation: Callable[..., Any]) -> Callable[..., Any]:
+def giving(federation: Any) -> Callable[..., Any]:
     """A federation whose lead sends the final adapter or not, and what its sites kept of it."""
 
     def make(*, gives: bool = True, **settings: Any) -> tuple[Any, InProcessGrid, dict[str, tuple[str, str]]]:
@@ -158,7 +154,7 @@ def giving(federation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("gives", [True, False], ids=["real sites", "a simulation"])
-def test_the_sites_receive_the_final_adapter(giving: Callable[..., Any], gives: bool) -> None:
+def test_the_sites_receive_the_final_adapter(giving: Any, gives: bool) -> None:
     made, grid, kept = giving(num_rounds=2, gives=gives)
     state = run_rounds(GridTransport(grid), made.lead, made.start)
     assert kept == (dict.fromkeys(SITES, ("r", state.adapter.digest())) if gives else {})
@@ -169,7 +165,7 @@ def test_the_sites_receive_the_final_adapter(giving: Callable[..., Any], gives: 
 
 
 def test_a_run_that_is_refused_leaves_no_adapter_and_gives_the_others_their_budget_back(
-    giving: Callable[..., Any], run_plan: Plan
+    giving: Any, run_plan: Plan
 ) -> None:
     made, grid, kept = giving(num_rounds=2, min_sites=3)
     freezing = replace(made.lead, finished=lambda state: made.ledger("site-2").freeze("consent withdrawn"))

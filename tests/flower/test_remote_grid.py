@@ -14,8 +14,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 
-from fedtune.federation.replies import Closing
-from fedtune.federation.spec import FederationSpec
 from fedtune.flower.flower_records import ARRAYS
 from fedtune.ops.wire import bounded_http, remote_grid
 from fedtune.ops.wire.lead_session import LeadSession
@@ -272,16 +270,9 @@ def test_a_server_that_lost_its_database_is_asked_anew(network: Loopback, meanwh
         wait_for(lambda: network.rows(online_until)[0][0] > first, seconds=20, what="a heartbeat")
 
 
-def test_without_a_server_there_is_no_run(network: Loopback) -> None:
-    nobody = RemoteGrid(
-        f"{LOOPBACK}:{free_port()}",
-        network.lead_tls,
-        sites={},
-        key=network.lead_key,
-        hear=lambda number, question, answer: Heard(good=True),
-        closing=lambda: Closing(FederationSpec(num_sites=1)),
-    )
-    with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), nobody:
+def test_without_a_server_there_is_no_run(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "port", free_port())
+    with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), network.grid(["a"]):
         pass
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ def reply_of(messages: list[Message], node: int) -> Message:
     return message
 
 
-def test_a_round_is_recorded(federation: Callable[..., Any]) -> None:
+def test_a_round_is_recorded(federation: Any) -> None:
     made = federation(num_rounds=2)
     state = run_rounds(made.transport, made.lead, made.start)
     assert [result.round for result in state.rounds] == [1, 2]
@@ -43,9 +42,7 @@ def test_a_round_is_recorded(federation: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("how", ["no message", "an error message"])
-def test_a_silent_site_counts_as_charged_and_the_others_go_on(
-    federation: Callable[..., Any], tamper: Callable[..., None], how: str
-) -> None:
+def test_a_silent_site_counts_as_charged_and_the_others_go_on(federation: Any, tamper: Any, how: str) -> None:
     def silence(messages: list[Message]) -> list[Message]:
         silent = reply_of(messages, 2)
         others = [message for message in messages if message is not silent]
@@ -66,9 +63,7 @@ def test_a_silent_site_counts_as_charged_and_the_others_go_on(
     assert (heard.steps, heard.upper_bound) == (4, False)
 
 
-def test_too_few_sites_end_the_run_and_the_checkpoint_stays(
-    federation: Callable[..., Any], tamper: Callable[..., None]
-) -> None:
+def test_too_few_sites_end_the_run_and_the_checkpoint_stays(federation: Any, tamper: Any) -> None:
     made = federation(num_rounds=2, min_sites=3)
     after_one = made.run_until(1)
     tamper(lambda messages: messages[1:])
@@ -84,9 +79,7 @@ def test_too_few_sites_end_the_run_and_the_checkpoint_stays(
     ("fault", "reason"),
     [("a value changed", "unsigned_reply"), ("nothing", "no_reply"), ("a reason of its own", "no_reply")],
 )
-def test_a_bad_reply_is_dropped_and_the_round_goes_on(
-    federation: Callable[..., Any], tamper: Callable[..., None], fault: str, reason: str
-) -> None:
+def test_a_bad_reply_is_dropped_and_the_round_goes_on(federation: Any, tamper: Any, fault: str, reason: str) -> None:
     """What a site itself may sign: tests/federation/test_replies.py."""
 
     def spoil(messages: list[Message]) -> list[Message]:
@@ -116,7 +109,7 @@ def test_a_bad_reply_is_dropped_and_the_round_goes_on(
     assert (charge.steps, charge.upper_bound) == (2, False)
 
 
-def test_a_missing_node_is_waited_for_until_the_timeout(federation: Callable[..., Any]) -> None:
+def test_a_missing_node_is_waited_for_until_the_timeout(federation: Any) -> None:
     made = federation(round_timeout_s=0.1)
     sizes = made.sizes | {"site-4": 5}
     with pytest.raises(RunError, match="did not introduce themselves: site-4"):
@@ -130,7 +123,7 @@ def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any, plan: Plan) -
     assert len(many.finished) == plan.most_rounds
 
 
-def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Callable[..., Any]) -> None:
+def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Any) -> None:
     zeros = np.zeros((2, 3), np.float32)
     made = federation(num_rounds=2, adapter=Adapter({"b.lora_A.weight": zeros, "b.lora_B.weight": zeros}))
     lora = LoraSpec(alternate=True)

@@ -84,14 +84,10 @@ def test_which_body_was_signed_is_known_without_reading_one() -> None:
     assert body_of_lead(right | {BODY: digest.upper()}, path="/p", lead=KEY.public, now=NOW) is None
 
 
-@pytest.mark.parametrize("age", [0.0, TOLERANCE_S, -TOLERANCE_S, 1.5])
-def test_clocks_may_differ_a_little(age: float) -> None:
-    assert accepted(headers_of("/p", b"b"), now=NOW + age)
-
-
-@pytest.mark.parametrize("age", [TOLERANCE_S + 1, -TOLERANCE_S - 1, 86400.0, 1e300])
-def test_a_call_played_again_later_is_refused(age: float) -> None:
-    assert not accepted(headers_of("/p", b"b"), now=NOW + age)
+@pytest.mark.parametrize("age", [0.0, TOLERANCE_S, 1.5, TOLERANCE_S + 1, 86400.0, 1e300])
+def test_clocks_may_differ_a_little_and_a_call_played_again_later_is_refused(age: float) -> None:
+    for now in (NOW + age, NOW - age):
+        assert accepted(headers_of("/p", b"b"), now=now) is (age <= TOLERANCE_S)
 
 
 @pytest.mark.parametrize("moment", ["nan", "inf", "-inf", "", "now", "0x7", "1e999", "1,8", "\u0661" * 10])
@@ -113,11 +109,8 @@ def test_a_signature_for_another_purpose_is_refused() -> None:
     assert accepted(headers_of("/p", b"b", purpose="call"))
     for purpose in ("round request", "end of run", ""):
         assert not accepted(headers_of("/p", b"b", purpose=purpose))
-
-
-def test_lines_cannot_be_moved_between_path_and_time() -> None:
     moved = headers_of(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
-    assert not accepted(moved, path="/p")
+    assert not accepted(moved, path="/p"), "lines cannot be moved between path and time"
 
 
 def test_a_signature_passes_once_while_it_is_good_and_few_are_remembered() -> None:

@@ -58,7 +58,7 @@ def composed(tiny: Any, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
-def config(composed: Callable[..., RunConfig]) -> RunConfig:
+def config(composed: Any) -> RunConfig:
     return composed()
 
 
@@ -193,6 +193,8 @@ def test_sites_share_the_gpus_of_the_cluster_so_that_all_can_train_at_a_time(
     assert gpu_share(runtime, num_sites, nodes) == share
     if share and sites_per_gpu is None:
         assert sum(node.room(threads=1, share=share) for node in nodes) >= num_sites
+    rooms = [RayNode("1", "", 7.0, have).room(threads=2, share=of) for have, of in ((0.0, 0.0), (1.0, 0.5), (0.0, 0.5))]
+    assert rooms == [3, 2, 0], "room is counted by node"
 
 
 def test_sites_know_how_many_share_a_gpu(config: RunConfig, started: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -202,12 +204,6 @@ def test_sites_know_how_many_share_a_gpu(config: RunConfig, started: Any, tmp_pa
     config = replace(config, runtime=replace(config.runtime, device="auto"))
     on_ray(config, tmp_path, of_sites=seen.append)
     assert [one.runtime.sites_per_gpu for one in seen] == [3]
-
-
-def test_room_is_counted_by_node() -> None:
-    assert RayNode("1", "", 7.0, 0.0).room(threads=2, share=0.0) == 3
-    assert RayNode("1", "", 7.0, 1.0).room(threads=2, share=0.5) == 2
-    assert RayNode("1", "", 7.0, 0.0).room(threads=2, share=0.5) == 0
 
 
 @pytest.mark.parametrize(

@@ -22,32 +22,26 @@ from fedtune.ops.wire.fleet import HELLO, Unauthorised, hello
 from fedtune.ops.wire.gate import Registered
 from fedtune.ops.wire.superlink import keep_roster
 
+from . import loopback
 from .certificates import Authority, public_pem
 from .loopback import Loopback, ended, start_process, wait_for
 
 AUDIT = AuditLog(None)
 
 
-def made(folder: Path) -> Iterator[Loopback]:
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Loopback]:
     """A server of one's own, not yet started."""
-    folder.mkdir()
-    network = Loopback(folder)
+    network = Loopback(tmp_path / "network")
     network.enlist("a")
     yield network
     network.stop()
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Loopback]:
-    """A server of one's own, not yet started."""
-    yield from made(tmp_path / "network")
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server that runs, for tests after which it still does."""
-    for network in made(tmp_path_factory.mktemp("running") / "network"):
-        network.start()
+    with loopback.running(tmp_path_factory.mktemp("running"), enlist=["a"]) as network:
         yield network
         assert network.process.poll() is None
 
