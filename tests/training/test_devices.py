@@ -174,7 +174,7 @@ def gone(pid: int, *, within_s: float = 20.0) -> bool:
 @pytest.mark.by_day("kept states-41-record", "a reference-41-user", "a reference-2-record", "kept states-0-record")
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
-def test_several_devices_release_what_one_does(room: Room, plan: Callable[..., Any], unit: str, count: int) -> None:
+def test_several_devices_release_what_one_does(room: Room, plan: Any, unit: str, count: int) -> None:
     units = units_of(room.model.spec, count, unit)
     here, there = units_of(room.model.spec, count, unit), divided(room, units)
     first = a_round(room, here, plan)
@@ -184,7 +184,7 @@ def test_several_devices_release_what_one_does(room: Room, plan: Callable[..., A
     assert count == 0 or second.digest() != first.digest()
 
 
-def test_every_device_has_a_part_in_the_sum(three: Room, plan: Callable[..., Any]) -> None:
+def test_every_device_has_a_part_in_the_sum(three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
     counted: list[int] = []
@@ -195,11 +195,8 @@ def test_every_device_has_a_part_in_the_sum(three: Room, plan: Callable[..., Any
         counted.extend(one[0] for one in found if isinstance(one, tuple))
         return found
 
-    three.devices._crew.answers = seen  # type: ignore[method-assign]
-    try:
-        a_round(three, there, plan)
-    finally:
-        del three.devices._crew.answers
+    monkeypatch.setattr(three.devices._crew, "answers", seen)
+    a_round(three, there, plan)
     assert len(counted) == 3 * 2, "three steps, two other devices"
     assert min(counted) > 0
     assert len(there._own) == 14
@@ -225,9 +222,7 @@ def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int,
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
 
-def test_a_unit_that_no_device_adds_is_missed(
-    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_unit_that_no_device_adds_is_missed(three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three, units_of(three.model.spec, 41))
     by_rank = there._by_rank
     monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
@@ -242,7 +237,7 @@ def test_a_unit_that_no_device_adds_is_missed(
 
 
 def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
-    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
@@ -266,7 +261,7 @@ def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
 
 
 def test_a_process_that_hangs_ends_the_round_in_bounded_time(
-    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = divided(three, units_of(three.model.spec, 41))
     a_round(three, there, plan)
@@ -318,7 +313,7 @@ def test_a_device_gives_a_sign_after_each_micro_batch(three: Room) -> None:
 
 
 def test_a_failure_of_the_first_device_leaves_no_step_half_done(
-    three: Room, plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
@@ -380,14 +375,13 @@ def test_the_others_end_with_the_process_that_asks_them() -> None:
     with Forked(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=REPOSITORY, text=True
     ) as process:
-        assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert pids
         process.kill()
     assert all(gone(pid) for pid in pids)
 
 
-def test_what_nobody_asks_for_again_is_forgotten(three: Room, plan: Callable[..., Any]) -> None:
+def test_what_nobody_asks_for_again_is_forgotten(three: Room, plan: Any) -> None:
     first = divided(three, units_of(three.model.spec, 9))
     a_round(three, first, plan)
     number = first._number

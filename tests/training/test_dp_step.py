@@ -17,17 +17,11 @@ from fedtune.training.dp_step import Records, add_clipped, assert_one_tensor_set
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.spec import TrainingSpec
 
-KINDS = [
-    ("random:bert", "classification"),
-    ("random:llama", "causal_lm"),
-    ("random:bert", "pairs"),
-    ("random:bert", "triplets"),
-    ("random:llama", "preference"),
-]
+from .conftest import KINDS
+
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0, "preference": 5.0}
 """Longer than these models' gradients, which are then rounded to a grid of 8e-6 to 2e-7."""
-"""In cells."""
 
 
 def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:

@@ -17,6 +17,8 @@ from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions, 
 from fedtune.training.examples import SiteExamples
 from fedtune.training.users import UserExamples, UserGradients
 
+from .conftest import Table
+
 CLIP_NORM = 2**24
 CLIPS = [1e-18, 1e-12, 1e-6, 1e-3, 0.1, 1.0, 2.0**-7, 3.3, 1e3, 1e6]
 KINDS = ["normal", "alike", "one coordinate", "two sizes", "denormal", "largest", "odd", "steps of a cell"]
@@ -60,8 +62,12 @@ def tensors(values: npt.NDArray[np.float32]) -> dict[str, torch.Tensor]:
     return {name: part.reshape(-1, *SHAPES[name]) for name, part in zip(SHAPES, parts, strict=True)}
 
 
+def empty() -> Cells:
+    return {name: torch.zeros(shape, dtype=torch.int64) for name, shape in SHAPES.items()}
+
+
 def summed(gradients: dict[str, torch.Tensor], clip: float) -> Cells:
-    sums = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in SHAPES.items()}
+    sums = empty()
     add_clipped(sums, gradients, clip)
     return sums
 
@@ -132,7 +138,7 @@ def test_order_and_cutting_change_no_cell(kind: str, clip: float, units: int, cu
     draws = np.random.default_rng(seed)
     values = made_up(draws, kind, clip * 3, units)
     expected = summed(tensors(values), clip)
-    sums = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in SHAPES.items()}
+    sums = empty()
     for part in np.split(draws.permutation(units), sorted(cut for cut in cuts if cut < units)):
         if len(part):
             add_clipped(sums, tensors(values[part]), clip)
@@ -142,19 +148,14 @@ def test_order_and_cutting_change_no_cell(kind: str, clip: float, units: int, cu
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("values", [31, 4096, 100_003])
 def test_what_a_unit_adds_does_not_depend_on_how_many_rows_there_are(threads: int, values: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        generator = torch.Generator().manual_seed(2)
-        gradient = torch.randn((13, values), generator=generator)
-        each = contributions({"a": gradient, "b": gradient[:, :7] * 3}, 0.5)
-        for rows in (1, 2, 3, 4, 7, 12):
-            for start in {0, 1, 13 - rows}:
-                part = slice(start, start + rows)
-                fewer = contributions({"a": gradient[part], "b": gradient[part, :7] * 3}, 0.5)
-                assert all(torch.equal(fewer[name], one[part]) for name, one in each.items())
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)  # put back by the fixture of every test here
+    gradient = torch.randn((13, values), generator=torch.Generator().manual_seed(2))
+    each = contributions({"a": gradient, "b": gradient[:, :7] * 3}, 0.5)
+    for rows in (1, 2, 3, 4, 7, 12):
+        for start in {0, 1, 13 - rows}:
+            part = slice(start, start + rows)
+            fewer = contributions({"a": gradient[part], "b": gradient[part, :7] * 3}, 0.5)
+            assert all(torch.equal(fewer[name], one[part]) for name, one in each.items())
 
 
 def test_the_norm_of_many_tensors_does_not_depend_on_how_many_rows_there_are() -> None:
@@ -188,19 +189,6 @@ def test_what_a_unit_adds_does_not_depend_on_how_a_batch_lies_in_memory(
         assert torch.equal(contributions({"a": other}, 0.5)["a"], expected[:rows])
 
 
-class Table:
-    """Made-up gradients, looked up by a record's first token; stands in for `PerExampleGradients`."""
-
-    def __init__(self, gradients: dict[str, torch.Tensor]) -> None:
-        self._gradients = gradients
-
-    def of(self, batch: Any) -> dict[str, torch.Tensor]:
-        found = {name: value[batch.input_ids[:, 0]] for name, value in self._gradients.items()}
-        for one in found.values():
-            one[len(batch) :] = 0
-        return found
-
-
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(KINDS),
@@ -223,7 +211,7 @@ def test_a_user_moves_the_sum_by_its_own_contribution_alone(
     by_user = UserExamples(records, users, most_records=9, most_users=most_users)
 
     def total(chosen: list[int]) -> Cells:
-        sums = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in SHAPES.items()}
+        sums = empty()
         for batch in by_user.cut_drawn([users[user] for user in chosen]):
             add_clipped(sums, UserGradients(table).of(batch), clip)
         return sums

@@ -23,6 +23,7 @@ from fedtune.training.spec import RuntimeSpec
 
 from ..builders import DEVICE
 from ..data.test_feature_vectors import data
+from .conftest import with_random_values
 
 FEATURES = (
     FeatureSpec(columns=tuple("abcdefg"), range=(-1.0, 3.0), missing="indicator"),
@@ -55,15 +56,7 @@ def made(task: str, hidden: tuple[int, ...] = (), *, wider: int = 0) -> TaskMode
     """As after some training, so that every layer has a gradient."""
     runtime, spec = RuntimeSpec(num_threads=1), spec_of(task, hidden, wider=wider)
     model = ready_model(lambda: build_task_model(spec, device=DEVICE), runtime, max_length=1)
-    return moved(model)
-
-
-def moved(model: TaskModel) -> TaskModel:
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
+    return with_random_values(model, 0.3)
 
 
 def records(model: TaskModel, count: int) -> TextDataset:

@@ -29,7 +29,6 @@ def shared_plan() -> Plan:
 
 
 def cell(plan: Plan) -> float:
-    assert plan.shared is not None
     return plan.max_grad_norm * 2.0**-plan.shared.cell_bits
 
 

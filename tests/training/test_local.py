@@ -20,32 +20,9 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, share_of_round, train_round
 from fedtune.training.spec import TrainingSpec
 
-KINDS = [
-    ("random:bert", "classification"),
-    ("random:llama", "causal_lm"),
-    ("random:bert", "pairs"),
-    ("random:bert", "triplets"),
-]
-kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+from .conftest import KINDS
 
-
-@pytest.fixture
-def work(plan: Any) -> Any:
-    """A private round; keywords override."""
-
-    def make(**changes: Any) -> RoundOfTraining:
-        values = {
-            "site": "bank_a",
-            "round": 1,
-            "attempt": 1,
-            "plan": plan(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5, local_steps=2, num_rounds=3),
-            "training": TrainingSpec(local_steps=2, learning_rate=0.01),
-            "declared_size": 10,
-            "max_adapter_value": 100.0,
-        }
-        return RoundOfTraining(**(values | changes))
-
-    return make
+kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
 
 
 def released(
@@ -64,6 +41,19 @@ def released(
         work,
         randomness=randomness or SeededRandomness(5),
     )
+
+
+def cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The places that are cut into micro-batches, call by call."""
+    noted: list[list[int]] = []
+    original = what.cut
+
+    def cut(self: Any, places: Any, *rest: Any) -> Any:
+        noted.append(np.asarray(places).tolist())
+        return original(self, places, *rest)
+
+    monkeypatch.setattr(what, "cut", cut)
+    return noted
 
 
 @kinds
@@ -138,14 +128,7 @@ def test_each_step_of_a_round_draws_a_sample_of_its_own(
     fresh: Any, examples: Any, work: Any, plan: Any, monkeypatch: pytest.MonkeyPatch, noise: float
 ) -> None:
     # One sample for all local steps would be accounted as four independent ones.
-    drawn: list[list[int]] = []
-    original = SiteExamples.cut
-
-    def seen(self: SiteExamples, indices: Any) -> Any:
-        drawn.append(np.asarray(indices).tolist())
-        return original(self, indices)
-
-    monkeypatch.setattr(SiteExamples, "cut", seen)
+    drawn = cuts(SiteExamples, monkeypatch)
     planned = plan(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
     released(fresh(), examples("classification", 30), work(plan=planned))
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
@@ -170,14 +153,7 @@ def test_sampling_and_noise_have_streams_of_their_own(fresh: Any, examples: Any,
 def test_one_more_record_draws_the_same_noise_and_the_same_others(
     fresh: Any, examples: Any, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[list[int]] = []
-    original = Shapes.cut
-
-    def seen(self: Shapes, places: Any, num_tokens: Any) -> Any:
-        drawn.append(np.asarray(places).tolist())
-        return original(self, places, num_tokens)
-
-    monkeypatch.setattr(Shapes, "cut", seen)
+    drawn = cuts(Shapes, monkeypatch)
     one_step = work(plan=dataclasses.replace(work().plan, local_steps=1))
     for count in (12, 13):
         released(fresh(), examples("classification", count), one_step)

@@ -17,13 +17,14 @@ GOLDEN = [
     ("linear", 2, [0.5, 1, 1, 2 / 3, 1 / 3]),
     ("cosine", 0, [1, 0.904508, 0.654508, 0.345492, 0.095492]),
     ("cosine", 1, [1, 1, 0.853553, 0.5, 0.146447]),
+    ("linear", 4, [0.25, 0.5, 0.75, 1]),  # a warmup as long as the run
 ]
 
 
 @pytest.mark.parametrize(("schedule", "warmup", "golden"), GOLDEN)
 def test_the_schedule_is_golden(schedule: Any, warmup: int, golden: list[float]) -> None:
     spec = TrainingSpec(schedule=schedule, warmup_steps=warmup)
-    factors = [learning_rate_factor(spec, step=step, total_steps=5) for step in range(5)]
+    factors = [learning_rate_factor(spec, step=step, total_steps=len(golden)) for step in range(len(golden))]
     assert factors == pytest.approx(golden, abs=1e-6)
 
 
@@ -47,12 +48,6 @@ def test_lower_rates_are_a_third_of_those_that_count_by_their_own_keys() -> None
     assert TrainingSpec(learning_rate=0.3).lower_rates(clipped=True) == {"learning_rate": 0.1}
 
 
-def test_a_warmup_as_long_as_the_run() -> None:
-    spec = TrainingSpec(schedule="linear", warmup_steps=4)
-    factors = [learning_rate_factor(spec, step=step, total_steps=4) for step in range(4)]
-    assert factors == pytest.approx([0.25, 0.5, 0.75, 1])
-
-
 @pytest.fixture
 def parameters() -> dict[str, torch.nn.Parameter]:
     return {name: torch.nn.Parameter(torch.zeros(2)) for name in ("base.lora_A.weight", "head.weight")}
@@ -64,16 +59,10 @@ def test_lora_and_head_have_rates_of_their_own(parameters: Any) -> None:
     set_learning_rate(optimizer, 0.2)  # of the peak, not of what the last step had
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert [rates[id(p)] for p in parameters.values()] == pytest.approx([0.02, 0.1])
-
-
-def test_the_head_takes_the_common_rate_unless_told(parameters: Any) -> None:
-    optimizer = make_optimizer(parameters, TrainingSpec(learning_rate=0.1))
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
-
-
-def test_a_model_without_head_has_one_group(parameters: Any) -> None:
+    common = make_optimizer(parameters, TrainingSpec(learning_rate=0.1))
+    assert [group["lr"] for group in common.param_groups] == [0.1, 0.1], "unless told, the head takes the same"
     del parameters["head.weight"]
-    assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1
+    assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1, "without a head there is one group"
 
 
 def test_settings_reach_the_optimizer(parameters: Any) -> None:

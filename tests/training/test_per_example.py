@@ -41,6 +41,16 @@ def leftovers(model: TaskModel) -> list[str]:
     ]
 
 
+def hook(model: TaskModel, within: str) -> Any:
+    """Registers what fails there."""
+    query = next(module for name, module in model.named_modules() if name.endswith("layer.1.attention.self.query"))
+    return {
+        "forward pass": query.register_forward_pre_hook,
+        "backward pass": query.register_full_backward_pre_hook,
+        "between them": model.head.register_forward_hook,
+    }[within]
+
+
 @kinds
 def test_watching_ends(trained: Any, examples: Any, path: str, task: str) -> None:
     model = trained(path, task)
@@ -69,12 +79,7 @@ def test_a_failure_leaves_no_watched_module_and_no_trace(trained: Any, examples:
     def fails(*_: Any) -> None:
         raise MemoryError
 
-    query = next(module for name, module in model.named_modules() if name.endswith("layer.1.attention.self.query"))
-    handle = {
-        "forward pass": query.register_forward_pre_hook,
-        "backward pass": query.register_full_backward_pre_hook,
-        "between them": model.head.register_forward_hook,
-    }[within](fails)
+    handle = hook(model, within)(fails)
     with pytest.raises(MemoryError):
         gradients_of(model, large)
     handle.remove()
@@ -137,14 +142,7 @@ def fail_on(model: TaskModel, within: str) -> Any:
             raise RuntimeError("no such state")
 
     handles = [model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(look)]
-    query = next(module for name, module in model.named_modules() if name.endswith("layer.1.attention.self.query"))
-    if within == "forward pass":
-        handles.append(query.register_forward_pre_hook(fails))
-    elif within == "backward pass":
-        handles.append(query.register_full_backward_pre_hook(fails))
-    elif within == "between them":
-        handles.append(model.head.register_forward_hook(fails))
-    return handles
+    return handles if within == "the embedding" else [*handles, hook(model, within)(fails)]
 
 
 def with_bad(examples: Any, *places: int, count: int = 5) -> TextDataset:
@@ -165,9 +163,8 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
     model = trained()
     shape = (8, 16)
     before = watched_in(model)
-    handles = fail_on(
-        model, within
-    )  # before anything, as a backward hook changes in which order gradients are added up
+    # Before anything, as a backward hook changes in which order gradients are added up.
+    handles = fail_on(model, within)
     with attached(model) as gradients:
         expected = gradients.of(collate(with_bad(examples), range(5), pad_id=0, shape=shape))
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}

@@ -15,7 +15,6 @@ Now it moves by at most the clip norm, 2**24 cells, and the other records' contr
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +26,8 @@ from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
+
+from .conftest import with_random_values
 
 CLIP_NORM = 2**24
 OTHERS, LONGEST = 24, 40
@@ -102,11 +103,7 @@ def test_rounding_alone_never_counts_for_a_clip_norm_however_small_that_is(size:
         head=HeadSpec(train=False, init="label_names", label_texts=("same", "same", "same")),
         seed=3,
     )
-    model: Any = build_task_model(spec)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    model = with_random_values(build_task_model(spec), size, seed=1)
     for clip in (1e-18, 1e-9, 1.0):
         for seed in range(2):
             square, norms = attacked(model, clip, seed=seed, first_id=5, classes=3)

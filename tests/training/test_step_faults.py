@@ -27,6 +27,8 @@ from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
+from .conftest import Table, with_random_values
+
 CELLS = 2**24
 """A clip norm."""
 Gradients = dict[str, torch.Tensor]
@@ -218,7 +220,7 @@ def test_every_step_adds_noise_of_its_own() -> None:
 LABELS = ("invoice", "complaint", "praise")
 
 
-def model_of(task: str = "classification", *, trained: bool = True) -> TaskModel:
+def model_of(task: str = "classification") -> TaskModel:
     spec = TaskModelSpec(
         model=ModelSpec(path="random:bert" if task == "classification" else "random:llama", dtype="float32"),
         task=task,
@@ -227,13 +229,7 @@ def model_of(task: str = "classification", *, trained: bool = True) -> TaskModel
         head=HeadSpec(),
         seed=3,
     )
-    model = build_task_model(spec)
-    if trained:
-        generator = torch.Generator().manual_seed(11)
-        with torch.no_grad():
-            for parameter in model.trainable().values():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
+    return with_random_values(build_task_model(spec), 0.2)
 
 
 def dataset_of(*lengths: int, task: str = "classification") -> TextDataset:
@@ -385,18 +381,6 @@ def test_every_micro_batch_has_padding_even_of_the_longest_records(full: bool) -
 # Users.
 
 
-class Table:
-    """Made-up gradients of records, looked up by their first token."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self._rows = rows
-
-    def of(self, batch: Batch) -> Gradients:
-        found = self._rows[batch.input_ids[:, 0]].clone()
-        found[len(batch) :] = 0
-        return {"a": found}
-
-
 def numbered(*lengths: int) -> TextDataset:
     """Records of these lengths whose first token is their place."""
     ids = tuple(np.array([number, *[1] * (length - 1)], dtype=np.int32) for number, length in enumerate(lengths))
@@ -411,7 +395,7 @@ def users_of(*records: Sequence[int], lengths: Sequence[int], most_records: int 
 def means_of(users: UserExamples, rows: torch.Tensor, chosen: Sequence[int]) -> list[Gradients]:
     stream = SeededRandomness(1).stream("records")
     cut = users.cut_with(stream)
-    return [UserGradients(Table(rows)).of(batch) for batch in cut(np.array(chosen, dtype=np.int64))]  # type: ignore[arg-type]
+    return [UserGradients(Table({"a": rows})).of(batch) for batch in cut(np.array(chosen, dtype=np.int64))]  # type: ignore[arg-type]
 
 
 def test_all_records_of_a_user_are_one_mean_that_is_clipped_once() -> None:

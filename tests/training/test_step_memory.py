@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -19,7 +18,7 @@ from fedtune.tasks import TaskModel
 from fedtune.training import machine, per_example
 from fedtune.training.dp_step import add_clipped, zeros
 from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.local import train_round
 from fedtune.training.machine import peak_bytes, step_bytes
 from fedtune.training.per_example import PerExampleGradients, attached
 from fedtune.training.preflight import within_memory
@@ -205,19 +204,12 @@ def test_a_failure_of_a_trial_names_its_setting(fresh: Any, monkeypatch: pytest.
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize(("path", "task"), KINDS[:2])
 def test_a_round_is_the_same_to_the_bit_in_whatever_memory(
-    trained: Callable[..., TaskModel],
-    examples: Callable[..., TextDataset],
-    plan: Callable[..., Any],
-    path: str,
-    task: str,
-    unit: str,
+    trained: Any, examples: Any, plan: Any, work: Any, path: str, task: str, unit: str
 ) -> None:
     model, dataset = trained(path, task), examples(task, 40)
     start = Adapter.of(model)
     planned = plan(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
-    work = RoundOfTraining(
-        site="a", round=1, attempt=1, plan=planned, training=TrainingSpec(), declared_size=30, max_adapter_value=50.0
-    )
+    asked = work(plan=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()
     for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):
         shapes = within(model, num_bytes)
@@ -227,6 +219,6 @@ def test_a_round_is_the_same_to_the_bit_in_whatever_memory(
                 units, [np.arange(u, 40, 11) for u in range(11)], most_records=2, most_users=most_users
             )
         rows.add(tuple(rows_of(shapes)))
-        released.add(train_round(model, start, units, work, randomness=SeededRandomness(5)).digest())
+        released.add(train_round(model, start, units, asked, randomness=SeededRandomness(5)).digest())
     assert len(rows) == 3
     assert len(released) == 1

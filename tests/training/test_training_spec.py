@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -12,33 +13,21 @@ from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("spec", "key", "value"),
     [
-        *(("local_steps", 0), ("optimizer", "adam"), ("learning_rate", 0.0), ("learning_rate", float("nan"))),
-        *(("learning_rate", 1e10), ("head_learning_rate", 3.5e38), ("weight_decay", 1e10)),
-        *(("head_learning_rate", -1.0), ("weight_decay", -0.1), ("momentum", 1.0), ("betas", (0.9, 1.0))),
-        *(("schedule", "exponential"), ("warmup_steps", -1)),
+        *((TrainingSpec, "local_steps", 0), (TrainingSpec, "optimizer", "adam"), (TrainingSpec, "learning_rate", 0.0)),
+        *((TrainingSpec, "learning_rate", float("nan")), (TrainingSpec, "learning_rate", 1e10)),
+        *((TrainingSpec, "head_learning_rate", 3.5e38), (TrainingSpec, "weight_decay", 1e10)),
+        *((TrainingSpec, "head_learning_rate", -1.0), (TrainingSpec, "weight_decay", -0.1)),
+        *((TrainingSpec, "momentum", 1.0), (TrainingSpec, "betas", (0.9, 1.0)), (TrainingSpec, "warmup_steps", -1)),
+        *((TrainingSpec, "schedule", "exponential"), (RuntimeSpec, "device", "tpu"), (RuntimeSpec, "num_devices", 0)),
+        *((RuntimeSpec, "num_devices", 65), (RuntimeSpec, "num_threads", 0), (RuntimeSpec, "micro_batch_tokens", 0)),
+        (RuntimeSpec, "step_mib", 0),
     ],
 )
-def test_training_out_of_bounds_names_its_key(key: str, value: object) -> None:
+def test_a_value_out_of_bounds_names_its_key(spec: Any, key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{key} = "):
-        TrainingSpec(**{key: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("device", "tpu"),
-        ("num_devices", 0),
-        ("num_devices", 65),
-        ("num_threads", 0),
-        ("micro_batch_tokens", 0),
-        ("step_mib", 0),
-    ],
-)
-def test_runtime_out_of_bounds_names_its_key(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key} = "):
-        RuntimeSpec(**{key: value})  # type: ignore[arg-type]
+        spec(**{key: value})
 
 
 def test_noise_is_secret_unless_asked() -> None:
@@ -65,14 +54,8 @@ def test_where_the_signal_is_clear_the_automatic_rate_goes_by_steps_alone() -> N
     assert RATE(sampled=1e6, steps=200) == RATE(sampled=1e6) / 2
 
 
-@pytest.mark.parametrize(
-    ("key", "settings"),
-    [
-        ("learning_rate", {"optimizer": "sgd"}),
-        ("head_learning_rate", {"head_learning_rate": 0.1}),
-        ("unclipped_learning_rate", {"unclipped_learning_rate": 0.1}),
-    ],
-)
-def test_an_automatic_rate_wants_adam_and_no_other_rates(key: str, settings: dict[str, object]) -> None:
+@pytest.mark.parametrize("other", [{"optimizer": "sgd"}, {"head_learning_rate": 0.1}, {"unclipped_learning_rate": 0.1}])
+def test_an_automatic_rate_wants_adam_and_no_other_rates(other: dict[str, Any]) -> None:
+    key = next(iter(other)).replace("optimizer", "learning_rate")
     with pytest.raises(ConfigError, match=rf"^{key} = "):
-        TrainingSpec(learning_rate="auto", **settings)  # type: ignore[arg-type]
+        TrainingSpec(learning_rate="auto", **other)

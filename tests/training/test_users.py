@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedtune.data import Batch, Shapes, TextDataset, collate
+from fedtune.data import Shapes, TextDataset, collate
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import cell, choose_records
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
@@ -23,15 +23,10 @@ from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 
+from .conftest import KINDS, Table
 from .test_step_faults import numbered
 
-KINDS = [
-    ("random:bert", "classification"),
-    ("random:llama", "causal_lm"),
-    ("random:bert", "pairs"),
-    ("random:bert", "triplets"),
-]
-kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
 Gradients = dict[str, npt.NDArray[np.float64]]
 
 
@@ -109,17 +104,6 @@ def test_the_sum_is_what_the_definition_says_however_it_is_cut(
         found = users_sum(trained(path, task), by_user, chosen, clip=clip, most=most)
         assert norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
     assert norm(expected) > 1e-2 * clip
-
-
-class Table:
-    """Made-up gradients, looked up by a record's first token; stands in for `PerExampleGradients`."""
-
-    def __init__(self, gradients: dict[str, torch.Tensor]) -> None:
-        self._gradients = gradients
-
-    def of(self, batch: Batch) -> dict[str, torch.Tensor]:
-        empty = batch.input_ids[:, 0].new_tensor(range(len(batch), len(batch.input_ids)))
-        return {name: value[batch.input_ids[:, 0]].index_fill(0, empty, 0.0) for name, value in self._gradients.items()}
 
 
 def table_sum(
@@ -240,18 +224,13 @@ def test_of_few_records_all_take_part_and_nothing_is_drawn(count: int, most: int
 
 
 @pytest.fixture
-def work(plan: Any) -> Any:
+def work(work: Any, plan: Any) -> Any:
+    """A round with users, unless told otherwise; keywords are the plan's."""
+
     def make(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
         values = {"sampling_rate": 0.6, "noise_multiplier": 0.5, "max_grad_norm": 0.5} | changes
-        return RoundOfTraining(
-            site="bank_a",
-            round=1,
-            attempt=1,
-            plan=plan(unit=unit, records_per_user=most if unit == "user" else 1, **values),
-            training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5),
-            declared_size=10,
-            max_adapter_value=100.0,
-        )
+        planned = plan(unit=unit, records_per_user=most if unit == "user" else 1, **values)
+        return work(plan=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
 
     return make
 
