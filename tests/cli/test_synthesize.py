@@ -152,7 +152,7 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
 
 
 def test_a_classifier_labels_records_and_its_epsilon_adds_up(
-    runs: Path, command: Any, simulate: Callable[..., Path], tmp_path: Path
+    runs: Path, command: Any, simulate: Any, tmp_path: Path
 ) -> None:
     to, best = tmp_path / "texts.jsonl", tmp_path / "labelled.jsonl"
     rows = written(command, runs, to, "--rows", "6")
