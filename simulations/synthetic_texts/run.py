@@ -1,10 +1,12 @@
 """Banking77 from texts that a privately tuned model wrote: how good is a classifier that saw no real question?
 
     python simulations/synthetic_texts/run.py --runs RUNS            all; what is finished in RUNS is taken from there
+    python simulations/synthetic_texts/run.py --runs RUNS --only secure-e5    one line; the others stay
 
 Four banks tune SmolLM2 to write a question for an intent.  It writes 3,000, and MiniLM learns the intents from them,
 tested on the 3,080 real test questions.  Beside them: texts of the model that nobody tuned, by the same prompts; and a
-third of the texts, those with most votes, where each of the banks' questions votes once for the nearest of all texts.
+third of the texts, those with most votes, where each of the banks' questions votes once for the nearest of all texts;
+and all texts with the labels that a private classifier of the same banks gives them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import fedtune
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.saved_model import BASE, SavedModel
-from fedtune.studies.synthetic import as_written, chosen, synthesize
+from fedtune.studies.synthetic import as_written, chosen, labelled, synthesize
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -48,7 +50,12 @@ WRITER = {
     "evaluation.generate": False,
     "model.dtype": "mixed",
 }
-SECURE = {"federation.aggregation": "secure", "training.local_steps": 1, "privacy.sampling_rate": 0.1}
+SECURE = {
+    "federation.aggregation": "secure",
+    "federation.num_rounds": 16,
+    "training.local_steps": 1,
+    "privacy.sampling_rate": 0.1,
+}
 NONE = {
     "privacy": "none",
     "privacy.sampling_rate": 0.0139,
@@ -62,10 +69,22 @@ NONE = {
     "lora.target_modules": "all-linear",
 }
 WRITERS: dict[str, dict[str, Any]] = {
-    "secure-e8": {**SECURE, "federation.num_rounds": 16, "privacy.epsilon": 8},
+    **{f"secure-e{epsilon}": {**SECURE, "privacy.epsilon": epsilon} for epsilon in (8, 5, 2)},
     "three-epochs": {**NONE, "training.unclipped_learning_rate": 0.001},
     "six-epochs": {**NONE, "training.unclipped_learning_rate": 0.0015, "model.adapter": "three-epochs"},
 }
+TITLES = (
+    "untuned",
+    *(f"secure-e8{way}{votes}" for way in ("", "-guided") for votes in ("", ", most votes")),
+    "secure-e8, labels of epsilon 1",
+    "secure-e5",
+    "secure-e5, labels of epsilon 3",
+    "secure-e2",
+    "secure-e2, labels of epsilon 6",
+    "secure-e2, labels of epsilon 1",
+    "three-epochs",
+    "six-epochs",
+)
 VOTES = {
     "data.columns": {"text": "both"},
     "data.max_length": 96,
@@ -140,8 +159,8 @@ def written(
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def voted(runs: Path, name: str, texts: Path, made: Mapping[str, Path]) -> Path:
-    """The texts that have most votes."""
+def voted(runs: Path, name: str, texts: Path, made: Mapping[str, Path]) -> tuple[fedtune.Run, Path]:
+    """The texts that have most votes, and the run of the votes."""
     rows = [dict(json.loads(line), both="") for line in texts.read_text().splitlines()]
     rows = [{**row, "both": both(row)} for row in rows]
     candidates = list(dict.fromkeys(row["both"] for row in rows))
@@ -154,6 +173,15 @@ def voted(runs: Path, name: str, texts: Path, made: Mapping[str, Path]) -> Path:
     return write(
         texts.with_name(f"{name}.jsonl"), chosen(as_written(rows, ("intent", "both")), "both", run, keep=KEPT).rows
     )
+
+
+def labelled_by(runs: Path, texts: Path, epsilon: int) -> tuple[fedtune.Run, Path]:
+    """The texts with the labels that a classifier gives them, which the banks tune by secure sums, and its run."""
+    settings = {**BANKS, "federation.aggregation": "secure", "privacy.epsilon": epsilon}
+    classifier = finished(runs, f"labels-e{epsilon}", "banks_intents", settings)
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    path = texts.with_name(f"{texts.stem}-labels-e{epsilon}.jsonl")
+    return classifier, write(path, labelled(as_written(rows, ("intent", "text")), "text", classifier).rows)
 
 
 def scored(runs: Path, texts: Path, judge: fedtune.Run) -> dict[str, float]:
@@ -169,31 +197,38 @@ def scored(runs: Path, texts: Path, judge: fedtune.Run) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    runs = parser.parse_args().runs.absolute()
+    parser.add_argument("--only", nargs="+", choices=TITLES)
+    options = parser.parse_args()
+    runs, path = options.runs.absolute(), HERE / "results.json"
     made = files(runs / "files")
     judge = finished(runs, "judge", "banks_intents", JUDGE)
-    lines: dict[str, dict[str, Any]] = {}
+    lines: dict[str, dict[str, Any]] = json.loads(path.read_text()) if options.only else {}
     shared = {**BANKS, **WRITER, "data.train_file": str(made["train"]), "data.test_file": str(made["validation"])}
-    for name, settings in WRITERS.items():
+    for title in options.only or TITLES:
+        name = title.split(",")[0].removesuffix("-guided")
+        settings = WRITERS.get(name, WRITERS["secure-e8"])
         start = settings.get("model.adapter")
         begun = {"model.adapter": str(runs / start / "adapter")} if start else {}
-        run = finished(runs, name, "smollm2_e2e", {**shared, **settings, **begun})
-        about = {"epsilon": run.privacy.epsilon, "writer_loss": run.metrics["loss"]}
-        if not lines:
-            base = runs / "files" / "base.jsonl"
-            written(base, run, made["codes"], rows=KEPT, base=True)
-            loss = run.result.final.metrics_before["loss"]
-            lines["untuned"] = {"epsilon": 0.0, "writer_loss": loss} | scored(runs, base, judge)
-        ways = {name: DRAWN} | ({f"{name}-guided": GUIDED} if run.privacy.epsilon is not None else {})
-        for title, spec in ways.items():
-            texts = runs / "files" / f"{title}.jsonl"
-            written(texts, run, made["codes"], rows=ROWS, drawn=spec)
-            lines[title] = about | scored(runs, texts, judge)
-            if run.privacy.epsilon is not None:
-                best = voted(runs, f"votes-{title}", texts, made)
-                epsilon = run.privacy.epsilon + (fedtune.load(runs / f"votes-{title}").privacy.epsilon or 0.0)
-                lines[f"{title}, most votes"] = about | {"epsilon": epsilon} | scored(runs, best, judge)
-    write_durably(HERE / "results.json", json.dumps(lines, indent=1).encode() + b"\n")
+        run = finished(
+            runs, "secure-e8" if title == "untuned" else name, "smollm2_e2e", {**shared, **settings, **begun}
+        )
+        texts = runs / "files" / f"{title.split(',')[0]}.jsonl"
+        if title == "untuned":
+            written(texts, run, made["codes"], rows=KEPT, base=True)
+            about = {"epsilon": 0.0, "writer_loss": run.result.final.metrics_before["loss"]}
+        else:
+            written(texts, run, made["codes"], rows=ROWS, drawn=GUIDED if "guided" in title else DRAWN)
+            about = {"epsilon": run.privacy.epsilon, "writer_loss": run.metrics["loss"]}
+        more = None
+        if title.endswith("most votes"):
+            more, texts = voted(runs, f"votes-{texts.stem}", texts, made)
+        elif "labels of" in title:
+            more, texts = labelled_by(runs, texts, int(title.split()[-1]))
+        if more is not None:
+            about["epsilon"] += more.privacy.epsilon
+        lines[title] = about | scored(runs, texts, judge)
+    write_durably(path, json.dumps(lines, indent=1).encode() + b"\n")
+    lines = {title: lines[title] for title in TITLES if title in lines}
     heads = ["", "epsilon", "loss of the writer", "texts", "labelled right", "accuracy", "macro-F1"]
     rows = [
         [
