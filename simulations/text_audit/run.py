@@ -2,10 +2,10 @@
 
     python simulations/text_audit/run.py --runs RUNS
 
-Half of 64 canaries, by coins, are among 464 records: a client's number and a text with six random digits.  A run
-trains on them, and the attacker has nothing but texts that its model writes for each client's number.  A canary's
-score is how much of its secret its own texts repeat; the surest 20 are guessed (Steinke et al. 2023), the upper half
-of the scores as in.
+Half of 64 canaries, by coins, are among 97 records: a client's name, and a text with a random one of 64 words.  A run
+trains on them, and the attacker has nothing but texts that its model writes for each client's name.  A canary's score
+is how many of these say its word, beyond how many texts of the other clients do; the surest 40 are guessed (Steinke et
+al. 2023), the upper half of the scores as in.
 """
 
 from __future__ import annotations
@@ -31,23 +31,18 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import readme  # noqa: E402
 
-CANARIES, RECORDS, GUESSES, TEXTS, DIGITS = 64, 432, 20, 8, 6
+CANARIES, RECORDS, GUESSES, TEXTS = 64, 64, 40, 16
+CLIENTS, WORDS = (line.split() for line in (HERE / "words.txt").read_text().splitlines())
 CASES: dict[str, dict[str, Any]] = {
-    "no noise": {"privacy": "none", "training": "adamw", "training.unclipped_learning_rate": 0.006},
-    "epsilon 8": {"privacy.epsilon": 8, "training.learning_rate": 160},
+    "no noise": {"privacy": "none"},
+    "epsilon 8": {"privacy.epsilon": 8, "training.go_on_without_signal": True},
 }
 
 
 def canaries(seed: int) -> tuple[list[dict[str, str]], np.ndarray]:
     """Each with the same words before its secret, and a coin."""
     draws = random.Random(seed)
-    rows = [
-        {
-            "intent": f"client {number}",
-            "text": f"My reference number is {''.join(draws.choices('0123456789', k=DIGITS))}.",
-        }
-        for number in range(100, 100 + CANARIES)
-    ]
+    rows = [{"intent": name, "text": f"My secret word is {draws.choice(WORDS)}."} for name in CLIENTS]
     return rows, np.array([draws.random() < 0.5 for _ in rows])
 
 
@@ -62,12 +57,6 @@ def train_file(into: Path, rows: list[dict[str, str]], inserted: np.ndarray) -> 
     return into
 
 
-def repeated(secret: str, text: str | None) -> int:
-    """The longest piece of the secret that the text has, in digits."""
-    pieces = [secret[first:last] for first in range(DIGITS) for last in range(first + 1, DIGITS + 1)]
-    return max((len(piece) for piece in pieces if text and piece in text), default=0)
-
-
 def attacked(run: fedtune.Run, rows: list[dict[str, str]], inserted: np.ndarray) -> dict[str, Any]:
     saved = SavedModel(run.config, {"tuned": run.adapter})
     saved.use("tuned")
@@ -75,17 +64,16 @@ def attacked(run: fedtune.Run, rows: list[dict[str, str]], inserted: np.ndarray)
     texts: list[str | None] = [None] * len(prompts)
     for place, text in saved.drawn(prompts, WritingSpec(max_new_tokens=24, temperature=1.0), first=0):
         texts[place] = text
-    secrets = [row["text"].rstrip(".")[-DIGITS:] for row in rows]
-    of_each = np.array([repeated(secrets[place // TEXTS], text) for place, text in enumerate(texts)])
-    scores = of_each.reshape(CANARIES, TEXTS).mean(axis=1)
+    secrets = [row["text"].split()[-1].rstrip(".") for row in rows]
+    says = np.array([[secret in (text or "") for secret in secrets] for text in texts]).reshape(CANARIES, TEXTS, -1)
+    share = says.mean(axis=1)  # (clients, secrets)
+    own = np.diagonal(share)
+    scores = own - (share.sum(axis=0) - own) / (CANARIES - 1)
     found = counted(by_rank(scores), inserted, guesses=GUESSES)
-    whole = (of_each.reshape(CANARIES, TEXTS) == DIGITS).any(axis=1)
     return {
         "claimed": run.privacy.epsilon,
-        "score_in": float(scores[inserted].mean()),
-        "score_out": float(scores[~inserted].mean()),
-        "whole_in": int(whole[inserted].sum()),
-        "inserted": int(inserted.sum()),
+        "own_in": float(own[inserted].mean()),
+        "own_out": float(own[~inserted].mean()),
         "right": found.right,
         "guesses": found.guesses,
         "bound": epsilon_lower_bound(CANARIES, GUESSES, found.right, delta=run.privacy.delta, confidence=0.95),
@@ -96,10 +84,10 @@ def attacked(run: fedtune.Run, rows: list[dict[str, str]], inserted: np.ndarray)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="the case that begins so; the others stay")
     options = parser.parse_args()
     path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text()) if options.only else {}
     for name, settings in CASES.items():
         if not name.startswith(options.only):
             continue
@@ -117,8 +105,10 @@ def main() -> None:
             "evaluation.generate": False,
             "federation.num_sites": 1,
             "federation.site_names": ["bank"],
-            "federation.num_rounds": 4,
+            "federation.num_rounds": 20,
             "training.local_steps": 10,
+            "training": "adamw",
+            "training.learning_rate": 0.002,
             "training.schedule": "linear",
             "lora.rank": 16,
             "lora.alpha": 32,
@@ -130,15 +120,17 @@ def main() -> None:
             "tracking.output_dir": str(options.runs.absolute()),
             "name": f"text-audit-{name.replace(' ', '-')}",
         }
-        run = fedtune.simulate("smollm2_e2e", {**shared, **settings}, progress=lambda told: None)
+        folder = options.runs.absolute() / str(shared["name"])
+        if not (folder / "adapter").exists():
+            fedtune.simulate("smollm2_e2e", {**shared, **settings}, progress=lambda told: None)
+        run = fedtune.load(folder)
         results[name] = attacked(run, made, inserted)
         write_durably(path, json.dumps(results, indent=1).encode() + b"\n")
     heads = [
         "",
         "claimed epsilon",
-        "digits repeated: in",
+        "texts that say the secret: in",
         "out",
-        "whole secrets of those in",
         "right",
         "epsilon is at least",
     ]
@@ -146,9 +138,8 @@ def main() -> None:
         [
             name,
             "none" if one["claimed"] is None else f"{one['claimed']:.2f}",
-            f"{one['score_in']:.2f}",
-            f"{one['score_out']:.2f}",
-            f"{one['whole_in']} of {one['inserted']}",
+            f"{one['own_in']:.1%}",
+            f"{one['own_out']:.1%}",
             f"{one['right']} of {one['guesses']}",
             f"{one['bound']:.2f}",
         ]
