@@ -62,8 +62,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
     named = ("--codes", str(runs / "codes.jsonl")) if codes else ()
-    outcome = command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options)
-    assert outcome.code == 0, outcome.err
+    assert command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options).printed
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
@@ -114,8 +113,7 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     choose = ("choose", str(runs / "writer"), "--votes", str(folder), "--candidates")
     public = tmp_path / "public.jsonl"
     public.write_text('{"mr": "a green one", "ref": "said of it"}\n')
-    outcome = command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json")
-    assert outcome.code == 0, outcome.err
+    said = command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json").printed
     assert [json.loads(line) for line in best.read_text().splitlines()] == [rows[1], rows[3]]
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
@@ -124,7 +122,7 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     card = json.loads((tmp_path / "best.jsonl.card.json").read_text())
     behind = (runs / "writer", folder, runs / "shares")
     assert card["together"]["epsilon"] == pytest.approx(sum(door.load(one).privacy.epsilon or 0.0 for one in behind))
-    assert json.loads(outcome.out) == card
+    assert json.loads(said) == card
     made = {key: card["made"][key] for key in ("seed", "shares", "candidates", "rows", "missing")}
     assert made == {"seed": 7, "shares": "voted", "candidates": 4, "rows": 2, "missing": 0}
     assert card["figures"]["public.jsonl"]["texts"] == 1

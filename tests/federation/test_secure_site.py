@@ -146,6 +146,7 @@ class Federation:
 
     def refused(self, site: str, kind: str, *parts: bytes, **more: Any) -> tuple[Reason, object]:
         said = self.step(site, kind, *parts, **more)
+        assert isinstance(said, Refusal), said
         return said.reason, said.asked
 
     def begun(self) -> tuple[Session, str, list[bytes]]:
@@ -201,6 +202,7 @@ def masked(reply: Reply) -> bytes:
 
 
 def wrong(reply: Reply) -> tuple[Reason, object]:
+    assert isinstance(reply.body, Refusal), reply
     return reply.body.reason, reply.body.asked
 
 
