@@ -143,9 +143,13 @@ def write(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
     return path
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def written(
     path: Path, run: fedtune.Run, codes: Path, *, rows: int, base: bool = False, drawn: WritingSpec = DRAWN
-) -> list[dict[str, str]]:
+) -> None:
     """Texts of a run's model, or of the model before training, with the labels' own names."""
     if not path.exists():
         use: Callable[..., None] = SavedModel.use
@@ -156,13 +160,11 @@ def written(
         with gzip.open(SOURCE / "train.jsonl.gz", "rt") as stream:
             labels = {with_intent(row)["intent"]: row["label"] for row in map(json.loads, stream)}
         write(path, [{**row, "label": labels[row["intent"]]} for row in made.rows])
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def voted(runs: Path, name: str, texts: Path, made: Mapping[str, Path]) -> tuple[fedtune.Run, Path]:
     """The texts that have most votes, and the run of the votes."""
-    rows = [dict(json.loads(line), both="") for line in texts.read_text().splitlines()]
-    rows = [{**row, "both": both(row)} for row in rows]
+    rows = [{**row, "both": both(row)} for row in read(texts)]
     candidates = list(dict.fromkeys(row["both"] for row in rows))
     ballot = {
         "data.train_file": str(made["both"]),
@@ -179,14 +181,13 @@ def labelled_by(runs: Path, texts: Path, epsilon: int) -> tuple[fedtune.Run, Pat
     """The texts with the labels that a classifier gives them, which the banks tune by secure sums, and its run."""
     settings = {**BANKS, "federation.aggregation": "secure", "privacy.epsilon": epsilon}
     classifier = finished(runs, f"labels-e{epsilon}", "banks_intents", settings)
-    rows = [json.loads(line) for line in texts.read_text().splitlines()]
     path = texts.with_name(f"{texts.stem}-labels-e{epsilon}.jsonl")
-    return classifier, write(path, labelled(as_written(rows, ("intent", "text")), "text", classifier).rows)
+    return classifier, write(path, labelled(as_written(read(texts), ("intent", "text")), "text", classifier).rows)
 
 
 def scored(runs: Path, texts: Path, judge: fedtune.Run) -> dict[str, float]:
     """What a classifier learns from texts, and the share whose label a classifier of the real questions gives too."""
-    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    rows = read(texts)
     own = {"data.train_file": str(texts), "data.declared_sizes": len(rows)}
     run = finished(runs, f"classifier-{texts.stem}", "banks_intents", {**CLASSIFIER, **own})
     judged = judge.predict([row["text"] for row in rows])
@@ -205,13 +206,11 @@ def main() -> None:
     lines: dict[str, dict[str, Any]] = json.loads(path.read_text()) if options.only else {}
     shared = {**BANKS, **WRITER, "data.train_file": str(made["train"]), "data.test_file": str(made["validation"])}
     for title in options.only or TITLES:
-        name = title.split(",")[0].removesuffix("-guided")
-        settings = WRITERS.get(name, WRITERS["secure-e8"])
+        name = "secure-e8" if title == "untuned" else title.split(",")[0].removesuffix("-guided")
+        settings = WRITERS[name]
         start = settings.get("model.adapter")
         begun = {"model.adapter": str(runs / start / "adapter")} if start else {}
-        run = finished(
-            runs, "secure-e8" if title == "untuned" else name, "smollm2_e2e", {**shared, **settings, **begun}
-        )
+        run = finished(runs, name, "smollm2_e2e", {**shared, **settings, **begun})
         texts = runs / "files" / f"{title.split(',')[0]}.jsonl"
         if title == "untuned":
             written(texts, run, made["codes"], rows=KEPT, base=True)
