@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -44,7 +45,7 @@ from .target import Target
 
 COLUMNS = {"text": "body", "label": "kind"}
 _SAVED, _ARROW = Path(__file__).parents[1] / "data" / "fixtures" / "saved_set", "data-00000-of-00001.arrow"
-_OURS = (ConfigError, RunError)
+_OURS, _OF_ALL = (ConfigError, RunError), (FedtuneError,)
 
 
 _OF_A_MODEL: dict[str, Any] = {
@@ -82,17 +83,28 @@ def _in_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], obj
     return parse
 
 
-def _in_run(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    """Parse bytes as one file of a copy of a run folder."""
+def _in_copy(name: str, read: Callable[[Path], object], of: Callable[[], Path]) -> Callable[[bytes], object]:
+    """Parse bytes as one file of a copy of a folder."""
 
     def parse(data: bytes) -> object:
-        folder = seeds.folder() / f"run with other {Path(name).name}"
+        folder = seeds.folder() / f"with other {Path(name).name}"
         if not folder.exists():
-            shutil.copytree(seeds.run_folder(), folder)
+            shutil.copytree(of(), folder)
         (folder / name).write_bytes(data)
         return read(folder)
 
     return parse
+
+
+_in_run = partial(_in_copy, of=seeds.run_folder)
+
+
+def _in_spec(name: str, kind: type[Any]) -> Callable[[bytes], object]:
+    return _in_file(name, partial(read_spec, kind))
+
+
+def _adapter(name: str) -> Callable[[bytes], object]:
+    return _in_run(f"adapter/{name}", lambda folder: load_task_model(folder / "adapter"))
 
 
 def _of_run(name: str) -> bytes:
@@ -124,30 +136,27 @@ def _checkpoint(folder: Path) -> object:
     return Checkpoints(folder / "checkpoints", json.loads(_of_run("run.json"))["config_sha256"]).load()
 
 
-def _newest_checkpoint() -> str:
-    return f"checkpoints/{max((seeds.run_folder() / 'checkpoints').glob('round-*')).name}"
-
-
 def _checkpoint_data(data: bytes) -> object:
     return _in_run(_newest_checkpoint(), _checkpoint)(data)
 
 
+def _newest_checkpoint() -> str:
+    return f"checkpoints/{max((seeds.run_folder() / 'checkpoints').glob('round-*')).name}"
+
+
+def _both(path: Path, columns: Mapping[str, str]) -> object:
+    return list(usable_records(path, columns)), list(iter_records(path, columns))
+
+
 def _rows(name: str, columns: Mapping[str, str] = COLUMNS) -> Callable[[bytes], object]:
-    return _in_file(name, lambda path: (list(usable_records(path, columns)), list(iter_records(path, columns))))
+    return _in_file(name, partial(_both, columns=columns))
 
 
 def _saved(name: str) -> Callable[[bytes], object]:
     """Parse bytes as one file of a folder that Hugging Face datasets saved."""
-
-    def parse(data: bytes) -> object:
-        folder = Path(seeds.folder() / "files" / f"saved with other {name}")
-        if not folder.exists():
-            shutil.copytree(_SAVED, folder)
-        (folder / name).write_bytes(data)
-        columns = {"text": "text", "label": "label", "messages": "messages"}
-        return list(usable_records(folder, columns)), list(iter_records(folder, columns))
-
-    return parse
+    return _in_copy(
+        name, partial(_both, columns={role: role for role in ("text", "label", "messages")}), lambda: _SAVED
+    )
 
 
 def _arrow() -> bytes:
@@ -247,13 +256,8 @@ def _run_file(name: str) -> Callable[[], Any]:
 
 TARGETS = (
     Target("policy", toml_like(seeds.policy_toml), _in_file("site.toml", read_policy), _OURS),
-    Target(
-        "federation.toml",
-        toml_like(lambda: _FEDERATION),
-        _in_file("federation.toml", lambda path: read_spec(FederationFile, path)),
-        _OURS,
-    ),
-    Target("kit.toml", toml_like(_kit_seed), _in_file("kit.toml", lambda path: read_spec(KitFile, path)), _OURS),
+    Target("federation.toml", toml_like(lambda: _FEDERATION), _in_spec("federation.toml", FederationFile), _OURS),
+    Target("kit.toml", toml_like(_kit_seed), _in_spec("kit.toml", KitFile), _OURS),
     Target("roster", json_like(_roster_seed), _in_file("roster.json", Roster.read), _OURS),
     Target(
         "receipts.json",
@@ -276,21 +280,13 @@ TARGETS = (
     ),
     Target("anchor", json_like(seeds.anchor), _in_file("ledger.anchor", Head.read), _OURS),
     Target("ledger", bytes_like(seeds.ledger), _in_file("ledger.db", _ledger), _OURS),
-    Target("run.json", json_like(_run_file("run.json")), _in_run("run.json", from_run.build), _OURS, cost=5),
-    Target("config.yaml", _yaml(lambda: _of_run("config.yaml")), _in_run("config.yaml", read_run), _OURS, cost=5),
-    Target(
-        "config.yaml of a resumed run",
-        _yaml(lambda: _of_run("config.yaml")),
-        _in_run("config.yaml", saved_config),
-        _OURS,
-        cost=5,
+    *(
+        Target(name, json_like(_run_file(name)), _in_run(name, read), _OURS, cost=5)
+        for name, read in (("run.json", from_run.build), ("environment.json", read_run))
     ),
-    Target(
-        "environment.json",
-        json_like(_run_file("environment.json")),
-        _in_run("environment.json", read_run),
-        _OURS,
-        cost=5,
+    *(
+        Target(name, _yaml(lambda: _of_run("config.yaml")), _in_run("config.yaml", read), _OURS, cost=5)
+        for name, read in (("config.yaml", read_run), ("config.yaml of a resumed run", saved_config))
     ),
     Target(
         "retired keys",
@@ -298,7 +294,12 @@ TARGETS = (
         _in_file("retired_keys.json", lambda path: _federation(path.parent).retired()),
         _OURS,
     ),
-    Target("checkpoint", bytes_like(lambda: _of_run(_newest_checkpoint())), _checkpoint_data, _OURS),
+    Target(
+        "checkpoint",
+        bytes_like(lambda: _of_run(_newest_checkpoint())),
+        lambda data: _in_run(_newest_checkpoint(), _checkpoint)(data),
+        _OURS,
+    ),
     Target(
         "asked.jsonl",
         bytes_like(lambda: _of_run("checkpoints/asked.jsonl")),
@@ -306,17 +307,12 @@ TARGETS = (
         _OURS,
     ),
     Target("report.json", json_like(_run_file("report.json")), _report, _OURS),
-    Target(
-        "saved adapter's settings",
-        json_like(_run_file("adapter/fedtune.json")),
-        _in_run("adapter/fedtune.json", lambda folder: load_task_model(folder / "adapter")),
-        (FedtuneError,),
-    ),
+    Target("saved adapter's settings", json_like(_run_file("adapter/fedtune.json")), _adapter("fedtune.json"), _OF_ALL),
     Target(
         "saved adapter's head",
         bytes_like(lambda: _of_run("adapter/head.safetensors")),
-        _in_run("adapter/head.safetensors", lambda folder: load_task_model(folder / "adapter")),
-        (FedtuneError,),
+        _adapter("head.safetensors"),
+        _OF_ALL,
     ),
     *(
         Target(

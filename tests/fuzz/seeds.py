@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -149,25 +149,15 @@ def anchor() -> dict[str, Any]:
     return fields
 
 
-class _Silent:
-    """Hears of everything and shows nothing."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments, **named: None
-
-
 @cache
 def run_folder() -> Path:
     """A finished run of the smallest kind, with a report."""
-    from fedtune.api.compose import compose_run, write_config
-    from fedtune.flower.simulation import simulate
+    import fedtune
     from fedtune.report import from_run, signing
 
-    into = folder() / "run"
-    small = ("data.train_fraction=0.02", "data.declared_sizes=90", "data.validation_rows=10", "data.test_rows=10")
-    here = ("runtime.device=cpu", "runtime.num_threads=1", "privacy.noise_multiplier=4.0", "data.max_length=16")
-    made = compose_run(["experiment=debug", "name=run", "tracking=quiet", *here, *small])
-    write_config(made, into)
-    simulate(made, into, cast(Any, _Silent()))
+    small = {"data.train_fraction": 0.02, "data.declared_sizes": 90, "data.validation_rows": 10, "data.test_rows": 10}
+    here = {"runtime.device": "cpu", "runtime.num_threads": 1, "privacy.noise_multiplier": 4.0, "data.max_length": 16}
+    named = {"name": "run", "tracking": "quiet", "tracking.output_dir": str(folder())}
+    into: Path = fedtune.simulate("debug", small | here | named).folder
     (into / "report.json").write_text(signing.to_text(from_run.build(into)))
     return into
