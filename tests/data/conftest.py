@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +26,18 @@ def data_spec(*roles: str, **given: Any) -> DataSpec:
     """Settings of data, with a column for each role that is called as it is."""
     usual = {"dataset": "d", "train_file": "f", "columns": {role: role for role in roles}, "declared_sizes": 9}
     return DataSpec(**(usual | {"max_length": 12} | given))
+
+
+def chat(*contents: str, first: str = "user", system: str | None = None) -> list[dict[str, str]]:
+    """Turns of user and assistant."""
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    turns = [{"role": roles[place % 2], "content": text} for place, text in enumerate(contents)]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+def in_json(turns: Sequence[dict[str, str]]) -> str:
+    """As a record holds them."""
+    return json.dumps(list(turns), separators=(",", ":"), ensure_ascii=False)
 
 
 def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:

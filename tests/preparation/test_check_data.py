@@ -20,6 +20,8 @@ from fedtune.privacy.site_policy import Dataset, Policy, Population
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
+from ..data.conftest import chat
+
 Tickets = Callable[..., RunConfig]
 LONG = "Dear all the printer on the third floor has been broken since Monday and nobody came to mend it"
 
@@ -100,9 +102,8 @@ def test_what_records_have_in_common(tickets: Tickets, rows: tuple[str, ...], ex
     ],
 )
 def test_what_a_chat_has(tmp_path: Path, answer: str, options: dict[str, Any], expected: list[str]) -> None:
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
     writes = ("experiment=own_text", "model=random_llama", "data.chat_template=plain", "data.max_length=60")
-    config = over(tmp_path, [{"messages": turns}], *writes, "data.columns={messages: messages}")
+    config = over(tmp_path, [{"messages": chat("hi", answer)}], *writes, "data.columns={messages: messages}")
     assert summary(checked(config, **options)) == expected
 
 

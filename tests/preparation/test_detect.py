@@ -221,9 +221,16 @@ def test_one_odd_value_changes_nothing(tmp_path: Path, columns: dict[str, Any], 
 # Whose a record is.
 
 
-@pytest.mark.parametrize("odd", ["", None, "NA", 1.5, ["a"]])
+PERSONS = (
+    *("user_id", "PatientID", "Patient ID", "subject_id", "reviewerID", "Customer No.", "e-mail", "author_name"),
+    *("patient_nr", "PatientNummer", "Patient-ID", "id_patient", "hashed_patient_id", "pseudo_id", "Kundennummer"),
+    *("kunden_nr", "account_id", "screen_name", "pid", "SSN", "nhs_number", "customer email", "anon_user"),
+    *("tweet_author_id", "user.screen_name", "cust_id", "PatID", "Patienten-ID", "Email Address"),
+)
+
+
 @pytest.mark.parametrize(
-    "name", ["user_id", "PatientID", "Patient ID", "subject_id", "reviewerID", "Customer No.", "e-mail", "author_name"]
+    ("name", "odd"), [*((name, None) for name in PERSONS), *(("user_id", odd) for odd in ("", "NA", 1.5, ["a"]))]
 )
 def test_a_column_of_persons_is_the_unit_whatever_one_row_has(tmp_path: Path, name: str, odd: object) -> None:
     given = rows(LABELLED | {name: few(9)})

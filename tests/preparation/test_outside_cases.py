@@ -12,7 +12,7 @@ from fedtune.preparation import starter
 from fedtune.preparation.detect import look_at
 from fedtune.spec import ConfigError, DataError
 
-from .conftest import AB, ASK, SAY, few, own, seen, summary
+from .conftest import AB, ASK, SAY, own, seen
 
 PAIR, QUESTION = {"prompt": own, "completion": own}, {"question": own, "answer": own}
 YES = (True, False)
@@ -71,18 +71,6 @@ def test_what_would_be_learnt_wrongly_is_refused(tmp_path: Path, columns: dict[s
 )
 def test_what_is_not_read_is_named(tmp_path: Path, columns: dict[str, Any], name: str, why: str) -> None:
     assert why in dict(seen(tmp_path, columns).unread)[name]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("patient_nr", "PatientNummer", "Patient-ID", "id_patient", "hashed_patient_id", "pseudo_id", "Kundennummer"),
-        *("kunden_nr", "account_id", "screen_name", "pid", "SSN", "nhs_number", "customer email", "anon_user"),
-        *("tweet_author_id", "user.screen_name", "cust_id", "PatID", "Patienten-ID", "Email Address"),
-    ],
-)
-def test_a_column_called_as_people_are_is_the_unit(tmp_path: Path, name: str) -> None:
-    assert summary(seen(tmp_path, LABELLED | {name: few(9)})) == f"labelled: text label user={name}"
 
 
 @pytest.mark.parametrize(

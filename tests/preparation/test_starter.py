@@ -20,6 +20,8 @@ from fedtune.preparation import starter
 from fedtune.preparation.detect import look_at
 from fedtune.tasks import task_named
 
+from ..data.conftest import chat as turns
+
 
 @dataclass
 class Made:
@@ -64,10 +66,6 @@ def lines(folder: Path, *rows: dict[str, Any]) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def turns(asked: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
 def test_labels_that_yaml_would_take_for_something_else(tmp_path: Path) -> None:
