@@ -94,3 +94,12 @@ def built(spec: TaskModelSpec) -> TaskModel:
 @cache
 def _built(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
     return build_task_model(spec, device=DEVICE)
+
+
+def with_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:
+    """The model with random trainable tensors of a given size, as after some training (B starts at zero)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trainable().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    return model

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from fedtune.data import Batch
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, load_base, load_tokenizer
 from fedtune.tasks import TASKS, TaskModel
 
-from ..builders import built
+from ..builders import built, with_random_values
 
 # More threads than one only get in each other's way in models this small.
 torch.set_num_threads(1)
@@ -61,82 +63,75 @@ def same_beside_others(
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class Examples:
-    """A padded batch, as the data layer makes it."""
+def both_ways(
+    layer: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, direction: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product, and the gradient of what came in."""
+    values = values.clone().requires_grad_()
+    found = layer(values)
+    return found.detach(), torch.autograd.grad(found, values, direction)[0]
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    targets: torch.Tensor
-    prefix: torch.Tensor | None = None
-    empty_rows: int = 0
-    texts: int = 1
 
-    def __len__(self) -> int:
-        return len(self.input_ids) // self.texts
+def exactly(layer: Any, values: torch.Tensor, direction: torch.Tensor, *, transposed: bool) -> Any:
+    """The same in float64, of a layer's weight and bias."""
+    weight = layer.weight.detach().double()
+    bias = None if layer.bias is None else layer.bias.detach().double()
+    linear = partial(nn.functional.linear, weight=weight.t() if transposed else weight, bias=bias)
+    return both_ways(linear, values.double(), direction.double())
 
-    def one(self, place: int) -> Examples:
-        """An example alone, without padding but what its own texts need."""
-        rows = slice(place * self.texts, (place + 1) * self.texts)
-        length = int(self.attention_mask[rows].sum(dim=1).max())
-        targets = self.targets[place : place + 1]
-        targets = targets[:, :length] if targets.shape[1:] == self.input_ids.shape[1:] else targets
-        input_ids, mask = self.input_ids[rows, :length], self.attention_mask[rows, :length]
-        return Examples(input_ids, mask, targets, texts=self.texts)
+
+def one_of(batch: Batch, place: int) -> Batch:
+    """An example alone, without padding but what its own texts need."""
+    rows = slice(place * batch.texts, (place + 1) * batch.texts)
+    length = int(batch.attention_mask[rows].sum(dim=1).max())
+    targets = batch.targets[place : place + 1]
+    targets = targets[:, :length] if targets.shape[1:] == batch.input_ids.shape[1:] else targets
+    return Batch(batch.input_ids[rows, :length], batch.attention_mask[rows, :length], targets, texts=batch.texts)
+
+
+def spec_of(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
+    """Settings of a tiny model; keywords override."""
+    values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
+    if task in TEXTS:
+        task, values = "embedding", values | {"texts": TEXTS[task]}
+    values |= declared(task)
+    return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, **values)
 
 
 @pytest.fixture
 def spec() -> Callable[..., TaskModelSpec]:
-    """Settings of a tiny model; keywords override."""
-
-    def make(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
-        values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
-        if task in TEXTS:
-            task, values = "embedding", values | {"texts": TEXTS[task]}
-        values |= declared(task)
-        return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, **values)
-
-    return make
+    return spec_of
 
 
 @pytest.fixture
-def trained(spec: Callable[..., TaskModelSpec]) -> Callable[..., TaskModel]:
-    """A tiny model whose trainable tensors are random, as after some training (B starts at zero)."""
-
-    def make(*args: Any, **changes: Any) -> TaskModel:
-        model = built(spec(*args, **changes))
-        generator = torch.Generator().manual_seed(11)
-        with torch.no_grad():
-            for parameter in model.trainable().values():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        return model
-
-    return make
+def trained() -> Callable[..., TaskModel]:
+    """A tiny model whose trainable tensors are random."""
+    return lambda *given, **changes: with_random_values(built(spec_of(*given, **changes)), 0.2)
 
 
 @pytest.fixture
-def examples() -> Callable[[str], Examples]:
+def examples() -> Callable[[str], Batch]:
     """Four examples of different lengths; the last causal one has no supervised token."""
 
-    def make(task: str) -> Examples:
+    def make(task: str) -> Batch:
         texts = TEXTS.get(task, 1)
         lengths = torch.tensor([7, 3, 5, 4] * texts).reshape(-1, texts).T.flatten()
         token_ids = torch.randint(5, 200, (4 * texts, 7), generator=torch.Generator().manual_seed(5))
         mask = (torch.arange(7) < lengths[:, None]).long()
         token_ids = token_ids * mask + (1 - mask)  # 1 is the tiny llama's padding and end-of-text token
         if task in TEXTS:
-            return Examples(token_ids, mask, torch.tensor([0.1, 0.9, 0.4, 0.6]) + texts - 2, texts=texts)
+            return Batch(token_ids, mask, torch.tensor([0.1, 0.9, 0.4, 0.6]) + texts - 2, texts=texts)
         if task == "classification":
-            return Examples(token_ids, mask, torch.tensor([0, 2, 1, 2]))
+            return Batch(token_ids, mask, torch.tensor([0, 2, 1, 2]))
         if TASKS[task].has_head:
             spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **declared(task))
             draws = np.random.default_rng(8)
             made = TASKS[task].made_up_targets(list(token_ids.numpy()), spec=spec, draws=draws, first=lambda length: 1)
             targets = torch.from_numpy(np.asarray(made))
             by_token = targets.shape == mask.shape
-            return Examples(token_ids, mask, torch.where(mask == 1, targets, -100) if by_token else targets)
+            return Batch(token_ids, mask, torch.where(mask == 1, targets, -100) if by_token else targets)
         targets = torch.where((mask == 1) & (torch.arange(7) >= 2), token_ids, -100)
         targets[3] = -100
-        return Examples(token_ids, mask, targets)
+        return Batch(token_ids, mask, targets)
 
     return make

@@ -14,6 +14,8 @@ from fedtune.model.ia3_and_dora import as_peft, merged
 from fedtune.spec import ConfigError
 from fedtune.tasks import TaskModel, build_task_model
 
+from ..builders import with_random_values
+
 Specs = Callable[..., TaskModelSpec]
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
 PATHS = ("random:bert", "random:llama")
@@ -87,9 +89,7 @@ def test_an_offset_of_ia3_is_a_share_of_its_module_s_output(spec: Specs) -> None
 def test_an_offset_of_dora_is_a_share_of_its_row_s_length(spec: Specs) -> None:
     model = build_task_model(spec(lora=LoraSpec(kind="dora", rank=2, target_modules=("query",), layers=(0,))))
     layer = next(module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query"))
-    with torch.no_grad():
-        for name, parameter in model.trainable().items():
-            parameter.copy_(torch.randn(parameter.shape) * 0.3 if "head" not in name else parameter)
+    with_random_values(model, 0.3)
     inputs, start = torch.randn(2, 3, 32), layer.base_layer.weight
     matrix = start + 8.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     length = start.norm(dim=1) * (1 + layer.scales.offset)

@@ -16,13 +16,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedtune.model import int8
-from fedtune.model.base_model import load_base, model_sha256
-from fedtune.model.int8 import PART, Int8, Int8Linear, keep_in_int8, round_rows
-from fedtune.model.layers import layer_stack
+from fedtune.model.base_model import load_base
+from fedtune.model.int8 import PART, Int8, keep_in_int8, round_rows
 from fedtune.model.spec import ModelSpec
 from fedtune.training.machine import model_bytes
 
-from .conftest import same_beside_others
+from .conftest import both_ways, same_beside_others
 
 MODULES = [nn.Linear(96, 80), nn.Linear(1536, 96, bias=False), Conv1D(80, 96)]
 modules = pytest.mark.parametrize("module", MODULES, ids=["linear", "many terms", "transposed"])
@@ -67,13 +66,6 @@ def kept(module: nn.Module) -> Int8:
     layer = in_int8(module).layers[0]
     assert isinstance(layer, Int8)
     return layer
-
-
-def both_ways(layer: Int8, values: torch.Tensor, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The product, and the gradient of what came in."""
-    values = values.clone().requires_grad_()
-    found = layer(values)
-    return found.detach(), torch.autograd.grad(found, values, direction)[0]
 
 
 @modules
@@ -303,22 +295,16 @@ def test_layers_that_read_the_same_round_it_once(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("path", "predicts_tokens"), [("random:bert", False), ("random:llama", True)])
-def test_layers_alone_are_kept_so_in_a_byte_a_weight(path: str, predicts_tokens: bool) -> None:
-    spec = ModelSpec(path=path, dtype="int8")
-    base, plain = (load_base(one, predicts_tokens=predicts_tokens) for one in (spec, ModelSpec(path=path)))
-    inside = [module for module in layer_stack(base)[1].modules() if isinstance(module, nn.Linear)]
-    assert inside
-    assert {type(module) for module in inside} == {Int8Linear}
-    assert [module for module in base.modules() if isinstance(module, Int8)] == inside
-    for name, parameter in base.named_parameters():
-        assert torch.equal(parameter, plain.get_parameter(name)), name
-    again = load_base(spec, predicts_tokens=predicts_tokens)
+def test_layers_are_kept_in_a_byte_a_weight_and_their_factors_are_shared(path: str, predicts_tokens: bool) -> None:
+    base, again, plain = (
+        load_base(ModelSpec(path=path, dtype=dtype), predicts_tokens=predicts_tokens)  # type: ignore[arg-type]
+        for dtype in ("int8", "int8", "float32")
+    )
     assert all(map(torch.equal, base.buffers(), again.buffers())), "factors too are the same each time"
+    inside = [module for module in base.modules() if isinstance(module, Int8)]
     weights, outputs = (
         sum(each) for each in zip(*((one.shape.numel(), len(one.scales)) for one in inside), strict=True)
     )
     columns = {module.reader: len(module.factors) for module in inside}
     assert len(columns) < len(inside), "factors are shared"
     assert model_bytes(plain) - model_bytes(base) == 3 * weights - 4 * outputs - 4 * sum(columns.values())
-    assert base.dtype == torch.float32, "as are the states between layers"
-    assert model_sha256(spec) == model_sha256(ModelSpec(path=path)), "the hash is that of the weights in the files"

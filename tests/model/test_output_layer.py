@@ -12,7 +12,6 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 from fedtune.data import Batch
 from fedtune.data.batching import alone
 from fedtune.model.layers import OutputLayer
-from fedtune.tasks import TaskModel
 from fedtune.training.per_example import attached
 
 IDS = torch.arange(12).view(2, 6)
@@ -73,7 +72,7 @@ def test_the_layer_does_not_run_while_its_inputs_are_taken_and_runs_again_afterw
 
 @pytest.mark.parametrize("learnt", [0, 1, 3, 6])
 def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(
-    trained: Callable[..., TaskModel], examples: Callable[..., Any], learnt: int
+    trained: Any, examples: Any, learnt: int
 ) -> None:
     model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
     with attached(model) as gradients:
@@ -85,26 +84,21 @@ def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(
     assert all(torch.equal(one[0], beside_others[name][0]) for name, one in before.items())
 
 
-def test_an_empty_batch_needs_as_much_as_any_example(
-    trained: Callable[..., TaskModel], examples: Callable[..., Any]
-) -> None:
+def test_an_empty_batch_needs_as_much_as_any_example(trained: Any, examples: Any) -> None:
     model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
-    real = Batch(batch.input_ids, batch.attention_mask, batch.targets)
     places: list[int] = []
     layer = model.base.get_base_model().lm_head
     hook = layer.register_forward_hook(lambda layer, inputs, scores: places.append(len(scores)))
-    model.losses(real)
+    model.losses(batch)
     most = max(places)
     places.clear()
-    model.task.losses(model, alone(real, None))
+    model.task.losses(model, alone(batch, None))
     hook.remove()
-    assert places == [real.input_ids.shape[1] - 1] * 4
+    assert places == [batch.input_ids.shape[1] - 1] * 4
     assert most <= places[0]
 
 
-def test_a_record_of_one_token_has_no_loss_and_no_gradient(
-    trained: Callable[..., TaskModel], examples: Callable[..., Any]
-) -> None:
+def test_a_record_of_one_token_has_no_loss_and_no_gradient(trained: Any, examples: Any) -> None:
     model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
     short = Batch(batch.input_ids[:, :1], batch.attention_mask[:, :1], batch.targets[:, :1])
     with attached(model) as gradients:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.model.base_model import load_base
+from fedtune.model.base_model import load_base, model_sha256
+from fedtune.model.int8 import Int8Linear
 from fedtune.model.layers import layer_stack
 from fedtune.model.products import (
     FrozenConv1D,
@@ -23,9 +25,10 @@ from fedtune.model.products import (
     round_products,
     rounded_product,
 )
+from fedtune.model.quantized import FourBitLinear
 from fedtune.model.spec import ModelSpec
 
-from .conftest import same_beside_others
+from .conftest import both_ways, exactly, same_beside_others
 
 needs_onednn = pytest.mark.skipif(
     not torch._C._has_mkldnn or platform.machine().lower() not in ("x86_64", "amd64"),
@@ -42,21 +45,13 @@ def frozen(module: nn.Module) -> nn.Module:
 def test_product_and_gradient_are_torchs_own_but_for_rounding(module: nn.Module) -> None:
     torch.manual_seed(0)
     values = torch.randn(3, 5, 96)
-    base = frozen(nn.Sequential(module))
-    exact = values.double().requires_grad_()
-    weight = module.weight.double() if isinstance(module, nn.Linear) else module.weight.double().t()
-    wanted = nn.functional.linear(exact, weight, None if module.bias is None else module.bias.double())
+    direction = torch.randn_like(module(values))
+    base = frozen(nn.Sequential(deepcopy(module)))
     multiply_by_onednn(base)
-    assert isinstance(module, FrozenLinear | FrozenConv1D)
-    found = base(values.requires_grad_())
-    direction = torch.randn_like(found)
-    found.backward(direction)
-    wanted.backward(direction.double())
-    assert values.grad is not None
-    assert exact.grad is not None
-    # Of 96 terms of size 1 in float32.
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-5)
-    torch.testing.assert_close(values.grad.double(), exact.grad, rtol=0, atol=1e-5)
+    assert isinstance(base[0], FrozenLinear | FrozenConv1D)
+    wanted = exactly(module, values, direction, transposed=isinstance(module, Conv1D))
+    for one, other in zip(both_ways(base, values, direction), wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)  # of 96 terms of size 1 in float32
 
 
 @needs_onednn
@@ -115,34 +110,36 @@ def test_rounded_products_are_sums_of_rounded_numbers_rounded_once(
     round_products(base)
     assert isinstance(base[0], RoundedLinear | RoundedConv1D)
     assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
-    values = torch.randn(3, 5, 96, requires_grad=True)
-    exact = values.detach().bfloat16().double().requires_grad_()
-    weight = base[0].weight.double() if isinstance(module, nn.Linear) else base[0].weight.double().t()
-    wanted = nn.functional.linear(exact, weight, None if module.bias is None else base[0].bias.double())
-    found = base(values)
-    direction = torch.randn_like(found)
-    found.backward(direction)
-    wanted.backward(direction.bfloat16().double())
-    assert values.grad is not None
-    assert exact.grad is not None
-    assert found.dtype == values.grad.dtype == torch.float32
-    for one, other in ((found, wanted), (values.grad, exact.grad)):
+    values = torch.randn(3, 5, 96)
+    direction = torch.randn_like(module(values))
+    wanted = exactly(base[0], values.bfloat16(), direction.bfloat16(), transposed=isinstance(module, Conv1D))
+    for one, other in zip(both_ways(base, values, direction), wanted, strict=True):
+        assert one.dtype == torch.float32
         # Half of bfloat16's last place, and what adding up 96 terms of size 1 in float32 rounds.
         torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5)
         assert torch.equal(one, one.bfloat16().float())
 
 
-def test_rounding_leaves_alone_what_is_not_a_layer_s_own_product() -> None:
-    for path, predicts_tokens in (("random:bert", False), ("random:llama", True)):
-        base = load_base(ModelSpec(path=path, dtype="mixed"), predicts_tokens=predicts_tokens)
-        layers = {id(one) for module in layer_stack(base)[1].modules() for one in module.parameters(recurse=False)}
-        rounded = [m for m in base.modules() if isinstance(m, RoundedLinear)]
-        inside = {id(one) for module in rounded for one in module.parameters()}
-        assert rounded
-        assert inside < layers
-        assert {one.dtype for one in base.parameters() if id(one) in inside} == {torch.bfloat16}
-        assert {one.dtype for one in base.parameters() if id(one) not in inside} == {torch.float32}
-        assert base.dtype == torch.float32, "as are the states between layers"
+@pytest.mark.parametrize(("dtype", "kind"), [("mixed", RoundedLinear), ("int8", Int8Linear), ("nf4", FourBitLinear)])
+@pytest.mark.parametrize(("path", "predicts_tokens"), [("random:bert", False), ("random:llama", True)])
+def test_the_layers_own_weights_alone_have_another_format(
+    path: str, predicts_tokens: bool, dtype: Any, kind: type[nn.Module]
+) -> None:
+    between: Any = "bfloat16" if dtype == "nf4" else "float32"  # the states between layers
+    spec = ModelSpec(path=path, dtype=dtype)
+    base, plain = (
+        load_base(one, predicts_tokens=predicts_tokens) for one in (spec, ModelSpec(path=path, dtype=between))
+    )
+    inside = [module for module in layer_stack(base)[1].modules() if isinstance(module, nn.Linear)]
+    assert inside
+    assert {type(module) for module in inside} == {kind}
+    assert [module for module in base.modules() if isinstance(module, kind)] == inside
+    rounded = {id(one) for module in inside for one in module.parameters() if dtype == "mixed"}
+    for name, parameter in base.named_parameters():
+        expected = plain.get_parameter(name)
+        assert torch.equal(parameter, expected.bfloat16() if id(parameter) in rounded else expected), name
+    assert base.dtype == getattr(torch, between)
+    assert model_sha256(spec) == model_sha256(ModelSpec(path=path)), "the hash is that of the weights in the files"
 
 
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX's kernels go by rows: tests/sites/test_amx.py")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from typing import Any
 
@@ -19,7 +18,8 @@ from fedtune.spec import DataError
 from fedtune.tasks import TaskModel, load_task_model, save_task_model, task_named
 from fedtune.tasks.preference import length_controlled
 
-from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, rows
+from ..builders import with_random_values
+from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, chat, data_spec, in_json, rows
 
 PAIRS = task_named("preference")
 HIDDEN = UNSUPERVISED
@@ -38,10 +38,7 @@ def pair(prompt: str, chosen: str, rejected: str) -> Record:
 
 
 def turns(*contents: str, first: str = "user") -> str:
-    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
-    return json.dumps(
-        [{"role": roles[n % 2], "content": text} for n, text in enumerate(contents)], separators=(",", ":")
-    )
+    return in_json(chat(*contents, first=first))
 
 
 def whole(chosen: str, rejected: str, **fields: str) -> Record:
@@ -185,14 +182,6 @@ def made_up(model: TaskModel, count: int = 6) -> TextDataset:
     return TextDataset(ids, targets, texts=2)
 
 
-def with_values(model: TaskModel, size: float) -> TaskModel:
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    return model
-
-
 @pytest.fixture
 def model(trained: Any) -> TaskModel:
     made: TaskModel = trained("random:llama", "preference", texts=2)
@@ -211,7 +200,7 @@ def test_the_reference_is_the_base_whatever_the_adapter(trained: Any, layers: tu
         places = (targets[1:] != HIDDEN).nonzero().flatten()
         own = scores[row, places, targets[places + 1]].sum()
         assert float(found.flatten()[row]) == pytest.approx(float(own), rel=1e-5)
-    with_values(model, 3.0)
+    with_random_values(model, 3.0)
     assert torch.equal(model.reference(batch), found)
     if layers:
         behind = type(batch)(batch.input_ids, batch.attention_mask, batch.targets, model.frozen_states(batch), texts=2)
@@ -230,7 +219,7 @@ def test_what_trains_stays_as_it_was(trained: Any, train_a: bool) -> None:
 
 
 def test_a_model_that_is_its_base_prefers_nothing(model: TaskModel) -> None:
-    with_values(model, 0.0)
+    with_random_values(model, 0.0)
     figures = figures_of(model, made_up(model), pad_id=0, max_tokens=40)
     scores = model.task.scores(figures, spec=model.spec)
     assert scores == {
@@ -246,7 +235,7 @@ def test_what_is_kept_of_the_lead_s_data_changes_no_score(model: TaskModel) -> N
     dataset, kept = made_up(model), {}
     first = figures_of(model, dataset, pad_id=0, max_tokens=40, kept=kept)
     assert all(batch.reference is not None for batch in kept.values())
-    with_values(model, 0.7)
+    with_random_values(model, 0.7)
     again = figures_of(model, dataset, pad_id=0, max_tokens=40, kept=kept)
     plain = figures_of(model, dataset, pad_id=0, max_tokens=40)
     np.testing.assert_allclose(again["margin"], plain["margin"], rtol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,24 +12,23 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model import Adapter, ModelSpec
 from fedtune.model.products import multiply_by_onednn
 from fedtune.privacy.mechanism import cell
-from fedtune.privacy.randomness import SeededRandomness
+from fedtune.privacy.randomness import Randomness, SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
 from fedtune.training import dp_step
-from fedtune.training.dp_step import Records, dp_sgd_step
+from fedtune.training.dp_step import Records, add_clipped, dp_sgd_step, zeros
 from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining
+from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 
-from ..builders import DEVICE, built
-from ..model.conftest import declared
+from ..builders import DEVICE, built, with_random_values
+from ..model.conftest import LABELS, TEXTS, spec_of
 
-LABELS = ("card_arrival", "exchange_rate", "lost_card")
 KINDS = [
     ("random:bert", "classification"),
     ("random:llama", "causal_lm"),
@@ -38,8 +37,6 @@ KINDS = [
     ("random:llama", "preference"),
 ]
 """Models, and tasks that they are tried on."""
-TEXTS = {"pairs": 2, "triplets": 3}
-"""What stands for task embedding with so many texts a record."""
 Arrays = dict[str, npt.NDArray[np.float64]]
 
 
@@ -56,15 +53,11 @@ def one_thread() -> Iterator[None]:
 def fresh() -> Callable[..., TaskModel]:
     """A tiny model as training starts: every B is zero, and so is the head."""
 
-    def make(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModel:
-        dtype = changes.pop("dtype", "float32")
-        values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
-        if task == "preference":
-            values |= {"texts": 2}
-        if task in TEXTS:
-            task, values = "embedding", values | {"texts": TEXTS[task]}
-        spec = TaskModelSpec(model=ModelSpec(path=path, dtype=dtype), task=task, **declared(task), **values)
-        model = built(spec)
+    def make(
+        path: str = "random:bert", task: Any = "classification", *, dtype: Any = "float32", **changes: Any
+    ) -> TaskModel:
+        changes |= {"texts": 2} if task == "preference" else {}
+        model = built(spec_of(path, task, model=ModelSpec(path=path, dtype=dtype), **changes))
         multiply_by_onednn(model.base)  # as a run does
         return model
 
@@ -73,21 +66,8 @@ def fresh() -> Callable[..., TaskModel]:
 
 @pytest.fixture
 def trained(fresh: Callable[..., TaskModel]) -> Callable[..., TaskModel]:
-    """The same with random trainable tensors of a given size, as after some training."""
-
-    def make(*args: Any, size: float = 0.2, **changes: Any) -> TaskModel:
-        return with_random_values(fresh(*args, **changes), size)
-
-    return make
-
-
-def with_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:
-    """The model with random trainable tensors of a given size."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.trainable().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    return model
+    """The same with random trainable tensors of a given size."""
+    return lambda *given, size=0.2, **changes: with_random_values(fresh(*given, **changes), size)
 
 
 class Table:
@@ -103,67 +83,76 @@ class Table:
         return found
 
 
+def made_up(task: str, count: int = 9, *, seed: int = 5) -> TextDataset:
+    """`count` random examples of texts of 2 to 12 tokens; the last has no target, but where that is a class."""
+    generator, texts = np.random.default_rng(seed), 2 if task == "preference" else TEXTS.get(task, 1)
+    input_ids = tuple(
+        generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32) for _ in range(count * texts)
+    )
+    if task in TEXTS:
+        cosines = generator.uniform(0, texts - 1, size=count).astype(np.float32)
+        cosines[-1:] = np.nan
+        return TextDataset(input_ids, cosines, texts)
+    if task == "classification":
+        return TextDataset(input_ids, generator.integers(0, len(LABELS), size=count))
+    targets = [np.where(np.arange(len(ids)) >= 1, ids, -100).astype(np.int64) for ids in input_ids]
+    for last in targets[-texts:]:
+        last[:] = -100
+    return TextDataset(input_ids, tuple(targets), texts)
+
+
 @pytest.fixture
 def examples() -> Callable[..., TextDataset]:
-    """`count` random examples of texts of 2 to 12 tokens; the last has no target, but where that is a class."""
+    return made_up
 
-    def make(task: str, count: int = 9, *, seed: int = 5) -> TextDataset:
-        generator = np.random.default_rng(seed)
-        input_ids = tuple(
-            generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32)
-            for _ in range(count * (2 if task == "preference" else TEXTS.get(task, 1)))
-        )
-        if task in TEXTS:
-            cosines = generator.uniform(0, TEXTS[task] - 1, size=count).astype(np.float32)
-            cosines[-1:] = np.nan
-            return TextDataset(input_ids, cosines, TEXTS[task])
-        if task == "classification":
-            return TextDataset(input_ids, generator.integers(0, len(LABELS), size=count))
-        targets = [np.where(np.arange(len(ids)) >= 1, ids, -100).astype(np.int64) for ids in input_ids]
-        texts = len(targets) // count if count else 1
-        for last in targets[-texts:]:
-            last[:] = -100
-        return TextDataset(input_ids, tuple(targets), texts)
 
-    return make
+def plan_of(**changes: object) -> Plan:
+    """A plan without noise that takes every record; keywords override."""
+    values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 1.0, "noise_multiplier": 0.0}
+    values |= {"max_grad_norm": 1.0, "local_steps": 2, "num_rounds": 3}
+    return Plan(**(values | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def plan() -> Callable[..., Plan]:
-    """A plan without noise that takes every record; keywords override."""
+    return plan_of
 
-    def make(**changes: object) -> Plan:
-        values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 1.0, "noise_multiplier": 0.0}
-        values |= {"max_grad_norm": 1.0, "local_steps": 2, "num_rounds": 3}
-        return Plan(**(values | changes))  # type: ignore[arg-type]
 
-    return make
+def examples_of(
+    dataset: TextDataset,
+    shapes: Shapes | None = None,
+    *,
+    max_tokens: int = 40,
+    max_length: int = 15,
+    kept_by: TaskModel | None = None,
+) -> SiteExamples:
+    """Records as training reads them, in micro-batches of so many tokens; 1: a row each.
+
+    `kept_by`: a model whose frozen states, and what its base says of the records, are kept.
+    """
+    shapes = shapes or Shapes.of(max_length=max_length, max_tokens=max_tokens)
+    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
+    if kept_by:
+        examples.keep_frozen_states(kept_by)
+        examples.keep_reference(kept_by)
+        kept = all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
+        assert kept == kept_by.skips_layers
+    return examples
 
 
 @pytest.fixture
-def site_examples() -> Callable[..., SiteExamples]:
-    """Records of up to 15 tokens as training reads them, in micro-batches of so many tokens; 1: a row each."""
-
-    def make(dataset: TextDataset, *, max_tokens: int = 40) -> SiteExamples:
-        shapes = Shapes.of(max_length=15, max_tokens=max_tokens)
-        return SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
-
-    return make
-
-
-@pytest.fixture
-def records(site_examples: Callable[..., SiteExamples]) -> Callable[..., Records]:
+def records() -> Callable[..., Records]:
     """The records of a dataset, cut into micro-batches as a round does."""
 
     def make(dataset: TextDataset, *, declared_size: int = 20, max_tokens: int = 40) -> Records:
-        examples = site_examples(dataset, max_tokens=max_tokens)
+        examples = examples_of(dataset, max_tokens=max_tokens)
         return Records(count=len(dataset), declared_size=declared_size, cut=examples.cut)
 
     return make
 
 
 @pytest.fixture
-def work(plan: Callable[..., Plan]) -> Callable[..., RoundOfTraining]:
+def work() -> Callable[..., RoundOfTraining]:
     """A private round; keywords override."""
 
     def make(**changes: Any) -> RoundOfTraining:
@@ -171,7 +160,7 @@ def work(plan: Callable[..., Plan]) -> Callable[..., RoundOfTraining]:
             "site": "bank_a",
             "round": 1,
             "attempt": 1,
-            "plan": plan(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5, local_steps=2, num_rounds=3),
+            "plan": plan_of(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5),
             "training": TrainingSpec(local_steps=2, learning_rate=0.01),
             "declared_size": 10,
             "max_adapter_value": 100.0,
@@ -181,12 +170,38 @@ def work(plan: Callable[..., Plan]) -> Callable[..., RoundOfTraining]:
     return make
 
 
+def released(
+    model: TaskModel,
+    units: Any,
+    work: RoundOfTraining,
+    *,
+    randomness: Randomness | None = None,
+    adapter: Adapter | None = None,
+) -> Adapter:
+    """What a round over a dataset, or over records or users as training reads them, releases."""
+    units = examples_of(units) if isinstance(units, TextDataset) else units
+    return train_round(model, adapter or Adapter.of(model), units, work, randomness=randomness or SeededRandomness(5))
+
+
+def summed(
+    model: TaskModel, examples: SiteExamples, clip: float, chosen: Sequence[int] | None = None
+) -> dict[str, torch.Tensor]:
+    """The clipped sum of the chosen examples, or of all, in cells."""
+    sums = zeros(model.trainable())
+    with attached(model) as gradients:
+        for batch in examples.cut(np.array(range(len(examples)) if chosen is None else chosen)):
+            add_clipped(sums, gradients.of(batch), clip)
+    return sums
+
+
 @dataclass
 class Stepper:
     """Takes private steps on a model, with streams seeded alike in every stepper."""
 
     model: TaskModel
     optimizer: torch.optim.Optimizer
+    units: Callable[[Any], Any] = lambda gradients: gradients
+    """Of the gradients of single records: those of the units that are clipped."""
 
     def __post_init__(self) -> None:
         self.sampling = SeededRandomness(1).stream("sampling")
@@ -197,7 +212,7 @@ class Stepper:
         with attached(self.model) as gradients:
             for _ in range(steps):
                 dp_sgd_step(
-                    gradients,
+                    self.units(gradients),
                     records,
                     plan,
                     parameters=self.model.trainable(),

@@ -15,26 +15,17 @@ import torch
 from fedtune.data import Shapes, collate
 from fedtune.model import LoraSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel
-from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
-from ..builders import DEVICE, as_tried
+from ..builders import as_tried
+from .conftest import KINDS, examples_of
 from .test_companies import records, require_alone, threads  # noqa: F401
 from .test_dp_step import loop_gradient
 
 pytestmark = pytest.mark.nightly
 
-CLIP_NORM = 2**24
-TASKS = [
-    ("random:bert", "classification"),
-    ("random:llama", "classification"),
-    ("random:llama", "causal_lm"),
-    ("random:llama", "preference"),
-    ("random:bert", "triplets"),
-]
-tasks = pytest.mark.parametrize(("path", "task"), TASKS)
+tasks = pytest.mark.parametrize(("path", "task"), KINDS)
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 SHAPES = as_tried(Shapes.of(max_length=15, max_tokens=40))
@@ -44,27 +35,20 @@ def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
     return LoraSpec(kind=kind, rank=2, alpha=4.0, layers=(-1,) if keeps else None, **changes)
 
 
-def site_of(model: TaskModel, dataset: Any, *, keeps: bool) -> SiteExamples:
-    examples = SiteExamples(dataset, pad_id=0, shapes=SHAPES, device=DEVICE)
-    if keeps:
-        examples.keep_frozen_states(model)
-        assert all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
-    return examples
-
-
 @keeping
 @kinds
 @tasks
 def test_gradients_equal_a_loop(trained: Any, examples: Any, path: str, task: str, kind: str, keeps: bool) -> None:
     model, dataset = trained(path, task, lora=of_kind(kind, keeps=keeps)), examples(task)
     looped = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
+    site = examples_of(dataset, SHAPES, kept_by=model if keeps else None)
     with attached(model) as gradients:
-        for batch in site_of(model, dataset, keeps=keeps).cut(np.arange(len(dataset))):
+        for batch in site.cut(np.arange(len(dataset))):
             found = gradients.of_all(batch)
             assert list(found) == list(model.trainable())
         for place, each in enumerate(looped):
             alone = gradients.of_all(collate(dataset, [place], pad_id=0))  # no longer than its texts
-            padded = gradients.of_all(next(iter(site_of(model, dataset, keeps=keeps).cut(np.array([place])))))
+            padded = gradients.of_all(next(iter(site.cut(np.array([place])))))
             for name, expected in each.items():
                 for one in (alone, padded):
                     apart = np.abs(one[name][0].double().numpy() - expected).max()
@@ -110,12 +94,8 @@ def test_a_record_is_the_same_bit_for_bit_in_every_company(
     model = trained(path, task, size=1.4, lora=of_kind(kind, keeps=keeps))
     shapes = as_tried(Shapes.of(max_length=30, max_tokens=200))
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=20), [30, 30])
-    examples = SiteExamples(
-        records(lengths, task=task, ids=model.num_ids, classes=3), pad_id=0, shapes=shapes, device=DEVICE
-    )
-    if keeps:
-        examples.keep_frozen_states(model)
-    require_alone(model, examples, companies=5)
+    dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
+    require_alone(model, examples_of(dataset, shapes, kept_by=model if keeps else None), companies=5)
 
 
 @kinds

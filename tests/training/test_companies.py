@@ -22,8 +22,9 @@ from fedtune.training.preflight import lengths_of_texts
 from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
-from ..builders import DEVICE, as_tried
-from .conftest import TEXTS, with_random_values
+from ..builders import as_tried, with_random_values
+from ..model.conftest import TEXTS
+from .conftest import examples_of
 
 pytestmark = pytest.mark.nightly
 
@@ -77,14 +78,6 @@ def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.
     return drawn
 
 
-def examples_of(dataset: TextDataset, shapes: Shapes, *, kept_by: TaskModel | None = None) -> SiteExamples:
-    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
-    if kept_by:
-        examples.keep_frozen_states(kept_by)
-        examples.keep_reference(kept_by)
-    return examples
-
-
 def each_one(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.int64]) -> dict[int, Gradients]:
     """The gradients of the chosen records by their places, as a step computes them together."""
     found = {}
@@ -98,7 +91,9 @@ def each_one(model: TaskModel, examples: SiteExamples, chosen: npt.NDArray[np.in
 
 
 def same(left: Gradients, right: Gradients) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    """To the bit, also where a value is no number."""
+    exactly = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
+    return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], **exactly) for name in left)
 
 
 def require_alone(model: TaskModel, examples: SiteExamples, *, companies: int, seed: int = 1) -> None:

@@ -21,21 +21,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data import Shapes, TextDataset
+from fedtune.data import Shapes
 from fedtune.model import Adapter, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import TaskModel, build_task_model
 from fedtune.training import devices as devices_module
 from fedtune.training import machine
 from fedtune.training.devices import Devices, DividedUnits, Trial, _Device, places_for
 from fedtune.training.examples import SiteExamples, rank_of
-from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.machine import ready_model
-from fedtune.training.spec import RuntimeSpec, TrainingSpec
+from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
 from ..forked import Forked
+from .conftest import made_up, released
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = Shapes.of(max_length=15, max_tokens=40)
@@ -109,18 +108,8 @@ def three() -> Iterator[Room]:
     made.devices._crew.end()
 
 
-def made_up(spec: TaskModelSpec, count: int, *, seed: int = 5) -> TextDataset:
-    generator = np.random.default_rng(seed)
-    input_ids = tuple(
-        generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32) for _ in range(count * spec.texts)
-    )
-    if spec.task == "classification":
-        return TextDataset(input_ids, generator.integers(0, 3, size=count))
-    return TextDataset(input_ids, tuple(np.where(np.arange(len(i)) >= 1, i, -100) for i in input_ids), spec.texts)
-
-
 def units_of(spec: TaskModelSpec, count: int, unit: str = "record") -> SiteExamples | UserExamples:
-    examples = SiteExamples(made_up(spec, count), pad_id=0, shapes=SHAPES, device="cpu")
+    examples = SiteExamples(made_up(spec.task, count), pad_id=0, shapes=SHAPES, device="cpu")
     if unit == "record":
         return examples
     owners = np.random.default_rng(8).integers(0, max(1, count // 3), size=count)
@@ -129,23 +118,15 @@ def units_of(spec: TaskModelSpec, count: int, unit: str = "record") -> SiteExamp
 
 
 def a_round(
-    room: Room, units: Any, plan: Callable[..., Any], *, number: int = 1, start: Adapter | None = None
+    room: Room, units: Any, work: Callable[..., Any], *, number: int = 1, start: Adapter | None = None
 ) -> Adapter:
     """What a round of three steps releases."""
-    planned = plan(unit=units.unit, sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=MAX_GRAD_NORM, local_steps=3)
-    work = RoundOfTraining(
-        site="bank_a",
-        round=number,
-        attempt=1,
-        plan=planned,
-        training=TrainingSpec(local_steps=3, learning_rate=0.01),
-        declared_size=30,
-        max_adapter_value=50.0,
-    )
+    planned = replace(work().plan, unit=units.unit, local_steps=3)
     if room.model.skips_layers:
         units.keep_frozen_states(room.model)
     units.keep_reference(room.model)
-    return train_round(room.model, start or FIRST[room.model.spec], units, work, randomness=SeededRandomness(5))
+    asked = work(round=number, plan=planned, declared_size=30)
+    return released(room.model, units, asked, adapter=start or FIRST[room.model.spec])
 
 
 FIRST = {spec: Adapter.of(build_task_model(spec)) for spec in KINDS.values()}
@@ -174,17 +155,17 @@ def gone(pid: int, *, within_s: float = 20.0) -> bool:
 @pytest.mark.by_day("kept states-41-record", "a reference-41-user", "a reference-2-record", "kept states-0-record")
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
-def test_several_devices_release_what_one_does(room: Room, plan: Any, unit: str, count: int) -> None:
+def test_several_devices_release_what_one_does(room: Room, work: Any, unit: str, count: int) -> None:
     units = units_of(room.model.spec, count, unit)
     here, there = units_of(room.model.spec, count, unit), divided(room, units)
-    first = a_round(room, here, plan)
-    assert a_round(room, there, plan).digest() == first.digest()
-    second = a_round(room, here, plan, number=2, start=first)
-    assert a_round(room, there, plan, number=2, start=first).digest() == second.digest()
+    first = a_round(room, here, work)
+    assert a_round(room, there, work).digest() == first.digest()
+    second = a_round(room, here, work, number=2, start=first)
+    assert a_round(room, there, work, number=2, start=first).digest() == second.digest()
     assert count == 0 or second.digest() != first.digest()
 
 
-def test_every_device_has_a_part_in_the_sum(three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_device_has_a_part_in_the_sum(three: Room, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
     counted: list[int] = []
@@ -196,7 +177,7 @@ def test_every_device_has_a_part_in_the_sum(three: Room, plan: Any, monkeypatch:
         return found
 
     monkeypatch.setattr(three.devices._crew, "answers", seen)
-    a_round(three, there, plan)
+    a_round(three, there, work)
     assert len(counted) == 3 * 2, "three steps, two other devices"
     assert min(counted) > 0
     assert len(there._own) == 14
@@ -207,7 +188,7 @@ def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int,
     owners = np.random.default_rng(seed).integers(0, max(1, count // 2), size=count)
     users = [np.flatnonzero(owners == user) for user in np.unique(owners)]
     spec = KINDS["kept states"]
-    examples = SiteExamples(made_up(spec, count), pad_id=0, shapes=SHAPES, device="cpu")
+    examples = SiteExamples(made_up(spec.task, count), pad_id=0, shapes=SHAPES, device="cpu")
     by_user = UserExamples(examples, users, most_records=2)
     for units in (examples, by_user):
         shares = [units.share(rank, ranks, "cpu") for rank in range(ranks)]
@@ -222,26 +203,26 @@ def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int,
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
 
-def test_a_unit_that_no_device_adds_is_missed(three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_that_no_device_adds_is_missed(three: Room, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three, units_of(three.model.spec, 41))
     by_rank = there._by_rank
     monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
     with pytest.raises(AssertionError, match="each sampled record counts exactly once"):
-        a_round(three, there, plan)
+        a_round(three, there, work)
     monkeypatch.setattr(there, "_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
     with pytest.raises((AssertionError, RunError)):
-        a_round(three, there, plan)
+        a_round(three, there, work)
 
 
 # A device that fails.
 
 
 def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
-    three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch
+    three: Room, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
-    expected = a_round(three, units_of(three.model.spec, 41), plan)
+    expected = a_round(three, units_of(three.model.spec, 41), work)
     pids, steps = three.pids, []
     own_cut = there._own.cut_drawn
 
@@ -253,18 +234,18 @@ def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
 
     monkeypatch.setattr(there._own, "cut_drawn", dies_in_the_second_step)
     with pytest.raises(RunError, match="a device of this machine failed, so that nothing of this round is released"):
-        a_round(three, there, plan)
+        a_round(three, there, work)
     assert len(steps) == 2, "no step follows"
     assert all(gone(pid) for pid in pids)
-    assert a_round(three, there, plan).digest() == expected.digest()
+    assert a_round(three, there, work).digest() == expected.digest()
     assert not set(pids) & set(three.pids)
 
 
 def test_a_process_that_hangs_ends_the_round_in_bounded_time(
-    three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch
+    three: Room, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = divided(three, units_of(three.model.spec, 41))
-    a_round(three, there, plan)
+    a_round(three, there, work)
     pids, own_cut = three.pids, there._own.cut_drawn
 
     def stops(drawn: Any) -> Any:
@@ -275,7 +256,7 @@ def test_a_process_that_hangs_ends_the_round_in_bounded_time(
     monkeypatch.setattr(there._own, "cut_drawn", stops)
     began = time.monotonic()
     with pytest.raises(RunError, match="no answer in 1 s"):
-        a_round(three, there, plan)
+        a_round(three, there, work)
     assert time.monotonic() - began < 30
     assert all(gone(pid) for pid in pids)
 
@@ -313,11 +294,11 @@ def test_a_device_gives_a_sign_after_each_micro_batch(three: Room) -> None:
 
 
 def test_a_failure_of_the_first_device_leaves_no_step_half_done(
-    three: Room, plan: Any, monkeypatch: pytest.MonkeyPatch
+    three: Room, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
-    expected = a_round(three, units_of(three.model.spec, 41), plan)
+    expected = a_round(three, units_of(three.model.spec, 41), work)
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
 
     def fails(*_: Any) -> Any:
@@ -326,9 +307,9 @@ def test_a_failure_of_the_first_device_leaves_no_step_half_done(
     with monkeypatch.context() as patched:
         patched.setattr(there._own, "cut_drawn", fails)
         with pytest.raises(MemoryError):
-            a_round(three, there, plan)
+            a_round(three, there, work)
     assert three.devices._crew.broken, "the others' sums of this step are for no other"
-    assert a_round(three, there, plan).digest() == expected.digest()
+    assert a_round(three, there, work).digest() == expected.digest()
 
 
 def test_a_device_that_cannot_do_what_it_is_asked_says_why(three: Room) -> None:
@@ -381,13 +362,13 @@ def test_the_others_end_with_the_process_that_asks_them() -> None:
     assert all(gone(pid) for pid in pids)
 
 
-def test_what_nobody_asks_for_again_is_forgotten(three: Room, plan: Any) -> None:
+def test_what_nobody_asks_for_again_is_forgotten(three: Room, work: Any) -> None:
     first = divided(three, units_of(three.model.spec, 9))
-    a_round(three, first, plan)
+    a_round(three, first, work)
     number = first._number
     del first
     other = divided(three, units_of(three.model.spec, 9))
-    a_round(three, other, plan)
+    a_round(three, other, work)
     crew = three.devices.ready()
     crew.ask_all(_Device.keep_reference, number)
     with pytest.raises(RunError, match=f"KeyError: {number}"):

@@ -14,54 +14,41 @@ import torch
 from fedtune.data import TextDataset
 from fedtune.model import LoraSpec
 from fedtune.tasks import TaskModel
-from fedtune.training.dp_step import add_clipped, zeros
-from fedtune.training.examples import SiteExamples
-from fedtune.training.per_example import attached
+
+from .conftest import KINDS, examples_of, summed
 
 CLIP, CELLS = 0.5, 2**24
+LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
 
 
-def clipped_sum(model: Any, examples: SiteExamples, indices: list[int]) -> dict[str, torch.Tensor]:
-    sums = zeros(model.trainable())
-    with attached(model) as gradients:
-        for batch in examples.cut(np.array(indices)):
-            add_clipped(sums, gradients.of(batch), CLIP)
-    return sums
-
-
-@pytest.mark.parametrize(
-    ("path", "task"),
-    [
-        ("random:bert", "classification"),
-        ("random:llama", "causal_lm"),
-        ("random:bert", "triplets"),
-        ("random:llama", "preference"),
-    ],
-)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("path", "task"), KINDS)
 def test_kept_states_give_the_same_clipped_sum(
-    trained: Any, examples: Any, site_examples: Any, path: str, task: str
+    trained: Any, examples: Any, path: str, task: str, checkpointing: bool
 ) -> None:
-    model = trained(path, task, lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    model = trained(path, task, lora=LAST)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
     dataset = examples(task)
-    plain = site_examples(dataset)
-    keeping = site_examples(dataset)
+    plain = examples_of(dataset)
+    keeping = examples_of(dataset)
     keeping.keep_frozen_states(model)
     chosen = [5, 1, 7, 2]
     assert all(batch.prefix is not None for batch in keeping.cut(np.array(chosen)))
     assert all(batch.prefix is None for batch in plain.cut(np.array(chosen)))
-    expected = clipped_sum(model, plain, chosen)
-    for name, total in clipped_sum(model, keeping, chosen).items():
+    expected = summed(model, plain, CLIP, chosen)
+    for name, total in summed(model, keeping, CLIP, chosen).items():
         # Padding has other states, so a record is not always the same to the last bit with and without.
         assert int((total - expected[name]).abs().max()) <= 1e-5 * CELLS * len(chosen)
     assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
 
 
 def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(
-    trained: Any, examples: Any, site_examples: Any, tmp_path: Path
+    trained: Any, examples: Any, tmp_path: Path
 ) -> None:
-    model = trained("random:bert", "classification", lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    model = trained("random:bert", "classification", lora=LAST)
     dataset = examples("classification")
-    in_memory, on_disk = site_examples(dataset), site_examples(dataset)
+    in_memory, on_disk = examples_of(dataset), examples_of(dataset)
     in_memory.keep_frozen_states(model)
     on_disk.keep_frozen_states(model, folder=tmp_path)
     assert on_disk._states.equal(in_memory._states)
@@ -74,34 +61,34 @@ def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(
 
 
 def test_a_disk_without_room_keeps_nothing_and_fails_nobody(
-    trained: Any, examples: Any, site_examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(handle: int, start: int, length: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    model = trained("random:bert", "classification", lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
-    made = site_examples(examples("classification"))
+    model = trained("random:bert", "classification", lora=LAST)
+    made = examples_of(examples("classification"))
     made.keep_frozen_states(model, folder=tmp_path)
     assert all(batch.prefix is None for batch in made.cut(np.arange(4)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_told_how_many_records_have_their_states(fresh: Any, examples: Any, site_examples: Any) -> None:
-    model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+def test_it_is_told_how_many_records_have_their_states(fresh: Any, examples: Any) -> None:
+    model = fresh(lora=LAST)
     dataset = examples("classification")
     told: list[tuple[int, int]] = []
-    site_examples(dataset).keep_frozen_states(model, told=lambda done, total: told.append((done, total)))
+    examples_of(dataset).keep_frozen_states(model, told=lambda done, total: told.append((done, total)))
     assert len(told) > 1
     assert [done for done, _ in told] == sorted({done for done, _ in told})
     assert told[-1] == (len(dataset), len(dataset))
     assert {total for _, total in told} == {len(dataset)}
 
 
-def test_padding_holds_no_other_records_states(fresh: Any, examples: Any, site_examples: Any) -> None:
-    model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+def test_padding_holds_no_other_records_states(fresh: Any, examples: Any) -> None:
+    model = fresh(lora=LAST)
     dataset = examples("classification")
-    keeping = site_examples(dataset, max_tokens=10_000)
+    keeping = examples_of(dataset, max_tokens=10_000)
     keeping.keep_frozen_states(model)
     for batch in keeping.cut(np.arange(len(dataset))):
         assert (batch.attention_mask == 0).any()
@@ -109,10 +96,8 @@ def test_padding_holds_no_other_records_states(fresh: Any, examples: Any, site_e
         assert not batch.prefix[len(batch) :].any(), "an empty row has none at all"
 
 
-def test_nothing_is_kept_when_the_first_layer_trains_or_no_task_compares(
-    fresh: Any, examples: Any, site_examples: Any
-) -> None:
-    keeping = site_examples(examples("classification"))
+def test_nothing_is_kept_when_the_first_layer_trains_or_no_task_compares(fresh: Any, examples: Any) -> None:
+    keeping = examples_of(examples("classification"))
     keeping.keep_frozen_states(fresh())
     keeping.keep_reference(fresh())
     assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1])))
@@ -156,17 +141,17 @@ def spoil(model: TaskModel, how: str) -> None:
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 def test_a_record_without_states_adds_nothing_and_moves_no_other(
-    trained: Any, bad_examples: tuple[str, TextDataset, int], site_examples: Any, how: str, max_tokens: int
+    trained: Any, bad_examples: tuple[str, TextDataset, int], how: str, max_tokens: int
 ) -> None:
     task, dataset, place = bad_examples
-    model = trained(task=task, lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    model = trained(task=task, lora=LAST)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # so that even states of zero would have a gradient
             torch.nn.init.uniform_(parameter.detach())
     others = [index for index in range(len(dataset)) if index != place]
-    plain = site_examples(dataset, max_tokens=max_tokens)
-    keeping = site_examples(dataset, max_tokens=max_tokens)
-    mended = site_examples(
+    plain = examples_of(dataset, max_tokens=max_tokens)
+    keeping = examples_of(dataset, max_tokens=max_tokens)
+    mended = examples_of(
         TextDataset(tuple(np.where(ids == BAD, 7, ids) for ids in dataset.input_ids), dataset.targets, dataset.texts),
         max_tokens=max_tokens,
     )
@@ -175,26 +160,24 @@ def test_a_record_without_states_adds_nothing_and_moves_no_other(
     keeping.keep_frozen_states(model)
     (alone,) = keeping.cut(np.array([place]))
     assert not alone.prefix[dataset.texts - 1].any()
-    for part_of in (clipped_sum(model, keeping, [place]), clipped_sum(model, plain, [place])):
+    for part_of in (summed(model, keeping, CLIP, [place]), summed(model, plain, CLIP, [place])):
         assert not any(total.any() for total in part_of.values()), "it counts the same with kept states and without"
-    expected = clipped_sum(model, mended, others)
+    expected = summed(model, mended, CLIP, others)
     assert any(total.any() for total in expected.values())
     for chosen in (others, [place, *others]):
-        found = clipped_sum(model, keeping, chosen)
+        found = summed(model, keeping, CLIP, chosen)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
-def test_where_the_machine_fails_no_states_are_kept(
-    fresh: Any, examples: Any, site_examples: Any, error: type[Exception]
-) -> None:
-    model = fresh(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+def test_where_the_machine_fails_no_states_are_kept(fresh: Any, examples: Any, error: type[Exception]) -> None:
+    model = fresh(lora=LAST)
 
     def fails(*_: Any) -> None:
         raise error("out of memory")
 
     handle = model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(fails)
-    keeping = site_examples(examples("classification"))
+    keeping = examples_of(examples("classification"))
     with pytest.raises(error, match="out of memory"):
         keeping.keep_frozen_states(model)
     assert all(batch.prefix is None for batch in keeping.cut(np.array([0, 1])))
@@ -208,11 +191,11 @@ def test_where_the_machine_fails_no_states_are_kept(
 
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
 def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
-    trained: Any, examples: Any, site_examples: Any, layers: tuple[int, ...] | None
+    trained: Any, examples: Any, layers: tuple[int, ...] | None
 ) -> None:
     model = trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
     dataset, chosen = examples("preference"), [5, 1, 7, 2]
-    plain, keeping = site_examples(dataset), site_examples(dataset)
+    plain, keeping = examples_of(dataset), examples_of(dataset)
     if layers is not None:
         keeping.keep_frozen_states(model)
     keeping.keep_reference(model)
@@ -221,27 +204,25 @@ def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
         with torch.no_grad():
             for parameter in model.trainable().values():
                 parameter.mul_(factor)
-        expected = clipped_sum(model, plain, chosen)
-        for name, total in clipped_sum(model, keeping, chosen).items():
+        expected = summed(model, plain, CLIP, chosen)
+        for name, total in summed(model, keeping, CLIP, chosen).items():
             assert int((total - expected[name]).abs().max()) <= 1e-4 * CELLS * len(chosen)
         assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
 
 
-def test_the_base_is_asked_once_about_a_record(
-    trained: Any, examples: Any, site_examples: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, keeping = trained("random:llama", "preference"), site_examples(examples("preference"))
+def test_the_base_is_asked_once_about_a_record(trained: Any, examples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, keeping = trained("random:llama", "preference"), examples_of(examples("preference"))
     keeping.keep_reference(model)
     monkeypatch.setattr(TaskModel, "reference", lambda *_: pytest.fail("the base is asked again"))
     keeping.keep_reference(model)
-    assert any(total.any() for total in clipped_sum(model, keeping, [1, 2, 3]).values())
+    assert any(total.any() for total in summed(model, keeping, CLIP, [1, 2, 3]).values())
 
 
 @pytest.mark.by_day("an error-40", "not finite-40", "a panic-40")
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(
-    trained: Any, examples: Any, site_examples: Any, how: str, max_tokens: int
+    trained: Any, examples: Any, how: str, max_tokens: int
 ) -> None:
     model, dataset, place = trained("random:llama", "preference"), examples("preference"), 3
     ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
@@ -249,14 +230,14 @@ def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(
     ids[2 * place + 1][-1] = BAD
     spoilt = TextDataset(tuple(ids), dataset.targets, 2)
     others = [index for index in range(len(dataset)) if index != place]
-    mended, keeping = (site_examples(one, max_tokens=max_tokens) for one in (sound, spoilt))
+    mended, keeping = (examples_of(one, max_tokens=max_tokens) for one in (sound, spoilt))
     mended.keep_reference(model)
-    expected = clipped_sum(model, mended, others)
+    expected = summed(model, mended, CLIP, others)
     spoil(model, how)
     keeping.keep_reference(model)
     (alone,) = keeping.cut(np.array([place]))
     assert not alone.reference[0].isfinite().all()
-    assert not any(total.any() for total in clipped_sum(model, keeping, [place]).values())
+    assert not any(total.any() for total in summed(model, keeping, CLIP, [place]).values())
     for chosen in (others, [place, *others]):
-        found = clipped_sum(model, keeping, chosen)
+        found = summed(model, keeping, CLIP, chosen)
         assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -14,16 +14,15 @@ from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import Record
 from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks import TaskModel, build_task_model
-from fedtune.training.dp_step import contributions
-from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import ready_model, shapes_for
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 from fedtune.training.spec import RuntimeSpec
 
-from ..builders import DEVICE
+from ..builders import DEVICE, with_random_values
 from ..data.test_feature_vectors import data
-from .conftest import with_random_values
+from .conftest import examples_of
+from .test_companies import require_alone
 
 FEATURES = (
     FeatureSpec(columns=tuple("abcdefg"), range=(-1.0, 3.0), missing="indicator"),
@@ -82,17 +81,6 @@ def require_gradients_of_a_loop(model: TaskModel, dataset: TextDataset, *, rtol:
     return found
 
 
-def added_by(model: TaskModel, examples: SiteExamples, chosen: Any) -> dict[int, torch.Tensor]:
-    """What each of the chosen examples adds to a step, by its place."""
-    with attached(model) as gradients:
-        return {
-            place: torch.cat([one[row].ravel() for one in found.values()])
-            for part in examples.parts(np.array(chosen, dtype=np.int64))
-            for found in [contributions(gradients.of_all(examples.batch(part)), 1.0)]
-            for row, place in enumerate(part.places.tolist())
-        }
-
-
 @tasks
 @layers
 def test_gradients_of_examples_are_those_of_a_loop(task: str, hidden: tuple[int, ...]) -> None:
@@ -108,13 +96,7 @@ def test_a_record_adds_the_same_bits_in_any_company(hidden: tuple[int, ...], wid
     model = made("classification", hidden, wider=wider)
     dataset, shapes = records(model, 90), Shapes.of(max_length=1, max_tokens=24, positions=1)
     assert (shapes.lengths, shapes.rows(1)) == ((1,), (24, 12, 6, 3))
-    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device=DEVICE)
-    draws = np.random.default_rng(0)
-
-    everyone = added_by(model, examples, range(90))
-    for _ in range(8):
-        for place, one in added_by(model, examples, draws.permutation(90)[: draws.integers(1, 90)]).items():
-            assert torch.equal(one, everyone[place]), place
+    require_alone(model, examples_of(dataset, shapes), companies=9)
 
 
 @tasks

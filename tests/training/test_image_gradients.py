@@ -7,25 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from fedtune.data.images import ImageReader, image_of
 from fedtune.data.records import Record
 from fedtune.model import Adapter, LoraSpec, ModelSpec
 from fedtune.model.base_model import load_processor
 from fedtune.tasks import TaskModel, build_task_model
-from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others
 from fedtune.training.spec import RuntimeSpec
 
-from ..builders import DEVICE
+from ..builders import DEVICE, with_random_values
 from ..data.test_feature_vectors import data
 from ..pictures import MODELS, encoded, picture, vision_folder
-from .conftest import with_random_values
+from .conftest import examples_of
+from .test_companies import each_one, require_alone, same
 from .test_feature_gradients import (
     LABELS,
-    added_by,
     records,
     require_gradients_of_a_loop,
     require_nothing_added,
@@ -72,17 +70,12 @@ def test_a_record_adds_the_same_bits_in_any_company(
     shapes = shapes_for(model, RUNTIME, max_length=places)
     most = 60 // places
     assert (shapes.lengths, shapes.rows(places)[0], shapes.room(places, most)) == ((places,), most, most)
-    examples = SiteExamples(records(model, 31), pad_id=0, shapes=shapes, device=DEVICE)
-    draws = np.random.default_rng(0)
-
-    everyone = added_by(model, examples, range(31))
-    if layers:  # from the states that the frozen layers made of it
-        examples.keep_frozen_states(model)
-        (batch, *_) = examples.cut(np.arange(3))
-        assert batch.prefix.shape == (len(batch.input_ids), places, 16)
-    for _ in range(4):
-        for place, one in added_by(model, examples, draws.permutation(31)[: draws.integers(1, 31)]).items():
-            assert torch.equal(one, everyone[place]), place
+    dataset = records(model, 31)
+    everyone = each_one(model, examples_of(dataset, shapes), np.arange(31))
+    examples = examples_of(dataset, shapes, kept_by=model if layers else None)
+    require_alone(model, examples, companies=5)
+    again = each_one(model, examples, np.arange(31))  # perhaps from the states that the frozen layers made of it
+    assert all(same(one, everyone[place]) for place, one in again.items())
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("dinov2", None), ("vit", (-1,))])

@@ -1,4 +1,4 @@
-"""A step over the examples that records become, in each layout of a task that has several.
+"""A step over the examples that records become, in each form that a layout gives them.
 
 Per-example gradients are those of a loop, and the same bits in every company; so a record moves the sum by what it
 adds, which test_exact_sum.py bounds.  Some records are long, cut from either end, or such as no writer meant.
@@ -6,45 +6,39 @@ adds, which test_exact_sum.py bounds.  Some records are long, cut from either en
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from fedtune.data import UNSUPERVISED, DataSpec, Record, Shapes, TextDataset
+from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset
 from fedtune.data.spec import PairsSpec
 from fedtune.model import LoraSpec
 from fedtune.tasks import Task, TaskModel, task_named
-from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, zeros
-from fedtune.training.examples import SiteExamples
-from fedtune.training.per_example import attached
+from fedtune.training.dp_step import SMALLEST_NORM
 
-from ..data.conftest import make_tokenizer
+from ..data.conftest import chat as turns_of
+from ..data.conftest import in_json, make_tokenizer
+from .conftest import examples_of, summed
 from .test_companies import require_alone
 from .test_dp_step import loop_gradient
 
 CLIP_NORM = 2**24
 LONGEST = 14
 LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
-Sums = dict[str, torch.Tensor]
+
+
+def whole(*contents: str, first: str = "user") -> str:
+    return in_json(turns_of(*contents, first=first))
 
 
 def chat(*contents: str) -> dict[str, str]:
-    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
-    return {"messages": json.dumps(turns, separators=(",", ":"))}
+    return {"messages": whole(*contents)}
 
 
-def whole(*contents: str) -> str:
-    return chat(*contents)["messages"]
-
-
-def said(content: str) -> str:
-    return json.dumps([{"role": "assistant", "content": content}], separators=(",", ":"))
-
-
+said = partial(whole, first="assistant")
 RECORDS: dict[str, list[dict[str, str]]] = {
     "chat": [
         chat("where is my card", "lost"),
@@ -62,13 +56,6 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"text": "[SEP] there [SEP]"},
         {"text": "\x00\ufffd\u202e 文字"},
     ],
-    "instruction": [
-        {"prompt": "where", "input": "my card", "completion": "lost"},
-        {"prompt": "where", "input": " ", "completion": "there is"},
-        {"prompt": "name a b c d e f g h i j k l m n", "completion": "lost"},
-        {"prompt": "name", "completion": "a b c d e f g h i j k l m n o p"},
-        {"prompt": "[SEP]", "input": "[CLS]", "completion": "[SEP] lost"},
-    ],
     "scored": [
         {"text": "where is my card", "other": "my card is lost", "target": "4.5"},
         {"text": "my card is lost " * 9, "other": "b", "target": "0.0"},
@@ -83,12 +70,6 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"anchor": "name", "positive": "[SEP] [CLS]", "negative": "name a b c d e f g h i j k l m n"},
         {"anchor": "c d", "positive": "c d", "negative": "is e"},
         {"anchor": "where is", "positive": "my card", "negative": "\ud800"},
-    ],
-    "listed": [
-        {"anchor": "where is my card", "positive": "my card is lost"},
-        {"anchor": "name", "positive": "a b c d e f g h i j k l m n o p"},
-        {"anchor": "b", "positive": "b"},
-        {"anchor": "\x00", "positive": "文字"},
     ],
     "labels": [
         {"text": "where is my card", "labels": "lost; card"},
@@ -140,13 +121,6 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {**chat("where"), "chosen": said("a b c d e f g h i j"), "rejected": said("a b c d e f g h i j k l m n")},
         {**chat("where"), "chosen": said("\ud800"), "rejected": said("lost")},
     ],
-    "whole": [
-        {"chosen": whole("where", "lost"), "rejected": whole("where", "there is a place")},
-        {"chosen": whole("where", "a", "is", "b"), "rejected": whole("where", "a", "is", "c d e f g h i j k l")},
-        {"chosen": whole("b c d e f g h i j k", "l"), "rejected": whole("b c d e f g h i j k", "m n o")},
-        {"chosen": whole("where", "lost"), "rejected": whole("where", "my card is lost " * 9)},
-        {"chosen": whole("where", "lost"), "rejected": whole("where", "lost")},
-    ],
 }
 OTHERS = {"labels": "multi_label", "order": "ordinal", "number": "regression"}
 OTHERS |= dict.fromkeys(("tagged", "marked"), "token_classification")
@@ -154,27 +128,18 @@ OTHERS |= dict.fromkeys(("tagged", "marked"), "token_classification")
 GIVEN: dict[str, dict[str, Any]] = {
     "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
     "text": {"columns": {"text": "t"}},
-    "instruction": {
-        "columns": {"prompt": "p", "completion": "c", "input": "i"},
-        "prompt_template": "is {prompt}\n\nof {input}",
-    },
     "scored": {"columns": {"text": "t", "other": "o", "target": "s"}, "target_range": (0.0, 5.0)},
     "triplets": {"columns": {"anchor": "a", "positive": "p", "negative": "n"}, "pairs": PairsSpec(margin=1.5)},
-    "listed": {
-        "columns": {"anchor": "a", "positive": "p"},
-        "pairs": PairsSpec(negatives=("where is a place", "is it lost", "my name"), margin=2.0),
-    },
     "prompted": {"columns": {"prompt": "p", "chosen": "c", "rejected": "r"}, "prompt_template": "is {prompt}"},
     "continued": {"columns": {"messages": "m", "chosen": "c", "rejected": "r"}, "chat_template": "plain"},
-    "whole": {"columns": {"chosen": "c", "rejected": "r"}, "chat_template": "plain"},
     "labels": {"columns": {"text": "t", "labels": "l"}, "labels": ("card", "lost", "place")},
     "order": {"columns": {"text": "t", "label": "l"}, "labels": ("card", "lost", "place")},
     "number": {"columns": {"text": "t", "target": "n"}, "target_range": (0.0, 5.0)},
     "tagged": {"columns": {"tokens": "t", "tags": "g"}, "labels": ("card", "lost", "place")},
     "marked": {"columns": {"text": "t", "spans": "s"}, "labels": ("card", "lost", "place"), "windows": 2, "stride": 4},
 }
-TEXTS = {"scored": 2, "triplets": 3, "listed": 3, "marked": 2}
-PREFERENCES = {"prompted": {"beta": 2.0}, "continued": {"beta": 2.0, "per_token": True}, "whole": {"beta": 2.0}}
+TEXTS = {"scored": 2, "triplets": 3, "marked": 2}
+PREFERENCES = {"prompted": {"beta": 2.0}, "continued": {"beta": 2.0, "per_token": True}}
 """Layouts of task preference, and how it is to learn them."""
 layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
@@ -205,24 +170,6 @@ def teaches_nothing(dataset: TextDataset, place: int) -> bool:
     return all((dataset.targets[text] == UNSUPERVISED).all() for text in dataset.texts_of([place]))
 
 
-def examples_of(dataset: TextDataset, model: TaskModel, *, keeps: bool, max_tokens: int = 40) -> SiteExamples:
-    shapes = Shapes.of(max_length=LONGEST, max_tokens=max_tokens)
-    examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
-    if keeps:
-        examples.keep_frozen_states(model)
-        examples.keep_reference(model)
-        assert all(batch.prefix is not None for batch in examples.cut(np.arange(len(dataset))))
-    return examples
-
-
-def summed(model: TaskModel, examples: SiteExamples, clip: float) -> Sums:
-    sums = zeros(model.trainable())
-    with attached(model) as gradients:
-        for batch in examples.cut(np.arange(len(examples))):
-            add_clipped(sums, gradients.of(batch), clip)
-    return sums
-
-
 def made(trained: Any, layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
     path = "random:bert" if layout in OTHERS else "random:llama"
     settings = {"texts": TEXTS.get(layout, 1)} | ({"lora": LAST} if keeps else {})
@@ -234,28 +181,20 @@ def made(trained: Any, layout: str, *, keeps: bool, size: float = 0.2) -> TaskMo
 @layouts
 def test_the_records_are_those_that_this_is_about(dataset_of: Any, layout: str) -> None:
     dataset = dataset_of(layout)
-    if layout in TEXTS:
-        assert (dataset.texts, len(dataset)) == (TEXTS[layout], len(RECORDS[layout]))
-        assert dataset.lengths.max() == LONGEST, "some are cut"
-        assert teaches_nothing(dataset, len(dataset) - 1) == (layout != "listed"), "some cannot be encoded"
-        return
-    if layout in PREFERENCES:
-        assert (dataset.texts, len(dataset)) == (2, len(RECORDS[layout]))
-        assert dataset.lengths.max() == LONGEST, "some are cut"
-        assert [teaches_nothing(dataset, place) for place in range(len(dataset))][-1], "and some are no pair"
-        return
-    learnt = [int((targets != UNSUPERVISED).sum()) for targets in dataset.targets]
+    texts = 2 if layout in PREFERENCES else TEXTS.get(layout, 1)
+    assert (dataset.texts, len(dataset)) == (texts, len(RECORDS[layout]))
     assert dataset.lengths.max() == LONGEST, "some are cut"
-    if layout in OTHERS:
-        return
-    assert max(learnt) > 3
-    runs = [np.flatnonzero(np.diff(np.append(False, targets != UNSUPERVISED)) == 1) for targets in dataset.targets]
+    if texts > 1 or layout == "chat":
+        assert teaches_nothing(dataset, len(dataset) - 1), "one is none, or cannot be encoded"
     if layout == "chat":
+        runs = [np.flatnonzero(np.diff(np.append(False, targets != UNSUPERVISED)) == 1) for targets in dataset.targets]
         assert max(map(len, runs)) > 2, "several answers"
-        assert learnt[-1] == 0, "and no conversation"
 
 
-@pytest.mark.by_day("chat-whole", "scored-whole", "labels-whole", "prompted-whole", "chat-kept states")
+@pytest.mark.by_day(
+    *(f"{layout}-whole" for layout in ("chat", "scored", "labels", "order", "number", "tagged", "prompted")),
+    "chat-kept states",
+)
 @keeping
 @layouts
 def test_the_clipped_sum_equals_a_loop(trained: Any, dataset_of: Any, layout: str, keeps: bool) -> None:
@@ -266,7 +205,11 @@ def test_the_clipped_sum_equals_a_loop(trained: Any, dataset_of: Any, layout: st
     assert clip > SMALLEST_NORM, "or no gradient is scaled by its own norm"
     factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
     for max_tokens in (1, 40, 10_000):
-        found = summed(model, examples_of(dataset, model, keeps=keeps, max_tokens=max_tokens), clip)
+        found = summed(
+            model,
+            examples_of(dataset, max_length=LONGEST, max_tokens=max_tokens, kept_by=model if keeps else None),
+            clip,
+        )
         for name, total in found.items():
             looped = sum(factor * each[name] for factor, each in zip(factors, alone, strict=True)) / clip * CLIP_NORM
             assert np.abs(total.numpy() - looped).max() <= 2e-5 * CLIP_NORM * len(dataset), (name, max_tokens)
@@ -279,4 +222,6 @@ def test_a_record_is_the_same_bit_for_bit_in_every_company(
     trained: Any, dataset_of: Any, layout: str, keeps: bool
 ) -> None:
     model = made(trained, layout, keeps=keeps, size=5.0)
-    require_alone(model, examples_of(dataset_of(layout), model, keeps=keeps), companies=5)
+    require_alone(
+        model, examples_of(dataset_of(layout), max_length=LONGEST, kept_by=model if keeps else None), companies=5
+    )

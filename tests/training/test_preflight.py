@@ -35,25 +35,13 @@ def check(
     return moved
 
 
-class Changed(nn.Module):
-    """A layer whose output is changed on the way out."""
-
-    def __init__(self, layer: nn.Module, change: Change) -> None:
-        super().__init__()
-        self.layer, self._change = layer, change
-
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._change(self.layer(hidden, *args, **kwargs))
-
-
 def layers_of(model: TaskModel) -> Any:
     base = model.base.get_base_model()
     return base.encoder.layer if hasattr(base, "encoder") else base.model.layers
 
 
 def with_layer(model: TaskModel, change: Change, *, number: int = 0) -> TaskModel:
-    layers = layers_of(model)
-    layers[number] = Changed(layers[number], change)
+    layers_of(model)[number].register_forward_hook(lambda _, inputs, hidden: change(hidden))
     return model
 
 
@@ -120,22 +108,23 @@ def test_ordinary_models_pass(last_layer: Any, path: str, task: str, checkpointi
     assert all(torch.equal(one, expected[name]) for name, one in model.state_dict().items()), "and the model's weights"
 
 
-@pytest.mark.by_day("random:bert-classification-20", "random:bert-classification-21", "random:llama-causal_lm-20")
-@pytest.mark.parametrize("positions", [20, 21])
+OTHERS = {
+    "as long as the model": Shapes.of(max_length=20, max_tokens=64, positions=20),
+    "a place behind the longest": Shapes.of(max_length=20, max_tokens=64, positions=21),
+    "one shape a length": Shapes((8, 24), max_tokens=64, row_shares=(1,)),
+    "a row at a time": Shapes((24,), max_tokens=1),
+}
+
+
+@pytest.mark.by_day(
+    *(f"random:bert-classification-{name}" for name in OTHERS),
+    "random:llama-causal_lm-as long as the model",
+    "random:llama-preference-a row at a time",
+)
+@pytest.mark.parametrize("shapes", OTHERS.values(), ids=OTHERS)
 @kinds
-def test_ordinary_models_pass_where_records_are_as_long_as_they_may_be(
-    fresh: Any, path: str, task: str, positions: int
-) -> None:
-    shapes = Shapes.of(max_length=20, max_tokens=64, positions=positions)
+def test_ordinary_models_pass_in_other_shapes(fresh: Any, path: str, task: str, shapes: Shapes) -> None:
     assert check(fresh(path, task), shapes=shapes) == 0.0
-
-
-@pytest.mark.by_day("random:bert-classification", "random:llama-preference")
-@kinds
-def test_ordinary_models_pass_in_one_shape_and_a_row_at_a_time(fresh: Any, path: str, task: str) -> None:
-    model = fresh(path, task)
-    assert check(model, shapes=Shapes((8, 24), max_tokens=64, row_shares=(1,))) == 0.0
-    assert check(model, shapes=Shapes((24,), max_tokens=1)) == 0.0
 
 
 def mean_of_batch(hidden: torch.Tensor) -> torch.Tensor:
@@ -186,15 +175,13 @@ def test_a_layer_that_mixes_examples_is_refused(
 
 
 def test_one_that_chooses_by_the_longest_row_is_refused(last_layer: Any) -> None:
-    model = last_layer()
-    base, longest = model.base.get_base_model(), [0]
-    handle = base.register_forward_pre_hook(
+    model, longest = last_layer(), [0]
+    model.base.get_base_model().register_forward_pre_hook(
         lambda _, __, given: longest.__setitem__(0, int(given["attention_mask"].sum(dim=1).max())), with_kwargs=True
     )
     with_layer(model, lambda hidden: hidden * (1.0 + 0.1 * longest[0]))
     with pytest.raises(ConfigError, match=r"model\.path .*mixes the examples"):
         check(model)
-    handle.remove()
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -337,51 +324,38 @@ def test_a_model_whose_gradients_are_not_finite_is_not_taken_for_exact(last_laye
 def test_weights_cannot_hide_what_a_kernel_does(last_layer: Any) -> None:
     """An outside review's model subtracted what most tokens lead to, and enlarged the last bit of what was left."""
 
-    class Hidden(nn.Module):
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.layer = layer
-            self.scale = nn.Parameter(torch.zeros(32), requires_grad=False)  # so that made-up examples see nothing
-
-        def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            # As the last numbers of a tensor, which the last row holds, are rounded otherwise.
-            place = torch.arange(len(hidden), device=hidden.device) == len(hidden) - 1
-            return self.layer(hidden, *args, **kwargs) + 1e-6 * place[:, None, None] * self.scale
+    def enlarged(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+        # As the last numbers of a tensor, which the last row holds, are rounded otherwise.
+        place = torch.arange(len(hidden), device=hidden.device) == len(hidden) - 1
+        return hidden + 1e-6 * place[:, None, None] * module.scale
 
     model = last_layer()
-    layers = layers_of(model)
-    layers[-1] = Hidden(layers[-1])
+    layer = layers_of(model)[-1]
+    layer.scale = nn.Parameter(torch.zeros(32), requires_grad=False)  # so that made-up examples see nothing
+    layer.register_forward_hook(enlarged)
     with pytest.raises(ConfigError, match=r"model\.path .*another gradient"):
         check(model)
-    assert not layers[-1].scale.any(), "its own weights are put back"
-
-
-class RoundsOneRow(nn.Module):
-    """A layer that rounds one token of one row otherwise, wherever that lies."""
-
-    def __init__(self, layer: nn.Module, row: int, token: int) -> None:
-        super().__init__()
-        self.layer, self.row, self.token = layer, row, token
-
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        changed = hidden.clone()
-        if len(hidden) > self.row and hidden.shape[1] > self.token:
-            changed[self.row, self.token] *= 1 + 2.0**-20
-        return self.layer(changed, *args, **kwargs)
+    assert not layer.scale.any(), "its own weights are put back"
 
 
 @kinds
 def test_every_place_of_every_row_holds_a_token_once(last_layer: Any, path: str, task: str) -> None:
     """Where most of a trial is padding, a kernel that rounds the last numbers of a thread's share could pass it."""
     model = last_layer(path, task)
-    layers = layers_of(model)
+
+    def rounds_one_token(row: int, token: int, _: Any, inputs: Any) -> Any:
+        changed = inputs[0].clone()
+        if len(changed) > row and changed.shape[1] > token:
+            changed[row, token] *= 1 + 2.0**-20
+        return changed, *inputs[1:]
+
     trial = partial(_Trial, model, SHAPES, np.random.default_rng(5), keeps_states=False, pad_id=0)
     length = SHAPES.lengths[-1]
     rows = SHAPES.rows(length)[0]
     for row, token in ((rows - 1, length - 3), (rows // 2, length - 3), (0, 0)):
-        plain, layers[0] = layers[0], RoundsOneRow(layers[0], row, token)
+        handle = layers_of(model)[0].register_forward_pre_hook(partial(rounds_one_token, row, token))
         assert trial().most_moved_by_place(0.1) > 0, (row, token)
-        layers[0] = plain
+        handle.remove()
     assert trial().most_moved_by_place(0.1) == 0
 
 

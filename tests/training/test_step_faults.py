@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +14,26 @@ import torch
 from torch import nn
 
 from fedtune.data import Batch, Shapes, TextDataset
-from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.privacy.mechanism import choose_records, poisson_sample
+from fedtune.model import Adapter
+from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks import TaskModel
 from fedtune.training import dp_step, local
 from fedtune.training.dp_step import Records, add_clipped, contributions, dp_sgd_step
 from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
-from .conftest import Table, with_random_values
+from . import conftest
+from .conftest import Table, released
 
 CELLS = 2**24
 """A clip norm."""
 Gradients = dict[str, torch.Tensor]
 Places = npt.NDArray[np.int64]
-Task = Literal["classification", "causal_lm"]
 
 
 def random_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradients:
@@ -56,36 +56,10 @@ def square_norms(cells: Mapping[str, torch.Tensor]) -> list[int]:
     return [sum(value**2 for value in map(int, row)) for row in together(cells).tolist()]
 
 
-@pytest.mark.parametrize("clip", [1.0, 0.3, 50.0])
-def test_a_contribution_is_the_gradient_at_most_as_long_as_the_clip_norm_in_cells(clip: float) -> None:
-    gradients = random_gradients(7, size=clip)
-    exact = together(gradients)
-    norms = np.linalg.norm(exact, axis=1)
-    assert norms.min() < clip / 100 < 100 * clip < norms.max()
-    expected = exact / np.maximum(norms, clip)[:, None] * CELLS
-    found = contributions(gradients, clip)
-    # What is cut off is less than a cell, and clipping aims 1e-6 lower.
-    assert np.abs(together(found) - expected).max() < 1.001 + 1e-6 * CELLS
-    assert all(square <= CELLS**2 for square in square_norms(found))
-    assert max(square_norms(found)) > (CELLS * (1 - 1e-5)) ** 2
-
-
 def test_a_contribution_is_cut_off_towards_zero() -> None:
     wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
     found = contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"]
     assert found.tolist() == [[0, 0, 0, 0, 1, -1, 3, -3, 0]]
-
-
-def test_whole_numbers_decide_where_floats_were_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    gradients = random_gradients(7)
-    right = contributions(gradients, 1.0)
-    original = dp_step._norms
-    monkeypatch.setattr(dp_step, "_norms", lambda flat: 0.999 * original(flat))
-    found = contributions(gradients, 1.0)
-    assert all(square <= CELLS**2 for square in square_norms(found))
-    for name, one in found.items():
-        assert torch.equal(one[:3], right[name][:3]), "shorter than the clip norm"
-        assert not one[4:].any(), "too long after all, so they count as zero"
 
 
 def test_a_tiny_clip_norm_does_not_blow_rounding_up() -> None:
@@ -94,15 +68,6 @@ def test_a_tiny_clip_norm_does_not_blow_rounding_up() -> None:
     found = contributions(gradient, clip)["a"]
     assert found[0].tolist() == pytest.approx([0.03 * CELLS, 0.04 * CELLS], rel=1e-5)
     assert found[1].tolist() == pytest.approx([0.6 * CELLS, 0.8 * CELLS], rel=1e-5)
-
-
-def test_sums_are_exact() -> None:
-    rows = torch.tensor([[1.0, -1.0]]).repeat(101, 1) * torch.linspace(0.5, 0.7, 101)[:, None]
-    each = contributions({"a": rows}, 1.0)["a"].to(torch.int64)
-    sums = {"a": torch.full((2,), 2**52 + 1)}
-    add_clipped(sums, {"a": rows}, 1.0)
-    assert sums["a"].dtype == torch.int64
-    assert (sums["a"] - 2**52 - 1).tolist() == each.sum(dim=0).tolist()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -122,13 +87,6 @@ def test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does(bad: flo
         assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
 
 
-def test_the_largest_gradient_that_is_finite_is_clipped_like_any_other() -> None:
-    largest = torch.finfo(torch.float32).max
-    found = contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
-    assert torch.equal(found[0], found[1])
-    assert 0.99 * CELLS**2 < square_norms({"a": found})[0] <= CELLS**2
-
-
 # A whole step on made-up gradients.
 
 
@@ -140,6 +98,9 @@ class Drawn:
 
     def __len__(self) -> int:
         return len(self.places)
+
+
+plan_of = partial(conftest.plan_of, sampling_rate=0.5, max_grad_norm=0.7, local_steps=1)
 
 
 @dataclass
@@ -159,12 +120,6 @@ class MadeUp:
                 yield Drawn(indices[first : first + 3])
 
         return Records(count=len(next(iter(self.gradients.values()))), declared_size=declared_size, cut=cut)
-
-
-def plan_of(**changes: object) -> Plan:
-    values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.5, "noise_multiplier": 0.0}
-    values |= {"max_grad_norm": 0.7, "local_steps": 1, "num_rounds": 3}
-    return Plan(**(values | changes))  # type: ignore[arg-type]
 
 
 def moved(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> npt.NDArray[np.float64]:
@@ -217,34 +172,20 @@ def test_every_step_adds_noise_of_its_own() -> None:
 
 # With a model.
 
-LABELS = ("invoice", "complaint", "praise")
-
-
-def model_of(task: str = "classification") -> TaskModel:
-    spec = TaskModelSpec(
-        model=ModelSpec(path="random:bert" if task == "classification" else "random:llama", dtype="float32"),
-        task=task,
-        labels=LABELS if task == "classification" else (),
-        lora=LoraSpec(rank=2, alpha=4.0),
-        head=HeadSpec(),
-        seed=3,
-    )
-    return with_random_values(build_task_model(spec), 0.2)
-
 
 def dataset_of(*lengths: int, task: str = "classification") -> TextDataset:
     draws = np.random.default_rng(5)
     ids = tuple(draws.integers(5, 200, size=length).astype(np.int32) for length in lengths)
     if task == "classification":
-        return TextDataset(ids, draws.integers(0, len(LABELS), size=len(lengths)))
+        return TextDataset(ids, draws.integers(0, 3, size=len(lengths)))
     # All but the first token is supervised, so examples have as many targets as they are long.
     return TextDataset(ids, tuple(np.where(np.arange(len(one)) > 0, one, -100).astype(np.int64) for one in ids))
 
 
-def examples_of(dataset: TextDataset, *, max_tokens: int = 64, full: bool = False) -> SiteExamples:
+def examples_of(dataset: TextDataset, *, full: bool = False) -> SiteExamples:
     longest = int(dataset.lengths.max(initial=1))
-    shapes = Shapes.of(max_length=longest, max_tokens=max_tokens, positions=longest if full else None)
-    return SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
+    shapes = Shapes.of(max_length=longest, max_tokens=64, positions=longest if full else None)
+    return conftest.examples_of(dataset, shapes)
 
 
 def alone_by_autograd(model: TaskModel, batch: Batch, row: int) -> Gradients:
@@ -254,8 +195,9 @@ def alone_by_autograd(model: TaskModel, batch: Batch, row: int) -> Gradients:
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_gradients_are_each_examples_own_in_every_batch(task: Task) -> None:
-    model, examples = model_of(task), examples_of(dataset_of(5, 6, 3, 9, 12, 2, 7, task=task))
+def test_gradients_are_each_examples_own_in_every_batch(trained: Any, task: str) -> None:
+    model = trained("random:bert" if task == "classification" else "random:llama", task)
+    examples = examples_of(dataset_of(5, 6, 3, 9, 12, 2, 7, task=task))
     with attached(model) as gradients:
         found = [(batch, gradients.of(batch)) for batch in examples.cut(np.arange(7))]
     assert len(found) > 2, "one batch after another, of several shapes"
@@ -267,8 +209,8 @@ def test_gradients_are_each_examples_own_in_every_batch(task: Task) -> None:
         assert all(not one[len(batch) :].any() for one in each.values()), "empty rows"
 
 
-def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, dataset = model_of(), dataset_of(5, 6, 3, 7)
+def test_an_example_that_fails_counts_as_zero_and_ends_nothing(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dataset = trained(), dataset_of(5, 6, 3, 7)
     dataset.input_ids[2][0] = 199
     (batch,) = examples_of(dataset).cut(np.arange(4))
     losses, shapes = model.losses, set()
@@ -290,44 +232,8 @@ def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pyte
     assert any(one[2].any() for one in right.values())
 
 
-def round_of(**changes: Any) -> RoundOfTraining:
-    values: dict[str, Any] = {
-        "site": "a",
-        "round": 1,
-        "attempt": 1,
-        "plan": plan_of(noise_multiplier=1.0, local_steps=6),
-        "training": TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=0.1),
-        "declared_size": 20,
-        "max_adapter_value": 1e6,
-    }
-    return RoundOfTraining(**(values | changes))
-
-
-class Seen(SiteExamples):
-    """Remembers who was drawn."""
-
-    def __init__(self, inner: SiteExamples) -> None:
-        vars(self).update(vars(inner))
-        self.drawn: list[tuple[int, ...]] = []
-
-    def cut(self, indices: Places) -> Iterator[Batch]:
-        self.drawn.append(tuple(indices.tolist()))
-        return super().cut(indices)
-
-
-def test_every_step_of_a_round_draws_anew_and_every_tensor_is_covered() -> None:
-    model, examples = model_of(), Seen(examples_of(dataset_of(*[5] * 12)))
-    start = Adapter.of(model)
-    after = train_round(model, start, examples, round_of(), randomness=SeededRandomness(2))
-    assert len(examples.drawn) == 6
-    assert len(set(examples.drawn)) == 6
-    trains = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    assert trains == {id(parameter) for parameter in model.trainable().values()}
-    assert all((after.tensors[name] != value).any() for name, value in start.tensors.items())
-
-
-def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = model_of(), examples_of(dataset_of(*[5] * 6))
+def test_values_never_leave_the_sites_bound(trained: Any, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = trained(), examples_of(dataset_of(*[5] * 6))
     bound = 0.05
     start = Adapter.of(model)
     assert max(float(np.abs(value).max()) for value in start.tensors.values()) > 5 * bound
@@ -339,8 +245,9 @@ def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> 
         step(*arguments, parameters=parameters, **settings)
 
     monkeypatch.setattr(local, "dp_sgd_step", noted)
-    work = round_of(max_adapter_value=bound, training=TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0))
-    after = train_round(model, start, examples, work, randomness=SeededRandomness(2))
+    sgd = TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0)
+    plan = plan_of(noise_multiplier=1.0, local_steps=6)
+    after = released(model, examples, work(max_adapter_value=bound, plan=plan, training=sgd))
     most = float(np.float32(bound))
     assert before[0] <= most, "what came is brought within it before a record meets it"
     assert max(before[1:]) <= most, "and what every step made"
@@ -408,15 +315,6 @@ def test_all_records_of_a_user_are_one_mean_that_is_clipped_once() -> None:
     add_clipped(sums, means, 1.0)
     expected = (wanted / wanted.norm(dim=1, keepdim=True).clamp(min=1)).sum(dim=0) * CELLS
     np.testing.assert_allclose(sums["a"].numpy(), expected.numpy(), atol=100)
-
-
-def test_no_more_records_of_a_user_take_part_than_the_plan_says() -> None:
-    users = users_of([0, 1, 2, 3, 4, 5, 6], [7], lengths=[5] * 8, most_records=3)
-    stream = SeededRandomness(1).stream("records")
-    seen = [batch.contributions for _ in range(20) for batch in users.cut_with(stream)(np.array([0, 1]))]
-    assert {(len(first), len(second)) for first, second in seen} == {(3, 1)}
-    assert len({tuple(first) for first, _ in seen}) > 5, "drawn afresh in each step"
-    assert len(choose_records(3, 3, stream)) == 3
 
 
 @pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])

@@ -8,22 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from scipy import stats
 
-from fedtune.data import Shapes, TextDataset, collate
 from fedtune.model import Adapter
 from fedtune.privacy.mechanism import cell, choose_records
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.training import dp_step
 from fedtune.training.dp_step import add_clipped
-from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
+from fedtune.training.local import RoundOfTraining
 from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 
-from .conftest import KINDS, Table
+from .conftest import KINDS, examples_of, released
+from .test_dp_step import loop_gradient
 from .test_step_faults import numbered
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
@@ -34,11 +32,6 @@ def users_of_sizes(*sizes: int) -> list[npt.NDArray[np.int64]]:
     """The places of each user's records, dealt out in turns so that no user's lie side by side."""
     owners = [user for turn in range(max(sizes, default=0)) for user, size in enumerate(sizes) if turn < size]
     return [np.flatnonzero(np.array(owners) == user) for user in range(len(sizes))]
-
-
-def examples_of(dataset: TextDataset, *, max_tokens: int = 40) -> SiteExamples:
-    shapes = Shapes.of(max_length=20, max_tokens=max_tokens)
-    return SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
 
 
 def first(by_user: UserExamples, chosen: Sequence[int], most: int) -> list[npt.NDArray[np.int64]]:
@@ -64,17 +57,6 @@ def defined(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: 
     return total
 
 
-def gradients_alone(model: Any, dataset: TextDataset) -> list[Gradients]:
-    """By plain autograd, one record at a time."""
-    parameters = model.trainable()
-    found = []
-    for record in range(len(dataset)):
-        loss = model.losses(collate(dataset, [record], pad_id=0)).sum()
-        each = torch.autograd.grad(loss, list(parameters.values()))
-        found.append({name: value.double().numpy() for name, value in zip(parameters, each, strict=True)})
-    return found
-
-
 def users_sum(
     model: Any, examples: UserExamples, chosen: npt.NDArray[np.int64], *, clip: float, most: int
 ) -> Gradients:
@@ -92,7 +74,7 @@ def test_the_sum_is_what_the_definition_says_however_it_is_cut(
     trained: Any, examples: Any, path: str, task: str, most: int
 ) -> None:
     model, dataset, users = trained(path, task), examples(task, 14), users_of_sizes(5, 1, 3, 1, 4)
-    each = gradients_alone(model, dataset)
+    each = [loop_gradient(model, dataset, record) for record in range(14)]
     chosen = np.array([0, 2, 3, 4])
     taking_part = [users[user][:most].tolist() for user in chosen]
     sizes = [norm(defined(each, [records], clip=1e9)) for records in taking_part]
@@ -104,27 +86,6 @@ def test_the_sum_is_what_the_definition_says_however_it_is_cut(
         found = users_sum(trained(path, task), by_user, chosen, clip=clip, most=most)
         assert norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
     assert norm(expected) > 1e-2 * clip
-
-
-def table_sum(
-    gradients: dict[str, torch.Tensor], by_user: UserExamples, chosen: Sequence[int], *, clip: float, most: int
-) -> torch.Tensor:
-    sums = {name: torch.zeros(value.shape[1:], dtype=torch.int64) for name, value in gradients.items()}
-    of_users = UserGradients(Table(gradients))
-    for batch in by_user.cut_drawn(first(by_user, chosen, most)):
-        add_clipped(sums, of_users.of(batch), clip)
-    return torch.cat([total.flatten() for total in sums.values()])
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_user_with_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does(bad: float) -> None:
-    users = users_of_sizes(2, 2, 1)
-    gradients = {"a": torch.tensor([[0.1, 0.2]] * 5), "b": torch.full((5, 1), 0.3)}
-    gradients["b"][int(users[1][1])] = bad
-    for max_tokens in (1, 10_000):
-        by_user = UserExamples(examples_of(numbered(*[1] * 5), max_tokens=max_tokens), users, most_records=9)
-        total = table_sum(gradients, by_user, [0, 1, 2], clip=1.0, most=9)
-        assert total.tolist() == pytest.approx([0.2 * 2**24, 0.4 * 2**24, 0.6 * 2**24], rel=2e-6)
 
 
 def test_micro_batches_keep_their_budget_and_users_whole() -> None:
@@ -157,7 +118,9 @@ def stream(*purpose: str | int) -> RandomStream:
     return SeededRandomness(17).stream(*purpose)
 
 
-def test_group_sampling_equals_its_definition_on_the_same_bits(plan: Any, trained: Any, examples: Any) -> None:
+def test_group_sampling_equals_its_definition_on_the_same_bits(
+    plan: Any, trained: Any, stepper: Any, examples: Any
+) -> None:
     # A user joins where its 64 bits are below the rate; of a user with more than `most` records those with the
     # smallest of their own fresh draws take part.
     sizes, most, rate = (5, 1, 3, 2, 4, 1, 6), 3, 0.6
@@ -170,22 +133,12 @@ def test_group_sampling_equals_its_definition_on_the_same_bits(plan: Any, traine
         taken.append(sorted(tuple(records.tolist()) for batch in batches for records in batch.contributions))
         return batches
 
-    model, choosing, sampling = trained(), stream("choosing"), stream("sampling")
+    choosing, record_bits = stream("choosing"), stream("choosing")
     records = dp_step.Records(count=len(by_user), declared_size=10, cut=cut)
-    optimizer = torch.optim.SGD(list(model.trainable().values()), lr=0.0)
-    for _ in range(5):
-        with attached(model) as of_each:
-            dp_step.dp_sgd_step(
-                UserGradients(of_each),
-                records,
-                plan(sampling_rate=rate, unit="user", records_per_user=most),
-                parameters=model.trainable(),
-                optimizer=optimizer,
-                sampling=sampling,
-                noise=stream("noise"),
-            )
+    one = stepper(trained())
+    one.units, one.sampling, users_bits = UserGradients, stream("sampling"), stream("sampling")
+    one.step(records, plan(sampling_rate=rate, unit="user", records_per_user=most), steps=5)
 
-    users_bits, record_bits = stream("sampling"), stream("choosing")
     for step in taken:
         expected = []
         for user, bits in enumerate(users_bits.uniform64(len(sizes))):
@@ -235,10 +188,6 @@ def work(work: Any, plan: Any) -> Any:
     return make
 
 
-def released(model: Any, examples: Any, work: RoundOfTraining, *, seed: int = 5) -> Adapter:
-    return train_round(model, Adapter.of(model), examples, work, randomness=SeededRandomness(seed))
-
-
 @pytest.mark.by_day(
     "random:bert-classification-private", "random:bert-classification-plain", "random:llama-causal_lm-private"
 )
@@ -259,7 +208,8 @@ def test_users_with_one_record_each_train_as_records_do(
 def test_without_privacy_the_mean_of_each_user_counts_once_too(trained: Any, examples: Any, work: Any) -> None:
     dataset, users = examples("causal_lm", 9), users_of_sizes(5, 3, 1)
     quiet = {"noise_multiplier": 0.0, "sampling_rate": 1.0, "local_steps": 1}
-    each = gradients_alone(trained("random:llama", "causal_lm"), dataset)
+    model = trained("random:llama", "causal_lm")
+    each = [loop_gradient(model, dataset, record) for record in range(9)]
     expected = defined(each, [records.tolist() for records in users], clip=1e9)
     for max_tokens in (1, 10_000):
         model = trained("random:llama", "causal_lm")
@@ -284,23 +234,3 @@ def test_every_record_has_one_user_and_every_user_a_record(examples: Any) -> Non
     for users in ([np.array([0, 1])], [np.array([0, 1, 2]), np.array([], dtype=np.int64)]):
         with pytest.raises(AssertionError):
             UserExamples(examples_of(dataset), users, most_records=2)
-
-
-def test_a_cut_that_loses_a_user_stops_the_step(trained: Any, examples: Any, plan: Any) -> None:
-    # A cut that lost a user would make the sum smaller than what the denominator stands for.
-    dataset, model = examples("classification", 4), trained()
-    by_user = UserExamples(examples_of(dataset), users_of_sizes(2, 2), most_records=2)
-    records = dp_step.Records(
-        count=2, declared_size=2, cut=lambda chosen: by_user.cut_drawn(first(by_user, chosen[:1], 2))
-    )
-    optimizer = torch.optim.SGD(list(model.trainable().values()), lr=0.0)
-    with attached(model) as of_each, pytest.raises(AssertionError, match="counts exactly once"):
-        dp_step.dp_sgd_step(
-            UserGradients(of_each),
-            records,
-            plan(unit="user"),
-            parameters=model.trainable(),
-            optimizer=optimizer,
-            sampling=stream("s"),
-            noise=stream("n"),
-        )
