@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ from fedtune.tasks import TaskModel, task_named
 VOCABULARY = 50
 END = 2
 NUM_LABELS = 4
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SIZES |= {"vocab_size": VOCABULARY}
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -67,14 +69,16 @@ def last_layer_classifier() -> TaskModel:
 
 
 def bert_classifier(lora: LoraSpec) -> TaskModel:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    spec = task_spec("classification", labels=tuple(f"label {index}" for index in range(NUM_LABELS)))
-    model = TaskModel(spec, task_named("classification"), adapted(BertModel(config), "classification", lora))
+    labels = tuple(f"label {index}" for index in range(NUM_LABELS))
+    model = tiny(lambda: BertModel(BertConfig(**SIZES)), lora, task="classification", labels=labels)
     torch.nn.init.normal_(model.head.weight)
     return model
+
+
+def tiny(make: Callable[[], PreTrainedModel], lora: LoraSpec, **about: Any) -> TaskModel:
+    torch.manual_seed(0)
+    spec = TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(), **about)
+    return TaskModel(spec, task_named(spec.task), adapted(make(), spec.task, lora))
 
 
 @pytest.fixture
@@ -89,38 +93,17 @@ def last_layer_language_model() -> TaskModel:
 
 
 def llama(lora: LoraSpec) -> TaskModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.5,  # large, so that the likeliest token wins by far and texts vary
-        eos_token_id=END,
-        pad_token_id=END,
-    )
-    return TaskModel(
-        task_spec("causal_lm"), task_named("causal_lm"), adapted(LlamaForCausalLM(config), "causal_lm", lora)
-    )
+    # A large range, so that the likeliest token wins by far and texts vary.
+    more = {"num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.5}
+    config = LlamaConfig(**SIZES, **more, eos_token_id=END, pad_token_id=END)
+    return tiny(lambda: LlamaForCausalLM(config), lora, task="causal_lm")
 
 
 @pytest.fixture
 def language_model_without_positions() -> TaskModel:
     """Bloom: its attention falls off with distance (ALiBi), and its forward pass takes no position ids."""
-    torch.manual_seed(0)
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
-    return TaskModel(
-        task_spec("causal_lm"),
-        task_named("causal_lm"),
-        adapted(BloomForCausalLM(config), "causal_lm", LoraSpec(rank=2)),
-    )
-
-
-def task_spec(task: str, labels: tuple[str, ...] = ()) -> TaskModelSpec:
-    return TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(), task=task, labels=labels)
+    return tiny(lambda: BloomForCausalLM(config), LoraSpec(rank=2), task="causal_lm")
 
 
 def adapted(base: PreTrainedModel, task: str, lora: LoraSpec) -> PeftModel:

@@ -14,7 +14,8 @@ from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import task_named
 
-from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, make_tokenizer, rows
+from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, in_json, make_tokenizer, rows
+from ..data.conftest import chat as turns_of
 
 LM = task_named("causal_lm")
 HIDDEN = UNSUPERVISED
@@ -29,8 +30,7 @@ def prompted(prompt: str, completion: str, **fields: str) -> Record:
 
 
 def chat(*contents: str) -> dict[str, str]:
-    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
-    return {"messages": json.dumps(turns)}
+    return {"messages": in_json(turns_of(*contents))}
 
 
 def one(fields: dict[str, str], tokenizer: Any, data: DataSpec) -> tuple[list[int], list[int]]:
@@ -100,7 +100,7 @@ def test_a_chat_without_an_answer_is_left_out_or_named(leading_tokenizer: Any, c
 def test_an_answer_that_is_not_to_be_learnt_is_read_and_not_learnt(leading_tokenizer: Any) -> None:
     """Such marks are `weight: 0` and `train: false` of other programs; what stands behind the last answer is left."""
     data = settings("messages", chat_template="plain")
-    turns = json.loads(chat("where", "lost", "is", "there")["messages"])
+    turns = turns_of("where", "lost", "is", "there")
 
     def marked(*places: int) -> list[int]:
         some = [turn | ({"train": False} if place in places else {}) for place, turn in enumerate(turns)]
@@ -117,7 +117,7 @@ def test_an_answer_that_is_not_to_be_learnt_is_read_and_not_learnt(leading_token
 def test_a_column_of_the_system_leads_a_conversation(leading_tokenizer: Any) -> None:
     data = settings("messages", "system", chat_template="plain")
     assert LM.roles_in(data) == ("messages", "system")
-    turns = json.loads(chat("where", "lost")["messages"])
+    turns = turns_of("where", "lost")
     led = [{"role": "system", "content": "is"}, *turns]
     expected = one({"messages": json.dumps(led)}, leading_tokenizer, data)
     assert one({"messages": json.dumps(turns), "system": "is"}, leading_tokenizer, data) == expected

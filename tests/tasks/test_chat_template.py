@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from fedtune.tasks import task_named
 from fedtune.tasks.chat_template import _compiled, _derived
 from fedtune.tasks.counted_template import CountedTemplate
 
-from ..data.conftest import data_spec
+from ..data.conftest import chat, data_spec, in_json
 
 LM = task_named("causal_lm")
 MARKS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]")
@@ -143,18 +142,13 @@ def settings(kind: str = "model", *, max_length: int = 2000, **given: Any) -> Da
     return data_spec("messages", max_length=max_length, chat_template=kind, **given)
 
 
-def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    turns = [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(contents)]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
-
-
 def messages(turns: Sequence[dict[str, str]]) -> dict[str, str]:
-    return {"messages": json.dumps(list(turns), separators=(",", ":"), ensure_ascii=False)}
+    return {"messages": in_json(turns)}
 
 
-def text_of(tokenizer: Any, turns: Sequence[dict[str, str]], *, data: DataSpec | None = None) -> tuple[str, list[str]]:
+def text_of(tokenizer: Any, turns: Sequence[dict[str, str]]) -> tuple[str, list[str]]:
     """What an example says, and the stretches of it that are learnt."""
-    dataset = LM.tokenise([Record(messages(turns))], tokenizer, data=data or settings())
+    dataset = LM.tokenise([Record(messages(turns))], tokenizer, data=settings())
     learnt: list[list[int]] = [[]]
     for target in dataset.targets[0].tolist():
         if target >= 0:
@@ -271,8 +265,8 @@ def test_a_chat_that_the_template_changes_is_left_out_by_itself(template: str, t
     among = LM.tokenise([others[0], changed, others[1]], tokenizer, data=settings(), lenient_within=10**6).targets
     assert [target.tolist() for target in among] == [target.tolist() for target in (one, left_out, other)]
     pair = {
-        "chosen": messages(turns)["messages"],
-        "rejected": messages([*turns[:-1], {**turns[-1], "content": "No."}])["messages"],
+        "chosen": in_json(turns),
+        "rejected": in_json([*turns[:-1], {**turns[-1], "content": "No."}]),
     }
     pairs = task_named("preference").tokenise(
         [Record(pair)], tokenizer, data=settings(columns={role: role for role in pair}), lenient_within=10**6
@@ -310,14 +304,6 @@ def test_all_renderings_of_a_template_have_one_bound() -> None:
     many_steps = "{% for m in messages %}{% set x = 'a' * 120000 %}{% endfor %}" + CHATML
     with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all the conversations"):
         LM.check_tokenizer(tokenizer_with(many_steps), data=settings())
-
-
-def test_turns_in_words() -> None:
-    tokenizer = tokenizer_with(None)
-    whole, learnt = text_of(tokenizer, chat("Hello ", "Hi!", "So?", " Yes.", system="Be kind."), data=settings("plain"))
-    asked = "System: Be kind.\n\nUser: Hello\n\nAssistant:"
-    assert whole == f"{asked} Hi!</s>\n\nUser: So?\n\nAssistant: Yes.</s>"
-    assert learnt == [" Hi!</s>", " Yes.</s>"]
 
 
 @pytest.mark.parametrize("kind", ["model", "plain"])

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from fedtune.data import Record
 from fedtune.tasks import task_named
 
-from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, WITHOUT_SYSTEM, chat, messages
+from ..data.conftest import chat, in_json
+from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, WITHOUT_SYSTEM, messages
 from .test_chat_template import settings as layout
 
 ZEPHYR = (
@@ -166,7 +167,7 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     assert written is not None
     assert written[0][0].tolist() == asked
     both = [*turns[:-1], {"role": "assistant", "content": "No."}]
-    pair = {"chosen": messages(turns)["messages"], "rejected": messages(both)["messages"]}
+    pair = {"chosen": in_json(turns), "rejected": in_json(both)}
     pairs_data = layout(max_length=5000, columns={role: role for role in pair})
     pairs = task_named("preference").tokenise([Record(pair)], tokenizer, data=pairs_data)
     assert pairs.input_ids[0].tolist() == ids
@@ -198,10 +199,10 @@ def test_any_chat_has_them(kind: str, said: tuple[list[str], list[str]], templat
 @pytest.mark.parametrize("kind", KINDS)
 def test_turns_in_words_are_encoded_whole(kind: str) -> None:
     tokenizer = trained(kind, "none")
-    ids, *_ = LM.tokenise(
-        [Record(messages(chat("Where is case 3?", "In box 3.", "And now?", "Sorry.")))], tokenizer, data=layout("plain")
-    ).input_ids
-    text = "User: Where is case 3?\n\nAssistant: In box 3.</s>\n\nUser: And now?\n\nAssistant: Sorry.</s>"
+    turns = chat("Where is case 3?", "In box 3. ", " And now?", "Sorry.", system="Be kind.")
+    (ids,) = LM.tokenise([Record(messages(turns))], tokenizer, data=layout("plain")).input_ids
+    first = "System: Be kind.\n\nUser: Where is case 3?\n\nAssistant: In box 3.</s>"
+    text = f"{first}\n\nUser: And now?\n\nAssistant: Sorry.</s>"
     lead = tokenizer([""])["input_ids"][0]
     assert ids.tolist() == [*lead, *tokenizer([text], add_special_tokens=False)["input_ids"][0]]
 

@@ -224,22 +224,23 @@ def test_a_whole_run(
     assert not any(one["failed_sites"] for one in result["rounds"])
     assert not (folder / "adapter" / "head.safetensors").exists()
     assert command("report", str(folder)).code == 0
-    told = command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json")
-    assert told.code == 0, told.err
-    assert names <= set(told.out.replace('"', " ").split())
-    told = command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json")
-    assert told.code == 0, told.err
-    assert json.loads(told.out)["judged_by"] == ("spearman" if layout == "scored" else "ndcg_at_10")
-    told = command("generate", str(folder), "--prompt", "where")
-    assert (told.code, told.message) == (2, "task = 'embedding': gives no answer to a text; fedtune evaluate scores it")
+    told = command("evaluate", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
+    assert names <= set(told.replace('"', " ").split())
+    told = command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
+    assert json.loads(told)["judged_by"] == ("spearman" if layout == "scored" else "ndcg_at_10")
+    assert (
+        command("generate", str(folder), "--prompt", "where").failed()
+        == "task = 'embedding': gives no answer to a text; fedtune evaluate scores it"
+    )
 
 
 def test_what_a_user_sees(command: Any, tmp_path: Path) -> None:
-    told = command("plan", *pairs_run(tmp_path, "triplets", "name=p"))
-    assert told.code == 0, told.err
-    told = command("simulate", *pairs_run(tmp_path, "listed", "data.pairs.negatives=batch", "name=x"))
-    assert told.code == 2
-    assert told.message.startswith("data.pairs.negatives = 'batch': couples records")
+    assert command("plan", *pairs_run(tmp_path, "triplets", "name=p")).printed
+    assert (
+        command("simulate", *pairs_run(tmp_path, "listed", "data.pairs.negatives=batch", "name=x"))
+        .failed()
+        .startswith("data.pairs.negatives = 'batch': couples records")
+    )
 
 
 @pytest.mark.nightly

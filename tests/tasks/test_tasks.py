@@ -116,21 +116,6 @@ def test_settings_that_do_not_fit_the_task(
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("task", "roles", "given"),
-    [
-        ("classification", LABELLED, {"labels": ("a", "b")}),
-        ("classification", (*LABELLED, "user", "site"), {"labels": ("a", "b")}),
-        ("causal_lm", PROMPT, {}),
-        ("causal_lm", ("messages",), {"chat_template": "model"}),
-        ("causal_lm", ("text",), {}),
-        ("causal_lm", ("text", "user"), {}),
-    ],
-)
-def test_settings_that_fit_their_task(task: str, roles: tuple[str, ...], given: dict[str, Any]) -> None:
-    task_named(task).check_data(data_spec(*roles, **given))
-
-
 FEATURE = {"input": "features", "max_length": 1, "features": (FeatureSpec(columns=("age",), range=(0.0, 110.0)),)}
 FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("classification", (*LABELLED, "user"), {"labels": ("a", "b")}),
@@ -139,6 +124,7 @@ FAULTY: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("survival", ("time", "event"), {"intervals": (1.0, 2.0)} | FEATURE),
     ("token_classification", ("tokens", "tags"), {"labels": ("a", "b")}),
     *(("token_classification", ("text", "spans"), {"labels": ("a", "b")}), ("causal_lm", PROMPT, {})),
+    *(("causal_lm", ("messages",), {"chat_template": "model"}), ("causal_lm", ("text", "user"), {})),
     *(("causal_lm", ("messages",), TURNS), ("preference", ("prompt", *WHOLE), {}), ("preference", WHOLE, TURNS)),
     *(("embedding", SCORED, IN_RANGE), ("embedding", PAIR, negatives("a text"))),
     ("votes", ("text",), {"labels": ("a", "b")}),
@@ -163,12 +149,9 @@ def made_up(draws: random.Random) -> object:
 
 def faults_of(task: str, roles: tuple[str, ...], given: dict[str, Any], *, seed: int) -> set[tuple[object, str]]:
     settings = data_spec(*roles, **given)
-    columns, draws, found = (
-        task_named(task).columns(settings, unit="user" if "user" in roles else "record"),
-        random.Random(seed),
-        set(),
-    )
-    fault = task_named(task).fault(settings)
+    task_named(task).check_data(settings)
+    columns = task_named(task).columns(settings, unit="user" if "user" in roles else "record")
+    fault, draws, found = task_named(task).fault(settings), random.Random(seed), set()
     for _ in range(4000):
         row = {column: made_up(draws) for column in columns.values()}
         error = or_fault("", record_of, row, columns, file="a.jsonl", line=1)
