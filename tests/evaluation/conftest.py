@@ -62,12 +62,6 @@ def classifier() -> TaskModel:
     return bert_classifier(LoraSpec(rank=2))
 
 
-@pytest.fixture
-def last_layer_classifier() -> TaskModel:
-    """Its first layer is frozen."""
-    return bert_classifier(LoraSpec(rank=2, layers=(-1,)))
-
-
 def bert_classifier(lora: LoraSpec) -> TaskModel:
     labels = tuple(f"label {index}" for index in range(NUM_LABELS))
     model = tiny(lambda: BertModel(BertConfig(**SIZES)), lora, task="classification", labels=labels)
@@ -84,12 +78,6 @@ def tiny(make: Callable[[], PreTrainedModel], lora: LoraSpec, **about: Any) -> T
 @pytest.fixture
 def language_model() -> TaskModel:
     return llama(LoraSpec(rank=2))
-
-
-@pytest.fixture
-def last_layer_language_model() -> TaskModel:
-    """Its first layer is frozen."""
-    return llama(LoraSpec(rank=2, layers=(-1,)))
 
 
 def llama(lora: LoraSpec) -> TaskModel:

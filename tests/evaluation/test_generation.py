@@ -21,7 +21,7 @@ from fedtune.evaluation.generation import (
     write,
     write_batch,
 )
-from fedtune.evaluation.spec import WritingSpec
+from fedtune.evaluation.spec import EvaluationSpec, WritingSpec
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import TaskModel
@@ -301,3 +301,14 @@ def test_a_wrong_way_to_write_is_named_as_its_option(wrong: dict[str, float]) ->
     (key,) = wrong
     with pytest.raises(ConfigError, match=f"^--{key.replace('_', '-')} = "):
         WritingSpec(**wrong)
+
+
+@pytest.mark.parametrize("key", ["max_tokens", "max_new_tokens", "generation_rows"])
+def test_a_size_below_one_is_refused_by_name(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key} = 0: .*at least 1"):
+        EvaluationSpec(**{key: 0})
+
+
+def test_the_defaults_are_valid_and_generate_nothing() -> None:
+    assert EvaluationSpec().generate is False
+    assert EvaluationSpec().generation_rows is None

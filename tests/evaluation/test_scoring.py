@@ -2,15 +2,21 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedtune.data.batching import Batch
+from fedtune.data.batching import Batch, collate
 from fedtune.data.tokenise import TextDataset
 from fedtune.model.layers import layer_stack
+from fedtune.model.spec import LoraSpec
+from fedtune.spec import DataError
 from fedtune.tasks import TaskModel
+from fedtune.tasks.measures import macro_f1
 
-from .conftest import END, scores_of
+from .conftest import END, bert_classifier, llama, scores_of
 
 
 def test_classification(classifier: TaskModel, labelled: TextDataset) -> None:
@@ -34,7 +40,8 @@ def test_no_module_runs_with_gradients_or_in_training_mode(classifier: TaskModel
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureRequest, task: str) -> None:
-    model = request.getfixturevalue(f"last_layer_{'classifier' if task == 'classification' else 'language_model'}")
+    last = LoraSpec(rank=2, layers=(-1,))
+    model = bert_classifier(last) if task == "classification" else llama(last)
     data = request.getfixturevalue("labelled" if task == "classification" else "completions")
     frozen, *_ = layer_stack(model.base.get_base_model())[1]
     attention = next(module for name, module in frozen.named_children() if "attention" in name or "attn" in name)
@@ -64,3 +71,80 @@ def test_of_a_model_without_frozen_layers_nothing_is_kept(classifier: TaskModel,
     assert score(kept=kept) == score()
     assert [(batch.prefix, batch.reference) for batch in kept.values()] == [(None, None)] * len(kept)
     assert kept
+
+
+# A classifier.
+
+
+def test_macro_f1_by_hand() -> None:
+    truth, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 0])
+    # Class 0: TP 2, FP 1, FN 1; class 1: TP 1, FP 1, FN 1; class 2: TP 0, FP 1, FN 1.
+    assert macro_f1(truth, predicted, num_labels=3) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    # A declared class that occurs nowhere counts as 0.
+    assert macro_f1(truth, predicted, num_labels=4) == pytest.approx((2 / 3 + 1 / 2 + 0 + 0) / 4)
+
+
+@settings(deadline=None)  # importing scikit-learn takes the first example long
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+def test_macro_f1_is_scikit_learns_over_the_declared_labels(pairs: list[tuple[int, int]]) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
+    truth, predicted = np.array(pairs).T
+    expected = metrics.f1_score(truth, predicted, average="macro", labels=range(5), zero_division=0)
+    assert macro_f1(truth, predicted, num_labels=5) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
+def test_scores_equal_one_example_at_a_time(classifier: TaskModel, labelled: TextDataset, max_tokens: int) -> None:
+    scores = scores_of(classifier, labelled, pad_id=0, max_tokens=max_tokens)
+    predicted, losses = [], []
+    with torch.no_grad():
+        for index in range(len(labelled)):
+            batch = collate(labelled, np.array([index]), pad_id=0)
+            predicted.append(int(classifier.logits(batch).argmax()))
+            losses.append(float(classifier.losses(batch)))
+    truth = np.array(labelled.targets)
+    assert list(scores) == ["accuracy", "macro_f1", "loss"]
+    assert scores["accuracy"] == np.mean(truth == predicted)
+    assert scores["macro_f1"] == macro_f1(truth, np.array(predicted), num_labels=4)
+    assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+# A language model.
+
+
+def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
+    """Each example's supervised token losses, from the plain base model, one example at a time."""
+    found = []
+    for input_ids, target in zip(dataset.input_ids, dataset.targets, strict=True):
+        with torch.no_grad():
+            logits = model.base(input_ids=torch.as_tensor(input_ids, dtype=torch.int64)[None]).logits[0, :-1]
+        shifted = torch.as_tensor(target)[1:]
+        losses = torch.nn.functional.cross_entropy(logits, shifted, reduction="none", ignore_index=-100)
+        found.append(losses[shifted != -100].double().numpy())
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+def test_loss_weighs_examples_and_perplexity_weighs_tokens(
+    language_model: TaskModel, completions: TextDataset, max_tokens: int
+) -> None:
+    scores = scores_of(language_model, completions, pad_id=2, max_tokens=max_tokens)
+    losses = token_losses(language_model, completions)
+    assert len(losses[-1]) == 0, "one example without supervised tokens belongs to this test"
+    per_example = [row.mean() if len(row) else 0.0 for row in losses]
+    assert list(scores) == ["loss", "perplexity"]
+    assert scores["loss"] == pytest.approx(np.mean(per_example), rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-4)
+
+
+def test_data_without_a_supervised_token_is_refused(language_model: TaskModel, completions: TextDataset) -> None:
+    unsupervised = TextDataset(input_ids=completions.input_ids[-1:], targets=completions.targets[-1:])
+    with pytest.raises(DataError, match="max_length"):
+        scores_of(language_model, unsupervised, pad_id=2, max_tokens=100)
+
+
+def test_a_diverged_model_has_infinite_perplexity(
+    language_model: TaskModel, completions: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_model, "losses", lambda batch: torch.full((len(batch.input_ids),), 1e4))
+    assert scores_of(language_model, completions, pad_id=2, max_tokens=100)["perplexity"] == float("inf")

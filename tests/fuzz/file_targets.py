@@ -136,10 +136,6 @@ def _checkpoint(folder: Path) -> object:
     return Checkpoints(folder / "checkpoints", json.loads(_of_run("run.json"))["config_sha256"]).load()
 
 
-def _checkpoint_data(data: bytes) -> object:
-    return _in_run(_newest_checkpoint(), _checkpoint)(data)
-
-
 def _newest_checkpoint() -> str:
     return f"checkpoints/{max((seeds.run_folder() / 'checkpoints').glob('round-*')).name}"
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from fedtune.config import parse
 from fedtune.spec import ConfigError
 
+from ..forked import run_forked
 from . import file_targets, ledger_target, seeds, wire_targets
+from .bombs import MOST_MIB
 from .target import Target
 
 TARGETS = {target.name: target for target in (*wire_targets.TARGETS, *file_targets.TARGETS, *ledger_target.TARGETS)}
@@ -96,3 +101,18 @@ def test_the_property_can_fail() -> None:
     strict = Target("x", TARGETS["update"].broken, lambda data: data.decode(), (KeyError,))
     with pytest.raises(UnicodeDecodeError):
         fuzz(strict, examples=200, always_the_same=True)
+
+
+@pytest.mark.nightly
+def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
+    """Inputs of a few kilobytes that stand for gigabytes take no more memory than they are worth."""
+    done = run_forked(
+        [sys.executable, "-m", "tests.fuzz.bombs"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout_s=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    grown = {one["bomb"]: one["mib"] for one in map(json.loads, done.stdout.splitlines())}
+    assert len(grown) >= 15
+    assert {name: mib for name, mib in grown.items() if mib > MOST_MIB} == {}

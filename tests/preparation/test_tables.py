@@ -143,15 +143,3 @@ def test_an_event_is_chosen_and_must_be_one(tmp_path: Path, monkeypatch: pytest.
     told = command("data", "init", "trial.json", "--time", "weeks", "--event", "diagnosis", "--out", "b.yaml")
     assert (told.code, told.message.partition(":")[0]) == (2, "--event = 'diagnosis'")
     assert "must hold 1 or true where it came, else 0 or false" in told.message
-
-
-def test_rows_are_twins_by_their_features(tmp_path: Path, labs: Path, command: Any) -> None:
-    given = [{"age": 1.5, "label": "sick"}, {"age": 1.5, "label": "sick"}, {"age": 1.5, "label": "well"}]
-    (tmp_path / "labs.json").write_text(json.dumps([*given, {"age": 2.5, "label": "well"}]))
-    settings = ("experiment=own_features", "data.train_file=labs.json", "data.declared_sizes=1")
-    features = "data.features=[{columns: [age], range: [0, 9]}]"
-    told = command(
-        "data", "check", *settings[1:], "own_features", "data.labels=[sick,well]", features, "--json"
-    ).printed
-    (file,) = json.loads(told)["checked"]["files"]
-    assert [(one["kind"], one["count"]) for one in file["findings"]] == [("contradiction", 1), ("same", 1)]

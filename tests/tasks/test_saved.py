@@ -8,6 +8,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -199,10 +200,7 @@ def test_a_crash_while_saving_keeps_the_old_folder(
     model = trained()
     save_task_model(model, tmp_path / "adapter")
 
-    def crash(*_: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("fedtune.tasks.saved.asdict", crash)
+    monkeypatch.setattr("fedtune.tasks.saved.asdict", Mock(side_effect=OSError("no space left on device")))
     with pytest.raises(OSError, match="no space"):
         save_task_model(build_task_model(spec()), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -61,6 +61,8 @@ def test_a_head_never_multiplies_a_few_rows(trained: Any, examples: Any, task: s
     [
         *((*kind, LoraSpec(rank=2)) for kind in KINDS),
         ("random:bert", "classification", LoraSpec(rank=2, layers=(-1,), train_a=False)),
+        *(("random:bert", "triplets", LoraSpec(kind=kind, rank=2)) for kind in ("dora", "ia3")),
+        *(("random:llama", "causal_lm", LoraSpec(kind=kind, rank=2)) for kind in ("dora", "ia3")),
     ],
 )
 def test_checkpointing_changes_no_loss_and_no_gradient(

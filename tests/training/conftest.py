@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.model import Adapter, ModelSpec
 from fedtune.model.products import multiply_by_onednn
-from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import Randomness, SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks import TaskModel
-from fedtune.training import dp_step
 from fedtune.training.dp_step import Records, add_clipped, dp_sgd_step, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
@@ -37,7 +34,6 @@ KINDS = [
     ("random:llama", "preference"),
 ]
 """Models, and tasks that they are tried on."""
-Arrays = dict[str, npt.NDArray[np.float64]]
 
 
 @pytest.fixture(autouse=True)
@@ -232,30 +228,3 @@ def stepper() -> Callable[..., Stepper]:
         return Stepper(model, make_optimizer(model.trainable(), spec))
 
     return make
-
-
-@pytest.fixture
-def clipped_sum(monkeypatch: pytest.MonkeyPatch, stepper: Any, records: Any) -> Callable[..., Arrays]:
-    """What a step hands to the Gaussian mechanism: the clipped sum of a whole dataset, no longer in cells."""
-
-    def make(model: TaskModel, dataset: TextDataset, plan: Plan, *, max_tokens: int = 40) -> Arrays:
-        seen: list[Arrays] = []
-
-        def without_noise(sums: Mapping[str, npt.NDArray[np.int64]], **_: Any) -> dict[str, npt.NDArray[np.int64]]:
-            assert {total.dtype for total in sums.values()} == {np.dtype(np.int64)}, "sums are whole numbers"
-            seen.append({name: total * cell(plan.max_grad_norm) for name, total in sums.items()})
-            return {name: np.zeros_like(total) for name, total in sums.items()}
-
-        with monkeypatch.context() as patched:
-            patched.setattr(dp_step, "add_gaussian_noise", without_noise)
-            stepper(model).step(records(dataset, max_tokens=max_tokens), plan)
-        assert len(seen) == 1, "noise is added once for each logical batch"
-        return seen[0]
-
-    return make
-
-
-@pytest.fixture
-def norm() -> Callable[[Arrays], float]:
-    """The joint L2 norm of all tensors."""
-    return lambda tensors: float(np.sqrt(sum(np.sum(np.square(value)) for value in tensors.values())))

@@ -1,6 +1,6 @@
 """A step with the other kinds of adapters, padded or not, from kept states or not.
 
-The gradients of single records are those of a loop, and the same bits in every company.
+The gradients of single records are those of a loop; that they are the same in every company is in test_companies.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from fedtune.training.preflight import moved_by_others
 
 from ..builders import as_tried
 from .conftest import KINDS, examples_of
-from .test_companies import records, require_alone, threads  # noqa: F401
 from .test_dp_step import loop_gradient
 
 pytestmark = pytest.mark.nightly
@@ -84,20 +83,6 @@ def test_the_gradients_of_dora_are_those_of_pefts_own(trained: Any, examples: An
             assert np.allclose((gradient * start).detach().numpy(), ours[place][public], rtol=1e-3, atol=1e-5), name
 
 
-@keeping
-@kinds
-@tasks
-@pytest.mark.usefixtures("threads")
-def test_a_record_is_the_same_bit_for_bit_in_every_company(
-    trained: Any, path: str, task: str, kind: str, keeps: bool
-) -> None:
-    model = trained(path, task, size=1.4, lora=of_kind(kind, keeps=keeps))
-    shapes = as_tried(Shapes.of(max_length=30, max_tokens=200))
-    lengths = np.append(np.random.default_rng(6).integers(1, 31, size=20), [30, 30])
-    dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
-    require_alone(model, examples_of(dataset, shapes, kept_by=model if keeps else None), companies=5)
-
-
 @kinds
 @pytest.mark.parametrize("keeps", [False, True])
 def test_preflight_finds_them_exact(fresh: Any, kind: str, keeps: bool) -> None:
@@ -105,22 +90,6 @@ def test_preflight_finds_them_exact(fresh: Any, kind: str, keeps: bool) -> None:
     before = {name: one.clone() for name, one in model.state_dict().items()}
     assert moved_by_others(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "all is put back"
-
-
-@kinds
-@tasks
-def test_recomputed_layers_give_the_same_gradients(
-    trained: Any, examples: Any, path: str, task: str, kind: str
-) -> None:
-    batch, found = collate(examples(task), range(4), pad_id=0), []
-    for recomputes in (False, True):
-        model = trained(path, task, lora=of_kind(kind))
-        if recomputes:
-            model.enable_gradient_checkpointing()
-        with attached(model) as gradients:
-            found.append(gradients.of_all(batch))
-    for name, gradient in found[0].items():
-        assert torch.allclose(gradient, found[1][name], rtol=1e-5, atol=1e-7), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "int8", "nf4"])
@@ -131,16 +100,6 @@ def test_offsets_of_a_coarse_base_have_float32_gradients(trained: Any, examples:
         found = gradients.of_all(collate(examples("classification"), range(4), pad_id=0))
     assert {one.dtype for one in found.values()} == {torch.float32}
     assert all(torch.equal(one, one.bfloat16().float()) is False for one in found.values())
-
-
-@kinds
-def test_frozen_a_and_frozen_layers_take_no_part(trained: Any, examples: Any, kind: str) -> None:
-    model = trained(lora=of_kind(kind, keeps=True, train_a=False))
-    assert all(".layer.1." in name or name == "head.weight" for name in model.trainable())
-    with attached(model) as gradients:
-        found = gradients.of(collate(examples("classification"), [0, 1], pad_id=0))
-    assert list(found) == list(model.trainable())
-    assert not any("lora_A" in name for name in found)
 
 
 def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(

@@ -137,15 +137,27 @@ def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str,
         assert same(gradient, expected[int(some[row])])
 
 
-@pytest.mark.parametrize("positions", [None, 30], ids=["room to pad", "as long as the model"])
+OTHER_ADAPTERS = [replace(LAST, kind=kind, layers=layers) for kind in ("dora", "ia3") for layers in (None, (-1,))]
+
+
+@pytest.mark.parametrize(
+    ("positions", "lora"),
+    [
+        *((positions, LoraSpec(rank=2, alpha=4.0)) for positions in (None, 30)),
+        *((None, lora) for lora in OTHER_ADAPTERS),
+    ],
+    ids=lambda value: f"{value.kind} {value.layers}" if isinstance(value, LoraSpec) else f"{value} positions",
+)
 @kinds
-def test_records_of_all_lengths_at_once(trained: Any, path: str, task: str, positions: int | None) -> None:
+def test_records_of_all_lengths_at_once(
+    trained: Any, path: str, task: str, positions: int | None, lora: LoraSpec, threads: None
+) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
     shapes = as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions))
-    model = trained(path, task, size=5.0)
+    model = trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
-    require_alone(model, examples_of(dataset, shapes), companies=6)
+    require_alone(model, examples_of(dataset, shapes, kept_by=model if lora.layers else None), companies=6)
 
 
 @kinds

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -301,11 +302,8 @@ def test_a_failure_of_the_first_device_leaves_no_step_half_done(
     expected = a_round(three, units_of(three.model.spec, 41), work)
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
 
-    def fails(*_: Any) -> Any:
-        raise MemoryError
-
     with monkeypatch.context() as patched:
-        patched.setattr(there._own, "cut_drawn", fails)
+        patched.setattr(there._own, "cut_drawn", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             a_round(three, there, work)
     assert three.devices._crew.broken, "the others' sums of this step are for no other"

@@ -9,30 +9,28 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedtune.data import TextDataset
+from fedtune.data import TextDataset, collate
 from fedtune.privacy.mechanism import cell, poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.tasks import TaskModel
-from fedtune.training.dp_step import Records, add_clipped, assert_one_tensor_set
+from fedtune.training.dp_step import SMALLEST_NORM, Records, add_clipped, assert_one_tensor_set
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.spec import TrainingSpec
 
-from .conftest import KINDS
+from .conftest import KINDS, examples_of, summed
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
+CELLS = 2**24
+"""A clip norm."""
 UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0, "preference": 5.0}
 """Longer than these models' gradients, which are then rounded to a grid of 8e-6 to 2e-7."""
 
 
 def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
     """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
+    if model.task.name not in ("classification", "causal_lm", "preference", "embedding"):
+        return model.losses(collate(dataset, [index], pad_id=0)).sum()  # tests/tasks compare these with a textbook's
     texts = [torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.texts_of([index])]
-    if model.task.name == "token_classification":
-        hidden = torch.cat([model.base(input_ids=ids).last_hidden_state[0] for ids in texts])
-        targets = torch.cat([torch.from_numpy(dataset.targets[text]) for text in dataset.texts_of([index])])
-        each = 20.0 / hidden.shape[1] ** 0.5 * hidden @ model.head.weight.T
-        learnt = targets != -100
-        return functional.cross_entropy(each[learnt], targets[learnt]) if learnt.any() else each.sum() * 0.0
     if model.task.name == "preference":
         targets = [torch.from_numpy(dataset.targets[text]) for text in dataset.texts_of([index])]
         with model.base.disable_adapter(), torch.no_grad():
@@ -57,18 +55,7 @@ def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
         return functional.cross_entropy(output.logits[0, :-1][supervised], targets[supervised])
     pooled = output.last_hidden_state[0].mean(dim=0)
     logits = 20.0 * model.head.weight @ (pooled / pooled.norm())
-    target = torch.tensor(dataset.targets[index])
-    if (target == -100).all():
-        return logits.sum() * 0.0
-    match model.task.name:
-        case "multi_label":
-            return functional.binary_cross_entropy_with_logits(logits, target.float())
-        case "ordinal":
-            above = (target > torch.arange(len(logits))).float()
-            return functional.binary_cross_entropy_with_logits(logits, above)
-        case "regression":
-            return functional.mse_loss(logits[0], target)
-    return functional.cross_entropy(logits[None], target[None])
+    return functional.cross_entropy(logits[None], torch.tensor(dataset.targets[index])[None])
 
 
 def log_probability(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -84,6 +71,25 @@ def loop_gradient(model: TaskModel, dataset: TextDataset, index: int) -> dict[st
     parameters = model.trainable()
     gradients = torch.autograd.grad(plain_loss(model, dataset, index), list(parameters.values()))
     return {name: gradient.double().numpy() for name, gradient in zip(parameters, gradients, strict=True)}
+
+
+def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -> None:
+    """Of all examples, of which some are clipped and some are not, however they are cut into micro-batches."""
+    alone = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
+    norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
+    clip = float(np.median([norm for norm in norms if norm]))
+    assert SMALLEST_NORM < clip < max(norms), "or no gradient is scaled by its own norm"
+    factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
+    for max_tokens in (1, 40, 10_000):
+        found = summed(model, examples_of(dataset, max_tokens=max_tokens, **cut), clip)
+        for name, total in found.items():
+            looped = sum(factor * each[name] for factor, each in zip(factors, alone, strict=True)) / clip * CELLS
+            assert np.abs(total.numpy() - looped).max() <= 1e-5 * CELLS * len(dataset), (name, max_tokens)
+
+
+@kinds
+def test_the_clipped_sum_equals_a_loop_however_it_is_cut(trained: Any, examples: Any, path: str, task: str) -> None:
+    require_sums_of_a_loop(trained(path, task), examples(task))
 
 
 @pytest.mark.by_day("random:bert-classification-sgd", "random:bert-classification-adamw", "random:llama-causal_lm-sgd")
@@ -125,31 +131,6 @@ def test_without_clipping_and_noise_it_is_plain_peft_training(
         compared.append(fine.flatten())
         torch.testing.assert_close(after[name][fine], parameter.detach()[fine], rtol=1e-4, atol=5e-6)
     assert torch.cat(compared).float().mean() > 0.1
-
-
-def largest_difference(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
-    assert left.keys() == right.keys()
-    return float(np.sqrt(sum(np.sum(np.square(left[name] - right[name])) for name in left)))
-
-
-@kinds
-def test_the_clipped_sum_equals_a_loop_however_it_is_cut(
-    trained: Any, examples: Any, plan: Any, clipped_sum: Any, path: str, task: str
-) -> None:
-    model, dataset = trained(path, task), examples(task)
-    alone = [loop_gradient(model, dataset, index) for index in range(len(dataset))]
-    norms = [np.sqrt(sum(np.sum(np.square(value)) for value in gradient.values())) for gradient in alone]
-    clip = float(np.median(norms))
-    assert min(norms) < clip < max(norms), "some are clipped and some are not"
-    factors = [min(1.0, clip / size) if size else 1.0 for size in norms]
-    looped = {
-        name: sum(factor * gradient[name] for factor, gradient in zip(factors, alone, strict=True)) for name in alone[0]
-    }
-    allowed = 1e-5 * clip * len(dataset)
-    for max_tokens in (1, 30, 10_000):
-        total = clipped_sum(trained(path, task), dataset, plan(max_grad_norm=clip), max_tokens=max_tokens)
-        assert largest_difference(total, looped) <= allowed, max_tokens
-    assert np.sqrt(sum(np.sum(np.square(value)) for value in looped.values())) > 1e3 * allowed
 
 
 def test_tensors_stepped_and_clipped_are_one_set(trained: Any, plan: Any, records: Any, examples: Any) -> None:

@@ -203,7 +203,8 @@ def test_a_user_moves_the_sum_by_its_own_contribution_alone(
 ) -> None:
     draws = np.random.default_rng(seed)
     count = sum(sizes)
-    table = Table(tensors(made_up(draws, kind, clip * relative, count)))
+    values = made_up(draws, kind, clip * relative, count)
+    table = Table(tensors(values))
     ids = tuple(np.array([number, *[1] * draws.integers(0, 19)], dtype=np.int32) for number in range(count))
     dataset = TextDataset(ids, np.zeros(count, dtype=np.int64))
     records = SiteExamples(dataset, pad_id=0, shapes=Shapes.of(max_length=20, max_tokens=60), device="cpu")
@@ -221,6 +222,7 @@ def test_a_user_moves_the_sum_by_its_own_contribution_alone(
     assert equal(whole, total(everyone[::-1]))
     rest, own = total([user for user in everyone if user != gone]), total([gone])
     assert equal(own, {name: whole[name] - rest[name] for name in whole})
+    assert np.isfinite(values[users[gone]]).all() or not any(one.any() for one in own.values()), "counts as zero"
     assert squares({name: one[None] for name, one in own.items()})[0] <= CLIP_NORM**2
 
 

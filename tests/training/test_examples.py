@@ -6,6 +6,7 @@ import errno
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -63,9 +64,7 @@ def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(
 def test_a_disk_without_room_keeps_nothing_and_fails_nobody(
     trained: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(handle: int, start: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "posix_fallocate", full)
     model = trained("random:bert", "classification", lora=LAST)
     made = examples_of(examples("classification"))
@@ -172,10 +171,7 @@ def test_a_record_without_states_adds_nothing_and_moves_no_other(
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
 def test_where_the_machine_fails_no_states_are_kept(fresh: Any, examples: Any, error: type[Exception]) -> None:
     model = fresh(lora=LAST)
-
-    def fails(*_: Any) -> None:
-        raise error("out of memory")
-
+    fails = Mock(side_effect=error("out of memory"))
     handle = model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(fails)
     keeping = examples_of(examples("classification"))
     with pytest.raises(error, match="out of memory"):

@@ -17,15 +17,13 @@ from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset
 from fedtune.data.spec import PairsSpec
 from fedtune.model import LoraSpec
 from fedtune.tasks import Task, TaskModel, task_named
-from fedtune.training.dp_step import SMALLEST_NORM
 
 from ..data.conftest import chat as turns_of
 from ..data.conftest import in_json, make_tokenizer
-from .conftest import examples_of, summed
+from .conftest import examples_of
 from .test_companies import require_alone
-from .test_dp_step import loop_gradient
+from .test_dp_step import require_sums_of_a_loop
 
-CLIP_NORM = 2**24
 LONGEST = 14
 LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
 
@@ -199,20 +197,7 @@ def test_the_records_are_those_that_this_is_about(dataset_of: Any, layout: str) 
 @layouts
 def test_the_clipped_sum_equals_a_loop(trained: Any, dataset_of: Any, layout: str, keeps: bool) -> None:
     model, dataset = made(trained, layout, keeps=keeps), dataset_of(layout)
-    alone = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
-    norms = [float(np.sqrt(sum(np.sum(np.square(one)) for one in each.values()))) for each in alone]
-    clip = float(np.median([norm for norm in norms if norm]))
-    assert clip > SMALLEST_NORM, "or no gradient is scaled by its own norm"
-    factors = [min(1.0, clip / norm) if norm else 1.0 for norm in norms]
-    for max_tokens in (1, 40, 10_000):
-        found = summed(
-            model,
-            examples_of(dataset, max_length=LONGEST, max_tokens=max_tokens, kept_by=model if keeps else None),
-            clip,
-        )
-        for name, total in found.items():
-            looped = sum(factor * each[name] for factor, each in zip(factors, alone, strict=True)) / clip * CLIP_NORM
-            assert np.abs(total.numpy() - looped).max() <= 2e-5 * CLIP_NORM * len(dataset), (name, max_tokens)
+    require_sums_of_a_loop(model, dataset, max_length=LONGEST, kept_by=model if keeps else None)
 
 
 @pytest.mark.by_day("chat-whole", "scored-whole", "labels-whole", "prompted-whole", "chat-kept states")

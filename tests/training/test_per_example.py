@@ -109,7 +109,11 @@ def test_a_batch_leaves_nothing_to_the_next(trained: Any, examples: Any) -> None
 
 
 @pytest.mark.parametrize(
-    "changes", [{"lora": LoraSpec(rank=2, layers=(-1,), train_a=False)}, {"head": HeadSpec(train=False)}]
+    "changes",
+    [
+        *({"lora": LoraSpec(kind=kind, rank=2, layers=(-1,), train_a=False)} for kind in ("lora", "dora", "ia3")),
+        {"head": HeadSpec(train=False)},
+    ],
 )
 def test_frozen_tensors_have_no_gradient(trained: Any, examples: Any, changes: dict[str, Any]) -> None:
     model = trained(**changes)

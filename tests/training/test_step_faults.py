@@ -51,11 +51,6 @@ def together(tensors: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     return np.concatenate([np.asarray(one, dtype=np.float64).reshape(len(one), -1) for one in tensors.values()], axis=1)
 
 
-def square_norms(cells: Mapping[str, torch.Tensor]) -> list[int]:
-    """In exact whole numbers."""
-    return [sum(value**2 for value in map(int, row)) for row in together(cells).tolist()]
-
-
 def test_a_contribution_is_cut_off_towards_zero() -> None:
     wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
     found = contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"]
@@ -85,6 +80,13 @@ def test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does(bad: flo
     for name, one in contributions(gradients, 1.0).items():
         assert not one[2].any()
         assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
+
+
+def test_the_largest_gradient_that_is_finite_is_clipped_like_any_other() -> None:
+    largest = torch.finfo(torch.float32).max
+    found = contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
+    assert torch.equal(found[0], found[1])
+    assert 0.99 * CELLS**2 < float(found[0].square().sum()) <= CELLS**2
 
 
 # A whole step on made-up gradients.

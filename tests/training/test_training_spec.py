@@ -1,4 +1,4 @@
-"""Settings of training and of the machine."""
+"""Settings of training and of the machine; the schedule's golden values, and the optimizer's groups."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from fedtune.spec import ConfigError
+from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
 
 
@@ -59,3 +61,67 @@ def test_an_automatic_rate_wants_adam_and_no_other_rates(other: dict[str, Any]) 
     key = next(iter(other)).replace("optimizer", "learning_rate")
     with pytest.raises(ConfigError, match=rf"^{key} = "):
         TrainingSpec(learning_rate="auto", **other)
+
+
+GOLDEN = [
+    ("constant", 0, [1, 1, 1, 1, 1]),
+    ("constant", 2, [0.5, 1, 1, 1, 1]),
+    ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2]),
+    ("linear", 2, [0.5, 1, 1, 2 / 3, 1 / 3]),
+    ("cosine", 0, [1, 0.904508, 0.654508, 0.345492, 0.095492]),
+    ("cosine", 1, [1, 1, 0.853553, 0.5, 0.146447]),
+    ("linear", 4, [0.25, 0.5, 0.75, 1]),  # a warmup as long as the run
+]
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "golden"), GOLDEN)
+def test_the_schedule_is_golden(schedule: Any, warmup: int, golden: list[float]) -> None:
+    spec = TrainingSpec(schedule=schedule, warmup_steps=warmup)
+    factors = [learning_rate_factor(spec, step=step, total_steps=len(golden)) for step in range(len(golden))]
+    assert factors == pytest.approx(golden, abs=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 1), ("linear", 0), ("cosine", 0)])
+def test_steps_past_the_planned_end_stay_at_the_last_value(schedule: Any, last: float) -> None:
+    spec = TrainingSpec(schedule=schedule, warmup_steps=1)
+    assert [learning_rate_factor(spec, step=step, total_steps=5) for step in (5, 9)] == pytest.approx([last, last])
+
+
+def test_a_run_without_clipping_takes_its_own_rates_where_they_are_given() -> None:
+    recipe = TrainingSpec(learning_rate=0.1, head_learning_rate=0.5, unclipped_head_learning_rate=0.2)
+    assert recipe.peak_rates(clipped=True) == (0.1, 0.5)
+    assert recipe.peak_rates(clipped=False) == (0.1, 0.2)
+    assert TrainingSpec(learning_rate=0.1, unclipped_learning_rate=0.3).peak_rates(clipped=False) == (0.3, 0.3)
+
+
+def test_lower_rates_are_a_third_of_those_that_count_by_their_own_keys() -> None:
+    recipe = TrainingSpec(learning_rate=0.3, head_learning_rate=0.6, unclipped_head_learning_rate=0.9)
+    assert recipe.lower_rates(clipped=True) == {"learning_rate": 0.1, "head_learning_rate": 0.2}
+    assert recipe.lower_rates(clipped=False) == {"learning_rate": 0.1, "unclipped_head_learning_rate": 0.3}
+    assert TrainingSpec(learning_rate=0.3).lower_rates(clipped=True) == {"learning_rate": 0.1}
+
+
+@pytest.fixture
+def parameters() -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(torch.zeros(2)) for name in ("base.lora_A.weight", "head.weight")}
+
+
+def test_lora_and_head_have_rates_of_their_own(parameters: Any) -> None:
+    optimizer = make_optimizer(parameters, TrainingSpec(learning_rate=0.1, head_learning_rate=0.5))
+    set_learning_rate(optimizer, 0.5)
+    set_learning_rate(optimizer, 0.2)  # of the peak, not of what the last step had
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in parameters.values()] == pytest.approx([0.02, 0.1])
+    common = make_optimizer(parameters, TrainingSpec(learning_rate=0.1))
+    assert [group["lr"] for group in common.param_groups] == [0.1, 0.1], "unless told, the head takes the same"
+    del parameters["head.weight"]
+    assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1, "without a head there is one group"
+
+
+def test_settings_reach_the_optimizer(parameters: Any) -> None:
+    adamw = make_optimizer(parameters, TrainingSpec(weight_decay=0.3, betas=(0.5, 0.6)))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert {(group["weight_decay"], group["betas"]) for group in adamw.param_groups} == {(0.3, (0.5, 0.6))}
+    sgd = make_optimizer(parameters, TrainingSpec(optimizer="sgd", weight_decay=0.3, momentum=0.7))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {(group["weight_decay"], group["momentum"]) for group in sgd.param_groups} == {(0.3, 0.7)}
