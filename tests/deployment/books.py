@@ -30,11 +30,8 @@ def check_books(
 ) -> None:
     """Check that no update of a run was lost or counted twice, and that what was charged is what is reported.
 
-    Args:
-        federation: whose run it is.
-        run: the name that it was given.
-        uncounted: site -> rounds whose updates it committed, and which came too late.
-        silent: sites that had been asked when the lead last heard of them, so that it can only bound their charge.
+    `uncounted`: by site, rounds whose updates it committed, and which came too late.  `silent`: sites that had been
+    asked when the lead last heard of them, so that it can only bound their charge.
     """
     result = federation.result(run)
     receipts = json.loads((federation.lead_kit / "receipts.json").read_bytes())
@@ -55,6 +52,24 @@ def check_books(
             assert receipts[name]["charged_rounds"] == len(reserved), name
         length = len(site.verified().events)
         assert receipts[name]["sequence"] <= length
+
+
+def check_whole(
+    federation: Federation,
+    run: str,
+    *,
+    rounds: int = 2,
+    charged: Mapping[str, int] | None = None,
+    averaged: bool = True,
+) -> None:
+    """Check that all sites took part in all rounds of a run, and were charged for each once, or as told."""
+    check_books(federation, run)
+    if averaged:
+        check_average(federation, run)
+    result, names = federation.result(run), list(federation.sites)
+    assert [one["sites"] for one in result["rounds"]] == [names] * rounds
+    paid = {name: about["rounds"] for name, about in result["privacy"]["sites"].items()}
+    assert paid == (charged or dict.fromkeys(names, rounds))
 
 
 def check_average(federation: Federation, run: str) -> None:

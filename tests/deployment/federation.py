@@ -93,14 +93,9 @@ def write_records(path: Path, records: Sequence[Record]) -> None:
 
 
 class Federation:
-    """A federation in a folder.
+    """A federation of these sites in an empty folder, in the best network that this machine has, provisioned now.
 
-    Args:
-        folder: its own, empty.
-        command: `fedtune` in this process, for what needs no process.
-        names: of its sites.
-        network: where it lives; None: the best that this machine has.
-        made: when it was provisioned; None: now.
+    `command` is `fedtune` in this process, for what needs no process.
     """
 
     active: ClassVar[list[Federation]] = []
@@ -116,7 +111,7 @@ class Federation:
         made: datetime | None = None,
     ) -> None:
         self.folder, self._command = folder, command
-        self.server: Process | None = None
+        self._server: Process | None = None
         self.sites: dict[str, SiteFolder] = {}
         self._begun: list[Process] = []
         self.network: Network = network or best_network([LEAD, *names])
@@ -128,7 +123,7 @@ class Federation:
             raise
 
     def _provision(self, names: Sequence[str], made: datetime | None) -> None:
-        text = f'name = "banks"\nserver = "{self.network.address}:{self.network.port}"\n'
+        text = f'name = "banks"\nserver = "{self.address}"\n'
         (self.folder / "federation.toml").write_text(text)
         file = self.folder / "federation.toml"
         if made is None:
@@ -147,33 +142,36 @@ class Federation:
     def lead_kit(self) -> Path:
         return self.home / "lead"
 
+    @property
+    def server(self) -> Process:
+        """The process that was started last."""
+        assert self._server is not None
+        return self._server
+
+    @property
+    def address(self) -> str:
+        """Of the server, with its port."""
+        return f"{self.network.address}:{self.network.port}"
+
     def do(self, *words: str, code: int = 0) -> Any:
         """A command in this process; fails unless it ends with `code`."""
         outcome = self._command(*words)
         assert outcome.code == code, (words, outcome)
         return outcome
 
-    def prepare(self, name: str, records: Sequence[Record]) -> SiteFolder:
-        """A site's folder with its policy, records, keys and request to join."""
+    def join(self, name: str, records: Sequence[Record]) -> SiteFolder:
+        """Let a site in, as lead and site do it, once its keys are compared."""
         site = SiteFolder(name, self.folder / "sites" / name, self)
         site.folder.mkdir(parents=True)
         write_records(site.folder / "questions.csv", records)
         write_policy(policy_for(name, lead=self.lead_key), site.site_toml)
         self.do("site", "init", "--site", str(site.site_toml))
-        site.site_key = json.loads((site.kit / "join_request.json").read_bytes())["site_key"]
-        return site
-
-    def join(self, name: str, records: Sequence[Record], *, home: Path | None = None) -> SiteFolder:
-        """Let a site in, as lead and site do it; `home`: in another copy of the lead's folder."""
-        site, home = self.prepare(name, records), home or self.home
-        self.admit(site, "--federation", str(home))
-        with zipfile.ZipFile(home / "sites" / f"{name}-kit.zip") as archive:
+        request = site.kit / "join_request.json"
+        site.site_key = json.loads(request.read_bytes())["site_key"]
+        self.do("provision", "add-site", str(request), "--compared", "--federation", str(self.home))
+        with zipfile.ZipFile(self.home / "sites" / f"{name}-kit.zip") as archive:
             archive.extractall(site.kit)
         return site
-
-    def admit(self, site: SiteFolder, *options: str) -> None:
-        """The lead's command, once the site's keys are compared."""
-        self.do("provision", "add-site", str(site.kit / "join_request.json"), "--compared", *options)
 
     def run(self, name: str, member: str, words: Sequence[str], *, env: dict[str, str] | None = None) -> Process:
         """Start a process at a member; its log is NAME.log in the federation's folder."""
@@ -185,7 +183,7 @@ class Federation:
     def start_server(self, *options: str) -> Process:
         """Start the server, or start it again, with more options, and wait until it listens."""
         words = [*FEDTUNE, "server", "start", "--kit", str(self.home / "server"), "--host", self.network.address]
-        self.server = self.run("server", SERVER, [*words, *options])
+        self._server = self.run("server", SERVER, [*words, *options])
         self.server.wait_for_text("the server listens")
         return self.server
 
@@ -197,6 +195,12 @@ class Federation:
         self.start_server()
         for site in sites:
             site.wait_until_up()
+
+    def finish(self, name: str, *overrides: str) -> Process:
+        """A run from its start to its end, by its lead."""
+        lead = self.lead(name, *overrides)
+        assert lead.end() == 0, lead.text
+        return lead
 
     def lead(self, name: str, *overrides: str, program: Sequence[str] = FEDTUNE) -> Process:
         """Start a run; its folder is `result_folder(name)`."""
@@ -225,10 +229,10 @@ class Federation:
         try:
             for site in self.sites.values():
                 site.hold(False)
-            others = [process for process in self._begun if process is not self.server]
+            others = [process for process in self._begun if process is not self._server]
             for process in others:
                 process.ask_to_end()
-            for process in [*others, *([self.server] if self.server else [])]:
+            for process in [*others, *([self._server] if self._server else [])]:
                 process.stop()
         finally:
             self.network.close()

@@ -12,66 +12,38 @@ import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 SERVER = "server"
 _NUMBERS = itertools.count(1)
 _NAMED = Path("/run/netns")
 
 
-class Network(Protocol):
-    """A network for members of a federation; the server is one of them.
-
-    Attributes:
-        isolated: whether the members can reach the server and nothing else.
-        address: the server's, as the others reach it.
-        port: one that is free there.
-    """
-
-    isolated: bool
-    address: str
-    port: int
-
-    def inside(self, member: str, words: Sequence[str]) -> list[str]:
-        """The command `words`, as it is run at `member`."""
-        ...
-
-    def connect(self, member: str, *, up: bool) -> None:
-        """Cut a member off, or connect it again."""
-        ...
-
-    def hand_over(self, member: str) -> None:
-        """Give the server's address to the machine of `member`."""
-        ...
-
-    def close(self) -> None:
-        """Remove what was made."""
-        ...
-
-
-class Loopback:
-    """Everybody on this machine."""
+class Network:
+    """Everybody on this machine; `address` is the server's, as the others reach it."""
 
     isolated = False
+    """Whether the members can reach the server, which is one of them, and nothing else."""
     address = "127.0.0.1"
 
-    def __init__(self, members: Sequence[str]) -> None:
+    def __init__(self) -> None:
         self.port = free_port()
 
     def inside(self, member: str, words: Sequence[str]) -> list[str]:
+        """The command `words`, as it is run at `member`."""
         return list(words)
 
     def connect(self, member: str, *, up: bool) -> None:
+        """Cut a member off, or connect it again."""
         raise NotImplementedError("nobody can be cut off from this machine's loopback")
 
     def hand_over(self, member: str) -> None:
-        """All are on one machine, and the port is free once the server has ended."""
+        """Give the server's address to the machine of `member`; here the port is free once the server has ended."""
 
     def close(self) -> None:
-        pass
+        """Remove what was made."""
 
 
-class Namespaces:
+class Namespaces(Network):
     """A network namespace for each member, and a bridge in the server's; no way out of them."""
 
     isolated = True
@@ -140,7 +112,7 @@ def why_no_namespaces() -> str:
 
 def best_network(members: Sequence[str]) -> Network:
     """Namespaces where that can be, else loopback; `FEDTUNE_TEST_NETWORK=loopback` asks for the latter."""
-    return Loopback(members) if wants_loopback() or why_no_namespaces() else Namespaces(members)
+    return Network() if wants_loopback() or why_no_namespaces() else Namespaces(members)
 
 
 def wants_loopback() -> bool:

@@ -42,15 +42,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Process:
-    """One process, with what it says on stdout and stderr in `log`.
-
-    Args:
-        name: for messages.
-        words: its command line.
-        log: file that is added to.
-        cwd: its folder.
-        env: added to its environment.
-    """
+    """One process in a folder, by its command line, with what it says on stdout and stderr added to `log`."""
 
     def __init__(
         self, name: str, words: Sequence[str], *, log: Path, cwd: Path, env: Mapping[str, str] | None = None

@@ -77,6 +77,13 @@ class SiteFolder:
         """Hold its training up, or let it go on."""
         (self.folder / "hold").touch() if held else (self.folder / "hold").unlink(missing_ok=True)
 
+    def held_in(self, run: str, *overrides: str) -> Process:
+        """Start a run, and hold this site's training up in the first round; the lead."""
+        self.hold(True)
+        lead = self.federation.lead(run, *overrides)
+        self.wait_for(run, "reserve", round=1, lead=lead)
+        return lead
+
     def verified(self) -> Verified:
         """Its ledger, checked from the first event to the last."""
         return verify(self.folder / "ledger.db", site_key=self.site_key or None)

@@ -48,9 +48,7 @@ def test_a_round_goes_on_with_enough_sites_and_ends_at_its_deadline_with_fewer(s
     federation = some
     leaves, absent = federation.sites["south"], federation.sites["west"]
     absent.stop()
-    leaves.hold(True)
-    lead = federation.lead("few", *settings(*TWO_OF_THREE, SOON))
-    leaves.wait_for("few", "reserve", round=1, lead=lead)
+    lead = leaves.held_in("few", *settings(*TWO_OF_THREE, SOON))
     # It ends with the round that it is in, while the lead is slow to fetch its answer, and gets it all the same.
     lead.signal(signal.SIGSTOP)
     leaves.up.ask_to_end()
@@ -77,9 +75,7 @@ def test_a_round_goes_on_with_enough_sites_and_ends_at_its_deadline_with_fewer(s
 
 def test_a_late_update_is_not_counted(federation: Federation) -> None:
     late, others = federation.sites["west"], (federation.sites["north"], federation.sites["south"])
-    late.hold(True)
-    lead = federation.lead("late", *settings(*TWO_OF_THREE))
-    late.wait_for("late", "reserve", round=1, lead=lead)
+    lead = late.held_in("late", *settings(*TWO_OF_THREE))
     late.up.signal(signal.SIGSTOP)
     for site in others:
         site.wait_for("late", "reserve", round=2, lead=lead)
@@ -104,8 +100,7 @@ def test_a_site_without_budget_refuses_and_the_others_go_on(federation: Federati
     frugal = replace(files.policy, budget=replace(files.policy.budget, max_epsilon=max(before.epsilon(), 0.01)))
     write_policy(frugal, site.site_toml)
     try:
-        lead = federation.lead("spent", *settings("federation.num_rounds=1", "federation.min_sites=2"))
-        assert lead.end() == 0, lead.text
+        federation.finish("spent", *settings("federation.num_rounds=1", "federation.min_sites=2"))
     finally:
         write_policy(files.policy, site.site_toml)
     (only,) = federation.result("spent")["rounds"]
@@ -128,8 +123,7 @@ def test_a_run_is_fitted_to_what_every_site_has_room_for_before_anybody_pays(fed
         assert refused.end() == 3, refused.text
         assert "2 of 3 sites would take part" in " ".join(refused.text.split())
         assert "south: max_rounds, asked 3, allowed at most 1" in " ".join(refused.text.split())
-        fitted = federation.lead("fitted", *asked, "federation.if_over_budget=fewer_rounds")
-        assert fitted.end() == 0, fitted.text
+        fitted = federation.finish("fitted", *asked, "federation.if_over_budget=fewer_rounds")
     finally:
         write_policy(policy, site.site_toml)
     assert not [
@@ -144,11 +138,8 @@ def test_a_run_is_fitted_to_what_every_site_has_room_for_before_anybody_pays(fed
 def test_a_site_that_is_revoked_in_a_round_is_put_out(federation: Federation) -> None:
     revoked, others = federation.sites["west"], (federation.sites["north"], federation.sites["south"])
     pids, contacts = [site.up.pid for site in others], [site.up.text.count("no contact") for site in others]
-    revoked.hold(True)
-    lead = federation.lead("revoked", *settings(*TWO_OF_THREE, SOON))
-    revoked.wait_for("revoked", "reserve", round=1, lead=lead)
+    lead = revoked.held_in("revoked", *settings(*TWO_OF_THREE, SOON))
     federation.do("provision", "revoke-site", "west", "--federation", str(federation.home))
-    assert federation.server is not None
     federation.server.wait_for_text("west was revoked", seconds=10)
     revoked.hold(False)
     wait_for(lambda: "revoked; trying again" in revoked.up.text, seconds=60, what="west to hear that it is revoked")

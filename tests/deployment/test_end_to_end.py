@@ -48,8 +48,7 @@ def banks(make_federation: Callable[..., Federation]) -> Federation:
 @pytest.fixture(scope="module")
 def finished(banks: Federation) -> Federation:
     """The same after the run `one`."""
-    lead = banks.lead("one", *DEBUG)
-    assert lead.end() == 0, lead.text
+    banks.finish("one", *DEBUG)
     return banks
 
 
@@ -109,8 +108,7 @@ def test_the_model_is_loaded_once(finished: Federation) -> None:
 def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
     left_out = finished.sites["south"]
     before, said = left_out.verified().events, left_out.up.text
-    lead = finished.lead("two", *DEBUG, "federation.num_rounds=1", "sites=[north,west]")
-    assert lead.end() == 0, lead.text
+    finished.finish("two", *DEBUG, "federation.num_rounds=1", "sites=[north,west]")
     check_books(finished, "two")
     check_average(finished, "two")
     assert finished.result("two")["rounds"][0]["sites"] == ["north", "west"]
@@ -124,8 +122,7 @@ def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
 def test_a_real_model_comes_to_the_simulation_s_adapter(
     finished: Federation, in_one_process: Callable[..., Path]
 ) -> None:
-    lead = finished.lead("three", *BANKS)
-    assert lead.end() == 0, lead.text
+    finished.finish("three", *BANKS)
     check_books(finished, "three")
     check_average(finished, "three")
     check_same_adapter(finished, "three", in_one_process("three", *BANKS), tolerance=1e-6)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import configparser
+import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from .books import check_average, check_books
-from .federation import NAMES, Federation, settings
-from .processes import RUN_S
+from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.trust import Trust
+
+from .books import check_same_adapter, check_whole
+from .federation import LEAD, Federation, dealt, settings
+from .networks import Namespaces
+from .processes import FEDTUNE, REPOSITORY, RUN_S, Process
 
 pytestmark = pytest.mark.nightly
 
@@ -25,7 +34,6 @@ def whole(make_federation: Callable[..., Federation]) -> Federation:
 @pytest.fixture
 def federation(whole: Federation) -> Iterator[Federation]:
     """The same, all of it up and nobody held up, whatever the test before did."""
-    assert whole.server is not None
     assert whole.server.code is None
     assert all(site.up.code is None for site in whole.sites.values())
     yield whole
@@ -33,39 +41,22 @@ def federation(whole: Federation) -> Iterator[Federation]:
         site.hold(False)
 
 
-def charged(federation: Federation, run: str) -> dict[str, int]:
-    return {name: about["rounds"] for name, about in federation.result(run)["privacy"]["sites"].items()}
-
-
-def check_whole(federation: Federation, run: str) -> None:
-    """Check that all sites took part in all of a run's two rounds, each once."""
-    check_books(federation, run)
-    check_average(federation, run)
-    assert [round["sites"] for round in federation.result(run)["rounds"]] == [list(NAMES)] * 2
-
-
 def test_a_killed_site_comes_back_and_pays_for_what_it_began(federation: Federation) -> None:
     site = federation.sites["north"]
-    site.hold(True)
-    lead = federation.lead("site-killed", *settings("federation.spare_rounds=1"))
-    site.wait_for("site-killed", "reserve", round=1, lead=lead)
+    lead = site.held_in("site-killed", *settings("federation.spare_rounds=1"))
     site.up.kill()
     assert not site.events("site-killed", "commit")
     site.hold(False)
     site.start(held=True)
     assert lead.end() == 0, lead.text
-    check_whole(federation, "site-killed")
+    check_whole(federation, "site-killed", charged={"north": 3, "south": 2, "west": 2})
     reserved = [(event.round, event.attempt) for event in site.events("site-killed", "reserve")]
     assert reserved == [(1, 1), (1, 2), (2, 1)]
-    assert charged(federation, "site-killed") == {"north": 3, "south": 2, "west": 2}
 
 
 def test_a_run_survives_its_server(federation: Federation) -> None:
     site = federation.sites["south"]
-    site.hold(True)
-    lead = federation.lead("server-killed")
-    site.wait_for("server-killed", "reserve", round=1, lead=lead)
-    assert federation.server is not None
+    lead = site.held_in("server-killed")
     federation.server.kill()
     site.hold(False)
     site.wait_for("server-killed", "commit", round=1)
@@ -74,7 +65,6 @@ def test_a_run_survives_its_server(federation: Federation) -> None:
     assert lead.end() == 0, lead.text
     assert "trying again" in lead_log.read_text()
     check_whole(federation, "server-killed")
-    assert charged(federation, "server-killed") == dict.fromkeys(NAMES, 2)
 
 
 def test_a_killed_lead_resumes_from_its_last_round(federation: Federation) -> None:
@@ -93,15 +83,12 @@ def test_a_killed_lead_resumes_from_its_last_round(federation: Federation) -> No
     assert again.end() == 0, again.text
     # The second round was answered before: the same bytes come again, and are not charged again.
     check_whole(federation, "lead-killed")
-    assert charged(federation, "lead-killed") == dict.fromkeys(NAMES, 2)
 
 
 def test_a_site_that_was_cut_off_needs_no_restart(own_networks: None, federation: Federation) -> None:
     site, cut_s = federation.sites["south"], 22.0  # the server has given it up after twenty
     pid, contacts = site.up.pid, site.up.text.count("no contact")
-    site.hold(True)
-    lead = federation.lead("cut-off")
-    site.wait_for("cut-off", "reserve", round=1, lead=lead)
+    lead = site.held_in("cut-off")
     federation.network.connect("south", up=False)
     began = time.monotonic()
     try:
@@ -115,4 +102,140 @@ def test_a_site_that_was_cut_off_needs_no_restart(own_networks: None, federation
     assert site.up.pid == pid
     assert site.up.text.count("no contact") > contacts
     check_whole(federation, "cut-off")
-    assert charged(federation, "cut-off") == dict.fromkeys(NAMES, 2)
+
+
+def test_a_server_is_put_back_from_a_backup_that_was_made_within_a_round(federation: Federation) -> None:
+    """Its database is put back, and the run ends as if nothing had been."""
+    north = federation.sites["north"]
+    lead = north.held_in("backed-up", *settings("federation.num_rounds=2"))
+    kit, file = federation.home / "server", federation.folder / "server.zip"
+    federation.do("server", "backup", str(file), "--kit", str(kit))
+    # The backup knows of the question alone; the answer is lost with the database.
+    north.hold(False)
+    north.wait_for("backed-up", "commit", round=1)
+    federation.server.kill()
+    lost = list(kit.glob("server.db*"))
+    assert lost
+    for path in lost:
+        path.unlink()
+    federation.do("server", "restore", str(file), "--kit", str(kit))
+    assert (kit / "server.db").is_file()
+    federation.start_server()
+    assert lead.end(seconds=RUN_S) == 0, lead.text
+    check_whole(federation, "backed-up")
+
+
+# A lead by its systemd unit, and a standby in the place of a server.
+
+UNIT = REPOSITORY / "deployment/systemd/fedtune-lead@.service"
+TWO, STANDBY = ("north", "south"), "standby"
+
+
+def started(federation: Federation, more: list[str]) -> Process:
+    """What systemd starts for `fedtune-lead@served`, with SETTINGS from a file."""
+    unit = configparser.RawConfigParser(strict=False, interpolation=None, delimiters=("=",))
+    unit.read_string(UNIT.read_text())
+    program, *words = shlex.split(unit["Service"]["execstart"].replace("%i", "served"))
+    assert program == "/opt/fedtune/bin/fedtune"
+    assert words[-1] == "$SETTINGS", "an unbraced word of its own, so that systemd splits it"
+    return federation.run("lead-served", LEAD, [*FEDTUNE, *words[:-1], *more])
+
+
+def test_a_killed_lead_goes_on_by_the_same_command_and_ends_once(federation: Federation) -> None:
+    """Its public stage is over by the first kill, and is not trained again."""
+    (federation.folder / "kit").symlink_to(federation.lead_kit)
+    shutil.copy(REPOSITORY / "conf/experiment/debug.yaml", federation.folder / "served.yaml")
+    public = federation.folder / "public.csv"
+    public.write_text("text,label\nWhere is my card?,card_arrival\nIs it lost?,lost_or_stolen_card\n")
+    more = [word for word in settings("federation.num_rounds=2") if not word.startswith("experiment=")]
+    more.append(f"public.train_file={public}")
+    held = federation.sites["north"]
+    held.hold(True)
+    lead = started(federation, more)
+    held.wait_for("served", "reserve", round=1, lead=lead)
+    lead.kill()
+    held.hold(False)
+    held.wait_for("served", "commit", round=1)
+    held.hold(True)
+    again = started(federation, more)
+    held.wait_for("served", "reserve", round=2, lead=again)
+    again.kill()
+    held.hold(False)
+    last = started(federation, more)
+    assert last.end() == 0, last.text
+    assert ["Public stage" in one.text for one in (lead, again, last)] == [True, False, False]
+    check_whole(federation, "served")
+    for site in federation.sites.values():
+        assert [event.round for event in site.events("served", "reserve")] == [1, 2], "nothing was charged twice"
+    # Begun again by a machine that starts, a finished run is left as it is.
+    before = [len(site.events("served")) for site in federation.sites.values()]
+    result = (federation.run_folder("served") / "run.json").read_bytes()
+    after = started(federation, more)
+    assert after.end(seconds=120) == 0, after.text
+    assert "served is finished." in after.text
+    assert [len(site.events("served")) for site in federation.sites.values()] == before
+    assert (federation.run_folder("served") / "run.json").read_bytes() == result
+
+
+@pytest.mark.usefixtures("own_networks")  # on loopback the address would stay where it was
+def test_a_standby_takes_over_within_a_round(make_federation: Callable[..., Federation]) -> None:
+    """It has a copy of the kit that is older than the last roster, and no database at all."""
+    federation = make_federation(names=TWO, network=Namespaces([LEAD, *TWO, STANDBY]))
+    gone = federation.join("gone", dealt(TWO)["north"][:20])
+    kit, data = federation.folder / STANDBY, federation.folder / "data of the standby"
+    shutil.copytree(federation.home / "server", kit)
+    data.mkdir()
+    federation.do("provision", "revoke-site", gone.name, "--federation", str(federation.home))
+    federation.start(*TWO, held=True)
+
+    north = federation.sites["north"]
+    lead = north.held_in("first", *settings("federation.num_rounds=2"))
+    federation.server.kill()
+    federation.network.hand_over(STANDBY)
+    words = [*FEDTUNE, "server", "start", "--kit", str(kit), "--data", str(data)]
+    standby = federation.run(STANDBY, STANDBY, [*words, "--host", federation.network.address])
+    standby.wait_for_text("the server listens")
+    assert "gone is registered" in standby.text, "it does not know of what its copy of the kit does not say"
+    north.hold(False)
+    assert lead.end(seconds=RUN_S) == 0, lead.text
+    check_whole(federation, "first")
+
+    # The page's last step brings it the roster that it missed.
+    assert "gone was revoked" not in standby.text
+    shutil.copy(federation.home / "server/roster.json", kit)
+    standby.wait_for_text("gone was revoked")
+    federation.finish("second", *settings("federation.num_rounds=1", "sites=[north,south]"))
+
+
+SECURE = (
+    *("experiment=debug", "runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true"),
+    *("federation.aggregation=secure", "federation.threshold=3", "training.local_steps=1"),
+    *("federation.num_rounds=3", "data.validation_rows=10", "data.test_rows=10"),
+)
+
+
+def test_a_secure_round_survives_its_server(
+    make_federation: Callable[..., Federation], in_one_process: Callable[..., Path]
+) -> None:
+    """Killed when two sites have uploaded: nobody trains again, and no second sum is asked for.
+
+    Three sites know each other's keys and demand that all take part; they come to the simulation's adapter bit for bit.
+    """
+    federation = make_federation()
+    for site in federation.sites.values():
+        members = {name: other.site_key for name, other in federation.sites.items() if other is not site}
+        policy = read_policy(site.site_toml)
+        write_policy(replace(policy, trust=Trust(secure=True, members=members)), site.site_toml)
+    federation.start(held=True)
+    last = federation.sites["west"]
+    last.hold(True)
+    lead = federation.lead("server-killed", *SECURE)
+    for site in federation.sites.values():
+        site.wait_for("server-killed", "commit" if site is not last else "reserve", round=1, lead=lead)
+    federation.server.kill()
+    last.hold(False)
+    last.wait_for("server-killed", "commit", round=1)
+    federation.start_server()
+    assert lead.end() == 0, lead.text
+    check_whole(federation, "server-killed", rounds=3, averaged=False)
+    check_same_adapter(federation, "server-killed", in_one_process("same", *SECURE), tolerance=0)

@@ -7,7 +7,6 @@ import time
 import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -19,7 +18,7 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire.fleet import Unauthorised, hello
 
 from .federation import Federation, dealt, settings
-from .networks import Loopback
+from .networks import Network
 from .processes import RUN_S, wait_for
 
 pytestmark = pytest.mark.nightly
@@ -32,24 +31,15 @@ LEFT_S = 30.0
 @pytest.fixture(scope="module")
 def members(make_federation: Callable[..., Federation]) -> Federation:
     """A server and two sites, all up."""
-    federation = make_federation(names=("north", "south"), network=Loopback([]), made=LONG_AGO)
+    federation = make_federation(names=("north", "south"), network=Network(), made=LONG_AGO)
     federation.start_server()
     for site in federation.sites.values():
         site.start()
     return federation
 
 
-def address(federation: Federation) -> str:
-    return f"{federation.network.address}:{federation.network.port}"
-
-
 def site_kit(federation: Federation, name: str) -> Kit:
     return Kit.read(federation.sites[name].kit, kind="site")
-
-
-def unpack(archive: Path, kit: Path) -> None:
-    with zipfile.ZipFile(archive) as opened:
-        opened.extractall(kit)
 
 
 def shown_by_the_server(federation: Federation) -> Certificate:
@@ -73,7 +63,8 @@ def test_certificates_are_renewed_while_server_site_and_lead_run(members: Federa
     until = [ends, ends + timedelta(days=364)]
     for count, end, days in ((1, until[0], 1), (2, until[1], 365)):
         began = end - timedelta(days=days)
-        unpack(provisioning.renew_site(members.home, "north", days=days, now=began).archive, north.kit)
+        with zipfile.ZipFile(provisioning.renew_site(members.home, "north", days=days, now=began).archive) as opened:
+            opened.extractall(north.kit)
         provisioning.renew(members.home, "server", days=days, now=began)
         for process in (north.up, server):
             process.wait_for_text("a new certificate is used", count=count)
@@ -95,7 +86,7 @@ def test_certificates_are_renewed_while_server_site_and_lead_run(members: Federa
 
 
 def test_a_site_that_is_revoked_is_out_within_seconds_and_no_older_roster_brings_it_back(members: Federation) -> None:
-    server, south, roster = address(members), site_kit(members, "south").tls(), members.home / "server/roster.json"
+    server, south, roster = members.address, site_kit(members, "south").tls(), members.home / "server/roster.json"
     before = roster.read_bytes()
     assert hello(server, south) == "south"
     members.do("provision", "revoke-site", "south", "--federation", str(members.home))
@@ -109,14 +100,12 @@ def test_a_site_that_is_revoked_is_out_within_seconds_and_no_older_roster_brings
         return False
 
     wait_for(is_out, seconds=15, what="the roster in the server's kit")
-    assert members.server is not None
     roster.write_bytes(before)
     members.server.wait_for_text("must be higher than")
     assert is_out()
     # A server that starts again takes the older one, and its database still knows which key was revoked.
     members.server.stop()
     members.start_server()
-    assert members.server is not None
     members.server.wait_for_text("south: its connection key was revoked before")
     members.sites["south"].up.wait_for_text("does not take this site's key")
     roster.write_bytes(newest)
@@ -124,13 +113,11 @@ def test_a_site_that_is_revoked_is_out_within_seconds_and_no_older_roster_brings
 
 
 def test_a_site_that_joins_is_let_in_within_seconds(members: Federation) -> None:
-    west = members.prepare("west", dealt(("north", "south"))["south"][:20])
-    members.admit(west, "--federation", str(members.home))
-    unpack(members.home / "sites/west-kit.zip", west.kit)
+    west = members.join("west", dealt(("north", "south"))["south"][:20])
 
     def is_in() -> bool:
         try:
-            return hello(address(members), Kit.read(west.kit, kind="site").tls()) == "west"
+            return hello(members.address, Kit.read(west.kit, kind="site").tls()) == "west"
         except Unauthorised:
             return False
 

@@ -112,17 +112,20 @@ def test_a_run_that_a_person_denies_goes_on_without_the_site_or_ends(
 def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
     site, run = federation.sites["south"], "stopped"
     folder = federation.run_folder(run)
-    site.hold(True)
-    lead = federation.lead(run)
-    site.wait_for(run, "reserve", round=1, lead=lead)
+    lead = site.held_in(run)
     assert running_process(folder) == lead.pid
     before = status(federation, run)
     assert (before["running"], before["finished"], before["round"], before["num_rounds"]) == (True, False, 0, 2)
     # Asked and not yet answered: counted as charged, for now.
     assert before["sites"]["south"]["upper_bound"]
     assert before["sites"]["south"]["rounds_charged"] == 1
+    begin = ["run", *settings(f"name={run}"), f"tracking.output_dir='{folder.parent}'"]
+    taken = federation.run("taken", LEAD, [*FEDTUNE, *begin, "--kit", str(federation.lead_kit)])
+    assert taken.end(seconds=120) == 2
+    assert "is taken" in taken.text
     assert f"{run} is stopped" in federation.do("run", "stop", str(folder)).out
     assert lead.end(seconds=60) == 1
+    assert running_process(folder) is None
     assert "Interrupted. Continue with: fedtune run resume" in " ".join(lead.text.split())
     assert not (folder / "adapter").exists()
     site.hold(False)

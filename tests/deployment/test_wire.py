@@ -253,12 +253,3 @@ def test_a_foreign_bundle_is_not_run_installed_or_even_fetched(wire: Wire, tmp_p
     subprocess.run(importing, cwd=tmp_path, env=environment(), check=True, timeout=60)
     assert wire.mark.read_text() == "marking\n"
     wire.mark.unlink()
-
-
-def test_nobody_can_fetch_a_bundle_through_the_gate(wire: Wire) -> None:
-    closed = ["/v1/fleet/get-fab", "/v1/fleet/get-run", "/v1/fleet/register-node", "/v1/runtime/get-fab"]
-    closed += ["/v1/control/list-runs", "/v1/control/register-node", "/v1/runtime/create-task", "/health"]
-    lead_s = ["/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/runtime/push-messages"]
-    expected = {**dict.fromkeys(closed, 404), **dict.fromkeys(lead_s, 401)}
-    assert wire.statuses([*closed, *lead_s]) == expected
-    assert wire.statuses(["/v1/fleet/pull-messages"])["/v1/fleet/pull-messages"] == 401  # there, and not without a key

@@ -30,15 +30,6 @@ COUNT = 137
 PLANTED = "zebra-quartz-4711 owes the hospital money"
 EXCEPTION = f"could not read {PLANTED!r} out of a cell"
 RUN = "wire"
-_PROBE = """
-import json, ssl, sys, httpx
-server, ca, certificate, key, *paths = sys.argv[1:]
-context = ssl.create_default_context(cafile=ca)
-context.load_cert_chain(certificate, key)
-headers = {"content-type": "application/protobuf", "accept": "application/protobuf"}
-with httpx.Client(verify=context, timeout=30) as client:
-    print(json.dumps({path: client.post(f"https://{server}{path}", headers=headers).status_code for path in paths}))
-"""
 
 
 @dataclass
@@ -59,15 +50,6 @@ class Wire:
     mark: Path
     listening: dict[str, list[int]]
 
-    def statuses(self, paths: list[str]) -> dict[str, int]:
-        """What the server answers to a member's empty calls."""
-        network, tls = self.federation.network, Kit.read(self.federation.sites["south"].kit, kind="site").tls()
-        files = [str(tls.ca), str(tls.certificate), str(tls.key)]
-        words = [sys.executable, "-c", _PROBE, f"{network.address}:{network.port}", *files, *paths]
-        probe = self.federation.run("probe", "south", words)
-        assert probe.end(seconds=60) == 0, probe.text
-        return dict(json.loads(probe.text))
-
 
 def record(federation: Federation, mark: Path) -> Wire:
     """Do the run."""
@@ -78,7 +60,6 @@ def record(federation: Federation, mark: Path) -> Wire:
     _start_proxy(federation, north, recorded)
     federation.start(held=True)
     _run(federation, mark)
-    assert federation.server is not None
     listening = {
         name: listening_ports(process.pid, whole_network=federation.network.isolated)
         for name, process in (("server", federation.server), ("south", south.up))
@@ -155,7 +136,7 @@ def _next_round(site: SiteFolder, round: int, *, lead: Process) -> None:
 
 def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> None:
     """Put a proxy before the server, for one site, whose kit then leads there."""
-    network, listen = federation.network, f"127.0.0.1:{free_port()}"
+    listen = f"127.0.0.1:{free_port()}"
     authority, key = Authority.load(federation.home / "authority"), make_key()
     certificate = authority.issue_server(key.public_key(), hosts=["127.0.0.1"], days=1, now=datetime.now(UTC))
     kit = Kit.read(site.kit, kind="site")
@@ -164,7 +145,7 @@ def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> No
     own.key.write_bytes(private_pem(key))
     given = {
         "listen": listen,
-        "server": f"{network.address}:{network.port}",
+        "server": federation.address,
         "own": {name: str(path) for name, path in asdict(own).items()},
         "site": {name: str(path) for name, path in asdict(kit.tls()).items()},
         "records": str(recorded),
