@@ -153,15 +153,9 @@ def test_padding_cache_and_batches_change_no_text(
 def test_a_text_beyond_the_models_positions_is_refused(
     language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
+    lengths = {"max_new_tokens": 30, "max_tokens": 100}
     with pytest.raises(ConfigError, match=r"^evaluation.max_new_tokens = 30: .* takes 32 in all"):
-        generate(
-            language_model,
-            prompts_of(completions),
-            tokenizer=tokenizer,
-            end_ids=ENDS,
-            max_new_tokens=30,
-            max_tokens=100,
-        )
+        generate(language_model, prompts_of(completions), tokenizer=tokenizer, end_ids=ENDS, **lengths)
 
 
 def scores_of_texts(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:

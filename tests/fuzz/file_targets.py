@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from fedtune.data.records import iter_records, usable_records
 from fedtune.federation.lead import Checkpoints, ReceiptBook
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
+from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.ops.kits.kit_file import KitFile, read_spec
 from fedtune.ops.kits.members import Roster
@@ -42,6 +44,7 @@ from fedtune.tasks import load_task_model
 from . import seeds
 from .mutations import bytes_like, json_like, mutated_bytes, mutated_json, toml_like
 from .target import Target
+from .wire_targets import join_request
 
 COLUMNS = {"text": "body", "label": "kind"}
 _SAVED, _ARROW = Path(__file__).parents[1] / "data" / "fixtures" / "saved_set", "data-00000-of-00001.arrow"
@@ -187,30 +190,12 @@ def _federation(folder: Path) -> FederationFolder:
 
 
 def _roster_seed() -> Any:
-    path = seeds.folder() / "roster.json"
-    if not path.exists():
-        made = Roster(version=KIT_SCHEMA, federation="clinics", sites=(_member(),), number=7, signature="ab")
-        path.write_bytes(made.to_bytes())
-    return json.loads(path.read_bytes())
-
-
-def _member() -> Any:
-    from datetime import UTC, datetime
-
-    from fedtune.ops.kits.certificates import Authority, certificate_pem, make_key
-    from fedtune.ops.kits.members import DataSet, Member
-
-    authority = Authority.make("clinics", days=30, now=datetime.now(UTC))
-    certificate = authority.issue_client(
-        make_key().public_key(), kind="site", name="north", days=10, now=datetime.now(UTC)
-    )
-    return Member(
-        site="north",
-        site_key=seeds.key(2).public,
-        datasets=(DataSet(id="letters", declared_size=40),),
-        certificate=certificate_pem(certificate).decode(),
-        revoked=None,
-    )
+    home, now = seeds.folder() / "clinics", datetime.now(UTC)
+    if not home.exists():
+        (seeds.folder() / "federation.toml").write_text(_FEDERATION)
+        provisioning.init(seeds.folder() / "federation.toml", out=home, now=now)
+        provisioning.ask_to_add(home, request=join_request(), days=None, now=now).let_in()
+    return json.loads((home / "server" / "roster.json").read_bytes())
 
 
 def _kit_seed() -> str:

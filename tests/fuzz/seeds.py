@@ -12,21 +12,17 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.data.spec import DataSpec
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
-from fedtune.federation.spec import FederationSpec
 from fedtune.model import Adapter
-from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
-from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Receipt, Update
 from fedtune.privacy.site_policy import Asserted, Policy
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
-from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
 
 @cache
@@ -44,23 +40,21 @@ def key(number: int) -> SigningKey:
 @cache
 def config() -> RunConfig:
     """A run over two sites, as the lead has it."""
-    return RunConfig(
-        name="trial",
-        task="classification",
-        model=ModelSpec(path="random:bert", sha256="ab" * 32),
-        data=DataSpec(
-            dataset="letters",
-            train_file="unused.csv",
-            columns={"text": "text", "label": "label"},
-            labels=("invoice", "complaint", "praise"),
-            declared_sizes=40,
-            max_length=12,
-        ),
-        lora=LoraSpec(rank=2, alpha=4.0),
-        privacy=PrivacySpec(noise_multiplier=4.0, sampling_rate=0.5),
-        training=TrainingSpec(local_steps=2),
-        federation=FederationSpec(num_rounds=3, num_sites=2, site_names=("north", "south")),
-        runtime=RuntimeSpec(kind="deployment", device="cpu", num_threads=1),
+    return compose_run(
+        [
+            *(
+                "experiment=own_data",
+                "model=random_bert",
+                f"model.sha256={'ab' * 32}",
+                "runtime=deployment",
+                "name=trial",
+            ),
+            *("data.dataset=letters", "data.train_file=unused.csv", "data.labels=[invoice,complaint,praise]"),
+            *("data.declared_sizes=40", "data.max_length=12", "lora.rank=2", "lora.alpha=4.0"),
+            *("privacy.noise_multiplier=4.0", "privacy.sampling_rate=0.5", "training.local_steps=2"),
+            *("federation.num_rounds=3", "federation.num_sites=2", "federation.site_names=[north,south]"),
+            *("runtime=deployment", "runtime.device=cpu", "runtime.num_threads=1"),
+        ]
     )
 
 

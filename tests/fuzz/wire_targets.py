@@ -8,6 +8,7 @@ import json
 import struct
 import time
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -18,7 +19,7 @@ from fedtune.federation.site_round import Prepared, Site, Trained, answer
 from fedtune.flower import flower_records
 from fedtune.model import Adapter
 from fedtune.model.adapter import AdapterError
-from fedtune.ops.kits.members import PURPOSE, JoinRequest
+from fedtune.ops.kits.members import PURPOSE, JoinRequest, site_init
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.ops.wire.gate import Gate, Registered
@@ -163,15 +164,14 @@ def _join(data: bytes) -> object:
     return JoinRequest.of(data)
 
 
-def _join_seed() -> Any:
-    from fedtune.ops.kits.members import site_init
-
+def join_request() -> Path:
+    """The file of a site that wants to join."""
     path = seeds.folder() / "joining" / "site.toml"
     if not path.exists():
         path.parent.mkdir()
         path.write_text(seeds.policy_toml())
         site_init(path, out=None)
-    return json.loads((path.parent / "kit" / "join_request.json").read_bytes())
+    return path.parent / "kit" / "join_request.json"
 
 
 TARGETS = (
@@ -190,7 +190,7 @@ TARGETS = (
     Target("receipt", json_like(_receipt_seed), _receipt, (ConfigError,)),
     Target("records", lambda: st.binary(max_size=32), _records, ()),
     Target("gate", bytes_like(_gate_seed), _gate, ()),
-    Target("join request", json_like(_join_seed), _join, (ConfigError,)),
+    Target("join request", json_like(lambda: json.loads(join_request().read_bytes())), _join, (ConfigError,)),
 )
 
 

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -177,16 +178,12 @@ def test_a_gguf_file_is_expanded_without_what_lies_beside_it(
 
 
 def test_a_gguf_s_metadata_is_held_to_the_rules_of_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def config(folder: Path, **options: Any) -> LlamaConfig:
-        asked.append(options)
-        return LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = Mock(return_value=LlamaConfig(rope_parameters=rope))
     monkeypatch.setattr("fedtune.model.base_model.AutoConfig.from_pretrained", config)
     monkeypatch.setattr("fedtune.model.base_model.load_gguf", lambda _: pytest.fail("nothing is made of it"))
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match="its metadata has rope type dynamic") as caught:
         expanded_gguf(tmp_path / "a.gguf", sha256="ab", cache=tmp_path / "cache")
     assert caught.value.key == "model.gguf_file"
-    assert asked == [{"gguf_file": "a.gguf", "local_files_only": True, "trust_remote_code": False}]
+    assert config.call_args.kwargs == {"gguf_file": "a.gguf", "local_files_only": True, "trust_remote_code": False}

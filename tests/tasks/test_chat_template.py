@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from tokenizers import AddedToken
@@ -282,19 +283,15 @@ def test_a_prompt_that_the_template_changes_is_not_answered() -> None:
 
 
 def test_a_template_is_rendered_over_each_record_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, seen = tokenizer_with(CHATML), []
+    tokenizer = tokenizer_with(CHATML)
     LM.check_tokenizer(tokenizer, data=settings())
-    render = CountedTemplate.render
-
-    def watched(self: CountedTemplate, given: Mapping[str, Any]) -> str:
-        seen.append([message["content"] for message in given["messages"]])
-        return render(self, given)
-
-    monkeypatch.setattr(CountedTemplate, "render", watched)
+    render = create_autospec(CountedTemplate.render, side_effect=CountedTemplate.render)
+    monkeypatch.setattr(CountedTemplate, "render", render)
     LM.tokenise(
         [Record(messages(chat("a", "b", "c", "d"))), Record(messages(chat("e", "f")))], tokenizer, data=settings()
     )
-    assert seen == [["a", "b", "c", "d"], ["e", "f"]]
+    seen = ["".join(message["content"] for message in call.args[1]["messages"]) for call in render.call_args_list]
+    assert seen == ["abcd", "ef"]
 
 
 def test_all_renderings_of_a_template_have_one_bound() -> None:

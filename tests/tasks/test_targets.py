@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -156,21 +157,6 @@ def test_an_answer_in_numbers() -> None:
     assert TASKS["regression"].answer(torch.tensor([0.25]), spec=spec_of("regression")) == ("3.5", {"number": 3.5})
 
 
-class _Fixed:
-    """A model that gives these scores, whatever it is asked."""
-
-    def __init__(self, task: str, logits: list[list[float]]) -> None:
-        self.spec, self._logits = spec_of(task), torch.tensor(logits)
-
-    def logits(self, batch: Any) -> torch.Tensor:
-        return self._logits
-
-
-class _Batch:
-    def __init__(self, targets: Any) -> None:
-        self.targets = torch.tensor(targets)
-
-
 @pytest.mark.parametrize(
     ("task", "logits", "target", "score"),
     [
@@ -184,7 +170,9 @@ class _Batch:
     ],
 )
 def test_one_unit_scores_between_0_and_1(task: str, logits: list[float], target: Any, score: float) -> None:
-    assert TASKS[task].unit_score(_Fixed(task, [logits]), _Batch([target])) == pytest.approx(score)  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(spec=spec_of(task), logits=lambda batch: torch.tensor([logits]))
+    batch: Any = SimpleNamespace(targets=torch.tensor([target]))
+    assert TASKS[task].unit_score(model, batch) == pytest.approx(score)
 
 
 def test_a_guess_is_the_best_single_answer() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,9 @@ def test_a_brace_in_a_record_is_text(decoder_tokenizer: Any) -> None:
 
 
 def test_no_end_of_text_token(decoder_tokenizer: Any) -> None:
-    class Endless:
-        eos_token_id = None
-        name_or_path = "endless"
-
+    endless: Any = SimpleNamespace(eos_token_id=None, name_or_path="endless")
     with pytest.raises(ConfigError, match=r"model\.path = 'endless': its tokenizer must have an end-of-text token"):
-        tokenise_causal_lm(PROMPTED, Endless(), template="{prompt}", max_length=9)  # type: ignore[arg-type]
+        tokenise_causal_lm(PROMPTED, endless, template="{prompt}", max_length=9)
 
 
 def test_nothing_to_tokenise(encoder_tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from fedtune.data import Shapes, collate
 from fedtune.model import Adapter, LoraSpec
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.mechanism import poisson_sample
-from fedtune.privacy.randomness import RandomStream, SeededRandomness, SystemRandomness
+from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.training import dp_step, local
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import share_of_round
@@ -110,17 +111,11 @@ def test_each_step_of_a_round_draws_a_sample_of_its_own(
 
 
 def test_sampling_and_noise_have_streams_of_their_own(fresh: Any, examples: Any, work: Any) -> None:
-    asked: list[tuple[str | int, ...]] = []
-
-    class Recording:
-        seeded = True
-
-        def stream(self, *purpose: str | int) -> RandomStream:
-            asked.append(purpose)
-            return SeededRandomness(5).stream(*purpose)
-
-    released(fresh(), examples("classification"), work(round=3, attempt=2), randomness=Recording())
-    assert sorted(asked) == [("bank_a", 3, 2, purpose) for purpose in ("noise", "records", "sampling")]
+    recording = Mock(wraps=SeededRandomness(5), seeded=True)
+    released(fresh(), examples("classification"), work(round=3, attempt=2), randomness=recording)
+    assert sorted(call.args for call in recording.stream.call_args_list) == [
+        ("bank_a", 3, 2, purpose) for purpose in ("noise", "records", "sampling")
+    ]
 
 
 def test_one_more_record_draws_the_same_noise_and_the_same_others(
@@ -137,17 +132,13 @@ def test_one_more_record_draws_the_same_noise_and_the_same_others(
 def test_a_round_takes_the_steps_of_the_plan_at_its_place_in_the_schedule(
     fresh: Any, examples: Any, work: Any, plan: Any, monkeypatch: pytest.MonkeyPatch, steps: int, noise: float
 ) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def factor(_: Any, *, step: int, total_steps: int) -> float:
-        asked.append((step, total_steps))
-        return 1.0
-
+    factor = Mock(return_value=1.0)
     monkeypatch.setattr(local, "learning_rate_factor", factor)
     # The plan that was charged decides, not the training settings beside it.
     planned = plan(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
     released(fresh(), examples("classification"), work(plan=planned, round=2))
-    assert asked == [(steps + number, 4 * steps) for number in range(steps)]
+    asked = [call.kwargs for call in factor.call_args_list]
+    assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
 
 def test_the_optimizer_starts_anew_each_round(fresh: Any, examples: Any, work: Any) -> None:
