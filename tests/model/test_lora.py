@@ -1,37 +1,172 @@
-"""Which matrices train, and how they start."""
+"""LoRA, IA3 and DoRA: which tensors train, where they start, and what PEFT makes of them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 
 from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, attach_adapters, load_base
+from fedtune.model.ia3_and_dora import as_peft, merged
 from fedtune.spec import ConfigError
-from fedtune.tasks import build_task_model
+from fedtune.tasks import TaskModel, build_task_model
+
+from ..builders import with_random_values
 
 Specs = Callable[..., TaskModelSpec]
+kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
+PATHS = ("random:bert", "random:llama")
+IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
 
 
-def names(spec: TaskModelSpec) -> list[str]:
+def offsets(model: TaskModel) -> list[str]:
+    return [name for name in model.trainable() if name.endswith(".scales.offset")]
+
+
+def outputs(base: Any) -> torch.Tensor:
+    found: torch.Tensor = base(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
+    return found
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_trains(spec: Specs, path: str) -> None:
+    def trains(kind: str, **changes: Any) -> list[str]:
+        model = build_task_model(spec(path, lora=LoraSpec(kind=kind, rank=2, **changes)))
+        assert all(one.dtype == torch.float32 for one in model.trainable().values())
+        assert list(model.adapter_parameters()) == list(model.trainable()) or "train_a" in changes
+        return [name for name in model.trainable() if not name.startswith("head.")]
+
+    modules = len(trains("lora")) // 2
+    assert len(trains("dora")) == 3 * modules
+    assert len(trains("dora", train_a=False)) == 2 * modules
+    assert len(trains("ia3")) == modules
+    assert set(trains("dora")) == {*trains("lora"), *trains("ia3")}
+    assert all(".1." in name for name in trains("ia3", layers=(-1,)))
+    assert 2 * len(trains("ia3", layers=(-1,))) == modules
+
+
+def test_named_targets(spec: Specs) -> None:
+    model = build_task_model(spec(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
+    assert [name.split("layer.")[1] for name in offsets(model)] == [
+        f"{layer}.attention.{module}.scales.offset" for layer in (0, 1) for module in ("output.dense", "self.query")
+    ]
+
+
+@kinds
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("path", PATHS)
+def test_zeros_change_nothing_bit_for_bit(path: str, dtype: Any, kind: str) -> None:
+    plain = outputs(load_base(ModelSpec(path=path, dtype=dtype)))
+    base = load_base(ModelSpec(path=path, dtype=dtype))
+    model = attach_adapters(base, spec=LoraSpec(kind=kind, rank=2), predicts_tokens=False, seed=0)
+    assert torch.equal(outputs(model), plain)
+
+
+@kinds
+def test_without_its_adapters_the_base_is_as_it_was(trained: Any, kind: str) -> None:
+    from fedtune.model.layers import without_adapters
+
+    model = trained(lora=LoraSpec(kind=kind, rank=2))
+    plain = outputs(load_base(ModelSpec(path="random:bert")))
+    assert not torch.allclose(outputs(model.base), plain, atol=1e-2)
+    with without_adapters(model.base):
+        assert torch.equal(outputs(model.base), plain)
+
+
+def test_an_offset_of_ia3_is_a_share_of_its_module_s_output(spec: Specs) -> None:
+    model = build_task_model(spec(lora=LoraSpec(kind="ia3", target_modules=("query",), layers=(0,))))
+    layer = next(module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query"))
+    inputs, (name,) = torch.randn(2, 3, 32), offsets(model)
+    plain = layer(inputs)
+    with torch.no_grad():
+        model.trainable()[name].copy_(torch.linspace(-2, 2, 32))  # a site's bound: factors from -1 to 3
+    assert torch.allclose(layer(inputs), plain * torch.linspace(-1, 3, 32))
+
+
+def test_an_offset_of_dora_is_a_share_of_its_row_s_length(spec: Specs) -> None:
+    model = build_task_model(spec(lora=LoraSpec(kind="dora", rank=2, target_modules=("query",), layers=(0,))))
+    layer = next(module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query"))
+    with_random_values(model, 0.3)
+    inputs, start = torch.randn(2, 3, 32), layer.base_layer.weight
+    matrix = start + 8.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    length = start.norm(dim=1) * (1 + layer.scales.offset)
+    expected = inputs @ (length[:, None] * matrix / matrix.norm(dim=1, keepdim=True)).T + layer.base_layer.bias
+    assert torch.allclose(layer(inputs), expected, atol=1e-4)
+
+
+@kinds
+@pytest.mark.parametrize("path", PATHS)
+def test_it_is_merged_into_the_base_by_peft(trained: Any, path: str, kind: str) -> None:
+    model = trained(path, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
+    expected = outputs(model.base)
+    plain = merged(model.base)
+    assert type(plain) is type(load_base(ModelSpec(path=path)))
+    assert not any("scales" in name or "lora" in name for name, _ in plain.named_modules())
+    assert torch.allclose(outputs(plain), expected, rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_its_names_are_those_that_peft_saves(trained: Any, kind: str) -> None:
+    model = trained(lora=LoraSpec(kind=kind, rank=2))
+    saved = get_peft_model_state_dict(model.base)
+    for name, start, values in as_peft(model.base):
+        assert saved[name].shape == start.shape == values.shape
+        assert not torch.equal(start, values)
+    assert len(list(as_peft(model.base))) == len(offsets(model))
+
+
+def test_a_row_of_zeros_is_refused_by_dora(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(ModelSpec(path="random:bert"))
+    with torch.no_grad():
+        base.get_parameter("encoder.layer.1.output.dense.weight")[3] = 0
+    with pytest.raises(
+        ConfigError, match=r"lora\.kind = 'dora': cannot scale .*layer\.1\.output\.dense, .*row of zeros"
+    ):
+        attach_adapters(base, spec=LoraSpec(kind="dora", rank=2), predicts_tokens=False, seed=0)
+
+
+def test_a_transposed_module(spec: Specs) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64, resid_pdrop=0, attn_pdrop=0)
+    for kind in ("dora", "ia3"):
+        torch.manual_seed(0)
+        base = GPT2Model(config).eval().requires_grad_(False)
+        plain = outputs(base)
+        model = attach_adapters(base, spec=LoraSpec(kind=kind, rank=2), predicts_tokens=False, seed=0)
+        assert torch.equal(outputs(model), plain)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape) * 0.2)
+        expected = outputs(model)
+        assert torch.allclose(outputs(merged(model)), expected, rtol=1e-4, atol=1e-4)
+
+
+# LoRA's own matrices.
+
+
+def lora_names(spec: TaskModelSpec) -> list[str]:
     return [name for name in build_task_model(spec).trainable() if name != "head.weight"]
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
 def test_negative_layers_count_from_the_end(spec: Specs, path: str) -> None:
     def layer(*layers: int) -> list[str]:
-        return names(spec(path, lora=LoraSpec(rank=2, layers=layers)))
+        return lora_names(spec(path, lora=LoraSpec(rank=2, layers=layers)))
 
     assert layer(-1) == layer(1)
-    assert layer(-1, -2) == layer(0, 1) == names(spec(path, lora=LoraSpec(rank=2)))
+    assert layer(-1, -2) == layer(0, 1) == lora_names(spec(path, lora=LoraSpec(rank=2)))
     assert all(".1." in name for name in layer(-1))
 
 
 def test_all_linear_stays_inside_the_layers(spec: Specs) -> None:
     for path, task, modules in (("random:bert", "classification", 6), ("random:llama", "causal_lm", 7)):
-        found = names(spec(path, task))
+        found = lora_names(spec(path, task))
         assert len(found) == 2 * 2 * modules
         assert not any(word in name for name in found for word in ("pooler", "embed", "lm_head"))
 

@@ -1,13 +1,17 @@
-"""Records that say what earlier ones said."""
+"""Records that say what earlier ones said: the same, almost the same, or a run of the same words."""
 
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fedtune.data.records import Record
 from fedtune.preparation import duplicates
+from fedtune.preparation.copies import Near, Words, compare, longest_runs
 from fedtune.preparation.duplicates import Earlier, Likeness
 from fedtune.tasks import TASKS
 
@@ -91,3 +95,93 @@ def test_a_record_that_is_not_kept_is_no_earlier_one() -> None:
     earlier, one = Earlier(alike=True), Record({"text": sentence(1)}, "file", 1)
     for _ in range(2):
         assert earlier.twins(one, keep=False) == {"same": (), "alike": ()}
+
+
+# The longest run of words, exactly; and personal details.
+
+PARTS = st.lists(st.lists(st.sampled_from("abc"), max_size=8), max_size=3)
+"""Texts of a record, whose words come again soon."""
+
+
+def of_parts(parts: list[list[str]]) -> Words:
+    return [word for part in parts for word in (*part, None)]
+
+
+def runs_in(words: Words) -> set[tuple[str | None, ...]]:
+    """Every run of words within one of the texts."""
+    parts = [tuple(part) for ends, part in groupby(words, key=lambda word: word is None) if not ends]
+    return {part[a:b] for part in parts for a in range(len(part)) for b in range(a + 1, len(part) + 1)}
+
+
+@given(st.lists(PARTS, max_size=4), st.lists(PARTS, max_size=4))
+@example([[list("ab")], [list("b")]], [[list("ab")]])
+@example([[list("aabab")]], [[list("abaab")], [list("bab")]])
+def test_the_longest_run_is_that_of_all_runs(texts: list[list[list[str]]], others: list[list[list[str]]]) -> None:
+    own = {str(number): of_parts(parts) for number, parts in enumerate(others)}
+    every = [of_parts(parts) or [None] for parts in texts]
+    found = list(longest_runs(every, own.items()))
+    assert len(found) == len(every)
+    for text, (words, end, place) in zip(every, found, strict=True):
+        shared = runs_in(text) & {run for other in own.values() for run in runs_in(other)}
+        assert words == max(map(len, shared), default=0)
+        if words:
+            assert tuple(text[end - words : end]) in shared & runs_in(own[place])
+
+
+def record(text: str, line: int = 1, *, file: str = "own", **more: str) -> Record:
+    return Record({"text": text, **more}, file, line)
+
+
+def near(text: str, *others: str) -> Near:
+    """A text beside others, which are in the lines from 1 on."""
+    (found,) = compare([record(text, 7, file="made")], [record(other, line) for line, other in enumerate(others, 1)])
+    return found
+
+
+@pytest.mark.parametrize(("text", "other", "run"), [
+    ("Don\u2019t PANIC, it's fine!", "so: dont\npanic its fine then", "dont panic its fine"),
+    ("\uff23afe\u0301 au lait", "un caf\u00e9 au lait", "caf\u00e9 au lait"),
+    ("\u6211\u7684\u5361\u4e22\u4e86", "\u4ed6\u7684\u5361\u5462", "\u7684 \u5361"),
+    ("card_arrival 12-34", "Card arrival: 12/34", "card arrival 12 34"),
+    ("\U0001f600 ...", "\U0001f600 ...", ""),
+])  # fmt: skip
+def test_words_go_without_case_punctuation_and_form(text: str, other: str, run: str) -> None:
+    found = near(text, "nothing of it", other)
+    assert (found.run, found.words) == (run, len(run.split()))
+    assert (found.place, found.of) == ("made:7", "own:2" if run else "")
+
+
+def test_a_share_is_of_the_words_and_the_longest_run_comes_first() -> None:
+    made = [record("one two three", 1, file="made"), record("one two three four", 2, file="made", prompt="five six")]
+    found = compare(made, [record("one two three four five six")])
+    assert [(one.place, one.words, one.share) for one in found] == [("made:2", 4, 4 / 6), ("made:1", 3, 1.0)]
+
+
+def test_each_record_of_many_alike_has_its_twin_and_the_same_is_more_than_alike() -> None:
+    draws = random.Random(1)
+    words = ["".join(draws.choices("abcdefgh", k=6)) for _ in range(40)]
+    text = " ".join(words)
+    made = [record(text, line, file="made") for line in (1, 2)] + [record("else entirely, with more words", 3)]
+    found = compare(made, [record(f"{text} Indeed.", 4), record(f" {text}\n", 5), record(f"{text} Yes.", 6)])
+    assert [(one.likeness, one.twin) for one in found] == [("same", "own:5"), ("same", "own:5"), ("", "")]
+    assert (found[2].words, found[2].of) == (0, "")
+    assert near(text, f"{text} Indeed.").likeness == "alike"
+
+
+@pytest.mark.parametrize(("text", "others", "details"), [
+    ("card 4111-1111-1111-1111", ["x", "my 4111 1111 1111 1111."], [("card number", 1, "own:2")]),
+    ("ask A.B@Example.org", ["a.b@example.org", "a.b@example.org twice a.b@example.org"], [("e-mail", 2, "own:1")]),
+    ("ask ab@example.org", ["a.b@example.org"], []),
+    ("+49 170 1234567 and a@b.org", ["a@b.org, +49 (170) 123-4567"],
+     [("e-mail", 1, "own:1"), ("phone number", 1, "own:1")]),
+    ("+49 170 1234568", ["+49 170 1234567"], []),
+])  # fmt: skip
+def test_details_are_the_same_however_they_are_spaced(
+    text: str, others: list[str], details: list[tuple[str, int, str]]
+) -> None:
+    assert near(text, *others).details == details
+
+
+def test_nothing_is_like_nothing() -> None:
+    assert compare([], [record("a text")]) == []
+    assert near("a text") == Near("made:7", 0, 0.0, "", "", "", "", [])
