@@ -275,7 +275,7 @@ class Run:
         Raises:
             ValueError: the run has come to nothing yet.
         """
-        from fedtune.report.record.run_record import read_run
+        from fedtune.report.run_record import read_run
 
         result = read_run(self.folder).result
         if result is None:

@@ -26,7 +26,7 @@ from fedtune.model.layers import layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, card_files, card_text
-from fedtune.report.record.run_record import read_run
+from fedtune.report.run_record import read_run
 from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, file_sha256, require_apart
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent
 from fedtune.spec import ConfigError, DataError, check_at_least

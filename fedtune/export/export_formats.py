@@ -39,7 +39,7 @@ from fedtune.model.refusals import PRIVATE_TO
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_files
-from fedtune.report.record.run_record import read_run
+from fedtune.report.run_record import read_run
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks import Task, TaskModel, load_task_model, task_named
 from fedtune.tasks.base import Readout

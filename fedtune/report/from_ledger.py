@@ -1,4 +1,7 @@
-"""The facts of a ledger: one site's own view over all runs and years, from events that were verified."""
+"""The facts of a ledger: one site's own view over all runs and years, from events that were verified.
+
+Of a ledger that does not verify, the events are followed as far as they make sense.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.events import Charge
-from fedtune.privacy.ledger.chain import Event, Kind
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.verify import Verified
+from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import policy_of
 from fedtune.privacy.proposal import UNVERIFIED
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.derived import derive
@@ -31,7 +39,7 @@ from fedtune.report.facts import (
     Verification,
 )
 from fedtune.report.model import Report
-from fedtune.report.record.ledger_record import LedgerRecord, read_ledger
+from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, unbounded
 
 MOST_STEPS = 400
@@ -45,19 +53,58 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
     ledger that does not verify gives a report that says so and promises nothing.
 
     Args:
-        site_toml_or_ledger: a `ledger.db`, or a `site.toml`, whose key and anchor are then used too.
+        site_toml_or_ledger: a `ledger.db`, or a `site.toml`, whose key and anchor are used where they are at hand.
         anchor: file that shows that no event is missing.
 
     Raises:
-        ConfigError: there is no such file, or the files do not belong together.
+        ConfigError: there is no such file, it is no policy or anchor, or the files do not belong together.
         RunError: the ledger cannot be read at all.
     """
-    return derive(facts_of(read_ledger(site_toml_or_ledger, anchor=anchor), most=MOST_STEPS))
+    files = SiteFiles.of(site_toml_or_ledger) if site_toml_or_ledger.suffix == ".toml" else None
+    ledger = files.ledger if files else site_toml_or_ledger
+    if not ledger.is_file():
+        raise ConfigError("ledger", str(ledger), "must be a ledger: there is no such file")
+    if anchor is None and files and files.anchor and files.anchor.is_file():
+        anchor = files.anchor
+    head, own = Head.read(anchor) if anchor else None, files.policy if files else None
+    key = SigningKey.load(files.site_key).public if files and files.site_key.is_file() else None
+    verified, problem = None, ""
+    try:
+        verified = verify(ledger, anchor=head, site_key=key)
+        events, history = verified.events, verified.history
+    except RunError as error:
+        events, history = _followed(ledger)
+        problem = str(error).replace(str(ledger), ledger.name)  # folders are nobody else's business
+    for name, made_for, says in history.opened.differences(own) if own else []:
+        raise ConfigError(name, says, f"must be {made_for!r}, for which {ledger} was made").in_file(site_toml_or_ledger)
+    return derive(facts_of(events, history, verified=verified, problem=problem, own=own, most=MOST_STEPS))
+
+
+def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
+    """The events up to the first that does not follow, unchecked.
+
+    Raises:
+        RunError: not even the first two do, without which nothing is known.
+    """
+    with store.reading(ledger) as file:
+        events = store.read_events(file)
+    history = History()
+    for number, event in enumerate(events):
+        try:
+            history.follow(event)
+        except RunError:
+            if number < 2:
+                raise
+            return tuple(events[:number]), history
+    if len(events) < 2:
+        raise RunError(f"ledger {ledger} is empty")
+    return tuple(events), history
 
 
 def facts_by_now(verified: Verified) -> LedgerFacts:
     """The facts of a ledger by now, and never before its newest event, with one charge for each run."""
-    return facts_of(LedgerRecord.of(verified), most=0, now=verified.history.now())
+    history = verified.history
+    return facts_of(verified.events, history, verified=verified, most=0, now=history.now())
 
 
 def lifetime_of(verified: Verified) -> Lifetime:
@@ -79,33 +126,60 @@ def spending_json(verified: Verified) -> dict[str, Any]:
     return figures | more
 
 
-def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) -> LedgerFacts:
-    """What a ledger's report rests on, as of `now`; None: its newest event.  `most` as in `charges`."""
-    history, budget, now, found = record.history, record.in_force.budget, now or record.now, record.verified
-    policies = [event.detail["policy"] for event in record.events if event.detail.get("what") == "policy"]
+def facts_of(
+    events: Sequence[Event],
+    history: History,
+    *,
+    verified: Verified | None,
+    problem: str = "",
+    own: Policy | None = None,
+    most: int,
+    now: datetime | None = None,
+) -> LedgerFacts:
+    """What a ledger's report rests on.
+
+    Args:
+        events: in order, as far as they could be followed.
+        history: what they add up to.
+        verified: None: the ledger does not fit together, or is older than its anchor.
+        problem: how it does not.
+        own: the policy in force, where it was given; else what the ledger noted last is all that is known.
+        most: as in `charges`.
+        now: as of when; None: of its newest event, whenever it is read.
+    """
+    now, noted = now or history.last_time, history.policy
+    assert now is not None, "a ledger has events"
+    assert noted is not None, "a ledger begins with its policy"
+    budget = _in_force(noted.budget, own.budget if own else None)
+    policies = [event.detail["policy"] for event in events if event.detail.get("what") == "policy"]
+    simulated = any(policy.get("simulated") for policy in policies)
     # A simulation notes that it is one, whatever the file says.
-    own = record.policy_file and replace(record.policy_file, simulated=record.policy.simulated)
-    run_caps, loosened = _limits(record.events)
+    own = own and replace(own, simulated=noted.simulated)
+    run_caps, loosened = _limits(events)
     proposals = [run.proposal for run in history.runs.values()]
+    models = {proposal.base_model for proposal in proposals}
     settings = {
         "rank": dict.fromkeys(rank_text(one.adapter, one.rank) for one in proposals),
         "target_modules": dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",)),
     }
+    caps = [next(same) for _, same in groupby(history.policies, key=lambda policy: finite(policy[1]))]
     return LedgerFacts(
         kind="ledger",
         site=history.opened.site,
         population=history.opened.population,
         date=now.date().isoformat(),
-        unit=record.policy.population.unit,
+        unit=noted.population.unit,
         delta=history.delta,
         order=history.order,
-        declared_size=record.policy.population_size,
+        declared_size=noted.population_size,
         max_epsilon=finite(budget.max_epsilon),
         max_epsilon_per_run=budget.max_epsilon_per_run,
         max_epsilon_per_period=budget.max_epsilon_per_period,
         period=budget.period,
         reference=budget.reference,
-        caps=_caps_of(history),
+        caps=tuple(
+            Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in caps
+        ),
         limits_loosened=loosened,
         runs=tuple(
             RunInLedger(
@@ -123,61 +197,65 @@ def facts_of(record: LedgerRecord, *, most: int, now: datetime | None = None) ->
             )
             for name, run in history.runs.items()
         ),
-        charges=charges(record.events, history, most=most),
+        charges=charges(events, history, most=most),
         lost_seed=any(restored.seeded for restored in history.restored),
         frozen=history.frozen,
         in_doubt=history.in_doubt is not None,
-        simulated=record.simulated,
+        simulated=simulated,
         inexact_gradients=any(policy["allow"]["inexact_gradients"] is not False for policy in policies),
-        policy_noted=None if own is None else own.to_json() == record.policy.to_json(),
+        policy_noted=None if own is None else own.to_json() == noted.to_json(),
         policy_digest=own.digest() if own else "",
         verification=None
-        if found is None
+        if verified is None
         else Verification(
-            num_events=len(found.events),
-            head=found.history.hash,
-            site_key=found.site_key,
-            key_expected=found.key_expected,
+            num_events=len(verified.events),
+            head=verified.history.hash,
+            site_key=verified.site_key,
+            key_expected=verified.key_expected,
             # An anchor shows that no event is missing, or none up to its own.
-            rollback_excluded=(found.anchor_sequence or 0) >= len(found.events),
-            anchor_sequence=found.anchor_sequence,
+            rollback_excluded=(verified.anchor_sequence or 0) >= len(verified.events),
+            anchor_sequence=verified.anchor_sequence,
         ),
-        problem=record.problem,
-        releases=releases(record.events, history),
+        problem=problem,
+        releases=releases(events, history),
         # Nobody stands behind a simulated site who could state anything, whatever its policy says.
-        asserted={} if record.simulated else dataclasses.asdict(record.policy.asserted),
+        asserted={} if simulated else dataclasses.asdict(noted.asserted),
         settings={name: ", ".join(said) for name, said in settings.items() if said},
-        provenance=_provenance(record),
+        provenance=Provenance(  # the events do not name the machine that they came about on
+            fedtune_version=" / ".join(dict.fromkeys(event.code for event in events)),
+            config_sha256=None,
+            model=None,
+            model_sha256=models.pop() if len(models) == 1 and models != {UNVERIFIED} else None,
+            model_licence=None,
+            dataset=", ".join(dataset.id for dataset in noted.dataset),
+            task=", ".join(dict.fromkeys(proposal.task for proposal in proposals)) or None,
+            libraries={},
+            python=None,
+            machine=None,
+            purpose=own.about.purpose if own else None,
+        ),
         arrivals=history.opened.arrivals or None,
     )
 
 
-def _provenance(record: LedgerRecord) -> Provenance:
-    """What the events name; the machine that they came about on is not among it."""
-    proposals = [run.proposal for run in record.history.runs.values()]
-    models = {proposal.base_model for proposal in proposals}
-    return Provenance(
-        fedtune_version=" / ".join(dict.fromkeys(event.code for event in record.events)),
-        config_sha256=None,
-        model=None,
-        model_sha256=models.pop() if len(models) == 1 and models != {UNVERIFIED} else None,
-        model_licence=None,
-        dataset=", ".join(dataset.id for dataset in record.policy.dataset),
-        task=", ".join(dict.fromkeys(proposal.task for proposal in proposals)) or None,
-        libraries={},
-        python=None,
-        machine=None,
-        purpose=record.policy_file.about.purpose if record.policy_file else None,
+def _in_force(noted: Budget, own: Budget | None) -> Budget:
+    """The budget that the ledger noted, under the smaller of its caps and those of the policy in force.
+
+    A site lowers a cap by writing it down, before the ledger has noted it.  None becomes larger so.
+    """
+    if own is None:
+        return noted
+    # A cap on another period counts once the ledger has noted it, and until then the noted one does.
+    period = own.period if noted.max_epsilon_per_period is None else noted.period
+    of_run = (one.max_epsilon_per_run for one in (noted, own))
+    of_period = (one.max_epsilon_per_period for one in (noted, own) if one.period == period)
+    return replace(
+        noted,
+        max_epsilon=min(noted.max_epsilon, own.max_epsilon),
+        max_epsilon_per_run=min((cap for cap in of_run if cap is not None), default=None),
+        period=period,
+        max_epsilon_per_period=min((cap for cap in of_period if cap is not None), default=None),
     )
-
-
-def _caps_of(history: History) -> tuple[Cap, ...]:
-    """The lifetime caps, each from when it began to hold."""
-    caps: list[Cap] = []
-    for time, cap, charges in history.policies:
-        if not caps or caps[-1].max_epsilon != finite(cap):
-            caps.append(Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=charges))
-    return tuple(caps)
 
 
 def _limits(events: Sequence[Event]) -> tuple[dict[str, float | None], tuple[str, ...]]:

@@ -31,8 +31,8 @@ from fedtune.report.facts import (
     StartAdapter,
 )
 from fedtune.report.model import Report
-from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.report.rederive import problems
+from fedtune.report.run_record import RunRecord, read_run
 from fedtune.runs.environment import UNKNOWN
 from fedtune.runs.results import FinalResult
 from fedtune.spec import ConfigError, RunError

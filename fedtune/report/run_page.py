@@ -61,7 +61,7 @@ class UnfinishedReport:
         from fedtune.report import from_run
         from fedtune.report.derive.derived import derive
         from fedtune.report.page.render import Unfinished, render
-        from fedtune.report.record.run_record import read_run
+        from fedtune.report.run_record import read_run
 
         record = read_run(self._folder, plan=self._plan)
         self._plan = record.plan

@@ -25,7 +25,7 @@ from fedtune.report.derive.derived import derive
 from fedtune.report.facts import Verdict
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.record.run_record import read_run
+from fedtune.report.run_record import read_run
 
 from ..conftest import parsed
 from .widths import too_wide

@@ -16,7 +16,7 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
 from fedtune.report.model import Assumption, SiteReport
-from fedtune.report.record.run_record import RunRecord, read_run
+from fedtune.report.run_record import RunRecord, read_run
 from fedtune.sites.shared_settings import for_sites
 
 from .shown import evidence, status

@@ -23,7 +23,6 @@ from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.report import from_ledger, signing
 from fedtune.report.derive import ledger_figures, profile
-from fedtune.report.record.ledger_record import LedgerRecord
 from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError, RunError
 
@@ -85,7 +84,7 @@ def test_figures_by_now_know_what_expired_and_which_period_it_is(charged: Books)
     assert ([run.state for run in life.runs], life.with_set_aside > life.epsilon) == (["open", "open"], True)
     assert life.period_epsilon == life.epsilon
     later = verified.history.last_time + timedelta(days=400)
-    facts = from_ledger.facts_of(LedgerRecord.of(verified), most=0, now=later)
+    facts = from_ledger.facts_of(verified.events, verified.history, verified=verified, most=0, now=later)
     after = ledger_figures.lifetime(facts)
     assert [run.state for run in after.runs] == ["expired", "expired"]
     assert (after.with_set_aside, after.epsilon, after.period_epsilon) == (life.epsilon, life.epsilon, 0.0)

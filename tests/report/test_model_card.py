@@ -19,8 +19,8 @@ from fedtune.report.from_run import spent_on_start
 from fedtune.report.model import Report
 from fedtune.report.model_card import Form, card_text
 from fedtune.report.page.label import as_svg
-from fedtune.report.record.run_record import RunRecord, read_run
 from fedtune.report.rederive import problems
+from fedtune.report.run_record import RunRecord, read_run
 
 FORM = Form(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
 

@@ -14,8 +14,8 @@ from fedtune.report.checks import settings_problems
 from fedtune.report.derive.derived import derive
 from fedtune.report.facts import StartAdapter
 from fedtune.report.model import Report
-from fedtune.report.record.run_record import read_run
 from fedtune.report.rederive import problems
+from fedtune.report.run_record import read_run
 from fedtune.version import __version__
 
 

@@ -26,8 +26,8 @@ from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.render import render
-from fedtune.report.record.run_record import read_run
 from fedtune.report.rederive import problems
+from fedtune.report.run_record import read_run
 from fedtune.sites.virtual_site import Participants
 
 from .masking import check_golden

@@ -1,1 +1,0 @@
-"""What a run or a ledger left behind, as its files are."""
