@@ -16,7 +16,8 @@ from fedtune.report.derive import cells, rules, verdicts
 from fedtune.report.facts import Verdict
 from fedtune.report.model import Assumption, Cell, Report, SiteReport
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
-from fedtune.report.page.tables import Column, data
+from fedtune.report.page.report_words import data
+from fedtune.report.page.tables import Column
 from fedtune.runs import results
 from fedtune.tasks.inputs import input_named
 
@@ -185,7 +186,7 @@ def test_no_text_is_left_over() -> None:
     whole |= {("verdict", room) for room in get_args(verdicts.Room)}
     whole |= {("sign_off", f"heading_{kind}") for kind in CODES["kind"]}
     whole |= {("question", code) for section, code in KEYS if section == "assumption"}
-    whole |= {("again", code) for code in re.findall(r'"(\w+)"', (PACKAGE / "page" / "render.py").read_text())}
+    whole |= {("again", code) for code in re.findall(r'"(\w+)"', (PACKAGE / "page" / "report_words.py").read_text())}
     whole |= {("language", f"month_{number}") for number in range(1, 13)}
     whole |= {("language", key) for key in ("decimal", "group", "day", "moment")}
     whole |= {("cells", state + end) for state in get_args(get_type_hints(Cell)["state"]) for end in ("", "_means")}

@@ -10,8 +10,7 @@ import pytest
 from fedtune.report.facts import Cap
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.report_words import Words
-from fedtune.report.page.tables import Chart, Charts, Tables
+from fedtune.report.page.tables import Chart, Charts
 from fedtune.show import drawing
 
 from .shown import HOSTILE, Make, arrivals, detail_of, filled, wide_ledger, wide_run, with_site
@@ -21,8 +20,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def charts(report: Report, language: str = "en") -> Charts:
-    words = Words(report, catalogue(language))
-    return Charts(words, Tables(words))
+    return Charts(report, catalogue(language))
 
 
 def chart(report: Report, code: str, language: str = "en") -> Chart:
@@ -137,7 +135,7 @@ def test_how_sure_the_model_is_stands_beside_a_model_as_sure_as_right(run: Repor
     for key in ("reliability_found", "reliability_perfect", "axis_probability", "axis_right"):
         assert words.text(f"chart.{key}").unescape() in texts(svg)
     for name, rows in (("reliability", 10), ("classes", 2)):
-        assert charts(report, language)._tables.named(name).all == rows
+        assert charts(report, language).named(name).all == rows
 
 
 def test_the_score_chart_leaves_out_losses(run: Report) -> None:

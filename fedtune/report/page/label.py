@@ -15,7 +15,6 @@ from markupsafe import Markup, escape
 from fedtune.report import signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.render import PageOne
 from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
 
@@ -107,7 +106,7 @@ def _head(words: Words) -> Iterator[_Mark]:
     yield _Box(0, 0, _WIDTH, 104, _BLUE if report.verdict.state == "within" else _RED)
     yield _Text(x=_MARGIN, y=40, text=_plain(text("label.heading")), size=19, fill=_PAPER)
     yield _Text(x=_MARGIN, y=80, text=_shown(report.name, _NAME_LETTERS), size=34, fill=_PAPER, font="bold")
-    lines = _wrapped(_plain(PageOne(words).heading()), 21, 440, font="bold")
+    lines = _wrapped(_plain(words.heading()), 21, 440, font="bold")
     for line, said in enumerate(lines):
         y = 80 - 27 * (len(lines) - 1 - line)
         yield _Text(x=_WIDTH - _MARGIN, y=y, text=said, size=21, fill=_PAPER, font="bold", anchor="end")
@@ -130,16 +129,16 @@ def _promise(words: Words) -> Iterator[_Mark]:
             top += 34
         yield from _lines(reasons, x=_MARGIN, y=top + 34, size=19, width=_LEFT - _MARGIN, most=8)
         return
-    one, width = PageOne(words), _LEFT - _MARGIN
+    width = _LEFT - _MARGIN
     factor = words.catalogue.figure(report.epsilon, "factor")
     promise = text(f"promise.{report.unit}", factor=factor, delta=words.catalogue.figure(report.delta, "exact"))
-    if one.says_nothing(worst):
+    if words.says_nothing(worst):
         lines = list(_lines(_plain(promise), x=_MARGIN, y=top + 14, size=22, width=width, most=8, font="bold"))
         yield from lines
-        said = _plain(one.about_ceiling(worst))
+        said = _plain(words.about_ceiling(worst))
         yield from _lines(said, x=_MARGIN, y=lines[-1].y + 40, size=17, width=width, most=4)
         return
-    right = words.catalogue.figure(words.at(f"{worst}/meaning/right_of_100_{one.right(worst)}"), "of_100")
+    right = words.catalogue.figure(words.at(f"{worst}/meaning/right_of_100_{words.right(worst)}"), "of_100")
     yield _Text(x=_MARGIN, y=top + 50, text=right, size=84, font="bold")
     about = list(_lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 96, size=21, width=width, most=4))
     yield from about
@@ -165,13 +164,13 @@ def _facts(words: Words) -> Iterator[_Mark]:
 def _rows(words: Words) -> Iterator[tuple[str, str]]:
     report, figure, text = words.report, words.catalogue.figure, words.text
     known = next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None)
-    limit = PageOne(words).limit()
+    limit = words.limit()
     used = figure(report.epsilon, "epsilon") if words.promises else str(text("word.unbounded"))
     epsilon = text(f"label.of_limit_{report.kind}", used=used, limit=figure(words.at(limit), "cap")) if limit else used
     yield _plain(text("label.data")), _shown(known, _VALUE_LETTERS) if known else _plain(text("word.unknown"))
     yield _plain(text("label.unit")), _plain(words.code("unit", report.unit))
     yield _plain(text("label.epsilon")), _plain(epsilon)
-    if whom := PageOne(words).of_whom():
+    if whom := words.of_whom():
         yield _plain(text("label.people")), _plain(whom)
     yield _plain(text("setting.delta")), figure(report.delta, "exact")
     band = words.band_range(words.band) if words.promises else ""

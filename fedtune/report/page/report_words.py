@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+import tomllib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
@@ -12,25 +15,29 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.profile import BANDS, strength_band
-from fedtune.report.derive.verdicts import WORST_FIRST
+from fedtune.report.derive.verdicts import WORST_FIRST, room_of
 from fedtune.report.facts import CohortFigures
-from fedtune.report.model import Report
-from fedtune.report.page.catalogue import Catalogue
+from fedtune.report.model import Assumption, Report
+from fedtune.report.page.catalogue import MOST_RIGHT, Catalogue
+from fedtune.show.budget_text import Arrivals, neighbours_together
 from fedtune.show.drawing import MOST_LINES
 from fedtune.words import shortened, unbounded
 
+One = TypeVar("One")
 _LONGEST_IN_CHART = 18
+_LONGEST_PURPOSE = 90
+_MOST_ASSUMPTIONS = 4
+_SAYS_NOTHING = 99
+"""Right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody."""
+_RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
+"""The column of the result that a site is left with when it takes its own from all combined."""
+_MOST_FOR_SUBTRACTION = 2
 ABSENT = object()
 """Of a place in report.json one of whose parents is null."""
 
 
 class Words:
-    """A report and the language that it is told in.
-
-    Args:
-        report: the whole.
-        catalogue: of the language.
-    """
+    """A report and the language that it is told in."""
 
     def __init__(self, report: Report, catalogue: Catalogue) -> None:
         self.report, self.is_ledger = report, report.kind == "ledger"
@@ -148,7 +155,145 @@ class Words:
         sites = ([self.worst] if self.worst else []) if worst else self.sites
         return [f"{site}/{of}/{n}" for site in sites for n in range(len(self.at(f"{site}/{of}") or ()))]
 
+    # What page 1 says beyond single figures.
+
+    def access(self) -> Mapping[str, Sequence[str]]:
+        """Who -> a code for each column of what there is to see."""
+        noise = self.noise
+        rows = data()["access"]
+        masked = rows["masked"] if self.shared and noise == "noised" else {}
+        sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
+        if how := self.by_subtraction():
+            sees["other_sites"][_RESULT[noise]] = how
+        return sees
+
+    def by_subtraction(self) -> str | None:
+        """How one of two sites sees the other's result: it takes its own from the average of both; None: it cannot."""
+        if self.is_ledger:
+            return "if_two_sites"  # of its runs the ledger knows no others that took part
+        rounds = self.report.utility.rounds if self.report.utility else ()
+        took_part = [len(self.report.sites), *(len(one.sites) for one in rounds if one.sites)]
+        return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
+
+    def largest_failures(self) -> str | None:
+        """Pointer to the site that expects most failures of the promise."""
+        sites = [f"/sites/{place}" for place in range(len(self.report.sites))]
+        failures = {site: self.at(f"{site}/meaning/expected_failures") for site in sites}
+        return max((site for site in sites if failures[site] is not None), key=failures.__getitem__, default=None)
+
+    def heading(self) -> Markup:
+        """The result, or that a budget that is kept has no room for more."""
+        return self.code("verdict", room_of(self.report) or f"{self.report.verdict.state}_{self.report.kind}")
+
+    def state(self) -> str:
+        """Code of how the result looks."""
+        return room_of(self.report) or self.report.verdict.state
+
+    def is_full(self) -> bool:
+        """Whether a site's own limit has to be raised before anything more can be spent."""
+        return room_of(self.report) in ("used_up", "no_run_fits") or "above_lifetime_cap" in self.report.verdict.reasons
+
+    def purpose(self) -> str:
+        """Of the training, as far as a line has room."""
+        whole = self.report.provenance.purpose or ""
+        cut = whole[:_LONGEST_PURPOSE].rpartition(" ")[0] or whole[:_LONGEST_PURPOSE]
+        return whole if len(whole) <= _LONGEST_PURPOSE else f"{cut}…"
+
+    def limit(self) -> str | None:
+        """Pointer to the limit that the result is judged by; None: there is none."""
+        found = f"{self.worst}/approved/max_epsilon" if self.is_ledger else "/target_epsilon"
+        return found if self.worst and self.at(found) is not None else None
+
+    def assumptions(self) -> tuple[Assumption, ...]:
+        """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for.
+
+        Where nothing is promised, nobody's answer could change that.
+        """
+        found = self.report.assumptions
+        violated = [one for one in found if one.status == "violated"]
+        asked = [one for one in found if one.status == "assumed" and self.catalogue.has("question", one.code)]
+        room = max(0, _MOST_ASSUMPTIONS - len(violated)) if self.promises else 0
+        return (*violated, *asked[:room])
+
+    def to_do(self) -> Markup:
+        """What the officer who reads the page must do next."""
+        first = ["violated"] if any(one.status == "violated" for one in self.report.assumptions) else []
+        full = {"closed": "closed", "used_up": "full", "no_run_fits": "full"}.get(room_of(self.report) or "")
+        then = full or (self.report.kind if self.report.verdict.state == "within" else self.report.verdict.state)
+        return Markup(" ").join(self.text(f"verdict.to_do_{code}") for code in (*first, then))
+
+    def limits(self, *, several: bool) -> list[str]:
+        """What is not protected that an officer must know; `several`: figures tell of several records already."""
+        first = set(data()["limits"]["first"]) - ({"several_records"} if several else set())
+        return [limit for limit in self.report.not_protected if limit in first]
+
+    def right(self, site: str) -> str:
+        """Which figure of the best attacker at a site holds: of the method that ran, else from epsilon and delta."""
+        by_mechanism = f"{site}/meaning/right_of_100_mechanism"
+        return "ceiling" if self.at(by_mechanism) is None else "mechanism"
+
+    def says_nothing(self, site: str) -> bool:
+        """Whether all that is proved of the best attacker at a site is about what nothing would be."""
+        found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
+        return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
+
+    def about_ceiling(self, site: str) -> Markup:
+        """Why no more is proved of the best attacker than what follows from epsilon and delta."""
+        runs = {row["run"] for row in self.at(f"{site}/mechanisms") if row["rounds"]}
+        key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
+        if self.right(site) == "mechanism":
+            key = "meaning.too_little_noise"
+        return self.text(key, section=self.text("curve.heading"))
+
+    def people(self) -> list[tuple[Markup, str]]:
+        """Who spent how much, by when they came: a line for all with the same figures, the newest last; and where."""
+        whom = Markup('<span data-at="{}">{}</span>').format
+        if (admitted := self.report.admits) and self.worst:
+            return [(whom("/admits", self.catalogue.arrivals([admitted])), f"{self.worst}/spent")]
+        figures = {place: (one.epsilon, one.with_set_aside, one.left) for place, one in enumerate(self.cohorts)}
+        lines = []
+        for places in in_groups((figure, place) for place, figure in figures.items()):
+            at = f"/sites/0/lifetime/cohorts/{places[0]}"
+            lines.append((whom(f"{at}/people", self.catalogue.arrivals(self._who(places))), at))
+        return lines[-MOST_LINES:]
+
+    def _who(self, places: Sequence[int]) -> list[Arrivals]:
+        return neighbours_together({place: self.cohorts[place].people for place in places})
+
+    def of_whom(self) -> Markup | None:
+        """When the people came whom the largest figure is of; None: it is of everybody."""
+        epsilons = {place: unbounded(one.epsilon) for place, one in enumerate(self.cohorts)}
+        if admitted := self.report.admits:
+            return self.text("label.others_none", dates=admitted.dates)
+        if len(set(epsilons.values())) < 2:
+            return None
+        most = self._who([place for place, one in epsilons.items() if one == max(epsilons.values())])
+        return self.text("label.others_less", dates=", ".join(one.dates for one in most))
+
+    def triggers(self) -> list[Markup]:
+        """When somebody should look at this again."""
+        runs = "/sites/0/lifetime/reference_runs_left"
+        attack = ["attack"] if self.promises else []
+        if not self.is_ledger:
+            return [self.text(f"again.{code}") for code in ("next_run", "other_use", *attack, "date")]
+        left = [self.text("again.runs_left", runs=self.figure(runs, "count"))] if self.at(runs) else []
+        return [*left, *(self.text(f"again.{code}") for code in ("limit", *attack, "date"))]
+
 
 def pointer(*parts: str | int) -> str:
     """A JSON pointer (RFC 6901)."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
+    """What has the same key together, in the order of the first."""
+    groups: dict[Hashable, list[One]] = {}
+    for key, one in keyed:
+        groups.setdefault(key, []).append(one)
+    return list(groups.values())
+
+
+@cache
+def data() -> Mapping[str, Any]:
+    """What `page.toml` says the page is made of."""
+    return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cache
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from markupsafe import Markup
 
-from fedtune.report.page.report_words import ABSENT, Words, pointer
+from fedtune.report.page.report_words import ABSENT, Words, data, in_groups, pointer
 from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.words import score_words, shortened
 
-One = TypeVar("One")
 MOST_ROWS = 40
 """Rows of a table on the page; report.json holds the others."""
 PAGE_ONE_SITES = 8
@@ -87,25 +83,8 @@ def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]
     return in_groups(keyed)
 
 
-def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
-    """What has the same key together, in the order of the first."""
-    groups: dict[Hashable, list[One]] = {}
-    for key, one in keyed:
-        groups.setdefault(key, []).append(one)
-    return list(groups.values())
-
-
-@cache
-def data() -> Mapping[str, Any]:
-    """What `page.toml` says the page is made of."""
-    return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
-
-
-class Tables:
+class Tables(Words):
     """Every table of the page, made when the template asks for it."""
-
-    def __init__(self, words: Words) -> None:
-        self._words = words
 
     def cell(self, row: str, column: Column) -> Markup:
         """What a table shows of the row at a pointer."""
@@ -114,20 +93,20 @@ class Tables:
         start = site if column.at.startswith("@") else row.rsplit("/", parents)[0]
         pointer = f"{start}/{at[3 * parents :]}"
         kind = column.kind.removesuffix("?")
-        found = self._words.find(pointer)
+        found = self.find(pointer)
         if found is ABSENT or (found is None and kind not in _SAYING_WHY):
-            return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self._words.text(column.absent or "word.unknown"))
+            return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(column.absent or "word.unknown"))
         if column.zero and found == 0:
-            return self._words.text(column.zero)
+            return self.text(column.zero)
         if column.kind.endswith("?"):
-            return self._words.spent(site, pointer.removeprefix(f"{site}/"), kind)
+            return self.spent(site, pointer.removeprefix(f"{site}/"), kind)
         if column.is_figure:
-            return self._words.figure(pointer, kind)
+            return self.figure(pointer, kind)
         return Markup('<span data-at="{}">{}</span>').format(pointer, self._as_text(found, kind))
 
     def _as_text(self, value: Any, kind: str) -> Markup:
         if value is None or value in ([], {}):
-            return self._words.text("word.unknown" if value is None else "word.none")
+            return self.text("word.unknown" if value is None else "word.none")
         match kind.split(":"):
             case ["name"]:
                 return Markup("{}").format(shortened(value, _LONGEST_NAME))
@@ -136,19 +115,19 @@ class Tables:
             case ["key"]:
                 return Markup('<code title="{}">{}</code>').format(value, value[:_KEY_DIGITS] + "…")
             case ["yes_no"]:
-                return self._words.text("word.yes" if value else "word.no")
+                return self.text("word.yes" if value else "word.no")
             case ["people"]:
-                return self._words.catalogue.arrivals([Arrivals(**value)])
+                return self.catalogue.arrivals([Arrivals(**value)])
             case ["json"]:
                 return Markup("<code>{}</code>").format(json.dumps(value, separators=(",", ":")))
             case ["failures_by_site"]:
                 return Markup(", ").join(
-                    Markup("{}: {}").format(site, self._words.code("refusal", why)) for site, why in value.items()
+                    Markup("{}: {}").format(site, self.code("refusal", why)) for site, why in value.items()
                 )
             case ["code", section] if isinstance(value, list):
-                return self._words.listed(section, value)
+                return self.listed(section, value)
             case ["code", section]:
-                return self._words.code(section, value)
+                return self.code(section, value)
         return Markup("{}").format(value)
 
     def table(
@@ -161,7 +140,7 @@ class Tables:
         most: int = MOST_ROWS,
     ) -> Table:
         """A table of the rows at these pointers; of more than `most` the last ones, or the first."""
-        shown, text, named = rows[-most:] if last else rows[:most], self._words.text, Markup("{}").format
+        shown, text, named = rows[-most:] if last else rows[:most], self.text, Markup("{}").format
         headings = [(named(one.heading) if one.is_named else text(one.heading), one.is_figure) for one in columns]
         cells = tuple(tuple(self.cell(row, column) for column in columns) for row in shown)
         return Table(caption=caption, columns=tuple(headings), rows=cells, all=len(rows))
@@ -169,20 +148,20 @@ class Tables:
     def named(self, name: str, more: Sequence[Column] = ()) -> Table:
         """The table with a name, and perhaps more columns."""
         layout, columns = data()["table"][name], [*self._columns(name), *more]
-        caption = self._words.text(layout["caption"], delta=self._words.figure("/delta", "exact"))
+        caption = self.text(layout["caption"], delta=self.figure("/delta", "exact"))
         of = layout["rows"]
         rows, last = self._rows(of), of.startswith("/utility/rounds")
         if not of.startswith(("/", "sites", "worst ")):
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
-            last, same = self._words.is_ledger, "page.site" if self._words.is_ledger else "page.run"
+            last, same = self.is_ledger, "page.site" if self.is_ledger else "page.run"
             columns = [column for column in columns if column.heading != same]
-        if columns[0].at == "@site" and len(self._words.sites) > 1:
+        if columns[0].at == "@site" and len(self.sites) > 1:
             return self._together(self.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
         return self.table(caption, columns, rows, last=last)
 
     def _columns(self, name: str) -> list[Column]:
         """Those that this kind of report has."""
-        shown = ("", self._words.report.kind, self._words.report.unit)
+        shown = ("", self.report.kind, self.report.unit)
         columns = [Column(*column) for column in data()["table"][name]["columns"]]
         return [column for column in columns if column.only in shown]
 
@@ -194,7 +173,7 @@ class Tables:
             if named:
                 name = Markup(", ").join([name, *(other.striptags() for other in others)])
             elif others:
-                name = self._words.text("budget.alike", name=name, others=count(len(others)))
+                name = self.text("budget.alike", name=name, others=count(len(others)))
             rows.append((name, *group[0][1:]))
         return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
 
@@ -203,38 +182,38 @@ class Tables:
             return self._in_report(of)
         if " having " in of:
             of, having = of.split(" having ")
-            return [row for row in self._rows(of) if self._words.at(f"{row}/{having}") is not None]
+            return [row for row in self._rows(of) if self.at(f"{row}/{having}") is not None]
         if of == "sites":
-            return self._words.sites
+            return self.sites
         if of.startswith("worst "):
-            return self._words.rows(of.removeprefix("worst "), worst=True)
+            return self.rows(of.removeprefix("worst "), worst=True)
         if "/*/" in of:
             outer, inner = of.split("/*/")
-            return [place for row in self._words.rows(outer) for place in self._in_report(f"{row}/{inner}")]
-        return self._words.rows(of)
+            return [place for row in self.rows(outer) for place in self._in_report(f"{row}/{inner}")]
+        return self.rows(of)
 
     def _in_report(self, of: str) -> list[str]:
-        return [f"{of}/{place}" for place in range(len(self._words.at(of) or ()))]
+        return [f"{of}/{place}" for place in range(len(self.at(of) or ()))]
 
     def budget(self) -> Table:
         """Page 1's table of sites, each by its name, without columns that hold nothing."""
         columns = self._columns("budget")
-        rows = [tuple(self.cell(site, column) for column in columns) for site in self._words.sites]
+        rows = [tuple(self.cell(site, column) for column in columns) for site in self.sites]
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
-        caption = self._words.text("budget.heading")
-        return self.table(caption, used, self._words.sites, last=False, most=PAGE_ONE_SITES)
+        caption = self.text("budget.heading")
+        return self.table(caption, used, self.sites, last=False, most=PAGE_ONE_SITES)
 
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
-        if self._words.is_ledger:
-            drawn = self._words.drawn.items()
+        if self.is_ledger:
+            drawn = self.drawn.items()
             return self.named("steps", [Column(one, f"cohorts/{n}", "epsilon", is_named=True) for n, one in drawn])
-        known = {site: self._words.at(f"{site}/steps") for site in self._words.sites if self._words.at(f"{site}/steps")}
+        known = {site: self.at(f"{site}/steps") for site in self.sites if self.at(f"{site}/steps")}
         alike = in_groups((tuple((step["round"], step["epsilon"]) for step in of), site) for site, of in known.items())
-        names = {sites[0]: self._words.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
+        names = {sites[0]: self.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
         steps = {site: {step["round"]: n for n, step in enumerate(known[site])} for site in names}
         rounds = sorted({number for known in steps.values() for number in known if number is not None})
-        text, figure, rows = self._words.text, self._words.figure, []
+        text, figure, rows = self.text, self.figure, []
         for number in rounds[-MOST_ROWS:]:
             places = {site: f"{site}/steps/{known[number]}" for site, known in steps.items() if number in known}
             found = {site: figure(f"{place}/epsilon", "epsilon") for site, place in places.items()}
@@ -243,13 +222,13 @@ class Tables:
         columns = ((text("page.round"), False), *((name, True) for name in names.values()))
         return Table(caption=text("chart.epsilon_spent"), columns=columns, rows=tuple(rows), all=len(rounds))
 
-    def utility(self) -> Table:
+    def by_round(self) -> Table:
         """Scores by round, beside what was spent by then."""
         columns = [Column("page.round", "round", "count")]
         for name in self.score_names():
             columns.append(Column(score_words(name), pointer("scores", name)[1:], "score", is_named=True))
         columns.append(Column("utility.epsilon", "epsilon", "epsilon", "word.not_released"))
-        return self.table(self._words.text("utility.caption"), columns, self.rounds())
+        return self.table(self.text("utility.caption"), columns, self.rounds())
 
     def rounds(self) -> list[str]:
         """Pointers to the rounds of a run's report."""
@@ -257,7 +236,7 @@ class Tables:
 
     def score_names(self) -> list[str]:
         """Scores that every round has."""
-        utility = self._words.report.utility
+        utility = self.report.utility
         if utility is None:
             return []
         named = {name: None for one in utility.rounds for name in one.scores}  # in their order
@@ -265,10 +244,10 @@ class Tables:
 
     def scores(self) -> Table:
         """Before and after training."""
-        utility = self._words.json["utility"] or {}
+        utility = self.json["utility"] or {}
         kinds = [kind for kind in ("before", "final") if utility.get(kind) is not None]
         names = list({name: None for kind in kinds for name in utility[kind]})
-        text, figure, rows = self._words.text, self._words.figure, []
+        text, figure, rows = self.text, self.figure, []
         for name in names:
             found = {kind: figure(pointer("utility", kind, name), "score") for kind in kinds if name in utility[kind]}
             scores = (found.get(kind, text("word.unknown")) for kind in kinds)
@@ -292,70 +271,67 @@ class Chart:
     table: Table
 
 
-class Charts:
-    """The charts of a report, each drawn when the template asks for it."""
-
-    def __init__(self, words: Words, tables: Tables) -> None:
-        self._words, self._tables = words, tables
+class Charts(Tables):
+    """The charts of the page, each drawn when the template asks for it."""
 
     def epsilon_spent(self) -> Chart:
         """By round, or by run where a ledger's rounds are too many, with the limit."""
-        lines = {site: points for site in self._words.sites if (points := self._line(site))}
+        lines = {site: points for site in self.sites if (points := self._line(site))}
         alike = in_groups((tuple(points), site) for site, points in lines.items())
         series = [
-            Series(points=lines[sites[0]], number=number, label=self._words.together(sites, of=len(lines)).striptags())
+            Series(points=lines[sites[0]], number=number, label=self.together(sites, of=len(lines)).striptags())
             for number, sites in enumerate(alike[:MOST_LINES])
         ]
-        if drawn := self._words.drawn:
+        if drawn := self.drawn:
             by_arrival = ((self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items())
             series = [Series(points=some, number=n, label=dates) for n, (some, dates) in enumerate(by_arrival) if some]
-        target, levels, axis = self._words.report.target_epsilon, [], "axis_round"
-        if self._words.is_ledger:
+        target, levels, axis = self.report.target_epsilon, [], "axis_round"
+        if self.is_ledger:
             series += [limit for site in lines if (limit := self._limit(site)).points]
             # It has a point for each round, or where they are too many for each run.
-            rounds = [step["round"] is not None for site in lines for step in self._words.at(f"{site}/steps")]
+            rounds = [step["round"] is not None for site in lines for step in self.at(f"{site}/steps")]
             axis = "axis_day" if drawn else "axis_charged" if any(rounds) else "axis_run"
         elif target is not None:
             levels = [(target, self._said("limit"), LIMIT)]
         x, y = self._said(axis), self._said("axis_epsilon")
         panel = Panel(series=series, levels=levels, x=x, y=y, scale="days" if drawn else "whole")
-        return self._chart("epsilon_spent", self._tables.steps(), panel, seen=self._rose(lines))
+        return self._chart("epsilon_spent", self.steps(), panel, seen=self._rose(lines))
 
     def _rose(self, lines: Iterable[str]) -> Markup | None:
         """How high the line of the site that spent most rises."""
-        worst, limit = self._words.worst, "/target_epsilon"
+        worst, limit = self.worst, "/target_epsilon"
         if worst is None or worst not in lines:
             return None
-        steps = self._words.at(f"{worst}/steps")
+        steps = self.at(f"{worst}/steps")
         last = max(place for place, step in enumerate(steps) if step["epsilon"] is not None)
-        reached = self._words.figure(f"{worst}/steps/{last}/epsilon", "epsilon")
-        limit = f"{worst}/approved/max_epsilon" if self._words.is_ledger else limit
-        if self._words.at(limit) is None:
-            return self._words.text("chart.rose", reached=reached)
-        return self._words.text("chart.rose_of", reached=reached, limit=self._words.figure(limit, "cap"))
+        reached = self.figure(f"{worst}/steps/{last}/epsilon", "epsilon")
+        limit = f"{worst}/approved/max_epsilon" if self.is_ledger else limit
+        if self.at(limit) is None:
+            return self.text("chart.rose", reached=reached)
+        return self.text("chart.rose_of", reached=reached, limit=self.figure(limit, "cap"))
 
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
-        series, at = list[Series](), self._words.at
-        rows = [row for row in self._words.rows("curve", worst=True) if at(f"{row}/epsilon_pld") is not None]
+        series, at = list[Series](), self.at
+        rows = [row for row in self.rows("curve", worst=True) if at(f"{row}/epsilon_pld") is not None]
         for number, key in enumerate(("pld", "rdp")):
             points = [(at(f"{row}/delta"), at(f"{row}/epsilon_{key}")) for row in rows]
             if points := [point for point in points if point[1] is not None]:
                 series.append(Series(points=points, number=number, label=self._said(key)))
         panel = Panel(series=series, x=self._said("axis_delta"), y=self._said("axis_epsilon"), scale="powers")
-        return self._chart("profile", self._tables.named("curve"), panel)
+        return self._chart("profile", self.named("curve"), panel)
 
     def utility(self) -> Chart:
         """The first score that is no loss, against the epsilon spent by then."""
-        names = self._tables.score_names()
+        names = self.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
-        rows = self._tables.rounds() if name else []
+        rows = self.rounds() if name else []
         keys = ("/epsilon", pointer("scores", name), "/round")
-        found = [tuple(self._words.at(row + key) for key in keys) for row in rows]
+        found = [tuple(self.at(row + key) for key in keys) for row in rows]
         found = [one for one in found if None not in one[:2]]
-        before = (self._words.at("/utility/before") or {}).get(name)
-        levels = [] if before is None else [(before, self._words.text("utility.before").unescape(), BEFORE)]
-        round_, ends = self._words.text("page.round").unescape(), dict.fromkeys((found[0], found[-1])) if found else ()
+        before = (self.at("/utility/before") or {}).get(name)
+        levels = [] if before is None else [(before, self.text("utility.before").unescape(), BEFORE)]
+        round_, ends = self.text("page.round").unescape(), dict.fromkeys((found[0], found[-1])) if found else ()
         panel = Panel(
             series=[Series(points=[one[:2] for one in found], number=0, label=score_words(name))] if found else [],
             levels=levels,
@@ -365,34 +341,34 @@ class Charts:
             from_zero=False,
         )
         seen = self._moved(name) if found else None
-        return self._chart("utility", self._tables.utility(), panel, seen=seen)
+        return self._chart("utility", self.by_round(), panel, seen=seen)
 
     def _moved(self, name: str) -> Markup | None:
         """What a score was after the first round, and after the last."""
-        rows = [row for row in self._tables.rounds() if self._words.at(row + pointer("scores", name)) is not None]
+        rows = [row for row in self.rounds() if self.at(row + pointer("scores", name)) is not None]
         if len(rows) < 2:
             return None
-        first, last = (self._words.figure(row + pointer("scores", name), "score") for row in (rows[0], rows[-1]))
-        return self._words.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
+        first, last = (self.figure(row + pointer("scores", name), "score") for row in (rows[0], rows[-1]))
+        return self.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
 
     def reliability(self) -> Chart:
         """How often answers are right that the model was about equally sure of."""
-        detail = self._words.report.utility and self._words.report.utility.detail
+        detail = self.report.utility and self.report.utility.detail
         found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
         lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
         series = [Series(points=some, number=n, label=self._said(key)) for n, (key, some) in enumerate(lines.items())]
         panel = Panel(series=series, x=self._said("axis_probability"), y=self._said("axis_right"))
-        return self._chart("reliability", self._tables.named("reliability"), panel)
+        return self._chart("reliability", self.named("reliability"), panel)
 
     def _said(self, key: str) -> str:
-        return self._words.text(f"chart.{key}").unescape()
+        return self.text(f"chart.{key}").unescape()
 
     def _steps(self, site: str) -> list[tuple[float, str]]:
         """Pointers to a site's bounded steps, and where: by round, of a ledger in order, by day where people arrive."""
         found = []
-        for place, step in enumerate(self._words.at(f"{site}/steps")):
-            x = step["round"] if not self._words.is_ledger else place + 1
-            if self._words.drawn:
+        for place, step in enumerate(self.at(f"{site}/steps")):
+            x = step["round"] if not self.is_ledger else place + 1
+            if self.drawn:
                 x = date.fromisoformat(step["time"][:10]).toordinal()
             if x is not None and step["epsilon"] is not None:
                 found.append((x, f"{site}/steps/{place}"))
@@ -400,24 +376,24 @@ class Charts:
 
     def _line(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
         """A site's bounded figures."""
-        return [(x, self._words.at(f"{step}/{of}")) for x, step in self._steps(site)]
+        return [(x, self.at(f"{step}/{of}")) for x, step in self._steps(site)]
 
     def _limit(self, site: str) -> Series:
         """The lifetime limit that was in force at each step of a ledger."""
-        caps = self._words.at(f"{site}/lifetime/caps") or []
-        limits = [(x, _cap_at(caps, self._words.at(f"{step}/time"))) for x, step in self._steps(site)]
+        caps = self.at(f"{site}/lifetime/caps") or []
+        limits = [(x, _cap_at(caps, self.at(f"{step}/time"))) for x, step in self._steps(site)]
         known = [(x, cap) for x, cap in limits if cap is not None]
         return Series(points=known, number=0, label=self._said("limit"), kind="limit")
 
     def _chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Chart:
         """A chart of what the panel has, unless that never changes."""
         if not any(len({y for _, y in one.points}) > 1 for one in panel.series):
-            why = (seen or self._words.text("chart.same")) if panel.series else self._words.text(f"chart.{code}_none")
+            why = (seen or self.text("chart.same")) if panel.series else self.text(f"chart.{code}_none")
             return Chart(code=code, seen=why, svg=None, table=table)
         named = self._said(code), self._said(f"{code}_desc")
-        figure = self._words.catalogue.figure
+        figure = self.catalogue.figure
         svg = chart(code, [panel], named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
-        return Chart(code=code, seen=seen or self._words.text(f"chart.{code}"), svg=svg, table=table)
+        return Chart(code=code, seen=seen or self.text(f"chart.{code}"), svg=svg, table=table)
 
 
 def _cap_at(caps: Sequence[Mapping[str, Any]], time: str | None) -> float | None:
