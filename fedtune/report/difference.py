@@ -19,28 +19,28 @@ Figures = dict[str, Value]
 Missing = Literal["before", "after"] | None
 _OF_REPORT: Mapping[Group, Sequence[str]] = {
     "settings": (
-        *("name", "unit", "neighbouring_relation", "delta", "target_epsilon", "seeded_noise", "randomness"),
-        *("released", "covers", "leaves_out", "provenance.*"),
+        "name", "unit", "neighbouring_relation", "delta", "target_epsilon", "seeded_noise", "randomness",
+        "released", "covers", "leaves_out", "provenance.*",
     ),
     "privacy": ("verdict.state", "verdict.reasons", "epsilon"),
-}
+}  # fmt: skip
 _OF_SITE: Mapping[Group, Sequence[str]] = {
     "settings": ("declared_size",),
     "privacy": (
-        *("verdict.state", "source", "approved.*", "spent.*", "by_trust.*"),
-        *("lifetime.with_set_aside", "lifetime.left", "lifetime.period_epsilon", "lifetime.reference_runs_left"),
-        *("lifetime.frozen", "lifetime.in_doubt", "lifetime.restored"),
-        *("meaning.right_of_100_ceiling", "meaning.right_of_100_mechanism", "meaning.expected_failures"),
-        *("meaning.right_of_100_for_2", "meaning.right_of_100_for_5", "meaning.right_of_100_with_all_others"),
+        "verdict.state", "source", "approved.*", "spent.*", "by_trust.*",
+        "lifetime.with_set_aside", "lifetime.left", "lifetime.period_epsilon", "lifetime.reference_runs_left",
+        "lifetime.frozen", "lifetime.in_doubt", "lifetime.restored",
+        "meaning.right_of_100_ceiling", "meaning.right_of_100_mechanism", "meaning.expected_failures",
+        "meaning.right_of_100_for_2", "meaning.right_of_100_for_5", "meaning.right_of_100_with_all_others",
     ),
-}
+}  # fmt: skip
 _OF_MECHANISM: Mapping[Group, Sequence[str]] = {
     "settings": (
-        *("sampling_assumed", "sampling_run", "sampling_rate", "noise_multiplier", "max_grad_norm", "local_steps"),
-        *("metrics_noise_multiplier", "records_per_user"),
+        "sampling_assumed", "sampling_run", "sampling_rate", "noise_multiplier", "max_grad_norm", "local_steps",
+        "metrics_noise_multiplier", "records_per_user",
     ),
     "privacy": ("rounds", "shared.*"),
-}
+}  # fmt: skip
 _OF_BOUND, _OF_UTILITY = ("lower_bound", "best_possible", "canaries"), ("before.*", "final.*")
 """Places of report.json that are compared; with a star, everything there."""
 

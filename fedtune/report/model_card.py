@@ -186,8 +186,14 @@ def start_of(words: Words) -> str:
 
 def rendered(file: str, **values: object) -> str:
     """A card by its template, whose values are escaped for Markdown."""
-    ways: dict[str, Any] = {"autoescape": False, "trim_blocks": True, "keep_trailing_newline": True}
-    templates = Templates(loader=TEMPLATES, finalize=_escaped, undefined=StrictUndefined, **ways)
+    templates = Templates(
+        loader=TEMPLATES,
+        finalize=_escaped,
+        autoescape=False,  # it would escape for HTML
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
     return templates.get_template(file).render(**values)
 
 

@@ -18,24 +18,24 @@ from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
 
 LEAVES_OUT = (
-    *("other_runs", "tuning_trials", "other_ledgers", "lead_evaluation", "preprocessing", "pretraining_data"),
-    *("unreleased_statistics", "refusals_and_receipts", "side_channels"),
-)
+    "other_runs", "tuning_trials", "other_ledgers", "lead_evaluation", "preprocessing", "pretraining_data",
+    "unreleased_statistics", "refusals_and_receipts", "side_channels",
+)  # fmt: skip
 """Privacy losses that the epsilon of a report does not include."""
 NOT_PROTECTED = (
-    *("facts_about_people_in_general", "outside_training", "several_records", "several_sites"),
-    *("reply_time_and_absence", "public_choices", "ledger_length", "lead_files", "pretraining_data"),
-    *("site_administrator", "model_against_malicious_sites"),
-)
+    "facts_about_people_in_general", "outside_training", "several_records", "several_sites",
+    "reply_time_and_absence", "public_choices", "ledger_length", "lead_files", "pretraining_data",
+    "site_administrator", "model_against_malicious_sites",
+)  # fmt: skip
 UNPROTECTED_FIGURES = (
-    *("scores_on_lead_files", "declared_sizes", "times", "bytes", "who_took_part"),
-    *("attack_on_real_records", "counts_of_events"),
-)
+    "scores_on_lead_files", "declared_sizes", "times", "bytes", "who_took_part",
+    "attack_on_real_records", "counts_of_events",
+)  # fmt: skip
 """Exact figures of a report that no noise covers."""
 _NOT_OF_A_LEDGER = {
-    *("other_runs", "tuning_trials", "lead_evaluation", "lead_files", "model_against_malicious_sites"),
-    *("scores_on_lead_files", "bytes", "who_took_part"),
-}
+    "other_runs", "tuning_trials", "lead_evaluation", "lead_files", "model_against_malicious_sites",
+    "scores_on_lead_files", "bytes", "who_took_part",
+}  # fmt: skip
 _Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
 _WORST_FIRST: tuple[_Status, ...] = ("violated", "assumed", "asserted", "ensured", "verified")
 _Found = tuple[str, _Status, str]
@@ -59,6 +59,12 @@ def report_of(
         covers = ["rounds_and_steps", "charged_retries", *scores]
         others, unknown, audit, cohorts = {"other_ledgers"}, set[str](), facts.audit, facts.plan.cohorts
         admits = Arrivals.of(cohorts.span[0], cohorts.span[1] + 1, cohorts.period) if cohorts else None
+        randomness = facts.randomness or NOT_RECORDED
+        # A site that signed its ledger's report runs fedtune, which draws from the operating system unless seeded.
+        if facts.randomness is None and all(site.source == "signed_site_report" for site in sites):
+            randomness = "operating_system"
+        if facts.seeded_noise or not facts.plan.private:
+            randomness = "seeded" if facts.plan.private else "none"
         # Codes of exact figures that this report lacks: attacks on training records, and a joined site's events.
         no_figures = set() if audit is not None and audit.membership else {"attack_on_real_records"}
         no_figures |= set() if any(site.verification for site in sites) else {"counts_of_events"}
@@ -73,6 +79,8 @@ def report_of(
         covers += [] if all(entry.run for entry in facts.charges) else ["lost_branches"]
         others, unknown, audit, admits = _NOT_OF_A_LEDGER, _NOT_OF_A_LEDGER, None, None
         no_figures = _NOT_OF_A_LEDGER | {"attack_on_real_records"}
+        randomness = "operating_system" if all(run.plan.private for run in facts.runs) else "none"
+        randomness = "seeded" if facts.seeded_noise else randomness
     return Report(
         facts=facts,
         kind=facts.kind,
@@ -85,7 +93,7 @@ def report_of(
         epsilon=profile.largest(profile.claimed(site.spent) if site.spent else None for site in sites),
         target_epsilon=target,
         seeded_noise=facts.seeded_noise,
-        randomness=_randomness(facts, sites),
+        randomness=randomness,
         released=tuple(released),
         sites=sites,
         covers=tuple(covers),
@@ -105,22 +113,6 @@ def report_of(
 
 def _of_kind(codes: Sequence[str], without: set[str]) -> tuple[str, ...]:
     return tuple(code for code in codes if code not in without)
-
-
-def _randomness(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> str:
-    """The source of noise and samples, as far as the record or the site states it."""
-    if isinstance(facts, LedgerFacts):
-        if facts.seeded_noise:
-            return "seeded"
-        return "operating_system" if all(run.plan.private for run in facts.runs) else "none"
-    if not facts.plan.private:
-        return "none"
-    if facts.seeded_noise:
-        return "seeded"
-    # A site that signed its ledger's report runs fedtune, which draws from the operating system unless it is seeded.
-    if facts.randomness is None and all(site.source == "signed_site_report" for site in sites):
-        return "operating_system"
-    return facts.randomness or NOT_RECORDED
 
 
 def assumptions(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:

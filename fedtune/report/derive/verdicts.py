@@ -19,16 +19,16 @@ from fedtune.words import unbounded
 
 REASONS: Mapping[State, tuple[str, ...]] = {
     "no_guarantee": (
-        *("no_noise", "seeded_noise", "ledger_not_verified", "ledger_in_doubt", "no_lifetime_cap"),
-        *("site_report_disagrees", "configuration_changed", "receipts_not_believed", "accountants_disagree"),
-        *("refuted_by_audit", "holds_canaries"),
+        "no_noise", "seeded_noise", "ledger_not_verified", "ledger_in_doubt", "no_lifetime_cap",
+        "site_report_disagrees", "configuration_changed", "receipts_not_believed", "accountants_disagree",
+        "refuted_by_audit", "holds_canaries",
     ),
     "exceeded": ("above_target", "above_lifetime_cap", "above_period_cap", "above_run_cap"),
     "within": (
-        *("nothing_spent", "not_finished", "ended_by_scores", "site_silent", "sampling_not_recorded"),
-        *("cap_raised", "limits_loosened", "began_in_an_adapter", "audited"),
+        "nothing_spent", "not_finished", "ended_by_scores", "site_silent", "sampling_not_recorded",
+        "cap_raised", "limits_loosened", "began_in_an_adapter", "audited",
     ),
-}
+}  # fmt: skip
 """State -> the reasons for it, the worst state first.  Those of "within" are remarks."""
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
 Room = Literal["closed", "used_up", "no_run_fits"]
