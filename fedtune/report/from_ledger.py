@@ -27,7 +27,6 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
-from fedtune.report.derive.derived import derive
 from fedtune.report.facts import (
     Cap,
     ChargedRounds,
@@ -39,6 +38,7 @@ from fedtune.report.facts import (
     Verification,
 )
 from fedtune.report.model import Report
+from fedtune.report.rederive import derive
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, unbounded
 

@@ -18,7 +18,6 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.derive.audit_bounds import read_audit
-from fedtune.report.derive.derived import derive
 from fedtune.report.derive.ledger_figures import num_charges
 from fedtune.report.facts import (
     NOT_RECORDED,
@@ -31,7 +30,7 @@ from fedtune.report.facts import (
     StartAdapter,
 )
 from fedtune.report.model import Report
-from fedtune.report.rederive import problems
+from fedtune.report.rederive import derive, problems
 from fedtune.report.run_record import RunRecord, read_run
 from fedtune.runs.environment import UNKNOWN
 from fedtune.runs.results import FinalResult
@@ -172,9 +171,29 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     """
     found: dict[str, Report] = {}
     for report in reports:
-        site = _checked(record, report)
-        if found.setdefault(site, report) != report:
-            raise _refused(report, f"must be the only report of {site}: it gave another one, too")
+        _ledger_of(report)
+        (own,) = report.sites
+        if own.site not in (sites := record.config.federation.active):
+            raise _refused(report, f"must be about a site of this run ({', '.join(sites)}), not {own.site}")
+        receipt = record.receipts.get(own.site)
+        if receipt is None:
+            raise _refused(report, f"cannot be checked: {own.site} gave this run no receipt, so its key is not known")
+        try:
+            key = signing.check(report)
+        except RunError as error:
+            raise _refused(report, f"must carry its site's signature: {error}") from None
+        if key != receipt.site_key:
+            by = f"is signed by {key}" if key else "is not signed"
+            raise _refused(report, f"must be signed by {receipt.site_key}, as the receipts of {own.site} are; it {by}")
+        _this_run(record, report)
+        if own.verification is not None and own.verification.num_events < receipt.sequence:
+            had = f"{own.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
+            raise _refused(report, f"must be no older than this run: its ledger had {had}")
+        if wrong := problems(report):
+            first = wrong[0]
+            raise _refused(report, f"must agree with itself: {first.where} says {first.said}, found {first.found}")
+        if found.setdefault(own.site, report) != report:
+            raise _refused(report, f"must be the only report of {own.site}: it gave another one, too")
     return found
 
 
@@ -196,31 +215,6 @@ def _ledger_of(report: Report) -> LedgerFacts:
     if not isinstance(report.facts, LedgerFacts) or report.kind != "ledger" or len(report.sites) != 1:
         raise _refused(report, "must be a site's report of its own ledger")
     return report.facts
-
-
-def _checked(record: RunRecord, report: Report) -> str:
-    _ledger_of(report)
-    (own,) = report.sites
-    if own.site not in (sites := record.config.federation.active):
-        raise _refused(report, f"must be about a site of this run ({', '.join(sites)}), not {own.site}")
-    receipt = record.receipts.get(own.site)
-    if receipt is None:
-        raise _refused(report, f"cannot be checked: {own.site} gave this run no receipt, so its key is not known")
-    try:
-        key = signing.check(report)
-    except RunError as error:
-        raise _refused(report, f"must carry its site's signature: {error}") from None
-    if key != receipt.site_key:
-        by = f"is signed by {key}" if key else "is not signed"
-        raise _refused(report, f"must be signed by {receipt.site_key}, as the receipts of {own.site} are; it {by}")
-    _this_run(record, report)
-    if own.verification is not None and own.verification.num_events < receipt.sequence:
-        had = f"{own.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
-        raise _refused(report, f"must be no older than this run: its ledger had {had}")
-    if found := problems(report):
-        first = found[0]
-        raise _refused(report, f"must agree with itself: {first.where} says {first.said}, found {first.found}")
-    return own.site
 
 
 def _refused(report: Report, bound: str) -> ConfigError:

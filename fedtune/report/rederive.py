@@ -1,4 +1,4 @@
-"""Whether a report follows from its facts, and whether these can all be true at once.
+"""A report from its facts; whether one follows from its facts, and whether these can all be true at once.
 
 Whatever is derived is derived again, by the same functions, and compared; an independent program computes the epsilons
 again in the tests.  A figure that another machine rounds otherwise may differ in its last digits.
@@ -21,7 +21,6 @@ from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.report.derive import cells, ledger_figures, profile, run_figures
 from fedtune.report.derive.audit_bounds import audit_problems
-from fedtune.report.derive.derived import figures_of
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts, SiteStatement, Verification
 from fedtune.report.model import Problem, Report, to_json
 from fedtune.spec import ConfigError
@@ -45,6 +44,20 @@ _BUCKETS_OF_ANY = 3e4
 """As much work as a mechanism takes whatever its size: about 0.1 s."""
 
 Charges = Counter[DpEvent]
+
+
+def derive(facts: RunFacts | LedgerFacts) -> Report:
+    """The whole report; equal facts give equal bytes on one machine."""
+    report = figures_of(facts)
+    sites = (replace(site, meaning=profile.as_stated(site.meaning)) for site in report.sites)
+    report = replace(report, sites=tuple(sites))
+    # Texts, so they are of the figures as they are stated.
+    return replace(report, cells=cells.of_report(report))
+
+
+def figures_of(facts: RunFacts | LedgerFacts) -> Report:
+    """The same without cells, and with every digit of what its epsilons mean."""
+    return run_figures.report_of(facts) if isinstance(facts, RunFacts) else ledger_figures.report_of(facts)
 
 
 def problems(report: Report) -> list[Problem]:

@@ -59,8 +59,8 @@ class UnfinishedReport:
         # These draw, which takes a while to import.
         from fedtune.federation.kept_round import rounds_in_all
         from fedtune.report import from_run
-        from fedtune.report.derive.derived import derive
         from fedtune.report.page.render import Unfinished, render
+        from fedtune.report.rederive import derive
         from fedtune.report.run_record import read_run
 
         record = read_run(self._folder, plan=self._plan)

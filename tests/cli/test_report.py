@@ -21,10 +21,10 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import from_run, signing
-from fedtune.report.derive.derived import derive
 from fedtune.report.facts import Verdict
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
+from fedtune.report.rederive import derive
 from fedtune.report.run_record import read_run
 
 from ..conftest import parsed

@@ -19,9 +19,8 @@ from typing import cast
 from pydantic import TypeAdapter
 
 from fedtune.report import signing
-from fedtune.report.derive.derived import derive
 from fedtune.report.facts import LedgerFacts
-from fedtune.report.rederive import problems
+from fedtune.report.rederive import derive, problems
 
 from . import file_targets, seeds, wire_targets
 from .target import Target

@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 
 from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run
-from fedtune.report.derive.derived import derive
 from fedtune.report.facts import LedgerFacts, RunFacts
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import LANGUAGES
+from fedtune.report.rederive import derive
 
 from .site_ledgers import Books
 

@@ -15,11 +15,10 @@ from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.report.derive import cells, rules
-from fedtune.report.derive.derived import derive
 from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, Verdict
 from fedtune.report.model import Assumption, Report, SiteReport, Step
 from fedtune.report.page import render
-from fedtune.report.rederive import problems
+from fedtune.report.rederive import derive, problems
 from fedtune.show.budget_text import Arrivals
 from fedtune.tasks.measures import ClassScores, Detail, ReliabilityBin
 

@@ -14,11 +14,10 @@ import pytest
 from fedtune.federation.drift import HeldOut
 from fedtune.privacy.events import Charge
 from fedtune.report import rederive, signing
-from fedtune.report.derive.derived import derive
 from fedtune.report.derive.profile import accountants_agree
 from fedtune.report.facts import Cap, ChargedRounds, LedgerFacts, RunFacts
 from fedtune.report.model import Problem, Report, Spent, to_json
-from fedtune.report.rederive import problems
+from fedtune.report.rederive import derive, problems
 from fedtune.spec import ConfigError
 
 from .by_hand import WIDTH, epsilon

@@ -15,10 +15,9 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import checks
-from fedtune.report.derive.derived import derive
 from fedtune.report.model import Report
 from fedtune.report.page import render
-from fedtune.report.rederive import problems
+from fedtune.report.rederive import derive, problems
 from fedtune.spec import ConfigError
 
 from .shown import status, where, with_site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
@@ -244,16 +244,15 @@ class Tables(Words):
 
     def scores(self) -> Table:
         """Before and after training."""
-        utility = self.json["utility"] or {}
-        kinds = [kind for kind in ("before", "final") if utility.get(kind) is not None]
-        names = list({name: None for kind in kinds for name in utility[kind]})
-        text, figure, rows = self.text, self.figure, []
-        for name in names:
-            found = {kind: figure(pointer("utility", kind, name), "score") for kind in kinds if name in utility[kind]}
-            scores = (found.get(kind, text("word.unknown")) for kind in kinds)
-            rows.append((Markup("{}").format(score_words(name)), *scores))
-        columns = ((text("utility.score"), False), *((text(f"utility.{kind}"), True) for kind in kinds))
-        return Table(caption=text("utility.scores_caption"), columns=columns, rows=tuple(rows), all=len(names))
+        kinds = ("before", "final")
+        known = {kind: (self.json["utility"] or {}).get(kind, {}) for kind in kinds}
+        rows = []
+        for name in known["before"] | known["final"]:
+            places = [pointer("utility", kind, name) if name in known[kind] else "" for kind in kinds]
+            found = [self.figure(place, "score") if place else self.text("word.unknown") for place in places]
+            rows.append((Markup("{}").format(score_words(name)), *found))
+        columns = ((self.text("utility.score"), False), *((self.text(f"utility.{kind}"), True) for kind in kinds))
+        return Table(caption=self.text("utility.scores_caption"), columns=columns, rows=tuple(rows), all=len(rows))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -379,11 +378,14 @@ class Charts(Tables):
         return [(x, self.at(f"{step}/{of}")) for x, step in self._steps(site)]
 
     def _limit(self, site: str) -> Series:
-        """The lifetime limit that was in force at each step of a ledger."""
-        caps = self.at(f"{site}/lifetime/caps") or []
-        limits = [(x, _cap_at(caps, self.at(f"{step}/time"))) for x, step in self._steps(site)]
-        known = [(x, cap) for x, cap in limits if cap is not None]
-        return Series(points=known, number=0, label=self._said("limit"), kind="limit")
+        """The lifetime limit that was in force at each step of a ledger; where none was yet, the first."""
+        caps, points = self.at(f"{site}/lifetime/caps") or [], []
+        for x, step in self._steps(site):
+            time = self.at(f"{step}/time")
+            begun = [cap for cap in caps if time is None or cap["time"][: len(time)] <= time] or caps[:1]
+            if begun and begun[-1]["max_epsilon"] is not None:
+                points.append((x, begun[-1]["max_epsilon"]))
+        return Series(points=points, number=0, label=self._said("limit"), kind="limit")
 
     def _chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Chart:
         """A chart of what the panel has, unless that never changes."""
@@ -394,9 +396,3 @@ class Charts(Tables):
         figure = self.catalogue.figure
         svg = chart(code, [panel], named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
         return Chart(code=code, seen=seen or self.text(f"chart.{code}"), svg=svg, table=table)
-
-
-def _cap_at(caps: Sequence[Mapping[str, Any]], time: str | None) -> float | None:
-    """The limit in force at a time; where none was yet, the first."""
-    before = [cap for cap in caps if time is None or cap["time"][: len(time)] <= time] or list(caps[:1])
-    return before[-1]["max_epsilon"] if before else None
