@@ -1,14 +1,93 @@
-"""What tests of a site's ledger do again and again."""
+"""What tests of the privacy core are made of: keys, a plan, a proposal, a policy, and what ledgers do with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_policy import (
+    Allow,
+    Asserted,
+    Budget,
+    Dataset,
+    Limits,
+    Policy,
+    Population,
+    Reference,
+    Releases,
+)
+
+
+def make_key(number: int) -> SigningKey:
+    """A key for each number, the same in every session."""
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32))
+
+
+site_key, lead_key = make_key(1), make_key(5)
+_PLAN: dict[str, Any] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.25, "noise_multiplier": 1.0}
+_PLAN |= {"max_grad_norm": 0.5, "local_steps": 3, "num_rounds": 2}
+_PROPOSAL: dict[str, Any] = {"run": "r", "lead": lead_key.public, "dataset": "notes", "task": "classification"}
+_PROPOSAL |= {"base_model": "b" * 64, "target_modules": ("q_proj",), "rank": 4, "train_head": True, "num_sites": 3}
+_PROPOSAL |= {"seeded_noise": False, "dtype": "float32", "lora_scale": 1.0, "head_scale": 10.0}
+_POLICY = Policy(
+    site="a",
+    population=Population(name="patients"),
+    dataset=(
+        Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code"}),
+        Dataset(id="letters", declared_size=500),
+    ),
+    budget=Budget(
+        delta=1e-5, max_epsilon=11.0, reference=Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30)
+    ),
+    limits=Limits(
+        min_noise_multiplier=0.6, max_sampling_rate=0.5, max_grad_norm=1.0, max_local_steps=10, max_rounds=20
+    ),
+    allow=Allow(
+        leads=(lead_key.public,),
+        tasks=("classification",),
+        base_models=("b" * 64,),
+        target_modules=("q_proj", "v_proj"),
+        max_rank=8,
+        train_head=True,
+    ),
+    releases=Releases(reply_after_s=0.0),
+    asserted=Asserted(no_person_at_another_site=True),
+)
+
+
+def plan(**changes: Any) -> Plan:
+    """A small private plan; keywords override."""
+    return Plan(**(_PLAN | changes))
+
+
+def proposal(**changes: Any) -> Proposal:
+    """What the policy allows; keywords override, those of a plan in the dict `plan`."""
+    return Proposal(**_PROPOSAL | changes | {"plan": plan(**{"num_rounds": 5, **changes.get("plan", {})})})
+
+
+def policy(**changes: Any) -> Policy:
+    """A policy that allows `proposal()` twice; keywords override a key, or with a dict some keys of a table.
+
+    The lifetime cap has room for ten rounds of `plan()` and not for eleven.
+    """
+    tables = {key: replace(getattr(_POLICY, key), **value) for key, value in changes.items() if type(value) is dict}
+    return replace(_POLICY, **(changes | tables))
+
+
+def of_users(*named: tuple[str, str, str], **changes: Any) -> Policy:
+    """A policy whose unit is the user; of each data set id, file, and the column that says whose a record is."""
+    columns = {"text": "body", "label": "code"}
+    data = (Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named)
+    return policy(population={"unit": "user"}, dataset=tuple(data), **changes)
 
 
 def reserve(ledger: Ledger, proposal: Proposal, round: int = 1, request: str = "") -> Reservation:

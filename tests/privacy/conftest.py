@@ -1,9 +1,8 @@
-"""What the tests of the privacy core share: statistics, and the parts that a site's ledger is made of."""
+"""What the tests of the privacy core share: a site's ledger, its copies, and the time that it sees."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -12,103 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import history, store
+from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_policy import (
-    Allow,
-    Asserted,
-    Budget,
-    Dataset,
-    Limits,
-    Policy,
-    Population,
-    Reference,
-    Releases,
-)
+from fedtune.privacy.release import Receipt
 
-from .builders import train
-
-
-@pytest.fixture(scope="session")
-def plan() -> Callable[..., Plan]:
-    """A small private plan; keywords override."""
-
-    def make(**changes: object) -> Plan:
-        values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.25, "noise_multiplier": 1.0}
-        values |= {"max_grad_norm": 0.5, "local_steps": 3, "num_rounds": 2}
-        return Plan(**(values | changes))  # type: ignore[arg-type]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_key() -> Callable[[int], SigningKey]:
-    """A key for each number, the same in every session."""
-    return lambda number: SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32))
-
-
-@pytest.fixture(scope="session")
-def site_key(make_key: Callable[[int], SigningKey]) -> SigningKey:
-    return make_key(1)
-
-
-@pytest.fixture(scope="session")
-def policy(lead_key: SigningKey) -> Callable[..., Policy]:
-    """A policy that allows `proposal()` twice; keywords override a key, or with a dict some keys of a table.
-
-    The lifetime cap has room for ten rounds of `plan()` and not for eleven.
-    """
-    base = Policy(
-        site="a",
-        population=Population(name="patients"),
-        dataset=(
-            Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code"}),
-            Dataset(id="letters", declared_size=500),
-        ),
-        budget=Budget(
-            delta=1e-5, max_epsilon=11.0, reference=Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30)
-        ),
-        limits=Limits(
-            min_noise_multiplier=0.6, max_sampling_rate=0.5, max_grad_norm=1.0, max_local_steps=10, max_rounds=20
-        ),
-        allow=Allow(
-            leads=(lead_key.public,),
-            tasks=("classification",),
-            base_models=("b" * 64,),
-            target_modules=("q_proj", "v_proj"),
-            max_rank=8,
-            train_head=True,
-        ),
-        releases=Releases(reply_after_s=0.0),
-        asserted=Asserted(no_person_at_another_site=True),
-    )
-
-    def make(**changes: Any) -> Policy:
-        values = {
-            name: dataclasses.replace(getattr(base, name), **change) if isinstance(change, dict) else change
-            for name, change in changes.items()
-        }
-        return dataclasses.replace(base, **values)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def proposal(
-    run_proposal: Callable[..., Proposal], lead_key: SigningKey, plan: Callable[..., Plan]
-) -> Callable[..., Proposal]:
-    """What the policy above allows; keywords override, those of a plan in the dict `plan`."""
-    allowed = {"lead": lead_key.public, "dataset": "notes", "base_model": "b" * 64, "target_modules": ("q_proj",)}
-
-    def make(**changes: Any) -> Proposal:
-        return run_proposal(**allowed | changes | {"plan": plan(**{"num_rounds": 5, **changes.get("plan", {})})})
-
-    return make
+from .builders import policy, proposal, site_key, train
 
 
 @pytest.fixture
@@ -117,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def opened(path: Path, policy: Callable[..., Policy], site_key: SigningKey) -> Callable[..., Ledger]:
+def opened(path: Path) -> Callable[..., Ledger]:
     """Open the ledger as a fresh process would; keywords change its policy, key, path, anchor or server's time."""
 
     def make(**changes: Any) -> Ledger:
@@ -184,8 +94,34 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
+class Backups:
+    """A ledger that is copied, goes on, and is put back."""
+
+    def __init__(self, opened: Callable[..., Ledger], path: Path) -> None:
+        self.open, self.path, self.kept = opened, path, path.with_name("backup.db")
+
+    def back_up(self) -> None:
+        shutil.copy(self.path, self.kept)
+
+    def put_back(self, *, anchor: Head | None = None) -> Ledger:
+        """The ledger as it was, or made up for with an anchor of what was lost."""
+        shutil.copy(self.kept, self.path)
+        ledger = self.open()
+        if anchor is not None:
+            ledger.charge_gap(anchor)
+        return ledger
+
+    def branch(self, asked: Proposal, *rounds: int) -> tuple[Head, Receipt]:
+        """Put it back, and train on it as if nothing had happened; the next one that is put back has lost that."""
+        ledger = self.put_back()
+        train(ledger, asked, *rounds)
+        return ledger.head(), ledger.receipt(asked.run)
+
+
 @pytest.fixture
-def backup(opened: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]) -> Path:
-    """A copy of a ledger with one round of run r."""
+def backups(opened: Callable[..., Ledger], path: Path) -> Backups:
+    """A ledger with one round of run r, which was backed up."""
     train(opened(), proposal(), 1)
-    return copied(path)
+    backups = Backups(opened, path)
+    backups.back_up()
+    return backups

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from fedtune.privacy import events, filter
 from fedtune.privacy.cohorts import period_of
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import history, spending
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
@@ -31,6 +30,7 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Policy
 
+from .builders import policy, proposal, site_key
 from .conftest import Clock
 
 SETTINGS: list[dict[str, Any]] = [
@@ -58,11 +58,11 @@ class Game:
         expires: until when each run that has not ended holds its plan.
     """
 
-    def __init__(self, path: Path, policy: Policy, key: SigningKey, proposal: Callable[..., Proposal]) -> None:
-        self.path, self.policy, self.key, self.proposal = path, policy, key, proposal
+    def __init__(self, path: Path, policy: Policy) -> None:
+        self.path, self.policy = path, policy
         self.clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
         self.server: datetime | None = self.clock.time
-        self.ledger = Ledger(path, policy, key)
+        self.ledger = Ledger(path, policy, site_key)
         self.order = self.ledger.history.order
         self.charged: list[tuple[datetime, str, DpEvent]] = []
         self.started: list[Proposal] = []
@@ -93,7 +93,6 @@ class Game:
             assert self.ledger.history.charged() == before
             return refused.reason
         last = self.ledger.history.last_time
-        assert last is not None
         if new:
             self.started.append(proposal)
             self.expires[proposal.run] = last + timedelta(days=30)
@@ -125,7 +124,6 @@ class Game:
         history, budget = self.ledger.history, self.policy.budget
         charged = events.grouped([event for _, _, event in self.charged])
         assert history.charged() == charged
-        assert history.last_time is not None
         held = self.held(history.now(server=self.server or history.last_time))
         surcharge = filter.surcharge(self.order, budget.delta)
         both = divergence_of(charged + held, self.order) + surcharge
@@ -149,7 +147,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
     action = draw(st.sampled_from(["exact", "exact", "more", "any", "next", "next", "retry", "end", "time", "reopen"]))
     if action in ("exact", "more", "any"):
         plan = draw(st.sampled_from(SETTINGS))
-        wanted = game.proposal(run=name, plan=plan | {"num_rounds": 20})
+        wanted = proposal(run=name, plan=plan | {"num_rounds": 20})
         fits = spending.most_rounds(wanted, game.would_accept)
         count = {"exact": fits, "more": fits + 1, "any": draw(st.integers(1, 20))}[action]
         if not 1 <= count <= 20:
@@ -170,7 +168,7 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
         lies = [game.clock.time, game.clock.time + timedelta(days=400), game.clock.time - timedelta(days=31), None]
         game.server = draw(st.sampled_from(lies))
     elif action == "reopen":
-        game.ledger = Ledger(game.path, game.policy, game.key)
+        game.ledger = Ledger(game.path, game.policy, site_key)
         game.check()
 
 
@@ -178,16 +176,11 @@ def move(game: Game, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_no_chosen_sequence_of_requests_passes_a_cap(
-    tmp_path_factory: pytest.TempPathFactory,
-    policy: Any,
-    proposal: Any,
-    site_key: SigningKey,
-    monthly: bool,
-    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory, monthly: bool, data: st.DataObject
 ) -> None:
     budget = {"max_epsilon_per_period": 8.5, "period": "month"} if monthly else {}
     site = policy(budget=budget, releases={"metrics": "noised"})
-    game = Game(tmp_path_factory.mktemp("game") / "ledger.db", site, site_key, proposal)
+    game = Game(tmp_path_factory.mktemp("game") / "ledger.db", site)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(history, "datetime", game.clock)
         for _ in range(data.draw(st.integers(1, 20))):
@@ -199,13 +192,11 @@ def test_no_chosen_sequence_of_requests_passes_a_cap(
     assert verify(game.path).history.charged() == events.grouped(shuffled)
 
 
-def test_an_adversary_who_takes_all_that_is_left_gets_close_to_the_cap_and_never_past_it(
-    path: Path, policy: Any, proposal: Any, site_key: SigningKey
-) -> None:
+def test_an_adversary_who_takes_all_that_is_left_gets_close_to_the_cap_and_never_past_it(path: Path) -> None:
     """The game above is not won by refusing everything: whoever asks for exactly what fits gets nearly all there is."""
-    game = Game(path, policy(releases={"metrics": "noised"}), site_key, proposal)
+    game = Game(path, policy(releases={"metrics": "noised"}))
     for number, plan in enumerate(SETTINGS * 3):
-        wanted = game.proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
+        wanted = proposal(run=f"run {number}", plan=plan | {"num_rounds": 20})
         fits = spending.most_rounds(wanted, game.would_accept)
         for rounds, accepted in ((fits + 1, False), (fits, True)):
             if not 1 <= rounds <= 20:
@@ -217,12 +208,10 @@ def test_an_adversary_who_takes_all_that_is_left_gets_close_to_the_cap_and_never
     assert game.refused > 2
     assert 10.9 < game.spent <= 11.0
     history = game.ledger.history
-    share = spending.share_of_cap(history, history.charged(), cap=history.cap)
-    assert share is not None
-    assert 0.95 < share <= 1
+    assert 0.95 < spending.share_of_cap(history, history.charged(), cap=history.cap) <= 1
 
 
-def test_the_ledgers_sum_is_dp_accountings(opened: Any, proposal: Any) -> None:
+def test_the_ledgers_sum_is_dp_accountings(opened: Any) -> None:
     # The ledger's own sum must agree with dp-accounting's, or the game above shows nothing.
     charged = events.grouped([proposal(plan=plan).plan.event(rounds=7) for plan in SETTINGS])
     history = opened().history

@@ -16,17 +16,16 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_policy import Policy
 from fedtune.privacy.trust import Trust
 from fedtune.spec import RunError
 
-from .builders import reason_of, reserve
+from .builders import make_key, policy, proposal, reason_of, reserve, site_key
 
 Open = Callable[..., Ledger]
 
 
 @pytest.fixture
-def manual(opened: Open, policy: Callable[..., Policy]) -> Open:
+def manual(opened: Open) -> Open:
     """Open the ledger of a site that approves each run; keywords change its policy further."""
     return lambda **changes: opened(policy=policy(approval="manual", trust=Trust(secure=True), **changes))
 
@@ -40,7 +39,7 @@ def kinds(path: Path) -> list[tuple[Kind, str]]:
 APPROVED = (Kind.NOTE, "approved")
 
 
-def test_a_run_that_nobody_has_approved_is_charged_nothing(manual: Open, proposal: Any, path: Path) -> None:
+def test_a_run_that_nobody_has_approved_is_charged_nothing(manual: Open, path: Path) -> None:
     ledger = manual()
     assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
     assert kinds(path) == [], "not even its plan is noted: nothing is set aside for it"
@@ -49,7 +48,7 @@ def test_a_run_that_nobody_has_approved_is_charged_nothing(manual: Open, proposa
     assert ledger.receipt("r").charged_rounds == 0
 
 
-def test_once_approved_it_begins(manual: Open, proposal: Any, path: Path) -> None:
+def test_once_approved_it_begins(manual: Open, path: Path) -> None:
     ledger = manual()
     reason_of(reserve, ledger, proposal())
     ledger.approve(proposal())
@@ -61,7 +60,7 @@ def test_once_approved_it_begins(manual: Open, proposal: Any, path: Path) -> Non
         reserve(ledger, proposal(), round)  # it is approved as a whole
 
 
-def test_without_manual_approval_nothing_waits(opened: Open, proposal: Any, path: Path) -> None:
+def test_without_manual_approval_nothing_waits(opened: Open, path: Path) -> None:
     reserve(opened(), proposal())
     assert kinds(path) == [(Kind.PLAN, ""), (Kind.RESERVE, "")]
 
@@ -86,7 +85,7 @@ def test_every_field_of_a_proposal_is_tried() -> None:
     assert fields == _CHANGES.keys() | _REFUSED_ANYWAY
 
 
-def test_an_approval_is_for_one_proposal_to_the_letter(manual: Open, proposal: Any) -> None:
+def test_an_approval_is_for_one_proposal_to_the_letter(manual: Open) -> None:
     ledger = manual(allow={"seeded_noise": True}, releases={"metrics": "noised"})
     ledger.approve(proposal())
     ledger.require_startable(proposal())
@@ -97,7 +96,7 @@ def test_an_approval_is_for_one_proposal_to_the_letter(manual: Open, proposal: A
     reserve(ledger, proposal())
 
 
-def test_each_changed_proposal_needs_an_approval_of_its_own(manual: Open, proposal: Any) -> None:
+def test_each_changed_proposal_needs_an_approval_of_its_own(manual: Open) -> None:
     ledger, other = manual(), proposal(rank=3)
     ledger.approve(proposal())
     assert reason_of(reserve, ledger, other) is Reason.AWAITING_APPROVAL
@@ -117,7 +116,7 @@ def test_each_changed_proposal_needs_an_approval_of_its_own(manual: Open, propos
     ids=["rank", "noise", "budget", "dataset"],
 )
 def test_nobody_approves_what_policy_or_budget_refuse(
-    manual: Open, proposal: Any, path: Path, changes: dict[str, Any], reason: Reason
+    manual: Open, path: Path, changes: dict[str, Any], reason: Reason
 ) -> None:
     ledger = manual()
     assert reason_of(ledger.approve, proposal(**changes)) is reason
@@ -125,7 +124,7 @@ def test_nobody_approves_what_policy_or_budget_refuse(
     assert reason_of(reserve, ledger, proposal(**changes)) is reason, "the lead is told the rule, not to wait"
 
 
-def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manual: Open, proposal: Any) -> None:
+def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manual: Open) -> None:
     ledger, late = manual(), proposal(run="late")
     ledger.approve(late)
     for run in ("one", "two"):
@@ -134,30 +133,30 @@ def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manua
     assert reason_of(reserve, ledger, late) is Reason.MAX_EPSILON
 
 
-def test_a_frozen_site_approves_nothing(manual: Open, proposal: Any) -> None:
+def test_a_frozen_site_approves_nothing(manual: Open) -> None:
     manual().freeze("consent withdrawn")
     assert reason_of(manual().approve, proposal()) is Reason.FROZEN
 
 
-def test_a_stranger_s_run_cannot_be_approved(manual: Open, proposal: Any, make_key: Any) -> None:
+def test_a_stranger_s_run_cannot_be_approved(manual: Open) -> None:
     assert reason_of(manual().approve, proposal(lead=make_key(9).public)) is Reason.LEADS
 
 
-def test_the_approval_of_another_process_counts(manual: Open, proposal: Any) -> None:
+def test_the_approval_of_another_process_counts(manual: Open) -> None:
     serving, at_the_keyboard = manual(), manual()
     assert reason_of(reserve, serving, proposal()) is Reason.AWAITING_APPROVAL
     at_the_keyboard.approve(proposal())
     reserve(serving, proposal())
 
 
-def test_an_approval_survives_a_restart(manual: Open, proposal: Any, path: Path, site_key: Any) -> None:
+def test_an_approval_survives_a_restart(manual: Open, path: Path) -> None:
     manual().approve(proposal())
     manual().require_startable(proposal())
     assert verify(path, site_key=site_key.public).history.approved.keys() == {proposal().digest()}
     reserve(manual(), proposal())
 
 
-def test_approving_twice_is_approving_once(manual: Open, proposal: Any) -> None:
+def test_approving_twice_is_approving_once(manual: Open) -> None:
     ledger = manual()
     ledger.approve(proposal())
     ledger.approve(proposal())
@@ -167,7 +166,7 @@ def test_approving_twice_is_approving_once(manual: Open, proposal: Any) -> None:
     reserve(ledger, proposal(), 2)
 
 
-def test_an_approval_that_nobody_uses_ends(manual: Open, proposal: Any, clock: Any) -> None:
+def test_an_approval_that_nobody_uses_ends(manual: Open, clock: Any) -> None:
     ledger = manual()
     ledger.approve(proposal())
     clock.forward(days=30)
@@ -180,24 +179,24 @@ def test_an_approval_that_nobody_uses_ends(manual: Open, proposal: Any, clock: A
     reserve(ledger, proposal(), 2)  # who has begun needs no other
 
 
-def test_policy_and_budget_can_be_asked_before_a_person_is(manual: Open, proposal: Any) -> None:
+def test_policy_and_budget_can_be_asked_before_a_person_is(manual: Open) -> None:
     ledger = manual()
     ledger.require_startable(proposal(), approved=False)
     assert reason_of(ledger.require_startable, proposal()) is Reason.AWAITING_APPROVAL
     assert reason_of(ledger.require_startable, proposal(rank=9), approved=False) is Reason.MAX_RANK
 
 
-def test_an_approval_lasts_though_the_policy_changes(manual: Open, proposal: Any) -> None:
+def test_an_approval_lasts_though_the_policy_changes(manual: Open) -> None:
     manual().approve(proposal())
     reserve(manual(limits={"max_rounds": 19}), proposal())
 
 
-def test_an_approval_does_not_outlive_the_rule_that_allowed_it(manual: Open, proposal: Any) -> None:
+def test_an_approval_does_not_outlive_the_rule_that_allowed_it(manual: Open) -> None:
     manual().approve(proposal())
     assert reason_of(reserve, manual(allow={"max_rank": 1}), proposal()) is Reason.MAX_RANK
 
 
-def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Open, manual: Open, proposal: Any) -> None:
+def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Open, manual: Open) -> None:
     reserve(opened(), proposal())
     ledger = manual()
     ledger.require_startable(proposal())
@@ -206,7 +205,7 @@ def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Open
     reserve(opened(), proposal(run="s"))  # and back again
 
 
-def test_approving_needs_the_newest_policy(opened: Open, manual: Open, proposal: Any) -> None:
+def test_approving_needs_the_newest_policy(opened: Open, manual: Open) -> None:
     ledger = manual()
     opened()
     with pytest.raises(RunError, match=r"policy of ledger .* was changed while it was open"):
@@ -228,7 +227,7 @@ def test_that_a_run_waits_is_recorded_once_however_often_it_asks(manual: Open, p
     assert verify(path).events[-1].detail["reason"] == reason.value
 
 
-def test_what_changes_while_it_waits_is_recorded(manual: Open, path: Path, proposal: Any) -> None:
+def test_what_changes_while_it_waits_is_recorded(manual: Open, path: Path) -> None:
     ledger = manual()
     for run, reason in (
         ("r", Reason.AWAITING_APPROVAL),
@@ -258,7 +257,7 @@ def test_only_a_person_s_decision_is_waited_for() -> None:
 # The end of a run.
 
 
-def test_the_end_of_a_run_names_the_adapter_that_was_sent(opened: Open, proposal: Any, path: Path) -> None:
+def test_the_end_of_a_run_names_the_adapter_that_was_sent(opened: Open, path: Path) -> None:
     reserve(opened(), proposal())
     opened().end("r", adapter_sha256="ab" * 32)
     opened().end("r", adapter_sha256="cd" * 32)

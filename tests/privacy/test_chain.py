@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import chain
 from fedtune.privacy.ledger.chain import Event, Head, Kind
+
+from .builders import site_key
 
 
 def event(sequence: int, **changes: Any) -> Event:
@@ -77,7 +78,7 @@ def test_json_has_one_spelling() -> None:
         chain.canonical({"epsilon": float("inf")})
 
 
-def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path, site_key: SigningKey) -> None:
+def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "ledger": "0" * 32,
         "sequence": 7,

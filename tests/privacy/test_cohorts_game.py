@@ -18,7 +18,6 @@ from dp_accounting import DpEvent
 
 from fedtune.privacy import events
 from fedtune.privacy.cohorts import OLDEST, Cohorts
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -27,6 +26,8 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import RunError
+
+from .builders import policy, proposal, site_key
 
 YEARS = range(2024, 2029)
 PLANS: list[dict[str, Any]] = [{"num_rounds": 2}, {"num_rounds": 3, "noise_multiplier": 0.8, "local_steps": 1}]
@@ -39,11 +40,9 @@ class PowerCutError(Exception):
 class Site:
     """A site's ledger, the people in its file with their dates, and what each of them really lost."""
 
-    def __init__(
-        self, folder: Path, policy: Policy, key: SigningKey, proposal: Callable[..., Proposal], chance: random.Random
-    ) -> None:
+    def __init__(self, folder: Path, policy: Policy, chance: random.Random) -> None:
         self.path, self.anchor, self.backup = folder / "ledger.db", folder / "anchor.json", folder / "backup.db"
-        self.policy, self.key, self.proposal, self.chance = policy, key, proposal, chance
+        self.policy, self.chance = policy, chance
         self.file: dict[str, int] = {}
         self.lost: dict[str, Counter[DpEvent]] = {}
         self.runs: list[tuple[Proposal, int]] = []
@@ -52,7 +51,7 @@ class Site:
         self.made = 0
 
     def open(self, *, anchored: bool = True) -> Ledger:
-        return Ledger(self.path, self.policy, self.key, anchor=self.anchor if anchored else None)
+        return Ledger(self.path, self.policy, site_key, anchor=self.anchor if anchored else None)
 
     def move(self) -> None:
         names = ["arrive", "correct", "leave", "run", "run", "run", "next", "crash", "back_up", "back_up", "restore"]
@@ -81,27 +80,26 @@ class Site:
         cohorts = Cohorts(period="year", first=self.chance.choice([None, str(first)]), last=str(last))
         self.made += 1
         plan = {**self.chance.choice(PLANS), "cohorts": cohorts, "unit": "user", "records_per_user": 4}
-        self.runs.append((self.proposal(run=f"run {self.made}", plan=plan), 0))
+        self.runs.append((proposal(run=f"run {self.made}", plan=plan), 0))
         self.next()
 
     def next(self, arrivals: Callable[[], dict[str, int]] | None = None) -> None:
         if not self.runs:
             return
         place = self.chance.randrange(max(0, len(self.runs) - 3), len(self.runs))
-        proposal, rounds = self.runs[place]
-        self.runs[place] = proposal, rounds + 1
+        asked, rounds = self.runs[place]
+        self.runs[place] = asked, rounds + 1
         number = rounds + 1 if rounds < 2 else self.chance.randrange(1, rounds + 1)  # maybe a retry
         own = arrivals or self.file.copy
         try:
-            granted = self.ledger.reserve(proposal, round=number, request=f"{proposal.run} {number}", arrivals=own)
+            granted = self.ledger.reserve(asked, round=number, request=f"{asked.run} {number}", arrivals=own)
         except Refused:
             return
         if isinstance(granted, bytes):
             return
-        assert granted.admitted is not None
         assert granted.admitted <= self.file.keys()
         for person in granted.admitted:
-            self.lost.setdefault(person, Counter()).update(events.grouped([proposal.plan.event()]))
+            self.lost.setdefault(person, Counter()).update(events.grouped([asked.plan.event()]))
         if self.chance.random() < 0.7:
             self.ledger.commit(granted, b"reply")
 
@@ -146,7 +144,7 @@ class Site:
     def check(self) -> None:
         with store.reading(self.path) as file:
             rows = {row.unit: row for row in register.read_rows(file)}
-        history, secret = self.ledger.history, self.key.secret("arrivals")
+        history, secret = self.ledger.history, site_key.secret("arrivals")
         figures = {OLDEST: history.charged(OLDEST)}
         for person, lost in self.lost.items():
             cohort = history.cohort_of(rows.get(register.unit_of(secret, person)), self.file.get(person, OLDEST))
@@ -158,9 +156,7 @@ class Site:
 
 
 @pytest.fixture
-def play(
-    tmp_path: Path, policy: Any, proposal: Any, site_key: SigningKey, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[range], Counter[str]]:
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[range], Counter[str]]:
     """Play a game for each seed; how often each move was made."""
     site_policy = policy(
         population={"unit": "user", "arrivals": "year"},
@@ -186,7 +182,7 @@ def play(
         for seed in seeds:
             folder = tmp_path / f"{seed}"
             folder.mkdir()
-            game = Site(folder, site_policy, site_key, proposal, random.Random(seed))
+            game = Site(folder, site_policy, random.Random(seed))
             for _ in range(25):
                 game.move()
             verify(game.path, anchor=Head.read(game.anchor))

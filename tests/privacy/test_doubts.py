@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +15,26 @@ from fedtune.privacy.release import Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import RunError
 
-from .builders import train
-from .test_branches import branch
-
-
-def put_back(path: Path, backup: Path, opened: Any) -> Ledger:
-    shutil.copy(backup, path)
-    ledger: Ledger = opened()
-    return ledger
+from .builders import of_users, policy, proposal, reason_of, train
+from .conftest import Backups
 
 
 def require_shown(ledger: Ledger, *receipts: Receipt) -> None:
     """Each is genuine, and the ledger lacks it."""
     for receipt in receipts:
-        with pytest.raises(Refused) as refused:
-            ledger.require_contains(receipt)
-        assert refused.value.reason is Reason.LEDGER_BEHIND_RECEIPT
+        assert reason_of(ledger.require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
 def require_in_doubt(ledger: Ledger, asked: Any) -> None:
-    with pytest.raises(Refused) as refused:
-        ledger.reserve(asked, round=1, request="q")
-    assert refused.value.reason is Reason.LEDGER_BEHIND_RECEIPT
+    assert reason_of(ledger.reserve, asked, round=1, request="q") is Reason.LEDGER_BEHIND_RECEIPT
 
 
-def test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces(
-    opened: Any, proposal: Any, path: Path, backup: Path
-) -> None:
-    lost, receipt = branch(opened, path, backup, proposal(), range(2, 5))
-    doubting = put_back(path, backup, opened)
+def test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces(backups: Backups) -> None:
+    lost, receipt = backups.branch(proposal(), 2, 3, 4)
+    doubting = backups.put_back()
     require_shown(doubting, receipt)
     anchor = doubting.head()
-    again = put_back(path, backup, opened)
-    again.charge_gap(anchor)
+    again = backups.put_back(anchor=anchor)
     require_in_doubt(again, proposal(run="new"))
     assert again.history.in_doubt == (receipt.sequence, receipt.head, "r", 4)
     again.charge_gap(lost)
@@ -57,29 +42,24 @@ def test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces(
     train(again, proposal(run="new"), 1)
 
 
-def test_a_doubt_that_the_backup_itself_knows_is_not_taken_over(
-    opened: Any, proposal: Any, path: Path, backup: Path, copied: Callable[[Path], Path]
-) -> None:
-    _, receipt = branch(opened, path, backup, proposal(), range(2, 5))
-    newer = copied(path)
-    doubting = put_back(path, backup, opened)
+def test_a_doubt_that_the_backup_itself_knows_is_not_taken_over(backups: Backups) -> None:
+    _, receipt = backups.branch(proposal(), 2, 3, 4)
+    newer, doubting = backups.path.read_bytes(), backups.put_back()
     require_shown(doubting, receipt)
-    again = put_back(path, newer, opened)
+    backups.path.write_bytes(newer)
+    again = backups.open()
     again.charge_gap(doubting.head())
     train(again, proposal(run="new"), 1)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_of_several_doubts_an_anchor_clears_those_that_it_knows(
-    opened: Any, proposal: Any, path: Path, backup: Path, order: tuple[int, int]
-) -> None:
-    shutil.copy(backup, path)
-    ledger = opened()
+def test_of_several_doubts_an_anchor_clears_those_that_it_knows(backups: Backups, order: tuple[int, int]) -> None:
+    ledger = backups.put_back()
     train(ledger, proposal(), 2)
     older, receipts = ledger.head(), [ledger.receipt("r")]
     train(ledger, proposal(run="other"), 1, 2)
     newest, receipts = ledger.head(), [*receipts, ledger.receipt("other")]
-    behind = put_back(path, backup, opened)
+    behind = backups.put_back()
     for _ in range(3):
         require_shown(behind, *(receipts[number] for number in order))
     assert len(behind.history.doubts) == 2, "each is noted once"
@@ -91,16 +71,15 @@ def test_of_several_doubts_an_anchor_clears_those_that_it_knows(
 
 
 def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
-    opened: Any, proposal: Any, path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch
+    backups: Backups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site_ledger, "_MOST_DOUBTS", 2)
-    shutil.copy(backup, path)
-    ledger, receipts = opened(), []
+    ledger, receipts = backups.put_back(), []
     for round in (2, 3, 4):
         train(ledger, proposal(plan={"num_rounds": 4}, run="s"), round)
         receipts.append(ledger.receipt("s"))
     newest = ledger.head()
-    behind = put_back(path, backup, opened)
+    behind = backups.put_back()
     require_shown(behind, *receipts)
     assert len(behind.history.doubts) == 2
     behind.charge_gap(newest)
@@ -117,13 +96,13 @@ def far_on(ledger: Ledger, refusals: int = 170) -> Head:
 @pytest.mark.parametrize("doubted", [True, False], ids=["shown before", "shown afterwards"])
 @pytest.mark.parametrize("rounds", [2, 3])
 def test_rounds_of_a_branch_without_an_anchor_do_not_pass_for_those_of_another(
-    opened: Any, proposal: Any, path: Path, backup: Path, rounds: int, doubted: bool
+    backups: Backups, rounds: int, doubted: bool
 ) -> None:
     """Two copies of a backup are charged as many rounds of a run; one of them goes on for long, the other is lost."""
-    unseen, receipt = branch(opened, path, backup, proposal(), range(2, rounds + 1))
-    train(put_back(path, backup, opened), proposal(), *range(2, rounds + 1))
-    lost = far_on(opened())
-    restored = put_back(path, backup, opened)
+    unseen, receipt = backups.branch(proposal(), *range(2, rounds + 1))
+    train(backups.put_back(), proposal(), *range(2, rounds + 1))
+    lost = far_on(backups.open())
+    restored = backups.put_back()
     if doubted:
         require_shown(restored, receipt)
     restored.charge_gap(lost)
@@ -136,10 +115,8 @@ def test_rounds_of_a_branch_without_an_anchor_do_not_pass_for_those_of_another(
     train(restored, proposal(run="new"), 1)
 
 
-def test_a_receipt_shows_the_newest_event_that_an_anchor_knows_for_ever(
-    opened: Any, proposal: Any, path: Path, backup: Path
-) -> None:
-    ledger = put_back(path, backup, opened)
+def test_a_receipt_shows_the_newest_event_that_an_anchor_knows_for_ever(backups: Backups) -> None:
+    ledger = backups.put_back()
     receipts = [ledger.receipt("r")]
     train(ledger, proposal(), 2)
     receipts.append(ledger.receipt("r"))
@@ -150,8 +127,8 @@ def test_a_receipt_shows_the_newest_event_that_an_anchor_knows_for_ever(
     lost = far_on(ledger)
     assert [receipt.sequence for receipt in receipts] == [4, 6, 6, 13]
     for receipt in receipts[1:]:
-        require_shown(put_back(path, backup, opened), receipt)
-    restored = put_back(path, backup, opened)
+        require_shown(backups.put_back(), receipt)
+    restored = backups.put_back()
     require_shown(restored, receipts[1], receipts[3])
     restored.charge_gap(lost)
     for receipt in receipts:
@@ -160,17 +137,15 @@ def test_a_receipt_shows_the_newest_event_that_an_anchor_knows_for_ever(
 
 
 @pytest.mark.parametrize("order", [(0,), (0, 1), (1, 0)], ids=["doubting", "doubting then lost", "lost then doubting"])
-def test_a_doubt_that_an_anchor_says_stays(
-    opened: Any, proposal: Any, path: Path, backup: Path, order: tuple[int, ...]
-) -> None:
+def test_a_doubt_that_an_anchor_says_stays(backups: Backups, order: tuple[int, ...]) -> None:
     """It has all of its events, and so knows that it lacks this one."""
-    lost, receipt = branch(opened, path, backup, proposal(), range(2, 3))
-    doubting = put_back(path, backup, opened)
+    lost, receipt = backups.branch(proposal(), 2)
+    doubting = backups.put_back()
     train(doubting, proposal(), 2)
     far_on(doubting)
     require_shown(doubting, receipt)
     anchor = doubting.head()
-    again = put_back(path, backup, opened)
+    again = backups.put_back()
     for number in order:
         again.charge_gap((anchor, lost)[number])
         if number == order[0] == 0:
@@ -180,41 +155,29 @@ def test_a_doubt_that_an_anchor_says_stays(
         again.require_contains(receipt)
         train(again, proposal(run="new"), 1)
     else:
-        require_in_doubt(opened(), proposal(run="new"))
+        require_in_doubt(backups.open(), proposal(run="new"))
 
 
-def test_a_restore_forgets_neither_a_denial_nor_a_cap(
-    opened: Any, policy: Any, proposal: Any, path: Path, backup: Path
-) -> None:
+def test_a_restore_forgets_neither_a_denial_nor_a_cap(backups: Backups) -> None:
     denied = proposal(run="denied")
     low, high = policy(budget={"max_epsilon": 9.0}), policy(budget={"max_epsilon": 12.0})
-    opened(policy=high)
-    opened(policy=low).deny(denied, "no")
-    lost = opened(policy=low).head()
+    backups.open(policy=high)
+    backups.open(policy=low).deny(denied, "no")
+    lost = backups.open(policy=low).head()
     assert (lost.policy, lost.caps) == (low.digest(), (11.0, 12.0, 9.0))
-    restored = put_back(path, backup, opened)
-    restored.charge_gap(lost)
-    with pytest.raises(Refused) as refused:
-        opened().reserve(denied, round=1, request="q")
-    assert refused.value.reason is Reason.DENIED
-    assert opened().head().denied == lost.denied == (denied.digest(),), "and the next restore does not, either"
-    assert [cap for _, cap, _ in opened().history.policies] == [11.0, 12.0, 9.0, 11.0]
-    assert opened().history.cap == 11.0
+    backups.put_back(anchor=lost)
+    assert reason_of(backups.open().reserve, denied, round=1, request="q") is Reason.DENIED
+    assert backups.open().head().denied == lost.denied == (denied.digest(),), "and the next restore does not, either"
+    assert [cap for _, cap, _ in backups.open().history.policies] == [11.0, 12.0, 9.0, 11.0]
+    assert backups.open().history.cap == 11.0
 
 
-def test_a_restore_does_not_forget_who_a_user_is(
-    opened: Any, policy: Any, proposal: Any, path: Path, copied: Callable[[Path], Path]
-) -> None:
-    def of(*named: tuple[str, str, str]) -> Any:
-        columns = {"text": "body", "label": "code"}
-        data = [Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named]
-        return policy(population={"unit": "user"}, dataset=tuple(data))
-
+def test_a_restore_does_not_forget_who_a_user_is(opened: Any, path: Path) -> None:
     first, notes = ("old", "old.csv", "who"), ("notes", "notes.csv", "patient")
     visits = (("notes", "notes.csv", "visit"), ("again", "./notes.csv", "visit"), ("notes", "again.csv", "visit"))
-    opened(policy=of(first))
-    backup = copied(path)
-    lost = opened(policy=of(first, notes))
+    opened(policy=of_users(first))
+    backup = path.read_bytes()
+    lost = opened(policy=of_users(first, notes))
     train(lost, proposal(dataset="notes", plan={"unit": "user", "records_per_user": 8}), 1)
     anchor = lost.head()
     assert anchor.users == (
@@ -222,20 +185,20 @@ def test_a_restore_does_not_forget_who_a_user_is(
         *(("file", "notes.csv", "patient"), ("file", "old.csv", "who")),
     )
     # The policy that is there when the ledger is put back, and one that comes later.
-    shutil.copy(backup, path)
+    path.write_bytes(backup)
     with pytest.raises(RunError, match=r"made for dataset notes columns\.user = patient, the policy says visit"):
-        opened(policy=of(first, visits[0])).charge_gap(anchor)
+        opened(policy=of_users(first, visits[0])).charge_gap(anchor)
     assert not verify(path).history.restored, "nothing of it was written"
-    shutil.copy(backup, path)
-    restored = opened(policy=of(first))
+    path.write_bytes(backup)
+    restored = opened(policy=of_users(first))
     restored.charge_gap(anchor)
     for visit in visits:
         with pytest.raises(RunError, match=r"columns\.user = patient, the policy says visit"):
-            opened(policy=of(first, visit))
+            opened(policy=of_users(first, visit))
     assert restored.head().users == anchor.users, "and the next restore does not, either"
-    opened(policy=of(first, notes))
+    opened(policy=of_users(first, notes))
 
 
-def test_where_records_are_the_unit_an_anchor_says_nothing_of_users(opened: Any, policy: Any, path: Path) -> None:
+def test_where_records_are_the_unit_an_anchor_says_nothing_of_users(opened: Any, path: Path) -> None:
     named = Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"})
     assert opened(policy=policy(dataset=(named,))).head().users == ()

@@ -12,22 +12,21 @@ import pytest
 from fedtune.privacy import events
 from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.history import History
-from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.spec import RunError
+
+from .builders import proposal, reserve
 
 NOW = datetime(2030, 1, 10, tzinfo=UTC)
 
 
 @pytest.fixture
-def told(opened: Any, proposal: Any, path: Any, clock: Any) -> list[Event]:
+def told(opened: Any, path: Any, clock: Any) -> list[Event]:
     """opened, policy, plan, reserve 1, commit 1, reserve 2; a day between the rounds."""
     ledger = opened()
-    granted = ledger.reserve(proposal(), round=1, request="q1")
-    assert isinstance(granted, Reservation)
-    ledger.commit(granted, b"reply")
+    ledger.commit(reserve(ledger, proposal(), 1, "q1"), b"reply")
     clock.forward(days=1)
-    ledger.reserve(proposal(), round=2, request="q2")
+    reserve(ledger, proposal(), 2, "q2")
     return list(verify(path).events)
 
 
@@ -67,10 +66,7 @@ NOTHING = events.to_json(events.dp_sgd(sampling_rate=0.25, noise_multiplier=1.0,
         (lambda t: [*t[:4], dataclasses.replace(t[3], attempt=2, request="x")], "it does not follow the reservations"),
         (lambda t: [*t[:3], changed(t[3], event=OTHER_NOISE)], "it does not charge a round of the run's"),
         (lambda t: [*t[:3], changed(t[3], event=NOTHING)], "it does not charge a round of the run's"),
-        (
-            lambda t: [*t, dataclasses.replace(t[4], time="2029-12-31T00:00:00+00:00")],
-            "its time is earlier than that of the event",
-        ),
+        (lambda t: [*t, dataclasses.replace(t[4], time="2029-12-31T00:00:00+00:00")], "its time is earlier"),
         (lambda t: [*t, dataclasses.replace(t[4], time="yesterday")], "Invalid isoformat string"),
         (lambda t: [*t, later(changed(t[1], what="refunded"))], "unknown note 'refunded'"),
         (lambda t: [*t, later(changed(t[1], what="run_ended"), run="x")], "cannot be understood: 'x'"),
@@ -89,7 +85,7 @@ def test_events_that_do_not_follow_are_a_run_error(
         followed(retell(told))
 
 
-def test_what_a_history_adds_up_to(told: list[Event], proposal: Any) -> None:
+def test_what_a_history_adds_up_to(told: list[Event]) -> None:
     history = followed(told)
     assert (history.length, history.last_time) == (6, NOW + timedelta(days=1))
     run = history.runs["r"]
@@ -102,7 +98,7 @@ def test_what_a_history_adds_up_to(told: list[Event], proposal: Any) -> None:
     assert history.charged_in_period("month", NOW + timedelta(days=31)) == {}
 
 
-def test_an_open_run_holds_the_rest_of_its_plan_until_it_expires(told: list[Event], proposal: Any) -> None:
+def test_an_open_run_holds_the_rest_of_its_plan_until_it_expires(told: list[Event]) -> None:
     history = followed(told)
     rest = events.grouped([proposal().plan.event()] * 3)
     assert history.set_aside(NOW) == rest

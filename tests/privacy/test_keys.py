@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import ConfigError
 
+from .builders import make_key
+
 MakeKey = Callable[[int], SigningKey]
 
 
@@ -38,7 +40,7 @@ def test_the_key_of_a_process_that_was_first_is_kept(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\n", b"\xff\xfe", "rsa", "encrypted", None])
-def test_what_is_no_ed25519_key_is_a_config_error(tmp_path: Path, make_key: MakeKey, content: object) -> None:
+def test_what_is_no_ed25519_key_is_a_config_error(tmp_path: Path, content: object) -> None:
     path = tmp_path / "key.pem"
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     if content == "rsa":
@@ -52,7 +54,7 @@ def test_what_is_no_ed25519_key_is_a_config_error(tmp_path: Path, make_key: Make
         SigningKey.load(path)
 
 
-def test_a_signature_is_good_for_its_key_purpose_and_message_alone(make_key: MakeKey) -> None:
+def test_a_signature_is_good_for_its_key_purpose_and_message_alone() -> None:
     key, other = make_key(1), make_key(2)
     signature = key.sign("receipt", b"message")
     assert is_signed(key.public, "receipt", b"message", signature)
@@ -62,7 +64,7 @@ def test_a_signature_is_good_for_its_key_purpose_and_message_alone(make_key: Mak
     assert not is_signed(key.public, "receipt", b"message", other.sign("receipt", b"message"))
 
 
-def test_purpose_and_message_cannot_be_cut_elsewhere(make_key: MakeKey) -> None:
+def test_purpose_and_message_cannot_be_cut_elsewhere() -> None:
     key = make_key(1)
     assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent"))
 
@@ -74,7 +76,7 @@ def test_purpose_and_message_cannot_be_cut_elsewhere(make_key: MakeKey) -> None:
         *(lambda text: text + "00", lambda text: "", lambda text: "x" * len(text)),
     ],
 )
-def test_signature_and_key_have_one_spelling(make_key: MakeKey, spelling: Callable[[str], str]) -> None:
+def test_signature_and_key_have_one_spelling(spelling: Callable[[str], str]) -> None:
     # Or a stored signature could be changed without being found.
     key = make_key(1)
     signature = key.sign("receipt", b"message")
@@ -82,14 +84,14 @@ def test_signature_and_key_have_one_spelling(make_key: MakeKey, spelling: Callab
     assert not is_signed(spelling(key.public), "receipt", b"message", signature)
 
 
-def test_a_public_key_has_64_lower_case_hex_digits(make_key: MakeKey) -> None:
+def test_a_public_key_has_64_lower_case_hex_digits() -> None:
     public = make_key(1).public
     assert is_public_key(public)
     for wrong in ("", public[:-1], public + "0", public.upper(), "g" + public[1:], "0x" + public[2:]):
         assert not is_public_key(wrong)
 
 
-def test_secrets_differ_by_purpose_and_key_and_stay_the_same(make_key: MakeKey) -> None:
+def test_secrets_differ_by_purpose_and_key_and_stay_the_same() -> None:
     secrets = {
         make_key(number).secret(purpose) for number in (1, 2) for purpose in ("receipt head", "data fingerprint")
     }
@@ -98,7 +100,7 @@ def test_secrets_differ_by_purpose_and_key_and_stay_the_same(make_key: MakeKey) 
     assert make_key(1).secret("receipt head") in secrets
 
 
-def test_no_secret_shows_in_a_key(make_key: MakeKey) -> None:
+def test_no_secret_shows_in_a_key() -> None:
     key = make_key(1)
     shown = repr(key) + key.public
     assert key._raw.hex() not in shown

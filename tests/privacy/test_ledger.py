@@ -14,7 +14,6 @@ import pytest
 from dp_accounting import GaussianDpEvent
 
 from fedtune.privacy import events, filter
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import site_ledger as ledger_module
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
@@ -24,7 +23,7 @@ from fedtune.privacy.release import Offer, Reason, Refused
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import RunError
 
-from .builders import reason_of, reserve, train
+from .builders import make_key, of_users, policy, proposal, reason_of, reserve, site_key, train
 
 Open = Callable[..., Ledger]
 
@@ -53,7 +52,7 @@ OPENED = [(Kind.NOTE, "opened"), (Kind.NOTE, "policy")]
 # One round.
 
 
-def test_a_round_is_charged_on_disk_before_reserve_returns(path: Path, opened: Open, proposal: Any) -> None:
+def test_a_round_is_charged_on_disk_before_reserve_returns(path: Path, opened: Open) -> None:
     reserve(opened(), proposal(), 1)
     assert kinds_of(path) == [*OPENED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
     charged = events.from_json(events_of(path)[-1].detail["event"])
@@ -61,7 +60,7 @@ def test_a_round_is_charged_on_disk_before_reserve_returns(path: Path, opened: O
     assert opened().history.charged() == events.grouped([charged]), "a killed process is charged for what it began"
 
 
-def test_one_round(opened: Open, proposal: Any, path: Path) -> None:
+def test_one_round(opened: Open, path: Path) -> None:
     ledger = opened()
     granted = reserve(ledger, proposal(), 1, "digest 1")
     assert granted == Reservation(run="r", round=1, request="digest 1", attempt=1)
@@ -77,7 +76,7 @@ def test_a_ledger_opened_again_notes_nothing(path: Path, opened: Open) -> None:
     assert kinds_of(path) == OPENED
 
 
-def test_the_same_request_after_a_commit_is_free(opened: Open, proposal: Any, path: Path) -> None:
+def test_the_same_request_after_a_commit_is_free(opened: Open, path: Path) -> None:
     train(opened(), proposal(), 1, reply=b"reply 1")
     length = len(events_of(path))
     for ledger in (opened(), opened()):
@@ -86,7 +85,7 @@ def test_the_same_request_after_a_commit_is_free(opened: Open, proposal: Any, pa
     assert opened().receipt("r").charged_rounds == 1
 
 
-def test_another_request_for_a_round_is_refused(opened: Open, proposal: Any) -> None:
+def test_another_request_for_a_round_is_refused(opened: Open) -> None:
     train(opened(), proposal(), 1)
     refused = refusal_of(opened(), proposal(), 1, "another digest")
     assert refused.reason is Reason.ROUND_REQUESTED_DIFFERENTLY
@@ -103,14 +102,14 @@ def test_another_request_for_a_round_is_refused(opened: Open, proposal: Any) -> 
         *({"plan": {"spare_rounds": 1}}, {"rank": 3}, {"dataset": "letters"}, {"num_sites": 4}),
     ],
 )
-def test_a_changed_proposal_is_refused(opened: Open, proposal: Any, change: dict[str, Any]) -> None:
+def test_a_changed_proposal_is_refused(opened: Open, change: dict[str, Any]) -> None:
     train(opened(), proposal(), 1)
     refused = refusal_of(opened(), proposal(**change), 2)
     assert refused.reason is Reason.PLAN_CHANGED
     assert (refused.asked, refused.allowed) == (proposal(**change).digest(), proposal().digest())
 
 
-def test_an_exhausted_plan_is_refused_and_its_last_reply_still_free(opened: Open, proposal: Any) -> None:
+def test_an_exhausted_plan_is_refused_and_its_last_reply_still_free(opened: Open) -> None:
     three = proposal(plan={"num_rounds": 2, "spare_rounds": 1})
     for round in (1, 2, 3):
         train(opened(), three, round, reply=b"reply %d" % round)
@@ -120,7 +119,7 @@ def test_an_exhausted_plan_is_refused_and_its_last_reply_still_free(opened: Open
     assert opened().reserve(three, round=3, request="digest r 3") == b"reply 3"
 
 
-def test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one(opened: Open, proposal: Any) -> None:
+def test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one(opened: Open) -> None:
     once_more = proposal(plan={"num_rounds": 2, "spare_rounds": 1})
     assert [reserve(opened(), once_more, 1).attempt for _ in range(3)] == [1, 2, 3]
     assert opened().receipt("r").charged_rounds == 3
@@ -128,7 +127,7 @@ def test_an_interrupted_round_is_charged_and_its_retry_uses_up_a_later_one(opene
     assert refusal_of(opened(), once_more, 2).reason is Reason.PLAN_EXHAUSTED
 
 
-def test_only_the_newest_attempt_is_committed(opened: Open, proposal: Any, path: Path) -> None:
+def test_only_the_newest_attempt_is_committed(opened: Open, path: Path) -> None:
     first = reserve(opened(), proposal(), 1)
     second = reserve(opened(), proposal(), 1)
     with pytest.raises(AssertionError, match="only the newest reservation"):
@@ -146,7 +145,7 @@ def test_what_was_never_reserved_is_not_committed(opened: Open, path: Path) -> N
     assert kinds_of(path) == OPENED
 
 
-def test_only_the_newest_reply_of_a_run_is_kept(opened: Open, proposal: Any) -> None:
+def test_only_the_newest_reply_of_a_run_is_kept(opened: Open) -> None:
     ledger = opened()
     train(ledger, proposal(), 1, reply=b"reply 1")
     train(ledger, proposal(run="other"), 1, reply=b"reply of the other")
@@ -159,30 +158,14 @@ def test_only_the_newest_reply_of_a_run_is_kept(opened: Open, proposal: Any) -> 
 
 
 @pytest.mark.parametrize("sql", ["UPDATE replies SET reply = x'00'", "DELETE FROM replies"])
-def test_a_reply_that_was_changed_is_not_sent(opened: Open, proposal: Any, path: Path, tamper: Any, sql: str) -> None:
+def test_a_reply_that_was_changed_is_not_sent(opened: Open, path: Path, tamper: Any, sql: str) -> None:
     train(opened(), proposal(), 1)
     tamper(path, sql)
-    with pytest.raises(Refused) as caught:
-        opened().reserve(proposal(), round=1, request="digest r 1")
-    assert caught.value.reason is Reason.REPLY_NO_LONGER_STORED
+    assert reason_of(opened().reserve, proposal(), round=1, request="digest r 1") is Reason.REPLY_NO_LONGER_STORED
     assert opened().receipt("r").charged_rounds == 1, "an old round is not trained again"
 
 
-def test_all_charges_of_a_run_stay_within_its_plan(opened: Open, proposal: Any) -> None:
-    # Whatever is asked, in whatever order, with crashes or without.
-    small = proposal(plan={"num_rounds": 2, "spare_rounds": 2})
-    for round, request, reply in [(1, "a", b"1"), (1, "a", None), (7, "b", None), (7, "b", b"7"), (7, "b", b"7")]:
-        granted = opened().reserve(small, round=round, request=request)
-        if isinstance(granted, Reservation) and reply is not None:
-            opened().commit(granted, reply)
-    assert opened().receipt("r").charged_rounds == 3, "a retry is charged, a stored reply is not"
-    reserve(opened(), small, 8)
-    for round in (8, 9):
-        assert refusal_of(opened(), small, round).reason is Reason.PLAN_EXHAUSTED
-    assert opened().history.charged() == events.grouped([small.plan.event()] * 4)
-
-
-def test_released_scores_are_charged_with_their_round(opened: Open, policy: Any, proposal: Any) -> None:
+def test_released_scores_are_charged_with_their_round(opened: Open) -> None:
     site = policy(releases={"metrics": "noised"})
     scored = proposal(plan={"metrics_noise_multiplier": 20.0})
     train(opened(policy=site), scored, 1)
@@ -196,7 +179,7 @@ def test_released_scores_are_charged_with_their_round(opened: Open, policy: Any,
 # Receipts and records.
 
 
-def test_a_receipt_counts_rounds_without_a_reply(opened: Open, proposal: Any, site_key: SigningKey) -> None:
+def test_a_receipt_counts_rounds_without_a_reply(opened: Open) -> None:
     ledger = opened()
     nothing = ledger.receipt("r")
     assert (nothing.charged_rounds, nothing.charged_steps, nothing.sequence) == (0, 0, 2)
@@ -208,7 +191,7 @@ def test_a_receipt_counts_rounds_without_a_reply(opened: Open, proposal: Any, si
     assert receipt.is_signed()
 
 
-def test_a_receipt_does_not_show_the_head_that_it_proves(opened: Open, proposal: Any, path: Path) -> None:
+def test_a_receipt_does_not_show_the_head_that_it_proves(opened: Open, path: Path) -> None:
     # Whoever knows the hash could test a guess of what the ledger holds.
     ledger = opened()
     reserve(ledger, proposal(), 1)
@@ -217,7 +200,7 @@ def test_a_receipt_does_not_show_the_head_that_it_proves(opened: Open, proposal:
     assert opened().receipt("r") == receipt, "the same state has the same receipt"
 
 
-def test_a_refusal_is_recorded_and_costs_nothing(opened: Open, proposal: Any, path: Path) -> None:
+def test_a_refusal_is_recorded_and_costs_nothing(opened: Open, path: Path) -> None:
     ledger = opened()
     refused = refusal_of(ledger, proposal(rank=9))
     ledger.refuse(refused, run="r", round=1, request="digest r 1")
@@ -247,7 +230,7 @@ def test_refusals_cannot_fill_a_disk(
 # Who is asked for: one budget for one population.
 
 
-def test_nothing_but_the_population_has_a_budget(opened: Open, proposal: Any, policy: Any) -> None:
+def test_nothing_but_the_population_has_a_budget(opened: Open) -> None:
     # Ten rounds fit: another run, data set, path of the data or declared size starts no new ones.
     train(opened(), proposal(plan={"num_rounds": 4}), 1)
     moved = (Dataset(id="notes", declared_size=9000, path="moved.csv"), Dataset(id="new", declared_size=10))
@@ -259,74 +242,56 @@ def test_nothing_but_the_population_has_a_budget(opened: Open, proposal: Any, po
     train(opened(policy=changed), proposal(run="3", plan={"num_rounds": 2}), 1)
 
 
-@pytest.mark.parametrize(
-    ("what", "change"),
-    [
+def test_a_ledger_is_of_one_population_site_and_delta(opened: Open, path: Path) -> None:
+    opened()
+    for key, change in (
         ("population.name", {"population": {"name": "staff"}}),
         ("site", {"site": "b"}),
         ("budget.delta", {"budget": {"delta": 1e-6}}),
-    ],
-)
-def test_a_ledger_is_of_one_population_site_and_delta(
-    opened: Open, policy: Any, path: Path, what: str, change: dict[str, Any]
-) -> None:
-    opened()
-    with pytest.raises(
-        RunError, match=rf"was made for {what} = .*; set it back, since it is fixed for the ledger's life"
     ):
-        opened(policy=policy(**change))
+        with pytest.raises(RunError, match=rf"was made for {key} = .*; set it back, since it is fixed for the ledger"):
+            opened(policy=policy(**change))
     assert kinds_of(path) == OPENED
 
 
-OF_USERS = (
-    Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code", "user": "who"}),
-)
+OF_USERS = of_users(FIRST := ("notes", "notes.csv", "who"))
 
 
-def test_a_ledger_is_of_one_unit(opened: Open, policy: Any, path: Path) -> None:
+def test_a_ledger_is_of_one_unit(opened: Open, path: Path) -> None:
     opened()
     with pytest.raises(RunError, match=r"was made for population\.unit = record, the policy says user"):
-        opened(policy=policy(population={"unit": "user"}, dataset=OF_USERS))
-    opened(path=path.with_name("users.db"), policy=policy(population={"unit": "user"}, dataset=OF_USERS))
+        opened(policy=OF_USERS)
+    opened(path=path.with_name("users.db"), policy=OF_USERS)
     with pytest.raises(RunError, match=r"was made for population\.unit = user, the policy says record"):
-        opened(path=path.with_name("users.db"), policy=policy(dataset=OF_USERS))
+        opened(path=path.with_name("users.db"), policy=policy(dataset=OF_USERS.dataset))
 
 
-def test_a_column_says_who_a_user_is_for_ever(opened: Open, policy: Any, path: Path) -> None:
-    def of(**columns: str) -> Any:
-        data = (dataclasses.replace(OF_USERS[0], columns={**OF_USERS[0].columns, **columns}),)
-        return policy(population={"unit": "user"}, dataset=data)
-
-    opened(policy=of())
+def test_a_column_says_who_a_user_is_for_ever(opened: Open, path: Path) -> None:
+    opened(policy=OF_USERS)
     with pytest.raises(RunError, match=r"made for dataset notes columns\.user = who, the policy says visit"):
-        opened(policy=of(user="visit"))
-    opened(policy=of(text="note"))
-    records = policy(dataset=(dataclasses.replace(OF_USERS[0], columns={"text": "body", "label": "code"}),))
-    opened(path=path.with_name("records.db"), policy=policy(dataset=OF_USERS))
-    opened(path=path.with_name("records.db"), policy=records)  # there a user is nobody's unit
+        opened(policy=of_users(("notes", "notes.csv", "visit")))
+    (data,) = OF_USERS.dataset
+    other_text = dataclasses.replace(data, columns=data.columns | {"text": "note"})
+    opened(policy=dataclasses.replace(OF_USERS, dataset=(other_text,)))
+    opened(path=path.with_name("records.db"), policy=policy(dataset=OF_USERS.dataset))
+    opened(path=path.with_name("records.db"))  # there a user is nobody's unit
 
 
-def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(opened: Open, policy: Any, path: Path) -> None:
-    def of(*named: tuple[str, str, str]) -> Any:
-        columns = {"text": "body", "label": "code"}
-        data = (Dataset(id=id, declared_size=2000, path=at, columns=columns | {"user": who}) for id, at, who in named)
-        return policy(population={"unit": "user"}, dataset=tuple(data))
-
-    first = ("notes", "notes.csv", "who")
-    opened(policy=of(first))
-    opened(policy=of(("other", "other.csv", "who")))
+def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(opened: Open) -> None:
+    opened(policy=OF_USERS)
+    opened(policy=of_users(("other", "other.csv", "who")))
     for refused, by in (
         ([("notes", "moved.csv", "visit")], "dataset notes"),
         ([("notes2", "notes.csv", "visit")], r"file notes\.csv"),
-        ([first, ("notes2", "./notes.csv", "visit")], r"file notes\.csv"),
+        ([FIRST, ("notes2", "./notes.csv", "visit")], r"file notes\.csv"),
         ([("new", "new.csv", "who"), ("new2", "new.csv", "visit")], r"file new\.csv"),
     ):
         with pytest.raises(RunError, match=rf"made for {by} columns\.user = "):
-            opened(policy=of(*refused))
-    opened(policy=of(first, ("notes2", "notes.csv", "who"), ("others", "others.csv", "visit")))
+            opened(policy=of_users(*refused))
+    opened(policy=of_users(FIRST, ("notes2", "notes.csv", "who"), ("others", "others.csv", "visit")))
 
 
-def test_a_ledger_is_of_one_key(opened: Open, make_key: Any) -> None:
+def test_a_ledger_is_of_one_key(opened: Open) -> None:
     opened()
     with pytest.raises(RunError, match="is not signed by the site's key"):
         opened(key=make_key(9))
@@ -335,7 +300,7 @@ def test_a_ledger_is_of_one_key(opened: Open, make_key: Any) -> None:
 # Caps.
 
 
-def test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted(opened: Open, proposal: Any) -> None:
+def test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted(opened: Open) -> None:
     train(opened(), proposal(plan={"num_rounds": 6}), 1)
     refused = refusal_of(opened(), proposal(run="2"))
     assert refused.reason is Reason.MAX_EPSILON
@@ -345,7 +310,7 @@ def test_a_whole_plan_is_set_aside_when_its_first_round_is_accepted(opened: Open
     assert refusal_of(opened(), proposal(run="3", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
 
 
-def test_spare_rounds_are_set_aside_with_the_others(opened: Open, proposal: Any) -> None:
+def test_spare_rounds_are_set_aside_with_the_others(opened: Open) -> None:
     # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
     with_spare = proposal(plan={"num_rounds": 3, "spare_rounds": 3})
     train(opened(), with_spare, 1)
@@ -358,14 +323,14 @@ def test_spare_rounds_are_set_aside_with_the_others(opened: Open, proposal: Any)
     assert opened().history.charged() == events.grouped([with_spare.plan.event()] * 7), "one of them of the other run"
 
 
-def test_a_run_is_let_in_only_with_room_for_its_spare_rounds(opened: Open, proposal: Any) -> None:
+def test_a_run_is_let_in_only_with_room_for_its_spare_rounds(opened: Open) -> None:
     refused = refusal_of(opened(), proposal(plan={"num_rounds": 10, "spare_rounds": 1}))
     assert refused.reason is Reason.MAX_EPSILON
     assert not opened().history.runs
     train(opened(), proposal(plan={"num_rounds": 9, "spare_rounds": 1}), 1)
 
 
-def test_a_run_that_ends_frees_what_it_did_not_spend(opened: Open, proposal: Any) -> None:
+def test_a_run_that_ends_frees_what_it_did_not_spend(opened: Open) -> None:
     ledger = opened()
     train(ledger, proposal(plan={"num_rounds": 10}), 1)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
@@ -376,7 +341,7 @@ def test_a_run_that_ends_frees_what_it_did_not_spend(opened: Open, proposal: Any
     assert ledger.reserve(proposal(plan={"num_rounds": 10}), round=1, request="digest r 1") == b"reply"
 
 
-def test_a_run_ends_once_and_an_unknown_one_never(opened: Open, proposal: Any, path: Path) -> None:
+def test_a_run_ends_once_and_an_unknown_one_never(opened: Open, path: Path) -> None:
     ledger = opened()
     reserve(ledger, proposal(), 1)
     for run in ("r", "r", "unknown"):
@@ -384,14 +349,14 @@ def test_a_run_ends_once_and_an_unknown_one_never(opened: Open, proposal: Any, p
     assert [what for _, what in kinds_of(path)].count("run_ended") == 1
 
 
-def test_a_round_in_flight_may_be_committed_after_its_run_ended(opened: Open, proposal: Any) -> None:
+def test_a_round_in_flight_may_be_committed_after_its_run_ended(opened: Open) -> None:
     granted = reserve(opened(), proposal(), 1)
     opened().end("r")
     opened().commit(granted, b"reply")
     assert opened().reserve(proposal(), round=1, request="digest r 1") == b"reply"
 
 
-def test_a_run_that_expires_frees_what_it_did_not_spend(opened: Open, proposal: Any, clock: Any) -> None:
+def test_a_run_that_expires_frees_what_it_did_not_spend(opened: Open, clock: Any) -> None:
     train(opened(), proposal(plan={"num_rounds": 10}), 1)
     clock.forward(days=29, hours=23)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
@@ -400,7 +365,7 @@ def test_a_run_that_expires_frees_what_it_did_not_spend(opened: Open, proposal: 
     train(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
 
 
-def test_a_clock_set_back_reopens_no_expired_run(opened: Open, proposal: Any, clock: Any) -> None:
+def test_a_clock_set_back_reopens_no_expired_run(opened: Open, clock: Any) -> None:
     train(opened(), proposal(), 1)
     clock.forward(days=31)
     opened().end("unknown")
@@ -409,31 +374,29 @@ def test_a_clock_set_back_reopens_no_expired_run(opened: Open, proposal: Any, cl
     assert refusal_of(opened(), proposal(), 2).reason is Reason.RUN_ENDED
 
 
-def test_a_calendar_period_has_a_cap_of_its_own(opened: Open, policy: Any, proposal: Any, clock: Any) -> None:
+def test_a_calendar_period_has_a_cap_of_its_own(opened: Open, clock: Any) -> None:
     # Year 2030, months: a month has room for two rounds, a lifetime for ten.
     one = proposal().plan.event()
     order = opened().history.order
     two_rounds = filter.epsilon_filter([one, one], order=order, delta=1e-5)
     monthly = policy(budget={"max_epsilon_per_period": two_rounds + 1e-9, "period": "month"})
     for month in range(4):
+        ledger = opened(policy=monthly, server=clock.time)
         for number in (1, 2):
-            train(
-                opened(policy=monthly, server=clock.time), proposal(run=f"{month}-{number}", plan={"num_rounds": 1}), 1
-            )
+            train(ledger, proposal(run=f"{month}-{number}", plan={"num_rounds": 1}), 1)
         late = proposal(run=f"{month}-3", plan={"num_rounds": 1})
-        assert refusal_of(opened(policy=monthly, server=clock.time), late).reason is Reason.MAX_EPSILON_PER_PERIOD
+        assert refusal_of(ledger, late).reason is Reason.MAX_EPSILON_PER_PERIOD
         clock.forward(days=31)
-    train(opened(policy=monthly, server=clock.time), proposal(run="4", plan={"num_rounds": 1}), 1)
-    history = opened(policy=monthly, server=clock.time).history
+    ledger = opened(policy=monthly, server=clock.time)
+    train(ledger, proposal(run="4", plan={"num_rounds": 1}), 1)
+    history = ledger.history
     in_period = history.charged_in_period("month", history.now())
     one_round = filter.epsilon_filter([one], order=order, delta=1e-5)
     nine_rounds = filter.epsilon_filter([one] * 9, order=order, delta=1e-5)
     assert (history.epsilon(in_period), history.epsilon()) == pytest.approx((one_round, nine_rounds))
 
 
-def test_a_period_holds_what_open_runs_may_still_spend_in_it(
-    opened: Open, policy: Any, proposal: Any, clock: Any
-) -> None:
+def test_a_period_holds_what_open_runs_may_still_spend_in_it(opened: Open, clock: Any) -> None:
     one = proposal().plan.event()
     four = filter.epsilon_filter([one] * 4, order=opened().history.order, delta=1e-5)
     monthly = policy(budget={"max_epsilon_per_period": four + 1e-9, "period": "month"})
@@ -444,7 +407,7 @@ def test_a_period_holds_what_open_runs_may_still_spend_in_it(
     train(opened(policy=monthly, server=clock.time), asked, 1)
 
 
-def test_a_lower_cap_stops_a_running_run(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
+def test_a_lower_cap_stops_a_running_run(opened: Open, path: Path) -> None:
     for round in (1, 2, 3):
         train(opened(), proposal(), round)
     spent = opened().history.epsilon()
@@ -456,9 +419,7 @@ def test_a_lower_cap_stops_a_running_run(opened: Open, policy: Any, proposal: An
     train(opened(), proposal(), 4)  # as the site allowed before
 
 
-def test_a_lower_cap_holds_also_when_the_run_is_within_what_was_set_aside(
-    opened: Open, policy: Any, proposal: Any
-) -> None:
+def test_a_lower_cap_holds_also_when_the_run_is_within_what_was_set_aside(opened: Open) -> None:
     train(opened(), proposal(plan={"num_rounds": 10}), 1)
     order = opened().history.order
     three = filter.epsilon_filter([proposal().plan.event()] * 3, order=order, delta=1e-5)
@@ -477,14 +438,12 @@ def test_a_lower_cap_holds_also_when_the_run_is_within_what_was_set_aside(
         ({"budget": {"max_epsilon_per_run": 1.0}}, Reason.MAX_EPSILON_PER_RUN),
     ],
 )
-def test_a_stricter_policy_stops_a_running_run(
-    opened: Open, policy: Any, proposal: Any, change: dict[str, Any], reason: Reason
-) -> None:
+def test_a_stricter_policy_stops_a_running_run(opened: Open, change: dict[str, Any], reason: Reason) -> None:
     train(opened(), proposal(), 1)
     assert refusal_of(opened(policy=policy(**change)), proposal(), 2).reason is reason
 
 
-def test_each_change_of_the_policy_is_noted_with_its_digest(opened: Open, policy: Any, path: Path) -> None:
+def test_each_change_of_the_policy_is_noted_with_its_digest(opened: Open, path: Path) -> None:
     other = policy(limits={"max_rounds": 4})
     for each in (policy(), policy(), other, other, policy()):
         opened(policy=each)
@@ -493,7 +452,7 @@ def test_each_change_of_the_policy_is_noted_with_its_digest(opened: Open, policy
     assert [cap for _, cap, _ in opened().history.policies] == [11.0] * 3
 
 
-def test_another_reference_does_not_move_the_filters_order(opened: Open, policy: Any) -> None:
+def test_another_reference_does_not_move_the_filters_order(opened: Open) -> None:
     order = opened().history.order
     reference = dataclasses.replace(policy().budget.reference, noise_multiplier=30.0)
     changed = opened(policy=policy(budget={"reference": reference}))
@@ -503,29 +462,26 @@ def test_another_reference_does_not_move_the_filters_order(opened: Open, policy:
 
 
 @pytest.mark.parametrize("cap", [1.0, 3.0, 40.0])
-def test_a_ledger_of_any_order_can_be_opened_again(opened: Open, policy: Any, cap: float) -> None:
+def test_a_ledger_of_any_order_can_be_opened_again(opened: Open, cap: float) -> None:
     site = policy(budget={"max_epsilon": cap})
     order = opened(policy=site).history.order
-    assert (
-        opened(policy=site).history.order
-        == order
-        == filter.best_order(site.budget.reference_event(), epsilon=cap, delta=1e-5)
-    )
+    assert opened(policy=site).history.order == order
+    assert order == filter.best_order(site.budget.reference_event(), epsilon=cap, delta=1e-5)
 
 
-def test_without_a_cap_even_a_run_without_privacy_is_accepted(opened: Open, policy: Any, proposal: Any) -> None:
+def test_without_a_cap_even_a_run_without_privacy_is_accepted(opened: Open) -> None:
     unlimited = policy(budget={"max_epsilon": math.inf}, limits={"min_noise_multiplier": 0.0})
     train(opened(policy=unlimited), proposal(plan={"noise_multiplier": 0.0}), 1)
     assert opened(policy=unlimited).history.epsilon() == math.inf
 
 
-def test_with_a_cap_a_run_without_privacy_is_refused(opened: Open, policy: Any, proposal: Any) -> None:
+def test_with_a_cap_a_run_without_privacy_is_refused(opened: Open) -> None:
     lenient = policy(limits={"min_noise_multiplier": 0.0})
     refused = refusal_of(opened(policy=lenient), proposal(plan={"noise_multiplier": 0.0}))
     assert (refused.reason, refused.asked) == (Reason.MAX_EPSILON, "inf")
 
 
-def test_a_seeded_run_marks_the_ledger_for_ever(opened: Open, policy: Any, proposal: Any) -> None:
+def test_a_seeded_run_marks_the_ledger_for_ever(opened: Open) -> None:
     study = policy(allow={"seeded_noise": True})
     assert not opened(policy=study).history.seeded
     train(opened(policy=study), proposal(seeded_noise=True), 1)
@@ -534,7 +490,7 @@ def test_a_seeded_run_marks_the_ledger_for_ever(opened: Open, policy: Any, propo
     assert opened().history.seeded
 
 
-def test_a_frozen_population_takes_part_in_nothing(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
+def test_a_frozen_population_takes_part_in_nothing(opened: Open, path: Path) -> None:
     train(opened(), proposal(), 1)
     in_flight = reserve(opened(), proposal(), 2)
     opened().freeze("two people asked to be left out")
@@ -542,12 +498,8 @@ def test_a_frozen_population_takes_part_in_nothing(opened: Open, policy: Any, pr
     assert events_of(path)[-1].detail["why"] == "two people asked to be left out"
     for asked, round in ((proposal(), 1), (proposal(), 2), (proposal(run="2"), 1)):
         assert refusal_of(opened(), asked, round).reason is Reason.FROZEN
-    with pytest.raises(Refused) as caught:
-        opened().offer(proposal(run="2"))
-    assert caught.value.reason is Reason.FROZEN
-    with pytest.raises(Refused) as caught:
-        opened().commit(in_flight, b"reply that must not leave")
-    assert caught.value.reason is Reason.FROZEN
+    assert reason_of(opened().offer, proposal(run="2")) is Reason.FROZEN
+    assert reason_of(opened().commit, in_flight, b"reply that must not leave") is Reason.FROZEN
     assert len(events_of(path)) == length
     assert opened(policy=policy(budget={"max_epsilon": 100.0})).history.frozen
 
@@ -555,9 +507,7 @@ def test_a_frozen_population_takes_part_in_nothing(opened: Open, policy: Any, pr
 # Offers.
 
 
-def test_an_offer_is_the_most_that_would_be_accepted(
-    opened: Open, proposal: Any, path: Path, copied: Any, policy: Any, site_key: SigningKey
-) -> None:
+def test_an_offer_is_the_most_that_would_be_accepted(opened: Open, path: Path, copied: Any) -> None:
     train(opened(), proposal(plan={"num_rounds": 6}), 1)
     asked = proposal(run="2", plan={"num_rounds": 8})
     offer = opened().offer(asked)
@@ -571,7 +521,8 @@ def test_an_offer_is_the_most_that_would_be_accepted(
             assert refusal_of(opened(), eight).reason is Reason.MAX_EPSILON
 
 
-def test_an_offer_is_recorded_and_charges_and_holds_nothing(opened: Open, proposal: Any, path: Path) -> None:
+def test_an_offer_is_recorded_and_charges_and_holds_nothing(opened: Open, path: Path) -> None:
+    assert reason_of(opened().offer, proposal(rank=9)) is Reason.MAX_RANK, "no rounds and no noise would mend that"
     opened().offer(proposal(plan={"num_rounds": 20}))
     last = events_of(path)[-1]
     assert (last.kind, last.run, last.detail["what"]) == (Kind.RELEASE, "r", "offer")
@@ -580,16 +531,10 @@ def test_an_offer_is_recorded_and_charges_and_holds_nothing(opened: Open, propos
     reserve(opened(), proposal(plan={"num_rounds": 10}), 1)
 
 
-def test_what_no_rounds_and_no_noise_would_mend_is_refused_and_not_offered(opened: Open, proposal: Any) -> None:
-    with pytest.raises(Refused) as caught:
-        opened().offer(proposal(rank=9))
-    assert caught.value.reason is Reason.MAX_RANK
-
-
 # Two processes, one file.
 
 
-def test_a_ledger_sees_what_another_process_wrote(opened: Open, proposal: Any) -> None:
+def test_a_ledger_sees_what_another_process_wrote(opened: Open) -> None:
     first, second = opened(), opened()
     train(first, proposal(plan={"num_rounds": 6}), 1)
     assert second.history.length == 2
@@ -600,7 +545,7 @@ def test_a_ledger_sees_what_another_process_wrote(opened: Open, proposal: Any) -
     assert reason_of(first.reserve, asked, round=2, request="q") is Reason.RUN_ENDED, "it is behind the file"
 
 
-def test_a_ledger_opened_under_an_older_policy_stops(opened: Open, policy: Any, proposal: Any) -> None:
+def test_a_ledger_opened_under_an_older_policy_stops(opened: Open) -> None:
     ledger = opened()
     opened(policy=policy(limits={"max_rounds": 3}))
     for ask in (lambda: ledger.reserve(proposal(), round=1, request="q"), lambda: ledger.offer(proposal())):

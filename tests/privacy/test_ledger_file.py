@@ -24,13 +24,14 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Reason
 from fedtune.spec import ConfigError, RunError
 from fedtune.spec import full_disk as what_is_full
 
-from .builders import reason_of, reserve
+from .builders import policy, proposal, reason_of, reserve
 
 
 class PowerCut(Exception):
@@ -47,7 +48,7 @@ def rows(path: Path) -> list[tuple[int, str]]:
 
 
 def test_a_second_connection_sees_the_charge_before_reserve_returns_and_the_reply_before_commit_does(
-    opened: Any, proposal: Any, path: Path
+    opened: Any, path: Path
 ) -> None:
     ledger = opened()
     granted = reserve(ledger, proposal(), 1)
@@ -67,9 +68,7 @@ def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -
         assert sorted(p.name for p in path.parent.iterdir()) == ["ledger.db", "ledger.db-journal"]
 
 
-def test_nothing_is_left_beside_the_ledger_and_only_its_owner_can_read_it(
-    opened: Any, proposal: Any, path: Path
-) -> None:
+def test_nothing_is_left_beside_the_ledger_and_only_its_owner_can_read_it(opened: Any, path: Path) -> None:
     ledger = opened(anchor=path.parent / "anchor.json")
     ledger.commit(reserve(ledger, proposal(), 1), b"reply")
     verify(path)
@@ -77,7 +76,7 @@ def test_nothing_is_left_beside_the_ledger_and_only_its_owner_can_read_it(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_a_write_ahead_log_does_not_stay(opened: Any, proposal: Any, path: Path) -> None:
+def test_a_write_ahead_log_does_not_stay(opened: Any, path: Path) -> None:
     opened()
     with contextlib.closing(sqlite3.connect(path)) as file:
         assert file.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
@@ -87,7 +86,7 @@ def test_a_write_ahead_log_does_not_stay(opened: Any, proposal: Any, path: Path)
     assert [p.name for p in path.parent.iterdir()] == ["ledger.db"]
 
 
-def test_a_copy_between_two_transactions_is_whole(opened: Any, proposal: Any, path: Path, copied: Any) -> None:
+def test_a_copy_between_two_transactions_is_whole(opened: Any, path: Path, copied: Any) -> None:
     ledger = opened()
     for round in (1, 2, 3):
         reserve(ledger, proposal(), round)
@@ -107,7 +106,7 @@ def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
 
 @pytest.mark.parametrize("struck", ["insert", "store_reply", "the end"])
 def test_a_crash_within_a_transaction_undoes_it(
-    opened: Any, proposal: Any, path: Path, monkeypatch: pytest.MonkeyPatch, struck: str
+    opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch, struck: str
 ) -> None:
     ledger = opened()
     ledger.commit(reserve(ledger, proposal(), 1), b"reply 1")
@@ -163,9 +162,7 @@ with store.writing(Path(sys.argv[1])) as file:
 
 
 @pytest.mark.parametrize("first", ["verify", "ledger"])
-def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(
-    opened: Any, proposal: Any, path: Path, first: str
-) -> None:
+def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(opened: Any, path: Path, first: str) -> None:
     ledger = opened()
     reserve(ledger, proposal(), 1)
     before = path.read_bytes()
@@ -203,7 +200,7 @@ def full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
-    opened: Any, proposal: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = opened()
     granted = reserve(ledger, proposal(), 1)
@@ -261,7 +258,7 @@ def test_a_ledger_that_cannot_be_made_is_a_run_error(opened: Any, path: Path, tm
         opened(path=path)
 
 
-def test_a_ledger_that_cannot_be_written_is_a_run_error(opened: Any, proposal: Any, path: Path, tmp_path: Path) -> None:
+def test_a_ledger_that_cannot_be_written_is_a_run_error(opened: Any, path: Path, tmp_path: Path) -> None:
     ledger = opened()
     reserve(ledger, proposal(), 1)
     charged = ledger.history.charged()
@@ -303,7 +300,7 @@ def test_a_transaction_shuts_others_out_before_it_reads(opened: Any, path: Path)
 
 
 def test_a_ledger_that_somebody_else_holds_for_too_long_is_a_run_error(
-    opened: Any, proposal: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = opened()
     monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.01)
@@ -328,7 +325,7 @@ def test_another_file_is_a_run_error_and_stays_as_it_is(opened: Any, path: Path,
         verify(path)
 
 
-def test_a_truncated_file_is_a_run_error(opened: Any, proposal: Any, path: Path) -> None:
+def test_a_truncated_file_is_a_run_error(opened: Any, path: Path) -> None:
     ledger = opened()
     ledger.commit(reserve(ledger, proposal(), 1), bytes(50_000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -346,7 +343,7 @@ def test_a_truncated_file_is_a_run_error(opened: Any, proposal: Any, path: Path)
         *("CREATE TRIGGER more AFTER INSERT ON events BEGIN DELETE FROM replies; END", "PRAGMA application_id = 5"),
     ],
 )
-def test_other_tables_than_a_ledgers_are_a_run_error(opened: Any, proposal: Any, path: Path, statement: str) -> None:
+def test_other_tables_than_a_ledgers_are_a_run_error(opened: Any, path: Path, statement: str) -> None:
     ledger = opened()
     with contextlib.closing(sqlite3.connect(path)) as file:
         file.execute(statement)
@@ -423,7 +420,7 @@ sys.exit(sum(os.wait()[1] for _ in range(8)))
 """
 
 
-def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(tmp_path: Path, policy: Any, proposal: Any) -> None:
+def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(tmp_path: Path) -> None:
     """Twice: for the last room under the cap, each with a run of its own; then for the last round of one run."""
     key = SigningKey.load_or_make(tmp_path / "key.pem")
     write_policy(policy(), tmp_path / "site.toml")
@@ -451,6 +448,28 @@ def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(tmp_path: Pa
     assert verified.anchor_sequence == len(verified.events)
     assert [event.kind for event in verified.events].count(Kind.RESERVE) == 3
     assert verified.history.charged() == events.grouped([shared.plan.event()] * 3)
+
+
+def test_who_charges_whenever_a_transaction_ends_gets_no_round_too_many(
+    opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_rounds = proposal(plan={"num_rounds": 2})
+    one, other = opened(), opened()
+    refusals: list[Reason] = []
+    original = EventStore.transaction
+
+    @contextlib.contextmanager
+    def then_the_other(store: EventStore) -> Iterator[None]:
+        with original(store):
+            yield
+        if store is one._store and len(refusals) == 0:
+            refusals.append(reason_of(other.reserve, two_rounds, round=3, request="of the other"))
+
+    reserve(one, two_rounds, 1)
+    monkeypatch.setattr(EventStore, "transaction", then_the_other)
+    reserve(one, two_rounds, 2)
+    assert refusals == [Reason.PLAN_EXHAUSTED]
+    assert opened().history.charged_rounds("r") == 2
 
 
 # Writing a file whole.
@@ -524,7 +543,7 @@ def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path, monkeypatc
     assert (tmp_path / "file").read_bytes() == b"of this one"
 
 
-def test_a_refusal_leaves_file_and_anchor_as_they_are(opened: Any, proposal: Any, path: Path) -> None:
+def test_a_refusal_leaves_file_and_anchor_as_they_are(opened: Any, path: Path) -> None:
     anchor = path.with_name("anchor.json")
     ledger = opened(anchor=anchor)
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in (path, anchor)]

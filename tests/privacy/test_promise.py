@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
@@ -23,7 +22,7 @@ from fedtune.privacy.release import Offer, Reason, Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RunError
 
-from .builders import reason_of, train
+from .builders import plan, policy, proposal, reason_of, train
 
 Open = Callable[..., Ledger]
 STRONGER = Promise(noise_factor=1.5)
@@ -42,9 +41,7 @@ def of_steps(noise: float, steps: int) -> SelfComposedDpEvent:
         ("epsilon_per_run = 0.0", "promise.epsilon_per_run = 0.0: must be greater than 0"),
     ],
 )
-def test_a_promise_out_of_range_is_refused_with_key_value_and_bound(
-    policy: Any, tmp_path: Path, said: str, error: str
-) -> None:
+def test_a_promise_out_of_range_is_refused_with_key_value_and_bound(tmp_path: Path, said: str, error: str) -> None:
     file = tmp_path / "site.toml"
     write_policy(policy(promise=STRONGER), file)
     written = file.read_text()
@@ -54,14 +51,14 @@ def test_a_promise_out_of_range_is_refused_with_key_value_and_bound(
         read_policy(file)
 
 
-def test_a_policy_without_a_promise_keeps_its_json_and_one_with_it_comes_back(policy: Any, tmp_path: Path) -> None:
+def test_a_policy_without_a_promise_keeps_its_json_and_one_with_it_comes_back(tmp_path: Path) -> None:
     assert "promise" not in policy().to_json()
     stronger = policy(promise=Promise(noise_factor=1.5, epsilon_per_run=2.0))
     write_policy(stronger, tmp_path / "site.toml")
     assert read_policy(tmp_path / "site.toml") == policy_of(stronger.to_json()) == stronger
 
 
-def test_the_epsilon_at_one_and_a_half_times_the_noise(plan: Any) -> None:
+def test_the_epsilon_at_one_and_a_half_times_the_noise() -> None:
     # By dp-accounting 0.6: an accountant that this project did not write.
     asked = plan(num_rounds=5)
     found = []
@@ -73,7 +70,7 @@ def test_the_epsilon_at_one_and_a_half_times_the_noise(plan: Any) -> None:
     assert found == pytest.approx([7.09917508, 3.70309849], rel=1e-5)
 
 
-def test_an_epsilon_is_kept_with_the_least_noise_that_does(plan: Any) -> None:
+def test_an_epsilon_is_kept_with_the_least_noise_that_does() -> None:
     asked = plan(num_rounds=5)
     for factor, most in ((1.0, 2.0), (1.0, 4.0), (3.0, 2.0)):
         promise = Promise(noise_factor=factor, epsilon_per_run=most)
@@ -86,7 +83,7 @@ def test_an_epsilon_is_kept_with_the_least_noise_that_does(plan: Any) -> None:
     assert Promise(epsilon_per_run=50.0).factor_for(asked) == 1.0
 
 
-def test_what_no_noise_of_the_sites_own_can_keep_is_refused(policy: Any, proposal: Any, plan: Any) -> None:
+def test_what_no_noise_of_the_sites_own_can_keep_is_refused() -> None:
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(1.0)
     sums, none, scores = (
         {"shared": shared, "local_steps": 1},
@@ -100,7 +97,7 @@ def test_what_no_noise_of_the_sites_own_can_keep_is_refused(policy: Any, proposa
     assert Promise(epsilon_per_run=1e-3).factor_for(plan(sampling_rate=1.0, num_rounds=500)) is None
 
 
-def test_limits_count_the_noise_that_is_made(policy: Any, proposal: Any) -> None:
+def test_limits_count_the_noise_that_is_made() -> None:
     asked = proposal(plan={"noise_multiplier": 0.5})
     assert reason_of(policy().check, asked) is Reason.MIN_NOISE_MULTIPLIER
     policy(promise=STRONGER).check(asked)
@@ -109,7 +106,7 @@ def test_limits_count_the_noise_that_is_made(policy: Any, proposal: Any) -> None
     replace(capped, promise=Promise(epsilon_per_run=4.0)).check(proposal())
 
 
-def test_the_ledger_charges_the_noise_that_the_site_makes(opened: Open, policy: Any, proposal: Any, path: Path) -> None:
+def test_the_ledger_charges_the_noise_that_the_site_makes(opened: Open, path: Path) -> None:
     ledger, asked = opened(policy=policy(promise=STRONGER)), proposal()
     train(ledger, asked, 1)
     assert ledger.history.runs["r"].plan == replace(asked.plan, noise_multiplier=1.5)
@@ -123,7 +120,7 @@ def test_the_ledger_charges_the_noise_that_the_site_makes(opened: Open, policy: 
     assert verify(path).history.charged() == ledger.history.charged()
 
 
-def test_a_site_that_promises_nothing_more_says_what_it_did(opened: Open, proposal: Any, path: Path) -> None:
+def test_a_site_that_promises_nothing_more_says_what_it_did(opened: Open, path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1)
     (accepted,) = [event.detail for event in verify(path).events if event.kind is Kind.PLAN]
@@ -140,14 +137,14 @@ def test_a_site_that_promises_nothing_more_says_what_it_did(opened: Open, propos
 
 @pytest.mark.parametrize("said", [0.5, 2, "1.5", 1e3])
 def test_a_ledger_with_another_factor_cannot_be_read(
-    opened: Open, proposal: Any, said: object, monkeypatch: pytest.MonkeyPatch
+    opened: Open, said: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Ledger, "noise_factor", lambda *of: said)
     with pytest.raises(RunError, match="multiple of the plan's"):
         train(opened(), proposal(), 1)
 
 
-def test_a_run_keeps_the_noise_that_it_began_with(opened: Open, policy: Any, proposal: Any) -> None:
+def test_a_run_keeps_the_noise_that_it_began_with(opened: Open) -> None:
     train(opened(policy=policy(promise=STRONGER)), proposal(), 1)
     without = opened(policy=policy())
     train(without, proposal(), 2)
@@ -160,7 +157,7 @@ def test_a_run_keeps_the_noise_that_it_began_with(opened: Open, policy: Any, pro
     assert more.noise_factor(proposal(run="s")) == 2.0
 
 
-def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Open, policy: Any, proposal: Any) -> None:
+def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Open) -> None:
     small = {"max_epsilon": 6.0}
     assert reason_of(opened(policy=policy(budget=small)).require_acceptable, proposal()) is Reason.MAX_EPSILON
     ledger = opened(policy=policy(budget=small, promise=Promise(epsilon_per_run=2.0)))
@@ -172,9 +169,7 @@ def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Open, p
     assert ledger.offer(proposal(run="s")).noise_factor == run.noise_factor > 1
 
 
-def test_no_offer_computes_an_epsilon_beyond_the_limits(
-    opened: Open, policy: Any, proposal: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_offer_computes_an_epsilon_beyond_the_limits(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     priced = list[Plan]()
     above = promise_module._plan_epsilon_above
 

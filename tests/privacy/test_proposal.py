@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +13,10 @@ from fedtune.codec import decode
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError
 
+from .builders import make_key, proposal
 
-def test_a_proposal_survives_json(proposal: Any) -> None:
+
+def test_a_proposal_survives_json() -> None:
     for each in (
         proposal(),
         proposal(start_adapter="d" * 64),
@@ -27,7 +28,7 @@ def test_a_proposal_survives_json(proposal: Any) -> None:
         assert again.digest() == each.digest()
 
 
-def test_every_field_is_in_its_json_and_its_digest(proposal: Any, lead_key: Any, make_key: Any) -> None:
+def test_every_field_is_in_its_json_and_its_digest() -> None:
     changes: dict[str, object] = {
         "run": "r2",
         "lead": make_key(3).public,
@@ -53,14 +54,14 @@ def test_every_field_is_in_its_json_and_its_digest(proposal: Any, lead_key: Any,
     assert len(digests | {proposal().digest()}) == len(fields) + 1
 
 
-def test_the_digest_is_golden(proposal: Any) -> None:
+def test_the_digest_is_golden() -> None:
     # It lies in ledgers and refusals: a change of it is a change of format.
     assert proposal(lead="1" * 64).digest() == "9fe65ef37203d6d13194fbdf13d39e9ec9a6a5a7bfc720d482e8c9b10ece0fd8"
 
 
 @pytest.mark.parametrize("name", ["run", "lead", "dataset", "task", "base_model", "dtype"])
 @pytest.mark.parametrize("value", ["", "x" * 301, "\ud800", "a\nb", "a\0b"])
-def test_what_is_no_text_is_refused(proposal: Any, name: str, value: object) -> None:
+def test_what_is_no_text_is_refused(name: str, value: object) -> None:
     # A lone surrogate cannot be written to a ledger; a line break would forge a line of a log.
     with pytest.raises(ConfigError, match=rf"^{name} = .*must be a printable text of 1 to 300 characters"):
         proposal(**{name: value})
@@ -81,7 +82,7 @@ def test_what_is_no_text_is_refused(proposal: Any, name: str, value: object) -> 
         ("start_adapter", "D" * 64, "must be 64 lower-case hexadecimal digits, or empty"),
     ],
 )
-def test_a_field_of_another_form_is_refused(proposal: Any, name: str, value: object, bound: str) -> None:
+def test_a_field_of_another_form_is_refused(name: str, value: object, bound: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} = .*{bound}"):
         proposal(**{name: value})
 
@@ -95,9 +96,7 @@ anything = st.recursive(
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data(), value=anything)
-def test_any_other_value_is_a_config_error_or_another_proposal(
-    proposal: Any, data: st.DataObject, value: object
-) -> None:
+def test_any_other_value_is_a_config_error_or_another_proposal(data: st.DataObject, value: object) -> None:
     whole = proposal().to_json()
     plan_field = data.draw(st.sampled_from([None, *whole["plan"]]))
     if plan_field is None:

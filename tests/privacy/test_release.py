@@ -18,6 +18,8 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT, Difference, Offer, Reason, Receipt, Refusal, Refused, Update
 from fedtune.spec import ConfigError, RefusedError
 
+from .builders import make_key, site_key
+
 MAGIC = b"fedtune-update-2\n"
 
 updates = st.builds(
@@ -240,7 +242,7 @@ def signed(key: SigningKey, **changes: object) -> Receipt:
     return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").message()))
 
 
-def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any) -> None:
+def test_a_receipt_is_signed_on_every_field() -> None:
     receipt = signed(site_key)
     assert receipt.is_signed()
     changes: dict[str, object] = {
@@ -263,7 +265,7 @@ def test_a_receipt_is_signed_on_every_field(site_key: SigningKey, make_key: Any)
     assert not dataclasses.replace(with_a_reply, reply="").is_signed()
 
 
-def test_a_receipt_survives_json_and_nothing_else_is_one(site_key: SigningKey) -> None:
+def test_a_receipt_survives_json_and_nothing_else_is_one() -> None:
     receipt = signed(site_key)
     whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
     assert Receipt.from_json(whole) == receipt

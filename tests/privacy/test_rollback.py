@@ -6,9 +6,9 @@ import dataclasses
 import errno
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import pytest
 from dp_accounting import DpEvent
 
 from fedtune.privacy import events
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.store import EventStore
@@ -24,7 +23,8 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
 
-from .builders import reason_of, train
+from .builders import make_key, policy, proposal, reason_of, reserve, site_key, train
+from .conftest import Backups
 
 
 @pytest.fixture
@@ -41,9 +41,7 @@ def anchored(opened: Any, anchor: Path) -> Callable[..., Ledger]:
 # Anchors.
 
 
-def test_the_anchor_is_the_newest_head_after_every_transaction(
-    anchored: Any, anchor: Path, proposal: Any, path: Path, site_key: SigningKey
-) -> None:
+def test_the_anchor_is_the_newest_head_after_every_transaction(anchored: Any, anchor: Path, path: Path) -> None:
     ledger = anchored()
     steps: list[Callable[[], object]] = [
         lambda: None,
@@ -63,7 +61,7 @@ def test_the_anchor_is_the_newest_head_after_every_transaction(
     assert {events.from_json(mechanism): count} == events.grouped([proposal().plan.event()])
 
 
-def test_a_file_that_has_no_room_is_not_blamed_on_the_anchor(anchored: Any, proposal: Any) -> None:
+def test_a_file_that_has_no_room_is_not_blamed_on_the_anchor(anchored: Any) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.json")
 
@@ -73,22 +71,13 @@ def test_a_file_that_has_no_room_is_not_blamed_on_the_anchor(anchored: Any, prop
     assert ledger.history.charged_rounds("r") == 0
 
 
-def test_a_ledger_older_than_its_anchor_stops(anchored: Any, proposal: Any, path: Path, copied: Any) -> None:
+def test_another_branch_than_the_anchors_stops(anchored: Any, anchor: Path, opened: Any, path: Path) -> None:
     train(anchored(), proposal(), 1)
-    backup = copied(path)
+    backup = path.read_bytes()
     train(anchored(), proposal(), 2)
-    shutil.copy(backup, path)
+    path.write_bytes(backup)
     with pytest.raises(RunError, match=r"is older than its anchor .* \(event 5 of at least 7\)"):
         anchored()
-
-
-def test_another_branch_than_the_anchors_stops(
-    anchored: Any, anchor: Path, opened: Any, proposal: Any, path: Path, copied: Any
-) -> None:
-    train(anchored(), proposal(), 1)
-    backup = copied(path)
-    train(anchored(), proposal(), 2)
-    shutil.copy(backup, path)
     train(opened(), proposal(), 2, 3, 4)  # without the anchor it goes on, and gets longer
     with pytest.raises(RunError, match="or has branched off"):
         anchored()
@@ -96,7 +85,7 @@ def test_another_branch_than_the_anchors_stops(
         verify(path, anchor=Head.read(anchor))
 
 
-def test_a_missing_anchor_stops_where_something_was_charged(anchored: Any, anchor: Path, proposal: Any) -> None:
+def test_a_missing_anchor_stops_where_something_was_charged(anchored: Any, anchor: Path) -> None:
     train(anchored(), proposal(), 1)
     anchor.unlink()
     with pytest.raises(RunError, match=r"anchor .* is missing, and ledger .* is not new"):
@@ -105,20 +94,10 @@ def test_a_missing_anchor_stops_where_something_was_charged(anchored: Any, ancho
 
 def test_a_lost_ledger_with_an_anchor_stops(anchored: Any, path: Path) -> None:
     anchored()
-    path.unlink()
-    with pytest.raises(RunError, match=r"is missing: anchor .* knows 2 events of it"):
-        anchored()
-    path.write_bytes(b"")
-    with pytest.raises(RunError, match=r"is missing: anchor .* knows 2 events of it"):
-        anchored()
-
-
-def test_an_anchor_of_another_ledger_stops(anchored: Any, anchor: Path, opened: Any, tmp_path: Path) -> None:
-    anchored()
-    opened(path=tmp_path / "other.db", anchor=tmp_path / "other.json")
-    anchor.write_bytes((tmp_path / "other.json").read_bytes())
-    with pytest.raises(RunError, match="the anchor is of another ledger"):
-        anchored()
+    for lose in (path.unlink, lambda: path.write_bytes(b"")):
+        lose()
+        with pytest.raises(RunError, match=r"is missing: anchor .* knows 2 events of it"):
+            anchored()
 
 
 @pytest.mark.parametrize(
@@ -141,16 +120,20 @@ def test_a_damaged_anchor_stops(anchored: Any, anchor: Path, damage: Callable[[b
         anchored()
 
 
-def test_an_anchor_that_somebody_else_signed_stops(anchored: Any, anchor: Path, make_key: Any) -> None:
+def test_an_anchor_of_another_ledger_or_key_stops(anchored: Any, anchor: Path, opened: Any, tmp_path: Path) -> None:
     head = anchored().head()
     fields = {name: getattr(head, name) for name in head.__slots__ if name not in ("site_key", "signature")}
-    anchor.write_bytes(Head.signed(make_key(9), **(fields | {"sequence": 1})).to_bytes())
-    with pytest.raises(RunError, match="the anchor is of another ledger"):
-        anchored()
+    for other in (
+        opened(path=tmp_path / "other.db").head(),
+        Head.signed(make_key(9), **(fields | {"sequence": 1})),
+    ):
+        anchor.write_bytes(other.to_bytes())
+        with pytest.raises(RunError, match="the anchor is of another ledger"):
+            anchored()
 
 
 def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_good(
-    anchored: Any, anchor: Path, proposal: Any, monkeypatch: pytest.MonkeyPatch
+    anchored: Any, anchor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = anchored()
     behind = anchor.read_bytes()
@@ -170,7 +153,7 @@ def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_go
     assert ledger.receipt("r").charged_rounds == 2
 
 
-def test_an_anchor_that_cannot_be_written_stops(anchored: Any, anchor: Path, proposal: Any) -> None:
+def test_an_anchor_that_cannot_be_written_stops(anchored: Any, anchor: Path) -> None:
     ledger = anchored()
     behind = anchor.read_bytes()
     anchor.unlink()
@@ -186,7 +169,7 @@ def test_an_anchor_that_cannot_be_written_stops(anchored: Any, anchor: Path, pro
     assert ledger.receipt("r").charged_rounds == 1, "charged, although leave to train was not given"
 
 
-def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, proposal: Any, monkeypatch: Any) -> None:
+def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, monkeypatch: Any) -> None:
     """A second process writes its event and its anchor after the first one's event, before its anchor."""
     first, second = anchored(), anchored()
     write = EventStore._write_anchor
@@ -205,7 +188,7 @@ def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, proposal:
 # Receipts.
 
 
-def test_a_receipt_that_the_ledger_contains_passes(opened: Any, proposal: Any) -> None:
+def test_a_receipt_that_the_ledger_contains_passes(opened: Any) -> None:
     ledger = opened()
     early = ledger.receipt("r")
     train(ledger, proposal(), 1)
@@ -216,30 +199,16 @@ def test_a_receipt_that_the_ledger_contains_passes(opened: Any, proposal: Any) -
         each.require_contains(late)
 
 
-def test_a_ledger_older_than_a_receipt_is_refused(opened: Any, proposal: Any, path: Path, copied: Any) -> None:
-    train(opened(), proposal(), 1)
-    backup = copied(path)
-    train(opened(), proposal(), 2)
-    receipt = opened().receipt("r")
-    shutil.copy(backup, path)
-    older = copied(path)
-    assert reason_of(opened().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
-    shutil.copy(older, path)
-    train(opened(), proposal(), 3, 4)
-    assert reason_of(opened().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT, (
-        "another event stands in its place"
-    )
+def test_a_ledger_older_than_a_receipt_is_refused(backups: Backups) -> None:
+    _, receipt = backups.branch(proposal(), 2)
+    assert reason_of(backups.put_back().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    backups.branch(proposal(), 3, 4)  # another event stands in its place
+    assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    backups.path.unlink()
+    assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT, "of a new ledger, too"
 
 
-def test_a_new_ledger_is_behind_every_receipt_of_the_lost_one(opened: Any, path: Path) -> None:
-    receipt = opened().receipt("r")
-    path.unlink()
-    assert reason_of(opened().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
-
-
-def test_a_forged_receipt_is_refused_for_its_signature(
-    opened: Any, proposal: Any, make_key: Any, tmp_path: Path
-) -> None:
+def test_a_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1)
     receipt = ledger.receipt("r")
@@ -253,36 +222,26 @@ def test_a_forged_receipt_is_refused_for_its_signature(
     assert [reason_of(ledger.require_contains, each) for each in forged] == [Reason.WRONG_SIGNATURE] * len(forged)
 
 
-def test_after_a_genuine_receipt_of_lost_events_nobody_trains_until_they_are_made_up_for(
-    opened: Any, proposal: Any, path: Path, copied: Any
-) -> None:
-    ledger = opened()
-    train(ledger, proposal(), 1)
-    backup = copied(path)
-    train(ledger, proposal(), 2)
-    receipt, newest = ledger.receipt("r"), ledger.head()
-    shutil.copy(backup, path)
-    assert reason_of(opened().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
-    assert reason_of(opened().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
-    assert [event.detail.get("what") for event in verify(path).events].count("in_doubt") == 1
+def test_after_a_genuine_receipt_of_lost_events_nobody_trains_until_they_are_made_up_for(backups: Backups) -> None:
+    newest, receipt = backups.branch(proposal(), 2)
+    backups.put_back()
+    for _ in range(2):
+        assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    assert [event.detail.get("what") for event in verify(backups.path).events].count("in_doubt") == 1
     for asked, round in ((proposal(), 2), (proposal(run="another lead's"), 1)):
-        with pytest.raises(Refused) as caught:
-            opened().reserve(asked, round=round, request="q")
-        assert caught.value.reason is Reason.LEDGER_BEHIND_RECEIPT
-    opened().charge_gap(newest)
-    opened().require_contains(receipt)
-    train(opened(), proposal(run="another lead's"), 1)
+        assert reason_of(reserve, backups.open(), asked, round) is Reason.LEDGER_BEHIND_RECEIPT
+    backups.open().charge_gap(newest)
+    backups.open().require_contains(receipt)
+    train(backups.open(), proposal(run="another lead's"), 1)
 
 
 # While it is open.
 
 
-def test_a_ledger_swapped_while_it_is_open_stops(opened: Any, proposal: Any, path: Path, copied: Any) -> None:
-    ledger = opened()
-    train(ledger, proposal(), 1)
-    backup = copied(path)
+def test_a_ledger_swapped_while_it_is_open_stops(backups: Backups) -> None:
+    ledger = backups.open()
     train(ledger, proposal(), 2)
-    shutil.copy(backup, path)
+    backups.put_back()
     for act in (
         lambda: ledger.reserve(proposal(), round=3, request="q"),
         lambda: ledger.end("r"),
@@ -290,16 +249,8 @@ def test_a_ledger_swapped_while_it_is_open_stops(opened: Any, proposal: Any, pat
     ):
         with pytest.raises(RunError, match="was changed or put back while it was open; nothing is trained"):
             act()
-
-
-def test_another_branch_of_equal_length_is_seen_while_it_is_open(
-    opened: Any, proposal: Any, path: Path, copied: Any
-) -> None:
-    ledger = opened()
-    backup = copied(path)
-    train(ledger, proposal(), 1)
-    shutil.copy(backup, path)
-    train(opened(), proposal(run="2"), 1, 2)
+    backups.branch(proposal(run="2"), 1)  # no shorter than what it knows
+    assert backups.open().history.length >= ledger.history.length
     with pytest.raises(RunError, match="was changed or put back while it was open"):
         ledger.reserve(proposal(), round=2, request="q")
 
@@ -307,187 +258,159 @@ def test_another_branch_of_equal_length_is_seen_while_it_is_open(
 # Putting a backup back.
 
 
-class Restored:
-    """A ledger of three rounds, put back to its first, and made up for with the anchor of the third.
+class Lost:
+    """What a ledger of three rounds knew when it was put back to its first.
 
     Attributes:
-        lost: what the lost part charged.
-        receipt: the last one of the lost part.
-        newest: the last head of the lost part.
-        earlier: a head within the lost part.
+        charged: what the backup does not know.
+        receipt: the last one.
+        newest: the last head.
+        earlier: a head of an event before, which the backup does not know, either.
     """
 
-    def __init__(self, opened: Any, proposal: Any, path: Path, copied: Any, **lost: Any) -> None:
-        ledger = opened()
-        train(ledger, proposal(), 1)
-        backup = copied(path)
+    def __init__(self, backups: Backups, **changes: Any) -> None:
+        ledger = backups.open()
         train(ledger, proposal(), 2)
         self.earlier = ledger.head()
-        train(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}, **lost), 1)
+        train(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}, **changes), 1)
         self.newest, self.receipt = ledger.head(), ledger.receipt("r")
         self.spent = ledger.history.epsilon()
-        self.lost = ledger.history.charged() - events.grouped([proposal().plan.event()])
-        shutil.copy(backup, path)
+        self.charged = ledger.history.charged() - events.grouped([proposal().plan.event()])
+        backups.put_back()
 
 
 @pytest.fixture
-def put_back(opened: Any, proposal: Any, path: Path, copied: Any) -> Restored:
-    return Restored(opened, proposal, path, copied)
+def lost(backups: Backups) -> Lost:
+    return Lost(backups)
 
 
-def test_the_gap_is_what_the_backup_lacks_and_nothing_else(
-    put_back: Restored, opened: Any, proposal: Any, path: Path
-) -> None:
+def test_the_gap_is_what_the_backup_lacks_and_nothing_else(lost: Lost, opened: Any, path: Path) -> None:
     ledger = opened()
-    gap = ledger.charge_gap(put_back.newest)
+    gap = ledger.charge_gap(lost.newest)
     two, one = proposal().plan.event(), proposal(plan={"noise_multiplier": 2.0}).plan.event()
-    assert gap == put_back.lost == events.grouped([two, one])
+    assert gap == lost.charged == events.grouped([two, one])
     assert ledger.history.charged() == events.grouped([two, two, one])
-    assert opened().history.epsilon() == pytest.approx(put_back.spent)
+    assert opened().history.epsilon() == pytest.approx(lost.spent)
     note = verify(path).events[-1]
     assert (note.kind, note.detail["what"]) == (Kind.NOTE, "restored")
-    assert note.detail["path"][-1] == list(put_back.newest.path[-1])
+    assert note.detail["path"][-1] == list(lost.newest.path[-1])
 
 
 def test_after_the_gap_is_charged_old_anchors_and_receipts_pass(
-    put_back: Restored, opened: Any, anchor: Path, anchored: Any, path: Path, proposal: Any
+    lost: Lost, opened: Any, anchor: Path, anchored: Any, path: Path
 ) -> None:
     anchor.parent.mkdir(parents=True)
-    anchor.write_bytes(put_back.newest.to_bytes())
+    anchor.write_bytes(lost.newest.to_bytes())
     with pytest.raises(RunError, match="is older than its anchor"):
         anchored()
-    opened().charge_gap(put_back.newest)
-    for head in (put_back.newest, put_back.earlier):
+    opened().charge_gap(lost.newest)
+    for head in (lost.newest, lost.earlier):
         assert verify(path, anchor=head).anchor_sequence is not None
     ledger = anchored()
-    ledger.require_contains(put_back.receipt)
+    ledger.require_contains(lost.receipt)
     train(ledger, proposal(run="3"), 1)
     assert Head.read(anchor).sequence == ledger.history.length
     assert verify(path, anchor=Head.read(anchor)).anchor_sequence is not None
 
 
-def test_a_run_that_only_the_lost_events_knew_whole_does_not_go_on(
-    put_back: Restored, opened: Any, proposal: Any
-) -> None:
+def test_a_run_that_only_the_lost_events_knew_whole_does_not_go_on(lost: Lost, opened: Any) -> None:
     ledger = opened()
-    ledger.charge_gap(put_back.newest)
+    ledger.charge_gap(lost.newest)
     assert (ledger.receipt("r").charged_rounds, ledger.receipt("2").charged_rounds) == (2, 1)
     for run in ("r", "2"):
-        with pytest.raises(Refused) as caught:
-            opened().reserve(proposal(run=run), round=3, request="q")
-        assert caught.value.reason is Reason.RUN_ENDED
+        assert reason_of(reserve, opened(), proposal(run=run), 3) is Reason.RUN_ENDED
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 0), (1, 3), (140, 0), (140, 150)])
-def test_a_long_lost_branch_is_made_up_for_in_full(
-    opened: Any, proposal: Any, policy: Any, path: Path, copied: Any, before: int, after: int
-) -> None:
-    def refused(ledger: Ledger, times: int) -> None:
+def test_a_long_lost_branch_is_made_up_for_in_full(backups: Backups, before: int, after: int) -> None:
+    def refused(times: int) -> None:
         for _ in range(times):
             ledger.refuse(Refused(Reason.TASKS), run="x", round=1, request="q")
 
-    ledger = opened()
-    train(ledger, proposal(), 1)
-    refused(ledger, before)
+    ledger = backups.open()
+    refused(before)
     train(ledger, proposal(), 2)
-    backup = copied(path)
+    backups.back_up()
     train(ledger, proposal(), 3)
-    refused(ledger, after)
+    refused(after)
     newest, whole = ledger.head(), ledger.history.charged()
-    shutil.copy(backup, path)
-    train(opened(), proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
-    since = opened().history.charged()
-    gap = opened().charge_gap(newest)
-    lost = events.grouped([proposal().plan.event()])
-    assert gap == lost, "and nothing again that both know"
-    assert opened().history.charged() == since + gap >= whole
-    assert verify(path, anchor=newest).anchor_sequence is not None
+    backups.branch(proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
+    ledger = backups.open()
+    since = ledger.history.charged()
+    gap = ledger.charge_gap(newest)
+    assert gap == events.grouped([proposal().plan.event()]), "and nothing again that both know"
+    assert backups.open().history.charged() == since + gap >= whole
+    assert verify(backups.path, anchor=newest).anchor_sequence is not None
 
 
-def test_what_the_backup_charged_since_makes_up_for_nothing(put_back: Restored, opened: Any, proposal: Any) -> None:
+def test_what_the_backup_charged_since_makes_up_for_nothing(lost: Lost, opened: Any) -> None:
     # Round 2 was released on both branches, which is twice.
     ledger = opened()
     train(ledger, proposal(), 2)
     train(ledger, proposal(run="3", plan={"noise_multiplier": 3.0}), 1)
     since = ledger.history.charged()
-    assert ledger.charge_gap(put_back.newest) == put_back.lost
-    assert ledger.history.charged() == since + put_back.lost
-    known: Counter[DpEvent] = Counter({events.from_json(data): count for data, count in put_back.newest.charged})
+    assert ledger.charge_gap(lost.newest) == lost.charged
+    assert ledger.history.charged() == since + lost.charged
+    known: Counter[DpEvent] = Counter({events.from_json(data): count for data, count in lost.newest.charged})
     assert known <= ledger.history.charged()
 
 
-def test_after_a_restore_nobody_holds_what_the_backup_had_set_aside(
-    opened: Any, proposal: Any, path: Path, copied: Any
-) -> None:
-    ledger = opened()
-    train(ledger, proposal(), 1)
-    backup = copied(path)
+def test_after_a_restore_nobody_holds_what_the_backup_had_set_aside(backups: Backups) -> None:
+    ledger = backups.open()
     train(ledger, proposal(), 2)
     ledger.end("r")
     train(ledger, proposal(run="2", plan={"num_rounds": 8}), *range(1, 9))
-    newest = ledger.head()
-    shutil.copy(backup, path)
-    opened().charge_gap(newest)
+    backups.put_back(anchor=ledger.head())
     for run, reason in (("r", Reason.RUN_ENDED), ("3", Reason.MAX_EPSILON)):
-        with pytest.raises(Refused) as caught:
-            opened().reserve(proposal(run=run), round=2, request="q")
-        assert caught.value.reason is reason
+        assert reason_of(reserve, backups.open(), proposal(run=run), 2) is reason
 
 
-def test_a_backup_put_back_twice_is_found_again(
-    put_back: Restored, opened: Any, anchored: Any, anchor: Path, proposal: Any, path: Path, copied: Any
-) -> None:
+def test_a_backup_put_back_twice_is_found_again(lost: Lost, backups: Backups, anchored: Any, anchor: Path) -> None:
     # The new branch has not yet reached the number of events that the lost one had.
-    opened().charge_gap(put_back.newest)
-    restored = copied(path)
+    ledger = backups.put_back(anchor=lost.newest)
+    backups.back_up()
     anchor.parent.mkdir(parents=True)
-    anchor.write_bytes(opened().head().to_bytes())
+    anchor.write_bytes(ledger.head().to_bytes())
     ledger = anchored()
     train(ledger, proposal(run="3"), 1)
-    assert ledger.history.length <= put_back.newest.sequence
+    assert ledger.history.length <= lost.newest.sequence
     receipt = ledger.receipt("r")
-    shutil.copy(restored, path)
+    backups.put_back()
     with pytest.raises(RunError, match="is older than its anchor"):
         anchored()
     with pytest.raises(RunError, match="the ledger was put back"):
-        verify(path, anchor=Head.read(anchor))
-    assert reason_of(opened().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+        verify(backups.path, anchor=Head.read(anchor))
+    assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
-def test_a_backup_from_before_a_restore_is_found(put_back: Restored, opened: Any, path: Path, copied: Any) -> None:
-    backup = copied(path)
-    ledger = opened()
-    ledger.charge_gap(put_back.newest)
+def test_a_backup_from_before_a_restore_is_found(lost: Lost, backups: Backups) -> None:
+    ledger = backups.put_back(anchor=lost.newest)
     head, receipt = ledger.head(), ledger.receipt("r")
-    shutil.copy(backup, path)
+    ledger = backups.put_back()
     with pytest.raises(RunError, match="the ledger was put back"):
-        verify(path, anchor=head)
-    assert reason_of(opened().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+        verify(backups.path, anchor=head)
+    assert reason_of(ledger.require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
-def test_a_restore_forgets_neither_a_seeded_run_nor_a_freeze(
-    opened: Any, policy: Any, proposal: Any, path: Path, copied: Any
-) -> None:
-    study = policy(allow={"seeded_noise": True})
-    put_back = Restored(lambda: opened(policy=study), proposal, path, copied, seeded_noise=True)
-    assert not opened().history.seeded
-    opened().charge_gap(put_back.newest)
-    assert opened().history.seeded
-    backup = copied(path)
-    opened().freeze("why")
-    frozen = opened().head()
-    shutil.copy(backup, path)
-    assert not opened().history.frozen
-    opened().charge_gap(frozen)
-    assert opened().history.frozen
-    assert verify(path).history.seeded
+def test_a_restore_forgets_neither_a_seeded_run_nor_a_freeze(opened: Any, backups: Backups) -> None:
+    study = Backups(partial(opened, policy=policy(allow={"seeded_noise": True})), backups.path)
+    newest = Lost(study, seeded_noise=True).newest
+    assert not study.open().history.seeded
+    ledger = study.put_back(anchor=newest)
+    assert ledger.history.seeded
+    study.back_up()
+    ledger.freeze("why")
+    frozen = ledger.head()
+    ledger = study.put_back()
+    assert not ledger.history.frozen
+    ledger.charge_gap(frozen)
+    assert ledger.history.frozen
+    assert verify(backups.path).history.seeded
 
 
-def test_an_anchor_of_another_ledger_charges_nothing(
-    put_back: Restored, opened: Any, path: Path, tmp_path: Path, make_key: Any
-) -> None:
-    before = path.read_bytes()
+def test_an_anchor_of_another_ledger_charges_nothing(backups: Backups, opened: Any, tmp_path: Path) -> None:
+    before = backups.path.read_bytes()
     for other in (opened(path=tmp_path / "a.db"), opened(path=tmp_path / "b.db", key=make_key(9))):
         with pytest.raises(RunError, match="the anchor is of another ledger"):
-            opened().charge_gap(other.head())
-    assert path.read_bytes() == before
+            backups.open().charge_gap(other.head())
+    assert backups.path.read_bytes() == before

@@ -18,8 +18,10 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
+from .builders import plan
 
-def test_the_digest_is_golden(plan: Any) -> None:
+
+def test_the_digest_is_golden() -> None:
     # It travels in requests and lies in ledgers: a change of it is a change of format.
     assert plan().digest() == "a261a1fd7452c273457760a02c814571cada399f305eb9012b3eefeebabebd26"
 
@@ -32,7 +34,7 @@ def test_the_digest_is_golden(plan: Any) -> None:
         *({"unit": "user", "records_per_user": 8}, {"unit": "user"}, {"runs": 2}),
     ],
 )
-def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> None:
+def test_every_number_is_in_the_digest(change: dict[str, float]) -> None:
     assert plan(**change).digest() != plan().digest()
     assert plan(**change) != plan()
 
@@ -41,13 +43,13 @@ def test_every_number_is_in_the_digest(plan: Any, change: dict[str, float]) -> N
     ("name", "written"),
     [("max_grad_norm", 1), ("noise_multiplier", 2), ("sampling_rate", 1), ("metrics_noise_multiplier", -0.0)],
 )
-def test_a_number_has_one_digest_however_it_is_written(plan: Any, name: str, written: float) -> None:
+def test_a_number_has_one_digest_however_it_is_written(name: str, written: float) -> None:
     """What was denied as 1.0 is denied as 1, too."""
     asked = plan(**{name: abs(float(written))})
     assert Plan.from_json(asked.to_json() | {name: written}).digest() == asked.digest()
 
 
-def test_every_field_is_in_its_json(plan: Any) -> None:
+def test_every_field_is_in_its_json() -> None:
     by_user = plan(unit="user", records_per_user=8, metrics_noise_multiplier=20.0)
     assert set(by_user.to_json()) == {field.name for field in dataclasses.fields(Plan)} - {"shared", "cohorts", "runs"}
     shared = SharedNoise(num_sites=4, threshold=3, colluders=0, noise_multiplier=1.0, cell_bits=3, bound=9)
@@ -65,7 +67,7 @@ def test_every_field_is_in_its_json(plan: Any) -> None:
         assert Plan.from_json(each.to_json()) == each
 
 
-def test_a_single_run_is_not_said_and_several_are(plan: Any) -> None:
+def test_a_single_run_is_not_said_and_several_are() -> None:
     assert "runs" not in plan().to_json()
     assert Plan.from_json(plan(runs=3).to_json()) == plan(runs=3)
     for wrong in (1, 0, 2.0, True, None, 121):
@@ -83,12 +85,12 @@ def test_runs_by_the_rule_come_to_epsilon_together(metrics: Any) -> None:
         PrivacySpec(runs=121)
 
 
-def test_a_plan_of_records_says_nothing_of_users(plan: Any) -> None:
+def test_a_plan_of_records_says_nothing_of_users() -> None:
     assert "records_per_user" not in plan().to_json()
     assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
 
 
-def test_a_user_costs_what_a_record_would(plan: Any) -> None:
+def test_a_user_costs_what_a_record_would() -> None:
     # The unit says who is protected.  Both are sampled by Poisson and clipped once, so the mechanism is the same.
     for most in (1, 8):
         assert plan(unit="user", records_per_user=most).event(rounds=2) == plan().event(rounds=2)
@@ -102,7 +104,7 @@ def test_of_takes_the_unit_over() -> None:
     assert (by_record.unit, by_record.records_per_user) == ("record", 1), "a record contributes itself"
 
 
-def test_other_json_is_a_config_error(plan: Any) -> None:
+def test_other_json_is_a_config_error() -> None:
     for change in ({"epsilon": 1.0}, {"noise_multiplier": True}, *({"local_steps": n} for n in (True, 0, 10**308))):
         with pytest.raises(ConfigError):
             Plan.from_json(plan().to_json() | change)
@@ -138,7 +140,7 @@ def test_a_run_without_privacy_adds_no_noise_even_if_asked() -> None:
     assert epsilon_pld([plan.event()], 1e-5) == float("inf")
 
 
-def test_released_scores_are_events_of_their_own(plan: Any) -> None:
+def test_released_scores_are_events_of_their_own() -> None:
     with_scores = plan(metrics_noise_multiplier=20.0)
     assert (plan().releases_metrics, with_scores.releases_metrics) == (False, True)
     for rounds in (1, 4):
@@ -179,6 +181,6 @@ def test_scores_that_spend_the_whole_epsilon_alone_are_refused() -> None:
         *(("delta", 0.0), ("num_rounds", 0), ("num_rounds", 2.0), ("spare_rounds", -1), ("spare_rounds", 0.5)),
     ],
 )
-def test_a_plan_out_of_bounds_is_refused(plan: Any, key: str, value: object) -> None:
+def test_a_plan_out_of_bounds_is_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{key} = "):
         plan(**{key: value})

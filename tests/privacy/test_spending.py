@@ -17,12 +17,12 @@ from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 
-from .builders import train
+from .builders import policy, proposal, train
 
 DELTA = 1e-5
 
 
-def test_the_figures_are_those_of_the_charged_events(opened: Any, proposal: Any) -> None:
+def test_the_figures_are_those_of_the_charged_events(opened: Any) -> None:
     ledger = opened()
     assert ledger.history.epsilon() == 0
     train(ledger, proposal(), 1, 2)
@@ -35,7 +35,7 @@ def test_the_figures_are_those_of_the_charged_events(opened: Any, proposal: Any)
     assert history.epsilon(history.charged() + history.set_aside(history.now())) == pytest.approx(whole)
 
 
-def test_a_share_is_of_the_caps_divergence(opened: Any, policy: Any, proposal: Any) -> None:
+def test_a_share_is_of_the_caps_divergence(opened: Any) -> None:
     ledger = opened()
     train(ledger, proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
@@ -65,7 +65,7 @@ def room_refusal(
     return None
 
 
-def test_there_is_room_up_to_the_cap_and_not_beyond(opened: Any, policy: Any, proposal: Any) -> None:
+def test_there_is_room_up_to_the_cap_and_not_beyond(opened: Any) -> None:
     history = opened().history
     one = events.grouped([proposal().plan.event()])
 
@@ -82,13 +82,13 @@ def test_there_is_room_up_to_the_cap_and_not_beyond(opened: Any, policy: Any, pr
     assert room_refusal(history, policy(budget={"max_epsilon": math.inf}), times(10**6)) is None
 
 
-def test_what_is_no_number_does_not_fit(opened: Any, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_number_does_not_fit(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     history = opened().history
     monkeypatch.setattr(filter, "divergence", lambda event, order: math.nan)
     assert room_refusal(history, policy(), Counter({"anything": 1})) is not None
 
 
-def test_what_is_left_is_what_would_be_accepted(opened: Any, policy: Any, proposal: Any) -> None:
+def test_what_is_left_is_what_would_be_accepted(opened: Any) -> None:
     ledger = opened()
     five = proposal().plan.event(rounds=5)
     now = datetime.now(UTC)
@@ -114,7 +114,7 @@ def up_to(rounds: int) -> Callable[[Proposal], bool]:
 
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
-def test_most_rounds_is_the_largest_number_that_is_accepted(proposal: Any, fits: int) -> None:
+def test_most_rounds_is_the_largest_number_that_is_accepted(fits: int) -> None:
     tried: list[int] = []
 
     def accepts(each: Proposal) -> bool:
@@ -125,7 +125,7 @@ def test_most_rounds_is_the_largest_number_that_is_accepted(proposal: Any, fits:
     assert len(tried) <= 5
 
 
-def test_rounds_are_all_that_is_changed_for_most_rounds(proposal: Any) -> None:
+def test_rounds_are_all_that_is_changed_for_most_rounds() -> None:
     asked = proposal(plan={"num_rounds": 4, "spare_rounds": 2})
 
     def accepts(each: Proposal) -> bool:
@@ -137,7 +137,7 @@ def test_rounds_are_all_that_is_changed_for_most_rounds(proposal: Any) -> None:
 
 
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
-def test_least_noise_is_accepted_and_hardly_more_than_needed(proposal: Any, bound: float) -> None:
+def test_least_noise_is_accepted_and_hardly_more_than_needed(bound: float) -> None:
     found = spending.least_noise(proposal(), lambda each: each.plan.noise_multiplier >= bound)
     assert found is not None
     assert found >= max(bound, 1.0), "never less than was asked for"
@@ -145,11 +145,11 @@ def test_least_noise_is_accepted_and_hardly_more_than_needed(proposal: Any, boun
     assert found == round(found, 4)
 
 
-def test_where_no_noise_is_enough_there_is_none(proposal: Any) -> None:
+def test_where_no_noise_is_enough_there_is_none() -> None:
     assert spending.least_noise(proposal(), lambda each: False) is None
 
 
-def test_a_plan_without_noise_is_given_some(proposal: Any) -> None:
+def test_a_plan_without_noise_is_given_some() -> None:
     silent = proposal(plan={"noise_multiplier": 0.0})
     found = spending.least_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
     assert found == pytest.approx(0.5, abs=2e-4)

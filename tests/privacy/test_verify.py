@@ -18,33 +18,31 @@ from hypothesis import strategies as st
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import chain, store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
 from fedtune.words import spoken_start
 
-COLUMNS = (
-    *("sequence", "kind", "time", "run", "round", "request", "attempt", "dataset", "cohort", "code", "detail"),
-    *("hash", "signature"),
-)
+from .builders import make_key, policy, proposal, reserve, site_key
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(chain.Event))
+LATER = policy(limits={"max_rounds": 19})
 
 
-def lived_in(path: Path, policy: Any, proposal: Any, key: SigningKey) -> Head:
+def lived_in(path: Path) -> Head:
     """A ledger with every kind of event and note; returns the head before its last five events."""
-    ledger = Ledger(path, policy(), key)
+    ledger = Ledger(path, policy(), site_key)
 
     def answered(asked: Any, round: int) -> None:
-        granted = ledger.reserve(asked, round=round, request=f"digest {asked.run} {round}")
-        assert isinstance(granted, Reservation)
-        ledger.commit(granted, b"reply %d" % round, fingerprint="f")
+        ledger.commit(reserve(ledger, asked, round), b"reply %d" % round, fingerprint="f")
 
     answered(proposal(), 1)
     backup = Path(shutil.copy(path, path.with_suffix(".backup")))
     answered(proposal(), 2)
     lost = ledger.head()
     shutil.move(backup, path)
-    ledger = Ledger(path, policy(limits={"max_rounds": 19}), key)
+    ledger = Ledger(path, LATER, site_key)
     ledger.charge_gap(lost)
     two = proposal(run="2", dataset="letters", plan={"num_rounds": 3})
     answered(two, 1)
@@ -58,14 +56,12 @@ def lived_in(path: Path, policy: Any, proposal: Any, key: SigningKey) -> Head:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, policy: Any, proposal: Any, site_key: SigningKey) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ledger that nobody may change; tests copy it."""
     path = tmp_path_factory.mktemp("whole") / "ledger.db"
-    head = lived_in(path, policy, proposal, site_key)
+    head = lived_in(path)
     path.with_name("older.json").write_bytes(head.to_bytes())
-    path.with_name("newest.json").write_bytes(
-        Ledger(path, policy(limits={"max_rounds": 19}), site_key).head().to_bytes()
-    )
+    path.with_name("newest.json").write_bytes(Ledger(path, LATER, site_key).head().to_bytes())
     return path
 
 
@@ -113,7 +109,7 @@ def replace_rows(path: Path, rows: list[dict[str, Any]], tamper: Any) -> None:
 # A ledger as it should be.
 
 
-def test_an_untouched_ledger_verifies(whole: Path, newest: Head, site_key: SigningKey) -> None:
+def test_an_untouched_ledger_verifies(whole: Path, newest: Head) -> None:
     verified = verify(whole)
     assert {event.kind for event in verified.events} == set(Kind)
     assert {event.detail["what"] for event in verified.events if event.kind is Kind.NOTE} == {
@@ -325,7 +321,7 @@ def resigned(rows: list[dict[str, Any]], key: SigningKey) -> list[dict[str, Any]
 
 
 def test_a_ledger_signed_again_by_another_key_is_found_by_whoever_expects_the_sites(
-    whole: Path, victim: Path, tamper: Any, newest: Head, site_key: SigningKey, make_key: Any, policy: Any
+    whole: Path, victim: Path, tamper: Any, newest: Head
 ) -> None:
     forger: SigningKey = make_key(9)
     replace_rows(victim, resigned(stored(whole)[:-1], forger), tamper)
@@ -334,19 +330,17 @@ def test_a_ledger_signed_again_by_another_key_is_found_by_whoever_expects_the_si
     assert found(victim, site_key=site_key.public).endswith(f"names site key {forger.public}, not {site_key.public}")
     assert found(victim, anchor=newest) == "the anchor is of another ledger"
     with pytest.raises(RunError, match="is not signed by the site's key"):
-        Ledger(victim, policy(limits={"max_rounds": 19}), site_key)
+        Ledger(victim, LATER, site_key)
 
 
-def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path, tamper: Any, make_key: Any) -> None:
+def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path, tamper: Any) -> None:
     rows = stored(whole)
     for number in range(len(rows)):
         changed = [dict(row) for row in rows]
         changed[number]["signature"] = make_key(9).sign(chain.EVENT, rows[number]["hash"].encode())
         replace_rows(victim, changed, tamper)
-        assert (
-            found(victim)
-            == f"event {number + 1} is not signed by the site's key {spoken_start(verify(whole).site_key)}"
-        )
+        key = spoken_start(verify(whole).site_key)
+        assert found(victim) == f"event {number + 1} is not signed by the site's key {key}"
 
 
 # Rollback.
@@ -363,9 +357,7 @@ def test_a_truncated_ledger_passes_without_an_anchor_and_is_found_with_one(
     assert found(victim, anchor=newest) == expected
 
 
-def test_an_anchor_that_names_the_sites_key_without_its_signature_is_no_anchor(
-    newest: Head, tmp_path: Path, make_key: Any
-) -> None:
+def test_an_anchor_that_names_the_sites_key_without_its_signature_is_no_anchor(newest: Head, tmp_path: Path) -> None:
     path = tmp_path / "anchor.json"
     forged = dataclasses.replace(newest, sequence=1, signature=make_key(9).sign(chain.HEAD, newest.message()))
     path.write_bytes(forged.to_bytes())
@@ -373,12 +365,9 @@ def test_an_anchor_that_names_the_sites_key_without_its_signature_is_no_anchor(
         Head.read(path)
 
 
-def test_a_ledger_opened_for_training_finds_changes_too(
-    whole: Path, victim: Path, tamper: Any, policy: Any, site_key: SigningKey
-) -> None:
+def test_a_ledger_opened_for_training_finds_changes_too(whole: Path, victim: Path, tamper: Any) -> None:
     rows = stored(whole)
-    site = policy(limits={"max_rounds": 19})
-    Ledger(victim, site, site_key)
+    Ledger(victim, LATER, site_key)
     for forged in (
         [rows[0] | {"code": "x"}, *rows[1:]],
         rehashed([rows[0] | {"code": "x"}, *rows[1:]]),
@@ -386,12 +375,10 @@ def test_a_ledger_opened_for_training_finds_changes_too(
     ):
         replace_rows(victim, forged, tamper)
         with pytest.raises(RunError, match="nothing is trained on a ledger in doubt"):
-            Ledger(victim, site, site_key)
+            Ledger(victim, LATER, site_key)
 
 
-def test_an_event_that_cannot_be_followed_leaves_nothing_half_followed(
-    opened: Any, proposal: Any, path: Path, copied: Any, site_key: SigningKey
-) -> None:
+def test_an_event_that_cannot_be_followed_leaves_nothing_half_followed(opened: Any, path: Path, copied: Any) -> None:
     """An event of the right key that makes no sense, as a faulty version might write; then the file is put right."""
     ledger = opened()
     ledger.reserve(proposal(), round=1, request="q")
