@@ -60,11 +60,6 @@ def test_once_approved_it_begins(manual: Open, path: Path) -> None:
         reserve(ledger, proposal(), round)  # it is approved as a whole
 
 
-def test_without_manual_approval_nothing_waits(opened: Open, path: Path) -> None:
-    reserve(opened(), proposal())
-    assert kinds(path) == [(Kind.PLAN, ""), (Kind.RESERVE, "")]
-
-
 SHARED = SharedNoise(num_sites=3, threshold=3, colluders=0, noise_multiplier=4.0, cell_bits=1, bound=9)
 # Within the policy, so that nothing but the approval can stand against it.
 _OWN: dict[str, Any] = {"run": "s", "dataset": "letters", "target_modules": ("v_proj",), "rank": 3, "train_head": False}
@@ -112,8 +107,8 @@ def test_each_changed_proposal_needs_an_approval_of_its_own(manual: Open) -> Non
         ({"plan": {"noise_multiplier": 0.5}}, Reason.MIN_NOISE_MULTIPLIER),
         ({"plan": {"num_rounds": 20}}, Reason.MAX_EPSILON),
         ({"dataset": "images"}, Reason.DATASET),
+        ({"lead": make_key(9).public}, Reason.LEADS),
     ],
-    ids=["rank", "noise", "budget", "dataset"],
 )
 def test_nobody_approves_what_policy_or_budget_refuse(
     manual: Open, path: Path, changes: dict[str, Any], reason: Reason
@@ -138,22 +133,14 @@ def test_a_frozen_site_approves_nothing(manual: Open) -> None:
     assert reason_of(manual().approve, proposal()) is Reason.FROZEN
 
 
-def test_a_stranger_s_run_cannot_be_approved(manual: Open) -> None:
-    assert reason_of(manual().approve, proposal(lead=make_key(9).public)) is Reason.LEADS
-
-
-def test_the_approval_of_another_process_counts(manual: Open) -> None:
-    serving, at_the_keyboard = manual(), manual()
+def test_the_approval_of_another_process_counts(manual: Open, path: Path) -> None:
+    serving = manual()
     assert reason_of(reserve, serving, proposal()) is Reason.AWAITING_APPROVAL
-    at_the_keyboard.approve(proposal())
-    reserve(serving, proposal())
-
-
-def test_an_approval_survives_a_restart(manual: Open, path: Path) -> None:
     manual().approve(proposal())
     manual().require_startable(proposal())
     assert verify(path, site_key=site_key.public).history.approved.keys() == {proposal().digest()}
-    reserve(manual(), proposal())
+    reserve(serving, proposal())
+    reserve(manual(), proposal(), 2)
 
 
 def test_approving_twice_is_approving_once(manual: Open) -> None:
@@ -189,11 +176,10 @@ def test_policy_and_budget_can_be_asked_before_a_person_is(manual: Open) -> None
 def test_an_approval_lasts_though_the_policy_changes(manual: Open) -> None:
     manual().approve(proposal())
     reserve(manual(limits={"max_rounds": 19}), proposal())
-
-
-def test_an_approval_does_not_outlive_the_rule_that_allowed_it(manual: Open) -> None:
-    manual().approve(proposal())
-    assert reason_of(reserve, manual(allow={"max_rank": 1}), proposal()) is Reason.MAX_RANK
+    refusing = manual(allow={"max_rank": 1})
+    assert reason_of(reserve, refusing, proposal(), 2) is Reason.MAX_RANK, (
+        "but not longer than the rule that allowed it"
+    )
 
 
 def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Open, manual: Open) -> None:
@@ -229,14 +215,9 @@ def test_that_a_run_waits_is_recorded_once_however_often_it_asks(manual: Open, p
 
 def test_what_changes_while_it_waits_is_recorded(manual: Open, path: Path) -> None:
     ledger = manual()
-    for run, reason in (
-        ("r", Reason.AWAITING_APPROVAL),
-        ("r", Reason.AWAITING_APPROVAL),
-        ("r", Reason.PAUSED),
-        ("s", Reason.PAUSED),
-        ("s", Reason.PAUSED),
-    ):
-        refuse(ledger, reason, run=run)
+    for reason, runs in ((Reason.AWAITING_APPROVAL, "rr"), (Reason.PAUSED, "rss")):
+        for run in runs:
+            refuse(ledger, reason, run=run)
     ledger.approve(proposal())
     refuse(ledger, Reason.PAUSED, run="s")
     told = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]

@@ -22,13 +22,9 @@ def test_a_key_is_made_once_and_then_loaded(tmp_path: Path) -> None:
     path = tmp_path / "new" / "key.pem"
     first = SigningKey.load_or_make(path)
     assert SigningKey.load_or_make(path).public == SigningKey.load(path).public == first.public
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600, "only its owner can read it"
+    assert [each.name for each in path.parent.iterdir()] == ["key.pem"], "nothing is left beside it"
     assert SigningKey.load_or_make(tmp_path / "other.pem").public != first.public
-
-
-def test_only_its_owner_can_read_a_key_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
-    SigningKey.load_or_make(tmp_path / "key.pem")
-    assert stat.S_IMODE((tmp_path / "key.pem").stat().st_mode) == 0o600
-    assert [path.name for path in tmp_path.iterdir()] == ["key.pem"]
 
 
 def test_the_key_of_a_process_that_was_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,11 +58,7 @@ def test_a_signature_is_good_for_its_key_purpose_and_message_alone() -> None:
     assert not is_signed(key.public, "ledger head", b"message", signature)
     assert not is_signed(key.public, "receipt", b"massage", signature)
     assert not is_signed(key.public, "receipt", b"message", other.sign("receipt", b"message"))
-
-
-def test_purpose_and_message_cannot_be_cut_elsewhere() -> None:
-    key = make_key(1)
-    assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent"))
+    assert not is_signed(key.public, "receipts", b"ent", key.sign("receipt", b"sent")), "it is not cut elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -92,9 +84,8 @@ def test_a_public_key_has_64_lower_case_hex_digits() -> None:
 
 
 def test_secrets_differ_by_purpose_and_key_and_stay_the_same() -> None:
-    secrets = {
-        make_key(number).secret(purpose) for number in (1, 2) for purpose in ("receipt head", "data fingerprint")
-    }
+    purposes = ("receipt head", "data fingerprint")
+    secrets = {make_key(number).secret(purpose) for number in (1, 2) for purpose in purposes}
     assert len(secrets) == 4
     assert {len(secret) for secret in secrets} == {32}
     assert make_key(1).secret("receipt head") in secrets

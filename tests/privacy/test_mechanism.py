@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -34,12 +33,8 @@ def test_another_record_changes_no_other_records_place() -> None:
     np.testing.assert_array_equal(more[more < 200], fewer)
 
 
-def test_a_sample_may_be_empty() -> None:
-    assert poisson_sample(3, 1e-12, stream("empty")).shape == (0,)
-    assert poisson_sample(0, 0.5, stream("none")).shape == (0,)
-
-
-def test_rate_one_takes_all() -> None:
+def test_rate_one_takes_all_and_a_sample_may_be_empty() -> None:
+    assert poisson_sample(3, 1e-12, stream("empty")).shape == poisson_sample(0, 0.5, stream("none")).shape == (0,)
     np.testing.assert_array_equal(poisson_sample(7, 1.0, stream("all")), np.arange(7))
 
 
@@ -54,18 +49,12 @@ def nothing(shape: tuple[int, ...]) -> npt.NDArray[np.int64]:
     return np.zeros(shape, dtype=np.int64)
 
 
-def deviations_asked_of(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[float]:
-    """What standard deviation of the noise `run` asks its streams for, one a call."""
+def note_deviations(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The standard deviation of each noise that streams are asked for, which is nothing."""
     asked: list[float] = []
-    original = RandomStream.rounded_normal
-
-    def noted(self: RandomStream, count: int, deviation: float) -> npt.NDArray[np.int64]:
-        asked.append(deviation)
-        return original(self, count, deviation)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RandomStream, "rounded_normal", noted)
-        run()
+    monkeypatch.setattr(
+        RandomStream, "rounded_normal", lambda _, count, deviation: asked.append(deviation) or nothing((count,))
+    )
     return asked
 
 
@@ -88,14 +77,9 @@ def test_noise_has_the_scale_of_sigma_times_the_sensitivity(
 
 def test_the_noise_of_a_clip_norm_has_exactly_the_stated_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
     for noise_multiplier in (0.3, 1.0, 1.3, 17.1):
-        asked = deviations_asked_of(
-            monkeypatch,
-            lambda: add_gaussian_noise(
-                {"a": nothing((3,)), "b": nothing((2, 2))},
-                noise_multiplier=noise_multiplier,  # noqa: B023, called at once
-                stream=stream("exactly"),
-            ),
-        )
+        asked = note_deviations(monkeypatch)
+        sums = {"a": nothing((3,)), "b": nothing((2, 2))}
+        add_gaussian_noise(sums, noise_multiplier=noise_multiplier, stream=stream("exactly"))
         assert [Fraction(one) for one in asked] == [Fraction(noise_multiplier) * C_IN_CELLS] * 2
 
 
@@ -156,9 +140,8 @@ def test_whole_numbers_go_in_and_come_out() -> None:
     assert noisy["a"].dtype == np.int64
     # Beyond what float64 tells apart: the sum is never made a float.
     large = {"a": np.array([2**55 + 1, -(2**55) - 1])}
-    np.testing.assert_array_equal(
-        add_gaussian_noise(large, noise_multiplier=0.0, stream=stream("type"))["a"], large["a"]
-    )
+    unmoved = add_gaussian_noise(large, noise_multiplier=0.0, stream=stream("type"))
+    np.testing.assert_array_equal(unmoved["a"], large["a"])
 
 
 def before_noise(scores: npt.NDArray[np.float64], declared_size: float = 1.0) -> npt.NDArray[np.float64]:
@@ -196,10 +179,7 @@ def test_a_score_is_rounded_down_to_the_grid() -> None:
 @given(noise_multiplier=st.floats(1e-6, 1e9))
 def test_the_noise_of_scores_is_not_smaller_than_stated(noise_multiplier: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            RandomStream, "rounded_normal", lambda _, count, deviation: asked.append(deviation) or nothing((count,))
-        )
-        asked: list[float] = []
+        asked = note_deviations(patch)
         noised_scores(np.ones(2), declared_size=3.0, noise_multiplier=noise_multiplier, stream=stream("stated"))
     (deviation,) = asked
     stated = 2 * (Fraction(noise_multiplier) * C_IN_CELLS) ** 2  # squared, so that it is exact
@@ -209,11 +189,8 @@ def test_the_noise_of_scores_is_not_smaller_than_stated(noise_multiplier: float)
 def test_scores_are_clamped_and_what_is_no_number_counts_as_zero() -> None:
     scores = np.array([0.25, 3.0, -2.0, np.nan, np.inf, -np.inf])
     np.testing.assert_allclose(before_noise(scores), [1.25, 6.0])
+    np.testing.assert_allclose(before_noise(scores, declared_size=8.0), [1.25 / 8, 6.0 / 8])
     assert np.isnan(scores[3]), "the caller's array is left alone"
-
-
-def test_scores_are_shares_of_the_declared_size() -> None:
-    np.testing.assert_allclose(before_noise(np.array([0.5, 1.0]), declared_size=8.0), [1.5 / 8, 2 / 8])
 
 
 @pytest.mark.parametrize(("noise_multiplier", "declared_size"), [(20.0, 1.0), (0.5, 40.0)])
@@ -248,15 +225,12 @@ def test_noise_of_scores_has_the_scale_of_sigma_times_root_two(
 )
 def test_settings_out_of_bounds_name_their_key(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{key} = "):
-        PrivacySpec(**{key: value})  # type: ignore[arg-type]
-
-
-def test_settings_within_bounds() -> None:
-    assert PrivacySpec(sampling_rate=1.0).private
-    assert not PrivacySpec(mechanism="none").private
+        PrivacySpec(**{key: value})
 
 
 def test_scores_are_released_only_where_they_are_asked_for_and_noised() -> None:
+    assert PrivacySpec(sampling_rate=1.0).private
+    assert not PrivacySpec(mechanism="none").private
     assert PrivacySpec().metrics_noise == 0
     assert PrivacySpec(metrics="noised").metrics_noise == 20.0
     with pytest.raises(ConfigError, match=r"^metrics = 'noised': needs a run with privacy"):

@@ -83,11 +83,6 @@ def test_every_truncation_is_a_config_error() -> None:
             Update.from_bytes(data[:length])
 
 
-def test_what_follows_an_update_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="must be an encoded update"):
-        Update.from_bytes(small().to_bytes() + b"\0")
-
-
 def test_every_flipped_bit_is_a_config_error_or_another_whole_update() -> None:
     data = small().to_bytes()
     header_end = data.index(b"}") + 1
@@ -112,6 +107,8 @@ FIELDS = {"site": "a", "run": "r", "round": 1, "tensors": [], "scores": None}
     "data",
     [
         b"",
+        small().to_bytes() + b"\0",
+        MAGIC + struct.pack("<Q", (1 << 20) + 1) + b" " * ((1 << 20) + 1),  # a long header is not read
         b"fedtune-update-1\n" + small().to_bytes()[len(MAGIC) :],
         MAGIC + struct.pack("<Q", 1 << 63) + b"{}",
         MAGIC + struct.pack("<Q", 100) + b"{}",
@@ -146,29 +143,12 @@ def test_anything_else_is_a_config_error(data: bytes) -> None:
         Update.from_bytes(data)
 
 
-def test_a_long_header_is_refused_before_it_is_read() -> None:
-    size = (1 << 20) + 1
-    with pytest.raises(ConfigError):
-        Update.from_bytes(MAGIC + struct.pack("<Q", size) + b" " * size)
-
-
 def test_the_reasons_are_a_closed_list() -> None:
     # A new reason tells the server something about a site: add it here knowingly.
     of_the_policy = {
-        *(
-            *("leads", "dataset", "declared_size", "tasks", "base_models", "target_modules", "max_rank", "train_head"),
-            "seeded_noise",
-        ),
-        *(
-            "updates",
-            "metrics",
-            "unit",
-            "delta",
-            "cohorts",
-            "min_noise_multiplier",
-            "max_sampling_rate",
-            "max_grad_norm",
-        ),
+        *("leads", "dataset", "declared_size", "tasks", "base_models", "target_modules", "max_rank", "train_head"),
+        *("seeded_noise", "updates", "metrics", "unit", "delta", "cohorts", "min_noise_multiplier"),
+        *("max_sampling_rate", "max_grad_norm"),
         *("min_grad_norm", "max_local_steps", "max_rounds", "max_records_per_user", "max_adapter_value", "dtypes"),
         *("max_lora_scale", "max_head_scale", "adapters"),
         *("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period", "max_epsilon_if_all_collude"),
@@ -229,16 +209,8 @@ def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
 
 
 def signed(key: SigningKey, **changes: object) -> Receipt:
-    fields: dict[str, Any] = {
-        "site": "a",
-        "run": "r",
-        "charged_rounds": 2,
-        "charged_steps": 6,
-        "sequence": 9,
-        "head": "0" * 64,
-        "site_key": key.public,
-    }
-    fields |= changes
+    fields: dict[str, Any] = {"site": "a", "run": "r", "charged_rounds": 2, "charged_steps": 6, "sequence": 9}
+    fields |= {"head": "0" * 64, "site_key": key.public} | changes
     return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").message()))
 
 
@@ -269,12 +241,7 @@ def test_a_receipt_survives_json_and_nothing_else_is_one() -> None:
     receipt = signed(site_key)
     whole = json.loads(json.dumps(dataclasses.asdict(receipt)))
     assert Receipt.from_json(whole) == receipt
-    for change in (
-        {"charged_rounds": -1},
-        {"sequence": 1 << 62},
-        {"run": "r" * 1001},
-        {"site": "a\nb"},
-        {"epsilon": 1},
-    ):
+    wrong = {"charged_rounds": -1, "sequence": 1 << 62, "run": "r" * 1001, "site": "a\nb", "epsilon": 1}
+    for key, value in wrong.items():
         with pytest.raises(ConfigError):
-            Receipt.from_json(whole | change)
+            Receipt.from_json(whole | {key: value})

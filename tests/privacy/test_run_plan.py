@@ -65,6 +65,8 @@ def test_every_field_is_in_its_json() -> None:
     assert Plan.from_json(json.loads(json.dumps(by_user.to_json()))) == by_user
     for each in (plan(), by_user):
         assert Plan.from_json(each.to_json()) == each
+    assert "records_per_user" not in plan().to_json(), "a plan of records says nothing of users"
+    assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
 
 
 def test_a_single_run_is_not_said_and_several_are() -> None:
@@ -85,23 +87,10 @@ def test_runs_by_the_rule_come_to_epsilon_together(metrics: Any) -> None:
         PrivacySpec(runs=121)
 
 
-def test_a_plan_of_records_says_nothing_of_users() -> None:
-    assert "records_per_user" not in plan().to_json()
-    assert Plan.from_json({**plan().to_json(), "records_per_user": 1}) == plan()
-
-
 def test_a_user_costs_what_a_record_would() -> None:
     # The unit says who is protected.  Both are sampled by Poisson and clipped once, so the mechanism is the same.
     for most in (1, 8):
         assert plan(unit="user", records_per_user=most).event(rounds=2) == plan().event(rounds=2)
-
-
-def test_of_takes_the_unit_over() -> None:
-    privacy = PrivacySpec(unit="user", records_per_user=5, noise_multiplier=2.0)
-    plan = Plan.of(privacy, local_steps=1, num_rounds=1)
-    assert (plan.unit, plan.records_per_user) == ("user", 5)
-    by_record = Plan.of(dataclasses.replace(privacy, unit="record"), local_steps=1, num_rounds=1)
-    assert (by_record.unit, by_record.records_per_user) == ("record", 1), "a record contributes itself"
 
 
 def test_other_json_is_a_config_error() -> None:
@@ -120,24 +109,15 @@ def test_noise_is_calibrated_for_all_rounds_spare_ones_included() -> None:
 
 
 def test_of_takes_every_setting_over() -> None:
-    privacy = PrivacySpec(delta=1e-6, noise_multiplier=2.5, max_grad_norm=0.3, sampling_rate=0.15)
-    assert Plan.of(privacy, local_steps=4, num_rounds=6, spare_rounds=1) == Plan(
-        unit="record",
-        delta=1e-6,
-        sampling_rate=0.15,
-        noise_multiplier=2.5,
-        max_grad_norm=0.3,
-        local_steps=4,
-        num_rounds=6,
-        spare_rounds=1,
-    )
-
-
-def test_a_run_without_privacy_adds_no_noise_even_if_asked() -> None:
-    plan = Plan.of(PrivacySpec(mechanism="none", noise_multiplier=3.0), local_steps=1, num_rounds=1)
-    assert plan.noise_multiplier == 0
-    assert not plan.private
-    assert epsilon_pld([plan.event()], 1e-5) == float("inf")
+    changes = {"delta": 1e-6, "noise_multiplier": 2.5, "max_grad_norm": 0.3, "sampling_rate": 0.15}
+    rounds = {"local_steps": 4, "num_rounds": 6, "spare_rounds": 1}
+    privacy = PrivacySpec(**changes, records_per_user=5)
+    assert Plan.of(privacy, **rounds) == plan(**changes, **rounds), "a record contributes itself"
+    by_user = Plan.of(dataclasses.replace(privacy, unit="user"), **rounds)
+    assert by_user == plan(**changes, **rounds, unit="user", records_per_user=5)
+    silent = Plan.of(dataclasses.replace(privacy, mechanism="none"), **rounds)
+    assert (silent.noise_multiplier, silent.private) == (0, False), "even if noise is asked for"
+    assert epsilon_pld([silent.event()], 1e-5) == math.inf
 
 
 def test_released_scores_are_events_of_their_own() -> None:

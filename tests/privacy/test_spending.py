@@ -76,7 +76,6 @@ def test_there_is_room_up_to_the_cap_and_not_beyond(opened: Any) -> None:
     assert room_refusal(history, policy(), times(4), times(6)) is None
     for asked, held in ((11, 0), (5, 6), (1, 10)):
         refused = room_refusal(history, policy(), times(asked), times(held))
-        assert refused is not None
         assert refused.reason is Reason.MAX_EPSILON
         assert refused.asked == "11.4859"
     assert room_refusal(history, policy(budget={"max_epsilon": math.inf}), times(10**6)) is None
@@ -139,7 +138,6 @@ def test_rounds_are_all_that_is_changed_for_most_rounds() -> None:
 @pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
 def test_least_noise_is_accepted_and_hardly_more_than_needed(bound: float) -> None:
     found = spending.least_noise(proposal(), lambda each: each.plan.noise_multiplier >= bound)
-    assert found is not None
     assert found >= max(bound, 1.0), "never less than was asked for"
     assert found <= max(bound, 1.0) * 1.0002 + 1e-4
     assert found == round(found, 4)
