@@ -287,10 +287,14 @@ def parsed(*arguments: str) -> dict[str, Any]:
 
 
 def run_command(*arguments: str) -> Outcome:
+    """`fedtune` in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(list(arguments))
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+command = run_command
 
 
 @contextlib.contextmanager
@@ -310,54 +314,44 @@ def own_logging() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@pytest.fixture(scope="session")
-def command() -> Callable[..., Outcome]:
-    """`fedtune` in this process."""
-    return run_command
-
-
-@pytest.fixture(scope="session")
-def tiny() -> Callable[..., list[str]]:
+def tiny(*overrides: str, into: Path, name: str = "run") -> list[str]:
     """Overrides of a run that takes well under a second: given noise saves the search for it.
 
     The keyword `into` is the folder for run folders.  Positional overrides come last, and so win.
     """
-
-    def make(*overrides: str, into: Path, name: str = "run") -> list[str]:
-        own = any(override.startswith("experiment=") for override in overrides)
-        return [
-            *([] if own else ["experiment=debug"]),
-            *(f"tracking.output_dir='{into}'", f"name={name}", "runtime.device=cpu", "runtime.num_threads=1"),
-            *("privacy.noise_multiplier=4.0", "training.go_on_without_signal=true", "data.train_fraction=0.02"),
-            *("data.declared_sizes=90", "data.max_length=16", "data.validation_rows=10", "data.test_rows=10"),
-            *overrides,
-        ]
-
-    return make
+    own = any(override.startswith("experiment=") for override in overrides)
+    return [
+        *([] if own else ["experiment=debug"]),
+        *(f"tracking.output_dir='{into}'", f"name={name}", "runtime.device=cpu", "runtime.num_threads=1"),
+        *("privacy.noise_multiplier=4.0", "training.go_on_without_signal=true", "data.train_fraction=0.02"),
+        *("data.declared_sizes=90", "data.max_length=16", "data.validation_rows=10", "data.test_rows=10"),
+        *overrides,
+    ]
 
 
-@pytest.fixture(scope="session")
-def simulate(tiny: Callable[..., list[str]]) -> Callable[..., Path]:
+def simulate(*overrides: str, into: Path, name: str = "run") -> Path:
     """Run the tiny federation to its end and return its folder."""
-
-    def run(*overrides: str, into: Path, name: str = "run") -> Path:
-        outcome = run_command("simulate", *tiny(*overrides, into=into, name=name))
-        assert outcome.code == 0, outcome.err
-        return into / name
-
-    return run
+    outcome = run_command("simulate", *tiny(*overrides, into=into, name=name))
+    assert outcome.code == 0, outcome.err
+    return into / name
 
 
-@pytest.fixture(scope="session")
-def result_of() -> Callable[[Path], Any]:
+def result_of(folder: Path) -> Any:
     """The run.json of a run folder."""
-    return lambda folder: json.loads((folder / "run.json").read_text())
+    return json.loads((folder / "run.json").read_text())
 
 
-@pytest.fixture(scope="session")
-def adapter_of() -> Callable[[Path], dict[str, bytes]]:
+def adapter_of(folder: Path) -> dict[str, bytes]:
     """The bytes of a finished run's tensors."""
-    return lambda folder: {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
+    return {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
+
+
+# The same, for tests that take them as fixtures.
+_command = pytest.fixture(scope="session", name="command")(lambda: command)
+_tiny = pytest.fixture(scope="session", name="tiny")(lambda: tiny)
+_simulate = pytest.fixture(scope="session", name="simulate")(lambda: simulate)
+_result_of = pytest.fixture(scope="session", name="result_of")(lambda: result_of)
+_adapter_of = pytest.fixture(scope="session", name="adapter_of")(lambda: adapter_of)
 
 
 @pytest.fixture(scope="session")
@@ -494,6 +488,20 @@ def note_everything_sent(patched: pytest.MonkeyPatch) -> list[bytes]:
 
     patched.setattr(InProcessGrid, "deliver", spy)
     return sent
+
+
+def fail_where(
+    patched: pytest.MonkeyPatch, owner: Any, name: str, when: Callable[..., bool], error: BaseException | None = None
+) -> None:
+    """The function or method raises an error where `when` is true of its arguments."""
+    real = getattr(owner, name)
+
+    def failing(*given: Any, **named: Any) -> Any:
+        if when(*given, **named):
+            raise error or OSError("away")
+        return real(*given, **named)
+
+    patched.setattr(owner, name, failing)
 
 
 @pytest.fixture

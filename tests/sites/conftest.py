@@ -6,11 +6,15 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import DataSpec
@@ -28,12 +32,15 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Asserted, Machine
+from fedtune.sites import work
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
+
+from ..conftest import tiny
 
 LABELS = ("invoice", "complaint", "praise")
 COLUMNS = {"text": "body", "label": "kind"}
@@ -63,10 +70,9 @@ def changed(config: RunConfig, **groups: Any) -> RunConfig:
     return replace(config, **values)
 
 
-@pytest.fixture(scope="session")
-def letters() -> Callable[..., RunConfig]:
-    """A lead's configuration of a run over the sites north and south; keywords change groups of it."""
-    config = RunConfig(
+@cache
+def _letters() -> RunConfig:
+    return RunConfig(
         name="trial",
         task="classification",
         model=ModelSpec(path="random:bert", sha256=model_sha256(ModelSpec(path="random:bert"))),
@@ -85,7 +91,11 @@ def letters() -> Callable[..., RunConfig]:
         federation=FederationSpec(num_rounds=3, num_sites=2, site_names=("north", "south"), update_dtype="float32"),
         runtime=RuntimeSpec(kind="deployment", device="cpu", num_threads=1, seeded_noise=True),
     )
-    return lambda **groups: changed(config, **groups)
+
+
+def letters(**groups: Any) -> RunConfig:
+    """A lead's configuration of a run over the sites north and south; keywords change groups of it."""
+    return changed(_letters(), **groups)
 
 
 def round_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundRequest:
@@ -97,7 +107,7 @@ def round_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundReq
 
 def write_records(path: Path, rows: Sequence[tuple[str, str]]) -> None:
     """A site's data file."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS.values())
         writer.writerows(rows)
@@ -217,15 +227,13 @@ class Station:
 
 
 @pytest.fixture(scope="session")
-def first_adapter(letters: Callable[..., RunConfig]) -> Adapter:
+def first_adapter() -> Adapter:
     """What every run of the tiny model begins with."""
     return SharedModel(letters()).initial_adapter
 
 
 @pytest.fixture
-def station(
-    tmp_path: Path, lead_key: SigningKey, letters: Callable[..., RunConfig], first_adapter: Adapter
-) -> Callable[..., Station]:
+def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Callable[..., Station]:
     """A site that allows several runs like its configuration's; keywords change that configuration."""
 
     def make(name: str = "north", **groups: Any) -> Station:
@@ -246,3 +254,18 @@ def station(
         return made
 
     return make
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., RunConfig]:
+    """The tiny simulation's configuration with overrides."""
+    return lambda *overrides: compose_run(tiny(*overrides, into=tmp_path))
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float64]]:
+    """The exact scores that each round adds noise to."""
+    seen: list[npt.NDArray[np.float64]] = []
+    original = work.noised_scores
+    monkeypatch.setattr(work, "noised_scores", lambda scores, **rest: seen.append(scores) or original(scores, **rest))
+    return seen

@@ -8,12 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 
 import fedtune.sites.work as site_work
-from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.model import Adapter
@@ -26,7 +23,7 @@ from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
 from fedtune.training.users import UserExamples
 
-from .conftest import LABELS, round_request, write_records
+from .conftest import LABELS, letters, round_request, write_records
 
 BY_USER: dict[str, Any] = {
     "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
@@ -42,13 +39,8 @@ def site(station: Callable[..., Any]) -> Any:
 
 def test_it_trains_on_its_users(site: Any, first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    train_round = site_work.train_round
-
-    def spy(model: Any, adapter: Any, examples: Any, work: Any, **rest: Any) -> Any:
-        seen.append(examples)
-        return train_round(model, adapter, examples, work, **rest)
-
-    monkeypatch.setattr(site_work, "train_round", spy)
+    train = site_work.train_round
+    monkeypatch.setattr(site_work, "train_round", lambda *of, **rest: seen.append(of[2]) or train(*of, **rest))
     assert Adapter(site.update().tensors).digest() != first_adapter.digest()
     (examples,) = seen
     assert isinstance(examples, UserExamples)
@@ -56,17 +48,13 @@ def test_it_trains_on_its_users(site: Any, first_adapter: Adapter, monkeypatch: 
     assert site.ledger().history.opened.unit == "user"
 
 
-def test_it_refuses_runs_of_records_and_more_than_it_lets_a_user_contribute(
-    site: Any, letters: Callable[..., RunConfig]
-) -> None:
+def test_it_refuses_runs_of_records_and_more_than_it_lets_a_user_contribute(station: Any) -> None:
+    assert station("south").refusal(letters(**BY_USER)) is Reason.UNIT, "as a site of records does runs by user"
+    site = station(**BY_USER)
     assert site.refusal(letters()) is Reason.UNIT
     site.edit(limits={"max_records_per_user": 4})
     assert site.refusal() is Reason.MAX_RECORDS_PER_USER
     assert site.ledger().history.runs == {}
-
-
-def test_a_site_of_records_refuses_runs_by_user(station: Callable[..., Any], letters: Callable[..., RunConfig]) -> None:
-    assert station().refusal(letters(**BY_USER)) is Reason.UNIT
 
 
 def test_its_policy_says_whose_a_record_is(site: Any) -> None:
@@ -85,7 +73,7 @@ def test_a_record_of_several_users_costs_nobody_an_answer(site: Any) -> None:
     site.update(round=2)
 
 
-def test_where_a_lead_has_its_users_column_does_not_travel(letters: Callable[..., RunConfig]) -> None:
+def test_where_a_lead_has_its_users_column_does_not_travel() -> None:
     columns = {"text": "text", "label": "label", "user": "canary"}
     sent = for_sites(letters(data={"columns": columns}, privacy={"unit": "user"}))
     assert "canary" not in json.dumps(sent.to_json())
@@ -101,29 +89,17 @@ def records(users: dict[str, int]) -> list[Record]:
     ]
 
 
-def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(
-    letters: Callable[..., RunConfig], lead_key: SigningKey, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(lead_key: SigningKey, scored: Any) -> None:
     columns = {"text": "text", "label": "label", "user": "who"}
     by_user = {"metrics": "noised", "unit": "user"}
     config = letters(data={"heldout_fraction": 0.5, "columns": columns}, privacy=by_user)
     shared = SharedModel(config)
-    summed: list[npt.NDArray[np.float64]] = []
-    original = site_work.noised_scores
-
-    def watched(scores: npt.NDArray[np.float64], **settings: Any) -> tuple[float, float]:
-        summed.append(scores)
-        return original(scores, **settings)
-
-    monkeypatch.setattr(site_work, "noised_scores", watched)
     request = round_request(config, lead_key)
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
         own = SiteRecords(training=records({"third": 3}), heldout=records(users))
         work = SiteWork("north", shared, own, declared_size=40, max_adapter_value=math.inf)
-        assert (
-            work.do(request, shared.initial_adapter, 1, plan=request.proposal.plan, fingerprint_key=b"k").scores
-            is not None
-        )
-        assert summed[-1].shape == (len(users),)
-        assert ((summed[-1] >= 0) & (summed[-1] <= 1)).all()
-    assert summed[0][0] == summed[1][0], "nor does one user move another's score"
+        done = work.do(request, shared.initial_adapter, 1, plan=request.proposal.plan, fingerprint_key=b"k")
+        assert done.scores is not None
+        assert scored[-1].shape == (len(users),)
+        assert ((scored[-1] >= 0) & (scored[-1] <= 1)).all()
+    assert scored[0][0] == scored[1][0], "nor does one user move another's score"

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import fedtune.sites.work as site_work
-from fedtune.config import RunConfig
 from fedtune.data.values import read_value
 from fedtune.federation import site_round
 from fedtune.privacy.cohorts import Cohorts
@@ -25,7 +24,7 @@ from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
 
-from .conftest import LABELS
+from .conftest import LABELS, letters
 
 COLUMNS = {"text": "text", "label": "label", "user": "id", "arrival": "since"}
 """Of the lead's files."""
@@ -66,7 +65,7 @@ def site(station: Callable[..., Any]) -> Any:
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The users whom each round trained on."""
     seen: list[set[str]] = []
-    train_round, limited = site_work.train_round, site_work.SiteWork._work_of
+    limited = site_work.SiteWork._work_of
 
     def watched(self: Any, *given: Any) -> Any:
         users = [record.fields["user"] for record in self.records.training]
@@ -76,7 +75,6 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         return made
 
     monkeypatch.setattr(site_work.SiteWork, "_work_of", watched)
-    monkeypatch.setattr(site_work, "train_round", train_round)
     return seen
 
 
@@ -101,7 +99,7 @@ def test_a_round_samples_whom_the_run_admits(
         assert len(register.read_rows(file)) == len(whom)
 
 
-def test_a_corrected_date_is_no_new_budget(site: Any, sampled: list[set[str]], letters: Any) -> None:
+def test_a_corrected_date_is_no_new_budget(site: Any, sampled: list[set[str]]) -> None:
     site.update()
     write(site, PEOPLE | {"ann": ["2026-01-01"], "ben": [""], "gus": ["2026-07-01"]})
     site.restart()
@@ -114,22 +112,14 @@ def test_a_corrected_date_is_no_new_budget(site: Any, sampled: list[set[str]], l
 
 
 def test_held_out_people_are_admitted_and_registered_likewise(
-    station: Any, sampled: list[set[str]], monkeypatch: pytest.MonkeyPatch
+    station: Any, sampled: list[set[str]], scored: list[Any]
 ) -> None:
-    scored: list[int] = []
-    original = site_work.noised_scores
-
-    def watched(scores: Any, **settings: Any) -> Any:
-        scored.append(len(scores))
-        return original(scores, **settings)
-
-    monkeypatch.setattr(site_work, "noised_scores", watched)
     site = station(**by_cohorts("2024", "2024", metrics="noised"))
     write(site, {f"person {n}": [("2024-05-01", "2026-01-01")[n % 2]] for n in range(60)})
     site.update()
     assert all(int(person.split()[1]) % 2 == 0 for person in sampled[0])
-    assert len(sampled[0]) > 5 < scored[0]
-    assert len(sampled[0]) + scored[0] == 30
+    assert len(sampled[0]) > 5 < len(scored[0])
+    assert len(sampled[0]) + len(scored[0]) == 30
     with store.reading(site.folder / "ledger.db") as file:
         assert len(register.read_rows(file)) == 30
 
@@ -177,7 +167,7 @@ def test_a_file_that_cannot_be_read_charges_nothing(site: Any) -> None:
     assert site.ledger().history.runs == {}
 
 
-def test_settings_and_policy_go_together(site: Any, letters: Callable[..., RunConfig]) -> None:
+def test_settings_and_policy_go_together(site: Any) -> None:
     sent = for_sites(site.config)
     assert sent.data.columns["arrival"] == "arrival", "that there is one travels, and not its name"
     assert "since" not in json.dumps(sent.to_json())
@@ -195,7 +185,7 @@ def test_settings_and_policy_go_together(site: Any, letters: Callable[..., RunCo
     assert site.ledger().history.runs == {}
 
 
-def test_a_run_of_everybody_has_the_name_that_it_had(letters: Callable[..., RunConfig]) -> None:
+def test_a_run_of_everybody_has_the_name_that_it_had() -> None:
     config = letters()
     assert "cohorts" not in config.decisive()["privacy"]
     limited = letters(**by_cohorts(None, "2026"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from fedtune.data.load import Dealt, SiteRecords
 from fedtune.sites.data_warnings import is_training_file, lead_notes, site_notes
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
+
+from .conftest import letters
 
 
 def records(*labels: str) -> list[Record]:
@@ -37,7 +38,7 @@ def dealt(*sizes: int, **more: Any) -> Dealt:
 
 
 @pytest.fixture
-def simulated(letters: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
+def simulated(tmp_path: Path) -> RunConfig:
     """A simulation whose two sites declare 40 records each, with a test file of its own."""
     for name in ("train", "test"):
         (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},a\n")
@@ -89,7 +90,7 @@ def test_what_is_told_of_simulated_sites(simulated: RunConfig) -> None:
     assert note.startswith("3 ids of users are in the files of several sites")
 
 
-def test_real_sites_have_no_file_of_which_the_lead_could_have_a_share(letters: Callable[..., RunConfig]) -> None:
+def test_real_sites_have_no_file_of_which_the_lead_could_have_a_share() -> None:
     for side in ("validation", "test"):
         share = {f"{side}_fraction": 0.1, f"{side}_file": None}
         with pytest.raises(ConfigError, match=rf"data\.{side}_fraction = 0\.1: must be 0 with real sites.*{side}_file"):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config import RunConfig
 from fedtune.data.features import FeatureReader
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
@@ -19,13 +18,13 @@ from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_site, for_sites
 
-from .conftest import LABELS, TABLE
+from .conftest import LABELS, TABLE, letters
 
 GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in range(40)]
 
 
 @pytest.fixture
-def site(station: Callable[..., Any], letters: Callable[..., RunConfig]) -> Any:
+def site(station: Callable[..., Any]) -> Any:
     """The site north, whose file calls age otherwise."""
     made = station(**TABLE)
     made.first = SharedModel(letters(**TABLE)).initial_adapter

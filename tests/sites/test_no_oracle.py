@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,16 +11,12 @@ import pytest
 
 import fedtune.sites.real_site as real_site
 from fedtune.model import Adapter, HeadSpec
-from fedtune.privacy.release import Reason, Refusal, Update
+from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.tasks import inputs
 
-
-def put(path: Path, *rows: tuple[str, str]) -> None:
-    """The site's records, as texts and labels."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("body", "kind"), *rows])
+from .conftest import letters, write_records
 
 
 @pytest.mark.by_day("{'labels': ('never', 'declared')}", "{'max_length': 3}")
@@ -38,11 +33,10 @@ def put(path: Path, *rows: tuple[str, str]) -> None:
 def test_no_setting_makes_a_record_fail(asked: dict[str, Any], station: Callable[..., Any]) -> None:
     site = station(data=asked)
     first = SharedModel(for_sites(site.config)).initial_adapter
-    put(site.data, ("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of"))
-    reply = site.ask(adapter=first)
-    assert isinstance(reply.body, Update), reply.body
-    put(site.data)
-    assert isinstance(site.ask(round=2, adapter=first).body, Update), "nor does it tell whether there is any"
+    write_records(site.data, [("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of")])
+    site.update(adapter=first)
+    write_records(site.data, [])
+    site.update(round=2, adapter=first)  # nor does it tell whether there is any
 
 
 WELL_FORMED = {
@@ -62,12 +56,10 @@ def test_no_text_of_a_record_ends_an_answer(text: str, suffix: str, station: Cal
     site.edit(dataset={"path": path.name})
     rows = [("one letter", "praise"), (text, "praise"), ("another", "invoice")]
     if suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as stream:
-            csv.writer(stream).writerows([("body", "kind"), *rows])
+        write_records(path, rows)
     else:
         path.write_text("".join(json.dumps({"body": body, "kind": kind}) + "\n" for body, kind in rows))
-    reply = site.ask()
-    assert isinstance(reply.body, Update), reply.body
+    site.update()
     training = {record.fields["text"] for record in site.real._warm[1].records.training}
     assert {"one letter", "another"} <= training
 
@@ -78,21 +70,17 @@ def test_nothing_in_a_column_that_no_run_reads_ends_an_answer(unread: str, stati
     path = site.data.with_suffix(".jsonl")
     site.edit(dataset={"path": path.name})
     path.write_text(f'{{"body": "a letter", "kind": "praise", "other": {unread}}}\n')
-    assert isinstance(site.ask().body, Update)
+    site.update()
 
 
 def test_no_setting_makes_a_held_out_record_fail(station: Callable[..., Any]) -> None:
     noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
     site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)
-    put(site.data, *[(f"letter {n}", "praise" if n % 2 else "invoice") for n in range(40)])
-    reply = site.ask(adapter=SharedModel(for_sites(site.config)).initial_adapter)
-    assert isinstance(reply.body, Update), reply.body
-    assert reply.body.scores is not None
+    write_records(site.data, [(f"letter {n}", "praise" if n % 2 else "invoice") for n in range(40)])
+    assert site.update(adapter=SharedModel(for_sites(site.config)).initial_adapter).scores is not None
 
 
-def test_a_record_is_opened_only_for_a_round_that_is_charged(
-    station: Callable[..., Any], first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_is_opened_only_for_a_round_that_is_charged(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site, charged_then, read = station(), [], real_site.own_records
 
     def reading(*args: Any, **rest: Any) -> Any:
@@ -100,13 +88,11 @@ def test_a_record_is_opened_only_for_a_round_that_is_charged(
         return read(*args, **rest)
 
     monkeypatch.setattr(real_site, "own_records", reading)
-    useless = Adapter({"another": next(iter(first_adapter.tensors.values()))})
-    reply = site.ask(adapter=useless)
-    assert isinstance(reply.body, Refusal)
-    assert reply.body.reason is Reason.ADAPTER_SHAPE
+    useless = Adapter({"another": next(iter(site.first.tensors.values()))})
+    assert site.refusal(adapter=useless) is Reason.ADAPTER_SHAPE
     assert charged_then == []
     assert not list((site.folder / "runs").glob("*")), "nor is anything written for it"
-    assert isinstance(site.ask().body, Update)
+    site.update()
     assert len(charged_then) == 1
     assert charged_then[0] > 0
 
@@ -114,14 +100,12 @@ def test_a_record_is_opened_only_for_a_round_that_is_charged(
 def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station: Callable[..., Any]) -> None:
     site = station()
     site.update()
-    put(site.data, ("the only one that stayed", "praise"))
+    write_records(site.data, [("the only one that stayed", "praise")])
     site.update(round=2)
     assert len(site.real._warm[1].records.training) == 1
 
 
-def test_a_record_without_a_token_stops_no_round(
-    station: Callable[..., Any], first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_without_a_token_stops_no_round(station: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = inputs.encode
 
     def encode(texts: Sequence[str], *args: Any, **options: Any) -> Iterator[list[int]]:
@@ -130,9 +114,8 @@ def test_a_record_without_a_token_stops_no_round(
 
     monkeypatch.setattr(inputs, "encode", encode)
     site = station()
-    put(site.data, ("one letter", "praise"), ("\u200b", "praise"), ("another", "invoice"))
-    reply = site.ask(adapter=first_adapter)
-    assert isinstance(reply.body, Update), reply.body
+    write_records(site.data, [("one letter", "praise"), ("\u200b", "praise"), ("another", "invoice")])
+    site.update()
     assert list(map(len, site.real._warm[1].examples._dataset.input_ids)).count(1) == 1, "the text had none"
 
 
@@ -148,9 +131,7 @@ MARKED: dict[str, tuple[dict[str, str], dict[str, str | None]]] = {
 
 
 @pytest.mark.parametrize("case", MARKED)
-def test_no_marked_text_ends_an_answer(
-    case: str, station: Callable[..., Any], letters: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_no_marked_text_ends_an_answer(case: str, station: Callable[..., Any], tmp_path: Path) -> None:
     columns, files = MARKED[case]
     run: dict[str, Any] = {
         "task": "token_classification",
@@ -167,5 +148,4 @@ def test_no_marked_text_ends_an_answer(
             (folder / name).write_text(text)
     (alone,) = [name for name in files if name in ("a.conll", "a.pubtator")] or [""]
     site.edit(dataset={"path": f"notes/{alone}", "columns": columns})
-    reply = site.ask(adapter=SharedModel(letters(**run)).initial_adapter)
-    assert isinstance(reply.body, Update), reply.body
+    site.update(adapter=SharedModel(letters(**run)).initial_adapter)

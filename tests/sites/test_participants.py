@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
-from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.evaluation.scoring import unit_scores
 from fedtune.federation.site_round import Trained
@@ -22,32 +20,23 @@ from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import POLICY, Participants
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import RunError
 
+from ..conftest import command, simulate, tiny
 from .conftest import round_request
 
-
-@pytest.fixture
-def config(tiny: Any, tmp_path: Path) -> Callable[..., RunConfig]:
-    return lambda *overrides: compose_run(tiny(*overrides, into=tmp_path))
+Configure = Callable[..., RunConfig]
 
 
-def test_there_is_one_base_model_whatever_the_number_of_sites(
-    simulate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_there_is_one_base_model_whatever_the_number_of_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
     build = shared_model.ready_model
-
-    def spy(*arguments: Any, **rest: Any) -> Any:
-        built.append(build(*arguments, **rest))
-        return built[-1]
-
-    monkeypatch.setattr(shared_model, "ready_model", spy)
+    monkeypatch.setattr(shared_model, "ready_model", lambda *of, **rest: built.append(of) or build(*of, **rest))
     simulate("federation.num_sites=6", "privacy=none", into=tmp_path)
     assert len(built) == 1
 
 
-def test_every_record_lies_at_exactly_one_site(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_every_record_lies_at_exactly_one_site(config: Configure, tmp_path: Path) -> None:
     def sizes(sites: int, *more: str) -> list[tuple[int, int]]:
         everyone = Participants(config(f"federation.num_sites={sites}", *more), tmp_path)
         return [(len(work.examples), work.examples.num_tokens) for work in everyone.work.values()]
@@ -59,7 +48,7 @@ def test_every_record_lies_at_exactly_one_site(config: Callable[..., RunConfig],
     assert tuple(map(sum, zip(*parts, strict=True))) == whole
 
 
-def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Configure, tmp_path: Path) -> None:
     everyone = Participants(config(), tmp_path)
     sites = [everyone.site(index) for index in (0, 1)]
     of_a_site = {"site.toml", "site_key.pem", "ledger.db"}
@@ -78,7 +67,7 @@ def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Callable[.
         everyone.site(0)
 
 
-def test_simulated_sites_sum_with_whom_their_policies_name(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_simulated_sites_sum_with_whom_their_policies_name(config: Configure, tmp_path: Path) -> None:
     everyone = Participants(config("federation.site_names=[a,b]"), tmp_path)
     own = everyone.identities
     policy = everyone.sites.files("a").policy
@@ -100,101 +89,45 @@ def train(everyone: Participants, *, attempt: int = 1) -> Trained:
     return site.train(request, everyone.shared.initial_adapter, attempt)
 
 
-def texts(dataset: Any) -> Counter[bytes]:
-    return Counter(token_ids.tobytes() for token_ids in dataset.input_ids)
-
-
-def test_held_out_records_are_never_trained_on(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    whole = Participants(config("data.max_length=64"), tmp_path)
-    split = Participants(config("data.max_length=64", *NOISED), tmp_path)
-    assert len(whole.work) == 2
-    for site, of_site in whole.work.items():
-        all_records = texts(of_site.examples._dataset)
-        training, heldout = texts(split.work[site].examples._dataset), texts(split.work[site]._heldout)
-        assert training
-        assert heldout
-        assert not training & heldout
-        assert training + heldout == all_records
-        share = heldout.total() / all_records.total()
-        assert 0.15 < share < 0.45
-
-
-def test_records_are_held_out_by_themselves_alone(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    # One record more or less moves no other between training and scoring.
-    some = Participants(config(*NOISED, "data.train_fraction=0.02"), tmp_path).work["site-1"].records
-    more = Participants(config(*NOISED, "data.train_fraction=0.03"), tmp_path).work["site-1"].records
-    assert len(more.training) > len(some.training)
-    assert all(record in more.training for record in some.training)
-    assert all(record in more.heldout for record in some.heldout)
-
-
-def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(
-    config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(config: Configure, tmp_path: Path) -> None:
     everyone = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
     shared = everyone.shared
     trained = train(everyone)
-    assert trained.scores is not None
     shared.initial_adapter.load_into(shared.model)
     heldout = everyone.work["site-1"]._heldout
     exact = unit_scores(shared.model, heldout, pad_id=shared.tokenizer.pad_token_id)
-    expected = noised_scores(
-        exact,
-        declared_size=90 * 0.3,
-        noise_multiplier=20.0,
-        stream=SeededRandomness(everyone.config.seed).stream("site-1", 1, 1, "scores"),
-    )
+    stream = SeededRandomness(everyone.config.seed).stream("site-1", 1, 1, "scores")
+    expected = noised_scores(exact, declared_size=90 * 0.3, noise_multiplier=20.0, stream=stream)
     assert trained.scores == expected
     assert trained.adapter.digest() != shared.initial_adapter.digest()
     assert train(everyone, attempt=2).scores != expected, "a retry draws fresh noise"
 
 
-def test_without_noised_metrics_nothing_is_scored(
-    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*args: object, **rest: object) -> Any:
-        raise AssertionError
-
-    monkeypatch.setattr(site_work, "unit_scores", never)
+def test_without_noised_metrics_nothing_is_scored(config: Configure, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(site_work, "unit_scores", None)
     assert train(Participants(config("data.heldout_fraction=0.3"), tmp_path)).scores is None
 
 
-def test_the_fingerprint_follows_the_records_and_the_sites_key(
-    config: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_the_fingerprint_follows_the_records_and_the_sites_key(config: Configure, tmp_path: Path) -> None:
     one = train(Participants(config(), tmp_path / "a")).fingerprint
     assert train(Participants(config(), tmp_path / "a")).fingerprint == one
     assert train(Participants(config(), tmp_path / "b")).fingerprint != one, "nobody without the key can test a guess"
     assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != one, "another split, other records"
 
 
-def test_no_lead_files_are_no_scores(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_no_lead_files_are_no_scores(config: Configure, tmp_path: Path) -> None:
     shared = Participants(config("data.validation_file=null", "data.test_file=null"), tmp_path).shared
     assert shared.validation is None
     assert shared.score(shared.initial_adapter, shared.test) == {}
 
 
-def test_longer_texts_than_the_model_has_positions_for(config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.max_length = 513: must be at most the model's 512"):
-        _ = Participants(config("data.max_length=513"), tmp_path).shared
-
-
 @pytest.mark.parametrize("wrong", ["data.columns.text=nope", "data.test_file=gone.csv"])
-def test_data_are_judged_before_a_model_is_loaded(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
-) -> None:
-    def load(*_: object, **__: object) -> None:
-        raise AssertionError("a model is loaded")
-
-    monkeypatch.setattr(shared_model, "ready_model", load)
-    refused = command("simulate", *tiny(wrong, into=tmp_path))
-    assert refused.code == 2
-    assert wrong.partition("=")[2] in refused.message
+def test_data_are_judged_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setattr(shared_model, "ready_model", None)
+    assert wrong.partition("=")[2] in command("simulate", *tiny(wrong, into=tmp_path)).failed()
 
 
-def test_what_takes_long_is_told_of(
-    config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_takes_long_is_told_of(config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_model, "_measured", {})
     told: list[str] = []
     settings = config("lora=last_layer", "federation.site_names=[a,b]")

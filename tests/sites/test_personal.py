@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from fedtune.data.load import SiteRecords
 from fedtune.sites.personal import FEWEST_RECORDS, Parts, _Fit, note_made
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import DataError, RunError
+
+from .conftest import letters
 
 
 def records_of(count: int, **fields: Any) -> list[Record]:
@@ -65,7 +66,7 @@ def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
     return _Fit(shared, examples, training, choosing)
 
 
-def test_training_stops_where_the_records_that_choose_say(letters: Callable[..., RunConfig]) -> None:
+def test_training_stops_where_the_records_that_choose_say() -> None:
     fit = fit_of(letters(), ["the same words"] * 80, ["invoice", "praise"] * 40)
     learnt = fit.best(fit._shared.initial_adapter, what="")
     again = fit.best(fit._shared.initial_adapter, what="")

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import RunConfig
 from fedtune.model import ModelSpec, load_base, load_tokenizer
 from fedtune.model.manifest import manifest_of
-from fedtune.privacy.release import Reason, Update
+from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
+
+from .conftest import letters
 
 
 @pytest.fixture
@@ -42,15 +43,14 @@ def changed_json(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def test_the_named_model_is_trained(at_site: Callable[[], Any]) -> None:
-    assert isinstance(at_site().ask().body, Update)
-
-
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_another_file_in_the_store_is_refused_before_the_charge(
     at_site: Callable[[], Any], folder: Path, name: str
 ) -> None:
     site = at_site()
+    site.update()
+    site.edit(ledger="another.db")
+    site.restart()
     changed_json(folder / name, note="changed")
     site.refusal()
     assert site.ledger().history.runs == {}
@@ -93,9 +93,7 @@ def test_a_tokenizer_that_breaks_over_a_word_is_no_oracle(
     assert site.ledger().history.runs == {}
 
 
-def test_a_tokenizer_that_ends_no_text_is_refused_where_the_model_is_loaded(
-    letters: Callable[..., RunConfig], tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_ends_no_text_is_refused_where_the_model_is_loaded(tmp_path: Path) -> None:
     """Before, each round was charged before its records could not be tokenised."""
     llama = ModelSpec(path="random:llama")
     load_base(llama, predicts_tokens=True).save_pretrained(tmp_path)

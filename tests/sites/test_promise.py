@@ -24,7 +24,7 @@ from fedtune.privacy.release import Offer, Update
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import POLICY, Participants
 
-from .conftest import round_request, write_records
+from .conftest import letters, round_request, write_records
 
 RATE = 0.1
 TRAINING = {"local_steps": 1, "optimizer": "sgd", "learning_rate": RATE}
@@ -60,7 +60,7 @@ def test_a_real_site_adds_the_noise_that_it_is_charged_for(
     assert [has_scale(found / run.plan.noise_multiplier, off) for off in (1 / 1.2, 1.0, 1.2)] == [False, True, False]
 
 
-def test_a_simulated_site_does_the_same(letters: Callable[..., RunConfig], has_scale: Any, tmp_path: Path) -> None:
+def test_a_simulated_site_does_the_same(has_scale: Any, tmp_path: Path) -> None:
     (tmp_path / "all.csv").write_text("text,label,site\na letter,praise,north\nanother,praise,south\n")
     partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
     columns = {"text": "text", "label": "label", "site": "site"}

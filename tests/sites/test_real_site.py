@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.sites.real_site as real_site
-import fedtune.sites.shared_model as shared_model
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
 from fedtune.federation.protocol import Reply
@@ -29,9 +29,12 @@ from fedtune.sites.shared_model import LeadData, SharedModel
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks import build_task_model
+
+from .conftest import letters
 
 MakeStation = Callable[..., Any]
+STRANGER = SigningKey(Ed25519PrivateKey.generate())
 
 
 @pytest.fixture
@@ -49,7 +52,6 @@ def sent_text(config: RunConfig, **groups: dict[str, Any]) -> str:
 
 
 def charged(reply: Reply) -> int:
-    assert reply.receipt is not None
     assert reply.receipt.is_signed()
     return reply.receipt.charged_rounds
 
@@ -69,9 +71,7 @@ def test_a_round_is_answered_with_a_trained_adapter_and_a_receipt(site: Any, fir
     assert charged(reply) == 1
 
 
-def test_in_bfloat16_the_same_training_leaves_as_a_rounded_difference(
-    site: Any, first_adapter: Adapter, letters: Callable[..., RunConfig]
-) -> None:
+def test_in_bfloat16_the_same_training_leaves_as_a_rounded_difference(site: Any, first_adapter: Adapter) -> None:
     whole = site.update().tensors
     reply = site.ask(letters(federation={"update_dtype": "bfloat16"}))
     expected = rounded_difference(whole, first_adapter.tensors)
@@ -82,9 +82,7 @@ def test_in_bfloat16_the_same_training_leaves_as_a_rounded_difference(
 
 
 @pytest.mark.parametrize("length", [1, 160, 200, 201, 266])
-def test_a_long_name_costs_no_round_without_an_update(
-    station: MakeStation, letters: Callable[..., RunConfig], length: int
-) -> None:
+def test_a_long_name_costs_no_round_without_an_update(station: MakeStation, length: int) -> None:
     site, plain, named = station(), letters(), "n" * length
     if length <= 200:
         reply = site.ask(letters(name=named))
@@ -101,16 +99,13 @@ def test_a_long_name_costs_no_round_without_an_update(
     assert site.ledger().history.runs == {}
 
 
-def test_a_site_that_cannot_keep_the_settings_charges_nothing(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_that_cannot_keep_settings_or_reply_charges_nothing(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(real_site, "write_durably", fail)
-    assert site.refusal() is Reason.SITE_ERROR
-    assert site.ledger().history.runs == {}
-
-
-def test_a_site_that_could_not_keep_its_reply_charges_nothing(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(real_site, "write_durably", fail)
+        assert site.refusal() is Reason.SITE_ERROR
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
     assert site.refusal() is Reason.SITE_ERROR
     assert site.ledger().history.runs == {}
@@ -165,12 +160,10 @@ def test_settings_that_the_lead_did_not_sign_for_are_another_run(site: Any) -> N
 
 def test_settings_of_another_plan_than_was_signed_are_refused(site: Any) -> None:
     assert site.refusal(settings=sent_text(site.config, privacy={"max_grad_norm": 2.0})) is Reason.PLAN_CHANGED
-    # Signed by an allowed lead, allowed by the policy in every number, and not what the settings come to.
-    assert site.refusal(rank=1) is Reason.PLAN_CHANGED
     assert site.ledger().history.runs == {}
 
 
-def test_settings_of_runs_without_this_site_are_refused(site: Any, letters: Callable[..., RunConfig]) -> None:
+def test_settings_of_runs_without_this_site_are_refused(site: Any) -> None:
     elsewhere = letters(federation={"site_names": ("west", "south")})
     assert site.refusal(elsewhere) is Reason.WRONG_SITE
     left_out = letters(federation={"participants": ("south",)})
@@ -195,70 +188,36 @@ def test_no_settings_are_refused_without_a_charge(site: Any) -> None:
 def untouchable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Where a model or a record is reached for, it is noted, and fails."""
     reached: list[str] = []
-
-    def refuse(name: str) -> Callable[..., Any]:
-        def reach(*_: Any, **__: Any) -> Any:
-            reached.append(name)
-            raise AssertionError(name)
-
-        return reach
-
     for name in ("SharedModel", "own_records"):
-        monkeypatch.setattr(real_site, name, refuse(name))
+        monkeypatch.setattr(real_site, name, lambda *_, name=name, **__: reached.append(name) or 1 / 0)
     return reached
 
 
-def _stranger(site: Any, stranger: SigningKey) -> Reason:
-    return Reason(site.refusal(lead=stranger.public, key=stranger))
-
-
-def _forger(site: Any, stranger: SigningKey) -> Reason:
-    return Reason(site.refusal(key=stranger))
-
-
-def _over_budget(site: Any, stranger: SigningKey) -> Reason:
-    site.edit(budget={"max_epsilon": 0.01})
-    return Reason(site.refusal())
-
-
-def _over_a_limit(site: Any, stranger: SigningKey) -> Reason:
-    site.edit(limits={"max_local_steps": 1})
-    return Reason(site.refusal())
-
-
-def _unapproved(site: Any, stranger: SigningKey) -> Reason:
-    site.edit(approval="manual")
-    return Reason(site.refusal())
-
-
-def _paused(site: Any, stranger: SigningKey) -> Reason:
-    site.paused.touch()
-    return Reason(site.refusal())
-
-
-def _expired(site: Any, stranger: SigningKey) -> Reason:
-    return Reason(site.refusal(expires=1.0))
-
-
-def _other_proposal(site: Any, stranger: SigningKey) -> Reason:
-    return Reason(site.refusal(rank=1))
-
-
 @pytest.mark.parametrize(
-    ("case", "reason"),
+    ("edit", "about", "reason"),
     [
-        *((_stranger, Reason.LEADS), (_forger, Reason.WRONG_SIGNATURE), (_over_budget, Reason.MAX_EPSILON)),
-        *((_over_a_limit, Reason.MAX_LOCAL_STEPS), (_unapproved, Reason.AWAITING_APPROVAL), (_paused, Reason.PAUSED)),
-        *((_expired, Reason.REQUEST_EXPIRED), (_other_proposal, Reason.PLAN_CHANGED)),
+        ({}, {"lead": STRANGER.public, "key": STRANGER}, Reason.LEADS),
+        ({}, {"key": STRANGER}, Reason.WRONG_SIGNATURE),
+        ({"budget": {"max_epsilon": 0.01}}, {}, Reason.MAX_EPSILON),
+        ({"limits": {"max_local_steps": 1}}, {}, Reason.MAX_LOCAL_STEPS),
+        ({"approval": "manual"}, {}, Reason.AWAITING_APPROVAL),
+        ({}, {}, Reason.PAUSED),
+        ({}, {"expires": 1.0}, Reason.REQUEST_EXPIRED),
+        # Signed by an allowed lead, allowed by the policy in every number, and not what the settings come to.
+        ({}, {"rank": 1}, Reason.PLAN_CHANGED),
+        ({}, {"start_adapter": "cd" * 32}, Reason.PLAN_CHANGED),
     ],
-    ids=["stranger", "forger", "over budget", "over a limit", "unapproved", "paused", "expired", "another proposal"],
 )
 def test_for_a_refused_request_no_model_is_loaded_and_no_record_opened(
-    site: Any, stranger_key: SigningKey, untouchable: list[str], case: Any, reason: Reason
+    site: Any, untouchable: list[str], edit: dict[str, Any], about: dict[str, Any], reason: Reason
 ) -> None:
-    assert case(site, stranger_key) is reason
+    site.edit(**edit)
+    if reason is Reason.PAUSED:
+        site.paused.touch()
+    assert site.refusal(**about) is reason
     assert untouchable == []
     assert not list((site.folder / "runs").glob("*")), "nor are its settings kept"
+    assert site.ledger().history.runs == {}
 
 
 def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_named_after(site: Any) -> None:
@@ -295,77 +254,20 @@ def test_an_allowed_request_does_reach_for_the_model(site: Any, untouchable: lis
     assert untouchable == ["SharedModel"]
 
 
-# A model is tried before it serves anybody.
-
-
-@pytest.fixture
-def unfit(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """No model stands its check; each time that one is tried is noted."""
-    tried: list[str] = []
-
-    def fail(model: TaskModel, *_: object, **__: object) -> float:
-        tried.append(model.spec.task)
-        raise ConfigError("model", "tiny", "must give an example the same gradient alone and beside another")
-
-    monkeypatch.setattr(shared_model, "moved_by_others", fail)
-    monkeypatch.setattr(shared_model, "_measured", {})
-    return tried
-
-
-def test_a_model_that_fails_its_check_serves_no_request_and_charges_nothing(site: Any, unfit: list[str]) -> None:
-    reply = site.ask()
-    assert isinstance(reply.body, Refusal)
-    assert reply.body.reason is Reason.SITE_ERROR
-    assert (reply.body.asked, reply.body.allowed) == (None, None)
-    assert charged(reply) == 0
-    assert len(unfit) == 1
-
-
-def test_who_asks_twice_does_not_get_past_a_failed_check(site: Any, unfit: list[str]) -> None:
-    for _ in range(3):
-        assert site.refusal() is Reason.SITE_ERROR
-    assert len(unfit) == 3, "a model that failed is not kept"
-    assert site.ledger().history.runs == {}
-
-
-def test_a_model_that_served_a_run_without_privacy_is_checked_before_a_private_one(
-    station: MakeStation, letters: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # For the first of them nothing has to be shown of the model's gradients.
-    tried: list[bool] = []
-    original = shared_model.moved_by_others
-
-    def noted(*given: Any, **settings: Any) -> float:
-        tried.append(True)
-        return original(*given, **settings)
-
-    monkeypatch.setattr(shared_model, "moved_by_others", noted)
-    monkeypatch.setattr(shared_model, "_measured", {})
-    site = station(privacy={"mechanism": "none", "noise_multiplier": None})
-    site.update()
-    assert not tried
-    site.update(letters(name="second"))
-    assert tried
-
-
-@pytest.mark.parametrize("fault", ["gone", "another header", "no text in the header"])
+@pytest.mark.parametrize("fault", [None, b"a,b\nsecret-17,2\n", b"body,kind,\xff\nsecret-17,praise,\n"])
 def test_a_data_file_that_cannot_be_read_is_an_error_without_words(
-    site: Any, fault: str, caplog: pytest.LogCaptureFixture
+    site: Any, fault: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if fault == "gone":
+    if fault is None:
         site.data.unlink()
     else:
-        site.data.write_bytes(
-            {"another header": b"a,b\nsecret-17,2\n", "no text in the header": b"body,kind,\xff\nsecret-17,praise,\n"}[
-                fault
-            ]
-        )
+        site.data.write_bytes(fault)
     reply = site.ask()
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is Reason.SITE_ERROR
     assert (reply.body.asked, reply.body.allowed) == (None, None)
     # No record is opened before its round is charged, or a lead could ask of the file for nothing.
-    assert charged(reply) == (fault != "gone")
+    assert charged(reply) == (fault is not None)
     assert "mail.csv" not in repr(reply)
     assert "mail.csv" in caplog.text
     assert "secret-17" not in caplog.text
@@ -401,13 +303,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             super().__init__(config, **settings)
 
     read = real_site.own_records
-
-    def counted(spec: Any, **rest: Any) -> Any:
-        seen.append("records")
-        return read(spec, **rest)
-
     monkeypatch.setattr(real_site, "SharedModel", Counted)
-    monkeypatch.setattr(real_site, "own_records", counted)
+    monkeypatch.setattr(real_site, "own_records", lambda *of, **rest: seen.append("records") or read(*of, **rest))
     return seen
 
 
@@ -418,9 +315,7 @@ def test_model_and_records_stay_for_the_rounds_of_a_run(site: Any, loaded: list[
     assert loaded == ["model", "records"]
 
 
-def test_another_run_of_the_same_model_reads_the_records_anew(
-    site: Any, loaded: list[str], letters: Callable[..., RunConfig]
-) -> None:
+def test_another_run_of_the_same_model_reads_the_records_anew(site: Any, loaded: list[str]) -> None:
     site.update()
     site.update(letters(name="second"))
     assert loaded == ["model", "records", "records"]
@@ -439,7 +334,7 @@ def test_another_machine_in_the_policy_loads_the_model_anew(
     assert loaded == ["model", "records"] * 2
 
 
-def test_another_model_is_loaded(site: Any, loaded: list[str], letters: Callable[..., RunConfig]) -> None:
+def test_another_model_is_loaded(site: Any, loaded: list[str]) -> None:
     site.update()
     other = letters(name="second", seed=5)
     site.update(other, adapter=SharedModel(for_sites(other)).initial_adapter)
@@ -494,16 +389,11 @@ def test_an_adapter_that_a_run_begins_in_is_brought_into_the_bound_of_the_site(s
     assert run.proposal.start_adapter == "cd" * 32
 
 
-def test_a_start_that_is_not_in_the_settings_is_another_run(site: Any) -> None:
-    assert site.refusal(start_adapter="cd" * 32) is Reason.PLAN_CHANGED
-
-
 def test_an_answer_survives_a_restart_to_the_byte_and_is_charged_once(site: Any) -> None:
     first = site.ask()
     site.restart()
     again = site.ask()
     assert isinstance(first.body, Update)
-    assert isinstance(again.body, Update)
     assert again.body.to_bytes() == first.body.to_bytes()
     assert charged(again) == charged(first) == 1
     assert again.receipt == first.receipt
@@ -525,9 +415,7 @@ def held_out(site: Any, config: RunConfig, *, round: int = 1) -> set[str]:
     return texts
 
 
-def test_each_site_holds_out_records_by_a_key_of_its_own(
-    station: MakeStation, letters: Callable[..., RunConfig]
-) -> None:
+def test_each_site_holds_out_records_by_a_key_of_its_own(station: MakeStation) -> None:
     north, south = station("north", **HELD_OUT), station("south", **HELD_OUT)
     assert north.data.read_bytes() == south.data.read_bytes()
     by_north, by_south = held_out(north, north.config), held_out(south, south.config)
@@ -555,9 +443,7 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     final = Adapter(site.update().tensors)
     if restarted:
         site.restart()
-    receipt = site.end(final)
-    assert receipt is not None
-    assert receipt.charged_rounds == 1
+    assert site.end(final).charged_rounds == 1
     folder = kept_folder(site)
     config = saved_config(folder)
     found = beside_base(config, folder / "adapter", str(site.data)).scores

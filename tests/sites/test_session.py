@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,16 @@ from fedtune.sites.session import Session
 from fedtune.tasks import TaskModel
 from fedtune.training.examples import SiteExamples
 
+from ..conftest import adapter_of, result_of, tiny
+
 pytestmark = pytest.mark.filterwarnings("ignore:data.declared_sizes is far from")
-Simulate = Callable[..., Path]
 SEEDED = ("runtime.seeded_noise=true", "lora.layers=[1]", "lora.rank=2")
 """Of two layers the first is frozen, and what it makes of records is kept."""
 
 
-@pytest.fixture
-def simulate(tiny: Callable[..., list[str]]) -> Simulate:
+def simulate(*overrides: str, into: Path, name: str, session: Session | None = None) -> Path:
     """Run the tiny federation to its end, in a session or alone, and return its folder."""
-
-    def run(*overrides: str, into: Path, name: str, session: Session | None = None) -> Path:
-        return fedtune.simulate(compose_run(tiny(*overrides, into=into, name=name)), session=session).folder
-
-    return run
+    return fedtune.simulate(compose_run(tiny(*SEEDED, *overrides, into=into, name=name)), session=session).folder
 
 
 @pytest.fixture
@@ -38,16 +33,18 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often a model was built and tried, the frozen layer ran over records, and data was scored."""
     counts = dict.fromkeys(("built", "tried", "states", "scored"), 0)
 
-    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def count(name: str, function: str) -> None:
+        real = getattr(shared_model, function)
+
         def counted(*args: Any, **rest: Any) -> Any:
             counts[name] += 1
-            return function(*args, **rest)
+            return real(*args, **rest)
 
-        return counted
+        monkeypatch.setattr(shared_model, function, counted)
 
-    monkeypatch.setattr(shared_model, "build_task_model", counting("built", shared_model.build_task_model))
-    monkeypatch.setattr(shared_model, "moved_by_others", counting("tried", shared_model.moved_by_others))
-    monkeypatch.setattr(shared_model, "figures_of", counting("scored", shared_model.figures_of))
+    count("built", "build_task_model")
+    count("tried", "moved_by_others")
+    count("scored", "figures_of")
     keep = SiteExamples.keep_frozen_states
 
     def kept(self: SiteExamples, model: TaskModel, **rest: Any) -> None:
@@ -59,25 +56,23 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
-def runs(simulate: Simulate, into: Path, *variants: tuple[str, ...], session: Session | None = None) -> list[Path]:
-    return [simulate(*SEEDED, *more, into=into, name=f"run-{n}", session=session) for n, more in enumerate(variants)]
+def runs(into: Path, *variants: tuple[str, ...], session: Session | None = None) -> list[Path]:
+    return [simulate(*more, into=into, name=f"run-{n}", session=session) for n, more in enumerate(variants)]
 
 
-def test_runs_that_hand_on_come_to_what_each_comes_to_alone(
-    simulate: Simulate, tmp_path: Path, result_of: Any, adapter_of: Any, worked: dict[str, int]
-) -> None:
+def test_runs_that_hand_on_come_to_what_each_comes_to_alone(tmp_path: Path, worked: dict[str, int]) -> None:
     variants = (
         (),
         ("training.learning_rate=0.5",),
         ("federation.participants=[site-2]",),
         ("privacy.noise_multiplier=6.0", "federation.num_rounds=1"),
     )
-    alone = runs(simulate, tmp_path / "alone", *variants)
+    alone = runs(tmp_path / "alone", *variants)
     assert (worked["built"], worked["states"]) == (4, 7)
     worked.update(dict.fromkeys(worked, 0))
     shared_model._measured.clear()
     with Session() as session:
-        together = runs(simulate, tmp_path / "together", *variants, session=session)
+        together = runs(tmp_path / "together", *variants, session=session)
     # One model, tried once; two sites' records; before training once, and of each run its rounds and its end.
     assert worked == {"built": 1, "tried": 1, "states": 2, "scored": 1 + (2 + 1) * 3 + (1 + 1)}
     for one, other in zip(alone, together, strict=True):
@@ -89,66 +84,59 @@ def test_runs_that_hand_on_come_to_what_each_comes_to_alone(
             assert was["final"][scores] == now["final"][scores]
 
 
-@pytest.mark.by_day("privacy.max_grad_norm=0.5")
+@pytest.mark.by_day("privacy.max_grad_norm=0.5-1-None", "data.train_fraction=0.03-0-anew5")
 @pytest.mark.parametrize(
-    "other",
-    ["lora.rank=3", "seed=1", "data.max_length=12", "privacy.max_grad_norm=0.5", "runtime.micro_batch_tokens=64"],
+    ("other", "built", "anew"),
+    [
+        # Another model or other shapes,
+        *((other, 1, None) for other in ("lora.rank=3", "seed=1", "data.max_length=12", "privacy.max_grad_norm=0.5")),
+        ("runtime.micro_batch_tokens=64", 1, None),
+        # and other records, with how often states are kept and scores computed.
+        *(
+            ("data.train_fraction=0.03", 0, (2, 3)),
+            ("data.test_rows=9", 0, (0, 4)),
+            ("evaluation.max_tokens=64", 0, (0, 4)),
+        ),
+    ],
 )
-def test_another_model_or_other_shapes_are_made_anew(
-    simulate: Simulate, tmp_path: Path, adapter_of: Any, worked: dict[str, int], other: str
+def test_what_is_another_is_made_anew(
+    tmp_path: Path, worked: dict[str, int], other: str, built: int, anew: tuple[int, int] | None
 ) -> None:
-    (alone,) = runs(simulate, tmp_path / "alone", (other,))
+    (alone,) = runs(tmp_path / "alone", (other,))
     with Session() as session:
-        runs(simulate, tmp_path / "together", (), session=session)
-        before = worked["built"]
-        together = simulate(*SEEDED, other, into=tmp_path / "together", name="other", session=session)
-    assert worked["built"] == before + 1
-    assert adapter_of(alone) == adapter_of(together)
-
-
-@pytest.mark.by_day("data.train_fraction=0.03")
-@pytest.mark.parametrize("other", ["data.train_fraction=0.03", "data.test_rows=9", "evaluation.max_tokens=64"])
-def test_other_records_are_read_run_and_scored_anew(
-    simulate: Simulate, tmp_path: Path, result_of: Any, adapter_of: Any, worked: dict[str, int], other: str
-) -> None:
-    (alone,) = runs(simulate, tmp_path / "alone", (other,))
-    with Session() as session:
-        runs(simulate, tmp_path / "together", (), session=session)
+        runs(tmp_path / "together", (), session=session)
         before = dict(worked)
-        together = simulate(*SEEDED, other, into=tmp_path / "together", name="other", session=session)
-    assert worked["built"] == before["built"]
-    anew = {"data.train_fraction=0.03": (2, 3), "data.test_rows=9": (0, 4), "evaluation.max_tokens=64": (0, 4)}[other]
-    assert (worked["states"] - before["states"], worked["scored"] - before["scored"]) == anew
+        together = simulate(other, into=tmp_path / "together", name="other", session=session)
+    assert worked["built"] == before["built"] + built
+    assert anew in (None, (worked["states"] - before["states"], worked["scored"] - before["scored"]))
     assert adapter_of(alone) == adapter_of(together)
     assert result_of(alone)["final"]["metrics"] == result_of(together)["final"]["metrics"]
 
 
-def test_no_more_is_handed_on_than_fits(simulate: Simulate, tmp_path: Path, worked: dict[str, int]) -> None:
+def test_no_more_is_handed_on_than_fits(tmp_path: Path, worked: dict[str, int]) -> None:
     """Sites declare 90 records of 16 tokens and 32 numbers: 0.35 MiB for both.  Twice as many do not fit 0.4."""
     room = "runtime.kept_states_mib=1"
     with Session() as session:
-        runs(simulate, tmp_path, (room,), session=session)
+        runs(tmp_path, (room,), session=session)
         assert len(session._examples) == 2
         session._num_tokens = 2**20 // (32 * 4)  # as after many other records
-        simulate(*SEEDED, room, "data.train_fraction=0.03", into=tmp_path, name="other", session=session)
+        simulate(room, "data.train_fraction=0.03", into=tmp_path, name="other", session=session)
         assert len(session._examples) == 2, "the earlier ones went"
     assert worked["states"] == 4
 
 
-def test_states_on_disk_come_to_the_same_run(
-    simulate: Simulate, tmp_path: Path, adapter_of: Any, worked: dict[str, int]
-) -> None:
+def test_states_on_disk_come_to_the_same_run(tmp_path: Path, worked: dict[str, int]) -> None:
     (tmp_path / "fast").mkdir()
     folder = f"runtime.kept_states_folder='{tmp_path / 'fast'}'"
-    in_memory, on_disk = runs(simulate, tmp_path, (), ("runtime.kept_states_mib=0", folder))
+    in_memory, on_disk = runs(tmp_path, (), ("runtime.kept_states_mib=0", folder))
     assert adapter_of(in_memory) == adapter_of(on_disk)
     assert worked["states"] == 4
     assert list((tmp_path / "fast").iterdir()) == []
 
 
-def test_nothing_is_left_when_the_runs_are_over(simulate: Simulate, tmp_path: Path) -> None:
+def test_nothing_is_left_when_the_runs_are_over(tmp_path: Path) -> None:
     with Session() as session:
-        runs(simulate, tmp_path, (), session=session)
+        runs(tmp_path, (), session=session)
         assert session.model is not None
         examples = weakref.ref(next(iter(session._examples.values())))
     assert session.model is None
