@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,11 @@ def chat(*contents: str, first: str = "user", system: str | None = None) -> list
 def in_json(turns: Sequence[dict[str, str]]) -> str:
     """As a record holds them."""
     return json.dumps(list(turns), separators=(",", ":"), ensure_ascii=False)
+
+
+def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:

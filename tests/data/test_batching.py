@@ -54,9 +54,8 @@ def test_collate_pads_on_the_right_by_length() -> None:
     assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch.targets.tolist() == [2, 0]
     assert len(batch) == 2
-
-
-def test_collate_targets_a_token() -> None:
+    batch.targets.zero_()
+    assert CLASSES.targets.tolist() == [0, 2, 1], "it does not share memory with the dataset"
     batch = collate(TOKENS, [2, 1], pad_id=0)
     assert batch.targets.tolist() == [[8, 9, UNSUPERVISED, UNSUPERVISED], [7] + [UNSUPERVISED] * 3]
     assert batch.input_ids.tolist() == [[8, 9, 4, PAD], [7, PAD, 0, 0]]
@@ -74,12 +73,6 @@ def test_an_empty_batch_has_the_dtypes_of_any_other(dataset: TextDataset, shape:
     features.sum().backward()
 
 
-def test_a_batch_does_not_share_memory_with_the_dataset() -> None:
-    batch = collate(CLASSES, [0, 1, 2], pad_id=0)
-    batch.targets.zero_()
-    assert CLASSES.targets.tolist() == [0, 2, 1]
-
-
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
 
 
@@ -94,10 +87,6 @@ def test_micro_batches_only_regroup(lengths: list[int], chosen: st.DataObject, m
         assert len(batch) == 1 or len(batch) * table[batch].max() <= max_tokens
     flat = [(lengths[index], index) for batch in cut for index in batch.tolist()]
     assert flat == sorted(flat)
-
-
-def test_an_empty_logical_batch_has_no_micro_batches() -> None:
-    assert micro_batches([], np.array([1, 2]), max_tokens=8) == []
 
 
 @pytest.mark.parametrize("dataset", [CLASSES, TOKENS], ids=["classes", "tokens"])
@@ -132,5 +121,4 @@ def test_an_example_alone_has_the_same_shape_and_nothing_of_the_others(dataset: 
     rest = one.attention_mask[taken * dataset.texts :]
     assert rest[:, 0].eq(1).all()
     assert rest.sum(dim=1).eq(1).all()
-    assert batch.prefix is not None
     assert torch.equal(batch.prefix, prefix), "the batch itself stays as it was"

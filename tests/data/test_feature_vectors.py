@@ -18,7 +18,7 @@ from fedtune.data.records import Record, iter_records, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError, DataError
 
-from .conftest import data_spec
+from .conftest import data_spec, write_jsonl
 
 AGE = FeatureSpec(columns=("age",), range=(0.0, 100.0))
 LAB = FeatureSpec(columns=("crp", "ldh"), range=(-1.0, 1.0), missing="indicator")
@@ -34,9 +34,7 @@ def data(*features: FeatureSpec, **changes: Any) -> DataSpec:
 
 
 def read(tmp_path: Path, *rows: dict[str, Any], features: tuple[FeatureSpec, ...] = ALL) -> Iterator[Record]:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return iter_records(file, data(*features).needed_columns(()))
+    return iter_records(write_jsonl(tmp_path / "rows.jsonl", rows), data(*features).needed_columns(()))
 
 
 def vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[float]:
@@ -56,6 +54,7 @@ def test_each_value_stands_where_it_was_declared_by_its_declared_scale(tmp_path:
         *("states[0] in -2.0 to 2.0", "states[1] in -2.0 to 2.0", "states[2] in -2.0 to 2.0"),
     ]
     assert FeatureReader(ALL).width == len(values) == 12
+    assert vector(tmp_path, ROW | {"states": "[2, 0.5, -9]"}, *ALL) == vector(tmp_path, ROW, *ALL), "a list may be text"
     assert vector(tmp_path, ROW, *ALL) == [-0.5, 0.5, 0, 0, 1, 0, 1, 0, 0, 1, 0.25, -1]
 
 
@@ -118,28 +117,11 @@ def test_a_list_of_another_form_is_a_fault(tmp_path: Path, value: Any) -> None:
         vector(tmp_path, {"states": value}, STATES)
 
 
-def test_a_list_may_be_text(tmp_path: Path) -> None:
-    assert vector(tmp_path, {"states": "[1, -1, 0]"}, STATES) == vector(tmp_path, {"states": [1, -1, 0]}, STATES)
-
-
 def test_no_vector_is_longer_than_one(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     for _ in range(50):
         fields = {f"feature:{name}": one.made_up(draws.integers) for one in ALL for name in one.columns}
         assert np.linalg.norm(FeatureReader(ALL).vector(Record(fields))) <= 1 + 1e-6
-
-
-def test_a_column_of_another_name_is_named_by_its_role(tmp_path: Path) -> None:
-    named = data(AGE, columns={"label": "y", "feature:age": "AGE"})
-    assert named.needed_columns({"label"}) == {"label": "y", "feature:age": "AGE"}
-
-
-def test_a_row_that_cannot_be_read_is_left_out_and_the_others_stay_as_they_are(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    rows = [{"age": 1}, {"age": [1, "x"]}, {"age": 3}, {}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = list(usable_records(file, data(AGE).needed_columns(())))
-    assert [record.fields["feature:age"] for record in kept] == ["1", "3"]
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -177,6 +159,8 @@ def test_a_column_is_declared_once_and_a_vector_is_bounded() -> None:
     for columns in ({"label": "age"}, {"label": "y", "feature:age": "crp"}, {"event": "y", "feature:crp": "y"}):
         with pytest.raises(ConfigError, match="must be the column of one feature, and not of the answer"):
             data(AGE, LAB, columns=columns)
+    named = {"label": "y", "feature:age": "AGE"}
+    assert data(AGE, columns=named).needed_columns({"label"}) == named, "a column of another name, by its role"
     wide = FeatureSpec(columns=("a", "b"), range=(0.0, 1.0), size=40_000)
     with pytest.raises(ConfigError, match="features = 80000: must be at most 65536"):
         data(wide)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import struct
 import tracemalloc
@@ -24,6 +23,7 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import error_of
 
 from ..pictures import encoded, picture
+from .conftest import write_jsonl
 
 COLUMNS = {"image": "picture", "label": "y"}
 
@@ -104,11 +104,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_cannot_be_used_is_one_fault_that_quotes_nothing(name: str, tmp_path: Path) -> None:
     content, found = BROKEN[name]
-    file = tmp_path / "rows.jsonl"
     (tmp_path / "secret.png").write_bytes(content)
     (tmp_path / "good.png").write_bytes(WHOLE)
     rows = [{"picture": name, "y": "a"} for name in ("good.png", "secret.png", "good.png")]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
     _, record, _ = iter_records(file, COLUMNS)
     with pytest.raises(DataError) as caught:
         decoded(record)

@@ -15,15 +15,10 @@ from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, own_record
 from fedtune.data.records import Fault
 from fedtune.spec import DataError
 
-from .conftest import data_spec
+from .conftest import data_spec, write_jsonl
 
 COLUMNS = {"text": "text", "label": "kind"}
 TEXTS = [f"text {number}" for number in range(1000)]
-
-
-def written(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def spec(path: Path, **settings: Any) -> DataSpec:
@@ -51,7 +46,7 @@ def sides(found: Dealt) -> list[list[str]]:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
-    return written(tmp_path / "all.jsonl", [{"text": text, "kind": "ab"[len(text) % 2]} for text in TEXTS])
+    return write_jsonl(tmp_path / "all.jsonl", [{"text": text, "kind": "ab"[len(text) % 2]} for text in TEXTS])
 
 
 def test_the_leads_share_is_no_sites(whole: Path) -> None:
@@ -71,7 +66,7 @@ def test_the_leads_share_is_no_sites(whole: Path) -> None:
 def test_whether_a_record_is_the_leads_is_a_matter_of_that_record(whole: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in whole.read_text().splitlines()]
     given = spec(whole, validation_fraction=0.1, test_fraction=0.3)
-    without = replace(given, train_file=str(written(tmp_path / "less.jsonl", rows[1:])))
+    without = replace(given, train_file=str(write_jsonl(tmp_path / "less.jsonl", rows[1:])))
     gone = rows[0]["text"]
     assert sides(dealt(without)) == [[text for text in side if text != gone] for side in sides(dealt(given))]
     assert sides(dealt(given, seed=2)) != sides(dealt(given)), "and of the run's seed"
@@ -79,7 +74,7 @@ def test_whether_a_record_is_the_leads_is_a_matter_of_that_record(whole: Path, t
 
 def test_users_are_the_leads_whole(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a", "who": f"u{number % 60}"} for number, text in enumerate(TEXTS)]
-    path = written(tmp_path / "all.jsonl", rows)
+    path = write_jsonl(tmp_path / "all.jsonl", rows)
     shares = {"validation_fraction": 0.2, "test_fraction": 0.2, "heldout_fraction": 0.2}
     found = dealt(spec(path, columns=COLUMNS | {"user": "who"}, **shares), unit="user")
     of_sites = [part for site in found.sites for part in (site.training, site.heldout)]
@@ -91,7 +86,7 @@ def test_users_are_the_leads_whole(tmp_path: Path) -> None:
 
 def test_each_site_may_have_a_file_of_its_own(tmp_path: Path) -> None:
     for name, part in (("north", TEXTS[:5]), ("south", TEXTS[5:7])):
-        written(tmp_path / f"{name}.jsonl", [{"text": text, "kind": "a"} for text in part])
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text, "kind": "a"} for text in part])
     given = spec(tmp_path / "{site}.jsonl", partition=PartitionSpec(kind="file"))
     assert sides(dealt(given)) == [[], [], TEXTS[:5], TEXTS[5:7]]
     (tmp_path / "south.jsonl").unlink()
@@ -105,7 +100,7 @@ def test_each_site_may_have_a_file_of_its_own(tmp_path: Path) -> None:
 def test_an_id_in_the_files_of_two_sites_is_two_users(tmp_path: Path) -> None:
     for name, users in (("north", "ann bob ann"), ("south", "bob eve ann")):
         rows = [{"text": user, "kind": "a", "who": user} for user in users.split()]
-        written(tmp_path / f"{name}.jsonl", rows)
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
     columns = COLUMNS | {"user": "who"}
     found = dealt(spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file")), unit="user")
     assert sides(found)[2:] == [["ann", "bob", "ann"], ["bob", "eve", "ann"]]
@@ -114,7 +109,7 @@ def test_an_id_in_the_files_of_two_sites_is_two_users(tmp_path: Path) -> None:
 
 def test_what_cannot_be_used_ends_the_reading_or_is_left_out(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a"} for text in TEXTS[:40]]
-    path = written(tmp_path / "all.jsonl", [*rows, {"text": " ", "kind": "a"}, {"text": "c", "kind": "c"}])
+    path = write_jsonl(tmp_path / "all.jsonl", [*rows, {"text": " ", "kind": "a"}, {"text": "c", "kind": "c"}])
     with pytest.raises(DataError, match=r"all\.jsonl:41, column 'text' = 'blank'"):
         dealt(spec(path))
 
@@ -131,10 +126,8 @@ def test_what_cannot_be_used_ends_the_reading_or_is_left_out(tmp_path: Path) -> 
 
 def test_faults_are_counted_over_the_whole_file_before_any_share_of_it_is_taken(tmp_path: Path) -> None:
     rows = [{"text": text, "kind": "a" if number % 4 else "c"} for number, text in enumerate(TEXTS[:40])]
-    path = written(tmp_path / "all.jsonl", rows)
-    told = (
-        r"all\.jsonl:1, label = 'not declared': must be a \(10 rows cannot be used, in lines 1, 5, 9, 13, 17, \.\.\.\)$"
-    )
+    path = write_jsonl(tmp_path / "all.jsonl", rows)
+    told = r"all\.jsonl:1, label = 'not declared': must be a \(10 rows cannot be used, in lines 1, 5, 9, 13, 17, \."
     with pytest.raises(DataError, match=told):
         dealt(spec(path, validation_fraction=0.2), fault=undeclared)
     with pytest.raises(DataError, match=told):
@@ -142,7 +135,7 @@ def test_faults_are_counted_over_the_whole_file_before_any_share_of_it_is_taken(
 
 
 def test_a_file_without_a_record_that_can_be_used_says_why(tmp_path: Path) -> None:
-    path = written(tmp_path / "all.jsonl", [{"subject": "a", "kind": "a"}] * 3)
+    path = write_jsonl(tmp_path / "all.jsonl", [{"subject": "a", "kind": "a"}] * 3)
     with pytest.raises(DataError, match=r"column 'text' = 'absent': must be there.* \(3 rows cannot be used"):
         dealt(spec(path, unusable="leave_out"))
 
@@ -156,11 +149,6 @@ def test_an_array_that_breaks_off_is_refused_but_at_a_real_site(tmp_path: Path) 
     own = own_records(spec(path), columns=COLUMNS, fault=undeclared, key=b"k")
     assert texts(own.training) == TEXTS[:4]
     assert (own.left_out.rows, own.left_out.count, own.left_out.is_much) == (5, 1, True)
-
-
-def test_an_empty_training_file_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"empty\.csv = 'an empty file': must hold at least one record"):
-        dealt(spec(written(tmp_path / "empty.csv", [])))
 
 
 def test_rows_of_the_lead_are_chosen_by_their_hash() -> None:

@@ -48,11 +48,7 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
     ],
     "a.json": [
         (b" [ ] ", "", "'no records'"),
-        (
-            b"[\n" + GOOD + b',\n{"question": "caf',
-            ":3",
-            "'the end of the file': must be one array of objects; it breaks off, and lacks the rest of this record",
-        ),
+        (b"[\n" + GOOD + b',\n{"question": "caf', ":3", "it breaks off, and lacks the rest of this record"),
         (b"[" + GOOD + b",", ":1", "'the end of the file'"),
         (b'{"data": [' + GOOD + b"]}", ":1", "must begin with [, as an"),
         (b"\n" + GOOD, ":2", "one object on each line ends in .jsonl"),
@@ -72,11 +68,7 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"question|intent\na|b\n", ":1", "looks separated by bars"),
         (b"question;intent|x\na;b|c\n", ":1", "looks separated by semicolons"),
         (b"question\tintent\na\tb\n", ":1", "looks separated by tabs"),
-        (
-            b"question,intent\ra,b\r",
-            ":1",
-            "'a carriage return alone, outside double quotes': must end its lines with a",
-        ),
+        (b"question,intent\ra,b\r", ":1", "'a carriage return alone, outside double quotes': must end its lines"),
         (b"body,intent\na,b\n", ":1, column 'question'", OTHERS),
         (b"question,intent,intent\na,b,c\n", ":1, column 'intent'", "must appear once"),
         (b'"question,intent\na,b\n', ":1", "a quote that is not closed"),
@@ -148,14 +140,8 @@ def listening(path: Path) -> None:
 
 PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (lambda path: None, "no such file"),
-    "a folder": (
-        Path.mkdir,
-        "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets wrote",
-    ),
-    "several saved sets": (
-        several,
-        "is a folder; holds several sets, of which one is needed: {path}/train, {path}/test",
-    ),
+    "a folder": (Path.mkdir, "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets"),
+    "several saved sets": (several, "holds several sets, of which one is needed: {path}/train, {path}/test"),
     "parts of a table": (parts, "is a folder; holds 1 part of a table: write them as one file"),
     "a pipe": (lambda path: os.mkfifo(path), "is a pipe; must be a file"),
     "a socket": (listening, "is a socket; must be a file"),

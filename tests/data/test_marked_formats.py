@@ -18,6 +18,7 @@ from fedtune.data.text_rows import MOST_BYTES
 from fedtune.spec import DataError
 from fedtune.tasks.token_classification import marks
 
+from ..conftest import command, tiny
 from .conftest import data_spec
 
 TEXT = "Aspirin cures 😀 colds, not asthma"
@@ -256,7 +257,7 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
 
 
 @pytest.fixture
-def refused(command: Any, tiny: Any, tmp_path: Path) -> Callable[[Path, dict[str, str]], str]:
+def refused(tmp_path: Path) -> Callable[[Path, dict[str, str]], str]:
     """The one message of a simulation over a file; it leaves nothing behind."""
 
     def run(path: Path, columns: dict[str, str]) -> str:

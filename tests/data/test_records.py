@@ -93,11 +93,8 @@ DEEP = b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b', "question": "a", "inten
 DIGITS = b'{"question": "a", "intent": "b", "x": ' + b"1" * 5000 + b"}"
 LATIN, MOST = b'{"question": "caf\xe9", "intent": "b"}', "must have at most 16777216 bytes a record"
 NO_UTF_8 = "byte 0xe9 at place 18 of the record': must be UTF-8 text, not UTF-16, Latin-1"
-ARRAY, TOO_LARGE, BEHIND = (
-    "'array': must be one whole JSON object",
-    "'too large a value'",
-    "text behind a closing quote",
-)
+ARRAY, TOO_LARGE = "'array': must be one whole JSON object", "'too large a value'"
+BEHIND = "text behind a closing quote"
 UNUSABLE: dict[str, list[tuple[bytes, str]]] = {
     "a.jsonl": [
         (b'{"question": "wh', "Unterminated string starting at at place 14 of the record': must be one whole JSON"),
@@ -196,16 +193,12 @@ def test_a_text_of_many_characters_is_a_record(tmp_path: Path, name: str) -> Non
 
 
 CELL = st.text('",\r\nab ', max_size=6)
+ROW = st.tuples(CELL, CELL)
 
 
-@given(
-    rows=st.lists(st.tuples(CELL, CELL), max_size=4),
-    more=st.tuples(CELL, CELL),
-    place=st.integers(0, 4),
-    piece=st.integers(1, 7),
-)
+@given(st.lists(ROW, max_size=4), ROW, st.integers(0, 4), st.integers(1, 7))
 def test_a_row_that_is_written_as_csv_changes_no_other(
-    rows: list[tuple[str, str]], more: tuple[str, str], place: int, piece: int, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], more: tuple[str, str], place: int, piece: int
 ) -> None:
     def read(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
         buffer = io.StringIO(newline="")

@@ -126,10 +126,7 @@ def test_shapes_follow_from_public_settings() -> None:
     assert [limited.rows(length) for length in (12, 16, 48)] == [(17, 8, 4, 2), (30, 15, 7, 3), (3, 1)]
     few = dataclasses.replace(tight, most_rows=(1, 1, 1, 1, 1))
     assert [few.rows(length) for length in (12, 40)] == [(1,), (2,)]
-    assert [
-        length_of(Shapes.of(max_length=1, max_tokens=9), 1),
-        length_of(Shapes.of(max_length=7, max_tokens=9), 7),
-    ] == [8, 8]
+    assert [length_of(Shapes.of(max_length=longest, max_tokens=9), longest) for longest in (1, 7)] == [8, 8]
 
 
 @quick

@@ -34,8 +34,6 @@ COLUMNS = {
 @pytest.fixture(scope="module")
 def make_slices() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_slices", FOLDER / "make_slices.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)

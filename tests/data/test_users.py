@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from fedtune.data import (
 from fedtune.data.load import own_records
 from fedtune.spec import ConfigError, DataError
 
-from .conftest import data_spec
+from .conftest import data_spec, write_jsonl
 
 KEY = b"a key of these tests"
 COLUMNS = {"text": "text", "user": "who"}
@@ -102,9 +101,7 @@ def test_a_user_at_two_sites_is_refused_and_counted() -> None:
 
 
 def written(folder: Path, *users: object, name: str = "all.jsonl") -> Path:
-    lines = [json.dumps({"text": f"text {n}", "who": user}) for n, user in enumerate(users)]
-    (folder / name).write_text("\n".join(lines) + "\n")
-    return folder / name
+    return write_jsonl(folder / name, ({"text": f"text {n}", "who": user} for n, user in enumerate(users)))
 
 
 def spec(path: Path, **changes: Any) -> DataSpec:
@@ -119,9 +116,8 @@ def columns(data: DataSpec, **unit: Any) -> dict[str, str]:
 def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) -> None:
     # What a lead asks for must not make the answer depend on whether some record fits it; the doctor says it before.
     path = written(tmp_path, "ann", ["ann", "bob"], "bob", None, "ann")
-    records = own_records(
-        spec(path), columns=columns(spec(path), unit="user"), fault=lambda _: None, key=KEY, unit="user"
-    )
+    by_user = columns(spec(path), unit="user")
+    records = own_records(spec(path), columns=by_user, fault=lambda _: None, key=KEY, unit="user")
     assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
     by_record = own_records(spec(path), columns=columns(spec(path)), fault=lambda _: None, key=KEY)
     assert len(by_record.training) == 5
@@ -136,15 +132,13 @@ def test_users_need_a_column(tmp_path: Path) -> None:
     without = spec(path, columns={"prompt": "text", "completion": "text"})
     with pytest.raises(ConfigError, match=r"^columns = .*must name the column for role 'user', as privacy\.unit"):
         without.check_unit("user")
-    without.check_unit("record")
-    spec(path).check_unit("record")
+    by_label = {
+        "columns": {"text": "text", "label": "kind", "user": "who"},
+        "partition": PartitionSpec(kind="dirichlet"),
+    }
+    with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': deals records out by their labels"):
+        spec(path, **by_label).check_unit("user")
+    for each in (without, spec(path, **by_label), spec(path)):
+        each.check_unit("record")
     assert "user" not in columns(spec(path))
     assert columns(spec(path), unit="user")["user"] == "who"
-
-
-def test_labels_deal_no_users_out(tmp_path: Path) -> None:
-    columns = {"text": "text", "label": "kind", "user": "who"}
-    given = spec(written(tmp_path, "ann"), columns=columns, partition=PartitionSpec(kind="dirichlet"))
-    with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': deals records out by their labels"):
-        given.check_unit("user")
-    given.check_unit("record")

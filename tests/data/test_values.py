@@ -18,6 +18,8 @@ from fedtune.data.records import column_values, record_of, usable_records
 from fedtune.data.values import labels_of, one_form, said_of, turns_like, turns_said
 from fedtune.spec import DataError
 
+from .conftest import write_jsonl
+
 ASKED, SAID = {"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}
 CHAT = '[{"role":"user","content":"where?"},{"role":"assistant","content":"here"}]'
 NOT_LEARNT = CHAT.replace('"here"', '"here","train":false')
@@ -171,10 +173,7 @@ def test_a_value_that_cannot_be_read_says_why_and_is_not_quoted(role: str) -> No
 
 def test_what_somebody_wrote_and_what_is_an_answer() -> None:
     assert [list(read(value, role).texts()) for value, role in ((3, "target"), ("a", "label"))] == [[], []]
-    assert [read(value, role).answer for value, role in ((3, "target"), ("a", "label"))] == [
-        '{"target": "3.0"}',
-        '{"label": "a"}',
-    ]
+    assert [read(3, "target").answer, read("a", "label").answer] == ['{"target": "3.0"}', '{"label": "a"}']
     assert [text for _, text in read(said("here"), "messages").texts()] == ["where?", "here"]
     assert [text for _, text in read(json.loads(ONE) * 2, "rejected").texts()] == ["here", "here"]
     assert [text for _, text in read("lost ", "rejected").texts()] == ["lost "]
@@ -189,8 +188,7 @@ def test_a_name_in_one_form_stays_as_it_is() -> None:
 
 def test_forms_of_an_id_are_one_user_wherever_users_are_told_apart(tmp_path: Path) -> None:
     rows = [{"text": "a", "who": "Jose\u0301"}, {"text": "b", "who": "Jos\u00e9"}, {"text": "c", "who": ""}]
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     records = list(usable_records(path, {"text": "text", "user": "who"}))
     assert [len(places) for places in users_of(records)] == [2]
     assert len({unit_hash(record, purpose="test", key=b"k", unit="user") for record in records}) == 1
