@@ -61,13 +61,10 @@ TABLE: dict[str, Any] = {
 """A configuration's groups where records are of a table."""
 
 
-def changed(config: RunConfig, **groups: Any) -> RunConfig:
-    """`config` with other values: of a group by a dict, of a key by its value."""
-    values = {
-        name: replace(getattr(config, name), **value) if isinstance(value, dict) else value
-        for name, value in groups.items()
-    }
-    return replace(config, **values)
+def changed(whole: Any, **changes: Any) -> Any:
+    """A configuration or policy with other values: of a group or table by a dict, of a key by its value."""
+    groups = {key: replace(getattr(whole, key), **value) for key, value in changes.items() if isinstance(value, dict)}
+    return replace(whole, **changes | groups)
 
 
 @cache
@@ -131,23 +128,9 @@ class Station:
     waits: Callable[[Proposal, str], None] = lambda proposal, settings: None
 
     def __post_init__(self) -> None:
+        self.site_toml, self.data = self.folder / "site.toml", self.folder / "mail.csv"
+        self.paused, self.adapters = self.folder / "paused", self.folder / "adapters"
         self.restart()
-
-    @property
-    def site_toml(self) -> Path:
-        return self.folder / "site.toml"
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "mail.csv"
-
-    @property
-    def paused(self) -> Path:
-        return self.folder / "paused"
-
-    @property
-    def adapters(self) -> Path:
-        return self.folder / "adapters"
 
     def restart(self) -> None:
         """The site's process ends, and another begins in the same folder."""
@@ -167,11 +150,7 @@ class Station:
         """Write another policy: tables are changed by dicts, the one data set by `dataset`."""
         policy = read_policy(self.site_toml)
         dataset = replace(policy.dataset[0], **changes.pop("dataset", {}))
-        tables = {
-            key: replace(getattr(policy, key), **value) if isinstance(value, dict) else value
-            for key, value in changes.items()
-        }
-        write_policy(replace(policy, dataset=(dataset,), **tables), self.site_toml)
+        write_policy(changed(policy, **changes, dataset=(dataset,)), self.site_toml)
 
     def ledger(self) -> Ledger:
         return SiteFiles.of(self.site_toml).open()
@@ -191,21 +170,15 @@ class Station:
         }
         return RoundRequest(**fields | {key: value for key, value in about.items() if key not in of_proposal})
 
-    def ask(
-        self,
-        config: RunConfig | None = None,
-        *,
-        round: int = 1,
-        settings: str | None = None,
-        adapter: Adapter | None = None,
-        key: SigningKey | None = None,
-        **about: Any,
-    ) -> Reply:
-        """The answer to a round's request; `settings` travel with it in place of the configuration's own."""
-        adapter = adapter or self.first
-        request = self.request(config, round=round, adapter_digest=adapter.digest(), **about)
+    def ask(self, config: RunConfig | None = None, *, settings: str | None = None, **about: Any) -> Reply:
+        """The answer to a round's request, with an adapter and signed by a key.
+
+        `settings` travel with it in place of the configuration's own.
+        """
+        adapter, key = about.pop("adapter", self.first), about.pop("key", self.lead)
+        request = self.request(config, adapter_digest=adapter.digest(), **about)
         text = json.dumps(for_sites(config or self.config).to_json()) if settings is None else settings
-        return answer(self.real.site(text), request.signed(key or self.lead), adapter)
+        return answer(self.real.site(text), request.signed(key), adapter)
 
     def update(self, config: RunConfig | None = None, **about: Any) -> Update:
         """The update that must be the answer."""

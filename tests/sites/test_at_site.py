@@ -67,6 +67,7 @@ def test_files_columns_and_machine_are_the_sites_own(policy: Policy) -> None:
     slower = replace(policy, machine=replace(policy.machine, onednn=False))
     assert not here(hostile, slower).runtime.onednn
     assert (runtime.kept_states_mib, runtime.gradient_checkpointing, runtime.sites_dir) == (5, True, None)
+    assert here(letters(), replace(policy, machine=Machine())).runtime.num_threads is None, "every core"
     assert runtime.seeded_noise is hostile.runtime.seeded_noise, "as the policy allowed it"
 
 
@@ -90,10 +91,6 @@ def test_the_data_set_is_the_one_that_the_run_names(policy: Policy) -> None:
     notes = replace(policy, dataset=(replace(policy.dataset[0], **columns), policy.dataset[1]))
     assert here(letters(data={"dataset": "notes"}), notes).data.train_file == "/elsewhere/notes.jsonl"
     assert reason_of(here, letters(data={"dataset": "unheard-of"}), policy) is Reason.DATASET
-
-
-def test_no_number_of_threads_means_every_core(policy: Policy) -> None:
-    assert here(letters(), replace(policy, machine=Machine())).runtime.num_threads is None
 
 
 def test_what_is_trained_stays_as_it_was_sent(policy: Policy) -> None:

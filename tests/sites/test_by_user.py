@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,12 +14,10 @@ from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.model import Adapter
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.work import SiteWork
-from fedtune.spec import ConfigError
 from fedtune.training.users import UserExamples
 
 from .conftest import LABELS, letters, round_request, write_records
@@ -55,13 +52,6 @@ def test_it_refuses_runs_of_records_and_more_than_it_lets_a_user_contribute(stat
     site.edit(limits={"max_records_per_user": 4})
     assert site.refusal() is Reason.MAX_RECORDS_PER_USER
     assert site.ledger().history.runs == {}
-
-
-def test_its_policy_says_whose_a_record_is(site: Any) -> None:
-    policy = read_policy(site.site_toml)
-    without = replace(policy.dataset[0], columns={"text": "body", "label": "kind"})
-    with pytest.raises(ConfigError, match=r"^dataset letters columns = .*must name the column for role 'user'"):
-        write_policy(replace(policy, dataset=(without,)), site.site_toml)
 
 
 def test_a_record_of_several_users_costs_nobody_an_answer(site: Any) -> None:

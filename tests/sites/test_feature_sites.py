@@ -41,10 +41,8 @@ def write(site: Any, rows: list[tuple[str, ...]]) -> None:
 def test_a_table_is_trained_on_under_the_site_s_own_names(site: Any) -> None:
     write(site, GOOD)
     update = site.update()
-    assert {name: one.shape for name, one in update.tensors.items()} == {
-        "head.weight": (len(LABELS), 5),
-        "head.bias": (len(LABELS),),
-    }
+    shapes = {name: one.shape for name, one in update.tensors.items()}
+    assert shapes == {"head.weight": (len(LABELS), 5), "head.bias": (len(LABELS),)}
     sent = for_sites(site.config)
     assert sent.model.sha256 == model_sha256(ModelSpec(path="none"))
     assert sent.proposal(lead="x", plan=sent.plan()).target_modules == ()

@@ -14,11 +14,15 @@ import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
 from fedtune.config import RunConfig
 from fedtune.evaluation.scoring import unit_scores
+from fedtune.federation.secure.at_site import Parties
+from fedtune.federation.secure.party import Promise
 from fedtune.federation.site_round import Trained
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.randomness import SeededRandomness
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.virtual_site import POLICY, Participants
 from fedtune.spec import RunError
 
@@ -75,6 +79,17 @@ def test_simulated_sites_sum_with_whom_their_policies_name(config: Configure, tm
     write_policy(replace(policy, trust=replace(policy.trust, members=other)), tmp_path / "sites" / "a" / POLICY)
     rosters = [site.sums.roster for site in (everyone.site(0), everyone.site(1)) if site.sums is not None]
     assert rosters == [{"a": own["a"], **other}, own]
+
+
+def test_sites_whose_ledgers_share_a_folder_keep_each_their_own_promises(site_policy: Any, tmp_path: Path) -> None:
+    for site in ("east", "west"):
+        policy = replace(site_policy(site), ledger=f"{site}.db", site_key=f"{site}.pem")
+        ledger, site_key = tmp_path / policy.ledger, tmp_path / policy.site_key
+        files = SiteFiles(policy=policy, ledger=ledger, site_key=site_key, anchor=None)
+        promise = Promise(session="ab" * 32, release=1, survivors=("east", "west"), confirmed=site == "east")
+        sums_of(files, Parties(), members={}).keep(promise)
+    kept = {path.name: path.read_text().count('"confirmed": true') for path in tmp_path.glob("*promises.jsonl")}
+    assert kept == {"east.db.promises.jsonl": 1, "west.db.promises.jsonl": 0}
 
 
 NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")

@@ -20,9 +20,8 @@ from .conftest import letters
 
 
 def records_of(count: int, **fields: Any) -> list[Record]:
-    return [
-        Record({"text": f"a letter, number {n}", "label": ("invoice", "praise")[n % 2], **fields}) for n in range(count)
-    ]
+    kinds = ("invoice", "praise")
+    return [Record({"text": f"a letter, number {n}", "label": kinds[n % 2], **fields}) for n in range(count)]
 
 
 def lines(records: list[Record]) -> set[str]:

@@ -163,14 +163,11 @@ def test_settings_of_another_plan_than_was_signed_are_refused(site: Any) -> None
     assert site.ledger().history.runs == {}
 
 
-def test_settings_of_runs_without_this_site_are_refused(site: Any) -> None:
+def test_settings_of_runs_without_this_site_or_of_another_size_are_refused(site: Any) -> None:
     elsewhere = letters(federation={"site_names": ("west", "south")})
     assert site.refusal(elsewhere) is Reason.WRONG_SITE
     left_out = letters(federation={"participants": ("south",)})
     assert site.refusal(left_out) is Reason.WRONG_SITE
-
-
-def test_a_run_that_takes_the_site_for_another_size_is_refused(site: Any) -> None:
     site.edit(dataset={"declared_size": 41})
     assert site.refusal() is Reason.DECLARED_SIZE
 
@@ -454,15 +451,11 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     assert {name: found[name].base.value for name in before} == before
 
 
-def test_a_declined_adapter_is_not_written(site: Any) -> None:
+def test_an_adapter_that_is_declined_or_of_a_run_that_nobody_began_is_not_written(site: Any) -> None:
+    assert site.end(site.first) is None
     site.edit(final_adapter="decline")
     final = Adapter(site.update().tensors)
     assert site.end(final) is not None
-    assert not site.adapters.exists()
-
-
-def test_the_adapter_of_a_run_that_nobody_began_is_not_written(site: Any, first_adapter: Adapter) -> None:
-    assert site.end(first_adapter) is None
     assert not site.adapters.exists()
 
 
