@@ -177,9 +177,7 @@ def test_an_approval_lasts_though_the_policy_changes(manual: Open) -> None:
     manual().approve(proposal())
     reserve(manual(limits={"max_rounds": 19}), proposal())
     refusing = manual(allow={"max_rank": 1})
-    assert reason_of(reserve, refusing, proposal(), 2) is Reason.MAX_RANK, (
-        "but not longer than the rule that allowed it"
-    )
+    assert reason_of(reserve, refusing, proposal(), 2) is Reason.MAX_RANK, "no longer than the rule that allowed it"
 
 
 def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Open, manual: Open) -> None:

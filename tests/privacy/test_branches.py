@@ -24,10 +24,7 @@ def rounds_charged(ledger: Ledger, proposal: Any) -> float:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_branches_of_one_backup_are_both_charged(backups: Backups, order: tuple[int, int]) -> None:
-    lost = [
-        backups.branch(proposal(run="long"), 1, 2, 3, 4),
-        backups.branch(proposal(run="short"), 1, 2),
-    ]
+    lost = [backups.branch(proposal(run="long"), 1, 2, 3, 4), backups.branch(proposal(run="short"), 1, 2)]
     ledger = backups.put_back()
     for number in order:
         assert ledger.charge_gap(lost[number][0]), "beyond the backup, each has charges of its own"

@@ -278,9 +278,7 @@ def test_several_local_steps_get_no_credit_for_others_noise(sites: int, hit: flo
     credited = release(sampling_rate=1.0, noise_multiplier=share, honest=sites)
     two_credited = events.dp_sgd(sampling_rate=1.0, noise_multiplier=together(share, sites), steps=2)
     assert events.grouped([credited, credited]) == events.grouped([two_credited])
-    assert refuted(two_credited), (
-        "two releases of one step each would be as private as this, and two local steps are not"
-    )
+    assert refuted(two_credited), "two releases of a step each would be as private, and two local steps are not"
     # Two Gaussian mechanisms of noise 1 allow this much at the attack's rate of false alarms.
     assert stats.norm.cdf(math.sqrt(2) + stats.norm.ppf(1 - hit)) == pytest.approx(most, abs=0.002)
     own_shares = events.dp_sgd(sampling_rate=1.0, noise_multiplier=share, steps=2)

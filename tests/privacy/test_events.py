@@ -83,9 +83,8 @@ def test_grouping_counts_every_mechanism_as_often_as_it_ran(history: list[DpEven
 
 
 def test_a_composition_that_is_counted_counts_its_parts() -> None:
-    assert events.grouped({SelfComposedDpEvent(GaussianDpEvent(1.0), 4): 3, GaussianDpEvent(1.0): 1}) == {
-        GaussianDpEvent(1.0): 13
-    }
+    one = GaussianDpEvent(1.0)
+    assert events.grouped({SelfComposedDpEvent(one, 4): 3, one: 1}) == {one: 13}
 
 
 def test_what_is_sampled_stays_in_one_piece() -> None:
@@ -128,27 +127,13 @@ GAUSSIAN = {"kind": "gaussian", "noise_multiplier": 1.0}
 @pytest.mark.parametrize(
     "data",
     [
-        None,
-        [],
-        "gaussian",
-        {},
-        {"kind": "laplace", "noise_multiplier": 1.0},
-        {"kind": "gaussian"},
-        {"kind": "gaussian", "noise_multiplier": "1.0"},
-        {"kind": "gaussian", "noise_multiplier": 0},
-        {"kind": "gaussian", "noise_multiplier": True},  # a second spelling of one
-        {"kind": "poisson_sampled", "sampling_probability": True, "event": GAUSSIAN},
-        {"kind": "self_composed", "count": True, "event": GAUSSIAN},
-        {"kind": "gaussian", "noise_multiplier": -1.0},
-        {"kind": "gaussian", "noise_multiplier": math.nan},
-        {"kind": "gaussian", "noise_multiplier": math.inf},  # would be a mechanism that costs nothing
-        {"kind": "poisson_sampled", "sampling_probability": 0, "event": GAUSSIAN},
-        {"kind": "poisson_sampled", "sampling_probability": 1.1, "event": GAUSSIAN},
+        *(None, [], "gaussian", {}, {"kind": "laplace", "noise_multiplier": 1.0}, {"kind": "gaussian"}),
+        # True is a second spelling of one, and infinity would be a mechanism that costs nothing.
+        *(GAUSSIAN | {"noise_multiplier": noise} for noise in ("1.0", 0, True, -1.0, math.nan, math.inf)),
+        *({"kind": "poisson_sampled", "sampling_probability": rate, "event": GAUSSIAN} for rate in (True, 0, 1.1)),
         {"kind": "poisson_sampled", "sampling_probability": 0.1, "event": {"kind": "nothing"}},
-        {"kind": "self_composed", "count": -1, "event": GAUSSIAN},
-        {"kind": "self_composed", "count": 2.5, "event": GAUSSIAN},
-        {"kind": "composed", "events": GAUSSIAN},
-        {"kind": "composed", "events": [GAUSSIAN, None]},
+        *({"kind": "self_composed", "count": count, "event": GAUSSIAN} for count in (True, -1, 2.5)),
+        *({"kind": "composed", "events": each} for each in (GAUSSIAN, [GAUSSIAN, None])),
     ],
 )
 def test_what_is_no_event_cannot_be_read(data: object) -> None:

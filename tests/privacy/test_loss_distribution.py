@@ -124,7 +124,5 @@ def test_a_delta_that_the_arithmetic_does_not_carry_is_refused() -> None:
     Plan(**settings, delta=2e-18, local_steps=10, num_rounds=100)
     with pytest.raises(ConfigError, match=r"^delta = 1e-19: must be at least 1e-18: .* for 1000 steps"):
         Plan(**settings, delta=1e-19, local_steps=10, num_rounds=100)
-    assert (
-        epsilon_pld([events.dp_sgd(sampling_rate=0.1, noise_multiplier=1.0, steps=1000)], 1e-21, interval=COARSE)
-        == math.inf
-    )
+    thousand = events.dp_sgd(sampling_rate=0.1, noise_multiplier=1.0, steps=1000)
+    assert epsilon_pld([thousand], 1e-21, interval=COARSE) == math.inf

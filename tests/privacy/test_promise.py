@@ -84,11 +84,8 @@ def test_an_epsilon_is_kept_with_the_least_noise_that_does() -> None:
 
 def test_what_no_noise_of_the_sites_own_can_keep_is_refused() -> None:
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(1.0)
-    sums, none, scores = (
-        {"shared": shared, "local_steps": 1},
-        {"noise_multiplier": 0.0},
-        {"metrics_noise_multiplier": 1.0},
-    )
+    sums, none = {"shared": shared, "local_steps": 1}, {"noise_multiplier": 0.0}
+    scores = {"metrics_noise_multiplier": 1.0}
     lax = {"limits": {"min_noise_multiplier": 0.0}, "releases": {"metrics": "noised"}, "trust": {"secure": True}}
     for promise, change in ((STRONGER, sums), (STRONGER, none), (Promise(epsilon_per_run=0.5), scores)):
         assert reason_of(policy(promise=promise, **lax).check, proposal(plan=change)) is Reason.PROMISE

@@ -317,6 +317,46 @@ def test_a_value_has_a_word_of_its_own_and_a_pair_in_doubt_four_more() -> None:
     assert len(in_doubt.drawn) in (8, 12)
 
 
+# Which words of the keystream stand behind which noise value, by moving each word in turn.
+
+
+def values_of(words: npt.NDArray[np.uint64], monkeypatch: pytest.MonkeyPatch) -> npt.NDArray[np.int64]:
+    """The noise values that a stream makes of these words."""
+    left = iter(words)
+    monkeypatch.setattr(
+        RandomStream, "uniform64", lambda _, count: np.array([next(left) for _ in range(count)], dtype=np.uint64)
+    )
+    values = RandomStream(bytes(32)).rounded_normal(10, 2.0**24)
+    assert next(left, None) is None, "every word is used"
+    return values
+
+
+def test_a_value_has_two_words_behind_it_that_it_shares_with_the_other_of_its_pair_alone(monkeypatch: Any) -> None:
+    """The sine and the cosine of a Box-Muller pair are independent; a third value of the same words would not be."""
+    words = SeededRandomness(1).stream("draws").uniform64(10)
+    before = values_of(words, monkeypatch)
+    behind = np.zeros((len(words), 10), dtype=np.bool_)  # which word moves which value
+    for place in range(len(words)):
+        moved = words.copy()
+        moved[place] ^= np.uint64(1 << 60)
+        behind[place] = values_of(moved, monkeypatch) != before
+    assert (behind.sum(axis=0) == 2).all()
+    assert (behind.sum(axis=1) == 2).all(), "each word moves the cosine and the sine of its pair"
+    pairs = {tuple(np.flatnonzero(row)) for row in behind.T}
+    assert len(pairs) == 5
+
+
+def test_every_bit_that_can_matter_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value as fine as this one moves with all but the lowest bits of its words: no draw is cut to 32 or 53 bits."""
+    radii = [1 << 40 | 1 << 30, 3 << 40, 5 << 40, 7 << 40, 9 << 40]
+    words = np.array([*radii, *[0x9E3779B97F4A7C15] * 5], dtype=np.uint64)
+    before = values_of(words, monkeypatch)
+    for bit in range(22, 64):
+        moved = words.copy()
+        moved[0] ^= np.uint64(1 << bit)
+        assert values_of(moved, monkeypatch)[0] != before[0], bit
+
+
 def test_system_streams_differ_whatever_their_purpose() -> None:
     source = SystemRandomness()
     assert not source.seeded
@@ -375,11 +415,8 @@ def generators_in(source: str) -> set[str]:
     return found & GENERATORS
 
 
-SOURCES = [
-    path
-    for package in (fedtune.privacy, fedtune.training)
-    for path in sorted(Path(str(package.__file__)).parent.glob("*.py"))
-]
+PACKAGES = [Path(str(package.__file__)).parent for package in (fedtune.privacy, fedtune.training)]
+SOURCES = [path for package in PACKAGES for path in sorted(package.glob("*.py"))]
 
 
 MADE_UP = {

@@ -120,11 +120,6 @@ def test_a_site_bounds_what_one_person_contributes() -> None:
         assert broken(BY_USER, proposal(plan={"unit": "user", "records_per_user": most})) == expected
 
 
-def test_a_population_of_users_needs_to_know_whose_each_record_is() -> None:
-    with pytest.raises(ConfigError, match=r"^dataset notes columns = .*must name the column for role 'user'"):
-        policy(population={"unit": "user"})
-
-
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])
 def test_the_largest_product_of_two_matrices_does_not_follow_the_scale(scale: float) -> None:
     bound = policy(limits={"max_adapter_value": 50.0}).adapter_bound(scale)
@@ -255,9 +250,7 @@ def test_a_policy_needs_a_name_and_distinct_data_sets() -> None:
 
 def test_delta_must_be_below_one_over_the_whole_population() -> None:
     two = (Dataset(id="d", declared_size=60_000), Dataset(id="e", declared_size=40_000))
-    message = (
-        r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, with the declared sizes of all data sets added"
-    )
+    message = r"^budget\.delta = 1e-05: must be below 1 / 100,000 = 1e-05, with the declared sizes of all data sets"
     with pytest.raises(ConfigError, match=message):
         policy(dataset=two)
     policy(dataset=(two[0], replace(two[1], declared_size=39_999)))

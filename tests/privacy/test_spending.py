@@ -39,10 +39,8 @@ def test_a_share_is_of_the_caps_divergence(opened: Any) -> None:
     ledger = opened()
     train(ledger, proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
-    room, one = (
-        filter.most_divergence(11.0, order=history.order, delta=DELTA),
-        filter.divergence(proposal().plan.event(), history.order),
-    )
+    room = filter.most_divergence(11.0, order=history.order, delta=DELTA)
+    one = filter.divergence(proposal().plan.event(), history.order)
     assert spending.share_of_cap(history, history.charged(), cap=11.0) == pytest.approx(one / room)
     assert spending.share_of_cap(history, history.charged(), cap=math.inf) is None
     # At a small order turning divergence into epsilon costs more than such a cap is.

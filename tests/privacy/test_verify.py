@@ -350,8 +350,7 @@ def test_a_truncated_ledger_passes_without_an_anchor_and_is_found_with_one(
     whole: Path, victim: Path, tamper: Any, newest: Head
 ) -> None:
     replace_rows(victim, stored(whole)[:-3], tamper)
-    verified = verify(victim)
-    assert verified.anchor_sequence is None
+    assert verify(victim).anchor_sequence is None
     length = len(stored(whole))
     expected = f"an older copy of the ledger was put back: it ends at event {length - 3}, the anchor knows {length}"
     assert found(victim, anchor=newest) == expected
