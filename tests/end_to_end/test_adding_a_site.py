@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -12,9 +11,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import pytest
@@ -24,7 +22,7 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 
-from ..conftest import parsed
+from ..conftest import parsed, result_of
 from ..flower.loopback import free_port
 from ..forked import forked_commands
 
@@ -71,20 +69,14 @@ def test_the_table_of_steps_counts_each_and_names_every_step_of_the_page() -> No
     assert told == {int(number) for number, _ in headings} - looked_at
 
 
-@dataclass(frozen=True)
-class Followed:
-    """What came of it.
-
-    Attributes:
-        folder: the one that was empty.
-        printed: all that the commands said.
-    """
+class Followed(NamedTuple):
+    """The folder that was empty, and all that the commands said."""
 
     folder: Path
     printed: str
 
     def result(self) -> Any:
-        return json.loads((self.folder / "runs" / "first" / "run.json").read_text())
+        return result_of(self.folder / "runs" / "first")
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +130,9 @@ def test_what_was_spent_is_within_each_policy_and_in_each_ledger(followed: Follo
     assert sorted(privacy["sites"]) == list(SITES)
     for site, spent in privacy["sites"].items():
         files = SiteFiles.of(followed.folder / site / "site.toml")
-        assert files.anchor is not None
         history = verify(files.ledger, anchor=Head.read(files.anchor)).history
         assert sum(history.charged().values()) == spent["steps"] == 10
         most = files.policy.budget.max_epsilon_per_run
-        assert most is not None
         assert 0.9 * most < spent["epsilon"] <= most
         charged = filter.epsilon_filter(history.charged(), order=history.order, delta=history.delta)
         assert 0 < charged <= files.policy.budget.max_epsilon

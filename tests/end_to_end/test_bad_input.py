@@ -6,14 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from ..conftest import command, files_in, simulate, tiny
+
 
 @pytest.fixture(scope="module")
-def _finished(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without privacy; not to be changed."""
     folder: Path = simulate("privacy=none", into=tmp_path_factory.mktemp("finished"))
     return folder
@@ -26,7 +27,7 @@ def finished(_finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refuse(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., str]:
+def refuse(tmp_path: Path) -> Callable[..., str]:
     """Run with a mistake; return the one line that says so.  Nothing may be left behind."""
 
     def run(*overrides: str, multirun: bool = False) -> str:
@@ -124,65 +125,50 @@ def test_a_malformed_file_is_named_with_its_line(
     assert bound in message
 
 
-def test_a_name_that_is_taken(command: Any, tiny: Any, finished: Path, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+def test_a_name_that_is_taken(finished: Path, tmp_path: Path) -> None:
+    before = files_in(finished)
     outcome = command("simulate", *tiny("privacy=none", into=tmp_path))
-    assert outcome.code == 2
-    assert outcome.message.startswith("name = 'run': is taken")
+    assert outcome.failed().startswith("name = 'run': is taken")
     assert f"resume={finished}" in outcome.message
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert files_in(finished) == before
 
 
-def test_a_folder_of_another_configuration_is_refused_with_what_differs(
-    command: Any, tiny: Any, finished: Path, tmp_path: Path
-) -> None:
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+def test_a_folder_of_another_configuration_is_refused_with_what_differs(finished: Path, tmp_path: Path) -> None:
+    before = files_in(finished)
     changed = ("privacy=none", "training.learning_rate=0.5", "runtime.micro_batch_tokens=7", f"resume={finished}")
     outcome = command("simulate", *tiny(*changed, into=tmp_path))
-    assert outcome.code == 2
-    assert outcome.message.startswith(f"resume = '{finished}': was made with another configuration")
+    assert outcome.failed().startswith(f"resume = '{finished}': was made with another configuration")
     assert "training.learning_rate was 0.01, is 0.5" in outcome.message
     assert "micro_batch_tokens" not in outcome.message, "only what may change a result stands in the way"
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert files_in(finished) == before
 
 
-def test_resuming_what_is_no_run_folder(command: Any, tmp_path: Path) -> None:
+def test_resuming_what_is_no_run_folder(tmp_path: Path) -> None:
     outcome = command("simulate", f"resume={tmp_path / 'gone'}")
     assert (outcome.code, outcome.message) == (2, f"resume = '{tmp_path / 'gone'}': must be a run folder")
-    outcome = command("simulate", f"resume={tmp_path}")
-    assert outcome.code == 2
-    assert "must hold a config.yaml" in outcome.message
+    assert "must hold a config.yaml" in command("simulate", f"resume={tmp_path}").failed()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_broken_config_in_a_folder_to_resume(command: Any, finished: Path) -> None:
+def test_a_broken_config_in_a_folder_to_resume(finished: Path) -> None:
     for text in ("a: [", "- 1\n", "name: x\n"):
         (finished / "config.yaml").write_text(text)
         assert command("simulate", f"resume={finished}").code == 2
 
 
 @pytest.mark.parametrize("arguments", [("RUN",), ("RUN", "--data", "FILE", "--device", "tpu"), ("--data", "FILE")])
-def test_evaluate_without_what_it_needs(command: Any, arguments: tuple[str, ...]) -> None:
-    outcome = command("evaluate", *arguments)
-    assert outcome.code == 2
-    assert outcome.message
+def test_evaluate_without_what_it_needs(arguments: tuple[str, ...]) -> None:
+    assert command("evaluate", *arguments).failed()
 
 
-def test_evaluate_names_what_is_wrong(command: Any, finished: Path, tmp_path: Path) -> None:
+def test_evaluate_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"text": "a", "label": "parking"}\n')
-    outcome = command("evaluate", str(finished), "--data", str(file), "--device", "cpu")
-    assert outcome.code == 2
-    assert f"{file}:1" in outcome.message
+    assert f"{file}:1" in command("evaluate", str(finished), "--data", str(file), "--device", "cpu").failed()
     outcome = command("evaluate", str(finished), "--data", str(tmp_path / "gone.csv"), "--device", "cpu")
-    assert outcome.code == 2
-    assert outcome.message.startswith("--data = ")
-    outcome = command("evaluate", str(tmp_path), "--data", str(file))
-    assert outcome.code == 2
-    assert "config.yaml" in outcome.message
+    assert outcome.failed().startswith("--data = ")
+    assert "config.yaml" in command("evaluate", str(tmp_path), "--data", str(file)).failed()
     for path in (finished / "adapter").iterdir():
         path.unlink()
     (finished / "adapter").rmdir()
-    outcome = command("evaluate", str(finished), "--data", str(file))
-    assert outcome.code == 2
-    assert "resume the run first" in outcome.message
+    assert "resume the run first" in command("evaluate", str(finished), "--data", str(file)).failed()

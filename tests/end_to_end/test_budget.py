@@ -18,17 +18,18 @@ from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy, write_policy
 
+from ..conftest import command, result_of, tiny
+
 ROUNDS = 3
 SITES = ("site-1", "site-2")
 
 
 @pytest.fixture(scope="module")
-def first_run(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kept sites as a first run left them."""
     folder = tmp_path_factory.mktemp("first")
     settings = (f"runtime.sites_dir={folder / 'kept'}", f"federation.num_rounds={ROUNDS}")
-    outcome = command("simulate", *tiny(*settings, into=folder / "runs", name="first"))
-    assert outcome.code == 0, outcome.err
+    assert command("simulate", *tiny(*settings, into=folder / "runs", name="first")).code == 0
     return folder / "kept"
 
 
@@ -39,7 +40,7 @@ def kept(first_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(command: Any, tiny: Any, kept: Path, tmp_path: Path) -> Callable[..., Any]:
+def run(kept: Path, tmp_path: Path) -> Callable[..., Any]:
     """`fedtune simulate` against the kept sites, which one run was charged to already."""
 
     def start(name: str, *overrides: str) -> Any:
@@ -57,20 +58,13 @@ def events(kept: Path) -> dict[str, tuple[Event, ...]]:
     return {site: ledger(kept, site).events for site in SITES}
 
 
-def edit(kept: Path, site: str, **changes: dict[str, Any]) -> None:
-    """Change keys of a site's policy, as its owner would in an editor."""
-    path = kept / site / "site.toml"
-    policy = read_policy(path)
-    tables = {table: replace(getattr(policy, table), **values) for table, values in changes.items()}
-    write_policy(replace(policy, **tables), path)
-
-
 def allow_rounds(kept: Path, site: str, count: float) -> None:
-    """Raise a site's lifetime cap to the cost of so many rounds in all."""
-    history = ledger(kept, site).history
+    """Raise a site's lifetime cap to the cost of so many rounds in all, as its owner would in an editor."""
+    history, path = ledger(kept, site).history, kept / site / "site.toml"
     (first, *_) = history.runs.values()
-    divergence = count * total_divergence([first.plan.event()], history.order)
-    edit(kept, site, budget={"max_epsilon": divergence + surcharge(history.order, history.delta)})
+    cap = count * total_divergence([first.plan.event()], history.order) + surcharge(history.order, history.delta)
+    policy = read_policy(path)
+    write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=cap)), path)
 
 
 def require_only_refusals(kept: Path, before: dict[str, tuple[Event, ...]], rule: str) -> None:
@@ -85,7 +79,7 @@ def require_only_refusals(kept: Path, before: dict[str, tuple[Event, ...]], rule
 
 
 def test_the_second_run_gets_what_is_left_and_the_third_is_refused(
-    run: Callable[..., Any], kept: Path, tmp_path: Path, result_of: Any
+    run: Callable[..., Any], kept: Path, tmp_path: Path
 ) -> None:
     for site in SITES:
         allow_rounds(kept, site, 1.5 * ROUNDS + 1.0)
@@ -106,8 +100,7 @@ def test_the_second_run_gets_what_is_left_and_the_third_is_refused(
         assert history.cap > history.policies[0][1]
     before = events(kept)
     third = run("third", "federation.if_over_budget=fewer_rounds")
-    assert third.code == 3
-    assert third.message.startswith("0 of 2 sites have room for a run")
+    assert third.failed(3).startswith("0 of 2 sites have room for a run")
     for site in SITES:
         assert f"{site}: max_epsilon, asked " in third.message
         assert f"allowed at most {read_policy(kept / site / 'site.toml').budget.max_epsilon:g}" in third.message
@@ -121,8 +114,7 @@ def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(
 ) -> None:
     before = events(kept)
     second = run("second")
-    assert second.code == 3
-    assert second.message.startswith("0 of 2 sites would take part, and federation.min_sites = 1")
+    assert second.failed(3).startswith("0 of 2 sites would take part, and federation.min_sites = 1")
     for site in SITES:
         cap = read_policy(kept / site / "site.toml").budget.max_epsilon
         spent = ledger(kept, site).history
@@ -151,8 +143,7 @@ def test_a_record_stays_at_the_site_whose_ledger_knows_it(
 ) -> None:
     before = events(kept)
     second = run("second", override)
-    assert second.code == 2
-    assert second.message.startswith(key)
+    assert second.failed().startswith(key)
     assert f"the sites in {kept} were dealt their records so" in second.message
     assert events(kept) == before
     assert not (tmp_path / "runs" / "second").exists()
@@ -165,7 +156,6 @@ def test_a_policy_that_is_none_stops_before_anything_is_trained(
     path.write_text(path.read_text().replace("max_rounds", "max_round"))
     for wanted in ("fewer_rounds", "more_noise"):
         outcome = run(wanted, f"federation.if_over_budget={wanted}")
-        assert outcome.code == 2
-        assert str(path) in outcome.message
+        assert str(path) in outcome.failed()
         assert "max_round: is not a key here" in outcome.message
         assert not (tmp_path / "runs" / wanted).exists()

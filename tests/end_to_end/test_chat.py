@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ..conftest import result_of, simulate
+
 pytestmark = pytest.mark.nightly
 
 ANSWERS = {"red": "stop", "green": "go", "blue": "swim"}
@@ -41,24 +43,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(simulate: Any, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tuned(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(*overrides: str) -> Path:
-        return simulate(
-            "model=random_llama",
-            "data=e2e_nlg",
-            "task=causal_lm",
-            f"data.train_file='{files / 'train.csv'}'",
-            f"data.validation_file='{files / 'test.csv'}'",
-            f"data.test_file='{files / 'test.csv'}'",
-            "data.prompt_template='{prompt}'",
-            "data.train_fraction=1.0",
-            "data.declared_sizes=30",
-            "data.max_length=80",
-            "training.learning_rate=0.05",
-            "federation.num_rounds=3",
-            *overrides,
-            into=tmp_path_factory.mktemp("runs"),
+        given = (
+            *("model=random_llama", "data=e2e_nlg", "task=causal_lm", f"data.train_file='{files / 'train.csv'}'"),
+            *(f"data.{name}_file='{files / 'test.csv'}'" for name in ("validation", "test")),
+            *("data.prompt_template='{prompt}'", "data.train_fraction=1.0", "data.declared_sizes=30"),
+            *("data.max_length=80", "training.learning_rate=0.05", "federation.num_rounds=3"),
         )
+        return simulate(*given, *overrides, into=tmp_path_factory.mktemp("runs"))
 
     return run
 
@@ -69,7 +62,7 @@ TEXT = ("~data.columns", "+data.columns={text: text}", "evaluation.generate=true
 
 @pytest.mark.parametrize("private", [True, False], ids=["private", "plain"])
 @pytest.mark.parametrize("layout", [CHAT, TEXT], ids=["chat", "text"])
-def test_a_run_trains_and_scores(tuned: Any, result_of: Any, layout: tuple[str, ...], private: bool) -> None:
+def test_a_run_trains_and_scores(tuned: Any, layout: tuple[str, ...], private: bool) -> None:
     scored = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=4.0", "data.heldout_fraction=0.4")
     result = result_of(tuned(*layout, "evaluation.max_new_tokens=6", *(scored if private else ("privacy=none",))))
     scores, before = result["final"]["metrics"], result["final"]["metrics_before"]

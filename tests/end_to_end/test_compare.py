@@ -8,25 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.end_to_end.test_user_level import arguments
 from tests.forked import Forked
 
+from ..conftest import command
+
 pytestmark = pytest.mark.nightly
 
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 
 
-def test_users_are_drawn_with_all_their_records(command: Any, tmp_path: Path) -> None:
+def test_users_are_drawn_with_all_their_records(tmp_path: Path) -> None:
     words = arguments(tmp_path, *SHORT, "data.test_rows=null", name="chat")
-    outcome = command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json")
-    assert outcome.code == 0, outcome.err
-    told = json.loads(outcome.out)
+    told = json.loads(command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)
     assert told["unit"] == "user"
     assert 10 < told["units"] < told["records"] / 2
     base, federated, pooled = told["models"]
@@ -57,10 +55,8 @@ def tickets(folder: Path) -> list[str]:
     ]
 
 
-def test_sites_are_told_by_the_column_that_dealt_them_out(command: Any, tmp_path: Path) -> None:
-    outcome = command("compare", *tickets(tmp_path), "--by", "desk", "--smallest", "10", "--json")
-    assert outcome.code == 0, outcome.err
-    told = json.loads(outcome.out)
+def test_sites_are_told_by_the_column_that_dealt_them_out(tmp_path: Path) -> None:
+    told = json.loads(command("compare", *tickets(tmp_path), "--by", "desk", "--smallest", "10", "--json").printed)
     by_site = {group["name"]: group["units"] for group in told["groups"]["by site"]["groups"]}
     assert by_site == {"north": 24, "south": 24, "(none)": 12}, "abroad is no site"
     assert [group["units"] for group in told["groups"]["by desk"]["groups"]] == [45, 15]
@@ -69,7 +65,7 @@ def test_sites_are_told_by_the_column_that_dealt_them_out(command: Any, tmp_path
     assert list(json.loads(log)["privacy"]["sites"]) == ["all"]
 
 
-def test_after_ctrl_c_the_command_that_is_named_goes_on(command: Callable[..., Any], tmp_path: Path) -> None:
+def test_after_ctrl_c_the_command_that_is_named_goes_on(tmp_path: Path) -> None:
     words = tickets(tmp_path)
     words[words.index("federation.num_rounds=1")] = "federation.num_rounds=40"
     runs = tmp_path / "runs" / "offices"
@@ -92,8 +88,7 @@ def test_after_ctrl_c_the_command_that_is_named_goes_on(command: Callable[..., A
     assert not (runs / "offices-pooled").exists()
     done = len(list(runs.glob("offices-federated/checkpoints/*.safetensors")))
     again = command("compare", *words, "--leave-out", "alone", "--json")
-    assert again.code == 0, again.err
     assert done > 0
     result = json.loads((runs / "offices-federated" / "run.json").read_text())
     assert [one["round"] for one in result["rounds"]] == list(range(1, 41))
-    assert json.loads(again.out)["models"][1]["name"] == "federated"
+    assert json.loads(again.printed)["models"][1]["name"] == "federated"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,20 @@ from fedtune.config import saved_config
 from fedtune.data.load import chosen_rows, lead_records
 from fedtune.privacy.ledger.verify import verify
 
+from ..conftest import adapter_of, command, result_of, simulate, tiny
+
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def run(command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run with noise that was calibrated for it, and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
     arguments = ("experiment=debug", f"tracking.output_dir={runs}", "name=whole", "runtime.device=cpu")
     further = ("runtime.num_threads=1", "head.centre=true", "data.test_rows=40", "federation.num_rounds=3")
     outcome = command("simulate", *arguments, *further)
-    assert outcome.code == 0, outcome.err
     assert outcome.err == ""
-    return runs / "whole", outcome.out
+    return runs / "whole", outcome.printed
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,8 @@ def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) ->
         "dataset": "banking77", "unit": "record", "declared_sizes": {"site-1": 230, "site-2": 230}
     }  # fmt: skip
     assert (made["base_model"]["path"], made["base_model"]["public_id"]) == ("random:bert", None)
-    assert (
-        made["base_model"]["sha256"] == json.loads((folder / "adapter" / "fedtune.json").read_text())["model"]["sha256"]
-    )
+    about = json.loads((folder / "adapter" / "fedtune.json").read_text())
+    assert made["base_model"]["sha256"] == about["model"]["sha256"]
     assert (made["start_adapter"], made["template"], made["test_rows"]) == (None, None, 40)
     assert result["config_sha256"] == saved_config(folder).digest()
     assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
@@ -163,9 +162,7 @@ def test_the_report_repeats_the_figures_and_says_within(result: Any, folder: Pat
     assert 'src="http' not in page
 
 
-def test_evaluate_repeats_the_final_scores_on_the_test_file(
-    folder: Path, result: Any, command: Any, tmp_path: Path
-) -> None:
+def test_evaluate_repeats_the_final_scores_on_the_test_file(folder: Path, result: Any, tmp_path: Path) -> None:
     test_file = tmp_path / "test.jsonl"
     name, columns = "simulations/data/banking77/test.jsonl.gz", {"text": "text", "label": "label"}
     scored = chosen_rows(lead_records(name, columns=columns, key="data.test_file")[0], 40)
@@ -188,21 +185,18 @@ def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(run: tuple
     shown = float(re.findall(r"^epsilon ([\d.]+) at delta 1e-05", out, re.MULTILINE)[0])
     assert shown == math.ceil(result["privacy"]["epsilon"] * 1000) / 1000
     assert f"run folder: {folder}" in out
+    # A site's own loss or counts must not reach the lead's log: only Flower's notes and our warnings belong there.
+    assert "loss" not in (folder / "log.txt").read_text()
     for line in out.splitlines():
         assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line
 
 
-def test_evaluation_of_the_lead_is_all_that_log_and_terminal_say_of_scores(run: tuple[Path, str]) -> None:
-    # A site's own loss or counts must not reach the lead's log: only Flower's notes and our warnings belong there.
-    assert "loss" not in (run[0] / "log.txt").read_text()
-
-
 @pytest.fixture(scope="module")
-def unprotected(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unprotected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate("privacy=none", into=tmp_path_factory.mktemp("runs"))
 
 
-def test_without_privacy_epsilon_is_null_and_nothing_is_promised(unprotected: Path, result_of: Any) -> None:
+def test_without_privacy_epsilon_is_null_and_nothing_is_promised(unprotected: Path) -> None:
     privacy = result_of(unprotected)["privacy"]
     assert privacy["epsilon"] is None
     for site in privacy["sites"].values():
@@ -219,9 +213,7 @@ def test_without_privacy_epsilon_is_null_and_nothing_is_promised(unprotected: Pa
     assert "There is no promise" in page
 
 
-def test_a_seeded_study_repeats_and_is_marked_wherever_its_epsilon_stands(
-    command: Any, tiny: Any, tmp_path: Path, result_of: Any, adapter_of: Any
-) -> None:
+def test_a_seeded_study_repeats_and_is_marked_wherever_its_epsilon_stands(tmp_path: Path) -> None:
     for name in ("one", "other"):
         outcome = command("simulate", *tiny("runtime.seeded_noise=true", into=tmp_path, name=name))
         assert outcome.code == 0
@@ -230,3 +222,15 @@ def test_a_seeded_study_repeats_and_is_marked_wherever_its_epsilon_stands(
     assert result_of(tmp_path / "other")["privacy"]["seeded_noise"] is True
     report = json.loads((tmp_path / "other" / "report.json").read_text())["derived"]
     assert report["verdict"] == {"state": "no_guarantee", "reasons": ["seeded_noise"]}
+
+
+def test_a_rate_that_is_far_too_high_is_told_with_lower_ones(tmp_path: Path) -> None:
+    chosen = ("training.learning_rate=1e9", "federation.num_rounds=1", "data.test_rows=40")
+    outcome = command("simulate", *tiny(*chosen, into=tmp_path))
+    assert "Training diverged: do not use this adapter." in outcome.printed
+    assert "training.learning_rate=3.3e+08" in outcome.out
+    assert result_of(tmp_path / "run")["final"]["findings"] == ["diverged"]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())["derived"]
+    assert report["utility"]["findings"] == ["diverged"]
+    assert "Training diverged. This adapter should not be used" in (tmp_path / "run" / "report.html").read_text()
+    assert command("report", "verify", str(tmp_path / "run")).code == 0

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import fedtune.sites.work as site_work
-from fedtune.model import Adapter
+
+from ..conftest import command, fail_where, result_of, tiny
 
 pytestmark = pytest.mark.nightly
 
@@ -18,7 +19,7 @@ CANARY = "patient-4711-has-hepatitis"
 
 
 def test_the_run_goes_on_without_the_site_and_no_word_of_why_nor_of_records_or_files_leaves(
-    everything_sent: list[bytes], command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: Any
+    everything_sent: list[bytes], tmp_path: Path, monkeypatch: Any
 ) -> None:
     # The canary is in every record, in the name of their file, and in the folder with ledger, key and policy.
     private = tmp_path / CANARY
@@ -27,17 +28,13 @@ def test_the_run_goes_on_without_the_site_and_no_word_of_why_nor_of_records_or_f
     rows = [{"text": f"{CANARY} asked where card {number} is", "label": "card_arrival"} for number in range(60)]
     records.write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = (f"data.train_file={records}", "data.train_fraction=1.0", f"runtime.sites_dir={private}/sites")
-    train_round = site_work.train_round
 
-    def train(model: Any, adapter: Adapter, examples: Any, work: Any, **rest: Any) -> Adapter:
-        if (work.site, work.round) == ("site-2", 1):
-            raise OSError(errno.EIO, f"cannot read {CANARY}", str(records))
-        return train_round(model, adapter, examples, work, **rest)
+    def fails(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
+        return bool((work.site, work.round) == ("site-2", 1))
 
-    monkeypatch.setattr(site_work, "train_round", train)
+    fail_where(monkeypatch, site_work, "train_round", fails, OSError(errno.EIO, f"cannot read {CANARY}", str(records)))
     outcome, folder = command("simulate", *tiny(*where, into=tmp_path)), tmp_path / "run"
-    assert outcome.code == 0, outcome.err
-    assert "site-2: site_error" in outcome.out
+    assert "site-2: site_error" in outcome.printed
     assert CANARY not in outcome.out + outcome.err
     result = result_of(folder)
     assert [entry["sites"] for entry in result["rounds"]] == [["site-1"], ["site-1", "site-2"]]

@@ -15,17 +15,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ..conftest import command, result_of, tiny
+
 COLUMNS = {"classification": "label", "multi_label": "labels", "ordinal": "label", "regression": "target"}
 FEATURES = (
     "[{columns: [age, crp], range: [0, 100], missing: indicator}, {columns: [ward], categories: [a, b]},"
     " {columns: [states], range: [-1, 1], size: 2}]"
 )
-SCORES = {
-    "classification": "accuracy",
-    "multi_label": "micro_f1",
-    "ordinal": "quadratic_kappa",
-    "regression": "spearman",
-}
+SCORES = dict(zip(COLUMNS, ("accuracy", "micro_f1", "quadratic_kappa", "spearman"), strict=True))
 
 
 def rows(count: int, *, seed: int) -> list[dict[str, Any]]:
@@ -63,7 +60,7 @@ def write(file: Path, found: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]) -> Callable[..., list[str]]:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     into = tmp_path_factory.mktemp("runs")
     files = {name: write(into / f"{name}.csv", rows(count, seed=count)) for name, count in (("in", 400), ("out", 200))}
 
@@ -87,7 +84,7 @@ def folder_of(given: list[str]) -> Path:
     return Path(said["tracking.output_dir"].strip("'"), said["name"])
 
 
-def made_once(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
+def made_once(settings: Callable[..., list[str]]) -> Callable[..., Path]:
     """Of overrides the folder of their finished run, which is made when it is first asked for."""
     made: dict[tuple[Any, ...], Path] = {}
 
@@ -95,8 +92,7 @@ def made_once(settings: Callable[..., list[str]], command: Any) -> Callable[...,
         key = (*overrides, task)
         if key not in made:
             given = settings(*overrides, task=task, name=f"run-{len(made)}")
-            outcome = command("simulate", *given)
-            assert outcome.code == 0, outcome.err
+            assert command("simulate", *given).code == 0
             made[key] = folder_of(given)
         return made[key]
 
@@ -104,9 +100,9 @@ def made_once(settings: Callable[..., list[str]], command: Any) -> Callable[...,
 
 
 @pytest.fixture(scope="module")
-def run(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
+def run(settings: Callable[..., list[str]]) -> Callable[..., Path]:
     """A finished run; each is made once."""
-    return made_once(settings, command)
+    return made_once(settings)
 
 
 PLAIN = (
@@ -117,20 +113,19 @@ PLAIN = (
 
 @pytest.mark.by_day("classification", "regression")
 @pytest.mark.parametrize("task", COLUMNS)
-def test_without_privacy_it_is_learnt(run: Any, result_of: Any, task: str) -> None:
+def test_without_privacy_it_is_learnt(run: Any, task: str) -> None:
     final = result_of(run(*PLAIN, task=task))["final"]
     assert final["metrics"][SCORES[task]] > 0.8
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
 
 
-def test_a_plan_speaks_of_the_head(settings: Any, command: Any) -> None:
+def test_a_plan_speaks_of_the_head(settings: Any) -> None:
     told = command("plan", *settings(), "--time")
-    assert told.code == 0, told.err
-    assert "the head 20 trained parameters" in (words := " ".join(told.out.split()))
+    assert "the head 20 trained parameters" in (words := " ".join(told.printed.split()))
     assert "with every example of this size" in words
 
 
-def test_a_small_network_learns_it_too(run: Any, result_of: Any) -> None:
+def test_a_small_network_learns_it_too(run: Any) -> None:
     folder = run(*PLAIN, "head.hidden=[8]")
     assert result_of(folder)["final"]["metrics"]["accuracy"] > 0.8
     tensors = load_file(folder / "adapter" / "head.safetensors")
@@ -138,7 +133,7 @@ def test_a_small_network_learns_it_too(run: Any, result_of: Any) -> None:
     assert shapes == {"0.weight": (8, 9), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)}
 
 
-def test_a_private_run_is_scored_charged_and_reported(run: Any, command: Any, result_of: Any) -> None:
+def test_a_private_run_is_scored_charged_and_reported(run: Any) -> None:
     folder = run("data.heldout_fraction=0.2", "privacy.metrics=noised", "federation.num_rounds=2")
     result = result_of(folder)
     assert 0 < result["privacy"]["epsilon"] < 8
@@ -152,38 +147,31 @@ def test_a_private_run_is_scored_charged_and_reported(run: Any, command: Any, re
     }
 
 
-def test_it_is_evaluated_compared_and_used(run: Any, command: Any, tmp_path: Path) -> None:
+def test_it_is_evaluated_compared_and_used(run: Any, tmp_path: Path) -> None:
     folder, other = run(*PLAIN), run(*PLAIN, "head.hidden=[8]")
     new = write(tmp_path / "new.csv", rows(120, seed=7))
     told = command("evaluate", str(folder), "--data", str(new), "--json")
-    assert told.code == 0, told.err
-    assert json.loads(told.out)["beside_base"]["accuracy"]["verdict"] == "better"
-    told = command("compare", str(folder), str(other), "--data", str(new), "--json")
-    assert told.code == 0, told.err
+    assert json.loads(told.printed)["beside_base"]["accuracy"]["verdict"] == "better"
+    assert command("compare", str(folder), str(other), "--data", str(new), "--json").code == 0
     asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in rows(120, seed=7)]
     told = command("generate", str(folder), "--file", str(write(tmp_path / "asked.csv", asked)), "--json")
-    assert told.code == 0, told.err
-    said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.out.splitlines()]
+    said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.printed.splitlines()]
     truth = [one["classification"] for one in rows(120, seed=7)]
     assert np.mean([one == other for one, other in zip(said, truth, strict=True)]) > 0.8
 
 
 @pytest.mark.nightly
-def test_by_secure_sums(run: Any, result_of: Any) -> None:
+def test_by_secure_sums(run: Any) -> None:
     result = result_of(run("federation.aggregation=secure", "federation.num_rounds=3", "training.local_steps=1"))
     assert len(result["rounds"]) == 3
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("unit", ["record", "user"])
-def test_no_unit_moves_a_step_by_more_than_the_clip_norm(
-    settings: Any, command: Any, tmp_path: Path, unit: str
-) -> None:
+def test_no_unit_moves_a_step_by_more_than_the_clip_norm(settings: Any, tmp_path: Path, unit: str) -> None:
     of_users = ("privacy.unit=user", "+data.columns.user=ward") if unit == "user" else ()
     search = ("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", "head.hidden=[8]", *of_users)
-    told = command("audit", *settings(*search, name=f"searched-{unit}"), "--json")
-    assert told.code == 0, told.err
-    found = json.loads(told.out)["result"]
+    found = json.loads(command("audit", *settings(*search, name=f"searched-{unit}"), "--json").printed)["result"]
     assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
     assert 0.9 < found["moved"] <= 1.0
 
@@ -208,11 +196,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), WRONG)
-def test_what_is_wrong_is_said_in_one_line(settings: Any, command: Any, overrides: list[str], message: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(settings: Any, overrides: list[str], message: str) -> None:
     given = settings(*overrides, name="wrong")
-    told = command("simulate", *given)
-    assert told.code == 2
-    assert message in told.message
+    assert message in command("simulate", *given).failed()
     assert not folder_of(given).exists()
 
 
@@ -234,11 +220,10 @@ sys.meta_path.insert(0, NoFedtune())
     ("task", "hidden", "format"), [("classification", "[8]", "safetensors"), ("regression", "[]", "onnx")]
 )
 def test_an_export_computes_the_same_where_fedtune_is_not(
-    run: Any, command: Any, tmp_path: Path, task: str, hidden: str, format: str
+    run: Any, tmp_path: Path, task: str, hidden: str, format: str
 ) -> None:
     folder = run(*PLAIN, *(() if hidden == "[]" else (f"head.hidden={hidden}",)), task=task)
-    told = command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format)
-    assert told.code == 0, told.err
+    assert command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "features.json").is_file()
     asked = rows(12, seed=9)
     given = {key: [one[key] for one in asked] for key in ("age", "crp", "ward", "states")}
@@ -266,7 +251,7 @@ def test_an_export_computes_the_same_where_fedtune_is_not(
         assert printed == [one[0]["label"] for one in said]
 
 
-def test_formats_of_texts_are_refused(run: Any, command: Any, tmp_path: Path) -> None:
+def test_formats_of_texts_are_refused(run: Any, tmp_path: Path) -> None:
     told = command("export", str(run(*PLAIN)), "--to", str(tmp_path / "folder"), "--format", "peft")
     assert (told.code, told.message.split(":")[0]) == (2, "--format = 'peft'")
     assert not (tmp_path / "folder").exists()

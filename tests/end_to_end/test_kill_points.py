@@ -48,9 +48,7 @@ def test_the_kills_are_spread_over_everything_that_is_written_trained_and_sent(s
     assert sum(sum(hit["observed"].values()) for hit in sample["hits"]) >= KILLS
     assert any(hit["half_written"] for hit in sample["hits"]), "no transaction was cut in two"
     assert {hit["start"] for hit in sample["hits"]} >= {1, 2}, "no resumed process was killed"
-    assert any(hit["setting"] == "arrivals" and any(hit["begun"].values()) for hit in sample["hits"]), (
-        "nobody had arrived"
-    )
+    assert any(hit["setting"] == "arrivals" and any(hit["begun"].values()) for hit in sample["hits"]), "nobody arrived"
 
 
 ORDERS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from dp_accounting.rdp import RdpAccountant
 import fedtune.sites.work as site_work
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.mechanism import noised_scores
+
+from ..conftest import result_of, simulate
 
 pytestmark = pytest.mark.nightly
 
@@ -37,7 +38,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
 
 def test_by_default_no_score_leaves_a_site(
-    simulate: Callable[..., Path], tmp_path: Path, result_of: Any, exact: list[np.ndarray], everything_sent: list[bytes]
+    tmp_path: Path, exact: list[np.ndarray], everything_sent: list[bytes]
 ) -> None:
     result = result_of(simulate("data.heldout_fraction=0.4", into=tmp_path))
     assert exact == []
@@ -47,12 +48,12 @@ def test_by_default_no_score_leaves_a_site(
 
 
 @pytest.fixture(scope="module")
-def calibrated(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose noise was calibrated for training and scores together."""
     return simulate(*NOISED, "privacy.noise_multiplier=null", into=tmp_path_factory.mktemp("runs"))
 
 
-def test_epsilon_covers_the_scores_and_keeps_below_its_target(calibrated: Path, result_of: Any) -> None:
+def test_epsilon_covers_the_scores_and_keeps_below_its_target(calibrated: Path) -> None:
     privacy = result_of(calibrated)["privacy"]
     for site, spent in privacy["sites"].items():
         assert (spent["rounds"], spent["metrics_noise_multiplier"]) == (2, NOISE)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from ..conftest import command, result_of, simulate, tiny
+
 pytestmark = pytest.mark.nightly
 
 GOOD, BAD = ("red", "green", "blue"), ("one", "two", "three four")
@@ -61,14 +63,14 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def private(given: Callable[..., list[str]], simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def private(given: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     held_out = ("data.heldout_fraction=0.2", "privacy.metrics=noised")
     folder: Path = simulate(*given("text", *held_out), into=tmp_path_factory.mktemp("runs"), name="private")
     return folder
 
 
 @pytest.fixture(scope="module")
-def plain(given: Callable[..., list[str]], simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(given: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
     beta = ("data.preferences.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
     # Who is sampled decides how much is learnt in so few steps: of fresh samples some run learns too little.
@@ -77,7 +79,7 @@ def plain(given: Callable[..., list[str]], simulate: Any, tmp_path_factory: pyte
     return folder
 
 
-def test_a_private_run_is_scored_charged_and_reported(private: Path, command: Any, result_of: Any) -> None:
+def test_a_private_run_is_scored_charged_and_reported(private: Path) -> None:
     result = result_of(private)
     assert result["task"] == "preference"
     assert list(result["final"]["metrics"]) == SCORES
@@ -89,7 +91,7 @@ def test_a_private_run_is_scored_charged_and_reported(private: Path, command: An
     assert command("report", "verify", str(private / "report.json")).code == 0
 
 
-def test_without_privacy_it_is_learnt(plain: Path, result_of: Any) -> None:
+def test_without_privacy_it_is_learnt(plain: Path) -> None:
     final = result_of(plain)["final"]
     assert list(final["metrics"]) == [*SCORES, "bleu", "rouge_l"]
     for score in ("accuracy", "accuracy_length_controlled"):
@@ -99,18 +101,15 @@ def test_without_privacy_it_is_learnt(plain: Path, result_of: Any) -> None:
 
 
 def test_a_run_that_goes_on_keeps_the_base_as_its_reference(
-    given: Callable[..., list[str]], private: Path, simulate: Any, result_of: Any, tmp_path: Path
+    given: Callable[..., list[str]], private: Path, tmp_path: Path
 ) -> None:
     more = given("text", f"model.adapter={private}", "federation.num_rounds=1")
-    result = result_of(simulate(*more, into=tmp_path, name="more"))
-    before = result["final"]["metrics_before"]
+    before = result_of(simulate(*more, into=tmp_path, name="more"))["final"]["metrics_before"]
     assert before == result_of(private)["final"]["metrics"]
     assert before["loss"] != pytest.approx(0.6931, abs=1e-4)
 
 
-def test_by_user_a_person_s_pairs_count_as_one(
-    given: Callable[..., list[str]], simulate: Any, result_of: Any, tmp_path: Path
-) -> None:
+def test_by_user_a_person_s_pairs_count_as_one(given: Callable[..., list[str]], tmp_path: Path) -> None:
     by_user = ("+data.columns.user=asked", "privacy.unit=user", "data.declared_sizes=30", "federation.num_rounds=1")
     result = result_of(simulate(*given("text", *by_user), into=tmp_path, name="users"))
     assert result["privacy"]["unit"] == "user"
@@ -127,8 +126,6 @@ def test_by_user_a_person_s_pairs_count_as_one(
     ],
 )
 def test_settings_that_do_not_fit_are_named(
-    given: Callable[..., list[str]], command: Any, tiny: Any, tmp_path: Path, overrides: tuple[str, ...], message: str
+    given: Callable[..., list[str]], tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
-    told = command("simulate", *tiny(*given("text"), *overrides, into=tmp_path))
-    assert told.code == 2
-    assert told.message.startswith(message)
+    assert command("simulate", *tiny(*given("text"), *overrides, into=tmp_path)).failed().startswith(message)

@@ -8,7 +8,6 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,10 +16,11 @@ from fedtune.api.compose import compose_run
 from fedtune.api.start_and_resume import after_public_stage
 from fedtune.config import saved_config
 from fedtune.runs.environment import start_adapter_of
+from fedtune.show.run_progress import Display
 from fedtune.spec import ConfigError
 
 from ..api.test_door import tiny as settings_of
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, command, fail_where, tiny
 from .test_resume import Stop
 
 
@@ -54,9 +54,7 @@ def run(public: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
 
     with pytest.raises(Stop):
         fedtune.simulate("debug", asked, progress=stop_in_the_run)
-    assert [one.done for one in told if one.round] == [2, 1], (
-        "the stage went on with its second round, and then the run had its first"
-    )
+    assert [one.done for one in told if one.round] == [2, 1], "the stage's second round, and then the run's first"
     with pytest.raises(ValueError, match="name = 'run': is taken"):
         fedtune.simulate("debug", asked)
     written = (folder / "run-public" / "run.json").stat().st_mtime_ns
@@ -75,7 +73,7 @@ def test_the_stage_is_a_run_of_the_lead_alone_without_privacy(run: fedtune.Run, 
     assert run.config.training.peak_rates(clipped=True) == (0.0033, 0.0033)
 
 
-def test_the_run_begins_in_it_and_every_paper_says_what_it_was_trained_on(run: fedtune.Run, command: Any) -> None:
+def test_the_run_begins_in_it_and_every_paper_says_what_it_was_trained_on(run: fedtune.Run) -> None:
     stage = fedtune.load(run.folder.parent / "run-public")
     start = run.result.provenance.start_adapter
     assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)
@@ -90,16 +88,13 @@ def test_the_run_begins_in_it_and_every_paper_says_what_it_was_trained_on(run: f
     assert command("report", "verify", str(run.folder)).code == 0
 
 
-def test_a_finished_stage_is_used_as_it_is(
-    run: fedtune.Run, command: Any, tiny: Any, public: Path, tmp_path: Path
-) -> None:
+def test_a_finished_stage_is_used_as_it_is(run: fedtune.Run, public: Path, tmp_path: Path) -> None:
     shutil.copytree(run.folder.parent / "run-public", tmp_path / "run-public")
     words = tiny(f"public.train_file='{public}'", "federation.num_rounds=1", into=tmp_path)
     other = command("simulate", *words).message
     assert "run-public was made with another configuration (federation.num_rounds was 2, is 1); choose" in other
     outcome = command("simulate", *words, "public.num_rounds=2")
-    assert outcome.code == 0, outcome.err
-    assert "Public stage" not in outcome.out
+    assert "Public stage" not in outcome.printed
     assert "of run-public; it was trained without privacy on records that are declared to be public" in outcome.out
     assert saved_config(tmp_path / "run").model.adapter_sha256 == run.config.model.adapter_sha256
 
@@ -132,13 +127,8 @@ def test_no_other_start_is_called_public(run: fedtune.Run, public: Path) -> None
         start_adapter_of(other)
 
 
-def test_an_interrupted_stage_says_how_to_go_on(
-    command: Any, tiny: Any, public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(self: object, state: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fedtune.show.run_progress.Display.round_finished", interrupt)
+def test_an_interrupted_stage_says_how_to_go_on(public: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_where(monkeypatch, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
     words = tiny(f"public.train_file={public}", into=tmp_path, name="one")
     (tmp_path / "one").mkdir()
     assert "is taken" in command("simulate", *words).message, "before the stage trains"
@@ -167,9 +157,7 @@ def test_an_interrupted_stage_says_how_to_go_on(
         (["audit", "public.train_file={public}"], "is for one fedtune simulate or fedtune run"),
     ],
 )
-def test_what_is_no_public_stage_is_refused(
-    command: Any, tiny: Any, public: Path, tmp_path: Path, words: list[str], message: str
-) -> None:
+def test_what_is_no_public_stage_is_refused(public: Path, tmp_path: Path, words: list[str], message: str) -> None:
     sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
     copy = tmp_path / "copy.jsonl"  # not compressed, and in another order
     copy.write_bytes(b"\n".join(reversed(gzip.decompress(sites.read_bytes()).splitlines())))
@@ -177,6 +165,5 @@ def test_what_is_no_public_stage_is_refused(
     given = [word.format(**files) for word in words]
     base = ["name=other"] if "--renew" in words else tiny(f"data.train_file='{sites}'", into=tmp_path / "runs")
     outcome = command(*(given[:1] if "audit" in words else ["simulate"]), *base, *given[words[0] == "audit" :])
-    assert outcome.code == 2
-    assert message.format(**files) in outcome.message
+    assert message.format(**files) in outcome.failed()
     assert not (tmp_path / "runs").exists()

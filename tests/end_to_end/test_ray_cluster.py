@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from ..conftest import adapter_of, result_of, simulate, tiny
 from ..forked import run_forked
 
 REPOSITORY = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture
-def on_cluster(tiny: Any, tmp_path: Path, address: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+def on_cluster(tmp_path: Path, address: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`fedtune simulate` on the cluster, started in another folder than the nodes were."""
     (tmp_path / "noted").mkdir()
     (tmp_path / "simulations").symlink_to(REPOSITORY / "simulations")
@@ -103,16 +104,9 @@ def on_cluster(tiny: Any, tmp_path: Path, address: str) -> Callable[..., subproc
     return run
 
 
-def test_sites_train_on_two_nodes_and_give_the_bytes_of_one_process(
-    on_cluster: Any, simulate: Any, tmp_path: Path, adapter_of: Any, result_of: Any
-) -> None:
-    settings = (
-        f"federation.num_sites={NUM_SITES}",
-        "federation.num_rounds=2",
-        "data.train_fraction=0.1",
-        "runtime.seeded_noise=true",
-        "runtime.device=auto",
-    )
+def test_sites_train_on_two_nodes_and_give_the_bytes_of_one_process(on_cluster: Any, tmp_path: Path) -> None:
+    settings = (f"federation.num_sites={NUM_SITES}", "federation.num_rounds=2", "data.train_fraction=0.1")
+    settings += ("runtime.seeded_noise=true", "runtime.device=auto")
     # A node has CPUs for two actors, and its GPU is for one.
     done = on_cluster(*settings, "runtime.sites_per_gpu=1")
     assert done.returncode == 0, done.stderr + done.stdout

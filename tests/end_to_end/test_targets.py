@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ..conftest import command, result_of, tiny
+
 pytestmark = pytest.mark.nightly
 
 LABELS = ("damaged", "late", "lost")
@@ -34,7 +36,7 @@ def answered(task: str, draws: np.random.Generator) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str]]) -> Callable[[str, str], list[str]]:
+def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], list[str]]:
     """The overrides of a run of a task, and its file."""
     into = tmp_path_factory.mktemp("runs")
 
@@ -56,7 +58,7 @@ def given(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., list[str
 
 
 @pytest.fixture(scope="module")
-def run(given: Callable[[str, str], list[str]], command: Any) -> Callable[..., Path]:
+def run(given: Callable[[str, str], list[str]]) -> Callable[..., Path]:
     """A run of a task, with other settings; each is made once."""
     made: dict[str, Path] = {}
 
@@ -64,8 +66,7 @@ def run(given: Callable[[str, str], list[str]], command: Any) -> Callable[..., P
         settings = given(task, name)
         known = f"{task}-{name}"
         if known not in made:
-            outcome = command("simulate", *settings, *overrides)
-            assert outcome.code == 0, outcome.err
+            assert command("simulate", *settings, *overrides).code == 0
             made[known] = Path(settings[1].partition("=")[2].strip("'")) / known
         return made[known]
 
@@ -86,9 +87,7 @@ def plain(run: Callable[..., Path]) -> Callable[[str], Path]:
 
 
 @tasks
-def test_a_private_run_is_scored_charged_and_reported(
-    private: Callable[[str], Path], command: Any, result_of: Any, task: str
-) -> None:
+def test_a_private_run_is_scored_charged_and_reported(private: Callable[[str], Path], task: str) -> None:
     folder = private(task)
     result = result_of(folder)
     assert result["task"] == task
@@ -110,22 +109,18 @@ def test_a_private_run_is_scored_charged_and_reported(
 
 
 @tasks
-def test_without_privacy_it_is_learnt(plain: Callable[[str], Path], result_of: Any, task: str) -> None:
+def test_without_privacy_it_is_learnt(plain: Callable[[str], Path], task: str) -> None:
     final = result_of(plain(task))["final"]
     assert final["metrics"][JUDGED[task]] > final["metrics_before"][JUDGED[task]] + 0.2
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
 
 
 @tasks
-def test_it_is_evaluated_beside_its_start(
-    plain: Callable[[str], Path], command: Any, result_of: Any, tmp_path: Path, task: str
-) -> None:
+def test_it_is_evaluated_beside_its_start(plain: Callable[[str], Path], tmp_path: Path, task: str) -> None:
     draws = np.random.default_rng(9)
     rows = [answered(task, draws) for _ in range(200)]
     (tmp_path / "new.json").write_text(json.dumps(rows))
-    told = command("evaluate", str(plain(task)), "--data", str(tmp_path / "new.json"), "--json")
-    assert told.code == 0, told.err
-    found = json.loads(told.out)
+    found = json.loads(command("evaluate", str(plain(task)), "--data", str(tmp_path / "new.json"), "--json").printed)
     assert list(found["scores"]) == SCORES[task]
     assert found["beside_base"][JUDGED[task]]["verdict"] == "better"
     assert found["beside_base"]["loss"]["verdict"] == "better", "the lower, the better"

@@ -7,9 +7,10 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from ..conftest import command
 
 pytestmark = pytest.mark.nightly
 
@@ -53,7 +54,7 @@ FILES: dict[str, tuple[set[str], str]] = {
 
 
 @pytest.mark.parametrize("file", [file.name for file in EXAMPLES.iterdir() if file.name != "README.md"])
-def test_every_line_as_it_stands(command: Any, folder: Path, file: str) -> None:
+def test_every_line_as_it_stands(folder: Path, file: str) -> None:
     told = {}
     for words in lines_of(file):
         outcome = command(*words)

@@ -19,6 +19,8 @@ from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Difference, Receipt, Update
 from fedtune.sites.virtual_site import Participants
 
+from ..conftest import adapter_of, result_of, simulate
+
 
 class Here:
     """A transport that calls the sites, with no message between."""
@@ -47,7 +49,7 @@ class Here:
 
 
 def test_one_adapter_over_flower_and_without_it_and_half_the_bytes(
-    simulate: Any, tmp_path: Path, adapter_of: Any, result_of: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeded = ("runtime.seeded_noise=true", "privacy.noise_multiplier=4.0")
     whole = simulate(*seeded, "federation.update_dtype=float32", into=tmp_path, name="float32")

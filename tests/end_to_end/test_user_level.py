@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_ledger, from_run
+
+from ..conftest import command
 
 pytestmark = pytest.mark.nightly
 
@@ -24,10 +25,8 @@ def arguments(into: Path, *overrides: str, name: str = "run") -> list[str]:
     return ["experiment=debug_users", f"tracking.output_dir='{into}'", f"name={name}", *SMALL, *overrides]
 
 
-def test_a_run_by_user_says_so_everywhere(command: Any, tmp_path: Path) -> None:
-    outcome = command("simulate", *arguments(tmp_path, "privacy.records_per_user=3"))
-    assert outcome.code == 0, outcome.err
-    shown = " ".join(outcome.out.split())
+def test_a_run_by_user_says_so_everywhere(tmp_path: Path) -> None:
+    shown = " ".join(command("simulate", *arguments(tmp_path, "privacy.records_per_user=3")).printed.split())
     assert "for each user" in shown
     assert "at most 3 records of a user in a step" in shown
     folder = tmp_path / "run"

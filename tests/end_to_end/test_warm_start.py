@@ -15,38 +15,37 @@ from fedtune.federation.lead import Checkpoints
 from fedtune.flower.simulation import simulate as run_simulation
 from fedtune.privacy.ledger.verify import verify
 
+from ..conftest import command, result_of, simulate, tiny
 from .test_resume import Follower, Stop
 
 pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
-def first(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, with noise that promises something."""
     return Path(simulate("federation.num_rounds=1", into=tmp_path_factory.mktemp("first"), name="first"))
 
 
 @pytest.fixture(scope="module")
-def second(command: Any, tiny: Any, first: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def second(first: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that began in it, and what it printed."""
     into = tmp_path_factory.mktemp("second")
     chosen = (f"model.adapter={first}", "federation.num_rounds=1", "tracking.progress=true")
-    outcome = command("simulate", *tiny(*chosen, into=into, name="second"))
-    assert outcome.code == 0, outcome.err
-    return into / "second", outcome.out
+    return into / "second", command("simulate", *tiny(*chosen, into=into, name="second")).printed
 
 
 def digest_of(folder: Path) -> str:
     return str(json.loads((folder / "adapter" / "fedtune.json").read_text())["adapter_digest"])
 
 
-def test_it_starts_with_the_scores_that_the_other_ended_with(first: Path, second: Any, result_of: Any) -> None:
+def test_it_starts_with_the_scores_that_the_other_ended_with(first: Path, second: Any) -> None:
     begun = result_of(second[0])
     assert begun["final"]["metrics_before"] == result_of(first)["final"]["metrics"]
     assert begun["final"]["metrics"] != begun["final"]["metrics_before"]
 
 
-def test_run_json_and_the_terminal_say_what_it_began_in(first: Path, second: Any, result_of: Any) -> None:
+def test_run_json_and_the_terminal_say_what_it_began_in(first: Path, second: Any) -> None:
     spent = {key: result_of(first)["privacy"][key] for key in ("unit", "delta", "epsilon")}
     about = {"digest": digest_of(first), "head": True, "from": "first", "dataset": "banking77"} | spent
     assert result_of(second[0])["provenance"]["start_adapter"] == about
@@ -55,7 +54,7 @@ def test_run_json_and_the_terminal_say_what_it_began_in(first: Path, second: Any
     assert result_of(first)["provenance"]["start_adapter"] is None
 
 
-def test_the_ledgers_know_the_digest_and_not_the_place(command: Any, first: Path, second: Any) -> None:
+def test_the_ledgers_know_the_digest_and_not_the_place(first: Path, second: Any) -> None:
     folder, _ = second
     shown = command("ledger", "show", str(folder / "sites" / "site-1" / "ledger.db"), "--rounds").out
     assert f"it begins in the adapter {digest_of(first)[:16]}" in " ".join(shown.split())
@@ -66,7 +65,7 @@ def test_the_ledgers_know_the_digest_and_not_the_place(command: Any, first: Path
         assert str(first).encode() not in (folder / "sites" / site / "ledger.db").read_bytes()
 
 
-def test_a_run_is_named_after_what_its_adapter_holds_not_where(tiny: Any, first: Path, tmp_path: Path) -> None:
+def test_a_run_is_named_after_what_its_adapter_holds_not_where(first: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(first / "adapter", tmp_path / "elsewhere")
 
     def composed(*chosen: str) -> Any:
@@ -77,9 +76,7 @@ def test_a_run_is_named_after_what_its_adapter_holds_not_where(tiny: Any, first:
     assert here.model.adapter_sha256 == digest_of(first)
 
 
-def test_a_run_that_was_stopped_goes_on_without_the_folder(
-    tiny: Any, first: Path, tmp_path: Path, result_of: Any
-) -> None:
+def test_a_run_that_was_stopped_goes_on_without_the_folder(first: Path, tmp_path: Path) -> None:
     copied, folder = shutil.copytree(first, tmp_path / "start"), tmp_path / "run"
     config = compose_run(tiny(f"model.adapter={copied}", into=tmp_path))
     write_config(config, folder)
@@ -102,35 +99,32 @@ def test_a_run_that_was_stopped_goes_on_without_the_folder(
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_made(
-    command: Any, tiny: Any, first: Path, tmp_path: Path, chosen: tuple[str, ...], message: str
+    first: Path, tmp_path: Path, chosen: tuple[str, ...], message: str
 ) -> None:
     start = [f"model.adapter={first}"]
     if chosen == ("~model.adapter",):
         start, chosen = [], ("model.adapter_sha256=" + "ab" * 32,)
-    outcome = command("simulate", *tiny(*start, *chosen, into=tmp_path / "runs"))
-    assert outcome.code == 2
-    assert message.format(first=first) in outcome.message
+    assert message.format(first=first) in command("simulate", *tiny(*start, *chosen, into=tmp_path / "runs")).failed()
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_no_file_tells_is_unknown(command: Any, tiny: Any, first: Path, tmp_path: Path, result_of: Any) -> None:
+def test_what_no_file_tells_is_unknown(first: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(first / "adapter", tmp_path / "handed" / "on")
     chosen = (f"model.adapter={copied}", "federation.num_rounds=1", "tracking.progress=true")
     outcome = command("simulate", *tiny(*chosen, into=tmp_path))
-    assert outcome.code == 0, outcome.err
     about = result_of(tmp_path / "run")["provenance"]["start_adapter"]
     assert {about[key] for key in ("from", "dataset", "unit", "delta", "epsilon")} == {"unknown"}
-    assert "what its training spent is unknown" in outcome.out
+    assert "what its training spent is unknown" in outcome.printed
 
 
-def test_an_adapter_with_canaries_begins_nothing(command: Any, tiny: Any, first: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_canaries_begins_nothing(first: Path, tmp_path: Path) -> None:
     audited = shutil.copytree(first, tmp_path / "audited")
     (audited / "AUDIT.txt").write_text("canaries\n")
     outcome = command("simulate", *tiny(f"model.adapter={audited}", into=tmp_path / "runs"))
     assert (outcome.code, "is an audit's" in outcome.message) == (2, True)
 
 
-def test_the_report_tells_what_the_run_began_in(command: Any, first: Path, second: Any, result_of: Any) -> None:
+def test_the_report_tells_what_the_run_began_in(first: Path, second: Any) -> None:
     report = json.loads((second[0] / "report.json").read_text())["derived"]
     spent = {key: result_of(first)["privacy"][key] for key in ("unit", "delta", "epsilon")}
     about = {"digest": digest_of(first), "run": "first", "dataset": "banking77", "public": False} | spent
@@ -142,7 +136,7 @@ def test_the_report_tells_what_the_run_began_in(command: Any, first: Path, secon
     assert json.loads((first / "report.json").read_text())["derived"]["provenance"]["start_adapter"] is None
 
 
-def test_what_the_start_itself_began_in_is_told_too(simulate: Any, second: Any, tmp_path: Path, result_of: Any) -> None:
+def test_what_the_start_itself_began_in_is_told_too(second: Any, tmp_path: Path) -> None:
     third = simulate(f"model.adapter={second[0]}", "federation.num_rounds=1", into=tmp_path, name="third")
     about = result_of(third)["provenance"]["start_adapter"]
     assert (about["from"], about["start_adapter"]["from"]) == ("second", "first")
