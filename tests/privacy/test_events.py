@@ -84,7 +84,7 @@ def test_grouping_counts_every_mechanism_as_often_as_it_ran(history: list[DpEven
 
 def test_a_composition_that_is_counted_counts_its_parts() -> None:
     one = GaussianDpEvent(1.0)
-    assert events.grouped({SelfComposedDpEvent(one, 4): 3, one: 1}) == {one: 13}
+    assert events.grouped({SelfComposedDpEvent(one, 4): 3, ComposedDpEvent((one, one)): 5, one: 1}) == {one: 23}
 
 
 def test_what_is_sampled_stays_in_one_piece() -> None:
