@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -38,30 +39,35 @@ _PLAN |= {"max_grad_norm": 0.5, "local_steps": 3, "num_rounds": 2}
 _PROPOSAL: dict[str, Any] = {"run": "r", "lead": lead_key.public, "dataset": "notes", "task": "classification"}
 _PROPOSAL |= {"base_model": "b" * 64, "target_modules": ("q_proj",), "rank": 4, "train_head": True, "num_sites": 3}
 _PROPOSAL |= {"seeded_noise": False, "dtype": "float32", "lora_scale": 1.0, "head_scale": 10.0}
-_POLICY = Policy(
-    site="a",
-    population=Population(name="patients"),
-    dataset=(
-        Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code"}),
-        Dataset(id="letters", declared_size=500),
-    ),
-    budget=Budget(
-        delta=1e-5, max_epsilon=11.0, reference=Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30)
-    ),
-    limits=Limits(
-        min_noise_multiplier=0.6, max_sampling_rate=0.5, max_grad_norm=1.0, max_local_steps=10, max_rounds=20
-    ),
-    allow=Allow(
-        leads=(lead_key.public,),
-        tasks=("classification",),
-        base_models=("b" * 64,),
-        target_modules=("q_proj", "v_proj"),
-        max_rank=8,
-        train_head=True,
-    ),
-    releases=Releases(reply_after_s=0.0),
-    asserted=Asserted(no_person_at_another_site=True),
-)
+
+
+@cache
+def _policy() -> Policy:
+    # Not while it is imported: a faulty policy is to fail a test.
+    return Policy(
+        site="a",
+        population=Population(name="patients"),
+        dataset=(
+            Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code"}),
+            Dataset(id="letters", declared_size=500),
+        ),
+        budget=Budget(
+            delta=1e-5, max_epsilon=11.0, reference=Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30)
+        ),
+        limits=Limits(
+            min_noise_multiplier=0.6, max_sampling_rate=0.5, max_grad_norm=1.0, max_local_steps=10, max_rounds=20
+        ),
+        allow=Allow(
+            leads=(lead_key.public,),
+            tasks=("classification",),
+            base_models=("b" * 64,),
+            target_modules=("q_proj", "v_proj"),
+            max_rank=8,
+            train_head=True,
+        ),
+        releases=Releases(reply_after_s=0.0),
+        asserted=Asserted(no_person_at_another_site=True),
+    )
 
 
 def plan(**changes: Any) -> Plan:
@@ -79,8 +85,8 @@ def policy(**changes: Any) -> Policy:
 
     The lifetime cap has room for ten rounds of `plan()` and not for eleven.
     """
-    tables = {key: replace(getattr(_POLICY, key), **value) for key, value in changes.items() if type(value) is dict}
-    return replace(_POLICY, **(changes | tables))
+    tables = {key: replace(getattr(_policy(), key), **value) for key, value in changes.items() if type(value) is dict}
+    return replace(_policy(), **(changes | tables))
 
 
 def of_users(*named: tuple[str, str, str], **changes: Any) -> Policy:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedtune.privacy import filter
 from fedtune.privacy.cohorts import period_of
 from fedtune.privacy.ledger import history
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Policy
@@ -47,6 +47,7 @@ def charge(ledger: Ledger, proposal: Any) -> Reason | None:
     except Refused as refused:
         ledger.refuse(refused, run=proposal.run, round=1, request=proposal.run)
         return refused.reason
+    assert isinstance(granted, Reservation)
     ledger.commit(granted, b"reply")
     return None
 

@@ -16,7 +16,7 @@ from fedtune.privacy import events
 from fedtune.privacy.cohorts import Cohorts, cohort_name, cohort_of
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head
-from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -54,6 +54,8 @@ def admitted(ledger: Ledger, asked: Proposal, own: Mapping[str, int], *, round: 
     """Charge a round; whom the sampler may draw."""
     request = f"{asked.run} {round}{attempt}"
     granted = ledger.reserve(asked, round=round, request=request, arrivals=lambda: own)
+    assert isinstance(granted, Reservation)
+    assert granted.admitted is not None
     return set(granted.admitted)
 
 

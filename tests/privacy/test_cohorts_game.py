@@ -97,6 +97,7 @@ class Site:
             return
         if isinstance(granted, bytes):
             return
+        assert granted.admitted is not None
         assert granted.admitted <= self.file.keys()
         for person in granted.admitted:
             self.lost.setdefault(person, Counter()).update(events.grouped([asked.plan.event()]))

@@ -244,31 +244,31 @@ def test_a_ledger_is_of_one_population_site_and_delta(opened: Open, path: Path) 
     assert kinds_of(path) == OPENED
 
 
-OF_USERS = of_users(FIRST := ("notes", "notes.csv", "who"))
+FIRST = ("notes", "notes.csv", "who")
 
 
 def test_a_ledger_is_of_one_unit(opened: Open, path: Path) -> None:
     opened()
     with pytest.raises(RunError, match=r"was made for population\.unit = record, the policy says user"):
-        opened(policy=OF_USERS)
-    opened(path=path.with_name("users.db"), policy=OF_USERS)
+        opened(policy=of_users(FIRST))
+    opened(path=path.with_name("users.db"), policy=of_users(FIRST))
     with pytest.raises(RunError, match=r"was made for population\.unit = user, the policy says record"):
-        opened(path=path.with_name("users.db"), policy=policy(dataset=OF_USERS.dataset))
+        opened(path=path.with_name("users.db"), policy=policy(dataset=of_users(FIRST).dataset))
 
 
 def test_a_column_says_who_a_user_is_for_ever(opened: Open, path: Path) -> None:
-    opened(policy=OF_USERS)
+    opened(policy=of_users(FIRST))
     with pytest.raises(RunError, match=r"made for dataset notes columns\.user = who, the policy says visit"):
         opened(policy=of_users(("notes", "notes.csv", "visit")))
-    (data,) = OF_USERS.dataset
+    (data,) = of_users(FIRST).dataset
     other_text = dataclasses.replace(data, columns=data.columns | {"text": "note"})
-    opened(policy=dataclasses.replace(OF_USERS, dataset=(other_text,)))
-    opened(path=path.with_name("records.db"), policy=policy(dataset=OF_USERS.dataset))
+    opened(policy=dataclasses.replace(of_users(FIRST), dataset=(other_text,)))
+    opened(path=path.with_name("records.db"), policy=policy(dataset=of_users(FIRST).dataset))
     opened(path=path.with_name("records.db"))  # there a user is nobody's unit
 
 
 def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(opened: Open) -> None:
-    opened(policy=OF_USERS)
+    opened(policy=of_users(FIRST))
     opened(policy=of_users(("other", "other.csv", "who")))
     for refused, by in (
         ([("notes", "moved.csv", "visit")], "dataset notes"),

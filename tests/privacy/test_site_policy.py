@@ -104,20 +104,21 @@ def test_released_scores_need_the_least_noise_too() -> None:
     assert broken(noised, asked) == [(Reason.MIN_NOISE_MULTIPLIER, "0.5", "at least 0.6")]
 
 
-BY_USER = of_users(("notes", "notes.csv", "patient"), limits={"max_records_per_user": 8})
+BY_USER = ("notes", "notes.csv", "patient")
 
 
 def test_the_unit_is_the_populations() -> None:
     # Neither is turned into the other: of a record's promise no factor makes a person's, and the reverse was not asked.
     users = proposal(plan={"unit": "user", "records_per_user": 8})
-    assert broken(BY_USER, users) == []
-    assert broken(BY_USER, proposal()) == [(Reason.UNIT, "record", "user")]
+    assert broken(of_users(BY_USER), users) == []
+    assert broken(of_users(BY_USER), proposal()) == [(Reason.UNIT, "record", "user")]
     assert broken(policy(), users) == [(Reason.UNIT, "user", "record")]
 
 
 def test_a_site_bounds_what_one_person_contributes() -> None:
+    strict = of_users(BY_USER, limits={"max_records_per_user": 8})
     for most, expected in ((8, []), (9, [(Reason.MAX_RECORDS_PER_USER, "9", "at most 8")])):
-        assert broken(BY_USER, proposal(plan={"unit": "user", "records_per_user": most})) == expected
+        assert broken(strict, proposal(plan={"unit": "user", "records_per_user": most})) == expected
 
 
 @pytest.mark.parametrize("scale", [0.25, 1.0, 2.0, 16.0, 1e4])

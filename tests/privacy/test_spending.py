@@ -74,6 +74,7 @@ def test_there_is_room_up_to_the_cap_and_not_beyond(opened: Any) -> None:
     assert room_refusal(history, policy(), times(4), times(6)) is None
     for asked, held in ((11, 0), (5, 6), (1, 10)):
         refused = room_refusal(history, policy(), times(asked), times(held))
+        assert refused is not None
         assert refused.reason is Reason.MAX_EPSILON
         assert refused.asked == "11.4859"
     assert room_refusal(history, policy(budget={"max_epsilon": math.inf}), times(10**6)) is None

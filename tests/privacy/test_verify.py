@@ -27,7 +27,7 @@ from fedtune.words import spoken_start
 from .builders import make_key, policy, proposal, reserve, site_key
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(chain.Event))
-LATER = policy(limits={"max_rounds": 19})
+LATER = {"limits": {"max_rounds": 19}}
 
 
 def lived_in(path: Path) -> Head:
@@ -42,7 +42,7 @@ def lived_in(path: Path) -> Head:
     answered(proposal(), 2)
     lost = ledger.head()
     shutil.move(backup, path)
-    ledger = Ledger(path, LATER, site_key)
+    ledger = Ledger(path, policy(**LATER), site_key)
     ledger.charge_gap(lost)
     two = proposal(run="2", dataset="letters", plan={"num_rounds": 3})
     answered(two, 1)
@@ -61,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "ledger.db"
     head = lived_in(path)
     path.with_name("older.json").write_bytes(head.to_bytes())
-    path.with_name("newest.json").write_bytes(Ledger(path, LATER, site_key).head().to_bytes())
+    path.with_name("newest.json").write_bytes(Ledger(path, policy(**LATER), site_key).head().to_bytes())
     return path
 
 
@@ -330,7 +330,7 @@ def test_a_ledger_signed_again_by_another_key_is_found_by_whoever_expects_the_si
     assert found(victim, site_key=site_key.public).endswith(f"names site key {forger.public}, not {site_key.public}")
     assert found(victim, anchor=newest) == "the anchor is of another ledger"
     with pytest.raises(RunError, match="is not signed by the site's key"):
-        Ledger(victim, LATER, site_key)
+        Ledger(victim, policy(**LATER), site_key)
 
 
 def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path, tamper: Any) -> None:
@@ -366,7 +366,7 @@ def test_an_anchor_that_names_the_sites_key_without_its_signature_is_no_anchor(n
 
 def test_a_ledger_opened_for_training_finds_changes_too(whole: Path, victim: Path, tamper: Any) -> None:
     rows = stored(whole)
-    Ledger(victim, LATER, site_key)
+    Ledger(victim, policy(**LATER), site_key)
     for forged in (
         [rows[0] | {"code": "x"}, *rows[1:]],
         rehashed([rows[0] | {"code": "x"}, *rows[1:]]),
@@ -374,7 +374,7 @@ def test_a_ledger_opened_for_training_finds_changes_too(whole: Path, victim: Pat
     ):
         replace_rows(victim, forged, tamper)
         with pytest.raises(RunError, match="nothing is trained on a ledger in doubt"):
-            Ledger(victim, LATER, site_key)
+            Ledger(victim, policy(**LATER), site_key)
 
 
 def test_an_event_that_cannot_be_followed_leaves_nothing_half_followed(opened: Any, path: Path, copied: Any) -> None:

@@ -108,6 +108,7 @@ def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(config: C
     everyone = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
     shared = everyone.shared
     trained = train(everyone)
+    assert trained.scores is not None
     shared.initial_adapter.load_into(shared.model)
     heldout = everyone.work["site-1"]._heldout
     exact = unit_scores(shared.model, heldout, pad_id=shared.tokenizer.pad_token_id)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.data import Shapes
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Reason, Refusal
 from fedtune.sites import shared_model
 from fedtune.sites.session import Session
 from fedtune.sites.shared_model import SharedModel
@@ -125,6 +125,7 @@ def test_a_site_serves_no_request_on_a_model_that_fails_and_charges_nothing(
     before = len(tries)
     for number in (1, 2):
         reply = site.ask()
+        assert isinstance(reply.body, Refusal)
         assert (reply.body.reason, reply.body.asked, reply.body.allowed) == (Reason.SITE_ERROR, None, None)
         assert reply.receipt.charged_rounds == 0
         assert len(tries) == before + number
