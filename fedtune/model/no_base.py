@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What is asked of a base's configuration."""
-
-    hidden_size: int
-    num_hidden_layers = 0
-    max_position_embeddings = 1
-
-    def get_text_config(self) -> _Shape:
-        return self
-
-
-@dataclass(frozen=True)
-class _Output:
-    last_hidden_state: torch.Tensor
 
 
 class NoBase(nn.Module):
@@ -37,7 +20,8 @@ class NoBase(nn.Module):
 
     def __init__(self, width: int, *, device: torch.device | str) -> None:
         super().__init__()
-        self.config = _Shape(width)
+        shape = SimpleNamespace(hidden_size=width, num_hidden_layers=0, max_position_embeddings=1)
+        self.config = SimpleNamespace(**vars(shape), get_text_config=lambda: shape)
         self.layers = nn.ModuleList()
         self.register_buffer("place", torch.zeros(0, device=device), persistent=False)  # says where it is
 
@@ -45,6 +29,6 @@ class NoBase(nn.Module):
         """Itself, which nothing wraps."""
         return self
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> _Output:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
         """(n, 1, width) as they came."""
-        return _Output(input_ids)
+        return SimpleNamespace(last_hidden_state=input_ids)
