@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -36,18 +37,6 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
     def introduce(message: Message, context: Context) -> Message:
         return Message(RecordDict({flower_records.SITE: ConfigRecord({"name": name_of(context)})}), reply_to=message)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return _reply(message, context, _to_round)
-
-    @app.query(flower_records.INVITE)
-    def invite(message: Message, context: Context) -> Message:
-        return _reply(message, context, _to_invitation)
-
-    @app.query(flower_records.SUM)
-    def sum_up(message: Message, context: Context) -> Message:
-        return _reply(message, context, _to_sum)
-
     @app.query(flower_records.END)
     def end(message: Message, context: Context) -> Message:
         content, receipt = message.content, None
@@ -60,7 +49,7 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
             log.exception("%s could not end a run", name_of(context))
         return Message(flower_records.from_receipt(receipt), reply_to=message)
 
-    def _reply(message: Message, context: Context, read: Callable[[RecordDict], _Answer]) -> Message:
+    def reply(message: Message, context: Context, *, read: Callable[[RecordDict], _Answer]) -> Message:
         reason = Reason.MALFORMED_REQUEST
         try:
             with panics_as_errors():
@@ -74,6 +63,9 @@ def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[
         refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)
         return Message(flower_records.from_reply(Reply(body=refusal, receipt=None)), reply_to=message)
 
+    app.train()(partial(reply, read=_to_round))
+    app.query(flower_records.INVITE)(partial(reply, read=_to_invitation))
+    app.query(flower_records.SUM)(partial(reply, read=_to_sum))
     return app
 
 
