@@ -166,8 +166,8 @@ def load_base(
         ConfigError: for `model.path`, `model.sha256` or `model.dtype`.
     """
     if spec.path.startswith(RANDOM):
-        if spec.sha256 is not None and spec.sha256 != (found := model_sha256(spec)):
-            raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
+        if spec.sha256 is not None:
+            _require_pinned(spec, model_sha256(spec))
         model = tiny_base(spec.path, predicts_tokens=predicts_tokens, dtype=_DTYPES[spec.dtype])
     else:
         with _pinned_files(spec) as folder:
@@ -203,8 +203,7 @@ def model_sha256(spec: ModelSpec) -> str:
 def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
     """The folder to load from: the files of the manifest, whose hash is `spec.sha256`, and no others."""
     with staged(model_folder(spec), gguf_file=spec.gguf_file, with_weights=with_weights or bool(spec.gguf_file)) as own:
-        if spec.sha256 is not None:
-            own.manifest.require(spec.sha256, path=spec.path)
+        _require_pinned(spec, own.manifest.sha256)
         if not spec.gguf_file:
             yield own.folder
             return
@@ -244,6 +243,11 @@ def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images:
     if model.config.is_encoder_decoder:
         raise ConfigError("model.path", spec.path, "must be an encoder or a decoder, not both")
     return model
+
+
+def _require_pinned(spec: ModelSpec, found: str) -> None:
+    if spec.sha256 not in (None, found):
+        raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
 
 
 def _unreadable(spec: ModelSpec, error: Exception) -> ConfigError:

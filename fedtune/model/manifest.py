@@ -68,16 +68,6 @@ class Manifest:
     def _gguf(self) -> bool:
         return len(self.files) == 1 and self.files[0][0].endswith(".gguf")
 
-    def require(self, sha256: str, *, path: str) -> None:
-        """Require the model at `path` to be the one that `sha256` names.
-
-        Raises:
-            ConfigError: for `model.sha256`.
-        """
-        if sha256 == self.sha256:
-            return
-        raise ConfigError("model.sha256", sha256, f"is not the hash of {path}, which is {self.sha256}")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Staged:
