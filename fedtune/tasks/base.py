@@ -30,7 +30,6 @@ from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.inputs import Row, input_of
 from fedtune.tasks.measures import Detail
-from fedtune.words import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -245,18 +244,6 @@ class Task(ABC):
         A real site leaves such a record out.
         """
         return lambda record: None
-
-    def require_usable(self, records: Sequence[Record], *, data: DataSpec, lenient_within: int | None) -> None:
-        """Check that no record has a `fault`; a lenient reading has judged them, and what broke since adds nothing.
-
-        Raises:
-            DataError: about the first that has one, with the number of those like it.
-        """
-        judged = map(self.fault(data), records if lenient_within is None else ())
-        faults = [error for error in judged if error is not None]
-        if faults:
-            first, more = faults[0], counted(len(faults) - 1, "more record")
-            raise DataError(first.key, first.value, f"{first.bound} ({more} like it)") if faults[1:] else first
 
     @abstractmethod
     def tokenise(

@@ -101,7 +101,6 @@ class Embedding(Task):
 
         It is not a number where a text cannot be encoded: such a record adds nothing.
         """
-        self.require_usable(records, data=data, lenient_within=lenient_within)
         texts = self.texts(data)
         roles = self.layouts[texts - 2][:texts]
         fields = [(one, role) for one in map(_with_negative(data), records) for role in roles]

@@ -107,7 +107,6 @@ class PooledTask(Task):
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
         """The role `text`, with the tokenizer's own special tokens, or the features; and each record's target."""
-        self.require_usable(records, data=data, lenient_within=lenient_within)
         ids, found = input_of(data).rows(records, tokenizer, data=data, lenient_within=lenient_within)
         target, shape = self.target(data), self.target_shape(data)
         targets: npt.NDArray[Any] = np.full((len(records), *shape), UNSUPERVISED, dtype=self.target_type)

@@ -85,7 +85,6 @@ class Preference(CausalLM):
             ConfigError: as for causal_lm.
             DataError: a record is not a pair.
         """
-        self.require_usable(records, data=data, lenient_within=lenient_within)
         layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
         examples = laid_out(layout, (one for record in records for one in both(record)), lenient=lenient)
         encoded = layout.encoded(examples, tokenizer, within=lenient_within)

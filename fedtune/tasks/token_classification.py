@@ -133,7 +133,6 @@ class TokenClassification(Task):
         A record has always `data.windows` of them: what it has no tokens for is one token without a target.  Of a text
         that cannot be encoded that is all.
         """
-        self.require_usable(records, data=data, lenient_within=lenient_within)
         read = [*map(marks(data), records)]
         before, behind = _around(tokenizer)
         room, step, most = _sizes(data, len(before) + len(behind))
