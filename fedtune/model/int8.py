@@ -164,6 +164,12 @@ class Int8(Quantized):
     reader: int
     rounding: Rounding
 
+    def __init__(self, module: nn.Linear | Conv1D, *, rounding: Rounding, reader: int, factors: torch.Tensor) -> None:
+        super().__init__(module)
+        self.rounding, self.reader = rounding, reader
+        self.register_buffer("factors", factors)
+        self.take_over(module, factors.device)
+
     @property
     def weight(self) -> torch.Tensor:
         """(out, in) in float32."""
@@ -176,14 +182,6 @@ class Int8(Quantized):
         round_into(rows, 1 / self.factors, whole, scales, rows.shape[1])
         return {"whole": whole, "scales": scales[:, 0]}
 
-    def take_over_with(
-        self, module: nn.Linear | Conv1D, rounding: Rounding, reader: int, factors: torch.Tensor
-    ) -> None:
-        """Stand for `module` on the device of its factors."""
-        self.rounding, self.reader = rounding, reader
-        self.register_buffer("factors", factors)
-        self.take_over(module, factors.device)
-
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), in float32."""
         return _Product.apply(values, self)  # type: ignore[no-any-return, no-untyped-call]
@@ -192,18 +190,9 @@ class Int8(Quantized):
 class Int8Linear(Int8, nn.Linear):  # type: ignore[misc, override]  # whose weights are no parameter
     """For torch's own kind."""
 
-    def __init__(self, module: nn.Linear, **reads: Any) -> None:
-        nn.Linear.__init__(self, module.in_features, module.out_features, device="meta")
-        self.take_over_with(module, **reads)
-
 
 class Int8Conv1D(Int8, Conv1D):  # type: ignore[misc]  # transformers has no types for it
     """For GPT-2's kind, whose weights are (in, out)."""
-
-    def __init__(self, module: Conv1D, **reads: Any) -> None:
-        with torch.device("meta"):
-            Conv1D.__init__(self, module.nf, module.nx)
-        self.take_over_with(module, **reads)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -107,7 +107,7 @@ def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = T
         place.mkdir()
         hashes, weights = {}, {}
         for name in () if gguf_file else _settings_names(folder):
-            if name == PROCESSOR and not _reads_images(place):
+            if name == PROCESSOR and json.loads((place / "config.json").read_bytes()).get("model_type") not in VISION:
                 continue  # beside a model of texts nothing reads it
             content = _read(folder, name)
             try:
@@ -164,10 +164,6 @@ def _settings_names(folder: Path) -> list[str]:
         raise ConfigError("model.path", str(folder), "must hold config.json")
     # Of a model with both, the single file is the one that is loaded.
     return names if WEIGHTS in listed else [*names, SHARD_INDEX]
-
-
-def _reads_images(place: Path) -> bool:
-    return json.loads((place / "config.json").read_bytes()).get("model_type") in VISION
 
 
 def _weights_names(folder: Path, place: Path) -> tuple[str, ...]:

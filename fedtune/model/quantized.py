@@ -39,6 +39,13 @@ class Quantized(nn.Module):
     bias: torch.Tensor | None
     shape: torch.Size
 
+    def __init__(self, module: nn.Linear | Conv1D) -> None:
+        with torch.device("meta"):
+            if isinstance(module, nn.Linear):
+                nn.Linear.__init__(self, module.in_features, module.out_features)  # type: ignore[arg-type]
+            else:
+                Conv1D.__init__(self, module.nf, module.nx)
+
     @property
     def weight(self) -> torch.Tensor:
         """The weights that it stands for, for code that reads them; what is written into them is lost."""
@@ -137,6 +144,10 @@ class FourBit(Quantized):
     codes: torch.Tensor
     scales: torch.Tensor
 
+    def __init__(self, module: nn.Linear | Conv1D, *, device: torch.device | str) -> None:
+        super().__init__(module)
+        self.take_over(module, device)
+
     @property
     def weight(self) -> torch.Tensor:
         """Made anew."""
@@ -165,18 +176,9 @@ class FourBit(Quantized):
 class FourBitLinear(FourBit, nn.Linear):  # type: ignore[misc, override]  # whose weights are no parameter
     """For torch's own kind."""
 
-    def __init__(self, module: nn.Linear, *, device: torch.device | str) -> None:
-        nn.Linear.__init__(self, module.in_features, module.out_features, device="meta")
-        self.take_over(module, device)
-
 
 class FourBitConv1D(FourBit, Conv1D):  # type: ignore[misc]  # transformers has no types for it
     """For GPT-2's kind, whose weights are (in, out)."""
-
-    def __init__(self, module: Conv1D, *, device: torch.device | str) -> None:
-        with torch.device("meta"):
-            Conv1D.__init__(self, module.nf, module.nx)
-        self.take_over(module, device)
 
     @property
     def rows(self) -> torch.Tensor:
