@@ -13,7 +13,7 @@ import json
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedtune.data.text_rows import (
     check_header,
     line_rows,
     or_fault,
+    parsed,
     table_rows,
 )
 from fedtune.spec import DataError, check_name
@@ -85,13 +86,14 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
         case "folder":
             return _arrow_rows(path, _saved_batches(path, columns))
         case suffix if suffix in _CONLL:
-            return marked.conll_rows(path)
+            return parsed(path, marked.between_blank_lines(path), partial(marked.sentence, path))
         case ".pubtator":
-            return marked.pubtator_rows(path)
+            return parsed(path, marked.between_blank_lines(path), partial(marked.document, path))
         case suffix if suffix in _BIOC:
-            return marked.bioc_rows(path, lenient=lenient)
+            documents = array_rows(path, lenient=lenient, opens=marked.DOCUMENTS)
+            return parsed(path, documents, partial(marked.of_passages, path))
         case suffix if suffix == _BRAT:
-            return marked.brat_rows(path)
+            return parsed(path, enumerate(sorted(path.glob("*.ann")), 1), marked.of_two_files)
         case suffix:
             raise DataError(str(path), suffix, f"{SUFFIXES}, or be {_SAVED}, or brat's folder")
 

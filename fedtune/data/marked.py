@@ -10,24 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fedtune.data.lists import as_json, listed_in, rows_of
-from fedtune.data.text_rows import (
-    MOST_BYTES,
-    Cut,
-    RawRows,
-    Row,
-    array_rows,
-    at_line,
-    cut_rows,
-    json_type,
-    parsed,
-    text_of,
-)
+from fedtune.data.text_rows import MOST_BYTES, Cut, Row, at_line, cut_rows, json_type, text_of
 from fedtune.spec import DataError
 
 _TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)
@@ -35,7 +23,7 @@ _TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)
 _BEGINS, _ENDS, _GOES_ON = frozenset("BSU"), frozenset("ELSU"), frozenset("ILEM")
 """Letters of the tags of an entity's first and last token, and of those behind the first (IOB2, BILOU, BIOES)."""
 _BEGINS_DOCUMENT, _LIKE_TAG = "-DOCSTART-", re.compile(r"O|[BIESLUM][-_].+")
-_DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
+DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
 """Where the documents of a file of BioC as JSON begin; PubTator's own server calls them otherwise."""
 _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 
@@ -128,17 +116,13 @@ def entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict
 # Files.
 
 
-def conll_rows(path: Path) -> RawRows:
-    """Sentences, with a token and its tag on each line, first and last of its columns; a blank line ends one.
+def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
+    """A sentence of CoNLL, with a token and its tag on each line, first and last of its columns.
 
     Columns are separated by tabs, or by spaces.  Lines -DOCSTART- belong to no sentence, nor do comments: # and a
     space, in another number of columns than the sentence's other lines have, or without a tag of a scheme where those
     have one.
     """
-    return parsed(path, _between_blank_lines(path), partial(_sentence, path))
-
-
-def _sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
     lines = [one for one in _lines_of(raw, at=at_line(path, line)) if not one.startswith(_BEGINS_DOCUMENT)]
     others = [one for one in lines if not one.startswith("# ")]
     # A token may hold any other kind of space, and where there are tabs a plain one.
@@ -157,12 +141,8 @@ def _sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
     return {"tokens": [one[0] for one in cells], "tags": [one[-1].strip() for one in cells]} if cells else None
 
 
-def pubtator_rows(path: Path) -> RawRows:
-    """Documents of a title and an abstract, with a line for each span behind them; a blank line ends one."""
-    return parsed(path, _between_blank_lines(path), partial(_document, path))
-
-
-def _document(path: Path, line: int, raw: bytes | None) -> Row:
+def document(path: Path, line: int, raw: bytes | None) -> Row:
+    """A document of PubTator: a title and an abstract, with a line for each span behind them."""
     at, parts, spans = at_line(path, line), {}, []
     for one in _lines_of(raw, at=at):
         number, mark, rest = one.partition("|")
@@ -178,13 +158,8 @@ def _document(path: Path, line: int, raw: bytes | None) -> Row:
     return _marked(" ".join(parts[key] for key in "ta" if key in parts), spans, at=at)
 
 
-def bioc_rows(path: Path, *, lenient: bool) -> RawRows:
-    """Documents of BioC as JSON, whose passages, or their sentences, have texts and marks."""
-    return parsed(path, array_rows(path, lenient=lenient, opens=_DOCUMENTS), partial(_of_passages, path))
-
-
-def _of_passages(path: Path, line: int, document: Row | DataError) -> Row:
-    """A row of spans; the offsets of BioC count from the document's beginning, with any number of spaces between."""
+def of_passages(path: Path, line: int, document: Row | DataError) -> Row:
+    """A document of BioC as JSON; its offsets count from its beginning, with any number of spaces between passages."""
     if isinstance(document, DataError):
         raise document
     at, text, spans, begins = at_line(path, line), "", [], []
@@ -214,12 +189,8 @@ def brat_files(folder: Path) -> list[Path]:
     return [file for one in found for file in (one.with_suffix(".txt"), one)]
 
 
-def brat_rows(folder: Path) -> RawRows:
-    """Documents, each of which is one text in a file of its own, with its spans in another beside it."""
-    return parsed(folder, enumerate(sorted(folder.glob("*.ann")), 1), _of_two_files)
-
-
-def _of_two_files(_: int, marks: Path) -> Row:
+def of_two_files(_: int, marks: Path) -> Row:
+    """A document of brat: a text in a file of its own, with its spans in another beside it."""
     at, texts = str(marks), []
     with suppress(OSError, UnicodeDecodeError):
         for file in (marks.with_suffix(".txt"), marks):
@@ -244,7 +215,7 @@ def _marked(text: str, spans: list[tuple[int, int, str, str]], *, at: str) -> Ro
     return {"text": text, "spans": [{"start": start, "end": end, "label": label} for start, end, label, _ in spans]}
 
 
-def _between_blank_lines(path: Path) -> Cut:
+def between_blank_lines(path: Path) -> Cut:
     """(first line, bytes) of what stands between blank lines; None for the bytes of what is too long."""
     kept: list[bytes] = []
     first = size = 0
