@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -292,17 +292,13 @@ def _label_embeddings(task: PooledTask, model: Model) -> torch.Tensor:
     found: dict[int, torch.Tensor] = {}
     with torch.no_grad():
         # Texts of one length at a time, which need no padding.
-        for places in _alike([len(one) for one in ids], most=_LABELS_AT_ONCE):
-            token_ids = torch.tensor([ids[place] for place in places], device=model.device)
-            found |= zip(places, task.embed(model, token_ids, torch.ones_like(token_ids)), strict=True)
+        for length in sorted(set(map(len, ids))):
+            alike = [place for place, one in enumerate(ids) if len(one) == length]
+            for first in range(0, len(alike), _LABELS_AT_ONCE):
+                places = alike[first : first + _LABELS_AT_ONCE]
+                token_ids = torch.tensor([ids[place] for place in places], device=model.device)
+                found |= zip(places, task.embed(model, token_ids, torch.ones_like(token_ids)), strict=True)
     return torch.stack([found[place] for place in range(len(ids))])
-
-
-def _alike(lengths: Sequence[int], *, most: int) -> Iterator[list[int]]:
-    """All places, those of one length together, at most so many at a time."""
-    for length in sorted(set(lengths)):
-        places = [place for place, one in enumerate(lengths) if one == length]
-        yield from (places[first : first + most] for first in range(0, len(places), most))
 
 
 def undeclared(record: Record, role: str, labels: Sequence[str]) -> DataError:
