@@ -14,7 +14,7 @@ from rich.console import Console
 from fedtune.api.compose import compose_run, plain_values
 from fedtune.api.start_and_resume import folder_of, make
 from fedtune.audit.spec import AuditSpec
-from fedtune.cli.command import AsJson, Overrides, single
+from fedtune.cli.command import AsJson, Overrides
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, bound_in
 from fedtune.federation.run_folder import RunFolder
@@ -216,6 +216,3 @@ def _rate(rate: AuditHitRate) -> str:
     if rate.found is None or rate.low is None or rate.high is None:
         return "few records"
     return f"{rate.found:.1%} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
-
-
-app = single(audit)

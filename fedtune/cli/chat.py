@@ -8,7 +8,6 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
-from fedtune.cli.command import single
 from fedtune.cli.finished_run import (
     Adapters,
     Device,
@@ -159,6 +158,3 @@ def _say(text: str) -> None:
     sys.stdout.flush()
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
-
-
-app = single(chat)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fedtune.api import door
-from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.command import AsJson, Option
 from fedtune.cli.finished_run import Run
 from fedtune.cli.synthetic_file import Beside, SyntheticFile, To
 from fedtune.data.load import shipped_folders
@@ -56,6 +56,3 @@ def choose(
         made |= {"label_column": classifier.config.data.columns.get("label"), "labelled_by": classifier.config.name}
         found = synthetic.labelled(found, file.columns[-1], classifier)
     file.write(found, made, earlier=known["runs"][1:], as_json=as_json)
-
-
-app = single(choose)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 
 from fedtune.api.door import load
-from fedtune.cli.command import Argument, AsJson, Option, same_command, single
+from fedtune.cli.command import Argument, AsJson, Option, same_command
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.interruptible_run import run_in_a_line
 from fedtune.cli.personalise import shown_progress
@@ -36,9 +36,7 @@ def compare(
         Argument("KEY=VALUE | RUN", help="settings of an experiment to run; or folders of finished runs"),
     ] = (),
     data: Annotated[str | None, Option("score on this file (default: the test records)", metavar="FILE")] = None,
-    without_privacy: Annotated[
-        bool, Option(names=("--without-privacy",), help="also run everything without privacy")
-    ] = False,
+    without_privacy: Annotated[bool, Option("also run everything without privacy")] = False,
     personal: Annotated[bool, Option("also make each site's own adapter of the federation's, without noise")] = False,
     leave_out: Annotated[
         tuple[Literal["alone", "federated", "pooled"], ...], Option("do not run these; may be repeated")
@@ -172,6 +170,3 @@ def _run_all(lines: Sequence[Line], console: Console, *, again: str, personal: b
         say(f"Continue with: {again}", console=console)
         raise
     return done
-
-
-app = single(compare)

@@ -83,7 +83,7 @@ def init(
     ],
     out: Annotated[Path | None, Option(metavar="FILE.yaml", help="what to write (default: FILE's name here)")] = None,
     sites: Annotated[int | None, Option(metavar="N", help="simulated sites (default: 2 to 4, by size)")] = None,
-    model: Annotated[str | None, Option(help="a name from conf/model, or a folder with a model")] = None,
+    model: Annotated[str | None, Option("a name from conf/model, or a folder with a model")] = None,
     text: Column = None,
     label: Column = None,
     image: Column = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
-from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.command import AsJson, Option
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
 from fedtune.spec import NOT_GIVEN, ConfigError
@@ -22,7 +22,7 @@ def distil(
     to: Annotated[Path, Option(metavar="FOLDER", help="a new folder to write")],
     student: Annotated[str, Option("half, a number of layers, or another base", metavar="MODEL")] = "half",
     format: Annotated[Literal["sentence-transformers", "onnx"], Option()] = "sentence-transformers",
-    int8: Annotated[bool, Option(names=("--int8",), help="with --format onnx: also a graph in int8")] = False,
+    int8: Annotated[bool, Option("with --format onnx: also a graph in int8")] = False,
     passes: Annotated[int, Option("through the texts")] = 10,
     seed: Annotated[int, Option("of the order of the texts")] = 0,
     columns: Columns = None,
@@ -72,6 +72,3 @@ def distil(
         title = f"On {counted(found.records, 'test record')}"
         sections.append(Section(title=title, headings=told, rows=compared_rows(found.scores), words={0, 5}))
     show(Console(), sections)
-
-
-app = single(distil)

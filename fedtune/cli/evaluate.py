@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
-from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.command import AsJson, Option
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
 from fedtune.words import counted
@@ -108,6 +108,3 @@ def _notes(found: BesideBase) -> Iterator[str]:
     few += ["prompts"] if 0 < found.num_prompts < FEWEST_UNITS else []
     if few:
         yield f"Fewer than {FEWEST_UNITS} {' or '.join(few)} are too few to call a model better or worse."
-
-
-app = single(evaluate)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
-from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.command import AsJson, Option
 from fedtune.cli.finished_run import Run, finished_run
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
@@ -22,17 +22,13 @@ from fedtune.words import size
 def export(
     run: Run,
     to: Annotated[Path, Option(metavar="FOLDER", help="a new folder to write")],
-    merge: Annotated[bool, Option(names=("--merge",), help="the whole model, with the adapter merged into it")] = False,
+    merge: Annotated[bool, Option("the whole model, with the adapter merged into it")] = False,
     format: Annotated[
         Literal["peft", "merged", "sentence-transformers", "safetensors", "onnx"] | None,
-        Option(help="(default: peft; of features safetensors)"),
+        Option("(default: peft; of features safetensors)"),
     ] = None,
-    int8: Annotated[
-        bool, Option(names=("--int8",), help="with --format onnx: also a graph in int8; both are scored and timed")
-    ] = False,
-    private: Annotated[
-        bool, Option(names=("--private",), help="also a site's own adapter, of which no guarantee protects the records")
-    ] = False,
+    int8: Annotated[bool, Option("with --format onnx: also a graph in int8; both are scored and timed")] = False,
+    private: Annotated[bool, Option("also a site's own adapter, of which no guarantee protects the records")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a finished run's model for others to load, with its model card and tokenizer.
@@ -86,6 +82,3 @@ def export(
         )
         sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
     show(Console(), sections)
-
-
-app = single(export)

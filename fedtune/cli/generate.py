@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
-from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.command import AsJson, Option
 from fedtune.cli.finished_run import (
     Adapters,
     Columns,
@@ -117,6 +117,3 @@ def generate(
                 text = harmless("".join(parts(place, name))).replace("\n", "\\n")
                 sys.stdout.write(f"{name}\t{text}\n" if len(names) > 1 else f"{text}\n")
             sys.stdout.flush()
-
-
-app = single(generate)

@@ -55,7 +55,7 @@ docs/site_policy.md explains backups, anchors and the figures.
 
 LedgerPath = Annotated[str, Argument("PATH", help="a ledger.db, or a folder that holds one")]
 OwnLedger = Annotated[str | None, Argument("PATH", help="the policy's ledger; may be left out")]
-PolicyFile = Annotated[Path, Option(names=("--policy",), metavar="FILE", help="the site's site.toml")]
+PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
 AnchorFile = Annotated[Path | None, Option(metavar="FILE", help="an anchor file, kept outside the ledger")]
 SiteKey = Annotated[str | None, Option(metavar="HEX", help="the site's public key, from a source you trust")]
 
@@ -212,7 +212,7 @@ def freeze(
 def confirm_date(
     policy: PolicyFile,
     path: OwnLedger = None,
-    yes: Annotated[bool, Option(names=("--yes",), help="do not ask")] = False,
+    yes: Annotated[bool, Option("do not ask")] = False,
 ) -> None:
     """Let the period of the budget begin that this machine's date is in.
 

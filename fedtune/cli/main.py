@@ -17,7 +17,7 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import click
 
-from fedtune.cli.command import SETTINGS, InterruptTold, importing
+from fedtune.cli.command import SETTINGS, InterruptTold, importing, single
 from fedtune.show.lines import fold
 from fedtune.spec import ConfigError, FedtuneError, full_disk
 from fedtune.version import __version__
@@ -45,7 +45,7 @@ COMMANDS: Mapping[str, str] = {
     "server": "a federation's server",
     "run": "run a federation over real sites",
 }
-"""Each is the module of its name, which holds the command as `app` and is imported when it is called."""
+"""Each is the module of its name, imported when it is called, which holds a function of that name, or a group `app`."""
 _LOADING_S = 0.5
 
 
@@ -64,9 +64,10 @@ class _Fedtune(click.Group):
             timer.start()
         try:
             with importing():
-                found: click.Command = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}").app
+                module = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}")
         finally:
             timer.cancel()
+        found: click.Command = getattr(module, "app", None) or single(getattr(module, cmd_name.replace("-", "_")))
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

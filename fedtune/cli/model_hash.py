@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from fedtune.cli.command import Argument, AsJson, Option, single
+from fedtune.cli.command import Argument, AsJson, Option
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 
@@ -13,9 +13,7 @@ def model_hash(
     model: Annotated[str, Argument("MODEL", help="a folder, a GGUF file, or any other value of model.path")],
     files: Annotated[
         bool,
-        Option(
-            names=("--files",), help="print only the lines that are hashed (`... --files | sha256sum` prints the hash)"
-        ),
+        Option(help="print only the lines that are hashed (`... --files | sha256sum` prints the hash)"),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -48,6 +46,3 @@ def model_hash(
         sys.stdout.write("\nIt covers:\n" if covered else "")
         for name, one in covered:
             sys.stdout.write(f"  {one}  {name}\n")
-
-
-app = single(model_hash)

@@ -10,7 +10,7 @@ from typing import Annotated
 from rich.console import Console
 
 from fedtune.api import door
-from fedtune.cli.command import Argument, AsJson, single
+from fedtune.cli.command import Argument, AsJson
 from fedtune.cli.finished_run import Device, Run, finished_run
 from fedtune.show.terminal_tables import print_json, show
 from fedtune.studies import personalised
@@ -52,6 +52,3 @@ def print_made(make: Callable[..., Mapping[str, Personalised]], *, as_json: bool
         print_json(to_json(made))
     else:
         show(Console(), sections(made))
-
-
-app = single(personalise)

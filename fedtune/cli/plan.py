@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.command import Option, Overrides, single
+from fedtune.cli.command import Option, Overrides
 from fedtune.cli.plan_sections import Outlook, show_outlook
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
@@ -33,16 +33,14 @@ Compose = Callable[[Sequence[str]], RunConfig]
 
 def plan(
     overrides: Overrides = (),
-    target: Annotated[Target | None, Option(help="solve for this, from privacy.epsilon and the rest")] = None,
+    target: Annotated[Target | None, Option("solve for this, from privacy.epsilon and the rest")] = None,
     policy: Annotated[
         tuple[Path, ...], Option(metavar="FILE", help="check the plan against this site.toml; may be repeated")
     ] = (),
     lead: Annotated[
         str | None, Option(metavar="HEX", help="your public key (default: the first that each policy allows)")
     ] = None,
-    time: Annotated[
-        bool, Option(names=("--time",), help="load the model; show bytes, time on this machine and its hash")
-    ] = False,
+    time: Annotated[bool, Option("load the model; show bytes, time on this machine and its hash")] = False,
     trials: Annotated[int | None, Option("also the price of a search over K runs like this", metavar="K")] = None,
     as_json: Annotated[bool, Option(names=("--json",), help="print JSON instead of text")] = False,
 ) -> None:
@@ -173,6 +171,3 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     sizes, dtype = config.declared_sizes(), config.federation.update_dtype
     made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, update_dtype=dtype)
     return made, device.type
-
-
-app = single(plan)

@@ -40,9 +40,7 @@ _MOST_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]
 Days = Annotated[int | None, Option(metavar="N", help="validity of the certificate (default: as federation.toml says)")]
-Compared = Annotated[
-    bool, Option("do not ask: the site has read out these very keys, for scripts", names=("--compared",))
-]
+Compared = Annotated[bool, Option("do not ask: the site has read out these very keys, for scripts")]
 SiteName = Annotated[str, Argument("NAME", help="the site")]
 
 
@@ -107,7 +105,6 @@ def renew_site(
     new_site_key: Annotated[
         bool,
         Option(
-            names=("--new-site-key",),
             help="accept another site key: the site starts a new ledger, and its budget anew; agree on it first",
         ),
     ] = False,

@@ -86,12 +86,10 @@ def build(
     output: Annotated[
         Path | None, Option(metavar="DIR", help="where to write (default: the run folder, or <ledger>.report)")
     ] = None,
-    language: Annotated[Language | None, Option(help="of the page (default: the run's setting, else en)")] = None,
-    pdf: Annotated[bool, Option(names=("--pdf",), help="report.pdf too; needs pip install fedtune[pdf]")] = False,
-    label: Annotated[bool, Option(names=("--label",), help="label.svg too, to show around")] = False,
-    registry: Annotated[
-        bool, Option(names=("--registry",), help="registry.json too: an entry for a public registry of such runs")
-    ] = False,
+    language: Annotated[Language | None, Option("of the page (default: the run's setting, else en)")] = None,
+    pdf: Annotated[bool, Option("report.pdf too; needs pip install fedtune[pdf]")] = False,
+    label: Annotated[bool, Option("label.svg too, to show around")] = False,
+    registry: Annotated[bool, Option("registry.json too: an entry for a public registry of such runs")] = False,
     sign: Annotated[
         Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem, or the lead's lead_key.pem")
     ] = None,

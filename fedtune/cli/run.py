@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
 from fedtune.api.start_and_resume import folder_of, has_begun, is_finished, is_running
-from fedtune.cli.command import Argument, Metrics, Option, Renew, single
+from fedtune.cli.command import Argument, Metrics, Option, Renew
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.kept_round import is_over
@@ -41,9 +41,7 @@ def run(
         tuple[str, ...], Argument("KEY=VALUE", help="settings to change; or status, stop or resume, and a run folder")
     ] = (),
     kit: Annotated[Path | None, Option(metavar="DIR", help="the lead's kit")] = None,
-    for_good: Annotated[
-        bool, Option(names=("--for-good",), help="with stop: free what the sites had set aside")
-    ] = False,
+    for_good: Annotated[bool, Option("with stop: free what the sites had set aside")] = False,
     as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
     metrics: Metrics = None,
     renew: Renew = None,
@@ -256,6 +254,3 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         rows.append((site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}"))
     headings = ("site", "last answer", "at", "epsilon so far")
     show(Console(), [Section(headings=headings, rows=rows, words=range(4))])
-
-
-app = single(run)

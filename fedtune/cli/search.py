@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
-from fedtune.cli.command import AsJson, Option, Overrides, same_command, single
+from fedtune.cli.command import AsJson, Option, Overrides, same_command
 from fedtune.cli.interruptible_run import run_in_a_line, show_trials
 from fedtune.show.terminal_tables import print_json, say, show
 from fedtune.sites.session import Session
@@ -61,6 +61,3 @@ def search(
         return
     say("Nothing is picked: no trial has a score.", console=console)
     tried.raise_first()
-
-
-app = single(search)

@@ -10,11 +10,8 @@ from typing import Annotated
 
 from fedtune.cli.command import Argument, Health, HealthAnywhere, LogLevel, Metrics, Option, command, group
 
-KitFolder = Annotated[Path, Option(names=("--kit",), metavar="DIR", help="the server's kit")]
-Data = Annotated[
-    Path | None,
-    Option(names=("--data",), metavar="DIR", help="folder for the database and the audit log (default: the kit)"),
-]
+KitFolder = Annotated[Path, Option(metavar="DIR", help="the server's kit")]
+Data = Annotated[Path | None, Option("folder for the database and the audit log (default: the kit)", metavar="DIR")]
 
 app = group("A federation's server: it keeps messages between lead and sites until they are fetched.")
 
@@ -22,8 +19,8 @@ app = group("A federation's server: it keeps messages between lead and sites unt
 @command(app, "serve, until stopped")
 def start(
     kit: KitFolder,
-    host: Annotated[str, Option(help="address to listen on; 0.0.0.0: all")] = "0.0.0.0",
-    port: Annotated[int | None, Option(help="port to listen on (default: the one in the kit)")] = None,
+    host: Annotated[str, Option("address to listen on; 0.0.0.0: all")] = "0.0.0.0",
+    port: Annotated[int | None, Option("port to listen on (default: the one in the kit)")] = None,
     data: Data = None,
     health: Health = None,
     health_anywhere: HealthAnywhere = False,

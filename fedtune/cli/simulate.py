@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
 from fedtune.api.start_and_resume import folder_of
-from fedtune.cli.command import AsJson, Option, Overrides, Renew, single
+from fedtune.cli.command import AsJson, Option, Overrides, Renew
 from fedtune.cli.interruptible_run import after_shown_public_stage, run_in_a_line, run_simulation, show_trials
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
 from fedtune.sites.session import Session
@@ -61,6 +61,3 @@ def simulate(
     result = run_simulation(config, folder, console)
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result.to_json()}]})
-
-
-app = single(simulate)

@@ -38,8 +38,8 @@ docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a 
 """
 )
 
-KitFolder = Annotated[Path, Option(names=("--kit",), metavar="DIR", help="the site's kit")]
-PolicyFile = Annotated[Path, Option(names=("--site",), metavar="FILE", help="the site's site.toml")]
+KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
+PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
 
 
 @command(app, "what a policy means, in plain words", name="check-policy")
@@ -154,7 +154,7 @@ def approve(
     kit: KitFolder,
     site: PolicyFile,
     run: Annotated[str | None, Argument("RUN", help="the run to approve; without it, list the runs that wait")] = None,
-    yes: Annotated[bool, Option(names=("--yes",), help="do not ask")] = False,
+    yes: Annotated[bool, Option("do not ask")] = False,
     as_json: Annotated[bool, Option(names=("--json",), help="without RUN: for machines")] = False,
 ) -> None:
     """Show the runs that wait for approval and what they would cost, or let one start.

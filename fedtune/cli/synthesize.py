@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fedtune.api import door
-from fedtune.cli.command import AsJson, Option, single
+from fedtune.cli.command import AsJson, Option
 from fedtune.cli.finished_run import Device, MaxNewTokens, Run, Seed, Temperature, TopP
 from fedtune.cli.personalise import shown_progress
 from fedtune.cli.synthetic_file import Beside, SyntheticFile, To
@@ -61,6 +61,3 @@ def synthesize(
     made |= dict.fromkeys(("candidates", "chosen_by", "label_column", "labelled_by"))
     made |= {"shares": "declared" if voted is None else "voted", "left_out": dict(found.left_out)}
     file.write(found, made, as_json=as_json)
-
-
-app = single(synthesize)

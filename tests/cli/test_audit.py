@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.audit.spec import AuditSpec
-from fedtune.cli.audit import app, audit_spec, show_findings
+from fedtune.cli.audit import audit, audit_spec, show_findings
 from fedtune.evaluation import audit_bound
 from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.audit_bounds import refuted
@@ -109,4 +109,4 @@ def test_the_verdict_is_over_all_bounds_at_once(tmp_path: Path) -> None:
 
 def test_the_help_names_every_setting() -> None:
     for field in fields(AuditSpec):
-        assert f"audit.{field.name}" in (app.help or "")
+        assert f"audit.{field.name}" in (audit.__doc__ or "")
