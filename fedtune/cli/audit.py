@@ -136,7 +136,7 @@ def audit_spec(overrides: Sequence[str]) -> AuditSpec:
 
 def show_findings(console: Console, result: Audit, folder: Path) -> None:
     """Lower bounds beside claims, the membership baselines, and both in plain words."""
-    show(console, [_bounds(result), _membership(result)])
+    show([_bounds(result), _membership(result)], console=console)
     say(_meaning(result), style="red" if result.exceeded else "", console=console)
     canaries = "The adapter in this folder holds canaries: use it for nothing else (AUDIT.txt says so)."
     say(canaries, style="yellow", console=console)

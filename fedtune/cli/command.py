@@ -13,17 +13,20 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
 from fedtune.show.lines import fold
+
+if TYPE_CHECKING:
+    from fedtune.show.terminal_tables import Section
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 _FIRST_COLUMN = 30
@@ -84,6 +87,18 @@ Metrics = Annotated[
     str | None, Option("answer GET /metrics, for Prometheus, at this loopback address", metavar="HOST:PORT")
 ]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
+
+
+def answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: bool, heading: str = "") -> None:
+    """Print figures as JSON, or else a heading and sections for people, which may be worked out as they are printed."""
+    from fedtune.show.terminal_tables import print_json, say, show  # rich takes a while to import
+
+    if as_json:
+        print_json(figures)
+        return
+    if heading:
+        say(heading, style="bold")
+    show(sections)
 
 
 def same_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:

@@ -96,7 +96,7 @@ def compare(
     if as_json:
         print_json(compared.to_json())
         return
-    show(console, compared.sections())
+    show(compared.sections(), console=console)
     for path in written:
         say(f"written: {path}", console=console)
 

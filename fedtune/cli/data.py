@@ -8,11 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
-
 from fedtune.api.compose import compose_run
 from fedtune.api.experiment_file import config_folder
-from fedtune.cli.command import Argument, AsJson, Option, command, group
+from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
 from fedtune.cli.data_sections import (
     ABOUT,
     ABOUT_COPIES,
@@ -43,7 +41,7 @@ from fedtune.preparation.copies import compare
 from fedtune.preparation.detect import OPTIONS, Found, look_at
 from fedtune.preparation.duplicates import has_datasketch
 from fedtune.privacy.policy_file import read_policy
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, print_json, say, show, write_file
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
@@ -145,7 +143,7 @@ def init(
         raise
     to_know = Section(title="To know", notes=starter.notes(found, plan))
     about_input = feature_sections(found) if found.features else [lengths(plan, spec.path)]
-    show(Console(), [*file_sections(found, plan.measured), *about_input, to_know])
+    show([*file_sections(found, plan.measured), *about_input, to_know])
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
 
@@ -169,11 +167,9 @@ def check(
     config = _experiment(settings, site)
     reader = _reader(config.data, config.model, key="model.path", other="model=NAME")
     checked = examine(config, reader, within=_num_ids(reader))
-    if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "checked": checked})
-        return
-    say(f"Data of {config.name}", style="bold")
-    show(Console(), [*check_sections(checked), Section(title="To know", notes=ABOUT)])
+    sections = [*check_sections(checked), Section(title="To know", notes=ABOUT)]
+    figures = {"schema_version": SCHEMA_VERSION, "checked": checked}
+    answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
 
 
 @command(app, "write a new file without some of an experiment's records")
@@ -217,7 +213,7 @@ def clean(
         columns, task.fault(config.data), drop=rules, mask=mask == "personal", named=config.data.columns
     )
     done = write_clean(source, out, cleaning)
-    show(Console(), clean_sections(done))
+    show(clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
 
 
@@ -276,10 +272,7 @@ def copies(
             write_secret(out, json_text(told).encode())
         except OSError as error:
             raise ConfigError("--out", str(out), f"must be a new file that can be written ({error.strerror})") from None
-    if as_json:
-        print_json(told)
-    else:
-        show(Console(), copies_sections(near, usual, left_out))
+    answer(told, copies_sections(near, usual, left_out), as_json=as_json)
 
 
 def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:

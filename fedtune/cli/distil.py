@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from rich.console import Console
 
-from fedtune.cli.command import AsJson, Option
+from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.tasks import task_named
 from fedtune.words import counted, size
@@ -56,9 +56,6 @@ def distil(
             passes=passes,
             progress=lambda what, done, total: status.update(f"{what}: step {done} of {total}"),
         )
-    if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "distilled": found})
-        return
     judged = task_named(config.task).judged_by if found.scores else ""
     rows = [
         (one.file, size(one.bytes), f"{one.milliseconds:.1f}", *([f"{one.scores[judged]:.4f}"] if judged else []))
@@ -71,4 +68,5 @@ def distil(
         told = ("metric", "teacher", "student", "difference", "95 % interval", "student is")
         title = f"On {counted(found.records, 'test record')}"
         sections.append(Section(title=title, headings=told, rows=compared_rows(found.scores), words={0, 5}))
-    show(Console(), sections)
+    figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "distilled": found}
+    answer(figures, sections, as_json=as_json)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-
-from fedtune.cli.command import AsJson, Option
+from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
+from fedtune.tasks.measures import Detail
 from fedtune.words import counted
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.runs.saved_model import BesideBase
-    from fedtune.tasks.measures import Detail
 
 _MOST_LABELS = 20
 
@@ -38,20 +37,19 @@ def evaluate(
 
     with columns_by_option():
         found = beside_base(config, adapter, data)
-    if as_json:
-        figures = {
-            "schema_version": SCHEMA_VERSION,
-            "run": str(run),
-            "data": data,
-            "scores": {name: one.tuned.value for name, one in found.scores.items()},
-            "beside_base": found.scores,
-            "records": found.num_records,
-            "unit": found.unit,
-            "units": found.num_units,
-            "prompts": found.num_prompts,
-        }
-        print_json(figures if found.detail is None else figures | {"detail": found.detail})
-        return
+    figures = {
+        "schema_version": SCHEMA_VERSION,
+        "run": str(run),
+        "data": data,
+        "scores": {name: one.tuned.value for name, one in found.scores.items()},
+        "beside_base": found.scores,
+        "records": found.num_records,
+        "unit": found.unit,
+        "units": found.num_units,
+        "prompts": found.num_prompts,
+    }
+    if found.detail is not None:
+        figures |= {"detail": found.detail}
     notes = list(_notes(found))
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
@@ -62,7 +60,8 @@ def evaluate(
         words={0, 5},
         notes=notes,
     )
-    show(Console(), [scores_first, *(() if found.detail is None else _detailed(found.detail))])
+    sections = [scores_first, *(() if found.detail is None else _detailed(found.detail))]
+    answer(figures, sections, as_json=as_json)
 
 
 def _detailed(detail: Detail) -> Iterator[Section]:
@@ -91,8 +90,6 @@ def _detailed(detail: Detail) -> Iterator[Section]:
 
 def _notes(found: BesideBase) -> Iterator[str]:
     """The table in a sentence, and how its intervals were made."""
-    from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES
-
     name, first = next(iter(found.scores.items()))
     before, after = (f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in (first.base, first.tuned))
     told = f"{before} before training, {after} after it"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
-
-from fedtune.cli.command import AsJson, Option
+from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Run, finished_run
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
@@ -67,12 +64,9 @@ def export(
     records = LeadRecords.to_score(config, None) if int8 else None
     files = write(adapter, config, to, format=chosen, private=private, int8=int8)
     graphs = served(to, adapter, config, records) if records else []
-    if as_json:
-        told = {"run": str(run), "folder": str(to), "format": chosen}
-        names = {"files": [str(path.relative_to(to)) for path in files]}
-        print_json({"schema_version": SCHEMA_VERSION, **told, **names, "graphs": [asdict(one) for one in graphs]})
-        return
-    rows = tuple((str(path.relative_to(to)), size(path.stat().st_size)) for path in files)
+    rows = [(str(path.relative_to(to)), size(path.stat().st_size)) for path in files]
+    figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "folder": str(to), "format": chosen}
+    figures |= {"files": [name for name, _ in rows], "graphs": graphs}
     sections = [Section(title=f"{run} as {chosen}, in {to}", headings=("file", "size"), rows=rows)]
     if graphs:
         headings = ("graph", "size", "ms a text", *graphs[0].scores)
@@ -81,4 +75,4 @@ def export(
             for one in graphs
         )
         sections.append(Section(title="On the run's test records, one thread", headings=headings, rows=costs))
-    show(Console(), sections)
+    answer(figures, sections, as_json=as_json)

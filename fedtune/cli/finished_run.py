@@ -9,18 +9,16 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import yaml
 
 from fedtune.api.door import load
 from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse
+from fedtune.evaluation.bootstrap import Comparison
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
 from fedtune.tasks import task_named
-
-if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.evaluation.bootstrap import Comparison
 
 _SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
 Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")]

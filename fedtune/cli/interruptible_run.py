@@ -114,7 +114,7 @@ def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session
 
 def show_trials(console: Console, trials: Trials, *, again: str) -> None:
     """Print the table of several runs, the paths of the best one and of the table, and how to continue."""
-    show(console, [table := trials.section()])
+    show([table := trials.section()], console=console)
     if (best := trials.best) is not None:
         say(f"{'picked:' if table.title == 'Trials' else 'best: '} {best.folder}", console=console)
     if trials.table.is_file():

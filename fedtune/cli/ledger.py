@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.ledger_sections import (
     by_arrival,
@@ -77,7 +75,7 @@ def show_events(
         print_json({**identity_json(file, verified), "events": chosen})
         return
     show_identity(file, verified)
-    show(Console(), [entries(verified, chosen) if rounds else charged_runs(verified, last=last)])
+    show([entries(verified, chosen) if rounds else charged_runs(verified, last=last)])
 
 
 @command(app, "what was spent and what is left")
@@ -99,7 +97,7 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     show_verdict(verified.history, figures)
     runs = each_run(figures.runs, verified.history)
     sections = [lifetime(verified.history, figures), by_arrival(figures), methods(figures), runs]
-    show(Console(), [section for section in sections if section is not None])
+    show([section for section in sections if section is not None])
     for remark in remarks(verified.history):
         say(remark)
 
@@ -117,7 +115,6 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     show_identity(file, verified)
     checked, unchecked = findings(verified)
     show(
-        Console(),
         [
             Section(title="Checked, and right:", notes=[f"- {text}" for text in checked]),
             Section(title="Not checked:", notes=[f"- {text}" for text in unchecked]),
@@ -175,7 +172,7 @@ def write_anchor(
 def restore(
     policy: PolicyFile,
     path: OwnLedger = None,
-    anchor: Annotated[Path | None, Option(metavar="FILE", help="the newest anchor (default: the policy's own)")] = None,
+    anchor: Annotated[Path | None, Option("the newest anchor (default: the policy's own)", metavar="FILE")] = None,
 ) -> None:
     """Charge what the anchor knows and a restored backup lacks.
 

@@ -10,9 +10,8 @@ from typing import Annotated
 from rich.console import Console
 
 from fedtune.api import door
-from fedtune.cli.command import Argument, AsJson
+from fedtune.cli.command import Argument, AsJson, answer
 from fedtune.cli.finished_run import Device, Run, finished_run
-from fedtune.show.terminal_tables import print_json, show
 from fedtune.studies import personalised
 from fedtune.studies.personalised import Personalised, sections, to_json
 
@@ -48,7 +47,4 @@ def print_made(make: Callable[..., Mapping[str, Personalised]], *, as_json: bool
     """Make own adapters, which may tell a `progress`, and print what they are worth."""
     with shown_progress() as progress:
         made = make(progress=progress)
-    if as_json:
-        print_json(to_json(made))
-    else:
-        show(Console(), sections(made))
+    answer(to_json(made), sections(made), as_json=as_json)

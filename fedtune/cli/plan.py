@@ -79,7 +79,7 @@ def plan(
         return
     show_outlook(Console(), outlook)
     if searched is not None:
-        show(Console(), [price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)])
+        show([price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)])
 
 
 def _price_of(compose: Compose, overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:

@@ -133,7 +133,7 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
         _bytes_and_time(outlook),
         *(_policy(verdict, outlook) for verdict in outlook.verdicts),
     ]
-    show(console, sections)
+    show(sections, console=console)
 
 
 def _promise(outlook: Outlook) -> str:

@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
-
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
@@ -64,7 +62,7 @@ def init(
         )
     ]
     rows.append(("sites/", "the sites' kits, as they join", ""))
-    show(Console(), [Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
+    show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
     _compare(
         "Keys of the federation, to be read out to each site over the telephone:",
         {"lead": made.lead_key, "authority": made.authority.fingerprint},
@@ -179,7 +177,7 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     )
     own = [(name, _until(certificate, now)) for name, certificate in _own(made).items()]
     title = "The federation's own certificates"
-    show(Console(), [sites, Section(title=title, headings=("of", "until"), rows=own, words={0, 1})])
+    show([sites, Section(title=title, headings=("of", "until"), rows=own, words={0, 1})])
     for warning in _warnings(made, now):
         say(warning, style="bold yellow")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
-from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Group, Language, Option, command, group
 from fedtune.cli.ledger import ledger_file
@@ -189,7 +188,7 @@ def verify(
                 rows.append(("", "", f"{printable(problem.where)} says {said}, found {again}"))
             if len(check.problems) > _MOST_PROBLEMS:
                 rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
-        show(Console(), [Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)])
+        show([Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)])
     wrong = [check.name for check in found if check.state == "wrong"]
     if wrong:
         raise RunError(f"{path} does not hold: {', '.join(wrong)}")
@@ -227,7 +226,7 @@ def diff(
             rows=[(printable(name), *_both(change)) for name, change in named],
             words={0, 1, 2},
         )
-        show(Console(), [section])
+        show([section])
     if not all(settings) and first.kind != "ledger":
         say("The runs' configurations are not beside the reports: only the settings in them are compared.")
 

@@ -82,7 +82,7 @@ def run(
             print_json({"schema_version": SCHEMA_VERSION, "online": online})
             return
         rows = [(site, "online" if there else "not heard") for site, there in online.items()]
-        show(Console(), [Section(headings=("site", "now"), rows=rows, words=range(2))])
+        show([Section(headings=("site", "now"), rows=rows, words=range(2))])
         return
     if not rest:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
@@ -253,4 +253,4 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         bound = " at most" if about["upper_bound"] else ""
         rows.append((site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}"))
     headings = ("site", "last answer", "at", "epsilon so far")
-    show(Console(), [Section(headings=headings, rows=rows, words=range(4))])
+    show([Section(headings=headings, rows=rows, words=range(4))])

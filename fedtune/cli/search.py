@@ -37,7 +37,7 @@ def search(
     """
     console = Console(stderr=as_json)
     found = Search.of(overrides, method, trials=trials)
-    show(console, [price_section(found.price, seeded_noise=found.asked.runtime.seeded_noise)])
+    show([price_section(found.price, seeded_noise=found.asked.runtime.seeded_noise)], console=console)
     found.check_room()
     options = [f"--method={method}", *([] if trials is None else [f"--trials={trials}"])]
     again = same_command("search", *overrides, name=found.asked.name, options=options)

@@ -15,6 +15,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted
 
 if TYPE_CHECKING:
+    from fedtune.cli.site_actions import AtSite
     from fedtune.ops.kits.kit_file import Kit
     from fedtune.ops.services.site_state import SiteState
 
@@ -38,8 +39,13 @@ docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a 
 """
 )
 
+_IMPORT = (
+    "install a base model of the federation: a folder with safetensors, a .gguf file, or package:MODULE/FOLDER inside "
+    "an installed Python package"
+)
 KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
+KeptRun = Annotated[str, Argument("RUN", help="a run whose final adapter the site keeps, or the folder of one")]
 
 
 @command(app, "what a policy means, in plain words", name="check-policy")
@@ -80,16 +86,9 @@ def doctor(
     kit: KitFolder,
     site: PolicyFile,
     overrides: Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings of the run to try out")] = (),
-    import_model: Annotated[
-        str | None,
-        Option(
-            metavar="PATH",
-            help="install a base model of the federation: a folder with safetensors, a .gguf file, or "
-            "package:MODULE/FOLDER inside an installed Python package",
-        ),
-    ] = None,
+    import_model: Annotated[str | None, Option(_IMPORT, metavar="PATH")] = None,
     experiment: Annotated[
-        str | None, Option(metavar="NAME", help="try out whether this experiment would be accepted")
+        str | None, Option("try out whether this experiment would be accepted", metavar="NAME")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -155,21 +154,18 @@ def approve(
     site: PolicyFile,
     run: Annotated[str | None, Argument("RUN", help="the run to approve; without it, list the runs that wait")] = None,
     yes: Annotated[bool, Option("do not ask")] = False,
-    as_json: Annotated[bool, Option(names=("--json",), help="without RUN: for machines")] = False,
+    as_json: Annotated[bool, Option("without RUN: for machines", names=("--json",))] = False,
 ) -> None:
     """Show the runs that wait for approval and what they would cost, or let one start.
 
     Needed where site.toml says approval = "manual". The site does nothing for a run before it is approved.
     """
-    if run is not None and as_json:
-        raise ConfigError("--json", NOT_GIVEN, "does not go with RUN")
-    state, files = _site_state(kit), _own_kit(kit).site_files(site)
-    from fedtune.cli import site_actions as work
-
     if run is None:
-        work.show_waiting(state, files.policy, as_json=as_json)
+        _at_site(kit, site).show_waiting(as_json=as_json)
+    elif as_json:
+        raise ConfigError("--json", NOT_GIVEN, "does not go with RUN")
     else:
-        work.approve(state, run, site_toml=site, files=files, yes=yes)
+        _at_site(kit, site).approve(run, yes=yes)
 
 
 @command(app, "refuse a run that waits, for good")
@@ -177,17 +173,14 @@ def deny(
     run: Annotated[str, Argument("RUN", help="a run that waits for approval")],
     kit: KitFolder,
     site: PolicyFile,
-    reason: Annotated[str, Option(metavar="TEXT", help="why; the ledger keeps it, and nobody else is told")],
+    reason: Annotated[str, Option("why; the ledger keeps it, and nobody else is told", metavar="TEXT")],
 ) -> None:
     """Refuse a run that waits for approval, for good. The ledger notes it, and nothing is charged.
 
     The lead is told 'denied', and no more: the reason stays at the site. A run with other settings is another run,
     which waits for approval anew.
     """
-    state, files = _site_state(kit), _own_kit(kit).site_files(site)
-    from fedtune.cli import site_actions as work
-
-    work.deny(state, run, files=files, reason=reason)
+    _at_site(kit, site).deny(run, reason)
 
 
 @command(app, "the federation's sites, beside those that this one sums with")
@@ -202,15 +195,12 @@ def members(
     Nothing is changed: with whom this site sums is for its people to say, in site.toml, once they have compared the
     other's key with that site itself. An older roster cannot be told from the newest: ask the lead for its number.
     """
-    own = _own_kit(kit)
-    from fedtune.cli import site_actions as work
-
-    work.show_members(roster, kit=own, site_toml=site, as_json=as_json)
+    _at_site(kit, site).show_members(roster, as_json=as_json)
 
 
 @command(app, "score a final adapter on held-out records")
 def score(
-    run: Annotated[str, Argument("RUN", help="a run whose final adapter the site keeps, or the folder of one")],
+    run: KeptRun,
     kit: KitFolder,
     site: PolicyFile,
     by: Annotated[str | None, Option("also score by group: by the values of this column", metavar="COLUMN")] = None,
@@ -222,28 +212,17 @@ def score(
     For a site with final_adapter = "keep", and a run with data.heldout_fraction above 0. The scores are exact. They are
     printed here alone: nothing is charged, and nothing leaves the site.
     """
-    own = _own_kit(kit)
-    from fedtune.cli import site_actions as work
-
-    work.score(own, run, files=own.site_files(site), by=by, smallest=smallest, as_json=as_json)
+    _at_site(kit, site).score(run, by=by, smallest=smallest, as_json=as_json)
 
 
 @command(app, "the site's own model, which stays here")
-def personalise(
-    run: Annotated[str, Argument("RUN", help="a run whose final adapter the site keeps, or the folder of one")],
-    kit: KitFolder,
-    site: PolicyFile,
-    as_json: AsJson = False,
-) -> None:
+def personalise(run: KeptRun, kit: KitFolder, site: PolicyFile, as_json: AsJson = False) -> None:
     """Begin in a run's final adapter and train on with this site's records, without noise, for this site alone.
 
     For a site with final_adapter = "keep". Nothing leaves the site and nothing is charged. What comes out has no
     guarantee for the site's records: keep its folder, KIT/private_to_SITE/RUN, here. No run begins in it.
     """
-    own = _own_kit(kit)
-    from fedtune.cli import site_actions as work
-
-    work.personalise(own, run, files=own.site_files(site), as_json=as_json)
+    _at_site(kit, site).personalise(run, as_json=as_json)
 
 
 @command(app, "pause")
@@ -299,7 +278,7 @@ def restore(
     file: Annotated[Path, Argument("FILE", help="what `fedtune site backup` wrote")],
     kit: KitFolder,
     site: PolicyFile,
-    anchor: Annotated[Path | None, Option(metavar="FILE", help="the newest anchor (default: the policy's own)")] = None,
+    anchor: Annotated[Path | None, Option("the newest anchor (default: the policy's own)", metavar="FILE")] = None,
 ) -> None:
     """Put back what is missing of a site that does not run; the site's key must be in its place.
 
@@ -318,6 +297,14 @@ def restore(
         return
     show_made_up(made_up, path=files.ledger, anchors=anchors_at_hand(files, anchor))
     sys.stdout.write("Put back. Check it with fedtune site doctor, then start the site.\n")
+
+
+def _at_site(kit: Path, site: Path) -> AtSite:
+    """What is done at the site, imported once root's rights are given up and the model hub is closed."""
+    own = _own_kit(kit)
+    from fedtune.cli.site_actions import AtSite
+
+    return AtSite(own, site)
 
 
 def _site_state(kit: Path) -> SiteState:

@@ -1,8 +1,6 @@
-"""The work of `fedtune site approve`, `deny`, `doctor`, `members` and `score`.
+"""The work of `fedtune site approve`, `deny`, `members`, `score`, `personalise` and `doctor`.
 
-Approving shows what a run would do and cost, and takes a person's word that it may start; the doctor prints a line for
-each of its checks; scoring shows what a final adapter does on records that were held out.  Apart from `cli/site.py`,
-which imports this once it has given up root's rights and closed the model hub.
+Apart from `cli/site.py`, which imports this once it has given up root's rights and closed the model hub.
 """
 
 from __future__ import annotations
@@ -12,12 +10,12 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from fedtune.api.compose import compose_run
+from fedtune.cli.command import answer
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.personalise import print_made
 from fedtune.cli.plain_words import reason_text
@@ -35,8 +33,6 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import asked_and_allowed
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import Policy
 from fedtune.show.budget_text import contribution, noise_words, trust_words
 from fedtune.show.lines import fold, printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
@@ -56,95 +52,138 @@ _MOST_TEXT = 1000
 _MOST_REASON = 300
 
 
-def show_waiting(state: SiteState, policy: Policy, *, as_json: bool) -> None:
-    """List the runs that wait, with what each would cost at the site's own noise."""
-    waiting = state.waiting()
-    if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "waiting": [_to_json(pending, policy) for pending in waiting]})
-    elif waiting:
-        rows = []
-        for pending in waiting:
+class AtSite:
+    """What people do at a site with the runs that ask for it, by its kit and its policy."""
+
+    def __init__(self, kit: Kit, site_toml: Path) -> None:
+        self.kit, self.site_toml, self.files = kit, site_toml, kit.site_files(site_toml)
+
+    @property
+    def state(self) -> SiteState:
+        """What the site's commands and its process tell each other."""
+        return SiteState.of(self.kit.folder)
+
+    def show_waiting(self, *, as_json: bool) -> None:
+        """List the runs that wait, with what each would cost at the site's own noise; null: it promises nothing."""
+        told, rows = [], []
+        for pending in self.state.waiting():
             asked = pending.proposal
+            epsilon = _epsilon(asked, self.files.policy.own_plan(asked.plan))
+            told.append(
+                {
+                    "run": asked.run,
+                    "digest": asked.digest(),
+                    "since": pending.since,
+                    "dataset": asked.dataset,
+                    "lead": asked.lead,
+                    "epsilon": epsilon,
+                    "delta": asked.plan.delta,
+                }
+            )
             about = (printable(asked.run), pending.since, printable(asked.dataset))
-            rows.append((*about, _price(asked, policy.own_plan(asked.plan)), spoken_start(asked.lead)))
+            rows.append((*about, _price(epsilon), spoken_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "asked by lead")
-        show(Console(), [Section(headings=headings, rows=rows, words=range(5), whole={0})])
-    else:
-        say("No run waits for approval.")
+        section = Section(headings=headings, rows=rows, words=range(5), whole={0})
+        answer({"schema_version": SCHEMA_VERSION, "waiting": told}, [section], as_json=as_json)
+        if not (rows or as_json):
+            say("No run waits for approval.")
 
+    def approve(self, run: str, *, yes: bool) -> None:
+        """Show a run's price and settings, ask, and note the approval in the ledger."""
+        pending = _chosen(self.state.waiting(), run)
+        verdict = ask(self.site_toml, pending.proposal, declared_sizes={})
+        # Every other setting that the run's name stands for; the site understood them before the run was put up.
+        settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
+        rows = {}
+        for key, value in dotted(settings):
+            listed = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
+            if value not in (None, [], ""):
+                rows[key] = printable(listed, 1000)
+        show([_price_and_plan(pending.proposal, verdict), pairs(rows)])
+        if verdict.ledger == "in doubt":
+            raise RunError(verdict.note)
+        if not verdict.allowed:
+            rules = []
+            for broken in verdict.broken:
+                known = asked_and_allowed(broken.asked, broken.allowed)
+                rules.append(reason_text(broken.rule) + (f" ({known})" if known else ""))
+            raise RefusedError(f"policy or budget refuse this run: {'; '.join(rules)}")
+        if not yes:
+            require_agreed("Let it start?", otherwise="not approved: the run still waits")
+        self.files.open().approve(pending.proposal)
+        self.state.forget(pending.proposal)
+        say("Approved, and noted in the ledger. It begins with the lead's next request.")
 
-def approve(state: SiteState, run: str, *, site_toml: Path, files: SiteFiles, yes: bool) -> None:
-    """Show a run's price and settings, ask, and note the approval in the ledger.
+    def deny(self, run: str, reason: str) -> None:
+        """Note in the ledger that a waiting run is denied, and why."""
+        if not (reason.strip() and reason.isprintable() and len(reason) <= _MOST_REASON):
+            raise ConfigError("--reason", reason, f"must be one line of at most {_MOST_REASON} characters")
+        pending = _chosen(self.state.waiting(), run)
+        self.files.open().deny(pending.proposal, reason)
+        self.state.forget(pending.proposal)
+        say("Denied, and noted in the ledger. The lead is told 'denied' when it asks again; the reason stays here.")
 
-    Raises:
-        ConfigError: no such run waits.
-        RefusedError: policy or budget would refuse it all the same.
-        RunError: the ledger cannot be trusted, or the person says no.
-    """
-    pending = _chosen(state.waiting(), run)
-    verdict = ask(site_toml, pending.proposal, declared_sizes={})
-    # Every other setting that the run's name stands for; the site understood them before the run was put up.
-    settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
-    rows = {}
-    for key, value in dotted(settings):
-        listed = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
-        if value not in (None, [], ""):
-            rows[key] = printable(listed, 1000)
-    show(Console(), [_price_and_plan(pending.proposal, verdict), pairs(rows)])
-    if verdict.ledger == "in doubt":
-        raise RunError(verdict.note)
-    if not verdict.allowed:
-        rules = []
-        for broken in verdict.broken:
-            known = asked_and_allowed(broken.asked, broken.allowed)
-            rules.append(reason_text(broken.rule) + (f" ({known})" if known else ""))
-        raise RefusedError(f"policy or budget refuse this run: {'; '.join(rules)}")
-    if not yes:
-        require_agreed("Let it start?", otherwise="not approved: the run still waits")
-    files.open().approve(pending.proposal)
-    state.forget(pending.proposal)
-    say("Approved, and noted in the ledger. It begins with the lead's next request.")
-
-
-def deny(state: SiteState, run: str, *, files: SiteFiles, reason: str) -> None:
-    """Note in the ledger that a waiting run is denied, and why.
-
-    Raises:
-        ConfigError: no such run waits, or the reason is not one line of text.
-        RunError: the ledger cannot be trusted.
-    """
-    if not (reason.strip() and reason.isprintable() and len(reason) <= _MOST_REASON):
-        raise ConfigError("--reason", reason, f"must be one line of at most {_MOST_REASON} characters")
-    pending = _chosen(state.waiting(), run)
-    files.open().deny(pending.proposal, reason)
-    state.forget(pending.proposal)
-    say("Denied, and noted in the ledger. The lead is told 'denied' when it asks again; the reason stays here.")
-
-
-def show_members(path: Path, *, kit: Kit, site_toml: Path, as_json: bool) -> None:
-    """Show the sites of the roster at `path` beside those of the policy's [trust].members.
-
-    Raises:
-        ConfigError: it is no roster, or not signed by the kit's lead.
-    """
-    trusted = dict(kit.site_files(site_toml).policy.trust.members)
-    roster = Roster.read_signed(path, kit=kit)
-    gone = "in [trust].members, and not in the federation: take it out"
-    found = {name: (key, gone) for name, key in trusted.items()}
-    found |= {one.site: (one.site_key, _state(one, trusted.get(one.site))) for one in roster.sites}
-    found.pop(kit.site or "", None)
-    if as_json:
+    def show_members(self, path: Path, *, as_json: bool) -> None:
+        """Show the sites of the roster at `path`, which the lead must have signed, beside the policy's."""
+        trusted = dict(self.files.policy.trust.members)
+        roster = Roster.read_signed(path, kit=self.kit)
+        gone = "in [trust].members, and not in the federation: take it out"
+        found = {name: (key, gone) for name, key in trusted.items()}
+        found |= {one.site: (one.site_key, _state(one, trusted.get(one.site))) for one in roster.sites}
+        found.pop(self.kit.site or "", None)
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
-        print_json({"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members})
-        return
-    say(f"Sites of {roster.federation}, by the lead's roster number {roster.number}:", style="bold")
-    rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
-    headings = ("site", "here", "site key by the roster")
-    show(Console(), [Section(headings=headings, rows=rows, words=range(3))])
-    say(
-        "Nothing is changed here. To sum with another site, compare its key with that site itself, not with the lead, "
-        "and write it into [trust].members of site.toml."
-    )
+        rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
+        answer(
+            {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members},
+            [Section(headings=("site", "here", "site key by the roster"), rows=rows, words=range(3))],
+            as_json=as_json,
+            heading=f"Sites of {roster.federation}, by the lead's roster number {roster.number}:",
+        )
+        if not as_json:
+            say(
+                "Nothing is changed here. To sum with another site, compare its key with that site itself, not with "
+                "the lead, and write it into [trust].members of site.toml."
+            )
+
+    def score(self, run: str, *, by: str | None, smallest: int, as_json: bool) -> None:
+        """Score the final adapter of a run on the records that the site held out from it; nothing is written."""
+        check_at_least("--smallest", smallest, FEWEST_UNITS)
+        folder = self._kept(run)
+        from fedtune.sites.real_site import site_records  # torch takes seconds to import
+
+        config, adapter = finished_run(folder)
+        if config.data.heldout_fraction == 0:
+            bound = "held nothing out: score it on other records with fedtune evaluate FOLDER --data FILE"
+            raise ConfigError("data.heldout_fraction", 0, bound)
+        records = site_records(config, self.files).heldout
+        if not records:
+            raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no record of this site")
+        lines = [Line(name="tuned", kind="run", run=Trial(config=config, folder=folder))]
+        runs = [(config, adapter)]
+        compared = score_side_by_side(lines, runs, data=None, by=by, smallest=smallest, records=records)
+        answer(compared.to_json(), compared.sections(), as_json=as_json)
+
+    def personalise(self, run: str, *, as_json: bool) -> None:
+        """Make the site's own adapter of a run whose final one it keeps, and score it on records that it holds out."""
+        folder, files = self._kept(run), self.files
+        config, adapter = finished_run(folder)
+        from fedtune.sites.personal import Parts
+        from fedtune.sites.real_site import site_records
+
+        key, site = SigningKey.load(files.site_key).secret("own adapter"), files.policy.site
+        parts = Parts.of(site_records(config, files), key=key, unit=config.privacy.unit)
+        to = {"into": self.kit.folder / f"private_to_{site}" / folder.name, "beside_ledger": files.ledger.parent}
+        own = partial(make, config, adapter, parts, site=site, **to, lenient=True)
+        print_made(lambda progress: {site: own(progress=progress)}, as_json=as_json)
+
+    def _kept(self, run: str) -> Path:
+        """The folder of a run whose final adapter the site keeps, by its name or as a path."""
+        kept = self.kit.folder / "adapters"
+        for folder in (kept / run, Path(run)):
+            if RunFolder(folder).config.is_file():
+                return folder.resolve()  # "." and ".." have a name, too
+        names = ", ".join(sorted(path.name for path in kept.glob("*"))) or "none"
+        raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {names}')
 
 
 def _state(member: Member, trusted: str | None) -> str:
@@ -159,59 +198,6 @@ def _state(member: Member, trusted: str | None) -> str:
     return "in [trust].members, with this key"
 
 
-def score(kit: Kit, run: str, *, files: SiteFiles, by: str | None, smallest: int, as_json: bool) -> None:
-    """Score the final adapter of a run on the records that the site held out from it; prints, and writes nothing.
-
-    Raises:
-        ConfigError: the site keeps no such adapter, or held nothing out.
-    """
-    check_at_least("--smallest", smallest, FEWEST_UNITS)
-    folder = _kept(kit, run)
-    from fedtune.sites.real_site import site_records  # torch takes seconds to import
-
-    config, adapter = finished_run(folder)
-    if config.data.heldout_fraction == 0:
-        bound = "held nothing out: score it on other records with fedtune evaluate FOLDER --data FILE"
-        raise ConfigError("data.heldout_fraction", 0, bound)
-    records = site_records(config, files).heldout
-    if not records:
-        raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no record of this site")
-    line = Line(name="tuned", kind="run", run=Trial(config=config, folder=folder))
-    compared = score_side_by_side([line], [(config, adapter)], data=None, by=by, smallest=smallest, records=records)
-    if as_json:
-        print_json(compared.to_json())
-        return
-    show(Console(), compared.sections())
-
-
-def personalise(kit: Kit, run: str, *, files: SiteFiles, as_json: bool) -> None:
-    """Make the site's own adapter of a run whose final one it keeps, and score it on records that it holds out.
-
-    Raises:
-        ConfigError: the site keeps no such adapter, or it cannot be loaded.
-        DataError: the site has too few records.
-    """
-    folder = _kept(kit, run)
-    config, adapter = finished_run(folder)
-    from fedtune.sites.personal import Parts
-    from fedtune.sites.real_site import site_records
-
-    key, site = SigningKey.load(files.site_key).secret("own adapter"), files.policy.site
-    parts = Parts.of(site_records(config, files), key=key, unit=config.privacy.unit)
-    into = kit.folder / f"private_to_{site}" / folder.name
-    own = partial(make, config, adapter, parts, site=site, into=into, beside_ledger=files.ledger.parent, lenient=True)
-    print_made(lambda progress: {site: own(progress=progress)}, as_json=as_json)
-
-
-def _kept(kit: Kit, run: str) -> Path:
-    """The folder of a run whose final adapter the site keeps, by its name or as a path."""
-    folder = next((one for one in (kit.folder / "adapters" / run, Path(run)) if RunFolder(one).config.is_file()), None)
-    if folder is None:
-        kept = ", ".join(sorted(path.name for path in (kit.folder / "adapters").glob("*"))) or "none"
-        raise ConfigError("RUN", run, f'must be a run whose final adapter is kept (final_adapter = "keep"): {kept}')
-    return folder.resolve()  # "." and ".." have a name, too
-
-
 def _chosen(waiting: list[Pending], run: str) -> Pending:
     """The run with this name, or with a proposal whose digest begins so: two leads may use one name."""
     found = [p for p in waiting if p.proposal.run == run or (len(run) >= 12 and p.proposal.digest().startswith(run))]
@@ -224,20 +210,6 @@ def _chosen(waiting: list[Pending], run: str) -> Pending:
     return found[0]
 
 
-def _to_json(pending: Pending, policy: Policy) -> dict[str, Any]:
-    """A run that waits; its epsilon is null where it promises none."""
-    asked = pending.proposal
-    return {
-        "run": asked.run,
-        "digest": asked.digest(),
-        "since": pending.since,
-        "dataset": asked.dataset,
-        "lead": asked.lead,
-        "epsilon": _epsilon(asked, policy.own_plan(asked.plan)),
-        "delta": asked.plan.delta,
-    }
-
-
 def _epsilon(asked: Proposal, own: Plan) -> float | None:
     """Of the whole run, as the site would carry it out, by PLD; None: it has no guarantee."""
     if asked.seeded_noise or not own.private:
@@ -245,8 +217,7 @@ def _epsilon(asked: Proposal, own: Plan) -> float | None:
     return epsilon_pld([own.whole], own.delta)
 
 
-def _price(asked: Proposal, own: Plan) -> str:
-    epsilon = _epsilon(asked, own)
+def _price(epsilon: float | None) -> str:
     return "NO GUARANTEE" if epsilon is None else epsilon_text(epsilon)
 
 
@@ -255,7 +226,7 @@ def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
     more = f", where the run asks for {asked.plan.noise_multiplier:g}" if plan != asked.plan else ""
     # All of them: what a site is asked to tell is never cut short.
     cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
-    price = f"epsilon {_price(asked, plan)} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
+    price = f"epsilon {_price(_epsilon(asked, plan))} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
     if not plan.private:
         price = "NO GUARANTEE: the run adds no noise"
     elif asked.seeded_noise:
@@ -295,13 +266,7 @@ class SomethingFailed(FedtuneError):
 
 
 def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequence[str], as_json: bool) -> None:
-    """Make every check, after installing `model`, and print a line for each; `run`: settings of a run to try out.
-
-    Raises:
-        SomethingFailed: at the site.
-        RefusedError: policy or budget would refuse the run that was named.
-        RunError: the server cannot be reached, or does not take this site.
-    """
+    """Make every check, after installing `model`, and print a line for each; `run`: settings of a run to try out."""
     asked = partial(compose_run, run, for_real_sites=True) if run else None
     visit = Visit(kit=kit, site_toml=site_toml, model=model, run=asked)
     finish((print_checks_as_json if as_json else print_lines)(examine(visit)))

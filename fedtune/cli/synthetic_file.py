@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import Console
-
 from fedtune.api import door
-from fedtune.cli.command import Option
+from fedtune.cli.command import Option, answer
 from fedtune.cli.finished_run import finished_run, harmless
-from fedtune.show.terminal_tables import Section, pairs, print_json, show, write_file
+from fedtune.show.terminal_tables import Section, pairs, write_file
 from fedtune.sites.run_records import LeadRecords, RunRecords, require_apart
 from fedtune.spec import ConfigError, check_at_least, check_at_most
 from fedtune.studies import synthetic
@@ -96,9 +94,6 @@ class SyntheticFile:
         if self.ballot is not None:
             experiment = synthetic.ballot(found.rows, self.columns[-1], self.writer.config)
             write_file(self.ballot, experiment, option="--ballot")
-        if as_json:
-            print_json(card)
-            return
         some = found.rows[:: max(1, len(found.rows) // _SHOWN)][:_SHOWN]
         rows = tuple(tuple(map(harmless, row.values())) for row in some)
         facts = {"records": f"{len(found.rows):,} of {counted(len(found.wanted), 'code')}"}
@@ -107,4 +102,4 @@ class SyntheticFile:
         if missing:
             facts["missing"] = f"{missing:,}: the model wrote no more that keep the format"
         examples = Section(title="Some of them", headings=tuple(some[0]), rows=rows)
-        show(Console(), [pairs(facts, title=str(self.to)), examples])
+        answer(card, [pairs(facts, title=str(self.to)), examples], as_json=as_json)

@@ -111,7 +111,7 @@ class Display:
         self.earlier_s = state.seconds
         self._remove_bar(True)
         if self._shown:
-            show(self._console, [_settings(self._config, shared, proposal.plan)])
+            show([_settings(self._config, shared, proposal.plan)], console=self._console)
         if state.start_adapter:
             self._say(f"begins in {_start(state.start_adapter)}")
         if state.metrics_before:
@@ -216,7 +216,7 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     ]
     headings = ("site", "declared size", "steps", "epsilon", "epsilon by RDP")
     notes = [] if privacy.epsilon is None else [ABOUT_RDP.format(counts="epsilon")]
-    show(console, [Section(title="What each site has spent", headings=headings, rows=rows, notes=notes)])
+    show([Section(title="What each site has spent", headings=headings, rows=rows, notes=notes)], console=console)
     if privacy.epsilon is None:
         say_here("No privacy guarantee: this run added no noise.", style="yellow")
     elif not privacy.seeded_noise:

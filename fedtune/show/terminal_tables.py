@@ -52,11 +52,10 @@ def pairs(rows: Mapping[str, str], *, title: str = "") -> Section:
     return Section(title=title, rows=tuple(rows.items()), words={0, 1}, whole={0})
 
 
-def show(console: Console, sections: Iterable[Section]) -> None:
+def show(sections: Iterable[Section], *, console: Console | None = None) -> None:
     """Print sections with a line between them; one without rows and notes is left out."""
-    for section in sections:
-        if not section.rows and not section.notes:
-            continue
+    console = console or Console()
+    for section in (one for one in sections if one.rows or one.notes):
         console.print()
         if section.title:
             say(section.title, style="bold", console=console)

@@ -19,7 +19,7 @@ def test_what_is_copied_is_never_cut() -> None:
     assert fold(f" 1. Key {key}: compare it", width=40) == [" 1. Key", f"    {key}:", "    compare it"]
     console = io.StringIO()
     rows = [("site", f"the key {key} of a site", "7")]
-    show(Console(file=console, width=60), [Section(rows=rows, words={0, 1})])
+    show([Section(rows=rows, words={0, 1})], console=Console(file=console, width=60))
     assert key in console.getvalue()
     assert console.getvalue().splitlines()[1] == "  site the key                                             7"
 

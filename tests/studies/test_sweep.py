@@ -270,7 +270,7 @@ def test_the_table_fits_the_terminal(tiny: Any, tmp_path: Path, width: int) -> N
     out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
     trials = Trials.of_sweep(tiny(*swept, into=tmp_path))
     trials.run(lambda trial: result({"accuracy": next(given)}))
-    show(Console(file=out, width=width), [trials.section()])
+    show([trials.section()], console=Console(file=out, width=width))
     table = out.getvalue().splitlines()
     assert max(map(len, table)) <= width
     (best,) = [line.split() for line in table if line.startswith("  *") and "finished" in line]
