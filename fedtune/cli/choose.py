@@ -46,8 +46,9 @@ def choose(
     place = resolve_file(str(candidates), shipped_folders(), key="--candidates")
     known = read_card(place, file.reports[0], option="--candidates")
     # They were written as that card says, and owe to its runs too.
-    made, columns = dict(known["made"]), (*file.columns, *filter(None, [known["made"].get("label_column")]))
-    records = iter_records(place, {column: column for column in dict.fromkeys(columns)})
+    made = dict(known["made"])
+    columns = [*file.columns, made.get("label_column") or file.columns[-1]]
+    records = iter_records(place, {column: column for column in columns})
     found = synthetic.as_written([record.fields for record in records], file.columns)
     if rows is not None:
         made |= {"candidates": len(found.rows), "chosen_by": others["--votes"].config.name}

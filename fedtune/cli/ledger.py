@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.ledger_sections import (
-    by_arrival,
-    charged_runs,
-    each_run,
-    entries,
-    findings,
-    lifetime,
-    methods,
-    moment,
-    remarks,
-    show_identity,
-    show_made_up,
-    show_verdict,
-)
+from fedtune.cli.plain_words import event_text, promise_text
 from fedtune.federation.run_folder import run_folders_near
-from fedtune.ops.backup import anchors_at_hand, make_up_for
+from fedtune.ops.backup import MadeUp, anchors_at_hand, make_up_for
 from fedtune.ops.files import act_as_owner
+from fedtune.privacy import events, filter
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey, check_public_key
-from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger.chain import Event, Head, Kind
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.ledger.spending import share_of_cap
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.show.budget_text import identity_json, verification_json
+from fedtune.report.page.catalogue import catalogue
+from fedtune.show import budget_text
+from fedtune.show.budget_text import cap_text, mechanism_text, rounded_down, trust_words
+from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import Section, json_text, print_json, require_agreed, say, show, write_file
 from fedtune.spec import ConfigError
-from fedtune.words import counted
+from fedtune.words import counted, unbounded
+
+if TYPE_CHECKING:  # it takes a while to import
+    from fedtune.report.facts import Lifetime, LifetimeRun
 
 app = group(
     """\
@@ -51,6 +52,7 @@ docs/site_policy.md explains backups, anchors and the figures.
 """
 )
 
+_UNITS = {"record": "one record", "user": "one person with all records of theirs"}
 LedgerPath = Annotated[str, Argument("PATH", help="a ledger.db, or a folder that holds one")]
 OwnLedger = Annotated[str | None, Argument("PATH", help="the policy's ledger; may be left out")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
@@ -72,7 +74,7 @@ def show_events(
     verified = verify(file)
     chosen = verified.events[-last:] if last else verified.events
     if as_json:
-        print_json({**identity_json(file, verified), "events": chosen})
+        print_json({**budget_text.identity_json(file, verified), "events": chosen})
         return
     show_identity(file, verified)
     show([entries(verified, chosen) if rounds else charged_runs(verified, last=last)])
@@ -90,16 +92,10 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     file = ledger_file(path)
     verified = verify(file)
     if as_json:
-        print_json({**identity_json(file, verified), **spending_json(verified)})
+        print_json({**budget_text.identity_json(file, verified), **spending_json(verified)})
         return
-    figures = lifetime_of(verified)
     show_identity(file, verified)
-    show_verdict(verified.history, figures)
-    runs = each_run(figures.runs, verified.history)
-    sections = [lifetime(verified.history, figures), by_arrival(figures), methods(figures), runs]
-    show([section for section in sections if section is not None])
-    for remark in remarks(verified.history):
-        say(remark)
+    show_spent(verified.history, lifetime_of(verified))
 
 
 @command(app, "was it changed or put back?", name="verify")
@@ -110,16 +106,10 @@ def check(path: LedgerPath, anchor: AnchorFile = None, site_key: SiteKey = None,
     """
     file, verified = _verified(path, anchor=anchor, site_key=site_key)
     if as_json:
-        print_json({**identity_json(file, verified), **verification_json(verified)})
+        print_json({**budget_text.identity_json(file, verified), **budget_text.verification_json(verified)})
         return
     show_identity(file, verified)
-    checked, unchecked = findings(verified)
-    show(
-        [
-            Section(title="Checked, and right:", notes=[f"- {text}" for text in checked]),
-            Section(title="Not checked:", notes=[f"- {text}" for text in unchecked]),
-        ],
-    )
+    show(findings(verified))
     last = verified.events[-1]
     say(f"Newest event: {last.sequence}, {moment(last)}, hash {last.hash}")
 
@@ -138,9 +128,9 @@ def export(
         raise ConfigError("--output", str(output), "exists already; choose a new file")
     file, verified = _verified(path, anchor=anchor, site_key=site_key)
     whole = {
-        **identity_json(file, verified),
+        **budget_text.identity_json(file, verified),
         "head": verified.events[-1],
-        "verification": verification_json(verified),
+        "verification": budget_text.verification_json(verified),
         "spending": spending_json(verified),
         "events": verified.events,
     }
@@ -230,11 +220,7 @@ def confirm_date(
 
 
 def ledger_file(name: str) -> Path:
-    """The ledger that a person means by PATH.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The ledger that a person means by PATH; a ConfigError says if there is none."""
     path = Path(name)
     if path.is_file():
         return path
@@ -262,3 +248,250 @@ def _verified(path: str, *, anchor: Path | None, site_key: str | None) -> tuple[
         check_public_key("--site-key", site_key)
     file = ledger_file(path)
     return file, verify(file, anchor=None if anchor is None else Head.read(anchor), site_key=site_key)
+
+
+def show_identity(path: Path, verified: Verified) -> None:
+    """Print whose ledger it is, and how far it goes."""
+    opened, last = verified.history.opened, verified.events[-1]
+    say(f"Ledger of site {printable(opened.site)}, population {printable(opened.population)}", style="bold")
+    say(f"{path}: {counted(last.sequence, 'event')}, newest {moment(last)}")
+
+
+def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
+    """The chosen events, a line each."""
+    unit = verified.history.opened.unit
+    rows = []
+    for event in chosen:
+        when = (str(event.sequence), event.time[:16].replace("T", " "), event.kind.value)
+        rows.append((*when, printable(event.run), str(event.round or ""), event_text(event)))
+    return Section(
+        title=f"{len(chosen)} of {counted(len(verified.events), 'event')}",
+        headings=("no.", "time (UTC)", "kind", "run", "round", "what"),
+        rows=rows,
+        words={1, 2, 3, 5},
+        whole={2},
+        notes=(
+            f"rate: probability with which each {unit} joins a step; noise: in units of the most that one {unit} can "
+            "move a step's sum",
+        ),
+    )
+
+
+def charged_runs(verified: Verified, *, last: int | None) -> Section:
+    """A line for each run, and for each backup that was put back, by when it was last charged."""
+    from fedtune.report.derive import ledger_figures  # what other commands can do without
+    from fedtune.report.from_ledger import day_of, facts_by_now
+
+    history, facts = verified.history, facts_by_now(verified)
+    figures = ledger_figures.lifetime(facts)
+    runs = {run.run: run for run in figures.runs}
+    totals = ledger_figures.steps(facts, figures)
+    lines = [(one.time or "", runs.get(one.run), epsilon_text(one.epsilon)) for one in totals]
+    accepted = {event.run: day_of(event.time) for event in verified.events if event.kind is Kind.PLAN}
+    lines += [(day, runs[run], "") for run, day in accepted.items() if not runs[run].rounds]
+    rows = [
+        (day, printable(run.run), printable(run.dataset), epsilon_text(run.epsilon), total, _state(run, history))
+        if run
+        else (day, "(a backup put back)", "", "", total, "")
+        for day, run, total in lines
+    ]
+    refused = sum(event.kind is Kind.REFUSAL for event in verified.events)
+    return Section(
+        title=counted(len(runs), "run") if runs else "No run was accepted yet.",
+        headings=("charged last", "run", "data set", "epsilon", "in all", "state"),
+        rows=rows[-last:] if last else rows,
+        words={0, 1, 2, 5},
+        whole={0},
+        notes=(
+            f"Spent in all: epsilon {epsilon_text(figures.epsilon)} of {cap_text(history.cap)}.",
+            "epsilon: of this run alone, by PLD; in all: of all charged by then, by the filter, which is stricter.",
+            f"{counted(refused, 'refusal')}; --rounds shows each entry.",
+        ),
+    )
+
+
+def _state(run: LifetimeRun, history: History) -> str:
+    has_none = run.seeded_noise or not history.runs[run.run].plan.private
+    return f"{run.state}\nNO GUARANTEE" if has_none else run.state
+
+
+def show_spent(history: History, figures: Lifetime) -> None:
+    """Print what a ledger spent: the one thing to know, tables, and what to say of backups and of caps that moved."""
+    unit = _UNITS.get(history.opened.unit, "one unit")
+    if figures.seeded:
+        text = (
+            "NO GUARANTEE: a run took its noise from a seed, which anybody who knows the seed can take away again. The "
+            "figures below are those of a study."
+        )
+    elif figures.epsilon is None:
+        text = f"NO GUARANTEE: a run trained without noise. Nothing bounds what its updates tell about {unit}."
+    elif figures.epsilon == 0:
+        text = "Nothing was spent yet: nothing that depends on a record has left this site."
+    else:
+        text = (
+            f"{promise_text(history.opened.unit, epsilon=figures.epsilon, delta=history.delta)} "
+            f"This is epsilon {epsilon_text(figures.epsilon)} at delta {history.delta:g}."
+        )
+    Console().print()
+    Console().print(text, style="" if figures.has_guarantee else "bold yellow", markup=False, highlight=False)
+    if figures.frozen:
+        say("FROZEN: all training on this population has ended for ever.", style="bold")
+    show([_lifetime(history, figures), *_by_arrival(figures), _methods(figures), _each_run(figures.runs, history)])
+    if history.restored:
+        say(
+            f"Backups put back so far: {len(history.restored)}. What they lacked is in the figures for all events, but "
+            "in no run's own."
+        )
+    caps = [cap for _, cap, _ in history.policies]
+    if len(set(caps)) > 1:
+        changes = ", then ".join(f"{cap_text(cap)} ({time[:10]})" for time, cap, _ in history.policies)
+        say(f"The lifetime cap was changed: {changes}. A cap promises most when it never moves.")
+    if why := history.held_back():
+        say(f"{why[0].upper()}{why[1:]}.")
+
+
+def _lifetime(history: History, figures: Lifetime) -> Section:
+    """Charged, set aside and left of the caps."""
+    assert history.policy is not None
+    charged = history.charged()
+    share = share_of_cap(history, charged, cap=history.cap)
+    set_aside = share_of_cap(history, history.taken(history.now()), cap=history.cap)
+    with_set_aside = "the same, with all that open runs have set aside"
+    period = f"charged this {figures.period} ({cap_text(history.policy.budget.max_epsilon_per_period)})"
+    cap = "unbounded" if math.isinf(history.cap) else f"{history.cap:g}"
+    fixed = epsilon_text(filter.surcharge(history.order, history.delta))
+    note = f"A fixed part of {fixed} is due with the first noisy step, and only once; shares are of the cap's rest."
+    left = "" if figures.frozen or set_aside is None else f"{math.floor(max(0.0, 1 - set_aside) * 100)} %"
+    runs = figures.reference_runs_left
+    fits = "" if runs is None else f": {counted(runs, 'run')} like the policy's reference"
+    fits = ": nothing, since it is frozen" if history.frozen else fits
+    return Section(
+        title=f"Lifetime budget of each {history.opened.unit}, by the filter",
+        headings=("", "epsilon", "share of cap"),
+        rows=(
+            ("charged so far", epsilon_text(figures.epsilon), _share(share)),
+            (with_set_aside, epsilon_text(figures.with_set_aside), _share(set_aside)),
+            ("cap", cap, "100 %" if share is not None else ""),
+            (f"left for new runs{fits}", rounded_down(unbounded(figures.left)), left),
+            (period, epsilon_text(figures.period_epsilon), ""),
+        ),
+        notes=[] if share is None else [note],
+    )
+
+
+def _by_arrival(figures: Lifetime) -> Iterator[Section]:
+    """What people have spent by when they came; nothing where one figure holds for everybody."""
+    rows = []
+    for one in figures.cohorts or ():
+        spent = (epsilon_text(one.epsilon), epsilon_text(one.with_set_aside), rounded_down(unbounded(one.left)))
+        rows.append((catalogue("en").arrivals([one.people]).unescape(), *spent))
+    yield Section(
+        title="By arrival",
+        headings=("who", "charged", "with what open runs\nhave set aside", "left for new runs"),
+        rows=rows,
+        notes=["The cap holds for each line; the figures above are the largest of them."] if rows else (),
+    )
+
+
+def _methods(figures: Lifetime) -> Section:
+    """The same events by each method, and what the figure is good for."""
+    return Section(
+        title="What the figures for all events mean",
+        headings=("method", "epsilon", "meaning"),
+        words={0, 2},
+        whole={0},
+        rows=(
+            (
+                "filter",
+                epsilon_text(figures.epsilon),
+                "Holds even when every next run was chosen after seeing earlier results. Caps and verdicts use it. "
+                f"Its order, {figures.order:g}, was fixed when the ledger was made.",
+            ),
+            (
+                "PLD",
+                epsilon_text(figures.epsilon_pld),
+                "The closest bound, but a proof only for what was fixed beforehand: for each run's whole plan, below, "
+                "it is one; for all runs together only if the first run's results did not shape the later ones.",
+            ),
+            ("RDP", epsilon_text(figures.epsilon_rdp), "An older method, as a check on PLD; under the same condition."),
+        ),
+    )
+
+
+def _each_run(runs: Sequence[LifetimeRun], history: History) -> Section:
+    """The charge of each run by itself."""
+    title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
+    if not runs:
+        return Section(title=title, notes=("No run was accepted yet.",))
+    rows, notes = [], []
+    for run in runs:
+        plan = history.runs[run.run].plan
+        rounds, noise, rate = f"{run.rounds}/{run.most_rounds}", f"{plan.counted_noise:g}", f"{plan.sampling_rate:g}"
+        epsilons = map(epsilon_text, (run.epsilon, run.planned_epsilon))
+        rows.append((printable(run.run), _state(run, history), rounds, noise, rate, *epsilons))
+        if run.rounds and (by_trust := plan.by_trust(run.rounds)):
+            notes.append(f"{printable(run.run)}: {trust_words(by_trust)}.")
+    headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "planned")
+    return Section(title=title, headings=headings, rows=rows, words={0, 1}, notes=notes)
+
+
+def findings(verified: Verified) -> Iterator[Section]:
+    """Checks that hold, and checks that were not made."""
+    checked = [
+        f"The file is whole, and holds {counted(len(verified.events), 'event')}.",
+        "Each event's hash covers the event and all before it: none was changed, inserted, reordered, or deleted "
+        "from the middle.",
+        f"Each event is signed by site key {verified.site_key}.",
+        "Each event follows from those before it; the stored replies are the newest committed ones.",
+    ]
+    unchecked = []
+    if verified.anchor_sequence is not None:
+        checked += [
+            f"The anchor's event {verified.anchor_sequence} is in the ledger, or was made up for when a backup was put "
+            "back: rollback to before it is excluded."
+        ]
+    else:
+        unchecked += [
+            "Rollback is NOT excluded: without an anchor, an older copy of this ledger looks just as right. "
+            "Give one with --anchor."
+        ]
+    if not verified.key_expected:
+        unchecked += [
+            "Whose key it is: it was read from the ledger itself, so somebody could have made a whole new ledger. "
+            "Give the key you know with --site-key."
+        ]
+    yield Section(title="Checked, and right:", notes=[f"- {text}" for text in checked])
+    yield Section(title="Not checked:", notes=[f"- {text}" for text in unchecked])
+
+
+def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:
+    """Print what a ledger that was put back lacked, and what it is charged for that."""
+    if made_up.last is None:
+        say(f"{path} lacks nothing that {' and '.join(map(str, anchors))} know. Nothing was charged.")
+        return
+    parts = [mechanism_text(event, count) for event, count in events.grouped(made_up.gap).items()]
+    say(f"{path} lacked events up to number {made_up.last} of the lost ledger. Charged now, as one sum:")
+    for part in parts or ["nothing: no round was charged in what is lost"]:
+        say(f"  {part}")
+    now = made_up.ledger.history
+    say(f"Spent now: epsilon {epsilon_text(now.epsilon())} of {cap_text(now.cap)}.")
+    say("Lost for good: the missing events' runs, approvals, refusals and stored replies. Not lost: cost and denials.")
+    if (since := made_up.since) is not None:
+        show_other_policy(since.caps[-1], time=since.time)
+
+
+def show_other_policy(cap: float | None, *, time: str) -> None:
+    """Print that another policy than site.toml was in force at `time`, and its lifetime `cap`."""
+    say(
+        f"site.toml is not the policy that was in force on {time[:10]} (lifetime cap: {cap_text(cap)}). "
+        "Compare caps, leads and all else before you start the site."
+    )
+
+
+def moment(event: Event) -> str:
+    """When it was written, to the second."""
+    return f"{event.time[:19].replace('T', ' ')} UTC"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{math.ceil(share * 100 - 1e-9)} %"

@@ -1,19 +1,29 @@
-"""A ledger's events in words, for people who did not write them."""
+"""A site's policy and the events of its ledger in words, for people who did not write them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fedtune.codec import decode
+from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
+from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.promise import factor_in
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
+from fedtune.privacy.site_files import SiteFiles
+from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.report.page.catalogue import catalogue
-from fedtune.show.budget_text import mechanism_text
+from fedtune.show import budget_text
+from fedtune.show.budget_text import Amount, Beside, cap_text, mechanism_text, rounded_down
 from fedtune.show.lines import printable
-from fedtune.words import counted, spoken_start
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
+from fedtune.spec import ConfigError
+from fedtune.words import counted, spoken_start, unbounded
 
 
 def reason_text(reason: str) -> str:
@@ -108,3 +118,170 @@ def _note_text(detail: dict[str, Any]) -> str:
             return f"FROZEN, all training has ended: {printable(detail['why'])}"
         case other:
             return f"unknown note {printable(other)}"
+
+
+def check_policy(file: Path, *, as_json: bool) -> None:
+    """Print what the policy in `file` means, and whether the ledger that it names fits it."""
+    from fedtune.report.from_ledger import spending_json  # what other commands can do without
+
+    files = SiteFiles.of(file)
+    policy, amount = files.policy, budget_text.amount_of(files.policy)
+    cautions = tuple(budget_text.cautions_of(policy, amount, folder=file.parent))
+    if not as_json:  # first, since the ledger beside it may not be what it should be
+        say(f"Policy of site {policy.site} ({file})", style="bold")
+        warnings = Section(
+            title=counted(len(cautions), "warning"),
+            headings=("key", "value, and what it means"),
+            rows=[(caution.key, caution.text) for caution in cautions],
+            words={0, 1},
+        )
+        meaning = _meaning(policy, amount, folder=file.parent)
+        show([meaning, warnings if cautions else Section(notes=["No warnings."])])
+    beside = budget_text.beside_of(files)
+    if as_json:
+        ledger: dict[str, Any] | None = None
+        if beside.verified is not None:
+            differences = [{"key": key, "ledger": made, "policy": asked} for key, made, asked in beside.differences]
+            ledger = budget_text.identity_json(beside.path, beside.verified) | {
+                "fits": not differences,
+                "differences": differences,
+            }
+            ledger["spending"] = spending_json(beside.verified)
+        figures = {"schema_version": SCHEMA_VERSION, "path": str(file), "sha256": policy.digest()}
+        print_json(figures | {"policy": policy.to_json(), "amount": amount, "warnings": cautions, "ledger": ledger})
+    else:
+        _show_beside(beside)
+    for key, made_for, asked in beside.differences:
+        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; set it back"
+        raise ConfigError(f"{file}: {key}", asked, bound)
+
+
+def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
+    """Every rule as a sentence."""
+    allow, limits, budget, releases = policy.allow, policy.limits, policy.budget, policy.releases
+    unit, told = policy.population.unit, dict[str, list[str]]()
+    told["whose records"] = said = [f"The population {policy.population.name}; all its data sets share one budget."]
+    if unit == "record":
+        said += [
+            "Protected is each single record. A person with several records is protected less: the epsilons add up."
+        ]
+    else:
+        said += ["Protected is each person with all records of theirs here. Each record must name its one person."]
+        said += [f"A step looks at no more than {counted(limits.max_records_per_user, 'record')} of one person."]
+    if when := policy.population.arrivals:
+        said += [f"People arrive by the {when}: a run charges only those who came in a {when} that it admits, and"]
+        said += [f"the budget below is that of each {when}'s people. When somebody came is this site's word."]
+    for one in policy.dataset:
+        said += [f"Data set {one.id}: published as {counted(one.declared_size, unit)}, whatever the true number."]
+    who = f"Only {counted(len(allow.leads), 'lead')}, whose requests must be signed with the key"
+    told["who may ask"] = [who, *allow.leads] if allow.leads else ["Nobody: no lead is listed."]
+    told["for what"] = said = [f"Tasks: {_listed(allow.tasks)}."]
+    if adapters := [one for one in allow.adapters if one != NO_ADAPTER]:
+        parts = _listed(allow.target_modules)
+        said += [f"Adapters ({_listed(adapters)}) up to rank {allow.max_rank} on the model's parts {parts}."]
+    if NO_ADAPTER in allow.adapters:
+        said += ["A model without a base, which is its head alone."]
+    said += ["The task head may be trained, too." if allow.train_head else "No task head."]
+    models = [model if len(model) <= 16 else f"{model[:16]}..." for model in allow.base_models]
+    said += [f"Base models, by the SHA-256 of their weights: {_listed(models)}"]
+    steps = "noisy steps" if limits.min_noise_multiplier > 0 else "steps"
+    told["limits of a run"] = [
+        f"Noise of at least {limits.min_noise_multiplier:g} times the most that one {unit} can move a step's sum.",
+        f"At most {limits.max_sampling_rate * 100:g} % of the declared size in a step.",
+        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} {steps}; clip norm from "
+        f"{limits.min_grad_norm:g} to {limits.max_grad_norm:g}.",
+        f"Larger adapter values than {limits.max_adapter_value:g} are brought down to it, sent or trained.",
+        "Machines whose per-example gradients are inexact are accepted: the bound on one "
+        f"{unit}'s influence is then measured, not proved."
+        if allow.inexact_gradients
+        else "A machine whose per-example gradients depend on the rest of the batch trains nothing.",
+        f"An accepted run holds its budget for {limits.run_expires_after_days:g} days, unless it ends earlier.",
+    ]
+    told["budget"] = said = [
+        "For life: no cap. Nothing is promised."
+        if math.isinf(budget.max_epsilon)
+        else f"For life: epsilon {budget.max_epsilon:g} at delta {budget.delta:g}, over all runs and leads. "
+        f"{promise_text(unit, epsilon=budget.max_epsilon, delta=budget.delta)}",
+        f"For one run: epsilon {cap_text(budget.max_epsilon_per_run)}.",
+    ]
+    if (factor := policy.promise.noise_factor) != 1:
+        said += [f"Each run is trained with {factor:g} times the noise that it asks for."]
+    if not math.isinf(most := policy.promise.epsilon_per_run):
+        said += [f"A run that would cost more than epsilon {most:g} gets as much noise as it takes."]
+    said += [f"For one {budget.period} (UTC): epsilon {cap_text(budget.max_epsilon_per_period)}."]
+    reference = budget.reference
+    told["which comes to"] = said = [
+        f"A run like your reference ({reference.steps} noisy steps, sampling rate {reference.sampling_rate:g}, noise "
+        f"multiplier {reference.noise_multiplier:g}) costs epsilon {epsilon_text(amount.reference_pld)} on its own "
+        "(by PLD, a proof for one run alone)."
+    ]
+    caps = (
+        (amount.runs_in_lifetime, "the lifetime cap, one after another"),
+        (amount.runs_in_period, f"one {budget.period}"),
+    )
+    for count, cap in caps:
+        if count is not None:
+            said += [f"{counted(count, 'such run')} {'fits' if count == 1 else 'fit'} into {cap}."]
+    said += [
+        "Over all runs the site counts by a filter, which holds even when every next run is chosen after seeing "
+        f"earlier results: {epsilon_text(amount.reference_filter)} after the first such run, of which "
+        f"{epsilon_text(amount.fixed_part)} is a fixed part that is due only once. A ledger made with this policy "
+        f"would fix the filter's order at {amount.order:g}."
+    ]
+    scores = "Scores of held-out records, with noise and paid for, where a run plans for them."
+    told["what leaves"] = [
+        "Updates: adapters with noise, paid for from the budget." if releases.updates else "No updates.",
+        {"none": "No scores of the site's records.", "noised": scores}[releases.metrics],
+        "Signed receipts and reasons of refusal, made from requests, policy and ledger alone.",
+        f"Answers leave at multiples of {releases.reply_after_s:g} s after their request."
+        if releases.reply_after_s
+        else f"Answers leave at once: {AT_ONCE}.",
+        "Never: records, their true number, exact scores, file names, error messages.",
+    ]
+    alone = policy.asserted.no_person_at_another_site
+    told["what you state"] = (
+        ["Nothing: in a simulation nobody is asked. Reports assume that nobody is among two sites' records."]
+        if policy.simulated
+        else [
+            "No software can check this; reports show it as stated by the site.",
+            "Nobody of this population is among another site's records."
+            if alone
+            else "Some people of this population may be among other sites' records.",
+        ]
+    )
+    told["files"] = said = []
+    for name, file in (("ledger", policy.ledger), ("site key", policy.site_key), ("anchor", policy.anchor)):
+        state = "" if (folder / file).is_file() else " (not there yet)"
+        said += [f"{name}: {folder / file}{state}" if file else f"{name}: none"]
+    for one in policy.dataset:
+        state = "" if (folder / one.path).exists() else " (not found on this machine)"
+        said += [f"records of {one.id}: {one.path}{state}" if one.path else f"records of {one.id}: none"]
+    return pairs({about: "\n".join(sentences) + "\n" for about, sentences in told.items()})
+
+
+def _show_beside(beside: Beside) -> None:
+    from fedtune.report.from_ledger import lifetime_of
+
+    say("")
+    if beside.verified is None:
+        say(f"No ledger yet at {beside.path}; it is made when the site starts.")
+        return
+    figures, cap = lifetime_of(beside.verified), beside.verified.history.cap
+    runs = figures.reference_runs_left
+    fits = "" if runs is None else f", enough for {counted(runs, 'run')} like the reference"
+    say(
+        f"Ledger {beside.path}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(cap)}, "
+        f"left for new runs {rounded_down(unbounded(figures.left))}{fits}."
+    )
+    if figures.frozen:
+        say("It is FROZEN: all training on this population has ended for ever.")
+    if not figures.has_guarantee:
+        say("NO GUARANTEE: some of its runs had no noise, or noise from a seed.", style="bold yellow")
+    if beside.differences:
+        say("It does not fit this policy: the site would not start.", style="bold yellow")
+        for key, made_for, asked in beside.differences:
+            say(f"  {key}: made for {printable(made_for)}, the policy says {printable(asked)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

@@ -54,9 +54,9 @@ def check_policy(file: Annotated[Path, Argument("FILE", help="the site's site.to
 
     Warnings do not change the exit code. A key that is wrong, or a ledger that does not fit, is exit code 2.
     """
-    from fedtune.cli import policy  # the accountants take most of a second to import
+    from fedtune.cli import plain_words  # the accountants take most of a second to import
 
-    policy.check_policy(file, as_json=as_json)
+    plain_words.check_policy(file, as_json=as_json)
 
 
 @command(app, "a policy to start from")
@@ -286,7 +286,7 @@ def restore(
     charged what an anchor knows and it lacks, before it takes its place: a ledger never falls behind its anchor.
     """
     _as_owner(kit, *site.absolute().parents)
-    from fedtune.cli.ledger_sections import show_made_up, show_other_policy
+    from fedtune.cli.ledger import show_made_up, show_other_policy
     from fedtune.ops.backup import anchors_at_hand, put_back_site
 
     files, made_up = put_back_site(file, kit=kit, site_toml=site, anchor=anchor)

@@ -58,6 +58,5 @@ def synthesize(
             file.writer, codes, rows=rows, votes=voted, spec=spec, pattern=pattern, own=file.own, progress=progress
         )
     made = {"codes_file": codes.name if codes else None, "codes_sha256": sha256, **asdict(spec)}
-    made |= dict.fromkeys(("candidates", "chosen_by", "label_column", "labelled_by"))
     made |= {"shares": "declared" if voted is None else "voted", "left_out": dict(found.left_out)}
     file.write(found, made, as_json=as_json)

@@ -19,6 +19,8 @@ from fedtune.words import counted
 
 To = Annotated[Path, Option(metavar="FILE", help="a new file of JSON lines, with the columns of the run")]
 Beside = Annotated[Path | None, Option("public records, with whose figures the card compares", metavar="FILE")]
+_NOT_CHOSEN = dict.fromkeys(("candidates", "chosen_by", "label_column", "labelled_by"))
+"""Facts of a card that stay empty until records are chosen or labelled."""
 _SHOWN = 5
 _MOST_ROWS = 100_000
 
@@ -81,7 +83,10 @@ class SyntheticFile:
         texts = [row[self.columns[-1]] for row in found.rows]
         missing = 0 if self.rows is None else self.rows - len(texts)
         counts = {"rows": len(texts), "codes": len(found.wanted), "missing": missing}
-        told, figures = {**made, **counts, "beside": None}, {"these records": synthetic_card.figures_of(texts)}
+        told, figures = (
+            {**_NOT_CHOSEN, **made, **counts, "beside": None},
+            {"these records": synthetic_card.figures_of(texts)},
+        )
         if self.beside is not None:
             figures[self.beside.name] = synthetic_card.figures_of(self._public)
             shared = synthetic_card.shared_pairs(texts, self._public)
