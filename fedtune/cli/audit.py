@@ -84,11 +84,7 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
 
 
 def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
-    """Look for a case that breaks the bound on one unit's influence, and say what came of it.
-
-    Raises:
-        RunError: there is one.
-    """
+    """Look for a case that breaks the bound on one unit's influence, and say what came of it."""
     from fedtune.audit import sensitivity
 
     if not config.privacy.private:
@@ -113,11 +109,7 @@ def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
 
 
 def audit_spec(overrides: Sequence[str]) -> AuditSpec:
-    """The audit's own settings, from overrides such as `audit.canaries=500`.
-
-    Raises:
-        ConfigError: names the first wrong key, its value and what would be accepted.
-    """
+    """The audit's own settings, from overrides such as `audit.canaries=500`."""
     given, known = {}, [field.name for field in fields(AuditSpec)]
     for word, value in plain_values(overrides).items():
         key = word.removeprefix(_PREFIX)

@@ -8,21 +8,8 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
-from fedtune.cli.finished_run import (
-    Adapters,
-    Device,
-    MaxNewTokens,
-    Run,
-    Seed,
-    Temperature,
-    TopP,
-    by_name,
-    finished_run,
-    messages_of,
-    print_streamed,
-    prompt_columns,
-    warn_of_fixed_prompt,
-)
+from fedtune.cli import finished_run as runs
+from fedtune.cli.finished_run import Adapters, Device, MaxNewTokens, Run, Seed, Temperature, TopP
 from fedtune.config import RunConfig
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.spec import ConfigError, DataError
@@ -59,10 +46,10 @@ def chat(
     /help lists what else can be typed. Nothing is saved.
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    config, own = finished_run(run, device=device)
+    config, own = runs.finished_run(run, device=device)
     if not task_named(config.task).predicts_tokens:
         raise ConfigError("task", config.task, f'writes no text; try: fedtune generate {run} --prompt "..."')
-    folders = by_name(run, own, adapter)
+    folders = runs.by_name(run, own, adapter)
     from fedtune.runs.saved_model import SavedModel
 
     conversation = _Conversation(config, SavedModel(config, folders), spec, adapter=next(iter(folders)))
@@ -81,11 +68,11 @@ class _Conversation:
     def __init__(self, config: RunConfig, saved: SavedModel, spec: WritingSpec, *, adapter: str) -> None:
         self._saved, self._spec, self._adapter = saved, spec, adapter
         self._turns: Sequence[tuple[str, str]] = ()
-        self._keeps_turns = "messages" in prompt_columns(config)
+        self._keeps_turns = "messages" in runs.prompt_columns(config)
         _say(f"{self._adapter} answers; /help lists the commands.")
         if not self._keeps_turns:
             _say("The run was tuned on single texts, not on conversations: each message is a new prompt.")
-        warn_of_fixed_prompt(config)
+        runs.warn_of_fixed_prompt(config)
 
     def command(self, words: str) -> None:
         """Do what a line with a slash asks for."""
@@ -113,7 +100,7 @@ class _Conversation:
             _say(str(error))
             return
         self._saved.use(self._adapter)
-        text, _ = print_streamed(self._saved.written(ids, self._spec))
+        text, _ = runs.print_streamed(self._saved.written(ids, self._spec))
         self._turns = [*turns, ("assistant", text)]
 
     def _fitting(self, turns: Sequence[tuple[str, str]]) -> tuple[Sequence[tuple[str, str]], npt.NDArray[np.int32]]:
@@ -123,7 +110,7 @@ class _Conversation:
         for first in range(0, len(turns), 2):
             kept, is_last = turns[first:], first == len(turns) - 1
             try:
-                fields = {"messages": messages_of(kept)}
+                fields = {"messages": runs.messages_of(kept)}
                 ids = self._saved.prompt_ids(fields, at="message", room=1 if is_last else room)
             except DataError:
                 if is_last:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 
 from fedtune.api.door import load
-from fedtune.cli.command import Argument, AsJson, Option, same_command
+from fedtune.cli.command import Argument, AsJson, Option, answer, same_command
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.interruptible_run import run_in_a_line
 from fedtune.cli.personalise import shown_progress
@@ -22,7 +22,7 @@ from fedtune.data.spec import SITE
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
-from fedtune.show.terminal_tables import json_text, print_json, require_agreed, say, show, write_file
+from fedtune.show.terminal_tables import json_text, require_agreed, say, write_file
 from fedtune.sites.session import Session
 from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
 from fedtune.studies.comparison import Line, plan_runs, score_side_by_side
@@ -93,20 +93,13 @@ def compare(
     for path in written:
         text = json_text(compared.to_json()) if path.suffix == ".json" else str(compared.chart())
         write_file(path, text, option="--output")
-    if as_json:
-        print_json(compared.to_json())
-        return
-    show(compared.sections(), console=console)
-    for path in written:
+    answer(compared.to_json(), compared.sections(), as_json=as_json)
+    for path in [] if as_json else written:
         say(f"written: {path}", console=console)
 
 
 def _run_folders(words: Sequence[str]) -> list[Path]:
-    """The words as folders of runs; empty if they are settings.
-
-    Raises:
-        ConfigError: they mix both, or one is neither.
-    """
+    """The words as folders of runs; empty if they are settings."""
     folders = [word for word in words if RunFolder(Path(word)).config.is_file()]
     for word in words:
         if word not in folders and (folders or "=" not in word):

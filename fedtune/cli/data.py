@@ -10,17 +10,8 @@ from typing import Annotated, Any, Literal
 
 from fedtune.api.compose import compose_run
 from fedtune.api.experiment_file import config_folder
+from fedtune.cli import data_sections
 from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
-from fedtune.cli.data_sections import (
-    ABOUT,
-    ABOUT_COPIES,
-    check_sections,
-    clean_sections,
-    copies_sections,
-    feature_sections,
-    file_sections,
-    lengths,
-)
 from fedtune.cli.finished_run import columns_by_option, roles_of
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
@@ -142,8 +133,8 @@ def init(
         target.unlink()
         raise
     to_know = Section(title="To know", notes=starter.notes(found, plan))
-    about_input = feature_sections(found) if found.features else [lengths(plan, spec.path)]
-    show([*file_sections(found, plan.measured), *about_input, to_know])
+    about_input = data_sections.feature_sections(found) if found.features else [data_sections.lengths(plan, spec.path)]
+    show([*data_sections.file_sections(found, plan.measured), *about_input, to_know])
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
 
@@ -167,7 +158,7 @@ def check(
     config = _experiment(settings, site)
     reader = _reader(config.data, config.model, key="model.path", other="model=NAME")
     checked = examine(config, reader, within=_num_ids(reader))
-    sections = [*check_sections(checked), Section(title="To know", notes=ABOUT)]
+    sections = [*data_sections.check_sections(checked), Section(title="To know", notes=data_sections.ABOUT)]
     figures = {"schema_version": SCHEMA_VERSION, "checked": checked}
     answer(figures, sections, as_json=as_json, heading=f"Data of {config.name}")
 
@@ -213,7 +204,7 @@ def clean(
         columns, task.fault(config.data), drop=rules, mask=mask == "personal", named=config.data.columns
     )
     done = write_clean(source, out, cleaning)
-    show(clean_sections(done))
+    show(data_sections.clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
 
 
@@ -265,14 +256,14 @@ def copies(
     near = compare(records, read(*files))
     drawn = [one for number, one in enumerate(read(*files)) if not number % every]
     usual = compare(drawn, (one for number, one in enumerate(read(*files)) if number % every))
-    told = {"schema_version": SCHEMA_VERSION, "about": ABOUT_COPIES, "read": left_out}
+    told = {"schema_version": SCHEMA_VERSION, "about": data_sections.ABOUT_COPIES, "read": left_out}
     told |= {"synthetic": near, "ordinary": usual}
     if out is not None:
         try:
             write_secret(out, json_text(told).encode())
         except OSError as error:
             raise ConfigError("--out", str(out), f"must be a new file that can be written ({error.strerror})") from None
-    answer(told, copies_sections(near, usual, left_out), as_json=as_json)
+    answer(told, data_sections.copies_sections(near, usual, left_out), as_json=as_json)
 
 
 def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
@@ -293,11 +284,7 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
 
 
 def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[ModelSpec, starter.Plan]:
-    """The model that a first run has, and what else follows from the file.
-
-    Raises:
-        ConfigError: there is no such model on this machine.
-    """
+    """The model that a first run has, and what else follows from the file."""
     base = starter.base_of(found.kind)
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")

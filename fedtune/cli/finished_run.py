@@ -75,11 +75,7 @@ def roles_of(columns: str) -> dict[str, str]:
 
 
 def by_name(run: Path, own: Path, others: Sequence[str]) -> dict[str, Path]:
-    """The folders of adapters by name.  The run's own comes first, named after its folder unless `others` names it.
-
-    Raises:
-        ConfigError: a name is missing, taken or not a valid name.
-    """
+    """The folders of adapters by name.  The run's own comes first, named after its folder unless `others` names it."""
     named: dict[str, Path] = {}
     for word in others:  # NAME=RUN each
         name, given, folder = word.partition("=")

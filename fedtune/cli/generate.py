@@ -7,23 +7,9 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
+from fedtune.cli import finished_run as runs
 from fedtune.cli.command import AsJson, Option
-from fedtune.cli.finished_run import (
-    Adapters,
-    Columns,
-    Device,
-    MaxNewTokens,
-    Run,
-    Seed,
-    Temperature,
-    TopP,
-    by_name,
-    columns_by_option,
-    finished_run,
-    harmless,
-    print_streamed,
-    warn_of_fixed_prompt,
-)
+from fedtune.cli.finished_run import Adapters, Columns, Device, MaxNewTokens, Run, Seed, Temperature, TopP
 from fedtune.data.records import Record
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
@@ -54,25 +40,25 @@ def generate(
     Greedy, unless --temperature is above 0. With --file one line a record, or one JSON object with --json.
     """
     spec = WritingSpec(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    config, own = finished_run(run, device=device, columns=columns)
+    config, own = runs.finished_run(run, device=device, columns=columns)
     task = task_named(config.task)
     if not task.answers:
         raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
     if spec.temperature > 0 and not task.predicts_tokens:
         bound = "is for a task that writes text; this one draws nothing"
         raise ConfigError("--temperature", spec.temperature, bound)
-    folders = by_name(run, own, adapter)
+    folders = runs.by_name(run, own, adapter)
     if prompt is not None and file is not None:
         raise ConfigError("--prompt", prompt, "must not be given with --file: one stands instead of it")
     if prompt is None and file is None:
         raise ConfigError("--prompt", "", "must be given, or --file instead of it")
     if columns is not None and file is None:
         raise ConfigError("--columns", columns, "must be given with --file: they are those of a file")
-    warn_of_fixed_prompt(config)
+    runs.warn_of_fixed_prompt(config)
     if prompt is None:
         from fedtune.sites.run_records import asked_records  # torch takes seconds to import
 
-        with columns_by_option():
+        with runs.columns_by_option():
             records = asked_records(config, str(file), key="--file")
     else:
         records = [Record(task.prompt_fields(prompt, config.data, at="--prompt"))]
@@ -106,7 +92,7 @@ def generate(
     elif prompt is not None:
         for name in names:
             sys.stdout.write(f"[{name}]\n" if len(names) > 1 else "")
-            if print_streamed(parts(0, name))[1]:
+            if runs.print_streamed(parts(0, name))[1]:
                 raise KeyboardInterrupt
     else:
         for place, record in enumerate(records):
@@ -114,6 +100,6 @@ def generate(
                 line = {"line": record.line, "fields": dict(record.fields), "answers": told(place)}
                 sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
             for name in [] if as_json else names:
-                text = harmless("".join(parts(place, name))).replace("\n", "\\n")
+                text = runs.harmless("".join(parts(place, name))).replace("\n", "\\n")
                 sys.stdout.write(f"{name}\t{text}\n" if len(names) > 1 else f"{text}\n")
             sys.stdout.flush()

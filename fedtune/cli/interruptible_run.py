@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -22,13 +22,11 @@ from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import say, show
+from fedtune.sites.session import Session
 from fedtune.spec import RunError, StuckError, full_disk
-
-if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.runs.results import RunResult
-    from fedtune.sites.session import Session
-    from fedtune.studies.trials import Trial, Trials
+from fedtune.studies.trials import Trial, Trials
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:

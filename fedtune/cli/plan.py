@@ -65,49 +65,41 @@ def plan(
     leads = {path: lead or next(iter(read_policy(path).allow.leads), "nobody") for path in policy}
     with Console(stderr=True).status("Working out the price ..."):
         compose = partial(compose_run, for_real_sites=bool(policy))
-        known = _price_of(compose, overrides, target, with_model=time)
-        sizes = known.config.declared_sizes()
-        verdicts = tuple(
-            verdict.ask(path, known.config.proposal(lead=asks, plan=known.plan), declared_sizes=sizes)
-            for path, asks in leads.items()
+        config, planned = _planned(compose, overrides, target)
+        # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
+        given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
+        epsilon = planner.target_epsilon(planned) if given and planned.private else config.privacy.epsilon
+        forecast, device = _forecast(config, planned) if time else (None, "")
+        # Sites identify the base model by this hash: the one pinned in the settings, or else that of its files.
+        sha256, sizes = config.model.sha256, config.declared_sizes()
+        if sha256 is None and time:
+            from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+
+            sha256 = model_sha256(config.model)
+        outlook = Outlook(
+            config=config,
+            price=planner.price(planned, sizes, before=config.federation.renewal),
+            solved=target,
+            epsilon=epsilon,
+            changes=planner.what_if(planned, epsilon=epsilon) if planned.private else (),
+            forecast=forecast,
+            device=device,
+            verdicts=tuple(
+                verdict.ask(path, config.proposal(lead=asks, plan=planned), declared_sizes=sizes)
+                for path, asks in leads.items()
+            ),
+            lead_assumed=lead is None,
+            model_sha256=sha256,
+            secure_sums=_secure_sums(config, planned, epsilon),
         )
-        outlook = dataclasses.replace(known, verdicts=verdicts, lead_assumed=lead is None)
-        searched = None if trials is None else price_of([outlook.plan] * trials)
+        searched = None if trials is None else price_of([planned] * trials)
     figures = outlook.to_json() | ({} if searched is None else {"search": jsonable(searched)})
     if as_json:
         print_json(figures)
         return
     show_outlook(Console(), outlook)
     if searched is not None:
-        show([price_section(searched, seeded_noise=outlook.config.runtime.seeded_noise)])
-
-
-def _price_of(compose: Compose, overrides: Sequence[str], target: Target | None, *, with_model: bool) -> Outlook:
-    """Everything but the policies' verdicts."""
-    config, planned = _planned(compose, overrides, target)
-    # A given noise has its own epsilon; a calibrated one is just below its target, so the target itself is used.
-    given = config.privacy.noise_multiplier is not None or target in ("rounds", "sampling_rate")
-    epsilon = planner.target_epsilon(planned) if given and planned.private else config.privacy.epsilon
-    forecast, device = _forecast(config, planned) if with_model else (None, "")
-    # Sites identify the base model by this hash: the one pinned in the settings, or else that of its files.
-    sha256 = config.model.sha256
-    if sha256 is None and with_model:
-        from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
-
-        sha256 = model_sha256(config.model)
-    return Outlook(
-        config=config,
-        price=planner.price(planned, config.declared_sizes(), before=config.federation.renewal),
-        solved=target,
-        epsilon=epsilon,
-        changes=planner.what_if(planned, epsilon=epsilon) if planned.private else (),
-        forecast=forecast,
-        device=device,
-        verdicts=(),
-        lead_assumed=False,
-        model_sha256=sha256,
-        secure_sums=_secure_sums(config, planned, epsilon),
-    )
+        show([price_section(searched, seeded_noise=config.runtime.seeded_noise)])
 
 
 def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.SecureSums | None:

@@ -191,22 +191,19 @@ def _facts(outlook: Outlook) -> dict[str, str]:
 
 
 def _solution(outlook: Outlook) -> dict[str, str]:
-    plan, target = outlook.plan, f"epsilon {outlook.config.privacy.epsilon:g}"
-    noise = f"privacy.noise_multiplier={plan.noise_multiplier:g}"
-    match outlook.solved:
-        case "noise":
-            return {"solved": f"{plan.noise_multiplier:g} is the least noise for {target}", "use it": noise}
-        case "rounds":
-            most = f"{counted(plan.num_rounds, 'round')} of {counted(plan.local_steps, 'step')}"
-            setting = f"federation.num_rounds={plan.num_rounds} {noise}"
-            return {"solved": f"{most} is the most within {target}", "use it": setting}
-        case "sampling_rate":
-            setting = f"privacy.sampling_rate={plan.sampling_rate:g} {noise}"
-            return {
-                "solved": f"{plan.sampling_rate:g} is the largest sampling rate within {target}",
-                "use it": setting,
-            }
-    return {}
+    if outlook.solved is None:
+        return {}
+    plan, noise = outlook.plan, f"privacy.noise_multiplier={outlook.plan.noise_multiplier:g}"
+    most = f"{counted(plan.num_rounds, 'round')} of {counted(plan.local_steps, 'step')}"
+    what, setting = {
+        "noise": (f"{plan.noise_multiplier:g} is the least noise for", noise),
+        "rounds": (f"{most} is the most within", f"federation.num_rounds={plan.num_rounds} {noise}"),
+        "sampling_rate": (
+            f"{plan.sampling_rate:g} is the largest sampling rate within",
+            f"privacy.sampling_rate={plan.sampling_rate:g} {noise}",
+        ),
+    }[outlook.solved]
+    return {"solved": f"{what} epsilon {outlook.config.privacy.epsilon:g}", "use it": setting}
 
 
 def _sites(outlook: Outlook) -> Section:

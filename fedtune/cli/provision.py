@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fedtune.cli.command import Argument, AsJson, Option, command, group
+from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.members import JoinRequest
 from fedtune.ops.kits.provisioning import Admitted
 from fedtune.show.lines import printable
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, require_agreed, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_agreed, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted, spoken
 
@@ -53,14 +53,12 @@ def init(
     """
     made = provisioning.init(file, out=out, now=datetime.now(UTC))
     say(f"Federation {made.federation} is in {made.folder}/.", style="bold")
-    rows = [
-        (f"{name}/", use, f"{certificate.not_after:%Y-%m-%d}")
-        for name, use, certificate in (
-            ("authority", "signs certificates; keep it offline, and a backup of it", made.authority),
-            ("server", "the server's kit", made.server_certificate),
-            ("lead", "the lead's kit; keep a backup of lead_key.pem", made.lead_certificate),
-        )
-    ]
+    uses = {
+        "authority": "signs certificates; keep it offline, and a backup of it",
+        "server": "the server's kit",
+        "lead": "the lead's kit; keep a backup of lead_key.pem",
+    }
+    rows = [(f"{of}/", use, f"{_own(made)[of].not_after:%Y-%m-%d}") for of, use in uses.items()]
     rows.append(("sites/", "the sites' kits, as they join", ""))
     show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
     _compare(
@@ -159,10 +157,6 @@ def renew_lead(federation: Federation = Path("."), days: Days = None) -> None:
 def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> None:
     """Show the sites, their certificates' expiry and their declared data sets."""
     made, now = FederationFolder.open(federation), datetime.now(UTC)
-    if as_json:
-        print_json(_to_json(made, now))
-        return
-    say(f"Federation {made.federation}, server {made.server}", style="bold")
     rows = []
     for member in made.members:
         datasets = "\n".join(f"{name} ({size:,})" for name, size in member.sizes.items())
@@ -177,8 +171,10 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     )
     own = [(name, _until(certificate, now)) for name, certificate in _own(made).items()]
     title = "The federation's own certificates"
-    show([sites, Section(title=title, headings=("of", "until"), rows=own, words={0, 1})])
-    for warning in _warnings(made, now):
+    sections = [sites, Section(title=title, headings=("of", "until"), rows=own, words={0, 1})]
+    heading = f"Federation {made.federation}, server {made.server}"
+    answer(_to_json(made, now), sections, as_json=as_json, heading=heading)
+    for warning in [] if as_json else _warnings(made, now):
         say(warning, style="bold yellow")
 
 
@@ -214,11 +210,7 @@ def _copy_the_roster(folder: Path) -> str:
 
 
 def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
-    """Show the keys of both sides, and have a person say that the site has the same, unless that was said `already`.
-
-    Raises:
-        RunError: nobody said so.
-    """
+    """Show the keys of both sides, and have a person say that the site has the same, unless that was said `already`."""
     made = FederationFolder.open(folder)
     for one in request.datasets:
         say(f"Data set {one.id}: declared size {one.declared_size:,}.")
@@ -278,13 +270,12 @@ def _left(certificate: Certificate, now: datetime) -> str:
 
 def _warnings(made: FederationFolder, now: datetime) -> list[str]:
     """Whose certificate is about to expire, or has, and the command that renews it."""
-    found = [
-        (f"site {one.site}", Certificate.of(one.issued), f"renew-site {one.site}")
-        for one in made.members
-        if not one.revoked
+    members = [one for one in made.members if not one.revoked]
+    found = [(f"site {one.site}", Certificate.of(one.issued), f"renew-site {one.site}") for one in members]
+    found += [
+        ("the server", made.server_certificate, "renew-server"),
+        ("the lead", made.lead_certificate, "renew-lead"),
     ]
-    found.append(("the server", made.server_certificate, "renew-server"))
-    found.append(("the lead", made.lead_certificate, "renew-lead"))
     warnings = [
         f"The certificate of {name}: {_left(certificate, now)}. Renew it: fedtune provision {command}"
         for name, certificate, command in found

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import click
 
-from fedtune.cli.command import Argument, AsJson, Group, Language, Option, command, group
+from fedtune.cli.command import Argument, AsJson, Group, Language, Option, answer, command, group
 from fedtune.cli.ledger import ledger_file
 from fedtune.config import saved_config
 from fedtune.federation.run_folder import LABEL
@@ -175,20 +175,18 @@ def verify(
         key, check = _key_by_roster(report, roster)
         of_roster.append(check)
     found = (*check_report(path, report, key=key, config_sha256=config), *of_roster)
-    if as_json:
-        print_json({"file": str(path), "checks": found})
-    else:
-        say(f"{path}: report of {report.kind} {printable(report.name)}", style="bold")
-        rows, styles = list[tuple[str, ...]](), dict[int, str]()
-        for check in found:
-            mark, styles[len(rows)] = _MARKS[check.state]
-            rows.append((check.name, mark, check.text))
-            for problem in check.problems[:_MOST_PROBLEMS]:
-                said, again = printable(problem.said), printable(problem.found)
-                rows.append(("", "", f"{printable(problem.where)} says {said}, found {again}"))
-            if len(check.problems) > _MOST_PROBLEMS:
-                rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
-        show([Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)])
+    rows, styles = list[tuple[str, ...]](), dict[int, str]()
+    for check in found:
+        mark, styles[len(rows)] = _MARKS[check.state]
+        rows.append((check.name, mark, check.text))
+        for problem in check.problems[:_MOST_PROBLEMS]:
+            said, again = printable(problem.said), printable(problem.found)
+            rows.append(("", "", f"{printable(problem.where)} says {said}, found {again}"))
+        if len(check.problems) > _MOST_PROBLEMS:
+            rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
+    section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)
+    heading = f"{path}: report of {report.kind} {printable(report.name)}"
+    answer({"file": str(path), "checks": found}, [section], as_json=as_json, heading=heading)
     wrong = [check.name for check in found if check.state == "wrong"]
     if wrong:
         raise RunError(f"{path} does not hold: {', '.join(wrong)}")
@@ -247,12 +245,9 @@ def _key_by_roster(report: Report, path: Path) -> tuple[str, Check]:
         member = next((one for one in roster.sites if one.site == site), None)
         if member is None:
             raise ConfigError("--roster", str(path), f"must list the site {printable(site)}")
-        revoked = (
-            f" {site} was revoked at {member.revoked}; a later report is none of this federation."
-            if member.revoked
-            else ""
-        )
-        text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked.{revoked}"
+        text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked."
+        if member.revoked:
+            text += f" {site} was revoked at {member.revoked}; a later report is none of this federation."
         return member.site_key, Check(name="roster", state="not_checked", text=printable(text))
     signer = report.signature.key if report.signature else ""
     try:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
 from fedtune.api.start_and_resume import folder_of, has_begun, is_finished, is_running
-from fedtune.cli.command import Argument, Metrics, Option, Renew
+from fedtune.cli.command import Argument, Metrics, Option, Renew, answer
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.kept_round import is_over
@@ -78,11 +78,9 @@ def run(
         return
     if first == "status" and not rest and kit is not None:
         online = LeadService(kit=_lead_kit(kit)).online()
-        if as_json:
-            print_json({"schema_version": SCHEMA_VERSION, "online": online})
-            return
         rows = [(site, "online" if there else "not heard") for site, there in online.items()]
-        show([Section(headings=("site", "now"), rows=rows, words=range(2))])
+        sections = [Section(headings=("site", "now"), rows=rows, words=range(2))]
+        answer({"schema_version": SCHEMA_VERSION, "online": online}, sections, as_json=as_json)
         return
     if not rest:
         raise ConfigError("run folder", NOT_GIVEN, f"is required: fedtune run {first} FOLDER")
@@ -133,11 +131,7 @@ def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
 
 
 def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
-    """The run's configuration, with the sites that `sites=[a,b]` names, and their sizes from the roster.
-
-    Raises:
-        ConfigError: for every mistake in a setting, or a site that the roster does not have.
-    """
+    """The run's configuration, with the sites that `sites=[a,b]` names, and their sizes from the roster."""
     wanted = [word for word in words if word.startswith("sites=")]
     others = [word for word in words if not word.startswith("sites=")]
     typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
@@ -215,12 +209,7 @@ def _end(run: str, federation: FederationSpec, *, lead: LeadService) -> None:
 
 
 def show_status(folder: Path, *, as_json: bool) -> None:
-    """Print how far a run is, and what each site has spent.
-
-    Raises:
-        ConfigError: the folder holds no run, or none that has begun.
-        RunError: its newest checkpoint or its file of answers is damaged.
-    """
+    """Print how far a run is, and what each site has spent."""
     config = saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     plan, answers, sites = config.plan(), latest_answers(folder), dict[str, dict[str, Any]]()

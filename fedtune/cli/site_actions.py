@@ -172,8 +172,8 @@ class AtSite:
 
         key, site = SigningKey.load(files.site_key).secret("own adapter"), files.policy.site
         parts = Parts.of(site_records(config, files), key=key, unit=config.privacy.unit)
-        to = {"into": self.kit.folder / f"private_to_{site}" / folder.name, "beside_ledger": files.ledger.parent}
-        own = partial(make, config, adapter, parts, site=site, **to, lenient=True)
+        into, beside = self.kit.folder / f"private_to_{site}" / folder.name, files.ledger.parent
+        own = partial(make, config, adapter, parts, site=site, into=into, beside_ledger=beside, lenient=True)
         print_made(lambda progress: {site: own(progress=progress)}, as_json=as_json)
 
     def _kept(self, run: str) -> Path:
