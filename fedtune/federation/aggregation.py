@@ -37,6 +37,8 @@ def weights_of(
 ) -> Mapping[str, float]:
     """Site -> its weight in an average: its declared size where every site makes the plan's noise.
 
+    In a secure sum a site with f times the noise has clipped to a norm f times shorter: its size over f.
+
     A site with f times that noise has its size times v(1) / v(f), where v(f) is the variance of a value of its mean
     gradient, in squared clip norms.  With B = q n expected units in a step: f^2 z^2 / B^2 is of noise, and of sampling
     at most 1 / (B d), since B clipped gradients share d values.  Inverse variances alone would weigh equal noise by n^2
@@ -51,6 +53,9 @@ def weights_of(
     """
     if all(factors[site] == 1 for site in sizes):
         return sizes
+    if plan.shared is not None:
+        parts = {site: size / factors[site] for site, size in sizes.items()}
+        return {site: part / sum(parts.values()) for site, part in parts.items()}
     noise, total = values * plan.noise_multiplier**2, sum(sizes.values())
     weights, capped = dict[str, float](), dict[str, float]()
     for site, size in sizes.items():

@@ -2,7 +2,8 @@
 
 The factor follows from the policy and from the plan that was proposed, so whoever knows it knows nothing of a record.
 A ledger binds it when it accepts a run (`Run.noise_factor`).  From then on the site trains and is charged by
-`Plan.stronger`: a step is DP-SGD with a noise multiplier of its own, which is never smaller than the plan's.
+`Plan.stronger`: a step is DP-SGD with a noise multiplier of its own, which is never smaller than the plan's.  In a
+secure sum the noise stays as it is, and the clip norm is shorter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedtune.privacy import accountant
+from fedtune.privacy.distributed_noise import FINER
 from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan, scores_of
@@ -43,15 +45,16 @@ class Promise:
             raise ConfigError("epsilon_per_run", self.epsilon_per_run, "must be greater than 0")
 
     def factor_for(self, plan: Plan) -> float | None:
-        """The least factor, rounded up to four digits, by which the site's noise keeps the promise; None: none does.
+        """The least factor by which the site's noise keeps the promise; None: none does.
 
-        None where a run adds no noise, where released scores alone cost too much, and where the noise of a sum is
-        several sites': more of one site's share hides little.
+        One that keeps an epsilon is rounded up to four digits, and any of a secure sum to what `add_share` can round.
+        None where a run adds no noise, and where released scores alone cost too much.
         """
         if self == Promise():
             return 1.0
-        factor, most, noise = self.noise_factor, self.epsilon_per_run, plan.noise_multiplier
-        if not plan.private or plan.shared is not None or not plan.bears(factor):
+        most, noise, digits = self.epsilon_per_run, plan.counted_noise, FINER if plan.shared else 1e4
+        factor = math.ceil(self.noise_factor * FINER) / FINER if plan.shared else self.noise_factor
+        if not plan.bears(factor):
             return None
         if math.isinf(most) or _plan_epsilon_above(plan.stronger(factor), most) is None:
             return factor
@@ -59,9 +62,9 @@ class Promise:
         needed = _noise_within(plan.with_noise(1.0), most)
         if needed is None:
             return None
-        factor = max(factor, math.ceil(needed / noise * 1e4) / 1e4)
-        while factor * noise < needed:
-            factor = round(factor + 1e-4, 4)
+        factor = max(factor, math.ceil(needed / noise * digits) / digits)
+        while plan.bears(factor) and plan.stronger(factor).counted_noise < needed:
+            factor = round(factor * digits + 1) / digits
         return factor if factor <= MOST_NOISE_FACTOR and plan.bears(factor) else None
 
     def broken_by(self, plan: Plan, times: float | None, *, cap: float | None, alone: float | None) -> Iterator[Broken]:
@@ -72,8 +75,8 @@ class Promise:
         """
         promised, noise = self.factor_for(plan), plan.noise_multiplier
         if promised is None or (times or promised) < promised:
-            asked = "a secure sum" if plan.shared else f"noise of {(times or 1) * noise:g}"
-            yield Reason.PROMISE, asked, f"noise of at least {promised * noise:g}" if promised else "no such plan"
+            least = f"noise of at least {promised * noise:g}" if promised else "no such plan"
+            yield Reason.PROMISE, f"noise of {(times or 1) * noise:g}", least
             return
         own, of_share = plan.stronger(times or promised), Reason.MAX_EPSILON_IF_ALL_COLLUDE
         shared = [(of_share, own.by_own_noise_alone, alone)] if own.shared else []

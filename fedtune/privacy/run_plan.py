@@ -177,14 +177,26 @@ class Plan:
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
     def stronger(self, factor: float) -> Plan:
-        """The plan as a site carries it out that makes `factor` times the noise of training; scores keep theirs."""
+        """The plan as a site carries it out that makes `factor` times the noise of training; scores keep theirs.
+
+        In a secure sum all noise is of one size, and the site makes its records' part smaller: it clips to a norm that
+        is as many times shorter, beside which each share is as many times larger.  Its values are sent as all others'.
+        """
         assert self.bears(factor), "noise is the plan's or more, and within what can be computed"
-        return self if factor == 1 else self.with_noise(factor * self.noise_multiplier)
+        if factor == 1:
+            return self
+        noise = factor * self.noise_multiplier
+        if self.shared is None:
+            return self.with_noise(noise)
+        shared = dataclasses.replace(self.shared, noise_multiplier=noise)
+        return dataclasses.replace(
+            self, noise_multiplier=noise, shared=shared, max_grad_norm=self.max_grad_norm / factor
+        )
 
     def bears(self, factor: float) -> bool:
-        """Whether a site may carry the plan out with so many times its noise; of a secure sum, it is several sites'."""
-        own = self.private and self.shared is None and factor * self.noise_multiplier <= accountant.MOST_NOISE
-        return factor == 1 or (own and factor > 1)
+        """Whether a site may carry the plan out with so many times its noise."""
+        more = self.private and factor > 1 and factor * self.noise_multiplier <= accountant.MOST_NOISE
+        return factor == 1 or (more and (self.shared is None or self.shared.may_be_finer(factor)))
 
     @property
     def by_own_noise_alone(self) -> Plan:

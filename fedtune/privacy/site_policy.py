@@ -473,7 +473,7 @@ def _broken_rules(policy: Policy, proposal: Proposal, factor: float | None) -> I
         if number > most:
             yield reason, number, f"at most {most:g}"
     # What an epsilon of the site's own takes beyond its factor is computed later, and of sensible plans alone.
-    times = 1.0 if plan.shared else factor or policy.promise.noise_factor
+    times = factor or policy.promise.noise_factor
     for reason, number, least in (
         (Reason.MIN_NOISE_MULTIPLIER, min((times * plan.counted_noise, *plan.noises[1:])), limits.min_noise_multiplier),
         (Reason.MIN_GRAD_NORM, plan.max_grad_norm, limits.min_grad_norm),

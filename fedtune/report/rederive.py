@@ -200,7 +200,7 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
 
 def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
     if site.noise_factor is not None and (site.noise_factor == 1 or not facts.plan.bears(site.noise_factor)):
-        yield "noise_factor", site.noise_factor, "a factor above 1 where each site makes its own noise, or none"
+        yield "noise_factor", site.noise_factor, "a factor above 1 that the plan bears, or none"
         return
     least, most, signed = run_figures.least_rounds(facts, site), facts.plan.most_rounds, site.signed_rounds or 0
     by_receipts, asked = facts.has_checkpoint and not site.statement, min(most, signed + _unheard(facts, site))

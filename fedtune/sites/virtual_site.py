@@ -464,5 +464,5 @@ class VirtualSite(Site):
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
         """Train on the records that the simulation dealt to this site."""
-        plan, key = self.ledger.own_plan(request.proposal), self.ledger.fingerprint_key()
-        return self._work.do(request, adapter, attempt, plan=plan, fingerprint_key=key, admitted=admitted)
+        factor, key = self.ledger.noise_factor(request.proposal), self.ledger.fingerprint_key()
+        return self._work.do(request, adapter, attempt, fingerprint_key=key, noise_factor=factor, admitted=admitted)

@@ -52,6 +52,7 @@ class SiteWork:
     lenient: bool = False
     around: Callable[[TrainingUnits], TrainingUnits] = lambda units: units
     _limited: dict[frozenset[str], SiteWork] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _divided: dict[float, DividedUnits] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def examples(self) -> TrainingUnits:
@@ -70,11 +71,13 @@ class SiteWork:
         )
         return self.around(users)
 
-    @cached_property
-    def _divided(self) -> DividedUnits | None:
-        """The same units, divided over several devices; None for a site with one device."""
-        devices, max_grad_norm = self.shared.devices, self.shared.config.privacy.max_grad_norm
-        return None if devices is None else devices.divided(self.examples, max_grad_norm=max_grad_norm)
+    def _units(self, max_grad_norm: float) -> Units:
+        """The same units; at a site with several devices, divided over them, for steps that clip to this norm."""
+        if (devices := self.shared.devices) is None:
+            return self.examples
+        if max_grad_norm not in self._divided:
+            self._divided[max_grad_norm] = devices.divided(self.examples, max_grad_norm=max_grad_norm)
+        return self._divided[max_grad_norm]
 
     @cached_property
     def _heldout(self) -> TextDataset:
@@ -107,8 +110,8 @@ class SiteWork:
         adapter: Adapter,
         attempt: int,
         *,
-        plan: Plan,
         fingerprint_key: bytes,
+        noise_factor: float = 1.0,
         admitted: Collection[str] | None = None,
     ) -> Trained:
         """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on values.
@@ -119,20 +122,21 @@ class SiteWork:
             request: for the round.
             adapter: that was sent.
             attempt: at the round.
-            plan: the run's as this site carries it out, which is what its ledger charged.
             fingerprint_key: of the site.
+            noise_factor: that its ledger charged, by which the site's plan is stronger than the run's.
             admitted: the users whose records are trained on and scored, where the plan is limited to cohorts; all
                 others are left out in silence, and the fingerprint is of the whole file's records.  None: all.
 
         Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
         """
+        plan = request.proposal.plan.stronger(noise_factor)
         randomness = randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
         assert (admitted is None) == (plan.cohorts is None), "the register says who is admitted to cohorts"
         adapter = adapter.within(self.max_adapter_value)
         site = self if admitted is None else self._limited_to(frozenset(admitted))
         scores = site._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
         fingerprint = self.fingerprint(fingerprint_key)
-        units, work = site._work_of(plan, request, attempt)
+        units, work = site._work_of(request, attempt, noise_factor)
         if plan.shared is None:
             trained = train_round(self.shared.model, adapter, units, work, randomness=randomness)
             return Trained(adapter=trained, scores=scores, fingerprint=fingerprint)
@@ -140,9 +144,10 @@ class SiteWork:
         share = np.concatenate([sums[name].ravel() for name in adapter.tensors])
         return Trained(share=share, scores=scores, fingerprint=fingerprint)
 
-    def _work_of(self, plan: Plan, request: RoundRequest, attempt: int) -> tuple[Units, RoundOfTraining]:
+    def _work_of(self, request: RoundRequest, attempt: int, factor: float) -> tuple[Units, RoundOfTraining]:
         """The units, ready for a round, and what the round needs besides the model."""
-        units = self.examples if self._divided is None else self._divided
+        plan = request.proposal.plan.stronger(factor)
+        units = self._units(plan.max_grad_norm)
         if self.shared.keeps_states:
             told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
             units.keep_frozen_states(self.shared.model, folder=self.shared.states_folder, told=told)
@@ -155,6 +160,7 @@ class SiteWork:
             training=self.shared.config.training,
             declared_size=self.declared_size,
             max_adapter_value=self.max_adapter_value,
+            noise_factor=factor,
         )
         return units, work
 

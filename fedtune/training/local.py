@@ -30,7 +30,9 @@ class RoundOfTraining:
     Attributes:
         round: from 1; places the round in the learning-rate schedule.
         attempt: from 1; a retry draws fresh noise.
+        plan: the run's as the site carries it out.
         max_adapter_value: the site's bound on absolute values of the adapter; training never leaves it.
+        noise_factor: by which `plan` is stronger than the run's.
     """
 
     site: str
@@ -40,6 +42,7 @@ class RoundOfTraining:
     training: TrainingSpec
     declared_size: int
     max_adapter_value: float
+    noise_factor: float = 1.0
 
 
 def train_round(
@@ -92,7 +95,7 @@ def share_of_round(
     The adapter that came is projected into the site's bound on values, as for `train_round`.
 
     Returns:
-        Whole numbers in cells of 2**-cell_bits of the clip norm, in the adapter's names and shapes.
+        Whole numbers in cells of 2**-cell_bits of the run's clip norm, in the adapter's names and shapes.
 
     Guarantee: of `work.plan.event()` for who learns it in a sum with as many honest sites' as the plan counts, and
     nothing else of it; by itself it has the noise of one share alone.
@@ -100,7 +103,7 @@ def share_of_round(
     parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
     with attached(model) as gradients:
         sums = sampled_sum(units.gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling)
-    return add_share(sums, work.plan.sums, noise)
+    return add_share(sums, work.plan.sums, noise, finer=work.noise_factor)
 
 
 def _begin(

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, Together, add_share, least_cell_bits, together
+from fedtune.privacy.distributed_noise import (
+    FINER,
+    FINER_BITS,
+    LEAST_CELLS,
+    SharedNoise,
+    Together,
+    add_share,
+    least_cell_bits,
+    together,
+)
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
@@ -165,6 +174,24 @@ def test_what_is_sent_is_sum_and_noise_to_the_nearest_cell(bits: int, sums: list
     exact = add_gaussian_noise(values, noise_multiplier=0.5, stream=stream("nearest"))["a"]
     sent = add_share(values, shared, stream("nearest"))["a"]
     assert (2 * np.abs(sent * width - exact) <= width).all()
+    # At half the clip norm these sums are half as long, and their noise is as large as at the run's own.
+    if bits < GRID_BITS - FINER_BITS:
+        own = dataclasses.replace(shared, noise_multiplier=1.0)
+        exact = add_gaussian_noise(values, noise_multiplier=1.0, stream=stream("nearest"))["a"]
+        sent = add_share(values, own, stream("nearest"), finer=2.0)["a"]
+        assert (2 * np.abs(sent * 2 * width - exact) <= 2 * width).all()
+
+
+def test_beside_a_shorter_clip_norm_a_share_is_as_large_as_all_others_and_rounded_as_they_are() -> None:
+    for finer in (1.0, 1 + 1 / FINER, 3.0):
+        own = dataclasses.replace(FOUR, noise_multiplier=0.5 * finer)
+        zeros = {"a": np.zeros(COUNT, dtype=np.int64)}
+        assert fits(add_share(zeros, own, stream("finer", str(finer)), finer=finer)["a"], 8.0)
+    # An odd number of fine cells would be rounded to another side than all others' are.
+    assert not FOUR.may_be_finer(1 + 0.5 / FINER)
+    assert not dataclasses.replace(FOUR, cell_bits=GRID_BITS - FINER_BITS).may_be_finer(1 + 1 / FINER)
+    with pytest.raises(AssertionError, match="even number"):
+        add_share(zeros, own, stream("odd"), finer=1 + 0.5 / FINER)
 
 
 def test_a_sum_is_never_rounded_before_its_noise() -> None:

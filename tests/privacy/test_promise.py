@@ -26,6 +26,7 @@ from .builders import plan, policy, proposal, reason_of, train
 
 Open = Callable[..., Ledger]
 STRONGER = Promise(noise_factor=1.5)
+THREE = Together(num_sites=3, threshold=3, colluders=0).with_share(1.0)
 
 
 def of_steps(noise: float, steps: int) -> SelfComposedDpEvent:
@@ -83,14 +84,48 @@ def test_an_epsilon_is_kept_with_the_least_noise_that_does() -> None:
 
 
 def test_what_no_noise_of_the_sites_own_can_keep_is_refused() -> None:
-    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(1.0)
-    sums, none = {"shared": shared, "local_steps": 1}, {"noise_multiplier": 0.0}
+    fine = replace(THREE, cell_bits=14)  # a shorter clip norm could not be rounded as the theorem says
+    sums, none = {"shared": fine, "local_steps": 1}, {"noise_multiplier": 0.0}
     scores = {"metrics_noise_multiplier": 1.0}
     lax = {"limits": {"min_noise_multiplier": 0.0}, "releases": {"metrics": "noised"}, "trust": {"secure": True}}
     for promise, change in ((STRONGER, sums), (STRONGER, none), (Promise(epsilon_per_run=0.5), scores)):
         assert reason_of(policy(promise=promise, **lax).check, proposal(plan=change)) is Reason.PROMISE
         policy(**lax).check(proposal(plan=change))  # accepted where nothing more is promised
     assert Promise(epsilon_per_run=1e-3).factor_for(plan(sampling_rate=1.0, num_rounds=500)) is None
+
+
+def test_in_a_secure_sum_a_shorter_clip_norm_keeps_the_promise(opened: Open) -> None:
+    sums = {"shared": THREE, "local_steps": 1, "num_rounds": 15}
+    asked, trust = plan(**sums), {"trust": {"secure": True}}
+    factor = Promise(noise_factor=1.1).factor_for(asked)
+    assert factor == 1127 / 1024, "the next multiple of 1 / 1024"
+    own = asked.stronger(factor)
+    assert own == replace(
+        asked,
+        noise_multiplier=factor,
+        max_grad_norm=asked.max_grad_norm / factor,
+        shared=replace(THREE, noise_multiplier=factor),  # in the cells that all others send
+    )
+    # By dp-accounting 0.6: the noise of three shares beside a clip norm that is half as long.
+    own = asked.stronger(2.0)
+    by_others = PLDAccountant().compose(of_steps(2 * 3**0.5, 15)).get_epsilon(1e-5)
+    assert accountant.epsilon_pld([own.whole], 1e-5) == pytest.approx(by_others, rel=1e-3)
+    assert by_others == pytest.approx(1.18436334, rel=1e-5)
+    by_trust = own.by_trust(15)
+    assert by_trust is not None
+    alone = replace(asked.by_own_noise_alone, noise_multiplier=2.0)
+    assert by_trust.with_all_others == pytest.approx(accountant.epsilon_pld([alone.whole], 1e-5), rel=1e-3)
+    promise = Promise(epsilon_per_run=1.0)
+    needed = promise.factor_for(asked)
+    assert needed is not None
+    for times, kept in ((needed, True), (needed - 2 / 1024, False)):
+        assert (accountant.epsilon_pld([asked.stronger(times).whole], 1e-5) <= 1.0) == kept
+    ledger = opened(policy=policy(promise=promise, **trust))
+    train(ledger, proposal(plan=sums), 1)
+    assert ledger.history.charged() == events.grouped([asked.stronger(needed).event()])
+    capped = {"secure": True, "max_epsilon_if_all_collude": 3.0}
+    assert reason_of(policy(trust=capped).check, proposal(plan=sums)) is Reason.MAX_EPSILON_IF_ALL_COLLUDE
+    policy(trust=capped, promise=Promise(noise_factor=2.0)).check(proposal(plan=sums))
 
 
 def test_limits_count_the_noise_that_is_made() -> None:

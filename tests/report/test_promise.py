@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +24,57 @@ from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import POLICY, VirtualSites
 
 
+SECURE = ("federation.aggregation=secure", "federation.num_sites=3", "federation.threshold=3", "training.local_steps=1")
+
+
 @pytest.fixture(scope="module")
-def made(tiny: Any, simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tiny: Any, simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`<folder>/run` at the sites in `<folder>/sites`, of which site-1 makes 1.5 times the noise."""
-    folder = tmp_path_factory.mktemp("runs")
-    kept = f"runtime.sites_dir={folder / 'sites'}"
-    config = compose_run(tiny(kept, into=folder, name="run"))
-    policy = VirtualSites.of(config, folder / "run", config.plan()).files("site-1").policy
-    write_policy(replace(policy, promise=Promise(noise_factor=1.5)), folder / "sites" / "site-1" / POLICY)
-    simulate(kept, into=folder)
-    return folder
+
+    @cache
+    def make(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("runs")
+        given = (f"runtime.sites_dir={folder / 'sites'}", *overrides)
+        config = compose_run(tiny(*given, into=folder, name="run"))
+        policy = VirtualSites.of(config, folder / "run", config.plan()).files("site-1").policy
+        write_policy(replace(policy, promise=Promise(noise_factor=1.5)), folder / "sites" / "site-1" / POLICY)
+        simulate(*given, into=folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def report(made: Path) -> Any:
-    return from_run.build(made / "run")
+def report(made: Callable[..., Path]) -> Any:
+    return from_run.build(made() / "run")
 
 
-def test_the_run_and_its_report_count_each_site_with_its_own_noise(made: Path, report: Any) -> None:
-    said = json.loads((made / "run" / "run.json").read_text())["privacy"]
+@pytest.mark.parametrize("overrides", [(), SECURE], ids=["plain", "secure"])
+def test_the_run_and_its_report_count_each_site_with_its_own_noise(
+    made: Callable[..., Path], overrides: tuple[str, ...]
+) -> None:
+    folder = made(*overrides)
+    report, said = from_run.build(folder / "run"), json.loads((folder / "run" / "run.json").read_text())["privacy"]
     plan = report.facts.plan
     stronger, usual = said["sites"]["site-1"], said["sites"]["site-2"]
     assert (stronger["noise_factor"], stronger["noise_multiplier"]) == (1.5, plan.noise_multiplier)
     assert "noise_factor" not in usual
     assert said["epsilon"] == report.epsilon == usual["epsilon"] > stronger["epsilon"]
     by_name = {site.site: site for site in report.sites}
-    for name, noise in (("site-1", 1.5 * plan.noise_multiplier), ("site-2", plan.noise_multiplier)):
-        own, spent = replace(plan, noise_multiplier=noise), by_name[name].spent
+    for name, factor in (("site-1", 1.5), ("site-2", 1.0)):
+        own, spent = plan.stronger(factor), by_name[name].spent
         assert spent.epsilon == said["sites"][name]["epsilon"]
         assert spent.epsilon == accountant.epsilon_pld([own.event(rounds=spent.rounds)], plan.delta)
         assert spent.planned_epsilon == said["sites"][name]["planned_epsilon"]
         assert by_name[name].steps[-1].epsilon == spent.epsilon
         (row,) = by_name[name].mechanisms
-        assert (row.noise_multiplier, row.noise_factor) == (noise, 1.5 if name == "site-1" else None)
+        assert row.noise_multiplier == own.counted_noise == pytest.approx(factor * plan.counted_noise)
+        assert (row.max_grad_norm, row.noise_factor) == (own.max_grad_norm, 1.5 if name == "site-1" else None)
     assert problems(report) == []
+    if overrides:  # of site-1 each record has a part that is two thirds as large
+        assert [site.average_weight for site in report.sites] == pytest.approx([1 / 4, 3 / 8, 3 / 8])
+        assert (own.max_grad_norm, by_name["site-1"].mechanisms[0].max_grad_norm) == (1.0, 1 / 1.5)
+        assert by_name["site-1"].by_trust.with_all_others < by_name["site-2"].by_trust.with_all_others
 
 
 def test_the_report_says_which_site_has_which_weight(report: Any) -> None:
@@ -75,18 +93,22 @@ def test_a_factor_that_is_not_the_sites_is_found(report: Any, a_secure_report: C
 
     assert "sites.site-1" in {found.where for found in problems(with_factor(report, None))}
     assert "sites.site-1.spent.epsilon" in {found.where for found in problems(with_factor(report, 1.4))}
-    for other, factor in ((report, 0.0), (report, 0.5), (report, 1.0), (report, 1e6), (a_secure_report(), 2.0)):
+    for other, factor in ((report, 0.0), (report, 0.5), (report, 1.0), (report, 1e6), (a_secure_report(), 1.0001)):
         (found,) = problems(with_factor(other, factor))
         assert found.where.endswith("noise_factor")
 
 
-def test_the_sites_own_report_has_its_noise_and_agrees_with_the_run(made: Path) -> None:
-    own: Any = from_ledger.build(made / "sites" / "site-1" / POLICY)
+@pytest.mark.parametrize("overrides", [(), SECURE], ids=["plain", "secure"])
+def test_the_sites_own_report_has_its_noise_and_agrees_with_the_run(
+    made: Callable[..., Path], overrides: tuple[str, ...]
+) -> None:
+    folder = made(*overrides)
+    own: Any = from_ledger.build(folder / "sites" / "site-1" / POLICY)
     ((run,), (site,)) = own.facts.runs, own.sites
     assert run.noise_factor == 1.5
-    assert [row.noise_multiplier for row in site.mechanisms] == [run.plan.noise_multiplier]
+    assert [row.noise_multiplier for row in site.mechanisms] == [run.plan.counted_noise]
     assert problems(own) == []
-    signed = signing.signed(own, SigningKey.load(made / "sites" / "site-1" / "site_key.pem"))
-    joined = from_run.build(made / "run", site_reports=[signed])
+    signed = signing.signed(own, SigningKey.load(folder / "sites" / "site-1" / "site_key.pem"))
+    joined = from_run.build(folder / "run", site_reports=[signed])
     assert (joined.sites[0].source, joined.sites[0].verdict.state) == ("signed_site_report", "within")
     assert problems(joined) == []

@@ -256,9 +256,7 @@ def worked(work: SiteWork) -> Callable[[], Release]:
         request = RoundRequest(
             proposal=proposal, round=1, site=work.site, adapter_digest=start.digest(), receipt=None, expires=1e12
         )
-        return Release(
-            work.site, first_move(start, work.do(request, start, 1, plan=proposal.plan, fingerprint_key=b"k").adapter)
-        )
+        return Release(work.site, first_move(start, work.do(request, start, 1, fingerprint_key=b"k").adapter))
 
     return make
 

@@ -91,6 +91,26 @@ def test_so_does_a_share_of_a_secure_sum(fresh: Any, examples: Any, work: Any, c
         assert (one[name] != other[name]).any(), name
 
 
+def test_a_share_beside_a_shorter_clip_norm_has_the_same_noise_and_less_of_each_record(
+    fresh: Any, examples: Any, work: Any
+) -> None:
+    shared = dataclasses.replace(Together(num_sites=3, threshold=3, colluders=0).with_share(0.5), cell_bits=13)
+    plan = dataclasses.replace(work().plan, sampling_rate=1.0, local_steps=1, shared=shared)
+    shapes = Shapes.of(max_length=15, max_tokens=40)
+
+    def share(records: int, factor: float) -> np.ndarray:
+        model, asked = fresh(), work(plan=plan.stronger(factor), noise_factor=factor)
+        units = SiteExamples(examples("classification", records), pad_id=0, shapes=shapes, device="cpu")
+        found = share_of_round(model, Adapter.of(model), units, asked, randomness=SeededRandomness(5))
+        return np.concatenate([one.ravel() for one in found.values()]).astype(np.float64)
+
+    noise = share(0, 1.0)
+    for factor in (1.0, 1.5, 4.0):
+        assert np.abs(share(0, factor) - noise).max() <= 1, "one size of noise, but for rounding"
+        moved = np.linalg.norm(share(1, factor) - share(0, factor))
+        assert moved == pytest.approx(2**13 / factor, rel=0.02)
+
+
 def test_system_randomness_never_repeats(fresh: Any, examples: Any, work: Any) -> None:
     nobody = examples("classification", 0)
     one, other = (released(fresh(), nobody, work(), randomness=SystemRandomness()) for _ in range(2))
