@@ -23,7 +23,6 @@ from fedtune.report.page import render
 from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import POLICY, VirtualSites
 
-
 SECURE = ("federation.aggregation=secure", "federation.num_sites=3", "federation.threshold=3", "training.local_steps=1")
 
 

@@ -31,7 +31,6 @@ from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.promise import NOISE_FACTOR
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
-from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import RunError
 
