@@ -71,7 +71,7 @@ class SiteWork:
         )
         return self.around(users)
 
-    def _units(self, max_grad_norm: float) -> Units:
+    def _units(self, max_grad_norm: float) -> TrainingUnits | DividedUnits:
         """The same units; at a site with several devices, divided over them, for steps that clip to this norm."""
         if (devices := self.shared.devices) is None:
             return self.examples
