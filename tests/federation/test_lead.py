@@ -140,9 +140,10 @@ def test_a_sites_noise_is_fixed_with_its_first_charge(state: LeadState, plan: Pl
 
 def test_noise_that_the_plan_cannot_have_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(4.0)
-    for change in ({"noise_multiplier": 0.0}, {"noise_multiplier": 9000.0}, {"local_steps": 1, "shared": shared}):
+    sums = {"local_steps": 1, "noise_multiplier": 4.0, "shared": shared}
+    for change, factor in (({"noise_multiplier": 0.0}, 2.0), ({"noise_multiplier": 9000.0}, 2.0), (sums, 1.0001)):
         other: Any = replace(plan, **change)  # type: ignore[arg-type]
-        assert state.heard("a", receipt(noise_factor=2.0), run="r", plan=other) is None
+        assert state.heard("a", receipt(noise_factor=factor), run="r", plan=other) is None
         assert state.heard("a", receipt(), run="r", plan=other) is not None
 
 

@@ -157,7 +157,7 @@ def test_real_data_that_cannot_be_read_leaves_no_cell_in_the_log(rows: str, tmp_
             data = DataSpec(
                 dataset="d", train_file="f", columns=columns, declared_sizes=1, labels=("a", "b"), max_length=8
             )
-            task_named("classification").tokenise(records, None, data=data)  # type: ignore[arg-type]
+            _ = [*map(task_named("classification").target(data), records)]  # type: ignore[attr-defined]
         except DataError as error:
             own.exception("%s failed in round %d: %s", "north", 3, error)
     assert CANARY not in lines.text

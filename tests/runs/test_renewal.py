@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 
 from fedtune.api.compose import write_config
-from fedtune.config import RunConfig
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.runs.renewal import renewed
 from fedtune.spec import ConfigError
+
+from ..sites.conftest import letters
 
 Last = Callable[..., Path]
 
 
 @pytest.fixture
-def last(letters: Callable[..., RunConfig], tmp_path: Path) -> Last:
+def last(tmp_path: Path) -> Last:
     """The folder of a run of three that share a budget, with these settings."""
 
     def made(**groups: Any) -> Path:
@@ -36,7 +37,7 @@ def by_cohort(first: str | None) -> dict[str, Any]:
     return {"data": {"columns": columns}, "privacy": {"unit": "user", "cohorts": cohorts}}
 
 
-def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Last, letters: Callable[..., RunConfig]) -> None:
+def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Last) -> None:
     groups = {"privacy": {"runs": 3}, "federation": {"stop_after": 2}, "data": {"validation_file": "v.csv"}, "seed": 7}
     folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"}, public={"train_file": "p.csv"})
     before = letters(**groups)
