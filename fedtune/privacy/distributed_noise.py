@@ -182,11 +182,11 @@ def add_share(
 
     Guarantee: whoever learns only the total of the honest sites' results learns at most what `release` gives for that
     many honest sites, up to the gap above.  Clipping values moves no two sums further apart, so one unit still moves a
-    sum by at most the clip norm.  Rounding to fine cells, and then half up to cells an even number of times as wide,
-    equals rounding once, with a slightly larger shift than the theorem's 1/2 that is the same for all sites.
+    sum by at most the clip norm.  Rounding to fine cells, and then half up to cells a whole number of times as wide,
+    equals rounding once, with a slightly larger shift than the theorem's 1/2, which is one for all values of a site.
     """
     most, width = shared.bound << GRID_BITS, int(finer * 2.0 ** (GRID_BITS - shared.cell_bits))
-    assert finer == 1 or shared.may_be_finer(finer), "a cell that is sent is an even number of fine ones"
+    assert finer == 1 or shared.may_be_finer(finer), "a cell that is sent is a whole number of fine ones"
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}
     noisy = add_gaussian_noise(bounded, noise_multiplier=shared.noise_multiplier, stream=stream)
     return {name: (total + width // 2) // width for name, total in noisy.items()}

@@ -54,7 +54,7 @@ class Promise:
             return 1.0
         most, noise, digits = self.epsilon_per_run, plan.counted_noise, FINER if plan.shared else 1e4
         factor = math.ceil(self.noise_factor * FINER) / FINER if plan.shared else self.noise_factor
-        if not plan.bears(factor):
+        if not plan.private or not plan.bears(factor):
             return None
         if math.isinf(most) or _plan_epsilon_above(plan.stronger(factor), most) is None:
             return factor
@@ -67,11 +67,14 @@ class Promise:
             factor = round(factor * digits + 1) / digits
         return factor if factor <= MOST_NOISE_FACTOR and plan.bears(factor) else None
 
-    def broken_by(self, plan: Plan, times: float | None, *, cap: float | None, alone: float | None) -> Iterator[Broken]:
+    def broken_by(
+        self, plan: Plan, times: float | None, *, cap: float | None, alone: float | None, least_norm: float
+    ) -> Iterator[Broken]:
         """The dearest rules; only for a plan within all other limits, whose epsilon can be computed in bounded time.
 
         `times` is by how much the site multiplies the noise of an accepted run, None of a new one; `cap` that on a run,
-        and `alone` that on one where nothing but the site's own share of the noise hides it.
+        and `alone` that on one where nothing but the site's own share of the noise hides it; its clip norm is at least
+        `least_norm`.
         """
         promised, noise = self.factor_for(plan), plan.noise_multiplier
         if promised is None or (times or promised) < promised:
@@ -79,6 +82,8 @@ class Promise:
             yield Reason.PROMISE, f"noise of {(times or 1) * noise:g}", least
             return
         own, of_share = plan.stronger(times or promised), Reason.MAX_EPSILON_IF_ALL_COLLUDE
+        if own.max_grad_norm < least_norm:
+            yield Reason.MIN_GRAD_NORM, f"{own.max_grad_norm:g}, by its promise", f"at least {least_norm:g}"
         shared = [(of_share, own.by_own_noise_alone, alone)] if own.shared else []
         for reason, counted, most in ((Reason.MAX_EPSILON_PER_RUN, own, cap), *shared):
             if most is not None and (epsilon := _plan_epsilon_above(counted, most)) is not None:

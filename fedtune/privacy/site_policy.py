@@ -403,7 +403,8 @@ class Policy:
         `factor` is by how much the site multiplies the noise of a run that its ledger accepted; None: a new run.
         """
         cap, alone = self.budget.max_epsilon_per_run, self.trust.max_epsilon_if_all_collude
-        promised = self.promise.broken_by(proposal.plan, factor, cap=cap, alone=alone)
+        least = self.limits.min_grad_norm
+        promised = self.promise.broken_by(proposal.plan, factor, cap=cap, alone=alone, least_norm=least)
         broken = list(_broken_rules(self, proposal, factor)) or list(promised)
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
@@ -491,3 +492,5 @@ def _broken_rules(policy: Policy, proposal: Proposal, factor: float | None) -> I
         yield Reason.METRICS, "noised", "none"
     if plan.shared is not None:
         yield from policy.trust.broken_by(plan.shared)
+        if allow.inexact_gradients and policy.promise != Promise():  # how inexact they are was tried at the run's norm
+            yield Reason.PROMISE, "a secure sum", "none with allow.inexact_gradients: its clip norm would be shorter"

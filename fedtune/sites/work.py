@@ -111,7 +111,7 @@ class SiteWork:
         attempt: int,
         *,
         fingerprint_key: bytes,
-        noise_factor: float = 1.0,
+        noise_factor: float,
         admitted: Collection[str] | None = None,
     ) -> Trained:
         """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on values.

@@ -51,7 +51,11 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
     proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
     digest = everyone.shared.initial_adapter.digest()
     request = RoundRequest(proposal=proposal, round=round, site=site, adapter_digest=digest, receipt=None, expires=1e12)
-    return everyone.work[site].do(request, everyone.shared.initial_adapter, 1, fingerprint_key=b"k" * 32).adapter
+    return (
+        everyone.work[site]
+        .do(request, everyone.shared.initial_adapter, 1, fingerprint_key=b"k" * 32, noise_factor=1.0)
+        .adapter
+    )
 
 
 BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")

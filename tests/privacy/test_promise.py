@@ -88,7 +88,8 @@ def test_what_no_noise_of_the_sites_own_can_keep_is_refused() -> None:
     sums, none = {"shared": fine, "local_steps": 1}, {"noise_multiplier": 0.0}
     scores = {"metrics_noise_multiplier": 1.0}
     lax = {"limits": {"min_noise_multiplier": 0.0}, "releases": {"metrics": "noised"}, "trust": {"secure": True}}
-    for promise, change in ((STRONGER, sums), (STRONGER, none), (Promise(epsilon_per_run=0.5), scores)):
+    half = Promise(epsilon_per_run=0.5)
+    for promise, change in ((STRONGER, sums), (STRONGER, none), (half, none), (half, scores)):
         assert reason_of(policy(promise=promise, **lax).check, proposal(plan=change)) is Reason.PROMISE
         policy(**lax).check(proposal(plan=change))  # accepted where nothing more is promised
     assert Promise(epsilon_per_run=1e-3).factor_for(plan(sampling_rate=1.0, num_rounds=500)) is None
@@ -111,13 +112,9 @@ def test_in_a_secure_sum_a_shorter_clip_norm_keeps_the_promise(opened: Open) -> 
     by_others = PLDAccountant().compose(of_steps(2 * 3**0.5, 15)).get_epsilon(1e-5)
     assert accountant.epsilon_pld([own.whole], 1e-5) == pytest.approx(by_others, rel=1e-3)
     assert by_others == pytest.approx(1.18436334, rel=1e-5)
-    by_trust = own.by_trust(15)
-    assert by_trust is not None
-    alone = replace(asked.by_own_noise_alone, noise_multiplier=2.0)
-    assert by_trust.with_all_others == pytest.approx(accountant.epsilon_pld([alone.whole], 1e-5), rel=1e-3)
+    assert own.by_own_noise_alone.noise_multiplier == 2.0
     promise = Promise(epsilon_per_run=1.0)
-    needed = promise.factor_for(asked)
-    assert needed is not None
+    needed = promise.factor_for(asked) or 0.0
     for times, kept in ((needed, True), (needed - 2 / 1024, False)):
         assert (accountant.epsilon_pld([asked.stronger(times).whole], 1e-5) <= 1.0) == kept
     ledger = opened(policy=policy(promise=promise, **trust))
@@ -125,7 +122,12 @@ def test_in_a_secure_sum_a_shorter_clip_norm_keeps_the_promise(opened: Open) -> 
     assert ledger.history.charged() == events.grouped([asked.stronger(needed).event()])
     capped = {"secure": True, "max_epsilon_if_all_collude": 3.0}
     assert reason_of(policy(trust=capped).check, proposal(plan=sums)) is Reason.MAX_EPSILON_IF_ALL_COLLUDE
-    policy(trust=capped, promise=Promise(noise_factor=2.0)).check(proposal(plan=sums))
+    double = Promise(noise_factor=2.0)
+    policy(trust=capped, promise=double).check(proposal(plan=sums))
+    lowest = {"min_grad_norm": asked.max_grad_norm / 1.5}
+    assert reason_of(policy(promise=double, limits=lowest, **trust).check, proposal(plan=sums)) is Reason.MIN_GRAD_NORM
+    inexact = policy(promise=double, allow={"inexact_gradients": True}, **trust)
+    assert reason_of(inexact.check, proposal(plan=sums)) is Reason.PROMISE
 
 
 def test_limits_count_the_noise_that_is_made() -> None:
@@ -166,13 +168,14 @@ def test_a_site_that_promises_nothing_more_says_what_it_did(opened: Open, path: 
     assert b"noise_factor" not in Offer(site="a", run="r", most_rounds=1, least_noise=1.0).to_bytes()
 
 
-@pytest.mark.parametrize("said", [0.5, 2, "1.5", 1e3])
+@pytest.mark.parametrize("said", [0.5, 2, "1.5", 1e3, 1.3])
 def test_a_ledger_with_another_factor_cannot_be_read(
     opened: Open, said: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Ledger, "noise_factor", lambda *of: said)
-    with pytest.raises(RunError, match="multiple of the plan's"):
-        train(opened(), proposal(), 1)
+    sums = {"shared": THREE, "local_steps": 1} if said == 1.3 else {}  # no clip norm of a secure sum is so much shorter
+    with pytest.raises(RunError, match=r"multiple of the plan's|more than the plan can have"):
+        train(opened(policy=policy(trust={"secure": True})), proposal(plan=sums), 1)
 
 
 def test_a_run_keeps_the_noise_that_it_began_with(opened: Open) -> None:

@@ -88,7 +88,7 @@ def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(lead_key: 
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
         own = SiteRecords(training=records({"third": 3}), heldout=records(users))
         work = SiteWork("north", shared, own, declared_size=40, max_adapter_value=math.inf)
-        done = work.do(request, shared.initial_adapter, 1, fingerprint_key=b"k")
+        done = work.do(request, shared.initial_adapter, 1, fingerprint_key=b"k", noise_factor=1.0)
         assert done.scores is not None
         assert scored[-1].shape == (len(users),)
         assert ((scored[-1] >= 0) & (scored[-1] <= 1)).all()

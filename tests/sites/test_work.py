@@ -127,7 +127,7 @@ def do(
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=max_adapter_value)
     request, sent = round_request(shared.config, lead), adapter or shared.initial_adapter
-    return work.do(request, sent, attempt, fingerprint_key=key)
+    return work.do(request, sent, attempt, fingerprint_key=key, noise_factor=1.0)
 
 
 def read(letters: list[tuple[str, str]]) -> list[Record]:

@@ -256,7 +256,9 @@ def worked(work: SiteWork) -> Callable[[], Release]:
         request = RoundRequest(
             proposal=proposal, round=1, site=work.site, adapter_digest=start.digest(), receipt=None, expires=1e12
         )
-        return Release(work.site, first_move(start, work.do(request, start, 1, fingerprint_key=b"k").adapter))
+        return Release(
+            work.site, first_move(start, work.do(request, start, 1, fingerprint_key=b"k", noise_factor=1.0).adapter)
+        )
 
     return make
 

@@ -177,6 +177,8 @@ class History:
                 if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opened.arrivals:
                     raise ValueError("its cohorts are not those of the ledger's calendar")
                 expires, factor = datetime.fromisoformat(event.detail["expires"]), factor_in(event.detail)
+                if not proposal.plan.bears(factor):
+                    raise ValueError("its noise is more than the plan can have")
                 self.runs[event.run] = Run(proposal=proposal, expires=expires, noise_factor=factor)
                 self.seeded |= proposal.seeded_noise
             case Kind.RESERVE:
