@@ -37,13 +37,12 @@ def weights_of(
 ) -> Mapping[str, float]:
     """Site -> its weight in an average: its declared size where every site makes the plan's noise.
 
-    In a secure sum a site with f times the noise has clipped to a norm f times shorter: its size over f.
-
-    A site with f times that noise has its size times v(1) / v(f), where v(f) is the variance of a value of its mean
-    gradient, in squared clip norms.  With B = q n expected units in a step: f^2 z^2 / B^2 is of noise, and of sampling
-    at most 1 / (B d), since B clipped gradients share d values.  Inverse variances alone would weigh equal noise by n^2
-    instead of n as soon as one site made a little more of it.  No weight is above `MOST_SHARE` times a size's own
-    share: what that takes from a site goes to the others.
+    In a secure sum a site with f times the noise has clipped to a norm f times shorter, and has its size over f.  In
+    plain averages a site with f times that noise has its size times v(1) / v(f), where v(f) is the variance of a value
+    of its mean gradient, in squared clip norms.  With B = q n expected units in a step: f^2 z^2 / B^2 is of noise, and
+    of sampling at most 1 / (B d), since B clipped gradients share d values.  Inverse variances alone would weigh equal
+    noise by n^2 instead of n as soon as one site made a little more of it.  No weight is above `MOST_SHARE` times a
+    size's own share: what that takes from a site goes to the others.
 
     Args:
         sizes: site -> declared size.
@@ -54,9 +53,9 @@ def weights_of(
     if all(factors[site] == 1 for site in sizes):
         return sizes
     if plan.shared is not None:
-        parts = {site: size / factors[site] for site, size in sizes.items()}
-        return {site: part / sum(parts.values()) for site, part in parts.items()}
-    noise, total = values * plan.noise_multiplier**2, sum(sizes.values())
+        total = sum(size / factors[site] for site, size in sizes.items())
+        return {site: size / factors[site] / total for site, size in sizes.items()}
+    noise, declared = values * plan.noise_multiplier**2, sum(sizes.values())
     weights, capped = dict[str, float](), dict[str, float]()
     for site, size in sizes.items():
         batch = plan.sampling_rate * size
@@ -65,7 +64,7 @@ def weights_of(
         free = {site: weight for site, weight in weights.items() if site not in capped}
         # Of shares, which add up to 1; the caps add up to more, so that some site is always free.
         scale = (1 - sum(capped.values())) / sum(free.values())
-        above = {site: MOST_SHARE * sizes[site] / total for site in free}
+        above = {site: MOST_SHARE * sizes[site] / declared for site in free}
         above = {site: most for site, most in above.items() if free[site] * scale > most}
         if not above:
             return {site: capped.get(site, weight * scale) for site, weight in weights.items()}

@@ -86,7 +86,7 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
     """
     files = SiteFiles.of(path)
     policy, plan = files.policy, proposal.plan
-    factor = policy.promise.factor_for(plan) or 1.0
+    factor = policy.noise_factor(plan)
     note = _size_note(policy, proposal, declared_sizes)
     budget: _Budget | None = None
     try:

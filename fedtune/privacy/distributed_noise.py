@@ -45,9 +45,9 @@ MOST_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
 USUAL_BOUND = 2**10
 """In clip norms: to exceed it, over a thousand units must put their whole gradient into one value."""
-FINER = 2.0**10
-"""A clip norm may be shorter than the run's by whole multiples of one over this."""
 FINER_BITS = 10
+FINER = 2.0**FINER_BITS
+"""A clip norm may be shorter than the run's by whole multiples of one over this."""
 _TAIL = 16
 """Standard deviations; a value of a share exceeds them with probability below 1e-56."""
 

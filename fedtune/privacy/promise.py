@@ -73,8 +73,7 @@ class Promise:
         """The dearest rules; only for a plan within all other limits, whose epsilon can be computed in bounded time.
 
         `times` is by how much the site multiplies the noise of an accepted run, None of a new one; `cap` that on a run,
-        and `alone` that on one where nothing but the site's own share of the noise hides it; its clip norm is at least
-        `least_norm`.
+        `alone` that on one where only the site's own share of the noise hides it, and `least_norm` its least clip norm.
         """
         promised, noise = self.factor_for(plan), plan.noise_multiplier
         if promised is None or (times or promised) < promised:

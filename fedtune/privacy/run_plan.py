@@ -188,10 +188,8 @@ class Plan:
         noise = factor * self.noise_multiplier
         if self.shared is None:
             return self.with_noise(noise)
-        shared = dataclasses.replace(self.shared, noise_multiplier=noise)
-        return dataclasses.replace(
-            self, noise_multiplier=noise, shared=shared, max_grad_norm=self.max_grad_norm / factor
-        )
+        shared, norm = dataclasses.replace(self.shared, noise_multiplier=noise), self.max_grad_norm / factor
+        return dataclasses.replace(self, noise_multiplier=noise, shared=shared, max_grad_norm=norm)
 
     def bears(self, factor: float) -> bool:
         """Whether a site may carry the plan out with so many times its noise."""

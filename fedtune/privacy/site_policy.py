@@ -408,9 +408,13 @@ class Policy:
         broken = list(_broken_rules(self, proposal, factor)) or list(promised)
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
 
+    def noise_factor(self, plan: Plan) -> float:
+        """By which the site would multiply a new run's noise; 1 for one that it would refuse."""
+        return self.promise.factor_for(plan) or 1.0
+
     def own_plan(self, plan: Plan) -> Plan:
         """A new run's plan with the noise that the site itself would make; one that it would refuse stays as it is."""
-        return plan.stronger(self.promise.factor_for(plan) or 1.0)
+        return plan.stronger(self.noise_factor(plan))
 
     def declared_size(self, dataset: str) -> int:
         """The size that the site publishes for one of its data sets."""

@@ -129,7 +129,7 @@ class SiteWork:
 
         Guarantee: what is released of the result is the round's `DpEvent`; its fingerprint is for the ledger alone.
         """
-        plan = request.proposal.plan.stronger(noise_factor)
+        plan = request.proposal.plan
         randomness = randomness_of(request.proposal.seeded_noise, self.shared.config.seed)
         assert (admitted is None) == (plan.cohorts is None), "the register says who is admitted to cohorts"
         adapter = adapter.within(self.max_adapter_value)
@@ -146,22 +146,21 @@ class SiteWork:
 
     def _work_of(self, request: RoundRequest, attempt: int, factor: float) -> tuple[Units, RoundOfTraining]:
         """The units, ready for a round, and what the round needs besides the model."""
-        plan = request.proposal.plan.stronger(factor)
-        units = self._units(plan.max_grad_norm)
-        if self.shared.keeps_states:
-            told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
-            units.keep_frozen_states(self.shared.model, folder=self.shared.states_folder, told=told)
-        units.keep_reference(self.shared.model)
         work = RoundOfTraining(
             site=self.site,
             round=request.round,
             attempt=attempt,
-            plan=plan,
+            asked=request.proposal.plan,
             training=self.shared.config.training,
             declared_size=self.declared_size,
             max_adapter_value=self.max_adapter_value,
             noise_factor=factor,
         )
+        units = self._units(work.plan.max_grad_norm)
+        if self.shared.keeps_states:
+            told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
+            units.keep_frozen_states(self.shared.model, folder=self.shared.states_folder, told=told)
+        units.keep_reference(self.shared.model)
         return units, work
 
     def _scores(

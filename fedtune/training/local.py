@@ -30,19 +30,23 @@ class RoundOfTraining:
     Attributes:
         round: from 1; places the round in the learning-rate schedule.
         attempt: from 1; a retry draws fresh noise.
-        plan: the run's as the site carries it out.
+        asked: the run's plan; the site carries out `plan`, which is `noise_factor` times stronger.
         max_adapter_value: the site's bound on absolute values of the adapter; training never leaves it.
-        noise_factor: by which `plan` is stronger than the run's.
     """
 
     site: str
     round: int
     attempt: int
-    plan: Plan
+    asked: Plan
     training: TrainingSpec
     declared_size: int
     max_adapter_value: float
     noise_factor: float = 1.0
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained by, and charged."""
+        return self.asked.stronger(self.noise_factor)
 
 
 def train_round(

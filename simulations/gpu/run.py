@@ -250,7 +250,7 @@ def _a_round(machine: Machine, num_devices: int) -> Result:
         site="north",
         round=1,
         attempt=1,
-        plan=config.plan(),
+        asked=config.plan(),
         training=config.training,
         declared_size=len(examples),
         max_adapter_value=2.0,

@@ -67,7 +67,7 @@ def released(model_of: Any, dataset: Any, plan: Any) -> Released:
             site=site,
             round=round,
             attempt=attempt,
-            plan=plan(),
+            asked=plan(),
             training=training,
             declared_size=20,
             max_adapter_value=1e6,

@@ -142,7 +142,7 @@ def first_round(model_of: Any, dataset: Any, plan: Any) -> Callable[..., Release
         examples = SiteExamples(dataset(12), pad_id=0, shapes=Shapes.of(max_length=12, max_tokens=40), device="cpu")
         training = TrainingSpec(local_steps=1, optimizer=optimizer, learning_rate=0.1)  # type: ignore[arg-type]
         work = RoundOfTraining(
-            site="a", round=1, attempt=1, plan=plan(), training=training, declared_size=20, max_adapter_value=1e6
+            site="a", round=1, attempt=1, asked=plan(), training=training, declared_size=20, max_adapter_value=1e6
         )
         return Release("a", first_move(start, train_round(model, start, examples, work, randomness=source)))
 

@@ -126,7 +126,7 @@ def a_round(
     if room.model.skips_layers:
         units.keep_frozen_states(room.model)
     units.keep_reference(room.model)
-    asked = work(round=number, plan=planned, declared_size=30)
+    asked = work(round=number, asked=planned, declared_size=30)
     return released(room.model, units, asked, adapter=start or FIRST[room.model.spec])
 
 

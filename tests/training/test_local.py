@@ -82,7 +82,7 @@ def test_so_does_a_share_of_a_secure_sum(fresh: Any, examples: Any, work: Any, c
     nobody = examples_of(examples("classification", 0))
 
     def share(**changes: Any) -> dict[str, np.ndarray]:
-        model, asked = fresh(), work(plan=plan, **changes)
+        model, asked = fresh(), work(asked=plan, **changes)
         return share_of_round(model, Adapter.of(model), nobody, asked, randomness=SeededRandomness(5))
 
     one, again, other = share(), share(), share(**change)
@@ -99,7 +99,7 @@ def test_a_share_beside_a_shorter_clip_norm_has_the_same_noise_and_less_of_each_
     shapes = Shapes.of(max_length=15, max_tokens=40)
 
     def share(records: int, factor: float) -> np.ndarray:
-        model, asked = fresh(), work(plan=plan.stronger(factor), noise_factor=factor)
+        model, asked = fresh(), work(asked=plan, noise_factor=factor)
         units = SiteExamples(examples("classification", records), pad_id=0, shapes=shapes, device="cpu")
         found = share_of_round(model, Adapter.of(model), units, asked, randomness=SeededRandomness(5))
         return np.concatenate([one.ravel() for one in found.values()]).astype(np.float64)
@@ -124,7 +124,7 @@ def test_each_step_of_a_round_draws_a_sample_of_its_own(
     # One sample for all local steps would be accounted as four independent ones.
     drawn = cuts(SiteExamples, monkeypatch)
     planned = plan(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
-    released(fresh(), examples("classification", 30), work(plan=planned))
+    released(fresh(), examples("classification", 30), work(asked=planned))
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
     assert drawn == [poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
     assert len({tuple(sample) for sample in drawn}) == 4
@@ -142,7 +142,7 @@ def test_one_more_record_draws_the_same_noise_and_the_same_others(
     fresh: Any, examples: Any, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = cuts(Shapes, monkeypatch)
-    one_step = work(plan=dataclasses.replace(work().plan, local_steps=1))
+    one_step = work(asked=dataclasses.replace(work().plan, local_steps=1))
     for count in (12, 13):
         released(fresh(), examples("classification", count), one_step)
     assert [index for index in drawn[1] if index < 12] == drawn[0]
@@ -156,7 +156,7 @@ def test_a_round_takes_the_steps_of_the_plan_at_its_place_in_the_schedule(
     monkeypatch.setattr(local, "learning_rate_factor", factor)
     # The plan that was charged decides, not the training settings beside it.
     planned = plan(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
-    released(fresh(), examples("classification"), work(plan=planned, round=2))
+    released(fresh(), examples("classification"), work(asked=planned, round=2))
     asked = [call.kwargs for call in factor.call_args_list]
     assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
@@ -180,7 +180,7 @@ def test_a_and_b_take_turns(fresh: Any, examples: Any, work: Any, plan: Any, noi
     model, dataset = fresh(lora=TURNS), examples("classification")
     before = Adapter.of(model)
     for round, rests in ((1, ".lora_A."), (2, ".lora_B."), (3, ".lora_A.")):
-        after = released(model, dataset, work(plan=planned, round=round), adapter=before)
+        after = released(model, dataset, work(asked=planned, round=round), adapter=before)
         same = {name for name, value in after.tensors.items() if np.array_equal(value, before.tensors[name])}
         assert same == {name for name in after.tensors if rests in name}
         before = after
@@ -205,7 +205,7 @@ def test_a_round_of_a_s_clips_them_and_the_head_alone(
     model = fresh(lora=TURNS)
     before = released(model, dataset, work(round=1))  # else no A has a gradient
     sgd = TrainingSpec(local_steps=1, optimizer="sgd", learning_rate=1e3)
-    after = released(model, dataset, work(round=2, plan=one_record, training=sgd, declared_size=1), adapter=before)
+    after = released(model, dataset, work(round=2, asked=one_record, training=sgd, declared_size=1), adapter=before)
     moved = [np.linalg.norm(after.tensors[name] - before.tensors[name]) for name in after.tensors]
     assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4)
 
@@ -214,7 +214,7 @@ def test_without_noise_a_round_is_plain_training(fresh: Any, examples: Any, work
     silent = plan(sampling_rate=0.5, max_grad_norm=1e-9)  # which a private step would clip to nothing
     sgd = TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1)
     dataset = examples("classification")
-    after = released(fresh(), dataset, work(plan=silent, training=sgd))
+    after = released(fresh(), dataset, work(asked=silent, training=sgd))
     model = fresh()
     parameters = model.trainable()
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")

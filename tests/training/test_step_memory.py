@@ -209,7 +209,7 @@ def test_a_round_is_the_same_to_the_bit_in_whatever_memory(
     model, dataset = trained(path, task), examples(task, 40)
     start = Adapter.of(model)
     planned = plan(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
-    asked = work(plan=planned, training=TrainingSpec(), declared_size=30)
+    asked = work(asked=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()
     for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):
         shapes = within(model, num_bytes)

@@ -169,7 +169,7 @@ def work(work: Any, plan: Any) -> Any:
     def make(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
         values = {"sampling_rate": 0.6, "noise_multiplier": 0.5, "max_grad_norm": 0.5} | changes
         planned = plan(unit=unit, records_per_user=most if unit == "user" else 1, **values)
-        return work(plan=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
+        return work(asked=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
 
     return make
 

@@ -348,12 +348,9 @@ class Ledger:
         return Offer(site=site, run=proposal.run, most_rounds=rounds, least_noise=noise, noise_factor=factor)
 
     def noise_factor(self, proposal: Proposal) -> float:
-        """By which the site multiplies the noise of this run, or would; it follows from policy and plan alone.
-
-        An accepted run is trained and charged by the plan that is so much stronger.
-        """
+        """By which the site multiplies the noise of this run, or would; it follows from policy and plan alone."""
         known = self.history.runs.get(proposal.run)
-        return known.noise_factor if known else self.policy.promise.factor_for(proposal.plan) or 1.0
+        return known.noise_factor if known else self.policy.noise_factor(proposal.plan)
 
     def require_allowed(self, proposal: Proposal) -> None:
         """Raise the rule of the policy that a new run breaks, or an accepted one by now; no budget is looked at."""
