@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.spec import ConfigError
@@ -45,31 +44,41 @@ def run_folders_near(folder: Path) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The files of one run; none of them needs to be there."""
+    """The files of one run; none of them needs to be there.
 
-    path: Path
+    Attributes:
+        path: of the folder.
+        config: the composed configuration, as YAML.
+        result: what the run came to (`fedtune.runs.results`).
+        log: locked by the process that runs the folder.
+        adapter: the folder of the final adapter, with the task head beside it.
+        checkpoints: the folder of what a resumed run needs (`fedtune.federation.lead.Checkpoints`).
+        asked: the journal of rounds that were asked for.
+        sites: the folder of a simulation's sites, unless they are kept elsewhere.
+        environment: what the run was made on and with.
+        answers: what each real site answered last.
+        site_reports: the folder of the reports that sites released.
+        selection: that the run was picked in a search (`fedtune.privacy.selection`).
+        audit: what an audit of the run found.
+        audit_mark: there from before an audit trains: canaries are among the training data.
+    """
 
-    @property
-    def config(self) -> Path:
-        """The composed configuration, as YAML."""
-        return self.path / "config.yaml"
-
-    @property
-    def result(self) -> Path:
-        """What the run came to: `fedtune.runs.results`."""
-        return self.path / "run.json"
-
-    @property
-    def log(self) -> Path:
-        """The log; locked by the process that runs the folder."""
-        return self.path / "log.txt"
-
-    @property
-    def adapter(self) -> Path:
-        """The folder of the final adapter, with the task head beside it."""
-        return self.path / "adapter"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.result = path / "run.json"
+        self.log = path / "log.txt"
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+        self.asked = self.checkpoints / ASKED
+        self.sites = path / "sites"
+        self.environment = path / "environment.json"
+        self.answers = path / "answers.json"
+        self.site_reports = path / "site_reports"
+        self.selection = path / "selection.json"
+        self.audit = path / "audit.json"
+        self.audit_mark = path / "AUDIT.txt"
 
     def finished_adapter(self) -> Path:
         """`adapter`, where the run has finished and anybody may use it.
@@ -84,51 +93,6 @@ class RunFolder:
             bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
             raise ConfigError("run folder", str(self.path), bound)
         return self.adapter
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of what a resumed run needs: `fedtune.federation.lead.Checkpoints`."""
-        return self.path / "checkpoints"
-
-    @property
-    def asked(self) -> Path:
-        """The journal of rounds that were asked for."""
-        return self.checkpoints / ASKED
-
-    @property
-    def sites(self) -> Path:
-        """The folder of a simulation's sites, unless they are kept elsewhere."""
-        return self.path / "sites"
-
-    @property
-    def environment(self) -> Path:
-        """What the run was made on and with."""
-        return self.path / "environment.json"
-
-    @property
-    def answers(self) -> Path:
-        """What each real site answered last."""
-        return self.path / "answers.json"
-
-    @property
-    def site_reports(self) -> Path:
-        """The folder of the reports that sites released."""
-        return self.path / "site_reports"
-
-    @property
-    def selection(self) -> Path:
-        """That the run was picked in a search: `fedtune.privacy.selection`."""
-        return self.path / "selection.json"
-
-    @property
-    def audit(self) -> Path:
-        """What an audit of the run found."""
-        return self.path / "audit.json"
-
-    @property
-    def audit_mark(self) -> Path:
-        """There from before an audit trains: canaries are among the training data."""
-        return self.path / "AUDIT.txt"
 
     @property
     def saved_checkpoints(self) -> list[Path]:

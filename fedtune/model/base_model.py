@@ -49,13 +49,9 @@ from fedtune.model.spec import NO_BASE, RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError, panics_as_errors
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "mixed": torch.float32,
-    "int8": torch.float32,
-    "nf4": torch.bfloat16,
-}
+_DTYPES = dict.fromkeys(("float32", "mixed", "int8"), torch.float32) | dict.fromkeys(
+    ("bfloat16", "nf4"), torch.bfloat16
+)
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -202,15 +198,16 @@ def model_sha256(spec: ModelSpec) -> str:
 @contextmanager
 def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
     """The folder to load from: the files of the manifest, whose hash is `spec.sha256`, and no others."""
-    with staged(model_folder(spec), gguf_file=spec.gguf_file, with_weights=with_weights or bool(spec.gguf_file)) as own:
-        _require_pinned(spec, own.manifest.sha256)
+    reads_weights = with_weights or bool(spec.gguf_file)
+    with staged(model_folder(spec), gguf_file=spec.gguf_file, with_weights=reads_weights) as (own, manifest):
+        _require_pinned(spec, manifest.sha256)
         if not spec.gguf_file:
-            yield own.folder
+            yield own
             return
         # Derived from the pinned file, by us, into the cache of this account, which is trusted as its Python is.
-        expanded = expanded_gguf(own.folder / spec.gguf_file, sha256=own.manifest.sha256, cache=cache_folder(spec))
-        with staged(expanded, with_weights=with_weights) as derived:
-            yield derived.folder
+        expanded = expanded_gguf(own / spec.gguf_file, sha256=manifest.sha256, cache=cache_folder(spec))
+        with staged(expanded, with_weights=with_weights) as (derived, _):
+            yield derived
 
 
 def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images: bool | None) -> PreTrainedModel:

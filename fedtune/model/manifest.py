@@ -69,17 +69,9 @@ class Manifest:
         return len(self.files) == 1 and self.files[0][0].endswith(".gguf")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Staged:
-    """A folder that holds a model's files and nothing else, until the block ends."""
-
-    folder: Path
-    manifest: Manifest
-
-
 @contextmanager
-def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = True) -> Iterator[Staged]:
-    """Put exactly the files of a model's manifest into a folder of their own, and hash them there.
+def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = True) -> Iterator[tuple[Path, Manifest]]:
+    """Put exactly the files of a model's manifest into a folder of their own, until the block ends, and hash them.
 
     All but the weights are read once: the bytes that are checked and hashed are the bytes that are loaded.  Weights are
     linked, since a copy of gigabytes in each run is too much; that they are still the file that was hashed is looked at
@@ -127,7 +119,7 @@ def staged(folder: Path, *, gguf_file: str | None = None, with_weights: bool = T
             hashes[name] = _hashed[file, weights[file]]
             if with_weights:
                 (place / name).symlink_to(file)
-        yield Staged(folder=place, manifest=Manifest(files=tuple(sorted(hashes.items()))))
+        yield place, Manifest(files=tuple(sorted(hashes.items())))
         for file, before in weights.items():
             if _about(file) != before:
                 raise ConfigError("model.path", str(folder), f"must not change while it is loaded: {file.name} did")
@@ -139,8 +131,8 @@ def manifest_of(folder: Path, *, gguf_file: str | None = None) -> Manifest:
     Raises:
         ConfigError: as `staged`.
     """
-    with staged(folder, gguf_file=gguf_file) as model:
-        return model.manifest
+    with staged(folder, gguf_file=gguf_file) as (_, manifest):
+        return manifest
 
 
 def _settings_names(folder: Path) -> list[str]:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from fedtune.model import ModelSpec, load_base, load_tokenizer, model_sha256
-from fedtune.model.base_model import expanded_gguf
+from fedtune.model.base_model import expanded_gguf, load_base, load_tokenizer, model_sha256
 from fedtune.model.manifest import Manifest, manifest_of, staged
+from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError, RunError
 
 BERT = ModelSpec(path="random:bert")
@@ -89,21 +89,20 @@ def test_a_gguf_file_keeps_its_plain_hash(tmp_path: Path) -> None:
 
 def test_the_staged_folder_holds_the_manifest_s_files_and_goes_away(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
-    with staged(folder) as model:
-        assert sorted(os.listdir(model.folder)) == [name for name, _ in model.manifest.files] == FILES
-        place = model.folder
+    with staged(folder) as (place, manifest):
+        assert sorted(os.listdir(place)) == [name for name, _ in manifest.files] == FILES
     assert not place.exists()
-    with staged(folder, with_weights=False) as model:
-        assert "model.safetensors" not in os.listdir(model.folder)
-        assert model.manifest == manifest_of(folder)
+    with staged(folder, with_weights=False) as (place, manifest):
+        assert "model.safetensors" not in os.listdir(place)
+        assert manifest == manifest_of(folder)
 
 
 def test_what_is_loaded_is_what_was_hashed(folder: Path) -> None:
-    with staged(folder) as model:
-        before = (model.folder / "config.json").read_bytes()
+    with staged(folder) as (place, manifest):
+        before = (place / "config.json").read_bytes()
         (folder / "config.json").write_text("{}")
-        assert (model.folder / "config.json").read_bytes() == before
-        assert dict(model.manifest.files)["config.json"] == sha256(before)
+        assert (place / "config.json").read_bytes() == before
+        assert dict(manifest.files)["config.json"] == sha256(before)
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
