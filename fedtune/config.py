@@ -29,7 +29,7 @@ from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_at_least, check_schema, spec
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
 
 MOST_NAME = 200

@@ -288,12 +288,10 @@ def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[
     """
     plan, result = config.plan(), state.rounds[number - 1]
     charges = {site: site_charge(state, site, plan).rounds for site in config.federation.active}
-    by_then = {site: n - sum(site in later.sites for later in state.rounds[number:]) for site, n in charges.items()}
+    until = {site: n - sum(site in later.sites for later in state.rounds[number:]) for site, n in charges.items()}
     figures: dict[str, float | None] = {f"validation/{name}": score for name, score in result.metrics.items()}
     figures |= {
-        "privacy/epsilon": max(
-            charged_epsilons(state.plan_at(site, plan), max(0, n))[0] for site, n in by_then.items()
-        ),
+        "privacy/epsilon": max(charged_epsilons(state.plan_at(site, plan), max(0, n))[0] for site, n in until.items()),
         "system/seconds": result.seconds,
         "system/bytes_down": result.bytes_down,
         "system/bytes_up": result.bytes_up,

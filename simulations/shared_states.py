@@ -13,7 +13,7 @@ import torch
 
 from fedtune.data import Batch
 from fedtune.sites.shared_model import Measured
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.examples import SiteExamples
 
 

@@ -15,11 +15,12 @@ from fedtune.data import Shapes
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.site_round import Prepared, Site, Trained
-from fedtune.model import Adapter, TaskModelSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.runs.results import BaseModel, Population, RunProvenance, RunResult
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 
 
 def run_result(**fields: Any) -> RunResult:

@@ -14,7 +14,7 @@ from fedtune.config import RunConfig, parse
 from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import simulate
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.report.audit_findings import Audit, AuditBound

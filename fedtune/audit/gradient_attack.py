@@ -25,13 +25,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fedtune.audit.guesses import Coins, Count, Place, by_likelihood, counted
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Batch
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import RandomStream
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import TrainingUnits, randomness_of
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.dp_step import UnitGradients
 from fedtune.training.examples import Places, SiteExamples

@@ -21,13 +21,13 @@ from fedtune.audit.guesses import Coins, Count, Place, Values, by_rank, counted
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Record
 from fedtune.evaluation.scoring import batches_by_length, scoring
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import RandomStream
 from fedtune.report.audit_findings import AuditHitRate, AuditMembership
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import randomness_of
-from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
+from fedtune.tasks.registry import task_named
 
 FALSE_ALARMS = (0.01, 0.001)
 _WORDS = 8

@@ -27,7 +27,7 @@ from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE, adapter_bound
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import spec
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import project

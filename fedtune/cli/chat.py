@@ -13,7 +13,7 @@ from fedtune.cli.finished_run import Adapters, Device, MaxNewTokens, Run, Seed, 
 from fedtune.config import RunConfig
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 from fedtune.words import counted
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds

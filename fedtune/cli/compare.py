@@ -110,7 +110,7 @@ def _run_folders(words: Sequence[str]) -> list[Path]:
 
 def _lines_of_folders(folders: Sequence[Path]) -> list[Line]:
     """Runs named after their folders; by the whole path where two names are equal."""
-    from fedtune.tasks import SavedAdapter  # torch takes seconds to import
+    from fedtune.tasks.saved import SavedAdapter
 
     lines, names = [], [folder.absolute().name for folder in folders]
     for folder, name in zip(folders, names, strict=True):

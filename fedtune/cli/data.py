@@ -34,8 +34,8 @@ from fedtune.preparation.duplicates import has_datasketch
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
 from fedtune.spec import ConfigError, DataError, check_one_of
-from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
+from fedtune.tasks.registry import task_named
 
 app = group(
     """\

@@ -12,7 +12,7 @@ from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 from fedtune.words import counted, size
 
 

@@ -11,8 +11,8 @@ from fedtune.cli.finished_run import Run, finished_run
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import NOT_GIVEN, ConfigError
-from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
+from fedtune.tasks.registry import task_named
 from fedtune.words import size
 
 

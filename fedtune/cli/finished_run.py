@@ -18,7 +18,7 @@ from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.bootstrap import Comparison
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 _SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
 Run = Annotated[Path, Argument("RUN", help="a run folder, such as runs/tighter")]

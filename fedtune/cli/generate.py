@@ -14,7 +14,7 @@ from fedtune.data.records import Record
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json
 from fedtune.spec import ConfigError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 
 def generate(

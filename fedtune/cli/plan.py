@@ -153,7 +153,7 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     """Bytes and time, and the kind of device that they hold for."""
     # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
     from fedtune.runs.forecast import forecast
-    from fedtune.tasks import build_task_model
+    from fedtune.tasks.task_model import build_task_model
     from fedtune.training.machine import device_for, ready_model
 
     runtime, length = config.runtime, config.data.max_length

@@ -19,7 +19,7 @@ from fedtune.evaluation.scoring import batches_within_memory, scoring
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.fits import usable_positions
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 
 Places: TypeAlias = npt.NDArray[np.int64]
 Choose: TypeAlias = Callable[[torch.Tensor, Places], torch.Tensor]

@@ -15,7 +15,7 @@ from fedtune.data.batching import Batch, collate, micro_batches
 from fedtune.data.tokenise import TextDataset
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError, DataError, panics_as_errors
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 
 _MOST_ON_CPU = 2048
 """Padded tokens of a batch on a CPU: for what is computed of more, the allocator asks the system for new memory each

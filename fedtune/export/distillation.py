@@ -19,7 +19,7 @@ import torch
 from fedtune.config import RunConfig
 from fedtune.data.batching import collate
 from fedtune.evaluation.bootstrap import Comparison, compared
-from fedtune.export.export_formats import WRITERS, Reference, Source, form_of, new_folder
+from fedtune.export.export_formats import WRITERS, Source, form_of, new_folder
 from fedtune.export.onnx_graphs import Served, graphs, scored
 from fedtune.model.base_model import model_sha256
 from fedtune.model.layers import layer_stack
@@ -30,7 +30,9 @@ from fedtune.report.run_record import read_run
 from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, file_sha256, require_apart
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent
 from fedtune.spec import ConfigError, DataError, check_at_least
-from fedtune.tasks import TaskModel, build_task_model, load_task_model, task_named
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.saved import load_task_model
+from fedtune.tasks.task_model import build_task_model
 from fedtune.training.machine import device_for
 from fedtune.words import counted, score_words
 
@@ -105,7 +107,12 @@ def distil(
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
     teacher, reference = Source.of(model, config, adapter, private_to=None)
     base = None if student == HALF or student.isdecimal() else ModelSpec(path=student)
-    own, reference = _other(base, model, teacher) if base else (_lower(student, teacher), reference)
+    if base is None:
+        own = _lower(student, teacher)
+    else:  # with a head as a run of it would begin with, and made-up tokens for it
+        spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
+        plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
+        own, reference = Source.of(ready(plain, lambda: build_task_model(spec))[1], config, adapter, private_to=None)
     own = _taught(own, teacher, records, seed=seed, passes=passes, progress=progress)
     nets, found = [one.scores(one.base) for one in (teacher, own)], []
     for name, net, one in zip(("teacher", "student"), nets, (teacher, own), strict=True):
@@ -136,13 +143,6 @@ def _lower(layers: str, teacher: Source) -> Source:
     if getattr(settings, "layer_types", None):
         settings.layer_types = settings.layer_types[:kept]
     return replace(teacher, base=base, readout=copy.deepcopy(teacher.readout))
-
-
-def _other(base: ModelSpec, model: TaskModel, teacher: Source) -> tuple[Source, Reference]:
-    """Another base with a head as a run of it would begin with, and made-up tokens for it."""
-    spec, config = replace(model.spec, model=base, lora=LoraSpec(rank=1)), teacher.config
-    plain = replace(config, runtime=replace(config.runtime, onednn=False, gradient_checkpointing=False))
-    return Source.of(ready(plain, lambda: build_task_model(spec))[1], config, teacher.adapter, private_to=None)
 
 
 def _taught(

@@ -41,10 +41,11 @@ from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_files
 from fedtune.report.run_record import read_run
 from fedtune.spec import ConfigError, RunError
-from fedtune.tasks import Task, TaskModel, load_task_model, task_named
-from fedtune.tasks.base import Readout
+from fedtune.tasks.base import Readout, Task
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.saved import SavedAdapter, write_task_model
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.saved import SavedAdapter, load_task_model, write_task_model
+from fedtune.tasks.task_model import TaskModel
 
 _ROWS = 64
 """Of made-up features."""

@@ -23,8 +23,9 @@ from fedtune.evaluation.bootstrap import Figures
 from fedtune.model.quiet import quiet
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
-from fedtune.tasks import TaskModel, load_task_model
 from fedtune.tasks.inputs import input_of
+from fedtune.tasks.saved import load_task_model
+from fedtune.tasks.task_model import TaskModel
 
 WHOLE, INT8 = "model.onnx", "model.int8.onnx"
 _TIMED = 200

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fedtune.federation.lead import Arrays, LeadState
 from fedtune.federation.replies import RoundReplies
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.run_plan import Plan
 
 

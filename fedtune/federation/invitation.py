@@ -14,7 +14,8 @@ from fedtune.federation.protocol import Invitation, Reply
 from fedtune.federation.replies import NO_REPLY, UNSIGNED_REPLY
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.transport import Question, Transport
-from fedtune.model import Adapter, LoraSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Receipt, Refusal

@@ -20,7 +20,7 @@ from safetensors.numpy import save as save_tensors
 from fedtune.codec import decode, decode_value, parse_json
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE
 from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoints
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan

@@ -14,7 +14,7 @@ from fedtune.federation.protocol import Reply
 from fedtune.federation.rounding import MOST_ROUNDING, add_difference
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Refusal, Tensors, Update
 from fedtune.privacy.run_plan import Plan

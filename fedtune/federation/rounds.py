@@ -23,7 +23,7 @@ from fedtune.federation.replies import RoundReplies
 from fedtune.federation.secure_rounds import SecureSums
 from fedtune.federation.transport import Question, Transport
 from fedtune.federation.update_store import Arrived
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Receipt, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RefusedError, RunError, StuckError

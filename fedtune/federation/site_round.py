@@ -32,7 +32,7 @@ from fedtune.federation.rounding import rounded_difference
 from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.secure.party import Party
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import require_room
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal

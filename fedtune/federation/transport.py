@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedtune.federation.protocol import Reply, Signed
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Receipt, Refusal
 
 

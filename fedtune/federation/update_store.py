@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.spec import RunError
 
 

@@ -17,7 +17,7 @@ from fedtune.federation.replies import RoundReplies
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived
 from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, from_arrays, to_arrays, weighted
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 _VALUES = "values"

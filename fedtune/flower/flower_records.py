@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.transport import Question
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Answer, Offer, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
 

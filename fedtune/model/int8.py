@@ -105,7 +105,7 @@ def _passes(device: str) -> Passes:
     if device != "cpu" or not find_spec("numba") or not _adds_whole_numbers(device):
         return torchs
     try:
-        from fedtune.model import int8_kernels  # it compiles, or reads what it compiled
+        from fedtune.model import int8_kernels
 
         one = torch.ones(1, 1)
         int8_kernels.round_into(one, one[0], torch.empty(1, 1, dtype=torch.int8), torch.empty(1, 1), 1)

@@ -33,8 +33,8 @@ from fedtune.preparation.duplicates import Earlier, Likeness, spelling
 from fedtune.preparation.patterns import OddTexts, damage, identifiers
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
+from fedtune.tasks.registry import task_named
 
 SHOWN = 20
 """Errors that are kept of a file, and lines of a finding."""

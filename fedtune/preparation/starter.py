@@ -27,7 +27,7 @@ from fedtune.preparation.columns import Column, is_place
 from fedtune.preparation.detect import Found, Kind
 from fedtune.preparation.duplicates import spelt_alike
 from fedtune.spec import ConfigError
-from fedtune.tasks import TASKS, task_named
+from fedtune.tasks.registry import TASKS, task_named
 from fedtune.words import counted
 
 MEASURED_ROWS = 20_000

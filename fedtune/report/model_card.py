@@ -29,8 +29,8 @@ from fedtune.report.page.label import as_svg
 from fedtune.report.page.render import TEMPLATES, write_files
 from fedtune.report.page.report_words import Words
 from fedtune.report.run_record import RunRecord, read_run
-from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
+from fedtune.tasks.registry import task_named
 from fedtune.words import score_text, score_words
 
 CARD = "README.md"

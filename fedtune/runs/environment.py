@@ -17,7 +17,7 @@ from fedtune.config import saved_settings
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, spec
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 from fedtune.version import __version__
 
 if TYPE_CHECKING:  # it imports torch, which who only reads needs not
@@ -128,7 +128,7 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _here(shared: SharedModel) -> Environment:
-    from fedtune.model import model_sha256
+    from fedtune.model.base_model import model_sha256
     from fedtune.training.accelerators import about
 
     config = shared.config

@@ -38,8 +38,9 @@ from fedtune.runs.results import (
 from fedtune.sites.data_warnings import check_decides, lead_notes
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import RunError
-from fedtune.tasks import save_task_model, task_named
 from fedtune.tasks.measures import Detail
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.saved import save_task_model
 
 
 class Listener(Protocol):

@@ -13,7 +13,7 @@ from fedtune.data import Batch, TextDataset, collate
 from fedtune.federation.secure.agreement import bits_needed
 from fedtune.federation.secure.messages import upload_bytes
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.machine import micro_batch_tokens, model_bytes, place_for_states
 from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec

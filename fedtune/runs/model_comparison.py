@@ -22,7 +22,7 @@ from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 _MOST_GROUPS = 100
 

@@ -25,8 +25,9 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured, ready
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import SavedAdapter, TaskModel
 from fedtune.tasks.measures import Detail
+from fedtune.tasks.saved import SavedAdapter
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.machine import device_for, keeps_frozen_states
 
 BASE = "base"

@@ -17,7 +17,7 @@ from fedtune.data.records import resolve_file
 from fedtune.data.spec import SITE
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 from fedtune.words import counted
 
 _MOST_NAMED = 3

@@ -22,7 +22,7 @@ from fedtune.data.load import SiteRecords
 from fedtune.data.partition import split_heldout
 from fedtune.evaluation.scoring import scoring
 from fedtune.federation.run_folder import LABEL, RunFolder
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.sites.shared_model import Progress, SharedModel, silent

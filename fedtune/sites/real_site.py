@@ -16,7 +16,7 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties, SumsAtSite
 from fedtune.federation.site_round import Prepared, Site, Trained
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -29,7 +29,8 @@ from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_site, read_settings
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
-from fedtune.tasks import save_task_model, task_named
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.saved import save_task_model
 
 log = logging.getLogger(__name__)
 

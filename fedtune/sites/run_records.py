@@ -22,7 +22,7 @@ from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_
 from fedtune.evaluation.spec import no_test_records
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 
 @dataclass(frozen=True, slots=True)

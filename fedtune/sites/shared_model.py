@@ -23,15 +23,16 @@ from fedtune.evaluation.bootstrap import Figures
 from fedtune.evaluation.generation import PromptSet, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
 from fedtune.evaluation.scoring import KeptBatches, figures_of
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.model.products import goes_by_rows
 from fedtune.sites.run_records import LeadRecords, RunRecords
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError, RunError
-from fedtune.tasks import TaskModel, build_task_model, task_named
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.measures import Detail
+from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import SavedAdapter
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products, attends_by_products
 from fedtune.training.devices import Devices, Outcome, Trial
 from fedtune.training.examples import SiteExamples

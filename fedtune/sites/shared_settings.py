@@ -26,7 +26,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 from fedtune.training.spec import RuntimeSpec
 
 MOST_CHARACTERS = 1 << 20

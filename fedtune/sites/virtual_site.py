@@ -29,7 +29,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.verdict import history_of
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy import events, filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -59,7 +59,7 @@ from fedtune.sites.session import Session
 from fedtune.sites.shared_model import Progress, SharedModel, silent
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 LEAD_KEY = "lead_key.pem"
 DEALT = "dealt_out.json"

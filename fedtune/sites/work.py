@@ -16,7 +16,7 @@ from fedtune.data.records import record_key
 from fedtune.evaluation.scoring import unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import Trained
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.cohorts import cohort_of
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness

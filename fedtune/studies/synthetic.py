@@ -24,7 +24,7 @@ from fedtune.data.records import Record, iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.sites.run_records import RunRecords
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import TASKS, task_named
+from fedtune.tasks.registry import TASKS, task_named
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.runs.saved_model import SavedModel
@@ -98,7 +98,7 @@ def synthesize(
     except re.error as error:
         raise ConfigError("--pattern", pattern, f"must be a regular expression ({error})") from None
     from fedtune.runs.saved_model import SavedModel
-    from fedtune.tasks import SavedAdapter
+    from fedtune.tasks.saved import SavedAdapter
 
     SavedAdapter.read(run.adapter)  # not one that is private to a site
     saved = SavedModel(run.config, {"tuned": run.adapter})
@@ -193,7 +193,7 @@ def weights_of(votes: Run) -> dict[str, float]:
     if not task_named(config.task).counts_units:
         raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
     texts = config.head.label_texts or config.data.labels
-    from fedtune.tasks import SavedAdapter
+    from fedtune.tasks.saved import SavedAdapter
 
     SavedAdapter.read(votes.adapter)  # not one that is private to a site
     weights = load_file(votes.adapter / "head.safetensors")["weight"][0].clip(min=0).astype(np.float64)
@@ -269,7 +269,7 @@ def labelled(found: Synthetic, column: str, classifier: Run) -> Synthetic:
     if task_named(config.task).answers != {"label"} or label == column:
         bound = f"must be a run whose records have a text and, in another column than {column}, one label"
         raise ConfigError("--labels", str(classifier.folder), bound)
-    from fedtune.tasks import SavedAdapter
+    from fedtune.tasks.saved import SavedAdapter
 
     SavedAdapter.read(classifier.adapter)  # not one that is private to a site
     answers: Any = classifier.predict([row[column] for row in found.rows])

@@ -40,11 +40,11 @@ import numpy.typing as npt
 import torch
 
 from fedtune.data import Shapes
-from fedtune.model import TaskModelSpec
 from fedtune.model.quiet import first_line
+from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products
 from fedtune.training.dp_step import Sums, UnitGradients, add_each, zeros
 from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody, rank_of

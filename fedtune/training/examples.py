@@ -18,7 +18,7 @@ from fedtune.data.batching import one_at_a_time
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import panics_as_errors
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import Sums, UnitGradients, nobody_else
 from fedtune.training.machine import room_for_states
 

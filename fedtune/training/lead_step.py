@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.dp_step import descend
 from fedtune.training.local import project

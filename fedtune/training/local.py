@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import add_share
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import Randomness, RandomStream
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import Records, dp_sgd_step, sampled_sum
 from fedtune.training.examples import Units
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate

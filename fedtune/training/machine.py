@@ -21,7 +21,7 @@ from fedtune.data import Shapes
 from fedtune.model.fits import usable_positions
 from fedtune.model.products import multiply_by_onednn
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.accelerators import accelerator, memory_of
 from fedtune.training.spec import RuntimeSpec
 

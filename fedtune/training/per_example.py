@@ -21,7 +21,7 @@ from fedtune.data.batching import Batch, one_at_a_time
 from fedtune.model.ia3_and_dora import Scales
 from fedtune.model.products import multiply_by_onednn, uses_onednn
 from fedtune.spec import ConfigError, panics_as_errors
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import added_halves
 
 log = logging.getLogger(__name__)

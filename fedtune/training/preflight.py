@@ -23,11 +23,11 @@ import torch
 
 from fedtune.data import Batch, Part, Shapes, TextDataset
 from fedtune.data.batching import alone
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.model.quantized import Quantized
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.accelerators import memory_of
 from fedtune.training.dp_step import CLIP_NORM_CELLS, add_clipped, contributions, zeros
 from fedtune.training.examples import SiteExamples, Told, nobody

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.run_plan import MORE_THAN_DECLARED, Plan
 from fedtune.training.optimizer import learning_rate_factor
 from fedtune.training.spec import TrainingSpec

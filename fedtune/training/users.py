@@ -17,7 +17,7 @@ import torch
 from fedtune.data import Batch
 from fedtune.privacy.mechanism import choose_records
 from fedtune.privacy.randomness import RandomStream
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import UnitGradients
 from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody, units_of
 

@@ -37,7 +37,7 @@ from fedtune.privacy.mechanism import add_gaussian_noise
 from fedtune.privacy.randomness import SystemRandomness
 from fedtune.sites import shared_model
 from fedtune.sites.shared_model import SharedModel
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import add_clipped, descend, zeros
 from fedtune.training.per_example import attached
 

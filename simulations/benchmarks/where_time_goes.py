@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from fedtune.data import Batch
 from fedtune.model.layers import layer_stack
 from fedtune.privacy.durable import write_durably
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import add_clipped, zeros
 from fedtune.training.per_example import attached
 

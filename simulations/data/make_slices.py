@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.data import Record, is_heldout, unit_hash
+from fedtune.data import Record
+from fedtune.data.partition import is_heldout, unit_hash
 
 KEY = b"fedtune simulations: validation"
 

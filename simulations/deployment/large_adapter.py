@@ -29,7 +29,7 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.flower.client import Exchange, SiteApp
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire.fleet import Fleet
 from fedtune.privacy.durable import write_durably
@@ -106,7 +106,8 @@ def _save_model(folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
-    from fedtune.model import ModelSpec, load_tokenizer
+    from fedtune.model.base_model import load_tokenizer
+    from fedtune.model.spec import ModelSpec
 
     tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
     torch.manual_seed(0)

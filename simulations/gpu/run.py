@@ -36,15 +36,16 @@ from fedtune.api.compose import compose_run
 from fedtune.audit import sensitivity
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Batch, Part, Shapes
-from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.int8 import Int8, keep_in_int8
 from fedtune.model.layers import attach_adapters, compute_by_row, layer_stack
 from fedtune.model.quantized import FourBit, keep_in_four_bits
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.sites.shared_model import SharedModel
-from fedtune.tasks import TaskModel, build_task_model, task_named
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import preflight
 from fedtune.training.accelerators import about
 from fedtune.training.dp_step import Sums, add_clipped, descend, zeros

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Receipt, Update
 
 _MOST_BYTES = 4096  # PIPE_BUF: a write of so much is whole or not there at all

@@ -21,7 +21,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.federation.site_round import Site, Trained, answer
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.site_policy import Policy
 from fedtune.sites.virtual_site import Participants
 from fedtune.spec import RefusedError, RunError

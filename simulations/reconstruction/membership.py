@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from site_update import Released
 
-from fedtune.data import Record, collate, micro_batches
+from fedtune.data import Record, collate
+from fedtune.data.batching import micro_batches
 from fedtune.sites.shared_model import SharedModel
 from fedtune.training.per_example import attached
 

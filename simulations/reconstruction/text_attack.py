@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from site_update import Released
 
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 
 FIRST, SECOND = "layer.0.", "layer.1."
 _RESTARTS, _SWEEPS = 6, 6

@@ -41,13 +41,14 @@ from study import run_line
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.data import Record, unit_hash, users_of
+from fedtune.data import Record, users_of
 from fedtune.data.load import deal, split_key
+from fedtune.data.partition import unit_hash
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.report.derive.profile import group
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- results: written by simulations/user_level/run.py -->", "<!-- end of results -->"

@@ -26,7 +26,7 @@ from fedtune.audit.gradient_attack import (
 from fedtune.audit.spec import AuditSpec
 from fedtune.federation.protocol import RoundRequest
 from fedtune.flower.simulation import simulate
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import cell
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import Participants

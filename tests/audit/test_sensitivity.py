@@ -36,18 +36,18 @@ TRIPLETS = (
 )
 
 
-@pytest.mark.nightly
-def test_a_record_of_three_texts_moves_a_step_by_one_clip_norm_at_most(searched: Any) -> None:
-    outcome, found = searched(*TRIPLETS)
-    assert outcome.code == 0, outcome.err
-    assert (found["tries"], found["exceeded"], found["others_moved"]) == (TRIES, 0, 0)
-    assert 0.9 < found["moved"] <= 1.0
+PAIRS = (
+    *("experiment=own_preferences", "model=random_llama", *TRIPLETS[2:5], "lora.layers=null"),
+    *("data.columns={prompt: a, chosen: b, rejected: c}", "data.declared_sizes=20"),
+)
 
 
 @pytest.mark.nightly
-def test_a_pair_of_answers_moves_a_step_by_one_clip_norm_at_most(searched: Any) -> None:
-    beside = ("data.columns={prompt: a, chosen: b, rejected: c}", "data.declared_sizes=20", "lora.layers=null")
-    outcome, found = searched("experiment=own_preferences", "model=random_llama", *TRIPLETS[2:5], *beside)
+@pytest.mark.parametrize("settings", [TRIPLETS, PAIRS], ids=["three texts", "a pair of answers"])
+def test_a_record_of_several_texts_moves_a_step_by_one_clip_norm_at_most(
+    searched: Any, settings: tuple[str, ...]
+) -> None:
+    outcome, found = searched(*settings)
     assert outcome.code == 0, outcome.err
     assert (found["tries"], found["exceeded"], found["others_moved"]) == (TRIES, 0, 0)
     assert 0.9 < found["moved"] <= 1.0

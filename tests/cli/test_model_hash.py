@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fedtune.model import ModelSpec, model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
+from fedtune.model.spec import ModelSpec
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Dataset
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
-from fedtune.tasks import SavedAdapter, build_task_model, save_task_model
+from fedtune.tasks.saved import SavedAdapter, save_task_model
+from fedtune.tasks.task_model import build_task_model
 
 SIZES = {"north": 230, "south": 180, "west": 90}
 

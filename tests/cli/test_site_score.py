@@ -40,7 +40,7 @@ def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any, command:
     out = command("site", "score", "first", *here.words, "--by", "ward", "--smallest", "10", "--json").printed
     told = json.loads(out)
     from fedtune.config import saved_config
-    from fedtune.tasks import task_named
+    from fedtune.tasks.registry import task_named
 
     key = SigningKey.load(here.folder / "site_key.pem").secret("held-out split")
     data = saved_config(here.folder / "kit" / "adapters" / "first").data

@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.data import DataSpec, TextDataset
+from fedtune.data import TextDataset
+from fedtune.data.spec import DataSpec
 
 WORDS = ["card", "lost", "my", "is", "where", "name", "there", "a", "place", *string.ascii_lowercase[1:]]
 

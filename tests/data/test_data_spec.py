@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.data import DataSpec, PartitionSpec
+from fedtune.data.partition import PartitionSpec
+from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError
 
 GIVEN: dict[str, Any] = {

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fedtune.data import Record, iter_records, text_rows
+from fedtune.data import Record, text_rows
 from fedtune.data.formats import files_of, raw_rows
-from fedtune.data.records import usable_records
+from fedtune.data.records import iter_records, usable_records
 from fedtune.spec import DataError
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_set"  # by save_to_disk of datasets 5.2

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedtune.data import DataSpec, PartitionSpec, Record
+from fedtune.data import Record
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, own_records
+from fedtune.data.partition import PartitionSpec
 from fedtune.data.records import Fault
+from fedtune.data.spec import DataSpec
 from fedtune.spec import DataError
 
 from .conftest import data_spec, write_jsonl

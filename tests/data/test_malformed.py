@@ -17,9 +17,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedtune.data import iter_records, resolve_file
 from fedtune.data.load import lead_records
-from fedtune.data.records import usable_records
+from fedtune.data.records import iter_records, resolve_file, usable_records
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}

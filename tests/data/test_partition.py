@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.data import (
+from fedtune.data import Record
+from fedtune.data.partition import (
     PartitionSpec,
-    Record,
     assign_site,
     is_heldout,
     is_selected,
@@ -19,7 +19,7 @@ from fedtune.data import (
     unit_hash,
 )
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 from .conftest import data_spec
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data import Record, iter_records, record_key, resolve_file, text_rows
-from fedtune.data.records import usable_records
+from fedtune.data import Record, text_rows
+from fedtune.data.records import iter_records, record_key, resolve_file, usable_records
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}

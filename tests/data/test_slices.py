@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.data import iter_records
+from fedtune.data.records import iter_records
 
 FOLDER = Path(__file__).parents[2] / "simulations" / "data"
 ROWS = {

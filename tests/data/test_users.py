@@ -11,17 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.data import (
-    DataSpec,
-    PartitionSpec,
-    Record,
-    is_selected,
-    partition_records,
-    split_heldout,
-    unit_hash,
-    users_of,
-)
+from fedtune.data import Record, users_of
 from fedtune.data.load import own_records
+from fedtune.data.partition import PartitionSpec, is_selected, partition_records, split_heldout, unit_hash
+from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError, DataError
 
 from .conftest import data_spec, write_jsonl

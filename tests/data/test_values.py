@@ -13,8 +13,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fedtune.data import Record, iter_records, unit_hash, users_of
-from fedtune.data.records import column_values, record_of, usable_records
+from fedtune.data import Record, users_of
+from fedtune.data.partition import unit_hash
+from fedtune.data.records import column_values, iter_records, record_of, usable_records
 from fedtune.data.values import labels_of, one_form, said_of, turns_like, turns_said
 from fedtune.spec import DataError
 

@@ -13,7 +13,7 @@ from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_ledger
-from fedtune.tasks import SavedAdapter
+from fedtune.tasks.saved import SavedAdapter
 
 from ..conftest import command
 

@@ -23,7 +23,7 @@ from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.packing import unpacked
 from fedtune.federation.secure.party import Party
 from fedtune.flower import flower_records
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.chain import canonical
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE

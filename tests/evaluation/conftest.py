@@ -28,7 +28,8 @@ from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.scoring import figures_of
 from fedtune.model.layers import attach_adapters
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks import TaskModel, task_named
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.task_model import TaskModel
 
 VOCABULARY = 50
 END = 2

@@ -24,7 +24,7 @@ from fedtune.evaluation.generation import (
 from fedtune.evaluation.spec import EvaluationSpec, WritingSpec
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 
 from .conftest import END
 

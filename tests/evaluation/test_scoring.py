@@ -25,8 +25,8 @@ from fedtune.evaluation.scoring import (
 from fedtune.model.layers import layer_stack
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
-from fedtune.tasks import TaskModel
 from fedtune.tasks.measures import macro_f1
+from fedtune.tasks.task_model import TaskModel
 
 from .conftest import END, bert_classifier, llama, scores_of
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.model import ModelSpec, load_base, load_tokenizer
-from fedtune.model.base_model import save_plain
+from fedtune.model.base_model import load_base, load_tokenizer, save_plain
+from fedtune.model.spec import ModelSpec
 
 TEXTS = ["Where is my card?", "It has been two weeks, and nothing came"]
 FORMATS = {

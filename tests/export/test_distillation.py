@@ -19,9 +19,10 @@ from fedtune.data.records import Record
 from fedtune.export import distillation
 from fedtune.export.distillation import FEWEST
 from fedtune.export.onnx_graphs import load_graph
-from fedtune.model import ModelSpec, load_tokenizer
+from fedtune.model.base_model import load_tokenizer
+from fedtune.model.spec import ModelSpec
 from fedtune.sites.run_records import RunRecords
-from fedtune.tasks import load_task_model
+from fedtune.tasks.saved import load_task_model
 
 from .conftest import elsewhere
 

@@ -19,11 +19,13 @@ from fedtune.data.batching import Batch, collate
 from fedtune.data.records import Record
 from fedtune.export import export_formats
 from fedtune.export.onnx_graphs import served
-from fedtune.model import load_tokenizer
+from fedtune.model.base_model import load_tokenizer
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
-from fedtune.tasks import TASKS, TaskModel, load_task_model
 from fedtune.tasks.inputs import INPUTS
+from fedtune.tasks.registry import TASKS
+from fedtune.tasks.saved import load_task_model
+from fedtune.tasks.task_model import TaskModel
 
 from .conftest import FORMATS, TEXTS, elsewhere, has_minilm
 

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, Trained, answer, consider, end_run
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.site_ledger import Ledger

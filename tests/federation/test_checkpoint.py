@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.run_folder import RunFolder
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 
 from .conftest import round_of

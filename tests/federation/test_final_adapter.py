@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.federation.protocol import EndOfRun
 from fedtune.federation.site_round import end_run
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Refused
 

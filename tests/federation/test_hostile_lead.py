@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedtune.federation.protocol import Reply
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Receipt, Update

@@ -11,7 +11,7 @@ from dp_accounting.pld import PLDAccountant
 
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.run_plan import Plan

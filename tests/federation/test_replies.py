@@ -14,7 +14,7 @@ from fedtune.federation.protocol import Reply, digest_of
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO_REPLY, UNSIGNED_REPLY, RoundReplies
 from fedtune.federation.rounding import rounded_difference
 from fedtune.federation.update_store import Arrived
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Difference, Masked, Reason, Receipt, Refusal, Update
 from fedtune.training.reach import Reach
 

@@ -21,7 +21,7 @@ from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, Unreadable, session_of
 from fedtune.federation.site_round import Trained
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Masked, Update
 
 from .test_secure_site import NAMES, VECTOR, Federation, SecureSite, federation_in

@@ -34,7 +34,7 @@ from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, session_of
 from fedtune.federation.site_round import Prepared, Site, Trained, answer, take_step
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy import durable
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey

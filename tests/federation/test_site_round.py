@@ -14,7 +14,7 @@ import pytest
 import fedtune.federation.site_round as site_module
 from fedtune.federation.lead import LeadState
 from fedtune.federation.site_round import Trained
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Kind

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.federation.update_store import Arrived
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.spec import RunError
 
 

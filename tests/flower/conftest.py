@@ -24,7 +24,8 @@ from fedtune.flower.client import make_client_app
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import superlink_app
 from fedtune.flower.simulation import InProcessGrid
-from fedtune.model import Adapter, LoraSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.site_ledger import Ledger

@@ -19,7 +19,7 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived
 from fedtune.flower.averaging import Average
 from fedtune.flower.flower_records import from_arrays, to_arrays, weighted
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy import events
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.promise import Promise

@@ -17,7 +17,7 @@ from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.client import Exchange, SiteApp
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.site_ledger import Ledger

@@ -19,7 +19,7 @@ from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, _Ears, run_deployed
 from fedtune.ops.wire.remote_grid import Heard as Answered
 from fedtune.privacy.keys import SigningKey

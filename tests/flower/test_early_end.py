@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedtune.federation.rounds import run_rounds
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.runs.results import site_charge
 

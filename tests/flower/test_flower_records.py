@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedtune.federation.protocol import Reply, RoundRequest, Signed
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import ConfigError

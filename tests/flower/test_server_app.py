@@ -15,7 +15,8 @@ from fedtune.federation.replies import BEYOND_PLAN
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
-from fedtune.model import Adapter, LoraSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError

@@ -21,7 +21,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState
 from fedtune.flower.ray_engine import RayNode, gpu_share, looker
 from fedtune.flower.simulation import InProcessGrid
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.spec import RuntimeSpec
 

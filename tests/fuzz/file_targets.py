@@ -39,7 +39,7 @@ from fedtune.report.difference import differences
 from fedtune.report.run_record import read_run
 from fedtune.sites.virtual_site import DEALT, read_dealt_out
 from fedtune.spec import KIT_SCHEMA, ConfigError, DataError, FedtuneError, RunError
-from fedtune.tasks import load_task_model
+from fedtune.tasks.saved import load_task_model
 
 from . import seeds
 from .mutations import bytes_like, json_like, mutated_bytes, mutated_json, toml_like

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import write_policy

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from fedtune.federation.protocol import EndOfRun, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Site, Trained, answer
 from fedtune.flower import flower_records
-from fedtune.model import Adapter
-from fedtune.model.adapter import AdapterError
+from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.ops.kits.members import PURPOSE, JoinRequest, site_init
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.fleet import HELLO

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from fedtune.data import Batch
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, load_base, load_tokenizer
-from fedtune.tasks import TASKS, TaskModel
+from fedtune.model.base_model import load_base, load_tokenizer
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks.registry import TASKS
+from fedtune.tasks.task_model import TaskModel
 
 from ..builders import built, with_random_values
 

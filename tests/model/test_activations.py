@@ -10,9 +10,9 @@ from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.activations import ACT2FN
 
-from fedtune.model import ModelSpec
 from fedtune.model.base_model import load_base
 from fedtune.model.layers import RowByRow, compute_by_row
+from fedtune.model.spec import ModelSpec
 
 NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "tanh", "sigmoid")
 WIDTHS = [(12, 2), (8, 64), (7, 100), (40, 384)]

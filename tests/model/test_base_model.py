@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedtune.model import ModelSpec, load_base, load_tokenizer, model_sha256
+from fedtune.model.base_model import load_base, load_tokenizer, model_sha256
+from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 
 BERT, LLAMA = ModelSpec(path="random:bert"), ModelSpec(path="random:llama")

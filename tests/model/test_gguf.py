@@ -11,9 +11,9 @@ import torch
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from fedtune.model import ModelSpec, load_base, load_tokenizer
-from fedtune.model.base_model import expanded_gguf, load_gguf, tiny_base, tiny_tokenizer
+from fedtune.model.base_model import expanded_gguf, load_base, load_gguf, load_tokenizer, tiny_base, tiny_tokenizer
 from fedtune.model.refusals import ARCHITECTURES, OF_ANY_CONFIG
+from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 
 

@@ -14,30 +14,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, Phi3Config, Phi3Model, PreTrainedModel, RobertaConfig, RobertaModel
 
-from fedtune.model import ModelSpec, load_base, load_tokenizer, model_sha256
+from fedtune.model.base_model import load_base, load_tokenizer, model_sha256
 from fedtune.model.fits import check_ignores_batch_length, check_tokenizer_fits, usable_positions
+from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 
 
-def sets(name: str, **changes: Any) -> Change:
-    """Change keys of a JSON file, which is made where there is none."""
+def edits(name: str, edit: Callable[[dict[str, Any]], object]) -> Change:
+    """Edit a JSON file, which is made where there is none."""
 
     def change(folder: Path) -> None:
         file = folder / name
         fields = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps(fields | changes))
+        edit(fields)
+        file.write_text(json.dumps(fields))
 
     return change
 
 
+def sets(name: str, **changes: Any) -> Change:
+    return edits(name, lambda fields: fields.update(changes))
+
+
 def writes(name: str, text: str | bytes) -> Change:
-    return lambda folder: void((folder / name).write_bytes(text.encode() if isinstance(text, str) else text))
-
-
-def void(_: object) -> None:
-    """For what a lambda's expression gives."""
+    return lambda folder: (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
 
 
 def config(**changes: Any) -> Change:
@@ -285,25 +287,18 @@ def test_what_is_not_in_the_manifest_changes_nothing(added: str, clean: Path, fo
 
 
 def adds_token(token: str, number: int) -> Change:
-    def change(folder: Path) -> None:
-        file = folder / "tokenizer.json"
-        fields = json.loads(file.read_text())
+    def edit(fields: dict[str, Any]) -> None:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         fields["added_tokens"].append({"id": number, "content": token, "special": False, **flags})
         fields["model"]["vocab"][token] = number
-        file.write_text(json.dumps(fields))
 
-    return change
+    return edits("tokenizer.json", edit)
 
 
 def template_gives(number: int) -> Change:
-    def change(folder: Path) -> None:
-        file = folder / "tokenizer.json"
-        fields = json.loads(file.read_text())
-        fields["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [number]
-        file.write_text(json.dumps(fields))
-
-    return change
+    return edits(
+        "tokenizer.json", lambda fields: fields["post_processor"]["special_tokens"]["[CLS]"].update(ids=[number])
+    )
 
 
 def fits(folder: Path) -> None:

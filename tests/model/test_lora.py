@@ -10,10 +10,12 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, attach_adapters, load_base
+from fedtune.model.base_model import load_base
 from fedtune.model.ia3_and_dora import as_peft, merged
+from fedtune.model.layers import attach_adapters
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 
 from ..builders import with_random_values
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, spec
+from fedtune.model import spec
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 
 

@@ -13,8 +13,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.model import ModelSpec, load_tokenizer
+from fedtune.model.base_model import load_tokenizer
 from fedtune.model.fits import ids_of
+from fedtune.model.spec import ModelSpec
 from fedtune.model.tokenizer_rules import PUBLISHED, tokenizer_refusal
 from fedtune.spec import ConfigError
 

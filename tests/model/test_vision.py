@@ -13,13 +13,13 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel
 
 from fedtune.data.images import ImageReader
-from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, load_base, model_sha256
-from fedtune.model.base_model import load_processor
+from fedtune.model.base_model import load_base, load_processor, model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import VISION
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import build_task_model
 from fedtune.tasks.inputs import input_named
+from fedtune.tasks.task_model import build_task_model
 
 from ..pictures import MODELS, picture, vision_folder
 

@@ -25,7 +25,7 @@ from fedtune.ops import logs
 from fedtune.ops.logs import LEVELS, Level, configure_logs
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, DataError, RunError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 from ..conftest import own_logging
 

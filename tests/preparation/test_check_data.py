@@ -13,12 +13,12 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.load import deal
-from fedtune.model import load_tokenizer
+from fedtune.model.base_model import load_tokenizer
 from fedtune.preparation import check_data, duplicates
 from fedtune.preparation.check_data import Checked, at_own_site, check
 from fedtune.privacy.site_policy import Dataset, Policy, Population
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 from ..data.conftest import chat
 

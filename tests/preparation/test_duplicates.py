@@ -13,7 +13,7 @@ from fedtune.data.records import Record
 from fedtune.preparation import duplicates
 from fedtune.preparation.copies import Near, Words, compare, longest_runs
 from fedtune.preparation.duplicates import Earlier, Likeness
-from fedtune.tasks import TASKS
+from fedtune.tasks.registry import TASKS
 
 TURNS = '[{"role":"user","content":"b"}]'
 

@@ -13,12 +13,12 @@ import yaml
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.data import iter_records
 from fedtune.data.faults import LeftOut
-from fedtune.model import load_tokenizer
+from fedtune.data.records import iter_records
+from fedtune.model.base_model import load_tokenizer
 from fedtune.preparation import starter
 from fedtune.preparation.detect import look_at
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 from ..data.conftest import chat as turns
 

@@ -123,10 +123,7 @@ def test_a_damaged_anchor_stops(anchored: Any, anchor: Path, damage: Callable[[b
 def test_an_anchor_of_another_ledger_or_key_stops(anchored: Any, anchor: Path, opened: Any, tmp_path: Path) -> None:
     head = anchored().head()
     fields = {name: getattr(head, name) for name in head.__slots__ if name not in ("site_key", "signature")}
-    for other in (
-        opened(path=tmp_path / "other.db").head(),
-        Head.signed(make_key(9), **(fields | {"sequence": 1})),
-    ):
+    for other in (opened(path=tmp_path / "other.db").head(), Head.signed(make_key(9), **(fields | {"sequence": 1}))):
         anchor.write_bytes(other.to_bytes())
         with pytest.raises(RunError, match="the anchor is of another ledger"):
             anchored()

@@ -134,9 +134,7 @@ def situations(
         ),
         "unbounded": filled(a_report_without_privacy(verdict=Verdict(state="no_guarantee", reasons=("no_noise",)))),
         "upper_bound": filled(
-            run,
-            verdict=silent,
-            sites=(replace(north, verdict=silent, spent=upper_bound, source="not_released"), south),
+            run, verdict=silent, sites=(replace(north, verdict=silent, spent=upper_bound, source="not_released"), south)
         ),
         "not_released": filled(run, sites=(north, unreleased)),
         "ledger": filled(a_ledger_report()),

@@ -12,7 +12,7 @@ import torch
 
 import fedtune
 from fedtune.api.compose import compose_run
-from fedtune.model import model_sha256
+from fedtune.model.base_model import model_sha256
 from fedtune.runs import environment
 from fedtune.runs.environment import note_environment, read_environments
 from fedtune.spec import RUN_SCHEMA, RunError

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs import forecast as forecast_module
 from fedtune.runs.forecast import forecast, seconds_per_example
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec
 
 SIZES = {"a": 100, "b": 50}

@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.cli.finished_run import finished_run
 from fedtune.data.records import NO_VALUE, Record, column_values
-from fedtune.model import HeadSpec
+from fedtune.model.spec import HeadSpec
 from fedtune.runs.model_comparison import Finished, side_by_side
 from fedtune.sites.run_records import sites_of
 from fedtune.spec import ConfigError, DataError

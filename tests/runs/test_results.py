@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import DIVERGED, GUESS, WORSE, FinalResult, RunResult, findings_of

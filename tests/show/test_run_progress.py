@@ -17,7 +17,7 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.release import Receipt
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult, SiteCharge

@@ -10,9 +10,9 @@ import torch
 from fedtune.audit import sensitivity
 from fedtune.data import Shapes
 from fedtune.evaluation.scoring import figures_of
-from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import dp_step, preflight
 from fedtune.training.examples import SiteExamples
 from fedtune.training.machine import device_for

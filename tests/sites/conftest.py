@@ -21,7 +21,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.federation.site_round import answer, end_run
 from fedtune.federation.spec import FederationSpec
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.keys import SigningKey

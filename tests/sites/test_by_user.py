@@ -12,7 +12,7 @@ import pytest
 import fedtune.sites.work as site_work
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel

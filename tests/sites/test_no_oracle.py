@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import fedtune.sites.real_site as real_site
-from fedtune.model import Adapter, HeadSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import HeadSpec
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.model import ModelSpec, load_base, load_tokenizer
+from fedtune.model.base_model import load_base, load_tokenizer
 from fedtune.model.manifest import manifest_of
+from fedtune.model.spec import ModelSpec
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError

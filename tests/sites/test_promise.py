@@ -16,7 +16,7 @@ from fedtune.config import RunConfig
 from fedtune.data.partition import PartitionSpec
 from fedtune.federation.protocol import Invitation
 from fedtune.federation.site_round import answer, consider
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy import accountant, events
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.promise import Promise

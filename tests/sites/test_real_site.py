@@ -19,7 +19,7 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
 from fedtune.federation.protocol import Reply
 from fedtune.federation.rounding import rounded_difference
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Reason, Refusal, Update
@@ -29,7 +29,7 @@ from fedtune.sites.shared_model import LeadData, SharedModel
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
-from fedtune.tasks import build_task_model
+from fedtune.tasks.task_model import build_task_model
 
 from .conftest import letters
 

@@ -13,7 +13,7 @@ import fedtune
 import fedtune.sites.shared_model as shared_model
 from fedtune.api.compose import compose_run
 from fedtune.sites.session import Session
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.examples import SiteExamples
 
 from ..conftest import adapter_of, result_of, tiny

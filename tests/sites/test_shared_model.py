@@ -16,7 +16,7 @@ from fedtune.sites import shared_model
 from fedtune.sites.session import Session
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
-from fedtune.tasks import save_task_model
+from fedtune.tasks.saved import save_task_model
 
 from .conftest import letters
 

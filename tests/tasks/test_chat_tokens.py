@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data import Record
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 from ..data.conftest import chat, in_json
 from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, WITHOUT_SYSTEM, messages

@@ -11,12 +11,13 @@ import pytest
 import torch
 from scipy import stats
 
-from fedtune.data import DataSpec, Record, TextDataset, collate
-from fedtune.data.spec import PairsSpec
+from fedtune.data import Record, TextDataset, collate
+from fedtune.data.spec import DataSpec, PairsSpec
 from fedtune.evaluation.scoring import figures_of, unit_scores
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import TaskModel, task_named
 from fedtune.tasks.embedding import ranks_of_own
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.task_model import TaskModel
 
 from ..data.conftest import data_spec
 

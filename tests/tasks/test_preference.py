@@ -11,12 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset, collate
+from fedtune.data import Record, TextDataset, collate
+from fedtune.data.spec import DataSpec
+from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.evaluation.scoring import figures_of, unit_scores
-from fedtune.model import LoraSpec
+from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
-from fedtune.tasks import TaskModel, load_task_model, save_task_model, task_named
 from fedtune.tasks.preference import length_controlled
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.saved import load_task_model, save_task_model
+from fedtune.tasks.task_model import TaskModel
 
 from ..builders import with_random_values
 from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, chat, data_spec, in_json, rows

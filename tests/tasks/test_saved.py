@@ -16,11 +16,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save
 
-from fedtune.model import Adapter, AdapterError, HeadSpec, LoraSpec, ModelSpec, load_base
+from fedtune.model.adapter import Adapter, AdapterError
+from fedtune.model.base_model import load_base
 from fedtune.model.source import public_place
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import SavedAdapter, build_task_model, load_task_model, save_task_model
 from fedtune.tasks.inputs import mean_pooled
+from fedtune.tasks.saved import SavedAdapter, load_task_model, save_task_model
+from fedtune.tasks.task_model import build_task_model
 
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
 KINDS += [("random:bert", "multi_label"), ("random:bert", "ordinal"), ("random:bert", "regression")]

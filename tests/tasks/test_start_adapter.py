@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel, build_task_model, save_task_model
-from fedtune.tasks.saved import SavedAdapter
+from fedtune.tasks.saved import SavedAdapter, save_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 
 TABLE: dict[str, Any] = {"model": ModelSpec(path="none"), "lora": LoraSpec(kind="none"), "input": "features"}
 TABLE |= {"head": HeadSpec(scale=1.0, hidden=(2,)), "values": ("age",)}

@@ -15,7 +15,7 @@ import torch
 from fedtune.data.records import Record
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import TASKS, task_named
+from fedtune.tasks.registry import TASKS, task_named
 from fedtune.tasks.survival import concordance, followed_through, integrated_brier
 
 from ..data.conftest import data_spec

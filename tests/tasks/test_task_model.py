@@ -12,12 +12,13 @@ from torch import nn
 from transformers import BertLMHeadModel, RobertaForCausalLM
 
 from fedtune.data import Batch
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec, load_tokenizer
+from fedtune.model.base_model import load_tokenizer
 from fedtune.model.fits import check_causal, check_examples_apart
 from fedtune.model.layers import checkpoint_layers
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel, build_task_model
 from fedtune.tasks.classification import Classification
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.per_example import attached
 
 from ..model.conftest import one_of

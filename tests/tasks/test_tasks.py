@@ -16,9 +16,9 @@ from fedtune.data.features import FeatureSpec
 from fedtune.data.records import record_of
 from fedtune.data.spec import PairsSpec
 from fedtune.data.text_rows import or_fault
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import TASKS, task_named
+from fedtune.tasks.registry import TASKS, task_named
 
 from ..data.conftest import data_spec
 
@@ -205,7 +205,7 @@ def test_each_label_needs_its_text() -> None:
 
 
 def test_tasks_import_without_torch() -> None:
-    code = "import sys, fedtune.tasks; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, fedtune.tasks.registry; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

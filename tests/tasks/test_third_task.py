@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.data import Batch, DataSpec, Record, TextDataset
+from fedtune.data import Batch, Record, TextDataset
+from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import Targets, Tokenizer, cut, encode
 from fedtune.model.spec import TaskModelSpec
-from fedtune.tasks import TASKS, Task
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
+from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task
 from fedtune.tasks.inputs import mean_pooled
+from fedtune.tasks.registry import TASKS
 
 LONGEST = 16
 HEADS = ("length", "room")

@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedtune.data import DataSpec, Record, TextDataset, collate
+from fedtune.data import Record, TextDataset, collate
 from fedtune.data.records import record_of
+from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.evaluation.scoring import figures_of, unit_scores
-from fedtune.model import LoraSpec, ModelSpec, TaskModelSpec, load_tokenizer
+from fedtune.model.base_model import load_tokenizer
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
 from fedtune.tasks.measures import entity_counts, rates
+from fedtune.tasks.registry import task_named
 from fedtune.tasks.token_classification import entities_in, marks
 
 from ..data.conftest import data_spec

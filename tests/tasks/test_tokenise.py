@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,27 +10,24 @@ import pytest
 from tokenizers import normalizers
 from tokenizers.pre_tokenizers import FixedLength
 
-from fedtune.data import UNSUPERVISED, Record, TextDataset
+from fedtune.data import Record, TextDataset
+from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks import task_named
+from fedtune.tasks.registry import task_named
 
 from ..data.conftest import CARD, CLS, IS, LOST, MY, SEP, WHERE, data_spec, make_tokenizer
 
 PROMPTED = [Record({"prompt": "name", "completion": "there is"}), Record({"prompt": "my card", "completion": "lost"})]
 
 
-def tokenise_classification(
-    records: list[Record], tokenizer: Any, *, labels: Any, max_length: int, lenient_within: int | None = None
+def tokenise(
+    task: str, records: list[Record], tokenizer: Any, *, labels: Any = (), within: int | None = None, **data: Any
 ) -> TextDataset:
-    data = data_spec(labels=tuple(labels), max_length=max_length)
-    return task_named("classification").tokenise(records, tokenizer, data=data, lenient_within=lenient_within)
+    settings = data_spec(labels=tuple(labels), **data)
+    return task_named(task).tokenise(records, tokenizer, data=settings, lenient_within=within)
 
 
-def tokenise_causal_lm(
-    records: list[Record], tokenizer: Any, *, template: str, max_length: int, lenient_within: int | None = None
-) -> TextDataset:
-    data = data_spec(prompt_template=template, max_length=max_length)
-    return task_named("causal_lm").tokenise(records, tokenizer, data=data, lenient_within=lenient_within)
+tokenise_classification, tokenise_causal_lm = (partial(tokenise, task) for task in ("classification", "causal_lm"))
 
 
 def labelled(*rows: tuple[str, str]) -> list[Record]:
@@ -50,23 +48,23 @@ def test_no_example_is_longer_than_asked_whatever_the_tokenizer_puts_around_it()
     tokenizer = make_tokenizer(post="[CLS] [CLS] $A [SEP] [SEP]")
     rows = labelled(("where is my card", "b"), ("lost", "a"))
     for within in (None, 99):
-        dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=3, lenient_within=within)
+        dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=3, within=within)
         assert dataset.lengths.max() <= 3
 
 
 @pytest.mark.parametrize("within", [11, 6])
 def test_a_text_beyond_the_vocabulary_adds_nothing_where_that_is_asked(decoder_tokenizer: Any, within: int) -> None:
     rows = labelled(("where is my card", "b"), ("lost", "a"), (" ", "a"))
-    dataset = tokenise_classification(rows, decoder_tokenizer, labels="ab", max_length=5, lenient_within=within)
+    dataset = tokenise_classification(rows, decoder_tokenizer, labels="ab", max_length=5, within=within)
     assert dataset.targets.tolist() == [1 if within == 11 else UNSUPERVISED, 0, UNSUPERVISED]
     assert dataset.lengths.tolist() == [4 if within == 11 else 1, 1, 1]
     prompted = [Record({"prompt": "where", "completion": "lost"})]
-    causal = tokenise_causal_lm(prompted, decoder_tokenizer, template="{prompt}", max_length=5, lenient_within=within)
+    causal = tokenise_causal_lm(prompted, decoder_tokenizer, prompt_template="{prompt}", max_length=5, within=within)
     assert causal.input_ids[0].tolist() == ([WHERE, LOST, SEP] if within == 11 else [SEP])
     supervised = [LOST, SEP] if within == 11 else []
     assert [target for target in causal.targets[0] if target != UNSUPERVISED] == supervised, "half a record is another"
     empty = [Record({"prompt": "", "completion": "lost"})]
-    causal = tokenise_causal_lm(empty, decoder_tokenizer, template="{prompt}", max_length=5, lenient_within=within)
+    causal = tokenise_causal_lm(empty, decoder_tokenizer, prompt_template="{prompt}", max_length=5, within=within)
     assert causal.input_ids[0].tolist() == [LOST, SEP], "an empty prompt is whole"
     assert causal.targets[0].tolist() == [UNSUPERVISED, SEP], "and nothing can be predicted from nothing"
 
@@ -78,21 +76,21 @@ def test_a_text_without_tokens(decoder_tokenizer: Any) -> None:
 
 def test_a_brace_in_a_record_is_text(decoder_tokenizer: Any) -> None:
     rows = [Record({"prompt": "{completion}", "completion": "lost"})]
-    dataset = tokenise_causal_lm(rows, decoder_tokenizer, template="{prompt} {{", max_length=9)
+    dataset = tokenise_causal_lm(rows, decoder_tokenizer, prompt_template="{prompt} {{", max_length=9)
     assert dataset.input_ids[0].tolist() == [1, 1, LOST, SEP]
 
 
 def test_no_end_of_text_token(decoder_tokenizer: Any) -> None:
     endless: Any = SimpleNamespace(eos_token_id=None, name_or_path="endless")
     with pytest.raises(ConfigError, match=r"model\.path = 'endless': its tokenizer must have an end-of-text token"):
-        tokenise_causal_lm(PROMPTED, endless, template="{prompt}", max_length=9)
+        tokenise_causal_lm(PROMPTED, endless, prompt_template="{prompt}", max_length=9)
 
 
 def test_nothing_to_tokenise(encoder_tokenizer: Any) -> None:
     classified = tokenise_classification([], encoder_tokenizer, labels="ab", max_length=5)
     assert len(classified) == 0
     assert classified.lengths.shape == (0,)
-    assert tokenise_causal_lm([], encoder_tokenizer, template="{prompt}", max_length=5).targets == ()
+    assert tokenise_causal_lm([], encoder_tokenizer, prompt_template="{prompt}", max_length=5).targets == ()
 
 
 def test_chunks_do_not_matter(encoder_tokenizer: Any) -> None:
@@ -137,7 +135,7 @@ FAILING = labelled(("lost card", "a"), ("bad", "a"), ("my card", "b"))
 @pytest.mark.parametrize("fail", [raising(ValueError("bad")), panicking])
 def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokenizer: Any, fail: Any) -> None:
     tokenizer = Failing(encoder_tokenizer, fail)
-    dataset = tokenise_classification(FAILING, tokenizer, labels="ab", max_length=5, lenient_within=99)
+    dataset = tokenise_classification(FAILING, tokenizer, labels="ab", max_length=5, within=99)
     assert [ids.tolist() for ids in dataset.input_ids] == [[CLS, LOST, CARD, SEP], [0], [CLS, MY, CARD, SEP]]
     assert isinstance(dataset.targets, np.ndarray)
     assert dataset.targets.tolist() == [0, UNSUPERVISED, 1]
@@ -150,16 +148,16 @@ def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokeniz
 def test_a_person_can_stop_it(encoder_tokenizer: Any, stop: type[BaseException]) -> None:
     tokenizer = Failing(encoder_tokenizer, raising(stop()))
     with pytest.raises(stop):
-        tokenise_classification(FAILING, tokenizer, labels="ab", max_length=5, lenient_within=99)
+        tokenise_classification(FAILING, tokenizer, labels="ab", max_length=5, within=99)
 
 
 def test_a_long_text_is_cut_before_it_is_encoded(encoder_tokenizer: Any) -> None:
     tokenizer = Failing(encoder_tokenizer)
     long = "card " * 100_000
     for within in (None, 99):
-        tokenise_classification(labelled((long, "a")), tokenizer, labels="a", max_length=5, lenient_within=within)
+        tokenise_classification(labelled((long, "a")), tokenizer, labels="a", max_length=5, within=within)
         row = Record({"prompt": long, "completion": long})
-        tokenise_causal_lm([row], tokenizer, template="my {prompt}", max_length=5, lenient_within=within)
+        tokenise_causal_lm([row], tokenizer, prompt_template="my {prompt}", max_length=5, within=within)
     assert max(len(text) for call in tokenizer.calls for text in call) == 64 * 5
 
 
@@ -189,7 +187,7 @@ def growing(to: str) -> Any:
 def test_a_text_that_grows_without_bound_adds_nothing_and_costs_no_other_its_tokens(to: str, left_out: bool) -> None:
     """A normaliser that makes gigabytes of one record's letters would end the process, exactly where it has them."""
     rows = labelled(("lost card", "a"), ("my ß", "a"), ("my card", "b"))
-    dataset = tokenise_classification(rows, growing(to), labels="ab", max_length=9, lenient_within=99)
+    dataset = tokenise_classification(rows, growing(to), labels="ab", max_length=9, within=99)
     plain = tokenise_classification(rows[::2], growing(to), labels="ab", max_length=9)
     assert dataset.targets.tolist() == [0, UNSUPERVISED if left_out else 0, 1]
     assert [dataset.input_ids[place].tolist() for place in (0, 2)] == [ids.tolist() for ids in plain.input_ids]
@@ -200,5 +198,5 @@ def test_what_unicode_itself_makes_longer_is_encoded() -> None:
     tokenizer = make_tokenizer(post=None)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKD()
     rows = labelled(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))
-    dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=9, lenient_within=99)
+    dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=9, within=99)
     assert dataset.targets.tolist() == [0, 1]

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model import Adapter, ModelSpec
+from fedtune.model.adapter import Adapter
 from fedtune.model.products import multiply_by_onednn
+from fedtune.model.spec import ModelSpec
 from fedtune.privacy.randomness import Randomness, SeededRandomness
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import Records, add_clipped, dp_sgd_step, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round

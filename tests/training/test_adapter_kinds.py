@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, collate
-from fedtune.model import LoraSpec
+from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others

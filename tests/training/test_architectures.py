@@ -11,11 +11,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from fedtune.data import Shapes
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.model.quantized import FourBit
 from fedtune.model.refusals import ARCHITECTURES
-from fedtune.tasks import build_task_model
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks.task_model import build_task_model
 from fedtune.training.preflight import moved_by_others
 
 pytestmark = pytest.mark.nightly

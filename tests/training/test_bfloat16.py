@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.data import collate
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.training.per_example import attached
 
 from .conftest import examples_of, summed
@@ -22,14 +22,7 @@ kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "int8", "nf4"])
 @kinds
 def test_adapters_gradients_sums_and_updates_keep_their_precision(
-    trained: Any,
-    examples: Any,
-    plan: Any,
-    records: Any,
-    stepper: Any,
-    path: str,
-    task: str,
-    dtype: str,
+    trained: Any, examples: Any, plan: Any, records: Any, stepper: Any, path: str, task: str, dtype: str
 ) -> None:
     model = trained(path, task, dtype=dtype)
     formats = {"mixed": {torch.bfloat16, torch.float32}, "int8": {torch.float32}}.get(dtype, {torch.bfloat16})

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedtune.data import UNSUPERVISED, Shapes, TextDataset
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.data import Shapes, TextDataset
+from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.products import multiply_by_onednn
-from fedtune.tasks import TASKS, TaskModel, build_task_model
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks.registry import TASKS
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached

@@ -23,9 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import Shapes
-from fedtune.model import Adapter, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError, RunError
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import devices as devices_module
 from fedtune.training import machine
 from fedtune.training.devices import Devices, DividedUnits, Trial, _Device, places_for

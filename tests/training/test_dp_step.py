@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedtune.data import TextDataset, collate
 from fedtune.privacy.mechanism import cell, poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import SMALLEST_NORM, Records, add_clipped, assert_one_tensor_set
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.spec import TrainingSpec

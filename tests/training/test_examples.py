@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fedtune.data import TextDataset
-from fedtune.model import LoraSpec
-from fedtune.tasks import TaskModel
+from fedtune.model.spec import LoraSpec
+from fedtune.tasks.task_model import TaskModel
 
 from .conftest import KINDS, examples_of, summed
 

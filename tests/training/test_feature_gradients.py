@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.data import DataSpec, Shapes, TextDataset, collate
+from fedtune.data import Shapes, TextDataset, collate
 from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.images import ImageReader, image_of
 from fedtune.data.records import Record
-from fedtune.model import Adapter, HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.data.spec import DataSpec
+from fedtune.model.adapter import Adapter
 from fedtune.model.base_model import load_processor
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.machine import ready_model, shapes_for
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others

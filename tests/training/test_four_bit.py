@@ -12,10 +12,10 @@ from torch import nn
 
 from fedtune.data import Batch, Part, Shapes, TextDataset
 from fedtune.data.batching import alone
-from fedtune.model import LoraSpec
 from fedtune.model.products import FrozenLinear, RoundedLinear
 from fedtune.model.quantized import FourBit
-from fedtune.tasks import TaskModel
+from fedtune.model.spec import LoraSpec
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data import UNSUPERVISED, DataSpec, Record, TextDataset
-from fedtune.data.spec import PairsSpec
-from fedtune.model import LoraSpec
-from fedtune.tasks import Task, TaskModel, task_named
+from fedtune.data import Record, TextDataset
+from fedtune.data.spec import DataSpec, PairsSpec
+from fedtune.data.tokenise import UNSUPERVISED
+from fedtune.model.spec import LoraSpec
+from fedtune.tasks.base import Task
+from fedtune.tasks.registry import task_named
+from fedtune.tasks.task_model import TaskModel
 
 from ..data.conftest import chat as turns_of
 from ..data.conftest import in_json, make_tokenizer

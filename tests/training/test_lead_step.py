@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedtune.federation.lead import Checkpoints, LeadState
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.run_plan import Plan

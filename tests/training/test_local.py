@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, collate
-from fedtune.model import Adapter, LoraSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness

@@ -16,7 +16,7 @@ from transformers import RobertaConfig, RobertaModel
 from fedtune.model.products import uses_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import machine
 from fedtune.training.machine import (
     device_for,

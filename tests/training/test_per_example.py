@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fedtune.data import TextDataset, collate
-from fedtune.model import HeadSpec, LoraSpec
 from fedtune.model.layers import layer_stack
+from fedtune.model.spec import HeadSpec, LoraSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.per_example import attached
 
 from .test_dp_step import loop_gradient

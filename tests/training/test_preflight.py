@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtune.data import Shapes
-from fedtune.model import Adapter, LoraSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.machine import ready_model
 from fedtune.training.preflight import _Trial, moved_by_others, require_alone
 from fedtune.training.spec import RuntimeSpec

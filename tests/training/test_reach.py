@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.model import Adapter, LoraSpec
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec
 from fedtune.privacy.run_plan import Plan
 from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set_learning_rate
 from fedtune.training.reach import Reach, reach

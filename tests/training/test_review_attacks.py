@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks import TaskModel, build_task_model
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.dp_step import SMALLEST_NORM, contributions
 
 from ..builders import with_random_values

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from fedtune.data import Batch, Shapes, TextDataset
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step, local
 from fedtune.training.dp_step import Records, add_clipped, contributions, dp_sgd_step
 from fedtune.training.examples import SiteExamples

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fedtune.data import Part, Shapes, TextDataset
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.spec import ConfigError
-from fedtune.tasks import TaskModel
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training import machine, per_example
 from fedtune.training.dp_step import add_clipped, zeros
 from fedtune.training.examples import SiteExamples

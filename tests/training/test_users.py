@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedtune.model import Adapter
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import cell, choose_records
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.training import dp_step

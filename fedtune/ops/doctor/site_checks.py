@@ -40,7 +40,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import ConfigError, DataError, RunError
-from fedtune.tasks import TASKS
+from fedtune.tasks.registry import TASKS
 from fedtune.words import spoken_start
 
 _PAGE = "docs/site_policy.md"

@@ -24,8 +24,8 @@ from fedtune.report.derive.profile import claimed, largest
 from fedtune.report.derive.verdicts import worst
 from fedtune.report.facts import RunFacts
 from fedtune.report.model import Cell, Report, SiteReport
-from fedtune.tasks import task_named
 from fedtune.tasks.inputs import input_of
+from fedtune.tasks.registry import task_named
 from fedtune.words import score_text
 
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without

@@ -165,27 +165,25 @@ def test_more_wrong_shares_than_can_be_spared_end_the_release() -> None:
     assert summation.wrong_shares == {("b", "c"), ("c", "c")}
 
 
-def test_a_site_that_deals_shares_of_another_secret_is_named() -> None:
+def with_a_flipped_bit(number: int) -> tuple[Federation, Summation]:
+    """A release of a, b and c that is revealed; in c's upload the 32 bytes of this number behind its head differ."""
     federation = Federation(terms_of(3, 2))
     summation = federation.uploaded(1, "ab")
     data = bytearray(federation.parties["c"].upload(1, federation.vector("c")))
-    start = len(b"fedtune-secure-upload-1\n") + 37 + 2 * 4 * 32  # the digest of its own mask's seed
-    data[start] ^= 1
+    data[len(b"fedtune-secure-upload-1\n") + 37 + number * 32] ^= 1
     summation.add_upload("c", bytes(data))
-    federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
+    return federation, federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
+
+
+def test_a_site_that_deals_shares_of_another_secret_is_named() -> None:
+    _, summation = with_a_flipped_bit(2 * 4)  # the digest of its own mask's seed
     with pytest.raises(Unreadable, match="c dealt shares that do not fit together") as error:
         summation.total()
     assert error.value.site == "c"
 
 
 def test_a_site_that_seals_nothing_for_another_costs_that_other_s_share_alone() -> None:
-    federation = Federation(terms_of(3, 2))
-    summation = federation.uploaded(1, "ab")
-    data = bytearray(federation.parties["c"].upload(1, federation.vector("c")))
-    start = len(b"fedtune-secure-upload-1\n") + 37 + 3 * 4 * 32  # what it sealed for a
-    data[start] ^= 1
-    summation.add_upload("c", bytes(data))
-    federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
+    federation, summation = with_a_flipped_bit(3 * 4)  # what it sealed for a
     assert summation.total().tolist() == federation.sum_of("abc").tolist()
     assert summation.wrong_shares == {("a", "c")}
 
