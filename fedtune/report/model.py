@@ -36,6 +36,9 @@ from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 from fedtune.tasks.measures import Detail
 
+CellState = Literal["auto", "design", "site", "missing"]
+Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
+
 
 @spec
 class Spent:
@@ -187,7 +190,7 @@ class Assumption:
     """
 
     code: str
-    status: Literal["violated", "assumed", "asserted", "ensured", "verified"]
+    status: Status
     evidence: str
 
 
@@ -236,7 +239,7 @@ class Cell:
     """A field of an impact assessment or of technical documentation, and who fills it."""
 
     code: str
-    state: Literal["auto", "design", "site", "missing"]
+    state: CellState
     facts: Mapping[str, str]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment as Templates
 from jinja2 import StrictUndefined
+from markupsafe import Markup, escape
 
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import LABEL, RunFolder
@@ -36,12 +37,6 @@ from fedtune.words import score_text, score_words
 CARD = "README.md"
 _TEMPLATE = "model_card.md.j2"
 _NOT_LOADABLE = "Its base is a made-up model of fedtune, which nobody else has: `fedtune export --merge` writes it out."
-
-
-class _Verbatim(str):
-    """Text of fedtune's own, which `_escaped` leaves as it is."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,9 +139,7 @@ def _body(record: RunRecord, words: Words, form: Form) -> str:
         label=LABEL,
         form=form,
         base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.shown_path,
-        public_id=model.public_id,
-        gguf_file=model.gguf_file,
-        dtype=model.dtype,
+        model=model,
         simulated=not record.deployed,
         sites=report.sites,
         made=report.provenance,
@@ -162,8 +155,8 @@ def _body(record: RunRecord, words: Words, form: Form) -> str:
         rounds=len(utility.rounds) if utility else 0,
         labels=len(data.labels),
         scores={score_words(name): tuple(map(score_text, both)) for name, both in _scores(report).items()},
-        loading=None if without_base else _Verbatim(form.loading.strip()),
-        not_loadable=_Verbatim(_NOT_LOADABLE),
+        loading=None if without_base else escape(form.loading.strip()),
+        not_loadable=escape(_NOT_LOADABLE),
         **statements(words),
     )
 
@@ -199,35 +192,30 @@ def rendered(file: str, **values: object) -> str:
 
 def statements(words: Words) -> Mapping[str, Any]:
     """The statements of the report's first page, in its words."""
-    report, texts = words.report, words.catalogue
-
-    def text(key: str, **values: object) -> _Verbatim:
-        return _Verbatim(words.text(key, **values).unescape())
-
-    factor, delta = texts.figure(report.epsilon, "factor"), texts.figure(report.delta, "exact")
-    unit = text(f"unit.{report.unit}")
-    epsilon = texts.figure(report.epsilon, "epsilon")
+    report, text, figure = words.report, words.text, words.catalogue.figure
+    delta, epsilon, unit = figure(report.delta, "exact"), figure(report.epsilon, "epsilon"), text(f"unit.{report.unit}")
+    spent, promise = None, text("promise.none")
+    if words.promises:
+        promise = text(f"promise.{report.unit}", factor=figure(report.epsilon, "factor"), delta=delta)
+        if report.target_epsilon is not None:
+            spent = text("verdict.spent_run", spent=epsilon, approved=figure(report.target_epsilon, "cap"))
     return {
         "unit": unit,
         "promised": words.promises,
         "epsilon": text("documentation.privacy_text", epsilon=epsilon, delta=delta, unit=unit),
         "verdict": text(f"verdict.{report.verdict.state}_run"),
-        "spent": text("verdict.spent_run", spent=epsilon, approved=texts.figure(report.target_epsilon, "cap"))
-        if words.promises and report.target_epsilon is not None
-        else None,
-        "reasons": [_Verbatim(words.code("reason", code).unescape()) for code in report.verdict.reasons],
-        "promise": text(f"promise.{report.unit}", factor=factor, delta=delta)
-        if words.promises
-        else text("promise.none"),
+        "spent": spent,
+        "reasons": [words.code("reason", code) for code in report.verdict.reasons],
+        "promise": promise,
         "against": text("promise.against"),
-        "limits": [_Verbatim(words.code("not_protected", code).unescape()) for code in report.not_protected],
+        "limits": [words.code("not_protected", code) for code in report.not_protected],
     }
 
 
 def _escaped(value: object) -> str:
-    """Escape a value for a line of Markdown, so that it neither ends the line nor adds markup."""
-    if isinstance(value, _Verbatim):
-        return value
+    """A value for a line of Markdown, which it neither ends nor adds markup to; words of fedtune's own are Markup."""
+    if isinstance(value, Markup):
+        return value.unescape()
     return re.sub(r"([\\`*_{}\[\]<>()#|!~&])", r"\\\1", _one_line(str(value)))
 
 

@@ -13,7 +13,7 @@ from datetime import date, timedelta
 from itertools import pairwise, takewhile
 from typing import Any
 
-from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, UNSIGNED_REPLY
 from fedtune.privacy import accountant, events, filter
@@ -40,8 +40,7 @@ _MOST_COMPOSED = 2 * _MOST_BUCKETS
 _MOST_ORDER = 1e4
 _MOST_ROWS = 500_000  # a page of so many takes a third of a gigabyte
 _MOST_CANARIES = 10_000_000  # a million take about a second
-_BUCKETS_OF_ANY = 3e4
-"""As much work as a mechanism takes whatever its size: about 0.1 s."""
+_BUCKETS_OF_ANY = 3e4  # as much work as a mechanism takes whatever its size: about 0.1 s
 
 Charges = Counter[DpEvent]
 
@@ -127,8 +126,7 @@ def _widest(charges: Charges) -> float:
 
 def _check_size(event: DpEvent, count: int) -> None:
     """Refuse what no site would run, and what would keep this machine busy for hours."""
-    rate = event.sampling_probability if isinstance(event, PoissonSampledDpEvent) else 1.0
-    gaussian = event.event if isinstance(event, PoissonSampledDpEvent) else event
+    rate, gaussian = profile.parts_of(event)
     fine = isinstance(event, NonPrivateDpEvent)
     if isinstance(gaussian, GaussianDpEvent):
         fine = rate >= LEAST_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
@@ -139,7 +137,7 @@ def _check_size(event: DpEvent, count: int) -> None:
 
 def _buckets(event: DpEvent) -> float:
     """Of a mechanism's distribution on the fine grid, about."""
-    gaussian = event.event if isinstance(event, PoissonSampledDpEvent) else event
+    _, gaussian = profile.parts_of(event)
     if not isinstance(gaussian, GaussianDpEvent):
         return 0.0
     sigma = gaussian.noise_multiplier

@@ -27,9 +27,19 @@ _MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded",
 def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     """The fields of an entry, in English."""
     words, of_run = Words(report, catalogue("en")), report.kind == "run"
+
+    def said(section: str, codes: Sequence[str]) -> list[str]:
+        return [words.code(section, code).unescape() for code in codes]
+
+    keys = ("sampling", "sampling_rate", "noise_multiplier", "clip_norm", "steps_a_round")
+    rows = dict.fromkeys(  # what a step did, at all sites and in all runs that had the same settings
+        (row.sampling_run, row.sampling_rate, row.noise_multiplier, row.max_grad_norm, row.local_steps)
+        for site in report.sites
+        for row in site.mechanisms
+    )
     picked = report.utility.selection if report.utility else None  # in a search of fedtune's
     search = f"picked by {picked.judged_by} out of {picked.trials} trials of {picked.search}" if picked else ""
-    said = dataclasses.asdict(about) | {"tuning": about.tuning or search}
+    by_people = dataclasses.asdict(about) | {"tuning": about.tuning or search}
     facts = {name: value for cell in report.cells for name, value in cell.facts.items() if value}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -43,20 +53,33 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
             "kind": "fine-tuned model" if of_run else "updates to models",
             "task": facts.get("task"),
             "base_model": facts.get("base_model"),
-            "released": _said(words, "released", report.released),
+            "released": said("released", report.released),
             "release": "one run" if of_run else "all runs of one site so far",
             "access": about.access,
         },
         "data": {"name": facts.get("dataset"), "dynamics": about.dynamics, "preprocessing": about.preprocessing},
-        "privacy": _privacy(words),
+        "privacy": {
+            "result": report.verdict.state,
+            "holds_for": "a simulation on one machine" if "simulation" in report.banners else "real sites",
+            "flavour": "(epsilon, delta)-differential privacy",
+            "unit": words.code("unit", report.unit).unescape(),
+            "neighbouring_relation": words.code("relation", report.neighbouring_relation).unescape(),
+            "epsilon": report.epsilon if words.promises else None,
+            "delta": report.delta,
+            "sites": len(report.sites),
+            "model": _TOGETHER if words.shared else words.text(_MODEL[words.noise]).unescape(),
+            "mechanisms": [
+                {"name": "DP-SGD" if row[2] else "none", **dict(zip(keys, row, strict=True))} for row in rows
+            ],
+        },
         "accounting": {
             "accountant": facts.get("accountant"),
-            "covers": _said(words, "covers", report.covers),
-            "leaves_out": _said(words, "leaves_out", report.leaves_out),
+            "covers": said("covers", report.covers),
+            "leaves_out": said("leaves_out", report.leaves_out),
         },
-        "tuning": said["tuning"],
-        "not_protected": _said(words, "not_protected", report.not_protected),
-        "unprotected_quantities": _said(words, "unprotected_figure", report.unprotected_figures),
+        "tuning": by_people["tuning"],
+        "not_protected": said("not_protected", report.not_protected),
+        "unprotected_quantities": said("unprotected_figure", report.unprotected_figures),
         "implementation": {
             "software": f"fedtune {report.provenance.fedtune_version}",
             "libraries": dict(report.provenance.libraries),
@@ -64,37 +87,10 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         },
         "justification": about.justification,
         "report_sha256": hashlib.sha256(signing.to_text(report).encode()).hexdigest(),
-        "missing": [name for name, value in said.items() if not value.strip()],
-    }
-
-
-def _privacy(words: Words) -> dict[str, Any]:
-    """What is promised, for whom, in which model, by which mechanisms."""
-    report = words.report
-    keys = ("sampling", "sampling_rate", "noise_multiplier", "clip_norm", "steps_a_round")
-    rows = dict.fromkeys(  # what a step did, at all sites and in all runs that had the same settings
-        (row.sampling_run, row.sampling_rate, row.noise_multiplier, row.max_grad_norm, row.local_steps)
-        for site in report.sites
-        for row in site.mechanisms
-    )
-    return {
-        "result": report.verdict.state,
-        "holds_for": "a simulation on one machine" if "simulation" in report.banners else "real sites",
-        "flavour": "(epsilon, delta)-differential privacy",
-        "unit": words.code("unit", report.unit).unescape(),
-        "neighbouring_relation": words.code("relation", report.neighbouring_relation).unescape(),
-        "epsilon": report.epsilon if words.promises else None,
-        "delta": report.delta,
-        "sites": len(report.sites),
-        "model": _TOGETHER if words.shared else words.text(_MODEL[words.noise]).unescape(),
-        "mechanisms": [{"name": "DP-SGD" if row[2] else "none", **dict(zip(keys, row, strict=True))} for row in rows],
+        "missing": [name for name, value in by_people.items() if not value.strip()],
     }
 
 
 def to_text(report: Report, about: AboutSpec) -> str:
     """The content of registry.json; equal reports give equal bytes."""
     return json.dumps(entry(report, about), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _said(words: Words, section: str, codes: Sequence[str]) -> list[str]:
-    return [words.code(section, code).unescape() for code in codes]

@@ -21,10 +21,8 @@ from fedtune.report.model import Problem, Report, SiteReport
 from fedtune.spec import RUN_SCHEMA, RunError
 
 _MOST_CANARIES = 10**6
-_MOST_EPSILON = 1e3
-"""Far more than that many canaries can show."""
-_LAST_DIGITS = 5e-6
-"""Where a search for a bound may end on another machine."""
+_MOST_EPSILON = 1e3  # far more than that many canaries can show
+_LAST_DIGITS = 5e-6  # where a search for a bound may end on another machine
 _MARK = """\
 This folder is an audit. Among the training data were {what},
 planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +23,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive.profile import claimed, largest
 from fedtune.report.derive.verdicts import worst
 from fedtune.report.facts import RunFacts
-from fedtune.report.model import Cell, Report, SiteReport
+from fedtune.report.model import Cell, CellState, Report, SiteReport
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 from fedtune.words import score_text
@@ -59,19 +59,15 @@ def rows(known: Mapping[str, str | None]) -> tuple[Cell, ...]:
         known: name of a fact -> its value, None where it is not known; one that no row asks for is a mistake of ours.
     """
     assert known.keys() <= {name for row in ROWS for name in row.facts}, "a fact that no cell shows"
-    values = {name: value for name, value in known.items() if value is not None}
-    return tuple(cell for row in ROWS for cell in _cells(row, values))
-
-
-def _cells(row: Row, known: Mapping[str, str]) -> Iterator[Cell]:
-    found = {name: known[name] for name in row.facts if name in known}
-    if of_record := {name: value for name, value in found.items() if name not in BY_DESIGN}:
-        yield Cell(code=row.code, state="auto", facts=of_record)
-    if by_design := {name: value for name, value in found.items() if name in BY_DESIGN}:
-        yield Cell(code=row.code, state="design", facts=by_design)
-    if unknown := {name: "" for name in row.facts if name not in known}:
-        yield Cell(code=row.code, state="missing", facts=unknown)
-    yield Cell(code=row.code, state="site", facts=dict.fromkeys(row.of_the_site, ""))
+    made: list[Cell] = []
+    for row in ROWS:
+        found: dict[CellState, dict[str, str]] = {"auto": {}, "design": {}, "missing": {}}
+        for name in row.facts:
+            value = known.get(name)
+            found["missing" if value is None else "design" if name in BY_DESIGN else "auto"][name] = value or ""
+        made += [Cell(code=row.code, state=state, facts=facts) for state, facts in found.items() if facts]
+        made.append(Cell(code=row.code, state="site", facts=dict.fromkeys(row.of_the_site, "")))
+    return tuple(made)
 
 
 def of_report(report: Report) -> tuple[Cell, ...]:
@@ -165,10 +161,8 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
     meanings = [site.meaning for site in sites if site.meaning]
     mechanisms = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
     by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]
-    right = by_mechanism if None not in by_mechanism else [meaning.right_of_100_ceiling for meaning in meanings]
-    mechanism = "not_computed" if None in by_mechanism else _of_100(by_mechanism)
-    bound = _of_100(right) if promised else "100"
-    ceiling = _of_100(meaning.right_of_100_ceiling for meaning in meanings) if promised else "100"
+    ceiling, mechanism = _of_100(meaning.right_of_100_ceiling for meaning in meanings), _of_100(by_mechanism)
+    bound = (ceiling if None in by_mechanism else mechanism) if promised else "100"
     failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
     summed = any(row.shared for site in sites for row in site.mechanisms)
     technologies = {"federated_learning": True, "secure_aggregation": summed, "differential_privacy": promised}
@@ -177,8 +171,8 @@ def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
         "epsilon": epsilon_text(largest(epsilons) if promised else None),
         "delta": f"{delta:g}",
         "expected_failures": _number(max(failures, default=None)),
-        "right_of_100_ceiling": ceiling,
-        "right_of_100_mechanism": mechanism if promised else None,
+        "right_of_100_ceiling": ceiling if promised else "100",
+        "right_of_100_mechanism": ("not_computed" if None in by_mechanism else mechanism) if promised else None,
         "singling_out_bound": bound,
         "linkability_bound": bound,
         "sampling_run": _listed(sorted(mechanisms)),

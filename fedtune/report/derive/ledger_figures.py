@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 
-from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting import DpEvent, GaussianDpEvent
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, groups, period_of
@@ -158,34 +158,24 @@ def _rounds(facts: LedgerFacts) -> Mapping[str, int]:
 def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
     """What each run did, rounds on lost branches included; then, under no name, what lost runs did."""
     own, charged = _rounds(facts), charged_to(facts, None)
-    rounds = {run.run: own[run.run] + run.lost_rounds for run in facts.runs}
-    unexplained = _less(charged, facts, rounds)
-    if any(count < 0 for count in unexplained.values()):
-        # A head that names more rounds than charges: the events alone count, and what they leave is nobody's run.
-        rounds = dict(own)
-        unexplained = _less(charged, facts, rounds)
+    # Of a head that names more rounds than charges the events alone count, and what they leave is nobody's run.
+    for rounds in ({run.run: own[run.run] + run.lost_rounds for run in facts.runs}, own):
+        unexplained = Counter(charged)
+        for run in facts.runs:
+            unexplained.subtract(profile.charged_events(run.plan, rounds[run.run]))
+        if all(count >= 0 for count in unexplained.values()):
+            break
     # The fedtune that wrote the entry samples so.
     made = partial(profile.mechanism_of, sampling="poisson")
     known = [made(one.plan, run=one.run, rounds=rounds[one.run], noise_factor=one.noise_factor) for one in facts.runs]
     return (*known, *(_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
 
 
-def _less(charged: Counter[DpEvent], facts: LedgerFacts, rounds: Mapping[str, int]) -> Counter[DpEvent]:
-    left = Counter(charged)
-    for run in facts.runs:
-        left.subtract(events.grouped([run.plan.event(rounds=rounds[run.run])]))
-    return left
-
-
 def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
     """A mechanism that ran on a branch that was lost, of which nothing else is known: steps as those of one round."""
-    ((json, _),) = events.counted([event])
-    rate, noise, scores = 1.0, 0.0, 0.0
-    match event:
-        case PoissonSampledDpEvent():
-            rate, noise = event.sampling_probability, event.event.noise_multiplier
-        case GaussianDpEvent():
-            noise = scores = event.noise_multiplier
+    ((json, _),), (rate, gaussian) = events.counted([event]), profile.parts_of(event)
+    noise = gaussian.noise_multiplier if isinstance(gaussian, GaussianDpEvent) else 0.0
+    scores = noise if gaussian is event else 0.0
     return Mechanism(
         run="",
         sampling_assumed="poisson",

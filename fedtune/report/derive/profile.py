@@ -61,6 +61,11 @@ def charged_events(plan: Plan, rounds: int) -> Mapping[DpEvent, int]:
     return events.grouped([plan.event(rounds=rounds)])
 
 
+def parts_of(event: DpEvent) -> tuple[float, DpEvent]:
+    """With which probability a mechanism samples each unit, and what it does to those that it sampled."""
+    return (event.sampling_probability, event.event) if isinstance(event, PoissonSampledDpEvent) else (1.0, event)
+
+
 def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_factor: float | None = None) -> Mechanism:
     """What `rounds` charged rounds, retries included, of a plan did, as the site carried it out.
 
@@ -184,9 +189,7 @@ def _right_by_mixture(counted: Counted, members: int) -> float | None:
         return None
     total = None
     for event, count in counted:
-        rate, gaussian = (
-            (event.sampling_probability, event.event) if isinstance(event, PoissonSampledDpEvent) else (1.0, event)
-        )
+        rate, gaussian = parts_of(event)
         if not isinstance(gaussian, GaussianDpEvent) or gaussian.noise_multiplier < _LEAST_NOISE_OF_SEVERAL:
             return None
         shares = {n: math.comb(members, n) * rate**n * (1 - rate) ** (members - n) for n in range(members + 1)}

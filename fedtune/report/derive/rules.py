@@ -8,12 +8,12 @@ not to hold.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import get_args
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, RunFacts
-from fedtune.report.model import Assumption, Report, SiteReport, Utility
+from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
 
@@ -36,9 +36,8 @@ _NOT_OF_A_LEDGER = {
     "other_runs", "tuning_trials", "lead_evaluation", "lead_files", "model_against_malicious_sites",
     "scores_on_lead_files", "bytes", "who_took_part",
 }  # fmt: skip
-_Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
-_WORST_FIRST: tuple[_Status, ...] = ("violated", "assumed", "asserted", "ensured", "verified")
-_Found = tuple[str, _Status, str]
+_WORST_FIRST = get_args(Status)
+_Found = tuple[str, Status, str]
 _SAMPLED = "tests/training/test_dp_step.py"
 _UNPREDICTABLE = "tests/privacy/test_randomness.py"
 _EXACT = "tests/training/test_preflight.py; allow.inexact_gradients=false; docs/guarantee.md"
@@ -131,7 +130,17 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     """Assumptions of a run, as its lead knows them: code, status, evidence."""
     yield from _of_mechanism(facts, sites)
     yield from _of_figures(sites, delta=facts.plan.delta, unit=facts.plan.unit)
-    yield _receipts(facts, sites)
+    # Whether the lead holds a signed receipt from every site that was charged.
+    unsigned = [one.site for one in sites if one.source == "not_released" and one.spent and one.spent.rounds]
+    if doubtful := [site.site for site in facts.sites if not site.believed]:
+        yield "receipts_signed", "violated", ", ".join(doubtful)
+    elif any(site.source == "run_record" for site in sites):
+        yield "receipts_signed", "assumed", "run.json"
+    elif unsigned:
+        yield "receipts_signed", "assumed", ", ".join(unsigned)
+    else:
+        keys = [f"{one.site} {one.key}" for one in facts.sites if one.signed_rounds is not None]
+        yield "receipts_signed", "verified", ", ".join(keys)
     if silent := [site.site for site in sites if site.spent and site.spent.upper_bound]:
         yield "every_site_answered", "violated", ", ".join(silent)
     if not facts.finished:
@@ -142,11 +151,11 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     if start := facts.provenance.start_adapter:
         code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
         yield code, "assumed", f"{start.run or NOT_RECORDED}: {start.digest}"
-    unchanged: _Status = "verified" if facts.unchanged else "violated"
+    unchanged: Status = "verified" if facts.unchanged else "violated"
     yield "configuration_unchanged", unchanged, f"config.yaml: {facts.config_file_sha256}"
     if said := [site for site in sites if site.source == "signed_site_report"]:
         disagree = [site.site for site in said if "site_report_disagrees" in site.verdict.reasons]
-        status: _Status = "violated" if disagree else "verified"
+        status: Status = "violated" if disagree else "verified"
         yield "site_reports_agree", status, ", ".join(disagree or [site.site for site in said])
         # A lead may withhold a newer report; only the site knows.
         yield "site_reports_are_newest", "assumed", ", ".join(f"{site.site}: {site.reported}" for site in said)
@@ -157,7 +166,7 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
 def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     """Assumptions on the mechanism, known to a simulation's own process, or stated by real sites' signed reports."""
     said = [site.site for site in sites if site.source == "signed_site_report"]
-    by_sites: tuple[_Status, str] = (
+    by_sites: tuple[Status, str] = (
         "asserted" if len(said) == len(sites) else "assumed",
         ", ".join(said) or "the sites' fedtune",
     )
@@ -213,26 +222,14 @@ def _of_figures(sites: Sequence[SiteReport], *, delta: float, unit: str) -> Iter
     said = {site.site: site.asserted.get("no_person_at_another_site") for site in sites}
     denied = [site for site, answer in said.items() if answer is False]
     silent = [site for site, answer in said.items() if answer is None]
-    status: _Status = "violated" if denied else "assumed" if silent else "asserted"
+    status: Status = "violated" if denied else "assumed" if silent else "asserted"
     yield "units_at_one_site_only", status, ", ".join(denied or silent or said)
-
-
-def _receipts(facts: RunFacts, sites: Sequence[SiteReport]) -> _Found:
-    """Whether the lead holds a signed receipt from every site that was charged."""
-    code, sources = "receipts_signed", {site.source for site in sites}
-    if doubtful := [site.site for site in facts.sites if not site.believed]:
-        return code, "violated", ", ".join(doubtful)
-    if "run_record" in sources:
-        return code, "assumed", "run.json"
-    if without := [one.site for one in sites if one.source == "not_released" and one.spent and one.spent.rounds]:
-        return code, "assumed", ", ".join(without)
-    return code, "verified", ", ".join(f"{one.site} {one.key}" for one in facts.sites if one.signed_rounds is not None)
 
 
 def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
     program, life = f"fedtune {', '.join(facts.provenance.fedtune_version.split(' / '))}", site.lifetime
     without = [row.run for row in site.mechanisms if row.noise_multiplier == 0]
-    noise: tuple[_Status, str] = ("violated", ", ".join(without)) if without else ("ensured", f"{program}: {_SAMPLED}")
+    noise: tuple[Status, str] = ("violated", ", ".join(without)) if without else ("ensured", f"{program}: {_SAMPLED}")
     yield "noise_in_every_step", *noise
     yield "poisson_sampling", "ensured", f"{program}: {_SAMPLED}"
     if life and life.seeded:
@@ -251,7 +248,7 @@ def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
         yield "ledger_intact", "violated", facts.problem
     else:
         yield "ledger_intact", "verified", f"{found.num_events}: {found.head}"
-        missing: _Status = "verified" if found.rollback_excluded else "assumed"
+        missing: Status = "verified" if found.rollback_excluded else "assumed"
         anchor = "none" if found.anchor_sequence is None else f"{found.anchor_sequence} / {found.num_events}"
         yield "no_event_missing", "violated" if facts.in_doubt else missing, f"anchor: {anchor}"
         yield "site_key_known", "verified" if found.key_expected else "assumed", found.site_key

@@ -32,8 +32,7 @@ REASONS: Mapping[State, tuple[str, ...]] = {
 """State -> the reasons for it, the worst state first.  Those of "within" are remarks."""
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
 Room = Literal["closed", "used_up", "no_run_fits"]
-_LAST_DIGITS = 1e-9
-"""Relative tolerance: two ways to compute the same epsilon may differ by rounding."""
+_LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon may differ by rounding
 
 
 def verdict_of(reasons: Iterable[str]) -> Verdict:

@@ -7,8 +7,6 @@ and texts in units of 1200 x 675.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
@@ -20,190 +18,160 @@ from fedtune.words import shortened
 
 _WIDTH, _HEIGHT, _MARGIN = 1200, 675, 44
 _INK, _SOFT, _RULE, _BLUE, _RED, _PAPER = "#1a1a1a", "#555555", "#c4c4c4", "#0b3d66", "#8f1d00", "#ffffff"
-_LEFT, _RIGHT = 580, 640
-"""Where the left column ends, and where the right one begins."""
+_LEFT, _RIGHT = 580, 640  # where the left column ends, and where the right one begins
 _NAME_LETTERS, _VALUE_LETTERS = 32, 44
 _FAMILY = "'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans Condensed', sans-serif"
 _MONO = "'Liberation Mono', 'DejaVu Sans Mono', Consolas, monospace"
 _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Text:
-    """A line of text, whose letters stand on `y`."""
+class _Drawing:
+    """Boxes and lines of text, from the back to the front."""
 
-    x: float
-    y: float
-    text: str
-    size: float
-    fill: str = _INK
-    font: str = "plain"
-    anchor: str = "start"
+    def __init__(self) -> None:
+        self.marks, self.said = list[str](), list[str]()
+        self.box(0, 0, _WIDTH, _HEIGHT, _PAPER)
 
+    def box(self, x: float, y: float, width: float, height: float, fill: str) -> None:
+        """A filled rectangle."""
+        self.marks.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}"/>')
 
-@dataclass(frozen=True, slots=True)
-class _Box:
-    """A filled rectangle."""
+    def line(
+        self, text: str, x: float, y: float, size: float, *, fill: str = _INK, font: str = "plain", at: str = "start"
+    ) -> None:
+        """A line of text, whose letters stand on `y`; `at` its "start" or "end"."""
+        family = f' font-family="{_MONO}"' if font == "mono" else ' font-weight="700"' if font == "bold" else ""
+        anchor = f' text-anchor="{at}"' if at != "start" else ""
+        place = f'x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{fill}"'
+        self.marks.append(f"<text {place}{family}{anchor}>{escape(text)}</text>")
+        self.said.append(text)
 
-    x: float
-    y: float
-    width: float
-    height: float
-    fill: str
+    def text(
+        self, text: str, x: float, y: float, size: float, *, width: float, most: int = 8, font: str = "plain"
+    ) -> float:
+        """A text in lines, below each other, and where the last one stands; what does not fit ends in dots."""
+        lines = _wrapped(text, size, width, font=font)
+        below = round(1.3 * size)
+        for place, line in enumerate(lines[:most]):
+            end = " …" if place == most - 1 and len(lines) > most else ""
+            self.line(line + end, x, y + place * below, size, font=font)
+        return y + (min(len(lines), most) - 1) * below
 
-
-_Mark = _Text | _Box
+    def svg(self, title: Markup, *, language: str) -> str:
+        """The whole, with a title and what it says for who cannot see it."""
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" lang="{language}"'
+            f' aria-labelledby="label-title label-desc" font-family="{_FAMILY}">'
+            f'<title id="label-title">{title}</title><desc id="label-desc">{escape(" ".join(self.said))}</desc>\n'
+            + "\n".join(self.marks)
+            + "\n</svg>\n"
+        )
 
 
 def as_svg(report: Report, *, language: str) -> str:
     """The label as SVG that loads nothing; equal reports give equal labels."""
-    words = Words(report, catalogue(language))
-    title = words.text("label.title", name=_shown(report.name, _NAME_LETTERS))
-    # From its back to its front.
-    marks = [_Box(0, 0, _WIDTH, _HEIGHT, _PAPER), *_head(words), *_promise(words), *_facts(words), *_foot(words)]
-    return _svg(marks, title=title, language=language)
+    words, drawing = Words(report, catalogue(language)), _Drawing()
+    for draw in (_head, _promise, _facts, _foot):
+        draw(drawing, words)
+    return drawing.svg(words.text("label.title", name=_shown(report.name, _NAME_LETTERS)), language=language)
 
 
 def as_svg_of_own(site: str, run: str) -> str:
     """The label of a site's own adapter, in English as its card: it has no guarantee, and so no figure."""
-    name, head = _shown(site, _NAME_LETTERS), _shown(run, _NAME_LETTERS)
+    said, drawing = f"Private to {_shown(site, _NAME_LETTERS)}: no guarantee", _Drawing()
     about = (
         "It was trained on the site's own records without noise, from the final adapter of the run. No differential "
         "privacy protects those records here: whoever holds it may learn about them. It stays at that site, and no run "
         "begins in it. Records of other sites are protected as the run's own label says."
     )
-    marks: list[_Mark] = [_Box(0, 0, _WIDTH, _HEIGHT, _PAPER), _Box(0, 0, _WIDTH, 104, _RED)]
-    marks += [_Text(x=_MARGIN, y=40, text="PRIVACY LABEL OF A SITE'S OWN ADAPTER", size=19, fill=_PAPER)]
-    marks += [_Text(x=_MARGIN, y=80, text=head, size=34, fill=_PAPER, font="bold")]
-    for text, y, size, font in ((f"Private to {name}: no guarantee", 200, 36, "bold"), (about, 330, 26, "plain")):
-        marks += _lines(text, x=_MARGIN, y=y, size=size, width=_WIDTH - 2 * _MARGIN, most=8, font=font)
-    return _svg(marks, title=escape(f"Private to {name}: no guarantee"), language="en")
+    drawing.box(0, 0, _WIDTH, 104, _RED)
+    drawing.line("PRIVACY LABEL OF A SITE'S OWN ADAPTER", _MARGIN, 40, 19, fill=_PAPER)
+    drawing.line(_shown(run, _NAME_LETTERS), _MARGIN, 80, 34, fill=_PAPER, font="bold")
+    drawing.text(said, _MARGIN, 200, 36, width=_WIDTH - 2 * _MARGIN, font="bold")
+    drawing.text(about, _MARGIN, 330, 26, width=_WIDTH - 2 * _MARGIN)
+    return drawing.svg(escape(said), language="en")
 
 
-def _svg(marks: Sequence[_Mark], *, title: Markup, language: str) -> str:
-    said = " ".join(mark.text for mark in marks if isinstance(mark, _Text))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" lang="{language}"'
-        f' aria-labelledby="label-title label-desc" font-family="{_FAMILY}">'
-        f'<title id="label-title">{title}</title><desc id="label-desc">{escape(said)}</desc>\n'
-        + "\n".join(map(_drawn, marks))
-        + "\n</svg>\n"
-    )
-
-
-def _drawn(mark: _Mark) -> str:
-    if isinstance(mark, _Box):
-        size = f'width="{mark.width:g}" height="{mark.height:g}"'
-        return f'<rect x="{mark.x:g}" y="{mark.y:g}" {size} fill="{mark.fill}"/>'
-    family = f' font-family="{_MONO}"' if mark.font == "mono" else ' font-weight="700"' if mark.font == "bold" else ""
-    anchor = f' text-anchor="{mark.anchor}"' if mark.anchor != "start" else ""
-    place = f'x="{mark.x:g}" y="{mark.y:g}" font-size="{mark.size:g}" fill="{mark.fill}"'
-    return f"<text {place}{family}{anchor}>{escape(mark.text)}</text>"
-
-
-def _head(words: Words) -> Iterator[_Mark]:
+def _head(drawing: _Drawing, words: Words) -> None:
     report, text = words.report, words.text
-    yield _Box(0, 0, _WIDTH, 104, _BLUE if report.verdict.state == "within" else _RED)
-    yield _Text(x=_MARGIN, y=40, text=_plain(text("label.heading")), size=19, fill=_PAPER)
-    yield _Text(x=_MARGIN, y=80, text=_shown(report.name, _NAME_LETTERS), size=34, fill=_PAPER, font="bold")
+    drawing.box(0, 0, _WIDTH, 104, _BLUE if report.verdict.state == "within" else _RED)
+    drawing.line(_plain(text("label.heading")), _MARGIN, 40, 19, fill=_PAPER)
+    drawing.line(_shown(report.name, _NAME_LETTERS), _MARGIN, 80, 34, fill=_PAPER, font="bold")
     lines = _wrapped(_plain(words.heading()), 21, 440, font="bold")
-    for line, said in enumerate(lines):
-        y = 80 - 27 * (len(lines) - 1 - line)
-        yield _Text(x=_WIDTH - _MARGIN, y=y, text=said, size=21, fill=_PAPER, font="bold", anchor="end")
+    for y, said in enumerate(lines, 1 - len(lines)):
+        drawing.line(said, _WIDTH - _MARGIN, 80 + 27 * y, 21, fill=_PAPER, font="bold", at="end")
     if report.banners:
-        yield _Box(0, 104, _WIDTH, 42, "#f7e3dc")
-    size = 17 if len(report.banners) == 1 else 13
-    for line, code in enumerate(report.banners):
-        y = 131 if len(report.banners) == 1 else 121 + 18 * line
-        yield _Text(x=_MARGIN, y=y, text=_plain(words.code("banner", code)), size=size, fill=_RED, font="bold")
+        drawing.box(0, 104, _WIDTH, 42, "#f7e3dc")
+    first, size = (131, 17) if len(report.banners) == 1 else (121, 13)
+    for place, code in enumerate(report.banners):
+        drawing.line(_plain(words.code("banner", code)), _MARGIN, first + 18 * place, size, fill=_RED, font="bold")
 
 
-def _promise(words: Words) -> Iterator[_Mark]:
+def _promise(drawing: _Drawing, words: Words) -> None:
     """The one figure, large, and the promise in a sentence."""
-    report, worst, text = words.report, words.worst, words.text
-    top = 172.0
+    report, worst, text, figure = words.report, words.worst, words.text, words.catalogue.figure
+    width = _LEFT - _MARGIN
     if not words.promises or worst is None or words.at(f"{worst}/meaning") is None:
         reasons = " ".join(_plain(words.code("reason", code)) for code in report.verdict.reasons)
-        for said in _wrapped(_plain(text("promise.none")), 26, _LEFT - _MARGIN, font="bold"):
-            yield _Text(x=_MARGIN, y=top + 14, text=said, size=26, font="bold")
-            top += 34
-        yield from _lines(reasons, x=_MARGIN, y=top + 34, size=19, width=_LEFT - _MARGIN, most=8)
+        last = drawing.text(_plain(text("promise.none")), _MARGIN, 186, 26, width=width, font="bold")
+        drawing.text(reasons, _MARGIN, last + 54, 19, width=width)
         return
-    width = _LEFT - _MARGIN
-    factor = words.catalogue.figure(report.epsilon, "factor")
-    promise = text(f"promise.{report.unit}", factor=factor, delta=words.catalogue.figure(report.delta, "exact"))
+    delta = figure(report.delta, "exact")
+    promise = text(f"promise.{report.unit}", factor=figure(report.epsilon, "factor"), delta=delta)
     if words.says_nothing(worst):
-        lines = list(_lines(_plain(promise), x=_MARGIN, y=top + 14, size=22, width=width, most=8, font="bold"))
-        yield from lines
-        said = _plain(words.about_ceiling(worst))
-        yield from _lines(said, x=_MARGIN, y=lines[-1].y + 40, size=17, width=width, most=4)
+        last = drawing.text(_plain(promise), _MARGIN, 186, 22, width=width, font="bold")
+        drawing.text(_plain(words.about_ceiling(worst)), _MARGIN, last + 40, 17, width=width, most=4)
         return
-    right = words.catalogue.figure(words.at(f"{worst}/meaning/right_of_100_{words.right(worst)}"), "of_100")
-    yield _Text(x=_MARGIN, y=top + 50, text=right, size=84, font="bold")
-    about = list(_lines(_plain(text("label.guesses")), x=_MARGIN, y=top + 96, size=21, width=width, most=4))
-    yield from about
+    right = figure(words.at(f"{worst}/meaning/right_of_100_{words.right(worst)}"), "of_100")
+    drawing.line(right, _MARGIN, 222, 84, font="bold")
+    last = drawing.text(_plain(text("label.guesses")), _MARGIN, 268, 21, width=width, most=4)
     promise += " " + text("promise.average")
     if report.verdict.state == "within":
         promise += " " + text("verdict.no_approval")
-    yield from _lines(_plain(promise), x=_MARGIN, y=about[-1].y + 54, size=17, width=width, most=6)
+    drawing.text(_plain(promise), _MARGIN, last + 54, 17, width=width, most=6)
 
 
-def _facts(words: Words) -> Iterator[_Mark]:
+def _facts(drawing: _Drawing, words: Words) -> None:
     """What was protected, how, and how much of the limit is used, a line each."""
-    y, rows = 172.0, list(_rows(words))
-    for number, (name, value) in enumerate(rows):
+    report, figure, text = words.report, words.catalogue.figure, words.text
+    data = next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None)
+    epsilon: str = figure(report.epsilon, "epsilon") if words.promises else text("word.unbounded")
+    if limit := words.limit():
+        epsilon = text(f"label.of_limit_{report.kind}", used=epsilon, limit=figure(words.at(limit), "cap"))
+    band = words.band_range(words.band) if words.promises else ""
+    said = {
+        "label.data": shortened(data, _VALUE_LETTERS) if data else text("word.unknown"),
+        "label.unit": words.code("unit", report.unit),
+        "label.epsilon": epsilon,
+        "label.people": words.of_whom(),
+        "setting.delta": figure(report.delta, "exact"),
+        "label.strength": _plain(words.code("strength", words.band)) + (f" ({_plain(band)})" if band else ""),
+        "label.mechanism": text("label.mechanism_text"),
+        "label.sites": figure(len(report.sites), "count"),
+        "label.date": figure(report.date, "day") if report.date else None,
+    }
+    rows = {key: value for key, value in said.items() if value is not None}
+    y, width = 172.0, _WIDTH - _MARGIN - _RIGHT
+    for number, (key, value) in enumerate(rows.items()):
         if number:
-            yield _Box(_RIGHT, y - 27, _WIDTH - _MARGIN - _RIGHT, 1, _RULE)
-        yield _Text(x=_RIGHT, y=y, text=name, size=17, fill=_SOFT)
-        lines = _wrapped(value, 19, _WIDTH - _MARGIN - _RIGHT - 170, font="bold")
+            drawing.box(_RIGHT, y - 27, width, 1, _RULE)
+        drawing.line(_plain(text(key)), _RIGHT, y, 17, fill=_SOFT)
+        lines = _wrapped(_plain(value), 19, width - 170, font="bold")
         for place, line in enumerate(lines):
-            yield _Text(x=_RIGHT + 170, y=y + 24 * place, text=line, size=19, font="bold")
+            drawing.line(line, _RIGHT + 170, y + 24 * place, 19, font="bold")
         y += 24 * len(lines) + (15 if len(rows) < 9 else 10)
 
 
-def _rows(words: Words) -> Iterator[tuple[str, str]]:
-    report, figure, text = words.report, words.catalogue.figure, words.text
-    known = next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None)
-    limit = words.limit()
-    used = figure(report.epsilon, "epsilon") if words.promises else str(text("word.unbounded"))
-    epsilon = text(f"label.of_limit_{report.kind}", used=used, limit=figure(words.at(limit), "cap")) if limit else used
-    yield _plain(text("label.data")), _shown(known, _VALUE_LETTERS) if known else _plain(text("word.unknown"))
-    yield _plain(text("label.unit")), _plain(words.code("unit", report.unit))
-    yield _plain(text("label.epsilon")), _plain(epsilon)
-    if whom := words.of_whom():
-        yield _plain(text("label.people")), _plain(whom)
-    yield _plain(text("setting.delta")), figure(report.delta, "exact")
-    band = words.band_range(words.band) if words.promises else ""
-    strength = _plain(words.code("strength", words.band)) + (f" ({_plain(band)})" if band else "")
-    yield _plain(text("label.strength")), strength
-    yield _plain(text("label.mechanism")), _plain(text("label.mechanism_text"))
-    yield _plain(text("label.sites")), figure(len(report.sites), "count")
-    if report.date:
-        yield _plain(text("label.date")), figure(report.date, "day")
-
-
-def _foot(words: Words) -> Iterator[_Mark]:
-    report, top = words.report, 556.0
-    yield _Box(0, top - 26, _WIDTH, _HEIGHT - top + 26, "#f3f3f1")
-    yield _Text(x=_MARGIN, y=top, text=_plain(words.text("limits.heading")), size=18, font="bold")
+def _foot(drawing: _Drawing, words: Words) -> None:
+    report, top, width = words.report, 556, _WIDTH - 2 * _MARGIN
+    drawing.box(0, top - 26, _WIDTH, _HEIGHT - top + 26, "#f3f3f1")
+    drawing.line(_plain(words.text("limits.heading")), _MARGIN, top, 18, font="bold")
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
-    yield from _lines(
-        "; ".join(map(_plain, limits)), x=_MARGIN, y=top + 21, size=13.5, width=_WIDTH - 2 * _MARGIN, most=4
-    )
+    drawing.text("; ".join(map(_plain, limits)), _MARGIN, top + 21, 13.5, width=width, most=4)
     digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
-    yield _Text(x=_MARGIN, y=_HEIGHT - 16, text=_plain(words.text("label.check")), size=15, fill=_SOFT)
-    yield _Text(x=_WIDTH - _MARGIN, y=_HEIGHT - 16, text=digest, size=15, font="mono", anchor="end")
-
-
-def _lines(
-    text: str, *, x: float, y: float, size: float, width: float, most: int, font: str = "plain"
-) -> Iterator[_Text]:
-    """A text in lines, below each other; what does not fit ends in dots."""
-    lines = _wrapped(text, size, width, font=font)
-    for place, line in enumerate(lines[:most]):
-        end = " …" if place == most - 1 and len(lines) > most else ""
-        yield _Text(x=x, y=y + place * round(1.3 * size), text=line + end, size=size, font=font)
+    drawing.line(_plain(words.text("label.check")), _MARGIN, _HEIGHT - 16, 15, fill=_SOFT)
+    drawing.line(digest, _WIDTH - _MARGIN, _HEIGHT - 16, 15, font="mono", at="end")
 
 
 def _wrapped(text: str, size: float, width: float, *, font: str) -> list[str]:

@@ -27,13 +27,11 @@ One = TypeVar("One")
 _LONGEST_IN_CHART = 18
 _LONGEST_PURPOSE = 90
 _MOST_ASSUMPTIONS = 4
-_SAYS_NOTHING = 99
-"""Right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody."""
+_SAYS_NOTHING = 99  # right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
 """The column of the result that a site is left with when it takes its own from all combined."""
 _MOST_FOR_SUBTRACTION = 2
-ABSENT = object()
-"""Of a place in report.json one of whose parents is null."""
+count_of_rows = Markup('<span class="rows">{}</span>').format
 
 
 class Words:
@@ -44,13 +42,13 @@ class Words:
         self.catalogue = catalogue.instead(f"by_{report.unit}").instead(f"where_{self.noise}")
         self.text, self.code, self.listed = self.catalogue.text, self.catalogue.code, self.catalogue.listed
         self.json = model.to_json(report)["derived"]  # pointers on a page begin there
-        self.sites = [f"/sites/{place}" for place in sorted(range(len(report.sites)), key=self._favour)]
+        self.room = room_of(report)
+        favours = [
+            (WORST_FIRST.index(site.verdict.state), -unbounded(site.spent.epsilon if site.spent else None), place)
+            for place, site in enumerate(report.sites)
+        ]
+        self.sites = [f"/sites/{place}" for _, _, place in sorted(favours)]
         """Pointers to the sites, the least favourable result first."""
-
-    def _favour(self, place: int) -> tuple[int, float]:
-        site = self.report.sites[place]
-        epsilon = None if site.spent is None else site.spent.epsilon
-        return WORST_FIRST.index(site.verdict.state), -float("inf") if epsilon is None else -epsilon
 
     @property
     def worst(self) -> str | None:
@@ -98,17 +96,12 @@ class Words:
         key = "up_to" if band == "strong" else "above" if band == "weak" else "between"
         return self.text(f"strength.{key}", least=least, most=most)
 
-    def at(self, pointer: str) -> Any:
-        """The value in report.json that a JSON pointer names, or None where one of its parents is null."""
-        found = self.find(pointer)
-        return None if found is ABSENT else found
-
-    def find(self, pointer: str) -> Any:
-        """The same, or `ABSENT` where one of its parents is null."""
+    def at(self, pointer: str, *, absent: object = None) -> Any:
+        """The value in report.json that a JSON pointer names, or `absent` where one of its parents is null."""
         found: Any = self.json
         for part in pointer.split("/")[1:]:
             if found is None:
-                return ABSENT
+                return absent
             name = part.replace("~1", "/").replace("~0", "~")
             of_list, unsaid = isinstance(found, list | tuple), name in model.UNSAID
             found = found[int(name)] if of_list else found.get(name) if unsaid else found[name]
@@ -119,10 +112,9 @@ class Words:
         name = shortened(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
         if len(sites) == 1:
             return Markup("{}").format(name)
-        count = Markup('<span class="rows">{}</span>').format
         if len(sites) == of:
-            return self.text("chart.all_alike", sites=count(of))
-        return self.text("chart.some_alike", name=name, others=count(len(sites) - 1))
+            return self.text("chart.all_alike", sites=count_of_rows(of))
+        return self.text("chart.some_alike", name=name, others=count_of_rows(len(sites) - 1))
 
     @property
     def cohorts(self) -> tuple[CohortFigures, ...]:
@@ -177,21 +169,22 @@ class Words:
 
     def largest_failures(self) -> str | None:
         """Pointer to the site that expects most failures of the promise."""
-        sites = [f"/sites/{place}" for place in range(len(self.report.sites))]
-        failures = {site: self.at(f"{site}/meaning/expected_failures") for site in sites}
-        return max((site for site in sites if failures[site] is not None), key=failures.__getitem__, default=None)
+        means = {f"/sites/{place}": site.meaning for place, site in enumerate(self.report.sites)}
+        failures = {site: one.expected_failures for site, one in means.items() if one}
+        known = {site: count for site, count in failures.items() if count is not None}
+        return max(known, key=known.__getitem__, default=None)
 
     def heading(self) -> Markup:
         """The result, or that a budget that is kept has no room for more."""
-        return self.code("verdict", room_of(self.report) or f"{self.report.verdict.state}_{self.report.kind}")
+        return self.code("verdict", self.room or f"{self.report.verdict.state}_{self.report.kind}")
 
     def state(self) -> str:
         """Code of how the result looks."""
-        return room_of(self.report) or self.report.verdict.state
+        return self.room or self.report.verdict.state
 
     def is_full(self) -> bool:
         """Whether a site's own limit has to be raised before anything more can be spent."""
-        return room_of(self.report) in ("used_up", "no_run_fits") or "above_lifetime_cap" in self.report.verdict.reasons
+        return self.room in ("used_up", "no_run_fits") or "above_lifetime_cap" in self.report.verdict.reasons
 
     def purpose(self) -> str:
         """Of the training, as far as a line has room."""
@@ -218,7 +211,7 @@ class Words:
     def to_do(self) -> Markup:
         """What the officer who reads the page must do next."""
         first = ["violated"] if any(one.status == "violated" for one in self.report.assumptions) else []
-        full = {"closed": "closed", "used_up": "full", "no_run_fits": "full"}.get(room_of(self.report) or "")
+        full = {"closed": "closed", "used_up": "full", "no_run_fits": "full"}.get(self.room or "")
         then = full or (self.report.kind if self.report.verdict.state == "within" else self.report.verdict.state)
         return Markup(" ").join(self.text(f"verdict.to_do_{code}") for code in (*first, then))
 

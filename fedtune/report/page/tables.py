@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedtune.report.page.report_words import ABSENT, Words, data, in_groups, pointer
+from fedtune.report.page.report_words import Words, count_of_rows, data, in_groups, pointer
 from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.words import score_words, shortened
@@ -24,6 +24,7 @@ _TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "ye
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
+_ABSENT = object()
 _ABSENT_CLASS = Markup('class="absent"')
 """Of what stands in a cell where there is nothing: it is grey, since it changes no result."""
 
@@ -72,17 +73,6 @@ class Table:
         return tuple(replace(self, rows=some) for some in rows)
 
 
-def _alike(rows: Iterable[tuple[Markup, ...]]) -> list[list[tuple[Markup, ...]]]:
-    """The rows in groups that differ in their site, the first cell, alone; what one site has twice stays apart."""
-    counts: Counter[tuple[str, ...]] = Counter()
-    keyed = []
-    for row in rows:
-        said = tuple(cell.striptags() for cell in row)
-        keyed.append(((counts[said], *said[1:]), row))
-        counts[said] += 1
-    return in_groups(keyed)
-
-
 class Tables(Words):
     """Every table of the page, made when the template asks for it."""
 
@@ -93,8 +83,8 @@ class Tables(Words):
         start = site if column.at.startswith("@") else row.rsplit("/", parents)[0]
         pointer = f"{start}/{at[3 * parents :]}"
         kind = column.kind.removesuffix("?")
-        found = self.find(pointer)
-        if found is ABSENT or (found is None and kind not in _SAYING_WHY):
+        found = self.at(pointer, absent=_ABSENT)
+        if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
             return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(column.absent or "word.unknown"))
         if column.zero and found == 0:
             return self.text(column.zero)
@@ -167,13 +157,17 @@ class Tables(Words):
 
     def _together(self, table: Table, *, named: bool) -> Table:
         """The first lines of a table, with one for what several sites have alike: each `named`, or counted."""
-        rows, count = [], Markup('<span class="rows">{}</span>').format
-        for group in _alike(table.rows):
+        times, keyed, rows = Counter[tuple[str, ...]](), [], []
+        for row in table.rows:  # in groups that differ in their site alone; what one site has twice stays apart
+            said = tuple(cell.striptags() for cell in row)
+            keyed.append(((times[said], *said[1:]), row))
+            times[said] += 1
+        for group in in_groups(keyed):
             name, others = group[0][0], [row[0] for row in group[1:]]
             if named:
                 name = Markup(", ").join([name, *(other.striptags() for other in others)])
             elif others:
-                name = self.text("budget.alike", name=name, others=count(len(others)))
+                name = self.text("budget.alike", name=name, others=count_of_rows(len(others)))
             rows.append((name, *group[0][1:]))
         return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
 
@@ -200,8 +194,7 @@ class Tables(Words):
         columns = self._columns("budget")
         rows = [tuple(self.cell(site, column) for column in columns) for site in self.sites]
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
-        caption = self.text("budget.heading")
-        return self.table(caption, used, self.sites, last=False, most=PAGE_ONE_SITES)
+        return self.table(self.text("budget.heading"), used, self.sites, last=False, most=PAGE_ONE_SITES)
 
     def steps(self) -> Table:
         """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
@@ -339,16 +332,11 @@ class Charts(Tables):
             y=shortened(score_words(name), 30),
             from_zero=False,
         )
-        seen = self._moved(name) if found else None
+        scored, seen = [row for row in rows if self.at(row + keys[1]) is not None], None
+        if found and len(scored) > 1:
+            first, last = (self.figure(row + keys[1], "score") for row in (scored[0], scored[-1]))
+            seen = self.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
         return self._chart("utility", self.by_round(), panel, seen=seen)
-
-    def _moved(self, name: str) -> Markup | None:
-        """What a score was after the first round, and after the last."""
-        rows = [row for row in self.rounds() if self.at(row + pointer("scores", name)) is not None]
-        if len(rows) < 2:
-            return None
-        first, last = (self.figure(row + pointer("scores", name), "score") for row in (rows[0], rows[-1]))
-        return self.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
 
     def reliability(self) -> Chart:
         """How often answers are right that the model was about equally sure of."""
