@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -234,3 +235,10 @@ def test_each_corridor_is_as_short_as_it_was() -> None:
         assert 0 < len(set(found[kind])) <= most, kind
         for file in found[kind]:
             assert "<name>" in file or (ROOT / file).is_file(), file
+
+
+def test_studies_import_what_there_is() -> None:
+    for script in sorted((ROOT / "simulations").rglob("*.py")):
+        for node in ast.walk(ast.parse(script.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedtune"):
+                exec(compile(ast.Module([node], []), str(script), "exec"), {})

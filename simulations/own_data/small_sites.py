@@ -2,6 +2,7 @@
 
     python simulations/own_data/small_sites.py explore [--sst2 FOLDER]   every rate on the cuts for choosing
     python simulations/own_data/small_sites.py confirm [--sst2 FOLDER]   auto on the others, which chose nothing
+    python simulations/own_data/small_sites.py compare [--sst2 FOLDER]   every rate and auto on all but shuffled ones
 
 The head alone, as in stand_in.py.  Each problem is cut in four ways: as it is; skewed (each label has half of the
 records of the one before); shuffled (labels drawn from all, so that there is nothing to learn); and both.
@@ -126,7 +127,7 @@ def trained(data: Embedded, runs: list[Run], rates: list[float], *, draws: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("explore", "confirm"))
+    parser.add_argument("what", choices=("explore", "confirm", "compare"))
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--sst2", type=Path)
     parser.add_argument("--draws", type=int, default=4)
@@ -135,6 +136,8 @@ def main() -> None:
     embedder = Embedder()
     use = "choosing" if options.what == "explore" else "confirming"
     for cut in cuts(use, options.data, options.sst2):
+        if options.what == "compare" and "shuffled" in cut.way:
+            continue
         data = embedder.problem(cut)
         _, scored = cut.parts()
         counts = Counter(row["label"] for row in scored)
@@ -143,14 +146,12 @@ def main() -> None:
         line |= {"majority": max(counts.values()) / len(scored), "common": counts[common] / len(scored)}
         line |= {"size": cut.size, "labels": len(cut.labels), "start": data.accuracy(data.names)}
         runs = [Run(num_rounds=10, epsilon=epsilon) for epsilon in EPSILONS]
-        if options.what == "explore":
-            pairs = [(run, rate) for run in runs for rate in RATES]
-        else:
-            pairs = [(run, peak_rate(data, Settings(), run)) for run in runs]
-        heads = trained(data, [run for run, _ in pairs], [rate for _, rate in pairs], draws=options.draws)
-        for (run, rate), some in zip(pairs, heads, strict=True):
-            score = statistics.fmean(data.accuracy(head) for head in some)
-            line[f"{run.epsilon:g}/{rate if options.what == 'explore' else 'auto'}"] = score
+        tried = [(f"{run.epsilon:g}/{rate}", run, rate) for run in runs for rate in RATES]
+        auto = [(f"{run.epsilon:g}/auto", run, peak_rate(data, Settings(), run)) for run in runs]
+        pairs = tried * (options.what != "confirm") + auto * (options.what != "explore")
+        heads = trained(data, [run for _, run, _ in pairs], [rate for *_, rate in pairs], draws=options.draws)
+        for (name, *_), some in zip(pairs, heads, strict=True):
+            line[name] = statistics.fmean(data.accuracy(head) for head in some)
         print(json.dumps(line), flush=True)
 
 

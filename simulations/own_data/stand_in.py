@@ -28,7 +28,7 @@ from torch.nn import functional
 from fedtune.api.compose import compose_run
 from fedtune.model.base_model import load_tokenizer
 from fedtune.privacy.accountant import calibrate_noise
-from fedtune.tasks.pooled import mean_pooled
+from fedtune.tasks.inputs import mean_pooled
 from fedtune.tasks.task_model import build_task_model
 from fedtune.training.spec import automatic_rate
 

@@ -24,7 +24,7 @@ import fedtune
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.saved_model import BASE, SavedModel
-from fedtune.studies.synthetic import as_written, chosen, labelled, synthesize
+from fedtune.studies.synthetic import Synthetic, as_written, chosen, labelled, synthesize
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -147,16 +147,22 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def drawn_by(run: fedtune.Run, codes: Path, *, rows: int, base: bool = False, drawn: WritingSpec = DRAWN) -> Synthetic:
+    """Texts of a run's model, or of the model before training."""
+    use: Callable[..., None] = SavedModel.use
+    SavedModel.use = (lambda self, name: use(self, BASE)) if base else use  # type: ignore[method-assign]
+    made = synthesize(run, codes, rows=rows, spec=drawn)
+    SavedModel.use = use  # type: ignore[method-assign]
+    print(run.folder.name, len(made.rows), made.left_out, flush=True)
+    return made
+
+
 def written(
     path: Path, run: fedtune.Run, codes: Path, *, rows: int, base: bool = False, drawn: WritingSpec = DRAWN
 ) -> None:
-    """Texts of a run's model, or of the model before training, with the labels' own names."""
+    """Such texts with the labels' own names, in a file."""
     if not path.exists():
-        use: Callable[..., None] = SavedModel.use
-        SavedModel.use = (lambda self, name: use(self, BASE)) if base else use  # type: ignore[method-assign]
-        made = synthesize(run, codes, rows=rows, spec=drawn)
-        SavedModel.use = use  # type: ignore[method-assign]
-        print(path.stem, len(made.rows), made.left_out, flush=True)
+        made = drawn_by(run, codes, rows=rows, base=base, drawn=drawn)
         with gzip.open(SOURCE / "train.jsonl.gz", "rt") as stream:
             labels = {with_intent(row)["intent"]: row["label"] for row in map(json.loads, stream)}
         write(path, [{**row, "label": labels[row["intent"]]} for row in made.rows])
