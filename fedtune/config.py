@@ -30,7 +30,7 @@ from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_at_least, check_schema, spec
 from fedtune.tasks.registry import task_named
-from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
+from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, automatic_rate
 
 MOST_NAME = 200
 """Characters of a run's name: a site's files are called after it, 33 characters of digest, an ending and the number of
@@ -221,7 +221,8 @@ class RunConfig:
             outputs=max(1, len(self.data.labels)),
             num_sites=len(sizes),
         )
-        lora, head = (float(f"{share * rate:.3g}") for share in task.rate_shares)
+        of_lora, of_head = task.rate_shares
+        lora, head = (float(f"{share * rate:.3g}") for share in (of_lora * STUDIED_SCALE / self.lora.scale, of_head))
         chosen: dict[str, Any] = {"learning_rate": lora, "head_learning_rate": head if task.has_head else None}
         return dataclasses.replace(self, training=dataclasses.replace(self.training, **chosen))
 

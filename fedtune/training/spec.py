@@ -92,6 +92,8 @@ class TrainingSpec:
 
 _ADAM_PATH = 0.18
 """The rate of a run of one step whose signal and noise are alike (simulations/own_data)."""
+STUDIED_SCALE = 0.5
+"""`lora.scale` of the study.  LoRA adds this times B A: with another scale, another rate moves the weights as far."""
 _CLEAR, _WITHOUT_NOISE = 4.0, 1.5
 """Signal over noise from which on the rate stays, and what it is taken for without noise, where 4 lost up to 0.4 points
 of accuracy (simulations/own_data)."""

@@ -136,6 +136,8 @@ def test_an_automatic_rate_is_a_number_before_the_run(tmp_path: Path) -> None:
     assert rates[1] < clear.training.peak_rates(clipped=True)[1] <= 0.0509
     write_config(loud, tmp_path)  # which says what was chosen, so that a resumed run has it again
     assert saved_config(tmp_path).training.peak_rates(clipped=True) == rates
+    larger = compose_run([*run, "privacy.epsilon=1", "lora.alpha=8"])
+    assert larger.training.peak_rates(clipped=True) == (pytest.approx(rates[0] / 4, rel=1e-2), rates[1])
     given = compose_run([*run, "training.learning_rate=0.01"])
     assert given.training.peak_rates(clipped=True) == (0.01, 0.01)
 
