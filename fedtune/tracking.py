@@ -149,26 +149,12 @@ class WandB:
         import wandb
 
         address = self._config.tracking.send_to
-        quiet = wandb.Settings(
-            mode="online" if address else "offline",
-            **({"base_url": address} if address else {}),
-            silent=True,
-            console="off",
-            host="",
-            username="",
-            program="",
-            disable_code=True,
-            disable_git=True,
-            disable_job_creation=True,
-            x_disable_machine_info=True,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_save_requirements=False,
-        )
-        name, number = self._config.name, self._config.run_id()[-32:]
-        self._run = wandb.init(
-            project=_PROJECT, name=name, id=number, dir=self._folder, config=dict(settings), settings=quiet
-        )
+        quiet: dict[str, Any] = {"mode": "online", "base_url": address} if address else {"mode": "offline"}
+        quiet |= {"console": "off", "x_save_requirements": False, **dict.fromkeys(("host", "username", "program"), "")}
+        quiet |= dict.fromkeys(("silent", "disable_code", "disable_git", "disable_job_creation"), True)
+        quiet |= dict.fromkeys(("x_disable_machine_info", "x_disable_meta", "x_disable_stats"), True)
+        own: dict[str, Any] = {"name": self._config.name, "id": self._config.run_id()[-32:], "dir": self._folder}
+        self._run = wandb.init(project=_PROJECT, config=dict(settings), settings=wandb.Settings(**quiet), **own)
         return 0
 
     def round(self, number: int, figures: Figures) -> None:
@@ -187,12 +173,9 @@ class WandB:
         self._run.finish(exit_code=0 if how == "finished" else 1)
 
 
-_TRACKERS: Mapping[str, tuple[str, Callable[[RunConfig, Path], Tracker]]] = {
-    "mlflow": ("mlflow", Mlflow),
-    "tensorboard": ("tensorboard", TensorBoard),
-    "wandb": ("wandb", WandB),
-}
-"""Name -> the module that its extra installs, and the tracker."""
+_TRACKERS: Mapping[str, Callable[[RunConfig, Path], Tracker]]
+_TRACKERS = {"mlflow": Mlflow, "tensorboard": TensorBoard, "wandb": WandB}
+"""By the name of the module, which is that of the extra that installs it."""
 
 
 class Tracked:
@@ -222,20 +205,18 @@ class Tracked:
             RunError: it cannot begin: a server cannot be reached, or a folder cannot be written.
         """
         spec = self._config.tracking
-        if spec.tracker == "none":
+        if (name := spec.tracker) == "none":
             return
-        module, make = _TRACKERS[spec.tracker]
-        if find_spec(module) is None:
-            raise ConfigError("tracking.tracker", spec.tracker, f"needs the extra: pip install 'fedtune[{module}]'")
+        if find_spec(name) is None:
+            raise ConfigError("tracking.tracker", name, f"needs the extra: pip install 'fedtune[{name}]'")
         folder = Path(spec.output_dir) / spec.tracker
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            tracker = make(self._config, folder)
+            tracker = _TRACKERS[name](self._config, folder)
             self._known = tracker.begin(settings_of(self._config))
         except Exception as error:
-            raise RunError(
-                f"tracking={spec.tracker} cannot begin at {spec.send_to or folder}: {_why(error)}"
-            ) from error
+            said = f"tracking={name} cannot begin at {spec.send_to or folder}: {_why(error)}"
+            raise RunError(said) from error
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:

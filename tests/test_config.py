@@ -175,8 +175,7 @@ def test_scores_of_held_out_records_are_planned_only_where_they_are_asked_for() 
     plain = parse(changed(**noise)).plan()
     assert not plain.releases_metrics
     assert plain.event(rounds=2) == events.dp_sgd(sampling_rate=0.2, noise_multiplier=4.0, steps=4)
-    unused = parse(changed(**noise, privacy__metrics_noise_multiplier=5.0)).plan()
-    assert unused.digest() == plain.digest()
+    assert parse(changed(**noise, privacy__metrics_noise_multiplier=5.0)).plan().digest() == plain.digest()
     measured = parse(changed(**noise, **NOISED, privacy__metrics_noise_multiplier=5.0)).plan()
     assert measured.metrics_noise_multiplier == 5.0
     assert measured.digest() != plain.digest()
@@ -221,8 +220,7 @@ def test_the_proposal_says_what_a_policy_judges(lead_key: SigningKey) -> None:
     assert (proposal.train_head, proposal.seeded_noise, proposal.num_sites) == (True, False, 1)
     assert proposal.base_model == "unverified"
     verified = parse(changed(privacy__noise_multiplier=4.0, lora__target_modules=["query", "value"]))
-    other = verified.proposal(lead=lead_key.public, plan=config.plan())
-    assert other.target_modules == ("query", "value")
+    assert verified.proposal(lead=lead_key.public, plan=config.plan()).target_modules == ("query", "value")
 
 
 def test_sizes_are_by_name_and_only_of_those_who_take_part() -> None:

@@ -102,8 +102,7 @@ def test_tensorboard(tracked: Callable[[str], Path], command: Command) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def read() -> Any:
-        events = EventAccumulator(str(folder.parent / "tensorboard" / "one"))
-        return events.Reload()
+        return EventAccumulator(str(folder.parent / "tensorboard" / "one")).Reload()
 
     assert command("simulate", f"resume={folder}").code == 0  # writes all rounds again, into another file
     events, files = read(), sorted((folder.parent / "tensorboard" / "one").iterdir())

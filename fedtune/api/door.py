@@ -336,7 +336,7 @@ class Run:
     def distil(self, to: str | Path, *, texts: str | Path, student: str = "half", **options: Any) -> Distilled:
         """Teach a smaller model to answer as the tuned one does, and write it into a new folder.
 
-        Guarantee: the run's own, if `texts` are public, or were made by a model that has a promise for its records.
+        Guarantee: the run's own; where `texts` have a card of synthetic ones, with the epsilon of its runs added to it.
 
         Args:
             to: the new folder.

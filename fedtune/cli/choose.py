@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fedtune.api import door
-from fedtune.cli.command import AsJson, Option
+from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Run
 from fedtune.cli.synthetic_file import Beside, SyntheticFile, To
 from fedtune.data.load import shipped_folders
@@ -46,14 +46,19 @@ def choose(
     place = resolve_file(str(candidates), shipped_folders(), key="--candidates")
     known = read_card(place, file.reports[0], option="--candidates")
     # They were written as that card says, and owe to its runs too.
-    made = dict(known["made"])
-    columns = [*file.columns, made.get("label_column") or file.columns[-1]]
-    records = iter_records(place, {column: column for column in columns})
-    found = synthetic.as_written([record.fields for record in records], file.columns)
-    if rows is not None:
-        made |= {"candidates": len(found.rows), "chosen_by": others["--votes"].config.name}
-        found = synthetic.chosen(found, file.columns[-1], others["--votes"], keep=rows)
-    if classifier := others.get("--labels"):
-        made |= {"label_column": classifier.config.data.columns.get("label"), "labelled_by": classifier.config.name}
-        found = synthetic.labelled(found, file.columns[-1], classifier)
-    file.write(found, made, earlier=known["runs"][1:], as_json=as_json)
+    made = {"labels": [], **known["made"]}
+    added = [one["column"] for one in made["labels"] if one["column"] not in file.columns]
+    columns = synthetic.columns_of(file.writer) | {f"label {column}": column for column in added}
+    records = iter_records(place, columns)
+    written = [{column: record.fields[role] for role, column in columns.items()} for record in records]
+    with file.opened() as texts:
+        found = synthetic.as_written(written, file.columns)
+        if rows is not None:
+            made |= {"candidates": len(found.rows), "chosen_by": others["--votes"].config.name}
+            found = synthetic.chosen(found, file.columns[-1], others["--votes"], keep=rows)
+        if classifier := others.get("--labels"):
+            found = synthetic.labelled(found, file.columns[-1], classifier)
+            new = {"column": classifier.config.data.columns["label"], "by": classifier.config.name}
+            made["labels"] = [*(one for one in made["labels"] if one["column"] != new["column"]), new]
+        told = file.fill(texts, found, made, earlier=known["runs"][1:])
+    answer(*told, as_json=as_json)

@@ -120,7 +120,9 @@ class _Verbatim(click.Command):
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         said: list[str] = []
-        for is_example, part in groupby(inspect.cleandoc(self.help or "").splitlines(), key=_is_example):
+        for is_example, part in groupby(
+            inspect.cleandoc(self.help or "").splitlines(), key=lambda line: line.startswith((" ", "fedtune "))
+        ):
             lines = list(part)
             said += [""] if not is_example and lines[0] else []
             said += (_examples if is_example else _prose)(lines, formatter.width)
@@ -136,10 +138,6 @@ class _Verbatim(click.Command):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows, col_max=_FIRST_COLUMN)
-
-
-def _is_example(line: str) -> bool:
-    return line.startswith((" ", "fedtune "))
 
 
 def _prose(lines: Iterable[str], width: int) -> Iterator[str]:

@@ -22,7 +22,6 @@ from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.values import is_written
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, ModelSpec
-from fedtune.ops.files import write_secret
 from fedtune.preparation import feature_columns, starter
 from fedtune.preparation.check_data import INSTALL, at_own_site
 from fedtune.preparation.check_data import check as examine
@@ -32,6 +31,7 @@ from fedtune.preparation.copies import compare
 from fedtune.preparation.detect import OPTIONS, Found, look_at
 from fedtune.preparation.duplicates import has_datasketch
 from fedtune.privacy.policy_file import read_policy
+from fedtune.show.new_files import new_files
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.inputs import input_of
@@ -259,10 +259,8 @@ def copies(
     told = {"schema_version": SCHEMA_VERSION, "about": data_sections.ABOUT_COPIES, "read": left_out}
     told |= {"synthetic": near, "ordinary": usual}
     if out is not None:
-        try:
-            write_secret(out, json_text(told).encode())
-        except OSError as error:
-            raise ConfigError("--out", str(out), f"must be a new file that can be written ({error.strerror})") from None
+        with new_files(("--out", out), mode=0o600) as texts:
+            texts[out] = json_text(told)
     answer(told, data_sections.copies_sections(near, usual, left_out), as_json=as_json)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from rich.console import Console
 
 from fedtune.cli.command import AsJson, Option, answer
-from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
+from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run, roles_of
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.tasks.registry import task_named
@@ -35,10 +35,11 @@ def distil(
       fedtune distil runs/tighter --texts public.txt --to FOLDER --student 2                    its lowest two layers
       fedtune distil runs/tighter --texts public.txt --to FOLDER --student package:own/model    another base
 
-    Of a run whose head answers to a text by labels or a number. The sites' records are not read, so nothing is charged:
-    epsilon stays the run's if the texts are public, or made by models with a promise of their own.
+    Of a run whose head answers to a text by labels or a number. The sites' records are not read, so nothing is charged.
+    Texts without a card are taken as public, and epsilon stays the run's; that of a card's runs is added to it.
     """
-    config, adapter = finished_run(run, device=device, columns=columns)
+    config, adapter = finished_run(run, device=device)
+    named = roles_of(columns, known=config.data.columns) if columns is not None else None
     if int8 and format != "onnx":
         raise ConfigError("--int8", NOT_GIVEN, "goes with --format onnx")
     from fedtune.export import distillation  # torch takes seconds to import
@@ -50,6 +51,7 @@ def distil(
             to,
             student=student,
             texts=os.path.expanduser(texts),
+            columns=named,
             format=format,
             int8=int8,
             seed=seed,

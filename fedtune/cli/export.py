@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,8 +51,6 @@ def export(
         raise ConfigError(
             "--int8", NOT_GIVEN, "goes with --format onnx of a model with a base, whose matrices it makes small"
         )
-    if os.path.lexists(to):
-        raise ConfigError("--to", str(to), "must be a new folder; there is something of that name")
     if to.absolute().resolve().is_relative_to(adapter.resolve()):
         raise ConfigError("--to", str(to), "must lie outside the run's adapter folder")
     from fedtune.export.export_formats import export as write  # torch takes seconds to import

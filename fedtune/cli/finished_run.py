@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,10 +51,7 @@ def finished_run(
     config, settings = loaded.config, loaded.config.to_json()
     settings["runtime"]["device"] = device
     if columns is not None:
-        named = roles_of(columns)
-        for role in named:
-            check_one_of("--columns", role, sorted(config.data.columns))
-        settings["data"]["columns"] |= named
+        settings["data"]["columns"] |= roles_of(columns, known=config.data.columns)
     if generate is not None:
         if not task_named(config.task).predicts_tokens:
             raise ConfigError("--generate", generate, f"is for a task that writes text; {config.task} writes none")
@@ -63,14 +60,16 @@ def finished_run(
     return parse(settings), loaded.adapter
 
 
-def roles_of(columns: str) -> dict[str, str]:
-    """Role to column, as a person types them; a ConfigError says if they are not as in `{text: body}`."""
+def roles_of(columns: str, *, known: Collection[str] | None = None) -> dict[str, str]:
+    """Role to column, as a person types them; a ConfigError says if they are not as in `{text: body}` or `known`."""
     try:
         named = yaml.safe_load(columns)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # as of a day that no month has, or of 20,000 brackets
         named = None
     if not isinstance(named, dict) or not all(isinstance(word, str) for pair in named.items() for word in pair):
         raise ConfigError("--columns", columns, "must name the column of a role, as in '{text: body}'")
+    for role in named if known is not None else ():
+        check_one_of("--columns", role, sorted(known or ()))
     return named
 
 

@@ -197,9 +197,7 @@ def freeze(
 
 @command(app, "say that this machine's date is right", name="confirm-date")
 def confirm_date(
-    policy: PolicyFile,
-    path: OwnLedger = None,
-    yes: Annotated[bool, Option("do not ask")] = False,
+    policy: PolicyFile, path: OwnLedger = None, yes: Annotated[bool, Option("do not ask")] = False
 ) -> None:
     """Let the period of the budget begin that this machine's date is in.
 

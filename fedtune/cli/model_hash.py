@@ -12,8 +12,7 @@ from fedtune.spec import NOT_GIVEN, ConfigError
 def model_hash(
     model: Annotated[str, Argument("MODEL", help="a folder, a GGUF file, or any other value of model.path")],
     files: Annotated[
-        bool,
-        Option(help="print only the lines that are hashed (`... --files | sha256sum` prints the hash)"),
+        bool, Option(help="print only the lines that are hashed (`... --files | sha256sum` prints the hash)")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -121,8 +121,13 @@ class Outlook:
 def show_outlook(console: Console, outlook: Outlook) -> None:
     """Print everything that is known of a run."""
     say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
-    style = "bold" if outlook.guaranteed else "bold yellow"
-    console.print(_promise(outlook), style=style, markup=False, highlight=False)
+    plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
+    promise = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
+    if plan.private:
+        rounds = counted(plan.num_rounds, "round") + (f" and {plan.spare_rounds} spare" if plan.spare_rounds else "")
+        bound = f"epsilon at most {epsilon_text(outlook.price.epsilon)} at delta {plan.delta:g} for each {plan.unit}"
+        promise = f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
+    console.print(promise, style=style, markup=False, highlight=False)
     sections = [
         pairs(_facts(outlook) | _solution(outlook)),
         _sites(outlook),
@@ -134,16 +139,6 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
         *(_policy(verdict, outlook) for verdict in outlook.verdicts),
     ]
     show(sections, console=console)
-
-
-def _promise(outlook: Outlook) -> str:
-    """The one sentence that matters most."""
-    plan = outlook.plan
-    if not plan.private:
-        return "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
-    rounds = counted(plan.num_rounds, "round") + (f" and {plan.spare_rounds} spare" if plan.spare_rounds else "")
-    bound = f"epsilon at most {epsilon_text(outlook.price.epsilon)} at delta {plan.delta:g} for each {plan.unit}"
-    return f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
 
 
 def _facts(outlook: Outlook) -> dict[str, str]:

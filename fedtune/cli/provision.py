@@ -100,9 +100,7 @@ def renew_site(
     days: Days = None,
     new_site_key: Annotated[
         bool,
-        Option(
-            help="accept another site key: the site starts a new ledger, and its budget anew; agree on it first",
-        ),
+        Option(help="accept another site key: the site starts a new ledger, and its budget anew; agree on it first"),
     ] = False,
     compared: Compared = False,
 ) -> None:

@@ -148,8 +148,7 @@ def build(
 def verify(
     file: Annotated[str, Argument("FILE", help="a report.json, or a folder that holds one")],
     key: Annotated[
-        str | None,
-        Option(metavar="HEX", help="the public key that must have signed it, from a source you trust"),
+        str | None, Option(metavar="HEX", help="the public key that must have signed it, from a source you trust")
     ] = None,
     roster: Annotated[
         Path | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fedtune.api import door
-from fedtune.cli.command import AsJson, Option
+from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Device, MaxNewTokens, Run, Seed, Temperature, TopP
 from fedtune.cli.personalise import shown_progress
 from fedtune.cli.synthetic_file import Beside, SyntheticFile, To
@@ -52,11 +52,12 @@ def synthesize(
     file = SyntheticFile(to, run, others, rows=rows, beside=beside, ballot=ballot, device=device)
     sha256 = None
     if codes is not None:  # before hours in which it may change
-        sha256 = file_sha256(resolve_file(str(codes), shipped_folders(), key="--codes"))
-    with shown_progress() as progress:
+        sha256 = file_sha256(resolve_file(str(codes), shipped_folders(), key="--codes"), key="--codes")
+    made = {"codes_file": codes.name if codes else None, "codes_sha256": sha256, **asdict(spec)}
+    with file.opened() as texts, shown_progress() as progress:
         found = synthetic.synthesize(
             file.writer, codes, rows=rows, votes=voted, spec=spec, pattern=pattern, own=file.own, progress=progress
         )
-    made = {"codes_file": codes.name if codes else None, "codes_sha256": sha256, **asdict(spec)}
-    made |= {"shares": "declared" if voted is None else "voted", "left_out": dict(found.left_out)}
-    file.write(found, made, as_json=as_json)
+        made |= {"shares": "declared" if voted is None else "voted", "left_out": dict(found.left_out)}
+        told = file.fill(texts, found, made)
+    answer(*told, as_json=as_json)

@@ -27,9 +27,10 @@ from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, card_files, card_text
 from fedtune.report.run_record import read_run
+from fedtune.report.synthetic_card import card_of, in_words, read_card, run_of, together
 from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, file_sha256, require_apart
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent
-from fedtune.spec import ConfigError, DataError, check_at_least
+from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import load_task_model
 from fedtune.tasks.task_model import build_task_model
@@ -64,6 +65,7 @@ def distil(
     *,
     student: str,
     texts: str,
+    columns: Mapping[str, str] | None = None,
     format: str = "sentence-transformers",
     int8: bool = False,
     seed: int = 0,
@@ -72,7 +74,8 @@ def distil(
 ) -> Distilled:
     """Teach a student, and write it into a new folder that its library loads without fedtune.
 
-    Guarantee: the run's own, if the texts are public, or were made by a model that has a promise for its records.
+    Guarantee: the run's own, if the texts are public: those without a card are taken as such.  Where synthetic ones
+    have a card, the epsilon of the runs behind them is added to it.
 
     Args:
         config: of a finished run.
@@ -80,6 +83,7 @@ def distil(
         to: the new folder.
         student: `HALF` of the base's layers, or how many of the lowest stay; or another base, as `model.path`.
         texts: a file of at least `FEWEST` lines of text, or of records, whose answers are not read.
+        columns: by role, those that are named otherwise there than in the run's own files.
         format: "sentence-transformers" or "onnx".
         int8: beside an ONNX graph another one, with its weights in int8.
         seed: of the order of the texts; the same one gives the same student on the same machine.
@@ -87,7 +91,7 @@ def distil(
         progress: is told how many steps are done.
 
     Raises:
-        ConfigError: the run, the student or the folder cannot be used, or the run itself reads the texts.
+        ConfigError: the run, student, folder or the texts' card cannot be used, or the run itself reads the texts.
         DataError: the texts cannot be read, or are too few.
     """
     task = task_named(config.task)
@@ -95,16 +99,16 @@ def distil(
         bound = "has no students: only a head that answers to a text by labels or a number is taught"
         raise ConfigError("task", config.task, bound)
     check_at_least("--passes", passes, 1)
+    check_at_most("--passes", passes, 1_000)
     check_at_least("--seed", seed, 0)
-    if os.path.lexists(to):
-        raise ConfigError("--to", str(to), "must be a new folder; there is something of that name")
-    asked, own_records = asked_records(config, texts, key="--texts"), RunRecords(config)
+    asked, own_records = asked_records(config, texts, key="--texts", columns=columns), RunRecords(config)
     require_apart(asked, own_records, key="--texts", file=texts)
-    sha256 = file_sha256(Path(asked[0].file))
+    sha256 = file_sha256(file := Path(asked[0].file), key="--texts")
     if len(asked) < FEWEST:
         raise DataError("--texts", counted(len(asked), "text"), f"must be at least {FEWEST}")
     records, test = LeadRecords([task.as_asked(one, config.data) for one in asked]), own_records.test
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
+    owed = _owed(file, adapter.absolute().parent)
     teacher, reference = Source.of(model, config, adapter, private_to=None)
     base = None if student == HALF or student.isdecimal() else ModelSpec(path=student)
     if base is None:
@@ -113,22 +117,41 @@ def distil(
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
         own, reference = Source.of(ready(plain, lambda: build_task_model(spec))[1], config, adapter, private_to=None)
-    own = _taught(own, teacher, records, seed=seed, passes=passes, progress=progress)
-    nets, found = [one.scores(one.base) for one in (teacher, own)], []
-    for name, net, one in zip(("teacher", "student"), nets, (teacher, own), strict=True):
-        # Without a test the texts show how long it takes, and their made-up answers score nothing.
-        data = LeadData.of(test or records, config, one.tokenizer)
-        size = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
-        found.append(scored(net, model, data, config, one.tokenizer, name, size))
-    (was, before), (now, after) = found
-    scores = compared(was, now, scores=lambda figures: task.final_scores(figures, spec=model.spec)) if test else {}
-    told = Distilled([before, after], scores, len(test.records) if test else 0, len(asked), sha256)
-    card = _card(told, teacher, own, format=format, file=Path(texts).name, base=base)
+    card: dict[str, bytes] = {}
     with new_folder(to, config, card, int8=int8) as folder:
+        own = _taught(own, teacher, records, seed=seed, passes=passes, progress=progress)
+        nets, found = [one.scores(one.base) for one in (teacher, own)], []
+        for name, net, one in zip(("teacher", "student"), nets, (teacher, own), strict=True):
+            # Without a test the texts show how long it takes, and their made-up answers score nothing.
+            data = LeadData.of(test or records, config, one.tokenizer)
+            size = 4 * sum(tensor.numel() for tensor in net.state_dict().values())
+            found.append(scored(net, model, data, config, one.tokenizer, name, size))
+        (was, before), (now, after) = found
+        scores = compared(was, now, scores=lambda figures: task.final_scores(figures, spec=model.spec)) if test else {}
+        told = Distilled([before, after], scores, len(test.records) if test else 0, len(asked), sha256)
+        card |= _card(told, teacher, own, format=format, file=file.name, base=base, owed=owed)
         own.tokenizer.save_pretrained(folder)
         WRITERS[format](own, replace(reference, logits=nets[1](reference.input_ids, reference.attention_mask)), folder)
     served = [*told.served, *(graphs(to, model, data, config, own.tokenizer) if int8 else ())]
     return replace(told, served=[one if test else replace(one, scores={}) for one in served])
+
+
+def _owed(texts: Path, run: Path) -> str:
+    """What a student owes to the records behind its texts, by their card; without one they were declared public."""
+    if not os.path.lexists(card_of(texts, ".json")):
+        return (
+            "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for "
+            "its teacher (post-processing). For the texts themselves nothing is promised."
+        )
+    runs, own = read_card(texts, option="--texts")["runs"], run_of(from_run.build(run))
+    if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
+        bound = f"must have a card that promises something for each {own['unit']} behind them: the student would not"
+        raise ConfigError("--texts", str(texts), bound)
+    names, both = ", ".join(one["run"] for one in runs), in_words([own, *runs]) or "nothing, as its teacher has none"
+    return (
+        f"what is said of privacy below is of its teacher alone. The card of these texts promises {in_words(runs)} for "
+        f"each {own['unit']} of the runs behind them ({names}). Both together, at most, promise of the student: {both}."
+    )
 
 
 def _lower(layers: str, teacher: Source) -> Source:
@@ -181,7 +204,7 @@ def _taught(
 
 
 def _card(
-    found: Distilled, teacher: Source, student: Source, *, format: str, file: str, base: ModelSpec | None
+    found: Distilled, teacher: Source, student: Source, *, format: str, file: str, base: ModelSpec | None, owed: str
 ) -> Mapping[str, bytes]:
     """The run's card with the student's scores, and how it was taught; `base`: its own."""
     run, score, scores = teacher.adapter.absolute().parent, teacher.task.judged_by, ""
@@ -197,9 +220,7 @@ def _card(
         scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
     what = (
         f"A smaller model ({made}), taught without noise to answer {counted(found.texts, 'text')} of {file} (SHA-256 "
-        f"{found.sha256}) as its teacher does. It read no record of a site: if these texts are public, or were made by "
-        "models with a promise for their own records, what is said of privacy below holds for it as for its teacher "
-        f"(post-processing). For the texts themselves nothing is promised.{scores} Its teacher is a tuned model"
+        f"{found.sha256}) as its teacher does. It read no record of a site: {owed}{scores} Its teacher is a tuned model"
     )
     form = replace(form_of(format, record.config), what=what)
     return {**card_files(record, of_run, form), CARD: card_text(record, report, form).encode()}  # the label: of the run

@@ -220,6 +220,8 @@ def export(
 @contextmanager
 def new_folder(target: Path, config: RunConfig, card: Mapping[str, bytes], *, int8: bool) -> Iterator[Path]:
     """A folder to fill with a model, which becomes `target` when the card, the labels and a graph in int8 are there."""
+    if os.path.lexists(target):
+        raise ConfigError("--to", str(target), "must be a new folder; there is something of that name")
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +294,7 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
 
 
 def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
-    _require_graph_tools()
+    _needed("onnxscript", "onnxruntime", format="onnx")  # what writes a graph, and what runs it
     with TemporaryDirectory() as scratch:
         plain = source.scores(_plain(source, Path(scratch))).eval()
         source.base.config.save_pretrained(folder)
@@ -346,7 +348,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
         RunError: what was written computes something else than the run's model.
     """
     if format == "onnx":
-        _require_graph_tools()
+        _needed("onnxscript", "onnxruntime", format="onnx")  # what writes a graph, and what runs it
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]
@@ -369,17 +371,15 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     (folder / "features.json").write_text(json.dumps([asdict(one) for one in features], indent=1) + "\n", "utf-8")
 
 
-def _require_graph_tools() -> None:
-    for library in ("onnxscript", "onnxruntime"):  # what writes an ONNX graph, and what runs it
-        _needed(library, format="onnx")
-
-
-def _needed(library: str, *, format: str) -> Any:
-    try:
-        return importlib.import_module(library)
-    except ImportError:
-        package = library.replace("_", "-")
-        raise ConfigError("--format", format, f"needs {package}: pip install 'fedtune[export]'") from None
+def _needed(*libraries: str, format: str) -> Any:
+    """The last of the libraries that a format needs."""
+    for library in libraries:
+        try:
+            found = importlib.import_module(library)
+        except ImportError:
+            package = library.replace("_", "-")
+            raise ConfigError("--format", format, f"needs {package}: pip install 'fedtune[export]'") from None
+    return found
 
 
 def _write_whole(source: Source, reference: Reference, folder: Path) -> None:
@@ -422,15 +422,12 @@ logits = session.run(None, {name: tokens[name] for name in ("input_ids", "attent
 """,
 }
 _LABELS = 'labels = open("folder/labels.txt", encoding="utf-8").read().splitlines()\n'
+_WHOLE = "The tuned head on the weights, with the adapter merged into them,"
 _WHAT = {
     "merged": ("The weights, with the adapter merged into them,", "transformers"),
-    "sentence-transformers": (
-        "The tuned head on the weights, with the adapter merged into them,",
-        "sentence-transformers",
-    ),
+    "sentence-transformers": (_WHOLE, "sentence-transformers"),
     "onnx": ("An ONNX graph of the weights, with the adapter merged into them,", "onnx"),
 }
-_WHOLE = "The tuned head on the weights, with the adapter merged into them,"
 _FINDING = """\
 from transformers import pipeline
 
@@ -463,11 +460,9 @@ def form_of(format: str, config: RunConfig) -> Form:
         return Form(what="An ONNX graph", library="onnx", relation="finetune", loading=lines)
     what, library = _WHAT[format]
     task = task_named(config.task)
-    labels = _LABELS if config.data.labels else ""
+    loading = _LOADING[format].replace("LABELS", _LABELS if config.data.labels else "").replace("READS", task.reads)
     if format == "merged" and task.reads_tokens:
         what, loading = _WHOLE, _FINDING
-        return Form(what=what, library=library, relation="finetune", loading=loading)
-    loading = _LOADING[format].replace("LABELS", labels).replace("READS", task.reads)
     if format == "sentence-transformers" and not task.has_head:
         what, loading = _EMBEDS, _EMBEDDING
     return Form(what=what, library=library, relation="finetune", loading=loading)

@@ -239,7 +239,9 @@ class Checkpoints:
         tensors = {f"{of}/{name}": np.asarray(value) for of, named in arrays.items() for name, value in named.items()}
         about = {"config_sha256": self._config, **{of: list(named) for of, named in arrays.items()}}
         about |= {name: getattr(state, name) for name in _plain_fields()}
-        metadata = {"fedtune": json.dumps(about, default=_plain)}
+        metadata = {
+            "fedtune": json.dumps(about, default=lambda one: one.to_json() if isinstance(one, Receipt) else asdict(one))
+        }
         write_durably(self._folder / checkpoint_name(state.round), save_tensors(tensors, metadata=metadata))
         for old in saved_checkpoints(self._folder)[:-_KEPT]:
             old.unlink()
@@ -289,10 +291,6 @@ def _way_on(found: Sequence[Path]) -> str:
     if len(found) < 2:
         return "no other is left: start a new run under another name"
     return f"move it away, and resume the run from {found[-2].name}"
-
-
-def _plain(one: Any) -> dict[str, Any]:
-    return one.to_json() if isinstance(one, Receipt) else asdict(one)
 
 
 @lru_cache(maxsize=1)

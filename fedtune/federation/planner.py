@@ -132,11 +132,14 @@ def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Pric
         return Price(plan=plan, sites=sites, largest=largest)
     whole, delta = plan.whole, plan.delta
     _, order = filter.cheapest(whole, delta=delta)
+    # All rounds, or about twenty of them at even distances (rounded up), with the first, the last and the last planned.
+    count, every = plan.most_rounds, -(-plan.most_rounds // _MOST_POINTS)
+    shown = sorted({1, *range(every, count, every), plan.num_rounds, count})
     return Price(
         plan=plan,
         sites=sites,
         largest=largest,
-        rounds=tuple(_round(plan, number, order) for number in _shown_rounds(plan)),
+        rounds=tuple(_round(plan, number, order) for number in shown),
         epsilon=accountant.epsilon_pld([whole], delta),
         epsilon_of_all_runs=epsilon_of(plan, runs=plan.runs),
         epsilon_rdp=accountant.epsilon_rdp([whole], delta),
@@ -251,13 +254,6 @@ def _round(plan: Plan, number: int, order: float) -> RoundPrice:
         filter=filter.epsilon_filter(spent, order=order, delta=plan.delta),
         spare=number > plan.num_rounds,
     )
-
-
-def _shown_rounds(plan: Plan) -> list[int]:
-    """All rounds, or about twenty of them at even distances, with the first, the last and the last planned one."""
-    count = plan.most_rounds
-    every = -(-count // _MOST_POINTS)  # rounded up, so that there are not more points
-    return sorted({1, *range(every, count, every), plan.num_rounds, count})
 
 
 @lru_cache(maxsize=1024)

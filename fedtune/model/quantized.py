@@ -75,10 +75,7 @@ class Quantized(nn.Module):
 
 
 def quantize_linear(
-    layers: nn.Module,
-    linear: type[Quantized],
-    transposed: type[Quantized],
-    more: Callable[[nn.Module], dict[str, Any]],
+    layers: nn.Module, linear: type[Quantized], transposed: type[Quantized], more: Callable[[nn.Module], dict[str, Any]]
 ) -> None:
     """Put a `linear` in the place of each `nn.Linear` of `layers`, and a `transposed` in that of each `Conv1D`.
 

@@ -170,10 +170,7 @@ class SiteMetrics:
 
 def _of_budget(history: History) -> Values:
     taken = {"charged": history.charged(), "with_set_aside": history.taken(history.now())}
-    yield (
-        "fedtune_site_epsilon_spent",
-        {name: history.epsilon(spent) for name, spent in taken.items()},
-    )
+    yield ("fedtune_site_epsilon_spent", {name: history.epsilon(spent) for name, spent in taken.items()})
     yield "fedtune_site_epsilon_cap", history.cap
     yield "fedtune_site_epsilon_left", epsilon_left(history)
     runs = reference_runs_left(history)

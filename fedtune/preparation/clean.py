@@ -52,13 +52,7 @@ class Cleaning:
     """
 
     def __init__(
-        self,
-        columns: Mapping[str, str],
-        fault: Fault,
-        *,
-        drop: Collection[str],
-        mask: bool,
-        named: Mapping[str, str],
+        self, columns: Mapping[str, str], fault: Fault, *, drop: Collection[str], mask: bool, named: Mapping[str, str]
     ) -> None:
         if mask and (marks := {"tags", "spans"} & {*columns, *named}):
             bound = f"must be left out where words are marked (role {min(marks)}): the marks would stand on other words"

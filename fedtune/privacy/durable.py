@@ -29,7 +29,7 @@ def write_durably(path: Path, data: bytes) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            _keep_owner(descriptor, path)
+            keep_owner(descriptor, path)
             file.write(data)
             file.flush()
             os.fsync(descriptor)
@@ -41,7 +41,7 @@ def write_durably(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
-def _keep_owner(descriptor: int, path: Path) -> None:
+def keep_owner(descriptor: int, path: Path) -> None:
     """Give the file that is to replace `path` the owner, group and mode that `path` has."""
     try:
         before = path.lstat()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +19,6 @@ from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words
 from fedtune.sites.run_records import file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError
-
-_TEMPLATE = "synthetic_card.md.j2"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,20 +75,41 @@ def together(runs: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
     return sum(part["epsilon"] for part in parts), sum(part["delta"] for part in parts)
 
 
-def read_card(file: Path, writer: Report, *, option: str) -> Mapping[str, Any]:
+def in_words(runs: Sequence[Mapping[str, Any]]) -> str | None:
+    """`together` for people."""
+    (epsilon, delta), figure = together(runs), catalogue("en").figure
+    return None if epsilon is None else f"epsilon {figure(epsilon, 'epsilon')} at delta {figure(delta, 'exact')}"
+
+
+def run_of(report: Report) -> dict[str, Any]:
+    """A run as a card tells it."""
+    return {
+        "run": report.name,
+        "task": report.provenance.task,
+        "config_sha256": report.provenance.config_sha256,
+        "epsilon": report.epsilon if Words(report, catalogue("en")).promises else None,
+        "delta": report.delta,
+        "unit": report.unit,
+        "verdict": report.verdict.state,
+        "start": asdict(start) if (start := report.provenance.start_adapter) else None,
+    }
+
+
+def read_card(file: Path, writer: Report | None = None, *, option: str) -> Mapping[str, Any]:
     """The card of records that a run wrote, as `as_json` made it: only they may be published under its promise.
 
     Raises:
-        ConfigError: there is none beside the file, or it is of another file or run.
+        ConfigError: there is none beside the file, or it is of another file, or of another run than `writer`'s.
     """
-    path = card_of(file, ".json")
-    try:
+    path, sha256, fits = card_of(file, ".json"), file_sha256(file, key=option), False
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         found: dict[str, Any] = json.loads(path.read_bytes())
-        own = found["schema_version"], found["sha256"], found["runs"][0]["config_sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
-        found, own = {}, ("", "", "")
-    if own != (RUN_SCHEMA, file_sha256(file), writer.provenance.config_sha256):
-        bound = f"must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it ({path.name})"
+        together(found["runs"])  # what cannot be added up is no card
+        run, own = found["runs"][0]["config_sha256"], writer and writer.provenance.config_sha256
+        fits = (found["schema_version"], found["sha256"], run) == (RUN_SCHEMA, sha256, own or run)
+    if not fits:
+        of = " with this RUN" if writer else ""
+        bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card beside it ({path.name})"
         raise ConfigError(option, str(file), bound)
     return found
 
@@ -96,9 +117,8 @@ def read_card(file: Path, writer: Report, *, option: str) -> Mapping[str, Any]:
 def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
     """The card as Markdown, of the same reports as `told`, which is what `as_json` made."""
     words = [Words(report, catalogue("en")) for report in reports]
-    (epsilon, delta), figure = together(told["runs"]), words[0].catalogue.figure
     return rendered(
-        _TEMPLATE,
+        "synthetic_card.md.j2",
         name=told["file"],
         sha256=told["sha256"],
         runs=[
@@ -107,7 +127,7 @@ def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
         ],
         earlier=told["runs"][len(reports) :],
         promised=all(run["epsilon"] is not None for run in told["runs"]),
-        together=None if epsilon is None else f"epsilon {figure(epsilon, 'epsilon')} at delta {figure(delta, 'exact')}",
+        together=in_words(told["runs"]),
         made=told["made"],
         figures=told["figures"],
     )
@@ -115,35 +135,23 @@ def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
 
 def as_json(
     file: Path,
+    lines: bytes,
     reports: Sequence[Report],
     *,
     earlier: Sequence[Mapping[str, Any]] = (),
     made: Mapping[str, Any],
     figures: Mapping[str, Figures],
 ) -> dict[str, Any]:
-    """The card for programs: by reports of the run that wrote the records, and of the votes' run if there is one.
+    """The card of `lines` for programs: by reports of the run that wrote them, and of the votes' run if there is one.
 
     What stood on a card of candidates comes along as `earlier`: all runs behind them but the one that wrote them.
     """
-    runs = [
-        {
-            "run": report.name,
-            "task": report.provenance.task,
-            "config_sha256": report.provenance.config_sha256,
-            "epsilon": report.epsilon if Words(report, catalogue("en")).promises else None,
-            "delta": report.delta,
-            "unit": report.unit,
-            "verdict": report.verdict.state,
-            "start": asdict(start) if (start := report.provenance.start_adapter) else None,
-        }
-        for report in reports
-    ]
-    runs += map(dict, earlier)
+    runs = [*map(run_of, reports), *map(dict, earlier)]
     epsilon, delta = together(runs)
     return {
         "schema_version": RUN_SCHEMA,
         "file": file.name,
-        "sha256": file_sha256(file),
+        "sha256": hashlib.sha256(lines).hexdigest(),
         "runs": runs,
         "together": {"epsilon": epsilon, "delta": delta},
         "made": dict(made),

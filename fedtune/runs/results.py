@@ -239,13 +239,7 @@ class RunResult:
 
     @classmethod
     def of(
-        cls,
-        config: RunConfig,
-        plan: Plan,
-        state: LeadState,
-        *,
-        final: FinalResult,
-        provenance: RunProvenance,
+        cls, config: RunConfig, plan: Plan, state: LeadState, *, final: FinalResult, provenance: RunProvenance
     ) -> RunResult:
         """The result of the run in `state`; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in config.federation.active}

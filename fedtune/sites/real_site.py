@@ -219,10 +219,4 @@ def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
     """
     key = SigningKey.load(files.site_key).secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, task_named(config.task)
-    return own_records(
-        data,
-        columns=task.columns(data, unit=unit),
-        fault=task.fault(data),
-        key=key,
-        unit=unit,
-    )
+    return own_records(data, columns=task.columns(data, unit=unit), fault=task.fault(data), key=key, unit=unit)

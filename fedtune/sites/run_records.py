@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, shipped_folders, split_key
 from fedtune.data.partition import assign_site
 from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_file
+from fedtune.data.spec import SITE
 from fedtune.evaluation.spec import no_test_records
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError
@@ -111,6 +112,15 @@ class RunRecords:
         read |= {"data.validation_file": self.validation.records if self.validation else []}
         return read | {"data.test_file": self.test.records if self.test else []}
 
+    def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
+        """All records of each file that the run reads here, whether it uses them or not, behind the file's setting."""
+        config, data = self._config, self._config.data
+        names = [] if config.runtime.kind == "deployment" else config.federation.names
+        files = dict.fromkeys((data.train_file.replace(SITE, name) for name in names), "data.train_file")
+        named = {"data.validation_file": data.validation_file, "data.test_file": data.test_file}
+        for file, key in (files | {file: key for key, file in named.items() if file is not None}).items():
+            yield key, LeadRecords.read(file, config, key=key).records
+
     def _of(self, file: str | None, *, rows: int | None, key: str) -> LeadRecords | None:
         return None if file is None else LeadRecords.read(file, self._config, key=key, rows=rows)
 
@@ -152,23 +162,31 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
     """Check that public records, of the file that `key` names, are not those of a file of the run, in whatever form.
 
     Raises:
-        ConfigError: one of them has all texts of the other; the records of real sites are not here.
+        ConfigError: they have all texts that the run uses of a file, or none but texts of its files; the records of
+            real sites are not here.
     """
     public = {record.said for record in records}
-    for of, others in own.by_setting().items():
-        texts = {record.said for record in others}
-        if others and (texts <= public or public <= texts):
-            bound = f"must hold records of its own: one of it and {of} has all texts of the other"
-            raise ConfigError(key, file, bound)
+    found = [of for of, others in own.by_setting().items() if others and {one.said for one in others} <= public]
+    whole = [(of, {record.said for record in records}) for of, records in own.whole_files()]
+    if public <= set().union(*(texts for _, texts in whole)):
+        found += [of for of, texts in whole if texts & public]
+    if found:
+        bound = f"must hold records of its own: one of it and {found[0]} has all texts of the other"
+        raise ConfigError(key, file, bound)
 
 
-def file_sha256(file: Path) -> str:
-    """The SHA-256 of a file of records, in hexadecimal: which one it was."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def file_sha256(file: Path, *, key: str) -> str:
+    """The SHA-256 of the file of records that `key` names, in hexadecimal: which one it was."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(key, str(file), f"must be one file, whose SHA-256 is noted ({error.strerror})") from None
 
 
-def asked_records(config: RunConfig, name: str, *, key: str) -> list[Record]:
+def asked_records(config: RunConfig, name: str, *, key: str, columns: Mapping[str, str] | None = None) -> list[Record]:
     """The records of the file that the option `key` names, without their answers; of a text file a line is one.
+
+    `columns`: by role, those that are named otherwise there than in the run's own files.
 
     Raises:
         DataError: the file cannot be read, or has none.
@@ -177,7 +195,8 @@ def asked_records(config: RunConfig, name: str, *, key: str) -> list[Record]:
     if path.suffix.lower() == ".txt":
         records = list(_lines(config, path, key=key))
     else:
-        records = [_unanswered(record) for record in iter_records(path, task.asked_by(config.data))]
+        named = {role: (columns or {}).get(role, own) for role, own in task.asked_by(config.data).items()}
+        records = [_unanswered(record) for record in iter_records(path, named)]
     if not records:
         raise DataError(key, name, "must hold at least one prompt")
     return records

@@ -388,11 +388,7 @@ class Participants:
         policies = [self.sites.files(name).policy for name in self.config.federation.active]
         inexact = all(policy.allow.inexact_gradients for policy in policies)
         return SharedModel.of_simulation(
-            self.config,
-            inexact_allowed=inexact,
-            records=self.records,
-            progress=self._progress,
-            session=self._session,
+            self.config, inexact_allowed=inexact, records=self.records, progress=self._progress, session=self._session
         )
 
     @cached_property

@@ -20,10 +20,10 @@ from safetensors.numpy import load_file
 
 from fedtune.api.door import Progress, Run
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import Record, iter_records, resolve_file
+from fedtune.data.records import Record, iter_records, resolve_file, without_records
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.sites.run_records import RunRecords
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
@@ -98,10 +98,8 @@ def synthesize(
     except re.error as error:
         raise ConfigError("--pattern", pattern, f"must be a regular expression ({error})") from None
     from fedtune.runs.saved_model import SavedModel
-    from fedtune.tasks.saved import SavedAdapter
 
-    SavedAdapter.read(run.adapter)  # not one that is private to a site
-    saved = SavedModel(run.config, {"tuned": run.adapter})
+    saved = SavedModel(run.config, {"tuned": adapter_of(run)})
     saved.use("tuned")
     return _written(saved, roles, wanted, spec=spec, whole=whole, progress=progress)
 
@@ -156,6 +154,13 @@ def _fault(text: str | None, others: Container[str], whole: re.Pattern[str] | No
     return "pattern" if whole is not None and whole.fullmatch(text) is None else None
 
 
+def adapter_of(run: Run) -> Path:
+    """The folder of a run's adapter; a ConfigError says that it is private to a site."""
+    from fedtune.tasks.saved import SavedAdapter
+
+    return SavedAdapter.read(run.adapter).folder
+
+
 def _roles(run: Run) -> tuple[str, ...]:
     """The roles of a prompt, which name a code."""
     task, data = task_named(run.config.task), run.config.data
@@ -173,11 +178,9 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords
         return Counter(tuple(one.fields[role] for role in roles) for one in records)
 
     found = counts(iter_records(path, {role: run.config.data.columns[role] for role in roles}))
-    try:
-        theirs = own.by_setting()
-    except DataError:  # the run's files are not here any more
-        theirs = {}
-    for key, records in theirs.items():
+    if not found:
+        raise without_records(path)
+    for key, records in own.by_setting().items():
         if records and counts(records) <= found:
             raise ConfigError("--codes", str(codes), f"must be a public list: all prompts of {key} stand in it")
     return dict(found)
@@ -193,10 +196,7 @@ def weights_of(votes: Run) -> dict[str, float]:
     if not task_named(config.task).counts_units:
         raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
     texts = config.head.label_texts or config.data.labels
-    from fedtune.tasks.saved import SavedAdapter
-
-    SavedAdapter.read(votes.adapter)  # not one that is private to a site
-    weights = load_file(votes.adapter / "head.safetensors")["weight"][0].clip(min=0).astype(np.float64)
+    weights = load_file(adapter_of(votes) / "head.safetensors")["weight"][0].clip(min=0).astype(np.float64)
     if not weights.sum() > 0:
         raise ConfigError("--votes", str(votes.folder), "must have a candidate with votes: noise left none above 0")
     found: Counter[str] = Counter()  # of candidates that say the same, one has the votes of all
@@ -213,17 +213,17 @@ def allotted(shares: Mapping[Code, float], rows: int) -> dict[Code, int]:
     return dict(zip(shares, counts.tolist(), strict=True))
 
 
-def columns_of(run: Run) -> tuple[str, ...]:
-    """The columns of a synthetic record; the last one has what the model writes.
+def columns_of(run: Run) -> dict[str, str]:
+    """Role to column of a synthetic record; the last one has what the model writes.
 
     Raises:
         ConfigError: the run's model completes no prompts.
     """
-    return tuple(run.config.data.columns[role] for role in (*_roles(run), "completion"))
+    return {role: run.config.data.columns[role] for role in (*_roles(run), "completion")}
 
 
 def as_written(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Synthetic:
-    """Records from a file of `synthesize`, with its columns as `columns_of` has them."""
+    """Records from a file of `synthesize`, with the columns of `columns_of`, in their order."""
     codes = Counter(tuple(row[column] for column in columns[:-1]) for row in rows)
     return Synthetic(rows=tuple(rows), wanted=codes, left_out={})
 
@@ -269,9 +269,7 @@ def labelled(found: Synthetic, column: str, classifier: Run) -> Synthetic:
     if task_named(config.task).answers != {"label"} or label == column:
         bound = f"must be a run whose records have a text and, in another column than {column}, one label"
         raise ConfigError("--labels", str(classifier.folder), bound)
-    from fedtune.tasks.saved import SavedAdapter
-
-    SavedAdapter.read(classifier.adapter)  # not one that is private to a site
+    adapter_of(classifier)
     answers: Any = classifier.predict([row[column] for row in found.rows])
     rows = ({**row, label: answer[0]["label"]} for row, answer in zip(found.rows, answers, strict=True))
     return replace(found, rows=tuple(rows))

@@ -250,12 +250,7 @@ class Search:
         """Note which run was picked, and say so in its report and on its model's card."""
         judged_by = best.config.judged_by
         selection = Selection.of(
-            self.price,
-            self.plans,
-            search=self.asked.name,
-            method=self.method,
-            judged_by=judged_by,
-            score=best.score,
+            self.price, self.plans, search=self.asked.name, method=self.method, judged_by=judged_by, score=best.score
         )
         write_durably(RunFolder(best.folder).selection, json_text(asdict(selection)).encode())
         from fedtune.report import model_card

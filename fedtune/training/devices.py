@@ -399,12 +399,7 @@ class _Device:
         self._units[number].keep_reference(self._model)
 
     def add_up(
-        self,
-        number: int,
-        drawn: Sequence[Places],
-        max_grad_norm: float,
-        round: int,
-        values: npt.NDArray[np.float32],
+        self, number: int, drawn: Sequence[Places], max_grad_norm: float, round: int, values: npt.NDArray[np.float32]
     ) -> tuple[int, npt.NDArray[np.int64]]:
         """How many units these are, and the sum of what they contribute to a step at the first device's values."""
         units = self._units[number]

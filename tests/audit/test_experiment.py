@@ -122,13 +122,8 @@ def test_a_model_that_learns_its_records_by_heart_is_found(
 ) -> None:
     break_it("no noise")
     _, found, _ = audited(
-        "audit.kind=records",
-        "audit.canaries=60",
-        "privacy.sampling_rate=1.0",
-        "privacy.noise_multiplier=20.0",
-        "training.local_steps=25",
-        "training.learning_rate=0.02",
-        "model=random_bert",
+        *("audit.kind=records", "audit.canaries=60", "privacy.sampling_rate=1.0", "privacy.noise_multiplier=20.0"),
+        *("training.local_steps=25", "training.learning_rate=0.02", "model=random_bert"),
     )
     together = found.bounds[-1]
     assert together.right / together.guesses > 0.75
@@ -164,8 +159,7 @@ def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> 
 
 def test_sites_of_an_audit_take_any_adapter(sound: Any) -> None:
     """Made for it alone, so that a broken clip shows as a bound and not as a refusal."""
-    files = SiteFiles.of(sound[2] / "sites" / "site-1" / "site.toml")
-    assert files.policy.limits.max_adapter_value == 1e6
+    assert SiteFiles.of(sound[2] / "sites" / "site-1" / "site.toml").policy.limits.max_adapter_value == 1e6
 
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:

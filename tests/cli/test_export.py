@@ -28,23 +28,20 @@ def test_the_adapter_goes_out_with_its_card_and_tokenizer(finished: Path, comman
     [
         (["--to", "{taken}"], "--to = '{taken}': must be a new folder; there is something of that name"),
         (
-            ["--to", "{new}", "--merge", "--format", "onnx"],
+            ["--merge", "--format", "onnx"],
             "--merge = 'onnx': and --format exclude each other: --merge is a format of its own",
         ),
         (
-            ["--to", "{new}", "--format", "merged"],
+            ["--format", "merged"],
             "--format = 'merged': must be one of peft, sentence-transformers, onnx for task classification",
         ),
-        (
-            ["--to", "{new}", "--int8"],
-            "--int8: goes with --format onnx of a model with a base, whose matrices it makes small",
-        ),
+        (["--int8"], "--int8: goes with --format onnx of a model with a base, whose matrices it makes small"),
         (["--to", "{taken}/adapter/out"], "--to = '{taken}/adapter/out': must lie outside the run's adapter folder"),
     ],
 )
 def test_what_cannot_be_is_said(finished: Path, command: Any, tmp_path: Path, words: list[str], message: str) -> None:
     places = {"taken": str(finished), "new": str(tmp_path / "new")}
-    told = command("export", str(finished), *(word.format(**places) for word in words))
+    told = command("export", str(finished), "--to", places["new"], *(word.format(**places) for word in words))
     assert told.code == 2
     assert told.message == message.format(**places)
     assert not (tmp_path / "new").exists()

@@ -28,13 +28,8 @@ def runs(simulate: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory
     into = tmp_path_factory.mktemp("runs")
     shutil.copytree(finished, into / "intents")
     for name, seed in (("tables", "seed=0"), ("others", "seed=3")):
-        short = (
-            "data.max_length=64",
-            "federation.num_rounds=1",
-            "training.learning_rate=0.2",
-            "runtime.seeded_noise=true",
-        )
-        simulate(*LANGUAGE_MODEL, *short, seed, into=into, name=name)
+        short = ("data.max_length=64", "federation.num_rounds=1", "training.learning_rate=0.2")
+        simulate(*LANGUAGE_MODEL, *short, "runtime.seeded_noise=true", seed, into=into, name=name)
     return into
 
 
@@ -203,17 +198,11 @@ WRONG = {
     "too long beside the base": (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
     "no such file": (("tables", "--file", "gone.txt"), r"^--file = 'gone.txt': no such file"),
     "no temperature": (("tables", "--prompt", "a", "--temperature", "-1"), "^--temperature = -1.0: must be"),
-    "nothing to draw": (
-        ("intents", "--prompt", "a", "--temperature", "1"),
-        "^--temperature = 1.0: is for a task that wr",
-    ),
+    "nothing to draw": (("intents", "--prompt", "a", "--temperature", "1"), "^--temperature = 1.0: is for a task that"),
     "columns of nothing": (("tables", "--prompt", "a", "--columns", "{prompt: b}"), "must be given with --file"),
     "no adapter's name": (("tables", "--prompt", "a", "--adapter", "x"), r"^--adapter = 'x': must be NAME=RUN$"),
     "a taken name": (("tables", "--prompt", "a", "--adapter", "base=others"), "the name base is taken"),
-    "another task": (
-        ("tables", "--prompt", "a", "--adapter", "x=intents"),
-        "task is 'classification', not 'causal_lm'",
-    ),
+    "another task": (("tables", "--prompt", "a", "--adapter", "x=intents"), "is 'classification', not 'causal_lm'"),
     "no run": (("gone", "--prompt", "a"), "^run folder = 'gone': must hold a config.yaml; there are "),
     "no role": (("intents", "--file", "a.txt", "--columns", "{body: text}"), r"^--columns = 'body': must be one of"),
     "no mapping": (("intents", "--file", "a.txt", "--columns", "text"), r"^--columns = 'text': must name the column"),

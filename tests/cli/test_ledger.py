@@ -68,8 +68,7 @@ def test_another_file_is_no_ledger(content: bytes, tmp_path: Path, command: Any)
 
 def test_show_knows_runs_that_were_not_charged_and_backups_put_back(put_back: Any, command: Any) -> None:
     assert restored(put_back, command).code == 0
-    ledger = put_back.open()
-    assert ledger.reserve(put_back.proposal("fourth"), round=1, request="x")
+    assert put_back.open().reserve(put_back.proposal("fourth"), round=1, request="x")
     out = command("ledger", "show", str(put_back.ledger)).out
     assert out.count("(a backup put back)") == 1
     assert [line.split()[-1] for line in out.splitlines() if " fourth " in line] == ["open"]
@@ -100,8 +99,7 @@ def test_as_many_reference_runs_fit_as_spent_says(lived: Any, command: Any) -> N
     for number in range(left):
         lived.train(ledger, lived.proposal(f"next-{number}", local_steps=20, num_rounds=10), 1)
     lived.refuse(ledger, lived.proposal("one-too-many", local_steps=20, num_rounds=10))
-    after = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
-    assert after["reference_runs_left"] == 0
+    assert json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)["reference_runs_left"] == 0
 
 
 def test_a_new_ledger_has_spent_nothing(site: Any, command: Any) -> None:
@@ -115,8 +113,7 @@ def test_a_new_ledger_has_spent_nothing(site: Any, command: Any) -> None:
 def test_seeded_noise_is_no_guarantee(site: Any, command: Any) -> None:
     site.write_policy(seeded_noise="true")
     site.train(site.open(), site.proposal("study", seeded_noise=True), 1)
-    outcome = command("ledger", "spent", str(site.ledger))
-    assert outcome.out.count("NO GUARANTEE") == 2
+    assert command("ledger", "spent", str(site.ledger)).out.count("NO GUARANTEE") == 2
     assert "NO GUARANTEE" in command("ledger", "show", str(site.ledger)).out
     assert json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["guarantee"] is False
 

@@ -82,8 +82,7 @@ def test_what_was_solved_for_can_be_pasted(plan: Run, tiny: Any, tmp_path: Path)
     out = plan("--target=rounds", "privacy.epsilon=1").out
     found = re.search(r"use it +(\S+) (\S+) *\n", out)
     assert found
-    config = compose_run(tiny("privacy.epsilon=1", *found.groups(), into=tmp_path))
-    assert config.federation.num_rounds > 2
+    assert compose_run(tiny("privacy.epsilon=1", *found.groups(), into=tmp_path)).federation.num_rounds > 2
 
 
 @pytest.mark.parametrize(
@@ -107,14 +106,9 @@ def test_what_is_printed(plan: Run, policy_file: Any, monkeypatch: pytest.Monkey
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.chdir(policy_file().parent)
     out = plan(
-        "federation.site_names=[university-hospital,rural-clinic-in-the-north]",
-        "data.declared_sizes=[90,30]",
-        "federation.num_rounds=4",
-        "federation.spare_rounds=1",
-        "privacy.metrics=noised",
-        "data.heldout_fraction=0.2",
-        "public.train_file=public.csv",
-        "--policy=site.toml",
+        *("federation.site_names=[university-hospital,rural-clinic-in-the-north]", "data.declared_sizes=[90,30]"),
+        *("federation.num_rounds=4", "federation.spare_rounds=1", "privacy.metrics=noised"),
+        *("data.heldout_fraction=0.2", "public.train_file=public.csv", "--policy=site.toml"),
     ).printed
     assert too_wide(out) == []
     snapshots.check_output("plan", out)
@@ -205,8 +199,7 @@ def test_what_secure_sums_would_give_is_told_beside_a_plain_run(plan: Run, plan_
 
 def test_the_price_of_a_search_is_told_beside_the_plan(command: Any) -> None:
     words = ("plan", "experiment=debug", "privacy.noise_multiplier=4.0")
-    alone = json.loads(command(*words, "--json").out)
-    assert "search" not in alone
+    assert "search" not in json.loads(command(*words, "--json").out)
     of_eight = command(*words, "--trials", "8", "--json")
     told = json.loads(of_eight.out)
     assert told["search"]["trials"] == 8

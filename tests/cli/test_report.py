@@ -192,8 +192,7 @@ def test_an_anchor_excludes_rollback(arguments: list[str], lived: Any, command: 
     named = [str(lived.folder / part) if "." in part else part for part in arguments]
     key = str(lived.folder / "site_key.pem")
     assert command("report", *named, "--sign", key).code == 0
-    report = report_in(lived.folder / "ledger.db.report")
-    assert report.sites[0].verification.rollback_excluded
+    assert report_in(lived.folder / "ledger.db.report").sites[0].verification.rollback_excluded
     checked = command("report", "verify", str(lived.folder / "ledger.db.report"), "--key", lived.key.public)
     assert checked.code == 0, checked.out + checked.err
 

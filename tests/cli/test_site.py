@@ -95,8 +95,7 @@ def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
     amount = json.loads(command("site", "check-policy", str(site.policy), "--json").out)["amount"]
     policy = read_policy(site.policy)
     assert amount["reference_pld"] == accountant.epsilon_pld([policy.budget.reference_event()], 1e-5)
-    history = site.open().history
-    assert history.order == amount["order"]
+    assert site.open().history.order == amount["order"]
     left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
     assert left == amount["runs_in_lifetime"]
     assert dataclasses.asdict(amount_of(policy)) == amount

@@ -193,8 +193,7 @@ def test_a_run_without_noise_has_no_noisy_steps(command: Any, north: Here, run_p
     assert "NO GUARANTEE: the run adds no noise" in outcome.out
     assert "of 2 steps each" in outcome.out
     assert "noisy" not in outcome.out
-    told = command("site", "check-policy", str(north.toml))
-    assert "of 2 steps; clip norm" in told.out
+    assert "of 2 steps; clip norm" in command("site", "check-policy", str(north.toml)).out
 
 
 def test_of_two_runs_with_one_name_one_is_approved_by_its_digest(
@@ -300,8 +299,7 @@ def test_leaving_ends_open_runs_and_frees_what_they_had_set_aside(
 
 def test_after_leaving_a_site_does_not_start(command: Any, north: Here) -> None:
     assert "0 open runs ended" in command("site", "leave", *north.words).out
-    again = command("site", "leave", *north.words)
-    assert again.code == 0
+    assert command("site", "leave", *north.words).code == 0
     message = command("site", "start", *north.words).failed(1)
     assert message == f"this site has left the federation; remove {north.state.left} to take part again"
 

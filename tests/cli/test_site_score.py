@@ -65,8 +65,7 @@ def test_what_cannot_be_scored_is_said(here: Any, command: Any) -> None:
     settings["data"]["heldout_fraction"] = 0.0
     path.write_text(yaml.safe_dump(settings))
     assert command("site", "score", "first", *here.words).failed().split(":")[0] == "data.heldout_fraction = 0"
-    column = command("site", "score", "first", *here.words, "--smallest", "3")
-    assert column.code == 2
+    assert command("site", "score", "first", *here.words, "--smallest", "3").code == 2
 
 
 def test_the_own_adapter_is_made_at_the_site_and_noted_beside_its_ledger(here: Any, command: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,28 @@ from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
 from fedtune.studies.synthetic import allotted, as_written, ballot, chosen, weights_of
 
-TABLES = "simulations/data/e2e_nlg/train.jsonl.gz"
+from ..conftest import REPOSITORY
+
+KINDS = [{"column": "label", "by": "kinds"}]
 
 
 @pytest.fixture(scope="module")
 def runs(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a language model (`writer`), and a run of votes on two of its codes (`shares`)."""
+    """A folder with a language model (`writer`), and a run of votes on two of its codes (`shares`).
+
+    The column of the codes is called as a role that they do not have.
+    """
     into = tmp_path_factory.mktemp("runs")
+    with gzip.open(REPOSITORY / "simulations/data/e2e_nlg/train.jsonl.gz", "rt") as lines:
+        (into / "tables.jsonl").write_text("".join(line.replace('{"mr":', '{"messages":') for line in lines))
+    own = (f"data.train_file={into}/tables.jsonl", "data.validation_file=null", "data.test_file=null")
     short = ("data.max_length=64", "federation.num_rounds=1", "training.learning_rate=0.2")
     model = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40")
-    simulate(*model, *short, into=into, name="writer")
-    (into / "codes.jsonl").write_text('{"mr": "a red one"}\n{"mr": "a blue one"}\n{"mr": "a blue one"}\n')
-    votes = ("experiment=votes", "model=random_bert", "data.columns={text: mr}", f"data.train_file={TABLES}")
+    simulate(*model, *short, *own, "data.columns={prompt: messages, completion: ref}", into=into, name="writer")
+    (into / "codes.jsonl").write_text(
+        '{"messages": "a red one"}\n{"messages": "a blue one"}\n{"messages": "a blue one"}\n'
+    )
+    votes = ("experiment=votes", "model=random_bert", "data.columns={text: messages}", own[0])
     simulate(*votes, "data.labels=[a blue one, a red one]", into=into, name="shares")
     head = into / "shares" / "adapter" / "head.safetensors"
     save_file(load_file(head) | {"weight": np.array([[3.0, 1.0]], dtype=np.float32)}, head)
@@ -67,7 +79,7 @@ def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = Tru
 
 
 def test_one_code_alone_has_none_to_be_set_apart_from(runs: Path, command: Any, tmp_path: Path) -> None:
-    (tmp_path / "one.jsonl").write_text('{"mr": "a red one"}\n')
+    (tmp_path / "one.jsonl").write_text('{"messages": "a red one"}\n')
     named = ("--codes", str(tmp_path / "one.jsonl"), "--rows", "3")
     assert len(written(command, runs, tmp_path / "texts.jsonl", *named, codes=False)) == 3
 
@@ -75,9 +87,9 @@ def test_one_code_alone_has_none_to_be_set_apart_from(runs: Path, command: Any, 
 def test_codes_have_their_declared_shares_and_a_card(runs: Path, command: Any, tmp_path: Path) -> None:
     to = tmp_path / "texts.jsonl"
     public = tmp_path / "public.jsonl"
-    public.write_text('{"mr": "a green one", "ref": "said of it"}\n' * 2)
+    public.write_text('{"messages": "a green one", "ref": "said of it"}\n' * 2)
     rows = written(command, runs, to, "--rows", "9", "--beside", str(public))
-    assert Counter(row["mr"] for row in rows) == {"a red one": 3, "a blue one": 6}
+    assert Counter(row["messages"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
     run = door.load(runs / "writer")
@@ -93,7 +105,7 @@ def test_codes_have_their_declared_shares_and_a_card(runs: Path, command: Any, t
 def test_votes_are_shares(runs: Path, command: Any, tmp_path: Path) -> None:
     to = tmp_path / "texts.jsonl"
     rows = written(command, runs, to, "--rows", "8", "--votes", str(runs / "shares"), codes=False)
-    assert Counter(row["mr"] for row in rows) == {"a blue one": 6, "a red one": 2}
+    assert Counter(row["messages"] for row in rows) == {"a blue one": 6, "a red one": 2}
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
     both = [door.load(runs / name).privacy for name in ("writer", "shares")]
     assert card["together"]["epsilon"] == pytest.approx(sum(one.epsilon or 0.0 for one in both))
@@ -105,14 +117,13 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     ballot, to, best = tmp_path / "ballot.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
     voted = ("--votes", str(runs / "shares"))
     rows = written(command, runs, to, "--rows", "4", "--ballot", str(ballot), "--seed", "7", *voted, codes=False)
-    settings = yaml.safe_load(ballot.read_text())
-    assert settings["head"]["label_texts"] == [row["ref"] for row in rows]
+    assert yaml.safe_load(ballot.read_text())["head"]["label_texts"] == [row["ref"] for row in rows]
     folder = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name="liked")
     head = folder / "adapter" / "head.safetensors"
     save_file(load_file(head) | {"weight": np.array([[0.1, 0.4, -0.2, 0.3]], dtype=np.float32)}, head)
     choose = ("choose", str(runs / "writer"), "--votes", str(folder), "--candidates")
     public = tmp_path / "public.jsonl"
-    public.write_text('{"mr": "a green one", "ref": "said of it"}\n')
+    public.write_text('{"messages": "a green one", "ref": "said of it"}\n')
     said = command(*choose, str(to), "--rows", "2", "--to", str(best), "--beside", str(public), "--json").printed
     assert [json.loads(line) for line in best.read_text().splitlines()] == [rows[1], rows[3]]
     text = (tmp_path / "best.jsonl.card.md").read_text()
@@ -132,17 +143,20 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     assert [one["run"] for one in behind_it["runs"]] == ["writer", "liked", "liked", "shares"]
     twice = door.load(folder).privacy.epsilon or 0.0
     assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + twice)
-    refused = (*choose, str(to), "--to", str(tmp_path / "no"))
+    refused = (*choose, str(to), "--to", str(tmp_path / "no.jsonl"))
     for options, said in (
         (("--rows", "5"), "--rows = 5: must be at most the 4 candidates on a ballot"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--rows", "2", "--to", str(best)), "must be a new file"),
         (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates; 4 are none"),
-        (("--rows", "2", "--beside", TABLES), "one of it and data.train_file has all texts of the other"),
+        (
+            ("--rows", "2", "--beside", str(runs / "tables.jsonl")),
+            "one of it and data.train_file has all texts of the other",
+        ),
         (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize or choose wrote it"),
     ):
         assert said in command(*refused, *options).failed()
-        assert not (tmp_path / "no").exists()
+        assert not (tmp_path / "no.jsonl").exists()
     to.write_text(to.read_text().replace("seed 7", "private text"))
     message = command(*refused, "--rows", "2").failed()
     assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it" in message
@@ -164,21 +178,36 @@ def test_a_classifier_labels_records_and_its_epsilon_adds_up(
     assert found == [{**row, "label": answer[0]["label"]} for row, answer in zip(rows, answers, strict=True)]
     both = [door.load(one).privacy.epsilon or 0.0 for one in (runs / "writer", folder)]
     assert card["together"]["epsilon"] == pytest.approx(sum(both))
-    assert (card["made"]["labelled_by"], card["made"]["codes"], card["made"]["missing"]) == ("kinds", 2, 0)
+    assert (card["made"]["labels"], card["made"]["codes"], card["made"]["missing"]) == (KINDS, 2, 0)
     assert "in column label, by what the classifier kinds says" in (tmp_path / "labelled.jsonl.card.md").read_text()
     for options, said in (
         ((), "--votes = null: must be given, or --labels"),
         (("--votes", str(runs / "shares")), "--rows = null: must be given with --votes"),
         (("--labels", str(folder), "--rows", "2"), "--rows = 2: must be given with --votes, and only there"),
         (("--labels", str(runs / "shares")), "must be a run whose records have a text and"),
+        (("--labels", str(private_to_a_site(folder, tmp_path / "own"))), "is private to 'site-1', without a guarantee"),
     ):
-        outcome = command(*choose[:-1], "--to", str(tmp_path / "no"), *options)
-        assert (outcome.code, (tmp_path / "no").exists()) == (2, False), options
+        outcome = command(*choose[:-1], "--to", str(tmp_path / "no.jsonl"), *options)
+        assert (outcome.code, (tmp_path / "no.jsonl").exists()) == (2, False), options
         assert said in outcome.err
-    known = {"label_column": "label", "labelled_by": "kinds"}
-    assert command(*choose[:3], str(best), "--labels", str(folder), "--to", str(tmp_path / "again")).printed
-    assert known.items() <= json.loads((tmp_path / "again.card.json").read_text())["made"].items()
-    assert (tmp_path / "again").read_text() == best.read_text()
+
+
+def test_each_label_has_a_column_and_stays(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
+    written(command, runs, tmp_path / "0.jsonl", "--rows", "6")
+    with gzip.open(REPOSITORY / "simulations/data/banking77/train.jsonl.gz", "rt") as lines:
+        (tmp_path / "sorts.jsonl").write_text("".join(line.replace('"label":', '"sort":') for line in lines))
+    sort = (f"data.train_file={tmp_path}/sorts.jsonl", "data.columns={text: text, label: sort}")
+    simulate(into=tmp_path, name="kinds")
+    simulate(*sort, "data.validation_file=null", "data.test_file=null", into=tmp_path, name="sorts")
+    for place, name in enumerate(("kinds", "sorts", "sorts")):
+        places = ("--candidates", str(tmp_path / f"{place}.jsonl"), "--to", str(tmp_path / f"{place + 1}.jsonl"))
+        card = json.loads(
+            command("choose", str(runs / "writer"), *places, "--labels", str(tmp_path / name), "--json").out
+        )
+    assert card["made"]["labels"] == [*KINDS, {"column": "sort", "by": "sorts"}]
+    rows = [json.loads(line) for line in (tmp_path / "3.jsonl").read_text().splitlines()]
+    assert [list(row) for row in rows] == [["messages", "ref", "label", "sort"]] * 6
+    assert (tmp_path / "3.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
 
 
 @pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
@@ -193,7 +222,7 @@ def test_votes_of_another_unit_are_refused(
         return replace(run, config=replace(run.config, data=data, privacy=replace(run.config.privacy, unit="user")))
 
     monkeypatch.setattr(door, "load", of_users)  # which only --votes calls by this name
-    named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no"))
+    named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
     message = command(words[0], str(runs / "writer"), *words[1:], *named).failed()
     assert "must be of privacy.unit=record, as RUN is" in message
 
@@ -203,7 +232,7 @@ def test_the_runs_own_records_are_read_once(
 ) -> None:
     dealt = []
     monkeypatch.setattr(run_records, "deal", lambda *given, **named: dealt.append(given) or deal(*given, **named))
-    (tmp_path / "public.jsonl").write_text('{"mr": "a green one", "ref": "said of it"}\n')
+    (tmp_path / "public.jsonl").write_text('{"messages": "a green one", "ref": "said of it"}\n')
     written(command, runs, tmp_path / "texts.jsonl", "--rows", "3", "--beside", str(tmp_path / "public.jsonl"))
     assert len(dealt) == 1
 
@@ -215,38 +244,72 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
     assert [row["ref"] for row in rows] == ["seed 0 number 2", "seed 0 number 12"]
     assert card["missing"] == 10
     assert card["left_out"]["pattern"] > 20
-    none = ("--rows", "2", "--pattern", "nothing is so", "--to", str(tmp_path / "none"))
+    none = ("--rows", "2", "--pattern", "nothing is so", "--to", str(tmp_path / "none.jsonl"))
     message = command("synthesize", str(runs / "writer"), "--codes", str(runs / "codes.jsonl"), *none).failed()
     assert "gave none that keeps the format: 6 pattern" in message
-    assert not (tmp_path / "none").exists()
+    assert not list(tmp_path.glob("*none*"))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ((), "--codes = null: must be given"),
-        (("--codes", "CODES", "--beside", TABLES), "one of it and data.train_file has all texts of the other"),
-        (("--codes", "CODES", "--ballot", "TO"), "must be a new file"),
-        (("--codes", TABLES), "must be a public list: all prompts of data.train_file stand in it"),
-        (("--codes", "CODES", "--votes", "WRITER"), "must be a run of task votes, not of causal_lm"),
-        (("--codes", "CODES", "--rows", "10000000000"), "--rows = 10000000000: must be at most 100000"),
-        (("--codes", "CODES", "--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
-        (("--codes", "CODES", "--pattern", "("), "must be a regular expression"),
+        (("--codes", "empty.jsonl"), "empty.jsonl = 'an empty file': must hold at least one record"),
+        (("--codes", "brat"), "must be one file, whose SHA-256 is noted (Is a directory)"),
+        (("--codes", "codes.jsonl", "--beside", "tables.jsonl"), "one of it and data.train_file has all texts of the"),
+        (("--codes", "codes.jsonl", "--beside", "part.jsonl"), "one of it and data.train_file has all texts of the"),
+        (("--codes", "codes.jsonl", "--ballot", "texts.jsonl"), "--ballot = 'texts.jsonl': must be a new file"),
+        (("--codes", "codes.jsonl", "--ballot", "link/texts.jsonl.card.md"), "card.md': must be a new file"),
+        (("--codes", "codes.jsonl", "--to", "tables.jsonl"), "--to = 'tables.jsonl': must be a new file"),
+        (("--codes", "codes.jsonl", "--to", "codes.jsonl/x.jsonl"), "x.jsonl.card.json': must be a new file"),
+        (
+            ("--codes", "codes.jsonl", "--to", "texts.csv"),
+            "must be a new file of JSON lines: its name must end in .jsonl",
+        ),
+        (("--codes", "codes.jsonl", "--to", ""), "--to = '.': must be a new file of JSON lines"),
+        (("--codes", "tables.jsonl"), "must be a public list: all prompts of data.train_file stand in it"),
+        (("--codes", "codes.jsonl", "--votes", "writer"), "must be a run of task votes, not of causal_lm"),
+        (("--codes", "codes.jsonl", "--rows", "10000000000"), "--rows = 10000000000: must be at most 100000"),
+        (("--codes", "codes.jsonl", "--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
+        (("--codes", "codes.jsonl", "--pattern", "("), "must be a regular expression"),
     ],
 )
-def test_what_is_refused(runs: Path, command: Any, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
-    places = {"CODES": str(runs / "codes.jsonl"), "WRITER": str(runs / "writer"), "TO": str(tmp_path / "texts.jsonl")}
-    to = tmp_path / "texts.jsonl"
-    given = (places.get(option, option) for option in options)
-    assert said in command("synthesize", str(runs / "writer"), "--to", str(to), *given).failed()
-    assert not to.exists()
+def test_what_is_refused_is_so_before_a_text_is_written(
+    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr(SavedModel, "drawn", lambda *given, **named: pytest.fail("it writes"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("codes.jsonl", "tables.jsonl", "writer"):
+        Path(name).symlink_to(runs / name)
+    Path("link").symlink_to(tmp_path)
+    Path("brat").mkdir()
+    Path("brat", "one.ann").touch()
+    Path("empty.jsonl").touch()
+    with Path("tables.jsonl").open() as lines, Path("part.jsonl").open("w") as part:  # of which the run uses some
+        part.writelines(islice(lines, 100))
+    before = set(tmp_path.iterdir())
+    assert said in command("synthesize", "writer", "--to", "texts.jsonl", *options).failed()
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_codes_are_no_list_of_a_run_whose_own_file_is_gone(runs: Path, command: Any, tmp_path: Path) -> None:
+    own = shutil.copytree(runs / "writer", tmp_path / "own") / "config.yaml"
+    own.write_text(own.read_text().replace("tables.jsonl", "gone.jsonl"))
+    options = ("--codes", str(runs / "tables.jsonl"), "--to", str(tmp_path / "texts.jsonl"))
+    message = command("synthesize", str(own.parent), *options).failed()
+    assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
+
+
+def private_to_a_site(run: Path, to: Path) -> Path:
+    """The run's adapter as an own one of a site, without run.json."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("run.json"))
+    settings = to / "adapter" / "fedtune.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"private_to": "site-1"}))
+    return to
 
 
 def test_an_adapter_private_to_a_site_writes_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    shutil.copytree(runs / "writer", own)
-    settings = own / "adapter" / "fedtune.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"private_to": "site-1"}))
+    own = private_to_a_site(runs / "writer", tmp_path / "own")
     options = ("--codes", str(runs / "codes.jsonl"), "--to", str(tmp_path / "texts.jsonl"))
     assert "is private to" in command("synthesize", str(own), *options).failed()
 
@@ -274,12 +337,15 @@ def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path,
     run, file = door.load(runs / "writer"), tmp_path / "ballot.yaml"
     by_user = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
     config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"))
-    rows = [{"mr": "a", "ref": text} for text in ("a blue one", "say ${name}", "a red one")]
+    rows = [{"messages": "a", "ref": text} for text in ("a blue one", "say ${name}", "a red one")]
     file.write_text(ballot(rows, "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
     assert voting.head.label_texts == ("a blue one", "a red one")
     assert (voting.privacy.unit, voting.data.columns["user"]) == ("user", "who")
-    assert chosen(as_written(rows, ("mr", "ref")), "ref", door.load(runs / "shares"), keep=2).rows == (rows[0], rows[2])
+    assert chosen(as_written(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows == (
+        rows[0],
+        rows[2],
+    )
 
 
 @pytest.mark.parametrize(

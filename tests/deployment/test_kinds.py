@@ -44,10 +44,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         *("data.windows=2", "data.stride=2", "model=random_bert", "lora=all_linear", "lora.rank=4"),
     ),
     "votes": (
-        "experiment=votes",
-        "data.dataset=calls",
-        "data.labels=[a fee, a lost card]",
-        "model=random_bert",
+        *("experiment=votes", "data.dataset=calls", "data.labels=[a fee, a lost card]", "model=random_bert"),
         "privacy.epsilon=8",
     ),
     "image": ("experiment=own_images", "data.dataset=scans", f"data.labels=[{','.join(COLOURS)}]", "data.max_length=5"),

@@ -67,8 +67,7 @@ def test_figures_follow_a_run(federation: Federation, ports: dict[str, str]) -> 
     site = scrape("north")
     assert site["fedtune_site_answers_total", "update"] == 0
     assert site["fedtune_site_contact_age_seconds", ""] < 60
-    history = held.verified().history
-    charged = history.epsilon()
+    charged = held.verified().history.epsilon()
     assert site["fedtune_site_epsilon_spent", "charged"] == pytest.approx(charged)
     assert charged > 0
     about = {"finished": value(LEAD, "lead_rounds", "finished"), "planned": value(LEAD, "lead_rounds", "planned")}

@@ -67,7 +67,7 @@ def test_with_cohorts_every_years_people_have_their_own(simulated: Any, tmp_path
     assert all(f"came in {year} " in shown for year in YEARS)
     life = json.loads(command("ledger", "spent", str(ledger), "--json").out)
     assert [tuple(one["people"].values()) for one in life["cohorts"]] == [
-        *((None, "2023"), ("2024", "2024"), ("2025", "2025"), ("2026", "2026"), ("2027", None)),
+        *((None, "2023"), ("2024", "2024"), ("2025", "2025"), ("2026", "2026"), ("2027", None))
     ]
     assert life["epsilon"] == pytest.approx(history.epsilon())
     report = from_ledger.build(ledger)

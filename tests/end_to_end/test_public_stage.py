@@ -79,8 +79,7 @@ def test_the_run_begins_in_it_and_every_paper_says_what_it_was_trained_on(run: f
     assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)
     assert run.result.final.metrics_before == stage.metrics
     derived = json.loads((run.folder / "report.json").read_text())["derived"]
-    codes = {one["code"]: one["status"] for one in derived["assumptions"]}
-    assert codes["start_adapter_public"] == "assumed"
+    assert {one["code"]: one["status"] for one in derived["assumptions"]}["start_adapter_public"] == "assumed"
     said = "without privacy on records that the lead declares to be public"
     assert said in (run.folder / "adapter" / "README.md").read_text()
     page = " ".join((run.folder / "report.html").read_text().split())

@@ -25,8 +25,7 @@ def test_small_groups_are_merged_and_the_next_smallest_joins_until_they_are_enou
 
 
 def test_the_sizes_alone_decide() -> None:
-    renamed = merged([value[::-1] for value in MANY], smallest=20)
-    assert renamed.sizes == merged(MANY, smallest=20).sizes
+    assert merged([value[::-1] for value in MANY], smallest=20).sizes == merged(MANY, smallest=20).sizes
     assert merged(["a", "b"], smallest=20).names == (OTHERS,)
     assert merged([*["a"] * 20, *[OTHERS] * 25], smallest=20).names == ("a", OTHERS), "whatever a value is called"
 

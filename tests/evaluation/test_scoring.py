@@ -132,8 +132,7 @@ def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureR
     ran: list[bool] = []
     for _ in range(3):
         calls.clear()
-        found = scores_of(model, data, pad_id=END, max_tokens=64, kept=kept)
-        assert found == pytest.approx(expected, rel=1e-6)
+        assert scores_of(model, data, pad_id=END, max_tokens=64, kept=kept) == pytest.approx(expected, rel=1e-6)
         ran.append(bool(calls))
     assert ran == [True, False, False]
     assert len(kept) > 1
@@ -269,8 +268,7 @@ def test_without_units_there_are_no_scores(scored: Any) -> None:
 
 def test_a_user_scores_the_mean_over_its_records_and_counts_once() -> None:
     users = [np.array([0, 3]), np.array([1]), np.array([2, 4, 5])]
-    scores = user_scores(np.array([1.0, 0.25, 0.0, 0.5, 1.0, 0.5]), users)
-    assert scores.tolist() == [0.75, 0.25, 0.5]
+    assert user_scores(np.array([1.0, 0.25, 0.0, 0.5, 1.0, 0.5]), users).tolist() == [0.75, 0.25, 0.5]
     assert user_scores(np.zeros(0), []).shape == (0,)
 
 

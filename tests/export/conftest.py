@@ -67,17 +67,10 @@ def runs(
     rows = [{"a": TEXTS[n % 2], "b": TEXTS[n // 2 % 2], "s": n % 3} for n in range(60)]
     (into / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made["pairs"] = simulate(
-        "experiment=own_pairs",
-        "model=random_bert",
-        f"model.path='{into}/base-bert'",
-        f"data.train_file='{into}/pairs.jsonl'",
-        "data.columns={text: a, other: b, target: s}",
-        "data.target_range=[0, 5]",
-        "data.train_fraction=1.0",
-        "data.declared_sizes=20",
-        "lora=all_linear",
-        "federation.num_sites=2",
-        "federation.num_rounds=1",
+        *("experiment=own_pairs", "model=random_bert", f"model.path='{into}/base-bert'"),
+        *(f"data.train_file='{into}/pairs.jsonl'", "data.columns={text: a, other: b, target: s}"),
+        *("data.target_range=[0, 5]", "data.train_fraction=1.0", "data.declared_sizes=20", "lora=all_linear"),
+        *("federation.num_sites=2", "federation.num_rounds=1"),
         into=into,
         name="pairs",
     )

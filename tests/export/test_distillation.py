@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,9 @@ from fedtune.export.distillation import FEWEST
 from fedtune.export.onnx_graphs import load_graph
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
+from fedtune.report.synthetic_card import card_of
 from fedtune.sites.run_records import RunRecords
+from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import load_task_model
 
 from .conftest import elsewhere
@@ -97,8 +101,7 @@ def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(
     teacher = logits_of(finished)
     before, after = (unlike(read_elsewhere(one), teacher) for one in (teach("--passes", "1")[0], folder))
     assert after < before / 4, "it learns what the teacher says"
-    config = json.loads((folder / "config.json").read_text())
-    assert config["num_hidden_layers"] == 1, "half of two"
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 1, "half of two"
     assert (folder / "labels.txt").read_text().splitlines() == list(saved_config(finished).data.labels)
     (whole, small), scores = told["served"], told["scores"]
     assert (whole["file"], small["file"]) == ("teacher", "student")
@@ -128,6 +131,27 @@ def test_its_card_says_what_it_is(taught: tuple[Path, dict[str, Any]], finished:
     assert (folder / "label.svg").read_bytes() == (finished / "adapter" / "label.svg").read_bytes()
 
 
+def carded(file: Path, *, epsilon: float | None = 2.0, unit: str = "record", text: str = "") -> Path:
+    """These texts as `fedtune synthesize` writes them: with the card of a run that made them."""
+    file.write_text("".join(f"{line}\n" for line in TEXTS))
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    run = {"run": "writer_2", "config_sha256": "0" * 64, "epsilon": epsilon, "delta": 1e-6, "unit": unit, "start": None}
+    told = {"schema_version": RUN_SCHEMA, "sha256": sha256, "runs": [run]}
+    card_of(file, ".json").write_text(json.dumps(told))
+    file.write_text(file.read_text() + text)
+    return file
+
+
+def test_what_texts_cost_is_added_on_its_card(finished: Path, teach: Any, tmp_path: Path) -> None:
+    folder = teach("--passes", "1", "--texts", str(carded(tmp_path / "texts.txt")))[0]
+    text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), fedtune.load(finished).privacy
+    assert own.epsilon is not None
+    assert "The card of these texts promises epsilon 2.000 at delta 0.000001 for each record of the runs" in text
+    (both,) = re.findall(r"\(writer_2\)\. Both together, at most, promise of the student: epsilon (\S+) at delta", text)
+    assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
+    assert "as who gave them declared" not in text
+
+
 def test_a_seed_gives_one_student(taught: tuple[Path, dict[str, Any]], teach: Any) -> None:
     weights = [teach("--passes", "2", "--seed", seed)[0].joinpath("model.safetensors").read_bytes() for seed in "001"]
     assert weights[0] == weights[1] != weights[2]
@@ -140,8 +164,7 @@ def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, command:
     assert [line[0] for line in lines if line[:1] in (["teacher"], ["student"])] == ["teacher", "student"]
     assert ["metric", "teacher", "student", "difference", "95", "%", "interval", "student", "is"] in lines
     assert f"Taught on {len(TEXTS)} texts." in told.out
-    found = fedtune.load(finished).distil(tmp_path / "again", texts=texts, passes=1)
-    assert found.texts == len(TEXTS)
+    assert fedtune.load(finished).distil(tmp_path / "again", texts=texts, passes=1).texts == len(TEXTS)
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert written[0] == written[1], "Python and the command line teach one student"
 
@@ -151,12 +174,20 @@ def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, command:
     [
         (["--texts", "{test}"], "--texts = '{test}': {own} data.test_file has all texts of the other"),
         (["--texts", "{part}"], "--texts = '{part}': {own} data.train_file has all texts of the other"),
+        (["--texts", "{renamed}", "--columns", "{{text: body}}"], "--texts = '{renamed}': {own} data.train_file has"),
+        (["--texts", "{none}"], "--texts = '{none}': must have a card that promises something for each record behind"),
+        (["--texts", "{user}"], "--texts = '{user}': must have a card that promises something for each record behind"),
+        (["--texts", "{changed}"], "--texts = '{changed}': must be as fedtune synthesize or choose wrote it, with its"),
+        (["--texts", "{brat}"], "--texts = '{brat}': must be one file, whose SHA-256 is noted (Is a directory)"),
         (["--texts", "{few}"], f"--texts = '{FEWEST - 1} texts': must be at least {FEWEST}"),
         (["--to", "{few}"], "--to = '{few}': must be a new folder; there is something of that name"),
         (["--student", "2"], "--student = '2': must leave 1 to 1 of the base's 2 layers"),
         (["--student", "none"], "model.path = 'none': must be another one"),
         (["--int8"], "--int8: goes with --format onnx"),
         (["--passes", "0"], "--passes = 0: must be a finite number of at least 1"),
+        (["--passes", "1001"], "--passes = 1001: must be at most 1000"),
+        (["--columns", "[" * 20_000], "--columns = '[[[["),
+        (["--columns", "{{text: 2020-13-45}}"], "--columns = '{{text: 2020-13-45}}': must name the column of a role"),
         (["--seed", "-1"], "--seed = -1: must be a finite number of at least 0"),
     ],
 )  # fmt: skip
@@ -164,11 +195,23 @@ def test_what_cannot_be_is_said(
     finished: Path, texts: Path, command: Any, tmp_path: Path, words: list[str], message: str
 ) -> None:
     config = saved_config(finished)
-    records = [record.fields["text"] for site in RunRecords(config).dealt.sites for record in site.training]
+    # Of the training file, whatever the run uses of it.
+    records = [record.fields["text"] for _, read in RunRecords(config).whole_files() for record in read]
     written = {"few": TEXTS[: FEWEST - 1], "part": records[: FEWEST + 1]}
     for name, lines in written.items():
         (tmp_path / f"{name}.txt").write_text("".join(f"{' '.join(line.split())}\n" for line in lines))
     places = {name: str(tmp_path / f"{name}.txt") for name in written} | {"test": str(config.data.test_file)}
+    for name, faults in {
+        "none": {"epsilon": None},
+        "user": {"unit": "user"},
+        "changed": {"text": "one more\n"},
+    }.items():
+        places[name] = str(carded(tmp_path / f"{name}.txt", **faults))
+    (tmp_path / "renamed.jsonl").write_text("".join(json.dumps({"body": one}) + "\n" for one in written["part"]))
+    (tmp_path / "brat").mkdir()
+    (tmp_path / "brat" / "one.txt").write_text(TEXTS[0])
+    (tmp_path / "brat" / "one.ann").touch()
+    places |= {"renamed": str(tmp_path / "renamed.jsonl"), "brat": str(tmp_path / "brat")}
     places["own"] = "must hold records of its own: one of it and"
     given = ["--texts", str(texts), "--to", str(tmp_path / "new"), *(word.format(**places) for word in words)]
     told = command("distil", str(finished), *given)

@@ -31,12 +31,7 @@ from .conftest import FORMATS, TEXTS, elsewhere, has_minilm
 
 pytestmark = pytest.mark.nightly
 
-PAIRS = [
-    pytest.param(name, format, marks=[pytest.mark.nightly] if name == "minilm" else [])
-    for name, formats in FORMATS.items()
-    for format in formats
-    if format != "peft" or name == "llama"
-]
+PAIRS = [(name, one) for name, formats in FORMATS.items() for one in formats if one != "peft" or name == "llama"]
 
 
 def model_of(run: Path) -> TaskModel:
@@ -122,8 +117,7 @@ def test_a_pipeline_finds_the_entities_that_the_run_finds(
     theirs = json.loads(elsewhere("-c", code, cwd=tmp_path).splitlines()[-1])
     spans = [(one["start"], one["end"], one["entity_group"]) for one in theirs]
     assert spans == [(one["start"], one["end"], one["label"]) for one in ours]
-    marked = command("generate", str(runs["entities"]), "--prompt", text).out
-    assert "the [thing: lost card] ," in marked
+    assert "the [thing: lost card] ," in command("generate", str(runs["entities"]), "--prompt", text).out
     config = json.loads((folder / "config.json").read_text())
     assert config["id2label"] == {"0": "O", "1": "B-thing", "2": "I-thing"}
     assert "pipeline_tag: token-classification" in (folder / "README.md").read_text()
@@ -155,13 +149,8 @@ def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, st
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        ("bert", "peft"),
-        pytest.param("bert", "sentence-transformers", marks=pytest.mark.nightly),
-        pytest.param("pairs", "sentence-transformers", marks=pytest.mark.nightly),
-        ("number", "sentence-transformers"),
-        pytest.param("llama", "merged", marks=pytest.mark.nightly),
-        ("entities", "peft"),
-        ("entities", "merged"),
+        *((name, "sentence-transformers") for name in ("bert", "pairs", "number")),
+        *(("bert", "peft"), ("entities", "peft"), ("entities", "merged"), ("llama", "merged")),
     ],
 )
 def test_the_lines_of_its_card_load_it(

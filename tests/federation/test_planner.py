@@ -93,8 +93,7 @@ def test_what_if_says_what_a_larger_batch_does_to_the_mean_gradient() -> None:
 
 def test_a_rate_ends_at_one() -> None:
     plan = golden(noise_multiplier=8.0, sampling_rate=0.8, local_steps=2, num_rounds=2)
-    rates = {change.plan.sampling_rate for change in planner.what_if(plan, epsilon=2.0)}
-    assert rates == {0.8, 1.0}
+    assert {change.plan.sampling_rate for change in planner.what_if(plan, epsilon=2.0)} == {0.8, 1.0}
     full = replace(plan, sampling_rate=1.0)
     assert {change.plan.sampling_rate for change in planner.what_if(full, epsilon=3.0)} == {1.0}
 

@@ -52,8 +52,7 @@ def test_the_most_rounds_are_within_and_one_more_is_not(plan: Plan) -> None:
 
 def test_spare_rounds_are_paid_for_first(plan: Plan) -> None:
     without = planner.solve_rounds(plan, epsilon=5.0)
-    spared = planner.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0)
-    assert spared.num_rounds == without.num_rounds - 2
+    assert planner.solve_rounds(replace(plan, spare_rounds=2), epsilon=5.0).num_rounds == without.num_rounds - 2
 
 
 def test_one_round_that_is_too_much_is_said(plan: Plan) -> None:

@@ -80,8 +80,7 @@ def test_the_names_of_a_sites_files_stay(
         "releases": {"metrics": "none"},
     }
     made = federation(policies={"site-2": names})
-    state = run_rounds(made.transport, made.lead, made.start)
-    assert state.rounds[0].failed_sites == {}
+    assert run_rounds(made.transport, made.lead, made.start).rounds[0].failed_sites == {}
     require_silence(everything_sent)
     # Now with a ledger that cannot be read: the error names its path.
     made.ledger_path("site-2").write_bytes(b"no database" * 500)

@@ -97,8 +97,7 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
     assert RoundRequest.of(exchange.request).round == 1
     about = exchange.reply.metadata
     assert (about.reply_to_message_id, about.src_node_id, about.dst_node_id, about.run_id) == ("m-1", 5, 0, 7)
-    again = asked(app, request_)
-    assert again.reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
+    assert asked(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
 
 
 def test_the_ledger_hears_when_the_server_asked(
@@ -175,8 +174,7 @@ def test_whatever_comes_is_answered_and_nothing_of_it_comes_back(odd: str, caplo
 def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
     app: SiteApp, request_: RecordDict, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answered = asked(app, request_, kind).answered
-    assert answered.reason is Reason.MALFORMED_REQUEST
+    assert asked(app, request_, kind).answered.reason is Reason.MALFORMED_REQUEST
     assert "could not be answered" in caplog.text
 
 

@@ -148,8 +148,7 @@ def test_an_answer_has_one_message_one_tree_and_no_content_beside_it(member: Mem
         {"clientapp_runtime_list": [12.5]},
         {"message_object_trees": [message_pb2.ObjectTree(object_id=tree.object_id, children=[tree] * 5000)]},
     ):
-        answer = member.push(fleet_pb2.PushMessagesRequest(**{**parts, **changed}))
-        assert answer.status_code == 403, changed
+        assert member.push(fleet_pb2.PushMessagesRequest(**{**parts, **changed})).status_code == 403, changed
 
 
 def test_objects_are_taken_for_an_announced_answer_within_its_size(

@@ -58,8 +58,7 @@ def test_ctrl_c_ends_it_within_seconds_with_exit_code_0(own: Loopback) -> None:
 
 
 def test_a_port_that_is_taken_is_an_error(running: Loopback) -> None:
-    second = start_process("server_process.py", running.folder)
-    assert second.wait(timeout=60) == 1
+    assert start_process("server_process.py", running.folder).wait(timeout=60) == 1
     assert "Address already in use" in running.output
 
 

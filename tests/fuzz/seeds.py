@@ -42,13 +42,7 @@ def config() -> RunConfig:
     """A run over two sites, as the lead has it."""
     return compose_run(
         [
-            *(
-                "experiment=own_data",
-                "model=random_bert",
-                f"model.sha256={'ab' * 32}",
-                "runtime=deployment",
-                "name=trial",
-            ),
+            *("experiment=own_data", "model=random_bert", f"model.sha256={'ab' * 32}", "name=trial"),
             *("data.dataset=letters", "data.train_file=unused.csv", "data.labels=[invoice,complaint,praise]"),
             *("data.declared_sizes=40", "data.max_length=12", "lora.rank=2", "lora.alpha=4.0"),
             *("privacy.noise_multiplier=4.0", "privacy.sampling_rate=0.5", "training.local_steps=2"),

@@ -382,8 +382,7 @@ def test_positions_of_other_models_are_all_usable(clean: Path) -> None:
 )
 def test_static_rope_types_load(tmp_path: Path, rope: dict[str, Any]) -> None:
     tiny(LlamaModel, LlamaConfig, rope_parameters=rope).save_pretrained(tmp_path)
-    loaded = load_base(ModelSpec(path=str(tmp_path)))
-    assert loaded.config.rope_parameters["rope_type"] == rope["rope_type"]
+    assert load_base(ModelSpec(path=str(tmp_path))).config.rope_parameters["rope_type"] == rope["rope_type"]
 
 
 def test_a_rope_type_that_the_library_makes_of_another_is_refused() -> None:

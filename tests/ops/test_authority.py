@@ -222,8 +222,7 @@ def test_a_loaded_authority_is_the_one_that_was_made(world: Any) -> None:
 
 @needs_openssl
 def test_the_fingerprint_is_what_openssl_computes(world: Any) -> None:
-    ours = world()
-    holder = ours.holder("site", name="north")
+    holder = world().holder("site", name="north")
     pem = subprocess.run(
         ["openssl", "x509", "-in", holder.certificate, "-pubkey", "-noout"], capture_output=True, check=True
     ).stdout

@@ -116,8 +116,7 @@ def test_hadolint_takes_the_dockerfile(tmp_path: Path) -> None:
 def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
     text = (DEPLOYMENT / "docker/Dockerfile").read_text()
     final = text[text.rindex("\nFROM ") :]
-    users = re.findall(r"^USER (.+)$", final, re.M)
-    assert users == ["${FEDTUNE_UID}:${FEDTUNE_UID}"]
+    assert re.findall(r"^USER (.+)$", final, re.M) == ["${FEDTUNE_UID}:${FEDTUNE_UID}"]
     assert re.search(r"^ARG FEDTUNE_UID=[1-9]\d{3,}$", final, re.M)
     assert "HEALTHCHECK" in final
     assert "fedtune.ops.health" in final

@@ -203,8 +203,7 @@ def test_a_site_that_lacks_nothing(home: Home) -> None:
     assert list(checks) == LINES
     assert not failures(checks)
     assert code(checks) == 0
-    warned = [name for name, check in checks.items() if check.status is Status.WARNING]
-    assert warned == ["anchor's place"]
+    assert [name for name, check in checks.items() if check.status is Status.WARNING] == ["anchor's place"]
     assert checks["base model tiny"].found == "installed and unchanged; licence CC0-1.0 (LICENSE)"
     assert checks["ledger"].found.startswith("none yet")
     assert not (home.folder / "ledger.db").exists(), "nothing is made"
@@ -232,13 +231,7 @@ def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Pat
 # One thing that is wrong, and the lines that are not well because of it, with what to do: in snapshots/doctor.txt.
 
 OF_THE_MACHINE = {
-    "disk of the kit",
-    "disk of the ledger",
-    "disk of the anchor",
-    "anchor's place",
-    "file system",
-    "memory",
-    "GPU",
+    *("disk of the kit", "disk of the ledger", "disk of the anchor", "anchor's place", "file system", "memory", "GPU"),
 }
 SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
 

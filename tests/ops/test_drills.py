@@ -153,7 +153,6 @@ def test_the_site_key_is_lost(north: Path) -> None:
     """The ledger can be shown, and not continued; no new key takes the place of the old one."""
     ledger_of(north)
     os.unlink(north / "site_key.pem")
-    verified = SiteFiles.of(north / "site.toml").verified()
-    assert verified is not None
+    assert SiteFiles.of(north / "site.toml").verified() is not None
     with pytest.raises((RunError, ConfigError)):
         SiteFiles.of(north / "site.toml").open()

@@ -99,12 +99,8 @@ def test_without_any_site_there_is_nothing_to_run(lead: Any, joined: Any, federa
 def config(tmp_path: Path) -> RunConfig:
     return compose_run(
         [
-            "experiment=debug",
-            "runtime=deployment",
-            f"tracking.output_dir={tmp_path}",
-            "name=one",
-            "federation.site_names=[west,north]",
-            "privacy.noise_multiplier=4.0",
+            *("experiment=debug", "runtime=deployment", f"tracking.output_dir={tmp_path}", "name=one"),
+            *("federation.site_names=[west,north]", "privacy.noise_multiplier=4.0"),
         ]
     )
 

@@ -170,8 +170,7 @@ def test_a_model_that_the_federation_does_not_name(folder: Path, kit: Any) -> No
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"])
 def test_a_folder_with_a_pickle_is_refused(folder: Path, kit: Any, name: str) -> None:
     (folder / name).write_bytes(b"\x80\x04.")
-    error = refused(folder, kit(pin(folder)), because=f"must not hold {name}")
-    assert "can run code" in error.bound
+    assert "can run code" in refused(folder, kit(pin(folder)), because=f"must not hold {name}").bound
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path: Path, folder: Path, kit: Any) -> None:

@@ -98,8 +98,7 @@ def test_a_dribbling_server_makes_a_site_disconnected(
 
     server = Hostile(server_context(authority.issue("server", address=LOOPBACK)), dribble)
     fleet = Fleet(server.address, authority.issue("north"))
-    health = looped(fleet, tmp_path, until="disconnected")
-    assert health.states == ["connected", "disconnected"]
+    assert looped(fleet, tmp_path, until="disconnected").states == ["connected", "disconnected"]
     assert "no contact: no connection to the server (ReadTimeout)" in caught.text
     fleet._stop.set()
     fleet._client.close()
@@ -112,8 +111,7 @@ class Untouched:
 
 def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caught: pytest.LogCaptureFixture) -> None:
     ended = datetime.now(UTC) - timedelta(minutes=1)
-    health = looped(Untouched(), tmp_path, until="expired", ends=ended)
-    assert health.states == ["expired"]
+    assert looped(Untouched(), tmp_path, until="expired", ends=ended).states == ["expired"]
     assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caught.text
     assert "trying again" not in caught.text
 

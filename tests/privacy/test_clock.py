@@ -113,8 +113,7 @@ def test_a_person_confirms_the_date(full: Open, clock: Clock, path: Path) -> Non
     full(server=None).confirm_date()
     assert charge(full(server=JANUARY), asked) is None
     assert full(server=JANUARY).held_back == ""
-    found = verify(path).history
-    assert found.last_time == MARCH
+    assert verify(path).history.last_time == MARCH
     # Only the period that was confirmed: the clock may go on in it, and no further.
     clock.forward(days=31)
     assert charge(full(server=MARCH), proposal(run="more", plan=ONE_ROUND)) is Reason.MAX_EPSILON_PER_PERIOD

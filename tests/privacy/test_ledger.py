@@ -297,8 +297,7 @@ def test_spare_rounds_are_set_aside_with_the_others(opened: Open) -> None:
     # Ten rounds fit the cap: three and three spare ones are held, until the run ends or has used them.
     with_spare = proposal(plan={"num_rounds": 3, "spare_rounds": 3})
     train(opened(), with_spare, 1)
-    held = opened().history.set_aside(datetime.now(UTC))
-    assert held == events.grouped([with_spare.plan.event()] * 5)
+    assert opened().history.set_aside(datetime.now(UTC)) == events.grouped([with_spare.plan.event()] * 5)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 5})).reason is Reason.MAX_EPSILON
     train(opened(), proposal(run="2", plan={"num_rounds": 4}), 1)
     for round in (2, 3, 4, 5, 6):
@@ -436,8 +435,7 @@ def test_each_change_of_the_policy_is_noted_with_its_digest(opened: Open, path: 
 def test_another_reference_does_not_move_the_filters_order(opened: Open) -> None:
     order = opened().history.order
     reference = dataclasses.replace(policy().budget.reference, noise_multiplier=30.0)
-    changed = opened(policy=policy(budget={"reference": reference}))
-    assert changed.history.order == order
+    assert opened(policy=policy(budget={"reference": reference})).history.order == order
     other = policy(budget={"reference": reference}).budget.reference_event()
     assert filter.best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would have another"
 

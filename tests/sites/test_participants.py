@@ -63,8 +63,7 @@ def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Configure,
     receipts = [site.ledger.receipt("r") for site in sites]
     assert len({receipt.site_key for receipt in receipts}) == 2
     assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
-    again = everyone.site(0)
-    assert again.ledger.receipt("r") == receipts[0], "opening it again writes nothing"
+    assert everyone.site(0).ledger.receipt("r") == receipts[0], "opening it again writes nothing"
     (tmp_path / "sites" / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
     assert everyone.changed() == [], "a ledger that is not in order answers for itself"
     with pytest.raises(RunError, match="cannot be read or written"):
@@ -99,8 +98,7 @@ def train(everyone: Participants, *, attempt: int = 1) -> Trained:
     """What the first site makes of the initial adapter in round 1."""
     site = everyone.site(0)
     request = round_request(everyone.config, everyone.sites.lead_key(), site=site.name)
-    prepared = site.prepare(request)
-    assert prepared.proposal == request.proposal
+    assert site.prepare(request).proposal == request.proposal
     return site.train(request, everyone.shared.initial_adapter, attempt)
 
 

@@ -176,8 +176,7 @@ def test_kept_sites_lie_where_they_are_told(kept: Configure, config: Any, tmp_pa
 
 
 def test_a_policy_that_is_there_is_kept_and_read(kept: Configure, tmp_path: Path) -> None:
-    sites = sites_of(kept(), tmp_path)
-    first = sites.files("site-1").policy
+    first = sites_of(kept(), tmp_path).files("site-1").policy
     path = tmp_path / "kept" / "site-1" / "site.toml"
     path.write_text(path.read_text().replace("max_rounds = 4", "max_rounds = 3"))
     less = replace(first, limits=replace(first.limits, max_rounds=3))

@@ -134,8 +134,7 @@ def test_it_goes_on_where_it_stopped(told: Any, command: Any, words: list[str], 
     here = [f"tracking.output_dir='{tmp_path}'" if word.startswith("tracking.output_dir") else word for word in words]
     again = command("compare", *here, "--leave-out", "alone", "--json")
     assert again.code == 0, again.err
-    names = [model["name"] for model in json.loads(again.out)["models"]]
-    assert names == ["base", "federated", "pooled"]
+    assert [model["name"] for model in json.loads(again.out)["models"]] == ["base", "federated", "pooled"]
     about, spends, *lines = again.err.splitlines()
     assert about.endswith("one after the other: federated, pooled.")
     assert spends.startswith("Each spends epsilon ")

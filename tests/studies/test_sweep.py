@@ -154,8 +154,7 @@ def test_a_sweep_without_a_name_says_how_to_go_on_with_it(tiny: Any, tmp_path: P
 
 
 def test_nothing_is_written_where_every_run_fails_at_once(command: Any, tiny: Any, tmp_path: Path) -> None:
-    outcome = command("simulate", "-m", *tiny("lora.layers=[7],[8]", *SHORT, into=tmp_path))
-    assert outcome.code == 2
+    assert command("simulate", "-m", *tiny("lora.layers=[7],[8]", *SHORT, into=tmp_path)).code == 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -155,8 +155,7 @@ def turns_of(said: tuple[list[str], list[str]], *, system: str | None = None) ->
 
 def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
     data = layout(max_length=5000)
-    dataset = LM.tokenise([Record(messages(turns))], tokenizer, data=data)
-    ids = dataset.input_ids[0].tolist()
+    ids = LM.tokenise([Record(messages(turns))], tokenizer, data=data).input_ids[0].tolist()
     theirs = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
     assert ids == theirs[: len(ids)]
     assert set("".join(tokenizer.convert_ids_to_tokens(theirs[len(ids) :]))) <= {*"\n▁Ċ"}, "the line behind the last"

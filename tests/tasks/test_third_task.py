@@ -86,10 +86,7 @@ def listed() -> Iterator[None]:
 def folder(listed: None, simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(
         f"task={TextLength.name}",
-        "data.labels=[]",
-        "data.heldout_fraction=0.2",
-        "privacy.metrics=noised",
-        "training.learning_rate=0.05",
+        *("data.labels=[]", "data.heldout_fraction=0.2", "privacy.metrics=noised", "training.learning_rate=0.05"),
         into=tmp_path_factory.mktemp("runs"),
     )
 
@@ -105,8 +102,7 @@ def test_it_is_simulated(folder: Path, result_of: Any) -> None:
 def test_it_is_evaluated(folder: Path, command: Any, tmp_path: Path) -> None:
     data = tmp_path / "texts.csv"
     data.write_text("text\nwhere is my card\nlost\n")
-    told = command("evaluate", str(folder), "--data", str(data)).printed
-    assert "worst" in told
+    assert "worst" in command("evaluate", str(folder), "--data", str(data)).printed
 
 
 def test_it_is_planned(folder: Path, command: Any, tiny: Any, tmp_path: Path) -> None:

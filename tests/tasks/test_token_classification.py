@@ -67,8 +67,7 @@ def test_a_declared_type_may_begin_as_a_tag_of_a_scheme() -> None:
 
 
 def test_tokens_are_a_text_with_marked_parts() -> None:
-    read = marks(data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"]))
-    assert read == ("a b cd ", ((0, 6, 0),))
+    assert marks(data())(record(["a b", "cd", ""], ["B-drug", "I-drug", "O"])) == ("a b cd ", ((0, 6, 0),))
     spans = [{"start": 4, "end": 6, "label": "dose"}, {"start": 0, "end": 3, "label": "drug"}]
     given = data(SPANNED)
     assert marks(given)(record("a b cd ", spans, SPANNED)).entities == ((0, 3, 0), (4, 6, 1))

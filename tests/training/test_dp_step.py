@@ -135,8 +135,7 @@ def test_without_clipping_and_noise_it_is_plain_peft_training(
 
 
 def test_tensors_stepped_and_clipped_are_one_set(trained: Any, plan: Any, records: Any, examples: Any) -> None:
-    model = trained()
-    parameters = model.trainable()
+    parameters = trained().trainable()
     assert_one_tensor_set(parameters, make_optimizer(parameters, TrainingSpec()))
     without_head = {name: p for name, p in parameters.items() if name != "head.weight"}
     more = parameters | {"buffer": torch.nn.Parameter(torch.zeros(1))}

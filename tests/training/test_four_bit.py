@@ -99,8 +99,7 @@ def test_recomputed_layers_and_kept_states_change_nothing(trained: Any, examples
     recomputed.enable_gradient_checkpointing()
     first, second = gradients_of(plain, batch), gradients_of(recomputed, batch)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    states = plain.frozen_states(batch)
-    assert states.dtype == torch.bfloat16
+    assert plain.frozen_states(batch).dtype == torch.bfloat16
 
 
 @kinds

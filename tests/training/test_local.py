@@ -108,8 +108,7 @@ def test_a_share_beside_a_shorter_clip_norm_has_the_same_noise_and_less_of_each_
     noise = share(0, 1.0)
     for factor in (1.0, 1.5, 4.0):
         assert np.abs(share(0, factor) - noise).max() <= 1, "one size of noise, but for rounding"
-        moved = np.linalg.norm(share(1, factor) - share(0, factor))
-        assert moved == pytest.approx(2**13 / factor, rel=0.02)
+        assert np.linalg.norm(share(1, factor) - share(0, factor)) == pytest.approx(2**13 / factor, rel=0.02)
 
 
 def test_system_randomness_never_repeats(fresh: Any, examples: Any, work: Any) -> None:

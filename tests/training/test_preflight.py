@@ -147,13 +147,8 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.by_day(
-    "trained-mean_of_batch",
-    "trained-only_from_six_rows",
-    "trained-only_of_a_single_record",
-    "trained-of_the_row_before",
-    "frozen-mean_of_batch",
-    "llama-only_from_six_rows",
-    "pairs-only_of_a_single_record",
+    *("trained-mean_of_batch", "trained-only_from_six_rows", "trained-only_of_a_single_record"),
+    *("trained-of_the_row_before", "frozen-mean_of_batch", "llama-only_from_six_rows", "pairs-only_of_a_single_record"),
 )
 @pytest.mark.parametrize(
     "change",

@@ -53,8 +53,7 @@ def together(tensors: Mapping[str, Any]) -> npt.NDArray[np.float64]:
 
 def test_a_contribution_is_cut_off_towards_zero() -> None:
     wanted = torch.tensor([0.6, -0.6, 0.99, -0.99, 1.6, -1.6, 3.0, -3.0, 0.0])
-    found = contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"]
-    assert found.tolist() == [[0, 0, 0, 0, 1, -1, 3, -3, 0]]
+    assert contributions({"a": (wanted / CELLS)[None]}, 1.0)["a"].tolist() == [[0, 0, 0, 0, 1, -1, 3, -3, 0]]
 
 
 def test_a_tiny_clip_norm_does_not_blow_rounding_up() -> None:

@@ -49,11 +49,9 @@ def clock(ahead_s: tuple[float, float] | None) -> Check:
     return ok(name, f"within {MOST_AHEAD_S:g} s of the server's")
 
 
-def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
-def disks(folders: Mapping[str, Path], *, free_bytes: FreeBytes = _free_bytes) -> Iterator[Check]:
+def disks(
+    folders: Mapping[str, Path], *, free_bytes: FreeBytes = lambda folder: shutil.disk_usage(folder).free
+) -> Iterator[Check]:
     """Free space where each thing is kept; `folders` maps what is kept to where, which need not exist yet."""
     for what, folder in folders.items():
         name, free = f"disk of the {what}", free_bytes(existing(folder))

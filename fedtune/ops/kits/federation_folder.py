@@ -28,15 +28,7 @@ from fedtune.ops.kits.certificates import (
     names_of,
     read_certificate,
 )
-from fedtune.ops.kits.kit_file import (
-    Address,
-    KitFile,
-    KitModel,
-    check_models,
-    is_host,
-    read_json,
-    read_spec,
-)
+from fedtune.ops.kits.kit_file import Address, KitFile, KitModel, check_models, is_host, read_json, read_spec
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.privacy.durable import fsync_folder, write_durably
 from fedtune.privacy.keys import SigningKey

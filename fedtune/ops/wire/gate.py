@@ -169,14 +169,7 @@ class Gate:
     """
 
     def __init__(
-        self,
-        app: Asgi,
-        *,
-        lead: str,
-        roster: Roster,
-        rules: Rules,
-        audit: AuditLog,
-        traffic: Traffic | None = None,
+        self, app: Asgi, *, lead: str, roster: Roster, rules: Rules, audit: AuditLog, traffic: Traffic | None = None
     ) -> None:
         self._app, self._lead, self._roster, self._rules, self._audit = app, lead, roster, rules, audit
         self._traffic = traffic or Traffic()

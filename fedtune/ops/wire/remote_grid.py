@@ -162,8 +162,10 @@ class RemoteGrid:
                 continue
             if question.message_ids and node.last_activated_at == question.activation:
                 continue
-            # The clocks of lead and server may differ by so much.
-            question.unsent = question.unsent or _addressed(question.question, node.node_id, ttl=ttl + TOLERANCE_S)
+            about, late = question.question.metadata, ttl + TOLERANCE_S  # the clocks of lead and server may differ
+            question.unsent = question.unsent or Message(
+                question.question.content, node.node_id, about.message_type, group_id=about.group_id, ttl=late
+            )
             message_id = session.push(question.unsent)
             if message_id is None:
                 raise RunError(f"{self._server}, or a proxy in between, takes no message of this size")
@@ -251,8 +253,3 @@ class RemoteGrid:
     def _wait_for_server(self, error: Exception) -> None:
         log.warning("%s cannot be reached (%s); trying again", self._server, type(error).__name__)
         time.sleep(_RECONNECT_S)
-
-
-def _addressed(question: Message, node_id: int, *, ttl: float) -> Message:
-    about = question.metadata
-    return Message(question.content, node_id, about.message_type, group_id=about.group_id, ttl=ttl)

@@ -129,7 +129,9 @@ class Catalogue:
             case "seconds":
                 return self._marks(str(_rounded(exact, 1, ROUND_HALF_EVEN)))
             case "bytes":
-                return self._bytes(value)
+                step = min(int(math.log10(value)) // 3, len(_PREFIXES) - 1) if value >= 1 else 0
+                scaled = _significant(Decimal(value).scaleb(-3 * step), 3, "number")
+                return f"{self._plain(scaled)} {_PREFIXES[step]}B"
         raise ValueError(f"no kind of figure: {kind}")
 
     def _plain(self, value: Decimal) -> str:
@@ -139,11 +141,6 @@ class Catalogue:
             return self._marks(f"{value.scaleb(-power).normalize():f}") + f" {_TIMES} {power_of_ten(power)}"
         whole = value.to_integral_value()
         return self._marks(f"{whole:,f}" if whole == value else f"{value.normalize():,f}")
-
-    def _bytes(self, value: float) -> str:
-        step = min(int(math.log10(value)) // 3, len(_PREFIXES) - 1) if value >= 1 else 0
-        scaled = _significant(Decimal(value).scaleb(-3 * step), 3, "number")
-        return f"{self._plain(scaled)} {_PREFIXES[step]}B"
 
     def _time(self, value: str, kind: str) -> str:
         try:

@@ -1,0 +1,60 @@
+"""New files that a command makes: their places are tried before the work, and they appear whole at its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from secrets import token_hex
+
+from fedtune.privacy.durable import fsync_folder, keep_owner
+from fedtune.spec import ConfigError
+
+
+@contextmanager
+def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Path, str]]:
+    """Texts by path, for the block to fill in; when it ends without an error, they become files, in this order.
+
+    Args:
+        *places: the path of each, behind the option that names it.
+        mode: of the files.
+
+    Raises:
+        ConfigError: before the block, or after it, something lies there, two are one file, or it cannot be written.
+    """
+    texts, token = dict[Path, str](), token_hex(4)
+    with ExitStack() as opened:
+        files = []
+        for option, path in places:
+            with _refused(path, option):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                beside = path.with_name(f".{path.name}.{token}.partial")  # is there for another spelling of one path
+                file = os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
+                opened.callback(beside.unlink, missing_ok=True)
+                files.append(opened.enter_context(file))
+                keep_owner(file.fileno(), path)
+        yield texts
+        for (option, path), file in zip(places, files, strict=True):
+            with _refused(path, option):
+                file.write(texts[path].encode())
+                file.flush()
+                os.fsync(file.fileno())
+        for option, path in places:
+            with _refused(path, option):
+                path.with_name(f".{path.name}.{token}.partial").rename(path)
+                fsync_folder(path.parent)
+
+
+@contextmanager
+def _refused(path: Path, option: str) -> Iterator[None]:
+    """Turn the operating system's refusals into an error for people; what lies there is one."""
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError
+        yield
+    except FileExistsError:
+        raise ConfigError(option, str(path), "must be a new file; there is something of that name") from None
+    except OSError as error:
+        bound = f"must be a new file that can be written ({error.strerror})"
+        raise ConfigError(option, str(path), bound) from None

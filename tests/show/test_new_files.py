@@ -1,0 +1,45 @@
+"""New files appear together and whole, or not at all; nothing that lies there is replaced."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from fedtune.show.new_files import new_files
+from fedtune.spec import ConfigError
+
+
+def test_they_appear_together_and_whole(tmp_path: Path) -> None:
+    first, second = places = [tmp_path / "new" / name for name in ("a", "b")]
+    with new_files(*(("--to", path) for path in places), mode=0o600) as texts:
+        assert not any(path.exists() for path in places)
+        texts |= {first: "one", second: "zwölf"}
+    assert {path: path.read_text() for path in (tmp_path / "new").iterdir()} == {first: "one", second: "zwölf"}
+    assert first.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("fault", ["the work fails", "a full disk", "another file came", "one file twice"])
+def test_a_failure_leaves_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    first, second = tmp_path / "a", tmp_path / "link" / ("a" if fault == "one file twice" else "b")
+    full = Mock(side_effect=[None, OSError(errno.ENOSPC, "No space left on device")])
+
+    def work() -> None:
+        with new_files(("--to", first), ("--to", second)) as texts:
+            texts |= {first: "text", second: "text"}
+            if fault == "a full disk":
+                monkeypatch.setattr(os, "fsync", full)
+            elif fault == "another file came":
+                second.write_text("another's")
+            else:
+                assert fault == "the work fails", "known before it"
+                raise KeyboardInterrupt
+
+    with pytest.raises((ConfigError, KeyboardInterrupt)):
+        work()
+    left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert left == ({"b": "another's"} if fault == "another file came" else {})
