@@ -62,13 +62,9 @@ def tickets(tmp_path: Path) -> Callable[..., RunConfig]:
         (tmp_path / "tickets.csv").write_text("\n".join(["body,team", *rows]) + "\n", encoding="utf-8")
         return compose_run(
             [
-                "experiment=own_data",
-                f"data.train_file='{tmp_path / 'tickets.csv'}'",
-                "data.columns={text: body, label: team}",
-                f"data.labels=[{','.join(TEAMS)}]",
-                "data.declared_sizes=10",
-                "federation.num_sites=2",
-                "model=random_bert",
+                *("experiment=own_data", f"data.train_file='{tmp_path / 'tickets.csv'}'"),
+                *("data.columns={text: body, label: team}", f"data.labels=[{','.join(TEAMS)}]"),
+                *("data.declared_sizes=10", "federation.num_sites=2", "model=random_bert"),
                 *overrides,
             ]
         )

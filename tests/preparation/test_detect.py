@@ -239,8 +239,7 @@ def test_a_column_of_persons_is_the_unit_whatever_one_row_has(tmp_path: Path, na
 
 
 def test_ids_as_decimals_are_persons(tmp_path: Path) -> None:
-    found = seen(tmp_path, LABELLED | {"user_id": lambda n: float(n % 9)})
-    assert found.roles["user"] == "user_id"
+    assert seen(tmp_path, LABELLED | {"user_id": lambda n: float(n % 9)}).roles["user"] == "user_id"
     by_record = look_at(tmp_path / "rows.json", {}, by_person=False)
     assert "user" not in by_record.roles
     assert "--user user_id" in dict(by_record.unread)["user_id"]

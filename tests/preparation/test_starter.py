@@ -82,8 +82,7 @@ def test_a_site_gets_a_few_hundred_records(rows: int, sites: int) -> None:
 def test_marked_texts_get_windows_and_one_type_is_enough(tmp_path: Path, words: int, length: int, windows: int) -> None:
     text = " ".join(["a"] * words)
     path = lines(tmp_path, *[{"text": f"{text} {number}", "spans": [[0, 1, "card"]]} for number in range(40)])
-    made = made_for(path)
-    config = made.composed()
+    config = made_for(path).composed()
     data = config.data
     assert (config.task, data.labels, data.columns["spans"]) == ("token_classification", ("card",), "spans")
     assert (data.max_length, data.windows) == (length, windows)

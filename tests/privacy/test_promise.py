@@ -74,8 +74,7 @@ def test_the_epsilon_at_one_and_a_half_times_the_noise() -> None:
 def test_an_epsilon_is_kept_with_the_least_noise_that_does() -> None:
     asked = plan(num_rounds=5)
     for factor, most in ((1.0, 2.0), (1.0, 4.0), (3.0, 2.0)):
-        promise = Promise(noise_factor=factor, epsilon_per_run=most)
-        found = promise.factor_for(asked)
+        found = Promise(noise_factor=factor, epsilon_per_run=most).factor_for(asked)
         assert accountant.epsilon_pld([asked.stronger(found).whole], asked.delta) <= most
         assert (found == 3.0) == (factor == 3.0), "more than the epsilon needs"
         less = asked.stronger(found - 2e-3)

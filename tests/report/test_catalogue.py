@@ -100,8 +100,7 @@ def test_every_code_of_reports_on_file_has_words(language: str) -> None:
 
 
 def test_languages_have_the_same_keys_and_placeholders(language: str) -> None:
-    other = {(section, key) for section, texts in TEXTS[language].items() for key in texts}
-    assert other == KEYS
+    assert {(section, key) for section, texts in TEXTS[language].items() for key in texts} == KEYS
     for section, key in KEYS:
         found = [sorted(re.findall(r"\{\w*\}", TEXTS[one][section][key])) for one in ("en", language)]
         assert found[0] == found[1], (section, key)

@@ -59,8 +59,7 @@ def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:
     # Of a Gaussian with just this pair, the chance that the loss of an outcome is above epsilon: Phi(mu/2 - eps/mu).
     epsilon = 0.5
     mu = gaussian.gaussian_mu(epsilon, _DELTA)
-    passed = NormalDist().cdf(mu / 2 - epsilon / mu)
-    assert passed > 30 * _DELTA
+    assert NormalDist().cdf(mu / 2 - epsilon / mu) > 30 * _DELTA
     for language, words in (("en", "many times delta"), ("de", "ein Vielfaches von Delta")):
         texts = catalogue(language).texts
         for text in (texts["meaning"]["posterior_note"], texts["formulae"]["posterior"]):

@@ -229,8 +229,7 @@ AUDIT = {
 
 
 def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Path) -> None:
-    before = from_run.build(folder)
-    assert "attack_on_real_records" not in before.unprotected_figures
+    assert "attack_on_real_records" not in from_run.build(folder).unprotected_figures
     shown = audit_bound.best_possible(9, delta=1e-5, confidence=0.95)
     found = AUDIT | {
         "exceeded": True,

@@ -189,8 +189,7 @@ def test_hostile_names_stay_text(rendered: Rendered, language: str) -> None:
 def test_a_style_sheets_string_cannot_be_left(text: str) -> None:
     made = render.css_string(text)
     assert re.fullmatch(r'"(?:[A-Za-z0-9]|\\[0-9a-f]+ )*"', made)
-    back = re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1])
-    assert back == text
+    assert re.sub(r"\\([0-9a-f]+) ", lambda match: chr(int(match.group(1), 16)), made[1:-1]) == text
 
 
 def test_the_pages_hash_is_that_of_the_file(shown: tuple[Report, str]) -> None:
@@ -358,8 +357,7 @@ def test_under_the_chart_equal_sites_are_one_column(rendered: Rendered, reports:
     headings = [words_of(one) for one in table.all("thead")[0].all("th")]
     assert sorted(headings) == ["Round", "clinic-1 (+31)", "south-hospital"]
     assert all(len(row.all("td")) == 2 for row in table.all("tbody")[0].all("tr"))
-    labels = {one.attributes["data-label"] for one in table.all("td")}
-    assert labels == set(headings) - {"Round"}
+    assert {one.attributes["data-label"] for one in table.all("td")} == set(headings) - {"Round"}
     secure = by_id(main(rendered("secure", "en")), "chart-epsilon_spent").all("thead")[0]
     assert [words_of(one) for one in secure.all("th")] == ["Round", "all 5 sites alike"]
     assert len(reports["secure"].sites) == 5

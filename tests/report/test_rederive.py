@@ -128,8 +128,7 @@ def test_nothing_that_is_derived_can_be_changed(report: Report, monkeypatch: pyt
     again = rederive.figures_of(report.facts)
     monkeypatch.setattr(rederive, "figures_of", lambda _: again)  # the facts stay
     monkeypatch.setattr(rederive, "_too_much_work", lambda _: ())
-    found = [name for name, other in changed(report, "derived") if not problems(other)]
-    assert found == []
+    assert [name for name, other in changed(report, "derived") if not problems(other)] == []
 
 
 @MADE
@@ -394,8 +393,7 @@ def test_a_charge_between_two_limits_of_which_the_first_was_none_is_found(a_ledg
     caps = tuple(
         Cap(time="2026-01-01", max_epsilon=cap, charges_before=charges) for cap, charges in ((None, 0), (6.0, 4))
     )
-    report = with_facts(a_ledger_report(), caps=caps)
-    assert report.verdict.reasons == ("no_lifetime_cap",)
+    assert with_facts(a_ledger_report(), caps=caps).verdict.reasons == ("no_lifetime_cap",)
     assert with_facts(a_ledger_report(), caps=(caps[0], replace(caps[1], charges_before=0))).verdict.state == "within"
 
 
@@ -423,8 +421,7 @@ def test_a_plan_above_the_target_is_exceeded_although_less_was_charged(a_report:
 
 
 def test_a_simulation_is_no_run_of_real_sites(of_run: Report) -> None:
-    codes = {one.code for one in of_run.assumptions}
-    assert "sites_run_their_own_software" not in codes
+    assert "sites_run_their_own_software" not in {one.code for one in of_run.assumptions}
     assert "simulation" in of_run.banners
     real = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"})
     assert "sites_run_their_own_software" in {one.code for one in real.assumptions}

@@ -78,8 +78,7 @@ def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_r
 
 
 def test_a_shorter_run_is_one_that_is_not_finished(of_run: Report) -> None:
-    shorter = derive(replace(of_run.facts, rounds=of_run.facts.rounds[:1]))
-    assert shorter.verdict.reasons == ("not_finished",)
+    assert derive(replace(of_run.facts, rounds=of_run.facts.rounds[:1])).verdict.reasons == ("not_finished",)
 
 
 def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, config: RunConfig) -> None:

@@ -247,8 +247,7 @@ def test_a_ledger_that_does_not_verify_promises_nothing_here_either(folder: Path
     Books(folder / "sites" / "site-1").tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
     own = signed_report(folder)
     assert own.sites[0].verification is None
-    report = joined_by(folder, own)
-    assert report.verdict.reasons == ("ledger_not_verified",)
+    assert joined_by(folder, own).verdict.reasons == ("ledger_not_verified",)
 
 
 def refused(folder: Path, report: Report) -> str:
