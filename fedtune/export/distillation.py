@@ -145,7 +145,7 @@ def _owed(texts: Path, run: Path) -> str:
         )
     runs, own = read_card(texts, option="--texts")["runs"], run_of(from_run.build(run))
     if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
-        bound = f"must have a card that promises something for each {own['unit']} behind them: the student would not"
+        bound = f"must have a card with an epsilon for each {own['unit']} behind them: else nothing bounds the student"
         raise ConfigError("--texts", str(texts), bound)
     names, both = ", ".join(one["run"] for one in runs), in_words([own, *runs]) or "nothing, as its teacher has none"
     return (
