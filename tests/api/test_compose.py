@@ -25,12 +25,8 @@ WRITES = ["task=causal_lm", "data.labels=[]", "data.columns={prompt: text, compl
 
 def test_values_keep_their_type_through_yaml(tmp_path: Path) -> None:
     overrides = [
-        "experiment=debug",
-        "name='1e5'",
-        "privacy.delta=1e-7",
-        "data.labels=['yes','no','1','null']",
-        "lora.layers=[-1,0]",
-        "federation.site_names=['01','0x2']",
+        *("experiment=debug", "name='1e5'", "privacy.delta=1e-7", "data.labels=['yes','no','1','null']"),
+        *("lora.layers=[-1,0]", "federation.site_names=['01','0x2']"),
     ]
     config = compose_run(overrides)
     assert config.data.labels == ("yes", "no", "1", "null")
@@ -138,8 +134,7 @@ def test_an_automatic_rate_is_a_number_before_the_run(tmp_path: Path) -> None:
     assert saved_config(tmp_path).training.peak_rates(clipped=True) == rates
     larger = compose_run([*run, "privacy.epsilon=1", "lora.alpha=8"])
     assert larger.training.peak_rates(clipped=True) == (pytest.approx(rates[0] / 4, rel=1e-2), rates[1])
-    given = compose_run([*run, "training.learning_rate=0.01"])
-    assert given.training.peak_rates(clipped=True) == (0.01, 0.01)
+    assert compose_run([*run, "training.learning_rate=0.01"]).training.peak_rates(clipped=True) == (0.01, 0.01)
 
 
 @pytest.mark.parametrize("many", ["privacy.epsilon=range(1,1000000000)", "seed=range(0,40)"])
@@ -254,8 +249,7 @@ def test_a_path_may_begin_at_home_and_hold_commas(tmp_path: Path, monkeypatch: p
         "defaults:\n  - own_data\nname: x\ndata:\n  train_file: ~/a.csv\n  declared_sizes: 9\n"
     )
     for name in (folder / "x.yaml", "~/My Files, 2024/x.yaml"):
-        made = compose_run([f"experiment={name}", "data.labels=[a,b]"])
-        assert made.data.train_file == f"{tmp_path}/a.csv"
+        assert compose_run([f"experiment={name}", "data.labels=[a,b]"]).data.train_file == f"{tmp_path}/a.csv"
     assert compose_run(["experiment=own_data", *OWN, "data.test_file=null"]).data.test_file is None
     runs = swept(["experiment=own_data", *OWN[1:], "data.train_file=a.csv,~/b.csv"])
     assert [run.data.train_file for run in runs] == ["a.csv", f"{tmp_path}/b.csv"]
