@@ -40,27 +40,23 @@ class Check:
 
 
 def check_report(path: Path, report: Report, *, key: str | None, config_sha256: str | None = None) -> tuple[Check, ...]:
-    """`checks` of a report that lies at `path`, with the settings that lie beside a run's."""
-    of_run = report.kind == "run" and RunFolder(path.parent).config.is_file()
-    config = saved_config(path.parent) if of_run else None
-    found = checks(report, key=key, config_sha256=config_sha256, config=config)
-    return (*found, *_drawn(path, report)) if all(check.state != "wrong" for check in found) else found
-
-
-def checks(
-    report: Report, *, key: str | None, config_sha256: str | None = None, config: RunConfig | None = None
-) -> tuple[Check, ...]:
     """All checks of a report that was read, and so has the form of one.
 
     Args:
+        path: of its file, beside which the settings of a run may lie, and what was drawn from the report.
         report: the whole.
         key: public key that must have signed it, if one is known from elsewhere.
         config_sha256: hash that the run's settings must have, if it is known.
-        config: the run's settings, where they are at hand.
     """
-    form = Check("schema", "right", f"It is a report of schema version {REPORT_SCHEMA}.")
-    of_facts = (*_figures(report), *_taken(report))
-    return form, _signature(report, key), *of_facts, _configuration(report, config_sha256, config)
+    of_run = report.kind == "run" and RunFolder(path.parent).config.is_file()
+    found = (
+        Check("schema", "right", f"It is a report of schema version {REPORT_SCHEMA}."),
+        _signature(report, key),
+        *_figures(report),
+        *_taken(report),
+        _configuration(report, config_sha256, saved_config(path.parent) if of_run else None),
+    )
+    return (*found, *_drawn(path, report)) if all(check.state != "wrong" for check in found) else found
 
 
 def _signature(report: Report, key: str | None) -> Check:

@@ -89,8 +89,36 @@ def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, by
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
     """The card of a finished run's model; equal runs give equal cards."""
-    words = Words(report, catalogue("en"))
-    return f"---\n{_front_matter(record, words, form).to_yaml()}\n---\n\n{_body(record, words, form)}"
+    words, config, made = Words(report, catalogue("en")), record.config, record.result and record.result.provenance
+    data, model, template, utility = config.data, config.model, made and made.template, report.utility
+    kept, picked = (utility.kept, utility.selection) if utility else (None, None)
+    body = rendered(
+        _TEMPLATE,
+        name=config.name,
+        label=LABEL,
+        form=form,
+        base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.shown_path,
+        model=model,
+        simulated=not record.deployed,
+        sites=report.sites,
+        made=report.provenance,
+        start=start_of(words),
+        template=template,
+        prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
+        rows=made.test_rows if made else None,
+        kept=kept,
+        spoken=score_words,
+        kept_score=score_text(kept.score) if kept else "",
+        picked=picked,
+        picked_epsilon=words.catalogue.figure(picked.epsilon, "epsilon") if picked and picked.epsilon else "",
+        rounds=len(utility.rounds) if utility else 0,
+        labels=len(data.labels),
+        scores={score_words(name): tuple(map(score_text, both)) for name, both in _scores(report).items()},
+        loading=None if form.needs_base and model.built_in else escape(form.loading.strip()),
+        not_loadable=escape(_NOT_LOADABLE),
+        **statements(words),
+    )
+    return f"---\n{_front_matter(record, words, form).to_yaml()}\n---\n\n{body}"
 
 
 def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
@@ -126,39 +154,6 @@ def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
     """Score -> before and after."""
     utility = report.utility
     return {name: (utility.before.get(name), after) for name, after in utility.final.items()} if utility else {}
-
-
-def _body(record: RunRecord, words: Words, form: Form) -> str:
-    report, config, made = words.report, record.config, record.result.provenance if record.result else None
-    data, model, template = config.data, config.model, made.template if made else None
-    without_base, utility = form.needs_base and model.built_in, report.utility
-    kept, picked = (utility.kept, utility.selection) if utility else (None, None)
-    return rendered(
-        _TEMPLATE,
-        name=config.name,
-        label=LABEL,
-        form=form,
-        base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.shown_path,
-        model=model,
-        simulated=not record.deployed,
-        sites=report.sites,
-        made=report.provenance,
-        start=start_of(words),
-        template=template,
-        prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
-        rows=made.test_rows if made else None,
-        kept=kept,
-        spoken=score_words,
-        kept_score=score_text(kept.score) if kept else "",
-        picked=picked,
-        picked_epsilon=words.catalogue.figure(picked.epsilon, "epsilon") if picked and picked.epsilon else "",
-        rounds=len(utility.rounds) if utility else 0,
-        labels=len(data.labels),
-        scores={score_words(name): tuple(map(score_text, both)) for name, both in _scores(report).items()},
-        loading=None if without_base else escape(form.loading.strip()),
-        not_loadable=escape(_NOT_LOADABLE),
-        **statements(words),
-    )
 
 
 def start_of(words: Words) -> str:

@@ -87,9 +87,14 @@ def _too_much_work(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
                 yield Problem("facts", f"{count} {what}", f"at most {most}, so that they can be computed again")
                 return
     parts = list(_parts(facts))
-    for charged, _, _ in parts:
-        for event, count in charged.items():
-            _check_size(event, count)
+    for event, count in (one for charged, _, _ in parts for one in charged.items()):
+        rate, gaussian = profile.parts_of(event)
+        fine = isinstance(event, NonPrivateDpEvent)
+        if isinstance(gaussian, GaussianDpEvent):
+            fine = rate >= LEAST_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
+        if not fine or _buckets(event) > _MOST_BUCKETS:  # what no site would run, or hours of work
+            said = f"{count} x {events.to_json(event)}"
+            raise ConfigError("event", said, "must be a mechanism whose epsilon can be computed")
     single = {(interval, event) for charged, interval, _ in parts for event in charged}
     work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, _, times in parts)
     work += sum(_buckets(event) * accountant.FINE / interval for interval, event in single)
@@ -122,17 +127,6 @@ def _widest(charges: Charges) -> float:
     """About the largest loss that the distribution of these charges has to hold."""
     noisy = Counter({event: count for event, count in charges.items() if not isinstance(event, NonPrivateDpEvent)})
     return unbounded(profile.epsilon_rdp(noisy, 1e-12))
-
-
-def _check_size(event: DpEvent, count: int) -> None:
-    """Refuse what no site would run, and what would keep this machine busy for hours."""
-    rate, gaussian = profile.parts_of(event)
-    fine = isinstance(event, NonPrivateDpEvent)
-    if isinstance(gaussian, GaussianDpEvent):
-        fine = rate >= LEAST_SAMPLING_RATE and gaussian.noise_multiplier <= 1e6 and count <= 10**9
-    if not fine or _buckets(event) > _MOST_BUCKETS:
-        said = f"{count} x {events.to_json(event)}"
-        raise ConfigError("event", said, "must be a mechanism whose epsilon can be computed")
 
 
 def _buckets(event: DpEvent) -> float:

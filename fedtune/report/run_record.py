@@ -110,27 +110,21 @@ class RunRecord:
     @cached_property
     def run(self) -> str:
         """What the sites' ledgers call the run; its name, where that can't be computed and no receipt says it."""
-        if (own := self._expected_run()) is not None:
-            return own
+        config, model, privacy = self.config, self.config.model, self.config.privacy
+        if not self.deployed:
+            return f"{config.name}-{self.config_sha256[:32]}"
+        sha256 = model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
+        if config.digest() == self.config_sha256 and sha256 is not None:
+            # The noise that was calibrated then, so that it is not searched for again.
+            noise = self.plan.noise_multiplier if self.plan.private else privacy.noise_multiplier
+            privacy = replace(privacy, noise_multiplier=noise)
+            return for_sites(replace(config, model=replace(model, sha256=sha256), privacy=privacy)).run_id()
         # Real sites are sent other settings than the lead's, and what is missing of these has a digest all the same.
-        form = re.compile(re.escape(self.config.name) + "-[0-9a-f]{32}")
+        form = re.compile(re.escape(config.name) + "-[0-9a-f]{32}")
         for site, receipt in self._stored.items():
             if receipt.site == site and form.fullmatch(receipt.run) and receipt.is_signed():
                 return receipt.run
-        return self.config.name
-
-    def _expected_run(self) -> str | None:
-        """What the settings name the run; None: of real sites, where the settings or the model's hash are not known."""
-        if not self.deployed:
-            return f"{self.config.name}-{self.config_sha256[:32]}"
-        model = self.config.model
-        sha256 = model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
-        if self.config.digest() != self.config_sha256 or sha256 is None:
-            return None
-        # The noise that was calibrated then, so that it is not searched for again.
-        noise = self.plan.noise_multiplier if self.plan.private else self.config.privacy.noise_multiplier
-        privacy = replace(self.config.privacy, noise_multiplier=noise)
-        return for_sites(replace(self.config, model=replace(model, sha256=sha256), privacy=privacy)).run_id()
+        return config.name
 
     def updates(self, site: str) -> int:
         """Finished rounds in which an update left the site: each of them was charged."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import stat
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import Any, NoReturn
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report.model import Report, Signature, from_json, to_json
 from fedtune.spec import ConfigError, RunError, errors_in
-from fedtune.words import spoken
 
 PURPOSE = "report"
 """Purpose of the signature, so that one made for a receipt or a ledger does not pass here."""
@@ -112,11 +110,6 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
         if other not in (None, signature.key):
             raise RunError(f"the report is signed by {signature.key}, not by {other}")
     return signature.key
-
-
-def digest_of_key(key: str) -> str:
-    """The beginning of a public key's SHA-256, by which two people compare the key; `printf %s KEY | sha256sum`."""
-    return spoken(hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
 def _whole_number(text: str) -> str:

@@ -133,23 +133,18 @@ def audit_problems(report: Report) -> Iterator[Problem]:
         yield Problem("audit.bounds", twice, "each site of the report once at most")
     spent = charged(audit, report.sites)
     for number, bound in enumerate(audit.bounds):
-        for key, said, found in _of_bound(audit, bound, spent.get(bound.site)):
-            yield Problem(f"audit.bounds.{number}.{key}", said, found)
+        where, most, claim = f"audit.bounds.{number}", spent.get(bound.site), bound.claimed_epsilon
+        if not can_be_counts(bound):
+            counts = f"{bound.right} of {bound.guesses} of {bound.canaries}"
+            yield Problem(f"{where}.right", counts, "no more right than guessed, and no more guesses than canaries")
+            continue
+        if not 0 <= claim < math.inf or (most is not None and claim > most * (1 + 1e-9)):
+            yield Problem(f"{where}.claimed_epsilon", claim, f"at most {most}, which was charged")
+        for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
+            found = audit_bound.epsilon_lower_bound(
+                bound.canaries, bound.guesses, right, delta=audit.delta, confidence=audit.confidence
+            )
+            if not abs(getattr(bound, key) - found) <= _LAST_DIGITS * max(1.0, found):
+                yield Problem(f"{where}.{key}", getattr(bound, key), found)
     if not audit.exceeded and refuted(audit, report.sites):
         yield Problem("audit.exceeded", False, True)
-
-
-def _of_bound(audit: Audit, bound: AuditBound, spent: float | None) -> Iterator[Problem]:
-    if not can_be_counts(bound):
-        counts = f"{bound.right} of {bound.guesses} of {bound.canaries}"
-        yield Problem("right", counts, "no more right than guessed, and no more guesses than canaries")
-        return
-    charged_most = math.inf if spent is None else spent * (1 + 1e-9)
-    if not (0 <= bound.claimed_epsilon <= charged_most and math.isfinite(bound.claimed_epsilon)):
-        yield Problem("claimed_epsilon", bound.claimed_epsilon, f"at most {spent}, which was charged")
-    for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
-        found = audit_bound.epsilon_lower_bound(
-            bound.canaries, bound.guesses, right, delta=audit.delta, confidence=audit.confidence
-        )
-        if not abs(getattr(bound, key) - found) <= _LAST_DIGITS * max(1.0, found):
-            yield Problem(key, getattr(bound, key), found)

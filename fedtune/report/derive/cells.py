@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +23,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive.profile import claimed, largest
 from fedtune.report.derive.verdicts import worst
 from fedtune.report.facts import RunFacts
-from fedtune.report.model import Cell, CellState, Report, SiteReport
+from fedtune.report.model import Cell, CellState, Report
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 from fedtune.words import score_text
@@ -48,7 +48,6 @@ CODES: Mapping[str, str] = {fact: section for section, facts in _DATA["codes"].i
 NUMBERS = frozenset(_DATA["numbers"]["facts"])
 SETTINGS = frozenset(_DATA["settings"]["facts"])
 """Facts that a run's settings, or those of a ledger's runs, say."""
-Facts = dict[str, str | None]
 TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
 
@@ -73,12 +72,35 @@ def rows(known: Mapping[str, str | None]) -> tuple[Cell, ...]:
 def of_report(report: Report) -> tuple[Cell, ...]:
     """The cells of a report; what its figures say is taken from the report, whose own cells are not looked at."""
     facts, provenance = report.facts, report.provenance
+    # What follows from the sites' own figures is of the worst site each.
+    verdict = worst(site.verdict for site in report.sites)
+    promised = verdict.state != "no_guarantee"
+    epsilons = [claimed(site.spent) if site.spent else None for site in report.sites]
+    meanings = [site.meaning for site in report.sites if site.meaning]
+    mechanisms = {mechanism.sampling_run for site in report.sites for mechanism in site.mechanisms}
+    by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]
+    ceiling, mechanism = _of_100(meaning.right_of_100_ceiling for meaning in meanings), _of_100(by_mechanism)
+    bound = (ceiling if None in by_mechanism else mechanism) if promised else "100"
+    failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
+    summed = any(row.shared for site in report.sites for row in site.mechanisms)
+    technologies = {"federated_learning": True, "secure_aggregation": summed, "differential_privacy": promised}
     version = provenance.libraries.get("dp-accounting")
     sizes = {site.site: site.declared_size or 0 for site in report.sites}
     known: dict[str, str | None] = {
         **BY_DESIGN,
         **facts.settings,
-        **figures(report.sites, delta=report.delta),
+        "verdict": verdict.state,
+        "epsilon": epsilon_text(largest(epsilons) if promised else None),
+        "delta": f"{report.delta:g}",
+        "expected_failures": _number(max(failures, default=None)),
+        "right_of_100_ceiling": ceiling if promised else "100",
+        "right_of_100_mechanism": ("not_computed" if None in by_mechanism else mechanism) if promised else None,
+        "singling_out_bound": bound,
+        "linkability_bound": bound,
+        "sampling_run": _listed(sorted(mechanisms)),
+        "secure_aggregation": _yes_or_no(summed),
+        "technologies_on": _listed(name for name, on in technologies.items() if on),
+        "technologies_off": _listed(name for name, on in technologies.items() if not on),
         "unit": report.unit,
         "released": _listed(report.released),
         "randomness": report.randomness,
@@ -99,31 +121,27 @@ def of_report(report: Report) -> tuple[Cell, ...]:
     }
     if isinstance(facts, RunFacts):
         parameters = facts.trained_parameters
-        return rows(
-            known
-            | {
-                "mechanism": "dp_sgd" if facts.plan.private else "none",
-                "transport": TRANSPORT.get(facts.settings.get("runtime", "")),
-                "trained_parameters": None if parameters is None else str(parameters),
-                "parameters_per_record": None if parameters is None else f"{parameters / sum(sizes.values()):.3g}",
-                "seconds": _number(facts.seconds),
-                "scores_before": _scores(facts.before),
-                "scores_final": _scores(facts.final),
-            }
-        )
-    verified = facts.verification
-    up_to_there = verified is not None and verified.anchor_sequence is not None and not verified.rollback_excluded
-    to_the_end = verified is not None and verified.rollback_excluded
-    return rows(
-        known
-        | {
+        known |= {
+            "mechanism": "dp_sgd" if facts.plan.private else "none",
+            "transport": TRANSPORT.get(facts.settings.get("runtime", "")),
+            "trained_parameters": None if parameters is None else str(parameters),
+            "parameters_per_record": None if parameters is None else f"{parameters / sum(sizes.values()):.3g}",
+            "seconds": _number(facts.seconds),
+            "scores_before": _scores(facts.before),
+            "scores_final": _scores(facts.final),
+        }
+    else:
+        verified = facts.verification
+        up_to_there = verified is not None and verified.anchor_sequence is not None and not verified.rollback_excluded
+        to_the_end = verified is not None and verified.rollback_excluded
+        known |= {
             "runtime": "simulation" if facts.simulated else None,
             "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in facts.runs),
             "base_model": _listed(run.base_model for run in facts.runs),
             "ledger_verified": _yes_or_no(verified is not None),
             "rollback_excluded": "up_to_the_anchor" if up_to_there else _yes_or_no(to_the_end),
         }
-    )
+    return rows(known)
 
 
 def settings_of(config: RunConfig, plan: Plan) -> dict[str, str]:
@@ -151,35 +169,6 @@ def rank_text(adapter: str, rank: int) -> str:
     """An adapter's rank, with its kind where it isn't LoRA."""
     rank = 0 if adapter == NO_ADAPTER else rank
     return str(rank) if adapter == "lora" else f"{rank} ({adapter})"
-
-
-def figures(sites: Sequence[SiteReport], *, delta: float) -> Facts:
-    """Those that follow from the sites' own figures, of the worst site each."""
-    verdict = worst(site.verdict for site in sites)
-    promised = verdict.state != "no_guarantee"
-    epsilons = [claimed(site.spent) if site.spent else None for site in sites]
-    meanings = [site.meaning for site in sites if site.meaning]
-    mechanisms = {mechanism.sampling_run for site in sites for mechanism in site.mechanisms}
-    by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]
-    ceiling, mechanism = _of_100(meaning.right_of_100_ceiling for meaning in meanings), _of_100(by_mechanism)
-    bound = (ceiling if None in by_mechanism else mechanism) if promised else "100"
-    failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
-    summed = any(row.shared for site in sites for row in site.mechanisms)
-    technologies = {"federated_learning": True, "secure_aggregation": summed, "differential_privacy": promised}
-    return {
-        "verdict": verdict.state,
-        "epsilon": epsilon_text(largest(epsilons) if promised else None),
-        "delta": f"{delta:g}",
-        "expected_failures": _number(max(failures, default=None)),
-        "right_of_100_ceiling": ceiling if promised else "100",
-        "right_of_100_mechanism": ("not_computed" if None in by_mechanism else mechanism) if promised else None,
-        "singling_out_bound": bound,
-        "linkability_bound": bound,
-        "sampling_run": _listed(sorted(mechanisms)),
-        "secure_aggregation": _yes_or_no(summed),
-        "technologies_on": _listed(name for name, on in technologies.items() if on),
-        "technologies_off": _listed(name for name, on in technologies.items() if not on),
-    }
 
 
 def _scores(metrics: Scores) -> str | None:

@@ -69,17 +69,15 @@ def report_of(facts: LedgerFacts) -> Report:
         asserted=facts.asserted,
         by_trust=profile.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent)))),
     )
-    # As it was decided when the run was accepted.
-    above_cap = any(
+    loosened, verified = bool(facts.limits_loosened), facts.verification is not None
+    found = verdicts.of_ledger(life, approved, charges=num_charges(facts), verified=verified, limits_loosened=loosened)
+    reasons = list(found)
+    if any(  # as it was decided when the run was accepted
         accountant.epsilon_above([run.plan.whole], run.plan.delta, limit=run.max_epsilon) is not None
         for run in facts.runs
         if run.max_epsilon is not None
-    )
-    loosened, verified = bool(facts.limits_loosened), facts.verification is not None
-    found = verdicts.of_ledger(life, approved, charges=num_charges(facts), verified=verified, limits_loosened=loosened)
-    reasons = [*found, *(["above_run_cap"] if above_cap else [])]
-    if not profile.accountants_agree(spent, width=accountant.COARSE):
-        reasons.append("accountants_disagree")
+    ):
+        reasons.append("above_run_cap")
     return rules.report_of(facts, (verdicts.judged(site, reasons, charged=charged, delta=delta),))
 
 
@@ -105,8 +103,9 @@ def _most(facts: LedgerFacts, found: Collection[Counter[DpEvent]]) -> Counter[Dp
 def charged_to(facts: LedgerFacts, cohort: int | None, *, period: str | None = None) -> Counter[DpEvent]:
     """All that was charged to a cohort; None: to any."""
     plans, total, owed = plans_of(facts), Counter[DpEvent](), _owed(facts)
+    now = None if period is None else period_of(datetime.fromisoformat(facts.date), period)
     for number, entry in enumerate(facts.charges):
-        if period is None or _number(entry.day, period) == _number(facts.date, period):
+        if period is None or period_of(datetime.fromisoformat(entry.day), period) == now:
             for charged, admitted in _of_entry(entry, plans, facts.arrivals):
                 if cohort is None or admitted is None or cohort in admitted or (cohort == OLDEST and number <= owed):
                     total.update(charged)
@@ -123,10 +122,6 @@ def _groups(facts: LedgerFacts) -> list[int]:
     said = {one for entry in facts.charges for one in entry.lost_cohorts or () if one}
     lost = [Cohorts.of(one, facts.arrivals) for one in said if facts.arrivals]
     return groups([*(run.plan.cohorts for run in facts.runs), *lost], oldest_apart=_owed(facts) >= 0)
-
-
-def _number(day: str, period: str) -> int:
-    return period_of(datetime.fromisoformat(day), period)
 
 
 def _of_entry(

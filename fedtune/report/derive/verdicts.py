@@ -71,10 +71,13 @@ def room_of(report: Report) -> Room | None:
 def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: float) -> SiteReport:
     """Add to a site the verdict for `reasons`, and the meaning of its epsilon, which covers all that was `charged`.
 
-    Without a guarantee the meaning is left out, unless missing noise is the only reason.
+    That the accountants disagree is one reason more.  Without a guarantee the meaning is left out, unless missing noise
+    is the only reason.
     """
-    verdict, spent = verdict_of(reasons), site.spent
+    spent = site.spent
     assert spent is not None
+    agree = accountants_agree(spent, width=interval_of(site.source))
+    verdict = verdict_of([*reasons, *([] if agree else ["accountants_disagree"])])
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
     trust, rows = site.by_trust, site.mechanisms
@@ -111,7 +114,6 @@ def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str
         began_in_an_adapter=facts.provenance.start_adapter is not None,
         configuration_changed=not facts.unchanged,
         receipts_not_believed=not believed,
-        accountants_disagree=not accountants_agree(spent, width=interval_of(site.source)),
     )
 
 

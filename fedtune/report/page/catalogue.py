@@ -91,21 +91,11 @@ class Catalogue:
             return self.texts["word"]["unbounded"] if text == "unbounded" else self._marks(text)
         if value is None:
             return self.texts["word"]["no_cap" if kind in ("cap", "left") else "unknown"]
-        if kind == "length":
-            return self._number(len(value), "count")
         if kind in ("day", "moment"):
             return self._time(value, kind)
         if isinstance(value, float) and not math.isfinite(value):
             return self.texts["word"]["unbounded"]
-        return self._number(value, kind)
-
-    def digits(self, text: str) -> str:
-        """A number that is written already, with this language's marks and every digit that it has."""
-        value = Decimal(text)
-        return self._plain(value) if "e" in text else self._marks(f"{value:,f}")
-
-    def _number(self, value: float, kind: str) -> str:
-        exact = Decimal(repr(value))
+        exact = Decimal(len(value)) if kind == "length" else Decimal(repr(value))
         match kind:
             case "cap" | "exact":
                 return self._plain(exact)
@@ -115,8 +105,8 @@ class Catalogue:
                 return self._plain(_significant(exact, 6 if kind == "number" else 2, kind))
             case "score":
                 return self._marks(str(_rounded(exact, 4, ROUND_HALF_EVEN)))
-            case "count":
-                return self._marks(f"{value:,}")
+            case "count" | "length":
+                return self._marks(f"{exact:,}")
             case "of_100" if exact > MOST_RIGHT:
                 return self.texts["word"]["unbounded"]
             case "of_100":
@@ -133,6 +123,11 @@ class Catalogue:
                 scaled = _significant(Decimal(value).scaleb(-3 * step), 3, "number")
                 return f"{self._plain(scaled)} {_PREFIXES[step]}B"
         raise ValueError(f"no kind of figure: {kind}")
+
+    def digits(self, text: str) -> str:
+        """A number that is written already, with this language's marks and every digit that it has."""
+        value = Decimal(text)
+        return self._plain(value) if "e" in text else self._marks(f"{value:,f}")
 
     def _plain(self, value: Decimal) -> str:
         """Without an exponent, unless it is tiny: then 1.5 × 10⁻⁹."""

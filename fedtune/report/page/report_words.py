@@ -142,10 +142,15 @@ class Words:
             return figure
         return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
 
-    def rows(self, of: str, *, worst: bool = False) -> list[str]:
-        """Pointers to all entries of a list that each site has, or that the worst one has."""
-        sites = ([self.worst] if self.worst else []) if worst else self.sites
-        return [f"{site}/{of}/{n}" for site in sites for n in range(len(self.at(f"{site}/{of}") or ()))]
+    def rows(self, of: str) -> list[str]:
+        """Pointers to the rows of a table, as page.toml says of which."""
+        of, _, having = of.partition(" having ")
+        start, *parts = of.split("/")
+        found = {"": [""], "sites": self.sites, "worst": [self.worst] if self.worst else []}[start]
+        for part in parts:
+            entries = {one: range(len(self.at(one) or ())) if part == "*" else (part,) for one in found}
+            found = [f"{one}/{entry}" for one, several in entries.items() for entry in several]
+        return [row for row in found if not having or self.at(f"{row}/{having}") is not None]
 
     # What page 1 says beyond single figures.
 
@@ -177,10 +182,6 @@ class Words:
     def heading(self) -> Markup:
         """The result, or that a budget that is kept has no room for more."""
         return self.code("verdict", self.room or f"{self.report.verdict.state}_{self.report.kind}")
-
-    def state(self) -> str:
-        """Code of how the result looks."""
-        return self.room or self.report.verdict.state
 
     def is_full(self) -> bool:
         """Whether a site's own limit has to be raised before anything more can be spent."""
@@ -266,11 +267,10 @@ class Words:
     def triggers(self) -> list[Markup]:
         """When somebody should look at this again."""
         runs = "/sites/0/lifetime/reference_runs_left"
-        attack = ["attack"] if self.promises else []
-        if not self.is_ledger:
-            return [self.text(f"again.{code}") for code in ("next_run", "other_use", *attack, "date")]
-        left = [self.text("again.runs_left", runs=self.figure(runs, "count"))] if self.at(runs) else []
-        return [*left, *(self.text(f"again.{code}") for code in ("limit", *attack, "date"))]
+        codes = [*(["limit"] if self.is_ledger else ["next_run", "other_use"]), *(["attack"] if self.promises else [])]
+        left = self.is_ledger and self.at(runs)
+        first = [self.text("again.runs_left", runs=self.figure(runs, "count"))] if left else []
+        return [*first, *(self.text(f"again.{code}") for code in (*codes, "date"))]
 
 
 def pointer(*parts: str | int) -> str:

@@ -24,6 +24,7 @@ _TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "ye
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
+_ROUNDS = "/utility/rounds/*"
 _ABSENT = object()
 _ABSENT_CLASS = Markup('class="absent"')
 """Of what stands in a cell where there is nothing: it is grey, since it changes no result."""
@@ -73,8 +74,23 @@ class Table:
         return tuple(replace(self, rows=some) for some in rows)
 
 
-class Tables(Words):
-    """Every table of the page, made when the template asks for it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """A drawing with the table that holds the same figures.
+
+    Attributes:
+        seen: what there is to see, as the drawing's title; without a drawing, why there is none.
+        svg: None: there is nothing to draw, or it is the same throughout.
+    """
+
+    code: str
+    seen: Markup
+    svg: Markup | None
+    table: Table
+
+
+class Charts(Words):
+    """Every table and chart of the page, made when the template asks for it."""
 
     def cell(self, row: str, column: Column) -> Markup:
         """What a table shows of the row at a pointer."""
@@ -140,8 +156,8 @@ class Tables(Words):
         layout, columns = data()["table"][name], [*self._columns(name), *more]
         caption = self.text(layout["caption"], delta=self.figure("/delta", "exact"))
         of = layout["rows"]
-        rows, last = self._rows(of), of.startswith("/utility/rounds")
-        if not of.startswith(("/", "sites", "worst ")):
+        rows, last = self.rows(of), of == _ROUNDS
+        if of.startswith("sites/"):
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
             last, same = self.is_ledger, "page.site" if self.is_ledger else "page.run"
             columns = [column for column in columns if column.heading != same]
@@ -170,24 +186,6 @@ class Tables(Words):
                 name = self.text("budget.alike", name=name, others=count_of_rows(len(others)))
             rows.append((name, *group[0][1:]))
         return replace(table, rows=tuple(rows[:MOST_ROWS]), all=len(rows))
-
-    def _rows(self, of: str) -> list[str]:
-        if of.startswith("/"):
-            return self._in_report(of)
-        if " having " in of:
-            of, having = of.split(" having ")
-            return [row for row in self._rows(of) if self.at(f"{row}/{having}") is not None]
-        if of == "sites":
-            return self.sites
-        if of.startswith("worst "):
-            return self.rows(of.removeprefix("worst "), worst=True)
-        if "/*/" in of:
-            outer, inner = of.split("/*/")
-            return [place for row in self.rows(outer) for place in self._in_report(f"{row}/{inner}")]
-        return self.rows(of)
-
-    def _in_report(self, of: str) -> list[str]:
-        return [f"{of}/{place}" for place in range(len(self.at(of) or ()))]
 
     def budget(self) -> Table:
         """Page 1's table of sites, each by its name, without columns that hold nothing."""
@@ -221,11 +219,7 @@ class Tables(Words):
         for name in self.score_names():
             columns.append(Column(score_words(name), pointer("scores", name)[1:], "score", is_named=True))
         columns.append(Column("utility.epsilon", "epsilon", "epsilon", "word.not_released"))
-        return self.table(self.text("utility.caption"), columns, self.rounds())
-
-    def rounds(self) -> list[str]:
-        """Pointers to the rounds of a run's report."""
-        return self._in_report("/utility/rounds")
+        return self.table(self.text("utility.caption"), columns, self.rows(_ROUNDS))
 
     def score_names(self) -> list[str]:
         """Scores that every round has."""
@@ -246,25 +240,6 @@ class Tables(Words):
             rows.append((Markup("{}").format(score_words(name)), *found))
         columns = ((self.text("utility.score"), False), *((self.text(f"utility.{kind}"), True) for kind in kinds))
         return Table(caption=self.text("utility.scores_caption"), columns=columns, rows=tuple(rows), all=len(rows))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chart:
-    """A drawing with the table that holds the same figures.
-
-    Attributes:
-        seen: what there is to see, as the drawing's title; without a drawing, why there is none.
-        svg: None: there is nothing to draw, or it is the same throughout.
-    """
-
-    code: str
-    seen: Markup
-    svg: Markup | None
-    table: Table
-
-
-class Charts(Tables):
-    """The charts of the page, each drawn when the template asks for it."""
 
     def epsilon_spent(self) -> Chart:
         """By round, or by run where a ledger's rounds are too many, with the limit."""
@@ -291,21 +266,20 @@ class Charts(Tables):
 
     def _rose(self, lines: Iterable[str]) -> Markup | None:
         """How high the line of the site that spent most rises."""
-        worst, limit = self.worst, "/target_epsilon"
+        worst = self.worst
         if worst is None or worst not in lines:
             return None
         steps = self.at(f"{worst}/steps")
         last = max(place for place, step in enumerate(steps) if step["epsilon"] is not None)
         reached = self.figure(f"{worst}/steps/{last}/epsilon", "epsilon")
-        limit = f"{worst}/approved/max_epsilon" if self.is_ledger else limit
-        if self.at(limit) is None:
+        if (limit := self.limit()) is None:
             return self.text("chart.rose", reached=reached)
         return self.text("chart.rose_of", reached=reached, limit=self.figure(limit, "cap"))
 
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
         series, at = list[Series](), self.at
-        rows = [row for row in self.rows("curve", worst=True) if at(f"{row}/epsilon_pld") is not None]
+        rows = [row for row in self.rows("worst/curve/*") if at(f"{row}/epsilon_pld") is not None]
         for number, key in enumerate(("pld", "rdp")):
             points = [(at(f"{row}/delta"), at(f"{row}/epsilon_{key}")) for row in rows]
             if points := [point for point in points if point[1] is not None]:
@@ -317,7 +291,7 @@ class Charts(Tables):
         """The first score that is no loss, against the epsilon spent by then."""
         names = self.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
-        rows = self.rounds() if name else []
+        rows = self.rows(_ROUNDS) if name else []
         keys = ("/epsilon", pointer("scores", name), "/round")
         found = [tuple(self.at(row + key) for key in keys) for row in rows]
         found = [one for one in found if None not in one[:2]]
