@@ -19,19 +19,10 @@ from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.derive.audit_bounds import read_audit
 from fedtune.report.derive.ledger_figures import num_charges
-from fedtune.report.facts import (
-    NOT_RECORDED,
-    LedgerFacts,
-    Provenance,
-    RunFacts,
-    RunInLedger,
-    SiteFacts,
-    SiteStatement,
-    StartAdapter,
-)
+from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.rederive import derive, problems
-from fedtune.report.run_record import RunRecord, read_run
+from fedtune.report.run_record import RunRecord, inexact_gradients, read_run
 from fedtune.runs.environment import UNKNOWN
 from fedtune.runs.results import FinalResult
 from fedtune.spec import ConfigError, RunError
@@ -74,7 +65,7 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         date=max(times, default=None),
         sampling=noted.sampling if noted else None,
         randomness=noted.randomness if noted else None,
-        inexact_gradients=record.inexact_gradients,
+        inexact_gradients=inexact_gradients(folder, config),
         has_checkpoint=state is not None,
         config_file_sha256=config.digest(),
         judged_by=config.judged_by,
@@ -122,9 +113,11 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
     receipt, (rounds, upper_bound) = record.receipts.get(site), record.charged(site)
     factor, statement = record.noise_factor(site), None
     if report is not None:
-        (own,), facts, known = report.sites, _ledger_of(report), _this_run(record, report)
+        (own,), facts = report.sites, report.facts
+        assert isinstance(facts, LedgerFacts)
         assert own.lifetime is not None
         assert own.approved is not None
+        known = next((run for run in facts.runs if run.run == record.run), None)  # None: the site refused all of it
         if known and upper_bound and known.state != "open":
             # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
             rounds, upper_bound = _by_receipt(record, site), False
@@ -171,7 +164,8 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     """
     found: dict[str, Report] = {}
     for report in reports:
-        _ledger_of(report)
+        if not isinstance(report.facts, LedgerFacts) or report.kind != "ledger" or len(report.sites) != 1:
+            raise _refused(report, "must be a site's report of its own ledger")
         (own,) = report.sites
         if own.site not in (sites := record.config.federation.active):
             raise _refused(report, f"must be about a site of this run ({', '.join(sites)}), not {own.site}")
@@ -185,7 +179,8 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
         if key != receipt.site_key:
             by = f"is signed by {key}" if key else "is not signed"
             raise _refused(report, f"must be signed by {receipt.site_key}, as the receipts of {own.site} are; it {by}")
-        _this_run(record, report)
+        if _by_receipt(record, own.site) and all(run.run != record.run for run in report.facts.runs):
+            raise _refused(report, f"must be of a ledger that knows the run {record.run}")
         if own.verification is not None and own.verification.num_events < receipt.sequence:
             had = f"{own.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
             raise _refused(report, f"must be no older than this run: its ledger had {had}")
@@ -201,20 +196,6 @@ def _by_receipt(record: RunRecord, site: str) -> int:
     """Rounds that the site signed for; no fewer than the updates that it gave."""
     receipt = record.receipts.get(site)
     return max(record.updates(site), receipt.charged_rounds if receipt else 0)
-
-
-def _this_run(record: RunRecord, report: Report) -> RunInLedger | None:
-    """The run in the site's ledger; None: the site refused all of it."""
-    known = next((run for run in _ledger_of(report).runs if run.run == record.run), None)
-    if known is None and _by_receipt(record, report.sites[0].site):
-        raise _refused(report, f"must be of a ledger that knows the run {record.run}")
-    return known
-
-
-def _ledger_of(report: Report) -> LedgerFacts:
-    if not isinstance(report.facts, LedgerFacts) or report.kind != "ledger" or len(report.sites) != 1:
-        raise _refused(report, "must be a site's report of its own ledger")
-    return report.facts
 
 
 def _refused(report: Report, bound: str) -> ConfigError:

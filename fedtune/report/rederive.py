@@ -312,9 +312,7 @@ def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
     if others := sorted({entry.run for entry in facts.charges} - {"", *names}):
         yield "charges", others[0], "a run that was accepted"
         return
-    rounds = Counter(dict.fromkeys(names, 0))
-    for entry in facts.charges:
-        rounds[entry.run] += entry.rounds
+    rounds = ledger_figures.rounds_of(facts)
     updates = Counter[str]()
     for release in facts.releases:
         updates[release.run] += release.count if release.kind == "update" else 0

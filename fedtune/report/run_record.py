@@ -45,7 +45,6 @@ class RunRecord:
         state: the newest checkpoint; None: none is left.
         rounds: the finished ones.
         environments: what it was made on.
-        inexact_gradients: whether the policies of all simulated sites accept them; None: not on file.
         selection: that it was picked in a search; None: not on file.
     """
 
@@ -56,7 +55,6 @@ class RunRecord:
     state: LeadState | None
     rounds: Sequence[RoundResult]
     environments: tuple[Environment, ...]
-    inexact_gradients: bool | None = None
     selection: Selection | None = None
 
     @property
@@ -196,13 +194,12 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         # Of a checkpoint put back to an earlier one, the rounds that came after it stand in run.json.
         rounds=max(state.rounds if state else (), result.rounds if result else (), key=len),
         environments=read_environments(folder),
-        inexact_gradients=_inexact_gradients(folder, config),
         selection=_selection(folder),
     )
 
 
-def _inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
-    """Whether a simulation took any machine: only where the policies of all its sites accept inexact gradients."""
+def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
+    """Whether the policies of all simulated sites accept them, so that any machine was taken; None: not on file."""
     if config.runtime.kind == "deployment":
         return None
     sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else RunFolder(folder).sites

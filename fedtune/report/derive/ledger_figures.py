@@ -141,7 +141,7 @@ def _filtered(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
     return finite(filter.epsilon_filter(charged, order=facts.order, delta=facts.delta))
 
 
-def _rounds(facts: LedgerFacts) -> Mapping[str, int]:
+def rounds_of(facts: LedgerFacts) -> Mapping[str, int]:
     """Run -> rounds that the ledger's own entries charged."""
     rounds = dict.fromkeys(plans_of(facts), 0)
     for entry in facts.charges:
@@ -152,7 +152,7 @@ def _rounds(facts: LedgerFacts) -> Mapping[str, int]:
 
 def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
     """What each run did, rounds on lost branches included; then, under no name, what lost runs did."""
-    own, charged = _rounds(facts), charged_to(facts, None)
+    own, charged = rounds_of(facts), charged_to(facts, None)
     # Of a head that names more rounds than charges the events alone count, and what they leave is nobody's run.
     for rounds in ({run.run: own[run.run] + run.lost_rounds for run in facts.runs}, own):
         unexplained = Counter(charged)
@@ -187,7 +187,7 @@ def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
 
 def lifetime(facts: LedgerFacts) -> Lifetime:
     """The figures over all runs, as of the facts' date."""
-    own, rounds = _rounds(facts), {row.run: row.rounds for row in mechanisms(facts)}
+    own, rounds = rounds_of(facts), {row.run: row.rounds for row in mechanisms(facts)}
     begins = _groups(facts)
     spent = [charged_to(facts, cohort) for cohort in begins]
     # With what open runs that admit a cohort have set aside.

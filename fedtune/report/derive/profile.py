@@ -282,10 +282,11 @@ def hit_rate(spent: Spent, *, false_alarms: float) -> float | None:
 
 @lru_cache(maxsize=256)
 def _hit_rate_of(counted: Counted, false_alarms: float) -> float | None:
-    if _is_unbounded(counted):
+    own = _pld(counted, accountant.COARSE)
+    if math.isinf(own.epsilon(0.5)):
         return None
-    more_alarms = _least(lambda epsilon: math.exp(epsilon) * false_alarms + _delta(counted, epsilon))
-    fewer_misses = _least(lambda epsilon: 1 - (1 - _delta(counted, epsilon) - false_alarms) * math.exp(-epsilon))
+    more_alarms = _least(lambda epsilon: math.exp(epsilon) * false_alarms + own.delta(epsilon))
+    fewer_misses = _least(lambda epsilon: 1 - (1 - own.delta(epsilon) - false_alarms) * math.exp(-epsilon))
     return max(false_alarms, min(1.0, more_alarms, fewer_misses))
 
 
@@ -294,8 +295,8 @@ def right_of_100(spent: Spent) -> float | None:
 
     The best attack is right with probability (1 + delta) / 2, delta being the mechanism's own at epsilon 0.
     """
-    counted = _counted(spent)
-    return None if _is_unbounded(counted) else 50 * (1 + _delta(counted, 0.0))
+    own = _pld(_counted(spent), accountant.COARSE)
+    return None if math.isinf(own.epsilon(0.5)) else 50 * (1 + own.delta(0.0))
 
 
 def meaning(
@@ -386,15 +387,6 @@ def _counted(spent: Spent) -> Counted:
     """The mechanisms in a fixed order, so that equal histories give equal figures to the last digit."""
     pairs = events.grouped(spent).items()
     return tuple(sorted(pairs, key=lambda pair: json.dumps(events.to_json(pair[0]), sort_keys=True)))
-
-
-def _delta(mechanisms: Counted, epsilon: float) -> float:
-    """Delta at `epsilon`, whichever of two neighbours has the unit more."""
-    return _pld(mechanisms, accountant.COARSE).delta(epsilon)
-
-
-def _is_unbounded(mechanisms: Counted) -> bool:
-    return math.isinf(_pld(mechanisms, accountant.COARSE).epsilon(0.5))
 
 
 _pld = lru_cache(maxsize=64)(accountant.composed_pld)

@@ -143,7 +143,7 @@ class Words:
         return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
 
     def rows(self, of: str) -> list[str]:
-        """Pointers to the rows of a table, as page.toml says of which."""
+        """Pointers to the rows that a table has by a pattern of page.toml."""
         of, _, having = of.partition(" having ")
         start, *parts = of.split("/")
         found = {"": [""], "sites": self.sites, "worst": [self.worst] if self.worst else []}[start]
