@@ -80,6 +80,13 @@ def folder(run_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run_folder, tmp_path / "run"))
 
 
+@pytest.fixture
+def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Books]:
+    """`books(**changes)`: those of a new site, whose policy has these changes."""
+    wide = {"limits": {"min_noise_multiplier": 1.0, "max_rounds": 50}}
+    return lambda **changes: Books.made(tmp_path / "site", site_policy(**wide | changes))
+
+
 @pytest.fixture(params=LANGUAGES)
 def language(request: pytest.FixtureRequest) -> str:
     """Each in which there are pages."""

@@ -12,7 +12,6 @@ import pytest
 
 import fedtune
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
 from fedtune.report.model import Assumption, SiteReport
@@ -23,11 +22,6 @@ from .shown import evidence, status
 from .site_ledgers import Books, resigned
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Books]:
-    return lambda **changes: Books.made(tmp_path / "site", site_policy(**changes))
 
 
 def statuses(found: Iterable[Assumption]) -> dict[str, str]:

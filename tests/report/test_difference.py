@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.difference import Change, differences
-from fedtune.report.model import Report
 from fedtune.spec import ConfigError
 
-from .shown import with_site
-
-Make = Callable[..., Report]
+from .shown import Make, with_site
 
 
 def test_equal_reports_differ_in_nothing(a_report: Make, a_ledger_report: Make) -> None:

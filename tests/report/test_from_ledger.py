@@ -32,17 +32,6 @@ Proposals = Callable[..., Proposal]
 
 
 @pytest.fixture
-def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Books]:
-    """New books; keywords change the policy."""
-    wide = {"limits": {"min_noise_multiplier": 1.0, "max_rounds": 50}}
-
-    def make(**changes: Any) -> Books:
-        return Books.made(tmp_path / "site", site_policy(**(wide | changes)))
-
-    return make
-
-
-@pytest.fixture
 def charged(books: Callable[..., Books], run_proposal: Proposals) -> Books:
     """Two runs: `r` with two rounds, and `s` with more noise and one; nothing is over yet."""
     made = books()

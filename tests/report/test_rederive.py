@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +21,8 @@ from fedtune.report.rederive import derive, problems
 from fedtune.spec import ConfigError
 
 from .by_hand import WIDTH, epsilon
-from .shown import admitting, arrivals, drifting, put, status, where, with_site
+from .shown import Make, admitting, arrivals, drifting, put, status, where, with_site
 
-Make = Callable[..., Report]
 ON_FILE = ("a_report", "a_report_without_privacy", "a_secure_report", "a_ledger_report")
 
 OF_NO_EFFECT = {

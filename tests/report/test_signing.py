@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,10 @@ from hypothesis import strategies as st
 
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
-from fedtune.report.model import Report, Signature, from_json, to_json
+from fedtune.report.model import Signature, from_json, to_json
 from fedtune.spec import ConfigError, FedtuneError, RunError
 
-from .shown import put
-
-Make = Callable[..., Report]
+from .shown import Make, put
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
-from fedtune.privacy.site_policy import Policy
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.derive.verdicts import room_of
 from fedtune.report.model import Report
@@ -72,10 +71,9 @@ def verdict(report: Report) -> tuple[str, tuple[str, ...]]:
 
 
 @pytest.fixture
-def books(tmp_path: Path, site_policy: Callable[..., Policy]) -> Books:
+def books(books: Callable[..., Books]) -> Books:
     """A site whose policy allows the runs below."""
-    limits = {"min_noise_multiplier": 1.0, "max_rounds": 50}
-    return Books.made(tmp_path / "site", site_policy(limits=limits, anchor="anchor.json"))
+    return books(anchor="anchor.json")
 
 
 # Runs.
