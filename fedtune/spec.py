@@ -115,16 +115,22 @@ _SAY_SO = (*map(os.strerror, _FULL), "database or disk is full")
 
 def full_disk(error: BaseException | None) -> str | None:
     """Say what a full disk or quota has no room for, where that is why an error was raised; None: it is not why."""
-    while error is not None:
-        says_so = any(words in str(error) for words in _SAY_SO)
-        if isinstance(error, RunError) and says_so:
-            return str(error)
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return f"the disk is full: no room for {error.filename}" if error.filename else "the disk is full"
-        if says_so and not isinstance(error, FedtuneError):
+    for one in causes_of(error):
+        says_so = any(words in str(one) for words in _SAY_SO)
+        if isinstance(one, RunError) and says_so:
+            return str(one)
+        if isinstance(one, OSError) and one.errno in _FULL:
+            return f"the disk is full: no room for {one.filename}" if one.filename else "the disk is full"
+        if says_so and not isinstance(one, FedtuneError):
             return "the disk is full"
-        error = error.__cause__ or error.__context__
     return None
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, the last first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

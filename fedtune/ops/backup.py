@@ -143,25 +143,21 @@ def opened_backup(source: Path, *, kind: Kind) -> Iterator[Backup]:
     except (OSError, zipfile.BadZipFile) as error:
         raise ConfigError("FILE", str(source), f"must be a backup that fedtune wrote ({error})") from error
     with archive:
-        yield _checked(archive, source, kind)
-
-
-def _checked(archive: zipfile.ZipFile, source: Path, kind: Kind) -> Backup:
-    try:
-        about = json.loads(archive.read(_LIST))
-        hashes = {str(name): str(sha256) for name, sha256 in about["sha256"].items()}
-        whose, made = str(about["kind"]), str(about["made"])
-        if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in hashes):
-            raise ValueError("a name leads out of the folder")
-        for name, sha256 in hashes.items():
-            with archive.open(name) as entry:
-                if _copied(entry, None) != sha256:
-                    raise ValueError(f"{name} was changed")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
-        raise ConfigError("FILE", str(source), f"must be a whole backup that fedtune wrote ({error})") from error
-    if whose != kind:
-        raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, and is a {whose}'s")
-    return Backup(made=made, names=tuple(hashes), archive=archive)
+        try:
+            about = json.loads(archive.read(_LIST))
+            hashes = {str(name): str(sha256) for name, sha256 in about["sha256"].items()}
+            whose, made = str(about["kind"]), str(about["made"])
+            if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in hashes):
+                raise ValueError("a name leads out of the folder")
+            for name, sha256 in hashes.items():
+                with archive.open(name) as entry:
+                    if hashlib.file_digest(entry, "sha256").hexdigest() != sha256:
+                        raise ValueError(f"{name} was changed")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zipfile.BadZipFile) as error:
+            raise ConfigError("FILE", str(source), f"must be a whole backup that fedtune wrote ({error})") from error
+        if whose != kind:
+            raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, and is a {whose}'s")
+        yield Backup(made=made, names=tuple(hashes), archive=archive)
 
 
 def tree(folder: Path, *, under: str) -> dict[str, Path]:
@@ -170,13 +166,12 @@ def tree(folder: Path, *, under: str) -> dict[str, Path]:
     return {f"{under}/{path.relative_to(folder).as_posix()}": path for path in found if ".partial" not in path.name}
 
 
-def _copied(source: IO[bytes], target: IO[bytes] | None) -> str:
+def _copied(source: IO[bytes], target: IO[bytes]) -> str:
     """Copy to the end; SHA-256 of what was read, in hex."""
     sha256 = hashlib.sha256()
     while part := source.read(_CHUNK):
         sha256.update(part)
-        if target is not None:
-            target.write(part)
+        target.write(part)
     return sha256.hexdigest()
 
 

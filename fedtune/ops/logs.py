@@ -215,7 +215,9 @@ def _described(error: BaseException, seen: set[int]) -> dict[str, Any]:
     fields: dict[str, Any] = {"type": _type_name(error), **_codes(error)}
     if _is_of_settings(error):
         fields["text"] = _bounded(str(error))
-    fields["frames"] = _frames(error.__traceback__)
+    # The innermost, outermost first.
+    walked = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][-_MOST_FRAMES:]
+    fields["frames"] = [f"{_short(code.co_filename)}:{line} {code.co_qualname}" for code, line in walked]
     cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     for key, among in (("cause", [cause] if cause else []), ("among", inner)):
@@ -244,9 +246,3 @@ def _codes(error: BaseException) -> dict[str, str]:
 def _type_name(value: object) -> str:
     kind = type(value)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _frames(trace: TracebackType | None) -> list[str]:
-    """The innermost frames, outermost first."""
-    walked = [(frame.f_code, line) for frame, line in traceback.walk_tb(trace)]
-    return [f"{_short(code.co_filename)}:{line} {code.co_qualname}" for code, line in walked[-_MOST_FRAMES:]]

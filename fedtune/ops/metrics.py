@@ -170,7 +170,7 @@ class SiteMetrics:
 
 def _of_budget(history: History) -> Values:
     taken = {"charged": history.charged(), "with_set_aside": history.taken(history.now())}
-    yield ("fedtune_site_epsilon_spent", {name: history.epsilon(spent) for name, spent in taken.items()})
+    yield "fedtune_site_epsilon_spent", {name: history.epsilon(spent) for name, spent in taken.items()}
     yield "fedtune_site_epsilon_cap", history.cap
     yield "fedtune_site_epsilon_left", epsilon_left(history)
     runs = reference_runs_left(history)
@@ -189,10 +189,9 @@ class ServerMetrics:
     def figures(self) -> Values:
         """All of them, now; before the server begins, its certificate's alone."""
         yield from _of_certificate(self._kit)
-        if self.traffic is not None:
-            yield from self._of_traffic(self.traffic, time.time())
-
-    def _of_traffic(self, traffic: Traffic, now: float) -> Values:
+        if (traffic := self.traffic) is None:
+            return
+        now = time.time()
         sites = {member.site: member.node_key for member in self.members if not member.revoked}
         heard = {site: now - traffic.heard.get(site, traffic.began) for site in sites}
         yield (

@@ -84,16 +84,18 @@ class AuditLog:
         # Flower's paths, our reasons and a certificate's name: bounded, should one of them be long.
         fields = {name: value[:_MOST_LENGTH] for name, value in about.items() if value}
         kind = (("event", event), *sorted(fields.items()))
+        of_event, of_one = _quotas(kind)
         with self._lock:
             self._flush(self._clock())
+            has_room = self._kinds[of_event] < _MOST_KINDS and self._kinds[of_one] < _MOST_OF_ONE
             if kind in self._counts:
                 count, since = self._counts[kind]
                 self._counts[kind] = (count + 1, since)
-            elif event not in _ALWAYS and not self._has_room(kind):
+            elif event not in _ALWAYS and not has_room:
                 self._left_out += 1
             else:
                 self._counts[kind] = (0, self._clock())
-                self._kinds.update(_quotas(kind))
+                self._kinds.update((of_event, of_one))
                 self._write({"event": event, **fields})
                 return True
         return False
@@ -117,30 +119,23 @@ class AuditLog:
             self._write({"event": "events not written", "again": self._left_out})
             self._left_out, self._told = 0, moment
 
-    def _has_room(self, kind: _Kind) -> bool:
-        of_event, of_one = _quotas(kind)
-        return self._kinds[of_event] < _MOST_KINDS and self._kinds[of_one] < _MOST_OF_ONE
-
     def _write(self, fields: dict[str, object]) -> None:
-        if self._path is None:
+        if (path := self._path) is None:
             return
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}) + "\n"
         try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with open(descriptor, "a") as file:
                 file.write(line)
                 full = file.tell() >= self._most_bytes
             if full:
-                self._rotate(self._path)
+                for number in range(_NUM_OLD, 0, -1):
+                    older = path.with_name(f"{path.name}.{number - 1}") if number > 1 else path
+                    if older.exists():
+                        os.replace(older, path.with_name(f"{path.name}.{number}"))
         except OSError as error:
             if not self._failed:
                 log.error("the audit log cannot be written (%s)", error.strerror)
             self._failed = True
         else:
             self._failed = False
-
-    def _rotate(self, path: Path) -> None:
-        for number in range(_NUM_OLD, 0, -1):
-            older = path.with_name(f"{path.name}.{number - 1}") if number > 1 else path
-            if older.exists():
-                os.replace(older, path.with_name(f"{path.name}.{number}"))

@@ -75,7 +75,11 @@ class _Bounded(httpx.BaseTransport):
         self._deadline.begin(bound.most_s)
         response = self._inner.handle_request(request)
         try:
-            _check_head(response, most_bytes=bound.most_bytes)
+            if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+                raise OutOfBounds("it is compressed, which nobody asked for")
+            said = response.headers.get("content-length", "0")
+            if said.isdigit() and int(said) > bound.most_bytes:
+                raise OutOfBounds(f"it has {said} bytes, and may have {bound.most_bytes}")
         except OutOfBounds:
             response.close()
             raise
@@ -85,14 +89,6 @@ class _Bounded(httpx.BaseTransport):
 
     def close(self) -> None:
         self._inner.close()
-
-
-def _check_head(response: httpx.Response, *, most_bytes: int) -> None:
-    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise OutOfBounds("it is compressed, which nobody asked for")
-    said = response.headers.get("content-length", "0")
-    if said.isdigit() and int(said) > most_bytes:
-        raise OutOfBounds(f"it has {said} bytes, and may have {most_bytes}")
 
 
 class _Counted(httpx.SyncByteStream):

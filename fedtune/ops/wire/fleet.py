@@ -131,17 +131,14 @@ class Fleet:
             Unauthorised, Unreachable: as for `activate`.
         """
         if self._may_have_lost_one:
-            self._come_back()
+            # Leave and return: the server gives a message once, and the lead asks again when it sees a site return.
+            with contextlib.suppress(Unauthorised), in_our_words():  # the server thinks that it is away already
+                self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._activated.node_id))
+            self.activate()
         self._may_have_lost_one = True
         message = self._next_message()
         self._may_have_lost_one = False
         return message
-
-    def _come_back(self) -> None:
-        """Leave and return: the server gives a message once, and the lead asks again when it sees a site return."""
-        with contextlib.suppress(Unauthorised), in_our_words():  # the server thinks that it is away already
-            self._client.DeactivateNode(fleet_pb2.DeactivateNodeRequest(node_id=self._activated.node_id))
-        self.activate()
 
     def _next_message(self) -> Message | None:
         node = self._activated

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from fedtune.flower.internals import PROTOBUF_MEDIA_TYPE, asymmetric, constant, core, now
@@ -20,6 +20,9 @@ from fedtune.ops.wire.audit_log import AuditLog, Event
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.ops.wire.identity import NotAllowed, SeenCalls, body_of_lead
 from fedtune.ops.wire.waiting import WAIT, Questions
+
+if TYPE_CHECKING:  # SQLAlchemy takes time to import
+    from fedtune.ops.wire.site_calls import SiteCalls
 
 log = logging.getLogger(__name__)
 
@@ -141,20 +144,6 @@ class Traffic:
         return counted_receive, counted_send
 
 
-class Rules(Protocol):
-    """Rules for a site's call; see `fedtune.ops.wire.site_calls`."""
-
-    def most_bytes(self, path: str) -> int: ...
-
-    def check(self, path: str, key: bytes, body: bytes) -> None: ...
-
-    def asked(self, body: bytes) -> list[int]: ...
-
-    def node_of(self, key: bytes) -> int | None: ...
-
-    def finished(self, body: bytes) -> bytes: ...
-
-
 Roster = Callable[[], Sequence[Registered]]
 """The sites as they stand when it is called."""
 
@@ -169,7 +158,7 @@ class Gate:
     """
 
     def __init__(
-        self, app: Asgi, *, lead: str, roster: Roster, rules: Rules, audit: AuditLog, traffic: Traffic | None = None
+        self, app: Asgi, *, lead: str, roster: Roster, rules: SiteCalls, audit: AuditLog, traffic: Traffic | None = None
     ) -> None:
         self._app, self._lead, self._roster, self._rules, self._audit = app, lead, roster, rules, audit
         self._traffic = traffic or Traffic()

@@ -21,6 +21,7 @@ import httpx
 from fedtune.flower.internals import add_headers, http_client, rpc
 from fedtune.ops.wire.bounded_http import HungUp, bounded
 from fedtune.privacy.keys import SigningKey, is_signed
+from fedtune.spec import causes_of
 
 _Client = TypeVar("_Client", bound=rpc.ProtobufClient)
 
@@ -72,8 +73,7 @@ _OF_CERTIFICATES = (
 
 def refusal(error: BaseException) -> str | None:
     """Which end does not accept the other's certificate, and why; None where that is not what went wrong."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes_of(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not accepted here: {cause.verify_message}"
         if isinstance(cause, ssl.SSLError) and "_ALERT_" in (cause.reason or ""):
@@ -84,7 +84,6 @@ def refusal(error: BaseException) -> str | None:
             return f"it ended the encryption: {said}"
         if isinstance(cause, HungUp):  # as asyncio's servers do, which send no alert
             return "it hung up right after the handshake; if this goes on, it does not accept this site's certificate"
-        cause = cause.__cause__ or cause.__context__
     return None
 
 

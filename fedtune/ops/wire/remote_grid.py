@@ -145,7 +145,10 @@ class RemoteGrid:
                     raise self._refused(error) from error
                 else:
                     log.warning("the server forgot this run (%s); asking again", error.response.status_code)
-                    self._forget(open_)
+                    self._close()
+                    for one in open_.values():
+                        one.message_ids.clear()
+                        one.unsent = None
             except (httpx.HTTPError, inflating.ObjectPushError) as error:
                 self._wait_for_server(error)
             else:
@@ -233,13 +236,6 @@ class RemoteGrid:
         if self._session is not None:
             self._session.close()
             self._session = None
-
-    def _forget(self, questions: Mapping[int, _Question]) -> None:
-        """Begin anew, as the server did."""
-        self._close()
-        for question in questions.values():
-            question.message_ids.clear()
-            question.unsent = None
 
     def _refused(self, error: httpx.HTTPStatusError) -> RunError:
         if error.response.status_code == httpx.codes.UNAUTHORIZED:

@@ -121,7 +121,9 @@ class SiteCalls:
         elif call == "push-object":
             self._check_object(request, node or 0)
         elif call == "pull-object":
-            self._check_pull(request, node or 0)
+            run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node or 0)
+            if not any(self._rows(_IS_ASKED, object=request.object_id, node=mine, run=run)):
+                raise NotAllowed(409, "an object of no question to this node")
         elif call == "confirm-message-received":
             self._check_confirmed(request, node or 0)
 
@@ -233,11 +235,6 @@ class SiteCalls:
         run = uint64_to_int64(request.run_id)
         if not any(self._rows(_IS_AWAITED, session=request.session_id, object=id, run=run)):
             raise NotAllowed(409, "an object that nobody waits for")
-
-    def _check_pull(self, request: message_pb2.PullObjectRequest, node: int) -> None:
-        run, mine = uint64_to_int64(request.run_id), uint64_to_int64(node)
-        if not any(self._rows(_IS_ASKED, object=request.object_id, node=mine, run=run)):
-            raise NotAllowed(409, "an object of no question to this node")
 
     def _check_confirmed(self, request: message_pb2.ConfirmMessageReceivedRequest, node: int) -> None:
         id = request.message_object_id

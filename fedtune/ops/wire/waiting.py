@@ -61,20 +61,16 @@ class Bell:
 
     Attributes:
         rung: the event; the thread that handles questions clears it.
+        works: whether the server answered the last call.
     """
 
     def __init__(self, server: str, tls: Tls, rung: threading.Event) -> None:
-        self.rung = rung
+        self.rung, self.works = rung, False
         self._address, self._tls = f"https://{server}{WAIT}", tls
         self._client = httpx.Client(verify=tls.client_context(), timeout=_CALL_TIMEOUT_S)
         bounded(self._client)
-        self._works, self._stop = False, threading.Event()
+        self._stop = threading.Event()
         threading.Thread(target=self._listen, name="bell", daemon=True).start()
-
-    @property
-    def works(self) -> bool:
-        """Whether the server answered the last call."""
-        return self._works
 
     def show_certificate(self) -> None:
         """Use the kit's current certificate in new connections."""
@@ -93,10 +89,10 @@ class Bell:
                     answer = client.get(self._address, params={"heard": heard}, headers=signed_headers(self._tls))
                     count = int(answer.raise_for_status().json()["questions"])
                 except Exception:  # the thread that asks Flower meets the same error, and reports it
-                    self._works = False
+                    self.works = False
                     self._stop.wait(_AGAIN_S)
                     continue
-                self._works = True
+                self.works = True
                 if count != heard:
                     self.rung.set()
                 elif time.monotonic() - began < _HELD_S / 2:  # a server that does not hold calls
