@@ -52,22 +52,23 @@ def init(
     The folder must not exist. It holds secret keys; keep authority/ca_key.pem offline when it is not needed.
     """
     made = provisioning.init(file, out=out, now=datetime.now(UTC))
-    say(f"Federation {made.federation} is in {made.folder}/.", style="bold")
+    say(f"Federation {made.settings.name} is in {made.folder}/.", style="bold")
     uses = {
         "authority": "signs certificates; keep it offline, and a backup of it",
         "server": "the server's kit",
         "lead": "the lead's kit; keep a backup of lead_key.pem",
     }
-    rows = [(f"{of}/", use, f"{_own(made)[of].not_after:%Y-%m-%d}") for of, use in uses.items()]
+    rows = [(f"{of}/", use, f"{made.certificates[of].not_after:%Y-%m-%d}") for of, use in uses.items()]
     rows.append(("sites/", "the sites' kits, as they join", ""))
     show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
     _compare(
         "Keys of the federation, to be read out to each site over the telephone:",
-        {"lead": made.lead_key, "authority": made.authority.fingerprint},
+        {"lead": made.lead_key, "authority": made.certificates["authority"].fingerprint},
     )
     _steps(
         f"Move {made.folder}/authority to a place that is offline. Only adding and renewing need it.",
-        f"Copy {made.folder}/server to the machine that {made.server} names, and start there what its README.md says.",
+        f"Copy {made.folder}/server to the machine that {made.settings.server} names, and start there what its "
+        "README.md says.",
         "Ask each site for the join_request.json that `fedtune site init` makes there, and let it in: "
         f"fedtune provision add-site join_request.json --federation {made.folder}",
     )
@@ -156,21 +157,21 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     """Show the sites, their certificates' expiry and their declared data sets."""
     made, now = FederationFolder.open(federation), datetime.now(UTC)
     rows = []
-    for member in made.members:
+    for member in made.roster.sites:
         datasets = "\n".join(f"{name} ({size:,})" for name, size in member.sizes.items())
         state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
         rows.append((member.site, state, _until(Certificate.of(member.issued), now), datasets))
     sites = Section(
-        title=counted(len(made.members), "site"),
+        title=counted(len(made.roster.sites), "site"),
         headings=("site", "state", "certificate until", "data sets (declared size)"),
         rows=rows,
         words=range(4),
         notes=() if rows else ("None has joined yet.",),
     )
-    own = [(name, _until(certificate, now)) for name, certificate in _own(made).items()]
+    own = [(name, _until(certificate, now)) for name, certificate in made.certificates.items()]
     title = "The federation's own certificates"
     sections = [sites, Section(title=title, headings=("of", "until"), rows=own, words={0, 1})]
-    heading = f"Federation {made.federation}, server {made.server}"
+    heading = f"Federation {made.settings.name}, server {made.settings.server}"
     answer(_to_json(made, now), sections, as_json=as_json, heading=heading)
     for warning in [] if as_json else _warnings(made, now):
         say(warning, style="bold yellow")
@@ -219,7 +220,7 @@ def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> N
     )
     _compare(
         "Read out these; the site notes them, and later compares them with its kit's README.md.",
-        {"lead": made.lead_key, "authority": made.authority.fingerprint},
+        {"lead": made.lead_key, "authority": made.certificates["authority"].fingerprint},
     )
     say("")
     if not already:
@@ -254,10 +255,6 @@ def _steps(*steps: str) -> None:
         say(f" {number}. {step}")
 
 
-def _own(made: FederationFolder) -> dict[str, Certificate]:
-    return {"authority": made.authority, "server": made.server_certificate, "lead": made.lead_certificate}
-
-
 def _until(certificate: Certificate, now: datetime) -> str:
     return f"{certificate.not_after:%Y-%m-%d} ({_left(certificate, now)})"
 
@@ -268,29 +265,27 @@ def _left(certificate: Certificate, now: datetime) -> str:
 
 def _warnings(made: FederationFolder, now: datetime) -> list[str]:
     """Whose certificate is about to expire, or has, and the command that renews it."""
-    members = [one for one in made.members if not one.revoked]
+    members = [one for one in made.roster.sites if not one.revoked]
     found = [(f"site {one.site}", Certificate.of(one.issued), f"renew-site {one.site}") for one in members]
-    found += [
-        ("the server", made.server_certificate, "renew-server"),
-        ("the lead", made.lead_certificate, "renew-lead"),
-    ]
+    own = made.certificates
+    found += [(f"the {kind}", own[kind], f"renew-{kind}") for kind in ("server", "lead")]
     warnings = [
         f"The certificate of {name}: {_left(certificate, now)}. Renew it: fedtune provision {command}"
         for name, certificate, command in found
         if certificate.days_left(now) < SOON_DAYS
     ]
-    if made.authority.days_left(now) < SOON_DAYS:
-        warnings.append(f"The authority: {_left(made.authority, now)}. Provision the federation again.")
+    if own["authority"].days_left(now) < SOON_DAYS:
+        warnings.append(f"The authority: {_left(own['authority'], now)}. Provision the federation again.")
     return warnings
 
 
 def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
-        "federation": made.federation,
-        "server": made.server,
+        "federation": made.settings.name,
+        "server": made.settings.server,
         "lead": made.lead_key,
-        "certificates": {name: _certificate_json(certificate, now) for name, certificate in _own(made).items()},
+        "certificates": {name: _certificate_json(certificate, now) for name, certificate in made.certificates.items()},
         "sites": [
             {
                 "site": member.site,
@@ -300,7 +295,7 @@ def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
                 "site_key": member.site_key,
                 "datasets": [{"id": name, "declared_size": size} for name, size in member.sizes.items()],
             }
-            for member in made.members
+            for member in made.roster.sites
         ],
         "warnings": _warnings(made, now),
     }

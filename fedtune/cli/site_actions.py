@@ -24,7 +24,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.verdict import Verdict, ask
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.ops.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
-from fedtune.ops.doctor.examination import Visit, examine
+from fedtune.ops.doctor.examination import Examination
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.services.site_state import Pending, SiteState
@@ -268,8 +268,8 @@ class SomethingFailed(FedtuneError):
 def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequence[str], as_json: bool) -> None:
     """Make every check, after installing `model`, and print a line for each; `run`: settings of a run to try out."""
     asked = partial(compose_run, run, for_real_sites=True) if run else None
-    visit = Visit(kit=kit, site_toml=site_toml, model=model, run=asked)
-    finish((print_checks_as_json if as_json else print_lines)(examine(visit)))
+    checks = Examination(kit_folder=kit, site_toml=site_toml, model=model, run=asked).checks()
+    finish((print_checks_as_json if as_json else print_lines)(checks))
 
 
 def print_lines(checks: Iterable[Check]) -> list[Check]:

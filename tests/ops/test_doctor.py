@@ -26,7 +26,7 @@ from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.ops.doctor.check import Check, PrivateLog, Status, exit_code_of
-from fedtune.ops.doctor.examination import Visit, examine
+from fedtune.ops.doctor.examination import Examination
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import REQUEST, site_init
@@ -110,8 +110,8 @@ class Home:
     def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, Check]:
         """Every line, by its name; a run is tried out where one is asked for or changed."""
         named = (lambda: self.run(*overrides)) if run or overrides else None
-        visit = Visit(kit=self.kit, site_toml=self.site_toml, model=model, run=named, timeout_s=5.0)
-        return {check.name: check for check in examine(visit)}
+        places = {"kit_folder": self.kit, "site_toml": self.site_toml, "model": model}
+        return {check.name: check for check in Examination(**places, run=named, timeout_s=5.0).checks()}
 
     def run(self, *overrides: str) -> RunConfig:
         """The run that the policy allows."""
@@ -219,8 +219,8 @@ def test_a_site_that_lacks_nothing(home: Home) -> None:
 
 
 def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Path) -> None:
-    visit = Visit(kit=tmp_path / "kit", site_toml=tmp_path / "site.toml")
-    checks = {check.name: check for check in examine(visit)}
+    visit = Examination(kit_folder=tmp_path / "kit", site_toml=tmp_path / "site.toml")
+    checks = {check.name: check for check in visit.checks()}
     assert failures(checks).keys() == {"policy", "kit"}
     assert code(checks) == 2
     assert checks["encryption (TLS)"].found == "skipped, because the kit cannot be used"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.ops.doctor.check import Status
-from fedtune.ops.doctor.examination import Visit, examine
+from fedtune.ops.doctor.examination import Examination
 from fedtune.ops.kits.certificates import read_certificate
 from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import Kit
@@ -119,7 +119,8 @@ def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_propo
     charge(ledger_of(north), run_proposal(), 1)
     with serving(north / "ledger.db"):
         before = files_in(north)
-        checks = {c.name: c for c in examine(Visit(kit=north / "kit", site_toml=north / "site.toml", timeout_s=1.0))}
+        visit = Examination(kit_folder=north / "kit", site_toml=north / "site.toml", timeout_s=1.0)
+        checks = {check.name: check for check in visit.checks()}
         assert checks["serving"].status is Status.OK
         after = files_in(north)
     assert after.keys() - before.keys() <= {"kit/state/doctor.log"}

@@ -248,7 +248,7 @@ def test_a_change_that_is_made_is_completed_before_the_next(desk: Desk, monkeypa
             with pytest.raises(ConfigError, match=r"has a change that is made.*No space left.*north-kit\.zip"):
                 again(request)
         assert Roster.read(desk.folder / "server" / "roster.json").sites == ()
-    assert [one.site for one in FederationFolder.open(desk.folder).members] == ["north"]
+    assert [one.site for one in FederationFolder.open(desk.folder).roster.sites] == ["north"]
     whole(desk.folder)
 
 

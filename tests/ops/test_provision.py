@@ -41,7 +41,7 @@ def test_certificates_last_as_long_as_the_file_says(federation_toml: Path, now: 
     days = "authority_days = 100\nserver_days = 20\nlead_days = 30\nsite_days = 4000\n"
     federation_toml.write_text(f"{federation_toml.read_text()}\n[certificates]\n{days}")
     made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
-    ends = [one.not_after - now for one in (made.authority, made.server_certificate, made.lead_certificate)]
+    ends = [one.not_after - now for one in made.certificates.values()]
     assert ends == [timedelta(days=days) for days in (100, 20, 30)]
 
 
@@ -159,7 +159,7 @@ def test_a_federation_keeps_its_name(federation: Path, now: datetime) -> None:
 def test_the_authority_may_be_kept_elsewhere(federation: Path, desk: Desk) -> None:
     desk.join("north")
     (federation / "authority").rename(federation.parent / "offline")
-    assert len(FederationFolder.open(federation).members) == 1
+    assert len(FederationFolder.open(federation).roster.sites) == 1
     before = files_in(federation)
     with pytest.raises(ConfigError, match=r"ca_key\.pem.*bring the authority's folder back"):
         desk.add(desk.request("south"))

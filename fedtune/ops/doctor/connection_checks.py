@@ -20,8 +20,8 @@ import httpx
 
 from fedtune.ops.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.ops.kits.certificates import SOON_DAYS, ip_address
-from fedtune.ops.kits.kit_file import Kit
-from fedtune.spec import ConfigError
+from fedtune.ops.kits.kit_file import Address, Kit
+from fedtune.spec import ConfigError, causes_of
 
 DNS, TCP, TLS, AUTHENTICATION = "name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication"
 STEPS = (DNS, TCP, TLS, AUTHENTICATION)
@@ -57,8 +57,8 @@ class Connection:
 
     def __init__(self, kit: Kit, *, timeout_s: float = 10.0) -> None:
         self._kit, self._timeout_s = kit, timeout_s
-        self._host, self._server = kit.host, kit.server
-        self._proxy = _proxy_for(kit.host)
+        self._host, self._server = Address.of(kit.server).host, kit.server
+        self._proxy = _proxy_for(self._host)
         self._encrypted: Any = None
         self._begun: dict[str, float] = {}  # the client's steps, and when each began or was complete
         self.clock_ahead_s: tuple[float, float] | None = None
@@ -117,7 +117,7 @@ class Connection:
 
     def _why(self, error: httpx.HTTPError) -> Check:
         """The step that failed, by the last one that the client began."""
-        causes = list(_causes(error))
+        causes = list(causes_of(error))
         goal = f"the proxy {self._proxy}" if self._proxy else self._server
         if unresolved := next((cause for cause in causes if isinstance(cause, socket.gaierror)), None):
             name = goal if self._proxy else self._host
@@ -183,10 +183,14 @@ class Connection:
         from fedtune.ops.wire.fleet import Foreign, reason_in, said_in
 
         site = self._kit.site or ""
+        fix = f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server has that roster."
         try:
             if answer.status_code != httpx.codes.OK:
                 reason = reason_in(answer, self._server)
-                fix = _remedy(reason, site=site)
+                if "revoked" in reason:
+                    fix = "Ask the lead why this site was revoked, and for a new kit if it is to come back."
+                elif "clock" in reason:
+                    fix = "Turn on time synchronisation on this machine, for instance with `timedatectl set-ntp true`."
                 return _failed(AUTHENTICATION, f"the server refused this site: {reason}", fix=fix)
             known = said_in(answer, "site", self._server)
         except Foreign as error:
@@ -208,18 +212,3 @@ def _proxy_for(host: str) -> str:
     if not url or proxy_bypass(host):
         return ""
     return urlsplit(url if "://" in url else f"http://{url}").netloc.rpartition("@")[2]
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _remedy(refusal: str, *, site: str) -> str:
-    if "revoked" in refusal:
-        return "Ask the lead why this site was revoked, and for a new kit if it is to come back."
-    if "clock" in refusal:
-        return "Turn on time synchronisation on this machine, for instance with `timedatectl set-ntp true`."
-    return f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server has that roster."

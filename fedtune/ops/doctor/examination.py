@@ -6,7 +6,7 @@ Nothing is trained, and neither ledger nor policy is written.  What the lines ho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,40 +24,31 @@ from fedtune.spec import ConfigError, DataError, FedtuneError
 _KIT, _POLICY, _LEDGER = "the kit", "the policy", "the ledger"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Visit:
-    """The places to examine.
+@dataclass(kw_only=True)
+class Examination:
+    """Everything at a site, looked at once; a check that goes wrong keeps no other from being made.
+
+    Files are read on the way, for later checks; a check whose need could not be read is skipped.
 
     Attributes:
-        kit: the kit's folder.
+        kit_folder: the kit's.
         site_toml: the policy.
         model: a base model to install first, as `install_model` takes it.
         run: settings of a run to try out; None: none was named.
         timeout_s: of each connection.
     """
 
-    kit: Path
+    kit_folder: Path
     site_toml: Path
     model: Path | None = None
     run: Callable[[], RunConfig] | None = None
     timeout_s: float = 10.0
+    kit: Kit = field(init=False)
+    files: SiteFiles = field(init=False)
+    history: History = field(init=False)
 
-
-def examine(visit: Visit) -> Iterator[Check]:
-    """Look at everything, one line after another; a check that goes wrong keeps no other from being made."""
-    return _Examination(visit).checks()
-
-
-class _Examination:
-    """Files read on the way, for later checks; a check whose need could not be read is skipped."""
-
-    kit: Kit
-    files: SiteFiles
-    history: History
-
-    def __init__(self, visit: Visit) -> None:
-        self._visit = visit
-        self._log = PrivateLog(visit.kit / "state" / "doctor.log")
+    def __post_init__(self) -> None:
+        self._log = PrivateLog(self.kit_folder / "state" / "doctor.log")
         self._read: set[str] = set()
 
     @property
@@ -66,7 +57,7 @@ class _Examination:
         return self.files.policy
 
     def checks(self) -> Iterator[Check]:
-        """All of them."""
+        """One line after another."""
         for names, needs, look in self._looks():
             missing = [need for need in needs if need not in self._read]
             if missing:
@@ -83,33 +74,36 @@ class _Examination:
 
     def _looks(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], Callable[[], Iterable[Check]]]]:
         """The names of each check's lines, what must have been read for it, and how it is done."""
-        visit = self._visit
         yield (("policy",), (), self._read_policy)
         yield (("kit",), (), self._read_kit)
-        yield (("files",), (), lambda: machine_checks.owners(visit.kit, visit.site_toml, self._files_if_read))
+        yield (("files",), (), lambda: machine_checks.owners(self.kit_folder, self.site_toml, self._files_if_read))
         now = datetime.now(UTC)
         yield (("certificate",), (_KIT,), lambda: [site_checks.certificate(self.kit, now)])
         yield (("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
         yield (("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
         yield ((*STEPS, "clock"), (_KIT,), self._connect)
         yield (("disks",), (), self._disks)
-        if visit.model is not None:
-            model = visit.model
+        if (model := self.model) is not None:
             yield (("import",), (_KIT,), lambda: [site_checks.imported(model, self.kit)])
         yield (("base models",), (_KIT, _POLICY), lambda: site_checks.base_models(self.kit, self.policy))
         yield (("memory",), (), self._memory)
         gpu = machine_checks.this_gpu
         yield (("GPU",), (_POLICY,), lambda: [machine_checks.gpu(self.policy.machine.device, ask=gpu)])
-        data = partial(site_checks.data_sets, folder=visit.site_toml.parent, log=self._log)
+        data = partial(site_checks.data_sets, folder=self.site_toml.parent, log=self._log)
         yield (("data",), (_POLICY,), lambda: data(self.policy))
         yield (("ledger",), (_POLICY,), self._read_ledger)
         yield (("site key",), (_POLICY,), lambda: [site_checks.site_key(self.files, self._history_if_read)])
         yield (("budget",), (_POLICY, _LEDGER), lambda: [site_checks.budget(self.history, self.policy)])
-        yield (("serving",), (), lambda: [site_checks.serving(visit.kit / "state")])
-        if visit.run is None:
+        yield (("serving",), (), lambda: [site_checks.serving(self.kit_folder / "state")])
+        if (run := self.run) is None:
             yield (("run",), (), lambda: [skipped("run", "no experiment was named to try out")])
         else:
-            yield (("run",), (_KIT, _POLICY, _LEDGER), self._try_out)
+            of_site = partial(site_checks.experiment, site_toml=self.site_toml)
+            yield (
+                ("run",),
+                (_KIT, _POLICY, _LEDGER),
+                lambda: [of_site(run(), kit=self.kit, policy=self.policy, history=self.history)],
+            )
 
     @property
     def _history_if_read(self) -> History | None:
@@ -121,7 +115,7 @@ class _Examination:
 
     def _read_policy(self) -> Iterator[Check]:
         try:
-            self.files = SiteFiles.of(self._visit.site_toml)
+            self.files = SiteFiles.of(self.site_toml)
         except ConfigError as error:
             fix = "Correct what is named here; `fedtune site template` explains every key."
             yield from_error("policy", error, fix=fix)
@@ -131,7 +125,7 @@ class _Examination:
 
     def _read_kit(self) -> Iterator[Check]:
         try:
-            self.kit = Kit.read(self._visit.kit, kind="site")
+            self.kit = Kit.read(self.kit_folder, kind="site")
         except ConfigError as error:
             yield from_error("kit", error, fix="Unzip the kit that the lead sent, whole, into this folder.")
             return
@@ -139,12 +133,12 @@ class _Examination:
         yield ok("kit", f"whole, for federation {self.kit.federation} at {self.kit.server}; its key is private")
 
     def _connect(self) -> Iterator[Check]:
-        connection = Connection(self.kit, timeout_s=self._visit.timeout_s)
+        connection = Connection(self.kit, timeout_s=self.timeout_s)
         yield from connection.checks()
         yield machine_checks.clock(connection.clock_ahead_s)
 
     def _disks(self) -> Iterator[Check]:
-        folders, files = {"kit": self._visit.kit}, self._files_if_read
+        folders, files = {"kit": self.kit_folder}, self._files_if_read
         if files is None:
             yield from machine_checks.disks(folders)
             return
@@ -167,11 +161,3 @@ class _Examination:
             self.history = history
             self._read.add(_LEDGER)
         yield check
-
-    def _try_out(self) -> Iterator[Check]:
-        visit = self._visit
-        assert visit.run is not None
-        run = visit.run()
-        yield site_checks.experiment(
-            run, kit=self.kit, site_toml=visit.site_toml, policy=self.policy, history=self.history
-        )

@@ -25,8 +25,6 @@ _GIB = 2**30
 _NAME = "files"
 _ROOT = 0
 
-FreeBytes = Callable[[Path], int]
-
 
 def clock(ahead_s: tuple[float, float] | None) -> Check:
     """The clock here beside the server's.
@@ -50,7 +48,7 @@ def clock(ahead_s: tuple[float, float] | None) -> Check:
 
 
 def disks(
-    folders: Mapping[str, Path], *, free_bytes: FreeBytes = lambda folder: shutil.disk_usage(folder).free
+    folders: Mapping[str, Path], *, free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
 ) -> Iterator[Check]:
     """Free space where each thing is kept; `folders` maps what is kept to where, which need not exist yet."""
     for what, folder in folders.items():

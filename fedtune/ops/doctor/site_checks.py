@@ -7,7 +7,7 @@ import math
 import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -162,9 +162,10 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
         found = f"is {other}" if path.exists() else "its file is not there, or this account may not look"
         fix = f"Set `path` in {block} to one file of records, or to a folder of a saved Hugging Face set."
         return failed(name, found, fix=fix)
-    lacking = _roles_lacking(dataset.columns, tasks)
-    if lacking is None:
-        every = [(task, roles) for task in tasks if task in TASKS for roles in TASKS[task].layouts]
+    known = [task for task in tasks if task in TASKS]
+    served = {task for task in known if any({*roles} <= {*dataset.columns} for roles in TASKS[task].layouts)}
+    if not served:
+        every = [(task, roles) for task in known for roles in TASKS[task].layouts]
         texts = [one for one in every if not any(one[0] == task and {*one[1]} < {*roles} for task, roles in every)]
         asked = " or ".join(f"{', '.join(roles)} ({task})" for task, roles in texts)
         fix = f"Set `columns` in {block} so that each role has its column: {asked or 'of a task in allow.tasks'}."
@@ -182,25 +183,12 @@ def _data(dataset: Dataset, folder: Path, policy: Policy, *, log: PrivateLog) ->
     if not count:
         return failed(name, "holds no record", fix=f"Set `path` in {block} to the file with the records.")
     if policy.population.arrivals and sum(dated.values()) < FEW_DATED * count:
-        return _undated(name, any(dated.values()), column=dataset.columns["arrival"])
+        whose = "fewer than half of the users have" if any(dated.values()) else "no user has"
+        found = f"every record can be read; {whose} a readable date in column {dataset.columns['arrival']!r}"
+        fix = "Write the dates as 2026-03-14 or 2026-03, before a run admits anybody."
+        return warning(name, f"{found} (without: the oldest cohort)", fix=fix)
+    lacking = ", ".join(task for task in tasks if task not in served)
     return _sized(name, count / dataset.declared_size, units=f"{unit}s", lacking=lacking, block=block)
-
-
-def _undated(name: str, some: bool, *, column: str) -> Check:
-    """Whether few users have a date of arrival, or none has; in words alone."""
-    whose = "fewer than half of the users have" if some else "no user has"
-    found = f"every record can be read; {whose} a readable date in column {column!r} (without: the oldest cohort)"
-    return warning(name, found, fix="Write the dates as 2026-03-14 or 2026-03, before a run admits anybody.")
-
-
-def _roles_lacking(columns: Mapping[str, str], tasks: tuple[str, ...]) -> str | None:
-    """Tasks that `columns` does not serve, in words, empty for none; None where it serves no task at all."""
-    lacking = [
-        task
-        for task in tasks
-        if task not in TASKS or not any(set(roles) <= set(columns) for roles in TASKS[task].layouts)
-    ]
-    return None if len(lacking) == len(tasks) else ", ".join(lacking)
 
 
 def _unreadable(error: DataError, dataset: Dataset, *, name: str, block: str, log: PrivateLog) -> Check:
@@ -366,7 +354,10 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
         broken.append(BrokenRule(rule=Reason.DECLARED_SIZE.value, asked=str(asked), allowed=str(own)))
     name = "run"
     if broken:
-        rules = "; ".join(map(_rule, broken))
+        values = [(one.rule, asked_and_allowed(one.asked, one.allowed)) for one in broken]
+        rules = "; ".join(f"{rule} ({of_both})" if of_both else rule for rule, of_both in values)
+        # Of a key or a hash the beginning.
+        rules = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", rules)
         found, fix = f"would be refused: {rules}", _instead(said, plan, len(broken))
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
@@ -410,10 +401,3 @@ def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> s
     share = spending.share_of_cap(history, taken, cap=policy.budget.max_epsilon)
     assert share is not None, "a finite cap"
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"
-
-
-def _rule(broken: BrokenRule) -> str:
-    """A rule with its values as they are, and of a key or a hash the beginning."""
-    values = asked_and_allowed(broken.asked, broken.allowed)
-    short = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", values)
-    return f"{broken.rule} ({short})" if short else broken.rule

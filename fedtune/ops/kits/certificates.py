@@ -225,11 +225,6 @@ class Authority:
             raise ConfigError(str(path), NOT_GIVEN, "is not the key of the certificate in ca.pem beside it")
         return cls(key=key, certificate=certificate)
 
-    @property
-    def federation(self) -> str:
-        """The name of the federation that the authority was made for."""
-        return str(self.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
-
     def issue_server(
         self, public: ec.EllipticCurvePublicKey, *, hosts: Sequence[str], days: int, now: datetime
     ) -> x509.Certificate:
@@ -251,9 +246,9 @@ class Authority:
         return self._signed(builder, days=days, now=now)
 
     def _end(self, public: ec.EllipticCurvePublicKey, *, kind: str, name: str) -> x509.CertificateBuilder:
-        builder = _begun(
-            public, subject=_subject(self.federation, kind=kind, name=name), issuer=self.certificate.subject
-        )
+        own = self.certificate.subject
+        federation = str(own.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
+        builder = _begun(public, subject=_subject(federation, kind=kind, name=name), issuer=own)
         issuer = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         identifier = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer)
         builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

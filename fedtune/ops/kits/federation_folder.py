@@ -147,34 +147,10 @@ class FederationFolder:
             yield cls.open(folder)
 
     @property
-    def federation(self) -> str:
-        """Its name."""
-        return self.settings.name
-
-    @property
-    def server(self) -> str:
-        """The server's host:port."""
-        return self.settings.server
-
-    @property
-    def authority(self) -> Certificate:
-        """The authority's certificate."""
-        return Certificate.of(read_certificate(self.folder / "server" / "ca.pem"))
-
-    @property
-    def server_certificate(self) -> Certificate:
-        """The server's certificate."""
-        return Certificate.of(read_certificate(self.folder / "server" / "server.pem"))
-
-    @property
-    def lead_certificate(self) -> Certificate:
-        """The lead's certificate of its connection."""
-        return Certificate.of(read_certificate(self.folder / "lead" / "lead.pem"))
-
-    @property
-    def members(self) -> tuple[Member, ...]:
-        """The sites, revoked ones too."""
-        return self.roster.sites
+    def certificates(self) -> dict[str, Certificate]:
+        """Those of the authority, of the server and of the lead's connection."""
+        files = {"authority": "server/ca.pem", "server": "server/server.pem", "lead": "lead/lead.pem"}
+        return {name: Certificate.of(read_certificate(self.folder / file)) for name, file in files.items()}
 
     def issue(
         self, kind: Kind, public: ec.EllipticCurvePublicKey, *, name: str, days: int | None, now: datetime
@@ -182,8 +158,14 @@ class FederationFolder:
         """A certificate for `days` days, or as federation.toml says; it needs the authority's key.
 
         Raises:
-            ConfigError: the key is not at hand, or is another federation's.
+            ConfigError: the key is not at hand, or is another federation's; or a site's kit would name an address that
+                the server's certificate is not for.
         """
+        if kind == "site":
+            host, names = self.settings.hosts[0], names_of(read_certificate(self.folder / "server" / "server.pem"))
+            if host not in names:
+                bound = f"is not in the server's certificate, which is for {', '.join(names)}: renew-server first"
+                raise ConfigError("server", self.settings.server, bound).in_file(self.folder / SETTINGS)
         if days is not None:
             check_days("--days", days)
         days = days or int(getattr(self.settings.certificates, f"{kind}_days"))
@@ -214,7 +196,7 @@ class FederationFolder:
         before = self.roster.number if (self.folder / "server" / "roster.json").exists() else 0
         roster = Roster(
             version=KIT_SCHEMA,
-            federation=self.federation,
+            federation=self.settings.name,
             sites=tuple(members),
             number=max(before + 1, int(time.time())),
         ).signed(SigningKey.load(self.folder / "lead" / "lead_key.pem"))
@@ -241,20 +223,13 @@ class FederationFolder:
         fingerprints = tuple(sorted(self.retired() | {fingerprint_of(node_key)}))
         return {_RETIRED: _json_of(_RetiredKeys(version=KIT_SCHEMA, fingerprints=fingerprints))}
 
-    def check_served(self) -> None:
-        """Require that the server's certificate is for the address that new kits name."""
-        host, names = self.settings.hosts[0], names_of(read_certificate(self.folder / "server" / "server.pem"))
-        if host not in names:
-            bound = f"is not in the server's certificate, which is for {', '.join(names)}: renew-server first"
-            raise ConfigError("server", self.settings.server, bound).in_file(self.folder / SETTINGS)
-
     def kit_files(self, kind: Kind, certificate: x509.Certificate, *, site: str | None = None) -> dict[str, bytes]:
         """Names and bytes of what is not secret in a kit, but for the roster."""
         kit = KitFile(
             version=KIT_SCHEMA,
             kind=kind,
-            federation=self.federation,
-            server=self.server,
+            federation=self.settings.name,
+            server=self.settings.server,
             lead=self.lead_key,
             site=site,
             model=self.settings.model,

@@ -263,16 +263,6 @@ class Kit(KitFile):
 
         return Tls(ca=self.ca, certificate=self.certificate, key=self.key)
 
-    @property
-    def host(self) -> str:
-        """The server's name or IP address, without brackets."""
-        return Address.of(self.server).host
-
-    @property
-    def port(self) -> int:
-        """The server's port."""
-        return Address.of(self.server).port
-
     def check_certificate(self, now: datetime) -> Certificate:
         """The certificate of this machine, fit for use at `now` (with a time zone).
 
@@ -287,8 +277,8 @@ class Kit(KitFile):
         expected = self.site if self.kind == "site" else self.kind
         if found.name != expected:
             raise ConfigError(key, found.name, f"must be the certificate of {expected}")
-        if self.kind == "server" and self.host not in names_of(certificate):
-            raise ConfigError(key, self.host, f"must be in the certificate, which names {names_of(certificate)}")
+        if self.kind == "server" and (host := Address.of(self.server).host) not in names_of(certificate):
+            raise ConfigError(key, host, f"must be in the certificate, which names {names_of(certificate)}")
         check_in_force(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_in_force(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
         return found

@@ -310,8 +310,14 @@ Keep a backup of the site key that site.toml names; without it the ledger cannot
 
 
 def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
-    """The fields of `JoinRequest`."""
-    policy, site_key = files.policy, _site_key(files)
+    """The fields of `JoinRequest`; the site's key is made where there is none, and no ledger that needs another."""
+    policy, path = files.policy, files.site_key
+    if files.ledger.is_file() and not path.is_file():
+        bound = f"is missing, and ledger {files.ledger} needs the key that it was made with: restore it from its backup"
+        raise ConfigError("site_key", str(path), bound)
+    with writing(path, key="site_key"):
+        site_key = SigningKey.load_or_make(path)
+    check_private(path)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, policy.site)])
     csr = x509.CertificateSigningRequestBuilder(name).sign(connection, hashes.SHA384())
     fields = {
@@ -328,13 +334,3 @@ def signed_bytes(fields: Mapping[str, Any]) -> bytes:
     """The bytes to sign of these fields: all but the signature."""
     signed = {key: value for key, value in fields.items() if key != "signature"}
     return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _site_key(files: SiteFiles) -> SigningKey:
-    if files.ledger.is_file() and not files.site_key.is_file():
-        bound = f"is missing, and ledger {files.ledger} needs the key that it was made with: restore it from its backup"
-        raise ConfigError("site_key", str(files.site_key), bound)
-    with writing(files.site_key, key="site_key"):
-        key = SigningKey.load_or_make(files.site_key)
-    check_private(files.site_key)
-    return key

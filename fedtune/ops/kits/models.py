@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,14 @@ def install_model(path: Path, kit: Kit) -> Installed:
             is read, or what redirects the loader.
         RunError: the disk is too full, or cannot be written.
     """
-    folder, gguf_file, papers = _source(path)
+    place = _packaged(str(path)) if str(path).startswith(PACKAGE) else path.expanduser()
+    folder, gguf_file = (place, None) if place.is_dir() else (place.parent, place.name)
+    if gguf_file is None:
+        _check_folder(folder)
+    elif place.suffix != ".gguf" or not place.is_file():
+        bound = "must be a folder with safetensors or with one GGUF file, or a .gguf file"
+        raise ConfigError(_OPTION, str(path), bound)
+    papers = _papers(folder)
     manifest = _manifest(folder, gguf_file=gguf_file, key=_OPTION)
     model = next((model for model in kit.model if model.sha256 == manifest.sha256), None)
     if model is None:
@@ -115,23 +123,13 @@ def install_model(path: Path, kit: Kit) -> Installed:
     try:
         target.parent.mkdir(exist_ok=True)
         with locked(target.parent):
-            if _is_whole(kit.folder, manifest.sha256):
+            with suppress(ConfigError, OSError):  # of one that is not there, or was changed
+                verify_model(kit.folder, manifest.sha256)
                 return Installed(model=model, folder=target, new=False)
             _copy((*(folder / name for name, _ in manifest.files), *papers), target)
     except OSError as error:
         raise RunError(f"{target.parent} cannot be written ({error.strerror}); nothing was installed") from error
     return Installed(model=model, folder=target, new=True)
-
-
-def _source(path: Path) -> tuple[Path, str | None, tuple[Path, ...]]:
-    """The model's folder, the GGUF file in it that is the model, and the papers to copy along."""
-    place = _packaged(str(path)) if str(path).startswith(PACKAGE) else path.expanduser()
-    if place.is_dir():
-        _check_folder(place)
-        return place, None, _papers(place)
-    if place.suffix == ".gguf" and place.is_file():
-        return place.parent, place.name, _papers(place.parent)
-    raise ConfigError(_OPTION, str(path), "must be a folder with safetensors or with one GGUF file, or a .gguf file")
 
 
 def _packaged(path: str) -> Path:
@@ -174,14 +172,6 @@ def _papers(folder: Path) -> tuple[Path, ...]:
     """Licence and notice, as text: nothing that a loader could take for weights or settings."""
     papers = (file for file in sorted(folder.iterdir()) if _PAPER.fullmatch(file.name) and file.is_file())
     return tuple(file for file in papers if file.stat().st_size <= _MOST_PAPER_BYTES)
-
-
-def _is_whole(kit_folder: Path, sha256: str) -> bool:
-    try:
-        verify_model(kit_folder, sha256)
-    except (ConfigError, OSError):
-        return False
-    return True
 
 
 def _copy(files: tuple[Path, ...], target: Path) -> None:

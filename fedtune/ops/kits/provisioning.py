@@ -71,7 +71,7 @@ def renew(folder: Path, kind: OwnKind, *, days: int | None, now: datetime) -> Ce
     path = folder / kind / f"{kind}.pem"
     with FederationFolder.held(folder) as federation:
         public = p384_of(read_certificate(path), key=path.name)
-        federation.change(federation.members, _kit(federation, kind, public, days=days, now=now))
+        federation.change(federation.roster.sites, _kit(federation, kind, public, days=days, now=now))
     return Certificate.of(read_certificate(path))
 
 
@@ -120,14 +120,20 @@ def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) 
 
     def checked(federation: FederationFolder) -> Member:
         with errors_in(request):
-            _check_not_taken(asked.site, federation.members)
-            _check_keys_are_new(federation, asked, federation.members)
+            for member in federation.roster.sites:
+                if member.site.casefold() == asked.site.casefold():  # a file system may take North for north
+                    again = f"`renew-site {member.site} REQUEST`"
+                    bound = f"is taken by a site; a new request of that same site goes to {again}"
+                    if member.revoked:
+                        bound = f"was revoked on {member.revoked}: let it in again with {again}"
+                    raise ConfigError("site", asked.site, bound)
+            _check_keys_are_new(federation, asked, federation.roster.sites)
         return _admitted(federation, asked, days=days, now=now)
 
     def let_in() -> Admitted:
         with FederationFolder.held(folder) as federation:
             member = checked(federation)
-            archive = _admit(federation, member, (*federation.members, member), {})
+            archive = _admit(federation, member, (*federation.roster.sites, member), {})
             return Admitted(member=member, archive=archive)
 
     checked(FederationFolder.open(folder))
@@ -153,14 +159,14 @@ def ask_to_renew(
     asked = JoinRequest.read(request)
 
     def checked(federation: FederationFolder) -> tuple[Member, Member]:
-        old = _member_named(name, federation.members)
+        old = _member_named(name, federation.roster.sites)
         with errors_in(request):
             if asked.site != old.site:
                 raise ConfigError("site", asked.site, f"must be {old.site!r}, the site that is renewed")
             if asked.node_key == old.node_key:
                 _check_not_revoked(old)
             else:
-                _check_keys_are_new(federation, asked, [one for one in federation.members if one != old])
+                _check_keys_are_new(federation, asked, [one for one in federation.roster.sites if one != old])
             if asked.site_key != old.site_key and not new_site_key:
                 bound = (
                     f"is not the site key that the site joined with, {old.site_key}. Another one means a new ledger: "
@@ -186,14 +192,14 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> A
         ConfigError: there is no such site, or it was revoked.
     """
     with FederationFolder.held(folder) as federation:
-        old = _member_named(name, federation.members)
+        old = _member_named(name, federation.roster.sites)
         _check_not_revoked(old)
         member = replace(old, certificate=_certify(federation, old.issued, site=name, days=days, now=now))
         return _renewed(federation, member, old=old)
 
 
 def _renewed(federation: FederationFolder, member: Member, *, old: Member) -> Admitted:
-    members = tuple(member if one == old else one for one in federation.members)
+    members = tuple(member if one == old else one for one in federation.roster.sites)
     retiring = federation.retiring(old.node_key) if member.node_key != old.node_key else {}
     archive = _admit(federation, member, members, retiring)
     return Admitted(member=member, archive=archive, changes=_changes(old, member))
@@ -206,7 +212,7 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
         ConfigError: there is no such site, or it was revoked before.
     """
     with FederationFolder.held(folder) as federation:
-        members = federation.members
+        members = federation.roster.sites
         old = _member_named(name, members)
         if old.revoked:
             raise ConfigError("site", name, f"was revoked before, on {old.revoked}")
@@ -246,20 +252,8 @@ def _certify(
     now: datetime,
 ) -> str:
     """A certificate for the key of `holder`, in PEM form."""
-    federation.check_served()
     issued = federation.issue("site", p384_of(holder, key="csr"), name=site, days=days, now=now)
     return certificate_pem(issued).decode()
-
-
-def _check_not_taken(name: str, members: Collection[Member]) -> None:
-    for member in members:
-        if member.site.casefold() != name.casefold():  # a file system may take North for north
-            continue
-        if member.revoked:
-            bound = f"was revoked on {member.revoked}: let it in again with `renew-site {member.site} REQUEST`"
-        else:
-            bound = f"is taken by a site; a new request of that same site goes to `renew-site {member.site} REQUEST`"
-        raise ConfigError("site", name, bound)
 
 
 def _check_keys_are_new(federation: FederationFolder, asked: JoinRequest, others: Collection[Member]) -> None:

@@ -22,7 +22,7 @@ from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.ops.kits.certificates import fingerprint_of
-from fedtune.ops.kits.kit_file import DATABASE, Kit, KitCertificate, file_mark
+from fedtune.ops.kits.kit_file import DATABASE, Address, Kit, KitCertificate, file_mark
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -299,7 +299,7 @@ class ServerService:
             tls=self.kit.tls(),
             lead=self.kit.lead,
             host=self.host,
-            port=self.port or self.kit.port,
+            port=self.port or Address.of(self.kit.server).port,
             database=folder / DATABASE,
             roster=lambda: self._registered(roster.look()),
             audit=folder / FILE_NAME,
