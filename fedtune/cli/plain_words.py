@@ -209,11 +209,12 @@ def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
     if not math.isinf(most := policy.promise.epsilon_per_run):
         said += [f"A run that would cost more than epsilon {most:g} gets as much noise as it takes."]
     said += [f"For one {budget.period} (UTC): epsilon {cap_text(budget.max_epsilon_per_period)}."]
-    reference = budget.reference
+    reference, own = budget.reference, budget_text.reference_of(policy).noise_multiplier
+    more = "" if own == reference.noise_multiplier else f", by what you promise {own:g}"
     told["which comes to"] = said = [
         f"A run like your reference ({reference.steps} noisy steps, sampling rate {reference.sampling_rate:g}, noise "
-        f"multiplier {reference.noise_multiplier:g}) costs epsilon {epsilon_text(amount.reference_pld)} on its own "
-        "(by PLD, a proof for one run alone)."
+        f"multiplier {reference.noise_multiplier:g}{more}) costs epsilon {epsilon_text(amount.reference_pld)} on its "
+        "own (by PLD, a proof for one run alone)."
     ]
     caps = (
         (amount.runs_in_lifetime, "the lifetime cap, one after another"),

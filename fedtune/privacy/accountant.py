@@ -210,7 +210,7 @@ def last_within(
     x, before = math.log(start), None
     while True:
         # Clamped, because its logarithm must be finite: epsilon is 0 where delta alone covers the loss.
-        y = math.log(min(max(epsilon_at(value(x)), 1e-9), 1e9) / epsilon)
+        y = math.log(min(max(epsilon_at(value(x)) / epsilon, 1e-9), 1e9))
         if y <= 0:
             inside, outside = (x, y), _halved(outside, before is True)
         else:

@@ -58,7 +58,8 @@ def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -
     """Of a Gaussian mechanism on a Poisson sample, for a unit that is left out, or is one more (`adding`)."""
     reach = (2 * _REACH * noise + (-1 if adding else 1)) / (2 * noise**2), -(2 * _REACH * noise + 1) / (2 * noise**2)
     # The loss of a unit that is there at the largest and least noise that counts: log(1 - rate + rate e^gain).
-    most, least = (_logaddexp_share(rate, gain) for gain in reach)
+    stays = math.log1p(-rate) if rate < 1 else -math.inf
+    most, least = (float(np.logaddexp(stays, math.log(rate) + gain)) for gain in reach)
     ends = (-most, -least) if adding else (least, most)
     lowest, highest = math.floor(ends[0] / width), math.ceil(ends[1] / width)
     deltas = hockey_stick(rate, noise, _grid(lowest, highest + 2 - lowest, width), adding=adding)
@@ -80,11 +81,6 @@ def sampled_gaussian(rate: float, noise: float, width: float, *, adding: bool) -
 
 def _grid(lowest: int, size: int, width: float) -> Floats:
     return np.arange(lowest, lowest + size, dtype=np.float64) * width
-
-
-def _logaddexp_share(rate: float, gain: float) -> float:
-    """Log of 1 - rate + rate e^gain."""
-    return float(np.logaddexp(math.log1p(-rate), math.log(rate) + gain)) if rate < 1 else gain
 
 
 def hockey_stick(rate: float, noise: float, epsilons: Floats, *, adding: bool) -> Floats:

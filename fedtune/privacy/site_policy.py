@@ -101,6 +101,11 @@ class Reference:
         accountant.check_noise("noise_multiplier", self.noise_multiplier)
         check_at_least("steps", self.steps, 1)
 
+    @property
+    def event(self) -> DpEvent:
+        """The whole run, as an event."""
+        return events.dp_sgd(sampling_rate=self.sampling_rate, noise_multiplier=self.noise_multiplier, steps=self.steps)
+
 
 @spec
 class Budget:
@@ -133,12 +138,7 @@ class Budget:
 
     def order(self) -> float:
         """The filter's order for a ledger that is made under this budget."""
-        return filter.best_order(self.reference_event(), epsilon=self.max_epsilon, delta=self.delta)
-
-    def reference_event(self) -> DpEvent:
-        """One typical run, as an event."""
-        r = self.reference
-        return events.dp_sgd(sampling_rate=r.sampling_rate, noise_multiplier=r.noise_multiplier, steps=r.steps)
+        return filter.best_order(self.reference.event, epsilon=self.max_epsilon, delta=self.delta)
 
 
 @spec

@@ -39,6 +39,7 @@ from fedtune.report.facts import (
 )
 from fedtune.report.model import Report
 from fedtune.report.rederive import derive
+from fedtune.show.budget_text import reference_of
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, unbounded
 
@@ -176,7 +177,7 @@ def facts_of(
         max_epsilon_per_run=budget.max_epsilon_per_run,
         max_epsilon_per_period=budget.max_epsilon_per_period,
         period=budget.period,
-        reference=budget.reference,
+        reference=reference_of(noted),
         caps=tuple(
             Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in caps
         ),

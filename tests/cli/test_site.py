@@ -23,13 +23,6 @@ from fedtune.show.budget_text import amount_of
 from ..conftest import files_in
 
 
-def warned(site: Any, command: Any, **changes: str | None) -> dict[str, str]:
-    """The warnings of a policy that differs in `changes` from one without any."""
-    site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **changes})
-    out = command("site", "check-policy", str(site.policy), "--json").printed
-    return {warning["key"]: warning["text"] for warning in json.loads(out)["warnings"]}
-
-
 def keys_of(cls: Any = Policy, prefix: str = "") -> set[str]:
     """Dotted keys of everything a policy can say, lists of tables as one."""
     keys: set[str] = set()
@@ -94,11 +87,25 @@ def test_the_template_lets_nobody_ask_until_it_is_filled_in(command: Any, tmp_pa
 def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
     amount = json.loads(command("site", "check-policy", str(site.policy), "--json").out)["amount"]
     policy = read_policy(site.policy)
-    assert amount["reference_pld"] == accountant.epsilon_pld([policy.budget.reference_event()], 1e-5)
+    assert amount["reference_pld"] == accountant.epsilon_pld([policy.budget.reference.event], 1e-5)
     assert site.open().history.order == amount["order"]
     left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
     assert left == amount["runs_in_lifetime"]
     assert dataclasses.asdict(amount_of(policy)) == amount
+
+
+def test_what_the_caps_come_to_has_the_noise_that_the_site_promises(site: Any, command: Any) -> None:
+    reference = read_policy(site.policy).budget.reference
+    site.write_policy(noise_factor="2.0")
+    amount = json.loads(command("site", "check-policy", str(site.policy), "--json").out)["amount"]
+    own = dataclasses.replace(reference, noise_multiplier=2 * reference.noise_multiplier)
+    assert amount["reference_pld"] == accountant.epsilon_pld([own.event], 1e-5)
+    assert f"by what you promise {own.noise_multiplier:g}) costs epsilon" in " ".join(
+        command("site", "check-policy", str(site.policy)).out.split()
+    )
+    site.open()
+    left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
+    assert left == amount["runs_in_lifetime"]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +131,7 @@ def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
             "one run may use up the whole lifetime budget",
         ),
         ("budget.reference", {"max_epsilon_per_run": "1.0"}, "would itself be refused"),
+        ("budget.reference", {"epsilon_per_run": "1e-9"}, "would itself be refused"),
         ("budget.max_epsilon_per_period", {"max_epsilon_per_period": "1.0"}, "no room for a single run"),
         ("dataset.discharge_letters.path", {"path": '""'}, "nothing to train on"),
     ],
@@ -131,7 +139,9 @@ def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
 def test_what_to_think_twice_about_is_warned_of(
     key: str, changes: dict[str, str | None], words: str, site: Any, command: Any
 ) -> None:
-    warnings = warned(site, command, **changes)
+    site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **changes})  # without changes there is no warning
+    out = command("site", "check-policy", str(site.policy), "--json").printed
+    warnings = {warning["key"]: warning["text"] for warning in json.loads(out)["warnings"]}
     assert words in warnings[key]
     assert warnings.keys() == {key}
 

@@ -172,17 +172,13 @@ def test_a_server_s_figures(federation: Path) -> None:
 # The files in deployment/monitoring.
 
 
-def all_metrics(*figures: Callable[[], Values]) -> set[str]:
-    """The names that a monitoring system sees, once the processes together have every figure."""
-    assert {name for process in figures for name, _ in process()} == set(FIGURES)
-    return {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}
-
-
 @pytest.fixture
 def known(north: Path, federation: Path) -> set[str]:
     SiteFiles.of(north / "site.toml").open()
     lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
-    return all_metrics(of_site(north).figures, of_server(federation).figures, lead.figures)
+    figures = (of_site(north).figures, of_server(federation).figures, lead.figures)
+    assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they have every figure"
+    return {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}
 
 
 def metrics_in(expression: str) -> set[str]:

@@ -37,15 +37,12 @@ GOLDEN_PLD = [
 ]
 
 
-def half_a_digit(value: float) -> float:
-    return 0.51 * 10.0 ** -len(str(value).partition(".")[2])
-
-
 @pytest.mark.parametrize(("rate", "sigma", "steps", "delta", "golden"), GOLDEN_PLD)
 def test_pld_gives_the_golden_epsilon(rate: float, sigma: float, steps: int, delta: float, golden: float) -> None:
     event = events.dp_sgd(sampling_rate=rate, noise_multiplier=sigma, steps=steps)
     fine, coarse = epsilon_pld([event], delta), epsilon_pld([event], delta, interval=1e-3)
-    assert fine == pytest.approx(golden, abs=max(half_a_digit(golden), 0.005))
+    half_a_digit = 0.51 * 10.0 ** -len(str(golden).partition(".")[2])
+    assert fine == pytest.approx(golden, abs=max(half_a_digit, 0.005))
     assert fine <= coarse + 1e-4, "a coarser grid reported less"
     assert coarse <= 1.01 * fine + 1e-3
     assert fine <= epsilon_rdp([event], delta)
@@ -118,6 +115,11 @@ def test_calibrated_noise_keeps_within_the_target_and_wastes_little(
 
     assert spent(sigma) <= epsilon
     assert spent(0.99 * sigma) > epsilon
+
+
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-9, 1e-10])
+def test_a_tiny_target_is_reached_where_delta_covers_the_loss(epsilon: float) -> None:
+    assert calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5) == pytest.approx(188.72, rel=1e-4)
 
 
 def test_a_target_that_no_noise_reaches_is_refused() -> None:

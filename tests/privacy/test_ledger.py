@@ -436,7 +436,7 @@ def test_another_reference_does_not_move_the_filters_order(opened: Open) -> None
     order = opened().history.order
     reference = dataclasses.replace(policy().budget.reference, noise_multiplier=30.0)
     assert opened(policy=policy(budget={"reference": reference})).history.order == order
-    other = policy(budget={"reference": reference}).budget.reference_event()
+    other = policy(budget={"reference": reference}).budget.reference.event
     assert filter.best_order(other, epsilon=11.0, delta=1e-5) != order, "a new ledger would have another"
 
 
@@ -445,7 +445,7 @@ def test_a_ledger_of_any_order_can_be_opened_again(opened: Open, cap: float) -> 
     site = policy(budget={"max_epsilon": cap})
     order = opened(policy=site).history.order
     assert opened(policy=site).history.order == order
-    assert order == filter.best_order(site.budget.reference_event(), epsilon=cap, delta=1e-5)
+    assert order == filter.best_order(site.budget.reference.event, epsilon=cap, delta=1e-5)
 
 
 def test_without_a_cap_alone_a_run_without_privacy_is_accepted(opened: Open, path: Path) -> None:

@@ -22,15 +22,12 @@ from . import exact_delta
 EXACT = json.loads(exact_delta.FILE.read_text(encoding="utf-8"))
 
 
-def sgd(row: dict[str, float]) -> list[object]:
-    return [events.dp_sgd(sampling_rate=row["rate"], noise_multiplier=row["noise"], steps=int(row["steps"]))]
-
-
 @pytest.mark.parametrize(
     ("width", "row"), [*((COARSE, row) for row in EXACT), *((FINE, row) for row in EXACT[::4])], ids=str
 )
 def test_epsilon_is_never_below_the_exact_one_and_little_above(width: float, row: dict[str, float]) -> None:
-    found = epsilon_pld(sgd(row), row["delta"], interval=width)
+    event = events.dp_sgd(sampling_rate=row["rate"], noise_multiplier=row["noise"], steps=int(row["steps"]))
+    found = epsilon_pld([event], row["delta"], interval=width)
     assert row["epsilon"] <= found <= row["epsilon"] + row["steps"] * width**2 + width
 
 

@@ -28,11 +28,6 @@ def rdp_of_step(order: int, *, rate: float, noise: float) -> float:
     return float(special.logsumexp(terms)) / (order - 1)
 
 
-def epsilon_of(rdp: dict[int, float], delta: float) -> float:
-    """Canonne, Kamath, Steinke 2020, Proposition 12."""
-    return min(rho + math.log1p(-1 / a) - math.log(delta * a) / (a - 1) for a, rho in rdp.items())
-
-
 def of_plan(plan: Plan) -> dict[int, float]:
     steps = plan.local_steps * plan.most_rounds
     return {a: steps * rdp_of_step(a, rate=plan.sampling_rate, noise=plan.noise_multiplier) for a in ORDERS}
@@ -42,7 +37,9 @@ def test_trials_cost_what_all_their_steps_cost_together(run_plan: Plan) -> None:
     other = replace(run_plan, local_steps=5, noise_multiplier=3.0)
     price = price_of([run_plan, other, run_plan])
     both = {a: 2 * one + of_plan(other)[a] for a, one in of_plan(run_plan).items()}
-    assert price.epsilon_rdp == pytest.approx(epsilon_of(both, run_plan.delta), rel=1e-3)
+    # Canonne, Kamath, Steinke 2020, Proposition 12.
+    found = min(rho + math.log1p(-1 / a) - math.log(run_plan.delta * a) / (a - 1) for a, rho in both.items())
+    assert price.epsilon_rdp == pytest.approx(found, rel=1e-3)
     assert price.epsilon < price.epsilon_rdp < price.epsilon_filter * (1 + 1e-9)
     assert price.epsilon_of_one == accountant.epsilon_pld([other.whole], other.delta) < price.epsilon
     assert price.epsilon == accountant.epsilon_pld({run_plan.whole: 2, other.whole: 1}, run_plan.delta)

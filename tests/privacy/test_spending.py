@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -107,17 +106,13 @@ def test_what_is_left_is_what_would_be_accepted(opened: Any) -> None:
 # The largest run that fits.
 
 
-def up_to(rounds: int) -> Callable[[Proposal], bool]:
-    return lambda proposal: proposal.plan.num_rounds <= rounds
-
-
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
 def test_most_rounds_is_the_largest_number_that_is_accepted(fits: int) -> None:
     tried: list[int] = []
 
     def accepts(each: Proposal) -> bool:
         tried.append(each.plan.num_rounds)
-        return up_to(fits)(each)
+        return each.plan.num_rounds <= fits
 
     assert spending.most_rounds(proposal(plan={"num_rounds": 20, "spare_rounds": 2}), accepts) == min(fits, 20)
     assert len(tried) <= 5

@@ -29,7 +29,6 @@ from fedtune.ops.kits.models import (
     verify_model,
 )
 from fedtune.privacy import accountant, events
-from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head
@@ -39,6 +38,7 @@ from fedtune.privacy.release import Reason, asked_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
+from fedtune.show.budget_text import reference_of
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks.registry import TASKS
 from fedtune.words import spoken_start
@@ -320,11 +320,11 @@ def budget(history: History, policy: Policy) -> Check:
         return warning(
             name, why, fix="Compare this machine's date with another clock, then `fedtune ledger confirm-date`."
         )
-    epsilon = epsilon_text(history.epsilon(taken))
+    epsilon = accountant.epsilon_text(history.epsilon(taken))
     if math.isinf(cap):
         found = f"no lifetime cap, and so no promise; epsilon {epsilon} is taken"
         return warning(name, found, fix="Set budget.max_epsilon in site.toml before real records are trained on.")
-    runs = spending.runs_left(history, policy, policy.budget.reference_event(), now)
+    runs = spending.runs_left(history, policy, reference_of(policy).event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
     found = f"{_percent(history, policy)} of the lifetime budget taken (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
@@ -386,7 +386,7 @@ def _instead(said: Verdict, plan: Plan, num_broken: int) -> str:
 def _price(plan: Plan, history: History, policy: Policy) -> str:
     """The price of a run alone, and of the lifetime budget."""
     alone = accountant.epsilon_pld([plan.whole], plan.delta, interval=accountant.COARSE)
-    price = f"epsilon {epsilon_text(alone)} for the run alone"
+    price = f"epsilon {accountant.epsilon_text(alone)} for the run alone"
     if math.isinf(policy.budget.max_epsilon):
         return f"{price}; there is no lifetime cap"
     before, after = _percent(history, policy), _percent(history, policy, also=plan)

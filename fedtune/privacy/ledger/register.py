@@ -70,7 +70,7 @@ class Opened:
             unit=policy.population.unit,
             delta=budget.delta,
             order=budget.order(),
-            reference=dp_events.to_json(budget.reference_event()),
+            reference=dp_events.to_json(budget.reference.event),
             site_key=site_key,
             arrivals=policy.population.arrivals,
         )

@@ -201,11 +201,7 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
         for cohort, one in zip(begins, spent, strict=True)
     ]
     charged, most = _most(facts, spent), _most(facts, taken)
-    left, reference = _left(facts, most), facts.reference
-    typical = events.dp_sgd(
-        sampling_rate=reference.sampling_rate, noise_multiplier=reference.noise_multiplier, steps=reference.steps
-    )
-    each = filter.total_divergence([typical], facts.order)
+    left, each = _left(facts, most), filter.total_divergence([facts.reference.event], facts.order)
     return Lifetime(
         order=facts.order,
         epsilon=_filtered(facts, charged),
