@@ -7,7 +7,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("add_site", "copies", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),
         *("model_hash", "renew_lead", "renew_server", "show_events", "write_anchor"),
     },
-    "a card's template shows them": {"distinct", "distinct_pairs"},
+    "cards show them": {"chosen_by", "codes_file", "codes_sha256", "distinct", "distinct_pairs"},
     "people call them from Python": {"to_frame"},
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept", "introduce"},
@@ -30,6 +30,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {
         *("carbon_kg", "charged_steps", "completion", "first_seconds", "frozen_states_kept", "lead_days"),
-        *("negative", "sampling_assumed", "schema_version", "server_days", "site_days"),
+        *("negative", "sampling_assumed", "server_days", "site_days"),
     },
 }

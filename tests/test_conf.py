@@ -133,12 +133,8 @@ def test_every_option_composes_and_is_read_again_as_it_was(group: str, option: s
         return
     settings = load(CONF / group / f"{option}.yaml")
     for key in ("path", "target_modules", "mechanism", "optimizer", "kind", "progress"):
-        if settings.get(key, "???") != "???":
-            assert getattr(getattr(config, group), key) == _tuples(settings[key])
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+        if (value := settings.get(key, "???")) != "???":
+            assert getattr(getattr(config, group), key) == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))

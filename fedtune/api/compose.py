@@ -171,8 +171,7 @@ def with_start(config: RunConfig) -> RunConfig:
     from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
 
     start = SavedAdapter.to_begin_in(name)
-    if RunFolder(start.folder.parent).audit_mark.exists():
-        raise ConfigError("model.adapter", name, "is an audit's, which was trained on canaries")
+    RunFolder(start.folder.parent).require_own(start.digest, key="model.adapter", value=name)
     if expected not in (None, start.digest):
         raise ConfigError(
             "model.adapter_sha256", expected, f"is not the digest of the adapter, which is {start.digest}"

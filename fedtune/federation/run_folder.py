@@ -5,10 +5,12 @@ It imports next to nothing, so that a command that only looks for a file waits f
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from pathlib import Path
 
+from fedtune.codec import parse_json
 from fedtune.spec import ConfigError
 
 _MOST_NAMED = 10
@@ -42,6 +44,13 @@ def run_folders_near(folder: Path) -> str:
             more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
             return f"; there are {', '.join(list(named.values())[:_MOST_NAMED])}{more}"
     return ""
+
+
+def _digest_in(file: Path) -> str | None:
+    with contextlib.suppress(OSError, ConfigError, LookupError):
+        found = parse_json(file.read_bytes(), key=str(file), bound="must be an object")["adapter_digest"]
+        return found if isinstance(found, str) else None
+    return None
 
 
 class RunFolder:
@@ -84,15 +93,22 @@ class RunFolder:
         """`adapter`, where the run has finished and anybody may use it.
 
         Raises:
-            ConfigError: it has not, or is an audit's.
+            ConfigError: it has not, or is an audit's, or the adapter is another than run.json tells of.
         """
         if not self.adapter.is_dir():
             raise ConfigError("run folder", str(self.path), "must hold a finished adapter/; resume the run first")
-        if self.audit_mark.exists():
-            mark = self.audit_mark.name
-            bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
-            raise ConfigError("run folder", str(self.path), bound)
+        self.require_own(_digest_in(self.adapter / "fedtune.json"))
         return self.adapter
+
+    def require_own(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
+        """Raise ConfigError for an audit's adapter, and for another than run.json tells of; a site's copy has none."""
+        bound, mark = "", self.audit_mark.name
+        if self.audit_mark.exists():
+            bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
+        elif self.result.exists() and (digest is None or _digest_in(self.result) != digest):
+            bound = "must hold the adapter that its run.json names by adapter_digest; resume the run, or put that back"
+        if bound:
+            raise ConfigError(key, value or str(self.path), bound)
 
     @property
     def saved_checkpoints(self) -> list[Path]:

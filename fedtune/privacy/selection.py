@@ -21,7 +21,7 @@ from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import spec
-from fedtune.words import finite
+from fedtune.words import finite, unbounded
 
 MOST_TRIALS = 1000
 
@@ -96,3 +96,9 @@ class Selection:
             epsilon=finite(price.epsilon),
             charges=tuple(Charge(event=e, count=n) for e, n in events.counted([plan.whole for plan in plans])),
         )
+
+
+def released(epsilon: float | None, delta: float, picked: Selection | None) -> tuple[float | None, float]:
+    """What a finished run owes to its records: of a picked one, what all trials of its search owe; None: unbounded."""
+    of_all, at = (picked.epsilon, picked.delta) if picked else (epsilon, delta)
+    return finite(max(unbounded(finite(one)) for one in (epsilon, of_all))), max(delta, at)

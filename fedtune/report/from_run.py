@@ -26,7 +26,7 @@ from fedtune.report.run_record import RunRecord, inexact_gradients, read_run
 from fedtune.runs.environment import UNKNOWN
 from fedtune.runs.results import FinalResult
 from fedtune.spec import ConfigError, RunError
-from fedtune.words import finite, finite_scores
+from fedtune.words import finite, finite_scores, total
 
 
 def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
@@ -247,7 +247,7 @@ def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None
     more, also = spent_on_start(before)
     if delta is None or also is None or before.get("unit") != noted.get("unit"):
         return None, None
-    return None if epsilon is None or more is None else epsilon + more, delta + also
+    return None if epsilon is None or more is None else total((epsilon, more)), total((delta, also))
 
 
 def _one(values: Iterable[str]) -> str | None:

@@ -158,7 +158,7 @@ def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
 
 def start_of(words: Words) -> str:
     """The adapter that the run started from, and the epsilon of its own training."""
-    start, figure = words.report.provenance.start_adapter, words.catalogue.figure
+    start = words.report.provenance.start_adapter
     if start is None:
         return "none"
     of_run = f"SHA-256 {start.digest}" + (f", of run {start.run} on {start.dataset}" if start.run else "")
@@ -168,8 +168,13 @@ def start_of(words: Words) -> str:
         return f"{of_run}; what its training spent is not known"
     if start.epsilon is None:
         return f"{of_run}; its training bounds nothing"
-    spent = f"epsilon {figure(start.epsilon, 'epsilon')} at delta {figure(start.delta, 'exact')}"
-    return f"{of_run}; its training spent {spent}, for each {start.unit}"
+    return f"{of_run}; its training spent {owed(start.epsilon, start.delta)}, for each {start.unit}"
+
+
+def owed(epsilon: float | None, delta: float | None) -> str:
+    """What is lost at most."""
+    figure = catalogue("en").figure
+    return f"epsilon {figure(epsilon, 'epsilon')} at delta {figure(delta, 'exact')}"
 
 
 def rendered(file: str, **values: object) -> str:

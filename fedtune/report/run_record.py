@@ -24,13 +24,12 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
-from fedtune.runs.environment import Environment, read_environments
+from fedtune.runs.environment import Environment, read_environments, read_selection
 from fedtune.runs.results import RunResult
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, errors_in
 
 _RESULT = TypeAdapter(RunResult)
-_SELECTION = TypeAdapter(Selection)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +193,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
         # Of a checkpoint put back to an earlier one, the rounds that came after it stand in run.json.
         rounds=max(state.rounds if state else (), result.rounds if result else (), key=len),
         environments=read_environments(folder),
-        selection=_selection(folder),
+        selection=read_selection(folder),
     )
 
 
@@ -228,16 +227,6 @@ def _result(folder: Path) -> RunResult | None:
     except (ValueError, TypeError, LookupError, ValidationError, RecursionError) as error:
         raise RunError(f"{path} is damaged: it is no run.json of fedtune") from error
     return result
-
-
-def _selection(folder: Path) -> Selection | None:
-    path = RunFolder(folder).selection
-    if not path.is_file():
-        return None
-    try:
-        return _SELECTION.validate_json(path.read_bytes(), strict=True)
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: it says of no search that it picked this run") from error
 
 
 def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:

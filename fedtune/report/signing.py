@@ -57,6 +57,17 @@ def read(data: bytes) -> Report:
     return from_json(data)
 
 
+def read_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
+    """What a file of at most `MOST_BYTES` holds; key, name and bound are those of the ConfigError if it is none."""
+    try:
+        file = path.stat()
+        if not stat.S_ISREG(file.st_mode) or file.st_size > MOST_BYTES:  # a pipe would wait for ever
+            raise ConfigError(key, name, f"{bound}, of at most {MOST_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(key, name, f"{bound} ({error.strerror})") from None
+
+
 def read_report(name: str) -> tuple[Path, Report]:
     """The report in a file, or in the report.json of a folder.
 
@@ -64,16 +75,7 @@ def read_report(name: str) -> tuple[Path, Report]:
         ConfigError: there is none.
     """
     path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
-    bound = "must be a report.json, or a folder with one"
-    try:
-        file = path.stat()
-        if not stat.S_ISREG(file.st_mode):  # a pipe would wait for ever
-            raise ConfigError("report", name, bound)
-        if file.st_size > MOST_BYTES:
-            raise ConfigError("report", name, f"must be a report.json of at most {MOST_BYTES >> 20} MiB")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError("report", name, f"{bound} ({error.strerror})") from None
+    data = read_file(path, key="report", name=name, bound="must be a report.json, or a folder with one")
     with errors_in(path):
         return path, read(data)
 

@@ -3,25 +3,72 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
+from typing import Any, Literal
 
+from fedtune.codec import decode, parse_json
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.privacy.selection import released
+from fedtune.report import signing
+from fedtune.report.facts import StartAdapter, State
 from fedtune.report.model import Report
-from fedtune.report.model_card import rendered, start_of, statements
+from fedtune.report.model_card import owed, rendered, start_of, statements
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words
 from fedtune.sites.run_records import file_sha256
-from fedtune.spec import RUN_SCHEMA, ConfigError
+from fedtune.spec import RUN_SCHEMA, ConfigError, check_at_least, check_fraction, spec
+from fedtune.words import total
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@spec
+class Behind:
+    """A run that records owe to: what all that was released for it owes, and the adapter that it began in."""
+
+    run: str
+    task: str | None
+    config_sha256: str | None
+    epsilon: float | None
+    delta: float
+    unit: str
+    verdict: State
+    start: StartAdapter | None
+
+    def __post_init__(self) -> None:
+        for told in (self, self.start or self):
+            check_at_least("epsilon", told.epsilon or 0.0, 0)
+            check_fraction("delta", told.delta or 0.0, zero=True)
+
+
+@spec
+class Made(WritingSpec):
+    """How records were made: what was asked for, and what they were chosen and labelled by."""
+
+    rows: int
+    codes: int
+    missing: int
+    left_out: Mapping[str, int]
+    shares: Literal["declared", "voted"]
+    codes_file: str | None = None
+    codes_sha256: str | None = None
+    candidates: int | None = None
+    chosen_by: str | None = None
+    labels: tuple[Mapping[str, str], ...] = ()
+    beside: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        WritingSpec.__post_init__(self)  # super() knows no class with slots
+        for key, count in {"rows": self.rows, "codes": self.codes, "missing": self.missing, **self.left_out}.items():
+            check_at_least(key, count, 0)
+        if any(one.keys() != {"column", "by"} for one in self.labels):
+            raise ConfigError("labels", list(self.labels), "must each have a column and by whom")
+
+
+@spec
 class Figures:
     """What texts are like.
 
@@ -62,6 +109,24 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
     return pairwise(text.lower().split())
 
 
+@spec
+class Card:
+    """The card for programs; the first run wrote the records, and `figures` are by the name of a file."""
+
+    schema_version: int
+    file: str
+    sha256: str
+    runs: tuple[Behind, ...]
+    together: Mapping[str, float | None]
+    made: Made
+    figures: Mapping[str, Figures]
+
+    def __post_init__(self) -> None:
+        epsilon, delta = together([asdict(run) for run in self.runs]) if self.runs else (None, None)
+        if not self.runs or self.together != {"epsilon": epsilon, "delta": delta}:
+            raise ConfigError("together", self.together, "must be what the runs come to")
+
+
 def together(runs: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
     """Epsilon and delta of all of a card's runs for one unit, at most: both add up (basic composition).
 
@@ -71,45 +136,43 @@ def together(runs: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
     starts = [run["start"] for run in runs if run["start"] is not None and not run["start"]["public"]]
     parts = [*runs, *starts]
     if any(part["epsilon"] is None or part["delta"] is None or part["unit"] != runs[0]["unit"] for part in parts):
-        return None, sum(run["delta"] for run in runs)
-    return sum(part["epsilon"] for part in parts), sum(part["delta"] for part in parts)
+        return None, total(run["delta"] for run in runs)
+    return total(part["epsilon"] for part in parts), total(part["delta"] for part in parts)
 
 
 def in_words(runs: Sequence[Mapping[str, Any]]) -> str | None:
     """`together` for people."""
-    (epsilon, delta), figure = together(runs), catalogue("en").figure
-    return None if epsilon is None else f"epsilon {figure(epsilon, 'epsilon')} at delta {figure(delta, 'exact')}"
+    epsilon, delta = together(runs)
+    return None if epsilon is None else owed(epsilon, delta)
 
 
 def run_of(report: Report) -> dict[str, Any]:
     """A run as a card tells it."""
-    return {
-        "run": report.name,
-        "task": report.provenance.task,
-        "config_sha256": report.provenance.config_sha256,
-        "epsilon": report.epsilon if Words(report, catalogue("en")).promises else None,
-        "delta": report.delta,
-        "unit": report.unit,
-        "verdict": report.verdict.state,
-        "start": asdict(start) if (start := report.provenance.start_adapter) else None,
-    }
+    made, picked = report.provenance, report.utility.selection if report.utility else None
+    own = report.epsilon if Words(report, catalogue("en")).promises else None
+    epsilon, delta = released(own, report.delta, picked)
+    about: Any = {"run": report.name, "unit": report.unit, "verdict": report.verdict.state}
+    about |= {"task": made.task, "config_sha256": made.config_sha256, "start": made.start_adapter}
+    return asdict(Behind(epsilon=epsilon, delta=delta, **about))
 
 
 def read_card(file: Path, writer: Report | None = None, *, option: str) -> Mapping[str, Any]:
     """The card of records that a run wrote, as `as_json` made it: only they may be published under its promise.
 
     Raises:
-        ConfigError: there is none beside the file, or it is of another file, or of another run than `writer`'s.
+        ConfigError: there is none beside the file, or it is of another file, or of another run than `writer`'s, or says
+            what cannot be.
     """
-    path, sha256, fits = card_of(file, ".json"), file_sha256(file, key=option), False
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        together(found["runs"])  # what cannot be added up is no card
-        run, own = found["runs"][0]["config_sha256"], writer and writer.provenance.config_sha256
-        fits = (found["schema_version"], found["sha256"], run) == (RUN_SCHEMA, sha256, own or run)
-    if not fits:
-        of = " with this RUN" if writer else ""
-        bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card beside it ({path.name})"
+    path, sha256 = card_of(file, ".json"), file_sha256(file, key=option)
+    of = " with this RUN" if writer else ""
+    bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card beside it ({path.name})"
+    found = parse_json(signing.read_file(path, key=option, name=str(file), bound=bound), key=option, bound=bound)
+    try:
+        told = decode(Card, found)
+    except ConfigError as error:
+        raise ConfigError(option, str(file), f"{bound}: its {error}") from None
+    run, own = told.runs[0].config_sha256, writer and writer.provenance.config_sha256
+    if (told.schema_version, told.sha256, run) != (RUN_SCHEMA, sha256, own or run):
         raise ConfigError(option, str(file), bound)
     return found
 
@@ -123,9 +186,11 @@ def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
         sha256=told["sha256"],
         runs=[
             {"name": report.name, "task": report.provenance.task, "start": start_of(own), **statements(own)}
-            for report, own in zip(reports, words, strict=True)
+            | {"picked": owed(run["epsilon"], run["delta"]) if report.utility and report.utility.selection else None}
+            for report, own, run in zip(reports, words, told["runs"], strict=False)
         ],
-        earlier=told["runs"][len(reports) :],
+        earlier=[(run, owed(run["epsilon"], run["delta"])) for run in told["runs"][len(reports) :]],
+        alone=told["together"]["epsilon"] == reports[0].epsilon,
         promised=all(run["epsilon"] is not None for run in told["runs"]),
         together=in_words(told["runs"]),
         made=told["made"],

@@ -16,7 +16,8 @@ from fedtune.codec import decode, parse_json
 from fedtune.config import saved_settings
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
-from fedtune.spec import RUN_SCHEMA, ConfigError, RunError, check_schema, spec
+from fedtune.privacy.selection import Selection, released
+from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
 from fedtune.tasks.registry import task_named
 from fedtune.version import __version__
 
@@ -90,6 +91,16 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
         raise RunError(f"{path} is damaged, so the machine and the model of the run are not known") from error
 
 
+def read_selection(folder: Path) -> Selection | None:
+    """That the run was picked in a search; None: not on file.  Raises RunError for a damaged note."""
+    if not (path := RunFolder(folder).selection).is_file():
+        return None
+    try:
+        return decode(Selection, parse_json(path.read_bytes(), key=str(path), bound="must be an object"))
+    except ConfigError as error:
+        raise RunError(f"{path} is damaged: it says of no search that it picked this run") from error
+
+
 def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
     """The provenance of the adapter that a run begins in, for `run.json`; None: it begins in a new one.
 
@@ -108,18 +119,15 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
     try:
         folder = start.folder.resolve().parent
         earlier = json.loads(RunFolder(folder).result.read_bytes())
+        RunFolder(folder).require_own(start.digest)
         spent, settings = earlier["privacy"], saved_settings(folder)
-        of_run = {
-            "from": str(settings["name"]),
-            "dataset": str(settings["data"]["dataset"]),
-            "unit": str(spent["unit"]),
-            "delta": float(spent["delta"]),
-            "epsilon": None if spent["epsilon"] is None or spent["seeded_noise"] else float(spent["epsilon"]),
-        }
+        epsilon, delta = released(spent["epsilon"], float(spent["delta"]), read_selection(folder))
+        owed = {"unit": str(spent["unit"]), "delta": delta, "epsilon": None if spent["seeded_noise"] else epsilon}
+        of_run = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"]), **owed}
         before = (earlier.get("provenance") or {}).get("start_adapter")
         of_run |= {"start_adapter": before} if before else {}
         learnt = settings["data"]["train_file"] if of_run["epsilon"] is None and not before else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ConfigError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, FedtuneError):
         pass
     if public is not None and learnt != public:
         bound = "must be null with public.train_file: it was not trained on those records alone"

@@ -150,7 +150,8 @@ class FederationRun:
         metrics, detail = (measured.final_scores(model), measured.detail(model)) if measured else ({}, None)
         state.kept.load_into(model)
         save_task_model(model, RunFolder(self.folder).adapter)
-        return self._write_result(state, metrics=metrics, detail=detail, seconds=elapsed(), meter=meter)
+        seconds, digest = elapsed(), state.kept.digest()
+        return self._write_result(state, metrics=metrics, detail=detail, seconds=seconds, meter=meter, digest=digest)
 
     def _first_state(self, listener: Listener) -> LeadState:
         """Where the run starts: its newest checkpoint, or the initial adapter with its scores on the test file.
@@ -189,8 +190,9 @@ class FederationRun:
         seconds: float,
         meter: Meter,
         detail: Detail | None = None,
+        digest: str | None = None,
     ) -> RunResult:
-        """Write `run.json`."""
+        """Write `run.json`; `digest` is that of the final adapter, which is saved."""
         config, test = self.config, self.shared.test
         unit = 1 if sys.platform == "darwin" else 1024
         findings = findings_of(
@@ -214,6 +216,7 @@ class FederationRun:
         )
         plan = self.asked.proposal.plan
         result = RunResult.of(config, plan, state, final=final, provenance=self._provenance(state))
+        result = replace(result, adapter_digest=digest)
         write_durably(RunFolder(self.folder).result, json.dumps(result.to_json(), indent=2).encode() + b"\n")
         return result
 

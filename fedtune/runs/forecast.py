@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedtune.data import Batch, TextDataset, collate
+from fedtune.data import TextDataset, collate
 from fedtune.federation.secure.agreement import bits_needed
 from fedtune.federation.secure.messages import upload_bytes
 from fedtune.privacy.run_plan import Plan
@@ -108,7 +108,10 @@ def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSp
     Each is the least of a few passes over a made-up micro-batch.
     """
     most = min(_MOST_TOKENS, micro_batch_tokens(runtime, model.device))
-    batch = _made_up(model, max_length, count=max(1, most // (max_length * model.spec.texts)))
+    count, draws = max(1, most // (max_length * model.spec.texts)), np.random.default_rng(0)
+    rows = model.made_up([max_length] * (count * model.spec.texts), draws)
+    targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised
+    batch = collate(TextDataset(rows, targets, model.spec.texts), range(count), pad_id=0).to(model.device)
     below = 0.0
     if kept and (states := model.frozen_states(batch)) is not None:
         below = _least_seconds(model, lambda: model.frozen_states(batch))
@@ -131,12 +134,3 @@ def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
             torch.accelerator.synchronize(model.device)
         passes.append(time.perf_counter() - begun)
     return min(passes)
-
-
-def _made_up(model: TaskModel, max_length: int, *, count: int) -> Batch:
-    """Examples of full length, each token of them supervised."""
-    draws = np.random.default_rng(0)
-    rows = model.made_up([max_length] * (count * model.spec.texts), draws)
-    targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)
-    made_up = TextDataset(rows, targets, model.spec.texts)
-    return collate(made_up, range(count), pad_id=0).to(model.device)

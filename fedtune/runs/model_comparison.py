@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -168,9 +169,14 @@ def side_by_side(
             bases[base] = f"{BASE} of {names[0]}" if bases else BASE
             found[bases[base]] = of_these[BASE]
         found |= {name: of_these[name] for name in names}
+    users = None
+    if first.privacy.unit == "user":
+        with suppress(DataError):  # where the records' file names no users
+            who = column_values(data.records, first.data.columns["user"], key="data.columns.user", role="user")
+            users = users_of([Record({"user": user}) for user in who])
     return SideBySide(
         records=data.records,
-        users=_users(first, data.records),
+        users=users,
         judged_by=saved.model.task.judged(first.data),
         measured={name: found[name] for name in (*bases.values(), *runs)},
         means=means or {},
@@ -199,14 +205,3 @@ def _require_comparable(run: Finished, first: RunConfig) -> None:
     if task.predicts_tokens and (own.model.path, _reading(own)) != (first.model.path, _reading(first)):
         bound = "must have the first run's model.path, columns, template and data.max_length: a loss is a mean over"
         raise ConfigError("run folder", where, f"{bound} tokens, and theirs are others")
-
-
-def _users(config: RunConfig, records: Sequence[Record]) -> list[npt.NDArray[np.int64]] | None:
-    """For each user the places of its records, where the run protects users and the records' file names them."""
-    if config.privacy.unit != "user":
-        return None
-    try:
-        users = column_values(records, config.data.columns["user"], key="data.columns.user", role="user")
-    except DataError:
-        return None
-    return users_of([Record({"user": user}) for user in users])

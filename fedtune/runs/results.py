@@ -226,7 +226,7 @@ class RunProvenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """The content of `run.json`."""
+    """The content of `run.json`; the digest names the final adapter, and is None where the run is not at its end."""
 
     schema_version: int = RUN_SCHEMA
     fedtune_version: str
@@ -236,6 +236,7 @@ class RunResult:
     final: FinalResult
     privacy: PrivacyResult
     provenance: RunProvenance
+    adapter_digest: str | None = None
 
     @classmethod
     def of(

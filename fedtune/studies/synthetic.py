@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
 
 from fedtune.api.door import Progress, Run
 from fedtune.data.load import shipped_folders
@@ -196,7 +195,10 @@ def weights_of(votes: Run) -> dict[str, float]:
     if not task_named(config.task).counts_units:
         raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
     texts = config.head.label_texts or config.data.labels
-    weights = load_file(adapter_of(votes) / "head.safetensors")["weight"][0].clip(min=0).astype(np.float64)
+    from fedtune.tasks.saved import SavedAdapter
+
+    _, head = SavedAdapter.read(votes.adapter).tensors
+    weights = head["weight"][0].clip(min=0).astype(np.float64)
     if not weights.sum() > 0:
         raise ConfigError("--votes", str(votes.folder), "must have a candidate with votes: noise left none above 0")
     found: Counter[str] = Counter()  # of candidates that say the same, one has the votes of all

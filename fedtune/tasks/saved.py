@@ -43,6 +43,8 @@ _SAME = 1e-4
 """Two machines' values from the same seed, or the same labels, differ by less."""
 _HEAD = "head."
 """Prefix of the task's own tensors; its public constants are buffers of the model itself."""
+_CONSTANTS = ("centre", "candidates")
+"""What is public and not trained among the head's tensors: buffers of the model itself."""
 _MEANING = {
     **{key: key for key in ("task", "model.sha256", "lora.kind", "head.scale", "head.centre")},
     **{key: f"data.{key}" for key in ("labels", "target_range", "intervals")},
@@ -144,11 +146,11 @@ class SavedAdapter:
         """The adapters' tensors by their public names, and the task's own without `head.` before theirs.
 
         Raises:
-            ConfigError: a file is missing or damaged, or of another rank than the settings say.
+            ConfigError: a file is missing or damaged, or holds others than the settings name by rank and digest.
         """
         lora = self.spec.lora
-        adapted, has_head = lora.kind != NO_ADAPTER, task_named(self.spec.task).has_head
-        wanted = {"adapter_model": adapted, "offsets": adapted and lora.kind != "lora", "head": has_head}
+        adapted, task = lora.kind != NO_ADAPTER, task_named(self.spec.task)
+        wanted = {"adapter_model": adapted, "offsets": adapted and lora.kind != "lora", "head": task.has_head}
         read: dict[str, dict[str, np.ndarray]] = {name: {} for name in wanted}
         for name in [name for name, is_wanted in wanted.items() if is_wanted]:
             file = self.folder / f"{name}.safetensors"
@@ -164,6 +166,18 @@ class SavedAdapter:
         tensors |= read["offsets"]
         if lora.matrices not in {1, *(length for array in tensors.values() for length in array.shape)}:
             raise ConfigError("lora.rank", lora.rank, "must be that of the saved matrices")
+        # Without an A that FFA-LoRA froze, all that votes leave as it is, and a head that was left so.
+        moves = {name for name in tensors if not task.counts_units and (lora.train_a or ".lora_A." not in name)}
+        trained = {name: tensors[name] for name in moves}
+        if self.spec.head.train:
+            trained |= {_HEAD + name: one for name, one in read["head"].items() if name not in _CONSTANTS}
+        try:
+            digest = Adapter(trained).digest()
+        except AdapterError as error:
+            raise ConfigError("adapter", str(self.folder), f"must hold an adapter's tensors: {error}") from None
+        if digest != self.digest:
+            bound = f"must hold the tensors that its {_SETTINGS} names by digest; it holds others"
+            raise ConfigError("adapter", str(self.folder), bound)
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
@@ -179,14 +193,12 @@ class SavedAdapter:
         """Copy into a model of the same settings.
 
         Raises:
-            AdapterError: names, shapes or values are not what the settings describe.
+            AdapterError: names or shapes are not what the settings describe.
         """
         (tensors, head), constants = self.tensors, dict(model.named_buffers(recurse=False))
         trained = {_HEAD + name: array for name, array in head.items() if name not in constants}
         copy_tensors(tensors | trained, model.adapter_parameters())
         copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
-        if Adapter.of(model).digest() != self.digest:
-            raise AdapterError(f"{self.folder}: the tensors are not the ones that {_SETTINGS} names by digest")
 
     def require_same_model(self, other: TaskModelSpec) -> None:
         """Check that the adapter means in a model of `other` what it means in its own; tensors are checked on loading.
@@ -240,17 +252,10 @@ class SavedAdapter:
         if was != now:
             bound = f"must be of the run's own base model, whose hash is {now}; it was tuned for {was}"
             raise ConfigError("model.adapter", str(self.folder), bound)
-        constants, parameters = dict(model.named_buffers(recurse=False)), model.adapter_parameters()
+        parameters = model.adapter_parameters()
         try:
             tensors, own = self.tensors
-            saved = Adapter(tensors | {_HEAD + name: one for name, one in own.items() if name not in constants}).tensors
-            # Without an A that FFA-LoRA froze, and a head that was left as it was.
-            trains_a, trains_head = self.spec.lora.train_a, self.spec.head.train
-            names = (
-                name for name in saved if (trains_head if name[:5] == _HEAD else trains_a or ".lora_A." not in name)
-            )
-            if Adapter({name: saved[name] for name in names}).digest() != self.digest:
-                raise AdapterError(f"the tensors are not the ones that {_SETTINGS} names by digest")
+            saved = tensors | {_HEAD + name: one for name, one in own.items() if name not in _CONSTANTS}
             with_head = self.has_head_for(model.spec)
             taken = {name: one for name, one in saved.items() if with_head or not name.startswith(_HEAD)}
             here = Adapter({name: one.detach().cpu().numpy() for name, one in parameters.items()}).tensors

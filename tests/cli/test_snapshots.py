@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,9 @@ def test_json_of_a_policy(lived: Any, command: Any) -> None:
 def test_json_of_a_ledger(lived: Any, command: Any) -> None:
     """What `export` writes is all that the other commands print; the first event of each kind stands for the others."""
     told = json.loads(command("ledger", "export", str(lived.ledger)).out)
-    told["events"] = [next(group) for _, group in groupby(sorted(told["events"], key=kind_of), key=kind_of)]
+    kind = itemgetter("kind")
+    told["events"] = [next(group) for _, group in groupby(sorted(told["events"], key=kind), key=kind)]
     snapshots.check_json("ledger-export", json.dumps(told), folder=lived.folder)
-
-
-def kind_of(event: dict[str, Any]) -> str:
-    return str(event["kind"])
 
 
 def test_reports(lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,18 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from fedtune.api import door
-from fedtune.api.compose import compose_run
+from fedtune.api.compose import compose_run, with_start
 from fedtune.data.load import deal
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.selection import Selection, price_of
+from fedtune.report.from_run import spent_on_start
+from fedtune.report.signing import MOST_BYTES
 from fedtune.report.synthetic_card import together
+from fedtune.runs.environment import start_adapter_of
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
+from fedtune.spec import ConfigError
 from fedtune.studies.synthetic import allotted, as_written, ballot, chosen, weights_of
 
 from ..conftest import REPOSITORY
@@ -48,9 +56,20 @@ def runs(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     votes = ("experiment=votes", "model=random_bert", "data.columns={text: messages}", own[0])
     simulate(*votes, "data.labels=[a blue one, a red one]", into=into, name="shares")
-    head = into / "shares" / "adapter" / "head.safetensors"
-    save_file(load_file(head) | {"weight": np.array([[3.0, 1.0]], dtype=np.float32)}, head)
+    vote(into / "shares", 3.0, 1.0)
     return into
+
+
+def vote(run: Path, *weights: float) -> None:
+    """Let a finished run of votes have come to these."""
+    head, told = run / "adapter" / "head.safetensors", {"weight": np.array([weights], dtype=np.float32)}
+    save_file(load_file(head) | told, head)
+    for file in (run / "adapter" / "fedtune.json", run / "run.json"):
+        change(file, adapter_digest=Adapter({"head.weight": told["weight"]}).digest())
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.fixture(autouse=True)
@@ -119,8 +138,7 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     rows = written(command, runs, to, "--rows", "4", "--ballot", str(ballot), "--seed", "7", *voted, codes=False)
     assert yaml.safe_load(ballot.read_text())["head"]["label_texts"] == [row["ref"] for row in rows]
     folder = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name="liked")
-    head = folder / "adapter" / "head.safetensors"
-    save_file(load_file(head) | {"weight": np.array([[0.1, 0.4, -0.2, 0.3]], dtype=np.float32)}, head)
+    vote(folder, 0.1, 0.4, -0.2, 0.3)
     choose = ("choose", str(runs / "writer"), "--votes", str(folder), "--candidates")
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n')
@@ -128,7 +146,9 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     assert [json.loads(line) for line in best.read_text().splitlines()] == [rows[1], rows[3]]
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
-    assert "- shares (votes), by the candidates' card: epsilon" in text
+    spent = door.load(runs / "shares").privacy
+    told = f"epsilon {epsilon_text(spent.epsilon)} at delta 0.00001 for each record"
+    assert f"- shares (votes), by the candidates' card: {told}" in text, "rounded up"
     assert "their shares are the noisy votes of shares |" in text
     card = json.loads((tmp_path / "best.jsonl.card.json").read_text())
     behind = (runs / "writer", folder, runs / "shares")
@@ -208,6 +228,83 @@ def test_each_label_has_a_column_and_stays(runs: Path, command: Any, simulate: A
     rows = [json.loads(line) for line in (tmp_path / "3.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["messages", "ref", "label", "sort"]] * 6
     assert (tmp_path / "3.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
+
+
+def test_an_edited_card_is_refused(runs: Path, command: Any, tmp_path: Path) -> None:
+    to, card = tmp_path / "texts.jsonl", tmp_path / "texts.jsonl.card.json"
+    written(command, runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
+    whole = json.loads(card.read_text())
+    writer, shares = whole["runs"]
+    choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--votes", str(runs / "shares"), "--rows", "2")
+
+    def refused() -> str:
+        message: str = command(*choose, "--to", str(tmp_path / "no")).failed()
+        assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it" in message
+        return message
+
+    for changes, said in (
+        ({"runs": [writer]}, "must be what the runs come to"),
+        ({"runs": [writer, shares | {"epsilon": 0.1}]}, "must be what the runs come to"),
+        ({"runs": [writer, shares | {"epsilon": -1.0}], "together": {"epsilon": 0.0, "delta": 2e-5}}, "at least 0"),
+        ({"runs": [writer, shares | {"epsilon": "0.1"}]}, "must be a number"),
+        ({"runs": [writer, {"run": "shares"}]}, "is required"),
+        ({"runs": []}, "must be what the runs come to"),
+        ({"made": whole["made"] | {"labels": [{"column": "ref"}]}}, "must each have a column"),
+        ({"made": None}, "must be a table"),
+    ):
+        card.write_text(json.dumps(whole | changes))
+        assert said in refused()
+    card.write_text("[" * 100_000)
+    assert "must be JSON" in refused()
+    with card.open("wb") as file:  # of holes alone
+        file.truncate(MOST_BYTES + 1)
+    assert "of at most 64 MiB" in refused()
+    card.unlink()
+    os.mkfifo(card)
+    refused()
+
+
+def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, command: Any, tmp_path: Path) -> None:
+    picked, to = shutil.copytree(runs / "writer", tmp_path / "picked"), tmp_path / "texts.jsonl"
+    alone, config = door.load(picked).privacy, door.load(picked).config
+    begun = replace(config, model=replace(config.model, adapter=str(picked)))
+    price = price_of([config.plan()] * 3)
+    told: Any = {"search": "s", "method": "grid", "judged_by": "loss", "score": 0.5}
+    selection = Selection.of(price, [config.plan()] * 3, **told)
+    (picked / "selection.json").write_text(json.dumps(asdict(selection)))
+    assert price.epsilon > (alone.epsilon or 0.0)
+    options = ("--codes", str(runs / "codes.jsonl"), "--rows", "2", "--to", str(to))
+    assert command("synthesize", str(picked), *options).printed
+    card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
+    assert card["runs"][0]["epsilon"] == card["together"]["epsilon"] == price.epsilon
+    text = (tmp_path / "texts.jsonl.card.md").read_text()
+    assert f"A search picked it, whose trials come to epsilon {epsilon_text(price.epsilon)} at delta" in text
+    assert f"which are epsilon {epsilon_text(price.epsilon)} at delta" in text
+    # So does a run that begins in it, and one that begins in that.
+    first = start_adapter_of(begun) or {}
+    assert (first["epsilon"], first["delta"]) == (price.epsilon, price.delta)
+    after = json.loads((picked / "run.json").read_text())["provenance"]
+    change(picked / "run.json", provenance=after | {"start_adapter": first})
+    (picked / "selection.json").write_text(json.dumps(asdict(replace(selection, epsilon=99.0, delta=2e-5))))
+    both = pytest.approx((99.0 + price.epsilon, 2e-5 + price.delta))
+    assert spent_on_start(start_adapter_of(begun) or {}) == both
+
+
+def test_an_adapter_that_run_json_does_not_name_is_nobodys(runs: Path, command: Any, tmp_path: Path) -> None:
+    other = shutil.copytree(runs / "shares", tmp_path / "other")
+    config = door.load(other).config
+    votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no"), "--rows", "2")
+    for digest in ("0" * 64, None):
+        change(other / "run.json", adapter_digest=digest)
+        assert "must hold the adapter that its run.json names" in command(*votes).failed()
+        with pytest.raises(ConfigError, match=r"^model\.adapter = .*must hold the adapter that its run\.json names"):
+            with_start(replace(config, model=replace(config.model, adapter=str(other))))
+    vote(other, 3.0, 1.0)
+    assert weights_of(door.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
+    head = other / "adapter" / "head.safetensors"
+    save_file({"weight": np.array([[1.0, 3.0]], dtype=np.float32)}, head)
+    with pytest.raises(ConfigError, match=r"must hold the tensors that its fedtune\.json names by digest"):
+        weights_of(door.load(other))
 
 
 @pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
@@ -321,8 +418,7 @@ def test_shares_are_whole_numbers_that_add_up() -> None:
 
 def test_votes_that_noise_left_none_of_give_no_shares(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "shares", tmp_path / "shares")
-    head = tmp_path / "shares" / "adapter" / "head.safetensors"
-    save_file(load_file(head) | {"weight": np.array([[-1.0, 0.0]], dtype=np.float32)}, head)
+    vote(tmp_path / "shares", -1.0, 0.0)
     with pytest.raises(ValueError, match="noise left none above 0"):
         weights_of(door.load(tmp_path / "shares"))
 
@@ -351,14 +447,15 @@ def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path,
 @pytest.mark.parametrize(
     ("start", "epsilon"),
     [
-        (None, 3.0),
-        ({"epsilon": 2.0, "delta": 0.1, "unit": "record", "public": False}, 5.0),
-        ({"epsilon": None, "delta": None, "unit": None, "public": True}, 3.0),
+        (None, 0.3),
+        ({"epsilon": 2.0, "delta": 0.1, "unit": "record", "public": False}, 2.3),
+        ({"epsilon": None, "delta": None, "unit": None, "public": True}, 0.3),
         ({"epsilon": None, "delta": None, "unit": None, "public": False}, None),
         ({"epsilon": 2.0, "delta": 0.1, "unit": "user", "public": False}, None),
     ],
 )
 def test_what_a_run_began_in_adds_up_with_it(start: Any, epsilon: float | None) -> None:
-    runs = [{"epsilon": 1.0, "delta": 0.1, "unit": "record", "start": start}]
-    runs.append({"epsilon": 2.0, "delta": 0.1, "unit": "record", "start": None})
-    assert together(runs)[0] == epsilon
+    runs = [{"epsilon": 0.1, "delta": 1e-5, "unit": "record", "start": start}]
+    runs.append({"epsilon": 0.2, "delta": 2e-5, "unit": "record", "start": None})
+    assert together(runs)[0] == epsilon, "as a person adds it up"
+    assert start or together(runs)[1] == 3e-5

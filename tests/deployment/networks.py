@@ -112,12 +112,8 @@ def why_no_namespaces() -> str:
 
 def best_network(members: Sequence[str]) -> Network:
     """Namespaces where that can be, else loopback; `FEDTUNE_TEST_NETWORK=loopback` asks for the latter."""
-    return Network() if wants_loopback() or why_no_namespaces() else Namespaces(members)
-
-
-def wants_loopback() -> bool:
-    """Whether somebody asked for tests on loopback."""
-    return os.environ.get("FEDTUNE_TEST_NETWORK") == "loopback"
+    wants_loopback = os.environ.get("FEDTUNE_TEST_NETWORK") == "loopback"
+    return Network() if wants_loopback or why_no_namespaces() else Namespaces(members)
 
 
 def free_port() -> int:

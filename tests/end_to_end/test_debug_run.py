@@ -191,12 +191,8 @@ def test_terminal_shows_rounds_sites_epsilon_and_paths_and_no_warning(run: tuple
         assert not re.search("warn|deprecat|error", line, re.IGNORECASE), line
 
 
-@pytest.fixture(scope="module")
-def unprotected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return simulate("privacy=none", into=tmp_path_factory.mktemp("runs"))
-
-
-def test_without_privacy_epsilon_is_null_and_nothing_is_promised(unprotected: Path) -> None:
+def test_without_privacy_epsilon_is_null_and_nothing_is_promised(tmp_path: Path) -> None:
+    unprotected = simulate("privacy=none", into=tmp_path)
     privacy = result_of(unprotected)["privacy"]
     assert privacy["epsilon"] is None
     for site in privacy["sites"].values():

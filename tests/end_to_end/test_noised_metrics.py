@@ -47,13 +47,8 @@ def test_by_default_no_score_leaves_a_site(
     assert b'"scores": [' not in b"".join(everything_sent)
 
 
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose noise was calibrated for training and scores together."""
-    return simulate(*NOISED, "privacy.noise_multiplier=null", into=tmp_path_factory.mktemp("runs"))
-
-
-def test_epsilon_covers_the_scores_and_keeps_below_its_target(calibrated: Path) -> None:
+def test_epsilon_covers_the_scores_and_keeps_below_its_target(tmp_path: Path) -> None:
+    calibrated = simulate(*NOISED, "privacy.noise_multiplier=null", into=tmp_path)  # for training and scores together
     privacy = result_of(calibrated)["privacy"]
     for site, spent in privacy["sites"].items():
         assert (spent["rounds"], spent["metrics_noise_multiplier"]) == (2, NOISE)

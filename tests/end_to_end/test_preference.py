@@ -69,16 +69,6 @@ def private(given: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-@pytest.fixture(scope="module")
-def plain(given: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
-    beta = ("data.preferences.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
-    # Who is sampled decides how much is learnt in so few steps: of fresh samples some run learns too little.
-    seeded = "runtime.seeded_noise=true"
-    folder: Path = simulate(*given("whole", *learns, *beta, seeded), into=tmp_path_factory.mktemp("runs"), name="plain")
-    return folder
-
-
 def test_a_private_run_is_scored_charged_and_reported(private: Path) -> None:
     result = result_of(private)
     assert result["task"] == "preference"
@@ -91,7 +81,11 @@ def test_a_private_run_is_scored_charged_and_reported(private: Path) -> None:
     assert command("report", "verify", str(private / "report.json")).code == 0
 
 
-def test_without_privacy_it_is_learnt(plain: Path) -> None:
+def test_without_privacy_it_is_learnt(given: Callable[..., list[str]], tmp_path: Path) -> None:
+    learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
+    beta = ("data.preferences.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
+    # Who is sampled decides how much is learnt in so few steps: of fresh samples some run learns too little.
+    plain = simulate(*given("whole", *learns, *beta, "runtime.seeded_noise=true"), into=tmp_path, name="plain")
     final = result_of(plain)["final"]
     assert list(final["metrics"]) == [*SCORES, "bleu", "rouge_l"]
     for score in ("accuracy", "accuracy_length_controlled"):

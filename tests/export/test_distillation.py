@@ -136,7 +136,9 @@ def carded(file: Path, *, epsilon: float | None = 2.0, unit: str = "record", tex
     file.write_text("".join(f"{line}\n" for line in TEXTS))
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     run = {"run": "writer_2", "config_sha256": "0" * 64, "epsilon": epsilon, "delta": 1e-6, "unit": unit, "start": None}
-    told = {"schema_version": RUN_SCHEMA, "sha256": sha256, "runs": [run]}
+    told = {"schema_version": RUN_SCHEMA, "file": file.name, "sha256": sha256, "figures": {}}
+    told |= {"runs": [run | {"task": None, "verdict": "within"}], "together": {"epsilon": epsilon, "delta": 1e-6}}
+    told["made"] = {"rows": len(TEXTS), "codes": 1, "missing": 0, "left_out": {}, "shares": "declared"}
     card_of(file, ".json").write_text(json.dumps(told))
     file.write_text(file.read_text() + text)
     return file

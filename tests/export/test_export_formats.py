@@ -166,11 +166,7 @@ def test_the_lines_of_its_card_load_it(
     if name == "number":
         assert float(printed) == pytest.approx(5, abs=20), "a number by itself, of no label"
     if name == "bert":
-        assert any(label in printed for label in saved_config_labels(exports[name, format]))
-
-
-def saved_config_labels(folder: Path) -> list[str]:
-    return (folder / "labels.txt").read_text().splitlines()
+        assert any(label in printed for label in (exports[name, format] / "labels.txt").read_text().splitlines())
 
 
 def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(

@@ -44,15 +44,8 @@ def _fleet(address: str, tls: Tls) -> None:
         fleet._client.close()
 
 
-def _hello(address: str, tls: Tls) -> None:
-    hello(address, tls)
-
-
-def _lead(address: str, tls: Tls) -> None:
-    LeadSession(address, tls, SigningKey(Ed25519PrivateKey.generate()))
-
-
-CALLS = {"site": _fleet, "greeting": _hello, "lead": _lead}
+CALLS = {"site": _fleet, "greeting": hello}
+CALLS["lead"] = lambda address, tls: LeadSession(address, tls, SigningKey(Ed25519PrivateKey.generate()))
 both = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 

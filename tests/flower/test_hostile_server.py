@@ -21,11 +21,6 @@ from fedtune.runs.results import site_charge
 Change = Callable[[Message], None]
 
 
-def asked_of(message: Message) -> RoundRequest:
-    """The honest request that the message holds."""
-    return RoundRequest.of(flower_records.to_signed(message.content))
-
-
 def put(message: Message, signed: Signed) -> None:
     message.content[flower_records.REQUEST] = ConfigRecord({"json": signed.text, "signature": signed.signature})
 
@@ -36,7 +31,7 @@ def asking(lead_key: SigningKey) -> Callable[..., Change]:
 
     def make(key: SigningKey = lead_key, **changes: Any) -> Change:
         def change(message: Message) -> None:
-            request = asked_of(message)
+            request = RoundRequest.of(flower_records.to_signed(message.content))
             plan = {name: changes[name] for name in changes if hasattr(request.proposal.plan, name)}
             other = {name: changes[name] for name in changes if name not in plan}
             proposal = replace(request.proposal, plan=replace(request.proposal.plan, **plan), **other)

@@ -190,7 +190,9 @@ def test_an_answer_that_is_announced_while_the_lead_asks_is_not_asked_for(
 def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, kind: str) -> None:
     content = RecordDict({"about": ConfigRecord({"site": "b"})})
     if kind == "an error":
-        member.reply(round_.question, Message(Error(code=1, reason="x"), reply_to=_any_question()))
+        question = Message(RecordDict(), 5, "train")
+        question.metadata.__dict__["_message_id"] = "ab" * 32
+        member.reply(round_.question, Message(Error(code=1, reason="x"), reply_to=question))
     elif kind == "in order":
         # What a message says of itself does not count: neither whose question it answers, nor who sends it.
         member.reply(round_.question, Message(content, SUPERLINK_NODE_ID, "train"))
@@ -211,12 +213,6 @@ def test_an_answer_that_stands_for_more_than_any_message_is_none(
     zeros = ArrayRecord({"head": Array(np.zeros(1 << 16, np.float32))})
     member.reply(round_.question, Message(RecordDict({"arrays": zeros}), SUPERLINK_NODE_ID, "train"))
     assert round_.ends() == {1: "a"}
-
-
-def _any_question() -> Message:
-    question = Message(RecordDict(), 5, "train")
-    question.metadata.__dict__["_message_id"] = "ab" * 32
-    return question
 
 
 def test_it_fetches_and_confirms_its_own_questions_alone(member: Member, round_: Round) -> None:

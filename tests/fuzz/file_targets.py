@@ -158,10 +158,6 @@ def _saved(name: str) -> Callable[[bytes], object]:
     )
 
 
-def _arrow() -> bytes:
-    return (_SAVED / _ARROW).read_bytes()
-
-
 def _state() -> Any:
     return json.loads((_SAVED / "state.json").read_bytes())
 
@@ -338,6 +334,6 @@ TARGETS = (
         _rows("chats.json", {"messages": "chat"}),
         (DataError,),
     ),
-    Target("a saved set's values", bytes_like(_arrow), _saved(_ARROW), (DataError,)),
+    Target("a saved set's values", bytes_like((_SAVED / _ARROW).read_bytes), _saved(_ARROW), (DataError,)),
     Target("a saved set's state.json", json_like(_state), _saved("state.json"), (DataError,)),
 )

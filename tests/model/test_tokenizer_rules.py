@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,21 +222,13 @@ def test_published_patterns_are_quick_on_hard_texts(text: str) -> None:
         assert time.process_time() - start < 1.0, pattern
 
 
-@pytest.fixture
-def changed(folder: Path) -> Callable[..., ModelSpec]:
-    def change(**parts: Any) -> ModelSpec:
-        file = folder / "tokenizer.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | parts))
-        return ModelSpec(path=str(folder))
-
-    return change
-
-
-def test_padding_and_truncation_of_the_file_do_not_count(changed: Callable[..., ModelSpec]) -> None:
-    plain = load_tokenizer(changed())("a text")["input_ids"]
+def test_padding_and_truncation_of_the_file_do_not_count(folder: Path) -> None:
+    file, spec = folder / "tokenizer.json", ModelSpec(path=str(folder))
+    plain = load_tokenizer(spec)("a text")["input_ids"]
     padding = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
     truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    spec = changed(padding=padding | {"strategy": {"Fixed": 128}}, truncation=truncation)
+    parts = {"padding": padding | {"strategy": {"Fixed": 128}}, "truncation": truncation}
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
     assert load_tokenizer(spec)("a text")["input_ids"] == plain
 
 

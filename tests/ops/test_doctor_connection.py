@@ -41,11 +41,6 @@ def ours() -> Authority:
     return authority_of("cardiology")
 
 
-@pytest.fixture(scope="session")
-def theirs() -> Authority:
-    return authority_of("Example Inspection Inc")
-
-
 def context(
     folder: Path,
     authority: Authority,
@@ -175,9 +170,9 @@ def test_a_server_whose_certificate_or_protocol_is_wrong(
     require(tried(kit(served(**changes)[1])), expected, TLS, found, fix)
 
 
-def test_a_server_that_refuses_our_certificate(kit: Any, served: Any, theirs: Authority) -> None:
+def test_a_server_that_refuses_our_certificate(kit: Any, served: Any) -> None:
     # Under TLS 1.3 the client has done its part by then, and hears of it when it reads.
-    server, address = served(clients=theirs)
+    server, address = served(clients=authority_of("Example Inspection Inc"))
     checks = tried(kit(address))
     require(checks, "oofs", TLS, "the server refused this site's certificate (unknown ca)", "renew-site north")
     assert server.seen == []

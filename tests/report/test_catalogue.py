@@ -65,11 +65,6 @@ WRITTEN = {
 """Sections of codes that builders write, and where they stand in a report."""
 
 
-def in_package() -> str:
-    """All of fedtune's code, where a code of a report is written in quotes."""
-    return "\n".join(path.read_text() for path in PACKAGE.parent.rglob("*.py"))
-
-
 def sources() -> Iterator[str]:
     for path in [*PACKAGE.rglob("*.py"), PACKAGE / "page" / "page.toml", *PACKAGE.glob("page/templates/*.j2")]:
         yield path.read_text()
@@ -170,7 +165,8 @@ def test_no_text_is_left_over() -> None:
     charts = {"epsilon_spent", "profile", "utility", "reliability"}
     whole |= {("chart", f"{code}{end}") for code in charts for end in ("", "_desc", "_none")}
     whole |= set(re.findall(r"\b(\w+)\.(\w+)", (PACKAGE / "page" / "page.toml").read_text()))
-    whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', in_package())}
+    code_of_all = "\n".join(path.read_text() for path in PACKAGE.parent.rglob("*.py"))
+    whole |= {(section, code) for section in WRITTEN for code in re.findall(r'"(\w+)"', code_of_all)}
     whole |= {("chart", key) for key in re.findall(r'"(\w+)"', (PACKAGE / "page" / "tables.py").read_text())}
     whole |= {("verdict", f"{state}_{kind}") for state in STATES for kind in CODES["kind"]}
     whole |= {("access", key) for key in (*SEEN, *ACCESS["columns"])}

@@ -430,10 +430,6 @@ def test_each_site_holds_out_records_by_a_key_of_its_own(station: MakeStation) -
 # The final adapter.
 
 
-def kept_folder(site: Any) -> Path:
-    return Path(site.adapters / for_sites(site.config).run_id())
-
-
 @pytest.mark.by_day("after a restart")
 @pytest.mark.parametrize("restarted", [False, True], ids=["same process", "after a restart"])
 def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, restarted: bool) -> None:
@@ -441,7 +437,7 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     if restarted:
         site.restart()
     assert site.end(final).charged_rounds == 1
-    folder = kept_folder(site)
+    folder = Path(site.adapters / for_sites(site.config).run_id())
     config = saved_config(folder)
     found = beside_base(config, folder / "adapter", str(site.data)).scores
     shared = SharedModel(config)

@@ -157,14 +157,10 @@ def test_what_is_ten_percent_off_would_be_found() -> None:
     assert Rate(pairs, RATE**2, ALARM / len(LAGS)).power(tenth) >= POWER
     # One unit alone: 17 % off at this many steps, 10 % off in the test of the sampler by itself below.
     assert Rate(STEPS, RATE, ALARM / UNITS).power(1.17 * RATE) >= POWER
-    assert Rate(STEPS, outside(), ALARM).power(outside_with_shuffled(10)) >= POWER
-
-
-def outside_with_shuffled(units: int) -> float:
-    """How often the size is off where so many units come in a fixed number and the others by Poisson sampling."""
+    # How often the size is off where ten units come in a fixed number and the others by Poisson sampling.
     sizes = np.arange(UNITS + 1)
-    fixed = round(units * RATE)
-    return float(stats.binom.pmf(sizes - fixed, UNITS - units, RATE)[is_outside(sizes)].sum())
+    off = float(stats.binom.pmf(sizes - round(10 * RATE), UNITS - 10, RATE)[is_outside(sizes)].sum())
+    assert Rate(STEPS, outside(), ALARM).power(off) >= POWER
 
 
 def shuffled() -> Sampler:

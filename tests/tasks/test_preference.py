@@ -17,6 +17,7 @@ from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.evaluation.scoring import figures_of, unit_scores
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import DataError
+from fedtune.tasks.causal_lm import added_up
 from fedtune.tasks.preference import length_controlled
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import load_task_model, save_task_model
@@ -258,17 +259,11 @@ def test_per_token_an_answer_counts_by_its_mean(trained: Any) -> None:
     lengths = np.array([(targets[1:] != HIDDEN).sum() for targets in dataset.targets]).reshape(-1, 2)
     batch = collate(dataset, range(6), pad_id=0)
     with torch.no_grad():
-        own = torch.stack([-total for total, _ in _totals(plain, batch)]).view(-1, 2).numpy()
+        own = torch.stack([-total for total, _ in added_up(plain, batch)]).view(-1, 2).numpy()
     gains = own - plain.reference(batch).numpy()
     for model, of_each in ((plain, gains), (mean, gains / lengths)):
         margins = figures_of(model, dataset, pad_id=0, max_tokens=10_000)["margin"]
         np.testing.assert_allclose(margins, 0.5 * (of_each[:, 0] - of_each[:, 1]), rtol=1e-4, atol=1e-5)
-
-
-def _totals(model: TaskModel, batch: Any) -> Any:
-    from fedtune.tasks.causal_lm import added_up
-
-    return added_up(model, batch)
 
 
 def test_a_saved_adapter_knows_how_it_was_to_learn(trained: Any, tmp_path: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +18,6 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step, local
 from fedtune.training.dp_step import Records, add_clipped, contributions, dp_sgd_step
 from fedtune.training.examples import SiteExamples
@@ -44,11 +43,6 @@ def random_gradients(count: int, *, size: float = 1.0, seed: int = 3) -> Gradien
         "lora_A": torch.randn((count, 5, 7), generator=generator) * sizes[:, None, None],
         "head.weight": torch.randn((count, 3, 4), generator=generator) * sizes[:, None, None],
     }
-
-
-def together(tensors: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-    """(n, all values of a unit)."""
-    return np.concatenate([np.asarray(one, dtype=np.float64).reshape(len(one), -1) for one in tensors.values()], axis=1)
 
 
 def test_a_contribution_is_cut_off_towards_zero() -> None:
@@ -144,7 +138,8 @@ def moved(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> n
 
 def test_a_step_is_the_sum_of_the_drawn_over_the_public_size() -> None:
     units = MadeUp({name: each.repeat(4, *[1] * (each.dim() - 1)) for name, each in random_gradients(7).items()})
-    exact = together(units.gradients)
+    rows = [np.asarray(one, dtype=np.float64).reshape(len(one), -1) for one in units.gradients.values()]
+    exact = np.concatenate(rows, axis=1)  # (n, all values of a unit)
     clipped = exact * np.minimum(1, 0.7 / np.linalg.norm(exact, axis=1))[:, None]
     found = moved(units, plan_of(), declared_size=40)
     drawn = poisson_sample(28, 0.5, SeededRandomness(4).stream("sampling"))
@@ -189,12 +184,6 @@ def examples_of(dataset: TextDataset, *, full: bool = False) -> SiteExamples:
     return conftest.examples_of(dataset, shapes)
 
 
-def alone_by_autograd(model: TaskModel, batch: Batch, row: int) -> Gradients:
-    parameters = model.trainable()
-    one = Batch(batch.input_ids[[row]], batch.attention_mask[[row]], batch.targets[[row]])
-    return dict(zip(parameters, torch.autograd.grad(model.losses(one).sum(), list(parameters.values())), strict=True))
-
-
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_gradients_are_each_examples_own_in_every_batch(trained: Any, task: str) -> None:
     model = trained("random:bert" if task == "classification" else "random:llama", task)
@@ -205,7 +194,9 @@ def test_gradients_are_each_examples_own_in_every_batch(trained: Any, task: str)
     assert sum(len(batch) for batch, _ in found) == 7
     for batch, each in found:
         for row in range(len(batch)):
-            for name, wanted in alone_by_autograd(model, batch, row).items():
+            one = Batch(batch.input_ids[[row]], batch.attention_mask[[row]], batch.targets[[row]])
+            alone = torch.autograd.grad(model.losses(one).sum(), list(model.trainable().values()))
+            for name, wanted in zip(model.trainable(), alone, strict=True):
                 torch.testing.assert_close(each[name][row], wanted, rtol=1e-4, atol=1e-5)
         assert all(not one[len(batch) :].any() for one in each.values()), "empty rows"
 
