@@ -75,11 +75,10 @@ class TrackingSpec:
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
             raise ConfigError("output_dir", self.output_dir, "must not be blank; '.' is the current folder")
-        if self.send_to is not None:
-            if self.tracker not in ("mlflow", "wandb"):
-                raise ConfigError("send_to", self.send_to, "must be null: only mlflow and wandb have servers")
-            if not re.match("https?://", self.send_to):
-                raise ConfigError("send_to", self.send_to, "must be an address that begins with https:// or http://")
+        if self.send_to is not None and self.tracker not in ("mlflow", "wandb"):
+            raise ConfigError("send_to", self.send_to, "must be null: only mlflow and wandb have servers")
+        if self.send_to is not None and not re.match("https?://", self.send_to):
+            raise ConfigError("send_to", self.send_to, "must be an address that begins with https:// or http://")
 
 
 @spec

@@ -166,8 +166,9 @@ def read_card(file: Path, writer: Report | None = None, *, option: str) -> Mappi
     path, sha256 = card_of(file, ".json"), file_sha256(file, key=option)
     of = " with this RUN" if writer else ""
     bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card beside it ({path.name})"
-    found = parse_json(signing.read_file(path, key=option, name=str(file), bound=bound), key=option, bound=bound)
+    read = signing.read_file(path, key=option, name=str(file), bound=bound)
     try:
+        found = parse_json(read, key=path.name, bound="must be JSON")
         told = decode(Card, found)
     except ConfigError as error:
         raise ConfigError(option, str(file), f"{bound}: its {error}") from None

@@ -238,7 +238,7 @@ def test_an_edited_card_is_refused(runs: Path, command: Any, tmp_path: Path) -> 
     choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--votes", str(runs / "shares"), "--rows", "2")
 
     def refused() -> str:
-        message: str = command(*choose, "--to", str(tmp_path / "no")).failed()
+        message: str = command(*choose, "--to", str(tmp_path / "no.jsonl")).failed()
         assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it" in message
         return message
 
@@ -293,7 +293,16 @@ def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, comman
 def test_an_adapter_that_run_json_does_not_name_is_nobodys(runs: Path, command: Any, tmp_path: Path) -> None:
     other = shutil.copytree(runs / "shares", tmp_path / "other")
     config = door.load(other).config
-    votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no"), "--rows", "2")
+    votes = (
+        "synthesize",
+        str(runs / "writer"),
+        "--votes",
+        str(other),
+        "--to",
+        str(tmp_path / "no.jsonl"),
+        "--rows",
+        "2",
+    )
     for digest in ("0" * 64, None):
         change(other / "run.json", adapter_digest=digest)
         assert "must hold the adapter that its run.json names" in command(*votes).failed()
