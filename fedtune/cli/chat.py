@@ -68,7 +68,7 @@ class _Conversation:
     def __init__(self, config: RunConfig, saved: SavedModel, spec: WritingSpec, *, adapter: str) -> None:
         self._saved, self._spec, self._adapter = saved, spec, adapter
         self._turns: Sequence[tuple[str, str]] = ()
-        self._keeps_turns = "messages" in runs.prompt_columns(config)
+        self._keeps_turns = "messages" in task_named(config.task).asked_by(config.data)
         _say(f"{self._adapter} answers; /help lists the commands.")
         if not self._keeps_turns:
             _say("The run was tuned on single texts, not on conversations: each message is a new prompt.")

@@ -133,8 +133,8 @@ def init(
         target.unlink()
         raise
     to_know = Section(title="To know", notes=starter.notes(found, plan))
-    about_input = data_sections.feature_sections(found) if found.features else [data_sections.lengths(plan, spec.path)]
-    show([*data_sections.file_sections(found, plan.measured), *about_input, to_know])
+    about_input = data_sections.input_section(found, plan, spec.path)
+    show([*data_sections.file_sections(found, plan.measured), about_input, to_know])
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,16 +91,11 @@ def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]
         notes=found.notes,
     )
     yield _shortened("Columns that no run reads", ("column", "why"), tuple(found.unread))
-    yield Section(
-        title="Columns",
-        headings=("name", "filled", "holds", "different values"),
-        rows=[
-            (one.name, f"{one.filled:,}", one.holds or "nothing", f"{len(one.labels):,}" if one.values else "many")
-            for one in islice(found.columns.values(), _MOST_COLUMNS)
-        ],
-        words={0, 2},
-        notes=(f"and {more:,} more",) if (more := len(found.columns) - _MOST_COLUMNS) > 0 else (),
+    held = tuple(
+        (one.name, f"{one.filled:,}", one.holds or "nothing", f"{len(one.labels):,}" if one.values else "many")
+        for one in found.columns.values()
     )
+    yield _shortened("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
     odd = tuple(
         (name, kind, f"{count:,}", ", ".join(f"{row}: {_short(text)}" for row, text in some))
         for name in found.roles.values()
@@ -130,35 +124,34 @@ def _short(text: str, most: int = _SHOWN) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}\u2026"
 
 
-def _shortened(title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> Section:
+def _shortened(
+    title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...], *, words: Collection[int] = range(4)
+) -> Section:
     more = len(rows) - _MOST_COLUMNS
     return Section(
         title=title,
         headings=headings,
         rows=rows[:_MOST_COLUMNS],
-        words=range(len(headings)),
+        words=words,
         notes=(f"and {more:,} more",) if more > 0 else (),
     )
 
 
-def lengths(plan: starter.Plan, model: str) -> Section:
-    """Tokens of a file's records, by the tokenizer of a model."""
+def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
+    """A table's columns with what the file holds, which stands in no file that is written; else tokens of records."""
+    if found.features:
+        return Section(
+            title="Features, and the file's own values: shown here alone",
+            headings=("column", "seems to be", "in the file", "rows without"),
+            rows=tuple(feature_columns.rows(found)),
+            words={0, 1, 2},
+            notes=feature_columns.ABOUT,
+        )
     shares = (int(np.quantile(plan.measured.lengths, share)) for share in (0.5, 0.9, 1.0))
     row = tuple(f"{count:,}" for count in (*shares, plan.max_length))
     headings = ("median", "90 % have at most", "longest", "max_length")
     title = f"Tokens of a record, by the tokenizer of {model}"
     return Section(title=title, headings=headings, rows=(row,), words=())
-
-
-def feature_sections(found: Found) -> Iterator[Section]:
-    """A table's columns with what the file holds, which stands in no file that is written."""
-    yield Section(
-        title="Features, and the file's own values: shown here alone",
-        headings=("column", "seems to be", "in the file", "rows without"),
-        rows=tuple(feature_columns.rows(found)),
-        words={0, 1, 2},
-        notes=feature_columns.ABOUT,
-    )
 
 
 def check_sections(checked: Checked) -> Iterator[Section]:

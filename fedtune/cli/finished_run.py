@@ -112,11 +112,6 @@ def compared_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
     return rows
 
 
-def prompt_columns(config: RunConfig) -> dict[str, str]:
-    """Role to column of a model's input: every field of a record but its answer."""
-    return task_named(config.task).asked_by(config.data)
-
-
 def warn_of_fixed_prompt(config: RunConfig) -> None:
     """Warn if the prompt template ignores the prompt: the model was tuned to write from the same words each time."""
     data = config.data

@@ -22,6 +22,7 @@ from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.process import signals_handled
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import say, show
 from fedtune.sites.session import Session
@@ -137,11 +138,9 @@ def _interrupted_by_signals() -> Iterator[None]:
         else:
             hook(about)
 
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
-    hook, sys.unraisablehook = sys.unraisablehook, dropped
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    with signals_handled(interrupt):
+        hook, sys.unraisablehook = sys.unraisablehook, dropped
+        try:
+            yield
+        finally:
+            sys.unraisablehook = hook

@@ -70,8 +70,7 @@ def show_events(
     """Show a ledger's runs, oldest first, a line each; with --rounds or --json each entry of the ledger."""
     if last is not None and last < 1:
         raise ConfigError("--last", last, "must be at least 1")
-    file = ledger_file(path)
-    verified = verify(file)
+    file, verified = _verified(path)
     chosen = verified.events[-last:] if last else verified.events
     if as_json:
         print_json({**budget_text.identity_json(file, verified), "events": chosen})
@@ -89,8 +88,7 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     """
     from fedtune.report.from_ledger import lifetime_of, spending_json  # what other commands can do without
 
-    file = ledger_file(path)
-    verified = verify(file)
+    file, verified = _verified(path)
     if as_json:
         print_json({**budget_text.identity_json(file, verified), **spending_json(verified)})
         return
@@ -241,7 +239,7 @@ def _own_site(policy: Path, path: str | None) -> SiteFiles:
     return files
 
 
-def _verified(path: str, *, anchor: Path | None, site_key: str | None) -> tuple[Path, Verified]:
+def _verified(path: str, *, anchor: Path | None = None, site_key: str | None = None) -> tuple[Path, Verified]:
     if site_key is not None:
         check_public_key("--site-key", site_key)
     file = ledger_file(path)

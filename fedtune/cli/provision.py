@@ -61,10 +61,7 @@ def init(
     rows = [(f"{of}/", use, f"{made.certificates[of].not_after:%Y-%m-%d}") for of, use in uses.items()]
     rows.append(("sites/", "the sites' kits, as they join", ""))
     show([Section(headings=("folder", "for", "valid until"), rows=rows, words={0, 1, 2})])
-    _compare(
-        "Keys of the federation, to be read out to each site over the telephone:",
-        {"lead": made.lead_key, "authority": made.certificates["authority"].fingerprint},
-    )
+    _compare("Keys of the federation, to be read out to each site over the telephone:", _keys_of(made))
     _steps(
         f"Move {made.folder}/authority to a place that is offline. Only adding and renewing need it.",
         f"Copy {made.folder}/server to the machine that {made.settings.server} names, and start there what its "
@@ -218,10 +215,7 @@ def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> N
         "somebody else made the request.",
         {"connection key": fingerprint_of(request.node_key), "site key": request.site_key},
     )
-    _compare(
-        "Read out these; the site notes them, and later compares them with its kit's README.md.",
-        {"lead": made.lead_key, "authority": made.certificates["authority"].fingerprint},
-    )
+    _compare("Read out these; the site notes them, and later compares them with its kit's README.md.", _keys_of(made))
     say("")
     if not already:
         otherwise = f"nothing is changed: {request.site} comes in once its keys are compared"
@@ -253,6 +247,10 @@ def _steps(*steps: str) -> None:
     say("\nWhat to do next:", style="bold")
     for number, step in enumerate(steps, 1):
         say(f" {number}. {step}")
+
+
+def _keys_of(made: FederationFolder) -> dict[str, str]:
+    return {"lead": made.lead_key, "authority": made.certificates["authority"].fingerprint}
 
 
 def _until(certificate: Certificate, now: datetime) -> str:

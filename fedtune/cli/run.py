@@ -8,7 +8,6 @@ import re
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +24,7 @@ from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.services.lead_and_server import LeadService, latest_answers, members, running_process
+from fedtune.ops.services.lead_and_server import everyone, latest_answers, members, run_named, running_process
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.runs.results import site_charge
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show
@@ -77,7 +76,9 @@ def run(
         _start(words, kit=_lead_kit(kit), metrics=metrics)
         return
     if first == "status" and not rest and kit is not None:
-        online = LeadService(kit=_lead_kit(kit)).online()
+        from fedtune.ops.deployment import LeadService
+
+        online = LeadService(kit=(own := _lead_kit(kit)), federation=everyone(own)).online()
         rows = [(site, "online" if there else "not heard") for site, there in online.items()]
         sections = [Section(headings=("site", "now"), rows=rows, words=range(2))]
         answer({"schema_version": SCHEMA_VERSION, "online": online}, sections, as_json=as_json)
@@ -116,14 +117,12 @@ def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     same_again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
     config = after_shown_public_stage(config, console := Console(), again=same_again)
     folder = folder_of(config)
-    import fedtune.ops.deployment  # noqa: F401 - before the run's log takes the place of what Flower's import sets up
-    from fedtune.ops.metrics import LeadMetrics, serve_metrics
+    # Before the run's log takes the place of what Flower's import sets up.
+    from fedtune.ops.deployment import LeadService
+    from fedtune.ops.metrics import serve_metrics
 
-    figures = LeadMetrics(kit=kit) if metrics else None
-    with ExitStack() as stack:
-        if metrics and figures:
-            stack.enter_context(serve_metrics(metrics, figures.figures))
-        lead = LeadService(kit=kit, metrics=figures)
+    lead = LeadService(kit=kit, federation=config.federation)
+    with serve_metrics(metrics, lead.metrics.figures):
         if config.resume is None:
             config = say_fitted(console, config, lead.fitted(config))
         again = f"fedtune run resume {folder} --kit {kit.folder}"
@@ -177,8 +176,7 @@ def _names(override: str) -> list[str]:
 
 def _stop(folder: Path, *, kit: Kit | None) -> None:
     if kit is not None and not RunFolder(folder).config.is_file():
-        lead = LeadService(kit=kit)
-        _end(lead.run_named(str(folder)), lead.everyone, lead=lead)  # the folder is lost: the lead's key is enough
+        _end(run_named(kit, str(folder)), everyone(kit), kit=kit)  # the folder is lost: the lead's key is enough
         return
     config = saved_config(folder)
     if is_running(folder):
@@ -198,11 +196,13 @@ def _stop(folder: Path, *, kit: Kit | None) -> None:
     if kit is not None:
         from fedtune.sites.shared_settings import for_sites  # torch takes seconds to import
 
-        _end(for_sites(config).run_id(), config.federation, lead=LeadService(kit=kit))
+        _end(for_sites(config).run_id(), config.federation, kit=kit)
 
 
-def _end(run: str, federation: FederationSpec, *, lead: LeadService) -> None:
-    heard = lead.end(run, federation, timeout_s=30.0)
+def _end(run: str, federation: FederationSpec, *, kit: Kit) -> None:
+    from fedtune.ops.deployment import LeadService
+
+    heard = LeadService(kit=kit, federation=federation).end(run, timeout_s=30.0)
     say(f"Told that it is over: {', '.join(heard) or 'no site'}.")
     if silent := [site for site in federation.active if site not in heard]:
         say(f"Not reached: {', '.join(silent)}; their budget is free when the run expires.")

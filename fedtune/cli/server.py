@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -38,21 +37,16 @@ def start(
     from fedtune.ops.health import serve_health
     from fedtune.ops.kits.kit_file import Kit
     from fedtune.ops.logs import configure_logs
-    from fedtune.ops.metrics import ServerMetrics, serve_metrics
+    from fedtune.ops.metrics import serve_metrics
 
     own = Kit.read(kit, kind="server")
     from fedtune.ops.services.lead_and_server import ServerService
 
     os.umask(0o077)  # what the process writes is for its own account alone
     configure_logs(log_level)
-    endpoint = Endpoint()
-    with ExitStack() as stack:
-        if health:
-            stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
-        figures = ServerMetrics(kit=own) if metrics else None
-        if metrics and figures:
-            stack.enter_context(serve_metrics(metrics, figures.figures))
-        ServerService(kit=own, host=host, port=port, data=data, health=endpoint, metrics=figures).run()
+    service = ServerService(kit=own, host=host, port=port, data=data, health=(endpoint := Endpoint()))
+    with serve_health(health, endpoint, anywhere=health_anywhere), serve_metrics(metrics, service.metrics.figures):
+        service.run()
 
 
 @command(app, "write a backup")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,15 +135,9 @@ def start(
 
     configure_logs(log_level)
     endpoint = Endpoint()
-    with ExitStack() as stack:
-        if health:
-            stack.enter_context(serve_health(health, endpoint, anywhere=health_anywhere))
-        service = SiteService(kit=own, site_toml=site, health=endpoint)
-        if metrics:
-            figures = SiteMetrics(kit=own, site_toml=site, health=endpoint)
-            stack.enter_context(serve_metrics(metrics, figures.figures))
-            service = replace(service, answered=figures.answered)
-        service.run()
+    figures = SiteMetrics(kit=own, site_toml=site, health=endpoint)
+    with serve_health(health, endpoint, anywhere=health_anywhere), serve_metrics(metrics, figures.figures):
+        SiteService(kit=own, site_toml=site, health=endpoint, answered=figures.answered).run()
 
 
 @command(app, "what a run would cost; let it start")

@@ -269,24 +269,21 @@ def examine_site(*, kit: Path, site_toml: Path, model: Path | None, run: Sequenc
     """Make every check, after installing `model`, and print a line for each; `run`: settings of a run to try out."""
     asked = partial(compose_run, run, for_real_sites=True) if run else None
     checks = Examination(kit_folder=kit, site_toml=site_toml, model=model, run=asked).checks()
-    finish((print_checks_as_json if as_json else print_lines)(checks))
+    finish(print_checks(checks, as_json=as_json))
 
 
-def print_lines(checks: Iterable[Check]) -> list[Check]:
-    """Print each check when it is made, and how many there were of each kind."""
+def print_checks(checks: Iterable[Check], *, as_json: bool) -> list[Check]:
+    """Print each check when it is made, and how many there were of each kind; or all of them as one JSON object."""
     console, made = Console(highlight=False), []
     for check in checks:
-        _print_line(console, check)
         made.append(check)
+        if not as_json:
+            _print_line(console, check)
+    if as_json:
+        print_json({"checks": [check.to_json() for check in made], "ok": exit_code_of(made) == 0})
+        return made
     counts = {mark: sum(check.status == mark for check in made) for mark in _MARKS}
     console.print("\n" + ", ".join(f"{count} {mark}" for mark, count in counts.items() if count))
-    return made
-
-
-def print_checks_as_json(checks: Iterable[Check]) -> list[Check]:
-    """Print all checks as one JSON object."""
-    made = list(checks)
-    print_json({"checks": [check.to_json() for check in made], "ok": exit_code_of(made) == 0})
     return made
 
 

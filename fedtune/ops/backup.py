@@ -108,14 +108,14 @@ class Backup:
     names: tuple[str, ...]
     archive: zipfile.ZipFile
 
-    def put(self, name: str, target: Path) -> bool:
-        """Write one file where there is none, whole or not at all; says whether it did.
+    def put(self, name: str, target: Path) -> None:
+        """Write one file where there is none, whole or not at all.
 
         Raises:
             ConfigError: it cannot be written.
         """
         if os.path.lexists(target):
-            return False
+            return
         with writing(target, key="restore"):
             target.parent.mkdir(parents=True, exist_ok=True)
             descriptor, building = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
@@ -128,7 +128,6 @@ class Backup:
             finally:
                 os.unlink(building)
             fsync_folder(target.parent)
-        return True
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -15,15 +17,20 @@ from fedtune.federation.invitation import Invited, invite
 from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
 from fedtune.federation.replies import Closing
+from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.transport import Question, Transport
 from fedtune.flower import flower_records
 from fedtune.flower.averaging import Average
 from fedtune.flower.grid_transport import GridTransport
+from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.kits.members import Member
-from fedtune.ops.wire.identity import Tls
+from fedtune.ops.metrics import LeadMetrics
+from fedtune.ops.services.lead_and_server import RECEIPTS, members, running
 from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
@@ -38,29 +45,6 @@ _ASK_AGAIN_S = 5.0
 """How soon to ask a site again that waits for a person there."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeadConnection:
-    """How a lead reaches its sites.
-
-    Attributes:
-        server: host:port.
-        key: signs requests and calls.
-        sites: those of its roster that take part, in the order of the run's `federation.site_names`.
-        has_new_certificate: asked again and again whether the files of `tls` have another one than before.
-    """
-
-    server: str
-    tls: Tls
-    key: SigningKey
-    sites: Sequence[Member]
-    has_new_certificate: Callable[[], bool] = lambda: False
-
-    @property
-    def nodes(self) -> dict[int, str]:
-        """Number in the grid -> site."""
-        return {number: member.site for number, member in enumerate(self.sites, 1)}
-
-
 class DeployedListener(Listener, Protocol):
     """Also hears each site."""
 
@@ -70,88 +54,155 @@ class DeployedListener(Listener, Protocol):
         """A site's answer came in: "update", or why there is none, and what its receipt says was charged in all."""
 
 
-def run_deployed(
-    config: RunConfig, folder: Path, *, connection: LeadConnection, receipts: ReceiptBook, listener: DeployedListener
-) -> RunResult:
-    """Run `config` at real sites to its end, or from its newest checkpoint on, and write the run folder.
+@dataclass(frozen=True, kw_only=True)
+class LeadService:
+    """A lead and the sites of a run, by the lead's kit.
 
-    Returns:
-        The content of `run.json`.
-
-    Raises:
-        ConfigError: data, model or checkpoint don't fit the configuration; raised before any site is asked.
-        RunError: the server cannot be reached, or too few sites replied.
-        RefusedError: too many sites' policies or budgets refuse the run.
+    Attributes:
+        federation: the run's; it names the sites.
     """
 
-    def over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
-        with grid:
-            return run(GridTransport(grid, connection.nodes))
+    kit: Kit
+    federation: FederationSpec
 
-    records = RunRecords(config)
-    records.read()
-    asked = _invited(config, connection)
-    grid = _grid(connection, config.federation, listener, most_rounds=asked.proposal.plan.most_rounds)
-    return FederationRun(
-        config=config,
-        folder=folder,
-        # nothing is trained here
-        shared=SharedModel(config, trains=False, records=records, progress=listener.preparing),
-        asked=asked,
-        average=Average(config.federation, config.declared_sizes()),
-        receipts=receipts,
-        engine=over_sites,
-        gives_adapter=True,
-    ).to_its_end(listener)
+    @cached_property
+    def metrics(self) -> LeadMetrics:
+        """Figures of how the run is doing."""
+        return LeadMetrics(kit=self.kit)
+
+    @cached_property
+    def sites(self) -> tuple[Member, ...]:
+        """The sites as the roster has them, in the order of `federation.site_names`."""
+        return members(self.kit, self.federation.active)
+
+    @cached_property
+    def key(self) -> SigningKey:
+        """The key that signs requests and calls."""
+        return SigningKey.load(self.kit.lead_key)
+
+    def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
+        """Run `config` at its sites to its end, or from its newest checkpoint on, and write the run folder.
+
+        Returns:
+            The content of `run.json`.
+
+        Raises:
+            ConfigError: kit, roster, data, model or checkpoint don't fit the settings; raised before any site is asked.
+            RunError: the server cannot be reached, or too few sites replied.
+            RefusedError: too many sites' policies or budgets refuse the run.
+        """
+        self.kit.check_certificate(datetime.now(UTC))  # before anything else can go wrong
+        members(self.kit, self.federation.active)  # and where a site was revoked meanwhile
+        noted, records = _Noted(listener, folder, self.metrics), RunRecords(config)
+        with running(folder):
+            records.read()
+            asked = self._invited(config)
+            grid = self.grid(noted, most_rounds=asked.proposal.plan.most_rounds)
+
+            def over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
+                with grid:
+                    return run(self._transport(grid))
+
+            return FederationRun(
+                config=config,
+                folder=folder,
+                # nothing is trained here
+                shared=SharedModel(config, trains=False, records=records, progress=noted.preparing),
+                asked=asked,
+                average=Average(config.federation, config.declared_sizes()),
+                receipts=ReceiptBook(self.kit.folder / RECEIPTS),
+                engine=over_sites,
+                gives_adapter=True,
+            ).to_its_end(noted)
+
+    def fitted(self, config: RunConfig) -> RunConfig:
+        """`config`, with as many rounds or as little noise as the sites' budgets have room for, where it asks for that.
+
+        Nothing is charged.  A site that is away, paused or waits for a person is left to answer by itself later.
+
+        Raises:
+            ConfigError: the model cannot be had.
+            RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
+            RefusedError: too few sites have room for anything.
+        """
+        if not config.may_be_fitted:
+            return config
+        with self.grid() as grid:
+            found = invite(self._transport(grid), self._invited(config), less=True)
+        found.require_enough(config.federation, takes_part=config.can_use)
+        return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
+
+    def end(self, run: str, *, timeout_s: float) -> list[str]:
+        """Tell the sites that a run is over for good, without a final adapter; returns those that heard it.
+
+        Args:
+            run: its whole name, as its sites have it; nothing else of the run is needed.
+            timeout_s: how long to wait for sites.
+        """
+        notice = EndOfRun(run=run, lead=self.key.public).signed(self.key)
+        with self.grid() as grid:
+            questions = [Question(site=member.site, signed=notice) for member in self.sites]
+            return [site for site, _ in self._transport(grid).end(questions, timeout_s=timeout_s)]
+
+    def online(self) -> dict[str, bool]:
+        """Site -> whether it has a line to the server now."""
+        with self.grid() as grid:
+            found = grid.online()
+        return {member.site: number in found for number, member in enumerate(self.sites, 1)}
+
+    def grid(self, listener: DeployedListener | None = None, *, most_rounds: int = 0) -> RemoteGrid:
+        """A connection to the sites, which a certificate that is copied into the kit meanwhile is used for, too."""
+        certificate = KitCertificate(self.kit)
+        return RemoteGrid(
+            self.kit.server,
+            self.kit.tls(),
+            sites={member.site: member.node_key for member in self.sites},
+            key=self.key,
+            hear=_Ears(self.sites, listener, most_rounds=most_rounds),
+            closing=lambda: Closing(self.federation),
+            has_new_certificate=certificate.is_new,
+        )
+
+    def _transport(self, grid: RemoteGrid) -> GridTransport:
+        return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
+
+    def _invited(self, config: RunConfig) -> Invited:
+        """Every site, about the run as it is sent to them."""
+        sent = for_sites(config)
+        return Invited(
+            proposal=sent.proposal(lead=self.key.public, plan=sent.plan()),
+            key=self.key,
+            federation=config.federation,
+            settings=json.dumps(sent.to_json()),
+            site_keys={member.site: member.site_key for member in self.sites},
+        )
 
 
-def fitted_deployed(config: RunConfig, *, connection: LeadConnection) -> RunConfig:
-    """`config`, with as many rounds or as little noise as the sites' budgets have room for, as they say.
+class _Noted:
+    """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
 
-    Nothing is charged.  A site that is away, paused or waits for a person is left to answer by itself later.
+    def __init__(self, listener: DeployedListener, folder: Path, metrics: LeadMetrics) -> None:
+        self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
+        self._answers: dict[str, dict[str, str]] = {}
+        self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
 
-    Raises:
-        ConfigError: the model cannot be had.
-        RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
-        RefusedError: too few sites have room for anything.
-    """
-    with _grid(connection, config.federation) as grid:
-        found = invite(GridTransport(grid, connection.nodes), _invited(config, connection), less=True)
-    found.require_enough(config.federation, takes_part=config.can_use)
-    return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
+    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+        self._metrics.began(state, num_rounds=proposal.plan.num_rounds)
+        self._listener.prepared(shared, proposal, state)
 
+    def round_finished(self, state: LeadState) -> None:
+        self._metrics.finished(state)
+        self._listener.round_finished(state)
 
-def end_deployed(run: str, federation: FederationSpec, *, connection: LeadConnection, timeout_s: float) -> list[str]:
-    """Tell the sites that a run is over, without a final adapter; returns those that heard it.
-
-    Args:
-        run: its whole name, as its sites have it.
-        federation: its sites.
-        connection: of the lead that began it; nothing else of the run is needed.
-        timeout_s: how long to wait for sites.
-    """
-    notice = EndOfRun(run=run, lead=connection.key.public).signed(connection.key)
-    with _grid(connection, federation) as grid:
-        questions = [Question(site=member.site, signed=notice) for member in connection.sites]
-        return [site for site, _ in GridTransport(grid, connection.nodes).end(questions, timeout_s=timeout_s)]
-
-
-def online_sites(federation: FederationSpec, *, connection: LeadConnection) -> list[str]:
-    """The sites that have a line to the server now."""
-    with _grid(connection, federation) as grid:
-        return [connection.sites[number - 1].site for number in grid.online()]
-
-
-def _invited(config: RunConfig, connection: LeadConnection) -> Invited:
-    """Every site, about the run as it is sent to them."""
-    sent = for_sites(config)
-    return Invited(
-        proposal=sent.proposal(lead=connection.key.public, plan=sent.plan()),
-        key=connection.key,
-        federation=config.federation,
-        settings=json.dumps(sent.to_json()),
-        site_keys={member.site: member.site_key for member in connection.sites},
-    )
+    def site_answered(
+        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
+    ) -> None:
+        self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
+        self._metrics.answered(site, what)
+        self._listener.site_answered(
+            site, what, num_bytes=num_bytes, charged_rounds=charged_rounds, noise_factor=noise_factor
+        )
 
 
 class _Ears:
@@ -210,17 +261,3 @@ def _answers(question: Message, reply: Reply, *, site: str) -> bool:
         return about and isinstance(reply.body, Offer) and reply.body.nonce == invitation.nonce
     request = RoundRequest.of(signed)
     return isinstance(reply.body, Update) and reply.about == (site, request.run, request.round)
-
-
-def _grid(
-    connection: LeadConnection, spec: FederationSpec, listener: DeployedListener | None = None, *, most_rounds: int = 0
-) -> RemoteGrid:
-    return RemoteGrid(
-        connection.server,
-        connection.tls,
-        sites={member.site: member.node_key for member in connection.sites},
-        key=connection.key,
-        hear=_Ears(connection.sites, listener, most_rounds=most_rounds),
-        closing=lambda: Closing(spec),
-        has_new_certificate=connection.has_new_certificate,
-    )

@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Literal, TypedDict, get_args
@@ -97,18 +97,19 @@ def _spelt(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
 
 
-@contextmanager
-def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Iterator[str]:
+def serve_health(address: str | None, health: Health, *, anywhere: bool = False) -> AbstractContextManager[str]:
     """Answer at `address` while the block runs; yields the address, with its port where 0 was asked for.
 
     Args:
-        address: host:port; an IP address (an IPv6 one in brackets) or localhost.
+        address: host:port; an IP address (an IPv6 one in brackets) or localhost; None: nowhere.
         health: the state to report.
         anywhere: also accept an address that other machines can reach.
 
     Raises:
         ConfigError: the address is invalid, is not loopback without `anywhere`, or cannot be bound.
     """
+    if address is None:
+        return nullcontext("")
 
     async def respond(path: str) -> tuple[int, str, bytes]:
         if path not in ("/health", "/ready"):
@@ -117,8 +118,7 @@ def serve_health(address: str, health: Health, *, anywhere: bool = False) -> Ite
         status = 503 if path == "/ready" and snapshot["state"] not in READY else 200
         return status, "application/json", json.dumps(snapshot).encode() + b"\n"
 
-    with serve_locally(address, respond, key=_KEY, most_s=_REQUEST_S, far=None if anywhere else _FAR) as bound:
-        yield bound
+    return serve_locally(address, respond, key=_KEY, most_s=_REQUEST_S, far=None if anywhere else _FAR)
 
 
 @contextmanager

@@ -136,12 +136,7 @@ def _unraisable(found: Any) -> None:
 
 
 def _warned(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
     """In place of `warnings.showwarning`, whose parameters these are."""
     where = f"{_short(filename)}:{lineno}"

@@ -13,7 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -87,13 +87,16 @@ Values = Iterable[tuple[str, float | Mapping[str, float]]]
 """Names of figures, each with its value at one moment, or its values by what its label says."""
 
 
-@contextmanager
-def serve_metrics(address: str, values: Callable[[], Values]) -> Iterator[str]:
+def serve_metrics(address: str | None, values: Callable[[], Values]) -> AbstractContextManager[str]:
     """Answer `GET /metrics` at `address` while the block runs; yields the address, with its port where 0 was asked for.
+
+    Nothing is served where the address is None.
 
     Raises:
         ConfigError: the address is none, is not loopback, or cannot be had; or prometheus-client is not installed.
     """
+    if address is None:
+        return nullcontext("")
     try:
         from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
     except ImportError:
@@ -106,8 +109,7 @@ def serve_metrics(address: str, values: Callable[[], Values]) -> Iterator[str]:
         return 200, CONTENT_TYPE_PLAIN_0_0_4, await asyncio.to_thread(generate_latest, collector)
 
     far = "could be read by other machines: give a loopback address, and let Prometheus's agent read it on this machine"
-    with serve_locally(address, respond, key=_KEY, most_s=_ANSWER_S, far=far) as bound:
-        yield bound
+    return serve_locally(address, respond, key=_KEY, most_s=_ANSWER_S, far=far)
 
 
 class _Collector:
@@ -194,10 +196,8 @@ class ServerMetrics:
         now = time.time()
         sites = {member.site: member.node_key for member in self.members if not member.revoked}
         heard = {site: now - traffic.heard.get(site, traffic.began) for site in sites}
-        yield (
-            "fedtune_server_sites",
-            {"known": len(sites), "connected": sum(key in traffic.connections for key in sites.values())},
-        )
+        connected = sum(key in traffic.connections for key in sites.values())
+        yield "fedtune_server_sites", {"known": len(sites), "connected": connected}
         yield "fedtune_server_site_silent_seconds", {site: max(0.0, since) for site, since in heard.items()}
         yield "fedtune_server_waiting_calls", traffic.waiting
         yield "fedtune_server_bytes", {"received": traffic.received, "sent": traffic.sent}

@@ -240,11 +240,7 @@ class Compared:
         return found
 
     def _own(self) -> Section:
-        rows = [
-            (site, beside, f"{one.difference.value:+.4f}", _ends(one.difference, sign="+"), one.verdict)
-            for beside, at in self._own_beside().items()
-            for site, one in at.items()
-        ]
+        rows = [(site, beside, *_changed(one)) for beside, at in self._own_beside().items() for site, one in at.items()]
         where = "the records that the site would have" if AT_SITES in self.groups else "all records"
         headings = ("site", "beside", "difference", "95 % interval", "own is")
         return Section(title=f"Own less each, on {where}", headings=headings, rows=rows, words={0, 1, 4})
@@ -255,8 +251,7 @@ class Compared:
         rows = [(base, _figure(own.value), _ends(own), "", "", "")]
         for name in others:
             found = self.sides.comparison(base, name)
-            changed = (f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"), found.verdict)
-            rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *changed))
+            rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *_changed(found)))
         where = f" on {self.data}" if self.data else ""
         return Section(
             title=f"{_capital(self._score)}{where}: {counted(len(self.sides.records), 'record')}",
@@ -266,11 +261,8 @@ class Compared:
         )
 
     def _beside_main(self) -> Section:
-        rows = []
-        for name in self.models[1:]:
-            if name != self.main:
-                found = self.sides.comparison(name, self.main)
-                rows.append((name, f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"), found.verdict))
+        others = [name for name in self.models[1:] if name != self.main]
+        rows = [(name, *_changed(self.sides.comparison(name, self.main))) for name in others]
         headings = ("beside", "difference", "95 % interval", f"{self.main} is")
         return Section(title=f"{_capital(self.main)} less each", headings=headings, rows=rows, words={0, 3})
 
@@ -291,8 +283,7 @@ class Compared:
             change = found.changes[name][alone.get(name, base), self.main]
             values = [_figure(scores[base].value)]
             values += [_figure(scores[alone[name]].value) if name in alone else "-"] if alone else []
-            values += [_figure(scores[self.main].value), _ends(change.difference, sign="+")]
-            rows.append((name, f"{count:,}", *values, change.verdict))
+            rows.append((name, f"{count:,}", *values, _figure(scores[self.main].value), *_changed(change)[1:]))
         headings = ("group", f"{self.sides.unit}s", base, *(("alone",) if alone else ()), self.main)
         headings += (f"less {'alone' if alone else base},\n95 % interval", "beside it")
         merged = f"{OTHERS}: {counted(len(groups.merged), 'small group')}, merged by size alone."
@@ -496,5 +487,10 @@ def _range(estimate: Estimate) -> str:
     return f"{_figure(estimate.value)} ({_ends(estimate)})"
 
 
+def _changed(found: Comparison) -> tuple[str, str, str]:
+    return f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"), found.verdict
+
+
 def _interval(found: Comparison) -> str:
-    return f"{found.difference.value:+.4f} ({_ends(found.difference, sign='+')})"
+    difference, ends, _ = _changed(found)
+    return f"{difference} ({ends})"

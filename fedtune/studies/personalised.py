@@ -138,7 +138,19 @@ def sections(made: Mapping[str, Personalised]) -> list[Section]:
 
 def to_json(made: Mapping[str, Personalised]) -> dict[str, Any]:
     """The same for machines."""
-    return {"schema_version": SCHEMA_VERSION, "sites": {site: _to_json(one) for site, one in made.items()}}
+    sites = {}
+    for site, one in made.items():
+        sides = one.sides
+        sites[site] = {
+            "folder": str(one.own.folder),
+            "score": sides.judged_by,
+            "values": {name: sides.estimate(name, sides.judged_by) for name in sides.measured},
+            "own_less": {name: sides.comparison(name, OWN) for name in sides.measured if name != OWN},
+            "units": sides.num_units,
+            "passes": one.own.fitted.passes,
+            "scored_records_were_trained_on": one.own.parts.seen,
+        }
+    return {"schema_version": SCHEMA_VERSION, "sites": sites}
 
 
 def _sentence(site: str, one: Personalised) -> str:
@@ -151,16 +163,3 @@ def _sentence(site: str, one: Personalised) -> str:
         for name, verdict in beside.items()
     )
     return f"{site}: own {words}; it went {counted(one.own.fitted.passes, 'time')} through its records."
-
-
-def _to_json(one: Personalised) -> dict[str, Any]:
-    sides, fitted = one.sides, one.own.fitted
-    return {
-        "folder": str(one.own.folder),
-        "score": sides.judged_by,
-        "values": {name: sides.estimate(name, sides.judged_by) for name in sides.measured},
-        "own_less": {name: sides.comparison(name, OWN) for name in sides.measured if name != OWN},
-        "units": sides.num_units,
-        "passes": fitted.passes,
-        "scored_records_were_trained_on": one.own.parts.seen,
-    }

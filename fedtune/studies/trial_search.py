@@ -32,7 +32,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import MOST_TRIALS, SearchPrice, Selection, price_of
 from fedtune.show.budget_text import SEEDED
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text
-from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least
+from fedtune.spec import NOT_GIVEN, ConfigError, FedtuneError, RefusedError, check_at_least, check_at_most
 from fedtune.studies.trials import Trial, Trials, Values, combinations, compared_on, run_quietly
 from fedtune.words import counted, jsonable
 
@@ -269,8 +269,7 @@ class Search:
 def check_trials(trials: int) -> None:
     """Require a number of trials."""
     check_at_least("--trials", trials, 1)
-    if trials > MOST_TRIALS:
-        raise ConfigError("--trials", trials, f"must be at most {MOST_TRIALS}")
+    check_at_most("--trials", trials, MOST_TRIALS)
 
 
 def _check_searchable(asked: RunConfig) -> None:

@@ -31,7 +31,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lines_fit_a_narrow_terminal_and_keep_words_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    assert site_actions.print_lines(iter(CHECKS)) == CHECKS
+    assert site_actions.print_checks(iter(CHECKS), as_json=False) == CHECKS
     assert capsys.readouterr().out.splitlines() == [
         "ok      policy              can be read",
         "warning anchor's place      on the ledger's own disk: both can be put back both",
@@ -50,14 +50,15 @@ def test_lines_fit_a_narrow_terminal_and_keep_words_whole(capsys: pytest.Capture
 
 
 def test_what_others_wrote_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    site_actions.print_lines([ok("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")])
+    check = ok("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")
+    site_actions.print_checks([check], as_json=False)
     assert capsys.readouterr().out.splitlines()[0].endswith("for ?[31mred?[0m [bold]and bold[/bold]??north")
 
 
 def test_json_has_every_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    site_actions.print_checks_as_json(CHECKS)
+    site_actions.print_checks(CHECKS, as_json=True)
     snapshots.check_json("site-doctor", capsys.readouterr().out, folder=tmp_path)
-    site_actions.print_checks_as_json(CHECKS[:2])
+    site_actions.print_checks(CHECKS[:2], as_json=True)
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
@@ -93,7 +94,7 @@ def test_a_misspelt_setting_is_found_when_the_run_is_tried_out(
     command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     visits: list[Any] = []
-    monkeypatch.setattr(site_actions, "examine", lambda visit: visits.append(visit) or [])
+    monkeypatch.setattr(site_actions.Examination, "checks", lambda visit: visits.append(visit) or [])
     named = ["--kit", str(tmp_path), "--site", "site.toml", "--experiment", "debug"]
     monkeypatch.setattr("fedtune.config.fastest_dtype", lambda _: "mixed")  # of this machine, and not of every site
     for word in ("lora.rnak=4", "model.dtype=auto"):

@@ -8,9 +8,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from fedtune.cli.run import _start, compose_for_sites
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.spec import FederationSpec, PublicSpec
+from fedtune.ops.deployment import LeadService
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import REQUEST, site_init
@@ -272,12 +275,12 @@ def test_stopping_for_good_says_which_sites_heard_it(
 ) -> None:
     asked: list[tuple[str, FederationSpec]] = []
 
-    def tell(run: str, federation: FederationSpec, *, connection: Any, timeout_s: float) -> list[str]:
-        asked.append((run, federation))
+    def tell(lead: LeadService, run: str, *, timeout_s: float) -> list[str]:
+        asked.append((run, lead.federation))
         assert process.poll() is not None, "first it is stopped"
-        return [site.site for site in connection.sites if site.site != "south"]
+        return [site.site for site in lead.sites if site.site != "south"]
 
-    monkeypatch.setattr("fedtune.ops.deployment.end_deployed", tell)
+    monkeypatch.setattr(LeadService, "end", tell)
     process = runner()
     out = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder)).printed
     config = saved_config(folder)
@@ -293,11 +296,11 @@ def at_its_end(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ..
     """Which runs were ended at which sites."""
     asked: list[tuple[str, tuple[str, ...]]] = []
 
-    def tell(run: str, federation: FederationSpec, *, connection: Any, timeout_s: float) -> list[str]:
-        asked.append((run, tuple(site.site for site in connection.sites)))
-        return list(federation.active)
+    def tell(lead: LeadService, run: str, *, timeout_s: float) -> list[str]:
+        asked.append((run, tuple(site.site for site in lead.sites)))
+        return list(lead.federation.active)
 
-    monkeypatch.setattr("fedtune.ops.deployment.end_deployed", tell)
+    monkeypatch.setattr(LeadService, "end", tell)
     return asked
 
 
@@ -321,7 +324,7 @@ def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
 
 
 def test_a_lead_sees_which_sites_are_online(command: Any, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.ops.deployment.online_sites", lambda federation, *, connection: ["west", "north"])
+    monkeypatch.setattr(LeadService, "grid", lambda self: nullcontext(SimpleNamespace(online=lambda: [1, 3])))
     outcome = command("run", "status", "--kit", str(kit.folder))
     assert [line.split() for line in outcome.out.splitlines()[-3:]] == [
         ["north", "online"],
@@ -390,7 +393,7 @@ def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeyp
         save_task_model(build_task_model(stage.task_model()), folder / "adapter")
 
     monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", trained)
-    monkeypatch.setattr("fedtune.cli.run.LeadService.fitted", lambda self, config: config)
+    monkeypatch.setattr(LeadService, "fitted", lambda self, config: config)
     monkeypatch.setattr("fedtune.cli.run.show_run", lambda config, *arguments, **others: begun.append(config))
     _start(typed, kit=kit, metrics=None)
     stage, run = begun

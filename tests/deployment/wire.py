@@ -138,7 +138,8 @@ def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> No
     """Put a proxy before the server, for one site, whose kit then leads there."""
     listen = f"127.0.0.1:{free_port()}"
     authority, key = Authority.load(federation.home / "authority"), make_key()
-    certificate = authority.issue_server(key.public_key(), hosts=["127.0.0.1"], days=1, now=datetime.now(UTC))
+    about = {"kind": "server", "name": "server", "hosts": ["127.0.0.1"], "days": 1, "now": datetime.now(UTC)}
+    certificate = authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
     kit = Kit.read(site.kit, kind="site")
     own = Tls(ca=kit.ca, certificate=federation.folder / "proxy.pem", key=federation.folder / "proxy_key.pem")
     own.certificate.write_bytes(certificate_pem(certificate))

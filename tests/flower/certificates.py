@@ -32,11 +32,9 @@ class Authority:
             address: of a server; None: it is a client.
             days: for how long the certificate is good; below 0: it has ended.
         """
-        key, valid = make_key(), {"days": _AGE_DAYS + days, "now": _begin()}
-        if address:
-            signed = self._made.issue_server(key.public_key(), hosts=[address], **valid)  # type: ignore[arg-type]
-        else:
-            signed = self._made.issue_client(key.public_key(), kind="site", name=name, **valid)  # type: ignore[arg-type]
+        key, about = make_key(), {"name": name, "days": _AGE_DAYS + days, "now": _begin()}
+        about |= {"kind": "server", "hosts": [address]} if address else {"kind": "site"}
+        signed = self._made.issue(key.public_key(), **about)  # type: ignore[arg-type]
         made = Tls(ca=self.file, certificate=self._folder / f"{name}.pem", key=self._folder / f"{name}_key.pem")
         made.certificate.write_bytes(certificate_pem(signed))
         made.key.write_bytes(private_pem(key))

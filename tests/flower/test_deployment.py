@@ -15,12 +15,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
-from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, _Ears, run_deployed
+from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, LeadService, _Ears
 from fedtune.ops.wire.remote_grid import Heard as Answered
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -210,13 +209,14 @@ def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr("fedtune.ops.deployment._grid", lambda *_, **__: Grid())
-    receipts = ReceiptBook(tmp_path / "receipts")
+    monkeypatch.setattr(LeadService, "grid", lambda *_, **__: Grid())
+    monkeypatch.setattr(LeadService, "key", lead_key)
+    monkeypatch.setattr("fedtune.ops.deployment.members", lambda kit, names: sites)
+    (tmp_path / "run").mkdir()
 
     def run(config: RunConfig) -> None:
-        to: Any = SimpleNamespace(key=lead_key, sites=sites)
-        listener: Any = MagicMock()
-        run_deployed(config, tmp_path / "run", connection=to, receipts=receipts, listener=listener)
+        lead = LeadService(kit=MagicMock(folder=tmp_path), federation=config.federation)
+        lead.run(config, tmp_path / "run", MagicMock())
 
     with pytest.raises(ConfigError, match=r"training\.go_on_without_signal = false"):
         run(config)

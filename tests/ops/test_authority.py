@@ -51,10 +51,8 @@ class World:
         self, kind: str, *, name: str = "a", hosts: tuple[str, ...] = ("localhost",), **when: datetime
     ) -> Holder:
         key, now = make_key(), when.get("now", datetime.now(UTC))
-        if kind == "server":
-            certificate = self.authority.issue_server(key.public_key(), hosts=hosts, days=1, now=now)
-        else:
-            certificate = self.authority.issue_client(key.public_key(), kind=kind, name=name, days=1, now=now)
+        names = hosts if kind == "server" else ()
+        certificate = self.authority.issue(key.public_key(), kind=kind, name=name, hosts=names, days=1, now=now)
         made = Holder(certificate=self.folder / f"{kind}-{name}.pem", key=self.folder / f"{kind}-{name}-key.pem")
         made.certificate.write_bytes(certificate_pem(certificate))
         made.key.write_bytes(private_pem(key))
@@ -161,7 +159,7 @@ def test_a_site_cannot_issue_certificates(world: Any, tmp_path: Path) -> None:
     key = make_key()
     own = x509.load_pem_x509_certificate(site.certificate.read_bytes())
     posing = Authority(key=read_connection_key(site.key), certificate=own)
-    forged = posing.issue_client(key.public_key(), kind="site", name="forged", days=1, now=datetime.now(UTC))
+    forged = posing.issue(key.public_key(), kind="site", name="forged", days=1, now=datetime.now(UTC))
     with pytest.raises(ConfigError, match="must be issued by the authority"):
         check_issued(forged, ca=ours.authority.certificate, key="site.pem")
     chain = Holder(certificate=tmp_path / "chain.pem", key=tmp_path / "forged.pem")
@@ -190,7 +188,7 @@ def test_a_certificate_begins_earlier_for_slow_clocks_and_never_outlives_its_aut
     key = make_key().public_key()
 
     def issued(now: datetime, days: int) -> Certificate:
-        return Certificate.of(authority.issue_client(key, kind="site", name="a", days=days, now=now))
+        return Certificate.of(authority.issue(key, kind="site", name="a", days=days, now=now))
 
     later = start + timedelta(days=3)
     assert issued(later, 2).not_before == later - timedelta(minutes=5)

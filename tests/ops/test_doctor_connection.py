@@ -53,7 +53,8 @@ def context(
 ) -> ssl.SSLContext:
     """A server's, with a certificate of one authority; it trusts the certificates of `clients`, or of the same."""
     key = make_key()
-    shown = authority.issue_server(key.public_key(), hosts=hosts, days=days, now=begins or datetime.now(UTC))
+    now = begins or datetime.now(UTC)
+    shown = authority.issue(key.public_key(), kind="server", name="server", hosts=hosts, days=days, now=now)
     chain, trusted = folder / "server_chain.pem", folder / "server_trusts.pem"
     chain.write_bytes(private_pem(key) + certificate_pem(shown))
     trusted.write_bytes(certificate_pem((clients or authority).certificate))
@@ -77,7 +78,7 @@ def kit(tmp_path: Path, ours: Authority) -> Callable[[str], Kit]:
     folder.mkdir()
     key = make_key()
     now = datetime.now(UTC)
-    issued = ours.issue_client(key.public_key(), kind="site", name="north", days=90, now=now)
+    issued = ours.issue(key.public_key(), kind="site", name="north", days=90, now=now)
     (folder / "site.pem").write_bytes(certificate_pem(issued))
     (folder / "ca.pem").write_bytes(certificate_pem(ours.certificate))
     write_secret(folder / "connection_key.pem", private_pem(key))

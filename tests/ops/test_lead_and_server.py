@@ -17,17 +17,16 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
+from fedtune.ops.deployment import LeadService, _Noted
 from fedtune.ops.health import Health
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services.lead_and_server import (
     RUNNING,
-    LeadService,
     ServerService,
-    _Noted,
-    _running,
     latest_answers,
     members,
+    running,
     running_process,
 )
 from fedtune.ops.wire.superlink import ServerSettings
@@ -106,13 +105,14 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: RunConfig, tmp_path: Path) -> None:
-    connection = LeadService(kit=three)._connection(config.federation)
-    assert [site.site for site in connection.sites] == ["west", "north"]
-    of_north = connection.sites[1]
+    lead = LeadService(kit=three, federation=config.federation)
+    assert [site.site for site in lead.sites] == ["west", "north"]
+    of_north = lead.sites[1]
     assert of_north.site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
     assert of_north.node_key == members(three, ("north",))[0].node_key
-    assert connection.key.public == three.lead
-    assert (connection.server, connection.tls.key) == ("127.0.0.1:9092", three.key)
+    assert lead.key.public == three.lead
+    grid = lead.grid()
+    assert (grid._server, grid._tls.key) == ("127.0.0.1:9092", three.key)
 
 
 def test_an_expired_certificate_stops_a_run_and_a_server_before_they_begin(
@@ -132,7 +132,7 @@ def test_an_expired_certificate_stops_a_run_and_a_server_before_they_begin(
     folder.mkdir()
     listener: Any = None
     with pytest.raises(ConfigError, match=r"lead\.pem.*expired.*renew-lead"):
-        LeadService(kit=kit).run(config, folder, listener)
+        LeadService(kit=kit, federation=config.federation).run(config, folder, listener)
     assert list(folder.iterdir()) == []
 
 
@@ -141,7 +141,7 @@ def test_an_expired_certificate_stops_a_run_and_a_server_before_they_begin(
 
 def test_a_folder_is_run_by_whoever_says_so(tmp_path: Path) -> None:
     assert running_process(tmp_path) is None
-    with _running(tmp_path):
+    with running(tmp_path):
         assert running_process(tmp_path) == os.getpid()
         assert json.loads((tmp_path / RUNNING).read_text()) == {"pid": os.getpid()}
     assert running_process(tmp_path) is None
@@ -173,7 +173,7 @@ def test_a_file_that_names_no_process_is_nobodys(tmp_path: Path, text: str) -> N
 
 def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_path: Path, now: datetime) -> None:
     shown, state = Mock(), Mock()
-    noted = _Noted(shown, tmp_path)
+    noted = _Noted(shown, tmp_path, Mock())
     assert latest_answers(tmp_path) == {}
     told = [
         call.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0, noise_factor=1.0),

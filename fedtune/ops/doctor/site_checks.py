@@ -22,7 +22,7 @@ from fedtune.ops.kits.certificates import SOON_DAYS, check_private
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.models import (
     install_model,
-    installed_bytes,
+    installed_model,
     is_made_here,
     licence_files,
     model_place,
@@ -140,7 +140,7 @@ def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
     sizes = []
     for sha256 in policy.allow.base_models:
         try:
-            sizes.append(installed_bytes(kit.folder, sha256))
+            sizes.append(sum(file.stat().st_size for file in installed_model(kit.folder, sha256).iterdir()))
         except (ConfigError, OSError):
             continue
     return max(sizes, default=None)

@@ -18,7 +18,8 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID as _OID
+from cryptography.x509.oid import NameOID
 
 from fedtune.spec import NOT_GIVEN, ConfigError, check_name
 
@@ -225,44 +226,40 @@ class Authority:
             raise ConfigError(str(path), NOT_GIVEN, "is not the key of the certificate in ca.pem beside it")
         return cls(key=key, certificate=certificate)
 
-    def issue_server(
-        self, public: ec.EllipticCurvePublicKey, *, hosts: Sequence[str], days: int, now: datetime
+    def issue(
+        self,
+        public: ec.EllipticCurvePublicKey,
+        *,
+        kind: str,
+        name: str,
+        hosts: Sequence[str] = (),
+        days: int,
+        now: datetime,
     ) -> x509.Certificate:
-        """A certificate with which a server may serve under any of `hosts`."""
-        addresses = {host: ip_address(host) for host in hosts}
-        names = x509.SubjectAlternativeName(
-            [x509.IPAddress(address) if address else x509.DNSName(host) for host, address in addresses.items()]
-        )
-        builder = self._end(public, kind="server", name="server")
-        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        return self._signed(builder.add_extension(names, critical=False), days=days, now=now)
+        """A certificate, from `now` for `days` days, but never beyond the authority's own.
 
-    def issue_client(
-        self, public: ec.EllipticCurvePublicKey, *, kind: str, name: str, days: int, now: datetime
-    ) -> x509.Certificate:
-        """A certificate with which a "lead" (its name is "lead", too) or a "site" may call the server."""
-        builder = self._end(public, kind=kind, name=name)
-        builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-        return self._signed(builder, days=days, now=now)
-
-    def _end(self, public: ec.EllipticCurvePublicKey, *, kind: str, name: str) -> x509.CertificateBuilder:
-        own = self.certificate.subject
-        federation = str(own.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
-        builder = _begun(public, subject=_subject(federation, kind=kind, name=name), issuer=own)
-        issuer = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-        identifier = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer)
-        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-        return builder.add_extension(identifier, critical=False)
-
-    def _signed(self, builder: x509.CertificateBuilder, *, days: int, now: datetime) -> x509.Certificate:
-        """The certificate, from `now` for `days` days, but never beyond the authority's own.
+        With one for `hosts` a server may serve under any of them; with others a "lead" (its name is "lead", too) or a
+        "site" may call it.
 
         Raises:
             ConfigError: the authority's own is not in force.
         """
         own = self.certificate
         check_in_force(own, now=now, key="authority", renewal=_OVER)
+        federation = str(own.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
+        issuer = own.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        addresses = {host: ip_address(host) for host in hosts}
+        names = [x509.IPAddress(address) if address else x509.DNSName(host) for host, address in addresses.items()]
+        extensions: list[tuple[x509.ExtensionType, bool]] = [
+            (x509.BasicConstraints(ca=False, path_length=None), True),
+            (_usage(signs_certificates=False), True),
+            (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), False),
+            (x509.ExtendedKeyUsage([_OID.SERVER_AUTH if names else _OID.CLIENT_AUTH]), False),
+            *([(x509.SubjectAlternativeName(names), False)] if names else []),
+        ]
+        builder = _begun(public, subject=_subject(federation, kind=kind, name=name), issuer=own.subject)
+        for extension, critical in extensions:
+            builder = builder.add_extension(extension, critical=critical)
         begins = max(now - CLOCK_SKEW, own.not_valid_before_utc)
         ends = min(now + timedelta(days=days), own.not_valid_after_utc)
         return builder.not_valid_before(begins).not_valid_after(ends).sign(self.key, hashes.SHA384())

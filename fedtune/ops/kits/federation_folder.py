@@ -173,9 +173,8 @@ class FederationFolder:
         if authority.certificate != read_certificate(ca := self.folder / "server" / "ca.pem"):
             bound = f"must be the authority of this federation, whose certificate is {ca}"
             raise ConfigError("authority", str(self.folder / "authority"), bound)
-        if kind == "server":
-            return authority.issue_server(public, hosts=self.settings.hosts, days=days, now=now)
-        return authority.issue_client(public, kind=kind, name=name, days=days, now=now)
+        hosts = self.settings.hosts if kind == "server" else ()
+        return authority.issue(public, kind=kind, name=name, hosts=hosts, days=days, now=now)
 
     @property
     def roster(self) -> Roster:

@@ -204,22 +204,15 @@ class Kit(KitFile):
         if read.kind != kind:
             raise ConfigError("kind", read.kind, f"must be {kind!r} here").in_file(file)
         kit = cls(folder=folder, **{field.name: getattr(read, field.name) for field in fields(read)})
-        kit._check_files()
-        return kit
-
-    def _check_files(self) -> None:
-        secrets = [self.key, *([self.lead_key] if self.kind == "lead" else [])]
-        rosters = [] if self.kind == "site" else [self.roster]
-        for path in (self.ca, self.certificate, *secrets, *rosters):
+        secrets = [kit.key, *([kit.lead_key] if kind == "lead" else [])]
+        for path in (kit.ca, kit.certificate, *secrets, *([] if kind == "site" else [kit.roster])):
             if not os.path.isfile(path):
-                raise ConfigError(
-                    str(path), NOT_GIVEN, _MISSING.get(path.name, f"is missing from the {self.kind}'s kit")
-                )
+                raise ConfigError(str(path), NOT_GIVEN, _MISSING.get(path.name, f"is missing from the {kind}'s kit"))
         for path in secrets:
             check_private(path)
-        if self.kind == "lead" and (public := SigningKey.load(self.lead_key).public) != self.lead:
-            bound = f"must be the public key of {self.lead_key}, {public}"
-            raise ConfigError("lead", self.lead, bound).in_file(self.folder / "kit.toml")
+        if kind == "lead" and (public := SigningKey.load(kit.lead_key).public) != kit.lead:
+            raise ConfigError("lead", kit.lead, f"must be the public key of {kit.lead_key}, {public}").in_file(file)
+        return kit
 
     def site_files(self, site_toml: Path) -> SiteFiles:
         """The files that `site_toml` names, which must be those of the site whose kit this is.

@@ -69,15 +69,6 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
         raise ConfigError("base model", sha256, f"is not what lies in its folder, which has SHA-256 {manifest.sha256}")
 
 
-def installed_bytes(kit_folder: Path, sha256: str) -> int:
-    """Size of an installed model's files.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    return sum(file.stat().st_size for file in installed_model(kit_folder, sha256).iterdir())
-
-
 def is_made_here(sha256: str) -> bool:
     """Whether it is a tiny untrained model that fedtune makes itself, for tests: there is nothing to install."""
     from fedtune.model.base_model import model_sha256  # transformers takes seconds to import

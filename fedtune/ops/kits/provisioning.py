@@ -6,7 +6,7 @@ says; no other site's kit is ever touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -116,9 +116,8 @@ def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) 
     Raises:
         ConfigError: the request is wrong, or its name or a key of it is taken.
     """
-    asked = JoinRequest.read(request)
 
-    def checked(federation: FederationFolder) -> Member:
+    def replaces(federation: FederationFolder, asked: JoinRequest) -> None:
         with errors_in(request):
             for member in federation.roster.sites:
                 if member.site.casefold() == asked.site.casefold():  # a file system may take North for north
@@ -128,16 +127,8 @@ def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) 
                         bound = f"was revoked on {member.revoked}: let it in again with {again}"
                     raise ConfigError("site", asked.site, bound)
             _check_keys_are_new(federation, asked, federation.roster.sites)
-        return _admitted(federation, asked, days=days, now=now)
 
-    def let_in() -> Admitted:
-        with FederationFolder.held(folder) as federation:
-            member = checked(federation)
-            archive = _admit(federation, member, (*federation.roster.sites, member), {})
-            return Admitted(member=member, archive=archive)
-
-    checked(FederationFolder.open(folder))
-    return Asked(request=asked, let_in=let_in)
+    return _asked(folder, request, replaces, days=days, now=now)
 
 
 def ask_to_renew(
@@ -156,9 +147,8 @@ def ask_to_renew(
     Raises:
         ConfigError: there is no such site, it was revoked and the connection key is not new, or the request is wrong.
     """
-    asked = JoinRequest.read(request)
 
-    def checked(federation: FederationFolder) -> tuple[Member, Member]:
+    def replaces(federation: FederationFolder, asked: JoinRequest) -> Member:
         old = _member_named(name, federation.roster.sites)
         with errors_in(request):
             if asked.site != old.site:
@@ -174,12 +164,35 @@ def ask_to_renew(
                     "site agreed on that, add --new-site-key"
                 )
                 raise ConfigError("site_key", asked.site_key, bound)
-        return old, _admitted(federation, asked, days=days, now=now)
+        return old
+
+    return _asked(folder, request, replaces, days=days, now=now)
+
+
+def _asked(
+    folder: Path,
+    request: Path,
+    replaces: Callable[[FederationFolder, JoinRequest], Member | None],
+    *,
+    days: int | None,
+    now: datetime,
+) -> Asked:
+    """The request, checked by `replaces`, which returns the member whose place its site takes; None: it is new."""
+    asked = JoinRequest.read(request)
+
+    def checked(federation: FederationFolder) -> tuple[Member | None, Member]:
+        old = replaces(federation, asked)
+        return old, Member(
+            site=asked.site,
+            certificate=_certify(federation, asked.signing_request, site=asked.site, days=days, now=now),
+            site_key=asked.site_key,
+            datasets=asked.datasets,
+            revoked=None,
+        )
 
     def let_in() -> Admitted:
         with FederationFolder.held(folder) as federation:
-            old, member = checked(federation)
-            return _renewed(federation, member, old=old)
+            return _admit(federation, *checked(federation))
 
     checked(FederationFolder.open(folder))
     return Asked(request=asked, let_in=let_in)
@@ -195,14 +208,21 @@ def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> A
         old = _member_named(name, federation.roster.sites)
         _check_not_revoked(old)
         member = replace(old, certificate=_certify(federation, old.issued, site=name, days=days, now=now))
-        return _renewed(federation, member, old=old)
+        return _admit(federation, old, member)
 
 
-def _renewed(federation: FederationFolder, member: Member, *, old: Member) -> Admitted:
-    members = tuple(member if one == old else one for one in federation.roster.sites)
-    retiring = federation.retiring(old.node_key) if member.node_key != old.node_key else {}
-    archive = _admit(federation, member, members, retiring)
-    return Admitted(member=member, archive=archive, changes=_changes(old, member))
+def _admit(federation: FederationFolder, old: Member | None, member: Member) -> Admitted:
+    """Put a member in the place of `old`, or at the end, with its kit and the archive of that."""
+    members = (*(member if one == old else one for one in federation.roster.sites), *([] if old else [member]))
+    kit = federation.kit_files("site", member.issued, site=member.site)
+    files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
+    archive = f"sites/{member.site}-kit.zip"
+    files[archive] = zip_of(kit, moment=member.issued.not_valid_before_utc)
+    if old and member.node_key != old.node_key:
+        files |= federation.retiring(old.node_key)
+    federation.change(members, files)
+    changes = _changes(old, member) if old else ()
+    return Admitted(member=member, archive=federation.folder / archive, changes=changes)
 
 
 def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
@@ -219,28 +239,6 @@ def revoke_site(folder: Path, name: str, *, now: datetime) -> Member:
         revoked = replace(old, revoked=now.isoformat(timespec="seconds"))
         federation.change(tuple(revoked if one is old else one for one in members), {})
         return revoked
-
-
-def _admit(
-    federation: FederationFolder, member: Member, members: Collection[Member], others: Mapping[str, bytes]
-) -> Path:
-    """Change the members, with the site's kit, its archive, which is returned, and `others`."""
-    kit = federation.kit_files("site", member.issued, site=member.site)
-    files = {f"sites/{member.site}/{name}": data for name, data in kit.items()}
-    archive = f"sites/{member.site}-kit.zip"
-    files[archive] = zip_of(kit, moment=member.issued.not_valid_before_utc)
-    federation.change(members, {**files, **others})
-    return federation.folder / archive
-
-
-def _admitted(federation: FederationFolder, asked: JoinRequest, *, days: int | None, now: datetime) -> Member:
-    return Member(
-        site=asked.site,
-        certificate=_certify(federation, asked.signing_request, site=asked.site, days=days, now=now),
-        site_key=asked.site_key,
-        datasets=asked.datasets,
-        revoked=None,
-    )
 
 
 def _certify(

@@ -14,29 +14,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.config import RunConfig
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.ops.kits.certificates import fingerprint_of
 from fedtune.ops.kits.kit_file import DATABASE, Address, Kit, KitCertificate, file_mark
 from fedtune.ops.kits.members import Member, Roster
+from fedtune.ops.metrics import ServerMetrics
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:
-    from fedtune.federation.lead import LeadState
-    from fedtune.ops.deployment import DeployedListener, LeadConnection
     from fedtune.ops.health import Health
-    from fedtune.ops.metrics import LeadMetrics, ServerMetrics
     from fedtune.ops.wire.gate import Registered
-    from fedtune.privacy.proposal import Proposal
-    from fedtune.runs.results import RunResult
-    from fedtune.sites.shared_model import SharedModel
 
 log = logging.getLogger(__name__)
 RECEIPTS, RUNNING = "receipts.json", "running.json"
@@ -62,125 +56,27 @@ def members(kit: Kit, names: Sequence[str]) -> tuple[Member, ...]:
     return tuple(known[name] for name in names or current)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeadService:
-    """A lead that is ready to run, by its kit.
+def everyone(kit: Kit) -> FederationSpec:
+    """All sites of the roster that are not revoked."""
+    names = tuple(member.site for member in members(kit, ()))
+    return FederationSpec(num_sites=len(names), site_names=names)
 
-    Attributes:
-        metrics: told how the run is doing; None: nobody asks.
+
+def run_named(kit: Kit, name: str) -> str:
+    """The whole name of a run, as its sites have it: given so, or as in the newest receipt of any site.
+
+    Raises:
+        ConfigError: no run is known by this name.
     """
-
-    kit: Kit
-    metrics: LeadMetrics | None = None
-
-    def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
-        """Run `config` over its sites.
-
-        Raises:
-            ConfigError: kit, roster or settings are wrong.
-            RunError: the server cannot be reached, or too few sites replied.
-            RefusedError: too many sites refuse.
-        """
-        from fedtune.ops.deployment import run_deployed
-
-        connection = self._connection(config.federation)
-        with _running(folder):
-            return run_deployed(
-                config,
-                folder,
-                connection=connection,
-                receipts=ReceiptBook(self.kit.folder / RECEIPTS),
-                listener=_Noted(listener, folder, self.metrics),
-            )
-
-    def fitted(self, config: RunConfig) -> RunConfig:
-        """`config` with as many rounds or as little noise as the sites have room for, where it asks for that.
-
-        Raises:
-            ConfigError, RunError, RefusedError: as for `run`.
-        """
-        if not config.may_be_fitted:
-            return config
-        from fedtune.ops.deployment import fitted_deployed
-
-        return fitted_deployed(config, connection=self._connection(config.federation))
-
-    def end(self, run: str, federation: FederationSpec, *, timeout_s: float) -> list[str]:
-        """Tell a run's sites that it is over for good; returns those that heard it."""
-        from fedtune.ops.deployment import end_deployed
-
-        return end_deployed(run, federation, connection=self._connection(federation), timeout_s=timeout_s)
-
-    def online(self) -> dict[str, bool]:
-        """Site of the roster -> whether it has a line to the server now."""
-        from fedtune.ops.deployment import online_sites
-
-        found = online_sites(everyone := self.everyone, connection=self._connection(everyone))
-        return {site: site in found for site in everyone.active}
-
-    @property
-    def everyone(self) -> FederationSpec:
-        """All sites of the roster that are not revoked."""
-        names = tuple(member.site for member in members(self.kit, ()))
-        return FederationSpec(num_sites=len(names), site_names=names)
-
-    def run_named(self, name: str) -> str:
-        """The whole name of a run, as its sites have it: given so, or as in the newest receipt of any site.
-
-        Raises:
-            ConfigError: no run is known by this name.
-        """
-        if re.fullmatch(r".+-[0-9a-f]{32}", name):
-            return name
-        known = sorted({receipt.run for receipt in ReceiptBook(self.kit.folder / RECEIPTS).read().values()})
-        found = [run for run in known if run.rpartition("-")[0] == Path(name).name]
-        if len(found) != 1:
-            newest = f"; sites were last charged for {', '.join(known)}" if known else ""
-            bound = "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it"
-            raise ConfigError("run folder", name, bound + newest)
-        return found[0]
-
-    def _connection(self, federation: FederationSpec) -> LeadConnection:
-        from fedtune.ops.deployment import LeadConnection
-
-        certificate = KitCertificate(self.kit)
-        return LeadConnection(
-            server=self.kit.server,
-            tls=self.kit.tls(),
-            key=SigningKey.load(self.kit.lead_key),
-            sites=members(self.kit, federation.active),
-            has_new_certificate=certificate.is_new,
-        )
-
-
-class _Noted:
-    """Tells a listener everything, and notes each site's latest answer in the run folder, for `fedtune run status`."""
-
-    def __init__(self, listener: DeployedListener, folder: Path, metrics: LeadMetrics | None = None) -> None:
-        self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
-        self._answers: dict[str, dict[str, str]] = {}
-        self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
-
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
-        if self._metrics is not None:
-            self._metrics.began(state, num_rounds=proposal.plan.num_rounds)
-        self._listener.prepared(shared, proposal, state)
-
-    def round_finished(self, state: LeadState) -> None:
-        if self._metrics is not None:
-            self._metrics.finished(state)
-        self._listener.round_finished(state)
-
-    def site_answered(
-        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
-    ) -> None:
-        self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
-        if self._metrics is not None:
-            self._metrics.answered(site, what)
-        self._listener.site_answered(
-            site, what, num_bytes=num_bytes, charged_rounds=charged_rounds, noise_factor=noise_factor
-        )
+    if re.fullmatch(r".+-[0-9a-f]{32}", name):
+        return name
+    known = sorted({receipt.run for receipt in ReceiptBook(kit.folder / RECEIPTS).read().values()})
+    found = [run for run in known if run.rpartition("-")[0] == Path(name).name]
+    if len(found) != 1:
+        newest = f"; sites were last charged for {', '.join(known)}" if known else ""
+        bound = "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it"
+        raise ConfigError("run folder", name, bound + newest)
+    return found[0]
 
 
 def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
@@ -199,7 +95,7 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
 
 
 @contextmanager
-def _running(folder: Path) -> Iterator[None]:
+def running(folder: Path) -> Iterator[None]:
     """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
     write_durably(folder / RUNNING, json.dumps({"pid": os.getpid()}).encode())
     try:
@@ -272,7 +168,6 @@ class ServerService:
         port: to listen on; None: the one that the sites are told.
         data: folder for the database and the audit log; None: the kit's own.
         health: told how the server is doing.
-        metrics: told what comes and goes; None: nobody asks.
     """
 
     kit: Kit
@@ -280,7 +175,11 @@ class ServerService:
     port: int | None
     data: Path | None
     health: Health
-    metrics: ServerMetrics | None = None
+
+    @cached_property
+    def metrics(self) -> ServerMetrics:
+        """Figures of what comes and goes."""
+        return ServerMetrics(kit=self.kit)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -304,8 +203,7 @@ class ServerService:
             roster=lambda: self._registered(roster.look()),
             audit=folder / FILE_NAME,
         )
-        if self.metrics is not None:
-            self.metrics.traffic = settings.traffic
+        self.metrics.traffic = settings.traffic
 
         def ready() -> None:
             self.health.update(state="connected", last_contact=datetime.now(UTC))
@@ -328,10 +226,8 @@ class ServerService:
     def _registered(self, roster: Roster) -> list[Registered]:
         from fedtune.ops.wire.gate import Registered
 
-        members = [
+        self.metrics.members = members = [
             Registered(site=member.site, node_key=member.node_key, revoked=member.revoked is not None)
             for member in roster.sites
         ]
-        if self.metrics is not None:
-            self.metrics.members = members
         return members

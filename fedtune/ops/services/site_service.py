@@ -30,6 +30,7 @@ from fedtune.ops.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
+from fedtune.process import signals_handled
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -127,31 +128,25 @@ def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) ->
         log.warning("a run waits for approval", extra={"run": proposal.run})
 
 
+@dataclass
 class _Loop:
     """Take a message, answer it, send the answer, until told to stop; nothing that goes wrong ends it."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        bell: Bell,
-        app: SiteApp,
-        state: SiteState,
-        health: Health,
-        stop: threading.Event,
-        *,
-        until: Callable[[], datetime],
-        answered: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self._fleet, self._bell, self._app, self._state = fleet, bell, app, state
-        self._health, self._stop, self._until, self._answered = health, stop, until, answered
-        self._active = False
-        self._wait_s, self._poll_s = 1.0, _POLL_S
-        self._rounds = 0
-        self._sent = -math.inf
+    fleet: Fleet
+    bell: Bell
+    app: SiteApp
+    state: SiteState
+    health: Health
+    stop: threading.Event
+    until: Callable[[], datetime]
+    answered: Callable[[str], None] = lambda _: None
+
+    _active, _rounds, _sent = False, 0, -math.inf
+    _wait_s, _poll_s = 1.0, _POLL_S
 
     def run(self) -> None:
-        while not self._stop.is_set() and not self._state.left.exists():
-            self._bell.rung.clear()
+        while not self.stop.is_set() and not self.state.left.exists():
+            self.bell.rung.clear()
             exchange = self._next()
             if exchange is not None:
                 self._poll_s = _POLL_S
@@ -166,23 +161,23 @@ class _Loop:
 
     def _rest(self) -> None:
         """Until there may be a question, or the site is to stop or to leave."""
-        until = time.monotonic() + (_RUNG_POLL_S if self._bell.works else self._poll_s)
+        until = time.monotonic() + (_RUNG_POLL_S if self.bell.works else self._poll_s)
         self._poll_s = min(1.05 * self._poll_s, _MOST_POLL_S)
-        while not (self._stop.is_set() or self._state.left.exists() or self._bell.rung.is_set()):
+        while not (self.stop.is_set() or self.state.left.exists() or self.bell.rung.is_set()):
             if (left := until - time.monotonic()) <= 0:
                 return
-            self._health.update(state=self._online())
-            self._until()
-            self._bell.rung.wait(min(left, _LOOK_S))
+            self.health.update(state=self._online())
+            self.until()
+            self.bell.rung.wait(min(left, _LOOK_S))
 
     def _next(self) -> Exchange | None:
         try:
             self._require_certificate()
             if not self._active:
-                self._fleet.activate()
+                self.fleet.activate()
                 self._active = True
                 self._connected()  # what comes next may take long
-            message = self._fleet.receive()
+            message = self.fleet.receive()
         except (Unreachable, Unauthorised) as error:
             self._trouble(error)
             return None
@@ -195,7 +190,7 @@ class _Loop:
 
     def _require_certificate(self) -> None:
         """Hold no line to the server with a certificate that has ended: an open one would go on."""
-        ends = self._until()
+        ends = self.until()
         if datetime.now(UTC) > ends:
             raise Expired(
                 f"this site's own certificate ended at {ends:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit, and "
@@ -203,15 +198,15 @@ class _Loop:
             )
 
     def _connected(self) -> None:
-        self._health.update(state=self._online(), last_contact=datetime.now(UTC))
+        self.health.update(state=self._online(), last_contact=datetime.now(UTC))
 
     def _online(self) -> State:
-        return "paused" if self._state.paused.exists() else "connected"
+        return "paused" if self.state.paused.exists() else "connected"
 
     def _answer(self, exchange: Exchange) -> None:
-        self._health.update(state="training")
+        self.health.update(state="training")
         began = time.monotonic()
-        self._app.answer(exchange)
+        self.app.answer(exchange)
         self._note(exchange, seconds=time.monotonic() - began)
         self._send(exchange)
 
@@ -220,7 +215,7 @@ class _Loop:
         while not exchange.is_void(time.time()):
             try:
                 self._require_certificate()
-                self._fleet.reply(exchange.reply)
+                self.fleet.reply(exchange.reply)
                 self._sent = time.monotonic()
                 return
             except Dropped as error:
@@ -228,16 +223,16 @@ class _Loop:
                 return
             except (Unreachable, Unauthorised) as error:
                 self._trouble(error)
-            if self._stop.is_set() or self._state.left.exists():
+            if self.stop.is_set() or self.state.left.exists():
                 return  # the ledger has the bytes, and the lead will ask again
 
     def _trouble(self, error: Unreachable | Unauthorised) -> None:
         expired = isinstance(error, Expired)
-        self._health.update(state="expired" if expired else "disconnected")
+        self.health.update(state="expired" if expired else "disconnected")
         wait_s = self._wait_s if isinstance(error, Unreachable) else _UNAUTHORISED_S
         log.warning("no contact: %s%s", error, "" if expired else f"; trying again in {wait_s:.0f} s")
         self._active = self._active and isinstance(error, Unreachable)
-        self._stop.wait(wait_s)
+        self.stop.wait(wait_s)
         self._wait_s = min(2 * self._wait_s, _MOST_WAIT_S)
 
     def _note(self, exchange: Exchange, *, seconds: float) -> None:
@@ -245,13 +240,13 @@ class _Loop:
         answered = exchange.answered
         if answered is None or isinstance(answered, Offer):
             log.info("answered", extra={"what": exchange.kind})
-            self._answered("offer" if answered else "other")
+            self.answered("offer" if answered else "other")
             return
         refused = answered.reason if isinstance(answered, Refusal) else None
         self._rounds += refused is None
-        self._health.update(rounds_answered=self._rounds)
+        self.health.update(rounds_answered=self._rounds)
         what = "update" if refused is None else refused.value
-        self._answered(what)
+        self.answered(what)
         about = {"run": answered.run, "round": answered.round, "seconds": round(seconds, 2)}
         log.info("answered", extra={"what": what, **about})
 
@@ -266,9 +261,5 @@ def _until_stopped() -> Iterator[threading.Event]:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
 
-    before = {each: signal.signal(each, first) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with signals_handled(first):
         yield stop
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

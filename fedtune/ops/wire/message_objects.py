@@ -7,6 +7,7 @@ machine's memory when they are put together.  So the size of the whole is comput
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from itertools import islice
@@ -44,8 +45,8 @@ def pull_message(
     pull: Callable[[str], bytes],
     confirm: Callable[[str], None],
     *,
-    most_bytes: int | None = None,
-    most_s: float | None = None,
+    most_bytes: float = math.inf,
+    most_s: float = math.inf,
 ) -> Message:
     """The message whose objects `tree` names, each fetched by `pull`; `confirm` is told when all have come.
 
@@ -53,8 +54,8 @@ def pull_message(
         tree: of the message.
         pull: fetches the object with an id.
         confirm: tells that the message has come.
-        most_bytes: that it may stand for; None: `MOST_BYTES`.
-        most_s: seconds that it may take; None: `MOST_S`.
+        most_bytes: that it may stand for, if that is less than `MOST_BYTES`.
+        most_s: seconds that it may take, if that is less than `MOST_S`.
 
     Raises:
         NotWhole: it is larger, slower or built otherwise than any honest lead's.
@@ -63,8 +64,7 @@ def pull_message(
     ids = list(dict.fromkeys(node.object_id for node in islice(objects.iterate_object_tree(tree), MOST_OBJECTS + 1)))
     if len(ids) > MOST_OBJECTS:
         raise NotWhole(f"a message of more than {MOST_OBJECTS} objects")
-    most_bytes = MOST_BYTES if most_bytes is None else min(most_bytes, MOST_BYTES)
-    most_s = MOST_S if most_s is None else min(most_s, MOST_S)
+    most_bytes, most_s = min(most_bytes, MOST_BYTES), min(most_s, MOST_S)
     contents = inflating.pull_objects(ids, _Budget(pull, most_s), max_time=most_s)
     if (size := _size(tree.object_id, "Message", contents, {})) > most_bytes:
         raise NotWhole(f"a message of {size} bytes, and it may have {most_bytes}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from fedtune.ops.wire.connections import Door, Http, Limits, server_context
 from fedtune.ops.wire.gate import Gate, Registered, Roster, Traffic
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.site_calls import SiteCalls
+from fedtune.process import signals_handled
 
 if TYPE_CHECKING:
     from fedtune.flower.internals import SqlLinkState
@@ -132,24 +132,13 @@ def serve(
             door.context = server_context(settings.tls)
         roster.look()
 
-    with _deaf_to_what_stopped_it():
+    with signals_handled(lambda *_: None):  # uvicorn raises the signal that stopped it once more when it is done
         try:
             with _watched(look):
                 server.run()
         finally:
             audit.flush(all_=True)
             audit.note("server stopped")
-
-
-@contextmanager
-def _deaf_to_what_stopped_it() -> Iterator[None]:
-    """For uvicorn, which raises the signal that stopped it once more when it is done."""
-    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditLog) -> None:
@@ -177,17 +166,6 @@ def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditL
                 audit.note("member registered", member=member.site)
 
 
-def takes_writes(state: SqlLinkState) -> bool:
-    """Whether the database takes what is written, as it does not on a full disk."""
-    try:
-        with state.session() as session:
-            session.execute(_WRITE_TABLE)
-            session.execute(_WRITE)
-    except SQLAlchemyError:
-        return False
-    return True
-
-
 class _KeptRoster:
     """The roster as it was when it could last be read; gate and Flower always see the same one."""
 
@@ -201,8 +179,15 @@ class _KeptRoster:
         keep_roster(self.state, self.members, self.audit)
 
     def takes_writes(self) -> bool:
-        """Whether the database does; says so when that changes."""
-        before, self._took = self._took, takes_writes(self.state)
+        """Whether the database takes what is written, as it does not on a full disk; says so when that changes."""
+        before = self._took
+        try:
+            with self.state.session() as session:
+                session.execute(_WRITE_TABLE)
+                session.execute(_WRITE)
+            self._took = True
+        except SQLAlchemyError:
+            self._took = False
         if self._took is not before:
             what = "takes what is written again" if self._took else "takes nothing that is written"
             log.error("the database %s", what)
