@@ -15,7 +15,7 @@ from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.rounding import add_difference
 from fedtune.privacy.ledger import store
-from fedtune.privacy.release import Difference, Update
+from fedtune.privacy.release import Difference, Receipt, Update
 
 from .federation import Federation
 from .site_folder import SiteFolder
@@ -50,8 +50,9 @@ def check_books(
         assert about["rounds"] >= len(reserved) if name in silent else about["rounds"] == len(reserved), name
         if receipts[name]["run"].rpartition("-")[0] == run:
             assert receipts[name]["charged_rounds"] == len(reserved), name
-        length = len(site.verified().events)
-        assert receipts[name]["sequence"] <= length
+        receipt = Receipt.from_json(receipts[name])
+        assert (receipt.is_signed(), receipt.site_key) == (True, site.site_key)
+        assert receipt.sequence <= len(site.verified().events)
 
 
 def check_whole(

@@ -7,11 +7,12 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+from ..flower.loopback import free_port
 
 SERVER = "server"
 _NUMBERS = itertools.count(1)
@@ -112,15 +113,12 @@ def why_no_namespaces() -> str:
 
 def best_network(members: Sequence[str]) -> Network:
     """Namespaces where that can be, else loopback; `FEDTUNE_TEST_NETWORK=loopback` asks for the latter."""
-    wants_loopback = os.environ.get("FEDTUNE_TEST_NETWORK") == "loopback"
-    return Network() if wants_loopback or why_no_namespaces() else Namespaces(members)
+    return Network() if wants_loopback() or why_no_namespaces() else Namespaces(members)
 
 
-def free_port() -> int:
-    """A port of loopback that is free for now."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
+def wants_loopback() -> bool:
+    """Whether somebody asked for tests on loopback."""
+    return os.environ.get("FEDTUNE_TEST_NETWORK") == "loopback"
 
 
 def _remove_leftovers() -> None:

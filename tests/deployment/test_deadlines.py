@@ -1,4 +1,4 @@
-"""Rounds that end without everybody: late, absent, refusing and revoked sites, and how many a round needs."""
+"""Rounds that end without everybody: late and absent sites, how many a round needs, and what each has room for."""
 
 from __future__ import annotations
 
@@ -92,27 +92,6 @@ def test_a_late_update_is_not_counted(federation: Federation) -> None:
     check_average(federation, "late")
 
 
-def test_a_site_without_budget_refuses_and_the_others_go_on(federation: Federation) -> None:
-    site = federation.sites["south"]
-    files = SiteFiles.of(site.site_toml)
-    before = files.open().history
-    # What earlier tests have spent, where there were any, and nothing more.
-    frugal = replace(files.policy, budget=replace(files.policy.budget, max_epsilon=max(before.epsilon(), 0.01)))
-    write_policy(frugal, site.site_toml)
-    try:
-        federation.finish("spent", *settings("federation.num_rounds=1", "federation.min_sites=2"))
-    finally:
-        write_policy(files.policy, site.site_toml)
-    (only,) = federation.result("spent")["rounds"]
-    assert (only["sites"], only["failed_sites"]) == (["north", "west"], {"south": "max_epsilon"})
-    # Asked before the run, and in its round: a policy may change in between.
-    assert [event.kind.value for event in site.events("spent")] == ["refusal"] * 2
-    assert site.answered("max_epsilon", "spent") == 2
-    check_books(federation, "spent")
-    check_average(federation, "spent")
-    assert files.open().history.charged() == before.charged()
-
-
 def test_a_run_is_fitted_to_what_every_site_has_room_for_before_anybody_pays(federation: Federation) -> None:
     site = federation.sites["south"]
     policy = SiteFiles.of(site.site_toml).policy
@@ -133,25 +112,3 @@ def test_a_run_is_fitted_to_what_every_site_has_room_for_before_anybody_pays(fed
     (only,) = federation.result("fitted")["rounds"]
     assert only["sites"] == list(NAMES)
     check_books(federation, "fitted")
-
-
-def test_a_site_that_is_revoked_in_a_round_is_put_out(federation: Federation) -> None:
-    revoked, others = federation.sites["west"], (federation.sites["north"], federation.sites["south"])
-    pids, contacts = [site.up.pid for site in others], [site.up.text.count("no contact") for site in others]
-    lead = revoked.held_in("revoked", *settings(*TWO_OF_THREE, SOON))
-    federation.do("provision", "revoke-site", "west", "--federation", str(federation.home))
-    federation.server.wait_for_text("west was revoked", seconds=10)
-    revoked.hold(False)
-    wait_for(lambda: "revoked; trying again" in revoked.up.text, seconds=60, what="west to hear that it is revoked")
-    assert lead.end() == 0, lead.text
-    for result in federation.result("revoked")["rounds"]:
-        assert (result["sites"], result["failed_sites"]) == (["north", "south"], {"west": "no_reply"})
-    assert len(federation.result("revoked")["rounds"]) == 2
-    check_books(federation, "revoked", silent=("west",), uncounted={"west": [1]})
-    assert revoked.up.code is None
-    assert [site.up.pid for site in others] == pids
-    assert [site.up.text.count("no contact") for site in others] == contacts
-    # The lead will not ask it again.
-    named = federation.do("run", "--kit", str(federation.lead_kit), *settings("sites=[north,west]"), code=2)
-    assert "west" in named.message
-    assert "was revoked at" in named.message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,9 @@ import pytest
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.release import Receipt
 
 from .books import check_average, check_books, check_same_adapter
-from .federation import NAMES, Command, Federation, dealt
+from .federation import NAMES, Command, Federation
 
 MACHINE = ("runtime.device=cpu", "runtime.num_threads=1", "runtime.seeded_noise=true")
 DEBUG = ("experiment=debug", *MACHINE, "data.validation_rows=10", "data.test_rows=10")
@@ -70,15 +68,6 @@ def test_what_was_charged_is_the_same_everywhere(finished: Federation) -> None:
         assert about["epsilon"] == pytest.approx(epsilon)
 
 
-def test_the_lead_keeps_receipts_that_each_site_has_signed(finished: Federation) -> None:
-    receipts = json.loads((finished.lead_kit / "receipts.json").read_bytes())
-    for name in NAMES:
-        receipt = Receipt.from_json(receipts[name])
-        assert receipt.is_signed()
-        assert receipt.site_key == finished.sites[name].site_key
-        assert receipt.charged_rounds >= 2
-
-
 def test_every_site_keeps_the_final_adapter(
     finished: Federation, adapter_of: Callable[[Path], dict[str, bytes]], command: Command
 ) -> None:
@@ -96,14 +85,9 @@ def test_every_site_keeps_the_final_adapter(
     assert "accuracy" in outcome.out
 
 
-def test_the_model_is_loaded_once(finished: Federation) -> None:
-    for site in finished.sites.values():
-        assert site.answered("update", "one") == 2
-        assert len(site.up.lines("the base model is loaded")) == 1
-
-
 def test_a_run_goes_to_the_named_sites_only(finished: Federation) -> None:
     left_out = finished.sites["south"]
+    assert left_out.answered("update", "one") == 2
     before, said = left_out.verified().events, left_out.up.text
     finished.finish("two", *DEBUG, "federation.num_rounds=1", "sites=[north,west]")
     check_books(finished, "two")
@@ -135,11 +119,3 @@ def test_members_reach_the_server_and_nobody_else(own_networks: None, banks: Fed
         ).stdout.splitlines()
         assert len(routes) == 1
         assert routes[0].startswith("10.203.0.0/24 dev ")
-
-
-def test_records_are_dealt_out_to_three() -> None:
-    """What makes the comparison one: different sites have different records."""
-    counts = {name: len(records) for name, records in dealt(NAMES).items()}
-    assert all(count > 100 for count in counts.values()), counts
-    texts = [record.fields["text"] for records in dealt(NAMES).values() for record in records]
-    assert len(set(texts)) > 0.9 * len(texts)

@@ -54,37 +54,6 @@ def test_a_killed_site_comes_back_and_pays_for_what_it_began(federation: Federat
     assert reserved == [(1, 1), (1, 2), (2, 1)]
 
 
-def test_a_run_survives_its_server(federation: Federation) -> None:
-    site = federation.sites["south"]
-    lead = site.held_in("server-killed")
-    federation.server.kill()
-    site.hold(False)
-    site.wait_for("server-killed", "commit", round=1)
-    lead_log = federation.run_folder("server-killed") / "log.txt"
-    federation.start_server()
-    assert lead.end() == 0, lead.text
-    assert "trying again" in lead_log.read_text()
-    check_whole(federation, "server-killed")
-
-
-def test_a_killed_lead_resumes_from_its_last_round(federation: Federation) -> None:
-    site = federation.sites["west"]
-    lead = federation.lead("lead-killed")
-    site.wait_for("lead-killed", "commit", round=1)
-    site.hold(True)
-    for each in federation.sites.values():  # a site hears of its question before the lead has put the next one's
-        each.wait_for("lead-killed", "reserve", round=2, lead=lead)
-    lead.kill()
-    site.hold(False)
-    for each in federation.sites.values():
-        each.wait_for("lead-killed", "commit", round=2)
-    assert not (federation.run_folder("lead-killed") / "run.json").exists()
-    again = federation.resume("lead-killed")
-    assert again.end() == 0, again.text
-    # The second round was answered before: the same bytes come again, and are not charged again.
-    check_whole(federation, "lead-killed")
-
-
 def test_a_site_that_was_cut_off_needs_no_restart(own_networks: None, federation: Federation) -> None:
     site, cut_s = federation.sites["south"], 22.0  # the server has given it up after twenty
     pid, contacts = site.up.pid, site.up.text.count("no contact")
@@ -122,6 +91,7 @@ def test_a_server_is_put_back_from_a_backup_that_was_made_within_a_round(federat
     assert (kit / "server.db").is_file()
     federation.start_server()
     assert lead.end(seconds=RUN_S) == 0, lead.text
+    assert "trying again" in (federation.run_folder("backed-up") / "log.txt").read_text()
     check_whole(federation, "backed-up")
 
 

@@ -17,7 +17,7 @@ from fedtune.ops.kits.certificates import Certificate
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire.fleet import Unauthorised, hello
 
-from .federation import Federation, dealt, settings
+from .federation import Federation, settings
 from .networks import Network
 from .processes import RUN_S, wait_for
 
@@ -110,15 +110,3 @@ def test_a_site_that_is_revoked_is_out_within_seconds_and_no_older_roster_brings
     members.sites["south"].up.wait_for_text("does not take this site's key")
     roster.write_bytes(newest)
     wait_for(is_out, seconds=15, what="the newest roster")
-
-
-def test_a_site_that_joins_is_let_in_within_seconds(members: Federation) -> None:
-    west = members.join("west", dealt(("north", "south"))["south"][:20])
-
-    def is_in() -> bool:
-        try:
-            return hello(members.address, Kit.read(west.kit, kind="site").tls()) == "west"
-        except Unauthorised:
-            return False
-
-    wait_for(is_in, seconds=15, what="the roster in the server's kit")

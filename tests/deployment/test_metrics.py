@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ..flower.loopback import free_port
 from .federation import LEAD, Federation, settings
-from .networks import SERVER, free_port
+from .networks import SERVER
 from .processes import FEDTUNE, RUN_S, environment, wait_for
 
 pytestmark = pytest.mark.nightly

@@ -26,7 +26,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from fedtune.flower import flower_records
-from fedtune.privacy.ledger import store
 from fedtune.privacy.release import Difference, Offer, Reason, Receipt, Refusal, Update
 
 from .books import check_average, check_books
@@ -151,15 +150,6 @@ def checked_answer(content: Any) -> tuple[int, str]:
     assert set(said) - {"kind", "receipt"} == names_of(Refusal)
     assert body.reason is Reason.MAX_LOCAL_STEPS or (body.asked, body.allowed) == (None, None)
     return body.round, body.reason.value
-
-
-def test_the_update_on_the_wire_is_the_one_that_the_ledger_stored(wire: Wire) -> None:
-    """Nothing rides along between the released numbers."""
-    (content,) = (content for _, content in messages_of(wire.calls) if flower_records.UPDATE in content)
-    (array,) = content.array_records[flower_records.UPDATE].values()
-    with store.reading(wire.north.folder / "ledger.db") as file:
-        ((_, _, stored),) = store.stored_replies(file)
-    assert array.data == stored
 
 
 def secrets_of(wire: Wire) -> list[str]:

@@ -17,8 +17,8 @@ from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.waiting import WAIT
 from fedtune.privacy.policy_file import read_policy, write_policy
 
+from ..flower.loopback import free_port
 from .federation import Federation, dealt, settings, write_records
-from .networks import free_port
 from .outbound import Call, read_calls
 from .processes import RUN_S, Process, wait_for
 from .site_folder import SiteFolder

@@ -20,19 +20,20 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        self._made = certificates.Authority.make("test", days=90, now=_begin())
+        self._made = certificates.Authority.make("test", days=90, now=_begin(_AGE_DAYS))
         self.file = folder / "ca.pem"
         self.file.write_bytes(certificate_pem(self._made.certificate))
 
-    def issue(self, name: str, *, address: str | None = None, days: float = 5) -> Tls:
+    def issue(self, name: str, *, address: str | None = None, days: float = 5, age_days: float = _AGE_DAYS) -> Tls:
         """Files of somebody of this authority.
 
         Args:
             name: common name, and name of the files.
             address: of a server; None: it is a client.
             days: for how long the certificate is good; below 0: it has ended.
+            age_days: since when; below 0: it is yet to begin.
         """
-        key, about = make_key(), {"name": name, "days": _AGE_DAYS + days, "now": _begin()}
+        key, about = make_key(), {"name": name, "days": age_days + days, "now": _begin(age_days)}
         about |= {"kind": "server", "hosts": [address]} if address else {"kind": "site"}
         signed = self._made.issue(key.public_key(), **about)  # type: ignore[arg-type]
         made = Tls(ca=self.file, certificate=self._folder / f"{name}.pem", key=self._folder / f"{name}_key.pem")
@@ -46,5 +47,5 @@ def public_pem(tls: Tls) -> bytes:
     return certificates.public_pem(read_certificate(tls.certificate))
 
 
-def _begin() -> datetime:
-    return datetime.now(UTC) - timedelta(days=_AGE_DAYS)
+def _begin(age_days: float) -> datetime:
+    return datetime.now(UTC) - timedelta(days=age_days)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,10 @@ from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.training.spec import TrainingSpec
 
-from ..builders import MadeSite
+from ..builders import MadeSite, with_methods
 from .certificates import LOOPBACK, Authority
 from .loopback import Loopback, running
 
@@ -49,23 +48,6 @@ def adapter() -> Adapter:
     return Adapter({"b.lora_A": values, "head": np.linspace(-1, 1, 4, dtype=np.float32)})
 
 
-@pytest.fixture
-def plan(run_plan: Plan) -> Plan:
-    return run_plan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What sites and lead agree on."""
-
-    proposal: Proposal
-    lead_key: SigningKey
-    policies: dict[str, Policy]
-    adapter: Adapter
-    spec: FederationSpec
-    sizes: dict[str, int]
-
-
 class Died(Exception):
     """What ends a lead in these tests."""
 
@@ -74,33 +56,44 @@ class Federation:
     """Three sites with ledgers of their own, their grid and their lead.
 
     Attributes:
+        asked: sites in the order in which they were asked anything, with the settings that came.
         trained: sites in the order in which they trained.
-        fails: site -> what its training raises.
+        kept: site -> the run and the digest of the adapter that it was given.
     """
 
-    def __init__(self, folder: Path, run: Run) -> None:
-        self.run, self.folder = run, folder
-        self.spec, self.adapter, self.plan, self.sizes = run.spec, run.adapter, run.proposal.plan, run.sizes
+    def __init__(
+        self,
+        folder: Path,
+        proposal: Proposal,
+        key: SigningKey,
+        policies: dict[str, Policy],
+        adapter: Adapter,
+        spec: FederationSpec,
+    ) -> None:
+        self.folder, self.proposal, self.policies, self.plan = folder, proposal, policies, proposal.plan
+        self.adapter, self.spec = adapter, spec
+        self.sizes = {site: policy.dataset[0].declared_size for site, policy in policies.items()}
+        self.asked: list[tuple[str, str]] = []
         self.trained: list[str] = []
-        self.fails: dict[str, BaseException] = {}
-        app = make_client_app(lambda context, settings: self.site(context), lambda context: self._name(context))
-        self.grid = InProcessGrid(app, run.spec.num_sites, replied=lambda number: None)
+        self.kept: dict[str, tuple[str, str]] = {}
+        app = make_client_app(self._site, self._name)
+        self.grid = InProcessGrid(app, spec.num_sites, replied=lambda number: None)
         self.transport = GridTransport(self.grid)
         self.finished: list[LeadState] = []
         self.lead = Lead(
-            proposal=run.proposal,
-            key=run.lead_key,
-            federation=run.spec,
+            proposal=proposal,
+            key=key,
+            federation=spec,
             training=TrainingSpec(optimizer="sgd", learning_rate=1.0),
             lora=LoraSpec(),
-            declared_sizes=run.sizes,
-            average=Average(run.spec, run.sizes),
+            declared_sizes=self.sizes,
+            average=Average(spec, self.sizes),
             checkpoints=Checkpoints(folder / "checkpoints", "digest"),
             evaluate=lambda adapter: {"sum": float(sum(value.sum() for value in adapter.tensors.values()))},
             finished=self.finished.append,
             elapsed=lambda: 1.0,
         )
-        self.start = LeadState(round=0, adapter=run.adapter)
+        self.start = LeadState(round=0, adapter=adapter)
 
     def run_until(self, round: int, state: LeadState | None = None) -> LeadState:
         """Run on to the end of `round`, where the lead's process dies, and return what its checkpoint says."""
@@ -117,30 +110,30 @@ class Federation:
         return self.spec.names[int(context.node_config["partition-id"])]
 
     def ledger_path(self, site: str) -> Path:
-        return self.folder / site / self.run.policies[site].ledger
+        return self.folder / site / self.policies[site].ledger
 
     def ledger(self, name: str) -> Ledger:
         """A site's ledger, opened from its files."""
-        policy, folder = self.run.policies[name], self.folder / name
+        policy, folder = self.policies[name], self.folder / name
         anchor = folder / policy.anchor if policy.anchor else None
         key = SigningKey.load_or_make(folder / policy.site_key)
         return Ledger(folder / policy.ledger, policy, key, anchor=anchor)
 
-    def site(self, context: Context) -> Site:
+    def _site(self, context: Context, settings: str) -> Site:
         """The site of a node, opened from its files."""
         name = self._name(context)
+        self.asked.append((name, settings))
         prepared = Prepared(
-            proposal=self.run.proposal,
+            proposal=self.proposal,
             template=self.adapter,
             declared_size=self.sizes[name],
             update_dtype=self.spec.update_dtype,
         )
-        return MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
+        made = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
+        return with_methods(made, keep=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
 
     def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
         self.trained.append(request.site)
-        if request.site in self.fails:
-            raise self.fails[request.site]
         moved = {name: value + np.float32(STEPS[request.site]) for name, value in adapter.tensors.items()}
         scores = (STEPS[request.site], 0.5) if self.plan.releases_metrics else None
         return Trained(adapter=Adapter(moved), scores=scores)
@@ -170,19 +163,11 @@ def federation(
         **settings: Any,
     ) -> Federation:
         spec = FederationSpec(**({"num_rounds": 1, "num_sites": 3} | settings))
-        declared = dict(zip(spec.names, sizes, strict=True))
-        run = Run(
-            proposal=run_proposal(**(asks or {})),
-            lead_key=lead_key,
-            policies={
-                site: site_policy(site, declared_size=size, **(policies or {}).get(site, {}))
-                for site, size in declared.items()
-            },
-            adapter=adapter,
-            spec=spec,
-            sizes=declared,
-        )
-        return Federation(tmp_path / folder, run)
+        of_sites = {
+            site: site_policy(site, declared_size=size, **(policies or {}).get(site, {}))
+            for site, size in zip(spec.names, sizes, strict=True)
+        }
+        return Federation(tmp_path / folder, run_proposal(**(asks or {})), lead_key, of_sites, adapter, spec)
 
     return make
 
@@ -200,23 +185,6 @@ def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             yield from change(answers) if meant else answers
 
         monkeypatch.setattr(InProcessGrid, "receive", changed)
-
-    return patch
-
-
-@pytest.fixture
-def intercept(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Message], None]], None]:
-    """Change what a node is sent when it is asked to train, as a malicious server would."""
-
-    def patch(node: int, change: Callable[[Message], None]) -> None:
-        deliver = InProcessGrid.deliver
-
-        def changed(self: InProcessGrid, message: Message) -> Message:
-            if (message.metadata.dst_node_id, message.metadata.message_type) == (node, "train"):
-                change(message)
-            return deliver(self, message)
-
-        monkeypatch.setattr(InProcessGrid, "deliver", changed)
 
     return patch
 

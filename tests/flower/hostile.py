@@ -6,7 +6,7 @@ import contextlib
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from fedtune.ops.wire.identity import Tls
 
@@ -86,3 +86,45 @@ def _request(connection: ssl.SSLSocket) -> str:
 def whole(body: bytes, *, headers: str = "", status: str = "200 OK") -> bytes:
     """An answer with this body."""
     return f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
+
+
+@contextlib.contextmanager
+def answering(answer: bytes, *, tunnel: bool = False) -> Iterator[tuple[str, list[bytes]]]:
+    """A plain TCP server that reads once, writes `answer` and hangs up, or as a proxy goes on to where it was asked.
+
+    Its address, and what it was asked.
+    """
+    asked: list[bytes] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=one, args=(listening.accept()[0],), daemon=True).start()
+
+    def one(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            asked.append(connection.recv(1 << 16))
+            connection.sendall(answer)
+            if tunnel:
+                host, _, port = asked[-1].split()[1].decode().rpartition(":")
+                with socket.create_connection((host, int(port))) as onward:
+                    back = threading.Thread(target=_pour, args=(onward, connection), daemon=True)
+                    back.start()
+                    _pour(connection, onward)
+                    back.join()
+
+    with socket.create_server((LOOPBACK, 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"{LOOPBACK}:{listening.getsockname()[1]}", asked
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def _pour(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while part := source.recv(1 << 16):
+            target.sendall(part)
+    for end in (source, target):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)  # so that the other thread ends, too

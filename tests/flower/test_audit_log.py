@@ -6,22 +6,16 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fedtune.ops.wire.audit_log import AuditLog
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> Mock:
+    return Mock(return_value=0.0)
 
 
 @pytest.fixture
@@ -30,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def audit(path: Path, clock: Clock) -> AuditLog:
+def audit(path: Path, clock: Mock) -> AuditLog:
     return AuditLog(path, clock=clock)
 
 
@@ -46,12 +40,12 @@ def test_an_event_is_a_line_for_its_owner_alone(path: Path, audit: AuditLog) -> 
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_repeats_is_counted_and_the_count_is_written(path: Path, audit: AuditLog, clock: Clock) -> None:
+def test_what_repeats_is_counted_and_the_count_is_written(path: Path, audit: AuditLog, clock: Mock) -> None:
     for _ in range(5000):
         audit.note("call refused", address="10.0.0.7", reason="revoked")
     audit.note("call refused", address="10.0.0.8", reason="revoked")
     assert len(lines(path)) == 2
-    clock.now = 601.0
+    clock.return_value = 601.0
     audit.flush()
     counted = [("10.0.0.7", None), ("10.0.0.8", None), ("10.0.0.7", 4999)]
     assert [(line["address"], line.get("again")) for line in lines(path)] == counted
@@ -59,17 +53,17 @@ def test_what_repeats_is_counted_and_the_count_is_written(path: Path, audit: Aud
     assert len(lines(path)) == 4, "it is news again"
 
 
-def test_many_addresses_do_not_fill_the_disk(path: Path, audit: AuditLog, clock: Clock) -> None:
+def test_many_addresses_do_not_fill_the_disk(path: Path, audit: AuditLog, clock: Mock) -> None:
     for number in range(5000):
         audit.note("handshake refused", address=str(number))
     assert len(lines(path)) == 1000
-    clock.now = 601.0
+    clock.return_value = 601.0
     audit.flush()
     assert lines(path)[-1]["event"] == "events not written"
     assert lines(path)[-1]["again"] == 4000
 
 
-def test_files_are_bounded_and_the_oldest_goes(tmp_path: Path, clock: Clock) -> None:
+def test_files_are_bounded_and_the_oldest_goes(tmp_path: Path, clock: Mock) -> None:
     path = tmp_path / "audit.jsonl"
     audit = AuditLog(path, clock=clock, most_bytes=1000)
     for number in range(200):
@@ -86,7 +80,7 @@ def test_a_long_name_is_cut(path: Path, audit: AuditLog) -> None:
     assert path.stat().st_size < 500
 
 
-def test_a_disk_that_is_full_stops_no_call(tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_is_full_stops_no_call(tmp_path: Path, clock: Mock, caplog: pytest.LogCaptureFixture) -> None:
     audit = AuditLog(tmp_path / "nowhere" / "audit.jsonl", clock=clock)
     with caplog.at_level(logging.ERROR):
         for number in range(5):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import resource
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,7 +27,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
 from .certificates import LOOPBACK, Authority, public_pem
-from .hostile import Answer, Hostile, server_context, whole
+from .hostile import Answer, Hostile, answering, server_context, whole
 
 MIB = 1 << 20
 Called = Callable[[str, Tls], None]
@@ -236,39 +234,13 @@ def test_a_connection_is_made_anew_now_and_then(
     fleet._client.close()
 
 
-def tunnel(listening: socket.socket, asked: list[str]) -> None:
-    """A proxy on the way out, which opens one connection after another."""
-    while True:
-        try:
-            client, _ = listening.accept()
-        except OSError:
-            return
-        asked.append(client.recv(1 << 16).split(b"\r\n")[0].decode())
-        server = socket.create_connection(asked[-1].split(" ")[1].rsplit(":", 1))
-        client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-        for source, target in ((client, server), (server, client)):
-            threading.Thread(target=_pour, args=(source, target), daemon=True).start()
-
-
-def _pour(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while part := source.recv(1 << 16):
-            target.sendall(part)
-    for end in (source, target):
-        with contextlib.suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)  # so that the other thread ends, too
-        end.close()
-
-
 def test_calls_through_a_proxy_are_bounded_too(serve: Any, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(lambda to, path: to.sendall(whole(b"{}", headers="content-encoding: gzip\r\n")))
-    asked: list[str] = []
-    with socket.create_server((LOOPBACK, 0)) as listening:
-        threading.Thread(target=tunnel, args=(listening, asked), daemon=True).start()
-        monkeypatch.setenv("HTTPS_PROXY", f"http://{LOOPBACK}:{listening.getsockname()[1]}")
+    with answering(b"HTTP/1.1 200 OK\r\n\r\n", tunnel=True) as (proxy, asked):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.delenv("no_proxy", raising=False)
         for call in CALLS.values():
             with pytest.raises((Unreachable, OutOfBounds), match="compressed"):
                 call(server.address, tls)
-    assert set(asked) == {f"CONNECT {server.address} HTTP/1.1"}
+    assert {one.split(b"\r\n")[0].decode() for one in asked} == {f"CONNECT {server.address} HTTP/1.1"}

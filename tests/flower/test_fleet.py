@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from flwr.supercore.date import now
 
@@ -48,11 +47,6 @@ def works(work: Callable[[], Any], *, error: type[Exception] | tuple[type[Except
     return True
 
 
-def test_a_member_is_greeted_by_its_name(network: Loopback) -> None:
-    assert hello(network.address, network.tls["a"]) == "a"
-    assert hello(network.address, network.tls["b"]) == "b"
-
-
 def test_a_certificate_of_the_federation_is_not_enough(network: Loopback, joined: Any) -> None:
     # The lead's, for example, or that of a site whose kit was made and not yet copied to the server.
     for name in ("lead", "newcomer"):
@@ -88,26 +82,6 @@ def test_a_site_is_added_and_revoked_while_the_server_runs(network: Loopback, jo
     assert bystander.receive() is None, "the others notice nothing"
     assert status_of(network, "guest") == ["unregistered"]
 
-    # A revoked key stays out, whatever the roster says later: it may be in other hands.
-    network.set_revoked("guest", False)
-    wait_for(lambda: "guest: its connection key was revoked before" in network.output)
-    with pytest.raises((Unauthorised, Unreachable)):
-        joined(tls).activate()
-    assert status_of(network, "guest") == ["unregistered"]
-    assert bystander.receive() is None
-
-
-def test_a_site_cannot_speak_for_another(network: Loopback, joined: Any) -> None:
-    one, other = joined(network.tls["a"]), joined(network.tls["b"])
-    one.activate()
-    other.activate()
-    own = other._node
-    other._node = one._node
-    with pytest.raises(Unauthorised):
-        other._next_message()
-    other._node = own
-    assert other.receive() is None
-
 
 def test_a_second_process_is_told_to_wait_for_the_first(network: Loopback, joined: Any) -> None:
     first, second = joined(network.tls["a"]), joined(network.tls["a"])
@@ -141,33 +115,6 @@ def test_without_a_server_a_site_says_so(tmp_path: Path) -> None:
         with pytest.raises(Unreachable, match="no connection to the server"):
             call()
     fleet.close()
-
-
-def raw_client(tls: Tls | None, ca: Path) -> httpx.Client:
-    """Trusts `ca`, and shows a certificate where there is one."""
-    import ssl
-
-    context = ssl.create_default_context(cafile=str(ca))
-    if tls is not None:
-        context.load_cert_chain(tls.certificate, tls.key)
-    return httpx.Client(verify=context, timeout=10)
-
-
-@pytest.mark.parametrize("who", ["nobody", "somebody of another authority", "an expired member"])
-def test_without_a_certificate_of_the_federation_there_is_no_connection(
-    network: Loopback, tmp_path: Path, who: str
-) -> None:
-    tls = {
-        "nobody": lambda: None,
-        "somebody of another authority": lambda: Authority(tmp_path / "other").issue("a"),
-        "an expired member": lambda: network.authority.issue("late", days=-1),
-    }[who]()
-    with raw_client(tls, network.authority.file) as client:
-        for path in ("/", "/docs", fleet_module.HELLO, "/v1/fleet/pull-messages", "/v1/control/start-run"):
-            with pytest.raises((httpx.ReadError, httpx.ConnectError, httpx.RemoteProtocolError)):
-                client.post(f"https://{network.address}{path}")
-    with raw_client(network.tls["a"], network.authority.file) as client:
-        assert client.post(f"https://{network.address}/").status_code == 404, "with one there is"
 
 
 def test_closing_ends_the_heartbeats(network: Loopback) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
@@ -98,10 +97,3 @@ def test_whatever_is_none_is_one_kind_of_error(read: Any, record: str, texts: tu
     for content in (RecordDict(), *contents):
         with pytest.raises(ConfigError, match=message):
             read(content)
-
-
-@pytest.mark.parametrize("record", [ConfigRecord({"text": "{}"}), ArrayRecord([np.ones(1, np.float32)])])
-def test_settings_that_are_no_text_are_an_error(record: object) -> None:
-    content = RecordDict({flower_records.SETTINGS: record})  # type: ignore[dict-item]
-    with pytest.raises(ConfigError, match="must hold settings as text"):
-        flower_records.to_settings(content)

@@ -53,9 +53,9 @@ def caller(network: Loopback) -> Iterator[Any]:
         client.close()
 
 
-def by_lead(key: SigningKey, path: str, body: bytes, *, moment: str | None = None) -> dict[str, str]:
+def by_lead(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
     """Headers of a lead's call."""
-    moment, digest = moment or repr(time.time()), hashlib.sha256(body).hexdigest()
+    moment, digest = repr(time.time()), hashlib.sha256(body).hexdigest()
     signature = key.sign(CALL, _message(path, moment, digest))
     return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, BODY: digest, SIGNATURE: signature}
 
@@ -96,8 +96,8 @@ _LEAD_CALLS = sorted(gate._LEAD_CALLS)
 
 
 def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any, stranger_key: SigningKey) -> None:
+    """What else is wrong with one: test_signed_calls.py."""
     runs = network.rows("SELECT count(*) FROM run")
-    old = repr(time.time() - 3600)
     for who in (network.lead_tls, network.tls["a"]):
         client = caller(who)
         for path in _LEAD_CALLS:
@@ -106,12 +106,7 @@ def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any
                 ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}, RUN),
                 ("a site's", by_site(network.tls["a"]), RUN),
                 ("another key's", by_lead(stranger_key, path, RUN), RUN),
-                ("an old one", by_lead(network.lead_key, path, RUN, moment=old), RUN),
-                ("an old one with a new time", right | {TIME: old}, RUN),
                 ("of another body", right, RUN + b"\0"),
-                ("of another body with its digest", right | {BODY: hashlib.sha256(b"").hexdigest()}, b""),
-                ("of another path", by_lead(network.lead_key, "/v1/control/stop", RUN), RUN),
-                ("cut", right | {SIGNATURE: right[SIGNATURE][:-2]}, RUN),
             ):
                 answer = client.post(path, content=sent, headers=headers)
                 assert answer.status_code == 401, (path, why)

@@ -70,14 +70,6 @@ def one_chunk_many_times(tree: ObjectTree, objects: Objects) -> None:
     rewrite(objects, "Array", lambda fields: fields.update(arraychunk_ids=[0] * 100_000))
 
 
-def one_array_many_times(tree: ObjectTree, objects: Objects) -> None:
-    def change(fields: dict[str, object]) -> None:
-        (id,) = fields.values()
-        fields.update({f"a{number}": id for number in range(10_000)})
-
-    rewrite(objects, "ArrayRecord", change)
-
-
 def a_record_in_itself(tree: ObjectTree, objects: Objects) -> None:
     id = of_kind(objects, "ArrayRecord")
     objects[id] = f"ArrayRecord {id} 2".encode() + b"\x00{}"
@@ -133,7 +125,6 @@ def another_in_its_place(tree: ObjectTree, objects: Objects) -> None:
         (many_objects, "4096 objects"),
         (another_in_its_place, "something else"),
         (one_chunk_many_times, "a message of [0-9]+ bytes"),
-        (one_array_many_times, "a message of [0-9]+ bytes"),
         (a_record_in_itself, "do not belong together"),
         (a_long_request, "may be no array's"),
     ],

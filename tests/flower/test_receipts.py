@@ -8,21 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedtune.federation.rounds import run_rounds
-from fedtune.federation.site_round import Site
 from fedtune.flower import flower_records
-from fedtune.flower.client import make_client_app
-from fedtune.flower.grid_transport import GridTransport
-from fedtune.flower.simulation import InProcessGrid
 from fedtune.privacy.events import grouped
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError
-
-from ..builders import with_methods
 
 SITES = ("site-1", "site-2", "site-3")
 
@@ -118,46 +112,19 @@ def test_a_last_word_that_is_none_changes_nothing(federation: Any, tamper: Any, 
 
 
 def test_settings_travel_to_each_site_in_each_round(federation: Any) -> None:
-    made, seen = federation(num_rounds=2), []
-
-    def site_of(context: Context, settings: str) -> Site:
-        seen.append((made._name(context), settings))
-        return made.site(context)
-
-    grid = InProcessGrid(make_client_app(site_of, lambda context: made._name(context)), 3, replied=lambda number: None)
+    made = federation(num_rounds=2)
     settings = json.dumps({"task": "classification", "name": "Größe"})
-    run_rounds(GridTransport(grid), replace(made.lead, settings=settings), made.start)
-    asked, ends = seen[:9], seen[9:]
+    run_rounds(made.transport, replace(made.lead, settings=settings), made.start)
+    asked, ends = made.asked[:9], made.asked[9:]
     assert asked == [(name, settings) for name in SITES] * 3, "before the run, and in each of two rounds"
     assert ends == [(name, "") for name in SITES], "the end of a run needs none"
 
 
-@pytest.fixture
-def giving(federation: Any) -> Callable[..., Any]:
-    """A federation whose lead sends the final adapter or not, and what its sites kept of it."""
-
-    def make(*, gives: bool = True, **settings: Any) -> tuple[Any, InProcessGrid, dict[str, tuple[str, str]]]:
-        made, kept = federation(**settings), {}
-
-        def site_of(context: Context, _: str) -> Site:
-            name = made._name(context)
-            return with_methods(
-                made.site(context), keep=lambda run, adapter: kept.update({name: (run, adapter.digest())})
-            )
-
-        app = make_client_app(site_of, lambda context: made._name(context))
-        grid = InProcessGrid(app, made.spec.num_sites, replied=lambda number: None)
-        made.lead = replace(made.lead, gives_adapter=gives)
-        return made, grid, kept
-
-    return make
-
-
 @pytest.mark.parametrize("gives", [True, False], ids=["real sites", "a simulation"])
-def test_the_sites_receive_the_final_adapter(giving: Any, gives: bool) -> None:
-    made, grid, kept = giving(num_rounds=2, gives=gives)
-    state = run_rounds(GridTransport(grid), made.lead, made.start)
-    assert kept == (dict.fromkeys(SITES, ("r", state.adapter.digest())) if gives else {})
+def test_the_sites_receive_the_final_adapter(federation: Any, gives: bool) -> None:
+    made = federation(num_rounds=2)
+    state = run_rounds(made.transport, replace(made.lead, gives_adapter=gives), made.start)
+    assert made.kept == (dict.fromkeys(SITES, ("r", state.adapter.digest())) if gives else {})
     assert state.adapter.digest() != made.adapter.digest()
     for site in SITES:
         (ended,) = [event for event in made.events(site) if event.detail.get("what") == "run_ended"]
@@ -165,13 +132,13 @@ def test_the_sites_receive_the_final_adapter(giving: Any, gives: bool) -> None:
 
 
 def test_a_run_that_is_refused_leaves_no_adapter_and_gives_the_others_their_budget_back(
-    giving: Any, run_plan: Plan
+    federation: Any, run_plan: Plan
 ) -> None:
-    made, grid, kept = giving(num_rounds=2, min_sites=3)
-    freezing = replace(made.lead, finished=lambda state: made.ledger("site-2").freeze("consent withdrawn"))
+    made = federation(num_rounds=2, min_sites=3)
+    freeze = lambda state: made.ledger("site-2").freeze("consent withdrawn")  # noqa: E731
     with pytest.raises(RefusedError, match=r"round 2: .*site-2: frozen"):
-        run_rounds(GridTransport(grid), freezing, made.start)
-    assert kept == {}
+        run_rounds(made.transport, replace(made.lead, gives_adapter=True, finished=freeze), made.start)
+    assert made.kept == {}
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history
         assert history.charged() == grouped([run_plan.event(rounds=2)]), "the rounds that were trained"

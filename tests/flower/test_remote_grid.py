@@ -209,18 +209,6 @@ def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
     assert site.process.poll() is None
 
 
-@pytest.mark.nightly
-def test_an_answer_that_comes_too_late_is_dropped_and_the_site_goes_on(network: Loopback) -> None:
-    site = network.site("a", works_s=7.0)
-    site.wait_for("activated")
-    with network.grid(["a"]) as grid:
-        assert list(grid.receive(questions(1), timeout=4)) == []
-        assert len(site.events("received")) == 1
-    site.wait_for("dropped")
-    with network.grid(["a"]) as grid:
-        assert sites_of(list(grid.receive(questions(1), timeout=60))) == {1: "a"}
-
-
 _LEADS_CALLS = ("get-nodes", "push-messages", "push-object", "pull-messages", "pull-object", "confirm-message-received")
 
 

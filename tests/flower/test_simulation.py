@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import flwr.simulation
 import pytest
@@ -165,11 +166,8 @@ def test_it_starts_a_node_for_each_participant_with_the_threads_of_the_run(
 def test_an_error_of_the_run_keeps_its_type(
     config: RunConfig, started: dict[str, Any], error: BaseException, ray: Ray, tmp_path: Path
 ) -> None:
-    def fails(grid: object) -> LeadState:
-        raise error
-
     with pytest.raises(type(error)) as raised:
-        on_ray(config, tmp_path, fails)
+        on_ray(config, tmp_path, Mock(side_effect=error))
     assert raised.value is error
     assert ray.ended == 1
 

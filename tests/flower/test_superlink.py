@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from flwr.server.superlink.linkstate import LinkState
@@ -118,15 +119,9 @@ def test_it_makes_its_database_and_notes_who_came_and_when_it_ran(own: Loopback)
 def test_it_does_not_report_to_flowers_makers() -> None:
     # Flower reads the variable when it is imported, and would call home at every start.
     code = "import fedtune.ops.wire.superlink, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "FLWR_TELEMETRY_ENABLED": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert done.stdout.strip() == "0"
+    asked = {**os.environ, "FLWR_TELEMETRY_ENABLED": "1"}
+    done = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], env=asked, text=True, timeout=60)
+    assert done.strip() == "0"
 
 
 @pytest.fixture
@@ -191,10 +186,7 @@ def test_a_revoked_site_is_out_although_the_database_takes_no_writes(
     kept = superlink._KeptRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
     kept.look()
 
-    def fails(*_: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(superlink, "keep_roster", fails)
+    monkeypatch.setattr(superlink, "keep_roster", Mock(side_effect=OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         kept.look()
     assert all(one.revoked for one in kept.members)

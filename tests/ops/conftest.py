@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import shutil
-import socket
 import ssl
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
@@ -24,10 +20,12 @@ import pytest
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
 from fedtune.ops.kits.provisioning import Admitted
+from fedtune.ops.wire.fleet import HELLO
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_policy import Policy
+from tests.flower.hostile import Hostile, whole
 
 FEDERATION_TOML = f"""\
 name = "cardiology-2026"
@@ -58,11 +56,7 @@ def federation_toml(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
     """The folder of a federation without sites, to be copied: it takes many keys and much that is durable."""
-    return new_federation(tmp_path_factory.mktemp("made"), now=now)
-
-
-def new_federation(folder: Path, *, now: datetime) -> Path:
-    """The folder of a federation that was made at this moment, inside `folder`."""
+    folder = tmp_path_factory.mktemp("made")
     (folder / "federation.toml").write_text(FEDERATION_TOML)
     return provisioning.init(folder / "federation.toml", out=folder / "federation", now=now).folder
 
@@ -179,61 +173,23 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name.lower(), raising=False)
 
 
-class Mailbox(http.server.ThreadingHTTPServer):
+class Mailbox(Hostile):
     """A federation's server on loopback that knows one site, as far as the doctor asks it.
 
     Attributes:
-        context: for TLS; set before the first connection.
         says: status and content for a site that says hello.
         clock_ahead_s: of its `Date`.
-        seen: paths that were asked for.
     """
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.context: ssl.SSLContext | None = None
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.says: Callable[[], tuple[int, Any]] = lambda: (200, {"site": "north", "time": time.time()})
         self.clock_ahead_s = 0.0
-        self.seen: list[str] = []
+        super().__init__(context, self._said)  # type: ignore[arg-type]
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        plain, address = super().get_request()
-        # The handshake is made by the thread that answers, so that a client that fails it stops nobody else.
-        return self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False), address
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is what these tests are about."""
-
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        """Serve in a thread for the block."""
-        thread = threading.Thread(target=self.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield
-        finally:
-            self.shutdown()
-            self.server_close()
-            thread.join()
-
-
-class _Answer(http.server.BaseHTTPRequestHandler):
-    server: Mailbox
-
-    def do_GET(self) -> None:
-        self.server.seen.append(self.path)
-        status, content = self.server.says() if self.path == "/v1/fedtune/hello" else (404, {"reason": "no"})
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        return formatdate((timestamp or time.time()) + self.server.clock_ahead_s, usegmt=True)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+    def _said(self, to: ssl.SSLSocket, path: str) -> None:
+        status, content = self.says() if path == HELLO else (404, {"reason": "no"})
+        date = formatdate(time.time() + self.clock_ahead_s, usegmt=True)
+        to.sendall(whole(json.dumps(content).encode(), headers=f"date: {date}\r\n", status=f"{status} Said"))
 
 
 @pytest.fixture

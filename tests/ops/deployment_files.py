@@ -50,8 +50,12 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(DEPLOYMENT))
 
 
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
 def only(path: Path, kind: str) -> dict[str, Any]:
-    (found,) = (one for one in yaml.safe_load_all(path.read_text()) if one and one["kind"] == kind)
+    (found,) = (document for document in documents(path) if document["kind"] == kind)
     return found
 
 

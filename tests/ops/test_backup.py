@@ -9,7 +9,8 @@ import threading
 import zipfile
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,251 +28,233 @@ from fedtune.privacy.site_files import SiteFiles
 from ..conftest import files_in
 from .conftest import charge
 
-Propose = Callable[..., Proposal]
+
+@dataclass
+class Here:
+    """A site in a folder, and the commands of its account."""
+
+    folder: Path
+    command: Callable[..., Any]
+    asked: Callable[..., Proposal]
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.db"
+
+    @property
+    def anchor(self) -> Path:
+        return self.folder / "other disk/anchor.json"
+
+    def train(self, *rounds: int, **asked: Any) -> Ledger:
+        ledger = SiteFiles.of(self.folder / "site.toml").open()
+        charge(ledger, self.asked(**asked), *rounds)
+        return ledger
+
+    def does(self, what: str, file: Path, *more: str) -> Any:
+        own = ("--kit", str(self.folder / "kit"), "--site", str(self.folder / "site.toml"))
+        return self.command("site", what, str(file), *more, *own)
+
+    def backed_up(self, name: str = "backup.zip") -> Path:
+        file = self.folder / name
+        assert self.does("backup", file).code == 0
+        return file
 
 
-def words(folder: Path) -> tuple[str, ...]:
-    return ("--kit", str(folder / "kit"), "--site", str(folder / "site.toml"))
+@pytest.fixture
+def here(north: Path, command: Any, run_proposal: Any) -> Here:
+    return Here(north, command, run_proposal)
 
 
-def train(folder: Path, proposal: Proposal, *rounds: int) -> Ledger:
-    ledger = SiteFiles.of(folder / "site.toml").open()
-    charge(ledger, proposal, *rounds)
-    return ledger
-
-
-def lose(folder: Path) -> None:
-    (folder / "ledger.db").unlink()
-
-
-def test_backups_beside_a_working_site_are_whole(north: Path, run_proposal: Propose, command: Any) -> None:
-    train(north, run_proposal(), 1)
+def test_backups_beside_a_working_site_are_whole(here: Here) -> None:
+    here.train(1)
     ended = threading.Event()
 
     def work() -> None:
         for number in range(30):
-            train(north, run_proposal(run=f"run {number}")).refuse(
-                Refused(Reason.MAX_RANK), run="r", round=1, request=f"{number}"
-            )
+            ledger = here.train(run=f"run {number}")
+            ledger.refuse(Refused(Reason.MAX_RANK), run="r", round=1, request=f"{number}")
         ended.set()
 
     working = threading.Thread(target=work)
     found = []
-    with serving(north / "ledger.db"):
+    with serving(here.ledger):
         working.start()
         while not ended.is_set():
-            file = north / f"backup-{len(found)}.zip"
-            assert command("site", "backup", str(file), *words(north)).code == 0
-            with zipfile.ZipFile(file) as archive:
-                (north / "copy.db").write_bytes(archive.read("ledger.db"))
+            copy = here.folder / "copy.db"
+            with zipfile.ZipFile(here.backed_up(f"backup-{len(found)}.zip")) as archive:
+                copy.write_bytes(archive.read("ledger.db"))
                 assert "site_key.pem" not in " ".join(archive.namelist())
-            found.append(len(verify(north / "copy.db").events))
+            found.append(len(verify(copy).events))
         working.join()
     assert len(set(found)) > 1, "some were made while events came"
     assert found == sorted(found)
-    assert (north / "backup-0.zip").stat().st_mode & 0o777 == 0o600
+    assert (here.folder / "backup-0.zip").stat().st_mode & 0o777 == 0o600
 
 
-def test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back(
-    north: Path, run_proposal: Propose, command: Any
-) -> None:
-    asked, file = run_proposal(), north / "backup.zip"
-    (north / "kit/adapters/r").mkdir(parents=True)
-    (north / "kit/adapters/r/adapter.bin").write_bytes(b"kept")
-    SiteState.of(north / "kit").set_paused(True)
-    train(north, asked, 1)
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    spent = train(north, asked, 2, 3).history.epsilon()
-    lose(north)
-    shutil.rmtree(north / "kit/adapters")
-    SiteState.of(north / "kit").set_paused(False)
-    assert "Charged now, as one sum" in command("site", "restore", str(file), *words(north)).printed
-    ledger = SiteFiles.of(north / "site.toml").open()
+def test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back(here: Here) -> None:
+    state, kept = SiteState.of(here.folder / "kit"), here.folder / "kit/adapters/r/adapter.bin"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"kept")
+    state.set_paused(True)
+    here.train(1)
+    file = here.backed_up()
+    spent = here.train(2, 3).history.epsilon()
+    here.ledger.unlink()
+    shutil.rmtree(kept.parents[1])
+    state.set_paused(False)
+    assert "Charged now, as one sum" in here.does("restore", file).printed
+    ledger = here.train()
     assert ledger.history.epsilon() == pytest.approx(spent)
-    assert ledger.history.charged_rounds(asked.run) == 3
-    assert (north / "kit/adapters/r/adapter.bin").read_bytes() == b"kept"
-    assert SiteState.of(north / "kit").paused.exists(), "a site that was paused stays so"
+    assert ledger.history.charged_rounds("r") == 3
+    assert kept.read_bytes() == b"kept"
+    assert state.paused.exists(), "a site that was paused stays so"
     with pytest.raises(Refused, match="run_ended"):
-        ledger.reserve(asked, round=4, request="4")
-    train(north, run_proposal(run="another"), 1)
+        here.train(4)
+    here.train(1, run="another")
     # Again it changes nothing: the ledger is whole, and knows what the backup does.
-    before = (north / "ledger.db").read_bytes()
-    assert "is whole, and stays" in command("site", "restore", str(file), *words(north)).printed
-    assert (north / "ledger.db").read_bytes() == before
+    before = here.ledger.read_bytes()
+    assert "is whole, and stays" in here.does("restore", file).printed
+    assert here.ledger.read_bytes() == before
 
 
-def test_without_an_anchor_nothing_is_put_back(
-    north: Path, run_proposal: Propose, command: Any, site_policy: Any
-) -> None:
-    train(north, run_proposal(), 1)
-    file, anchor = north / "backup.zip", north / "other disk/anchor.json"
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    elsewhere = anchor.rename(north / "elsewhere.json")
-    write_policy(site_policy("north"), north / "site.toml")
-    lose(north)
-    assert "--anchor" in command("site", "restore", str(file), *words(north)).failed()
-    assert not (north / "ledger.db").exists()
-    assert command("site", "restore", str(file), "--anchor", str(elsewhere), *words(north)).code == 0
-    train(north, run_proposal(), 2)
+def test_without_an_anchor_nothing_is_put_back(here: Here, site_policy: Any) -> None:
+    here.train(1)
+    file = here.backed_up()
+    elsewhere = here.anchor.rename(here.folder / "elsewhere.json")
+    write_policy(site_policy("north"), here.folder / "site.toml")
+    here.ledger.unlink()
+    assert "--anchor" in here.does("restore", file).failed()
+    assert not here.ledger.exists()
+    assert here.does("restore", file, "--anchor", str(elsewhere)).code == 0
+    here.train(2)
 
 
-def test_a_backup_that_a_receipt_puts_in_doubt_is_not_put_back(
-    north: Path, run_proposal: Propose, command: Any
-) -> None:
-    asked, file, anchor = run_proposal(), north / "backup.zip", north / "other disk/anchor.json"
-    train(north, asked, 1)
-    older, old_anchor = (north / "ledger.db").read_bytes(), anchor.read_bytes()
-    receipt = train(north, asked, 2).receipt(asked.run)
-    (north / "ledger.db").write_bytes(older)  # ledger and anchor are put back together, so that no anchor shows it
-    anchor.write_bytes(old_anchor)
+def doubted(here: Here, *rounds: int) -> tuple[bytes, bytes]:
+    """Ledger and anchor of before, put back together, so that a lead's receipt alone shows it; the newest anchor."""
+    older, old_anchor = here.ledger.read_bytes(), here.anchor.read_bytes()
+    receipt, newest = here.train(*rounds).receipt("r"), here.anchor.read_bytes()
+    here.ledger.write_bytes(older)
+    here.anchor.write_bytes(old_anchor)
     with pytest.raises(Refused, match="ledger_behind_receipt"):
-        train(north, asked).require_contains(receipt)
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    lose(north)
-    assert "still in doubt" in command("site", "restore", str(file), *words(north)).failed(1)
-    assert not (north / "ledger.db").exists()
+        here.train().require_contains(receipt)
+    return older, newest
+
+
+def test_a_backup_that_a_receipt_puts_in_doubt_is_not_put_back(here: Here) -> None:
+    here.train(1)
+    doubted(here, 2)
+    file = here.backed_up()
+    here.ledger.unlink()
+    assert "still in doubt" in here.does("restore", file).failed(1)
+    assert not here.ledger.exists()
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-def test_a_doubt_outlasts_the_ledger_that_noted_it(
-    north: Path, run_proposal: Propose, command: Any, by_hand: bool
-) -> None:
+def test_a_doubt_outlasts_the_ledger_that_noted_it(here: Here, by_hand: bool) -> None:
     """A machine's snapshot puts ledger and anchor back, a lead's receipt shows it, and then the backup is put back."""
-    asked, file, anchor = run_proposal(), north / "backup.zip", north / "other disk/anchor.json"
-    train(north, asked, 1)
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    older, old_anchor = (north / "ledger.db").read_bytes(), anchor.read_bytes()
-    receipt, newest = train(north, asked, 2, 3, 4).receipt(asked.run), anchor.read_bytes()
-    (north / "ledger.db").write_bytes(older)
-    anchor.write_bytes(old_anchor)
-    with pytest.raises(Refused, match="ledger_behind_receipt"):
-        train(north, asked).require_contains(receipt)
-    if by_hand:
-        (north / "ledger.db").write_bytes(older)
-        restore = ("ledger", "restore", "--policy", str(north / "site.toml"))
-    else:
-        (north / "ledger.db").write_bytes(b"damaged" * 1000)
-        restore = ("site", "restore", str(file), *words(north))
-    assert "still in doubt" in command(*restore).failed(1)
+    here.train(1)
+    file = here.backed_up()
+    older, newest = doubted(here, 2, 3, 4)
+    here.ledger.write_bytes(older if by_hand else b"damaged" * 1000)
+    by_policy = partial(here.command, "ledger", "restore", "--policy", str(here.folder / "site.toml"))
+    restore = by_policy if by_hand else partial(here.does, "restore", file)
+    assert "still in doubt" in restore().failed(1)
     if by_hand:
         with pytest.raises(Refused, match="ledger_behind_receipt"):
-            train(north, run_proposal(run="another"), 1)
-    (north / "found.json").write_bytes(newest)
-    assert command(*restore, "--anchor", str(north / "found.json")).code == 0
-    assert train(north, run_proposal(run="another"), 1).history.charged_rounds(asked.run) == 4
+            here.train(1, run="another")
+    (here.folder / "found.json").write_bytes(newest)
+    assert restore("--anchor", str(here.folder / "found.json")).code == 0
+    assert here.train(1, run="another").history.charged_rounds("r") == 4
 
 
-def test_a_policy_from_a_backup_brings_no_denied_run_and_no_older_cap_back_unsaid(
-    north: Path, run_proposal: Propose, command: Any
-) -> None:
-    site_toml, file, denied = north / "site.toml", north / "backup.zip", run_proposal(run="denied")
-    train(north, run_proposal(), 1)
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    first = site_toml.read_bytes()
+def test_a_policy_from_a_backup_brings_no_denied_run_and_no_older_cap_back_unsaid(here: Here) -> None:
+    site_toml = here.folder / "site.toml"
+    here.train(1)
+    file, first = here.backed_up(), site_toml.read_bytes()
     policy = SiteFiles.of(site_toml).policy
     write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=2.5)), site_toml)
-    SiteFiles.of(site_toml).open().deny(denied, "no")
-    lose(north)
+    here.train().deny(here.asked(run="denied"), "no")
+    here.ledger.unlink()
     site_toml.unlink()
-    restore = ("site", "restore", str(file), "--anchor", str(north / "other disk/anchor.json"), *words(north))
-    assert "(lifetime cap: at most 2.5)" in command(*restore).printed
+    restore = partial(here.does, "restore", file, "--anchor", str(here.anchor))
+    assert "(lifetime cap: at most 2.5)" in restore().printed
     assert site_toml.read_bytes() == first
     with pytest.raises(Refused, match="denied"):
-        train(north, denied, 1)
-    spent = command("ledger", "spent", str(north)).out
+        here.train(1, run="denied")
+    spent = here.command("ledger", "spent", str(here.folder)).out
     assert "then at most 2.5" in spent, "a cap that is higher again is never unseen"
-    assert "site.toml is not the policy" not in command(*restore).out, "by now it is"
+    assert "site.toml is not the policy" not in restore().out, "by now it is"
     # Where the policy alone is lost, its ledger knows.
     write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=1.5)), site_toml)
-    train(north, run_proposal())
+    here.train()
     site_toml.unlink()
-    outcome = command(*restore)
+    outcome = restore()
     assert ("is whole, and stays" in outcome.out, "(lifetime cap: at most 1.5)" in outcome.out) == (True, True)
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_a_damaged_ledger_makes_room_and_so_does_a_journal(
-    north: Path, run_proposal: Propose, command: Any, lost: bool
-) -> None:
-    train(north, run_proposal(), 1)
-    file = north / "backup.zip"
-    assert command("site", "backup", str(file), *words(north)).code == 0
+def test_a_damaged_ledger_makes_room_and_so_does_a_journal(here: Here, lost: bool) -> None:
+    here.train(1)
+    file = here.backed_up()
     if lost:  # SQLite would apply the journal to whatever ledger takes the place
-        lose(north)
-        (north / "ledger.db-journal").write_bytes(b"of the lost one")
+        here.ledger.unlink()
+        (here.folder / "ledger.db-journal").write_bytes(b"of the lost one")
     else:
-        (north / "ledger.db").write_bytes(b"damaged" * 1000)
-    assert command("site", "backup", str(north / "other.zip"), *words(north)).code == (2 if lost else 1)
-    assert command("site", "restore", str(file), *words(north)).code == 0
-    train(north, run_proposal(), 2)
-    moved = {path.name.partition(".damaged-")[2][15:] for path in north.glob("ledger.db.damaged-*")}
+        here.ledger.write_bytes(b"damaged" * 1000)
+    assert here.does("backup", here.folder / "other.zip").code == (2 if lost else 1)
+    assert here.does("restore", file).code == 0
+    here.train(2)
+    moved = {path.name.partition(".damaged-")[2][15:] for path in here.folder.glob("ledger.db.damaged-*")}
     assert moved == {"-journal" if lost else ""}
 
 
-def test_another_ledger_is_not_replaced(north: Path, run_proposal: Propose, command: Any) -> None:
-    asked, file, first = run_proposal(), north / "backup.zip", north / "first.zip"
-    train(north, asked, 1)
-    assert command("site", "backup", str(first), *words(north)).code == 0
-    older = (north / "ledger.db").read_bytes()
-    train(north, asked, 2)
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    (north / "ledger.db").write_bytes(older)
-    assert "move it away" in command("site", "restore", str(file), *words(north)).failed()
-    assert (north / "ledger.db").read_bytes() == older
-
-
-def test_a_ledger_of_another_version_is_not_taken_for_a_damaged_one(
-    north: Path, run_proposal: Propose, command: Any
-) -> None:
+@pytest.mark.parametrize("what", ["older", "of another version"])
+def test_another_ledger_is_not_replaced_or_taken_for_a_damaged_one(here: Here, what: str) -> None:
     """Else a backup would take its place, and what it has charged since would be forgotten."""
-    train(north, run_proposal(), 1)
-    assert command("site", "backup", str(north / "backup.zip"), *words(north)).code == 0
-    with closing(sqlite3.connect(north / "ledger.db")) as file:
-        file.execute("PRAGMA user_version = 1")
-        file.commit()
-    there = (north / "ledger.db").read_bytes()
-    assert (
-        "go on with the version of fedtune that wrote it"
-        in command("site", "restore", str(north / "backup.zip"), *words(north)).failed()
-    )
-    assert (north / "ledger.db").read_bytes() == there
+    here.train(1)
+    older = here.ledger.read_bytes()
+    if what == "older":
+        here.train(2)
+    file = here.backed_up()
+    here.ledger.write_bytes(older)
+    if what != "older":
+        with closing(sqlite3.connect(here.ledger)) as opened:
+            opened.execute("PRAGMA user_version = 1")
+            opened.commit()
+    there = here.ledger.read_bytes()
+    says = "move it away" if what == "older" else "go on with the version of fedtune that wrote it"
+    assert says in here.does("restore", file).failed()
+    assert here.ledger.read_bytes() == there
 
 
-def test_a_site_that_runs_is_not_restored(north: Path, run_proposal: Propose, command: Any) -> None:
-    train(north, run_proposal(), 1)
-    file = north / "backup.zip"
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    lose(north)
-    with serving(north / "ledger.db"):
-        outcome = command("site", "restore", str(file), *words(north))
+def test_a_site_that_runs_is_not_restored(here: Here) -> None:
+    here.train(1)
+    file = here.backed_up()
+    here.ledger.unlink()
+    with serving(here.ledger):
+        outcome = here.does("restore", file)
     assert (outcome.code, "is being served" in outcome.message) == (2, True)
-    assert not (north / "ledger.db").exists()
+    assert not here.ledger.exists()
 
 
-def test_on_an_empty_machine_the_key_comes_first(
-    north: Path, run_proposal: Propose, command: Any, tmp_path: Path
-) -> None:
-    train(north, run_proposal(), 1)
-    file, new = north / "backup.zip", tmp_path / "new machine"
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    lose(north)
-    new.mkdir()
-    assert command("site", "restore", str(file), *words(new)).code == 2
-    assert not (new / "ledger.db").exists()
-    shutil.copy(north / "site_key.pem", new)
-    assert command("site", "restore", str(file), *words(new)).code == 0
-    assert SiteFiles.of(new / "site.toml").open().history.charged_rounds(run_proposal().run) == 1
-    assert command("site", "init", "--site", str(new / "site.toml")).code == 0
+def test_on_an_empty_machine_the_key_comes_first(here: Here, tmp_path: Path) -> None:
+    here.train(1)
+    file, new = here.backed_up(), replace(here, folder=tmp_path / "new machine")
+    here.ledger.unlink()
+    new.folder.mkdir()
+    assert new.does("restore", file).code == 2
+    assert not new.ledger.exists()
+    shutil.copy(here.folder / "site_key.pem", new.folder)
+    assert new.does("restore", file).code == 0
+    assert new.train().history.charged_rounds("r") == 1
+    assert here.command("site", "init", "--site", str(new.folder / "site.toml")).code == 0
 
 
-def test_a_backup_replaces_no_file_and_a_changed_one_is_refused(
-    north: Path, federation: Path, run_proposal: Propose, command: Any
-) -> None:
-    train(north, run_proposal(), 1)
-    file = north / "backup.zip"
-    assert command("site", "backup", str(file), *words(north)).code == 0
-    assert "exists already" in command("site", "backup", str(file), *words(north)).failed()
-    lose(north)
+def test_a_backup_replaces_no_file_and_a_changed_one_is_refused(here: Here) -> None:
+    here.train(1)
+    file = here.backed_up()
+    assert "exists already" in here.does("backup", file).failed()
+    here.ledger.unlink()
     with zipfile.ZipFile(file) as archive:
         held = {name: archive.read(name) for name in archive.namelist()}
     listed = json.loads(held["backup.json"])
@@ -282,14 +265,14 @@ def test_a_backup_replaces_no_file_and_a_changed_one_is_refused(
         "another's": {**held, "backup.json": json.dumps({**listed, "kind": "server"}).encode()},
         "no list": {name: data for name, data in held.items() if name != "backup.json"},
     }.items():
-        with zipfile.ZipFile(north / "changed.zip", "w") as archive:
+        with zipfile.ZipFile(here.folder / "changed.zip", "w") as archive:
             for entry, data in changed.items():
                 archive.writestr(entry, data)
-        outcome = command("site", "restore", str(north / "changed.zip"), *words(north))
+        outcome = here.does("restore", here.folder / "changed.zip")
         assert outcome.code == 2, name
         assert outcome.message.startswith("FILE = "), name
-        assert not (north / "ledger.db").exists(), name
-    assert command("site", "restore", str(north / "site.toml"), *words(north)).code == 2
+        assert not here.ledger.exists(), name
+    assert here.does("restore", here.folder / "site.toml").code == 2
 
 
 _NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # SHA-256 of no bytes
@@ -305,14 +288,13 @@ def test_a_server_s_database_is_copied_while_it_is_written(federation: Path, com
         file.execute("INSERT INTO messages VALUES (1)")
         file.execute("BEGIN IMMEDIATE")
         file.execute("INSERT INTO messages VALUES (2)")
-        backup = str(tmp_path / "server.zip")
-        outcome = command("server", "backup", backup, "--kit", str(kit), "--data", str(data))
-        assert outcome.code == 0, outcome
+        backup = (str(tmp_path / "server.zip"), "--kit", str(kit), "--data")
+        assert command("server", "backup", *backup, str(data)).printed
         file.execute("COMMIT")
-    assert command("server", "restore", backup, "--kit", str(kit), "--data", str(new)).code == 0
+    assert command("server", "restore", *backup, str(new)).code == 0
     with closing(sqlite3.connect(new / "server.db")) as file:
         assert file.execute("SELECT number FROM messages").fetchall() == [(1,)]
-    assert "exists already" in command("server", "restore", backup, "--kit", str(kit), "--data", str(new)).failed()
+    assert "exists already" in command("server", "restore", *backup, str(new)).failed()
 
 
 def test_a_federation_s_folder_is_backed_up_whole(federation: Path, north: Path, command: Any, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import yaml
 from fedtune.ops.health import READY, Health, State
 
 from ..conftest import parsed
+from ..flower.loopback import wait_for
 from .deployment_files import DEPLOYMENT, KUBERNETES, ROOT, name_of, passed, pod_of, run, tool
 
 UNITS = sorted((DEPLOYMENT / "systemd").glob("*.service"))
@@ -230,20 +231,13 @@ def batch(tmp_path: Path) -> Any:
     return start
 
 
-def wait_for(path: Path) -> None:
-    ends = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < ends, f"{path.name} did not come"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize(("left_s", "again"), [(110, True), (7200, False)])
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_job_near_its_limit_ends_gracefully_and_queues_again(
     left_s: int, again: bool, signals: int, batch: Any, tmp_path: Path
 ) -> None:
     job = batch(left_s=left_s)
-    wait_for(tmp_path / "runs")
+    wait_for((tmp_path / "runs").exists, seconds=20)
     for _ in range(signals):
         job.send_signal(signal.SIGTERM)
         time.sleep(0.1)

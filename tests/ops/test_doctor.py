@@ -9,12 +9,12 @@ import os
 import re
 import shutil
 import sqlite3
-import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -40,6 +40,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import LEDGER_SCHEMA, DataError
 
+from ..flower.hostile import server_context
 from .conftest import Mailbox, charge, unpack
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
@@ -134,8 +135,8 @@ class Home:
 @pytest.fixture(scope="module")
 def mailbox() -> Iterator[Mailbox]:
     mailbox = Mailbox()
-    with mailbox.serving():
-        yield mailbox
+    yield mailbox
+    mailbox.close()
 
 
 @pytest.fixture
@@ -160,15 +161,12 @@ def whole(
     digest = manifest_of(model).sha256
     written = tmp_path / "federation.toml"
     written.write_text(
-        f'name = "cardiology"\nserver = "127.0.0.1:{mailbox.server_port}"\n'
+        f'name = "cardiology"\nserver = "{mailbox.address}"\n'
         f'[[model]]\nname = "tiny"\nsha256 = "{digest}"\nlicence = "CC0-1.0"\n'
     )
     federation = tmp_path / "federation"
     provisioning.init(written, out=federation, now=now)
-    mailbox.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    mailbox.context.load_cert_chain(federation / "server" / "server.pem", federation / "server" / "server_key.pem")
-    mailbox.context.load_verify_locations(federation / "authority" / "ca.pem")
-    mailbox.context.verify_mode = ssl.CERT_REQUIRED
+    mailbox.context = server_context(Kit.read(federation / "server", kind="server").tls())
     lead = Kit.read(federation / "lead", kind="lead").lead
     policy = site_policy("north", allow={"leads": (lead,), "base_models": (digest,)}, releases={"reply_after_s": 600.0})
     site = Home(tmp_path / "north", lead, policy, model, run_proposal)
@@ -566,10 +564,7 @@ def test_a_made_up_model_needs_no_files(home: Home) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError(f"cannot handle {CANARY}"), DataError("records.csv:3", CANARY, "x")])
 def test_a_check_that_goes_wrong_shows_no_text(home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr("fedtune.ops.doctor.site_checks._sized", broken)
+    monkeypatch.setattr("fedtune.ops.doctor.site_checks._sized", Mock(side_effect=error))
     checks = home.examined()
     assert failures(checks).keys() == {"data"}
     assert CANARY not in str(checks)

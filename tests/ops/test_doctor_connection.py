@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,52 +16,25 @@ import pytest
 
 from fedtune.ops.doctor.check import Check
 from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
-from fedtune.ops.files import write_secret
-from fedtune.ops.kits.certificates import Authority, certificate_pem, make_key, private_pem
-from fedtune.ops.kits.kit_file import Kit, KitFile
+from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire import bounded_http
-from fedtune.privacy.keys import SigningKey
 from fedtune.spec import KIT_SCHEMA
-from tests.flower.hostile import Hostile
+from tests.flower.certificates import LOOPBACK, Authority
+from tests.flower.hostile import Hostile, answering, server_context
 
 from .conftest import Mailbox
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
-LONG_AGO = datetime.now(UTC) - timedelta(days=900)
 
-
-def authority_of(federation: str) -> Authority:
-    return Authority.make(federation, days=3650, now=LONG_AGO)
+@pytest.fixture(scope="session")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ours") / "ca")
 
 
 @pytest.fixture(scope="session")
-def ours() -> Authority:
-    return authority_of("cardiology")
-
-
-def context(
-    folder: Path,
-    authority: Authority,
-    *,
-    clients: Authority | None = None,
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1"),
-    begins: datetime | None = None,
-    days: int = 365,
-    newest_tls: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
-) -> ssl.SSLContext:
-    """A server's, with a certificate of one authority; it trusts the certificates of `clients`, or of the same."""
-    key = make_key()
-    now = begins or datetime.now(UTC)
-    shown = authority.issue(key.public_key(), kind="server", name="server", hosts=hosts, days=days, now=now)
-    chain, trusted = folder / "server_chain.pem", folder / "server_trusts.pem"
-    chain.write_bytes(private_pem(key) + certificate_pem(shown))
-    trusted.write_bytes(certificate_pem((clients or authority).certificate))
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.load_cert_chain(chain)
-    made.load_verify_locations(trusted)
-    made.verify_mode, made.maximum_version = ssl.CERT_REQUIRED, newest_tls
-    return made
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("theirs") / "ca")
 
 
 @pytest.fixture
@@ -74,35 +46,27 @@ def stack() -> Iterator[ExitStack]:
 @pytest.fixture
 def kit(tmp_path: Path, ours: Authority) -> Callable[[str], Kit]:
     """The kit of site `north` for a server's address."""
-    folder = tmp_path / "kit"
-    folder.mkdir()
-    key = make_key()
-    now = datetime.now(UTC)
-    issued = ours.issue(key.public_key(), kind="site", name="north", days=90, now=now)
-    (folder / "site.pem").write_bytes(certificate_pem(issued))
-    (folder / "ca.pem").write_bytes(certificate_pem(ours.certificate))
-    write_secret(folder / "connection_key.pem", private_pem(key))
-    lead = SigningKey.load_or_make(tmp_path / "lead.pem").public
-
-    def make(server: str) -> Kit:
-        written = KitFile(
-            version=KIT_SCHEMA, kind="site", federation="cardiology", server=server, lead=lead, site="north"
-        )
-        (folder / "kit.toml").write_text(written.to_toml())
-        return Kit.read(folder, kind="site")
-
-    return make
+    files = ours.issue("north", days=90)
+    for name, path in (("site.pem", files.certificate), ("ca.pem", files.ca), ("connection_key.pem", files.key)):
+        shutil.copy(path, tmp_path / name)
+    about = {"version": KIT_SCHEMA, "kind": "site", "federation": "test", "lead": "ab" * 32, "site": "north"}
+    return lambda server: Kit(folder=tmp_path, server=server, **about)
 
 
 @pytest.fixture
-def served(tmp_path: Path, ours: Authority, stack: ExitStack) -> Callable[..., tuple[Mailbox, str]]:
+def served(ours: Authority, stack: ExitStack) -> Callable[..., tuple[Mailbox, str]]:
     """Serve with some things of its certificate changed; its address as localhost:port."""
 
-    def start(authority: Authority = ours, clients: Authority = ours, **changes: Any) -> tuple[Mailbox, str]:
-        mailbox = Mailbox()
-        mailbox.context = context(tmp_path, authority, clients=clients, **changes)
-        stack.enter_context(mailbox.serving())
-        return mailbox, f"localhost:{mailbox.server_port}"
+    def start(
+        authority: Authority = ours,
+        clients: Authority = ours,
+        newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+        **certificate: Any,
+    ) -> tuple[Mailbox, str]:
+        files = authority.issue("server", **({"address": "localhost", "days": 60} | certificate))
+        mailbox = Mailbox(server_context(replace(files, ca=clients.file), newest=newest))
+        stack.callback(mailbox.close)
+        return mailbox, mailbox.address.replace(LOOPBACK, "localhost")
 
     return start
 
@@ -149,39 +113,34 @@ def test_a_port_where_nobody_listens(kit: Any) -> None:
     require(tried(kit(f"127.0.0.1:{port}")), "ofss", TCP, "refuses connections")
 
 
-PAST: dict[str, Any] = {"begins": datetime.now(UTC) - timedelta(days=60), "days": 30}
-
-
 @pytest.mark.parametrize(
     ("changes", "expected", "found", "fix"),
     [
         ({"days": 20}, "oowo", "the federation's own server, whose certificate ends on", "renew-server"),
-        ({"authority": "cardiology"}, "oofs", "authority: a wrong server, or TLS inspection", "exempted"),
-        ({"hosts": ("fl.example.org",)}, "oofs", "is not for localhost", "also_known_as"),
-        (PAST, "oofs", "has expired", "renew-server"),
-        ({"begins": datetime.now(UTC) + timedelta(days=3)}, "oofs", "not valid yet", "clock"),
-        ({"newest_tls": ssl.TLSVersion.TLSv1_2}, "oofs", "does not speak TLS as expected", "at this port"),
+        ({"authority": "theirs"}, "oofs", "authority: a wrong server, or TLS inspection", "exempted"),
+        ({"address": "fl.example.org"}, "oofs", "is not for localhost", "also_known_as"),
+        ({"days": -1}, "oofs", "has expired", "renew-server"),
+        ({"age_days": -3}, "oofs", "not valid yet", "clock"),
+        ({"newest": ssl.TLSVersion.TLSv1_2}, "oofs", "does not speak TLS as expected", "at this port"),
     ],
 )
 def test_a_server_whose_certificate_or_protocol_is_wrong(
-    kit: Any, served: Any, changes: dict[str, Any], expected: str, found: str, fix: str
+    kit: Any, served: Any, theirs: Authority, changes: dict[str, Any], expected: str, found: str, fix: str
 ) -> None:
     if "authority" in changes:
-        changes = {"authority": authority_of(changes["authority"])}
+        changes = {"authority": theirs}
     require(tried(kit(served(**changes)[1])), expected, TLS, found, fix)
 
 
-def test_a_server_that_refuses_our_certificate(kit: Any, served: Any) -> None:
+def test_a_server_that_refuses_our_certificate(kit: Any, served: Any, theirs: Authority) -> None:
     # Under TLS 1.3 the client has done its part by then, and hears of it when it reads.
-    server, address = served(clients=authority_of("Example Inspection Inc"))
+    server, address = served(clients=theirs)
     checks = tried(kit(address))
     require(checks, "oofs", TLS, "the server refused this site's certificate (unknown ca)", "renew-site north")
-    assert server.seen == []
+    assert server.asked == []
 
 
-def test_a_server_that_dribbles_is_left(
-    kit: Any, ours: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_dribbles_is_left(kit: Any, ours: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_http, "_OTHER", bounded_http._Bound(1000, 0.5))
 
     def dribble(to: ssl.SSLSocket, path: str) -> None:
@@ -189,7 +148,7 @@ def test_a_server_that_dribbles_is_left(
             to.sendall(b"H")
             dribbling.pause(0.05)
 
-    dribbling = Hostile(context(tmp_path, ours), dribble)
+    dribbling = Hostile(server_context(ours.issue("server", address=LOOPBACK)), dribble)
     began = time.monotonic()
     assert marks(tried(kit(dribbling.address), timeout_s=0.5)) == "oofs"
     assert time.monotonic() - began < 10
@@ -197,8 +156,8 @@ def test_a_server_that_dribbles_is_left(
 
 
 def test_a_server_that_does_not_speak_tls(kit: Any, stack: ExitStack) -> None:
-    checks = tried(kit(answering(stack, lambda asked: b"HTTP/1.1 400 Bad Request\r\n\r\n")))
-    require(checks, "oofs", TLS, "does not speak TLS")
+    address, _ = stack.enter_context(answering(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
+    require(tried(kit(address)), "oofs", TLS, "does not speak TLS")
 
 
 def test_a_server_that_never_answers(kit: Any, stack: ExitStack) -> None:
@@ -231,54 +190,8 @@ def test_the_clocks_difference_is_measured(kit: Any, served: Any) -> None:
     assert connection.clock_ahead_s[0] == pytest.approx(-90.0, abs=2)
 
 
-def answering(stack: ExitStack, answer: Callable[[bytes], bytes], *, tunnel: bool = False) -> str:
-    """A plain TCP server that reads once, writes `answer` and hangs up, or as a proxy goes on to where it was asked."""
-    listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-
-    def serve() -> None:
-        while True:
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=one, args=(connection,), daemon=True).start()
-
-    def one(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            asked = connection.recv(1 << 16)
-            connection.sendall(answer(asked))
-            if tunnel:
-                host, _, port = asked.split()[1].decode().rpartition(":")
-                with socket.create_connection((host, int(port))) as onward:
-                    back = threading.Thread(target=pumped, args=(onward, connection), daemon=True)
-                    back.start()
-                    pumped(connection, onward)
-                    back.join()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    stack.callback(thread.join)
-    stack.callback(listening.close)
-    stack.callback(listening.shutdown, socket.SHUT_RDWR)
-    return f"127.0.0.1:{listening.getsockname()[1]}"
-
-
-def pumped(source: socket.socket, target: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while part := source.recv(1 << 16):
-            target.sendall(part)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
-
-
 def test_a_proxy_that_connects(kit: Any, served: Any, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bytes] = []
-
-    def answer(request: bytes) -> bytes:
-        asked.append(request)
-        return b"HTTP/1.1 200 Connection established\r\n\r\n"
-
-    proxy = answering(stack, answer, tunnel=True)
+    proxy, asked = stack.enter_context(answering(b"HTTP/1.1 200 Connection established\r\n\r\n", tunnel=True))
     monkeypatch.setenv("HTTPS_PROXY", f"http://someone:s%20cret@{proxy}")
     _, address = served()
     checks = tried(kit(address))
@@ -302,7 +215,7 @@ REFUSED = "refused to connect to localhost:1"
 def test_a_proxy_that_does_not(
     kit: Any, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, answer: bytes, found: str, fix: str
 ) -> None:
-    proxy = answering(stack, lambda asked: answer)
+    proxy, _ = stack.enter_context(answering(answer))
     monkeypatch.setenv("https_proxy", proxy)
     require(tried(kit("localhost:1")), "ofss", TCP, f"the proxy {proxy} {found}", fix)
 

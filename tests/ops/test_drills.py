@@ -75,14 +75,6 @@ def test_moving_a_site_to_another_machine(north: Path, run_proposal: Any, tmp_pa
         ledger_of(north).require_contains(there.receipt(proposal.run))
 
 
-def test_moving_without_the_ledger_is_noticed(north: Path, run_proposal: Any, tmp_path: Path) -> None:
-    charge(ledger_of(north), run_proposal(), 1)
-    moved = tmp_path / "another machine"
-    shutil.copytree(north, moved, ignore=shutil.ignore_patterns("ledger.db*"))
-    with pytest.raises(RunError, match="is missing: anchor"):
-        SiteFiles.of(moved / "site.toml").open()
-
-
 def test_a_backup_at_any_time_is_whole_and_is_put_back(north: Path, run_proposal: Any, command: Any) -> None:
     proposal, backup = run_proposal(), north / "copy.db"
     opened = ledger_of(north)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +18,8 @@ from fedtune.ops import health as module
 from fedtune.ops.health import Health, ask, serve_health
 from fedtune.spec import ConfigError
 from fedtune.version import __version__
+
+from .deployment_files import run
 
 KEYS = {"state", "since", "last_contact", "rounds_answered", "version"}
 
@@ -178,30 +180,12 @@ def test_an_address_that_others_reach_may_be_asked_for(health: Health) -> None:
 
 
 def test_the_probe_of_containers(address: str, health: Health) -> None:
-    def probe(*arguments: str) -> tuple[int, str, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "fedtune.ops.health", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env={"HTTP_PROXY": "http://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"},
-        )
-        return done.returncode, done.stdout, done.stderr
-
-    assert probe(address)[0] == 0
-    assert probe(address, "/ready")[0] == 1
+    proxies = {"HTTP_PROXY": "http://127.0.0.1:1", "http_proxy": "http://127.0.0.1:1"}
+    probe = partial(run, sys.executable, "-m", "fedtune.ops.health", env=proxies)
+    assert probe(address).returncode == 0
+    assert probe(address, "/ready").returncode == 1
     health.update(state="connected")
-    code, out, err = probe(address, "/ready")
-    assert (code, json.loads(out)["state"], err) == (0, "connected", "")
-    assert probe("127.0.0.1:1")[0] == 1
-    assert probe()[0] == 2
-
-
-def test_the_probe_is_quick_to_import() -> None:
-    code = (
-        "import sys, fedtune.ops.health;"
-        "print([name for name in ('torch', 'flwr', 'cryptography', 'pydantic', 'numpy') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
+    done = probe(address, "/ready")
+    assert (done.returncode, json.loads(done.stdout)["state"], done.stderr) == (0, "connected", "")
+    assert probe("127.0.0.1:1").returncode == 1
+    assert probe().returncode == 2

@@ -47,13 +47,6 @@ def test_a_kit_says_where_its_files_are(kits: dict[str, Path], kind: str, now: d
     assert found.not_before < now < found.not_after
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kit_of_another_kind_is_refused(kits: dict[str, Path], kind: str) -> None:
-    other = KINDS[KINDS.index(kind) - 1]
-    with pytest.raises(ConfigError, match=rf"kit\.toml: kind = '{kind}': must be '{other}' here"):
-        Kit.read(kits[kind], kind=other)
-
-
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("site", name) for name in ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")]
@@ -65,11 +58,6 @@ def test_a_missing_file_is_named(kits: dict[str, Path], kind: str, name: str) ->
     with pytest.raises(ConfigError, match=name.replace(".", r"\.")) as caught:
         Kit.read(kits[kind], kind=kind)
     assert str(kits[kind]) in str(caught.value)
-
-
-def test_a_folder_without_a_kit_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere.*holds no kit"):
-        Kit.read(tmp_path / "nowhere", kind="site")
 
 
 @pytest.mark.parametrize(

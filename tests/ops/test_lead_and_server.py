@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -40,46 +39,7 @@ def lead(federation: Path) -> Callable[[], Kit]:
     return lambda: Kit.read(federation / "lead", kind="lead")
 
 
-@pytest.fixture
-def three(joined: Any, lead: Any) -> Kit:
-    """A lead with the sites north, south and west."""
-    for site in ("north", "south", "west"):
-        joined(site)
-    return lead()
-
-
-# Which sites.
-
-
-def names(kit: Kit, *asked: str) -> list[str]:
-    return [member.site for member in members(kit, asked)]
-
-
-def test_sites_come_in_the_order_in_which_they_were_named(three: Kit) -> None:
-    assert names(three, "west", "north") == ["west", "north"]
-    assert names(three) == ["north", "south", "west"]
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ("east", "sites = 'east': must be one of north, south, west"),
-        ("north", "sites = ['north', 'north']: must not repeat a name"),
-    ],
-)
-def test_a_site_is_known_and_takes_part_once(three: Kit, second: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        members(three, ("north", second))
-    assert str(caught.value) == message
-
-
-def test_a_revoked_site_takes_no_part(three: Kit, federation: Path, now: datetime) -> None:
-    provisioning.revoke_site(federation, "south", now=now)
-    assert names(three) == ["north", "west"]
-    with pytest.raises(ConfigError, match=r"sites = 'south': was revoked at \d{4}-"):
-        members(three, ("south",))
-    with pytest.raises(ConfigError, match="must be one of north, west"):
-        members(three, ("east",))
+# Which sites; those that a lead names: tests/cli/test_run.py.
 
 
 def test_without_any_site_there_is_nothing_to_run(lead: Any, joined: Any, federation: Path, now: datetime) -> None:
@@ -104,29 +64,27 @@ def config(tmp_path: Path) -> RunConfig:
     )
 
 
-def test_a_lead_knows_its_sites_keys_from_the_roster_alone(three: Kit, config: RunConfig, tmp_path: Path) -> None:
-    lead = LeadService(kit=three, federation=config.federation)
-    assert [site.site for site in lead.sites] == ["west", "north"]
-    of_north = lead.sites[1]
-    assert of_north.site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
-    assert of_north.node_key == members(three, ("north",))[0].node_key
-    assert lead.key.public == three.lead
-    grid = lead.grid()
-    assert (grid._server, grid._tls.key) == ("127.0.0.1:9092", three.key)
-
-
-def test_an_expired_certificate_stops_a_run_and_a_server_before_they_begin(
-    federation_toml: Path,
-    config: RunConfig,
-    service: ServerService,
-    served: list[ServerSettings],
-    now: datetime,
-    tmp_path: Path,
+def test_a_lead_knows_its_sites_keys_from_the_roster_alone(
+    joined: Any, lead: Any, config: RunConfig, tmp_path: Path
 ) -> None:
+    for site in ("north", "south", "west"):
+        joined(site)
+    kit = lead()
+    service = LeadService(kit=kit, federation=config.federation)
+    assert [site.site for site in service.sites] == ["west", "north"]
+    of_north = service.sites[1]
+    assert of_north.site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
+    assert of_north.node_key == members(kit, ("north",))[0].node_key
+    assert service.key.public == kit.lead
+    grid = service.grid()
+    assert (grid._server, grid._tls.key) == ("127.0.0.1:9092", kit.key)
+
+
+def test_an_expired_certificate_stops_a_run_before_it_begins(
+    federation_toml: Path, config: RunConfig, now: datetime, tmp_path: Path
+) -> None:
+    """A server: tests/cli/test_server.py."""
     provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
-    with pytest.raises(ConfigError, match=r"server\.pem.*expired.*renew-server"):
-        replace(service, kit=Kit.read(tmp_path / "old" / "server", kind="server")).run()
-    assert served == []
     kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
     folder = tmp_path / "one"
     folder.mkdir()

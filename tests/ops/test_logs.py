@@ -54,16 +54,8 @@ def a_number() -> None:
     int(CANARY)
 
 
-def a_key() -> None:
-    {}[CANARY]
-
-
 def an_undeclared_label() -> None:
     raise DataError("train.csv line 3, column 'label'", CANARY, "must be one of the labels")
-
-
-def no_text() -> None:
-    (CANARY.encode() + b"\xff").decode("utf-8")
 
 
 def a_file() -> None:
@@ -88,7 +80,7 @@ def while_another_was_handled() -> None:
     try:
         a_number()
     except ValueError:
-        a_key()
+        {}[CANARY]
 
 
 def a_group() -> None:
@@ -110,7 +102,7 @@ def a_note() -> None:
 
 
 FAILURES = [
-    *(a_number, a_key, an_undeclared_label, no_text, a_file, a_chain, hidden_in_the_cause_of_a_settings_error),
+    *(a_number, an_undeclared_label, a_file, a_chain, hidden_in_the_cause_of_a_settings_error),
     *(while_another_was_handled, a_group, a_note),
 ]
 

@@ -174,6 +174,7 @@ def test_a_server_s_figures(federation: Path) -> None:
 
 @pytest.fixture
 def known(north: Path, federation: Path) -> set[str]:
+    """The names that a monitoring system sees, once the processes together have every figure."""
     SiteFiles.of(north / "site.toml").open()
     lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
     figures = (of_site(north).figures, of_server(federation).figures, lead.figures)

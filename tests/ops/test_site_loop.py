@@ -6,8 +6,6 @@ import logging
 import os
 import signal
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -31,11 +29,9 @@ from tests.flower.certificates import LOOPBACK, Authority
 from tests.flower.hostile import Hostile, server_context, whole
 
 
-class Quiet:
-    """A bell that never rings."""
-
-    def __init__(self) -> None:
-        self.rung, self.works = threading.Event(), False
+def quiet(*, works: bool = False) -> Any:
+    """A bell that has not rung."""
+    return SimpleNamespace(rung=threading.Event(), works=works)
 
 
 class Told(Health):
@@ -65,7 +61,7 @@ def loop_of(
 ) -> _Loop:
     """A site's loop, whose parts do nothing where they are not given."""
     ends = ends or datetime.now(UTC) + timedelta(days=1)
-    parts = (connection, bell or Quiet(), app, SiteState.of(folder), health or Health(), stop)
+    parts = (connection, bell or quiet(), app, SiteState.of(folder), health or Health(), stop)
     return _Loop(*parts, until=lambda: ends)
 
 
@@ -105,13 +101,9 @@ def test_a_dribbling_server_makes_a_site_disconnected(
     server.close()
 
 
-class Untouched:
-    """A connection that nobody may use."""
-
-
 def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caught: pytest.LogCaptureFixture) -> None:
     ended = datetime.now(UTC) - timedelta(minutes=1)
-    assert looped(Untouched(), tmp_path, until="expired", ends=ended).states == ["expired"]
+    assert looped(None, tmp_path, until="expired", ends=ended).states == ["expired"]
     assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caught.text
     assert "trying again" not in caught.text
 
@@ -121,21 +113,11 @@ def test_a_certificate_that_ends_while_an_answer_waits_is_shown_as_such(
 ) -> None:
     """The server is away, and when it comes back it would not take the site: the answer waits for a new certificate."""
     health, ended = Told(stop := threading.Event(), "expired"), datetime.now(UTC) - timedelta(minutes=1)
-    loop = loop_of(Untouched(), tmp_path, stop, health=health, ends=ended)
+    loop = loop_of(None, tmp_path, stop, health=health, ends=ended)
     monkeypatch.setattr(Exchange, "is_void", lambda *_: False)
     loop._send(Exchange(None))  # type: ignore[arg-type]
     assert health.states == ["expired"]
     assert "this site's own certificate ended at" in caught.text
-
-
-def test_a_site_that_waits_has_loaded_nothing_that_trains() -> None:
-    """They come with the first message: a site starts in a second or two, and waits in a third of the memory."""
-    code = (
-        "import sys, fedtune.ops.services.site_service, fedtune.ops.metrics, fedtune.cli.site;"
-        "print([name for name in ('torch', 'transformers', 'peft', 'opacus') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_the_first_signal_asks_and_the_second_ends() -> None:
@@ -197,8 +179,7 @@ def test_a_message_of_no_kind_ends_no_site(
 
 
 def test_a_site_rests_until_the_bell_rings(tmp_path: Path) -> None:
-    stop, bell, asked = threading.Event(), Quiet(), []
-    bell.works = True
+    stop, bell, asked = threading.Event(), quiet(works=True), []
 
     def receive() -> None:
         asked.append(time.monotonic())

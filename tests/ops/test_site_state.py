@@ -15,7 +15,6 @@ import pytest
 
 import fedtune.ops.services.site_state as site_state
 from fedtune.ops.services.site_state import MOST_WAITING, SiteState, serving
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 
@@ -45,17 +44,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(site_state, "datetime", Fixed)
 
     return set_to
-
-
-def test_pausing_and_resuming_twice_is_the_same_as_once(state: SiteState) -> None:
-    state.set_paused(False)
-    assert not state.paused.exists()
-    for _ in range(2):
-        state.set_paused(True)
-        assert SiteState.of(state.folder.parent).paused.exists(), "other processes see it"
-    for _ in range(2):
-        state.set_paused(False)
-        assert not state.paused.exists()
 
 
 def test_a_waiting_run_keeps_the_time_at_which_it_was_first_asked_for(
@@ -138,30 +126,6 @@ def test_so_many_runs_wait_and_no_more(state: SiteState, run_proposal: Propose) 
     assert state.wait_for_approval(run_proposal(run="run-0"), SETTINGS) is False, "one of them may ask again"
     state.forget(run_proposal(run="run-7"))
     assert state.wait_for_approval(run_proposal(run="one more"), SETTINGS) is True
-
-
-def test_two_leads_may_use_one_name(state: SiteState, run_proposal: Propose, stranger_key: SigningKey) -> None:
-    one, other = run_proposal(), run_proposal(lead=stranger_key.public)
-    for proposal in (one, other):
-        assert state.wait_for_approval(proposal, SETTINGS) is True
-    state.forget(one)
-    assert [pending.proposal for pending in state.waiting()] == [other]
-
-
-# Which ledger was served.
-
-
-def test_a_site_remembers_the_ledger_that_it_served(state: SiteState) -> None:
-    assert not state.has_served()
-    for _ in range(2):
-        state.check_ledger("ab" * 16)
-        assert SiteState.of(state.folder.parent).has_served()
-    with pytest.raises(RunError) as caught:
-        state.check_ledger("cd" * 16)
-    assert str(caught.value).startswith(
-        f"this site served ledger {'ab' * 16} before, and now there is ledger {'cd' * 16}"
-    )
-    state.check_ledger("ab" * 16)
 
 
 # Who serves a ledger.

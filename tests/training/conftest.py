@@ -98,6 +98,18 @@ def made_up(task: str, count: int = 9, *, seed: int = 5) -> TextDataset:
     return TextDataset(input_ids, tuple(targets), texts)
 
 
+BAD = 199
+"""A token of a record that a model is made to fail on."""
+
+
+def with_bad(dataset: TextDataset, *texts: int) -> TextDataset:
+    """The same with this token at the end of these texts, and nowhere else."""
+    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
+    for text in texts:
+        ids[text][-1] = BAD
+    return TextDataset(tuple(ids), dataset.targets, dataset.texts)
+
+
 @pytest.fixture
 def examples() -> Callable[..., TextDataset]:
     return made_up

@@ -29,7 +29,7 @@ UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets
 
 def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
     """The loss of one example alone, unpadded, from the PEFT model's output and textbook formulas."""
-    if model.task.name not in ("classification", "causal_lm", "preference", "embedding"):
+    if model.task.name not in ("classification", "causal_lm", "preference"):
         return model.losses(collate(dataset, [index], pad_id=0)).sum()  # tests/tasks compare these with a textbook's
     texts = [torch.from_numpy(dataset.input_ids[text].astype(np.int64))[None] for text in dataset.texts_of([index])]
     if model.task.name == "preference":
@@ -40,14 +40,7 @@ def plain_loss(model: Any, dataset: TextDataset, index: int) -> torch.Tensor:
         lengths = [max(1, int((wanted[1:] != -100).sum())) if model.spec.per_token else 1 for wanted in targets]
         margin = model.spec.beta * ((chosen - base[0]) / lengths[0] - (rejected - base[1]) / lengths[1])
         return torch.log1p(torch.exp(-margin))
-    output, *others = (model.base(input_ids=token_ids) for token_ids in texts)
-    if others:
-        first, *rest = (one.last_hidden_state[0].mean(dim=0) for one in (output, *others))
-        cosines = [functional.cosine_similarity(first, one, dim=0) for one in rest]
-        wanted = float(dataset.targets[index])
-        if np.isnan(wanted):
-            return cosines[0] * 0.0
-        return (cosines[0] - wanted) ** 2 if len(cosines) == 1 else functional.relu(wanted - cosines[0] + cosines[1])
+    output = model.base(input_ids=texts[0])
     if isinstance(dataset.targets, tuple):
         targets = torch.from_numpy(dataset.targets[index])[1:]
         supervised = targets != -100

@@ -15,11 +15,21 @@ import torch
 from fedtune.data import TextDataset
 from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
+from fedtune.training.examples import SiteExamples
 
-from .conftest import KINDS, examples_of, summed
+from .conftest import BAD, KINDS, examples_of, summed, with_bad
 
 CLIP, CELLS = 0.5, 2**24
+CHOSEN = [5, 1, 7, 2]
 LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
+
+
+def require_same_sum(model: TaskModel, plain: SiteExamples, keeping: SiteExamples, *, within: float) -> None:
+    """Clipped sums of chosen records, to so much of a clip norm for each."""
+    expected = summed(model, plain, CLIP, CHOSEN)
+    for name, total in summed(model, keeping, CLIP, CHOSEN).items():
+        assert int((total - expected[name]).abs().max()) <= within * CELLS * len(CHOSEN)
+    assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -31,17 +41,12 @@ def test_kept_states_give_the_same_clipped_sum(
     if checkpointing:
         model.enable_gradient_checkpointing()
     dataset = examples(task)
-    plain = examples_of(dataset)
-    keeping = examples_of(dataset)
+    plain, keeping = examples_of(dataset), examples_of(dataset)
     keeping.keep_frozen_states(model)
-    chosen = [5, 1, 7, 2]
-    assert all(batch.prefix is not None for batch in keeping.cut(np.array(chosen)))
-    assert all(batch.prefix is None for batch in plain.cut(np.array(chosen)))
-    expected = summed(model, plain, CLIP, chosen)
-    for name, total in summed(model, keeping, CLIP, chosen).items():
-        # Padding has other states, so a record is not always the same to the last bit with and without.
-        assert int((total - expected[name]).abs().max()) <= 1e-5 * CELLS * len(chosen)
-    assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
+    assert all(batch.prefix is not None for batch in keeping.cut(np.array(CHOSEN)))
+    assert all(batch.prefix is None for batch in plain.cut(np.array(CHOSEN)))
+    # Padding has other states, so a record is not always the same to the last bit with and without.
+    require_same_sum(model, plain, keeping, within=1e-5)
 
 
 def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(
@@ -102,20 +107,15 @@ def test_nothing_is_kept_when_the_first_layer_trains_or_no_task_compares(fresh: 
     assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1])))
 
 
-BAD = 199
-"""A token of a record that the frozen layers cannot compute."""
-
-
 @pytest.fixture(params=["classification", "pairs", "triplets"])
 def bad_examples(examples: Any, request: pytest.FixtureRequest) -> tuple[str, TextDataset, int]:
     """A task, and records of which one has the token in its last text, and its place."""
     dataset, place = examples(request.param), 3
-    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
     here, next_to_it = (dataset.texts_of([one]) for one in (place, place + 1))
+    ids = list(dataset.input_ids)
     for text, other in zip(here, next_to_it, strict=True):
-        ids[text] = ids[other].copy()  # as long as another, beside which it comes to stand
-    ids[here[-1]][-1] = BAD
-    return request.param, TextDataset(tuple(ids), dataset.targets, dataset.texts), place
+        ids[text] = ids[other]  # as long as another, beside which it comes to stand
+    return request.param, with_bad(TextDataset(tuple(ids), dataset.targets, dataset.texts), here[-1]), place
 
 
 class Panic(BaseException):
@@ -150,10 +150,7 @@ def test_a_record_without_states_adds_nothing_and_moves_no_other(
     others = [index for index in range(len(dataset)) if index != place]
     plain = examples_of(dataset, max_tokens=max_tokens)
     keeping = examples_of(dataset, max_tokens=max_tokens)
-    mended = examples_of(
-        TextDataset(tuple(np.where(ids == BAD, 7, ids) for ids in dataset.input_ids), dataset.targets, dataset.texts),
-        max_tokens=max_tokens,
-    )
+    mended = examples_of(with_bad(dataset), max_tokens=max_tokens)
     mended.keep_frozen_states(model)
     spoil(model, how)
     keeping.keep_frozen_states(model)
@@ -190,20 +187,16 @@ def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
     trained: Any, examples: Any, layers: tuple[int, ...] | None
 ) -> None:
     model = trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
-    dataset, chosen = examples("preference"), [5, 1, 7, 2]
-    plain, keeping = examples_of(dataset), examples_of(dataset)
+    plain, keeping = (examples_of(examples("preference")) for _ in range(2))
     if layers is not None:
         keeping.keep_frozen_states(model)
     keeping.keep_reference(model)
-    assert all(batch.reference is not None for batch in keeping.cut(np.array(chosen)))
+    assert all(batch.reference is not None for batch in keeping.cut(np.array(CHOSEN)))
     for factor in (1.0, -2.0):
         with torch.no_grad():
             for parameter in model.trainable().values():
                 parameter.mul_(factor)
-        expected = summed(model, plain, CLIP, chosen)
-        for name, total in summed(model, keeping, CLIP, chosen).items():
-            assert int((total - expected[name]).abs().max()) <= 1e-4 * CELLS * len(chosen)
-        assert any(int(total.abs().max()) > 1e-3 * CELLS for total in expected.values())
+        require_same_sum(model, plain, keeping, within=1e-4)
 
 
 def test_the_base_is_asked_once_about_a_record(trained: Any, examples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,12 +214,10 @@ def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(
     trained: Any, examples: Any, how: str, max_tokens: int
 ) -> None:
     model, dataset, place = trained("random:llama", "preference"), examples("preference"), 3
-    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
-    sound = TextDataset(tuple(one.copy() for one in ids), dataset.targets, 2)
-    ids[2 * place + 1][-1] = BAD
-    spoilt = TextDataset(tuple(ids), dataset.targets, 2)
     others = [index for index in range(len(dataset)) if index != place]
-    mended, keeping = (examples_of(one, max_tokens=max_tokens) for one in (sound, spoilt))
+    mended, keeping = (
+        examples_of(one, max_tokens=max_tokens) for one in (with_bad(dataset), with_bad(dataset, 2 * place + 1))
+    )
     mended.keep_reference(model)
     expected = summed(model, mended, CLIP, others)
     spoil(model, how)

@@ -79,18 +79,6 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {"text": "[SEP] there [SEP]", "labels": "card;lost;place;card"},
         {"text": "\x00", "labels": "lost"},
     ],
-    "order": [
-        {"text": "where is my card", "label": "card"},
-        {"text": "my card is lost " * 9, "label": "lost"},
-        {"text": "b", "label": "place"},
-        {"text": "\x00\ufffd\u202e 文字", "label": "card"},
-    ],
-    "number": [
-        {"text": "where is my card", "target": "0.0"},
-        {"text": "my card is lost " * 9, "target": "5.0"},
-        {"text": "b", "target": "2.5"},
-        {"text": "[SEP] there [SEP]", "target": "1e-300"},
-    ],
     "tagged": [
         {"tokens": "where\nis\nmy\ncard", "tags": "O\nO\nB-lost\nI-lost"},
         {"tokens": "\n".join(["my", "card", "is", "lost"] * 9), "tags": "\n".join(["O", "U-card"] * 18)},
@@ -123,9 +111,12 @@ RECORDS: dict[str, list[dict[str, str]]] = {
         {**chat("where"), "chosen": said("\ud800"), "rejected": said("lost")},
     ],
 }
-OTHERS = {"labels": "multi_label", "order": "ordinal", "number": "regression"}
-OTHERS |= dict.fromkeys(("tagged", "marked"), "token_classification")
-"""Layouts of tasks with a head, by task; those not here or in `TEXTS` are a language model's."""
+OTHERS = {"labels": "multi_label", "tagged": "token_classification", "marked": "token_classification"}
+"""Layouts of tasks with a head, by task; those not here or in `TEXTS` are a language model's.
+
+Other heads read a text as that of several labels does: their losses are in test_feature_gradients.py and
+test_companies.py.
+"""
 GIVEN: dict[str, dict[str, Any]] = {
     "chat": {"columns": {"messages": "m"}, "chat_template": "plain"},
     "text": {"columns": {"text": "t"}},
@@ -134,8 +125,6 @@ GIVEN: dict[str, dict[str, Any]] = {
     "prompted": {"columns": {"prompt": "p", "chosen": "c", "rejected": "r"}, "prompt_template": "is {prompt}"},
     "continued": {"columns": {"messages": "m", "chosen": "c", "rejected": "r"}, "chat_template": "plain"},
     "labels": {"columns": {"text": "t", "labels": "l"}, "labels": ("card", "lost", "place")},
-    "order": {"columns": {"text": "t", "label": "l"}, "labels": ("card", "lost", "place")},
-    "number": {"columns": {"text": "t", "target": "n"}, "target_range": (0.0, 5.0)},
     "tagged": {"columns": {"tokens": "t", "tags": "g"}, "labels": ("card", "lost", "place")},
     "marked": {"columns": {"text": "t", "spans": "s"}, "labels": ("card", "lost", "place"), "windows": 2, "stride": 4},
 }
@@ -193,7 +182,7 @@ def test_the_records_are_those_that_this_is_about(dataset_of: Any, layout: str) 
 
 
 @pytest.mark.by_day(
-    *(f"{layout}-whole" for layout in ("chat", "scored", "labels", "order", "number", "tagged", "prompted")),
+    *(f"{layout}-whole" for layout in ("chat", "scored", "labels", "tagged", "prompted")),
     "chat-kept states",
 )
 @keeping

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from fedtune.data import TextDataset, collate
+from fedtune.data import collate
 from fedtune.model.layers import layer_stack
 from fedtune.model.spec import HeadSpec, LoraSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.per_example import attached
 
+from .conftest import BAD, with_bad
 from .test_dp_step import loop_gradient
 
 KINDS = [
@@ -82,10 +84,7 @@ def test_a_failure_is_raised_and_leaves_no_watched_module_and_no_trace(
     expected, before = gradients_of(model, small), watched_in(model)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
 
-    def fails(*_: Any) -> None:
-        raise error("out of memory")
-
-    handle = hook(model, within)(fails)
+    handle = hook(model, within)(Mock(side_effect=error("out of memory")))
     with pytest.raises(error, match="out of memory"):
         gradients_of(model, large)
     handle.remove()
@@ -134,9 +133,6 @@ def test_a_tensor_that_takes_no_part_is_refused(trained: Any, examples: Any) -> 
 
 # A record that cannot be computed counts as zero; the answer must not depend on whether there is one.
 
-BAD = 199
-"""A token that makes the pass of whoever has it fail."""
-
 
 def fail_on(model: TaskModel, within: str) -> Any:
     """Make a pass fail where the token `BAD` is in the batch."""
@@ -155,31 +151,22 @@ def fail_on(model: TaskModel, within: str) -> Any:
     return handles if within == "the embedding" else [*handles, hook(model, within)(fails)]
 
 
-def with_bad(examples: Any, *places: int, count: int = 5) -> TextDataset:
-    dataset = examples("classification", count)
-    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
-    for place in places:
-        ids[place] = ids[place].copy()
-        ids[place][-1] = BAD
-    return TextDataset(tuple(ids), dataset.targets)
-
-
 @pytest.mark.by_day("bad3-the embedding", "bad3-forward pass", "bad3-backward pass", "bad3-between them")
 @pytest.mark.parametrize("within", ["the embedding", "forward pass", "backward pass", "between them"])
 @pytest.mark.parametrize("bad", [(0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4)])
 def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
     trained: Any, examples: Any, within: str, bad: tuple[int, ...]
 ) -> None:
-    model = trained()
+    model, dataset = trained(), examples("classification", 5)
     shape = (8, 16)
     before = watched_in(model)
     # Before anything, as a backward hook changes in which order gradients are added up.
     handles = fail_on(model, within)
     with attached(model) as gradients:
-        expected = gradients.of(collate(with_bad(examples), range(5), pad_id=0, shape=shape))
+        expected = gradients.of(collate(with_bad(dataset), range(5), pad_id=0, shape=shape))
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
     with attached(model) as gradients:
-        batch = collate(with_bad(examples, *bad), range(5), pad_id=0, shape=shape)
+        batch = collate(with_bad(dataset, *bad), range(5), pad_id=0, shape=shape)
         with pytest.raises((IndexError, RuntimeError), match="no such"):
             gradients.of_all(batch)
         for _ in range(2):  # and again: one failure leaves nothing to the next pass
@@ -192,7 +179,7 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
                         assert not gradient[row].any(), (name, row)
                     else:
                         assert torch.equal(gradient[row], expected[name][row]), (name, row)
-        after = gradients.of(collate(with_bad(examples), range(5), pad_id=0, shape=shape))
+        after = gradients.of(collate(with_bad(dataset), range(5), pad_id=0, shape=shape))
         assert all(torch.equal(after[name], expected[name]) for name in expected)
     assert leftovers(model) == []
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
@@ -207,15 +194,11 @@ def test_a_record_of_which_one_text_cannot_be_computed_counts_as_zero(
     trained: Any, examples: Any, task: str, bad: tuple[int, ...]
 ) -> None:
     model, dataset = trained("random:bert", task), examples(task, 6)
-    ids = [np.where(row == BAD, 7, row) for row in dataset.input_ids]
-    failing = [np.append(row[:-1], BAD).astype(np.int32) if text in bad else row for text, row in enumerate(ids)]
     fail_on(model, "forward pass")
     with attached(model) as gradients:
         expected, found = (
-            gradients.of(
-                collate(TextDataset(tuple(each), dataset.targets, dataset.texts), range(5), pad_id=0, shape=(8, 16))
-            )
-            for each in (ids, failing)
+            gradients.of(collate(each, range(5), pad_id=0, shape=(8, 16)))
+            for each in (with_bad(dataset), with_bad(dataset, *bad))
         )
     without = {text // dataset.texts for text in bad}
     for name, gradient in found.items():

@@ -178,9 +178,8 @@ def dataset_of(*lengths: int, task: str = "classification") -> TextDataset:
     return TextDataset(ids, tuple(np.where(np.arange(len(one)) > 0, one, -100).astype(np.int64) for one in ids))
 
 
-def examples_of(dataset: TextDataset, *, full: bool = False) -> SiteExamples:
-    longest = int(dataset.lengths.max(initial=1))
-    shapes = Shapes.of(max_length=longest, max_tokens=64, positions=longest if full else None)
+def examples_of(dataset: TextDataset) -> SiteExamples:
+    shapes = Shapes.of(max_length=int(dataset.lengths.max(initial=1)), max_tokens=64)
     return conftest.examples_of(dataset, shapes)
 
 
@@ -266,15 +265,6 @@ def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> N
             assert tuple(batch.input_ids.shape) == tuple(batch.attention_mask.shape) == (part.rows, part.length)
             assert part.length == length_of(examples._shapes, int(examples._dataset.lengths[part.places[0]]))
             assert part.rows in examples._shapes.rows(part.length)
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_every_micro_batch_has_padding_even_of_the_longest_records(full: bool) -> None:
-    examples = examples_of(dataset_of(*[16] * 9), full=full)
-    assert bool(examples._shapes.full) == full
-    for chosen in range(1, 10):
-        for batch in examples.cut(np.arange(chosen)):
-            assert not batch.attention_mask.bool().all()
 
 
 # Users.
