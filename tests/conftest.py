@@ -38,18 +38,10 @@ from fedtune.data.records import Record
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_policy import (
-    Allow,
-    Asserted,
-    Budget,
-    Dataset,
-    Limits,
-    Policy,
-    Population,
-    Reference,
-    Releases,
-)
+from fedtune.privacy.site_policy import Dataset, Policy, Reference
 from fedtune.spec import DataError
+
+from .privacy.builders import changed, policy, proposal
 
 REPOSITORY = Path(__file__).parents[1]
 _BEGAN = time.monotonic()
@@ -388,23 +380,9 @@ def run_proposal(lead_key: SigningKey, run_plan: Plan) -> Callable[..., Proposal
 
     def make(**changes: Any) -> Proposal:
         plan = replace(run_plan, **{key: value for key, value in changes.items() if key in of_plan})
-        values: dict[str, Any] = {
-            "run": "r",
-            "lead": lead_key.public,
-            "dataset": "patients",
-            "task": "classification",
-            "base_model": "ab" * 32,
-            "target_modules": ("query", "value"),
-            "rank": 4,
-            "train_head": True,
-            "seeded_noise": False,
-            "num_sites": 3,
-            "dtype": "float32",
-            "lora_scale": 1.0,
-            "head_scale": 10.0,
-            "plan": plan,
-        }
-        return Proposal(**(values | {key: value for key, value in changes.items() if key not in of_plan}))
+        of_run = {"lead": lead_key.public, "dataset": "patients", "base_model": "ab" * 32}
+        of_run |= {"target_modules": ("query", "value"), "plan": plan}
+        return replace(proposal(), **of_run | {key: value for key, value in changes.items() if key not in of_plan})
 
     return make
 
@@ -417,42 +395,31 @@ def site_policy(run_proposal: Callable[..., Proposal]) -> Callable[..., Policy]:
     """
 
     def make(site: str = "a", *, declared_size: int = 100, **changes: Any) -> Policy:
-        proposal = run_proposal()
-        plan = proposal.plan
-        policy = Policy(
+        asked = run_proposal()
+        plan = asked.plan
+        steps = plan.local_steps * plan.most_rounds
+        reference = Reference(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
+        allowed = policy(
             site=site,
-            population=Population(name=f"{site}-patients"),
-            dataset=(Dataset(id=proposal.dataset, declared_size=declared_size),),
-            budget=Budget(
-                delta=plan.delta,
-                max_epsilon=5.0,
-                reference=Reference(
-                    sampling_rate=plan.sampling_rate,
-                    noise_multiplier=plan.noise_multiplier,
-                    steps=plan.local_steps * plan.most_rounds,
-                ),
-            ),
-            limits=Limits(
-                min_noise_multiplier=plan.noise_multiplier,
-                max_sampling_rate=plan.sampling_rate,
-                max_grad_norm=plan.max_grad_norm,
-                max_local_steps=plan.local_steps,
-                max_rounds=plan.most_rounds,
-                max_adapter_value=5.0,  # the made-up adapters of the tests go up to it
-            ),
-            allow=Allow(
-                leads=(proposal.lead,),
-                tasks=(proposal.task,),
-                base_models=(proposal.base_model,),
-                target_modules=proposal.target_modules,
-                max_rank=proposal.rank,
-                train_head=proposal.train_head,
-            ),
-            releases=Releases(reply_after_s=0.0),
-            asserted=Asserted(no_person_at_another_site=True),
+            population={"name": f"{site}-patients"},
+            dataset=(Dataset(id=asked.dataset, declared_size=declared_size),),
+            budget={"delta": plan.delta, "max_epsilon": 5.0, "reference": reference},
+            limits={
+                "min_noise_multiplier": plan.noise_multiplier,
+                "max_sampling_rate": plan.sampling_rate,
+                "max_grad_norm": plan.max_grad_norm,
+                "max_local_steps": plan.local_steps,
+                "max_rounds": plan.most_rounds,
+                "max_adapter_value": 5.0,  # the made-up adapters of the tests go up to it
+            },
+            allow={
+                "leads": (asked.lead,),
+                "base_models": (asked.base_model,),
+                "target_modules": asked.target_modules,
+                "max_rank": asked.rank,
+            },
         )
-        tables = {key: replace(getattr(policy, key), **value) for key, value in changes.items() if type(value) is dict}
-        return replace(policy, **(changes | tables))
+        return changed(allowed, **changes)
 
     return make
 

@@ -41,6 +41,12 @@ _PROPOSAL |= {"base_model": "b" * 64, "target_modules": ("q_proj",), "rank": 4, 
 _PROPOSAL |= {"seeded_noise": False, "dtype": "float32", "lora_scale": 1.0, "head_scale": 10.0}
 
 
+def changed(whole: Any, **changes: Any) -> Any:
+    """A configuration or policy with other values: of a group or table by a dict, of a key by its value."""
+    groups = {key: replace(getattr(whole, key), **one) for key, one in changes.items() if isinstance(one, dict)}
+    return replace(whole, **changes | groups)
+
+
 @cache
 def _policy() -> Policy:
     # Not while it is imported: a faulty policy is to fail a test.
@@ -85,8 +91,7 @@ def policy(**changes: Any) -> Policy:
 
     The lifetime cap has room for ten rounds of `plan()` and not for eleven.
     """
-    tables = {key: replace(getattr(_policy(), key), **value) for key, value in changes.items() if type(value) is dict}
-    return replace(_policy(), **(changes | tables))
+    return changed(_policy(), **changes)
 
 
 def of_users(*named: tuple[str, str, str], **changes: Any) -> Policy:

@@ -39,18 +39,13 @@ def kinds(path: Path) -> list[tuple[Kind, str]]:
 APPROVED = (Kind.NOTE, "approved")
 
 
-def test_a_run_that_nobody_has_approved_is_charged_nothing(manual: Open, path: Path) -> None:
+def test_a_run_that_nobody_has_approved_is_charged_nothing_and_once_approved_it_begins(
+    manual: Open, path: Path
+) -> None:
     ledger = manual()
     assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
     assert kinds(path) == [], "not even its plan is noted: nothing is set aside for it"
-    assert manual().history.charged().total() == 0
-    assert manual().history.set_aside(manual().history.now()).total() == 0
     assert ledger.receipt("r").charged_rounds == 0
-
-
-def test_once_approved_it_begins(manual: Open, path: Path) -> None:
-    ledger = manual()
-    reason_of(reserve, ledger, proposal())
     ledger.approve(proposal())
     reserve(ledger, proposal())
     assert kinds(path) == [APPROVED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
@@ -91,15 +86,6 @@ def test_an_approval_is_for_one_proposal_to_the_letter(manual: Open) -> None:
     reserve(ledger, proposal())
 
 
-def test_each_changed_proposal_needs_an_approval_of_its_own(manual: Open) -> None:
-    ledger, other = manual(), proposal(rank=3)
-    ledger.approve(proposal())
-    assert reason_of(reserve, ledger, other) is Reason.AWAITING_APPROVAL
-    ledger.approve(other)
-    reserve(ledger, other)  # the newest approval does not undo the others
-    assert reason_of(reserve, ledger, proposal()) is Reason.PLAN_CHANGED, "one name is one run"
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -120,11 +106,11 @@ def test_nobody_approves_what_policy_or_budget_refuse(
 
 
 def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manual: Open) -> None:
-    ledger, late = manual(), proposal(run="late")
-    ledger.approve(late)
-    for run in ("one", "two"):
-        ledger.approve(proposal(run=run))
-        reserve(ledger, proposal(run=run))
+    ledger, (one, two, late) = manual(), (proposal(run=run) for run in ("one", "two", "late"))
+    for each in (one, two, late):
+        ledger.approve(each)
+    for each in (one, two):
+        reserve(ledger, each)  # the newest approval does not undo the others
     assert reason_of(reserve, ledger, late) is Reason.MAX_EPSILON
 
 
@@ -203,29 +189,16 @@ def refuse(ledger: Ledger, reason: Reason, *, run: str = "r", round: int = 1) ->
     ledger.refuse(Refused(reason), run=run, round=round, request=f"digest {run} {round}")
 
 
-@pytest.mark.parametrize("reason", [Reason.AWAITING_APPROVAL, Reason.PAUSED])
-def test_that_a_run_waits_is_recorded_once_however_often_it_asks(manual: Open, path: Path, reason: Reason) -> None:
-    for _ in range(5):
-        refuse(manual(), reason)
-    assert kinds(path) == [(Kind.REFUSAL, "")]
-    assert verify(path).events[-1].detail["reason"] == reason.value
-
-
-def test_what_changes_while_it_waits_is_recorded(manual: Open, path: Path) -> None:
-    ledger = manual()
-    for reason, runs in ((Reason.AWAITING_APPROVAL, "rr"), (Reason.PAUSED, "rss")):
+def test_that_a_run_waits_is_recorded_once_however_often_it_asks_and_what_changes_meanwhile_too(
+    manual: Open, path: Path
+) -> None:
+    for reason, runs in ((Reason.AWAITING_APPROVAL, "rr"), (Reason.PAUSED, "rrss")):
         for run in runs:
-            refuse(ledger, reason, run=run)
-    ledger.approve(proposal())
-    refuse(ledger, Reason.PAUSED, run="s")
+            refuse(manual(), reason, run=run)
+    manual().approve(proposal())
+    refuse(manual(), Reason.PAUSED, run="s")
     told = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
     assert told == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], "once a day for each run and reason"
-
-
-def test_other_refusals_are_recorded_each_time(manual: Open, path: Path) -> None:
-    for _ in range(3):
-        refuse(manual(), Reason.MAX_RANK)
-    assert kinds(path) == [(Kind.REFUSAL, "")] * 3
 
 
 def test_only_a_person_s_decision_is_waited_for() -> None:

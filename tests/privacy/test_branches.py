@@ -47,15 +47,6 @@ def test_the_same_backup_put_back_again_is_charged_for_everything_and_goes_on(ba
     train(again, proposal(run="d"), 1)
 
 
-def test_a_run_on_two_branches_is_charged_for_the_rounds_of_both(backups: Backups) -> None:
-    lost, _ = backups.branch(proposal(), 2, 3)
-    ledger = backups.put_back()
-    train(ledger, proposal(), 2)  # before anybody noticed
-    ledger.charge_gap(lost)
-    assert ledger.receipt("r").charged_rounds == 1 + 2 + 1
-    assert rounds_charged(ledger, proposal) == 4
-
-
 def test_two_copies_that_charge_one_request_at_one_time_are_two(clock: Clock, backups: Backups) -> None:
     """A clock that is behind the newest event, as where a machine was put back with its ledger, gives both one time."""
     clock.time -= timedelta(days=1)
@@ -83,27 +74,6 @@ def test_no_entry_of_the_sites_own_lowers_what_was_charged(backups: Backups, key
     assert verify(backups.path).history.charged().total() > 0, "an entry of this form is read"
     with pytest.raises(RunError), ledger._store.transaction():
         ledger._store.note("restored", **detail | {key: forged})
-
-
-def test_an_anchor_older_than_the_receipt_leaves_the_doubt(backups: Backups) -> None:
-    ledger = backups.put_back()
-    train(ledger, proposal(run="lost"), 1)
-    older = ledger.head()
-    train(ledger, proposal(run="lost"), 2, 3)
-    newest, receipt = ledger.head(), ledger.receipt("lost")
-    behind = backups.put_back()
-    assert reason_of(behind.require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
-    behind.charge_gap(older)
-    assert reason_of(train, behind, proposal(run="new"), 1) is Reason.LEDGER_BEHIND_RECEIPT
-    behind.charge_gap(newest)
-    train(behind, proposal(run="new"), 1)
-
-
-def test_a_receipt_of_another_branch_passes_nowhere_after_a_restore(backups: Backups) -> None:
-    _, unseen = backups.branch(proposal(run="unseen"), 1, 2)
-    lost, _ = backups.branch(proposal(run="seen", plan={"num_rounds": 5}), 1, 2, 3)
-    ledger = backups.put_back(anchor=lost)
-    assert reason_of(ledger.require_contains, unseen) is Reason.LEDGER_BEHIND_RECEIPT
 
 
 def test_another_process_that_is_ahead_puts_nothing_in_doubt(backups: Backups) -> None:

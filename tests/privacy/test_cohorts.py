@@ -26,7 +26,7 @@ from fedtune.report.page.catalogue import catalogue
 from fedtune.show.budget_text import Arrivals, neighbours_together
 from fedtune.spec import ConfigError, RunError
 
-from .builders import plan, policy, proposal, reason_of, site_key, train
+from .builders import plan, policy, proposal, reason_of, train
 from .conftest import Backups
 
 
@@ -431,15 +431,3 @@ def test_doubts_of_this_ledger_cover_what_another_branch_charged(backups: Backup
     assert admitted(here, ask("last", "2026", "2026"), {"ben": 2026}) == set()
     once = ask("r", None, "2024").plan.event()
     assert here.history.charged(0) == events.grouped([once] * 3), "both that ben was in, and the lost one"
-
-
-def test_an_anchor_and_a_note_survive_their_files(backups: Backups, tmp_path: Path) -> None:
-    made = backups.open()
-    admitted(made, ask("two", "2025", "2026"), {"ben": 2025})
-    anchor = tmp_path / "anchor.json"
-    anchor.write_bytes(made.head().to_bytes())
-    back = backups.put_back()
-    back.charge_gap(Head.read(anchor))
-    assert (restored := verify(backups.path, anchor=Head.read(anchor)).history.restored)
-    assert restored[0].arrivals.ranges == ("2025..2026",)
-    assert Ledger(backups.path, back.policy, site_key).history.charged(2025) == back.history.charged(2025)

@@ -6,7 +6,6 @@ The figures stand beside exact distributions of what is released, and wrong cred
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -136,27 +135,20 @@ def test_shares_that_are_finer_than_a_cell_hide_nothing_together() -> None:
 # Known figures.
 
 
-@pytest.mark.parametrize(("honest", "epsilon"), [(5, 1.83), (4, 2.35), (3, 3.44), (2, 6.30), (1, 19.2)])
-def test_fewer_honest_survivors_cost_what_is_known(honest: int, epsilon: float) -> None:
-    """Five sites, each with noise of variance 1/5; rate 0.01, 1000 releases, delta 1e-5."""
-    event = release(sampling_rate=0.01, noise_multiplier=1 / math.sqrt(5), honest=honest)
-    assert epsilon_pld({event: 1000}, DELTA) == pytest.approx(epsilon, abs=0.006 if honest > 1 else 0.06)
-
-
 @pytest.mark.parametrize(
-    ("local", "alone", "by_sites"),
+    ("share", "by_honest"),
     [
-        (0.6, 7.43, {2: 2.68, 4: 1.30, 8: 0.77, 16: 0.50}),
-        (0.8, 3.14, {2: 1.44, 4: 0.84, 8: 0.53, 16: 0.35}),
-        (1.0, 1.83, {2: 1.00, 4: 0.62, 8: 0.41, 16: 0.28}),
+        (0.6, {1: 7.43, 2: 2.68, 4: 1.30, 8: 0.77, 16: 0.50}),
+        (0.8, {1: 3.14, 2: 1.44, 4: 0.84, 8: 0.53, 16: 0.35}),
+        (1.0, {1: 1.83, 2: 1.00, 4: 0.62, 8: 0.41, 16: 0.28}),
+        (1 / math.sqrt(5), {1: 19.2, 2: 6.30, 3: 3.44, 4: 2.35, 5: 1.83}),  # five sites, of which some dropped
     ],
 )
-def test_the_noise_of_local_training_costs_less_in_a_sum(
-    local: float, alone: float, by_sites: dict[int, float]
-) -> None:
-    for honest, epsilon in {1: alone, **by_sites}.items():
-        event = release(sampling_rate=0.01, noise_multiplier=local, honest=honest)
-        assert epsilon_pld({event: 1000}, DELTA) == pytest.approx(epsilon, abs=0.011)
+def test_the_noise_of_honest_sites_costs_what_is_known(share: float, by_honest: dict[int, float]) -> None:
+    """Rate 0.01, 1000 releases, delta 1e-5."""
+    for honest, epsilon in by_honest.items():
+        event = release(sampling_rate=0.01, noise_multiplier=share, honest=honest)
+        assert epsilon_pld({event: 1000}, DELTA) == pytest.approx(epsilon, abs=0.011 if epsilon < 10 else 0.06)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +193,6 @@ def test_each_figure_counts_the_noise_of_those_who_are_honest_in_it() -> None:
     assert found.server_alone < found.with_colluders < found.with_all_others
 
 
-def test_all_others_leave_a_site_its_own_share_whoever_survived() -> None:
-    assert figures({6: 6}).with_all_others == figures({4: 6}).with_all_others
-    assert figures({6: 6}).with_all_others == pytest.approx(epsilon_of(*[1] * 6))
-
-
 def test_a_release_with_fewer_survivors_is_charged_for_what_it_was() -> None:
     spent = [figures({number: 6}).with_colluders for number in (6, 5, 4, 3, 2, 1)]
     assert spent[:5] == sorted(set(spent[:5]))
@@ -219,23 +206,6 @@ def test_what_a_site_releases_by_itself_counts_against_all() -> None:
     with_scores, without = figures({5: 4}, also=[scores, scores]), figures({5: 4})
     for field in dataclasses.fields(Epsilons):
         assert getattr(with_scores, field.name) > getattr(without, field.name) + 0.1
-
-
-def test_a_target_is_kept_with_colluders_at_the_threshold() -> None:
-    total = calibrate_noise(epsilon=3.0, delta=DELTA, sampling_rate=0.2, steps=40)
-    sites = Together(num_sites=7, threshold=5, colluders=2)
-    plan = sites.with_share(sites.share_of(total))
-    found = epsilons(plan, survivors={5: 40}, sampling_rate=0.2, delta=DELTA)
-    assert 0.998 * 3 < found.with_colluders <= 3
-    assert found.server_alone < 3 < found.with_all_others
-
-
-def test_a_release_is_an_event_like_any_other() -> None:
-    event = release(sampling_rate=0.3, noise_multiplier=0.7564, honest=3)
-    assert events.grouped([event]) == {PoissonSampledDpEvent(0.3, GaussianDpEvent(together(0.7564, 3))): 1}
-    read = events.from_json(json.loads(json.dumps(events.to_json(event))))
-    assert read == event
-    assert epsilon_pld([read], DELTA) == epsilon_pld([event], DELTA)
 
 
 # Credits that would be wrong.

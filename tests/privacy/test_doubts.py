@@ -56,8 +56,9 @@ def test_a_doubt_that_the_backup_itself_knows_is_not_taken_over(backups: Backups
 def test_of_several_doubts_an_anchor_clears_those_that_it_knows(backups: Backups, order: tuple[int, int]) -> None:
     ledger = backups.put_back()
     train(ledger, proposal(), 2)
+    train(ledger, proposal(run="other"), 1)
     older, receipts = ledger.head(), [ledger.receipt("r")]
-    train(ledger, proposal(run="other"), 1, 2)
+    train(ledger, proposal(run="other"), 2)
     newest, receipts = ledger.head(), [*receipts, ledger.receipt("other")]
     behind = backups.put_back()
     for _ in range(3):
@@ -67,7 +68,7 @@ def test_of_several_doubts_an_anchor_clears_those_that_it_knows(backups: Backups
     assert {doubt.run for doubt in behind.history.doubts} == {"other"}
     require_in_doubt(behind, proposal(run="new"))
     behind.charge_gap(newest)
-    train(behind, proposal(run="new"), 1)
+    train(behind, proposal(run="new", plan={"num_rounds": 4}), 1)
 
 
 def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(

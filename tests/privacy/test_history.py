@@ -96,11 +96,3 @@ def test_what_a_history_adds_up_to(told: list[Event]) -> None:
     assert history.charges(up_to=3) == {}
     assert history.charged_in_period("month", NOW) == history.charged()
     assert history.charged_in_period("month", NOW + timedelta(days=31)) == {}
-
-
-def test_an_open_run_holds_the_rest_of_its_plan_until_it_expires(told: list[Event]) -> None:
-    history = followed(told)
-    rest = events.grouped([proposal().plan.event()] * 3)
-    assert history.set_aside(NOW) == rest
-    assert history.set_aside(NOW + timedelta(days=30) - timedelta(microseconds=1)) == rest
-    assert history.set_aside(NOW + timedelta(days=30)) == {}

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import stat
@@ -47,17 +46,6 @@ def rows(path: Path) -> list[tuple[int, str]]:
 # Durability.
 
 
-def test_a_second_connection_sees_the_charge_before_reserve_returns_and_the_reply_before_commit_does(
-    opened: Any, path: Path
-) -> None:
-    ledger = opened()
-    granted = reserve(ledger, proposal(), 1)
-    assert rows(path)[-2:] == [(3, "plan"), (4, "reserve")]
-    ledger.commit(granted, b"reply")
-    with contextlib.closing(sqlite3.connect(path)) as file:
-        assert file.execute("SELECT request, reply FROM replies").fetchall() == [("digest r 1", b"reply")]
-
-
 def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -> None:
     path.parent.mkdir()
     with store.writing(path) as file:
@@ -84,13 +72,6 @@ def test_a_write_ahead_log_does_not_stay(opened: Any, path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     assert [p.name for p in path.parent.iterdir()] == ["ledger.db"]
-
-
-def test_a_copy_between_two_transactions_is_whole(opened: Any, path: Path, copied: Any) -> None:
-    ledger = opened()
-    for round in (1, 2, 3):
-        reserve(ledger, proposal(), round)
-        assert len(verify(copied(path)).events) == 3 + round
 
 
 def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
@@ -221,31 +202,6 @@ def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
     assert opened().reserve(proposal(), round=1, request="digest r 1") == bytes(100_000)
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-from fedtune.privacy.ledger import store
-path = Path(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, resource.RLIM_INFINITY))
-import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from fedtune.spec import ConfigError, RunError
-try:
-    with store.writing(path) as file:
-        store.store_reply(file, run="r", request="q", reply=bytes(100_000))
-except RunError as error:
-    print(error)
-"""
-
-
-def test_a_file_that_the_system_lets_grow_no_more_is_a_run_error(opened: Any, path: Path) -> None:
-    opened()
-    before = rows(path)
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(path)], capture_output=True, timeout=60, check=True)
-    assert b"cannot be read or written (" in done.stdout
-    assert rows(path) == before
-    verify(path)
-
-
 @pytest.mark.parametrize("blocked", ["folder is a file", "file is a folder", "folder cannot be made"])
 def test_a_ledger_that_cannot_be_made_is_a_run_error(opened: Any, path: Path, tmp_path: Path, blocked: str) -> None:
     if blocked == "folder is a file":
@@ -256,36 +212,6 @@ def test_a_ledger_that_cannot_be_made_is_a_run_error(opened: Any, path: Path, tm
         path = Path("/proc/nobody/ledger.db")
     with pytest.raises(RunError, match=rf"ledger {path} cannot be (made|opened|read or written) \(.*\); nothing is tr"):
         opened(path=path)
-
-
-def test_a_ledger_that_cannot_be_written_is_a_run_error(opened: Any, path: Path, tmp_path: Path) -> None:
-    ledger = opened()
-    reserve(ledger, proposal(), 1)
-    charged = ledger.history.charged()
-    with mounted_read_only(path):
-        with pytest.raises(RunError, match=r"cannot be (opened|read or written) \(.*\); nothing is trained without it"):
-            ledger.reserve(proposal(), round=2, request="q")
-        assert ledger.history.charged() == charged
-        assert verify(path).history.charged() == charged, "it can still be read"
-    reserve(ledger, proposal(), 2)
-
-
-@contextlib.contextmanager
-def mounted_read_only(path: Path) -> Iterator[None]:
-    """Make file and folder read-only, so that root cannot write them either; skip where that is not possible."""
-    os.chmod(path, 0o400)
-    os.chmod(path.parent, 0o500)
-    try:
-        if os.access(path, os.W_OK):
-            immutable = subprocess.run(["chattr", "+i", str(path)], capture_output=True, check=False)
-            if immutable.returncode != 0:
-                pytest.skip("root writes read-only files here")
-        yield
-    finally:
-        if shutil.which("chattr"):
-            subprocess.run(["chattr", "-i", str(path)], capture_output=True, check=False)
-        os.chmod(path.parent, 0o700)
-        os.chmod(path, 0o600)
 
 
 def test_a_transaction_shuts_others_out_before_it_reads(opened: Any, path: Path) -> None:
@@ -473,23 +399,6 @@ def test_who_charges_whenever_a_transaction_ends_gets_no_round_too_many(
 
 
 # Writing a file whole.
-
-
-def test_durable_writing_leaves_the_old_bytes_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "new" / "file"
-    durable.write_durably(file, b"old")
-
-    def cut(*_: object) -> None:
-        raise PowerCut
-
-    with monkeypatch.context() as patched:
-        patched.setattr(durable.os, "replace", cut)
-        with pytest.raises(PowerCut):
-            durable.write_durably(file, b"new")
-    assert file.read_bytes() == b"old"
-    durable.write_durably(file, b"new")
-    assert file.read_bytes() == b"new"
-    assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
 def test_a_full_disk_is_named_and_no_part_of_a_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,12 @@ import dataclasses
 import errno
 import json
 import os
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dp_accounting import DpEvent
 
 from fedtune.privacy import events
 from fedtune.privacy.ledger.chain import Head, Kind
@@ -185,26 +183,6 @@ def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, monkeypat
 # Receipts.
 
 
-def test_a_receipt_that_the_ledger_contains_passes(opened: Any) -> None:
-    ledger = opened()
-    early = ledger.receipt("r")
-    train(ledger, proposal(), 1)
-    late = ledger.receipt("r")
-    train(ledger, proposal(run="2"), 1)
-    for each in (ledger, opened()):
-        each.require_contains(early)
-        each.require_contains(late)
-
-
-def test_a_ledger_older_than_a_receipt_is_refused(backups: Backups) -> None:
-    _, receipt = backups.branch(proposal(), 2)
-    assert reason_of(backups.put_back().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
-    backups.branch(proposal(), 3, 4)  # another event stands in its place
-    assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
-    backups.path.unlink()
-    assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT, "of a new ledger, too"
-
-
 def test_a_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1)
@@ -217,19 +195,6 @@ def test_a_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Pa
         opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r"),
     ]
     assert [reason_of(ledger.require_contains, each) for each in forged] == [Reason.WRONG_SIGNATURE] * len(forged)
-
-
-def test_after_a_genuine_receipt_of_lost_events_nobody_trains_until_they_are_made_up_for(backups: Backups) -> None:
-    newest, receipt = backups.branch(proposal(), 2)
-    backups.put_back()
-    for _ in range(2):
-        assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
-    assert [event.detail.get("what") for event in verify(backups.path).events].count("in_doubt") == 1
-    for asked, round in ((proposal(), 2), (proposal(run="another lead's"), 1)):
-        assert reason_of(reserve, backups.open(), asked, round) is Reason.LEDGER_BEHIND_RECEIPT
-    backups.open().charge_gap(newest)
-    backups.open().require_contains(receipt)
-    train(backups.open(), proposal(run="another lead's"), 1)
 
 
 # While it is open.
@@ -338,18 +303,6 @@ def test_a_long_lost_branch_is_made_up_for_in_full(backups: Backups, before: int
     assert gap == events.grouped([proposal().plan.event()]), "and nothing again that both know"
     assert backups.open().history.charged() == since + gap >= whole
     assert verify(backups.path, anchor=newest).anchor_sequence is not None
-
-
-def test_what_the_backup_charged_since_makes_up_for_nothing(lost: Lost, opened: Any) -> None:
-    # Round 2 was released on both branches, which is twice.
-    ledger = opened()
-    train(ledger, proposal(), 2)
-    train(ledger, proposal(run="3", plan={"noise_multiplier": 3.0}), 1)
-    since = ledger.history.charged()
-    assert ledger.charge_gap(lost.newest) == lost.charged
-    assert ledger.history.charged() == since + lost.charged
-    known: Counter[DpEvent] = Counter({events.from_json(data): count for data, count in lost.newest.charged})
-    assert known <= ledger.history.charged()
 
 
 def test_after_a_restore_nobody_holds_what_the_backup_had_set_aside(backups: Backups) -> None:

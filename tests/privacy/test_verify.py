@@ -211,24 +211,6 @@ def test_a_deleted_event_is_found(whole: Path, victim: Path, tamper: Any) -> Non
         assert found(victim).startswith(f"event {row['sequence']} is missing")
 
 
-def test_reordered_events_are_found(whole: Path, victim: Path, tamper: Any) -> None:
-    pristine, last = whole.read_bytes(), len(stored(whole))
-    for first in range(1, last):
-        victim.write_bytes(pristine)
-        swap = f"CASE sequence WHEN {first} THEN {-first - 1} WHEN {first + 1} THEN {-first} ELSE sequence END"
-        tamper(victim, f"UPDATE events SET sequence = {swap}", "UPDATE events SET sequence = abs(sequence)")
-        assert "was changed: its hash does not fit" in found(victim)
-
-
-def test_an_inserted_event_is_found(whole: Path, victim: Path, tamper: Any) -> None:
-    rows = stored(whole)
-    for place in range(len(rows) + 1):
-        copy = rows[max(place - 1, 0)]
-        inserted = [row | {"sequence": number} for number, row in enumerate([*rows[:place], copy, *rows[place:]], 1)]
-        replace_rows(victim, inserted, tamper)
-        assert "its hash does not fit" in found(victim)
-
-
 @pytest.mark.parametrize("sequence", [0, -1, 10**6])
 def test_an_event_outside_the_numbers_is_found(whole: Path, victim: Path, tamper: Any, sequence: int) -> None:
     replace_rows(victim, [*stored(whole), stored(whole)[-1] | {"sequence": sequence}], tamper)
@@ -241,25 +223,6 @@ def test_an_event_that_is_not_text_is_found(victim: Path, tamper: Any) -> None:
 
 
 # A forger who recomputes every hash, but has no key.
-
-
-@pytest.mark.parametrize("column", [column for column in COLUMNS if column not in ("hash", "signature", "sequence")])
-def test_a_forger_without_the_key_is_found(whole: Path, victim: Path, tamper: Any, column: str) -> None:
-    rows = stored(whole)
-    for number, row in enumerate(rows):
-        value = row[column]
-        if column == "detail":
-            other: Any = chain.canonical(json.loads(value) | {"more": 1}).decode()
-        elif column == "kind":
-            other = "refusal"
-        elif column == "time":
-            other = value[:-6] + "1+00:00" if "." in value else value[:-6] + ".1+00:00"
-        else:
-            other = value + 1 if isinstance(value, int) else value + "x"
-        if other == value:
-            continue
-        replace_rows(victim, rehashed([*rows[:number], row | {column: other}, *rows[number + 1 :]]), tamper)
-        found(victim)
 
 
 def test_a_forger_who_deletes_reorders_or_inserts_is_found(whole: Path, victim: Path, tamper: Any) -> None:

@@ -41,6 +41,7 @@ from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
 from ..conftest import tiny
+from ..privacy.builders import changed
 
 LABELS = ("invoice", "complaint", "praise")
 COLUMNS = {"text": "body", "label": "kind"}
@@ -59,12 +60,6 @@ TABLE: dict[str, Any] = {
     },
 }
 """A configuration's groups where records are of a table."""
-
-
-def changed(whole: Any, **changes: Any) -> Any:
-    """A configuration or policy with other values: of a group or table by a dict, of a key by its value."""
-    groups = {key: replace(getattr(whole, key), **value) for key, value in changes.items() if isinstance(value, dict)}
-    return replace(whole, **changes | groups)
 
 
 @cache
