@@ -1,3 +1,5 @@
+"""What a lead keeps of its run in the run's folder, and which folders may be meant where there is none."""
+
 from __future__ import annotations
 
 import json
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from fedtune.config import saved_settings
 from fedtune.federation.lead import Checkpoints, LeadState
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 
@@ -144,3 +147,42 @@ def test_a_request_after_a_cut_line_keeps_the_journal_whole(checkpoints: Checkpo
         (folder / "asked.jsonl").write_bytes(line)
         with pytest.raises(RunError, match="damaged"):
             checkpoints.load()
+
+
+# The layout of a run folder, and what is said where none is.
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with runs/mails and runs/chats, and one that is no run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mails", "chats", "neither"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    for name in ("mails", "chats"):
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("runs/mial", "; did you mean runs/mails?"),
+        ("mails", "; did you mean runs/mails?"),
+        ("runs", "; there are runs/chats, runs/mails"),
+        ("runs/neither", "; there are runs/chats, runs/mails"),
+        ("elsewhere/x", "; there are runs/chats, runs/mails"),
+    ],
+)
+def test_runs_that_may_be_meant_are_named(here: Path, name: str, hint: str) -> None:
+    assert run_folders_near(Path(name)) == hint
+    with pytest.raises(ConfigError) as caught:
+        saved_settings(Path(name))
+    assert str(caught.value) == f"run folder = {name!r}: must hold a config.yaml{hint}"
+
+
+def test_of_many_runs_some_are_named_and_of_none_nothing_is(tmp_path: Path) -> None:
+    assert run_folders_near(tmp_path / "gone") == ""
+    for number in range(12):
+        (tmp_path / f"{number:02}").mkdir()
+        (tmp_path / f"{number:02}" / "config.yaml").touch()
+    assert run_folders_near(tmp_path / "gone").endswith(f"{tmp_path / '09'} and 2 more")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from fedtune.federation.replies import Closing
@@ -17,55 +15,26 @@ class Clock:
         return self.now
 
 
-def closing(clock: Clock, **settings: Any) -> Closing:
-    spec = FederationSpec(**({"num_sites": 4, "min_sites": 2, "grace_s": 60.0} | settings))
-    return Closing(spec, clock=clock)
+# What happens in a round of four sites, one line each time that a lead looks: the seconds since, good updates, sites at
+# work, others, and whether the round is over.
+STORIES: dict[str, list[tuple[float, int, int, int, bool]]] = {
+    "every site at work is waited for": [(1000, 3, 1, 0, False)] * 10,
+    "enough updates are waited for": [(1000, 1, 0, 3, False)] * 10,
+    "one absent site costs the grace period": [(0, 3, 0, 1, False), (59.9, 3, 0, 1, False), (0.2, 3, 0, 1, True)],
+    "a site that comes back and works starts it anew": [
+        *((0, 2, 0, 2, False), (50, 2, 1, 1, False), (50, 2, 0, 2, False), (61, 2, 0, 2, True)),
+    ],
+    "three have refused": [(0, 1, 0, 0, True)],
+    "one may still come": [(0, 1, 0, 1, False)],
+    "everybody's answer is heard": [(0, 0, 1, 0, False)],
+}
+SLOW = {"three are enough": [(0, 2, 2, 0, False), (1000, 3, 1, 0, False), (60, 3, 1, 0, True)]}
 
 
-@pytest.mark.parametrize(("good", "at_work", "others"), [(3, 1, 0), (1, 0, 3)], ids=["at work", "too few"])
-def test_a_round_waits_for_every_site_that_is_at_work_and_for_enough_updates(
-    good: int, at_work: int, others: int
-) -> None:
-    clock = Clock()
-    rule = closing(clock)
-    for _ in range(10):
-        assert not rule.is_over(good=good, at_work=at_work, others=others)
-        clock.now += 1000
-
-
-def test_one_absent_site_costs_the_grace_period_and_not_the_whole_time() -> None:
-    clock = Clock()
-    rule = closing(clock)
-    assert not rule.is_over(good=3, at_work=0, others=1)
-    clock.now += 59.9
-    assert not rule.is_over(good=3, at_work=0, others=1)
-    clock.now += 0.2
-    assert rule.is_over(good=3, at_work=0, others=1)
-
-
-def test_a_site_that_comes_back_and_works_starts_the_grace_period_anew() -> None:
-    clock = Clock()
-    rule = closing(clock)
-    rule.is_over(good=2, at_work=0, others=2)
-    clock.now += 50
-    assert not rule.is_over(good=2, at_work=1, others=1)
-    clock.now += 50
-    assert not rule.is_over(good=2, at_work=0, others=2), "its 60 seconds begin again"
-    clock.now += 61
-    assert rule.is_over(good=2, at_work=0, others=2)
-
-
-def test_with_enough_sites_named_a_slow_one_is_not_waited_for() -> None:
-    clock = Clock()
-    rule = closing(clock, enough_sites=3)
-    assert not rule.is_over(good=2, at_work=2, others=0)
-    clock.now += 1000
-    assert not rule.is_over(good=3, at_work=1, others=0)
-    clock.now += 60
-    assert rule.is_over(good=3, at_work=1, others=0)
-
-
-def test_nobody_waits_for_what_cannot_come_any_more() -> None:
-    assert closing(Clock()).is_over(good=1, at_work=0, others=0), "three of four have refused"
-    assert not closing(Clock()).is_over(good=1, at_work=0, others=1)
-    assert not closing(Clock()).is_over(good=0, at_work=1, others=0), "but everybody's answer is heard"
+@pytest.mark.parametrize("story", [*STORIES, *SLOW])
+def test_when_a_lead_stops_waiting(story: str) -> None:
+    clock, enough = Clock(), 3 if story in SLOW else None
+    rule = Closing(FederationSpec(num_sites=4, min_sites=2, grace_s=60.0, enough_sites=enough), clock=clock)
+    for number, (seconds, good, at_work, others, over) in enumerate({**STORIES, **SLOW}[story]):
+        clock.now += seconds
+        assert rule.is_over(good=good, at_work=at_work, others=others) is over, number

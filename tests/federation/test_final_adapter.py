@@ -60,14 +60,6 @@ def test_another_adapter_than_was_signed_for_is_neither_kept_nor_noted(site: Any
     assert site.ledger().history.runs["r"].expires is not None
 
 
-def test_a_site_that_took_no_part_keeps_nothing(site: Any, final: Adapter) -> None:
-    site.ask()
-    before = site.events()
-    assert site.end(run="another", adapter=final, digest=final.digest()) is None
-    assert site.kept == []
-    assert site.events() == before
-
-
 def test_a_second_notice_changes_nothing_and_exchanges_no_adapter(site: Any, final: Adapter) -> None:
     # The lead may not have heard the first answer.  Of another adapter the ledger would not know.
     site.ask()

@@ -150,14 +150,6 @@ def test_a_replay_gets_the_same_bytes_and_later_nothing(site: Any) -> None:
     assert site.trained == [(1, 1), (2, 1)]
 
 
-def test_a_run_for_another_size_than_the_site_declares_is_refused(site: Any) -> None:
-    # It would be trained with another denominator, and counted with another weight, than the site published.
-    site.declared_size = 99
-    with only_refused(site, Reason.DECLARED_SIZE):
-        body = site.ask().body
-    assert (body.reason, body.asked, body.allowed) == (Reason.DECLARED_SIZE, "99", "100")
-
-
 def require_in_doubt(site: Any, before: tuple[Any, ...], receipt: Receipt, reply: Reply) -> None:
     """The ledger lacks a receipt that the site gave: it says so, and nothing is trained any more for anybody."""
     assert reason(reply) is Reason.LEDGER_BEHIND_RECEIPT

@@ -3,19 +3,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 
-from fedtune.federation.lead import LeadState
+from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.protocol import Reply
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
+from fedtune.spec import RunError
 
 from .conftest import round_of
 
@@ -74,20 +76,16 @@ def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(
     assert (charge.steps, charge.upper_bound) == (2 * plan.most_rounds, True)
 
 
-@pytest.mark.parametrize(("site", "run"), [("b", "r"), ("a", "other")])
-def test_a_receipt_of_another_site_or_run_counts_as_silence(
-    state: LeadState, plan: Plan, receipt: MakeReceipt, site: str, run: str
+@pytest.mark.parametrize("wrong", [{"site": "b"}, {"run": "other"}, "unsigned"])
+def test_a_receipt_of_another_site_or_run_or_that_nobody_signed_counts_as_silence(
+    state: LeadState, plan: Plan, receipt: MakeReceipt, wrong: Any
 ) -> None:
-    state = answered(state.asked(["a"]), answer(receipt(site, run=run, charged=0)))
+    unsigned = wrong == "unsigned"
+    made = replace(receipt(charged=1), charged_rounds=0) if unsigned else receipt(**{"charged": 0, **wrong})
+    state = answered(state.asked(["a"]), answer(made))
+    assert state.receipts == {}
     charge = site_charge(state, "a", plan)
     assert (charge.steps, charge.upper_bound) == (2, True)
-
-
-def test_a_receipt_that_nobody_signed_counts_as_silence(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    unsigned = replace(receipt(charged=1), charged_rounds=0)
-    state = answered(state.asked(["a"]), answer(unsigned))
-    assert state.receipts == {}
-    assert site_charge(state, "a", plan).upper_bound
 
 
 def test_a_site_keeps_its_key(state: LeadState, plan: Plan, receipt: MakeReceipt, key_of: Any) -> None:
@@ -176,3 +174,44 @@ def test_time_left_goes_by_rounds_without_what_is_done_once() -> None:
     quick = replace(at(3), rounds=[replace(one, seconds=0.4, ended=at(1).rounds[0].ended) for one in at(3).rounds])
     assert quick.pace_s == 0.4
     assert replace(at(4), rounds=[replace(one, ended="") for one in at(4).rounds]).pace_s == at(4).seconds / 4
+
+
+# The lead's memory of its sites' receipts.
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> ReceiptBook:
+    return ReceiptBook(tmp_path / "lead" / "receipts.json")
+
+
+def test_receipts_come_back_as_they_were_with_signatures_that_hold(book: ReceiptBook, receipt: MakeReceipt) -> None:
+    kept = {"a": receipt("a"), "b": receipt("b", charged=3)}
+    book.keep(kept)
+    assert ReceiptBook(book.path).read() == kept
+    assert all(one.is_signed() for one in book.read().values())
+
+
+def test_of_each_site_the_newest_is_kept_over_all_runs(book: ReceiptBook, receipt: MakeReceipt) -> None:
+    book.keep({"a": receipt("a", charged=2), "b": receipt("b")})
+    book.keep({"a": receipt("a", charged=1, run="older")})
+    assert book.read()["a"] == receipt("a", charged=2)
+    book.keep({"a": receipt("a", charged=3, run="newer")})
+    assert book.read() == {"a": receipt("a", charged=3, run="newer"), "b": receipt("b")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", '"a"', '{"a": 1}', '{"a": {}}', '{"a": {"site": "a"}}', "\udcff", "1" * 5000],
+    ids=lambda text: text[:20],
+)
+def test_a_damaged_file_is_said_to_be_one_and_not_written_over(
+    book: ReceiptBook, receipt: MakeReceipt, text: str
+) -> None:
+    book.path.parent.mkdir()
+    book.path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    before = book.path.read_bytes()
+    # Taken for empty, it would let a ledger that was put back pass.
+    for use in (book.read, lambda: book.keep({"a": receipt("a")})):
+        with pytest.raises(RunError, match=r"receipts\.json is damaged"):
+            use()
+    assert book.path.read_bytes() == before

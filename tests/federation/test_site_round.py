@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,13 +63,6 @@ def test_no_text_of_a_failure_leaves(site: Any, caplog: pytest.LogCaptureFixture
     assert "canary-17 in row 3" in caplog.text
     assert (reply.body.asked, reply.body.allowed) == (None, None)
     assert reply.receipt.charged_rounds == 1, "what failed had begun, and was charged"
-
-
-def test_scores_that_the_plan_releases_travel_with_the_update(station: Any) -> None:
-    site = station(releases={"metrics": "noised"})
-    site.propose = partial(site.propose, metrics_noise_multiplier=20.0)
-    reply = site.ask(train=lambda request, adapter, attempt: Trained(adapter=adapter, scores=(0.25, 1.5)))
-    assert reply.body.scores == (0.25, 1.5)
 
 
 @pytest.fixture
@@ -141,36 +133,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.mark.parametrize(("training_s", "reply_s"), [(0.0, 0.0), (0.1, 60.0), (59.9, 60.0), (60.5, 120.0), (600, 600)])
-def test_an_update_leaves_at_a_whole_multiple(
-    station: Any, clock: Clock, adapter: Adapter, training_s: float, reply_s: float
+@pytest.mark.parametrize("error", [None, RuntimeError(), Refused(Reason.PLAN_EXHAUSTED)], ids=repr)
+def test_an_answer_leaves_at_a_whole_multiple(
+    station: Any, clock: Clock, adapter: Adapter, error: Exception | None, training_s: float, reply_s: float
 ) -> None:
     def train(*args: object) -> Trained:
         clock.now += training_s
+        if error:
+            raise error
         return Trained(adapter=adapter)
 
-    began = clock.now
-    assert isinstance(station(releases={"reply_after_s": 60.0}).ask(train=train).body, Update)
+    began, reply = clock.now, station(releases={"reply_after_s": 60.0}).ask(train=train)
     assert clock.now - began == pytest.approx(reply_s)
-
-
-def test_refusals_and_failures_leave_at_a_whole_multiple_too(station: Any, clock: Clock) -> None:
-    site = station(releases={"reply_after_s": 60.0})
-
-    def fails(*args: object) -> Trained:
-        clock.now += 61
-        raise RuntimeError
-
-    began = clock.now
-    assert reason(site.ask(train=fails)) is Reason.SITE_ERROR
-    assert clock.now - began == pytest.approx(120)
-
-    def slow_refusal(*args: object) -> Trained:
-        clock.now += 1
-        raise Refused(Reason.PLAN_EXHAUSTED)
-
-    began = clock.now
-    assert reason(site.ask(2, train=slow_refusal)) is Reason.PLAN_EXHAUSTED
-    assert clock.now - began == pytest.approx(60)
+    if error:
+        assert reason(reply) is getattr(error, "reason", Reason.SITE_ERROR)
+    else:
+        assert isinstance(reply.body, Update)
 
 
 def test_strangers_are_not_kept_waiting(station: Any, clock: Clock, stranger_key: SigningKey) -> None:
@@ -187,13 +165,3 @@ def test_a_reply_is_never_due_before_it_is_there(clock: Clock) -> None:
         clock.now = 0.0
         with site_module._held_to_a_schedule(0.1):
             clock.now = float(np.nextafter(number * 0.1, np.inf))
-
-
-def test_after_the_end_nothing_is_trained_but_the_last_reply_can_be_sent_again(site: Any) -> None:
-    last = site.ask()
-    site.end()
-    assert reason(site.ask(2)) is Reason.RUN_ENDED
-    assert site.trained == [(1, 1)]
-    again = site.ask()
-    assert isinstance(last.body, Update)
-    assert again.body.to_bytes() == last.body.to_bytes()

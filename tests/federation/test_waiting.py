@@ -24,21 +24,6 @@ def manual(station: Any) -> Any:
     return station(approval="manual")
 
 
-@pytest.mark.parametrize(
-    ("policy", "rule"),
-    [({"budget": {"max_epsilon": 0.4}}, Reason.MAX_EPSILON), ({"approval": "manual"}, Reason.AWAITING_APPROVAL)],
-    ids=["over the budget", "not approved"],
-)
-def test_nothing_is_prepared_for_what_is_refused_anyway(station: Any, policy: dict[str, Any], rule: Reason) -> None:
-    # Preparing loads a model and reads records: minutes of a machine, for whoever may ask.  For all other rules
-    # tests/federation/test_hostile_lead.py looks at the same.
-    site = station(**policy)
-    assert reason(site.ask()) is rule
-    assert site.prepared == []
-    assert site.trained == []
-    assert site.kinds() == [Kind.REFUSAL]
-
-
 def test_a_paused_site_does_nothing_and_charges_nothing(station: Any, stranger_key: SigningKey) -> None:
     site = station(approval="manual", budget={"max_epsilon": 0.4})
     site.paused = True
@@ -159,16 +144,6 @@ def test_settings_are_not_read_for_what_is_refused_anyway(
     site.paused = False
     assert isinstance(site.ask().body, Update)
     assert read == ["r"]
-
-
-def test_an_approved_plan_must_still_be_what_the_site_makes_of_the_settings(manual: Any) -> None:
-    other = {"num_rounds": 2}
-    manual.ledger().approve(manual.propose(**other))
-    reply = manual.ask(**other)
-    assert reason(reply) is Reason.PLAN_CHANGED
-    assert manual.prepared == ["r"]
-    assert manual.trained == []
-    assert reply.receipt.charged_rounds == 0
 
 
 def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,6 +170,7 @@ def test_settings_and_policy_go_together(site: Any) -> None:
     sent = for_sites(site.config)
     assert sent.data.columns["arrival"] == "arrival", "that there is one travels, and not its name"
     assert "since" not in json.dumps(sent.to_json())
+    assert "cohorts" not in letters().decisive()["privacy"], "a run of everybody has the name that it had"
     with pytest.raises(ConfigError, match="must name the column for role 'arrival', as privacy"):
         letters(**by_cohorts(None, "2026") | {"data": {"columns": {"text": "t", "label": "l", "user": "u"}}})
     everybody = letters(data={"columns": COLUMNS}, privacy={"unit": "user", "records_per_user": 5})
@@ -183,14 +183,6 @@ def test_settings_and_policy_go_together(site: Any) -> None:
         assert site.refusal(settings=json.dumps(changed)) is Reason.SETTINGS
     assert read_policy(site.site_toml).population.arrivals == "year"
     assert site.ledger().history.runs == {}
-
-
-def test_a_run_of_everybody_has_the_name_that_it_had() -> None:
-    config = letters()
-    assert "cohorts" not in config.decisive()["privacy"]
-    limited = letters(**by_cohorts(None, "2026"))
-    cohorts = Cohorts(period="year", last="2025")
-    assert replace(limited, privacy=replace(limited.privacy, cohorts=cohorts)).run_id() != limited.run_id()
 
 
 @pytest.mark.parametrize(

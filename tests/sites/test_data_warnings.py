@@ -13,7 +13,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record, TextDataset
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.load import Dealt, SiteRecords
-from fedtune.sites.data_warnings import is_training_file, lead_notes, site_notes
+from fedtune.sites.data_warnings import lead_notes, site_notes
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
 
@@ -51,6 +51,8 @@ def test_nothing_is_said_of_what_is_as_it_should_be(simulated: RunConfig) -> Non
     assert list(lead_notes(simulated, validation=None, test=lead("a", "b"))) == []
     assert list(lead_notes(simulated, validation=lead("a"), test=lead("a", "b"))) == []
     assert list(site_notes(simulated, dealt(27, 59))) == []
+    gone = replace(simulated, data=replace(simulated.data, test_file="gone.csv"))
+    assert list(lead_notes(gone, validation=None, test=lead("a", "b"))) == []
 
 
 def test_what_the_lead_should_know(simulated: RunConfig, tmp_path: Path) -> None:
@@ -96,10 +98,3 @@ def test_real_sites_have_no_file_of_which_the_lead_could_have_a_share() -> None:
         with pytest.raises(ConfigError, match=rf"data\.{side}_fraction = 0\.1: must be 0 with real sites.*{side}_file"):
             letters(data=share)
         letters(runtime={"kind": "simulation"}, data=share)
-
-
-def test_the_training_file_is_known_by_its_content(simulated: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "copy.csv").write_bytes((tmp_path / "train.csv").read_bytes())
-    known = {name: is_training_file(simulated, str(tmp_path / f"{name}.csv")) for name in ("train", "copy", "test")}
-    assert known == {"train": True, "copy": True, "test": False}
-    assert not is_training_file(simulated, str(tmp_path / "gone.csv"))

@@ -65,12 +65,8 @@ def test_rows_that_cannot_be_used_add_nothing(site: Any) -> None:
     site.edit(limits={"max_rounds": 99})
     write(site, [*GOOD, *((*one, LABELS[0]) for one in bad), ("30", "a", "no label")])
     found = site.update(replace(site.config, name="second"), round=1).tensors
-    again = replace(site.config, name="third")
-    write(site, GOOD)
-    expected = site.update(again, round=1).tensors
     for name, one in found.items():
         np.testing.assert_array_equal(one, without[name])
-        np.testing.assert_array_equal(one, expected[name])
 
 
 @pytest.mark.parametrize(

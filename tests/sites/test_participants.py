@@ -114,7 +114,9 @@ def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(config: C
     expected = noised_scores(exact, declared_size=90 * 0.3, noise_multiplier=20.0, stream=stream)
     assert trained.scores == expected
     assert trained.adapter.digest() != shared.initial_adapter.digest()
-    assert train(everyone, attempt=2).scores != expected, "a retry draws fresh noise"
+    again = train(everyone, attempt=2)
+    assert again.scores != expected, "a retry draws fresh noise"
+    assert again.adapter.digest() != trained.adapter.digest()
 
 
 def test_without_noised_metrics_nothing_is_scored(config: Configure, tmp_path: Path, monkeypatch: Any) -> None:

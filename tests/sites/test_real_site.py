@@ -172,12 +172,6 @@ def test_settings_of_runs_without_this_site_or_of_another_size_are_refused(site:
     assert site.refusal() is Reason.DECLARED_SIZE
 
 
-def test_no_settings_are_refused_without_a_charge(site: Any) -> None:
-    for text in ("", "{}", "[]", "null", "\ud800"):
-        assert site.refusal(settings=text) is Reason.SETTINGS, text
-    assert site.ledger().history.runs == {}
-
-
 # What is not even opened.
 
 
@@ -240,12 +234,6 @@ def test_a_run_that_cannot_be_put_up_is_refused_all_the_same(site: Any, caplog: 
     assert "no space left" in caplog.text
 
 
-def test_an_approved_run_is_trained(site: Any) -> None:
-    site.edit(approval="manual")
-    site.ledger().approve(site.request().proposal)
-    assert site.update().round == 1
-
-
 def test_an_allowed_request_does_reach_for_the_model(site: Any, untouchable: list[str]) -> None:
     assert site.refusal() is Reason.SITE_ERROR
     assert untouchable == ["SharedModel"]
@@ -268,22 +256,6 @@ def test_a_data_file_that_cannot_be_read_is_an_error_without_words(
     assert "mail.csv" not in repr(reply)
     assert "mail.csv" in caplog.text
     assert "secret-17" not in caplog.text
-
-
-def test_no_single_record_makes_a_difference_to_whether_there_is_an_answer(site: Any) -> None:
-    odd = ["body,kind", "a letter,never declared", ",praise", "a letter,", "\u200b,praise", "\x07,invoice"]
-    for count in range(1, len(odd) + 1):
-        site.data.write_text("\n".join(odd[:count]) + "\n")
-        site.edit(ledger=f"{count}.db")
-        assert site.update().round == 1, odd[:count]
-
-
-def test_records_that_were_changed_are_read_anew(site: Any) -> None:
-    first = Adapter(site.update().tensors)
-    lines = site.data.read_text().splitlines(keepends=True)
-    site.data.write_text("".join(lines[:5]))
-    site.edit(ledger="another.db")
-    assert Adapter(site.update().tensors).digest() != first.digest()
 
 
 # What stays in memory.
@@ -384,16 +356,6 @@ def test_an_adapter_that_a_run_begins_in_is_brought_into_the_bound_of_the_site(s
     assert any(np.abs(value).max() > 0.17 for value in update.tensors.values()), "it was not the start that was trained"
     (run,) = site.ledger().history.runs.values()
     assert run.proposal.start_adapter == "cd" * 32
-
-
-def test_an_answer_survives_a_restart_to_the_byte_and_is_charged_once(site: Any) -> None:
-    first = site.ask()
-    site.restart()
-    again = site.ask()
-    assert isinstance(first.body, Update)
-    assert again.body.to_bytes() == first.body.to_bytes()
-    assert charged(again) == charged(first) == 1
-    assert again.receipt == first.receipt
 
 
 # What is held out.

@@ -170,11 +170,6 @@ def sites_of(config: RunConfig, tmp_path: Path) -> VirtualSites:
     return VirtualSites.of(config, tmp_path / "run", config.plan())
 
 
-def test_kept_sites_lie_where_they_are_told(kept: Configure, config: Any, tmp_path: Path) -> None:
-    assert sites_of(kept(), tmp_path).folder == tmp_path / "kept"
-    assert sites_of(config(), tmp_path).folder == tmp_path / "run" / "sites"
-
-
 def test_a_policy_that_is_there_is_kept_and_read(kept: Configure, tmp_path: Path) -> None:
     first = sites_of(kept(), tmp_path).files("site-1").policy
     path = tmp_path / "kept" / "site-1" / "site.toml"

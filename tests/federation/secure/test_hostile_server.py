@@ -101,34 +101,6 @@ def test_two_sets_told_to_different_sites_never_have_enough_confirmations() -> N
     assert server.knowledge.readable() == []
 
 
-def test_with_a_colluder_the_threshold_for_none_lets_two_sets_through_and_its_own_does_not() -> None:
-    """Of four sites and a colluder: with t = 3 each half has its third confirmation from the colluder."""
-    for threshold, sums in ((3, 2), (4, 0)):
-        server = Adversary(5, threshold, colluders="e")
-        server.upload(1, "abcd")
-        terms = server.federation.terms
-        server.uploads[1, "e"] = server.federation.parties["e"].upload(1, server.federation.vector("e"))
-        for one in server.knowledge.sent:  # what was sealed for e
-            text = (
-                server.federation.parties["e"]
-                ._require_joined()[1]
-                .opened(one.upload.sealed[4], sender=one.site, receiver="e", release=1)
-            )
-            for place, other in enumerate(terms.sites):
-                value = int.from_bytes(text[33 * place : 33 * place + 33])
-                server.knowledge.learn(server.federation.session.digest, 1, one.site, other, {"e": value})
-        for survivors, half in (("abcde", "ab"), ("abce", "cd")):
-            asked = server.federation.asked(1, survivors)
-            signatures = server.confirm(1, survivors, by=half)
-            signatures["e"] = identity("e").sign("secure sum survivors", asked.to_bytes())
-            for site in half:
-                if len(signatures) < threshold:
-                    assert server.refused(1, survivors, signatures, site) is Wrong.NOT_CONFIRMED
-                else:
-                    server.unmask(1, survivors, signatures, by=site)
-        assert len(server.knowledge.readable()) == sums
-
-
 def test_five_sites_that_are_told_five_sets_would_together_unmask_two_of_them() -> None:
     """Why sites wait for each other: no set here has enough helpers, and yet their shares add up to a sum of a and b.
 
