@@ -27,8 +27,8 @@ from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, card_files, card_text
 from fedtune.report.run_record import read_run
-from fedtune.report.synthetic_card import card_of, in_words, read_card, run_of, together
-from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, file_sha256, require_apart
+from fedtune.report.synthetic_card import in_words, read_card, run_of, together
+from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, card_of, file_sha256, require_apart
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
 from fedtune.tasks.registry import task_named
@@ -136,13 +136,16 @@ def distil(
     return replace(told, served=[one if test else replace(one, scores={}) for one in served])
 
 
+_OWES_NOTHING = (
+    "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "
+    "teacher (post-processing). For the texts themselves nothing is promised."
+)
+
+
 def _owed(texts: Path, run: Path) -> str:
     """What a student owes to the records behind its texts, by their card; without one they were declared public."""
-    if not os.path.lexists(card_of(texts, ".json")):
-        return (
-            "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for "
-            "its teacher (post-processing). For the texts themselves nothing is promised."
-        )
+    if not os.path.lexists(card_of(texts.resolve(), ".json")):
+        return _OWES_NOTHING
     runs, own = read_card(texts, option="--texts")["runs"], run_of(from_run.build(run))
     if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
         bound = f"must have a card with an epsilon for each {own['unit']} behind them: else nothing bounds the student"
@@ -222,5 +225,6 @@ def _card(
         f"A smaller model ({made}), taught without noise to answer {counted(found.texts, 'text')} of {file} (SHA-256 "
         f"{found.sha256}) as its teacher does. It read no record of a site: {owed}{scores} Its teacher is a tuned model"
     )
-    form = replace(form_of(format, record.config), what=what)
-    return {**card_files(record, of_run, form), CARD: card_text(record, report, form).encode()}  # the label: of the run
+    form = replace(form_of(format, record.config), what=what, has_label=owed == _OWES_NOTHING)
+    label = card_files(record, of_run, form) if form.has_label else {}  # the run's, whose figure is too small else
+    return {**label, CARD: card_text(record, report, form).encode()}

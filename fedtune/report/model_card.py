@@ -49,6 +49,7 @@ class Form:
         relation: the hub's name of its relation to the base.
         loading: lines of Python that load it.
         needs_base: whether those lines also load the base.
+        has_label: whether the privacy label, which is the run's, is the model's, too.
     """
 
     what: str
@@ -56,6 +57,7 @@ class Form:
     relation: str
     loading: str
     needs_base: bool = False
+    has_label: bool = True
 
     @classmethod
     def adapter(cls, config: RunConfig, *, folder: str) -> Form:

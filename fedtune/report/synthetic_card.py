@@ -20,7 +20,7 @@ from fedtune.report.model import Report
 from fedtune.report.model_card import owed, rendered, start_of, statements
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words
-from fedtune.sites.run_records import file_sha256
+from fedtune.sites.run_records import card_of, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_at_least, check_fraction, spec
 from fedtune.words import total
 
@@ -163,7 +163,7 @@ def read_card(file: Path, writer: Report | None = None, *, option: str) -> Mappi
         ConfigError: there is none beside the file, or it is of another file, or of another run than `writer`'s, or says
             what cannot be.
     """
-    path, sha256 = card_of(file, ".json"), file_sha256(file, key=option)
+    path, sha256 = card_of(file.resolve(), ".json"), file_sha256(file, key=option)
     of = " with this RUN" if writer else ""
     bound = f"must be as fedtune synthesize or choose wrote it{of}, with its card beside it ({path.name})"
     read = signing.read_file(path, key=option, name=str(file), bound=bound)
@@ -172,8 +172,8 @@ def read_card(file: Path, writer: Report | None = None, *, option: str) -> Mappi
         told = decode(Card, found)
     except ConfigError as error:
         raise ConfigError(option, str(file), f"{bound}: its {error}") from None
-    run, own = told.runs[0].config_sha256, writer and writer.provenance.config_sha256
-    if (told.schema_version, told.sha256, run) != (RUN_SCHEMA, sha256, own or run):
+    wrote = asdict(told.runs[0])
+    if (told.schema_version, told.sha256, wrote) != (RUN_SCHEMA, sha256, run_of(writer) if writer else wrote):
         raise ConfigError(option, str(file), bound)
     return found
 
@@ -223,8 +223,3 @@ def as_json(
         "made": dict(made),
         "figures": {name: asdict(one) for name, one in figures.items()},
     }
-
-
-def card_of(file: Path, suffix: str) -> Path:
-    """Where the card of a file of synthetic records is: `.json` for programs, `.md` for people."""
-    return file.with_name(f"{file.name}.card{suffix}")

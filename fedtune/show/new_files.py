@@ -40,10 +40,13 @@ def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Pat
                 file.write(texts[path].encode())
                 file.flush()
                 os.fsync(file.fileno())
-        for option, path in places:
-            with _refused(path, option):
-                path.with_name(f".{path.name}.{token}.partial").rename(path)
-                fsync_folder(path.parent)
+        with ExitStack() as made:
+            for option, path in places:
+                with _refused(path, option):
+                    path.with_name(f".{path.name}.{token}.partial").rename(path)
+                    made.callback(path.unlink)  # one that cannot appear takes the others along
+                    fsync_folder(path.parent)
+            made.pop_all()
 
 
 @contextmanager

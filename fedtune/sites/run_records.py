@@ -175,6 +175,18 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
         raise ConfigError(key, file, bound)
 
 
+def card_of(file: Path, suffix: str) -> Path:
+    """Where the card of a file of synthetic records is: `.json` for programs, `.md` for people."""
+    return file.with_name(f"{file.name}.card{suffix}")
+
+
+def require_no_card(file: str, *, key: str) -> None:
+    """Check that a file declared public is not one of synthetic records, which owe to the runs on their card."""
+    path = resolve_file(os.path.expanduser(file), shipped_folders(), key=key).resolve()
+    if os.path.lexists(card := card_of(path, ".json")):
+        raise ConfigError(key, file, f"must hold public records: {card.name} beside it says which runs these owe to")
+
+
 def file_sha256(file: Path, *, key: str) -> str:
     """The SHA-256 of the file of records that `key` names, in hexadecimal: which one it was."""
     try:

@@ -21,7 +21,7 @@ from fedtune.api.door import Progress, Run
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file, without_records
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.sites.run_records import RunRecords
+from fedtune.sites.run_records import RunRecords, require_no_card
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
 
@@ -170,7 +170,11 @@ def _roles(run: Run) -> tuple[str, ...]:
 
 
 def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords) -> dict[Code, float]:
-    """Each code with how often it stands in a file, which must be none of the run's own records in that."""
+    """Each code with how often it stands in a public file.
+
+    A record's own prompt comes once in the run's files, a code that is declared comes again and again.
+    """
+    require_no_card(str(codes), key="--codes")
     path = resolve_file(str(codes), shipped_folders(), key="--codes")
 
     def counts(records: Iterable[Record]) -> Counter[Code]:
@@ -179,9 +183,14 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords
     found = counts(iter_records(path, {role: run.config.data.columns[role] for role in roles}))
     if not found:
         raise without_records(path)
-    for key, records in own.by_setting().items():
-        if records and counts(records) <= found:
+    times = Counter[Code]()
+    for key, records in own.whole_files():
+        times += (theirs := counts(records))
+        if max(theirs.values()) > 1 and theirs <= found:  # with shares of its own: each once is a list of codes, too
             raise ConfigError("--codes", str(codes), f"must be a public list: all prompts of {key} stand in it")
+    if 2 * (once := sum(times[code] == 1 for code in found)) > len(found):
+        bound = f"must be a public list: {once} of its {len(found)} prompts come once in the run's own files"
+        raise ConfigError("--codes", str(codes), bound)
     return dict(found)
 
 

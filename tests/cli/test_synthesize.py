@@ -46,7 +46,10 @@ def runs(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     into = tmp_path_factory.mktemp("runs")
     with gzip.open(REPOSITORY / "simulations/data/e2e_nlg/train.jsonl.gz", "rt") as lines:
-        (into / "tables.jsonl").write_text("".join(line.replace('{"mr":', '{"messages":') for line in lines))
+        own_words = [f'{{"messages": "a {one} one", "ref": "once"}}\n' for one in ("grey", "pink")]
+        (into / "tables.jsonl").write_text(
+            "".join(line.replace('{"mr":', '{"messages":') for line in [*lines, *own_words])
+        )
     own = (f"data.train_file={into}/tables.jsonl", "data.validation_file=null", "data.test_file=null")
     short = ("data.max_length=64", "federation.num_rounds=1", "training.learning_rate=0.2")
     model = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40")
@@ -251,6 +254,7 @@ def test_an_edited_card_is_refused(runs: Path, command: Any, tmp_path: Path) -> 
         ({"runs": []}, "must be what the runs come to"),
         ({"made": whole["made"] | {"labels": [{"column": "ref"}]}}, "must each have a column"),
         ({"made": None}, "must be a table"),
+        ({"runs": [writer | {"run": "twin"}, shares]}, "with its card beside it (texts.jsonl.card.json)"),
     ):
         card.write_text(json.dumps(whole | changes))
         assert said in refused()
@@ -374,6 +378,9 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
         ),
         (("--codes", "codes.jsonl", "--to", ""), "--to = '.': must be a new file of JSON lines"),
         (("--codes", "tables.jsonl"), "must be a public list: all prompts of data.train_file stand in it"),
+        (("--codes", "once.jsonl"), "must be a public list: 2 of its 3 prompts come once in the run's own files"),
+        (("--codes", "owing.jsonl"), "must hold public records: owing.jsonl.card.json beside it says which runs"),
+        (("--codes", "codes.jsonl", "--beside", "owing.jsonl"), "--beside = 'owing.jsonl': must hold public records"),
         (("--codes", "codes.jsonl", "--votes", "writer"), "must be a run of task votes, not of causal_lm"),
         (("--codes", "codes.jsonl", "--rows", "10000000000"), "--rows = 10000000000: must be at most 100000"),
         (("--codes", "codes.jsonl", "--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
@@ -391,6 +398,9 @@ def test_what_is_refused_is_so_before_a_text_is_written(
     Path("brat").mkdir()
     Path("brat", "one.ann").touch()
     Path("empty.jsonl").touch()
+    Path("owing.jsonl").write_text('{"messages": "a green one", "ref": "said of it"}\n')
+    Path("owing.jsonl.card.json").touch()
+    Path("once.jsonl").write_text("".join(f'{{"messages": "a {one} one"}}\n' for one in ("grey", "pink", "green")))
     with Path("tables.jsonl").open() as lines, Path("part.jsonl").open("w") as part:  # of which the run uses some
         part.writelines(islice(lines, 100))
     before = set(tmp_path.iterdir())

@@ -146,6 +146,7 @@ def test_an_interrupted_stage_says_how_to_go_on(public: Path, tmp_path: Path, mo
     [
         (["public.train_file={sites}"], "must hold records of its own: one of it and data.train_file has all texts of"),
         (["public.train_file={copy}"], "must hold records of its own: one of it and data.train_file has all texts of"),
+        (["public.train_file={owing}"], "must hold public records: owing.jsonl.card.json beside it says which runs"),
         (["public.train_file={public}", "data.test_file={public}"], "one of it and data.test_file has all texts"),
         (["public.train_file={public}", "model.adapter=runs/x"], "model.adapter = 'runs/x': must be null with public"),
         (["public.train_file={public}", "--renew", "last"], "public.train_file = '{public}': cannot go with --renew"),
@@ -160,7 +161,9 @@ def test_what_is_no_public_stage_is_refused(public: Path, tmp_path: Path, words:
     sites = REPOSITORY / "simulations" / "data" / "banking77" / "train.jsonl.gz"
     copy = tmp_path / "copy.jsonl"  # not compressed, and in another order
     copy.write_bytes(b"\n".join(reversed(gzip.decompress(sites.read_bytes()).splitlines())))
-    files = {"sites": sites, "copy": copy, "public": public}
+    (owing := tmp_path / "owing.jsonl").write_bytes(public.read_bytes())
+    owing.with_name("owing.jsonl.card.json").touch()
+    files = {"sites": sites, "copy": copy, "public": public, "owing": owing}
     given = [word.format(**files) for word in words]
     base = ["name=other"] if "--renew" in words else tiny(f"data.train_file='{sites}'", into=tmp_path / "runs")
     outcome = command(*(given[:1] if "audit" in words else ["simulate"]), *base, *given[words[0] == "audit" :])

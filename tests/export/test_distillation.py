@@ -145,13 +145,16 @@ def carded(file: Path, *, epsilon: float | None = 2.0, unit: str = "record", tex
 
 
 def test_what_texts_cost_is_added_on_its_card(finished: Path, teach: Any, tmp_path: Path) -> None:
-    folder = teach("--passes", "1", "--texts", str(carded(tmp_path / "texts.txt")))[0]
+    (link := tmp_path / "link.txt").symlink_to(carded(tmp_path / "texts.txt"))
+    folder = teach("--passes", "1", "--texts", str(link))[0]
     text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), fedtune.load(finished).privacy
     assert own.epsilon is not None
     assert "The card of these texts promises epsilon 2.000 at delta 0.000001 for each record of the runs" in text
     (both,) = re.findall(r"\(writer_2\)\. Both together, at most, promise of the student: epsilon (\S+) at delta", text)
     assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
     assert "as who gave them declared" not in text
+    assert not (folder / "label.svg").exists(), "it would say what its teacher owes"
+    assert "label.svg" not in text
 
 
 def test_a_seed_gives_one_student(taught: tuple[Path, dict[str, Any]], teach: Any) -> None:

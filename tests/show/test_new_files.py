@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from fedtune.show import new_files as new_files_module
 from fedtune.show.new_files import new_files
 from fedtune.spec import ConfigError
 
@@ -22,7 +23,9 @@ def test_they_appear_together_and_whole(tmp_path: Path) -> None:
     assert first.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("fault", ["the work fails", "a full disk", "another file came", "one file twice"])
+@pytest.mark.parametrize(
+    "fault", ["the work fails", "a full disk", "another file came", "another came late", "one file twice"]
+)
 def test_a_failure_leaves_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     first, second = tmp_path / "a", tmp_path / "link" / ("a" if fault == "one file twice" else "b")
@@ -33,6 +36,8 @@ def test_a_failure_leaves_none_of_them(tmp_path: Path, monkeypatch: pytest.Monke
             texts |= {first: "text", second: "text"}
             if fault == "a full disk":
                 monkeypatch.setattr(os, "fsync", full)
+            elif fault == "another came late":
+                monkeypatch.setattr(new_files_module, "fsync_folder", lambda folder: second.write_text("another's"))
             elif fault == "another file came":
                 second.write_text("another's")
             else:
@@ -42,4 +47,4 @@ def test_a_failure_leaves_none_of_them(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises((ConfigError, KeyboardInterrupt)):
         work()
     left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
-    assert left == ({"b": "another's"} if fault == "another file came" else {})
+    assert left == ({"b": "another's"} if "another" in fault else {})
