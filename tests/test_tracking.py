@@ -197,7 +197,8 @@ class Failing:
 def test_a_tracker_that_fails_ends_no_run(
     command: Command, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "_TRACKERS", {"tensorboard": ("json", Failing)})
+    monkeypatch.setattr(tracking, "_TRACKERS", {"tensorboard": Failing})
+    monkeypatch.setattr(tracking, "find_spec", lambda _: True)
     outcome = command("simulate", *tiny("tracking=tensorboard", into=tmp_path))
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("tracking=tensorboard ends here, and the run goes on: OSError: the disk is full") == 1

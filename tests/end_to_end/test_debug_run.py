@@ -67,7 +67,8 @@ def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
 
 def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) -> None:
     assert set(result) == {
-        "schema_version", "fedtune_version", "config_sha256", "task", "rounds", "final", "privacy", "provenance"
+        "schema_version", "fedtune_version", "config_sha256", "adapter_digest", "task", "rounds", "final", "privacy",
+        "provenance"
     }  # fmt: skip
     assert (result["schema_version"], result["task"]) == (2, "classification")
     made = result["provenance"]
