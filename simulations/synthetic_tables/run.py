@@ -1,0 +1,131 @@
+"""E2E NLG from texts that a privately tuned model wrote: how good is a model that saw no real sentence?
+
+    python simulations/smollm2_e2e/files.py
+    python simulations/synthetic_tables/run.py --runs RUNS            all; what is finished in RUNS is taken from there
+    python simulations/synthetic_tables/run.py --runs RUNS --only none    one line; the others stay
+
+Four guides tune SmolLM2 to write a sentence for a table.  It writes 1,000 for tables made up from the public list of
+what a table may say.  A second SmolLM2 learns from these alone, and is scored on 300 real test tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedtune.evaluation.spec import WritingSpec
+from fedtune.privacy.durable import write_durably
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "synthetic_texts")]
+import readme  # noqa: E402
+import shared_states  # noqa: E402
+from run import drawn_by, finished, write  # noqa: E402
+
+DATA = HERE.parent / "smollm2_e2e" / "data"
+ROWS = 1000
+DRAWN = WritingSpec(max_new_tokens=60, temperature=0.7, top_p=0.95)
+# Names are made up; what else a table may say is the data set's public list (Novikova et al. 2017, table 1).
+NAMES = ["The Olive Tree", "Blue Door", "The Old Mill", "Harbour View", "Rosewood", "Little Acorn", "The Lantern"]
+PLACES = ["Station Hotel", "The Red Lion", "Market Hall", "Green Park Inn", "Café Luna"]
+OTHERS = {
+    "eatType": ["coffee shop", "pub", "restaurant"],
+    "food": ["English", "Chinese", "French", "Italian", "Japanese", "Indian", "Fast food"],
+    "priceRange": ["cheap", "moderate", "high", "less than £20", "£20-25", "more than £30"],
+    "customer rating": ["low", "average", "high", "1 out of 5", "3 out of 5", "5 out of 5"],
+    "area": ["riverside", "city centre"],
+    "familyFriendly": ["yes", "no"],
+    "near": PLACES,
+}
+GUIDES = {
+    "data.train_file": str(DATA / "all.jsonl"),
+    "data.test_file": str(DATA / "tables.jsonl"),
+    "data.declared_sizes": 1150,
+    "federation.num_sites": 4,
+    "federation.site_names": ["guide-a", "guide-b", "guide-c", "guide-d"],
+    "tracking": "quiet",
+}
+SECURE = {"federation.aggregation": "secure", "federation.num_rounds": 12, "training.local_steps": 1}
+WRITERS: dict[str, dict[str, Any]] = {
+    "none": {"privacy": "none"},
+    "plain-e8": {"privacy.epsilon": 8},
+    "secure-e8": {**SECURE, "privacy.epsilon": 8},
+    "secure-e3": {**SECURE, "privacy.epsilon": 3},
+}
+TITLES = ("untuned", *WRITERS, "real sentences")
+STUDENT = {
+    "privacy": "none",
+    "privacy.sampling_rate": 0.2,
+    "data.test_file": str(DATA / "tables.jsonl"),
+    "federation.num_sites": 1,
+    "federation.site_names": ["reader"],
+    "tracking": "quiet",
+}
+
+
+def tables(path: Path) -> Path:
+    """As many made-up tables as records are written: a name and two to seven facts."""
+    draws = random.Random(20170706)
+    found: dict[str, None] = {}
+    while len(found) < ROWS:
+        facts = [f"name[{draws.choice(NAMES)}]"]
+        keys = sorted(draws.sample(list(OTHERS), draws.randint(2, len(OTHERS))), key=list(OTHERS).index)
+        found[", ".join([*facts, *(f"{key}[{draws.choice(OTHERS[key])}]" for key in keys)])] = None
+    return write(path, [{"mr": table} for table in found])
+
+
+def line(title: str, runs: Path) -> dict[str, Any]:
+    """What one line of the table says; what is finished in `runs` is taken from there."""
+    if title == "real sentences":
+        own = {**STUDENT, "data.train_file": str(DATA / "all.jsonl"), "data.declared_sizes": 4672}
+        return {"epsilon": None, "texts": 4672, "student": finished(runs, "real", "smollm2_e2e", own).metrics}
+    untuned = title == "untuned"
+    name = "secure-e8" if untuned else title
+    writer, texts = finished(runs, name, "smollm2_e2e", {**GUIDES, **WRITERS[name]}), runs / f"{title}.jsonl"
+    if not texts.exists():
+        made = drawn_by(writer, tables(runs / "tables.jsonl"), rows=ROWS, base=untuned, drawn=DRAWN)
+        write(texts, made.rows)
+    count = len(texts.read_text().splitlines())
+    own = {**STUDENT, "data.train_file": str(texts), "data.declared_sizes": count}
+    return {
+        "epsilon": 0.0 if untuned else writer.privacy.epsilon,
+        "texts": count,
+        "writer": writer.result.final.metrics_before if untuned else writer.metrics,
+        "student": finished(runs, f"student-{title}", "smollm2_e2e", own).metrics,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--only", nargs="+", choices=TITLES)
+    options = parser.parse_args()
+    runs, path = options.runs.absolute(), HERE / "results.json"
+    runs.mkdir(parents=True, exist_ok=True)
+    lines: dict[str, dict[str, Any]] = json.loads(path.read_text()) if options.only and path.exists() else {}
+    with shared_states.shared_frozen_states(runs / "states.pt"):
+        for title in options.only or TITLES:
+            lines[title] = line(title, runs)
+    write_durably(path, json.dumps(lines, indent=1).encode() + b"\n")
+    heads = ["", "epsilon", "texts", "BLEU of the writer", "BLEU of the student", "ROUGE-L", "loss"]
+    rows = [
+        [
+            name,
+            "unbounded" if one["epsilon"] is None else f"{one['epsilon']:.2f}",
+            f"{one['texts']:,}",
+            f"{one['writer']['bleu']:.1f}" if "writer" in one else "",
+            f"{one['student']['bleu']:.1f}",
+            f"{one['student']['rouge_l']:.3f}",
+            f"{one['student']['loss']:.3f}",
+        ]
+        for name, one in ((title, lines[title]) for title in TITLES if title in lines)
+    ]
+    readme.put(HERE / "README.md", readme.markdown([heads, *rows]))
+
+
+if __name__ == "__main__":
+    main()
