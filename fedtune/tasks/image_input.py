@@ -14,7 +14,7 @@ from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import Row, Rows, Text, each_alone, mean_pooled, require_no_labels
+from fedtune.tasks.inputs import Input, Row, Rows, Text, each_alone, mean_pooled, require_no_labels
 
 
 class Image(Text):
@@ -23,6 +23,7 @@ class Image(Text):
     embeds_labels = False
     modality = "image"
     is_fixed = True
+    num_ids = Input.num_ids
 
     def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
         return tuple("image" if role == "text" else role for role in of_task)
@@ -51,12 +52,10 @@ class Image(Text):
         return _decoded
 
     def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
-        return each_alone(  # at a real site a file may have changed since it was judged
-            lambda record: reader.patches(_decoded(record)),
-            records,
-            nothing=reader.nothing(),
-            lenient=lenient_within is not None,
-        )
+        def patches(record: Record) -> Any:  # at a real site a file may have changed since it was judged
+            return reader.patches(_decoded(record))
+
+        return each_alone(patches, records, nothing=reader.nothing(), lenient=lenient_within is not None)
 
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
         from fedtune.model.base_model import load_base, load_processor
