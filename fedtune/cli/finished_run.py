@@ -68,8 +68,9 @@ def roles_of(columns: str, *, known: Collection[str] | None = None) -> dict[str,
         named = None
     if not isinstance(named, dict) or not all(isinstance(word, str) for pair in named.items() for word in pair):
         raise ConfigError("--columns", columns, "must name the column of a role, as in '{text: body}'")
-    for role in named if known is not None else ():
-        check_one_of("--columns", role, sorted(known or ()))
+    if known is not None:
+        for role in named:
+            check_one_of("--columns", role, sorted(known))
     return named
 
 

@@ -13,7 +13,7 @@ from fedtune.cli.command import Option
 from fedtune.cli.finished_run import finished_run, harmless
 from fedtune.show.new_files import new_files
 from fedtune.show.terminal_tables import Section, pairs
-from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, require_apart, require_no_card
+from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, require_apart
 from fedtune.spec import ConfigError, check_at_least, check_at_most
 from fedtune.studies import synthetic
 from fedtune.words import counted
@@ -63,7 +63,6 @@ class SyntheticFile:
         if beside is not None:
             records = LeadRecords.read(str(beside), config, key="--beside").records
             require_apart(records, self.own, key="--beside", file=str(beside))
-            require_no_card(str(beside), key="--beside")
             self._public = [record.fields["completion"] for record in records]
 
     def opened(self) -> AbstractContextManager[dict[Path, str]]:

@@ -102,7 +102,7 @@ def distil(
     check_at_most("--passes", passes, 1_000)
     check_at_least("--seed", seed, 0)
     asked, own_records = asked_records(config, texts, key="--texts", columns=columns), RunRecords(config)
-    require_apart(asked, own_records, key="--texts", file=texts)
+    require_apart(asked, own_records, key="--texts", file=texts, may_owe=True)
     sha256 = file_sha256(file := Path(asked[0].file), key="--texts")
     if len(asked) < FEWEST:
         raise DataError("--texts", counted(len(asked), "text"), f"must be at least {FEWEST}")
@@ -136,16 +136,10 @@ def distil(
     return replace(told, served=[one if test else replace(one, scores={}) for one in served])
 
 
-_OWES_NOTHING = (
-    "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "
-    "teacher (post-processing). For the texts themselves nothing is promised."
-)
-
-
 def _owed(texts: Path, run: Path) -> str:
-    """What a student owes to the records behind its texts, by their card; without one they were declared public."""
+    """What a student owes to the records behind its texts, by their card; nothing where they were declared public."""
     if not os.path.lexists(card_of(texts.resolve(), ".json")):
-        return _OWES_NOTHING
+        return ""
     runs, own = read_card(texts, option="--texts")["runs"], run_of(from_run.build(run))
     if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
         bound = f"must have a card with an epsilon for each {own['unit']} behind them: else nothing bounds the student"
@@ -221,10 +215,14 @@ def _card(
         after = {name: one.tuned.value for name, one in found.scores.items()}
         report = replace(report, utility=replace(report.utility, final=after))
         scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
+    said = owed or (
+        "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "
+        "teacher (post-processing). For the texts themselves nothing is promised."
+    )
     what = (
         f"A smaller model ({made}), taught without noise to answer {counted(found.texts, 'text')} of {file} (SHA-256 "
-        f"{found.sha256}) as its teacher does. It read no record of a site: {owed}{scores} Its teacher is a tuned model"
+        f"{found.sha256}) as its teacher does. It read no record of a site: {said}{scores} Its teacher is a tuned model"
     )
-    form = replace(form_of(format, record.config), what=what, has_label=owed == _OWES_NOTHING)
+    form = replace(form_of(format, record.config), what=what, has_label=not owed)
     label = card_files(record, of_run, form) if form.has_label else {}  # the run's, whose figure is too small else
     return {**label, CARD: card_text(record, report, form).encode()}

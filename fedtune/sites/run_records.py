@@ -158,12 +158,12 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
     return None
 
 
-def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file: str) -> None:
+def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file: str, may_owe: bool = False) -> None:
     """Check that public records, of the file that `key` names, are not those of a file of the run, in whatever form.
 
     Raises:
         ConfigError: they have all texts that the run uses of a file, or none but texts of its files; the records of
-            real sites are not here.
+            real sites are not here.  Or a card beside them says to which runs they owe, unless they `may_owe`.
     """
     public = {record.said for record in records}
     found = [of for of, others in own.by_setting().items() if others and {one.said for one in others} <= public]
@@ -173,6 +173,8 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
     if found:
         bound = f"must hold records of its own: one of it and {found[0]} has all texts of the other"
         raise ConfigError(key, file, bound)
+    if not may_owe:
+        require_no_card(file, key=key)
 
 
 def card_of(file: Path, suffix: str) -> Path:

@@ -10,7 +10,6 @@ what a table may say.  A second SmolLM2 learns from these alone, and is scored o
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -24,7 +23,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "synthetic_texts")]
 import readme  # noqa: E402
 import shared_states  # noqa: E402
-from run import drawn_by, finished, write  # noqa: E402
+from kept_runs import asked, finished  # noqa: E402
+from run import drawn_by, write  # noqa: E402
 
 DATA = HERE.parent / "smollm2_e2e" / "data"
 ROWS = 1000
@@ -100,15 +100,10 @@ def line(title: str, runs: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--only", nargs="+", choices=TITLES)
-    options = parser.parse_args()
-    runs, path = options.runs.absolute(), HERE / "results.json"
-    runs.mkdir(parents=True, exist_ok=True)
-    lines: dict[str, dict[str, Any]] = json.loads(path.read_text()) if options.only and path.exists() else {}
+    (runs, only), path = asked(__doc__, TITLES), HERE / "results.json"
+    lines: dict[str, dict[str, Any]] = json.loads(path.read_text()) if only and path.exists() else {}
     with shared_states.shared_frozen_states(runs / "states.pt"):
-        for title in options.only or TITLES:
+        for title in only or TITLES:
             lines[title] = line(title, runs)
     write_durably(path, json.dumps(lines, indent=1).encode() + b"\n")
     heads = ["", "epsilon", "texts", "BLEU of the writer", "BLEU of the student", "ROUGE-L", "loss"]

@@ -11,7 +11,6 @@ and all texts with the labels that a private classifier of the same banks gives 
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import sys
@@ -29,6 +28,7 @@ from fedtune.studies.synthetic import Synthetic, as_written, chosen, labelled, s
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import readme  # noqa: E402
+from kept_runs import asked, finished  # noqa: E402
 
 SOURCE = HERE.parent / "data" / "banking77"
 ROWS, KEPT = 3000, 1000
@@ -108,14 +108,6 @@ JUDGE = {
     "data.declared_sizes": 9275,
     "tracking": "quiet",
 }
-
-
-def finished(runs: Path, name: str, recipe: str, settings: Mapping[str, Any]) -> fedtune.Run:
-    """A run of this name, which is made if it is not there."""
-    if not (runs / name / "adapter").exists():
-        print(f"--- {name}", flush=True)
-        fedtune.simulate(recipe, {**settings, "name": name, "tracking.output_dir": str(runs)}, progress=lambda _: None)
-    return fedtune.load(runs / name)
 
 
 def files(into: Path) -> dict[str, Path]:
@@ -202,16 +194,12 @@ def scored(runs: Path, texts: Path, judge: fedtune.Run) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--only", nargs="+", choices=TITLES)
-    options = parser.parse_args()
-    runs, path = options.runs.absolute(), HERE / "results.json"
+    (runs, only), path = asked(__doc__, TITLES), HERE / "results.json"
     made = files(runs / "files")
     judge = finished(runs, "judge", "banks_intents", JUDGE)
-    lines: dict[str, dict[str, Any]] = json.loads(path.read_text()) if options.only else {}
+    lines: dict[str, dict[str, Any]] = json.loads(path.read_text()) if only else {}
     shared = {**BANKS, **WRITER, "data.train_file": str(made["train"]), "data.test_file": str(made["validation"])}
-    for title in options.only or TITLES:
+    for title in only or TITLES:
         name = "secure-e8" if title == "untuned" else title.split(",")[0].removesuffix("-guided")
         settings = WRITERS[name]
         start = settings.get("model.adapter")
