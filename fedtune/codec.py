@@ -92,24 +92,24 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
         words = [kind for kind in kinds if typing.get_origin(kind) is Literal and value in typing.get_args(kind)]
         return decode_value(key, value, [*words, *kinds][0])
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
+        require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
         return _under(key, hint, value, default if isinstance(default, hint) else None)
     if origin in (tuple, frozenset) or _is_named_tuple(hint):
         return _sequence(key, value, hint)
     if origin is Literal:
-        _require(key, value, value in arguments, f"must be one of {', '.join(map(str, arguments))}")
+        require(key, value, value in arguments, f"must be one of {', '.join(map(str, arguments))}")
         return value
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        _require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
+        require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
         return {name: decode_value(f"{key}.{name}", item, arguments[1]) for name, item in value.items()}
     if isinstance(hint, type) and issubclass(hint, Enum):
-        _require(key, value, value in [member.value for member in hint], "must be a known word")
+        require(key, value, value in [member.value for member in hint], "must be a known word")
         return hint(value)
     if hint is Any:
         return value
     whole = type(value) is int
     right = abs(value) < _MOST_WHOLE if whole and hint in (int, float) else type(value) is hint
-    _require(key, value, right, f"must be {_PLAIN[hint]}")
+    require(key, value, right, f"must be {_PLAIN[hint]}")
     return float(value) if whole and hint is float else value
 
 
@@ -119,15 +119,15 @@ def _items(value: Any) -> Iterable[Any]:
 
 def _sequence(key: str, value: Any, hint: Any) -> Any:
     """A list as a tuple or a set of one type, or as a tuple of a fixed length."""
-    _require(key, value, isinstance(value, list), "must be a list")
+    require(key, value, isinstance(value, list), "must be a list")
     arguments = list(_hints(hint).values()) if _is_named_tuple(hint) else list(typing.get_args(hint))
     if _is_named_tuple(hint) or (typing.get_origin(hint) is tuple and arguments[-1] is not Ellipsis):
-        _require(key, value, len(value) == len(arguments), f"must be a list of {len(arguments)}")
+        require(key, value, len(value) == len(arguments), f"must be a list of {len(arguments)}")
         items = tuple(decode_value(key, item, argument) for item, argument in zip(value, arguments, strict=True))
         return hint(*items) if _is_named_tuple(hint) else items
     if dataclasses.is_dataclass(arguments[0]):
         for item in value:
-            _require(key, item, isinstance(item, dict), f"must be tables, as in [[{key}]]")
+            require(key, item, isinstance(item, dict), f"must be tables, as in [[{key}]]")
         return tuple(_under(f"{key}[{number}]", arguments[0], item) for number, item in enumerate(value, 1))
     items = tuple(decode_value(key, item, arguments[0]) for item in value)
     return items if typing.get_origin(hint) is tuple else frozenset(items)
@@ -146,7 +146,8 @@ def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) ->
         raise error.under(key) from None
 
 
-def _require(key: str, value: object, right: bool, bound: str) -> None:
+def require(key: str, value: object, right: bool, bound: str) -> None:
+    """Raise the error of a value that is not `right`."""
     if not right:
         raise ConfigError(key, value, bound)
 

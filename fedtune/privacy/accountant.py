@@ -7,10 +7,9 @@ Both are upper bounds.  The GDP/CLT accountant is absent on purpose: it under-re
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
@@ -37,6 +36,9 @@ LEAST_NOISE = 1e-2
 """Smallest non-zero noise multiplier: below it, a privacy loss distribution takes gigabytes.  Searches end here."""
 _TOLERANCE = 1e-5  # relative
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
+
+# dp-accounting's notes on orders that do not converge: skipping an order only raises the bound.
+logging.getLogger("absl").addFilter(lambda note: "_compute_log_a_frac failed to converge" not in note.getMessage())
 
 
 def check_noise(key: str, value: float, *, none: bool = False) -> None:
@@ -110,14 +112,10 @@ def epsilon_rdp(spent: events.Spent, delta: float) -> float:
 
     Guarantee: an upper bound (Mironov 2017, arXiv 1702.07476; the best of dp-accounting's default orders).
     """
-    return _epsilon_rdp(tuple(events.grouped(spent).items()), delta)
+    return composed_rdp(tuple(events.grouped(spent).items()))(delta)
 
 
 @lru_cache(maxsize=4096)
-def _epsilon_rdp(counted: Counted, delta: float) -> float:
-    return composed_rdp(counted)(delta)
-
-
 def composed_rdp(counted: Counted) -> Callable[[float], float]:
     """A function from delta to epsilon, by the summed Renyi divergences of all mechanisms."""
     orders = RdpAccountant().orders
@@ -137,8 +135,7 @@ def composed_rdp(counted: Counted) -> Callable[[float], float]:
 def renyi_divergence(event: DpEvent, order: float) -> float:
     """Renyi divergence of one `event`, in nats, by dp-accounting; rounding may make a tiny one negative."""
     rdp = RdpAccountant(orders=[order], neighboring_relation=NEIGHBOURING_RELATION)
-    with without_notes_on_skipped_orders():
-        rdp.compose(event)
+    rdp.compose(event)
     return float(rdp.rdp[0])
 
 
@@ -263,18 +260,3 @@ def factor_text(epsilon: float | None) -> str:
     factor = Decimal(repr(float(epsilon))).exp()
     places = max(0, 2 - factor.adjusted())
     return f"{factor.quantize(Decimal(1).scaleb(-places), rounding=ROUND_CEILING, context=_WIDE):,}"
-
-
-@contextlib.contextmanager
-def without_notes_on_skipped_orders() -> Iterator[None]:
-    """Silence dp-accounting's notes on orders that do not converge: skipping an order only raises the bound."""
-    logger = logging.getLogger("absl")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "_compute_log_a_frac failed to converge" not in record.getMessage()
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

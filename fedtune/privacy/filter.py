@@ -83,11 +83,6 @@ def cheapest(plan: DpEvent, *, delta: float) -> tuple[float, float]:
     return _least(plan, ORDERS, lambda order, divergence: divergence + surcharge(order, delta))
 
 
-def filter_cost(plan: DpEvent, *, delta: float) -> float:
-    """The least cap, at any order, under which `plan` fits whole."""
-    return cheapest(plan, delta=delta)[0]
-
-
 def _least(plan: DpEvent, orders: Collection[float], cost: Callable[[float, float], float]) -> tuple[float, float]:
     """Minimise `cost(order, divergence)` over `orders`: the cost and its order, on a tie the smallest order.
 

@@ -49,10 +49,10 @@ class SigningKey:
         """
         try:
             private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+            if not isinstance(private, Ed25519PrivateKey):
+                raise TypeError("another kind of key")
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError("key", str(path), "must be a PEM file with an Ed25519 private key") from error
-        if not isinstance(private, Ed25519PrivateKey):
-            raise ConfigError("key", str(path), "must be a PEM file with an Ed25519 private key")
         return cls(private)
 
     @property

@@ -16,10 +16,8 @@ Unit = Literal["record", "user"]
 """What one (epsilon, delta) protects: a single record, or a user with all of their records at a site."""
 MOST_EPSILON = 100.0
 """Largest epsilon to calibrate for: beyond it, the privacy loss distributions take minutes to compute."""
-
 MOST_RUNS = 120
 """Most runs that share an epsilon: ten years of months.  A lead must not choose how long a site computes one."""
-
 MOST_NOISE_FACTOR = 100.0
 """Most noise of a site over its run's plan, for a promise of its own: with more, its update says nothing."""
 

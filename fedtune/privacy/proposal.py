@@ -9,8 +9,9 @@ import math
 import re
 from typing import Any
 
+from fedtune.codec import require
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import ConfigError, spec
+from fedtune.spec import spec
 
 _MOST_TEXT = 300
 _TEXT = f"must be a printable text of 1 to {_MOST_TEXT} characters"
@@ -62,18 +63,18 @@ class Proposal:
     def __post_init__(self) -> None:
         # A proposal comes from a server: the reader checks types, this the form of each value, the policy its content.
         for name in ("run", "lead", "dataset", "task", "base_model", "dtype", "adapter"):
-            _require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
+            require(name, getattr(self, name), _is_text(getattr(self, name)), _TEXT)
         modules = self.target_modules
         right = all(map(_is_text, modules)) and len(set(modules)) == len(modules)
-        _require("target_modules", modules, right, "must be names of modules, each once")
+        require("target_modules", modules, right, "must be names of modules, each once")
         for name in ("rank", "num_sites"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "must be a whole number of at least 1")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "must be a whole number of at least 1")
         for name in ("lora_scale", "head_scale"):
             value = getattr(self, name)
             right = type(value) is float and math.isfinite(value) and value >= 0  # 1 would have another digest than 1.0
-            _require(name, value, right, "must be a number of at least 0")
+            require(name, value, right, "must be a number of at least 0")
         right = re.fullmatch(r"([0-9a-f]{64})?", self.start_adapter, re.ASCII) is not None
-        _require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")
+        require("start_adapter", self.start_adapter, right, "must be 64 lower-case hexadecimal digits, or empty")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, the canonical form that `digest` hashes; `codec.decode` reads it."""
@@ -91,8 +92,3 @@ class Proposal:
 def _is_text(value: str) -> bool:
     # A lone half of a surrogate pair is a text to Python, but cannot be written down.
     return 1 <= len(value) <= _MOST_TEXT and value.isprintable()
-
-
-def _require(key: str, value: object, right: bool, bound: str) -> None:
-    if not right:
-        raise ConfigError(key, value, bound)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.codec import decode
+from fedtune.codec import decode, decode_value
 from fedtune.privacy.keys import is_signed
 from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
 from fedtune.spec import ConfigError, RefusedError
@@ -25,7 +25,7 @@ from fedtune.spec import ConfigError, RefusedError
 RECEIPT = "receipt"
 """Purpose of a receipt's signature."""
 
-_MAGIC, _REFUSAL, _OFFER = b"fedtune-update-2\n", b"fedtune-refusal-1\n", b"fedtune-offer-1\n"
+_MAGIC = b"fedtune-update-2\n"
 _MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
 
 
@@ -234,10 +234,11 @@ class Update:
                 run=str(header["run"]),
                 round=int(header["round"]),
                 tensors=_tensors(header["tensors"], memoryview(data)[start + size :]),
-                scores=_scores(header["scores"]),
+                scores=decode_value("scores", header["scores"], tuple[float, float] | None),
             )
             # One update has one encoding, so that no extra field, other type or spacing can carry data out.
-            if update._encoded()[0] != data[start : start + size]:
+            finite = all(map(math.isfinite, update.scores or ()))
+            if not finite or update._encoded()[0] != data[start : start + size]:
                 raise ValueError("header")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as error:
             raise ConfigError("update", f"{len(data)} bytes", "must be an encoded update") from error
@@ -263,20 +264,11 @@ def _tensors(shapes: Any, data: memoryview) -> Tensors | Difference | Masked:
     return Difference(tensors) if rounded else tensors
 
 
-def _scores(data: object) -> tuple[float, float] | None:
-    """Two finite numbers, or None; raises ValueError for anything else."""
-    if data is None:
-        return None
-    if not isinstance(data, list) or not all(type(value) is float and math.isfinite(value) for value in data):
-        raise ValueError("scores")
-    score, count = data
-    return score, count
-
-
 class _Plain:
     """A release of plain values.  People see its texts, so each must be one printable line."""
 
     __slots__ = ()
+    _magic: ClassVar[bytes]
 
     def __post_init__(self) -> None:
         if not 1 <= (factor := getattr(self, "noise_factor", 1.0)) <= MOST_NOISE_FACTOR:  # NaN is in no range
@@ -286,6 +278,10 @@ class _Plain:
         """Plain JSON; a site that makes the plan's own noise says nothing of that."""
         fields = asdict(self)  # type: ignore[call-overload]
         return {key: value for key, value in fields.items() if (key, value) != ("noise_factor", 1.0)}
+
+    def to_bytes(self) -> bytes:
+        """Canonical bytes of an answer, over which its receipt is signed."""
+        return self._magic + json.dumps(self.to_json(), sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, fields: object) -> Self:
@@ -355,14 +351,12 @@ class Refusal(_Plain):
     asked: str | None = None
     allowed: str | None = None
 
+    _magic: ClassVar[bytes] = b"fedtune-refusal-1\n"
+
     @property
     def in_words(self) -> str:
         """The reason, with what was asked and what is allowed, where known."""
         return ", ".join(filter(None, (self.reason.value, asked_and_allowed(self.asked, self.allowed))))
-
-    def to_bytes(self) -> bytes:
-        """Canonical bytes, over which a receipt is signed."""
-        return _REFUSAL + json.dumps(asdict(self), sort_keys=True).encode()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -384,10 +378,7 @@ class Offer(_Plain):
     noise_factor: float = 1.0
     round: ClassVar[int] = 0
     """An offer comes before the first round."""
-
-    def to_bytes(self) -> bytes:
-        """Canonical bytes, over which a receipt is signed."""
-        return _OFFER + json.dumps(self.to_json(), sort_keys=True).encode()
+    _magic: ClassVar[bytes] = b"fedtune-offer-1\n"
 
 
 Answer = Update | Refusal | Offer

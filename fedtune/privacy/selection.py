@@ -60,7 +60,7 @@ def price_of(plans: Sequence[Plan]) -> SearchPrice:
         trials=len(plans),
         epsilon=accountant.epsilon_pld(wholes, delta),
         epsilon_rdp=accountant.epsilon_rdp(wholes, delta),
-        epsilon_filter=filter.filter_cost(ComposedDpEvent(tuple(wholes)), delta=delta),
+        epsilon_filter=filter.cheapest(ComposedDpEvent(tuple(wholes)), delta=delta)[0],
         epsilon_of_one=max(accountant.epsilon_pld([whole], delta) for whole in set(wholes)),
     )
 

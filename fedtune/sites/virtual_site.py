@@ -316,7 +316,7 @@ def _cap(plans: Sequence[Plan]) -> float:
     """The least cap, in tenths, under which all of them fit at the order that a ledger chooses for the first."""
     whole, delta = ComposedDpEvent(tuple(plan.whole for plan in plans)), plans[0].delta
     training = replace(plans[0], metrics_noise_multiplier=0.0).event(rounds=plans[0].most_rounds)
-    tenths = math.ceil(filter.filter_cost(whole, delta=delta) * 10)
+    tenths = math.ceil(filter.cheapest(whole, delta=delta)[0] * 10)
     while True:
         order = filter.best_order(training, epsilon=tenths / 10, delta=delta)
         room = filter.most_divergence(tenths / 10, order=order, delta=delta)

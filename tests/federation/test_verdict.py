@@ -107,7 +107,7 @@ def test_the_verdict_is_what_the_ledger_then_does(
 
 def test_a_nearly_spent_budget_has_room_for_less(ask: Ask, site_policy: Any, run_proposal: Any, ledger_of: Any) -> None:
     plan = run_proposal().plan
-    once = filter.filter_cost(plan.event(rounds=plan.most_rounds), delta=plan.delta)
+    once = filter.cheapest(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
     tight = site_policy(budget={"max_epsilon": 1.001 * once})
     ledger_of(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
     said = ask(tight, run="later")

@@ -24,7 +24,7 @@ def test_the_cost_at_an_order_is_golden(order: float, golden: float, off: float)
 
 
 def test_the_cost_at_the_best_order_is_golden() -> None:
-    assert round(filter.filter_cost(GOLDEN, delta=DELTA), 2) == 9.06
+    assert round(filter.cheapest(GOLDEN, delta=DELTA)[0], 2) == 9.06
     assert accountant.epsilon_pld([GOLDEN], DELTA) == pytest.approx(8.0, abs=0.005)
 
 

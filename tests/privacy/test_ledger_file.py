@@ -94,7 +94,8 @@ def test_a_crash_within_a_transaction_undoes_it(
     granted = reserve(ledger, proposal(), 2)
     before = rows(path)
 
-    whole = getattr(store, struck, None)
+    owner = store.EventStore if struck == "store_reply" else store
+    whole = getattr(owner, struck, None)
     real = store.writing
 
     def cut(*args: Any, **named: Any) -> None:
@@ -111,7 +112,7 @@ def test_a_crash_within_a_transaction_undoes_it(
         if whole is None:
             patched.setattr(store, "writing", writing)
         else:
-            patched.setattr(store, struck, cut)
+            patched.setattr(owner, struck, cut)
         with pytest.raises(PowerCut):
             ledger.commit(granted, b"reply 2")
         if struck != "store_reply":

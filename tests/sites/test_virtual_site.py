@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.config import RunConfig
-from fedtune.privacy.filter import filter_cost, surcharge, total_divergence
+from fedtune.privacy.filter import cheapest, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
@@ -146,7 +146,7 @@ def test_the_lifetime_cap_is_what_the_run_costs_rounded_up(
 ) -> None:
     policy, proposal = policy_and_proposal(config(*overrides))
     plan = proposal.plan
-    cost = filter_cost(plan.event(rounds=plan.most_rounds), delta=plan.delta)
+    cost, _ = cheapest(plan.event(rounds=plan.most_rounds), delta=plan.delta)
     assert cost <= policy.budget.max_epsilon < cost + 0.1
     # At the order that the ledger settles on, too, a second run finds no room.
     ledger = Ledger(tmp_path / "ledger.db", policy, SigningKey.load_or_make(tmp_path / "key.pem"))

@@ -110,14 +110,11 @@ def require_room(
 
 def most_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
     """The largest `num_rounds`, up to the proposal's own, that is accepted; 0 for none."""
-
-    def with_rounds(count: int) -> Proposal:
-        return dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=count))
-
     fits, too_many = 0, proposal.plan.num_rounds + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if accepts(with_rounds(middle)) else (fits, middle)
+        fewer = dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=middle))
+        fits, too_many = (middle, too_many) if accepts(fewer) else (fits, middle)
     return fits
 
 

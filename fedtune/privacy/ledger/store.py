@@ -141,11 +141,6 @@ def read_events(file: sqlite3.Connection, *, after: int = 0) -> list[Event]:
     return [_event(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
 
 
-def store_reply(file: sqlite3.Connection, *, run: str, request: str, reply: bytes) -> None:
-    """Keep `reply` as the newest of `run`."""
-    file.execute("INSERT OR REPLACE INTO replies (run, request, reply) VALUES (?, ?, ?)", (run, request, reply))
-
-
 def stored_replies(file: sqlite3.Connection) -> list[tuple[str, str, bytes]]:
     """Run, request digest and reply of each stored reply."""
     return file.execute("SELECT run, request, reply FROM replies").fetchall()
@@ -280,7 +275,8 @@ class EventStore:
 
     def store_reply(self, *, run: str, request: str, reply: bytes) -> None:
         """Keep `reply` as the newest of `run`."""
-        store_reply(self._file, run=run, request=request, reply=reply)
+        row = (run, request, reply)
+        self._file.execute("INSERT OR REPLACE INTO replies (run, request, reply) VALUES (?, ?, ?)", row)
 
     def make_register(self) -> None:
         """Give a new ledger of a population with arrivals its register."""

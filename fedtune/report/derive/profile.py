@@ -248,8 +248,7 @@ def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | Non
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
     """Epsilon at `delta` by RDP, likewise."""
-    with accountant.without_notes_on_skipped_orders():
-        return finite(_rdp(_counted(spent))(delta))
+    return finite(_rdp(_counted(spent))(delta))
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
