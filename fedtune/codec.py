@@ -39,7 +39,7 @@ def parse_json(data: bytes | str, *, key: str, bound: str) -> dict[str, Any]:
         found = None
     inner = [found]
     for _ in range(_MOST_LEVELS):
-        inner = [item for each in inner for item in _items(each)]
+        inner = [item for each in inner for item in items_of(each)]
     if inner or not isinstance(found, dict):  # what is deeper can be parsed, and breaks who copies or writes it
         raise ConfigError(key, "something else", bound)
     return found
@@ -113,7 +113,8 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
     return float(value) if whole and hint is float else value
 
 
-def _items(value: Any) -> Iterable[Any]:
+def items_of(value: Any) -> Iterable[Any]:
+    """The values directly within a map or a list; none in any other value."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 

@@ -1,5 +1,6 @@
 """The frozen base model and its tokenizer: from pinned files, from GGUF that is expanded once, or random and tiny.
 
+What is loaded has the hash `model.sha256`, which is checked first.
 A GGUF file's values stay those of the quantised file, written as float32: logits are bitwise equal.  Its expanded
 folder loads a hundred times faster.
 """
@@ -12,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -42,16 +43,18 @@ from fedtune.model.layers import compute_by_row, layer_stack
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.products import round_products
 from fedtune.model.quantized import keep_in_four_bits
-from fedtune.model.quiet import first_line, quiet
+from fedtune.model.quiet import first_line, loading, quiet
 from fedtune.model.refusals import PROCESSOR, PROCESSOR_KIND, VISION, config_refusal
 from fedtune.model.source import cache_folder, model_folder
 from fedtune.model.spec import NO_BASE, RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
-from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.spec import ConfigError
 
 _DTYPES = dict.fromkeys(("float32", "mixed", "int8"), torch.float32) | dict.fromkeys(
     ("bfloat16", "nf4"), torch.bfloat16
 )
+_OWN = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is fetched, and no code of a model's own runs."""
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -60,21 +63,13 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     A padding token only fills the rectangle of a batch: what is padding is said by the attention mask
     alone, for in many chat models the padding token is also the end-of-turn token.
 
-    Args:
-        spec: which model; its `sha256` is checked first.
-
     Raises:
         ConfigError: for `model.path` when there is none, or `model.sha256`.
     """
     if spec.path.startswith(RANDOM):
         return tiny_tokenizer(spec.path)
-    with _pinned_files(spec, with_weights=False) as folder:
-        try:
-            with quiet(), panics_as_errors():
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # What parses the files raises whatever comes; they are of the model, and no record is among them.
-        except Exception as error:
-            raise _unreadable(spec, error) from error
+    with _pinned_files(spec, with_weights=False) as folder, _loading(spec):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_OWN)
     # The rules that the library made: from an older file than tokenizer.json, they stand in none.
     if not tokenizer.is_fast:
         bound = "its tokenizer is not one of the tokenizers library, so fedtune cannot bound what a record costs"
@@ -113,32 +108,21 @@ class ImageProcessor:
 def load_processor(spec: ModelSpec) -> ImageProcessor:
     """The image processor that lies beside the base.
 
-    Args:
-        spec: which model; its `sha256` is checked first.
-
     Raises:
         ConfigError: for `model.path` when there is none that makes square images of three colours and whole patches, or
             `model.sha256`.
     """
-    with _pinned_files(spec, with_weights=False) as folder:
-        try:
-            with quiet():
-                config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-                require_kind(config, images=True, path=spec.path)
-                if not (folder / PROCESSOR).is_file():
-                    raise ConfigError("model.path", spec.path, f"must hold {PROCESSOR}, which says how images are read")
-                fields = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
-                kind = PROCESSOR_KIND.fullmatch(fields.get("image_processor_type") or fields["feature_extractor_type"])
-                assert kind is not None, "as it was staged"
-                made = getattr(transformers, f"{kind[1]}ImageProcessorPil").from_pretrained(
-                    folder, local_files_only=True
-                )
-                # Higher than wide, which a processor that keeps the form would show.
-                (found,) = made(images=np.zeros((96, 64, 3), np.uint8), return_tensors="np")["pixel_values"]
-        except ConfigError:
-            raise
-        except Exception as error:  # as above
-            raise _unreadable(spec, error) from error
+    with _pinned_files(spec, with_weights=False) as folder, _loading(spec):
+        config = AutoConfig.from_pretrained(folder, **_OWN)
+        require_kind(config, images=True, path=spec.path)
+        if not (folder / PROCESSOR).is_file():
+            raise ConfigError("model.path", spec.path, f"must hold {PROCESSOR}, which says how images are read")
+        fields = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
+        kind = PROCESSOR_KIND.fullmatch(fields.get("image_processor_type") or fields["feature_extractor_type"])
+        assert kind is not None, "as it was staged"
+        made = getattr(transformers, f"{kind[1]}ImageProcessorPil").from_pretrained(folder, local_files_only=True)
+        # Higher than wide, which a processor that keeps the form would show.
+        (found,) = made(images=np.zeros((96, 64, 3), np.uint8), return_tensors="np")["pixel_values"]
     side, patch = found.shape[-1], config.patch_size
     if found.shape != (3, side, side) or side % patch or not np.isfinite(found).all():
         shape = " x ".join(map(str, found.shape))
@@ -153,7 +137,7 @@ def load_base(
     """The base model: frozen, in evaluation mode, in `spec.dtype`, on `device`.
 
     Args:
-        spec: which model; its `sha256` is checked first.
+        spec: which model.
         predicts_tokens: with the output layer; otherwise the bare encoder or decoder.
         images: whether it must be a model of images, or of texts; None: either.
         device: where it goes before any adapter is attached (opacus#820).
@@ -212,26 +196,16 @@ def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Pat
 
 def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images: bool | None) -> PreTrainedModel:
     auto = AutoModelForCausalLM if predicts_tokens else AutoModel
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            if images is not None:
-                require_kind(config, images=images, path=spec.path)
-            check_size(config, auto, folder=folder, path=spec.path)
-            if predicts_tokens:
-                require_decoder(config, path=spec.path)
-            model, report = auto.from_pretrained(
-                folder,
-                dtype=_DTYPES[spec.dtype],
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except ConfigError:
-        raise
-    except Exception as error:  # as above
-        raise _unreadable(spec, error) from error
+    with _loading(spec):
+        config = AutoConfig.from_pretrained(folder, **_OWN)
+        if images is not None:
+            require_kind(config, images=images, path=spec.path)
+        check_size(config, auto, folder=folder, path=spec.path)
+        if predicts_tokens:
+            require_decoder(config, path=spec.path)
+        model, report = auto.from_pretrained(
+            folder, dtype=_DTYPES[spec.dtype], use_safetensors=True, output_loading_info=True, **_OWN
+        )
     model.config.name_or_path = spec.path
     # Transformers fills what a checkpoint lacks with random numbers. We pool ourselves, so a missing pooler is fine.
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
@@ -247,8 +221,8 @@ def _require_pinned(spec: ModelSpec, found: str) -> None:
         raise ConfigError("model.sha256", spec.sha256, f"is not the hash of {spec.path}, which is {found}")
 
 
-def _unreadable(spec: ModelSpec, error: Exception) -> ConfigError:
-    return ConfigError("model.path", spec.path, f"cannot be loaded: {first_line(error)}")
+def _loading(spec: ModelSpec) -> AbstractContextManager[None]:
+    return loading("model.path", spec.path, "cannot be loaded: {}")
 
 
 _log = logging.getLogger(__name__)
@@ -290,9 +264,7 @@ def load_gguf(file: Path) -> PreTrainedModel:
     """The causal language model in `file`, expanded to float32 in memory."""
     # This one progress bar asks no setting whether it may show.
     with quiet(), redirect_stderr(StringIO()):
-        return AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
+        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **_OWN)
 
 
 def save_plain(model: PreTrainedModel, folder: Path) -> None:
@@ -315,23 +287,15 @@ def save_plain(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _expand(file: Path, folder: Path) -> None:
-    try:
-        own = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-        with quiet(), redirect_stderr(StringIO()):
-            config = AutoConfig.from_pretrained(file.parent, **own)
+    with loading("model.gguf_file", file.name, "must be a GGUF causal language model ({})"):
+        with redirect_stderr(StringIO()):
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
         # What a config.json would be refused for, before memory is set aside for it.
         fields = json.loads(config.to_json_string(use_diff=False))
         if reason := config_refusal(fields | {"quantization_config": None}):
             raise ConfigError("model.gguf_file", file.name, f"its metadata {reason}")
         model = load_gguf(file)
-        with quiet(), panics_as_errors():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **own)
-    except ConfigError:
-        raise
-    # What parses the file raises whatever comes.
-    except Exception as error:
-        bound = f"must be a GGUF causal language model ({first_line(error)})"
-        raise ConfigError("model.gguf_file", file.name, bound) from error
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
     with quiet():
         save_plain(model, folder)
     tokenizer.save_pretrained(folder)

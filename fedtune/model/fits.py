@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fedtune.model.quiet import first_line
+from fedtune.model.quiet import loading
 from fedtune.model.refusals import ENCODERS, VISION, rotary_refusal
-from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.spec import ConfigError
 
 _BYTES_FOR_ONE = 8
 """Most bytes of a built float32 model for one byte of weights: 2 for bfloat16, and 2 more for each tied copy."""
@@ -81,11 +81,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, path: str, max_leng
     Raises:
         ConfigError: for `model.path`.
     """
-    try:
-        with panics_as_errors():
-            ids: list[int] = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
-    except Exception as error:  # whatever the tokenizer's library raises
-        raise ConfigError("model.path", path, f"its tokenizer cannot encode a text: {first_line(error)}") from error
+    with loading("model.path", path, "its tokenizer cannot encode a text: {}"):
+        ids: list[int] = tokenizer(text, truncation=max_length is not None, max_length=max_length)["input_ids"]
     return ids
 
 

@@ -24,10 +24,11 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.model.products import by_output
 from fedtune.model.quantized import Quantized, quantize_linear
 
 _log = logging.getLogger(__name__)
@@ -92,16 +94,10 @@ def scale_into(
     out.copy_(scaled if plus is None else scaled.add_(plus))
 
 
-class Passes(Protocol):
-    """What surrounds a product: this module, or `int8_kernels` with the same bits in fewer passes over memory."""
-
-    round_into: Callable[..., None]
-    scale_into: Callable[..., None]
-
-
 @cache
-def _passes(device: str) -> Passes:
-    torchs: Passes = sys.modules[__name__]
+def _passes(device: str) -> ModuleType:
+    """What surrounds a product: this module, or `int8_kernels` with the same bits in fewer passes over memory."""
+    torchs = sys.modules[__name__]
     if device != "cpu" or not find_spec("numba") or not _adds_whole_numbers(device):
         return torchs
     try:
@@ -217,7 +213,7 @@ def keep_in_int8(base: PreTrainedModel, layers: nn.Module, *, device: torch.devi
     factors: dict[int, torch.Tensor] = {}
     for reader in {reader for reader, _ in seen.values()}:
         modules = [module for module in linear if seen[module][0] == reader]
-        weights = torch.stack([_by_output(module).abs().amax(dim=0) for module in modules]).amax(dim=0)
+        weights = torch.stack([by_output(module).abs().amax(dim=0) for module in modules]).amax(dim=0)
         columns = seen[modules[0]][1]
         columns = columns.clamp(min=max(_QUIET * float(columns.median()), _SMALLEST))
         shares = weights.clamp(min=max(2.0**-24 * float(weights.max()), _SMALLEST)) / columns
@@ -257,14 +253,8 @@ def _columns(base: PreTrainedModel, linear: list[nn.Module]) -> dict[nn.Module, 
             hook.remove()
     for module in linear:
         if module not in seen:
-            seen[module] = len(inputs) + len(seen), torch.ones(_by_output(module).shape[1])
+            seen[module] = len(inputs) + len(seen), torch.ones(by_output(module).shape[1])
     return seen
-
-
-def _by_output(module: nn.Module) -> torch.Tensor:
-    """(out, in) weights."""
-    weight = module.get_parameter("weight")
-    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 class _Product(torch.autograd.Function):

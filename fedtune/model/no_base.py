@@ -9,12 +9,7 @@ from torch import nn
 
 
 class NoBase(nn.Module):
-    """A base without layers: the hidden state of a vector's one place is the vector.
-
-    Args:
-        width: values of a vector.
-        device: where the head goes.
-    """
+    """A base without layers: the hidden state of a vector's one place is the vector, of `width` values."""
 
     dtype = torch.float32
 

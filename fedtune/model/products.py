@@ -17,7 +17,7 @@ is exact: sums differ by the order in which they are added up alone.
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,6 @@ class FrozenLinear(nn.Linear):
     """A linear module whose weights never train."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
         return product(values, self.weight, self.bias)
 
 
@@ -67,7 +66,6 @@ class FrozenConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types f
     """The same with its weights transposed, as GPT-2 has them."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
         return product(values, self.weight.t(), self.bias)
 
 
@@ -75,7 +73,6 @@ class RoundedLinear(nn.Linear):
     """A linear module whose weights never train, in bfloat16, between values in float32."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
         return rounded_product(values, self.weight, self.bias)
 
 
@@ -83,8 +80,17 @@ class RoundedConv1D(Conv1D):  # type: ignore[misc]  # as above
     """The same with its weights transposed."""
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
         return rounded_product(values, self.weight.t(), self.bias)
+
+
+_FROZEN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FrozenLinear, Conv1D: FrozenConv1D}
+_ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RoundedLinear, Conv1D: RoundedConv1D}
+
+
+def by_output(module: nn.Module) -> torch.Tensor:
+    """(out, in) weights of a linear module; GPT-2's kind has them transposed."""
+    weight = cast(torch.Tensor, module.weight)
+    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -103,14 +109,10 @@ def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 def round_products(layers: nn.Module) -> None:
     """Keep every frozen linear module of `layers` in bfloat16, and let it multiply so."""
     for module in layers.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = RoundedLinear
-        elif type(module) is Conv1D:
-            module.__class__ = RoundedConv1D
-        else:
-            continue
-        assert not any(parameter.requires_grad for parameter in module.parameters()), "it is yet to get its adapter"
-        module.bfloat16()
+        if (kind := _ROUNDED.get(type(module))) is not None:
+            assert not any(parameter.requires_grad for parameter in module.parameters()), "it is yet to get its adapter"
+            module.__class__ = kind
+            module.bfloat16()
 
 
 def product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -132,10 +134,7 @@ def multiply_by_onednn(base: nn.Module) -> None:
         if any(parameter.requires_grad or parameter.device.type != "cpu" for parameter in module.parameters()):
             continue
         # Their class alone changes: weights, names and hooks stay what and where they are.
-        if type(module) is nn.Linear:
-            module.__class__ = FrozenLinear
-        elif type(module) is Conv1D:
-            module.__class__ = FrozenConv1D
+        module.__class__ = _FROZEN.get(type(module), type(module))
 
 
 def uses_onednn(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.model.products import rounded_product
+from fedtune.model.products import by_output, rounded_product
 from fedtune.spec import ConfigError
 
 
@@ -79,13 +79,8 @@ def quantize_linear(
 ) -> None:
     """Put a `linear` in the place of each `nn.Linear` of `layers`, and a `transposed` in that of each `Conv1D`.
 
-    One module after the other goes to its device, so that the whole of the weights need never fit that.
-
-    Args:
-        layers: changed in place.
-        linear: made of a module and of what is given to it.
-        transposed: likewise.
-        more: what is given, by module.
+    Each is made of the module and of what `more` gives for it.  One after the other goes to its device, so that the
+    whole of the weights need never fit that.
 
     Raises:
         ConfigError: for `model.dtype`, with the module's name: its weights cannot be kept so.
@@ -150,11 +145,6 @@ class FourBit(Quantized):
         """Made anew."""
         return to_weights(self.codes, self.scales).view(self.shape)
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """(out, in) the same, as a product takes them."""
-        return self.weight
-
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Codes and scales."""
         if weight.numel() % BLOCK:
@@ -177,11 +167,6 @@ class FourBitLinear(FourBit, nn.Linear):  # type: ignore[misc, override]  # whos
 class FourBitConv1D(FourBit, Conv1D):  # type: ignore[misc]  # transformers has no types for it
     """For GPT-2's kind, whose weights are (in, out)."""
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """(out, in)."""
-        return self.weight.t()
-
 
 class _Product(torch.autograd.Function):
     """`values` (..., in) times a layer's weights, plus its bias, in the values' number format."""
@@ -189,14 +174,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: FourBit) -> torch.Tensor:
         ctx.layer = layer  # not its weights, or all layers' would be there until the way back is over
-        return rounded_product(values, layer.rows, layer.bias)
+        return rounded_product(values, by_output(layer), layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return rounded_product(gradients[0], ctx.layer.rows.t(), None), None
+        return rounded_product(gradients[0], by_output(ctx.layer).t(), None), None
 
 
 def keep_in_four_bits(layers: nn.Module, *, device: torch.device | str) -> None:

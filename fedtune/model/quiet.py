@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from transformers.utils import logging
 
+from fedtune.spec import ConfigError, panics_as_errors
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -26,6 +28,18 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def loading(key: str, value: object, bound: str) -> Iterator[None]:
+    """The same; whatever a library raises is a ConfigError, whose `bound` has the error's first line in place of {}."""
+    try:
+        with quiet(), panics_as_errors():
+            yield
+    except ConfigError:
+        raise
+    except Exception as error:  # of any kind: a model's files and texts cause it, and no record is among them
+        raise ConfigError(key, value, bound.format(first_line(error))) from error
 
 
 def first_line(error: Exception) -> str:

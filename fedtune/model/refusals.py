@@ -10,9 +10,10 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from fedtune.codec import items_of
 from fedtune.model.tokenizer_rules import short, tokenizer_refusal
 from fedtune.spec import ConfigError
 
@@ -132,12 +133,7 @@ def most_bytes(name: str) -> int:
 
 
 def check_content(name: str, content: bytes, *, folder: str) -> None:
-    """Check one of a model's files other than its weights.
-
-    Args:
-        name: the file's.
-        content: its bytes, which are the ones to be loaded.
-        folder: the model's, for the message.
+    """Check one of a model's files other than its weights, by its name and its bytes.
 
     Raises:
         ConfigError: for `model.path`; the bound names the file and the reason.
@@ -152,20 +148,14 @@ def check_content(name: str, content: bytes, *, folder: str) -> None:
         raise _refused(folder, name, str(error)) from None
     except (ValueError, RecursionError) as error:
         raise _refused(folder, name, "is not readable JSON") from error
-    if name == "config.json":
-        reason = config_refusal(fields)
-    elif name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        reason = _tokenizer_refusal(fields, name)
-    else:
-        reason = {"tokenizer.json": tokenizer_refusal, PROCESSOR: _processor_refusal}.get(name, lambda _: None)(fields)
-    if reason is not None:
-        raise _refused(folder, name, reason)
+    if (refusal := _REFUSALS.get(name)) is not None:
+        reason = refusal(fields) if isinstance(fields, dict) else "must be a JSON object"
+        if reason is not None:
+            raise _refused(folder, name, reason)
 
 
-def config_refusal(fields: Any) -> str | None:
+def config_refusal(fields: dict[str, Any]) -> str | None:
     """Why a config is refused, as the end of a sentence about it; None for a good one."""
-    if not isinstance(fields, dict):
-        return "must be a JSON object"
     if (site := fields.get(PRIVATE_TO)) is not None:
         return f"is of a model that is private to {short(site)}, without a guarantee: no run begins in it"
     layers = 0
@@ -242,13 +232,15 @@ def _rope_refusal(fields: dict[str, Any], *, inside: bool = False) -> str | None
     return None
 
 
-def _tokenizer_refusal(fields: Any, name: str) -> str | None:
-    if not isinstance(fields, dict):
-        return "must be a JSON object"
-    for key, value in fields.items() if name == "tokenizer_config.json" else ():
+def _tokenizer_config_refusal(fields: dict[str, Any]) -> str | None:
+    for key, value in fields.items():
         if key not in OF_TOKENIZER_CONFIG and not (key.endswith("_token") and _is_token(value)):
             return f"has {short(key)}, which is no known setting of a tokenizer; leave it out"
-    for key, value in fields.items() if name == "special_tokens_map.json" else ():
+    return None
+
+
+def _special_tokens_refusal(fields: dict[str, Any]) -> str | None:
+    for key, value in fields.items():
         if key not in OF_SPECIAL_TOKENS_MAP:
             return f"has {short(key)}, which is no special token"
         # One token, a list of them, or tokens by name.
@@ -258,9 +250,7 @@ def _tokenizer_refusal(fields: Any, name: str) -> str | None:
     return None
 
 
-def _processor_refusal(fields: Any) -> str | None:
-    if not isinstance(fields, dict):
-        return "must be a JSON object"
+def _processor_refusal(fields: dict[str, Any]) -> str | None:
     named = [fields.get(key) for key in ("image_processor_type", "feature_extractor_type") if fields.get(key)]
     if not named or not all(isinstance(one, str) and PROCESSOR_KIND.fullmatch(one) for one in named):
         return f"has image_processor_type {short(named)}; fedtune knows those of ViT, DeiT, Bit (DINOv2) and Siglip"
@@ -274,6 +264,16 @@ def _processor_refusal(fields: Any) -> str | None:
         if key in ("image_mean", "image_std") and not (three and (key == "image_mean" or all(value))):
             return f"has {key} = {short(value)}; it must be three numbers, for an image in colour, and no spread 0"
     return None
+
+
+_REFUSALS: dict[str, Callable[[dict[str, Any]], str | None]] = {
+    "config.json": config_refusal,
+    "tokenizer.json": tokenizer_refusal,
+    "tokenizer_config.json": _tokenizer_config_refusal,
+    "special_tokens_map.json": _special_tokens_refusal,
+    "added_tokens.json": lambda fields: None,
+    PROCESSOR: _processor_refusal,
+}
 
 
 def _is_token(value: Any) -> bool:
@@ -300,12 +300,10 @@ def _parsed(content: bytes) -> Any:
 
     text = content.decode("utf-8")
     fields = json.loads(text, object_pairs_hook=once_each, parse_constant=finite, parse_float=finite)
-    deepest, level = 0, [fields]
-    while level:
-        deepest += 1
-        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
-        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
-    if deepest > _MOST_DEPTH:
+    level = [fields]
+    for _ in range(_MOST_DEPTH):
+        level = [part for one in level for part in items_of(one) if isinstance(part, dict | list)]
+    if level:
         raise _NotPlain(f"is nested more than {_MOST_DEPTH} deep")
     return fields
 

@@ -90,17 +90,12 @@ class _Unknown(ValueError):
     """Why a tokenizer is refused, as the end of a sentence about its file."""
 
 
-def tokenizer_refusal(fields: Any) -> str | None:
-    """Why a tokenizer is refused, as the end of a sentence about it; None for a good one.
+def tokenizer_refusal(fields: dict[str, Any]) -> str | None:
+    """Why a tokenizer is refused, by its tokenizer.json, as the end of a sentence about it; None for a good one.
 
     Decoders are not looked at, since they never see a record; nor are settings of padding and truncation, which each
     call sets anew.
-
-    Args:
-        fields: of a tokenizer.json.
     """
-    if not isinstance(fields, dict):
-        return "must be a JSON object"
     try:
         growth = _normalizers_growth(fields.get("normalizer"))
         for step in _steps(fields.get("pre_tokenizer"), "pretokenizers", known=_PRE_TOKENIZERS):

@@ -7,7 +7,6 @@ A task is one object without state.  To add one: write its file in this folder, 
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from fedtune.data.batching import Batch
 from fedtune.data.features import columns_of
+from fedtune.data.lists import as_json
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import or_fault
@@ -147,12 +147,7 @@ class Task(ABC):
         return data.needed_columns(set(self.roles_in(data)) - self.answers)
 
     def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
-        """A text that a person asks the tuned model with, as the fields of a record.
-
-        Args:
-            text: the question.
-            data: of the run.
-            at: names the text in a message.
+        """A text that a person asks the tuned model with, as the fields of a record; `at` names it in a message.
 
         Raises:
             ConfigError: it is blank or no text, or a record of the run has more parts than one.
@@ -165,9 +160,7 @@ class Task(ABC):
             raise ConfigError(at, "bytes that are no text", "must be UTF-8") from None
         roles = self.asked_by(data)
         if "messages" in roles:
-            return {
-                "messages": json.dumps([{"role": "user", "content": text}], separators=(",", ":"), ensure_ascii=False)
-            }
+            return {"messages": as_json([{"role": "user", "content": text}])}
         main = next((role for role in ("text", "prompt", "image", "tokens") if role in roles), None)
         if main is None or set(roles) - OPTIONAL_ROLES != {main}:
             wanted = ", ".join(roles)
@@ -381,14 +374,7 @@ class Task(ABC):
 
     @abstractmethod
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
-        """Targets for invented examples, on which a model is tried before a run, and its cost is measured.
-
-        Args:
-            input_ids: of each text; an example has `spec.texts`.
-            spec: of the model.
-            draws: where a target is one of several.
-            first: given an example's number of tokens, the place of its first target.
-        """
+        """Targets for invented examples, each of `spec.texts` texts, on which a model and its cost are tried."""
 
     def readout(self, model: Model) -> Readout:
         """The linear layers that make `read_out` of the base's mean hidden state, each of a vector of norm 1; or with

@@ -64,10 +64,7 @@ class CausalLM(Task):
     formats = ("peft", "merged", "onnx")
     one_of: ClassVar[tuple[str, ...]] = ("messages", "text", "prompt")
     """Roles of which columns name one at most: each is another kind of record."""
-
-    @property
-    def layouts(self) -> tuple[tuple[str, ...], ...]:
-        return self.roles, ("messages",), ("text",)
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = (roles, ("messages",), ("text",))
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         """Those of the layout; of a prompt also the template's, and the system's where there are turns."""

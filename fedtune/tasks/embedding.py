@@ -57,10 +57,7 @@ class Embedding(Task):
     formats = ("peft", "sentence-transformers", "onnx")
     judged_by = "spearman"
     lines = _LINES
-
-    @property
-    def layouts(self) -> tuple[tuple[str, ...], ...]:
-        return self.roles, ("anchor", "positive", "negative"), ("anchor", "positive")
+    layouts = (roles, ("anchor", "positive", "negative"), ("anchor", "positive"))
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         if "anchor" not in data.columns:

@@ -414,13 +414,9 @@ def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 def whole_texts(
     fields: Sequence[tuple[Record, str]], tokenizer: Tokenizer, *, max_length: int, lenient_within: int | None
 ) -> Rows:
-    """Token ids of texts with the tokenizer's own special tokens, and whether each could be encoded.
+    """Token ids of the texts of some records' roles with the tokenizer's own special tokens, `max_length` at most.
 
-    Args:
-        fields: records and which of their roles.
-        tokenizer: the base's.
-        max_length: the most tokens of a text.
-        lenient_within: as `Task.tokenise` has it; what cannot be encoded is then one token, 0.
+    And whether each could be encoded: with `lenient_within`, as `Task.tokenise` has it, what cannot is one token, 0.
 
     Raises:
         DataError: a text gives no token.

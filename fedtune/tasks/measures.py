@@ -18,6 +18,7 @@ from fedtune.spec import spec
 
 Floats = npt.NDArray[np.float64]
 Classes = npt.NDArray[np.int64]
+"""(n,) places in the declared label set, which has `num_labels`."""
 Marks = npt.NDArray[np.bool_]
 """(n, labels): the labels that each record has, or is predicted to have."""
 Entity: TypeAlias = tuple[int, int, int]
@@ -81,12 +82,6 @@ def macro_f1(truth: Classes, predicted: Classes, *, num_labels: int) -> float:
     labels=range(num_labels), zero_division=0)`; without `labels`, scikit-learn would leave that
     class out, and the score's meaning would change with the sample.
 
-    Args:
-        truth: (n,) classes in [0, num_labels).
-        predicted: (n,) classes in [0, num_labels).
-        num_labels: size of the declared label set.
-
-    >>> import numpy as np
     >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=2)  # both classes have 2/3
     0.6666666666666666
     >>> macro_f1(np.array([0, 0, 1]), np.array([0, 1, 1]), num_labels=4)  # classes 2 and 3 never occur
@@ -163,13 +158,8 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
     """Macro AUROC, one label against the rest: how often a record with it is ranked above one without it.
 
     The mean over labels that some records have and others lack; a tie counts as one half (Mann and Whitney).  0.5, as
-    for chance, if there is no such label.
+    for chance, if there is no such label.  `probabilities` (n, labels) may be any increasing function of them.
 
-    Args:
-        probabilities: (n, labels) of each label, or any increasing function of them.
-        truth: (n, labels).
-
-    >>> import numpy as np
     >>> auroc(np.array([[0.9], [0.4], [0.3]]), np.array([[True], [False], [True]]))
     0.5
     """
@@ -191,14 +181,10 @@ def auroc(probabilities: Floats, truth: Marks) -> float:
 
 
 def reliability(confidence: Floats, right: Marks) -> tuple[ReliabilityBin, ...]:
-    """Sort answers by confidence into `BINS` bins of equal size.
+    """Sort (answers,) by the probability that each was given into `BINS` bins of equal size, and look which are right.
 
     Bins of equal mass (Nguyen and O'Connor 2015): with bins of equal width, most answers of a confident model are in
     one bin, and the other bins have too few to measure.
-
-    Args:
-        confidence: (answers,) the predicted probability of each.
-        right: (answers,) whether it is right.
     """
     order = np.argsort(confidence, kind="stable")
     bins = (some for some in np.array_split(order, BINS) if len(some))
@@ -219,12 +205,6 @@ def quadratic_kappa(truth: Classes, predicted: Classes, *, num_labels: int) -> f
 
     Chance pairs the same predictions and truths at random.  0 where all are one class, or the prediction is constant.
 
-    Args:
-        truth: (n,) classes in [0, num_labels), in their order.
-        predicted: likewise.
-        num_labels: size of the declared label set.
-
-    >>> import numpy as np
     >>> quadratic_kappa(np.array([0, 1, 2]), np.array([0, 1, 1]), num_labels=3)
     0.6666666666666667
     """

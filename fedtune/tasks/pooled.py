@@ -133,9 +133,30 @@ class PooledTask(Task):
                 model.get_parameter("head.weight").copy_(self.first_rows(rows))
 
     def label_rows(self, model: Model) -> torch.Tensor:
-        """(labels, h) the embeddings of the labels' texts, of norm 1; sets the centre where `spec.head` wants one."""
-        rows, centre = _label_embeddings(self, model), model.get_buffer("centre")
-        if not model.spec.head.centre:
+        """(labels, h) the frozen base's embeddings of the labels' texts, of norm 1; sets the centre that is wanted.
+
+        The texts are the declared, public label set, and no record is read: this costs no privacy.  A row may depend on
+        the other labels by rounding.
+        """
+        from fedtune.model.base_model import load_tokenizer
+        from fedtune.model.fits import check_tokenizer_fits, ids_of
+
+        spec, centre = model.spec, model.get_buffer("centre")
+        tokenizer, path = load_tokenizer(spec.model), spec.model.path
+        check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=path)
+        texts = label_texts(spec.head, spec.labels)
+        ids = [ids_of(tokenizer, text, path=path, max_length=_LABEL_TOKENS) for text in texts]
+        found: dict[int, torch.Tensor] = {}
+        with torch.no_grad():
+            # Texts of one length at a time, which need no padding.
+            for length in sorted(set(map(len, ids))):
+                alike = [place for place, one in enumerate(ids) if len(one) == length]
+                for first in range(0, len(alike), _LABELS_AT_ONCE):
+                    places = alike[first : first + _LABELS_AT_ONCE]
+                    token_ids = torch.tensor([ids[place] for place in places], device=model.device)
+                    found |= zip(places, self.embed(model, token_ids, torch.ones_like(token_ids)), strict=True)
+        rows = torch.stack([found[place] for place in range(len(ids))])
+        if not spec.head.centre:
             return rows
         centre.copy_(rows.mean(dim=0))
         return torch.nn.functional.normalize(rows - centre, dim=-1)
@@ -274,31 +295,6 @@ def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
 def label_texts(spec: HeadSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
     """The text of each label: its declared description, else its name with spaces for underscores."""
     return spec.label_texts or tuple(label.replace("_", " ") for label in labels)
-
-
-def _label_embeddings(task: PooledTask, model: Model) -> torch.Tensor:
-    """(labels, h) float32: each label's text, embedded by the frozen base; every row has norm 1.
-
-    The texts are the declared, public label set, and no record is read: this costs no privacy.  A row may depend on the
-    other labels by rounding.
-    """
-    from fedtune.model.base_model import load_tokenizer
-    from fedtune.model.fits import check_tokenizer_fits, ids_of
-
-    tokenizer, path = load_tokenizer(model.spec.model), model.spec.model.path
-    check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=path)
-    texts = label_texts(model.spec.head, model.spec.labels)
-    ids = [ids_of(tokenizer, text, path=path, max_length=_LABEL_TOKENS) for text in texts]
-    found: dict[int, torch.Tensor] = {}
-    with torch.no_grad():
-        # Texts of one length at a time, which need no padding.
-        for length in sorted(set(map(len, ids))):
-            alike = [place for place, one in enumerate(ids) if len(one) == length]
-            for first in range(0, len(alike), _LABELS_AT_ONCE):
-                places = alike[first : first + _LABELS_AT_ONCE]
-                token_ids = torch.tensor([ids[place] for place in places], device=model.device)
-                found |= zip(places, task.embed(model, token_ids, torch.ones_like(token_ids)), strict=True)
-    return torch.stack([found[place] for place in range(len(ids))])
 
 
 def undeclared(record: Record, role: str, labels: Sequence[str]) -> DataError:

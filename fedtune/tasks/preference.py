@@ -54,10 +54,7 @@ class Preference(CausalLM):
     has_reference = True
     judged_by = "accuracy"
     one_of = ("messages", "prompt")
-
-    @property
-    def layouts(self) -> tuple[tuple[str, ...], ...]:
-        return self.roles, ("messages", *_ANSWERS), _ANSWERS
+    layouts = (roles, ("messages", *_ANSWERS), _ANSWERS)
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         if "messages" in data.columns:

@@ -57,12 +57,8 @@ _MEANING = {
 def save_task_model(model: TaskModel, folder: Path, *, private_to: str | None = None) -> None:
     """Write the adapter folder, whole or not at all.
 
-    Matrices that were frozen at a random start (FFA-LoRA) are saved too, so that the folder is complete.
-
-    Args:
-        model: with the values to save.
-        folder: what is there is replaced.
-        private_to: the site whose records trained it without noise; None: a run's own.
+    Matrices that were frozen at a random start (FFA-LoRA) are saved too, so that the folder is complete.  `private_to`
+    names the site whose records trained it without noise; None: a run's own.
     """
     with whole_folder(folder) as complete:
         write_task_model(model, complete, private_to=private_to)

@@ -37,15 +37,12 @@ from fedtune.tasks.pooled import undeclared
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 _NO_WORD = (0, 0)
 _MOST_OF_A_WORD = 1 << 40
 """A target from which on a word's further entities are not counted: five of a hundred labels, or more of fewer."""
 _HEAD_ROWS = 4
 """Windows are filled up to a multiple of this many: with fewer than 13 tokens another kernel multiplies (`PooledTask`),
 and the shortest window of a step has 12."""
-
-
 _LINES = """
 import json
 import torch
@@ -90,10 +87,7 @@ class TokenClassification(Task):
     auto = "AutoModelForTokenClassification"
     judged_by = "strict_f1"
     lines = _LINES
-
-    @property
-    def layouts(self) -> tuple[tuple[str, ...], ...]:
-        return self.roles, ("text", "spans")
+    layouts = (roles, ("text", "spans"))
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         return self.layouts["text" in data.columns]

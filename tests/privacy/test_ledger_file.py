@@ -95,8 +95,7 @@ def test_a_crash_within_a_transaction_undoes_it(
     before = rows(path)
 
     owner = store.EventStore if struck == "store_reply" else store
-    whole = getattr(owner, struck, None)
-    real = store.writing
+    whole, real = getattr(owner, struck, None), store.writing
 
     def cut(*args: Any, **named: Any) -> None:
         whole(*args, **named)
