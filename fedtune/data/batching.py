@@ -123,11 +123,7 @@ def one_at_a_time(compute: Callable[[Batch], Computed], batch: Batch) -> tuple[C
 
     An example that cannot be computed gives None, and does not affect the others.  If the machine fails, and not an
     example, the empty batch fails as well, and its error is raised.  Every token of its rows has a target, so that it
-    needs as much memory as any example (`alone`).
-
-    Args:
-        compute: works on a whole batch; an example's result is in the first row.
-        batch: the batch on which `compute` failed.
+    needs as much memory as any example (`alone`).  An example's result is in the first row.
     """
     return compute(alone(batch, None)), (_computed(compute, alone(batch, row)) for row in range(len(batch)))
 
@@ -148,12 +144,7 @@ def micro_batches(
 
     Training uses `fedtune.data.shapes`.  Every index comes back exactly once: cutting changes what is computed
     together, never what is sampled.  Sorting keeps padding to a few per cent.  An example longer than the budget gets
-    a micro-batch of its own; an empty logical batch gives none.
-
-    Args:
-        indices: places in the dataset.
-        lengths: length of every example of the dataset, so that `lengths[indices]` are those meant.
-        max_tokens: most tokens of a micro-batch, padding included.
+    a micro-batch of its own; an empty logical batch gives none.  `lengths` are those of every example of the dataset.
 
     >>> micro_batches([0, 1, 2, 3], np.array([5, 1, 2, 6]), max_tokens=6)
     [array([1, 2]), array([0]), array([3])]

@@ -128,10 +128,7 @@ def what_is(path: Path) -> str | None:
 def require_file(path: Path, *, key: str | None = None, value: str | None = None) -> None:
     """Refuse what is no data file, before it is opened: a pipe would wait for ever.
 
-    Args:
-        path: where it should lie.
-        key: the setting that named it; None: the file itself.
-        value: what the setting says.
+    `key` is the setting that named it, by `value`.
 
     Raises:
         DataError: says what is there, and for a folder of several saved sets which paths to give.

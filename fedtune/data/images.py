@@ -37,9 +37,7 @@ _BOUND = f"must be a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of a
 def image_of(value: object, at: str) -> str:
     """The field of an image: a path as it is, or what the image's bytes are as text.
 
-    Args:
-        value: a path; bytes; or {bytes, path} as Hugging Face `datasets` writes it, of which the bytes count first.
-        at: where it was read, for messages.
+    In place of these there may be {bytes, path} as Hugging Face `datasets` writes it, of which the bytes count first.
 
     Raises:
         DataError: it is nothing of this.

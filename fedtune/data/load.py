@@ -75,13 +75,7 @@ def deal(
 ) -> Dealt:
     """Read a simulation's files, and give each record to the lead or to a site by its own hash, or its user's.
 
-    Args:
-        spec: the run's.
-        columns: role to column, with what the partition goes by.
-        names: of the sites.
-        seed: of the run.
-        unit: that is dealt out; with "user" no user is parted.
-        fault: what of a record the task cannot use.
+    `columns` are role to column, with what the partition goes by; with unit "user" no user is parted.
 
     Raises:
         DataError: a file is missing or malformed, or a site would have no record, or a user would be at two.
@@ -158,13 +152,6 @@ def lead_records(
     name: str, *, columns: Mapping[str, str], key: str, fault: Fault = lambda record: None, leave_out: bool = False
 ) -> tuple[list[Record], LeftOut]:
     """The lead's own records from file `name`, which the setting `key` gave, and what was left out.
-
-    Args:
-        name: relative or absolute path.
-        columns: role to column name.
-        key: for messages.
-        fault: what of a record the task cannot use.
-        leave_out: go on without what cannot be used; otherwise that is an error.
 
     Raises:
         DataError: the file cannot be read, or has no record; or without `leave_out`, some that cannot be used.

@@ -70,11 +70,6 @@ def record_key(record: Record) -> bytes:
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:
     """Find a data file: as given from the working directory, else under the first of `roots` that has it.
 
-    Args:
-        name: relative or absolute path.
-        roots: folders to look in after the working directory.
-        key: the setting that named the file, for the message.
-
     Raises:
         DataError: when there is no such file, or a folder, a pipe or the like in its place.
     """
@@ -103,11 +98,7 @@ NO_VALUE = "(none)"
 def column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:
     """The values of a column for records that were read before, as text; `NO_VALUE` where there is none.
 
-    Args:
-        records: with the file and the line of each.
-        column: its name; it needs no role.
-        key: the option that asked for it, for messages.
-        role: the role to read it in, so that a user has the same id as in a run; empty: any number is taken, too.
+    It is read in its `role`, so that a user has the same id as in a run; without one any number is taken, too.
 
     Raises:
         DataError: no row of a file has such a column.
@@ -138,11 +129,7 @@ def without_records(path: Path) -> DataError:
 
 
 def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    """Stream the records of a file.
-
-    Args:
-        path: as `fedtune.data.formats.raw_rows` takes it; columns that `columns` does not name are skipped.
-        columns: role to column name, the columns that every record must have.
+    """Stream the records of a file, as `fedtune.data.formats.raw_rows` takes it, with the `columns` (role to column).
 
     Raises:
         DataError: when the file or a row cannot be read, or when a value is absent, blank, or neither text nor (for a
@@ -175,12 +162,7 @@ def usable_records(
     a quote or bracket that is never closed can take other rows along; no text of a record does that in a file whose
     writer doubles quotes (RFC 4180) or escapes them (JSON), and where the writer does not, rows cannot be told apart.
 
-    Args:
-        path: as `iter_records` takes it.
-        columns: role to column name.
-        fault: tells why a task cannot use a record.
-        faults: counts the rows that are left out.
-        lenient: as in `raw_rows`.
+    `fault` tells why a task cannot use a record, and `faults` counts the rows that are left out.
 
     Raises:
         DataError: the fault lies in the file and not in a record, as in `raw_rows`.
@@ -205,13 +187,7 @@ def judged(
 
 
 def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
-    """One row as a record.
-
-    Args:
-        row: column to value.
-        columns: role to column name.
-        file: where it was read, for messages.
-        line: there.
+    """One row as a record, with the `columns` (role to column).
 
     Raises:
         DataError: a value is absent, or not what its role needs.

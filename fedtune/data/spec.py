@@ -29,10 +29,8 @@ from fedtune.spec import (
 _MOST_INTERVALS = 100
 _MOST_TEMPLATE = 4096
 """Of characters, which are worked through for each record, or at each site, before it has answered."""
-
 _MOST_WINDOWS = 8
 _LARGEST_BETA = 1000.0
-
 AT_SITE = "at-site"
 """Stands in what is sent to sites for every file and folder."""
 SITE = "{site}"

@@ -46,14 +46,9 @@ class Tokenizer(Protocol):
     added_tokens_decoder: Mapping[int, Any]
     backend_tokenizer: Any
 
-    def convert_ids_to_tokens(self, ids: int) -> str:
-        """A token as the vocabulary has it."""
-
-    def __hash__(self) -> int:
-        """Of the tokenizer itself: what was made of it once is kept."""
-
-    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
-        """Encode each text; `input_ids` of the answer holds a list of ids for each."""
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+    def __hash__(self) -> int: ...  # of the tokenizer itself: what was made of it once is kept
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

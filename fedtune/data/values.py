@@ -67,12 +67,7 @@ _WRITTEN_TURNS = '[{"role":"'
 
 
 def read_value(value: object, role: str, *, at: str) -> str:
-    """The checked text of a value.
-
-    Args:
-        value: as the file has it; a number that is none (NaN) is null.
-        role: of its column.
-        at: where it was read, for messages.
+    """The checked text of a value as the file has it; a number that is none (NaN) is null.
 
     Raises:
         DataError: it is not what the role needs.
@@ -177,11 +172,9 @@ def messages_of(value: object, *, at: str) -> str:
 
     An answer that is not to be learnt also has "train": false.
 
-    Args:
-        value: turns with `role` and `content` (as OpenAI writes them) or with `from` and `value` (ShareGPT), one object
-            with a list of each (Hugging Face), or the same as JSON text.  A first turn of the system may lead; then
-            user and assistant take turns.
-        at: where it was read, for messages.
+    Turns have `role` and `content` (as OpenAI writes them) or `from` and `value` (ShareGPT); or they are one object
+    with a list of each (Hugging Face), or the same as JSON text.  A first turn of the system may lead; then user and
+    assistant take turns.
 
     Raises:
         DataError: it is no such conversation.
@@ -313,11 +306,8 @@ def labels_of(value: object, at: str) -> str:
     """The labels of a record that may have several: a list as JSON, or the text as it is.
 
     No label is `[]` or a blank text; null would be a record of which nobody said.  Lists are written anew, flat: how
-    deep one may be depends on who reads it, and `split_labels` must find what was found here.
-
-    Args:
-        value: of the cell; a list may also be text, as JSON has it or as Python prints it.
-        at: where it was read, for messages.
+    deep one may be depends on who reads it, and `split_labels` must find what was found here.  A list may also be text,
+    as JSON has it or as Python prints it.
 
     Raises:
         DataError: it is no text, number or list of these.

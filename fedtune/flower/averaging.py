@@ -26,13 +26,9 @@ _PIECE_BYTES = 1 << 27
 
 
 class Average:
-    """The aggregation of plain updates, by the strategy that settings name.
+    """The aggregation of plain updates, weighed by the sites' declared `sizes`, by the strategy that settings name.
 
     Whom to ask, and how many must answer, is fedtune's own rule.
-
-    Args:
-        spec: names the strategy.
-        sizes: site -> its declared size, which weighs its update (`weights_of`).
     """
 
     session = ""
@@ -76,11 +72,7 @@ class Average:
         """The strategy's adapter of the updates, computed piece by piece: the same bits as of all at once.
 
         Mean and median take each value by itself.  A server optimizer follows a mean, and is given that as one update.
-
-        Args:
-            round: from 1.
-            arrived: the updates.
-            weights: site -> its weight, in the order in which a sum adds them.
+        `weights` are in the order in which a sum adds them.
         """
         strategy = self._strategy
         optimizer = strategy if isinstance(strategy, FedAdam | FedAvgM) else None

@@ -126,12 +126,7 @@ class Exchange:
 
 
 class SiteApp:
-    """The ClientApp of a real site.
-
-    Args:
-        site_of: opens the site for a run with these settings.
-        name: of the site.
-    """
+    """The ClientApp of a real site, which `site_of` opens for a run with these settings."""
 
     def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
         self._app = make_client_app(lambda _, settings: site_of(settings), lambda _: name)

@@ -31,12 +31,7 @@ class StreamingGrid(Protocol):
 
 
 class GridTransport:
-    """Sites as nodes of a grid.
-
-    Args:
-        grid: reaches them.
-        nodes: node id -> site, where that is known; None: each node is asked for its name.
-    """
+    """Sites as nodes of a grid, by node id; without `nodes` each is asked for its name."""
 
     def __init__(self, grid: Grid | StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
         self._grid, self._nodes, self._traffic = grid, dict(nodes or {}), [0, 0]

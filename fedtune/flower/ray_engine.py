@@ -38,13 +38,9 @@ def on_ray(
     """Call `run` with a transport to actors of Flower's engine on a Ray cluster, and return what it returns.
 
     Each actor has as many CPUs as torch threads, its part of a GPU, and its own copy of the base model, which it keeps
-    between rounds.  As many actors as the cluster has room for train at a time, whichever sites' turn it is.
-
-    Args:
-        run: the rounds.
-        client_app: that of every site, of a config whose `sites_per_gpu` says how many share a GPU's memory.
-        config: of the run; its `runtime` says which cluster.
-        sites: the folder of the sites' ledgers, which every node must see.
+    between rounds.  As many actors as the cluster has room for train at a time, whichever sites' turn it is.  The
+    config that `client_app` gets says by its `sites_per_gpu` how many share a GPU's memory; `sites` is the folder of
+    the sites' ledgers, which every node must see.
 
     Raises:
         ConfigError: the extra `ray` is not installed, or the cluster is not there, has no room for one site, or a node
@@ -216,6 +212,9 @@ def _check_seen(ray: Any, nodes: Sequence[RayNode], config: RunConfig, sites: Pa
         ConfigError: one does not.
         RunError: one does not answer.
     """
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     own = "runtime.sites_dir" if config.runtime.sites_dir else "tracking.output_dir"
     # A copy of the folder has the same keys and other ledgers; this file is in no copy.
     seen = sites.resolve() / f"seen-{secrets.token_hex(8)}"
@@ -227,34 +226,27 @@ def _check_seen(ray: Any, nodes: Sequence[RayNode], config: RunConfig, sites: Pa
     seen.parent.mkdir(parents=True, exist_ok=True)
     seen.write_bytes(secrets.token_bytes(32))
     try:
-        _compare(ray, nodes, places, looker(places, sealed=own))
+        look = looker(places, sealed=own)
+        here, task = look(), ray.remote(num_cpus=0)(look)
+        for node in nodes:
+            placed = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False))
+            try:
+                there = ray.get(placed.remote(), timeout=_SEEN_WITHIN_S)
+            except RayError as error:
+                raise RunError(f"node {node.name} of the Ray cluster does not answer: {first_line(error)}") from None
+            for key, place in {**places, "fedtune": __version__}.items():
+                if there[key] != here[key]:
+                    bound = f"must be the same on every node of the Ray cluster; node {node.name} has another, or none"
+                    raise ConfigError(key, place, bound)
     finally:
         seen.unlink(missing_ok=True)
 
 
-def _compare(ray: Any, nodes: Sequence[RayNode], places: Mapping[str, str], look: Callable[[], dict[str, str]]) -> None:
-    from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here, task = look(), ray.remote(num_cpus=0)(look)
-    for node in nodes:
-        placed = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False))
-        try:
-            there = ray.get(placed.remote(), timeout=_SEEN_WITHIN_S)
-        except RayError as error:
-            raise RunError(f"node {node.name} of the Ray cluster does not answer: {first_line(error)}") from None
-        for key, place in {**places, "fedtune": __version__}.items():
-            if there[key] != here[key]:
-                bound = f"must be the same on every node of the Ray cluster; node {node.name} has another, or none"
-                raise ConfigError(key, place, bound)
-
-
 def looker(places: Mapping[str, str], *, sealed: str) -> Callable[[], dict[str, str]]:
-    """What says, on whatever machine it is called, what is there: by setting, and of fedtune the version.
+    """A function that says, on whatever machine it is called, what is there by setting, and fedtune's version.
 
-    Args:
-        places: paths by setting; relative ones as seen from the path of "working folder".
-        sealed: the setting whose file must be the very same one, and lie where one can write.
+    Relative paths start at that of "working folder".  The file of the setting `sealed` must be the very same one, and
+    lie where one can write.
     """
 
     def look() -> dict[str, str]:

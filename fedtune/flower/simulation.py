@@ -35,17 +35,10 @@ def simulate(
     session: Session | None = None,
     everyone: Participants | None = None,
 ) -> RunResult:
-    """Run `config` to its end, or from its newest checkpoint on, and write the run folder.
+    """Run `config` to its end, or from its newest checkpoint on, write the run folder, and return `run.json`'s content.
 
-    Args:
-        config: the run's.
-        folder: its own.
-        listener: is told how the run goes.
-        session: keeps the model, and what it makes of records, from run to run; None: this run leaves nothing.
-        everyone: those who take part, already made, in place of `session`'s; not on Ray.
-
-    Returns:
-        The content of `run.json`.
+    A `session` keeps the model, and what it makes of records, from run to run.  `everyone` are those who take part,
+    where they are made already, in place of the session's; not on Ray.
 
     Raises:
         ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
@@ -119,15 +112,11 @@ _RUN_ID = 1
 
 
 class InProcessGrid:
-    """Runs `num_nodes` virtual nodes, with ids 1, 2, ..., by calling `client_app` here and now.
+    """Runs `num_nodes` virtual nodes, with ids 1, 2, ..., by calling `client_app` here and now; it must never raise.
 
     One frozen base model serves all sites, there is no daemon and no start-up.  Sites take their turns, each with all
-    threads, so that results do not depend on scheduling.
-
-    Args:
-        client_app: called with each message and its node's context; must answer, never raise.
-        num_nodes: how many nodes there are.
-        replied: called with the number of replies so far in a round of training.
+    threads, so that results do not depend on scheduling.  `replied` gets the number of replies so far in a round of
+    training.
     """
 
     def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:
