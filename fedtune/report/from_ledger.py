@@ -37,7 +37,7 @@ from fedtune.report.facts import (
     RunInLedger,
     Verification,
 )
-from fedtune.report.model import Report
+from fedtune.report.model import Report, filled
 from fedtune.report.rederive import derive
 from fedtune.show.budget_text import reference_of
 from fedtune.spec import ConfigError, RunError
@@ -164,35 +164,22 @@ def facts_of(
         "target_modules": dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",)),
     }
     caps = [next(same) for _, same in groupby(history.policies, key=lambda policy: finite(policy[1]))]
-    return LedgerFacts(
+    return filled(LedgerFacts, history, history.opened, budget)(
         kind="ledger",
-        site=history.opened.site,
-        population=history.opened.population,
         date=now.date().isoformat(),
         unit=noted.population.unit,
-        delta=history.delta,
-        order=history.order,
         declared_size=noted.population_size,
         max_epsilon=finite(budget.max_epsilon),
-        max_epsilon_per_run=budget.max_epsilon_per_run,
-        max_epsilon_per_period=budget.max_epsilon_per_period,
-        period=budget.period,
         reference=reference_of(noted),
         caps=tuple(
             Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in caps
         ),
         limits_loosened=loosened,
         runs=tuple(
-            RunInLedger(
-                run=name,
-                lead=run.proposal.lead,
-                dataset=run.proposal.dataset,
+            filled(RunInLedger, run, run.proposal)(
                 state="open" if run.is_open(now) else "ended" if run.expires is None else "expired",
-                plan=run.plan,
                 lost_rounds=history.lost_runs.get(name, 0),
                 max_epsilon=run_caps[name],
-                seeded_noise=run.proposal.seeded_noise,
-                base_model=run.proposal.base_model,
                 adapter_sha256=run.adapter or None,
                 noise_factor=run.noise_factor if run.noise_factor != 1 else None,
             )
@@ -200,7 +187,6 @@ def facts_of(
         ),
         charges=charges(events, history, most=most),
         lost_seed=any(restored.seeded for restored in history.restored),
-        frozen=history.frozen,
         in_doubt=history.in_doubt is not None,
         simulated=simulated,
         inexact_gradients=any(policy["allow"]["inexact_gradients"] is not False for policy in policies),
@@ -208,14 +194,11 @@ def facts_of(
         policy_digest=own.digest() if own else "",
         verification=None
         if verified is None
-        else Verification(
+        else filled(Verification, verified)(
             num_events=len(verified.events),
             head=verified.history.hash,
-            site_key=verified.site_key,
-            key_expected=verified.key_expected,
             # An anchor shows that no event is missing, or none up to its own.
             rollback_excluded=(verified.anchor_sequence or 0) >= len(verified.events),
-            anchor_sequence=verified.anchor_sequence,
         ),
         problem=problem,
         releases=releases(events, history),

@@ -20,7 +20,7 @@ from fedtune.report.derive import cells
 from fedtune.report.derive.audit_bounds import read_audit
 from fedtune.report.derive.ledger_figures import num_charges
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
-from fedtune.report.model import Report
+from fedtune.report.model import Report, filled
 from fedtune.report.rederive import derive, problems
 from fedtune.report.run_record import RunRecord, inexact_gradients, read_run
 from fedtune.runs.environment import UNKNOWN
@@ -55,11 +55,8 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         raise RunError(f"{RunFolder(folder).audit} is of another run: its delta is {audit.delta:g}")
     final = record.result.final if record.result else FinalResult(metrics={})
     times = [one.ended for one in record.rounds if one.ended] + [one.since for one in record.environments]
-    return RunFacts(
+    return filled(RunFacts, record, config, config.federation, final)(
         kind="run",
-        name=config.name,
-        run=record.run,
-        plan=plan,
         target_epsilon=config.privacy.epsilon if plan.private else None,
         seeded_noise=record.seeded,
         date=max(times, default=None),
@@ -68,9 +65,6 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         inexact_gradients=inexact_gradients(folder, config),
         has_checkpoint=state is not None,
         config_file_sha256=config.digest(),
-        judged_by=config.judged_by,
-        keep_round=config.federation.keep_round,
-        stop_after=config.federation.stop_after,
         settings=cells.settings_of(config, plan),
         trained_parameters=state.adapter.num_values if state else None,
         provenance=_provenance(record),
@@ -81,11 +75,6 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         ),
         before=finite_scores(state.metrics_before if state else final.metrics_before),
         final=finite_scores(final.metrics),
-        seconds=final.seconds,
-        findings=final.findings,
-        energy=final.energy,
-        detail=final.detail,
-        selection=record.selection,
         audit=audit,
         canaries_planted=RunFolder(folder).audit_mark.exists(),
         held_out=_held_out(record),
@@ -116,7 +105,6 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
         (own,), facts = report.sites, report.facts
         assert isinstance(facts, LedgerFacts)
         assert own.lifetime is not None
-        assert own.approved is not None
         known = next((run for run in facts.runs if run.run == record.run), None)  # None: the site refused all of it
         if known and upper_bound and known.state != "open":
             # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
@@ -127,16 +115,11 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
             known.plan.most_rounds == plan.most_rounds
             and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
         )
-        statement = SiteStatement(
+        statement = filled(SiteStatement, own)(
             reported=report.date[:10] if report.date else None,
             same_plan=same_plan,
-            verdict=own.verdict,
-            approved=own.approved,
-            lifetime=own.lifetime,
             charges=num_charges(facts),
-            verification=own.verification,
             releases=tuple(release for release in own.releases if release.run == record.run),
-            asserted=own.asserted,
         )
     return SiteFacts(
         site=site,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import field
-from typing import Annotated, Any, Literal, NamedTuple
+from dataclasses import field, fields
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -38,6 +39,17 @@ from fedtune.tasks.measures import Detail
 
 CellState = Literal["auto", "design", "site", "missing"]
 Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
+T = TypeVar("T")
+
+
+def filled(cls: type[T], *sources: object) -> partial[T]:
+    """A record's class with every field filled in that a source has under the same name; of several, the first counts.
+
+    Call it with all other fields, and with those in place of which something else stands in the record.
+    """
+    names = [one.name for one in fields(cls)]  # type: ignore[arg-type]
+    found = {name: getattr(one, name) for one in reversed(sources) for name in names if hasattr(one, name)}
+    return partial(cls, **found)
 
 
 @spec

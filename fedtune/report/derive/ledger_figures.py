@@ -28,7 +28,7 @@ from fedtune.report.facts import (
     LifetimeRun,
     Verdict,
 )
-from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step
+from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step, filled
 from fedtune.show.budget_text import Arrivals
 from fedtune.words import finite, unbounded
 
@@ -36,27 +36,17 @@ from fedtune.words import finite, unbounded
 def report_of(facts: LedgerFacts) -> Report:
     """The figures that follow from a ledger's facts."""
     ran, charged, life, delta = mechanisms(facts), charged_of(facts), lifetime(facts), facts.delta
-    approved = Approved(
-        max_epsilon=facts.max_epsilon,
-        max_epsilon_per_run=facts.max_epsilon_per_run,
-        max_epsilon_per_period=facts.max_epsilon_per_period,
-        period=facts.period,
-        since=facts.caps[-1].time if facts.max_epsilon == facts.caps[-1].max_epsilon else None,
-    )
-    spent = Spent(
-        epsilon=life.epsilon,
-        epsilon_pld=life.epsilon_pld,
-        epsilon_rdp=life.epsilon_rdp,
+    since = facts.caps[-1].time if facts.max_epsilon == facts.caps[-1].max_epsilon else None
+    approved = filled(Approved, facts)(since=since)
+    spent = filled(Spent, life)(
         planned_epsilon=None,
         upper_bound=False,
         rounds=sum(row.rounds for row in ran),
         steps=sum(row.rounds * row.local_steps for row in ran),
     )
-    site = SiteReport(
-        site=facts.site,
+    site = filled(SiteReport, facts)(
         source="own_ledger",
         verdict=Verdict(state="within"),
-        declared_size=facts.declared_size,
         approved=approved,
         spent=spent,
         meaning=None,
@@ -64,9 +54,6 @@ def report_of(facts: LedgerFacts) -> Report:
         curve=profile.curve(charged, delta),
         steps=steps(facts, life),
         lifetime=life,
-        verification=facts.verification,
-        releases=facts.releases,
-        asserted=facts.asserted,
         by_trust=profile.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent)))),
     )
     loosened, verified = bool(facts.limits_loosened), facts.verification is not None
@@ -202,36 +189,25 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
     ]
     charged, most = _most(facts, spent), _most(facts, taken)
     left, each = _left(facts, most), filter.total_divergence([facts.reference.event], facts.order)
-    return Lifetime(
-        order=facts.order,
+    return filled(
+        Lifetime, facts
+    )(
         epsilon=_filtered(facts, charged),
         with_set_aside=_filtered(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),
         epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
         left=left,
-        period=facts.period,
         period_epsilon=_filtered(facts, charged_of(facts, period=facts.period)),
         reference_runs_left=None if left is None or each == 0 else math.floor(left / each),
-        caps=facts.caps,
         runs=tuple(
-            LifetimeRun(  # rounds that it was charged on a lost branch are in its figures
-                run=run.run,
-                lead=run.lead,
-                dataset=run.dataset,
-                state=run.state,
-                rounds=rounds[run.run],
-                most_rounds=run.plan.most_rounds,
+            filled(LifetimeRun, run, run.plan)(
+                rounds=rounds[run.run],  # with those that it was charged on a lost branch
                 steps=rounds[run.run] * run.plan.local_steps,
                 epsilon=profile.epsilon_pld([run.plan.event(rounds=rounds[run.run])], facts.delta),
                 planned_epsilon=profile.epsilon_pld([run.plan.whole], facts.delta),
-                seeded_noise=run.seeded_noise,
-                base_model=run.base_model,
-                adapter_sha256=run.adapter_sha256,
             )
             for run in facts.runs
         ),
-        frozen=facts.frozen,
-        in_doubt=facts.in_doubt,
         restored=sum(not entry.run for entry in facts.charges),
         seeded=facts.seeded_noise,
         cohorts=facts.arrivals

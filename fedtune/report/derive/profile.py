@@ -31,7 +31,7 @@ from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.events import Charge, Spent
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.facts import Source
-from fedtune.report.model import CurvePoint, HitRate, Meaning, Mechanism, Posterior
+from fedtune.report.model import CurvePoint, HitRate, Meaning, Mechanism, Posterior, filled
 from fedtune.report.model import Spent as Figures
 from fedtune.spec import check_at_least
 from fedtune.words import finite, unbounded
@@ -71,19 +71,14 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_fact
 
     `sampling` says how units really joined a step, `noise_factor` its noise over what was asked for, where it is more.
     """
-    return Mechanism(
+    return filled(Mechanism, plan)(
         run=run,
         sampling_assumed="poisson",
         sampling_run=sampling,
-        sampling_rate=plan.sampling_rate,
         noise_multiplier=plan.counted_noise,
         max_grad_norm=plan.max_grad_norm if plan.private else None,
-        local_steps=plan.local_steps,
         rounds=rounds,
-        metrics_noise_multiplier=plan.metrics_noise_multiplier,
         charges=tuple(Charge(event=one, count=count) for one, count in events.counted(charged_events(plan, rounds))),
-        records_per_user=plan.records_per_user,
-        shared=plan.shared,
         noise_factor=noise_factor,
     )
 

@@ -13,7 +13,7 @@ from typing import get_args
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, RunFacts
-from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility
+from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility, filled
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
 
@@ -76,22 +76,19 @@ def report_of(
         released += [*scores, "refusals_and_receipts"]
         covers = ["rounds_and_steps", "charged_retries", *scores, "all_runs", "tuning_trials"]
         covers += [] if all(entry.run for entry in facts.charges) else ["lost_branches"]
-        others, unknown, audit, admits = _NOT_OF_A_LEDGER, _NOT_OF_A_LEDGER, None, None
+        others, unknown, admits = _NOT_OF_A_LEDGER, _NOT_OF_A_LEDGER, None
         no_figures = _NOT_OF_A_LEDGER | {"attack_on_real_records"}
         randomness = "operating_system" if all(run.plan.private for run in facts.runs) else "none"
         randomness = "seeded" if facts.seeded_noise else randomness
-    return Report(
+    return filled(Report, facts)(
         facts=facts,
-        kind=facts.kind,
         name=name,
-        date=facts.date,
         verdict=verdicts.worst(site.verdict for site in sites),
         unit=unit,
         neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
         delta=delta,
         epsilon=profile.largest(profile.claimed(site.spent) if site.spent else None for site in sites),
         target_epsilon=target,
-        seeded_noise=facts.seeded_noise,
         randomness=randomness,
         released=tuple(released),
         sites=sites,
@@ -102,9 +99,7 @@ def report_of(
         unprotected_figures=_of_kind(UNPROTECTED_FIGURES, no_figures),
         assumptions=assumptions(facts, sites),
         cells=(),
-        provenance=facts.provenance,
         utility=utility,
-        audit=audit,
         admits=admits,
         schema_version=REPORT_SCHEMA,
     )

@@ -14,7 +14,7 @@ from fedtune.federation.drift import FELL, fall_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.report.derive import audit_bounds, profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source, Verdict
-from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility
+from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility, filled
 from fedtune.words import finite, unbounded
 
 _MOST_FIGURES = 64
@@ -65,12 +65,9 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
     row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=ran, noise_factor=site.noise_factor)
     rows = (row,) if site.rounds else ()
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
-    made = SiteReport(
-        site=site.site,
+    made = filled(SiteReport, site, *([statement] if statement else []))(
         source=source,
         verdict=Verdict(state="within"),
-        declared_size=site.declared_size,
-        approved=statement.approved if statement else None,
         spent=Spent(
             epsilon=by_pld,
             epsilon_pld=by_pld,
@@ -85,11 +82,7 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
         mechanisms=rows,
         curve=profile.curve(charged, plan.delta),
         steps=tuple(_steps(facts, site, by_pld)),
-        lifetime=statement.lifetime if statement else None,
-        verification=statement.verification if statement else None,
-        releases=statement.releases if statement else tuple(_releases(facts, site)),
-        asserted=statement.asserted if statement else {},
-        reported=statement.reported if statement else None,
+        **({} if statement else {"approved": None, "releases": tuple(_releases(facts, site))}),
         by_trust=profile.by_trust(
             # What scores ended claims its whole plan.
             [replace(row, rounds=plan.most_rounds) for row in rows] if facts.ended_by_scores else rows,
@@ -119,28 +112,12 @@ def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
     fall = fall_of(line) if line and line[-1].run == facts.name else None
     releases = max((site.rounds for site in facts.sites), default=0)
     price = Counter({GaussianDpEvent(facts.plan.metrics_noise_multiplier): releases}) if line else Counter()
-    return Utility(
-        before=facts.before,
-        final=facts.final,
+    return filled(Utility, facts)(
         findings=facts.findings + ((FELL,) if fall and fall.found else ()),
-        energy=facts.energy,
-        detail=facts.detail,
-        kept=facts.kept,
-        selection=facts.selection,
-        held_out=facts.held_out,
         held_out_epsilon=profile.epsilon_pld(price, facts.plan.delta) if line else None,
         fall=fall,
         rounds=tuple(
-            RoundCost(
-                round=result.round,
-                sites=result.sites,
-                failed_sites=result.failed_sites,
-                seconds=result.seconds,
-                bytes_down=result.bytes_down,
-                bytes_up=result.bytes_up,
-                scores=result.metrics,
-                epsilon=profile.largest(epsilons[result.round]),
-            )
+            filled(RoundCost, result)(scores=result.metrics, epsilon=profile.largest(epsilons[result.round]))
             for result in facts.rounds
         ),
     )

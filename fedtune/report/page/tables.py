@@ -167,9 +167,10 @@ class Charts(Words):
 
     def _columns(self, name: str) -> list[Column]:
         """Those that this kind of report has."""
-        shown = ("", self.report.kind, self.report.unit)
-        columns = [Column(*column) for column in data()["table"][name]["columns"]]
-        return [column for column in columns if column.only in shown]
+        layout, shown = data()["table"][name], ("", self.report.kind, self.report.unit)
+        columns = [Column(*column) for column in layout["columns"]]
+        first = [Column("page.site", "@site", "text")] if layout["rows"].startswith("sites") else []
+        return first + [column for column in columns if column.only in shown]
 
     def _together(self, table: Table, *, named: bool) -> Table:
         """The first lines of a table, with one for what several sites have alike: each `named`, or counted."""
@@ -189,7 +190,7 @@ class Charts(Words):
 
     def budget(self) -> Table:
         """Page 1's table of sites, each by its name, without columns that hold nothing."""
-        columns = self._columns("budget")
+        columns = [replace(one, kind="name") if one.at == "@site" else one for one in self._columns("budget")]
         rows = [tuple(self.cell(site, column) for column in columns) for site in self.sites]
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
         return self.table(self.text("budget.heading"), used, self.sites, last=False, most=PAGE_ONE_SITES)
