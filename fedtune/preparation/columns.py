@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from array import array
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from fedtune.data import values as read
 from fedtune.data.images import SUFFIXES
 from fedtune.data.marked import entity_types, read_tag, spans_of, words_of
 from fedtune.data.text_rows import json_type
-from fedtune.data.values import (
-    READ_OF_TURNS,
-    category_of,
-    feature_of,
-    is_missing,
-    is_number_in_another_form,
-    labels_of,
-    number_of,
-    numbers_of,
-    read_value,
-    speaker_of,
-    split_labels,
-    turns_like,
-)
 from fedtune.spec import DataError, shown
 
 NEARLY = 0.95
@@ -53,84 +43,15 @@ _CODE = re.compile(r"[!-~]{5,}")
 """A text of one word of ASCII: a link, a path, a hash; no word of a language that has no spaces."""
 _WORDS_OF_A_NAME = 4
 _ODD_SHOWN = 3
-_FLAGS = frozenset(
-    {"true", "false", "0", "1", "-1", "yes", "no", "good", "bad", "desirable", "undesirable", "chosen", "rejected"}
-    | {"up", "down", "like", "dislike", "accept", "reject", "accepted", "positive", "negative"}
-)
-"""Words for whether an answer is wanted."""
-
-
-# What columns are called, the usual first; compared without the case of letters and other marks.
-
-TEXTS = (
-    *("text", "body", "content", "review", "sentence", "tweet", "comment", "message", "post", "utterance", "passage"),
-    *("document", "article", "abstract", "description", "note", "transcript", "premise", "sentence1", "question"),
-    *("query", "prompt", "title", "headline"),
-)
-LABELS = (
-    *("label", "labels", "category", "class", "intent", "topic", "team"),
-    *("sentiment", "target", "type", "tag", "tags", "answer"),
-)
-NUMBERS = ("target", "score", "rating", "stars", "label", "value", "price", "amount", "grade", "points", "similarity")
-TIMES = (
-    *("time", "survivaltime", "timetoevent", "tte", "followup", "followuptime", "futime", "duration", "tenure"),
-    *("os", "ostime", "osmonths", "osdays", "pfs", "pfsmonths", "survivalmonths", "survivaldays", "months", "days"),
-)
-EVENTS = (
-    *("event", "eventobserved", "observed", "died", "dead", "death", "deceased", "deathevent", "status", "fustat"),
-    *("osevent", "osstatus", "pfsevent", "relapse", "recurrence", "progression", "churn"),
-)
-NAMES_OF = ("text", "name", "names", "str", "string")
-"""Behind the name of a column of numbers: what its labels are called."""
-PROMPTS = (
-    *("instruction", "prompt", "question", "query", "source", "input", "mr", "problem", "document", "article"),
-    *("dialogue", "context"),
-)
-CONTEXTS = ("input", "context", "passage", "document", "article", "background", "evidence")
-IMAGES = ("image", "images", "img", "picture", "photo", "file", "filename", "filepath", "imagepath", "path", "scan")
-TOKENS = ("tokens", "words", "token", "word")
-TAGS = ("tags", "nertags", "ner", "labels", "bio", "iob", "label", "entities", "tag", "nerlabels")
-SPANS = ("spans", "entities", "label", "labels", "annotations", "ner", "annotation", "marks")
-COMPLETIONS = (
-    *("output", "completion", "response", "answer", "target", "ref", "summary", "reply", "highlights", "solution"),
-    *("correctanswer", "bestanswer", "targettext", "chosen"),
-)
-OFTEN_LABELS = frozenset({"answer", "target", "ref", "reply", "summary", "solution"})
-"""Completions that are labels where they have few values."""
-WANTED = (
-    *("label", "labels", "desirable", "preferred", "ktotag", "iscorrect", "correct", "good", "isgood", "feedback"),
-    *("thumbs", "vote", "liked", "helpful", "accepted", "isaccepted", "isanswer", "score", "rating", "reward"),
-)
-"""Columns that may say whether an answer is wanted."""
-BETTER = ("winner", "preference", "preferred", "choice", "better")
-"""Columns that may say which of two answers is better."""
-SPEAKERS = ("role", "from", "speaker", "sender", "author")
-ALIKE = (
-    *(("sentence1", "sentence2"), ("text1", "text2"), ("sentencea", "sentenceb"), ("question1", "question2")),
-    *(("texta", "textb"), ("premise", "hypothesis"), ("sent1", "sent2")),
-)
-SCORES = ("score", "similarity", "similarityscore", "relatedness", "relatednessscore", "isduplicate")
-CHATS = ("messages", "conversations", "conversation", "chat", "dialog")
-_PEOPLE = (
-    *("patient", "patientin", "subject", "participant", "respondent", "person", "proband", "teilnehmer", "mrn", "pid"),
-    *("ssn", "nhs", "customer", "client", "kunde", "kunden", "klient", "member", "mitglied", "versicherte", "employee"),
-    *("mitarbeiter", "student", "worker", "caller", "user", "nutzer", "benutzer", "username", "uid", "account"),
-    *("konto", "holder", "household", "donor", "owner", "author", "autor", "speaker", "sender", "reviewer", "screen"),
-    *("handle", "email", "phone", "pseudonym", "pseudo", "subj", "pat", "cust", "emp", "usr", "device", "doctor"),
-    *("physician", "agent", "therapist", "commenter", "poster"),
-)
-"""Words for the person whose a record is; where several columns have one, the first counts."""
+_WORDS = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
+NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, words in _WORDS.items()}
+"""By what a column is: how it may be called."""
+ALIKE = [one.split("/") for one in NAMES["alike"]]
 _BEFORE = (
     "anon(?:ym(?:ous|i[sz]ed))?|pseudo(?:nym(?:ous|i[sz]ed))?|hash(?:ed)?|enc(?:rypted)?|masked|unique|study|id|fk"
 )
 _BEHIND = "id|ids|uuid|guid|key|no|nr|num|number|nummer|name|code|hash|handle|email|address|identifier|kennung"
-_OF_PEOPLE = re.compile(rf"(?:{_BEFORE})*(?P<who>{'|'.join(_PEOPLE)})(?:s|r|n|en)?(?:{_BEHIND})*")
-_PLACES = frozenset(
-    {"site", "org", "organisation", "organization", "institution", "branch", "hospital", "bank", "clinic", "centre"}
-    | {"center", "facility", "company", "standort", "klinik", "filiale"}
-)
-"""Words in the name of a column that says where a record is."""
-_IDS = frozenset({"id", "uuid", "guid", "index", "idx", "key", "rowid", "recordid", "unnamed0"})
+_OF_PEOPLE = re.compile(rf"(?:{_BEFORE})*(?P<who>{'|'.join(NAMES['people'])})(?:s|r|n|en)?(?:{_BEHIND})*")
 NEVER_READ = {
     "history": "earlier turns: what is asked is learnt without them; write them with it as messages",
     "tools": "turns of tools are not supported",
@@ -186,7 +107,7 @@ class Column:
 
     def note(self, value: object, row: int) -> None:
         """Take the value of one row into account, whose number counts from 1."""
-        if is_missing(value):
+        if read.is_missing(value):
             return
         if key_of(self.name) == "data" and isinstance(value, dict):
             value = value.get("text", value)  # Label Studio's, and as a run reads it
@@ -194,7 +115,7 @@ class Column:
         json_kind = json_type(value)
         kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(json_kind, json_kind)
         with suppress(DataError):
-            number = float(number_of(value, self.name))
+            number = float(read.number_of(value, self.name))
             if len(self.numbers) < _MOST_NUMBERS:
                 self.numbers.append(number)
             self.reads["target"] += 1
@@ -204,12 +125,12 @@ class Column:
         if len(self.odd[kind]) < _ODD_SHOWN:
             self.odd[kind].append((row, shown(value)))
         self._note_entities(value)
-        self.reads["other number"] += is_number_in_another_form(value)
-        turns = turns_like(value)
+        self.reads["other number"] += read.is_number_in_another_form(value)
+        turns = read.turns_like(value)
         self.reads["messages"] += bool(turns)
         first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
-        self.reads["whole chat"] += speaker_of(first) != "assistant"
-        self.beside.update(key for turn in turns for key in turn if key not in READ_OF_TURNS and turn[key])
+        self.reads["whole chat"] += read.speaker_of(first) != "assistant"
+        self.beside.update(key for turn in turns for key in turn if key not in read.READ_OF_TURNS and turn[key])
         if isinstance(value, str):
             self.characters += len(value.strip())
             self.reads["code"] += _CODE.fullmatch(value.strip()) is not None
@@ -218,11 +139,11 @@ class Column:
         self.reads["image"] += within or (isinstance(value, str) and value.lower().endswith(SUFFIXES))
         self._note_parts(value)
         with suppress(DataError):
-            self.sizes[len(numbers_of(feature_of(value, self.name), self.name))] += 1
+            self.sizes[len(read.numbers_of(read.feature_of(value, self.name), self.name))] += 1
         for role in ("user", "label"):
             name = ""
             with suppress(DataError):
-                name = read_value(value, role, at="")
+                name = read.read_value(value, role, at="")
                 self.reads[role] += 1
         if self._open and name:
             self.values[kind][name] += 1
@@ -260,14 +181,14 @@ class Column:
         if isinstance(value, list):
             self.reads["vector"] += len(value) > 1 and all(one in (0, 1) for one in value)
         try:
-            text = labels_of(value, self.name) if self.parts and isinstance(value, str | list) else ""
+            text = read.labels_of(value, self.name) if self.parts and isinstance(value, str | list) else ""
         except DataError:
             return  # odd
         is_list = text.startswith("[")
         for mark, counts in list(self.parts.items()):
             if is_list != (mark == "["):
                 continue
-            labels = split_labels(text, separator=mark)
+            labels = read.split_labels(text, separator=mark)
             counts.update(labels)
             self.reads[mark] += 1
             self.several[mark] += len(labels) > 1
@@ -344,18 +265,18 @@ class Column:
     @property
     def is_completion(self) -> bool:
         """Whether it holds what is written behind a prompt, and no label that is called so."""
-        return self.is_text and not (self.is_label and key_of(self.name) in OFTEN_LABELS)
+        return self.is_text and not (self.is_label and key_of(self.name) in NAMES["often_labels"])
 
     @property
     def is_event(self) -> bool:
         """Whether it says of each record that something came, or that it did not."""
-        return {category_of(name) for name in self.labels} in ({"0", "1"}, {"false", "true"})
+        return {read.category_of(name) for name in self.labels} in ({"0", "1"}, {"false", "true"})
 
     @property
     def is_flag(self) -> bool:
         """Whether it says yes or no, or good or bad."""
         said = {label.lower() for label in self.labels}
-        return self.nearly("true or false") or (len(said) == 2 and said <= _FLAGS)
+        return self.nearly("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
 
     @property
     def is_label(self) -> bool:
@@ -408,7 +329,7 @@ def person_of(name: str) -> int | None:
     """
     words = _words_of(name)
     found = _OF_PEOPLE.fullmatch(key_of(name)) or (len(words) > 2 and _OF_PEOPLE.fullmatch("".join(words[-2:])))
-    return _PEOPLE.index(found["who"]) if found else None
+    return NAMES["people"].index(found["who"]) if found else None
 
 
 def is_person(one: Column) -> bool:
@@ -419,12 +340,13 @@ def is_person(one: Column) -> bool:
 
 def is_place(name: str) -> bool:
     """Whether a column's name says that it names places, such as `hospital_id`."""
-    return not _PLACES.isdisjoint(_words_of(name))
+    return not set(_words_of(name)).isdisjoint(NAMES["places"])
 
 
 def is_of_records(name: str) -> bool:
     """Whether a column's name says that it numbers the records, such as `message_id`, or it has none."""
-    return not name.strip() or key_of(name) in _IDS or _words_of(name)[-1:] in (["id"], ["uuid"], ["guid"], ["idx"])
+    last = _words_of(name)[-1:]
+    return not name.strip() or key_of(name) in NAMES["ids"] or last in (["id"], ["uuid"], ["guid"], ["idx"])
 
 
 OTHER_NUMBERS = "numbers in another form: write 3.5 and 1200, with a point before decimals and no other marks"

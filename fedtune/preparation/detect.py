@@ -16,17 +16,7 @@ from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
 from fedtune.data.values import speaker_of
 from fedtune.preparation import columns as called
-from fedtune.preparation.columns import (
-    LONGEST_LABEL,
-    Column,
-    is_of_records,
-    is_person,
-    is_place,
-    key_of,
-    no_answer,
-    person_of,
-    why_unread,
-)
+from fedtune.preparation.columns import LONGEST_LABEL, NAMES, Column, is_of_records, is_person, key_of, person_of
 from fedtune.preparation.patterns import OddTexts
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
@@ -77,18 +67,18 @@ class _Part(NamedTuple):
 _is_text: Callable[[Column], bool] = attrgetter("is_text")
 _is_chat: Callable[[Column], bool] = methodcaller("nearly", "messages")
 _SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
-_CONTEXT = _Part("input", called.CONTEXTS, lambda one: one.is_text or not one.filled, optional=True)
-_PROMPT, _TURNS = _Part("prompt", called.PROMPTS, _is_text), "must hold turns of a conversation"
-_COMPLETION = _Part("completion", called.COMPLETIONS, _is_text)
+_CONTEXT = _Part("input", NAMES["contexts"], lambda one: one.is_text or not one.filled, optional=True)
+_PROMPT, _TURNS = _Part("prompt", NAMES["prompts"], _is_text), "must hold turns of a conversation"
+_COMPLETION = _Part("completion", NAMES["completions"], _is_text)
 _SCORE = _Part(
     "target",
-    (*called.SCORES, "label", "target"),
-    lambda one: one.is_number and (key_of(one.name) in called.SCORES or not one.is_label),
+    (*NAMES["scores"], "label", "target"),
+    lambda one: one.is_number and (key_of(one.name) in NAMES["scores"] or not one.is_label),
     "must hold numbers, and not always the same",
 )
 _FOLLOWED = (
-    _Part("time", called.TIMES, lambda one: one.is_number, "must hold numbers"),
-    _Part("event", called.EVENTS, lambda one: one.is_event, "must hold 1 or true where it came, else 0 or false"),
+    _Part("time", NAMES["times"], lambda one: one.is_number, "must hold numbers"),
+    _Part("event", NAMES["events"], lambda one: one.is_event, "must hold 1 or true where it came, else 0 or false"),
 )
 
 
@@ -104,18 +94,19 @@ def _marked(role: str, names: Sequence[str]) -> _Part:
     return _Part(role, names, lambda one: one.nearly(role) and bool(one.entities), f"must hold lists of {role}")
 
 
-_IMAGE = _Part("image", called.IMAGES, lambda one: one.nearly("image"), "must hold paths of images, or images")
+_IMAGE = _Part("image", NAMES["images"], lambda one: one.nearly("image"), "must hold paths of images, or images")
+_ASKED = NAMES["prompts"] + NAMES["chats"]
 _ALONE = "what else this file has: a label, a score, or --time and --event stand beside a text, an image or a table"
 _INPUTS, _TIMED = frozenset({"text", "image"}), frozenset({"time", "event"})
 _ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)
 """What may be chosen of an answer, be it to a text, an image or a table; several labels are chosen as one is."""
 _LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
-    ("entities", (_Part("tokens", called.TOKENS, lambda one: one.nearly("tokens")), _marked("tags", called.TAGS))),
-    ("entities", (_Part("text", (*called.TEXTS, "data"), _is_text), _marked("spans", called.SPANS))),
+    ("entities", (_Part("tokens", NAMES["tokens"], lambda one: one.nearly("tokens")), _marked("tags", NAMES["tags"]))),
+    ("entities", (_Part("text", (*NAMES["texts"], "data"), _is_text), _marked("spans", NAMES["spans"]))),
     ("preferences", _answers(lambda one: one.nearly("whole chat"), "must hold whole conversations")),
-    ("preferences", (_Part("messages", called.PROMPTS + called.CHATS, _is_chat, _TURNS), *_answers(_is_chat, _TURNS))),
+    ("preferences", (_Part("messages", _ASKED, _is_chat, _TURNS), *_answers(_is_chat, _TURNS))),
     ("preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_answers(_is_text, "must hold texts"))),
-    ("chat", (_Part("messages", called.CHATS, _is_chat, _TURNS), _SYSTEM)),
+    ("chat", (_Part("messages", NAMES["chats"], _is_chat, _TURNS), _SYSTEM)),
     ("triplets", _texts(anchor="anchor query question", positive="positive pos", negative="negative neg")),
     *(("scored", (*_texts(text=one, other=other), _SCORE)) for one, other in called.ALIKE),
     ("pairs", (*_texts(prompt="user human prompt"), _SYSTEM, *_texts(completion="assistant gpt bot model"))),
@@ -193,7 +184,7 @@ class Found:
         """(column, why) of each that no run reads."""
         for one in self.columns.values():
             if one.name not in (*self.roles.values(), *self.features):
-                yield one.name, why_unread(one, teaches=bool({"prompt", "messages"} & set(self.roles)))
+                yield one.name, called.why_unread(one, teaches=bool({"prompt", "messages"} & set(self.roles)))
             elif one.nearly("messages"):
                 yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
 
@@ -270,7 +261,7 @@ def _require_header(columns: Columns, path: Path) -> None:
         bound = "must have a name for each in the first row: remove titles and notes above it"
         raise DataError(str(path), "columns without a name", bound)
     longest = max(columns.values(), key=lambda one: one.mean_characters)
-    if key_of(longest.name) in called.TEXTS or 3 * len(longest.name) < longest.mean_characters:
+    if key_of(longest.name) in NAMES["texts"] or 3 * len(longest.name) < longest.mean_characters:
         return
     for number, column in enumerate(columns.values(), 1):
         if any(values[column.name.strip()] for values in column.values.values()):
@@ -340,7 +331,7 @@ class _Guess:
 
     def _answered(self) -> _Made | None:
         """An image, a text or a table with an answer; which answer it is does not depend on which of them it is."""
-        chosen, named = set(self.chosen), self._named(called.LABELS[:2], lambda one: one.is_answer)
+        chosen, named = set(self.chosen), self._named(NAMES["labels"][:2], lambda one: one.is_answer)
         timed = self._laid_out("followed", _FOLLOWED) if chosen & _TIMED or (chosen <= _INPUTS and not named) else None
         answer = timed or (None if chosen & _TIMED else self._single())
         if answer is None:
@@ -383,30 +374,29 @@ class _Guess:
         if name is not None:
             if not self.columns[name].is_answer:
                 option = "label" if "label" in self.chosen else "score"
-                raise ConfigError(f"--{option}", name, no_answer(self.columns[name]))
+                raise ConfigError(f"--{option}", name, called.no_answer(self.columns[name]))
             return self.columns[name], "chosen"
         taken = tuple(self.chosen.values())
-        name = self._named(
-            (*called.LABELS, *called.NUMBERS), lambda one: one.is_answer and not one.nearly("other number"), but=taken
-        )
+        usual = NAMES["labels"] + NAMES["numbers"]
+        name = self._named(usual, lambda one: one.is_answer and not one.nearly("other number"), but=taken)
         if name is not None:
-            spelt_out = [f"{key_of(name)}{more}" for more in called.NAMES_OF]
+            spelt_out = [f"{key_of(name)}{more}" for more in NAMES["names_of"]]
             names = self._named(spelt_out, lambda one: one.is_label and not one.is_number)
             if names is not None and self.columns[name].is_number:
                 return self.columns[names], f"the names of {name}"
             return self.columns[name], "its name"
-        named = {*called.LABELS, *called.NUMBERS, *called.COMPLETIONS}
+        named = {*usual, *NAMES["completions"]}
         for one in self.columns.values():  # what is called an answer and is none: others would be learnt in silence
             is_named = key_of(one.name).removesuffix("s") in named and one.name not in taken
             is_other = one.nearly("other number") or not (one.is_text or one.nearly("target"))
             too_many = key_of(one.name) in ("label", "labels") and one.is_text and one.mean_characters < LONGEST_LABEL
             if is_named and one.filled and (is_other or (too_many and len(one.labels) != 1)):
-                bound = f"{no_answer(one)}; or choose with --text COLUMN"
+                bound = f"{called.no_answer(one)}; or choose with --text COLUMN"
                 raise DataError(f"{self.path}, column {one.name}", one.holds, bound)
         few = [one for one in self.columns.values() if one.name not in taken and person_of(one.name) is None]
         lists = next((one for one in few if one.separator == "[" and one.several["["]), None)
         few = [one for one in few if one.is_label]
-        fewest = min(few, key=lambda one: (is_place(one.name), len(one.labels), one.name), default=None)
+        fewest = min(few, key=lambda one: (called.is_place(one.name), len(one.labels), one.name), default=None)
         return lists or fewest, "its values"
 
     def _text(self, *, but: Collection[str] = ()) -> tuple[str | None, str]:
@@ -415,20 +405,23 @@ class _Guess:
             return self.chosen["text"], "chosen"
         others = {*but, *(one.name for one in self.columns.values() if is_person(one) or is_of_records(one.name))}
         texts = [one for one in self.columns.values() if one.is_text and one.name not in others]
-        texts = [one for one in texts if key_of(one.name) not in (*called.NEVER_READ, *(called.LABELS * one.is_label))]
+        texts = [one for one in texts if key_of(one.name) not in called.NEVER_READ]
+        texts = [one for one in texts if not (one.is_label and key_of(one.name) in NAMES["labels"])]
         # A remark that few rows have is not what they are about.
         texts = [one for one in texts if 2 * one.filled >= max(other.filled for other in texts)]
         words = [one for one in texts if not one.nearly("target")]
         texts = [one for one in words if not (one.is_code or one.is_label)] or words or texts
         by_key = {key_of(one.name): one.name for one in reversed(texts)}
-        if name := next((by_key[name] for name in called.TEXTS if name in by_key), None):
+        if name := next((by_key[name] for name in NAMES["texts"] if name in by_key), None):
             return name, "its name"
         return (max(texts, key=lambda one: one.mean_characters).name, "the longest texts") if texts else (None, "")
 
     def _features(self, *, but: Collection[str]) -> tuple[str, ...]:
         """The columns that can be values of a table's vector, beside its answer and what names rows and persons."""
         kept = [one for one in self.columns.values() if one.is_feature and one.name not in but]
-        return tuple(one.name for one in kept if not (is_person(one) or is_of_records(one.name) or is_place(one.name)))
+        return tuple(
+            one.name for one in kept if not (is_person(one) or is_of_records(one.name) or called.is_place(one.name))
+        )
 
     def _named(self, names: Sequence[str], fits: Callable[[Column], bool], *, but: Iterable[str] = ()) -> str | None:
         """The column with the first of these names whose values suit."""
@@ -439,23 +432,23 @@ class _Guess:
         """Refuse what other programs learn not to write (KTO), and answers without what they answer."""
         if self.chosen:
             return
-        prompt = self._named((*called.PROMPTS, *called.CHATS), lambda one: one.says)
-        answers = self._named(called.CHATS, _is_chat) or (
-            prompt and self._named(called.COMPLETIONS, lambda one: one.says)
+        prompt = self._named(_ASKED, lambda one: one.says)
+        answers = self._named(NAMES["chats"], _is_chat) or (
+            prompt and self._named(NAMES["completions"], lambda one: one.says)
         )
-        if answers and (flag := self._named(called.WANTED, lambda one: one.is_flag)):
+        if answers and (flag := self._named(NAMES["wanted"], lambda one: one.is_flag)):
             says = " or ".join(sorted(self.columns[flag].labels, reverse=True))
             bound = (
                 f"may say in which rows {answers} is not wanted (KTO), and a run would learn all: write those that are "
                 "wanted to a file without this column, or choose with --prompt and --completion, --messages or --label"
             )
             raise DataError(f"{self.path}, column {flag}", says, bound)
-        if speaks := self._named(called.SPEAKERS, lambda one: {"assistant"} < set(map(speaker_of, one.labels))):
+        if speaks := self._named(NAMES["speakers"], lambda one: {"assistant"} < set(map(speaker_of, one.labels))):
             bound = "write the turns of each conversation as one list in a column messages, or choose with --text"
             raise DataError(f"{self.path}, column {speaks}", "speakers", f"says who speaks: {bound}")
         keys = {key_of(name) for name in self.columns}
         two = next((key[:-1] for key in sorted(keys) if key[-1:] == "a" and f"{key[:-1]}b" in keys), None)
-        if two and (better := self._named(called.BETTER, lambda one: one.is_label)):
+        if two and (better := self._named(NAMES["better"], lambda one: one.is_label)):
             bound = "write them as columns prompt, chosen and rejected, or choose with --text"
             value = f"beside {two}a and {two}b"
             raise DataError(f"{self.path}, column {better}", value, f"says which of two is better: {bound}")
@@ -483,7 +476,7 @@ class _Guess:
             return ConfigError(f"--{_OPTION_OF[role]}", name, bound)
         listed = _listed(f"{one.name} ({one.holds})" for one in self.columns.values())
         bound = "must hold a column of text"
-        if chat := self._named(called.CHATS, lambda one: True):
+        if chat := self._named(NAMES["chats"], lambda one: True):
             bound += f", or in {chat} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {listed or 'without a name'}", bound)
 
