@@ -68,13 +68,8 @@ def collate(
     """Pad the chosen examples into one batch.
 
     Each example's length tells its padding, never `pad_id`, which in many chat models is also
-    the end-of-text token.  No indices give a batch of shape (0, 1) with the same dtypes.
-
-    Args:
-        dataset: tokenised examples.
-        indices: n places in `dataset`.
-        pad_id: a valid token id to fill with.
-        shape: (examples, tokens) that the batch has room for, at least what is needed; None: exactly that.
+    the end-of-text token.  No indices give a batch of shape (0, 1) with the same dtypes.  `shape` is the (examples,
+    tokens) that the batch has room for, at least what is needed; None: exactly that.
     """
     chosen = np.asarray(indices, dtype=np.int64)
     lengths = dataset.text_lengths[chosen].ravel()

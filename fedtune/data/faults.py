@@ -76,11 +76,7 @@ class Faults:
         return LeftOut(rows=used + self._reasons.total(), reasons=dict(self._reasons.most_common()))
 
     def require_none(self) -> None:
-        """Check that there is none.
-
-        Raises:
-            DataError: about the first one, with the number of all, their first lines, and what is wrong with them.
-        """
+        """Raise DataError about the first one, with the number of all, their first lines, and what is wrong."""
         if self._first is None:
             return
         first, num, more = self._first, self._reasons.total(), ", ..." if self._reasons.total() > _MOST_LINES else ""

@@ -169,11 +169,7 @@ class FeatureReader:
         return sum(one.width for one in self.features)
 
     def vector(self, record: Record) -> NDArray[np.float32]:
-        """(width,) of a record.
-
-        Raises:
-            DataError: a column is not as it was declared.
-        """
+        """(width,) of a record; raises DataError where a column is not as it was declared."""
         found = [
             one.read(record.fields[FEATURE + column], at=record.at(FEATURE + column))
             for one in self.features

@@ -173,11 +173,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def version_of(path: Path) -> list[object]:
-    """What is another list when the files of a data set change; that one cannot be looked at is a part of it.
-
-    Raises:
-        DataError: as `files_of`.
-    """
+    """What is another list when the files of a data set change; that one cannot be looked at is a part of it."""
     found: list[object] = []
     for file in files_of(path):
         about = or_fault("", file.stat)

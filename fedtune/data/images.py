@@ -38,9 +38,6 @@ def image_of(value: object, at: str) -> str:
     """The field of an image: a path as it is, or what the image's bytes are as text.
 
     In place of these there may be {bytes, path} as Hugging Face `datasets` writes it, of which the bytes count first.
-
-    Raises:
-        DataError: it is nothing of this.
     """
     if isinstance(value, dict):
         value = value["path"] if value.get("bytes") is None and "path" in value else value.get("bytes")
@@ -134,11 +131,7 @@ def noise(draw: Callable[[int], int]) -> str:
 
 
 def require_pillow() -> None:
-    """Check that images can be decoded here.
-
-    Raises:
-        ConfigError: Pillow is not installed.
-    """
+    """Raise ConfigError where Pillow is not installed, so that no image can be decoded."""
     if importlib.util.find_spec("PIL") is None:
         raise ConfigError("data.input", "image", "needs Pillow: pip install 'fedtune[images]'")
 

@@ -29,11 +29,7 @@ _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 
 
 def words_of(value: object, at: str, role: str = "tokens") -> str:
-    """The tokens of a record, or their tags, one a line; they are a list, which may also be text, as for `labels_of`.
-
-    Raises:
-        DataError: it is no list of at least one text or whole number.
-    """
+    """The tokens of a record, or their tags, one a line, out of a list, which may also be text, as for `labels_of`."""
     listed = listed_in(value)
     if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
         found = "text that is no list" if listed is None else json_type(value) if listed else "an empty list"

@@ -246,11 +246,7 @@ class DataSpec:
             raise ConfigError("partition.kind", self.partition.kind, bound)
 
     def check_may_decide(self) -> None:
-        """Check that validation scores may decide something: they are exact, and decide in the open.
-
-        Raises:
-            ConfigError: they are not those of a file of the lead's own.
-        """
+        """Require validation scores that may decide something: exact, in the open, of a file of the lead's own."""
         if self.validation_file is None:
             bound = (
                 "must be a file of the lead's own where its scores decide (federation.stop_after, keep_round=best, "
@@ -259,11 +255,7 @@ class DataSpec:
             raise ConfigError("validation_file", self.validation_file, bound)
 
     def check_lead_has_files(self) -> None:
-        """Check that the lead's records come from files of its own, as they must where sites are real.
-
-        Raises:
-            ConfigError: they are a share of the sites' file, which no lead has there.
-        """
+        """Require that the lead's records come from files of its own: where sites are real, it has none of theirs."""
         for key in ("validation_fraction", "test_fraction"):
             if getattr(self, key):
                 bound = f"must be 0 with real sites, whose files the lead has not: give data.{key[:-9]}_file"

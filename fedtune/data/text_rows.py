@@ -242,9 +242,7 @@ _LINES = re.compile(rb"[^\n]*\n|[^\n]+")
 def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:
     """The rows of a text file, blank ones too.
 
-    Args:
-        path: the file.
-        comma: what separates the cells of a table, whose quoted cells may span lines; None: each line is a row.
+    `comma` separates the cells of a table, whose quoted cells may span lines; None: each line is a row.
 
     Raises:
         DataError: the file cannot be opened, or is no whole gzip file.

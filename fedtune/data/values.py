@@ -1,6 +1,7 @@
 """One value of a data file as a role needs it: the reader of runs, and of those who look at what a file is.
 
-Each value is read alone.  Error messages name a place and never quote what stands there: they end up in logs.
+Each value is read alone, and a DataError says that it is not what its role needs.  Error messages name a place and
+never quote what stands there: they end up in logs.
 """
 
 from __future__ import annotations
@@ -175,9 +176,6 @@ def messages_of(value: object, *, at: str) -> str:
     Turns have `role` and `content` (as OpenAI writes them) or `from` and `value` (ShareGPT); or they are one object
     with a list of each (Hugging Face), or the same as JSON text.  A first turn of the system may lead; then user and
     assistant take turns.
-
-    Raises:
-        DataError: it is no such conversation.
     """
     if isinstance(value, str):
         try:
@@ -202,9 +200,6 @@ def said_of(value: object, at: str) -> str:
     """Read what follows a prompt or a conversation: a text as it is, or turns as canonical JSON, in any order.
 
     A turn alone is one of a list.
-
-    Raises:
-        DataError: it is neither.
     """
     value = rows_of(value)
     if isinstance(value, dict):
@@ -308,9 +303,6 @@ def labels_of(value: object, at: str) -> str:
     No label is `[]` or a blank text; null would be a record of which nobody said.  Lists are written anew, flat: how
     deep one may be depends on who reads it, and `split_labels` must find what was found here.  A list may also be text,
     as JSON has it or as Python prints it.
-
-    Raises:
-        DataError: it is no text, number or list of these.
     """
     listed = listed_in(value)
     if listed is None:
@@ -337,11 +329,7 @@ def split_labels(text: str, *, separator: str) -> tuple[str, ...]:
 
 
 def number_of(value: object, at: str, *, role: str = "target") -> str:
-    """The number in a role, as Python writes it.
-
-    Raises:
-        DataError: it is none.
-    """
+    """The number in a role, as Python writes it."""
     number = math.nan
     if type(value) in (int, float) or (isinstance(value, str) and _is_number(value.strip())):
         with suppress(OverflowError):

@@ -123,7 +123,7 @@ class Reference:
         rows = torch.from_numpy(np.stack(model.made_up([9, 9], draws)))
         input_ids = rows if rows.is_floating_point() else rows.long()
         mask = torch.ones(rows.shape[:2], dtype=torch.int64)
-        if not model.is_fixed:
+        if not input_of(model.spec).is_fixed:
             mask[1, 5:] = 0
         with torch.no_grad():
             logits = model.logits(Batch(input_ids, mask, torch.zeros(2, dtype=torch.int64)))

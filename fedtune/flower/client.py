@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +19,11 @@ from fedtune.spec import ConfigError, panics_as_errors
 log = logging.getLogger(__name__)
 
 _Answer = Callable[[Site], RecordDict]
+
+
+def context_of(run_id: int, node_id: int, node_config: Mapping[str, int]) -> Context:
+    """What Flower would say of itself to a node's app."""
+    return Context(run_id, node_id, dict(node_config), state=RecordDict(), run_config={})
 
 
 def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[Context], str]) -> ClientApp:
@@ -135,13 +140,7 @@ class SiteApp:
     def answer(self, exchange: Exchange) -> None:
         """Answer a message, whatever it is; nothing is raised, and no text of an exception leaves."""
         message = exchange.message
-        context = Context(
-            run_id=message.metadata.run_id,
-            node_id=message.metadata.dst_node_id,
-            node_config={},
-            state=RecordDict(),
-            run_config={},
-        )
+        context = context_of(message.metadata.run_id, message.metadata.dst_node_id, {})
         try:
             with panics_as_errors():
                 exchange._reply = self._app(message, context)

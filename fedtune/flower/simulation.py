@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from fedtune.config import RunConfig, parse
 from fedtune.federation.invitation import Invited
 from fedtune.federation.site_round import Site
 from fedtune.flower.averaging import Average
-from fedtune.flower.client import make_client_app
+from fedtune.flower.client import context_of, make_client_app
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import identify, set_metadata
 from fedtune.flower.ray_engine import on_ray
@@ -122,13 +122,7 @@ class InProcessGrid:
     def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:
         self._client_app, self._replied = client_app, replied
         self._contexts = {
-            index + 1: Context(
-                run_id=_RUN_ID,
-                node_id=index + 1,
-                node_config={"partition-id": index, "num-partitions": num_nodes},
-                state=RecordDict(),
-                run_config={},
-            )
+            index + 1: context_of(_RUN_ID, index + 1, {"partition-id": index, "num-partitions": num_nodes})
             for index in range(num_nodes)
         }
         # Outside a process of Flower's nobody has said who sends.

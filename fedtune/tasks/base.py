@@ -195,11 +195,7 @@ class Task(ABC):
                 raise ConfigError(setting.name, given, f"must stay {only}: task {self.name} does not use it")
 
     def check_input(self, data: DataSpec) -> None:
-        """Check that the task reads such records, and that their settings are whole; errors name keys of `data`.
-
-        Raises:
-            ConfigError: it does not, or they are not.
-        """
+        """Check that the task reads such records, and that their settings are whole; errors name keys of `data`."""
         if data.input not in self.inputs:
             bound = f"must be {' or '.join(sorted(self.inputs))} for task {self.name}"
             raise ConfigError("input", data.input, bound)
@@ -211,24 +207,15 @@ class Task(ABC):
         self.check_model(spec)
 
     def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
-        """Check the settings of a model, also of a saved one; errors name keys of the run.
-
-        Raises:
-            ConfigError: they do not fit the task.
-        """
+        """Check the settings of a model, also of a saved one; errors name keys of the run."""
 
     def check_base(self, base: PreTrainedModel, *, path: str) -> None:  # noqa: B027
-        """Check a loaded base before adapters are attached.
-
-        Raises:
-            ConfigError: for `model.path`, which it does not suit.
-        """
+        """Check a loaded base before adapters are attached; errors are about `model.path`."""
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:  # noqa: B027
         """Check a loaded tokenizer, so that none of its records can be the first to show what it lacks.
 
-        Raises:
-            ConfigError: for `model.path`, or the setting of `data` that it does not serve.
+        Errors are about `model.path`, or the setting of `data` that it does not serve.
         """
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
@@ -245,7 +232,7 @@ class Task(ABC):
         """Token ids and targets, of each record alone.
 
         Args:
-            records: n of them; none is fine.
+            records: none is fine.
             tokenizer: the base's.
             data: says how long an example may be, and what else the task reads there.
             lenient_within: token ids must be below this number, and a record that has others, or that cannot be
@@ -260,12 +247,9 @@ class Task(ABC):
         return [False] * len(dataset)
 
     def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
-        """(t,) token ids from which an answer is written, where the task `writes`: those that training saw before it.
+        """(t,) token ids from which an answer is written, by a task that does: those that training saw before it.
 
-        Args:
-            fields: role to text, without the role that is written; `messages` end in a user's turn.
-            tokenizer: the base's.
-            data: the run's settings.
+        `fields` are role to text, without the role that is written; `messages` end in a user's turn.
         """
         raise NotImplementedError
 
@@ -399,10 +383,7 @@ class Task(ABC):
     def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:
         """Lines of Python that load a saved adapter where fedtune is not installed.
 
-        Args:
-            base: where transformers finds the base.
-            folder: of the adapter, as the lines call it.
-            lines: that lead to `scores` and `labels`, of an input that is no text; None: those of this task.
+        `lines` lead to `scores` and `labels`, of an input that is no text; None: those of this task.
         """
         auto = self.auto if self.predicts_tokens else "AutoModel"
         return _LOADING.format(auto=auto, base=base, folder=folder) + self.lines.replace("FOLDER", folder)
@@ -419,22 +400,14 @@ def error_of(read: Callable[[Record], object]) -> Callable[[Record], DataError |
 
 
 def target_range_of(data: DataSpec) -> tuple[float, float]:
-    """The range of the numbers that a task learns.
-
-    Raises:
-        ConfigError: none was declared.
-    """
+    """The range of the numbers that a task learns; raises ConfigError where none was declared."""
     if data.target_range is None:
         raise ConfigError("target_range", None, "must be the least and the largest number that a target may be")
     return data.target_range
 
 
 def number_in(record: Record, bounds: tuple[float, float]) -> float:
-    """The record's number, in the role `target`.
-
-    Raises:
-        DataError: it lies outside the range.
-    """
+    """The record's number, in the role `target`; raises DataError where it lies outside the range."""
     number, (low, high) = float(record.fields["target"]), bounds
     if not low <= number <= high:
         bound = f"must lie in data.target_range: {low:g} to {high:g}"

@@ -140,9 +140,8 @@ class CausalLM(Task):
         try:
             example = _Example(layout.prompt(fields))
         except NoConversation as error:
-            raise DataError(
-                "messages", str(error), "must be turns of user and assistant that end in a user's"
-            ) from None
+            bound = "must be turns of user and assistant that end in a user's"
+            raise DataError("messages", str(error), bound) from None
         (tokens,) = layout.encoded([example], tokenizer)
         return np.array(tokens.numbers[: tokens.context], dtype=np.int32)
 
@@ -334,8 +333,7 @@ class Layout:
     def example(self, fields: Mapping[str, str]) -> _Example:
         """A whole record, its texts cut to the characters that an example may need.
 
-        Raises:
-            NoConversation: for messages that are no turns, or that hold no answer.
+        NoConversation for messages that are no turns, or that hold no answer.
         """
         length = self.data.max_length
         if "text" in fields:

@@ -92,9 +92,7 @@ class ChatFormat:
     def prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
         """The context of an answer to `turns`, from `start` on; the assistant's earlier turns are supervised.
 
-        Args:
-            turns: before the answer.
-            answer: the one that is known, which the template must write as it is, too.
+        Where the `answer` is known, the template must write it as it is, too.
 
         Raises:
             NoConversation: the turns are not a user's and an assistant's in alternation, from a user's to a user's,
@@ -137,11 +135,7 @@ class ChatFormat:
 
 
 def turns_in(text: str) -> list[Turn]:
-    """The turns in a `messages` field, a JSON list of objects with `role` and `content`.
-
-    Raises:
-        NoConversation: it is none.
-    """
+    """The turns in a `messages` field, a JSON list of objects with `role` and `content`; else NoConversation."""
     try:
         turns = [Turn(turn["role"], turn["content"], turn.get("train", True)) for turn in json.loads(text)]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -152,11 +146,7 @@ def turns_in(text: str) -> list[Turn]:
 
 
 def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
-    """The turns before the assistant's last one that is learnt, and what that says.
-
-    Raises:
-        NoConversation: there is none.
-    """
+    """The turns before the assistant's last one that is learnt, and what that says; NoConversation without one."""
     places = [place for place, turn in enumerate(turns) if turn.role == ASSISTANT and turn.train]
     if not places:
         raise NoConversation("no turn of the assistant that is learnt")
@@ -166,13 +156,10 @@ def before_last_answer(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
 def chat_format(
     kind: Literal["model", "plain"], tokenizer: Tokenizer, *, start: tuple[int, ...], end: int
 ) -> ChatFormat:
-    """The format that `data.chat_template` names.
+    """The format that `data.chat_template` names: the tokenizer's own, or the roles in words with blank lines between.
 
-    Args:
-        kind: "model", the template of the tokenizer's own; "plain", the roles in words with blank lines between turns.
-        tokenizer: the base's.
-        start: the tokens that it puts before a text.  A model's own template writes them itself.
-        end: the end-of-text token, which ends an answer that no mark of the template's ends.
+    `start` are the tokens that the tokenizer puts before a text, which a model's own template writes itself; `end` is
+    the end-of-text token, which ends an answer that no mark of the template's ends.
 
     Raises:
         ConfigError: for `data.chat_template`: the model has no template, or none that can be taken.

@@ -14,7 +14,7 @@ from functools import wraps
 from threading import Lock
 from typing import Any
 
-from jinja2 import TemplateError, nodes, pass_context
+from jinja2 import TemplateError, nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -60,11 +60,7 @@ class CountedTemplate:
         self._one_at_a_time = Lock()
 
     def render(self, given: Mapping[str, Any]) -> str:
-        """Render `messages`, whose contents are texts; errors of the template are raised as they are.
-
-        Raises:
-            TooMuchWork: it passed the bound.
-        """
+        """Render `messages`, whose contents are texts; errors of the template are raised as they are."""
         messages = given["messages"]
         with self._one_at_a_time:
             self._environment.work = 0
@@ -97,7 +93,7 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         given = {name: one for name, one in like.filters.items() if name not in _WITHHELD}
         self.filters = {name: self._counted(one, self._before_filter) for name, one in given.items()}
         self.tests = {name: self._counted(one, self.spend) for name, one in like.tests.items()}
-        self.filters["counted"] = _counted_filter
+        self.filters["counted"] = self._count_value
         self.finalize = self._written
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -106,11 +102,7 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         return found
 
     def spend(self, value: object = None, steps: int = 1) -> int:
-        """Count steps, and all that a value holds; how much that was.
-
-        Raises:
-            TooMuchWork: the bound is passed.
-        """
+        """Count steps, and all that a value holds; how much that was.  TooMuchWork beyond the bound."""
         waiting, before = [value], self.work
         while True:
             self.work += steps
@@ -172,16 +164,11 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         """Count a value that is written: a text, a number or nothing."""
         if isinstance(value, list | tuple | dict | Namespace):
             raise TemplateError(f"it writes a {type(value).__name__} as it is")
-        self.spend(value)
+        return self._count_value(value)
+
+    def _count_value(self, value: Any, steps: int = 1) -> Any:
+        self.spend(value, steps)
         return value
-
-
-@pass_context
-def _counted_filter(context: Context, value: Any, steps: int = 1) -> Any:
-    environment = context.environment
-    assert isinstance(environment, _CountedEnvironment)
-    environment.spend(value, steps)
-    return value
 
 
 class _Hooks(NodeTransformer):

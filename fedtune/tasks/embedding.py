@@ -141,14 +141,9 @@ class Embedding(Task):
         if "truth" in figures:
             return {"spearman": rank_correlation(figures["cosine"], figures["truth"]), "loss": loss}
         ranks = figures["rank"]
-        gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
-        recalls = {f"recall_at_{most}": float(np.mean(ranks <= most)) for most in (1, 10)}
-        return {
-            "ndcg_at_10": float(np.mean(gains)),
-            **recalls,
-            "nearer": float(np.mean(figures["nearer"])),
-            "loss": loss,
-        }
+        found = {"ndcg_at_10": float(np.mean(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)))}
+        found |= {f"recall_at_{most}": float(np.mean(ranks <= most)) for most in (1, 10)}
+        return found | {"nearer": float(np.mean(figures["nearer"])), "loss": loss}
 
     def unit_score(self, model: Model, batch: Batch) -> float:
         """How near the cosine is to what it should be, or whether the positive is nearer than the negative."""
@@ -199,11 +194,8 @@ def _with_negative(data: DataSpec) -> Callable[[Record], Record]:
 def ranks_of_own(anchors: npt.NDArray[np.float64], positives: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """(n,) the place of each anchor's own positive among all, from 1; of equal ones the mean place.
 
-    So who embeds all texts alike finds nothing.  Infinite where it is not finite.
-
-    Args:
-        anchors: (n, h) of norm 1.
-        positives: (n, h) of norm 1, in the same order.
+    So who embeds all texts alike finds nothing.  Infinite where it is not finite.  Both are (n, h) of norm 1, in the
+    same order.
     """
     own = (anchors * positives).sum(axis=1)
     ranks = np.full(len(own), np.inf)

@@ -104,12 +104,10 @@ class Image(Text):
         return ("peft", "safetensors")
 
     def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
-        merged = base == folder
+        merged, wrapped = base == folder, f'PeftModel.from_pretrained(model, "{folder}").get_base_model().eval()'
         own = {
             "IMPORT": "" if merged else "from peft import PeftModel\n",
-            "MODEL": "model.eval()"
-            if merged
-            else f'PeftModel.from_pretrained(model, "{folder}").get_base_model().eval()',
+            "MODEL": "model.eval()" if merged else wrapped,
             "BASE": repr(base),
             "FOLDER": folder,
         }

@@ -105,11 +105,8 @@ class Input(ABC):
     def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
         """Lines of Python from a record to `scores` and `labels` without fedtune; None: those of the task.
 
-        Args:
-            data: of the run.
-            base: where transformers finds the base; `folder` itself where the adapter was merged into it.
-            folder: of what was written.
-            graph: whether that is an ONNX graph.
+        They read what was written into `folder`, an ONNX `graph` or not, and `base`, where transformers finds that;
+        it is `folder` itself where the adapter was merged into it.
         """
         return None
 
@@ -367,11 +364,7 @@ def input_of(settings: DataSpec | TaskModelSpec) -> Input:
 
 
 def input_named(name: str) -> Input:
-    """The input of this name.
-
-    Raises:
-        ConfigError: for `input`, when there is no such input.
-    """
+    """The input of this name; raises ConfigError for `input` where there is none."""
     check_one_of("input", name, INPUTS)
     return INPUTS[name]
 
@@ -397,14 +390,9 @@ def each_alone(read: Callable[[Record], Row], records: Sequence[Record], *, noth
 
 
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The mean over real tokens, scaled to norm 1.
+    """The mean over real tokens, scaled to norm 1: (n, h) float32; an example without tokens gives zeros.
 
-    Args:
-        hidden: (n, t, h), in any float type.
-        attention_mask: (n, t), 1 for real tokens.
-
-    Returns:
-        (n, h) in float32.  An example without tokens gives zeros.
+    `hidden` is (n, t, h) in any float type, and `attention_mask` (n, t) 1 for real tokens.
     """
     mask = attention_mask.unsqueeze(-1).to(torch.float32)
     total = (hidden.to(torch.float32) * mask).sum(dim=1)

@@ -143,12 +143,9 @@ def _num_met(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]])
 
 
 def rates(counts: Floats, found: int, right: int) -> tuple[float, float, float]:
-    """Recall, precision and F1 of (5,) counts of entities; 0 where there is nothing to divide by.
+    """Recall, precision and F1 of (5,) counts of `entity_counts`; 0 where there is nothing to divide by.
 
-    Args:
-        counts: as `entity_counts` has them.
-        found: the place of the true ones that count as found.
-        right: the place of the predicted ones that count as right.
+    In these, `found` is the place of the true ones that are found, `right` that of the predicted ones that are right.
     """
     recall, precision = counts[found] / max(counts[0], 1), counts[right] / max(counts[1], 1)
     return float(recall), float(precision), float(2 * recall * precision / max(recall + precision, 1e-12))

@@ -76,11 +76,8 @@ class Preference(CausalLM):
         """Two texts per record: causal_lm's text with either answer, of which the answer's tokens are learnt.
 
         The context before both answers is the same, and is cut alike, to make room for the longer one.  Nothing is
-        learnt from a pair if an answer cannot be encoded, or if both are the same within the maximum length.
-
-        Raises:
-            ConfigError: as for causal_lm.
-            DataError: a record is not a pair.
+        learnt from a pair if an answer cannot be encoded, or if both are the same within the maximum length.  Errors
+        are those of causal_lm, and a DataError for a record that is not a pair.
         """
         layout, both, lenient = Layout.of(tokenizer, data), _both(data), lenient_within is not None
         examples = laid_out(layout, (one for record in records for one in both(record)), lenient=lenient)
@@ -122,15 +119,10 @@ class Preference(CausalLM):
         }
 
     def completed(self, figures: Mapping[str, npt.NDArray[np.float64]]) -> Mapping[str, npt.NDArray[np.float64]]:
-        """The figures, unchanged.
-
-        Raises:
-            DataError: no pair has two answers that differ.
-        """
+        """The figures, unchanged; raises DataError where no pair has two answers that differ."""
         if not figures["learnt"].any():
-            raise DataError(
-                "evaluation data", "no pair to tell apart", "needs two answers that differ within data.max_length"
-            )
+            bound = "needs two answers that differ within data.max_length"
+            raise DataError("evaluation data", "no pair to tell apart", bound)
         return figures
 
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
@@ -157,12 +149,9 @@ def length_controlled(values: npt.NDArray[np.float64], longer: npt.NDArray[np.fl
     """The mean over pairs, controlled for length: a model that only looks at length gains nothing.
 
     Pairs whose chosen answer is longer and pairs whose rejected answer is longer have half the weight each, however
-    many there are of either.  Pairs of equal length count as in the plain mean.
-
-    Args:
-        values: (n,) one per pair.
-        longer: (n,) by how many tokens the chosen answer is longer.
-        neutral: a guess's value; it stands for the pairs of unequal length if the same side is longer in all of them.
+    many there are of either.  Pairs of equal length count as in the plain mean.  `longer` says by how many tokens the
+    chosen answer is longer; if in all pairs of unequal length the same side is, `neutral`, a guess's value, stands for
+    these.
 
     >>> length_controlled(np.array([1.0, 1.0, 1.0, 0.0]), np.array([3.0, 5.0, 1.0, -2.0]), neutral=0.5)
     0.5

@@ -31,11 +31,7 @@ INPUTS["image"] = Image()
 
 
 def task_named(name: str) -> Task:
-    """The task that settings call `name`.
-
-    Raises:
-        ConfigError: for `task`, when there is no such task.
-    """
+    """The task that settings call `name`; raises ConfigError for `task` where there is none."""
     if name == "cox":
         bound = (
             "couples records: each one's part of the partial likelihood has all that were still followed in it, and "

@@ -96,10 +96,10 @@ class SavedAdapter:
 
     @classmethod
     def read(cls, folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> SavedAdapter:
-        """Read a folder.
+        """Read a folder that `save_task_model` wrote.
 
         Args:
-            folder: what `save_task_model` wrote.
+            folder: its place.
             model: where the base lies here, when that is not where it was; it must be the same model.
             private: also one that is private to a site: only where nothing that is made from it leaves the site.
 
@@ -123,11 +123,7 @@ class SavedAdapter:
 
     @classmethod
     def to_begin_in(cls, name: str) -> SavedAdapter:
-        """The adapter in which a run is to begin: in the folder of a run, or of its adapter.
-
-        Raises:
-            ConfigError: for `model.adapter`: it is no such folder.
-        """
+        """The adapter in which a run is to begin, in a run's folder or its own; errors are about `model.adapter`."""
         folder = next((inner for inner in (Path(name, "adapter"), Path(name)) if (inner / _SETTINGS).is_file()), None)
         if folder is None:
             bound = f"must be the folder of a finished run, or of its adapter (no {_SETTINGS} in it)"
@@ -136,6 +132,9 @@ class SavedAdapter:
             return cls.read(folder)
         except ConfigError as error:
             raise ConfigError("model.adapter", name, f"must be a saved adapter ({error})") from error
+
+    def _refused(self, bound: str) -> ConfigError:
+        return ConfigError("adapter", str(self.folder), bound)
 
     @cached_property
     def tensors(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -151,13 +150,11 @@ class SavedAdapter:
         for name in [name for name, is_wanted in wanted.items() if is_wanted]:
             file = self.folder / f"{name}.safetensors"
             if not file.is_file():
-                bound = f"must hold the adapter's tensors, in {file.name} too"
-                raise ConfigError("adapter", str(self.folder), bound)
+                raise self._refused(f"must hold the adapter's tensors, in {file.name} too")
             try:
                 read[name] = load_file(file)
             except (OSError, SafetensorError) as error:
-                bound = "must hold the adapter's tensors (a file is damaged)"
-                raise ConfigError("adapter", str(self.folder), bound) from error
+                raise self._refused("must hold the adapter's tensors (a file is damaged)") from error
         tensors = {name: array for name, array in read["adapter_model"].items() if not name.endswith(PEFT_SCALES)}
         tensors |= read["offsets"]
         if lora.matrices not in {1, *(length for array in tensors.values() for length in array.shape)}:
@@ -170,43 +167,34 @@ class SavedAdapter:
         try:
             digest = Adapter(trained).digest()
         except AdapterError as error:
-            raise ConfigError("adapter", str(self.folder), f"must hold an adapter's tensors: {error}") from None
+            raise self._refused(f"must hold an adapter's tensors: {error}") from None
         if digest != self.digest:
-            bound = f"must hold the tensors that its {_SETTINGS} names by digest; it holds others"
-            raise ConfigError("adapter", str(self.folder), bound)
+            raise self._refused(f"must hold the tensors that its {_SETTINGS} names by digest; it holds others")
         return tensors, read["head"]
 
     def build(self, *, device: torch.device | str = "cpu") -> TaskModel:
-        """The model that the adapter belongs into, with a head that is yet to be started or loaded.
-
-        Raises:
-            ConfigError: the base cannot be had, or is not the one that the adapter was trained on.
-        """
+        """The model that the adapter belongs into, on its own base, with a head that is yet to be started or loaded."""
         _ = self.tensors  # before matrices of that rank are made: any number can stand in a file, and fill the memory
         return assemble(self.spec, device=device)
 
     def load_into(self, model: TaskModel) -> None:
-        """Copy into a model of the same settings.
-
-        Raises:
-            AdapterError: names or shapes are not what the settings describe.
-        """
+        """Copy into a model of the same settings; AdapterError where names or shapes are not what they describe."""
         (tensors, head), constants = self.tensors, dict(model.named_buffers(recurse=False))
         trained = {_HEAD + name: array for name, array in head.items() if name not in constants}
         copy_tensors(tensors | trained, model.adapter_parameters())
         copy_tensors({name: array for name, array in head.items() if name in constants}, constants)
 
     def require_same_model(self, other: TaskModelSpec) -> None:
-        """Check that the adapter means in a model of `other` what it means in its own; tensors are checked on loading.
+        """Check that it means in a model of `other` what it does in its own; the error names the first difference.
 
-        Raises:
-            ConfigError: names the first setting that differs.
+        Tensors are checked on loading.
         """
         for key, name in _MEANING.items():
             was, now = (attrgetter(key)(one) for one in (self.spec, other))
             if was != now:
-                bound = f"must be tuned on the same model: {name} is {shown(was, 30)}, not {shown(now, 30)}"
-                raise ConfigError("adapter", str(self.folder), bound)
+                raise self._refused(
+                    f"must be tuned on the same model: {name} is {shown(was, 30)}, not {shown(now, 30)}"
+                )
 
     def has_head_for(self, spec: TaskModelSpec) -> bool:
         """Whether a run of this model, which may know more labels, takes the head, too; else its own starts anew."""
@@ -217,11 +205,7 @@ class SavedAdapter:
         return task_named(spec.task).has_head and same and known
 
     def require_fits(self, spec: TaskModelSpec) -> None:
-        """Check everything that can be known without the base.
-
-        Raises:
-            ConfigError: for `model.adapter`; names all that differs.
-        """
+        """Check all that can be known without the base; the ConfigError for `model.adapter` names all that differs."""
         keys = ["task", "input", "values", "head.hidden"]
         keys += [f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")]
         with_texts = ("label_texts",) if self.spec.labels == spec.labels else ()

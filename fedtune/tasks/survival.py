@@ -131,10 +131,7 @@ def integrated_brier(survival: Floats, followed: npt.NDArray[np.int64], event: n
 
     Who is known to have the event, or to be without it, stands for those who left before (Graf et al. 1999): divided by
     the Kaplan-Meier estimate of staying that long.  In an interval events come before losses.  The mean is over the
-    intervals through which anybody stayed: of the others nobody could tell who has had no event.
-
-    Raises:
-        DataError: there is no such interval.
+    intervals through which anybody stayed, or a DataError: of the others nobody could tell who has had no event.
     """
     count = survival.shape[1]
     stays = np.ones(count + 1)

@@ -122,11 +122,6 @@ class TaskModel(nn.Module):
         """Token ids that the base has an embedding for, from 0."""
         return input_of(self.spec).num_ids(self.base)
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether all its inputs are of one length."""
-        return input_of(self.spec).is_fixed
-
     def made_up(self, lengths: Sequence[int], draws: np.random.Generator) -> tuple[Row, ...]:
         """Invented inputs of these lengths, on which the model is tried."""
         return input_of(self.spec).made_up(self.base, lengths, draws)

@@ -21,6 +21,7 @@ from fedtune.data import Shapes
 from fedtune.model.fits import usable_positions
 from fedtune.model.products import multiply_by_onednn
 from fedtune.spec import ConfigError
+from fedtune.tasks.inputs import input_of
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.accelerators import accelerator, memory_of
 from fedtune.training.spec import RuntimeSpec
@@ -122,7 +123,8 @@ def shapes_for(model: TaskModel, runtime: RuntimeSpec, *, max_length: int) -> Sh
     """The shapes of a run's micro-batches on this machine, from public settings alone."""
     positions = usable_positions(model.base.get_base_model())
     most = micro_batch_tokens(runtime, model.device) // model.spec.texts
-    return Shapes.of(max_length=max_length, max_tokens=most, positions=positions, fixed=model.is_fixed)
+    fixed = input_of(model.spec).is_fixed
+    return Shapes.of(max_length=max_length, max_tokens=most, positions=positions, fixed=fixed)
 
 
 def micro_batch_tokens(runtime: RuntimeSpec, device: torch.device) -> int:
