@@ -98,8 +98,7 @@ class FeatureSpec:
     def raw(self, text: str, *, at: str) -> list[float]:
         """The values of one column as they are, by its field in a record: a name by its place; NaN for nothing.
 
-        Raises:
-            DataError: it holds nothing, though it must, or no number, or another number of them.
+        DataError where it holds nothing, though it must, or no number, or another number of them.
         """
         if not text or (text in NO_NAME and text not in self.categories):
             if self.missing == "unusable":

@@ -128,10 +128,8 @@ def what_is(path: Path) -> str | None:
 def require_file(path: Path, *, key: str | None = None, value: str | None = None) -> None:
     """Refuse what is no data file, before it is opened: a pipe would wait for ever.
 
-    `key` is the setting that named it, by `value`.
-
-    Raises:
-        DataError: says what is there, and for a folder of several saved sets which paths to give.
+    `key` is the setting that named it, by `value`.  The DataError says what is there, and for a folder of several saved
+    sets which paths to give.
     """
     if (found := what_is(path)) is None:
         return
@@ -150,8 +148,7 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
 def files_of(path: Path) -> list[Path]:
     """The files in which a data set lies: the file itself, or those of the folder of a saved set.
 
-    Raises:
-        DataError: a saved set's list of its files cannot be read, or names one outside its folder.
+    DataError where a saved set's list of its files cannot be read, or names one outside its folder.
     """
     if not path.is_dir():
         return [path]

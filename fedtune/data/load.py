@@ -153,8 +153,7 @@ def lead_records(
 ) -> tuple[list[Record], LeftOut]:
     """The lead's own records from file `name`, which the setting `key` gave, and what was left out.
 
-    Raises:
-        DataError: the file cannot be read, or has no record; or without `leave_out`, some that cannot be used.
+    DataError where the file cannot be read, or has no record; or without `leave_out`, some that cannot be used.
     """
     path, faults = resolve_file(name, shipped_folders(), key=key), Faults()
     records = list(usable_records(path, columns, fault=fault, faults=faults, lenient=False))

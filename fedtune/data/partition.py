@@ -98,8 +98,7 @@ def partition_records(
 ) -> tuple[list[Record], ...]:
     """The records of each site, in the order given; a site may end up with none.
 
-    Raises:
-        DataError: as `assign_site`; or a user's records name several sites.
+    DataError as in `assign_site`, or where a user's records name several sites.
     """
     sites: tuple[list[Record], ...] = tuple([] for _ in range(num_sites))
     site_of: dict[str, int] = {}
@@ -132,8 +131,7 @@ def users_of(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
 def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record") -> int:
     """The site, in [0, num_sites), of one record; with unit "user", of its user.
 
-    Raises:
-        DataError: when the value of the `site` role is not declared in `spec.sites`.
+    DataError where the value of the `site` role is not declared in `spec.sites`.
     """
     if spec.kind == "column":
         value = record.fields["site"]

@@ -70,8 +70,7 @@ def record_key(record: Record) -> bytes:
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:
     """Find a data file: as given from the working directory, else under the first of `roots` that has it.
 
-    Raises:
-        DataError: when there is no such file, or a folder, a pipe or the like in its place.
+    DataError where there is no such file, or a folder, a pipe or the like in its place.
     """
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
     found = {folder / name: what_is(folder / name) for folder in folders}
@@ -99,9 +98,7 @@ def column_values(records: Sequence[Record], column: str, *, key: str, role: str
     """The values of a column for records that were read before, as text; `NO_VALUE` where there is none.
 
     It is read in its `role`, so that a user has the same id as in a run; without one any number is taken, too.
-
-    Raises:
-        DataError: no row of a file has such a column.
+    DataError where no row of a file has such a column.
     """
     values: dict[tuple[str, int], str] = {}
     for file in dict.fromkeys(record.file for record in records):
@@ -162,10 +159,8 @@ def usable_records(
     a quote or bracket that is never closed can take other rows along; no text of a record does that in a file whose
     writer doubles quotes (RFC 4180) or escapes them (JSON), and where the writer does not, rows cannot be told apart.
 
-    `fault` tells why a task cannot use a record, and `faults` counts the rows that are left out.
-
-    Raises:
-        DataError: the fault lies in the file and not in a record, as in `raw_rows`.
+    `fault` tells why a task cannot use a record, and `faults` counts the rows that are left out.  A DataError is about
+    the file and not a record, as in `raw_rows`.
     """
     for line, found in judged(path, columns, fault=fault, lenient=lenient):
         if isinstance(found, Record):
@@ -187,11 +182,7 @@ def judged(
 
 
 def record_of(row: Row, columns: Mapping[str, str], *, file: str, line: int) -> Record:
-    """One row as a record, with the `columns` (role to column).
-
-    Raises:
-        DataError: a value is absent, or not what its role needs.
-    """
+    """One row as a record, with the `columns` (role to column); DataError where a value is not what its role needs."""
     at, fields = at_line(file, line), {}
     for role, column in columns.items():
         if role in OPTIONAL_ROLES and is_missing(row.get(column)):

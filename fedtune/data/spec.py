@@ -291,20 +291,14 @@ class DataSpec:
     def at_site(self, dataset: Dataset, *, folder: Path) -> DataSpec:
         """What was sent, over a site's own file; paths of its policy start in `folder`.
 
-        Raises:
-            ConfigError: the site's columns do not go together.
+        ConfigError where the site's columns do not go together.
         """
         # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
         columns = {role: dataset.columns[role] for role in self.columns if role in dataset.columns}
         return replace(self, train_file=str(folder / dataset.path), columns=columns)
 
     def sizes(self, num_sites: int) -> tuple[int, ...]:
-        """The declared size of each site.
-
-        Raises:
-            ConfigError: when `declared_sizes` or `partition` is for another number of sites; its key
-                is one of this spec.
-        """
+        """The declared size of each site; errors name keys of this spec, which is for another number of sites."""
         try:
             self.partition.check_sites(num_sites)
         except ConfigError as error:

@@ -68,11 +68,7 @@ _WRITTEN_TURNS = '[{"role":"'
 
 
 def read_value(value: object, role: str, *, at: str) -> str:
-    """The checked text of a value as the file has it; a number that is none (NaN) is null.
-
-    Raises:
-        DataError: it is not what the role needs.
-    """
+    """The checked text of a value as the file has it; a number that is none (NaN) is null."""
     if role.startswith(FEATURE):
         text = feature_of(value, at)
     elif is_null(value):

@@ -149,8 +149,7 @@ class Task(ABC):
     def prompt_fields(self, text: str, data: DataSpec, *, at: str) -> dict[str, str]:
         """A text that a person asks the tuned model with, as the fields of a record; `at` names it in a message.
 
-        Raises:
-            ConfigError: it is blank or no text, or a record of the run has more parts than one.
+        ConfigError where it is blank or no text, or a record of the run has more parts than one.
         """
         if not text.strip():
             raise ConfigError(at, text, "must not be blank")
@@ -309,8 +308,7 @@ class Task(ABC):
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Scores of a whole data set, by name, from the figures of all its examples, (examples, ...) each.
 
-        Raises:
-            DataError: the data has nothing to score.
+        DataError where there is nothing to score.
         """
         return {"loss": float(np.mean(figures["loss"]))}
 

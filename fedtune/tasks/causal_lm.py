@@ -130,11 +130,8 @@ class CausalLM(Task):
     def prompt_ids(self, fields: Mapping[str, str], tokenizer: Tokenizer, *, data: DataSpec) -> npt.NDArray[np.int32]:
         """As training has them before it cuts any off.
 
-        `fields` may also be a `text` to go on with; of a prompt's roles those that are absent are blank.
-
-        Raises:
-            ConfigError: the tokenizer or its chat template cannot be taken, or the run has no turns to write messages.
-            DataError: the messages cannot be answered.
+        `fields` may also be a `text` to go on with; of a prompt's roles those that are absent are blank.  ConfigErrors
+        are those of `tokenise`, or say that the run has no turns to write messages; DataError: these have no answer.
         """
         layout = Layout.of(tokenizer, data)
         try:
@@ -196,7 +193,6 @@ class CausalLM(Task):
         }
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """exp(-loss)."""
         return float(np.exp(-float(model.losses(batch)[0])))
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
@@ -412,8 +408,7 @@ def _turns(fields: Mapping[str, str]) -> list[Turn]:
 def laid_out(layout: Layout, records: Iterable[Record], *, lenient: bool) -> list[_Example]:
     """Records as pieces that are to be encoded; one without any in place of a conversation that cannot be learnt.
 
-    Raises:
-        DataError: about the first of these, with the number of those like it, unless `lenient`.
+    Unless `lenient`, DataError about the first of these, with the number of those like it.
     """
     examples, faults = [], Faults()
     for record in records:

@@ -41,14 +41,11 @@ class TooMuchWork(TemplateError):
 
 
 class CountedTemplate:
-    """A template with what transformers gives to chat templates.
+    """A template with what transformers gives to chat templates; TemplateError where it cannot be read.
 
     Attributes:
         texts: those that it holds in quotes: what it may look for in a content.
         work: steps that the last rendering took.
-
-    Raises:
-        TemplateError: it cannot be read.
     """
 
     def __init__(self, source: str) -> None:

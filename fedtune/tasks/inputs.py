@@ -118,9 +118,8 @@ class Text(Input):
 
     def check_data(self, data: DataSpec) -> None:
         if data.features:
-            raise ConfigError(
-                "features", f"{len(data.features)} entries", f"must be empty for data.input = {data.input}"
-            )
+            bound = f"must be empty for data.input = {data.input}"
+            raise ConfigError("features", f"{len(data.features)} entries", bound)
         check_at_least("max_length", data.max_length, 3)
 
     def check_model(self, spec: TaskModelSpec) -> None:
@@ -404,10 +403,8 @@ def whole_texts(
 ) -> Rows:
     """Token ids of the texts of some records' roles with the tokenizer's own special tokens, `max_length` at most.
 
-    And whether each could be encoded: with `lenient_within`, as `Task.tokenise` has it, what cannot is one token, 0.
-
-    Raises:
-        DataError: a text gives no token.
+    And whether each could be encoded: with `lenient_within`, as `Task.tokenise` has it, what cannot is one token, 0;
+    otherwise it is a DataError.
     """
     texts = [cut(record.fields[role], max_length) for record, role in fields]
     encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)

@@ -98,10 +98,8 @@ class SavedAdapter:
     def read(cls, folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> SavedAdapter:
         """Read a folder that `save_task_model` wrote.
 
-        Args:
-            folder: its place.
-            model: where the base lies here, when that is not where it was; it must be the same model.
-            private: also one that is private to a site: only where nothing that is made from it leaves the site.
+        `model` says where the base lies here, if not where it was; it must be the same model.  `private` takes one that
+        is private to a site, too: only where nothing that is made from it leaves the site.
 
         Raises:
             ConfigError: the settings are missing or malformed, or the adapter is private to a site.

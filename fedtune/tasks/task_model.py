@@ -67,7 +67,7 @@ class TaskModel(nn.Module):
         return losses[: len(batch)]
 
     def figures(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The figures of each example that the task's scores need, (examples, ...) by name."""
+        """As `Task.figures`."""
         batch = self._with_reference(batch)
         with self._prefix.given(batch.prefix):
             return self.task.figures(self, batch)
@@ -96,7 +96,6 @@ class TaskModel(nn.Module):
         return self._prefix.states(lambda: run(self.base, batch.input_ids, batch.attention_mask))
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The losses."""
         return self.losses(batch)
 
     def train(self, mode: bool = True) -> TaskModel:
@@ -173,15 +172,13 @@ class TaskModel(nn.Module):
             ConfigError: for `runtime.gradient_checkpointing`, in the first training pass, when the base's layers
                 depend on each other by more than what one hands to the next.
         """
-        _, layers = layer_stack(self.base.get_base_model())
-        checkpoint_layers(layers)
+        checkpoint_layers(layer_stack(self.base.get_base_model())[1])
 
 
 def build_task_model(spec: TaskModelSpec, *, device: torch.device | str = "cpu") -> TaskModel:
     """Load the base, attach adapters that change nothing yet, and start the head.
 
-    Raises:
-        ConfigError: when the base cannot be had, or does not suit the task, the adapters or per-example clipping.
+    ConfigError where the base cannot be had, or does not suit the task, the adapters or per-example clipping.
     """
     model = assemble(spec, device=device)
     model.task.start_head(model)

@@ -393,7 +393,6 @@ def _sizes(data: DataSpec, specials: int) -> tuple[int, int, int]:
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and behind a text."""
-    plain = [tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True)]
-    inner, whole = plain
+    inner, whole = (tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True))
     first = next((place for place in range(len(whole)) if whole[place : place + len(inner)] == inner), len(whole))
     return whole[:first], whole[first + len(inner) :]
