@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
 from fedtune.cli.finished_run import columns_by_option, roles_of
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
-from fedtune.data.formats import format_of
+from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, resolve_file, usable_records, without_records
 from fedtune.data.spec import SITE, DataSpec
@@ -25,7 +25,7 @@ from fedtune.model.spec import PACKAGE, ModelSpec
 from fedtune.preparation import feature_columns, starter
 from fedtune.preparation.check_data import INSTALL, at_own_site
 from fedtune.preparation.check_data import check as examine
-from fedtune.preparation.clean import RULES, Cleaning
+from fedtune.preparation.clean import RULES, Cleaning, Coding
 from fedtune.preparation.clean import clean as write_clean
 from fedtune.preparation.copies import compare
 from fedtune.preparation.detect import OPTIONS, Found, look_at
@@ -33,6 +33,7 @@ from fedtune.preparation.duplicates import has_datasketch
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
+from fedtune.sites.run_records import file_sha256, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
@@ -44,6 +45,7 @@ Look at your data before a run, on this machine, for your eyes.
   fedtune data init tickets.csv            say what the file is, and write tickets.yaml to run it with
   fedtune data check tickets.yaml          say what is wrong or odd with its records
   fedtune data clean tickets.yaml --out kept.jsonl   write a new file without some of that
+  fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl   write a new file with more columns
   fedtune data copies made.jsonl tickets.csv         say where synthetic texts repeat your own
 
 Nothing of it leaves this machine, and no run reads any of it but a file that you choose to use.
@@ -118,11 +120,9 @@ def init(
         raise ConfigError("--user", user, "says whose a record is, and --unit record that nobody asks")
     chosen_columns = {option: given[option] for option in OPTIONS if given[option] is not None}
     found = look_at(file, chosen_columns, by_person=unit == "user")
-    if target.suffix not in (".yaml", ".yml"):
-        raise ConfigError("--out", str(target), "must end in .yaml")
     if not str(target).isprintable():
         raise ConfigError("--out", str(target), "must be a name without control characters")
-    _require_new(target)
+    _require_new(target, ".yaml", ".yml")
     if sites is not None and sites < 1:
         raise ConfigError("--sites", sites, "must be at least 1")
     spec, plan = _planned(found, model=model, sites=sites)
@@ -190,9 +190,7 @@ def clean(
         bound = f"must be one file: put a site's name in place of {SITE}, with data.partition.kind=iid"
         raise ConfigError(key, name, bound)
     source = resolve_file(name, shipped_folders(), key=key)
-    if out.suffix != ".jsonl":
-        raise ConfigError("--out", str(out), "must end in .jsonl")
-    _require_new(out)
+    _require_new(out, ".jsonl")
     rules = [rule.strip() for rule in drop.split(",") if rule.strip()]
     for rule in rules:
         check_one_of("--drop", rule, RULES)
@@ -206,6 +204,54 @@ def clean(
     done = write_clean(source, out, cleaning)
     show(data_sections.clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
+
+
+@command(app, "write a new file with a topic or a length for each record")
+def codes(
+    file: Annotated[str, Argument("FILE", help="a file of the site's own records")],
+    out: Annotated[Path, Option(metavar="FILE.jsonl", help="what to write; must not be there yet")],
+    topics: Annotated[str | None, Option("public: a file with the column topic, a text a row", metavar="FILE")] = None,
+    model: Annotated[str, Option("public, embeds texts: a name from conf/model, or a folder with a model")] = "minilm",
+    lengths: Annotated[str | None, Option("the most words of each class but the last", metavar="WORDS,...")] = None,
+    columns: Annotated[str, Option("the texts' roles, and their columns", metavar="ROLES")] = "{text: text}",
+) -> None:
+    """Write a site's file anew with a column topic, length or both, for a language model to be tuned on.
+
+    fedtune data codes tickets.csv --topics topics.csv --out coded.jsonl    topic: the nearest of topics.csv
+    fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl        length: up to 15 words, 16 to 60 words, ...
+
+    A record's codes follow from its own texts alone: no other record can change them.  All sites of a run need the
+    same list, model and bounds, so compare the hashes that are shown.  docs/synthetic_texts.md says more.
+    """
+    source, roles = resolve_file(file, shipped_folders(), key="FILE"), roles_of(columns)
+    if not roles or not all(map(is_written, roles)):
+        raise ConfigError("--columns", columns, "must be roles of texts")
+    if topics is None and lengths is None:
+        raise ConfigError("--topics", None, "must be given, or --lengths")
+    bounds = [int(one) if one.isdecimal() else 0 for one in lengths.split(",")] if lengths is not None else []
+    if bounds != sorted({*bounds} - {0}):
+        raise ConfigError("--lengths", lengths, "must be rising numbers of words from 1, as in 15,60")
+    _require_new(out, ".jsonl")
+    next(_read([(source, roles)], {}))
+    same, votes, reader = dict[str, str](), None, None
+    if topics is not None:
+        require_no_card(topics, key="--topics")
+        path = resolve_file(topics, shipped_folders(), key="--topics")
+        listed: list[Any] = [row.get("topic") if isinstance(row, dict) else None for _, row in raw_rows(path)]
+        if len(set(listed)) < 2 or not all(isinstance(one, str) and one.strip() for one in listed):
+            bound = "must have a text in the column topic of each row, at least two different ones"
+            raise ConfigError("--topics", topics, bound)
+        from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
+
+        config, spec = _with_model("votes", model)
+        reader = _reader(config.data, spec, key="--model", other="--model")
+        each, spec = tuple(dict.fromkeys(listed)), replace(spec, dtype="float32")  # the same on every machine
+        votes = replace(config.task_model(), model=spec, head=replace(config.head, label_texts=each), labels=each)
+        same = {"topics": file_sha256(path, key="--topics"), "model": model_sha256(spec)}
+    coding = Coding(roles, votes, reader, bounds=bounds)
+    done = write_clean(source, out, coding)
+    show(data_sections.codes_sections(done, coding.codes, same))
+    say(f"\nWritten: {out}. It holds private records.")
 
 
 @command(app, "say where synthetic texts repeat a site's own records")
@@ -238,30 +284,32 @@ def copies(
     if out is not None:
         _require_new(out)
 
-    def read(*files: tuple[Path, Mapping[str, str]]) -> Iterator[Record]:
-        with columns_by_option():
-            for path, its in files:
-                faults, number, shared = Faults(), 0, format_of(path) == ".json"  # whose rows may share a line
-                for number, record in enumerate(usable_records(path, its, faults=faults), 1):
-                    row = faults.left_out(used=number).rows if shared else record.line
-                    yield replace(record, file=path.name, line=row)
-                if not number:
-                    faults.require_none()
-                    raise without_records(path)
-                left_out[str(path)] = faults.left_out(used=number)
-
     left_out: dict[str, LeftOut] = {}
-    records = list(read((resolve_file(synthetic, shipped_folders(), key="SYNTHETIC"), roles)))
-    every = max(2, sum(1 for _ in read(*files)) // max(len(records), 1_000))  # fewer say little of what is ordinary
-    near = compare(records, read(*files))
-    drawn = [one for number, one in enumerate(read(*files)) if not number % every]
-    usual = compare(drawn, (one for number, one in enumerate(read(*files)) if number % every))
+    records = list(_read([(resolve_file(synthetic, shipped_folders(), key="SYNTHETIC"), roles)], left_out))
+    every = max(2, sum(1 for _ in _read(files, left_out)) // max(len(records), 1_000))  # fewer say little of the usual
+    near = compare(records, _read(files, left_out))
+    drawn = [one for number, one in enumerate(_read(files, left_out)) if not number % every]
+    usual = compare(drawn, (one for number, one in enumerate(_read(files, left_out)) if number % every))
     told = {"schema_version": SCHEMA_VERSION, "about": data_sections.ABOUT_COPIES, "read": left_out}
     told |= {"synthetic": near, "ordinary": usual}
     if out is not None:
         with new_files(("--out", out), mode=0o600) as texts:
             texts[out] = json_text(told)
     answer(told, data_sections.copies_sections(near, usual, left_out), as_json=as_json)
+
+
+def _read(files: Sequence[tuple[Path, Mapping[str, str]]], left_out: dict[str, LeftOut]) -> Iterator[Record]:
+    """The usable records of files with the columns of their roles; of each there must be one.  Notes the other rows."""
+    with columns_by_option():
+        for path, its in files:
+            faults, number, shared = Faults(), 0, format_of(path) == ".json"  # whose rows may share a line
+            for number, record in enumerate(usable_records(path, its, faults=faults), 1):
+                row = faults.left_out(used=number).rows if shared else record.line
+                yield replace(record, file=path.name, line=row)
+            if not number:
+                faults.require_none()
+                raise without_records(path)
+            left_out[str(path)] = faults.left_out(used=number)
 
 
 def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
@@ -286,14 +334,7 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
     base = starter.base_of(found.kind)
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
-    names = sorted(one.stem for one in (config_folder() / "model").glob("*.yaml"))
-    known = model is None or model in names
-    if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
-        bound = f"must be one of {', '.join(names)}, or a folder with a model, or an id at the hub (owner/name)"
-        raise ConfigError("--model", model, bound)
-    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
-    config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
-    spec = config.model if known else locate(str(model))
+    config, spec = _with_model(base, model)
     reader = _reader(config.data, spec, key="--model", other="--model")
     measured = starter.measured(found, reader, config, within=_num_ids(reader))
     if not measured.usable:
@@ -302,12 +343,24 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
         raise ConfigError("--sites", sites, f"must be at most {measured.units}, the records or persons of the file")
     plan = starter.Plan(
         base=base,
-        model=model if known else None,
-        model_path=None if known else model,
+        model=model if spec is config.model else None,
+        model_path=None if spec is config.model else model,
         num_sites=sites or starter.sites_for(measured.units),
         measured=measured,
     )
     return spec, plan
+
+
+def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
+    """A recipe, with a model that a person names: that of the recipe, or of a name from conf/model, is its own."""
+    names = sorted(one.stem for one in (config_folder() / "model").glob("*.yaml"))
+    known = model is None or model in names
+    if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
+        bound = f"must be one of {', '.join(names)}, or a folder with a model, or an id at the hub (owner/name)"
+        raise ConfigError("--model", model, bound)
+    left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
+    config = compose_run([f"experiment={base}", *left_open, *([f"model={model}"] if model and known else [])])
+    return config, config.model if known else locate(str(model))
 
 
 def _reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
@@ -323,7 +376,9 @@ def _num_ids(tokenizer: Any) -> int:
     return 1 + int(max(tokenizer.get_vocab().values(), default=0))
 
 
-def _require_new(target: Path) -> None:
+def _require_new(target: Path, *suffixes: str) -> None:
+    if suffixes and target.suffix not in suffixes:
+        raise ConfigError("--out", str(target), f"must end in {suffixes[0]}")
     try:
         target.lstat()
     except (FileNotFoundError, NotADirectoryError):

