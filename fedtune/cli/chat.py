@@ -75,7 +75,6 @@ class _Conversation:
         runs.warn_of_fixed_prompt(config)
 
     def command(self, words: str) -> None:
-        """Do what a line with a slash asks for."""
         match words.split():
             case ["/reset"]:
                 self._turns = ()

@@ -115,7 +115,7 @@ class _Argument(click.Argument):
         self.about = about
 
 
-class _Verbatim(click.Command):
+class Command(click.Command):
     """Help with examples, which stay commands to type; arguments are listed, too."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -165,11 +165,7 @@ def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
             yield from fold(f"      {does}", width=width) if does else ()
 
 
-class Command(_Verbatim):
-    """A command."""
-
-
-class Group(_Verbatim, click.Group):
+class Group(Command, click.Group):
     """A command of commands, which its help lists in the order of the file."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

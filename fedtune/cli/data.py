@@ -330,7 +330,6 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
 
 
 def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[ModelSpec, starter.Plan]:
-    """The model that a first run has, and what else follows from the file."""
     base = starter.base_of(found.kind)
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
@@ -364,7 +363,6 @@ def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
 
 
 def _reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
-    """The tokenizer, or what stands in its place."""
     package = spec.path.removeprefix(PACKAGE).partition("/")[0]
     if spec.path.startswith(PACKAGE) and package in _INSTALL and importlib.util.find_spec(package) is None:
         raise ConfigError(key, spec.path, f"is not installed: {_INSTALL[package]}; or name another with {other}")

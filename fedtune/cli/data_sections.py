@@ -107,10 +107,8 @@ def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]
     rows = [tuple(_short(_text(row.get(column, ""))) for column in columns) for row in found.first]
     headings = tuple(f"{role}: {column}" for role, column in found.roles.items())
     yield Section(title="First rows", headings=headings, rows=rows, words=range(len(columns)))
-    if measured.labels:
-        yield _labels(measured.labels, measured.usable)
-    if found.faults:
-        yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
+    yield _labels(measured.labels, measured.usable)
+    yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
 
 
 def _text(value: Any) -> str:
@@ -187,8 +185,7 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
         "errors": f"{left_out.count:,}",
     }
     yield pairs(told, title=file.path)
-    if left_out.is_much:
-        yield Section(notes=(f"{left_out}.",))
+    yield Section(notes=(f"{left_out}.",) if left_out.is_much else ())
     left = left_out.count - len(file.errors)
     in_all = f"and {left:,} more; in all:" if left else "In all:"
     yield Section(
@@ -205,12 +202,11 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
         words={0, 1, 4},
         notes=tuple(dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)),
     )
-    if file.labels:
-        yield _labels(file.labels, usable)
-        notes = list(starter.about_spellings(file.labels))
-        for label, count in file.spelt_otherwise.items():
-            notes.append(f"{counted(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces.")
-        yield Section(title="Labels that are spelt in several ways", notes=notes)
+    yield _labels(file.labels, usable)
+    notes = starter.about_spellings(file.labels)
+    for label, count in file.spelt_otherwise.items():
+        notes.append(f"{counted(count, 'row')} cannot be used, whose label is {label!r} but for case or spaces.")
+    yield Section(title="Labels that are spelt in several ways", notes=notes)
     if file.lengths is not None:
         yield _histogram(file.lengths, max_length)
 
@@ -271,12 +267,11 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
         rows=tuple((kind, f"{count:,}") for kind, count in done.masked.items()),
         notes=(CAVEAT,) if done.masked else (),
     )
-    if {"duplicates", "near-duplicates"} & set(done.dropped):
-        text = (
-            "Whether a duplicate was kept went by the records before it: the guarantee is about the records of the "
-            "new file, not about those that were dropped."
-        )
-        yield Section(notes=[text])
+    text = (
+        "Whether a duplicate was kept went by the records before it: the guarantee is about the records of the new "
+        "file, not about those that were dropped."
+    )
+    yield Section(notes=[text] if {"duplicates", "near-duplicates"} & set(done.dropped) else ())
 
 
 def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapping[str, str]) -> Iterator[Section]:

@@ -65,7 +65,6 @@ def evaluate(
 
 
 def _detailed(detail: Detail) -> Iterator[Section]:
-    """Each label, and how sure the tuned model is."""
     most = sorted(detail.classes, key=lambda one: -one.support)
     left = len(most) - _MOST_LABELS
     yield Section(

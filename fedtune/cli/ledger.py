@@ -347,7 +347,6 @@ def show_spent(history: History, figures: Lifetime) -> None:
 
 
 def _lifetime(history: History, figures: Lifetime) -> Section:
-    """Charged, set aside and left of the caps."""
     assert history.policy is not None
     charged = history.charged()
     share = share_of_cap(history, charged, cap=history.cap)
@@ -390,7 +389,6 @@ def _by_arrival(figures: Lifetime) -> Iterator[Section]:
 
 
 def _methods(figures: Lifetime) -> Section:
-    """The same events by each method, and what the figure is good for."""
     return Section(
         title="What the figures for all events mean",
         headings=("method", "epsilon", "meaning"),
@@ -415,7 +413,6 @@ def _methods(figures: Lifetime) -> Section:
 
 
 def _each_run(runs: Sequence[LifetimeRun], history: History) -> Section:
-    """The charge of each run by itself."""
     title = "Each run alone (epsilon: PLD of what is charged; planned: PLD of its whole plan)"
     if not runs:
         return Section(title=title, notes=("No run was accepted yet.",))

@@ -157,7 +157,6 @@ def check_policy(file: Path, *, as_json: bool) -> None:
 
 
 def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
-    """Every rule as a sentence."""
     allow, limits, budget, releases = policy.allow, policy.limits, policy.budget, policy.releases
     unit, told = policy.population.unit, dict[str, list[str]]()
     told["whose records"] = said = [f"The population {policy.population.name}; all its data sets share one budget."]

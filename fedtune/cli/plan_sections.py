@@ -37,7 +37,6 @@ class Outlook:
         config: the run's settings; where something was solved for, `price.plan` has the answer.
         solved: "noise", "rounds" or "sampling_rate", if the plan was solved for it.
         epsilon: that `changes` keep within.
-        device: that the forecast was timed on.
         lead_assumed: policies were asked for the first lead that each allows.
         model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
         secure_sums: what they would give in place of a plain run; None: they are planned, or cannot be.
@@ -57,7 +56,6 @@ class Outlook:
 
     @property
     def plan(self) -> Plan:
-        """The run's plan."""
         return self.price.plan
 
     @property
@@ -73,7 +71,6 @@ class Outlook:
 
     @property
     def guaranteed(self) -> bool:
-        """Whether the epsilons promise anything."""
         return self.plan.private and not self.config.runtime.seeded_noise
 
     def to_json(self) -> dict[str, Any]:
@@ -243,7 +240,6 @@ def _about_sites(outlook: Outlook) -> Iterator[str]:
 
 
 def _rounds(outlook: Outlook) -> Section:
-    """Epsilon after each round."""
     rounds, most = outlook.price.rounds, outlook.plan.most_rounds
     if not rounds:
         return Section()
@@ -291,7 +287,6 @@ def _accountants(outlook: Outlook) -> Section:
 
 
 def _calendar(outlook: Outlook) -> Section:
-    """The runs that share the epsilon, years ahead."""
     if not (runs := outlook.price.calendar):
         return Section()
     title, *notes = about_calendar(outlook.plan)
@@ -302,7 +297,6 @@ def _calendar(outlook: Outlook) -> Section:
 
 
 def _what_if(outlook: Outlook) -> Section:
-    """The price of other plans."""
     if not outlook.changes:
         return Section()
     rows = [
@@ -356,7 +350,6 @@ def _bytes_and_time(outlook: Outlook) -> Section:
 
 
 def _policy(verdict: Verdict, outlook: Outlook) -> Section:
-    """One site's answer."""
     rows = [
         (f"{reason_text(one.rule)} ({one.rule})", printable(one.asked or "-", 40), printable(one.allowed or "-", 60))
         for one in verdict.broken

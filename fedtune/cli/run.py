@@ -102,7 +102,6 @@ def _lead_kit(folder: Path | None) -> Kit:
 
 
 def _named(words: Sequence[str]) -> Path:
-    """The folder of the run that these settings name."""
     if not any(word.startswith("name=") for word in words):
         raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
     asked = compose_run([word for word in words if not word.startswith("sites=")])

@@ -60,7 +60,6 @@ class AtSite:
 
     @property
     def state(self) -> SiteState:
-        """What the site's commands and its process tell each other."""
         return SiteState.of(self.kit.folder)
 
     def show_waiting(self, *, as_json: bool) -> None:
@@ -89,7 +88,6 @@ class AtSite:
             say("No run waits for approval.")
 
     def approve(self, run: str, *, yes: bool) -> None:
-        """Show a run's price and settings, ask, and note the approval in the ledger."""
         pending = _chosen(self.state.waiting(), run)
         verdict = ask(self.site_toml, pending.proposal, declared_sizes={})
         # Every other setting that the run's name stands for; the site understood them before the run was put up.
@@ -115,7 +113,6 @@ class AtSite:
         say("Approved, and noted in the ledger. It begins with the lead's next request.")
 
     def deny(self, run: str, reason: str) -> None:
-        """Note in the ledger that a waiting run is denied, and why."""
         if not (reason.strip() and reason.isprintable() and len(reason) <= _MOST_REASON):
             raise ConfigError("--reason", reason, f"must be one line of at most {_MOST_REASON} characters")
         pending = _chosen(self.state.waiting(), run)
@@ -124,7 +121,6 @@ class AtSite:
         say("Denied, and noted in the ledger. The lead is told 'denied' when it asks again; the reason stays here.")
 
     def show_members(self, path: Path, *, as_json: bool) -> None:
-        """Show the sites of the roster at `path`, which the lead must have signed, beside the policy's."""
         trusted = dict(self.files.policy.trust.members)
         roster = Roster.read_signed(path, kit=self.kit)
         gone = "in [trust].members, and not in the federation: take it out"
@@ -146,7 +142,6 @@ class AtSite:
             )
 
     def score(self, run: str, *, by: str | None, smallest: int, as_json: bool) -> None:
-        """Score the final adapter of a run on the records that the site held out from it; nothing is written."""
         check_at_least("--smallest", smallest, FEWEST_UNITS)
         folder = self._kept(run)
         from fedtune.sites.real_site import site_records  # torch takes seconds to import
@@ -164,7 +159,6 @@ class AtSite:
         answer(compared.to_json(), compared.sections(), as_json=as_json)
 
     def personalise(self, run: str, *, as_json: bool) -> None:
-        """Make the site's own adapter of a run whose final one it keeps, and score it on records that it holds out."""
         folder, files = self._kept(run), self.files
         config, adapter = finished_run(folder)
         from fedtune.sites.personal import Parts

@@ -89,13 +89,11 @@ class FileCheck:
     """One file.
 
     Attributes:
-        path: the file.
         places: what numbers of places count: "lines", or the "rows" of a file whose rows may share a line.
         rows: in it.
         uses: records that can be used, by what for: "train", "held out" by its site, "validation", "test", or "unused".
         errors: what is wrong with the first rows that cannot be used: (file, line and field; what is there; bound).
         num_errors: all such rows by what a run needs.
-        findings: about those that can.
         labels: records of each declared label.
         spelt_otherwise: by declared label, rows whose own is undeclared and differs in case and spaces alone.
         lengths: None: no record can be used.
@@ -129,14 +127,7 @@ class SiteSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """All that was found.
-
-    Attributes:
-        max_length: the most tokens of an example.
-        files: in the order of training, validation and test.
-        sizes: of the sites.
-        skipped: what was not looked at, and why.
-    """
+    """All that was found: in the files of training, validation and test, and what was not looked at (`skipped`)."""
 
     max_length: int
     files: tuple[FileCheck, ...]
@@ -145,12 +136,7 @@ class Checked:
 
 
 def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
-    """Read the files of an experiment as a run would, and look at each record.
-
-    Args:
-        config: the experiment's.
-        tokenizer: the base's.
-        within: token ids must be below this number.
+    """Read the files of an experiment as a run would, and look at each record; token ids must be below `within`.
 
     Raises:
         DataError: for what is a fault of a file and of no record, such as a missing one.
@@ -170,12 +156,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
 
 
 def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
-    """An experiment over a real site's own file, as its policy has it.
-
-    Args:
-        config: the experiment's.
-        policy: the site's.
-        folder: where the policy lies; its paths start there.
+    """An experiment over a real site's own file, as its policy, which lies in `folder`, has it.
 
     Raises:
         ConfigError: the policy has no such data set, or the file no column for a role of the experiment.

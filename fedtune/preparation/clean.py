@@ -46,14 +46,9 @@ _MOST_TOKENS = 256
 
 
 class Cleaning:
-    """The rules of one cleaning.
+    """The rules of one cleaning: names out of `RULES`, and whether kinds of likely identifiers take their places.
 
-    Args:
-        columns: role to column.
-        fault: what of a record a run cannot use.
-        drop: names out of `RULES`.
-        mask: whether to put the kind of a likely personal identifier in its place.
-        named: the columns of the settings, also those that this run does not read.
+    `columns` are role to column, `named` also those of the settings that this run does not read.
 
     Raises:
         ConfigError: for `--mask`, where parts of a text are marked: they would be parts of another text then.
@@ -180,14 +175,7 @@ class Coding(Cleaning):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cleaned:
-    """The outcome for a file.
-
-    Attributes:
-        rows: that it had.
-        kept: of them.
-        dropped: rows by rule.
-        masked: identifiers by kind; of a `Coding` how many records have each code.
-    """
+    """The outcome for a file: rows `dropped` by rule, `masked` identifiers by kind; or of a `Coding`, rows by code."""
 
     rows: int
     kept: int
@@ -198,10 +186,7 @@ class Cleaned:
 def clean(path: Path, out: Path, cleaning: Cleaning) -> Cleaned:
     """Write the rows of a file that are kept to another, as JSON lines under the names of their columns.
 
-    Args:
-        path: of any format that a run reads.
-        out: a file that is not there yet; it is whole, or not there.
-        cleaning: what to drop and mask.
+    `out` is not there yet; afterwards it is whole, or not there.
 
     Raises:
         DataError: the file as a whole cannot be read, or nothing of it is kept.

@@ -67,7 +67,6 @@ class Column:
     """The values of a file under one name.
 
     Attributes:
-        name: of the column.
         filled: rows with a value that is not blank.
         types: how often each type of value came.
         reads: how many values a run can read in a role (label, user, target), or are of a kind: a conversation
@@ -249,7 +248,6 @@ class Column:
 
     @property
     def is_text(self) -> bool:
-        """Whether its values are texts."""
         return self.nearly("text", "number as text")
 
     @property
@@ -309,7 +307,6 @@ class Column:
 
     @property
     def mean_characters(self) -> float:
-        """Of a text."""
         return self.characters / max(1, self.filled)
 
 

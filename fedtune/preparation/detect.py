@@ -131,12 +131,8 @@ class Found:
     """The kind of a file and the roles of its columns.
 
     Attributes:
-        path: the file.
         rows: that can be read.
         faults: what is wrong with the others, of which the first few are kept; `num_faults` counts all.
-        columns: by name.
-        first: the first rows.
-        kind: of training.
         roles: role to column; `user` where a column says whose each record is.
         why: by role, why this column has it.
         notes: what else the person should know of the columns.
@@ -192,10 +188,8 @@ class Found:
 def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) -> Found:
     """Read a file once and say what it is.
 
-    Args:
-        path: the file.
-        chosen: option (one of `OPTIONS`) to column, where the person at the keyboard says so.
-        by_person: whether a column that looks like persons is taken for the unit.
+    `chosen` is option (one of `OPTIONS`) to column, where the person at the keyboard says so; `by_person`, whether a
+    column that looks like persons is taken for the unit.
 
     Raises:
         DataError: it cannot be read, or holds no row or no column of text.

@@ -161,18 +161,13 @@ _ODD_TEXTS: Mapping[str, str] = {
 
 
 class OddTexts:
-    """Cells that took rows along, and texts that were laid out for a model before; by what and column, with lines.
-
-    Args:
-        form: of the file, by its ending.
-    """
+    """Cells that took rows along, and texts that were laid out for a model before; by what and column, with lines."""
 
     def __init__(self, form: str) -> None:
         self.lines: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
         self._commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")
 
     def note(self, row: Mapping[str, object], line: int) -> None:
-        """Look at one row."""
         for column, value in row.items():
             text = value if isinstance(value, str) else str(value) if isinstance(value, list | dict) else ""
             if _MARK.search(text):
@@ -183,7 +178,6 @@ class OddTexts:
                 self.lines[ROWS_WITHIN if is_row else LINE_ENDS, column].append(line)
 
     def notes(self) -> tuple[str, ...]:
-        """A sentence each for a person."""
         return tuple(
             f"{column}: {len(lines):,} of its values have {_ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
             for (what, column), lines in self.lines.items()

@@ -84,8 +84,7 @@ class Measured:
     """A file as the chosen model's tokenizer reads it.
 
     Attributes:
-        usable: records.
-        left_out: rows that are none under the roles.
+        left_out: rows that are no records under the roles.
         lengths: (rows,) tokens of the example that a run makes of each of the first `MEASURED_ROWS` records.
         turns: whose template writes turns: "model" where its own can be taken, else "plain"; "none": there are none.
         users: how many persons the records are of; None: nothing says whose they are, or each has one.
@@ -172,14 +171,7 @@ def sites_for(units: int) -> int:
 
 
 def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int) -> Measured:
-    """Read the file once more, as a run would that begins with the settings of `base`.
-
-    Args:
-        found: what the file is.
-        tokenizer: the model's, or an image's reader; a table has its own.
-        base: the settings to begin with.
-        within: token ids are below this number.
-    """
+    """Read the file once more, as a run would that begins with the settings of `base`; token ids are below `within`."""
     task = task_named(_task_of(found) or base.task)
     # A label becomes public: that of one record alone is no class.
     shared = [label for label, count in found.labels.items() if count > 1]

@@ -18,6 +18,8 @@ from .conftest import SiteFolder
 from .widths import COLUMNS, too_wide
 
 TEAMS = ("billing", "sales")
+CODES = ("--topics", "topics.csv", "--model", "random_bert", "--lengths", "2,4")
+NEW = ("--out", "new.jsonl")
 
 
 @pytest.fixture
@@ -149,11 +151,30 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
     (["init", "tickets.csv", "--out", "a.yaml", "--model", "nope"], "--model = 'nope': must be one of llama_1b, "),
     (["init", "tickets.csv", "--out", "a.yaml", "--sites", "63"], "--sites = 63: must be at most 62"),
     (["init", "tickets.csv", "--out", "k" * 300 + ".yaml"], "--out = 'kkk"),
+    (["codes", "gone.csv", *CODES, *NEW], "FILE = 'gone.csv': no such file"),
+    (["codes", "tickets.csv", *NEW], "--topics = null: must be given, or --lengths"),
+    (["codes", "tickets.csv", *CODES, *NEW], "tickets.csv:1, column 'text' = 'absent': must be there (role text); nam"),
+    (["codes", "tickets.csv", *CODES, "--columns", "{label: team}", *NEW], "--columns = '{label: team}': must be role"),
+    (["codes", "own.csv", *CODES, "--out", "a.csv"], "--out = 'a.csv': must end in .jsonl"),
+    (["codes", "own.csv", *CODES, "--out", "chats.jsonl"], "--out = 'chats.jsonl': exists"),
+    (["codes", "own.csv", "--lengths", "4,2", *NEW], "--lengths = '4,2': must be rising numbers of words from 1, as i"),
+    (["codes", "own.csv", "--lengths", "0,2", *NEW], "--lengths = '0,2': must be rising"),
+    (["codes", "own.csv", "--lengths", "", *NEW], "--lengths = '': must be rising"),
+    (["codes", "own.csv", "--lengths", "2,x", *NEW], "--lengths = '2,x': must be rising"),
+    (["codes", "own.csv", "--lengths", "2", *NEW], "FILE = 'length': must not have this column: a new one gets its na"),
+    (["codes", "own.csv", "--topics", "gone.csv", *NEW], "--topics = 'gone.csv': no such file"),
+    (["codes", "own.csv", "--topics", "tickets.csv", *NEW], "--topics = 'tickets.csv': must have a text in the column"),
+    (["codes", "own.csv", "--topics", "one.csv", *NEW], "--topics = 'one.csv': must have a text in the column topic o"),
+    (["codes", "own.csv", "--topics", "made.jsonl", *NEW], "--topics = 'made.jsonl': must hold public records: made.j"),
+    (["codes", "own.csv", *CODES[:2], "--model", "nope", *NEW], "--model = 'nope': must be one of llama_1b, minilm"),
     (["init", "tickets.csv", "--out", "tickets.csv/a.yaml"], "--out = 'tickets.csv/a.yaml': must lie in a folder"),
 ])  # fmt: skip
 def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: list[str], message: str) -> None:
+    files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
+    for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
+        (made / name).write_text(text)
     before = sorted(path.name for path in made.iterdir())
-    assert command("data", *words).failed().startswith(message)
+    assert command("data", *words).failed().removeprefix(f"{made}/").startswith(message)
     assert sorted(path.name for path in made.iterdir()) == before
 
 
@@ -301,7 +322,6 @@ def test_what_cannot_be_compared_is_one_message(copied: Path, command: Any, word
 
 
 TOPICS = ("bills and payments", "sales", "a parcel that never came")
-CODES = ("--topics", "topics.csv", "--model", "random_bert", "--lengths", "2,4")
 
 
 def coded(command: Any, texts: list[str], *words: str) -> list[dict[str, str]]:
@@ -350,33 +370,3 @@ def test_topics_by_a_public_model_are_sensible(here: Path, command: Any) -> None
     texts = ["Where is my package? It should have come on Monday.", "Why was I charged twice on my last invoice?"]
     rows = coded(command, [*texts, "We sold twice as many cars as last year."], "--topics", "topics.csv")
     assert [(row["topic"], "length" in row) for row in rows] == [(TOPICS[place], False) for place in (2, 0, 1)]
-
-
-@pytest.mark.parametrize(("words", "message"), [
-    (["gone.csv", *CODES], "FILE = 'gone.csv': no such file"),
-    (["tickets.csv"], "--topics = null: must be given, or --lengths"),
-    (["tickets.csv", *CODES], "tickets.csv:1, column 'text' = 'absent': must be there (role text); name another w"),
-    (["tickets.csv", *CODES, "--columns", "{label: team}"], "--columns = '{label: team}': must be roles of texts"),
-    (["own.csv", *CODES, "--out", "a.csv"], "--out = 'a.csv': must end in .jsonl"),
-    (["own.csv", *CODES, "--out", "chats.jsonl"], "--out = 'chats.jsonl': exists"),
-    (["own.csv", "--lengths", "4,2"], "--lengths = '4,2': must be rising numbers of words from 1, as in 15,60"),
-    (["own.csv", "--lengths", "0,2"], "--lengths = '0,2': must be rising"),
-    (["own.csv", "--lengths", ""], "--lengths = '': must be rising"),
-    (["own.csv", "--lengths", "2,x"], "--lengths = '2,x': must be rising"),
-    (["own.csv", "--lengths", "2"], "FILE = 'length': must not have this column: a new one gets its name"),
-    (["own.csv", "--topics", "gone.csv"], "--topics = 'gone.csv': no such file"),
-    (["own.csv", "--topics", "tickets.csv"], "--topics = 'tickets.csv': must have a text in the column topic of each"),
-    (["own.csv", "--topics", "one.csv"], "--topics = 'one.csv': must have a text in the column topic of each row, at"),
-    (["own.csv", "--topics", "made.jsonl"], "--topics = 'made.jsonl': must hold public records: made.jsonl.card.json"),
-    (["own.csv", *CODES[:2], "--model", "nope"], "--model = 'nope': must be one of llama_1b, minilm"),
-])  # fmt: skip
-def test_what_gets_no_codes_is_one_message_and_no_file(
-    here: Path, command: Any, words: list[str], message: str
-) -> None:
-    files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
-    for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
-        (here / name).write_text(text)
-    before = sorted(path.name for path in here.iterdir())
-    out = [] if "--out" in words else ["--out", "new.jsonl"]
-    assert command("data", "codes", *words, *out).failed().removeprefix(f"{here}/").startswith(message)
-    assert sorted(path.name for path in here.iterdir()) == before
