@@ -44,13 +44,12 @@ def choose(
     from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
 
     place = resolve_file(str(candidates), shipped_folders(), key="--candidates")
-    known = read_card(place, file.reports[0], option="--candidates")
+    known = read_card(place, file.behind[0], option="--candidates")
     # They were written as that card says, and owe to its runs too.
     made = {"labels": [], **known["made"]}
     added = [one["column"] for one in made["labels"] if one["column"] not in file.columns]
     columns = synthetic.columns_of(file.writer) | {f"label {column}": column for column in added}
-    records = iter_records(place, columns)
-    written = [{column: record.fields[role] for role, column in columns.items()} for record in records]
+    written = [{column: one.fields[role] for role, column in columns.items()} for one in iter_records(place, columns)]
     with file.opened() as texts:
         found = synthetic.as_written(written, file.columns)
         if rows is not None:

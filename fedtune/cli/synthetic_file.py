@@ -55,10 +55,13 @@ class SyntheticFile:
             if other.config.privacy.unit != config.privacy.unit:
                 bound = f"must be of privacy.unit={config.privacy.unit}, as RUN is: other epsilons do not add up"
                 raise ConfigError(option, str(other.folder), bound)
-        for one in (self.writer, *others.values()):
-            synthetic.adapter_of(one)  # whose report would not be found
         self.card = {suffix: card_of(to, suffix) for suffix in (".json", ".md")}
-        self.reports = [one.report() for one in (self.writer, *others.values())]
+        from fedtune.report.synthetic_card import run_of  # it imports torch, which takes seconds
+
+        runs = (self.writer, *others.values())
+        digests = [synthetic.adapter_of(one).digest for one in runs]  # first: of a private one no report would be found
+        self.reports = [one.report() for one in runs]
+        self.behind = list(map(run_of, self.reports, digests))
         self._public: list[str] = []
         if beside is not None:
             records = LeadRecords.read(str(beside), config, key="--beside").records
@@ -92,9 +95,8 @@ class SyntheticFile:
             shared = synthetic_card.shared_pairs(written, self._public)
             told["beside"] = {"file": self.beside.name, "shared_pairs": shared}
         texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-        card = synthetic_card.as_json(
-            self.to, lines.encode(), self.reports, earlier=earlier, made=told, figures=figures
-        )
+        runs = [*self.behind, *earlier]
+        card = synthetic_card.as_json(self.to, lines.encode(), runs, made=told, figures=figures)
         texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"
         texts[self.card[".md"]] = synthetic_card.card(self.reports, card)
         if self.ballot is not None:
@@ -102,8 +104,7 @@ class SyntheticFile:
         some = found.rows[:: max(1, len(found.rows) // _SHOWN)][:_SHOWN]
         rows = tuple(tuple(map(harmless, row.values())) for row in some)
         facts = {"records": f"{len(found.rows):,} of {counted(len(found.wanted), 'code')}"}
-        facts |= {"drawn again": left_out} if left_out else {}
-        facts |= {"card": str(self.card[".md"])}
+        facts |= ({"drawn again": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
         if missing:
             facts["missing"] = f"{missing:,}: the model wrote no more that keep the format"
         examples = Section(title="Some of them", headings=tuple(some[0]), rows=rows)

@@ -32,7 +32,7 @@ from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, ca
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
 from fedtune.tasks.registry import task_named
-from fedtune.tasks.saved import load_task_model
+from fedtune.tasks.saved import SavedAdapter, load_task_model
 from fedtune.tasks.task_model import build_task_model
 from fedtune.training.machine import device_for
 from fedtune.words import counted, score_words
@@ -108,7 +108,7 @@ def distil(
         raise DataError("--texts", counted(len(asked), "text"), f"must be at least {FEWEST}")
     records, test = LeadRecords([task.as_asked(one, config.data) for one in asked]), own_records.test
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
-    owed = _owed(file, adapter.absolute().parent)
+    owed = _owed(file, adapter)
     teacher, reference = Source.of(model, config, adapter, private_to=None)
     base = None if student == HALF or student.isdecimal() else ModelSpec(path=student)
     if base is None:
@@ -136,11 +136,12 @@ def distil(
     return replace(told, served=[one if test else replace(one, scores={}) for one in served])
 
 
-def _owed(texts: Path, run: Path) -> str:
+def _owed(texts: Path, adapter: Path) -> str:
     """What a student owes to the records behind its texts, by their card; nothing where they were declared public."""
     if not os.path.lexists(card_of(texts.resolve(), ".json")):
         return ""
-    runs, own = read_card(texts, option="--texts")["runs"], run_of(from_run.build(run))
+    runs = read_card(texts, option="--texts")["runs"]
+    own = run_of(from_run.build(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
     if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
         bound = f"must have a card with an epsilon for each {own['unit']} behind them: else nothing bounds the student"
         raise ConfigError("--texts", str(texts), bound)

@@ -47,8 +47,9 @@ def run_folders_near(folder: Path) -> str:
 
 
 def _digest_in(file: Path) -> str | None:
-    with contextlib.suppress(OSError, ConfigError, LookupError):
-        found = parse_json(file.read_bytes(), key=str(file), bound="must be an object")["adapter_digest"]
+    """Of the adapter that a file names; empty: an older version wrote it, and named none."""
+    with contextlib.suppress(OSError, ConfigError):
+        found = parse_json(file.read_bytes(), key=str(file), bound="must be an object").get("adapter_digest", "")
         return found if isinstance(found, str) else None
     return None
 
@@ -68,7 +69,7 @@ class RunFolder:
         environment: what the run was made on and with.
         answers: what each real site answered last.
         site_reports: the folder of the reports that sites released.
-        selection: that the run was picked in a search (`fedtune.privacy.selection`).
+        selection: of which search the run is a trial (`fedtune.privacy.selection`).
         audit: what an audit of the run found.
         audit_mark: there from before an audit trains: canaries are among the training data.
     """
@@ -101,11 +102,16 @@ class RunFolder:
         return self.adapter
 
     def require_own(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
-        """Raise ConfigError for an audit's adapter, and for another than run.json tells of; a site's copy has none."""
-        bound, mark = "", self.audit_mark.name
+        """Raise ConfigError for an audit's adapter, and for one that run.json does not name."""
+        bound, mark, named = "", self.audit_mark.name, _digest_in(self.result)
         if self.audit_mark.exists():
             bound = f"is an audit: made-up records were planted in its training data ({mark}); its scores mean nothing"
-        elif self.result.exists() and (digest is None or _digest_in(self.result) != digest):
+        elif not self.result.exists():  # beside a site's copy are no checkpoints either: it has no report, and no card
+            said = "must hold its run.json, which names its adapter; resume the run, or put that back"
+            bound = said if self.saved_checkpoints else ""
+        elif named == "":
+            bound = "was made before run.json named its adapter (adapter_digest); resume the run, or make it again"
+        elif digest is None or named != digest:
             bound = "must hold the adapter that its run.json names by adapter_digest; resume the run, or put that back"
         if bound:
             raise ConfigError(key, value or str(self.path), bound)

@@ -67,11 +67,11 @@ def price_of(plans: Sequence[Plan]) -> SearchPrice:
 
 @spec
 class Selection:
-    """How a run was selected in a search, and what the whole search may cost a site.
+    """The search that a run is a trial of, and what the whole search may cost a site.
 
     Attributes:
         search: name of the search.
-        judged_by: the validation score that decided; `score` is the run's own value of it.
+        judged_by: the validation score that decides; `score` is the run's own; None: the search did not pick it.
         trials: number of trials.
         epsilon: of all trials together; None: unbounded.
         charges: the privacy events of all trials.
@@ -98,7 +98,7 @@ class Selection:
         )
 
 
-def released(epsilon: float | None, delta: float, picked: Selection | None) -> tuple[float | None, float]:
-    """What a finished run owes to its records: of a picked one, what all trials of its search owe; None: unbounded."""
-    of_all, at = (picked.epsilon, picked.delta) if picked else (epsilon, delta)
+def released(epsilon: float | None, delta: float, search: Selection | None) -> tuple[float | None, float]:
+    """What a finished run owes to its records: a trial, what all trials of its search owe; None: unbounded."""
+    of_all, at = (search.epsilon, search.delta) if search else (epsilon, delta)
     return finite(max(unbounded(finite(one)) for one in (epsilon, of_all))), max(delta, at)

@@ -229,7 +229,7 @@ class Utility:
         energy: of the machine that ran this; None: not asked for.
         detail: what stands behind the final ones, where the task has labels.
         kept: what the scores of the rounds decided, where the settings let them.
-        selection: that the run was picked in a search; None: it was not.
+        selection: the search that the run is a trial of, and whether that picked it; None: it is none.
         held_out: noised scores of the sites over runs, whose end may `fall`; this run's cost `held_out_epsilon`.
     """
 

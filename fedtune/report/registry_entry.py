@@ -38,7 +38,8 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         for row in site.mechanisms
     )
     picked = report.utility.selection if report.utility else None  # in a search of fedtune's
-    search = f"picked by {picked.judged_by} out of {picked.trials} trials of {picked.search}" if picked else ""
+    how = f"picked by {picked.judged_by} out" if picked and picked.score is not None else "one"
+    search = f"{how} of {picked.trials} trials of {picked.search}" if picked else ""
     by_people = dataclasses.asdict(about) | {"tuning": about.tuning or search}
     facts = {name: value for cell in report.cells for name, value in cell.facts.items() if value}
     return {

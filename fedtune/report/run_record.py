@@ -44,7 +44,7 @@ class RunRecord:
         state: the newest checkpoint; None: none is left.
         rounds: the finished ones.
         environments: what it was made on.
-        selection: that it was picked in a search; None: not on file.
+        selection: the search that it is a trial of; None: not on file.
     """
 
     config: RunConfig

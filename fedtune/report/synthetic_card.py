@@ -27,9 +27,10 @@ from fedtune.words import total
 
 @spec
 class Behind:
-    """A run that records owe to: what all that was released for it owes, and the adapter that it began in."""
+    """A run that records owe to: its adapter, what all that was released for it owes, and where it began."""
 
     run: str
+    adapter_digest: str
     task: str | None
     config_sha256: str | None
     epsilon: float | None
@@ -130,14 +131,18 @@ class Card:
 def together(runs: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
     """Epsilon and delta of all of a card's runs for one unit, at most: both add up (basic composition).
 
-    So do those of the adapters that runs began in, but for public ones: they may have learnt from the same unit.  None:
-    nothing bounds it.
+    So do those of adapters that runs began in and are not public: they may know the same unit.  None: without a bound.
     """
     starts = [run["start"] for run in runs if run["start"] is not None and not run["start"]["public"]]
-    parts = [*runs, *starts]
+    parts = [*once(runs), *once(starts)]
     if any(part["epsilon"] is None or part["delta"] is None or part["unit"] != runs[0]["unit"] for part in parts):
         return None, total(run["delta"] for run in runs)
     return total(part["epsilon"] for part in parts), total(part["delta"] for part in parts)
+
+
+def once(told: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Each of these once: what the same adapter, by its digest, released owes once, however often that is used."""
+    return [one for place, one in enumerate(told) if one not in told[:place]]
 
 
 def in_words(runs: Sequence[Mapping[str, Any]]) -> str | None:
@@ -146,21 +151,21 @@ def in_words(runs: Sequence[Mapping[str, Any]]) -> str | None:
     return None if epsilon is None else owed(epsilon, delta)
 
 
-def run_of(report: Report) -> dict[str, Any]:
+def run_of(report: Report, adapter_digest: str) -> dict[str, Any]:
     """A run as a card tells it."""
     made, picked = report.provenance, report.utility.selection if report.utility else None
     own = report.epsilon if Words(report, catalogue("en")).promises else None
     epsilon, delta = released(own, report.delta, picked)
     about: Any = {"run": report.name, "unit": report.unit, "verdict": report.verdict.state}
     about |= {"task": made.task, "config_sha256": made.config_sha256, "start": made.start_adapter}
-    return asdict(Behind(epsilon=epsilon, delta=delta, **about))
+    return asdict(Behind(epsilon=epsilon, delta=delta, adapter_digest=adapter_digest, **about))
 
 
-def read_card(file: Path, writer: Report | None = None, *, option: str) -> Mapping[str, Any]:
+def read_card(file: Path, writer: Mapping[str, Any] | None = None, *, option: str) -> Mapping[str, Any]:
     """The card of records that a run wrote, as `as_json` made it: only they may be published under its promise.
 
     Raises:
-        ConfigError: there is none beside the file, or it is of another file, or of another run than `writer`'s, or says
+        ConfigError: there is none beside the file, or it is of another file, or of another run than `writer`, or says
             what cannot be.
     """
     path, sha256 = card_of(file.resolve(), ".json"), file_sha256(file, key=option)
@@ -173,7 +178,7 @@ def read_card(file: Path, writer: Report | None = None, *, option: str) -> Mappi
     except ConfigError as error:
         raise ConfigError(option, str(file), f"{bound}: its {error}") from None
     wrote = asdict(told.runs[0])
-    if (told.schema_version, told.sha256, wrote) != (RUN_SCHEMA, sha256, run_of(writer) if writer else wrote):
+    if (told.schema_version, told.sha256, wrote) != (RUN_SCHEMA, sha256, writer or wrote):
         raise ConfigError(option, str(file), bound)
     return found
 
@@ -202,24 +207,18 @@ def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
 def as_json(
     file: Path,
     lines: bytes,
-    reports: Sequence[Report],
+    runs: Sequence[Mapping[str, Any]],
     *,
-    earlier: Sequence[Mapping[str, Any]] = (),
     made: Mapping[str, Any],
     figures: Mapping[str, Figures],
 ) -> dict[str, Any]:
-    """The card of `lines` for programs: by reports of the run that wrote them, and of the votes' run if there is one.
-
-    What stood on a card of candidates comes along as `earlier`: all runs behind them but the one that wrote them.
-    """
-    runs = [*map(run_of, reports), *map(dict, earlier)]
-    epsilon, delta = together(runs)
+    """The card of `lines` for programs: `runs` are all behind them, first the one that wrote them."""
     return {
         "schema_version": RUN_SCHEMA,
         "file": file.name,
         "sha256": hashlib.sha256(lines).hexdigest(),
-        "runs": runs,
-        "together": {"epsilon": epsilon, "delta": delta},
+        "runs": once(runs),
+        "together": dict(zip(("epsilon", "delta"), together(runs), strict=True)),
         "made": dict(made),
         "figures": {name: asdict(one) for name, one in figures.items()},
     }

@@ -92,13 +92,13 @@ def read_environments(folder: Path) -> tuple[Environment, ...]:
 
 
 def read_selection(folder: Path) -> Selection | None:
-    """That the run was picked in a search; None: not on file.  Raises RunError for a damaged note."""
+    """The search that the run is a trial of; None: not on file.  Raises RunError for a damaged note."""
     if not (path := RunFolder(folder).selection).is_file():
         return None
     try:
         return decode(Selection, parse_json(path.read_bytes(), key=str(path), bound="must be an object"))
     except ConfigError as error:
-        raise RunError(f"{path} is damaged: it says of no search that it picked this run") from error
+        raise RunError(f"{path} is damaged: it says of no search that this run is a trial of it") from error
 
 
 def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:

@@ -32,19 +32,20 @@ def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Pat
                 beside = path.with_name(f".{path.name}.{token}.partial")  # is there for another spelling of one path
                 file = os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
                 opened.callback(beside.unlink, missing_ok=True)
-                files.append(opened.enter_context(file))
+                files.append((option, path, beside, opened.enter_context(file)))
                 keep_owner(file.fileno(), path)
         yield texts
-        for (option, path), file in zip(places, files, strict=True):
+        for option, path, _, file in files:
             with _refused(path, option):
                 file.write(texts[path].encode())
                 file.flush()
                 os.fsync(file.fileno())
         with ExitStack() as made:
-            for option, path in places:
+            for option, path, beside, _ in files:
                 with _refused(path, option):
-                    path.with_name(f".{path.name}.{token}.partial").rename(path)
+                    path.touch(exist_ok=False)  # takes the name, so that nothing is replaced that came meanwhile
                     made.callback(path.unlink)  # one that cannot appear takes the others along
+                    beside.rename(path)
                     fsync_folder(path.parent)
             made.pop_all()
 
@@ -59,5 +60,4 @@ def _refused(path: Path, option: str) -> Iterator[None]:
     except FileExistsError:
         raise ConfigError(option, str(path), "must be a new file; there is something of that name") from None
     except OSError as error:
-        bound = f"must be a new file that can be written ({error.strerror})"
-        raise ConfigError(option, str(path), bound) from None
+        raise ConfigError(option, str(path), f"must be a new file that can be written ({error.strerror})") from None

@@ -226,11 +226,8 @@ def _lines(config: RunConfig, path: Path, *, key: str) -> Iterator[Record]:
         raise DataError(key, str(path), f"must be UTF-8 text; byte {error.start + 1} is not") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield Record(
-                task_named(config.task).prompt_fields(line.removesuffix("\r"), config.data, at=f"{path}:{number}"),
-                file=str(path),
-                line=number,
-            )
+            fields = task_named(config.task).prompt_fields(line.removesuffix("\r"), config.data, at=f"{path}:{number}")
+            yield Record(fields, file=str(path), line=number)
 
 
 def _unanswered(record: Record) -> Record:

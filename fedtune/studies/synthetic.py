@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from fedtune.tasks.registry import TASKS, task_named
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
     from fedtune.runs.saved_model import SavedModel
+    from fedtune.tasks.saved import SavedAdapter
 
 Code = tuple[str, ...]
 """The values of a prompt's roles, in their order."""
@@ -34,6 +35,9 @@ WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95, guidance=
 _DRAWS = 5
 """How often a record that breaks the format is drawn again before it is given up."""
 _SURELY_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_OF_RECORDS: tuple[str, ...] = ("dataset", "train_file", "declared_sizes", "max_length", "train_fraction", "unusable")
+_OF_RECORDS += ("heldout_fraction", "validation_fraction", "validation_rows", "test_fraction", "test_rows")
+"""Settings of a run's data by which its training records, and those that it sets aside, are a ballot's too."""
 _NO_SETTING = "${"
 """What no file of settings may hold, and so no ballot."""
 
@@ -98,7 +102,7 @@ def synthesize(
         raise ConfigError("--pattern", pattern, f"must be a regular expression ({error})") from None
     from fedtune.runs.saved_model import SavedModel
 
-    saved = SavedModel(run.config, {"tuned": adapter_of(run)})
+    saved = SavedModel(run.config, {"tuned": adapter_of(run).folder})
     saved.use("tuned")
     return _written(saved, roles, wanted, spec=spec, whole=whole, progress=progress)
 
@@ -153,11 +157,11 @@ def _fault(text: str | None, others: Container[str], whole: re.Pattern[str] | No
     return "pattern" if whole is not None and whole.fullmatch(text) is None else None
 
 
-def adapter_of(run: Run) -> Path:
-    """The folder of a run's adapter; a ConfigError says that it is private to a site."""
+def adapter_of(run: Run) -> SavedAdapter:
+    """A run's adapter; a ConfigError says that it is private to a site."""
     from fedtune.tasks.saved import SavedAdapter
 
-    return SavedAdapter.read(run.adapter).folder
+    return SavedAdapter.read(run.adapter)
 
 
 def _roles(run: Run) -> tuple[str, ...]:
@@ -204,9 +208,7 @@ def weights_of(votes: Run) -> dict[str, float]:
     if not task_named(config.task).counts_units:
         raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
     texts = config.head.label_texts or config.data.labels
-    from fedtune.tasks.saved import SavedAdapter
-
-    _, head = SavedAdapter.read(votes.adapter).tensors
+    _, head = adapter_of(votes).tensors
     weights = head["weight"][0].clip(min=0).astype(np.float64)
     if not weights.sum() > 0:
         raise ConfigError("--votes", str(votes.folder), "must have a candidate with votes: noise left none above 0")
@@ -291,13 +293,13 @@ def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:
     import yaml
 
     texts = list(dict.fromkeys(row[column] for row in rows if _NO_SETTING not in row[column]))
-    data = {key: getattr(config.data, key) for key in ("dataset", "train_file", "declared_sizes", "max_length")}
-    user = {"user": config.data.columns["user"]} if config.privacy.unit == "user" else {}
-    data |= {"columns": {"text": config.data.columns["completion"], **user}}
+    data = {key: getattr(config.data, key) for key in _OF_RECORDS} | {"partition": asdict(config.data.partition)}
+    by = config.data.needed_columns((), partition=True, unit=config.privacy.unit)
+    data |= {"columns": {"text": config.data.columns["completion"], **by}}
     data |= {"labels": [f"text-{number:05}" for number in range(len(texts))]}
     names = {"num_sites": config.federation.num_sites, "site_names": list(config.federation.names)}
     settings = {"data": data, "head": {"label_texts": texts}, "federation": names}
-    settings |= {"privacy": {"unit": config.privacy.unit}}
+    settings |= {"privacy": {"unit": config.privacy.unit}, "seed": config.seed}
     plain = json.loads(json.dumps(settings))
     recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment calls it as the task
     return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, allow_unicode=True, sort_keys=False))

@@ -82,10 +82,9 @@ class Search:
             ConfigError: an option or a setting does not go with a search, a trial's settings are wrong, or trials
                 cannot be compared or paid for together.
         """
-        if method == "grid" and trials is not None:
-            raise ConfigError("--trials", NOT_GIVEN, "does not go with --method grid")
-        if method != "grid" and trials is None:
-            raise ConfigError("--trials", NOT_GIVEN, "must be given")
+        if (method == "grid") != (trials is None):
+            bound = "does not go with --method grid" if method == "grid" else "must be given"
+            raise ConfigError("--trials", NOT_GIVEN, bound)
         if trials is not None:
             check_trials(trials)
         fixed, searched = split_searched(overrides)
@@ -188,12 +187,14 @@ class Search:
             together = accountant.epsilon_pld(charged, self.plans[0].delta) if charged else 0.0
             trials.rows[trial.folder] = trial = replace(trial, together=together)
             trials.write()
+            self._mark(trial)
             if trial.error is not None and (trial.can_go_on or not isinstance(trial.error, FedtuneError)):
                 raise trial.error
             if tpe:
                 tpe.tell(None if trial.score is None else direction(trial.config.judged_by) * trial.score)
-        if trials.best is not None:
-            self._pick(trials.best)
+        if (best := trials.best) is not None:
+            self._mark(best, score=best.score)
+            self._note(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
 
     def _check_name(self) -> None:
         """Check that the search's folder is new, or its own."""
@@ -205,8 +206,7 @@ class Search:
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             raise ConfigError("name", name, f"is taken: {self.folder} holds no search; choose another") from None
         if not same:
-            bound = f"is taken: {path} is of a search with other settings; choose another"
-            raise ConfigError("name", name, bound)
+            raise ConfigError("name", name, f"is taken: {path} is of a search with other settings; choose another")
 
     def _identity(self) -> dict[str, Any]:
         """All by which the same search is known again, as plain JSON."""
@@ -246,17 +246,18 @@ class Search:
             bound = f"must be a folder to write {self.asked.name} into ({error.strerror})"
             raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
 
-    def _pick(self, best: Trial) -> None:
-        """Note which run was picked, and say so in its report and on its model's card."""
-        judged_by = best.config.judged_by
-        selection = Selection.of(
-            self.price, self.plans, search=self.asked.name, method=self.method, judged_by=judged_by, score=best.score
-        )
-        write_durably(RunFolder(best.folder).selection, json_text(asdict(selection)).encode())
-        from fedtune.report import model_card
+    def _mark(self, trial: Trial, *, score: float | None = None) -> None:
+        """Note in a trial's folder, report and card what all trials owe, as each does; `score`: of the picked one."""
+        file, about = RunFolder(trial.folder).selection, {"search": self.asked.name, "method": self.method}
+        owed = Selection.of(self.price, self.plans, **about, judged_by=trial.config.judged_by, score=score)
+        told = json_text(asdict(owed)).encode()
+        if not trial.folder.exists() or (file.exists() and file.read_bytes() == told):
+            return
+        write_durably(file, told)
+        if trial.error is None:
+            from fedtune.report import model_card
 
-        model_card.write_report_and_card(best.folder, language=best.config.report.language)
-        self._note(picked=best.folder.name, judged_by=judged_by, score=best.score)
+            model_card.write_report_and_card(trial.folder, language=trial.config.report.language)
 
     def picked_text(self, best: Trial) -> str:
         """How the best trial was picked, and at what price."""
@@ -362,10 +363,7 @@ class Tpe:
 
     def tell(self, score: float | None) -> None:
         """The score of the trial that was asked for last, and larger is better; None: it has none."""
-        if score is None:
-            self._study.tell(self._trial, state=self._failed)
-        else:
-            self._study.tell(self._trial, score)
+        self._study.tell(self._trial, score, state=self._failed if score is None else None)
 
 
 def ends(searched: Sequence[Searched]) -> list[Values]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from fedtune.api import door
 from fedtune.api.compose import compose_run, with_start
 from fedtune.data.load import deal
+from fedtune.data.partition import PartitionSpec
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.selection import Selection, price_of
@@ -30,6 +32,7 @@ from fedtune.report.synthetic_card import together
 from fedtune.runs.environment import start_adapter_of
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
+from fedtune.sites.virtual_site import dealt_out
 from fedtune.spec import ConfigError
 from fedtune.studies.synthetic import allotted, as_written, ballot, chosen, weights_of
 
@@ -160,22 +163,21 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     made = {key: card["made"][key] for key in ("seed", "shares", "candidates", "rows", "missing")}
     assert made == {"seed": 7, "shares": "voted", "candidates": 4, "rows": 2, "missing": 0}
     assert card["figures"]["public.jsonl"]["texts"] == 1
-    again = command(*choose, str(best), "--rows", "1", "--to", str(tmp_path / "one.jsonl"))
-    assert "card" in again.out, again.err
-    behind_it = json.loads((tmp_path / "one.jsonl.card.json").read_text())
-    assert [one["run"] for one in behind_it["runs"]] == ["writer", "liked", "liked", "shares"]
-    twice = door.load(folder).privacy.epsilon or 0.0
-    assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + twice)
+    vote(shutil.copytree(folder, tmp_path / "anew" / "liked"), 0.4, 0.1, -0.2, 0.3)  # of the same settings
+    for again, times in ((folder, 1), (tmp_path / "anew" / "liked", 2)):
+        one = tmp_path / f"{times}.jsonl"
+        by = ("--candidates", str(best), "--votes", str(again), "--rows", "1", "--to", str(one), "--json")
+        behind_it = json.loads(command("choose", str(runs / "writer"), *by).printed)
+        assert [one["run"] for one in behind_it["runs"]] == ["writer", *["liked"] * times, "shares"]
+        more = (times - 1) * (door.load(folder).privacy.epsilon or 0.0)
+        assert behind_it["together"]["epsilon"] == pytest.approx(card["together"]["epsilon"] + more)
     refused = (*choose, str(to), "--to", str(tmp_path / "no.jsonl"))
     for options, said in (
         (("--rows", "5"), "--rows = 5: must be at most the 4 candidates on a ballot"),
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--rows", "2", "--to", str(best)), "must be a new file"),
         (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates; 4 are none"),
-        (
-            ("--rows", "2", "--beside", str(runs / "tables.jsonl")),
-            "one of it and data.train_file has all texts of the other",
-        ),
+        (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "one of it and data.train_file has all texts of the"),
         (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize or choose wrote it"),
     ):
         assert said in command(*refused, *options).failed()
@@ -282,7 +284,7 @@ def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, comman
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
     assert card["runs"][0]["epsilon"] == card["together"]["epsilon"] == price.epsilon
     text = (tmp_path / "texts.jsonl.card.md").read_text()
-    assert f"A search picked it, whose trials come to epsilon {epsilon_text(price.epsilon)} at delta" in text
+    assert f"It is a trial of a search, whose trials come to epsilon {epsilon_text(price.epsilon)} at delta" in text
     assert f"which are epsilon {epsilon_text(price.epsilon)} at delta" in text
     # So does a run that begins in it, and one that begins in that.
     first = start_adapter_of(begun) or {}
@@ -296,22 +298,23 @@ def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, comman
 
 def test_an_adapter_that_run_json_does_not_name_is_nobodys(runs: Path, command: Any, tmp_path: Path) -> None:
     other = shutil.copytree(runs / "shares", tmp_path / "other")
-    config = door.load(other).config
-    votes = (
-        "synthesize",
-        str(runs / "writer"),
-        "--votes",
-        str(other),
-        "--to",
-        str(tmp_path / "no.jsonl"),
-        "--rows",
-        "2",
-    )
-    for digest in ("0" * 64, None):
-        change(other / "run.json", adapter_digest=digest)
-        assert "must hold the adapter that its run.json names" in command(*votes).failed()
-        with pytest.raises(ConfigError, match=r"^model\.adapter = .*must hold the adapter that its run\.json names"):
+    config, told = door.load(other).config, json.loads((other / "run.json").read_text())
+    votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no.jsonl"))
+    older = {key: value for key, value in told.items() if key != "adapter_digest"}
+    for named, said in (
+        (told | {"adapter_digest": "0" * 64}, "must hold the adapter that its run.json names"),
+        (told | {"adapter_digest": None}, "must hold the adapter that its run.json names"),
+        (older, "was made before run.json named its adapter (adapter_digest)"),
+        (None, "must hold its run.json, which names its adapter"),
+    ):
+        (other / "run.json").write_text(json.dumps(named)) if named else (other / "run.json").unlink()
+        assert said in command(*votes).failed()
+        with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{re.escape(said)}"):
             with_start(replace(config, model=replace(config.model, adapter=str(other))))
+    copy = shutil.copytree(other, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints"))  # as a site's
+    assert "it has no checkpoint" in command(*votes, "--votes", str(copy)).failed()
+    assert command("simulate", f"resume={other}").code == 0, "as the messages say"
+    assert door.load(other).adapter
     vote(other, 3.0, 1.0)
     assert weights_of(door.load(other)) == {"a blue one": 0.75, "a red one": 0.25}
     head = other / "adapter" / "head.safetensors"
@@ -372,10 +375,7 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
         (("--codes", "codes.jsonl", "--ballot", "link/texts.jsonl.card.md"), "card.md': must be a new file"),
         (("--codes", "codes.jsonl", "--to", "tables.jsonl"), "--to = 'tables.jsonl': must be a new file"),
         (("--codes", "codes.jsonl", "--to", "codes.jsonl/x.jsonl"), "x.jsonl.card.json': must be a new file"),
-        (
-            ("--codes", "codes.jsonl", "--to", "texts.csv"),
-            "must be a new file of JSON lines: its name must end in .jsonl",
-        ),
+        (("--codes", "codes.jsonl", "--to", "texts.csv"), "a new file of JSON lines: its name must end in .jsonl"),
         (("--codes", "codes.jsonl", "--to", ""), "--to = '.': must be a new file of JSON lines"),
         (("--codes", "tables.jsonl"), "must be a public list: all prompts of data.train_file stand in it"),
         (("--codes", "once.jsonl"), "must be a public list: 2 of its 3 prompts come once in the run's own files"),
@@ -418,7 +418,7 @@ def test_codes_are_no_list_of_a_run_whose_own_file_is_gone(runs: Path, command: 
 
 def private_to_a_site(run: Path, to: Path) -> Path:
     """The run's adapter as an own one of a site, without run.json."""
-    shutil.copytree(run, to, ignore=shutil.ignore_patterns("run.json"))
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("run.json", "checkpoints"))
     settings = to / "adapter" / "fedtune.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"private_to": "site-1"}))
     return to
@@ -450,17 +450,22 @@ def test_candidates_of_one_text_have_the_votes_of_both(runs: Path) -> None:
 
 def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path, tmp_path: Path) -> None:
     run, file = door.load(runs / "writer"), tmp_path / "ballot.yaml"
-    by_user = replace(run.config.data, columns={**run.config.data.columns, "user": "who"})
-    config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"))
+    partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
+    aside: dict[str, Any] = {"test_fraction": 0.1, "test_rows": 5, "validation_fraction": 0.2}
+    aside |= {"heldout_fraction": 0.3, "train_fraction": 0.5}
+    columns = {**run.config.data.columns, "user": "who", "site": "where"}
+    by_user = replace(run.config.data, columns=columns, partition=partition, **aside)
+    config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"), seed=7)
     rows = [{"messages": "a", "ref": text} for text in ("a blue one", "say ${name}", "a red one")]
     file.write_text(ballot(rows, "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
     assert voting.head.label_texts == ("a blue one", "a red one")
-    assert (voting.privacy.unit, voting.data.columns["user"]) == ("user", "who")
-    assert chosen(as_written(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows == (
-        rows[0],
-        rows[2],
-    )
+    dealt, voters = dealt_out(config), dealt_out(voting)
+    assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != dealt.pop("data.columns")
+    assert voters == dealt, "a user has a vote where it was trained on, and only there"
+    assert {key: getattr(voting.data, key) for key in aside} == aside
+    kept = chosen(as_written(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows
+    assert kept == (rows[0], rows[2])
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ from fedtune.export.distillation import FEWEST
 from fedtune.export.onnx_graphs import load_graph
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
-from fedtune.report.synthetic_card import card_of
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.report.synthetic_card import card_of, run_of, together
 from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
-from fedtune.tasks.saved import load_task_model
+from fedtune.tasks.saved import SavedAdapter, load_task_model
 
 from .conftest import elsewhere
 
@@ -131,26 +132,32 @@ def test_its_card_says_what_it_is(taught: tuple[Path, dict[str, Any]], finished:
     assert (folder / "label.svg").read_bytes() == (finished / "adapter" / "label.svg").read_bytes()
 
 
-def carded(file: Path, *, epsilon: float | None = 2.0, unit: str = "record", text: str = "") -> Path:
+def carded(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str = "record", text: str = "") -> Path:
     """These texts as `fedtune synthesize` writes them: with the card of a run that made them."""
     file.write_text("".join(f"{line}\n" for line in TEXTS))
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     run = {"run": "writer_2", "config_sha256": "0" * 64, "epsilon": epsilon, "delta": 1e-6, "unit": unit, "start": None}
+    runs = [run | {"task": None, "verdict": "within", "adapter_digest": ""}, *others]
     told = {"schema_version": RUN_SCHEMA, "file": file.name, "sha256": sha256, "figures": {}}
-    told |= {"runs": [run | {"task": None, "verdict": "within"}], "together": {"epsilon": epsilon, "delta": 1e-6}}
+    told |= {"runs": runs, "together": dict(zip(("epsilon", "delta"), together(runs), strict=True))}
     told["made"] = {"rows": len(TEXTS), "codes": 1, "missing": 0, "left_out": {}, "shares": "declared"}
     card_of(file, ".json").write_text(json.dumps(told))
     file.write_text(file.read_text() + text)
     return file
 
 
-def test_what_texts_cost_is_added_on_its_card(finished: Path, teach: Any, tmp_path: Path) -> None:
-    (link := tmp_path / "link.txt").symlink_to(carded(tmp_path / "texts.txt"))
+@pytest.mark.parametrize("labelled", [False, True])
+def test_what_texts_cost_is_added_on_its_card(finished: Path, teach: Any, tmp_path: Path, labelled: bool) -> None:
+    """If the teacher has labelled them it is behind them, too, and owes once."""
+    run = fedtune.load(finished)
+    teacher = run_of(run.report(), SavedAdapter.read(run.adapter).digest)
+    (link := tmp_path / "link.txt").symlink_to(carded(tmp_path / "texts.txt", *[teacher] * labelled))
     folder = teach("--passes", "1", "--texts", str(link))[0]
-    text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), fedtune.load(finished).privacy
+    text, own = ModelCard.load(folder / "README.md").text.replace("\\", ""), run.privacy
     assert own.epsilon is not None
-    assert "The card of these texts promises epsilon 2.000 at delta 0.000001 for each record of the runs" in text
-    (both,) = re.findall(r"\(writer_2\)\. Both together, at most, promise of the student: epsilon (\S+) at delta", text)
+    promised = f"{epsilon_text(2 + own.epsilon * labelled)} at delta {1e-6 + own.delta * labelled:f}"
+    assert f"The card of these texts promises epsilon {promised} for each record of the runs" in text
+    (both,) = re.findall(r"\(writer_2[^)]*\)\. Both together, at most, promise of the student: epsilon (\S+) at", text)
     assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
     assert "as who gave them declared" not in text
     assert not (folder / "label.svg").exists(), "it would say what its teacher owes"

@@ -24,11 +24,11 @@ def test_they_appear_together_and_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["the work fails", "a full disk", "another file came", "another came late", "one file twice"]
+    "fault", ["the work fails", "a full disk", "another came", "another came late", "another came last", "one twice"]
 )
 def test_a_failure_leaves_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    first, second = tmp_path / "a", tmp_path / "link" / ("a" if fault == "one file twice" else "b")
+    first, second = tmp_path / "a", tmp_path / "link" / ("a" if fault == "one twice" else "b")
     full = Mock(side_effect=[None, OSError(errno.ENOSPC, "No space left on device")])
 
     def work() -> None:
@@ -38,7 +38,9 @@ def test_a_failure_leaves_none_of_them(tmp_path: Path, monkeypatch: pytest.Monke
                 monkeypatch.setattr(os, "fsync", full)
             elif fault == "another came late":
                 monkeypatch.setattr(new_files_module, "fsync_folder", lambda folder: second.write_text("another's"))
-            elif fault == "another file came":
+            elif fault == "another came last":  # when all have been looked for
+                monkeypatch.setattr(os.path, "lexists", lambda path: second.write_text("another's") and False)
+            elif fault == "another came":
                 second.write_text("another's")
             else:
                 assert fault == "the work fails", "known before it"

@@ -159,14 +159,8 @@ def test_nothing_is_written_where_every_run_fails_at_once(command: Any, tiny: An
 
 
 def test_a_sweep_over_a_budget_says_which_run_was_refused(command: Any, tiny: Any, tmp_path: Path) -> None:
-    shared = tiny(
-        "training.learning_rate=0.01,0.02",
-        *SHORT,
-        f"runtime.sites_dir='{tmp_path / 'sites'}'",
-        into=tmp_path / "runs",
-        name="s",
-    )
-    outcome = command("simulate", "-m", *shared)
+    shared = ("training.learning_rate=0.01,0.02", f"runtime.sites_dir='{tmp_path / 'sites'}'")
+    outcome = command("simulate", "-m", *tiny(*shared, *SHORT, into=tmp_path / "runs", name="s"))
     first, second = lines_of(tmp_path / "runs" / "s.csv")
     assert (first["state"], second["state"]) == ("finished", "failed")
     assert second["reason"] == outcome.message
@@ -174,11 +168,8 @@ def test_a_sweep_over_a_budget_says_which_run_was_refused(command: Any, tiny: An
 
 
 def result(validation: Mapping[str, float | None], *, test: float = 0.5, findings: tuple[str, ...] = ()) -> RunResult:
-    rounds = (
-        RoundResult(
-            round=1, seconds=1.0, sites=("a",), failed_sites={}, bytes_down=1, bytes_up=1, metrics=dict(validation)
-        ),
-    )
+    known: Any = {"round": 1, "seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
+    rounds = (RoundResult(**known, metrics=dict(validation)),)
     final = FinalResult(metrics={"accuracy": test, "loss": test}, findings=findings)
     return run_result(rounds=rounds, final=final, privacy=PrivacyResult(delta=1e-5, seeded_noise=False, sites={}))
 
@@ -208,6 +199,8 @@ def test_the_best_run_is_told_by_validation_alone(row: Any) -> None:
     assert best_of(rows[:1]) is None, "one run is the best of nothing"
     first, second = row(0.5), row(0.5)
     assert best_of([first, second]) is first
+    losses = [row(2.0, *WRITES), row(1.0, *WRITES), row(3.0, *WRITES)]
+    assert best_of(losses) is losses[1], "the smallest"
 
 
 def test_scores_on_the_sites_records_make_no_best(row: Any) -> None:
@@ -216,11 +209,6 @@ def test_scores_on_the_sites_records_make_no_best(row: Any) -> None:
     for settings in (share, train):
         assert best_of([row(0.4, *settings), row(0.6, *settings)]) is None
     assert best_of([row(0.4), row(0.6, "data.unusable=leave_out")]) is None
-
-
-def test_of_losses_the_smallest_is_the_best(row: Any) -> None:
-    rows = [row(2.0, *WRITES), row(1.0, *WRITES), row(3.0, *WRITES)]
-    assert best_of(rows) is rows[1]
 
 
 def test_a_run_that_failed_or_diverged_is_never_the_best(row: Any) -> None:
@@ -255,10 +243,8 @@ def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tiny: Any
 
     with pytest.raises(ValueError, match="a record's text"):
         trials.run(work)
-    assert [(line["state"], line["reason"]) for line in lines_of(tmp_path / "s.csv")] == [
-        ("finished", ""),
-        ("failed", "ValueError"),
-    ]
+    told = [(line["state"], line["reason"]) for line in lines_of(tmp_path / "s.csv")]
+    assert told == [("finished", ""), ("failed", "ValueError")]
     assert len(begun) == 2
     assert "record's text" not in str(trials.section())
 
