@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.spec import panics_as_errors
+from fedtune.data.text_rows import or_fault
+from fedtune.spec import DataError, panics_as_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -136,8 +137,7 @@ def encode(
         )["input_ids"]
         return [(ids, ()) for ids in found]
 
-    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    return (ids for ids, _ in _each(texts, encoded, normalizer, within))
+    return (ids for ids, _ in _each(texts, encoded, getattr(tokenizer, "backend_tokenizer", None), within))
 
 
 def encode_words(
@@ -156,8 +156,7 @@ def encode_words(
             for one, text in zip(found.encodings, some, strict=True)  # type: ignore[attr-defined]
         ]
 
-    normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
-    return _each(texts, encoded, normalizer, within)
+    return _each(texts, encoded, tokenizer.backend_tokenizer, within)
 
 
 def _words_by_token(encoding: Any, text: str) -> list[tuple[int, int]]:
@@ -226,31 +225,23 @@ class MarkedTokenizer:
             found = self._backend.encode_batch(list(some), add_special_tokens=False)
             return [(one.ids, one.offsets) for one in found]
 
-        return _each(texts, encoded, self._backend.normalizer, within)
+        return _each(texts, encoded, self._backend, within)
 
 
 def _each(
-    texts: Sequence[str], encoded: Callable[[Sequence[str]], list[Encoded]], normalizer: Any, within: int | None
+    texts: Sequence[str], encoded: Callable[[Sequence[str]], list[Encoded]], backend: Any, within: int | None
 ) -> Iterator[Encoded]:
+    encoded, normalizer = panics_as_errors()(encoded), getattr(backend, "normalizer", None)
     for some in _chunks(texts):
         if within is None:
-            with panics_as_errors():
-                found = encoded(some)
-            yield from found
+            yield from encoded(some)
             continue
         fits = [_stays_short(text, normalizer) for text in some]
         bounded = [text if short else "" for text, short in zip(some, fits, strict=True)]
-        try:
-            with panics_as_errors():
-                found = encoded(bounded)
-        except Exception:  # of one text, whatever the tokenizer's library raises
-            found = []
-            for text in bounded:
-                try:
-                    with panics_as_errors():
-                        found += encoded([text])
-                except Exception:
-                    found.append(([], ()))
+        found = or_fault("", encoded, bounded)
+        if isinstance(found, DataError):  # about one text, whatever the tokenizer's library raised
+            alone = (or_fault("", encoded, [text]) for text in bounded)
+            found = [([], ()) if isinstance(one, DataError) else one[0] for one in alone]
         for one, short in zip(found, fits, strict=True):
             yield one if short and all(0 <= number < within for number in one[0]) else ([], ())
 
@@ -259,11 +250,8 @@ def _stays_short(text: str, normalizer: Any) -> bool:
     """Whether a tokenizer's normaliser, or None, leaves a text about as long as it is."""
     if normalizer is None:
         return True
-    try:
-        with panics_as_errors():
-            return len(normalizer.normalize_str(text)) <= _MOST_LONGER * len(text) + _ROOM
-    except Exception:
-        return False
+    made = or_fault("", panics_as_errors()(normalizer.normalize_str), text)
+    return not isinstance(made, DataError) and len(made) <= _MOST_LONGER * len(text) + _ROOM
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
