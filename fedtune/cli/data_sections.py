@@ -83,7 +83,7 @@ _FOUND: Mapping[Kind, tuple[str, str]] = {
 def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]:
     """The kind of the file, its columns, its first rows and its labels."""
     unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
-    yield pairs({"file": f"{found.path}, {counted(found.rows, 'row')}{unread}", "kind": KINDS[found.kind]})
+    yield pairs({"file": f"{found.path}, {counted(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]})
     yield Section(
         title="What was chosen",
         headings=("role", "column", "why", "another by"),

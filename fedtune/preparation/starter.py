@@ -24,7 +24,7 @@ from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME, split_labels
 from fedtune.preparation import feature_columns
 from fedtune.preparation.columns import Column, is_place
-from fedtune.preparation.detect import Found, Kind
+from fedtune.preparation.detect import KINDS, Found, Kind
 from fedtune.preparation.duplicates import spelt_alike
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
@@ -55,19 +55,6 @@ _ABOUT_ANSWERS = {
     "label_separator": "stands between the labels of a record",
     "target_range": "numbers of the file lie within: it becomes PUBLIC, and records outside are left out",
 }
-_BASES: Mapping[Kind, str] = {
-    "table": "own_features",
-    "images": "own_images",
-    "labelled": "own_data",
-    "tagged": "own_labels",
-    "rated": "own_numbers",
-    "followed": "own_data",
-    "entities": "own_entities",
-    "scored": "own_pairs",
-    "triplets": "own_pairs",
-    "preferences": "own_preferences",
-}
-"""Experiments of conf/ for records with an answer, and for pairs; all others teach a language model."""
 _OF_ANY_TASK: frozenset[Kind] = frozenset({"table", "images", "followed"})
 _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
     "own_text": ("data.columns={prompt: a, completion: b}",),
@@ -157,7 +144,7 @@ class Plan:
 
 def base_of(kind: Kind) -> str:
     """The experiment of conf/ that suits a kind of training."""
-    return _BASES.get(kind, "own_text")
+    return KINDS[kind][1]
 
 
 def left_open(base: str) -> Sequence[str]:

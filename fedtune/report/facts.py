@@ -470,3 +470,6 @@ class LedgerFacts:
     def seeded_noise(self) -> bool:
         """Whether any run took its noise from a seed."""
         return self.lost_seed or any(run.seeded_noise for run in self.runs)
+
+
+Facts = RunFacts | LedgerFacts

@@ -22,17 +22,7 @@ from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
 from fedtune.privacy.events import Charge
 from fedtune.privacy.selection import Selection
 from fedtune.report.audit_findings import Audit
-from fedtune.report.facts import (
-    Approved,
-    LedgerFacts,
-    Lifetime,
-    Provenance,
-    Release,
-    RunFacts,
-    Source,
-    Verdict,
-    Verification,
-)
+from fedtune.report.facts import Approved, Facts, Lifetime, Provenance, Release, Source, Verdict, Verification
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 from fedtune.tasks.measures import Detail
@@ -272,7 +262,7 @@ class Report:
         admits: the only people whom a run charged; None: everybody.
     """
 
-    facts: Annotated[RunFacts | LedgerFacts, Field(discriminator="kind")]
+    facts: Annotated[Facts, Field(discriminator="kind")]
     kind: Literal["run", "ledger"]
     name: str
     date: str | None

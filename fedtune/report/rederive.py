@@ -21,7 +21,7 @@ from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.report.derive import cells, ledger_figures, profile, run_figures
 from fedtune.report.derive.audit_bounds import audit_problems
-from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts, SiteStatement, Verification
+from fedtune.report.facts import Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement, Verification
 from fedtune.report.model import Problem, Report, to_json
 from fedtune.spec import ConfigError
 from fedtune.words import finite, unbounded
@@ -45,7 +45,7 @@ _BUCKETS_OF_ANY = 3e4  # as much work as a mechanism takes whatever its size: ab
 Charges = Counter[DpEvent]
 
 
-def derive(facts: RunFacts | LedgerFacts) -> Report:
+def derive(facts: Facts) -> Report:
     """The whole report; equal facts give equal bytes on one machine."""
     report = figures_of(facts)
     sites = (replace(site, meaning=profile.as_stated(site.meaning)) for site in report.sites)
@@ -54,7 +54,7 @@ def derive(facts: RunFacts | LedgerFacts) -> Report:
     return replace(report, cells=cells.of_report(report))
 
 
-def figures_of(facts: RunFacts | LedgerFacts) -> Report:
+def figures_of(facts: Facts) -> Report:
     """The same without cells, and with every digit of what its epsilons mean."""
     return run_figures.report_of(facts) if isinstance(facts, RunFacts) else ledger_figures.report_of(facts)
 
@@ -75,7 +75,7 @@ def problems(report: Report) -> list[Problem]:
         return [Problem("facts", "figures", f"that cannot be computed: {error}")]
 
 
-def _too_much_work(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
+def _too_much_work(facts: Facts) -> Iterator[Problem]:
     """A small file can name so many different mechanisms that their distributions keep this machine busy for days."""
     if isinstance(facts, RunFacts):
         canaries = sum(bound.canaries for bound in facts.audit.bounds) if facts.audit else 0
@@ -107,7 +107,7 @@ def _too_much_work(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
         yield Problem("facts", f"{len(single)} different mechanisms", "that would take hours to compute")
 
 
-def _parts(facts: RunFacts | LedgerFacts) -> Iterator[tuple[Charges, float, int]]:
+def _parts(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
     """What has to be composed, the width of its buckets, and how often."""
     if isinstance(facts, RunFacts):
         # The whole plan, and what each site was charged, with what it came to after earlier rounds.
@@ -138,7 +138,7 @@ def _buckets(event: DpEvent) -> float:
     return float(10 / sigma + 1 / sigma**2) / accountant.FINE
 
 
-def _contradictions(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
+def _contradictions(facts: Facts) -> Iterator[Problem]:
     """Facts that cannot be true beside others."""
     if unknown := sorted(facts.settings.keys() - cells.SETTINGS):
         yield Problem("settings", unknown[0], f"one of {', '.join(sorted(cells.SETTINGS))}")
@@ -271,7 +271,7 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
     yield from _of_verification(said.verification)
 
 
-def _of_selection(facts: RunFacts | LedgerFacts) -> Iterator[Problem]:
+def _of_selection(facts: Facts) -> Iterator[Problem]:
     """What sites' own reports say that this run cost, by its plan, and of the search, by all that it may do."""
     if not isinstance(facts, RunFacts):
         return

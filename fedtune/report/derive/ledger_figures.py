@@ -11,23 +11,13 @@ from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 
-from dp_accounting import DpEvent, GaussianDpEvent
+from dp_accounting import DpEvent
 
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, groups, period_of
-from fedtune.privacy.events import Charge
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
-from fedtune.report.facts import (
-    NOT_RECORDED,
-    Approved,
-    ChargedRounds,
-    CohortFigures,
-    LedgerFacts,
-    Lifetime,
-    LifetimeRun,
-    Verdict,
-)
+from fedtune.report.facts import Approved, ChargedRounds, CohortFigures, LedgerFacts, Lifetime, LifetimeRun
 from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step, filled
 from fedtune.show.budget_text import Arrivals
 from fedtune.words import finite, unbounded
@@ -46,10 +36,9 @@ def report_of(facts: LedgerFacts) -> Report:
     )
     site = filled(SiteReport, facts)(
         source="own_ledger",
-        verdict=Verdict(state="within"),
         approved=approved,
         spent=spent,
-        meaning=None,
+        **verdicts.UNJUDGED,
         mechanisms=ran,
         curve=profile.curve(charged, delta),
         steps=steps(facts, life),
@@ -150,26 +139,7 @@ def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
     # The fedtune that wrote the entry samples so.
     made = partial(profile.mechanism_of, sampling="poisson")
     known = [made(one.plan, run=one.run, rounds=rounds[one.run], noise_factor=one.noise_factor) for one in facts.runs]
-    return (*known, *(_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
-
-
-def _of_lost_run(event: DpEvent, count: int) -> Mechanism:
-    """A mechanism that ran on a branch that was lost, of which nothing else is known: steps as those of one round."""
-    ((json, _),), (rate, gaussian) = events.counted([event]), profile.parts_of(event)
-    noise = gaussian.noise_multiplier if isinstance(gaussian, GaussianDpEvent) else 0.0
-    scores = noise if gaussian is event else 0.0
-    return Mechanism(
-        run="",
-        sampling_assumed="poisson",
-        sampling_run=NOT_RECORDED,
-        sampling_rate=rate,
-        noise_multiplier=noise,
-        max_grad_norm=None,
-        local_steps=0 if scores else count,
-        rounds=0 if scores else 1,
-        metrics_noise_multiplier=scores,
-        charges=(Charge(event=json, count=count),),
-    )
+    return (*known, *(profile.mechanism_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
 
 
 def lifetime(facts: LedgerFacts) -> Lifetime:

@@ -30,7 +30,7 @@ from fedtune.privacy.accountant import Counted
 from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.events import Charge, Spent
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.facts import Source
+from fedtune.report.facts import NOT_RECORDED, Source
 from fedtune.report.model import CurvePoint, HitRate, Meaning, Mechanism, Posterior, filled
 from fedtune.report.model import Spent as Figures
 from fedtune.spec import check_at_least
@@ -80,6 +80,25 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_fact
         rounds=rounds,
         charges=tuple(Charge(event=one, count=count) for one, count in events.counted(charged_events(plan, rounds))),
         noise_factor=noise_factor,
+    )
+
+
+def mechanism_of_lost_run(event: DpEvent, count: int) -> Mechanism:
+    """A mechanism that ran on a branch that was lost, of which nothing else is known: steps as those of one round."""
+    ((json, _),), (rate, gaussian) = events.counted([event]), parts_of(event)
+    noise = gaussian.noise_multiplier if isinstance(gaussian, GaussianDpEvent) else 0.0
+    scores = noise if gaussian is event else 0.0
+    return Mechanism(
+        run="",
+        sampling_assumed="poisson",
+        sampling_run=NOT_RECORDED,
+        sampling_rate=rate,
+        noise_multiplier=noise,
+        max_grad_norm=None,
+        local_steps=0 if scores else count,
+        rounds=0 if scores else 1,
+        metrics_noise_multiplier=scores,
+        charges=(Charge(event=json, count=count),),
     )
 
 

@@ -12,7 +12,7 @@ from typing import get_args
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report.derive import profile, verdicts
-from fedtune.report.facts import NOT_RECORDED, LedgerFacts, RunFacts
+from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
 from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility, filled
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
@@ -46,9 +46,7 @@ _UPDATES = {False: "updates", True: "masked_updates"}
 _MOST_NAMED = 5  # runs; report.json lists all of them
 
 
-def report_of(
-    facts: RunFacts | LedgerFacts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None
-) -> Report:
+def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None) -> Report:
     """The report of a run or a ledger, without its cells; `sites` with their verdicts."""
     if isinstance(facts, RunFacts):
         name, unit, delta, target = facts.name, facts.plan.unit, facts.plan.delta, facts.target_epsilon
@@ -109,7 +107,7 @@ def _of_kind(codes: Sequence[str], without: set[str]) -> tuple[str, ...]:
     return tuple(code for code in codes if code not in without)
 
 
-def assumptions(facts: RunFacts | LedgerFacts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
+def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     """The assumptions that the guarantee rests on, violated ones first."""
     found = _of_run(facts, sites) if isinstance(facts, RunFacts) else _of_ledger(facts, sites[0])
     # An inconsistent ledger is evidence of nothing, not even of its site's assertions.

@@ -67,7 +67,6 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
     made = filled(SiteReport, site, *([statement] if statement else []))(
         source=source,
-        verdict=Verdict(state="within"),
         spent=Spent(
             epsilon=by_pld,
             epsilon_pld=by_pld,
@@ -78,7 +77,7 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
             steps=site.rounds * plan.local_steps,
             ended_by_scores=facts.ended_by_scores and site.rounds > 0,
         ),
-        meaning=None,
+        **verdicts.UNJUDGED,
         mechanisms=rows,
         curve=profile.curve(charged, plan.delta),
         steps=tuple(_steps(facts, site, by_pld)),

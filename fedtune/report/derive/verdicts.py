@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES
 from fedtune.privacy.events import Spent
@@ -30,6 +30,8 @@ REASONS: Mapping[State, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """State -> the reasons for it, the worst state first.  Those of "within" are remarks."""
+UNJUDGED: Mapping[str, Any] = {"verdict": Verdict(state="within"), "meaning": None}
+"""Of a site, until `judged` has seen its figures."""
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
 Room = Literal["closed", "used_up", "no_run_fits"]
 _LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon may differ by rounding
