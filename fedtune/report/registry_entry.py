@@ -45,7 +45,11 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "name": report.name,
-        **{key: by_people[key] for key in ("curator", "description", "intended_use", "sector", "published")},
+        "curator": about.curator,
+        "description": about.description,
+        "intended_use": about.intended_use,
+        "sector": about.sector,
+        "published": about.published,
         "data_product": {
             "kind": "fine-tuned model" if of_run else "updates to models",
             "task": facts.get("task"),
