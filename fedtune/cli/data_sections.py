@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +24,10 @@ from fedtune.show.terminal_tables import Section, pairs
 from fedtune.spec import shown
 from fedtune.words import counted
 
-ABOUT = (
-    "For the eyes of those who hold the records: the counts are exact, and no noise protects them. Nothing of this "
-    "leaves the machine unless you pass it on.",
-    "It shows lines and columns and no record's text, so that it can go to colleagues who may not read the records.",
-    "Nothing was dropped or changed, and no run reads any of it. `fedtune data clean` writes a new file.",
-)
-ABOUT_COPIES = (
-    "This comes from private records, is exact, and has no guarantee: it must not leave the site.",
-    "Nothing was changed. Do not take records out of a release for what you see here: what is left of it would then "
-    "tell of private records, and no guarantee covers that.",
-    "Runs are of words without case and punctuation. Details are found by patterns, which know no names or addresses.",
-)
+_WORDS = tomllib.loads(Path(__file__).with_name("data_words.toml").read_text(encoding="utf-8"))
+ABOUT, ABOUT_COPIES = tuple(_WORDS["about"]), tuple(_WORDS["about_copies"])
+_FOUND: Mapping[Kind, tuple[str, str]] = _WORDS["finding"] | {"personal": ("likely", CAVEAT)}
+"""The name of a finding, and its meaning."""
 _RUNS = {least: f"a run of {least} words or more" for least in (8, 12, 20)}
 _LIKE = {"same": "the same text", "alike": "almost the same text"}
 _SHOWN = 60
@@ -41,43 +35,6 @@ _MOST_LABELS = 30
 _MOST_COLUMNS = 40
 _MOST_LINES = 6
 _BAR = 40
-_FOUND: Mapping[Kind, tuple[str, str]] = {
-    "cut": ("longer than max_length", "What is too long is cut: a text at its end, a prompt at its beginning."),
-    "lost": ("of these, an answer is cut", "Of an answer that is cut the model never learns the end."),
-    "unlearnt": ("nothing left to learn", "A record without a token to learn counts as zero in training."),
-    "scheme": (
-        "tags that go on with nothing",
-        "A tag I- behind none of its type begins an entity, as IOB1 has it; in other schemes it is a slip.",
-    ),
-    "hidden": (
-        "parts that share a word",
-        "A word of the model's tokenizer has one label: of two parts in a word the first is learnt; scores count both.",
-    ),
-    "same": (
-        "duplicate",
-        "Each duplicate is protected as a record of its own, so what they all say is protected less.",
-    ),
-    "alike": ("near-duplicate", "Near-duplicates share four fifths of their runs of five letters, or more."),
-    "shared": (
-        "text of an earlier record",
-        "What is promised to one record is less for a text in many: each adds to what can be learnt of it. Where texts "
-        "are of persons, protect each person as a whole (privacy.unit: user; docs/user_level.md).",
-    ),
-    "contradiction": (
-        "same text, another label",
-        "The same text has two different labels in the file. A model can learn at most one of them.",
-    ),
-    "overlap": ("also in", "Records of the test that are also trained on make the scores too good."),
-    "near_overlap": ("almost the same in", "Scores on records almost like those trained on are too good, as well."),
-    "declared": (
-        "",
-        "A number beyond its range counts as the nearer end, a name that is not declared as other. If there are many, "
-        "the unit or the spelling may be another one than you know.",
-    ),
-    "personal": ("likely", CAVEAT),
-    "damage": ("", "Damaged texts are best read again from their source, with the right encoding."),
-}
-"""The name of a finding, and its meaning."""
 
 
 def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]:
