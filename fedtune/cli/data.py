@@ -21,7 +21,7 @@ from fedtune.data.records import Record, resolve_file, usable_records, without_r
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.values import is_written
 from fedtune.model.source import locate
-from fedtune.model.spec import PACKAGE, ModelSpec
+from fedtune.model.spec import PACKAGE, LoraSpec, ModelSpec
 from fedtune.preparation import feature_columns, starter
 from fedtune.preparation.check_data import INSTALL, at_own_site
 from fedtune.preparation.check_data import check as examine
@@ -246,7 +246,9 @@ def codes(
         config, spec = _with_model("votes", model)
         reader = _reader(config.data, spec, key="--model", other="--model")
         each, spec = tuple(dict.fromkeys(listed)), replace(spec, dtype="float32")  # the same on every machine
-        votes = replace(config.task_model(), model=spec, head=replace(config.head, label_texts=each), labels=each)
+        lora = LoraSpec(rank=1, layers=(-1,))  # of no effect untrained, and of whatever modules the model has
+        head = replace(config.head, label_texts=each)
+        votes = replace(config.task_model(), model=spec, lora=lora, head=head, labels=each)
         same = {"topics": file_sha256(path, key="--topics"), "model": model_sha256(spec)}
     coding = Coding(roles, votes, reader, bounds=bounds)
     done = write_clean(source, out, coding)

@@ -355,8 +355,8 @@ def test_what_is_printed_of_codes_and_a_language_model_that_reads_them(
     Path("topics.jsonl").write_text("".join(json.dumps({"topic": one}) + "\n" for one in (*TOPICS, "sales")))
     rows = [{"team": "x", "body": text, "day": 7} for text in ("two words", "sales", " ", "a parcel that never came")]
     (here / "mixed.json").write_text(json.dumps(rows))
-    words = ("--topics", "topics.jsonl", *CODES[2:], "--columns", "{text: body}", "--out", "coded.jsonl")
-    outcome = command("data", "codes", "mixed.json", *words)
+    words = ("--topics", "topics.jsonl", "--model", "random_llama", *CODES[4:], "--columns", "{text: body}")
+    outcome = command("data", "codes", "mixed.json", *words, "--out", "coded.jsonl")
     assert too_wide(outcome.out) == []
     snapshots.check_output("data-codes", outcome.out)
     assert json.loads((here / "coded.jsonl").read_text().splitlines()[1]).items() >= rows[1].items()
