@@ -9,8 +9,6 @@ from fedtune.api import door
 from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Run
 from fedtune.cli.synthetic_file import Beside, SyntheticFile, To
-from fedtune.data.load import shipped_folders
-from fedtune.data.records import iter_records, resolve_file
 from fedtune.spec import ConfigError
 from fedtune.studies import synthetic
 
@@ -41,15 +39,8 @@ def choose(
     by = {"--votes": votes, "--labels": labels}
     others = {option: door.load(folder) for option, folder in by.items() if folder is not None}
     file = SyntheticFile(to, run, others, rows=rows, beside=beside)
-    from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
-
-    place = resolve_file(str(candidates), shipped_folders(), key="--candidates")
-    known = read_card(place, file.behind[0], option="--candidates")
-    # They were written as that card says, and owe to its runs too.
+    written, known = file.read(candidates, option="--candidates")
     made = {"labels": [], **known["made"]}
-    added = [one["column"] for one in made["labels"] if one["column"] not in file.columns]
-    columns = synthetic.columns_of(file.writer) | {f"label {column}": column for column in added}
-    written = [{column: one.fields[role] for role, column in columns.items()} for one in iter_records(place, columns)]
     with file.opened() as texts:
         found = synthetic.as_written(written, file.columns)
         if rows is not None:
@@ -59,5 +50,5 @@ def choose(
             found = synthetic.labelled(found, file.columns[-1], classifier)
             new = {"column": classifier.config.data.columns["label"], "by": classifier.config.name}
             made["labels"] = [*(one for one in made["labels"] if one["column"] != new["column"]), new]
-        told = file.fill(texts, found, made, earlier=known["runs"][1:])
+        told = file.fill(texts, found, made)
     answer(*told, as_json=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ def synthesize(
     rows: Annotated[int, Option("how many records")] = 1000,
     codes: Annotated[Path | None, Option("public: what records are written for, a code a row", metavar="FILE")] = None,
     votes: Annotated[Path | None, Option("a run of task votes: the codes' shares", metavar="RUN")] = None,
+    beginnings: Annotated[Path | None, Option("records of RUN with their card, to be varied", metavar="FILE")] = None,
     ballot: Annotated[Path | None, Option("also an experiment in which sites vote on these", metavar="FILE")] = None,
     pattern: Annotated[str | None, Option("a regular expression that a whole text must match", metavar="REGEX")] = None,
     beside: Beside = None,
@@ -39,6 +41,7 @@ def synthesize(
 
       fedtune synthesize runs/writer --codes intents.csv --rows 2000 --to texts.jsonl
       fedtune synthesize runs/writer --votes runs/shares --rows 2000 --to texts.jsonl
+      fedtune synthesize runs/writer --beginnings best.jsonl --rows 2000 --to more.jsonl
 
     A code is what the model is asked with, such as a label's name. A text that does not end, is broken, comes twice or
     does not match is drawn again. FILE.card.md and FILE.card.json say how the records were made, what the runs promise
@@ -47,17 +50,16 @@ def synthesize(
     spec = WritingSpec(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, guidance=guidance, seed=seed
     )
-    voted = door.load(votes) if votes is not None else None
-    others = {"--votes": voted} if voted is not None else {}
+    others = {"--votes": door.load(votes)} if votes is not None else {}
     file = SyntheticFile(to, run, others, rows=rows, beside=beside, ballot=ballot, device=device)
-    sha256 = None
-    if codes is not None:  # before hours in which it may change
-        sha256 = file_sha256(resolve_file(str(codes), shipped_folders(), key="--codes"), key="--codes")
-    made = {"codes_file": codes.name if codes else None, "codes_sha256": sha256, **asdict(spec)}
+    begun = file.read(beginnings, option="--beginnings")[0] if beginnings is not None else []
+    key, named = ("--codes", codes) if beginnings is None else ("--beginnings", beginnings)
+    # Before hours in which it may change.
+    sha256 = file_sha256(resolve_file(str(named), shipped_folders(), key=key), key=key) if named else None
+    shares = "varied" if begun else "voted" if others else "declared"
+    made = {"codes_file": named.name if named else None, "codes_sha256": sha256, "shares": shares, **asdict(spec)}
     with file.opened() as texts, shown_progress() as progress:
-        found = synthetic.synthesize(
-            file.writer, codes, rows=rows, votes=voted, spec=spec, pattern=pattern, own=file.own, progress=progress
-        )
-        made |= {"shares": "declared" if voted is None else "voted", "left_out": dict(found.left_out)}
-        told = file.fill(texts, found, made)
+        write = partial(synthetic.synthesize, file.writer, codes, rows=rows, votes=others.get("--votes"))
+        found = write(beginnings=begun, spec=spec, pattern=pattern, own=file.own, progress=progress)
+        told = file.fill(texts, found, made | {"left_out": dict(found.left_out)})
     answer(*told, as_json=as_json)

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from fedtune.api import door
 from fedtune.cli.command import Option
 from fedtune.cli.finished_run import finished_run, harmless
+from fedtune.data.load import shipped_folders
+from fedtune.data.records import iter_records, resolve_file
 from fedtune.show.new_files import new_files
 from fedtune.show.terminal_tables import Section, pairs
 from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, require_apart
@@ -38,10 +40,7 @@ class SyntheticFile:
         ballot: Path | None = None,
         device: str = "auto",
     ) -> None:
-        """Check what takes no model: a ConfigError says what cannot be used, or is there already.
-
-        `others`: by option, the runs beside the writer's that the records owe to.
-        """
+        """Check what takes no model; `others`: by option, the runs beside the writer's that the records owe to."""
         if rows is not None:
             check_at_least("--rows", rows, 1)
             check_at_most("--rows", rows, _MOST_ROWS)
@@ -63,10 +62,24 @@ class SyntheticFile:
         self.reports = [one.report() for one in runs]
         self.behind = list(map(run_of, self.reports, digests))
         self._public: list[str] = []
+        self._owed: Sequence[Any] = ()  # runs on the card of what the records are made of
         if beside is not None:
             records = LeadRecords.read(str(beside), config, key="--beside").records
             require_apart(records, self.own, key="--beside", file=str(beside))
             self._public = [record.fields["completion"] for record in records]
+
+    def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
+        """Records that the writer wrote, with their labels, and their card; what is made of them owes to its runs."""
+        from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
+
+        place = resolve_file(str(file), shipped_folders(), key=option)
+        known = read_card(place, self.behind[0], option=option)
+        self._owed = known["runs"][1:]
+        labels = [one["column"] for one in known["made"].get("labels", ())]
+        columns = synthetic.columns_of(self.writer)
+        columns |= {f"label {column}": column for column in labels if column not in self.columns}
+        records = iter_records(place, columns)
+        return [{column: one.fields[role] for role, column in columns.items()} for one in records], known
 
     def opened(self) -> AbstractContextManager[dict[Path, str]]:
         """The new files for `fill`, the records behind their card: without it they would pass for public ones."""
@@ -74,12 +87,9 @@ class SyntheticFile:
         return new_files(*places, *([("--ballot", self.ballot)] if self.ballot else []))
 
     def fill(
-        self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any], earlier: Sequence[Any] = ()
+        self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Sequence[Section]]:
-        """Put records and card into the texts of new files, and tell the card and what is shown of them.
-
-        `made` says how; `earlier`: runs that the records owe to beside those of the options, as a card tells them.
-        """
+        """Put records and card, with how they were `made`, into the texts of new files, and tell what is shown."""
         from fedtune.report import synthetic_card
 
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
@@ -95,7 +105,7 @@ class SyntheticFile:
             shared = synthetic_card.shared_pairs(written, self._public)
             told["beside"] = {"file": self.beside.name, "shared_pairs": shared}
         texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-        runs = [*self.behind, *earlier]
+        runs = [*self.behind, *self._owed]
         card = synthetic_card.as_json(self.to, lines.encode(), runs, made=told, figures=figures)
         texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"
         texts[self.card[".md"]] = synthetic_card.card(self.reports, card)
@@ -105,7 +115,6 @@ class SyntheticFile:
         rows = tuple(tuple(map(harmless, row.values())) for row in some)
         facts = {"records": f"{len(found.rows):,} of {counted(len(found.wanted), 'code')}"}
         facts |= ({"drawn again": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
-        if missing:
-            facts["missing"] = f"{missing:,}: the model wrote no more that keep the format"
+        facts |= {"missing": f"{missing:,}: the model wrote no more that keep the format"} if missing else {}
         examples = Section(title="Some of them", headings=tuple(some[0]), rows=rows)
         return card, [pairs(facts, title=str(self.to)), examples]

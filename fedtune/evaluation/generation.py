@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.data.batching import micro_batches
@@ -182,19 +183,16 @@ def generate(
     Raises:
         ConfigError: when a prompt and its text exceed the positions that the model has, or a batch the device's memory.
     """
-    texts = [""] * len(prompts)
     written = write_batches(
         task_model,
         prompts,
-        pad_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer,
         end_ids=end_ids,
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
         choose=greedily,
     )
-    for index, token_ids, _ in written:
-        texts[index] = _decoded(token_ids, tokenizer)
-    return texts
+    return [text for _, text, _ in sorted(written)]
 
 
 def draw(
@@ -207,6 +205,7 @@ def draw(
     first: int,
     max_tokens: int,
     against: Sequence[np.ndarray] = (),
+    begun: Sequence[np.ndarray] = (),
 ) -> Iterator[tuple[int, str | None]]:
     """Draw a text for each prompt, in batches; each has draws of its own.
 
@@ -219,6 +218,7 @@ def draw(
         first: the number of the first text, which sets its draws apart from those of other numbers.
         max_tokens: padded tokens of a batch, prompt and text together.
         against: for `spec.guidance`, a prompt beside each, that of another text; none: without guidance.
+        begun: the tokens that each text begins with; none: all of it is drawn.
 
     Yields:
         (place of the prompt, its text; None: it did not end within `spec.max_new_tokens`), in no order.
@@ -242,36 +242,39 @@ def draw(
     written = write_batches(
         task_model,
         prompts,
-        pad_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer,
         end_ids=end_ids,
         max_new_tokens=spec.max_new_tokens,
         max_tokens=max_tokens,
         choose=choose,
         against=against,
+        begun=begun,
     )
-    for index, token_ids, ended in written:
-        yield index, _decoded(token_ids, tokenizer) if ended else None
+    yield from ((index, text if ended else None) for index, text, ended in written)
 
 
 def write_batches(
     task_model: TaskModel,
     prompts: Sequence[np.ndarray],
     *,
-    pad_id: int,
+    tokenizer: PreTrainedTokenizerBase,
     end_ids: frozenset[int],
     max_new_tokens: int,
     max_tokens: int,
     choose: Choose,
     against: Sequence[np.ndarray] = (),
-) -> Iterator[tuple[int, list[int], bool]]:
-    """The place of each prompt, what was written after it, and whether that ended; prompts of a length together.
+    begun: Sequence[np.ndarray] = (),
+) -> Iterator[tuple[int, str, bool]]:
+    """The place of each prompt, its text with its beginning, and whether that ended; prompts of a length together.
 
     Raises:
         ConfigError: when a prompt and its text exceed the positions that the model has, or a batch the device's memory.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int32) + max_new_tokens
-    if against:
-        lengths = np.maximum(lengths, np.array([len(other) for other in against], dtype=np.int32) + max_new_tokens)
+    if begun:
+        pairs = (zip(them, begun, strict=False) for them in (prompts, against))
+        prompts, against = ([*map(np.concatenate, them)] for them in pairs)
+    both = zip(prompts, against or prompts, strict=True)
+    lengths = np.array([max(map(len, pair)) for pair in both], dtype=np.int32) + max_new_tokens
     longest, most = int(lengths.max(initial=0)), usable_positions(task_model.base.get_base_model())
     if most is not None and longest > most:
         bound = f"the longest prompt has {longest - max_new_tokens} tokens, and the model takes {most} in all"
@@ -287,7 +290,7 @@ def write_batches(
                 task_model.base,
                 [prompts[index] for index in indices],
                 end_ids=end_ids,
-                pad_id=pad_id,
+                pad_id=tokenizer.pad_token_id,
                 max_new_tokens=max_new_tokens,
                 device=task_model.device,
                 choose=of_batch,
@@ -295,7 +298,8 @@ def write_batches(
             )
         for index, token_ids in zip(indices, written, strict=True):
             text = list(takewhile(lambda token_id: token_id not in end_ids, token_ids))
-            yield int(index), text, len(text) < len(token_ids)
+            whole = _decoded([*(begun[index] if begun else ()), *text], tokenizer)
+            yield int(index), whole, len(text) < len(token_ids)
 
 
 def text_figures(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, npt.NDArray[np.float64]]:
@@ -369,13 +373,9 @@ def write_batch(
     """
     begun, halves = [*prompts, *against], 2 if against else 1  # both write the same text
     # Right-aligned, (n, longest), so that every row's last token is real.
-    longest = max(map(len, begun))
-    token_ids = torch.full((len(begun), longest), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(token_ids)
-    for row, prompt in enumerate(begun):
-        token_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    token_ids, mask = token_ids.to(device), mask.to(device)
+    ids = [torch.from_numpy(prompt).long() for prompt in begun]
+    token_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left").to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left").to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     # Families that read distances off the mask (ALiBi) take no position ids.
     takes_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters

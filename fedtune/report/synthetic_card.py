@@ -53,7 +53,7 @@ class Made(WritingSpec):
     codes: int
     missing: int
     left_out: Mapping[str, int]
-    shares: Literal["declared", "voted"]
+    shares: Literal["declared", "voted", "varied"]
     codes_file: str | None = None
     codes_sha256: str | None = None
     candidates: int | None = None

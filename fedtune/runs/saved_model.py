@@ -15,6 +15,7 @@ from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.batching import collate
 from fedtune.data.partition import users_of
+from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.evaluation.bootstrap import Comparison, compared
 from fedtune.evaluation.generation import as_text, draw, text_scores, write
 from fedtune.evaluation.scoring import scoring
@@ -32,8 +33,6 @@ from fedtune.training.machine import device_for, keeps_frozen_states
 
 BASE = "base"
 """The name of the run's start: the base model with adapters that change nothing, and the head as it begins."""
-
-
 _TIMES_AS_MANY = 4
 """As scoring has tokens in a batch: where texts are written, scores are computed of the last token alone."""
 
@@ -47,6 +46,7 @@ class SavedModel:
 
     Attributes:
         names: `BASE`, and those of the adapters.
+        positions: how many tokens the model takes in all; None where nothing bounds it.
 
     Raises:
         ConfigError: an adapter cannot be read, or is of another model.
@@ -68,15 +68,8 @@ class SavedModel:
                 bound = f"must be whole, and fit the run's model: {error}"
                 raise ConfigError("adapter", str(adapter.folder), bound) from None
             self._tensors[name] = _tensors_of(self.model)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
-
-    @property
-    def positions(self) -> int | None:
-        """How many tokens the model takes in all; None where nothing bounds it."""
-        return usable_positions(self.model.base.get_base_model())
+        self.names = tuple(self._tensors)
+        self.positions = usable_positions(self.model.base.get_base_model())
 
     def use(self, name: str) -> None:
         """Put an adapter into the model."""
@@ -105,6 +98,14 @@ class SavedModel:
             raise DataError(at, f"{len(ids)} tokens", bound)
         return ids
 
+    def answer_ids(self, fields: Sequence[Mapping[str, str]]) -> list[npt.NDArray[np.int32]]:
+        """The tokens of records' answers, as training has them after the prompt's, without those that end them."""
+        task, data = self.model.task, self.config.data
+        examples = task.tokenise([Record(one) for one in fields], self.tokenizer, data=data)
+        ends = list(task.end_ids(self.tokenizer, data=data))
+        pairs = zip(examples.input_ids, examples.targets, strict=True)
+        return [ids[(learnt != UNSUPERVISED) & ~np.isin(ids, ends)] for ids, learnt in pairs]
+
     def written(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
         """The answer to a prompt by the adapter in use, as it is written; see `as_text`."""
         end_ids = self.model.task.end_ids(self.tokenizer, data=self.config.data)
@@ -117,6 +118,7 @@ class SavedModel:
         *,
         first: int,
         against: Sequence[npt.NDArray[np.int32]] = (),
+        begun: Sequence[npt.NDArray[np.int32]] = (),
     ) -> Iterator[tuple[int, str | None]]:
         """Texts of many prompts by the adapter in use; see `fedtune.evaluation.generation.draw`."""
         return draw(
@@ -128,6 +130,7 @@ class SavedModel:
             first=first,
             max_tokens=_TIMES_AS_MANY * self.config.evaluation.max_tokens,
             against=against,
+            begun=begun,
         )
 
     def measured(self, data: LeadData) -> dict[str, Measured]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.runs.saved_model import SavedModel
     from fedtune.tasks.saved import SavedAdapter
 
 Code = tuple[str, ...]
@@ -34,6 +34,8 @@ Code = tuple[str, ...]
 WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95, guidance=1.0)
 _DRAWS = 5
 """How often a record that breaks the format is drawn again before it is given up."""
+_BEGUN = 1 / 4, 3 / 4
+"""The share of a text's tokens that stays where it is varied: at least, and less than."""
 _SURELY_BROKEN = "\N{REPLACEMENT CHARACTER}"
 _OF_RECORDS: tuple[str, ...] = ("dataset", "train_file", "declared_sizes", "max_length", "train_fraction", "unusable")
 _OF_RECORDS += ("heldout_fraction", "validation_fraction", "validation_rows", "test_fraction", "test_rows")
@@ -50,7 +52,7 @@ class Synthetic:
         rows: column to text, by code, in the order of the codes.
         wanted: how many were asked for of each code.
         left_out: how many texts were drawn that are no record, by reason: "not ended" within the longest length,
-            "blank", "broken" characters, "twice" the same text of a code, and "pattern", which it does not match.
+            "blank", "broken" characters, "twice" the same text of a code, new or varied, and "pattern": no match.
     """
 
     rows: tuple[Mapping[str, str], ...]
@@ -64,6 +66,7 @@ def synthesize(
     *,
     rows: int,
     votes: Run | None = None,
+    beginnings: Sequence[Mapping[str, str]] = (),
     spec: WritingSpec = WRITING,
     pattern: str | None = None,
     own: RunRecords | None = None,
@@ -74,9 +77,11 @@ def synthesize(
     Args:
         run: a finished run of a language model that completes prompts.
         codes: a public file with the columns of the run's prompt, a code a row; one that stands there twice has twice
-            the share.  None: the candidates of `votes`.
+            the share.  None: the candidates of `votes`, or the codes of `beginnings`.
         rows: how many records.
         votes: a finished run of task votes whose candidates are the codes: its noisy votes are their shares.
+        beginnings: rows that the run wrote, to be varied in turn: a new one has the code of one, and begins with a part
+            of its text.
         spec: how texts are drawn; its seed settles them on a machine, its guidance sets them apart by code.
         pattern: a regular expression that the whole text must match.
         own: the run's records, if they are read already: the codes must not be theirs.
@@ -85,7 +90,7 @@ def synthesize(
     Raises:
         ValueError: a run, the codes or a setting cannot be used; nothing was written.
     """
-    roles = _roles(run)
+    *roles, _ = columns = columns_of(run)
     shares = _declared(run, codes, roles, own or RunRecords(run.config)) if codes is not None else {}
     if votes is not None:
         voted: dict[Code, float] = {(text,): weight for text, weight in weights_of(votes).items()}
@@ -93,8 +98,12 @@ def synthesize(
             bound = "must have the codes as its candidates, each the text of the prompt's one column"
             raise ConfigError("--votes", str(votes.folder), bound)
         shares = voted
+    if beginnings:
+        if shares:
+            raise ConfigError("--beginnings", "records", "must be given without --codes and --votes: they have codes")
+        shares = dict(as_written(beginnings, tuple(columns.values())).wanted)
     if not shares:
-        raise ConfigError("--codes", None, "must be given, or --votes: the codes that records are written for")
+        raise ConfigError("--codes", None, "must be given, or --votes or --beginnings: what records are written for")
     wanted = {code: count for code, count in allotted(shares, rows).items() if count}
     try:
         whole = re.compile(pattern) if pattern is not None else None
@@ -104,45 +113,37 @@ def synthesize(
 
     saved = SavedModel(run.config, {"tuned": adapter_of(run).folder})
     saved.use("tuned")
-    return _written(saved, roles, wanted, spec=spec, whole=whole, progress=progress)
-
-
-def _written(
-    saved: SavedModel,
-    roles: Sequence[str],
-    wanted: Mapping[Code, int],
-    *,
-    spec: WritingSpec,
-    whole: re.Pattern[str] | None,
-    progress: Callable[[Progress], None],
-) -> Synthetic:
-    columns, total = saved.config.data.columns, sum(wanted.values())
     prompts = {code: saved.prompt_ids(dict(zip(roles, code, strict=True)), at="--codes") for code in wanted}
-    codes = list(wanted)
-    places = {code: place for place, code in enumerate(codes)}
+    order = list(wanted)
+    places = {code: place for place, code in enumerate(order)}
     texts: dict[Code, dict[str, None]] = {code: {} for code in wanted}  # in order, each once
+    varied: dict[Code, dict[str, npt.NDArray[np.int32]]] = defaultdict(dict)
+    fields = [{role: row[column] for role, column in columns.items()} for row in beginnings]
+    for one, ids in zip(fields, saved.answer_ids(fields), strict=True):
+        varied[tuple(one[role] for role in roles)][one["completion"]] = ids
+    in_turn, draws = {code: cycle(found.values()) for code, found in varied.items()}, np.random.default_rng(spec.seed)
     left_out: Counter[str] = Counter()
     number = 0
     for _ in range(_DRAWS):
         missing = [code for code, count in wanted.items() for _ in range(count - len(texts[code]))]
         first, number = number, number + len(missing)
+        begun = [next(in_turn[code]) for code in missing if beginnings]
+        begun = [ids[: int(len(ids) * draws.uniform(*_BEGUN))] for ids in begun]
         against = []
-        if spec.guidance > 0 and len(codes) > 1:  # the others in turn, so that a text is set apart from each
-            turns = ((places[code] + 1 + at % (len(codes) - 1)) % len(codes) for at, code in enumerate(missing, first))
-            against = [prompts[codes[place]] for place in turns]
-        for place, text in saved.drawn([prompts[code] for code in missing], spec, first=first, against=against):
+        if spec.guidance > 0 and len(order) > 1:  # the others in turn, so that a text is set apart from each
+            turns = ((places[code] + 1 + at % (len(order) - 1)) % len(order) for at, code in enumerate(missing, first))
+            against = [prompts[order[place]] for place in turns]
+        asked = [prompts[code] for code in missing]
+        for place, text in saved.drawn(asked, spec, first=first, against=against, begun=begun):
             code = missing[place]
-            if (fault := _fault(text, texts[code], whole)) is not None:
+            if (fault := _fault(text, ChainMap[str, Any](texts[code], varied[code]), whole)) is not None:
                 left_out[fault] += 1
             else:
                 texts[code][str(text)] = None
-                progress(Progress(stage="writing", done=sum(map(len, texts.values())), total=total))
-    rows = tuple(
-        {columns[role]: value for role, value in zip(roles, code, strict=True)} | {columns["completion"]: text}
-        for code, found in texts.items()
-        for text in found
-    )
-    return Synthetic(rows=rows, wanted=wanted, left_out=dict(left_out))
+                progress(Progress(stage="writing", done=sum(map(len, texts.values())), total=rows))
+    new = ((*code, text) for code, found in texts.items() for text in found)
+    written = tuple(dict(zip(columns.values(), values, strict=True)) for values in new)
+    return Synthetic(rows=written, wanted=wanted, left_out=dict(left_out))
 
 
 def _fault(text: str | None, others: Container[str], whole: re.Pattern[str] | None) -> str | None:
@@ -164,13 +165,17 @@ def adapter_of(run: Run) -> SavedAdapter:
     return SavedAdapter.read(run.adapter)
 
 
-def _roles(run: Run) -> tuple[str, ...]:
-    """The roles of a prompt, which name a code."""
+def columns_of(run: Run) -> dict[str, str]:
+    """Role to column of a synthetic record: those of a prompt, which name a code, and last what the model writes.
+
+    Raises:
+        ConfigError: the run's model completes no prompts.
+    """
     task, data = task_named(run.config.task), run.config.data
     if not task.predicts_tokens or "prompt" not in data.columns or "completion" not in data.columns:
         bound = "must be a language model that completes prompts: data.columns names prompt and completion"
         raise ConfigError("RUN", str(run.folder), bound)
-    return tuple(task.asked_by(data))
+    return {role: data.columns[role] for role in (*task.asked_by(data), "completion")}
 
 
 def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords) -> dict[Code, float]:
@@ -224,15 +229,6 @@ def allotted(shares: Mapping[Code, float], rows: int) -> dict[Code, int]:
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]] += 1
     return dict(zip(shares, counts.tolist(), strict=True))
-
-
-def columns_of(run: Run) -> dict[str, str]:
-    """Role to column of a synthetic record; the last one has what the model writes.
-
-    Raises:
-        ConfigError: the run's model completes no prompts.
-    """
-    return {role: run.config.data.columns[role] for role in (*_roles(run), "completion")}
 
 
 def as_written(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Synthetic:

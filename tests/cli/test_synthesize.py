@@ -34,7 +34,7 @@ from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
 from fedtune.sites.virtual_site import dealt_out
 from fedtune.spec import ConfigError
-from fedtune.studies.synthetic import allotted, as_written, ballot, chosen, weights_of
+from fedtune.studies.synthetic import WRITING, allotted, as_written, ballot, chosen, synthesize, weights_of
 
 from ..conftest import REPOSITORY
 
@@ -83,7 +83,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model writes broken bytes, so texts are given: of five, one does not end and one is broken."""
 
     def drawn(
-        self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any
+        self: SavedModel, prompts: Any, spec: Any, *, first: int, against: Any, begun: Any
     ) -> Iterator[tuple[int, str | None]]:
         assert all(len(prompt) for prompt in prompts)
         codes = {prompt.tobytes() for prompt in prompts}
@@ -92,7 +92,8 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
         for place in range(len(prompts)):
             number = first + place
             kind = {3: None, 4: "\N{REPLACEMENT CHARACTER}"}
-            yield place, kind.get(number % 5, f"seed {spec.seed} number {number}")
+            start = self.tokenizer.decode(begun[place]) if begun else ""
+            yield place, kind.get(number % 5, f"{start}seed {spec.seed} number {number}")
 
     monkeypatch.setattr(SavedModel, "drawn", drawn)
 
@@ -186,6 +187,39 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     message = command(*refused, "--rows", "2").failed()
     assert "must be as fedtune synthesize or choose wrote it with this RUN, with its card beside it" in message
     assert "private text" not in message
+
+
+def test_rounds_of_variation_and_votes_add_up(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
+    behind, options, rounds = [door.load(runs / "writer")], ("--codes", str(runs / "codes.jsonl")), []
+    for number in range(2):
+        to, best, ballot = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "ballot.yaml"))
+        rounds.append(written(command, runs, to, "--rows", "4", "--ballot", str(ballot), *options, codes=False))
+        liked = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
+        vote(liked, 0.4, 0.1, -0.2, 0.3)
+        behind.append(door.load(liked))
+        choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--votes", str(liked), "--rows", "2")
+        assert "card" in command(*choose, "--to", str(best)).printed
+        options = ("--beginnings", str(best))
+    (red, *_, blue), second = rounds
+    assert [row["messages"] for row in second] == ["a red one"] * 2 + ["a blue one"] * 2
+    for row, parent, number in zip(second, (red, red, blue, blue), (0, 1, 2, 5), strict=True):
+        begun = row["ref"].removesuffix(f"seed 0 number {number}")
+        assert parent["ref"].startswith(begun)
+        assert len(parent["ref"]) // 4 <= len(begun) < 3 / 4 * len(parent["ref"]), "a token is a letter"
+    assert len({row["ref"].index("seed", 1) for row in second}) > 2, "each has a share of its own"
+    card = json.loads((tmp_path / "1-best.jsonl.card.json").read_text())
+    made = [card["made"][key] for key in ("shares", "codes_file", "candidates", "chosen_by")]
+    assert made == ["varied", "0-best.jsonl", 4, "liked-1"]
+    assert [one["run"] for one in card["runs"]] == ["writer", "liked-1", "liked-0"]
+    assert card["together"]["epsilon"] == pytest.approx(sum(run.privacy.epsilon or 0.0 for run in behind))
+    text = (tmp_path / "1-texts.jsonl.card.md").read_text()
+    assert f"0-best.jsonl, SHA-256 {card['made']['codes_sha256']}; each text begins with a quarter to" in text
+    assert "- liked-0 (votes), by the beginnings' card: epsilon 0.927 at delta" in text
+    again = synthesize(behind[0], beginnings=[red], rows=1, spec=WRITING)
+    assert (again.wanted, again.rows) == ({("a red one",): 1}, (second[0],))
+    refused = ("synthesize", str(runs / "writer"), *options, "--to", str(tmp_path / "no.jsonl"))
+    for more in (("--codes", str(runs / "codes.jsonl")), ("--votes", str(runs / "shares"))):
+        assert "must be given without --codes and --votes" in command(*refused, *more).failed()
 
 
 def test_a_classifier_labels_records_and_its_epsilon_adds_up(
@@ -385,6 +419,7 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
         (("--codes", "codes.jsonl", "--rows", "10000000000"), "--rows = 10000000000: must be at most 100000"),
         (("--codes", "codes.jsonl", "--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--codes", "codes.jsonl", "--pattern", "("), "must be a regular expression"),
+        (("--beginnings", "part.jsonl"), "must be as fedtune synthesize or choose wrote it with this RUN"),
     ],
 )
 def test_what_is_refused_is_so_before_a_text_is_written(

@@ -94,23 +94,27 @@ def nucleus_of(chances: torch.Tensor, top_p: float) -> torch.Tensor:
     return inside
 
 
+@pytest.mark.parametrize("share", [0, 1 / 2])
 def test_full_guidance_takes_what_another_prompt_makes_least_likely(
-    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
+    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast, share: float
 ) -> None:
     prompts = prompts_of(completions)[:8]
     against = [*prompts[1:], prompts[0]]
-    expected = []
-    for prompt, other in zip(prompts, against, strict=True):
-        text: list[int] = []
+    begun = [prompt[: int(share * len(prompt))] for prompt in reversed(prompts)]
+    expected, ends = [], frozenset({END, *range(0, 999, 7)})
+    for prompt, other, beginning in zip(prompts, against, begun, strict=True):
+        text: list[int] = beginning.tolist()
         for _ in range(6):
             own, others = (next_logits(language_model, [*start.tolist(), *text]) for start in (prompt, other))
             inside = nucleus_of(torch.softmax(own, dim=-1), 0.9)
             text.append(int((own - others).where(inside, torch.tensor(-torch.inf)).argmax()))
-            if text[-1] in ENDS:
+            if text[-1] in ends:
                 break
-        expected.append(tokenizer.decode(text[:-1], skip_special_tokens=True) if text[-1] in ENDS else None)
+        expected.append(tokenizer.decode(text[:-1], skip_special_tokens=True) if text[-1] in ends else None)
     spec = WritingSpec(max_new_tokens=6, temperature=1.0, top_p=0.9, guidance=1e9)
-    settings = {"tokenizer": tokenizer, "end_ids": ENDS, "spec": spec, "first": 0, "max_tokens": 10_000}
+    settings = {"tokenizer": tokenizer, "end_ids": ends, "spec": spec, "first": 0, "max_tokens": 10_000}
+    settings |= {"begun": begun} if share else {}
+    assert any(expected)
     assert dict(draw(language_model, prompts, against=against, **settings)) == dict(enumerate(expected))
 
 
