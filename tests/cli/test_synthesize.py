@@ -104,17 +104,16 @@ def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = Tru
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
-def test_one_code_alone_has_none_to_be_set_apart_from(runs: Path, command: Any, tmp_path: Path) -> None:
-    (tmp_path / "one.jsonl").write_text('{"messages": "a red one"}\n')
-    named = ("--codes", str(tmp_path / "one.jsonl"), "--rows", "3")
-    assert len(written(command, runs, tmp_path / "texts.jsonl", *named, codes=False)) == 3
-
-
-def test_codes_have_their_declared_shares_and_a_card(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_codes_have_their_declared_shares_and_a_card(
+    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dealt = []
+    monkeypatch.setattr(run_records, "deal", lambda *given, **named: dealt.append(given) or deal(*given, **named))
     to = tmp_path / "texts.jsonl"
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n' * 2)
     rows = written(command, runs, to, "--rows", "9", "--beside", str(public))
+    assert len(dealt) == 1, "the run's own records are read once"
     assert Counter(row["messages"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
@@ -215,7 +214,7 @@ def test_rounds_of_variation_and_votes_add_up(runs: Path, command: Any, simulate
     text = (tmp_path / "1-texts.jsonl.card.md").read_text()
     assert f"0-best.jsonl, SHA-256 {card['made']['codes_sha256']}; each text begins with a quarter to" in text
     assert "- liked-0 (votes), by the beginnings' card: epsilon 0.927 at delta" in text
-    again = synthesize(behind[0], beginnings=[red], rows=1, spec=WRITING)
+    again = synthesize(behind[0], beginnings=[red], rows=1, spec=WRITING)  # one code has none to be set apart from
     assert (again.wanted, again.rows) == ({("a red one",): 1}, (second[0],))
     refused = ("synthesize", str(runs / "writer"), *options, "--to", str(tmp_path / "no.jsonl"))
     for more in (("--codes", str(runs / "codes.jsonl")), ("--votes", str(runs / "shares"))):
@@ -372,16 +371,6 @@ def test_votes_of_another_unit_are_refused(
     named = ("--votes", str(runs / "shares"), "--to", str(tmp_path / "no.jsonl"))
     message = command(words[0], str(runs / "writer"), *words[1:], *named).failed()
     assert "must be of privacy.unit=record, as RUN is" in message
-
-
-def test_the_runs_own_records_are_read_once(
-    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dealt = []
-    monkeypatch.setattr(run_records, "deal", lambda *given, **named: dealt.append(given) or deal(*given, **named))
-    (tmp_path / "public.jsonl").write_text('{"messages": "a green one", "ref": "said of it"}\n')
-    written(command, runs, tmp_path / "texts.jsonl", "--rows", "3", "--beside", str(tmp_path / "public.jsonl"))
-    assert len(dealt) == 1
 
 
 def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, command: Any, tmp_path: Path) -> None:

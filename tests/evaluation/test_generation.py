@@ -174,12 +174,8 @@ def test_bleu_and_rouge_by_hand_with_unequal_numbers_of_references() -> None:
     # Longest common subsequences: 5 of 6 words in both directions, and all.
     assert scores_of_texts(hypotheses, references) == pytest.approx({"bleu": bleu, "rouge_l": (5 / 6 + 1) / 2})
     assert scores_of_texts(hypotheses[::-1], references[::-1]) == pytest.approx({"bleu": bleu, "rouge_l": 11 / 12})
-
-
-def test_scores_of_equal_and_of_empty_texts() -> None:
-    reference = "one two three four five"
-    assert scores_of_texts([reference], [[reference]]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
-    assert scores_of_texts([""], [[reference]]) == {"bleu": 0.0, "rouge_l": 0.0}
+    assert scores_of_texts(["a b c d e"], references[1:]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
+    assert scores_of_texts([""], references[:1]) == {"bleu": 0.0, "rouge_l": 0.0}
 
 
 def test_a_prompt_is_written_for_once_with_all_its_references() -> None:
@@ -188,9 +184,6 @@ def test_a_prompt_is_written_for_once_with_all_its_references() -> None:
     assert prompts.references == (("first", "second"), ("other",))
     assert [ids.tolist() for ids in prompts.input_ids] == [[5, 6], [5]]
     assert PromptSet.of(asked, ["first", "other", "second"], rows=1).references == (("first", "second"),)
-
-
-def test_no_prompt_at_all_is_a_data_error() -> None:
     with pytest.raises(DataError, match="must hold at least one prompt"):
         PromptSet.of([], [])
 
@@ -202,9 +195,8 @@ def test_bleu_is_that_of_the_corpus() -> None:
     hypotheses, firsts, seconds = texts[:20], texts[20:40], texts[40:]
     expected = BLEU().corpus_score(hypotheses, [firsts, seconds]).score
     assert 0 < expected < 100
-    assert scores_of_texts(hypotheses, [list(group) for group in zip(firsts, seconds, strict=True)])[
-        "bleu"
-    ] == pytest.approx(expected)
+    found = scores_of_texts(hypotheses, [list(group) for group in zip(firsts, seconds, strict=True)])
+    assert found["bleu"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
@@ -285,20 +277,12 @@ def test_bytes_that_are_no_character_are_shown_in_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"max_new_tokens": 0},
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"top_p": 0.0},
-        {"guidance": -1.0},
-        {"seed": 2**63},
-    ],
+    "wrong", ["max_new_tokens=0", "temperature=-1.0", "temperature=nan", "top_p=0.0", "guidance=-1", f"seed={2**63}"]
 )
-def test_a_wrong_way_to_write_is_named_as_its_option(wrong: dict[str, float]) -> None:
-    (key,) = wrong
+def test_a_wrong_way_to_write_is_named_as_its_option(wrong: str) -> None:
+    key, value = wrong.split("=")
     with pytest.raises(ConfigError, match=f"^--{key.replace('_', '-')} = "):
-        WritingSpec(**wrong)
+        WritingSpec(**{key: int(value) if value.isdecimal() else float(value)})
 
 
 @pytest.mark.parametrize("key", ["max_tokens", "max_new_tokens", "generation_rows"])
