@@ -61,12 +61,12 @@ class SyntheticFile:
         digests = [synthetic.adapter_of(one).digest for one in runs]  # first: of a private one no report would be found
         self.reports = [one.report() for one in runs]
         self.behind = list(map(run_of, self.reports, digests))
-        self._public: list[str] = []
-        self._owed: Sequence[Any] = ()  # runs on the card of what the records are made of
+        self._public: list[tuple[str, ...]] = []
         if beside is not None:
             records = LeadRecords.read(str(beside), config, key="--beside").records
             require_apart(records, self.own, key="--beside", file=str(beside))
-            self._public = [record.fields["completion"] for record in records]
+            roles = synthetic.columns_of(self.writer)
+            self._public = [tuple(record.fields[role] for role in roles) for record in records]
 
     def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
         """Records that the writer wrote, with their labels, and their card; what is made of them owes to its runs."""
@@ -74,7 +74,7 @@ class SyntheticFile:
 
         place = resolve_file(str(file), shipped_folders(), key=option)
         known = read_card(place, self.behind[0], option=option)
-        self._owed = known["runs"][1:]
+        self.behind += known["runs"][1:]
         labels = [one["column"] for one in known["made"].get("labels", ())]
         columns = synthetic.columns_of(self.writer)
         columns |= {f"label {column}": column for column in labels if column not in self.columns}
@@ -95,18 +95,18 @@ class SyntheticFile:
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
         if not found.rows:
             raise ConfigError("--rows", self.rows, f"gave none that keeps the format: {left_out or 'no text'}")
-        written = [row[self.columns[-1]] for row in found.rows]
+        written = [tuple(row[column] for column in self.columns) for row in found.rows]
+        said, theirs = ([text for *_, text in records] for records in (written, self._public))
         missing = 0 if self.rows is None else self.rows - len(written)
         counts = {"rows": len(written), "codes": len(found.wanted), "missing": missing}
         told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
-        figures = {"these records": synthetic_card.figures_of(written)}
+        told["classified"] = synthetic_card.classified(written, self._public)
+        figures = {"these records": synthetic_card.figures_of(said)}
         if self.beside is not None:
-            figures[self.beside.name] = synthetic_card.figures_of(self._public)
-            shared = synthetic_card.shared_pairs(written, self._public)
-            told["beside"] = {"file": self.beside.name, "shared_pairs": shared}
+            figures[self.beside.name] = synthetic_card.figures_of(theirs)
+            told["beside"] = {"file": self.beside.name, "shared_pairs": synthetic_card.shared_pairs(said, theirs)}
         texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-        runs = [*self.behind, *self._owed]
-        card = synthetic_card.as_json(self.to, lines.encode(), runs, made=told, figures=figures)
+        card = synthetic_card.as_json(self.to, lines.encode(), self.behind, made=told, figures=figures)
         texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"
         texts[self.card[".md"]] = synthetic_card.card(self.reports, card)
         if self.ballot is not None:

@@ -28,7 +28,6 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.selection import Selection, price_of
 from fedtune.report.from_run import spent_on_start
 from fedtune.report.signing import MOST_BYTES
-from fedtune.report.synthetic_card import together
 from fedtune.runs.environment import start_adapter_of
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
@@ -125,6 +124,7 @@ def test_codes_have_their_declared_shares_and_a_card(
     assert beside == 2
     assert "no more about a unit than the promises below allow.**" in text
     assert f"| texts | 9 | {beside} |" in text
+    assert "learnt from these records gives 0.0 % of public.jsonl their code. The code" in text, "which none here has"
 
 
 def test_votes_are_shares(runs: Path, command: Any, tmp_path: Path) -> None:
@@ -214,6 +214,7 @@ def test_rounds_of_variation_and_votes_add_up(runs: Path, command: Any, simulate
     text = (tmp_path / "1-texts.jsonl.card.md").read_text()
     assert f"0-best.jsonl, SHA-256 {card['made']['codes_sha256']}; each text begins with a quarter to" in text
     assert "- liked-0 (votes), by the beginnings' card: epsilon 0.927 at delta" in text
+    assert "% of them, each fifth of them by what the rest taught, their code. The code that is most" in text
     again = synthesize(behind[0], beginnings=[red], rows=1, spec=WRITING)  # one code has none to be set apart from
     assert (again.wanted, again.rows) == ({("a red one",): 1}, (second[0],))
     refused = ("synthesize", str(runs / "writer"), *options, "--to", str(tmp_path / "no.jsonl"))
@@ -490,20 +491,3 @@ def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path,
     assert {key: getattr(voting.data, key) for key in aside} == aside
     kept = chosen(as_written(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows
     assert kept == (rows[0], rows[2])
-
-
-@pytest.mark.parametrize(
-    ("start", "epsilon"),
-    [
-        (None, 0.3),
-        ({"epsilon": 2.0, "delta": 0.1, "unit": "record", "public": False}, 2.3),
-        ({"epsilon": None, "delta": None, "unit": None, "public": True}, 0.3),
-        ({"epsilon": None, "delta": None, "unit": None, "public": False}, None),
-        ({"epsilon": 2.0, "delta": 0.1, "unit": "user", "public": False}, None),
-    ],
-)
-def test_what_a_run_began_in_adds_up_with_it(start: Any, epsilon: float | None) -> None:
-    runs = [{"epsilon": 0.1, "delta": 1e-5, "unit": "record", "start": start}]
-    runs.append({"epsilon": 0.2, "delta": 2e-5, "unit": "record", "start": None})
-    assert together(runs)[0] == epsilon, "as a person adds it up"
-    assert start or together(runs)[1] == 3e-5
