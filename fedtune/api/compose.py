@@ -37,23 +37,18 @@ _QUOTES = ("'", '"')
 _NOT_ASCII = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^,\[\]{}:=()'"]*[^\x00-\x7f][^,\[\]{}:=()'"]*""")
 """A quoted text, or an unquoted word with a letter that Hydra's grammar does not know."""
 _OTHER_WORDS = {
-    "epochs": "federation.num_rounds and training.local_steps",
-    "num_epochs": "federation.num_rounds and training.local_steps",
-    "num_train_epochs": "federation.num_rounds and training.local_steps",
-    "max_steps": "federation.num_rounds and training.local_steps",
-    "rounds": "federation.num_rounds",
-    "clients": "federation.num_sites",
-    "num_clients": "federation.num_sites",
-    "sites": "federation.num_sites",
-    "batch_size": "privacy.sampling_rate, which sets how many records a step takes",
-    "lr": "training.learning_rate",
-    "clip": "privacy.max_grad_norm",
-    "r": "lora.rank",
-    "file": "data.train_file",
-    "max_seq_length": "data.max_length",
-    "device": "runtime.device",
+    "federation.num_rounds and training.local_steps": "epochs num_epochs num_train_epochs max_steps",
+    "federation.num_rounds": "rounds",
+    "federation.num_sites": "clients num_clients sites",
+    "privacy.sampling_rate, which sets how many records a step takes": "batch_size",
+    "training.learning_rate": "lr",
+    "privacy.max_grad_norm": "clip",
+    "lora.rank": "r",
+    "data.train_file": "file",
+    "data.max_length": "max_seq_length",
+    "runtime.device": "device",
 }
-"""Names of a setting in other programs."""
+"""A setting, and what other programs call it."""
 _OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
 _SEVERAL = "is several values: add -m to run each of them, or write [a,b] for a list"
 MOST_RUNS = 1000
@@ -458,7 +453,8 @@ def _nearest(key: str) -> str:
     """A hint for a wrong key: what it is called here, or the known key most like it."""
     last = key.rpartition(".")[2]
     known = sorted(_all_keys(_composed([])), key=lambda path: path.startswith("public."))  # seldom what is meant
-    named = _OTHER_WORDS.get(last) or next((path for path in known if path.rpartition(".")[2] == last), None)
+    meant = (ours for ours, theirs in _OTHER_WORDS.items() if last in theirs.split())
+    named = next(meant, None) or next((path for path in known if path.rpartition(".")[2] == last), None)
     # Alike in its own name, too: training.epochs shares most letters with training.betas.
     alike = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
     own = [path for path in alike if difflib.SequenceMatcher(None, last, path.rpartition(".")[2]).ratio() > 0.6]

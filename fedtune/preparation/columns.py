@@ -43,8 +43,8 @@ _CODE = re.compile(r"[!-~]{5,}")
 """A text of one word of ASCII: a link, a path, a hash; no word of a language that has no spaces."""
 _WORDS_OF_A_NAME = 4
 _ODD_SHOWN = 3
-_WORDS = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
-NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, words in _WORDS.items()}
+WORDS = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
+NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, words in WORDS["names"].items()}
 """By what a column is: how it may be called."""
 ALIKE = [one.split("/") for one in NAMES["alike"]]
 _BEFORE = (
@@ -52,13 +52,7 @@ _BEFORE = (
 )
 _BEHIND = "id|ids|uuid|guid|key|no|nr|num|number|nummer|name|code|hash|handle|email|address|identifier|kennung"
 _OF_PEOPLE = re.compile(rf"(?:{_BEFORE})*(?P<who>{'|'.join(NAMES['people'])})(?:s|r|n|en)?(?:{_BEHIND})*")
-NEVER_READ = {
-    "history": "earlier turns: what is asked is learnt without them; write them with it as messages",
-    "tools": "turns of tools are not supported",
-    "rejected": "what is not wanted is learnt beside a column chosen alone",
-    "rejectedresponse": "what is not wanted is learnt beside a column chosen alone",
-    "weight": "all records count alike",
-}
+NEVER_READ: Mapping[str, str] = WORDS["never_read"]
 _LONGEST_ID = 64
 
 

@@ -25,23 +25,8 @@ Kind = Literal[
     "table", "images", "labelled", "tagged", "rated", "followed", "entities", "pairs", "instructions", "chat",
     "preferences", "scored", "triplets", "text",
 ]  # fmt: skip
-KINDS: Mapping[Kind, tuple[str, str]] = {
-    "table": ("a table of numbers and categories, with an answer", "own_features"),
-    "images": ("images with an answer", "own_images"),
-    "labelled": ("texts with a label", "own_data"),
-    "tagged": ("texts with several labels", "own_labels"),
-    "rated": ("texts with a number", "own_numbers"),
-    "followed": ("texts with a time and whether an event came", "own_data"),
-    "entities": ("texts whose parts are marked with what they are", "own_entities"),
-    "pairs": ("prompts with their completion", "own_text"),
-    "instructions": ("instructions with their output (Alpaca)", "own_text"),
-    "chat": ("conversations", "own_text"),
-    "preferences": ("prompts with two answers, of which one is preferred", "own_preferences"),
-    "scored": ("pairs of texts with a score of how alike they are", "own_pairs"),
-    "triplets": ("texts, each with one that belongs to it and one that does not", "own_pairs"),
-    "text": ("plain texts", "own_text"),
-}
-"""In words, and the experiment of conf/ for such records: own_text teaches a language model."""
+KINDS: Mapping[Kind, Sequence[str]] = called.WORDS["kind"]
+"""In words, and the experiment of conf/ that such records begin in."""
 SHOWN_ROWS = 5
 
 Columns: TypeAlias = Mapping[str, Column]
