@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.report.facts import RunFacts
@@ -17,32 +19,9 @@ GROUPS: tuple[Group, ...] = ("utility", "privacy", "settings", "cost")
 Value = str | float | bool | None
 Figures = dict[str, Value]
 Missing = Literal["before", "after"] | None
-_OF_REPORT: Mapping[Group, Sequence[str]] = {
-    "settings": (
-        "name", "unit", "neighbouring_relation", "delta", "target_epsilon", "seeded_noise", "randomness",
-        "released", "covers", "leaves_out", "provenance.*",
-    ),
-    "privacy": ("verdict.state", "verdict.reasons", "epsilon"),
-}  # fmt: skip
-_OF_SITE: Mapping[Group, Sequence[str]] = {
-    "settings": ("declared_size",),
-    "privacy": (
-        "verdict.state", "source", "approved.*", "spent.*", "by_trust.*",
-        "lifetime.with_set_aside", "lifetime.left", "lifetime.period_epsilon", "lifetime.reference_runs_left",
-        "lifetime.frozen", "lifetime.in_doubt", "lifetime.restored",
-        "meaning.right_of_100_ceiling", "meaning.right_of_100_mechanism", "meaning.expected_failures",
-        "meaning.right_of_100_for_2", "meaning.right_of_100_for_5", "meaning.right_of_100_with_all_others",
-    ),
-}  # fmt: skip
-_OF_MECHANISM: Mapping[Group, Sequence[str]] = {
-    "settings": (
-        "sampling_assumed", "sampling_run", "sampling_rate", "noise_multiplier", "max_grad_norm", "local_steps",
-        "metrics_noise_multiplier", "records_per_user",
-    ),
-    "privacy": ("rounds", "shared.*"),
-}  # fmt: skip
-_OF_BOUND, _OF_UTILITY = ("lower_bound", "best_possible", "canaries"), ("before.*", "final.*")
-"""Places of report.json that are compared; with a star, everything there."""
+_PLACES: Mapping[str, Mapping[Group, Sequence[str]]] = tomllib.loads(
+    Path(__file__).with_name("compared.toml").read_text(encoding="utf-8")
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,21 +70,22 @@ def differences(
 def _figures(report: Report) -> dict[Group, Figures]:
     """What was chosen and what it ran on, what was spent and whether it was allowed, scores, and sums over rounds."""
     data = to_json(report)["derived"]
-    found = {group: _picked(data, _OF_REPORT.get(group, ()), "") for group in GROUPS}
+    found = {group: _picked(data, _PLACES["of_report"].get(group, ()), "") for group in GROUPS}
     for site in data["sites"]:
         where = f"sites.{site['site']}."
-        for group in _OF_SITE:
-            found[group] |= _picked(site, _OF_SITE[group], where)
+        for group, places in _PLACES["of_site"].items():
+            found[group] |= _picked(site, places, where)
             for row in site["mechanisms"]:
                 # A run's report has one row for a site, whose run is called otherwise in every report.
                 one_run = report.kind == "run" and len(site["mechanisms"]) == 1
                 name = "mechanism." if one_run else f"runs.{row['run']}."
-                found[group] |= _picked(row, _OF_MECHANISM[group], where + name)
+                found[group] |= _picked(row, _PLACES["of_mechanism"][group], where + name)
     found["privacy"] |= {f"assumptions.{one.code}": one.status for one in report.assumptions}
     if report.audit:
         found["privacy"] |= _picked(data["audit"], ("method", "confidence"), "audit.")
         for bound in data["audit"]["bounds"]:
-            found["privacy"] |= _picked(bound, _OF_BOUND, f"audit.{bound['site'] or 'all_sites'}.")
+            where = f"audit.{bound['site'] or 'all_sites'}."
+            found["privacy"] |= _picked(bound, _PLACES["of_bound"]["privacy"], where)
         for attack in data["audit"]["membership"]:
             found["privacy"][f"audit.{attack['site'] or 'all_sites'}.{attack['score']}.auroc"] = attack["auroc"]
     if isinstance(report.facts, RunFacts):
@@ -114,7 +94,7 @@ def _figures(report: Report) -> dict[Group, Figures]:
     if report.utility:
         if report.utility.selection is not None:
             found["privacy"] |= _flat(data["utility"]["selection"], "selection.")
-        found["utility"], rounds = _picked(data["utility"], _OF_UTILITY, ""), report.utility.rounds
+        found["utility"], rounds = _picked(data["utility"], _PLACES["of_utility"]["utility"], ""), report.utility.rounds
         found["cost"] = {
             "rounds": len(rounds),
             "seconds": math.fsum(one.seconds for one in rounds),
