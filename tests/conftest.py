@@ -23,6 +23,7 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -31,7 +32,6 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from fedtune.api import compose
-from fedtune.cli.command import Command
 from fedtune.cli.main import fedtune, main
 from fedtune.data import partition, records
 from fedtune.data.records import Record
@@ -271,7 +271,7 @@ def parsed(*arguments: str) -> dict[str, Any]:
     """
     found: list[dict[str, Any]] = []
     with (
-        unittest.mock.patch.object(Command, "invoke", lambda self, ctx: found.append(ctx.params)),
+        unittest.mock.patch.object(click.Command, "invoke", lambda self, ctx: found.append(ctx.params)),
         fedtune.make_context("fedtune", list(arguments)) as context,
     ):
         fedtune.invoke(context)
