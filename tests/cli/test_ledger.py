@@ -226,10 +226,8 @@ def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back:
     assert verified.history.head(put_back.key).charged == lost.charged
     put_back.train(put_back.open(), put_back.proposal("fourth"), 1)
     assert "Backups put back so far: 1" in command("ledger", "spent", str(put_back.ledger)).out
-    assert (
-        "a backup was put back; charged what it lacked"
-        in command("ledger", "show", str(put_back.ledger), "--rounds").out
-    )
+    shown = command("ledger", "show", str(put_back.ledger), "--rounds").out
+    assert "a backup was put back; charged what it lacked" in shown
 
 
 def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, command: Run, tmp_path: Path) -> None:

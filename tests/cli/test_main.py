@@ -216,10 +216,8 @@ def test_a_full_disk_is_named_and_no_setting_is_blamed(
     folder.mkdir()
     target = folder / "ledger.json"
     monkeypatch.setattr("fedtune.privacy.durable.os.fsync", fails)
-    assert (
-        command("ledger", "export", str(lived.ledger), "--output", str(target)).failed(1)
-        == f"the disk is full: no room for {target}; make room, and give the command again"
-    )
+    message = command("ledger", "export", str(lived.ledger), "--output", str(target)).failed(1)
+    assert message == f"the disk is full: no room for {target}; make room, and give the command again"
     assert list(folder.iterdir()) == []
 
 

@@ -55,11 +55,8 @@ def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], command: Any,
     assert told.code == 0, told.err
     # A comparison says that nothing protects it.
     found = json.loads(command("compare", str(made[0]), str(own), "--json").printed)
-    assert {one["name"]: one.get("private") for one in found["models"]} == {
-        "base": None,
-        "one": True,
-        "private_to_site-1": False,
-    }
+    private = {one["name"]: one.get("private") for one in found["models"]}
+    assert private == {"base": None, "one": True, "private_to_site-1": False}
     assert "No guarantee covers what is said of private_to_site-1" in found["verdict"][-1]
 
 
@@ -88,7 +85,6 @@ def test_no_run_begins_in_a_model_that_it_was_merged_into(
 
 
 def test_a_site_that_is_not_there_is_said(finished: Path, command: Any) -> None:
-    assert (
-        command("personalise", str(finished), "nowhere").failed() == "SITE = 'nowhere': must be one of site-1, site-2"
-    )
+    refused = command("personalise", str(finished), "nowhere").failed()
+    assert refused == "SITE = 'nowhere': must be one of site-1, site-2"
     assert not list(finished.glob("private_to_*"))

@@ -125,10 +125,8 @@ def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
     with_several = compose_for_sites(words(f"{prefix}data.declared_sizes=[70,80]", "sites=[west,north]"), kit=kit)
     assert sizes_of(with_several) == {"west": 70, "north": 80}
     # Also for a data set that no site declared: the sites will say no.
-    assert (
-        compose_for_sites(words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard"), kit=kit).data.dataset
-        == "unheard"
-    )
+    unheard = words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard")
+    assert compose_for_sites(unheard, kit=kit).data.dataset == "unheard"
 
 
 def test_a_delta_that_is_too_large_for_a_declared_size_is_found_at_once(kit: Kit) -> None:

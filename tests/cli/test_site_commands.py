@@ -240,10 +240,8 @@ def test_denying_is_noted_with_its_reason_and_the_run_waits_no_longer(
     denied, other = run_proposal(run="triage"), run_proposal(run="other")
     for proposal in (denied, other):
         north.state.wait_for_approval(proposal, SETTINGS)
-    assert (
-        deny(command, north, "triage", "--reason", "not [red] in summer").printed[:30]
-        == "Denied, and noted in the ledge"
-    )
+    told = deny(command, north, "triage", "--reason", "not [red] in summer")
+    assert told.printed[:30] == "Denied, and noted in the ledge"
     assert [pending.proposal for pending in north.state.waiting()] == [other]
     for proposal, reason in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
         with pytest.raises(Refused) as refused:

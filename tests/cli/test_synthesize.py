@@ -127,21 +127,11 @@ def test_codes_have_their_declared_shares_and_a_card(
     assert "learnt from these records gives 0.0 % of public.jsonl their code. The code" in text, "which none here has"
 
 
-def test_votes_are_shares(runs: Path, command: Any, tmp_path: Path) -> None:
-    to = tmp_path / "texts.jsonl"
-    rows = written(command, runs, to, "--rows", "8", "--votes", str(runs / "shares"), codes=False)
-    assert Counter(row["messages"] for row in rows) == {"a blue one": 6, "a red one": 2}
-    card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())
-    both = [door.load(runs / name).privacy for name in ("writer", "shares")]
-    assert card["together"]["epsilon"] == pytest.approx(sum(one.epsilon or 0.0 for one in both))
-    assert card["together"]["delta"] == pytest.approx(sum(one.delta for one in both))
-    assert "which are epsilon" in (tmp_path / "texts.jsonl.card.md").read_text()
-
-
-def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
+def test_votes_are_shares_and_choose_candidates(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
     ballot, to, best = tmp_path / "ballot.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
     voted = ("--votes", str(runs / "shares"))
     rows = written(command, runs, to, "--rows", "4", "--ballot", str(ballot), "--seed", "7", *voted, codes=False)
+    assert Counter(row["messages"] for row in rows) == {"a blue one": 3, "a red one": 1}
     assert yaml.safe_load(ballot.read_text())["head"]["label_texts"] == [row["ref"] for row in rows]
     folder = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name="liked")
     vote(folder, 0.1, 0.4, -0.2, 0.3)
@@ -152,13 +142,15 @@ def test_candidates_are_chosen_by_their_votes(runs: Path, command: Any, simulate
     assert [json.loads(line) for line in best.read_text().splitlines()] == [rows[1], rows[3]]
     text = (tmp_path / "best.jsonl.card.md").read_text()
     assert "from 4 candidates" in text
+    assert "which are epsilon" in text
     spent = door.load(runs / "shares").privacy
     told = f"epsilon {epsilon_text(spent.epsilon)} at delta 0.00001 for each record"
     assert f"- shares (votes), by the candidates' card: {told}" in text, "rounded up"
     assert "their shares are the noisy votes of shares |" in text
     card = json.loads((tmp_path / "best.jsonl.card.json").read_text())
-    behind = (runs / "writer", folder, runs / "shares")
-    assert card["together"]["epsilon"] == pytest.approx(sum(door.load(one).privacy.epsilon or 0.0 for one in behind))
+    behind = [door.load(one).privacy for one in (runs / "writer", folder, runs / "shares")]
+    both = {"epsilon": sum(one.epsilon or 0.0 for one in behind), "delta": sum(one.delta for one in behind)}
+    assert card["together"] == pytest.approx(both)
     assert json.loads(said) == card
     made = {key: card["made"][key] for key in ("seed", "shares", "candidates", "rows", "missing")}
     assert made == {"seed": 7, "shares": "voted", "candidates": 4, "rows": 2, "missing": 0}
@@ -260,9 +252,8 @@ def test_each_label_has_a_column_and_stays(runs: Path, command: Any, simulate: A
     simulate(*sort, "data.validation_file=null", "data.test_file=null", into=tmp_path, name="sorts")
     for place, name in enumerate(("kinds", "sorts", "sorts")):
         places = ("--candidates", str(tmp_path / f"{place}.jsonl"), "--to", str(tmp_path / f"{place + 1}.jsonl"))
-        card = json.loads(
-            command("choose", str(runs / "writer"), *places, "--labels", str(tmp_path / name), "--json").out
-        )
+        by = (*places, "--labels", str(tmp_path / name), "--json")
+        card = json.loads(command("choose", str(runs / "writer"), *by).out)
     assert card["made"]["labels"] == [*KINDS, {"column": "sort", "by": "sorts"}]
     rows = [json.loads(line) for line in (tmp_path / "3.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == [["messages", "ref", "label", "sort"]] * 6

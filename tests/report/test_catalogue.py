@@ -323,8 +323,7 @@ def test_a_code_of_a_later_version_stays_as_it_is() -> None:
 
 def test_lists_read_as_a_sentence() -> None:
     words = catalogue("en")
-    assert (
-        words.listed("unprotected_figure", ["times", "bytes", "declared_sizes"]) == "times, traffic and declared sizes"
-    )
+    listed = words.listed("unprotected_figure", ["times", "bytes", "declared_sizes"])
+    assert listed == "times, traffic and declared sizes"
     assert words.listed("unprotected_figure", ["times"]) == "times"
     assert words.listed("unprotected_figure", []) == "none"

@@ -111,10 +111,8 @@ def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, comma
     for other in {*(folder / "s").glob("s-trial-*")} - {picked}:  # whoever uses one has seen all of them
         assert run_of(told := from_json((other / "report.json").read_text()), "")["epsilon"] == selection.epsilon
         assert (told.utility and told.utility.selection) == replace(selection, score=None)
-        assert (
-            "3 trials of a search on the same records, which picked another"
-            in (other / "adapter/README.md").read_text()
-        )
+        card = (other / "adapter/README.md").read_text()
+        assert "3 trials of a search on the same records, which picked another" in card
         assert "search s (random), which picked another or none" in (other / "report.html").read_text()
         assert command("report", "verify", str(other)).code == 0
 

@@ -229,19 +229,14 @@ def test_a_whole_run(
     assert names <= set(told.replace('"', " ").split())
     told = command("compare", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--json").printed
     assert json.loads(told)["judged_by"] == ("spearman" if layout == "scored" else "ndcg_at_10")
-    assert (
-        command("generate", str(folder), "--prompt", "where").failed()
-        == "task = 'embedding': gives no answer to a text; fedtune evaluate scores it"
-    )
+    said = "task = 'embedding': gives no answer to a text; fedtune evaluate scores it"
+    assert command("generate", str(folder), "--prompt", "where").failed() == said
 
 
 def test_what_a_user_sees(command: Any, tmp_path: Path) -> None:
     assert command("plan", *pairs_run(tmp_path, "triplets", "name=p")).printed
-    assert (
-        command("simulate", *pairs_run(tmp_path, "listed", "data.pairs.negatives=batch", "name=x"))
-        .failed()
-        .startswith("data.pairs.negatives = 'batch': couples records")
-    )
+    refused = command("simulate", *pairs_run(tmp_path, "listed", "data.pairs.negatives=batch", "name=x"))
+    assert refused.failed().startswith("data.pairs.negatives = 'batch': couples records")
 
 
 @pytest.mark.nightly
