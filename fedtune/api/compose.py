@@ -177,18 +177,14 @@ def with_start(config: RunConfig) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Searched:
-    """A setting, or a group of them, that is given several values.
-
-    Attributes:
-        choices: its values as they are typed; empty: any number from `low` to `high`, whole where both are.
-        log: whether numbers are drawn evenly by their logarithm.
-    """
+    """A setting, or a group of them, that is given several values."""
 
     key: str
+    # values as they are typed; empty: any number from `low` to `high`, whole where both are
     choices: tuple[str, ...] = ()
     low: float = 0.0
     high: float = 0.0
-    log: bool = False
+    log: bool = False  # whether numbers are drawn evenly by their logarithm
 
     @property
     def is_whole(self) -> bool:

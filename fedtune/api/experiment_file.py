@@ -29,17 +29,12 @@ def experiment_called(word: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ExperimentFile:
-    """An experiment in a file of the user's own: plain data, checked before Hydra sees it.
-
-    Attributes:
-        path: the file.
-        defaults: as Hydra takes them: experiments of conf/ that it builds on, itself, and options of groups.
-        settings: what it sets beside these, with files beside it by their path.
-    """
+    """An experiment in a file of the user's own: plain data, checked before Hydra sees it."""
 
     path: Path
+    # as Hydra takes them: experiments of conf/ that it builds on, itself, and options of groups
     defaults: tuple[str | dict[str, str], ...]
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # what it sets beside these, with files beside it by their path
 
     def sets(self, key: str) -> bool:
         """Whether the file sets a dotted key."""

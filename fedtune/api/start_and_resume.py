@@ -220,13 +220,9 @@ def is_running(folder: Path) -> bool:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that tolerates a full disk: an error in logging must not end a run, or print.
+    """A log file that tolerates a full disk: an error in logging must not end a run, or print."""
 
-    Attributes:
-        full: the full-disk error of a simulated site, which tells the lead only that it failed.
-    """
-
-    full: str | None = None
+    full: str | None = None  # the full-disk error of a simulated site, which tells the lead only that it failed
 
     def emit(self, record: logging.LogRecord) -> None:
         self.full = self.full or full_disk(record.exc_info and record.exc_info[1])

@@ -31,27 +31,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outlook:
-    """A run before any data is touched.
+    """A run before any data is touched."""
 
-    Attributes:
-        config: the run's settings; where something was solved for, `price.plan` has the answer.
-        solved: "noise", "rounds" or "sampling_rate", if the plan was solved for it.
-        epsilon: that `changes` keep within.
-        lead_assumed: policies were asked for the first lead that each allows.
-        model_sha256: of the base model's weights; None: the settings do not pin it, and no model was loaded.
-        secure_sums: what they would give in place of a plain run; None: they are planned, or cannot be.
-    """
-
-    config: RunConfig
+    config: RunConfig  # the run's settings; where something was solved for, `price.plan` has the answer.
     price: Price
-    solved: str | None
-    epsilon: float
+    solved: str | None  # "noise", "rounds" or "sampling_rate", if the plan was solved for it
+    epsilon: float  # that `changes` keep within
     changes: tuple[Change, ...]
     forecast: Forecast | None
     device: str
     verdicts: tuple[Verdict, ...]
-    lead_assumed: bool
+    lead_assumed: bool  # policies were asked for the first lead that each allows
+    # of the base model's weights; None: the settings do not pin it, and no model was loaded
     model_sha256: str | None = None
+    # what they would give in place of a plain run; None: they are planned, or cannot be
     secure_sums: SecureSums | None = None
 
     @property

@@ -25,27 +25,22 @@ class Batch:
 
     A text is a row.  An example of several texts has one row for each, in order, but one loss and one gradient.  A
     missing example leaves as many rows empty.
-
-    Attributes:
-        input_ids: (n, t) int64; or (n, t, w) float32: of a vector, which takes one place, or of an image's patches.
-        attention_mask: (n, t) int64, 1 for a token and 0 for padding.
-        targets: (n / texts, ...) one per example, such as its int64 class; or (n, t) int64, one per token,
-            `UNSUPERVISED` for padding.
-        prefix: (n, t, h) cached output of the model's frozen first layers for these texts; all zero for a text that
-            they cannot compute.
-        reference: (n / texts, ...) cached output of the base without adapters for these examples; NaN for one that it
-            cannot compute.
-        empty_rows: rows without an example: they fill a fixed shape, and have no loss.
-        texts: texts per example.
     """
 
+    # (n, t) int64; or (n, t, w) float32: of a vector, which takes one place, or of an image's patches
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor  # (n, t) int64, 1 for a token and 0 for padding
+    # (n / texts, ...) one per example, such as its int64 class; or (n, t) int64, one per token, `UNSUPERVISED`
+    # for padding
     targets: torch.Tensor
+    # (n, t, h) cached output of the model's frozen first layers for these texts; all zero for a text that they
+    # cannot compute
     prefix: torch.Tensor | None = None
+    # (n / texts, ...) cached output of the base without adapters for these examples; NaN for one that it cannot
+    # compute
     reference: torch.Tensor | None = None
-    empty_rows: int = 0
-    texts: int = 1
+    empty_rows: int = 0  # rows without an example: they fill a fixed shape, and have no loss
+    texts: int = 1  # texts per example
 
     def __len__(self) -> int:
         """Examples, without the empty rows."""

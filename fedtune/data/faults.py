@@ -17,14 +17,10 @@ _MOST_REASONS, _MOST_LINES = 3, 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeftOut:
-    """The rows of files that cannot be used.
+    """The rows of files that cannot be used."""
 
-    Attributes:
-        rows: that the files have in all.
-        reasons: how many cannot be used, by what a run needs of a row, most first.
-    """
-
-    rows: int = 0
+    rows: int = 0  # that the files have in all
+    # how many cannot be used, by what a run needs of a row, most first
     reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property

@@ -138,13 +138,9 @@ def require_pillow() -> None:
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Makes patches of records; stands where a tokenizer stands for texts.
+    """Makes patches of records; stands where a tokenizer stands for texts."""
 
-    Attributes:
-        processor: the model's (`fedtune.model.base_model.ImageProcessor`).
-    """
-
-    processor: Any
+    processor: Any  # the model's (`fedtune.model.base_model.ImageProcessor`)
     name_or_path = "image"
     pad_token_id = 0
     chat_template = None

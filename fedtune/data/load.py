@@ -47,20 +47,13 @@ class SiteRecords:
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """A simulation's training files, dealt out.
+    """A simulation's training files, dealt out."""
 
-    Attributes:
-        sites: the records of each site, in the order of the sites.
-        validation: those that are the lead's instead, by `validation_fraction`.
-        test: the same by `test_fraction`.
-        left_out: what could not be used and was left out.
-        shared_users: with unit "user", how many ids are in the files of several sites, each a user at each of them.
-    """
-
-    sites: tuple[SiteRecords, ...]
-    validation: list[Record]
-    test: list[Record]
-    left_out: LeftOut
+    sites: tuple[SiteRecords, ...]  # the records of each site, in the order of the sites
+    validation: list[Record]  # those that are the lead's instead, by `validation_fraction`
+    test: list[Record]  # the same by `test_fraction`
+    left_out: LeftOut  # what could not be used and was left out
+    # with unit "user", how many ids are in the files of several sites, each a user at each of them
     shared_users: int = 0
 
 

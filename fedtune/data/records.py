@@ -27,17 +27,12 @@ Fault: TypeAlias = Callable[["Record"], DataError | None]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example as it was read.
+    """One example as it was read."""
 
-    Attributes:
-        fields: role (`text`, `label`, `prompt`, ...) to text.
-        file: the file it was read from, for messages only; not part of the record's identity.
-        line: the line on which it starts, counted from 1.
-    """
-
-    fields: Mapping[str, str]
+    fields: Mapping[str, str]  # role (`text`, `label`, `prompt`, ...) to text
+    # the file it was read from, for messages only; not part of the record's identity
     file: str = field(default="", compare=False)
-    line: int = field(default=0, compare=False)
+    line: int = field(default=0, compare=False)  # the line on which it starts, counted from 1
 
     def at(self, role: str) -> str:
         """Name one field in a message: `train.jsonl:12, label`."""

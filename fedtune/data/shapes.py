@@ -24,17 +24,12 @@ _TOKENS_OF_A_CALL = 100
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Records that are computed together, and the shape of their micro-batch.
+    """Records that are computed together, and the shape of their micro-batch."""
 
-    Attributes:
-        places: of the records, in the order of the rows; at most `rows` of them.
-        rows: of the micro-batch, one per record, the rest empty.  A row holds all texts of its record.
-        length: tokens of each text, with padding.  It follows from the record's own tokens, and never from those of the
-            records beside it.
-    """
-
-    places: npt.NDArray[np.int64]
-    rows: int
+    places: npt.NDArray[np.int64]  # of the records, in the order of the rows; at most `rows` of them
+    rows: int  # of the micro-batch, one per record, the rest empty.  A row holds all texts of its record.
+    # tokens of each text, with padding.  It follows from the record's own tokens, and never from those of the
+    # records beside it.
     length: int
 
 
@@ -44,23 +39,17 @@ class Shapes:
 
     At least one token of every micro-batch is padding.  Attention takes another code path where there is none, and a
     record would then be computed differently beside shorter ones.
-
-    Attributes:
-        lengths: the padded lengths, ascending.  The last one holds the longest record.
-        max_tokens: rows times length is at most this, unless the fewest rows (1, or 2 at `full`) need more.
-        full: the length that a record may fill whole, since the model has no position beyond it; 0: none.  A
-            micro-batch of that length always has an empty row.
-        most_rows: rows that memory has room for, by length; empty: `max_tokens` alone decides.
-        row_shares: a micro-batch has the rows that `max_tokens` allows or, for the remainder, one of these fractions.
-        fixed: every record is as long as any: there is no padding, no mask, and so one code path.
     """
 
-    lengths: tuple[int, ...]
-    max_tokens: int
+    lengths: tuple[int, ...]  # the padded lengths, ascending.  The last one holds the longest record.
+    max_tokens: int  # rows times length is at most this, unless the fewest rows (1, or 2 at `full`) need more
+    # the length that a record may fill whole, since the model has no position beyond it; 0: none.  A
+    # micro-batch of that length always has an empty row.
     full: int = 0
-    most_rows: tuple[int, ...] = ()
+    most_rows: tuple[int, ...] = ()  # rows that memory has room for, by length; empty: `max_tokens` alone decides
+    # a micro-batch has the rows that `max_tokens` allows or, for the remainder, one of these fractions
     row_shares: tuple[int, ...] = (1, 2, 4, 8)
-    fixed: bool = False
+    fixed: bool = False  # every record is as long as any: there is no padding, no mask, and so one code path
 
     @classmethod
     def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None, fixed: bool = False) -> Shapes:

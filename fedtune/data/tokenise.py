@@ -54,23 +54,17 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextDataset:
-    """Tokenised examples, unpadded, in the order of their records.
+    """Tokenised examples, unpadded, in the order of their records."""
 
-    Attributes:
-        input_ids: (t_i,) token ids of each text, t_i at least 1; those of one example stand one after the other.  Of a
-            vector (1, w) its values in float32, of an image (t_i, w) the pixels of its patches.
-        targets: one of each example, (n, ...), such as its class; or for each text one target a token, (t_i,) each:
-            the token itself where it is supervised and `UNSUPERVISED` elsewhere, not shifted.
-        texts: of each example.
-        text_lengths: (n, texts) the t_i, padding not counted.
-        lengths: (n,) of each example's longest text.
-    """
-
+    # (t_i,) token ids of each text, t_i at least 1; those of one example stand one after the other.  Of a
+    # vector (1, w) its values in float32, of an image (t_i, w) the pixels of its patches.
     input_ids: tuple[NDArray[np.int32] | NDArray[np.float32], ...]
+    # one of each example, (n, ...), such as its class; or for each text one target a token, (t_i,) each: the
+    # token itself where it is supervised and `UNSUPERVISED` elsewhere, not shifted.
     targets: Targets
-    texts: int = 1
-    text_lengths: NDArray[np.int32] = field(init=False)
-    lengths: NDArray[np.int32] = field(init=False)
+    texts: int = 1  # of each example
+    text_lengths: NDArray[np.int32] = field(init=False)  # (n, texts) the t_i, padding not counted
+    lengths: NDArray[np.int32] = field(init=False)  # (n,) of each example's longest text
 
     def __post_init__(self) -> None:
         of_each = self.texts if isinstance(self.targets, tuple) else 1
@@ -182,12 +176,9 @@ class MarkedTokenizer:
     """A copy of a tokenizer in which some tokens, its marks, go by names that are drawn anew in each process.
 
     What a text says is then text: it cannot hold a mark, whatever the mark is called in the tokenizer's own file.
-
-    Attributes:
-        names: what stands for each mark in a text that is encoded, by its id.
     """
 
-    names: Mapping[int, str]
+    names: Mapping[int, str]  # what stands for each mark in a text that is encoded, by its id
     _backend: Backend
 
     @classmethod

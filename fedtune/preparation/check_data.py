@@ -52,20 +52,13 @@ _KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """Something that records of a file have in common.
-
-    Attributes:
-        kind: of finding.
-        what: within the kind, such as "e-mail".
-        column: where it stands; empty: in the record as a whole.
-        count: records.
-        lines: of the first of them, or their rows, with that of the earlier record that each is like, if any.
-    """
+    """Something that records of a file have in common."""
 
     kind: Kind
-    what: str
-    column: str
+    what: str  # within the kind, such as "e-mail"
+    column: str  # where it stands; empty: in the record as a whole
     count: int = 0
+    # of the first of them, or their rows, with that of the earlier record that each is like, if any
     lines: tuple[tuple[int, int | None], ...] = ()
 
 
@@ -86,29 +79,21 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileCheck:
-    """One file.
-
-    Attributes:
-        places: what numbers of places count: "lines", or the "rows" of a file whose rows may share a line.
-        rows: in it.
-        uses: records that can be used, by what for: "train", "held out" by its site, "validation", "test", or "unused".
-        errors: what is wrong with the first rows that cannot be used: (file, line and field; what is there; bound).
-        num_errors: all such rows by what a run needs.
-        labels: records of each declared label.
-        spelt_otherwise: by declared label, rows whose own is undeclared and differs in case and spaces alone.
-        lengths: None: no record can be used.
-    """
+    """One file."""
 
     path: str
-    places: str
-    rows: int
+    places: str  # what numbers of places count: "lines", or the "rows" of a file whose rows may share a line
+    rows: int  # in it
+    # records that can be used, by what for: "train", "held out" by its site, "validation", "test", or "unused"
     uses: Mapping[str, int]
+    # what is wrong with the first rows that cannot be used: (file, line and field; what is there; bound)
     errors: tuple[tuple[str, str, str], ...]
-    num_errors: Mapping[str, int]
+    num_errors: Mapping[str, int]  # all such rows by what a run needs
     findings: tuple[Finding, ...]
-    labels: Mapping[str, int]
+    labels: Mapping[str, int]  # records of each declared label
+    # by declared label, rows whose own is undeclared and differs in case and spaces alone
     spelt_otherwise: Mapping[str, int]
-    lengths: Lengths | None
+    lengths: Lengths | None  # None: no record can be used
 
     @property
     def left_out(self) -> LeftOut:

@@ -58,43 +58,33 @@ _LONGEST_ID = 64
 
 @dataclass(slots=True)
 class Column:
-    """The values of a file under one name.
-
-    Attributes:
-        filled: rows with a value that is not blank.
-        types: how often each type of value came.
-        reads: how many values a run can read in a role (label, user, target), or are of a kind: a conversation
-            (messages), one that begins with what is answered (whole chat), a text without spaces (code), or of few
-            words, a number as people write it and runs do not (other number), a whole number (whole), a vector of 0
-            and 1 (vector).
-        values: how often each label came, by the type of its values; empty where there are too many, or too long ones.
-        characters: of all its texts together.
-        parts: how often each label came where values are lists, by what separates them ("[": a list); empty where there
-            are too many.
-        several: by the same, how many values have more than one label.
-        numbers: of them the first `_MOST_NUMBERS`.
-        odd: by type, the first values with the numbers of their rows.
-        marked: how often each type of entities came, in spans or in tags of a scheme.
-        plain: the same where each tag is a type.
-        letters: of the schemes that tags may have.
-        beside: what turns have beside what a run reads of them, such as "name", and how often.
-        sizes: how many numbers lists hold that hold nothing else, and how often; a list may be JSON text.
-    """
+    """The values of a file under one name."""
 
     name: str
-    filled: int = 0
-    types: Counter[str] = field(default_factory=Counter)
+    filled: int = 0  # rows with a value that is not blank
+    types: Counter[str] = field(default_factory=Counter)  # how often each type of value came
+    # how many values a run can read in a role (label, user, target), or are of a kind: a conversation
+    # (messages), one that begins with what is answered (whole chat), a text without spaces (code), or of few
+    # words, a number as people write it and runs do not (other number), a whole number (whole), a vector of 0
+    # and 1 (vector)
     reads: Counter[str] = field(default_factory=Counter)
+    # how often each label came, by the type of its values; empty where there are too many, or too long ones
     values: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    characters: int = 0
+    characters: int = 0  # of all its texts together
+    # how often each label came where values are lists, by what separates them ("[": a list); empty where there
+    # are too many
     parts: dict[str, Counter[str]] = field(default_factory=lambda: {mark: Counter() for mark in f"[{_SEPARATORS}"})
-    several: Counter[str] = field(default_factory=Counter)
-    numbers: array[float] = field(default_factory=lambda: array("d"))
+    several: Counter[str] = field(default_factory=Counter)  # by the same, how many values have more than one label
+    numbers: array[float] = field(default_factory=lambda: array("d"))  # of them the first `_MOST_NUMBERS`
+    # by type, the first values with the numbers of their rows
     odd: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
+    # how often each type of entities came, in spans or in tags of a scheme
     marked: Counter[str] = field(default_factory=Counter)
-    plain: Counter[str] = field(default_factory=Counter)
-    letters: set[str] = field(default_factory=set)
+    plain: Counter[str] = field(default_factory=Counter)  # the same where each tag is a type
+    letters: set[str] = field(default_factory=set)  # of the schemes that tags may have
+    # what turns have beside what a run reads of them, such as "name", and how often
     beside: Counter[str] = field(default_factory=Counter)
+    # how many numbers lists hold that hold nothing else, and how often; a list may be JSON text
     sizes: Counter[int] = field(default_factory=Counter)
     _open: bool = True
 

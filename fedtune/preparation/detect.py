@@ -33,21 +33,13 @@ Columns: TypeAlias = Mapping[str, Column]
 
 
 class _Part(NamedTuple):
-    """A column that a kind of file has.
+    """A column that a kind of file has."""
 
-    Attributes:
-        role: of fedtune.
-        names: that it may have, the usual first.
-        fits: whether its values suit.
-        bound: what they must be, as the end of a message.
-        optional: whether the kind can do without it.
-    """
-
-    role: str
-    names: Sequence[str]
-    fits: Callable[[Column], bool]
-    bound: str = "must hold texts"
-    optional: bool = False
+    role: str  # of fedtune
+    names: Sequence[str]  # that it may have, the usual first
+    fits: Callable[[Column], bool]  # whether its values suit
+    bound: str = "must hold texts"  # what they must be, as the end of a message
+    optional: bool = False  # whether the kind can do without it
 
 
 _is_text: Callable[[Column], bool] = attrgetter("is_text")
@@ -114,28 +106,20 @@ _OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "la
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """The kind of a file and the roles of its columns.
-
-    Attributes:
-        rows: that can be read.
-        faults: what is wrong with the others, of which the first few are kept; `num_faults` counts all.
-        roles: role to column; `user` where a column says whose each record is.
-        why: by role, why this column has it.
-        notes: what else the person should know of the columns.
-        features: columns of a table that are a record's vector.
-    """
+    """The kind of a file and the roles of its columns."""
 
     path: Path
-    rows: int
+    rows: int  # that can be read
+    # what is wrong with the others, of which the first few are kept; `num_faults` counts all
     faults: tuple[DataError, ...]
     num_faults: int
     columns: Columns
     first: tuple[Row, ...]
     kind: Kind
-    roles: Mapping[str, str]
-    why: Mapping[str, str]
-    notes: tuple[str, ...]
-    features: tuple[str, ...] = ()
+    roles: Mapping[str, str]  # role to column; `user` where a column says whose each record is
+    why: Mapping[str, str]  # by role, why this column has it
+    notes: tuple[str, ...]  # what else the person should know of the columns
+    features: tuple[str, ...] = ()  # columns of a table that are a record's vector
 
     @property
     def labels(self) -> dict[str, int]:

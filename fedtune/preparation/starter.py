@@ -68,30 +68,21 @@ _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """A file as the chosen model's tokenizer reads it.
-
-    Attributes:
-        left_out: rows that are no records under the roles.
-        lengths: (rows,) tokens of the example that a run makes of each of the first `MEASURED_ROWS` records.
-        turns: whose template writes turns: "model" where its own can be taken, else "plain"; "none": there are none.
-        users: how many persons the records are of; None: nothing says whose they are, or each has one.
-        labels: how many of the records have each label; without those that only rows have which cannot be used.
-        places: units by the value of the column of places.
-        unplaced: records without such a value.
-        torn: persons with records at several places.
-        alike: persons whose id is another's but for case.
-    """
+    """A file as the chosen model's tokenizer reads it."""
 
     usable: int
-    left_out: LeftOut
+    left_out: LeftOut  # rows that are no records under the roles
+    # (rows,) tokens of the example that a run makes of each of the first `MEASURED_ROWS` records
     lengths: npt.NDArray[np.int64]
+    # whose template writes turns: "model" where its own can be taken, else "plain"; "none": there are none
     turns: Literal["none", "model", "plain"]
-    users: int | None = None
+    users: int | None = None  # how many persons the records are of; None: nothing says whose they are, or each has one
+    # how many of the records have each label; without those that only rows have which cannot be used
     labels: Mapping[str, int] = field(default_factory=dict)
-    places: Mapping[str, int] = field(default_factory=dict)
-    unplaced: int = 0
-    torn: int = 0
-    alike: int = 0
+    places: Mapping[str, int] = field(default_factory=dict)  # units by the value of the column of places
+    unplaced: int = 0  # records without such a value
+    torn: int = 0  # persons with records at several places
+    alike: int = 0  # persons whose id is another's but for case
 
     @property
     def units(self) -> int:
@@ -101,21 +92,13 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Decisions about a file before there is an experiment.
+    """Decisions about a file before there is an experiment."""
 
-    Attributes:
-        base: the experiment of conf/ that it builds on.
-        model: a name from conf/model, or None for the base's own.
-        model_path: a model that has no name there: a folder, or an id at the hub.
-        num_sites: that a simulation deals the file out to.
-        measured: what the model makes of the file.
-    """
-
-    base: str
-    model: str | None = None
-    model_path: str | None = None
-    num_sites: int
-    measured: Measured
+    base: str  # the experiment of conf/ that it builds on
+    model: str | None = None  # a name from conf/model, or None for the base's own
+    model_path: str | None = None  # a model that has no name there: a folder, or an id at the hub
+    num_sites: int  # that a simulation deals the file out to
+    measured: Measured  # what the model makes of the file
 
     @property
     def max_length(self) -> int:

@@ -37,18 +37,12 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One run of a comparison.
+    """One run of a comparison."""
 
-    Attributes:
-        name: what tables call it.
-        kind: who took part; "run" for one that was there already, and "own" for a site's own adapter.
-        site: the one that trained alone, or whose own adapter it is.
-    """
-
-    name: str
-    kind: Kind
+    name: str  # what tables call it
+    kind: Kind  # who took part; "run" for one that was there already, and "own" for a site's own adapter
     run: Trial
-    site: str | None = None
+    site: str | None = None  # the one that trained alone, or whose own adapter it is
 
     @property
     def private(self) -> bool:
@@ -127,23 +121,14 @@ def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Models side by side.
+    """Models side by side."""
 
-    Attributes:
-        lines: the runs; the first is the one that the others are compared with.
-        means: names of models that are means of several, by the runs that they are of.
-        sides: their scores.
-        groups: scores by group, by what the groups are called.
-        data: the file that was scored; None: the runs' own test records, or a site's held-out ones.
-        notes: what else must be said.
-    """
-
-    lines: Sequence[Line]
-    means: Mapping[str, Sequence[str]]
-    sides: SideBySide
-    groups: Mapping[str, GroupScores]
-    data: str | None
-    notes: Sequence[str]
+    lines: Sequence[Line]  # the runs; the first is the one that the others are compared with
+    means: Mapping[str, Sequence[str]]  # names of models that are means of several, by the runs that they are of
+    sides: SideBySide  # their scores
+    groups: Mapping[str, GroupScores]  # scores by group, by what the groups are called
+    data: str | None  # the file that was scored; None: the runs' own test records, or a site's held-out ones
+    notes: Sequence[str]  # what else must be said
 
     @property
     def main(self) -> str:

@@ -23,15 +23,10 @@ OWN, SHARED, ALONE = "own", "shared", "alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Personalised:
-    """A site's own adapter beside the others, scored on records that chose and trained nothing of it.
+    """A site's own adapter beside the others, scored on records that chose and trained nothing of it."""
 
-    Attributes:
-        own: the adapter: its folder, how it was chosen, and with which records.
-        sides: the models "base", "alone" (trained like it, from where the run began), "shared" and "own".
-    """
-
-    own: OwnAdapter
-    sides: SideBySide
+    own: OwnAdapter  # the adapter: its folder, how it was chosen, and with which records
+    sides: SideBySide  # the models "base", "alone" (trained like it, from where the run began), "shared" and "own"
 
 
 def personalise(

@@ -46,17 +46,12 @@ _NO_SETTING = "${"
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
-    """Records that a model wrote.
+    """Records that a model wrote."""
 
-    Attributes:
-        rows: column to text, by code, in the order of the codes.
-        wanted: how many were asked for of each code.
-        left_out: how many texts were drawn that are no record, by reason: "not ended" within the longest length,
-            "blank", "broken" characters, "twice" the same text of a code, new or varied, and "pattern": no match.
-    """
-
-    rows: tuple[Mapping[str, str], ...]
-    wanted: Mapping[Code, int]
+    rows: tuple[Mapping[str, str], ...]  # column to text, by code, in the order of the codes
+    wanted: Mapping[Code, int]  # how many were asked for of each code
+    # how many texts were drawn that are no record, by reason: "not ended" within the longest length, "blank",
+    # "broken" characters, "twice" the same text of a code, new or varied, and "pattern": no match
     left_out: Mapping[str, int]
 
 

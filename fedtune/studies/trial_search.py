@@ -53,26 +53,16 @@ _NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search of which everything is known that can be known before its first trial.
+    """A search of which everything is known that can be known before its first trial."""
 
-    Attributes:
-        fixed: the overrides that all trials have in common.
-        asked: the run that these give.
-        searched: the settings that trials differ in.
-        trials: how many were asked for; None: as many as a grid has.
-        listed: what each trial tries; empty where that follows from scores.
-        shapes: trials as they are known, or else what they may look like.
-        plans: of all trials.
-    """
-
-    fixed: tuple[str, ...]
-    asked: RunConfig
-    searched: tuple[Searched, ...]
+    fixed: tuple[str, ...]  # the overrides that all trials have in common
+    asked: RunConfig  # the run that these give
+    searched: tuple[Searched, ...]  # the settings that trials differ in
     method: Method
-    trials: int | None
-    listed: tuple[Values, ...] = ()
-    shapes: tuple[RunConfig, ...] = ()
-    plans: tuple[Plan, ...] = ()
+    trials: int | None  # how many were asked for; None: as many as a grid has
+    listed: tuple[Values, ...] = ()  # what each trial tries; empty where that follows from scores
+    shapes: tuple[RunConfig, ...] = ()  # trials as they are known, or else what they may look like
+    plans: tuple[Plan, ...] = ()  # of all trials
 
     @classmethod
     def of(cls, overrides: Sequence[str], method: Method, *, trials: int | None = None) -> Search:

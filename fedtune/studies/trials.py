@@ -44,22 +44,15 @@ Values = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One of several runs.
-
-    Attributes:
-        values: the settings that differ between the runs, as they were typed.
-        earlier: whether it was finished before this command.
-        error: what ended it early.
-        result: what it came to so far; None: it has no run.json.
-        together: the epsilon of this trial of a search and all before it; None: the runs share no ledger.
-    """
+    """One of several runs."""
 
     config: RunConfig
     folder: Path
-    values: Values = field(default_factory=dict)
-    earlier: bool = False
-    error: BaseException | None = None
-    result: RunResult | None = None
+    values: Values = field(default_factory=dict)  # the settings that differ between the runs, as they were typed
+    earlier: bool = False  # whether it was finished before this command
+    error: BaseException | None = None  # what ended it early
+    result: RunResult | None = None  # what it came to so far; None: it has no run.json
+    # the epsilon of this trial of a search and all before it; None: the runs share no ledger
     together: float | None = None
 
     @classmethod
@@ -214,19 +207,12 @@ def combinations(searched: Sequence[Searched]) -> list[Values]:
 
 @dataclass
 class Trials:
-    """Runs in their order, and the CSV table of what they came to.
-
-    Attributes:
-        table: the file.
-        fewest: a run is the best of at least so many with a score.
-        rows: by folder.
-        again: overrides that make the same sweep again, under the same name.
-    """
+    """Runs in their order, and the CSV table of what they came to."""
 
     table: Path
-    fewest: int = 2
-    rows: dict[Path, Trial] = field(default_factory=dict)
-    again: tuple[str, ...] = ()
+    fewest: int = 2  # a run is the best of at least so many with a score
+    rows: dict[Path, Trial] = field(default_factory=dict)  # by folder
+    again: tuple[str, ...] = ()  # overrides that make the same sweep again, under the same name
 
     @classmethod
     def of_sweep(cls, overrides: Sequence[str]) -> Trials:
