@@ -58,15 +58,9 @@ MOST_RUNS = 1000
 def compose_run(
     overrides: Sequence[str], *, changed: Mapping[str, Any] | None = None, for_real_sites: bool = False
 ) -> RunConfig:
-    """Compose and validate one run.
+    """Compose and validate one run from overrides as they were typed; a ConfigError tells of every mistake.
 
-    Args:
-        overrides: as they were typed.
-        changed: settings by dotted key that take the place of what was composed.
-        for_real_sites: as `fedtune.config.parse` has it.
-
-    Raises:
-        ConfigError: for every mistake in an override or a value, Hydra's own errors among them.
+    `changed` has settings by dotted key in place of composed ones; `for_real_sites` is as of `fedtune.config.parse`.
     """
     overrides = [_in_grammar(override, swept=False) for override in overrides if override.strip()]
     resumed = [override for override in overrides if override.startswith("resume=")]
@@ -119,12 +113,8 @@ def compose_run(
 def compose_recipe(recipe: str | Path | RunConfig | None, settings: Mapping[str, Any] | None = None) -> RunConfig:
     """Compose and validate one run, from values in place of typed words.
 
-    Args:
-        recipe: the name of an experiment of conf/, an experiment file, or a whole configuration; None: the default.
-        settings: values by dotted key, and options by group.
-
-    Raises:
-        ConfigError: as `compose_run`.
+    `recipe` is the name of an experiment of conf/, an experiment file, or a whole configuration (None: the default);
+    `settings` are values by dotted key, and options by group.
     """
     words = [f"{key}={_word(value)}" for key, value in (settings or {}).items()]
     if isinstance(recipe, RunConfig):
@@ -133,7 +123,6 @@ def compose_recipe(recipe: str | Path | RunConfig | None, settings: Mapping[str,
 
 
 def _word(value: Any) -> str:
-    """A value as a word of Hydra's grammar."""
     match value:
         case None | bool():
             return "null" if value is None else str(value).lower()
@@ -152,11 +141,7 @@ def quoted(text: str) -> str:
 
 
 def with_start(config: RunConfig) -> RunConfig:
-    """The same with the digest of the adapter that it begins in, which was looked at.
-
-    Raises:
-        ConfigError: it is none, or does not fit the run.
-    """
+    """The same with the digest of the adapter that it begins in, which must fit the run."""
     name, expected = config.model.adapter, config.model.adapter_sha256
     if name is None and expected is None:
         return config
@@ -188,16 +173,11 @@ class Searched:
 
     @property
     def is_whole(self) -> bool:
-        """Whether its numbers are whole."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
 
 def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
-    """The overrides that all runs have in common, and the settings that are given several values.
-
-    Raises:
-        ConfigError: one is no override, or its range of values is empty.
-    """
+    """The overrides that all runs have in common, and the settings that are given several values."""
     words = [_in_grammar(override) for override in overrides]
     parser = OverridesParser.create()
     parser.functions.register(name="log", func=_log)
@@ -246,7 +226,6 @@ def write_config(config: RunConfig, folder: Path) -> None:
 
 
 def _changed(known: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """A whole configuration, changed by single values."""
     settings = OmegaConf.create(known.to_json())
     for override in overrides:
         try:
@@ -318,11 +297,7 @@ def key_of(override: str) -> str:
 
 
 def value_of(override: str) -> Any:
-    """The value that an override gives its key.
-
-    Raises:
-        ConfigError: it is no override, or gives several values.
-    """
+    """The one value that an override gives its key."""
     try:
         value = OverridesParser.create().parse_override(override).value()
     except HydraException as error:
@@ -333,11 +308,7 @@ def value_of(override: str) -> Any:
 
 
 def plain_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Values of settings that are none of a run's, such as an audit's own: one plain value each.
-
-    Raises:
-        ConfigError: one is no override, or stands for several values.
-    """
+    """Values of settings that are none of a run's, such as an audit's own: one plain value each."""
     values = {}
     for override in overrides:
         key, equals, _ = override.lstrip("+").partition("=")
@@ -386,11 +357,7 @@ def _replace_maps(settings: dict[str, Any], file: ExperimentFile | None, maps: M
 
 
 def _experiment_file(overrides: Sequence[str]) -> tuple[ExperimentFile | None, list[str]]:
-    """The file that `experiment=` names, if its value is a path, and the other overrides.
-
-    Raises:
-        ConfigError: two experiments are named, or the file is none.
-    """
+    """The one file that `experiment=` names, if its value is a path, and the other overrides."""
     given = [override for override in overrides if key_of(override) == "experiment"]
     if not given:
         return None, list(overrides)

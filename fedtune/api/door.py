@@ -1,4 +1,4 @@
-"""What `import fedtune` offers: runs, plans, scores, ledgers and reports as values.
+"""Runs, plans, scores, ledgers and reports as values, as `import fedtune` offers them.
 
 Each function takes settings by their dotted keys, as the command line does, raises `ValueError` with the same message
 for a person's mistake, and prints nothing.
@@ -144,14 +144,8 @@ def audit(
 ) -> tuple[Run, Audit]:
     """Run a federation on this machine with canaries in it, attack it, and say what the attack shows of its epsilon.
 
-    Args:
-        recipe: as of `simulate`.
-        settings: as of `simulate`.
-        progress: as of `simulate`.
-        attack: values by the names of `fedtune.audit.spec.AuditSpec`, such as `{"canaries": 200}`.
-
-    Raises:
-        ValueError, RunError: as `simulate`; and for a setting of the attack.
+    `recipe`, `settings`, `progress` and errors are as of `simulate`; `attack` has values by the names of
+    `fedtune.audit.spec.AuditSpec`, such as `{"canaries": 200}`.
     """
     from fedtune.api.start_and_resume import folder_of, run_in_folder
     from fedtune.audit.experiment import auditable, run_audit
@@ -168,7 +162,7 @@ def audit(
 
 
 def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
-    """What a run would cost in privacy, by site and round, from settings and declared sizes alone.
+    """The cost of a run in privacy, by site and round, from settings and declared sizes alone.
 
     Guarantee: every epsilon is an upper bound, but `epsilon_of_one_round`, which is one for a single round.  No record
     is read and nothing is charged.
@@ -270,11 +264,7 @@ class Run:
 
     @cached_property
     def result(self) -> RunResult:
-        """The content of run.json.
-
-        Raises:
-            ValueError: the run has come to nothing yet.
-        """
+        """The content of run.json; a ValueError where the run has come to nothing yet."""
         from fedtune.report.run_record import read_run
 
         result = read_run(self.folder).result
@@ -289,12 +279,11 @@ class Run:
 
     @property
     def rounds(self) -> tuple[RoundResult, ...]:
-        """What each finished round came to."""
         return self.result.rounds
 
     @property
     def privacy(self) -> PrivacyResult:
-        """What is promised: epsilon at delta, for the run and for each site, derived from what was charged."""
+        """The promise: epsilon at delta, for the run and for each site, derived from what was charged."""
         return self.result.privacy
 
     @property
@@ -307,7 +296,7 @@ class Run:
         return RunFolder(self.folder).finished_adapter()
 
     def predict(self, texts: Sequence[str]) -> list[object]:
-        """What the tuned model says of each text: likeliest labels with probabilities, or a number.
+        """The tuned model's answer to each text: likeliest labels with probabilities, or a number.
 
         Raises:
             ValueError: the run's task writes or compares texts, or a record of it is more than one text.
@@ -320,7 +309,7 @@ class Run:
     def generate(
         self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> str:
-        """What the tuned model writes after a prompt; greedy, unless `temperature` is above 0.
+        """The tuned model's text after a prompt; greedy, unless `temperature` is above 0.
 
         Raises:
             ValueError: the run's task writes no text, or the prompt is too long.
@@ -405,7 +394,7 @@ class Ledger:
 
     @property
     def spending(self) -> Lifetime:
-        """What is spent over the ledger's life, in the current period and by each run, derived from its events."""
+        """The epsilon spent over the ledger's life, in the current period and by each run, derived from its events."""
         from fedtune.report.from_ledger import lifetime_of
 
         return lifetime_of(self.verified)

@@ -37,7 +37,6 @@ class ExperimentFile:
     settings: dict[str, Any]  # what it sets beside these, with files beside it by their path
 
     def sets(self, key: str) -> bool:
-        """Whether the file sets a dotted key."""
         return value_at(self.settings, key) is not NOT_GIVEN
 
 
@@ -49,11 +48,7 @@ def value_at(settings: Any, key: str) -> Any:
 
 
 def read_experiment(path: Path) -> ExperimentFile:
-    """A file of settings with, at most, a defaults list of groups' options and of conf's experiments.
-
-    Raises:
-        ConfigError: there is none, it is no YAML, or it holds more than settings.
-    """
+    """A file of settings with, at most, a defaults list of groups' options and of conf's experiments."""
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
     settings = plain_yaml(path, key="experiment")

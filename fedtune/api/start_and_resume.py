@@ -97,9 +97,6 @@ def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], obj
     """The run as it begins in what its public stage has learnt; one that has begun, or has no such stage, as it is.
 
     `train` runs the stage in its folder, new or begun, beside the run's; one that is finished is used as it is.
-
-    Raises:
-        ConfigError: a folder belongs to something else, or the public file cannot be used.
     """
     if config.resume is not None or not awaits_public_stage(config):
         return config
@@ -139,11 +136,7 @@ def folder_of(config: RunConfig) -> Path:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a run has begun in a folder; removes what a run left that was killed before it began.
-
-    Raises:
-        ConfigError: another process is running in the folder.
-    """
+    """True if a run has begun in a folder where none is running; removes the rest of one that was killed before."""
     files = RunFolder(folder)
     if files.saved_checkpoints or files.result.exists():
         return True
@@ -154,7 +147,7 @@ def has_begun(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether nothing of a run is left to do: its last round is over, and its adapter has its card."""
+    """True if the run's last round is over, and its adapter has its card."""
     from fedtune.federation.kept_round import is_over
     from fedtune.federation.lead import Checkpoints  # it takes seconds to import
     from fedtune.report.model_card import CARD  # it draws
@@ -168,11 +161,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def make(folder: Path, config: RunConfig) -> list[Path]:
-    """Create the run folder and write its configuration.
-
-    Returns:
-        The folders that were created: the run's, then its parents.
-    """
+    """Create the run folder and write its configuration; returns the new folders, the run's first, then its parents."""
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True)
@@ -207,7 +196,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process holds the folder; changes nothing in it."""
+    """True if a process holds the folder; changes nothing in it."""
     path = RunFolder(folder).log
     if not path.is_file():
         return False

@@ -182,10 +182,7 @@ def group(help: str, *, cls: type[Group] = Group) -> Group:
 
 
 def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[Function], Function]:
-    """Add a function to a group, with a few words for the list of its commands.
-
-    Its parameters are the arguments, its docstring is the help.
-    """
+    """Add a function to a group, with `about` for the list: parameters are the arguments, the docstring is the help."""
 
     def add(function: Function) -> Function:
         app.add_command(single(function, name=name, summary=summary))

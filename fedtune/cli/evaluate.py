@@ -88,7 +88,6 @@ def _detailed(detail: Detail) -> Iterator[Section]:
 
 
 def _notes(found: BesideBase) -> Iterator[str]:
-    """The table in a sentence, and how its intervals were made."""
     name, first = next(iter(found.scores.items()))
     before, after = (f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in (first.base, first.tuned))
     told = f"{before} before training, {after} after it"

@@ -36,13 +36,10 @@ Seed = Annotated[int, Option("of the draws")]
 def finished_run(
     run: Path, *, device: str = "auto", columns: str | None = None, generate: int | None = None
 ) -> tuple[RunConfig, Path]:
-    """The configuration of a run, whose folder or `adapter` is given, and the folder of its adapter.
+    """The configuration of a finished run, whose folder or `adapter` is given, and the folder of its adapter.
 
     `columns` is `{role: column}` as typed, for a file whose columns are named otherwise than the run's; scoring writes
     texts for `generate` prompts, or else as the run did.
-
-    Raises:
-        ConfigError: there is no finished run, or what is asked does not fit it.
     """
     loaded = load(run)
     config, settings = loaded.config, loaded.config.to_json()

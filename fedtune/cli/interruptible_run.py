@@ -31,10 +31,7 @@ from fedtune.studies.trials import Trial, Trials
 
 
 def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, again: str, began: float) -> RunResult:
-    """Run in a folder, as `run_in_folder` does, and show it; `again` is the command that continues it.
-
-    `began` is the command's start by `time.monotonic`, before it loaded libraries that take seconds.
-    """
+    """Run in a folder and show it; `again` is what continues it, `began` the command's start by `time.monotonic`."""
     from fedtune.show.run_progress import Display, show_result
 
     display = Display(console, config, shown=config.tracking.progress)
@@ -79,7 +76,7 @@ def run_simulation(
 
 
 def after_shown_public_stage(config: RunConfig, console: Console, *, again: Sequence[str]) -> RunConfig:
-    """What `after_public_stage` returns, with the stage shown; `again`: the command's words, which go on with it."""
+    """As `after_public_stage`, with the stage shown; `again`: the command's words, which go on with it."""
     named = [] if any(word.startswith("name=") for word in again) else [f"name={config.name}"]
 
     def train(stage: RunConfig, folder: Path) -> None:

@@ -375,7 +375,7 @@ def _lifetime(history: History, figures: Lifetime) -> Section:
 
 
 def _by_arrival(figures: Lifetime) -> Iterator[Section]:
-    """What people have spent by when they came; nothing where one figure holds for everybody."""
+    """The epsilon of people by when they came; nothing where one figure holds for everybody."""
     rows = []
     for one in figures.cohorts or ():
         spent = (epsilon_text(one.epsilon), epsilon_text(one.with_set_aside), rounded_down(unbounded(one.left)))

@@ -59,7 +59,6 @@ class Outlook:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the noise was found from epsilon, and not given."""
         return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
 
     @property

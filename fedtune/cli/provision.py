@@ -262,7 +262,7 @@ def _left(certificate: Certificate, now: datetime) -> str:
 
 
 def _warnings(made: FederationFolder, now: datetime) -> list[str]:
-    """Whose certificate is about to expire, or has, and the command that renews it."""
+    """The certificates that are about to expire, or have, each with the command that renews it."""
     members = [one for one in made.roster.sites if not one.revoked]
     found = [(f"site {one.site}", Certificate.of(one.issued), f"renew-site {one.site}") for one in members]
     own = made.certificates

@@ -292,7 +292,7 @@ def restore(
 
 
 def _at_site(kit: Path, site: Path) -> AtSite:
-    """What is done at the site, imported once root's rights are given up and the model hub is closed."""
+    """The actions at the site, imported once root's rights are given up and the model hub is closed."""
     own = _own_kit(kit)
     from fedtune.cli.site_actions import AtSite
 

@@ -1,7 +1,4 @@
-"""The work of `fedtune site approve`, `deny`, `members`, `score`, `personalise` and `doctor`.
-
-Apart from `cli/site.py`, which imports this once it has given up root's rights and closed the model hub.
-"""
+"""The work of commands of `fedtune site`, imported once root's rights are given up and the model hub is closed."""
 
 from __future__ import annotations
 
@@ -53,7 +50,7 @@ _MOST_REASON = 300
 
 
 class AtSite:
-    """What people do at a site with the runs that ask for it, by its kit and its policy."""
+    """The actions of people at a site on the runs that ask for it, by its kit and its policy."""
 
     def __init__(self, kit: Kit, site_toml: Path) -> None:
         self.kit, self.site_toml, self.files = kit, site_toml, kit.site_files(site_toml)

@@ -97,7 +97,6 @@ class FileCheck:
 
     @property
     def left_out(self) -> LeftOut:
-        """The rows that cannot be used."""
         return LeftOut(rows=self.rows, reasons=self.num_errors)
 
 
@@ -123,9 +122,7 @@ class Checked:
 def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     """Read the files of an experiment as a run would, and look at each record; token ids must be below `within`.
 
-    Raises:
-        DataError: for what is a fault of a file and of no record, such as a missing one.
-        ConfigError: the tokenizer cannot be taken.
+    A DataError is raised only for what is a fault of a file and of no record, such as a missing one.
     """
     look = _Look(config, tokenizer, within)
     files = tuple(look.file(path, use, site) for path, use, site in _files(config))
@@ -141,11 +138,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
 
 
 def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
-    """An experiment over a real site's own file, as its policy, which lies in `folder`, has it.
-
-    Raises:
-        ConfigError: the policy has no such data set, or the file no column for a role of the experiment.
-    """
+    """An experiment over a real site's own file, as its policy, which lies in `folder`, has it."""
     dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
     if dataset is None:
         known = ", ".join(one.id for one in policy.dataset) or "none"
@@ -185,7 +178,6 @@ class _Look:
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:
-        """Look at one file."""
         data, unit, form = self._data, self._config.privacy.unit, format_of(path)
         rows, faults, errors, found = 0, Faults(), list[tuple[str, str, str]](), _Findings()
         uses, spelt_otherwise = Counter[str](), Counter[str]()
@@ -326,7 +318,6 @@ class _Look:
                 break
 
     def skipped(self) -> Iterator[str]:
-        """Checks that were skipped, with the reason."""
         if not duplicates.has_datasketch():
             yield f"near-duplicates: datasketch is not installed ({INSTALL})"
         if self._earlier.is_full:

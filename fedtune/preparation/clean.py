@@ -46,12 +46,9 @@ _MOST_TOKENS = 256
 
 
 class Cleaning:
-    """The rules of one cleaning: names out of `RULES`, and whether kinds of likely identifiers take their places.
+    """The rules of one cleaning, out of `RULES`, and kinds of likely identifiers to mask, but not in marked texts.
 
     `columns` are role to column, `named` also those of the settings that this run does not read.
-
-    Raises:
-        ConfigError: for `--mask`, where parts of a text are marked: they would be parts of another text then.
     """
 
     def __init__(
@@ -131,11 +128,9 @@ class Coding(Cleaning):
     record at a time, so that not even rounding depends on another.  One record more or less in the old file is one row
     more or less in the new one, and what a run promises of the new file it promises of the old one.
 
-    Args:
-        columns: role to column of the texts that codes are about.
-        votes: a model of task votes: a record's topic is the candidate that it would vote for.  None: no topics.
-        tokenizer: its own; for a text that it makes no tokens of, the model reads token 0.
-        bounds: the most words of each class of length but the last, in rising order.
+    `columns` are role to column of the texts that codes are about; `votes` is a model of task votes, whose candidate is
+    the topic (None: no topics); a text without tokens of `tokenizer` is read as token 0; `bounds` are the most words of
+    each class of length but the last, rising.
     """
 
     def __init__(
@@ -186,11 +181,8 @@ class Cleaned:
 def clean(path: Path, out: Path, cleaning: Cleaning) -> Cleaned:
     """Write the rows of a file that are kept to another, as JSON lines under the names of their columns.
 
-    `out` is not there yet; afterwards it is whole, or not there.
-
-    Raises:
-        DataError: the file as a whole cannot be read, or nothing of it is kept.
-        ConfigError: for `--out`, which is there or cannot be written.
+    `out` is not there yet; afterwards it is whole, or not there.  A DataError is about the old file, a ConfigError
+    about `--out`.
     """
     dropped: Counter[str] = Counter()
     kinds: Counter[str] = Counter()

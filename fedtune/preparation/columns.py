@@ -179,7 +179,7 @@ class Column:
                 del self.parts[mark]
 
     def nearly(self, *kinds: str) -> bool:
-        """Whether nearly all values are of one of these types, or can be read so."""
+        """Nearly all values are of one of these types, or can be read so."""
         count = sum(self.types[kind] or self.reads[kind] for kind in kinds)
         return self.filled > 0 and count >= NEARLY * self.filled
 
@@ -202,7 +202,7 @@ class Column:
 
     @property
     def is_feature(self) -> bool:
-        """Whether it can be a value of a table's vector: numbers, lists of as many, or few names."""
+        """It can be a value of a table's vector: numbers, lists of as many, or few names."""
         return self.filled > 0 and (self.size is not None or self.nearly("target") or self.is_label or self.is_flag)
 
     @property
@@ -227,7 +227,7 @@ class Column:
 
     @property
     def is_number(self) -> bool:
-        """Whether it holds numbers, of more than one value."""
+        """It holds numbers, of more than one value."""
         return self.nearly("target") and min(self.numbers) < max(self.numbers)
 
     @property
@@ -236,33 +236,32 @@ class Column:
 
     @property
     def is_code(self) -> bool:
-        """Whether its texts are links, paths or other marks without a space."""
+        """Its texts are links, paths or other marks without a space."""
         return self.is_text and self.nearly("code") and not self.is_label
 
     @property
     def is_answer(self) -> bool:
-        """Whether it holds what is learnt of a record: a label, several, or a number."""
         return self.separator is not None or self.is_label or self.is_number
 
     @property
     def is_completion(self) -> bool:
-        """Whether it holds what is written behind a prompt, and no label that is called so."""
+        """It holds texts written behind a prompt, and no label that is called so."""
         return self.is_text and not (self.is_label and key_of(self.name) in NAMES["often_labels"])
 
     @property
     def is_event(self) -> bool:
-        """Whether it says of each record that something came, or that it did not."""
+        """It says of each record that something came, or that it did not."""
         return {read.category_of(name) for name in self.labels} in ({"0", "1"}, {"false", "true"})
 
     @property
     def is_flag(self) -> bool:
-        """Whether it says yes or no, or good or bad."""
+        """It says yes or no, or good or bad."""
         said = {label.lower() for label in self.labels}
         return self.nearly("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
 
     @property
     def is_label(self) -> bool:
-        """Whether it has few values, each of which comes often."""
+        """It has few values, each of which comes often."""
         labels = self.labels
         few = 2 <= len(labels) <= MOST_LABELS and self.filled >= RECORDS_A_LABEL * len(labels)
         return few and self.nearly("label") and not (self.is_number and self.reads["whole"] < NEARLY * self.filled)
@@ -281,12 +280,12 @@ class Column:
 
     @property
     def is_id(self) -> bool:
-        """Whether it may tell persons apart: rows without an id are no matter, nor how a run reads them."""
+        """It may tell persons apart: rows without an id are no matter, nor how a run reads them."""
         return self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
 
     @property
     def says(self) -> bool:
-        """Whether its values are answers: texts, or turns of a conversation."""
+        """Its values are answers: texts, or turns of a conversation."""
         return self.is_text or self.nearly("messages")
 
     @property
@@ -304,28 +303,25 @@ def _words_of(name: str) -> list[str]:
 
 
 def person_of(name: str) -> int | None:
-    """Where in the order of people a column stands that is called as people are; None: it is not.
-
-    Before `author_id` may stand other words, such as `tweet`.
-    """
+    """Where in the order of people a column is that is called as people are (`tweet_author_id`); None: it is not."""
     words = _words_of(name)
     found = _OF_PEOPLE.fullmatch(key_of(name)) or (len(words) > 2 and _OF_PEOPLE.fullmatch("".join(words[-2:])))
     return NAMES["people"].index(found["who"]) if found else None
 
 
 def is_person(one: Column) -> bool:
-    """Whether a column looks like it says whose a record is: its values are ids or names, not what somebody wrote."""
+    """The column looks like it says whose a record is: its values are ids or names, not what somebody wrote."""
     is_name = not one.is_text or (one.mean_characters <= _LONGEST_ID and one.nearly("few words"))
     return person_of(one.name) is not None and one.is_id and is_name
 
 
 def is_place(name: str) -> bool:
-    """Whether a column's name says that it names places, such as `hospital_id`."""
+    """The column's name says that it names places, such as `hospital_id`."""
     return not set(_words_of(name)).isdisjoint(NAMES["places"])
 
 
 def is_of_records(name: str) -> bool:
-    """Whether a column's name says that it numbers the records, such as `message_id`, or it has none."""
+    """The column's name says that it numbers the records, such as `message_id`, or it has none."""
     last = _words_of(name)[-1:]
     return not name.strip() or key_of(name) in NAMES["ids"] or last in (["id"], ["uuid"], ["guid"], ["idx"])
 
@@ -334,7 +330,7 @@ OTHER_NUMBERS = "numbers in another form: write 3.5 and 1200, with a point befor
 
 
 def no_answer(one: Column) -> str:
-    """What a column that was taken for an answer must hold."""
+    """Why a column that was taken for an answer is none."""
     if one.nearly("vector"):
         return "must be lists of the labels' names: vectors of 0 and 1 name none"
     if one.nearly("messages"):

@@ -1,7 +1,4 @@
-"""How near synthetic records come to a site's own: runs of words, records alike, personal details that come up again.
-
-All of it is exact, of private records, without noise or guarantee: it is for those at the site alone.
-"""
+"""How near synthetic records come to a site's own: runs of words, likenesses, personal details; for the site alone."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ class Near:
 def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) -> Iterator[tuple[int, int, str]]:
     """Of each record the longest run of words that another has: how many, which is the last, and the other's place.
 
-    It makes a suffix automaton, in time in proportion to all words, and in memory to those of `texts` alone.
+    A suffix automaton: time in proportion to all words, memory to those of `texts` alone.
     """
     # Of each state: what a word leads to, the state of its longest suffix that is in another, its longest run.
     steps, link, size = [dict[str | int | None, int]()], [-1], [0]

@@ -158,12 +158,8 @@ class Found:
 def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) -> Found:
     """Read a file once and say what it is.
 
-    `chosen` is option (one of `OPTIONS`) to column, where the person at the keyboard says so; `by_person`, whether a
-    column that looks like persons is taken for the unit.
-
-    Raises:
-        DataError: it cannot be read, or holds no row or no column of text.
-        ConfigError: a column that was chosen is not there or does not suit its role.
+    `chosen` is option (one of `OPTIONS`) to column, as a person says; `by_person`: a column that looks like persons is
+    taken for the unit.  A DataError is about the file, a ConfigError about what was chosen.
     """
     columns: dict[str, Column] = {}
     first: list[Row] = []
@@ -318,7 +314,6 @@ class _Guess:
         return None if text is None else _Made(kind, {"text": text, **roles}, {"text": of_text, **why}, notes)
 
     def _single(self) -> _Made | None:
-        """A column with a label, several, or a number."""
         answer, why = self._answer()
         if answer is None:
             return None

@@ -1,6 +1,4 @@
-"""Which records say what an earlier one said: the same by a digest, or almost by MinHash, both in bounded memory.
-
-Also which labels are probably meant as one.
+"""The records that say what an earlier one said: the same by a digest, or almost by MinHash, both in bounded memory.
 
 A record is compared with those before it, so that what is found of it depends on them.  That is why no run does this:
 one record more would change what becomes of another.
@@ -53,7 +51,7 @@ class Earlier:
 
     @property
     def is_full(self) -> bool:
-        """Whether later records were no longer noted."""
+        """Later records were no longer noted."""
         return len(self._same) >= MOST_SAME or (self._index is not None and self._index.is_full)
 
     def twins(self, record: Record, use: str = "", *, keep: bool = True) -> dict[Likeness, tuple[Twin, ...]]:
@@ -123,5 +121,5 @@ def spelt_alike(labels: Iterable[str]) -> list[list[str]]:
 
 
 def has_datasketch() -> bool:
-    """Whether the library that finds near-duplicates is there."""
+    """The library that finds near-duplicates is there."""
     return importlib.util.find_spec("datasketch") is not None

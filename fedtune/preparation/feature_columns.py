@@ -32,12 +32,12 @@ def filled(found: Found) -> tuple[str, ...]:
 
 
 def is_name(column: Column) -> bool:
-    """Whether a column of a table holds names of categories rather than numbers."""
+    """A table's column holds names of categories rather than numbers."""
     return column.size is None and not (column.is_number or column.nearly("target"))
 
 
 def own_features(found: Found) -> tuple[FeatureSpec, ...]:
-    """What the columns would be by the file's own values: to look at its rows with, and for nothing that is written."""
+    """Columns by the file's own values: to look at its rows with, and for nothing that is written."""
     made = []
     for name in found.features:
         column = found.columns[name]

@@ -24,10 +24,7 @@ class Identifier(NamedTuple):
 
 
 def identifiers(text: str) -> list[Identifier]:
-    """Likely personal identifiers, none within another, in the order of the text.
-
-    The kinds are looked for one after another, those with a checksum before those that are digits alone.
-    """
+    """Likely personal identifiers, none within another, in the order of the text; kinds with a checksum come first."""
     found: list[Identifier] = []
     if not _MAY_IDENTIFY.search(text):
         return found
@@ -97,10 +94,7 @@ _PATTERNS: Mapping[str, re.Pattern[str]] = {
 
 
 def _iban(text: str) -> str:
-    """The IBAN that a text begins with, by ISO 13616; words in capitals may follow it.
-
-    The country's letters and the checksum behind the rest, letters as numbers, leave 1 modulo 97.
-    """
+    """The IBAN (ISO 13616) that a text begins with: with letters as numbers, the first four last, it is 1 modulo 97."""
     for end in reversed([match.start() for match in re.finditer(r" |$", text)]):
         compact = text[:end].replace(" ", "")
         number = "".join(str(int(letter, 36)) for letter in compact[4:] + compact[:4])
@@ -198,7 +192,7 @@ with a mark before a quote, a dash or dots is French or German as it should be."
 
 
 def _is_mojibake(text: str) -> bool:
-    """Whether the bytes that Windows-1252 (or Latin-1) has for some of the text's beginning are one character."""
+    """The bytes that Windows-1252 (or Latin-1) has for some of the text's beginning are one character."""
     try:
         raw = b"".join(letter.encode("cp1252" if letter > "\xff" else "latin-1") for letter in text)
     except UnicodeEncodeError:

@@ -86,7 +86,6 @@ class Measured:
 
     @property
     def units(self) -> int:
-        """Units that are sampled and protected: persons, or records."""
         return self.usable if self.users is None else self.users
 
 
@@ -415,7 +414,6 @@ def _line(key: str, value: Any, why: str) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A value as YAML on one line."""
     quotes = '"' if isinstance(value, str) and not value.isprintable() else None
     text: str = yaml.safe_dump(
         value, default_flow_style=True, default_style=quotes, allow_unicode=True, width=math.inf, sort_keys=False

@@ -46,7 +46,6 @@ class Line:
 
     @property
     def private(self) -> bool:
-        """Whether noise was added."""
         return self.run.config.privacy.private and self.kind != "own"
 
     @property
@@ -58,11 +57,7 @@ class Line:
 
 
 def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequence[Kind]) -> list[Line]:
-    """The runs of a comparison over one experiment, the federation's first, each as it is on disk.
-
-    Raises:
-        ConfigError: a setting is wrong, or does not go with a comparison; or a run's folder belongs to something else.
-    """
+    """The runs of a comparison over one experiment, each as it is on disk, the federation's first; or a ConfigError."""
     asked = compose_run(words)
     if asked.runtime.kind == "deployment":
         raise ConfigError("runtime", "deployment", "is for real sites: no site's records can be pooled there")
@@ -132,21 +127,18 @@ class Compared:
 
     @property
     def main(self) -> str:
-        """The model that the others are compared with."""
         return self.lines[0].name
 
     @property
     def models(self) -> list[str]:
-        """All of them, as tables list them: the model before training comes first."""
+        """In the order of tables, the model before training first."""
         return [*self.sides.measured, *self.means]
 
     @property
     def _score(self) -> str:
-        """The score that counts, in words."""
         return score_words(self.sides.judged_by)
 
     def sections(self) -> list[Section]:
-        """All that there is to say."""
         return [
             Section(title="Verdict", notes=self.verdict()),
             self._scores(),
@@ -159,7 +151,6 @@ class Compared:
         ]
 
     def chart(self) -> Markup:
-        """The score that counts with its interval, a row for each model."""
         estimates = {name: self.sides.estimate(name, self.sides.judged_by) for name in self.models}
         rows = [(name, one.low, one.value, one.high) for name, one in estimates.items()]
         rows = [row for row in rows if all(map(math.isfinite, row[1:]))]
@@ -207,7 +198,6 @@ class Compared:
         return f"{_capital(self.main)} is {found.verdict} than {base}: {self._score} {_interval(found)}."
 
     def _fair(self, title: str, found: GroupScores) -> Iterator[str]:
-        """Whom training served, and whom it did not."""
         changes = {name: pairs[self.models[0], self.main] for name, pairs in found.changes.items()}
         yield f"{_capital(title)}, {self.main} is beside {self.models[0]}: {_by_verdict(changes, 'in')}."
         name = found.groups.smallest
@@ -310,7 +300,6 @@ class Compared:
             yield f"Of {pairs} pairs, about {pairs // 20} would look different by chance where none is."
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure as plain JSON."""
         sides, lines = self.sides, {line.name: line for line in self.lines}
         models = [
             {
@@ -393,10 +382,9 @@ def score_side_by_side(
     smallest: int,
     records: Sequence[Record] | None = None,
 ) -> Compared:
-    """Score runs side by side.
+    """Score runs on `data`, or on the first run's test records, or a site's own `records`; and by groups.
 
-    `finished` has the settings to score each of them by, and the folder of its adapter.  Scored is the file `data`, or
-    the first run's test records, or a site's own `records`; by groups of a column of at least `smallest` units.
+    `finished` has the settings to score each by, and the folder of its adapter; a group has at least `smallest` units.
     """
     from fedtune.runs.model_comparison import Finished, side_by_side
     from fedtune.sites.run_records import sites_of
@@ -441,7 +429,6 @@ def _own_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]
 
 
 def _by_verdict(changes: Mapping[str, Comparison], place: str) -> str:
-    """Where it is better, worse, and not told apart."""
     parts = []
     for verdict, said in (("better", "better"), ("worse", "worse"), (_ALIKE, "not told apart")):
         names = [name for name, one in changes.items() if one.verdict == verdict]

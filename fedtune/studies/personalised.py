@@ -111,7 +111,7 @@ def make(
 
 
 def sections(made: Mapping[str, Personalised]) -> list[Section]:
-    """What each site's own adapter is worth beside the others."""
+    """Tables for a person: a site's own adapter beside the others."""
     rows, notes = [], []
     for site, one in made.items():
         sides, score = one.sides, one.sides.judged_by
@@ -149,7 +149,7 @@ def to_json(made: Mapping[str, Personalised]) -> dict[str, Any]:
 
 
 def _sentence(site: str, one: Personalised) -> str:
-    """What the interval supports, in words."""
+    """The result of one site in words, no more than the interval supports."""
     if one.own.fitted.passes == 0:
         return f"{site}: its own records do not improve the shared adapter, which its own one equals."
     beside = {name: one.sides.comparison(name, OWN).verdict for name in (SHARED, ALONE)}

@@ -161,11 +161,7 @@ def adapter_of(run: Run) -> SavedAdapter:
 
 
 def columns_of(run: Run) -> dict[str, str]:
-    """Role to column of a synthetic record: those of a prompt, which name a code, and last what the model writes.
-
-    Raises:
-        ConfigError: the run's model completes no prompts.
-    """
+    """Role to column of a synthetic record: those of a prompt, which name a code, and last what the model writes."""
     task, data = task_named(run.config.task), run.config.data
     if not task.predicts_tokens or "prompt" not in data.columns or "completion" not in data.columns:
         bound = "must be a language model that completes prompts: data.columns names prompt and completion"
@@ -174,10 +170,7 @@ def columns_of(run: Run) -> dict[str, str]:
 
 
 def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords) -> dict[Code, float]:
-    """Each code with how often it stands in a public file.
-
-    A record's own prompt comes once in the run's files, a code that is declared comes again and again.
-    """
+    """Each code with how often it stands in a public file; a run's own prompts mostly come once there."""
     require_no_card(str(codes), key="--codes")
     path = resolve_file(str(codes), shipped_folders(), key="--codes")
 
@@ -199,11 +192,7 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords
 
 
 def weights_of(votes: Run) -> dict[str, float]:
-    """Each candidate's text with its noisy share of all votes, at least 0; they add up to 1.
-
-    Raises:
-        ValueError: it is no finished run of task votes, or noise left no vote above 0.
-    """
+    """Each candidate's text with its noisy share of all votes, at least 0; they add up to 1."""
     config = votes.config
     if not task_named(config.task).counts_units:
         raise ConfigError("--votes", str(votes.folder), f"must be a run of task votes, not of {config.task}")
@@ -233,17 +222,7 @@ def as_written(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Syn
 
 
 def chosen(found: Synthetic, column: str, votes: Run, *, keep: int) -> Synthetic:
-    """The `keep` records with most votes, in their order.
-
-    Args:
-        found: synthetic records.
-        column: of their text, the candidates of `votes`.
-        votes: a finished run in which each of a site's units voted for the text that is nearest to its own.
-        keep: how many stay.
-
-    Raises:
-        ValueError: the candidates of `votes` are others.
-    """
+    """The `keep` records with most votes, in their order; each unit of `votes` voted for the text most like its own."""
     weights = weights_of(votes)
     rows = [row for row in found.rows if _NO_SETTING not in row[column]]  # as on the ballot
     if keep > len(rows):
@@ -255,18 +234,10 @@ def chosen(found: Synthetic, column: str, votes: Run, *, keep: int) -> Synthetic
 
 
 def labelled(found: Synthetic, column: str, classifier: Run) -> Synthetic:
-    """The records with the label that a classifier gives their text, in the column where its own records have theirs.
+    """The records with the label that a classifier of the same sites gives their text, in its own label's column.
 
-    A model that is tuned with noise often misses what it was asked to write of.  A classifier of the same sites knows
-    better what a text says, for a fraction of the epsilon (simulations/synthetic_texts).
-
-    Args:
-        found: synthetic records; a column of the label's name is written over.
-        column: of their text.
-        classifier: a finished run whose records are a text with one label.
-
-    Raises:
-        ValueError: it is none, or its adapter is private to a site.
+    A model that is tuned with noise often misses what it was asked to write of.  A classifier knows better what a text
+    says, for a fraction of the epsilon (simulations/synthetic_texts).
     """
     config = classifier.config
     label = config.data.columns.get("label", column)

@@ -1,12 +1,9 @@
 """A search: trials of several settings, whose whole price is known and has room before the first one begins.
 
-`fedtune.privacy.selection` says what the price is, and why.  Scores on the lead's own validation file pick, and guide
-TPE: they cost nothing, since that file holds no record of a site.  What is tried depends on settings, seeds and scores
-alone.
-
-A search keeps one ledger for each simulated site over all its trials.  Without `runtime.sites_dir` the sites are new,
-with a budget that is the search's price.  The same search again goes on where it stopped: it draws the same trials,
-finds those that are finished, and resumes the one that is not, so nothing is charged twice.
+`fedtune.privacy.selection` derives the price.  Scores on the lead's own validation file pick, and guide TPE: they cost
+nothing, since that file holds no record of a site.  All trials share one ledger for each simulated site; without
+`runtime.sites_dir` the sites are new, with a budget that is the price.  Trials follow from settings, seeds and scores
+alone, so the same search again draws the same ones, goes on where it stopped, and charges nothing twice.
 """
 
 from __future__ import annotations
@@ -66,12 +63,7 @@ class Search:
 
     @classmethod
     def of(cls, overrides: Sequence[str], method: Method, *, trials: int | None = None) -> Search:
-        """Draw what is to be drawn, look at every trial that is known by now, and find their plans.
-
-        Raises:
-            ConfigError: an option or a setting does not go with a search, a trial's settings are wrong, or trials
-                cannot be compared or paid for together.
-        """
+        """Draw what is to be drawn, look at every trial that is known by now, and find their plans."""
         if (method == "grid") != (trials is None):
             bound = "does not go with --method grid" if method == "grid" else "must be given"
             raise ConfigError("--trials", NOT_GIVEN, bound)
@@ -101,7 +93,6 @@ class Search:
 
     @property
     def number(self) -> int:
-        """Of trials."""
         return self.trials or len(self.listed)
 
     @property
@@ -111,30 +102,19 @@ class Search:
 
     @property
     def names(self) -> list[str]:
-        """Of the trials."""
         return [f"{self.asked.name}-trial-{n + 1:0{len(str(self.number))}}" for n in range(self.number)]
 
     @cached_property
     def price(self) -> SearchPrice:
-        """Of all trials together."""
         return price_of(self.plans)
 
     def trial(self, name: str, values: Values) -> RunConfig:
-        """One trial's configuration.
-
-        Raises:
-            ConfigError: its settings do not go together.
-        """
         sites = self.asked.runtime.sites_dir or str(RunFolder(self.folder).sites)
         places = {"name": name, "tracking.output_dir": str(self.folder), "runtime.sites_dir": sites}
         return compose_run([*self.fixed, *(f"{key}={value}" for key, value in values.items())], changed=places)
 
     def check_room(self) -> None:
-        """Check that the sites which were there before the search have room for all of it.
-
-        Raises:
-            RefusedError: one has not.
-        """
+        """Refuse a search for all of which the sites that were there before it have no room."""
         if self.asked.runtime.sites_dir is None:
             return
         sites = self._sites(self.shapes[0])
@@ -151,11 +131,7 @@ class Search:
         sites.check_room(runs, asked=f"--trials = {self.number}", shapes=others)
 
     def run(self, trials: Trials, work: Callable[[Trial], RunResult] = run_quietly) -> None:
-        """Run every trial that is not finished yet into `trials`, and note which one is picked.
-
-        Raises:
-            FedtuneError: of a trial that the same search again would continue.
-        """
+        """Run every trial that is not finished yet into `trials`, and note which one is picked."""
         from fedtune.sites.virtual_site import budget_for
 
         self._note()
@@ -187,7 +163,6 @@ class Search:
             self._note(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
 
     def _check_name(self) -> None:
-        """Check that the search's folder is new, or its own."""
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         path, name = self.folder / _FILE, self.asked.name
@@ -199,7 +174,6 @@ class Search:
             raise ConfigError("name", name, f"is taken: {path} is of a search with other settings; choose another")
 
     def _identity(self) -> dict[str, Any]:
-        """All by which the same search is known again, as plain JSON."""
         kept = {"method": self.method, "trials": self.trials, "searched": [*map(asdict, self.searched)]}
         return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
 
@@ -250,7 +224,6 @@ class Search:
             model_card.write_report_and_card(trial.folder, language=trial.config.report.language)
 
     def picked_text(self, best: Trial) -> str:
-        """How the best trial was picked, and at what price."""
         return (
             f"Picked by validation {best.config.judged_by} ({best.score:.3f}) out of {counted(self.number, 'trial')}; "
             f"its report says so. {_promise(self.price)}"
@@ -285,11 +258,7 @@ def _dealt(config: RunConfig) -> dict[str, Any]:
 
 
 def _one_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
-    """The plan that all trials have, where it is not known what they will try.
-
-    Raises:
-        ConfigError: a searched setting decides what a trial costs.
-    """
+    """The plan of all trials, where it is not known what they will try: no searched setting may decide the cost."""
     plan = shapes[0].plan()
     for values, shape in zip(tried, shapes, strict=True):
         if shape.plan() != plan:
@@ -316,7 +285,6 @@ def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
 
 
 def _promise(price: SearchPrice) -> str:
-    """The one sentence that matters most."""
     if not price.private:
         return _NOT_PRIVATE
     bound = f"epsilon at most {epsilon_text(price.epsilon)} at delta {price.delta:g} for each {price.unit}"
@@ -347,7 +315,6 @@ class Tpe:
         self._searched, self._spaces = searched, {one.key: _distribution(one) for one in searched}
 
     def ask(self) -> Values:
-        """Values for the next trial."""
         self._trial = self._study.ask(self._spaces)
         return _typed(self._searched, self._trial.params)
 

@@ -57,11 +57,7 @@ class Trial:
 
     @classmethod
     def of(cls, config: RunConfig, values: Values | None = None) -> Trial:
-        """The run as it is on disk: new, begun by the same command before, or finished.
-
-        Raises:
-            ConfigError: its folder belongs to something else.
-        """
+        """The run as it is on disk: new, begun by the same command before, or finished; else the name is taken."""
         folder = Path(config.tracking.output_dir) / config.name
         is_taken = config.resume is None and folder.exists()
         if is_taken:
@@ -86,7 +82,6 @@ class Trial:
 
     @property
     def state(self) -> str:
-        """In a word or two."""
         from fedtune.runs.results import DIVERGED
 
         if self.error is not None:
@@ -106,7 +101,6 @@ class Trial:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether the same command again would bring it further."""
         stopped = isinstance(self.error, RunError) and not isinstance(self.error, StuckError)
         return stopped or self.state in ("interrupted", "not begun")
 
@@ -120,7 +114,6 @@ class Trial:
 
     @property
     def test(self) -> Scores:
-        """On the lead's test records."""
         return self.result.final.metrics if self.result else {}
 
     @property
@@ -133,11 +126,7 @@ class Trial:
 
 
 def price_text(runs: Mapping[str, Trial]) -> Iterator[str]:
-    """How many runs are still to make, and what each of them spends; nothing where all are finished.
-
-    Args:
-        runs: by the names that people know them by.
-    """
+    """How many runs (by name) are still to make, and what each of them spends; nothing where all are finished."""
     waiting = {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}
     if not waiting:
         return
@@ -190,11 +179,7 @@ def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
 
 
 def combinations(searched: Sequence[Searched]) -> list[Values]:
-    """Every combination, the last setting's values changing fastest.
-
-    Raises:
-        ConfigError: a setting has no end of values, or there are too many combinations.
-    """
+    """Every combination, the last setting's values changing fastest."""
     for one in searched:
         if not one.choices:
             bound = "has no end of values, and all are to be tried: list some, as in 0.001,0.01,0.1"
@@ -219,9 +204,6 @@ class Trials:
         """One run for each combination of comma-separated values, all looked at before the first one begins.
 
         Their names begin with the sweep's own, unless they are swept themselves.
-
-        Raises:
-            ConfigError: a run's settings are wrong, or a folder or the table's file belongs to something else.
         """
         fixed, searched = split_searched(overrides)
         given = [str(value_of(override)) for override in fixed if key_of(override) == "name"]
@@ -245,11 +227,7 @@ class Trials:
         return trials
 
     def run(self, work: Callable[[Trial], RunResult] = run_quietly) -> None:
-        """Run what is not finished yet.  A run that fails does not keep the others from running.
-
-        Raises:
-            FedtuneError: the first run that failed, after the last one has ended; anything else at once.
-        """
+        """Run what is not finished yet, whatever fails; then raise the first failure; anything unforeseen at once."""
         try:
             for trial in list(self.rows.values()):
                 done = self.rows[trial.folder] = trial.run(work)
@@ -261,7 +239,6 @@ class Trials:
         self.raise_first()
 
     def raise_first(self) -> None:
-        """Raise the error of the first run that failed."""
         for trial in self.rows.values():
             if trial.error is not None:
                 raise trial.error
@@ -320,7 +297,6 @@ class Trials:
             raise RunError(f"the sweep's table {self.table} cannot be written ({error.strerror})") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The table for machines."""
         best = self.best
         return {
             "schema_version": SCHEMA_VERSION,
@@ -339,7 +315,6 @@ class Trials:
         }
 
     def section(self) -> Section:
-        """The table for a person, with a mark at the best run."""
         trials, best = list(self.rows.values()), self.best
         shared = any(trial.together is not None for trial in trials)
         judged = dict.fromkeys(trial.config.judged_by for trial in trials)
