@@ -182,7 +182,7 @@ def group(help: str, *, cls: type[Group] = Group) -> Group:
 
 
 def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[Function], Function]:
-    """Add a function to a group, with `about` for the list: parameters are the arguments, the docstring is the help."""
+    """Add a function to a group: its parameters are the arguments, its docstring is the help, `summary` is listed."""
 
     def add(function: Function) -> Function:
         app.add_command(single(function, name=name, summary=summary))

@@ -25,16 +25,13 @@ class LeftOut:
 
     @property
     def count(self) -> int:
-        """How many there are."""
         return sum(self.reasons.values())
 
     @property
     def is_much(self) -> bool:
-        """Whether a person should look."""
         return self.count > MUCH * self.rows
 
     def with_those(self, other: LeftOut) -> LeftOut:
-        """Those of several files together."""
         reasons = Counter(self.reasons) + Counter(other.reasons)
         return LeftOut(rows=self.rows + other.rows, reasons=dict(reasons.most_common()))
 
@@ -60,7 +57,6 @@ class Faults:
         return self._first is not None
 
     def add(self, error: DataError, line: int) -> None:
-        """Count a row that cannot be used."""
         self._first = self._first or error
         # What stands behind a semicolon is advice, and may go by the row.
         self._reasons[error.bound.partition("; ")[0]] += 1

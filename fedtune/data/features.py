@@ -77,12 +77,11 @@ class FeatureSpec:
 
     @property
     def width(self) -> int:
-        """How many values of the vector there are."""
         of_each = len(self.categories) + 1 if self.categories else self.size or 1
         return len(self.columns) * (of_each + (self.missing == "indicator"))
 
     def values(self) -> Iterator[str]:
-        """What each value of the vector stands for."""
+        """A name for each value of the vector."""
         low, high = self.range or (0.0, 0.0)
         for column in self.columns:
             if self.categories:
@@ -96,10 +95,7 @@ class FeatureSpec:
                 yield f"{column}: missing"
 
     def raw(self, text: str, *, at: str) -> list[float]:
-        """The values of one column as they are, by its field in a record: a name by its place; NaN for nothing.
-
-        DataError where it holds nothing, though it must, or no number, or another number of them.
-        """
+        """The values of one column, by its field in a record: a name by its place, NaN for nothing; or a DataError."""
         if not text or (text in NO_NAME and text not in self.categories):
             if self.missing == "unusable":
                 raise DataError(at, "nothing", "must have a value, or missing = indicator in data.features")
@@ -124,7 +120,7 @@ class FeatureSpec:
         return found
 
     def odd(self, text: str) -> str | None:
-        """What is odd with a field that can be used: "missing", "not declared" or "beyond its range"; None: nothing."""
+        """The oddity of a field that can be used: "missing", "not declared", "beyond its range"; None: as usual."""
         raw = self.raw(text, at="")
         if math.isnan(raw[0]):
             return "missing"
@@ -164,7 +160,6 @@ class FeatureReader:
 
     @property
     def width(self) -> int:
-        """How many values a vector has."""
         return sum(one.width for one in self.features)
 
     def vector(self, record: Record) -> NDArray[np.float32]:

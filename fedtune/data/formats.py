@@ -128,8 +128,7 @@ def what_is(path: Path) -> str | None:
 def require_file(path: Path, *, key: str | None = None, value: str | None = None) -> None:
     """Refuse what is no data file, before it is opened: a pipe would wait for ever.
 
-    `key` is the setting that named it, by `value`.  The DataError says what is there, and for a folder of several saved
-    sets which paths to give.
+    `key` is the setting that named it, by `value`.  Of a folder of several saved sets it says which paths to give.
     """
     if (found := what_is(path)) is None:
         return
@@ -146,10 +145,7 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files in which a data set lies: the file itself, or those of the folder of a saved set.
-
-    DataError where a saved set's list of its files cannot be read, or names one outside its folder.
-    """
+    """The files of a data set: the file itself, or those of the folder of a saved set, which must not lie outside."""
     if not path.is_dir():
         return [path]
     if format_of(path) == _BRAT:
@@ -170,7 +166,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def version_of(path: Path) -> list[object]:
-    """What is another list when the files of a data set change; that one cannot be looked at is a part of it."""
+    """Another list whenever the files of a data set change; that one cannot be looked at is a part of it."""
     found: list[object] = []
     for file in files_of(path):
         about = or_fault("", file.stat)

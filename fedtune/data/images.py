@@ -35,10 +35,7 @@ _BOUND = f"must be a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of a
 
 
 def image_of(value: object, at: str) -> str:
-    """The field of an image: a path as it is, or what the image's bytes are as text.
-
-    In place of these there may be {bytes, path} as Hugging Face `datasets` writes it, of which the bytes count first.
-    """
+    """The field of an image: a path as it is, or the image's bytes as text, which count first in {bytes, path}."""
     if isinstance(value, dict):
         value = value["path"] if value.get("bytes") is None and "path" in value else value.get("bytes")
     if isinstance(value, bytes):
@@ -50,18 +47,11 @@ def image_of(value: object, at: str) -> str:
 
 
 def decoded(field: str, *, file: str, at: str) -> Any:
-    """A record's image, in three colours (`PIL.Image.Image`).
+    """A record's image, in three colours (`PIL.Image.Image`), turned as its EXIF orientation says; or a DataError.
 
-    It is turned as its EXIF orientation says.  Of 16 bits for each grey pixel the upper 8 are taken; transparency is
-    dropped, as transformers does it; of several frames the first counts.
-
-    Args:
-        field: as `image_of` makes it.
-        file: the record's, in whose folder or below the image lies; empty: it may lie anywhere.
-        at: names the field in messages.
-
-    Raises:
-        DataError: there is none, it lies outside the folder of its record's file, or it cannot be decoded.
+    Of 16 bits for each grey pixel the upper 8 are taken; transparency is dropped, as transformers does it; of several
+    frames the first counts.  `field` is as `image_of` makes it; the image lies in the folder of the record's `file` or
+    below (empty: anywhere); `at` names the field in messages.
     """
     require_pillow()
     from PIL import Image, ImageFile, ImageOps
@@ -147,7 +137,6 @@ class ImageReader:
 
     @property
     def places(self) -> int:
-        """How many places an image has in the model."""
         return int(self.processor.before + (self.processor.side // self.processor.patch) ** 2)
 
     def nothing(self) -> NDArray[np.float32]:
@@ -163,7 +152,6 @@ class ImageReader:
         return found
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the processor's settings as transformers reads them."""
         self.processor.process.save_pretrained(folder)
 
     def get_vocab(self) -> Mapping[str, int]:

@@ -35,10 +35,7 @@ def split_key(seed: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SiteRecords:
-    """One site's records: those it trains on, those held out by their own hash or their user's, and what is left out.
-
-    What is left out is for the site's own people, and no part of what it releases.
-    """
+    """One site's records: those it trains on, those held out, and what is left out, for its own people alone."""
 
     training: list[Record]
     heldout: list[Record]
@@ -68,10 +65,8 @@ def deal(
 ) -> Dealt:
     """Read a simulation's files, and give each record to the lead or to a site by its own hash, or its user's.
 
-    `columns` are role to column, with what the partition goes by; with unit "user" no user is parted.
-
-    Raises:
-        DataError: a file is missing or malformed, or a site would have no record, or a user would be at two.
+    `columns` are role to column, with what the partition goes by; with unit "user" no user is parted.  A DataError says
+    if a file is missing or malformed, a site would have no record, or a user would be at two.
     """
     key = split_key(seed)
     lead: dict[str, list[Record]] = {"validation": [], "test": []}
@@ -113,7 +108,7 @@ def deal(
 
 
 def lead_side(record: Record, spec: DataSpec, *, key: bytes, unit: Unit) -> str | None:
-    """Whether a record of a simulation's training file is the lead's, for "validation" or "test"; None: a site's."""
+    """Of a record of a simulation's training file "validation" or "test", if it is the lead's; None: a site's."""
     if spec.test_fraction and unit_hash(record, purpose="test", key=key, unit=unit) < spec.test_fraction:
         return "test"
     # Of what the test leaves, so that the shares are those of the whole file.
@@ -131,9 +126,6 @@ def own_records(
     A record that a run has no use for (no value, or a `fault`, or with unit "user" not exactly one user) is left
     out by itself, and no record at all is fine: what a lead asks for must not make the answer depend on whether some
     record fits it.
-
-    Raises:
-        DataError: the file cannot be read or parsed, whatever the run.
     """
     faults = Faults()
     records = usable_records(Path(spec.train_file), columns, fault=fault, faults=faults)
@@ -146,7 +138,7 @@ def lead_records(
 ) -> tuple[list[Record], LeftOut]:
     """The lead's own records from file `name`, which the setting `key` gave, and what was left out.
 
-    DataError where the file cannot be read, or has no record; or without `leave_out`, some that cannot be used.
+    There must be one that can be used; without `leave_out`, all can.
     """
     path, faults = resolve_file(name, shipped_folders(), key=key), Faults()
     records = list(usable_records(path, columns, fault=fault, faults=faults, lenient=False))

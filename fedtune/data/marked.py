@@ -43,10 +43,7 @@ def spans_of(value: object, at: str) -> str:
     They are such lists (doccano), or objects with `start` and `end` (Prodigy), `start_offset` and `end_offset`
     (doccano), and `label`; or what Label Studio exports, whole or as its JSON_MIN: with a list `labels`.  Its offsets
     count the units of UTF-16, and a fourth value says so.  Of several people's annotations there the first counts that
-    was not skipped.
-
-    Raises:
-        DataError: it is no list, or one in it has no first, end or label; or nobody has annotated the text.
+    was not skipped; a text that nobody annotated is a fault.
     """
     listed = listed_in(rows_of(value))
     if listed is None:

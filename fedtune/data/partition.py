@@ -74,12 +74,12 @@ def unit_hash(record: Record, *, purpose: str, key: bytes, unit: Unit = "record"
 
 
 def is_heldout(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
-    """Whether a record's unit is among the `fraction` (in expectation) that is kept from training."""
+    """The record's unit is among the `fraction` (in expectation) that is kept from training."""
     return unit_hash(record, purpose="heldout", key=key, unit=unit) < fraction
 
 
 def is_selected(record: Record, *, fraction: float, key: bytes, unit: Unit = "record") -> bool:
-    """Whether a record's unit is among the `fraction` (in expectation) that a smaller run uses at all."""
+    """The record's unit is among the `fraction` (in expectation) that a smaller run uses at all."""
     return unit_hash(record, purpose="selected", key=key, unit=unit) < fraction
 
 
@@ -96,10 +96,7 @@ def split_heldout(
 def partition_records(
     records: Iterable[Record], spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record"
 ) -> tuple[list[Record], ...]:
-    """The records of each site, in the order given; a site may end up with none.
-
-    DataError as in `assign_site`, or where a user's records name several sites.
-    """
+    """The records of each site, in the order given; a site may end up with none, but no user at two."""
     sites: tuple[list[Record], ...] = tuple([] for _ in range(num_sites))
     site_of: dict[str, int] = {}
     torn: dict[str, Record] = {}
@@ -129,10 +126,7 @@ def users_of(records: Sequence[Record]) -> list[npt.NDArray[np.int64]]:
 
 
 def assign_site(record: Record, spec: PartitionSpec, *, num_sites: int, key: bytes, unit: Unit = "record") -> int:
-    """The site, in [0, num_sites), of one record; with unit "user", of its user.
-
-    DataError where the value of the `site` role is not declared in `spec.sites`.
-    """
+    """The site, in [0, num_sites), of one record; with unit "user", of its user; its name must be in `spec.sites`."""
     if spec.kind == "column":
         value = record.fields["site"]
         if value not in spec.sites:

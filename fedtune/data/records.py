@@ -63,10 +63,7 @@ def record_key(record: Record) -> bytes:
 
 
 def resolve_file(name: str, roots: Sequence[Path] = (), *, key: str = "data file") -> Path:
-    """Find a data file: as given from the working directory, else under the first of `roots` that has it.
-
-    DataError where there is no such file, or a folder, a pipe or the like in its place.
-    """
+    """Find a data file: as given from the working directory, else under the first of `roots` that has it."""
     folders = list(dict.fromkeys([Path.cwd(), *roots]))
     found = {folder / name: what_is(folder / name) for folder in folders}
     for path, other in found.items():
@@ -93,7 +90,6 @@ def column_values(records: Sequence[Record], column: str, *, key: str, role: str
     """The values of a column for records that were read before, as text; `NO_VALUE` where there is none.
 
     It is read in its `role`, so that a user has the same id as in a run; without one any number is taken, too.
-    DataError where no row of a file has such a column.
     """
     values: dict[tuple[str, int], str] = {}
     for file in dict.fromkeys(record.file for record in records):
@@ -123,10 +119,8 @@ def without_records(path: Path) -> DataError:
 def iter_records(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
     """Stream the records of a file, as `fedtune.data.formats.raw_rows` takes it, with the `columns` (role to column).
 
-    Raises:
-        DataError: when the file or a row cannot be read, or when a value is absent, blank, or neither text nor (for a
-            label, a site or a user) an integer, nor (for messages) a conversation.  It is about the first such row,
-            and counts the rest, since the file is read to its end.
+    It is a DataError if the file or a row cannot be read, or a value is absent, blank, or neither text nor (a label, a
+    site or a user) an integer, nor (messages) a conversation: about the first such row, with a count of the rest.
     """
     faults = Faults()
     for record in usable_records(path, columns, faults=faults, lenient=False):

@@ -53,10 +53,7 @@ class Shapes:
 
     @classmethod
     def of(cls, *, max_length: int, max_tokens: int, positions: int | None = None, fixed: bool = False) -> Shapes:
-        """The shapes for records of at most `max_length` tokens, on a model that has `positions`.
-
-        `fixed`: each record has just as many.
-        """
+        """The shapes for records of at most (`fixed`: just) `max_length` tokens, on a model that has `positions`."""
         if fixed:
             return cls(lengths=(max_length,), max_tokens=max_tokens, full=max_length, fixed=True)
         roomy = 8 * (max_length // 8 + 1)  # room for at least one token of padding
@@ -91,11 +88,9 @@ class Shapes:
         return int(length == self.full and not self.fixed)
 
     def cut(self, places: npt.NDArray[np.int64], num_tokens: npt.NDArray[np.integer]) -> Iterator[Part]:
-        """Cut a logical batch into micro-batches; every place comes back exactly once.
+        """Cut a logical batch into micro-batches; every place comes back exactly once, one length's in their order.
 
-        Args:
-            places: in the data set, in any order; those of one length keep it.
-            num_tokens: of every record's longest text in the data set, so that `num_tokens[places]` are those meant.
+        `places` are in the data set, `num_tokens` are of the longest text of each record in it.
         """
         bucket = np.searchsorted([self.most_tokens(length) for length in self.lengths], num_tokens[places])
         assert (bucket < len(self.lengths)).all(), "a record is longer than tokenising may leave it"

@@ -220,20 +220,17 @@ class DataSpec:
 
     @property
     def template_roles(self) -> tuple[str, ...]:
-        """The roles that `prompt_template` names."""
         return _template_roles(self.prompt_template)
 
     @property
     def skips_unusable(self) -> bool:
-        """Whether what cannot be used is left out of the lead's and of simulated files."""
+        """The lead's and simulated files may have what cannot be used, which is left out."""
         return self.unusable == "leave_out"
 
     def check_unit(self, unit: Unit, *, arrivals: bool = False) -> None:
         """Check that records can be dealt out and counted by `unit`; errors name keys of this spec.
 
-        Raises:
-            ConfigError: users have no column, or where they have `arrivals` these have none, or the partition goes by
-                what differs between records of one user.
+        Users need a column (with `arrivals` also for these), and no partition by what differs between a user's records.
         """
         if unit == "user" and "user" not in self.columns:
             bound = "must name the column for role 'user', as privacy.unit is user"
@@ -272,7 +269,7 @@ class DataSpec:
         return own | columns_of(self.features, self.columns)
 
     def for_sites(self, roles: Collection[str]) -> DataSpec:
-        """What sites are sent: columns by their `roles`, all of the sites' records, and nothing of the lead's files."""
+        """These settings as sites are sent them: columns by `roles`, all their records, nothing of the lead's files."""
         return replace(
             self,
             train_file=AT_SITE,
@@ -289,10 +286,7 @@ class DataSpec:
         )
 
     def at_site(self, dataset: Dataset, *, folder: Path) -> DataSpec:
-        """What was sent, over a site's own file; paths of its policy start in `folder`.
-
-        ConfigError where the site's columns do not go together.
-        """
+        """These settings as they were sent, over a site's own file; paths of its policy start in `folder`."""
         # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
         columns = {role: dataset.columns[role] for role in self.columns if role in dataset.columns}
         return replace(self, train_file=str(folder / dataset.path), columns=columns)

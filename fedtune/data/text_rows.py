@@ -60,7 +60,7 @@ def absent(present: Iterable[str], column: str, *, role: str, at: str) -> DataEr
 
 
 def or_fault(at: str, read: Callable[Given, Made], /, *args: Given.args, **options: Given.kwargs) -> Made | DataError:
-    """What `read` makes of one row or record; whatever it raises is a fault of that one alone.
+    """The result of `read` on one row or record; whatever it raises is a fault of that one alone.
 
     What is no DataError would be our own mistake.  Were it to end the reading, a site's answer would tell of a record.
     """
@@ -240,13 +240,7 @@ _LINES = re.compile(rb"[^\n]*\n|[^\n]+")
 
 
 def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:
-    """The rows of a text file, blank ones too.
-
-    `comma` separates the cells of a table, whose quoted cells may span lines; None: each line is a row.
-
-    Raises:
-        DataError: the file cannot be opened, or is no whole gzip file.
-    """
+    """The rows of a text file, blank ones too; `comma` separates a table's cells, whose quoted ones may span lines."""
     row, begins = _Growing(), comma or b""
     quoted, state = begins + b'"', begins
     for block in _blocks(path):
@@ -295,9 +289,6 @@ def cut_elements(path: Path, opens: re.Pattern[bytes] | None = None) -> Iterator
 
     Strings are told from marks, and opening brackets from closing ones, without a look at what else is there.  Only a
     string or bracket that is never closed takes other elements along, which no writer of JSON makes of a record's text.
-
-    Raises:
-        DataError: the file cannot be opened, is no whole gzip file, or holds no array.
     """
     row, depth, in_string, escaped = _Growing(), 1, False, False
     for block in _in_array(path, row) if opens is None else _in_object(path, row, opens):

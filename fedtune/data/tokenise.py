@@ -78,7 +78,6 @@ class TextDataset:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all examples together."""
         return int(self.text_lengths.sum())
 
     def texts_of(self, places: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
@@ -238,7 +237,7 @@ def _each(
 
 
 def _stays_short(text: str, normalizer: Any) -> bool:
-    """Whether a tokenizer's normaliser, or None, leaves a text about as long as it is."""
+    """A tokenizer's normaliser (None: it has none) leaves a text about as long as it is."""
     if normalizer is None:
         return True
     made = or_fault("", panics_as_errors()(normalizer.normalize_str), text)

@@ -87,7 +87,7 @@ def read_value(value: object, role: str, *, at: str) -> str:
 
 
 def is_written(role: str) -> bool:
-    """Whether a role's values are texts that somebody wrote: what may hold names, and may be masked."""
+    """A role's values are texts that somebody wrote: they may hold names, and may be masked."""
     return role not in _NO_TEXT and not role.startswith(FEATURE)
 
 
@@ -100,17 +100,17 @@ def texts_of(role: str, text: str) -> list[str]:
 
 
 def is_null(value: object) -> bool:
-    """Whether a file has nothing there: null, or in a column of numbers one that is none (NaN)."""
+    """A file has nothing there: null, or in a column of numbers one that is none (NaN)."""
     return value is None or value != value
 
 
 def is_missing(value: object) -> bool:
-    """Whether there is nothing, or a blank text."""
+    """There is nothing, or a blank text."""
     return is_null(value) or (isinstance(value, str) and not value.strip())
 
 
 def is_whole(value: object) -> TypeGuard[float]:
-    """Whether a decimal is a whole number: tables turn all of a column's into decimals where one record has none.
+    """A decimal is a whole number: tables turn all of a column's into decimals where one record has none.
 
     Those beyond 2**53 are not taken: two names may have become one there.
     """
@@ -167,11 +167,9 @@ _JSON_TURNS = "must be a JSON list of turns, as Python's json.dumps writes it an
 def messages_of(value: object, *, at: str) -> str:
     """A conversation as canonical JSON: a list of {"role": "system", "user" or "assistant", "content": text}.
 
-    An answer that is not to be learnt also has "train": false.
-
-    Turns have `role` and `content` (as OpenAI writes them) or `from` and `value` (ShareGPT); or they are one object
-    with a list of each (Hugging Face), or the same as JSON text.  A first turn of the system may lead; then user and
-    assistant take turns.
+    An answer that is not to be learnt also has "train": false.  Turns have `role` and `content` (OpenAI) or
+    `from` and `value` (ShareGPT); or are one object with a list of each (Hugging Face), or the same as JSON text.  A
+    first turn of the system may lead; then user and assistant take turns.
     """
     if isinstance(value, str):
         try:
@@ -193,10 +191,7 @@ def messages_of(value: object, *, at: str) -> str:
 
 
 def said_of(value: object, at: str) -> str:
-    """Read what follows a prompt or a conversation: a text as it is, or turns as canonical JSON, in any order.
-
-    A turn alone is one of a list.
-    """
+    """Read what follows a prompt or a conversation: a text as it is, or turns (also one alone) as canonical JSON."""
     value = rows_of(value)
     if isinstance(value, dict):
         value = [value]
@@ -385,7 +380,7 @@ def _is_number(text: str) -> bool:
 
 
 def is_number_in_another_form(value: object) -> bool:
-    """Whether a text that is no number to a run is one to people: 3,5 or $1,200 or 50%."""
+    """A text that is no number to a run is one to people: 3,5 or $1,200 or 50%."""
     return isinstance(value, str) and not _is_number(value.strip()) and bool(_OTHER_NUMBER.fullmatch(value.strip()))
 
 

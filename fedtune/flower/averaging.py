@@ -26,10 +26,7 @@ _PIECE_BYTES = 1 << 27
 
 
 class Average:
-    """The aggregation of plain updates, weighed by the sites' declared `sizes`, by the strategy that settings name.
-
-    Whom to ask, and how many must answer, is fedtune's own rule.
-    """
+    """The aggregation of plain updates, weighed by declared `sizes`; whom to ask is fedtune's own rule."""
 
     session = ""
     left_out = ()

@@ -22,19 +22,16 @@ _Answer = Callable[[Site], RecordDict]
 
 
 def context_of(run_id: int, node_id: int, node_config: Mapping[str, int]) -> Context:
-    """What Flower would say of itself to a node's app."""
+    """Flower's own words to a node's app about itself."""
     return Context(run_id, node_id, dict(node_config), state=RecordDict(), run_config={})
 
 
 def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[Context], str]) -> ClientApp:
-    """A ClientApp that answers as the site that `site_of` finds for a node.
+    """A ClientApp that answers as the site that `site_of` finds for a node, by the public name of `name_of`.
 
-    Nothing it does can raise into Flower, which would send an exception's type and text to the server.
-
-    Args:
-        site_of: opens the site with its ledger, for a run with these settings (JSON, unchecked; empty where a site
-            has them already); may fail.
-        name_of: the site's public name; cannot fail.
+    `site_of` opens the site with its ledger, for a run with these settings (JSON, unchecked; empty where a site has
+    them already), and may fail; `name_of` cannot.  Nothing the app does can raise into Flower, which would send an
+    exception's type and text to the server.
     """
     app = ClientApp()
 
@@ -102,7 +99,6 @@ class Exchange:
 
     @property
     def kind(self) -> str:
-        """Flower's name for what is asked."""
         return str(self.message.metadata.message_type)
 
     @property
@@ -112,20 +108,19 @@ class Exchange:
 
     @property
     def reply(self) -> Message:
-        """The answer, once there is one."""
         assert self._reply is not None, "answered first"
         return self._reply
 
     @property
     def answered(self) -> Update | Refusal | Offer | None:
-        """What the answer to a round or an invitation is; None for another kind of message."""
+        """The answer to a round or an invitation, in a word; None for another kind of message."""
         try:
             return flower_records.to_reply(self.reply.content).body
         except ConfigError:
             return None
 
     def is_void(self, now: float) -> bool:
-        """Whether the server takes no answer any more; `now` in seconds since 1970."""
+        """The server takes no answer any more; `now` in seconds since 1970."""
         until = self.message.metadata.created_at + self.message.metadata.ttl
         return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
 

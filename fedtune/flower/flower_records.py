@@ -188,5 +188,5 @@ def to_reply(content: RecordDict) -> Reply:
 
 
 def weighted(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
-    """What Flower's strategies average: an update, or a part of one, and its public weight."""
+    """The input of Flower's strategies: an update, or a part of one, and its public weight."""
     return RecordDict({ARRAYS: to_arrays(tensors), WEIGHT: MetricRecord({WEIGHT_KEY: weight})})

@@ -40,12 +40,7 @@ def on_ray(
     Each actor has as many CPUs as torch threads, its part of a GPU, and its own copy of the base model, which it keeps
     between rounds.  As many actors as the cluster has room for train at a time, whichever sites' turn it is.  The
     config that `client_app` gets says by its `sites_per_gpu` how many share a GPU's memory; `sites` is the folder of
-    the sites' ledgers, which every node must see.
-
-    Raises:
-        ConfigError: the extra `ray` is not installed, or the cluster is not there, has no room for one site, or a node
-            of it does not see what all need.
-        RunError: others use the cluster.
+    the sites' ledgers, which every node must see.  A ConfigError says what the cluster lacks.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("runtime", "ray", "needs the extra: pip install 'fedtune[ray]'")
@@ -128,7 +123,7 @@ def _ray(runtime: RuntimeSpec) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class RayNode:
-    """What Ray says of a node: its id, its name, and the CPUs and GPUs that it was started with."""
+    """A node of Ray: its id, its name, and the CPUs and GPUs that it was started with."""
 
     id: str
     name: str
@@ -150,9 +145,9 @@ class RayNode:
 
 
 def gpu_share(runtime: RuntimeSpec, num_sites: int, nodes: Sequence[RayNode]) -> float:
-    """The part of a GPU that a site's actor asks for; Ray hides the GPUs from one that asks for none.
+    """The part of a GPU that an actor asks for: as `sites_per_gpu` says, or as large as lets all sites work at a time.
 
-    Unless `sites_per_gpu` says it, as large as it can be with all sites at work at a time.
+    Ray hides the GPUs from an actor that asks for none.
     """
     gpus = sum(node.gpus for node in nodes)
     if runtime.sites_per_gpu is not None:
@@ -161,11 +156,7 @@ def gpu_share(runtime: RuntimeSpec, num_sites: int, nodes: Sequence[RayNode]) ->
 
 
 def check_room(nodes: Sequence[RayNode], runtime: RuntimeSpec, *, threads: int, share: float) -> None:
-    """Check that one actor fits at all, or all sites would wait for ever.
-
-    Raises:
-        ConfigError: for what it asks too much of.
-    """
+    """Refuse a cluster on which not even one actor fits, or all sites would wait for ever."""
     if any(node.room(threads=threads, share=share) for node in nodes):
         return
     there = "; ".join(f"{node.name}: {node.cpus:g} and {node.gpus:g}" for node in nodes)
@@ -185,11 +176,7 @@ _SEEN_WITHIN_S = 120.0
 
 
 def _wait_until_free(ray: Any, nodes: Sequence[RayNode]) -> None:
-    """Wait until nobody else uses the cluster: Flower gives sites to actors that wait for their part of it, too.
-
-    Raises:
-        RunError: others do use it.
-    """
+    """Wait until nobody else uses the cluster: Flower gives sites to actors that wait for their part of it, too."""
     whole = {"CPU": sum(node.cpus for node in nodes), "GPU": sum(node.gpus for node in nodes)}
     until = time.monotonic() + _FREE_WITHIN_S
     while True:
@@ -206,12 +193,7 @@ def _wait_until_free(ray: Any, nodes: Sequence[RayNode]) -> None:
 
 
 def _check_seen(ray: Any, nodes: Sequence[RayNode], config: RunConfig, sites: Path) -> None:
-    """Check that every node sees the run's files under the names that they have here.
-
-    Raises:
-        ConfigError: one does not.
-        RunError: one does not answer.
-    """
+    """Check that every node answers, and sees the run's files under the names that they have here."""
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

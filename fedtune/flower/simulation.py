@@ -38,11 +38,7 @@ def simulate(
     """Run `config` to its end, or from its newest checkpoint on, write the run folder, and return `run.json`'s content.
 
     A `session` keeps the model, and what it makes of records, from run to run.  `everyone` are those who take part,
-    where they are made already, in place of the session's; not on Ray.
-
-    Raises:
-        ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
-        RunError: too few sites replied.
+    where they are made already, in place of the session's; not on Ray.  What does not fit is refused before training.
     """
     if everyone is None:
         everyone = Participants(config, folder, progress=listener.preparing, session=session)
@@ -114,9 +110,8 @@ _RUN_ID = 1
 class InProcessGrid:
     """Runs `num_nodes` virtual nodes, with ids 1, 2, ..., by calling `client_app` here and now; it must never raise.
 
-    One frozen base model serves all sites, there is no daemon and no start-up.  Sites take their turns, each with all
-    threads, so that results do not depend on scheduling.  `replied` gets the number of replies so far in a round of
-    training.
+    One frozen base model serves all sites, which take their turns, each with all threads, so that results do not depend
+    on scheduling.  `replied` gets the number of replies so far in a round of training.
     """
 
     def __init__(self, client_app: ClientApp, num_nodes: int, *, replied: Callable[[int], None]) -> None:
