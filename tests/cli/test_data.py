@@ -190,9 +190,7 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
     ),
     ("a.csv", "\n".join(["text,label", *LINES, *["x,${x}"] * 9]), "a.yaml: data.labels = '${x}': must not hold"),
 ])  # fmt: skip
-def test_a_file_of_which_no_experiment_can_be_made(
-    here: Path, command: Any, name: str, text: str, message: str
-) -> None:
+def test_a_file_that_no_experiment_can_be_made_of(here: Path, command: Any, name: str, text: str, message: str) -> None:
     (here / name).write_text(text)
     outcome = command("data", "init", name, "--model", "random_bert")
     assert (outcome.code, list(here.glob("*.yaml"))) == (2, [])
@@ -236,9 +234,7 @@ def test_a_check_warns_of_much_that_cannot_be_used_with_all_reasons(here: Path, 
         assert command("data", *words).failed().endswith("it breaks off, and lacks ] at its end")
 
 
-def test_a_folder_may_have_signs_of_settings_and_a_link_keeps_its_name(
-    here: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_with_odd_signs_and_a_link(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = here / "My Files, 2024 = last"
     (folder / "blobs").mkdir(parents=True)
     (here / "tickets.csv").rename(folder / "blobs" / "5f2b9c")
@@ -348,9 +344,7 @@ def test_codes_follow_from_each_record_alone(here: Path, command: Any, monkeypat
         assert coded(command, others) == [whole[texts.index(text)] for text in others]
 
 
-def test_what_is_printed_of_codes_and_a_language_model_that_reads_them(
-    here: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_printed_of_codes_that_a_model_reads(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     Path("topics.jsonl").write_text("".join(json.dumps({"topic": one}) + "\n" for one in (*TOPICS, "sales")))
     rows = [{"team": "x", "body": text, "day": 7} for text in ("two words", "sales", " ", "a parcel that never came")]

@@ -90,9 +90,7 @@ def test_settings_of_a_run_may_stand_anywhere() -> None:
     assert (seen["overrides"], seen["experiment"], seen["import_model"]) == ((), None, None)
 
 
-def test_a_misspelt_setting_is_found_when_the_run_is_tried_out(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_misspelt_setting_of_a_run_is_found(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     visits: list[Any] = []
     monkeypatch.setattr(site_actions.Examination, "checks", lambda visit: visits.append(visit) or [])
     named = ["--kit", str(tmp_path), "--site", "site.toml", "--experiment", "debug"]

@@ -134,9 +134,7 @@ def test_a_conversation_in_a_file_needs_no_answer(chats: Path, command: Any, tmp
 
 
 @pytest.mark.parametrize("asks", [("generate", "--file"), ("evaluate", "--data")])
-def test_a_file_of_other_columns_names_the_option_once(
-    asks: tuple[str, str], runs: Path, command: Any, tmp_path: Path
-) -> None:
+def test_other_columns_name_the_option_once(asks: tuple[str, str], runs: Path, command: Any, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
     outcome = command(asks[0], str(runs / "intents"), asks[1], str(rows))
@@ -210,9 +208,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_what_cannot_be_answered_is_named(
-    words: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_answered(words: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
     arguments, message = WRONG[words]
     outcome = command("generate", *arguments)
@@ -268,7 +264,7 @@ def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
     assert said == b"fedtune: interrupted\n"
 
 
-def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, result_of: Any, tmp_path: Path) -> None:
+def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("body,label\n" + "where is my card,card_arrival\nlost it,lost_or_stolen_card\n" * 10)
     asked = ("evaluate", str(runs / "intents"), "--data", str(rows), "--columns", "{text: body}")

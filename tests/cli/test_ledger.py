@@ -184,9 +184,7 @@ def test_an_anchor_is_not_replaced_by_an_older_one(lived: Any, command: Any, tmp
     assert lived.anchor.read_bytes() == before
 
 
-def test_an_anchor_by_hand_is_the_ledger_s_own_and_needs_its_key_and_place(
-    lived: Any, command: Any, tmp_path: Path
-) -> None:
+def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, command: Any, tmp_path: Path) -> None:
     made, key = tmp_path / "anchor.json", lived.folder / "site_key.pem"
     words = ("ledger", "anchor", str(lived.ledger))
     assert command(*words, "--key", str(lived.folder / "lead.pem"), "--output", str(made)).code == 1
@@ -257,9 +255,7 @@ def test_restore_leaves_a_ledger_that_lacks_nothing_alone(lived: Any, command: R
     assert lived.ledger.read_bytes() == before
 
 
-def test_restore_refuses_a_changed_backup_and_another_ledger_s_anchor(
-    put_back: Any, command: Run, tmp_path: Path
-) -> None:
+def test_restore_refuses_a_changed_backup_and_another_s_anchor(put_back: Any, command: Run, tmp_path: Path) -> None:
     foreign = type(put_back)(tmp_path / "south")
     foreign.folder.mkdir()
     foreign.write_policy()

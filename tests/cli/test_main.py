@@ -163,9 +163,7 @@ def test_libraries_are_imported_without_a_search_for_garbage(was_on: bool) -> No
 
 
 @pytest.mark.parametrize(("new", "frozen"), [(0, False), (200, True)])
-def test_what_large_libraries_made_is_never_looked_through(
-    new: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_libraries_made_is_never_looked_through(new: int, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen_at: list[int] = []
     monkeypatch.setattr(gc, "freeze", lambda: frozen_at.append(len(sys.modules)))
     with importing():
@@ -206,9 +204,7 @@ def test_a_stream_that_is_closed_is_not_written_to(closed: str) -> None:
     assert started("model-hash", "--help", closed=closed)[0] == 0
 
 
-def test_a_full_disk_is_named_and_no_setting_is_blamed(
-    lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
+def test_a_full_disk_is_named(lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
     def fails(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "nobody")
 

@@ -209,9 +209,7 @@ def test_a_ledger_s_report_is_signed_by_its_site_or_not_at_all(lived: Any, key_f
         (["{ledger}", "--anchor", "nowhere.json"], "must be a readable anchor file"),
     ],
 )
-def test_what_cannot_be_is_wrong_input(
-    arguments: list[str], words: str, run_folder: Path, lived: Any, command: Any
-) -> None:
+def test_what_cannot_be_reported(arguments: list[str], words: str, run_folder: Path, lived: Any, command: Any) -> None:
     named = [part.format(run=run_folder, ledger=lived.ledger) for part in arguments]
     assert words in command("report", *named).failed()
 
@@ -230,9 +228,7 @@ def test_a_page_and_a_label_that_say_something_else_are_found(name: str, run_fol
     assert name in outcome.err
 
 
-def test_a_report_that_does_not_hold_is_not_compared(
-    run_folder: Path, finished: Path, signed: Path, command: Any
-) -> None:
+def test_a_report_that_fails_is_not_compared(run_folder: Path, finished: Path, signed: Path, command: Any) -> None:
     edit(signed, *_EPSILON, to=0.25)
     assert str(signed) in command("report", "diff", str(signed), str(signed)).failed(1), "its signature is wrong"
     shutil.copy(finished / "report.json", run_folder)
@@ -276,7 +272,7 @@ def test_what_was_changed_is_found(unsigned: bool, signed: Path, command: Any) -
     assert "found" in outcome.out  # both figures, whatever became of the signature
 
 
-def test_another_signature_is_found(signed: Path, tmp_path: Path, key_file: Path, command: Any) -> None:
+def test_another_signature_is_found(signed: Path, key_file: Path, command: Any) -> None:
     other = SigningKey(Ed25519PrivateKey.generate())
     assert command("report", "verify", str(signed), "--key", other.public).code == 1
     report = signing.read(signed.read_bytes())
@@ -343,9 +339,7 @@ def test_a_raised_cap_under_another_key_is_not_the_site_s_word(joined: Any, run_
     assert re.search("signature +WRONG", outcome.out)
 
 
-def test_a_run_s_report_is_the_lead_s_if_the_same_key_signed_the_roster(
-    joined: Any, signed: Path, key_file: Path, command: Any
-) -> None:
+def test_a_run_s_report_is_by_the_key_of_the_roster(joined: Any, signed: Path, key_file: Path, command: Any) -> None:
     roster = next(joined("a").folder.parent.joinpath("federation").rglob("roster.json"))
     message = command("report", "verify", str(signed), "--roster", str(roster)).failed(1)
     assert "not signed by the lead, who signed" in message
@@ -415,9 +409,7 @@ def test_diff_shows_both_values_group_by_group(run_folder: Path, looser: Path, c
     assert "not beside the reports" not in out
 
 
-def test_a_report_alone_is_compared_without_its_configuration(
-    run_folder: Path, looser: Path, tmp_path: Path, command: Any
-) -> None:
+def test_a_report_alone_is_compared_as_it_is(run_folder: Path, looser: Path, tmp_path: Path, command: Any) -> None:
     alone = tmp_path / "alone.json"
     shutil.copy(run_folder / "report.json", alone)
     out = command("report", "diff", str(alone), str(looser)).printed
@@ -472,9 +464,7 @@ def test_tables_fit_the_terminal(run_folder: Path, looser: Path, command: Any, m
     ('{\n"a', "report = 'text that is no JSON from line 2 on': must be a whole report.json"),
     ("[" * 100_000, "report = 'no JSON in UTF-8': must be a whole report.json"),
 ])  # fmt: skip
-def test_what_is_no_report_is_said_in_our_words(
-    run_folder: Path, command: Any, tmp_path: Path, content: str | None, message: str
-) -> None:
+def test_what_is_no_report(run_folder: Path, command: Any, tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "a.json").write_text(content)
     for words in (("verify",), ("diff", str(run_folder))):

@@ -259,9 +259,7 @@ def test_a_run_that_does_not_say_its_process_is_not_guessed_at(command: Any, fol
     assert process.poll() is None
 
 
-def test_a_run_that_does_not_stop_is_said_to_go_on(
-    command: Any, folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_does_not_stop(command: Any, folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.cli.run._STOP_S", 0.3)
     process = runner(deaf=True)
     message = command("run", "stop", str(folder)).failed(1)
@@ -356,9 +354,7 @@ def test_a_run_that_is_running_is_not_resumed_beside_it(command: Any, kit: Kit, 
     assert (folder / "config.yaml").exists()
 
 
-def test_simulations_and_real_runs_are_each_resumed_by_their_own_command(
-    command: Any, kit: Kit, folder: Path, tmp_path: Path
-) -> None:
+def test_simulations_and_real_runs_are_resumed_apart(command: Any, kit: Kit, folder: Path, tmp_path: Path) -> None:
     message = command("simulate", f"resume={folder}").failed()
     assert message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
     simulated = tmp_path / "simulated"

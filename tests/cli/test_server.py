@@ -35,9 +35,7 @@ def test_a_kit_is_needed(command: Any, tmp_path: Path) -> None:
         ("health for all", ("--health", "0.0.0.0:0"), "add --health-anywhere"),
     ],
 )
-def test_a_kit_or_place_that_cannot_serve(
-    command: Any, joined: Any, wrong: str, words: tuple[str, ...], message: str
-) -> None:
+def test_a_kit_or_place_of_no_use(command: Any, joined: Any, wrong: str, words: tuple[str, ...], message: str) -> None:
     federation = joined("north", days_ago=400 if wrong == "expired" else 0).folder.parent / "federation"
     if wrong == "no key":
         (federation / "server" / "server_key.pem").unlink()

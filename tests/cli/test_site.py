@@ -53,9 +53,7 @@ def answered(template: str) -> str:
 
 
 @pytest.mark.parametrize("words", [("check-policy",), ("init", "--site"), ("doctor", "--kit", "kit", "--site")])
-def test_no_command_takes_a_policy_before_a_person_has_answered(
-    words: tuple[str, ...], site: Any, command: Any, tmp_path: Path
-) -> None:
+def test_no_command_takes_a_policy_without_answers(words: tuple[str, ...], site: Any, command: Any) -> None:
     site.write_policy(no_person_at_another_site=None)
     outcome = command("site", *words, str(site.policy))
     assert outcome.code == 2
@@ -136,9 +134,7 @@ def test_what_the_caps_come_to_has_the_noise_that_the_site_promises(site: Any, c
         ("dataset.discharge_letters.path", {"path": '""'}, "nothing to train on"),
     ],
 )
-def test_what_to_think_twice_about_is_warned_of(
-    key: str, changes: dict[str, str | None], words: str, site: Any, command: Any
-) -> None:
+def test_what_is_warned_of(key: str, changes: dict[str, str | None], words: str, site: Any, command: Any) -> None:
     site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **changes})  # without changes there is no warning
     out = command("site", "check-policy", str(site.policy), "--json").printed
     warnings = {warning["key"]: warning["text"] for warning in json.loads(out)["warnings"]}
@@ -182,9 +178,7 @@ def test_check_policy_writes_nothing(lived: Any, command: Any) -> None:
         ("site", {"site": '"south"'}, "north-hospital"),
     ],
 )
-def test_a_ledger_of_something_else_does_not_fit(
-    key: str, change: dict[str, str], made_for: str, lived: Any, command: Any
-) -> None:
+def test_a_ledger_of_something_else(key: str, change: dict[str, str], made_for: str, lived: Any, command: Any) -> None:
     lived.write_policy(**change)
     outcome = command("site", "check-policy", str(lived.policy))
     assert outcome.code == 2

@@ -126,7 +126,7 @@ def test_commands_of_the_ledger(served: Here, waiting: Proposal, command: str) -
     verify(served.folder / "ledger.db")
 
 
-def test_init(served: Here, tmp_path: Path) -> None:
+def test_init(served: Here) -> None:
     assert called("site", "init", "--site", str(served.toml), "--out", str(served.folder / "new-kit")) == 0
     assert owners(served.folder) == {SERVICE}
     assert (served.folder / "new-kit/join_request.json").is_file()

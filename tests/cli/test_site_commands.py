@@ -62,9 +62,7 @@ def test_what_waits_is_listed_with_its_price(command: Any, north: Here, run_prop
 
 
 @pytest.mark.parametrize("waiting", [(), ("triage",)])
-def test_a_run_that_does_not_wait_cannot_be_approved(
-    command: Any, north: Here, run_proposal: Propose, waiting: tuple[str, ...]
-) -> None:
+def test_a_run_that_does_not_wait(command: Any, north: Here, run_proposal: Propose, waiting: tuple[str, ...]) -> None:
     for run in waiting:
         north.state.wait_for_approval(run_proposal(run=run), SETTINGS)
     message = approve(command, north, "other", "--yes").failed()
@@ -72,9 +70,7 @@ def test_a_run_that_does_not_wait_cannot_be_approved(
     assert message == f"RUN = 'other': must be a run that waits for approval: {names}"
 
 
-def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
-    command: Any, north: Here, run_proposal: Propose
-) -> None:
+def test_approval_shows_the_price_and_lets_the_run_start(command: Any, north: Here, run_proposal: Propose) -> None:
     earlier, asked = run_proposal(run="earlier"), run_proposal(run="triage", spare_rounds=0)
     north.start_run(earlier, 1)
     north.state.wait_for_approval(asked, SETTINGS)
@@ -95,9 +91,7 @@ def test_approval_shows_the_price_is_noted_in_the_ledger_and_lets_the_run_start(
     assert north.state.waiting() == []
 
 
-def test_a_promise_of_the_site_is_told_of_before_and_after_a_run_begins(
-    command: Any, north: Here, run_proposal: Propose
-) -> None:
+def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: Here, run_proposal: Propose) -> None:
     asked = run_proposal(run="triage")
     north.edit(promise={"noise_factor": 1.5, "epsilon_per_run": 0.2})
     told = command("site", "check-policy", str(north.toml)).out
@@ -148,9 +142,7 @@ def test_a_person_is_asked(
     assert (north.state.waiting() == []) is approved
 
 
-def test_what_the_budget_refuses_cannot_be_approved_and_waits_on(
-    command: Any, north: Here, run_proposal: Propose
-) -> None:
+def test_what_the_budget_refuses_is_not_approved_and_waits(command: Any, north: Here, run_proposal: Propose) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
     outcome = approve(command, north, "r", "--yes")
@@ -169,9 +161,7 @@ def test_a_data_set_that_the_policy_no_longer_has_is_refused(command: Any, north
     assert "the site has no such data set (asked patients" in approve(command, north, "r", "--yes").failed(3)
 
 
-def test_a_ledger_that_does_not_fit_together_is_said_to_be_why(
-    command: Any, north: Here, run_proposal: Propose
-) -> None:
+def test_a_ledger_that_does_not_fit_together_is_named(command: Any, north: Here, run_proposal: Propose) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
     (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
     assert "the site would not start" in approve(command, north, "r", "--yes").failed(1)
@@ -234,9 +224,7 @@ def deny(command: Any, here: Here, *words: str) -> Any:
     return command("site", "deny", *words, *here.words)
 
 
-def test_denying_is_noted_with_its_reason_and_the_run_waits_no_longer(
-    command: Any, north: Here, run_proposal: Propose
-) -> None:
+def test_denying_notes_a_reason_and_the_run_waits_no_longer(command: Any, north: Here, run_proposal: Propose) -> None:
     denied, other = run_proposal(run="triage"), run_proposal(run="other")
     for proposal in (denied, other):
         north.state.wait_for_approval(proposal, SETTINGS)
@@ -274,9 +262,7 @@ def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(command: Any, nor
         assert not north.state.paused.exists()
 
 
-def test_leaving_ends_open_runs_and_frees_what_they_had_set_aside(
-    command: Any, north: Here, run_proposal: Propose
-) -> None:
+def test_leaving_ends_open_runs_and_frees_what_they_set_aside(command: Any, north: Here, run_proposal: Propose) -> None:
     north.start_run(run_proposal(run="over"), 1)
     north.ledger().end("over")
     north.start_run(run_proposal(run="open"), 1)
@@ -305,9 +291,7 @@ def test_after_leaving_a_site_does_not_start(command: Any, north: Here) -> None:
 # Kits and policies that do not belong together.
 
 
-def test_the_policy_of_another_site_is_refused_by_all_who_read_it(
-    command: Any, joined: Any, run_proposal: Propose
-) -> None:
+def test_another_site_s_policy_is_refused_by_all_who_read_it(command: Any, joined: Any, run_proposal: Propose) -> None:
     north, south = joined("north"), joined("south")
     north.state.wait_for_approval(run_proposal(), SETTINGS)
     mixed = (*north.kit, "--site", str(south.toml))

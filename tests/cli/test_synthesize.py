@@ -103,7 +103,7 @@ def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = Tru
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
-def test_codes_have_their_declared_shares_and_a_card(
+def test_codes_have_shares_and_a_card(
     runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dealt = []
@@ -214,9 +214,7 @@ def test_rounds_of_variation_and_votes_add_up(runs: Path, command: Any, simulate
         assert "must be given without --codes and --votes" in command(*refused, *more).failed()
 
 
-def test_a_classifier_labels_records_and_its_epsilon_adds_up(
-    runs: Path, command: Any, simulate: Any, tmp_path: Path
-) -> None:
+def test_a_classifier_labels_and_its_epsilon_adds_up(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
     to, best = tmp_path / "texts.jsonl", tmp_path / "labelled.jsonl"
     rows = written(command, runs, to, "--rows", "6")
     old = tmp_path / "texts.jsonl.card.json"  # which need not name what is empty in it

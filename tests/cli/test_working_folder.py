@@ -177,9 +177,7 @@ def test_a_simulated_site_that_has_no_room_is_told_of(config: RunConfig, folder:
         show_run(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
 
 
-def test_a_log_that_has_no_room_ends_no_run_and_prints_nothing(
-    config: RunConfig, folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_without_room_ends_no_run(config: RunConfig, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def work(config: RunConfig, folder: Path, display: object) -> Any:
         (logger,) = logging.getLogger("fedtune").handlers
         assert isinstance(logger, logging.FileHandler)
@@ -192,9 +190,7 @@ def test_a_log_that_has_no_room_ends_no_run_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_scores_are_shown_before_a_report_that_has_no_room(
-    config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_come_before_a_report(config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def work(config: RunConfig, folder: Path, display: object) -> Any:
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints" / "round-0000.safetensors").touch()
@@ -219,9 +215,7 @@ def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:
     assert folder.parent.is_dir(), "it was there before"
 
 
-def test_a_folder_that_somebody_else_made_or_that_is_resumed_is_not_cleared_away(
-    config: RunConfig, folder: Path
-) -> None:
+def test_a_folder_of_somebody_else_or_of_a_resumed_run_stays(config: RunConfig, folder: Path) -> None:
     make(folder, config)
     with pytest.raises(ConfigError, match="is taken"):
         show_run(

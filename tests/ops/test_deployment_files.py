@@ -193,7 +193,7 @@ def test_sbatch_takes_every_option_of_the_batch_script(tmp_path: Path) -> None:
     assert "Invalid --time" in said(text.replace("--time=24:00:00", "--time=a day"))
 
 
-def test_bash_and_shellcheck_take_the_batch_script(tmp_path: Path) -> None:
+def test_bash_and_shellcheck_take_the_batch_script() -> None:
     passed("bash", "-n", SBATCH)
     passed(tool("shellcheck"), SBATCH)
 
@@ -233,9 +233,7 @@ def batch(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize(("left_s", "again"), [(110, True), (7200, False)])
 @pytest.mark.parametrize("signals", [1, 2])
-def test_a_job_near_its_limit_ends_gracefully_and_queues_again(
-    left_s: int, again: bool, signals: int, batch: Any, tmp_path: Path
-) -> None:
+def test_a_job_near_its_limit_queues_again(left_s: int, again: bool, signals: int, batch: Any, tmp_path: Path) -> None:
     job = batch(left_s=left_s)
     wait_for((tmp_path / "runs").exists, seconds=20)
     for _ in range(signals):

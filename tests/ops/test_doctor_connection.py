@@ -220,9 +220,7 @@ def test_a_proxy_that_does_not(
     require(tried(kit("localhost:1")), "ofss", TCP, f"the proxy {proxy} {found}", fix)
 
 
-def test_a_proxy_that_is_not_there_and_a_host_that_it_exempts(
-    kit: Any, served: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_that_is_away_and_a_host_it_exempts(kit: Any, served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy.nowhere.invalid:3128")
     require(tried(kit("localhost:1")), "fsss", DNS, "the proxy proxy.nowhere.invalid:3128 does not resolve")
     monkeypatch.setenv("NO_PROXY", "localhost")

@@ -166,9 +166,7 @@ ANYWHERE, NO_ADDRESS = "--health-anywhere", r"^--health = .*must be host:port"
         *(("[127.0.0.1]:1", NO_ADDRESS), ("fl.example.org:8089", NO_ADDRESS), ("in use", "cannot be listened on")),
     ],
 )
-def test_an_address_that_cannot_be_or_has_to_be_asked_for(
-    given: str, message: str, address: str, health: Health
-) -> None:
+def test_an_address_that_is_not_taken_by_itself(given: str, message: str, address: str, health: Health) -> None:
     given = address if given == "in use" else given
     with pytest.raises(ConfigError, match=message), serve_health(given, health):
         pass

@@ -64,9 +64,7 @@ def test_a_name_that_no_site_can_have_makes_nothing(name: str, tmp_path: Path, s
     assert left_over(tmp_path) == []
 
 
-def test_a_site_key_that_others_can_read_is_refused_and_a_ledger_s_lost_one_is_not_replaced(
-    tmp_path: Path, site_policy: Any
-) -> None:
+def test_a_site_key_that_others_can_read_or_that_was_lost_is_refused(tmp_path: Path, site_policy: Any) -> None:
     site_toml, file = tmp_path / "site.toml", tmp_path / "site_key.pem"
     write_policy(site_policy("north"), site_toml)
     key = SigningKey.load_or_make(file)
@@ -144,9 +142,7 @@ def _point(public: bytes) -> bytes:
         ({"csr": "none"}, "csr = 'unreadable': must be a certificate signing request"),
     ],
 )
-def test_what_a_site_may_not_say_is_refused_though_it_signed_it(
-    request_of: Any, change: dict[str, Any], message: str
-) -> None:
+def test_what_a_site_may_not_say_though_it_signed_it(request_of: Any, change: dict[str, Any], message: str) -> None:
     path = request_of("north")
     with pytest.raises(ConfigError, match=message):
         JoinRequest.of(resigned(path, lambda fields: fields.update(change)))

@@ -134,9 +134,7 @@ def test_a_server_s_certificate_is_for_its_address(kits: dict[str, Path], now: d
 @pytest.mark.parametrize(
     ("kind", "command"), [("site", "renew-site"), ("server", "renew-server"), ("lead", "renew-lead")]
 )
-def test_an_expired_certificate_names_the_way_out(
-    kits: dict[str, Path], kind: str, command: str, now: datetime
-) -> None:
+def test_an_expired_certificate_says_the_way_out(kits: dict[str, Path], kind: str, command: str, now: datetime) -> None:
     kit = Kit.read(kits[kind], kind=kind)
     kit.check_certificate(now + timedelta(days=364))
     with pytest.raises(ConfigError, match=f"is when the certificate expired: .*{command}"):
@@ -183,9 +181,7 @@ def test_a_wrong_roster_is_refused(federation: Path, joined: Any, change: Any, m
     ],
     ids=["point", "kind"],
 )
-def test_a_certificate_whose_key_cannot_be_read_is_refused(
-    federation: Path, joined: Any, right: bytes, wrong: bytes
-) -> None:
+def test_a_certificate_of_an_unreadable_key(federation: Path, joined: Any, right: bytes, wrong: bytes) -> None:
     der = read_certificate(joined("north") / "site.pem").public_bytes(serialization.Encoding.DER)
     assert der.count(right) == 1
     damaged = x509.load_der_x509_certificate(der.replace(right, wrong))

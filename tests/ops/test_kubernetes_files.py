@@ -415,9 +415,7 @@ def test_the_chart_has_no_manifests_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("role", OF_ROLE)
-def test_the_chart_changes_nothing_of_the_manifests_by_itself(
-    role: str, put_together: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_chart_by_itself_changes_no_manifest(role: str, put_together: dict[str, Path], tmp_path: Path) -> None:
     def by_name(*paths: Path) -> dict[tuple[str, str], Any]:
         return {(one["kind"], one["metadata"]["name"]): one for path in paths for one in documents(path)}
 

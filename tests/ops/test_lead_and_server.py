@@ -64,9 +64,7 @@ def config(tmp_path: Path) -> RunConfig:
     )
 
 
-def test_a_lead_knows_its_sites_keys_from_the_roster_alone(
-    joined: Any, lead: Any, config: RunConfig, tmp_path: Path
-) -> None:
+def test_a_lead_knows_its_sites_keys_by_the_roster(joined: Any, lead: Any, config: RunConfig, tmp_path: Path) -> None:
     for site in ("north", "south", "west"):
         joined(site)
     kit = lead()
@@ -80,7 +78,7 @@ def test_a_lead_knows_its_sites_keys_from_the_roster_alone(
     assert (grid._server, grid._tls.key) == ("127.0.0.1:9092", kit.key)
 
 
-def test_an_expired_certificate_stops_a_run_before_it_begins(
+def test_an_expired_certificate_stops_a_run(
     federation_toml: Path, config: RunConfig, now: datetime, tmp_path: Path
 ) -> None:
     """A server: tests/cli/test_server.py."""

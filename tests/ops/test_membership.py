@@ -109,9 +109,7 @@ def test_a_revoked_connection_key_can_never_be_used_again(desk: Desk) -> None:
         desk.renew("north", first)
 
 
-def test_a_revoked_key_does_not_come_back_under_another_name(
-    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_revoked_key_does_not_come_back_under_another_name(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     key = desk.join("north") / "connection_key.pem"
     desk.revoke("north")
     monkeypatch.setattr(members, "make_key", lambda: read_connection_key(key))
@@ -275,9 +273,7 @@ def test_retired_keys_that_cannot_be_read_stop_admission(desk: Desk) -> None:
     desk.add(request)
 
 
-def test_a_site_sees_who_is_there_and_nothing_is_changed_for_it(
-    desk: Desk, command: Any, site_policy: Any, tmp_path: Path
-) -> None:
+def test_a_site_sees_who_is_there_and_no_more(desk: Desk, command: Any, site_policy: Any, tmp_path: Path) -> None:
     kit, file = desk.join("north"), desk.folder / "server/roster.json"
     for name in ("south", "west", "abroad"):
         desk.join(name)

@@ -116,7 +116,7 @@ def test_a_ledger_that_refuses_the_next_run_has_none_left(north: Path, run_propo
     assert values(samples, "fedtune_site_epsilon_left")[""] > 0
 
 
-def test_a_ledger_that_cannot_be_trusted_has_no_budget(north: Path, run_proposal: Any) -> None:
+def test_a_ledger_that_cannot_be_trusted_has_no_budget(north: Path) -> None:
     metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
     ledger.freeze("consent withdrawn")
     assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}

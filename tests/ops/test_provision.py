@@ -78,9 +78,7 @@ def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: dat
         ),
     ],
 )
-def test_a_wrong_federation_toml_makes_nothing(
-    federation_toml: Path, now: datetime, old: str, new: str, message: str
-) -> None:
+def test_a_wrong_file_makes_nothing(federation_toml: Path, now: datetime, old: str, new: str, message: str) -> None:
     text = federation_toml.read_text()
     assert old in text
     federation_toml.write_text(text.replace(old, new, 1))
@@ -90,9 +88,7 @@ def test_a_wrong_federation_toml_makes_nothing(
     assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
-def test_a_folder_that_exists_is_left_alone_and_no_folder_is_named(
-    federation: Path, federation_toml: Path, now: datetime
-) -> None:
+def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: Path, now: datetime) -> None:
     before = files_in(federation)
     with pytest.raises(ConfigError, match=f"--out = '{federation}': exists already"):
         provisioning.init(federation_toml, out=federation, now=now)
@@ -116,9 +112,7 @@ def test_nothing_is_left_of_a_federation_that_was_not_made(
 
 
 @pytest.mark.parametrize("kind", ["server", "lead"])
-def test_renewing_keeps_keys_and_everything_else(
-    federation: Path, kind: Literal["server", "lead"], now: datetime
-) -> None:
+def test_renewing_keeps_keys_and_all_else(federation: Path, kind: Literal["server", "lead"], now: datetime) -> None:
     before = files_in(federation)
     key = read_certificate(federation / kind / f"{kind}.pem").public_key()
     later = now + timedelta(days=300)
@@ -132,9 +126,7 @@ def test_renewing_keeps_keys_and_everything_else(
     assert provisioning.renew(federation, kind, days=7, now=later).not_after == later + timedelta(days=7)
 
 
-def test_the_server_takes_new_names_from_the_edited_file(
-    federation: Path, desk: Desk, request_of: Any, now: datetime
-) -> None:
+def test_the_server_takes_new_names_from_its_file(federation: Path, desk: Desk, now: datetime) -> None:
     settings, site = federation / "federation.toml", desk.request("north")
     settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
     before = files_in(federation)
@@ -185,9 +177,7 @@ def test_days_have_bounds(federation: Path, now: datetime) -> None:
 
 
 @pytest.mark.parametrize("kind", ["server", "lead", "site"])
-def test_a_readme_says_what_is_secret_and_how_long_it_lasts(
-    federation: Path, joined: Any, kind: str, now: datetime
-) -> None:
+def test_a_readme_says_what_is_secret_and_until_when(federation: Path, joined: Any, kind: str, now: datetime) -> None:
     site = joined("north")
     folder = site if kind == "site" else federation / kind
     text = (folder / "README.md").read_text()

@@ -113,9 +113,7 @@ def test_a_lead_asks_nobody_by_a_roster_that_somebody_changed(desk: Desk) -> Non
         members(kit, ("north",))
 
 
-def test_a_certificate_that_is_put_into_a_kit_is_used_once_it_is_whole(
-    desk: Desk, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_certificate_put_into_a_kit_is_used_once_it_is_whole(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
     kit = Kit.read(desk.join("north"), kind="site")
     certificate = KitCertificate(kit)
     before = certificate.certificate

@@ -46,9 +46,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return set_to
 
 
-def test_a_waiting_run_keeps_the_time_at_which_it_was_first_asked_for(
-    state: SiteState, run_proposal: Propose, clock: Any
-) -> None:
+def test_a_waiting_run_keeps_the_time_of_its_first_request(state: SiteState, run_proposal: Propose, clock: Any) -> None:
     clock("2030-01-02T10:00:00+00:00")
     assert state.wait_for_approval(run_proposal(run="second"), SETTINGS) is True
     clock("2030-01-01T10:00:00+00:00")
@@ -79,9 +77,7 @@ HOSTILE_NAMES = ["../../x", "/etc/passwd", "..", "x" * 300, "con: *?"]
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_a_run_by_any_name_stays_inside_the_folder(
-    tmp_path: Path, state: SiteState, run_proposal: Propose, name: str
-) -> None:
+def test_a_run_by_any_name_stays_inside(tmp_path: Path, state: SiteState, run_proposal: Propose, name: str) -> None:
     before = files_in(tmp_path)
     state.wait_for_approval(run_proposal(run=name), SETTINGS)
     (made,) = files_in(tmp_path).keys() - before.keys()
@@ -95,9 +91,7 @@ DAMAGE = ["", "[]", '{"since": "x"}', '{"proposal": null, "since": "x"}']
 
 
 @pytest.mark.parametrize("text", DAMAGE, ids=lambda text: text[:30])
-def test_a_damaged_file_says_what_to_do_and_the_next_request_mends_it(
-    state: SiteState, run_proposal: Propose, text: str
-) -> None:
+def test_a_damaged_file_says_what_to_do_and_is_mended(state: SiteState, run_proposal: Propose, text: str) -> None:
     state.wait_for_approval(run_proposal(), SETTINGS)
     (path,) = (state.folder / "pending").iterdir()
     path.write_text(text)

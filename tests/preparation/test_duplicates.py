@@ -176,9 +176,7 @@ def test_each_record_of_many_alike_has_its_twin_and_the_same_is_more_than_alike(
      [("e-mail", 1, "own:1"), ("phone number", 1, "own:1")]),
     ("+49 170 1234568", ["+49 170 1234567"], []),
 ])  # fmt: skip
-def test_details_are_the_same_however_they_are_spaced(
-    text: str, others: list[str], details: list[tuple[str, int, str]]
-) -> None:
+def test_details_are_the_same_in_any_spaces(text: str, others: list[str], details: list[tuple[str, int, str]]) -> None:
     assert near(text, *others).details == details
 
 

@@ -116,9 +116,7 @@ def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
     assert (file["rows"], file["errors"]) == (60, [])
 
 
-def test_a_text_with_a_time_and_an_event_is_survival(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
-) -> None:
+def test_texts_with_time_and_event_are_survival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"text": own, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
     (tmp_path / "notes.json").write_text(json.dumps(rows(given, 60)))

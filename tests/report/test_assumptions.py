@@ -40,9 +40,7 @@ def test_codes_are_told_and_stand_once(run_folder: Path, books: Callable[..., Bo
         assert order == sorted(order)
 
 
-def test_a_test_that_is_named_as_evidence_exists(
-    run_folder: Path, books: Callable[..., Books], run_proposal: Any
-) -> None:
+def test_a_test_named_as_evidence_exists(run_folder: Path, books: Callable[..., Books], run_proposal: Any) -> None:
     made = books()
     made.charge(run_proposal(), 1)
     for report in (from_run.build(run_folder), from_ledger.build(made.ledger)):
@@ -84,9 +82,7 @@ def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(folder: Pa
     assert clipping(from_run.build(folder).assumptions) == ("clipping_exact", "assumed")
 
 
-def test_of_a_ledger_that_ever_noted_inexact_gradients_the_bound_is_measured(
-    books: Callable[..., Books], run_proposal: Any
-) -> None:
+def test_inexact_gradients_of_a_ledger_have_a_measured_bound(books: Callable[..., Books], run_proposal: Any) -> None:
     made = books(allow={"inexact_gradients": True})
     made.charge(run_proposal(), 1)
     assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")

@@ -231,9 +231,7 @@ FAINT = """
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("name", "language"), [("exceeded", "de"), ("used_up", "en"), ("wide_run", "en")])
-def test_drawings_can_be_read_on_a_light_screen_and_on_a_dark_one(
-    name: str, language: str, scheme: str, opened: Open
-) -> None:
+def test_drawings_can_be_read_on_light_and_dark_screens(name: str, language: str, scheme: str, opened: Open) -> None:
     tab = opened(name, language, color_scheme=scheme).tab
     tab.evaluate(OPEN_ALL)
     ground = "getComputedStyle(document.body).backgroundColor"

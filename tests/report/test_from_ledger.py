@@ -20,7 +20,7 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
-from fedtune.privacy.site_policy import Dataset, Policy
+from fedtune.privacy.site_policy import Dataset
 from fedtune.report import from_ledger, signing
 from fedtune.report.derive import ledger_figures, profile
 from fedtune.spec import ConfigError, RunError
@@ -112,7 +112,7 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books, run
     assert all(one.first in days and one.last in days and one.first <= one.last for one in site.releases)
 
 
-def test_nothing_of_the_records_and_no_path_is_in_it(charged: Books, site_policy: Callable[..., Policy]) -> None:
+def test_nothing_of_the_records_and_no_path_is_in_it(charged: Books) -> None:
     text = signing.to_text(from_ledger.build(charged.site_toml))
     assert "f1" * 32 not in text, "a fingerprint of records must stay in the ledger"
     assert str(charged.folder) not in text
@@ -170,9 +170,7 @@ def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Boo
     assert (report.sites[0].approved.period, report.sites[0].lifetime.period) == ("month", "month")
 
 
-def test_another_period_in_the_file_loosens_nothing_that_the_ledger_noted(
-    books: Callable[..., Books], run_proposal: Proposals
-) -> None:
+def test_another_period_in_the_file_loosens_nothing_noted(books: Callable[..., Books], run_proposal: Proposals) -> None:
     made = books(budget={"max_epsilon_per_period": 3.0})
     made.charge(run_proposal(), 1, 2)
     made.edit(budget={"max_epsilon_per_period": 0.1})
@@ -295,9 +293,7 @@ def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(
         ("UPDATE events SET detail = '{}' WHERE sequence = 6", "event 6"),
     ],
 )
-def test_a_ledger_that_was_changed_gives_a_report_that_promises_nothing(
-    charged: Books, statement: str, says: str
-) -> None:
+def test_the_report_of_a_changed_ledger_promises_nothing(charged: Books, statement: str, says: str) -> None:
     charged.tamper(statement)
     for path in (charged.ledger, charged.site_toml):
         report = from_ledger.build(path)
@@ -349,9 +345,7 @@ def test_equal_ledgers_give_equal_bytes(charged: Books) -> None:
     assert one == other
 
 
-def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(
-    books: Callable[..., Books], run_proposal: Proposals
-) -> None:
+def test_rounds_of_a_lost_branch_are_in_its_run(books: Callable[..., Books], run_proposal: Proposals) -> None:
     made = books()
     made.charge(run_proposal(), 1)
     backup = made.copied("backup.db")
@@ -373,9 +367,7 @@ def test_rounds_that_a_lost_branch_was_charged_are_in_its_run(
 
 
 @pytest.mark.nightly
-def test_ten_thousand_events_in_twenty_settings_are_composed_once_a_setting(
-    books: Callable[..., Books], run_proposal: Proposals
-) -> None:
+def test_ten_thousand_events_are_composed_once_a_setting(books: Callable[..., Books], run_proposal: Proposals) -> None:
     made = books(limits={"max_rounds": 250, "min_noise_multiplier": 1.0}, budget={"max_epsilon": 50.0})
     store = EventStore(made.ledger, made.key, None)
     with store.transaction():  # one for all of them: to write them as a site does takes minutes

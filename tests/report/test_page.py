@@ -260,7 +260,7 @@ def test_more_was_spent_than_approved_is_worse_than_no_room(a_ledger_report: Mak
     assert room_of(with_site(full, lifetime=frozen)) == "closed"
 
 
-def test_no_figure_of_guesses_reads_as_one_of_people(shown: tuple[Report, str], language: str) -> None:
+def test_no_figure_of_guesses_reads_as_one_of_people(shown: tuple[Report, str]) -> None:
     (first,) = main(shown[1]).all("section", id="page-1")
     assert not re.search(r"\d (of|von) 100\b", words_of(first))
 

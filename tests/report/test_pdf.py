@@ -44,9 +44,7 @@ def beginning(html: str) -> str:
 
 @needs_weasyprint
 @pytest.mark.parametrize("name", NAMES)
-def test_page_one_is_one_side_with_five_millimetres_to_spare(
-    name: str, language: str, request: pytest.FixtureRequest
-) -> None:
+def test_page_one_is_one_side_with_5_mm_to_spare(name: str, language: str, request: pytest.FixtureRequest) -> None:
     less = "@media print { @page { margin-bottom: 19mm } }</style>"
     for fillable in (False, True):
         html = beginning(render.render(reports_of(request)[name], language=language, fillable=fillable))
@@ -102,9 +100,7 @@ def test_a_pdf_is_whole_and_the_same_each_time(a_report: Make) -> None:
 
 @needs_weasyprint
 @pytest.mark.parametrize("before", [None, "1700000000"])
-def test_a_pdf_is_the_same_each_time_without_harfbuzz_for_subsets_of_fonts(
-    before: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pdf_is_the_same_each_time_without_harfbuzz(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """fontTools makes them then, and writes the time into them."""
     monkeypatch.setattr("weasyprint.pdf.fonts.harfbuzz_subset", None)
     clock = iter(range(1_700_000_000, 1_800_000_000, 1000))
@@ -179,7 +175,7 @@ def test_where_margins_hold_no_text_page_one_says_so_itself(request: pytest.Fixt
 
 
 @needs_weasyprint
-def test_nothing_is_fetched(a_report: Make) -> None:
+def test_nothing_is_fetched() -> None:
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

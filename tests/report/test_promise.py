@@ -49,9 +49,7 @@ def report(made: Callable[..., Path]) -> Any:
 
 
 @pytest.mark.parametrize("overrides", [(), SECURE], ids=["plain", "secure"])
-def test_the_run_and_its_report_count_each_site_with_its_own_noise(
-    made: Callable[..., Path], overrides: tuple[str, ...]
-) -> None:
+def test_run_and_report_count_each_site_with_its_noise(made: Callable[..., Path], overrides: tuple[str, ...]) -> None:
     folder = made(*overrides)
     report, said = from_run.build(folder / "run"), json.loads((folder / "run" / "run.json").read_text())["privacy"]
     plan = report.facts.plan
@@ -98,9 +96,7 @@ def test_a_factor_that_is_not_the_sites_is_found(report: Any, a_secure_report: C
 
 
 @pytest.mark.parametrize("overrides", [(), SECURE], ids=["plain", "secure"])
-def test_the_sites_own_report_has_its_noise_and_agrees_with_the_run(
-    made: Callable[..., Path], overrides: tuple[str, ...]
-) -> None:
+def test_the_site_s_report_has_its_noise_as_the_run_does(made: Callable[..., Path], overrides: tuple[str, ...]) -> None:
     folder = made(*overrides)
     own: Any = from_ledger.build(folder / "sites" / "site-1" / POLICY)
     ((run,), (site,)) = own.facts.runs, own.sites

@@ -199,9 +199,7 @@ def test_a_run_that_crashed(command: Any, tiny: Any, tmp_path: Path, monkeypatch
     assert [(site.spent.rounds, site.spent.upper_bound) for site in report.sites] == [(2, True)] * 2
 
 
-def test_a_run_with_a_site_that_fell_silent(
-    simulate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_site_that_is_silent(simulate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Participants.site
 
     def broken(self: Participants, index: int) -> Any:
@@ -226,9 +224,7 @@ def test_a_run_with_noised_metrics(simulate: Callable[..., Path], tmp_path: Path
     assert "noised_scores" in of_site.released
 
 
-def test_runs_that_begin_in_each_others_release_have_a_line_of_scores(
-    simulate: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_runs_that_begin_in_each_other_have_a_line_of_scores(simulate: Callable[..., Path], tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=2", "data.heldout_fraction=0.4")
     folders = [simulate(*noised, into=tmp_path, name="first")]
     for name in ("second", "third"):

@@ -88,9 +88,7 @@ def test_a_run_that_another_process_works_on_keeps_its_page(folder: Path) -> Non
     assert shown(folder) == "of the other process"
 
 
-def test_a_page_that_cannot_be_written_ends_nothing(
-    folder: Path, state: LeadState, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_page_without_a_place_ends_nothing(folder: Path, state: LeadState, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "report.html").write_text("the one before")
     page = at_once(folder)
     (folder / "config.yaml").write_text("no: settings\n")
@@ -100,9 +98,7 @@ def test_a_page_that_cannot_be_written_ends_nothing(
     assert "settings" not in caplog.text
 
 
-def test_pages_take_at_most_a_twentieth_of_the_time(
-    folder: Path, state: LeadState, clock: Callable[[float], None]
-) -> None:
+def test_pages_take_little_of_the_time(folder: Path, state: LeadState, clock: Callable[[float], None]) -> None:
     page, at = UnfinishedReport(folder, saved_config(folder)), []
     for number in range(1, 31):
         clock(5.0)

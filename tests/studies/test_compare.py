@@ -117,9 +117,7 @@ def test_rates_that_are_left_to_fedtune_fit_each_run(tiny: Any, folder: Path) ->
     assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
 
 
-def test_the_same_command_again_runs_nothing_and_says_the_same(
-    outcome: Any, command: Any, words: list[str], folder: Path
-) -> None:
+def test_the_same_command_runs_nothing_again(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
     made = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
     again = command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
     assert json.loads(again.out) == json.loads(outcome.out)
@@ -194,16 +192,14 @@ def test_runs_that_are_there_are_scored_on_one_file(
         (("data.train_fraction=0.01", "--personal"), "must be at least 10: the site has too few for an own adapter"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_runs(
-    given: tuple[str, ...], message: str, command: Any, tiny: Any, tmp_path: Path
-) -> None:
+def test_what_cannot_be_compared(given: tuple[str, ...], message: str, command: Any, tiny: Any, tmp_path: Path) -> None:
     outcome = command("compare", *tiny(into=tmp_path, name="x"), *given)
     assert outcome.code == 2
     assert message in outcome.message
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_other_labels_is_not_compared(
+def test_a_run_of_other_labels(
     told: Any, simulate: Callable[..., Path], folder: Path, command: Any, tmp_path: Path
 ) -> None:
     made = simulate(

@@ -194,9 +194,7 @@ def with_room_for(runs: int, words: list[str], sites: Path) -> list[str]:
     return [*words, f"runtime.sites_dir='{sites}'"]
 
 
-def test_twelve_trials_are_refused_by_a_ledger_with_room_for_eight_before_the_first(
-    command: Any, tiny: Any, tmp_path: Path
-) -> None:
+def test_twelve_trials_are_refused_at_once_where_eight_have_room(command: Any, tiny: Any, tmp_path: Path) -> None:
     words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     before = files_in(tmp_path)
     asked = [*words, SPACE[0]]
@@ -266,9 +264,7 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^fedtune (?=plan|search)(
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_the_commands_of_the_page_are_understood(
-    words: list[str], command: Any, monkeypatch: Any, tmp_path: Path
-) -> None:
+def test_the_page_s_commands_are_understood(words: list[str], command: Any, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     if words[0] == "plan":
         planned = command(*words)
@@ -310,9 +306,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("more", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
-def test_what_cannot_be_searched_is_told(
-    more: tuple[str, ...], message: str, command: Any, tiny: Any, tmp_path: Path
-) -> None:
+def test_what_cannot_be_searched(more: tuple[str, ...], message: str, command: Any, tiny: Any, tmp_path: Path) -> None:
     found = command("search", *tiny(*SHORT, into=tmp_path / "runs"), *more)
     assert (found.code, found.out) == (2, "")
     assert found.message.startswith(message)

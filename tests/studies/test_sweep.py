@@ -77,9 +77,7 @@ def test_the_csv_has_swept_values_and_every_score_as_it_is(outcome: Any, folder:
     assert str(folder / "three.csv") in outcome.out
 
 
-def test_the_same_sweep_again_runs_only_what_is_missing(
-    outcome: Any, command: Any, swept: list[str], folder: Path
-) -> None:
+def test_the_same_sweep_runs_only_what_is_missing(outcome: Any, command: Any, swept: list[str], folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")}
     (folder / "three.csv").unlink()
     again = command("simulate", "-m", *swept, "--json")
@@ -97,9 +95,7 @@ def test_the_same_sweep_again_runs_only_what_is_missing(
     assert [told["best"]] == marked
 
 
-def test_a_name_that_is_taken_is_refused_before_the_first_run(
-    outcome: Any, command: Any, swept: list[str], folder: Path
-) -> None:
+def test_a_taken_name_is_refused_before_any_run(outcome: Any, command: Any, swept: list[str], folder: Path) -> None:
     def refused(*more: str, words: Sequence[str] = swept) -> str:
         found = command("simulate", "-m", *words, *more)
         assert (found.code, found.out) == (2, "")
