@@ -214,5 +214,16 @@ def _lived_once(tmp_path_factory: pytest.TempPathFactory) -> SiteFolder:
 
 @pytest.fixture
 def lived(_lived_once: SiteFolder, tmp_path: Path) -> SiteFolder:
-    """A copy of it."""
     return SiteFolder(Path(shutil.copytree(_lived_once.folder, tmp_path / "north")))
+
+
+@pytest.fixture
+def put_back(lived: SiteFolder) -> SiteFolder:
+    """A site whose ledger was lost after three more rounds, and replaced by a backup."""
+    backup = lived.folder / "backup.db"
+    shutil.copy(lived.ledger, backup)
+    ledger = lived.open()
+    lived.train(ledger, lived.proposal("triage", noise_multiplier=2.5), 2)
+    lived.train(ledger, lived.proposal("third"), 1, 2)
+    shutil.copy(backup, lived.ledger)
+    return lived

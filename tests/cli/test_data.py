@@ -13,6 +13,7 @@ from fedtune.api.compose import compose_run
 from fedtune.data.records import iter_records
 from fedtune.tasks.pooled import PooledTask
 
+from ..conftest import files_in
 from . import snapshots
 from .conftest import SiteFolder
 from .widths import COLUMNS, too_wide
@@ -54,23 +55,9 @@ def test_a_long_row_is_cut_short_when_it_is_shown(here: Path, command: Any) -> N
     ("chats.jsonl", {"messages": "messages"}),
 ])  # fmt: skip
 def test_texts_for_a_language_model(here: Path, command: Any, name: str, roles: dict[str, str]) -> None:
-    outcome = command("data", "init", name, "--model", "random_llama")
-    assert outcome.code == 0, outcome.err
+    assert command("data", "init", name, "--model", "random_llama").code == 0
     config = compose_run([f"experiment=./{Path(name).stem}.yaml"])
     assert (config.task, config.data.columns, config.data.chat_template) == ("causal_lm", roles, "plain")
-
-
-def test_nothing_is_overwritten(here: Path, command: Any) -> None:
-    (here / "tickets.yaml").write_text("mine")
-    outcome = command("data", "init", "tickets.csv", "--model", "random_bert")
-    assert (outcome.code, (here / "tickets.yaml").read_text()) == (2, "mine")
-    assert "exists" in outcome.message
-
-
-def test_a_column_that_is_not_there(here: Path, command: Any) -> None:
-    outcome = command("data", "init", "tickets.csv", "--label", "gone")
-    assert (outcome.code, list(here.glob("*.yaml"))) == (2, [])
-    assert outcome.message == "--label = 'gone': must be one of the columns body, team"
 
 
 _EXPERIMENT: list[str] = []
@@ -90,7 +77,6 @@ def made(here: Path, command: Any) -> Path:
 
 
 def test_what_is_printed_of_a_file(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five rows, labels with their numbers, lengths, and the number that is about to become public."""
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
         stream.write(f"{'a word ' * 60},billing\n")
@@ -142,6 +128,7 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
     # What is read is judged before what is written.
     (["init", "gone.csv", "--out", "tickets.csv"], "gone.csv = 'no such file': must be a file"),
     (["init", "tickets.csv", "--label", "gone", "--out", "no/a.yaml"], "--label = 'gone': must be one of the columns"),
+    (["init", "tickets.csv", "--model", "random_bert"], "--out = 'tickets.yaml': exists"),
     (["clean", "gone.yaml", "--out", "no/a.jsonl"], "experiment = 'gone.yaml': must be a file that can be read"),
     (["clean", "tickets.yaml", "data.train_file=gone.csv", "--out", "a.csv"], "data.train_file = 'gone.csv': no such"),
     # Options that cannot be.
@@ -173,9 +160,9 @@ def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: l
     files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
     for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
         (made / name).write_text(text)
-    before = sorted(path.name for path in made.iterdir())
+    before = files_in(made)
     assert command("data", *words).failed().removeprefix(f"{made}/").startswith(message)
-    assert sorted(path.name for path in made.iterdir()) == before
+    assert files_in(made) == before
 
 
 LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
@@ -192,9 +179,8 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
 ])  # fmt: skip
 def test_a_file_that_no_experiment_can_be_made_of(here: Path, command: Any, name: str, text: str, message: str) -> None:
     (here / name).write_text(text)
-    outcome = command("data", "init", name, "--model", "random_bert")
-    assert (outcome.code, list(here.glob("*.yaml"))) == (2, [])
-    assert message in outcome.message
+    assert message in command("data", "init", name, "--model", "random_bert").failed()
+    assert not list(here.glob("*.yaml"))
 
 
 def test_a_file_of_any_name(here: Path, command: Any) -> None:
@@ -203,14 +189,6 @@ def test_a_file_of_any_name(here: Path, command: Any) -> None:
     out = command("data", "init", name, "--model", "random_bert").printed
     assert "fedtune simulate experiment=./M-ller-s-data-1-y-z.yaml" in out
     assert compose_run(["experiment=./M-ller-s-data-1-y-z.yaml"]).data.train_file == name
-
-
-def test_a_remark_is_not_what_records_are_about(here: Path, command: Any) -> None:
-    rows = [{"body": f"ticket {number}", "team": TEAMS[number % 2], "remark": ""} for number in range(60)]
-    rows[7]["remark"] = "a long remark about this one ticket alone"
-    (here / "a.json").write_text(json.dumps(rows))
-    assert command("data", "init", "a.json", "--model", "random_bert").code == 0
-    assert compose_run(["experiment=./a.yaml"]).data.columns == {"text": "body", "label": "team"}
 
 
 def test_columns_without_number_are_not_all_shown(here: Path, command: Any) -> None:
@@ -264,7 +242,6 @@ COPIES = ("data", "copies", "made.jsonl", "tickets.csv", "--own-columns", "{text
 
 
 def test_what_is_printed_of_copies(copied: Path, command: Any) -> None:
-    """A warning, which quotes own records, with the lines of both files, and says that it must not leave the site."""
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
     outcome = command(*COPIES)
     assert (outcome.code, outcome.err) == (0, "")
@@ -310,11 +287,10 @@ def test_copies_of_a_sites_own_file_by_its_policy(copied: Path, command: Any) ->
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_one_message(copied: Path, command: Any, words: list[str], message: str) -> None:
     (copied / "empty.csv").write_text("")
-    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    before = files_in(copied)
     outcome = command("data", "copies", "made.jsonl", *words)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert message in outcome.message
-    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+    assert message in outcome.failed()
+    assert (outcome.out, files_in(copied)) == ("", before)
 
 
 TOPICS = ("bills and payments", "sales", "a parcel that never came")
@@ -325,8 +301,7 @@ def coded(command: Any, texts: list[str], *words: str) -> list[dict[str, str]]:
     Path("topics.csv").write_text("\n".join(["topic", *TOPICS]))
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     Path("coded.jsonl").unlink(missing_ok=True)
-    outcome = command("data", "codes", "texts.jsonl", *(words or CODES), "--out", "coded.jsonl")
-    assert outcome.code == 0, outcome.err
+    assert command("data", "codes", "texts.jsonl", *(words or CODES), "--out", "coded.jsonl").code == 0
     return [json.loads(line) for line in Path("coded.jsonl").read_text().splitlines()]
 
 

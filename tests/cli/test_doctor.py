@@ -26,7 +26,6 @@ CHECKS = [
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The terminal of old."""
     monkeypatch.setenv("COLUMNS", "80")
 
 

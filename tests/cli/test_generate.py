@@ -212,8 +212,8 @@ def test_what_cannot_be_answered(words: str, runs: Path, command: Any, monkeypat
     monkeypatch.chdir(runs)
     arguments, message = WRONG[words]
     outcome = command("generate", *arguments)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert re.search(message, outcome.message)
+    assert re.search(message, outcome.failed())
+    assert outcome.out == ""
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"\n \n"], ids=["not UTF-8", "only blank lines"])
@@ -255,8 +255,7 @@ def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
     started = [sys.executable, "-m", "fedtune", *words, "--temperature", "9"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     with Forked(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
-        first = process.stdout.read(1)
-        assert first, "the answer comes while it is written"
+        assert process.stdout.read(1), "the answer comes while it is written"
         process.send_signal(signal.SIGINT)
         rest, said = process.communicate(timeout=60)
     assert process.returncode == 1

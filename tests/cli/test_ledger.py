@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ READERS = ("show", "spent", "verify", "export")
 
 
 def tampered(ledger: Path) -> None:
-    data = ledger.read_bytes()
-    ledger.write_bytes(data.replace(b"classification", b"Classification", 1))
+    ledger.write_bytes(ledger.read_bytes().replace(b"classification", b"Classification", 1))
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -55,15 +54,8 @@ def test_a_run_folder_names_its_ledgers(lived: Any, tmp_path: Path, command: Any
 def test_a_changed_ledger_is_one_line_and_exit_code_one(reader: str, lived: Any, command: Any) -> None:
     tampered(lived.ledger)
     outcome = command("ledger", reader, str(lived.ledger))
-    assert outcome.code == 1
-    assert "event 2 was changed" in outcome.message or "event 3 was changed" in outcome.message
+    assert re.search("event [23] was changed", outcome.failed(1))
     assert outcome.out == ""
-
-
-@pytest.mark.parametrize("content", [b"", b"not a database at all, but long enough to look like one" * 20])
-def test_another_file_is_no_ledger(content: bytes, tmp_path: Path, command: Any) -> None:
-    (tmp_path / "ledger.db").write_bytes(content)
-    assert str(tmp_path / "ledger.db") in command("ledger", "spent", str(tmp_path)).failed(1)
 
 
 def test_show_knows_runs_that_were_not_charged_and_backups_put_back(put_back: Any, command: Any) -> None:
@@ -150,12 +142,10 @@ def test_verify_says_what_was_checked_and_finds_another_site_s_key(lived: Any, c
     assert command("ledger", "verify", str(lived.ledger), "--site-key", "short").code == 2
 
 
-def test_verify_finds_a_ledger_that_was_put_back(lived: Any, command: Any) -> None:
-    backup = lived.folder / "backup.db"
-    shutil.copy(lived.ledger, backup)
-    lived.train(lived.open(), lived.proposal("triage", noise_multiplier=2.5), 2)
-    assert "put back" in command("ledger", "verify", str(backup), "--anchor", str(lived.anchor)).failed(1)
-    assert command("ledger", "verify", str(backup), "--anchor", str(lived.folder / "none.json")).code == 2
+def test_verify_finds_a_ledger_that_was_put_back(put_back: Any, command: Any) -> None:
+    verified = ("ledger", "verify", str(put_back.ledger), "--anchor")
+    assert "put back" in command(*verified, str(put_back.anchor)).failed(1)
+    assert command(*verified, str(put_back.folder / "none.json")).code == 2
 
 
 def test_export_is_everything_in_one_file_and_overwrites_none(lived: Any, command: Any, tmp_path: Path) -> None:
@@ -174,14 +164,12 @@ def test_export_is_everything_in_one_file_and_overwrites_none(lived: Any, comman
         assert (lived.folder / name).read_bytes() == before
 
 
-def test_an_anchor_is_not_replaced_by_an_older_one(lived: Any, command: Any, tmp_path: Path) -> None:
-    backup, key = tmp_path / "backup.db", lived.folder / "site_key.pem"
-    shutil.copy(lived.ledger, backup)
-    lived.open().end("triage")
-    before = lived.anchor.read_bytes()
-    message = command("ledger", "anchor", str(backup), "--key", str(key), "--output", str(lived.anchor)).failed(1)
-    assert "put back" in message
-    assert lived.anchor.read_bytes() == before
+def test_an_anchor_is_not_replaced_by_an_older_one(put_back: Any, command: Any) -> None:
+    before, own = put_back.anchor.read_bytes(), ("--key", str(put_back.folder / "site_key.pem"))
+    assert "put back" in command(
+        "ledger", "anchor", str(put_back.ledger), *own, "--output", str(put_back.anchor)
+    ).failed(1)
+    assert put_back.anchor.read_bytes() == before
 
 
 def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, command: Any, tmp_path: Path) -> None:
@@ -196,26 +184,11 @@ def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, command: A
     assert made.read_bytes() == lived.anchor.read_bytes()
 
 
-@pytest.fixture
-def put_back(lived: Any) -> Any:
-    """A site whose ledger was lost after three more rounds, and replaced by a backup."""
-    backup = lived.folder / "backup.db"
-    shutil.copy(lived.ledger, backup)
-    ledger = lived.open()
-    lived.train(ledger, lived.proposal("triage", noise_multiplier=2.5), 2)
-    lived.train(ledger, lived.proposal("third"), 1, 2)
-    shutil.copy(backup, lived.ledger)
-    return lived
-
-
-Run = Callable[..., Any]
-
-
-def restored(site: Any, command: Run, *more: str) -> Any:
+def restored(site: Any, command: Any, *more: str) -> Any:
     return command("ledger", "restore", "--policy", str(site.policy), *more)
 
 
-def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back: Any, command: Run) -> None:
+def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back: Any, command: Any) -> None:
     lost = Head.read(put_back.anchor)
     out = restored(put_back, command).printed
     assert "10 noisy steps (rate 0.05, noise 2.5)" in out
@@ -228,7 +201,7 @@ def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back:
     assert "a backup was put back; charged what it lacked" in shown
 
 
-def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, command: Run, tmp_path: Path) -> None:
+def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, command: Any, tmp_path: Path) -> None:
     # An older anchor, given by hand, must not overwrite the newer one and forget what it knows.
     newest = Head.read(put_back.anchor)
     older = tmp_path / "older.json"
@@ -240,7 +213,7 @@ def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, com
     )
 
 
-def test_restore_happens_once(put_back: Any, command: Run, tmp_path: Path) -> None:
+def test_restore_happens_once(put_back: Any, command: Any, tmp_path: Path) -> None:
     lost = tmp_path / "lost.json"
     shutil.copy(put_back.anchor, lost)
     assert restored(put_back, command, "--anchor", str(lost)).code == 0
@@ -249,13 +222,13 @@ def test_restore_happens_once(put_back: Any, command: Run, tmp_path: Path) -> No
     assert put_back.ledger.read_bytes() == before
 
 
-def test_restore_leaves_a_ledger_that_lacks_nothing_alone(lived: Any, command: Run) -> None:
+def test_restore_leaves_a_ledger_that_lacks_nothing_alone(lived: Any, command: Any) -> None:
     before = lived.ledger.read_bytes()
     assert "lacks nothing" in restored(lived, command, str(lived.ledger), "--anchor", str(lived.anchor)).printed
     assert lived.ledger.read_bytes() == before
 
 
-def test_restore_refuses_a_changed_backup_and_another_s_anchor(put_back: Any, command: Run, tmp_path: Path) -> None:
+def test_restore_refuses_a_changed_backup_and_another_s_anchor(put_back: Any, command: Any, tmp_path: Path) -> None:
     foreign = type(put_back)(tmp_path / "south")
     foreign.folder.mkdir()
     foreign.write_policy()
@@ -267,7 +240,7 @@ def test_restore_refuses_a_changed_backup_and_another_s_anchor(put_back: Any, co
     assert put_back.ledger.read_bytes() != before
 
 
-def test_restore_works_on_the_policy_s_own_ledger_alone(put_back: Any, command: Run) -> None:
+def test_restore_works_on_the_policy_s_own_ledger_alone(put_back: Any, command: Any) -> None:
     message = restored(put_back, command, str(put_back.folder / "backup.db")).failed()
     assert message.endswith(f"must be the policy's own ledger, {put_back.ledger}")
     put_back.ledger.unlink()
@@ -275,14 +248,14 @@ def test_restore_works_on_the_policy_s_own_ledger_alone(put_back: Any, command: 
     assert not put_back.ledger.exists()
 
 
-def test_restore_without_any_anchor_says_so(put_back: Any, command: Run) -> None:
+def test_restore_without_any_anchor_says_so(put_back: Any, command: Any) -> None:
     put_back.write_policy(anchor='""')
     assert restored(put_back, command).failed() == "--anchor: is required, since the policy names no anchor"
 
 
 @pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
 def test_a_person_confirms_the_date_of_a_clock_that_jumped(
-    lived: Any, command: Run, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
+    lived: Any, command: Any, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Far(datetime):
         @classmethod
@@ -302,7 +275,7 @@ def test_a_person_confirms_the_date_of_a_clock_that_jumped(
     assert (noted in command("ledger", "show", str(lived.ledger), "--rounds").out) is confirmed
 
 
-def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run) -> None:
+def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Any) -> None:
     assert command("ledger", "freeze", "--policy", str(lived.policy), "--why", "consent withdrawn").code == 0
     lived.refuse(lived.open(), lived.proposal("late"))
     out = command("ledger", "show", str(lived.ledger), "--rounds").out
@@ -314,7 +287,7 @@ def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Run)
     assert (figures["frozen"], figures["left"], figures["reference_runs_left"]) == (True, 0, 0)
 
 
-def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Run) -> None:
+def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Any) -> None:
     message = command("ledger", "freeze", "--policy", str(site.policy), "--why", " ").failed()
     assert message == "--why = ' ': must say why; the ledger keeps it"
     assert command("ledger", "freeze", "--policy", str(site.policy), "--why", "x").code == 2

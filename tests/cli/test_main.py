@@ -73,51 +73,51 @@ def test_each_kind_of_error_has_its_exit_code(
     assert capsys.readouterr().err == f"fedtune: {str(error) or 'interrupted'}\n"
 
 
-def process(code: str, *, to: Any = subprocess.PIPE, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A new process that ran `code`."""
+def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variables: str) -> tuple[int, str, str]:
+    """Python in a process of its own, with `closed` a stream: its exit code, and what it wrote."""
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *words]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
-    words = [sys.executable, "-c", code]
-    pipes = {"stdout": to, "stderr": subprocess.PIPE}
-    return subprocess.run(words, cwd=REPOSITORY, env=environment, text=True, timeout=120, check=False, **pipes)
+    pipes = {"stdout": to, "stderr": subprocess.PIPE, "timeout": 120, "cwd": REPOSITORY}
+    done = subprocess.run(command, env=environment, check=False, encoding="latin-1", **pipes)
+    return done.returncode, done.stdout or "", done.stderr
 
 
 def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
-    done = process(
+    code = (
         "import sys; from fedtune.cli.main import main; code = main(['simulate', 'privacy.epsilon=0']);"
         "print(code, 'flwr' in sys.modules)"
     )
-    assert done.stdout == "2 False\n"
-    assert done.stderr == "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
+    said = "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
+    assert started("-c", code) == (0, "2 False\n", said)
 
 
 def test_help_waits_for_no_slow_import() -> None:
     slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
-    done = process(
+    _, out, err = started(
+        "-c",
         "import sys; from fedtune.cli.main import main\n"
         "for words in ([], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash']):\n"
         "    assert main([*words, '--help']) == 0\n"
-        f"print([name for name in {slow} if name in sys.modules])"
+        f"print([name for name in {slow} if name in sys.modules])",
     )
-    assert done.stdout.endswith("\n[]\n"), done.stderr
+    assert out.endswith("\n[]\n"), err
 
 
 def test_neither_help_nor_a_plan_waits_for_a_model() -> None:
     names = ("simulate", "plan", "audit", "evaluate", "ledger", "report", "provision", "run")
-    done = process(
+    _, out, err = started(
+        "-c",
         "import sys; from fedtune.cli.main import main\n"
         f"for name in {names}: assert main([name, '--help']) == 0\n"
         "assert main(['plan', 'experiment=debug', 'privacy.noise_multiplier=4.0', 'name=x']) == 0\n"
-        "print([name for name in ('torch', 'transformers', 'peft', 'flwr', 'opacus') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'peft', 'flwr', 'opacus') if name in sys.modules])",
     )
-    assert done.stdout.endswith("\n[]\n"), done.stderr
+    assert out.endswith("\n[]\n"), err
 
 
 def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
+    class Screen(Terminal):
         said = threading.Event()
-
-        def isatty(self) -> bool:
-            return True
 
         def write(self, text: str) -> int:
             self.said.set()
@@ -127,7 +127,7 @@ def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest
         assert screen.said.wait(60), "it is said while they are loaded"
         return importlib.import_module(name)
 
-    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    monkeypatch.setattr("sys.stderr", screen := Screen())
     monkeypatch.setattr("fedtune.cli.main._LOADING_S", 0.0)
     monkeypatch.setattr("fedtune.cli.main.import_module", slow)
     assert fedtune.get_command(click.Context(fedtune), "ledger") is not None
@@ -137,16 +137,16 @@ def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest
 def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
-    done = process("import sys; from fedtune.cli.main import main; sys.exit(main(['site', 'template']))", to=write)
+    done = started("-m", "fedtune", "site", "template", to=write)
     os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done == (1, "", "")
 
 
 def test_flowers_telemetry_is_off_unless_someone_turned_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
     code = "import os; import fedtune.flower; print(os.environ['FLWR_TELEMETRY_ENABLED'])"
-    assert process(code).stdout == "0\n"
-    assert process(code, FLWR_TELEMETRY_ENABLED="1").stdout == "1\n"
+    assert started("-c", code)[1] == "0\n"
+    assert started("-c", code, FLWR_TELEMETRY_ENABLED="1")[1] == "1\n"
 
 
 @pytest.mark.parametrize("was_on", [True, False])
@@ -175,33 +175,25 @@ def test_what_libraries_made_is_never_looked_through(new: int, frozen: bool, mon
 # Terminals and disks.
 
 
-def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variables: str) -> tuple[int, str, str]:
-    """The command in a process of its own: its exit code, and what it wrote."""
-    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "fedtune", *words]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
-    done = subprocess.run(command, stdout=to, stderr=subprocess.PIPE, env=environment, check=False)
-    return done.returncode, (done.stdout or b"").decode("latin-1"), done.stderr.decode("latin-1")
-
-
 @pytest.mark.by_day("ascii")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str) -> None:
-    code, out, err = started("data", "check", "experiment=debug", PYTHONIOENCODING=encoding)
+    code, out, err = started("-m", "fedtune", "data", "check", "experiment=debug", PYTHONIOENCODING=encoding)
     assert (code, err) == (0, "")
     assert "??????" in out, "a bar"
-    code, out, err = started("d\u0101nce", PYTHONIOENCODING=encoding)
+    code, out, err = started("-m", "fedtune", "d\u0101nce", PYTHONIOENCODING=encoding)
     assert (code, out, err) == (2, "", "fedtune: No such command 'd?nce' (fedtune --help says more)\n")
 
 
 def test_output_that_has_no_room_is_one_line() -> None:
     with open("/dev/full", "wb") as full:
         message = "fedtune: the disk is full; make room, and give the command again\n"
-        assert started("--version", to=full) == (1, "", message)
+        assert started("-m", "fedtune", "--version", to=full) == (1, "", message)
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_a_stream_that_is_closed_is_not_written_to(closed: str) -> None:
-    assert started("model-hash", "--help", closed=closed)[0] == 0
+    assert started("-m", "fedtune", "model-hash", "--help", closed=closed)[0] == 0
 
 
 def test_a_full_disk_is_named(lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:

@@ -51,8 +51,7 @@ def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], command: Any,
     assert command("generate", str(own), "--prompt", "my card is late").code == 0
     rows = [{"text": f"my card {number} is late", "label": "card_arrival"} for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    told = command("evaluate", str(own), "--data", str(tmp_path / "rows.jsonl"), "--json")
-    assert told.code == 0, told.err
+    assert command("evaluate", str(own), "--data", str(tmp_path / "rows.jsonl"), "--json").code == 0
     # A comparison says that nothing protects it.
     found = json.loads(command("compare", str(made[0]), str(own), "--json").printed)
     private = {one["name"]: one.get("private") for one in found["models"]}
@@ -64,8 +63,7 @@ def test_it_is_exported_where_somebody_says_so(made: tuple[Path, dict[str, Any]]
     own = own_of(made[0])
     assert "is private to 'site-1'" in command("export", str(own), "--to", str(tmp_path / "out")).failed()
     assert not (tmp_path / "out").exists()
-    told = command("export", str(own), "--to", str(tmp_path / "out"), "--private")
-    assert told.code == 0, told.err
+    assert command("export", str(own), "--to", str(tmp_path / "out"), "--private").code == 0
     assert (tmp_path / "out" / "README.md").read_text().startswith("# Private to site-1: no guarantee")
     assert "Private to site-1: no guarantee</text>" in (tmp_path / "out" / "label.svg").read_text()
     assert json.loads((tmp_path / "out" / "fedtune.json").read_text())["private_to"] == "site-1"
@@ -75,8 +73,7 @@ def test_none_begins_in_a_merged_model(
     made: tuple[Path, dict[str, Any]], command: Any, tiny: Any, tmp_path: Path
 ) -> None:
     folder = tmp_path / "whole"
-    told = command("export", str(own_of(made[0])), "--to", str(folder), "--private", "--merge")
-    assert told.code == 0, told.err
+    assert command("export", str(own_of(made[0])), "--to", str(folder), "--private", "--merge").code == 0
     for asked in (
         ("model-hash", str(folder)),
         ("simulate", *tiny(into=tmp_path, name="three"), f"model.path={folder}"),

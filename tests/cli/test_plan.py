@@ -59,8 +59,7 @@ def test_the_plan_says_what_the_run_will_say(plan_json: Run, finished: Path, res
 
 
 def test_nothing_is_read_and_nothing_is_made(plan: Run, tmp_path: Path) -> None:
-    outcome = plan(f"data.train_file='{tmp_path}/missing.csv'", f"data.test_file='{tmp_path}/missing.csv'")
-    assert outcome.code == 0
+    assert plan(f"data.train_file='{tmp_path}/missing.csv'", f"data.test_file='{tmp_path}/missing.csv'").code == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,7 +101,6 @@ def test_a_mistake_is_one_line_and_exit_code_two(plan: Run, arguments: list[str]
 
 
 def test_what_is_printed(plan: Run, policy_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sites of unequal size with long names, a spare round, released scores, other plans, and a policy that refuses."""
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.chdir(policy_file().parent)
     out = plan(
@@ -200,8 +198,7 @@ def test_what_secure_sums_would_give_is_told_beside_a_plain_run(plan: Run, plan_
 def test_the_price_of_a_search_is_told_beside_the_plan(command: Any) -> None:
     words = ("plan", "experiment=debug", "privacy.noise_multiplier=4.0")
     assert "search" not in json.loads(command(*words, "--json").out)
-    of_eight = command(*words, "--trials", "8", "--json")
-    told = json.loads(of_eight.out)
+    told = json.loads(command(*words, "--trials", "8", "--json").out)
     assert told["search"]["trials"] == 8
     assert told["search"]["epsilon_of_one"] == told["epsilon"] < told["search"]["epsilon"]
     assert command(*words, "--trials", "0").message.startswith("--trials = 0: must be")

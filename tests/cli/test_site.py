@@ -158,12 +158,6 @@ def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any, command: Any) -
     assert outcome.code == 2 or "anybody can sign for it" in outcome.out
 
 
-def test_a_misspelt_key_and_a_missing_file_are_wrong_input(site: Any, command: Any) -> None:
-    site.policy.write_text(site.policy.read_text().replace("max_rank", "max_rang"))
-    assert "allow.max_rang" in command("site", "check-policy", str(site.policy)).failed()
-    assert command("site", "check-policy", str(site.folder / "none.toml")).code == 2
-
-
 def test_check_policy_writes_nothing(lived: Any, command: Any) -> None:
     before = files_in(lived.folder)
     assert command("site", "check-policy", str(lived.policy)).code == 0
@@ -181,8 +175,7 @@ def test_check_policy_writes_nothing(lived: Any, command: Any) -> None:
 def test_a_ledger_of_something_else(key: str, change: dict[str, str], made_for: str, lived: Any, command: Any) -> None:
     lived.write_policy(**change)
     outcome = command("site", "check-policy", str(lived.policy))
-    assert outcome.code == 2
-    assert f"{lived.policy}: {key} = " in outcome.message
+    assert f"{lived.policy}: {key} = " in outcome.failed()
     assert f"was made for {made_for}" in outcome.message
     assert "It does not fit this policy" in outcome.out
     told = json.loads(command("site", "check-policy", str(lived.policy), "--json").out)["ledger"]
@@ -201,9 +194,5 @@ def test_missing_files_beside_a_ledger_are_warned_of(lived: Any, command: Any) -
     assert {warning["key"] for warning in told} == {"site_key", "anchor"}
 
 
-def test_a_ledger_that_was_put_back_is_exit_code_one(lived: Any, command: Any) -> None:
-    backup = lived.folder / "backup.db"
-    shutil.copy(lived.ledger, backup)
-    lived.open().end("triage")
-    shutil.copy(backup, lived.ledger)
-    assert "put back" in command("site", "check-policy", str(lived.policy)).failed(1)
+def test_a_ledger_that_was_put_back_is_exit_code_one(put_back: Any, command: Any) -> None:
+    assert "put back" in command("site", "check-policy", str(put_back.policy)).failed(1)

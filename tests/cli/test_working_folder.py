@@ -123,9 +123,16 @@ def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path
 # Cleared away where nothing began.
 
 
+def ran(config: RunConfig, folder: Path, work: Any, error: type[BaseException], match: str | None = None) -> str:
+    """Run some work that ends in an error; what is printed."""
+    said = io.StringIO()
+    with pytest.raises(error, match=match):
+        show_run(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
+    return said.getvalue()
+
+
 def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: bool = False) -> str:
     """Run something that ends in `error`; what is printed."""
-    said = io.StringIO()
 
     def work(config: RunConfig, folder: Path, display: object) -> dict[str, Any]:
         logging.getLogger("fedtune.somewhere").info("it was here")
@@ -136,9 +143,7 @@ def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: boo
             (folder / "checkpoints" / "round-0000.safetensors").touch()
         raise error
 
-    with pytest.raises(type(error)):
-        show_run(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
-    return said.getvalue()
+    return ran(config, folder, work, type(error))
 
 
 @pytest.mark.parametrize(
@@ -147,8 +152,7 @@ def attempt(config: RunConfig, folder: Path, error: BaseException, *, begun: boo
 def test_what_never_began_leaves_nothing_behind(config: RunConfig, folder: Path, error: BaseException) -> None:
     said = attempt(config, folder, error)
     assert not folder.parent.exists()
-    told = isinstance(error, RunError | KeyboardInterrupt)
-    assert ("Nothing had been trained yet." in said) is told
+    assert ("Nothing had been trained yet." in said) is isinstance(error, RunError | KeyboardInterrupt)
     assert ("Interrupted." in said) is isinstance(error, KeyboardInterrupt)
 
 
@@ -173,8 +177,7 @@ def test_a_simulated_site_that_has_no_room_is_told_of(config: RunConfig, folder:
         logging.getLogger("fedtune.site").error("failed", exc_info=full("sites/ledger.db"))
         raise RunError("too few sites")
 
-    with pytest.raises(RunError, match=r"^too few sites; the disk is full: no room for sites/ledger\.db$"):
-        show_run(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
+    ran(config, folder, work, RunError, r"^too few sites; the disk is full: no room for sites/ledger\.db$")
 
 
 def test_a_log_without_room_ends_no_run(config: RunConfig, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -185,8 +188,7 @@ def test_a_log_without_room_ends_no_run(config: RunConfig, folder: Path, capfd: 
         logging.getLogger("fedtune.site").error("failed")
         raise RunError("too few sites")
 
-    with pytest.raises(RunError, match=r"^too few sites$"):
-        show_run(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
+    ran(config, folder, work, RunError, "^too few sites$")
     assert capfd.readouterr() == ("", "")
 
 
@@ -200,10 +202,8 @@ def test_scores_come_before_a_report(config: RunConfig, folder: Path, monkeypatc
 
     monkeypatch.setattr("fedtune.show.run_progress.show_result", lambda console, *_, **__: console.print("the scores"))
     monkeypatch.setattr("fedtune.report.model_card.write_report_and_card", no_room)
-    said = io.StringIO()
-    with pytest.raises(OSError, match="No space"):
-        show_run(config, folder, Console(file=said, width=250), work=work, again="fedtune AGAIN", began=0.0)
-    assert said.getvalue().splitlines()[-2:] == ["the scores", "Continue with: fedtune AGAIN"]
+    said = ran(config, folder, work, OSError, "No space")
+    assert said.splitlines()[-2:] == ["the scores", "Continue with: fedtune AGAIN"]
 
 
 def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:
@@ -217,10 +217,7 @@ def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:
 
 def test_a_folder_of_somebody_else_or_of_a_resumed_run_stays(config: RunConfig, folder: Path) -> None:
     make(folder, config)
-    with pytest.raises(ConfigError, match="is taken"):
-        show_run(
-            config, folder, Console(file=io.StringIO()), work=lambda *_: pytest.fail("it ran"), again="", began=0.0
-        )
+    ran(config, folder, lambda *_: pytest.fail("it ran"), ConfigError, "is taken")
     assert saved_config(folder) == config
     attempt(replace(config, resume=str(folder)), folder, RunError("no server"))
     assert saved_config(folder) == config
@@ -255,8 +252,7 @@ def test_a_signal_where_python_drops_what_is_raised_ends_a_run_too(
         time.sleep(20)
         raise RunError("it went on")
 
-    with pytest.raises(KeyboardInterrupt):
-        show_run(config, folder, Console(file=io.StringIO()), work=work, again="", began=0.0)
+    ran(config, folder, work, KeyboardInterrupt)
     assert capfd.readouterr() == ("", "")
 
 
@@ -285,6 +281,12 @@ def test_a_resumed_run_keeps_what_decides_its_result(config: RunConfig, folder: 
 # How far a run is.
 
 
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
 def status(command: Any, folder: Path) -> dict[str, Any]:
     out = command("run", "status", str(folder), "--json").printed
     fields: dict[str, Any] = json.loads(out)
@@ -304,42 +306,31 @@ def test_the_status_of_a_finished_run(command: Any, finished: Path, result_of: A
         assert f"{about['epsilon']:.2f}"[:3] in out
 
 
-def test_the_status_shows_what_sites_said_and_changes_nothing(command: Any, finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    (folder / "log.txt").unlink()
+def test_the_status_shows_what_sites_said_and_changes_nothing(command: Any, copied: Path) -> None:
+    (copied / "log.txt").unlink()
     answers = {"site-2": {"what": "awaiting_approval", "time": "2030-01-02T03:04:05+00:00"}}
-    (folder / "answers.json").write_text(json.dumps(answers))
-    before = sorted(path.name for path in folder.iterdir())
-    told = status(command, folder)["sites"]["site-2"]
+    (copied / "answers.json").write_text(json.dumps(answers))
+    before = sorted(path.name for path in copied.iterdir())
+    told = status(command, copied)["sites"]["site-2"]
     assert (told["last_answer"], told["at"]) == ("awaiting_approval", "2030-01-02T03:04:05+00:00")
-    assert "awaiting_approval" in command("run", "status", str(folder)).out
-    assert sorted(path.name for path in folder.iterdir()) == before
+    assert "awaiting_approval" in command("run", "status", str(copied)).out
+    assert sorted(path.name for path in copied.iterdir()) == before
 
 
-def test_the_status_of_a_run_that_goes_on(command: Any, finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    for newest in (folder / "checkpoints").glob("round-0002*"):
+def test_the_status_of_a_run_that_goes_on(command: Any, copied: Path) -> None:
+    for newest in (copied / "checkpoints").glob("round-0002*"):
         newest.unlink()
-    assert "stopped, 1 of 2 rounds are done" in command("run", "status", str(folder)).out
-    with (folder / "log.txt").open("a") as lock:
+    assert "stopped, 1 of 2 rounds are done" in command("run", "status", str(copied)).out
+    with (copied / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "running, 1 of 2 rounds are done" in command("run", "status", str(folder)).out
-    told = status(command, folder)
+        assert "running, 1 of 2 rounds are done" in command("run", "status", str(copied)).out
+    told = status(command, copied)
     assert (told["running"], told["finished"], told["round"]) == (False, False, 1)
     # The second round was asked for, and the checkpoint does not know its receipts.
     assert all(about["upper_bound"] for about in told["sites"].values())
-    assert "at most" in command("run", "status", str(folder)).out
+    assert "at most" in command("run", "status", str(copied)).out
 
 
 def test_a_run_that_has_not_begun_has_no_status(command: Any, config: RunConfig, folder: Path) -> None:
     make(folder, config)
     assert "must be a run folder with a checkpoint" in command("run", "status", str(folder)).failed()
-
-
-def test_a_damaged_checkpoint_is_exit_code_one(command: Any, finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    (folder / "checkpoints" / "round-0002.safetensors").write_bytes(b"half")
-    assert "is damaged" in command("run", "status", str(folder)).failed(1)

@@ -64,8 +64,7 @@ def test_moving_a_site_to_another_machine(north: Path, run_proposal: Any, tmp_pa
     with serving(north / "ledger.db"):
         pass  # nobody serves the old one
     shutil.copytree(north, moved)
-    text = (moved / "site.toml").read_text()
-    (moved / "site.toml").write_text(text.replace(str(north), str(moved)))
+    (moved / "site.toml").write_text((moved / "site.toml").read_text().replace(str(north), str(moved)))
     Kit.read(moved / "kit", kind="site").check_certificate(datetime.now(UTC))
     there = ledger_of(moved)
     charge(there, proposal, 2)

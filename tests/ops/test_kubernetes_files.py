@@ -285,8 +285,7 @@ def test_a_backup_writes_a_new_file_and_only_then_removes_what_is_too_old(role: 
     (container,) = pod_of(KUBERNETES / f"{role}-backup/backup.yaml")["containers"]
     (keep,) = container["env"]
     command = container["command"][2].splitlines()[0]
-    told = parsed(*shlex.split(command)[1:])
-    assert str(told["file"]).startswith(f"/backup/{role}-")
+    assert str(parsed(*shlex.split(command)[1:])["file"]).startswith(f"/backup/{role}-")
     assert shlex.split(command)[1:3] == [role, "backup"]
     assert shlex.split(command)[-2:] == list(BACKUPS[role])
 

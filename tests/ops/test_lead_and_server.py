@@ -81,7 +81,6 @@ def test_a_lead_knows_its_sites_keys_by_the_roster(joined: Any, lead: Any, confi
 def test_an_expired_certificate_stops_a_run(
     federation_toml: Path, config: RunConfig, now: datetime, tmp_path: Path
 ) -> None:
-    """A server: tests/cli/test_server.py."""
     provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
     kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
     folder = tmp_path / "one"

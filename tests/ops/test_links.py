@@ -36,14 +36,9 @@ CONTENTS = {
 }
 
 
-def _kit(path: Path) -> object:
-    path.rename(path.with_name("kit.toml"))
-    return Kit.read(path.parent, kind="site")
-
-
 def _retired(path: Path) -> object:
-    path.rename(path.with_name("retired_keys.json"))
-    return FederationFolder(folder=path.parent, settings=SETTINGS, lead_key="").retired()
+    folder = path.rename(path.with_name("retired_keys.json")).parent
+    return FederationFolder(folder=folder, settings=SETTINGS, lead_key="").retired()
 
 
 def _pending(path: Path) -> object:
@@ -63,7 +58,7 @@ def _served(path: Path) -> object:
 READERS: dict[str, Callable[[Path], object]] = {
     "site.toml": read_policy,
     "federation.toml": lambda path: read_spec(FederationFile, path),
-    "kit.toml": _kit,
+    "kit.toml": lambda path: Kit.read(path.rename(path.with_name("kit.toml")).parent, kind="site"),
     "join_request.json": JoinRequest.read,
     "roster.json": Roster.read,
     "retired_keys.json": _retired,

@@ -50,6 +50,14 @@ def logged(level: Level = "info") -> Iterator[Lines]:
     lines.extend(map(json.loads, lines.text.splitlines()))
 
 
+def failed(fails: Callable[[], None], logger: logging.Logger = own) -> None:
+    """Write that something failed."""
+    try:
+        fails()
+    except Exception:
+        logger.exception("it failed")
+
+
 def a_number() -> None:
     int(CANARY)
 
@@ -111,10 +119,7 @@ FAILURES = [
 @pytest.mark.parametrize("fails", FAILURES, ids=lambda fails: fails.__name__)
 def test_an_exception_s_text_is_not_written_and_its_frames_are(fails: Callable[[], None], name: str) -> None:
     with logged() as lines:
-        try:
-            fails()
-        except Exception:
-            logging.getLogger(name).exception("it failed")
+        failed(fails, logging.getLogger(name))
     assert CANARY not in lines.text
     (line,) = lines
     assert line["level"] == "error"
@@ -125,10 +130,7 @@ def test_an_exception_s_text_is_not_written_and_its_frames_are(fails: Callable[[
 def test_causes_follow_with_their_own_frames() -> None:
     with logged() as lines:
         for fails in (a_chain, while_another_was_handled, a_group):
-            try:
-                fails()
-            except Exception:
-                own.exception("it failed")
+            failed(fails)
     chain, context, group = (line["error"] for line in lines)
     assert (chain["type"], chain["cause"]["type"]) == ("RuntimeError", "ValueError")
     assert any("a_number" in frame for frame in chain["cause"]["frames"])
@@ -332,10 +334,7 @@ def test_a_deep_recursion_and_a_ring_of_causes_stay_short() -> None:
     first, second = ValueError(CANARY), KeyError(CANARY)
     first.__cause__, second.__cause__ = second, first
     with logged() as lines:
-        try:
-            deeper()
-        except RecursionError:
-            own.exception("too deep")
+        failed(deeper)
         own.error("a ring", exc_info=first)
     assert CANARY not in lines.text
     assert len(lines[0]["error"]["frames"]) <= 40

@@ -73,12 +73,6 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-@pytest.fixture
-def north(joined: Any) -> Path:
-    """The folder of a site that has joined."""
-    return joined("north").parent
-
-
 def of_site(folder: Path, health: Health | None = None) -> SiteMetrics:
     kit = Kit.read(folder / "kit", kind="site")
     return SiteMetrics(kit=kit, site_toml=folder / "site.toml", health=health or Health())

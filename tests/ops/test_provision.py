@@ -178,8 +178,7 @@ def test_days_have_bounds(federation: Path, now: datetime) -> None:
 
 @pytest.mark.parametrize("kind", ["server", "lead", "site"])
 def test_a_readme_says_what_is_secret_and_until_when(federation: Path, joined: Any, kind: str, now: datetime) -> None:
-    site = joined("north")
-    folder = site if kind == "site" else federation / kind
+    folder = joined("north") if kind == "site" else federation / kind
     text = (folder / "README.md").read_text()
     for path in folder.iterdir():
         if path.name not in ("README.md", "join_request.json"):

@@ -73,10 +73,7 @@ def test_a_waiting_run_is_kept_to_the_letter_until_it_is_forgotten(state: SiteSt
         assert state.waiting() == []
 
 
-HOSTILE_NAMES = ["../../x", "/etc/passwd", "..", "x" * 300, "con: *?"]
-
-
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "x" * 300, "con: *?"])
 def test_a_run_by_any_name_stays_inside(tmp_path: Path, state: SiteState, run_proposal: Propose, name: str) -> None:
     before = files_in(tmp_path)
     state.wait_for_approval(run_proposal(run=name), SETTINGS)
@@ -87,29 +84,19 @@ def test_a_run_by_any_name_stays_inside(tmp_path: Path, state: SiteState, run_pr
     assert files_in(tmp_path) == before
 
 
-DAMAGE = ["", "[]", '{"since": "x"}', '{"proposal": null, "since": "x"}']
-
-
-@pytest.mark.parametrize("text", DAMAGE, ids=lambda text: text[:30])
-def test_a_damaged_file_says_what_to_do_and_is_mended(state: SiteState, run_proposal: Propose, text: str) -> None:
+@pytest.mark.parametrize("damage", [
+    *("", "{", "[]", '{"since": "x"}', '{"proposal": null, "since": "x"}'),
+    *({"settings": "no JSON"}, {"settings": "[]"}, {"settings": None}),  # which cannot be shown
+])  # fmt: skip
+def test_a_damaged_file_says_what_to_do_and_is_mended(state: SiteState, run_proposal: Propose, damage: Any) -> None:
     state.wait_for_approval(run_proposal(), SETTINGS)
     (path,) = (state.folder / "pending").iterdir()
-    path.write_text(text)
+    path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(RunError) as caught:
         state.waiting()
-    assert str(path) in str(caught.value)
-    assert "remove it, and the lead's next request writes it anew" in str(caught.value)
+    assert str(caught.value) == f"{path} is damaged; remove it, and the lead's next request writes it anew"
     assert state.wait_for_approval(run_proposal(), SETTINGS) is True, "the lead asks again every few seconds"
     assert [pending.proposal for pending in state.waiting()] == [run_proposal()]
-
-
-@pytest.mark.parametrize("settings", ["no JSON", "[]", None])
-def test_settings_that_cannot_be_shown_are_damage(state: SiteState, run_proposal: Propose, settings: object) -> None:
-    state.wait_for_approval(run_proposal(), SETTINGS)
-    (path,) = (state.folder / "pending").iterdir()
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
-    with pytest.raises(RunError, match="is damaged"):
-        state.waiting()
 
 
 def test_so_many_runs_wait_and_no_more(state: SiteState, run_proposal: Propose) -> None:

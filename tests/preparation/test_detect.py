@@ -19,6 +19,7 @@ ALPACA = {"instruction": own, "input": "", "output": "done"}
 BOTH, LABELLED = {"chosen": own, "rejected": "no"}, {"text": own, "label": AB}
 TIMED: dict[str, Any] = {"months": lambda n: n / 7, "died": (0, 1)}
 PAIR, SCORE = {"sentence1": own, "sentence2": own}, lambda n: n % 11 / 2
+REMARK = (*[""] * 7, "a long remark about this one ticket alone", *[""] * 52)
 PNG, SPAN = "{}.png".format, {"start": 0, "end": 1}
 TASK = {"data": {"text": "a b"}, "annotations": [{"result": [{"value": SPAN | {"labels": ["x"]}}]}]}
 
@@ -78,6 +79,7 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"premise": own, "hypothesis": own, "label": (0, 1, 2)}, "labelled: text=premise label; not hypothesis"),
     ({"text": "fine {}".format, "url": LINK, "sentiment": AB}, "labelled: text label=sentiment; not url"),
     ({"says": "it is {}".format, "link": LINK, "team": AB}, "labelled: text=says label=team; not link"),
+    ({"body": "ticket {}".format, "team": AB, "remark": REMARK}, "labelled: text=body label=team; not remark"),
     (LABELLED | {"label": (0, 1), "label_text": AB}, "labelled: text label=label_text; not label"),
     (LABELLED | {"sources": (["web"], ["web", "app"])}, "labelled: text label; not sources"),
     ({"text": own, "tags": ("[]", "['late']", "['late', 'lost']")}, "tagged: text labels=tags"),

@@ -58,7 +58,6 @@ def status(report: Report, code: str) -> str:
 
 
 def evidence(report: Report, code: str) -> str:
-    """Likewise."""
     (found,) = [assumption.evidence for assumption in report.assumptions if assumption.code == code]
     return found
 

@@ -154,15 +154,13 @@ def test_a_site_that_denies_is_heard(books: Callable[..., Books]) -> None:
 
 
 def test_delta_that_is_too_large_for_the_size_is_violated(run_folder: Path) -> None:
-    report = from_run.build(run_folder)
-    large = [replace(site, declared_size=200_000) for site in report.sites]
+    large = [replace(site, declared_size=200_000) for site in from_run.build(run_folder).sites]
     found = {one.code: one for one in of_run(run_folder, read_run(run_folder), large)}["delta_below_one_over_size"]
     assert (found.status, found.evidence) == ("violated", "delta=1e-05; declared_size=200000")
 
 
 def test_an_accountant_that_contradicts_the_other_is_violated(run_folder: Path) -> None:
-    report = from_run.build(run_folder)
-    (first, *others) = report.sites
+    (first, *others) = from_run.build(run_folder).sites
     wrong = replace(first, spent=replace(first.spent, epsilon_rdp=0.01))
     assert statuses(of_run(run_folder, read_run(run_folder), [wrong, *others]))["accountants_agree"] == "violated"
 

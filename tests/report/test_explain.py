@@ -51,8 +51,7 @@ def test_every_cell_of_the_table(line: str) -> None:
     printed = line.split(" | ")
     assert len(printed) == len(_TABLE.splitlines()[0].split(" | "))
     for cell, value in zip(printed, row(float(printed[0])), strict=True):
-        digits = len(cell.partition(".")[2])
-        assert round(value, digits) == float(cell), (cell, value)
+        assert round(value, len(cell.partition(".")[2])) == float(cell), (cell, value)
 
 
 def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:

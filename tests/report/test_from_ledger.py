@@ -315,7 +315,7 @@ def test_a_ledger_under_another_key_than_the_sites_is_not_verified(charged: Book
     assert from_ledger.build(charged.site_toml).verdict.reasons == ("ledger_not_verified",)
 
 
-@pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + bytes(100)])
+@pytest.mark.parametrize("content", [b"", b"no database" * 200, b"SQLite format 3\0" + bytes(100)])
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "ledger.db"
     path.write_bytes(content)

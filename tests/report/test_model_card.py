@@ -42,8 +42,7 @@ def test_a_run_ends_with_a_card_that_the_hub_s_tools_read(run_folder: Path, of_r
     assert card.data.library_name == "peft"
     assert card.data.datasets == ["banking77"]
     assert card.data.model_name == "run"
-    told = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert told == of_run.utility.final
+    assert {one.metric_type: one.metric_value for one in card.data.eval_results} == of_run.utility.final
 
 
 @pytest.mark.parametrize(("kind", "words"), [("lora", "A LoRA"), ("dora", "A DoRA"), ("ia3", "An IA3")])
@@ -54,7 +53,7 @@ def test_it_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: s
     assert f"{words} adapter" in text
 
 
-def test_it_shows_the_privacy_label_of_the_report(run_folder: Path, of_run: Report) -> None:
+def test_it_says_what_the_report_says_and_shows_its_label(run_folder: Path, of_run: Report) -> None:
     text = ModelCard.load(run_folder / "adapter" / "README.md").text
     said = f"was kept, epsilon {epsilon_text(of_run.epsilon)} at delta 0.00001, for one record"
     assert f"![Privacy label: The lead's limit for this run {said}" in text
@@ -62,10 +61,6 @@ def test_it_shows_the_privacy_label_of_the_report(run_folder: Path, of_run: Repo
     label = (run_folder / "adapter" / "label.svg").read_text()
     assert label == as_svg(of_run, language="en")
     assert hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest() in label
-
-
-def test_it_says_what_the_report_says(run_folder: Path, of_run: Report) -> None:
-    text = ModelCard.load(run_folder / "adapter" / "README.md").text
     assert f"at most {factor_text(of_run.epsilon)} times as likely with any one record as without it" in text
     assert f"This is epsilon {epsilon_text(of_run.epsilon)} at delta " in text
     assert f"**The lead's limit for this run was kept.** Used: epsilon {epsilon_text(of_run.epsilon)} of " in text

@@ -201,8 +201,7 @@ def test_the_pages_hash_is_that_of_the_file(shown: tuple[Report, str]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("wide")])
 def test_page_one_reads_as_it_was_read(name: str, rendered: Rendered, language: str) -> None:
-    html = main(rendered(name, language))
-    check_text(f"{name}-{language}", html.all("section", id="page-1"))
+    check_text(f"{name}-{language}", main(rendered(name, language)).all("section", id="page-1"))
 
 
 SHORT = ("engineer", "utility", "cost")
@@ -256,8 +255,7 @@ def test_more_was_spent_than_approved_is_worse_than_no_room(a_ledger_report: Mak
     assert room_of(full) == "used_up"
     assert room_of(replace(full, verdict=Verdict(state="exceeded", reasons=("above_lifetime_cap",)))) is None
     (site,) = full.sites
-    frozen = replace(site.lifetime, frozen=True)
-    assert room_of(with_site(full, lifetime=frozen)) == "closed"
+    assert room_of(with_site(full, lifetime=replace(site.lifetime, frozen=True))) == "closed"
 
 
 def test_no_figure_of_guesses_reads_as_one_of_people(shown: tuple[Report, str]) -> None:
@@ -292,7 +290,6 @@ def test_a_limit_that_says_nothing_is_no_figure(a_ledger_report: Make, language:
 
 @pytest.mark.parametrize("code", ["strong", "reasonable", "weak"])
 def test_a_word_for_the_strength_says_by_what_bounds_it_goes(code: str, a_report: Make, language: str) -> None:
-    """The bounds are those that the word was chosen by."""
     least, most = profile.BANDS[code]
     assert profile.strength_band(math.nextafter(least, math.inf)) == code
     assert math.isinf(most) or profile.strength_band(most) == code != profile.strength_band(math.nextafter(most, 99))

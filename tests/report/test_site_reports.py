@@ -60,8 +60,7 @@ def joined_by(folder: Path, *reports: Report) -> Report:
 
 def derived(folder: Path, **changes: Any) -> Report:
     """What the first site would sign that changed facts of its ledger and derived all else from them."""
-    made = derive(replace(report_of(folder).facts, **changes))
-    return signing.signed(made, key_of(folder, "site-1"))
+    return signing.signed(derive(replace(report_of(folder).facts, **changes)), key_of(folder, "site-1"))
 
 
 def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) -> None:
@@ -138,8 +137,7 @@ def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
 
 
 def test_a_report_that_is_older_than_the_runs_receipts_is_refused(folder: Path) -> None:
-    own = report_of(folder)
-    (site,) = own.sites
+    (site,) = report_of(folder).sites
     receipt = from_run.read_run(folder / "second").receipts["site-1"]
     assert site.verification.num_events >= receipt.sequence
     early = replace(site, verification=replace(site.verification, num_events=receipt.sequence - 1))

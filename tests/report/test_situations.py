@@ -138,8 +138,7 @@ def test_a_run_without_privacy_that_every_site_refused(simulate: Callable[..., P
     charged = {"rounds": 0, "steps": 0, "epsilon": 0.0, "epsilon_pld": 0.0, "epsilon_rdp": 0.0}
     none = {"mechanisms": (), "curve": (), "steps": (), "releases": (), "meaning": None}
     sites = tuple(replace(site, spent=replace(site.spent, **charged), **none) for site in report.sites)
-    found = where(replace(report, sites=sites))
-    assert not any("unpredictable_randomness" in place for place in found)
+    assert not any("unpredictable_randomness" in place for place in where(replace(report, sites=sites)))
 
 
 def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path: Path) -> None:
@@ -255,8 +254,7 @@ def test_runs_that_begin_in_each_other_have_a_line_of_scores(simulate: Callable[
 def test_a_ledger_with_uncommitted_reservations(books: Books, run_proposal: Proposals) -> None:
     books.charge(run_proposal(), 1)
     books.charge(run_proposal(), 2, 3, committed=False)
-    report = check("uncommitted", from_ledger.build(books.site_toml))
-    (site,) = report.sites
+    (site,) = check("uncommitted", from_ledger.build(books.site_toml)).sites
     assert {one.kind: one.count for one in site.releases} == {"update": 1, "reservation_without_update": 2}
     assert (site.spent.rounds, len(site.steps)) == (3, 3), "a round that was reserved is charged"
     assert site.lifetime.with_set_aside > site.lifetime.epsilon
@@ -295,8 +293,7 @@ def test_two_runs_with_different_noise(books: Books, run_proposal: Proposals) ->
     books.charge(run_proposal(), 1, 2)
     books.charge(run_proposal(run="s", noise_multiplier=2.0, sampling_rate=0.1), 1)
     books.open().end("r", adapter_sha256="ad" * 32)
-    report = check("different_noise", from_ledger.build(books.site_toml))
-    (site,) = report.sites
+    (site,) = check("different_noise", from_ledger.build(books.site_toml)).sites
     assert [(m.noise_multiplier, m.sampling_rate) for m in site.mechanisms] == [(4.0, 0.2), (2.0, 0.1)]
     assert site.verification.rollback_excluded
 
