@@ -77,7 +77,7 @@ def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variable
     """Python in a process of its own, with `closed` a stream: its exit code, and what it wrote."""
     command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, *words]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
-    pipes = {"stdout": to, "stderr": subprocess.PIPE, "timeout": 120, "cwd": REPOSITORY}
+    pipes = {"stdout": to, "stderr": subprocess.PIPE, "timeout": 300, "cwd": REPOSITORY}
     done = subprocess.run(command, env=environment, check=False, encoding="latin-1", **pipes)
     return done.returncode, done.stdout or "", done.stderr
 
