@@ -51,8 +51,7 @@ _OTHER_WORDS = {
 """A setting, and what other programs call it."""
 _OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
 _SEVERAL = "is several values: add -m to run each of them, or write [a,b] for a list"
-MOST_RUNS = 1000
-"""Of a sweep or a search: more than anybody means."""
+MOST_RUNS = 1000  # of a sweep or a search: more than anybody means
 
 
 def compose_run(

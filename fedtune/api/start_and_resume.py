@@ -28,8 +28,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.sites.shared_model import SharedModel
     from fedtune.tracking import Tracked
 
-Work = Callable[[RunConfig, Path, Any], "RunResult"]
-"""Runs a configuration in its folder, and reports to a listener."""
+Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and reports to a listener
 
 
 class _Followed:

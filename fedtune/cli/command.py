@@ -40,8 +40,7 @@ class InterruptTold(KeyboardInterrupt):
     """Ctrl-C, of which the person at the keyboard was told already, with how to go on."""
 
 
-_LARGE = 100
-"""Modules: this many new ones were a large library, whose objects stay for good."""
+_LARGE = 100  # modules: this many new ones were a large library, whose objects stay for good
 
 
 @contextmanager

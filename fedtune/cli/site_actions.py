@@ -42,8 +42,7 @@ from fedtune.words import counted, dotted, spoken, spoken_start
 _SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task", "cost")
 """Groups of settings that the proposal's own rows say already, or that are not the run's."""
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
-_NAME, _FOUND, _FIX = 8, 28, 11
-"""Columns at which a check's name, what was found and what to do about it begin."""
+_NAME, _FOUND, _FIX = 8, 28, 11  # columns at which a check's name, what was found and what to do about it begin
 _NARROWEST = 20
 _MOST_TEXT = 1000
 _MOST_REASON = 300

@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from fedtune.spec import DataError
 from fedtune.words import counted
 
-MUCH = 0.1
-"""Of a file's rows: if a larger share cannot be used, a setting or the file is likely wrong."""
-_MOST_REASONS, _MOST_LINES = 3, 5
-"""Shown of them in a message."""
+MUCH = 0.1  # of a file's rows: if a larger share cannot be used, a setting or the file is likely wrong
+_MOST_REASONS, _MOST_LINES = 3, 5  # shown of them in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

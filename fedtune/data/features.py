@@ -22,8 +22,7 @@ from fedtune.words import counted
 
 MOST_VALUES = 65_536
 """Of a vector: a record keeps four bytes for each, and a step as many for each value that is trained on it."""
-_MOST_NAMES = 10_000
-"""Worked through for each record, or at each site, before it has answered."""
+_MOST_NAMES = 10_000  # worked through for each record, or at each site, before it has answered
 _LARGEST, _LEAST_WIDTH, _LEAST_SHARE = 1e12, 1e-6, 2.5e-4
 """Of a range; the width is also a share of its largest number, so that a number in float32, which has seven digits, and
 as which an exported graph takes it, is scaled to within 0.001."""

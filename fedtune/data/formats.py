@@ -41,8 +41,7 @@ _OF_A_SET = (_STATE, _SPLITS, "*.arrow", "*.parquet")
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
 _CONLL, _BIOC, _BRAT = (".conll", ".bio", ".iob"), (".bioc", ".biocjson"), "brat"
-_BATCH_ROWS = 256
-"""Of Parquet, in memory at once."""
+_BATCH_ROWS = 256  # of Parquet, in memory at once
 
 
 def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: bool = False) -> RawRows:

@@ -23,12 +23,9 @@ from fedtune.data.text_rows import MOST_BYTES, json_type
 from fedtune.spec import ConfigError, DataError
 
 FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP"), (".jpg", ".jpeg", ".png", ".webp")
-MOST_PIXELS = 50_000_000
-"""Of an image: more than a camera's, and up to 1 GB while it is decoded."""
-MOST_TIMES = 20
-"""That one side may be as long as the other: a processor brings the shorter one to its size."""
-_MOST_SCANS = 100
-"""Of a JPEG, each of which costs a pass over all pixels: a progressive one has about ten."""
+MOST_PIXELS = 50_000_000  # of an image: more than a camera's, and up to 1 GB while it is decoded
+MOST_TIMES = 20  # that one side may be as long as the other: a processor brings the shorter one to its size
+_MOST_SCANS = 100  # of a JPEG, each of which costs a pass over all pixels: a progressive one has about ten
 WITHIN = "data:;base64,"
 """Begins the field of an image that its record holds, as an address does that holds what it names (RFC 2397)."""
 _BOUND = f"must be a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image of at most {MOST_PIXELS:,} pixels"

@@ -17,10 +17,8 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.spec import DataError
 
 _PACKAGE = Path(__file__).parents[1]
-_ROWS_KEY = b"fedtune rows"
-"""One for all runs, so that a score on some rows of a file is about the same rows in each."""
-FAR = 1.5
-"""A declared size is far from the true one if one is this many times the other."""
+_ROWS_KEY = b"fedtune rows"  # one for all runs, so that a score on some rows of a file is about the same rows in each
+FAR = 1.5  # a declared size is far from the true one if one is this many times the other
 
 
 def shipped_folders() -> tuple[Path, ...]:

@@ -18,8 +18,7 @@ from fedtune.data.lists import as_json, listed_in, rows_of
 from fedtune.data.text_rows import MOST_BYTES, Cut, Row, at_line, cut_rows, json_type, text_of
 from fedtune.spec import DataError
 
-_TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)
-"""A token's tag in a scheme: its letter, and the type."""
+_TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)  # a token's tag in a scheme: its letter, and the type
 _BEGINS, _ENDS, _GOES_ON = frozenset("BSU"), frozenset("ELSU"), frozenset("ILEM")
 """Letters of the tags of an entity's first and last token, and of those behind the first (IOB2, BILOU, BIOES)."""
 _BEGINS_DOCUMENT, _LIKE_TAG = "-DOCSTART-", re.compile(r"O|[BIESLUM][-_].+")

@@ -21,8 +21,7 @@ from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES, is_missing, is
 from fedtune.spec import DataError
 
 _CHUNK_ROWS = 256
-Fault: TypeAlias = Callable[["Record"], DataError | None]
-"""Record -> the reason why a task cannot use it; None: it can."""
+Fault: TypeAlias = Callable[["Record"], DataError | None]  # record -> the reason why a task cannot use it; None: it can
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +81,7 @@ def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-NO_VALUE = "(none)"
-"""The value of a record that has none in a column, or that has a list or an object there."""
+NO_VALUE = "(none)"  # the value of a record that has none in a column, or that has a list or an object there
 
 
 def column_values(records: Sequence[Record], column: str, *, key: str, role: str = "") -> list[str]:

@@ -31,10 +31,8 @@ _MOST_TEMPLATE = 4096
 """Of characters, which are worked through for each record, or at each site, before it has answered."""
 _MOST_WINDOWS = 8
 _LARGEST_BETA = 1000.0
-AT_SITE = "at-site"
-"""Stands in what is sent to sites for every file and folder."""
-SITE = "{site}"
-"""Stands in `train_file` for a site's name."""
+AT_SITE = "at-site"  # stands in what is sent to sites for every file and folder
+SITE = "{site}"  # stands in `train_file` for a site's name
 _COUPLED = (
     "couples records: a record's gradient would depend on those that were drawn with it, and clipping each would not "
     "bound what one record does; give a list of public texts, or each record its own column negative"

@@ -22,16 +22,14 @@ from typing import ParamSpec, TypeAlias, TypeVar, cast
 from fedtune.spec import DataError
 from fedtune.words import counted
 
-Row: TypeAlias = Mapping[str, object]
-"""Column to value, as a file has it."""
+Row: TypeAlias = Mapping[str, object]  # column to value, as a file has it
 RawRows: TypeAlias = Iterator[tuple[int, Row | DataError]]
 Made = TypeVar("Made")
 Piece = TypeVar("Piece")
 Given = ParamSpec("Given")
 Cut: TypeAlias = Iterator[tuple[int, bytes | None]]
 """(first line, bytes) of each row; None for the bytes of one that is too long, of which no more is kept."""
-MOST_BYTES = 1 << 24
-"""Of a row: far above any that a model reads."""
+MOST_BYTES = 1 << 24  # of a row: far above any that a model reads
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16 does
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -41,10 +39,8 @@ _MARKS = {
 }
 """Beginnings of files that are no text in UTF-8, and their kind."""
 _UTF_8 = "must be UTF-8 text, not UTF-16, Latin-1 or Windows-1252"
-_BLANK = b" \t\r\n,;"
-"""Of a table's line that holds nothing."""
-_BLOCK_BYTES = 1 << 20
-"""Read at once: a few kilobytes of gzip can hold a line that fills the memory."""
+_BLANK = b" \t\r\n,;"  # of a table's line that holds nothing
+_BLOCK_BYTES = 1 << 20  # read at once: a few kilobytes of gzip can hold a line that fills the memory
 
 
 def at_line(file: Path | str, line: int) -> str:
@@ -235,8 +231,7 @@ class _Growing:
         return row
 
 
-_LINES = re.compile(rb"[^\n]*\n|[^\n]+")
-"""The lines of a block, or what it has of them."""
+_LINES = re.compile(rb"[^\n]*\n|[^\n]+")  # the lines of a block, or what it has of them
 
 
 def cut_rows(path: Path, *, comma: bytes | None = None) -> Cut:

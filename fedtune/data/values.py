@@ -26,12 +26,10 @@ CATEGORY_ROLES = frozenset({"label", "site", "user", "event"})
 ANSWERS = frozenset({"label", "labels", "target", "tags", "spans", "time", "event"})
 """Roles that are learnt of a record, where they are no texts."""
 _NO_TEXT = ANSWERS | CATEGORY_ROLES | {"image", "arrival"}
-SAID = ("chosen", "rejected")
-"""Roles whose values are texts or turns."""
+SAID = ("chosen", "rejected")  # roles whose values are texts or turns
 FEATURE = "feature:"
 """Before the name of a column that is a value of a record's vector, as its role (`fedtune.data.features`)."""
-OPTIONAL_ROLES = frozenset({"input", "system", "arrival"})
-"""Roles that a record may lack, or have blank."""
+OPTIONAL_ROLES = frozenset({"input", "system", "arrival"})  # roles that a record may lack, or have blank
 _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
 """Separators in lists of names, and so no part of a user's id; a message's word for a record of several."""
 NO_NAME = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none", "-", "?"})
@@ -55,16 +53,14 @@ READ_OF_TURNS = frozenset({"role", "content", "from", "value", *_TRAINED, *_PART
 """Fields of a turn that a run looks at."""
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _OTHER_NUMBER = re.compile(r"\(?[$€£¥]? ?[+\u2212-]?\d[\d.,'_ \u00a0\u202f]{0,60} ?([%$€£¥]|[A-Z]{3})?\)?", re.ASCII)
-_LONGEST_NUMBER = 400
-"""Characters of a number: every float has a shorter one, and no text may keep a site busy."""
+_LONGEST_NUMBER = 400  # characters of a number: every float has a shorter one, and no text may keep a site busy
 _MONTH = re.compile(r"\d{4}-\d{2}", re.ASCII)
 _LONGEST_DATE = 64
 _LIKE_TURNS = re.compile(r"\s*\[\s*\{")
 """How turns as JSON text begin; other texts are not parsed, which takes seconds for a long one."""
 _PRINTED_TURNS = re.compile(r"\s*(?:array\()?\[\s*\{\s*'(?:role|from|content|value)'\s*:")
 """How Python and pandas print turns, which nothing reads safely."""
-_WRITTEN_TURNS = '[{"role":"'
-"""The same as this file writes them."""
+_WRITTEN_TURNS = '[{"role":"'  # the same as this file writes them
 
 
 def read_value(value: object, role: str, *, at: str) -> str:

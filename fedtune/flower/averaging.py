@@ -21,8 +21,7 @@ from fedtune.model.adapter import Adapter
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 _VALUES = "values"
-_PIECE_BYTES = 1 << 27
-"""Of all sites' values that are averaged at once."""
+_PIECE_BYTES = 1 << 27  # of all sites' values that are averaged at once
 
 
 class Average:

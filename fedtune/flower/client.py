@@ -86,8 +86,7 @@ def _to_sum(content: RecordDict) -> _Answer:
     return lambda site: flower_records.from_step(take_step(site, signed, parts))
 
 
-_LONGEST_S = 30 * 86400.0
-"""No lead waits longer for an answer."""
+_LONGEST_S = 30 * 86400.0  # no lead waits longer for an answer
 
 
 @dataclass

@@ -26,8 +26,7 @@ from fedtune.spec import ConfigError
 
 ADAPTER, UPDATE = "adapter", "update"
 REQUEST, SETTINGS, REPLY, RECEIPT = "request", "settings", "reply", "receipt"
-ARRAYS = "arrays"
-"""What Flower's strategies average, within the lead's process."""
+ARRAYS = "arrays"  # what Flower's strategies average, within the lead's process
 WEIGHT, SITE = "weight", "site"
 _BYTES = "bytes"
 _AS_JSON: Mapping[str, type[Refusal | Offer]] = {"refusal": Refusal, "offer": Offer}
@@ -36,8 +35,7 @@ END, INVITE, SUM = "end", "invite", "sum"
 """Flower's actions of the queries that tell a site that a run is over, ask whether it would take part in one, and
 for a step of a secure sum."""
 PARTS = "parts"
-WEIGHT_KEY = "num-examples"
-"""Flower's name for an average's weight.  Here it always holds the declared size."""
+WEIGHT_KEY = "num-examples"  # Flower's name for an average's weight.  Here it always holds the declared size.
 
 
 def to_arrays(tensors: Mapping[str, npt.NDArray[np.float32]]) -> ArrayRecord:

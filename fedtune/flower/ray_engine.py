@@ -81,8 +81,7 @@ def on_ray(
     return states[0]
 
 
-_KNOCK_S = 10.0
-"""For an address to answer at all."""
+_KNOCK_S = 10.0  # for an address to answer at all
 
 
 @contextmanager
@@ -169,10 +168,8 @@ def check_room(nodes: Sequence[RayNode], runtime: RuntimeSpec, *, threads: int, 
     raise ConfigError("runtime.num_threads", threads, bound)
 
 
-_FREE_WITHIN_S = 20.0
-"""What the actors of a run that just ended held, Ray gives back within seconds."""
-_SEEN_WITHIN_S = 120.0
-"""For a node's answer, whose first process loads Python from a disk that may be slow."""
+_FREE_WITHIN_S = 20.0  # what the actors of a run that just ended held, Ray gives back within seconds
+_SEEN_WITHIN_S = 120.0  # for a node's answer, whose first process loads Python from a disk that may be slow
 
 
 def _wait_until_free(ray: Any, nodes: Sequence[RayNode]) -> None:

@@ -36,10 +36,8 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 
-SHOWN = 20
-"""Errors that are kept of a file, and lines of a finding."""
-_MOST_TOKENS = 8_192
-"""Up to which lengths are told apart."""
+SHOWN = 20  # errors that are kept of a file, and lines of a finding
+_MOST_TOKENS = 8_192  # up to which lengths are told apart
 _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
 INSTALL = "pip install 'fedtune[data]'"

@@ -41,8 +41,7 @@ RULES: Mapping[str, str] = {
 }
 """Rules for dropping rows.  A row that cannot be read is dropped in any case, for nobody can write it."""
 UNREADABLE = "unreadable"
-_MOST_TOKENS = 256
-"""Of a text, for its topic; the rest is not read."""
+_MOST_TOKENS = 256  # of a text, for its topic; the rest is not read
 
 
 class Cleaning:

@@ -20,25 +20,20 @@ from fedtune.data.marked import entity_types, read_tag, spans_of, words_of
 from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError, shown
 
-NEARLY = 0.95
-"""Of a column's values: what so many are, it is; the others are odd, and a run leaves their rows out."""
-_MOST_VALUES = 300
-"""Different values of a column that are counted; a column with more is no label."""
+NEARLY = 0.95  # of a column's values: what so many are, it is; the others are odd, and a run leaves their rows out
+_MOST_VALUES = 300  # different values of a column that are counted; a column with more is no label
 LONGEST_LABEL = 80
 MOST_LABELS = 200
-RECORDS_A_LABEL = 5
-"""A column is a label only if each value has this many records on average."""
+RECORDS_A_LABEL = 5  # a column is a label only if each value has this many records on average
 LABEL_BOUND = (
     f"must have 2 to {MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters, on average "
     f"in {RECORDS_A_LABEL} rows or more"
 )
-_SEPARATORS = ";|,"
-"""Separators in a text of several labels."""
+_SEPARATORS = ";|,"  # separators in a text of several labels
 _SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))
 """On which people score, the usual first."""
 _MOST_NUMBERS = 1_000_000
-_OUTSIDE = 0.005
-"""Of the numbers at either end: so few do not decide a scale, which becomes public."""
+_OUTSIDE = 0.005  # of the numbers at either end: so few do not decide a scale, which becomes public
 _CODE = re.compile(r"[!-~]{5,}")
 """A text of one word of ASCII: a link, a path, a hash; no word of a language that has no spaces."""
 _WORDS_OF_A_NAME = 4

@@ -18,10 +18,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from fedtune.data.records import Record
 from fedtune.data.values import one_form
 
-Mark: TypeAlias = tuple[str, str]
-"""A record's use and its answer; records of one mark are told from those of another."""
-SAME = 0.8
-"""Texts are alike that share so much of their runs of five letters (Jaccard)."""
+Mark: TypeAlias = tuple[str, str]  # a record's use and its answer; records of one mark are told from those of another
+SAME = 0.8  # texts are alike that share so much of their runs of five letters (Jaccard)
 MOST_SAME, MOST_ALIKE, MOST_LETTERS = 500_000, 100_000, 20_000_000
 """Records that are compared at most, and of those that are alike also letters: about 150 MB each, and a minute."""
 _RUN = 5

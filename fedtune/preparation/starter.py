@@ -30,23 +30,18 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
 from fedtune.words import counted
 
-MEASURED_ROWS = 20_000
-"""Rows whose lengths are taken; more would say the same."""
-_LONGEST_TOLD = 4096
-"""Tokens up to which lengths are told apart."""
+MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
+_LONGEST_TOLD = 4096  # tokens up to which lengths are told apart
 _STEP = 16
-_MOST_TOKENS = 256
-"""Of an example, where the file has longer ones: time and memory grow with it."""
+_MOST_TOKENS = 256  # of an example, where the file has longer ones: time and memory grow with it
 _MOST_WINDOWS, _STRIDE = 4, 32
 _WHOLE = 0.99
 """Of the records are as long as `max_length` or shorter: which one is the longest does not decide what is public."""
 _SITES = ((1000, 2), (3000, 3))
 """Records and sites: with fewer records than the number, its sites; with more than all, one site more."""
 _FEW_UNITS, _FEW_OF_LABEL = 200, 5
-_MOST_SITES = 20
-"""That a column is taken to name."""
-_LEAST_UNITS = 20
-"""Of a site: with fewer, all may be kept for the test."""
+_MOST_SITES = 20  # that a column is taken to name
+_LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
 _SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
 """With fewer records than the first number, these shares of them are for the test and for validation."""
 _LEAST_SHARES = (0.02, 0.01)

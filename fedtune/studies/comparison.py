@@ -31,8 +31,7 @@ Kind = Literal["alone", "federated", "pooled", "run", "own"]
 NO_PRIVACY = ", no privacy"  # behind the name of a run without any
 AT_SITES = "by site"
 _ALIKE: Verdict = "cannot be told apart"
-_MOST_NAMED = 8
-"""Pairs and groups that are named in a sentence."""
+_MOST_NAMED = 8  # pairs and groups that are named in a sentence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,8 +43,7 @@ Method = Literal["grid", "random", "tpe"]
 _NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")
 """Settings that change nothing of what is learnt."""
 _FILE = "search.json"
-_MOST_ENDS = 64
-"""Combinations that are looked at before the first trial."""
+_MOST_ENDS = 64  # combinations that are looked at before the first trial
 _NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
 
 

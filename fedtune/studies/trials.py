@@ -35,11 +35,9 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """Of the CSV; the settings that differ follow, then what was spent, then the scores."""
-_MOST_NAMED = 12
-"""Runs that are named before the first one begins."""
+_MOST_NAMED = 12  # runs that are named before the first one begins
 
-Values = Mapping[str, str]
-"""Of one run: the settings that differ between the runs with their values, as they are typed."""
+Values = Mapping[str, str]  # of one run: the settings that differ between the runs with their values, as they are typed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
