@@ -227,12 +227,9 @@ class Compared:
             found = self.sides.comparison(base, name)
             rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *_changed(found)))
         where = f" on {self.data}" if self.data else ""
-        return Section(
-            title=f"{_capital(self._score)}{where}: {counted(len(self.sides.records), 'record')}",
-            headings=("model", self._score, "95 % interval", f"less {base}", "95 % interval", "beside it"),
-            rows=rows,
-            words={0, 5},
-        )
+        title = f"{_capital(self._score)}{where}: {counted(len(self.sides.records), 'record')}"
+        headings = ("model", self._score, "95 % interval", f"less {base}", "95 % interval", "beside it")
+        return Section(title=title, headings=headings, rows=rows, words={0, 5})
 
     def _beside_main(self) -> Section:
         others = [name for name in self.models[1:] if name != self.main]
@@ -261,13 +258,8 @@ class Compared:
         headings = ("group", f"{self.sides.unit}s", base, *(("alone",) if alone else ()), self.main)
         headings += (f"less {'alone' if alone else base},\n95 % interval", "beside it")
         merged = f"{OTHERS}: {counted(len(groups.merged), 'small group')}, merged by size alone."
-        return Section(
-            title=f"{_capital(self._score)} {title}",
-            headings=headings,
-            rows=rows,
-            words={0, len(headings) - 1},
-            notes=[merged] if groups.merged else [],
-        )
+        title, notes = f"{_capital(self._score)} {title}", [merged] if groups.merged else []
+        return Section(title=title, headings=headings, rows=rows, words={0, len(headings) - 1}, notes=notes)
 
     def _cost(self) -> Section:
         rows = [
@@ -463,5 +455,4 @@ def _changed(found: Comparison) -> tuple[str, str, str]:
 
 
 def _interval(found: Comparison) -> str:
-    difference, ends, _ = _changed(found)
-    return f"{difference} ({ends})"
+    return "{} ({})".format(*_changed(found))

@@ -33,7 +33,6 @@ Code = tuple[str, ...]  # the values of a prompt's roles, in their order
 WRITING = WritingSpec(max_new_tokens=100, temperature=1.0, top_p=0.95, guidance=1.0)
 _DRAWS = 5  # how often a record that breaks the format is drawn again before it is given up
 _BEGUN = 1 / 4, 3 / 4  # the share of a text's tokens that stays where it is varied: at least, and less than
-_SURELY_BROKEN = "\N{REPLACEMENT CHARACTER}"
 _OF_RECORDS: tuple[str, ...] = ("dataset", "train_file", "declared_sizes", "max_length", "train_fraction", "unusable")
 _OF_RECORDS += ("heldout_fraction", "validation_fraction", "validation_rows", "test_fraction", "test_rows")
 """Settings of a run's data by which its training records, and those that it sets aside, are a ballot's too."""
@@ -140,13 +139,13 @@ def synthesize(
 def _fault(text: str | None, others: Container[str], whole: re.Pattern[str] | None) -> str | None:
     if text is None:
         return "not ended"
-    if not text:
-        return "blank"
-    if _SURELY_BROKEN in text:
-        return "broken"
-    if text in others:
-        return "twice"
-    return "pattern" if whole is not None and whole.fullmatch(text) is None else None
+    faults = {
+        "blank": not text,
+        "broken": "\N{REPLACEMENT CHARACTER}" in text,
+        "twice": text in others,
+        "pattern": whole is not None and whole.fullmatch(text) is None,
+    }
+    return next((fault for fault, found in faults.items() if found), None)
 
 
 def adapter_of(run: Run) -> SavedAdapter:

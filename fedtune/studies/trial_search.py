@@ -178,10 +178,13 @@ class Search:
 
     def _check_alike(self, shapes: Sequence[RunConfig]) -> None:
         """Check that scores of these trials can be compared, and that the same ledgers can pay for them."""
-        first, *others = shapes
-        for shape in others:
-            for key, value in _dealt(shape).items():
-                if value != _dealt(first)[key]:
+        from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
+
+        first = shapes[0]
+        dealt = [dealt_out(one) | {"federation.participants": list(one.federation.active)} for one in shapes]
+        for shape, settings in zip(shapes, dealt, strict=True):
+            for key, value in settings.items():
+                if value != dealt[0][key]:
                     bound = "must be the same in all trials: the sites' records are dealt out by it once"
                     raise ConfigError(key, value, bound)
             if shape.privacy.delta != first.privacy.delta:
@@ -249,13 +252,6 @@ def _check_searchable(asked: RunConfig) -> None:
     check_decides(asked)
 
 
-def _dealt(config: RunConfig) -> dict[str, Any]:
-    """The settings that say which records each site has."""
-    from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
-
-    return dealt_out(config) | {"federation.participants": list(config.federation.active)}
-
-
 def _one_plan(tried: Sequence[Values], shapes: Sequence[RunConfig]) -> Plan:
     """The plan of all trials, where it is not known what they will try: no searched setting may decide the cost."""
     plan = shapes[0].plan()
@@ -278,9 +274,8 @@ def price_section(price: SearchPrice, *, seeded_noise: bool) -> Section:
         ("least lifetime cap", f"{epsilon_text(price.epsilon_filter)}, by the ledgers' filter"),
     ]
     notes = [_promise(price), "Anybody who sees the picked adapter alone may learn as much."]
-    return Section(
-        title="Price of the search", rows=rows, words={0, 1}, notes=[*notes, SEEDED] if seeded_noise else notes
-    )
+    notes += [SEEDED] if seeded_noise else []
+    return Section(title="Price of the search", rows=rows, words={0, 1}, notes=notes)
 
 
 def _promise(price: SearchPrice) -> str:

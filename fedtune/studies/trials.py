@@ -128,9 +128,8 @@ def price_text(runs: Mapping[str, Trial]) -> Iterator[str]:
     waiting = {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}
     if not waiting:
         return
-    names = [*waiting][:_MOST_NAMED] + (
-        [f"and {len(waiting) - _MOST_NAMED} more"] if len(waiting) > _MOST_NAMED else []
-    )
+    names = [*waiting][:_MOST_NAMED]
+    names += [f"and {len(waiting) - _MOST_NAMED} more"] if len(waiting) > _MOST_NAMED else []
     rounds = _range(counted(most, "round") for most in sorted({plan.num_rounds for plan in waiting.values()}))
     yield f"{counted(len(waiting), 'run')} of {rounds}, one after the other: {', '.join(names)}."
     if prices := {(plan.whole, plan.delta) for plan in waiting.values() if plan.private}:
