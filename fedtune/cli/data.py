@@ -28,7 +28,7 @@ from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning, Coding
 from fedtune.preparation.clean import clean as write_clean
 from fedtune.preparation.copies import compare
-from fedtune.preparation.detect import OPTIONS, Found, look_at
+from fedtune.preparation.detect import KINDS, OPTIONS, Found, look_at
 from fedtune.preparation.duplicates import has_datasketch
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files
@@ -332,7 +332,7 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
 
 
 def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[ModelSpec, starter.Plan]:
-    base = starter.base_of(found.kind)
+    base = KINDS[found.kind][1]
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
     config, spec = _with_model(base, model)

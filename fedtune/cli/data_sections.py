@@ -112,10 +112,6 @@ def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
 
 def check_sections(checked: Checked) -> Iterator[Section]:
     """Findings in an experiment's files."""
-
-    def is_far(ratio: float) -> bool:
-        return not 1 / FAR < ratio < FAR
-
     for file in checked.files:
         yield from _file_check(file, checked.max_length)
     yield Section(
@@ -125,7 +121,11 @@ def check_sections(checked: Checked) -> Iterator[Section]:
             (one.site, f"{one.declared:,}", f"{one.true:,}", f"{one.declared / max(1, one.true):.2f}")
             for one in checked.sizes
         ],
-        styles={place: "bold yellow" for place, one in enumerate(checked.sizes) if is_far(one.true / one.declared)},
+        styles={
+            place: "bold yellow"
+            for place, one in enumerate(checked.sizes)
+            if not 1 / FAR < one.true / one.declared < FAR
+        },
         notes=(
             "Training divides by the declared size. If you declare too many records, each step is too small; if too "
             "few, too large.",

@@ -68,11 +68,16 @@ def run(
     if first not in _ACTIONS:
         # A service starts with the same words each time.  The run's own settings count from its beginning on, and its
         # sites are not looked up again: one of them may have been revoked since.
-        if or_resume and has_begun(folder := _named(words)):
-            if is_finished(folder):
-                say(f"{folder} is finished.")
-                return
-            words = (f"resume={quoted(str(folder))}",)
+        if or_resume:
+            if not any(word.startswith("name=") for word in words):
+                raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
+            asked = compose_run([word for word in words if not word.startswith("sites=")])
+            folder = Path(asked.tracking.output_dir) / asked.name
+            if has_begun(folder):
+                if is_finished(folder):
+                    say(f"{folder} is finished.")
+                    return
+                words = (f"resume={quoted(str(folder))}",)
         _start(words, kit=_lead_kit(kit), metrics=metrics)
         return
     if first == "status" and not rest and kit is not None:
@@ -99,13 +104,6 @@ def _lead_kit(folder: Path | None) -> Kit:
     if folder is None:
         raise ConfigError("--kit", NOT_GIVEN, "is required: the folder of the lead's kit")
     return Kit.read(folder, kind="lead")
-
-
-def _named(words: Sequence[str]) -> Path:
-    if not any(word.startswith("name=") for word in words):
-        raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
-    asked = compose_run([word for word in words if not word.startswith("sites=")])
-    return Path(asked.tracking.output_dir) / asked.name
 
 
 def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:

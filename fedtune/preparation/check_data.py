@@ -62,17 +62,12 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lengths:
-    """Tokens of the records of a file, before any are cut.
-
-    Attributes:
-        median, most_of_them, longest: quantiles 0.5, 0.9 and 1.
-        bins: (fewest tokens, most tokens, records) of equal steps from the shortest to the longest.
-    """
+    """Tokens of the records of a file, before any are cut."""
 
     median: int
-    most_of_them: int
+    most_of_them: int  # the quantile 0.9
     longest: int
-    bins: tuple[tuple[int, int, int], ...]
+    bins: tuple[tuple[int, int, int], ...]  # (fewest tokens, most tokens, records) of equal steps, ascending
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -335,32 +335,22 @@ def no_answer(one: Column) -> str:
 
 def why_unread(one: Column, *, teaches: bool) -> str:
     """Why no run reads a column, and what chooses it; `teaches`: the file is one of prompts or conversations."""
-    name = key_of(one.name)
-    if not one.filled:
-        return "it is empty"
-    if name in NEVER_READ:
-        return NEVER_READ[name]
-    if is_person(one):
-        return f"it may say whose a record is: --user {one.name}"
-    if person_of(one.name) is not None and one.nearly("list"):
-        return "it may say whose a record is, and a record is of one person: write one id in each row"
-    if is_place(one.name):
-        return "it may say at which site a record is"
-    if one.nearly("vector"):
-        return "vectors of 0 and 1, which name no labels"
-    if one.nearly("other number"):
-        return OTHER_NUMBERS
-    if one.is_label or one.separator is not None:
-        return f"few values; to learn them: --label {one.name}"
-    if is_of_records(one.name):
-        return "numbers or ids of the records"
-    if len(one.labels) == 1:
-        return "its value is always the same"
-    if one.is_code:
-        return "links, or marks without a space"
-    if one.is_number:
-        return f"numbers; to learn them: --score {one.name}"
-    if one.is_text:
-        more = f"--context {one.name}" if teaches else f"join the texts in one column, or --text {one.name}"
-        return f"a second text: {more}"
-    return f"no role reads it so ({one.holds})"
+    name, of_persons = key_of(one.name), person_of(one.name) is not None and one.nearly("list")
+    more = f"--context {one.name}" if teaches else f"join the texts in one column, or --text {one.name}"
+    reasons = (
+        (not one.filled, "it is empty"),
+        (name in NEVER_READ, NEVER_READ.get(name, "")),
+        (is_person(one), f"it may say whose a record is: --user {one.name}"),
+        (of_persons, "it may say whose a record is, and a record is of one person: write one id in each row"),
+        (is_place(one.name), "it may say at which site a record is"),
+        (one.nearly("vector"), "vectors of 0 and 1, which name no labels"),
+        (one.nearly("other number"), OTHER_NUMBERS),
+        (one.is_label or one.separator is not None, f"few values; to learn them: --label {one.name}"),
+        (is_of_records(one.name), "numbers or ids of the records"),
+        (len(one.labels) == 1, "its value is always the same"),
+        (one.is_code, "links, or marks without a space"),
+        (one.is_number, f"numbers; to learn them: --score {one.name}"),
+        (one.is_text, f"a second text: {more}"),
+        (True, f"no role reads it so ({one.holds})"),
+    )
+    return next(why for holds, why in reasons if holds)

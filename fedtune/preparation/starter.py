@@ -24,7 +24,7 @@ from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME, split_labels
 from fedtune.preparation import feature_columns
 from fedtune.preparation.columns import Column, is_place
-from fedtune.preparation.detect import KINDS, Found, Kind
+from fedtune.preparation.detect import Found, Kind
 from fedtune.preparation.duplicates import spelt_alike
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
@@ -117,11 +117,6 @@ class Plan:
     def _longest(self) -> int:
         lengths = self.measured.lengths if len(self.measured.lengths) else [1]
         return int(np.quantile(lengths, _WHOLE, method="lower"))
-
-
-def base_of(kind: Kind) -> str:
-    """The experiment of conf/ that suits a kind of training."""
-    return KINDS[kind][1]
 
 
 def left_open(base: str) -> Sequence[str]:

@@ -17,7 +17,7 @@ from fedtune.data.faults import LeftOut
 from fedtune.data.records import iter_records
 from fedtune.model.base_model import load_tokenizer
 from fedtune.preparation import starter
-from fedtune.preparation.detect import look_at
+from fedtune.preparation.detect import KINDS, look_at
 from fedtune.tasks.registry import task_named
 
 from ..data.conftest import chat as turns
@@ -45,7 +45,7 @@ class Made:
 
 def made_for(path: Path, *, model: str = "random_bert") -> Made:
     found = look_at(path, {})
-    base = starter.base_of(found.kind)
+    base = KINDS[found.kind][1]
     left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
     config = compose_run([f"experiment={base}", f"model={model}", *left_open])
     tokenizer = load_tokenizer(config.model)
