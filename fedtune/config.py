@@ -241,7 +241,7 @@ class RunConfig:
 
     @property
     def may_be_fitted(self) -> bool:
-        """Whether rounds or noise may follow from what the sites' budgets have room for."""
+        """Rounds or noise may follow from what the sites' budgets have room for."""
         return self.privacy.private and self.federation.if_over_budget != "stop"
 
     def can_use(self, offer: Offer) -> bool:

@@ -65,6 +65,6 @@ def rounds_in_all(rounds: Sequence[RoundResult], federation: FederationSpec) -> 
 
 
 def is_over(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> bool:
-    """Whether a run with these finished rounds has no other to come."""
+    """A run with these finished rounds has no other to come."""
     kept = kept_of(rounds, federation, judged_by=judged_by)
     return len(rounds) >= rounds_in_all(rounds, federation) or (kept is not None and kept.ended_early)

@@ -58,7 +58,7 @@ class RoundResult:
     diverged: bool = False
 
     def has_update_of(self, site: str) -> bool:
-        """Whether an update left the site, which its ledger charged, be it that the lead did not use it."""
+        """An update left the site, which its ledger charged, be it that the lead did not use it."""
         return site in self.sites or self.failed_sites.get(site) in (INVALID_UPDATE, BEYOND_PLAN)
 
 

@@ -277,7 +277,7 @@ class Reply:
     receipt: Receipt | None
 
     def is_signed(self) -> bool:
-        """Whether the receipt is signed, and was given with exactly this answer, to the bit.
+        """The receipt is signed, and was given with exactly this answer, to the bit.
 
         So nobody who carries an answer, not even the federation's server, can change it.
         """

@@ -169,7 +169,7 @@ class RoundReplies:
 
 
 def _are_scores_of(plan: Plan, scores: tuple[float, float] | None) -> bool:
-    """Whether scores came if the plan has them, of a size with which one can reckon: shares of a declared number."""
+    """Scores came if the plan has them, of a size with which one can reckon: shares of a declared number."""
     return (scores is not None) == plan.releases_metrics and all(abs(value) <= _MOST_SHARE for value in scores or ())
 
 

@@ -96,7 +96,7 @@ class Site(ABC):
 
     @property
     def paused(self) -> bool:
-        """Whether a person at the site wants it to pause."""
+        """A person at the site wants it to pause."""
         return False
 
     def understand(self, proposal: Proposal) -> None:  # noqa: B027

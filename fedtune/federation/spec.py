@@ -155,7 +155,7 @@ class FederationSpec:
 
     @property
     def chooses(self) -> bool:
-        """Whether validation scores decide when the run ends, or whose adapter it keeps."""
+        """Validation scores decide when the run ends, or whose adapter it keeps."""
         return self.stop_after is not None or self.keep_round == "best"
 
     @property

@@ -69,7 +69,7 @@ class Verdict:
 
     @property
     def allowed(self) -> bool:
-        """Whether the site would accept the run as it is planned."""
+        """The site would accept the run as it is planned."""
         return not self.broken
 
 
@@ -139,7 +139,7 @@ class _Budget:
             yield refused
 
     def accepts(self, proposal: Proposal) -> bool:
-        """Whether rules and budget accept `proposal`; conservative for a plan just below a cap."""
+        """Rules and budget accept `proposal`; conservative for a plan just below a cap."""
         if next(self.refusals(proposal), None) or self._rules.broken_rules(proposal):
             return False
         most = self._policy.budget.max_epsilon_per_run

@@ -76,7 +76,7 @@ class Adapter:
         return Adapter({name: np.clip(value, -most, most) for name, value in self.tensors.items()})
 
     def same_shapes(self, other: Adapter) -> bool:
-        """Whether both have the same names and shapes."""
+        """Both have the same names and shapes."""
         return {n: value.shape for n, value in self.tensors.items()} == {n: v.shape for n, v in other.tensors.items()}
 
     def digest(self) -> str:

@@ -1,4 +1,4 @@
-"""Whether a loaded model's parts fit each other, and whether it keeps examples apart, as per-example clipping needs."""
+"""A loaded model's parts fit each other, and whether it keeps examples apart, as per-example clipping needs."""
 
 from __future__ import annotations
 

@@ -320,7 +320,7 @@ def _int_mm(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _adds_whole_numbers(device: str) -> bool:
-    """Whether torch has a kernel of its own here that adds products of int8 in int32.
+    """Torch has a kernel of its own here that adds products of int8 in int32.
 
     Tried with every pair of values, each several times in a row: a kernel that takes one side for 0 to 255 and adds
     two products in 16 bits saturates (pytorch#136746).  On a CPU without VNNI torch has that one, or a slow loop

@@ -222,7 +222,7 @@ class OutputLayer:
         return (self._layer(inputs) if self._apart else inputs).float()
 
     def _is_last(self, base: PreTrainedModel) -> bool:
-        """Whether the layer's output is what the base gives out, and not changed in place either."""
+        """The layer's output is what the base gives out, and not changed in place either."""
         seen: list[tuple[torch.Tensor, int]] = []
         hook = self._layer.register_forward_hook(lambda layer, inputs, output: seen.append((output, output._version)))
         try:

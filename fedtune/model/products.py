@@ -28,7 +28,7 @@ _HAS_ONEDNN = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", 
 
 
 def is_slow_on_cpu(dtype: str) -> bool:
-    """Whether this CPU lacks the instructions of a number format, so that rounding costs time and saves none."""
+    """The CPU lacks the instructions of a number format, so that rounding costs time and saves none."""
     if dtype == "int8":
         return not torch.cpu._is_vnni_supported()
     has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() or not _HAS_ONEDNN
@@ -36,7 +36,7 @@ def is_slow_on_cpu(dtype: str) -> bool:
 
 
 def goes_by_rows(dtype: str, device: torch.device) -> bool:
-    """Whether a row's product hangs on the number of rows: AMX parts long products in bfloat16 by it."""
+    """A row's product hangs on the number of rows: AMX parts long products in bfloat16 by it."""
     return dtype in ("mixed", "bfloat16", "nf4") and device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 

@@ -105,7 +105,7 @@ class ModelSpec:
 
     @property
     def built_in(self) -> bool:
-        """Whether it is made from these settings alone: no file of it is read, and nobody chose its weights."""
+        """Is made from these settings alone: no file of it is read, and nobody chose its weights."""
         return self.path == NO_BASE or self.path.startswith(RANDOM)
 
     @property

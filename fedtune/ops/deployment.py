@@ -253,7 +253,7 @@ class _Ears:
 
 
 def _answers(question: Message, reply: Reply, *, site: str) -> bool:
-    """Whether a reply is of the kind that was hoped for, and about what was asked."""
+    """A reply is of the kind that was hoped for, and about what was asked."""
     signed = flower_records.to_signed(question.content)
     if question.metadata.message_type == f"query.{flower_records.INVITE}":
         invitation = Invitation.of(signed)

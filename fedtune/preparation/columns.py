@@ -197,7 +197,7 @@ class Column:
 
     @property
     def is_feature(self) -> bool:
-        """It can be a value of a table's vector: numbers, lists of as many, or few names."""
+        """Can be a value of a table's vector: numbers, lists of as many, or few names."""
         return self.filled > 0 and (self.size is not None or self.nearly("target") or self.is_label or self.is_flag)
 
     @property
@@ -222,7 +222,7 @@ class Column:
 
     @property
     def is_number(self) -> bool:
-        """It holds numbers, of more than one value."""
+        """Holds numbers, of more than one value."""
         return self.nearly("target") and min(self.numbers) < max(self.numbers)
 
     @property
@@ -240,23 +240,23 @@ class Column:
 
     @property
     def is_completion(self) -> bool:
-        """It holds texts written behind a prompt, and no label that is called so."""
+        """Holds texts written behind a prompt, and no label that is called so."""
         return self.is_text and not (self.is_label and key_of(self.name) in NAMES["often_labels"])
 
     @property
     def is_event(self) -> bool:
-        """It says of each record that something came, or that it did not."""
+        """Says of each record that something came, or that it did not."""
         return {read.category_of(name) for name in self.labels} in ({"0", "1"}, {"false", "true"})
 
     @property
     def is_flag(self) -> bool:
-        """It says yes or no, or good or bad."""
+        """Says yes or no, or good or bad."""
         said = {label.lower() for label in self.labels}
         return self.nearly("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
 
     @property
     def is_label(self) -> bool:
-        """It has few values, each of which comes often."""
+        """Has few values, each of which comes often."""
         labels = self.labels
         few = 2 <= len(labels) <= MOST_LABELS and self.filled >= RECORDS_A_LABEL * len(labels)
         return few and self.nearly("label") and not (self.is_number and self.reads["whole"] < NEARLY * self.filled)
@@ -275,7 +275,7 @@ class Column:
 
     @property
     def is_id(self) -> bool:
-        """It may tell persons apart: rows without an id are no matter, nor how a run reads them."""
+        """May tell persons apart: rows without an id are no matter, nor how a run reads them."""
         return self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
 
     @property

@@ -131,7 +131,7 @@ class SharedNoise(Together):
         return (self.bound << self.cell_bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.cell_bits)) + 1
 
     def may_be_finer(self, factor: float) -> bool:
-        """Whether a site may clip to a norm so many times shorter, and still round as `add_share` must."""
+        """A site may clip to a norm so many times shorter, and still round as `add_share` must."""
         return (factor * FINER).is_integer() and self.cell_bits < GRID_BITS - FINER_BITS
 
     @property

@@ -70,7 +70,7 @@ class SigningKey:
 
 
 def is_signed(public: str, purpose: str, message: bytes, signature: str) -> bool:
-    """Whether `signature` is the holder's of `public` on `message`, for `purpose`; each has one spelling."""
+    """`signature` is the holder's of `public` on `message`, for `purpose`; each has one spelling."""
     if not (is_public_key(public) and _is_hex(signature, 128)):
         return False
     try:
@@ -82,7 +82,7 @@ def is_signed(public: str, purpose: str, message: bytes, signature: str) -> bool
 
 
 def is_public_key(text: str) -> bool:
-    """Whether `text` can be a public key: 64 lower-case hex digits, and no point of small order.
+    """`text` can be a public key: 64 lower-case hex digits, and no point of small order.
 
     Under a point of small order (all zeros among them) anybody can make signatures that pass.
     """

@@ -80,7 +80,7 @@ class PrivacySpec:
 
     @property
     def private(self) -> bool:
-        """Whether records are protected at all."""
+        """Records are protected at all."""
         return self.mechanism == "dp_sgd"
 
     @property

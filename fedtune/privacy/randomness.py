@@ -123,7 +123,7 @@ class Randomness(Protocol):
 
     @property
     def seeded(self) -> bool:
-        """Whether anyone who knows the seed can repeat the streams: a study without a guarantee."""
+        """Anyone who knows the seed can repeat the streams: a study without a guarantee."""
         ...
 
     def stream(self, *purpose: str | int) -> RandomStream:

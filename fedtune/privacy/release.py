@@ -96,22 +96,22 @@ class Reason(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether policy or budget refuses the run, so that asking again changes nothing."""
+        """Policy or budget refuses the run, so that asking again changes nothing."""
         return self not in _ABOUT_ONE_REQUEST
 
     @property
     def is_of_a_stranger(self) -> bool:
-        """Whether the sender was not proven to be an allowed lead."""
+        """The sender was not proven to be an allowed lead."""
         return self in _OF_A_STRANGER
 
     @property
     def is_about_budget(self) -> bool:
-        """Whether fewer rounds or more noise might be accepted."""
+        """Fewer rounds or more noise might be accepted."""
         return self in _ABOUT_BUDGET
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a person at the site may change the answer: asking again later can help."""
+        """A person at the site may change the answer: asking again later can help."""
         return self in _WAITING
 
 
@@ -336,7 +336,7 @@ class Receipt(_Plain):
         return json.dumps(fields, sort_keys=True).encode()
 
     def is_signed(self) -> bool:
-        """Whether the signature is that of `site_key`."""
+        """The signature is that of `site_key`."""
         return is_signed(self.site_key, RECEIPT, self.message(), self.signature)
 
 

@@ -132,12 +132,12 @@ class Plan:
 
     @property
     def private(self) -> bool:
-        """Whether the plan adds noise to training; without it nothing is promised."""
+        """The plan adds noise to training; without it nothing is promised."""
         return self.noise_multiplier > 0
 
     @property
     def releases_metrics(self) -> bool:
-        """Whether each round also releases noised scores of held-out units."""
+        """Each round also releases noised scores of held-out units."""
         return self.metrics_noise_multiplier > 0
 
     @property
@@ -192,7 +192,7 @@ class Plan:
         return dataclasses.replace(self, noise_multiplier=noise, shared=shared, max_grad_norm=norm)
 
     def bears(self, factor: float) -> bool:
-        """Whether a site may carry the plan out with so many times its noise."""
+        """A site may carry the plan out with so many times its noise."""
         more = self.private and factor > 1 and factor * self.noise_multiplier <= accountant.MOST_NOISE
         return factor == 1 or (more and (self.shared is None or self.shared.may_be_finer(factor)))
 

@@ -47,7 +47,7 @@ class SearchPrice:
 
     @property
     def private(self) -> bool:
-        """Whether the search has a guarantee."""
+        """The search has a guarantee."""
         return math.isfinite(self.epsilon)
 
 

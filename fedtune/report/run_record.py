@@ -58,7 +58,7 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether every round was aggregated, or validation scores ended the run."""
+        """Every round was aggregated, or validation scores ended the run."""
         return is_over(self.rounds, self.config.federation, judged_by=self.config.judged_by)
 
     @property
@@ -129,12 +129,12 @@ class RunRecord:
 
     @property
     def deployed(self) -> bool:
-        """Whether the sites were real ones."""
+        """The sites were real ones."""
         return self.config.runtime.kind == "deployment"
 
     @property
     def seeded(self) -> bool:
-        """Whether its noise came from a seed."""
+        """Its noise came from a seed."""
         return (self.result is not None and self.result.privacy.seeded_noise) or self.config.runtime.seeded_noise
 
     def noise_factor(self, site: str) -> float:

@@ -14,7 +14,7 @@ from fedtune.spec import ConfigError
 
 
 def awaits_public_stage(config: RunConfig) -> bool:
-    """Whether the run is to begin in an adapter that is yet to be trained on public records."""
+    """The run is to begin in an adapter that is yet to be trained on public records."""
     return config.public.train_file is not None and config.model.adapter is None
 
 

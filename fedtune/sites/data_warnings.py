@@ -58,7 +58,7 @@ def check_decides(config: RunConfig) -> None:
 
 
 def may_decide(config: RunConfig) -> bool:
-    """Whether `check_decides` lets a run's scores decide."""
+    """`check_decides` lets a run's scores decide."""
     try:
         check_decides(config)
     except ConfigError:
@@ -72,7 +72,7 @@ def _left_out(rows: LeftOut, key: str) -> Iterator[str]:
 
 
 def is_training_file(config: RunConfig, file: str) -> bool:
-    """Whether a file holds what the simulated sites of a run train on; False where nothing tells it."""
+    """A file holds what the simulated sites of a run train on; False where nothing tells it."""
     train = config.data.train_file
     if SITE in train or config.runtime.kind == "deployment":
         return False

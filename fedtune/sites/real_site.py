@@ -132,7 +132,7 @@ class RealSite(Site):
 
     @property
     def paused(self) -> bool:
-        """Whether a person at the site wants it to pause."""
+        """A person at the site wants it to pause."""
         return self._process.paused()
 
     def understand(self, proposal: Proposal) -> None:

@@ -158,7 +158,7 @@ class SharedModel:
         return shared
 
     def serves(self, config: RunConfig, *, declared_size: int | None, inexact_allowed: bool) -> bool:
-        """Whether another run wants the same model on the same machine, and may train on it as it was tried."""
+        """Another run wants the same model on the same machine, and may train on it as it was tried."""
         return self._facts == self._facts_of(config, declared_size) and (inexact_allowed or self.moved == 0)
 
     def for_run(self, config: RunConfig) -> SharedModel:
@@ -305,7 +305,7 @@ class SharedModel:
         return replace(data, kept=self._session.batches(data.examples, max_tokens=most))
 
     def has_room_for(self, num_tokens: int) -> bool:
-        """Whether what the frozen layers make of `num_tokens` fits where it is kept."""
+        """The frozen layers' outputs for `num_tokens` fit where they are kept."""
         if self.states_folder is None:
             return keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
         return folder_for_states(self.model, self.config.runtime, num_tokens=num_tokens) is not None

@@ -42,5 +42,5 @@ class Classification(OneLabelTask):
         return float(np.bincount(np.asarray(dataset.targets)).max() / len(dataset))
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """Whether the predicted class is right."""
+        """The predicted class is right."""
         return float(model.logits(batch).argmax(dim=1)[0] == batch.targets[0])

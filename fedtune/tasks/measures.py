@@ -70,7 +70,7 @@ class Detail:
 
     @property
     def is_finite(self) -> bool:
-        """Whether JSON can hold it; a model that has diverged gives NaN."""
+        """JSON can hold it; a model that has diverged gives NaN."""
         return all(math.isfinite(one.confidence) for one in self.reliability)
 
 

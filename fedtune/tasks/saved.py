@@ -195,7 +195,7 @@ class SavedAdapter:
                 )
 
     def has_head_for(self, spec: TaskModelSpec) -> bool:
-        """Whether a run of this model, which may know more labels, takes the head, too; else its own starts anew."""
+        """A run of this model, which may know more labels, takes the head, too; else its own starts anew."""
         was = self.spec
         same = (was.target_range, was.intervals) == (spec.target_range, spec.intervals)
         # A row of an ordinal head is a step from one label to the next.

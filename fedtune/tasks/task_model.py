@@ -108,7 +108,7 @@ class TaskModel(nn.Module):
 
     @property
     def skips_layers(self) -> bool:
-        """Whether layers lie below the first trained one, whose output can be kept."""
+        """Layers lie below the first trained one, whose output can be kept."""
         return self._prefix.depth > 0
 
     @property

@@ -23,7 +23,7 @@ def accelerator() -> torch.device | None:
 
 @cache
 def _has_float64(device: str) -> bool:
-    """Whether it has the numbers that clipping is computed in (`dp_step`); those of Apple and some of Intel do not."""
+    """It has the numbers that clipping is computed in (`dp_step`); those of Apple and some of Intel do not."""
     try:
         return bool((torch.ones(2, dtype=torch.float64, device=device) + 1).sum() == 4)
     except (TypeError, RuntimeError) as error:  # also a driver that fails, or no kernels for this device
@@ -54,7 +54,7 @@ def attend_by_products() -> None:
 
 
 def attends_by_products() -> bool:
-    """Whether this process does, by `attend_by_products`."""
+    """Attention goes by products in the process."""
     return not torch.backends.cuda.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
 
 

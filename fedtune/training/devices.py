@@ -319,7 +319,7 @@ class _Crew:
 
     @property
     def broken(self) -> bool:
-        """Whether one has ended, or they were left in the middle of a step."""
+        """One has ended, or they were left in the middle of a step."""
         return bool(self._asked) or not self.end.alive or not all(one.process.is_alive() for one in self._members)
 
     def ask(self, rank: int, what: Callable[..., Any], *about: Any) -> None:

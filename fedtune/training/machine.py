@@ -226,7 +226,7 @@ def _storages(values: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
 
 
 def keeps_frozen_states(model: TaskModel, runtime: RuntimeSpec, *, num_tokens: int) -> bool:
-    """Whether the frozen layers' outputs for `num_tokens` fit the memory set aside for them."""
+    """The frozen layers' outputs for `num_tokens` fit the memory set aside for them."""
     set_aside: float | None = runtime.kept_states_mib
     if set_aside is None:
         try:  # a quarter of what is available, so that a process leaves room for others

@@ -36,7 +36,7 @@ class Reach:
     norm: float
 
     def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: float = 0.0) -> bool:
-        """Whether an update with the tensors of `sent` stays within both bounds.
+        """An update with the tensors of `sent` stays within both bounds.
 
         A move towards 0 is free: a site first clips values to a bound of its own, which the lead does not know.  So is
         what an update's encoding may add to it: each difference to `sent` has a relative error of at most `rounding`.

@@ -41,7 +41,7 @@ class MaskKey:
 
 
 def is_mask_key(text: str) -> bool:
-    """Whether `text` can be a public key: 64 lower-case hex digits, and no point of small order.
+    """`text` can be a public key: 64 lower-case hex digits, and no point of small order.
 
     With a point of small order every secret is zero, and everybody knows it.
     """

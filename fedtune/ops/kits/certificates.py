@@ -117,7 +117,7 @@ def p384_of(holder: x509.Certificate | x509.CertificateSigningRequest, *, key: s
 
 
 def is_p384(key: object) -> bool:
-    """Whether `key`, public or private, is on the one curve that certificates and node authentication use."""
+    """`key`, public or private, is on the one curve that certificates and node authentication use."""
     return isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) and isinstance(
         key.curve, ec.SECP384R1
     )

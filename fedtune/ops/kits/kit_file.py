@@ -81,7 +81,7 @@ class Address:
 
 
 def is_host(text: str) -> bool:
-    """Whether `text` names one machine: a DNS name without wildcards, or an IP address."""
+    """`text` names one machine: a DNS name without wildcards, or an IP address."""
     address = ip_address(text)
     if address is not None:
         return not address.is_unspecified and not address.is_multicast
@@ -289,7 +289,7 @@ class KitCertificate:
         self.certificate = kit.check_certificate(datetime.now(UTC))
 
     def is_new(self) -> bool:
-        """Whether the kit has another certificate than at the last look, fit for use."""
+        """The kit has another certificate than at the last look, fit for use."""
         try:
             mark = file_mark(self._kit.certificate)
             if mark == self._mark:

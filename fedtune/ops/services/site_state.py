@@ -115,7 +115,7 @@ class SiteState:
         write_durably(path, f"{ledger}\n".encode())
 
     def has_served(self) -> bool:
-        """Whether a ledger was served before."""
+        """A ledger was served before."""
         return (self.folder / "ledger_id").exists()
 
     def _waiting_files(self) -> set[Path]:

@@ -70,7 +70,7 @@ class _Question:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the site, asked again, has not said the same again: it works, and may be charged by now."""
+        """The site, asked again, has not said the same again: it works, and may be charged by now."""
         return bool(self.message_ids) and time.monotonic() - self.asked >= _SAYS_SO_AGAIN_S
 
 

@@ -179,7 +179,7 @@ class _KeptRoster:
         keep_roster(self.state, self.members, self.audit)
 
     def takes_writes(self) -> bool:
-        """Whether the database takes what is written, as it does not on a full disk; says so when that changes."""
+        """The database takes what is written, as it does not on a full disk; says so when that changes."""
         before = self._took
         try:
             with self.state.session() as session:

@@ -67,7 +67,7 @@ class Run:
         return self.attempts.total()
 
     def is_open(self, now: datetime) -> bool:
-        """Whether the run may still be charged."""
+        """The run may still be charged."""
         return self.expires is not None and now < self.expires
 
     def set_aside(self, now: datetime) -> Counter[DpEvent]:
@@ -430,14 +430,14 @@ class History:
         )
 
     def knows(self, shown: Doubt, matches: Callable[[str], bool], *, besides: Restored | None = None) -> bool:
-        """Whether the event of a receipt whose hash `matches` is here, or on a lost branch that was made up for."""
+        """The event of a receipt whose hash `matches` is here, or on a lost branch that was made up for."""
         here = self.hashes[shown.sequence - 1 : shown.sequence]
         lost = [*self.restored, *([besides] if besides else [])]
         there = [hash for restored in lost for number, hash in restored.path if number == shown.sequence]
         return any(map(matches, [*here, *there]))
 
     def holds(self, head: Head) -> bool:
-        """Whether no event up to `head` is missing, or every lasting one that was is made up for."""
+        """No event up to `head` is missing, or every lasting one that was is made up for."""
         if head.sequence <= self.length and self.hashes[head.sequence - 1] == head.hash:
             return True
         return any(head.path[-1] in restored.path for restored in self.restored)

@@ -322,7 +322,7 @@ class EventStore:
         return self._salted(self.history.path[-1][1])
 
     def knows(self, shown: Doubt, *, besides: Restored | None = None) -> bool:
-        """Whether the event that a receipt shows is here, or was made up for (`besides`: or would be)."""
+        """The event that a receipt shows is here, or was made up for (`besides`: or would be)."""
         return self.history.knows(
             shown, lambda hash: hmac.compare_digest(self._salted(hash), shown.head), besides=besides
         )

@@ -54,7 +54,7 @@ class Column:
 
     @property
     def is_figure(self) -> bool:
-        """Whether it stands at the right."""
+        """Stands at the right."""
         return self.kind.split(":")[0] not in _TEXTS
 
 
