@@ -181,7 +181,7 @@ class RunConfig:
         )
 
     def proposal(self, *, lead: str, plan: Plan) -> Proposal:
-        """What the lead with public key `lead` proposes to the sites, and what a site makes of this configuration."""
+        """The proposal of the lead with public key `lead` to the sites: all that a site makes of this configuration."""
         has_head = task_named(self.task).has_head
         return Proposal(
             run=self.run_id(),
@@ -245,7 +245,7 @@ class RunConfig:
         return self.privacy.private and self.federation.if_over_budget != "stop"
 
     def can_use(self, offer: Offer) -> bool:
-        """Whether a site that offers so much has room for anything that may be changed."""
+        """True if a site that offers so much has room for anything that may be changed."""
         if self.federation.if_over_budget == "fewer_rounds":
             return offer.most_rounds > 0
         return offer.least_noise is not None and 0 < offer.least_noise <= accountant.MOST_NOISE
@@ -269,7 +269,7 @@ class RunConfig:
         return parse(settings)
 
     def decisive(self) -> dict[str, Any]:
-        """What can change a result, as plain JSON: not names, places and speeds.
+        """All that can change a result, as plain JSON: not names, places and speeds.
 
         Whether noise is seeded belongs to it, since that changes what the result is worth.
         """
@@ -322,12 +322,12 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
 
 
 def settings_to_save(config: RunConfig) -> dict[str, Any]:
-    """What the `config.yaml` of a run folder says; `saved_settings` reads it back."""
+    """The content of a run folder's `config.yaml`; `saved_settings` reads it back."""
     return {"schema_version": RUN_SCHEMA, **config.to_json()}
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """What the `config.yaml` of a run folder says, yet to be validated.
+    """The content of a run folder's `config.yaml`, yet to be validated.
 
     Raises:
         ConfigError: there is none, it is not YAML of keys and values, or another version wrote it.
@@ -479,7 +479,7 @@ def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
 
 
 def _check_secure(config: RunConfig) -> None:
-    """What a run with secure sums cannot have, beside what its federation's settings exclude."""
+    """Refuse what a run with secure sums cannot have, beside what its federation's settings exclude."""
     for key, given, only, why in (
         ("privacy.mechanism", config.privacy.mechanism, "dp_sgd", "each site adds its share of the noise"),
         ("training.local_steps", config.training.local_steps, 1, "further steps are hidden by one site's noise alone"),
@@ -517,7 +517,7 @@ def _first_error(error: ValidationError) -> ConfigError:
 
 
 def bound_in(details: Mapping[str, Any]) -> str:
-    """What pydantic would have accepted, by one of its errors' details."""
+    """The bound that pydantic names in one of its errors' details."""
     return _BOUNDS.get(details["type"]) or f"must be {details['msg'].removeprefix('Input should be ')}"
 
 

@@ -1,4 +1,4 @@
-"""What a process settles once, before torch first computes."""
+"""Settings of a process, made once, before torch first computes."""
 
 import os
 import signal

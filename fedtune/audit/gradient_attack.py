@@ -178,7 +178,7 @@ class Canaries:
         return gradients
 
     def gradients(self, units: TrainingUnits, of_each: UnitGradients) -> UnitGradients:
-        """Those of `units`, of which the tally is told, and canaries' made up, dense, like what the hooks give."""
+        """Gradients of `units`, of which the tally is told, and canaries' made up, dense, like what the hooks give."""
         canaries, tally = self, self.tally
 
         class WithCanaries:

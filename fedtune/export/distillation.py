@@ -137,7 +137,7 @@ def distil(
 
 
 def _owed(texts: Path, adapter: Path) -> str:
-    """What a student owes to the records behind its texts, by their card; nothing where they were declared public."""
+    """The debt of a student to the records behind its texts, by their card; nothing where they were declared public."""
     if not os.path.lexists(card_of(texts.resolve(), ".json")):
         return ""
     runs = read_card(texts, option="--texts")["runs"]

@@ -447,7 +447,7 @@ print(model.similarity(embeddings, embeddings))
 
 
 def form_of(format: str, config: RunConfig) -> Form:
-    """What the card of a run's model says of a format."""
+    """The words of a run's model card about a format."""
     own = input_of(config.data)
     if format == "safetensors" and config.lora.kind != NO_ADAPTER:
         lines = own.loading(config.data, base="folder", folder="folder")

@@ -142,7 +142,7 @@ def scored(
 
 
 def load_graph(file: Path) -> Run:
-    """What computes a graph's output from its inputs by name, on one thread."""
+    """A function that computes a graph's output from its inputs by name, on one thread."""
     onnxruntime = importlib.import_module("onnxruntime")  # has no types
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -97,7 +97,7 @@ def runs_words(plan: Plan) -> str:
 
 
 def about_calendar(plan: Plan) -> Iterator[str]:
-    """What the calendar of a plan with several runs comes to, in sentences, of which the first says it all."""
+    """The calendar of a plan with several runs in sentences, of which the first says it all."""
     window = most_of_one(plan)
     most = plan.runs if window is None else min(window, plan.runs)
     often = _OFTEN[plan.cohorts.period] if plan.cohorts else counted(plan.runs, "run")

@@ -56,7 +56,7 @@ def held_out_of(rounds: Sequence[RoundResult], sizes: Mapping[str, float], *, no
 
 
 def fall_of(line: Sequence[HeldOut]) -> Fall | None:
-    """What runs, oldest first, say of the newest two, of two runs of the newest; None: there is nothing before.
+    """The change of the newest two runs (of two, the newest) from those before, oldest first; None: there are none.
 
     A test on normal means, with 5 % of false alarms, or fewer, as runs have held-out units in common.
     """

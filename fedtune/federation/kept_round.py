@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing it loads adapter code, which a reader of reports 
 
 @spec
 class Kept:
-    """What the validation scores of a run decided.
+    """The decision of a run's validation scores.
 
     Attributes:
         round: whose adapter is the run's.
@@ -37,7 +37,7 @@ class Kept:
 
 
 def kept_of(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> Kept | None:
-    """What the scores of the finished `rounds` decide; None: nothing, by the settings, or no round is finished."""
+    """The decision of the finished `rounds`' scores; None: nothing, by the settings, or no round is finished."""
     if not federation.chooses or not rounds:
         return None
     sign = direction(judged_by)

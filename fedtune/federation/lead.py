@@ -1,4 +1,4 @@
-"""What the lead knows of a run between two rounds, and how it keeps that: checkpoints and a book of receipts."""
+"""The lead's knowledge of a run between two rounds, and how it is kept: checkpoints and a book of receipts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Scores = Mapping[str, float | None]
 
 @spec
 class RoundResult:
-    """What one round came to, as `run.json` shows it.
+    """The outcome of one round, as `run.json` shows it.
 
     Attributes:
         seconds: training and aggregation; evaluation is not counted.
@@ -215,7 +215,7 @@ class Checkpoints:
         write_durably(self._session, session)
 
     def session(self) -> bytes:
-        """What `keep_session` kept last; empty: nothing."""
+        """The last content of `keep_session`; empty: nothing."""
         return self._session.read_bytes() if self._session.exists() else b""
 
     def ask(self, round: int, sites: list[str]) -> None:
@@ -287,7 +287,7 @@ class Checkpoints:
 
 
 def _way_on(found: Sequence[Path]) -> str:
-    """What to do about the newest checkpoint: rounds after the one before it are asked again, and charged no more."""
+    """How to go on from the newest checkpoint: rounds after the one before it are asked again, and charged no more."""
     if len(found) < 2:
         return "no other is left: start a new run under another name"
     return f"move it away, and resume the run from {found[-2].name}"

@@ -1,4 +1,4 @@
-"""What a run will cost, from public numbers alone: nothing here reads a record.
+"""The price of a run, from public numbers alone: nothing here reads a record.
 
 `price` gives the cost of a plan by site and by round, and `what_if` that of other plans.  `solve_rounds`,
 `solve_sampling_rate` and `least_noise` turn a target epsilon into a plan; every result was checked against the target,
@@ -65,7 +65,7 @@ class RoundPrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """What a plan costs; the defaults are those of a plan that adds no noise.
+    """The price of a plan; the defaults are those of a plan that adds no noise.
 
     Attributes:
         sites: name -> figures.
@@ -102,7 +102,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What another plan would cost.
+    """The price of another plan.
 
     Attributes:
         what: the change in words.
@@ -200,7 +200,7 @@ class SecureSums:
 
 
 def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
-    """What more rounds, a smaller delta, larger batches and half of `epsilon` would cost, over all `plan.runs`.
+    """The price of more rounds, a smaller delta, larger batches and half of `epsilon`, over all `plan.runs`.
 
     Args:
         plan: a plan with privacy.

@@ -1,4 +1,4 @@
-"""What a server asks of a site, signed by the lead, and what a site answers."""
+"""The words between server and site: questions, signed by the lead, and a site's answers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _Word(ABC):
 
     @classmethod
     def of(cls, signed: Signed) -> Self:
-        """What was signed, by the lead that it names.
+        """The word that was signed, by the lead that it names.
 
         Raises:
             ConfigError: the text is nothing that is signed for this purpose.
@@ -171,7 +171,7 @@ class RoundRequest(_Question):
         _require("session", _NONCE.fullmatch(self.session) if secure else self.session == "")
 
     def _asked(self) -> dict[str, Any]:
-        """What is asked for; receipt and expiry are no part of it, and may differ when the lead asks again."""
+        """The question itself; receipt and expiry are no part of it, and may differ when the lead asks again."""
         fields = {name: getattr(self, name) for name in ("round", "site", "adapter_digest")}
         if self.session:
             fields["session"] = self.session

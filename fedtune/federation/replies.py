@@ -37,7 +37,7 @@ BEYOND_PLAN = "beyond_plan"
 
 @dataclass
 class Closing:
-    """Whether one exchange with the sites may end before its time is up: a rule on who answered, and not what.
+    """A rule on when an exchange with the sites may end before its time is up: on who answered, and not what.
 
     Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `least_sites`
     are, and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It
@@ -52,7 +52,7 @@ class Closing:
     _since: float | None = field(default=None, init=False)
 
     def is_over(self, *, good: int, at_work: int, others: int) -> bool:
-        """Whether to stop waiting now; to be asked again and again.
+        """True if it is time to stop waiting; to be asked again and again.
 
         Args:
             good: sites with an answer of the kind that was hoped for.
@@ -73,7 +73,7 @@ class Closing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Outcome:
-    """What a site's reply came to: `failure` says why it brought no usable update, and is empty where it did."""
+    """The outcome of a site's reply: `failure` says why it brought no usable update, and is empty where it did."""
 
     failure: str = ""
     scores: tuple[float, float] | None = None
@@ -121,7 +121,7 @@ class RoundReplies:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Those with a valid update, in the sites' order, so that a sum over them always rounds alike."""
+        """The sites with a valid update, in their order, so that a sum over them always rounds alike."""
         return tuple(site for site, outcome in self._in_order() if not outcome.failure)
 
     @property
@@ -143,7 +143,7 @@ class RoundReplies:
         return [(site, self._outcomes.get(site, _Outcome(failure=NO_REPLY))) for site in self.reaches]
 
     def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
-        """What a reply came to, and the adapter that a valid update is, or the upload to a secure sum."""
+        """The outcome of a reply, and the adapter that a valid update is, or the upload to a secure sum."""
         body, own = reply.body, reply.is_signed()
         about_this = reply.about == (site, self.proposal.run, self.round)
         if isinstance(body, Refusal):

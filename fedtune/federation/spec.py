@@ -145,7 +145,7 @@ class FederationSpec:
 
     @property
     def together(self) -> Together | None:
-        """Who makes the noise of secure sums together; None: every site has noise of its own."""
+        """The makers of the noise of secure sums, together; None: every site has noise of its own."""
         if self.aggregation == "plain":
             return None
         sites, threshold = len(self.active), self.threshold

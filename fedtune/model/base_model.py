@@ -85,7 +85,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What makes a model's input of an image: transformers' own processor, of its kind for PIL.
+    """The maker of a model's input of an image: transformers' own processor, of its kind for PIL.
 
     Attributes:
         process: the processor.

@@ -1,4 +1,4 @@
-"""A loaded model's parts fit each other, and whether it keeps examples apart, as per-example clipping needs."""
+"""Checks that a loaded model's parts fit each other, and that it keeps examples apart, as clipping needs."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def scale_into(
 
 @cache
 def _passes(device: str) -> ModuleType:
-    """What surrounds a product: this module, or `int8_kernels` with the same bits in fewer passes over memory."""
+    """The passes around a product: this module, or `int8_kernels` with the same bits in fewer over memory."""
     torchs = sys.modules[__name__]
     if device != "cpu" or not find_spec("numba") or not _adds_whole_numbers(device):
         return torchs

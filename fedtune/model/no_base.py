@@ -1,4 +1,4 @@
-"""What stands in a base's place where there is none: it gives a record's vector to the head as it is."""
+"""A stand-in for a base where there is none: it gives a record's vector to the head as it is."""
 
 from __future__ import annotations
 

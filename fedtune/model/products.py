@@ -138,7 +138,7 @@ def multiply_by_onednn(base: nn.Module) -> None:
 
 
 def uses_onednn(model: nn.Module) -> bool:
-    """Whether `multiply_by_onednn` has changed anything in it."""
+    """True if `multiply_by_onednn` has changed anything in it."""
     return any(isinstance(module, FrozenLinear | FrozenConv1D) for module in model.modules())
 
 

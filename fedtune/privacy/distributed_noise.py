@@ -54,7 +54,7 @@ _TAIL = 16
 
 @spec
 class Together:
-    """Who adds noise to a run's secure sums; `with_share` sets how much each site adds.
+    """The sites that add noise to a run's secure sums; `with_share` sets how much each adds.
 
     Attributes:
         num_sites: sites of the run, K.

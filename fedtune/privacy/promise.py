@@ -27,7 +27,7 @@ NOISE_FACTOR = "noise_factor"
 
 @spec
 class Promise:
-    """What the site promises its people where a run would promise less: it then trains with more noise.
+    """The site's promise to its people where a run would promise less: it then trains with more noise.
 
     Attributes:
         noise_factor: the site's noise of training, in every run, over the noise that the run plans.

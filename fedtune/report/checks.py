@@ -101,7 +101,7 @@ def _taken(report: Report) -> Iterator[Check]:
 
 
 def _drawn(path: Path, report: Report) -> Iterator[Check]:
-    """The page and the label that lie beside a report are drawn from it: equal reports give equal bytes."""
+    """Whether the page and the label that lie beside a report are drawn from it: equal reports give equal bytes."""
     from fedtune.report.page.catalogue import LANGUAGES
     from fedtune.report.page.label import as_svg
     from fedtune.report.page.render import render

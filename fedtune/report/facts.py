@@ -131,7 +131,7 @@ class Lifetime:
 
     @property
     def cap_raised(self) -> bool:
-        """A lifetime cap was raised after something was charged, and so perhaps because of its release."""
+        """Whether a lifetime cap was raised after something was charged, and so perhaps because of its release."""
         return any(
             later.charges_before > 0
             and cap.max_epsilon is not None
@@ -140,7 +140,7 @@ class Lifetime:
         )
 
     def spent_without_cap(self, charges: int) -> bool:
-        """One of so many charges came while no lifetime cap was in force: no later cap bounds that."""
+        """Whether one of so many charges came while no lifetime cap was in force: no later cap bounds that."""
         ends = (*(cap.charges_before for cap in self.caps[1:]), charges)
         spans = zip(self.caps, ends, strict=False)  # where there are no caps, there is no span
         return any(cap.max_epsilon is None and cap.charges_before < end for cap, end in spans)
@@ -329,7 +329,7 @@ class RunFacts:
 
     @property
     def finished(self) -> bool:
-        """Every round was aggregated, or scores ended the run."""
+        """Whether every round was aggregated, or scores ended the run."""
         return is_over(self.rounds, self._federation, judged_by=self.judged_by)
 
     @property
@@ -344,17 +344,17 @@ class RunFacts:
 
     @property
     def ended_by_scores(self) -> bool:
-        """Validation scores ended the run before its plan did."""
+        """Whether validation scores ended the run before its plan did."""
         return self.kept is not None and self.kept.ended_early
 
     @property
     def unchanged(self) -> bool:
-        """`config.yaml` is the one that the run had."""
+        """Whether `config.yaml` is the one that the run had."""
         return self.config_file_sha256 == self.provenance.config_sha256
 
     @property
     def deployed(self) -> bool:
-        """The sites were real ones."""
+        """Whether the sites were real ones."""
         return self.settings.get("runtime") == "deployment"
 
 

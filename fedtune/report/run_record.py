@@ -58,7 +58,7 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Every round was aggregated, or validation scores ended the run."""
+        """Whether every round was aggregated, or validation scores ended the run."""
         return is_over(self.rounds, self.config.federation, judged_by=self.config.judged_by)
 
     @property
@@ -129,12 +129,12 @@ class RunRecord:
 
     @property
     def deployed(self) -> bool:
-        """The sites were real ones."""
+        """Whether the sites were real ones."""
         return self.config.runtime.kind == "deployment"
 
     @property
     def seeded(self) -> bool:
-        """Its noise came from a seed."""
+        """Whether its noise came from a seed."""
         return (self.result is not None and self.result.privacy.seeded_noise) or self.config.runtime.seeded_noise
 
     def noise_factor(self, site: str) -> float:

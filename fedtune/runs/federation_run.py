@@ -68,7 +68,7 @@ Engine = Callable[[Callable[[Transport], LeadState]], LeadState]
 
 @dataclass(frozen=True, kw_only=True)
 class FederationRun:
-    """What a runtime brings to a run; the rest is the same for all of them.
+    """The parts of a run that its runtime brings; the rest is the same for all of them.
 
     Attributes:
         folder: the run folder.
@@ -221,7 +221,7 @@ class FederationRun:
         return result
 
     def _provenance(self, state: LeadState) -> RunProvenance:
-        """What the adapter is made of, as the model is loaded here."""
+        """The origins of the adapter, with the model as it is loaded here."""
         data, shared, model = self.config.data, self.shared, self.config.model
         template = None
         if shared.model.task.predicts_tokens:

@@ -24,7 +24,7 @@ _ENOUGH_S = 0.7
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """What a run takes on this machine and on the wire, spare rounds left out.
+    """The time and bytes of a run on this machine and on the wire, spare rounds left out.
 
     Times are upper estimates for this machine: every example has full length, and every user as many records as may
     take part.  Evaluation, start-up and the way over a network are not in them.

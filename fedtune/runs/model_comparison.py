@@ -185,7 +185,7 @@ def side_by_side(
 
 
 def _reading(config: RunConfig) -> Hashable:
-    """What makes the model's input of a record, beside the model."""
+    """The maker of the model's input of a record, beside the model."""
     data = config.data
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
 

@@ -36,7 +36,7 @@ SMALL_NOISE = 0.3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amount:
-    """What a policy's caps come to.
+    """The worth of a policy's caps.
 
     Attributes:
         order: of the filter, as a ledger made with this policy would fix it.
@@ -123,7 +123,7 @@ def amount_of(policy: Policy) -> Amount:
 
 
 def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
-    """What to think twice about, most serious first; `folder` holds the policy's file."""
+    """Points of a policy to think twice about, most serious first; `folder` holds its file."""
     yield from _cautions_of_promise(policy)
     yield from _cautions_of_requests(policy)
     yield from _cautions_of_amounts(policy, amount)
@@ -213,7 +213,7 @@ def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
 
 
 def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
-    """What is wrong with the files that the policy names; nothing where they are yet to be made."""
+    """Faults of the files that the policy names; nothing where they are yet to be made."""
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
     if ledger.is_file() and not (folder / policy.site_key).is_file():
         text = "is missing, and a ledger needs the key that it was made with; restore it from its backup"
@@ -272,7 +272,7 @@ def identity_json(path: Path, verified: Verified) -> dict[str, Any]:
 
 
 def verification_json(verified: Verified) -> dict[str, Any]:
-    """What `verify` found; it raises for a ledger that does not fit."""
+    """The findings of `verify`; it raises for a ledger that does not fit."""
     return {
         "unchanged": True,
         "head": verified.history.hash,

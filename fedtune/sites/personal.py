@@ -99,7 +99,7 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What training without noise came to.
+    """The outcome of training without noise.
 
     Attributes:
         adapter: of the lowest mean loss on the records that choose; the start itself, where nothing was lower.

@@ -371,11 +371,11 @@ class Task(ABC):
         return logits
 
     def outputs_of(self, labels: Sequence[str]) -> Sequence[str]:
-        """What each of an exported model's logits stands for, where the task has labels."""
+        """The meaning of each of an exported model's logits, where the task has labels."""
         return labels
 
     def whole(self, base: PreTrainedModel, readout: Readout) -> PreTrainedModel:
-        """What an exported base becomes, for `auto` to load: by itself, or with a head of transformers' own."""
+        """The form of an exported base, for `auto` to load: by itself, or with a head of transformers' own."""
         return base
 
     def loading(self, *, base: str, folder: str, lines: str | None = None) -> str:

@@ -67,7 +67,7 @@ class CausalLM(Task):
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (roles, ("messages",), ("text",))
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
-        """Those of the layout; of a prompt also the template's, and the system's where there are turns."""
+        """The roles of the layout; of a prompt also the template's, and the system's where there are turns."""
         system = (SYSTEM,) if SYSTEM in data.columns and data.chat_template != "none" else ()
         if "text" in data.columns:
             return ("text",)

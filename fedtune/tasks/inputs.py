@@ -1,4 +1,4 @@
-"""What a record is to a model: a text, the features of a table, or an image.  Nothing else asks which.
+"""The kinds of records as a model sees them: a text, the features of a table, or an image.  Nothing else asks which.
 
 An input says which roles its records have, how a record is read, which base its model has and which head, and what is
 made up where a model is tried.  To add one: write its class in a file of its own, and name it in
@@ -60,7 +60,7 @@ class Input(ABC):
 
     @abstractmethod
     def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
-        """What makes the model's input of a record, as a tokenizer does, checked to fit `base` where there is one."""
+        """The maker of the model's input of a record, as a tokenizer is, checked to fit `base` where there is one."""
 
     def check_record(self, data: DataSpec) -> Callable[[Record], object]:
         """A function that raises DataError about a record of which no input can be made."""
@@ -99,7 +99,7 @@ class Input(ABC):
         return None
 
     def formats(self, of_task: tuple[str, ...]) -> tuple[str, ...]:
-        """Those that a tuned model can be exported in, of a task with these for texts."""
+        """The formats that a tuned model can be exported in, of a task with these for texts."""
         return of_task
 
     def loading(self, data: DataSpec, *, base: str, folder: str, graph: bool = False) -> str | None:
@@ -382,7 +382,7 @@ def require_no_labels(head: HeadSpec, why: str) -> None:
 
 
 def each_alone(read: Callable[[Record], Row], records: Sequence[Record], *, nothing: Row, lenient: bool) -> Rows:
-    """What `read` makes of each record, and whether it could; `lenient`: `nothing` stands where it raised an error."""
+    """The results of `read` on each record, and whether it could; `lenient`: `nothing` stands in place of an error."""
     made = [or_fault("", read, record) if lenient else read(record) for record in records]
     rows = [nothing if isinstance(row, DataError) else row for row in made]
     return rows, [not isinstance(row, DataError) for row in made]

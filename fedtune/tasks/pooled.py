@@ -227,7 +227,7 @@ class LabelTask(PooledTask):
         return (figures["probabilities"] * said).sum(axis=1), right
 
     def final_scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """Those of every round, `auroc` (macro, each label against the rest) and `ece`, both in [0, 1]."""
+        """The scores of every round, `auroc` (macro, each label against the rest) and `ece`, both in [0, 1]."""
         truth, said = self.marks(figures, spec=spec)
         bins = measures.reliability(*self.confidence(figures, truth, said))
         told = {"auroc": measures.auroc(figures["probabilities"], truth), "ece": measures.calibration_error(bins)}

@@ -145,7 +145,7 @@ class TaskModel(nn.Module):
         return {name: one for name, one in parameters if one.requires_grad or (rests and rests in name)}
 
     def trained_now(self) -> dict[str, nn.Parameter]:
-        """Those of them that are clipped, noised and stepped: all, unless A and B take turns."""
+        """The tensors that are clipped, noised and stepped: all trained ones, unless A and B take turns."""
         return {name: one for name, one in self.adapter_parameters().items() if one.requires_grad}
 
     @contextmanager

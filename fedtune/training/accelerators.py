@@ -23,7 +23,7 @@ def accelerator() -> torch.device | None:
 
 @cache
 def _has_float64(device: str) -> bool:
-    """It has the numbers that clipping is computed in (`dp_step`); those of Apple and some of Intel do not."""
+    """True if it has the numbers that clipping is computed in (`dp_step`); those of Apple and some of Intel do not."""
     try:
         return bool((torch.ones(2, dtype=torch.float64, device=device) + 1).sum() == 4)
     except (TypeError, RuntimeError) as error:  # also a driver that fails, or no kernels for this device

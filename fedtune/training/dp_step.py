@@ -156,7 +156,7 @@ def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm
 
 
 def contributions(gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> dict[str, torch.Tensor]:
-    """What each unit adds to a sum: name -> (n, values), whole numbers of cells in float64, where they are exact.
+    """The addend of each unit to a sum: name -> (n, values), whole numbers of cells in float64, where they are exact.
 
     Computed where the gradients are, as `add_clipped` does, and brought to the CPU one tensor at a time.
     """

@@ -45,7 +45,7 @@ class RoundOfTraining:
 
     @property
     def plan(self) -> Plan:
-        """What is trained by, and charged."""
+        """The plan that is trained by, and charged."""
         return self.asked.stronger(self.noise_factor)
 
 

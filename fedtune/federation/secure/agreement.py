@@ -1,4 +1,4 @@
-"""What the sites of a secure sum agree on before its first release: terms, thresholds, and one key of each site.
+"""The agreement of the sites of a secure sum before its first release: terms, thresholds, one key of each site.
 
 Nothing here trusts the lead.  A site takes members by its own roster, terms within its own limits, and keys with
 their owner's signature; all that follows is bound to the digest of exactly these (`Session.digest`).
@@ -69,7 +69,7 @@ def bits_needed(num_sites: int, largest: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Terms:
-    """What a run's secure sums are; the same at the lead and at every site, which make it from the run's proposal.
+    """The terms of a run's secure sums; the same at the lead and at every site, which make it from the run's proposal.
 
     Attributes:
         run: name of the run.
@@ -138,7 +138,7 @@ class Terms:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a site demands of the terms that it joins, whatever the lead says.
+    """The demands of a site on the terms that it joins, whatever the lead says.
 
     Three is the least threshold unless the site says otherwise: of a sum of two, each of the two learns the other's
     vector by subtraction.

@@ -77,7 +77,7 @@ class Parties:
 
 @dataclass(frozen=True, kw_only=True)
 class SumsAtSite:
-    """What a site answers in the steps of a secure sum.
+    """The answers of a site in the steps of a secure sum.
 
     Attributes:
         parties: shared by all requests to this process.

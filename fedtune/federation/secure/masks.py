@@ -57,7 +57,7 @@ def _public(key: str) -> X25519PublicKey:
 
 
 class PairSecrets:
-    """What a site shares with each member of a session, itself among them."""
+    """The secrets that a site shares with each member of a session, itself among them."""
 
     def __init__(self, session: str, agreed: Mapping[str, bytes]) -> None:
         self._session, self._agreed = session, agreed
@@ -71,7 +71,7 @@ class PairSecrets:
         return self._cipher(receiver, sender, receiver, release).encrypt(bytes(12), text, None)
 
     def opened(self, sealed: bytes, *, sender: str, receiver: str, release: int) -> bytes | None:
-        """What `sender` sealed for `receiver` in this release; None for anything else."""
+        """The content that `sender` sealed for `receiver` in this release; None for anything else."""
         try:
             return self._cipher(sender, sender, receiver, release).decrypt(bytes(12), sealed, None)
         except InvalidTag:

@@ -1,4 +1,4 @@
-"""What travels in a secure sum, with one encoding each: everything else is rejected before it is looked at.
+"""The messages of a secure sum, with one encoding each: everything else is rejected before it is looked at.
 
 A release takes three questions of the lead to each site:
 
@@ -81,7 +81,7 @@ class ConfirmRequest:
 
     @property
     def asked(self) -> ConfirmRequest:
-        """What is to be confirmed."""
+        """The set to be confirmed."""
         return ConfirmRequest(session=self.session, release=self.release, survivors=self.survivors)
 
     def require_confirmed(self, signatures: Mapping[str, str], terms: Terms) -> None:
@@ -131,7 +131,7 @@ class UnmaskRequest(ConfirmRequest):
             raise Rejected(Wrong.MALFORMED)
 
     def sealed_by(self, survivor: str) -> bytes:
-        """What this survivor sealed; what is no base64 gives bytes that nobody sealed."""
+        """The shares that this survivor sealed; what is no base64 gives bytes that nobody sealed."""
         try:
             return base64.b64decode(self.sealed[survivor], validate=True)
         except ValueError:

@@ -33,7 +33,7 @@ from fedtune.privacy.keys import SigningKey
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promise:
-    """What a site binds itself to, before it answers.
+    """A promise that a site binds itself to, before it answers.
 
     Attributes:
         survivors: the one set of the release that the site helps to unmask.

@@ -36,7 +36,7 @@ def session_of(terms: Terms, announcements: dict[str, bytes]) -> Session:
 
 
 def _genuine(terms: Terms, site: str, data: bytes) -> Announcement:
-    """What this site announced."""
+    """The site's own announcement."""
     try:
         announced = read_announcement(data)
         announced.require_genuine(terms)

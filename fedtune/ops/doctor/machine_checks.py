@@ -1,4 +1,4 @@
-"""Whether a site's machine is fit: its clock, its disks, its memory, its GPU, and whose the site's files are."""
+"""Checks of a site's machine: its clock, its disks, its memory, its GPU, and whose the site's files are."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def disks(
 
 
 def ledger_place(ledger: Path) -> Check:
-    """Whether the ledger lies on a disk of this machine: over a network, locks and syncs are promises of a server."""
+    """Check that the ledger lies on a disk of this machine: over a network, locks and syncs are a server's promises."""
     name, place = "file system", os.path.realpath(existing(ledger))
     mounts = [mount for mount in psutil.disk_partitions(all=True) if Path(place).is_relative_to(mount.mountpoint)]
     # The deepest holds it, and of mounts at the same place the last one is seen.
@@ -76,7 +76,7 @@ def ledger_place(ledger: Path) -> Check:
 
 
 def anchor_place(ledger: Path, anchor: Path | None) -> Check:
-    """Whether the anchor can notice that the ledger's disk was put back."""
+    """Check that the anchor can notice that the ledger's disk was put back."""
     name = "anchor's place"
     if anchor is None:
         found = "the policy names no anchor: nothing here notices when the ledger is put back to an older copy"
@@ -118,7 +118,7 @@ def _number(file: Path) -> int | None:
 
 
 def gpu(device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/driver/nvidia/version")) -> Check:
-    """Whether the device that the policy wants is there.
+    """Check that the device that the policy wants is there.
 
     Args:
         device: "auto", "cpu" or "cuda".

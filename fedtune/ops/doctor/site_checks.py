@@ -1,4 +1,4 @@
-"""Whether what is a site's own is as it should be: certificate, policy, base models, data, ledger and budget."""
+"""Checks of what is a site's own: certificate, policy, base models, data, ledger and budget."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ FEW_DATED = 0.5
 
 
 def certificate(kit: Kit, now: datetime) -> Check:
-    """Whether the site's certificate belongs to its key and to the authority, and for how long it is in force."""
+    """Check that the site's certificate belongs to its key and to the authority, and how long it is in force."""
     name = "certificate"
     try:
         found = kit.check_certificate(now)
@@ -66,7 +66,7 @@ def certificate(kit: Kit, now: datetime) -> Check:
 
 
 def names(kit: Kit, policy: Policy) -> Check:
-    """Whether kit and policy are one site's."""
+    """Check that kit and policy are one site's."""
     if kit.site == policy.site:
         return ok("site's name", f"{policy.site}, in kit and policy")
     found = f"the kit is for {kit.site}, the policy for {policy.site}"
@@ -74,7 +74,7 @@ def names(kit: Kit, policy: Policy) -> Check:
 
 
 def lead(kit: Kit, policy: Policy) -> Check:
-    """Whether the policy lets the federation's lead ask for anything."""
+    """Check that the policy lets the federation's lead ask for anything."""
     name = "lead"
     if kit.lead in policy.allow.leads:
         return ok(name, f"the kit's lead {spoken_start(kit.lead)} is one of the policy's leads")
@@ -84,7 +84,7 @@ def lead(kit: Kit, policy: Policy) -> Check:
 
 
 def base_models(kit: Kit, policy: Policy) -> Iterator[Check]:
-    """Whether each model that the policy allows lies in the store, unchanged; all of its files are read for it."""
+    """Check that each model that the policy allows lies in the store, unchanged; all of its files are read for it."""
     known = {model.sha256: model for model in kit.model}
     for sha256 in policy.allow.base_models:
         name = f"base model {known[sha256].name}" if sha256 in known else f"base model {sha256[:12]}"
@@ -147,7 +147,7 @@ def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:
 
 
 def data_sets(policy: Policy, folder: Path, log: PrivateLog) -> Iterator[Check]:
-    """Whether each data set of the policy can be trained on; every record is read."""
+    """Check that each data set of the policy can be trained on; every record is read."""
     for dataset in policy.dataset:
         yield _data(dataset, folder, policy, log=log)
 
@@ -234,7 +234,7 @@ def unforeseen(name: str, error: Exception, log: PrivateLog) -> Check:
 
 
 def ledger(files: SiteFiles) -> tuple[Check, History | None]:
-    """Whether the ledger is whole, this site's, and fit to train with; its history where it is."""
+    """Check that the ledger is whole, this site's, and fit to train with; its history where it is."""
     name = "ledger"
     for path in (files.ledger, *([files.anchor] if files.anchor is not None else [])):
         if os.path.lexists(path) and not os.access(path, os.R_OK | os.W_OK):
@@ -279,7 +279,7 @@ def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
 
 
 def site_key(files: SiteFiles, history: History | None) -> Check:
-    """Whether the key that signs the ledger is there, private, and the ledger's own."""
+    """Check that the key that signs the ledger is there, private, and the ledger's own."""
     name, path = "site key", files.site_key
     if not path.is_file():
         if not files.ledger.is_file():
@@ -298,7 +298,7 @@ def site_key(files: SiteFiles, history: History | None) -> Check:
 
 
 def serving(state: Path) -> Check:
-    """Whether the site takes part, by the folder `state` in which its commands leave word for its process."""
+    """Check that the site takes part, by the folder `state` in which its commands leave word for its process."""
     name = "serving"
     if (state / "left").exists():
         fix = f"Remove {state / 'left'} if this site is to take part again."

@@ -148,7 +148,7 @@ class FederationFolder:
 
     @property
     def certificates(self) -> dict[str, Certificate]:
-        """Those of the authority, of the server and of the lead's connection."""
+        """The certificates of the authority, of the server and of the lead's connection."""
         files = {"authority": "server/ca.pem", "server": "server/server.pem", "lead": "lead/lead.pem"}
         return {name: Certificate.of(read_certificate(self.folder / file)) for name, file in files.items()}
 

@@ -118,7 +118,7 @@ def check_ledger_schema(path: Path, found: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrivals:
-    """What a ledger of a population with arrivals says besides, in a head and in the note of a restore.
+    """The further words of a ledger of a population with arrivals, in a head and in the note of a restore.
 
     Attributes:
         ranges: for each charge that is named beside it, in its order, the cohorts that it was charged to.

@@ -360,7 +360,7 @@ class History:
         return filter.epsilon_filter(self.charged() if spent is None else spent, order=self.order, delta=self.delta)
 
     def charged_in_period(self, period: str, now: datetime, cohort: int | None = None) -> Counter[DpEvent]:
-        """What was charged in the calendar period that `now` lies in."""
+        """The charges of the calendar period that `now` lies in."""
         this = period_of(now, period)
         return self._most(cohort, lambda number: self._sum(number, lambda moment: period_of(moment, period) == this))
 

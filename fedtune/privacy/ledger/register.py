@@ -1,4 +1,4 @@
-"""What a ledger was opened for, and its register of arrivals: as what cohort a person was first admitted, for ever.
+"""A ledger's opening, and its register of arrivals: as what cohort a person was first admitted, for ever.
 
 A corrected date must not be a fresh budget.  So the cohort under which somebody is first admitted to a run counts from
 then on, whatever the date says later: all that was charged for this person was charged to that cohort.  It is a table
@@ -112,7 +112,7 @@ class Row(NamedTuple):
 
 
 def unit_of(key: bytes, user: str) -> bytes:
-    """What stands for a user in the register: nobody without the `key` can look for a person in it."""
+    """The mark of a user in the register: nobody without the `key` can look for a person in it."""
     return hmac.digest(key, user.encode(), hashlib.sha256)[:UNIT_BYTES]
 
 

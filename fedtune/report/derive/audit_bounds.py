@@ -99,7 +99,7 @@ def charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float
 
 
 def can_be_counts(bound: AuditBound) -> bool:
-    """A bound can be computed from what it says."""
+    """Whether a bound can be computed from what it says."""
     return 0 <= bound.right <= bound.guesses <= bound.canaries <= _MOST_CANARIES
 
 

@@ -266,7 +266,7 @@ def epsilon_rdp(spent: Spent, delta: float) -> float | None:
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
-    """RDP, which is looser, says no less than PLD; where it does, one of the two may be wrong.
+    """Whether RDP, which is looser, says no less than PLD; where it does, one of the two may be wrong.
 
     Both are upper bounds.  PLD's grows with the `width` of its buckets, by no more than about the root of the number of
     mechanisms; of many with next to no loss, RDP may say less by that.

@@ -35,7 +35,7 @@ def least_rounds(facts: RunFacts, site: SiteFacts) -> int:
 
 
 def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
-    """A site's ledger says no less than its receipts and updates, and what the run asked for."""
+    """Whether a site's ledger says no less than its receipts and updates, and what the run asked for."""
     known = [run for run in said.lifetime.runs if run.run == facts.run]
     return said.same_plan and all(
         run.rounds >= least_rounds(facts, site)

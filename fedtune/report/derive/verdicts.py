@@ -144,7 +144,7 @@ def _holding(**known: bool) -> Iterator[str]:
 
 
 def above(epsilon: float | None, cap: float | None) -> bool:
-    """An epsilon exceeds a cap by more than rounding; None is an unbounded epsilon, or no cap."""
+    """Whether an epsilon exceeds a cap by more than rounding; None is an unbounded epsilon, or no cap."""
     return cap is not None and unbounded(epsilon) > cap * (1 + _LAST_DIGITS)
 
 

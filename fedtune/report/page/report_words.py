@@ -76,13 +76,13 @@ class Words:
 
     @property
     def without_base(self) -> bool:
-        """Every run trained a head that is the whole model."""
+        """Whether every run trained a head that is the whole model."""
         ranks = [cell.facts["rank"] for cell in self.report.cells if "rank" in cell.facts]
         return {one for listed in ranks for one in listed.split(", ")} == {rank_text(NO_ADAPTER, 0)}
 
     @property
     def shared(self) -> bool:
-        """A secure sum is part of it, whose noise several sites made together."""
+        """Whether a secure sum is part of it, whose noise several sites made together."""
         return any(one.shared for site in self.report.sites for one in site.mechanisms)
 
     @property
@@ -227,7 +227,7 @@ class Words:
         return "ceiling" if self.at(by_mechanism) is None else "mechanism"
 
     def says_nothing(self, site: str) -> bool:
-        """All that is proved of the best attacker at a site is about what nothing would be."""
+        """Whether all that is proved of the best attacker at a site is about what nothing would be."""
         found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
         return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
 

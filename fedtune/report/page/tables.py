@@ -54,7 +54,7 @@ class Column:
 
     @property
     def is_figure(self) -> bool:
-        """Stands at the right."""
+        """Whether it stands at the right."""
         return self.kind.split(":")[0] not in _TEXTS
 
 
