@@ -1,4 +1,4 @@
-"""What an attempt to break the guarantee showed, as a report holds it."""
+"""The findings of an attempt to break the guarantee, as a report holds them."""
 
 from __future__ import annotations
 

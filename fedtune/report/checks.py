@@ -1,4 +1,4 @@
-"""What `fedtune report verify` checks of a report, and what each check came to."""
+"""The checks of `fedtune report verify`, each with its result."""
 
 from __future__ import annotations
 
@@ -25,13 +25,7 @@ _CALIBRATED, _STEP = 1e-3, 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check and what it came to.
-
-    Attributes:
-        name: "schema", "signature", "figures", "verdict", "taken", "configuration", or a file drawn from the report.
-        text: the result, in a sentence.
-        problems: what differs.
-    """
+    """One check with its result in a sentence; `name` is what was checked, or the file drawn from the report."""
 
     name: str
     state: Literal["right", "wrong", "not_checked"]
@@ -40,13 +34,9 @@ class Check:
 
 
 def check_report(path: Path, report: Report, *, key: str | None, config_sha256: str | None = None) -> tuple[Check, ...]:
-    """All checks of a report that was read, and so has the form of one.
+    """All checks of a report that was read from `path`; its run's settings and its drawings may lie beside it.
 
-    Args:
-        path: of its file, beside which the settings of a run may lie, and what was drawn from the report.
-        report: the whole.
-        key: public key that must have signed it, if one is known from elsewhere.
-        config_sha256: hash that the run's settings must have, if it is known.
+    Where they are known from elsewhere: the `key` that must have signed it, and the hash that the settings must have.
     """
     of_run = report.kind == "run" and RunFolder(path.parent).config.is_file()
     found = (
@@ -90,7 +80,7 @@ def _figures(report: Report) -> Iterator[Check]:
 
 
 def _taken(report: Report) -> Iterator[Check]:
-    """What no fact in the report gives: a joined ledger's figures over all its runs."""
+    """Name the figures of joined ledgers over all their runs, which no fact in the report gives."""
     told = [site for site in report.sites if site.source == "signed_site_report" and site.lifetime is not None]
     if joined := [f"{site.site} ({site.reported or 'undated'})" for site in told]:
         text = (
@@ -101,7 +91,7 @@ def _taken(report: Report) -> Iterator[Check]:
 
 
 def _drawn(path: Path, report: Report) -> Iterator[Check]:
-    """Whether the page and the label that lie beside a report are drawn from it: equal reports give equal bytes."""
+    """Compare the page and the label beside a report with what is drawn from it: equal reports give equal bytes."""
     from fedtune.report.page.catalogue import LANGUAGES
     from fedtune.report.page.label import as_svg
     from fedtune.report.page.render import render

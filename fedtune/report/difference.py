@@ -26,14 +26,7 @@ _PLACES: Mapping[str, Mapping[Group, Sequence[str]]] = tomllib.loads(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One thing that differs.
-
-    Attributes:
-        key: dotted, as in `report.json` where it stands there.
-        before: in the first report; None also where it has no such thing, and for an epsilon that nothing bounds.
-        after: in the second, likewise.
-        missing: the report that has no such key, if one has none.
-    """
+    """One thing that differs, by its dotted key in `report.json`; None also for what one has not (`missing`)."""
 
     group: Group
     key: str
@@ -45,12 +38,9 @@ class Change:
 def differences(
     before: Report, after: Report, *, settings: tuple[Mapping[str, object], Mapping[str, object]] = ({}, {})
 ) -> tuple[Change, ...]:
-    """What differs between two reports of one kind, group by group.
+    """The differences between two reports, group by group; a ConfigError if they are of different kinds.
 
     `settings` are those of both runs, where their configurations are at hand: a report holds only the hash.
-
-    Raises:
-        ConfigError: a run's report and a ledger's cannot be compared.
     """
     if before.kind != after.kind:
         bound = f"the first report is of a {before.kind} and the second of a {after.kind}: give two of one kind"
@@ -68,7 +58,7 @@ def differences(
 
 
 def _figures(report: Report) -> dict[Group, Figures]:
-    """What was chosen and what it ran on, what was spent and whether it was allowed, scores, and sums over rounds."""
+    """Figures by group: settings and machine, privacy with verdicts, scores, sums over rounds."""
     data = to_json(report)["derived"]
     found = {group: _picked(data, _PLACES["of_report"].get(group, ()), "") for group in GROUPS}
     for site in data["sites"]:

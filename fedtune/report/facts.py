@@ -1,4 +1,4 @@
-"""What a report rests on, each thing once; everything else in it follows (`derive`).
+"""The facts of a report, each thing once; everything else in it follows (`derive`).
 
 A builder reads facts in a run's folder or in a ledger.  They hold plans, counts, limits and days, never a record's
 contents.  Who checks a report derives everything else from them again; that they are true shows a signature alone.
@@ -126,12 +126,12 @@ class Lifetime:
 
     @property
     def has_guarantee(self) -> bool:
-        """Whether anything at all can be promised for what was released."""
+        """Anything at all can be promised for what was released."""
         return not self.seeded and self.epsilon is not None
 
     @property
     def cap_raised(self) -> bool:
-        """Whether a lifetime cap was raised after something was charged, and so perhaps because of its release."""
+        """A lifetime cap was raised after something was charged, and so perhaps because of its release."""
         return any(
             later.charges_before > 0
             and cap.max_epsilon is not None
@@ -140,10 +140,9 @@ class Lifetime:
         )
 
     def spent_without_cap(self, charges: int) -> bool:
-        """Whether one of so many charges came while no lifetime cap was in force: no later cap bounds that."""
-        ends = (*(cap.charges_before for cap in self.caps[1:]), charges)
-        spans = zip(self.caps, ends, strict=False)  # where there are no caps, there is no span
-        return any(cap.max_epsilon is None and cap.charges_before < end for cap, end in spans)
+        """One of so many charges came while no lifetime cap was in force: no later cap bounds that."""
+        spans = zip(self.caps, [*(cap.charges_before for cap in self.caps[1:]), charges], strict=False)
+        return any(cap.max_epsilon is None and cap.charges_before < end for cap, end in spans)  # () without caps
 
 
 @spec
@@ -329,32 +328,29 @@ class RunFacts:
 
     @property
     def finished(self) -> bool:
-        """Whether every round was aggregated, or scores ended the run."""
+        """Every round was aggregated, or scores ended the run."""
         return is_over(self.rounds, self._federation, judged_by=self.judged_by)
 
     @property
     def progress(self) -> str:
-        """How many rounds there were of how many."""
         return f"{len(self.rounds)} / {rounds_in_all(self.rounds, self._federation)}"
 
     @property
     def kept(self) -> Kept | None:
-        """What validation scores decided; None: nothing."""
+        """The decision of validation scores, where there was one."""
         return kept_of(self.rounds, self._federation, judged_by=self.judged_by)
 
     @property
     def ended_by_scores(self) -> bool:
-        """Whether validation scores ended the run before its plan did."""
         return self.kept is not None and self.kept.ended_early
 
     @property
     def unchanged(self) -> bool:
-        """Whether `config.yaml` is the one that the run had."""
+        """`config.yaml` is the one that the run had."""
         return self.config_file_sha256 == self.provenance.config_sha256
 
     @property
     def deployed(self) -> bool:
-        """Whether the sites were real ones."""
         return self.settings.get("runtime") == "deployment"
 
 
@@ -468,7 +464,6 @@ class LedgerFacts:
 
     @property
     def seeded_noise(self) -> bool:
-        """Whether any run took its noise from a seed."""
         return self.lost_seed or any(run.seeded_noise for run in self.runs)
 
 

@@ -51,15 +51,9 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
     """The report of a ledger, as of its newest event.
 
     Guarantee: it holds nothing of the records but what was released; the records' fingerprints stay in the ledger.  A
-    ledger that does not verify gives a report that says so and promises nothing.
-
-    Args:
-        site_toml_or_ledger: a `ledger.db`, or a `site.toml`, whose key and anchor are used where they are at hand.
-        anchor: file that shows that no event is missing.
-
-    Raises:
-        ConfigError: there is no such file, it is no policy or anchor, or the files do not belong together.
-        RunError: the ledger cannot be read at all.
+    ledger that does not verify gives a report that says so and promises nothing; one that cannot be read at all is a
+    RunError, and files that are missing, of another form or of different sites are a ConfigError.  Of a `site.toml` the
+    key and the anchor are used where they are at hand.
     """
     files = SiteFiles.of(site_toml_or_ledger) if site_toml_or_ledger.suffix == ".toml" else None
     ledger = files.ledger if files else site_toml_or_ledger
@@ -82,11 +76,7 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
 
 
 def _followed(ledger: Path) -> tuple[tuple[Event, ...], History]:
-    """The events up to the first that does not follow, unchecked.
-
-    Raises:
-        RunError: not even the first two do, without which nothing is known.
-    """
+    """The events up to the first that does not follow, unchecked; a RunError where not even the first two do."""
     with store.reading(ledger) as file:
         events = store.read_events(file)
     history = History()
@@ -137,16 +127,11 @@ def facts_of(
     most: int,
     now: datetime | None = None,
 ) -> LedgerFacts:
-    """What a ledger's report rests on.
+    """The facts of a ledger from its events, as far as they could be followed, and the history that they add up to.
 
-    Args:
-        events: in order, as far as they could be followed.
-        history: what they add up to.
-        verified: None: the ledger does not fit together, or is older than its anchor.
-        problem: how it does not.
-        own: the policy in force, where it was given; else what the ledger noted last is all that is known.
-        most: as in `charges`.
-        now: as of when; None: of its newest event, whenever it is read.
+    `verified` is None where it does not fit together, or is older than its anchor: the `problem` says how.  The `own`
+    policy is the one in force, where it was given; `most` is that of `charges`; without `now` they are of its newest
+    event, whenever it is read.
     """
     now, noted = now or history.last_time, history.policy
     assert now is not None, "a ledger has events"
@@ -239,12 +224,7 @@ def _in_force(noted: Budget, own: Budget | None) -> Budget:
 
 
 def _limits(events: Sequence[Event]) -> tuple[dict[str, float | None], tuple[str, ...]]:
-    """What policies said of a run and of a period, in one reading of them.
-
-    Returns:
-        Run -> the cap on one run that was in force when it was accepted; and the days on which a policy loosened the
-        limit for a run or a period, where something had been charged before.
-    """
+    """Run -> the cap on one run that was in force when it was accepted; and days of looser limits, after a charge."""
     run_caps: dict[str, float | None] = {}
     loosened: dict[str, None] = {}
     charged, budget = False, None
@@ -269,7 +249,7 @@ def day_of(time: str) -> str:
 
 
 def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[ChargedRounds, ...]:
-    """What was charged, in order: by round, or of more than `most` rounds those of one run and month together."""
+    """The charges, in order: by round, or of more than `most` rounds those of one run and month together."""
     by_round = sum(event.kind is Kind.RESERVE for event in events) <= most
     restored, made = iter(history.restored), list[ChargedRounds]()
     for event in events:
@@ -277,10 +257,9 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
         if event.kind is Kind.RESERVE and by_round:
             made.append(ChargedRounds(run=event.run, rounds=1, round=event.round, day=day))
         elif event.kind is Kind.RESERVE:
-            rounds, last = 1, made[-1] if made else None
             # A calendar period has whole months.
-            if last and last.run == event.run and last.day[:7] == day[:7]:
-                rounds += made.pop().rounds
+            alike = made and (made[-1].run, made[-1].day[:7]) == (event.run, day[:7])
+            rounds = 1 + (made.pop().rounds if alike else 0)
             made.append(ChargedRounds(run=event.run, rounds=rounds, round=None, day=day))
         elif event.kind is Kind.NOTE and event.detail["what"] == "restored":
             back = next(restored)
@@ -293,7 +272,7 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
 
 
 def releases(events: Sequence[Event], history: History) -> tuple[Release, ...]:
-    """What left the site, and what it refused, by run, kind and reason, the first of each in its order.
+    """All that left the site or was refused by it, by run, kind and reason, in the order of the first of each.
 
     Refusals of runs that the site never took part in are counted together: their names are whatever somebody asked for.
     """

@@ -32,9 +32,7 @@ from fedtune.words import finite, finite_scores, total
 def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
     """The report of the run in `folder`, finished or not; `site_reports` beside those in its `site_reports/`.
 
-    Raises:
-        ConfigError: the folder holds no run, its files belong to different runs, or a site report does not belong here.
-        RunError: what it holds is damaged.
+    No run, files of different runs and a site report of another one are a ConfigError; damaged files are a RunError.
     """
     record = read_run(folder)
     released = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
@@ -42,12 +40,9 @@ def build(folder: Path, *, site_reports: Sequence[Report] = ()) -> Report:
 
 
 def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> RunFacts:
-    """What the report of a run rests on, which may be under way; `own` is site -> the report that it released, checked.
+    """The facts of a run, which may be under way; `own` is site -> the report that it released, checked.
 
-    The folder says whether an attack on the run was planned, and what came of it.
-
-    Raises:
-        RunError: the findings of the attack are damaged, or of another run.
+    Findings of an attack in the folder are added; damaged ones, or those of another run, are a RunError.
     """
     config, plan, state = record.config, record.plan, record.state
     audit, noted = read_audit(folder), record.environments[-1] if record.environments else None
@@ -140,10 +135,7 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     Guarantee: each was made, and signed, by whoever holds the key under which the site gave this run its receipts, and
     is about a ledger that knows the run, unless the receipts say that nothing was charged to it.  Its figures follow
     from its own events, and it is no older than the run's newest receipt; whether there is a newer one, only the site
-    knows.
-
-    Raises:
-        ConfigError: a report is about something else, is not signed so, or a site has two different ones.
+    knows.  Any other report is a ConfigError.
     """
     found: dict[str, Report] = {}
     for report in reports:
@@ -234,5 +226,5 @@ def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None
 
 
 def _one(values: Iterable[str]) -> str | None:
-    """What all parts of a run had in common, or in order what they had."""
+    """The value that all parts of a run had in common, or in order each that they had."""
     return " / ".join(dict.fromkeys(values)) or None

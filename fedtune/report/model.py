@@ -297,7 +297,7 @@ class Report:
 
 
 class Problem(NamedTuple):
-    """A figure of a report that is wrong: where it stands, what the report says, and what was found."""
+    """A wrong figure of a report, and what was found in its place."""
 
     where: str
     said: object
@@ -325,11 +325,7 @@ def _said(value: Any) -> Any:
 
 
 def from_json(text: str | bytes) -> Report:
-    """The report in a `report.json`.
-
-    Raises:
-        ConfigError: the text is no report of this schema version.
-    """
+    """The report in a `report.json`, or a ConfigError if the text is none of this schema version."""
     fields = json.loads(text)
     bound = f"must be as in a report of schema version {REPORT_SCHEMA} (fedtune report schema)"
     if not isinstance(fields, dict):
@@ -357,15 +353,9 @@ def from_json(text: str | bytes) -> Report:
 def schema_text() -> str:
     """The JSON schema of a report.json."""
     schema = _ADAPTER.json_schema()
-    properties, required = schema["properties"], schema["required"]
-    derived = {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {key: value for key, value in properties.items() if key not in _NOT_DERIVED},
-        "required": [key for key in required if key not in _NOT_DERIVED],
-    }
-    whole = {key: properties[key] for key in _NOT_DERIVED} | {"derived": derived}
+    properties, required = schema["properties"], [key for key in schema["required"] if key not in _NOT_DERIVED]
+    whole = {key: properties.pop(key) for key in _NOT_DERIVED}
+    whole["derived"] = {"type": "object", "additionalProperties": False, "properties": properties, "required": required}
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "fedtune report"}
-    return (
-        json.dumps(schema | about | {"properties": whole, "required": sorted(whole)}, indent=1, sort_keys=True) + "\n"
-    )
+    schema |= about | {"properties": whole, "required": sorted(whole)}
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"

@@ -35,21 +35,15 @@ from fedtune.tasks.registry import task_named
 from fedtune.words import score_text, score_words
 
 CARD = "README.md"
-_TEMPLATE = "model_card.md.j2"
 _NOT_LOADABLE = "Its base is a made-up model of fedtune, which nobody else has: `fedtune export --merge` writes it out."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """The form in which a folder holds the model.
+    """The form in which a folder holds the model, in words (`what`), and as the hub names `library` and `relation`.
 
-    Attributes:
-        what: the form in words, as in "A LoRA adapter".
-        library: the hub's name of the library that loads it.
-        relation: the hub's name of its relation to the base.
-        loading: lines of Python that load it.
-        needs_base: whether those lines also load the base.
-        has_label: whether the privacy label, which is the run's, is the model's, too.
+    `loading` are lines of Python, which load the base, too, if the model `needs_base`; it `has_label` if the run's
+    privacy label is its own.
     """
 
     what: str
@@ -65,18 +59,12 @@ class Form:
         task, base, needs_base = task_named(config.task), public_place(config.model), config.lora.kind != NO_ADAPTER
         lines = input_of(config.data).loading(config.data, base=base, folder=folder)
         loading = task.loading(base=base, folder=folder, lines=lines)
-        library = "peft" if needs_base else "safetensors"
-        what = ADAPTERS[config.lora.kind]
+        what, library = ADAPTERS[config.lora.kind], "peft" if needs_base else "safetensors"
         return cls(what=what, library=library, relation="adapter", loading=loading, needs_base=needs_base)
 
 
 def write_report_and_card(run: Path, *, language: str) -> None:
-    """Write the report of a run into its folder, and into its adapter's folder the card with the label that it shows.
-
-    Raises:
-        ConfigError: the folder holds no run, its files belong to different runs, or there is no such language.
-        RunError: its files are damaged.
-    """
+    """Write a run's report into its folder, and into its adapter's the card with the label; errors as `build` has."""
     report, record, adapter = from_run.build(run), read_run(run), RunFolder(run).adapter
     write_files(run, report, language=language)
     for name, data in card_files(record, report, Form.adapter(record.config, folder=adapter.name)).items():
@@ -95,7 +83,7 @@ def card_text(record: RunRecord, report: Report, form: Form) -> str:
     data, model, template, utility = config.data, config.model, made and made.template, report.utility
     kept, picked = (utility.kept, utility.selection) if utility else (None, None)
     body = rendered(
-        _TEMPLATE,
+        "model_card.md.j2",
         name=config.name,
         label=LABEL,
         form=form,
@@ -174,7 +162,7 @@ def start_of(words: Words) -> str:
 
 
 def owed(epsilon: float | None, delta: float | None) -> str:
-    """What is lost at most."""
+    """The most that is lost, in words."""
     figure = catalogue("en").figure
     return f"epsilon {figure(epsilon, 'epsilon')} at delta {figure(delta, 'exact')}"
 

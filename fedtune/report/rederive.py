@@ -100,15 +100,19 @@ def _too_much_work(facts: Facts) -> Iterator[Problem]:
     work += sum(_buckets(event) * accountant.FINE / interval for interval, event in single)
     too_much = work > _MOST_BUCKETS
     if not too_much:  # or it would be too much to say how wide the compositions are
-        wide = [(_widest(charged) / interval, len(charged) * times) for charged, interval, times in parts]
-        composed = sum(width * count for width, count in wide)
-        too_much = composed > _MOST_COMPOSED or any(width > _MOST_BUCKETS for width, _ in wide)
+        composed = 0.0
+        for charged, interval, times in parts:
+            noisy = Counter({one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)})
+            width = unbounded(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
+            composed += width * len(charged) * times
+            too_much = too_much or width > _MOST_BUCKETS
+        too_much = too_much or composed > _MOST_COMPOSED
     if too_much:
         yield Problem("facts", f"{len(single)} different mechanisms", "that would take hours to compute")
 
 
 def _parts(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
-    """What has to be composed, the width of its buckets, and how often."""
+    """All that has to be composed, the width of its buckets, and how often."""
     if isinstance(facts, RunFacts):
         # The whole plan, and what each site was charged, with what it came to after earlier rounds.
         most = facts.plan.most_rounds
@@ -121,12 +125,6 @@ def _parts(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
         whole = events.grouped([entry.plan.whole for entry in facts.runs])
         # Each run and its plan is computed by itself, too.
         yield ledger_figures.charged_of(facts) | whole, accountant.COARSE, 3
-
-
-def _widest(charges: Charges) -> float:
-    """About the largest loss that the distribution of these charges has to hold."""
-    noisy = Counter({event: count for event, count in charges.items() if not isinstance(event, NonPrivateDpEvent)})
-    return unbounded(profile.epsilon_rdp(noisy, 1e-12))
 
 
 def _buckets(event: DpEvent) -> float:
@@ -272,7 +270,7 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
 
 
 def _of_selection(facts: Facts) -> Iterator[Problem]:
-    """What sites' own reports say that this run cost, by its plan, and of the search, by all that it may do."""
+    """Compare the run's cost in sites' own reports with its plan, and the search's with all that it may do."""
     if not isinstance(facts, RunFacts):
         return
     for site in facts.sites:
@@ -382,7 +380,7 @@ def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGI
 
 
 def _near(said: float, found: float) -> bool:
-    """What is left, or the noise, may be a little less than found, but for the last digits no more; of 0 nothing is."""
+    """A rest, or noise, may be a little less than found, but for the last digits no more; of 0 nothing is."""
     return -TOLERANCE * max(1.0, found) <= said - found <= _LAST_DIGITS * found
 
 

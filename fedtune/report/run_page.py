@@ -24,10 +24,9 @@ _FIRST_S = 1.0  # what the first page is thought to take
 
 
 class UnfinishedReport:
-    """Keeps the page of a run that goes on.
+    """Keeps the page of a run that goes on, which it never ends and hardly slows: a page that fails is left out.
 
-    It ends no run and slows none: a page that cannot be written is left out, and making pages takes at most a twentieth
-    of the run's time.  Short rounds therefore share one.
+    Making pages takes at most a twentieth of the run's time, so that short rounds share one.
     """
 
     def __init__(self, folder: Path, config: RunConfig) -> None:

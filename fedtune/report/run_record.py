@@ -34,17 +34,9 @@ _RESULT = TypeAdapter(RunResult)
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a run left behind.
+    """The record of a run: `result` of its `run.json`, `state` of its newest checkpoint, and the finished `rounds`.
 
-    Attributes:
-        config: of `config.yaml`.
-        plan: what every site was asked to accept.
-        config_sha256: of the configuration that the run really had, where `run.json` says it.
-        result: the content of `run.json`; None where there is none.
-        state: the newest checkpoint; None: none is left.
-        rounds: the finished ones.
-        environments: what it was made on.
-        selection: the search that it is a trial of; None: not on file.
+    `config_sha256` is of the configuration that the run really had, where `run.json` says it.
     """
 
     config: RunConfig
@@ -58,12 +50,12 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether every round was aggregated, or validation scores ended the run."""
+        """Every round was aggregated, or validation scores ended the run."""
         return is_over(self.rounds, self.config.federation, judged_by=self.config.judged_by)
 
     @property
     def start_adapter(self) -> Mapping[str, Any]:
-        """What the run noted of the adapter that it began in; empty where it noted nothing."""
+        """The run's notes on the adapter that it began in."""
         made = self.state or (self.result.provenance if self.result else None)
         noted = made.start_adapter if made else None
         return noted if isinstance(noted, Mapping) else {}
@@ -106,7 +98,7 @@ class RunRecord:
 
     @cached_property
     def run(self) -> str:
-        """What the sites' ledgers call the run; its name, where that can't be computed and no receipt says it."""
+        """The run's name in the sites' ledgers; its own, where that can't be computed and no receipt says it."""
         config, model, privacy = self.config, self.config.model, self.config.privacy
         if not self.deployed:
             return f"{config.name}-{self.config_sha256[:32]}"
@@ -129,12 +121,10 @@ class RunRecord:
 
     @property
     def deployed(self) -> bool:
-        """Whether the sites were real ones."""
         return self.config.runtime.kind == "deployment"
 
     @property
     def seeded(self) -> bool:
-        """Whether its noise came from a seed."""
         return (self.result is not None and self.result.privacy.seeded_noise) or self.config.runtime.seeded_noise
 
     def noise_factor(self, site: str) -> float:
@@ -168,13 +158,9 @@ class RunRecord:
 
 
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
-    """The record of a run folder.
+    """The record of a run folder; a ConfigError if it is none, or of several runs, and a RunError if it is damaged.
 
     With the `plan` of an earlier reading of the same folder, noise that is not on record is not searched for again.
-
-    Raises:
-        ConfigError: it is not a run folder, or its files belong to different runs.
-        RunError: what it holds is damaged.
     """
     files, settings = RunFolder(folder), saved_settings(folder)
     with errors_in(files.config):
@@ -198,7 +184,7 @@ def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
 
 
 def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
-    """Whether the policies of all simulated sites accept them, so that any machine was taken; None: not on file."""
+    """The policies of all simulated sites accept them, so that any machine was taken; None: not on file."""
     if config.runtime.kind == "deployment":
         return None
     sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else RunFolder(folder).sites
@@ -211,7 +197,7 @@ def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
 
 
 def _result(folder: Path) -> RunResult | None:
-    """What `run.json` says; a folder may come from anybody, so its form is checked."""
+    """The content of `run.json`; a folder may come from anybody, so its form is checked."""
     path = RunFolder(folder).result
     if not path.is_file():
         return None
@@ -230,11 +216,7 @@ def _result(folder: Path) -> RunResult | None:
 
 
 def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
-    """The run's plan, with the noise that was calibrated then: searching for it again takes a second.
-
-    Raises:
-        ConfigError: `config.yaml` says something else than `run.json` about what the run cost.
-    """
+    """The run's plan, with the noise that was calibrated then: searching for it again takes a second."""
     if result is None:
         return config.plan()
     privacy = result.privacy
@@ -250,6 +232,6 @@ def _plan(folder: Path, config: RunConfig, result: RunResult | None) -> Plan:
         ("federation.participants", sorted(config.federation.active), sorted(privacy.sites)),
     ):
         if value != noted:
-            wrong = ConfigError(key, value, f"must be what run.json says it was, {noted}")
-            raise wrong.in_file(RunFolder(folder).config)
+            bound = f"must be what run.json says it was, {noted}"
+            raise ConfigError(key, value, bound).in_file(RunFolder(folder).config)
     return plan

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import stat
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,16 +39,13 @@ def read(data: bytes) -> Report:
 
     Each number must be spelled as fedtune spells it, and each key may occur once only.  Otherwise a digit beyond a
     float's precision, or a second value of a key, could be changed without changing the signed bytes.
-
-    Raises:
-        ConfigError: it is not a report of this version.
     """
     try:
         json.loads(
             data,
             parse_float=lambda text: _spelled(text, repr(float(text))),
             parse_int=_whole_number,
-            parse_constant=_refuse_constant,
+            parse_constant=partial(_refuse, "must be a finite number, or null where nothing bounds it"),
             object_pairs_hook=_without_repeats,
         )
     except ConfigError:
@@ -58,7 +57,7 @@ def read(data: bytes) -> Report:
 
 
 def read_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
-    """What a file of at most `MOST_BYTES` holds; key, name and bound are those of the ConfigError if it is none."""
+    """The content of a file of at most `MOST_BYTES`; key, name and bound are those of the ConfigError if it is none."""
     try:
         file = path.stat()
         if not stat.S_ISREG(file.st_mode) or file.st_size > MOST_BYTES:  # a pipe would wait for ever
@@ -69,11 +68,7 @@ def read_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
 
 
 def read_report(name: str) -> tuple[Path, Report]:
-    """The report in a file, or in the report.json of a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The report in a file, or in the report.json of a folder."""
     path = Path(name) / "report.json" if Path(name).is_dir() else Path(name)
     data = read_file(path, key="report", name=name, bound="must be a report.json, or a folder with one")
     with errors_in(path):
@@ -82,25 +77,17 @@ def read_report(name: str) -> tuple[Path, Report]:
 
 def signed(report: Report, key: SigningKey) -> Report:
     """The report with the signature of `key`, in place of any it had."""
-    return dataclasses.replace(
-        report, signature=Signature(key=key.public, signature=key.sign(PURPOSE, canonical(report)))
-    )
+    signature = Signature(key=key.public, signature=key.sign(PURPOSE, canonical(report)))
+    return dataclasses.replace(report, signature=signature)
 
 
 def check(report: Report, *, expected_key: str | None = None) -> str | None:
     """Verify the signature, and return the public key that made it; None: the report is not signed.
 
-    Args:
-        report: the report as read.
-        expected_key: the key that must have signed it, known from a source other than the report.
-
-    Guarantee: with `expected_key`, on success nobody without that key changed anything in the report.
-
-    Raises:
-        RunError: the signature is wrong or another's, or there is none although a key was expected.
+    Guarantee: with an `expected_key`, known from a source other than the report, nobody without that key changed
+    anything in the report.  A RunError says that the signature is wrong, another's, or missing although expected.
     """
-    signature = report.signature
-    if signature is None:
+    if (signature := report.signature) is None:
         if expected_key is not None:
             raise RunError(f"the report is not signed, by {expected_key} or anybody")
         return None
@@ -117,23 +104,18 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
 def _whole_number(text: str) -> str:
     # Nothing that is counted needs more than 64 bits, and a sum of what has 4,300 digits cannot be written.
     if len(text) > _MOST_DIGITS:
-        raise ConfigError("report", f"{text[:_MOST_DIGITS]}...", f"must be a number of at most {_MOST_DIGITS} digits")
+        _refuse(f"must be a number of at most {_MOST_DIGITS} digits", f"{text[:_MOST_DIGITS]}...")
     return _spelled(text, str(int(text)))
 
 
 def _spelled(text: str, right: str) -> str:
-    if text != right:
-        raise ConfigError("report", text, f"must be a number as fedtune writes it: {right}")
-    return text
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ConfigError("report", text, "must be a finite number, or null where nothing bounds it")
+    return text if text == right else _refuse(f"must be a number as fedtune writes it: {right}", text)
 
 
 def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError("report", repeated, "must not stand twice among the keys of one object")
-    return dict(pairs)
+    repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+    return _refuse("must not stand twice among the keys of one object", repeated[0]) if repeated else dict(pairs)
+
+
+def _refuse(bound: str, text: str) -> NoReturn:
+    raise ConfigError("report", text, bound)

@@ -77,13 +77,9 @@ class Made(WritingSpec):
 
 @spec
 class Figures:
-    """What texts are like.
+    """The share of `texts` that no other one equals, and how many words 5 %, half and 95 % of them have at most.
 
-    Attributes:
-        texts: how many.
-        distinct: the share of them that no other one equals.
-        words: of a text: 5 %, half and 95 % have as many or fewer.
-        distinct_pairs: the share of all pairs of neighbouring words that come once (distinct-2, Li et al. 2016).
+    `distinct_pairs`: the share of all pairs of neighbouring words that come once (distinct-2, Li et al. 2016).
     """
 
     texts: int
@@ -119,12 +115,9 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
 def classified(records: Sequence[tuple[str, ...]], public: Sequence[tuple[str, ...]] = ()) -> dict[str, float] | None:
     """How well a classifier of words that learns from records tells codes; without those whose code comes once.
 
-    Args:
-        records: the values of a code and a text, each.
-        public: others, to test on; none: each fifth of the records in turn, when it has learnt from the rest.
-
-    Returns:
-        The shares of the tested that are `right`, and that have the records' `commonest` code; None: they have not two.
+    A record is the values of a code and a text.  Tests are on `public` ones, else on each fifth of the records in turn,
+    when it has learnt from the rest.  The shares of the tested are those that are `right`, and those that have the
+    records' `commonest` code; None: they have not two codes.
     """
     times = Counter(one[:-1] for one in records)
     # By code, so that its texts are spread over the fifths.
@@ -214,9 +207,7 @@ def run_of(report: Report, adapter_digest: str) -> dict[str, Any]:
 def read_card(file: Path, writer: Mapping[str, Any] | None = None, *, option: str) -> Mapping[str, Any]:
     """The card of records that a run wrote, as `as_json` made it: only they may be published under its promise.
 
-    Raises:
-        ConfigError: there is none beside the file, or it is of another file, or of another run than `writer`, or says
-            what cannot be.
+    A card that is missing, says what cannot be, or is of another file or another run than `writer` is a ConfigError.
     """
     path, sha256 = card_of(file.resolve(), ".json"), file_sha256(file, key=option)
     of = " with this RUN" if writer else ""

@@ -1,1 +1,1 @@
-"""What follows from the facts of a report: pure functions, which its builders call and `report verify` calls again."""
+"""Pure functions of a report's facts, which its builders call and `report verify` calls again."""

@@ -1,11 +1,11 @@
-"""What an audit found: its file `audit.json`, what it means for the verdicts of a report, and whether it adds up."""
+"""An audit's findings: their file `audit.json`, the verdicts that follow from them, and whether they add up."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,11 +42,7 @@ def write_audit(folder: Path, audit: Audit) -> None:
 
 
 def read_audit(folder: Path) -> Audit | None:
-    """What an audit of the run found; None: none was made, or it was not finished.
-
-    Raises:
-        RunError: the file is damaged.
-    """
+    """The findings of an audit of the run, or a RunError if they are damaged; None: none was finished."""
     path = RunFolder(folder).audit
     if not path.is_file():
         return None
@@ -82,10 +78,19 @@ def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound,
 
     All bounds are judged at once, so each is asked for more confidence than it has by itself.
     """
-    spent = charged(audit, sites)
+    spent, found = charged(audit, sites), list[AuditBound]()
     errors = audit_bound.allowed_errors(audit.confidence, [bound.site for bound in audit.bounds])
-    both = zip(audit.bounds, errors, strict=True)
-    return tuple(bound for bound, error in both if _is_refuted(bound, spent, delta=audit.delta, error=error))
+    for bound, error in zip(audit.bounds, errors, strict=True):
+        # In this order what is no number is passed over.
+        claim, counts = min(spent.get(bound.site, math.inf), bound.claimed_epsilon), _counts(bound)
+        if not 0 <= claim < _MOST_EPSILON:
+            is_refuted = not claim >= _MOST_EPSILON
+        elif counts is None:
+            is_refuted = not bound.lower_bound <= claim
+        else:
+            is_refuted = audit_bound.p_value(*counts, epsilon=claim, delta=audit.delta) < error
+        found += [bound] if is_refuted else []
+    return tuple(found)
 
 
 def charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
@@ -98,20 +103,10 @@ def charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float
     return known if len(epsilons) < len(together) or not epsilons else known | {None: max(epsilons)}
 
 
-def can_be_counts(bound: AuditBound) -> bool:
-    """Whether a bound can be computed from what it says."""
-    return 0 <= bound.right <= bound.guesses <= bound.canaries <= _MOST_CANARIES
-
-
-def _is_refuted(bound: AuditBound, spent: Mapping[str | None, float], *, delta: float, error: float) -> bool:
-    # In this order what is no number is passed over.
-    claim = min(spent.get(bound.site, math.inf), bound.claimed_epsilon)
-    if not 0 <= claim < _MOST_EPSILON:
-        return not claim >= _MOST_EPSILON
-    if not can_be_counts(bound):
-        return not bound.lower_bound <= claim
-    counts = bound.canaries, bound.guesses, bound.right
-    return audit_bound.p_value(*counts, epsilon=claim, delta=delta) < error
+def _counts(bound: AuditBound) -> tuple[int, int, int] | None:
+    """Canaries, guesses and right ones; None: no bound can be computed from these."""
+    possible = 0 <= bound.right <= bound.guesses <= bound.canaries <= _MOST_CANARIES
+    return (bound.canaries, bound.guesses, bound.right) if possible else None
 
 
 def _nothing_promised(site: SiteReport, why: str) -> SiteReport:
@@ -134,16 +129,15 @@ def audit_problems(report: Report) -> Iterator[Problem]:
     spent = charged(audit, report.sites)
     for number, bound in enumerate(audit.bounds):
         where, most, claim = f"audit.bounds.{number}", spent.get(bound.site), bound.claimed_epsilon
-        if not can_be_counts(bound):
-            counts = f"{bound.right} of {bound.guesses} of {bound.canaries}"
-            yield Problem(f"{where}.right", counts, "no more right than guessed, and no more guesses than canaries")
+        if _counts(bound) is None:
+            said = f"{bound.right} of {bound.guesses} of {bound.canaries}"
+            yield Problem(f"{where}.right", said, "no more right than guessed, and no more guesses than canaries")
             continue
         if not 0 <= claim < math.inf or (most is not None and claim > most * (1 + 1e-9)):
             yield Problem(f"{where}.claimed_epsilon", claim, f"at most {most}, which was charged")
         for key, right in (("lower_bound", bound.right), ("best_possible", bound.guesses)):
-            found = audit_bound.epsilon_lower_bound(
-                bound.canaries, bound.guesses, right, delta=audit.delta, confidence=audit.confidence
-            )
+            counts = bound.canaries, bound.guesses, right
+            found = audit_bound.epsilon_lower_bound(*counts, delta=audit.delta, confidence=audit.confidence)
             if not abs(getattr(bound, key) - found) <= _LAST_DIGITS * max(1.0, found):
                 yield Problem(f"{where}.{key}", getattr(bound, key), found)
     if not audit.exceeded and refuted(audit, report.sites):

@@ -2,17 +2,15 @@
 
 A cell is "auto" (facts of the run or ledger), "design" (what is so in every run of an unchanged fedtune, and was not
 observed in this one), "site" (the names of facts that a person at the site supplies) or "missing" (facts that belong on
-record and are not).  No prose, no judgement: purpose, legal basis and necessity are the
-controller's, and whether anything is anonymous or lawful is nobody's to compute.
-
-Facts are short texts: figures, names, hashes and codes.
+record and are not).  Facts are short texts: figures, names, hashes and codes.  No prose, no judgement: purpose, legal
+basis and necessity are the controller's, and whether anything is anonymous or lawful is nobody's to compute.
 """
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Iterable, Mapping
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,11 +50,7 @@ TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls
 
 
 def rows(known: Mapping[str, str | None]) -> tuple[Cell, ...]:
-    """The cells, filled from what is known.
-
-    Args:
-        known: name of a fact -> its value, None where it is not known; one that no row asks for is a mistake of ours.
-    """
+    """The cells; `known`: name of a fact -> its value, None where it is not known."""
     assert known.keys() <= {name for row in ROWS for name in row.facts}, "a fact that no cell shows"
     made: list[Cell] = []
     for row in ROWS:
@@ -145,7 +139,7 @@ def of_report(report: Report) -> tuple[Cell, ...]:
 
 
 def settings_of(config: RunConfig, plan: Plan) -> dict[str, str]:
-    """What cells say of a run's settings."""
+    """Facts of cells that a run's settings say."""
     data, targets, federation = config.data, config.lora.modules, config.federation
     columns = task_named(config.task).columns(data, unit=plan.unit)
     # How much of a file a simulation uses says nothing of real sites' files.
@@ -172,13 +166,12 @@ def rank_text(adapter: str, rank: int) -> str:
 
 
 def _scores(metrics: Scores) -> str | None:
-    shown = [(name, value) for name, value in metrics.items() if value is not None and math.isfinite(value)]
-    return _listed(f"{name} {score_text(value)}" for name, value in shown)
+    return _listed(f"{name} {score_text(one)}" for name, one in metrics.items() if one is not None and isfinite(one))
 
 
 def _of_100(values: Iterable[float | None]) -> str | None:
     """In hundredths, upwards."""
-    return _number(max((math.ceil(value * 100) / 100 for value in values if value is not None), default=None))
+    return _number(max((ceil(value * 100) / 100 for value in values if value is not None), default=None))
 
 
 def _listed(names: Iterable[str]) -> str | None:

@@ -103,7 +103,7 @@ def _groups(facts: LedgerFacts) -> list[int]:
 def _of_entry(
     entry: ChargedRounds, plans: Mapping[str, Plan], arrivals: Calendar | None
 ) -> Iterator[tuple[Counter[DpEvent], Cohorts | None]]:
-    """What an entry charged, and to whom; None: to everybody."""
+    """The charges of an entry, and to whom; None: to everybody."""
     lost = list(zip(entry.lost, entry.lost_cohorts or [""] * len(entry.lost), strict=True))
     for said in dict.fromkeys(said for _, said in lost):
         admitted = Cohorts.of(said, arrivals) if arrivals and said else None
@@ -127,7 +127,7 @@ def rounds_of(facts: LedgerFacts) -> Mapping[str, int]:
 
 
 def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
-    """What each run did, rounds on lost branches included; then, under no name, what lost runs did."""
+    """The mechanisms of each run, rounds on lost branches included; then, under no name, those of lost runs."""
     own, charged = rounds_of(facts), charged_to(facts, None)
     # Of a head that names more rounds than charges the events alone count, and what they leave is nobody's run.
     for rounds in ({run.run: own[run.run] + run.lost_rounds for run in facts.runs}, own):
@@ -194,7 +194,7 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
 
 
 def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
-    """What the lifetime cap leaves for new runs, as a divergence of the ledger's order; None: no cap."""
+    """The rest of the lifetime cap, as a divergence of the ledger's order; None: no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0
     if facts.max_epsilon is None:

@@ -1,4 +1,4 @@
-"""What was charged, as a report says it, and what it means: epsilon over delta, and how well any attack can do.
+"""The charges of a report and their meaning: epsilon over delta, and how well any attack can do.
 
 The ceilings follow from (epsilon, delta) alone, by formulae that anybody can check by hand; they hold for an attacker
 who knows every other record and everything that was released, and real attacks do worse.  An epsilon that nothing
@@ -67,10 +67,7 @@ def parts_of(event: DpEvent) -> tuple[float, DpEvent]:
 
 
 def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_factor: float | None = None) -> Mechanism:
-    """What `rounds` charged rounds, retries included, of a plan did, as the site carried it out.
-
-    `sampling` says how units really joined a step, `noise_factor` its noise over what was asked for, where it is more.
-    """
+    """`rounds` charged rounds, retries included, of a plan; `sampling` says how units really joined a step."""
     return filled(Mechanism, plan)(
         run=run,
         sampling_assumed="poisson",
@@ -103,11 +100,7 @@ def mechanism_of_lost_run(event: DpEvent, count: int) -> Mechanism:
 
 
 def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
-    """The mechanisms that a report names, counted.
-
-    Raises:
-        ConfigError: one is no event of fedtune's.
-    """
+    """The mechanisms that a report names, counted; a ConfigError for one that is no event of fedtune's."""
     total: Counter[DpEvent] = Counter()
     for charge in charges:
         check_at_least("count", charge.count, 1)
@@ -116,7 +109,7 @@ def charges_of(charges: Iterable[Charge]) -> Counter[DpEvent]:
 
 
 def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Counter[DpEvent]:
-    """What the charges come to where so many sites tell what they added; None: as many as each run was charged for."""
+    """The charges if so many sites tell what they added; None: as many as each run was charged for."""
     total: Counter[DpEvent] = Counter()
     for row in rows:
         if row.shared is None:  # of a lost run nothing is known but its charges
@@ -132,7 +125,7 @@ def charged_against(rows: Sequence[Mechanism], *, colluders: int | None) -> Coun
 
 
 def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]) -> Epsilons | None:
-    """What the charges of a site's runs come to by `epsilon`, for each who looks; None where no sum was secure."""
+    """Of a site's charges, by `epsilon`, for each who looks; None where no sum was secure."""
     if all(row.shared is None for row in rows):
         return None
     lost = any(not row.run for row in rows)  # of which nobody knows whether others' noise was part of it
@@ -155,13 +148,11 @@ def largest(epsilons: Iterable[float | None]) -> float | None:
 
 
 def posterior(epsilon: float, *, prior: float) -> float:
-    """How sure an attacker can become that a record was used, from epsilon alone.
+    """How sure an attacker can become that a record was used: posterior odds are e^epsilon times the `prior` odds.
 
-    Posterior odds are e^epsilon times the `prior` odds.  With a delta above 0 this bounds no single outcome: the chance
-    of an outcome that passes it is at least delta, and can be many times delta.
+    With a delta above 0 this bounds no single outcome: one passes it with at least delta's chance, or many times that.
     """
-    factor = _inverse_exponential(epsilon)
-    return prior / (prior + (1 - prior) * factor)
+    return prior / (prior + (1 - prior) * _inverse_exponential(epsilon))
 
 
 def hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> float:
@@ -174,10 +165,7 @@ def hit_rate_ceiling(epsilon: float, delta: float, *, false_alarms: float) -> fl
 
 
 def right_of_100_ceiling(epsilon: float, delta: float) -> float:
-    """Of 100 guesses whether a record was used, half of which were: at most so many are right on average.
-
-    From (epsilon, delta) alone; 50 is coin-tossing.
-    """
+    """Of 100 guesses whether a record was used, half of which were: so many are right at most; 50 is coin-tossing."""
     factor = _inverse_exponential(epsilon)  # (e^epsilon + delta) / (1 + e^epsilon), without the large number
     return 100 * (1 + delta * factor) / (1 + factor)
 
@@ -220,7 +208,7 @@ def _right_by_mixture(counted: Counted, members: int) -> float | None:
 
 
 def group(epsilon: float, delta: float, *, members: int) -> tuple[float, float]:
-    """What (epsilon, delta) for one record comes to for `members` records of one person.
+    """(Epsilon, delta) for `members` records of one person, from that for one record.
 
     Delta grows so fast that this seldom promises anything: the unit has to be the person while training.
     """
@@ -243,10 +231,7 @@ def _inverse_exponential(epsilon: float) -> float:
 
 
 def interval_of(source: Source) -> float:
-    """The width of PLD's buckets for a site's epsilon: fine for one run's, coarse for a ledger's.
-
-    Curves are always computed on the coarse grid, which only ever says more.
-    """
+    """The width of PLD's buckets for a site's epsilon; curves are always on the coarse grid, which only says more."""
     return accountant.COARSE if source == "own_ledger" else accountant.FINE
 
 
@@ -266,10 +251,9 @@ def epsilon_rdp(spent: Spent, delta: float) -> float | None:
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
-    """Whether RDP, which is looser, says no less than PLD; where it does, one of the two may be wrong.
+    """RDP, which is looser, says no less than PLD, but for the `width` of PLD's buckets; else one of them may be wrong.
 
-    Both are upper bounds.  PLD's grows with the `width` of its buckets, by no more than about the root of the number of
-    mechanisms; of many with next to no loss, RDP may say less by that.
+    PLD's bound grows with that width by no more than about the root of the number of mechanisms.
     """
     if not figures.epsilon_pld or not figures.epsilon_rdp:
         return True
@@ -321,15 +305,10 @@ def meaning(
     fixed: bool = True,
     others: tuple[Spent, float | None] | None = None,
 ) -> Meaning:
-    """What `epsilon` (None: unbounded) at `delta`, and the mechanism that `spent` it, mean as frequencies.
+    """The meaning, as frequencies, of a stated `epsilon` (None: unbounded) at `delta`, and of all that was `spent`.
 
-    Args:
-        spent: everything charged.
-        epsilon: that the report states for it.
-        delta: that it is stated at.
-        declared_size: number of units that the site publishes.
-        fixed: whether all that was charged was fixed beforehand; else the mechanism's curve bounds nothing.
-        others: what it comes to where all other sites tell what they added, with its epsilon; None: it stays the same.
+    The mechanism's curve bounds something only if all of it was `fixed` beforehand.  `others` is what was spent where
+    all other sites tell what they added, with its epsilon; None: that is the same.
     """
     stated, known = unbounded(epsilon), spent if fixed else None
     right, by_mechanism = _right(known, stated, delta)
@@ -365,10 +344,7 @@ def _right(spent: Spent | None, epsilon: float, delta: float) -> tuple[float, fl
 
 
 def as_stated(part: Any) -> Any:
-    """What a report says of a `Meaning` or a part of one: nine digits of each figure, upwards.
-
-    A figure's last digits depend on how many threads added it up, and equal input has to give equal bytes.
-    """
+    """Nine digits, upwards, of each figure of a `Meaning`: the last ones depend on how many threads added it up."""
     if isinstance(part, float):  # first to thirteen: what floats add to a whole number is not worth a digit
         return float(_NINE_DIGITS.plus(_THIRTEEN_DIGITS.create_decimal_from_float(part)))
     if isinstance(part, tuple):

@@ -139,8 +139,7 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     if not facts.finished:
         yield "end_independent_of_releases", "assumed", facts.progress
     if kept := facts.kept:
-        evidence = f"{kept.judged_by}, round {kept.round}; {facts.progress}"
-        yield "chosen_by_the_leads_own_records", "assumed", evidence
+        yield "chosen_by_the_leads_own_records", "assumed", f"{kept.judged_by}, round {kept.round}; {facts.progress}"
     if start := facts.provenance.start_adapter:
         code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
         yield code, "assumed", f"{start.run or NOT_RECORDED}: {start.digest}"
@@ -159,10 +158,8 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
 def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     """Assumptions on the mechanism, known to a simulation's own process, or stated by real sites' signed reports."""
     said = [site.site for site in sites if site.source == "signed_site_report"]
-    by_sites: tuple[Status, str] = (
-        "asserted" if len(said) == len(sites) else "assumed",
-        ", ".join(said) or "the sites' fedtune",
-    )
+    stated: Status = "asserted" if len(said) == len(sites) else "assumed"
+    by_sites = stated, ", ".join(said) or "the sites' fedtune"
     program, private = f"fedtune {facts.provenance.fedtune_version}", facts.plan.private
     if not private:
         yield "noise_in_every_step", "violated", "privacy.mechanism=none"

@@ -13,7 +13,7 @@ from fedtune.federation.aggregation import weights_of
 from fedtune.federation.drift import FELL, fall_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.report.derive import audit_bounds, profile, rules, verdicts
-from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source, Verdict
+from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
 from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility, filled
 from fedtune.words import finite, unbounded
 
@@ -35,7 +35,7 @@ def least_rounds(facts: RunFacts, site: SiteFacts) -> int:
 
 
 def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
-    """Whether a site's ledger says no less than its receipts and updates, and what the run asked for."""
+    """A site's ledger says no less than its receipts and updates, and has the plan that the run asked for."""
     known = [run for run in said.lifetime.runs if run.run == facts.run]
     return said.same_plan and all(
         run.rounds >= least_rounds(facts, site)
@@ -97,8 +97,7 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
         statement.lifetime, statement.approved, charges=statement.charges, verified=statement.verification is not None
     )
     words = [judged.verdict, statement.verdict, verdicts.verdict_of(reasons)]
-    if not agrees(facts, site, statement):
-        words.append(Verdict(state="no_guarantee", reasons=("site_report_disagrees",)))
+    words += [] if agrees(facts, site, statement) else [verdicts.verdict_of(["site_report_disagrees"])]
     verdict = verdicts.worst(words)
     meaning = None if verdict.state == "no_guarantee" else judged.meaning
     return replace(judged, verdict=verdict, meaning=meaning)
@@ -139,7 +138,7 @@ def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[St
 
 
 def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
-    """What came from a site over all rounds, by kind and reason."""
+    """All that came from a site, by kind and reason."""
     groups = defaultdict[tuple[str, str | None], list[str]](list)
     for result in facts.rounds:
         reason, kind = result.failed_sites.get(site.site), "refusal"

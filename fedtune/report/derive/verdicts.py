@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES
@@ -71,10 +72,9 @@ def room_of(report: Report) -> Room | None:
 
 
 def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: float) -> SiteReport:
-    """Add to a site the verdict for `reasons`, and the meaning of its epsilon, which covers all that was `charged`.
+    """Add to a site its verdict, also on whether accountants agree, and the meaning of its epsilon for all `charged`.
 
-    That the accountants disagree is one reason more.  Without a guarantee the meaning is left out, unless missing noise
-    is the only reason.
+    Without a guarantee the meaning is left out, unless missing noise is the only reason.
     """
     spent = site.spent
     assert spent is not None
@@ -84,15 +84,8 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
         return replace(site, verdict=verdict, meaning=None)
     trust, rows = site.by_trust, site.mechanisms
     others = (profile.charged_against(rows, colluders=MOST_SITES), trust.with_all_others) if trust else None
-    means = profile.meaning(
-        charged,
-        epsilon=profile.claimed(spent),
-        delta=delta,
-        declared_size=site.declared_size,
-        fixed=were_fixed(site),
-        others=others,
-    )
-    return replace(site, verdict=verdict, meaning=means)
+    of_site = partial(profile.meaning, declared_size=site.declared_size, fixed=were_fixed(site), others=others)
+    return replace(site, verdict=verdict, meaning=of_site(charged, epsilon=profile.claimed(spent), delta=delta))
 
 
 def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str]:
@@ -144,19 +137,17 @@ def _holding(**known: bool) -> Iterator[str]:
 
 
 def above(epsilon: float | None, cap: float | None) -> bool:
-    """Whether an epsilon exceeds a cap by more than rounding; None is an unbounded epsilon, or no cap."""
+    """An epsilon exceeds a cap by more than rounding; None is an unbounded epsilon, or no cap."""
     return cap is not None and unbounded(epsilon) > cap * (1 + _LAST_DIGITS)
 
 
 def were_fixed(site: SiteReport) -> bool:
-    """Whether all that was charged was fixed before any of it was released: one run, charged its whole plan.
+    """All that was charged was fixed before any of it was released: one run, charged its whole plan.
 
     A later run may be chosen, and an earlier one ended, because of what was released.
     """
-    if site.spent and site.spent.ended_by_scores:
-        return False
-    if site.source != "own_ledger":
-        return True  # one run's plan
+    if site.source != "own_ledger":  # one run's plan
+        return not (site.spent and site.spent.ended_by_scores)
     charged = [row for row in site.mechanisms if row.rounds]
     most = {run.run: run.most_rounds for run in site.lifetime.runs} if site.lifetime else {}
     return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds

@@ -32,11 +32,7 @@ _PREFIXES = ("", "k", "M", "G", "T")
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Texts by section and key.
-
-    Attributes:
-        language: as in the page's `lang`.
-    """
+    """Texts by section and key; `language` as in the page's `lang`."""
 
     language: str
     texts: Mapping[str, Mapping[str, str]]
@@ -59,7 +55,6 @@ class Catalogue:
         return Markup(escape(self.texts[section][name])).format(**values)
 
     def has(self, section: str, code: str) -> bool:
-        """Whether there are words for a code."""
         return code in self.texts[section]
 
     def code(self, section: str, code: str) -> Markup:
@@ -74,7 +69,7 @@ class Catalogue:
         return Markup(", ").join(words[:-1]) + self.text("word.list_end") + words[-1]
 
     def arrivals(self, people: Iterable[Arrivals]) -> Markup:
-        """Who they are, by when they came."""
+        """People by when they came."""
         return Markup(", ").join(self.text(f"arrivals.{one.code}", first=one.first, last=one.last) for one in people)
 
     def figure(self, value: Any, kind: str) -> str:
@@ -157,11 +152,7 @@ class Catalogue:
 
 @lru_cache(maxsize=len(LANGUAGES))
 def catalogue(language: str) -> Catalogue:
-    """The texts of a language.
-
-    Raises:
-        ConfigError: there are none.
-    """
+    """The texts of a language, or a ConfigError where there are none."""
     check_one_of("report.language", language, LANGUAGES)
     texts = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
     of_language = {section: {key: text[language] for key, text in keys.items()} for section, keys in texts.items()}

@@ -71,9 +71,30 @@ class _Drawing:
 def as_svg(report: Report, *, language: str) -> str:
     """The label as SVG that loads nothing; equal reports give equal labels."""
     words, drawing = Words(report, catalogue(language)), _Drawing()
-    for draw in (_head, _promise, _facts, _foot):
-        draw(drawing, words)
-    return drawing.svg(words.text("label.title", name=_shown(report.name, _NAME_LETTERS)), language=language)
+    text = words.text
+    drawing.box(0, 0, _WIDTH, 104, _BLUE if report.verdict.state == "within" else _RED)
+    drawing.line(_plain(text("label.heading")), _MARGIN, 40, 19, fill=_PAPER)
+    drawing.line(_shown(report.name, _NAME_LETTERS), _MARGIN, 80, 34, fill=_PAPER, font="bold")
+    lines = _wrapped(_plain(words.heading()), 21, 440, font="bold")
+    for y, said in enumerate(lines, 1 - len(lines)):
+        drawing.line(said, _WIDTH - _MARGIN, 80 + 27 * y, 21, fill=_PAPER, font="bold", at="end")
+    if report.banners:
+        drawing.box(0, 104, _WIDTH, 42, "#f7e3dc")
+    first, size = (131, 17) if len(report.banners) == 1 else (121, 13)
+    for place, code in enumerate(report.banners):
+        drawing.line(_plain(words.code("banner", code)), _MARGIN, first + 18 * place, size, fill=_RED, font="bold")
+    _promise(drawing, words)
+    _facts(drawing, words)
+    top, width = 556, _WIDTH - 2 * _MARGIN
+    drawing.box(0, top - 26, _WIDTH, _HEIGHT - top + 26, "#f3f3f1")
+    drawing.line(_plain(text("limits.heading")), _MARGIN, top, 18, font="bold")
+    limits = [text("label.shared")] if words.shared and words.promises else []
+    limits += [words.code("not_protected", code) for code in report.not_protected]
+    drawing.text("; ".join(map(_plain, limits)), _MARGIN, top + 21, 13.5, width=width, most=4)
+    digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
+    drawing.line(_plain(text("label.check")), _MARGIN, _HEIGHT - 16, 15, fill=_SOFT)
+    drawing.line(digest, _WIDTH - _MARGIN, _HEIGHT - 16, 15, font="mono", at="end")
+    return drawing.svg(text("label.title", name=_shown(report.name, _NAME_LETTERS)), language=language)
 
 
 def as_svg_of_own(site: str, run: str) -> str:
@@ -90,21 +111,6 @@ def as_svg_of_own(site: str, run: str) -> str:
     drawing.text(said, _MARGIN, 200, 36, width=_WIDTH - 2 * _MARGIN, font="bold")
     drawing.text(about, _MARGIN, 330, 26, width=_WIDTH - 2 * _MARGIN)
     return drawing.svg(escape(said), language="en")
-
-
-def _head(drawing: _Drawing, words: Words) -> None:
-    report, text = words.report, words.text
-    drawing.box(0, 0, _WIDTH, 104, _BLUE if report.verdict.state == "within" else _RED)
-    drawing.line(_plain(text("label.heading")), _MARGIN, 40, 19, fill=_PAPER)
-    drawing.line(_shown(report.name, _NAME_LETTERS), _MARGIN, 80, 34, fill=_PAPER, font="bold")
-    lines = _wrapped(_plain(words.heading()), 21, 440, font="bold")
-    for y, said in enumerate(lines, 1 - len(lines)):
-        drawing.line(said, _WIDTH - _MARGIN, 80 + 27 * y, 21, fill=_PAPER, font="bold", at="end")
-    if report.banners:
-        drawing.box(0, 104, _WIDTH, 42, "#f7e3dc")
-    first, size = (131, 17) if len(report.banners) == 1 else (121, 13)
-    for place, code in enumerate(report.banners):
-        drawing.line(_plain(words.code("banner", code)), _MARGIN, first + 18 * place, size, fill=_RED, font="bold")
 
 
 def _promise(drawing: _Drawing, words: Words) -> None:
@@ -132,7 +138,7 @@ def _promise(drawing: _Drawing, words: Words) -> None:
 
 
 def _facts(drawing: _Drawing, words: Words) -> None:
-    """What was protected, how, and how much of the limit is used, a line each."""
+    """Data and unit, the method, and how much of the limit is used, a line each."""
     report, figure, text = words.report, words.catalogue.figure, words.text
     data = next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None)
     epsilon: str = figure(report.epsilon, "epsilon") if words.promises else text("word.unbounded")
@@ -160,18 +166,6 @@ def _facts(drawing: _Drawing, words: Words) -> None:
         for place, line in enumerate(lines):
             drawing.line(line, _RIGHT + 170, y + 24 * place, 19, font="bold")
         y += 24 * len(lines) + (15 if len(rows) < 9 else 10)
-
-
-def _foot(drawing: _Drawing, words: Words) -> None:
-    report, top, width = words.report, 556, _WIDTH - 2 * _MARGIN
-    drawing.box(0, top - 26, _WIDTH, _HEIGHT - top + 26, "#f3f3f1")
-    drawing.line(_plain(words.text("limits.heading")), _MARGIN, top, 18, font="bold")
-    limits = [words.text("label.shared")] if words.shared and words.promises else []
-    limits += [words.code("not_protected", code) for code in report.not_protected]
-    drawing.text("; ".join(map(_plain, limits)), _MARGIN, top + 21, 13.5, width=width, most=4)
-    digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
-    drawing.line(_plain(words.text("label.check")), _MARGIN, _HEIGHT - 16, 15, fill=_SOFT)
-    drawing.line(digest, _WIDTH - _MARGIN, _HEIGHT - 16, 15, font="mono", at="end")
 
 
 def _wrapped(text: str, size: float, width: float, *, font: str) -> list[str]:

@@ -47,13 +47,7 @@ AGAIN_S = 15
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unfinished:
-    """What a page says of a run that is not at its end.
-
-    Attributes:
-        done: rounds, of `planned` ones.
-        goes_on: a process works on the run.
-        written: in ISO form.
-    """
+    """A run that is not at its end, `done` so many rounds of `planned` ones; it `goes_on` if a process works on it."""
 
     done: int
     planned: int
@@ -67,9 +61,6 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
     Every figure on it carries its place in report.json.  Where it is `fillable`, what a person fills in on page 1 are
     fields, for `as_pdf`; otherwise they are drawn for the pen.  A page of an `unfinished` run says so, and loads itself
     again while the run goes on.
-
-    Raises:
-        ConfigError: there are no texts in this language.
     """
     words = Charts(report, catalogue(language))
     digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
@@ -120,11 +111,7 @@ def environment() -> Environment:
 
 
 def write_files(folder: Path, report: Report, *, language: str, pdf: bool = False) -> list[Path]:
-    """Write a report's files; each is whole at any moment.
-
-    Raises:
-        ConfigError: there is no such language, what makes a PDF is not installed, or the folder cannot be written.
-    """
+    """Write a report's files; each is whole at any moment."""
     html = render(report, language=language)
     files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
     if pdf:
@@ -133,11 +120,7 @@ def write_files(folder: Path, report: Report, *, language: str, pdf: bool = Fals
 
 
 def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Write files, by name, into a folder; each is whole at any moment.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
+    """Write files, by name, into a folder; each is whole at any moment."""
     try:
         for name, data in files.items():
             write_durably(folder / name, data)
@@ -147,12 +130,9 @@ def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
 
 
 def as_pdf(html: str) -> bytes:
-    """`html`, a page of `render`, as tagged PDF; equal pages give equal bytes on one machine.
+    """`html`, a page of `render`, as tagged PDF; equal pages give equal bytes on one machine, and nothing is fetched.
 
-    Nothing is fetched: what a page names outside itself is left out.
-
-    Raises:
-        ConfigError: WeasyPrint is not installed, or a library of the system that it needs.
+    A ConfigError says that WeasyPrint, or a library of the system that it needs, is not installed.
     """
     weasyprint = _weasyprint()
     # It tells of each rule of the style sheet that is for screens only.
@@ -216,7 +196,7 @@ def fields_of(words: Words, group: Group) -> list[Field]:
 
 
 def _fact(words: Words, place: int, key: str) -> Markup:
-    """What a fact says: codes in words, numbers in the language's way, names as they are."""
+    """A fact as people read it: codes in words, numbers in the language's way, names as they are."""
     where, section = pointer("cells", place, "facts", key), CODES.get(key)
     value = words.at(where)
     if not value:

@@ -63,12 +63,11 @@ class Words:
 
     @property
     def promises(self) -> bool:
-        """Whether there is anything to promise."""
         return self.report.verdict.state != "no_guarantee" and self.report.epsilon is not None
 
     @property
     def noise(self) -> str:
-        """Whether there was noise that hides anything: "noised", "seeded", or "no_noise" where some lacked it."""
+        """The noise, as far as it hides anything: "noised", "seeded", or "no_noise" where some lacked it."""
         noises = [one.noise_multiplier for site in self.report.sites for one in site.mechanisms]
         if 0 in noises or "no_noise" in self.report.verdict.reasons:
             return "no_noise"
@@ -76,18 +75,17 @@ class Words:
 
     @property
     def without_base(self) -> bool:
-        """Whether every run trained a head that is the whole model."""
+        """Every run trained a head that is the whole model."""
         ranks = [cell.facts["rank"] for cell in self.report.cells if "rank" in cell.facts]
         return {one for listed in ranks for one in listed.split(", ")} == {rank_text(NO_ADAPTER, 0)}
 
     @property
     def shared(self) -> bool:
-        """Whether a secure sum is part of it, whose noise several sites made together."""
+        """A secure sum is part of it, whose noise several sites made together."""
         return any(one.shared for site in self.report.sites for one in site.mechanisms)
 
     @property
     def band(self) -> str:
-        """Code of the strength."""
         return strength_band(self.report.epsilon if self.promises else None)
 
     def band_range(self, band: str) -> Markup:
@@ -108,7 +106,7 @@ class Words:
         return found
 
     def together(self, sites: Sequence[str], *, of: int) -> Markup:
-        """What the sites at these pointers, which are alike, are called beside a chart's line; `of` so many in all."""
+        """A name, beside a chart's line, for the sites at these pointers, which are alike; `of` so many in all."""
         name = shortened(self.at(f"{sites[0]}/site"), _LONGEST_IN_CHART)
         if len(sites) == 1:
             return Markup("{}").format(name)
@@ -118,7 +116,7 @@ class Words:
 
     @property
     def cohorts(self) -> tuple[CohortFigures, ...]:
-        """What people of a ledger spent by when they came; none where one figure is everybody's."""
+        """The figures of a ledger's people by when they came; none where one figure is everybody's."""
         life = self.report.sites[0].lifetime if self.is_ledger else None
         return (life and life.cohorts) or ()
 
@@ -155,9 +153,8 @@ class Words:
     # What page 1 says beyond single figures.
 
     def access(self) -> Mapping[str, Sequence[str]]:
-        """Who -> a code for each column of what there is to see."""
-        noise = self.noise
-        rows = data()["access"]
+        """Looker -> a code for each column of what there is to see."""
+        noise, rows = self.noise, data()["access"]
         masked = rows["masked"] if self.shared and noise == "noised" else {}
         sees = {who: list(codes) for who, codes in {**rows["noised"], **rows[noise], **masked}.items()}
         if how := self.by_subtraction():
@@ -184,7 +181,7 @@ class Words:
         return self.code("verdict", self.room or f"{self.report.verdict.state}_{self.report.kind}")
 
     def is_full(self) -> bool:
-        """Whether a site's own limit has to be raised before anything more can be spent."""
+        """A site's own limit has to be raised before anything more can be spent."""
         return self.room in ("used_up", "no_run_fits") or "above_lifetime_cap" in self.report.verdict.reasons
 
     def purpose(self) -> str:
@@ -210,14 +207,14 @@ class Words:
         return (*violated, *asked[:room])
 
     def to_do(self) -> Markup:
-        """What the officer who reads the page must do next."""
+        """The next task of the officer who reads the page."""
         first = ["violated"] if any(one.status == "violated" for one in self.report.assumptions) else []
         full = {"closed": "closed", "used_up": "full", "no_run_fits": "full"}.get(self.room or "")
         then = full or (self.report.kind if self.report.verdict.state == "within" else self.report.verdict.state)
         return Markup(" ").join(self.text(f"verdict.to_do_{code}") for code in (*first, then))
 
     def limits(self, *, several: bool) -> list[str]:
-        """What is not protected that an officer must know; `several`: figures tell of several records already."""
+        """Limits that an officer must know; `several`: figures tell of several records already."""
         first = set(data()["limits"]["first"]) - ({"several_records"} if several else set())
         return [limit for limit in self.report.not_protected if limit in first]
 
@@ -227,7 +224,7 @@ class Words:
         return "ceiling" if self.at(by_mechanism) is None else "mechanism"
 
     def says_nothing(self, site: str) -> bool:
-        """Whether all that is proved of the best attacker at a site is about what nothing would be."""
+        """All that is proved of the best attacker at a site is about as much as nothing."""
         found: float = self.at(f"{site}/meaning/right_of_100_{self.right(site)}")
         return found > (_SAYS_NOTHING if self.right(site) == "ceiling" else MOST_RIGHT)
 
@@ -235,12 +232,11 @@ class Words:
         """Why no more is proved of the best attacker than what follows from epsilon and delta."""
         runs = {row["run"] for row in self.at(f"{site}/mechanisms") if row["rounds"]}
         key = "meaning.several_runs" if len(runs) > 1 else "meaning.open_end"
-        if self.right(site) == "mechanism":
-            key = "meaning.too_little_noise"
+        key = "meaning.too_little_noise" if self.right(site) == "mechanism" else key
         return self.text(key, section=self.text("curve.heading"))
 
     def people(self) -> list[tuple[Markup, str]]:
-        """Who spent how much, by when they came: a line for all with the same figures, the newest last; and where."""
+        """People by when they came, a line for all with the same figures, the newest last; and where these stand."""
         whom = Markup('<span data-at="{}">{}</span>').format
         if (admitted := self.report.admits) and self.worst:
             return [(whom("/admits", self.catalogue.arrivals([admitted])), f"{self.worst}/spent")]
@@ -279,7 +275,7 @@ def pointer(*parts: str | int) -> str:
 
 
 def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
-    """What has the same key together, in the order of the first."""
+    """Groups of the same key, in the order of the first."""
     groups: dict[Hashable, list[One]] = {}
     for key, one in keyed:
         groups.setdefault(key, []).append(one)
@@ -288,5 +284,5 @@ def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:
 
 @cache
 def data() -> Mapping[str, Any]:
-    """What `page.toml` says the page is made of."""
+    """The parts of the page, by `page.toml`."""
     return tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))

@@ -32,16 +32,14 @@ _ABSENT_CLASS = Markup('class="absent"')
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table.
+    """A column of a table; `heading` is the key of its text, or, where it `is_named`, a name of the report.
 
     Attributes:
-        heading: key of its text.
         at: where each row's cell is, from the row on; "../" in front: from what holds the row; "@": from its site on.
-        kind: of figure, as in `Catalogue.figure`; or "text", "name" (shortened), "hash", "key", "json",
-            "failures_by_site", "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
+        kind: of figure, as in `Catalogue.figure`, or one of `_TEXTS`, with a section: "code:SECTION"; a trailing "?"
+            puts "at most" in front where the site fell silent.
         absent: key of the text where there is nothing ("": it is not known), and `zero` where there is a 0.
         only: kind of report, or unit, that has the column; "": all.
-        is_named: the heading is a name of the report, not a key.
     """
 
     heading: str
@@ -54,7 +52,6 @@ class Column:
 
     @property
     def is_figure(self) -> bool:
-        """Whether it stands at the right."""
         return self.kind.split(":")[0] not in _TEXTS
 
 
@@ -76,12 +73,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """A drawing with the table that holds the same figures.
-
-    Attributes:
-        seen: what there is to see, as the drawing's title; without a drawing, why there is none.
-        svg: None: there is nothing to draw, or it is the same throughout.
-    """
+    """A drawing with its title, and the table of the same figures; without an `svg`, `seen` says why there is none."""
 
     code: str
     seen: Markup
@@ -93,7 +85,7 @@ class Charts(Words):
     """Every table and chart of the page, made when the template asks for it."""
 
     def cell(self, row: str, column: Column) -> Markup:
-        """What a table shows of the row at a pointer."""
+        """A cell of the row at a pointer."""
         site = "/".join(row.split("/")[:3])
         at, parents = column.at.removeprefix("@"), column.at.count("../")
         start = site if column.at.startswith("@") else row.rsplit("/", parents)[0]
@@ -127,9 +119,8 @@ class Charts(Words):
             case ["json"]:
                 return Markup("<code>{}</code>").format(json.dumps(value, separators=(",", ":")))
             case ["failures_by_site"]:
-                return Markup(", ").join(
-                    Markup("{}: {}").format(site, self.code("refusal", why)) for site, why in value.items()
-                )
+                one = Markup("{}: {}").format
+                return Markup(", ").join(one(site, self.code("refusal", why)) for site, why in value.items())
             case ["code", section] if isinstance(value, list):
                 return self.listed(section, value)
             case ["code", section]:
@@ -166,7 +157,6 @@ class Charts(Words):
         return self.table(caption, columns, rows, last=last)
 
     def _columns(self, name: str) -> list[Column]:
-        """Those that this kind of report has."""
         layout, shown = data()["table"][name], ("", self.report.kind, self.report.unit)
         columns = [Column(*column) for column in layout["columns"]]
         first = [Column("page.site", "@site", "text")] if layout["rows"].startswith("sites") else []
@@ -224,17 +214,14 @@ class Charts(Words):
 
     def score_names(self) -> list[str]:
         """Scores that every round has."""
-        utility = self.report.utility
-        if utility is None:
-            return []
-        named = {name: None for one in utility.rounds for name in one.scores}  # in their order
-        return [name for name in named if all(name in one.scores for one in utility.rounds)]
+        rounds = self.report.utility.rounds if self.report.utility else ()
+        named = dict.fromkeys(name for one in rounds for name in one.scores)  # in their order
+        return [name for name in named if all(name in one.scores for one in rounds)]
 
     def scores(self) -> Table:
         """Before and after training."""
-        kinds = ("before", "final")
+        kinds, rows = ("before", "final"), []
         known = {kind: (self.json["utility"] or {}).get(kind, {}) for kind in kinds}
-        rows = []
         for name in known["before"] | known["final"]:
             places = [pointer("utility", kind, name) if name in known[kind] else "" for kind in kinds]
             found = [self.figure(place, "score") if place else self.text("word.unknown") for place in places]
@@ -337,7 +324,6 @@ class Charts(Words):
         return found
 
     def _line(self, site: str, of: str = "epsilon") -> list[tuple[float, float]]:
-        """A site's bounded figures."""
         return [(x, self.at(f"{step}/{of}")) for x, step in self._steps(site)]
 
     def _limit(self, site: str) -> Series:
