@@ -66,7 +66,10 @@ def problems(report: Report) -> list[Problem]:
     """
     facts = report.facts
     try:
-        if found := [*_contradictions(facts)] or [*_too_much_work(facts)] or [*_of_selection(facts)]:
+        unknown = sorted(facts.settings.keys() - cells.SETTINGS)[:1]
+        denied = [Problem("settings", one, f"one of {', '.join(sorted(cells.SETTINGS))}") for one in unknown]
+        denied += map(Problem._make, _of_run(facts) if isinstance(facts, RunFacts) else _of_ledger(facts))
+        if found := denied or [*_too_much_work(facts)] or [*_of_selection(facts)]:
             return found
         # Cells are texts, in which a last digit would show: they are of the figures that the report states.
         again = replace(figures_of(facts), cells=cells.of_report(report))
@@ -134,13 +137,6 @@ def _buckets(event: DpEvent) -> float:
         return 0.0
     sigma = gaussian.noise_multiplier
     return float(10 / sigma + 1 / sigma**2) / accountant.FINE
-
-
-def _contradictions(facts: Facts) -> Iterator[Problem]:
-    """Facts that cannot be true beside others."""
-    if unknown := sorted(facts.settings.keys() - cells.SETTINGS):
-        yield Problem("settings", unknown[0], f"one of {', '.join(sorted(cells.SETTINGS))}")
-    yield from map(Problem._make, _of_run(facts) if isinstance(facts, RunFacts) else _of_ledger(facts))
 
 
 _Found = tuple[str, object, object]

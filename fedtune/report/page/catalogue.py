@@ -28,6 +28,8 @@ MOST_RIGHT = Decimal("99.9999")  # of 100 guesses; beyond, nothing that is worth
 _SMALLEST_PLAIN = Decimal("1e-7")  # smaller ones have too many zeros to count
 _ANY_FLOAT = Context(prec=700)  # digits enough for the largest float and the smallest
 _PREFIXES = ("", "k", "M", "G", "T")
+_EVEN = ROUND_HALF_EVEN
+_PLACES = {"left": (3, ROUND_FLOOR), "score": (4, _EVEN), "of_100_fine": (2, ROUND_CEILING), "seconds": (1, _EVEN)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +93,13 @@ class Catalogue:
         if isinstance(value, float) and not math.isfinite(value):
             return self.texts["word"]["unbounded"]
         exact = Decimal(len(value)) if kind == "length" else Decimal(repr(value))
+        if kind in _PLACES:
+            return self._marks(str(_rounded(exact, *_PLACES[kind])))
         match kind:
             case "cap" | "exact":
                 return self._plain(exact)
-            case "left":
-                return self._marks(str(_rounded(exact, 3, ROUND_FLOOR)))
             case "number" | "failures":
                 return self._plain(_significant(exact, 6 if kind == "number" else 2, kind))
-            case "score":
-                return self._marks(str(_rounded(exact, 4, ROUND_HALF_EVEN)))
             case "count" | "length":
                 return self._marks(f"{exact:,}")
             case "of_100" if exact > MOST_RIGHT:
@@ -107,12 +107,8 @@ class Catalogue:
             case "of_100":
                 places = -(100 - exact).adjusted() if exact > 99 else 0
                 return self._marks(str(_rounded(exact, places, ROUND_CEILING))) + "\N{NO-BREAK SPACE}%"
-            case "of_100_fine":
-                return self._marks(str(_rounded(exact, 2, ROUND_CEILING)))
             case "percent":
                 return self._plain(_significant(100 * exact, 4, "failures")) + "\N{NO-BREAK SPACE}%"
-            case "seconds":
-                return self._marks(str(_rounded(exact, 1, ROUND_HALF_EVEN)))
             case "bytes":
                 step = min(int(math.log10(value)) // 3, len(_PREFIXES) - 1) if value >= 1 else 0
                 scaled = _significant(Decimal(value).scaleb(-3 * step), 3, "number")
