@@ -103,13 +103,19 @@ def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], obj
     stage = public_stage_of(config)
     folder = Path(stage.tracking.output_dir) / stage.name
     if has_begun(folder):
-        try:
-            folder_of(stage := replace(stage, resume=str(folder)))
-        except ConfigError as error:
-            raise ConfigError("name", config.name, f"is taken: {folder} {error.bound}; choose another") from None
+        stage = going_on(stage, folder, name=config.name)
     if stage.resume is None or not is_finished(folder):
         train(stage, folder)
     return with_start(replace(config, model=replace(config.model, adapter=str(folder))))
+
+
+def going_on(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
+    """The run that goes on in `folder`; where that belongs to something else, `name` is taken."""
+    try:
+        folder_of(resumed := replace(config, resume=str(folder)))
+    except ConfigError as error:
+        raise ConfigError("name", name, f"is taken: {folder} {error.bound}; choose another") from None
+    return resumed
 
 
 def folder_of(config: RunConfig) -> Path:

@@ -95,7 +95,6 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
 
 
 def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
-    """The settings of who takes part, and with which records."""
     alone = {"federation.min_sites": 1, "federation.enough_sites": None}
     if kind == "alone":
         return {**alone, "federation.participants": [site]}
@@ -326,17 +325,13 @@ class Compared:
 
 
 def _run_json(line: Line) -> dict[str, Any]:
-    about = {"kind": line.kind, "site": line.site, "private": line.private, "folder": str(line.run.folder)}
+    about: dict[str, Any] = {"kind": line.kind, "site": line.site, "private": line.private}
+    about["folder"] = str(line.run.folder)
     if line.run.result is None:  # a site's copy of a final adapter
         return about
     final, privacy = line.run.result.final, line.run.result.privacy
-    return about | {
-        "epsilon": privacy.epsilon,
-        "delta": privacy.delta,
-        "seconds": final.seconds,
-        "bytes": line.moved,
-        "energy": final.energy,
-    }
+    about |= {"epsilon": privacy.epsilon, "delta": privacy.delta, "seconds": final.seconds}
+    return about | {"bytes": line.moved, "energy": final.energy}
 
 
 def _pair_json(found: Comparison) -> dict[str, Any]:

@@ -149,7 +149,6 @@ def to_json(made: Mapping[str, Personalised]) -> dict[str, Any]:
 
 
 def _sentence(site: str, one: Personalised) -> str:
-    """The result of one site in words, no more than the interval supports."""
     if one.own.fitted.passes == 0:
         return f"{site}: its own records do not improve the shared adapter, which its own one equals."
     beside = {name: one.sides.comparison(name, OWN).verdict for name in (SHARED, ALONE)}

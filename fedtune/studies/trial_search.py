@@ -96,7 +96,6 @@ class Search:
 
     @property
     def folder(self) -> Path:
-        """Of the search: its trials' folders, its sites' and its files lie in it."""
         return Path(self.asked.tracking.output_dir) / self.asked.name
 
     @property
@@ -177,20 +176,18 @@ class Search:
         return dict(json.loads(json.dumps(kept))) | {"settings": self.asked.digest()}
 
     def _check_alike(self, shapes: Sequence[RunConfig]) -> None:
-        """Check that scores of these trials can be compared, and that the same ledgers can pay for them."""
         from fedtune.sites.virtual_site import dealt_out  # torch takes seconds to import
 
-        first = shapes[0]
         dealt = [dealt_out(one) | {"federation.participants": list(one.federation.active)} for one in shapes]
         for shape, settings in zip(shapes, dealt, strict=True):
             for key, value in settings.items():
                 if value != dealt[0][key]:
                     bound = "must be the same in all trials: the sites' records are dealt out by it once"
                     raise ConfigError(key, value, bound)
-            if shape.privacy.delta != first.privacy.delta:
+            if shape.privacy.delta != shapes[0].privacy.delta:
                 bound = "must be the same in all trials: a ledger has one delta"
                 raise ConfigError("privacy.delta", shape.privacy.delta, bound)
-            if shape.privacy.private != first.privacy.private:
+            if shape.privacy.private != shapes[0].privacy.private:
                 bound = "must be so in all trials or in none: without noise nothing is bounded"
                 raise ConfigError("privacy", "none", bound)
         if len(set(map(compared_on, shapes))) > 1:
@@ -226,10 +223,10 @@ class Search:
             model_card.write_report_and_card(trial.folder, language=trial.config.report.language)
 
     def picked_text(self, best: Trial) -> str:
-        return (
-            f"Picked by validation {best.config.judged_by} ({best.score:.3f}) out of {counted(self.number, 'trial')}; "
-            f"its report says so. {_promise(self.price)}"
+        picked = (
+            f"Picked by validation {best.config.judged_by} ({best.score:.3f}) out of {counted(self.number, 'trial')}"
         )
+        return f"{picked}; its report says so. {_promise(self.price)}"
 
 
 def check_trials(trials: int) -> None:
@@ -336,9 +333,7 @@ def _typed(searched: Sequence[Searched], values: Mapping[str, Any]) -> Values:
 
 def _number(one: Searched, value: float) -> str:
     """Four digits are enough to tell trials apart."""
-    if one.is_whole:
-        return str(value)
-    return repr(min(max(float(f"{value:.4g}"), one.low), one.high))
+    return str(value) if one.is_whole else repr(min(max(float(f"{value:.4g}"), one.low), one.high))
 
 
 def _distribution(one: Searched) -> BaseDistribution:

@@ -1,7 +1,6 @@
-"""Several runs, one after the other: what is there already, what goes on, and the table of what they came to.
+"""Several runs, one after the other, and their table; validation scores alone tell the best.
 
-The best run is told by validation scores alone.  A run that was chosen by its test score has a test score that is too
-good, since the choice has used the same records.
+A run that was chosen by its test score has one that is too good, since the choice has used the same records.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.api.compose import MOST_RUNS, Searched, compose_run, key_of, split_searched, time_stamp, value_of
-from fedtune.api.start_and_resume import folder_of
+from fedtune.api.start_and_resume import folder_of, going_on
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
@@ -57,15 +56,9 @@ class Trial:
     def of(cls, config: RunConfig, values: Values | None = None) -> Trial:
         """The run as it is on disk: new, begun by the same command before, or finished; else the name is taken."""
         folder = Path(config.tracking.output_dir) / config.name
-        is_taken = config.resume is None and folder.exists()
-        if is_taken:
-            config = replace(config, resume=str(folder))
-        try:
-            folder = folder_of(config)
-        except ConfigError as error:
-            if not is_taken:
-                raise
-            raise ConfigError("name", config.name, f"is taken: {folder} {error.bound}; choose another") from None
+        if config.resume is None and folder.exists():
+            config = going_on(config, folder, name=config.name)
+        folder = folder_of(config)
         result = result_in(folder, finished=True)
         return cls(config=config, folder=folder, values=values or {}, earlier=result is not None, result=result)
 
@@ -90,7 +83,6 @@ class Trial:
 
     @property
     def reason(self) -> str:
-        """Why it failed, in one line."""
         if self.state != "failed":
             return ""
         # The text of an error that nobody foresaw may quote a record.
@@ -140,7 +132,6 @@ def price_text(runs: Mapping[str, Trial]) -> Iterator[str]:
 
 
 def _range(values: Iterable[str]) -> str:
-    """The first and the last of sorted values."""
     first, *others = dict.fromkeys(values)
     return f"{first} to {others[-1]}" if others else first
 
@@ -198,10 +189,7 @@ class Trials:
 
     @classmethod
     def of_sweep(cls, overrides: Sequence[str]) -> Trials:
-        """One run for each combination of comma-separated values, all looked at before the first one begins.
-
-        Their names begin with the sweep's own, unless they are swept themselves.
-        """
+        """One run for each combination of comma-separated values; names begin with the sweep's, unless swept."""
         fixed, searched = split_searched(overrides)
         given = [str(value_of(override)) for override in fixed if key_of(override) == "name"]
         is_named = any(key_of(one.key) == "name" for one in searched)
@@ -342,14 +330,9 @@ class Trials:
         headings = ("", "run", *(key.replace(".", ".\n") for key in keys))
         headings += (*(f"{kind}\n{name}" for kind, name in scores), "epsilon\nspent")
         headings += (*(["epsilon\nso far"] if shared else []), "state")
-        return Section(
-            title="Trials" if shared else "Sweep",
-            headings=headings,
-            rows=rows,
-            words={0, *range(2, 2 + len(keys)), len(headings) - 1},
-            styles=styles,
-            notes=list(_notes(trials, best)),
-        )
+        title, words = "Trials" if shared else "Sweep", {0, *range(2, 2 + len(keys)), len(headings) - 1}
+        notes = list(_notes(trials, best))
+        return Section(title=title, headings=headings, rows=rows, words=words, styles=styles, notes=notes)
 
 
 def _figure(scores: Scores, name: str) -> str:
