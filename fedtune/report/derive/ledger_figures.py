@@ -47,12 +47,9 @@ def report_of(facts: LedgerFacts) -> Report:
     )
     loosened, verified = bool(facts.limits_loosened), facts.verification is not None
     found = verdicts.of_ledger(life, approved, charges=num_charges(facts), verified=verified, limits_loosened=loosened)
-    reasons = list(found)
-    if any(  # as it was decided when the run was accepted
-        accountant.epsilon_above([run.plan.whole], run.plan.delta, limit=run.max_epsilon) is not None
-        for run in facts.runs
-        if run.max_epsilon is not None
-    ):
+    reasons, capped = list(found), ((run.plan, run.max_epsilon) for run in facts.runs if run.max_epsilon is not None)
+    # As it was decided when the run was accepted.
+    if any(accountant.epsilon_above([plan.whole], plan.delta, limit=cap) is not None for plan, cap in capped):
         reasons.append("above_run_cap")
     return rules.report_of(facts, (verdicts.judged(site, reasons, charged=charged, delta=delta),))
 

@@ -149,11 +149,10 @@ def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
         elif reason in (NO_REPLY, UNSIGNED_REPLY):
             kind = "no_answer"
         groups[kind, reason].append(result.ended)
+    came = sum(len(ended) for (kind, _), ended in groups.items() if kind == "update")
+    if (without := (site.signed_rounds or 0) - came) > 0:
+        groups["reservation_without_update", None] = [""] * without  # nobody noted when
     for (kind, reason), ended in groups.items():
         times = [time for time in ended if time]
         first, last = min(times, default=None), max(times, default=None)
         yield Release(kind=kind, run=facts.run, reason=reason, count=len(ended), first=first, last=last)
-    came = sum(len(ended) for (kind, _), ended in groups.items() if kind == "update")
-    if (without := (site.signed_rounds or 0) - came) > 0:
-        kind = "reservation_without_update"
-        yield Release(kind=kind, run=facts.run, reason=None, count=without, first=None, last=None)

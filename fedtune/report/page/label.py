@@ -173,16 +173,13 @@ def _wrapped(text: str, size: float, width: float, *, font: str) -> list[str]:
     lines: list[str] = []
     size *= 1.12 if font == "bold" else 1.0
     for word in text.split(" "):
-        if lines and _length(f"{lines[-1]} {word}") * size <= width:
-            lines[-1] += f" {word}"
+        longer = f"{lines[-1]} {word}" if lines else word
+        each = (0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in longer)
+        if lines and sum(each) * size <= width:  # about, and rather too wide
+            lines[-1] = longer
         else:
             lines.append(word)
     return lines
-
-
-def _length(text: str) -> float:
-    """How wide a text is, in sizes of its font: about, and rather too wide."""
-    return sum(0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in text)
 
 
 def _plain(text: Markup | str) -> str:
