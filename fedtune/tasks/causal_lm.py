@@ -205,24 +205,21 @@ def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.T
     """Of each row, the negative log-probabilities of all that it learns, added up, and the places where it does.
 
     Scores are computed for one row at a time, where it learns a token and nowhere else: how many places that are is up
-    to the row, and of rows computed together it would be up to the neighbours.  A row that learns nothing has 0 at one
-    place.
+    to the row, and of rows computed together it would be up to the neighbours.  A row that learns nothing, as an empty
+    one, has 0 at one place.
     """
     assert model.output is not None, "the base predicts no tokens"
     inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
-    # Found for all rows on the host, so that a device is waited for once.  Of nothing learnt the first place stands in,
-    # where a target that counts nothing gives a gradient of zero.
+    # Found for all rows on the host, so that a device is waited for once.
     learnt = [row.nonzero().flatten() for row in (_next_tokens(batch) != UNSUPERVISED).cpu()]
-    learnt = [places if len(places) else places.new_zeros(1) for places in learnt]
     places_of_rows = torch.split(torch.cat(learnt).to(inputs.device), [len(places) for places in learnt])
     # Not by index, which would add up each row's gradient with the zeros of all others.
     for row, targets, places in zip(inputs[:, :-1].unbind(), _next_tokens(batch), places_of_rows, strict=True):
-        if not len(targets):  # a record of one token, where nothing comes next
-            yield row.sum(), row.new_zeros(1)
+        if not len(places):
+            yield row[:0].sum(), row.new_zeros(1)  # with a gradient of zero, whatever stands there
             continue
         scores = model.output.scores(row[places])
-        total = torch.nn.functional.cross_entropy(scores, targets[places], ignore_index=UNSUPERVISED, reduction="sum")
-        yield total, places
+        yield torch.nn.functional.cross_entropy(scores, targets[places], reduction="sum"), places
 
 
 def _next_tokens(batch: Batch) -> torch.Tensor:
