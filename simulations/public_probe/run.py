@@ -52,7 +52,11 @@ PLACES: dict[str, dict[str, Any]] = {
     "value and output of layer 5": {"lora.layers": [-2]},
     "value of layer 6": {"lora.target_modules": ["value"]},
 }
-EPSILONS = (8, 1)
+# At epsilon 1 the rates of simulations/utility.
+EPSILONS: dict[int, dict[str, Any]] = {
+    8: {},
+    1: {"training.schedule": "linear", "training.learning_rate": 0.2, "training.head_learning_rate": 13.3},
+}
 
 
 def records_of(name: str) -> list[Record]:
@@ -94,8 +98,9 @@ def lines(kept: dict[str, Any], only: list[str] | None, runs: Path) -> Iterator[
     if not only or "runs" in only:
         for number, (name, place) in enumerate(PLACES.items()):
             with shared_states.shared_frozen_states(runs / f"states-{place.get('lora.layers')}.pt"):
-                for epsilon in EPSILONS:
-                    settings = {"federation.aggregation": "secure", "privacy.epsilon": epsilon, "tracking": "quiet", **place}
+                for epsilon, rates in EPSILONS.items():
+                    settings = {"federation.aggregation": "secure", "privacy.epsilon": epsilon, "tracking": "quiet"}
+                    settings |= place | rates
                     run = finished(runs, f"place{number}-e{epsilon}", "banks_intents", settings)
                     yield f"{name}, epsilon {epsilon}", run.metrics["accuracy"]
 

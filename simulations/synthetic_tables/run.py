@@ -48,6 +48,7 @@ GUIDES = {
     "federation.num_sites": 4,
     "federation.site_names": ["guide-a", "guide-b", "guide-c", "guide-d"],
     "tracking": "quiet",
+    "runtime.micro_batch_tokens": 256,  # each shape is tried first, and a language model takes long for each
 }
 SECURE = {"federation.aggregation": "secure", "federation.num_rounds": 12, "training.local_steps": 1}
 WRITERS: dict[str, dict[str, Any]] = {

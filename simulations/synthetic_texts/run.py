@@ -56,6 +56,7 @@ SECURE = {
     "training.local_steps": 1,
     "privacy.sampling_rate": 0.1,
 }
+PLAIN = {"federation.aggregation": "plain", "federation.num_rounds": 4, "training.local_steps": 4}
 NONE = {
     "privacy": "none",
     "privacy.sampling_rate": 0.0139,
@@ -70,6 +71,7 @@ NONE = {
 }
 WRITERS: dict[str, dict[str, Any]] = {
     **{f"secure-e{epsilon}": {**SECURE, "privacy.epsilon": epsilon} for epsilon in (8, 5, 2)},
+    "plain-e8": {**SECURE, "privacy.epsilon": 8, **PLAIN},
     "three-epochs": {**NONE, "training.unclipped_learning_rate": 0.001},
     "six-epochs": {**NONE, "training.unclipped_learning_rate": 0.0015, "model.adapter": "three-epochs"},
 }
@@ -77,6 +79,7 @@ TITLES = (
     "untuned",
     *(f"secure-e8{way}{votes}" for way in ("", "-guided") for votes in ("", ", most votes")),
     "secure-e8, labels of epsilon 1",
+    "plain-e8",
     "secure-e5",
     "secure-e5, labels of epsilon 3",
     "secure-e2",
