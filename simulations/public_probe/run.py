@@ -35,7 +35,11 @@ import shared_states  # noqa: E402
 from kept_runs import asked, finished  # noqa: E402
 
 DATA, RECORDS = HERE.parent / "data", 500
-RECIPES = {"medical abstracts": "hospitals_abstracts", "restaurants' food": "banks_intents", "Banking77": "banks_intents"}
+RECIPES = {
+    "medical abstracts": "hospitals_abstracts",
+    "restaurants' food": "banks_intents",
+    "Banking77": "banks_intents",
+}
 EVERYWHERE = ["lora.target_modules=all-linear", "lora.layers=null", "lora.rank=4", "lora.alpha=2", "lora.train_a=false"]
 MODULES = {
     "attention.self.query": "query",
@@ -112,10 +116,19 @@ def main() -> None:
         kept[name] = found
         write_durably(path, json.dumps(kept, indent=1).encode() + b"\n")
     probe = kept["probe"]
-    order = sorted(probe["Banking77"], key=lambda place: -sum(probe[name][place] / max(probe[name].values()) for name in list(RECIPES)[:2]))
-    rows = [[place, *(f"{probe[name][place] / max(probe[name].values()):.2f}" for name in RECIPES)] for place in order[:12]]
+    order = sorted(
+        probe["Banking77"],
+        key=lambda place: -sum(probe[name][place] / max(probe[name].values()) for name in list(RECIPES)[:2]),
+    )
+    rows = [
+        [place, *(f"{probe[name][place] / max(probe[name].values()):.2f}" for name in RECIPES)] for place in order[:12]
+    ]
     tables = readme.markdown([["layer and module", *RECIPES], *rows])
-    found = [[name, *(f"{kept[f'{name}, epsilon {epsilon}']:.4f}" for epsilon in EPSILONS)] for name in PLACES if f"{name}, epsilon 1" in kept]
+    found = [
+        [name, *(f"{kept[f'{name}, epsilon {epsilon}']:.4f}" for epsilon in EPSILONS)]
+        for name in PLACES
+        if f"{name}, epsilon 1" in kept
+    ]
     tables += "\n\n" + readme.markdown([["LoRA on", *(f"epsilon {epsilon}" for epsilon in EPSILONS)], *found])
     readme.put(HERE / "README.md", tables)
 
