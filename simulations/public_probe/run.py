@@ -1,11 +1,11 @@
 """Where does LoRA learn most per unit of noise?  Asked of public records, and tried on Banking77, which chose nothing.
 
-    python simulations/public_probe/run.py --runs RUNS                  all; what is finished in RUNS is taken from there
-    python simulations/public_probe/run.py --runs RUNS --only probe     the probe alone, which trains nothing
+    python simulations/public_probe/run.py --runs RUNS                 all; what is finished in RUNS is taken from there
+    python simulations/public_probe/run.py --runs RUNS --only probe    the probe alone, which trains nothing
 
-The probe: MiniLM with its labels' names for a head and LoRA of rank 4 on every linear module, B at zero and fixed A, as a run begins.
-Of 500 records each gradient is clipped to 1 over all modules; what a module's B gets from their mean, divided by the
-root of its number of values, is its signal beside the same noise.
+The probe: MiniLM with its labels' names for a head and LoRA of rank 4 on every linear module, B at zero and fixed A, as
+a run begins.  Of 500 records each gradient is clipped to 1 over all modules; what a module's B gets from their mean,
+divided by the root of its number of values, is its signal beside the same noise.
 """
 
 from __future__ import annotations
