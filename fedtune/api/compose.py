@@ -152,9 +152,8 @@ def with_start(config: RunConfig) -> RunConfig:
     start = SavedAdapter.to_begin_in(name)
     RunFolder(start.folder.parent).require_own(start.digest, key="model.adapter", value=name)
     if expected not in (None, start.digest):
-        raise ConfigError(
-            "model.adapter_sha256", expected, f"is not the digest of the adapter, which is {start.digest}"
-        )
+        bound = f"is not the digest of the adapter, which is {start.digest}"
+        raise ConfigError("model.adapter_sha256", expected, bound)
     start.require_fits(config.task_model())
     return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
@@ -190,9 +189,8 @@ def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched,
     keys = [one.get_key_element() for one in parsed]
     for place, (key, one) in enumerate(zip(keys, parsed, strict=True)):
         if one.is_sweep_override() and key in keys[place + 1 :]:
-            raise ConfigError(
-                key, NOT_GIVEN, "must not be given again after its values: the last would be all that counts"
-            )
+            bound = "must not be given again after its values: the last would be all that counts"
+            raise ConfigError(key, NOT_GIVEN, bound)
     fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
     return fixed, tuple(_searched(one) for one in parsed if one.is_sweep_override())
 
@@ -285,7 +283,6 @@ def _in_grammar(override: str, *, swept: bool = True) -> str:
 
 
 def _if_open(word: str) -> str:
-    """A word in quotes, unless it has them."""
     bare = word.strip()
     return word if word.startswith(_QUOTES) or not bare else word.replace(bare, quoted(bare))
 

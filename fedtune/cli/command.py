@@ -231,7 +231,6 @@ def _parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
 
 
 def _click_type(hint: Any) -> Any:
-    """The type by which click reads a word for a parameter."""
     if get_origin(hint) in (Union, UnionType):
         (hint,) = (one for one in get_args(hint) if one is not NoneType)
     if get_origin(hint) is tuple:

@@ -48,9 +48,8 @@ def export(
     if chosen not in formats:
         raise ConfigError("--format", format, f"must be one of {', '.join(formats)} for task {config.task}")
     if int8 and (chosen != "onnx" or config.lora.kind == NO_ADAPTER):
-        raise ConfigError(
-            "--int8", NOT_GIVEN, "goes with --format onnx of a model with a base, whose matrices it makes small"
-        )
+        bound = "goes with --format onnx of a model with a base, whose matrices it makes small"
+        raise ConfigError("--int8", NOT_GIVEN, bound)
     if to.absolute().resolve().is_relative_to(adapter.resolve()):
         raise ConfigError("--to", str(to), "must lie outside the run's adapter folder")
     from fedtune.export.export_formats import export as write  # torch takes seconds to import

@@ -45,8 +45,7 @@ def generate(
     if not task.answers:
         raise ConfigError("task", config.task, "gives no answer to a text; fedtune evaluate scores it")
     if spec.temperature > 0 and not task.predicts_tokens:
-        bound = "is for a task that writes text; this one draws nothing"
-        raise ConfigError("--temperature", spec.temperature, bound)
+        raise ConfigError("--temperature", spec.temperature, "is for a task that writes text; this one draws nothing")
     folders = runs.by_name(run, own, adapter)
     if prompt is not None and file is not None:
         raise ConfigError("--prompt", prompt, "must not be given with --file: one stands instead of it")

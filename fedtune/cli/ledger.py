@@ -228,7 +228,6 @@ def ledger_file(name: str) -> Path:
 
 
 def _own_site(policy: Path, path: str | None) -> SiteFiles:
-    """The site whose existing ledger is about to be changed."""
     files = SiteFiles.of(policy)
     # A ledger that does not exist would be made, and a copy beside the real one would be of no use.
     given = files.ledger if path is None else ledger_file(path)

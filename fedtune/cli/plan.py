@@ -118,7 +118,6 @@ def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.Se
 
 
 def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:
-    """The run's settings, and its plan with what was solved for."""
     if target is None:
         config = compose(overrides)
         return config, config.plan()

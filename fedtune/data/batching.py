@@ -47,7 +47,6 @@ class Batch:
         return (len(self.input_ids) - self.empty_rows) // self.texts
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`."""
         prefix, reference = (None if kept is None else kept.to(device) for kept in (self.prefix, self.reference))
         tensors = (self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device))
         return Batch(*tensors, prefix, reference, empty_rows=self.empty_rows, texts=self.texts)

@@ -338,8 +338,7 @@ def _in_object(path: Path, row: _Growing, opens: re.Pattern[bytes]) -> Iterator[
             block = before[found.end() :]
         yield block
     if found is None and before.strip():
-        bound = "must be an object with an array of documents (BioC as JSON)"
-        raise DataError(at_line(path, 1), "another form", bound)
+        raise DataError(at_line(path, 1), "another form", "must be an object with an array of documents (BioC as JSON)")
 
 
 def array_rows(path: Path, *, lenient: bool, opens: re.Pattern[bytes] | None = None) -> RawRows:

@@ -134,6 +134,5 @@ class InProcessGrid:
             yield answer
 
     def deliver(self, message: Message) -> Message:
-        """A node's answer."""
         set_metadata(message, message_id=str(uuid.uuid4()))
         return self._client_app(message, self._contexts[message.metadata.dst_node_id])

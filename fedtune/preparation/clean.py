@@ -220,5 +220,4 @@ def _new(out: Path) -> Iterator[BufferedWriter]:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        bound = f"must be a new file that can be written ({error.strerror})"
-        raise ConfigError("--out", str(out), bound) from None
+        raise ConfigError("--out", str(out), f"must be a new file that can be written ({error.strerror})") from None
