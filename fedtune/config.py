@@ -442,8 +442,7 @@ def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) 
     return settings
 
 
-_FASTER = 5 / 3
-"""How far SGD's rates grow at most in secure sums: from 3 to 5 and from 24 to 40 with four banks."""
+_FASTER = 5 / 3  # how far SGD's rates grow at most in secure sums: from 3 to 5 and from 24 to 40 with four banks
 
 
 def _with_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,7 @@ class FedtuneError(Exception):
     exit_code: ClassVar[int] = 1
 
 
-NOT_GIVEN: Final = object()
-"""In place of an error's value where there is none to show."""
+NOT_GIVEN: Final = object()  # in place of an error's value where there is none to show
 
 
 class ConfigError(FedtuneError, ValueError):

@@ -38,24 +38,18 @@ from fedtune.training.examples import Places, SiteExamples
 from fedtune.training.optimizer import learning_rate_factor
 from fedtune.training.users import UserBatch, UserExamples
 
-RAW_SIZE = 1000.0
-"""Of a canary's gradient before it is clipped, in clip norms."""
-_MOST_VALUES = 2**23
-"""In the dense gradients of one micro-batch of canaries: 32 MiB in float32."""
-_LEAST_CONTROLS = 100
-"""Coordinates without a canary, which show what noise alone does."""
+RAW_SIZE = 1000.0  # of a canary's gradient before it is clipped, in clip norms
+_MOST_VALUES = 2**23  # in the dense gradients of one micro-batch of canaries: 32 MiB in float32
+_LEAST_CONTROLS = 100  # coordinates without a canary, which show what noise alone does
 
 Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CanaryBatch(Batch):
-    """A micro-batch of canaries; it has no tokens that matter.
+    """A micro-batch of canaries; it has no tokens that matter."""
 
-    Attributes:
-        coordinates: (n,) of each, in the joint vector.
-    """
-
+    # (n,) of each, in the joint vector
     coordinates: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @classmethod
@@ -71,18 +65,12 @@ class Tally:
 
     The attacker knows the model, the plan, every record but the canaries, and which of the records each step drew; the
     guarantee holds against that.  What the records added is made anew, by the function that the step itself uses.
-
-    Attributes:
-        max_grad_norm: the plan's clip norm.
-        denominator: of the site's steps.
-        total: (parameters,) over all steps so far.
-        steps: how many.
     """
 
-    max_grad_norm: float
-    denominator: float
-    total: Vector
-    steps: int = 0
+    max_grad_norm: float  # the plan's clip norm
+    denominator: float  # of the site's steps
+    total: Vector  # (parameters,) over all steps so far
+    steps: int = 0  # how many
 
     def __post_init__(self) -> None:
         self._records: dp_step.Sums = {}
@@ -143,17 +131,11 @@ class Observer:
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """A site's canaries that are in, as training meets them.
+    """A site's canaries that are in, as training meets them."""
 
-    Attributes:
-        coordinates: (n,) of each, in the joint vector.
-        observer: told of each step.
-        tally: of the site.
-    """
-
-    coordinates: Places
-    observer: Observer
-    tally: Tally
+    coordinates: Places  # (n,) of each, in the joint vector
+    observer: Observer  # told of each step
+    tally: Tally  # of the site
 
     def __len__(self) -> int:
         return len(self.coordinates)
@@ -269,17 +251,11 @@ class CanaryUsers(_Behind, UserExamples):
 
 @dataclass(frozen=True, kw_only=True)
 class Planted:
-    """One site's canaries.
+    """One site's canaries."""
 
-    Attributes:
-        coordinates: (canaries,) of each, whether in or not.
-        inserted: (canaries,) the coins.
-        tally: of the site's steps.
-    """
-
-    coordinates: Places
-    inserted: Coins
-    tally: Tally
+    coordinates: Places  # (canaries,) of each, whether in or not
+    inserted: Coins  # (canaries,) the coins
+    tally: Tally  # of the site's steps
 
 
 class GradientAttack:

@@ -10,11 +10,9 @@ import numpy.typing as npt
 
 Values = npt.NDArray[np.float64]
 Coins = npt.NDArray[np.bool_]
-Place = str | None
-"""A site; None: the aggregated model, which the server and every other site see."""
+Place = str | None  # a site; None: the aggregated model, which the server and every other site see
 
-_LEAST_SPREAD = 1e-4
-"""In shares of what one draw of a canary adds: rounding, where nothing else moves a score."""
+_LEAST_SPREAD = 1e-4  # in shares of what one draw of a canary adds: rounding, where nothing else moves a score
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

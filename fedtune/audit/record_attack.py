@@ -30,27 +30,19 @@ from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 
 FALSE_ALARMS = (0.01, 0.001)
-_WORDS = 8
-"""In each text of a canary: short enough to be read whole, random enough to be nobody's."""
+_WORDS = 8  # in each text of a canary: short enough to be read whole, random enough to be nobody's
 _FEWEST_WORDS = 100
 _LARGEST_LOSS = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedRecords:
-    """One site's canaries, and its real records.
+    """One site's canaries, and its real records."""
 
-    Attributes:
-        canaries: whether in or not.
-        inserted: (canaries,) the coins.
-        trained_on: the site's real training records.
-        never_used: its held-out ones, which a keyed hash picked.
-    """
-
-    canaries: list[Record]
-    inserted: Coins
-    trained_on: list[Record]
-    never_used: list[Record]
+    canaries: list[Record]  # whether in or not
+    inserted: Coins  # (canaries,) the coins
+    trained_on: list[Record]  # the site's real training records
+    never_used: list[Record]  # its held-out ones, which a keyed hash picked
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-LEAST_CONFIDENCE = 0.9
-"""With less, a sound implementation would be called wrong too often."""
+LEAST_CONFIDENCE = 0.9  # with less, a sound implementation would be called wrong too often
 _PRECISION = 1e-6
 _SHARE_OF_SITES = 0.9
 

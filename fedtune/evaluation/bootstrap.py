@@ -23,8 +23,7 @@ import numpy.typing as npt
 
 from fedtune.spec import DataError
 
-Figures: TypeAlias = Mapping[str, npt.NDArray[np.float64]]
-"""Inputs of scores, by name: the first axis is the record."""
+Figures: TypeAlias = Mapping[str, npt.NDArray[np.float64]]  # inputs of scores, by name: the first axis is the record
 Scores: TypeAlias = Callable[[Figures], Mapping[str, float]]
 Verdict: TypeAlias = Literal["better", "worse", "cannot be told apart"]
 NO_DIFFERENCE: Verdict = "cannot be told apart"
@@ -49,34 +48,21 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One score of two models on the same units.
+    """One score of two models on the same units."""
 
-    Attributes:
-        base: of the model before.
-        tuned: of the model after.
-        difference: tuned less base, from the same draws of units.
-        verdict: what the difference's interval says of the tuned one.
-    """
-
-    base: Estimate
-    tuned: Estimate
-    difference: Estimate
-    verdict: Verdict
+    base: Estimate  # of the model before
+    tuned: Estimate  # of the model after
+    difference: Estimate  # tuned less base, from the same draws of units
+    verdict: Verdict  # what the difference's interval says of the tuned one
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Scores of several models under the same draws of units.
+    """Scores of several models under the same draws of units."""
 
-    Attributes:
-        values: by model and score, on the records as they are.
-        draws: likewise, (draws,) each.
-        num_units: that were drawn from.
-    """
-
-    values: Mapping[str, Mapping[str, float]]
-    draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]
-    num_units: int
+    values: Mapping[str, Mapping[str, float]]  # by model and score, on the records as they are
+    draws: Mapping[str, Mapping[str, npt.NDArray[np.float64]]]  # likewise, (draws,) each
+    num_units: int  # that were drawn from
 
     def estimate(self, model: str, score: str) -> Estimate:
         """A model's score with its interval."""

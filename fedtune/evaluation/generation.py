@@ -24,10 +24,8 @@ from fedtune.tasks.task_model import TaskModel
 
 Places: TypeAlias = npt.NDArray[np.int64]
 Choose: TypeAlias = Callable[[torch.Tensor, Places], torch.Tensor]
-_LIKELIEST = 1024
-"""Tokens that nearly always have `top_p` together; a whole vocabulary takes ten times as long to sort."""
-_LEAVE = 3 / 4
-"""Rows whose texts have ended leave their batch when this share or less goes on."""
+_LIKELIEST = 1024  # tokens that nearly always have `top_p` together; a whole vocabulary takes ten times as long to sort
+_LEAVE = 3 / 4  # rows whose texts have ended leave their batch when this share or less goes on
 
 
 def greedily(logits: torch.Tensor, places: Places) -> torch.Tensor:
@@ -120,15 +118,10 @@ def _chosen(
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Distinct prompts in file order, each with every reference text that the data has for it.
+    """Distinct prompts in file order, each with every reference text that the data has for it."""
 
-    Attributes:
-        input_ids: the (t,) token ids of each prompt, t at least 1.
-        references: one or more texts a prompt.
-    """
-
-    input_ids: tuple[np.ndarray, ...]
-    references: tuple[tuple[str, ...], ...]
+    input_ids: tuple[np.ndarray, ...]  # the (t,) token ids of each prompt, t at least 1
+    references: tuple[tuple[str, ...], ...]  # one or more texts a prompt
 
     @classmethod
     def of(cls, prompts: Sequence[np.ndarray], references: Sequence[str], *, rows: int | None = None) -> PromptSet:

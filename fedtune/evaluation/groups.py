@@ -20,27 +20,18 @@ import numpy.typing as npt
 from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, drawn
 from fedtune.spec import DataError
 
-OTHERS = "all others"
-"""The group of all units that belong to no group of its own."""
-_GROUP = "group"
-"""Beside a model's figures: the number of each record's group."""
+OTHERS = "all others"  # the group of all units that belong to no group of its own
+_GROUP = "group"  # beside a model's figures: the number of each record's group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Groups:
-    """Which group each record is in.
+    """Which group each record is in."""
 
-    Attributes:
-        names: of the groups, the largest first and `OTHERS` last.
-        codes: (records,) the place of each record's group in `names`.
-        sizes: units of each group; a user with records in two groups counts in both.
-        merged: the names that became `OTHERS`.
-    """
-
-    names: tuple[str, ...]
-    codes: npt.NDArray[np.int64]
-    sizes: tuple[int, ...]
-    merged: tuple[str, ...] = ()
+    names: tuple[str, ...]  # of the groups, the largest first and `OTHERS` last
+    codes: npt.NDArray[np.int64]  # (records,) the place of each record's group in `names`
+    sizes: tuple[int, ...]  # units of each group; a user with records in two groups counts in both
+    merged: tuple[str, ...] = ()  # the names that became `OTHERS`
 
     @property
     def smallest(self) -> str:
@@ -50,18 +41,12 @@ class Groups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupScores:
-    """One score of models in each group.
+    """One score of models in each group."""
 
-    Attributes:
-        groups: that they were scored in.
-        scores: by group and model.
-        gaps: likewise, to all other groups.
-        changes: by group and pair of models, the second beside the first.
-    """
-
-    groups: Groups
-    scores: Mapping[str, Mapping[str, Estimate]]
-    gaps: Mapping[str, Mapping[str, Estimate]]
+    groups: Groups  # that they were scored in
+    scores: Mapping[str, Mapping[str, Estimate]]  # by group and model
+    gaps: Mapping[str, Mapping[str, Estimate]]  # likewise, to all other groups
+    # by group and pair of models, the second beside the first
     changes: Mapping[str, Mapping[tuple[str, str], Comparison]]
 
 

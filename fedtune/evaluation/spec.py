@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
-SMALLEST = 20
-"""Units of the smallest group that is scored by itself, unless somebody asks for another number."""
+SMALLEST = 20  # units of the smallest group that is scored by itself, unless somebody asks for another number
 
 
 def no_test_records() -> ConfigError:

@@ -43,18 +43,14 @@ _BATCH, _RATE, _HEAD_RATE = 32, 6e-4, 6e-3
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """A student that was written, beside its teacher.
+    """A student that was written, beside its teacher."""
 
-    Attributes:
-        served: the teacher and the student, in float32 by torch, and then the student's graphs if one is in int8.
-        scores: on the run's test `records` (0: it keeps none), of teacher (`base`) and student (`tuned`), by records.
-        texts: that it was taught on, of a file with this `sha256`.
-    """
-
+    # the teacher and the student, in float32 by torch, and then the student's graphs if one is in int8
     served: Sequence[Served]
+    # on the run's test `records` (0: it keeps none), of teacher (`base`) and student (`tuned`), by records
     scores: Mapping[str, Comparison]
     records: int
-    texts: int
+    texts: int  # that it was taught on, of a file with this `sha256`
     sha256: str
 
 

@@ -47,31 +47,22 @@ from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import SavedAdapter, load_task_model, write_task_model
 from fedtune.tasks.task_model import TaskModel
 
-_ROWS = 64
-"""Of made-up features."""
+_ROWS = 64  # of made-up features
 _MOST_APART = 1e-3
 """The largest difference of logits, as a share of the largest logit: kernels round otherwise, nothing else may."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A run's model on its way out.
+    """A run's model on its way out."""
 
-    Attributes:
-        config: the run's.
-        adapter: the folder of the run's adapter.
-        base: a fresh model of the base's plain class with the adapter merged into its weights.
-        readout: the task's, of the mean hidden state.
-        private_to: the site to which the adapter is private; None: nobody's.
-    """
-
-    config: RunConfig
-    adapter: Path
+    config: RunConfig  # the run's
+    adapter: Path  # the folder of the run's adapter
     task: Task
-    base: PreTrainedModel
-    readout: Readout
+    base: PreTrainedModel  # a fresh model of the base's plain class with the adapter merged into its weights
+    readout: Readout  # the task's, of the mean hidden state
     tokenizer: PreTrainedTokenizerBase
-    private_to: str | None
+    private_to: str | None  # the site to which the adapter is private; None: nobody's
 
     @classmethod
     def of(

@@ -34,18 +34,12 @@ Run = Callable[..., torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """A graph, or another form of a model, as it would serve.
+    """A graph, or another form of a model, as it would serve."""
 
-    Attributes:
-        file: its name.
-        bytes: of that file; of a model in memory those of its weights.
-        milliseconds: of a CPU for one text by itself, on one thread: the median over at most 200.
-        scores: on the run's test records, by name; of a language model without the texts that it would write.
-    """
-
-    file: str
-    bytes: int
-    milliseconds: float
+    file: str  # its name
+    bytes: int  # of that file; of a model in memory those of its weights
+    milliseconds: float  # of a CPU for one text by itself, on one thread: the median over at most 200
+    # on the run's test records, by name; of a language model without the texts that it would write
     scores: Mapping[str, float]
 
 

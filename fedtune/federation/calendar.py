@@ -23,17 +23,11 @@ _MOST_SHOWN = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalendarRun:
-    """One run of a calendar.
+    """One run of a calendar."""
 
-    Attributes:
-        number: 1 for the first run of all.
-        cohorts: that it admits; None: everybody.
-        oldest: epsilon by PLD, after it, of the admitted who were in most runs; `newest` of those in fewest.
-    """
-
-    number: int
-    cohorts: Cohorts | None
-    oldest: float
+    number: int  # 1 for the first run of all
+    cohorts: Cohorts | None  # that it admits; None: everybody
+    oldest: float  # epsilon by PLD, after it, of the admitted who were in most runs; `newest` of those in fewest
     newest: float
 
 

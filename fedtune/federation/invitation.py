@@ -28,19 +28,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Invited:
-    """A run that sites are asked about.
+    """A run that sites are asked about."""
 
-    Attributes:
-        proposal: what every site is asked to take part in.
-        key: the lead's, which signs each question and request.
-        settings: JSON of the run's configuration, for sites that do not have it; or empty.
-        site_keys: site -> the public key under which it signs, where that is known beforehand.
-    """
-
-    proposal: Proposal
-    key: SigningKey
+    proposal: Proposal  # what every site is asked to take part in
+    key: SigningKey  # the lead's, which signs each question and request
     federation: FederationSpec
-    settings: str = ""
+    settings: str = ""  # JSON of the run's configuration, for sites that do not have it; or empty
+    # site -> the public key under which it signs, where that is known beforehand
     site_keys: Mapping[str, str] = field(default_factory=dict)
 
     def heed(self, site: str, reply: Reply) -> Reply:
@@ -53,17 +47,11 @@ class Invited:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answers:
-    """The sites' answers to an invitation.
+    """The sites' answers to an invitation."""
 
-    Attributes:
-        offers: of the sites that would take part, in all of it or in less.
-        refusals: of those that would not, or not before a person there has decided.
-        silent: site -> why it counts as silent.
-    """
-
-    offers: Mapping[str, Offer]
-    refusals: Mapping[str, Refusal]
-    silent: Mapping[str, str]
+    offers: Mapping[str, Offer]  # of the sites that would take part, in all of it or in less
+    refusals: Mapping[str, Refusal]  # of those that would not, or not before a person there has decided
+    silent: Mapping[str, str]  # site -> why it counts as silent
 
     def require_enough(self, federation: FederationSpec, *, takes_part: Callable[[Offer], object]) -> None:
         """Check that `least_sites` sites make an offer that `takes_part` accepts.
@@ -129,32 +117,20 @@ def invite(transport: Transport, asked: Invited, *, less: bool = False) -> Answe
 
 @dataclass(frozen=True, kw_only=True)
 class Lead(Invited):
-    """The lead's part in a run.
+    """The lead's part in a run."""
 
-    Attributes:
-        training: how each site steps, which bounds how far an update can be from the adapter that was sent.
-        lora: which tensors rest in a round.
-        declared_sizes: site -> the size it publishes; the weights of the average.
-        average: makes the next adapter of plain updates.
-        evaluate: scores an adapter on the lead's own validation data.
-        judged_by: of these scores the one that may decide when the run ends, and whose adapter it keeps.
-        finished: called with the state after each round.
-        earlier_receipts: site -> the newest one of earlier runs, to be sent back until this run has one.
-        elapsed: seconds since the run began, interruptions left out.
-        gives_adapter: whether the sites receive the final adapter.
-    """
-
-    training: TrainingSpec
-    lora: LoraSpec
-    declared_sizes: Mapping[str, int]
-    average: Aggregation
+    training: TrainingSpec  # how each site steps, which bounds how far an update can be from the adapter that was sent
+    lora: LoraSpec  # which tensors rest in a round
+    declared_sizes: Mapping[str, int]  # site -> the size it publishes; the weights of the average
+    average: Aggregation  # makes the next adapter of plain updates
     checkpoints: Checkpoints
-    evaluate: Callable[[Adapter], Mapping[str, float]]
-    finished: Callable[[LeadState], None]
-    elapsed: Callable[[], float]
+    evaluate: Callable[[Adapter], Mapping[str, float]]  # scores an adapter on the lead's own validation data
+    finished: Callable[[LeadState], None]  # called with the state after each round
+    elapsed: Callable[[], float]  # seconds since the run began, interruptions left out
+    # site -> the newest one of earlier runs, to be sent back until this run has one
     earlier_receipts: Mapping[str, Receipt] = field(default_factory=dict)
-    gives_adapter: bool = False
-    judged_by: str = "loss"
+    gives_adapter: bool = False  # whether the sites receive the final adapter
+    judged_by: str = "loss"  # of these scores the one that may decide when the run ends, and whose adapter it keeps
 
     @property
     def run(self) -> str:

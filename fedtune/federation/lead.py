@@ -64,33 +64,20 @@ class RoundResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeadState:
-    """A run between two rounds; everything that a resumed run continues from.
+    """A run between two rounds; everything that a resumed run continues from."""
 
-    Attributes:
-        round: rounds finished so far.
-        adapter: aggregated after that round.
-        best: of the round that the run keeps, where that is not the newest; None: it is.
-        strategy: arrays of the server optimizer, empty for plain averaging.
-        receipts: site -> its newest receipt.
-        unanswered: site -> rounds asked of it since that receipt.
-        rounds: one result for each finished round.
-        seconds: wall time so far, over all starts of the run.
-        metrics_before: of the initial adapter on the test file.
-        start_adapter: of an adapter that the run began in, what `run.json` says of it; None: it began in a new one.
-        data_changed: simulated sites whose records were others when the run was resumed.
-    """
-
-    round: int
-    adapter: Adapter
-    best: Adapter | None = None
-    strategy: Arrays = field(default_factory=dict)
-    receipts: Mapping[str, Receipt] = field(default_factory=dict)
-    unanswered: Mapping[str, int] = field(default_factory=dict)
-    rounds: tuple[RoundResult, ...] = ()
-    seconds: float = 0.0
-    metrics_before: Scores = field(default_factory=dict)
+    round: int  # rounds finished so far
+    adapter: Adapter  # aggregated after that round
+    best: Adapter | None = None  # of the round that the run keeps, where that is not the newest; None: it is
+    strategy: Arrays = field(default_factory=dict)  # arrays of the server optimizer, empty for plain averaging
+    receipts: Mapping[str, Receipt] = field(default_factory=dict)  # site -> its newest receipt
+    unanswered: Mapping[str, int] = field(default_factory=dict)  # site -> rounds asked of it since that receipt
+    rounds: tuple[RoundResult, ...] = ()  # one result for each finished round
+    seconds: float = 0.0  # wall time so far, over all starts of the run
+    metrics_before: Scores = field(default_factory=dict)  # of the initial adapter on the test file
+    # of an adapter that the run began in, what `run.json` says of it; None: it began in a new one.
     start_adapter: Mapping[str, Any] | None = None
-    data_changed: tuple[str, ...] = ()
+    data_changed: tuple[str, ...] = ()  # simulated sites whose records were others when the run was resumed
 
     @property
     def kept(self) -> Adapter:

@@ -21,77 +21,53 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
 _MOST_POINTS = 20
-MOST_ROUNDS = 1_000_000
-"""The search for rounds ends here."""
+MOST_ROUNDS = 1_000_000  # the search for rounds ends here
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SitePrice:
-    """The cost of a plan at one site, without epsilon, which is the same at every site that takes part in all rounds.
-
-    Attributes:
-        weight: of the site in the average.
-        expected_batch: mean number of units in a step, if the declared size is true.
-        expected_failures: delta times declared size: on average, at most this many units reveal something that could
-            not have been released without them.
-        step_noise: standard deviation of the noise in each coordinate of a step's mean gradient.
-    """
+    """The cost of a plan at one site, without epsilon: that is the same at every site that takes part in all rounds."""
 
     declared_size: int
-    weight: float
-    expected_batch: float
+    weight: float  # of the site in the average
+    expected_batch: float  # mean number of units in a step, if the declared size is true
+    # delta times declared size: on average, at most this many units reveal something that could not have been
+    # released without them
     expected_failures: float
-    step_noise: float
+    step_noise: float  # standard deviation of the noise in each coordinate of a step's mean gradient
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundPrice:
-    """Epsilon of all rounds up to this one, by each accountant.
-
-    Attributes:
-        pld: the run's figure.
-        rdp: at the order that is best for these rounds.
-        filter: what a ledger's filter has counted by then, at the one order that is best for the whole plan.
-        spare: whether it is a spare round, budgeted in case another is interrupted.
-    """
+    """Epsilon of all rounds up to this one, by each accountant."""
 
     round: int
     steps: int
-    pld: float
-    rdp: float
-    filter: float
-    spare: bool
+    pld: float  # the run's figure
+    rdp: float  # at the order that is best for these rounds
+    filter: float  # what a ledger's filter has counted by then, at the one order that is best for the whole plan
+    spare: bool  # whether it is a spare round, budgeted in case another is interrupted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """The price of a plan; the defaults are those of a plan that adds no noise.
-
-    Attributes:
-        sites: name -> figures.
-        largest: sites with the largest declared size.  They have the most weight and the most expected failures, and
-            one over their size bounds delta.
-        rounds: every round, or about twenty of many, the last one included.
-        epsilon: of the whole plan, spare rounds included, by PLD; a run's report never shows more.
-        epsilon_of_all_runs: of all `plan.runs` that share the target; `calendar` has them one by one, if they are more.
-        epsilon_rdp: the same by RDP.
-        epsilon_filter: the least lifetime cap of a new ledger under which the plan fits.
-        filter_order: the order at which it does.
-        epsilon_of_one_round: what an accountant that restarts each round would show; no bound on the run.
-        by_trust: epsilon of the whole plan by adversary, where sites share the noise.
-    """
+    """The price of a plan; the defaults are those of a plan that adds no noise."""
 
     plan: Plan
-    sites: Mapping[str, SitePrice]
+    sites: Mapping[str, SitePrice]  # name -> figures
+    # sites with the largest declared size.  They have the most weight and the most expected failures, and one
+    # over their size bounds delta.
     largest: tuple[str, ...]
-    rounds: tuple[RoundPrice, ...] = ()
-    epsilon: float = math.inf
+    rounds: tuple[RoundPrice, ...] = ()  # every round, or about twenty of many, the last one included
+    epsilon: float = math.inf  # of the whole plan, spare rounds included, by PLD; a run's report never shows more
+    # of all `plan.runs` that share the target; `calendar` has them one by one, if they are more.
     epsilon_of_all_runs: float = math.inf
-    epsilon_rdp: float = math.inf
-    epsilon_filter: float = math.inf
-    filter_order: float | None = None
+    epsilon_rdp: float = math.inf  # the same by RDP
+    epsilon_filter: float = math.inf  # the least lifetime cap of a new ledger under which the plan fits
+    filter_order: float | None = None  # the order at which it does
+    # what an accountant that restarts each round would show; no bound on the run
     epsilon_of_one_round: float = math.inf
-    by_trust: Epsilons | None = None
+    by_trust: Epsilons | None = None  # epsilon of the whole plan by adversary, where sites share the noise
     calendar: tuple[CalendarRun, ...] = ()
 
     @property
@@ -102,23 +78,14 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """The price of another plan.
+    """The price of another plan."""
 
-    Attributes:
-        what: the change in words.
-        plan: the changed plan, at the noise of the original one.
-        epsilon: the target.
-        noise_needed: the least noise multiplier that meets it; None: no noise does.
-        same_noise_epsilon: epsilon at the noise of the original plan.
-        step_noise: noise in a step's mean gradient with `noise_needed`, relative to the original plan.
-    """
-
-    what: str
-    plan: Plan
-    epsilon: float
-    noise_needed: float | None
-    same_noise_epsilon: float
-    step_noise: float | None
+    what: str  # the change in words
+    plan: Plan  # the changed plan, at the noise of the original one
+    epsilon: float  # the target
+    noise_needed: float | None  # the least noise multiplier that meets it; None: no noise does
+    same_noise_epsilon: float  # epsilon at the noise of the original plan
+    step_noise: float | None  # noise in a step's mean gradient with `noise_needed`, relative to the original plan
 
 
 def price(plan: Plan, declared_sizes: Mapping[str, int], *, before: int) -> Price:
@@ -188,14 +155,11 @@ def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: in
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SecureSums:
-    """The same training with secure sums, at the same epsilon.
-
-    Attributes:
-        noise_in_average: relative to that of the plain plan; with sums of all sites it is the noise of central
-            training on all records.
-    """
+    """The same training with secure sums, at the same epsilon."""
 
     plan: Plan
+    # relative to that of the plain plan; with sums of all sites it is the noise of central training on all
+    # records
     noise_in_average: float
 
 

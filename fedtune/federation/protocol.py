@@ -78,17 +78,11 @@ class _Word(ABC):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Question(_Word):
-    """A question about a run.
+    """A question about a run."""
 
-    Attributes:
-        proposal: of the run.
-        site: who is asked.
-        expires: seconds since 1970 after which the question is void.
-    """
-
-    proposal: Proposal
-    site: str
-    expires: float
+    proposal: Proposal  # of the run
+    site: str  # who is asked
+    expires: float  # seconds since 1970 after which the question is void
 
     @property
     def run(self) -> str:
@@ -127,17 +121,12 @@ class _Question(_Word):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Invitation(_Question):
-    """The lead's question whether a site would take part in a run, before any site is charged for it.
-
-    Attributes:
-        less: whether a site whose budget has no room for all of it is to say how much it has room for.
-        nonce: 32 random hexadecimal digits, which come back in an offer.
-    """
+    """The lead's question whether a site would take part in a run, before any site is charged for it."""
 
     purpose: ClassVar[str] = "invitation"
     round: ClassVar[int] = 0  # it is charged to none
-    nonce: str
-    less: bool = False
+    nonce: str  # 32 random hexadecimal digits, which come back in an offer
+    less: bool = False  # whether a site whose budget has no room for all of it is to say how much it has room for
 
     def _check(self) -> None:
         _require("nonce", _NONCE.fullmatch(self.nonce))
@@ -145,20 +134,14 @@ class Invitation(_Question):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundRequest(_Question):
-    """The server's proposal for one round at one site.
-
-    Attributes:
-        round: from 1.
-        adapter_digest: of the adapter that travels with the request.
-        receipt: the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back.
-        session: the lead's name for the session of the secure sum that the round is a release of; else empty.
-    """
+    """The server's proposal for one round at one site."""
 
     purpose: ClassVar[str] = "round request"
-    round: int
-    adapter_digest: str
+    round: int  # from 1
+    adapter_digest: str  # of the adapter that travels with the request
+    # the last one that the lead has of the site, or None; a ledger that lacks it was lost or put back
     receipt: Receipt | None
-    session: str = ""
+    session: str = ""  # the lead's name for the session of the secure sum that the round is a release of; else empty
 
     def _to_json(self) -> dict[str, Any]:
         receipt = None if self.receipt is None else self.receipt.to_json()
@@ -207,19 +190,14 @@ def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SumRequest(_Question):
-    """The lead's question for a step of a run's secure sums beside the upload, which is a round's update.
-
-    Attributes:
-        step: "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum.
-        session: 32 random hexadecimal digits, the lead's name for the session that is announced.
-        parts_digest: `digest_of_parts` of the messages that travel with the question.  A carrier who changes one cannot
-            make a site answer what the lead did not ask.
-    """
+    """The lead's question for a step of a run's secure sums beside the upload, which is a round's update."""
 
     purpose: ClassVar[str] = "step of a secure sum"
     round: ClassVar[int] = 0  # it is charged to none
-    step: str
-    session: str
+    step: str  # "announce" a key, "join" the session of all keys, "confirm" survivors, or "unmask" their sum
+    session: str  # 32 random hexadecimal digits, the lead's name for the session that is announced
+    # `digest_of_parts` of the messages that travel with the question.  A carrier who changes one cannot make a
+    # site answer what the lead did not ask.
     parts_digest: str
 
     def _check(self) -> None:
@@ -235,16 +213,12 @@ def digest_of_parts(parts: Iterable[bytes]) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EndOfRun(_Word):
-    """The lead's word that a run is over, so that a site need not hold budget for it any longer.
-
-    Attributes:
-        adapter_digest: of the final adapter that travels with the notice; empty: none does.
-    """
+    """The lead's word that a run is over, so that a site need not hold budget for it any longer."""
 
     purpose: ClassVar[str] = "end of run"
     run: str
     lead: str
-    adapter_digest: str = ""
+    adapter_digest: str = ""  # of the final adapter that travels with the notice; empty: none does
 
     @property
     def speaker(self) -> str:
@@ -267,14 +241,10 @@ def _require(key: str, right: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """A site's answer: what it releases, and a receipt of what its ledger has charged so far.
-
-    Attributes:
-        receipt: None where the site cannot read its ledger, or tells a stranger nothing of it.
-    """
+    """A site's answer: what it releases, and a receipt of what its ledger has charged so far."""
 
     body: Answer
-    receipt: Receipt | None
+    receipt: Receipt | None  # None where the site cannot read its ledger, or tells a stranger nothing of it
 
     def is_signed(self) -> bool:
         """The receipt is signed, and was given with exactly this answer, to the bit.

@@ -24,15 +24,12 @@ if TYPE_CHECKING:  # it imports torch
 
 INVALID_UPDATE = "invalid_update"
 NO_REPLY = "no_reply"
-LEFT_OUT = "left_out"
-"""Of a site that is asked no more, since its shares in a secure sum were wrong."""
-NOT_SUMMED = "not_summed"
-"""Of a site whose upload is in no sum: it is charged, and the round moved nothing by it."""
+LEFT_OUT = "left_out"  # of a site that is asked no more, since its shares in a secure sum were wrong
+NOT_SUMMED = "not_summed"  # of a site whose upload is in no sum: it is charged, and the round moved nothing by it
 UNSIGNED_REPLY = "unsigned_reply"  # or signed about something else, which shows no charge
 _MOST_SHARE = 1e9
 """The largest share of the declared number that a score or a count may be, with any noise and any true number."""
-BEYOND_PLAN = "beyond_plan"
-"""Of an update that moves the adapter further than the plan's training can."""
+BEYOND_PLAN = "beyond_plan"  # of an update that moves the adapter further than the plan's training can
 
 
 @dataclass
@@ -42,13 +39,10 @@ class Closing:
     Two cases end it, each `grace_s` seconds after it began: `enough_sites` good answers are there; or `least_sites`
     are, and nobody else is at work, for every other site is offline, paused, waiting for a person or has refused.  It
     ends at once when nobody is at work and too many sites have refused for `least_sites` good answers to come.
-
-    Attributes:
-        clock: seconds, of which only differences count.
     """
 
     spec: FederationSpec
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.monotonic  # seconds, of which only differences count
     _since: float | None = field(default=None, init=False)
 
     def is_over(self, *, good: int, at_work: int, others: int) -> bool:
@@ -82,26 +76,16 @@ class _Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundReplies:
-    """A round's replies, each judged as it comes: which updates their sites signed and training can have made.
+    """A round's replies, each judged as it comes: which updates their sites signed and training can have made."""
 
-    Attributes:
-        proposal: of the run.
-        round: of the run.
-        sent: the adapter that the round began in.
-        reaches: asked site -> how far its training may take the adapter, in the sites' order.
-        arrived: where the valid updates are kept.
-        update_dtype: the number format in which plain updates come.
-        left_out: sites that are asked no more, and not heard.
-        masked: site -> its upload to a secure sum, which nothing can be said of by itself.
-    """
-
-    proposal: Proposal
-    round: int
-    sent: Adapter
-    reaches: Mapping[str, Reach]
-    arrived: Arrived
-    update_dtype: str
-    left_out: Collection[str] = ()
+    proposal: Proposal  # of the run
+    round: int  # of the run
+    sent: Adapter  # the adapter that the round began in
+    reaches: Mapping[str, Reach]  # asked site -> how far its training may take the adapter, in the sites' order
+    arrived: Arrived  # where the valid updates are kept
+    update_dtype: str  # the number format in which plain updates come
+    left_out: Collection[str] = ()  # sites that are asked no more, and not heard
+    # site -> its upload to a secure sum, which nothing can be said of by itself
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 

@@ -14,10 +14,8 @@ from fedtune.codec import parse_json
 from fedtune.spec import ConfigError
 
 _MOST_NAMED = 10
-LABEL = "label.svg"
-"""The privacy label, beside an adapter's card."""
-ASKED = "asked.jsonl"
-"""The journal of rounds that were asked for, in the folder of a run's checkpoints."""
+LABEL = "label.svg"  # the privacy label, beside an adapter's card
+ASKED = "asked.jsonl"  # the journal of rounds that were asked for, in the folder of a run's checkpoints
 
 
 def checkpoint_name(round: int | None = None) -> str:

@@ -48,17 +48,12 @@ class _Begun:
 
 @dataclass(slots=True)
 class _Known:
-    """The lead's knowledge of a run's secure sums, kept for the run's next lead: all of it is public.
+    """The lead's knowledge of a run's secure sums, kept for the run's next lead: all of it is public."""
 
-    Attributes:
-        begun: the session that goes on; None: another has to begin.
-        accused: two sites each, of which one is at fault for a wrong share.
-        left_out: sites that are asked no more.
-    """
-
-    begun: _Begun | None = None
+    begun: _Begun | None = None  # the session that goes on; None: another has to begin
+    # two sites each, of which one is at fault for a wrong share
     accused: set[frozenset[str]] = field(default_factory=set)
-    left_out: set[str] = field(default_factory=set)
+    left_out: set[str] = field(default_factory=set)  # sites that are asked no more
 
     def to_bytes(self) -> bytes:
         """JSON of all of it."""

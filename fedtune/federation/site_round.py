@@ -44,19 +44,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """The result of a round at a site.
+    """The result of a round at a site."""
 
-    Attributes:
-        adapter: after the plan's noisy steps; None where the plan has secure sums.
-        share: of a secure sum: the site's noisy gradient sum in integers, (values,).
-        scores: noised score and count of held-out units, where the plan releases them.
-        fingerprint: of the records, for the ledger alone.
-    """
-
-    adapter: Adapter | None = None
-    share: npt.NDArray[np.int64] | None = None
-    scores: tuple[float, float] | None = None
-    fingerprint: str = ""
+    adapter: Adapter | None = None  # after the plan's noisy steps; None where the plan has secure sums
+    share: npt.NDArray[np.int64] | None = None  # of a secure sum: the site's noisy gradient sum in integers, (values,)
+    scores: tuple[float, float] | None = None  # noised score and count of held-out units, where the plan releases them
+    fingerprint: str = ""  # of the records, for the ledger alone
 
 
 Request = RoundRequest | Invitation | SumRequest
@@ -66,21 +59,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A run that policy and budget allow, as the site itself reads the lead's configuration.
+    """A run that policy and budget allow, as the site itself reads the lead's configuration."""
 
-    Attributes:
-        proposal: derived from the configuration; a request with another one is refused.
-        template: an adapter with the names and shapes that this run trains.
-        declared_size: the site's size in this run; it must equal the size that the policy declares.
-        update_dtype: the number format in which a plain update leaves.
-        members: the sites of a run with secure sums.
-    """
-
-    proposal: Proposal
-    template: Adapter
-    declared_size: int
-    update_dtype: str
-    members: tuple[str, ...] = ()
+    proposal: Proposal  # derived from the configuration; a request with another one is refused
+    template: Adapter  # an adapter with the names and shapes that this run trains
+    declared_size: int  # the site's size in this run; it must equal the size that the policy declares
+    update_dtype: str  # the number format in which a plain update leaves
+    members: tuple[str, ...] = ()  # the sites of a run with secure sums
 
 
 class Site(ABC):

@@ -20,8 +20,7 @@ from fedtune.spec import (
     spec,
 )
 
-MOST_SITES = 10_000
-"""Each has a name and a declared size, and settings also come from others."""
+MOST_SITES = 10_000  # each has a name and a declared size, and settings also come from others
 
 
 @spec

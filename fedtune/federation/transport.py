@@ -13,18 +13,13 @@ from fedtune.privacy.release import Receipt, Refusal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A lead's signed word for one site, with what travels beside it.
-
-    Attributes:
-        adapter: that a round begins in, or that a run ends with.
-        settings: JSON of the run's configuration, for a site that does not have it.
-        parts: the sites' messages that a step of a secure sum goes by; None: it is no such step.
-    """
+    """A lead's signed word for one site, with what travels beside it."""
 
     site: str
     signed: Signed
-    adapter: Adapter | None = None
-    settings: str = ""
+    adapter: Adapter | None = None  # that a round begins in, or that a run ends with
+    settings: str = ""  # JSON of the run's configuration, for a site that does not have it
+    # the sites' messages that a step of a secure sum goes by; None: it is no such step
     parts: Sequence[bytes] | None = None
 
 

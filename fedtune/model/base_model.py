@@ -53,8 +53,7 @@ from fedtune.spec import ConfigError
 _DTYPES = dict.fromkeys(("float32", "mixed", "int8"), torch.float32) | dict.fromkeys(
     ("bfloat16", "nf4"), torch.bfloat16
 )
-_OWN = {"local_files_only": True, "trust_remote_code": False}
-"""Nothing is fetched, and no code of a model's own runs."""
+_OWN = {"local_files_only": True, "trust_remote_code": False}  # nothing is fetched, and no code of a model's own runs
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -85,19 +84,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The maker of a model's input of an image: transformers' own processor, of its kind for PIL.
+    """The maker of a model's input of an image: transformers' own processor, of its kind for PIL."""
 
-    Attributes:
-        process: the processor.
-        side: of the square images that it makes.
-        patch: the side of a patch.
-        before: places of the model's own before those of the patches.
-    """
-
-    process: Any
-    side: int
-    patch: int
-    before: int
+    process: Any  # the processor
+    side: int  # of the square images that it makes
+    patch: int  # the side of a patch
+    before: int  # places of the model's own before those of the patches
 
     def pixels(self, image: Any) -> np.ndarray:
         """(3, side, side) float32."""

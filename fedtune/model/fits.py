@@ -105,8 +105,7 @@ def usable_positions(base: nn.Module) -> int | None:
     return min((bound for bound in bounds if isinstance(bound, int)), default=None)
 
 
-_TOKEN_IDS = ((1, 2, 3), (3, 2, 1))
-"""Two examples of three tokens, which every vocabulary has."""
+_TOKEN_IDS = ((1, 2, 3), (3, 2, 1))  # two examples of three tokens, which every vocabulary has
 
 
 def check_examples_apart(base: nn.Module, run: Callable[[], Any] | None = None, *, places: int = 3) -> None:

@@ -41,24 +41,18 @@ from fedtune.model.products import by_output
 from fedtune.model.quantized import Quantized, quantize_linear
 
 _log = logging.getLogger(__name__)
-LARGEST = 127
-"""Of a rounded value; -128 has no opposite."""
+LARGEST = 127  # of a rounded value; -128 has no opposite
 PART = 384
 """Terms of a sum, of at most 1,040 that float32 holds exactly.  Of MiniLM's longest rows, 1,536 values behind its
 activation, the largest decides for fewer others then: with the finer factors the pooled states are 3.7 % from float32's
 in place of 5.0 %."""
-_FEWEST_TERMS = 8
-"""That torch's kernel is asked for: of one term, torch 2.13 leaves the sums unwritten on a CPU."""
-_ROOTS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
-"""Powers of the fourth root of two."""
-_SMALLEST = 1e-30
-"""A row of smaller values, zeros among them, is rounded as if this were its largest."""
-_PLACES, _SEED = (4, 64), 20240
-"""Of random tokens, rows and columns, and what they are drawn from."""
+_FEWEST_TERMS = 8  # that torch's kernel is asked for: of one term, torch 2.13 leaves the sums unwritten on a CPU
+_ROOTS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)  # powers of the fourth root of two
+_SMALLEST = 1e-30  # a row of smaller values, zeros among them, is rounded as if this were its largest
+_PLACES, _SEED = (4, 64), 20240  # of random tokens, rows and columns, and what they are drawn from
 _QUIET = 1 / 16
 """Of the median column: what is smaller than this is taken to be so large, since other tokens may be louder."""
-_BLOCK = 2**18
-"""Values that a CPU works on at a time, so that they stay in a core's cache from one pass to the next."""
+_BLOCK = 2**18  # values that a CPU works on at a time, so that they stay in a core's cache from one pass to the next
 
 
 def round_rows(rows: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,21 +138,13 @@ class Rounding:
 
 
 class Int8(Quantized):
-    """A linear module that keeps whole numbers and a scale for each output in place of its weights.
+    """A linear module that keeps whole numbers and a scale for each output in place of its weights."""
 
-    Attributes:
-        whole: (out, in) int8.
-        scales: (out,) float32.
-        factors: (in,) float32, by which a row is multiplied before it is rounded.
-        reader: a number that layers which read the same have in common, with their factors.
-        rounding: shared by all layers of a base.
-    """
-
-    whole: torch.Tensor
-    scales: torch.Tensor
-    factors: torch.Tensor
-    reader: int
-    rounding: Rounding
+    whole: torch.Tensor  # (out, in) int8
+    scales: torch.Tensor  # (out,) float32
+    factors: torch.Tensor  # (in,) float32, by which a row is multiplied before it is rounded
+    reader: int  # a number that layers which read the same have in common, with their factors
+    rounding: Rounding  # shared by all layers of a base
 
     def __init__(self, module: nn.Linear | Conv1D, *, rounding: Rounding, reader: int, factors: torch.Tensor) -> None:
         super().__init__(module)

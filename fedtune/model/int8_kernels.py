@@ -18,8 +18,7 @@ _LARGEST, _SMALLEST = np.float32(127), np.float32(1e-30)
 _NEAREST = np.float32(3 * 2**22)
 """Added and taken away, it rounds to the nearest whole number, ties to even: `rint`, but in vectors."""
 _SIGN = np.int32(2**31 - 1)
-_INFINITE = np.int32(0x7F800000)
-"""The bits of infinity: those of other numbers are less, of NaN more."""
+_INFINITE = np.int32(0x7F800000)  # the bits of infinity: those of other numbers are less, of NaN more
 
 
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:

@@ -263,8 +263,7 @@ def _recompute(forward: Callable[..., Any], trains: bool, hidden: torch.Tensor, 
     return checkpoint(partial(forward, **kwargs), hidden, *args, use_reentrant=True, preserve_rng_state=False)
 
 
-_LANES = 64
-"""A multiple of the elements that a vectorised loop takes at once, on every CPU and for every number format."""
+_LANES = 64  # a multiple of the elements that a vectorised loop takes at once, on every CPU and for every number format
 _HOMES = ("torch.nn.modules.activation", "transformers.activations")
 
 

@@ -36,21 +36,16 @@ may read from a folder, for a model of text, and what an image processor reads. 
 purpose: `adapter_config.json` (it redirects), `tekken.json` (a package that is not pinned reads it),
 `additional_chat_templates/`, `processor_config.json` (of several processors at once), `*.py` and pickles."""
 
-_FIRST_LINE = "fedtune model manifest 1\n"
-"""So that no other list of hashes can be taken for a manifest."""
+_FIRST_LINE = "fedtune model manifest 1\n"  # so that no other list of hashes can be taken for a manifest
 _PROCESSOR_LINE = "images are processed by transformers' classes for PIL\n"
 """The second line of a model with an image processor: those for torchvision make other pixels of the same image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """The files that a model's hash covers.
+    """The files that a model's hash covers."""
 
-    Attributes:
-        files: name and SHA-256 of each file, in the order of the names.
-    """
-
-    files: tuple[tuple[str, str], ...]
+    files: tuple[tuple[str, str], ...]  # name and SHA-256 of each file, in the order of the names
 
     @property
     def text(self) -> str:
@@ -204,8 +199,7 @@ def _own_file(folder: Path, name: str) -> Path:
     return file
 
 
-_hashed: dict[tuple[Path, tuple[int, ...]], str] = {}
-"""Of weights, by what `_about` says of them."""
+_hashed: dict[tuple[Path, tuple[int, ...]], str] = {}  # of weights, by what `_about` says of them
 
 
 def _about(file: Path) -> tuple[int, ...]:

@@ -29,15 +29,10 @@ from fedtune.spec import ConfigError
 
 
 class Quantized(nn.Module):
-    """A linear module that never trains and whose `weight` is made anew from what it keeps, in its buffers.
+    """A linear module that never trains and whose `weight` is made anew from what it keeps, in its buffers."""
 
-    Attributes:
-        shape: of its weights.
-        bias: as the module had it in whose place it stands.
-    """
-
-    bias: torch.Tensor | None
-    shape: torch.Size
+    bias: torch.Tensor | None  # as the module had it in whose place it stands
+    shape: torch.Size  # of its weights
 
     def __init__(self, module: nn.Linear | Conv1D) -> None:
         with torch.device("meta"):
@@ -92,8 +87,7 @@ def quantize_linear(
                 setattr(parent, name, kind(module, **more(module)))
 
 
-BLOCK = 64
-"""Weights with one scale."""
+BLOCK = 64  # weights with one scale
 LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),

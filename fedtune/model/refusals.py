@@ -72,8 +72,7 @@ own name in place: another one would name a folder or a repository to read, and 
 
 PRIVATE_TO = "private_to"
 """In the settings of what was trained without noise on one site's records (`fedtune.sites.personal`): the site."""
-PROCESSOR = "preprocessor_config.json"
-"""The settings of an image processor."""
+PROCESSOR = "preprocessor_config.json"  # the settings of an image processor
 PROCESSOR_KIND = re.compile("(ViT|DeiT|Bit|Siglip)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)")
 """What settings call a processor that is taken, whose class for PIL is that of the first part."""
 OF_PROCESSOR = frozenset(
@@ -86,8 +85,7 @@ OF_PROCESSOR = frozenset(
 _OF_EVERY_PROCESSOR = {"data_format": (None, "channels_first"), "do_pad": (None, False)} | dict.fromkeys(
     ("device", "input_data_format", "pad_size", "return_tensors"), (None,)
 )
-_MOST_SIDE = 1024
-"""Of an image before its middle is cut out: how large it becomes decides about memory and time."""
+_MOST_SIDE = 1024  # of an image before its middle is cut out: how large it becomes decides about memory and time
 
 _MOST_BYTES = {"config.json": 1 << 20, "generation_config.json": 1 << 20, "tokenizer_config.json": 16 << 20}
 _MOST_BYTES |= {PROCESSOR: 1 << 20}

@@ -17,8 +17,7 @@ _CPU, _GPUS = Path("/proc/cpuinfo"), (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 PACKAGE = "package:"
 RANDOM = "random:"
 RANDOM_MODELS = ("random:bert", "random:llama")
-NO_BASE, NO_ADAPTER = "none", "none"
-"""A model of its head alone, and its `lora.kind`."""
+NO_BASE, NO_ADAPTER = "none", "none"  # a model of its head alone, and its `lora.kind`
 ADAPTERS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "ia3": "An IA3 adapter", NO_ADAPTER: "A model"}
 """The kinds of adapters, in words."""
 _WIDEST, _MOST_LAYERS = 4096, 8

@@ -14,10 +14,8 @@ from typing import Any
 from fedtune.spec import shown
 
 _MOST_PARTS = 16
-_MOST_GROWTH = 300
-"""Of characters behind the last step for one character of a text. ALBERT's steps come to 288."""
-_MOST_REPLACED = 18
-"""Characters that a SentencePiece table makes of one; what Unicode's own (NFKC) make of U+FDFA."""
+_MOST_GROWTH = 300  # of characters behind the last step for one character of a text. ALBERT's steps come to 288.
+_MOST_REPLACED = 18  # characters that a SentencePiece table makes of one; what Unicode's own (NFKC) make of U+FDFA
 _MOST_PREPENDED, _MOST_SPECIAL, _MOST_PATTERN, _MOST_PIECE, _MOST_AFFIX = 4, 16, 64, 512, 16
 _MOST_WORD, _MOST_UNIGRAM = 200, 128
 """Characters of a word that WordPiece looks at (BERT: 100), whose time grows with their cube, and of a piece of
@@ -40,8 +38,7 @@ _PRE_TOKENIZERS = {
 }  # fmt: skip
 """The same. A prefix goes before each piece, and a piece may be one character."""
 
-_MODELS = frozenset({"BPE", "Unigram", "WordLevel", "WordPiece", None})
-"""None: old files do not name it."""
+_MODELS = frozenset({"BPE", "Unigram", "WordLevel", "WordPiece", None})  # none: old files do not name it
 _POST_PROCESSORS = frozenset({"BertProcessing", "RobertaProcessing", "ByteLevel", "TemplateProcessing"})
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"

@@ -97,15 +97,10 @@ def copy_database(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Backup:
-    """A backup whose files are all there, as they were.
+    """A backup whose files are all there, as they were."""
 
-    Attributes:
-        made: when, in UTC.
-        names: of its files.
-    """
-
-    made: str
-    names: tuple[str, ...]
+    made: str  # when, in UTC
+    names: tuple[str, ...]  # of its files
     archive: zipfile.ZipFile
 
     def put(self, name: str, target: Path) -> None:
@@ -195,18 +190,12 @@ def back_up_site(target: Path, *, kit: Path, site_toml: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUp:
-    """A ledger that was brought up to what anchors know.
-
-    Attributes:
-        gap: what was charged for that.
-        last: the newest event that an anchor knew and the ledger lacked; None: it lacked nothing.
-        since: the newest such anchor, where it knows another policy than site.toml; that one was in force.
-    """
+    """A ledger that was brought up to what anchors know."""
 
     ledger: Ledger
-    gap: Counter[DpEvent]
-    last: int | None
-    since: Head | None
+    gap: Counter[DpEvent]  # what was charged for that
+    last: int | None  # the newest event that an anchor knew and the ledger lacked; None: it lacked nothing
+    since: Head | None  # the newest such anchor, where it knows another policy than site.toml; that one was in force.
 
     def require_sure(self) -> None:
         """Raise RunError where a receipt still shows that events are missing, to this ledger or to a lost one."""

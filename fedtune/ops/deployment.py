@@ -39,10 +39,8 @@ from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
 
-OFFER = "would_take_part"
-"""What a listener hears of a site that would take part."""
-_ASK_AGAIN_S = 5.0
-"""How soon to ask a site again that waits for a person there."""
+OFFER = "would_take_part"  # what a listener hears of a site that would take part
+_ASK_AGAIN_S = 5.0  # how soon to ask a site again that waits for a person there
 
 
 class DeployedListener(Listener, Protocol):
@@ -56,14 +54,10 @@ class DeployedListener(Listener, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LeadService:
-    """A lead and the sites of a run, by the lead's kit.
-
-    Attributes:
-        federation: the run's; it names the sites.
-    """
+    """A lead and the sites of a run, by the lead's kit."""
 
     kit: Kit
-    federation: FederationSpec
+    federation: FederationSpec  # the run's; it names the sites
 
     @cached_property
     def metrics(self) -> LeadMetrics:

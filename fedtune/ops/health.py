@@ -39,23 +39,16 @@ _REQUEST_BYTES = 4096
 _PLACES = 4
 _FAR = "could be read by other machines; if you want that, add --health-anywhere"
 
-Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]
-"""Path of a GET -> status, content type and body."""
+Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]  # path of a GET -> status, content type and body
 
 
 class Snapshot(TypedDict):
-    """The endpoint's answer; times are UTC, in ISO 8601.
-
-    Attributes:
-        since: when the state was entered.
-        last_contact: when the server last answered a site, or when a server began to listen; None before that.
-        rounds_answered: by a site, since its process started.
-    """
+    """The endpoint's answer; times are UTC, in ISO 8601."""
 
     state: State
-    since: str
-    last_contact: str | None
-    rounds_answered: int
+    since: str  # when the state was entered
+    last_contact: str | None  # when the server last answered a site, or when a server began to listen; None before that
+    rounds_answered: int  # by a site, since its process started
     version: str
 
 

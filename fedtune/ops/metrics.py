@@ -34,23 +34,16 @@ if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may b
     from fedtune.privacy.ledger.history import History
 
 _KEY = "--metrics"
-_ANSWER_S = 20.0
-"""A scrape may take so long: a ledger that has changed is verified from its first event on."""
+_ANSWER_S = 20.0  # a scrape may take so long: a ledger that has changed is verified from its first event on
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure of a process.
+    """One figure of a process."""
 
-    Attributes:
-        says: what it is, for people.
-        label: what tells several values apart; empty: there is one.
-        grows: it counts since the process began.
-    """
-
-    says: str
-    label: str = ""
-    grows: bool = False
+    says: str  # what it is, for people
+    label: str = ""  # what tells several values apart; empty: there is one
+    grows: bool = False  # it counts since the process began
 
 
 FIGURES = {

@@ -30,8 +30,7 @@ from fedtune.tasks.measures import Detail
 
 State = Literal["within", "exceeded", "no_guarantee"]
 Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
-NOT_RECORDED = "not_recorded"
-"""For a fact that was not recorded at the time."""
+NOT_RECORDED = "not_recorded"  # for a fact that was not recorded at the time
 
 
 @spec

@@ -43,8 +43,7 @@ from fedtune.show.budget_text import reference_of
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, unbounded
 
-MOST_STEPS = 400
-"""Charged rounds that a report shows by themselves; of more it shows one charge for each run and month."""
+MOST_STEPS = 400  # charged rounds that a report shows by themselves; of more it shows one charge for each run and month
 
 
 def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:

@@ -26,8 +26,7 @@ from fedtune.report.model import Problem, Report, to_json
 from fedtune.spec import ConfigError
 from fedtune.words import finite, unbounded
 
-TOLERANCE = 1e-6
-"""Relative, upwards; downwards only what two machines' last digits may differ by."""
+TOLERANCE = 1e-6  # relative, upwards; downwards only what two machines' last digits may differ by
 _LAST_DIGITS = 1e-9
 _FFT_ROUNDING = 5e-15
 """Of the sum that a delta is: distributions are composed by a Fourier transform, which two processors round otherwise.

@@ -15,11 +15,9 @@ from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report.model import Report, Signature, from_json, to_json
 from fedtune.spec import ConfigError, RunError, errors_in
 
-PURPOSE = "report"
-"""Purpose of the signature, so that one made for a receipt or a ledger does not pass here."""
+PURPOSE = "report"  # purpose of the signature, so that one made for a receipt or a ledger does not pass here
 _MOST_DIGITS = 19
-MOST_BYTES = 64 << 20
-"""Of a report's file."""
+MOST_BYTES = 64 << 20  # of a report's file
 
 
 def canonical(report: Report) -> bytes:

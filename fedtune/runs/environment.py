@@ -25,8 +25,7 @@ if TYPE_CHECKING:  # it imports torch, which who only reads needs not
     from fedtune.config import RunConfig
     from fedtune.sites.shared_model import SharedModel
 
-UNKNOWN = "unknown"
-"""Stands in run.json for what no file says of the adapter that the run began in."""
+UNKNOWN = "unknown"  # stands in run.json for what no file says of the adapter that the run began in
 _LIBRARIES = (
     "cryptography",
     "dp-accounting",

@@ -68,29 +68,19 @@ Engine = Callable[[Callable[[Transport], LeadState]], LeadState]
 
 @dataclass(frozen=True, kw_only=True)
 class FederationRun:
-    """The parts of a run that its runtime brings; the rest is the same for all of them.
-
-    Attributes:
-        folder: the run folder.
-        shared: the lead's model and data.
-        asked: who is asked about what.
-        average: makes the next adapter of plain updates.
-        receipts: of the sites, kept over runs.
-        engine: runs the rounds.
-        ready: reads and checks what only this runtime has, before anything is charged; returns what a person should
-            know of the sites' records, and the sites whose records are others than in the run's earlier rounds.
-        gives_adapter: whether the sites receive the final adapter.
-    """
+    """The parts of a run that its runtime brings; the rest is the same for all of them."""
 
     config: RunConfig
-    folder: Path
-    shared: SharedModel
-    asked: Invited
-    average: Aggregation
-    receipts: ReceiptBook
-    engine: Engine
+    folder: Path  # the run folder
+    shared: SharedModel  # the lead's model and data
+    asked: Invited  # who is asked about what
+    average: Aggregation  # makes the next adapter of plain updates
+    receipts: ReceiptBook  # of the sites, kept over runs
+    engine: Engine  # runs the rounds
+    # reads and checks what only this runtime has, before anything is charged; returns what a person should know
+    # of the sites' records, and the sites whose records are others than in the run's earlier rounds
     ready: Callable[[], tuple[Sequence[str], Sequence[str]]] = lambda: ((), ())
-    gives_adapter: bool = False
+    gives_adapter: bool = False  # whether the sites receive the final adapter
 
     @property
     def _checkpoints(self) -> Checkpoints:

@@ -28,31 +28,21 @@ class Forecast:
 
     Times are upper estimates for this machine: every example has full length, and every user as many records as may
     take part.  Evaluation, start-up and the way over a network are not in them.
-
-    Attributes:
-        values: trained parameters.
-        model_bytes: of memory that base, adapter and head take where they lie, in the run's number format.
-        bytes_down: of one adapter to a site, without headers of a few kB; the first one of a run comes whole.
-        bytes_up: of one update, or of one part of a secure sum with its sealed shares; the three further exchanges of
-            a secure round have some kB more.
-        bytes_total: both ways, all sites and rounds.
-        frozen_states_kept: whether the layers below the first adapter run once for each record, and not in each step.
-        first_seconds: of that, for all sites.
-        step_seconds: of one step, by site.
-        round_seconds: of one round, by site; sites of their own work at the same time.
-        seconds_one_after_another: of all training where one machine plays all sites, as a simulation does.
     """
 
-    values: int
-    model_bytes: int
-    bytes_down: int
+    values: int  # trained parameters
+    model_bytes: int  # of memory that base, adapter and head take where they lie, in the run's number format
+    bytes_down: int  # of one adapter to a site, without headers of a few kB; the first one of a run comes whole
+    # of one update, or of one part of a secure sum with its sealed shares; the three further exchanges of a
+    # secure round have some kB more
     bytes_up: int
-    bytes_total: int
+    bytes_total: int  # both ways, all sites and rounds
+    # whether the layers below the first adapter run once for each record, and not in each step
     frozen_states_kept: bool
-    first_seconds: float
-    step_seconds: Mapping[str, float]
-    round_seconds: Mapping[str, float]
-    seconds_one_after_another: float
+    first_seconds: float  # of that, for all sites
+    step_seconds: Mapping[str, float]  # of one step, by site
+    round_seconds: Mapping[str, float]  # of one round, by site; sites of their own work at the same time
+    seconds_one_after_another: float  # of all training where one machine plays all sites, as a simulation does
 
 
 def forecast(

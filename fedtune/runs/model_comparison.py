@@ -39,23 +39,14 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
-    """Models on the same records.
+    """Models on the same records."""
 
-    Attributes:
-        records: that were scored.
-        users: for each user the places of its records; None: each record is a unit.
-        judged_by: the score that counts.
-        measured: by model; the model before training comes first.
-        means: by name, models whose mean counts as one more.
-        score: from figures to scores.
-    """
-
-    records: Sequence[Record]
-    users: list[npt.NDArray[np.int64]] | None
-    judged_by: str
-    measured: Mapping[str, Measured]
-    means: Mapping[str, Sequence[str]]
-    score: Scores
+    records: Sequence[Record]  # that were scored
+    users: list[npt.NDArray[np.int64]] | None  # for each user the places of its records; None: each record is a unit
+    judged_by: str  # the score that counts
+    measured: Mapping[str, Measured]  # by model; the model before training comes first
+    means: Mapping[str, Sequence[str]]  # by name, models whose mean counts as one more
+    score: Scores  # from figures to scores
 
     @property
     def unit(self) -> Unit:

@@ -34,27 +34,21 @@ DATA_CHANGED = "data_changed"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinalResult:
-    """The finished run: scores on the test file before and after, whole wall time, peak memory of this process.
-
-    Attributes:
-        findings: what the scores say against the training: codes, as `findings_of` gives them.
-        kept: whose round's adapter was scored, where the settings let validation scores decide; None: the last one's.
-        energy: energy and carbon, where the settings ask for them.
-        detail: what stands behind the scores after training; None: the task has no labels, or a figure is not finite.
-    """
+    """The finished run: scores on the test file before and after, whole wall time, peak memory of this process."""
 
     metrics: Scores
     metrics_before: Scores = field(default_factory=dict)
     seconds: float | None = None
     peak_memory_bytes: int | None = None
-    findings: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()  # what the scores say against the training: codes, as `findings_of` gives them
+    # whose round's adapter was scored, where the settings let validation scores decide; None: the last one's
     kept: Kept | None = None
-    energy: Energy | None = None
+    energy: Energy | None = None  # energy and carbon, where the settings ask for them
+    # what stands behind the scores after training; None: the task has no labels, or a figure is not finite
     detail: Detail | None = None
 
 
-_LOST = 2.0
-"""A loss that has grown by this factor: noise and rates that suit the data do not do that."""
+_LOST = 2.0  # a loss that has grown by this factor: noise and rates that suit the data do not do that
 
 
 def findings_of(
@@ -88,26 +82,19 @@ def findings_of(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteCharge:
-    """A site's spending in one run, from its receipts, with the plan's numbers; nothing bounds an epsilon of None.
+    """A site's spending in one run, from its receipts, with the plan's numbers; nothing bounds an epsilon of None."""
 
-    Attributes:
-        epsilon: by PLD, at the plan's delta; `epsilon_rdp` by RDP.
-        rounds: charged, retries included; `steps` are theirs.
-        planned_epsilon: of the whole plan, by PLD.  For a run that ended early this is the figure that is proved
-            whatever made it end: `epsilon` is one only where that did not depend on what the run had released.
-        upper_bound: the site fell silent, so every round asked of it since its last receipt is counted as charged.
-        noise_multiplier: of the run's plan; the site made `noise_factor` times that, by which its epsilons are.
-    """
-
-    epsilon: float | None = None
+    epsilon: float | None = None  # by PLD, at the plan's delta; `epsilon_rdp` by RDP
     epsilon_rdp: float | None = None
-    rounds: int
+    rounds: int  # charged, retries included; `steps` are theirs
+    # of the whole plan, by PLD.  For a run that ended early this is the figure that is proved whatever made it
+    # end: `epsilon` is one only where that did not depend on what the run had released.
     planned_epsilon: float | None = None
     steps: int
     sampling_rate: float
-    noise_multiplier: float
+    noise_multiplier: float  # of the run's plan; the site made `noise_factor` times that, by which its epsilons are
     metrics_noise_multiplier: float
-    upper_bound: bool
+    upper_bound: bool  # the site fell silent, so every round asked of it since its last receipt is counted as charged
     noise_factor: float = 1.0
 
     def claim(self, *, ended_by_scores: bool) -> float | None:
@@ -177,51 +164,36 @@ class Population:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseModel:
-    """The frozen base.
+    """The frozen base."""
 
-    Attributes:
-        path: without the folder on the lead's machine.
-        public_id: at the Hugging Face hub, where the settings name one.
-        gguf_file: that the weights were expanded from, so that they are not those of `public_id` bit for bit.
-        sha256: of its manifest.
-    """
-
-    path: str
-    public_id: str | None = None
+    path: str  # without the folder on the lead's machine
+    public_id: str | None = None  # at the Hugging Face hub, where the settings name one
+    # that the weights were expanded from, so that they are not those of `public_id` bit for bit
     gguf_file: str | None = None
-    sha256: str
+    sha256: str  # of its manifest
     licence: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """The prompt before an answer: its text with roles in braces, and whose chat template makes turns of it.
-
-    Attributes:
-        sha256: of the model's own chat template where `chat` is "model", else of `prompt`.
-    """
+    """The prompt before an answer: its text with roles in braces, and whose chat template makes turns of it."""
 
     prompt: str
     chat: str
-    sha256: str
+    sha256: str  # of the model's own chat template where `chat` is "model", else of `prompt`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunProvenance:
-    """The provenance of the adapter.
-
-    Attributes:
-        start_adapter: which adapter training began in, by digest and by the name of its run, and what its own training
-            spent on which data; None: in a new one.
-        template: None: the task has none.
-        test_rows: records behind the final scores; None: none were scored.
-    """
+    """The provenance of the adapter."""
 
     population: Population
     base_model: BaseModel
+    # which adapter training began in, by digest and by the name of its run, and what its own training spent on
+    # which data; None: in a new one
     start_adapter: Mapping[str, Any] | None = None
-    template: Template | None = None
-    test_rows: int | None = None
+    template: Template | None = None  # None: the task has none
+    test_rows: int | None = None  # records behind the final scores; None: none were scored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -157,23 +157,14 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class BesideBase:
-    """A run's model and its start, scored on the same records.
+    """A run's model and its start, scored on the same records."""
 
-    Attributes:
-        num_records: that were scored.
-        unit: which the intervals draw, "record" or "user".
-        num_units: how many there are.
-        num_prompts: for which both wrote a text, each a unit of its own for the scores of texts; 0: they wrote none.
-        scores: by name.
-        detail: what stands behind those of the tuned model; None: nothing.
-    """
-
-    num_records: int
-    unit: Unit
-    num_units: int
-    num_prompts: int
-    scores: Mapping[str, Comparison]
-    detail: Detail | None = None
+    num_records: int  # that were scored
+    unit: Unit  # which the intervals draw, "record" or "user"
+    num_units: int  # how many there are
+    num_prompts: int  # for which both wrote a text, each a unit of its own for the scores of texts; 0: they wrote none
+    scores: Mapping[str, Comparison]  # by name
+    detail: Detail | None = None  # what stands behind those of the tuned model; None: nothing
 
 
 def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:

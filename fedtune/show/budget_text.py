@@ -28,33 +28,22 @@ from fedtune.privacy.site_policy import AT_ONCE, Policy, Reference
 from fedtune.spec import spec
 from fedtune.words import counted
 
-SCHEMA_VERSION = 1
-"""Of what is said of a ledger as JSON."""
+SCHEMA_VERSION = 1  # of what is said of a ledger as JSON
 LARGE_EPSILON = 10.0
 SMALL_NOISE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amount:
-    """The worth of a policy's caps.
+    """The worth of a policy's caps."""
 
-    Attributes:
-        order: of the filter, as a ledger made with this policy would fix it.
-        fixed_part: epsilon at that order that is due with the first noisy step, once.
-        reference_pld: epsilon of the reference run by PLD.
-        reference_filter: epsilon of the reference run alone by the filter.
-        runs_in_lifetime: reference runs that fit the lifetime cap, one after another; None: any number.
-        runs_in_period: the same for the period's cap.
-        reference_fits: whether the reference run itself keeps to the cap of one run and to the limits.
-    """
-
-    order: float
-    fixed_part: float
-    reference_pld: float
-    reference_filter: float
-    runs_in_lifetime: int | None
-    runs_in_period: int | None
-    reference_fits: bool
+    order: float  # of the filter, as a ledger made with this policy would fix it
+    fixed_part: float  # epsilon at that order that is due with the first noisy step, once
+    reference_pld: float  # epsilon of the reference run by PLD
+    reference_filter: float  # epsilon of the reference run alone by the filter
+    runs_in_lifetime: int | None  # reference runs that fit the lifetime cap, one after another; None: any number
+    runs_in_period: int | None  # the same for the period's cap
+    reference_fits: bool  # whether the reference run itself keeps to the cap of one run and to the limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,16 +56,11 @@ class Caution:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Beside:
-    """The ledger that a policy names.
+    """The ledger that a policy names."""
 
-    Attributes:
-        path: where it is or would be.
-        verified: None where there is none yet.
-        differences: (key, what the ledger was made for, what the policy says): with any, the site cannot start.
-    """
-
-    path: Path
-    verified: Verified | None
+    path: Path  # where it is or would be
+    verified: Verified | None  # None where there is none yet
+    # (key, what the ledger was made for, what the policy says): with any, the site cannot start
     differences: tuple[tuple[str, object, object], ...]
 
 

@@ -23,10 +23,8 @@ MARKERS = (
     "M0 3l-2.8-5.2h5.6z",
     "M-2.4-2.4l4.8 4.8M2.4-2.4l-4.8 4.8",
 )
-MOST_LINES = len(COLOURS)
-"""More lines in one chart could not be told apart."""
-LIMIT, BEFORE = "5 4", "1 2"
-"""Dashes of levels that lines are compared with."""
+MOST_LINES = len(COLOURS)  # more lines in one chart could not be told apart
+LIMIT, BEFORE = "5 4", "1 2"  # dashes of levels that lines are compared with
 _WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
 _LETTER = 5.6  # about the width of one
 _SMALL_LETTER, _LINE_HEIGHT = 5.0, 10.5  # of text of 9
@@ -47,23 +45,16 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Panel:
-    """Axes and what is drawn on them.
-
-    Attributes:
-        x: name of the axis, and `y` likewise.
-        levels: (height, label, dashes) of lines from one side to the other.
-        notes: (x, y, text) at single points.
-        scale: of x; "days" since the year 1, as `date.toordinal`.
-        from_zero: whether y begins at 0.
-    """
+    """Axes and what is drawn on them."""
 
     series: Sequence[Series]
-    x: str = ""
+    x: str = ""  # name of the axis, and `y` likewise
     y: str = ""
-    levels: Sequence[tuple[float, str, str]] = ()
-    notes: Sequence[tuple[float, float, str]] = ()
+    levels: Sequence[tuple[float, str, str]] = ()  # (height, label, dashes) of lines from one side to the other
+    notes: Sequence[tuple[float, float, str]] = ()  # (x, y, text) at single points
+    # of x; "days" since the year 1, as `date.toordinal`.
     scale: Literal["number", "whole", "powers", "days"] = "number"
-    from_zero: bool = True
+    from_zero: bool = True  # whether y begins at 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

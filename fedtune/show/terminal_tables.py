@@ -21,30 +21,24 @@ from fedtune.show.lines import fold, harmless
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import jsonable
 
-SCHEMA_VERSION = 1
-"""Of what `--json` prints."""
+SCHEMA_VERSION = 1  # of what `--json` prints
 _NARROWEST = 8  # column of words
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A table with what is to be said about it.
-
-    Attributes:
-        headings: of the columns; empty: without headings.
-        words: numbers of the columns that hold words, which stand on the left and may be broken; the others hold
-            numbers, which are never broken.
-        whole: numbers of the columns of words that are never broken either, since a person types them.
-        styles: of rows that stand out, by number.
-    """
+    """A table with what is to be said about it."""
 
     title: str = ""
-    headings: tuple[str, ...] = ()
+    headings: tuple[str, ...] = ()  # of the columns; empty: without headings
     rows: Sequence[tuple[str, ...]] = ()
+    # numbers of the columns that hold words, which stand on the left and may be broken; the others hold
+    # numbers, which are never broken
     words: Collection[int] = (0,)
+    # numbers of the columns of words that are never broken either, since a person types them
     whole: Collection[int] = ()
     notes: Sequence[str] = ()
-    styles: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    styles: Mapping[int, str] = dataclasses.field(default_factory=dict)  # of rows that stand out, by number
 
 
 def pairs(rows: Mapping[str, str], *, title: str = "") -> Section:

@@ -32,8 +32,7 @@ from fedtune.training.examples import Places, SiteExamples
 from fedtune.training.local import mean_gradient
 from fedtune.training.optimizer import make_optimizer, set_learning_rate
 
-FEWEST_RECORDS = 10
-"""For each of its parts."""
+FEWEST_RECORDS = 10  # for each of its parts
 NOTE = "own_adapters.json"
 """Beside the ledger: which runs an own adapter was made from, and when.  No digest, no score, and not in the chain."""
 _HELD_OUT = 0.3
@@ -60,19 +59,12 @@ Made by `fedtune personalise` or `fedtune site personalise` on {day}.
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A site's records, by what each is for.
+    """A site's records, by what each is for."""
 
-    Attributes:
-        training: the own adapter trains on them.
-        choosing: they choose the learning rate and when to stop.
-        scored: nothing was trained on them or chosen by them here.
-        seen: whether the run's adapter was trained on `choosing` and `scored`: the run held nothing out.
-    """
-
-    training: list[Record]
-    choosing: list[Record]
-    scored: list[Record]
-    seen: bool
+    training: list[Record]  # the own adapter trains on them
+    choosing: list[Record]  # they choose the learning rate and when to stop
+    scored: list[Record]  # nothing was trained on them or chosen by them here
+    seen: bool  # whether the run's adapter was trained on `choosing` and `scored`: the run held nothing out
 
     @classmethod
     def of(cls, records: SiteRecords, *, key: bytes, unit: Unit) -> Parts:
@@ -99,30 +91,19 @@ class Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """The outcome of training without noise.
+    """The outcome of training without noise."""
 
-    Attributes:
-        adapter: of the lowest mean loss on the records that choose; the start itself, where nothing was lower.
-        passes: over the training records; 0 where the start was the best.
-    """
-
-    adapter: Adapter
-    passes: int = 0
+    adapter: Adapter  # of the lowest mean loss on the records that choose; the start itself, where nothing was lower
+    passes: int = 0  # over the training records; 0 where the start was the best
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnAdapter:
-    """A site's own adapter on disk.
+    """A site's own adapter on disk."""
 
-    Attributes:
-        folder: that holds it, with its settings and its card.
-        fitted: how it was chosen.
-        parts: the records that it was made with.
-    """
-
-    folder: Path
-    fitted: Fitted
-    parts: Parts
+    folder: Path  # that holds it, with its settings and its card
+    fitted: Fitted  # how it was chosen
+    parts: Parts  # the records that it was made with
 
 
 def personalise(

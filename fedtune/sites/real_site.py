@@ -37,23 +37,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class SiteProcess:
-    """A real site's process between requests: model and records of the newest run, and the places of its files.
+    """A real site's process between requests: model and records of the newest run, and the places of its files."""
 
-    Attributes:
-        site_toml: its policy.
-        installed: the folder of an installed base model, by hash; raises ConfigError for none.
-        paused: whether the site is paused.
-        runs: folder for the settings that leads sent.
-        adapters: folder for final adapters.
-        awaits: called for each run that waits for a person's approval, with its settings.
-    """
-
-    site_toml: Path
-    installed: Callable[[str], Path]
-    paused: Callable[[], bool]
-    runs: Path
-    adapters: Path
-    awaits: Callable[[Proposal, str], None]
+    site_toml: Path  # its policy
+    installed: Callable[[str], Path]  # the folder of an installed base model, by hash; raises ConfigError for none
+    paused: Callable[[], bool]  # whether the site is paused
+    runs: Path  # folder for the settings that leads sent
+    adapters: Path  # folder for final adapters
+    awaits: Callable[[Proposal, str], None]  # called for each run that waits for a person's approval, with its settings
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
     _shared: SharedModel | None = field(default=None, init=False)
     _parties: Parties = field(default_factory=Parties, init=False)

@@ -9,8 +9,7 @@ from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.site_files import SiteFiles
 
-PROMISES = ".promises.jsonl"
-"""Follows the ledger's whole name, since ledgers of several sites may share a folder."""
+PROMISES = ".promises.jsonl"  # follows the ledger's whole name, since ledgers of several sites may share a folder
 
 
 def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:

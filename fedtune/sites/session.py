@@ -24,12 +24,9 @@ _M = TypeVar("_M")
 
 @dataclass
 class Session:
-    """The caller of several runs keeps one, and passes it to each run; as a context manager it is emptied at exit.
+    """The caller of several runs keeps one, and passes it to each run; as a context manager it is emptied at exit."""
 
-    Attributes:
-        model: the tried `SharedModel` (typed Any, since its module imports this one); None before the first run.
-    """
-
+    # the tried `SharedModel` (typed Any, since its module imports this one); None before the first run
     model: Any = None
     _examples: dict[str, SiteExamples] = field(default_factory=dict)
     _batches: dict[str, KeptBatches] = field(default_factory=dict)

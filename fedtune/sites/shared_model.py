@@ -55,8 +55,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is (0: unknown)."""
 _Facts = tuple[Hashable, ...]
-_MEANS_BYTES = 512 * 2**20
-"""At most, since more at once gain nothing."""
+_MEANS_BYTES = 512 * 2**20  # at most, since more at once gain nothing
 _measured: dict[_Facts, tuple[Shapes, float]] = {}
 """What trying a model came to in this process.  Asking again gives the same figure, not another draw."""
 
@@ -355,19 +354,13 @@ def _with_processes(config: RunConfig, *, alone: bool) -> RuntimeSpec:
 
 @dataclass(frozen=True)
 class LeadData:
-    """Records that the lead may look at, and the same tokenised; not covered by the guarantee.
+    """Records that the lead may look at, and the same tokenised; not covered by the guarantee."""
 
-    Attributes:
-        records: as they were read.
-        examples: the same, tokenised.
-        kept: what one model's frozen base made of them, after they were scored; None keeps nothing.
-        left_out: what of the file could not be used and is not among them.
-    """
-
-    records: list[Record]
-    examples: TextDataset
+    records: list[Record]  # as they were read
+    examples: TextDataset  # the same, tokenised
+    # what one model's frozen base made of them, after they were scored; None keeps nothing
     kept: KeptBatches | None = field(default=None, repr=False, compare=False)
-    left_out: LeftOut = NONE_LEFT_OUT
+    left_out: LeftOut = NONE_LEFT_OUT  # what of the file could not be used and is not among them
 
     @classmethod
     def of(cls, own: LeadRecords, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> LeadData:
@@ -390,15 +383,10 @@ def ready(config: RunConfig, build: Callable[[], TaskModel]) -> tuple[PreTrained
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures from which a model's scores on some data are computed.
+    """Figures from which a model's scores on some data are computed."""
 
-    Attributes:
-        examples: figures of each record, by name.
-        texts: figures of the text that the model wrote for each prompt; empty: it wrote none.
-    """
-
-    examples: Figures
-    texts: Figures
+    examples: Figures  # figures of each record, by name
+    texts: Figures  # figures of the text that the model wrote for each prompt; empty: it wrote none
 
     @classmethod
     def of(

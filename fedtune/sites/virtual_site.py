@@ -69,17 +69,11 @@ POLICY = "site.toml"
 
 @dataclass(frozen=True)
 class VirtualSites:
-    """The folder that holds a simulation's sites: `<site>/site.toml`, `site_key.pem`, `ledger.db`, and the lead's key.
+    """The folder of a simulation's sites: `<site>/site.toml`, `site_key.pem`, `ledger.db`, and the lead's key."""
 
-    Attributes:
-        config: of the run.
-        folder: `runtime.sites_dir`, or `sites/` in the run folder.
-        plan: the run's.
-    """
-
-    config: RunConfig
-    folder: Path
-    plan: Plan
+    config: RunConfig  # of the run
+    folder: Path  # `runtime.sites_dir`, or `sites/` in the run folder.
+    plan: Plan  # the run's
 
     @classmethod
     def of(cls, config: RunConfig, run_folder: Path, plan: Plan) -> VirtualSites:

@@ -32,24 +32,15 @@ TrainingUnits = SiteExamples | UserExamples
 
 @dataclass(frozen=True)
 class SiteWork:
-    """One site's records and the model to train on them.
+    """One site's records and the model to train on them."""
 
-    Attributes:
-        site: name of the site.
-        shared: the model, which the sites of one process use in turn.
-        records: the site's own records.
-        declared_size: the size that the site publishes, in privacy units.
-        max_adapter_value: the site's bound on values of the adapter.
-        lenient: no record may make the work fail, since a lead that chose the settings would learn of it.
-        around: wraps the training units; only an audit uses it, to add canaries.
-    """
-
-    site: str
-    shared: SharedModel
-    records: SiteRecords
-    declared_size: int
-    max_adapter_value: float
-    lenient: bool = False
+    site: str  # name of the site
+    shared: SharedModel  # the model, which the sites of one process use in turn
+    records: SiteRecords  # the site's own records
+    declared_size: int  # the size that the site publishes, in privacy units
+    max_adapter_value: float  # the site's bound on values of the adapter
+    lenient: bool = False  # no record may make the work fail, since a lead that chose the settings would learn of it
+    # wraps the training units; only an audit uses it, to add canaries
     around: Callable[[TrainingUnits], TrainingUnits] = lambda units: units
     _limited: dict[frozenset[str], SiteWork] = field(default_factory=dict, init=False, repr=False, compare=False)
     _divided: dict[float, DividedUnits] = field(default_factory=dict, init=False, repr=False, compare=False)

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 
 
 Draws: TypeAlias = np.random.Generator
-Ids: TypeAlias = Sequence[Row]
-"""Token ids, (t_i,) of each example; or (1, w), its vector."""
+Ids: TypeAlias = Sequence[Row]  # token ids, (t_i,) of each example; or (1, w), its vector
 _ROLES_OF_ALL = ("label", "site", "user", "arrival")
 """Roles by which records can be dealt out or counted, whatever the task."""
 _OF_SOME_TASKS = frozenset({"prompt_template", "chat_template", "label_separator", "target_range", "intervals"})
@@ -74,49 +73,38 @@ class Task(ABC):
     """A task that a model is trained for.
 
     `fedtune.process` imports torch when a method first uses it: a command that only reads settings does not wait.
-
-    Attributes:
-        name: in settings, policies and reports.
-        roles: that every record must have, in the first of the task's layouts.
-        answers: roles that the tuned model answers with, so that who asks it leaves them out; empty: it only scores.
-        own_settings: keys of `data` that not every task uses, and this one does.
-        inputs: what a record may be to the model (`fedtune.tasks.inputs`).
-        has_labels: whether `data.labels` declares the classes.
-        fewest_labels: that must be declared then.
-        has_head: whether a head is trained beside the adapters, by the settings under `head`.
-        has_reference: whether losses compare the model with its base without adapters (`reference`).
-        predicts_tokens: whether the base is a decoder with its output layer; otherwise it ends in hidden states.
-        hub_name: what the Hugging Face hub calls it; empty: it has no name there.
-        formats: that a tuned model can be exported in: the adapter, then the whole model as most load it, then others;
-            a whole model has an output layer of its base's own, or a `readout`.
-        counts_units: whether all units may put their whole gradient into one value, so that sums are as large.
-        judged_by: the score that says whether training helped: the larger the better, but for "loss".
-        rate_shares: what LoRA and the head take of the automatic learning rate; None: it was not studied for the task.
-        reads: a line of Python that makes the answer of `scores`, a vector, and `labels`, where the task has a readout.
-        reads_tokens: whether the readout is of each token's hidden state, and not of their mean.
-        lines: of Python from a text to what the loaded model makes of it; FOLDER stands for the adapter's.
-        auto: the class of transformers that loads a whole model.
     """
 
-    name: ClassVar[str]
-    roles: ClassVar[tuple[str, ...]]
+    name: ClassVar[str]  # in settings, policies and reports
+    roles: ClassVar[tuple[str, ...]]  # that every record must have, in the first of the task's layouts
+    # roles that the tuned model answers with, so that who asks it leaves them out; empty: it only scores
     answers: ClassVar[frozenset[str]] = frozenset()
-    own_settings: ClassVar[frozenset[str]] = frozenset()
+    own_settings: ClassVar[frozenset[str]] = frozenset()  # keys of `data` that not every task uses, and this one does
+    # what a record may be to the model (`fedtune.tasks.inputs`).
     inputs: ClassVar[frozenset[str]] = frozenset({"text"})
-    has_labels: ClassVar[bool] = False
-    fewest_labels: ClassVar[int] = 2
-    has_head: ClassVar[bool] = False
+    has_labels: ClassVar[bool] = False  # whether `data.labels` declares the classes.
+    fewest_labels: ClassVar[int] = 2  # that must be declared then
+    has_head: ClassVar[bool] = False  # whether a head is trained beside the adapters, by the settings under `head`
+    # whether losses compare the model with its base without adapters (`reference`)
     has_reference: ClassVar[bool] = False
+    # whether the base is a decoder with its output layer; otherwise it ends in hidden states
     predicts_tokens: ClassVar[bool] = False
-    hub_name: ClassVar[str] = ""
+    hub_name: ClassVar[str] = ""  # what the Hugging Face hub calls it; empty: it has no name there
+    # that a tuned model can be exported in: the adapter, then the whole model as most load it, then others; a
+    # whole model has an output layer of its base's own, or a `readout`
     formats: ClassVar[tuple[str, ...]] = ("peft",)
+    # whether all units may put their whole gradient into one value, so that sums are as large
     counts_units: ClassVar[bool] = False
+    # the score that says whether training helped: the larger the better, but for "loss"
     judged_by: ClassVar[str] = "loss"
+    # what LoRA and the head take of the automatic learning rate; None: it was not studied for the task
     rate_shares: ClassVar[tuple[float, float] | None] = None
+    # a line of Python that makes the answer of `scores`, a vector, and `labels`, where the task has a readout
     reads: ClassVar[str] = "scores"
-    reads_tokens: ClassVar[bool] = False
+    reads_tokens: ClassVar[bool] = False  # whether the readout is of each token's hidden state, and not of their mean
+    # of Python from a text to what the loaded model makes of it; FOLDER stands for the adapter's
     lines: ClassVar[str] = ""
-    auto: ClassVar[str] = "AutoModel"
+    auto: ClassVar[str] = "AutoModel"  # the class of transformers that loads a whole model
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:

@@ -229,34 +229,21 @@ def _next_tokens(batch: Batch) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """A record before it is encoded.
+    """A record before it is encoded."""
 
-    Attributes:
-        context: what stands before the last answer; a plain text has nothing.
-        answer: what is learnt last; in a chat with what ends it.
-        reference: the answer as the record has it.
-    """
-
-    context: Sequence[Piece]
-    answer: Sequence[Piece] = ()
-    reference: str = ""
+    context: Sequence[Piece]  # what stands before the last answer; a plain text has nothing
+    answer: Sequence[Piece] = ()  # what is learnt last; in a chat with what ends it
+    reference: str = ""  # the answer as the record has it
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """An encoded example.
+    """An encoded example."""
 
-    Attributes:
-        numbers: (t,) its token ids.
-        learnt: (t,) whether each is supervised.
-        context: how many stand before the last answer.
-        start: how many of these stay in any case.
-    """
-
-    numbers: Sequence[int] = ()
-    learnt: Sequence[bool] = ()
-    context: int = 0
-    start: int = 0
+    numbers: Sequence[int] = ()  # (t,) its token ids
+    learnt: Sequence[bool] = ()  # (t,) whether each is supervised
+    context: int = 0  # how many stand before the last answer
+    start: int = 0  # how many of these stay in any case
 
     @property
     def answer(self) -> int:
@@ -279,21 +266,14 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a run lays out its records.
+    """How a run lays out its records."""
 
-    Attributes:
-        start: the begin-of-text token, where the tokenizer puts one before a text.
-        end: the end-of-text token.
-        chat: how turns are written; None: a prompt and its completion as they are.
-        literal: encodes a plain text, in which no name makes a special token; None: records are no plain texts.
-        data: the run's settings.
-    """
-
-    start: tuple[int, ...]
-    end: int
-    chat: ChatFormat | None
+    start: tuple[int, ...]  # the begin-of-text token, where the tokenizer puts one before a text
+    end: int  # the end-of-text token
+    chat: ChatFormat | None  # how turns are written; None: a prompt and its completion as they are
+    # encodes a plain text, in which no name makes a special token; None: records are no plain texts
     literal: MarkedTokenizer | None
-    data: DataSpec
+    data: DataSpec  # the run's settings
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, data: DataSpec) -> Layout:

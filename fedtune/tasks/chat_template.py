@@ -23,14 +23,12 @@ from fedtune.spec import ConfigError
 if TYPE_CHECKING:
     from fedtune.tasks.counted_template import CountedTemplate
 
-Joint: TypeAlias = tuple[str, str]
-"""Both sides of a fixed text: the roles of two turns, or one of the three below."""
+Joint: TypeAlias = tuple[str, str]  # both sides of a fixed text: the roles of two turns, or one of the three below
 START, END, ANSWER = "start", "end", "answer"
 """A conversation's start and end, and the place behind a user's turn where the model is to write."""
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
-_MOST_TEMPLATE = 1 << 16
-"""Characters; the longest of well-known models have about ten thousand."""
+_MOST_TEMPLATE = 1 << 16  # characters; the longest of well-known models have about ten thousand
 _MOST_TRIED = 1 << 24
 """Steps of all made-up conversations together, as `CountedTemplate` counts them; short templates need 200,000."""
 
@@ -48,45 +46,27 @@ class Turn(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of an example's text.
+    """A part of an example's text."""
 
-    Attributes:
-        text: in the names of a `MarkedTokenizer`.
-        said: whether a record says it; otherwise a template does.
-        learnt: whether its tokens are supervised.
-    """
-
-    text: str
-    said: bool = False
-    learnt: bool = False
+    text: str  # in the names of a `MarkedTokenizer`
+    said: bool = False  # whether a record says it; otherwise a template does
+    learnt: bool = False  # whether its tokens are supervised
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChatFormat:
-    """How a conversation becomes one text, which is encoded whole: as the template writes it, so are its tokens.
+    """How a conversation becomes one text, which is encoded whole: as the template writes it, so are its tokens."""
 
-    Attributes:
-        tokenizer: encodes that text.
-        lead: the tokens that go before that text.
-        start: the begin-of-text token's name, where the template itself begins with it.
-        joints: the texts between two contents; that behind `start` where it begins with it.
-        contents: what is written of a turn's content, by role.
-        ending: what ends the last answer, always taught.
-        between: what ends an answer with turns behind it, taught too; blank where the template ends it by no mark.
-        end: the token that says that an answer has ended.
-        has_system: otherwise a system turn is put before the first user's content, with a blank line between them.
-        writes: whether the template writes these turns as `joints` and `contents` do.
-    """
-
-    tokenizer: MarkedTokenizer
-    lead: tuple[int, ...]
-    start: str
-    joints: Mapping[Joint, str]
-    contents: Mapping[str, Callable[[str], str]]
-    ending: str
-    between: str
-    end: int
-    has_system: bool
+    tokenizer: MarkedTokenizer  # encodes that text
+    lead: tuple[int, ...]  # the tokens that go before that text
+    start: str  # the begin-of-text token's name, where the template itself begins with it
+    joints: Mapping[Joint, str]  # the texts between two contents; that behind `start` where it begins with it
+    contents: Mapping[str, Callable[[str], str]]  # what is written of a turn's content, by role
+    ending: str  # what ends the last answer, always taught
+    between: str  # what ends an answer with turns behind it, taught too; blank where the template ends it by no mark
+    end: int  # the token that says that an answer has ended
+    has_system: bool  # otherwise a system turn is put before the first user's content, with a blank line between them
+    # whether the template writes these turns as `joints` and `contents` do
     writes: Callable[[Sequence[Turn]], bool] = lambda turns: True
 
     def prompt(self, turns: Sequence[Turn], *, answer: str | None = None) -> list[Piece]:
@@ -268,17 +248,12 @@ _Conversation: TypeAlias = tuple[Turn, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Chain:
-    """The fixed texts of a template.
+    """The fixed texts of a template."""
 
-    Attributes:
-        joints: between two contents; of an assistant's turn the one that a model is to answer behind.
-        trims: what is taken off a content, by role.
-        lead: spaces that the template writes before an assistant's content and not before an answer that is yet to be
-            written: the model writes them itself.
-    """
-
-    joints: Mapping[Joint, str]
-    trims: Mapping[str, Callable[[str], str]]
+    joints: Mapping[Joint, str]  # between two contents; of an assistant's turn the one that a model is to answer behind
+    trims: Mapping[str, Callable[[str], str]]  # what is taken off a content, by role
+    # spaces that the template writes before an assistant's content and not before an answer that is yet to be
+    # written: the model writes them itself
     lead: str
 
     def contents(self) -> dict[str, Callable[[str], str]]:

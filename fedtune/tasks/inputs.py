@@ -34,16 +34,12 @@ Rows: TypeAlias = tuple[Sequence[Row], list[bool]]
 
 
 class Input(ABC):
-    """One kind of record.
+    """One kind of record."""
 
-    Attributes:
-        embeds_labels: whether a label's text can be read as a record is, for `head.centre` and `head.init`.
-        modality: the code by which a report says what the records are, where it is not text.
-        is_fixed: whether every record has just `data.max_length` places in the model, so that nothing is padded.
-    """
-
+    # whether a label's text can be read as a record is, for `head.centre` and `head.init`.
     embeds_labels: ClassVar[bool] = False
-    modality: ClassVar[str | None] = None
+    modality: ClassVar[str | None] = None  # the code by which a report says what the records are, where it is not text
+    # whether every record has just `data.max_length` places in the model, so that nothing is padded.
     is_fixed: ClassVar[bool] = False
 
     def roles(self, of_task: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,14 +17,11 @@ import numpy.typing as npt
 from fedtune.spec import spec
 
 Floats = npt.NDArray[np.float64]
-Classes = npt.NDArray[np.int64]
-"""(n,) places in the declared label set, which has `num_labels`."""
-Marks = npt.NDArray[np.bool_]
-"""(n, labels): the labels that each record has, or is predicted to have."""
+Classes = npt.NDArray[np.int64]  # (n,) places in the declared label set, which has `num_labels`
+Marks = npt.NDArray[np.bool_]  # (n, labels): the labels that each record has, or is predicted to have
 Entity: TypeAlias = tuple[int, int, int]
 """Where an entity begins and ends, in words or characters, and the place of its label."""
-BINS = 10
-"""Bins of the calibration error."""
+BINS = 10  # bins of the calibration error
 
 
 @spec

@@ -23,13 +23,10 @@ from fedtune.tasks.measures import Detail, Floats, Marks
 
 TargetOf: TypeAlias = Callable[[Record], npt.ArrayLike]
 """A record's own target; raises DataError where it has none that was declared."""
-_LABEL_TOKENS = 64
-"""A label's text is cut here: a name or a sentence, which bounds the memory for thousands of labels."""
+_LABEL_TOKENS = 64  # a label's text is cut here: a name or a sentence, which bounds the memory for thousands of labels
 _LABELS_AT_ONCE = 64
-_HEAD_ROWS = 32
-"""Embeddings are filled up to a multiple of this many rows before they are scored."""
-_SHOWN = 3
-"""Labels in an answer to a person."""
+_HEAD_ROWS = 32  # embeddings are filled up to a multiple of this many rows before they are scored
+_SHOWN = 3  # labels in an answer to a person
 _HEAD_LINES = """
 import json
 import torch
@@ -52,10 +49,6 @@ class PooledTask(Task):
 
     Of features, x is the vector, and the head has layers of its own.  A model's `head` is W, and its buffer `centre`
     the public constant that `head.centre` subtracts.
-
-    Attributes:
-        target_type: of one value of a target.
-        scales: lines of Python from the head's scores to those that `reads` reads.
     """
 
     has_head = True
@@ -66,8 +59,8 @@ class PooledTask(Task):
     # takes until a study of their own says otherwise.
     rate_shares: ClassVar[tuple[float, float] | None] = (1 / 8, 1.0)
     lines = _HEAD_LINES
-    scales: ClassVar[str] = ""
-    target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64
+    scales: ClassVar[str] = ""  # lines of Python from the head's scores to those that `reads` reads
+    target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64  # of one value of a target
 
     @abstractmethod
     def target(self, data: DataSpec) -> TargetOf:

@@ -32,8 +32,7 @@ from fedtune.tasks.causal_lm import CausalLM, Layout, added_up, laid_out
 from fedtune.tasks.chat_template import ASSISTANT, before_last_answer, turns_in
 
 _ANSWERS = ("chosen", "rejected")
-_TIE = 1e-4
-"""Rewards that differ by less are a tie: even without adapters, rounding makes them differ by this much."""
+_TIE = 1e-4  # rewards that differ by less are a tie: even without adapters, rounding makes them differ by this much
 
 
 class Preference(CausalLM):

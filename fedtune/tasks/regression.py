@@ -15,8 +15,7 @@ from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, number_i
 from fedtune.tasks.measures import Floats, correlation, rank_correlation
 from fedtune.tasks.pooled import PooledTask, TargetOf
 
-_DIGITS = 5
-"""Significant digits of a number that is shown to people."""
+_DIGITS = 5  # significant digits of a number that is shown to people
 _SCALED = """\
 low, high = settings["target_range"]
 scores = (low + high) / 2 + (high - low) / 2 * scores

@@ -39,10 +39,8 @@ from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, assemble
 
 _SETTINGS = "fedtune.json"
-_SAME = 1e-4
-"""Two machines' values from the same seed, or the same labels, differ by less."""
-_HEAD = "head."
-"""Prefix of the task's own tensors; its public constants are buffers of the model itself."""
+_SAME = 1e-4  # two machines' values from the same seed, or the same labels, differ by less
+_HEAD = "head."  # prefix of the task's own tensors; its public constants are buffers of the model itself
 _CONSTANTS = ("centre", "candidates")
 """What is public and not trained among the head's tensors: buffers of the model itself."""
 _MEANING = {
@@ -80,19 +78,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """The settings in a folder of `save_task_model`; tensors are read on use, and no model is loaded yet.
+    """The settings in a folder of `save_task_model`; tensors are read on use, and no model is loaded yet."""
 
-    Attributes:
-        folder: where it lies.
-        spec: of the model that it was saved from, with the base pinned.
-        digest: of the trained tensors, as the folder states it.
-        private_to: the site whose records trained it without noise; None: a run's own.
-    """
-
-    folder: Path
-    spec: TaskModelSpec
-    digest: str
-    private_to: str | None = None
+    folder: Path  # where it lies
+    spec: TaskModelSpec  # of the model that it was saved from, with the base pinned
+    digest: str  # of the trained tensors, as the folder states it
+    private_to: str | None = None  # the site whose records trained it without noise; None: a run's own
 
     @classmethod
     def read(cls, folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> SavedAdapter:

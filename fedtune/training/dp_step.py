@@ -30,10 +30,8 @@ SMALLEST_NORM = 1e-3
 would blow that up to a whole contribution (measured in simulations/sensitivity)."""
 # Clipping aims this far below the clip norm, so that rounding never lifts a contribution above it.
 _ROUNDING_ROOM = 1e-6
-CLIP_NORM_CELLS = 2.0**GRID_BITS
-"""A clip norm, in cells."""
-_LANES = 1024
-"""In which an accelerator adds up a row's squares: a power of two."""
+CLIP_NORM_CELLS = 2.0**GRID_BITS  # a clip norm, in cells
+_LANES = 1024  # in which an accelerator adds up a row's squares: a power of two
 
 
 def nobody_else(sums: Sums, max_grad_norm: float) -> int:
@@ -51,20 +49,15 @@ class UnitGradients(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """One site's training records, as a step sees them: in privacy units.
+    """One site's training records, as a step sees them: in privacy units."""
 
-    Attributes:
-        count: how many units there are; never leaves the site.
-        declared_size: the number the site publishes, in the step's denominator.
-        cut: turns the indices of a logical batch into micro-batches, whose lengths are their numbers of units.  How it
-            cuts changes no bit of a sum.
-        add_others: adds the other devices' sums over the units that `cut` left to them, clipped to the same norm;
-            returns the number of those units.
-    """
-
-    count: int
-    declared_size: int
+    count: int  # how many units there are; never leaves the site
+    declared_size: int  # the number the site publishes, in the step's denominator
+    # turns the indices of a logical batch into micro-batches, whose lengths are their numbers of units.  How it
+    # cuts changes no bit of a sum.
     cut: Callable[[npt.NDArray[np.int64]], Iterable[Any]]
+    # adds the other devices' sums over the units that `cut` left to them, clipped to the same norm; returns the
+    # number of those units
     add_others: Callable[[Sums, float], int] = nobody_else
 
 

@@ -28,8 +28,7 @@ log = logging.getLogger(__name__)
 Places = npt.NDArray[np.int64]
 
 
-Told = Callable[[int, int], None]
-"""Called with how many parts of a long work are done, and of how many."""
+Told = Callable[[int, int], None]  # called with how many parts of a long work are done, and of how many
 
 
 def nobody(done: int, total: int) -> None:
@@ -47,13 +46,9 @@ def units_of(rank: int, num_devices: int, count: int) -> Places:
 
 
 class Units(ABC):
-    """A site's privacy units, which a step samples, cuts into micro-batches and turns into one gradient each.
+    """A site's privacy units, which a step samples, cuts into micro-batches and turns into one gradient each."""
 
-    Attributes:
-        unit: the privacy unit.
-    """
-
-    unit: Unit
+    unit: Unit  # the privacy unit
 
     @abstractmethod
     def __len__(self) -> int:

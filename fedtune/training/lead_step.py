@@ -20,8 +20,7 @@ from fedtune.training.spec import TrainingSpec
 log = logging.getLogger(__name__)
 
 State = Mapping[str, npt.NDArray[np.float32]]
-_DEVIATIONS = 8
-"""Standard deviations: a sum of honest sites passes the bound with a probability below 1e-14."""
+_DEVIATIONS = 8  # standard deviations: a sum of honest sites passes the bound with a probability below 1e-14
 
 
 def lead_step(

@@ -25,22 +25,15 @@ from fedtune.training.spec import TrainingSpec
 
 @dataclass(frozen=True, kw_only=True)
 class RoundOfTraining:
-    """The inputs of one round of local training besides the model.
-
-    Attributes:
-        round: from 1; places the round in the learning-rate schedule.
-        attempt: from 1; a retry draws fresh noise.
-        asked: the run's plan; the site carries out `plan`, which is `noise_factor` times stronger.
-        max_adapter_value: the site's bound on absolute values of the adapter; training never leaves it.
-    """
+    """The inputs of one round of local training besides the model."""
 
     site: str
-    round: int
-    attempt: int
-    asked: Plan
+    round: int  # from 1; places the round in the learning-rate schedule
+    attempt: int  # from 1; a retry draws fresh noise
+    asked: Plan  # the run's plan; the site carries out `plan`, which is `noise_factor` times stronger
     training: TrainingSpec
     declared_size: int
-    max_adapter_value: float
+    max_adapter_value: float  # the site's bound on absolute values of the adapter; training never leaves it
     noise_factor: float = 1.0
 
     @property

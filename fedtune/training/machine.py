@@ -26,12 +26,9 @@ from fedtune.tasks.task_model import TaskModel
 from fedtune.training.accelerators import accelerator, memory_of
 from fedtune.training.spec import RuntimeSpec
 
-_ELSEWHERE_MIB = 1024.0
-"""For kept states where the system does not say how much memory is available."""
-_ELSEWHERE_BYTES = 4 * 2**30
-"""Of all memory, likewise."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of mallopt(3)."""
+_ELSEWHERE_MIB = 1024.0  # for kept states where the system does not say how much memory is available
+_ELSEWHERE_BYTES = 4 * 2**30  # of all memory, likewise
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
 _TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 16384, 512, 2048
 """Of a micro-batch: on a CPU each step takes as long with more, and the trial before the run longer

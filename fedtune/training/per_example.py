@@ -26,8 +26,7 @@ from fedtune.training.dp_step import added_halves
 
 log = logging.getLogger(__name__)
 
-Found = dict[nn.Parameter, torch.Tensor]
-"""Parameter -> (rows, *shape): what a backward pass has found so far."""
+Found = dict[nn.Parameter, torch.Tensor]  # parameter -> (rows, *shape): what a backward pass has found so far
 
 
 class PerExampleGradients:

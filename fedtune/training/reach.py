@@ -17,23 +17,16 @@ from fedtune.privacy.run_plan import MORE_THAN_DECLARED, Plan
 from fedtune.training.optimizer import learning_rate_factor
 from fedtune.training.spec import TrainingSpec
 
-_NOISE_SIGMAS = 10.0
-"""Standard deviations; one normal value in 1e22 lies beyond them."""
-_ROUNDING = 1e-3
-"""Relative slack: training rounds to float32, and the bounds below do not."""
+_NOISE_SIGMAS = 10.0  # standard deviations; one normal value in 1e22 lies beyond them
+_ROUNDING = 1e-3  # relative slack: training rounds to float32, and the bounds below do not
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reach:
-    """Bounds on the moves of one round; infinite where training has none.
+    """Bounds on the moves of one round; infinite where training has none."""
 
-    Attributes:
-        value: name of a tensor -> the furthest that one of its values moves away from 0.
-        norm: the same for the L2 norm of all values together.
-    """
-
-    value: Mapping[str, float]
-    norm: float
+    value: Mapping[str, float]  # name of a tensor -> the furthest that one of its values moves away from 0
+    norm: float  # the same for the L2 norm of all values together
 
     def includes(self, update: Mapping[str, np.ndarray], *, sent: Adapter, rounding: float = 0.0) -> bool:
         """An update with the tensors of `sent` stays within both bounds.

@@ -9,8 +9,7 @@ from typing import Literal
 from fedtune.privacy.site_policy import Machine
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, spec
 
-_LARGEST_RATE = 1e9
-"""Beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round."""
+_LARGEST_RATE = 1e9  # beyond it, a product of rates is no float32, and an optimizer would fail in the middle of a round
 
 
 @spec
@@ -90,8 +89,7 @@ class TrainingSpec:
         return lora, head or lora
 
 
-_ADAM_PATH = 0.18
-"""The rate of a run of one step whose signal and noise are alike (simulations/own_data)."""
+_ADAM_PATH = 0.18  # the rate of a run of one step whose signal and noise are alike (simulations/own_data)
 STUDIED_SCALE = 0.5
 """`lora.scale` of the study.  LoRA adds this times B A: with another scale, another rate moves the weights as far."""
 _CLEAR, _WITHOUT_NOISE = 4.0, 1.5

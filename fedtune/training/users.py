@@ -24,15 +24,10 @@ from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody,
 
 @dataclass(frozen=True, eq=False)
 class UserBatch:
-    """Whole users, whose means are computed together, in as many micro-batches as needed.
+    """Whole users, whose means are computed together, in as many micro-batches as needed."""
 
-    Attributes:
-        contributions: for each user, the places of its records that take part.
-        examples: the site's records.
-    """
-
-    contributions: Sequence[Places]
-    examples: SiteExamples
+    contributions: Sequence[Places]  # for each user, the places of its records that take part
+    examples: SiteExamples  # the site's records
 
     def __len__(self) -> int:
         return len(self.contributions)

@@ -21,8 +21,7 @@ from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least,
 MOST_SITES = 20
 """Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
 MOST_BITS = 64
-MOST_LENGTH = 1 << 28
-"""Values of a vector."""
+MOST_LENGTH = 1 << 28  # values of a vector
 KEY, CONFIRMATION, SHARES = "secure sum key", "secure sum survivors", "secure sum shares"
 """Purposes of a site's signatures."""
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -209,15 +208,12 @@ class Announcement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """Terms, and the one key that each member announced under them.
-
-    Attributes:
-        digest: SHA-256, in hex, of terms and keys.  Masks, shares and confirmations are bound to it, so that sites to
-            which different keys were shown have nothing in common that could be unmasked.
-    """
+    """Terms, and the one key that each member announced under them."""
 
     terms: Terms
     keys: Mapping[str, str]
+    # SHA-256, in hex, of terms and keys.  Masks, shares and confirmations are bound to it, so that sites to
+    # which different keys were shown have nothing in common that could be unmasked.
     digest: str
 
     @classmethod

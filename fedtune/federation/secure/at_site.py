@@ -12,8 +12,7 @@ from fedtune.federation.secure.party import Keep, Party, Promise
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 
-_MOST_NOTED = 64
-"""Sessions whose newest promises are on disk; a site has long lost the keys of older ones."""
+_MOST_NOTED = 64  # sessions whose newest promises are on disk; a site has long lost the keys of older ones
 
 
 def kept_in(path: Path) -> Keep:
@@ -32,10 +31,8 @@ def kept_in(path: Path) -> Keep:
     return keep
 
 
-_MOST_RUNS = 16
-"""Whose parties are kept; a run whose parties are gone begins a new session."""
-_MOST_SESSIONS = 3
-"""Of a run: the one that goes on, and others that a lead tries to begin beside it."""
+_MOST_RUNS = 16  # whose parties are kept; a run whose parties are gone begins a new session
+_MOST_SESSIONS = 3  # of a run: the one that goes on, and others that a lead tries to begin beside it
 
 
 @dataclass
@@ -77,21 +74,15 @@ class Parties:
 
 @dataclass(frozen=True, kw_only=True)
 class SumsAtSite:
-    """The answers of a site in the steps of a secure sum.
-
-    Attributes:
-        parties: shared by all requests to this process.
-        limits: that it holds every run's terms to.
-        roster: public identity keys by site, itself included, as this site has them from the sites themselves.
-        keep: writes a promise before the answer that makes it.
-    """
+    """The answers of a site in the steps of a secure sum."""
 
     site: str
     identity: SigningKey
-    parties: Parties
-    limits: Limits
+    parties: Parties  # shared by all requests to this process
+    limits: Limits  # that it holds every run's terms to
+    # public identity keys by site, itself included, as this site has them from the sites themselves
     roster: Mapping[str, str]
-    keep: Keep
+    keep: Keep  # writes a promise before the answer that makes it
 
     def announce(self, session: str, members: Sequence[str], terms: Callable[[Mapping[str, str]], Terms]) -> bytes:
         """A key for a run's session of the lead's; asked again for the same one, the same.

@@ -24,8 +24,7 @@ from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.ledger.chain import canonical
 
-MOST_JSON_BYTES = 1 << 17
-"""Of a message but an upload; the largest that 20 sites need is far smaller."""
+MOST_JSON_BYTES = 1 << 17  # of a message but an upload; the largest that 20 sites need is far smaller
 MOST_RELEASES = 1 << 31
 _UPLOAD = b"fedtune-secure-upload-1\n"
 _HEAD = struct.Struct(">32sIB")
@@ -48,16 +47,11 @@ class ConfirmRequest:
     """The lead's question whether a site will help to unmask the sum of exactly these survivors.
 
     Every later message of the release says the same of itself; all travel as the canonical JSON of their fields.
-
-    Attributes:
-        session: its digest.
-        release: which sum.
-        survivors: sites whose uploads are in the sum, in order.
     """
 
-    session: str
-    release: int
-    survivors: list[str]
+    session: str  # its digest
+    release: int  # which sum
+    survivors: list[str]  # sites whose uploads are in the sum, in order
 
     def to_bytes(self) -> bytes:
         """The message as it travels; of a `ConfirmRequest` also what a site signs when it confirms."""
@@ -111,15 +105,10 @@ class Confirmation(ConfirmRequest):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnmaskRequest(ConfirmRequest):
-    """The lead's question for a site's shares, with what shows that enough sites confirmed the same survivors.
+    """The lead's question for a site's shares, with what shows that enough sites confirmed the same survivors."""
 
-    Attributes:
-        confirmations: signature by site.
-        sealed: what each survivor sealed for the site that is asked, in base64, by survivor.
-    """
-
-    confirmations: dict[str, str]
-    sealed: dict[str, str]
+    confirmations: dict[str, str]  # signature by site
+    sealed: dict[str, str]  # what each survivor sealed for the site that is asked, in base64, by survivor
 
     def check(self, terms: Terms) -> None:
         """Require as many genuine confirmations of exactly these survivors as the threshold."""
@@ -140,14 +129,11 @@ class UnmaskRequest(ConfirmRequest):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Revealed(ConfirmRequest):
-    """A site's shares of the seeds that unmask the survivors' sum, signed: a wrong one is held against the site.
-
-    Attributes:
-        shares: by survivor, whose seeds they are, and by the site that the mask is shared with (its own mask's by its
-            own name), in hex.  Shares that the survivor did not deal are left out.
-    """
+    """A site's shares of the seeds that unmask the survivors' sum, signed: a wrong one is held against the site."""
 
     site: str
+    # by survivor, whose seeds they are, and by the site that the mask is shared with (its own mask's by its own
+    # name), in hex.  Shares that the survivor did not deal are left out.
     shares: dict[str, dict[str, str]]
     signature: str
 
@@ -192,23 +178,16 @@ def seeds_needed(survivor: str, survivors: list[str], terms: Terms) -> list[str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Upload:
-    """A site's masked vector, with what unmasks the sum later.
-
-    Attributes:
-        site: whose it is.
-        release: which sum it belongs to.
-        digests: of the site's seeds and their shares: for each member in order, that the mask is shared with, of the
-            values at 0 (the seed) and at each member's place; (K, K + 1) of 32 bytes.
-        sealed: the shares of all seeds for each member in order, encrypted to it.
-        vector: the masked vector's residues, packed.
-    """
+    """A site's masked vector, with what unmasks the sum later."""
 
     session: str
-    release: int
-    site: str
+    release: int  # which sum it belongs to
+    site: str  # whose it is
+    # of the site's seeds and their shares: for each member in order, that the mask is shared with, of the
+    # values at 0 (the seed) and at each member's place; (K, K + 1) of 32 bytes
     digests: tuple[tuple[bytes, ...], ...]
-    sealed: tuple[bytes, ...]
-    vector: bytes
+    sealed: tuple[bytes, ...]  # the shares of all seeds for each member in order, encrypted to it
+    vector: bytes  # the masked vector's residues, packed
 
     def to_bytes(self, terms: Terms) -> bytes:
         """Head, digests, sealed shares, vector; each has the length that the terms give it."""

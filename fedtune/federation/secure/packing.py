@@ -6,8 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 Residues = npt.NDArray[np.uint64]
-_AT_ONCE = 1 << 16
-"""Values whose bits are in memory as bytes; a multiple of 8, so that each piece ends with a byte."""
+_AT_ONCE = 1 << 16  # values whose bits are in memory as bytes; a multiple of 8, so that each piece ends with a byte
 
 
 def residues(values: npt.NDArray[np.int64], bits: int) -> Residues:

@@ -47,8 +47,7 @@ class Promise:
     confirmed: bool
 
 
-Keep = Callable[[Promise], None]
-"""Writes a promise so that it is on disk when the call returns, or raises."""
+Keep = Callable[[Promise], None]  # writes a promise so that it is on disk when the call returns, or raises
 
 
 class Party:

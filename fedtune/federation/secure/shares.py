@@ -9,8 +9,7 @@ from functools import lru_cache
 
 from fedtune.privacy.ledger.chain import canonical
 
-PRIME = 2**256 + 297
-"""The smallest prime above 2**256, so that every 32 bytes are a secret."""
+PRIME = 2**256 + 297  # the smallest prime above 2**256, so that every 32 bytes are a secret
 SHARE_BYTES = 33
 
 

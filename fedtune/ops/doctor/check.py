@@ -30,17 +30,13 @@ class Check:
 
     Guarantee: `found` and `fix` hold no text of a record, no exact count of records and no path of a file with
     records: people paste these lines into tickets.
-
-    Attributes:
-        fix: what to do about it, in one sentence; empty where there is nothing to do.
-        exit_code: of the command, when this check failed.
     """
 
     name: str
     status: Status
     found: str
-    fix: str = ""
-    exit_code: int = SETTINGS
+    fix: str = ""  # what to do about it, in one sentence; empty where there is nothing to do
+    exit_code: int = SETTINGS  # of the command, when this check failed
 
     def to_json(self) -> dict[str, str]:
         """Plain JSON, for scripts."""

@@ -29,20 +29,13 @@ class Examination:
     """Everything at a site, looked at once; a check that goes wrong keeps no other from being made.
 
     Files are read on the way, for later checks; a check whose need could not be read is skipped.
-
-    Attributes:
-        kit_folder: the kit's.
-        site_toml: the policy.
-        model: a base model to install first, as `install_model` takes it.
-        run: settings of a run to try out; None: none was named.
-        timeout_s: of each connection.
     """
 
-    kit_folder: Path
-    site_toml: Path
-    model: Path | None = None
-    run: Callable[[], RunConfig] | None = None
-    timeout_s: float = 10.0
+    kit_folder: Path  # the kit's
+    site_toml: Path  # the policy
+    model: Path | None = None  # a base model to install first, as `install_model` takes it
+    run: Callable[[], RunConfig] | None = None  # settings of a run to try out; None: none was named
+    timeout_s: float = 10.0  # of each connection
     kit: Kit = field(init=False)
     files: SiteFiles = field(init=False)
     history: History = field(init=False)

@@ -46,8 +46,7 @@ from fedtune.words import spoken_start
 _PAGE = "docs/site_policy.md"
 FEW, MANY = 0.5, 2.0
 """True number of records (or users), as a share of the declared size, below or above which a person should look."""
-FEW_DATED = 0.5
-"""Users with a readable date of arrival, as a share of all, below which a person should look."""
+FEW_DATED = 0.5  # users with a readable date of arrival, as a share of all, below which a person should look
 
 
 def certificate(kit: Kit, now: datetime) -> Check:

@@ -23,10 +23,8 @@ from cryptography.x509.oid import NameOID
 
 from fedtune.spec import NOT_GIVEN, ConfigError, check_name
 
-CLOCK_SKEW = timedelta(minutes=5)
-"""Certificates begin so long before they are made, for machines whose clocks are slow."""
-SOON_DAYS = 30
-"""A certificate that ends in fewer days is to be renewed now."""
+CLOCK_SKEW = timedelta(minutes=5)  # certificates begin so long before they are made, for machines whose clocks are slow
+SOON_DAYS = 30  # a certificate that ends in fewer days is to be renewed now
 _OVER = "provision the federation again"
 _MOST_DAYS = 36_500
 UNREADABLE = (
@@ -38,17 +36,12 @@ UNREADABLE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """The facts of a certificate that people look at.
+    """The facts of a certificate that people look at."""
 
-    Attributes:
-        name: common name of the subject: a site's name, "lead", "server".
-        fingerprint: SHA-256 of the public key (its SubjectPublicKeyInfo), 64 hex digits; a renewal keeps it.
-    """
-
-    name: str
+    name: str  # common name of the subject: a site's name, "lead", "server"
     not_before: datetime
     not_after: datetime
-    fingerprint: str
+    fingerprint: str  # SHA-256 of the public key (its SubjectPublicKeyInfo), 64 hex digits; a renewal keeps it
 
     @classmethod
     def of(cls, certificate: x509.Certificate) -> Certificate:

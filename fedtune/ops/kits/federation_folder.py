@@ -107,15 +107,11 @@ class _Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FederationFolder:
-    """A federation's folder as it stands, with the settings that the lead may edit: new certificates and kits follow.
-
-    Attributes:
-        lead_key: public key of the lead, 64 hex digits.
-    """
+    """A federation's folder as it stands, with the settings that the lead may edit: new kits follow."""
 
     folder: Path
     settings: FederationFile
-    lead_key: str
+    lead_key: str  # public key of the lead, 64 hex digits
 
     @classmethod
     def open(cls, folder: Path) -> FederationFolder:

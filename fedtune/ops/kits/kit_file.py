@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DATABASE = "server.db"
-"""In the folder of a server's kit."""
+DATABASE = "server.db"  # in the folder of a server's kit
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _PORT = re.compile(r"[1-9][0-9]{0,4}")
 _BOUND = "must be host:port, as the sites reach it: a name or an IP address ([v6]:port too), and a port up to 65535"
@@ -50,13 +49,9 @@ _RENEWAL = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """A host and a port.
+    """A host and a port."""
 
-    Attributes:
-        host: a DNS name in lower case, or an IP address in its shortest form, without brackets.
-    """
-
-    host: str
+    host: str  # a DNS name in lower case, or an IP address in its shortest form, without brackets
     port: int
 
     @classmethod

@@ -37,8 +37,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import KIT_SCHEMA, ConfigError, check_name, errors_in, spec
 from fedtune.words import spoken
 
-PURPOSE, ROSTER = "join request", "roster"
-"""Of the site's signature, and of the lead's."""
+PURPOSE, ROSTER = "join request", "roster"  # of the site's signature, and of the lead's
 REQUEST = "join_request.json"
 _T = TypeVar("_T")
 _MOST_BYTES = 1 << 16

@@ -26,15 +26,11 @@ _MOST_PAPER_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Installed:
-    """A model in the store.
-
-    Attributes:
-        new: False where it had been there before, whole.
-    """
+    """A model in the store."""
 
     model: KitModel
     folder: Path
-    new: bool
+    new: bool  # False where it had been there before, whole
 
 
 def model_place(kit_folder: Path, sha256: str) -> Path:

@@ -85,29 +85,19 @@ def _kit(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admitted:
-    """A site that was let in, or renewed.
-
-    Attributes:
-        archive: the zip to send to it.
-        changes: what a renewal changed besides the certificate, for people.
-    """
+    """A site that was let in, or renewed."""
 
     member: Member
-    archive: Path
-    changes: tuple[str, ...] = ()
+    archive: Path  # the zip to send to it
+    changes: tuple[str, ...] = ()  # what a renewal changed besides the certificate, for people
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """A request that nothing is wrong with, while people compare its keys: nothing is changed yet.
+    """A request that nothing is wrong with, while people compare its keys: nothing is changed yet."""
 
-    Attributes:
-        request: as it was read, once; another file in its place is not looked at.
-        let_in: makes the change, unless something is wrong with the request by now.
-    """
-
-    request: JoinRequest
-    let_in: Callable[[], Admitted]
+    request: JoinRequest  # as it was read, once; another file in its place is not looked at
+    let_in: Callable[[], Admitted]  # makes the change, unless something is wrong with the request by now
 
 
 def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:

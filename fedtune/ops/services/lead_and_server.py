@@ -162,19 +162,13 @@ class KitRoster:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerService:
-    """A server that is ready to start.
-
-    Attributes:
-        port: to listen on; None: the one that the sites are told.
-        data: folder for the database and the audit log; None: the kit's own.
-        health: told how the server is doing.
-    """
+    """A server that is ready to start."""
 
     kit: Kit
     host: str
-    port: int | None
-    data: Path | None
-    health: Health
+    port: int | None  # to listen on; None: the one that the sites are told
+    data: Path | None  # folder for the database and the audit log; None: the kit's own
+    health: Health  # told how the server is doing
 
     @cached_property
     def metrics(self) -> ServerMetrics:

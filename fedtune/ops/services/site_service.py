@@ -41,24 +41,18 @@ log = logging.getLogger(__name__)
 _MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
 _POLL_S, _MOST_POLL_S = 0.3, 1.0
 """How soon to ask again where nothing waits: right after a message, and in the end.  Between them it is stretched."""
-_RUNG_POLL_S = 30.0
-"""The same where the server says when there is a question."""
-_LOOK_S = 0.25
-"""How soon a stop, a leave or a pause is seen meanwhile."""
+_RUNG_POLL_S = 30.0  # the same where the server says when there is a question
+_LOOK_S = 0.25  # how soon a stop, a leave or a pause is seen meanwhile
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteService:
-    """A site that is ready to start, by its kit and its policy.
-
-    Attributes:
-        health: told how the site is doing.
-        answered: told each answer to a round or a question: "update", or the reason for none.
-    """
+    """A site that is ready to start, by its kit and its policy."""
 
     kit: Kit
     site_toml: Path
-    health: Health
+    health: Health  # told how the site is doing
+    # told each answer to a round or a question: "update", or the reason for none
     answered: Callable[[str], None] = lambda _: None
 
     def run(self) -> None:

@@ -21,17 +21,11 @@ MOST_WAITING = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
-    """A run that waits for a person's approval.
+    """A run that waits for a person's approval."""
 
-    Attributes:
-        proposal: exactly what is to be approved.
-        settings: JSON of the run's configuration; its digest is in the name of the proposal's run.
-        since: when it was first asked for, in UTC.
-    """
-
-    proposal: Proposal
-    settings: str
-    since: str
+    proposal: Proposal  # exactly what is to be approved
+    settings: str  # JSON of the run's configuration; its digest is in the name of the proposal's run
+    since: str  # when it was first asked for, in UTC
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,7 @@ Event = Literal[
 ]
 FILE_NAME = "audit.jsonl"
 _MOST_BYTES, _NUM_OLD = 4 << 20, 3
-_REPEAT_S = 600.0
-"""For how long the same event is counted before its number is written."""
+_REPEAT_S = 600.0  # for how long the same event is counted before its number is written
 _MOST_KINDS, _MOST_OF_ONE = 1000, 100
 """Different lines of one event that are told apart, and of those one member's or one address's: a caller who
 makes many hides no other's."""

@@ -28,8 +28,7 @@ from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.gate import PEER, Peer
 from fedtune.ops.wire.identity import Tls
 
-_RESERVED_FILES = 128
-"""Of the process's, for database, roster, health and logs."""
+_RESERVED_FILES = 128  # of the process's, for database, roster, health and logs
 _MOST_CONNECTIONS, _LEAST_CONNECTIONS = 2048, 16
 _SHUTDOWN_S, _PAUSE_S = 2.0, 0.1
 _BACKLOG = 256

@@ -41,8 +41,7 @@ from fedtune.ops.wire.identity import Tls, refusal, staying
 from fedtune.ops.wire.message_objects import pull_message
 from fedtune.spec import RunError
 
-HELLO = "/v1/fedtune/hello"
-"""Where the server tells a site how it knows it; not Flower's."""
+HELLO = "/v1/fedtune/hello"  # where the server tells a site how it knows it; not Flower's
 _MOST_REASON = 300
 _CALL_TIMEOUT_S = 30.0
 _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2

@@ -31,8 +31,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_BODY_S, _BODY_BYTES_A_SECOND = 30.0, 16 << 10
-"""A body may take so long, and longer for what has come of it."""
+_BODY_S, _BODY_BYTES_A_SECOND = 30.0, 16 << 10  # a body may take so long, and longer for what has come of it
 
 _SITE_CALLS = frozenset(
     f"/v1/fleet/{call}"
@@ -72,62 +71,40 @@ _OF_RUNS: dict[str, Event] = {
     "/v1/control/stop-run": "run ended",
     "/v1/runtime/push-task-output": "run ended",
 }
-_LEAD_BYTES = 1 << 30
-"""Of one call's body of the lead."""
+_LEAD_BYTES = 1 << 30  # of one call's body of the lead
 _UNSIGNED = "not signed by the lead, or its clock is wrong"
 _MOST_DIGITS = 18
-PEER = "fedtune peer"
-"""Where in a scope's state the other end of the connection is."""
+PEER = "fedtune peer"  # where in a scope's state the other end of the connection is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registered:
-    """A site as the server knows it.
-
-    Attributes:
-        node_key: PEM of its connection key's public half.
-        revoked: it was, and is no longer, a member.
-    """
+    """A site as the server knows it."""
 
     site: str
-    node_key: bytes
-    revoked: bool
+    node_key: bytes  # PEM of its connection key's public half
+    revoked: bool  # it was, and is no longer, a member
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
-    """The other end of a connection, as TLS knows it.
+    """The other end of a connection, as TLS knows it."""
 
-    Attributes:
-        address: without the port.
-        certificate: its common name.
-        key: PEM of its public key.
-    """
-
-    address: str
-    certificate: str
-    key: bytes
+    address: str  # without the port
+    certificate: str  # its common name
+    key: bytes  # PEM of its public key
 
 
 @dataclass(kw_only=True, slots=True)
 class Traffic:
-    """Traffic since the server began.  The server's event loop writes; any thread may read a value.
+    """Traffic since the server began.  The server's event loop writes; any thread may read a value."""
 
-    Attributes:
-        began: in seconds since 1970, like `heard`.
-        received: bytes of calls' bodies.
-        sent: bytes of answers' bodies.
-        waiting: calls of sites that are held until the lead asks something.
-        heard: site -> when it last made a call that was let in.
-        connections: open ones, by the key of their certificate.
-    """
-
-    began: float = field(default_factory=time.time)
-    received: int = 0
-    sent: int = 0
-    waiting: int = 0
-    heard: dict[str, float] = field(default_factory=dict)
-    connections: Counter[bytes] = field(default_factory=Counter)
+    began: float = field(default_factory=time.time)  # in seconds since 1970, like `heard`
+    received: int = 0  # bytes of calls' bodies
+    sent: int = 0  # bytes of answers' bodies
+    waiting: int = 0  # calls of sites that are held until the lead asks something
+    heard: dict[str, float] = field(default_factory=dict)  # site -> when it last made a call that was let in
+    connections: Counter[bytes] = field(default_factory=Counter)  # open ones, by the key of their certificate
 
     def counted(self, receive: Receive, send: Send) -> tuple[Receive, Send]:
         """The same two, counting what passes."""
@@ -144,8 +121,7 @@ class Traffic:
         return counted_receive, counted_send
 
 
-Roster = Callable[[], Sequence[Registered]]
-"""The sites as they stand when it is called."""
+Roster = Callable[[], Sequence[Registered]]  # the sites as they stand when it is called
 
 
 class Gate:

@@ -28,17 +28,11 @@ _Client = TypeVar("_Client", bound=rpc.ProtobufClient)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tls:
-    """PEM files of one end.
+    """PEM files of one end."""
 
-    Attributes:
-        ca: certificate of the federation's authority, the only one that is trusted.
-        certificate: this end's own.
-        key: its private key; a site's and a lead's is EC P-384, and a site signs its Flower calls with it too.
-    """
-
-    ca: Path
-    certificate: Path
-    key: Path
+    ca: Path  # certificate of the federation's authority, the only one that is trusted
+    certificate: Path  # this end's own
+    key: Path  # its private key; a site's and a lead's is EC P-384, and a site signs its Flower calls with it too
 
     def client_context(self) -> ssl.SSLContext:
         """For a client: trusts this authority alone, checks the server's name, and shows its own certificate."""
@@ -87,11 +81,9 @@ def refusal(error: BaseException) -> str | None:
     return None
 
 
-CALL = "call"
-"""Purpose of the lead's signatures."""
+CALL = "call"  # purpose of the lead's signatures
 TIME, BODY, SIGNATURE = "fedtune-time", "fedtune-body", "fedtune-signature"
-TOLERANCE_S = 120.0
-"""How far the clocks of lead and server may differ; a signature is good for so long."""
+TOLERANCE_S = 120.0  # how far the clocks of lead and server may differ; a signature is good for so long
 
 
 class NotAllowed(Exception):
@@ -102,8 +94,7 @@ class NotAllowed(Exception):
         self.status, self.reason = status, reason
 
 
-_MOST_SEEN = 1 << 17
-"""Two minutes of a lead that calls five hundred times a second."""
+_MOST_SEEN = 1 << 17  # two minutes of a lead that calls five hundred times a second
 
 
 class SeenCalls:

@@ -18,8 +18,7 @@ from fedtune.flower.internals import core, inflating, message_pb2, objects
 from fedtune.ops.wire.bounded_http import OutOfBounds
 
 MOST_OBJECTS = 4096
-MOST_BYTES = 1 << 30
-"""Of a whole message: an adapter of 268 million float32 values."""
+MOST_BYTES = 1 << 30  # of a whole message: an adapter of 268 million float32 values
 MOST_BESIDE_BYTES = 4 << 20
 """Of all its objects but arrays' bytes: these become Python objects, which are many times as large."""
 MOST_S = 3600.0

@@ -25,48 +25,33 @@ from fedtune.spec import RunError
 log = logging.getLogger(__name__)
 
 _POLL_S, _RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
-_LOST_S = 3.0
-"""How soon to ask again for an answer that did not come whole."""
+_LOST_S = 3.0  # how soon to ask again for an answer that did not come whole
 _SLACK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heard:
-    """The meaning of an answer for the exchange that it belongs to.
+    """The meaning of an answer for the exchange that it belongs to."""
 
-    Attributes:
-        good: it is of the kind that was hoped for.
-        again_s: seconds after which to ask once more, since it may change; None: it is final.
-        idle: until it changes, the exchange need not wait for this site.
-    """
-
-    good: bool
-    again_s: float | None = None
-    idle: bool = False
+    good: bool  # it is of the kind that was hoped for
+    again_s: float | None = None  # seconds after which to ask once more, since it may change; None: it is final
+    idle: bool = False  # until it changes, the exchange need not wait for this site
 
 
 @dataclass
 class _Question:
-    """The question to one site, until it has answered.
-
-    Attributes:
-        message_ids: under which it was asked; an answer to any of them will do.
-        activation: when the site had last come online as it was asked; a later one means that it may have forgotten.
-        unsent: a message that may have reached the server in part: the site waits for the rest of it.
-        not_before: earliest moment, by the monotonic clock, to ask again.
-        asked: by the monotonic clock, when it was asked last.
-        provisional: an answer that asking again may change.
-        idle: so far it says that nobody needs to wait.
-    """
+    """The question to one site, until it has answered."""
 
     question: Message
-    message_ids: set[str]
+    message_ids: set[str]  # under which it was asked; an answer to any of them will do
+    # when the site had last come online as it was asked; a later one means that it may have forgotten
     activation: str = ""
+    # a message that may have reached the server in part: the site waits for the rest of it
     unsent: Message | None = None
-    not_before: float = 0.0
-    asked: float = 0.0
-    provisional: Message | None = None
-    idle: bool = False
+    not_before: float = 0.0  # earliest moment, by the monotonic clock, to ask again
+    asked: float = 0.0  # by the monotonic clock, when it was asked last
+    provisional: Message | None = None  # an answer that asking again may change
+    idle: bool = False  # so far it says that nobody needs to wait
 
     @property
     def has_begun(self) -> bool:

@@ -32,12 +32,10 @@ if TYPE_CHECKING:
 
 FLEET = "/v1/fleet/"
 _SMALL_BYTES, _ANNOUNCED_BYTES = 1 << 16, 1 << 20
-_OBJECT_BYTES = 1 << 23
-"""Flower cuts an array into objects of 5 MiB."""
+_OBJECT_BYTES = 1 << 23  # Flower cuts an array into objects of 5 MiB
 _MOST_OBJECTS = 4096
 _SLACK_BYTES = 1 << 20
-_UNKNOWN_BYTES = 1 << 30
-"""Of an answer to a question that was fetched before this process started."""
+_UNKNOWN_BYTES = 1 << 30  # of an answer to a question that was fetched before this process started
 _REMEMBERED, _REMEMBERED_OBJECTS = 4096, 1 << 17
 
 _QUESTION = text("""
@@ -66,18 +64,12 @@ JOIN object_push_sessions USING (session_id) WHERE pending_count > 0 AND expires
 
 @dataclass
 class _Answer:
-    """One that a site has announced.
-
-    Attributes:
-        most_bytes: of all its objects together.
-        until: when its question expires, in seconds since 1970.
-        num_bytes: of each object that came.
-    """
+    """One that a site has announced."""
 
     object_ids: frozenset[str]
-    most_bytes: int
-    until: float
-    num_bytes: dict[str, int] = field(default_factory=dict)
+    most_bytes: int  # of all its objects together
+    until: float  # when its question expires, in seconds since 1970
+    num_bytes: dict[str, int] = field(default_factory=dict)  # of each object that came
 
 
 class SiteCalls:

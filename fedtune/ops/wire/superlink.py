@@ -37,10 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ROSTER_S = 2.0
-"""How often the roster is looked at, and the database tried."""
-_HEAD_BYTES = 16 << 10
-"""Of a request's line and headers."""
+_ROSTER_S = 2.0  # how often the roster is looked at, and the database tried
+_HEAD_BYTES = 16 << 10  # of a request's line and headers
 _WRITE_TABLE = text("CREATE TABLE IF NOT EXISTS fedtune_alive (id INTEGER PRIMARY KEY, moment TEXT)")
 _WRITE = text("INSERT OR REPLACE INTO fedtune_alive VALUES (1, hex(randomblob(2048)))")
 """A page's worth: where no page can be had, nothing else can be written either."""
@@ -48,26 +46,17 @@ _WRITE = text("INSERT OR REPLACE INTO fedtune_alive VALUES (1, hex(randomblob(20
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """The settings of a server.
-
-    Attributes:
-        lead: public key of who may start runs.
-        host: address to listen on.
-        database: file with messages and nodes, made when missing.
-        roster: the sites as they stand now; called every two seconds.
-        audit: file that says who came and what was refused; None: none is kept.
-        traffic: where what comes and goes is counted.
-    """
+    """The settings of a server."""
 
     tls: Tls
-    lead: str
-    host: str
+    lead: str  # public key of who may start runs
+    host: str  # address to listen on
     port: int
-    database: Path
-    roster: Roster
-    audit: Path | None = None
+    database: Path  # file with messages and nodes, made when missing
+    roster: Roster  # the sites as they stand now; called every two seconds
+    audit: Path | None = None  # file that says who came and what was refused; None: none is kept
     limits: Limits = field(default_factory=Limits)
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: Traffic = field(default_factory=Traffic)  # where what comes and goes is counted
 
 
 def serve(

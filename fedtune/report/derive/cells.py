@@ -44,8 +44,7 @@ BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
 CODES: Mapping[str, str] = {fact: section for section, facts in _DATA["codes"].items() for fact in facts}
 """Fact -> the section of texts that has words for its values."""
 NUMBERS = frozenset(_DATA["numbers"]["facts"])
-SETTINGS = frozenset(_DATA["settings"]["facts"])
-"""Facts that a run's settings, or those of a ledger's runs, say."""
+SETTINGS = frozenset(_DATA["settings"]["facts"])  # facts that a run's settings, or those of a ledger's runs, say
 TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
 

@@ -36,13 +36,10 @@ from fedtune.report.model import Spent as Figures
 from fedtune.spec import check_at_least
 from fedtune.words import finite, unbounded
 
-DELTAS = tuple(10.0**-power for power in range(3, 11))
-"""Where the reports' curves are shown, beside their own delta."""
+DELTAS = tuple(10.0**-power for power in range(3, 11))  # where the reports' curves are shown, beside their own delta
 _LARGEST_EPSILON = 60.0  # beyond it, a share that an attack misses is no longer seen in a float
-PRIORS = (0.5, 0.1, 0.01, 0.001)
-"""How sure an attacker may be beforehand, in the reports' tables."""
-FALSE_ALARMS = (0.01, 0.001)
-"""Shares of false alarms in the reports' tables."""
+PRIORS = (0.5, 0.1, 0.01, 0.001)  # how sure an attacker may be beforehand, in the reports' tables
+FALSE_ALARMS = (0.01, 0.001)  # shares of false alarms in the reports' tables
 TIERS_SOURCE = "arXiv 2303.00654"
 BANDS = {"strong": (0.0, 1.0), "reasonable": (1.0, 10.0), "weak": (10.0, math.inf)}
 """Word for a strength -> above which epsilon it stands, and up to which."""

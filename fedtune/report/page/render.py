@@ -41,8 +41,7 @@ _GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "docum
 _RIGHT_GUESSES = ("right_of_100_ceiling", "right_of_100_mechanism", "singling_out_bound", "linkability_bound")
 _SCORES = ("scores_before", "scores_final")
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
-AGAIN_S = 15
-"""After this time a page of a run that goes on loads itself again."""
+AGAIN_S = 15  # after this time a page of a run that goes on loads itself again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,10 +16,8 @@ from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.words import score_words, shortened
 
-MOST_ROWS = 40
-"""Rows of a table on the page; report.json holds the others."""
-PAGE_ONE_SITES = 8
-"""Sites on page 1, the least favourable first; later tables list each."""
+MOST_ROWS = 40  # rows of a table on the page; report.json holds the others
+PAGE_ONE_SITES = 8  # sites on page 1, the least favourable first; later tables list each
 _TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no", "people")
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
