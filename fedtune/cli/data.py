@@ -36,7 +36,7 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say
 from fedtune.sites.run_records import file_sha256, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.inputs import input_of
-from fedtune.tasks.registry import task_named
+from fedtune.tasks.registry import TASKS, task_named
 
 app = group(
     """\
@@ -228,7 +228,7 @@ def codes(
         raise ConfigError("--columns", columns, "must be roles of texts")
     if topics is None and lengths is None:
         raise ConfigError("--topics", None, "must be given, or --lengths")
-    bounds = [int(one) if one.isdecimal() else 0 for one in lengths.split(",")] if lengths is not None else []
+    bounds = [int(one[:99]) if one.isdecimal() else 0 for one in lengths.split(",")] if lengths is not None else []
     if bounds != sorted({*bounds} - {0}):
         raise ConfigError("--lengths", lengths, "must be rising numbers of words from 1, as in 15,60")
     _require_new(out, ".jsonl")
@@ -238,12 +238,12 @@ def codes(
         require_no_card(topics, key="--topics")
         path = resolve_file(topics, shipped_folders(), key="--topics")
         listed: list[Any] = [row.get("topic") if isinstance(row, dict) else None for _, row in raw_rows(path)]
-        if len(set(listed)) < 2 or not all(isinstance(one, str) and one.strip() for one in listed):
+        if not all(isinstance(one, str) and one.strip() for one in listed) or len(set(listed)) < 2:
             bound = "must have a text in the column topic of each row, at least two different ones"
             raise ConfigError("--topics", topics, bound)
         from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
-        config, spec = _with_model("votes", model)
+        config, spec = _with_model(next(name for name, task in TASKS.items() if task.counts_units), model)
         reader = _reader(config.data, spec, key="--model", other="--model")
         each, spec = tuple(dict.fromkeys(listed)), replace(spec, dtype="float32")  # the same on every machine
         lora = LoraSpec(rank=1, layers=(-1,))  # of no effect untrained, and of whatever modules the model has

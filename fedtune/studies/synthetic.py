@@ -259,4 +259,4 @@ def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:
     settings |= {"privacy": {"unit": config.privacy.unit}, "seed": config.seed}
     plain = json.loads(json.dumps(settings))
     recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment calls it as the task
-    return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, allow_unicode=True, sort_keys=False))
+    return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, sort_keys=False))

@@ -205,8 +205,7 @@ def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.T
     """Of each row, the negative log-probabilities of all that it learns, added up, and the places where it does.
 
     Scores are computed for one row at a time, where it learns a token and nowhere else: how many places that are is up
-    to the row, and of rows computed together it would be up to the neighbours.  A row that learns nothing, as an empty
-    one, has 0 at one place.
+    to the row, and of rows computed together it would be up to the neighbours.  A row that learns nothing has 0.
     """
     assert model.output is not None, "the base predicts no tokens"
     inputs = model.output.inputs(lambda: model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask))
@@ -216,7 +215,7 @@ def added_up(model: Model, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.T
     # Not by index, which would add up each row's gradient with the zeros of all others.
     for row, targets, places in zip(inputs[:, :-1].unbind(), _next_tokens(batch), places_of_rows, strict=True):
         if not len(places):
-            yield row[:0].sum(), row.new_zeros(1)  # with a gradient of zero, whatever stands there
+            yield row[:0].float().sum(), row.new_zeros(1)  # with a gradient of zero, whatever stands there
             continue
         scores = model.output.scores(row[places])
         yield torch.nn.functional.cross_entropy(scores, targets[places], reduction="sum"), places

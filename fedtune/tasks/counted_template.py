@@ -28,6 +28,7 @@ _MOST_MADE = 1 << 25
 """The most that one call could make, if each of its arguments multiplied the others: 'a' * 5, or replace in a text."""
 _MOST_NUMBER = 1 << 10
 """Given to a filter: how wide to indent, how many parts to cut.  Known templates name single digits."""
+_COUNTED = "counted work"  # a filter of our own, under a name that no template can spell
 _WITHHELD = ("format", "random", "sum", "striptags", "urlize", "wordwrap")
 """Filters: one makes a text as long as a number in a text says, one draws, one copies a list for each item, and three
 may take the square of a text's length."""
@@ -90,7 +91,7 @@ class _CountedEnvironment(ImmutableSandboxedEnvironment):
         given = {name: one for name, one in like.filters.items() if name not in _WITHHELD}
         self.filters = {name: self._counted(one, self._before_filter) for name, one in given.items()}
         self.tests = {name: self._counted(one, self.spend) for name, one in like.tests.items()}
-        self.filters["counted"] = self._count_value
+        self.filters[_COUNTED] = self._count_value
         self.finalize = self._written
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -191,7 +192,7 @@ class _Hooks(NodeTransformer):
 
 
 def _count(node: nodes.Node, steps: int = 1) -> nodes.Filter:
-    return nodes.Filter(node, "counted", [nodes.Const(steps)], [], None, None, lineno=node.lineno or 1)
+    return nodes.Filter(node, _COUNTED, [nodes.Const(steps)], [], None, None, lineno=node.lineno or 1)
 
 
 def _is_number(value: object) -> bool:

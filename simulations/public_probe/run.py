@@ -53,8 +53,6 @@ PLACES: dict[str, dict[str, Any]] = {
     "value and output of layer 6": {},
     "value of layer 5": {"lora.target_modules": ["value"], "lora.layers": [-2]},
     "value of layers 5 and 6": {"lora.target_modules": ["value"], "lora.layers": [-2, -1]},
-    "value and output of layer 5": {"lora.layers": [-2]},
-    "value of layer 6": {"lora.target_modules": ["value"]},
 }
 # At epsilon 1 the rates of simulations/utility.
 EPSILONS: dict[int, dict[str, Any]] = {
@@ -109,6 +107,10 @@ def lines(kept: dict[str, Any], only: list[str] | None, runs: Path) -> Iterator[
                     yield f"{name}, epsilon {epsilon}", run.metrics["accuracy"]
 
 
+def _score(accuracy: float | None) -> str:
+    return "not run" if accuracy is None else f"{accuracy:.4f}"
+
+
 def main() -> None:
     (runs, only), path = asked(__doc__, ("probe", "runs")), HERE / "results.json"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -124,11 +126,7 @@ def main() -> None:
         [place, *(f"{probe[name][place] / max(probe[name].values()):.2f}" for name in RECIPES)] for place in order[:12]
     ]
     tables = readme.markdown([["layer and module", *RECIPES], *rows])
-    found = [
-        [name, *(f"{kept[f'{name}, epsilon {epsilon}']:.4f}" for epsilon in EPSILONS)]
-        for name in PLACES
-        if f"{name}, epsilon 1" in kept
-    ]
+    found = [[name, *(_score(kept.get(f"{name}, epsilon {epsilon}")) for epsilon in EPSILONS)] for name in PLACES]
     tables += "\n\n" + readme.markdown([["LoRA on", *(f"epsilon {epsilon}" for epsilon in EPSILONS)], *found])
     readme.put(HERE / "README.md", tables)
 

@@ -66,7 +66,6 @@ _EXPERIMENT: list[str] = []
 
 @pytest.fixture
 def made(here: Path, command: Any) -> Path:
-    """The same with an experiment for tickets.csv, which has a few faults."""
     if not _EXPERIMENT:
         assert command("data", "init", "tickets.csv", "--model", "random_bert").code == 0
         _EXPERIMENT.append((here / "tickets.yaml").read_text())
@@ -151,6 +150,7 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
     (["codes", "own.csv", "--lengths", "2", *NEW], "FILE = 'length': must not have this column: a new one gets its na"),
     (["codes", "own.csv", "--topics", "gone.csv", *NEW], "--topics = 'gone.csv': no such file"),
     (["codes", "own.csv", "--topics", "tickets.csv", *NEW], "--topics = 'tickets.csv': must have a text in the column"),
+    (["codes", "own.csv", "--topics", "lists.jsonl", *NEW], "--topics = 'lists.jsonl': must have a text in the colum"),
     (["codes", "own.csv", "--topics", "one.csv", *NEW], "--topics = 'one.csv': must have a text in the column topic o"),
     (["codes", "own.csv", "--topics", "made.jsonl", *NEW], "--topics = 'made.jsonl': must hold public records: made.j"),
     (["codes", "own.csv", *CODES[:2], "--model", "nope", *NEW], "--model = 'nope': must be one of llama_1b, minilm"),
@@ -158,6 +158,7 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
 ])  # fmt: skip
 def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: list[str], message: str) -> None:
     files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
+    files["lists.jsonl"] = '{"topic": ["a"]}\n{"topic": "b"}\n'
     for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
         (made / name).write_text(text)
     before = files_in(made)

@@ -66,7 +66,6 @@ def runs(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def vote(run: Path, *weights: float) -> None:
-    """Let a finished run of votes have come to these."""
     head, told = run / "adapter" / "head.safetensors", {"weight": np.array([weights], dtype=np.float32)}
     save_file(load_file(head) | told, head)
     for file in (run / "adapter" / "fedtune.json", run / "run.json"):
@@ -471,9 +470,9 @@ def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path,
     by_user = replace(run.config.data, columns=columns, partition=partition, **aside)
     config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"), seed=7)
     rows = [{"messages": "a", "ref": text} for text in ("a blue one", "say ${name}", "a red one")]
-    file.write_text(ballot(rows, "ref", config))
+    file.write_text(ballot([*rows, {"messages": "a", "ref": "next\x85line"}], "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
-    assert voting.head.label_texts == ("a blue one", "a red one")
+    assert voting.head.label_texts == ("a blue one", "a red one", "next\x85line")
     dealt, voters = dealt_out(config), dealt_out(voting)
     assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != dealt.pop("data.columns")
     assert voters == dealt, "a user has a vote where it was trained on, and only there"

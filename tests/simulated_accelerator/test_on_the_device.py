@@ -10,7 +10,6 @@ def said(function: str, **settings: object) -> list[str]:
 
 
 def test_the_trial_clips_on_the_device_as_a_step_does() -> None:
-    """It had clipped on the CPU, and saw nothing of a norm that moved a contribution by 0.029 clip norms."""
     as_it_is, by_company = map(float, said("clipping_by_company", SIM_SDPA="fused"))
     assert as_it_is == 0.0
     assert by_company > 1e-4
@@ -23,12 +22,10 @@ def test_a_norm_does_not_depend_on_its_company_where_cuda_s_own_does() -> None:
 
 
 def test_a_micro_batch_without_a_usable_unit_adds_nothing() -> None:
-    """It had failed the round, and so told that such a record was there."""
     assert said("no_usable_unit") == ["0"] * 6
 
 
 def test_users_wait_for_the_device_as_often_as_their_records_alone() -> None:
-    """Twice a tensor for each micro-batch they had."""
     ((of_users, of_records),) = (map(int, line.split()) for line in said("waits_for_the_device"))
     assert of_users == of_records
 

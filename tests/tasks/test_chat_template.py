@@ -299,6 +299,8 @@ def test_all_renderings_of_a_template_have_one_bound() -> None:
     many_steps = "{% for m in messages %}{% set x = 'a' * 120000 %}{% endfor %}" + CHATML
     with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all the conversations"):
         LM.check_tokenizer(tokenizer_with(many_steps), data=settings())
+    with pytest.raises(ConfigError, match="No filter named 'counted'"):
+        LM.check_tokenizer(tokenizer_with("{% set x = ''|counted(-9) %}" + CHATML), data=settings())
 
 
 @pytest.mark.parametrize("kind", ["model", "plain"])

@@ -275,7 +275,6 @@ def test_a_saved_adapter_knows_how_it_was_to_learn(trained: Any, tmp_path: Any) 
 
 
 def test_rows_that_learn_nothing_take_no_call_of_the_output_layer(model: TaskModel) -> None:
-    """A GPU computes with one number of rows, of which most are empty, and a call takes longer than its work."""
     with_random_values(model, 0.7)
     batch = collate(made_up(model), range(3), pad_id=0, shape=(6, 12))
     assert model.output is not None
@@ -284,6 +283,8 @@ def test_rows_that_learn_nothing_take_no_call_of_the_output_layer(model: TaskMod
     assert (scores.call_count, totals[6:].tolist()) == (6, [0.0] * 6)
     totals[6:].sum().backward()  # type: ignore[no-untyped-call]
     assert all(not one.grad.any() for one in model.trainable().values() if one.grad is not None)
+    model.base.to(torch.bfloat16)
+    assert {total.dtype for total, _ in added_up(model, batch)} == {torch.float32}
 
 
 # Scores.

@@ -150,9 +150,9 @@ def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
             kind = "no_answer"
         groups[kind, reason].append(result.ended)
     came = sum(len(ended) for (kind, _), ended in groups.items() if kind == "update")
-    if (without := (site.signed_rounds or 0) - came) > 0:
-        groups["reservation_without_update", None] = [""] * without  # nobody noted when
     for (kind, reason), ended in groups.items():
         times = [time for time in ended if time]
         first, last = min(times, default=None), max(times, default=None)
         yield Release(kind=kind, run=facts.run, reason=reason, count=len(ended), first=first, last=last)
+    if (more := (site.signed_rounds or 0) - came) > 0:  # nobody noted when
+        yield Release(kind="reservation_without_update", run=facts.run, reason=None, count=more, first=None, last=None)
