@@ -52,10 +52,10 @@ def synthesize(
     )
     others = {"--votes": door.load(votes)} if votes is not None else {}
     file = SyntheticFile(to, run, others, rows=rows, beside=beside, ballot=ballot, device=device)
-    begun = file.read(beginnings, option="--beginnings")[0] if beginnings is not None else []
-    key, named = ("--codes", codes) if beginnings is None else ("--beginnings", beginnings)
-    # Before hours in which it may change.
-    sha256 = file_sha256(resolve_file(str(named), shipped_folders(), key=key), key=key) if named else None
+    begun, known = file.read(beginnings, option="--beginnings") if beginnings is not None else ([], {})
+    named, sha256 = beginnings or codes, known.get("sha256")
+    if codes is not None:  # before hours in which it may change
+        sha256 = file_sha256(resolve_file(str(codes), shipped_folders(), key="--codes"), key="--codes")
     shares = "varied" if begun else "voted" if others else "declared"
     made = {"codes_file": named.name if named else None, "codes_sha256": sha256, "shares": shares, **asdict(spec)}
     with file.opened() as texts, shown_progress() as progress:

@@ -84,7 +84,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The maker of a model's input of an image: transformers' own processor, of its kind for PIL."""
+    """Transformers' own image processor, of its kind for PIL, which makes a model's input of an image."""
 
     process: Any  # the processor
     side: int  # of the square images that it makes

@@ -104,7 +104,7 @@ class ModelSpec:
 
     @property
     def built_in(self) -> bool:
-        """Is made from these settings alone: no file of it is read, and nobody chose its weights."""
+        """The model is made from these settings alone: no file of it is read, and nobody chose its weights."""
         return self.path == NO_BASE or self.path.startswith(RANDOM)
 
     @property

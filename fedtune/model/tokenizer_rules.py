@@ -38,7 +38,7 @@ _PRE_TOKENIZERS = {
 }  # fmt: skip
 """The same. A prefix goes before each piece, and a piece may be one character."""
 
-_MODELS = frozenset({"BPE", "Unigram", "WordLevel", "WordPiece", None})  # none: old files do not name it
+_MODELS = frozenset({"BPE", "Unigram", "WordLevel", "WordPiece", None})  # old files name none
 _POST_PROCESSORS = frozenset({"BertProcessing", "RobertaProcessing", "ByteLevel", "TemplateProcessing"})
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"

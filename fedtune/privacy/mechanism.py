@@ -80,7 +80,7 @@ class PrivacySpec:
 
     @property
     def private(self) -> bool:
-        """Records are protected at all."""
+        """The run protects records."""
         return self.mechanism == "dp_sgd"
 
     @property

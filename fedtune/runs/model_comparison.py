@@ -176,7 +176,7 @@ def side_by_side(
 
 
 def _reading(config: RunConfig) -> Hashable:
-    """The maker of the model's input of a record, beside the model."""
+    """The settings by which a record becomes the model's input, beside the model."""
     data = config.data
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
 

@@ -215,14 +215,12 @@ class SharedModel:
         if self._facts not in _measured:
             self.progress("trying the model", 0, 0)
             shapes = self._within_memory()
-            if goes_by_rows(self.config.model.dtype, self.device):
-                shapes = replace(shapes, row_shares=(1,))  # as the trial would find, which takes seconds
             moved = self._moved(shapes)
             if moved > 0 and self.device.type != "cpu" and not attends_by_products():
                 attend_by_products()  # fused kernels may part their work by how many rows there are
                 shapes = self._within_memory()
                 moved = self._moved(shapes)
-            if moved > 0:
+            if moved > 0 and len(shapes.row_shares) > 1:
                 # Kernels of some machines go by the number of rows: with one number for each length they cannot.
                 shapes = replace(shapes, row_shares=(1,))
                 moved = self._moved(shapes)
@@ -230,13 +228,15 @@ class SharedModel:
         return _measured[self._facts]
 
     def _within_memory(self) -> Shapes:
-        return within_memory(
+        shapes = within_memory(
             self.model,
             self.shapes,
             most_bytes=step_bytes(self.model, self.config.runtime) - self.bytes_of_means,
             keeps_states=self.keeps_states,
             pad_id=self.tokenizer.pad_token_id,
         )
+        by_rows = goes_by_rows(self.config.model.dtype, self.device)  # as the trial would find, which takes seconds
+        return replace(shapes, row_shares=(1,)) if by_rows else shapes
 
     @property
     def bytes_of_means(self) -> int:

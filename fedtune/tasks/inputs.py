@@ -56,7 +56,7 @@ class Input(ABC):
 
     @abstractmethod
     def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
-        """The maker of the model's input of a record, as a tokenizer is, checked to fit `base` where there is one."""
+        """Reads records for the model, as a tokenizer does, checked to fit `base` where there is one."""
 
     def check_record(self, data: DataSpec) -> Callable[[Record], object]:
         """A function that raises DataError about a record of which no input can be made."""

@@ -66,7 +66,7 @@ def verify_model(kit_folder: Path, sha256: str) -> None:
 
 
 def is_made_here(sha256: str) -> bool:
-    """Is a tiny untrained model that fedtune makes itself, for tests: there is nothing to install."""
+    """The base is a tiny untrained model that fedtune makes itself, for tests: there is nothing to install."""
     from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
     return any(model_sha256(ModelSpec(path=path)) == sha256 for path in RANDOM_MODELS)

@@ -156,9 +156,8 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
     ]
     charged, most = _most(facts, spent), _most(facts, taken)
     left, each = _left(facts, most), filter.total_divergence([facts.reference.event], facts.order)
-    return filled(
-        Lifetime, facts
-    )(
+    of_facts = filled(Lifetime, facts)
+    return of_facts(
         epsilon=_filtered(facts, charged),
         with_set_aside=_filtered(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),

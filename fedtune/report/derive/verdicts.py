@@ -92,16 +92,17 @@ def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str
     """The reasons at one site of a run.  The plan was fixed, so its whole epsilon is a proof whatever ended the run."""
     spent = site.spent
     assert spent is not None
-    something, planned = spent.rounds > 0, (spent.epsilon, spent.planned_epsilon)
+    of_spending = _holding(
+        no_noise=spent.epsilon is None,
+        seeded_noise=facts.seeded_noise,
+        above_target=any(above(epsilon, facts.target_epsilon) for epsilon in (spent.epsilon, spent.planned_epsilon)),
+        not_finished=not facts.finished,
+        ended_by_scores=facts.ended_by_scores,
+        site_silent=spent.upper_bound,
+        sampling_not_recorded=any(row.sampling_run == NOT_RECORDED for row in site.mechanisms),
+    )
+    yield from of_spending if spent.rounds > 0 else ["nothing_spent"]
     yield from _holding(
-        nothing_spent=not something,
-        no_noise=something and spent.epsilon is None,
-        seeded_noise=something and facts.seeded_noise,
-        above_target=something and any(above(epsilon, facts.target_epsilon) for epsilon in planned),
-        not_finished=something and not facts.finished,
-        ended_by_scores=something and facts.ended_by_scores,
-        site_silent=something and spent.upper_bound,
-        sampling_not_recorded=something and any(row.sampling_run == NOT_RECORDED for row in site.mechanisms),
         began_in_an_adapter=facts.provenance.start_adapter is not None,
         configuration_changed=not facts.unchanged,
         receipts_not_believed=not believed,
