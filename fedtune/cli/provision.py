@@ -1,4 +1,16 @@
-"""`fedtune provision`: makes a federation; says what to send to whom, what to compare, and what expires when."""
+"""Make a federation of real sites: its authority, the startup kits of server and lead, and its sites.
+
+  fedtune provision init federation.toml                  a folder with everything, named after the federation
+  fedtune provision add-site join_request.json            let a site in, during a call: its kit, to be sent to it
+  fedtune provision renew-site north-hospital             a new certificate for the same key
+  fedtune provision revoke-site north-hospital            shut a site out
+  fedtune provision renew-server; ... renew-lead          new certificates for these
+  fedtune provision list                                  the members, and when their certificates end
+  fedtune provision backup | restore FILE                 the whole folder, with its keys, in one file; put it back
+Run these where the federation's folder is, or name it with --federation. A change for one site changes nothing at the
+others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead, then
+renew-site for each site.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +30,7 @@ from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_agreed
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import counted, spoken
 
-app = group(
-    """\
-Make a federation of real sites: its authority, the startup kits of server and lead, and its sites.
-
-  fedtune provision init federation.toml                  a folder with everything, named after the federation
-  fedtune provision add-site join_request.json            let a site in, during a call: its kit, to be sent to it
-  fedtune provision renew-site north-hospital             a new certificate for the same key
-  fedtune provision revoke-site north-hospital            shut a site out
-  fedtune provision renew-server; ... renew-lead          new certificates for these
-  fedtune provision list                                  the members, and when their certificates end
-  fedtune provision backup | restore FILE                 the whole folder, with its keys, in one file; put it back
-Run these where the federation's folder is, or name it with --federation. A change for one site changes nothing at the
-others. After editing the folder's federation.toml (address, further names, base models): renew-server, renew-lead, then
-renew-site for each site.
-"""
-)
+app = group(__doc__)
 _MOST_TEXT = 1000
 
 Federation = Annotated[Path, Option(metavar="DIR", help="the federation's folder")]

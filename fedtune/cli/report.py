@@ -1,4 +1,15 @@
-"""`fedtune report`: writes the privacy report of a run or a ledger, checks one, and compares two."""
+"""Write the privacy report of a run, or of a site's ledger: what was promised, what is spent, what it means.
+
+  fedtune report runs/tighter                        the lead's view of a run
+  fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
+  fedtune report verify ledger.db.report/report.json --key HEX    check signature and epsilon
+  fedtune report diff runs/tighter runs/looser       what changed in scores, privacy, settings, cost
+  fedtune report schema                              the JSON schema of report.json
+
+It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
+report.pdf too, with --label a privacy label to show around, with --registry an entry for a public registry. A run's
+report lies in its folder, a ledger's in a folder beside it that ends in .report.
+"""
 
 from __future__ import annotations
 
@@ -42,22 +53,7 @@ class _Report(Group):
         return super().parse_args(ctx, args)
 
 
-app = group(
-    """\
-Write the privacy report of a run, or of a site's ledger: what was promised, what is spent, what it means.
-
-  fedtune report runs/tighter                        the lead's view of a run
-  fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
-  fedtune report verify ledger.db.report/report.json --key HEX    check signature and epsilon
-  fedtune report diff runs/tighter runs/looser       what changed in scores, privacy, settings, cost
-  fedtune report schema                              the JSON schema of report.json
-
-It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
-report.pdf too, with --label a privacy label to show around, with --registry an entry for a public registry. A run's
-report lies in its folder, a ledger's in a folder beside it that ends in .report.
-""",
-    cls=_Report,
-)
+app = group(__doc__, cls=_Report)
 _STYLES: Mapping[State, str] = {"within": "bold", "exceeded": "bold red", "no_guarantee": "bold yellow"}
 _NO_ROOM = "bold yellow"
 _LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")

@@ -1,4 +1,4 @@
-"""`fedtune server`: the process that keeps messages between lead and sites."""
+"""A federation's server: it keeps messages between lead and sites until they are fetched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedtune.cli.command import Argument, Health, HealthAnywhere, LogLevel, Metr
 KitFolder = Annotated[Path, Option(metavar="DIR", help="the server's kit")]
 Data = Annotated[Path | None, Option("folder for the database and the audit log (default: the kit)", metavar="DIR")]
 
-app = group("A federation's server: it keeps messages between lead and sites until they are fetched.")
+app = group(__doc__)
 
 
 @command(app, "serve, until stopped")

