@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode
 from fedtune.model.spec import NO_ADAPTER
@@ -24,6 +24,9 @@ from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
 from fedtune.words import counted, spoken_start, unbounded
+
+if TYPE_CHECKING:  # it takes a while to import
+    from jinja2 import Environment
 
 
 def reason_text(reason: str) -> str:
@@ -157,106 +160,49 @@ def check_policy(file: Path, *, as_json: bool) -> None:
 
 
 def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
-    allow, limits, budget, releases = policy.allow, policy.limits, policy.budget, policy.releases
-    unit, told = policy.population.unit, dict[str, list[str]]()
-    told["whose records"] = said = [f"The population {policy.population.name}; all its data sets share one budget."]
-    if unit == "record":
-        said += [
-            "Protected is each single record. A person with several records is protected less: the epsilons add up."
-        ]
-    else:
-        said += ["Protected is each person with all records of theirs here. Each record must name its one person."]
-        said += [f"A step looks at no more than {counted(limits.max_records_per_user, 'record')} of one person."]
-    if when := policy.population.arrivals:
-        said += [f"People arrive by the {when}: a run charges only those who came in a {when} that it admits, and"]
-        said += [f"the budget below is that of each {when}'s people. When somebody came is this site's word."]
-    for one in policy.dataset:
-        said += [f"Data set {one.id}: published as {counted(one.declared_size, unit)}, whatever the true number."]
-    who = f"Only {counted(len(allow.leads), 'lead')}, whose requests must be signed with the key"
-    told["who may ask"] = [who, *allow.leads] if allow.leads else ["Nobody: no lead is listed."]
-    told["for what"] = said = [f"Tasks: {_listed(allow.tasks)}."]
-    if adapters := [one for one in allow.adapters if one != NO_ADAPTER]:
-        parts = _listed(allow.target_modules)
-        said += [f"Adapters ({_listed(adapters)}) up to rank {allow.max_rank} on the model's parts {parts}."]
-    if NO_ADAPTER in allow.adapters:
-        said += ["A model without a base, which is its head alone."]
-    said += ["The task head may be trained, too." if allow.train_head else "No task head."]
-    models = [model if len(model) <= 16 else f"{model[:16]}..." for model in allow.base_models]
-    said += [f"Base models, by the SHA-256 of their weights: {_listed(models)}"]
-    steps = "noisy steps" if limits.min_noise_multiplier > 0 else "steps"
-    told["limits of a run"] = [
-        f"Noise of at least {limits.min_noise_multiplier:g} times the most that one {unit} can move a step's sum.",
-        f"At most {limits.max_sampling_rate * 100:g} % of the declared size in a step.",
-        f"At most {limits.max_rounds} rounds of {limits.max_local_steps} {steps}; clip norm from "
-        f"{limits.min_grad_norm:g} to {limits.max_grad_norm:g}.",
-        f"Larger adapter values than {limits.max_adapter_value:g} are brought down to it, sent or trained.",
-        "Machines whose per-example gradients are inexact are accepted: the bound on one "
-        f"{unit}'s influence is then measured, not proved."
-        if allow.inexact_gradients
-        else "A machine whose per-example gradients depend on the rest of the batch trains nothing.",
-        f"An accepted run holds its budget for {limits.run_expires_after_days:g} days, unless it ends earlier.",
-    ]
-    told["budget"] = said = [
-        "For life: no cap. Nothing is promised."
-        if math.isinf(budget.max_epsilon)
-        else f"For life: epsilon {budget.max_epsilon:g} at delta {budget.delta:g}, over all runs and leads. "
-        f"{promise_text(unit, epsilon=budget.max_epsilon, delta=budget.delta)}",
-        f"For one run: epsilon {cap_text(budget.max_epsilon_per_run)}.",
-    ]
-    if (factor := policy.promise.noise_factor) != 1:
-        said += [f"Each run is trained with {factor:g} times the noise that it asks for."]
-    if not math.isinf(most := policy.promise.epsilon_per_run):
-        said += [f"A run that would cost more than epsilon {most:g} gets as much noise as it takes."]
-    said += [f"For one {budget.period} (UTC): epsilon {cap_text(budget.max_epsilon_per_period)}."]
-    reference, own = budget.reference, budget_text.reference_of(policy).noise_multiplier
-    more = "" if own == reference.noise_multiplier else f", by what you promise {own:g}"
-    told["which comes to"] = said = [
-        f"A run like your reference ({reference.steps} noisy steps, sampling rate {reference.sampling_rate:g}, noise "
-        f"multiplier {reference.noise_multiplier:g}{more}) costs epsilon {epsilon_text(amount.reference_pld)} on its "
-        "own (by PLD, a proof for one run alone)."
-    ]
-    caps = (
-        (amount.runs_in_lifetime, "the lifetime cap, one after another"),
-        (amount.runs_in_period, f"one {budget.period}"),
+    shown = [model if len(model) <= 16 else f"{model[:16]}..." for model in policy.allow.base_models]
+    unit, budget = policy.population.unit, policy.budget
+    said = filled(
+        "policy",
+        policy=policy,
+        amount=amount,
+        folder=folder,
+        models=shown,
+        promised=promise_text(unit, epsilon=budget.max_epsilon, delta=budget.delta),
+        own_noise=budget_text.reference_of(policy).noise_multiplier,
+        no_adapter=NO_ADAPTER,
+        at_once=AT_ONCE,
     )
-    for count, cap in caps:
-        if count is not None:
-            said += [f"{counted(count, 'such run')} {'fits' if count == 1 else 'fit'} into {cap}."]
-    said += [
-        "Over all runs the site counts by a filter, which holds even when every next run is chosen after seeing "
-        f"earlier results: {epsilon_text(amount.reference_filter)} after the first such run, of which "
-        f"{epsilon_text(amount.fixed_part)} is a fixed part that is due only once. A ledger made with this policy "
-        f"would fix the filter's order at {amount.order:g}."
-    ]
-    scores = "Scores of held-out records, with noise and paid for, where a run plans for them."
-    told["what leaves"] = [
-        "Updates: adapters with noise, paid for from the budget." if releases.updates else "No updates.",
-        {"none": "No scores of the site's records.", "noised": scores}[releases.metrics],
-        "Signed receipts and reasons of refusal, made from requests, policy and ledger alone.",
-        f"Answers leave at multiples of {releases.reply_after_s:g} s after their request."
-        if releases.reply_after_s
-        else f"Answers leave at once: {AT_ONCE}.",
-        "Never: records, their true number, exact scores, file names, error messages.",
-    ]
-    alone = policy.asserted.no_person_at_another_site
-    told["what you state"] = (
-        ["Nothing: in a simulation nobody is asked. Reports assume that nobody is among two sites' records."]
-        if policy.simulated
-        else [
-            "No software can check this; reports show it as stated by the site.",
-            "Nobody of this population is among another site's records."
-            if alone
-            else "Some people of this population may be among other sites' records.",
-        ]
+    return pairs({about: f"{text}\n" for about, text in said.items()})
+
+
+def filled(page: str, **values: object) -> dict[str, str]:
+    """By name what a page of templates/ says: in a line each what is indented once; what is further in goes on."""
+    said: dict[str, str] = {}
+    for line in _templates().get_template(f"{page}.j2").render(**values).split("\n"):
+        if not line.startswith("  "):
+            name = line.removesuffix(":")
+        elif line.startswith("    "):
+            said[name] += line[3:]
+        else:
+            said[name] = f"{said[name]}\n{line[2:]}" if name in said else line[2:]
+    return said
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        finalize=lambda value: str(value).replace("\n", " "),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    told["files"] = said = []
-    for name, file in (("ledger", policy.ledger), ("site key", policy.site_key), ("anchor", policy.anchor)):
-        state = "" if (folder / file).is_file() else " (not there yet)"
-        said += [f"{name}: {folder / file}{state}" if file else f"{name}: none"]
-    for one in policy.dataset:
-        state = "" if (folder / one.path).exists() else " (not found on this machine)"
-        said += [f"records of {one.id}: {one.path}{state}" if one.path else f"records of {one.id}: none"]
-    return pairs({about: "\n".join(sentences) + "\n" for about, sentences in told.items()})
+    made.globals["unbounded"] = math.inf
+    made.filters |= {"g": "{:g}".format, "counted": counted, "cap": cap_text, "epsilon": epsilon_text}
+    return made
 
 
 def _show_beside(beside: Beside) -> None:
@@ -281,7 +227,3 @@ def _show_beside(beside: Beside) -> None:
         say("It does not fit this policy: the site would not start.", style="bold yellow")
         for key, made_for, asked in beside.differences:
             say(f"  {key}: made for {printable(made_for)}, the policy says {printable(asked)}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
