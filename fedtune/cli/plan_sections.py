@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from fedtune.cli.plain_words import reason_text
+from fedtune.cli.plain_words import filled, reason_text
 from fedtune.config import RunConfig
 from fedtune.federation.calendar import about_calendar, calendar_rows
 from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
@@ -118,7 +118,7 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
         promise = f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
     console.print(promise, style=style, markup=False, highlight=False)
     sections = [
-        pairs(_facts(outlook) | _solution(outlook)),
+        pairs(_facts(outlook)),
         _sites(outlook),
         _rounds(outlook),
         _accountants(outlook),
@@ -131,63 +131,19 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
 
 
 def _facts(outlook: Outlook) -> dict[str, str]:
-    config, plan, price = outlook.config, outlook.plan, outlook.price
-    lora, head = config.training.peak_rates(clipped=plan.private)
-    rates = f"{lora:g}" if head == lora else f"{lora:g} (head {head:g})"
-    found = {"model": config.model.path}
-    if outlook.model_sha256:
-        found["SHA-256"] = outlook.model_sha256
-    found["data"] = f"{config.data.dataset} at {counted(len(price.sites), 'site')}; no record was read"
-    found["training"] = (
-        f"{counted(plan.num_rounds, 'round')} of {counted(plan.local_steps, 'step')}, "
-        f"sampling rate {plan.sampling_rate:.4g}, learning rate {rates}"
+    plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
+    rate, head_rate = outlook.config.training.peak_rates(clipped=plan.private)
+    return filled(
+        "plan",
+        outlook=outlook,
+        sites=price.sites,
+        rate=rate,
+        head_rate=head_rate,
+        contribution=contribution(plan) if plan.unit == "user" else "",
+        noise=noise_words(plan),
+        trust=trust_words(price.by_trust) if price.by_trust is not None else "",
+        signal=signal_words(ratio) if ratio is not None and plan.private else "",
     )
-    if (public := config.public).train_file is not None:
-        known = f" (head {public.head_learning_rate:g})" if public.head_learning_rate else ""
-        found["public stage"] = (
-            f"before round 1 the lead alone trains {counted(public.num_rounds or 0, 'round')} of "
-            f"{counted(public.local_steps or 0, 'step')} on {public.train_file}, without privacy, learning rate "
-            f"{public.learning_rate:g}{known}: the sites begin in what it learns. No epsilon here is about these "
-            "records, which you declare to be public"
-        )
-    if plan.spare_rounds:
-        found["training"] += f"; {counted(plan.spare_rounds, 'spare round')} paid for beforehand"
-    if plan.unit == "user":
-        found["contribution"] = contribution(plan)
-    if plan.private:
-        how = f"the least for epsilon {config.privacy.epsilon:g}" if outlook.calibrated else "given"
-        found["noise"] = f"{noise_words(plan)} ({how}), clip norm {plan.max_grad_norm:g}"
-    if price.by_trust is not None:
-        found["relies on"] = trust_words(price.by_trust)
-    if plan.releases_metrics:
-        found["scores"] = (
-            f"noised scores of held-out {plan.unit}s each round, noise multiplier "
-            f"{plan.metrics_noise_multiplier:g}; every epsilon here pays for them"
-        )
-    if outlook.signal_to_noise is not None and plan.private:
-        found["signal"] = signal_words(outlook.signal_to_noise)
-    if (sums := outlook.secure_sums) is not None:
-        found["secure sums"] = (
-            f"federation.aggregation=secure needs {sums.noise_in_average:.0%} of this noise in the average, as little "
-            f"as with all records in one place, and takes {counted(sums.plan.num_rounds, 'round')} of one step"
-        )
-    return found
-
-
-def _solution(outlook: Outlook) -> dict[str, str]:
-    if outlook.solved is None:
-        return {}
-    plan, noise = outlook.plan, f"privacy.noise_multiplier={outlook.plan.noise_multiplier:g}"
-    most = f"{counted(plan.num_rounds, 'round')} of {counted(plan.local_steps, 'step')}"
-    what, setting = {
-        "noise": (f"{plan.noise_multiplier:g} is the least noise for", noise),
-        "rounds": (f"{most} is the most within", f"federation.num_rounds={plan.num_rounds} {noise}"),
-        "sampling_rate": (
-            f"{plan.sampling_rate:g} is the largest sampling rate within",
-            f"privacy.sampling_rate={plan.sampling_rate:g} {noise}",
-        ),
-    }[outlook.solved]
-    return {"solved": f"{what} epsilon {outlook.config.privacy.epsilon:g}", "use it": setting}
 
 
 def _sites(outlook: Outlook) -> Section:
