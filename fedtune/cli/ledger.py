@@ -17,14 +17,14 @@ docs/site_policy.md explains backups, anchors and the figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import event_text, promise_text
+from fedtune.cli.plain_words import event_text, filled, promise_text
 from fedtune.federation.run_folder import run_folders_near
 from fedtune.ops.backup import MadeUp, anchors_at_hand, make_up_for
 from fedtune.ops.files import act_as_owner
@@ -309,26 +309,22 @@ def _state(run: LifetimeRun, history: History) -> str:
 
 def show_spent(history: History, figures: Lifetime) -> None:
     """Print what a ledger spent: the one thing to know, tables, and what to say of backups and of caps that moved."""
-    unit = _UNITS.get(history.opened.unit, "one unit")
-    if figures.seeded:
-        text = (
-            "NO GUARANTEE: a run took its noise from a seed, which anybody who knows the seed can take away again. The "
-            "figures below are those of a study."
-        )
-    elif figures.epsilon is None:
-        text = f"NO GUARANTEE: a run trained without noise. Nothing bounds what its updates tell about {unit}."
-    elif figures.epsilon == 0:
-        text = "Nothing was spent yet: nothing that depends on a record has left this site."
-    else:
-        text = (
-            f"{promise_text(history.opened.unit, epsilon=figures.epsilon, delta=history.delta)} "
-            f"This is epsilon {epsilon_text(figures.epsilon)} at delta {history.delta:g}."
-        )
+    unit = history.opened.unit
+    said = filled(
+        "spent",
+        figures=figures,
+        delta=history.delta,
+        unit=_UNITS.get(unit, "one unit"),
+        promised=promise_text(unit, epsilon=figures.epsilon, delta=history.delta) if figures.epsilon else "",
+    )
     Console().print()
-    Console().print(text, style="" if figures.has_guarantee else "bold yellow", markup=False, highlight=False)
+    Console().print(
+        said.pop("in a word"), style="" if figures.has_guarantee else "bold yellow", markup=False, highlight=False
+    )
     if figures.frozen:
         say("FROZEN: all training on this population has ended for ever.", style="bold")
-    show([_lifetime(history, figures), *_by_arrival(figures), _methods(figures), _each_run(figures.runs, history)])
+    tables = [_lifetime(history, figures), *_by_arrival(figures), _methods(figures, said)]
+    show([*tables, _each_run(figures.runs, history)])
     if history.restored:
         say(
             f"Backups put back so far: {len(history.restored)}. What they lacked is in the figures for all events, but "
@@ -384,27 +380,14 @@ def _by_arrival(figures: Lifetime) -> Iterator[Section]:
     )
 
 
-def _methods(figures: Lifetime) -> Section:
+def _methods(figures: Lifetime, said: Mapping[str, str]) -> Section:
+    epsilons = {"filter": figures.epsilon, "PLD": figures.epsilon_pld, "RDP": figures.epsilon_rdp}
     return Section(
         title="What the figures for all events mean",
         headings=("method", "epsilon", "meaning"),
         words={0, 2},
         whole={0},
-        rows=(
-            (
-                "filter",
-                epsilon_text(figures.epsilon),
-                "Holds even when every next run was chosen after seeing earlier results. Caps and verdicts use it. "
-                f"Its order, {figures.order:g}, was fixed when the ledger was made.",
-            ),
-            (
-                "PLD",
-                epsilon_text(figures.epsilon_pld),
-                "The closest bound, but a proof only for what was fixed beforehand: for each run's whole plan, below, "
-                "it is one; for all runs together only if the first run's results did not shape the later ones.",
-            ),
-            ("RDP", epsilon_text(figures.epsilon_rdp), "An older method, as a check on PLD; under the same condition."),
-        ),
+        rows=[(method, epsilon_text(epsilons[method]), meaning) for method, meaning in said.items()],
     )
 
 
@@ -426,31 +409,9 @@ def _each_run(runs: Sequence[LifetimeRun], history: History) -> Section:
 
 def findings(verified: Verified) -> Iterator[Section]:
     """Checks that hold, and checks that were not made."""
-    checked = [
-        f"The file is whole, and holds {counted(len(verified.events), 'event')}.",
-        "Each event's hash covers the event and all before it: none was changed, inserted, reordered, or deleted "
-        "from the middle.",
-        f"Each event is signed by site key {verified.site_key}.",
-        "Each event follows from those before it; the stored replies are the newest committed ones.",
-    ]
-    unchecked = []
-    if verified.anchor_sequence is not None:
-        checked += [
-            f"The anchor's event {verified.anchor_sequence} is in the ledger, or was made up for when a backup was put "
-            "back: rollback to before it is excluded."
-        ]
-    else:
-        unchecked += [
-            "Rollback is NOT excluded: without an anchor, an older copy of this ledger looks just as right. "
-            "Give one with --anchor."
-        ]
-    if not verified.key_expected:
-        unchecked += [
-            "Whose key it is: it was read from the ledger itself, so somebody could have made a whole new ledger. "
-            "Give the key you know with --site-key."
-        ]
-    yield Section(title="Checked, and right:", notes=[f"- {text}" for text in checked])
-    yield Section(title="Not checked:", notes=[f"- {text}" for text in unchecked])
+    said = filled("ledger_check", verified=verified)
+    for part, title in (("checked", "Checked, and right:"), ("unchecked", "Not checked:")):
+        yield Section(title=title, notes=[f"- {text}" for text in said[part].split("\n")] if part in said else ())
 
 
 def show_made_up(made_up: MadeUp, *, path: Path, anchors: Sequence[Path]) -> None:

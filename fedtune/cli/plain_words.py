@@ -23,7 +23,7 @@ from fedtune.show.budget_text import Amount, Beside, cap_text, mechanism_text, r
 from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
-from fedtune.words import counted, spoken_start, unbounded
+from fedtune.words import counted, spoken, spoken_start, unbounded
 
 if TYPE_CHECKING:  # it takes a while to import
     from jinja2 import Environment
@@ -183,7 +183,7 @@ def filled(page: str, **values: object) -> dict[str, str]:
         if not line.startswith("  "):
             name = line.removesuffix(":")
         elif line.startswith("    "):
-            said[name] += line[3:]
+            said[name] = said.get(name, "") + line[3:]
         else:
             said[name] = f"{said[name]}\n{line[2:]}" if name in said else line[2:]
     return said
@@ -202,6 +202,7 @@ def _templates() -> Environment:
     )
     made.globals["unbounded"] = math.inf
     made.filters |= {"g": "{:g}".format, "counted": counted, "cap": cap_text, "epsilon": epsilon_text}
+    made.filters |= {"printable": printable, "spoken": spoken}
     return made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.command import answer
 from fedtune.cli.finished_run import finished_run
 from fedtune.cli.personalise import print_made
-from fedtune.cli.plain_words import reason_text
+from fedtune.cli.plain_words import filled, reason_text
 from fedtune.evaluation.bootstrap import FEWEST_UNITS
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.verdict import Verdict, ask
@@ -213,40 +212,19 @@ def _price(epsilon: float | None) -> str:
 
 def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
     plan = asked.plan.stronger(verdict.noise_factor)
-    more = f", where the run asks for {asked.plan.noise_multiplier:g}" if plan != asked.plan else ""
-    # All of them: what a site is asked to tell is never cut short.
-    cap = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"the lifetime cap is {verdict.max_epsilon:g}"
-    price = f"epsilon {_price(_epsilon(asked, plan))} at delta {plan.delta:g} for each {plan.unit}, for the whole run"
-    if not plan.private:
-        price = "NO GUARANTEE: the run adds no noise"
-    elif asked.seeded_noise:
-        price = "NO GUARANTEE: its noise comes from a seed, and can be taken away again; it marks the ledger for ever"
-    head = f", and a head scaled by {asked.head_scale:g}" if asked.train_head else ""
-    adapter = (
-        f"none: the head is the whole model, scaled by {asked.head_scale:g}"
-        if asked.adapter == NO_ADAPTER
-        else f"{printable(asked.adapter)} of rank {asked.rank}, scaled by {asked.lora_scale:g}, on "
-        f"{printable(', '.join(asked.target_modules))}{head}"
+    by_trust = plan.by_trust(plan.most_rounds)
+    said = filled(
+        "proposal",
+        asked=asked,
+        plan=plan,
+        verdict=verdict,
+        price=_price(_epsilon(asked, plan)),
+        noise=noise_words(plan),
+        trust=trust_words(by_trust) if by_trust else "",
+        contribution=contribution(plan) if plan.unit == "user" else "",
+        no_adapter=NO_ADAPTER,
     )
-    step = "noisy step" if plan.private else "step"
-    rows = {
-        "price": price,
-        "lifetime": f"epsilon {epsilon_text(verdict.taken)} is taken, {epsilon_text(verdict.would_be)} with this run, "
-        f"by the filter; {cap}",
-        "run": printable(asked.run),
-        "asked by": f"{spoken(asked.lead)}, for {counted(asked.num_sites, 'site')} as it says",
-        "trains": f"{printable(asked.task)} on {printable(asked.dataset)}",
-        "base model": f"{printable(asked.base_model, 64)}, in {printable(asked.dtype)}",
-        "adapter": adapter,
-        **({"begins in": f"the adapter {asked.start_adapter}"} if asked.start_adapter else {}),
-        "rounds": f"up to {plan.most_rounds}, of {counted(plan.local_steps, step)} each",
-        "mechanism": f"noise {noise_words(plan)}{more}, clip norm {plan.max_grad_norm:g}, "
-        f"sampling rate {plan.sampling_rate:g}",
-        **({"relies on": trust_words(by_trust)} if (by_trust := plan.by_trust(plan.most_rounds)) else {}),
-        "protects": contribution(plan) if plan.unit == "user" else "each record by itself",
-        "releases": "updates and noised scores" if plan.releases_metrics else "updates",
-    }
-    return pairs(rows)
+    return pairs(said)
 
 
 class SomethingFailed(FedtuneError):
