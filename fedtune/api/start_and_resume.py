@@ -15,6 +15,7 @@ from fedtune.api.compose import with_start, write_config
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
+from fedtune.privacy.durable import write_durably
 from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk, shown
 from fedtune.words import dotted
@@ -170,6 +171,8 @@ def make(folder: Path, config: RunConfig) -> list[Path]:
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True)
+        if (owed := RunFolder(folder.parent).selection).is_file():  # a trial owes what all do before it trains
+            write_durably(RunFolder(folder).selection, owed.read_bytes())
         write_config(config, folder)
     except FileExistsError:
         raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another") from None

@@ -24,9 +24,9 @@ from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
 from fedtune.cli.finished_run import columns_by_option, roles_of
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
-from fedtune.data.formats import format_of, raw_rows
+from fedtune.data.formats import format_of
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import Record, resolve_file, usable_records, without_records
+from fedtune.data.records import Record, iter_records, resolve_file, usable_records, without_records
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.values import is_written
 from fedtune.model.source import locate
@@ -40,7 +40,7 @@ from fedtune.preparation.copies import compare
 from fedtune.preparation.detect import KINDS, OPTIONS, Found, look_at
 from fedtune.preparation.duplicates import has_datasketch
 from fedtune.privacy.policy_file import read_policy
-from fedtune.show.new_files import new_files
+from fedtune.show.new_files import new_files, new_streams, refused
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
 from fedtune.sites.run_records import file_sha256, require_no_card
 from fedtune.spec import ConfigError, DataError, check_one_of
@@ -198,7 +198,8 @@ def clean(
     cleaning = Cleaning(
         columns, task.fault(config.data), drop=rules, mask=mask == "personal", named=config.data.columns
     )
-    done = write_clean(source, out, cleaning)
+    with new_streams(("--out", out)) as (stream,), refused(out, "--out"):
+        done = write_clean(source, stream, cleaning)
     show(data_sections.clean_sections(done))
     say(f"\nWritten: {out}. Use it with data.{of}_file={out}.")
 
@@ -234,21 +235,21 @@ def codes(
     if topics is not None:
         require_no_card(topics, key="--topics")
         path = resolve_file(topics, shipped_folders(), key="--topics")
-        listed: list[Any] = [row.get("topic") if isinstance(row, dict) else None for _, row in raw_rows(path)]
-        if not all(isinstance(one, str) and one.strip() for one in listed) or len(set(listed)) < 2:
-            bound = "must have a text in the column topic of each row, at least two different ones"
-            raise ConfigError("--topics", topics, bound)
+        each = tuple(dict.fromkeys(one.fields["text"] for one in iter_records(path, {"text": "topic"})))
+        if len(each) < 2:
+            raise ConfigError("--topics", topics, "must have at least two different texts in its column topic")
         from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
         config, spec = _with_model(next(name for name, task in TASKS.items() if task.counts_units), model)
         reader = _reader(config.data, spec, key="--model", other="--model")
-        each, spec = tuple(dict.fromkeys(listed)), replace(spec, dtype="float32")  # the same on every machine
+        spec = replace(spec, dtype="float32")  # the same on every machine
         lora = LoraSpec(rank=1, layers=(-1,))  # of no effect untrained, and of whatever modules the model has
         head = replace(config.head, label_texts=each)
         votes = replace(config.task_model(), model=spec, lora=lora, head=head, labels=each)
         same = {"topics": file_sha256(path, key="--topics"), "model": model_sha256(spec)}
     coding = Coding(roles, votes, reader, bounds=bounds)
-    done = write_clean(source, out, coding)
+    with new_streams(("--out", out)) as (stream,), refused(out, "--out"):
+        done = write_clean(source, stream, coding)
     show(data_sections.codes_sections(done, coding.codes, same))
     say(f"\nWritten: {out}. It holds private records.")
 

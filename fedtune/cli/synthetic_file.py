@@ -64,7 +64,8 @@ class SyntheticFile:
         self._public: list[tuple[str, ...]] = []
         if beside is not None:
             records = LeadRecords.read(str(beside), config, key="--beside").records
-            require_apart(records, self.own, key="--beside", file=str(beside))
+            for own in (self.own, *(RunRecords(other.config) for other in others.values())):
+                require_apart(records, own, key="--beside", file=str(beside))
             roles = synthetic.columns_of(self.writer)
             self._public = [tuple(record.fields[role] for role in roles) for record in records]
 

@@ -67,7 +67,7 @@ class RunFolder:
         environment: what the run was made on and with.
         answers: what each real site answered last.
         site_reports: the folder of the reports that sites released.
-        selection: of which search the run is a trial (`fedtune.privacy.selection`).
+        selection: of which search the run is a trial (`fedtune.privacy.selection`); beside trials, what each owes.
         audit: what an audit of the run found.
         audit_mark: there from before an audit trains: canaries are among the training data.
     """

@@ -6,17 +6,15 @@ data.  The guarantee is then about the records of the new file, and says nothing
 
 from __future__ import annotations
 
-import errno
 import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from io import BufferedWriter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from fedtune.data.formats import raw_rows
 from fedtune.data.records import Fault, Record, record_of
@@ -177,47 +175,28 @@ class Cleaned:
     masked: Mapping[str, int]
 
 
-def clean(path: Path, out: Path, cleaning: Cleaning) -> Cleaned:
-    """Write the rows of a file that are kept to another, as JSON lines under the names of their columns.
+def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
+    """Write the rows of a file that are kept to a stream, as JSON lines under the names of their columns.
 
-    `out` is not there yet; afterwards it is whole, or not there.  A DataError is about the old file, a ConfigError
-    about `--out`.
+    Raises:
+        DataError: the file cannot be read, or no row is kept.
     """
     dropped: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     kept = 0
-    with _new(out) as stream:
-        for line, row in raw_rows(path):
-            reasons = cleaning.reasons(row, file=str(path), line=line)
-            rule = next((one for one in reasons if one in (UNREADABLE, *cleaning.drop)), None)
-            if rule is not None or isinstance(row, DataError):
-                dropped[str(rule)] += 1
-                continue
-            # What JSON has no form for, such as a date, as text, and a number that is none as null.
-            written = jsonable(cleaning.changed(row, kinds) if cleaning.mask else row)
-            try:
-                stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
-            except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads
-                stream.write(f"{json.dumps(written, default=str)}\n".encode())
-            kept += 1
-        if not kept:
-            raise DataError(str(path), "no row is kept", "must have a row that is not dropped")
-    return Cleaned(rows=kept + dropped.total(), kept=kept, dropped=dict(dropped), masked=dict(kinds))
-
-
-@contextmanager
-def _new(out: Path) -> Iterator[BufferedWriter]:
-    """A file that takes its name when it is whole."""
-    part = out.with_name(f"{out.name}.part")
-    try:
-        stream = part.open("xb")
+    for line, row in raw_rows(path):
+        reasons = cleaning.reasons(row, file=str(path), line=line)
+        rule = next((one for one in reasons if one in (UNREADABLE, *cleaning.drop)), None)
+        if rule is not None or isinstance(row, DataError):
+            dropped[str(rule)] += 1
+            continue
+        # What JSON has no form for, such as a date, as text, and a number that is none as null.
+        written = jsonable(cleaning.changed(row, kinds) if cleaning.mask else row)
         try:
-            with stream:
-                yield stream
-            if out.exists():
-                raise FileExistsError(errno.EEXIST, "it exists")
-            part.rename(out)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError("--out", str(out), f"must be a new file that can be written ({error.strerror})") from None
+            stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
+        except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads
+            stream.write(f"{json.dumps(written, default=str)}\n".encode())
+        kept += 1
+    if not kept:
+        raise DataError(str(path), "no row is kept", "must have a row that is not dropped")
+    return Cleaned(rows=kept + dropped.total(), kept=kept, dropped=dict(dropped), masked=dict(kinds))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from io import BufferedWriter
 from pathlib import Path
 from secrets import token_hex
 
@@ -14,7 +16,18 @@ from fedtune.spec import ConfigError
 
 @contextmanager
 def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Path, str]]:
-    """Texts by path, for the block to fill in; when it ends without an error, they become files, in this order.
+    """Texts by path, for the block to fill in, which become files as in `new_streams`."""
+    texts = dict[Path, str]()
+    with new_streams(*places, mode=mode) as streams:
+        yield texts
+        for (option, path), stream in zip(places, streams, strict=True):
+            with refused(path, option):
+                stream.write(texts[path].encode())
+
+
+@contextmanager
+def new_streams(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[list[BufferedWriter]]:
+    """Streams for the block to write; when it ends without an error, they become files, in this order.
 
     Args:
         *places: the path of each, behind the option that names it.
@@ -23,35 +36,44 @@ def new_files(*places: tuple[str, Path], mode: int = 0o666) -> Iterator[dict[Pat
     Raises:
         ConfigError: before the block, or after it, something lies there, two are one file, or it cannot be written.
     """
-    texts, token = dict[Path, str](), token_hex(4)
+    token = token_hex(4)
     with ExitStack() as opened:
         files = []
         for option, path in places:
-            with _refused(path, option):
+            with refused(path, option):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.with_name(f".{path.name}.{token}.partial")  # is there for another spelling of one path
+                beside = path.with_name(f"{path.name}.{token}.partial")  # is there for another spelling of one path
                 file = os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb")
                 opened.callback(beside.unlink, missing_ok=True)
                 files.append((option, path, beside, opened.enter_context(file)))
                 keep_owner(file.fileno(), path)
-        yield texts
+        yield [file for *_, file in files]
         for option, path, _, file in files:
-            with _refused(path, option):
-                file.write(texts[path].encode())
+            with refused(path, option):
                 file.flush()
                 os.fsync(file.fileno())
         with ExitStack() as made:
             for option, path, beside, _ in files:
-                with _refused(path, option):
-                    path.touch(exist_ok=False)  # takes the name, so that nothing is replaced that came meanwhile
+                with refused(path, option):
+                    _appear(beside, path)
                     made.callback(path.unlink)  # one that cannot appear takes the others along
-                    beside.rename(path)
                     fsync_folder(path.parent)
             made.pop_all()
 
 
+def _appear(beside: Path, path: Path) -> None:
+    """Give a whole file its name, unless something has come meanwhile that has it."""
+    try:
+        os.link(beside, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP):
+            raise
+        path.touch(exist_ok=False)  # the disk has no links: a kill between these two lines leaves an empty file
+        beside.rename(path)
+
+
 @contextmanager
-def _refused(path: Path, option: str) -> Iterator[None]:
+def refused(path: Path, option: str) -> Iterator[None]:
     """Turn the operating system's refusals into an error for people; what lies there is one."""
     try:
         if os.path.lexists(path):

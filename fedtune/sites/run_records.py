@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -161,20 +162,38 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
 def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file: str, may_owe: bool = False) -> None:
     """Check that public records, of the file that `key` names, are not those of a file of the run, in whatever form.
 
+    They are told by what they say in the role that tells most of the run's apart: many share a code, which may be given
+    anew, or an answer of one word.
+
     Raises:
         ConfigError: they have all texts that the run uses of a file, or none but texts of its files; the records of
             real sites are not here.  Or a card beside them says to which runs they owe, unless they `may_owe`.
     """
-    public = {record.said for record in records}
-    found = [of for of, others in own.by_setting().items() if others and {one.said for one in others} <= public]
-    whole = [(of, {record.said for record in records}) for of, records in own.whole_files()]
-    if public <= set().union(*(texts for _, texts in whole)):
-        found += [of for of, texts in whole if texts & public]
+    public = _said(records).values()
+    used = {of: _telling(others) for of, others in own.by_setting().items()}
+    found = [of for of, texts in used.items() if texts and any(texts <= said for said in public)]
+    whole = [(of, _telling(others)) for of, others in own.whole_files()]
+    every = set().union(*(texts for _, texts in whole))
+    found += [of for said in public if said <= every for of, texts in whole if texts & said]
     if found:
         bound = f"must hold records of its own: one of it and {found[0]} has all texts of the other"
         raise ConfigError(key, file, bound)
     if not may_owe:
         require_no_card(file, key=key)
+
+
+def _said(records: Iterable[Record]) -> dict[str, set[str]]:
+    """Role -> all different texts; features and images, which are none, stand as one."""
+    found = defaultdict[str, set[str]](set)
+    for record in records:
+        for role, text in [*record.texts()] or [("", record.said)]:
+            found[role].add(" ".join(text.split()))
+    return found
+
+
+def _telling(records: Iterable[Record]) -> set[str]:
+    """The different texts of the role that has most of them."""
+    return max(_said(records).values(), key=len, default=set())
 
 
 def card_of(file: Path, suffix: str) -> Path:

@@ -99,6 +99,10 @@ class Search:
         return Path(self.asked.tracking.output_dir) / self.asked.name
 
     @property
+    def _file(self) -> Path:
+        return self.folder / _FILE
+
+    @property
     def names(self) -> list[str]:
         return [f"{self.asked.name}-trial-{n + 1:0{len(str(self.number))}}" for n in range(self.number)]
 
@@ -132,7 +136,8 @@ class Search:
         """Run every trial that is not finished yet into `trials`, and note which one is picked."""
         from fedtune.sites.virtual_site import budget_for
 
-        self._note()
+        if not self._file.exists():
+            self._note()
         tpe = None if self.listed else Tpe(self.searched, seed=str(self.asked.seed), number=self.number)
         within = budget_for(self.plans) if self.asked.runtime.sites_dir is None else None
         spent: list[Plan] = []
@@ -151,19 +156,17 @@ class Search:
             together = accountant.epsilon_pld(charged, self.plans[0].delta) if charged else 0.0
             trials.rows[trial.folder] = trial = replace(trial, together=together)
             trials.write()
-            self._mark(trial)
             if trial.error is not None and (trial.can_go_on or not isinstance(trial.error, FedtuneError)):
                 raise trial.error
             if tpe:
                 tpe.tell(None if trial.score is None else direction(trial.config.judged_by) * trial.score)
         if (best := trials.best) is not None:
-            self._mark(best, score=best.score)
-            self._note(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
+            self._pick(best)
 
     def _check_name(self) -> None:
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
-        path, name = self.folder / _FILE, self.asked.name
+        path, name = self._file, self.asked.name
         try:
             same = json.loads(path.read_bytes())["search"] == self._identity()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -203,24 +206,30 @@ class Search:
         """Note the search before its first trial, so that nothing else takes its folder."""
         about = {"schema_version": SCHEMA_VERSION, "search": self._identity(), "price": jsonable(self.price)}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_durably(self.folder / _FILE, json_text(about | more).encode())
+            self._owe(self.folder)  # before the first trial, which takes it along
+            write_durably(self._file, json_text(about | more).encode())
         except OSError as error:
             bound = f"must be a folder to write {self.asked.name} into ({error.strerror})"
             raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
 
-    def _mark(self, trial: Trial, *, score: float | None = None) -> None:
-        """Note in a trial's folder, report and card what all trials owe, as each does; `score`: of the picked one."""
-        file, about = RunFolder(trial.folder).selection, {"search": self.asked.name, "method": self.method}
-        owed = Selection.of(self.price, self.plans, **about, judged_by=trial.config.judged_by, score=score)
-        told = json_text(asdict(owed)).encode()
-        if not trial.folder.exists() or (file.exists() and file.read_bytes() == told):
-            return
-        write_durably(file, told)
-        if trial.error is None:
-            from fedtune.report import model_card
+    def _owe(self, folder: Path, score: float | None = None) -> None:
+        """Note in a folder what all trials owe, as each does; `score`: of the picked one."""
+        about = {"search": self.asked.name, "method": self.method, "judged_by": self.asked.judged_by}
+        owed = Selection.of(self.price, self.plans, **about, score=score)
+        write_durably(RunFolder(folder).selection, json_text(asdict(owed)).encode())
 
-            model_card.write_report_and_card(trial.folder, language=trial.config.report.language)
+    def _pick(self, best: Trial) -> None:
+        """Note which trial is picked once its folder, report and card say so, and an earlier one's no longer do."""
+        from fedtune.report import model_card
+
+        noted = json.loads(self._file.read_bytes()).get("picked")
+        if noted == best.folder.name:
+            return
+        changed = {self.folder / noted: None} if noted else {}
+        for folder, score in {**changed, best.folder: best.score}.items():
+            self._owe(folder, score)
+            model_card.write_report_and_card(folder, language=best.config.report.language)
+        self._note(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
 
     def picked_text(self, best: Trial) -> str:
         picked = (

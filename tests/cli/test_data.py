@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fedtune.api.compose import compose_run
+from fedtune.cli import data
 from fedtune.data.records import iter_records
 from fedtune.tasks.pooled import PooledTask
 
@@ -149,20 +153,29 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
     (["codes", "own.csv", "--lengths", "2,x", *NEW], "--lengths = '2,x': must be rising"),
     (["codes", "own.csv", "--lengths", "2", *NEW], "FILE = 'length': must not have this column: a new one gets its na"),
     (["codes", "own.csv", "--topics", "gone.csv", *NEW], "--topics = 'gone.csv': no such file"),
-    (["codes", "own.csv", "--topics", "tickets.csv", *NEW], "--topics = 'tickets.csv': must have a text in the column"),
-    (["codes", "own.csv", "--topics", "lists.jsonl", *NEW], "--topics = 'lists.jsonl': must have a text in the colum"),
-    (["codes", "own.csv", "--topics", "one.csv", *NEW], "--topics = 'one.csv': must have a text in the column topic o"),
+    (["codes", "own.csv", "--topics", "tickets.csv", *NEW], "tickets.csv:1, column 'topic' = 'absent': must be there"),
+    (["codes", "own.csv", "--topics", "lists.jsonl", *NEW], "lists.jsonl:1, column 'topic' = "),
+    (["codes", "own.csv", "--topics", "half.jsonl", *NEW], "half.jsonl:1, column 'topic' = 'half a surrogate pair'"),
+    (["codes", "own.csv", "--topics", "one.csv", *NEW], "--topics = 'one.csv': must have at least two different texts"),
     (["codes", "own.csv", "--topics", "made.jsonl", *NEW], "--topics = 'made.jsonl': must hold public records: made.j"),
     (["codes", "own.csv", *CODES[:2], "--model", "nope", *NEW], "--model = 'nope': must be one of llama_1b, minilm"),
     (["init", "tickets.csv", "--out", "tickets.csv/a.yaml"], "--out = 'tickets.csv/a.yaml': must lie in a folder"),
 ])  # fmt: skip
 def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: list[str], message: str) -> None:
     files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
-    files["lists.jsonl"] = '{"topic": ["a"]}\n{"topic": "b"}\n'
+    files |= {"lists.jsonl": '{"topic": ["a"]}\n{"topic": "b"}\n', "half.jsonl": '{"topic": "\\ud800"}\n'}
     for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
         (made / name).write_text(text)
     before = files_in(made)
     assert command("data", *words).failed().removeprefix(f"{made}/").startswith(message)
+    assert files_in(made) == before
+
+
+def test_a_failing_disk_is_one_message_and_no_file(made: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, error = files_in(made), OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(data, "write_clean", Mock(side_effect=error))
+    message = command("data", "clean", "tickets.yaml", "--out", "a.jsonl").failed()
+    assert message == "--out = 'a.jsonl': must be a new file that can be written (Input/output error)"
     assert files_in(made) == before
 
 

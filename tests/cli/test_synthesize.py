@@ -383,6 +383,8 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
         (("--codes", "brat"), "must be one file, whose SHA-256 is noted (Is a directory)"),
         (("--codes", "codes.jsonl", "--beside", "tables.jsonl"), "one of it and data.train_file has all texts of the"),
         (("--codes", "codes.jsonl", "--beside", "part.jsonl"), "one of it and data.train_file has all texts of the"),
+        (("--codes", "codes.jsonl", "--beside", "recoded.jsonl"), "one of it and data.train_file has all texts of the"),
+        (("--votes", "shares", "--beside", "voted.jsonl"), "one of it and data.train_file has all texts of the other"),
         (("--codes", "codes.jsonl", "--ballot", "texts.jsonl"), "--ballot = 'texts.jsonl': must be a new file"),
         (("--codes", "codes.jsonl", "--ballot", "link/texts.jsonl.card.md"), "card.md': must be a new file"),
         (("--codes", "codes.jsonl", "--to", "tables.jsonl"), "--to = 'tables.jsonl': must be a new file"),
@@ -405,7 +407,7 @@ def test_what_is_refused_is_so_before_a_text_is_written(
 ) -> None:
     monkeypatch.setattr(SavedModel, "drawn", lambda *given, **named: pytest.fail("it writes"))
     monkeypatch.chdir(tmp_path)
-    for name in ("codes.jsonl", "tables.jsonl", "writer"):
+    for name in ("codes.jsonl", "tables.jsonl", "writer", "shares"):
         Path(name).symlink_to(runs / name)
     Path("link").symlink_to(tmp_path)
     Path("brat").mkdir()
@@ -416,6 +418,9 @@ def test_what_is_refused_is_so_before_a_text_is_written(
     Path("once.jsonl").write_text("".join(f'{{"messages": "a {one} one"}}\n' for one in ("grey", "pink", "green")))
     with Path("tables.jsonl").open() as lines, Path("part.jsonl").open("w") as part:  # of which the run uses some
         part.writelines(islice(lines, 100))
+    own = list(map(json.loads, Path("part.jsonl").read_text().splitlines()))
+    for name, role, given in (("recoded.jsonl", "messages", "another code"), ("voted.jsonl", "ref", "another text")):
+        Path(name).write_text("".join(f"{json.dumps(row | {role: given})}\n" for row in own))
     before = set(tmp_path.iterdir())
     assert said in command("synthesize", "writer", "--to", "texts.jsonl", *options).failed()
     assert set(tmp_path.iterdir()) == before
@@ -469,7 +474,7 @@ def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path,
     columns = {**run.config.data.columns, "user": "who", "site": "where"}
     by_user = replace(run.config.data, columns=columns, partition=partition, **aside)
     config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"), seed=7)
-    rows = [{"messages": "a", "ref": text} for text in ("a blue one", "say ${name}", "a red one")]
+    rows = [{"messages": "a", "ref": text} for text in ("a blue one", "say ${name}", "???", "a red one")]
     file.write_text(ballot([*rows, {"messages": "a", "ref": "next\x85line"}], "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
     assert voting.head.label_texts == ("a blue one", "a red one", "next\x85line")
@@ -478,4 +483,4 @@ def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path,
     assert voters == dealt, "a user has a vote where it was trained on, and only there"
     assert {key: getattr(voting.data, key) for key in aside} == aside
     kept = chosen(as_written(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows
-    assert kept == (rows[0], rows[2])
+    assert kept == (rows[0], rows[3])

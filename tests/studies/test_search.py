@@ -142,16 +142,36 @@ def test_a_report_that_plays_the_search_down_is_found(outcome: Any, command: Any
 
 
 def test_the_same_search_again_charges_nothing(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/run.json")}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")}
     spent = charged(folder / "s/sites")
     again = command("search", *words, "--trials", "3", "--json")
-    assert (again.code, len(before)) == (0, 3)
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("s/*/run.json")} == before
+    assert (again.code, len([path for path in before if path.name == "run.json"])) == (0, 3)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")} == before, "a signature is kept, too"
     assert charged(folder / "s/sites") == spent
     told = json.loads(again.out)
     assert [run["state"] for run in told["runs"]] == ["finished"] * 3
     assert told["best"].endswith(json.loads((folder / "s/search.json").read_text())["picked"])
     assert told["price"]["trials"] == 3
+
+
+def test_a_pick_that_was_cut_short_is_told_by_the_same_search_again(
+    outcome: Any, command: Any, words: list[str], folder: Path
+) -> None:
+    file = folder / "s/search.json"
+    right, noted = file.read_text(), json.loads(file.read_text())
+    picked = folder / "s" / noted["picked"]
+    other = next(one for one in (folder / "s").glob("s-trial-*") if one != picked)
+    shutil.copy(picked / "selection.json", other)
+    (picked / "selection.json").unlink()
+    file.write_text(json.dumps(noted | {"picked": other.name}))
+    assert command("search", *words, "--trials", "3").code == 0
+    assert file.read_text() == right
+    for trial, score in ((picked, noted["score"]), (other, None)):
+        told = from_json((trial / "report.json").read_text())
+        assert told.utility is not None
+        assert told.utility.selection is not None
+        assert told.utility.selection.score == score
+        assert json.loads((trial / "selection.json").read_text())["score"] == score
 
 
 def test_another_search_of_the_same_name_is_refused(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
@@ -177,6 +197,10 @@ def test_ctrl_c_in_a_trial_charges_nothing_twice(command: Any, tiny: Any, tmp_pa
     assert "Continue the search with: fedtune search" in " ".join(stopped.out.split())
     told = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/selection.json")]
     assert [(one["trials"], one["score"]) for one in told] == [(2, None)] * 2, "owed, and not picked yet"
+    by_hand = tmp_path / "stopped" / "stopped-trial-2"
+    assert command("simulate", f"resume={by_hand}").code == 0
+    price = json.loads((tmp_path / "stopped/search.json").read_text())["price"]
+    assert run_of(from_json((by_hand / "report.json").read_text()), "")["epsilon"] == price["epsilon"]
     again = command("search", *words, "--trials", "2")
     assert (again.code, again.err) == (0, "")
     plan = compose_run([word for word in words if word != SPACE[0]]).plan()
