@@ -100,8 +100,7 @@ def _who(asked: RunConfig, kind: Kind, site: str | None) -> dict[str, Any]:
         return {**alone, "federation.participants": [site]}
     if kind == "federated":
         return {}
-    # The partition's kind stays, and with it the columns that are read: a record's hash, which says whether it is kept
-    # for the test, goes by them.
+    # The partition's kind stays: a record's hash, which says whether it is kept for the test, goes by its columns.
     return {
         **alone,
         "federation.num_sites": 1,

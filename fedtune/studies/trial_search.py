@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     from fedtune.sites.virtual_site import VirtualSites  # which imports torch
 
 Method = Literal["grid", "random", "tpe"]
-_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")
-"""Settings that change nothing of what is learnt."""
+_NOT_SEARCHED = ("name", "resume", "tracking", "runtime", "report", "cost")  # they change nothing that is learnt
 _FILE = "search.json"
 _MOST_ENDS = 64  # combinations that are looked at before the first trial
 _NOT_PRIVATE = "Nothing is promised: a trial without noise is for public records, and costs what it trains."
@@ -99,10 +98,6 @@ class Search:
         return Path(self.asked.tracking.output_dir) / self.asked.name
 
     @property
-    def _file(self) -> Path:
-        return self.folder / _FILE
-
-    @property
     def names(self) -> list[str]:
         return [f"{self.asked.name}-trial-{n + 1:0{len(str(self.number))}}" for n in range(self.number)]
 
@@ -136,7 +131,7 @@ class Search:
         """Run every trial that is not finished yet into `trials`, and note which one is picked."""
         from fedtune.sites.virtual_site import budget_for
 
-        if not self._file.exists():
+        if not (self.folder / _FILE).exists():
             self._note()
         tpe = None if self.listed else Tpe(self.searched, seed=str(self.asked.seed), number=self.number)
         within = budget_for(self.plans) if self.asked.runtime.sites_dir is None else None
@@ -166,7 +161,7 @@ class Search:
     def _check_name(self) -> None:
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
-        path, name = self._file, self.asked.name
+        path, name = self.folder / _FILE, self.asked.name
         try:
             same = json.loads(path.read_bytes())["search"] == self._identity()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -207,7 +202,7 @@ class Search:
         about = {"schema_version": SCHEMA_VERSION, "search": self._identity(), "price": jsonable(self.price)}
         try:
             self._owe(self.folder)  # before the first trial, which takes it along
-            write_durably(self._file, json_text(about | more).encode())
+            write_durably(self.folder / _FILE, json_text(about | more).encode())
         except OSError as error:
             bound = f"must be a folder to write {self.asked.name} into ({error.strerror})"
             raise ConfigError("tracking.output_dir", self.asked.tracking.output_dir, bound) from None
@@ -222,20 +217,17 @@ class Search:
         """Note which trial is picked once its folder, report and card say so, and an earlier one's no longer do."""
         from fedtune.report import model_card
 
-        noted = json.loads(self._file.read_bytes()).get("picked")
+        noted = json.loads((self.folder / _FILE).read_bytes()).get("picked")
         if noted == best.folder.name:
             return
-        changed = {self.folder / noted: None} if noted else {}
-        for folder, score in {**changed, best.folder: best.score}.items():
+        for folder, score in {**({self.folder / noted: None} if noted else {}), best.folder: best.score}.items():
             self._owe(folder, score)
             model_card.write_report_and_card(folder, language=best.config.report.language)
         self._note(picked=best.folder.name, judged_by=best.config.judged_by, score=best.score)
 
     def picked_text(self, best: Trial) -> str:
-        picked = (
-            f"Picked by validation {best.config.judged_by} ({best.score:.3f}) out of {counted(self.number, 'trial')}"
-        )
-        return f"{picked}; its report says so. {_promise(self.price)}"
+        by, trials, promise = best.config.judged_by, counted(self.number, "trial"), _promise(self.price)
+        return f"Picked by validation {by} ({best.score:.3f}) out of {trials}; its report says so. {promise}"
 
 
 def check_trials(trials: int) -> None:
