@@ -14,7 +14,8 @@ import pytest
 from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
 from fedtune.privacy.cohorts import Cohorts
-from fedtune.report.derive import cells, rules
+from fedtune.report.derive import cells
+from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, Verdict
 from fedtune.report.model import Assumption, Report, SiteReport, Step
 from fedtune.report.page import render
@@ -99,14 +100,11 @@ def filled(report: Report, **changes: Any) -> Report:
             )
         ),
     )
+    without = () if report.unit == "record" else ("several_records",)
     fields: dict[str, Any] = {
         "cells": cells.rows(known),
-        "not_protected": tuple(
-            code for code in rules.NOT_PROTECTED if report.unit == "record" or code != "several_records"
-        ),
-        "unprotected_figures": rules.UNPROTECTED_FIGURES,
+        **{kind: tuple(one for one in codes if one not in without) for kind, codes in CODES["listed"].items()},
         "covers": ("rounds_and_steps", "charged_retries", "noised_scores"),
-        "leaves_out": rules.LEAVES_OUT,
         "released": ("updates", "noised_scores", "aggregates", "final_adapter", "refusals_and_receipts"),
         "assumptions": tuple(
             one for one in supposed if report.randomness != "none" or one.code != "unpredictable_randomness"

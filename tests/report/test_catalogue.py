@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fedtune.report
 from fedtune.federation.drift import FELL
 from fedtune.privacy.release import Reason
-from fedtune.report.derive import cells, rules, verdicts
+from fedtune.report.derive import cells, verdicts
 from fedtune.report.facts import Verdict
 from fedtune.report.model import Assumption, Cell, Report, SiteReport
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
@@ -39,9 +39,7 @@ CODES: dict[str, set[str]] = {
     "kind": set(get_args(get_type_hints(Report)["kind"])),
     "state": set(STATES),
     "reason": {code for codes in verdicts.REASONS.values() for code in codes},
-    "leaves_out": set(rules.LEAVES_OUT),
-    "not_protected": set(rules.NOT_PROTECTED),
-    "unprotected_figure": set(rules.UNPROTECTED_FIGURES),
+    **{kind.removesuffix("s"): set(codes) for kind, codes in verdicts.CODES["listed"].items()},
     "refusal": {str(reason) for reason in Reason},
     "source": set(get_args(get_type_hints(SiteReport)["source"])),
     "status": set(get_args(get_type_hints(Assumption)["status"])),

@@ -12,30 +12,12 @@ from typing import get_args
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report.derive import profile, verdicts
+from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
 from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility, filled
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
 
-LEAVES_OUT = (
-    "other_runs", "tuning_trials", "other_ledgers", "lead_evaluation", "preprocessing", "pretraining_data",
-    "unreleased_statistics", "refusals_and_receipts", "side_channels",
-)  # fmt: skip
-"""Privacy losses that the epsilon of a report does not include."""
-NOT_PROTECTED = (
-    "facts_about_people_in_general", "outside_training", "several_records", "several_sites",
-    "reply_time_and_absence", "public_choices", "ledger_length", "lead_files", "pretraining_data",
-    "site_administrator", "model_against_malicious_sites",
-)  # fmt: skip
-UNPROTECTED_FIGURES = (
-    "scores_on_lead_files", "declared_sizes", "times", "bytes", "who_took_part",
-    "attack_on_real_records", "counts_of_events",
-)  # fmt: skip
-"""Exact figures of a report that no noise covers."""
-_NOT_OF_A_LEDGER = {
-    "other_runs", "tuning_trials", "lead_evaluation", "lead_files", "model_against_malicious_sites",
-    "scores_on_lead_files", "bytes", "who_took_part",
-}  # fmt: skip
 _WORST_FIRST = get_args(Status)
 _Found = tuple[str, Status, str]
 _SAMPLED = "tests/training/test_dp_step.py"
@@ -53,8 +35,7 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
         scores = ["noised_scores"] if facts.plan.releases_metrics else []
         released = [_UPDATES[facts.plan.shared is not None], *scores, "aggregates", "refusals_and_receipts"]
         released += ["final_adapter"] if facts.finished else []
-        covers = ["rounds_and_steps", "charged_retries", *scores]
-        others, unknown, audit, cohorts = {"other_ledgers"}, set[str](), facts.audit, facts.plan.cohorts
+        covers, cohorts = list[str](), facts.plan.cohorts
         admits = Arrivals.of(cohorts.span[0], cohorts.span[1] + 1, cohorts.period) if cohorts else None
         randomness = facts.randomness or NOT_RECORDED
         # A site that signed its ledger's report runs fedtune, which draws from the operating system unless seeded.
@@ -62,9 +43,9 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
             randomness = "operating_system"
         if facts.seeded_noise or not facts.plan.private:
             randomness = "seeded" if facts.plan.private else "none"
-        # Codes of exact figures that this report lacks: attacks on training records, and a joined site's events.
-        no_figures = set() if audit is not None and audit.membership else {"attack_on_real_records"}
-        no_figures |= set() if any(site.verification for site in sites) else {"counts_of_events"}
+        # Without attacks on training records, or a joined site's events, there are no figures of these.
+        without = {"other_ledgers"} | (set() if facts.audit and facts.audit.membership else {"attack_on_real_records"})
+        without |= set() if any(site.verification for site in sites) else {"counts_of_events"}
     else:
         name, unit, delta, target = f"{facts.site} {facts.population}", facts.unit, facts.delta, None
         scores = ["noised_scores"] if any(run.plan.releases_metrics for run in facts.runs) else []
@@ -72,12 +53,12 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
         sent = {masked[one.run] for one in facts.releases if one.kind == "update" and one.run in masked}
         released = [code for is_masked, code in _UPDATES.items() if is_masked in sent]
         released += [*scores, "refusals_and_receipts"]
-        covers = ["rounds_and_steps", "charged_retries", *scores, "all_runs", "tuning_trials"]
+        covers, admits = ["all_runs", "tuning_trials"], None
         covers += [] if all(entry.run for entry in facts.charges) else ["lost_branches"]
-        others, unknown, admits = _NOT_OF_A_LEDGER, _NOT_OF_A_LEDGER, None
-        no_figures = _NOT_OF_A_LEDGER | {"attack_on_real_records"}
         randomness = "operating_system" if all(run.plan.private for run in facts.runs) else "none"
         randomness = "seeded" if facts.seeded_noise else randomness
+        without = {*CODES["of_a_ledger"]["without"]}
+    without |= set() if unit == "record" else {"several_records"}  # by user, a person's are protected as a whole
     return filled(Report, facts)(
         facts=facts,
         name=name,
@@ -90,21 +71,14 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
         randomness=randomness,
         released=tuple(released),
         sites=sites,
-        covers=tuple(covers),
-        leaves_out=_of_kind(LEAVES_OUT, others),
-        # By user, a person's records are protected as a whole.
-        not_protected=_of_kind(NOT_PROTECTED, unknown if unit == "record" else unknown | {"several_records"}),
-        unprotected_figures=_of_kind(UNPROTECTED_FIGURES, no_figures),
+        covers=("rounds_and_steps", "charged_retries", *scores, *covers),
+        **{kind: tuple(code for code in codes if code not in without) for kind, codes in CODES["listed"].items()},
         assumptions=assumptions(facts, sites),
         cells=(),
         utility=utility,
         admits=admits,
         schema_version=REPORT_SCHEMA,
     )
-
-
-def _of_kind(codes: Sequence[str], without: set[str]) -> tuple[str, ...]:
-    return tuple(code for code in codes if code not in without)
 
 
 def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:

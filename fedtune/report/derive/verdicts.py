@@ -5,9 +5,11 @@ A verdict follows from its reasons: its state is the worst among theirs, and `RE
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.federation.secure.agreement import MOST_SITES
@@ -18,19 +20,11 @@ from fedtune.report.facts import NOT_RECORDED, Approved, Lifetime, RunFacts, Sta
 from fedtune.report.model import Report, SiteReport
 from fedtune.words import unbounded
 
-REASONS: Mapping[State, tuple[str, ...]] = {
-    "no_guarantee": (
-        "no_noise", "seeded_noise", "ledger_not_verified", "ledger_in_doubt", "no_lifetime_cap",
-        "site_report_disagrees", "configuration_changed", "receipts_not_believed", "accountants_disagree",
-        "refuted_by_audit", "holds_canaries",
-    ),
-    "exceeded": ("above_target", "above_lifetime_cap", "above_period_cap", "above_run_cap"),
-    "within": (
-        "nothing_spent", "not_finished", "ended_by_scores", "site_silent", "sampling_not_recorded",
-        "cap_raised", "limits_loosened", "began_in_an_adapter", "audited",
-    ),
-}  # fmt: skip
-"""State -> the reasons for it, the worst state first.  Those of "within" are remarks."""
+CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
+    Path(__file__).with_name("codes.toml").read_text(encoding="utf-8")
+)
+REASONS: Mapping[State, Sequence[str]] = CODES["reasons"]
+"""State -> the reasons for it, the worst state first."""
 UNJUDGED: Mapping[str, Any] = {"verdict": Verdict(state="within"), "meaning": None}
 """Of a site, until `judged` has seen its figures."""
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
