@@ -35,7 +35,6 @@ from fedtune.tasks.registry import task_named
 from fedtune.words import score_text, score_words
 
 CARD = "README.md"
-_NOT_LOADABLE = "Its base is a made-up model of fedtune, which nobody else has: `fedtune export --merge` writes it out."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,42 +78,30 @@ def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, by
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
     """The card of a finished run's model; equal runs give equal cards."""
-    words, config, made = Words(report, catalogue("en")), record.config, record.result and record.result.provenance
-    data, model, template, utility = config.data, config.model, made and made.template, report.utility
-    kept, picked = (utility.kept, utility.selection) if utility else (None, None)
+    model, made, said = record.config.model, record.result and record.result.provenance, statements(report)
+    template = made and made.template
     body = rendered(
         "model_card.md.j2",
-        name=config.name,
-        label=LABEL,
+        report=report,
+        config=record.config,
+        simulated=not record.deployed,
         form=form,
         base="its own, without a base model" if model.path == NO_BASE else model.public_id or model.shown_path,
-        model=model,
-        simulated=not record.deployed,
-        sites=report.sites,
-        made=report.provenance,
-        start=start_of(words),
+        label=LABEL,
         template=template,
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
-        kept=kept,
-        spoken=score_words,
-        kept_score=score_text(kept.score) if kept else "",
-        picked=picked,
-        picked_epsilon=words.catalogue.figure(picked.epsilon, "epsilon") if picked and picked.epsilon else "",
-        rounds=len(utility.rounds) if utility else 0,
-        labels=len(data.labels),
-        scores={score_words(name): tuple(map(score_text, both)) for name, both in _scores(report).items()},
+        scores=_scores(report),
         loading=None if form.needs_base and model.built_in else escape(form.loading.strip()),
-        not_loadable=escape(_NOT_LOADABLE),
-        **statements(words),
+        **said,
     )
-    return f"---\n{_front_matter(record, words, form).to_yaml()}\n---\n\n{body}"
+    return f"---\n{_front_matter(record, report, form, promised=said['promised']).to_yaml()}\n---\n\n{body}"
 
 
-def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
+def _front_matter(record: RunRecord, report: Report, form: Form, *, promised: bool) -> ModelCardData:
     config = record.config
     task, model, dataset = task_named(config.task), config.model, config.data.dataset
-    scores = {name: after for name, (_, after) in _scores(words.report).items() if after is not None}
+    scores = {name: after for name, (_, after) in _scores(report).items() if after is not None}
     of_test = partial(EvalResult, dataset_type=dataset, dataset_name=dataset, dataset_split="test")
     of_task = partial(of_test, task_type=task.hub_name or config.task)
     results = [of_task(metric_type=name, metric_value=score) for name, score in scores.items()]
@@ -128,7 +115,7 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
         known["license"] = model.licence.lower()
     elif model.licence is not None:
         known |= {"license": "other", "license_name": " ".join(_one_line(model.licence).split())}
-    tags = ["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if words.promises else [])]
+    tags = ["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if promised else [])]
     return ModelCardData(
         library_name=form.library,
         tags=[tag for tag in tags if tag != NO_ADAPTER],
@@ -144,21 +131,6 @@ def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
     """Score -> before and after."""
     utility = report.utility
     return {name: (utility.before.get(name), after) for name, after in utility.final.items()} if utility else {}
-
-
-def start_of(words: Words) -> str:
-    """The adapter that the run started from, and the epsilon of its own training."""
-    start = words.report.provenance.start_adapter
-    if start is None:
-        return "none"
-    of_run = f"SHA-256 {start.digest}" + (f", of run {start.run} on {start.dataset}" if start.run else "")
-    if start.public:
-        return f"{of_run}; it was trained without privacy on records that the lead declares to be public"
-    if start.delta is None:
-        return f"{of_run}; what its training spent is not known"
-    if start.epsilon is None:
-        return f"{of_run}; its training bounds nothing"
-    return f"{of_run}; its training spent {owed(start.epsilon, start.delta)}, for each {start.unit}"
 
 
 def owed(epsilon: float | None, delta: float | None) -> str:
@@ -177,12 +149,14 @@ def rendered(file: str, **values: object) -> str:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    return templates.get_template(file).render(**values)
+    named = {"score_words": score_words, "score_text": score_text, "figure": catalogue("en").figure, "owed": owed}
+    return templates.get_template(file).render(**named, **values)
 
 
-def statements(words: Words) -> Mapping[str, Any]:
+def statements(report: Report) -> Mapping[str, Any]:
     """The statements of the report's first page, in its words."""
-    report, text, figure = words.report, words.text, words.catalogue.figure
+    words = Words(report, catalogue("en"))
+    text, figure = words.text, words.catalogue.figure
     delta, epsilon, unit = figure(report.delta, "exact"), figure(report.epsilon, "epsilon"), text(f"unit.{report.unit}")
     spent, promise = None, text("promise.none")
     if words.promises:
