@@ -7,7 +7,6 @@ has said it, it is empty and named as missing.  Everything else stands in report
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +86,7 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
             "randomness": words.code("randomness", report.randomness).unescape(),
         },
         "justification": about.justification,
-        "report_sha256": hashlib.sha256(signing.to_text(report).encode()).hexdigest(),
+        "report_sha256": signing.digest(report),
         "missing": [name for name, value in by_people.items() if not value.strip()],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import stat
 from collections import Counter
@@ -30,6 +31,11 @@ def canonical(report: Report) -> bytes:
 def to_text(report: Report) -> str:
     """The content of a `report.json`; `read` gives the report back."""
     return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def digest(report: Report) -> str:
+    """SHA-256 of the report's `report.json`, in hex."""
+    return hashlib.sha256(to_text(report).encode()).hexdigest()
 
 
 def read(data: bytes) -> Report:

@@ -6,11 +6,10 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
+from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.durable import write_durably
@@ -27,7 +26,6 @@ _MARK = """\
 This folder is an audit. Among the training data were {what},
 planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.
 """
-_ADAPTER = TypeAdapter(Audit)
 
 
 def mark(folder: Path, what: str) -> None:
@@ -37,7 +35,7 @@ def mark(folder: Path, what: str) -> None:
 
 def write_audit(folder: Path, audit: Audit) -> None:
     """Write `audit.json`."""
-    fields = {**_ADAPTER.dump_python(audit, mode="json"), "schema_version": RUN_SCHEMA}
+    fields = {**asdict(audit), "schema_version": RUN_SCHEMA}
     write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
 
 
@@ -47,11 +45,11 @@ def read_audit(folder: Path) -> Audit | None:
     if not path.is_file():
         return None
     try:
-        fields = json.loads(path.read_bytes())
-        if fields.pop("schema_version") != RUN_SCHEMA:
+        fields = parse_json(path.read_bytes(), key=str(path), bound="must be an object")
+        if fields.pop("schema_version", None) != RUN_SCHEMA:
             raise ValueError("schema_version")
-        return _ADAPTER.validate_json(json.dumps(fields), strict=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ValidationError) as error:
+        return decode(Audit, fields)
+    except (OSError, ValueError) as error:
         raise RunError(f"{path} is damaged: what the audit found is not known") from error
 
 

@@ -9,10 +9,11 @@ basis and necessity are the controller's, and whether anything is anonymous or l
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, isfinite
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fedtune.federation.lead import Scores
 from fedtune.model.spec import NO_ADAPTER
@@ -30,16 +31,9 @@ if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.config import RunConfig
 
 
-class Row(NamedTuple):
-    """A field, the facts that fedtune fills in where they are known, and those that it never can."""
-
-    code: str
-    facts: tuple[str, ...]
-    of_the_site: tuple[str, ...]
-
-
 _DATA = tomllib.loads(Path(__file__).with_name("cells.toml").read_text(encoding="utf-8"))
-ROWS = tuple(Row(code, tuple(row["facts"]), tuple(row["of_the_site"])) for code, row in _DATA["field"].items())
+FIELDS: Mapping[str, Mapping[str, Sequence[str]]] = _DATA["field"]
+"""Field -> its `facts`, which fedtune fills in where they are known, and those `of_the_site`, which it never can."""
 BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
 CODES: Mapping[str, str] = {fact: section for section, facts in _DATA["codes"].items() for fact in facts}
 """Fact -> the section of texts that has words for its values."""
@@ -50,21 +44,21 @@ TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls
 
 def rows(known: Mapping[str, str | None]) -> tuple[Cell, ...]:
     """The cells; `known`: name of a fact -> its value, None where it is not known."""
-    assert known.keys() <= {name for row in ROWS for name in row.facts}, "a fact that no cell shows"
+    assert known.keys() <= {name for field in FIELDS.values() for name in field["facts"]}, "a fact that no cell shows"
     made: list[Cell] = []
-    for row in ROWS:
+    for code, field in FIELDS.items():
         found: dict[CellState, dict[str, str]] = {"auto": {}, "design": {}, "missing": {}}
-        for name in row.facts:
+        for name in field["facts"]:
             value = known.get(name)
             found["missing" if value is None else "design" if name in BY_DESIGN else "auto"][name] = value or ""
-        made += [Cell(code=row.code, state=state, facts=facts) for state, facts in found.items() if facts]
-        made.append(Cell(code=row.code, state="site", facts=dict.fromkeys(row.of_the_site, "")))
+        made += [Cell(code=code, state=state, facts=facts) for state, facts in found.items() if facts]
+        made.append(Cell(code=code, state="site", facts=dict.fromkeys(field["of_the_site"], "")))
     return tuple(made)
 
 
 def of_report(report: Report) -> tuple[Cell, ...]:
     """The cells of a report; what its figures say is taken from the report, whose own cells are not looked at."""
-    facts, provenance = report.facts, report.provenance
+    facts, libraries = report.facts, report.provenance.libraries
     # What follows from the sites' own figures is of the worst site each.
     verdict = worst(site.verdict for site in report.sites)
     promised = verdict.state != "no_guarantee"
@@ -77,11 +71,12 @@ def of_report(report: Report) -> tuple[Cell, ...]:
     failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
     summed = any(row.shared for site in report.sites for row in site.mechanisms)
     technologies = {"federated_learning": True, "secure_aggregation": summed, "differential_privacy": promised}
-    version = provenance.libraries.get("dp-accounting")
+    version = libraries.get("dp-accounting")
     sizes = {site.site: site.declared_size or 0 for site in report.sites}
     known: dict[str, str | None] = {
         **BY_DESIGN,
         **facts.settings,
+        **{fact: attrgetter(place)(report) for fact, place in _DATA["places"].items()},
         "verdict": verdict.state,
         "epsilon": epsilon_text(largest(epsilons) if promised else None),
         "delta": f"{report.delta:g}",
@@ -94,20 +89,10 @@ def of_report(report: Report) -> tuple[Cell, ...]:
         "secure_aggregation": _yes_or_no(summed),
         "technologies_on": _listed(name for name, on in technologies.items() if on),
         "technologies_off": _listed(name for name, on in technologies.items() if not on),
-        "unit": report.unit,
         "released": _listed(report.released),
-        "randomness": report.randomness,
         "known_limits": _listed(report.not_protected),
-        "date": report.date,
         "accountant": f"PLD, RDP: dp-accounting {version}" if version else "PLD, RDP: dp-accounting",
-        "base_model": provenance.model,
-        "base_model_sha256": provenance.model_sha256,
-        "base_model_licence": provenance.model_licence,
-        "fedtune_version": provenance.fedtune_version,
-        "hardware": provenance.machine,
-        "libraries": _listed(f"{name} {version}" for name, version in provenance.libraries.items()),
-        "dataset": provenance.dataset,
-        "task": provenance.task,
+        "libraries": _listed(f"{name} {version}" for name, version in libraries.items()),
         "declared_sizes": ", ".join(f"{name}: {size}" for name, size in sizes.items()),
         "declared_total": str(sum(sizes.values())),
         "num_sites": str(len(sizes)),

@@ -6,8 +6,6 @@ and texts in units of 1200 x 675.
 
 from __future__ import annotations
 
-import hashlib
-
 from markupsafe import Markup, escape
 
 from fedtune.report import signing
@@ -91,9 +89,8 @@ def as_svg(report: Report, *, language: str) -> str:
     limits = [text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
     drawing.text("; ".join(map(_plain, limits)), _MARGIN, top + 21, 13.5, width=width, most=4)
-    digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
     drawing.line(_plain(text("label.check")), _MARGIN, _HEIGHT - 16, 15, fill=_SOFT)
-    drawing.line(digest, _WIDTH - _MARGIN, _HEIGHT - 16, 15, font="mono", at="end")
+    drawing.line(signing.digest(report), _WIDTH - _MARGIN, _HEIGHT - 16, 15, font="mono", at="end")
     return drawing.svg(text("label.title", name=_shown(report.name, _NAME_LETTERS)), language=language)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -62,7 +62,7 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
     again while the run goes on.
     """
     words = Charts(report, catalogue(language))
-    digest = hashlib.sha256(signing.to_text(report).encode()).hexdigest()
+    digest = signing.digest(report)
     # By whose beginning two people compare the key: `printf %s KEY | sha256sum`.
     of_key = hashlib.sha256(report.signature.key.encode()).hexdigest() if report.signature else ""
     footer = words.text("page.footer", name=shortened(report.name, _LONGEST_NAME), digest=digest)
@@ -165,32 +165,20 @@ def _weasyprint() -> Any:
         raise ConfigError("--pdf", NOT_GIVEN, bound) from None
 
 
-class Part(NamedTuple):
-    """The cell of one state: its facts, each with what it is called and what it says."""
+def fields_of(words: Words, group: Group) -> list[Mapping[str, Any]]:
+    """The fields of a group, in the report's order: the name of each, and its cells, `known` or `open` for the site.
 
-    state: str
-    facts: tuple[tuple[Markup, Markup], ...]
-
-
-class Field(NamedTuple):
-    """All cells of one code: `known` to fedtune, or that it should have known, and `open` for somebody at the site."""
-
-    name: Markup
-    known: list[Part]
-    open: list[Part]
-
-
-def fields_of(words: Words, group: Group) -> list[Field]:
-    """The fields of a group, in the report's order."""
-    found: dict[str, Field] = {}
+    A cell is its state and its facts, each with what it is called and what it says.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for place, cell in enumerate(words.report.cells):
         if group == next((other for prefix, other in _GROUPS if cell.code.startswith(prefix)), "impact"):
             # Of two bounds on one figure the page names the better one, here as on page 1.
             by_method = _NUMBER.fullmatch(cell.facts.get("right_of_100_mechanism", ""))
             worse = "right_of_100_ceiling" if by_method else "right_of_100_mechanism"
-            facts = tuple((words.code("fact", key), _fact(words, place, key)) for key in cell.facts if key != worse)
-            field = found.setdefault(cell.code, Field(words.code("field", cell.code), [], []))
-            (field.open if cell.state == "site" else field.known).append(Part(cell.state, facts))
+            facts = [(words.code("fact", key), _fact(words, place, key)) for key in cell.facts if key != worse]
+            field = found.setdefault(cell.code, {"name": words.code("field", cell.code), "known": [], "open": []})
+            field["open" if cell.state == "site" else "known"].append({"state": cell.state, "facts": facts})
     return list(found.values())
 
 
