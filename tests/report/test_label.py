@@ -13,9 +13,8 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.report import registry_entry, signing
 from fedtune.report.model import Report
-from fedtune.report.page import label
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.label import as_svg
+from fedtune.report.page.label import as_svg, as_svg_of_own
 from fedtune.report.page.render import FONTS
 from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
@@ -24,6 +23,7 @@ from .shown import HOSTILE, NAMES, numbers, periods, reports_of, with_site
 
 FILES = {"plain": "sans-regular", "bold": "sans-bold", "mono": "mono-regular"}
 SPACE = "{http://www.w3.org/2000/svg}"
+RED, MARGIN = "#8f1d00", 44
 
 
 @pytest.fixture(params=[*NAMES, "says_nothing"])
@@ -87,7 +87,7 @@ def test_where_nothing_is_promised_it_shows_no_figure(request: pytest.FixtureReq
         assert words.text("promise.none").unescape() in said
         assert all(words.code("reason", reason).unescape() in said for reason in found.verdict.reasons)
         assert words.texts["word"]["unbounded"] in said
-        assert label._RED in as_svg(found, language=language).split("<text")[0], "its head is red"
+        assert RED in as_svg(found, language=language).split("<text")[0], "its head is red"
         assert "100" not in numbers(said)
 
 
@@ -106,12 +106,12 @@ def test_every_line_fits_and_none_lies_on_another(report: Report, language: str)
 
 @pytest.mark.parametrize("name", ["bank-a", "W" * 64, HOSTILE])
 def test_a_site_s_own_adapter_has_a_label_that_promises_nothing(name: str) -> None:
-    svg = label.as_svg_of_own(name, name)
+    svg = as_svg_of_own(name, name)
     said, short = " ".join(lines(svg)), shortened(name, 32)
     assert f"Private to {short}: no guarantee" in said
     assert "trained on the site's own records without noise" in said
     assert numbers(said.replace(short, "")) == [], "no figure, which would look like a promise"
-    assert label._RED in svg.split("<text")[0], "its head is red"
+    assert RED in svg.split("<text")[0], "its head is red"
     fit(svg)
 
 
@@ -125,9 +125,9 @@ def fit(svg: str) -> None:
         width = fonts.truetype(FONTS / f"{FILES[kind]}.woff2", 10 * size).getlength(one.text) / 10
         left = x - width if one.get("text-anchor") == "end" else x
         boxes.append((left, y - 0.75 * size, left + width, y + 0.2 * size))
-        in_column = "OWN ADAPTER" not in svg and x == label._MARGIN and 140 < y < 530
-        column = label._LEFT if in_column else 1200 - label._MARGIN
-        assert left >= label._MARGIN
+        in_column = "OWN ADAPTER" not in svg and x == MARGIN and 140 < y < 530
+        column = 580 if in_column else 1200 - MARGIN
+        assert left >= MARGIN
         assert left + width <= column + 1, one.text
         assert 0 < y < 675
     for place, (left, top, right, bottom) in enumerate(boxes):
