@@ -38,7 +38,7 @@ def said(content: Any, **more: Any) -> list[Any]:
 
 READ: dict[str, list[tuple[object, str]]] = {
     "text": [(" a ", " a ")],
-    "label": [(True, "true"), (False, "false"), (2.0, "2"), (7, "7"), (" a ", "a")],
+    "label": [(True, "true"), (False, "false"), (2.0, "2"), (-3.0, "-3"), (7, "7"), (" a ", "a")],
     # Of each person one id: in one form, without what cannot be seen.
     "user": [
         *((name, "Jos\u00e9") for name in ("Jose\u0301", " Jos\u00e9\u200b", "\ufeffJos\u00e9", "Jo\u00adse\u0301")),
@@ -99,7 +99,12 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
         *((value, "must be text (role text)") for value in (3, [], True, {"secret": 1})),
         *((None, "must not be null"), (" ", "must not be blank"), ("secret\ud800", "must be valid Unicode")),
     ],
-    "label": [(None, "must not be null (role label)"), (NAN, "must not be null"), (1.5, "must be text or an integer")],
+    "label": [
+        (None, "must not be null (role label)"),
+        (NAN, "must not be null"),
+        (1.5, "text or an integer"),
+        (2.0**53, "text"),
+    ],
     "user": [
         *((value, "(role user)") for value in ("", " ", "\u200b", "NA", "nan", "None", "null", "n/a", "#N/A", "-")),
         *((value, "(role user)") for value in (None, NAN, True, 1.5, {"id": SECRET}, float("inf"), 2.0**53)),

@@ -101,14 +101,6 @@ def test_labels_that_are_one_in_another_form_are_named(labels: tuple[str, str]) 
     assert said.startswith(f"The labels {labels[0]!a}, {labels[1]!a} look alike")
 
 
-def test_semicolons_part_cells_whatever_a_name_holds(tmp_path: Path) -> None:
-    path = table(tmp_path, '\ufeffText;"Alter, Jahre";Art', "a, b;3,5;x")
-    expected = {"Text": "a, b", "Alter, Jahre": "3,5", "Art": "x"}
-    assert [row for _, row in table_rows(path, None, comma=",")] == [expected]
-    path = table(tmp_path, '"a;b;c",label', "x;y,1")
-    assert [row for _, row in table_rows(path, None, comma=",")] == [{"a;b;c": "x;y", "label": "1"}]
-
-
 @pytest.mark.parametrize("end", ['d "e",ok', 'd",ok,ok'])
 def test_a_row_that_took_others_along_says_how_many(tmp_path: Path, end: str) -> None:
     path = table(tmp_path, "text,label", '"begins a quote,ok', "b,ok", "c,ok", end, "f,ok")
