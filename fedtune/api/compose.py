@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from fedtune.api.experiment_file import ExperimentFile, config_folder, experimen
 from fedtune.config import PATHS, RunConfig, parse, saved_config, settings_to_save, with_secure_sums
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.runs.public_stage import awaits_public_stage, with_public_stage
-from fedtune.runs.renewal import renewed
+from fedtune.runs.renewal import renewed, with_start
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 _FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns")
@@ -137,25 +137,6 @@ def _word(value: Any) -> str:
 def quoted(text: str) -> str:
     """A text as one word of Hydra's grammar, whatever it holds."""
     return QuotedString(text, Quote.single).with_quotes()
-
-
-def with_start(config: RunConfig) -> RunConfig:
-    """The same with the digest of the adapter that it begins in, which must fit the run."""
-    name, expected = config.model.adapter, config.model.adapter_sha256
-    if name is None and expected is None:
-        return config
-    if name is None:
-        bound = "is required with model.adapter_sha256: the folder of that adapter"
-        raise ConfigError("model.adapter", NOT_GIVEN, bound)
-    from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
-
-    start = SavedAdapter.to_begin_in(name)
-    RunFolder(start.folder.parent).require_own(start.digest, key="model.adapter", value=name)
-    if expected not in (None, start.digest):
-        bound = f"is not the digest of the adapter, which is {start.digest}"
-        raise ConfigError("model.adapter_sha256", expected, bound)
-    start.require_fits(config.task_model())
-    return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,19 +282,6 @@ def value_of(override: str) -> Any:
     if isinstance(value, Sweep):
         raise ConfigError(key_of(override), override.partition("=")[2], _SEVERAL)
     return value
-
-
-def plain_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Values of settings that are none of a run's, such as an audit's own: one plain value each."""
-    values = {}
-    for override in overrides:
-        key, equals, _ = override.lstrip("+").partition("=")
-        if not equals:
-            raise ConfigError("override", override, f"must look like {key.partition('.')[0]}.key=value")
-        values[key] = value_of(override)
-        if isinstance(values[key], bool):
-            raise ConfigError(key, str(values[key]), "must be one plain value")
-    return values
 
 
 def _free_maps(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

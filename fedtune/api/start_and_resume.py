@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.compose import with_start, write_config
+from fedtune.api.compose import write_config
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
+from fedtune.runs.renewal import with_start
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk, shown
 from fedtune.words import dotted
 
@@ -70,13 +70,13 @@ def run_in_folder(
     from fedtune.report.run_page import UnfinishedReport
     from fedtune.tracking import Tracked
 
-    page = UnfinishedReport(folder, config)
+    files, page = RunFolder(folder), UnfinishedReport(folder, config)
     made: list[Path] = []
     try:
         with Tracked(config, note=listener.note) as tracked:
             if config.resume is None:
                 made = make(folder, config)
-            with only_one(folder), _log_to(RunFolder(folder).log, config.tracking.log_level):
+            with files.held(), _log_to(files.log, config.tracking.log_level):
                 tracked.begin()
                 result = work(config, folder, _Followed(listener, tracked, page))
             scored(result)
@@ -85,7 +85,7 @@ def run_in_folder(
             model_card.write_report_and_card(folder, language=config.report.language)
             tracked.finish(result, folder)
     except BaseException:
-        if RunFolder(folder).saved_checkpoints:
+        if files.saved_checkpoints:
             page.stop()
         elif made:
             _remove(made)  # nothing ran: leave nothing behind
@@ -147,7 +147,7 @@ def has_begun(folder: Path) -> bool:
     if files.saved_checkpoints or files.result.exists():
         return True
     if files.config.is_file() and files.log.is_file():  # whatever has no log was no run
-        with only_one(folder):
+        with files.held():
             shutil.rmtree(folder)  # without a checkpoint no site was asked, so no ledger has begun
     return False
 
@@ -190,30 +190,6 @@ def _remove(made: Sequence[Path]) -> None:
     with suppress(OSError):
         for parent in parents:
             parent.rmdir()
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep two processes from running one folder: their ledgers and checkpoints would mix."""
-    with RunFolder(folder).log.open("a") as lock:  # the lock ends with the process, even if that is killed
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError("resume", str(folder), "is running in another process") from None
-        yield
-
-
-def is_running(folder: Path) -> bool:
-    """True if a process holds the folder; changes nothing in it."""
-    path = RunFolder(folder).log
-    if not path.is_file():
-        return False
-    with path.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
 
 
 class _LogFile(logging.FileHandler):

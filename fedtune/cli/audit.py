@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from fedtune.api.compose import compose_run, plain_values
+from fedtune.api.compose import compose_run, value_of
 from fedtune.api.start_and_resume import folder_of, make
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides
@@ -111,8 +111,13 @@ def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
 def audit_spec(overrides: Sequence[str]) -> AuditSpec:
     """The audit's own settings, from overrides such as `audit.canaries=500`."""
     given, known = {}, [field.name for field in fields(AuditSpec)]
-    for word, value in plain_values(overrides).items():
-        key = word.removeprefix(_PREFIX)
+    for override in overrides:
+        word, equals, _ = override.lstrip("+").partition("=")
+        if not equals:
+            raise ConfigError("override", override, f"must look like {_PREFIX}key=value")
+        value, key = value_of(override), word.removeprefix(_PREFIX)
+        if isinstance(value, bool):
+            raise ConfigError(word, str(value), "must be one plain value")
         if key not in known:
             raise ConfigError(word, value, f"is not a setting of an audit ({', '.join(known)})")
         given[key] = value

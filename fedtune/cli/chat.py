@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedtune.cli import finished_run as runs
 from fedtune.cli.finished_run import Adapters, Device, MaxNewTokens, Run, Seed, Temperature, TopP
 from fedtune.config import RunConfig
+from fedtune.data.lists import as_json
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import task_named
@@ -109,8 +110,8 @@ class _Conversation:
         for first in range(0, len(turns), 2):
             kept, is_last = turns[first:], first == len(turns) - 1
             try:
-                fields = {"messages": runs.messages_of(kept)}
-                ids = self._saved.prompt_ids(fields, at="message", room=1 if is_last else room)
+                messages = as_json([{"role": role, "content": content} for role, content in kept])
+                ids = self._saved.prompt_ids({"messages": messages}, at="message", room=1 if is_last else room)
             except DataError:
                 if is_last:
                     raise

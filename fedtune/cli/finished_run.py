@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import unicodedata
@@ -114,12 +113,6 @@ def warn_of_fixed_prompt(config: RunConfig) -> None:
         sys.stderr.write(
             f"data.prompt_template = {data.prompt_template!r} has no {{prompt}}: what is asked changes nothing\n"
         )
-
-
-def messages_of(turns: Sequence[tuple[str, str]]) -> str:
-    """(role, content) of each turn, as a record of the role `messages` has them."""
-    listed = [{"role": role, "content": content} for role, content in turns]
-    return json.dumps(listed, separators=(",", ":"), ensure_ascii=False)
 
 
 def harmless(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
-from fedtune.api.start_and_resume import folder_of, has_begun, is_finished, is_running
+from fedtune.api.start_and_resume import folder_of, has_begun, is_finished
 from fedtune.cli.command import Argument, Metrics, Option, Renew, answer
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
@@ -172,18 +172,19 @@ def _names(override: str) -> list[str]:
 
 
 def _stop(folder: Path, *, kit: Kit | None) -> None:
-    if kit is not None and not RunFolder(folder).config.is_file():
+    files = RunFolder(folder)
+    if kit is not None and not files.config.is_file():
         _end(run_named(kit, str(folder)), everyone(kit), kit=kit)  # the folder is lost: the lead's key is enough
         return
     config = saved_config(folder)
-    if is_running(folder):
+    if files.is_running:
         pid = running_process(folder)
         if pid is None:
             raise RunError(f"{folder} is running, and does not say in which process; stop it where it was started")
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
-        while is_running(folder):
+        while files.is_running:
             if time.monotonic() > deadline:
                 raise RunError(f"process {pid} has not stopped within {_STOP_S:g} s; it may be finishing an evaluation")
             time.sleep(0.2)
@@ -222,7 +223,7 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         }
     status = {
         "name": config.name,
-        "running": is_running(folder),
+        "running": RunFolder(folder).is_running,
         "finished": is_over(state.rounds, config.federation, judged_by=config.judged_by),
         "round": state.round,
         "num_rounds": config.federation.num_rounds,

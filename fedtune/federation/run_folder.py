@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.codec import parse_json
@@ -118,3 +120,29 @@ class RunFolder:
     def saved_checkpoints(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
         return saved_checkpoints(self.checkpoints)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep two processes from running the folder: their ledgers and checkpoints would mix.
+
+        Raises:
+            ConfigError: another process runs it.
+        """
+        with self.log.open("a") as lock:  # the lock ends with the process, even if that is killed
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError("resume", str(self.path), "is running in another process") from None
+            yield
+
+    @property
+    def is_running(self) -> bool:
+        """True if a process holds the folder; changes nothing in it."""
+        if not self.log.is_file():
+            return False
+        with self.log.open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False

@@ -1,16 +1,35 @@
-"""A run that renews the one before: its settings and its last release, for the people of the next period."""
+"""A run that begins in another's adapter, such as one that renews it for the people of the next period."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.calendar import moved
 from fedtune.federation.run_folder import RunFolder
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
+
+
+def with_start(config: RunConfig) -> RunConfig:
+    """The same with the digest of the adapter that it begins in, which must fit the run."""
+    name, expected = config.model.adapter, config.model.adapter_sha256
+    if name is None and expected is None:
+        return config
+    if name is None:
+        bound = "is required with model.adapter_sha256: the folder of that adapter"
+        raise ConfigError("model.adapter", NOT_GIVEN, bound)
+    from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
+
+    start = SavedAdapter.to_begin_in(name)
+    RunFolder(start.folder.parent).require_own(start.digest, key="model.adapter", value=name)
+    if expected not in (None, start.digest):
+        bound = f"is not the digest of the adapter, which is {start.digest}"
+        raise ConfigError("model.adapter_sha256", expected, bound)
+    start.require_fits(config.task_model())
+    return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
 
 def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:

@@ -20,7 +20,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from fedtune.api import door
-from fedtune.api.compose import compose_run, with_start
+from fedtune.api.compose import compose_run
 from fedtune.data.load import deal
 from fedtune.data.partition import PartitionSpec
 from fedtune.model.adapter import Adapter
@@ -29,6 +29,7 @@ from fedtune.privacy.selection import Selection, price_of
 from fedtune.report.from_run import spent_on_start
 from fedtune.report.signing import MOST_BYTES
 from fedtune.runs.environment import start_adapter_of
+from fedtune.runs.renewal import with_start
 from fedtune.runs.saved_model import SavedModel
 from fedtune.sites import run_records
 from fedtune.sites.virtual_site import dealt_out

@@ -21,10 +21,10 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.start_and_resume import folder_of, has_begun, is_running, make, only_one
+from fedtune.api.start_and_resume import folder_of, has_begun, make
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, saved_config
-from fedtune.federation.run_folder import saved_checkpoints
+from fedtune.federation.run_folder import RunFolder, saved_checkpoints
 from fedtune.spec import ConfigError, RefusedError, RunError
 from tests.forked import REPOSITORY, Forked
 
@@ -49,7 +49,7 @@ def test_what_a_killed_run_left_before_it_began_is_cleared_away(config: RunConfi
     assert not has_begun(folder)
     make(folder, config)
     (folder / "log.txt").touch()
-    with only_one(folder), pytest.raises(ConfigError, match="is running in another process"):
+    with RunFolder(folder).held(), pytest.raises(ConfigError, match="is running in another process"):
         has_begun(folder)
     assert not has_begun(folder)
     assert not folder.exists()
@@ -92,32 +92,32 @@ def test_a_place_that_cannot_be_written_names_the_setting(config: RunConfig, fol
 
 def test_nobody_runs_a_folder_without_a_log_and_looking_makes_none(config: RunConfig, folder: Path) -> None:
     make(folder, config)
-    assert not is_running(folder)
-    assert not is_running(folder / "nowhere")
+    assert not RunFolder(folder).is_running
+    assert not RunFolder(folder / "nowhere").is_running
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     (folder / "log.txt").touch(mode=0o400)
-    assert not is_running(folder), "one that may only be read can be looked at"
+    assert not RunFolder(folder).is_running, "one that may only be read can be looked at"
 
 
 def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path) -> None:
     make(folder, config)
     code = (
-        "import sys, time; from pathlib import Path; from fedtune.api.start_and_resume import only_one\n"
-        "with only_one(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from fedtune.federation.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
-        assert is_running(folder)
-        with pytest.raises(ConfigError, match="is running in another process"), only_one(folder):
+        assert RunFolder(folder).is_running
+        with pytest.raises(ConfigError, match="is running in another process"), RunFolder(folder).held():
             pytest.fail("two processes run one folder")
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    assert not is_running(folder)
-    with only_one(folder):
-        assert is_running(folder)
+    assert not RunFolder(folder).is_running
+    with RunFolder(folder).held():
+        assert RunFolder(folder).is_running
 
 
 # Cleared away where nothing began.
