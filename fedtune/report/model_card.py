@@ -78,10 +78,11 @@ def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, by
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
     """The card of a finished run's model; equal runs give equal cards."""
-    model, made, said = record.config.model, record.result and record.result.provenance, statements(report)
-    template = made and made.template
+    model, made = record.config.model, record.result and record.result.provenance
+    words, template = Words(report, catalogue("en")), made and made.template
     body = rendered(
         "model_card.md.j2",
+        words=words,
         report=report,
         config=record.config,
         simulated=not record.deployed,
@@ -93,15 +94,14 @@ def card_text(record: RunRecord, report: Report, form: Form) -> str:
         rows=made.test_rows if made else None,
         scores=_scores(report),
         loading=None if form.needs_base and model.built_in else escape(form.loading.strip()),
-        **said,
     )
-    return f"---\n{_front_matter(record, report, form, promised=said['promised']).to_yaml()}\n---\n\n{body}"
+    return f"---\n{_front_matter(record, words, form).to_yaml()}\n---\n\n{body}"
 
 
-def _front_matter(record: RunRecord, report: Report, form: Form, *, promised: bool) -> ModelCardData:
+def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
     config = record.config
     task, model, dataset = task_named(config.task), config.model, config.data.dataset
-    scores = {name: after for name, (_, after) in _scores(report).items() if after is not None}
+    scores = {name: after for name, (_, after) in _scores(words.report).items() if after is not None}
     of_test = partial(EvalResult, dataset_type=dataset, dataset_name=dataset, dataset_split="test")
     of_task = partial(of_test, task_type=task.hub_name or config.task)
     results = [of_task(metric_type=name, metric_value=score) for name, score in scores.items()]
@@ -115,7 +115,7 @@ def _front_matter(record: RunRecord, report: Report, form: Form, *, promised: bo
         known["license"] = model.licence.lower()
     elif model.licence is not None:
         known |= {"license": "other", "license_name": " ".join(_one_line(model.licence).split())}
-    tags = ["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if promised else [])]
+    tags = ["fedtune", "federated-learning", config.lora.kind, *(["differential-privacy"] if words.promises else [])]
     return ModelCardData(
         library_name=form.library,
         tags=[tag for tag in tags if tag != NO_ADAPTER],
@@ -151,29 +151,6 @@ def rendered(file: str, **values: object) -> str:
     )
     named = {"score_words": score_words, "score_text": score_text, "figure": catalogue("en").figure, "owed": owed}
     return templates.get_template(file).render(**named, **values)
-
-
-def statements(report: Report) -> Mapping[str, Any]:
-    """The statements of the report's first page, in its words."""
-    words = Words(report, catalogue("en"))
-    text, figure = words.text, words.catalogue.figure
-    delta, epsilon, unit = figure(report.delta, "exact"), figure(report.epsilon, "epsilon"), text(f"unit.{report.unit}")
-    spent, promise = None, text("promise.none")
-    if words.promises:
-        promise = text(f"promise.{report.unit}", factor=figure(report.epsilon, "factor"), delta=delta)
-        if report.target_epsilon is not None:
-            spent = text("verdict.spent_run", spent=epsilon, approved=figure(report.target_epsilon, "cap"))
-    return {
-        "unit": unit,
-        "promised": words.promises,
-        "epsilon": text("documentation.privacy_text", epsilon=epsilon, delta=delta, unit=unit),
-        "verdict": text(f"verdict.{report.verdict.state}_run"),
-        "spent": spent,
-        "reasons": [words.code("reason", code) for code in report.verdict.reasons],
-        "promise": promise,
-        "against": text("promise.against"),
-        "limits": [words.code("not_protected", code) for code in report.not_protected],
-    }
 
 
 def _escaped(value: object) -> str:

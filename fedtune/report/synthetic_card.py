@@ -20,7 +20,7 @@ from fedtune.privacy.selection import released
 from fedtune.report import signing
 from fedtune.report.facts import StartAdapter, State
 from fedtune.report.model import Report
-from fedtune.report.model_card import owed, rendered, statements
+from fedtune.report.model_card import owed, rendered
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words
 from fedtune.sites.run_records import card_of, file_sha256
@@ -226,14 +226,13 @@ def read_card(file: Path, writer: Mapping[str, Any] | None = None, *, option: st
 
 def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
     """The card as Markdown, of the same reports as `told`, which is what `as_json` made."""
+    words = [Words(report, catalogue("en")) for report in reports]
     return rendered(
         "synthetic_card.md.j2",
         name=told["file"],
         sha256=told["sha256"],
-        runs=[
-            {"report": report, "owes": run, **statements(report)}
-            for report, run in zip(reports, told["runs"], strict=False)
-        ],
+        writer=words[0],
+        runs=list(zip(words, told["runs"], strict=False)),
         earlier=told["runs"][len(reports) :],
         alone=told["together"]["epsilon"] == reports[0].epsilon,
         promised=all(run["epsilon"] is not None for run in told["runs"]),
