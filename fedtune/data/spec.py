@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from string import Formatter
-from typing import Literal
+from typing import Any, Literal
 
 from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, columns_of
 from fedtune.data.partition import PartitionSpec
@@ -37,6 +37,9 @@ _COUPLED = (
     "couples records: a record's gradient would depend on those that were drawn with it, and clipping each would not "
     "bound what one record does; give a list of public texts, or each record its own column negative"
 )
+_OF_THE_LEAD = {"partition", "unusable", "train_fraction"}
+_OF_THE_LEAD |= {f"{file}_{what}" for file in ("validation", "test") for what in ("file", "rows", "fraction")}
+"""Settings of the lead's own files and of simulations: sites are sent them as if nobody had said any."""
 _ROLE_OF_PARTITION = {"dirichlet": "label", "column": "site"}
 
 
@@ -268,20 +271,8 @@ class DataSpec:
 
     def for_sites(self, roles: Collection[str]) -> DataSpec:
         """These settings as sites are sent them: columns by `roles`, all their records, nothing of the lead's files."""
-        return replace(
-            self,
-            train_file=AT_SITE,
-            validation_file=None,
-            test_file=None,
-            validation_rows=None,
-            test_rows=None,
-            columns={role: role for role in roles},
-            partition=PartitionSpec(),
-            train_fraction=1.0,
-            validation_fraction=0.0,
-            test_fraction=0.0,
-            unusable="stop",
-        )
+        unsaid: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in _OF_THE_LEAD}
+        return replace(self, **unsaid, train_file=AT_SITE, columns={role: role for role in roles})
 
     def at_site(self, dataset: Dataset, *, folder: Path) -> DataSpec:
         """These settings as they were sent, over a site's own file; paths of its policy start in `folder`."""

@@ -1,20 +1,19 @@
-"""A site's end of Flower: the ClientApp of every site, and a real site's way to call it."""
+"""A site's end of Flower: the ClientApp of every site, real or simulated."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.federation.protocol import Reply, Signed
+from fedtune.federation.protocol import Reply
 from fedtune.federation.site_round import Site, answer, consider, end_run, take_step
 from fedtune.flower import flower_records
-from fedtune.privacy.release import Offer, Reason, Refusal, Update
-from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.privacy.release import Reason, Refusal
+from fedtune.spec import panics_as_errors
 
 log = logging.getLogger(__name__)
 
@@ -84,62 +83,3 @@ def _to_invitation(content: RecordDict) -> _Answer:
 def _to_sum(content: RecordDict) -> _Answer:
     signed, parts = flower_records.to_signed(content), flower_records.to_parts(content)
     return lambda site: flower_records.from_step(take_step(site, signed, parts))
-
-
-_LONGEST_S = 30 * 86400.0  # no lead waits longer for an answer
-
-
-@dataclass
-class Exchange:
-    """A message and its answer."""
-
-    message: Message
-    _reply: Message | None = field(default=None, init=False)
-
-    @property
-    def kind(self) -> str:
-        return str(self.message.metadata.message_type)
-
-    @property
-    def request(self) -> Signed:
-        """The lead's signed word in the message; raises ConfigError where it holds none."""
-        return flower_records.to_signed(self.message.content)
-
-    @property
-    def reply(self) -> Message:
-        assert self._reply is not None, "answered first"
-        return self._reply
-
-    @property
-    def answered(self) -> Update | Refusal | Offer | None:
-        """The answer to a round or an invitation, in a word; None for another kind of message."""
-        try:
-            return flower_records.to_reply(self.reply.content).body
-        except ConfigError:
-            return None
-
-    def is_void(self, now: float) -> bool:
-        """The server takes no answer any more; `now` in seconds since 1970."""
-        until = self.message.metadata.created_at + self.message.metadata.ttl
-        return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
-
-
-class SiteApp:
-    """The ClientApp of a real site, which `site_of` opens for a run with these settings."""
-
-    def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
-        self._app = make_client_app(lambda _, settings: site_of(settings), lambda _: name)
-        self._name = name
-
-    def answer(self, exchange: Exchange) -> None:
-        """Answer a message, whatever it is; nothing is raised, and no text of an exception leaves."""
-        message = exchange.message
-        context = context_of(message.metadata.run_id, message.metadata.dst_node_id, {})
-        try:
-            with panics_as_errors():
-                exchange._reply = self._app(message, context)
-        except Exception:  # an action that this app does not have, for instance
-            log.exception("a message could not be answered")
-            refusal = Refusal(site=self._name, run="", round=0, reason=Reason.MALFORMED_REQUEST)
-            content = flower_records.from_reply(Reply(body=refusal, receipt=None))
-            exchange._reply = Message(content, reply_to=message)

@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fedtune.data.images import ImageReader, decoded, noise, require_pillow
+from fedtune.data.images import decoded, noise, require_pillow
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import Input, Row, Rows, Text, each_alone, mean_pooled, require_no_labels
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Makes patches of records; stands where a tokenizer stands for texts."""
+
+    processor: Any  # the model's (`fedtune.model.base_model.ImageProcessor`)
+    name_or_path = "image"
+    pad_token_id = 0
+    chat_template = None
+
+    @property
+    def places(self) -> int:
+        return int(self.processor.before + (self.processor.side // self.processor.patch) ** 2)
+
+    def nothing(self) -> NDArray[np.float32]:
+        """(places, 3 * patch * patch) zeros."""
+        return np.zeros((self.places, 3 * self.processor.patch**2), dtype=np.float32)
+
+    def patches(self, image: Any) -> NDArray[np.float32]:
+        """The same of an image: of each patch the red, the green and the blue pixels, row by row."""
+        pixels, patch, found = self.processor.pixels(image), self.processor.patch, self.nothing()
+        count = self.processor.side // patch
+        cut = pixels.reshape(3, count, patch, count, patch)
+        found[self.processor.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
+        return found
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.processor.process.save_pretrained(folder)
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """No words: canaries are made of them."""
+        return {}
 
 
 class Image(Text):

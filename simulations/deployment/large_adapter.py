@@ -28,10 +28,9 @@ from safetensors.numpy import load_file
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.site_round import Prepared, Site, Trained
-from fedtune.flower.client import Exchange, SiteApp
 from fedtune.model.adapter import Adapter
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.wire.fleet import Fleet
+from fedtune.ops.wire.fleet import Exchange, Fleet, SiteApp
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal

@@ -17,8 +17,8 @@ from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
-from fedtune.flower.client import Exchange, SiteApp
 from fedtune.model.adapter import Adapter
+from fedtune.ops.wire.fleet import Exchange, SiteApp
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.site_ledger import Ledger

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, ResNetConfig, ResNetModel
 
-from fedtune.data.images import ImageReader
 from fedtune.model.base_model import load_base, load_processor, model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import VISION
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
+from fedtune.tasks.image_input import ImageReader
 from fedtune.tasks.inputs import input_named
 from fedtune.tasks.task_model import build_task_model
 

@@ -20,11 +20,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedtune.ops.services.site_service as site_service
 import fedtune.ops.wire.bounded_http as bounded_http
-from fedtune.flower.client import Exchange, SiteApp
 from fedtune.ops.health import Health
 from fedtune.ops.services.site_service import _Loop, _until_stopped
 from fedtune.ops.services.site_state import SiteState
-from fedtune.ops.wire.fleet import Fleet
+from fedtune.ops.wire.fleet import Exchange, Fleet, SiteApp
 from tests.flower.certificates import LOOPBACK, Authority
 from tests.flower.hostile import Hostile, server_context, whole
 

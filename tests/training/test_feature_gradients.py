@@ -12,12 +12,13 @@ import torch
 
 from fedtune.data import Shapes, TextDataset, collate
 from fedtune.data.features import FeatureReader, FeatureSpec
-from fedtune.data.images import ImageReader, image_of
+from fedtune.data.images import image_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.model.adapter import Adapter
 from fedtune.model.base_model import load_processor
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.tasks.image_input import ImageReader
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.machine import ready_model, shapes_for
 from fedtune.training.per_example import attached

@@ -20,12 +20,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.flower.client import Exchange, SiteApp
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.services.site_state import SiteState, serving
-from fedtune.ops.wire.fleet import Dropped, Expired, Fleet, Unauthorised, Unreachable
+from fedtune.ops.wire.fleet import Dropped, Exchange, Expired, Fleet, SiteApp, Unauthorised, Unreachable
 from fedtune.ops.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import httpx
 from flwr.app import Message
 
+from fedtune.federation.protocol import Reply, Signed
+from fedtune.federation.site_round import Site
+from fedtune.flower import flower_records
+from fedtune.flower.client import context_of, make_client_app
 from fedtune.flower.internals import (
     FleetHttpClient,
     RuntimeVersionHttpInterceptor,
@@ -39,12 +45,72 @@ from fedtune.ops.kits.certificates import read_connection_key
 from fedtune.ops.wire.bounded_http import OutOfBounds, bounded, show
 from fedtune.ops.wire.identity import Tls, refusal, staying
 from fedtune.ops.wire.message_objects import pull_message
-from fedtune.spec import RunError
+from fedtune.privacy.release import Offer, Reason, Refusal, Update
+from fedtune.spec import ConfigError, RunError, panics_as_errors
+
+log = logging.getLogger(__name__)
 
 HELLO = "/v1/fedtune/hello"  # where the server tells a site how it knows it; not Flower's
 _MOST_REASON = 300
 _CALL_TIMEOUT_S = 30.0
+_LONGEST_S = 30 * 86400.0  # no lead waits longer for an answer
 _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
+
+
+@dataclass
+class Exchange:
+    """A message and its answer."""
+
+    message: Message
+    _reply: Message | None = field(default=None, init=False)
+
+    @property
+    def kind(self) -> str:
+        return str(self.message.metadata.message_type)
+
+    @property
+    def request(self) -> Signed:
+        """The lead's signed word in the message; raises ConfigError where it holds none."""
+        return flower_records.to_signed(self.message.content)
+
+    @property
+    def reply(self) -> Message:
+        assert self._reply is not None, "answered first"
+        return self._reply
+
+    @property
+    def answered(self) -> Update | Refusal | Offer | None:
+        """The answer to a round or an invitation, in a word; None for another kind of message."""
+        try:
+            return flower_records.to_reply(self.reply.content).body
+        except ConfigError:
+            return None
+
+    def is_void(self, now: float) -> bool:
+        """The server takes no answer any more; `now` in seconds since 1970."""
+        until = self.message.metadata.created_at + self.message.metadata.ttl
+        return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
+
+
+class SiteApp:
+    """The ClientApp of a real site, which `site_of` opens for a run with these settings."""
+
+    def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
+        self._app = make_client_app(lambda _, settings: site_of(settings), lambda _: name)
+        self._name = name
+
+    def answer(self, exchange: Exchange) -> None:
+        """Answer a message, whatever it is; nothing is raised, and no text of an exception leaves."""
+        message = exchange.message
+        context = context_of(message.metadata.run_id, message.metadata.dst_node_id, {})
+        try:
+            with panics_as_errors():
+                exchange._reply = self._app(message, context)
+        except Exception:  # an action that this app does not have, for instance
+            log.exception("a message could not be answered")
+            refusal = Refusal(site=self._name, run="", round=0, reason=Reason.MALFORMED_REQUEST)
+            content = flower_records.from_reply(Reply(body=refusal, receipt=None))
+            exchange._reply = Message(content, reply_to=message)
 
 
 class Unauthorised(RunError):
