@@ -136,17 +136,6 @@ class FeatureSpec:
         numbers = [low + (high - low) * int(draw(1001)) / 1000 for _ in range(self.size or 1)]
         return repr(numbers[0]) if self.size is None else json.dumps(numbers)
 
-    def made_up_anyhow(self, draw: Callable[[int], int]) -> str:
-        """The same, now and then beyond what was declared, or nothing."""
-        kind = int(draw(8))
-        if kind == 0 and self.missing == "indicator":
-            return ""
-        if kind == 1 and self.categories:
-            return "\N{REPLACEMENT CHARACTER}"
-        if kind == 2 and self.range is not None and self.size is None:
-            return repr(2 * self.range[1] - self.range[0])
-        return self.made_up(draw)
-
 
 @dataclass(frozen=True)
 class FeatureReader:

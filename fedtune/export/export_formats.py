@@ -331,6 +331,18 @@ class RawScores(nn.Module):
         return self.read_out(logits, spec=self.spec)
 
 
+def _made_up(one: FeatureSpec, draw: Callable[[int], int]) -> str:
+    """An invented field, now and then beyond what was declared, or nothing."""
+    match int(draw(8)):
+        case 0 if one.missing == "indicator":
+            return ""
+        case 1 if one.categories:
+            return "\N{REPLACEMENT CHARACTER}"
+        case 2 if one.range is not None and one.size is None:
+            return repr(2 * one.range[1] - one.range[0])
+    return one.made_up(draw)
+
+
 def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: str, private_to: str | None) -> None:
     """Write the layers of a model of features, or a graph of it, and check what was written on made-up rows.
 
@@ -343,7 +355,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]
-    records = [Record({role: one.made_up_anyhow(draws.integers) for one, role in columns}) for _ in range(_ROWS)]
+    records = [Record({role: _made_up(one, draws.integers) for one, role in columns}) for _ in range(_ROWS)]
     vectors = torch.from_numpy(np.stack([FeatureReader(features).vector(record) for record in records]))
     batch = Batch(vectors[:, None], torch.ones(_ROWS, 1, dtype=torch.int64), torch.zeros(_ROWS))
     raw = torch.tensor(

@@ -155,11 +155,8 @@ def from_receipt(receipt: Receipt | None) -> RecordDict:
 def to_receipt(content: RecordDict) -> Receipt | None:
     """A site's answer to the end of a run."""
     with _reading(content, "receipt", "must be a site's receipt"):
-        return _receipt(json.loads(str(content.config_records[RECEIPT]["json"])))
-
-
-def _receipt(fields: object) -> Receipt | None:
-    return None if fields is None else Receipt.from_json(fields)
+        fields = json.loads(str(content.config_records[RECEIPT]["json"]))
+        return None if fields is None else Receipt.from_json(fields)
 
 
 def from_reply(reply: Reply) -> RecordDict:
@@ -176,13 +173,13 @@ def to_reply(content: RecordDict) -> Reply:
     """A site's answer to a round or an invitation."""
     with _reading(content, "reply", "must be a site's answer"):
         fields = json.loads(str(content.config_records[REPLY]["json"]))
-        kind, receipt = fields.pop("kind"), _receipt(fields.pop("receipt"))
+        kind, receipt = fields.pop("kind"), fields.pop("receipt")
         body: Answer
         if kind in _AS_JSON:
             body = _AS_JSON[kind].from_json(fields)
         else:
             body = Update.from_bytes(_to_bytes(content.array_records[UPDATE]))
-        return Reply(body=body, receipt=receipt)
+        return Reply(body=body, receipt=None if receipt is None else Receipt.from_json(receipt))
 
 
 def weighted(tensors: Mapping[str, npt.NDArray[np.float32]], weight: float) -> RecordDict:
