@@ -118,15 +118,14 @@ def build(
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
     from fedtune.report.page.label import as_svg
-    from fedtune.report.page.render import write_all, write_files
+    from fedtune.report.page.render import write_files
     from fedtune.report.registry_entry import REGISTRY, entry, to_text
 
     spoken = language or own_language
     beside = {LABEL: as_svg(report, language=spoken).encode()} if label else {}
     if registry:
         beside[REGISTRY] = to_text(report, about).encode()
-    paths = write_files(output or folder, report, language=spoken, pdf=pdf)
-    paths += write_all(output or folder, beside)
+    paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     for code in report.banners:
         say(catalogue("en").code("banner", code).unescape(), style="bold yellow")
     verdict, style = verdict_line(report)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
     return filled(RunFacts, record, config, config.federation, final)(
         kind="run",
         target_epsilon=config.privacy.epsilon if plan.private else None,
-        seeded_noise=record.seeded,
+        seeded_noise=config.runtime.seeded_noise or bool(record.result and record.result.privacy.seeded_noise),
         date=max(times, default=None),
         sampling=noted.sampling if noted else None,
         randomness=noted.randomness if noted else None,
@@ -139,31 +140,32 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     """
     found: dict[str, Report] = {}
     for report in reports:
+        refused = partial(ConfigError, "site report", report.name)
         if not isinstance(report.facts, LedgerFacts) or report.kind != "ledger" or len(report.sites) != 1:
-            raise _refused(report, "must be a site's report of its own ledger")
+            raise refused("must be a site's report of its own ledger")
         (own,) = report.sites
         if own.site not in (sites := record.config.federation.active):
-            raise _refused(report, f"must be about a site of this run ({', '.join(sites)}), not {own.site}")
+            raise refused(f"must be about a site of this run ({', '.join(sites)}), not {own.site}")
         receipt = record.receipts.get(own.site)
         if receipt is None:
-            raise _refused(report, f"cannot be checked: {own.site} gave this run no receipt, so its key is not known")
+            raise refused(f"cannot be checked: {own.site} gave this run no receipt, so its key is not known")
         try:
             key = signing.check(report)
         except RunError as error:
-            raise _refused(report, f"must carry its site's signature: {error}") from None
+            raise refused(f"must carry its site's signature: {error}") from None
         if key != receipt.site_key:
             by = f"is signed by {key}" if key else "is not signed"
-            raise _refused(report, f"must be signed by {receipt.site_key}, as the receipts of {own.site} are; it {by}")
+            raise refused(f"must be signed by {receipt.site_key}, as the receipts of {own.site} are; it {by}")
         if _by_receipt(record, own.site) and all(run.run != record.run for run in report.facts.runs):
-            raise _refused(report, f"must be of a ledger that knows the run {record.run}")
+            raise refused(f"must be of a ledger that knows the run {record.run}")
         if own.verification is not None and own.verification.num_events < receipt.sequence:
             had = f"{own.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
-            raise _refused(report, f"must be no older than this run: its ledger had {had}")
+            raise refused(f"must be no older than this run: its ledger had {had}")
         if wrong := problems(report):
             first = wrong[0]
-            raise _refused(report, f"must agree with itself: {first.where} says {first.said}, found {first.found}")
+            raise refused(f"must agree with itself: {first.where} says {first.said}, found {first.found}")
         if found.setdefault(own.site, report) != report:
-            raise _refused(report, f"must be the only report of {own.site}: it gave another one, too")
+            raise refused(f"must be the only report of {own.site}: it gave another one, too")
     return found
 
 
@@ -171,10 +173,6 @@ def _by_receipt(record: RunRecord, site: str) -> int:
     """Rounds that the site signed for; no fewer than the updates that it gave."""
     receipt = record.receipts.get(site)
     return max(record.updates(site), receipt.charged_rounds if receipt else 0)
-
-
-def _refused(report: Report, bound: str) -> ConfigError:
-    return ConfigError("site report", report.name, bound)
 
 
 def _provenance(record: RunRecord) -> Provenance:
@@ -200,9 +198,10 @@ def _provenance(record: RunRecord) -> Provenance:
 
 def _start_adapter(record: RunRecord) -> StartAdapter | None:
     """As the run noted it, in files that anybody may have written: what has another form is not known."""
-    digest, noted = record.config.model.adapter_sha256, record.start_adapter
+    digest, made = record.config.model.adapter_sha256, record.state or (record.result and record.result.provenance)
     if digest is None:
         return None
+    noted = made.start_adapter if made and isinstance(made.start_adapter, Mapping) else {}
     said = (noted.get(key) for key in ("from", "dataset", "unit"))
     run, dataset, unit = (one if isinstance(one, str) and one != UNKNOWN else None for one in said)
     epsilon, delta = spent_on_start(noted)

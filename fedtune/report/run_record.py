@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -52,13 +51,6 @@ class RunRecord:
     def finished(self) -> bool:
         """Every round was aggregated, or validation scores ended the run."""
         return is_over(self.rounds, self.config.federation, judged_by=self.config.judged_by)
-
-    @property
-    def start_adapter(self) -> Mapping[str, Any]:
-        """The run's notes on the adapter that it began in."""
-        made = self.state or (self.result.provenance if self.result else None)
-        noted = made.start_adapter if made else None
-        return noted if isinstance(noted, Mapping) else {}
 
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
@@ -122,10 +114,6 @@ class RunRecord:
     @property
     def deployed(self) -> bool:
         return self.config.runtime.kind == "deployment"
-
-    @property
-    def seeded(self) -> bool:
-        return (self.result is not None and self.result.privacy.seeded_noise) or self.config.runtime.seeded_noise
 
     def noise_factor(self, site: str) -> float:
         """By which a site multiplied the plan's noise, by its own word; without that 1, with which epsilon is largest.

@@ -109,20 +109,18 @@ def environment() -> Environment:
     return made
 
 
-def write_files(folder: Path, report: Report, *, language: str, pdf: bool = False) -> list[Path]:
-    """Write a report's files; each is whole at any moment."""
+def write_files(
+    folder: Path, report: Report, *, language: str, pdf: bool = False, beside: Mapping[str, bytes] = {}
+) -> list[Path]:
+    """Write a report's files, and what lies `beside` them, by name; each is whole at any moment."""
     html = render(report, language=language)
     files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
     if pdf:
         files["report.pdf"] = as_pdf(render(report, language=language, fillable=True))
-    return write_all(folder, files)
-
-
-def write_all(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Write files, by name, into a folder; each is whole at any moment."""
+    files |= beside
     try:
-        for name, data in files.items():
-            write_durably(folder / name, data)
+        for name, content in files.items():
+            write_durably(folder / name, content)
     except OSError as error:
         raise ConfigError("--output", str(folder), f"must be a folder that can be written ({error.strerror})") from None
     return [folder / name for name in files]
