@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from fedtune.federation.spec import PublicSpec
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
 from fedtune.runs.renewal import with_start
-from fedtune.spec import ConfigError, RunError, StuckError, full_disk, shown
+from fedtune.spec import ConfigError, shown
 from fedtune.words import dotted
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -76,7 +75,7 @@ def run_in_folder(
         with Tracked(config, note=listener.note) as tracked:
             if config.resume is None:
                 made = make(folder, config)
-            with files.held(), _log_to(files.log, config.tracking.log_level):
+            with files.held(), files.logged(config.tracking.log_level):
                 tracked.begin()
                 result = work(config, folder, _Followed(listener, tracked, page))
             scored(result)
@@ -190,43 +189,3 @@ def _remove(made: Sequence[Path]) -> None:
     with suppress(OSError):
         for parent in parents:
             parent.rmdir()
-
-
-class _LogFile(logging.FileHandler):
-    """A log file that tolerates a full disk: an error in logging must not end a run, or print."""
-
-    full: str | None = None  # the full-disk error of a simulated site, which tells the lead only that it failed
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.full = self.full or full_disk(record.exc_info and record.exc_info[1])
-        super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        with suppress(OSError):
-            super().close()
-
-
-@contextmanager
-def _log_to(path: Path, level: str) -> Iterator[None]:
-    """Send fedtune's and Flower's log to a file; the terminal shows the run's progress only."""
-    handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
-    before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level.upper())
-    try:
-        yield
-    except RunError as error:
-        if handler.full is None or isinstance(error, StuckError) or full_disk(error):
-            raise
-        raise RunError(f"{error}; {handler.full}") from error
-    finally:
-        handler.close()
-        for logger, (old_level, handlers, propagate) in zip(loggers, before, strict=True):
-            logger.handlers, logger.propagate = handlers, propagate
-            logger.setLevel(old_level)

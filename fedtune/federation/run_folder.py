@@ -1,4 +1,4 @@
-"""The layout of a run folder, `runs/<name>/`: which file lies where.
+"""A run folder, `runs/<name>/`: which file lies where, who runs it, and what is logged there meanwhile.
 
 It imports next to nothing, so that a command that only looks for a file waits for no torch.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.codec import parse_json
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError, StuckError, full_disk
 
 _MOST_NAMED = 10
 LABEL = "label.svg"  # the privacy label, beside an adapter's card
@@ -52,6 +53,23 @@ def _digest_in(file: Path) -> str | None:
         found = parse_json(file.read_bytes(), key=str(file), bound="must be an object").get("adapter_digest", "")
         return found if isinstance(found, str) else None
     return None
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that tolerates a full disk: an error in logging must not end a run, or print."""
+
+    full: str | None = None  # the full-disk error of a simulated site, which tells the lead only that it failed
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.full = self.full or full_disk(record.exc_info and record.exc_info[1])
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class RunFolder:
@@ -146,3 +164,25 @@ class RunFolder:
             except OSError:
                 return True
         return False
+
+    @contextlib.contextmanager
+    def logged(self, level: str) -> Iterator[None]:
+        """Send fedtune's and Flower's log to a file; the terminal shows the run's progress only."""
+        handler = _LogFile(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        loggers = [logging.getLogger(name) for name in ("fedtune", "flwr")]
+        before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
+        for logger in loggers:
+            logger.handlers, logger.propagate = [handler], False
+            logger.setLevel(level.upper())
+        try:
+            yield
+        except RunError as error:
+            if handler.full is None or isinstance(error, StuckError) or full_disk(error):
+                raise
+            raise RunError(f"{error}; {handler.full}") from error
+        finally:
+            handler.close()
+            for logger, (old_level, handlers, propagate) in zip(loggers, before, strict=True):
+                logger.handlers, logger.propagate = handlers, propagate
+                logger.setLevel(old_level)

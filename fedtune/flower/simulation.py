@@ -26,6 +26,8 @@ from fedtune.sites.data_warnings import site_notes
 from fedtune.sites.session import Session
 from fedtune.sites.virtual_site import Participants
 
+_RUN_ID = 1
+
 
 def simulate(
     config: RunConfig,
@@ -102,9 +104,6 @@ def _client_app(names: Sequence[str], site: Callable[[int], Site]) -> ClientApp:
         return int(context.node_config["partition-id"])
 
     return make_client_app(lambda context, _: site(index(context)), lambda context: names[index(context)])
-
-
-_RUN_ID = 1
 
 
 class InProcessGrid:
