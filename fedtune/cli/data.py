@@ -187,6 +187,7 @@ def clean(
         bound = f"must be one file: put a site's name in place of {SITE}, with data.partition.kind=iid"
         raise ConfigError(key, name, bound)
     source = resolve_file(name, shipped_folders(), key=key)
+    require_no_card(name, key=key, kind="a site's own")
     _require_new(out, ".jsonl")
     rules = [rule.strip() for rule in drop.split(",") if rule.strip()]
     for rule in rules:
@@ -222,6 +223,7 @@ def codes(
     same list, model and bounds, so compare the hashes that are shown.  docs/synthetic_texts.md says more.
     """
     source, roles = resolve_file(file, shipped_folders(), key="FILE"), roles_of(columns)
+    require_no_card(file, key="FILE", kind="a site's own")
     if not roles or not all(map(is_written, roles)):
         raise ConfigError("--columns", columns, "must be roles of texts")
     if topics is None and lengths is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
+from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, spec
 
+MOST_NEW_TOKENS = 1_000_000
 SMALLEST = 20  # units of the smallest group that is scored by itself, unless somebody asks for another number
 
 
@@ -37,6 +38,7 @@ class EvaluationSpec:
     def __post_init__(self) -> None:
         check_at_least("max_tokens", self.max_tokens, 1)
         check_at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_at_most("max_new_tokens", self.max_new_tokens, MOST_NEW_TOKENS)
         if self.generation_rows is not None:
             check_at_least("generation_rows", self.generation_rows, 1)
 
@@ -63,9 +65,11 @@ class WritingSpec:
 
     def __post_init__(self) -> None:
         check_at_least("--max-new-tokens", self.max_new_tokens, 1)
+        check_at_most("--max-new-tokens", self.max_new_tokens, MOST_NEW_TOKENS)
         check_at_least("--temperature", self.temperature, 0)
         check_fraction("--top-p", self.top_p, one=True)
         check_at_least("--guidance", self.guidance, 0)
+        check_at_most("--guidance", self.guidance, 1e9)
         check_at_least("--seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ConfigError("--seed", self.seed, "must be below 2**63")

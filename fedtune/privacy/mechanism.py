@@ -15,7 +15,8 @@ from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fract
 Unit = Literal["record", "user"]
 """What one (epsilon, delta) protects: a single record, or a user with all of their records at a site."""
 MOST_EPSILON = 100.0
-"""Largest epsilon to calibrate for: beyond it, the privacy loss distributions take minutes to compute."""
+LEAST_SAMPLING_RATE = 1e-6
+"""Largest epsilon and least rate to calibrate for: beyond them, privacy loss distributions take minutes to compute."""
 MOST_RUNS = 120
 """Most runs that share an epsilon: ten years of months.  A lead must not choose how long a site computes one."""
 MOST_NOISE_FACTOR = 100.0
@@ -72,6 +73,7 @@ class PrivacySpec:
             raise ConfigError("epsilon", self.epsilon, bound)
         check_positive("max_grad_norm", self.max_grad_norm)
         check_fraction("sampling_rate", self.sampling_rate, one=True)
+        check_at_least("sampling_rate", self.sampling_rate, LEAST_SAMPLING_RATE)
         check_positive("metrics_noise_multiplier", self.metrics_noise_multiplier)
         if self.metrics != "none" and not self.private:
             raise ConfigError("metrics", self.metrics, "needs a run with privacy; without it scores would be exact")

@@ -12,10 +12,9 @@ from fedtune.codec import decode
 from fedtune.privacy import accountant, events
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise, Together, epsilons
-from fedtune.privacy.mechanism import MOST_RUNS, PrivacySpec, Unit
+from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
-LEAST_SAMPLING_RATE = 1e-15
 MORE_THAN_DECLARED = 4.0
 """A site may have this many times the units that it declares; most publish a rounded number."""
 

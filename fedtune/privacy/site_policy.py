@@ -21,11 +21,11 @@ from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.mechanism import Unit
+from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, Unit
 from fedtune.privacy.promise import Promise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
-from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE, Plan
+from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.trust import Broken, Trust
 from fedtune.spec import (
     NOT_GIVEN,

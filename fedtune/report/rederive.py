@@ -17,7 +17,7 @@ from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, UNSIGNED_REPLY
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.run_plan import LEAST_SAMPLING_RATE
+from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.report.derive import cells, ledger_figures, profile, run_figures
 from fedtune.report.derive.audit_bounds import audit_problems

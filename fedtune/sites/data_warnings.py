@@ -7,7 +7,8 @@ the person at the keyboard; no guarantee covers them, and no run with real sites
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from fedtune.config import RunConfig
 from fedtune.data import users_of
@@ -15,12 +16,14 @@ from fedtune.data.faults import LeftOut
 from fedtune.data.load import FAR, Dealt, shipped_folders
 from fedtune.data.records import resolve_file
 from fedtune.data.spec import SITE
+from fedtune.sites.run_records import LeadRecords, said_by_role, telling
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import task_named
 from fedtune.words import counted
 
 _MOST_NAMED = 3
+_COMPARED: dict[tuple[str, str], bool] = {}  # by a run's digest and a file: reading takes long, and a sweep asks often
 
 
 def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
@@ -43,7 +46,7 @@ def check_decides(config: RunConfig) -> None:
     """Check that the scores which end a run, choose its round or pick a run of a search tell nothing of a site.
 
     Raises:
-        ConfigError: there is no validation file of the lead's, or it is the simulated sites' training file.
+        ConfigError: there is no validation file of the lead's, or it holds what simulated sites train on.
     """
     try:
         config.data.check_may_decide()
@@ -72,15 +75,33 @@ def _left_out(rows: LeftOut, key: str) -> Iterator[str]:
 
 
 def is_training_file(config: RunConfig, file: str) -> bool:
-    """A file holds what the simulated sites of a run train on; False where nothing tells it."""
-    train = config.data.train_file
-    if SITE in train or config.runtime.kind == "deployment":
+    """A file holds what simulated sites of a run train on, or a part of it; False where nothing tells it."""
+    if config.runtime.kind == "deployment":
         return False
+    names = dict.fromkeys(config.data.train_file.replace(SITE, name) for name in config.federation.names)
     try:
-        own, other = (resolve_file(name, shipped_folders(), key="data.train_file") for name in (train, file))
-    except DataError:  # who asks later may have moved it
+        found = {name: resolve_file(name, shipped_folders(), key="data.train_file") for name in (*names, file)}
+        if any(_same_bytes(found[name], found[file]) for name in names):
+            return True
+        if (about := (config.digest(), file)) not in _COMPARED:
+            _COMPARED[about] = _has_records_of(config, list(names), file)
+        return _COMPARED[about]
+    except DataError:  # who asks later may have moved it, and what cannot be read is told where it is needed
         return False
-    return own.samefile(other) or (own.is_file() and other.is_file() and filecmp.cmp(own, other, shallow=False))
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return one.samefile(other) or (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
+
+
+def _has_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
+    """All records of `file` are among those of the others, or the other way round, as far as texts tell them apart."""
+    own = [one for name in names for one in LeadRecords.read(name, config, key="data.train_file").records]
+    theirs = LeadRecords.read(file, config, key="data.train_file").records
+    trained = telling(own)
+    if len(trained) <= len(own) / 2:  # such as features of two values: others have the same by chance
+        return False
+    return any(said <= trained or trained <= said for said in said_by_role(theirs).values())
 
 
 def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:

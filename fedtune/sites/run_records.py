@@ -169,10 +169,10 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
         ConfigError: they have all texts that the run uses of a file, or none but texts of its files; the records of
             real sites are not here.  Or a card beside them says to which runs they owe, unless they `may_owe`.
     """
-    public = _said(records).values()
-    used = {of: _telling(others) for of, others in own.by_setting().items()}
+    public = said_by_role(records).values()
+    used = {of: telling(others) for of, others in own.by_setting().items()}
     found = [of for of, texts in used.items() if texts and any(texts <= said for said in public)]
-    whole = [(of, _telling(others)) for of, others in own.whole_files()]
+    whole = [(of, telling(others)) for of, others in own.whole_files()]
     every = set().union(*(texts for _, texts in whole))
     found += [of for said in public if said <= every for of, texts in whole if texts & said]
     if found:
@@ -182,7 +182,7 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
         require_no_card(file, key=key)
 
 
-def _said(records: Iterable[Record]) -> dict[str, set[str]]:
+def said_by_role(records: Iterable[Record]) -> dict[str, set[str]]:
     """Role -> all different texts; features and images, which are none, stand as one."""
     found = defaultdict[str, set[str]](set)
     for record in records:
@@ -191,9 +191,9 @@ def _said(records: Iterable[Record]) -> dict[str, set[str]]:
     return found
 
 
-def _telling(records: Iterable[Record]) -> set[str]:
+def telling(records: Iterable[Record]) -> set[str]:
     """The different texts of the role that has most of them."""
-    return max(_said(records).values(), key=len, default=set())
+    return max(said_by_role(records).values(), key=len, default=set())
 
 
 def card_of(file: Path, suffix: str) -> Path:
@@ -201,11 +201,11 @@ def card_of(file: Path, suffix: str) -> Path:
     return file.with_name(f"{file.name}.card{suffix}")
 
 
-def require_no_card(file: str, *, key: str) -> None:
-    """Check that a file declared public is not one of synthetic records, which owe to the runs on their card."""
+def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
+    """Check that a file declared public, or a site's own, is not one of synthetic records, which owe to some runs."""
     path = resolve_file(os.path.expanduser(file), shipped_folders(), key=key).resolve()
     if os.path.lexists(card := card_of(path, ".json")):
-        raise ConfigError(key, file, f"must hold public records: {card.name} beside it says which runs these owe to")
+        raise ConfigError(key, file, f"must hold {kind} records: {card.name} beside it says which runs these owe to")
 
 
 def file_sha256(file: Path, *, key: str) -> str:

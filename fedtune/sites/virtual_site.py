@@ -9,6 +9,7 @@ like those of a real site.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -99,11 +100,17 @@ class VirtualSites:
 
         Raises:
             ConfigError: names the first setting that differs.
-            RunError: what was noted cannot be read.
+            RunError: what was noted cannot be read, or is missing beside a ledger.
         """
         path, dealt = self.folder / DEALT, dealt_out(self.config)
-        if not path.exists():
-            write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may begin at the same new sites
+            if not path.exists() and not any(self.folder.glob("*/ledger.db")):
+                write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
+        finally:
+            os.close(lock)
         before = read_dealt_out(path, keys=dealt)
         for key, value in dealt.items():
             if before[key] != value:

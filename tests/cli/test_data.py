@@ -158,6 +158,8 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
     (["codes", "own.csv", "--topics", "half.jsonl", *NEW], "half.jsonl:1, column 'topic' = 'half a surrogate pair'"),
     (["codes", "own.csv", "--topics", "one.csv", *NEW], "--topics = 'one.csv': must have at least two different texts"),
     (["codes", "own.csv", "--topics", "made.jsonl", *NEW], "--topics = 'made.jsonl': must hold public records: made.j"),
+    (["codes", "made.jsonl", "--lengths", "2", *NEW], "FILE = 'made.jsonl': must hold a site's own records: made.json"),
+    (["clean", "tickets.yaml", "data.train_file=made.jsonl", *NEW], "data.train_file = 'made.jsonl': must hold a site"),
     (["codes", "own.csv", *CODES[:2], "--model", "nope", *NEW], "--model = 'nope': must be one of llama_1b, minilm"),
     (["init", "tickets.csv", "--out", "tickets.csv/a.yaml"], "--out = 'tickets.csv/a.yaml': must lie in a folder"),
 ])  # fmt: skip

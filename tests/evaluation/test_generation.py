@@ -276,9 +276,10 @@ def test_bytes_that_are_no_character_are_shown_in_the_end() -> None:
     assert "".join(as_text([*ids[:-1], ids[0]], tokenizer)) == "ab\N{REPLACEMENT CHARACTER}a"
 
 
-@pytest.mark.parametrize(
-    "wrong", ["max_new_tokens=0", "temperature=-1.0", "temperature=nan", "top_p=0.0", "guidance=-1", f"seed={2**63}"]
-)
+WRONG = ("max_new_tokens=0", "max_new_tokens=1000001", "temperature=-1.0", "temperature=nan", "top_p=0.0")
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, "guidance=-1", "guidance=1e10", f"seed={2**63}"])
 def test_a_wrong_way_to_write_is_named_as_its_option(wrong: str) -> None:
     key, value = wrong.split("=")
     with pytest.raises(ConfigError, match=f"^--{key.replace('_', '-')} = "):

@@ -183,7 +183,7 @@ def test_noise_of_scores_has_the_scale_of_sigma_times_root_two(
         *(("records_per_user", value) for value in (0, 2.5)),
         *(("epsilon", value) for value in (0.0, -1.0, np.nan)),
         *(("delta", value) for value in (0.0, 1.0)),
-        *(("sampling_rate", value) for value in (0.0, 1.01)),
+        *(("sampling_rate", value) for value in (0.0, 9e-7, 1.01)),
         *((key, value) for key in ("noise_multiplier", "metrics_noise_multiplier") for value in (0.0, np.inf)),
         ("max_grad_norm", 0.0),
     ],

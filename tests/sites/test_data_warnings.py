@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from fedtune.config import RunConfig
 from fedtune.data import Record, TextDataset
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.load import Dealt, SiteRecords
-from fedtune.sites.data_warnings import lead_notes, site_notes
+from fedtune.sites.data_warnings import check_decides, lead_notes, may_decide, site_notes
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
 
-from .conftest import letters
+from .conftest import LABELS, letters
 
 
 def records(*labels: str) -> list[Record]:
@@ -69,18 +70,39 @@ def test_what_the_lead_should_know(simulated: RunConfig, tmp_path: Path) -> None
     ]
 
 
-@pytest.mark.parametrize("how", ["the same path", "a link", "the same content"])
+@pytest.mark.parametrize("how", ["the same path", "a link", "the same content", "packed", "a part", "a site's own"])
 def test_a_test_file_that_is_the_training_file(simulated: RunConfig, tmp_path: Path, how: str) -> None:
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
     test.unlink()
+    rows = [f"{word},{LABELS[0]}\n" for word in ("one", "two", "three")]
+    train.write_text("".join(["text,label\n", *rows]))
+    given = str(train)
     if how == "a link":
         test.symlink_to(train)
+    elif how == "packed":
+        test = tmp_path / "test.csv.gz"
+        test.write_bytes(gzip.compress(train.read_bytes()))
+    elif how == "a site's own":
+        given = str(tmp_path / "{site}.csv")
+        (tmp_path / "north.csv").write_text(f"text,label\none,{LABELS[0]}\n")
+        train.rename(test := tmp_path / "south.csv")
     else:
-        test.write_bytes(train.read_bytes())
+        test.write_text("".join(["text,label\n", *(rows[1:] if how == "a part" else rows)]))
     file = train if how == "the same path" else test
-    config = replace(simulated, data=replace(simulated.data, test_file=str(file)))
+    kind = replace(simulated.data.partition, kind="file" if "{site}" in given else "iid")
+    config = replace(simulated, data=replace(simulated.data, train_file=given, partition=kind, test_file=str(file)))
     (note,) = lead_notes(config, validation=None, test=lead("a", "b"))
     assert note == "data.test_file holds what data.train_file holds: the scores say nothing about new records"
+    config = replace(config, data=replace(config.data, validation_file=str(file)))
+    with pytest.raises(ConfigError, match=r"data\.validation_file = .*: must not hold what data\.train_file holds"):
+        check_decides(config)
+
+
+def test_a_file_of_other_records_may_decide_where_texts_are_alike_by_chance(simulated: RunConfig) -> None:
+    train, test = simulated.data.train_file, str(simulated.data.test_file)
+    for file, times in ((train, 20), (test, 2)):
+        Path(file).write_text("text,label\n" + f"yes,{LABELS[0]}\nno,{LABELS[0]}\n" * times)
+    assert may_decide(replace(simulated, data=replace(simulated.data, validation_file=test)))
 
 
 def test_what_is_told_of_simulated_sites(simulated: RunConfig) -> None:

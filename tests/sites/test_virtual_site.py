@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Policy, Releases
-from fedtune.sites.virtual_site import VirtualSites, fitted, generated_policy
-from fedtune.spec import ConfigError, RefusedError
+from fedtune.sites.virtual_site import DEALT, VirtualSites, fitted, generated_policy
+from fedtune.spec import ConfigError, RefusedError, RunError
 
 from ..privacy.builders import reason_of
 
@@ -189,6 +190,7 @@ def test_a_policy_of_another_site_is_not_this_ones(kept: Configure, tmp_path: Pa
 
 def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
     """Edit the site's cap so that `count` rounds of the run fit, and hardly more."""
+    sites.check_dealt_out()
     policy = sites.files(site).policy
     with_cap = replace(policy, budget=replace(policy.budget, max_epsilon=1000.0))
     write_policy(with_cap, sites.folder / site / "site.toml")
@@ -262,6 +264,7 @@ def test_no_room_at_all_is_refused_with_every_sites_rule(kept: Configure, tmp_pa
 def test_a_broken_ledger_does_not_stop_the_others(kept: Configure, tmp_path: Path, wanted: str) -> None:
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
+    sites.check_dealt_out()
     sites.files("site-1")
     (sites.folder / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
     assert fitted(config, tmp_path / "run").federation.num_rounds == 4
@@ -274,6 +277,36 @@ def test_a_file_is_no_folder_of_sites(config: Configure, tmp_path: Path) -> None
     kept = config(f"runtime.sites_dir={tmp_path / 'sites'}")
     with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not be there yet"):
         VirtualSites.of(kept, tmp_path / "run", kept.plan())
+
+
+def test_how_records_were_dealt_out_is_not_noted_anew_beside_a_ledger(config: Configure, tmp_path: Path) -> None:
+    sites = sites_of(config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path)
+    sites.check_dealt_out()
+    (sites.folder / "north").mkdir()
+    (sites.folder / "north" / "ledger.db").touch()
+    sites.check_dealt_out()
+    (sites.folder / DEALT).unlink()
+    with pytest.raises(RunError, match=r"cannot be read \(FileNotFoundError\); restore it: without it nobody knows"):
+        sites.check_dealt_out()
+
+
+def test_of_two_runs_that_deal_records_out_at_once_one_is_refused(config: Configure, tmp_path: Path) -> None:
+    sites = [sites_of(config(f"runtime.sites_dir={tmp_path}/kept", f"seed={seed}"), tmp_path) for seed in (0, 1)]
+    both, outcomes = threading.Barrier(2), list[str]()
+
+    def deal(one: VirtualSites) -> None:
+        both.wait()
+        try:
+            one.check_dealt_out()
+        except ConfigError as error:
+            outcomes.append(error.key)
+
+    threads = [threading.Thread(target=deal, args=(one,)) for one in sites]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == ["seed"]
 
 
 @pytest.mark.parametrize("gone", ["null", "moved/sites"])
