@@ -2,78 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 import torch
 
-from fedtune.data import Shapes, TextDataset
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.data import TextDataset
+from fedtune.model.adapter import Adapter
+from fedtune.model.spec import LoraSpec
 from fedtune.privacy.randomness import Randomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
-from fedtune.tasks.task_model import TaskModel, build_task_model
+from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import Records, dp_sgd_step
-from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
+from fedtune.training.spec import TrainingSpec
+
+from ..builders import built
+from ..model.conftest import spec_of
+from ..training.conftest import examples_of, made_up, plan_of, released, work_of
+from ..training.conftest import one_thread as one_thread
 
 Arrays = dict[str, npt.NDArray[np.float64]]
-LABELS = ("card_arrival", "exchange_rate", "lost_card")
+plan = partial(plan_of, sampling_rate=0.5, noise_multiplier=1.3, max_grad_norm=0.7, local_steps=1)
+"""One noisy step a round; keywords override."""
+random_texts = partial(made_up, "classification")
+"""So many random examples of 2 to 12 tokens."""
 
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """More threads only get in each other's way in models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def model_of() -> Callable[..., TaskModel]:
+def model_of(*, rank: int = 16) -> TaskModel:
     """A tiny classifier as training starts: every B is zero, and so is the head."""
-
-    def make(*, rank: int = 16) -> TaskModel:
-        spec = TaskModelSpec(
-            model=ModelSpec(path="random:bert", dtype="float32"),
-            task="classification",
-            labels=LABELS,
-            lora=LoraSpec(rank=rank, alpha=4.0),
-            head=HeadSpec(),
-            seed=3,
-        )
-        return build_task_model(spec)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def dataset() -> Callable[[int], TextDataset]:
-    """So many random examples of 2 to 12 tokens."""
-
-    def make(count: int) -> TextDataset:
-        generator = np.random.default_rng(5)
-        input_ids = tuple(
-            generator.integers(5, 200, size=generator.integers(2, 13)).astype(np.int32) for _ in range(count)
-        )
-        return TextDataset(input_ids, generator.integers(0, len(LABELS), size=count))
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def plan() -> Callable[..., Plan]:
-    """One noisy step a round; keywords override."""
-
-    def make(**changes: Any) -> Plan:
-        values: dict[str, Any] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.5, "noise_multiplier": 1.3}
-        values |= {"max_grad_norm": 0.7, "local_steps": 1, "num_rounds": 3}
-        return Plan(**(values | changes))
-
-    return make
+    return built(spec_of(lora=LoraSpec(rank=rank, alpha=4.0)))
 
 
 class Watching(torch.optim.SGD):
@@ -89,31 +50,33 @@ class Watching(torch.optim.SGD):
         self.seen.append({name: p.grad.double().numpy() for name, p in self._parameters.items() if p.grad is not None})
 
 
-@pytest.fixture(scope="session")
-def sums_of() -> Callable[..., list[Arrays]]:
+def sums_of(
+    model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: int = 1, randomness: Randomness | None = None
+) -> list[Arrays]:
     """The noisy sum of each of some steps, of fresh noise, on a dataset or on nobody's."""
+    source = randomness or SystemRandomness()
+    optimizer = Watching(model.trainable())
+    # A denominator of one, so that the gradient is the sum.
+    records = Records(count=len(dataset), declared_size=1, cut=examples_of(dataset).cut)
+    sampling, noise = source.stream("a", 1, 1, "sampling"), source.stream("a", 1, 1, "noise")
+    with attached(model) as gradients:
+        for _ in range(steps):
+            dp_sgd_step(
+                gradients,
+                records,
+                plan,
+                parameters=model.trainable(),
+                optimizer=optimizer,
+                sampling=sampling,
+                noise=noise,
+            )
+    return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in optimizer.seen]
 
-    def make(
-        model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: int = 1, randomness: Randomness | None = None
-    ) -> list[Arrays]:
-        shapes = Shapes.of(max_length=12, max_tokens=40)
-        examples = SiteExamples(dataset, pad_id=0, shapes=shapes, device="cpu")
-        source = randomness or SystemRandomness()
-        optimizer = Watching(model.trainable())
-        # A denominator of one, so that the gradient is the sum.
-        records = Records(count=len(dataset), declared_size=1, cut=examples.cut)
-        sampling, noise = source.stream("a", 1, 1, "sampling"), source.stream("a", 1, 1, "noise")
-        with attached(model) as gradients:
-            for _ in range(steps):
-                dp_sgd_step(
-                    gradients,
-                    records,
-                    plan,
-                    parameters=model.trainable(),
-                    optimizer=optimizer,
-                    sampling=sampling,
-                    noise=noise,
-                )
-        return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in optimizer.seen]
 
-    return make
+def after_a_round(
+    model: TaskModel, start: Adapter, records: int, optimizer: Any, rate: float, *, source: Randomness, **place: Any
+) -> Adapter:
+    """What a round of one step over so many random records releases."""
+    training = TrainingSpec(local_steps=1, optimizer=optimizer, learning_rate=rate)
+    work = work_of(asked=plan(), training=training, declared_size=20, max_adapter_value=1e6, **place)
+    return released(model, random_texts(records), work, randomness=source, adapter=start)

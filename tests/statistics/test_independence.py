@@ -14,13 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedtune.data import Shapes
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import Randomness, RandomStream, SystemRandomness
-from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
-from fedtune.training.spec import TrainingSpec
 
+from .conftest import after_a_round, model_of, plan, random_texts, sums_of
 from .decisions import FALSE_ALARM, POWER, Unrelated
 
 Values = npt.NDArray[np.float64]
@@ -41,38 +38,28 @@ def flat(tensors: Mapping[str, npt.NDArray[Any]]) -> Values:
     return np.concatenate([value.ravel() for value in tensors.values()]).astype(np.float64)
 
 
-def test_steps_are_independent(model_of: Any, dataset: Any, plan: Any, sums_of: Any) -> None:
-    steps = sums_of(model_of(), dataset(0), plan(), steps=8)
+def test_steps_are_independent() -> None:
+    steps = sums_of(model_of(), random_texts(0), plan(), steps=8)
     assert unrelated({number: flat(step) for number, step in enumerate(steps)}) == []
 
 
-def test_tensors_of_one_step_are_independent(model_of: Any, dataset: Any, plan: Any, sums_of: Any) -> None:
+def test_tensors_of_one_step_are_independent() -> None:
     # The tensors of layer 0, each with its values of 40 steps.
-    steps = sums_of(model_of(), dataset(0), plan(), steps=40)
+    steps = sums_of(model_of(), random_texts(0), plan(), steps=40)
     tensors = [name for name in steps[0] if "layer.0" in name]
     assert len(tensors) == 12
     assert unrelated({name: np.concatenate([step[name].ravel() for step in steps]) for name in tensors}) == []
 
 
 @pytest.fixture(scope="module")
-def released(model_of: Any, dataset: Any, plan: Any) -> Released:
+def released() -> Released:
     """What a round of nobody's records moves: the noise of its one step, as it leaves the site."""
     model = model_of()
     start = Adapter.of(model)
 
     def make(site: str = "a", round: int = 1, attempt: int = 1, randomness: Randomness | None = None) -> Values:
-        examples = SiteExamples(dataset(0), pad_id=0, shapes=Shapes.of(max_length=12, max_tokens=40), device="cpu")
-        training = TrainingSpec(local_steps=1, optimizer="sgd", learning_rate=RATE)
-        work = RoundOfTraining(
-            site=site,
-            round=round,
-            attempt=attempt,
-            asked=plan(),
-            training=training,
-            declared_size=20,
-            max_adapter_value=1e6,
-        )
-        after = train_round(model, start, examples, work, randomness=randomness or SystemRandomness())
+        source = randomness or SystemRandomness()
+        after = after_a_round(model, start, 0, "sgd", RATE, source=source, site=site, round=round, attempt=attempt)
         return flat({name: value.astype(np.float64) - start.tensors[name] for name, value in after.tensors.items()})
 
     return make

@@ -15,6 +15,7 @@ from scipy import stats
 
 from fedtune.training import dp_step
 
+from .conftest import model_of, plan, random_texts, sums_of
 from .decisions import FALSE_ALARM, POWER, Scale, Shape
 
 SIGMA, CLIP, STEPS = 1.3, 0.7, 200
@@ -23,11 +24,11 @@ Arrays = dict[str, npt.NDArray[np.float64]]
 
 
 @pytest.fixture(scope="module")
-def noise_by_tensor(model_of: Any, dataset: Any, plan: Any, sums_of: Any) -> Callable[[], Arrays]:
+def noise_by_tensor() -> Callable[[], Arrays]:
     """Every value that steps on nobody's records add to each tensor."""
 
     def make() -> Arrays:
-        sums = sums_of(model_of(), dataset(0), plan(), steps=STEPS)
+        sums = sums_of(model_of(), random_texts(0), plan(), steps=STEPS)
         return {name: np.concatenate([one[name].ravel() for one in sums]) for name in sums[0]}
 
     return make
@@ -102,9 +103,9 @@ def test_another_shape_is_rejected_in_every_tensor(right: Arrays, shape: str) ->
         assert not test.accepts(SCALE * transform(values / SCALE), SCALE), name
 
 
-def test_the_noise_is_the_same_on_real_records(model_of: Any, dataset: Any, plan: Any, sums_of: Any) -> None:
+def test_the_noise_is_the_same_on_real_records() -> None:
     """Everybody joins, most gradients are clipped, and the weights stay: what differs between steps is the noise."""
-    model, everyone = model_of(), dataset(12)
+    model, everyone = model_of(), random_texts(12)
     (exact,) = sums_of(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
     noisy = sums_of(model, everyone, plan(sampling_rate=1.0), steps=8)
     assert any(total.any() for total in exact.values())

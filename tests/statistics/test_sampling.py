@@ -19,6 +19,7 @@ from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import RandomStream, SystemRandomness
 from fedtune.training.dp_step import Records, dp_sgd_step
 
+from .conftest import plan
 from .decisions import FALSE_ALARM, POWER, Rate
 
 UNITS, STEPS, RATE = 50, 8000, 0.3
@@ -42,7 +43,7 @@ class Batch:
         return len(self.input_ids)
 
 
-def joined(plan: Any, *, steps: int = STEPS) -> Joined:
+def joined(*, steps: int = STEPS) -> Joined:
     """(steps, units): who took part in each real step."""
     seen = np.zeros((steps, UNITS), dtype=np.bool_)
     step = 0
@@ -128,8 +129,8 @@ def failed(seen: Joined) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def real(plan: Any) -> Joined:
-    return joined(plan)
+def real() -> Joined:
+    return joined()
 
 
 def test_who_joins_is_a_poisson_sample(real: Joined) -> None:
@@ -137,8 +138,8 @@ def test_who_joins_is_a_poisson_sample(real: Joined) -> None:
 
 
 @pytest.mark.nightly
-def test_two_sites_draw_independently(real: Joined, plan: Any) -> None:
-    other = joined(plan, steps=2000)
+def test_two_sites_draw_independently(real: Joined) -> None:
+    other = joined(steps=2000)
     together = real[:2000] & other
     test = Rate(together.size, RATE**2, FALSE_ALARM)
     assert test.power(RATE**2 + 0.1 * RATE * (1 - RATE)) >= POWER, "a correlation of a tenth"

@@ -28,7 +28,6 @@ import torch
 
 from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
-from fedtune.data import Shapes
 from fedtune.federation.protocol import RoundRequest
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import GRID_BITS, cell
@@ -37,10 +36,8 @@ from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork
 from fedtune.tasks.saved import load_task_model
-from fedtune.training.examples import SiteExamples
-from fedtune.training.local import RoundOfTraining, train_round
-from fedtune.training.spec import TrainingSpec
 
+from .conftest import after_a_round, model_of, plan, random_texts, sums_of
 from .decisions import FALSE_ALARM, POWER, Unrelated
 
 SIGNS = 64
@@ -133,18 +130,14 @@ class Seeded:
 
 
 @pytest.fixture(scope="module")
-def first_round(model_of: Any, dataset: Any, plan: Any) -> Callable[..., Release]:
+def first_round() -> Callable[..., Release]:
     """A first round on twelve records, as the server sees it."""
     model = model_of(rank=4)
     start = Adapter.of(model)
 
     def make(source: Randomness, *, optimizer: str = "sgd") -> Release:
-        examples = SiteExamples(dataset(12), pad_id=0, shapes=Shapes.of(max_length=12, max_tokens=40), device="cpu")
-        training = TrainingSpec(local_steps=1, optimizer=optimizer, learning_rate=0.1)  # type: ignore[arg-type]
-        work = RoundOfTraining(
-            site="a", round=1, attempt=1, asked=plan(), training=training, declared_size=20, max_adapter_value=1e6
-        )
-        return Release("a", first_move(start, train_round(model, start, examples, work, randomness=source)))
+        after = after_a_round(model, start, 12, optimizer, 0.1, source=source, site="a")
+        return Release("a", first_move(start, after))
 
     return make
 
@@ -172,9 +165,9 @@ def test_the_seed_of_a_marked_study_is_found(first_round: Callable[..., Release]
     assert recover(first_round(SeededRandomness(1000))) == "fedtune 1000"
 
 
-def test_who_has_the_seed_has_the_other_tensors_too(model_of: Any, dataset: Any, plan: Any, sums_of: Any) -> None:
+def test_who_has_the_seed_has_the_other_tensors_too() -> None:
     """The clipped sum of the head is in the release once the noise is taken off: nothing was protected."""
-    model, everyone = model_of(rank=4), dataset(12)
+    model, everyone = model_of(rank=4), random_texts(12)
     (exact,) = sums_of(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
     (noisy,) = sums_of(model, everyone, plan(sampling_rate=1.0), randomness=Seeded(TorchStream, 321))
     stream = TorchStream(321)

@@ -160,23 +160,23 @@ def records() -> Callable[..., Records]:
     return make
 
 
+def work_of(**changes: Any) -> RoundOfTraining:
+    """A private round; keywords override."""
+    values = {
+        "site": "bank_a",
+        "round": 1,
+        "attempt": 1,
+        "asked": plan_of(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5),
+        "training": TrainingSpec(local_steps=2, learning_rate=0.01),
+        "declared_size": 10,
+        "max_adapter_value": 100.0,
+    }
+    return RoundOfTraining(**(values | changes))
+
+
 @pytest.fixture
 def work() -> Callable[..., RoundOfTraining]:
-    """A private round; keywords override."""
-
-    def make(**changes: Any) -> RoundOfTraining:
-        values = {
-            "site": "bank_a",
-            "round": 1,
-            "attempt": 1,
-            "asked": plan_of(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5),
-            "training": TrainingSpec(local_steps=2, learning_rate=0.01),
-            "declared_size": 10,
-            "max_adapter_value": 100.0,
-        }
-        return RoundOfTraining(**(values | changes))
-
-    return make
+    return work_of
 
 
 def released(
