@@ -31,6 +31,12 @@ def run_result(**fields: Any) -> RunResult:
     return RunResult(**about | fields)
 
 
+def round_request(proposal: Proposal, **about: Any) -> RoundRequest:
+    """A request for the first round of a run at the site `a`, of whatever adapter; keywords override."""
+    fields = {"round": 1, "site": "a", "adapter_digest": "ab" * 32, "receipt": None, "expires": 1e12}
+    return RoundRequest(proposal=proposal, **fields | about)
+
+
 Train = Callable[[RoundRequest, Adapter, int], Trained]
 
 

@@ -24,7 +24,6 @@ from fedtune.audit.gradient_attack import (
     Tally,
 )
 from fedtune.audit.spec import AuditSpec
-from fedtune.federation.protocol import RoundRequest
 from fedtune.flower.simulation import simulate
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import cell
@@ -32,6 +31,8 @@ from fedtune.privacy.randomness import SeededRandomness
 from fedtune.sites.virtual_site import Participants
 from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
+
+from ..builders import round_request
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
     """What one site makes of the initial adapter."""
     proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
     digest = everyone.shared.initial_adapter.digest()
-    request = RoundRequest(proposal=proposal, round=round, site=site, adapter_digest=digest, receipt=None, expires=1e12)
+    request = round_request(proposal, round=round, site=site, adapter_digest=digest)
     return (
         everyone.work[site]
         .do(request, everyone.shared.initial_adapter, 1, fingerprint_key=b"k" * 32, noise_factor=1.0)

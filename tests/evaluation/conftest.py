@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,20 +31,13 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel
 
+from ..training.conftest import one_thread as one_thread
+
 VOCABULARY = 50
 END = 2
 NUM_LABELS = 4
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES |= {"vocab_size": VOCABULARY}
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small wait longer for their threads than they compute, above all on a busy machine."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

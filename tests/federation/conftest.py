@@ -24,7 +24,7 @@ from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refusal, Update
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 
-from ..builders import MadeSite, Train
+from ..builders import MadeSite, Train, round_request
 
 NONCE = "0a" * 16
 
@@ -150,15 +150,8 @@ class Station:
         self, round: int = 1, *, adapter: Adapter | None = None, about: dict[str, Any] | None = None, **changes: Any
     ) -> RoundRequest:
         """A request of the lead; `changes` are those of the proposal, `about` other fields of the request."""
-        fields: dict[str, Any] = {
-            "proposal": self.propose(**changes),
-            "round": round,
-            "site": self.policy.site,
-            "adapter_digest": (adapter or self.template).digest(),
-            "receipt": None,
-            "expires": 1e12,
-        }
-        return RoundRequest(**(fields | (about or {})))
+        fields = {"round": round, "site": self.policy.site, "adapter_digest": (adapter or self.template).digest()}
+        return round_request(self.propose(**changes), **fields | (about or {}))
 
     def ask(
         self,
@@ -180,12 +173,8 @@ class Station:
 
     def invite(self, *, key: SigningKey | None = None, about: dict[str, Any] | None = None, **changes: Any) -> Reply:
         """The site's answer to an invitation; `changes` are those of the proposal, `about` other fields."""
-        fields: dict[str, Any] = {
-            "proposal": self.propose(**changes),
-            "site": self.policy.site,
-            "expires": 1e12,
-            "nonce": NONCE,
-        }
+        fields: dict[str, Any] = {"proposal": self.propose(**changes), "site": self.policy.site}
+        fields |= {"expires": 1e12, "nonce": NONCE}
         return consider(self.open(), Invitation(**(fields | (about or {}))).signed(key or self.lead))
 
     def end(

@@ -13,12 +13,12 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError
 
+from ..builders import round_request
+
 
 @pytest.fixture
 def request_(run_proposal: Any, receipt: Any) -> RoundRequest:
-    return RoundRequest(
-        proposal=run_proposal(), round=2, site="a", adapter_digest="ab" * 32, receipt=receipt(), expires=1e9
-    )
+    return round_request(run_proposal(), round=2, receipt=receipt(), expires=1e9)
 
 
 def test_what_the_lead_signed_arrives(request_: RoundRequest, lead_key: SigningKey) -> None:

@@ -46,7 +46,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.privacy.trust import Trust
 
-from ..builders import MadeSite, with_methods
+from ..builders import MadeSite, round_request, with_methods
 
 NAMES = ("east", "north", "south")
 VECTOR = np.arange(10, dtype=np.int64) - 5
@@ -162,15 +162,8 @@ class Federation:
         return session, name, list(announced.values())
 
     def request(self, site: str, round: int = 1, *, expires: float = 1e12) -> RoundRequest:
-        return RoundRequest(
-            proposal=self.asked(),
-            round=round,
-            site=site,
-            adapter_digest=self.adapter.digest(),
-            receipt=None,
-            expires=expires,
-            session=self.name,
-        )
+        about = {"round": round, "site": site, "adapter_digest": self.adapter.digest(), "session": self.name}
+        return round_request(self.asked(), expires=expires, **about)
 
     def upload(self, site: str, round: int = 1) -> Reply:
         signed = self.request(site, round).signed(self.lead)

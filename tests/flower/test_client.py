@@ -25,7 +25,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.release import Reason, Update
 from fedtune.spec import ConfigError, RunError
 
-from ..builders import MadeSite, Train
+from ..builders import MadeSite, Train, round_request
 
 END = f"query.{flower_records.END}"
 
@@ -62,9 +62,7 @@ def app(site: Any) -> SiteApp:
 @pytest.fixture
 def request_(adapter: Adapter, run_proposal: Any, lead_key: SigningKey) -> RecordDict:
     """The request for the first round, as it travels."""
-    request = RoundRequest(
-        proposal=run_proposal(), round=1, site="a", adapter_digest=adapter.digest(), receipt=None, expires=1e12
-    )
+    request = round_request(run_proposal(), adapter_digest=adapter.digest())
     question = Question(site="a", signed=request.signed(lead_key), adapter=adapter)
     return flower_records.from_question(question, flower_records.from_adapter(adapter))
 

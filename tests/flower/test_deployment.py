@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.federation.protocol import Invitation, Reply, RoundRequest, digest_of
+from fedtune.federation.protocol import Invitation, Reply, digest_of
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
@@ -26,6 +26,8 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, RunError
+
+from ..builders import round_request
 
 NONCE = "0a" * 16
 
@@ -58,11 +60,10 @@ class Line:
         self._lead, self._proposal = lead, proposal
 
     def question(self, site: str, kind: str = "train") -> Message:
-        about: dict[str, Any] = {"proposal": self._proposal, "site": site, "expires": 1e12}
-        if kind == "train":
-            signed = RoundRequest(**about, round=1, adapter_digest="0" * 64, receipt=None).signed(self._lead)
-        else:
-            signed = Invitation(**about, nonce=NONCE).signed(self._lead)
+        asked: Any = round_request(self._proposal, site=site)
+        if kind != "train":
+            asked = Invitation(proposal=self._proposal, site=site, expires=1e12, nonce=NONCE)
+        signed = asked.signed(self._lead)
         return Message(flower_records.from_question(Question(site=site, signed=signed), None), 1, kind)
 
     def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:

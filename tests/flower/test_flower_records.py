@@ -5,13 +5,15 @@ from typing import Any
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.federation.protocol import Reply, RoundRequest
+from fedtune.federation.protocol import Reply
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
+
+from ..builders import round_request
 
 COUNTS = {"charged_rounds": 1, "charged_steps": 2, "sequence": 3}
 RECEIPT = Receipt(site="a", run="r", head="ab" * 32, site_key="cd" * 32, signature="ef" * 64, **COUNTS)
@@ -61,8 +63,7 @@ def test_a_reply_holds_the_release_in_one_form_alone(adapter: Adapter) -> None:
 
 
 def test_bytes_are_counted_with_names_and_texts(adapter: Adapter, run_proposal: Any, lead_key: SigningKey) -> None:
-    about: Any = {"round": 1, "site": "a", "adapter_digest": adapter.digest(), "receipt": None, "expires": 1e12}
-    request_ = RoundRequest(proposal=run_proposal(), **about).signed(lead_key)
+    request_ = round_request(run_proposal(), adapter_digest=adapter.digest()).signed(lead_key)
     content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())
     words = len(request_.text) + len(request_.signature)

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.release import Receipt, Update
 from fedtune.privacy.site_policy import Asserted, Policy
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
+
+from ..builders import round_request
+from ..privacy.builders import make_key, train
 
 
 @cache
@@ -31,10 +32,8 @@ def folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="fedtune-fuzz-"))
 
 
-@cache
-def key(number: int) -> SigningKey:
-    """1 is the lead's, 2 the site's."""
-    return SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32))
+key = make_key
+"""1 is the lead's, 2 the site's."""
 
 
 @cache
@@ -89,14 +88,8 @@ def receipt() -> Receipt:
 
 
 def request() -> RoundRequest:
-    return RoundRequest(
-        proposal=for_sites(config()).proposal(lead=key(1).public, plan=plan()),
-        round=1,
-        site="north",
-        adapter_digest=adapter().digest(),
-        receipt=receipt(),
-        expires=1e12,
-    )
+    proposal = for_sites(config()).proposal(lead=key(1).public, plan=plan())
+    return round_request(proposal, site="north", adapter_digest=adapter().digest(), receipt=receipt())
 
 
 def request_json() -> dict[str, Any]:
@@ -122,10 +115,7 @@ def ledger() -> bytes:
     path = folder() / "seed" / "ledger.db"
     path.parent.mkdir()
     opened = Ledger(path, policy(), key(2), anchor=path.with_suffix(".anchor"))
-    for number in (1, 2):
-        granted = opened.reserve(request().proposal, round=number, request=f"{number:064x}")
-        assert isinstance(granted, Reservation)
-        opened.commit(granted, update().to_bytes())
+    train(opened, request().proposal, 1, 2, reply=update().to_bytes())
     return path.read_bytes()
 
 

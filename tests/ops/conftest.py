@@ -21,9 +21,7 @@ from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
 from fedtune.ops.kits.provisioning import Admitted
 from fedtune.ops.wire.fleet import HELLO
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.site_policy import Policy
 from tests.flower.hostile import Hostile, whole
 
@@ -155,14 +153,6 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unzip a kit, as its README.md says."""
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(folder)
-
-
-def charge(ledger: Ledger, proposal: Proposal, *rounds: int) -> None:
-    """Charge and commit rounds of a run, as a site's process does."""
-    for round in rounds:
-        granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
-        assert isinstance(granted, Reservation)
-        ledger.commit(granted, f"{round}".encode())
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 
 from ..conftest import files_in
-from .conftest import charge
+from ..privacy.builders import train
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Here:
 
     def train(self, *rounds: int, **asked: Any) -> Ledger:
         ledger = SiteFiles.of(self.folder / "site.toml").open()
-        charge(ledger, self.asked(**asked), *rounds)
+        train(ledger, self.asked(**asked), *rounds)
         return ledger
 
     def does(self, what: str, file: Path, *more: str) -> Any:

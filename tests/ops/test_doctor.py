@@ -41,7 +41,8 @@ from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import LEDGER_SCHEMA, DataError
 
 from ..flower.hostile import server_context
-from .conftest import Mailbox, charge, unpack
+from ..privacy.builders import changed, train
+from .conftest import Mailbox, unpack
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -79,11 +80,7 @@ class Home:
 
     def change(self, **changes: Any) -> None:
         """Write the policy anew; dicts change tables."""
-        tables = {
-            name: dataclasses.replace(getattr(self.policy, name), **change) if isinstance(change, dict) else change
-            for name, change in changes.items()
-        }
-        self.policy = dataclasses.replace(self.policy, **tables)
+        self.policy = changed(self.policy, **changes)
         write_policy(self.policy, self.site_toml)
 
     def change_data(self, **changes: Any) -> None:
@@ -100,7 +97,7 @@ class Home:
         """Charge rounds of a run that the policy allows."""
         ledger = self.open()
         proposal = self.asked(lead=self.lead, base_model=self.policy.allow.base_models[0], **asked)
-        charge(ledger, proposal, *range(1, rounds + 1))
+        train(ledger, proposal, *range(1, rounds + 1))
 
     def put_back(self, change: Callable[[], None]) -> None:
         """Do something, and then put back the ledger as it was before."""

@@ -24,7 +24,8 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
 from ..conftest import files_in
-from .conftest import Desk, charge, unpack
+from ..privacy.builders import train
+from .conftest import Desk, unpack
 
 pytestmark = pytest.mark.nightly
 
@@ -59,7 +60,7 @@ def test_rotating_a_connection_key(desk: Desk, north: Path, command: Any) -> Non
 
 def test_moving_a_site_to_another_machine(north: Path, run_proposal: Any, tmp_path: Path) -> None:
     proposal = run_proposal()
-    charge(ledger_of(north), proposal, 1)
+    train(ledger_of(north), proposal, 1)
     moved = tmp_path / "another machine"
     with serving(north / "ledger.db"):
         pass  # nobody serves the old one
@@ -67,7 +68,7 @@ def test_moving_a_site_to_another_machine(north: Path, run_proposal: Any, tmp_pa
     (moved / "site.toml").write_text((moved / "site.toml").read_text().replace(str(north), str(moved)))
     Kit.read(moved / "kit", kind="site").check_certificate(datetime.now(UTC))
     there = ledger_of(moved)
-    charge(there, proposal, 2)
+    train(there, proposal, 2)
     assert there.history.charged_rounds(proposal.run) == 2
     # Started again by mistake, the old one is found as soon as a lead shows it the new one's receipt.
     with pytest.raises(Refused, match="ledger_behind_receipt"):
@@ -77,13 +78,13 @@ def test_moving_a_site_to_another_machine(north: Path, run_proposal: Any, tmp_pa
 def test_a_backup_at_any_time_is_whole_and_is_put_back(north: Path, run_proposal: Any, command: Any) -> None:
     proposal, backup = run_proposal(), north / "copy.db"
     opened = ledger_of(north)
-    charge(opened, proposal, 1)
+    train(opened, proposal, 1)
     # What `sqlite3 ledger.db ".backup copy.db"` does, while the site writes.
     with sqlite3.connect(north / "ledger.db") as source, sqlite3.connect(backup) as target:
         source.backup(target)
     source.close()
     target.close()
-    charge(opened, proposal, 2, 3)
+    train(opened, proposal, 2, 3)
     spent = opened.history.epsilon()
     (north / "ledger.db").unlink()
     backup.rename(north / "ledger.db")
@@ -91,23 +92,23 @@ def test_a_backup_at_any_time_is_whole_and_is_put_back(north: Path, run_proposal
         ledger_of(north)
     assert command("ledger", "restore", "--policy", str(north / "site.toml")).code == 0
     assert ledger_of(north).history.epsilon() >= spent
-    charge(ledger_of(north), run_proposal(run="another"), 1)
+    train(ledger_of(north), run_proposal(run="another"), 1)
 
 
 def test_the_anchor_s_disk_is_lost(north: Path, run_proposal: Any, command: Any) -> None:
     proposal = run_proposal()
-    charge(ledger_of(north), proposal, 1)
+    train(ledger_of(north), proposal, 1)
     shutil.rmtree(north / "other disk")
     (north / "other disk").mkdir()
     with pytest.raises(RunError, match="is missing, and ledger"):
         ledger_of(north)
     words = ("ledger", "anchor", str(north / "ledger.db"), "--key", str(north / "site_key.pem"))
     assert command(*words, "--output", str(north / "other disk/anchor.json")).code == 0
-    charge(ledger_of(north), proposal, 2)
+    train(ledger_of(north), proposal, 2)
 
 
 def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_proposal: Any) -> None:
-    charge(ledger_of(north), run_proposal(), 1)
+    train(ledger_of(north), run_proposal(), 1)
     with serving(north / "ledger.db"):
         before = files_in(north)
         visit = Examination(kit_folder=north / "kit", site_toml=north / "site.toml", timeout_s=1.0)
@@ -120,7 +121,7 @@ def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_propo
 
 def test_a_site_that_left_comes_back(north: Path, run_proposal: Any, command: Any) -> None:
     proposal = run_proposal()
-    charge(ledger_of(north), proposal, 1)
+    train(ledger_of(north), proposal, 1)
     words = ("--kit", str(north / "kit"), "--site", str(north / "site.toml"))
     assert command("site", "leave", *words).code == 0
     left = SiteState.of(north / "kit").left
@@ -128,7 +129,7 @@ def test_a_site_that_left_comes_back(north: Path, run_proposal: Any, command: An
     left.unlink()
     there = ledger_of(north)
     assert there.history.charged_rounds(proposal.run) == 1
-    charge(there, run_proposal(run="another"), 1)
+    train(there, run_proposal(run="another"), 1)
 
 
 def test_connection_key_and_kit_are_lost(desk: Desk, north: Path, command: Any) -> None:

@@ -40,6 +40,7 @@ from fedtune.sites.virtual_site import generated_policy
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
+from ..builders import round_request
 from ..conftest import tiny
 from ..privacy.builders import changed
 
@@ -90,11 +91,9 @@ def letters(**groups: Any) -> RunConfig:
     return changed(_letters(), **groups)
 
 
-def round_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundRequest:
+def first_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundRequest:
     """A request for the first round of a run at the site north, of whatever adapter."""
-    proposal = config.proposal(lead=lead.public, plan=config.plan())
-    fields: dict[str, Any] = {"round": 1, "site": "north", "adapter_digest": "ab" * 32, "receipt": None}
-    return RoundRequest(proposal=proposal, expires=1e12, **fields | about)
+    return round_request(config.proposal(lead=lead.public, plan=config.plan()), **{"site": "north"} | about)
 
 
 def write_records(path: Path, rows: Sequence[tuple[str, str]]) -> None:
@@ -155,15 +154,9 @@ class Station:
         sent = for_sites(config or self.config)
         proposal = sent.proposal(lead=self.lead.public, plan=sent.plan())
         of_proposal = {key: value for key, value in about.items() if hasattr(proposal, key)}
-        fields: dict[str, Any] = {
-            "proposal": replace(proposal, **of_proposal),
-            "round": round,
-            "site": self.name,
-            "adapter_digest": self.first.digest(),
-            "receipt": None,
-            "expires": 1e12,
-        }
-        return RoundRequest(**fields | {key: value for key, value in about.items() if key not in of_proposal})
+        fields = {"round": round, "site": self.name, "adapter_digest": self.first.digest()}
+        fields |= {key: value for key, value in about.items() if key not in of_proposal}
+        return round_request(replace(proposal, **of_proposal), **fields)
 
     def ask(self, config: RunConfig | None = None, *, settings: str | None = None, **about: Any) -> Reply:
         """The answer to a round's request, with an adapter and signed by a key.

@@ -20,7 +20,7 @@ from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.work import SiteWork
 from fedtune.training.users import UserExamples
 
-from .conftest import LABELS, letters, round_request, write_records
+from .conftest import LABELS, first_request, letters, write_records
 
 BY_USER: dict[str, Any] = {
     "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
@@ -84,7 +84,7 @@ def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(lead_key: 
     by_user = {"metrics": "noised", "unit": "user"}
     config = letters(data={"heldout_fraction": 0.5, "columns": columns}, privacy=by_user)
     shared = SharedModel(config)
-    request = round_request(config, lead_key)
+    request = first_request(config, lead_key)
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
         own = SiteRecords(training=records({"third": 3}), heldout=records(users))
         work = SiteWork("north", shared, own, declared_size=40, max_adapter_value=math.inf)

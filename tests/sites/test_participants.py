@@ -27,7 +27,7 @@ from fedtune.sites.virtual_site import POLICY, Participants
 from fedtune.spec import RunError
 
 from ..conftest import command, simulate, tiny
-from .conftest import round_request
+from .conftest import first_request
 
 Configure = Callable[..., RunConfig]
 
@@ -97,7 +97,7 @@ NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
 def train(everyone: Participants, *, attempt: int = 1) -> Trained:
     """What the first site makes of the initial adapter in round 1."""
     site = everyone.site(0)
-    request = round_request(everyone.config, everyone.sites.lead_key(), site=site.name)
+    request = first_request(everyone.config, everyone.sites.lead_key(), site=site.name)
     assert site.prepare(request).proposal == request.proposal
     return site.train(request, everyone.shared.initial_adapter, attempt)
 
@@ -150,6 +150,6 @@ def test_what_takes_long_is_told_of(config: Configure, tmp_path: Path, monkeypat
     everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: told.append(what))
     work, adapter = everyone.work["a"], everyone.shared.initial_adapter
     assert list(dict.fromkeys(told)) == ["loading the model", "trying the model"]
-    request = round_request(everyone.config, everyone.sites.lead_key(), site="a")
+    request = first_request(everyone.config, everyone.sites.lead_key(), site="a")
     work.do(request, adapter, attempt=1, fingerprint_key=bytes(32), noise_factor=1.0)
     assert told[-1] == "a: running the frozen layers over its records"

@@ -24,7 +24,7 @@ from fedtune.privacy.release import Offer, Update
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import POLICY, Participants
 
-from .conftest import letters, round_request, write_records
+from .conftest import first_request, letters, write_records
 
 RATE = 0.1
 TRAINING = {"local_steps": 1, "optimizer": "sgd", "learning_rate": RATE}
@@ -70,7 +70,7 @@ def test_a_simulated_site_does_the_same(has_scale: Any, tmp_path: Path) -> None:
     policy = everyone.sites.files("north").policy
     write_policy(replace(policy, promise=Promise(noise_factor=2.0)), tmp_path / "sites" / "north" / POLICY)
     sent = everyone.shared.initial_adapter
-    request = round_request(config, everyone.sites.lead_key(), adapter_digest=sent.digest())
+    request = first_request(config, everyone.sites.lead_key(), adapter_digest=sent.digest())
     reply = answer(everyone.site(0), request.signed(everyone.sites.lead_key()), sent)
     assert isinstance(reply.body, Update), reply.body
     assert everyone.site(0).ledger.history.charged() == events.grouped([config.plan().stronger(2.0).event()])

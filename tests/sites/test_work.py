@@ -24,7 +24,7 @@ from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import SiteWork, randomness_of
 from fedtune.training.devices import _Device
 
-from .conftest import letters, round_request
+from .conftest import first_request, letters
 
 LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3]) for n in range(40)]
 """The records of a station, in the order of its file."""
@@ -44,7 +44,7 @@ def in_a_simulation(config: RunConfig, folder: Path) -> Callable[[int], Adapter]
     site = everyone.site(0)
 
     def train(round: int) -> Adapter:
-        request = round_request(everyone.config, everyone.sites.lead_key(), round=round)
+        request = first_request(everyone.config, everyone.sites.lead_key(), round=round)
         return site.train(request, everyone.shared.initial_adapter, 1).adapter
 
     return train
@@ -122,7 +122,7 @@ def do(
 ) -> Trained:
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=2.0)
-    request = round_request(shared.config, lead)
+    request = first_request(shared.config, lead)
     return work.do(request, shared.initial_adapter, 1, fingerprint_key=key, noise_factor=1.0)
 
 

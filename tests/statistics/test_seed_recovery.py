@@ -28,7 +28,6 @@ import torch
 
 from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
-from fedtune.federation.protocol import RoundRequest
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import GRID_BITS, cell
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
@@ -37,6 +36,7 @@ from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork
 from fedtune.tasks.saved import load_task_model
 
+from ..builders import round_request
 from .conftest import after_a_round, model_of, plan, random_texts, sums_of
 from .decisions import FALSE_ALARM, POWER, Unrelated
 
@@ -246,12 +246,9 @@ def worked(work: SiteWork) -> Callable[[], Release]:
         config = work.shared.config
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
         start = work.shared.initial_adapter
-        request = RoundRequest(
-            proposal=proposal, round=1, site=work.site, adapter_digest=start.digest(), receipt=None, expires=1e12
-        )
-        return Release(
-            work.site, first_move(start, work.do(request, start, 1, fingerprint_key=b"k", noise_factor=1.0).adapter)
-        )
+        request = round_request(proposal, site=work.site, adapter_digest=start.digest())
+        trained = work.do(request, start, 1, fingerprint_key=b"k", noise_factor=1.0)
+        return Release(work.site, first_move(start, trained.adapter))
 
     return make
 
