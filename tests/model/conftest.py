@@ -100,40 +100,29 @@ def spec_of(path: str = "random:bert", task: Any = "classification", **changes: 
     return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, **values)
 
 
-@pytest.fixture
-def spec() -> Callable[..., TaskModelSpec]:
-    return spec_of
-
-
-@pytest.fixture
-def trained() -> Callable[..., TaskModel]:
+def trained(*given: Any, **changes: Any) -> TaskModel:
     """A tiny model whose trainable tensors are random."""
-    return lambda *given, **changes: with_random_values(built(spec_of(*given, **changes)), 0.2)
+    return with_random_values(built(spec_of(*given, **changes)), 0.2)
 
 
-@pytest.fixture
-def examples() -> Callable[[str], Batch]:
+def batch_of(task: str) -> Batch:
     """Four examples of different lengths; the last causal one has no supervised token."""
-
-    def make(task: str) -> Batch:
-        texts = TEXTS.get(task, 1)
-        lengths = torch.tensor([7, 3, 5, 4] * texts).reshape(-1, texts).T.flatten()
-        token_ids = torch.randint(5, 200, (4 * texts, 7), generator=torch.Generator().manual_seed(5))
-        mask = (torch.arange(7) < lengths[:, None]).long()
-        token_ids = token_ids * mask + (1 - mask)  # 1 is the tiny llama's padding and end-of-text token
-        if task in TEXTS:
-            return Batch(token_ids, mask, torch.tensor([0.1, 0.9, 0.4, 0.6]) + texts - 2, texts=texts)
-        if task == "classification":
-            return Batch(token_ids, mask, torch.tensor([0, 2, 1, 2]))
-        if TASKS[task].has_head:
-            spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **declared(task))
-            draws = np.random.default_rng(8)
-            made = TASKS[task].made_up_targets(list(token_ids.numpy()), spec=spec, draws=draws, first=lambda length: 1)
-            targets = torch.from_numpy(np.asarray(made))
-            by_token = targets.shape == mask.shape
-            return Batch(token_ids, mask, torch.where(mask == 1, targets, -100) if by_token else targets)
-        targets = torch.where((mask == 1) & (torch.arange(7) >= 2), token_ids, -100)
-        targets[3] = -100
-        return Batch(token_ids, mask, targets)
-
-    return make
+    texts = TEXTS.get(task, 1)
+    lengths = torch.tensor([7, 3, 5, 4] * texts).reshape(-1, texts).T.flatten()
+    token_ids = torch.randint(5, 200, (4 * texts, 7), generator=torch.Generator().manual_seed(5))
+    mask = (torch.arange(7) < lengths[:, None]).long()
+    token_ids = token_ids * mask + (1 - mask)  # 1 is the tiny llama's padding and end-of-text token
+    if task in TEXTS:
+        return Batch(token_ids, mask, torch.tensor([0.1, 0.9, 0.4, 0.6]) + texts - 2, texts=texts)
+    if task == "classification":
+        return Batch(token_ids, mask, torch.tensor([0, 2, 1, 2]))
+    if TASKS[task].has_head:
+        spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **declared(task))
+        draws = np.random.default_rng(8)
+        made = TASKS[task].made_up_targets(list(token_ids.numpy()), spec=spec, draws=draws, first=lambda length: 1)
+        targets = torch.from_numpy(np.asarray(made))
+        by_token = targets.shape == mask.shape
+        return Batch(token_ids, mask, torch.where(mask == 1, targets, -100) if by_token else targets)
+    targets = torch.where((mask == 1) & (torch.arange(7) >= 2), token_ids, -100)
+    targets[3] = -100
+    return Batch(token_ids, mask, targets)

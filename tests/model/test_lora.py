@@ -18,6 +18,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 
 from ..builders import with_random_values
+from .conftest import spec_of, trained
 
 Specs = Callable[..., TaskModelSpec]
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
@@ -35,9 +36,9 @@ def outputs(base: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_what_trains(spec: Specs, path: str) -> None:
+def test_what_trains(path: str) -> None:
     def trains(kind: str, **changes: Any) -> list[str]:
-        model = build_task_model(spec(path, lora=LoraSpec(kind=kind, rank=2, **changes)))
+        model = build_task_model(spec_of(path, lora=LoraSpec(kind=kind, rank=2, **changes)))
         assert all(one.dtype == torch.float32 for one in model.trainable().values())
         assert list(model.adapter_parameters()) == list(model.trainable()) or "train_a" in changes
         return [name for name in model.trainable() if not name.startswith("head.")]
@@ -51,8 +52,8 @@ def test_what_trains(spec: Specs, path: str) -> None:
     assert 2 * len(trains("ia3", layers=(-1,))) == modules
 
 
-def test_named_targets(spec: Specs) -> None:
-    model = build_task_model(spec(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
+def test_named_targets() -> None:
+    model = build_task_model(spec_of(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
     assert [name.split("layer.")[1] for name in offsets(model)] == [
         f"{layer}.attention.{module}.scales.offset" for layer in (0, 1) for module in ("output.dense", "self.query")
     ]
@@ -69,7 +70,7 @@ def test_zeros_change_nothing_bit_for_bit(path: str, dtype: Any, kind: str) -> N
 
 
 @kinds
-def test_without_its_adapters_the_base_is_as_it_was(trained: Any, kind: str) -> None:
+def test_without_its_adapters_the_base_is_as_it_was(kind: str) -> None:
     from fedtune.model.layers import without_adapters
 
     model = trained(lora=LoraSpec(kind=kind, rank=2))
@@ -79,8 +80,8 @@ def test_without_its_adapters_the_base_is_as_it_was(trained: Any, kind: str) -> 
         assert torch.equal(outputs(model.base), plain)
 
 
-def test_an_offset_of_ia3_is_a_share_of_its_module_s_output(spec: Specs) -> None:
-    model = build_task_model(spec(lora=LoraSpec(kind="ia3", target_modules=("query",), layers=(0,))))
+def test_an_offset_of_ia3_is_a_share_of_its_module_s_output() -> None:
+    model = build_task_model(spec_of(lora=LoraSpec(kind="ia3", target_modules=("query",), layers=(0,))))
     layer = next(module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query"))
     inputs, (name,) = torch.randn(2, 3, 32), offsets(model)
     plain = layer(inputs)
@@ -89,8 +90,8 @@ def test_an_offset_of_ia3_is_a_share_of_its_module_s_output(spec: Specs) -> None
     assert torch.allclose(layer(inputs), plain * torch.linspace(-1, 3, 32))
 
 
-def test_an_offset_of_dora_is_a_share_of_its_row_s_length(spec: Specs) -> None:
-    model = build_task_model(spec(lora=LoraSpec(kind="dora", rank=2, target_modules=("query",), layers=(0,))))
+def test_an_offset_of_dora_is_a_share_of_its_row_s_length() -> None:
+    model = build_task_model(spec_of(lora=LoraSpec(kind="dora", rank=2, target_modules=("query",), layers=(0,))))
     layer = next(module for name, module in model.named_modules() if name.endswith("layer.0.attention.self.query"))
     with_random_values(model, 0.3)
     inputs, start = torch.randn(2, 3, 32), layer.base_layer.weight
@@ -102,7 +103,7 @@ def test_an_offset_of_dora_is_a_share_of_its_row_s_length(spec: Specs) -> None:
 
 @kinds
 @pytest.mark.parametrize("path", PATHS)
-def test_it_is_merged_into_the_base_by_peft(trained: Any, path: str, kind: str) -> None:
+def test_it_is_merged_into_the_base_by_peft(path: str, kind: str) -> None:
     model = trained(path, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
     expected = outputs(model.base)
     plain = merged(model.base)
@@ -112,7 +113,7 @@ def test_it_is_merged_into_the_base_by_peft(trained: Any, path: str, kind: str) 
 
 
 @kinds
-def test_its_names_are_those_that_peft_saves(trained: Any, kind: str) -> None:
+def test_its_names_are_those_that_peft_saves(kind: str) -> None:
     model = trained(lora=LoraSpec(kind=kind, rank=2))
     saved = get_peft_model_state_dict(model.base)
     for name, start, values in as_peft(model.base):
@@ -131,7 +132,7 @@ def test_a_row_of_zeros_is_refused_by_dora(monkeypatch: pytest.MonkeyPatch) -> N
         attach_adapters(base, spec=LoraSpec(kind="dora", rank=2), predicts_tokens=False, seed=0)
 
 
-def test_a_transposed_module(spec: Specs) -> None:
+def test_a_transposed_module() -> None:
     from transformers import GPT2Config, GPT2Model
 
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64, resid_pdrop=0, attn_pdrop=0)
@@ -157,45 +158,45 @@ def lora_names(spec: TaskModelSpec) -> list[str]:
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_negative_layers_count_from_the_end(spec: Specs, path: str) -> None:
+def test_negative_layers_count_from_the_end(path: str) -> None:
     def layer(*layers: int) -> list[str]:
-        return lora_names(spec(path, lora=LoraSpec(rank=2, layers=layers)))
+        return lora_names(spec_of(path, lora=LoraSpec(rank=2, layers=layers)))
 
     assert layer(-1) == layer(1)
-    assert layer(-1, -2) == layer(0, 1) == lora_names(spec(path, lora=LoraSpec(rank=2)))
+    assert layer(-1, -2) == layer(0, 1) == lora_names(spec_of(path, lora=LoraSpec(rank=2)))
     assert all(".1." in name for name in layer(-1))
 
 
-def test_all_linear_stays_inside_the_layers(spec: Specs) -> None:
+def test_all_linear_stays_inside_the_layers() -> None:
     for path, task, modules in (("random:bert", "classification", 6), ("random:llama", "causal_lm", 7)):
-        found = lora_names(spec(path, task))
+        found = lora_names(spec_of(path, task))
         assert len(found) == 2 * 2 * modules
         assert not any(word in name for name in found for word in ("pooler", "embed", "lm_head"))
 
 
 @pytest.mark.parametrize("target", ["q_proj", "embeddings", "LayerNorm", "uery"])
-def test_a_target_that_matches_nothing_is_named(spec: Specs, target: str) -> None:
+def test_a_target_that_matches_nothing_is_named(target: str) -> None:
     with pytest.raises(ConfigError, match=r"lora\.target_modules.*dense, key, query, value") as caught:
-        build_task_model(spec(lora=LoraSpec(target_modules=("query", target))))
+        build_task_model(spec_of(lora=LoraSpec(target_modules=("query", target))))
     assert caught.value.value == target
 
 
 @pytest.mark.parametrize("layer", [2, -3])
-def test_a_layer_that_is_not_there_is_named(spec: Specs, layer: int) -> None:
+def test_a_layer_that_is_not_there_is_named(layer: int) -> None:
     with pytest.raises(ConfigError, match=r"lora\.layers.*from -2 to 1"):
-        build_task_model(spec(lora=LoraSpec(layers=(layer,))))
+        build_task_model(spec_of(lora=LoraSpec(layers=(layer,))))
 
 
-def test_frozen_a_leaves_only_b(spec: Specs) -> None:
-    model = build_task_model(spec(lora=LoraSpec(rank=2, train_a=False)))
+def test_frozen_a_leaves_only_b() -> None:
+    model = build_task_model(spec_of(lora=LoraSpec(rank=2, train_a=False)))
     assert all("lora_B" in name or name == "head.weight" for name in model.trainable())
     assert any("lora_A" in name for name in model.adapter_parameters())
 
 
-def test_the_start_depends_on_the_seed_alone(spec: Specs) -> None:
+def test_the_start_depends_on_the_seed_alone() -> None:
     def start(seed: int, dtype: str = "float32") -> torch.Tensor:
         path = ModelSpec(path="random:bert", dtype=dtype)  # type: ignore[arg-type]
-        tensors = build_task_model(spec(model=path, seed=seed)).adapter_parameters()
+        tensors = build_task_model(spec_of(model=path, seed=seed)).adapter_parameters()
         return torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_A" in name])
 
     state = torch.random.get_rng_state()

@@ -14,6 +14,8 @@ from fedtune.data.batching import alone
 from fedtune.model.layers import OutputLayer
 from fedtune.training.per_example import attached
 
+from .conftest import batch_of, trained
+
 IDS = torch.arange(12).view(2, 6)
 SIZES: dict[str, Any] = {
     "vocab_size": 48,
@@ -71,10 +73,8 @@ def test_the_layer_does_not_run_while_its_inputs_are_taken_and_runs_again_afterw
 
 
 @pytest.mark.parametrize("learnt", [0, 1, 3, 6])
-def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(
-    trained: Any, examples: Any, learnt: int
-) -> None:
-    model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
+def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(learnt: int) -> None:
+    model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     with attached(model) as gradients:
         before = gradients.of(batch)
         batch.targets[1:] = -100
@@ -84,8 +84,8 @@ def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(
     assert all(torch.equal(one[0], beside_others[name][0]) for name, one in before.items())
 
 
-def test_an_empty_batch_needs_as_much_as_any_example(trained: Any, examples: Any) -> None:
-    model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
+def test_an_empty_batch_needs_as_much_as_any_example() -> None:
+    model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     places: list[int] = []
     layer = model.base.get_base_model().lm_head
     hook = layer.register_forward_hook(lambda layer, inputs, scores: places.append(len(scores)))
@@ -98,8 +98,8 @@ def test_an_empty_batch_needs_as_much_as_any_example(trained: Any, examples: Any
     assert most <= places[0]
 
 
-def test_a_record_of_one_token_has_no_loss_and_no_gradient(trained: Any, examples: Any) -> None:
-    model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
+def test_a_record_of_one_token_has_no_loss_and_no_gradient() -> None:
+    model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     short = Batch(batch.input_ids[:, :1], batch.attention_mask[:, :1], batch.targets[:, :1])
     with attached(model) as gradients:
         assert all(not one.any() for one in gradients.of(short).values())

@@ -20,6 +20,7 @@ from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel
 
 from ..data.conftest import data_spec
+from ..model.conftest import batch_of, trained
 
 TASK = task_named("embedding")
 SCORED = {"text": "a", "other": "b", "target": "s"}
@@ -106,8 +107,8 @@ def test_the_negative_from_the_list_follows_from_the_record_alone(encoder_tokeni
 
 
 @pytest.mark.parametrize("kind", ["pairs", "triplets"])
-def test_the_loss_is_the_textbook_s(trained: Any, examples: Any, kind: str) -> None:
-    model, batch = trained("random:bert", kind), examples(kind)
+def test_the_loss_is_the_textbook_s(kind: str) -> None:
+    model, batch = trained("random:bert", kind), batch_of(kind)
     losses, embeddings = model.losses(batch), model.logits(batch)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
     for place in range(4):
@@ -125,7 +126,7 @@ def dataset_of(model: TaskModel, count: int, *, texts: int) -> TextDataset:
     return TextDataset(ids, draws.random(count).astype(np.float32), texts)
 
 
-def test_scores_of_pairs_do_not_depend_on_the_batches(trained: Any) -> None:
+def test_scores_of_pairs_do_not_depend_on_the_batches() -> None:
     model = trained("random:bert", "pairs")
     dataset = dataset_of(model, 30, texts=2)
     found = [figures_of(model, dataset, pad_id=0, max_tokens=most) for most in (1, 60, 9000)]
@@ -135,7 +136,7 @@ def test_scores_of_pairs_do_not_depend_on_the_batches(trained: Any) -> None:
         np.testing.assert_allclose(other["cosine"], found[0]["cosine"], rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_triplets_rank_each_positive_among_all(trained: Any) -> None:
+def test_scores_of_triplets_rank_each_positive_among_all() -> None:
     model = trained("random:bert", "triplets")
     dataset = dataset_of(model, 40, texts=3)
     figures = figures_of(model, dataset, pad_id=0, max_tokens=200)
@@ -164,7 +165,7 @@ def test_who_embeds_all_texts_alike_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize(("kind", "texts"), [("pairs", 2), ("triplets", 3)])
-def test_a_unit_s_score_lies_between_0_and_1_and_is_its_own(trained: Any, kind: str, texts: int) -> None:
+def test_a_unit_s_score_lies_between_0_and_1_and_is_its_own(kind: str, texts: int) -> None:
     model = trained("random:bert", kind)
     dataset = dataset_of(model, 9, texts=texts)
     scores = unit_scores(model, dataset, pad_id=0)

@@ -26,6 +26,7 @@ from fedtune.tasks.task_model import TaskModel
 
 from ..builders import with_random_values
 from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, chat, data_spec, in_json, rows
+from ..model.conftest import trained
 
 PAIRS = task_named("preference")
 HIDDEN = UNSUPERVISED
@@ -189,13 +190,13 @@ def made_up(model: TaskModel, count: int = 6) -> TextDataset:
 
 
 @pytest.fixture
-def model(trained: Any) -> TaskModel:
+def model() -> TaskModel:
     made: TaskModel = trained("random:llama", "preference", texts=2)
     return made
 
 
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
-def test_the_reference_is_the_base_whatever_the_adapter(trained: Any, layers: tuple[int, ...] | None) -> None:
+def test_the_reference_is_the_base_whatever_the_adapter(layers: tuple[int, ...] | None) -> None:
     lora = LoraSpec(rank=2, alpha=4.0, layers=layers)
     model: TaskModel = trained("random:llama", "preference", texts=2, lora=lora)
     batch = collate(made_up(model), range(6), pad_id=0)
@@ -214,7 +215,7 @@ def test_the_reference_is_the_base_whatever_the_adapter(trained: Any, layers: tu
 
 
 @pytest.mark.parametrize("train_a", [True, False])
-def test_what_trains_stays_as_it_was(trained: Any, train_a: bool) -> None:
+def test_what_trains_stays_as_it_was(train_a: bool) -> None:
     lora = LoraSpec(rank=2, alpha=4.0, train_a=train_a)
     model: TaskModel = trained("random:llama", "preference", texts=2, lora=lora)
     batch = collate(made_up(model), range(6), pad_id=0)
@@ -254,7 +255,7 @@ def test_a_unit_s_score_is_how_likely_the_model_holds_the_preference(model: Task
     np.testing.assert_allclose(unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-margins)), rtol=1e-5)
 
 
-def test_per_token_an_answer_counts_by_its_mean(trained: Any) -> None:
+def test_per_token_an_answer_counts_by_its_mean() -> None:
     plain, mean = (trained("random:llama", "preference", texts=2, beta=0.5, per_token=on) for on in (False, True))
     dataset = made_up(plain)
     lengths = np.array([(targets[1:] != HIDDEN).sum() for targets in dataset.targets]).reshape(-1, 2)
@@ -267,7 +268,7 @@ def test_per_token_an_answer_counts_by_its_mean(trained: Any) -> None:
         np.testing.assert_allclose(margins, 0.5 * (of_each[:, 0] - of_each[:, 1]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_adapter_knows_how_it_was_to_learn(trained: Any, tmp_path: Any) -> None:
+def test_a_saved_adapter_knows_how_it_was_to_learn(tmp_path: Any) -> None:
     model = trained("random:llama", "preference", texts=2, beta=0.7, per_token=True)
     save_task_model(model, tmp_path / "adapter")
     spec = load_task_model(tmp_path / "adapter").spec

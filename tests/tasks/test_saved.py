@@ -25,6 +25,8 @@ from fedtune.tasks.inputs import mean_pooled
 from fedtune.tasks.saved import SavedAdapter, load_task_model, save_task_model
 from fedtune.tasks.task_model import build_task_model
 
+from ..model.conftest import batch_of, spec_of, trained
+
 KINDS = [("random:bert", "classification"), ("random:llama", "classification"), ("random:llama", "causal_lm")]
 KINDS += [("random:bert", "multi_label"), ("random:bert", "ordinal"), ("random:bert", "regression")]
 KINDS += [("random:bert", "token_classification")]
@@ -53,9 +55,9 @@ def test_the_digest_sees_values_names_and_shapes_but_not_order_or_layout() -> No
     assert len({digest, *(other.digest() for other in others)}) == 4
 
 
-def test_an_adapter_that_is_private_to_a_site_is_read_where_somebody_says_so(spec: Any, tmp_path: Path) -> None:
+def test_an_adapter_that_is_private_to_a_site_is_read_where_somebody_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "private"
-    save_task_model(build_task_model(spec()), folder, private_to="north")
+    save_task_model(build_task_model(spec_of()), folder, private_to="north")
     for read in (SavedAdapter.read, load_task_model, lambda folder: SavedAdapter.to_begin_in(str(folder))):
         with pytest.raises(ConfigError, match="is private to 'north', without a guarantee"):
             read(folder)
@@ -91,17 +93,17 @@ def test_only_float32_arrays(array: Any) -> None:
 
 
 @kinds
-def test_an_adapter_moves_a_model(trained: Any, spec: Any, examples: Any, path: str, task: str) -> None:
-    model, other = trained(path, task), build_task_model(spec(path, task))
+def test_an_adapter_moves_a_model(path: str, task: str) -> None:
+    model, other = trained(path, task), build_task_model(spec_of(path, task))
     adapter = Adapter.of(model)
     assert list(adapter.tensors) == list(model.trainable()) == sorted(model.trainable())
     adapter.load_into(other)
-    assert torch.equal(other.logits(examples(task)), model.logits(examples(task)))
+    assert torch.equal(other.logits(batch_of(task)), model.logits(batch_of(task)))
     assert Adapter.of(other).digest() == adapter.digest()
 
 
-def test_an_adapter_that_does_not_fit_copies_nothing(trained: Any, spec: Any) -> None:
-    model = build_task_model(spec())
+def test_an_adapter_that_does_not_fit_copies_nothing() -> None:
+    model = build_task_model(spec_of())
     before, tensors = Adapter.of(model), dict(Adapter.of(trained()).tensors)
     head = tensors.pop("head.weight")
     wrong = [tensors, tensors | {"head.weight": head, "extra": head}, tensors | {"head.weight": head[:, :-1]}]
@@ -125,10 +127,8 @@ EACH = [(*kind, "rsLoRA") for kind in KINDS] + [("random:llama", "causal_lm", na
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
-def test_plain_peft_gives_the_same_logits(
-    trained: Any, examples: Any, tmp_path: Path, path: str, task: str, name: str
-) -> None:
-    model, batch = trained(path, task, lora=LORAS[name]), examples(task)
+def test_plain_peft_gives_the_same_logits(tmp_path: Path, path: str, task: str, name: str) -> None:
+    model, batch = trained(path, task, lora=LORAS[name]), batch_of(task)
     save_task_model(model, tmp_path / "adapter")
     plain = PeftModel.from_pretrained(
         load_base(ModelSpec(path=path), predicts_tokens=task == "causal_lm"), str(tmp_path / "adapter")
@@ -148,21 +148,19 @@ def test_plain_peft_gives_the_same_logits(
 
 
 @pytest.mark.parametrize(("path", "task", "name"), EACH)
-def test_a_saved_folder_loads_as_it_was(
-    trained: Any, examples: Any, tmp_path: Path, path: str, task: str, name: str
-) -> None:
+def test_a_saved_folder_loads_as_it_was(tmp_path: Path, path: str, task: str, name: str) -> None:
     labels = task not in ("regression", "token_classification")
     head = HeadSpec(scale=7.0, init="label_names" if labels else "zero", centre=labels, train=False)
     model = trained(path, task, head=head, lora=LORAS[name])
     save_task_model(model, tmp_path / "adapter")
     loaded = load_task_model(tmp_path / "adapter")
-    assert torch.equal(loaded.logits(examples(task)), model.logits(examples(task)))
+    assert torch.equal(loaded.logits(batch_of(task)), model.logits(batch_of(task)))
     assert loaded.spec.lora == model.spec.lora
     assert loaded.spec.labels == model.spec.labels
     assert loaded.spec.model.sha256 is not None
 
 
-def test_files_name_no_place_on_this_machine(trained: Any, tmp_path: Path) -> None:
+def test_files_name_no_place_on_this_machine(tmp_path: Path) -> None:
     places = {"cache_dir": str(tmp_path / "cache"), "adapter": str(tmp_path / "earlier"), "adapter_sha256": "a" * 64}
     save_task_model(trained(model=ModelSpec(path="random:bert", **places)), tmp_path / "one")
     for name in ("adapter_config.json", "fedtune.json"):
@@ -172,7 +170,7 @@ def test_files_name_no_place_on_this_machine(trained: Any, tmp_path: Path) -> No
         assert os.path.expanduser("~") not in text
 
 
-def test_the_base_is_named_as_others_know_it(trained: Any, tmp_path: Path) -> None:
+def test_the_base_is_named_as_others_know_it(tmp_path: Path) -> None:
     model = trained(model=ModelSpec(path="random:bert", public_id="owner/small"))
     save_task_model(model, tmp_path / "one")
     for_peft = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
@@ -188,7 +186,7 @@ def test_a_base_in_a_package_is_named_by_its_folder() -> None:
     assert public_place(ModelSpec(path="owner/other")) == "owner/other"
 
 
-def test_saving_twice_writes_the_same_bytes(trained: Any, tmp_path: Path) -> None:
+def test_saving_twice_writes_the_same_bytes(tmp_path: Path) -> None:
     for folder in ("one", "two", "one"):
         save_task_model(trained(), tmp_path / folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
@@ -197,20 +195,18 @@ def test_saving_twice_writes_the_same_bytes(trained: Any, tmp_path: Path) -> Non
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
 
 
-def test_a_crash_while_saving_keeps_the_old_folder(
-    trained: Any, spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_saving_keeps_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained()
     save_task_model(model, tmp_path / "adapter")
 
     monkeypatch.setattr("fedtune.tasks.saved.asdict", Mock(side_effect=OSError("no space left on device")))
     with pytest.raises(OSError, match="no space"):
-        save_task_model(build_task_model(spec()), tmp_path / "adapter")
+        save_task_model(build_task_model(spec_of()), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert Adapter.of(load_task_model(tmp_path / "adapter")).digest() == Adapter.of(model).digest()
 
 
-def test_a_folder_that_was_changed_is_refused(trained: Any, tmp_path: Path) -> None:
+def test_a_folder_that_was_changed_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     save_task_model(trained(), folder)
     settings = json.loads((folder / "fedtune.json").read_text())
@@ -241,7 +237,7 @@ def test_a_folder_that_was_changed_is_refused(trained: Any, tmp_path: Path) -> N
         load_task_model(tmp_path / "nowhere")
 
 
-def test_a_base_elsewhere_must_have_the_same_weights(trained: Any, examples: Any, tmp_path: Path) -> None:
+def test_a_base_elsewhere_must_have_the_same_weights(tmp_path: Path) -> None:
     model = trained()
     save_task_model(model, tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"model\.sha256"):

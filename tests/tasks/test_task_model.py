@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,13 +14,13 @@ from fedtune.data import Batch
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.fits import check_causal, check_examples_apart
 from fedtune.model.layers import checkpoint_layers
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.classification import Classification
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.per_example import attached
 
-from ..model.conftest import one_of
+from ..model.conftest import batch_of, one_of, spec_of, trained
 
 EMBED = Classification().embed
 KINDS = [
@@ -46,9 +45,9 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("task", ["classification", "multi_label", "regression", "ordinal", "token_classification"])
-def test_a_head_never_multiplies_a_few_rows(trained: Any, examples: Any, task: str) -> None:
+def test_a_head_never_multiplies_a_few_rows(task: str) -> None:
     """Where few rows take another kernel, it rounds otherwise; this machine's may be the same, so rows are counted."""
-    model, batch, seen = trained("random:bert", task), examples(task), set()
+    model, batch, seen = trained("random:bert", task), batch_of(task), set()
     hook = model.head.register_forward_pre_hook(lambda _, given: seen.add(given[0].shape[0]))
     for some in (batch, *(one_of(batch, place) for place in range(len(batch)))):
         model.losses(some)
@@ -66,10 +65,8 @@ def test_a_head_never_multiplies_a_few_rows(trained: Any, examples: Any, task: s
         *(("random:llama", "causal_lm", LoraSpec(kind=kind, rank=2)) for kind in ("dora", "ia3")),
     ],
 )
-def test_checkpointing_changes_no_loss_and_no_gradient(
-    trained: Any, examples: Any, path: str, task: str, lora: LoraSpec
-) -> None:
-    model, batch = trained(path, task, lora=lora), examples(task)
+def test_checkpointing_changes_no_loss_and_no_gradient(path: str, task: str, lora: LoraSpec) -> None:
+    model, batch = trained(path, task, lora=lora), batch_of(task)
     losses, gradients = model.losses(batch), gradients_of(model, batch)
     model.enable_gradient_checkpointing()
     model = copy.deepcopy(model)
@@ -79,7 +76,7 @@ def test_checkpointing_changes_no_loss_and_no_gradient(
         torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=0)
 
 
-def test_checkpointing_stores_less(trained: Any, examples: Any) -> None:
+def test_checkpointing_stores_less() -> None:
     def stored(model: TaskModel) -> int:
         sizes: list[int] = []
 
@@ -88,7 +85,7 @@ def test_checkpointing_stores_less(trained: Any, examples: Any) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.losses(examples("classification"))
+            model.losses(batch_of("classification"))
         return sum(sizes)
 
     model = trained("random:llama", "classification")
@@ -98,15 +95,15 @@ def test_checkpointing_stores_less(trained: Any, examples: Any) -> None:
 
 
 @kinds
-def test_a_loss_depends_on_its_example_alone(trained: Any, examples: Any, path: str, task: str) -> None:
-    model, batch = trained(path, task), examples(task)
+def test_a_loss_depends_on_its_example_alone(path: str, task: str) -> None:
+    model, batch = trained(path, task), batch_of(task)
     alone = torch.cat([model.losses(one_of(batch, row)) for row in range(len(batch))])
     torch.testing.assert_close(model.losses(batch), alone, rtol=1e-5, atol=1e-6)
 
 
 @kinds
-def test_an_empty_batch_has_no_losses(trained: Any, examples: Any, path: str, task: str) -> None:
-    batch = examples(task)
+def test_an_empty_batch_has_no_losses(path: str, task: str) -> None:
+    batch = batch_of(task)
     empty = type(batch)(*(tensor[:0] for tensor in (batch.input_ids, batch.attention_mask, batch.targets)))
     losses = trained(path, task).losses(empty)
     losses.sum().backward()
@@ -115,8 +112,8 @@ def test_an_empty_batch_has_no_losses(trained: Any, examples: Any, path: str, ta
 
 
 @kinds
-def test_a_step_moves_the_trainable_tensors_and_nothing_else(spec: Any, examples: Any, path: str, task: str) -> None:
-    model, batch = build_task_model(spec(path, task)), examples(task)
+def test_a_step_moves_the_trainable_tensors_and_nothing_else(path: str, task: str) -> None:
+    model, batch = build_task_model(spec_of(path, task)), batch_of(task)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for _ in range(3):  # the head first, then B, then A: each starts where the ones after it have no gradient
         model.losses(batch).sum().backward()
@@ -126,8 +123,8 @@ def test_a_step_moves_the_trainable_tensors_and_nothing_else(spec: Any, examples
 
 
 @kinds
-def test_only_modules_that_train_are_ever_in_training_mode(spec: Any, path: str, task: str) -> None:
-    model = build_task_model(spec(path, task))
+def test_only_modules_that_train_are_ever_in_training_mode(path: str, task: str) -> None:
+    model = build_task_model(spec_of(path, task))
     for _ in range(2):
         training = {module for module in model.modules() if module.training}
         assert training == {m for m in model.modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
@@ -137,11 +134,9 @@ def test_only_modules_that_train_are_ever_in_training_mode(spec: Any, path: str,
 
 
 @kinds
-def test_a_bfloat16_base_keeps_adapter_head_and_losses_in_float32(
-    trained: Any, examples: Any, path: str, task: str
-) -> None:
+def test_a_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, task: str) -> None:
     model = trained(path, task, model=ModelSpec(path=path, dtype="bfloat16"))
-    batch = examples(task)
+    batch = batch_of(task)
     assert {parameter.dtype for parameter in model.adapter_parameters().values()} == {torch.float32}
     assert next(model.base.get_base_model().parameters()).dtype == torch.bfloat16
     assert model.losses(batch).dtype == model.logits(batch).dtype == torch.float32
@@ -149,8 +144,8 @@ def test_a_bfloat16_base_keeps_adapter_head_and_losses_in_float32(
     torch.testing.assert_close(model.losses(batch), trained(path, task).losses(batch), rtol=0.1, atol=0.1)
 
 
-def test_padding_is_never_told_by_its_token(trained: Any, examples: Any) -> None:
-    model, batch = trained("random:llama", "causal_lm"), examples("causal_lm")
+def test_padding_is_never_told_by_its_token() -> None:
+    model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     other = type(batch)(torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets)
     torch.testing.assert_close(model.losses(batch), model.losses(other), rtol=1e-6, atol=1e-6)
     ended = batch.input_ids.clone()
@@ -158,33 +153,35 @@ def test_padding_is_never_told_by_its_token(trained: Any, examples: Any) -> None
     assert model.losses(type(batch)(ended, batch.attention_mask, batch.targets))[0] != model.losses(batch)[0]
 
 
-def test_tied_embeddings_stay_frozen(spec: Any) -> None:
-    base = build_task_model(spec("random:llama", "causal_lm")).base.get_base_model()
+def test_tied_embeddings_stay_frozen() -> None:
+    base = build_task_model(spec_of("random:llama", "causal_lm")).base.get_base_model()
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
     assert not base.get_output_embeddings().weight.requires_grad
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_the_head_starts_at_zero(spec: Any, examples: Any, path: str) -> None:
-    model = build_task_model(spec(path))
-    assert not model.logits(examples("classification")).any()
+def test_the_head_starts_at_zero(path: str) -> None:
+    model = build_task_model(spec_of(path))
+    assert not model.logits(batch_of("classification")).any()
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_label_names_start_the_head(spec: Any, path: str) -> None:
-    model = build_task_model(spec(path, head=HeadSpec(init="label_names", scale=5.0)))
+def test_label_names_start_the_head(path: str) -> None:
+    model = build_task_model(spec_of(path, head=HeadSpec(init="label_names", scale=5.0)))
     tokenizer = load_tokenizer(model.spec.model)
     token_ids = torch.tensor([tokenizer("exchange rate")["input_ids"]])
     rows = model.head.weight
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(EMBED(model, token_ids, torch.ones_like(token_ids))[0], rows[1])
-    described = build_task_model(spec(path, head=HeadSpec(init="label_names", label_texts=("a", "exchange rate", "c"))))
+    described = build_task_model(
+        spec_of(path, head=HeadSpec(init="label_names", label_texts=("a", "exchange rate", "c")))
+    )
     torch.testing.assert_close(described.head.weight[1], rows[1])
     assert not torch.allclose(described.head.weight[0], rows[0])
 
 
-def test_a_frozen_head_does_not_train(spec: Any) -> None:
-    model = build_task_model(spec(head=HeadSpec(init="label_names", train=False)))
+def test_a_frozen_head_does_not_train() -> None:
+    model = build_task_model(spec_of(head=HeadSpec(init="label_names", train=False)))
     assert "head.weight" not in model.trainable()
     assert "head.weight" in model.adapter_parameters()
 
@@ -228,9 +225,9 @@ def test_a_module_that_mixes_examples_is_refused() -> None:
         check_examples_apart(base)
 
 
-def test_the_centre_is_the_mean_of_the_labels_embeddings_and_is_not_trained(spec: Callable[..., TaskModelSpec]) -> None:
-    plain = build_task_model(spec(head=HeadSpec(init="label_names")))
-    model = build_task_model(spec(head=HeadSpec(init="label_names", centre=True)))
+def test_the_centre_is_the_mean_of_the_labels_embeddings_and_is_not_trained() -> None:
+    plain = build_task_model(spec_of(head=HeadSpec(init="label_names")))
+    model = build_task_model(spec_of(head=HeadSpec(init="label_names", centre=True)))
     torch.testing.assert_close(model.centre, plain.head.weight.mean(dim=0))
     rows = torch.nn.functional.normalize(plain.head.weight - model.centre, dim=-1)
     torch.testing.assert_close(model.head.weight, rows)

@@ -25,6 +25,7 @@ from fedtune.tasks.registry import task_named
 from fedtune.tasks.token_classification import entities_in, marks
 
 from ..data.conftest import data_spec
+from ..model.conftest import trained
 
 TASK = task_named("token_classification")
 LABELS = ("drug", "dose")
@@ -179,7 +180,7 @@ def test_a_text_that_cannot_be_encoded_teaches_nothing_at_a_real_site(encoder_to
 # Loss and scores.
 
 
-def test_the_loss_is_the_mean_over_the_words_of_all_windows(trained: Any, encoder_tokenizer: Any) -> None:
+def test_the_loss_is_the_mean_over_the_words_of_all_windows(encoder_tokenizer: Any) -> None:
     model = trained("random:bert", TASK.name, texts=2)
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
     tags = [f"B-{model.spec.labels[0]}", *["O"] * 8]
@@ -200,7 +201,7 @@ def test_the_loss_is_the_mean_over_the_words_of_all_windows(trained: Any, encode
     assert [int((batch.targets[2 * one : 2 * one + 2] != UNSUPERVISED).sum()) for one in (0, 1)] == [9, 1]
 
 
-def test_the_head_reads_each_token_as_it_is(trained: Any, encoder_tokenizer: Any) -> None:
+def test_the_head_reads_each_token_as_it_is(encoder_tokenizer: Any) -> None:
     model = trained("random:bert", TASK.name)
     dataset = tokenised(record(TOKENS, ["O"] * 5), tokenizer=encoder_tokenizer)
     batch = collate(dataset, [0], pad_id=0)
@@ -289,7 +290,7 @@ def test_scores_are_of_all_entities_together() -> None:
     ]
 
 
-def test_predictions_become_entities_across_windows(trained: Any, encoder_tokenizer: Any) -> None:
+def test_predictions_become_entities_across_windows(encoder_tokenizer: Any) -> None:
     """A model that always says B-drug: each word is an entity of its own, also where a window ends."""
     model = trained("random:bert", TASK.name, texts=2)
     labels = model.spec.labels
@@ -307,9 +308,7 @@ def test_predictions_become_entities_across_windows(trained: Any, encoder_tokeni
 
 
 @pytest.mark.parametrize("windows", [1, 2])
-def test_of_two_entities_in_a_word_one_is_learnt_and_both_are_true(
-    trained: Any, encoder_tokenizer: Any, windows: int
-) -> None:
+def test_of_two_entities_in_a_word_one_is_learnt_and_both_are_true(encoder_tokenizer: Any, windows: int) -> None:
     model = trained("random:bert", TASK.name, texts=windows)
     first, second, *_ = labels = model.spec.labels
     given = {"columns": SPANNED, "labels": labels, "windows": windows, "max_length": 8, "stride": 2}
@@ -331,7 +330,7 @@ def test_many_entities_in_a_word_are_no_more_than_a_target_holds(encoder_tokeniz
     assert max(int(row.max()) for row in dataset.targets) > 5 * 3**20
 
 
-def test_an_entity_ends_where_its_word_does_though_reading_stops_within(trained: Any) -> None:
+def test_an_entity_ends_where_its_word_does_though_reading_stops_within() -> None:
     tokenizer = load_tokenizer(ModelSpec(path="random:bert"))
     text, model = "unbelievably sore aspirin", trained("random:bert", TASK.name)
     for max_length in range(4, 12):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from fedtune.api.compose import compose_run
 from fedtune.training.per_example import attached
 
 from ..builders import built
+from ..model.conftest import batch_of, spec_of
 
 CODES = {"card": 6, "fee": 3, "rate": 1}
 
@@ -37,8 +37,8 @@ def overrides(shares: Path) -> tuple[str, ...]:
     )
 
 
-def test_a_gradient_is_one_vote_for_the_nearest_candidate(spec: Callable[..., Any], examples: Any) -> None:
-    model, batch = built(spec(task="votes")), examples("votes")
+def test_a_gradient_is_one_vote_for_the_nearest_candidate() -> None:
+    model, batch = built(spec_of(task="votes")), batch_of("votes")
     batch.targets[1] = -100  # a record that could not be encoded
     assert list(model.trainable()) == ["head.weight"], "a base that moved would move what is nearest"
     with torch.no_grad():

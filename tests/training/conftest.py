@@ -46,25 +46,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def fresh() -> Callable[..., TaskModel]:
+def fresh(
+    path: str = "random:bert", task: Any = "classification", *, dtype: Any = "float32", **changes: Any
+) -> TaskModel:
     """A tiny model as training starts: every B is zero, and so is the head."""
-
-    def make(
-        path: str = "random:bert", task: Any = "classification", *, dtype: Any = "float32", **changes: Any
-    ) -> TaskModel:
-        changes |= {"texts": 2} if task == "preference" else {}
-        model = built(spec_of(path, task, model=ModelSpec(path=path, dtype=dtype), **changes))
-        multiply_by_onednn(model.base)  # as a run does
-        return model
-
-    return make
+    changes |= {"texts": 2} if task == "preference" else {}
+    model = built(spec_of(path, task, model=ModelSpec(path=path, dtype=dtype), **changes))
+    multiply_by_onednn(model.base)  # as a run does
+    return model
 
 
-@pytest.fixture
-def trained(fresh: Callable[..., TaskModel]) -> Callable[..., TaskModel]:
+def trained(*given: Any, size: float = 0.2, **changes: Any) -> TaskModel:
     """The same with random trainable tensors of a given size."""
-    return lambda *given, size=0.2, **changes: with_random_values(fresh(*given, **changes), size)
+    return with_random_values(fresh(*given, **changes), size)
 
 
 class Table:
@@ -110,21 +104,11 @@ def with_bad(dataset: TextDataset, *texts: int) -> TextDataset:
     return TextDataset(tuple(ids), dataset.targets, dataset.texts)
 
 
-@pytest.fixture
-def examples() -> Callable[..., TextDataset]:
-    return made_up
-
-
 def plan_of(**changes: object) -> Plan:
     """A plan without noise that takes every record; keywords override."""
     values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 1.0, "noise_multiplier": 0.0}
     values |= {"max_grad_norm": 1.0, "local_steps": 2, "num_rounds": 3}
     return Plan(**(values | changes))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def plan() -> Callable[..., Plan]:
-    return plan_of
 
 
 def examples_of(
@@ -149,15 +133,10 @@ def examples_of(
     return examples
 
 
-@pytest.fixture
-def records() -> Callable[..., Records]:
+def records_of(dataset: TextDataset, *, declared_size: int = 20, max_tokens: int = 40) -> Records:
     """The records of a dataset, cut into micro-batches as a round does."""
-
-    def make(dataset: TextDataset, *, declared_size: int = 20, max_tokens: int = 40) -> Records:
-        examples = examples_of(dataset, max_tokens=max_tokens)
-        return Records(count=len(dataset), declared_size=declared_size, cut=examples.cut)
-
-    return make
+    examples = examples_of(dataset, max_tokens=max_tokens)
+    return Records(count=len(dataset), declared_size=declared_size, cut=examples.cut)
 
 
 def work_of(**changes: Any) -> RoundOfTraining:
@@ -172,11 +151,6 @@ def work_of(**changes: Any) -> RoundOfTraining:
         "max_adapter_value": 100.0,
     }
     return RoundOfTraining(**(values | changes))
-
-
-@pytest.fixture
-def work() -> Callable[..., RoundOfTraining]:
-    return work_of
 
 
 def released(
@@ -232,12 +206,7 @@ class Stepper:
         return {name: parameter.detach().clone() for name, parameter in self.model.trainable().items()}
 
 
-@pytest.fixture
-def stepper() -> Callable[..., Stepper]:
+def stepper(model: TaskModel, **training: Any) -> Stepper:
     """Steps on a model, by plain SGD of rate 1 unless told otherwise."""
-
-    def make(model: TaskModel, **training: Any) -> Stepper:
-        spec = TrainingSpec(**({"optimizer": "sgd", "learning_rate": 1.0} | training))
-        return Stepper(model, make_optimizer(model.trainable(), spec))
-
-    return make
+    spec = TrainingSpec(**({"optimizer": "sgd", "learning_rate": 1.0} | training))
+    return Stepper(model, make_optimizer(model.trainable(), spec))

@@ -19,7 +19,7 @@ from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
 from ..builders import as_tried
-from .conftest import KINDS, examples_of
+from .conftest import KINDS, examples_of, fresh, made_up, trained
 from .test_dp_step import loop_gradient
 
 pytestmark = pytest.mark.nightly
@@ -37,8 +37,8 @@ def of_kind(kind: str, *, keeps: bool = False, **changes: Any) -> LoraSpec:
 @keeping
 @kinds
 @tasks
-def test_gradients_equal_a_loop(trained: Any, examples: Any, path: str, task: str, kind: str, keeps: bool) -> None:
-    model, dataset = trained(path, task, lora=of_kind(kind, keeps=keeps)), examples(task)
+def test_gradients_equal_a_loop(path: str, task: str, kind: str, keeps: bool) -> None:
+    model, dataset = trained(path, task, lora=of_kind(kind, keeps=keeps)), made_up(task)
     looped = [loop_gradient(model, dataset, place) for place in range(len(dataset))]
     site = examples_of(dataset, SHAPES, kept_by=model if keeps else None)
     with attached(model) as gradients:
@@ -57,9 +57,9 @@ def test_gradients_equal_a_loop(trained: Any, examples: Any, path: str, task: st
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_the_gradients_of_dora_are_those_of_pefts_own(trained: Any, examples: Any, path: str) -> None:
+def test_the_gradients_of_dora_are_those_of_pefts_own(path: str) -> None:
     # PEFT's forward pass as it stands, on parameters that mean the same.
-    model, dataset = trained(path, lora=of_kind("dora")), examples("classification")
+    model, dataset = trained(path, lora=of_kind("dora")), made_up("classification")
     ours = [loop_gradient(model, dataset, place) for place in range(3)]
     layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "scales")]
     for _, layer in layers:
@@ -85,7 +85,7 @@ def test_the_gradients_of_dora_are_those_of_pefts_own(trained: Any, examples: An
 
 @kinds
 @pytest.mark.parametrize("keeps", [False, True])
-def test_preflight_finds_them_exact(fresh: Any, kind: str, keeps: bool) -> None:
+def test_preflight_finds_them_exact(kind: str, keeps: bool) -> None:
     model = fresh("random:llama", "causal_lm", lora=of_kind(kind, keeps=keeps))
     before = {name: one.clone() for name, one in model.state_dict().items()}
     assert moved_by_others(model, SHAPES, keeps_states=keeps, max_grad_norm=0.5) == 0.0
@@ -94,17 +94,15 @@ def test_preflight_finds_them_exact(fresh: Any, kind: str, keeps: bool) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "int8", "nf4"])
 @kinds
-def test_offsets_of_a_coarse_base_have_float32_gradients(trained: Any, examples: Any, kind: str, dtype: str) -> None:
+def test_offsets_of_a_coarse_base_have_float32_gradients(kind: str, dtype: str) -> None:
     model = trained(dtype=dtype, lora=of_kind(kind))
     with attached(model) as gradients:
-        found = gradients.of_all(collate(examples("classification"), range(4), pad_id=0))
+        found = gradients.of_all(collate(made_up("classification"), range(4), pad_id=0))
     assert {one.dtype for one in found.values()} == {torch.float32}
     assert all(torch.equal(one, one.bfloat16().float()) is False for one in found.values())
 
 
-def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(
-    fresh: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedtune.model import ia3_and_dora
 
     plain = ia3_and_dora._scaled

@@ -26,7 +26,7 @@ from tests.padded import length_of
 
 from ..builders import as_tried, with_random_values
 from ..model.conftest import TEXTS
-from .conftest import examples_of
+from .conftest import examples_of, trained
 
 pytestmark = pytest.mark.nightly
 
@@ -115,7 +115,7 @@ def require_alone(model: TaskModel, examples: SiteExamples, *, companies: int, s
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @pytest.mark.parametrize(("path", "task", "dtype"), IN_EACH_DTYPE)
 def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
-    trained: Any, path: str, task: str, keeps: bool, dtype: str, threads: None
+    path: str, task: str, keeps: bool, dtype: str, threads: None
 ) -> None:
     model = trained(path, task, dtype=dtype, **({"lora": LAST} if keeps else {}))
     shapes = as_tried(Shapes.of(max_length=24, max_tokens=192))
@@ -127,7 +127,7 @@ def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
 
 
 @kinds
-def test_kept_states_are_the_same_whatever_else_is_kept(trained: Any, path: str, task: str, threads: None) -> None:
+def test_kept_states_are_the_same_whatever_else_is_kept(path: str, task: str, threads: None) -> None:
     model, shapes = trained(path, task, lora=LAST), as_tried(Shapes.of(max_length=30, max_tokens=256))
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
     dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
@@ -152,7 +152,7 @@ OTHER_ADAPTERS = [replace(LAST, kind=kind, layers=layers) for kind in ("dora", "
 )
 @kinds
 def test_records_of_all_lengths_at_once(
-    trained: Any, path: str, task: str, positions: int | None, lora: LoraSpec, threads: None
+    path: str, task: str, positions: int | None, lora: LoraSpec, threads: None
 ) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
     shapes = as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions))
@@ -164,7 +164,7 @@ def test_records_of_all_lengths_at_once(
 
 @kinds
 def test_a_user_s_mean_is_the_same_bit_for_bit_whatever_other_users_there_are(
-    trained: Any, path: str, task: str, threads: None
+    path: str, task: str, threads: None
 ) -> None:
     model, shapes = trained(path, task), as_tried(Shapes.of(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)

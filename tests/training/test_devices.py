@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
 from ..forked import Forked
-from .conftest import made_up, released
+from .conftest import made_up, released, work_of
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = Shapes.of(max_length=15, max_tokens=40)
@@ -119,15 +119,13 @@ def units_of(spec: TaskModelSpec, count: int, unit: str = "record") -> SiteExamp
     return UserExamples(examples, users, most_records=2, most_users=4)
 
 
-def a_round(
-    room: Room, units: Any, work: Callable[..., Any], *, number: int = 1, start: Adapter | None = None
-) -> Adapter:
+def a_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = None) -> Adapter:
     """What a round of three steps releases."""
-    planned = replace(work().plan, unit=units.unit, local_steps=3)
+    planned = replace(work_of().plan, unit=units.unit, local_steps=3)
     if room.model.skips_layers:
         units.keep_frozen_states(room.model)
     units.keep_reference(room.model)
-    asked = work(round=number, asked=planned, declared_size=30)
+    asked = work_of(round=number, asked=planned, declared_size=30)
     return released(room.model, units, asked, adapter=start or FIRST[room.model.spec])
 
 
@@ -157,17 +155,17 @@ def gone(pid: int, *, within_s: float = 20.0) -> bool:
 @pytest.mark.by_day("kept states-41-record", "a reference-41-user", "a reference-2-record", "kept states-0-record")
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
-def test_several_devices_release_what_one_does(room: Room, work: Any, unit: str, count: int) -> None:
+def test_several_devices_release_what_one_does(room: Room, unit: str, count: int) -> None:
     units = units_of(room.model.spec, count, unit)
     here, there = units_of(room.model.spec, count, unit), divided(room, units)
-    first = a_round(room, here, work)
-    assert a_round(room, there, work).digest() == first.digest()
-    second = a_round(room, here, work, number=2, start=first)
-    assert a_round(room, there, work, number=2, start=first).digest() == second.digest()
+    first = a_round(room, here)
+    assert a_round(room, there).digest() == first.digest()
+    second = a_round(room, here, number=2, start=first)
+    assert a_round(room, there, number=2, start=first).digest() == second.digest()
     assert count == 0 or second.digest() != first.digest()
 
 
-def test_every_device_has_a_part_in_the_sum(three: Room, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_device_has_a_part_in_the_sum(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
     counted: list[int] = []
@@ -179,7 +177,7 @@ def test_every_device_has_a_part_in_the_sum(three: Room, work: Any, monkeypatch:
         return found
 
     monkeypatch.setattr(three.devices._crew, "answers", seen)
-    a_round(three, there, work)
+    a_round(three, there)
     assert len(counted) == 3 * 2, "three steps, two other devices"
     assert min(counted) > 0
     assert len(there._own) == 14
@@ -205,26 +203,26 @@ def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int,
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
 
-def test_a_unit_that_no_device_adds_is_missed(three: Room, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_that_no_device_adds_is_missed(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three, units_of(three.model.spec, 41))
     by_rank = there._by_rank
     monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
     with pytest.raises(AssertionError, match="each sampled record counts exactly once"):
-        a_round(three, there, work)
+        a_round(three, there)
     monkeypatch.setattr(there, "_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
     with pytest.raises((AssertionError, RunError)):
-        a_round(three, there, work)
+        a_round(three, there)
 
 
 # A device that fails.
 
 
 def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
-    three: Room, work: Any, monkeypatch: pytest.MonkeyPatch
+    three: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
-    expected = a_round(three, units_of(three.model.spec, 41), work)
+    expected = a_round(three, units_of(three.model.spec, 41))
     pids, steps = three.pids, []
     own_cut = there._own.cut_drawn
 
@@ -236,18 +234,16 @@ def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
 
     monkeypatch.setattr(there._own, "cut_drawn", dies_in_the_second_step)
     with pytest.raises(RunError, match="a device of this machine failed, so that nothing of this round is released"):
-        a_round(three, there, work)
+        a_round(three, there)
     assert len(steps) == 2, "no step follows"
     assert all(gone(pid) for pid in pids)
-    assert a_round(three, there, work).digest() == expected.digest()
+    assert a_round(three, there).digest() == expected.digest()
     assert not set(pids) & set(three.pids)
 
 
-def test_a_process_that_hangs_ends_the_round_in_bounded_time(
-    three: Room, work: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_hangs_ends_the_round_in_bounded_time(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     there = divided(three, units_of(three.model.spec, 41))
-    a_round(three, there, work)
+    a_round(three, there)
     pids, own_cut = three.pids, there._own.cut_drawn
 
     def stops(drawn: Any) -> Any:
@@ -258,7 +254,7 @@ def test_a_process_that_hangs_ends_the_round_in_bounded_time(
     monkeypatch.setattr(there._own, "cut_drawn", stops)
     began = time.monotonic()
     with pytest.raises(RunError, match="no answer in 1 s"):
-        a_round(three, there, work)
+        a_round(three, there)
     assert time.monotonic() - began < 30
     assert all(gone(pid) for pid in pids)
 
@@ -295,20 +291,18 @@ def test_a_device_gives_a_sign_after_each_micro_batch(three: Room) -> None:
     assert len(signs) > 3, "and while it runs the frozen layers"
 
 
-def test_a_failure_of_the_first_device_leaves_no_step_half_done(
-    three: Room, work: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_of_the_first_device_leaves_no_step_half_done(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     units = units_of(three.model.spec, 41)
     there = divided(three, units)
-    expected = a_round(three, units_of(three.model.spec, 41), work)
+    expected = a_round(three, units_of(three.model.spec, 41))
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
 
     with monkeypatch.context() as patched:
         patched.setattr(there._own, "cut_drawn", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
-            a_round(three, there, work)
+            a_round(three, there)
     assert three.devices._crew.broken, "the others' sums of this step are for no other"
-    assert a_round(three, there, work).digest() == expected.digest()
+    assert a_round(three, there).digest() == expected.digest()
 
 
 def test_a_device_that_cannot_do_what_it_is_asked_says_why(three: Room) -> None:
@@ -361,13 +355,13 @@ def test_the_others_end_with_the_process_that_asks_them() -> None:
     assert all(gone(pid) for pid in pids)
 
 
-def test_what_nobody_asks_for_again_is_forgotten(three: Room, work: Any) -> None:
+def test_what_nobody_asks_for_again_is_forgotten(three: Room) -> None:
     first = divided(three, units_of(three.model.spec, 9))
-    a_round(three, first, work)
+    a_round(three, first)
     number = first._number
     del first
     other = divided(three, units_of(three.model.spec, 9))
-    a_round(three, other, work)
+    a_round(three, other)
     crew = three.devices.ready()
     crew.ask_all(_Device.keep_reference, number)
     with pytest.raises(RunError, match=f"KeyError: {number}"):

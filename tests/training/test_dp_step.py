@@ -18,7 +18,7 @@ from fedtune.training.dp_step import SMALLEST_NORM, Records, add_clipped, assert
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.spec import TrainingSpec
 
-from .conftest import KINDS, examples_of, summed
+from .conftest import KINDS, examples_of, made_up, plan_of, records_of, stepper, summed, trained
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 CELLS = 2**24
@@ -82,24 +82,22 @@ def require_sums_of_a_loop(model: TaskModel, dataset: TextDataset, **cut: Any) -
 
 
 @kinds
-def test_the_clipped_sum_equals_a_loop_however_it_is_cut(trained: Any, examples: Any, path: str, task: str) -> None:
-    require_sums_of_a_loop(trained(path, task), examples(task))
+def test_the_clipped_sum_equals_a_loop_however_it_is_cut(path: str, task: str) -> None:
+    require_sums_of_a_loop(trained(path, task), made_up(task))
 
 
 @pytest.mark.by_day("random:bert-classification-sgd", "random:bert-classification-adamw", "random:llama-causal_lm-sgd")
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @kinds
-def test_without_clipping_and_noise_it_is_plain_peft_training(
-    trained: Any, examples: Any, plan: Any, records: Any, stepper: Any, path: str, task: str, optimizer: str
-) -> None:
+def test_without_clipping_and_noise_it_is_plain_peft_training(path: str, task: str, optimizer: str) -> None:
     clip = UNCLIPPED[task]
-    dataset, half = examples(task), plan(sampling_rate=0.5, max_grad_norm=clip)
+    dataset, half = made_up(task), plan_of(sampling_rate=0.5, max_grad_norm=clip)
     # Larger steps make gradients of cosines longer than the clip norm, or next to nothing.
     rate = 0.01 if dataset.texts > 1 else 0.05
     settings = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.01}
     private = trained(path, task)
     before = {name: p.detach().clone() for name, p in private.trainable().items()}
-    after = stepper(private, **settings).step(records(dataset, declared_size=14), half, steps=4)
+    after = stepper(private, **settings).step(records_of(dataset, declared_size=14), half, steps=4)
 
     model = trained(path, task)
     parameters = list(model.trainable().values())
@@ -127,7 +125,7 @@ def test_without_clipping_and_noise_it_is_plain_peft_training(
     assert torch.cat(compared).float().mean() > 0.1
 
 
-def test_tensors_stepped_and_clipped_are_one_set(trained: Any, plan: Any, records: Any, examples: Any) -> None:
+def test_tensors_stepped_and_clipped_are_one_set() -> None:
     parameters = trained().trainable()
     assert_one_tensor_set(parameters, make_optimizer(parameters, TrainingSpec()))
     without_head = {name: p for name, p in parameters.items() if name != "head.weight"}
@@ -137,12 +135,12 @@ def test_tensors_stepped_and_clipped_are_one_set(trained: Any, plan: Any, record
             assert_one_tensor_set(parameters, make_optimizer(other, TrainingSpec()))
 
 
-def test_a_step_checks_that_set_before_it_touches_records(trained: Any, plan: Any, stepper: Any) -> None:
+def test_a_step_checks_that_set_before_it_touches_records() -> None:
     cut = Mock(side_effect=AssertionError("records were read"))
     one = stepper(trained())
     one.optimizer.param_groups.pop()
     with pytest.raises(AssertionError, match="stepped tensors"):
-        one.step(Records(count=3, declared_size=3, cut=cut), plan())
+        one.step(Records(count=3, declared_size=3, cut=cut), plan_of())
 
 
 def test_tensors_clipped_and_summed_are_one_set() -> None:

@@ -17,7 +17,7 @@ from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.examples import SiteExamples
 
-from .conftest import BAD, KINDS, examples_of, summed, with_bad
+from .conftest import BAD, KINDS, examples_of, fresh, made_up, summed, trained, with_bad
 
 CLIP, CELLS = 0.5, 2**24
 CHOSEN = [5, 1, 7, 2]
@@ -34,13 +34,11 @@ def require_same_sum(model: TaskModel, plain: SiteExamples, keeping: SiteExample
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("path", "task"), KINDS)
-def test_kept_states_give_the_same_clipped_sum(
-    trained: Any, examples: Any, path: str, task: str, checkpointing: bool
-) -> None:
+def test_kept_states_give_the_same_clipped_sum(path: str, task: str, checkpointing: bool) -> None:
     model = trained(path, task, lora=LAST)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    dataset = examples(task)
+    dataset = made_up(task)
     plain, keeping = examples_of(dataset), examples_of(dataset)
     keeping.keep_frozen_states(model)
     assert all(batch.prefix is not None for batch in keeping.cut(np.array(CHOSEN)))
@@ -49,11 +47,9 @@ def test_kept_states_give_the_same_clipped_sum(
     require_same_sum(model, plain, keeping, within=1e-5)
 
 
-def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(
-    trained: Any, examples: Any, tmp_path: Path
-) -> None:
+def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(tmp_path: Path) -> None:
     model = trained("random:bert", "classification", lora=LAST)
-    dataset = examples("classification")
+    dataset = made_up("classification")
     in_memory, on_disk = examples_of(dataset), examples_of(dataset)
     in_memory.keep_frozen_states(model)
     on_disk.keep_frozen_states(model, folder=tmp_path)
@@ -66,21 +62,19 @@ def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(
         assert batch.prefix.equal(other.prefix)
 
 
-def test_a_disk_without_room_keeps_nothing_and_fails_nobody(
-    trained: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_room_keeps_nothing_and_fails_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "posix_fallocate", full)
     model = trained("random:bert", "classification", lora=LAST)
-    made = examples_of(examples("classification"))
+    made = examples_of(made_up("classification"))
     made.keep_frozen_states(model, folder=tmp_path)
     assert all(batch.prefix is None for batch in made.cut(np.arange(4)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_told_how_many_records_have_their_states(fresh: Any, examples: Any) -> None:
+def test_it_is_told_how_many_records_have_their_states() -> None:
     model = fresh(lora=LAST)
-    dataset = examples("classification")
+    dataset = made_up("classification")
     told: list[tuple[int, int]] = []
     examples_of(dataset).keep_frozen_states(model, told=lambda done, total: told.append((done, total)))
     assert len(told) > 1
@@ -89,9 +83,9 @@ def test_it_is_told_how_many_records_have_their_states(fresh: Any, examples: Any
     assert {total for _, total in told} == {len(dataset)}
 
 
-def test_padding_holds_no_other_records_states(fresh: Any, examples: Any) -> None:
+def test_padding_holds_no_other_records_states() -> None:
     model = fresh(lora=LAST)
-    dataset = examples("classification")
+    dataset = made_up("classification")
     keeping = examples_of(dataset, max_tokens=10_000)
     keeping.keep_frozen_states(model)
     for batch in keeping.cut(np.arange(len(dataset))):
@@ -100,17 +94,17 @@ def test_padding_holds_no_other_records_states(fresh: Any, examples: Any) -> Non
         assert not batch.prefix[len(batch) :].any(), "an empty row has none at all"
 
 
-def test_nothing_is_kept_when_the_first_layer_trains_or_no_task_compares(fresh: Any, examples: Any) -> None:
-    keeping = examples_of(examples("classification"))
+def test_nothing_is_kept_when_the_first_layer_trains_or_no_task_compares() -> None:
+    keeping = examples_of(made_up("classification"))
     keeping.keep_frozen_states(fresh())
     keeping.keep_reference(fresh())
     assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1])))
 
 
 @pytest.fixture(params=["classification", "pairs", "triplets"])
-def bad_examples(examples: Any, request: pytest.FixtureRequest) -> tuple[str, TextDataset, int]:
+def bad_examples(request: pytest.FixtureRequest) -> tuple[str, TextDataset, int]:
     """A task, and records of which one has the token in its last text, and its place."""
-    dataset, place = examples(request.param), 3
+    dataset, place = made_up(request.param), 3
     here, next_to_it = (dataset.texts_of([one]) for one in (place, place + 1))
     ids = list(dataset.input_ids)
     for text, other in zip(here, next_to_it, strict=True):
@@ -140,7 +134,7 @@ def spoil(model: TaskModel, how: str) -> None:
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
 def test_a_record_without_states_adds_nothing_and_moves_no_other(
-    trained: Any, bad_examples: tuple[str, TextDataset, int], how: str, max_tokens: int
+    bad_examples: tuple[str, TextDataset, int], how: str, max_tokens: int
 ) -> None:
     task, dataset, place = bad_examples
     model = trained(task=task, lora=LAST)
@@ -166,11 +160,11 @@ def test_a_record_without_states_adds_nothing_and_moves_no_other(
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
-def test_where_the_machine_fails_no_states_are_kept(fresh: Any, examples: Any, error: type[Exception]) -> None:
+def test_where_the_machine_fails_no_states_are_kept(error: type[Exception]) -> None:
     model = fresh(lora=LAST)
     fails = Mock(side_effect=error("out of memory"))
     handle = model.base.get_base_model().get_input_embeddings().register_forward_pre_hook(fails)
-    keeping = examples_of(examples("classification"))
+    keeping = examples_of(made_up("classification"))
     with pytest.raises(error, match="out of memory"):
         keeping.keep_frozen_states(model)
     assert all(batch.prefix is None for batch in keeping.cut(np.array([0, 1])))
@@ -183,11 +177,9 @@ def test_where_the_machine_fails_no_states_are_kept(fresh: Any, examples: Any, e
 
 
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
-def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
-    trained: Any, examples: Any, layers: tuple[int, ...] | None
-) -> None:
+def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(layers: tuple[int, ...] | None) -> None:
     model = trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
-    plain, keeping = (examples_of(examples("preference")) for _ in range(2))
+    plain, keeping = (examples_of(made_up("preference")) for _ in range(2))
     if layers is not None:
         keeping.keep_frozen_states(model)
     keeping.keep_reference(model)
@@ -199,8 +191,8 @@ def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
         require_same_sum(model, plain, keeping, within=1e-4)
 
 
-def test_the_base_is_asked_once_about_a_record(trained: Any, examples: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, keeping = trained("random:llama", "preference"), examples_of(examples("preference"))
+def test_the_base_is_asked_once_about_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, keeping = trained("random:llama", "preference"), examples_of(made_up("preference"))
     keeping.keep_reference(model)
     monkeypatch.setattr(TaskModel, "reference", lambda *_: pytest.fail("the base is asked again"))
     keeping.keep_reference(model)
@@ -210,10 +202,8 @@ def test_the_base_is_asked_once_about_a_record(trained: Any, examples: Any, monk
 @pytest.mark.by_day("an error-40", "not finite-40", "a panic-40")
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
-def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(
-    trained: Any, examples: Any, how: str, max_tokens: int
-) -> None:
-    model, dataset, place = trained("random:llama", "preference"), examples("preference"), 3
+def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(how: str, max_tokens: int) -> None:
+    model, dataset, place = trained("random:llama", "preference"), made_up("preference"), 3
     others = [index for index in range(len(dataset)) if index != place]
     mended, keeping = (
         examples_of(one, max_tokens=max_tokens) for one in (with_bad(dataset), with_bad(dataset, 2 * place + 1))

@@ -20,7 +20,7 @@ from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
 from ..builders import as_tried
-from .conftest import examples_of
+from .conftest import examples_of, made_up, trained
 
 kinds = pytest.mark.parametrize(("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm")])
 
@@ -68,14 +68,14 @@ def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @kinds
 def test_gradients_by_example_are_plain_autograd_s_of_each_record_and_of_the_weights_it_stands_for(
-    trained: Any, examples: Any, path: str, task: str, kind: str, instructions: bool, monkeypatch: pytest.MonkeyPatch
+    path: str, task: str, kind: str, instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not instructions:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     lora = LoraSpec(kind=kind, rank=2, alpha=4.0)
     formats = ("nf4", "bfloat16", "float32")
     model, coarse, exact = (by_torch(trained(path, task, dtype=dtype, lora=lora)) for dtype in formats)
-    batch = micro_batch(examples(task, 8))
+    batch = micro_batch(made_up(task, 8))
     found, rounded = gradients_of(model, batch), gradients_of(exact, batch)
     assert any(not torch.allclose(found[name], rounded[name], rtol=0.01) for name in found), "four bits are not many"
     # A loop alone would prove nothing: layers that give their input no gradient agree with themselves.
@@ -92,9 +92,9 @@ def test_gradients_by_example_are_plain_autograd_s_of_each_record_and_of_the_wei
 
 
 @kinds
-def test_recomputed_layers_and_kept_states_change_nothing(trained: Any, examples: Any, path: str, task: str) -> None:
+def test_recomputed_layers_and_kept_states_change_nothing(path: str, task: str) -> None:
     last = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
-    batch = micro_batch(examples(task, 8))
+    batch = micro_batch(made_up(task, 8))
     plain, recomputed = (trained(path, task, dtype="nf4", lora=last) for _ in range(2))
     recomputed.enable_gradient_checkpointing()
     first, second = gradients_of(plain, batch), gradients_of(recomputed, batch)
@@ -103,7 +103,7 @@ def test_recomputed_layers_and_kept_states_change_nothing(trained: Any, examples
 
 
 @kinds
-def test_a_trial_tries_other_codes_than_the_model_s_and_puts_its_own_back(trained: Any, path: str, task: str) -> None:
+def test_a_trial_tries_other_codes_than_the_model_s_and_puts_its_own_back(path: str, task: str) -> None:
     model = trained(path, task, dtype="nf4")
     layers = [module for module in model.modules() if isinstance(module, FourBit)]
 
@@ -122,7 +122,7 @@ def test_a_trial_tries_other_codes_than_the_model_s_and_puts_its_own_back(traine
     assert all(map(torch.equal, kept(), own))
 
 
-def test_a_trial_finds_four_bit_layers_that_mix_records(trained: Any) -> None:
+def test_a_trial_finds_four_bit_layers_that_mix_records() -> None:
     model = trained("random:llama", "causal_lm", dtype="nf4")
     layer = next(module for module in model.modules() if isinstance(module, FourBit))
     layer.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)

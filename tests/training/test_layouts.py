@@ -23,7 +23,7 @@ from fedtune.tasks.task_model import TaskModel
 
 from ..data.conftest import chat as turns_of
 from ..data.conftest import in_json, make_tokenizer
-from .conftest import examples_of
+from .conftest import examples_of, trained
 from .test_companies import require_alone
 from .test_dp_step import require_sums_of_a_loop
 
@@ -160,7 +160,7 @@ def teaches_nothing(dataset: TextDataset, place: int) -> bool:
     return all((dataset.targets[text] == UNSUPERVISED).all() for text in dataset.texts_of([place]))
 
 
-def made(trained: Any, layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
+def made(layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
     path = "random:bert" if layout in OTHERS else "random:llama"
     settings = {"texts": TEXTS.get(layout, 1)} | ({"lora": LAST} if keeps else {})
     settings |= {"texts": 2, **PREFERENCES[layout]} if layout in PREFERENCES else {}
@@ -187,18 +187,16 @@ def test_the_records_are_those_that_this_is_about(dataset_of: Any, layout: str) 
 )
 @keeping
 @layouts
-def test_the_clipped_sum_equals_a_loop(trained: Any, dataset_of: Any, layout: str, keeps: bool) -> None:
-    model, dataset = made(trained, layout, keeps=keeps), dataset_of(layout)
+def test_the_clipped_sum_equals_a_loop(dataset_of: Any, layout: str, keeps: bool) -> None:
+    model, dataset = made(layout, keeps=keeps), dataset_of(layout)
     require_sums_of_a_loop(model, dataset, max_length=LONGEST, kept_by=model if keeps else None)
 
 
 @pytest.mark.by_day("chat-whole", "scored-whole", "labels-whole", "prompted-whole", "chat-kept states")
 @keeping
 @layouts
-def test_a_record_is_the_same_bit_for_bit_in_every_company(
-    trained: Any, dataset_of: Any, layout: str, keeps: bool
-) -> None:
-    model = made(trained, layout, keeps=keeps, size=5.0)
+def test_a_record_is_the_same_bit_for_bit_in_every_company(dataset_of: Any, layout: str, keeps: bool) -> None:
+    model = made(layout, keeps=keeps, size=5.0)
     require_alone(
         model, examples_of(dataset_of(layout), max_length=LONGEST, kept_by=model if keeps else None), companies=5
     )

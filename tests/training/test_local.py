@@ -21,7 +21,7 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.local import share_of_round
 from fedtune.training.spec import TrainingSpec
 
-from .conftest import KINDS, examples_of, released
+from .conftest import KINDS, examples_of, fresh, made_up, plan_of, released, work_of
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
 
@@ -40,9 +40,7 @@ def cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @kinds
-def test_every_trainable_tensor_moves_and_nothing_else(
-    fresh: Any, examples: Any, work: Any, path: str, task: str
-) -> None:
+def test_every_trainable_tensor_moves_and_nothing_else(path: str, task: str) -> None:
     # opacus#820: with the wrong order the loss falls and epsilon grows, and the adapters never change.
     model = fresh(path, task)
     start = Adapter.of(model)
@@ -51,7 +49,7 @@ def test_every_trainable_tensor_moves_and_nothing_else(
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
         if not tensor.requires_grad
     }
-    after = released(model, examples(task), work())
+    after = released(model, made_up(task), work_of())
     assert list(after.tensors) == list(start.tensors) == list(model.trainable())
     for name, tensor in after.tensors.items():
         assert (tensor != start.tensors[name]).any(), name
@@ -60,23 +58,23 @@ def test_every_trainable_tensor_moves_and_nothing_else(
             assert torch.equal(tensor, others[name]), name
 
 
-def test_a_round_does_not_depend_on_what_the_model_held_before(fresh: Any, examples: Any, work: Any) -> None:
+def test_a_round_does_not_depend_on_what_the_model_held_before() -> None:
     model = fresh()
     start = Adapter.of(model)
-    first = released(model, examples("classification"), work(), adapter=start)
-    again = released(model, examples("classification"), work(), adapter=start)  # the model now holds `first`
+    first = released(model, made_up("classification"), work_of(), adapter=start)
+    again = released(model, made_up("classification"), work_of(), adapter=start)  # the model now holds `first`
     assert first.digest() == again.digest()
 
 
 @pytest.mark.parametrize("change", [{"site": "bank_b"}, {"round": 2}, {"attempt": 2}])
-def test_so_does_a_share_of_a_secure_sum(fresh: Any, examples: Any, work: Any, change: dict[str, Any]) -> None:
+def test_so_does_a_share_of_a_secure_sum(change: dict[str, Any]) -> None:
     """Draw other noise; which streams a round draws from is below."""
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
-    plan = dataclasses.replace(work().plan, local_steps=1, shared=shared)
-    nobody = examples_of(examples("classification", 0))
+    plan = dataclasses.replace(work_of().plan, local_steps=1, shared=shared)
+    nobody = examples_of(made_up("classification", 0))
 
     def share(**changes: Any) -> dict[str, np.ndarray]:
-        model, asked = fresh(), work(asked=plan, **changes)
+        model, asked = fresh(), work_of(asked=plan, **changes)
         return share_of_round(model, Adapter.of(model), nobody, asked, randomness=SeededRandomness(5))
 
     one, again, other = share(), share(), share(**change)
@@ -85,16 +83,14 @@ def test_so_does_a_share_of_a_secure_sum(fresh: Any, examples: Any, work: Any, c
         assert (one[name] != other[name]).any(), name
 
 
-def test_a_share_beside_a_shorter_clip_norm_has_the_same_noise_and_less_of_each_record(
-    fresh: Any, examples: Any, work: Any
-) -> None:
+def test_a_share_beside_a_shorter_clip_norm_has_the_same_noise_and_less_of_each_record() -> None:
     shared = dataclasses.replace(Together(num_sites=3, threshold=3, colluders=0).with_share(0.5), cell_bits=13)
-    plan = dataclasses.replace(work().plan, sampling_rate=1.0, local_steps=1, shared=shared)
+    plan = dataclasses.replace(work_of().plan, sampling_rate=1.0, local_steps=1, shared=shared)
     shapes = Shapes.of(max_length=15, max_tokens=40)
 
     def share(records: int, factor: float) -> np.ndarray:
-        model, asked = fresh(), work(asked=plan, noise_factor=factor)
-        units = SiteExamples(examples("classification", records), pad_id=0, shapes=shapes, device="cpu")
+        model, asked = fresh(), work_of(asked=plan, noise_factor=factor)
+        units = SiteExamples(made_up("classification", records), pad_id=0, shapes=shapes, device="cpu")
         found = share_of_round(model, Adapter.of(model), units, asked, randomness=SeededRandomness(5))
         return np.concatenate([one.ravel() for one in found.values()]).astype(np.float64)
 
@@ -105,54 +101,50 @@ def test_a_share_beside_a_shorter_clip_norm_has_the_same_noise_and_less_of_each_
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
-def test_each_step_of_a_round_draws_a_sample_of_its_own(
-    fresh: Any, examples: Any, work: Any, plan: Any, monkeypatch: pytest.MonkeyPatch, noise: float
-) -> None:
+def test_each_step_of_a_round_draws_a_sample_of_its_own(monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
     # One sample for all local steps would be accounted as four independent ones.
     drawn = cuts(SiteExamples, monkeypatch)
-    planned = plan(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
-    released(fresh(), examples("classification", 30), work(asked=planned))
+    planned = plan_of(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
+    released(fresh(), made_up("classification", 30), work_of(asked=planned))
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
     assert drawn == [poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
     assert len({tuple(sample) for sample in drawn}) == 4
 
 
-def test_sampling_and_noise_have_streams_of_their_own(fresh: Any, examples: Any, work: Any) -> None:
+def test_sampling_and_noise_have_streams_of_their_own() -> None:
     recording = Mock(wraps=SeededRandomness(5), seeded=True)
-    released(fresh(), examples("classification"), work(round=3, attempt=2), randomness=recording)
+    released(fresh(), made_up("classification"), work_of(round=3, attempt=2), randomness=recording)
     assert sorted(call.args for call in recording.stream.call_args_list) == [
         ("bank_a", 3, 2, purpose) for purpose in ("noise", "records", "sampling")
     ]
 
 
-def test_one_more_record_draws_the_same_noise_and_the_same_others(
-    fresh: Any, examples: Any, work: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_more_record_draws_the_same_noise_and_the_same_others(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = cuts(Shapes, monkeypatch)
-    one_step = work(asked=dataclasses.replace(work().plan, local_steps=1))
+    one_step = work_of(asked=dataclasses.replace(work_of().plan, local_steps=1))
     for count in (12, 13):
-        released(fresh(), examples("classification", count), one_step)
+        released(fresh(), made_up("classification", count), one_step)
     assert [index for index in drawn[1] if index < 12] == drawn[0]
 
 
 @pytest.mark.parametrize(("steps", "noise"), [(1, 0.5), (3, 0.5), (3, 0.0)])
 def test_a_round_takes_the_steps_of_the_plan_at_its_place_in_the_schedule(
-    fresh: Any, examples: Any, work: Any, plan: Any, monkeypatch: pytest.MonkeyPatch, steps: int, noise: float
+    monkeypatch: pytest.MonkeyPatch, steps: int, noise: float
 ) -> None:
     factor = Mock(return_value=1.0)
     monkeypatch.setattr(local, "learning_rate_factor", factor)
     # The plan that was charged decides, not the training settings beside it.
-    planned = plan(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
-    released(fresh(), examples("classification"), work(asked=planned, round=2))
+    planned = plan_of(local_steps=steps, num_rounds=4, noise_multiplier=noise, sampling_rate=0.5)
+    released(fresh(), made_up("classification"), work_of(asked=planned, round=2))
     asked = [call.kwargs for call in factor.call_args_list]
     assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
 
-def test_the_optimizer_starts_anew_each_round(fresh: Any, examples: Any, work: Any) -> None:
+def test_the_optimizer_starts_anew_each_round() -> None:
     # Round 2 from the same adapter in a fresh process gives the same bytes: nothing of round 1 is left.
-    model, dataset = fresh(), examples("classification")
-    first = released(model, dataset, work())
-    second, anew = (released(one, dataset, work(round=2), adapter=first) for one in (model, fresh()))
+    model, dataset = fresh(), made_up("classification")
+    first = released(model, dataset, work_of())
+    second, anew = (released(one, dataset, work_of(round=2), adapter=first) for one in (model, fresh()))
     assert second.digest() == anew.digest()
 
 
@@ -160,46 +152,44 @@ TURNS = LoraSpec(rank=2, alpha=4.0, alternate=True)
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.0])
-def test_a_and_b_take_turns(fresh: Any, examples: Any, work: Any, plan: Any, noise: float) -> None:
-    planned = plan(sampling_rate=0.6, noise_multiplier=noise, local_steps=2, num_rounds=3)
-    model, dataset = fresh(lora=TURNS), examples("classification")
+def test_a_and_b_take_turns(noise: float) -> None:
+    planned = plan_of(sampling_rate=0.6, noise_multiplier=noise, local_steps=2, num_rounds=3)
+    model, dataset = fresh(lora=TURNS), made_up("classification")
     before = Adapter.of(model)
     for round, rests in ((1, ".lora_A."), (2, ".lora_B."), (3, ".lora_A.")):
-        after = released(model, dataset, work(asked=planned, round=round), adapter=before)
+        after = released(model, dataset, work_of(asked=planned, round=round), adapter=before)
         same = {name for name, value in after.tensors.items() if np.array_equal(value, before.tensors[name])}
         assert same == {name for name in after.tensors if rests in name}
         before = after
 
 
-def test_a_round_of_b_s_is_the_one_in_which_every_a_is_frozen(fresh: Any, examples: Any, work: Any) -> None:
+def test_a_round_of_b_s_is_the_one_in_which_every_a_is_frozen() -> None:
     # Clip norm and noise are of what is trained alone.  Up to rounding: a frozen weight has other kernels.
-    sgd = work(training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1))
+    sgd = work_of(training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1))
     frozen_a = dataclasses.replace(TURNS, alternate=False, train_a=False)
-    turns, frozen = (released(fresh(lora=lora), examples("classification"), sgd) for lora in (TURNS, frozen_a))
+    turns, frozen = (released(fresh(lora=lora), made_up("classification"), sgd) for lora in (TURNS, frozen_a))
     assert any(".lora_B." in name for name in frozen.tensors)
     for name, value in frozen.tensors.items():
         np.testing.assert_allclose(turns.tensors[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_a_round_of_a_s_clips_them_and_the_head_alone(
-    fresh: Any, examples: Any, work: Any, plan: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_round_of_a_s_clips_them_and_the_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **_: sums)
-    one_record = plan(noise_multiplier=0.5, max_grad_norm=1e-3, local_steps=1, num_rounds=2)
-    dataset = examples("classification", 1)
+    one_record = plan_of(noise_multiplier=0.5, max_grad_norm=1e-3, local_steps=1, num_rounds=2)
+    dataset = made_up("classification", 1)
     model = fresh(lora=TURNS)
-    before = released(model, dataset, work(round=1))  # else no A has a gradient
+    before = released(model, dataset, work_of(round=1))  # else no A has a gradient
     sgd = TrainingSpec(local_steps=1, optimizer="sgd", learning_rate=1e3)
-    after = released(model, dataset, work(round=2, asked=one_record, training=sgd, declared_size=1), adapter=before)
+    after = released(model, dataset, work_of(round=2, asked=one_record, training=sgd, declared_size=1), adapter=before)
     moved = [np.linalg.norm(after.tensors[name] - before.tensors[name]) for name in after.tensors]
     assert np.linalg.norm(moved) == pytest.approx(1.0, rel=1e-4)
 
 
-def test_without_noise_a_round_is_plain_training(fresh: Any, examples: Any, work: Any, plan: Any) -> None:
-    silent = plan(sampling_rate=0.5, max_grad_norm=1e-9)  # which a private step would clip to nothing
+def test_without_noise_a_round_is_plain_training() -> None:
+    silent = plan_of(sampling_rate=0.5, max_grad_norm=1e-9)  # which a private step would clip to nothing
     sgd = TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.1)
-    dataset = examples("classification")
-    after = released(fresh(), dataset, work(asked=silent, training=sgd))
+    dataset = made_up("classification")
+    after = released(fresh(), dataset, work_of(asked=silent, training=sgd))
     model = fresh()
     parameters = model.trainable()
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")

@@ -16,7 +16,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.per_example import attached
 
-from .conftest import BAD, with_bad
+from .conftest import BAD, made_up, trained, with_bad
 from .test_dp_step import loop_gradient
 
 KINDS = [
@@ -52,12 +52,12 @@ def hook(model: TaskModel, within: str) -> Any:
 
 
 @kinds
-def test_watching_ends(trained: Any, examples: Any, path: str, task: str) -> None:
+def test_watching_ends(path: str, task: str) -> None:
     model = trained(path, task)
     before = watched_in(model)
     with attached(model) as gradients:
         assert watched_in(model) > before
-        gradients.of(collate(examples(task), [0, 1], pad_id=0))
+        gradients.of(collate(made_up(task), [0, 1], pad_id=0))
     assert watched_in(model) == before
     assert leftovers(model) == []
 
@@ -74,12 +74,10 @@ def gradients_of(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
         ("between them", RuntimeError),
     ],
 )
-def test_a_failure_is_raised_and_leaves_no_watched_module_and_no_trace(
-    trained: Any, examples: Any, within: str, error: type[Exception]
-) -> None:
+def test_a_failure_is_raised_and_leaves_no_watched_module_and_no_trace(within: str, error: type[Exception]) -> None:
     # A zero in the place of every record would be noise that nobody asked for.  One base serves every site of a
     # simulation: a site that runs out of memory must not end the others' rounds, nor leave its records' activations.
-    model, dataset = trained(), examples("classification")
+    model, dataset = trained(), made_up("classification")
     small, large = collate(dataset, [0, 1], pad_id=0), collate(dataset, [2, 3, 4], pad_id=0)
     expected, before = gradients_of(model, small), watched_in(model)
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
@@ -96,8 +94,8 @@ def test_a_failure_is_raised_and_leaves_no_watched_module_and_no_trace(
         assert torch.equal(gradient, expected[name]), name
 
 
-def test_a_batch_leaves_nothing_to_the_next(trained: Any, examples: Any) -> None:
-    model, dataset = trained(), examples("classification")
+def test_a_batch_leaves_nothing_to_the_next() -> None:
+    model, dataset = trained(), made_up("classification")
     with attached(model) as gradients:
         first = gradients.of(collate(dataset, [0, 1], pad_id=0))
         gradients.of(collate(dataset, [2, 3, 4], pad_id=0))
@@ -114,21 +112,21 @@ def test_a_batch_leaves_nothing_to_the_next(trained: Any, examples: Any) -> None
         {"head": HeadSpec(train=False)},
     ],
 )
-def test_frozen_tensors_have_no_gradient(trained: Any, examples: Any, changes: dict[str, Any]) -> None:
+def test_frozen_tensors_have_no_gradient(changes: dict[str, Any]) -> None:
     model = trained(**changes)
     with attached(model) as gradients:
-        found = gradients.of(collate(examples("classification"), [0, 1], pad_id=0))
+        found = gradients.of(collate(made_up("classification"), [0, 1], pad_id=0))
     assert list(found) == list(model.trainable())
 
 
-def test_a_tensor_that_takes_no_part_is_refused(trained: Any, examples: Any) -> None:
+def test_a_tensor_that_takes_no_part_is_refused() -> None:
     model = trained()
     model.head.spare = torch.nn.Linear(2, 2, bias=False)
     with (
         attached(model) as gradients,
         pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable, but"),
     ):
-        gradients.of(collate(examples("classification"), [0, 1], pad_id=0))
+        gradients.of(collate(made_up("classification"), [0, 1], pad_id=0))
 
 
 # A record that cannot be computed counts as zero; the answer must not depend on whether there is one.
@@ -155,9 +153,9 @@ def fail_on(model: TaskModel, within: str) -> Any:
 @pytest.mark.parametrize("within", ["the embedding", "forward pass", "backward pass", "between them"])
 @pytest.mark.parametrize("bad", [(0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4)])
 def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
-    trained: Any, examples: Any, within: str, bad: tuple[int, ...]
+    within: str, bad: tuple[int, ...]
 ) -> None:
-    model, dataset = trained(), examples("classification", 5)
+    model, dataset = trained(), made_up("classification", 5)
     shape = (8, 16)
     before = watched_in(model)
     # Before anything, as a backward hook changes in which order gradients are added up.
@@ -190,10 +188,8 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
 
 @pytest.mark.parametrize("bad", [(0,), (5,), (3, 10)])
 @pytest.mark.parametrize("task", ["pairs", "triplets"])
-def test_a_record_of_which_one_text_cannot_be_computed_counts_as_zero(
-    trained: Any, examples: Any, task: str, bad: tuple[int, ...]
-) -> None:
-    model, dataset = trained("random:bert", task), examples(task, 6)
+def test_a_record_of_which_one_text_cannot_be_computed_counts_as_zero(task: str, bad: tuple[int, ...]) -> None:
+    model, dataset = trained("random:bert", task), made_up(task, 6)
     fail_on(model, "forward pass")
     with attached(model) as gradients:
         expected, found = (
@@ -208,8 +204,8 @@ def test_a_record_of_which_one_text_cannot_be_computed_counts_as_zero(
             assert torch.equal(gradient[place], wanted), (name, place)
 
 
-def test_a_module_that_a_pass_uses_twice_has_the_sum_of_both_gradients(trained: Any, examples: Any) -> None:
-    model, dataset = trained(), examples("classification")
+def test_a_module_that_a_pass_uses_twice_has_the_sum_of_both_gradients() -> None:
+    model, dataset = trained(), made_up("classification")
     layers = layer_stack(model.base.get_base_model())[1]
     layers[1] = layers[0]
     looped = [loop_gradient(model, dataset, place) for place in range(3)]
@@ -221,8 +217,8 @@ def test_a_module_that_a_pass_uses_twice_has_the_sum_of_both_gradients(trained: 
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_after_a_step_gradients_are_those_at_the_new_adapter(trained: Any, examples: Any, elsewhere: bool) -> None:
-    model, dataset = trained(), examples("classification")
+def test_after_a_step_gradients_are_those_at_the_new_adapter(elsewhere: bool) -> None:
+    model, dataset = trained(), made_up("classification")
     with attached(model) as gradients:
         gradients.of(collate(dataset, [0], pad_id=0))
         with torch.no_grad():

@@ -21,7 +21,7 @@ from fedtune.training.machine import ready_model
 from fedtune.training.preflight import _Trial, moved_by_others, require_alone
 from fedtune.training.spec import RuntimeSpec
 
-from .conftest import KINDS
+from .conftest import KINDS, fresh
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 SHAPES = Shapes.of(max_length=20, max_tokens=80)
@@ -62,7 +62,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.by_day("True")
 @pytest.mark.parametrize("onednn", [True, False])
-def test_no_round_multiplies_by_what_was_not_tried(fresh: Any, onednn: bool) -> None:
+def test_no_round_multiplies_by_what_was_not_tried(onednn: bool) -> None:
     """Also in rounds in which A or B rests: its product is not left to other kernels then."""
     lora = LoraSpec(rank=4, alpha=8.0, alternate=True)
     model = ready_model(lambda: fresh(lora=lora), RuntimeSpec(onednn=onednn), max_length=12)
@@ -80,7 +80,7 @@ def test_no_round_multiplies_by_what_was_not_tried(fresh: Any, onednn: bool) -> 
 
 
 @pytest.fixture
-def last_layer(fresh: Any) -> Callable[..., TaskModel]:
+def last_layer() -> Callable[..., TaskModel]:
     """A model whose last layer alone trains."""
 
     def make(path: str = "random:bert", task: str = "classification") -> TaskModel:
@@ -124,7 +124,7 @@ OTHERS = {
 )
 @pytest.mark.parametrize("shapes", OTHERS.values(), ids=OTHERS)
 @kinds
-def test_ordinary_models_pass_in_other_shapes(fresh: Any, path: str, task: str, shapes: Shapes) -> None:
+def test_ordinary_models_pass_in_other_shapes(path: str, task: str, shapes: Shapes) -> None:
     assert check(fresh(path, task), shapes=shapes) == 0.0
 
 
@@ -303,7 +303,7 @@ def test_frozen_layers_that_cannot_compute_an_example_are_no_site_s_surprise(las
         check(model, keeps=True)
 
 
-def test_a_length_without_positions_is_a_mistake_before_any_record(fresh: Any) -> None:
+def test_a_length_without_positions_is_a_mistake_before_any_record() -> None:
     model = fresh()
     too_long = model.base.config.max_position_embeddings + 8
     before = Adapter.of(model).digest()
@@ -369,7 +369,7 @@ def test_what_is_made_up_is_drawn_anew_each_time(last_layer: Any) -> None:
 
 
 @pytest.mark.parametrize("chosen", [True, False])
-def test_it_is_told_how_many_trials_are_done(fresh: Any, chosen: bool) -> None:
+def test_it_is_told_how_many_trials_are_done(chosen: bool) -> None:
     told: list[tuple[int, int]] = []
     check(fresh("random:bert", "classification"), weights_chosen=chosen, told=lambda *so_far: told.append(so_far))
     total = (3 if chosen else 2) * len(SHAPES.lengths)

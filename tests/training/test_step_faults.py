@@ -27,7 +27,7 @@ from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
 from . import conftest
-from .conftest import Table, released
+from .conftest import Table, released, trained, work_of
 
 CELLS = 2**24
 """A clip norm."""
@@ -184,7 +184,7 @@ def examples_of(dataset: TextDataset) -> SiteExamples:
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_gradients_are_each_examples_own_in_every_batch(trained: Any, task: str) -> None:
+def test_gradients_are_each_examples_own_in_every_batch(task: str) -> None:
     model = trained("random:bert" if task == "classification" else "random:llama", task)
     examples = examples_of(dataset_of(5, 6, 3, 9, 12, 2, 7, task=task))
     with attached(model) as gradients:
@@ -200,7 +200,7 @@ def test_gradients_are_each_examples_own_in_every_batch(trained: Any, task: str)
         assert all(not one[len(batch) :].any() for one in each.values()), "empty rows"
 
 
-def test_an_example_that_fails_counts_as_zero_and_ends_nothing(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, dataset = trained(), dataset_of(5, 6, 3, 7)
     dataset.input_ids[2][0] = 199
     (batch,) = examples_of(dataset).cut(np.arange(4))
@@ -223,7 +223,7 @@ def test_an_example_that_fails_counts_as_zero_and_ends_nothing(trained: Any, mon
     assert any(one[2].any() for one in right.values())
 
 
-def test_values_never_leave_the_sites_bound(trained: Any, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = trained(), examples_of(dataset_of(*[5] * 6))
     bound = 0.05
     start = Adapter.of(model)
@@ -238,7 +238,7 @@ def test_values_never_leave_the_sites_bound(trained: Any, work: Any, monkeypatch
     monkeypatch.setattr(local, "dp_sgd_step", noted)
     sgd = TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0)
     plan = plan_of(noise_multiplier=1.0, local_steps=6)
-    after = released(model, examples, work(max_adapter_value=bound, asked=plan, training=sgd))
+    after = released(model, examples, work_of(max_adapter_value=bound, asked=plan, training=sgd))
     most = float(np.float32(bound))
     assert before[0] <= most, "what came is brought within it before a record meets it"
     assert max(before[1:]) <= most, "and what every step made"

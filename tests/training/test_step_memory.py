@@ -25,6 +25,8 @@ from fedtune.training.preflight import within_memory
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 from fedtune.training.users import UserExamples
 
+from .conftest import fresh, made_up, plan_of, trained, work_of
+
 pytestmark = pytest.mark.nightly
 
 CPU = torch.device("cpu")
@@ -94,7 +96,7 @@ def test_a_gpu_s_allocator_says_it_itself(monkeypatch: pytest.MonkeyPatch) -> No
 # What is set aside.
 
 
-def test_by_default_it_is_a_share_of_all_memory_less_the_model(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_default_it_is_a_share_of_all_memory_less_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh()
     of_model = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     monkeypatch.setattr(machine, "_memory_bytes", lambda: 8 * 2**30)
@@ -124,7 +126,7 @@ def test_a_container_s_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @kinds
-def test_every_micro_batch_stays_within_it(fresh: Any, path: str, task: str) -> None:
+def test_every_micro_batch_stays_within_it(path: str, task: str) -> None:
     model = fresh(path, task)
     whole = within(model, 1e12)
     assert rows_of(whole) == rows_of(SHAPES), "with room for all, tokens decide"
@@ -144,7 +146,7 @@ def full_of(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset,
 
 @kinds
 def test_a_record_that_fails_or_is_no_number_takes_no_more(
-    fresh: Any, path: str, task: str, monkeypatch: pytest.MonkeyPatch
+    path: str, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = fresh(path, task)
     # The least room in which the largest micro-batch is said to fit.
@@ -176,7 +178,7 @@ def test_a_record_that_fails_or_is_no_number_takes_no_more(
     assert ordinary < with_failure <= needed
 
 
-def test_where_nothing_fits_the_setting_is_named(fresh: Any) -> None:
+def test_where_nothing_fits_the_setting_is_named() -> None:
     model = fresh()
     with pytest.raises(ConfigError, match=r"step_mib = 0: must be at least \d+: a micro-batch of 1 x 12 tokens"):
         within(model, 1000)
@@ -184,14 +186,14 @@ def test_where_nothing_fits_the_setting_is_named(fresh: Any) -> None:
     assert min(rows_of(least)) >= 1
 
 
-def test_a_length_without_padding_keeps_its_empty_row(fresh: Any) -> None:
+def test_a_length_without_padding_keeps_its_empty_row() -> None:
     full = replace(SHAPES, full=SHAPES.lengths[-1])
     with_room = within_memory(fresh(), full, most_bytes=MIB // 2, keeps_states=False)
     assert with_room.rows(full.full)[-1] == 2
     assert with_room.room(full.full, 2) == 1
 
 
-def test_a_failure_of_a_trial_names_its_setting(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_a_trial_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
         monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
         with pytest.raises(ConfigError, match=said):
@@ -203,13 +205,11 @@ def test_a_failure_of_a_trial_names_its_setting(fresh: Any, monkeypatch: pytest.
 
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize(("path", "task"), KINDS[:2])
-def test_a_round_is_the_same_to_the_bit_in_whatever_memory(
-    trained: Any, examples: Any, plan: Any, work: Any, path: str, task: str, unit: str
-) -> None:
-    model, dataset = trained(path, task), examples(task, 40)
+def test_a_round_is_the_same_to_the_bit_in_whatever_memory(path: str, task: str, unit: str) -> None:
+    model, dataset = trained(path, task), made_up(task, 40)
     start = Adapter.of(model)
-    planned = plan(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
-    asked = work(asked=planned, training=TrainingSpec(), declared_size=30)
+    planned = plan_of(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
+    asked = work_of(asked=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()
     for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):
         shapes = within(model, num_bytes)

@@ -19,7 +19,7 @@ from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 
-from .conftest import KINDS, examples_of, released
+from .conftest import KINDS, examples_of, made_up, plan_of, released, stepper, trained, work_of
 from .test_dp_step import loop_gradient
 from .test_step_faults import numbered
 
@@ -69,10 +69,8 @@ def users_sum(
 @pytest.mark.by_day("random:bert-classification-1", "random:llama-causal_lm-3", "random:bert-triplets-100")
 @pytest.mark.parametrize("most", [1, 3, 100])
 @kinds
-def test_the_sum_is_what_the_definition_says_however_it_is_cut(
-    trained: Any, examples: Any, path: str, task: str, most: int
-) -> None:
-    model, dataset, users = trained(path, task), examples(task, 14), users_of_sizes(5, 1, 3, 1, 4)
+def test_the_sum_is_what_the_definition_says_however_it_is_cut(path: str, task: str, most: int) -> None:
+    model, dataset, users = trained(path, task), made_up(task, 14), users_of_sizes(5, 1, 3, 1, 4)
     each = [loop_gradient(model, dataset, record) for record in range(14)]
     chosen = np.array([0, 2, 3, 4])
     taking_part = [users[user][:most].tolist() for user in chosen]
@@ -117,13 +115,11 @@ def stream(*purpose: str | int) -> RandomStream:
     return SeededRandomness(17).stream(*purpose)
 
 
-def test_group_sampling_equals_its_definition_on_the_same_bits(
-    plan: Any, trained: Any, stepper: Any, examples: Any
-) -> None:
+def test_group_sampling_equals_its_definition_on_the_same_bits() -> None:
     # A user joins where its 64 bits are below the rate; of a user with more than `most` records those with the
     # smallest of their own fresh draws take part.
     sizes, most, rate = (5, 1, 3, 2, 4, 1, 6), 3, 0.6
-    dataset, users = examples("classification", sum(sizes)), users_of_sizes(*sizes)
+    dataset, users = made_up("classification", sum(sizes)), users_of_sizes(*sizes)
     by_user = UserExamples(examples_of(dataset), users, most_records=most)
     taken: list[list[tuple[int, ...]]] = []
 
@@ -136,7 +132,7 @@ def test_group_sampling_equals_its_definition_on_the_same_bits(
     records = dp_step.Records(count=len(by_user), declared_size=10, cut=cut)
     one = stepper(trained())
     one.units, one.sampling, users_bits = UserGradients, stream("sampling"), stream("sampling")
-    one.step(records, plan(sampling_rate=rate, unit="user", records_per_user=most), steps=5)
+    one.step(records, plan_of(sampling_rate=rate, unit="user", records_per_user=most), steps=5)
 
     for step in taken:
         expected = []
@@ -162,16 +158,11 @@ def test_of_few_records_all_take_part_and_nothing_is_drawn(count: int, most: int
 # A whole round.
 
 
-@pytest.fixture
-def work(work: Any, plan: Any) -> Any:
+def round_of(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
     """A round with users, unless told otherwise; keywords are the plan's."""
-
-    def make(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
-        values = {"sampling_rate": 0.6, "noise_multiplier": 0.5, "max_grad_norm": 0.5} | changes
-        planned = plan(unit=unit, records_per_user=most if unit == "user" else 1, **values)
-        return work(asked=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
-
-    return make
+    values = {"sampling_rate": 0.6, "noise_multiplier": 0.5, "max_grad_norm": 0.5} | changes
+    planned = plan_of(unit=unit, records_per_user=most if unit == "user" else 1, **values)
+    return work_of(asked=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
 
 
 @pytest.mark.by_day(
@@ -179,20 +170,18 @@ def work(work: Any, plan: Any) -> Any:
 )
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
 @kinds
-def test_users_with_one_record_each_train_as_records_do(
-    trained: Any, examples: Any, work: Any, path: str, task: str, noise: float
-) -> None:
-    dataset = examples(task, 9)
+def test_users_with_one_record_each_train_as_records_do(path: str, task: str, noise: float) -> None:
+    dataset = made_up(task, 9)
     alone = UserExamples(examples_of(dataset), users_of_sizes(*[1] * 9), most_records=3)
     changes = {"noise_multiplier": noise}
-    by_user = released(trained(path, task), alone, work(**changes))
-    by_record = released(trained(path, task), examples_of(dataset), work(unit="record", **changes))
+    by_user = released(trained(path, task), alone, round_of(**changes))
+    by_record = released(trained(path, task), examples_of(dataset), round_of(unit="record", **changes))
     assert by_user.digest() == by_record.digest(), "the same bits, sums, noise and steps"
     assert by_user.digest() != Adapter.of(trained(path, task)).digest()
 
 
-def test_without_privacy_the_mean_of_each_user_counts_once_too(trained: Any, examples: Any, work: Any) -> None:
-    dataset, users = examples("causal_lm", 9), users_of_sizes(5, 3, 1)
+def test_without_privacy_the_mean_of_each_user_counts_once_too() -> None:
+    dataset, users = made_up("causal_lm", 9), users_of_sizes(5, 3, 1)
     quiet = {"noise_multiplier": 0.0, "sampling_rate": 1.0, "local_steps": 1}
     model = trained("random:llama", "causal_lm")
     each = [loop_gradient(model, dataset, record) for record in range(9)]
@@ -201,22 +190,22 @@ def test_without_privacy_the_mean_of_each_user_counts_once_too(trained: Any, exa
         model = trained("random:llama", "causal_lm")
         before = Adapter.of(model)
         by_user = UserExamples(examples_of(dataset, max_tokens=max_tokens), users, most_records=9)
-        after = released(model, by_user, work(most=9, **quiet))
+        after = released(model, by_user, round_of(most=9, **quiet))
         for name, total in expected.items():
             moved = after.tensors[name].astype(np.float64) - before.tensors[name]
             np.testing.assert_allclose(moved, -0.5 * total / 10, rtol=2e-3, atol=1e-6)
 
 
-def test_a_plan_of_one_unit_never_trains_on_another(trained: Any, examples: Any, work: Any) -> None:
-    dataset = examples("classification", 4)
+def test_a_plan_of_one_unit_never_trains_on_another() -> None:
+    dataset = made_up("classification", 4)
     by_user = UserExamples(examples_of(dataset), users_of_sizes(3, 1), most_records=2)
     for wrong, unit in ((by_user, "record"), (examples_of(dataset), "user")):
         with pytest.raises(AssertionError, match="what is sampled and what the plan counts differ"):
-            released(trained(), wrong, work(unit=unit))
+            released(trained(), wrong, round_of(unit=unit))
 
 
-def test_every_record_has_one_user_and_every_user_a_record(examples: Any) -> None:
-    dataset = examples("classification", 3)
+def test_every_record_has_one_user_and_every_user_a_record() -> None:
+    dataset = made_up("classification", 3)
     for users in ([np.array([0, 1])], [np.array([0, 1, 2]), np.array([], dtype=np.int64)]):
         with pytest.raises(AssertionError):
             UserExamples(examples_of(dataset), users, most_records=2)
