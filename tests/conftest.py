@@ -25,7 +25,6 @@ from typing import Any
 
 import click
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -35,13 +34,12 @@ from fedtune.api import compose
 from fedtune.cli.main import fedtune, main
 from fedtune.data import partition, records
 from fedtune.data.records import Record
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset, Policy, Reference
 from fedtune.spec import DataError
 
-from .privacy.builders import changed, policy, proposal
+from .privacy.builders import changed, lead_key, policy, proposal, stranger_key
 
 REPOSITORY = Path(__file__).parents[1]
 _BEGAN = time.monotonic()
@@ -346,19 +344,7 @@ _result_of = pytest.fixture(scope="session", name="result_of")(lambda: result_of
 _adapter_of = pytest.fixture(scope="session", name="adapter_of")(lambda: adapter_of)
 
 
-@pytest.fixture(scope="session")
-def lead_key() -> SigningKey:
-    """The key of the lead whom the sites know."""
-    return SigningKey(Ed25519PrivateKey.generate())
-
-
-@pytest.fixture(scope="session")
-def stranger_key() -> SigningKey:
-    """The key of somebody whom no site knows."""
-    return SigningKey(Ed25519PrivateKey.generate())
-
-
-@pytest.fixture(scope="session")
+@cache
 def run_plan() -> Plan:
     """The plan of the run `r`."""
     return Plan(
@@ -373,70 +359,62 @@ def run_plan() -> Plan:
     )
 
 
-@pytest.fixture(scope="session")
-def run_proposal(lead_key: SigningKey, run_plan: Plan) -> Callable[..., Proposal]:
+def run_proposal(**changes: Any) -> Proposal:
     """What the lead proposes for the run `r`; keywords override fields of the proposal or of its plan."""
     of_plan = {field.name for field in fields(Plan)}
-
-    def make(**changes: Any) -> Proposal:
-        plan = replace(run_plan, **{key: value for key, value in changes.items() if key in of_plan})
-        of_run = {"lead": lead_key.public, "dataset": "patients", "base_model": "ab" * 32}
-        of_run |= {"target_modules": ("query", "value"), "plan": plan}
-        return replace(proposal(), **of_run | {key: value for key, value in changes.items() if key not in of_plan})
-
-    return make
+    plan = replace(run_plan(), **{key: value for key, value in changes.items() if key in of_plan})
+    of_run = {"dataset": "patients", "base_model": "ab" * 32, "target_modules": ("query", "value"), "plan": plan}
+    return replace(proposal(), **of_run | {key: value for key, value in changes.items() if key not in of_plan})
 
 
-@pytest.fixture(scope="session")
-def site_policy(run_proposal: Callable[..., Proposal]) -> Callable[..., Policy]:
+def site_policy(site: str = "a", *, declared_size: int = 100, **changes: Any) -> Policy:
     """A site's policy that allows the run `r` and no more, with room for several such runs.
 
     Keywords override tables by dicts of their values, as in `limits={"max_rounds": 9}`, and other keys by values.
     """
-
-    def make(site: str = "a", *, declared_size: int = 100, **changes: Any) -> Policy:
-        asked = run_proposal()
-        plan = asked.plan
-        steps = plan.local_steps * plan.most_rounds
-        reference = Reference(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
-        allowed = policy(
-            site=site,
-            population={"name": f"{site}-patients"},
-            dataset=(Dataset(id=asked.dataset, declared_size=declared_size),),
-            budget={"delta": plan.delta, "max_epsilon": 5.0, "reference": reference},
-            limits={
-                "min_noise_multiplier": plan.noise_multiplier,
-                "max_sampling_rate": plan.sampling_rate,
-                "max_grad_norm": plan.max_grad_norm,
-                "max_local_steps": plan.local_steps,
-                "max_rounds": plan.most_rounds,
-                "max_adapter_value": 5.0,  # the made-up adapters of the tests go up to it
-            },
-            allow={
-                "leads": (asked.lead,),
-                "base_models": (asked.base_model,),
-                "target_modules": asked.target_modules,
-                "max_rank": asked.rank,
-            },
-        )
-        return changed(allowed, **changes)
-
-    return make
+    asked = run_proposal()
+    plan = asked.plan
+    steps = plan.local_steps * plan.most_rounds
+    reference = Reference(sampling_rate=plan.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=steps)
+    allowed = policy(
+        site=site,
+        population={"name": f"{site}-patients"},
+        dataset=(Dataset(id=asked.dataset, declared_size=declared_size),),
+        budget={"delta": plan.delta, "max_epsilon": 5.0, "reference": reference},
+        limits={
+            "min_noise_multiplier": plan.noise_multiplier,
+            "max_sampling_rate": plan.sampling_rate,
+            "max_grad_norm": plan.max_grad_norm,
+            "max_local_steps": plan.local_steps,
+            "max_rounds": plan.most_rounds,
+            "max_adapter_value": 5.0,  # the made-up adapters of the tests go up to it
+        },
+        allow={
+            "leads": (asked.lead,),
+            "base_models": (asked.base_model,),
+            "target_modules": asked.target_modules,
+            "max_rank": asked.rank,
+        },
+    )
+    return changed(allowed, **changes)
 
 
-@pytest.fixture(scope="session")
-def has_scale() -> Callable[[Any, float], bool]:
+def has_scale(values: Any, scale: float) -> bool:
     """Whether values look like independent N(0, scale^2), by a two-sided chi-square test of their variance.
 
     It rejects a right scale once in a million; with 5,000 values it misses one that is 10 % off less often than that.
     """
     from scipy import stats
 
-    def test(values: Any, scale: float) -> bool:
-        below = stats.chi2.cdf(((values / scale) ** 2).sum(), df=values.size)
-        return bool(2 * min(below, 1 - below) > 1e-6)
+    below = stats.chi2.cdf(((values / scale) ** 2).sum(), df=values.size)
+    return bool(2 * min(below, 1 - below) > 1e-6)
 
-    return test
+
+_lead_key = pytest.fixture(scope="session", name="lead_key")(lambda: lead_key)
+_stranger_key = pytest.fixture(scope="session", name="stranger_key")(lambda: stranger_key)
+_run_proposal = pytest.fixture(scope="session", name="run_proposal")(lambda: run_proposal)
+_site_policy = pytest.fixture(scope="session", name="site_policy")(lambda: site_policy)
+_has_scale = pytest.fixture(scope="session", name="has_scale")(lambda: has_scale)
 
 
 def note_everything_sent(patched: pytest.MonkeyPatch) -> list[bytes]:

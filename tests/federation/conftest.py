@@ -21,10 +21,11 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refusal, Update
-from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 
 from ..builders import MadeSite, Train, round_request
+from ..conftest import run_proposal, site_policy
+from ..privacy.builders import lead_key
 
 NONCE = "0a" * 16
 
@@ -41,52 +42,41 @@ def reason(reply: Reply) -> Reason:
     return reply.body.reason
 
 
-@pytest.fixture
-def adapter() -> Adapter:
+def made_adapter() -> Adapter:
     return Adapter({"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.ones(4, np.float32)})
 
 
 @pytest.fixture
-def plan(run_plan: Plan) -> Plan:
-    return run_plan
+def adapter() -> Adapter:
+    return made_adapter()
 
 
-@pytest.fixture
-def update(adapter: Adapter) -> Callable[..., Update]:
-    def make(**changes: Any) -> Update:
-        return Update(**({"site": "a", "run": "r", "round": 1, "tensors": dict(adapter.tensors)} | changes))
-
-    return make
+def update_of(**changes: Any) -> Update:
+    return Update(**({"site": "a", "run": "r", "round": 1, "tensors": made_adapter().tensors} | changes))
 
 
-@pytest.fixture(scope="session")
-def key_of() -> Callable[[str], SigningKey]:
+def key_of(site: str) -> SigningKey:
     """The key of the site with this name."""
-    return lambda site: SigningKey(Ed25519PrivateKey.from_private_bytes(site.encode().ljust(32)))
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(site.encode().ljust(32)))
 
 
-@pytest.fixture
-def receipt(key_of: Callable[[str], SigningKey]) -> Callable[..., Receipt]:
+def receipt_of(
+    site: str = "a", *, charged: int = 1, run: str = "r", key: SigningKey | None = None, **more: Any
+) -> Receipt:
     """A receipt that its site signed; `key` signs in its place."""
-
-    def make(
-        site: str = "a", *, charged: int = 1, run: str = "r", key: SigningKey | None = None, **more: Any
-    ) -> Receipt:
-        key = key or key_of(site)
-        unsigned = Receipt(
-            site=site,
-            run=run,
-            charged_rounds=charged,
-            charged_steps=2 * charged,
-            sequence=3 * charged,
-            head="00" * 32,
-            site_key=key.public,
-            signature="",
-            **more,
-        )
-        return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
-
-    return make
+    key = key or key_of(site)
+    unsigned = Receipt(
+        site=site,
+        run=run,
+        charged_rounds=charged,
+        charged_steps=2 * charged,
+        sequence=3 * charged,
+        head="00" * 32,
+        site_key=key.public,
+        signature="",
+        **more,
+    )
+    return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
 
 
 @dataclass
@@ -195,13 +185,7 @@ class Station:
 
 
 @pytest.fixture
-def station(
-    tmp_path: Path,
-    site_policy: Callable[..., Policy],
-    run_proposal: Callable[..., Proposal],
-    lead_key: SigningKey,
-    adapter: Adapter,
-) -> Callable[..., Station]:
+def station(tmp_path: Path, adapter: Adapter) -> Callable[..., Station]:
     """A site of its own; keywords change its policy."""
 
     def make(**changes: Any) -> Station:

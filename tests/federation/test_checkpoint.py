@@ -18,7 +18,7 @@ from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import round_of
+from .conftest import receipt_of, round_of
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def checkpoints(folder: Path) -> Checkpoints:
 
 
 @pytest.fixture
-def state(adapter: Adapter, receipt: Any) -> Callable[..., LeadState]:
+def state(adapter: Adapter) -> Callable[..., LeadState]:
     def make(round: int) -> LeadState:
         results = [
             round_of(
@@ -48,7 +48,7 @@ def state(adapter: Adapter, receipt: Any) -> Callable[..., LeadState]:
             round=round,
             adapter=adapter,
             strategy=moments,
-            receipts={"a": receipt(charged=round)},
+            receipts={"a": receipt_of(charged=round)},
             unanswered={"b": 1},
             rounds=results,
             seconds=1.5,

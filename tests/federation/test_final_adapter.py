@@ -10,10 +10,10 @@ import pytest
 from fedtune.federation.protocol import EndOfRun
 from fedtune.federation.site_round import end_run
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Refused
 
 from ..builders import with_methods
+from ..privacy.builders import lead_key, stranger_key
 
 
 @pytest.fixture
@@ -72,9 +72,7 @@ def test_a_second_notice_changes_nothing_and_exchanges_no_adapter(site: Any, fin
     assert set(site.kept) == {("r", final.digest())}
 
 
-def test_another_lead_ends_nothing_and_gives_no_adapter(
-    station: Any, lead_key: SigningKey, stranger_key: SigningKey, final: Adapter
-) -> None:
+def test_another_lead_ends_nothing_and_gives_no_adapter(station: Any, final: Adapter) -> None:
     site = station(allow={"leads": (lead_key.public, stranger_key.public)})
     site.ask()
     without = replace(site.policy, allow=replace(site.policy.allow, leads=(stranger_key.public,)))

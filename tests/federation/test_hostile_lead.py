@@ -14,11 +14,11 @@ import pytest
 
 from fedtune.federation.protocol import Reply
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Receipt, Update
 
-from .conftest import reason
+from ..privacy.builders import stranger_key
+from .conftest import reason, receipt_of
 
 # What is asked for, the rule that it breaks, and what the refusal says about it: a few of all rules of a policy, which
 # tests/privacy/test_site_policy.py tries.
@@ -71,18 +71,14 @@ def test_asking_for_too_much_is_refused_with_the_rule(
 @pytest.mark.parametrize(
     "about", [{}, {"site": "b"}, {"expires": 1.0}, {"round": 99}, {"adapter_digest": "0" * 64}], ids=str
 )
-def test_a_stranger_learns_nothing_whatever_else_is_wrong(
-    site: Any, stranger_key: SigningKey, about: dict[str, Any]
-) -> None:
+def test_a_stranger_learns_nothing_whatever_else_is_wrong(site: Any, about: dict[str, Any]) -> None:
     with only_refused(site, Reason.LEADS):
         reply = site.ask(1, key=stranger_key, lead=stranger_key.public, about=about, run="another", rank=64)
     assert reason(reply) is Reason.LEADS
     assert reply.receipt is None
 
 
-def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(
-    site: Any, stranger_key: SigningKey
-) -> None:
+def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(site: Any) -> None:
     # Anybody can send such a message; nobody may fill the ledger with them.
     site.ledger()
     before = site.events()
@@ -180,10 +176,10 @@ def test_a_ledger_that_lacks_the_leads_last_receipt_trains_nothing(site: Any, le
     assert site.trained == [(1, 1), (2, 1)]
 
 
-def test_a_receipt_that_the_ledger_did_not_give_is_refused(site: Any, receipt: Any, tmp_path: Any) -> None:
+def test_a_receipt_that_the_ledger_did_not_give_is_refused(site: Any, tmp_path: Any) -> None:
     """How a receipt may be forged: tests/privacy/test_rollback.py."""
     forged = replace(site.ask().receipt, charged_rounds=0)
-    for other in (forged, receipt("a")):
+    for other in (forged, receipt_of("a")):
         with only_refused(site, Reason.WRONG_SIGNATURE):
             assert reason(site.ask(2, about={"receipt": other})) is Reason.WRONG_SIGNATURE
     # With the site's own key, but of a ledger that was begun anew: the same number of events, and another history.

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from fedtune.federation.protocol import Invitation, Signed
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Offer, Reason
 from fedtune.spec import ConfigError
 
+from ..privacy.builders import lead_key, stranger_key
 from .conftest import NONCE, reason
 
 
@@ -56,7 +56,7 @@ def test_what_a_round_would_be_refused_for_is_said_beforehand(
     assert reason(site.invite()) is Reason.PAUSED
 
 
-def test_a_stranger_learns_nothing_of_the_ledger(site: Any, stranger_key: SigningKey) -> None:
+def test_a_stranger_learns_nothing_of_the_ledger(site: Any) -> None:
     for reply in (site.invite(key=stranger_key, lead=stranger_key.public), site.invite(key=stranger_key)):
         assert reason(reply).is_of_a_stranger
         assert reply.receipt is None
@@ -94,7 +94,7 @@ def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any
     ],
     ids=str,
 )
-def test_a_malformed_invitation_is_none(site: Any, lead_key: SigningKey, change: dict[str, Any]) -> None:
+def test_a_malformed_invitation_is_none(site: Any, change: dict[str, Any]) -> None:
     asked = Invitation(proposal=site.propose(), site="a", expires=1e12, nonce=NONCE)
     fields = json.loads(asked.signed(lead_key).text) | change
     text = json.dumps(fields)
@@ -102,7 +102,7 @@ def test_a_malformed_invitation_is_none(site: Any, lead_key: SigningKey, change:
         Invitation.of(Signed(text=text, signature=lead_key.sign(Invitation.purpose, text.encode())))
 
 
-def test_a_round_request_is_no_invitation_and_the_other_way_round(site: Any, lead_key: SigningKey) -> None:
+def test_a_round_request_is_no_invitation_and_the_other_way_round(site: Any) -> None:
     asked = Invitation(proposal=site.propose(), site="a", expires=1e12, nonce=NONCE)
     assert Invitation.of(asked.signed(lead_key)) == asked
     with pytest.raises(ConfigError):

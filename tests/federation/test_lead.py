@@ -19,7 +19,8 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 from fedtune.spec import RunError
 
-from .conftest import round_of
+from ..conftest import run_plan
+from .conftest import key_of, receipt_of, round_of, update_of
 
 MakeReceipt = Callable[..., Receipt]
 OF_RUN: Any = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.2, "noise_multiplier": 4.0, "max_grad_norm": 1.0}
@@ -42,14 +43,14 @@ def answered(state: LeadState, replies: dict[str, Reply]) -> LeadState:
     return state
 
 
-def test_a_site_that_was_never_asked_has_spent_nothing(state: LeadState, plan: Plan) -> None:
-    charge = site_charge(state, "a", plan)
+def test_a_site_that_was_never_asked_has_spent_nothing(state: LeadState) -> None:
+    charge = site_charge(state, "a", run_plan())
     assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
 
 
-def test_a_receipt_says_what_was_charged(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = answered(state.asked(["a"]), answer(receipt(charged=2)))
-    charge = site_charge(state, "a", plan)
+def test_a_receipt_says_what_was_charged(state: LeadState) -> None:
+    state = answered(state.asked(["a"]), answer(receipt_of(charged=2)))
+    charge = site_charge(state, "a", run_plan())
     assert (charge.steps, charge.upper_bound) == (4, False)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(4.0)), 4)
@@ -57,98 +58,94 @@ def test_a_receipt_says_what_was_charged(state: LeadState, plan: Plan, receipt: 
     assert charge.epsilon < charge.epsilon_rdp
 
 
-def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    state = answered(state.asked(["a", "b"]), answer(receipt(charged=1)))
+def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState) -> None:
+    state = answered(state.asked(["a", "b"]), answer(receipt_of(charged=1)))
     state = state.asked(["a", "b"])
     for site, rounds in (("a", 2), ("b", 2)):
-        charge = site_charge(state, site, plan)
+        charge = site_charge(state, site, run_plan())
         assert (charge.steps, charge.upper_bound) == (2 * rounds, True)
-    assert site_charge(state, "a", plan).epsilon == site_charge(state, "b", plan).epsilon > 0
+    assert site_charge(state, "a", run_plan()).epsilon == site_charge(state, "b", run_plan()).epsilon > 0
 
 
-def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(
-    state: LeadState, plan: Plan, receipt: MakeReceipt
-) -> None:
-    state = answered(state.asked(["a"]), answer(receipt(charged=3)))
+def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(state: LeadState) -> None:
+    state = answered(state.asked(["a"]), answer(receipt_of(charged=3)))
     for _ in range(5):
         state = state.asked(["a"])
-    charge = site_charge(state, "a", plan)
-    assert (charge.steps, charge.upper_bound) == (2 * plan.most_rounds, True)
+    charge = site_charge(state, "a", run_plan())
+    assert (charge.steps, charge.upper_bound) == (2 * run_plan().most_rounds, True)
 
 
 @pytest.mark.parametrize("wrong", [{"site": "b"}, {"run": "other"}, "unsigned"])
-def test_a_receipt_of_another_site_or_run_or_that_nobody_signed_counts_as_silence(
-    state: LeadState, plan: Plan, receipt: MakeReceipt, wrong: Any
-) -> None:
+def test_a_receipt_of_another_site_or_run_or_that_nobody_signed_counts_as_silence(state: LeadState, wrong: Any) -> None:
     unsigned = wrong == "unsigned"
-    made = replace(receipt(charged=1), charged_rounds=0) if unsigned else receipt(**{"charged": 0, **wrong})
+    made = replace(receipt_of(charged=1), charged_rounds=0) if unsigned else receipt_of(**{"charged": 0, **wrong})
     state = answered(state.asked(["a"]), answer(made))
     assert state.receipts == {}
-    charge = site_charge(state, "a", plan)
+    charge = site_charge(state, "a", run_plan())
     assert (charge.steps, charge.upper_bound) == (2, True)
 
 
-def test_a_site_keeps_its_key(state: LeadState, plan: Plan, receipt: MakeReceipt, key_of: Any) -> None:
-    state = answered(state.asked(["a"]), answer(receipt(charged=1)))
-    state = answered(state.asked(["a"]), answer(receipt(charged=2, key=key_of("b"))))
-    assert state.receipts["a"] == receipt(charged=1)
-    charge = site_charge(state, "a", plan)
+def test_a_site_keeps_its_key(state: LeadState) -> None:
+    state = answered(state.asked(["a"]), answer(receipt_of(charged=1)))
+    state = answered(state.asked(["a"]), answer(receipt_of(charged=2, key=key_of("b"))))
+    assert state.receipts["a"] == receipt_of(charged=1)
+    charge = site_charge(state, "a", run_plan())
     assert (charge.steps, charge.upper_bound) == (4, True)
 
 
 @pytest.mark.parametrize("came", [{"sites": ("a",)}, {"sites": (), "failed_sites": {"a": "beyond_plan"}}])
-def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(
-    state: LeadState, plan: Plan, receipt: MakeReceipt, update: Any, came: Any
-) -> None:
+def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(state: LeadState, came: Any) -> None:
     # A server may put an old genuine receipt beside each new update; the charges would seem to stand still.
-    old = receipt(charged=1)
-    state = answered(state.asked(["a"]), {"a": Reply(body=update(), receipt=old)})
+    old = receipt_of(charged=1)
+    state = answered(state.asked(["a"]), {"a": Reply(body=update_of(), receipt=old)})
     state = replace(state, rounds=(round_of(1, **came),))
-    assert site_charge(state, "a", plan).upper_bound is False
-    replayed = answered(state.asked(["a"]), {"a": Reply(body=update(round=2), receipt=old)})
-    charge = site_charge(replayed, "a", plan)
+    assert site_charge(state, "a", run_plan()).upper_bound is False
+    replayed = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=old)})
+    charge = site_charge(replayed, "a", run_plan())
     assert (charge.rounds, charge.upper_bound) == (2, True)
-    honest = answered(state.asked(["a"]), {"a": Reply(body=update(round=2), receipt=receipt(charged=2))})
-    assert (site_charge(honest, "a", plan).rounds, site_charge(honest, "a", plan).upper_bound) == (2, False)
+    honest = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=receipt_of(charged=2))})
+    assert (site_charge(honest, "a", run_plan()).rounds, site_charge(honest, "a", run_plan()).upper_bound) == (2, False)
     assert honest.heard("a", old, **RUN) is None
 
 
-def test_a_site_counts_with_the_noise_that_it_signed_for(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
-    heard = answered(state.asked(["a", "b"]), answer(receipt(charged=2, noise_factor=1.5)) | answer(receipt("b"), "b"))
-    stronger, usual = site_charge(heard, "a", plan), site_charge(heard, "b", plan)
+def test_a_site_counts_with_the_noise_that_it_signed_for(state: LeadState) -> None:
+    heard = answered(
+        state.asked(["a", "b"]), answer(receipt_of(charged=2, noise_factor=1.5)) | answer(receipt_of("b"), "b")
+    )
+    stronger, usual = site_charge(heard, "a", run_plan()), site_charge(heard, "b", run_plan())
     assert (stronger.noise_factor, usual.noise_factor) == (1.5, 1.0)
-    assert heard.plan_at("a", plan) == replace(plan, noise_multiplier=6.0)
+    assert heard.plan_at("a", run_plan()) == replace(run_plan(), noise_multiplier=6.0)
     for rounds, epsilon in ((2, stronger.epsilon), (4, stronger.planned_epsilon)):
         event = dp_event.SelfComposedDpEvent(
             dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(6.0)), 2 * rounds
         )
-        by_others = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event).get_epsilon(plan.delta)
+        by_others = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event).get_epsilon(run_plan().delta)
         assert epsilon == pytest.approx(by_others, rel=1e-3)
 
 
-def test_a_sites_noise_is_fixed_with_its_first_charge(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+def test_a_sites_noise_is_fixed_with_its_first_charge(state: LeadState) -> None:
     # Before it, the run stands in no ledger, and a receipt says nothing of its noise.
-    before = answered(state.asked(["a"]), answer(receipt(charged=0)))
-    began = answered(before.asked(["a"]), answer(receipt(charged=1, noise_factor=2.0)))
+    before = answered(state.asked(["a"]), answer(receipt_of(charged=0)))
+    began = answered(before.asked(["a"]), answer(receipt_of(charged=1, noise_factor=2.0)))
     assert began.receipts["a"].noise_factor == 2.0
     for factor in (1.0, 3.0):
-        assert began.heard("a", receipt(charged=2, noise_factor=factor), **RUN) is None
-    assert began.heard("a", receipt(charged=2, noise_factor=2.0), **RUN) is not None
+        assert began.heard("a", receipt_of(charged=2, noise_factor=factor), **RUN) is None
+    assert began.heard("a", receipt_of(charged=2, noise_factor=2.0), **RUN) is not None
 
 
-def test_noise_that_the_plan_cannot_have_is_not_believed(state: LeadState, plan: Plan, receipt: MakeReceipt) -> None:
+def test_noise_that_the_plan_cannot_have_is_not_believed(state: LeadState) -> None:
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(4.0)
     sums = {"local_steps": 1, "noise_multiplier": 4.0, "shared": shared}
     for change, factor in (({"noise_multiplier": 0.0}, 2.0), ({"noise_multiplier": 9000.0}, 2.0), (sums, 1.0001)):
-        other: Any = replace(plan, **change)  # type: ignore[arg-type]
-        assert state.heard("a", receipt(noise_factor=factor), run="r", plan=other) is None
-        assert state.heard("a", receipt(), run="r", plan=other) is not None
+        other: Any = replace(run_plan(), **change)  # type: ignore[arg-type]
+        assert state.heard("a", receipt_of(noise_factor=factor), run="r", plan=other) is None
+        assert state.heard("a", receipt_of(), run="r", plan=other) is not None
 
 
-def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadState, receipt: MakeReceipt) -> None:
+def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadState) -> None:
     # Signed or not: to compose so many events would take hours and all of the memory.
     for charged in (5, 10**18):
-        replies = answer(receipt(charged=charged))
+        replies = answer(receipt_of(charged=charged))
         after = answered(state.asked(["a"]), replies)
         assert (after.receipts, after.unanswered) == ({}, {"a": 1})
 
@@ -184,19 +181,19 @@ def book(tmp_path: Path) -> ReceiptBook:
     return ReceiptBook(tmp_path / "lead" / "receipts.json")
 
 
-def test_receipts_come_back_as_they_were_with_signatures_that_hold(book: ReceiptBook, receipt: MakeReceipt) -> None:
-    kept = {"a": receipt("a"), "b": receipt("b", charged=3)}
+def test_receipts_come_back_as_they_were_with_signatures_that_hold(book: ReceiptBook) -> None:
+    kept = {"a": receipt_of("a"), "b": receipt_of("b", charged=3)}
     book.keep(kept)
     assert ReceiptBook(book.path).read() == kept
     assert all(one.is_signed() for one in book.read().values())
 
 
-def test_of_each_site_the_newest_is_kept_over_all_runs(book: ReceiptBook, receipt: MakeReceipt) -> None:
-    book.keep({"a": receipt("a", charged=2), "b": receipt("b")})
-    book.keep({"a": receipt("a", charged=1, run="older")})
-    assert book.read()["a"] == receipt("a", charged=2)
-    book.keep({"a": receipt("a", charged=3, run="newer")})
-    assert book.read() == {"a": receipt("a", charged=3, run="newer"), "b": receipt("b")}
+def test_of_each_site_the_newest_is_kept_over_all_runs(book: ReceiptBook) -> None:
+    book.keep({"a": receipt_of("a", charged=2), "b": receipt_of("b")})
+    book.keep({"a": receipt_of("a", charged=1, run="older")})
+    assert book.read()["a"] == receipt_of("a", charged=2)
+    book.keep({"a": receipt_of("a", charged=3, run="newer")})
+    assert book.read() == {"a": receipt_of("a", charged=3, run="newer"), "b": receipt_of("b")}
 
 
 @pytest.mark.parametrize(
@@ -204,14 +201,12 @@ def test_of_each_site_the_newest_is_kept_over_all_runs(book: ReceiptBook, receip
     ["", "{", "[]", "3", "null", '"a"', '{"a": 1}', '{"a": {}}', '{"a": {"site": "a"}}', "\udcff", "1" * 5000],
     ids=lambda text: text[:20],
 )
-def test_a_damaged_file_is_said_to_be_one_and_not_written_over(
-    book: ReceiptBook, receipt: MakeReceipt, text: str
-) -> None:
+def test_a_damaged_file_is_said_to_be_one_and_not_written_over(book: ReceiptBook, text: str) -> None:
     book.path.parent.mkdir()
     book.path.write_bytes(text.encode("utf-8", "surrogateescape"))
     before = book.path.read_bytes()
     # Taken for empty, it would let a ledger that was put back pass.
-    for use in (book.read, lambda: book.keep({"a": receipt("a")})):
+    for use in (book.read, lambda: book.keep({"a": receipt_of("a")})):
         with pytest.raises(RunError, match=r"receipts\.json is damaged"):
             use()
     assert book.path.read_bytes() == before

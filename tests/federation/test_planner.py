@@ -15,6 +15,8 @@ from fedtune.privacy import accountant, filter
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
+from ..conftest import run_plan
+
 SIZES = {"a": 1200, "b": 560, "c": 320}
 
 
@@ -32,10 +34,10 @@ def test_the_accountant_that_forgets_shows_one_round_of_many() -> None:
     assert price.steps == 2000
 
 
-def test_rounds_rise_to_the_whole_plan_by_every_accountant(run_plan: Plan) -> None:
-    price = planner.price(run_plan, SIZES, before=0)
-    whole = run_plan.event(rounds=run_plan.most_rounds)
-    assert price.epsilon_filter == pytest.approx(filter.cheapest(whole, delta=run_plan.delta)[0])
+def test_rounds_rise_to_the_whole_plan_by_every_accountant() -> None:
+    price = planner.price(run_plan(), SIZES, before=0)
+    whole = run_plan().event(rounds=run_plan().most_rounds)
+    assert price.epsilon_filter == pytest.approx(filter.cheapest(whole, delta=run_plan().delta)[0])
     assert price.filter_order in filter.ORDERS
     assert [one.round for one in price.rounds] == [1, 2, 3, 4]
     assert [one.steps for one in price.rounds] == [2, 4, 6, 8]
@@ -62,8 +64,8 @@ def test_many_rounds_are_thinned_out_and_keep_their_ends() -> None:
     assert (shown[0], shown[-2], shown[-1]) == (1, 997, 1000)
 
 
-def test_without_noise_nothing_is_bounded(run_plan: Plan) -> None:
-    price = planner.price(replace(run_plan, noise_multiplier=0.0), SIZES, before=0)
+def test_without_noise_nothing_is_bounded() -> None:
+    price = planner.price(replace(run_plan(), noise_multiplier=0.0), SIZES, before=0)
     assert price.rounds == ()
     assert price.filter_order is None
     assert {price.epsilon, price.epsilon_rdp, price.epsilon_filter, price.epsilon_of_one_round} == {math.inf}
@@ -139,8 +141,8 @@ def epsilon(plan: Plan) -> float:
 
 
 @pytest.fixture(scope="module")
-def plan(run_plan: Plan) -> Plan:
-    return replace(run_plan, noise_multiplier=1.5, spare_rounds=0)
+def plan() -> Plan:
+    return replace(run_plan(), noise_multiplier=1.5, spare_rounds=0)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)

@@ -14,23 +14,24 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError
 
 from ..builders import round_request
+from ..conftest import run_proposal
+from ..privacy.builders import lead_key, stranger_key
+from .conftest import receipt_of
 
 
 @pytest.fixture
-def request_(run_proposal: Any, receipt: Any) -> RoundRequest:
-    return round_request(run_proposal(), round=2, receipt=receipt(), expires=1e9)
+def request_() -> RoundRequest:
+    return round_request(run_proposal(), round=2, receipt=receipt_of(), expires=1e9)
 
 
-def test_what_the_lead_signed_arrives(request_: RoundRequest, lead_key: SigningKey) -> None:
+def test_what_the_lead_signed_arrives(request_: RoundRequest) -> None:
     assert RoundRequest.of(request_.signed(lead_key)) == request_
     first = replace(request_, receipt=None)
     assert RoundRequest.of(first.signed(lead_key)) == first
     assert request_.run == "r"
 
 
-def test_every_field_that_is_asked_for_is_in_the_digest(
-    request_: RoundRequest, run_proposal: Any, lead_key: SigningKey
-) -> None:
+def test_every_field_that_is_asked_for_is_in_the_digest(request_: RoundRequest) -> None:
     changes: list[dict[str, Any]] = [
         {"proposal": run_proposal(run="s")},
         {"proposal": run_proposal(max_grad_norm=2.0)},
@@ -45,9 +46,7 @@ def test_every_field_that_is_asked_for_is_in_the_digest(
     assert again.digest() == request_.digest(), "the lead may ask for the same thing again"
 
 
-def test_a_session_is_named_where_there_are_secure_sums_and_nowhere_else(
-    request_: RoundRequest, lead_key: SigningKey
-) -> None:
+def test_a_session_is_named_where_there_are_secure_sums_and_nowhere_else(request_: RoundRequest) -> None:
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(request_.proposal.plan.noise_multiplier)
     plan = replace(request_.proposal.plan, local_steps=1, shared=shared)
     secure = replace(request_, proposal=replace(request_.proposal, plan=plan, num_sites=3), session="ab" * 16)
@@ -89,17 +88,13 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("fault", list(_FAULTS))
-def test_anything_else_is_no_request_whoever_signed_it(
-    request_: RoundRequest, lead_key: SigningKey, fault: str
-) -> None:
+def test_anything_else_is_no_request_whoever_signed_it(request_: RoundRequest, fault: str) -> None:
     signed = resigned(request_.signed(lead_key), lead_key, _FAULTS[fault])
     with pytest.raises(ConfigError, match=r"must be a lead's round request"):
         RoundRequest.of(signed)
 
 
-def test_a_request_is_the_word_of_the_lead_that_it_names(
-    request_: RoundRequest, lead_key: SigningKey, stranger_key: SigningKey
-) -> None:
+def test_a_request_is_the_word_of_the_lead_that_it_names(request_: RoundRequest) -> None:
     signed = request_.signed(lead_key)
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
     for wrong in (
@@ -116,7 +111,7 @@ def test_a_request_is_the_word_of_the_lead_that_it_names(
         assert refused.value.reason is Reason.WRONG_SIGNATURE
 
 
-def test_a_notice_of_the_end_is_the_word_of_its_lead_too(lead_key: SigningKey, stranger_key: SigningKey) -> None:
+def test_a_notice_of_the_end_is_the_word_of_its_lead_too() -> None:
     notice = EndOfRun(run="r", lead=lead_key.public)
     assert EndOfRun.of(notice.signed(lead_key)) == notice
     signed = notice.signed(lead_key)
@@ -130,9 +125,7 @@ def test_a_notice_of_the_end_is_the_word_of_its_lead_too(lead_key: SigningKey, s
 
 
 @pytest.mark.parametrize("spoken", [1, WIRE_SCHEMA - 1, WIRE_SCHEMA + 1])
-def test_a_lead_of_another_version_is_told_that_versions_differ(
-    request_: RoundRequest, lead_key: SigningKey, spoken: int
-) -> None:
+def test_a_lead_of_another_version_is_told_that_versions_differ(request_: RoundRequest, spoken: int) -> None:
     def other(fields: dict[str, Any]) -> str:
         return json.dumps(fields | {"protocol": spoken})
 

@@ -18,6 +18,9 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Difference, Masked, Reason, Receipt, Refusal, Update
 from fedtune.training.reach import Reach
 
+from ..conftest import run_proposal
+from .conftest import receipt_of, update_of
+
 Make = Callable[..., Update]
 MakeReceipt = Callable[..., Receipt]
 Sort = Callable[..., RoundReplies]
@@ -25,7 +28,7 @@ ANYWHERE = Reach(value=defaultdict(lambda: math.inf), norm=math.inf)
 
 
 @pytest.fixture
-def signed(receipt: MakeReceipt) -> Callable[[Update | Refusal], Reply]:
+def signed() -> Callable[[Update | Refusal], Reply]:
     """The reply with this body, as its site would sign it."""
 
     def make(body: Update | Refusal) -> Reply:
@@ -33,13 +36,13 @@ def signed(receipt: MakeReceipt) -> Callable[[Update | Refusal], Reply]:
             digest = digest_of(body)
         except ValueError:  # no site could sign it
             digest = "00" * 32
-        return Reply(body=body, receipt=receipt(body.site, reply=digest))
+        return Reply(body=body, receipt=receipt_of(body.site, reply=digest))
 
     return make
 
 
 @pytest.fixture
-def sort(adapter: Adapter, signed: Any, run_proposal: Any, tmp_path: Path) -> Iterator[Sort]:
+def sort(adapter: Adapter, signed: Any, tmp_path: Path) -> Iterator[Sort]:
     """What becomes of replies, or of the site a's body, in round 1."""
     arrived = Arrived(tmp_path / "arrived", adapter)
 
@@ -73,29 +76,29 @@ def sort(adapter: Adapter, signed: Any, run_proposal: Any, tmp_path: Path) -> It
         yield make
 
 
-def test_a_fitting_update_is_kept(adapter: Adapter, update: Make, sort: Sort) -> None:
-    sorted_out = sort(update(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
+def test_a_fitting_update_is_kept(adapter: Adapter, sort: Sort) -> None:
+    sorted_out = sort(update_of(tensors={name: 2 * value for name, value in adapter.tensors.items()}))
     assert sorted_out.failures == {}
     arrived = sorted_out.arrived
     kept = arrived.adapter(arrived.values("a", start=0, count=arrived.sent.num_values))
     np.testing.assert_array_equal(kept.tensors["head"], 2 * adapter.tensors["head"])
 
 
-def test_scores_are_kept_beside_their_update(update: Make, sort: Sort) -> None:
-    assert sort(update()).scores == {}
-    assert sort(update(scores=(0.5, -0.25)), noise=3.0).scores == {"a": (0.5, -0.25)}
-    assert sort(update(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "an invalid update has none either"
+def test_scores_are_kept_beside_their_update(sort: Sort) -> None:
+    assert sort(update_of()).scores == {}
+    assert sort(update_of(scores=(0.5, -0.25)), noise=3.0).scores == {"a": (0.5, -0.25)}
+    assert sort(update_of(scores=(0.5, -0.25), round=2), noise=3.0).scores == {}, "an invalid update has none either"
 
 
 @pytest.mark.parametrize("value", [1e10, -1e10, 1e200, 1.7e308])
-def test_scores_with_which_nobody_can_reckon_are_no_scores(update: Make, sort: Sort, value: float) -> None:
-    assert sort(update(scores=(0.5, value)), noise=3.0).failures == {"a": INVALID_UPDATE}
-    assert sort(update(scores=(0.5, 1e6)), noise=3.0).failures == {}
+def test_scores_with_which_nobody_can_reckon_are_no_scores(sort: Sort, value: float) -> None:
+    assert sort(update_of(scores=(0.5, value)), noise=3.0).failures == {"a": INVALID_UPDATE}
+    assert sort(update_of(scores=(0.5, 1e6)), noise=3.0).failures == {}
 
 
 @pytest.mark.parametrize("scored", [False, True])
-def test_scores_come_where_the_plan_releases_them_and_nowhere_else(update: Make, sort: Sort, scored: bool) -> None:
-    other = update(scores=None if scored else (0.5, 0.5))
+def test_scores_come_where_the_plan_releases_them_and_nowhere_else(sort: Sort, scored: bool) -> None:
+    other = update_of(scores=None if scored else (0.5, 0.5))
     assert sort(other, noise=3.0 if scored else 0.0).failures == {"a": INVALID_UPDATE}
 
 
@@ -137,39 +140,37 @@ _FAULTS = {
 
 
 @pytest.mark.parametrize("fault", list(_FAULTS))
-def test_an_update_that_does_not_fit_is_dropped(adapter: Adapter, update: Make, sort: Sort, fault: str) -> None:
-    sorted_out = sort(update(tensors=_FAULTS[fault](dict(adapter.tensors))))
+def test_an_update_that_does_not_fit_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
+    sorted_out = sort(update_of(tensors=_FAULTS[fault](dict(adapter.tensors))))
     # Texts have no canonical bytes, so that nobody can have signed them.
     reason = UNSIGNED_REPLY if fault == "texts" else INVALID_UPDATE
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": reason})
 
 
 @pytest.mark.parametrize("changes", [{"run": "other"}, {"round": 2}, {"site": "b"}])
-def test_an_update_of_another_round_run_or_site_is_dropped(
-    update: Make, sort: Sort, changes: dict[str, object]
-) -> None:
-    assert sort(update(**changes)).failures == {"a": UNSIGNED_REPLY}, "nothing shows that this round was charged"
+def test_an_update_of_another_round_run_or_site_is_dropped(sort: Sort, changes: dict[str, object]) -> None:
+    assert sort(update_of(**changes)).failures == {"a": UNSIGNED_REPLY}, "nothing shows that this round was charged"
 
 
 @pytest.mark.parametrize("what", ["no receipt", "of another answer", "of no answer", "not signed", "one value changed"])
 def test_an_update_without_its_sites_receipt_is_no_reply(
-    sort: Sort, adapter: Adapter, update: Make, receipt: MakeReceipt, signed: Callable[[Update], Reply], what: str
+    sort: Sort, adapter: Adapter, receipt: MakeReceipt, signed: Callable[[Update], Reply], what: str
 ) -> None:
-    reply = signed(update())
+    reply = signed(update_of())
     changed = with_value(1.25)(dict(adapter.tensors))
     reply = {
         "no receipt": replace(reply, receipt=None),
-        "of another answer": replace(reply, receipt=receipt(reply=digest_of(update(round=2)))),
+        "of another answer": replace(reply, receipt=receipt(reply=digest_of(update_of(round=2)))),
         "of no answer": replace(reply, receipt=receipt()),
         "not signed": replace(reply, receipt=replace(reply.receipt, charged_rounds=9)),
-        "one value changed": replace(reply, body=update(tensors=changed)),
+        "one value changed": replace(reply, body=update_of(tensors=changed)),
     }[what]
     sorted_out = sort({"a": reply})
     assert (sorted_out.sites, sorted_out.failures) == ((), {"a": UNSIGNED_REPLY})
 
 
-def test_an_update_beyond_what_the_plan_allows_is_the_sites_failure(adapter: Adapter, update: Make, sort: Sort) -> None:
-    moved = update(tensors={name: value + np.float32(0.5) for name, value in adapter.tensors.items()})
+def test_an_update_beyond_what_the_plan_allows_is_the_sites_failure(adapter: Adapter, sort: Sort) -> None:
+    moved = update_of(tensors={name: value + np.float32(0.5) for name, value in adapter.tensors.items()})
     assert sort(moved, Reach(value=dict.fromkeys(adapter.tensors, 0.5), norm=2.0)).failures == {}
     for reach in (
         Reach(value=dict.fromkeys(adapter.tensors, 0.49), norm=math.inf),
@@ -184,8 +185,8 @@ def moved_by(adapter: Adapter, value: float) -> Difference:
     return Difference({name: np.full(sent.shape, bits, np.uint16) for name, sent in adapter.tensors.items()})
 
 
-def test_a_difference_is_added_to_what_was_sent(adapter: Adapter, update: Make, sort: Sort) -> None:
-    found = sort(update(tensors=moved_by(adapter, 0.5)), dtype="bfloat16")
+def test_a_difference_is_added_to_what_was_sent(adapter: Adapter, sort: Sort) -> None:
+    found = sort(update_of(tensors=moved_by(adapter, 0.5)), dtype="bfloat16")
     assert found.failures == {}
     kept = found.arrived.adapter(found.arrived.values("a", start=0, count=adapter.num_values))
     for name, value in adapter.tensors.items():
@@ -193,9 +194,7 @@ def test_a_difference_is_added_to_what_was_sent(adapter: Adapter, update: Make, 
 
 
 @pytest.mark.parametrize("fault", ["nan", "infinite", "reshaped", "renamed", "whole", "unasked", "masked"])
-def test_an_update_in_another_form_than_the_run_s_is_dropped(
-    adapter: Adapter, update: Make, sort: Sort, fault: str
-) -> None:
+def test_an_update_in_another_form_than_the_run_s_is_dropped(adapter: Adapter, sort: Sort, fault: str) -> None:
     right = moved_by(adapter, 0.5)
     tensors = {
         "nan": moved_by(adapter, math.nan),
@@ -206,11 +205,11 @@ def test_an_update_in_another_form_than_the_run_s_is_dropped(
         "unasked": right,
         "masked": Masked(b"0" * 20),
     }[fault]
-    found = sort(update(tensors=tensors), dtype="float32" if fault == "unasked" else "bfloat16")
+    found = sort(update_of(tensors=tensors), dtype="float32" if fault == "unasked" else "bfloat16")
     assert (found.sites, found.failures) == ((), {"a": INVALID_UPDATE})
 
 
-def test_what_arrived_is_within_reach_but_for_its_rounding(adapter: Adapter, update: Make, sort: Sort) -> None:
+def test_what_arrived_is_within_reach_but_for_its_rounding(adapter: Adapter, sort: Sort) -> None:
     # Honest training moved each value by 0.5 + 2**-9, which is rounded up by the most that it can be.
     trained = {name: value + np.float32(0.5 + 2.0**-9) for name, value in adapter.tensors.items()}
     ends = rounded_difference(trained, adapter.tensors)
@@ -221,12 +220,12 @@ def test_what_arrived_is_within_reach_but_for_its_rounding(adapter: Adapter, upd
         (moved_by(adapter, 0.5 + 2.0**-8), {}),
         (moved_by(adapter, 0.5 + 2.0**-7), {"a": BEYOND_PLAN}),
     ):
-        assert sort(update(tensors=moved), honest, dtype="bfloat16").failures == failures
+        assert sort(update_of(tensors=moved), honest, dtype="bfloat16").failures == failures
     # Where a value comes towards 0, which is free, rounding may take it past 0.
     still = Reach(value=dict.fromkeys(adapter.tensors, 0.0), norm=0.0)
     large = Adapter({name: np.full_like(value, 1001.7) for name, value in adapter.tensors.items()})
     to_zero = rounded_difference({name: np.zeros_like(value) for name, value in large.tensors.items()}, large.tensors)
-    assert sort(update(tensors=to_zero), still, sent=large, dtype="bfloat16").failures == {}
+    assert sort(update_of(tensors=to_zero), still, sent=large, dtype="bfloat16").failures == {}
 
 
 @pytest.mark.parametrize("reason", list(Reason))
@@ -237,11 +236,9 @@ def test_a_refusal_is_reported_by_its_reason(sort: Sort, reason: Reason) -> None
     assert sorted_out.refusals == {"a": refusal}
 
 
-def test_sites_keep_their_order_and_who_is_left_out_or_was_not_asked_is_not_heard(
-    sort: Sort, update: Make, signed: Any
-) -> None:
+def test_sites_keep_their_order_and_who_is_left_out_or_was_not_asked_is_not_heard(sort: Sort, signed: Any) -> None:
     def sorted_out(*answering: str, **asked: str) -> tuple[tuple[str, ...], dict[str, str]]:
-        found = sort({site: signed(update(site=site)) for site in answering}, **asked)
+        found = sort({site: signed(update_of(site=site)) for site in answering}, **asked)
         return found.sites, found.failures
 
     assert sorted_out("c", "a", "b", sites="abcd") == (("a", "b", "c"), {"d": NO_REPLY})

@@ -42,11 +42,12 @@ from fedtune.privacy.ledger.chain import canonical
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Masked, Reason, Refusal, Update
-from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Policy
 from fedtune.privacy.trust import Trust
 
 from ..builders import MadeSite, round_request, with_methods
+from ..conftest import run_plan, run_proposal, site_policy
+from ..privacy.builders import lead_key
 
 NAMES = ("east", "north", "south")
 VECTOR = np.arange(10, dtype=np.int64) - 5
@@ -200,15 +201,13 @@ def wrong(reply: Reply) -> tuple[Reason, object]:
 
 
 @pytest.fixture
-def federation_in(
-    site_policy: Any, run_proposal: Any, run_plan: Plan, lead_key: SigningKey
-) -> Callable[..., Federation]:
+def federation_in() -> Callable[..., Federation]:
     """Make a federation in an empty folder, with sites of a class; keywords override its plan."""
-    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan.noise_multiplier)
+    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan().noise_multiplier)
     other_lead = SigningKey(Ed25519PrivateKey.generate())
 
     def make(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
-        plan = replace(run_plan, **{"local_steps": 1, "spare_rounds": 0, "shared": shared, **of_plan})
+        plan = replace(run_plan(), **{"local_steps": 1, "spare_rounds": 0, "shared": shared, **of_plan})
 
         def asked(**changes: Any) -> Proposal:
             return replace(run_proposal(), plan=plan, num_sites=3, **changes)

@@ -14,13 +14,13 @@ import fedtune.federation.site_round as site_module
 from fedtune.federation.lead import LeadState
 from fedtune.federation.site_round import Trained
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
-from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 
+from ..conftest import run_plan
+from ..privacy.builders import stranger_key
 from .conftest import reason
 
 
@@ -89,7 +89,7 @@ def reader(site: Any) -> Iterator[Callable[[], None]]:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_reply_that_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
-    site: Any, reader: Any, adapter: Adapter, plan: Plan, caplog: pytest.LogCaptureFixture
+    site: Any, reader: Any, adapter: Adapter, caplog: pytest.LogCaptureFixture
 ) -> None:
     def blocked(*args: object) -> Trained:
         reader()
@@ -101,8 +101,8 @@ def test_a_reply_that_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
     # A receipt of nothing charged would be a lie: without one the lead counts the round.
     assert reply.receipt is None
     state = LeadState(round=0, adapter=adapter).asked(["a"])
-    assert state.heard("a", reply.receipt, run="r", plan=plan) is None
-    assert site_charge(state, "a", plan).steps == plan.local_steps
+    assert state.heard("a", reply.receipt, run="r", plan=run_plan()) is None
+    assert site_charge(state, "a", run_plan()).steps == run_plan().local_steps
     assert "database is locked" in caplog.text
 
 
@@ -151,7 +151,7 @@ def test_an_answer_leaves_at_a_whole_multiple(
         assert isinstance(reply.body, Update)
 
 
-def test_strangers_are_not_kept_waiting(station: Any, clock: Clock, stranger_key: SigningKey) -> None:
+def test_strangers_are_not_kept_waiting(station: Any, clock: Clock) -> None:
     # Nothing that they are told depends on a record, and each would hold a worker.
     site = station(releases={"reply_after_s": 60.0})
     assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS

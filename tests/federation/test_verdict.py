@@ -20,12 +20,14 @@ from fedtune.privacy.release import Refused
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 
+from ..conftest import run_proposal, site_policy
+
 SIZES = {"a": 100}
 Ask = Callable[..., Verdict]
 
 
 @pytest.fixture
-def ask(tmp_path: Path, run_proposal: Any) -> Ask:
+def ask(tmp_path: Path) -> Ask:
     """Write a policy and ask it about the run with these changes."""
 
     def asked(policy: Policy, sizes: dict[str, int] = SIZES, **changes: Any) -> Verdict:
@@ -41,7 +43,7 @@ def ledger_of(tmp_path: Path) -> Callable[[Policy], Ledger]:
     return lambda policy: Ledger(tmp_path / policy.ledger, policy, SigningKey.load_or_make(tmp_path / policy.site_key))
 
 
-def test_a_run_within_the_policy_is_accepted(ask: Ask, site_policy: Any, tmp_path: Path) -> None:
+def test_a_run_within_the_policy_is_accepted(ask: Ask, tmp_path: Path) -> None:
     said = ask(site_policy())
     assert said.allowed
     assert (said.site, said.ledger, said.taken, said.note) == ("a", "new", 0.0, "")
@@ -51,7 +53,7 @@ def test_a_run_within_the_policy_is_accepted(ask: Ask, site_policy: Any, tmp_pat
     assert not (tmp_path / "site_key.pem").exists(), "nor a key"
 
 
-def test_every_broken_rule_is_named(ask: Ask, site_policy: Any) -> None:
+def test_every_broken_rule_is_named(ask: Ask) -> None:
     said = ask(site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
     assert [(one.rule, one.asked, one.allowed) for one in said.broken[1:]] == [
         ("max_rank", "9", "at most 4"),
@@ -61,7 +63,7 @@ def test_every_broken_rule_is_named(ask: Ask, site_policy: Any) -> None:
     assert (said.most_rounds, said.least_noise) == (0, None)
 
 
-def test_too_many_rounds_can_be_mended_by_fewer(ask: Ask, site_policy: Any) -> None:
+def test_too_many_rounds_can_be_mended_by_fewer(ask: Ask) -> None:
     said = ask(site_policy(), num_rounds=9)
     assert [one.rule for one in said.broken] == ["max_rounds"]
     assert said.most_rounds == 3, "with the spare one, four"
@@ -72,7 +74,7 @@ def whole_epsilon(proposal: Proposal) -> float:
     return epsilon_pld([proposal.plan.event(rounds=proposal.plan.most_rounds)], proposal.plan.delta)
 
 
-def test_a_run_that_costs_too_much_is_told_what_would_fit(ask: Ask, site_policy: Any, run_proposal: Any) -> None:
+def test_a_run_that_costs_too_much_is_told_what_would_fit(ask: Ask) -> None:
     cap = 0.9 * whole_epsilon(run_proposal())
     said = ask(site_policy(budget={"max_epsilon_per_run": cap}))
     assert [one.rule for one in said.broken] == ["max_epsilon_per_run"]
@@ -82,9 +84,7 @@ def test_a_run_that_costs_too_much_is_told_what_would_fit(ask: Ask, site_policy:
     assert whole_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
 
 
-def test_the_verdict_is_what_the_ledger_then_does(
-    ask: Ask, site_policy: Any, run_proposal: Any, ledger_of: Any
-) -> None:
+def test_the_verdict_is_what_the_ledger_then_does(ask: Ask, ledger_of: Any) -> None:
     whole = ask(site_policy())
     tight = site_policy(budget={"max_epsilon": 1.3 * whole.would_be})
     ledger = ledger_of(tight)
@@ -105,7 +105,7 @@ def test_the_verdict_is_what_the_ledger_then_does(
     ]
 
 
-def test_a_nearly_spent_budget_has_room_for_less(ask: Ask, site_policy: Any, run_proposal: Any, ledger_of: Any) -> None:
+def test_a_nearly_spent_budget_has_room_for_less(ask: Ask, ledger_of: Any) -> None:
     plan = run_proposal().plan
     once = filter.cheapest(plan.event(rounds=plan.most_rounds), delta=plan.delta)[0]
     tight = site_policy(budget={"max_epsilon": 1.001 * once})
@@ -118,7 +118,7 @@ def test_a_nearly_spent_budget_has_room_for_less(ask: Ask, site_policy: Any, run
     assert 0 < said.most_rounds < 3
 
 
-def test_asking_changes_nothing(ask: Ask, site_policy: Any, ledger_of: Any, tmp_path: Path) -> None:
+def test_asking_changes_nothing(ask: Ask, ledger_of: Any, tmp_path: Path) -> None:
     ledger_of(site_policy())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     ask(site_policy())
@@ -127,7 +127,7 @@ def test_asking_changes_nothing(ask: Ask, site_policy: Any, ledger_of: Any, tmp_
     assert before == after
 
 
-def test_a_frozen_population_takes_part_in_nothing(ask: Ask, site_policy: Any, ledger_of: Any) -> None:
+def test_a_frozen_population_takes_part_in_nothing(ask: Ask, ledger_of: Any) -> None:
     ledger_of(site_policy()).freeze("asked to")
     said = ask(site_policy())
     assert [one.rule for one in said.broken] == ["frozen"]
@@ -138,9 +138,7 @@ def test_a_frozen_population_takes_part_in_nothing(ask: Ask, site_policy: Any, l
     ("changes", "why"),
     [({"site": "b"}, "made for site = a"), ({"budget": {"delta": 1e-6}}, "made for budget.delta = 1e-05")],
 )
-def test_a_ledger_of_another_policy_is_in_doubt(
-    changes: dict[str, Any], why: str, ask: Ask, site_policy: Any, ledger_of: Any
-) -> None:
+def test_a_ledger_of_another_policy_is_in_doubt(changes: dict[str, Any], why: str, ask: Ask, ledger_of: Any) -> None:
     ledger_of(site_policy())
     said = ask(site_policy(**changes), delta=1e-5)
     assert said.ledger == "in doubt"
@@ -148,12 +146,12 @@ def test_a_ledger_of_another_policy_is_in_doubt(
     assert why in said.note
 
 
-def test_another_declared_size_is_noted(ask: Ask, site_policy: Any) -> None:
+def test_another_declared_size_is_noted(ask: Ask) -> None:
     assert ask(site_policy(), {"a": 90}).note == "the site declares 100 records of patients, the run takes it for 90"
     assert ask(site_policy(), {"b": 90}).note == "the run names no site a"
 
 
-def test_without_a_cap_any_number_of_runs_fits_and_without_noise_none(ask: Ask, site_policy: Any) -> None:
+def test_without_a_cap_any_number_of_runs_fits_and_without_noise_none(ask: Ask) -> None:
     said = ask(site_policy(budget={"max_epsilon": float("inf")}))
     assert (said.allowed, said.runs_left) == (True, None)
     said = ask(site_policy(), noise_multiplier=0.0)
@@ -162,6 +160,6 @@ def test_without_a_cap_any_number_of_runs_fits_and_without_noise_none(ask: Ask, 
     assert said.least_noise == pytest.approx(4.0, rel=1e-3)
 
 
-def test_a_file_that_is_no_policy_is_a_mistake(tmp_path: Path, run_proposal: Any) -> None:
+def test_a_file_that_is_no_policy_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be a readable file"):
         verdict.ask(tmp_path / "missing.toml", run_proposal(), declared_sizes=SIZES)

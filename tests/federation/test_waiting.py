@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from fedtune.federation.protocol import Signed
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
 from fedtune.spec import RunError
 
 from ..builders import with_methods
+from ..privacy.builders import stranger_key
 from .conftest import reason
 
 
@@ -24,7 +24,7 @@ def manual(station: Any) -> Any:
     return station(approval="manual")
 
 
-def test_a_paused_site_does_nothing_and_charges_nothing(station: Any, stranger_key: SigningKey) -> None:
+def test_a_paused_site_does_nothing_and_charges_nothing(station: Any) -> None:
     site = station(approval="manual", budget={"max_epsilon": 0.4})
     site.paused = True
     reply = site.ask(rank=64)
@@ -130,9 +130,7 @@ def test_settings_that_do_not_fit_are_refused_before_a_person_is_asked(manual: A
     assert reason(manual.ask()) is Reason.SETTINGS
 
 
-def test_settings_are_not_read_for_what_is_refused_anyway(
-    station: Any, understanding: Any, stranger_key: SigningKey
-) -> None:
+def test_settings_are_not_read_for_what_is_refused_anyway(station: Any, understanding: Any) -> None:
     site = station()
     read = understanding(site, refused=False)
     site.ask(rank=64)

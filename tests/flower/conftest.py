@@ -35,6 +35,8 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.training.spec import TrainingSpec
 
 from ..builders import MadeSite, with_methods
+from ..conftest import run_proposal, site_policy
+from ..privacy.builders import lead_key
 from .certificates import LOOPBACK, Authority
 from .loopback import Loopback, running
 
@@ -144,13 +146,7 @@ class Federation:
 
 
 @pytest.fixture
-def federation(
-    tmp_path: Path,
-    adapter: Adapter,
-    lead_key: SigningKey,
-    run_proposal: Callable[..., Proposal],
-    site_policy: Callable[..., Policy],
-) -> Callable[..., Federation]:
+def federation(tmp_path: Path, adapter: Adapter) -> Callable[..., Federation]:
     """A federation; further keywords are settings of it."""
 
     def make(

@@ -26,6 +26,7 @@ from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
+from ..privacy.builders import lead_key
 from .certificates import LOOPBACK, Authority, public_pem
 from .hostile import Answer, Hostile, answering, server_context, whole
 
@@ -167,9 +168,7 @@ def test_a_server_that_reads_slowly_is_left(serve: Any, client: httpx.Client) ->
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_nobody_goes_elsewhere_and_nothing_that_was_signed_does(
-    serve: Any, tls: Tls, lead_key: SigningKey, status: int
-) -> None:
+def test_nobody_goes_elsewhere_and_nothing_that_was_signed_does(serve: Any, tls: Tls, status: int) -> None:
     """The federation's own server, whose administrator has put in a redirect to a machine in somebody's network."""
     with socket.create_server((LOOPBACK, 0)) as elsewhere:
         elsewhere.setblocking(False)

@@ -26,6 +26,8 @@ from fedtune.privacy.release import Reason, Update
 from fedtune.spec import ConfigError, RunError
 
 from ..builders import MadeSite, Train, round_request
+from ..conftest import run_proposal, site_policy
+from ..privacy.builders import lead_key, stranger_key
 
 END = f"query.{flower_records.END}"
 
@@ -41,7 +43,7 @@ def one_more(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
 
 
 @pytest.fixture
-def site(tmp_path: Path, adapter: Adapter, site_policy: Any, run_proposal: Any) -> Callable[..., Site]:
+def site(tmp_path: Path, adapter: Adapter) -> Callable[..., Site]:
     """The site `a`, whose ledger is opened anew, and which trains by adding one unless told otherwise."""
 
     def make(train: Train = one_more) -> Site:
@@ -60,7 +62,7 @@ def app(site: Any) -> SiteApp:
 
 
 @pytest.fixture
-def request_(adapter: Adapter, run_proposal: Any, lead_key: SigningKey) -> RecordDict:
+def request_(adapter: Adapter) -> RecordDict:
     """The request for the first round, as it travels."""
     request = round_request(run_proposal(), adapter_digest=adapter.digest())
     question = Question(site="a", signed=request.signed(lead_key), adapter=adapter)
@@ -116,7 +118,7 @@ def test_an_introduction_is_no_answer_to_a_round(app: SiteApp) -> None:
 
 
 def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alone(
-    app: SiteApp, site: Any, request_: RecordDict, lead_key: SigningKey, stranger_key: SigningKey
+    app: SiteApp, site: Any, request_: RecordDict
 ) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
     before = asked(app, flower_records.from_question(Question(site="", signed=notice), None), END)

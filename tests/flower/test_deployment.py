@@ -28,6 +28,8 @@ from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, RunError
 
 from ..builders import round_request
+from ..conftest import run_proposal, site_policy
+from ..privacy.builders import lead_key, stranger_key
 
 NONCE = "0a" * 16
 
@@ -88,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ledger(folder: Path, site_policy: Any, run_proposal: Any) -> Ledger:
+def ledger(folder: Path) -> Ledger:
     """One that was charged for two rounds; it signs both sites' receipts."""
     made = Ledger(folder / "ledger.db", site_policy(), SigningKey.load_or_make(folder / "key.pem"))
     for round in (1, 2):
@@ -97,7 +99,7 @@ def ledger(folder: Path, site_policy: Any, run_proposal: Any) -> Ledger:
 
 
 @pytest.fixture
-def line(folder: Path, ledger: Ledger, run_proposal: Any, lead_key: SigningKey, adapter: Adapter) -> Line:
+def line(folder: Path, ledger: Ledger, adapter: Adapter) -> Line:
     return Line(ledger, SigningKey.load_or_make(folder / "key.pem").public, run_proposal(), lead_key, adapter)
 
 
@@ -109,9 +111,7 @@ def test_an_update_is_final_and_reported_with_its_bytes_and_charge(line: Line) -
 
 
 @pytest.mark.parametrize("what", ["no receipt", "another answer's", "another key's", "another round", "another site's"])
-def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(
-    line: Line, stranger_key: SigningKey, what: str
-) -> None:
+def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(line: Line, what: str) -> None:
     body = line.update()
     if what == "no receipt":
         reply = Reply(body=body, receipt=None)
@@ -196,7 +196,7 @@ def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
 
 
 def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(
-    tiny: Any, tmp_path: Path, lead_key: SigningKey, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weak = ("privacy.noise_multiplier=400", "training.go_on_without_signal=false", "runtime=deployment")
     config = compose_run(tiny(*weak, into=tmp_path))

@@ -9,11 +9,12 @@ from fedtune.federation.protocol import Reply
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
 
 from ..builders import round_request
+from ..conftest import run_proposal
+from ..privacy.builders import lead_key
 
 COUNTS = {"charged_rounds": 1, "charged_steps": 2, "sequence": 3}
 RECEIPT = Receipt(site="a", run="r", head="ab" * 32, site_key="cd" * 32, signature="ef" * 64, **COUNTS)
@@ -62,7 +63,7 @@ def test_a_reply_holds_the_release_in_one_form_alone(adapter: Adapter) -> None:
             flower_records.to_reply(content)
 
 
-def test_bytes_are_counted_with_names_and_texts(adapter: Adapter, run_proposal: Any, lead_key: SigningKey) -> None:
+def test_bytes_are_counted_with_names_and_texts(adapter: Adapter) -> None:
     request_ = round_request(run_proposal(), adapter_digest=adapter.digest()).signed(lead_key)
     content = flower_records.from_question(Question(site="", signed=request_), flower_records.from_adapter(adapter))
     payload = sum(value.nbytes for value in adapter.tensors.values())

@@ -28,6 +28,7 @@ from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, NotAllowed, T
 from fedtune.ops.wire.lead_session import _bundle
 from fedtune.privacy.keys import SigningKey
 
+from ..privacy.builders import stranger_key
 from .certificates import LOOPBACK
 from .loopback import Loopback
 from .member import Member, by_site
@@ -95,7 +96,7 @@ def test_nearly_a_call_is_none(network: Loopback, caller: Any, path: str) -> Non
 _LEAD_CALLS = sorted(gate._LEAD_CALLS)
 
 
-def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any, stranger_key: SigningKey) -> None:
+def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any) -> None:
     """What else is wrong with one: test_signed_calls.py."""
     runs = network.rows("SELECT count(*) FROM run")
     for who in (network.lead_tls, network.tls["a"]):

@@ -14,9 +14,11 @@ from fedtune.federation.rounds import run_rounds
 from fedtune.flower import flower_records
 from fedtune.privacy.events import grouped
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError
+
+from ..conftest import run_plan
+from ..privacy.builders import stranger_key
 
 SITES = ("site-1", "site-2", "site-3")
 
@@ -45,9 +47,7 @@ def test_receipts_count_under_the_keys_of_the_roster_and_of_sites_that_it_does_n
     assert charges(made, state) == dict.fromkeys(SITES, (2, False))
 
 
-def test_a_receipt_under_another_key_is_nobody_s_word(
-    federation: Any, stranger_key: SigningKey, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_receipt_under_another_key_is_nobody_s_word(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
     made = federation(num_rounds=2)
     keys = known_keys(made) | {"site-2": stranger_key.public}
     state = run_rounds(made.transport, replace(made.lead, site_keys=keys), made.start)
@@ -131,9 +131,7 @@ def test_the_sites_receive_the_final_adapter(federation: Any, gives: bool) -> No
         assert ended.detail["adapter_sha256"] == (state.adapter.digest() if gives else "")
 
 
-def test_a_run_that_is_refused_leaves_no_adapter_and_gives_the_others_their_budget_back(
-    federation: Any, run_plan: Plan
-) -> None:
+def test_a_run_that_is_refused_leaves_no_adapter_and_gives_the_others_their_budget_back(federation: Any) -> None:
     made = federation(num_rounds=2, min_sites=3)
     freeze = lambda state: made.ledger("site-2").freeze("consent withdrawn")  # noqa: E731
     with pytest.raises(RefusedError, match=r"round 2: .*site-2: frozen"):
@@ -141,5 +139,5 @@ def test_a_run_that_is_refused_leaves_no_adapter_and_gives_the_others_their_budg
     assert made.kept == {}
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history
-        assert history.charged() == grouped([run_plan.event(rounds=2)]), "the rounds that were trained"
+        assert history.charged() == grouped([run_plan().event(rounds=2)]), "the rounds that were trained"
         assert not history.set_aside(history.now())

@@ -18,9 +18,9 @@ from fedtune.flower.flower_records import ARRAYS
 from fedtune.ops.wire import bounded_http, remote_grid
 from fedtune.ops.wire.lead_session import LeadSession
 from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
-from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
+from ..privacy.builders import stranger_key
 from .faults import Faulty
 from .loopback import LOOPBACK, Loopback, free_port, wait_for
 
@@ -264,7 +264,7 @@ def test_without_a_server_there_is_no_run(network: Loopback, monkeypatch: pytest
         pass
 
 
-def test_somebody_elses_signature_starts_no_run(network: Loopback, stranger_key: SigningKey) -> None:
+def test_somebody_elses_signature_starts_no_run(network: Loopback) -> None:
     before = network.rows("SELECT count(*) FROM run")
     network.lead_key, ours = stranger_key, network.lead_key
     try:

@@ -17,9 +17,10 @@ from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
-from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError
+
+from ..conftest import run_plan
 
 
 def reply_of(messages: list[Message], node: int) -> Message:
@@ -116,11 +117,11 @@ def test_a_missing_node_is_waited_for_until_the_timeout(federation: Any) -> None
         run_rounds(made.transport, replace(made.lead, declared_sizes=sizes), made.start)
 
 
-def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any, run_plan: Plan) -> None:
-    many = federation(num_rounds=run_plan.most_rounds + 1, min_sites=3)
+def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any) -> None:
+    many = federation(num_rounds=run_plan().most_rounds + 1, min_sites=3)
     with pytest.raises(RefusedError, match=r"round 5: refused .*\(site-1: plan_exhausted, .*spare_rounds"):
         run_rounds(many.transport, many.lead, many.start)
-    assert len(many.finished) == run_plan.most_rounds
+    assert len(many.finished) == run_plan().most_rounds
 
 
 def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Any) -> None:

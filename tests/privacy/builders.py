@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -33,7 +37,8 @@ def make_key(number: int) -> SigningKey:
     return SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32))
 
 
-site_key, lead_key = make_key(1), make_key(5)
+site_key, lead_key, stranger_key = make_key(1), make_key(5), make_key(6)
+"""Of the site, of the lead whom it knows, and of somebody whom no site knows."""
 _PLAN: dict[str, Any] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.25, "noise_multiplier": 1.0}
 _PLAN |= {"max_grad_norm": 0.5, "local_steps": 3, "num_rounds": 2}
 _PROPOSAL: dict[str, Any] = {"run": "r", "lead": lead_key.public, "dataset": "notes", "task": "classification"}
@@ -112,6 +117,19 @@ def train(ledger: Ledger, proposal: Proposal, *rounds: int, reply: bytes = b"rep
     """Have rounds charged, one after the other, and commit a reply to each."""
     for round in rounds:
         ledger.commit(reserve(ledger, proposal, round), reply)
+
+
+def tamper(path: Path, *statements: str, values: tuple[object, ...] = ()) -> None:
+    """Run SQL on a ledger file as somebody would who can write it: past the triggers, and leaving them in place."""
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.executescript("PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY")
+        for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            file.execute(f"DROP TRIGGER {name}")
+        for statement in statements:
+            file.execute(statement, values)
+        for trigger in (sql for sql in store.SCHEMA if "TRIGGER" in sql):
+            file.execute(trigger)
+        file.commit()
 
 
 def reason_of(work: Callable[..., object], *arguments: object, **rest: object) -> Reason:

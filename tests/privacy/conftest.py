@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy.ledger import history, store
+from fedtune.privacy.ledger import history
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
@@ -62,24 +60,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
     monkeypatch.setattr(history, "datetime", clock)
     return clock
-
-
-@pytest.fixture(scope="session")
-def tamper() -> Callable[..., None]:
-    """Run SQL on a ledger file as somebody would who can write it: past the triggers, and leaving them in place."""
-
-    def run(path: Path, *statements: str, values: tuple[object, ...] = ()) -> None:
-        with contextlib.closing(sqlite3.connect(path)) as file:
-            file.executescript("PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY")
-            for (name,) in file.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
-                file.execute(f"DROP TRIGGER {name}")
-            for statement in statements:
-                file.execute(statement, values)
-            for trigger in (sql for sql in store.SCHEMA if "TRIGGER" in sql):
-                file.execute(trigger)
-            file.commit()
-
-    return run
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from fedtune.privacy.release import Offer, Reason, Refused
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import RunError
 
-from .builders import of_users, policy, proposal, reason_of, reserve, site_key, train
+from .builders import of_users, policy, proposal, reason_of, reserve, site_key, tamper, train
 
 Open = Callable[..., Ledger]
 
@@ -136,7 +136,7 @@ def test_only_the_newest_reply_of_a_run_is_kept(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("sql", ["UPDATE replies SET reply = x'00'", "DELETE FROM replies"])
-def test_a_reply_that_was_changed_is_not_sent(opened: Open, path: Path, tamper: Any, sql: str) -> None:
+def test_a_reply_that_was_changed_is_not_sent(opened: Open, path: Path, sql: str) -> None:
     train(opened(), proposal(), 1)
     tamper(path, sql)
     assert reason_of(opened().reserve, proposal(), round=1, request="digest r 1") is Reason.REPLY_NO_LONGER_STORED

@@ -30,7 +30,7 @@ from fedtune.privacy.release import Reason
 from fedtune.spec import ConfigError, RunError
 from fedtune.spec import full_disk as what_is_full
 
-from .builders import policy, proposal, reason_of, reserve
+from .builders import policy, proposal, reason_of, reserve, tamper
 
 
 class PowerCut(Exception):
@@ -285,7 +285,7 @@ def test_a_ledger_in_a_folder_of_any_name_can_be_read(opened: Any, tmp_path: Pat
     assert len(verify(path).events) == 2
 
 
-def test_a_ledger_found_damaged_is_not_left_locked(opened: Any, path: Path, tamper: Any) -> None:
+def test_a_ledger_found_damaged_is_not_left_locked(opened: Any, path: Path) -> None:
     opened()
     tamper(path, "UPDATE events SET detail = ''")
     with pytest.raises(RunError) as of_opening:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,8 @@ from scipy import stats
 from fedtune.privacy.mechanism import GRID_BITS, PrivacySpec, add_gaussian_noise, cell, noised_scores, poisson_sample
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
+
+from ..conftest import has_scale
 
 
 def stream(*purpose: str | int) -> RandomStream:
@@ -59,9 +60,7 @@ def note_deviations(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize(("noise_multiplier", "sensitivity"), [(1.5, 1.0), (0.4, 1.0), (1.5, 7.0), (0.4, 0.3)])
-def test_noise_has_the_scale_of_sigma_times_the_sensitivity(
-    has_scale: Any, noise_multiplier: float, sensitivity: float
-) -> None:
+def test_noise_has_the_scale_of_sigma_times_the_sensitivity(noise_multiplier: float, sensitivity: float) -> None:
     zeros = {name: nothing(shape) for name, shape in SHAPES.items()}
     given = {} if sensitivity == 1 else {"sensitivity": sensitivity}  # a clip norm unless it is told otherwise
     noisy = add_gaussian_noise(zeros, noise_multiplier=noise_multiplier, stream=stream("noise"), **given)
@@ -159,9 +158,7 @@ def test_scores_are_clamped_and_what_is_no_number_counts_as_zero() -> None:
 
 
 @pytest.mark.parametrize(("noise_multiplier", "declared_size"), [(20.0, 1.0), (0.5, 40.0)])
-def test_noise_of_scores_has_the_scale_of_sigma_times_root_two(
-    has_scale: Any, noise_multiplier: float, declared_size: float
-) -> None:
+def test_noise_of_scores_has_the_scale_of_sigma_times_root_two(noise_multiplier: float, declared_size: float) -> None:
     one = stream("score noise")
     pairs = np.array(
         [

@@ -24,7 +24,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
 from fedtune.words import spoken_start
 
-from .builders import make_key, policy, proposal, reserve, site_key
+from .builders import make_key, policy, proposal, reserve, site_key, tamper
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(chain.Event))
 LATER = {"limits": {"max_rounds": 19}}
@@ -97,7 +97,7 @@ def rehashed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def replace_rows(path: Path, rows: list[dict[str, Any]], tamper: Any) -> None:
+def replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     tamper(path, "DELETE FROM events")
     marks = ", ".join(f":{name}" for name in COLUMNS)
     with contextlib.closing(sqlite3.connect(path)) as file:
@@ -134,11 +134,11 @@ def test_verifying_changes_nothing(victim: Path) -> None:
     verify(victim)
 
 
-def test_tampering_without_a_change_is_none(victim: Path, tamper: Any) -> None:
+def test_tampering_without_a_change_is_none(victim: Path) -> None:
     # The triggers that the tests below drop and make again are not what is found.
     tamper(victim, "SELECT 1")
     verify(victim)
-    replace_rows(victim, stored(victim), tamper)
+    replace_rows(victim, stored(victim))
     verify(victim)
 
 
@@ -165,7 +165,7 @@ def other_values(column: str, value: Any) -> list[Any]:
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_a_changed_value_is_found_in_every_column_of_every_kind_of_event(
-    whole: Path, victim: Path, tamper: Any, column: str
+    whole: Path, victim: Path, column: str
 ) -> None:
     pristine = whole.read_bytes()
     tried = 0
@@ -195,7 +195,7 @@ def test_a_changed_value_is_found_in_every_column_of_every_kind_of_event(
         "INSERT INTO replies SELECT 'another', request, reply FROM replies WHERE run = 'r'",
     ],
 )
-def test_a_changed_reply_is_found(victim: Path, tamper: Any, sql: str) -> None:
+def test_a_changed_reply_is_found(victim: Path, sql: str) -> None:
     tamper(victim, sql)
     assert found(victim) == "the stored replies are not the newest ones that were committed"
 
@@ -203,7 +203,7 @@ def test_a_changed_reply_is_found(victim: Path, tamper: Any, sql: str) -> None:
 # Whole events.
 
 
-def test_a_deleted_event_is_found(whole: Path, victim: Path, tamper: Any) -> None:
+def test_a_deleted_event_is_found(whole: Path, victim: Path) -> None:
     pristine = whole.read_bytes()
     for row in stored(whole)[:-1]:
         victim.write_bytes(pristine)
@@ -212,12 +212,12 @@ def test_a_deleted_event_is_found(whole: Path, victim: Path, tamper: Any) -> Non
 
 
 @pytest.mark.parametrize("sequence", [0, -1, 10**6])
-def test_an_event_outside_the_numbers_is_found(whole: Path, victim: Path, tamper: Any, sequence: int) -> None:
-    replace_rows(victim, [*stored(whole), stored(whole)[-1] | {"sequence": sequence}], tamper)
+def test_an_event_outside_the_numbers_is_found(whole: Path, victim: Path, sequence: int) -> None:
+    replace_rows(victim, [*stored(whole), stored(whole)[-1] | {"sequence": sequence}])
     found(victim)
 
 
-def test_an_event_that_is_not_text_is_found(victim: Path, tamper: Any) -> None:
+def test_an_event_that_is_not_text_is_found(victim: Path) -> None:
     tamper(victim, "UPDATE events SET run = CAST(x'ff' AS TEXT) WHERE sequence = 3")
     assert "Could not decode to UTF-8" in found(victim)
 
@@ -225,7 +225,7 @@ def test_an_event_that_is_not_text_is_found(victim: Path, tamper: Any) -> None:
 # A forger who recomputes every hash, but has no key.
 
 
-def test_a_forger_who_deletes_reorders_or_inserts_is_found(whole: Path, victim: Path, tamper: Any) -> None:
+def test_a_forger_who_deletes_reorders_or_inserts_is_found(whole: Path, victim: Path) -> None:
     rows = stored(whole)
     for forged in (
         [row for row in rows if row["kind"] != "refusal"],  # what looks bad
@@ -233,7 +233,7 @@ def test_a_forger_who_deletes_reorders_or_inserts_is_found(whole: Path, victim: 
         [*rows[:-2], rows[-1]],
         [rows[0], rows[1], *rows[2:-2], rows[-1], rows[-2]],
     ):
-        replace_rows(victim, rehashed(forged), tamper)
+        replace_rows(victim, rehashed(forged))
         message = found(victim)
         assert "is not signed by the site's key" in message or "cannot be understood: its time is earlier" in message
 
@@ -251,7 +251,7 @@ anything = st.recursive(
 )
 @given(data=st.data(), value=anything)
 def test_whatever_a_forger_writes_into_a_detail_is_a_run_error(
-    whole: Path, victim: Path, tamper: Any, data: st.DataObject, value: Any
+    whole: Path, victim: Path, data: st.DataObject, value: Any
 ) -> None:
     rows = stored(whole)
     number = data.draw(st.integers(0, len(rows) - 1))
@@ -264,12 +264,12 @@ def test_whatever_a_forger_writes_into_a_detail_is_a_run_error(
     if changed == detail:
         return
     text = chain.canonical(changed).decode()
-    replace_rows(victim, rehashed([*rows[:number], rows[number] | {"detail": text}, *rows[number + 1 :]]), tamper)
+    replace_rows(victim, rehashed([*rows[:number], rows[number] | {"detail": text}, *rows[number + 1 :]]))
     found(victim)
 
 
 @pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 600 + "1" + "}" * 600, '{"what":1e999}', '{"what":NaN}', "{"])
-def test_what_is_no_json_is_a_run_error(victim: Path, tamper: Any, text: str) -> None:
+def test_what_is_no_json_is_a_run_error(victim: Path, text: str) -> None:
     tamper(victim, "UPDATE events SET detail = ? WHERE sequence = 2", values=(text,))
     assert found(victim) == "event 2 was changed: it is not written as fedtune writes events"
 
@@ -284,10 +284,10 @@ def resigned(rows: list[dict[str, Any]], key: SigningKey) -> list[dict[str, Any]
 
 
 def test_a_ledger_signed_again_by_another_key_is_found_by_whoever_expects_the_sites(
-    whole: Path, victim: Path, tamper: Any, newest: Head
+    whole: Path, victim: Path, newest: Head
 ) -> None:
     forger: SigningKey = make_key(9)
-    replace_rows(victim, resigned(stored(whole)[:-1], forger), tamper)
+    replace_rows(victim, resigned(stored(whole)[:-1], forger))
     alone = verify(victim)
     assert (alone.site_key, alone.key_expected) == (forger.public, False), "a ledger alone cannot show whose it is"
     assert found(victim, site_key=site_key.public).endswith(f"names site key {forger.public}, not {site_key.public}")
@@ -296,12 +296,12 @@ def test_a_ledger_signed_again_by_another_key_is_found_by_whoever_expects_the_si
         Ledger(victim, policy(**LATER), site_key)
 
 
-def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path, tamper: Any) -> None:
+def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path) -> None:
     rows = stored(whole)
     for number in range(len(rows)):
         changed = [dict(row) for row in rows]
         changed[number]["signature"] = make_key(9).sign(chain.EVENT, rows[number]["hash"].encode())
-        replace_rows(victim, changed, tamper)
+        replace_rows(victim, changed)
         key = spoken_start(verify(whole).site_key)
         assert found(victim) == f"event {number + 1} is not signed by the site's key {key}"
 
@@ -310,9 +310,9 @@ def test_one_event_signed_by_another_key_is_found(whole: Path, victim: Path, tam
 
 
 def test_a_truncated_ledger_passes_without_an_anchor_and_is_found_with_one(
-    whole: Path, victim: Path, tamper: Any, newest: Head
+    whole: Path, victim: Path, newest: Head
 ) -> None:
-    replace_rows(victim, stored(whole)[:-3], tamper)
+    replace_rows(victim, stored(whole)[:-3])
     assert verify(victim).anchor_sequence is None
     length = len(stored(whole))
     expected = f"an older copy of the ledger was put back: it ends at event {length - 3}, the anchor knows {length}"
@@ -327,7 +327,7 @@ def test_an_anchor_that_names_the_sites_key_without_its_signature_is_no_anchor(n
         Head.read(path)
 
 
-def test_a_ledger_opened_for_training_finds_changes_too(whole: Path, victim: Path, tamper: Any) -> None:
+def test_a_ledger_opened_for_training_finds_changes_too(whole: Path, victim: Path) -> None:
     rows = stored(whole)
     Ledger(victim, policy(**LATER), site_key)
     for forged in (
@@ -335,7 +335,7 @@ def test_a_ledger_opened_for_training_finds_changes_too(whole: Path, victim: Pat
         rehashed([rows[0] | {"code": "x"}, *rows[1:]]),
         rehashed(rows[:3] + rows[4:]),
     ):
-        replace_rows(victim, forged, tamper)
+        replace_rows(victim, forged)
         with pytest.raises(RunError, match="nothing is trained on a ledger in doubt"):
             Ledger(victim, policy(**LATER), site_key)
 

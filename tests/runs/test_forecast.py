@@ -11,11 +11,12 @@ import pytest
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.privacy.distributed_noise import Together
-from fedtune.privacy.run_plan import Plan
 from fedtune.runs import forecast as forecast_module
 from fedtune.runs.forecast import forecast, seconds_per_example
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec
+
+from ..conftest import run_plan
 
 SIZES = {"a": 100, "b": 50}
 
@@ -35,23 +36,25 @@ def tiny_model(
     return build_task_model(spec)
 
 
-def test_bytes_are_those_of_the_adapter_both_ways(run_plan: Plan) -> None:
+def test_bytes_are_those_of_the_adapter_both_ways() -> None:
     model = tiny_model()
-    found = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec(), update_dtype="float32")
+    found = forecast(
+        run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec(), update_dtype="float32"
+    )
     arrays = Adapter.of(model).tensors.values()
     assert found.values == sum(array.size for array in arrays)
     assert found.bytes_down == found.bytes_up == sum(array.nbytes for array in arrays)
     assert found.bytes_total == 2 * found.bytes_up * 2 * 3, "both ways, two sites, three rounds without spare ones"
     halved = replace(found, bytes_up=found.bytes_up // 2, bytes_total=3 * found.bytes_total // 4)
-    rounded = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    rounded = forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     assert (rounded.bytes_down, rounded.bytes_up) == (halved.bytes_down, halved.bytes_up)
     assert rounded.bytes_total == halved.bytes_total
 
 
-def test_memory_of_the_model_is_that_of_its_number_format(run_plan: Plan) -> None:
+def test_memory_of_the_model_is_that_of_its_number_format() -> None:
     found = {
         dtype: forecast(
-            run_plan, tiny_model("causal_lm", dtype=dtype), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec()
+            run_plan(), tiny_model("causal_lm", dtype=dtype), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec()
         ).model_bytes
         for dtype in ("float32", "bfloat16", "nf4")
     }
@@ -60,11 +63,11 @@ def test_memory_of_the_model_is_that_of_its_number_format(run_plan: Plan) -> Non
     assert adapter < found["nf4"] < found["bfloat16"]
 
 
-def test_a_secure_sum_travels_in_as_few_bits_as_it_needs(run_plan: Plan) -> None:
-    plain = forecast(run_plan, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+def test_a_secure_sum_travels_in_as_few_bits_as_it_needs() -> None:
+    plain = forecast(run_plan(), tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     assert plain.bytes_down == 2 * plain.bytes_up == 4 * plain.values
     shared = Together(num_sites=4, threshold=3, colluders=0).with_share(0.7)
-    secure = replace(run_plan, noise_multiplier=0.7, local_steps=1, shared=shared)
+    secure = replace(run_plan(), noise_multiplier=0.7, local_steps=1, shared=shared)
     found, other = (
         forecast(secure, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec(), update_dtype=dtype)
         for dtype in ("bfloat16", "float32")
@@ -77,8 +80,8 @@ def test_a_secure_sum_travels_in_as_few_bits_as_it_needs(run_plan: Plan) -> None
     assert 0 < found.bytes_up - packed - shares < 64, "a head"
 
 
-def test_times_are_those_of_expected_batches(run_plan: Plan) -> None:
-    found = forecast(run_plan, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+def test_times_are_those_of_expected_batches() -> None:
+    found = forecast(run_plan(), tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     assert found.step_seconds["a"] == pytest.approx(2 * found.step_seconds["b"])
     assert found.round_seconds["a"] == pytest.approx(2 * found.step_seconds["a"])
     steps = 3 * sum(found.round_seconds.values())
@@ -86,19 +89,19 @@ def test_times_are_those_of_expected_batches(run_plan: Plan) -> None:
     assert found.step_seconds["a"] > 0
 
 
-def test_users_bring_as_many_records_as_may_take_part(run_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_bring_as_many_records_as_may_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "seconds_per_example", lambda *_, **__: (0.5, 2.0))
-    by_user = replace(run_plan, unit="user", records_per_user=8)
+    by_user = replace(run_plan(), unit="user", records_per_user=8)
     once, many = (
         forecast(plan, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
-        for plan in (run_plan, by_user)
+        for plan in (run_plan(), by_user)
     )
     assert many.step_seconds == {site: pytest.approx(8 * seconds) for site, seconds in once.step_seconds.items()}
     assert many.first_seconds == pytest.approx(8 * once.first_seconds)
     assert many.bytes_total == once.bytes_total
 
 
-def test_a_record_costs_what_its_texts_cost(run_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_costs_what_its_texts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
     collate = forecast_module.collate
 
@@ -111,10 +114,10 @@ def test_a_record_costs_what_its_texts_cost(run_plan: Plan, monkeypatch: pytest.
     spec = replace(tiny_model(layers=(-1,)).spec, task="embedding", labels=(), texts=3)
     model = build_task_model(spec)
     width = model.base.config.hidden_size * 4
-    records = sum(SIZES.values()) * run_plan.records_per_user
+    records = sum(SIZES.values()) * run_plan().records_per_user
     for texts, kept in ((3, True), (2, False)):
         room = RuntimeSpec(kept_states_mib=records * 8 * texts * width / 2**20, micro_batch_tokens=1024)
-        found = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=room)
+        found = forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=room)
         assert found.frozen_states_kept == kept
     assert shapes[0] == (512 // 24 * 3, 8)
 
@@ -127,19 +130,19 @@ def test_a_pass_leaves_the_model_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_frozen_layers_run_once_for_each_record_where_memory_or_a_disk_suffices(run_plan: Plan, tmp_path: Path) -> None:
+def test_frozen_layers_run_once_for_each_record_where_memory_or_a_disk_suffices(tmp_path: Path) -> None:
     model = tiny_model(layers=(-1,))
-    kept = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    kept = forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     assert kept.frozen_states_kept
     assert kept.first_seconds > 0
     without = replace(RuntimeSpec(), kept_states_mib=0)
-    again = forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=without)
+    again = forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=without)
     assert not again.frozen_states_kept
     assert again.first_seconds == 0
     on_disk = replace(without, kept_states_folder=str(tmp_path))
-    assert forecast(run_plan, model, declared_sizes=SIZES, max_length=8, runtime=on_disk).frozen_states_kept
+    assert forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=on_disk).frozen_states_kept
 
 
-def test_a_language_model_is_timed_too(run_plan: Plan) -> None:
-    found = forecast(run_plan, tiny_model("causal_lm"), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+def test_a_language_model_is_timed_too() -> None:
+    found = forecast(run_plan(), tiny_model("causal_lm"), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
     assert found.step_seconds["b"] > 0

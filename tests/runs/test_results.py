@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,44 +9,46 @@ from typing import Any
 import pytest
 
 from fedtune.federation.lead import LeadState, RoundResult
-from fedtune.model.adapter import Adapter
-from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import DIVERGED, GUESS, WORSE, FinalResult, RunResult, findings_of
 
 from ..builders import run_result
+from ..conftest import run_plan
+from ..federation.conftest import made_adapter, receipt_of
 
 
-@pytest.fixture
-def build(adapter: Adapter, plan: Plan, receipt: Callable[..., Receipt]) -> Callable[..., dict[str, Any]]:
-    def make(*, charged: dict[str, int], loss: float = 0.5, plan: Plan = plan, scores: Any = None) -> dict[str, Any]:
-        receipts = {site: receipt(site, charged=rounds) for site, rounds in charged.items()}
-        result = RoundResult(
-            round=1,
-            seconds=1.0,
-            sites=tuple(charged),
-            failed_sites={},
-            bytes_down=1,
-            bytes_up=1,
-            metrics={"loss": loss, "accuracy": 0.5},
-            site_scores=scores or {},
-        )
-        state = LeadState(round=1, adapter=adapter, receipts=receipts, rounds=[result])
-        final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
-        config: Any = SimpleNamespace(
-            task="classification",
-            digest=lambda: "00",
-            federation=SimpleNamespace(active=tuple(charged)),
-            runtime=SimpleNamespace(seeded_noise=False),
-        )
-        return RunResult.of(
-            config, plan, state, final=final, provenance=run_result(rounds=(), final=final, privacy=None).provenance
-        ).to_json()
+def build(
+    *, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = None, scores: Any = None
+) -> dict[str, Any]:
+    receipts = {site: receipt_of(site, charged=rounds) for site, rounds in charged.items()}
+    result = RoundResult(
+        round=1,
+        seconds=1.0,
+        sites=tuple(charged),
+        failed_sites={},
+        bytes_down=1,
+        bytes_up=1,
+        metrics={"loss": loss, "accuracy": 0.5},
+        site_scores=scores or {},
+    )
+    state = LeadState(round=1, adapter=made_adapter(), receipts=receipts, rounds=[result])
+    final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
+    config: Any = SimpleNamespace(
+        task="classification",
+        digest=lambda: "00",
+        federation=SimpleNamespace(active=tuple(charged)),
+        runtime=SimpleNamespace(seeded_noise=False),
+    )
+    return RunResult.of(
+        config,
+        plan or run_plan(),
+        state,
+        final=final,
+        provenance=run_result(rounds=(), final=final, privacy=None).provenance,
+    ).to_json()
 
-    return make
 
-
-def test_the_runs_epsilon_is_its_largest_sites(build: Callable[..., dict[str, Any]]) -> None:
+def test_the_runs_epsilon_is_its_largest_sites() -> None:
     privacy = build(charged={"a": 1, "b": 3, "c": 0})["privacy"]
     assert privacy["epsilon"] == privacy["sites"]["b"]["epsilon"] > privacy["sites"]["a"]["epsilon"] > 0
     # Three of four planned rounds: what the whole plan costs is more.
@@ -65,15 +66,17 @@ def test_the_runs_epsilon_is_its_largest_sites(build: Callable[..., dict[str, An
     }
 
 
-def test_without_noise_epsilon_is_null(build: Callable[..., dict[str, Any]], plan: Plan) -> None:
-    privacy = build(charged={"a": 1, "b": 0}, plan=replace(plan, noise_multiplier=0.0))["privacy"]
+def test_without_noise_epsilon_is_null() -> None:
+    privacy = build(charged={"a": 1, "b": 0}, plan=replace(run_plan(), noise_multiplier=0.0))["privacy"]
     assert privacy["epsilon"] is None
     assert privacy["sites"]["a"]["epsilon"] is None
 
 
-def test_site_scores_are_shown_and_paid_for(build: Callable[..., dict[str, Any]], plan: Plan) -> None:
+def test_site_scores_are_shown_and_paid_for() -> None:
     plain = build(charged={"a": 1})
-    measured = build(charged={"a": 1}, plan=replace(plan, metrics_noise_multiplier=3.0), scores={"a": (0.5, 1.25)})
+    measured = build(
+        charged={"a": 1}, plan=replace(run_plan(), metrics_noise_multiplier=3.0), scores={"a": (0.5, 1.25)}
+    )
     assert plain["rounds"][0]["site_scores"] == {}
     assert json.loads(json.dumps(measured))["rounds"][0]["site_scores"] == {"a": [0.5, 1.25]}
     assert measured["privacy"]["epsilon"] > plain["privacy"]["epsilon"]
@@ -82,7 +85,7 @@ def test_site_scores_are_shown_and_paid_for(build: Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_diverged_loss_is_null_in_strict_json(build: Callable[..., dict[str, Any]], loss: float) -> None:
+def test_a_diverged_loss_is_null_in_strict_json(loss: float) -> None:
     result = json.loads(json.dumps(build(charged={"a": 1}, loss=loss), allow_nan=False))
     assert result["rounds"][0]["metrics"] == {"loss": None, "accuracy": 0.5}
     assert result["final"]["metrics"] == {"loss": None}

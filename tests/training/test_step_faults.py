@@ -26,6 +26,7 @@ from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
+from ..conftest import has_scale
 from . import conftest
 from .conftest import Table, released, trained, work_of
 
@@ -149,7 +150,7 @@ def test_a_step_is_the_sum_of_the_drawn_over_the_public_size() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 30])
-def test_a_step_adds_noise_once_whoever_was_drawn(count: int, has_scale: Any) -> None:
+def test_a_step_adds_noise_once_whoever_was_drawn(count: int) -> None:
     silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
     found = moved(silent, plan_of(noise_multiplier=1.3), declared_size=40)
     assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
