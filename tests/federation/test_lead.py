@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +21,6 @@ from fedtune.spec import RunError
 from ..conftest import run_plan
 from .conftest import key_of, receipt_of, round_of, update_of
 
-MakeReceipt = Callable[..., Receipt]
 OF_RUN: Any = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.2, "noise_multiplier": 4.0, "max_grad_norm": 1.0}
 RUN: Any = {"run": "r", "plan": Plan(**OF_RUN, local_steps=2, num_rounds=4)}
 

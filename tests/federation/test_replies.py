@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,34 +14,28 @@ from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO
 from fedtune.federation.rounding import rounded_difference
 from fedtune.federation.update_store import Arrived
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.release import Difference, Masked, Reason, Receipt, Refusal, Update
+from fedtune.privacy.release import Difference, Masked, Reason, Refusal, Update
 from fedtune.training.reach import Reach
 
 from ..conftest import run_proposal
 from .conftest import receipt_of, update_of
 
 Make = Callable[..., Update]
-MakeReceipt = Callable[..., Receipt]
 Sort = Callable[..., RoundReplies]
 ANYWHERE = Reach(value=defaultdict(lambda: math.inf), norm=math.inf)
 
 
-@pytest.fixture
-def signed() -> Callable[[Update | Refusal], Reply]:
+def signed(body: Update | Refusal) -> Reply:
     """The reply with this body, as its site would sign it."""
-
-    def make(body: Update | Refusal) -> Reply:
-        try:
-            digest = digest_of(body)
-        except ValueError:  # no site could sign it
-            digest = "00" * 32
-        return Reply(body=body, receipt=receipt_of(body.site, reply=digest))
-
-    return make
+    try:
+        digest = digest_of(body)
+    except ValueError:  # no site could sign it
+        digest = "00" * 32
+    return Reply(body=body, receipt=receipt_of(body.site, reply=digest))
 
 
 @pytest.fixture
-def sort(adapter: Adapter, signed: Any, tmp_path: Path) -> Iterator[Sort]:
+def sort(adapter: Adapter, tmp_path: Path) -> Iterator[Sort]:
     """What becomes of replies, or of the site a's body, in round 1."""
     arrived = Arrived(tmp_path / "arrived", adapter)
 
@@ -102,7 +95,7 @@ def test_scores_come_where_the_plan_releases_them_and_nowhere_else(sort: Sort, s
     assert sort(other, noise=3.0 if scored else 0.0).failures == {"a": INVALID_UPDATE}
 
 
-def test_a_refusal_that_nobody_signed_or_of_another_round_is_never_final(sort: Sort, signed: Any) -> None:
+def test_a_refusal_that_nobody_signed_or_of_another_round_is_never_final(sort: Sort) -> None:
     refusal = Refusal(site="a", run="r", round=1, reason=Reason.MAX_EPSILON)
     for reply, shown in (
         (Reply(body=refusal, receipt=None), "max_epsilon"),
@@ -154,14 +147,14 @@ def test_an_update_of_another_round_run_or_site_is_dropped(sort: Sort, changes: 
 
 @pytest.mark.parametrize("what", ["no receipt", "of another answer", "of no answer", "not signed", "one value changed"])
 def test_an_update_without_its_sites_receipt_is_no_reply(
-    sort: Sort, adapter: Adapter, receipt: MakeReceipt, signed: Callable[[Update], Reply], what: str
+    sort: Sort, adapter: Adapter, signed: Callable[[Update], Reply], what: str
 ) -> None:
     reply = signed(update_of())
     changed = with_value(1.25)(dict(adapter.tensors))
     reply = {
         "no receipt": replace(reply, receipt=None),
-        "of another answer": replace(reply, receipt=receipt(reply=digest_of(update_of(round=2)))),
-        "of no answer": replace(reply, receipt=receipt()),
+        "of another answer": replace(reply, receipt=receipt_of(reply=digest_of(update_of(round=2)))),
+        "of no answer": replace(reply, receipt=receipt_of()),
         "not signed": replace(reply, receipt=replace(reply.receipt, charged_rounds=9)),
         "one value changed": replace(reply, body=update_of(tensors=changed)),
     }[what]
@@ -236,7 +229,7 @@ def test_a_refusal_is_reported_by_its_reason(sort: Sort, reason: Reason) -> None
     assert sorted_out.refusals == {"a": refusal}
 
 
-def test_sites_keep_their_order_and_who_is_left_out_or_was_not_asked_is_not_heard(sort: Sort, signed: Any) -> None:
+def test_sites_keep_their_order_and_who_is_left_out_or_was_not_asked_is_not_heard(sort: Sort) -> None:
     def sorted_out(*answering: str, **asked: str) -> tuple[tuple[str, ...], dict[str, str]]:
         found = sort({site: signed(update_of(site=site)) for site in answering}, **asked)
         return found.sites, found.failures

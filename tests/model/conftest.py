@@ -93,10 +93,9 @@ def one_of(batch: Batch, place: int) -> Batch:
 
 def spec_of(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
     """Settings of a tiny model; keywords override."""
-    values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | changes
+    values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | declared(task) | changes
     if task in TEXTS:
         task, values = "embedding", values | {"texts": TEXTS[task]}
-    values |= declared(task)
     return TaskModelSpec(model=values.pop("model", ModelSpec(path=path)), task=task, **values)
 
 

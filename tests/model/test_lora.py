@@ -219,8 +219,5 @@ def test_the_scale(rslora: bool) -> None:
 @pytest.mark.parametrize("rank", [33, 1_000_000])
 def test_a_rank_above_every_module_s_is_refused_before_memory_is_taken(rank: int) -> None:
     """A rank of a million took 21 GB, and the machine ended the process with half a run folder."""
-    spec = TaskModelSpec(
-        model=ModelSpec(path="random:bert"), lora=LoraSpec(rank=rank), task="classification", labels=("a", "b")
-    )
     with pytest.raises(ConfigError, match=rf"lora\.rank = {rank}: must be at most 32, the rank of the largest adapted"):
-        build_task_model(spec)
+        build_task_model(spec_of(lora=LoraSpec(rank=rank)))

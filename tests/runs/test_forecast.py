@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from fedtune.model.adapter import Adapter
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.distributed_noise import Together
 from fedtune.runs import forecast as forecast_module
 from fedtune.runs.forecast import forecast, seconds_per_example
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec
 
+from ..builders import built
 from ..conftest import run_plan
+from ..model.conftest import spec_of
 
 SIZES = {"a": 100, "b": 50}
 
@@ -24,16 +26,8 @@ SIZES = {"a": 100, "b": 50}
 def tiny_model(
     task: str = "classification", *, layers: tuple[int, ...] | None = None, dtype: Any = "float32"
 ) -> TaskModel:
-    classes = task == "classification"
-    spec = TaskModelSpec(
-        model=ModelSpec(path="random:bert" if classes else "random:llama", dtype=dtype),
-        lora=LoraSpec(rank=2, layers=layers),
-        head=HeadSpec(init="zero", centre=False),
-        task=task,  # type: ignore[arg-type]
-        labels=("x", "y", "z") if classes else (),
-        seed=0,
-    )
-    return build_task_model(spec)
+    model = ModelSpec(path="random:bert" if task == "classification" else "random:llama", dtype=dtype)
+    return built(spec_of(task=task, model=model, lora=LoraSpec(rank=2, layers=layers)))
 
 
 def test_bytes_are_those_of_the_adapter_both_ways() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,15 @@ def config(tiny: Any, tmp_path: Path) -> RunConfig:
     return compose_run(tiny("federation.num_rounds=10", into=tmp_path))
 
 
-@pytest.fixture
-def state() -> Callable[..., LeadState]:
-    def make(round: int, **changes: Any) -> LeadState:
-        sites = ("site-1", "site-2")
-        known = {"seconds": 2.0, "sites": sites, "failed_sites": {}, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
-        result = RoundResult(**{"round": round, "bytes_down": 1, "bytes_up": 1, **known, **changes})
-        signed = {"sequence": 1, "head": "00" * 32, "site_key": "00" * 32, "signature": ""}
-        receipts = {
-            site: Receipt(site=site, run="r", charged_rounds=round, charged_steps=2 * round, **signed) for site in sites
-        }
-        return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=[result], seconds=30.0 * round)
-
-    return make
+def state(round: int, **changes: Any) -> LeadState:
+    sites = ("site-1", "site-2")
+    known = {"seconds": 2.0, "sites": sites, "failed_sites": {}, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
+    result = RoundResult(**{"round": round, "bytes_down": 1, "bytes_up": 1, **known, **changes})
+    signed = {"sequence": 1, "head": "00" * 32, "site_key": "00" * 32, "signature": ""}
+    receipts = {
+        site: Receipt(site=site, run="r", charged_rounds=round, charged_steps=2 * round, **signed) for site in sites
+    }
+    return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=[result], seconds=30.0 * round)
 
 
 class Nobody:
@@ -78,13 +73,13 @@ def shown(
     return out.getvalue()
 
 
-def test_a_round_is_one_line(config: RunConfig, state: Callable[..., LeadState]) -> None:
+def test_a_round_is_one_line(config: RunConfig) -> None:
     line = shown(config, state(3)).splitlines()[-1]
     assert line.startswith("round  3/10 | 2/2 sites | validation: loss 1.235, macro-f1 0.500 | epsilon 0.5")
     assert line.endswith("| 2.0 s | about 3 min 30 s left")
 
 
-def test_on_a_narrow_terminal_it_is_two(config: RunConfig, state: Callable[..., LeadState]) -> None:
+def test_on_a_narrow_terminal_it_is_two(config: RunConfig) -> None:
     out = io.StringIO()
     failing = state(1, failed_sites={"site-2": "plan_exhausted"})
     text = shown(config, state(3), failing, width=COLUMNS)
@@ -95,11 +90,11 @@ def test_on_a_narrow_terminal_it_is_two(config: RunConfig, state: Callable[..., 
     assert "site-2: plan_exhausted\n" in text
 
 
-def test_the_last_round_has_no_time_left(config: RunConfig, state: Callable[..., LeadState]) -> None:
+def test_the_last_round_has_no_time_left(config: RunConfig) -> None:
     assert "left" not in shown(config, state(10)).splitlines()[-1]
 
 
-def test_failed_sites_and_scores_that_diverged(config: RunConfig, state: Callable[..., LeadState]) -> None:
+def test_failed_sites_and_scores_that_diverged(config: RunConfig) -> None:
     line = shown(
         config, state(1, sites=("site-1",), failed_sites={"site-2": "plan_exhausted"}, metrics={"loss": float("nan")})
     ).splitlines()[-1]
@@ -187,11 +182,11 @@ def test_a_terminal_has_a_bar_for_it_and_quiet_nothing(config: RunConfig) -> Non
         assert "model" not in prepared(config, terminal=terminal, progress=False, every_s=0.0)
 
 
-def test_quiet_is_quiet(config: RunConfig, state: Callable[..., LeadState]) -> None:
+def test_quiet_is_quiet(config: RunConfig) -> None:
     assert shown(config, state(1), progress=False) == ""
 
 
-def test_the_bar_counts_sites_and_rounds(config: RunConfig, state: Callable[..., LeadState]) -> None:
+def test_the_bar_counts_sites_and_rounds(config: RunConfig) -> None:
     out = shown(config, state(1), terminal=True)
     assert "round 1/10, site 2/2" in out or "round 2/10, site 1/2" in out
 
@@ -229,7 +224,7 @@ def test_no_guarantee_is_said(config: RunConfig) -> None:
     assert "A study without a guarantee" in table(config, result(seeded_noise=True))
 
 
-def test_time_left_uses_the_run_so_far(config: RunConfig, state: Callable[..., LeadState]) -> None:
+def test_time_left_uses_the_run_so_far(config: RunConfig) -> None:
     slow = replace(state(5), seconds=500.0)
     assert "about 8 min 20 s left" in shown(config, slow)
 

@@ -23,19 +23,14 @@ SCALE = SIGMA * CLIP
 Arrays = dict[str, npt.NDArray[np.float64]]
 
 
-@pytest.fixture(scope="module")
-def noise_by_tensor() -> Callable[[], Arrays]:
+def noise_by_tensor() -> Arrays:
     """Every value that steps on nobody's records add to each tensor."""
-
-    def make() -> Arrays:
-        sums = sums_of(model_of(), random_texts(0), plan(), steps=STEPS)
-        return {name: np.concatenate([one[name].ravel() for one in sums]) for name in sums[0]}
-
-    return make
+    sums = sums_of(model_of(), random_texts(0), plan(), steps=STEPS)
+    return {name: np.concatenate([one[name].ravel() for one in sums]) for name in sums[0]}
 
 
 @pytest.fixture(scope="module")
-def right(noise_by_tensor: Callable[[], Arrays]) -> Arrays:
+def right() -> Arrays:
     return noise_by_tensor()
 
 
@@ -55,7 +50,7 @@ def test_every_tensor_has_noise_of_the_stated_scale(right: Arrays) -> None:
 
 @pytest.mark.parametrize("factor", [0.9, 1.1])
 def test_a_scale_that_is_ten_percent_off_is_rejected_in_every_tensor(
-    right: Arrays, noise_by_tensor: Callable[[], Arrays], monkeypatch: pytest.MonkeyPatch, factor: float
+    right: Arrays, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     off_by(monkeypatch, lambda settings: settings | {"noise_multiplier": factor * settings["noise_multiplier"]})
     for name, values in noise_by_tensor().items():

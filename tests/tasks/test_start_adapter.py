@@ -18,6 +18,8 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import TaskModel, build_task_model
 
+from ..model.conftest import spec_of
+
 TABLE: dict[str, Any] = {"model": ModelSpec(path="none"), "lora": LoraSpec(kind="none"), "input": "features"}
 TABLE |= {"head": HeadSpec(scale=1.0, hidden=(2,)), "values": ("age",)}
 
@@ -26,13 +28,7 @@ def lora(**changes: Any) -> LoraSpec:
     return replace(LoraSpec(rank=2, layers=(0, 1)), **changes)
 
 
-SPEC = TaskModelSpec(
-    model=ModelSpec(path="random:bert"),
-    lora=lora(),
-    task="classification",
-    head=HeadSpec(centre=True, init="label_names"),
-    labels=("billing", "sales"),
-)
+SPEC = spec_of(lora=lora(), head=HeadSpec(centre=True, init="label_names"), labels=("billing", "sales"))
 OTHER_LABELS = ("billing", "technical", "sales")
 
 

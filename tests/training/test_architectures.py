@@ -14,9 +14,11 @@ from fedtune.data import Shapes
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.model.quantized import FourBit
 from fedtune.model.refusals import ARCHITECTURES
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.tasks.task_model import build_task_model
 from fedtune.training.preflight import moved_by_others
+
+from ..model.conftest import spec_of
 
 pytestmark = pytest.mark.nightly
 
@@ -51,16 +53,9 @@ def test_an_example_s_company_moves_it_by_no_bit(name: str, dtype: Any, tmp_path
     torch.manual_seed(0)
     (AutoModel if encoder else AutoModelForCausalLM).from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer("random:bert" if encoder else "random:llama").save_pretrained(tmp_path)
-    model = build_task_model(
-        TaskModelSpec(
-            model=ModelSpec(path=str(tmp_path), dtype=dtype),
-            task="classification" if encoder else "causal_lm",
-            labels=("a", "b") if encoder else (),
-            lora=LoraSpec(rank=2, target_modules=TARGETS.get(name, ("query", "value") if encoder else ("q_proj",))),
-            head=HeadSpec(),
-            seed=3,
-        )
-    )
+    lora = LoraSpec(rank=2, target_modules=TARGETS.get(name, ("query", "value") if encoder else ("q_proj",)))
+    task = "classification" if encoder else "causal_lm"
+    model = build_task_model(spec_of(task=task, model=ModelSpec(path=str(tmp_path), dtype=dtype), lora=lora))
     base = model.base.get_base_model()
     in_four_bits = [module for module in base.modules() if isinstance(module, FourBit)]
     assert bool(in_four_bits) == (dtype == "nf4")

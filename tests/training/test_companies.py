@@ -14,7 +14,7 @@ import torch
 from fedtune.data import Shapes, TextDataset
 from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.products import multiply_by_onednn
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks.registry import TASKS
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.dp_step import contributions
@@ -25,7 +25,7 @@ from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
 from ..builders import as_tried, with_random_values
-from ..model.conftest import TEXTS
+from ..model.conftest import TEXTS, spec_of
 from .conftest import examples_of, trained
 
 pytestmark = pytest.mark.nightly
@@ -197,14 +197,8 @@ def installed(name: str) -> Any:
 
 def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
     file = "SmolLM2-135M-Instruct.Q4_1.gguf" if path == SMOLLM2 else None
-    spec = TaskModelSpec(
-        model=ModelSpec(path=path, gguf_file=file, dtype=dtype),
-        task=task,  # type: ignore[arg-type]
-        labels=("a", "b", "c") if task == "classification" else (),
-        lora=LoraSpec(rank=2, alpha=4.0, layers=(-2, -1)),
-        head=HeadSpec(),
-        seed=3,
-    )
+    lora = LoraSpec(rank=2, alpha=4.0, layers=(-2, -1))
+    spec = spec_of(task=task, model=ModelSpec(path=path, gguf_file=file, dtype=dtype), lora=lora)
     model = build_task_model(spec)
     multiply_by_onednn(model.base)
     return with_random_values(model, 0.2)

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes
 from fedtune.model.adapter import Adapter
-from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import LoraSpec, TaskModelSpec
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import devices as devices_module
@@ -36,22 +36,15 @@ from fedtune.training.spec import RuntimeSpec
 from fedtune.training.users import UserExamples
 
 from ..forked import Forked
+from ..model.conftest import spec_of
 from .conftest import made_up, released, work_of
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = Shapes.of(max_length=15, max_tokens=40)
 MAX_GRAD_NORM = 0.5
 KINDS = {
-    "kept states": TaskModelSpec(
-        model=ModelSpec(path="random:bert"),
-        lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,), alternate=True),
-        task="classification",
-        labels=("a", "b", "c"),
-        seed=3,
-    ),
-    "a reference": TaskModelSpec(
-        model=ModelSpec(path="random:llama"), lora=LoraSpec(rank=2, alpha=4.0), task="preference", texts=2, seed=3
-    ),
+    "kept states": spec_of(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,), alternate=True)),
+    "a reference": spec_of("random:llama", "preference", texts=2),
 }
 
 

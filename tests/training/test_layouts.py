@@ -6,7 +6,6 @@ adds, which test_exact_sum.py bounds.  Some records are long, cut from either en
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -135,17 +134,12 @@ layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 
 
-@pytest.fixture
-def dataset_of() -> Callable[..., TextDataset]:
+def dataset_of(layout: str) -> TextDataset:
     """The records of a layout as a real site tokenises them."""
-
-    def make(layout: str) -> TextDataset:
-        data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
-        records = [Record(fields) for fields in RECORDS[layout]]
-        tokenizer = make_tokenizer(post="[CLS] $A")
-        return task_of(layout).tokenise(records, tokenizer, data=data, lenient_within=258)
-
-    return make
+    data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
+    records = [Record(fields) for fields in RECORDS[layout]]
+    tokenizer = make_tokenizer(post="[CLS] $A")
+    return task_of(layout).tokenise(records, tokenizer, data=data, lenient_within=258)
 
 
 def task_of(layout: str) -> Task:
@@ -169,7 +163,7 @@ def made(layout: str, *, keeps: bool, size: float = 0.2) -> TaskModel:
 
 
 @layouts
-def test_the_records_are_those_that_this_is_about(dataset_of: Any, layout: str) -> None:
+def test_the_records_are_those_that_this_is_about(layout: str) -> None:
     dataset = dataset_of(layout)
     texts = 2 if layout in PREFERENCES else TEXTS.get(layout, 1)
     assert (dataset.texts, len(dataset)) == (texts, len(RECORDS[layout]))
@@ -187,7 +181,7 @@ def test_the_records_are_those_that_this_is_about(dataset_of: Any, layout: str) 
 )
 @keeping
 @layouts
-def test_the_clipped_sum_equals_a_loop(dataset_of: Any, layout: str, keeps: bool) -> None:
+def test_the_clipped_sum_equals_a_loop(layout: str, keeps: bool) -> None:
     model, dataset = made(layout, keeps=keeps), dataset_of(layout)
     require_sums_of_a_loop(model, dataset, max_length=LONGEST, kept_by=model if keeps else None)
 
@@ -195,7 +189,7 @@ def test_the_clipped_sum_equals_a_loop(dataset_of: Any, layout: str, keeps: bool
 @pytest.mark.by_day("chat-whole", "scored-whole", "labels-whole", "prompted-whole", "chat-kept states")
 @keeping
 @layouts
-def test_a_record_is_the_same_bit_for_bit_in_every_company(dataset_of: Any, layout: str, keeps: bool) -> None:
+def test_a_record_is_the_same_bit_for_bit_in_every_company(layout: str, keeps: bool) -> None:
     model = made(layout, keeps=keeps, size=5.0)
     require_alone(
         model, examples_of(dataset_of(layout), max_length=LONGEST, kept_by=model if keeps else None), companies=5

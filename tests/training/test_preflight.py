@@ -79,14 +79,9 @@ def test_no_round_multiplies_by_what_was_not_tried(onednn: bool) -> None:
         assert seen
 
 
-@pytest.fixture
-def last_layer() -> Callable[..., TaskModel]:
+def last_layer(path: str = "random:bert", task: str = "classification") -> TaskModel:
     """A model whose last layer alone trains."""
-
-    def make(path: str = "random:bert", task: str = "classification") -> TaskModel:
-        return fresh(path, task, lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
-
-    return make
+    return fresh(path, task, lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
 
 
 @pytest.mark.by_day(
@@ -98,7 +93,7 @@ def last_layer() -> Callable[..., TaskModel]:
 @pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @kinds
-def test_ordinary_models_pass(last_layer: Any, path: str, task: str, checkpointing: bool, keeps: bool) -> None:
+def test_ordinary_models_pass(path: str, task: str, checkpointing: bool, keeps: bool) -> None:
     model = last_layer(path, task)
     before = Adapter.of(model).digest()
     if checkpointing:
@@ -160,9 +155,7 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
     [(*KINDS[0], 0), (*KINDS[0], -1), (*KINDS[1], -1), (*KINDS[4], -1)],
     ids=["frozen", "trained", "llama", "pairs"],
 )
-def test_a_layer_that_mixes_examples_is_refused(
-    last_layer: Any, path: str, task: str, change: Change, number: int
-) -> None:
+def test_a_layer_that_mixes_examples_is_refused(path: str, task: str, change: Change, number: int) -> None:
     model = with_layer(last_layer(path, task), change, number=number)
     before = Adapter.of(model).digest()
     with pytest.raises(ConfigError, match=r"model\.path .*mixes the examples"):
@@ -170,7 +163,7 @@ def test_a_layer_that_mixes_examples_is_refused(
     assert Adapter.of(model).digest() == before
 
 
-def test_one_that_chooses_by_the_longest_row_is_refused(last_layer: Any) -> None:
+def test_one_that_chooses_by_the_longest_row_is_refused() -> None:
     model, longest = last_layer(), [0]
     model.base.get_base_model().register_forward_pre_hook(
         lambda _, __, given: longest.__setitem__(0, int(given["attention_mask"].sum(dim=1).max())), with_kwargs=True
@@ -181,7 +174,7 @@ def test_one_that_chooses_by_the_longest_row_is_refused(last_layer: Any) -> None
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_one_whose_effect_is_a_last_bit_is_refused_or_measured(last_layer: Any, allowed: bool) -> None:
+def test_one_whose_effect_is_a_last_bit_is_refused_or_measured(allowed: bool) -> None:
     def last_bit(hidden: torch.Tensor) -> torch.Tensor:
         # Of every value of the first row, and only beside many others.
         if len(hidden) < 6:
@@ -201,7 +194,7 @@ def test_one_whose_effect_is_a_last_bit_is_refused_or_measured(last_layer: Any, 
     assert Adapter.of(model).digest() == before
 
 
-def test_one_last_bit_of_one_gradient_value_is_enough(last_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_last_bit_of_one_gradient_value_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedtune.training.per_example import PerExampleGradients
 
     original = PerExampleGradients.of_all
@@ -222,7 +215,7 @@ def test_one_last_bit_of_one_gradient_value_is_enough(last_layer: Any, monkeypat
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(last_layer: Any, keeps: bool) -> None:
+def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(keeps: bool) -> None:
     model = last_layer()
     embeddings = model.base.get_base_model().embeddings
     embeddings.register_forward_hook(lambda module, inputs, hidden: mean_of_batch(hidden))
@@ -232,7 +225,7 @@ def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(last_
 
 @pytest.mark.parametrize("how", ["mixed", "rounded"])
 def test_what_the_base_says_of_a_record_is_tried_in_other_company_too(
-    last_layer: Any, monkeypatch: pytest.MonkeyPatch, how: str
+    monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     model, plain = last_layer("random:llama", "preference"), TaskModel.reference
 
@@ -252,7 +245,7 @@ def test_what_the_base_says_of_a_record_is_tried_in_other_company_too(
     [(SHAPES.lengths[-1], rows) for rows in SHAPES.rows(SHAPES.lengths[-1])]
     + [(length, SHAPES.rows(length)[-1]) for length in SHAPES.lengths[:-1]],
 )
-def test_frozen_layers_are_tried_at_every_number_of_rows(last_layer: Any, length: int, rows: int) -> None:
+def test_frozen_layers_are_tried_at_every_number_of_rows(length: int, rows: int) -> None:
     model = last_layer()
 
     def rounds_otherwise(_: nn.Module, __: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -266,9 +259,7 @@ def test_frozen_layers_are_tried_at_every_number_of_rows(last_layer: Any, length
 @pytest.mark.by_day("False-IndexError", "True-MemoryError")
 @pytest.mark.parametrize("error", [IndexError, MemoryError])
 @pytest.mark.parametrize("keeps", [False, True])
-def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(
-    last_layer: Any, error: type[Exception], keeps: bool
-) -> None:
+def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(error: type[Exception], keeps: bool) -> None:
     model = last_layer()
     last = model.num_ids - 1
     embedding = model.base.get_base_model().get_input_embeddings()
@@ -290,7 +281,7 @@ def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(
     assert check(model, keeps=keeps) == 0.0
 
 
-def test_frozen_layers_that_cannot_compute_an_example_are_no_site_s_surprise(last_layer: Any) -> None:
+def test_frozen_layers_that_cannot_compute_an_example_are_no_site_s_surprise() -> None:
     """At a site such an example counts as zero; in the try it would make every other one look exact."""
 
     def fails(_: Any, inputs: Any, hidden: tuple[torch.Tensor, ...]) -> None:
@@ -312,12 +303,12 @@ def test_a_length_without_positions_is_a_mistake_before_any_record() -> None:
     assert Adapter.of(model).digest() == before
 
 
-def test_a_model_whose_gradients_are_not_finite_is_not_taken_for_exact(last_layer: Any) -> None:
+def test_a_model_whose_gradients_are_not_finite_is_not_taken_for_exact() -> None:
     with pytest.raises(ConfigError, match=r"model\.path"):
         check(with_layer(last_layer(), lambda hidden: hidden * torch.nan, number=-1))
 
 
-def test_weights_cannot_hide_what_a_kernel_does(last_layer: Any) -> None:
+def test_weights_cannot_hide_what_a_kernel_does() -> None:
     """An outside review's model subtracted what most tokens lead to, and enlarged the last bit of what was left."""
 
     def enlarged(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -335,7 +326,7 @@ def test_weights_cannot_hide_what_a_kernel_does(last_layer: Any) -> None:
 
 
 @kinds
-def test_every_place_of_every_row_holds_a_token_once(last_layer: Any, path: str, task: str) -> None:
+def test_every_place_of_every_row_holds_a_token_once(path: str, task: str) -> None:
     """Where most of a trial is padding, a kernel that rounds the last numbers of a thread's share could pass it."""
     model = last_layer(path, task)
 
@@ -355,7 +346,7 @@ def test_every_place_of_every_row_holds_a_token_once(last_layer: Any, path: str,
     assert trial().most_moved_by_place(0.1) == 0
 
 
-def test_what_is_made_up_is_drawn_anew_each_time(last_layer: Any) -> None:
+def test_what_is_made_up_is_drawn_anew_each_time() -> None:
     model = last_layer()
     seen: list[torch.Tensor] = []
     model.base.get_base_model().get_input_embeddings().register_forward_hook(

@@ -21,11 +21,12 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.spec import HeadSpec, LoraSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.dp_step import SMALLEST_NORM, contributions
 
 from ..builders import with_random_values
+from ..model.conftest import spec_of
 from .conftest import examples_of, summed
 from .test_companies import each_one, same
 
@@ -62,16 +63,10 @@ def attacked(model: TaskModel, clip: float, *, seed: int, first_id: int, classes
 @pytest.mark.parametrize("threads", [1, 2])
 def test_large_values_on_query_and_key_move_the_sum_by_no_more_than_the_clip_norm(threads: int) -> None:
     labels = tuple("abcdefgh")
-    spec = TaskModelSpec(
-        model=ModelSpec(path=MINILM),
-        task="classification",
-        labels=labels,
-        lora=LoraSpec(rank=4, alpha=4.0, layers=(-2, -1), target_modules=("query", "key")),
-        head=HeadSpec(train=False, init="label_names"),
-        seed=3,
-    )
+    lora = LoraSpec(rank=4, alpha=4.0, layers=(-2, -1), target_modules=("query", "key"))
     torch.set_num_threads(threads)  # put back by the fixture of every test here
-    model = build_task_model(spec)
+    head = HeadSpec(train=False, init="label_names")
+    model = build_task_model(spec_of(MINILM, labels=labels, lora=lora, head=head))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.trainable().values():
@@ -84,15 +79,8 @@ def test_large_values_on_query_and_key_move_the_sum_by_no_more_than_the_clip_nor
 
 @pytest.mark.parametrize("size", [0.2, 5.0])
 def test_rounding_alone_never_counts_for_a_clip_norm_however_small_that_is(size: float) -> None:
-    spec = TaskModelSpec(
-        model=ModelSpec(path="random:bert"),
-        task="classification",
-        labels=("a", "b", "c"),
-        lora=LoraSpec(rank=2, alpha=4.0),
-        head=HeadSpec(train=False, init="label_names", label_texts=("same", "same", "same")),
-        seed=3,
-    )
-    model = with_random_values(build_task_model(spec), size, seed=1)
+    head = HeadSpec(train=False, init="label_names", label_texts=("same", "same", "same"))
+    model = with_random_values(build_task_model(spec_of(head=head)), size, seed=1)
     for clip in (1e-18, 1e-9, 1.0):
         for seed in range(2):
             square, norms = attacked(model, clip, seed=seed, first_id=5, classes=3)
