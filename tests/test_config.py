@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from fedtune.api.compose import compose_run
 from fedtune.config import MOST_SEED, RunConfig, parse
 from fedtune.privacy import events
-from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
+
+from .privacy.builders import lead_key
 
 
 def base() -> dict[str, Any]:
@@ -212,7 +213,7 @@ def test_what_cannot_be_promised_cannot_be_asked_for(changes: dict[str, Any], ke
     assert error.value.key == key
 
 
-def test_the_proposal_says_what_a_policy_judges(lead_key: SigningKey) -> None:
+def test_the_proposal_says_what_a_policy_judges() -> None:
     config = parse(changed(privacy__noise_multiplier=4.0, federation__participants=["site-1"]))
     proposal = config.proposal(lead=lead_key.public, plan=config.plan())
     assert (proposal.run, proposal.lead, proposal.dataset) == (config.run_id(), lead_key.public, "banking77")

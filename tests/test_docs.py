@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -20,6 +19,7 @@ from fedtune.data.records import iter_records
 from fedtune.privacy.accountant import factor_text
 from fedtune.spec import DataError
 
+from .conftest import command
 from .pictures import vision_folder, write_pictures
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def own_data_command() -> list[str]:
     return shlex.split(block[1].replace("\\\n", " "))[1:]
 
 
-def test_the_own_data_example_runs(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_own_data_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teams = ("billing", "technical", "sales")
     rows = [f'"ticket {number} about {teams[number % 3]}",{teams[number % 3]}' for number in range(90)]
     for name in ("tickets.csv", "tickets_test.csv", "more.csv"):
@@ -54,7 +54,7 @@ def test_the_own_data_example_runs(command: Any, tmp_path: Path, monkeypatch: py
     assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
 
 
-def test_the_lines_about_entities_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_about_entities_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"drug": ("aspirin", "insulin"), "disease": ("asthma", "gout")}
     rows = []
     for number in range(100):
@@ -83,7 +83,7 @@ def test_the_lines_about_entities_run(command: Any, tmp_path: Path, monkeypatch:
     assert "- disease" in settings
 
 
-def test_the_lines_about_tables_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_about_tables_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ages = [20 + 31 * number % 70 for number in range(120)]
     rows = [f"{age},{age}.5,{('surgery', 'medicine')[age % 2]},{('sepsis', 'none')[age > 55]}" for age in ages]
     for name, some in (("labs", rows), ("more", rows[:40]), ("new", [row.rpartition(",")[0] for row in rows[:5]])):
@@ -106,7 +106,7 @@ def test_the_lines_about_tables_run(command: Any, tmp_path: Path, monkeypatch: p
     assert outcome.out.count("none") + outcome.out.count("sepsis") >= 5, "each new row has an answer"
 
 
-def test_the_lines_about_images_run(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lines_about_images_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     vision_folder(tmp_path / "vit")
     for name, count in (("scans", 60), ("more", 20)):
@@ -200,7 +200,7 @@ def test_the_table_of_factors_is_computed() -> None:
     assert [factor_text(float(epsilon)) for epsilon, _ in rows] == [factor for _, factor in rows]
 
 
-def test_every_command_and_option_is_in_the_readme_or_the_help(command: Any) -> None:
+def test_every_command_and_option_is_in_the_readme_or_the_help() -> None:
     text = (ROOT / "README.md").read_text()
     for words in ("fedtune simulate", "fedtune evaluate", "--data", "-m ", "resume=", "make simulate", "make test"):
         assert words in text

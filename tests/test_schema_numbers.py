@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,6 +22,8 @@ from fedtune.report.run_record import read_run
 from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, ConfigError
 from fedtune.tasks.saved import load_task_model
 
+from .conftest import site_policy
+
 GO_ON = "go on with the version of fedtune that wrote it; all that it has charged stays charged"
 A_REPORT = Path(__file__).parent / "report" / "reports" / "run.json"
 
@@ -39,13 +39,11 @@ def sentence(key: str, number: int, *, of: str) -> str:
 
 
 @pytest.fixture
-def kept(tmp_path: Path, site_policy: Callable[..., Any]) -> Ledger:
+def kept(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_make(tmp_path / "site_key.pem"))
 
 
-def test_a_ledger_of_another_number_is_refused_and_nothing_invites_a_new_one(
-    kept: Ledger, tmp_path: Path, site_policy: Callable[..., Any]
-) -> None:
+def test_a_ledger_of_another_number_is_refused_and_nothing_invites_a_new_one(kept: Ledger, tmp_path: Path) -> None:
     path, key = tmp_path / "ledger.db", SigningKey.load(tmp_path / "site_key.pem")
     for number in (0, LEDGER_SCHEMA - 1, LEDGER_SCHEMA + 1):
         with sqlite3.connect(path) as file:

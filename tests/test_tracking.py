@@ -16,14 +16,15 @@ import fedtune.tracking as tracking
 from fedtune.config import saved_config
 from fedtune.runs.results import charged_epsilons
 
+from .conftest import command, simulate, tiny
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # what these libraries say of each other
 
-Command = Callable[..., Any]
 FILES = {"report.html", "report.json", "run.json", "README.md"}
 
 
 @pytest.fixture(scope="module")
-def tracked(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a run that the tracker of this name follows; made once."""
     made: dict[str, Path] = {}
 
@@ -77,7 +78,7 @@ def mlflow_run(folder: Path) -> tuple[Any, Any]:
     return client, run
 
 
-def test_mlflow(tracked: Callable[[str], Path], command: Command) -> None:
+def test_mlflow(tracked: Callable[[str], Path]) -> None:
     folder = tracked("mlflow")
     client, run = mlflow_run(folder)
     assert (run.info.status, run.info.run_name, run.info.user_id) == ("FINISHED", "one", "unknown")
@@ -97,7 +98,7 @@ def test_mlflow(tracked: Callable[[str], Path], command: Command) -> None:
     assert len(client.get_metric_history(run.info.run_id, "privacy/epsilon")) == 2
 
 
-def test_tensorboard(tracked: Callable[[str], Path], command: Command) -> None:
+def test_tensorboard(tracked: Callable[[str], Path]) -> None:
     folder = tracked("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -167,14 +168,12 @@ def test_wandb(tracked: Callable[[str], Path]) -> None:
     assert not list(path.parent.glob("files/*requirements*")) + list(path.parent.glob("files/*metadata*"))
 
 
-def test_without_a_tracker_there_is_the_run_alone(simulate: Callable[..., Path], tmp_path: Path) -> None:
+def test_without_a_tracker_there_is_the_run_alone(tmp_path: Path) -> None:
     simulate(into=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_missing_extra_is_told_before_anything_runs(
-    command: Command, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda _: None)
     outcome = command("simulate", *tiny("tracking=wandb", into=tmp_path))
     assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
@@ -194,9 +193,7 @@ class Failing:
         raise OSError("the disk is full")
 
 
-def test_a_tracker_that_fails_ends_no_run(
-    command: Command, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_TRACKERS", {"tensorboard": Failing})
     monkeypatch.setattr(tracking, "find_spec", lambda _: True)
     outcome = command("simulate", *tiny("tracking=tensorboard", into=tmp_path))
@@ -206,7 +203,7 @@ def test_a_tracker_that_fails_ends_no_run(
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_a_tracker_that_cannot_begin_ends_the_run_before_a_charge(command: Command, tiny: Any, tmp_path: Path) -> None:
+def test_a_tracker_that_cannot_begin_ends_the_run_before_a_charge(tmp_path: Path) -> None:
     (tmp_path / "mlflow").write_text("a file where the folder is to be")
     if importlib.util.find_spec("mlflow") is None:
         pytest.skip("mlflow is not installed")
@@ -224,9 +221,7 @@ def test_a_tracker_that_cannot_begin_ends_the_run_before_a_charge(command: Comma
         (("tracking=mlflow", "tracking.send_to=a.example"), "must be an address that begins with https://"),
     ],
 )
-def test_an_address_that_nothing_is_sent_to_is_refused(
-    command: Command, tiny: Any, tmp_path: Path, settings: tuple[str, ...], bound: str
-) -> None:
+def test_an_address_that_nothing_is_sent_to_is_refused(tmp_path: Path, settings: tuple[str, ...], bound: str) -> None:
     outcome = command("simulate", *tiny(*settings, into=tmp_path))
     assert outcome.code == 2
     assert outcome.message.startswith("tracking.send_to = ")

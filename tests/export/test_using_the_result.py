@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -93,7 +92,7 @@ def test_the_page_names_every_file_of_an_adapter(runs: dict[str, Path]) -> None:
     )
 
 
-def test_all_of_the_page_s_names_of_settings_are_settings(command: Any) -> None:
+def test_all_of_the_page_s_names_of_settings_are_settings() -> None:
     text, known = PAGE.read_text(), (PAGE.parent / "configuration.md").read_text()
     for key in re.findall(r"`((?:data|model|lora)\.(?!int8|onnx|encode|similarity)\w+)", text):
         assert f"`{key}`" in known, key

@@ -20,7 +20,6 @@ from fedtune.training.reach import Reach
 from ..conftest import run_proposal
 from .conftest import receipt_of, update_of
 
-Make = Callable[..., Update]
 Sort = Callable[..., RoundReplies]
 ANYWHERE = Reach(value=defaultdict(lambda: math.inf), norm=math.inf)
 

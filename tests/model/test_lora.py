@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from fedtune.tasks.task_model import TaskModel, build_task_model
 from ..builders import with_random_values
 from .conftest import spec_of, trained
 
-Specs = Callable[..., TaskModelSpec]
 kinds = pytest.mark.parametrize("kind", ["dora", "ia3"])
 PATHS = ("random:bert", "random:llama")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])

@@ -17,9 +17,11 @@ from fedtune.runs import environment
 from fedtune.runs.environment import note_environment, read_environments
 from fedtune.spec import RUN_SCHEMA, RunError
 
+from ..conftest import tiny
+
 
 @pytest.fixture
-def shared(tiny: Callable[..., list[str]], tmp_path: Path) -> Callable[..., Any]:
+def shared(tmp_path: Path) -> Callable[..., Any]:
     """As much of a loaded model as an environment looks at."""
     return lambda *overrides: SimpleNamespace(
         config=compose_run(tiny(*overrides, into=tmp_path)), device=torch.device("cpu")

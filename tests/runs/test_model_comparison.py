@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,13 +13,15 @@ from fedtune.runs.model_comparison import Finished, side_by_side
 from fedtune.sites.run_records import sites_of
 from fedtune.spec import ConfigError, DataError
 
+from ..conftest import result_of, simulate
+
 pytestmark = pytest.mark.nightly
 
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "data.test_rows=20")
 
 
 @pytest.fixture(scope="module")
-def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
     """Two runs of one model whose adapters have different ranks, and a third that reads less of each record."""
     into, found = tmp_path_factory.mktemp("runs"), {}
     for name, setting in (("four", "lora.rank=4"), ("two", "lora.rank=2"), ("short", "data.max_length=6")):
@@ -35,9 +35,7 @@ def _finished(folder: Path) -> Finished:
     return Finished(folder=folder, config=config, adapter=adapter)
 
 
-def test_runs_of_one_base_share_it_whatever_their_adapters_are(
-    runs: dict[str, Finished], result_of: Callable[[Path], Any]
-) -> None:
+def test_runs_of_one_base_share_it_whatever_their_adapters_are(runs: dict[str, Finished]) -> None:
     found = side_by_side({name: runs[name] for name in ("four", "two")})
     assert list(found.measured) == ["base", "four", "two"]
     assert (found.num_units, found.unit, found.scores[0]) == (20, "record", "accuracy")
@@ -47,9 +45,7 @@ def test_runs_of_one_base_share_it_whatever_their_adapters_are(
         assert found.estimate("base", "loss").value == pytest.approx(final["metrics_before"]["loss"])
 
 
-def test_another_reading_of_the_records_has_a_base_of_its_own(
-    runs: dict[str, Finished], result_of: Callable[[Path], Any]
-) -> None:
+def test_another_reading_of_the_records_has_a_base_of_its_own(runs: dict[str, Finished]) -> None:
     found = side_by_side({name: runs[name] for name in ("four", "short")})
     assert list(found.measured) == ["base", "base of short", "four", "short"]
     before = result_of(runs["short"].folder)["final"]["metrics_before"]["loss"]
@@ -104,9 +100,7 @@ def test_more_groups_than_anybody_reads_are_refused(runs: dict[str, Finished]) -
         found.by(many, smallest=10, pairs=[])
 
 
-def test_runs_that_were_tested_on_other_records_are_not_put_beside_each_other(
-    simulate: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_runs_that_were_tested_on_other_records_are_not_put_beside_each_other(tmp_path: Path) -> None:
     """Their settings deal out other test records, some of which the other run may have trained on."""
     of_file = ("data.test_file=null", "data.test_fraction=0.3", "data.test_rows=null", *SHORT[:2])
     one = _finished(simulate(*of_file, into=tmp_path, name="one"))

@@ -19,6 +19,7 @@ from fedtune.tasks.embedding import ranks_of_own
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel
 
+from ..conftest import command, result_of, simulate
 from ..data.conftest import data_spec
 from ..model.conftest import batch_of, trained
 
@@ -211,9 +212,7 @@ def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
         ("listed", ("lora=last_layer", "lora.target_modules=all-linear")),
     ],
 )
-def test_a_whole_run(
-    simulate: Any, command: Any, result_of: Any, tmp_path: Path, layout: str, more: tuple[str, ...]
-) -> None:
+def test_a_whole_run(tmp_path: Path, layout: str, more: tuple[str, ...]) -> None:
     folder = simulate(*pairs_run(tmp_path, layout, *more), into=tmp_path)
     result = result_of(folder)
     assert result["task"] == "embedding"
@@ -234,16 +233,14 @@ def test_a_whole_run(
     assert command("generate", str(folder), "--prompt", "where").failed() == said
 
 
-def test_what_a_user_sees(command: Any, tmp_path: Path) -> None:
+def test_what_a_user_sees(tmp_path: Path) -> None:
     assert command("plan", *pairs_run(tmp_path, "triplets", "name=p")).printed
     refused = command("simulate", *pairs_run(tmp_path, "listed", "data.pairs.negatives=batch", "name=x"))
     assert refused.failed().startswith("data.pairs.negatives = 'batch': couples records")
 
 
 @pytest.mark.nightly
-def test_a_run_s_settings_are_those_of_the_run_that_goes_on_with_its_adapter(
-    simulate: Any, result_of: Any, tmp_path: Path
-) -> None:
+def test_a_run_s_settings_are_those_of_the_run_that_goes_on_with_its_adapter(tmp_path: Path) -> None:
     first = simulate(*pairs_run(tmp_path, "scored"), into=tmp_path, name="first")
     assert json.loads((first / "adapter" / "fedtune.json").read_text())["texts"] == 2
     again = simulate(*pairs_run(tmp_path, "triplets", f"model.adapter='{first}'"), into=tmp_path, name="again")

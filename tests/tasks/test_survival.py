@@ -6,7 +6,6 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import TASKS, task_named
 from fedtune.tasks.survival import concordance, followed_through, integrated_brier
 
+from ..conftest import command, result_of, tiny
 from ..data.conftest import data_spec
 
 SURVIVAL = TASKS["survival"]
@@ -107,7 +107,7 @@ def test_intervals_ascend(intervals: tuple[float, ...]) -> None:
         data_spec(intervals=intervals)
 
 
-def test_a_table_s_survival_is_learnt_scored_and_told(tmp_path: Path, tiny: Any, command: Any, result_of: Any) -> None:
+def test_a_table_s_survival_is_learnt_scored_and_told(tmp_path: Path) -> None:
     draws, file = np.random.default_rng(2), tmp_path / "followed.csv"
     with file.open("w", newline="") as stream:
         table = csv.writer(stream)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,8 @@ from fedtune.model.spec import TaskModelSpec
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task
 from fedtune.tasks.inputs import mean_pooled
 from fedtune.tasks.registry import TASKS
+
+from ..conftest import command, result_of, simulate, tiny
 
 LONGEST = 16
 HEADS = ("length", "room")
@@ -83,7 +84,7 @@ def listed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(listed: None, simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(listed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(
         f"task={TextLength.name}",
         *("data.labels=[]", "data.heldout_fraction=0.2", "privacy.metrics=noised", "training.learning_rate=0.05"),
@@ -91,7 +92,7 @@ def folder(listed: None, simulate: Any, tmp_path_factory: pytest.TempPathFactory
     )
 
 
-def test_it_is_simulated(folder: Path, result_of: Any) -> None:
+def test_it_is_simulated(folder: Path) -> None:
     result = result_of(folder)
     assert result["task"] == "text_length"
     assert set(result["final"]["metrics"]) == {"loss", "worst"}
@@ -99,32 +100,30 @@ def test_it_is_simulated(folder: Path, result_of: Any) -> None:
     assert {path.name for path in (folder / "adapter").iterdir()} >= {"head.safetensors", "fedtune.json"}
 
 
-def test_it_is_evaluated(folder: Path, command: Any, tmp_path: Path) -> None:
+def test_it_is_evaluated(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "texts.csv"
     data.write_text("text\nwhere is my card\nlost\n")
     assert "worst" in command("evaluate", str(folder), "--data", str(data)).printed
 
 
-def test_it_is_planned(folder: Path, command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_it_is_planned(folder: Path, tmp_path: Path) -> None:
     assert command("plan", *tiny(f"task={TextLength.name}", "data.labels=[]", into=tmp_path)).printed
 
 
-def test_it_is_reported(folder: Path, command: Any) -> None:
+def test_it_is_reported(folder: Path) -> None:
     assert command("report", str(folder)).printed
     assert json.loads((folder / "report.json").read_text())["derived"]
     assert command("report", "verify", str(folder / "report.json")).code == 0
     assert "text_length" in (folder / "report.html").read_text()
 
 
-def test_its_adapter_is_exported_and_nothing_that_other_libraries_lack(
-    folder: Path, command: Any, tmp_path: Path
-) -> None:
+def test_its_adapter_is_exported_and_nothing_that_other_libraries_lack(folder: Path, tmp_path: Path) -> None:
     assert command("export", str(folder), "--to", str(tmp_path / "adapter")).printed
     assert (tmp_path / "adapter" / "head.safetensors").is_file()
     refused = command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
     assert refused == "--merge: is not possible for task text_length, which has adapters alone"
 
 
-def test_a_task_that_is_not_listed_is_named(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_task_that_is_not_listed_is_named(tmp_path: Path) -> None:
     refused = command("simulate", *tiny("task=riddles", into=tmp_path)).failed()
     assert refused == f"task = 'riddles': must be one of {', '.join(TASKS)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from fedtune.api.compose import compose_run
 from fedtune.training.per_example import attached
 
 from ..builders import built
+from ..conftest import simulate
 from ..model.conftest import batch_of, spec_of
 
 CODES = {"card": 6, "fee": 3, "rate": 1}
@@ -52,9 +52,7 @@ def test_a_gradient_is_one_vote_for_the_nearest_candidate() -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["plain", "secure"])
-def test_a_histogram_is_a_vote_of_its_column(
-    simulate: Callable[..., Path], shares: Path, tmp_path: Path, aggregation: str
-) -> None:
+def test_a_histogram_is_a_vote_of_its_column(shares: Path, tmp_path: Path, aggregation: str) -> None:
     folder = simulate(*overrides(shares), f"federation.aggregation={aggregation}", into=tmp_path)
     weights = load_file(folder / "adapter" / "head.safetensors")["weight"][0]
     # Noise of 1 at each of two sites, over 400 votes.
