@@ -78,7 +78,7 @@ def test_show_last_is_the_newest_events(lived: Any, command: Any) -> None:
 
 
 def test_a_run_s_name_cannot_steer_the_terminal(site: Any, command: Any) -> None:
-    site.refuse(site.open(), site.proposal("x", noise_multiplier=0.5), named="\x1b[31m[red]evil\u202e\n")
+    site.ask_too_much(site.proposal("x", noise_multiplier=0.5), named="\x1b[31m[red]evil\u202e\n")
     out = command("ledger", "show", str(site.ledger), "--rounds").out
     assert "?[31m[red]evil??" in out
     assert "\x1b" not in out
@@ -86,11 +86,11 @@ def test_a_run_s_name_cannot_steer_the_terminal(site: Any, command: Any) -> None
 
 def test_as_many_reference_runs_fit_as_spent_says(lived: Any, command: Any) -> None:
     lived.write_policy(max_epsilon_per_period=None)
-    ledger = lived.open()
+    lived.open()
     left = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)["reference_runs_left"]
     for number in range(left):
-        lived.train(ledger, lived.proposal(f"next-{number}", local_steps=20, num_rounds=10), 1)
-    lived.refuse(ledger, lived.proposal("one-too-many", local_steps=20, num_rounds=10))
+        lived.charge(lived.proposal(f"next-{number}", local_steps=20, num_rounds=10), 1)
+    lived.ask_too_much(lived.proposal("one-too-many", local_steps=20, num_rounds=10))
     assert json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)["reference_runs_left"] == 0
 
 
@@ -104,7 +104,7 @@ def test_a_new_ledger_has_spent_nothing(site: Any, command: Any) -> None:
 
 def test_seeded_noise_is_no_guarantee(site: Any, command: Any) -> None:
     site.write_policy(seeded_noise="true")
-    site.train(site.open(), site.proposal("study", seeded_noise=True), 1)
+    site.charge(site.proposal("study", seeded_noise=True), 1)
     assert command("ledger", "spent", str(site.ledger)).out.count("NO GUARANTEE") == 2
     assert "NO GUARANTEE" in command("ledger", "show", str(site.ledger)).out
     assert json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["guarantee"] is False
@@ -114,7 +114,7 @@ def test_a_run_without_noise_is_unbounded_and_null(site: Any, command: Any) -> N
     site.write_policy(
         max_epsilon="inf", max_epsilon_per_run=None, max_epsilon_per_period=None, min_noise_multiplier="0.0"
     )
-    site.train(site.open(), site.proposal("bare", noise_multiplier=0.0), 1)
+    site.charge(site.proposal("bare", noise_multiplier=0.0), 1)
     out = command("ledger", "spent", str(site.ledger)).out
     assert "NO GUARANTEE" in out
     assert "unbounded" in out
@@ -185,7 +185,7 @@ def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, command: A
 
 
 def restored(site: Any, command: Any, *more: str) -> Any:
-    return command("ledger", "restore", "--policy", str(site.policy), *more)
+    return command("ledger", "restore", "--policy", str(site.site_toml), *more)
 
 
 def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back: Any, command: Any) -> None:
@@ -195,7 +195,7 @@ def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back:
     assert "20 noisy steps (rate 0.05, noise 2)" in out
     verified = verify(put_back.ledger, anchor=Head.read(put_back.anchor))
     assert verified.history.head(put_back.key).charged == lost.charged
-    put_back.train(put_back.open(), put_back.proposal("fourth"), 1)
+    put_back.charge(put_back.proposal("fourth"), 1)
     assert "Backups put back so far: 1" in command("ledger", "spent", str(put_back.ledger)).out
     shown = command("ledger", "show", str(put_back.ledger), "--rounds").out
     assert "a backup was put back; charged what it lacked" in shown
@@ -266,7 +266,7 @@ def test_a_person_confirms_the_date_of_a_clock_that_jumped(
     told = "charges count for the year of"
     assert told in " ".join(command("ledger", "spent", str(lived.ledger)).out.split())
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    outcome = command("ledger", "confirm-date", "--policy", str(lived.policy))
+    outcome = command("ledger", "confirm-date", "--policy", str(lived.site_toml))
     assert "clock says 2099-07-01 00:00 UTC" in " ".join(outcome.out.split())
     assert outcome.code == (0 if confirmed else 1)
     assert ("the date is not confirmed" in outcome.err) is not confirmed
@@ -276,8 +276,8 @@ def test_a_person_confirms_the_date_of_a_clock_that_jumped(
 
 
 def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Any) -> None:
-    assert command("ledger", "freeze", "--policy", str(lived.policy), "--why", "consent withdrawn").code == 0
-    lived.refuse(lived.open(), lived.proposal("late"))
+    assert command("ledger", "freeze", "--policy", str(lived.site_toml), "--why", "consent withdrawn").code == 0
+    lived.ask_too_much(lived.proposal("late"))
     out = command("ledger", "show", str(lived.ledger), "--rounds").out
     assert "all training has ended: consent withdrawn" in out
     spent = command("ledger", "spent", str(lived.ledger))
@@ -288,9 +288,9 @@ def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Any)
 
 
 def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Any) -> None:
-    message = command("ledger", "freeze", "--policy", str(site.policy), "--why", " ").failed()
+    message = command("ledger", "freeze", "--policy", str(site.site_toml), "--why", " ").failed()
     assert message == "--why = ' ': must say why; the ledger keeps it"
-    assert command("ledger", "freeze", "--policy", str(site.policy), "--why", "x").code == 2
+    assert command("ledger", "freeze", "--policy", str(site.site_toml), "--why", "x").code == 2
     assert not site.ledger.exists()
 
 

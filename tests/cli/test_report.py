@@ -146,10 +146,10 @@ def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp
 
 
 def test_a_site_says_in_its_policy_what_a_registry_asks_for(lived: Any, tmp_path: Path, command: Any) -> None:
-    policy = read_policy(lived.policy)
-    write_policy(replace(policy, about=AboutSpec(curator="Hospital of the North")), lived.policy)
-    assert read_policy(lived.policy).digest() == policy.digest()
-    out = command("report", str(lived.policy), "--registry", "--output", str(tmp_path)).printed
+    policy = read_policy(lived.site_toml)
+    write_policy(replace(policy, about=AboutSpec(curator="Hospital of the North")), lived.site_toml)
+    assert read_policy(lived.site_toml).digest() == policy.digest()
+    out = command("report", str(lived.site_toml), "--registry", "--output", str(tmp_path)).printed
     entry = json.loads((tmp_path / "registry.json").read_text())
     assert (entry["curator"], "sector" in entry["missing"]) == ("Hospital of the North", True)
     assert "in [about] of site.toml: description" in " ".join(out.split())
@@ -312,7 +312,7 @@ def test_a_raised_cap_under_another_key_is_not_the_site_s_word(joined: Any, run_
     here = joined("a")
     here.start_run(run_proposal(), 1)
     own = here.folder / "site_key.pem"
-    assert command("report", str(here.toml), "--sign", str(own)).code == 0
+    assert command("report", str(here.site_toml), "--sign", str(own)).code == 0
     path = next(here.folder.rglob("report.json"))
     roster = next(here.folder.parent.joinpath("federation").rglob("roster.json"))
     assert re.search("signature +right", command("report", "verify", str(path), "--roster", str(roster)).out)

@@ -55,7 +55,7 @@ def answered(template: str) -> str:
 @pytest.mark.parametrize("words", [("check-policy",), ("init", "--site"), ("doctor", "--kit", "kit", "--site")])
 def test_no_command_takes_a_policy_without_answers(words: tuple[str, ...], site: Any, command: Any) -> None:
     site.write_policy(no_person_at_another_site=None)
-    outcome = command("site", *words, str(site.policy))
+    outcome = command("site", *words, str(site.site_toml))
     assert outcome.code == 2
     assert re.search(
         r"asserted.no_person_at_another_site:? must be true", " ".join((outcome.out + outcome.err).split())
@@ -83,8 +83,8 @@ def test_the_template_lets_nobody_ask_until_it_is_filled_in(command: Any, tmp_pa
 
 
 def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
-    amount = json.loads(command("site", "check-policy", str(site.policy), "--json").out)["amount"]
-    policy = read_policy(site.policy)
+    amount = json.loads(command("site", "check-policy", str(site.site_toml), "--json").out)["amount"]
+    policy = read_policy(site.site_toml)
     assert amount["reference_pld"] == accountant.epsilon_pld([policy.budget.reference.event], 1e-5)
     assert site.open().history.order == amount["order"]
     left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
@@ -93,13 +93,13 @@ def test_the_figures_are_the_ledger_s(site: Any, command: Any) -> None:
 
 
 def test_what_the_caps_come_to_has_the_noise_that_the_site_promises(site: Any, command: Any) -> None:
-    reference = read_policy(site.policy).budget.reference
+    reference = read_policy(site.site_toml).budget.reference
     site.write_policy(noise_factor="2.0")
-    amount = json.loads(command("site", "check-policy", str(site.policy), "--json").out)["amount"]
+    amount = json.loads(command("site", "check-policy", str(site.site_toml), "--json").out)["amount"]
     own = dataclasses.replace(reference, noise_multiplier=2 * reference.noise_multiplier)
     assert amount["reference_pld"] == accountant.epsilon_pld([own.event], 1e-5)
     assert f"by what you promise {own.noise_multiplier:g}) costs epsilon" in " ".join(
-        command("site", "check-policy", str(site.policy)).out.split()
+        command("site", "check-policy", str(site.site_toml)).out.split()
     )
     site.open()
     left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
@@ -136,7 +136,7 @@ def test_what_the_caps_come_to_has_the_noise_that_the_site_promises(site: Any, c
 )
 def test_what_is_warned_of(key: str, changes: dict[str, str | None], words: str, site: Any, command: Any) -> None:
     site.write_policy(**{"anchor": '"elsewhere/anchor.json"', **changes})  # without changes there is no warning
-    out = command("site", "check-policy", str(site.policy), "--json").printed
+    out = command("site", "check-policy", str(site.site_toml), "--json").printed
     warnings = {warning["key"]: warning["text"] for warning in json.loads(out)["warnings"]}
     assert words in warnings[key]
     assert warnings.keys() == {key}
@@ -144,23 +144,23 @@ def test_what_is_warned_of(key: str, changes: dict[str, str | None], words: str,
 
 def test_delta_is_compared_with_all_data_sets_together(site: Any, command: Any) -> None:
     site.write_policy(delta="1e-4")
-    text = site.policy.read_text()
-    site.policy.write_text(text.replace("[budget]", '[[dataset]]\nid = "more"\ndeclared_size = 2000\n\n[budget]'))
-    message = command("site", "check-policy", str(site.policy)).failed()
+    text = site.site_toml.read_text()
+    site.site_toml.write_text(text.replace("[budget]", '[[dataset]]\nid = "more"\ndeclared_size = 2000\n\n[budget]'))
+    message = command("site", "check-policy", str(site.site_toml)).failed()
     bound = "must be below 1 / 10,000 = 0.0001, with the declared sizes of all data sets added up"
-    assert message == f"{site.policy}: budget.delta = 0.0001: {bound}"
+    assert message == f"{site.site_toml}: budget.delta = 0.0001: {bound}"
 
 
 def test_a_place_holder_never_passes_for_a_lead_s_key(site: Any, command: Any) -> None:
     # Only zeros is a point of small order: anybody can make signatures that verify under it.
     site.write_policy(leads=f'["{"0" * 64}"]')
-    outcome = command("site", "check-policy", str(site.policy))
+    outcome = command("site", "check-policy", str(site.site_toml))
     assert outcome.code == 2 or "anybody can sign for it" in outcome.out
 
 
 def test_check_policy_writes_nothing(lived: Any, command: Any) -> None:
     before = files_in(lived.folder)
-    assert command("site", "check-policy", str(lived.policy)).code == 0
+    assert command("site", "check-policy", str(lived.site_toml)).code == 0
     assert files_in(lived.folder) == before
 
 
@@ -174,25 +174,25 @@ def test_check_policy_writes_nothing(lived: Any, command: Any) -> None:
 )
 def test_a_ledger_of_something_else(key: str, change: dict[str, str], made_for: str, lived: Any, command: Any) -> None:
     lived.write_policy(**change)
-    outcome = command("site", "check-policy", str(lived.policy))
-    assert f"{lived.policy}: {key} = " in outcome.failed()
+    outcome = command("site", "check-policy", str(lived.site_toml))
+    assert f"{lived.site_toml}: {key} = " in outcome.failed()
     assert f"was made for {made_for}" in outcome.message
     assert "It does not fit this policy" in outcome.out
-    told = json.loads(command("site", "check-policy", str(lived.policy), "--json").out)["ledger"]
+    told = json.loads(command("site", "check-policy", str(lived.site_toml), "--json").out)["ledger"]
     assert [difference["key"] for difference in told["differences"]] == [key]
 
 
 def test_another_key_does_not_fit(lived: Any, command: Any) -> None:
     shutil.copy(lived.folder / "lead.pem", lived.folder / "site_key.pem")
-    assert "site_key" in command("site", "check-policy", str(lived.policy)).failed()
+    assert "site_key" in command("site", "check-policy", str(lived.site_toml)).failed()
 
 
 def test_missing_files_beside_a_ledger_are_warned_of(lived: Any, command: Any) -> None:
     for path in (lived.anchor, lived.folder / "site_key.pem"):
         path.unlink()
-    told = json.loads(command("site", "check-policy", str(lived.policy), "--json").out)["warnings"]
+    told = json.loads(command("site", "check-policy", str(lived.site_toml), "--json").out)["warnings"]
     assert {warning["key"] for warning in told} == {"site_key", "anchor"}
 
 
 def test_a_ledger_that_was_put_back_is_exit_code_one(put_back: Any, command: Any) -> None:
-    assert "put back" in command("site", "check-policy", str(put_back.policy)).failed(1)
+    assert "put back" in command("site", "check-policy", str(put_back.site_toml)).failed(1)

@@ -47,7 +47,7 @@ def served(joined: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
     monkeypatch.setattr(files, "_python_is_readable", lambda: True)
     here = joined("north")
     here.edit(anchor="anchor.json")
-    here.ledger()
+    here.open()
     for path in (here.folder, *here.folder.rglob("*")):
         os.chown(path, SERVICE, SERVICE)
     return here

@@ -75,10 +75,10 @@ def test_approval_shows_the_price_and_lets_the_run_start(command: Any, north: He
     north.start_run(earlier, 1)
     north.state.wait_for_approval(asked, SETTINGS)
     with pytest.raises(Refused) as refused:
-        north.ledger().reserve(asked, round=1, request="x")
+        north.open().reserve(asked, round=1, request="x")
     assert refused.value.reason is Reason.AWAITING_APPROVAL
     out = approve(command, north, "triage", "--yes").printed
-    ledger = north.ledger()
+    ledger = north.open()
     delta, order = asked.plan.delta, ledger.history.order
     before = epsilon_filter([earlier.plan.whole], order=order, delta=delta)
     after = epsilon_filter([earlier.plan.whole, asked.plan.whole], order=order, delta=delta)
@@ -94,11 +94,11 @@ def test_approval_shows_the_price_and_lets_the_run_start(command: Any, north: He
 def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: Here, run_proposal: Propose) -> None:
     asked = run_proposal(run="triage")
     north.edit(promise={"noise_factor": 1.5, "epsilon_per_run": 0.2})
-    told = command("site", "check-policy", str(north.toml)).out
+    told = command("site", "check-policy", str(north.site_toml)).out
     assert "Each run is trained with 1.5 times the noise that it asks for." in told
     assert "A run that would cost more than epsilon 0.2 gets as much noise as it takes." in told
     north.state.wait_for_approval(asked, SETTINGS)
-    own = read_policy(north.toml).own_plan(asked.plan)
+    own = read_policy(north.site_toml).own_plan(asked.plan)
     noise, price = own.noise_multiplier, epsilon_pld([own.whole], own.delta)
     assert noise > 1.5 * asked.plan.noise_multiplier
     assert price <= 0.2 < epsilon_pld([asked.plan.stronger(1.5).whole], own.delta)
@@ -107,7 +107,7 @@ def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: He
     shown = approve(command, north, "triage", "--yes").out
     assert f"epsilon {epsilon_text(price)} at delta 1e-05" in shown
     assert f"noise {noise_words(own)}, where the run asks for {asked.plan.noise_multiplier:g}, clip norm" in shown
-    north.ledger().reserve(asked, round=1, request="x")
+    north.open().reserve(asked, round=1, request="x")
     shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db"), "--rounds").out.split())
     assert f"; {noise / asked.plan.noise_multiplier:g} times the noise that was asked for" in shown
     assert f"noise {noise:g}" in shown
@@ -119,7 +119,7 @@ def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: He
 
 def test_a_run_without_a_base_trains_its_head(command: Any, north: Here, run_proposal: Propose) -> None:
     north.edit(allow={"adapters": ("none",), "target_modules": ()})
-    told = command("site", "check-policy", str(north.toml)).out
+    told = command("site", "check-policy", str(north.site_toml)).out
     assert "A model without a base, which is its head alone." in told
     assert "Adapters" not in told
     north.state.wait_for_approval(run_proposal(run="labs", adapter="none", target_modules=()), SETTINGS)
@@ -137,7 +137,7 @@ def test_a_person_is_asked(
     outcome = approve(command, north, "r")
     assert (outcome.code, "not approved: the run still waits" in outcome.err) == ((0, False) if approved else (1, True))
     assert "Let it start? [y/N]" in outcome.out
-    assert bool(north.ledger().history.approved) is approved
+    assert bool(north.open().history.approved) is approved
     assert (north.state.waiting() == []) is approved
 
 
@@ -155,7 +155,7 @@ def test_what_the_budget_refuses_is_not_approved_and_waits(command: Any, north: 
 
 def test_a_data_set_that_the_policy_no_longer_has_is_refused(command: Any, north: Here, run_proposal: Propose) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
-    north.edit(dataset=(replace(read_policy(north.toml).dataset[0], id="others"),))
+    north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], id="others"),))
     assert "the site has no such data set (asked patients" in approve(command, north, "r", "--yes").failed(3)
 
 
@@ -181,7 +181,7 @@ def test_a_run_without_noise_has_no_noisy_steps(command: Any, north: Here, run_p
     assert "NO GUARANTEE: the run adds no noise" in outcome.out
     assert "of 2 steps each" in outcome.out
     assert "noisy" not in outcome.out
-    assert "of 2 steps; clip norm" in command("site", "check-policy", str(north.toml)).out
+    assert "of 2 steps; clip norm" in command("site", "check-policy", str(north.site_toml)).out
 
 
 def test_of_two_runs_with_one_name_one_is_approved_by_its_digest(
@@ -196,7 +196,7 @@ def test_of_two_runs_with_one_name_one_is_approved_by_its_digest(
     for proposal in (one, other):
         assert f"{proposal.digest()[:12]} (lead {spoken_start(proposal.lead)})" in message
     assert approve(command, north, other.digest()[:12], "--yes").code == 0
-    assert set(north.ledger().history.approved) == {other.digest()}
+    assert set(north.open().history.approved) == {other.digest()}
     assert [pending.proposal for pending in north.state.waiting()] == [one]
 
 
@@ -223,11 +223,11 @@ def test_denying_notes_a_reason_and_the_run_waits_no_longer(command: Any, north:
     assert [pending.proposal for pending in north.state.waiting()] == [other]
     for proposal, reason in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
         with pytest.raises(Refused) as refused:
-            north.ledger().reserve(proposal, round=1, request="x")
+            north.open().reserve(proposal, round=1, request="x")
         assert refused.value.reason is reason
     shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db"), "--rounds").out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
-    assert not north.ledger().history.charged()
+    assert not north.open().history.charged()
     assert deny(command, north, "triage", "--reason", "again").code == 2
     assert approve(command, north, "triage", "--yes").code == 2
 
@@ -254,15 +254,15 @@ def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(command: Any, nor
 
 def test_leaving_ends_open_runs_and_frees_what_they_set_aside(command: Any, north: Here, run_proposal: Propose) -> None:
     north.start_run(run_proposal(run="over"), 1)
-    north.ledger().end("over")
+    north.open().end("over")
     north.start_run(run_proposal(run="open"), 1)
-    before = north.ledger().history
+    before = north.open().history
     assert before.set_aside(before.now())
     out = command("site", "leave", *north.words).printed
     assert "north has left cardiology; 1 open run ended" in out
     assert "fedtune provision revoke-site north" in out
     assert str(north.folder / "ledger.db") in out
-    ledger = north.ledger()
+    ledger = north.open()
     assert not ledger.history.set_aside(ledger.history.now())
     assert ledger.history.epsilon() == before.epsilon()
     with pytest.raises(Refused) as refused:
@@ -284,9 +284,12 @@ def test_after_leaving_a_site_does_not_start(command: Any, north: Here) -> None:
 def test_another_site_s_policy_is_refused_by_all_who_read_it(command: Any, joined: Any, run_proposal: Propose) -> None:
     north, south = joined("north"), joined("south")
     north.state.wait_for_approval(run_proposal(), SETTINGS)
-    mixed = (*north.kit, "--site", str(south.toml))
+    mixed = (*north.kit, "--site", str(south.site_toml))
     for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
-        assert command("site", *words, *mixed).failed() == f"{south.toml}: site = 'south': must be north, as in the kit"
+        assert (
+            command("site", *words, *mixed).failed()
+            == f"{south.site_toml}: site = 'south': must be north, as in the kit"
+        )
     assert not (south.folder / "ledger.db").exists()
     assert not north.state.left.exists()
 
@@ -320,14 +323,14 @@ def test_a_key_that_is_gone_or_open_to_others_does_not_start(command: Any, north
 
 
 def test_a_site_does_not_start_without_the_ledger_that_it_served(command: Any, north: Here) -> None:
-    north.state.check_ledger(north.ledger().history.opened.ledger)
+    north.state.check_ledger(north.open().history.opened.ledger)
     ledger = north.folder / "ledger.db"
     ledger.unlink()
     gone = command("site", "start", *north.words)
     assert gone.code == 1
     assert gone.err.splitlines()[-1].endswith(f"ledger {ledger} is gone, and this site has served one; put it back")
     assert not ledger.exists(), "nor is a new one made"
-    north.ledger()
+    north.open()
     another = command("site", "start", *north.words)
     assert another.code == 1
     assert "put the old one back, or remove" in another.err

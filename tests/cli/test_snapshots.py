@@ -74,7 +74,7 @@ def test_a_ledger_and_its_policy(words: str, lived: Any, command: Any, monkeypat
 
 
 def test_json_of_a_policy(lived: Any, command: Any) -> None:
-    outcome = command("site", "check-policy", str(lived.policy), "--json")
+    outcome = command("site", "check-policy", str(lived.site_toml), "--json")
     snapshots.check_json("site-check-policy", outcome.out, folder=lived.folder)
 
 
@@ -89,7 +89,7 @@ def test_json_of_a_ledger(lived: Any, command: Any) -> None:
 def test_reports(lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lived.folder)
     assert command("report", "site.toml", "--sign", "site_key.pem", "--output", "before").code == 0
-    lived.train(lived.open(), lived.proposal("triage", noise_multiplier=2.5), 2)
+    lived.charge(lived.proposal("triage", noise_multiplier=2.5), 2)
     assert command("report", "site.toml", "--output", "after").code == 0
     snapshots.check_output("report", shown(command, "report verify before", "report diff before after"))
     for words in ("verify before", "diff before after"):
@@ -99,7 +99,7 @@ def test_reports(lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_json_of_a_plan(lived: Any, tiny: Any, tmp_path: Path, command: Any) -> None:
     words = tiny("model.sha256=null", into=tmp_path)
-    out = command("plan", *words, "--policy", str(lived.policy), "--json").printed
+    out = command("plan", *words, "--policy", str(lived.site_toml), "--json").printed
     snapshots.check_json("plan", out, folder=lived.folder)
 
 

@@ -25,33 +25,29 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 
+from ..books import Books
 from ..conftest import files_in
 from ..privacy.builders import train
 
 
 @dataclass
-class Here:
+class Here(Books):
     """A site in a folder, and the commands of its account."""
 
-    folder: Path
     command: Callable[..., Any]
     asked: Callable[..., Proposal]
-
-    @property
-    def ledger(self) -> Path:
-        return self.folder / "ledger.db"
 
     @property
     def anchor(self) -> Path:
         return self.folder / "other disk/anchor.json"
 
     def train(self, *rounds: int, **asked: Any) -> Ledger:
-        ledger = SiteFiles.of(self.folder / "site.toml").open()
+        ledger = self.open()
         train(ledger, self.asked(**asked), *rounds)
         return ledger
 
     def does(self, what: str, file: Path, *more: str) -> Any:
-        own = ("--kit", str(self.folder / "kit"), "--site", str(self.folder / "site.toml"))
+        own = ("--kit", str(self.folder / "kit"), "--site", str(self.site_toml))
         return self.command("site", what, str(file), *more, *own)
 
     def backed_up(self, name: str = "backup.zip") -> Path:
@@ -126,7 +122,7 @@ def test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back(here: He
 
 def test_without_an_anchor_nothing_is_put_back(here: Here, file: Path, site_policy: Any) -> None:
     elsewhere = here.anchor.rename(here.folder / "elsewhere.json")
-    write_policy(site_policy("north"), here.folder / "site.toml")
+    write_policy(site_policy("north"), here.site_toml)
     here.ledger.unlink()
     assert "--anchor" in here.does("restore", file).failed()
     assert not here.ledger.exists()
@@ -159,7 +155,7 @@ def test_a_doubt_outlasts_the_ledger_that_noted_it(here: Here, file: Path, by_ha
     """A machine's snapshot puts ledger and anchor back, a lead's receipt shows it, and then the backup is put back."""
     older, newest = doubted(here, 2, 3, 4)
     here.ledger.write_bytes(older if by_hand else b"damaged" * 1000)
-    by_policy = partial(here.command, "ledger", "restore", "--policy", str(here.folder / "site.toml"))
+    by_policy = partial(here.command, "ledger", "restore", "--policy", str(here.site_toml))
     restore = by_policy if by_hand else partial(here.does, "restore", file)
     assert "still in doubt" in restore().failed(1)
     if by_hand:
@@ -171,7 +167,7 @@ def test_a_doubt_outlasts_the_ledger_that_noted_it(here: Here, file: Path, by_ha
 
 
 def test_a_policy_from_a_backup_brings_no_denied_run_and_no_older_cap_back_unsaid(here: Here) -> None:
-    site_toml = here.folder / "site.toml"
+    site_toml = here.site_toml
     here.train(1)
     file, first = here.backed_up(), site_toml.read_bytes()
     policy = SiteFiles.of(site_toml).policy
@@ -265,7 +261,7 @@ def test_a_backup_replaces_no_file_and_a_changed_one_is_refused(here: Here, file
                 archive.writestr(entry, data)
         assert here.does("restore", here.folder / "changed.zip").failed().startswith("FILE = "), name
         assert not here.ledger.exists(), name
-    assert here.does("restore", here.folder / "site.toml").code == 2
+    assert here.does("restore", here.site_toml).code == 2
 
 
 _NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # SHA-256 of no bytes

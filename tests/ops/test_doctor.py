@@ -33,15 +33,14 @@ from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.ops.kits.models import install_model, model_place
 from fedtune.ops.wire import bounded_http
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import LEDGER_SCHEMA, DataError
 
+from ..books import Books
 from ..flower.hostile import server_context
-from ..privacy.builders import changed, train
+from ..privacy.builders import changed
 from .conftest import Mailbox, unpack
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
@@ -57,10 +56,9 @@ LINES = [
 
 
 @dataclass
-class Home:
+class Home(Books):
     """A site's files, the lead's public key, and a run that the lead may ask for."""
 
-    folder: Path
     lead: str
     policy: Policy
     model: Path
@@ -69,10 +67,6 @@ class Home:
     @property
     def kit(self) -> Path:
         return self.folder / "kit"
-
-    @property
-    def site_toml(self) -> Path:
-        return self.folder / "site.toml"
 
     @property
     def records(self) -> Path:
@@ -90,20 +84,16 @@ class Home:
         rows = [f'"{CANARY} came on day {number}",{CANARY if number % 2 else "well"}' for number in range(count)]
         self.records.write_text("\n".join(["letter,outcome", *rows]) + "\n")
 
-    def open(self) -> Ledger:
-        return SiteFiles.of(self.site_toml).open()
-
     def spend(self, *, rounds: int = 1, **asked: Any) -> None:
         """Charge rounds of a run that the policy allows."""
-        ledger = self.open()
         proposal = self.asked(lead=self.lead, base_model=self.policy.allow.base_models[0], **asked)
-        train(ledger, proposal, *range(1, rounds + 1))
+        self.charge(proposal, *range(1, rounds + 1))
 
     def put_back(self, change: Callable[[], None]) -> None:
         """Do something, and then put back the ledger as it was before."""
-        shutil.copy(self.folder / "ledger.db", self.folder / "backup.db")
+        backup = self.copied("backup.db")
         change()
-        os.replace(self.folder / "backup.db", self.folder / "ledger.db")
+        os.replace(backup, self.ledger)
 
     def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, Check]:
         """Every line, by its name; a run is tried out where one is asked for or changed."""
@@ -291,8 +281,7 @@ def of_two_users(home: Home) -> None:
 
 def changed_ledger(home: Home) -> None:
     home.spend()
-    path = home.folder / "ledger.db"
-    path.write_bytes(path.read_bytes().replace(b'"rank":4', b'"rank":5'))
+    home.ledger.write_bytes(home.ledger.read_bytes().replace(b'"rank":4', b'"rank":5'))
 
 
 def of_another_number(home: Home) -> None:

@@ -19,7 +19,7 @@ from fedtune.report.model import Report
 from fedtune.report.page.catalogue import LANGUAGES
 from fedtune.report.rederive import derive
 
-from .site_ledgers import Books
+from ..books import Books
 
 CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser")
 """The first that is there is taken; a page takes the first a third of the work of the second."""

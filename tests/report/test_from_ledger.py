@@ -25,8 +25,8 @@ from fedtune.report import from_ledger, signing
 from fedtune.report.derive import ledger_figures, profile
 from fedtune.spec import ConfigError, RunError
 
+from ..books import Books
 from .shown import evidence, sound, status
-from .site_ledgers import Books
 
 Proposals = Callable[..., Proposal]
 
@@ -141,7 +141,7 @@ def test_a_site_toml_brings_key_and_anchor(books: Callable[..., Books], run_prop
 
 
 def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> None:
-    charged.edit(noted=False, budget={"max_epsilon": 4.0})
+    charged.edit(budget={"max_epsilon": 4.0})
     report = sound(from_ledger.build(charged.site_toml))
     assert status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
@@ -152,19 +152,19 @@ def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> No
 @pytest.mark.parametrize("key", ["max_epsilon", "max_epsilon_per_period"])
 def test_a_policy_in_force_below_what_is_spent_is_exceeded(charged: Books, key: str) -> None:
     spent = from_ledger.build(charged.site_toml).epsilon
-    charged.edit(noted=False, budget={key: round(spent * 0.8, 3)})  # nobody opened the ledger since
+    charged.edit(budget={key: round(spent * 0.8, 3)})  # nobody opened the ledger since
     report = sound(from_ledger.build(charged.site_toml))
     name = "above_lifetime_cap" if key == "max_epsilon" else "above_period_cap"
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", (name,))
     assert getattr(report.sites[0].approved, key) == round(spent * 0.8, 3)
-    charged.edit(noted=False, budget={"max_epsilon": 50.0, "max_epsilon_per_period": 60.0})
+    charged.edit(budget={"max_epsilon": 50.0, "max_epsilon_per_period": 60.0})
     approved = from_ledger.build(charged.site_toml).sites[0].approved
     assert approved.max_epsilon == 5.0, "a cap that the ledger has not noted raises nothing"
 
 
 def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Books) -> None:
     assert read_policy(charged.site_toml).budget.period == "year"
-    charged.edit(noted=False, budget={"period": "month", "max_epsilon_per_period": 0.1})
+    charged.edit(budget={"period": "month", "max_epsilon_per_period": 0.1})
     report = from_ledger.build(charged.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.sites[0].approved.period, report.sites[0].lifetime.period) == ("month", "month")
@@ -173,8 +173,8 @@ def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Boo
 def test_another_period_in_the_file_loosens_nothing_noted(books: Callable[..., Books], run_proposal: Proposals) -> None:
     made = books(budget={"max_epsilon_per_period": 3.0})
     made.charge(run_proposal(), 1, 2)
-    made.edit(budget={"max_epsilon_per_period": 0.1})
-    made.edit(noted=False, budget={"period": "month", "max_epsilon_per_period": 39.0})
+    made.edit(noted=True, budget={"max_epsilon_per_period": 0.1})
+    made.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
     report = from_ledger.build(made.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.sites[0].approved.period, report.sites[0].approved.max_epsilon_per_period) == ("year", 0.1)
@@ -207,10 +207,10 @@ def test_caps_before_and_after_what_was_spent(
     opened: Any, before: Any, after: Any, verdict: Any, books: Callable[..., Books], run_proposal: Proposals
 ) -> None:
     made = books(budget=opened)
-    made.edit(budget=before)
+    made.edit(noted=True, budget=before)
     made.charge(run_proposal(), 1, 2)
     made.charge(run_proposal(run="s", noise_multiplier=6.0), 1)
-    made.edit(budget=after)
+    made.edit(noted=True, budget=after)
     report = sound(from_ledger.build(made.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons) == verdict
@@ -225,7 +225,7 @@ def test_caps_before_and_after_what_was_spent(
 def test_a_lower_cap_per_run_judges_later_runs_only(books: Callable[..., Books], run_proposal: Proposals) -> None:
     made = books(budget={"max_epsilon_per_run": 2.0})
     made.charge(run_proposal(), 1)
-    made.edit(budget={"max_epsilon_per_run": 0.1})
+    made.edit(noted=True, budget={"max_epsilon_per_run": 0.1})
     report = from_ledger.build(made.ledger)
     assert report.verdict.state == "within"
     assert report.sites[0].approved.max_epsilon_per_run == 0.1
@@ -335,7 +335,7 @@ def test_a_missing_ledger_policy_or_anchor_is_said(charged: Books, tmp_path: Pat
 
 
 def test_a_policy_of_another_site_is_refused(charged: Books) -> None:
-    charged.edit(noted=False, site="b")
+    charged.edit(site="b")
     with pytest.raises(ConfigError, match=r"site\.toml: site = 'b': must be 'a'"):
         from_ledger.build(charged.site_toml)
 

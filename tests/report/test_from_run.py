@@ -23,8 +23,8 @@ from fedtune.report.rederive import problems
 from fedtune.runs import environment
 from fedtune.spec import ConfigError, RunError
 
+from ..books import resigned
 from .shown import sound, status
-from .site_ledgers import resigned
 
 SITES = ("site-1", "site-2")
 

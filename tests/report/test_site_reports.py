@@ -20,8 +20,8 @@ from fedtune.report.page import render
 from fedtune.report.rederive import derive
 from fedtune.spec import ConfigError
 
+from ..books import Books
 from .shown import sound, status, where, with_site
-from .site_ledgers import Books
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def made(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={folder / 'sites'}", "federation.num_rounds=1", into=folder, name=name)
         for site in ("site-1", "site-2"):
-            Books(folder / "sites" / site).edit(noted=False, budget={"max_epsilon": 2.0})
+            Books(folder / "sites" / site).edit(budget={"max_epsilon": 2.0})
     return folder
 
 
@@ -105,7 +105,7 @@ def test_an_earlier_runs_report_takes_the_same_site_report(folder: Path) -> None
 
 
 def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) -> None:
-    Books(folder / "sites" / "site-1").edit(budget={"max_epsilon": 0.36})
+    Books(folder / "sites" / "site-1").edit(noted=True, budget={"max_epsilon": 0.36})
     report = sound(joined_by(folder, signed_report(folder)))
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", ("above_lifetime_cap",))
     assert [site.verdict.state for site in report.sites] == ["exceeded", "within"]
@@ -288,7 +288,7 @@ def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
 def test_a_site_that_refused_the_run_may_release_its_report(simulate: Callable[..., Path], tmp_path: Path) -> None:
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
-        Books(tmp_path / "sites" / "site-2").edit(noted=False, budget={"max_epsilon": 2.0})
+        Books(tmp_path / "sites" / "site-2").edit(budget={"max_epsilon": 2.0})
     own = signed_report(tmp_path, "site-1")
     assert [run.run[:5] for run in own.sites[0].lifetime.runs] == ["first"]
     site = from_run.build(tmp_path / "second", site_reports=[own]).sites[0]

@@ -29,9 +29,9 @@ from fedtune.report.rederive import problems
 from fedtune.report.run_record import read_run
 from fedtune.sites.virtual_site import Participants
 
+from ..books import Books
 from .masking import check_golden
 from .shown import status, where
-from .site_ledgers import Books
 
 Proposals = Callable[..., Proposal]
 
@@ -156,8 +156,8 @@ def kept(simulate: Callable[..., Path], tmp_path: Path) -> Path:
     """Two runs on the same sites, the first of which wants more noise in the second than that one has."""
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
-        Books(tmp_path / "sites/site-1").edit(noted=False, limits={"min_noise_multiplier": 9.0})
-        Books(tmp_path / "sites/site-2").edit(noted=False, budget={"max_epsilon": 2.0})
+        Books(tmp_path / "sites/site-1").edit(limits={"min_noise_multiplier": 9.0})
+        Books(tmp_path / "sites/site-2").edit(budget={"max_epsilon": 2.0})
     return tmp_path
 
 
@@ -281,7 +281,7 @@ def test_a_restored_ledger(books: Books, run_proposal: Proposals) -> None:
     assert verdict(from_ledger.build(books.site_toml)) == ("no_guarantee", ("ledger_not_verified",))
     # Its owner takes the anchor away, which keeps it from training, and has it made up for.
     (books.folder / "anchor.json").unlink()
-    books.edit(noted=False, anchor="")
+    books.edit(anchor="")
     books.open().charge_gap(head)
     report = check("restored", from_ledger.build(books.site_toml))
     assert report.epsilon == spent

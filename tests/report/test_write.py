@@ -23,8 +23,8 @@ from fedtune.report.model_card import write_report_and_card
 from fedtune.report.page import render
 from fedtune.spec import ConfigError
 
+from ..books import Books
 from .shown import NAMES, reports_of
-from .site_ledgers import Books
 
 
 def test_a_run_ends_with_its_report(run_folder: Path) -> None:

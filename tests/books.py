@@ -1,40 +1,38 @@
-"""A site's folder with policy, key and ledger, written by the ledger itself."""
+"""A site's folder with policy, key and ledger, written by the ledger itself, and what a stranger signs for one."""
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import sqlite3
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typing import Any, Self
 
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Reason, Receipt, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
 
+from .privacy import builders
+
 
 def resigned(receipt: Receipt, **changes: Any) -> Receipt:
     """The receipt with changes, and signed again with a key of its own."""
-    key = SigningKey(Ed25519PrivateKey.generate())
+    key = builders.make_key(9)
     other = replace(receipt, site_key=key.public, **changes)
     return replace(other, signature=key.sign(RECEIPT, other.message()))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Books:
     """One site's files in a folder of its own."""
 
     folder: Path
 
     @classmethod
-    def made(cls, folder: Path, policy: Policy) -> Books:
+    def made(cls, folder: Path, policy: Policy) -> Self:
         """New ones, under `policy`."""
         folder.mkdir(parents=True)
         books = cls(folder)
@@ -48,23 +46,19 @@ class Books:
 
     @property
     def ledger(self) -> Path:
-        return SiteFiles.of(self.site_toml).ledger
+        return self.folder / "ledger.db"
 
     @property
     def key(self) -> SigningKey:
-        return SigningKey.load(SiteFiles.of(self.site_toml).site_key)
+        return SigningKey.load_or_make(SiteFiles.of(self.site_toml).site_key)
 
     def open(self) -> Ledger:
+        """The ledger, as a site that starts opens it."""
         return SiteFiles.of(self.site_toml).open()
 
-    def edit(self, *, noted: bool = True, **changes: Any) -> None:
+    def edit(self, *, noted: bool = False, **changes: Any) -> None:
         """Change the policy as its owner would, tables by dicts of their values; an open ledger notes it."""
-        policy = read_policy(self.site_toml)
-        values = {
-            name: replace(getattr(policy, name), **change) if isinstance(change, dict) else change
-            for name, change in changes.items()
-        }
-        write_policy(replace(policy, **values), self.site_toml)
+        write_policy(builders.changed(read_policy(self.site_toml), **changes), self.site_toml)
         if noted:
             self.open()
 
@@ -72,8 +66,7 @@ class Books:
         """Train these rounds of a run; without `committed`, each dies before its reply is stored."""
         for round in rounds:
             ledger = self.open()
-            granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {round}")
-            assert isinstance(granted, Reservation)
+            granted = builders.reserve(ledger, proposal, round)
             if committed:
                 ledger.commit(granted, b"reply", fingerprint="f1" * 32)
 
@@ -86,11 +79,4 @@ class Books:
 
     def tamper(self, statement: str) -> None:
         """Run SQL on the file past its triggers, which are put back."""
-        with contextlib.closing(sqlite3.connect(self.ledger)) as file:
-            triggers = file.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
-            for name, _ in triggers:
-                file.execute(f"DROP TRIGGER {name}")
-            file.execute(statement)
-            for _, sql in triggers:
-                file.execute(sql)
-            file.commit()
+        builders.tamper(self.ledger, statement)
