@@ -145,9 +145,7 @@ def test_an_update_of_another_round_run_or_site_is_dropped(sort: Sort, changes: 
 
 
 @pytest.mark.parametrize("what", ["no receipt", "of another answer", "of no answer", "not signed", "one value changed"])
-def test_an_update_without_its_sites_receipt_is_no_reply(
-    sort: Sort, adapter: Adapter, signed: Callable[[Update], Reply], what: str
-) -> None:
+def test_an_update_without_its_sites_receipt_is_no_reply(sort: Sort, adapter: Adapter, what: str) -> None:
     reply = signed(update_of())
     changed = with_value(1.25)(dict(adapter.tensors))
     reply = {

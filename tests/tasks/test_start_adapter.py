@@ -28,7 +28,7 @@ def lora(**changes: Any) -> LoraSpec:
     return replace(LoraSpec(rank=2, layers=(0, 1)), **changes)
 
 
-SPEC = spec_of(lora=lora(), head=HeadSpec(centre=True, init="label_names"), labels=("billing", "sales"))
+SPEC = spec_of(lora=lora(), head=HeadSpec(centre=True, init="label_names"), labels=("billing", "sales"), seed=0)
 OTHER_LABELS = ("billing", "technical", "sales")
 
 
