@@ -59,6 +59,14 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
     )
 
 
+def watched(run: Participants, canaries: int) -> Any:
+    """What became of so many canaries of the first site in its round."""
+    attack = GradientAttack(run, AuditSpec(canaries=canaries), ["site-1"])
+    with attack.watching():
+        train(run)
+    return attack.planted["site-1"]
+
+
 BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
 
 
@@ -69,10 +77,7 @@ def test_every_draw_adds_exactly_the_clip_norm(
 ) -> None:
     break_it("no noise")
     run = everyone(*by_unit, "privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
-    attack = GradientAttack(run, AuditSpec(canaries=200), ["site-1"])
-    with attack.watching():
-        train(run)
-    planted = attack.planted["site-1"]
+    planted = watched(run, 200)
     steps = run.plan.local_steps
     assert planted.tally.steps == steps
     assert 60 < planted.inserted.sum() < 140
@@ -88,10 +93,7 @@ def test_records_of_a_user_that_are_clipped_one_by_one_show(
     break_it("no noise")
     break_it("clipping by record")
     run = everyone(*BY_USER, "privacy.sampling_rate=1.0")
-    attack = GradientAttack(run, AuditSpec(canaries=50), ["site-1"])
-    with attack.watching():
-        train(run)
-    planted = attack.planted["site-1"]
+    planted = watched(run, 50)
     shown = planted.tally.total[planted.coordinates[planted.inserted]]
     assert shown == pytest.approx(np.full(len(shown), 3.0 * run.plan.local_steps), abs=1e-4)
 
@@ -104,10 +106,7 @@ def test_a_canarys_records_are_cut_as_users_records_are() -> None:
 
 def test_noise_is_what_the_plan_says_along_every_direction(everyone: Callable[..., Participants]) -> None:
     run = everyone()
-    attack = GradientAttack(run, AuditSpec(canaries=200), ["site-1"])
-    with attack.watching():
-        train(run)
-    planted = attack.planted["site-1"]
+    planted = watched(run, 200)
     noise = np.delete(planted.tally.total, planted.coordinates)
     expected = run.plan.noise_multiplier * np.sqrt(run.plan.local_steps)
     # Five standard errors of a standard deviation.
@@ -119,10 +118,7 @@ def test_canaries_are_sampled_like_records(
 ) -> None:
     break_it("no noise")
     run = everyone("privacy.sampling_rate=0.3", "training.local_steps=10", "privacy.noise_multiplier=8.0")
-    attack = GradientAttack(run, AuditSpec(canaries=2000), ["site-1"])
-    with attack.watching():
-        train(run)
-    planted = attack.planted["site-1"]
+    planted = watched(run, 2000)
     drawn = planted.tally.total[planted.coordinates[planted.inserted]].round()
     expected, count = 10 * 0.3, int(planted.inserted.sum())
     assert drawn.mean() == pytest.approx(expected, abs=5 * np.sqrt(10 * 0.3 * 0.7 / count))
