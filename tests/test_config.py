@@ -233,7 +233,7 @@ def test_delta_is_held_against_the_largest_site() -> None:
         *(({"data__labels": "yes"}, "data.labels", "yes"), ({"lora__target_modules": 3}, "lora.target_modules", 3)),
         *(({"tracking__log_level": "loud"}, "tracking.log_level", "loud"), ({"name": "a/b"}, "name", "a/b")),
         *(({"name": ".."}, "name", ".."), ({"name": "-m"}, "name", "-m")),
-        *((({"data__dataset": one}, "data.dataset", one)) for one in ("../patients", "")),
+        *(({"data__dataset": one}, "data.dataset", one) for one in ("../patients", "")),
         ({**NOISED, "privacy__mechanism": "none"}, "privacy.metrics", "noised"),
         ({**NOISED, "privacy__metrics_noise_multiplier": 0.0}, "privacy.metrics_noise_multiplier", 0.0),
     ],
