@@ -1,7 +1,5 @@
 """Names in fedtune/ that no code of fedtune uses, and who uses them instead."""
 
-from __future__ import annotations
-
 ALLOWED_UNUSED: dict[str, set[str]] = {
     "Click calls the functions of commands by their decorators, or by a module's name": {
         *("add_site", "copies", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),

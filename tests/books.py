@@ -1,7 +1,5 @@
 """A site's folder with policy, key and ledger, written by the ledger itself, and what a stranger signs for one."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What tests of several layers build alike."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import os

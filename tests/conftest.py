@@ -1,7 +1,5 @@
 """What tests of several layers share: the command line, the smallest run, and a run's plan, proposal and policy."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gc

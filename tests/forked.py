@@ -6,8 +6,6 @@ and exit code, takes signals, ends as Python ends, and is a child of the process
 FEDTUNE_TEST_FORK=no starts each process the ordinary way.
 """
 
-from __future__ import annotations
-
 import array
 import atexit
 import contextlib

@@ -1,7 +1,5 @@
 """What a record is padded to, said a second time: the package cuts many records at once."""
 
-from __future__ import annotations
-
 from fedtune.data.shapes import Shapes
 
 

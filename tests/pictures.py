@@ -1,7 +1,5 @@
 """Images and tiny vision models with random weights, as tests of several layers need them."""
 
-from __future__ import annotations
-
 import csv
 import io
 from functools import partial

@@ -1,7 +1,5 @@
 """The rules of the house that a program can check; that imports point down is `lint-imports`, run by `make test`."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import subprocess

@@ -1,7 +1,5 @@
 """The one reader of records: what the types of a class allow, to the letter, and else one error that names the key."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """conf/: plain data that composes in every combination a user can name, with no key too many or too few."""
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`RunConfig`: what it accepts, how it is written down, and what its digest depends on."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

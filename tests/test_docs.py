@@ -1,7 +1,5 @@
 """What the pages say is run, and what they name exists."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

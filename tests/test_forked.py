@@ -1,7 +1,5 @@
 """Forked processes are processes like any other."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

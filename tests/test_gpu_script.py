@@ -1,7 +1,5 @@
 """The script for a GPU, on the CPU with tiny models: that it runs when there is a GPU at last."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

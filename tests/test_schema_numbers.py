@@ -1,7 +1,5 @@
 """Each format has one number: a reader refuses every other one, with one sentence that says what to do."""
 
-from __future__ import annotations
-
 import json
 import re
 import sqlite3

@@ -1,7 +1,5 @@
 """The decorator, the validators and the exceptions that every layer shares."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

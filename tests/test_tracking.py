@@ -1,7 +1,5 @@
 """A run in MLflow, TensorBoard and wandb, read back with each library: what is there, and what is not."""
 
-from __future__ import annotations
-
 import getpass
 import importlib.util
 import json

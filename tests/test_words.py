@@ -1,7 +1,5 @@
 """Figures as every layer writes them."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

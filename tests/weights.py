@@ -1,7 +1,5 @@
 """How many lines each room of the house has, beside what it may have: `python -m tests.weights` prints the table."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 from typing import NamedTuple

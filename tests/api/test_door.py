@@ -1,7 +1,5 @@
 """`import fedtune` as an application or a notebook uses it."""
 
-from __future__ import annotations
-
 import asyncio
 import doctest
 import subprocess

@@ -1,7 +1,5 @@
 """`experiment=` may be a file anywhere: plain data, composed as conf/experiment's are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """docs/notebooks as their readers run them, and an application that uses fedtune as a library."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Audits of a tiny federation, and faults to be found in it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

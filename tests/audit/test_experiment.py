@@ -1,7 +1,5 @@
 """A whole audit: a sound run passes, broken ones are found, and what it writes says so."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

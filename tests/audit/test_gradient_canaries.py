@@ -1,7 +1,5 @@
 """Canaries go the way of records: sampled, clipped, noised, stepped; and nothing else changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From scores to guesses."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

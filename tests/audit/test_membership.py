@@ -1,7 +1,5 @@
 """AUROC, hit rates at few false alarms, and their intervals."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy import stats

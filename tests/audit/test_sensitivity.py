@@ -1,7 +1,5 @@
 """`audit.kind=sensitivity`: it finds nothing in a sound step, and each fault that lets a unit move a sum too far."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A site in a folder, whose ledger has lived."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import zipfile

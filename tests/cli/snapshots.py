@@ -3,8 +3,6 @@
 FEDTUNE_WRITE_SNAPSHOTS=1 writes them anew; the difference is then read before it is committed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

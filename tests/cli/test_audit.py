@@ -1,7 +1,5 @@
 """`fedtune audit`: what it refuses, and what it leaves behind."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from io import StringIO
 from pathlib import Path

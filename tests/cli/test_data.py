@@ -1,7 +1,5 @@
 """`fedtune data`: a file becomes an experiment that composes; what is said of its records, and a new file."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

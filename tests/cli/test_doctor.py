@@ -1,7 +1,5 @@
 """`fedtune site doctor` as a person sees it: lines, JSON, exit codes; what is checked is in tests/ops."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

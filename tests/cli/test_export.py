@@ -1,7 +1,5 @@
 """`fedtune export`: what a person is told; what it writes is in tests/export."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`fedtune generate`, `chat` and `evaluate` on finished runs, in this process and on a terminal."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """`fedtune ledger`: says what a ledger holds and no more, writes nothing when it reads, and repairs only upwards."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """`fedtune model-hash`: what it prints is what settings, federation and policy take."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

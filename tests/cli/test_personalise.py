@@ -1,7 +1,5 @@
 """`fedtune personalise`: a site's own adapter, which never feeds back."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

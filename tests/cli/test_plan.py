@@ -1,7 +1,5 @@
 """`fedtune plan`: what a person sees, and what it writes."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

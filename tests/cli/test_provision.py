@@ -1,7 +1,5 @@
 """`fedtune provision`: what it prints is what people need, and every mistake is one line and changes nothing."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`fedtune report`: writes whole reports, finds what was changed in one, and says what differs between two."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

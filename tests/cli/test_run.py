@@ -1,7 +1,5 @@
 """`fedtune run`: what a lead's words become, what they may not say, and looking at, stopping and resuming a run."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import shlex

@@ -1,7 +1,5 @@
 """`fedtune server start`: mistakes that are found before anything listens."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

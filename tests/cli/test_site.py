@@ -1,7 +1,5 @@
 """`fedtune site`: the template is a policy, and a policy's meaning is said in words with the ledger's own figures."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """Commands that root calls at a site whose process runs as another account: everything stays that account's."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

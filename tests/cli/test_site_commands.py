@@ -1,7 +1,5 @@
 """`fedtune site start|approve|pause|resume|leave`: what they print, what they change, and their exit codes."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

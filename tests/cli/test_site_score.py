@@ -1,7 +1,5 @@
 """`fedtune site score`: a final adapter on the records that a site held out from it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

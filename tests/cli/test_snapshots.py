@@ -3,8 +3,6 @@
 A terminal has 80 columns here; nothing is wider but what is copied, which is whole.
 """
 
-from __future__ import annotations
-
 import json
 from itertools import groupby
 from operator import itemgetter

@@ -1,7 +1,5 @@
 """`fedtune synthesize` and `fedtune choose`: records by code or votes, their card, and what is refused."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

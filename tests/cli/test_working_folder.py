@@ -1,7 +1,5 @@
 """A run's folder: made, held by one process, cleared away where nothing began, and what `fedtune run status` reads."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import io

@@ -1,7 +1,5 @@
 """Whether what a command prints has room on a terminal of 80 columns."""
 
-from __future__ import annotations
-
 import re
 
 COLUMNS = 80

@@ -1,7 +1,5 @@
 """A tiny tokenizer in memory: words and single characters, [CLS] ... [SEP] around a text."""
 
-from __future__ import annotations
-
 import json
 import string
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """A table's row as a vector: by declared ranges and categories alone, each row by itself."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Every format gives the same rows, and a row that cannot be used is one fault among whole ones."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

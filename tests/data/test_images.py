@@ -1,7 +1,5 @@
 """Images out of files and rows: found below their table's folder alone, decoded within bounds, each by itself."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import struct

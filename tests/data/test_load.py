@@ -1,7 +1,5 @@
 """A simulation's records: the lead's share, a file for each site, and what cannot be used."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

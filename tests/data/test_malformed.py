@@ -1,7 +1,5 @@
 """Files that are damaged, or of another shape than was asked for: each is named with file, place, field and bound."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io

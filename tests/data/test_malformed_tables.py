@@ -1,7 +1,5 @@
 """Malformed files of a table: one message with file, row and column, exit 2, and nothing half-written."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Files in which parts of texts are marked: each format gives the same record, and each that is wrong one message."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The shapes of micro-batches: fixed by public settings, and a record's own by that record alone."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The simulations' data files: complete, readable, without overlap, and what `make_slices.py` makes."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Users: whose a record is, and that no user can change another's place, nor lie at two of them."""
 
-from __future__ import annotations
-
 import hmac
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One value as a role needs it, in the forms in which other programs write values."""
 
-from __future__ import annotations
-
 import json
 import unicodedata
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What must be the same in a run's result, in its sites' ledgers and in the lead's receipts."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What tests of real deployments share: a federation for each module, and its logs where a test fails."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any

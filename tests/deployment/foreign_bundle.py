@@ -3,8 +3,6 @@
 The rest of the command line is fedtune's.  Whoever installs the bundle, or imports any of it, writes the file MARK.
 """
 
-from __future__ import annotations
-
 import io
 import sys
 import zipfile

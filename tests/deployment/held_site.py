@@ -4,8 +4,6 @@ A trained round does not come back while FOLDER/hold is there.  With FOLDER/fail
 that lost its server looks for it every two seconds, where a real one waits for up to fifteen.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

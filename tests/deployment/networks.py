@@ -1,7 +1,5 @@
 """Where a federation's processes live: each member in a network of its own, or all on this machine's loopback."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """What a site sent, read back to the last field: Flower's calls, the objects in them, and fedtune's own words."""
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Iterator

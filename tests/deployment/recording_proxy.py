@@ -4,8 +4,6 @@ FILE is JSON: `listen` and `server` (host:port), `own` and `site` (PEM files of 
 site towards the server), and `records`, a file that gets one JSON line for each request before it is passed on.
 """
 
-from __future__ import annotations
-
 import base64
 import http.client
 import json

@@ -1,7 +1,5 @@
 """Rounds that end without everybody: late and absent sites, how many a round needs, and what each has room for."""
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A federation as it is meant to be: a server and three sites, each on a network of its own, and a lead."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Sites, server and lead that die or are cut off in the middle of a round: the run goes on, and the books are right."""
 
-from __future__ import annotations
-
 import configparser
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """Other kinds of records and votes at real sites over TLS: a simulation's weights bit for bit, broken records as 0."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Members change while everything runs: certificates end and are renewed, sites come and go, rosters are copied."""
 
-from __future__ import annotations
-
 import socket
 import time
 import zipfile

@@ -1,7 +1,5 @@
 """What server, sites and lead tell Prometheus while a run goes on, read as its client reads it."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

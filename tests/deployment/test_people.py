@@ -1,7 +1,5 @@
 """People at both ends: a run waits for a site's approval or its pause, and a lead looks, stops, resumes and ends."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace

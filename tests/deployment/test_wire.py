@@ -4,8 +4,6 @@ Between one site and the server stands a proxy that ends TLS and writes down eve
 a round that fails with a record's text in the exception, a refusal, a pause, a broken file, and the end of a run.
 """
 
-from __future__ import annotations
-
 import base64
 import getpass
 import json

@@ -1,7 +1,5 @@
 """A run with a proxy before one site, which fails, refuses and is paused in it, and with a foreign bundle."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 A file's name is what was asked, the site's number, and of the actor that answered its Ray node, process and GPUs.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

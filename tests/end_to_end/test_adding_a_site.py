@@ -1,7 +1,5 @@
 """docs/adding_a_site.md, followed to the letter, and every command on the pages, parsed."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Every mistake a person can make ends with exit code 2 and one line that names key, value and bound."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Several runs against the same ledgers: each gets what the ones before it left, and then nothing."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Whole runs of a language model on chats and on plain texts, with privacy and without."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """A simulation over three years whose sites keep their ledgers: new people go on where one budget would have ended."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A comparison from one end to the other: by user, by a column that says the site, and after Ctrl-C."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

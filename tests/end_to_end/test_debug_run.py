@@ -1,7 +1,5 @@
 """One whole private run through the command line, looked at from every side a user has."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """A run that its validation scores end, as a person meets it: files, report, card, ledger, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

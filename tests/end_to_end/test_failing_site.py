@@ -1,7 +1,5 @@
 """A site whose training fails: it is reported, nothing of why leaves it, and the others go on."""
 
-from __future__ import annotations
-
 import errno
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A table from its file to a model that is used: `data.input=features`, private and not, by plain and secure sums."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """Images from their files to a model that is used: `data.input=image`, private and not."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """Twenty processes killed at named points, inside writes and at random moments: a sample of simulations/kill."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

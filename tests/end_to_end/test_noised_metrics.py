@@ -1,7 +1,5 @@
 """Scores of held-out records that sites release with noise, in a whole run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

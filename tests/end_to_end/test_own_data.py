@@ -1,7 +1,5 @@
 """The recipe of experiment=own_data on a small problem: the run ends, and what it learnt is of use."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections import Counter

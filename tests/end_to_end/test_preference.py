@@ -1,7 +1,5 @@
 """Preferences, from files of each form to a model that is scored and used, private and not."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

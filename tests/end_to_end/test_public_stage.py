@@ -1,7 +1,5 @@
 """A public stage before a run: trained once by the lead alone, gone on with, and told of by all that the run says."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

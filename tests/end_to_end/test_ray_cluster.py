@@ -1,7 +1,5 @@
 """A run on a Ray cluster of two nodes, which are processes of this machine with addresses of their own."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

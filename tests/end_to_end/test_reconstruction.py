@@ -1,7 +1,5 @@
 """The text of a record is read off a site's update without privacy, and is not with it: simulations/reconstruction."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

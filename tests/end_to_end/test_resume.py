@@ -1,7 +1,5 @@
 """A run that stopped between two rounds ends as if it had never stopped."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

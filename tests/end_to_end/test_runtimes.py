@@ -1,7 +1,5 @@
 """The same run elsewhere: on Ray, with fewer sites, with many sites, as a sweep."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess

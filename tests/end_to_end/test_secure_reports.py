@@ -1,7 +1,5 @@
 """What plan, ledger and report say of a run with secure sums, and to whom its figures hold."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Runs whose lead learns nothing but the sum of the sites' noisy gradient sums."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass

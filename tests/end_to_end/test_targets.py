@@ -1,7 +1,5 @@
 """Several labels, labels in an order, and a number: each from its file to a model that is used, private and not."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

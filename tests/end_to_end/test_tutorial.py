@@ -1,7 +1,5 @@
 """docs/tutorial.md and docs/other_tasks.md, line by line, from files that no other test reads."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

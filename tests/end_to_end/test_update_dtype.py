@@ -1,7 +1,5 @@
 """Updates travel in bfloat16 by default: the same adapter over Flower and without it, by half the bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """privacy.unit=user from one end to the other: settings, data, training, ledger, policy, result and report."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A run that begins where another one ended: what it starts with, what it says of it, and what its sites are told."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tiny random models, built without any file, and data to score them on."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

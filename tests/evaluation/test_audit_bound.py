@@ -1,7 +1,5 @@
 """The auditor itself: printed figures of the paper, another implementation's goldens, and how often it is wrong."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

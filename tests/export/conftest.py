@@ -1,7 +1,5 @@
 """Finished runs whose bases lie in folders that transformers loads, and their exports, loaded where fedtune is not."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

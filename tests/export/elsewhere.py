@@ -4,8 +4,6 @@ It reads from its input a JSON object: name -> {"format", "folder", "texts"}, an
 "attention_mask", "logits"}.
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import json
 import sys

@@ -1,7 +1,5 @@
 """A student answers as its teacher does, is loaded where fedtune is not, and reads no record of a site."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Exports compute what the run's model computes, in libraries that know nothing of fedtune."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

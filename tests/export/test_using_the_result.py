@@ -1,7 +1,5 @@
 """docs/using_the_result.md: its commands parse, and its Python runs where fedtune cannot be imported."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

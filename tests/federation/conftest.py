@@ -1,7 +1,5 @@
 """A small adapter, a site with a real ledger, and what such a site says."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A calendar of runs: windows that move on, and what the people in them will have spent."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a lead keeps of its run in the run's folder, and which folders may be meant where there is none."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """When a lead stops waiting: k of n and a grace period, and who is known to be away."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedtune.federation.replies import Closing

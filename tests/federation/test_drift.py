@@ -1,7 +1,5 @@
 """Scores over runs: the mean and its deviation as they are by hand and in made-up runs, and falls that are found."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The end of a run: its lead says it, the ledger notes which adapter came of it, and the site keeps that or not."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A lead that asks for what the site does not allow is told which rule stands against it, and gets nothing else."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

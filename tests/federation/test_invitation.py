@@ -1,7 +1,5 @@
 """A site is asked about a run before it begins: what it says, and that saying it costs nothing."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Which round a run keeps, and when its validation scores end it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

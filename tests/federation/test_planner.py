@@ -1,7 +1,5 @@
 """Prices from public numbers, against figures that were checked elsewhere and against the accountant itself."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

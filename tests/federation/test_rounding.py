@@ -1,7 +1,5 @@
 """An update in bfloat16: the rounding is torch's, and the lead adds it to what it sent."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """Whatever a lead asks of sites with ledgers, and whatever happens to these: nothing leaves that was not charged."""
 
-from __future__ import annotations
-
 import random
 import secrets
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What sites with ledgers answer in the steps of a secure sum, to leads and servers that do what they like."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

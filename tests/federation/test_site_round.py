@@ -1,7 +1,5 @@
 """What a site answers, and what it must have written before it reads a record."""
 
-from __future__ import annotations
-
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """A round's updates wait on disk, where nobody else reads them, and are gone when they have been averaged."""
 
-from __future__ import annotations
-
 import stat
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What policies would say, asked beforehand, beside what ledgers really do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

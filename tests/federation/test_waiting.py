@@ -1,7 +1,5 @@
 """Before anything is loaded or prepared: who asks, whether the site is paused, its rules, its budget, its people."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Weights where sites make noise of their own choice: from declared sizes and public noise alone."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

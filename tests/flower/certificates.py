@@ -1,7 +1,5 @@
 """An authority as a federation's lead has it, and files of those whom it certifies."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A federation of sites that train by adding known numbers, without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path

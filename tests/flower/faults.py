@@ -1,7 +1,5 @@
 """Connections that break at a chosen call."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import httpx

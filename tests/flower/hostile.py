@@ -1,7 +1,5 @@
 """A server of the federation whose administrator has it say whatever he wants, to the byte."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import ssl

@@ -1,7 +1,5 @@
 """A whole network on this machine: a real server and real sites, each a process of its own, over mutual TLS."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

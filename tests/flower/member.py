@@ -1,7 +1,5 @@
 """A member of the federation that means harm: it makes any call it likes, with its own certificate and key."""
 
-from __future__ import annotations
-
 import base64
 import itertools
 from dataclasses import dataclass, field

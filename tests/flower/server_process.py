@@ -4,8 +4,6 @@
 Flower waits for three minutes for the rest of an answer that arrived in part; here it waits for `upload_s` seconds.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import resource

@@ -3,8 +3,6 @@
 It answers every message with the arrays that came, and says who it is.  What happens to it is noted in `log.jsonl`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The server's audit log: what is written, what is counted, and how large it becomes."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How updates become one adapter: by declared sizes, in a fixed order, with state that survives a restart."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

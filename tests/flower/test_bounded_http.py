@@ -1,7 +1,5 @@
 """What a server may make a site or a lead hold in memory, and for how long it may keep a call."""
 
-from __future__ import annotations
-
 import gzip
 import resource
 import socket

@@ -3,8 +3,6 @@
 In which ways it may be broken: tests/privacy/test_ledger_file.py, test_verify.py and test_rollback.py.
 """
 
-from __future__ import annotations
-
 import shutil
 import sqlite3
 from typing import Any

@@ -1,7 +1,5 @@
 """Nothing of a site's own words is in any byte that leaves it: not of an exception, a path, a record or a database."""
 
-from __future__ import annotations
-
 import base64
 import logging
 from typing import Any

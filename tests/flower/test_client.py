@@ -1,7 +1,5 @@
 """A site's app: whatever comes in, what goes out is a release and never an exception or its text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What connections may take of the server: numbers, time, and no longer than a certificate is good."""
 
-from __future__ import annotations
-
 import contextlib
 import select
 import socket

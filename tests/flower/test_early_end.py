@@ -1,7 +1,5 @@
 """A lead whose scores end a run: what it keeps, what its sites learn, and what their ledgers save."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime

@@ -1,7 +1,5 @@
 """A site's connection to a real server: who gets in, who is put out, and what a site is told about it."""
 
-from __future__ import annotations
-
 import datetime
 import threading
 from collections.abc import Callable, Iterator

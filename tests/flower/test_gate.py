@@ -1,7 +1,5 @@
 """What of Flower's server can be reached from outside, tried on a real one."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import socket

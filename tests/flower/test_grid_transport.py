@@ -1,7 +1,5 @@
 """The lead's transport over a grid of Flower's own, as its Ray engine has it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from unittest.mock import MagicMock
 

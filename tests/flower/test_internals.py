@@ -4,8 +4,6 @@ Only `fedtune/flower/internals.py` takes it.  Where this file passes with a new 
 run it first, and mend what it names.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """Before round 1 the lead asks who takes part, so that nobody is charged for a run that others end."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

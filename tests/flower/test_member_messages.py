@@ -1,7 +1,5 @@
 """What a member may send through the server: the answer to its own open question, in its size, and nothing else."""
 
-from __future__ import annotations
-
 import gzip
 import random
 from collections.abc import Iterator

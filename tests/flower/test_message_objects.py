@@ -1,7 +1,5 @@
 """A message whose few bytes stand for many: it is refused before it is put together."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Whose receipts the lead believes, what it hears at the end of a run, and what it sends along."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The lead's grid against a real server and real sites, each a process of its own that may die."""
 
-from __future__ import annotations
-
 import itertools
 import socket
 import time

@@ -1,7 +1,5 @@
 """The lead against sites that fail, fall silent, or send what they like."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A lead's calls: exactly this path, this body, about now, by this key."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

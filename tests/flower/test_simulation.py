@@ -1,7 +1,5 @@
 """What a simulation runs on: the in-process grid, and Flower's Ray engine as far as it can be looked at without Ray."""
 
-from __future__ import annotations
-
 import socket
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The server's process: how it starts, keeps its roster and ends."""
 
-from __future__ import annotations
-
 import logging
 import os
 import resource

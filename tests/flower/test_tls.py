@@ -1,7 +1,5 @@
 """Who shakes hands with whom, and what a site says where somebody does not."""
 
-from __future__ import annotations
-
 import socket
 import ssl
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sites that wait in a call until the lead asks them something."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -3,8 +3,6 @@
 python -m tests.fuzz.bombs
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import resource

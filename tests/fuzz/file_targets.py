@@ -1,7 +1,5 @@
 """Files that people exchange, edit or find damaged: policies, kits, rosters, ledgers, run folders, reports, data."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -1,7 +1,5 @@
 """A ledger whose owner writes into it what it likes, and signs that: whoever verifies it must not fall over."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from dataclasses import asdict

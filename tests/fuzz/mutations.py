@@ -1,7 +1,5 @@
 """Broken versions of what is valid: bytes with edits, JSON and TOML with other values in some places."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -1,7 +1,5 @@
 """Something valid of every kind that is parsed, made once."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """One parser under test, and the property that every one of them has."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

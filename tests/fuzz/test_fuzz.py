@@ -1,7 +1,5 @@
 """Whatever comes from outside is understood or refused in our own words: never another exception, never a hang."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

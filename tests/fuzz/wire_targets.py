@@ -1,7 +1,5 @@
 """What arrives over the network: a server's requests at a site, sites' answers at the server, calls at its gate."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json

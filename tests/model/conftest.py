@@ -1,7 +1,5 @@
 """Tiny models and batches that every test of the model layer uses."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from functools import partial

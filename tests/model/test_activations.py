@@ -1,7 +1,5 @@
 """An activation's value for a row is the same bits wherever the row stands."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

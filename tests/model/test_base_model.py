@@ -1,7 +1,5 @@
 """Loading the base: where it lies, what its hash is, and what a person is told when it cannot be had."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from unittest.mock import Mock

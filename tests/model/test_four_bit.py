@@ -1,7 +1,5 @@
 """A base's layers in four bits: which values they keep, what their products are, and how little memory they take."""
 
-from __future__ import annotations
-
 import hashlib
 from copy import deepcopy
 from statistics import NormalDist

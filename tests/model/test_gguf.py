@@ -1,7 +1,5 @@
 """GGUF weights are expanded once, bitwise."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from pathlib import Path

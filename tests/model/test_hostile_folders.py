@@ -1,7 +1,5 @@
 """Model folders that somebody prepared: each is refused with its reason, or what was added to it is never read."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A base's layers in whole numbers: which values they keep, and products that are the same bits beside any others."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess

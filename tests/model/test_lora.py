@@ -1,7 +1,5 @@
 """LoRA, IA3 and DoRA: which tensors train, where they start, and what PEFT makes of them."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

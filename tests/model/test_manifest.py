@@ -1,7 +1,5 @@
 """A model is pinned whole: one hash covers every file that loading reads, and nothing else is loaded."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

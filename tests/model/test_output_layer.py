@@ -1,7 +1,5 @@
 """The output layer runs at the places that learn a token, and whole where a base changes its scores afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Products with frozen weights: what torch computes but for rounding, and the same beside any other rows."""
 
-from __future__ import annotations
-
 import platform
 from copy import deepcopy
 from functools import partial

@@ -1,7 +1,5 @@
 """Settings refuse what cannot work, and import without torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tokenizers as published models have them are accepted; those that one text can break are refused with a reason."""
 
-from __future__ import annotations
-
 import base64
 import json
 import time

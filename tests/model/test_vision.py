@@ -1,7 +1,5 @@
 """Models of images and the processors beside them: pinned together, of transformers' kind for PIL, and no others."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -9,8 +9,6 @@ input, one answer a line on standard output:
 `code` is pytest's exit status, or null for a child that ran out of time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

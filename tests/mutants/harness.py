@@ -4,8 +4,6 @@ A kill is a test that ran and failed on what it expects.  A fault that breaks th
 is none, nor is a timeout; and the same tests must pass on an unchanged copy.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

@@ -1,7 +1,5 @@
 """One named fault: where it goes, what it does, and which tests are to find it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

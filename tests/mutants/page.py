@@ -1,7 +1,5 @@
 """docs/mutants.md: every mutant with the test that killed it, as a table that the harness writes and reads."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

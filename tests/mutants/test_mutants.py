@@ -1,7 +1,5 @@
 """Every fault of the catalogue is found by the tests; the quickest in every run, all of them at night."""
 
-from __future__ import annotations
-
 import ast
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """A plugin of pytest that writes down what the harness needs: whose code ran, and what failed first, and how."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

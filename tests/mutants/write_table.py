@@ -6,8 +6,6 @@ python -m tests.mutants.write_table NAME ...    these; the other rows stay as th
 Exit code 1 if any of them was not killed.
 """
 
-from __future__ import annotations
-
 import datetime
 import sys
 

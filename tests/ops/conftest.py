@@ -1,7 +1,5 @@
 """Builders of these tests: a federation in a folder, sites that want to join it, a server that a doctor asks."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

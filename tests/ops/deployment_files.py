@@ -1,7 +1,5 @@
 """The files in deployment/: where they are, what is in a manifest, and the tools that read them."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

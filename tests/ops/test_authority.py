@@ -1,7 +1,5 @@
 """Certificates hold under the strictest checks of OpenSSL, in real handshakes, and only for whom they were made."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import ssl

@@ -1,7 +1,5 @@
 """Backups of site, server and lead: written beside a process that works, put back where something is missing."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sqlite3

@@ -1,7 +1,5 @@
 """The files in deployment/: read by the tools that they are for where these are here, tried where it is possible."""
 
-from __future__ import annotations
-
 import configparser
 import json
 import os

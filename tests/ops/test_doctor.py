@@ -1,7 +1,5 @@
 """The doctor at a whole site that was really provisioned: each thing that can be wrong is made wrong."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -1,7 +1,5 @@
 """The doctor's connection, against real servers on loopback that go wrong in every way it tells apart."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 import ssl

@@ -1,7 +1,5 @@
 """The doctor's look at a machine: its bounds and words, whose keys and ledger are, and this machine's own answers."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

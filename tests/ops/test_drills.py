@@ -1,7 +1,5 @@
 """Procedures of docs/operations.md and docs/site_policy.md at a site, done as they are written there."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sqlite3

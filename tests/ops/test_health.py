@@ -1,7 +1,5 @@
 """The health endpoint, over real sockets on loopback."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

@@ -1,7 +1,5 @@
 """A site's request says what the site says, proves both keys, and gives none of them away."""
 
-from __future__ import annotations
-
 import json
 import stat
 from collections.abc import Callable

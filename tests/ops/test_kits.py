@@ -1,7 +1,5 @@
 """A kit that is whole is read; anything that is missing, wrong or open to others is named."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

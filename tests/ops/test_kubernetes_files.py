@@ -1,7 +1,5 @@
 """Manifests and chart: read by Kubernetes' and Helm's own tools where these are here, and their scripts tried."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """A lead's and a server's services: who takes part, who runs a folder, what sites last said, and what is served."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

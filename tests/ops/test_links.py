@@ -1,7 +1,5 @@
 """A file of fedtune's that is a link to somebody's records or passwords: no error says what stands there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Nothing that was read from a record gets into a log, and what the site's IT needs does."""
 
-from __future__ import annotations
-
 import ast
 import gc
 import io

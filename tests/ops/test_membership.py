@@ -1,7 +1,5 @@
 """Sites come, renew and go: each for itself, and a key that was let go never comes back."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import stat

@@ -1,7 +1,5 @@
 """The metrics endpoint: what it answers, where it listens, and what the figures of each process are."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

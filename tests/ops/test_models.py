@@ -1,7 +1,5 @@
 """The site's store of base models: what gets in, what does not, and that what is in is what its hash says."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """A federation's folder: everything in its place, secrets where they belong, and nothing half-made."""
 
-from __future__ import annotations
-
 import os
 import stat
 from datetime import datetime, timedelta

@@ -1,7 +1,5 @@
 """What a process that runs takes from its kit: a newer roster that the lead signed, and a new certificate."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a running site says of itself while its server, or its own certificate, keeps it from working."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

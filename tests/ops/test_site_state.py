@@ -1,7 +1,5 @@
 """What a site's commands tell its running process: runs that wait, pause, and who serves a ledger."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Experiments over small files, with models that are drawn at random; and files by what their columns hold."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is found in the files of an experiment, and that none of it is a record's text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace

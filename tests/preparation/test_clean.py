@@ -1,7 +1,5 @@
 """A new file with what is kept of an old one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which kind of training a file's columns suit."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

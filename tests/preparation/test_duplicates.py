@@ -1,7 +1,5 @@
 """Records that say what earlier ones said: the same, almost the same, or a run of the same words."""
 
-from __future__ import annotations
-
 import random
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """Files as other programs write them: each kind is read rightly, named, or refused with what to do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What looks like a personal identifier or like damage, and what only might."""
 
-from __future__ import annotations
-
 import pytest
 
 from fedtune.preparation.patterns import damage, identifiers, masked

@@ -1,7 +1,5 @@
 """The first experiment for a file: what it says composes, and says what the file has."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace

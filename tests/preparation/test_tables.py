@@ -1,7 +1,5 @@
 """A table: `data init` proposes types and leaves what becomes public to a person; `data check` counts what is odd."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

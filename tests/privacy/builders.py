@@ -1,7 +1,5 @@
 """What tests of the privacy core are made of: keys, a plan, a proposal, a policy, and what ledgers do with them."""
 
-from __future__ import annotations
-
 import contextlib
 import sqlite3
 from collections.abc import Callable

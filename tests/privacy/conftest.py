@@ -1,7 +1,5 @@
 """What the tests of the privacy core share: a site's ledger, its copies, and the time that it sees."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta

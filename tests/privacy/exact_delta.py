@@ -10,8 +10,6 @@ Both integrals are sums at even distances, which for such functions are exact bu
     python tests/privacy/exact_delta.py        writes exact_deltas.json with 50 digits in each step; about two minutes
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -3,8 +3,6 @@
 All is in cells as sent.  Nothing here uses what `fedtune.privacy.distributed_noise` proves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import reduce
 

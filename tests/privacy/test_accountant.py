@@ -1,7 +1,5 @@
 """Golden epsilons, the two accountants against each other, and calibration."""
 
-from __future__ import annotations
-
 import logging
 import math
 

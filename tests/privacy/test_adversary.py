@@ -4,8 +4,6 @@ The adversary is a strategy that reads the ledger's own figures before every mov
 apart from the ledger, from the reservations that it gave.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random

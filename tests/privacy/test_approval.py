@@ -1,7 +1,5 @@
 """A person at the site approves each run: for that proposal to the letter, and never beyond policy and budget."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Backups put back more than once, and copies that went their own ways: each branch counts, and nobody is stuck."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from typing import Any
 

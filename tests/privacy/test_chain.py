@@ -1,7 +1,5 @@
 """The hash chain: each event's hash covers all its values and everything before it."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

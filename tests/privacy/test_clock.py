@@ -1,7 +1,5 @@
 """What opens a period of the budget: the clock here and the server's time together, or a person; never one alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial

@@ -1,7 +1,5 @@
 """Arrival cohorts: who is charged for a run, and the register that keeps a corrected date from being a new budget."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import shutil

@@ -3,8 +3,6 @@
 What a person lost is counted apart from the ledger, from what the sampler was handed: on lost branches, too.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import sqlite3

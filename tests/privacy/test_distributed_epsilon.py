@@ -3,8 +3,6 @@
 The figures stand beside exact distributions of what is released, and wrong credits beside attacks that refute them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The shares of noise that a site adds: the theorem behind them in exact numbers, and the sampler against it."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """What a restore must not forget: receipts that show lost events, denials, and the caps that were in force."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

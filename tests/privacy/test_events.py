@@ -1,7 +1,5 @@
 """Events as JSON: what cannot be written or read exactly is refused, never approximated."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """The Renyi filter: golden costs, the order that is chosen, and sums that do not depend on how a history is told."""
 
-from __future__ import annotations
-
 import math
 import random
 

@@ -1,7 +1,5 @@
 """A ledger's events must follow from each other; what they add up to is derived from them alone."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta

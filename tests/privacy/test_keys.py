@@ -1,7 +1,5 @@
 """Keys: made once, kept private, and every signature good for one key, one purpose and one message."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Callable
 from pathlib import Path

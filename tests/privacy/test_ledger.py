@@ -1,7 +1,5 @@
 """A round at a ledger: charged before it is trained, answered once, and never beyond its plan, its run and its caps."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

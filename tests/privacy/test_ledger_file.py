@@ -1,7 +1,5 @@
 """The ledger's file: durable, whole whenever it is copied, held by one writer at a time, and never half written."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

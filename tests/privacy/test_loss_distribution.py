@@ -1,7 +1,5 @@
 """Epsilon by PLD is an upper bound at any delta, rounding included: against the same deltas without a grid."""
 
-from __future__ import annotations
-
 import json
 import math
 

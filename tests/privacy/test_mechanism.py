@@ -1,7 +1,5 @@
 """Poisson sampling and the Gaussian mechanism."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import numpy as np

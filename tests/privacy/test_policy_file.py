@@ -1,7 +1,5 @@
 """site.toml: read strictly, written so that it reads back, and a template that explains every key."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

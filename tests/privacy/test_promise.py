@@ -1,7 +1,5 @@
 """A promise of the site's own: which noise keeps it, that the ledger charges that noise, and what it never weakens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

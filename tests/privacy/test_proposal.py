@@ -1,7 +1,5 @@
 """A proposal comes from a server: its form is checked before anything else, and it has one digest."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

@@ -4,8 +4,6 @@ Streams are seeded here, so every test decides the same way each time; the state
 another outcome would have been.
 """
 
-from __future__ import annotations
-
 import ast
 import itertools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What may leave a site: exactly these fields, in exactly one encoding."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import struct

@@ -1,7 +1,5 @@
 """A ledger that was put back to an older state: found by its anchor or a receipt, and made up for by `charge_gap`."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

@@ -1,7 +1,5 @@
 """The plan: calibrated once for everything a site may be charged, and hashed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

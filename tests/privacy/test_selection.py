@@ -1,7 +1,5 @@
 """What a search costs: against other formulas, against an exact best of many, and where no bound is claimed."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Every rule of a site's policy: broken alone, it is named, with what was asked and what is allowed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

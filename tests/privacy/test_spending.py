@@ -1,7 +1,5 @@
 """What is spent, what is left, and the largest run that still fits: figures that follow from the events alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Which change of a ledger would go unseen?  None that somebody without the site's key can make."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

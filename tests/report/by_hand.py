@@ -1,7 +1,5 @@
 """Epsilon by another program than fedtune's: losses on a grid, added up by a Fourier transform."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Reports of a real run and a real ledger, and others on file whose figures agree; all that are made once."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace

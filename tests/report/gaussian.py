@@ -1,7 +1,5 @@
 """What the best attack on a Gaussian mechanism does exactly, by scipy: a reference for the reports' upper bounds."""
 
-from __future__ import annotations
-
 import math
 
 from scipy.optimize import brentq

@@ -1,7 +1,5 @@
 """A report with everything masked that differs between two equal runs: times, keys, digests, versions, measurements."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """What a guarantee rests on: each assumption's status, in the cases that change it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

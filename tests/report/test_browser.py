@@ -1,7 +1,5 @@
 """Pages in headless Chromium: quiet, whole at every width and on paper, and usable without mouse or eyes."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Cells of an impact assessment: who fills which, and that nothing legal is filled by fedtune."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two reports beside each other: all that differs, nothing that does not, both values as they are."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

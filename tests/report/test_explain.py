@@ -1,7 +1,5 @@
 """The formulae against a table that was computed elsewhere, and against what they must obey."""
 
-from __future__ import annotations
-
 import math
 import re
 from statistics import NormalDist

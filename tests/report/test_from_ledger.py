@@ -1,7 +1,5 @@
 """A ledger's report: against the ledger itself, and for ledgers that promise nothing."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Callable

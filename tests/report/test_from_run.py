@@ -1,7 +1,5 @@
 """A run's report: against the run's own files, also those of a run that did not get to its end."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

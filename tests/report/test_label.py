@@ -1,7 +1,5 @@
 """The privacy label: it says what the report says, and all of it fits."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import xml.etree.ElementTree as Xml

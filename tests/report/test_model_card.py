@@ -1,7 +1,5 @@
 """The model card of a finished run: what it says, that tools read it, and that nothing in it is more than text."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The mechanism's own curve: an upper bound on every attack, and close to the best one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from statistics import NormalDist

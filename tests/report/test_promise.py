@@ -1,7 +1,5 @@
 """A run at a site that promises its people more: every report counts that site with the noise that it made."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What `report verify` finds: whatever does not follow from a report's facts, and facts that deny each other."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """An entry for a public registry: what the report says, and what a person said, or the name of what nobody did."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

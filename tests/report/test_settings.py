@@ -1,7 +1,5 @@
 """A run's report beside its settings: the plan that they give is the one that the report states."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A signature covers every value of a report, and each value has one spelling."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Reports that sites sign and release: who is believed, and what a lead's report then says."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import replace

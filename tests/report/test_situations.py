@@ -1,7 +1,5 @@
 """Real runs and real ledgers in the situations that a report must tell truly, each against a golden file."""
 
-from __future__ import annotations
-
 import html
 import re
 import shutil

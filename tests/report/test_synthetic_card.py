@@ -1,7 +1,5 @@
 """The card of synthetic records: what a classifier of words learns from them, computed by hand, and sums."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The page of a run that goes on: what marks it, when it is written, and that it costs a run nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

@@ -1,7 +1,5 @@
 """The two files that a run leaves at its end."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Bytes are counted, time is measured; nothing here looks at how long anything took."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a renewed run takes over from the last one, and which run has no next."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

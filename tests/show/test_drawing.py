@@ -1,7 +1,5 @@
 """Charts as SVG: what is drawn stays on its axes, and lines can be told apart."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Lines fit a terminal; what is copied from them is whole."""
 
-from __future__ import annotations
-
 import io
 import re
 import shlex

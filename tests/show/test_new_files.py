@@ -1,7 +1,5 @@
 """New files appear together and whole, or not at all; nothing that lies there is replaced."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

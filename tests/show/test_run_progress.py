@@ -1,7 +1,5 @@
 """What a person sees while a run goes on."""
 
-from __future__ import annotations
-
 import io
 import re
 from dataclasses import replace

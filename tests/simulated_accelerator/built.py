@@ -1,7 +1,5 @@
 """Builds the simulated accelerator once for a machine, and runs Python with it."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """The order in which CUDA adds up rows of float64 for a norm (Reduce.cuh of torch): it goes by how many there are."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -4,8 +4,6 @@ Its kernels are the CPU's, so that nothing but fedtune can make a difference: wh
 on which device.  Tensors of two devices in one operator raise, as they do on a GPU.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

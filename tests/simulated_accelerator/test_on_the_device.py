@@ -1,7 +1,5 @@
 """What is computed on the device, as a step and a scoring do: its clipping, its waits and its memory."""
 
-from __future__ import annotations
-
 from .built import run_on_it
 
 

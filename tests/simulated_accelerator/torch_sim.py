@@ -9,8 +9,6 @@ Settings of its environment:
     SIM_POISON=0       new memory is not filled with 0xCB
 """
 
-from __future__ import annotations
-
 import os
 import types
 from functools import cache, cached_property

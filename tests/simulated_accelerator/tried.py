@@ -1,7 +1,5 @@
 """What tests have a process do that has the simulated accelerator: `run_on_it` calls these."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

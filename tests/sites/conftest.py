@@ -1,7 +1,5 @@
 """A run of a tiny model, and a real site in a folder with records of its own that answers the run's lead."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable, Sequence

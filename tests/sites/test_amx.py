@@ -1,7 +1,5 @@
 """A CPU whose products in bfloat16 (AMX) are parted by how many rows they have: what a run does there."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

@@ -1,7 +1,5 @@
 """What a site puts in the place of a lead's settings: its own files, columns, machine and models, and nobody else's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

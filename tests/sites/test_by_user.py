@@ -1,7 +1,5 @@
 """A site whose population is protected by user: it trains on users, and scores each once."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

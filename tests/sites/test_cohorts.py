@@ -1,7 +1,5 @@
 """A site whose people arrive over time: a round samples those whom the register admits to its run, and nobody else."""
 
-from __future__ import annotations
-
 import csv
 import json
 import logging

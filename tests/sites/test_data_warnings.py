@@ -1,7 +1,5 @@
 """What is said of a run's data before it begins, and what is not spoken of."""
 
-from __future__ import annotations
-
 import gzip
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A real site's table: its own names of the columns, its policy, and rows that cannot be used."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

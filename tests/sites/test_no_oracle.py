@@ -1,7 +1,5 @@
 """A lead chooses the settings: whatever it chooses, an answer must not depend on whether some record fits them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

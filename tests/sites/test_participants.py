@@ -1,7 +1,5 @@
 """What one process shares between virtual sites, and what it keeps apart."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A site's own adapter: which records it is made with, and that it is never worse than the shared one by its choice."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

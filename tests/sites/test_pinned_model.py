@@ -1,7 +1,5 @@
 """A model in a site's store that is not the one the run names, or that a record could break, costs nothing."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The noise that a site really adds for a promise of its own is the noise that its ledger charged."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

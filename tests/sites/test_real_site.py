@@ -1,7 +1,5 @@
 """A real site: whose settings, records and models it takes, what it refuses before it opens anything, what it keeps."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

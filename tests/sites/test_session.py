@@ -1,7 +1,5 @@
 """What a simulated run leaves to the next one: only what that would compute itself, and only where it is asked to."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model is tried before a private run may train on it, and what came of it is judged each time."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a lead's settings become on their way to a site, and that nobody's settings make a site do anything else."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any

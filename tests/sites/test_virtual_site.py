@@ -1,7 +1,5 @@
 """A simulated site's files: a policy that allows exactly its run, and what of a later run still fits."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import threading

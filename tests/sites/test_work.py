@@ -1,7 +1,5 @@
 """A site's work in a round: what it makes of its records, and that a real site makes what a simulated one does."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable
 from dataclasses import replace

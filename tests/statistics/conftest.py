@@ -1,7 +1,5 @@
 """What a private step releases, by the real `dp_sgd_step` on a tiny model that it does not move."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

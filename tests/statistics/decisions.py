@@ -5,8 +5,6 @@ Each decision is an exact test: its statistic's distribution under the right mec
 distribution.  `test_decisions.py` checks both against simulation.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

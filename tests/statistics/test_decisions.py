@@ -1,7 +1,5 @@
 """The decisions themselves: their false alarms and their power are what they state, at rates that can be counted."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from scipy import stats

@@ -4,8 +4,6 @@ Releases are compared at every shift, so that a stream that is used twice is fou
 elsewhere.  The noise comes from the operating system: these tests fail for nothing once in a million sessions each.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -3,8 +3,6 @@
 The noise comes from the operating system, so these tests fail for nothing once in a million sessions each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

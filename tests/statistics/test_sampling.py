@@ -4,8 +4,6 @@ Every count below is binomial under Poisson sampling, so each decision is exact.
 system: these tests fail for nothing once in a million sessions each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 

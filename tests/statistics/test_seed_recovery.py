@@ -9,8 +9,6 @@ hours), for numpy's the seeds below 2**16, and for fedtune's own streams of a ma
 keeps 32 bits of a seed: a search of all of them takes 2**19 times as long as the first of these, hours on many cores.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

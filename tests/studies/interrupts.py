@@ -1,7 +1,5 @@
 """Ctrl-C in the middle of several runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

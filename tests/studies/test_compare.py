@@ -1,7 +1,5 @@
 """`fedtune compare` over an experiment, and of runs that are there."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

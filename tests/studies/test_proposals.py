@@ -1,7 +1,5 @@
 """Which settings trials try: the same again for the same seed and scores, within their ranges, spread as asked."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

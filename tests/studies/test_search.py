@@ -1,7 +1,5 @@
 """A search: refused before its first trial, charged once, picked by the lead's validation file, and told in reports."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

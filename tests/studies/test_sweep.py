@@ -1,7 +1,5 @@
 """A sweep: what of it runs, its table, its CSV and its JSON."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

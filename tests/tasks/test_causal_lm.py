@@ -1,7 +1,5 @@
 """Layouts of a language model's records: what is learnt, what is cut off, and what a record cannot do."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 from unittest.mock import Mock

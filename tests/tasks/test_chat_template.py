@@ -1,7 +1,5 @@
 """A model's chat template as a chain of fixed texts: found out over made-up turns, or refused."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The tokens of a conversation are those that transformers gives it, whatever kind of tokenizer the model has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product

@@ -1,7 +1,5 @@
 """Task embedding: which records it takes, what they cost, what its scores say, and whole runs of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the inputs say of themselves: the lines that read a row where fedtune is not installed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Measures against scikit-learn and scipy, by hand, and where there is nothing to measure."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

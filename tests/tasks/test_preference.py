@@ -1,7 +1,5 @@
 """Pairs of answers: how they are laid out, what they are measured against, and what their scores mean."""
 
-from __future__ import annotations
-
 import tracemalloc
 from typing import Any
 from unittest.mock import patch

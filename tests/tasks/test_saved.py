@@ -1,7 +1,5 @@
 """Adapters travel and are saved without loss, and nothing else passes for one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

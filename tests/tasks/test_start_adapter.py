@@ -1,7 +1,5 @@
 """An adapter tuned before begins a run of the same kind, and nothing else does."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Survival: what is known of a record by its time, scores worked by hand, and a run that learns."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

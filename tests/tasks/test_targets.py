@@ -1,7 +1,5 @@
 """Tasks of a pooled head beyond one label: what a target is, the loss, the answer, and the scores."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Losses, the head, and what trains; per-example gradients against a loop over examples."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

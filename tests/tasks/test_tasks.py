@@ -1,7 +1,5 @@
 """Which settings each task takes, and that reading them waits for no model library."""
 
-from __future__ import annotations
-
 import ast
 import random
 import subprocess

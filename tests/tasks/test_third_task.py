@@ -3,8 +3,6 @@
 It guesses from a text how long it is, by two heads that each have a number as their target.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Token labels: what a record is, words and windows, the loss, what scores count, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Votes: a record's gradient is one vote for its nearest candidate, and a run's weights are the shares of all votes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tiny models, random examples, and the parts of a private step, for every test of local training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

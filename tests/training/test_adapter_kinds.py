@@ -3,8 +3,6 @@
 The gradients of single records are those of a loop; that they are the same in every company is in test_companies.py.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Every architecture that is taken computes each example by itself, bit for bit; tiny random models of each."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

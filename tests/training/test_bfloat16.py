@@ -1,7 +1,5 @@
 """A frozen base in bfloat16 or four bits, or one that multiplies in bfloat16: adapters and updates are float32."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

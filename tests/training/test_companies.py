@@ -1,7 +1,5 @@
 """A record's gradient is the same, bit for bit, in whatever company it is computed; and so is a user's mean."""
 
-from __future__ import annotations
-
 import importlib.util
 from dataclasses import replace
 from typing import Any

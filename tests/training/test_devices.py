@@ -1,7 +1,5 @@
 """Several devices at a site, as real processes: the same bits as one, and an error where one fails."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

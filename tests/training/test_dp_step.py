@@ -1,7 +1,5 @@
 """One private step against plain torch, a loop over examples, and its own promises."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import Mock
 

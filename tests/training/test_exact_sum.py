@@ -1,7 +1,5 @@
 """What one unit adds to a sum has a norm of at most the clip norm: exactly, in whole numbers, whatever its gradient."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

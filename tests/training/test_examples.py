@@ -1,7 +1,5 @@
 """Keeping what the frozen layers make of each record changes no result beyond rounding."""
 
-from __future__ import annotations
-
 import errno
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models of features and of images: per-example gradients, the same in any company; and what a bad record adds."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

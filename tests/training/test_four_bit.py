@@ -1,7 +1,5 @@
 """A frozen base in four bits: gradients by example are those of the weights it stands for, each record's its own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

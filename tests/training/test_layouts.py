@@ -4,8 +4,6 @@ Per-example gradients are those of a loop, and the same bits in every company; s
 adds, which test_exact_sum.py bounds.  Some records are long, cut from either end, or such as no writer meant.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The step that a lead takes with a secure sum."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A round of local training as a whole."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 from unittest.mock import Mock

@@ -1,7 +1,5 @@
 """A model is made ready for this machine, or a clear message says why it cannot be."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """Gradients by example: what a watched model yields, and that nothing is left of the watching."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest.mock import Mock
 

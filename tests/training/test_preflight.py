@@ -1,7 +1,5 @@
 """A model in which an example's company moves it is refused before anything is charged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """How far honest training can go: real optimizers, on the largest gradients that a plan allows, stay within it."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

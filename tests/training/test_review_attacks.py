@@ -12,8 +12,6 @@ one and with two threads, with the same figures: how far the sum of 24 records m
 Now it moves by at most the clip norm, 2**24 cells, and the other records' contributions by nothing at all.
 """
 
-from __future__ import annotations
-
 import importlib.util
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One small test for each fault of a private step that tests/mutants puts into it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """What a step takes of memory: bounded in bytes, found by made-up examples, and of no influence on a bit."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock

@@ -1,7 +1,5 @@
 """Settings of training and of the machine; the schedule's golden values, and the optimizer's groups."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Users as privacy units: sampled whole, the mean of their records' gradients clipped once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ It reads a combination of uploads if all masks whose seeds it lacks cancel in it
 masks that really went into the uploads, as a test watches them being made: a mask that is used twice is one unknown.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A run's sites and lead in one process, for tests that take any step of a secure sum in any order."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Terms that a run can have, limits that a site sets, keys that it takes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a server tries at honest sites, one attack at a time; each works where the rule that it is about is missing."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from typing import Any

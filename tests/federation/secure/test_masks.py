@@ -1,7 +1,5 @@
 """Masks: no two alike, none that is seen twice, all of them gone in the sum."""
 
-from __future__ import annotations
-
 import hmac
 import os
 

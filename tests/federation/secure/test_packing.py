@@ -1,7 +1,5 @@
 """Residues travel in as many bits as the modulus has, and come back as they were."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

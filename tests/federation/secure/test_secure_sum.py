@@ -1,7 +1,5 @@
 """The lead learns the survivors' sum, exactly, whoever drops and when; or a release fails and says why."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

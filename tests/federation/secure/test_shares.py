@@ -1,7 +1,5 @@
 """Shares of a secret: t of them give it, fewer say nothing."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import random

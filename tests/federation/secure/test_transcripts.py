@@ -1,7 +1,5 @@
 """No transcript lets the server learn two sums that differ by one site, whatever it asks and in which order."""
 
-from __future__ import annotations
-
 import base64
 import json
 import random
