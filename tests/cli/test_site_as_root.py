@@ -115,8 +115,8 @@ def test_other_commands(served: Here, waiting: Proposal, command: str) -> None:
 def test_commands_of_the_ledger(served: Here, waiting: Proposal, command: str) -> None:
     ledger, anchor = str(served.folder / "ledger.db"), str(served.folder / "anchor.json")
     words: dict[str, tuple[str, ...]] = {
-        "restore": ("restore", "--policy", str(served.toml)),
-        "freeze": ("freeze", "--policy", str(served.toml), "--why", "withdrawn"),
+        "restore": ("restore", "--policy", str(served.site_toml)),
+        "freeze": ("freeze", "--policy", str(served.site_toml), "--why", "withdrawn"),
         "anchor": ("anchor", ledger, "--key", str(served.folder / "site_key.pem"), "--output", anchor),
     }
     assert called("ledger", *words[command]) == 0
@@ -125,7 +125,7 @@ def test_commands_of_the_ledger(served: Here, waiting: Proposal, command: str) -
 
 
 def test_init(served: Here) -> None:
-    assert called("site", "init", "--site", str(served.toml), "--out", str(served.folder / "new-kit")) == 0
+    assert called("site", "init", "--site", str(served.site_toml), "--out", str(served.folder / "new-kit")) == 0
     assert owners(served.folder) == {SERVICE}
     assert (served.folder / "new-kit/join_request.json").is_file()
 
