@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import yaml
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.cli.report import verdict_line
 from fedtune.ops.kits.members import Roster
@@ -26,6 +25,7 @@ from fedtune.report.rederive import derive
 from fedtune.report.run_record import read_run
 
 from ..conftest import parsed
+from ..privacy.builders import stranger_key as other
 from .widths import too_wide
 
 HASH = "0123456789abcdef" * 4
@@ -263,7 +263,6 @@ def test_what_was_changed_is_found(unsigned: bool, signed: Path, command: Any) -
 
 
 def test_another_signature_is_found(signed: Path, key_file: Path, command: Any) -> None:
-    other = SigningKey(Ed25519PrivateKey.generate())
     assert command("report", "verify", str(signed), "--key", other.public).code == 1
     signed.write_text(signing.to_text(signing.signed(signing.read(signed.read_bytes()), other)))
     (signed.parent / "report.html").unlink()
@@ -314,7 +313,7 @@ def test_a_raised_cap_under_another_key_is_not_the_site_s_word(joined: Any, run_
     path = next(here.folder.rglob("report.json"))
     roster = next(here.folder.parent.joinpath("federation").rglob("roster.json"))
     assert re.search("signature +right", command("report", "verify", str(path), "--roster", str(roster)).out)
-    report, other = signing.read(path.read_bytes()), SigningKey(Ed25519PrivateKey.generate())
+    report = signing.read(path.read_bytes())
     (site,) = report.sites
     forged = replace(
         site,

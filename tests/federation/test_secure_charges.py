@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,7 +24,6 @@ from fedtune.privacy.release import Masked, Update
 
 from .test_secure_site import NAMES, VECTOR, Federation, SecureSite, federation_in
 
-__all__ = ["federation_in"]
 CHANCE = st.randoms(use_true_random=True)
 """Plain draws of hypothesis would seldom get as far as a sum."""
 
@@ -170,7 +169,7 @@ class Charges(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("histories", [3, pytest.param(40, marks=pytest.mark.nightly)])
-def test_nothing_leaves_that_was_not_charged(histories: int, tmp_path: Path, federation_in: Any) -> None:
+def test_nothing_leaves_that_was_not_charged(histories: int, tmp_path: Path) -> None:
     def made() -> Federation:
         folder = tmp_path / secrets.token_hex(8)
         folder.mkdir()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.federation.protocol import (
     ANNOUNCE,
@@ -45,7 +44,7 @@ from fedtune.privacy.trust import Trust
 
 from ..builders import MadeSite, round_request, with_methods
 from ..conftest import run_plan, run_proposal, site_policy
-from ..privacy.builders import lead_key
+from ..privacy.builders import lead_key, make_key, stranger_key
 
 NAMES = ("east", "north", "south")
 VECTOR = np.arange(10, dtype=np.int64) - 5
@@ -198,35 +197,29 @@ def wrong(reply: Reply) -> tuple[Reason, object]:
     return reply.body.reason, reply.body.asked
 
 
-@pytest.fixture
-def federation_in() -> Callable[..., Federation]:
-    """Make a federation in an empty folder, with sites of a class; keywords override its plan."""
+def federation_in(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
+    """A federation in an empty folder, with sites of a class; keywords override its plan."""
     shared = Together(num_sites=3, threshold=3, colluders=0).with_share(run_plan().noise_multiplier)
-    other_lead = SigningKey(Ed25519PrivateKey.generate())
+    plan = replace(run_plan(), **{"local_steps": 1, "spare_rounds": 0, "shared": shared, **of_plan})
 
-    def make(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: Any) -> Federation:
-        plan = replace(run_plan(), **{"local_steps": 1, "spare_rounds": 0, "shared": shared, **of_plan})
+    def asked(**changes: Any) -> Proposal:
+        return replace(run_proposal(), plan=plan, num_sites=3, **changes)
 
-        def asked(**changes: Any) -> Proposal:
-            return replace(run_proposal(), plan=plan, num_sites=3, **changes)
-
-        adapter = Adapter({"a": np.zeros((2, 3), np.float32), "head": np.zeros(4, np.float32)})
-        sites = {}
-        for name in NAMES:
-            (folder / name).mkdir()
-            policy = site_policy(name, limits={"max_rounds": plan.most_rounds})
-            both = replace(policy.allow, leads=(lead_key.public, other_lead.public))
-            policy = replace(policy, trust=Trust(secure=True), allow=both)
-            sites[name] = kind(name, folder / name, policy, asked, adapter)
-        for name, site in sites.items():
-            site.members = {other: one.key.public for other, one in sites.items() if other != name}
-        return Federation(sites, asked, lead_key, other_lead, adapter)
-
-    return make
+    adapter = Adapter({"a": np.zeros((2, 3), np.float32), "head": np.zeros(4, np.float32)})
+    sites = {}
+    for name in NAMES:
+        (folder / name).mkdir()
+        policy = site_policy(name, limits={"max_rounds": plan.most_rounds})
+        both = replace(policy.allow, leads=(lead_key.public, stranger_key.public))
+        policy = replace(policy, trust=Trust(secure=True), allow=both)
+        sites[name] = kind(name, folder / name, policy, asked, adapter)
+    for name, site in sites.items():
+        site.members = {other: one.key.public for other, one in sites.items() if other != name}
+    return Federation(sites, asked, lead_key, stranger_key, adapter)
 
 
 @pytest.fixture
-def federation(tmp_path: Path, federation_in: Any) -> Federation:
+def federation(tmp_path: Path) -> Federation:
     return federation_in(tmp_path)
 
 
@@ -344,7 +337,7 @@ CHANGES: dict[str, Callable[[SecureSite], None]] = {
     "secure=false": lambda site: setattr(site, "policy", replace(site.policy, trust=Trust(secure=False))),
     "frozen": lambda site: site.ledger().freeze("enough"),
     "a member less": lambda site: site.members.pop("east"),
-    "another key": lambda site: site.members.update(east=SigningKey(Ed25519PrivateKey.generate()).public),
+    "another key": lambda site: site.members.update(east=make_key(9).public),
     "least_sites": lambda site: setattr(site, "policy", replace(site.policy, trust=Trust(secure=True, least_sites=4))),
     "no lead": lambda site: setattr(
         site, "policy", replace(site.policy, allow=replace(site.policy.allow, leads=("ab" * 32,)))

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
 import fedtune.ops.wire.bounded_http as bounded_http
@@ -21,7 +20,6 @@ from fedtune.ops.wire.fleet import Fleet, Foreign, Unreachable, hello
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.lead_session import LeadSession
 from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
-from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
 from ..privacy.builders import lead_key
@@ -42,7 +40,7 @@ def _fleet(address: str, tls: Tls) -> None:
 
 
 CALLS = {"site": _fleet, "greeting": hello}
-CALLS["lead"] = lambda address, tls: LeadSession(address, tls, SigningKey(Ed25519PrivateKey.generate()))
+CALLS["lead"] = lambda address, tls: LeadSession(address, tls, lead_key)
 both = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +24,9 @@ from fedtune.ops.wire.identity import (
 )
 from fedtune.privacy.keys import SigningKey
 
-KEY, OTHER = (SigningKey(Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)) for number in (1, 2))
+from ..privacy.builders import make_key
+
+KEY, OTHER = make_key(1), make_key(2)
 NOW = 1.8e9
 
 

@@ -6,35 +6,30 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.privacy.keys import SigningKey
 from fedtune.report import signing
 from fedtune.report.model import Signature, from_json, to_json
 from fedtune.spec import ConfigError, FedtuneError, RunError
 
+from ..privacy.builders import site_key as key
+from ..privacy.builders import stranger_key as other
 from .shown import Make, put
 
 
-@pytest.fixture(scope="module")
-def key() -> SigningKey:
-    return SigningKey(Ed25519PrivateKey.generate())
-
-
 @pytest.fixture
-def text(a_report: Make, key: SigningKey) -> str:
+def text(a_report: Make) -> str:
     """A signed report, which every example of a test changes anew."""
     return signing.to_text(signing.signed(a_report(), key))
 
 
-def test_what_is_written_is_read_back(a_report: Make, a_ledger_report: Make, key: SigningKey) -> None:
+def test_what_is_written_is_read_back(a_report: Make, a_ledger_report: Make) -> None:
     for report in (a_report(), a_ledger_report(), signing.signed(a_report(), key)):
         assert signing.read(signing.to_text(report).encode()) == report
 
 
-def test_the_canonical_form_is_sorted_dense_and_without_the_signature(a_report: Make, key: SigningKey) -> None:
+def test_the_canonical_form_is_sorted_dense_and_without_the_signature(a_report: Make) -> None:
     report = a_report(name="Königsberg")
     text = signing.canonical(report).decode()
     assert all(part in text for part in ('"name":"Königsberg"', '"delta":1e-05'))
@@ -43,21 +38,20 @@ def test_the_canonical_form_is_sorted_dense_and_without_the_signature(a_report: 
     assert signing.canonical(signing.signed(report, key)) == text.encode()
 
 
-def test_a_signature_names_its_key(a_report: Make, key: SigningKey) -> None:
+def test_a_signature_names_its_key(a_report: Make) -> None:
     report = signing.signed(a_report(), key)
     assert signing.check(report) == key.public
     assert signing.check(report, expected_key=key.public) == key.public
     assert signing.signed(report, key) == report
 
 
-def test_a_missing_signature_is_an_error_only_where_one_is_expected(a_report: Make, key: SigningKey) -> None:
+def test_a_missing_signature_is_an_error_only_where_one_is_expected(a_report: Make) -> None:
     assert signing.check(a_report()) is None
     with pytest.raises(RunError, match="not signed"):
         signing.check(a_report(), expected_key=key.public)
 
 
-def test_somebody_else_s_signature_is_found(a_report: Make, key: SigningKey) -> None:
-    other = SigningKey(Ed25519PrivateKey.generate())
+def test_somebody_else_s_signature_is_found(a_report: Make) -> None:
     report = signing.signed(a_report(), key)
     with pytest.raises(RunError, match=f"not by {other.public}"):
         signing.check(report, expected_key=other.public)
@@ -71,14 +65,14 @@ def test_somebody_else_s_signature_is_found(a_report: Make, key: SigningKey) -> 
             signing.check(replace(report, signature=signature))
 
 
-def test_a_signature_for_another_purpose_does_not_pass(a_report: Make, key: SigningKey) -> None:
+def test_a_signature_for_another_purpose_does_not_pass(a_report: Make) -> None:
     report = a_report()
     made = Signature(key=key.public, signature=key.sign("receipt", signing.canonical(report)))
     with pytest.raises(RunError, match="does not fit"):
         signing.check(replace(report, signature=made))
 
 
-def test_a_ledger_s_report_is_signed_by_its_site(a_ledger_report: Make, key: SigningKey) -> None:
+def test_a_ledger_s_report_is_signed_by_its_site(a_ledger_report: Make) -> None:
     report = a_ledger_report()
     (site,) = report.sites
     with pytest.raises(RunError, match="ef" * 32):
@@ -95,7 +89,7 @@ def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
         yield path, data
 
 
-def test_each_value_is_covered(a_ledger_report: Make, a_report: Make, key: SigningKey) -> None:
+def test_each_value_is_covered(a_ledger_report: Make, a_report: Make) -> None:
     report = signing.signed(a_report(sites=(*a_report().sites, *a_ledger_report().sites)), key)
     changed = 0
     for path, value in leaves(to_json(report)):

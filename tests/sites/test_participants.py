@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
@@ -15,7 +14,6 @@ from fedtune.evaluation.scoring import unit_scores
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.secure.party import Promise
 from fedtune.federation.site_round import Trained
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.randomness import SeededRandomness
@@ -25,6 +23,7 @@ from fedtune.sites.virtual_site import POLICY, Participants
 from fedtune.spec import RunError
 
 from ..conftest import command, simulate, tiny
+from ..privacy.builders import stranger_key
 from .conftest import first_request
 
 Configure = Callable[..., RunConfig]
@@ -72,7 +71,7 @@ def test_simulated_sites_sum_with_whom_their_policies_name(config: Configure, tm
     everyone = Participants(config("federation.site_names=[a,b]"), tmp_path)
     own = everyone.identities
     policy = everyone.sites.files("a").policy
-    other = {"b": SigningKey(Ed25519PrivateKey.generate()).public}
+    other = {"b": stranger_key.public}
     write_policy(replace(policy, trust=replace(policy.trust, members=other)), tmp_path / "sites" / "a" / POLICY)
     rosters = [site.sums.roster for site in (everyone.site(0), everyone.site(1)) if site.sums is not None]
     assert rosters == [{"a": own["a"], **other}, own]

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedtune.sites.real_site as real_site
 from fedtune.config import RunConfig, saved_config
@@ -29,10 +28,10 @@ from fedtune.sites.work import SiteWork
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import build_task_model
 
+from ..privacy.builders import stranger_key
 from .conftest import letters
 
 MakeStation = Callable[..., Any]
-STRANGER = SigningKey(Ed25519PrivateKey.generate())
 
 
 @pytest.fixture
@@ -185,8 +184,8 @@ def untouchable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("edit", "about", "reason"),
     [
-        ({}, {"lead": STRANGER.public, "key": STRANGER}, Reason.LEADS),
-        ({}, {"key": STRANGER}, Reason.WRONG_SIGNATURE),
+        ({}, {"lead": stranger_key.public, "key": stranger_key}, Reason.LEADS),
+        ({}, {"key": stranger_key}, Reason.WRONG_SIGNATURE),
         ({"budget": {"max_epsilon": 0.01}}, {}, Reason.MAX_EPSILON),
         ({"limits": {"max_local_steps": 1}}, {}, Reason.MAX_LOCAL_STEPS),
         ({"approval": "manual"}, {}, Reason.AWAITING_APPROVAL),
