@@ -1,7 +1,6 @@
 """What a lead keeps of its run in the run's folder, and which folders may be meant where there is none."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from safetensors.numpy import load, save
 from fedtune.config import saved_settings
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.federation.run_folder import RunFolder, run_folders_near
-from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 
-from .conftest import receipt_of, round_of
+from .conftest import made_adapter, receipt_of, round_of
 
 
 @pytest.fixture
@@ -29,31 +27,27 @@ def checkpoints(folder: Path) -> Checkpoints:
     return Checkpoints(folder, "digest")
 
 
-@pytest.fixture
-def state(adapter: Adapter) -> Callable[..., LeadState]:
-    def make(round: int) -> LeadState:
-        results = [
-            round_of(
-                number,
-                failed_sites={"b": "site_error"},
-                metrics={"loss": float("nan") if number == 1 else 0.25},
-                site_scores={"a": (0.5, -0.125)} if number == 2 else {},
-            )
-            for number in range(1, round + 1)
-        ]
-        moments = {"m/head": np.arange(4, dtype=np.float64) / 3, "v/head": np.ones(4, np.float32)}
-        return LeadState(
-            round=round,
-            adapter=adapter,
-            strategy=moments,
-            receipts={"a": receipt_of(charged=round)},
-            unanswered={"b": 1},
-            rounds=results,
-            seconds=1.5,
-            metrics_before={"loss": 1 / 3},
+def state(round: int) -> LeadState:
+    results = [
+        round_of(
+            number,
+            failed_sites={"b": "site_error"},
+            metrics={"loss": float("nan") if number == 1 else 0.25},
+            site_scores={"a": (0.5, -0.125)} if number == 2 else {},
         )
-
-    return make
+        for number in range(1, round + 1)
+    ]
+    moments = {"m/head": np.arange(4, dtype=np.float64) / 3, "v/head": np.ones(4, np.float32)}
+    return LeadState(
+        round=round,
+        adapter=made_adapter(),
+        strategy=moments,
+        receipts={"a": receipt_of(charged=round)},
+        unanswered={"b": 1},
+        rounds=results,
+        seconds=1.5,
+        metrics_before={"loss": 1 / 3},
+    )
 
 
 def same(one: LeadState, other: LeadState) -> bool:
@@ -65,7 +59,7 @@ def same(one: LeadState, other: LeadState) -> bool:
     return bool(plain(one) == plain(other))
 
 
-def test_what_is_saved_is_loaded(checkpoints: Checkpoints, state: Any) -> None:
+def test_what_is_saved_is_loaded(checkpoints: Checkpoints) -> None:
     checkpoints.save(state(2))
     loaded = checkpoints.load()
     assert same(loaded, state(2))
@@ -73,7 +67,7 @@ def test_what_is_saved_is_loaded(checkpoints: Checkpoints, state: Any) -> None:
     assert loaded.receipts["a"].is_signed(), "the site gets its receipt back, and checks its own signature"
 
 
-def test_the_newest_is_loaded_and_one_before_it_is_kept(checkpoints: Checkpoints, state: Any, folder: Path) -> None:
+def test_the_newest_is_loaded_and_one_before_it_is_kept(checkpoints: Checkpoints, folder: Path) -> None:
     # The newest has the largest number, not the last name.
     for round in (9998, 9999, 10_000, 10_001):
         checkpoints.save(replace(state(1), round=round))
@@ -90,9 +84,7 @@ def test_the_newest_is_loaded_and_one_before_it_is_kept(checkpoints: Checkpoints
         ("receipts", {"a": {"charged_rounds": "3"}}),
     ],
 )
-def test_counts_that_are_none_are_damage(
-    checkpoints: Checkpoints, state: Any, folder: Path, name: str, value: Any
-) -> None:
+def test_counts_that_are_none_are_damage(checkpoints: Checkpoints, folder: Path, name: str, value: Any) -> None:
     checkpoints.save(state(1))
     (path,) = folder.glob("round-*")
     data = path.read_bytes()
@@ -104,7 +96,7 @@ def test_counts_that_are_none_are_damage(
         checkpoints.load()
 
 
-def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(checkpoints: Checkpoints, state: Any) -> None:
+def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(checkpoints: Checkpoints) -> None:
     checkpoints.ask(1, ["a", "b"])
     checkpoints.save(state(1))
     for _ in range(2):
@@ -112,9 +104,7 @@ def test_rounds_asked_for_after_the_checkpoint_count_as_unanswered(checkpoints: 
     assert checkpoints.load().unanswered == {"a": 2, "b": 3}
 
 
-def test_without_a_checkpoint_or_with_another_configuration_is_refused(
-    checkpoints: Checkpoints, state: Any, folder: Path
-) -> None:
+def test_without_a_checkpoint_or_with_another_configuration_is_refused(checkpoints: Checkpoints, folder: Path) -> None:
     with pytest.raises(ConfigError, match="must be a run folder with a checkpoint"):
         checkpoints.load()
     checkpoints.save(state(1))
@@ -125,9 +115,7 @@ def test_without_a_checkpoint_or_with_another_configuration_is_refused(
 
 
 @pytest.mark.parametrize("left", [0, 4, 200, -1])
-def test_a_damaged_checkpoint_is_no_configuration_mistake(
-    checkpoints: Checkpoints, state: Any, folder: Path, left: int
-) -> None:
+def test_a_damaged_checkpoint_is_no_configuration_mistake(checkpoints: Checkpoints, folder: Path, left: int) -> None:
     checkpoints.save(state(1))
     file = folder / "round-0001.safetensors"
     file.write_bytes(file.read_bytes()[:left])
@@ -135,7 +123,7 @@ def test_a_damaged_checkpoint_is_no_configuration_mistake(
         checkpoints.load()
 
 
-def test_a_request_after_a_cut_line_keeps_the_journal_whole(checkpoints: Checkpoints, folder: Path, state: Any) -> None:
+def test_a_request_after_a_cut_line_keeps_the_journal_whole(checkpoints: Checkpoints, folder: Path) -> None:
     checkpoints.save(state(1))
     (folder / "asked.jsonl").write_bytes(b'{"round": 2, "sites": ["a"]}\n{"round": 2, "si')
     assert checkpoints.load().unanswered == {"a": 1, "b": 1}, "what a crash cut short was never sent"

@@ -6,29 +6,21 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.lead import LeadState
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import DIVERGED, GUESS, WORSE, FinalResult, RunResult, findings_of
 
 from ..builders import run_result
 from ..conftest import run_plan
-from ..federation.conftest import made_adapter, receipt_of
+from ..federation.conftest import made_adapter, receipt_of, round_of
 
 
 def build(
     *, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = None, scores: Any = None
 ) -> dict[str, Any]:
     receipts = {site: receipt_of(site, charged=rounds) for site, rounds in charged.items()}
-    result = RoundResult(
-        round=1,
-        seconds=1.0,
-        sites=tuple(charged),
-        failed_sites={},
-        bytes_down=1,
-        bytes_up=1,
-        metrics={"loss": loss, "accuracy": 0.5},
-        site_scores=scores or {},
-    )
+    metrics = {"loss": loss, "accuracy": 0.5}
+    result = round_of(1, sites=tuple(charged), metrics=metrics, site_scores=scores or {})
     state = LeadState(round=1, adapter=made_adapter(), receipts=receipts, rounds=[result])
     final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
     config: Any = SimpleNamespace(
@@ -126,6 +118,5 @@ def test_a_correlation_below_zero_has_no_standard_error_of_a_share() -> None:
 
 
 def test_a_round_that_went_back_is_told_at_the_end() -> None:
-    common: dict[str, Any] = {"seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
-    rounds = [RoundResult(round=1, metrics=GOOD, diverged=True, **common), RoundResult(round=2, metrics=GOOD, **common)]
+    rounds = [round_of(1, metrics=GOOD, diverged=True), round_of(2, metrics=GOOD)]
     assert findings_of(rounds, START, GOOD, judged_by="accuracy", guess=0.5, rows=100) == (DIVERGED,)

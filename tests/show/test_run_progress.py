@@ -13,15 +13,15 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.federation.lead import LeadState, RoundResult
+from fedtune.federation.lead import LeadState
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.release import Receipt
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult, SiteCharge
 from fedtune.show.run_progress import Display, show_result
 
 from ..builders import run_result
 from ..cli.widths import COLUMNS, too_wide
+from ..federation.conftest import receipt_of, round_of
 
 
 @pytest.fixture
@@ -31,12 +31,9 @@ def config(tiny: Any, tmp_path: Path) -> RunConfig:
 
 def state(round: int, **changes: Any) -> LeadState:
     sites = ("site-1", "site-2")
-    known = {"seconds": 2.0, "sites": sites, "failed_sites": {}, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
-    result = RoundResult(**{"round": round, "bytes_down": 1, "bytes_up": 1, **known, **changes})
-    signed = {"sequence": 1, "head": "00" * 32, "site_key": "00" * 32, "signature": ""}
-    receipts = {
-        site: Receipt(site=site, run="r", charged_rounds=round, charged_steps=2 * round, **signed) for site in sites
-    }
+    known = {"seconds": 2.0, "sites": sites, "bytes_up": 1, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
+    result = round_of(round, **known | changes)
+    receipts = {site: receipt_of(site, charged=round) for site in sites}
     return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=[result], seconds=30.0 * round)
 
 
@@ -228,8 +225,7 @@ def test_time_left_uses_the_run_so_far(config: RunConfig) -> None:
 
 
 def test_scores_that_were_paid_for_are_shown(config: RunConfig) -> None:
-    common: dict[str, Any] = {"seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
-    rounds = [RoundResult(round=n, metrics={}, site_scores={"site-1": (n / 8, 1.0)}, **common) for n in (1, 2)]
+    rounds = [round_of(n, site_scores={"site-1": (n / 8, 1.0)}) for n in (1, 2)]
     out = table(config, replace(result(), rounds=tuple(rounds)))
     assert "noised scores of held-out records, for the adapter that round 2 began with: site-1 0.250" in out
     assert "noised scores" not in table(config, result())

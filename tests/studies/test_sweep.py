@@ -12,7 +12,6 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.federation.lead import RoundResult
 from fedtune.privacy.ledger.verify import verify
 from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
 from fedtune.show.terminal_tables import show
@@ -20,6 +19,7 @@ from fedtune.spec import RunError
 from fedtune.studies.trials import Trial, Trials
 
 from ..builders import run_result
+from ..federation.conftest import round_of
 from .interrupts import interrupted_in_round
 
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
@@ -162,8 +162,7 @@ def test_a_sweep_over_a_budget_says_which_run_was_refused(command: Any, tiny: An
 
 
 def result(validation: Mapping[str, float | None], *, test: float = 0.5, findings: tuple[str, ...] = ()) -> RunResult:
-    known: Any = {"round": 1, "seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 1}
-    rounds = (RoundResult(**known, metrics=dict(validation)),)
+    rounds = (round_of(1, metrics=dict(validation)),)
     final = FinalResult(metrics={"accuracy": test, "loss": test}, findings=findings)
     return run_result(rounds=rounds, final=final, privacy=PrivacyResult(delta=1e-5, seeded_noise=False, sites={}))
 
