@@ -141,19 +141,10 @@ class Station:
         fields = {"round": round, "site": self.policy.site, "adapter_digest": (adapter or self.template).digest()}
         return round_request(self.propose(**changes), **fields | (about or {}))
 
-    def ask(
-        self,
-        round: int = 1,
-        *,
-        train: Train | None = None,
-        key: SigningKey | None = None,
-        adapter: Adapter | None = None,
-        about: dict[str, Any] | None = None,
-        **changes: Any,
-    ) -> Reply:
+    def ask(self, round: int = 1, *, train: Train | None = None, key: SigningKey | None = None, **asked: Any) -> Reply:
         """The site's answer to the request with these changes, signed by the lead, or by `key`."""
-        signed = self.request(round, adapter=adapter, about=about, **changes).signed(key or self.lead)
-        return self.send(signed, adapter=adapter, train=train)
+        signed = self.request(round, **asked).signed(key or self.lead)
+        return self.send(signed, adapter=asked.get("adapter"), train=train)
 
     def send(self, signed: Signed, *, adapter: Adapter | None = None, train: Train | None = None) -> Reply:
         """The site's answer to whatever is sent."""

@@ -56,18 +56,10 @@ def sums_of(
     optimizer = Watching(model.trainable())
     # A denominator of one, so that the gradient is the sum.
     records = Records(count=len(dataset), declared_size=1, cut=examples_of(dataset).cut)
-    sampling, noise = source.stream("a", 1, 1, "sampling"), source.stream("a", 1, 1, "noise")
+    streams = {purpose: source.stream("a", 1, 1, purpose) for purpose in ("sampling", "noise")}
     with attached(model) as gradients:
         for _ in range(steps):
-            dp_sgd_step(
-                gradients,
-                records,
-                plan,
-                parameters=model.trainable(),
-                optimizer=optimizer,
-                sampling=sampling,
-                noise=noise,
-            )
+            dp_sgd_step(gradients, records, plan, parameters=model.trainable(), optimizer=optimizer, **streams)
     return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in optimizer.seen]
 
 

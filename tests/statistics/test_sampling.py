@@ -52,18 +52,10 @@ def joined(*, steps: int = STEPS) -> Joined:
 
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    sampling, noise = SystemRandomness().stream(), SystemRandomness().stream()
+    streams = {"sampling": SystemRandomness().stream(), "noise": SystemRandomness().stream()}
     planned, records = plan(sampling_rate=RATE), Records(count=UNITS, declared_size=UNITS, cut=cut)  # type: ignore[arg-type]
     for step in range(steps):  # noqa: B007, `cut` reads it
-        dp_sgd_step(
-            Silent(),  # type: ignore[arg-type]
-            records,
-            planned,
-            parameters={"a": parameter},
-            optimizer=optimizer,
-            sampling=sampling,
-            noise=noise,
-        )
+        dp_sgd_step(Silent(), records, planned, parameters={"a": parameter}, optimizer=optimizer, **streams)  # type: ignore[arg-type]
     return seen
 
 

@@ -185,23 +185,16 @@ class Stepper:
     """Of the gradients of single records: those of the units that are clipped."""
 
     def __post_init__(self) -> None:
-        self.sampling = SeededRandomness(1).stream("sampling")
-        self.noise = SeededRandomness(1).stream("noise")
+        self.streams = {purpose: SeededRandomness(1).stream(purpose) for purpose in ("sampling", "noise")}
 
     def step(self, records: Records, plan: Plan, *, steps: int = 1) -> dict[str, torch.Tensor]:
         """The trainable tensors after `steps` steps, copied."""
+        parameters = self.model.trainable()
         with attached(self.model) as gradients:
             for _ in range(steps):
-                dp_sgd_step(
-                    self.units(gradients),
-                    records,
-                    plan,
-                    parameters=self.model.trainable(),
-                    optimizer=self.optimizer,
-                    sampling=self.sampling,
-                    noise=self.noise,
-                )
-        return {name: parameter.detach().clone() for name, parameter in self.model.trainable().items()}
+                units = self.units(gradients)
+                dp_sgd_step(units, records, plan, parameters=parameters, optimizer=self.optimizer, **self.streams)
+        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 def stepper(model: TaskModel, **training: Any) -> Stepper:

@@ -121,17 +121,10 @@ def moved(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> n
     parameters = {
         name: nn.Parameter(torch.zeros(each.shape[1:], dtype=torch.float64)) for name, each in units.gradients.items()
     }
-    sampling, noise = (SeededRandomness(4).stream(purpose) for purpose in ("sampling", "noise"))
+    streams = {purpose: SeededRandomness(4).stream(purpose) for purpose in ("sampling", "noise")}
     for _ in range(steps):
-        dp_sgd_step(
-            units,
-            units.records(declared_size=declared_size),
-            plan,
-            parameters=parameters,
-            optimizer=torch.optim.SGD(parameters.values(), lr=1.0),
-            sampling=sampling,
-            noise=noise,
-        )
+        records, optimizer = units.records(declared_size=declared_size), torch.optim.SGD(parameters.values(), lr=1.0)
+        dp_sgd_step(units, records, plan, parameters=parameters, optimizer=optimizer, **streams)
     return -np.concatenate([one.detach().numpy().ravel() for one in parameters.values()])
 
 

@@ -129,7 +129,7 @@ def test_group_sampling_equals_its_definition_on_the_same_bits() -> None:
     choosing, record_bits = stream("choosing"), stream("choosing")
     records = dp_step.Records(count=len(by_user), declared_size=10, cut=cut)
     one = stepper(trained())
-    one.units, one.sampling, users_bits = UserGradients, stream("sampling"), stream("sampling")
+    one.units, one.streams["sampling"], users_bits = UserGradients, stream("sampling"), stream("sampling")
     one.step(records, plan_of(sampling_rate=rate, unit="user", records_per_user=most), steps=5)
 
     for step in taken:
