@@ -37,7 +37,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset, Policy, Reference
 from fedtune.spec import DataError
 
-from .privacy.builders import changed, lead_key, policy, proposal, stranger_key
+from .privacy.builders import changed, lead_key, plan, policy, proposal, stranger_key
 
 REPOSITORY = Path(__file__).parents[1]
 _BEGAN = time.monotonic()
@@ -345,16 +345,7 @@ _adapter_of = pytest.fixture(scope="session", name="adapter_of")(lambda: adapter
 @cache
 def run_plan() -> Plan:
     """The plan of the run `r`."""
-    return Plan(
-        unit="record",
-        delta=1e-5,
-        sampling_rate=0.2,
-        noise_multiplier=4.0,
-        max_grad_norm=1.0,
-        local_steps=2,
-        num_rounds=3,
-        spare_rounds=1,
-    )
+    return plan(sampling_rate=0.2, noise_multiplier=4.0, max_grad_norm=1.0, local_steps=2, num_rounds=3, spare_rounds=1)
 
 
 def run_proposal(**changes: Any) -> Proposal:

@@ -63,17 +63,8 @@ def receipt_of(
 ) -> Receipt:
     """A receipt that its site signed; `key` signs in its place."""
     key = key or key_of(site)
-    unsigned = Receipt(
-        site=site,
-        run=run,
-        charged_rounds=charged,
-        charged_steps=2 * charged,
-        sequence=3 * charged,
-        head="00" * 32,
-        site_key=key.public,
-        signature="",
-        **more,
-    )
+    counts = {"charged_rounds": charged, "charged_steps": 2 * charged, "sequence": 3 * charged}
+    unsigned = Receipt(site=site, run=run, head="00" * 32, site_key=key.public, signature="", **counts, **more)
     return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
 
 
