@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from fedtune.data.batching import collate
 from fedtune.evaluation.bootstrap import Comparison, compared
 from fedtune.export.export_formats import WRITERS, Source, form_of, new_folder
 from fedtune.export.onnx_graphs import Served, graphs, scored
+from fedtune.federation.earlier_debts import debts_of_base
 from fedtune.model.base_model import model_sha256
 from fedtune.model.layers import layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec
@@ -28,6 +30,7 @@ from fedtune.report import from_run
 from fedtune.report.model_card import CARD, card_files, card_text
 from fedtune.report.run_record import read_run
 from fedtune.report.synthetic_card import in_words, read_card, run_of, together
+from fedtune.runs.environment import mark
 from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, card_of, file_sha256, require_apart
 from fedtune.sites.shared_model import LeadData, Progress, ready, silent
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most
@@ -104,15 +107,18 @@ def distil(
         raise DataError("--texts", counted(len(asked), "text"), f"must be at least {FEWEST}")
     records, test = LeadRecords([task.as_asked(one, config.data) for one in asked]), own_records.test
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
-    owed = _owed(file, adapter)
+    owed, behind = _owed(file, adapter)
     teacher, reference = Source.of(model, config, adapter, private_to=None)
     base = None if student == HALF or student.isdecimal() else ModelSpec(path=student)
     if base is None:
         own = _lower(student, teacher)
+    elif debts_of_base(base):
+        raise ConfigError("--student", student, "must be no base that comes from a run, which its config.json tells of")
     else:  # with a head as a run of it would begin with, and made-up tokens for it
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
         own, reference = Source.of(ready(plain, lambda: build_task_model(spec))[1], config, adapter, private_to=None)
+    mark(own.base.config, adapter, texts=behind)
     card: dict[str, bytes] = {}
     with new_folder(to, config, card, int8=int8) as folder:
         own = _taught(own, teacher, records, seed=seed, passes=passes, progress=progress)
@@ -132,20 +138,21 @@ def distil(
     return replace(told, served=[one if test else replace(one, scores={}) for one in served])
 
 
-def _owed(texts: Path, adapter: Path) -> str:
-    """The debt of a student to the records behind its texts, by their card; nothing where they were declared public."""
+def _owed(texts: Path, adapter: Path) -> tuple[str, Sequence[Mapping[str, Any]]]:
+    """A student's debt to the runs behind its texts, by their card, and these; none where they were declared public."""
     if not os.path.lexists(card_of(texts.resolve(), ".json")):
-        return ""
+        return "", ()
     runs = read_card(texts, option="--texts")["runs"]
     own = run_of(from_run.build(adapter.absolute().parent), SavedAdapter.read(adapter).digest)
     if together(runs)[0] is None or runs[0]["unit"] != own["unit"]:
         bound = f"must have a card with an epsilon for each {own['unit']} behind them: else nothing bounds the student"
         raise ConfigError("--texts", str(texts), bound)
     names, both = ", ".join(one["run"] for one in runs), in_words([own, *runs]) or "nothing, as its teacher has none"
-    return (
+    words = (
         f"what is said of privacy below is of its teacher alone. The card of these texts promises {in_words(runs)} for "
         f"each {own['unit']} of the runs behind them ({names}). Both together, at most, promise of the student: {both}."
     )
+    return words, runs
 
 
 def _lower(layers: str, teacher: Source) -> Source:

@@ -40,6 +40,7 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_files
 from fedtune.report.run_record import read_run
+from fedtune.runs.environment import mark
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task
 from fedtune.tasks.inputs import input_of
@@ -75,6 +76,8 @@ class Source:
             base = merged(model.base)
         if private_to is not None:
             setattr(base.config, PRIVATE_TO, private_to)
+        else:
+            mark(base.config, adapter)
         if outputs := model.task.outputs_of(config.data.labels):
             base.config.id2label = dict(enumerate(outputs))
             base.config.label2id = {label: place for place, label in enumerate(outputs)}
@@ -94,8 +97,7 @@ class Source:
 
     def scores(self, base: PreTrainedModel | PeftModel) -> Scores:
         """The run's model around a base that was loaded anew."""
-        own = input_of(self.config.data)
-        pooled = own.pooled if own.is_fixed else None
+        pooled = own.pooled if (own := input_of(self.config.data)).is_fixed else None
         return Scores(base, self.readout, reads_tokens=self.task.reads_tokens, pooled=pooled)
 
 
@@ -193,9 +195,9 @@ def export(
     run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
     if private_to is None:
         card = card_files(read_run(run), from_run.build(run), form_of(format, config))
+    elif missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
+        raise ConfigError("adapter", str(adapter), f"must hold the {missing[0]} that says whose it is")
     else:
-        if missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
-            raise ConfigError("adapter", str(adapter), f"must hold the {missing[0]} that says whose it is")
         card = {name: (adapter / name).read_bytes() for name in (CARD, LABEL)}
     with new_folder(target, config, card, int8=int8) as folder:
         if config.lora.kind == NO_ADAPTER:

@@ -72,6 +72,8 @@ own name in place: another one would name a folder or a repository to read, and 
 
 PRIVATE_TO = "private_to"
 """In the settings of what was trained without noise on one site's records (`fedtune.sites.personal`): the site."""
+OWED = "fedtune_owed"
+"""In the config.json of an exported model: what its training owes to records (`fedtune.runs.environment`)."""
 PROCESSOR = "preprocessor_config.json"  # the settings of an image processor
 PROCESSOR_KIND = re.compile("(ViT|DeiT|Bit|Siglip)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)")
 """What settings call a processor that is taken, whose class for PIL is that of the first part."""
@@ -207,7 +209,7 @@ def _unknown_key_refusal(fields: dict[str, Any]) -> str | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     declared = {field.name for field in dataclasses.fields(CONFIG_MAPPING[fields["model_type"]])}
-    known = declared | OF_ANY_CONFIG | _REDIRECTING  # of the last, null alone has come so far
+    known = declared | OF_ANY_CONFIG | {OWED} | _REDIRECTING  # of the last, null alone has come so far
     unknown = next((key for key in fields if key not in known), None)
     if unknown is None:
         return None

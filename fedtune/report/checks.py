@@ -116,7 +116,7 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
 
     Guarantee: where there is none, each number of the plan, and so each mechanism, is the one that the settings ask
     for; what the report says of data, model and settings is what they say.  That they are the run's own shows their
-    digest.
+    digest.  What a base that an export wrote comes from, they do not say.
     """
     if config.digest() != facts.provenance.config_sha256:
         yield Problem("provenance.config_sha256", facts.provenance.config_sha256, config.digest())
@@ -128,6 +128,7 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
     if searched and -_CALIBRATED * noise <= noise - plan.noise_multiplier <= more:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
     sizes, made, start = config.declared_sizes(), facts.provenance, facts.provenance.start_adapter
+    began = config.model.adapter_sha256 or (None if config.model.built_in else start and start.digest)
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
         ("name", facts.name, config.name),
@@ -142,7 +143,7 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         ("provenance.dataset", made.dataset, config.data.dataset),
         ("provenance.task", made.task, config.task),
         ("provenance.purpose", made.purpose, config.report.about.purpose),
-        ("provenance.start_adapter", start and start.digest, config.model.adapter_sha256),
+        ("provenance.start_adapter", start and start.digest, began),
         ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
         ("sites", {site.site: site.declared_size for site in facts.sites}, dict(sizes)),
     ):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.federation.drift import HeldOut, held_out_of
+from fedtune.federation.earlier_debts import UNKNOWN
 from fedtune.federation.run_folder import RunFolder
 from fedtune.report import signing
 from fedtune.report.derive import cells
@@ -24,7 +25,6 @@ from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts
 from fedtune.report.model import Report, filled
 from fedtune.report.rederive import derive, problems
 from fedtune.report.run_record import RunRecord, inexact_gradients, read_run
-from fedtune.runs.environment import UNKNOWN
 from fedtune.runs.results import FinalResult
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, finite_scores, total
@@ -198,10 +198,10 @@ def _provenance(record: RunRecord) -> Provenance:
 
 def _start_adapter(record: RunRecord) -> StartAdapter | None:
     """As the run noted it, in files that anybody may have written: what has another form is not known."""
-    digest, made = record.config.model.adapter_sha256, record.state or (record.result and record.result.provenance)
-    if digest is None:
-        return None
+    made = record.state or (record.result and record.result.provenance)
     noted = made.start_adapter if made and isinstance(made.start_adapter, Mapping) else {}
+    if not isinstance(digest := record.config.model.adapter_sha256 or noted.get("digest"), str):
+        return None
     said = (noted.get(key) for key in ("from", "dataset", "unit"))
     run, dataset, unit = (one if isinstance(one, str) and one != UNKNOWN else None for one in said)
     epsilon, delta = spent_on_start(noted)
@@ -215,8 +215,7 @@ def spent_on_start(noted: Mapping[str, Any]) -> tuple[float | None, float | None
     They may have learnt from the same unit, so both add up.  None: as `StartAdapter` says.
     """
     epsilon, delta = (finite(one) if isinstance(one := noted.get(key), float) else None for key in ("epsilon", "delta"))
-    before = noted.get("start_adapter")
-    if not isinstance(before, Mapping) or before.get("public") is True:
+    if not isinstance(before := noted.get("start_adapter"), Mapping) or before.get("public") is True:
         return epsilon, delta
     more, also = spent_on_start(before)
     if delta is None or also is None or before.get("unit") != noted.get("unit"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode, parse_json
 from fedtune.config import saved_settings
+from fedtune.federation.earlier_debts import SPENT, UNKNOWN, chain, debts_in, debts_of_base
 from fedtune.federation.run_folder import RunFolder
+from fedtune.model.refusals import OWED
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.selection import Selection, released
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
@@ -22,10 +24,12 @@ from fedtune.tasks.registry import task_named
 from fedtune.version import __version__
 
 if TYPE_CHECKING:  # it imports torch, which who only reads needs not
+    from transformers import PreTrainedConfig
+
     from fedtune.config import RunConfig
     from fedtune.sites.shared_model import SharedModel
+    from fedtune.tasks.saved import SavedAdapter
 
-UNKNOWN = "unknown"  # stands in run.json for what no file says of the adapter that the run began in
 _LIBRARIES = (
     "cryptography",
     "dp-accounting",
@@ -101,37 +105,61 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
-    """The provenance of the adapter that a run begins in, for `run.json`; None: it begins in a new one.
+    """The provenance of what a run begins in, for `run.json`; None: in a new adapter, on a base that owes nothing.
 
-    What its training spent is told by the run folder that it lies in, and is "unknown" without one; an epsilon of None
-    bounds nothing.
+    What its training spent is told by the run folder that an adapter lies in, and of a base by the mark of its export.
+    It is "unknown" without; an epsilon of None bounds nothing.
     """
+    of_base = debts_of_base(config.model)
     if config.model.adapter is None:
-        return None
+        return chain(of_base)
     from fedtune.tasks.saved import SavedAdapter
 
     start = SavedAdapter.to_begin_in(config.model.adapter)
     has_head = task_named(config.task).has_head
     about = {"digest": start.digest, "head": start.has_head_for(config.task_model()) if has_head else None}
-    public, learnt = config.public.train_file, None
-    of_run: dict[str, Any] = dict.fromkeys(("from", "dataset", "unit", "delta", "epsilon"), UNKNOWN)
-    try:
-        folder = start.folder.resolve().parent
-        earlier = json.loads(RunFolder(folder).result.read_bytes())
-        RunFolder(folder).require_own(start.digest)
-        spent, settings = earlier["privacy"], saved_settings(folder)
-        epsilon, delta = released(spent["epsilon"], float(spent["delta"]), read_selection(folder))
-        owed = {"unit": str(spent["unit"]), "delta": delta, "epsilon": None if spent["seeded_noise"] else epsilon}
-        of_run = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"]), **owed}
-        before = (earlier.get("provenance") or {}).get("start_adapter")
-        of_run |= {"start_adapter": before} if before else {}
-        learnt = settings["data"]["train_file"] if of_run["epsilon"] is None and not before else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, FedtuneError):
-        pass
-    if public is not None and learnt != public:
+    public, (of_run, learnt) = config.public.train_file, _of_run(start)
+    if public is not None and (learnt != public or of_base):
         bound = "must be null with public.train_file: it was not trained on those records alone"
         raise ConfigError("model.adapter", config.model.adapter, bound)
+    if of_base:  # which its run told, where that is on file
+        of_run["start_adapter"] = chain([*debts_in(of_run.get("start_adapter")), *of_base])
     return about | ({"public": True} if public else {}) | of_run  # so declares whoever started the run
+
+
+def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
+    """What the run of an adapter owes, by the folder that it lies in, and the records of one that owes nothing else."""
+    owed: dict[str, Any] = dict.fromkeys(SPENT, UNKNOWN)
+    try:
+        folder = adapter.folder.resolve().parent
+        earlier = json.loads(RunFolder(folder).result.read_bytes())
+        RunFolder(folder).require_own(adapter.digest)
+        spent, settings = earlier["privacy"], saved_settings(folder)
+        epsilon, delta = released(spent["epsilon"], float(spent["delta"]), read_selection(folder))
+        of_run = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"])}
+        owed = of_run | {"unit": str(spent["unit"]), "delta": delta}
+        owed["epsilon"] = None if spent["seeded_noise"] else epsilon
+        before = (earlier.get("provenance") or {}).get("start_adapter")
+        owed |= {"start_adapter": before} if before else {}
+        return owed, settings["data"]["train_file"] if owed["epsilon"] is None and not before else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, FedtuneError):
+        return owed, None
+
+
+def mark(base: PreTrainedConfig, adapter: Path, *, texts: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Note in a model's settings, which become its config.json, what its training owes: that of a run's adapter.
+
+    `texts` are the runs behind texts that it learnt from as well, as their card tells them.
+    """
+    from fedtune.tasks.saved import SavedAdapter
+
+    saved = SavedAdapter.read(adapter)
+    debts: list[Any] = [{"digest": saved.digest} | _of_run(saved)[0]]
+    for run in texts:
+        start = run["start"] and {**run["start"], "from": run["start"]["run"]}
+        about = {"digest": run["adapter_digest"], "from": run["run"], "dataset": UNKNOWN, "start_adapter": start}
+        debts.append({**run, **about})
+    setattr(base, OWED, chain(one for debt in (*debts, getattr(base, OWED, None)) for one in debts_in(debt)))
 
 
 def _here(shared: SharedModel) -> Environment:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedtune.config import RunConfig, parse
 from fedtune.data.records import record_key
+from fedtune.federation.earlier_debts import debts_of_base
 from fedtune.federation.spec import PublicSpec
 from fedtune.spec import ConfigError
 
@@ -52,10 +53,13 @@ def public_stage_of(config: RunConfig) -> RunConfig:
 
     Raises:
         ConfigError: the file cannot be used, or holds the texts of one of the run's own, in whatever form, or none but
-            those; the records of real sites are not here.
+            those; the records of real sites are not here; the base comes from a run.
     """
     from fedtune.sites.run_records import LeadRecords, RunRecords, require_apart  # torch takes seconds to import
 
+    if debts_of_base(config.model):
+        bound = "must owe nothing with public.train_file: its config.json tells of a run on other records"
+        raise ConfigError("model.path", config.model.path, bound)
     public, training = config.public, config.to_json()["training"]
     training |= {"learning_rate": public.learning_rate, "head_learning_rate": public.head_learning_rate}
     training |= {"unclipped_learning_rate": None, "unclipped_head_learning_rate": None}

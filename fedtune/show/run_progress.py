@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from fedtune.config import RunConfig
+from fedtune.federation.earlier_debts import UNKNOWN
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
 from fedtune.federation.lead import LeadState
 from fedtune.federation.planner import signal_to_noise
@@ -22,7 +23,6 @@ from fedtune.model.products import is_slow_on_cpu
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
-from fedtune.runs.environment import UNKNOWN
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult, charged_epsilons, site_charge
 from fedtune.show.budget_text import ABOUT_RDP, WEAK_SIGNAL, noise_words, signal_words
 from fedtune.show.terminal_tables import Section, pairs, say, show
@@ -325,14 +325,15 @@ def _start(about: Mapping[str, Any]) -> str:
     if about.get("public"):
         spent = "it was trained without privacy on records that are declared to be public"
     elif about["epsilon"] == UNKNOWN:
-        spent = "what its training spent is unknown: no run.json lies beside it"
+        spent = f"what its training spent is unknown{': no run.json lies beside it' if 'head' in about else ''}"
     elif about["epsilon"] is None:
         spent = f"its training on {about['dataset']} promises nothing about its records"
     else:
         epsilon = f"epsilon {epsilon_text(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
         spent = f"its training on {about['dataset']} spent {epsilon}"
     head = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
-    known = [f"the adapter {about['digest'][:12]} of {about['from']}", spent, head.get(about["head"])]
+    what, taken = ("the adapter", head.get(about["head"])) if "head" in about else ("a base with the adapter", None)
+    known = [f"{what} {about['digest'][:12]} of {about['from']}", spent, taken]
     return "; ".join(filter(None, known))
 
 

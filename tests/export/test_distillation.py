@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from fedtune.export import distillation
 from fedtune.export.distillation import FEWEST
 from fedtune.export.onnx_graphs import load_graph
 from fedtune.model.base_model import load_tokenizer
+from fedtune.model.refusals import OWED
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.report.from_run import spent_on_start
 from fedtune.report.synthetic_card import card_of, run_of, together
+from fedtune.runs.environment import start_adapter_of
 from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
@@ -159,8 +163,22 @@ def test_what_texts_cost_is_added_on_its_card(finished: Path, teach: Any, tmp_pa
     (both,) = re.findall(r"\(writer_2[^)]*\)\. Both together, at most, promise of the student: epsilon (\S+) at", text)
     assert float(both) == pytest.approx(own.epsilon + 2, abs=2e-3)
     assert "as who gave them declared" not in text
+    start = start_adapter_of(replace(run.config, model=ModelSpec(path=str(folder)))) or {}
+    assert spent_on_start(start) == pytest.approx((own.epsilon + 2, own.delta + 1e-6))
+    assert (start["from"], start["start_adapter"]["from"]) == (run.config.name, "writer_2")
     assert not (folder / "label.svg").exists(), "it would say what its teacher owes"
     assert "label.svg" not in text
+
+
+def test_a_run_on_a_student_tells_what_its_teacher_owes(
+    taught: tuple[Path, dict[str, Any]], finished: Path, simulate: Callable[..., Path], command: Any, tmp_path: Path
+) -> None:
+    later = simulate(f"model.path='{taught[0]}'", "federation.num_rounds=1", into=tmp_path, name="later")
+    start, own = fedtune.load(later).result.provenance.start_adapter, fedtune.load(finished).result
+    assert (start["digest"], start["epsilon"]) == (own.adapter_digest, own.privacy.epsilon)
+    assert "start_adapter" not in start
+    assert command("report", "verify", str(later)).code == 0
+    assert f"of run {finished.name} on" in (later / "adapter" / "README.md").read_text()
 
 
 def test_a_seed_gives_one_student(taught: tuple[Path, dict[str, Any]], teach: Any) -> None:
@@ -193,6 +211,7 @@ def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, tmp_path
         (["--texts", "{few}"], f"--texts = '{FEWEST - 1} texts': must be at least {FEWEST}"),
         (["--to", "{few}"], "--to = '{few}': must be a new folder; there is something of that name"),
         (["--student", "2"], "--student = '2': must leave 1 to 1 of the base's 2 layers"),
+        (["--student", "{owing}"], "--student = '{owing}': must be no base that comes from a run, which its config"),
         (["--student", "none"], "model.path = 'none': must be another one"),
         (["--int8"], "--int8: goes with --format onnx"),
         (["--passes", "0"], "--passes = 0: must be a finite number of at least 1"),
@@ -221,6 +240,10 @@ def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, wor
     (tmp_path / "brat" / "one.txt").write_text(TEXTS[0])
     (tmp_path / "brat" / "one.ann").touch()
     places |= {"renamed": str(tmp_path / "renamed.jsonl"), "brat": str(tmp_path / "brat")}
+    (owing := tmp_path / "owing").mkdir()
+    (owing / "model.safetensors").touch()
+    (owing / "config.json").write_text(json.dumps({OWED: None}))
+    places["owing"] = str(owing)
     places["own"] = "must hold records of its own: one of it and"
     given = ["--texts", str(texts), "--to", str(tmp_path / "new"), *(word.format(**places) for word in words)]
     told = command("distil", str(finished), *given)

@@ -17,7 +17,9 @@ from fedtune.data.batching import Batch, collate
 from fedtune.data.records import Record
 from fedtune.export import export_formats
 from fedtune.export.onnx_graphs import served
+from fedtune.federation.earlier_debts import debts_of_base
 from fedtune.model.base_model import load_tokenizer
+from fedtune.model.spec import ModelSpec
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.tasks.inputs import INPUTS
@@ -131,6 +133,16 @@ def test_a_merged_model_stops_and_pads_as_the_run_did(exports: dict[tuple[str, s
     assert "quantization_config" not in config
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1]
     assert (folder / "tokenizer.json").is_file()
+
+
+def test_every_whole_model_says_what_its_training_owes(
+    runs: dict[str, Path], exports: dict[tuple[str, str], Path]
+) -> None:
+    for (name, format), folder in exports.items():
+        if format in ("merged", "sentence-transformers"):
+            (debt,) = debts_of_base(ModelSpec(path=str(folder)))
+            run = json.loads((runs[name] / "run.json").read_text())
+            assert (debt["digest"], debt["epsilon"]) == (run["adapter_digest"], run["privacy"]["epsilon"])
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "pairs"])

@@ -1,0 +1,75 @@
+"""What the training owes to records that a run goes on from: of the adapter that it begins in, and of its base.
+
+A debt has the fields of `provenance.start_adapter` in run.json: the digest of an adapter, what its training spent on
+which data, and as its own `start_adapter` the debt before it.  A model that an export writes has one in config.json.
+Anybody may have written either file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fedtune.model.refusals import OWED
+from fedtune.model.spec import ModelSpec
+
+UNKNOWN = "unknown"  # for what no file says
+SPENT = ("from", "dataset", "unit", "delta", "epsilon")
+_NOBODY_KNOWS: Mapping[str, Any] = dict.fromkeys(("digest", *SPENT), UNKNOWN)
+_MOST = 24  # in one chain: of a config.json that is deeper than a model's, nothing is loaded
+
+Debt = Mapping[str, Any]
+
+
+def debts_of_base(model: ModelSpec) -> list[Debt]:
+    """What the training of a base owes, newest first; empty: its config.json says nothing of it.
+
+    What is damaged there tells of a debt that nobody knows.
+    """
+    if model.built_in:
+        return []
+    from fedtune.model.source import model_folder  # the hub's client takes a second to import
+
+    try:
+        fields = json.loads((model_folder(model) / "config.json").read_bytes())
+    except FileNotFoundError:  # beside a GGUF file
+        return []
+    except (OSError, ValueError, RecursionError):
+        fields = {OWED: None}
+    return (list(debts_in(fields[OWED])) or [_NOBODY_KNOWS]) if OWED in fields else []
+
+
+def debts_in(told: object) -> Iterator[Debt]:
+    """A debt and those before it, newest first, without what is public; one that has another form is unknown."""
+    while told is not None:
+        found = told if isinstance(told, Mapping) else {}
+        told = found.get("start_adapter")
+        match found:
+            case {"public": True}:
+                continue
+            case {"digest": str(), "from": str(), "dataset": str(), "unit": str(), "delta": float(delta)} if (
+                0 <= delta < 1
+                and isinstance(epsilon := found.get("epsilon", UNKNOWN), float | None)
+                and 0 <= (epsilon or 0.0) < math.inf
+            ):
+                yield {key: found[key] for key in ("digest", *SPENT)}
+            case _:
+                yield _NOBODY_KNOWS
+
+
+def chain(debts: Iterable[Debt]) -> dict[str, Any] | None:
+    """Debts as one, the newest first, and each once: an adapter owes what it released once, however often it is used.
+
+    None: there are none.
+    """
+    found: dict[Any, Debt] = {}
+    for one in debts:
+        found.setdefault((one["digest"], one["delta"], one["epsilon"]), one)
+    kept, whole = [*found.values()], None
+    if len(kept) > _MOST:
+        kept[_MOST - 1 :] = [_NOBODY_KNOWS]
+    for one in reversed(kept):
+        whole = {**one, "start_adapter": whole} if whole else dict(one)
+    return whole

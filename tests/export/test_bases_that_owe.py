@@ -1,0 +1,172 @@
+"""A model that an export writes says as a base what its training owes, and what begins on it tells that."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config import RunConfig, saved_config
+from fedtune.federation.earlier_debts import chain, debts_in, debts_of_base
+from fedtune.model.refusals import OWED, check_content
+from fedtune.model.spec import ModelSpec
+from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.selection import Selection, price_of
+from fedtune.report.from_run import spent_on_start
+from fedtune.runs.environment import start_adapter_of
+from fedtune.runs.public_stage import public_stage_of
+from fedtune.spec import ConfigError
+
+WRITER = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=128", "data.declared_sizes=40")
+WRITER += ("federation.num_rounds=1", "training.local_steps=1")
+UNKNOWN = dict.fromkeys(("digest", "from", "dataset", "unit", "delta", "epsilon"), "unknown")
+DEBT = {"digest": "ab" * 32, "from": "a", "dataset": "b", "unit": "record", "delta": 1e-5, "epsilon": 2.0}
+
+
+@pytest.fixture(scope="module")
+def first(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(*WRITER, into=tmp_path_factory.mktemp("first"), name="first")
+
+
+@pytest.fixture(scope="module")
+def base(first: Path, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return merged(first, tmp_path_factory.mktemp("merged") / "base", command)
+
+
+@pytest.fixture(scope="module")
+def second(base: Path, command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run on that base, and what it printed."""
+    into = tmp_path_factory.mktemp("second")
+    words = tiny(*WRITER, f"model.path='{base}'", "tracking.progress=true", into=into, name="second")
+    return into / "second", command("simulate", *words).printed
+
+
+def merged(run: Path, to: Path, command: Any) -> Path:
+    assert command("export", str(run), "--to", str(to), "--merge").code == 0
+    return to
+
+
+def mark_of(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())[OWED]
+
+
+def owed_by(run: Path) -> dict[str, Any]:
+    """What a run says of itself, as a later one is to tell it."""
+    told = json.loads((run / "run.json").read_text())
+    spent = {key: told["privacy"][key] for key in ("unit", "delta", "epsilon")}
+    about = {"from": run.name, "dataset": told["provenance"]["population"]["dataset"]}
+    return {"digest": told["adapter_digest"]} | about | spent
+
+
+def started(run: Path) -> Any:
+    return json.loads((run / "run.json").read_text())["provenance"]["start_adapter"]
+
+
+def with_mark(base: Path, to: Path, mark: object) -> Path:
+    """The same base with another mark."""
+    shutil.copytree(base, to)
+    (to / "config.json").write_text(json.dumps(json.loads((to / "config.json").read_text()) | {OWED: mark}))
+    return to
+
+
+def on(config: RunConfig, base: Path, **model: Any) -> RunConfig:
+    return replace(config, model=replace(config.model, path=str(base), **model))
+
+
+def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, second: Any, command: Any) -> None:
+    run, printed = second
+    assert mark_of(base) == started(run) == owed_by(first)
+    epsilon = owed_by(first)["epsilon"]
+    assert f"begins in a base with the adapter {owed_by(first)['digest'][:12]} of first; its training on" in printed
+    derived = json.loads((run / "report.json").read_text())["derived"]
+    told = {("run" if key == "from" else key): value for key, value in owed_by(first).items()}
+    assert derived["provenance"]["start_adapter"] == told | {"public": False}
+    assert "began_in_an_adapter" in derived["verdict"]["reasons"]
+    assert command("report", "verify", str(run)).code == 0
+    card = (run / "adapter" / "README.md").read_text()
+    assert f"of run first on {owed_by(first)['dataset']}; its training spent epsilon {epsilon_text(epsilon)}" in (
+        card.replace("\\", "")
+    )
+
+
+def test_no_debt_is_lost_in_a_chain_or_told_twice(
+    first: Path, base: Path, second: Any, command: Any, tmp_path: Path
+) -> None:
+    run = second[0]
+    both = owed_by(run) | {"start_adapter": owed_by(first)}
+    assert mark_of(merged(run, tmp_path / "again", command)) == both
+    config = saved_config(run)
+    digest = owed_by(run)["digest"]
+    on_top = start_adapter_of(on(config, base, adapter=str(run), adapter_sha256=digest)) or {}
+    assert on_top == both | {"head": None}, "an adapter on a base that owes"
+    alone = shutil.copytree(run / "adapter", tmp_path / "handed" / "on")
+    handed = start_adapter_of(on(config, base, adapter=str(alone), adapter_sha256=digest)) or {}
+    assert (handed["epsilon"], handed["start_adapter"]) == ("unknown", owed_by(first))
+    silent = shutil.copytree(run, tmp_path / "silent")
+    told = json.loads((silent / "run.json").read_text())
+    told["provenance"]["start_adapter"] = None
+    (silent / "run.json").write_text(json.dumps(told))
+    assert start_adapter_of(on(config, base, adapter=str(silent), adapter_sha256=digest)) == on_top
+
+
+def test_a_trial_of_a_search_hands_on_what_the_search_owes(first: Path, command: Any, tmp_path: Path) -> None:
+    picked, plan = shutil.copytree(first, tmp_path / "first"), saved_config(first).plan()
+    told: Any = {"search": "s", "method": "grid", "judged_by": "loss", "score": 0.5}
+    price = price_of([plan] * 3)
+    (picked / "selection.json").write_text(json.dumps(asdict(Selection.of(price, [plan] * 3, **told))))
+    assert price.epsilon > owed_by(first)["epsilon"]
+    mark = mark_of(merged(picked, tmp_path / "base", command))
+    assert (mark["epsilon"], mark["delta"]) == (price.epsilon, price.delta)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *(None, 5, "text", [], {}, [DEBT], {"public": True}, DEBT | {"epsilon": "0"}, DEBT | {"epsilon": -1.0}),
+        *(DEBT | {"epsilon": 2}, DEBT | {"epsilon": True}, DEBT | {"delta": None}, DEBT | {"delta": 1.0}),
+        *({key: value for key, value in DEBT.items() if key != gone} for gone in DEBT),
+        *(DEBT | {"start_adapter": 5}, DEBT | {"start_adapter": DEBT | {"unit": ["record"]}}),
+    ],
+)
+def test_a_damaged_mark_is_a_debt_that_nobody_knows(second: Any, tmp_path: Path, mark: Any) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_text(json.dumps({OWED: mark}))
+    start = start_adapter_of(on(saved_config(second[0]), folder)) or {}
+    assert spent_on_start(start)[1] is None
+    assert start == UNKNOWN or (start, start["start_adapter"]) == (DEBT | {"start_adapter": UNKNOWN}, UNKNOWN)
+    (folder / "config.json").write_text('{"fedtune_owed": ')
+    assert debts_of_base(ModelSpec(path=str(folder))) == [UNKNOWN]
+    (folder / "config.json").write_text("{}")
+    assert debts_of_base(ModelSpec(path=str(folder))) == []
+
+
+def test_a_run_on_a_base_with_a_damaged_mark_says_so(base: Path, simulate: Any, command: Any, tmp_path: Path) -> None:
+    other = with_mark(base, tmp_path / "base", {"epsilon": "none"})
+    run = simulate(*WRITER, f"model.path='{other}'", "tracking.progress=true", into=tmp_path, name="later")
+    assert started(run) == UNKNOWN
+    assert "what its training spent is not known" in (run / "adapter" / "README.md").read_text()
+    assert command("report", "verify", str(run)).code == 0
+
+
+def test_a_long_chain_stays_one_that_a_base_may_have(base: Path) -> None:
+    debts = [DEBT | {"epsilon": float(number)} for number in range(60)]
+    fields = json.loads((base / "config.json").read_text()) | {OWED: chain(debts)}
+    check_content("config.json", json.dumps(fields).encode(), folder="base")
+    kept = [*debts_in(fields[OWED])]
+    assert kept == [*debts[:23], UNKNOWN]
+    assert chain([*debts[:2], *debts[:2]]) == debts[0] | {"start_adapter": debts[1]}
+
+
+def test_no_public_stage_begins_on_a_base_that_owes(second: Any, base: Path) -> None:
+    config = saved_config(second[0])
+    config = replace(config, public=replace(config.public, train_file="public.jsonl"))
+    with pytest.raises(ConfigError, match=r"model.path = .*: must owe nothing with public.train_file"):
+        public_stage_of(config)
+    stage = on(config, base, adapter=str(second[0]), adapter_sha256=owed_by(second[0])["digest"])
+    with pytest.raises(ConfigError, match="it was not trained on those records alone"):
+        start_adapter_of(stage)
