@@ -118,7 +118,7 @@ def distil(
         spec, runtime = replace(model.spec, model=base, lora=LoraSpec(rank=1)), config.runtime
         plain = replace(config, runtime=replace(runtime, onednn=False, gradient_checkpointing=False))
         own, reference = Source.of(ready(plain, lambda: build_task_model(spec))[1], config, adapter, private_to=None)
-    mark(own.base.config, adapter, texts=behind)
+    mark(own.base.config, adapter, private_to=None, texts=behind)
     card: dict[str, bytes] = {}
     with new_folder(to, config, card, int8=int8) as folder:
         own = _taught(own, teacher, records, seed=seed, passes=passes, progress=progress)

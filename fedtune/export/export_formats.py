@@ -35,7 +35,6 @@ from fedtune.federation.run_folder import LABEL
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
 from fedtune.model.quiet import quiet
-from fedtune.model.refusals import PRIVATE_TO
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_files
@@ -74,10 +73,7 @@ class Source:
         readout = model.task.readout(model)
         with quiet():
             base = merged(model.base)
-        if private_to is not None:
-            setattr(base.config, PRIVATE_TO, private_to)
-        else:
-            mark(base.config, adapter)
+        mark(base.config, adapter, private_to=private_to)
         if outputs := model.task.outputs_of(config.data.labels):
             base.config.id2label = dict(enumerate(outputs))
             base.config.label2id = {label: place for place, label in enumerate(outputs)}

@@ -16,7 +16,7 @@ from fedtune.codec import decode, parse_json
 from fedtune.config import saved_settings
 from fedtune.federation.earlier_debts import SPENT, UNKNOWN, chain, debts_in, debts_of_base
 from fedtune.federation.run_folder import RunFolder
-from fedtune.model.refusals import OWED
+from fedtune.model.refusals import OWED, PRIVATE_TO
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.selection import Selection, released
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
@@ -146,11 +146,17 @@ def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
         return owed, None
 
 
-def mark(base: PreTrainedConfig, adapter: Path, *, texts: Sequence[Mapping[str, Any]] = ()) -> None:
+def mark(
+    base: PreTrainedConfig, adapter: Path, *, private_to: str | None, texts: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Note in a model's settings, which become its config.json, what its training owes: that of a run's adapter.
 
-    `texts` are the runs behind texts that it learnt from as well, as their card tells them.
+    `texts` are the runs behind texts that it learnt from as well, as their card tells them.  What is `private_to` a
+    site owes nothing that could be told, and is no base.
     """
+    if private_to is not None:
+        setattr(base, PRIVATE_TO, private_to)
+        return
     from fedtune.tasks.saved import SavedAdapter
 
     saved = SavedAdapter.read(adapter)
