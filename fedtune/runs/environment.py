@@ -136,9 +136,8 @@ def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
         RunFolder(folder).require_own(adapter.digest)
         spent, settings = earlier["privacy"], saved_settings(folder)
         epsilon, delta = released(spent["epsilon"], float(spent["delta"]), read_selection(folder))
-        of_run = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"])}
-        owed = of_run | {"unit": str(spent["unit"]), "delta": delta}
-        owed["epsilon"] = None if spent["seeded_noise"] else epsilon
+        own = {"unit": str(spent["unit"]), "delta": delta, "epsilon": None if spent["seeded_noise"] else epsilon}
+        owed = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"]), **own}
         before = (earlier.get("provenance") or {}).get("start_adapter")
         owed |= {"start_adapter": before} if before else {}
         return owed, settings["data"]["train_file"] if owed["epsilon"] is None and not before else None
