@@ -55,6 +55,23 @@ def _digest_in(file: Path) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; wait where another holds it.
+
+    Raises:
+        ConfigError: the folder, or its file system, does not allow that.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError("folder", str(folder), f"cannot be locked: {error.strerror or error}") from None
+        yield
+
+
 class _LogFile(logging.FileHandler):
     """A log file that tolerates a full disk: an error in logging must not end a run, or print."""
 

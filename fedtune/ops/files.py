@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import pwd
@@ -11,7 +10,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -51,23 +50,6 @@ def writing(target: Path, *, key: str) -> Iterator[None]:
     except OSError as error:
         where = "" if error.filename in (None, str(target), target) else f" ({error.filename})"
         raise ConfigError(key, str(target), f"cannot be written: {error.strerror or error}{where}") from None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; wait where another holds it.
-
-    Raises:
-        ConfigError: the folder, or its file system, does not allow that.
-    """
-    with ExitStack() as held:
-        try:
-            descriptor = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise ConfigError("folder", str(folder), f"cannot be locked: {error.strerror or error}") from None
-        yield
 
 
 def write_secret(path: Path, data: bytes) -> None:

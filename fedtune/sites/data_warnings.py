@@ -23,7 +23,7 @@ from fedtune.tasks.registry import task_named
 from fedtune.words import counted
 
 _MOST_NAMED = 3
-_COMPARED: dict[tuple[str, str], bool] = {}  # by a run's digest and a file: reading takes long, and a sweep asks often
+_COMPARED: dict[tuple[object, ...], bool] = {}  # by a run and files as they are: a sweep asks often, reading is slow
 
 
 def lead_notes(config: RunConfig, *, validation: LeadData | None, test: LeadData | None) -> Iterator[str]:
@@ -83,7 +83,8 @@ def is_training_file(config: RunConfig, file: str) -> bool:
         found = {name: resolve_file(name, shipped_folders(), key="data.train_file") for name in (*names, file)}
         if any(_same_bytes(found[name], found[file]) for name in names):
             return True
-        if (about := (config.digest(), file)) not in _COMPARED:
+        about = (config.digest(), *((path, path.stat().st_mtime_ns) for path in found.values()))
+        if about not in _COMPARED:
             _COMPARED[about] = _has_records_of(config, list(names), file)
         return _COMPARED[about]
     except DataError:  # who asks later may have moved it, and what cannot be read is told where it is needed

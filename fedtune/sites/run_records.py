@@ -17,6 +17,7 @@ from pathlib import Path
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
+from fedtune.data.lists import as_json
 from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, shipped_folders, split_key
 from fedtune.data.partition import assign_site
 from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_file
@@ -258,5 +259,4 @@ def _unanswered(record: Record) -> Record:
         turns.pop()
     if all(turn["role"] != "user" for turn in turns):
         raise DataError(record.at("messages"), "no turn of the user", "must have a turn of the user to answer")
-    text = json.dumps(turns, separators=(",", ":"), ensure_ascii=False)
-    return Record({"messages": text}, file=record.file, line=record.line)
+    return Record({"messages": as_json(turns)}, file=record.file, line=record.line)

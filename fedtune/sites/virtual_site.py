@@ -9,7 +9,6 @@ like those of a real site.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from dp_accounting import ComposedDpEvent, DpEvent
 from fedtune.config import RunConfig
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import RunFolder, locked
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.verdict import history_of
@@ -104,13 +103,9 @@ class VirtualSites:
         """
         path, dealt = self.folder / DEALT, dealt_out(self.config)
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may begin at the same new sites
+        with locked(self.folder):  # two runs may begin at the same new sites
             if not path.exists() and not any(self.folder.glob("*/ledger.db")):
                 write_durably(path, json.dumps(dealt, indent=1).encode() + b"\n")
-        finally:
-            os.close(lock)
         before = read_dealt_out(path, keys=dealt)
         for key, value in dealt.items():
             if before[key] != value:

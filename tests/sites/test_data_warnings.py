@@ -96,6 +96,17 @@ def test_a_test_file_that_is_the_training_file(simulated: RunConfig, tmp_path: P
         check_decides(config)
 
 
+def test_a_file_that_is_written_anew_is_read_anew(simulated: RunConfig) -> None:
+    train, test = Path(simulated.data.train_file), Path(str(simulated.data.test_file))
+    rows = [f"{word},{LABELS[0]}\n" for word in ("one", "two", "three")]
+    train.write_text("".join(["text,label\n", *rows]))
+    config = replace(simulated, data=replace(simulated.data, validation_file=str(test)))
+    test.write_text(f"text,label\nfour,{LABELS[0]}\n")
+    assert may_decide(config)
+    test.write_text(f"text,label\ntwo,{LABELS[0]}\n")
+    assert not may_decide(config)
+
+
 def test_a_file_of_other_records_may_decide_where_texts_are_alike_by_chance(simulated: RunConfig) -> None:
     train, test = simulated.data.train_file, str(simulated.data.test_file)
     for file, times in ((train, 20), (test, 2)):

@@ -17,7 +17,8 @@ from typing import Literal
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.ops.files import locked, writing
+from fedtune.federation.run_folder import locked
+from fedtune.ops.files import writing
 from fedtune.ops.kits.certificates import (
     Authority,
     Certificate,

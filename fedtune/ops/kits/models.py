@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.federation.run_folder import locked
 from fedtune.model.manifest import Manifest, manifest_of
 from fedtune.model.source import model_folder, only_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec
-from fedtune.ops.files import locked
 from fedtune.ops.kits.kit_file import Kit, KitModel
 from fedtune.privacy.durable import fsync_folder
 from fedtune.spec import ConfigError, RunError
