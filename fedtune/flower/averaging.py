@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
 from fedtune.federation.aggregation import Made, weights_of
-from fedtune.federation.lead import LeadState
+from fedtune.federation.lead import Arrays, LeadState
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived
 from fedtune.flower.flower_records import ARRAYS, WEIGHT_KEY, from_arrays, to_arrays, weighted
 from fedtune.model.adapter import Adapter
 
-Arrays = Mapping[str, npt.NDArray[np.float32]]
 _VALUES = "values"
 _PIECE_BYTES = 1 << 27  # of all sites' values that are averaged at once
 
@@ -32,20 +29,14 @@ class Average:
 
     def __init__(self, spec: FederationSpec, sizes: Mapping[str, int]) -> None:
         self._sizes = sizes
-        common: dict[str, Any] = {"weighted_by_key": WEIGHT_KEY, "arrayrecord_key": ARRAYS}
         rate, momentum = spec.server_learning_rate, spec.server_momentum
-        self._strategy: FedAvg
-        match spec.strategy:
-            case "fedadam":
-                self._strategy = FedAdam(
-                    **common, eta=rate, beta_1=momentum, beta_2=spec.server_beta_2, tau=spec.server_tau
-                )
-            case "fedavgm":
-                self._strategy = FedAvgM(**common, server_learning_rate=rate, server_momentum=momentum)
-            case "fedmedian":
-                self._strategy = FedMedian(**common)
-            case _:
-                self._strategy = FedAvg(**common)
+        kinds: dict[str, Callable[..., FedAvg]] = {
+            "fedadam": partial(FedAdam, eta=rate, beta_1=momentum, beta_2=spec.server_beta_2, tau=spec.server_tau),
+            "fedavgm": partial(FedAvgM, server_learning_rate=rate, server_momentum=momentum),
+            "fedmedian": FedMedian,
+            "fedavg": FedAvg,
+        }
+        self._strategy = kinds[spec.strategy](weighted_by_key=WEIGHT_KEY, arrayrecord_key=ARRAYS)
 
     def resume(self, state: LeadState) -> LeadState:
         self.restore(state.strategy)
@@ -84,11 +75,10 @@ class Average:
         if optimizer is None:
             return adapter
         # Flower's own loop would have it keep the adapter that it sends.
-        sent = arrived.sent.tensors
         if isinstance(optimizer, FedAdam):
-            optimizer.current_arrays = dict(sent)
+            optimizer.current_arrays = dict(arrived.sent.tensors)
         else:
-            optimizer.current_arrays = to_arrays(sent)
+            optimizer.current_arrays = to_arrays(arrived.sent.tensors)
         update = Message(weighted(adapter.tensors, next(iter(weights.values()))), 1, "train")
         # FedAdam counts in float64; an adapter is float32 everywhere.
         arrays = _arrays(optimizer.aggregate_train(round, [update]))
@@ -108,7 +98,7 @@ class Average:
     def restore(self, strategy: Arrays) -> None:
         """Continue from what `state` was, whatever has been seen since."""
 
-        def part(moment: str) -> dict[str, npt.NDArray[np.float32]]:
+        def part(moment: str) -> Arrays:
             return {name.removeprefix(moment + "/"): v for name, v in strategy.items() if name.startswith(moment + "/")}
 
         if isinstance(self._strategy, FedAdam):

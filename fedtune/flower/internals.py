@@ -95,29 +95,24 @@ def superlink_app(
     from flwr.superlink.config_loader import SuperLinkLifespanConfig
     from flwr.superlink.main import create_app
 
+    off = ("insecure", "enable_event_log", "simulation", "runtime_dependency_install")
+    absent = ("artifact_provider", "fleet_api_address", "health_server_address", "superexec_auth_secret")
+    plugins = ("event_log_plugin", "fleet_event_log_plugin")
+    without: dict[str, Any] = dict.fromkeys(off, False) | dict.fromkeys((*absent, *plugins))
     config = SuperLinkLifespanConfig(
         control_address="",
-        health_server_address=None,
         host=host,
         port=port,
-        insecure=False,
         certificates=(ca.read_bytes(), certificate.read_bytes(), key.read_bytes()),
-        superexec_auth_secret=None,
         authn_plugin=NoOpControlAuthnPlugin(),
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
-        artifact_provider=None,
         enable_supernode_auth=True,
         fleet_api_type=constant.TRANSPORT_TYPE_GRPC_RERE,
-        fleet_api_address=None,
-        simulation=False,
         ssl_ca_certfile=str(ca),
         ssl_certfile=str(certificate),
         ssl_keyfile=str(key),
         database=str(database),
         isolation=constant.ISOLATION_MODE_PROCESS,
-        runtime_dependency_install=False,
+        **without,
     )
     app = create_app(config, SuperLinkLifespan)
     return app, app.state.linkstate_factory.state()

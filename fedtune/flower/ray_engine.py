@@ -74,10 +74,8 @@ def on_ray(
             run_simulation(app, of_sites, num_supernodes=num_sites, backend_config=backend)
         except BaseException as error:
             raise next(iter(failures), error) from None
-    if failures:
-        raise failures[0]
-    if not states:
-        raise RunError("Flower's simulation engine ended without a result; see log.txt")
+    if failures or not states:
+        raise next(iter(failures), RunError("Flower's simulation engine ended without a result; see log.txt"))
     return states[0]
 
 
@@ -95,25 +93,22 @@ def _ray(runtime: RuntimeSpec) -> Iterator[Any]:
     # Actors import what this process does.
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
     arguments: dict[str, Any] = {"runtime_env": environment, "logging_level": logging.ERROR, "include_dashboard": False}
+    arguments["address"] = address = runtime.ray_address or "local"
     if runtime.ray_address is None:
-        cores = usable_cores()
-        arguments |= {"address": "local", "num_cpus": max(cores, runtime.num_threads or cores)}
-    else:
-        arguments |= {"address": runtime.ray_address}
+        arguments["num_cpus"] = max(usable_cores(), runtime.num_threads or 1)
     with warnings.catch_warnings():
         # Ray's advice on a variable of its own that changes nothing here.
         warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
         try:
-            if ":" in (runtime.ray_address or ""):
-                # Ray itself would knock for minutes.
-                host, _, port = arguments["address"].rpartition(":")
+            if ":" in address:  # Ray itself would knock for minutes
+                host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
             ray.init(**arguments)
         except Exception as error:  # of many kinds, by what is wrong with the address
             if runtime.ray_address is None:
                 raise
             bound = f"must be a Ray cluster that runs and has a node on this machine ({first_line(error)})"
-            raise ConfigError("runtime.ray_address", runtime.ray_address, bound) from None
+            raise ConfigError("runtime.ray_address", address, bound) from None
         try:
             yield ray
         finally:
@@ -132,9 +127,12 @@ class RayNode:
     @classmethod
     def all_of(cls, ray: Any) -> list[RayNode]:
         """The nodes of the cluster that are up."""
-        up = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
         return [
-            cls(one["NodeID"], one["NodeManagerHostname"], has.get("CPU", 0.0), has.get("GPU", 0.0)) for one, has in up
+            cls(
+                one["NodeID"], one["NodeManagerHostname"], *(one["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
+            )
+            for one in ray.nodes()
+            if one["Alive"]
         ]
 
     def room(self, *, threads: int, share: float) -> int:
