@@ -288,13 +288,12 @@ def _free_maps(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Values for maps with free keys, whole (`data.columns={text: body}`) or by entry, and the other overrides."""
     maps: dict[str, Any] = {}
     others = []
-    taken_out = [f"{key_of(override[1:])}." for override in overrides if override.startswith("~")]
+    taken_out = tuple(f"{key_of(override)}." for override in overrides if override.startswith("~"))
     for override in overrides:
-        key = key_of(override)
-        name = None if override.startswith("~") else _map_of(key)
-        if name is None:
+        name = _map_of(key := key_of(override))
+        if name is None or override.startswith("~"):
             others.append(override)
-        elif not name.startswith(tuple(taken_out)):
+        elif not name.startswith(taken_out):
             maps[key] = value_of(override)
     return maps, others
 
@@ -306,18 +305,13 @@ def _map_of(key: str) -> str | None:
 
 def _replace_maps(settings: dict[str, Any], file: ExperimentFile | None, maps: Mapping[str, Any]) -> None:
     """Put in the free maps: the file's in place of conf's, and what was typed in place of both."""
-    for name in _FREE_MAPS:
+    of_file = {name: value_at(file.settings, name) for name in _FREE_MAPS if file is not None and file.sets(name)}
+    for key, value in (*of_file.items(), *maps.items()):
+        name = _map_of(key) or key
         outer, _, last = name.rpartition(".")
-        inner = value_at(settings, outer)
-        if not isinstance(inner, dict):  # taken out with ~
-            continue
-        if file is not None and file.sets(name):
-            inner[last] = value_at(file.settings, name)
-        for key, value in maps.items():
-            if key == name:
-                inner[last] = value
-            elif key.startswith(f"{name}."):
-                inner[last] = {**(inner[last] or {}), key.removeprefix(f"{name}."): value}
+        if isinstance(inner := value_at(settings, outer), dict):  # else taken out with ~
+            entry = key.removeprefix(f"{name}.")
+            inner[last] = value if key == name else {**(inner[last] or {}), entry: value}
 
 
 def _experiment_file(overrides: Sequence[str]) -> tuple[ExperimentFile | None, list[str]]:

@@ -118,10 +118,8 @@ def simulate(
     if config.runtime.kind == "deployment":
         raise ConfigError("runtime", "deployment", "is for real sites: fedtune run --kit LEAD sites=[...]")
     if torch_came_first:
-        text = (
-            "import fedtune before torch: MKL's settings come too late, and a run's own trial may refuse this process"
-        )
-        warnings.warn(text, stacklevel=2)
+        late = "MKL's settings come too late, and a run's own trial may refuse this process"
+        warnings.warn(f"import fedtune before torch: {late}", stacklevel=2)
     work = partial(simulation.simulate, session=session)
 
     def run(config: RunConfig, folder: Path) -> None:
@@ -170,9 +168,6 @@ def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Pric
     >>> price = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
     >>> price.epsilon <= 3, len(price.rounds), price.steps
     (True, 10, 50)
-
-    Raises:
-        ValueError: a setting is wrong.
     """
     from fedtune.federation.planner import price
 
@@ -357,18 +352,8 @@ class Run:
 
     def to_frame(self) -> pandas.DataFrame:
         """A row for each round: seconds, bytes, sites, scores on the validation file."""
-        rows = [
-            {
-                "round": one.round,
-                "seconds": one.seconds,
-                "sites": len(one.sites),
-                "bytes_down": one.bytes_down,
-                "bytes_up": one.bytes_up,
-                **one.metrics,
-            }
-            for one in self.rounds
-        ]
-        return _frame(rows).set_index("round")
+        columns = ("round", "seconds", "sites", "bytes_down", "bytes_up")
+        return _frame(self.rounds, columns, lambda one: {"sites": len(one.sites), **one.metrics})
 
 
 class Ledger:
@@ -401,17 +386,15 @@ class Ledger:
 
     def to_frame(self) -> pandas.DataFrame:
         """A row for each event: when, what kind, of which run and round."""
-        return _frame(
-            [
-                {"sequence": one.sequence, "time": one.time, "kind": str(one.kind), "run": one.run, "round": one.round}
-                for one in self.verified.events
-            ]
-        ).set_index("sequence")
+        columns = ("sequence", "time", "kind", "run", "round")
+        return _frame(self.verified.events, columns, lambda one: {"kind": str(one.kind)})
 
 
-def _frame(rows: Sequence[Mapping[str, object]]) -> pandas.DataFrame:
+def _frame(rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]) -> pandas.DataFrame:
+    """A row for each of `rows`, by the first of its `columns`, with what `other` says of it."""
     try:
         import pandas
     except ImportError:
         raise ConfigError("to_frame", None, "needs pandas: pip install 'fedtune[notebook]'") from None
-    return pandas.DataFrame(rows)
+    made = ({name: getattr(one, name) for name in columns} | other(one) for one in rows)
+    return pandas.DataFrame(made).set_index(columns[0])

@@ -83,13 +83,11 @@ def _defaults(listed: Any, path: Path) -> tuple[str | dict[str, str], ...]:
     bases: list[str] = []
     options: dict[str, str] = {}
     for entry in listed if isinstance(listed, list) else [listed]:
-        if isinstance(entry, dict) and len(entry) == 1:
-            ((group, option),) = entry.items()
-            group = str(group).removeprefix("override ").lstrip("/")
-        else:
-            group, option = "experiment", entry
         if entry == "_self_":
             continue
+        alone = isinstance(entry, dict) and len(entry) == 1
+        ((group, option),) = entry.items() if alone else [("experiment", entry)]
+        group = str(group).removeprefix("override ").lstrip("/")
         choices = sorted(one.stem for one in (config_folder() / group).glob("*.yaml")) if group.isidentifier() else []
         if not isinstance(option, str) or option not in choices:
             bound = f"must be one of {', '.join(choices)}" if choices else "is no group of settings"

@@ -21,36 +21,27 @@ from fedtune.words import dotted
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import LeadState
-    from fedtune.privacy.proposal import Proposal
-    from fedtune.report.run_page import UnfinishedReport
     from fedtune.runs.federation_run import Listener
     from fedtune.runs.results import RunResult
-    from fedtune.sites.shared_model import SharedModel
-    from fedtune.tracking import Tracked
 
 Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and reports to a listener
 
 
 class _Followed:
-    """A listener that also updates the trackers and the page of an unfinished run."""
+    """A listener that first gives each state of the run to `updates`: trackers, and the page of an unfinished run."""
 
-    def __init__(self, listener: Listener, tracked: Tracked, page: UnfinishedReport) -> None:
-        self._listener, self._tracked, self._page = listener, tracked, page
+    def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
+        self._listener, self._updates = listener, updates
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._listener, name)
+        told, updates = getattr(self._listener, name), self._updates
 
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
-        self._follow(state)
-        self._listener.prepared(shared, proposal, state)
+        def follow(*given: Any) -> None:
+            for update in updates:
+                update(given[-1])
+            told(*given)
 
-    def round_finished(self, state: LeadState) -> None:
-        self._follow(state)
-        self._listener.round_finished(state)
-
-    def _follow(self, state: LeadState) -> None:
-        self._tracked.update(state)
-        self._page.update(state)
+        return follow if name in ("prepared", "round_finished") else told  # which end with the state
 
 
 def run_in_folder(
@@ -77,7 +68,7 @@ def run_in_folder(
                 made = make(folder, config)
             with files.held(), files.logged(config.tracking.log_level):
                 tracked.begin()
-                result = work(config, folder, _Followed(listener, tracked, page))
+                result = work(config, folder, _Followed(listener, tracked.update, page.update))
             scored(result)
             from fedtune.report import model_card  # draws, which takes a second to import
 
@@ -102,7 +93,7 @@ def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], obj
     folder_of(replace(config, public=PublicSpec()))  # before anything is trained
     stage = public_stage_of(config)
     folder = Path(stage.tracking.output_dir) / stage.name
-    if has_begun(folder):
+    if RunFolder(folder).has_begun():
         stage = going_on(stage, folder, name=config.name)
     if stage.resume is None or not is_finished(folder):
         train(stage, folder)
@@ -138,17 +129,6 @@ def folder_of(config: RunConfig) -> Path:
         changes = ", ".join(f"{key} was {shown(old.get(key), 30)}, is {shown(new.get(key), 30)}" for key in differ)
         raise ConfigError("resume", config.resume, f"was made with another configuration ({changes})")
     return folder
-
-
-def has_begun(folder: Path) -> bool:
-    """True if a run has begun in a folder where none is running; removes the rest of one that was killed before."""
-    files = RunFolder(folder)
-    if files.saved_checkpoints or files.result.exists():
-        return True
-    if files.config.is_file() and files.log.is_file():  # whatever has no log was no run
-        with files.held():
-            shutil.rmtree(folder)  # without a checkpoint no site was asked, so no ledger has begun
-    return False
 
 
 def is_finished(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
-from fedtune.api.start_and_resume import folder_of, has_begun, is_finished
+from fedtune.api.start_and_resume import folder_of, is_finished
 from fedtune.cli.command import Argument, Metrics, Option, Renew, answer
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
@@ -73,7 +73,7 @@ def run(
                 raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
             asked = compose_run([word for word in words if not word.startswith("sites=")])
             folder = Path(asked.tracking.output_dir) / asked.name
-            if has_begun(folder):
+            if RunFolder(folder).has_begun():
                 if is_finished(folder):
                     say(f"{folder} is finished.")
                     return

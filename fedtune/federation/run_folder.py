@@ -10,6 +10,7 @@ import difflib
 import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +156,15 @@ class RunFolder:
     def saved_checkpoints(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
         return saved_checkpoints(self.checkpoints)
+
+    def has_begun(self) -> bool:
+        """True if a run has begun here; where none is running, removes the rest of one that was killed before."""
+        if self.saved_checkpoints or self.result.exists():
+            return True
+        if self.config.is_file() and self.log.is_file():  # whatever has no log was no run
+            with self.held():
+                shutil.rmtree(self.path)  # without a checkpoint no site was asked, so no ledger has begun
+        return False
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -91,23 +91,18 @@ def test_runs_of_a_sweep_never_share_a_folder() -> None:
         swept(["experiment=debug", "name=a,b", "privacy.epsilon=1,3"])
 
 
-def test_resuming_alone_takes_the_folders_own_configuration(tmp_path: Path) -> None:
-    config = compose_run(["experiment=debug", "name=first", "privacy.epsilon=2.5", "federation.num_rounds=7"])
-    folder = tmp_path / "renamed"
-    write_config(config, folder)
-    resumed = compose_run([f"resume={folder}"])
-    assert (resumed.resume, resumed.name) == (str(folder), "first")
-    assert resumed.digest() == config.digest()
-    assert resumed.run_id() == config.run_id(), "ledgers know the run by this"
-    with_more = compose_run([f"resume={folder}", "experiment=debug", "privacy.epsilon=2.5", "federation.num_rounds=7"])
-    assert with_more == resumed
-
-
 def test_a_resumed_run_takes_single_values_on_top_of_its_own_and_no_other_name(tmp_path: Path) -> None:
-    folder = tmp_path / "first's"
-    config = compose_run(["experiment=debug", "privacy.epsilon=2.5", "name=first"])
+    folder, words = (
+        tmp_path / "renamed, first's",
+        ["experiment=debug", "privacy.epsilon=2.5", "federation.num_rounds=7"],
+    )
+    config = compose_run([*words, "name=first"])
     write_config(config, folder)
     resume = f'resume="{folder}"'
+    resumed = compose_run([resume])
+    assert (resumed.resume, resumed.name) == (str(folder), "first")
+    assert resumed.run_id() == config.run_id(), "ledgers know the run by this"
+    assert compose_run([resume, *words]) == resumed
     resumed = compose_run([resume, "runtime.num_threads=1"])
     assert (resumed.runtime.num_threads, resumed.digest()) == (1, config.digest())
     assert compose_run([resume, "privacy.epsilon=3"]).privacy.epsilon == 3

@@ -86,7 +86,6 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
 def test_a_site_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"data.declared_sizes": 180, "data.train_fraction": 0.04, "federation.num_rounds": 1}
     run, told = fedtune.simulate("debug", tiny(tmp_path, **settings)), list[fedtune.Progress]()
-    ledger = (run.folder / "sites" / "site-2" / "ledger.db").read_bytes()
     (found,) = fedtune.personalise(run, ["site-2"], progress=told.append).values()
     assert set(found.sides.measured) == {"base", "alone", "shared", "own"}
     difference = found.sides.comparison("shared", "own").difference
@@ -94,11 +93,8 @@ def test_a_site_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert any("site-2: training its own adapter" in one.stage for one in told)
     own = fedtune.load(found.own.folder)
     assert (own.folder, own.predict(["I lost my card"]) != []) == (run.folder / "private_to_site-2", True)
-    assert (run.folder / "sites" / "site-2" / "ledger.db").read_bytes() == ledger
     with pytest.raises(ValueError, match="is private to 'site-2', without a guarantee"):
         fedtune.personalise(own)
-    with pytest.raises(ValueError, match="must be one of site-1, site-2"):
-        fedtune.personalise(run, ["site-3"])
     assert tuple(capsys.readouterr()) == ("", "")
 
 
@@ -193,15 +189,6 @@ def test_an_interrupt_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
     resumed = fedtune.simulate(settings={"resume": tmp_path / "run"})
     assert [one.round for one in resumed.rounds] == [1, 2]
     assert {site.rounds for site in resumed.privacy.sites.values()} == {2}
-
-
-def test_what_never_began_leaves_no_folder(tmp_path: Path) -> None:
-    def interrupt(progress: fedtune.Progress) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fedtune.simulate("debug", tiny(tmp_path / "runs"), progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_importing_fedtune_loads_no_library_and_settles_the_environment() -> None:

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.start_and_resume import folder_of, has_begun, make
+from fedtune.api.start_and_resume import folder_of, make
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import RunFolder, saved_checkpoints
@@ -44,29 +44,29 @@ def folder(config: RunConfig) -> Path:
 
 
 def test_what_a_killed_run_left_before_it_began_is_cleared_away(config: RunConfig, folder: Path) -> None:
-    assert not has_begun(folder)
+    assert not RunFolder(folder).has_begun()
     make(folder, config)
     (folder / "log.txt").touch()
     with RunFolder(folder).held(), pytest.raises(ConfigError, match="is running in another process"):
-        has_begun(folder)
-    assert not has_begun(folder)
+        RunFolder(folder).has_begun()
+    assert not RunFolder(folder).has_begun()
     assert not folder.exists()
     make(folder, config)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "round-0000.safetensors").touch()
     assert saved_checkpoints(folder / "checkpoints")
-    assert has_begun(folder)
+    assert RunFolder(folder).has_begun()
     assert folder.exists()
     shutil.rmtree(folder / "checkpoints")
     (folder / "run.json").touch()
-    assert has_begun(folder), "a result without its checkpoints is no rubbish"
+    assert RunFolder(folder).has_begun(), "a result without its checkpoints is no rubbish"
 
 
 def test_a_folder_that_is_no_run_s_is_left_alone(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("thesis.txt", "config.yaml"):
         (folder / name).write_text("mine")
-        assert not has_begun(folder)
+        assert not RunFolder(folder).has_begun()
         assert (folder / name).exists()
 
 
