@@ -32,7 +32,7 @@ from fedtune.data.values import is_written
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, LoraSpec, ModelSpec
 from fedtune.preparation import feature_columns, starter
-from fedtune.preparation.check_data import INSTALL, at_own_site
+from fedtune.preparation.check_data import INSTALL
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning, Coding
 from fedtune.preparation.clean import clean as write_clean
@@ -328,7 +328,11 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
             )
             raise ConfigError("experiment", word, bound)
     config = compose_run([f"experiment={word}" if word in names else word for word in settings])
-    return config if site is None else at_own_site(config, read_policy(site), folder=site.parent)
+    if site is None:
+        return config
+    from fedtune.sites.shared_settings import at_own_site  # transformers takes seconds to import
+
+    return at_own_site(config, read_policy(site), folder=site.parent)
 
 
 def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[ModelSpec, starter.Plan]:

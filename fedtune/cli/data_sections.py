@@ -19,14 +19,13 @@ from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.preparation.copies import Near
 from fedtune.preparation.detect import KINDS, Found
 from fedtune.preparation.duplicates import has_datasketch
-from fedtune.preparation.patterns import CAVEAT
 from fedtune.show.terminal_tables import Section, pairs
 from fedtune.spec import shown
 from fedtune.words import counted
 
 _WORDS = tomllib.loads(Path(__file__).with_name("data_words.toml").read_text(encoding="utf-8"))
 ABOUT, ABOUT_COPIES = tuple(_WORDS["about"]), tuple(_WORDS["about_copies"])
-_FOUND: Mapping[Kind, tuple[str, str]] = _WORDS["finding"] | {"personal": ("likely", CAVEAT)}
+_FOUND: Mapping[Kind, tuple[str, str]] = _WORDS["finding"]
 """The name of a finding, and its meaning."""
 _RUNS = {least: f"a run of {least} words or more" for least in (8, 12, 20)}
 _LIKE = {"same": "the same text", "alike": "almost the same text"}
@@ -101,7 +100,7 @@ def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
             headings=("column", "seems to be", "in the file", "rows without"),
             rows=tuple(feature_columns.rows(found)),
             words={0, 1, 2},
-            notes=feature_columns.ABOUT,
+            notes=_WORDS["about_features"],
         )
     shares = (int(np.quantile(plan.measured.lengths, share)) for share in (0.5, 0.9, 1.0))
     row = tuple(f"{count:,}" for count in (*shares, plan.max_length))
@@ -222,7 +221,7 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
         title="Masked",
         headings=("identifier", "places"),
         rows=tuple((kind, f"{count:,}") for kind, count in done.masked.items()),
-        notes=(CAVEAT,) if done.masked else (),
+        notes=(_FOUND["personal"][1],) if done.masked else (),
     )
     text = (
         "Whether a duplicate was kept went by the records before it: the guarantee is about the records of the new "

@@ -27,12 +27,10 @@ from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import split_labels
-from fedtune.federation.spec import FederationSpec
 from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness, spelling
 from fedtune.preparation.patterns import OddTexts, damage, identifiers
-from fedtune.privacy.site_policy import Policy
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 
@@ -119,29 +117,9 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     """
     look = _Look(config, tokenizer, within)
     files = tuple(look.file(path, use, site) for path, use, site in _files(config))
-    return Checked(
-        max_length=config.data.max_length,
-        files=files,
-        sizes=tuple(
-            SiteSize(site=site, declared=declared, true=len(look.units[site]))
-            for site, declared in config.declared_sizes().items()
-        ),
-        skipped=tuple(look.skipped()),
-    )
-
-
-def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
-    """An experiment over a real site's own file, as its policy, which lies in `folder`, has it."""
-    dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
-    if dataset is None:
-        known = ", ".join(one.id for one in policy.dataset) or "none"
-        raise ConfigError("data.dataset", config.data.dataset, f"must be a data set of the site's policy ({known})")
-    unit = policy.population.unit
-    sent = config.data.for_sites(task_named(config.task).columns(config.data, unit=unit))
-    data = replace(sent.at_site(dataset, folder=folder), declared_sizes=dataset.declared_size)
-    federation = FederationSpec(num_sites=1, min_sites=1, site_names=(policy.site,))
-    privacy = replace(config.privacy, unit=unit)
-    return replace(config, data=data, federation=federation, privacy=privacy)
+    declared = config.declared_sizes().items()
+    sizes = tuple(SiteSize(site=site, declared=size, true=len(look.units[site])) for site, size in declared)
+    return Checked(max_length=config.data.max_length, files=files, sizes=sizes, skipped=tuple(look.skipped()))
 
 
 def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
@@ -179,30 +157,27 @@ class _Look:
         lengths: list[int] = []
         texts: dict[bytes, tuple[int, int]] = {}  # by digest: the first line, and records that have it
 
+        def fault(record: Record) -> DataError | None:
+            error = self._fault(record)
+            if error is not None:  # perhaps by a label that is a declared one but for case and spaces
+                unknown = {spelling(label) for label in self._labels(record) if label not in labels}
+                spelt_otherwise.update(spellings[one] for one in unknown & spellings.keys())
+            elif data.partition.kind == "column" and record.fields.get("site") not in (*data.partition.sites, None):
+                error = DataError(record.at("site"), "another site", "must be one of data.partition.sites")
+            return error
+
         def usable() -> Iterator[Record]:
             """The records that a run can use; the others are errors, which quote nothing of them."""
             nonlocal rows
-            for line, record in judged(path, self.task.columns(data, partition=use == "train", unit=unit)):
+            for line, one in judged(path, self.task.columns(data, partition=use == "train", unit=unit), fault=fault):
                 rows += 1
-                error = record if isinstance(record, DataError) else None
-                if isinstance(record, Record):
-                    error = self._fault(record)
-                    if error is not None:  # perhaps by a label that is a declared one but for case and spaces
-                        unknown = {spelling(label) for label in self._labels(record) if label not in labels}
-                        spelt_otherwise.update(spellings[one] for one in unknown & spellings.keys())
-                    elif data.partition.kind == "column" and record.fields.get("site") not in {
-                        *data.partition.sites,
-                        None,
-                    }:
-                        error = DataError(record.at("site"), "another site", "must be one of data.partition.sites")
-                    if error is None:
-                        yield replace(record, line=rows) if form == ".json" else record
-                        continue
-                assert error is not None
-                faults.add(error, line)
+                if isinstance(one, Record):
+                    yield replace(one, line=rows) if form == ".json" else one
+                    continue
+                faults.add(one, line)
                 if len(errors) < SHOWN:
-                    where = f"row {rows} ({error.key})" if form == ".json" else error.key
-                    errors.append((where, str(error.value), error.bound))
+                    where = f"row {rows} ({one.key})" if form == ".json" else one.key
+                    errors.append((where, str(one.value), one.bound))
 
         for some in chunks(usable()):
             its_uses = [self._use(record, site) if use == "train" else use for record in some]

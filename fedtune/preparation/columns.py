@@ -158,20 +158,15 @@ class Column:
     def _note_parts(self, value: object) -> None:
         if isinstance(value, list):
             self.reads["vector"] += len(value) > 1 and all(one in (0, 1) for one in value)
-        try:
+        with suppress(DataError):  # else it is odd
             text = read.labels_of(value, self.name) if self.parts and isinstance(value, str | list) else ""
-        except DataError:
-            return  # odd
-        is_list = text.startswith("[")
-        for mark, counts in list(self.parts.items()):
-            if is_list != (mark == "["):
-                continue
-            labels = read.split_labels(text, separator=mark)
-            counts.update(labels)
-            self.reads[mark] += 1
-            self.several[mark] += len(labels) > 1
-            if len(counts) > MOST_LABELS or any(len(label) > LONGEST_LABEL for label in labels):
-                del self.parts[mark]
+            for mark in [one for one in self.parts if (one == "[") == text.startswith("[")]:
+                labels, counts = read.split_labels(text, separator=mark), self.parts[mark]
+                counts.update(labels)
+                self.reads[mark] += 1
+                self.several[mark] += len(labels) > 1
+                if len(counts) > MOST_LABELS or any(len(label) > LONGEST_LABEL for label in labels):
+                    del self.parts[mark]
 
     def nearly(self, *kinds: str) -> bool:
         """Nearly all values are of one of these types, or can be read so."""
@@ -186,8 +181,8 @@ class Column:
     @property
     def strange(self) -> list[tuple[str, int, list[tuple[int, str]]]]:
         """Values of types that are odd in this column: type, how many, the first with their rows."""
-        odd = [kind for kind, count in self.types.items() if count < (1 - NEARLY) * self.filled]
-        return [(kind, self.types[kind], self.odd[kind]) for kind in odd]
+        most = (1 - NEARLY) * self.filled
+        return [(kind, count, self.odd[kind]) for kind, count in self.types.items() if count < most]
 
     @property
     def size(self) -> int | None:

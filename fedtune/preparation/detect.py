@@ -111,10 +111,10 @@ class Found:
     path: Path
     rows: int  # that can be read
     # what is wrong with the others, of which the first few are kept; `num_faults` counts all
-    faults: tuple[DataError, ...]
+    faults: Sequence[DataError]
     num_faults: int
     columns: Columns
-    first: tuple[Row, ...]
+    first: Sequence[Row]
     kind: Kind
     roles: Mapping[str, str]  # role to column; `user` where a column says whose each record is
     why: Mapping[str, str]  # by role, why this column has it
@@ -188,26 +188,18 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
         raise ConfigError(f"--{option}", name, "must be another column than the other options name")
     if "user" in chosen and not columns[chosen["user"]].is_id:
         raise ConfigError("--user", chosen["user"], "must have an id of one person in its rows: a text or whole number")
-    guess = _Guess(columns, {OPTIONS[option]: name for option, name in chosen.items() if option != "user"}, path).made()
-    roles, why, user = dict(guess.roles), dict(guess.why), chosen.get("user")
+    made = _Guess(columns, {OPTIONS[option]: name for option, name in chosen.items() if option != "user"}, path).made()
+    roles, why, user = dict(made.roles), dict(made.why), chosen.get("user")
     if by_person:  # where a column says whose a record is, the first that does
         people = [one for one in columns.values() if one.name not in roles.values() and is_person(one)]
         names = [one.name for one in sorted(people, key=lambda one: (person_of(one.name), one.name))]
         if user or names:
             roles["user"] = user or names[0]
             why["user"] = "chosen" if user else "its name: whose a record is (--unit record protects each record alone)"
+    features = tuple(name for name in made.features if name not in roles.values())
+    made = made._replace(roles=roles, why=why, notes=(*made.notes, *odd.notes()), features=features)
     return Found(
-        path=path,
-        rows=rows,
-        faults=tuple(faults),
-        num_faults=num_faults,
-        columns=columns,
-        first=tuple(first),
-        kind=guess.kind,
-        roles=roles,
-        why=why,
-        notes=(*guess.notes, *odd.notes()),
-        features=tuple(name for name in guess.features if name not in roles.values()),
+        path=path, rows=rows, faults=faults, num_faults=num_faults, columns=columns, first=first, **made._asdict()
     )
 
 

@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from fedtune.data.features import FeatureSpec
 from fedtune.preparation.columns import Column
 from fedtune.preparation.detect import Found
 
 _MOST_NAMES = 12
-ABOUT = (
-    "Ranges and categories become PUBLIC. Take them from what is known of each quantity (what a machine can measure, "
-    "what a form lets people choose), never from the file: its largest value is somebody's. The experiment has ??? "
-    "where you type them; the file's own are shown here alone, to find units and misspellings.",
-    "A number beyond its range counts as the nearer end, and a name that is not declared as other. A wrong range costs "
-    "accuracy, and no privacy.",
-    "Rows without a value are taken (missing: indicator), also where the file has none. To leave them out, delete it.",
-)
 
 
 def filled(found: Found) -> tuple[str, ...]:
@@ -38,15 +31,14 @@ def is_name(column: Column) -> bool:
 
 def own_features(found: Found) -> tuple[FeatureSpec, ...]:
     """Columns by the file's own values: to look at its rows with, and for nothing that is written."""
-    made = []
-    for name in found.features:
-        column = found.columns[name]
-        own = {"columns": (name,), "size": column.size, "missing": "indicator"}
+
+    def spec(column: Column) -> FeatureSpec:
+        own: dict[str, Any] = {"range": (-1.0, 1.0)}
         if is_name(column):
-            made.append(FeatureSpec(**own, categories=tuple(column.labels)[:1] or ("x",)))  # type: ignore[arg-type]
-        else:
-            made.append(FeatureSpec(**own, range=(-1.0, 1.0)))  # type: ignore[arg-type]
-    return tuple(made)
+            own = {"categories": tuple(column.labels)[:1] or ("x",)}
+        return FeatureSpec(columns=(column.name,), size=column.size, missing="indicator", **own)
+
+    return tuple(spec(found.columns[name]) for name in found.features)
 
 
 def lines(found: Found) -> Iterator[str]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import NamedTuple
-
-CAVEAT = "Patterns miss names, addresses and much else, and some numbers only look like identifiers: read samples, too."
 
 
 class Identifier(NamedTuple):
@@ -41,12 +39,10 @@ def identifiers(text: str) -> list[Identifier]:
 
 def masked(text: str) -> tuple[str, list[str]]:
     """The text with each identifier's kind in brackets in its place, and the kinds, one of each place."""
-    parts, place, kinds = [], 0, []
-    for one in identifiers(text):
-        parts += [text[place : one.start], f"[{one.kind}]"]
-        place = one.end
-        kinds.append(one.kind)
-    return "".join([*parts, text[place:]]), kinds
+    found = identifiers(text)
+    ends = [0, *(one.end for one in found)]
+    parts = [f"{text[end : one.start]}[{one.kind}]" for end, one in zip(ends, found, strict=False)]
+    return "".join([*parts, text[ends[-1] :]]), [one.kind for one in found]
 
 
 def damage(text: str) -> Iterator[str]:
@@ -129,12 +125,7 @@ def _address(text: str) -> str:
         return ""
 
 
-_CHECKS: Mapping[str, Callable[[str], str]] = {
-    "IBAN": _iban,
-    "card number": _card,
-    "German tax id": _tax_id,
-    "IP address": _address,
-}
+_CHECKS = {"IBAN": _iban, "card number": _card, "German tax id": _tax_id, "IP address": _address}
 """By kind, the part of a match that is one; "" where none is."""
 
 # Marks and rows within a text.

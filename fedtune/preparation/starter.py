@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,14 +38,12 @@ _MOST_TOKENS = 256  # of an example, where the file has longer ones: time and me
 _MOST_WINDOWS, _STRIDE = 4, 32
 _WHOLE = 0.99
 """Of the records are as long as `max_length` or shorter: which one is the longest does not decide what is public."""
-_SITES = ((1000, 2), (3000, 3))
-"""Records and sites: with fewer records than the number, its sites; with more than all, one site more."""
+_MORE_SITES = (1000, 3000)  # from each of these numbers of records on, a simulation has one site more than two
 _FEW_UNITS, _FEW_OF_LABEL = 200, 5
 _MOST_SITES = 20  # that a column is taken to name
 _LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
-_SHARES = ((1000, 0.2, 0.1), (10_000, 0.1, 0.05))
-"""With fewer records than the first number, these shares of them are for the test and for validation."""
-_LEAST_SHARES = (0.02, 0.01)
+_SHARES = ((0.2, 0.1), (0.1, 0.05), (0.02, 0.01))  # for test and validation, smaller where there are more records
+_SMALLER_FROM = (1000, 10_000)
 _BEFORE_COMMENT = 34
 _ABOUT_ANSWERS = {
     "label_separator": "stands between the labels of a record",
@@ -114,6 +113,11 @@ class Plan:
         return self.max_length + (self.windows - 1) * (self.max_length - _STRIDE - 2)
 
     @property
+    def shares(self) -> tuple[float, float]:
+        """Of the records, for the test and for validation."""
+        return _SHARES[bisect_right(_SMALLER_FROM, self.measured.units)]
+
+    @property
     def _longest(self) -> int:
         lengths = self.measured.lengths if len(self.measured.lengths) else [1]
         return int(np.quantile(lengths, _WHOLE, method="lower"))
@@ -126,7 +130,7 @@ def left_open(base: str) -> Sequence[str]:
 
 def sites_for(units: int) -> int:
     """How many sites a simulation on this many records or persons has."""
-    return next((count for most, count in _SITES if units < most), 1 + _SITES[-1][1])
+    return 2 + bisect_right(_MORE_SITES, units)
 
 
 def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int) -> Measured:
@@ -215,14 +219,10 @@ def run_name(file: Path) -> str:
 
 def declared_size(plan: Plan, units: int | None = None) -> int:
     """A round number near what a site trains on, of its `units` in the file; None: of an equal part of them all."""
-    test, validation = _shares(plan.measured.units)
+    test, validation = plan.shares
     share = (plan.measured.units / plan.num_sites if units is None else units) * (1 - test - validation)
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
     return max(1, int(share // unit * unit))
-
-
-def _shares(rows: int) -> tuple[float, float]:
-    return next(((test, validation) for most, test, validation in _SHARES if rows < most), _LEAST_SHARES)
 
 
 def experiment(found: Found, plan: Plan, *, file: Path) -> str:
@@ -280,7 +280,7 @@ def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
 
 
 def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]]:
-    test, validation = _shares(plan.measured.units)
+    test, validation = plan.shares
     # From this page's folder where it lies there or below.  Links stay: what one leads to may have another name,
     # without an ending, and change with its next version.
     folder, records = file.absolute().parent, found.path.absolute()

@@ -130,6 +130,20 @@ def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Calla
         raise Refused(Reason.SETTINGS) from error
 
 
+def at_own_site(config: RunConfig, policy: Policy, *, folder: Path) -> RunConfig:
+    """An experiment over a real site's own file, as its policy, which lies in `folder`, has it."""
+    dataset = next((one for one in policy.dataset if one.id == config.data.dataset), None)
+    if dataset is None:
+        known = ", ".join(one.id for one in policy.dataset) or "none"
+        raise ConfigError("data.dataset", config.data.dataset, f"must be a data set of the site's policy ({known})")
+    unit = policy.population.unit
+    sent = config.data.for_sites(task_named(config.task).columns(config.data, unit=unit))
+    data = replace(sent.at_site(dataset, folder=folder), declared_sizes=dataset.declared_size)
+    federation = FederationSpec(num_sites=1, min_sites=1, site_names=(policy.site,))
+    privacy = replace(config.privacy, unit=unit)
+    return replace(config, data=data, federation=federation, privacy=privacy)
+
+
 def _named_model(model: ModelSpec) -> ModelSpec:
     """The model by its hash, without the place where the lead has it."""
     sha256 = model.sha256 or model_sha256(model)

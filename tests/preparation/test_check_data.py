@@ -13,8 +13,9 @@ from fedtune.config import RunConfig
 from fedtune.data.load import deal
 from fedtune.model.base_model import load_tokenizer
 from fedtune.preparation import check_data, duplicates
-from fedtune.preparation.check_data import Checked, at_own_site, check
+from fedtune.preparation.check_data import Checked, check
 from fedtune.privacy.site_policy import Dataset, Policy, Population
+from fedtune.sites.shared_settings import at_own_site
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import task_named
 
