@@ -1,13 +1,12 @@
 """A new file with what is kept of an old one."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.config import RunConfig
 from fedtune.preparation.clean import Cleaned, Cleaning, clean
 from fedtune.show.new_files import new_streams
 from fedtune.spec import ConfigError, DataError
@@ -121,15 +120,6 @@ def test_nothing_is_left_behind_where_nothing_is_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row is kept"):
         cleaned(written(tmp_path, row(" ")), "empty")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl"]
-
-
-def test_the_same_experiment_reads_the_new_file(tickets: Callable[..., RunConfig], tmp_path: Path) -> None:
-    from fedtune.data.records import iter_records
-
-    config = tickets("a,sales", ",sales", '"b, or\nc",billing')
-    done, _ = cleaned(Path(config.data.train_file), "empty")
-    records = list(iter_records(tmp_path / "kept.jsonl", config.data.columns))
-    assert (done.dropped, [record.fields["text"] for record in records]) == ({"empty": 1}, ["a", "b, or\nc"])
 
 
 def test_text_that_is_json_is_masked_within_and_stays_json(tmp_path: Path) -> None:

@@ -87,7 +87,17 @@ KINDS: list[tuple[dict[str, Any], str]] = [
         "preferences: prompt chosen=chosen_response rejected=rejected_response",
     ),
     ({"subject": "about your order {}, again".format} | LABELLED, "labelled: text label; not subject"),
-]
+    # Turns as Python and pandas print them, ids that no run can read, and what is said of people but is no id.
+    ({"id": int, "messages": str(TURNS)}, "chat: messages; not id"),
+    ({"id": int, "messages": str(TURNS).replace("}, {", "}\n {")}, "chat: messages; not id"),
+    ({"id": int, "messages": f"array({[ASK]})"}, "chat: messages; not id"),
+    (LABELLED | {"user_id": lambda n: f"1.23{n % 9}E+11"}, "labelled: text label user=user_id"),
+    *((LABELLED | {name: lambda n: n % 9}, f"labelled: text label; not {name}") for name in (
+        "user_rating", "customer_type", "patient_age", "personal", "screening", "new_customer_score"
+    )),
+    ({"age": lambda n: n + 0.5, "label": AB}, "table: label"),
+    ({"text": own, "age": lambda n: n + 0.5, "label": AB}, "labelled: text label; not age"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("columns", "expected"), KINDS, ids=range(len(KINDS)))
@@ -151,6 +161,8 @@ SEVERAL = {"question": own, "answer": own, "doc": own, "tone": own, "n": lambda 
             "pairs: prompt completion",
         ),
         (BOTH, "text=chosen", "text: text=chosen"),
+        ({"sex": AB, "label": AB}, "text=sex", "text: text=sex"),
+        ({"age": lambda n: n + 0.5, "dose": lambda n: n * 1.5}, "score=dose", "table: target=dose"),
     ],
 )
 def test_each_role_can_be_chosen(tmp_path: Path, columns: dict[str, Any], chosen: str, expected: str) -> None:

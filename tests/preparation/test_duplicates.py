@@ -19,8 +19,8 @@ TURNS = '[{"role":"user","content":"b"}]'
 class Reader:
     """Gives each text to the records so far, with the next line."""
 
-    def __init__(self, *, alike: bool = True) -> None:
-        self.earlier, self._line = Earlier(alike=alike), 0
+    def __init__(self) -> None:
+        self.earlier, self._line = Earlier(alike=True), 0
 
     def __call__(self, text: str, label: str = "a", *, use: str = "train") -> dict[Likeness, list[int]]:
         self._line += 1
@@ -81,12 +81,6 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         read(sentence(seed))
     assert read(sentence(1)) == {"same": [2], "alike": [2]}
     assert read(sentence(4)) == {"same": [], "alike": []}
-
-
-def test_without_the_library_equal_records_are_still_found() -> None:
-    read = Reader(alike=False)
-    read(sentence(1))
-    assert read(sentence(1)) == {"same": [1], "alike": []}
 
 
 def test_a_record_that_is_not_kept_is_no_earlier_one() -> None:

@@ -72,22 +72,6 @@ def test_what_is_not_read_is_named(tmp_path: Path, columns: dict[str, Any], name
 
 
 @pytest.mark.parametrize(
-    "name", ["user_rating", "customer_type", "patient_age", "personal", "screening", "new_customer_score"]
-)
-def test_what_is_said_of_people_is_no_id(tmp_path: Path, name: str) -> None:
-    assert "user" not in seen(tmp_path, LABELLED | {name: lambda n: n % 9}).roles
-
-
-def test_persons_whose_ids_no_run_can_read_stay_the_unit(tmp_path: Path) -> None:
-    assert seen(tmp_path, LABELLED | {"user_id": lambda n: f"1.23{n % 9}E+11"}).roles["user"] == "user_id"
-
-
-@pytest.mark.parametrize("printed", [str([ASK, SAY]), str([ASK, SAY]).replace("}, {", "}\n {"), f"array({[ASK]})"])
-def test_turns_as_python_prints_them_are_a_conversation(tmp_path: Path, printed: str) -> None:
-    assert seen(tmp_path, {"id": int, "messages": printed}).kind == "chat"
-
-
-@pytest.mark.parametrize(
     "labels",
     [
         *(("1", "1.0"), ("A", "\uff21"), ("very good", "very\u00a0good"), ("Ok", "ok")),

@@ -27,22 +27,13 @@ def test_numbers_names_and_lists_are_told_apart(tmp_path: Path) -> None:
     assert found.columns["states"].size == 3
 
 
-@pytest.mark.parametrize(
-    ("columns", "chosen", "kind"),
-    [
-        ({"text": own, "age": lambda number: number + 0.5, "label": SICK}, {}, "labelled"),
-        ({"age": lambda number: number + 0.5, "label": SICK}, {}, "table"),
-        ({"sex": ("f", "m"), "label": SICK}, {"text": "sex"}, "text"),
-        ({"age": lambda number: number + 0.5, "dose": lambda number: number * 1.5}, {"score": "dose"}, "table"),
-    ],
-)
-def test_a_column_of_texts_makes_no_table(tmp_path: Path, columns: Any, chosen: dict[str, str], kind: str) -> None:
-    assert seen(tmp_path, columns, **chosen).kind == kind
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def labs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def labs(tmp_path: Path) -> Path:
     random.seed(3)
     given = rows(TABLE, 120)
     random.shuffle(given)
@@ -92,9 +83,8 @@ def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: An
 
 @pytest.mark.parametrize("events", [("1", "0"), ("1.0", "0.0"), ("True", "False"), (True, False), (1, 0)])
 def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, events: tuple[Any, ...]
+    tmp_path: Path, command: Any, events: tuple[Any, ...]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     table = {"age": TABLE["age"], "os_months": lambda number: number % 50 + 0.25, "died": events}
     (tmp_path / "trial.json").write_text(json.dumps(rows(table, 60)))
     told = command("data", "init", "trial.json").printed
@@ -114,8 +104,7 @@ def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
     assert (file["rows"], file["errors"]) == (60, [])
 
 
-def test_texts_with_time_and_event_are_survival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_texts_with_time_and_event_are_survival(tmp_path: Path, command: Any) -> None:
     given = {"text": own, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
     (tmp_path / "notes.json").write_text(json.dumps(rows(given, 60)))
     assert command("data", "init", "notes.json", "--model", "random_bert").printed
@@ -124,8 +113,7 @@ def test_texts_with_time_and_event_are_survival(tmp_path: Path, monkeypatch: pyt
     assert command("plan", "experiment=./notes.yaml").printed
 
 
-def test_an_event_is_chosen_and_must_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_an_event_is_chosen_and_must_be_one(tmp_path: Path, command: Any) -> None:
     table = {"age": TABLE["age"], "weeks": lambda number: number % 50 + 0.25, "went": (1, 0), "diagnosis": SICK}
     (tmp_path / "trial.json").write_text(json.dumps(rows(table, 60)))
     assert command("data", "init", "trial.json", "--time", "weeks", "--event", "went", "--out", "a.yaml").printed
