@@ -95,6 +95,10 @@ class Federation:
         )
         self.start = LeadState(round=0, adapter=adapter)
 
+    def run(self, state: LeadState | None = None, **changes: Any) -> LeadState:
+        """Run to the end, by a lead with these changes."""
+        return run_rounds(self.transport, replace(self.lead, **changes), state or self.start)
+
     def run_until(self, round: int, state: LeadState | None = None) -> LeadState:
         """Run on to the end of `round`, where the lead's process dies, and return what its checkpoint says."""
 
@@ -103,7 +107,7 @@ class Federation:
                 raise Died
 
         with pytest.raises(Died):
-            run_rounds(self.transport, replace(self.lead, finished=die), state or self.start)
+            self.run(state, finished=die)
         return self.lead.checkpoints.load()
 
     def _name(self, context: Context) -> str:

@@ -11,7 +11,6 @@ from flwr.app import Message
 
 from fedtune.federation.aggregation import weights_of
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.update_store import Arrived
@@ -44,7 +43,7 @@ _EXPECTED: dict[str, Callable[[float], float]] = {
 
 def moved(federation: Any) -> float:
     """By how much one round moved every value of the adapter."""
-    state = run_rounds(federation.transport, federation.lead, federation.start)
+    state = federation.run()
     steps = np.concatenate(
         [(state.adapter.tensors[name] - value).ravel() for name, value in federation.adapter.tensors.items()]
     )
@@ -86,7 +85,7 @@ def test_replies_in_any_order_give_the_same_bytes(federation: Any, tamper: Any, 
 
         tamper(shuffled)
         made = federation(sizes=(3, 5, 7), strategy=strategy, num_rounds=3, folder=str(order), **_SETTINGS[strategy])
-        digests.add(run_rounds(made.transport, made.lead, made.start).adapter.digest())
+        digests.add(made.run().adapter.digest())
     assert len(digests) == 1
 
 
@@ -95,12 +94,12 @@ def test_replies_in_any_order_give_the_same_bytes(federation: Any, tamper: Any, 
 def test_a_restored_strategy_goes_on_as_before(federation: Any, strategy: str) -> None:
     settings = {"strategy": strategy, "sizes": (3, 5, 7), **_SETTINGS[strategy]}
     whole = federation(num_rounds=3, folder="whole", **settings)
-    expected = run_rounds(whole.transport, whole.lead, whole.start)
+    expected = whole.run()
     first = federation(num_rounds=3, folder="parts", **settings)
     first.run_until(1)
     second = federation(num_rounds=3, folder="parts", **settings)
     state = second.lead.checkpoints.load()
-    assert run_rounds(second.transport, second.lead, state).adapter.digest() == expected.adapter.digest()
+    assert second.run(state).adapter.digest() == expected.adapter.digest()
 
 
 def test_momentum_keeps_its_order_beyond_ten_tensors() -> None:
@@ -149,7 +148,7 @@ def test_an_update_is_on_disk_before_the_next_site_trains(federation: Any, monke
         return train(request, adapter, attempt)
 
     monkeypatch.setattr(made, "_train", spy)
-    run_rounds(made.transport, made.lead, made.start)
+    made.run()
     sites = list(made.sizes)
     assert there[: len(sites)] == [sites[:number] for number in range(len(sites))]
     assert not made.lead.checkpoints.arrived.exists()

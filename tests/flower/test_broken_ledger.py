@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.rounds import run_rounds
 from fedtune.privacy.ledger import store
 from fedtune.runs.results import site_charge
 
@@ -28,7 +27,7 @@ def test_a_ledger_that_can_only_be_read(
         return connect(path, **settings)
 
     monkeypatch.setattr(store.sqlite3, "connect", read_only)
-    after = run_rounds(made.transport, made.lead, state)
+    after = made.run(state)
     assert after.rounds[-1].failed_sites == {"site-2": "site_error"}
     assert made.trained[-2:] == ["site-1", "site-3"]
     assert "attempt to write a readonly database" in caplog.text
@@ -46,7 +45,7 @@ def test_a_ledger_that_was_put_back_is_found_out_by_the_leads_receipt(federation
     shutil.copy(path, backup)
     state = made.run_until(2, state)
     shutil.copy(backup, path)
-    after = run_rounds(made.transport, made.lead, state)
+    after = made.run(state)
     assert after.rounds[-1].failed_sites == {"site-2": "ledger_behind_receipt"}
     assert made.trained[-2:] == ["site-1", "site-3"]
     assert after.receipts["site-2"] == state.receipts["site-2"], "what the site says now is not believed"

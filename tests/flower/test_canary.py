@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.rounds import run_rounds
-
 CANARY = "patient-4711-has-hepatitis"
 _WORDS = (CANARY, "patient", "hepatitis", "Traceback", "Error", "ledger.db", "site_key.pem", "sqlite")
 
@@ -39,12 +37,12 @@ def test_the_names_of_a_sites_files_stay(
         "releases": {"metrics": "none"},
     }
     made = federation(policies={"site-2": names})
-    assert run_rounds(made.transport, made.lead, made.start).rounds[0].failed_sites == {}
+    assert made.run().rounds[0].failed_sites == {}
     require_silence(everything_sent)
     # Now with a ledger that cannot be read: the error names its path.
     made.ledger_path("site-2").write_bytes(b"no database" * 500)
     again = federation(policies={"site-2": names}, asks={"run": "s"})
-    state = run_rounds(again.transport, again.lead, again.start)
+    state = again.run()
     assert (state.rounds[0].sites, state.rounds[0].failed_sites) == (("site-1", "site-3"), {"site-2": "site_error"})
     require_silence(everything_sent)
     assert f"{CANARY}.db cannot be read or written" in caplog.text
@@ -53,14 +51,14 @@ def test_the_names_of_a_sites_files_stay(
 def test_the_search_finds_what_it_looks_for(federation: Any, everything_sent: list[bytes]) -> None:
     # Else all of the above would pass over nothing.
     made = federation(asks={"run": CANARY})
-    run_rounds(made.transport, made.lead, made.start)
+    made.run()
     with pytest.raises(AssertionError, match="hepatitis"):
         require_silence(everything_sent)
 
 
 def test_everything_is_listened_to(federation: Any, everything_sent: list[bytes], adapter: Any) -> None:
     made = federation(num_rounds=2)
-    run_rounds(made.transport, made.lead, made.start)
+    made.run()
     introductions, offers, replies, ends = 3, 3, 2 * 3, 3
     assert len(everything_sent) == introductions + offers + replies + ends
     assert sum(b"site_key" in sent for sent in everything_sent) == offers + replies + ends, "a receipt is in each"

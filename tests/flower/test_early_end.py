@@ -1,30 +1,27 @@
 """A lead whose scores end a run: what it keeps, what its sites learn, and what their ledgers save."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from fedtune.federation.rounds import run_rounds
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.runs.results import site_charge
 
 
-def with_scores(made: Any, scores: Sequence[float], **changes: Any) -> Any:
-    """The lead, whose validation file gives one score after the other."""
+def with_scores(made: Any, *scores: float) -> Any:
+    """The same, with a lead whose validation file gives one score after the other."""
     left = iter(scores)
-    return replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, judged_by="accuracy", **changes)
+    made.lead = replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, judged_by="accuracy")
+    return made
 
 
 def test_the_best_round_is_kept_and_sites_learn_the_end_and_save_the_rest(federation: Any) -> None:
     """A run of four planned rounds that its scores end after the third."""
     asks = {"num_rounds": 4, "spare_rounds": 0}
-    made = federation(num_rounds=4, stop_after=1, keep_round="best", asks=asks)
+    made = with_scores(federation(num_rounds=4, stop_after=1, keep_round="best", asks=asks), 0.25, 0.75, 0.75)
     adapters: list[Adapter] = []
-    lead = with_scores(made, (0.25, 0.75, 0.75), gives_adapter=True)
-    lead = replace(lead, finished=lambda state: adapters.append(state.adapter))
-    state: Any = run_rounds(made.transport, lead, made.start)
+    state: Any = made.run(gives_adapter=True, finished=lambda state: adapters.append(state.adapter))
     assert (state.round, len(adapters)) == (3, 3)
     assert made.trained == [*made.spec.names] * 3
     assert state.kept.digest() == adapters[1].digest() != state.adapter.digest()
@@ -44,9 +41,8 @@ def test_the_best_round_is_kept_and_sites_learn_the_end_and_save_the_rest(federa
 
 
 def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Any) -> None:
-    made = federation(num_rounds=2, keep_round="best")
-    made.lead = with_scores(made, (0.75, 0.5))
+    made = with_scores(federation(num_rounds=2, keep_round="best"), 0.75, 0.5)
     after_one = made.run_until(1)
-    state = run_rounds(made.transport, made.lead, after_one)
+    state = made.run(after_one)
     assert state.round == 2
     assert state.kept.digest() == after_one.adapter.digest() != state.adapter.digest()

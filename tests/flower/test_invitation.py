@@ -1,7 +1,6 @@
 """Before round 1 the lead asks who takes part, so that nobody is charged for a run that others end."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ from flwr.app import ConfigRecord, Message
 
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
-from fedtune.federation.rounds import run_rounds
 from fedtune.flower import flower_records
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refusal
@@ -33,14 +31,14 @@ def test_one_sites_refusal_costs_the_others_nothing(federation: Any) -> None:
         with pytest.raises(
             RefusedError, match=r"2 of 3 sites would take part.*site-2: max_epsilon, asked .*nothing was"
         ):
-            run_rounds(made.transport, made.lead, made.start)
+            made.run()
     assert charged(made) == []
     assert made.trained == []
 
 
 def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_same(federation: Any) -> None:
     made = federation(min_sites=2, policies={"site-2": {"budget": {"max_epsilon": 0.01}}})
-    state = run_rounds(made.transport, made.lead, made.start)
+    state = made.run()
     assert state.rounds[0].sites == ("site-1", "site-3")
     assert state.rounds[0].failed_sites == {"site-2": "max_epsilon"}
     moved = state.adapter.tensors["head"] - made.adapter.tensors["head"]
@@ -57,14 +55,14 @@ def test_a_site_of_another_version_is_named_before_anybody_pays(federation: Any,
     made = federation(min_sites=3)
     tamper(older, ("query.invite",))
     with pytest.raises(RunError, match="site-2: malformed_request, so it may run another version of fedtune"):
-        run_rounds(made.transport, made.lead, made.start)
+        made.run()
     assert charged(made) == []
 
 
 def test_a_site_that_waits_for_a_person_may_still_come(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"approval": "manual"}})
     with pytest.raises(RunError, match=r"2 of 3 sites.*site-2: awaiting_approval") as raised:
-        run_rounds(made.transport, made.lead, made.start)
+        made.run()
     assert not isinstance(raised.value, RefusedError)
     assert charged(made) == []
 
@@ -88,15 +86,15 @@ def test_an_offer_that_its_site_did_not_sign_is_none(federation: Any, tamper: An
     made = federation(min_sites=3)
     tamper(change, ("query.invite",))
     if what == "to another question":  # the first time it is the answer; then the site is frozen, and the server knows
-        run_rounds(made.transport, made.lead, made.start)
+        made.run()
         made.ledger("site-2").freeze("consent withdrawn")
         spent = len(made.events("site-1"))
         with pytest.raises(RunError, match="site-2: unsigned_reply"):
-            run_rounds(made.transport, made.lead, made.start)
+            made.run()
         assert [event.kind for event in made.events("site-1")[spent:] if event.kind is not Kind.NOTE] == []
         return
     with pytest.raises(RunError, match="site-2: no_reply" if what == "nothing" else "site-2: unsigned_reply"):
-        run_rounds(made.transport, made.lead, made.start)
+        made.run()
     assert charged(made) == []
 
 
@@ -111,7 +109,7 @@ def test_a_resumed_run_is_not_asked_about_again(federation: Any) -> None:
         return deliver(message)
 
     made.grid.deliver = note
-    run_rounds(made.transport, made.lead, state)
+    made.run(state)
     assert "query.invite" not in seen
 
 
@@ -122,7 +120,7 @@ def test_a_round_that_diverged_goes_back_and_the_run_goes_on(
     made = federation(num_rounds=3, strategy=strategy, server_momentum=0.5)
     plain = federation(num_rounds=3, strategy=strategy, server_momentum=0.5, folder="b")
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.5}])
-    state = run_rounds(made.transport, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
+    state = made.run(evaluate=lambda adapter: next(scores))
     assert [result.diverged for result in state.rounds] == [False, True, False]
     assert [result.metrics for result in state.rounds] == [{"loss": 1.0}, {"loss": 1.0}, {"loss": 0.5}]
     assert "round 2 diverged (loss nan); going back to the adapter that it began with" in caplog.text
@@ -140,7 +138,7 @@ def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(fed
         r"round 3 diverged \(loss inf\), as the round before did; the checkpoint of .* resuming would diverge again"
     )
     with pytest.raises(StuckError, match=message + r".* start a new run with training\.learning_rate=\S+$"):
-        run_rounds(made.transport, replace(made.lead, evaluate=lambda adapter: next(scores)), made.start)
+        made.run(evaluate=lambda adapter: next(scores))
     saved = made.lead.checkpoints.load()
     assert (saved.round, saved.rounds[-1].diverged) == (2, True)
     first: LeadState = federation(num_rounds=3, folder="b").run_until(1)

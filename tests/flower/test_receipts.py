@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from flwr.app import Message, RecordDict
 
-from fedtune.federation.rounds import run_rounds
 from fedtune.flower import flower_records
 from fedtune.privacy.events import grouped
 from fedtune.privacy.keys import SigningKey
@@ -41,14 +39,14 @@ def test_receipts_count_under_the_keys_of_the_roster_and_of_sites_that_it_does_n
 ) -> None:
     made = federation(num_rounds=2)
     keys = {site: key for site, key in known_keys(made).items() if site in named}
-    state = run_rounds(made.transport, replace(made.lead, site_keys=keys), made.start)
+    state = made.run(site_keys=keys)
     assert charges(made, state) == dict.fromkeys(SITES, (2, False))
 
 
 def test_a_receipt_under_another_key_is_nobody_s_word(federation: Any, caplog: pytest.LogCaptureFixture) -> None:
     made = federation(num_rounds=2)
     keys = known_keys(made) | {"site-2": stranger_key.public}
-    state = run_rounds(made.transport, replace(made.lead, site_keys=keys), made.start)
+    state = made.run(site_keys=keys)
     # Nobody knows whose update it is, nor what was charged, in the rounds and at the end.
     assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
     assert state.rounds[0].failed_sites == {"site-2": "unsigned_reply"}
@@ -61,7 +59,7 @@ def test_the_last_word_of_a_site_that_was_silent_says_what_it_was_charged(federa
     # Its answers were lost on the way, and the last question was not.
     made = federation(num_rounds=2)
     tamper(without(2))
-    state = run_rounds(made.transport, made.lead, made.start)
+    state = made.run()
     assert charges(made, made.finished[-1])["site-2"] == (2, True)
     assert charges(made, state) == dict.fromkeys(SITES, (2, False))
     saved = made.lead.checkpoints.load()
@@ -82,7 +80,7 @@ def test_an_older_receipt_hides_no_charge(federation: Any, tamper: Any) -> None:
         return messages
 
     tamper(swap, ("query.invite", "train", "query.end"))
-    state = run_rounds(made.transport, made.lead, made.start)
+    state = made.run()
     assert charges(made, state) == {"site-1": (2, False), "site-2": (2, True), "site-3": (2, False)}
 
 
@@ -104,7 +102,7 @@ def test_a_last_word_that_is_none_changes_nothing(federation: Any, tamper: Any, 
     made = federation()
     tamper(without(2))
     tamper(spoil, ("query.end",))
-    state = run_rounds(made.transport, made.lead, made.start)
+    state = made.run()
     assert charges(made, state) == {"site-1": (1, False), "site-2": (1, True), "site-3": (1, False)}
     assert state.round == 1, "the run is over all the same"
 
@@ -112,7 +110,7 @@ def test_a_last_word_that_is_none_changes_nothing(federation: Any, tamper: Any, 
 def test_settings_travel_to_each_site_in_each_round(federation: Any) -> None:
     made = federation(num_rounds=2)
     settings = json.dumps({"task": "classification", "name": "Größe"})
-    run_rounds(made.transport, replace(made.lead, settings=settings), made.start)
+    made.run(settings=settings)
     asked, ends = made.asked[:9], made.asked[9:]
     assert asked == [(name, settings) for name in SITES] * 3, "before the run, and in each of two rounds"
     assert ends == [(name, "") for name in SITES], "the end of a run needs none"
@@ -121,7 +119,7 @@ def test_settings_travel_to_each_site_in_each_round(federation: Any) -> None:
 @pytest.mark.parametrize("gives", [True, False], ids=["real sites", "a simulation"])
 def test_the_sites_receive_the_final_adapter(federation: Any, gives: bool) -> None:
     made = federation(num_rounds=2)
-    state = run_rounds(made.transport, replace(made.lead, gives_adapter=gives), made.start)
+    state = made.run(gives_adapter=gives)
     assert made.kept == (dict.fromkeys(SITES, ("r", state.adapter.digest())) if gives else {})
     assert state.adapter.digest() != made.adapter.digest()
     for site in SITES:
@@ -133,7 +131,7 @@ def test_a_run_that_is_refused_leaves_no_adapter_and_gives_the_others_their_budg
     made = federation(num_rounds=2, min_sites=3)
     freeze = lambda state: made.ledger("site-2").freeze("consent withdrawn")  # noqa: E731
     with pytest.raises(RefusedError, match=r"round 2: .*site-2: frozen"):
-        run_rounds(made.transport, replace(made.lead, gives_adapter=True, finished=freeze), made.start)
+        made.run(gives_adapter=True, finished=freeze)
     assert made.kept == {}
     for site in ("site-1", "site-3"):
         history = made.ledger(site).history

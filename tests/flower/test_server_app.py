@@ -10,7 +10,6 @@ from flwr.app import ConfigRecord, Error, Message
 
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.replies import BEYOND_PLAN
-from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
@@ -28,7 +27,7 @@ def reply_of(messages: list[Message], node: int) -> Message:
 
 def test_a_round_is_recorded(federation: Any) -> None:
     made = federation(num_rounds=2)
-    state = run_rounds(made.transport, made.lead, made.start)
+    state = made.run()
     assert [result.round for result in state.rounds] == [1, 2]
     # After the last round every site says once more what it was charged; nothing else changes.
     assert replace(state, receipts=made.finished[-1].receipts) == made.finished[-1]
@@ -54,7 +53,7 @@ def test_a_site_that_sends_errors_counts_as_charged_and_the_others_go_on(federat
 
     tamper(silence, ("train", "query.end"))
     made = federation(num_rounds=2)
-    state = run_rounds(made.transport, made.lead, made.start)
+    state = made.run()
     assert [result.sites for result in state.rounds] == [("site-1", "site-3")] * 2
     assert [dict(result.failed_sites) for result in state.rounds] == [{"site-2": "no_reply"}] * 2
     silent, heard = (site_charge(state, site, made.plan) for site in ("site-2", "site-1"))
@@ -67,7 +66,7 @@ def test_too_few_sites_end_the_run_and_the_checkpoint_stays(federation: Any, tam
     after_one = made.run_until(1)
     tamper(lambda messages: messages[1:])
     with pytest.raises(RunError, match=r"round 2: 2 of 3 sites .*min_sites = 3 .*site-1: no_reply.* round 1 can"):
-        run_rounds(made.transport, made.lead, after_one)
+        made.run(after_one)
     loaded = made.lead.checkpoints.load()
     assert loaded.round == 1
     assert loaded.adapter.digest() == after_one.adapter.digest()
@@ -97,7 +96,7 @@ def test_a_bad_reply_is_dropped_and_the_round_goes_on(federation: Any, tamper: A
 
     tamper(spoil)
     made = federation()
-    state = run_rounds(made.transport, made.lead, made.start)
+    state = made.run()
     assert state.rounds[0].sites == ("site-1", "site-3")
     assert state.rounds[0].failed_sites == {"site-2": reason}
     assert all(np.isfinite(value).all() for value in state.adapter.tensors.values())
@@ -112,13 +111,13 @@ def test_a_missing_node_is_waited_for_until_the_timeout(federation: Any) -> None
     made = federation(round_timeout_s=0.1)
     sizes = made.sizes | {"site-4": 5}
     with pytest.raises(RunError, match="did not introduce themselves: site-4"):
-        run_rounds(made.transport, replace(made.lead, declared_sizes=sizes), made.start)
+        made.run(declared_sizes=sizes)
 
 
 def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any) -> None:
     many = federation(num_rounds=run_plan().most_rounds + 1, min_sites=3)
     with pytest.raises(RefusedError, match=r"round 5: refused .*\(site-1: plan_exhausted, .*spare_rounds"):
-        run_rounds(many.transport, many.lead, many.start)
+        many.run()
     assert len(many.finished) == run_plan().most_rounds
 
 
@@ -136,6 +135,6 @@ def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Any
         return Trained(adapter=Adapter(moved))
 
     made._train = train
-    state = run_rounds(made.transport, replace(made.lead, lora=lora), made.start)
+    state = made.run(lora=lora)
     assert [result.failed_sites for result in state.rounds] == [{"site-2": BEYOND_PLAN}] * 2
     assert {float(value) for tensor in state.adapter.tensors.values() for value in tensor.ravel()} == {0.25}
