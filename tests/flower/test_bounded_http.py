@@ -1,5 +1,6 @@
 """What a server may make a site or a lead hold in memory, and for how long it may keep a call."""
 
+import contextlib
 import gzip
 import resource
 import socket
@@ -82,10 +83,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded_http, "_OBJECT", _Bound(bounded_http._OBJECT.most_bytes, 0.5))
 
 
-def grown_mib(work: Callable[[], None]) -> float:
+@contextlib.contextmanager
+def within_64_mib() -> Iterator[None]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
 @both
@@ -93,12 +95,8 @@ def test_a_compressed_answer_is_not_read(serve: Any, tls: Tls, call: Called) -> 
     # 256 KB that stand for 256 MB.
     bomb = gzip.compress(bytes(16 * MIB), mtime=0) * 16
     server = serve(lambda to, path: to.sendall(whole(bomb, headers="content-encoding: gzip\r\n")))
-
-    def meet() -> None:
-        with pytest.raises((Unreachable, OutOfBounds), match="compressed"):
-            call(server.address, tls)
-
-    assert grown_mib(meet) < 64
+    with within_64_mib(), pytest.raises((Unreachable, OutOfBounds), match="compressed"):
+        call(server.address, tls)
 
 
 @both
@@ -111,12 +109,8 @@ def test_an_answer_is_read_up_to_a_bound(serve: Any, tls: Tls, call: Called, *, 
             to.sendall(bytes(MIB) if length_said else b"100000\r\n" + bytes(MIB) + b"\r\n")
 
     server = serve(flood)
-
-    def meet() -> None:
-        with pytest.raises((Unreachable, OutOfBounds), match="bytes"):
-            call(server.address, tls)
-
-    assert grown_mib(meet) < 64
+    with within_64_mib(), pytest.raises((Unreachable, OutOfBounds), match="bytes"):
+        call(server.address, tls)
 
 
 @both

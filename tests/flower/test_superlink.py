@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -130,17 +131,17 @@ def state() -> LinkState:
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> list[bytes]:
-    authority = Authority(tmp_path / "ca")
-    return [public_pem(authority.issue(name)) for name in ("one", "other")]
+def roster(tmp_path: Path) -> list[Registered]:
+    """The sites a and b."""
+    keys = map(public_pem, map(Authority(tmp_path / "ca").issue, ("one", "other")))
+    return [Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True)]
 
 
 def registered(state: LinkState) -> dict[str, int]:
     return {node.name: node.node_id for node in state.get_node_info() if node.status != "unregistered"}
 
 
-def test_keeping_a_roster_twice_changes_nothing(state: LinkState, keys: list[bytes]) -> None:
-    roster = [Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True)]
+def test_keeping_a_roster_twice_changes_nothing(state: LinkState, roster: list[Registered]) -> None:
     keep_roster(state, roster, AUDIT)
     first = registered(state)
     assert set(first) == {"a", "b"}
@@ -150,12 +151,12 @@ def test_keeping_a_roster_twice_changes_nothing(state: LinkState, keys: list[byt
 
 
 def test_who_is_revoked_is_put_out_and_nobody_else(
-    state: LinkState, keys: list[bytes], caplog: pytest.LogCaptureFixture
+    state: LinkState, roster: list[Registered], caplog: pytest.LogCaptureFixture
 ) -> None:
-    a, b = (Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True))
+    a, b = roster
     keep_roster(state, [a, b], AUDIT)
     first = registered(state)
-    keep_roster(state, [Registered(site="a", node_key=a.node_key, revoked=True), b], AUDIT)
+    keep_roster(state, [replace(a, revoked=True), b], AUDIT)
     assert registered(state) == {"b": first["b"]}
     assert state.get_node_id_by_public_key(a.node_key) is None
     # An old roster that was copied by mistake burns no key: Flower never takes one back.
@@ -167,20 +168,18 @@ def test_who_is_revoked_is_put_out_and_nobody_else(
     assert registered(state) == {"b": first["b"]}
 
 
-def test_a_renewed_key_is_registered_beside_the_old_one(state: LinkState, keys: list[bytes]) -> None:
-    keep_roster(state, [Registered(site="a", node_key=keys[0], revoked=False)], AUDIT)
-    old = state.get_node_id_by_public_key(keys[0])
-    keep_roster(state, [Registered(site="a", node_key=keys[1], revoked=False)], AUDIT)
-    assert state.get_node_id_by_public_key(keys[1]) not in (None, old)
+def test_a_renewed_key_is_registered_beside_the_old_one(state: LinkState, roster: list[Registered]) -> None:
+    found = []
+    for one in roster:
+        keep_roster(state, [replace(one, site="a")], AUDIT)
+        found.append(state.get_node_id_by_public_key(one.node_key))
+    assert found[1] not in (None, found[0])
 
 
 def test_a_revoked_site_is_out_although_the_database_takes_no_writes(
-    state: LinkState, keys: list[bytes], monkeypatch: pytest.MonkeyPatch
+    state: LinkState, roster: list[Registered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def members(revoked: bool) -> list[Registered]:
-        return [Registered(site=name, node_key=key, revoked=revoked) for name, key in zip("ab", keys, strict=True)]
-
-    rosters = [members(revoked=False), members(revoked=True)]
+    rosters = [roster, [replace(one, revoked=True) for one in roster]]
     kept = superlink._KeptRoster(lambda: rosters.pop(0), state, AUDIT)  # type: ignore[arg-type]
     kept.look()
 
