@@ -164,11 +164,6 @@ def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
     assert made.plan.measured.lengths.tolist() == tokenised.lengths.tolist()
 
 
-def test_a_file_s_name_is_no_setting(tmp_path: Path) -> None:
-    made = made_for(table(tmp_path, 100).rename(tmp_path / "a\nprivacy: {epsilon: 900}\n#.csv"))
-    assert "privacy: {epsilon: 900}" not in made.text.splitlines()
-
-
 @pytest.mark.parametrize(
     ("labels", "more", "note"),
     [
