@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
@@ -98,7 +99,7 @@ class Average:
     def restore(self, strategy: Arrays) -> None:
         """Continue from what `state` was, whatever has been seen since."""
 
-        def part(moment: str) -> Arrays:
+        def part(moment: str) -> dict[str, npt.NDArray[np.float32]]:
             return {name.removeprefix(moment + "/"): v for name, v in strategy.items() if name.startswith(moment + "/")}
 
         if isinstance(self._strategy, FedAdam):
