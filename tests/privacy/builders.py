@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import strategies as st
 
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
@@ -42,6 +43,15 @@ _PLAN |= {"max_grad_norm": 0.5, "local_steps": 3, "num_rounds": 2}
 _PROPOSAL: dict[str, Any] = {"run": "r", "lead": lead_key.public, "dataset": "notes", "task": "classification"}
 _PROPOSAL |= {"base_model": "b" * 64, "target_modules": ("q_proj",), "rank": 4, "train_head": True, "num_sites": 3}
 _PROPOSAL |= {"seeded_noise": False, "dtype": "float32", "lora_scale": 1.0, "head_scale": 10.0}
+OTHER: dict[str, Any] = {
+    "run": "s",
+    "dataset": "letters",
+    "target_modules": ("v_proj",),
+    "rank": 3,
+    "train_head": False,
+}
+OTHER |= {"seeded_noise": True, "lora_scale": 2.0, "head_scale": 1.0, "num_sites": 2, "start_adapter": "d" * 64}
+"""Of each field of a proposal that has several values within the policy, another one."""
 
 
 def changed(whole: Any, **changes: Any) -> Any:
@@ -128,6 +138,15 @@ def tamper(path: Path, *statements: str, values: tuple[object, ...] = ()) -> Non
         for trigger in (sql for sql in store.SCHEMA if "TRIGGER" in sql):
             file.execute(trigger)
         file.commit()
+
+
+def any_json() -> st.SearchStrategy[Any]:
+    """Any small value, numbers that no float holds among them."""
+    return st.recursive(
+        st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=5,
+    )
 
 
 def reason_of(work: Callable[..., object], *arguments: object, **rest: object) -> Reason:

@@ -17,7 +17,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.trust import Trust
 from fedtune.spec import RunError
 
-from .builders import make_key, policy, proposal, reason_of, reserve, site_key
+from .builders import OTHER, make_key, policy, proposal, reason_of, reserve, site_key
 
 Open = Callable[..., Ledger]
 
@@ -54,13 +54,10 @@ def test_a_run_that_nobody_has_approved_is_charged_nothing_and_once_approved_it_
 
 
 SHARED = SharedNoise(num_sites=3, threshold=3, colluders=0, noise_multiplier=4.0, cell_bits=1, bound=9)
-# Within the policy, so that nothing but the approval can stand against it.
-_OWN: dict[str, Any] = {"run": "s", "dataset": "letters", "target_modules": ("v_proj",), "rank": 3, "train_head": False}
-_OWN |= {"seeded_noise": True, "lora_scale": 2.0, "head_scale": 1.0, "num_sites": 2, "start_adapter": "d" * 64}
 _PLAN: dict[str, Any] = {"sampling_rate": 0.2, "noise_multiplier": 1.0000001, "max_grad_norm": 0.25, "local_steps": 2}
 _PLAN |= {"num_rounds": 4, "spare_rounds": 1, "runs": 2, "metrics_noise_multiplier": 9.0}
 _CHANGES: dict[str, dict[str, Any]] = {
-    **{name: {name: value} for name, value in _OWN.items()},
+    **{name: {name: value} for name, value in OTHER.items()},  # so that nothing but the approval can stand against it
     **{name: {"plan": {name: value}} for name, value in _PLAN.items()},
     "shared": {"plan": {"local_steps": 1, "noise_multiplier": 4.0, "shared": SHARED}},
 }
@@ -180,9 +177,6 @@ def test_approving_needs_the_newest_policy(opened: Open, manual: Open) -> None:
         ledger.approve(proposal())
 
 
-# What is recorded.
-
-
 def refuse(ledger: Ledger, reason: Reason, *, run: str = "r", round: int = 1) -> None:
     ledger.refuse(Refused(reason), run=run, round=round, request=f"digest {run} {round}")
 
@@ -202,9 +196,6 @@ def test_that_a_run_waits_is_recorded_once_however_often_it_asks_and_what_change
 def test_only_a_person_s_decision_is_waited_for() -> None:
     assert {reason for reason in Reason if reason.is_waiting} == {Reason.AWAITING_APPROVAL, Reason.PAUSED}
     assert not any(reason.is_final for reason in Reason if reason.is_waiting), "asking again can help"
-
-
-# The end of a run.
 
 
 def test_the_end_of_a_run_names_the_adapter_that_was_sent(opened: Open, path: Path) -> None:

@@ -57,9 +57,6 @@ def admitted(ledger: Ledger, asked: Proposal, own: Mapping[str, int], *, round: 
     return set(granted.admitted)
 
 
-# Periods and their names.
-
-
 @pytest.mark.parametrize(
     ("period", "month", "name"),
     [
@@ -105,9 +102,6 @@ def test_groups_are_named_for_readers() -> None:
     assert [one.dates for one in groups] == ["…", "?", "…–2024", "…", "…–2024", "2025", "2026–2027", "2028–…"]  # noqa: RUF001
     joined = neighbours_together({2: groups[2], 3: groups[5], 5: groups[7]})
     assert joined == [Arrivals(first=None, last="2025"), groups[7]]
-
-
-# Plan and policy.
 
 
 def test_a_plan_says_its_cohorts_and_others_keep_their_digests() -> None:

@@ -5,7 +5,6 @@ What a person lost is counted apart from the ledger, from what the sampler was h
 
 import random
 import shutil
-import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -155,26 +154,13 @@ class Site:
 
 
 @pytest.fixture
-def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[range], Counter[str]]:
+def play(tmp_path: Path) -> Callable[[range], Counter[str]]:
     """Play a game for each seed; how often each move was made."""
     site_policy = policy(
         population={"unit": "user", "arrivals": "year"},
         dataset=(Dataset(id="notes", declared_size=2000),),
         budget={"max_epsilon": 30.0},
     )
-    connect = sqlite3.connect
-
-    def unsynced(*given: Any, **more: Any) -> sqlite3.Connection:
-        """Nothing cuts this machine's power, and thousands of files need not reach its disk."""
-
-        class Connection(sqlite3.Connection):
-            def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-                return super().execute(statement.replace("synchronous = EXTRA", "synchronous = OFF"), *values)
-
-        return connect(*given, factory=Connection, **more)
-
-    monkeypatch.setattr(store.sqlite3, "connect", unsynced)
-    monkeypatch.setattr(store, "write_durably", lambda path, data: path.write_bytes(data))
 
     def make(seeds: range) -> Counter[str]:
         done = Counter[str]()

@@ -11,7 +11,6 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 from scipy import stats
 
@@ -30,7 +29,6 @@ from fedtune.privacy.distributed_noise import (
 from fedtune.privacy.loss_distribution import Composition
 from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.randomness import SeededRandomness
-from fedtune.training.dp_step import add_clipped
 
 from . import exact_sums
 
@@ -128,9 +126,6 @@ def test_shares_that_are_finer_than_a_cell_hide_nothing_together() -> None:
             SharedNoise(
                 num_sites=sites, threshold=sites, colluders=0, noise_multiplier=deviation, cell_bits=0, bound=10
             )
-
-
-# Known figures.
 
 
 @pytest.mark.parametrize(
@@ -271,12 +266,3 @@ def test_a_site_that_clips_its_whole_sum_has_half_the_noise_for_one_record() -> 
     half = release(sampling_rate=1.0, noise_multiplier=noise / 4, honest=4)
     assert found - false_alarm > claimed_delta(event, 0.0) + 0.1, "what the noise over R claims does not hold"
     assert found - false_alarm <= claimed_delta(half, 0.0) + 1e-9, "and half of it does"
-
-    # What a site really sums is clipped unit by unit.
-    def clipped_each(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        sums = {"a": torch.zeros(2, dtype=torch.int64)}
-        add_clipped(sums, {"a": torch.from_numpy(100 * rows)}, 1.0)
-        return sums["a"].numpy()
-
-    moved = clipped_each(np.concatenate([records, joining])) - clipped_each(records)
-    assert np.linalg.norm(moved) <= CLIP_NORM

@@ -45,9 +45,6 @@ def kinds_of(path: Path) -> list[tuple[Kind, str]]:
 OPENED = [(Kind.NOTE, "opened"), (Kind.NOTE, "policy")]
 
 
-# One round.
-
-
 def test_a_round_is_charged_on_disk_before_reserve_returns_and_committed_once_it_is_trained(
     path: Path, opened: Open
 ) -> None:
@@ -62,15 +59,6 @@ def test_a_round_is_charged_on_disk_before_reserve_returns_and_committed_once_it
     assert [kind for kind, _ in kinds_of(path)[2:]] == [Kind.PLAN, Kind.RESERVE, Kind.COMMIT]
     assert events_of(path)[-1].detail["fingerprint"] == "f"
     assert all(event.dataset == "notes" for event in events_of(path)[2:])
-
-
-def test_the_same_request_after_a_commit_is_free(opened: Open, path: Path) -> None:
-    train(opened(), proposal(), 1, reply=b"reply 1")
-    length = len(events_of(path))
-    for ledger in (opened(), opened()):
-        assert ledger.reserve(proposal(), round=1, request="digest r 1") == b"reply 1"
-    assert len(events_of(path)) == length
-    assert opened().receipt("r").charged_rounds == 1
 
 
 def test_another_request_for_a_round_is_refused(opened: Open) -> None:
@@ -121,16 +109,18 @@ def test_only_the_newest_attempt_is_committed(opened: Open, path: Path) -> None:
     assert [kind for kind, _ in kinds_of(path)].count(Kind.COMMIT) == 1
 
 
-def test_only_the_newest_reply_of_a_run_is_kept(opened: Open) -> None:
+def test_the_newest_reply_of_a_run_is_kept_and_given_again_for_nothing(opened: Open, path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1, reply=b"reply 1")
     train(ledger, proposal(run="other"), 1, reply=b"reply of the other")
     train(ledger, proposal(), 2, reply=b"reply 2")
+    length = len(events_of(path))
     for each in (ledger, opened()):
         assert each.reserve(proposal(), round=2, request="digest r 2") == b"reply 2"
         assert each.reserve(proposal(run="other"), round=1, request="digest other 1") == b"reply of the other"
         refused = refusal_of(each, proposal(), 1)
         assert (refused.reason, refused.asked) == (Reason.REPLY_NO_LONGER_STORED, "1")
+    assert len(events_of(path)) == length
 
 
 @pytest.mark.parametrize("sql", ["UPDATE replies SET reply = x'00'", "DELETE FROM replies"])
@@ -224,20 +214,9 @@ def test_a_ledger_is_of_one_population_unit_site_and_delta(opened: Open, path: P
 
 def test_a_column_says_who_a_user_is_for_ever(opened: Open, path: Path) -> None:
     opened(policy=of_users(FIRST))
-    with pytest.raises(RunError, match=r"made for dataset notes columns\.user = who, the policy says visit"):
-        opened(policy=of_users(("notes", "notes.csv", "visit")))
-    (data,) = of_users(FIRST).dataset
-    other_text = dataclasses.replace(data, columns=data.columns | {"text": "note"})
-    opened(policy=dataclasses.replace(of_users(FIRST), dataset=(other_text,)))
-    opened(path=path.with_name("records.db"), policy=policy(dataset=of_users(FIRST).dataset))
-    opened(path=path.with_name("records.db"))  # there a user is nobody's unit
-
-
-def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(opened: Open) -> None:
-    opened(policy=of_users(FIRST))
-    opened(policy=of_users(("other", "other.csv", "who")))
+    opened(policy=of_users(("other", "other.csv", "who")))  # a detour
     for refused, by in (
-        ([("notes", "moved.csv", "visit")], "dataset notes"),
+        *(([("notes", file, "visit")], "dataset notes") for file in ("notes.csv", "moved.csv")),
         ([("notes2", "notes.csv", "visit")], r"file notes\.csv"),
         ([FIRST, ("notes2", "./notes.csv", "visit")], r"file notes\.csv"),
         ([("new", "new.csv", "who"), ("new2", "new.csv", "visit")], r"file new\.csv"),
@@ -245,6 +224,11 @@ def test_a_column_says_who_a_user_is_after_a_detour_and_under_another_id(opened:
         with pytest.raises(RunError, match=rf"made for {by} columns\.user = "):
             opened(policy=of_users(*refused))
     opened(policy=of_users(FIRST, ("notes2", "notes.csv", "who"), ("others", "others.csv", "visit")))
+    (data,) = of_users(FIRST).dataset
+    other_text = dataclasses.replace(data, columns=data.columns | {"text": "note"})
+    opened(policy=dataclasses.replace(of_users(FIRST), dataset=(other_text,)))
+    opened(path=path.with_name("records.db"), policy=policy(dataset=of_users(FIRST).dataset))
+    opened(path=path.with_name("records.db"))  # there a user is nobody's unit
 
 
 # Caps.
@@ -277,15 +261,20 @@ def test_a_run_is_let_in_only_with_room_for_its_spare_rounds(opened: Open) -> No
     train(opened(), proposal(plan={"num_rounds": 9, "spare_rounds": 1}), 1)
 
 
-def test_a_run_that_ends_frees_what_it_did_not_spend(opened: Open) -> None:
-    ledger = opened()
-    train(ledger, proposal(plan={"num_rounds": 10}), 1)
+@pytest.mark.parametrize("ends", [True, False], ids=["ended", "expired"])
+def test_a_run_that_is_over_frees_what_it_did_not_spend(opened: Open, clock: Any, ends: bool) -> None:
+    ledger, ten = opened(), proposal(plan={"num_rounds": 10})
+    train(ledger, ten, 1)
+    clock.forward(days=29, hours=23)
     assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
-    opened().end("r")
-    assert not opened().history.set_aside(datetime.now(UTC))
+    if ends:
+        opened().end("r")
+    else:
+        clock.forward(hours=1)
+    assert not opened().history.set_aside(clock.time)
+    assert refusal_of(opened(), ten, 2).reason is Reason.RUN_ENDED
     train(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
-    assert refusal_of(opened(), proposal(plan={"num_rounds": 10}), 2).reason is Reason.RUN_ENDED
-    assert ledger.reserve(proposal(plan={"num_rounds": 10}), round=1, request="digest r 1") == b"reply"
+    assert ledger.reserve(ten, round=1, request="digest r 1") == b"reply"
 
 
 def test_a_run_ends_once_and_an_unknown_one_never_and_a_round_in_flight_is_committed(opened: Open, path: Path) -> None:
@@ -295,15 +284,6 @@ def test_a_run_ends_once_and_an_unknown_one_never_and_a_round_in_flight_is_commi
     assert [what for _, what in kinds_of(path)].count("run_ended") == 1
     opened().commit(granted, b"reply")
     assert opened().reserve(proposal(), round=1, request="digest r 1") == b"reply"
-
-
-def test_a_run_that_expires_frees_what_it_did_not_spend(opened: Open, clock: Any) -> None:
-    train(opened(), proposal(plan={"num_rounds": 10}), 1)
-    clock.forward(days=29, hours=23)
-    assert refusal_of(opened(), proposal(run="2", plan={"num_rounds": 1})).reason is Reason.MAX_EPSILON
-    clock.forward(hours=1)
-    assert refusal_of(opened(), proposal(plan={"num_rounds": 10}), 2).reason is Reason.RUN_ENDED
-    train(opened(), proposal(run="2", plan={"num_rounds": 9}), 1)
 
 
 def test_a_clock_set_back_reopens_no_expired_run(opened: Open, clock: Any) -> None:
@@ -400,9 +380,6 @@ def test_a_frozen_population_takes_part_in_nothing(opened: Open, path: Path) -> 
     assert opened(policy=policy(budget={"max_epsilon": 100.0})).history.frozen
 
 
-# Offers.
-
-
 def test_an_offer_is_the_most_that_would_be_accepted(opened: Open, path: Path, copied: Any) -> None:
     train(opened(), proposal(plan={"num_rounds": 6}), 1)
     asked = proposal(run="2", plan={"num_rounds": 8})
@@ -424,9 +401,6 @@ def test_an_offer_is_recorded_and_charges_and_holds_nothing(opened: Open, path: 
     assert last.detail["most_rounds"] == 10
     assert not opened().history.runs
     reserve(opened(), proposal(plan={"num_rounds": 10}), 1)
-
-
-# Two processes, one file.
 
 
 def test_a_ledger_sees_what_another_process_wrote(opened: Open) -> None:

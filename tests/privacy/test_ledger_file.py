@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import json
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -17,18 +17,15 @@ from typing import Any
 import pytest
 
 from fedtune.privacy import durable, events
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, RunError
 from fedtune.spec import full_disk as what_is_full
 
-from .builders import policy, proposal, reason_of, reserve, tamper
+from .builders import proposal, reason_of, reserve, tamper, train
 
 
 class PowerCut(Exception):
@@ -39,9 +36,6 @@ def rows(path: Path) -> list[tuple[int, str]]:
     """What a second connection sees."""
     with contextlib.closing(sqlite3.connect(path)) as file:
         return file.execute("SELECT sequence, kind FROM events ORDER BY sequence").fetchall()
-
-
-# Durability.
 
 
 def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -> None:
@@ -83,7 +77,7 @@ def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
                          " code, detail, hash, signature FROM events WHERE sequence = 1")  # fmt: skip
 
 
-@pytest.mark.parametrize("struck", ["insert", "store_reply", "the end"])
+@pytest.mark.parametrize("struck", ["insert", "writing"])
 def test_a_crash_within_a_transaction_undoes_it(
     opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch, struck: str
 ) -> None:
@@ -92,29 +86,24 @@ def test_a_crash_within_a_transaction_undoes_it(
     granted = reserve(ledger, proposal(), 2)
     before = rows(path)
 
-    owner = store.EventStore if struck == "store_reply" else store
-    whole, real = getattr(owner, struck, None), store.writing
+    insert, whole = store.insert, store.writing
 
-    def cut(*args: Any, **named: Any) -> None:
-        whole(*args, **named)
+    def inserted(*args: Any) -> None:
+        insert(*args)
         raise PowerCut
 
     @contextlib.contextmanager
-    def writing(path: Path) -> Iterator[sqlite3.Connection]:
-        with real(path) as file:
+    def written(path: Path) -> Iterator[sqlite3.Connection]:
+        with whole(path) as file:
             yield file
             raise PowerCut
 
     with monkeypatch.context() as patched:
-        if whole is None:
-            patched.setattr(store, "writing", writing)
-        else:
-            patched.setattr(owner, struck, cut)
+        patched.setattr(store, struck, inserted if struck == "insert" else written)
         with pytest.raises(PowerCut):
             ledger.commit(granted, b"reply 2")
-        if struck != "store_reply":
-            with pytest.raises(PowerCut):
-                ledger.reserve(proposal(run="2"), round=1, request="q")
+        with pytest.raises(PowerCut):
+            ledger.reserve(proposal(run="2"), round=1, request="q")
     assert rows(path) == before
     for each in (ledger, opened()):
         each.end("unknown")
@@ -161,29 +150,21 @@ def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(opened: An
 # What cannot be written, or is no ledger.
 
 
-@contextlib.contextmanager
-def full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The ledger's file cannot grow."""
-    real = store.writing
+def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
+    opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, whole = opened(), store.writing
+    granted = reserve(ledger, proposal(), 1)
 
     @contextlib.contextmanager
-    def writing(path: Path) -> Iterator[sqlite3.Connection]:
-        with real(path) as file:
+    def full(path: Path) -> Iterator[sqlite3.Connection]:
+        with whole(path) as file:
             (pages,) = file.execute("PRAGMA page_count").fetchone()
             file.execute(f"PRAGMA max_page_count = {pages}")
             yield file
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "writing", writing)
-        yield
-
-
-def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
-    opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ledger = opened()
-    granted = reserve(ledger, proposal(), 1)
-    with full_disk(path, monkeypatch):
+        patched.setattr(store, "writing", full)
         with pytest.raises(
             RunError, match=r"cannot be read or written \(database or disk is full\); nothing is trained"
         ):
@@ -295,80 +276,36 @@ def test_a_ledger_found_damaged_is_not_left_locked(opened: Any, path: Path) -> N
     del of_opening, of_verifying  # until here they held their frames, and all that these hold
 
 
-# Several processes.
-
-RACE = """
-import json, os, sys, traceback
-from pathlib import Path
-from fedtune.codec import decode
-from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
-from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Refused
-
-folder = Path(sys.argv[1])
-ready, gates = os.pipe(), (os.pipe(), os.pipe())
-
-def race(number):
-    policy, key = read_policy(folder / "site.toml"), SigningKey.load(folder / "key.pem")
-    ledger = Ledger(folder / "ledger.db", policy, key, anchor=folder / "anchor.json")
-    own = decode(Proposal, json.loads((folder / "own.json").read_text()) | {"run": f"own {number}"})
-    shared = decode(Proposal, json.loads((folder / "shared.json").read_text()))
-    for (gate, _), proposal, round in zip(gates, (own, shared), (1, number)):
-        os.write(ready[1], b".")
-        os.read(gate, 1)
-        try:
-            granted = ledger.reserve(proposal, round=round, request=f"{proposal.run} {number}")
-            assert isinstance(granted, Reservation)
-            ledger.commit(granted, b"reply of %d" % number)
-            result = "granted"
-        except Refused as refused:
-            result = refused.reason.value
-        os.write(1, f"{proposal.run.split()[0]} {result}\\n".encode())
-
-for number in range(1, 9):
-    if os.fork() == 0:
-        try:
-            race(number)
-        except BaseException:
-            traceback.print_exc()
-            os.write(ready[1], b"xx")  # nobody waits for it
-            os._exit(1)
-        os._exit(0)
-for _, gate in gates:  # each opens when all eight are there
-    for _ in range(8):
-        os.read(ready[0], 1)
-    os.write(gate, b"." * 8)
-sys.exit(sum(os.wait()[1] for _ in range(8)))
-"""
-
-
-def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(tmp_path: Path) -> None:
+def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(opened: Any, path: Path) -> None:
     """Twice: for the last room under the cap, each with a run of its own; then for the last round of one run."""
-    key = SigningKey.load_or_make(tmp_path / "key.pem")
-    write_policy(policy(), tmp_path / "site.toml")
-    (tmp_path / "own.json").write_text(json.dumps(proposal(plan={"num_rounds": 5}).to_json()))
+    processes, anchor = multiprocessing.get_context("fork"), path.with_name("anchor.json")
+    gate, told = processes.Barrier(8), processes.SimpleQueue()
     shared = proposal(run="shared", plan={"num_rounds": 2})
-    (tmp_path / "shared.json").write_text(json.dumps(shared.to_json()))
-    ledger = Ledger(tmp_path / "ledger.db", policy(), key, anchor=tmp_path / "anchor.json")
-    ledger.commit(reserve(ledger, shared, 100), b"reply")  # of ten rounds two are held: one plan of five fits
-    race = subprocess.run(
-        [sys.executable, "-c", RACE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert (race.returncode, race.stderr) == (0, "")
-    assert Counter(race.stdout.splitlines()) == {
-        "own granted": 1,
-        "own max_epsilon": 7,
-        "shared granted": 1,
-        "shared plan_exhausted": 7,
+    train(opened(anchor=anchor), shared, 100)  # of ten rounds two are held: one plan of five fits
+
+    def race(number: int) -> None:
+        ledger = opened(anchor=anchor)
+        for asked, round in ((proposal(run=f"own {number}"), 1), (shared, number)):
+            gate.wait(60)
+            try:
+                train(ledger, asked, round)
+                told.put((asked.run.split()[0], "granted"))
+            except Refused as refused:
+                told.put((asked.run.split()[0], refused.reason.value))
+
+    racing = [processes.Process(target=race, args=(number,)) for number in range(1, 9)]
+    for one in racing:
+        one.start()
+    for one in racing:
+        one.join(60)
+    assert [one.exitcode for one in racing] == [0] * 8
+    assert Counter(told.get() for _ in range(16)) == {
+        ("own", "granted"): 1,
+        ("own", "max_epsilon"): 7,
+        ("shared", "granted"): 1,
+        ("shared", "plan_exhausted"): 7,
     }
-    verified = verify(tmp_path / "ledger.db", anchor=Head.read(tmp_path / "anchor.json"))
+    verified = verify(path, anchor=Head.read(anchor))
     assert verified.anchor_sequence == len(verified.events)
     assert [event.kind for event in verified.events].count(Kind.RESERVE) == 3
     assert verified.history.charged() == events.grouped([shared.plan.event()] * 3)

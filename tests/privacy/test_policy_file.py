@@ -20,6 +20,7 @@ from fedtune.spec import ConfigError
 
 from .builders import lead_key, policy, proposal, reason_of, reserve, site_key
 
+MISTAKES = tomllib.loads(Path(__file__).with_name("mistakes.toml").read_text())["mistake"]
 TEMPLATE = Path(__file__).parents[2] / "conf" / "site.toml"
 
 
@@ -94,29 +95,9 @@ def test_any_text_and_number_survives_the_file(
     assert read_policy(path) == each
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("max_rank = 8", "max_ranks = 8", "allow.max_ranks: is not a key here; known are leads, tasks"),
-        ('site = "a"', 'sites = "a"', "sites: is not a key here; known are site, population"),
-        ("max_rank = 8\n", "", "allow.max_rank: is required"),
-        ('site = "a"\n', "", "site: is required"),
-        ("max_rank = 8", "max_rank = 0", "allow.max_rank = 0: must be a finite number of at least 1"),
-        ("max_grad_norm = 1.0", "max_grad_norm = nan", "limits.max_grad_norm = nan: must be a finite number"),
-        ('unit = "record"', 'unit = "user"', "dataset notes columns = {'text': 'body', 'label': 'code'}: must name"),
-        ('unit = "record"', 'unit = "people"', "population.unit = 'people': must be one of record, user"),
-        ("declared_size = 500", "declared_size = -1", "dataset[2].declared_size = -1: must be a finite number"),
-        ("declared_size = 500", "declared_sizes = 500", "dataset[2].declared_sizes: is not a key here"),
-        ("steps = 30", "steps = 0", "budget.reference.steps = 0: must be a finite number of at least 1"),
-        ("delta = 1e-05", "delta = 1", "budget.delta = 1.0: must lie in (0, 1)"),
-        ("delta = 1e-05", "delta = 0.001", "budget.delta = 0.001: must be below 1 / 2,500 = 0.0004"),
-        ('period = "year"', 'period = "week"', "budget.period = 'week': must be one of month, quarter, year"),
-    ],
-)
-def test_a_mistake_names_file_key_value_and_what_would_be_right(
-    site_toml: Path, old: str, new: str, message: str
-) -> None:
-    assert error_of(site_toml, (old, new)).startswith(message)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: str(mistake["new"] or mistake["old"]))
+def test_a_mistake_names_file_key_value_and_what_would_be_right(site_toml: Path, mistake: dict[str, str]) -> None:
+    assert error_of(site_toml, (mistake["old"], mistake["new"])).startswith(mistake["told"])
 
 
 def test_a_value_in_place_of_a_table_is_named(site_toml: Path) -> None:

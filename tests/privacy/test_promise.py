@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
@@ -17,7 +18,6 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.promise import Promise
 from fedtune.privacy.release import Offer, Reason, Receipt
-from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError, RunError
 
 from .builders import plan, policy, proposal, reason_of, train
@@ -29,25 +29,6 @@ THREE = Together(num_sites=3, threshold=3, colluders=0).with_share(1.0)
 
 def of_steps(noise: float, steps: int) -> SelfComposedDpEvent:
     return SelfComposedDpEvent(PoissonSampledDpEvent(0.25, GaussianDpEvent(noise)), steps)
-
-
-@pytest.mark.parametrize(
-    ("said", "error"),
-    [
-        ("noise_factor = 0.99", "promise.noise_factor = 0.99: must be a finite number of at least 1"),
-        ("noise_factor = 101.0", "promise.noise_factor = 101.0: must be at most 100"),
-        ("noise_factor = nan", "promise.noise_factor = nan: must be"),
-        ("epsilon_per_run = 0.0", "promise.epsilon_per_run = 0.0: must be greater than 0"),
-    ],
-)
-def test_a_promise_out_of_range_is_refused_with_key_value_and_bound(tmp_path: Path, said: str, error: str) -> None:
-    file = tmp_path / "site.toml"
-    write_policy(policy(promise=STRONGER), file)
-    written = file.read_text()
-    assert "[promise]\nnoise_factor = 1.5\n" in written
-    file.write_text(written.replace("noise_factor = 1.5\nepsilon_per_run = inf", said))
-    with pytest.raises(ConfigError, match=f"^{file}: {error}"):
-        read_policy(file)
 
 
 def test_a_policy_without_a_promise_keeps_its_json_and_one_with_it_comes_back(tmp_path: Path) -> None:
@@ -201,17 +182,11 @@ def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Open) -
 
 
 def test_no_offer_computes_an_epsilon_beyond_the_limits(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    priced = list[Plan]()
-    above = promise_module._plan_epsilon_above
-
-    def counted(plan: Plan, limit: float) -> float | None:
-        priced.append(plan)
-        return above(plan, limit)
-
-    monkeypatch.setattr(promise_module, "_plan_epsilon_above", counted)
+    above = Mock(wraps=promise_module._plan_epsilon_above)
+    monkeypatch.setattr(promise_module, "_plan_epsilon_above", above)
     ledger = opened(policy=policy(promise=Promise(epsilon_per_run=2.0), limits={"min_noise_multiplier": 0.6}))
     most = ledger.policy.limits.max_rounds
     assert ledger.offer(proposal(plan={"noise_multiplier": 0.1})).noise_factor == 1, "no rounds at this noise"
     assert ledger.offer(proposal(run="s", plan={"num_rounds": most * 5})).noise_factor > 1
-    assert priced
+    priced = [called.args[0] for called in above.call_args_list]
     assert {(one.noise_multiplier >= 0.6, one.most_rounds <= most) for one in priced} == {(True, True)}

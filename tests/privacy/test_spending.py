@@ -45,9 +45,6 @@ def test_a_share_is_of_the_caps_divergence(opened: Any) -> None:
     assert spending.share_of_cap(history, history.charged(), cap=3.0) == 1
 
 
-# Room.
-
-
 def room_refusal(
     history: History, policy: Any, asked: Counter[Any], held: Counter[Any] | None = None
 ) -> Refused | None:
@@ -99,9 +96,6 @@ def test_what_is_left_is_what_would_be_accepted(opened: Any) -> None:
     assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": 6.0}), now) == 0
     ledger.freeze("for this test")
     assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": math.inf}), now) == 0
-
-
-# The largest run that fits.
 
 
 @pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])

@@ -1,0 +1,51 @@
+"""Values out of bounds, as bounds.toml lists them: each is refused by its key, and its bound is told."""
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.federation.drift import HeldOut
+from fedtune.federation.secure.agreement import Limits
+from fedtune.federation.spec import FederationSpec
+from fedtune.privacy.mechanism import PrivacySpec
+from fedtune.spec import ConfigError
+
+from .federation.secure.parties import terms_of
+from .privacy.builders import plan, policy, proposal
+from .privacy.test_distributed_noise import FOUR
+
+BOUNDS: dict[str, dict[str, dict[str, list[Any]]]] = tomllib.loads(Path(__file__).with_name("bounds.toml").read_text())
+WITH: dict[str, Callable[..., object]] = {
+    "settings": PrivacySpec,
+    "plan": plan,
+    "shared_noise": lambda **value: replace(FOUR, **value),
+    "proposal": proposal,
+    "policy": policy,
+    "dataset": lambda **value: replace(policy().dataset[0], **value),
+    "reference": lambda **value: replace(policy().budget.reference, **value),
+    "federation": lambda **value: FederationSpec(**{"num_sites": 2, **value}),
+    "sum_terms": lambda **value: replace(terms_of(3, 2), **value),
+    "sum_limits": Limits,
+    "held_out": lambda **value: HeldOut(**{"run": "r", "date": "", "mean": 0.5, "deviation": 0.1, **value}),
+}
+"""Something that has a value, beside others that are right; a table of a policy is of the shared one."""
+
+
+@pytest.mark.parametrize(
+    ("what", "bound", "key", "value"),
+    [
+        (what, bound, key, tuple(value) if isinstance(value, list) else value)
+        for what, bounds in BOUNDS.items()
+        for bound, keys in bounds.items()
+        for key, values in keys.items()
+        for value in values
+    ],
+)
+def test_a_value_out_of_bounds_is_refused_by_its_key(what: str, bound: str, key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as refused:
+        WITH[what](**{key: value}) if what in WITH else policy(**{what: {key: value}})
+    assert (refused.value.key, refused.value.bound) == (key, bound)
