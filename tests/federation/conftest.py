@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest, Signed
+from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.site_round import Prepared, Site, Trained, answer, consider, end_run
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
@@ -73,6 +74,7 @@ class Station:
     """The site `a` on its disk, opened anew for every request as after a restart; it trains by adding one.
 
     Attributes:
+        ready: what else there is to its being made ready for a run.
         trained: (round, attempt) of each training.
         before_training: what the ledger held when each of them began.
         prepared: run of each time that the site was made ready.
@@ -87,6 +89,7 @@ class Station:
     lead: SigningKey
     template: Adapter
     declared_size: int = 100
+    ready: dict[str, Any] = field(default_factory=lambda: {"update_dtype": "float32"})
     trained: list[tuple[int, int]] = field(default_factory=list)
     before_training: list[list[Kind]] = field(default_factory=list)
     prepared: list[str] = field(default_factory=list)
@@ -102,20 +105,22 @@ class Station:
     def key(self) -> SigningKey:
         return SigningKey.load_or_make(self.folder / self.policy.site_key)
 
+    @property
+    def sums(self) -> SumsAtSite | None:
+        return None
+
     def ledger(self) -> Ledger:
         return Ledger(self.path, self.policy, self.key)
 
     def open(self, train: Train | None = None) -> Site:
         def prepare(proposal: Proposal) -> Prepared:
             self.prepared.append(proposal.run)
-            return Prepared(
-                proposal=self.propose(),
-                template=self.template,
-                declared_size=self.declared_size,
-                update_dtype="float32",
-            )
+            asked = self.propose(lead=proposal.lead)
+            return Prepared(proposal=asked, template=self.template, declared_size=self.declared_size, **self.ready)
 
-        opened = MadeSite(self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused)
+        opened = MadeSite(
+            self.ledger(), prepare=prepare, train=train or self._train, paused=self.paused, sums=self.sums
+        )
         opened.kept, opened.awaited = self.kept, self.awaited
         return opened
 

@@ -1,6 +1,5 @@
 """A lead that asks for what the site does not allow is told which rule stands against it, and gets nothing else."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -79,20 +78,11 @@ def test_a_stranger_learns_nothing_whatever_else_is_wrong(site: Any, about: dict
 def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(site: Any) -> None:
     # Anybody can send such a message; nobody may fill the ledger with them.
     site.ledger()
-    before = site.events()
-    signed = site.request().signed(site.lead)
-    fields = json.loads(signed.text)
-    stolen = fields | {"site": "a", "round": 2}
-    for wrong in (
-        site.request().signed(stranger_key),
-        replace(signed, signature="00" * 64),
-        replace(signed, signature=""),
-        replace(signed, text=json.dumps(stolen, sort_keys=True)),
-    ):
+    before, signed = site.events(), site.request().signed(stranger_key)
+    for wrong, rule in ((signed, Reason.WRONG_SIGNATURE), (replace(signed, text="{"), Reason.MALFORMED_REQUEST)):
         reply = site.send(wrong)
-        assert reason(reply) is Reason.WRONG_SIGNATURE
+        assert reason(reply) is rule
         assert reply.receipt is None
-    assert reason(site.send(replace(signed, text="{"))) is Reason.MALFORMED_REQUEST
     assert site.events() == before
     assert site.trained == []
 

@@ -12,15 +12,13 @@ from fedtune.federation.protocol import Reply
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
-from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import site_charge
 from fedtune.spec import RunError
 
 from ..conftest import run_plan
 from .conftest import key_of, receipt_of, round_of, update_of
 
-OF_RUN: Any = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.2, "noise_multiplier": 4.0, "max_grad_norm": 1.0}
-RUN: Any = {"run": "r", "plan": Plan(**OF_RUN, local_steps=2, num_rounds=4)}
+RUN: Any = {"run": "r", "plan": run_plan()}
 
 
 @pytest.fixture
@@ -167,9 +165,6 @@ def test_time_left_goes_by_rounds_without_what_is_done_once() -> None:
     quick = replace(at(3), rounds=[replace(one, seconds=0.4, ended=at(1).rounds[0].ended) for one in at(3).rounds])
     assert quick.pace_s == 0.4
     assert replace(at(4), rounds=[replace(one, ended="") for one in at(4).rounds]).pace_s == at(4).seconds / 4
-
-
-# The lead's memory of its sites' receipts.
 
 
 @pytest.fixture

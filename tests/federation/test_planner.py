@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,15 +15,13 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.spec import ConfigError
 
 from ..conftest import run_plan
+from ..privacy import builders
 
 SIZES = {"a": 1200, "b": 560, "c": 320}
-
-
-def golden(**changes: float | int) -> Plan:
-    """The plan whose epsilon is 1.43 for one round and 5.62 for all of them."""
-    values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 0.02, "noise_multiplier": 1.0}
-    values |= {"max_grad_norm": 1.0, "local_steps": 100, "num_rounds": 20}
-    return Plan(**(values | changes))  # type: ignore[arg-type]
+golden = partial(
+    builders.plan, sampling_rate=0.02, noise_multiplier=1.0, max_grad_norm=1.0, local_steps=100, num_rounds=20
+)
+"""The plan whose epsilon is 1.43 for one round and 5.62 for all of them."""
 
 
 def test_the_accountant_that_forgets_shows_one_round_of_many() -> None:

@@ -35,8 +35,8 @@ class WatchedSite(SecureSite):
     vectors: list[np.ndarray] = field(default_factory=list)
     fails: bool = False
 
-    def train(self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: object = None) -> Trained:
-        self.vectors.append(VECTOR + np.int64(100 * NAMES.index(self.name) + len(self.vectors)))
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        self.vectors.append(VECTOR + np.int64(100 * NAMES.index(self.policy.site) + len(self.vectors)))
         if self.fails:
             self.fails = False
             raise RuntimeError("of records")

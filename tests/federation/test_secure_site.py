@@ -1,14 +1,13 @@
 """What sites with ledgers answer in the steps of a secure sum, to leads and servers that do what they like."""
 
+import contextlib
 import itertools
 import json
 import os
 import secrets
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,21 +29,20 @@ from fedtune.federation.secure.agreement import Limits, Session
 from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, session_of
-from fedtune.federation.site_round import Prepared, Site, Trained, answer, take_step
+from fedtune.federation.site_round import Prepared, Trained, answer, take_step
 from fedtune.model.adapter import Adapter
 from fedtune.privacy import durable
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import canonical
-from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Masked, Reason, Refusal, Update
-from fedtune.privacy.site_policy import Policy
 from fedtune.privacy.trust import Trust
 
-from ..builders import MadeSite, round_request, with_methods
+from ..builders import round_request, with_methods
 from ..conftest import run_plan, run_proposal, site_policy
 from ..privacy.builders import lead_key, make_key, stranger_key
+from .conftest import Station
 
 NAMES = ("east", "north", "south")
 VECTOR = np.arange(10, dtype=np.int64) - 5
@@ -53,60 +51,31 @@ DIFFERS = (Reason.SECURE_SUM, "session_differs")
 
 
 @dataclass
-class SecureSite:
+class SecureSite(Station):
     """A site that trains by handing out one vector; what a restart forgets is in `parties`."""
 
-    name: str
-    folder: Path
-    policy: Policy
-    asked: Callable[..., Proposal]
-    adapter: Adapter
+    ready: dict[str, Any] = field(default_factory=lambda: {"update_dtype": "bfloat16", "members": NAMES})
     members: dict[str, str] = field(default_factory=dict)
     parties: Parties = field(default_factory=Parties)
-    trained: int = 0
-    paused: bool = False
-
-    @property
-    def key(self) -> SigningKey:
-        return SigningKey.load_or_make(self.folder / "site_key.pem")
 
     @property
     def promises(self) -> Path:
         return self.folder / "promises.jsonl"
 
-    def ledger(self) -> Ledger:
-        return Ledger(self.folder / "ledger.db", self.policy, self.key)
-
-    def train(self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: object = None) -> Trained:
-        self.trained += 1
+    def _train(self, request: RoundRequest, adapter: Adapter, attempt: int) -> Trained:
+        self.trained.append((request.round, attempt))
         return Trained(share=VECTOR.copy())
 
-    def open(self) -> Site:
+    @property
+    def sums(self) -> SumsAtSite:
         trust = self.policy.trust
-        ledger = self.ledger()
-
-        def prepare(proposal: Proposal) -> Prepared:
-            return Prepared(
-                proposal=self.asked(lead=proposal.lead),
-                template=self.adapter,
-                declared_size=100,
-                update_dtype="bfloat16",
-                members=NAMES,
-            )
-
-        return MadeSite(
-            ledger,
-            prepare=prepare,
-            train=self.train,
-            paused=self.paused,
-            sums=SumsAtSite(
-                site=self.name,
-                identity=self.key,
-                parties=self.parties,
-                limits=Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold),
-                roster={**self.members, self.name: self.key.public},
-                keep=kept_in(self.promises),
-            ),
+        return SumsAtSite(
+            site=self.policy.site,
+            identity=self.key,
+            parties=self.parties,
+            limits=Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold),
+            roster={**self.members, self.policy.site: self.key.public},
+            keep=kept_in(self.promises),
         )
 
 
@@ -212,7 +181,7 @@ def federation_in(folder: Path, kind: type[SecureSite] = SecureSite, **of_plan: 
         policy = site_policy(name, limits={"max_rounds": plan.most_rounds})
         both = replace(policy.allow, leads=(lead_key.public, stranger_key.public))
         policy = replace(policy, trust=Trust(secure=True), allow=both)
-        sites[name] = kind(name, folder / name, policy, asked, adapter)
+        sites[name] = kind(folder / name, policy, asked, lead_key, adapter)
     for name, site in sites.items():
         site.members = {other: one.key.public for other, one in sites.items() if other != name}
     return Federation(sites, asked, lead_key, stranger_key, adapter)
@@ -274,7 +243,7 @@ def test_a_round_of_another_session_is_charged_to_nobody(federation: Federation)
         federation.name = other
         assert wrong(federation.upload("north")) == DIFFERS
         assert federation.refused("north", CONFIRM, b"x") == DIFFERS
-    assert (federation.charged("north"), federation.sites["north"].trained) == (0, 0)
+    assert (federation.charged("north"), federation.sites["north"].trained) == (0, [])
     federation.name = name
     np.testing.assert_array_equal(federation.read(federation.summation(session)), 3 * VECTOR)
 
@@ -285,7 +254,7 @@ def test_one_round_is_not_asked_for_in_two_sessions(federation: Federation) -> N
     federation.upload("north")
     federation.begun()
     assert wrong(federation.upload("north"))[0] is Reason.ROUND_REQUESTED_DIFFERENTLY
-    assert (federation.charged("north"), federation.sites["north"].trained) == (1, 1)
+    assert (federation.charged("north"), federation.sites["north"].trained) == (1, [(1, 1)])
 
 
 def test_a_release_whose_survivors_were_asked_for_is_charged_to_nobody(federation: Federation) -> None:
@@ -294,7 +263,7 @@ def test_a_release_whose_survivors_were_asked_for_is_charged_to_nobody(federatio
     federation.told("north", CONFIRM, early)
     for _ in range(3):
         assert wrong(federation.upload("north")) == (Reason.SECURE_SUM, "release_over")
-    assert (federation.charged("north"), federation.sites["north"].trained) == (0, 0)
+    assert (federation.charged("north"), federation.sites["north"].trained) == (0, [])
 
 
 def test_what_was_stored_is_given_again_after_a_restart_and_nothing_new_is_charged(federation: Federation) -> None:
@@ -303,7 +272,7 @@ def test_what_was_stored_is_given_again_after_a_restart_and_nothing_new_is_charg
     federation.sites["north"].parties = Parties()
     assert masked(federation.upload("north")) == first
     assert wrong(federation.upload("north", 2)) == DIFFERS
-    assert (federation.charged("north"), federation.sites["north"].trained) == (1, 1)
+    assert (federation.charged("north"), federation.sites["north"].trained) == (1, [(1, 1)])
     made = Summation(session, release=1)
     for site in NAMES:
         made.add_upload(site, masked(federation.upload(site)))
@@ -422,37 +391,28 @@ def test_of_each_session_the_newest_promise_is_kept(federation: Federation, monk
     assert noted(federation.sites["north"]) == [(digests[at], at + 1, True) for at in (1, 2)]
 
 
-@pytest.mark.parametrize("killed_at", [0, 1, 2, None], ids=["unwritten", "not in place", "in place", "answered"])
-def test_a_kill_leaves_the_promise_before_or_the_new_one_and_no_answer_without_it(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch, killed_at: int | None
+@pytest.mark.parametrize("cut_at", [0, 1, 2, None], ids=["unwritten", "not in place", "in place", "answered"])
+def test_a_crash_leaves_the_promise_before_or_the_new_one_and_no_answer_without_it(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, cut_at: int | None
 ) -> None:
-    """SIGKILL before each step that makes the new one durable: its bytes, its name, the folder's."""
+    """Before each step that makes the new one durable: its bytes, its name, the folder's."""
     session, _, _ = federation.begun()
     federation.read(federation.summation(session))
     question = federation.summation(session, 2).confirm_request()
     steps = itertools.count()
 
-    def or_killed(step: Callable[..., None]) -> Callable[..., None]:
+    def or_cut(step: Callable[..., None]) -> Callable[..., None]:
         def done(*given: object) -> None:
-            if next(steps) == killed_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if next(steps) == cut_at:
+                raise KeyboardInterrupt
             step(*given)
 
         return done
 
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:  # nothing may get out of it into the test
-        try:
-            durable.os = SimpleNamespace(**vars(os))  # type: ignore[attr-defined]
-            durable.os.fsync, durable.os.replace = or_killed(os.fsync), or_killed(os.replace)
-            os.write(writer, federation.told("north", CONFIRM, question))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    answer = os.read(reader, 1 << 16)
-    os.close(reader)
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with monkeypatch.context() as patched:
+        for name in ("fsync", "replace"):
+            patched.setattr(durable.os, name, or_cut(getattr(os, name)))
+        with contextlib.nullcontext() if cut_at is None else pytest.raises(KeyboardInterrupt):
+            federation.told("north", CONFIRM, question)
     before, new = (session.digest, 1, True), (session.digest, 2, False)
-    assert noted(federation.sites["north"]) == [new if killed_at in (2, None) else before]
-    assert (ended, bool(answer)) == ((0, True) if killed_at is None else (-signal.SIGKILL, False))
+    assert noted(federation.sites["north"]) == [new if cut_at in (2, None) else before]

@@ -81,14 +81,14 @@ class Knowledge:
 
     def readable(self) -> list[dict[int, int]]:
         """A basis, in reduced form, of the combinations of uploads whose masks are all known: coefficient by upload."""
-        known, rows = self.seeds(), []
+        known, rows = self.seeds(), list[dict[str | int, int]]()
         for number, one in enumerate(self.sent):
             unknown = {
                 seed.hex(): _coefficient(one.site, other, seed)
                 for other, seed in one.seeds.items()
                 if seed not in known and other not in self.colluders
             }
-            rows.append(({mask: sign for mask, sign in unknown.items() if sign}, {number: 1}))
+            rows.append({**{mask: sign for mask, sign in unknown.items() if sign}, number: 1})
         return _kernel(rows)
 
     def read(self, combination: Mapping[int, int]) -> npt.NDArray[np.int64]:
@@ -114,34 +114,24 @@ def _coefficient(site: str, other: str, seed: bytes) -> int:
     return 1 if np.array_equal(alone, stream) else -1
 
 
-def _kernel(rows: list[tuple[dict[str, int], dict[int, int]]]) -> list[dict[int, int]]:
-    """Combinations of rows whose left sides vanish, in reduced form, by Gauss over a prime field."""
-    done: list[tuple[str, dict[str, int], dict[int, int]]] = []
-    free: list[dict[int, int]] = []
-    for left, right in rows:
-        for pivot, other_left, other_right in done:
-            if factor := left.get(pivot, 0):
-                left, right = _minus(left, other_left, factor), _minus(right, other_right, factor)
-        if left:
-            pivot = next(iter(left))
-            inverse = pow(left[pivot], -1, PRIME)
-            done.append((pivot, _minus({}, left, -inverse), _minus({}, right, -inverse)))
-        else:
-            free.append(right)
-    return _reduced(free)
+def _kernel(rows: list[dict[str | int, int]]) -> list[dict[int, int]]:
+    """Combinations of rows in which no text is left, in reduced form, with coefficients next to zero.
 
-
-def _reduced(rows: list[dict[int, int]]) -> list[dict[int, int]]:
-    """The reduced row echelon form, with coefficients next to zero."""
-    done: list[tuple[int, dict[int, int]]] = []
+    By Gauss over a prime field, where texts come before numbers.
+    """
+    done: list[tuple[str | int, dict[str | int, int]]] = []
     for row in rows:
         for pivot, other in done:
             row = _minus(row, other, row.get(pivot, 0))
-        pivot = min(row)
+        pivot = next((name for name in row if isinstance(name, str)), None) or min(row)  # type: ignore[type-var]
         row = _minus({}, row, -pow(row[pivot], -1, PRIME))
         done = [(at, _minus(other, row, other.get(pivot, 0))) for at, other in done]
         done.append((pivot, row))
-    return [{at: (value + PRIME // 2) % PRIME - PRIME // 2 for at, value in row.items()} for _, row in done]
+    return [
+        {at: (value + PRIME // 2) % PRIME - PRIME // 2 for at, value in row.items() if isinstance(at, int)}
+        for pivot, row in done
+        if isinstance(pivot, int)
+    ]
 
 
 def _minus(row: dict[Any, int], other: dict[Any, int], factor: int) -> dict[Any, int]:

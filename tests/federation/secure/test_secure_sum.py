@@ -290,9 +290,6 @@ def test_whatever_sites_do_a_release_has_the_right_sum_or_a_clear_error(seed: in
         assert np.array_equal(total, run.federation.sum_of(honest))
 
 
-# What is kept before an answer is given.
-
-
 def test_promises_are_kept_before_they_are_made() -> None:
     federation = Federation(terms_of(3, 2))
     summation = federation.confirmed(federation.uploaded(1, "abc"), by="ab")

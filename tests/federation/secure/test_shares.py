@@ -33,14 +33,6 @@ def test_any_t_shares_give_the_secret(secret: bytes, threshold: int, more: int, 
     assert joined({place: values[place] for place in places}) == values[0]
 
 
-@pytest.mark.parametrize(("threshold", "num_shares"), [(2, 3), (3, 3), (3, 5), (14, 20)])
-def test_fewer_than_t_shares_do_not(threshold: int, num_shares: int) -> None:
-    values = split(os.urandom(32), threshold=threshold, num_shares=num_shares)
-    for fewer in range(1, threshold):
-        for places in itertools.islice(itertools.combinations(range(1, num_shares + 1), fewer), 50):
-            assert joined({place: values[place] for place in places}) != values[0]
-
-
 def test_fewer_shares_fit_every_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     # In a field of seven elements: all polynomials, and what two of three shares say of the secret.
     monkeypatch.setattr(shares, "PRIME", 7)
