@@ -43,40 +43,27 @@ class Verdict:
 
 @spec
 class Approved:
-    """What the site's policy allows; None: no bound of that kind.
-
-    Attributes:
-        since: when the newest lifetime cap was noted; None: it stands in the policy, and the ledger has not noted it.
-    """
+    """What the site's policy allows; None: no bound of that kind."""
 
     max_epsilon: float | None
     max_epsilon_per_run: float | None
     max_epsilon_per_period: float | None
     period: Calendar
-    since: str | None
+    since: str | None  # when the newest lifetime cap was noted; None: so far it stands in the policy alone
 
 
 @spec
 class Cap:
-    """A lifetime cap, and from when on.
-
-    Attributes:
-        charges_before: charges that the ledger had noted by then, in rounds and in backups put back.
-    """
+    """A lifetime cap, and from when on."""
 
     time: str
     max_epsilon: float | None
-    charges_before: int
+    charges_before: int  # charges that the ledger had noted by then, in rounds and in backups put back
 
 
 @spec
 class LifetimeRun:
-    """One run in a ledger.
-
-    Attributes:
-        base_model: SHA-256 of the weights that the run named, or "unverified".
-        adapter_sha256: of the final adapter, where the lead gave it to the site.
-    """
+    """One run in a ledger."""
 
     run: str
     lead: str
@@ -88,8 +75,8 @@ class LifetimeRun:
     epsilon: float | None
     planned_epsilon: float | None
     seeded_noise: bool
-    base_model: str = UNVERIFIED
-    adapter_sha256: str | None = None
+    base_model: str = UNVERIFIED  # SHA-256 of the weights that the run named, or "unverified"
+    adapter_sha256: str | None = None  # of the final adapter, where the lead gave it to the site
 
 
 @spec
@@ -158,29 +145,19 @@ class Verification:
 
 @spec
 class Release:
-    """Something that left the site, or was refused; equal ones of one run are counted together.
+    """Something that left the site, or was refused; equal ones of one run are counted together."""
 
-    Attributes:
-        kind: "update", "refusal", "offer", "reservation_without_update".
-        reason: of a refusal.
-        first: when; a ledger's only to the day, since a policy may hide when exactly its site trained.
-    """
-
-    kind: str
+    kind: str  # "update", "refusal", "offer", "reservation_without_update"
     run: str
-    reason: str | None
+    reason: str | None  # of a refusal
     count: int
-    first: str | None
+    first: str | None  # when; a ledger's only to the day, since a policy may hide when exactly its site trained
     last: str | None
 
 
 @spec
 class StartAdapter:
-    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it.
-
-    Attributes:
-        public: whether the run's own public stage trained it, on records that its lead declares to be public.
-    """
+    """The adapter that the run began in; None: not known, but of an epsilon beside a delta: nothing bounds it."""
 
     digest: str
     run: str | None
@@ -188,16 +165,12 @@ class StartAdapter:
     unit: str | None
     delta: float | None
     epsilon: float | None
-    public: bool = False
+    public: bool = False  # the run's own public stage trained it, on records that its lead declares to be public
 
 
 @spec
 class Provenance:
-    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one.
-
-    Attributes:
-        purpose: of the training, in the words of a person.
-    """
+    """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one."""
 
     fedtune_version: str
     config_sha256: str | None
@@ -210,25 +183,19 @@ class Provenance:
     python: str | None
     machine: str | None
     start_adapter: StartAdapter | None = None
-    purpose: str | None = None
+    purpose: str | None = None  # of the training, in the words of a person
 
 
 @spec
 class SiteStatement:
-    """What a site says in a signed report of its own ledger, as far as a run's report repeats it.
+    """What a site says in a signed report of its own ledger, as far as a run's report repeats it."""
 
-    Attributes:
-        reported: day of the report.
-        same_plan: whether its ledger holds the plan that the run asked for, if it knows the run.
-        charges: that its ledger holds, as `Cap.charges_before` counts them.
-    """
-
-    reported: str | None
-    same_plan: bool
+    reported: str | None  # day of the report
+    same_plan: bool  # whether its ledger holds the plan that the run asked for, if it knows the run
     verdict: Verdict
     approved: Approved
     lifetime: Lifetime
-    charges: int
+    charges: int  # that its ledger holds, as `Cap.charges_before` counts them
     verification: Verification | None
     releases: tuple[Release, ...]
     asserted: Mapping[str, bool]
@@ -236,27 +203,17 @@ class SiteStatement:
 
 @spec
 class SiteFacts:
-    """One site of a run, as its lead knows it.
-
-    Attributes:
-        rounds: charged to the run, retries included.
-        upper_bound: the site fell silent, or its receipts are missing, and every round that may be charged is counted.
-        signed_rounds: that its newest receipt names; None: the lead holds no receipt of its.
-        key: that signed the receipt, shortened.
-        believed: whether its receipts fit what is known beside them.
-        statement: from a report that it signed.
-        noise_factor: by which it multiplied the plan's noise, for a promise of its own; None: it did not.
-    """
+    """One site of a run, as its lead knows it."""
 
     site: str
     declared_size: int | None
-    rounds: int
-    upper_bound: bool
-    signed_rounds: int | None
-    key: str
-    believed: bool
-    statement: SiteStatement | None = None
-    noise_factor: float | None = None
+    rounds: int  # charged to the run, retries included
+    upper_bound: bool  # it fell silent, or its receipts are missing: every round that may be charged is counted
+    signed_rounds: int | None  # that its newest receipt names; None: the lead holds no receipt of its
+    key: str  # that signed the receipt, shortened
+    believed: bool  # whether its receipts fit what is known beside them
+    statement: SiteStatement | None = None  # from a report that it signed
+    noise_factor: float | None = None  # of its noise over the plan's, for a promise of its own; None: it made that
 
     def __post_init__(self) -> None:
         check_at_least("rounds", self.rounds, 0)
@@ -264,55 +221,38 @@ class SiteFacts:
 
 @spec
 class RunFacts:
-    """Of a run.
-
-    Attributes:
-        run: as the sites' ledgers call it.
-        target_epsilon: that the run was given.
-        date: of the newest thing on record.
-        sampling: how the process that trained says units joined a step; None: nobody noted it.
-        randomness: where it says noise came from, likewise.
-        inexact_gradients: whether the policies of all simulated sites accept them; None: not on file.
-        has_checkpoint: whether one is left; else `run.json` is all that tells of receipts.
-        config_file_sha256: of the `config.yaml` in the folder; `provenance` has that of the run's.
-        settings: of the run, that its cells show.
-        trained_parameters: None: not known.
-        rounds: the finished ones, without the sites' noised scores.
-        before: scores on the test file before training, and `final` after it.
-        audit: what an attack found; `canaries_planted` where one was begun.
-        held_out: noised scores of the runs up to this one, each of which began in the release of the one before.
-    """
+    """Of a run."""
 
     kind: Literal["run"]
     name: str
-    run: str
+    run: str  # as the sites' ledgers call it
     plan: Plan
-    target_epsilon: float | None
+    target_epsilon: float | None  # that the run was given
     seeded_noise: bool
-    date: str | None
-    sampling: str | None
-    randomness: str | None
-    inexact_gradients: bool | None
-    has_checkpoint: bool
-    config_file_sha256: str
+    date: str | None  # of the newest thing on record
+    sampling: str | None  # how the process that trained says units joined a step; None: nobody noted it
+    randomness: str | None  # where it says noise came from, likewise
+    inexact_gradients: bool | None  # whether the policies of all simulated sites accept them; None: not on file
+    has_checkpoint: bool  # whether one is left; else `run.json` is all that tells of receipts
+    config_file_sha256: str  # of the `config.yaml` in the folder; `provenance` has that of the run's
     judged_by: str
     keep_round: Literal["last", "best"]
     stop_after: int | None
-    settings: Mapping[str, str]
-    trained_parameters: int | None
+    settings: Mapping[str, str]  # of the run, that its cells show
+    trained_parameters: int | None  # None: not known
     provenance: Provenance
-    rounds: tuple[RoundResult, ...]
-    before: Scores
-    final: Scores
+    rounds: tuple[RoundResult, ...]  # the finished ones, without the sites' noised scores
+    before: Scores  # on the test file before training
+    final: Scores  # after it
     seconds: float | None
     findings: tuple[str, ...]
     energy: Energy | None
     detail: Detail | None
     selection: Selection | None
-    audit: Audit | None
-    canaries_planted: bool
+    audit: Audit | None  # what an attack found
+    canaries_planted: bool  # one was begun
     sites: tuple[SiteFacts, ...]
-    held_out: tuple[HeldOut, ...] | None = None
+    held_out: tuple[HeldOut, ...] | None = None  # noised scores of runs up to this one, each begun in the one before
 
     def plan_of(self, site: SiteFacts) -> Plan:
         """The run's plan as a site carried it out."""
@@ -355,26 +295,16 @@ class RunFacts:
 
 @spec
 class ChargedRounds:
-    """What entries of a ledger charged: rounds of one run in a row, or what a lost branch was charged.
+    """What entries of a ledger charged: rounds of one run in a row, or what a lost branch was charged."""
 
-    Attributes:
-        run: "" for a lost branch.
-        round: of one round that the report shows by itself; None: several, or a run that it shows as a whole.
-        day: of the last of them.
-        lost: mechanisms of the lost branch.
-        entry: that made up for it.
-        lost_cohorts: of each mechanism of the lost branch, whom it was charged to; None: everybody.
-        lost_rows: whether the register of arrivals may lack rows of it; the oldest cohort then owes all charged so far.
-    """
-
-    run: str
+    run: str  # "" for a lost branch
     rounds: int
-    round: int | None
-    day: str
-    lost: tuple[Charge, ...] = ()
-    entry: int | None = None
-    lost_cohorts: tuple[str, ...] | None = None
-    lost_rows: bool | None = None
+    round: int | None  # of one round that the report shows by itself; None: several, or a run that it shows as a whole
+    day: str  # of the last of them
+    lost: tuple[Charge, ...] = ()  # mechanisms of the lost branch
+    entry: int | None = None  # that made up for it
+    lost_cohorts: tuple[str, ...] | None = None  # of each of these, whom it was charged to; None: everybody
+    lost_rows: bool | None = None  # the register of arrivals may lack rows: the oldest cohort owes all charged so far
 
     def __post_init__(self) -> None:
         check_at_least("rounds", self.rounds, 1 if self.run else 0)
@@ -382,27 +312,19 @@ class ChargedRounds:
 
 @spec
 class RunInLedger:
-    """One run that a ledger accepted.
-
-    Attributes:
-        state: "open", "ended" or "expired".
-        lost_rounds: that it was charged on lost branches.
-        plan: as the site carried it out.
-        max_epsilon: the cap on one run that was in force when it was accepted; None: there was none.
-        noise_factor: of the plan's noise over what the lead asked for; None: it is that.
-    """
+    """One run that a ledger accepted."""
 
     run: str
     lead: str
     dataset: str
     state: Literal["open", "ended", "expired"]
-    plan: Plan
-    lost_rounds: int
-    max_epsilon: float | None
+    plan: Plan  # as the site carried it out
+    lost_rounds: int  # that it was charged on lost branches
+    max_epsilon: float | None  # the cap on one run that was in force when it was accepted; None: there was none
     seeded_noise: bool
     base_model: str
     adapter_sha256: str | None
-    noise_factor: float | None = None
+    noise_factor: float | None = None  # of the plan's noise over what the lead asked for; None: it is that
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)
@@ -411,55 +333,39 @@ class RunInLedger:
 
 @spec
 class LedgerFacts:
-    """Of a ledger.
-
-    Attributes:
-        date: of its newest entry.
-        order: of the filter, fixed when the ledger was made.
-        max_epsilon: the smaller of the cap that the ledger noted and the policy's; None: no cap; the others likewise.
-        limits_loosened: days on which a limit for a run or a period was raised, or taken away, after a charge.
-        reference: a typical run.
-        charges: in order.
-        lost_seed: whether noise on a lost branch came from a seed.
-        simulated: whether the site was ever one of a simulation's.
-        inexact_gradients: whether one of its policies accepted them.
-        policy_noted: whether the ledger has noted the policy in force, with its digest; None: it was not given.
-        problem: why the ledger does not verify.
-        settings: of its runs, that its cells show.
-        arrivals: the calendar by which its people arrive; None: one budget for everybody.
-    """
+    """Of a ledger."""
 
     kind: Literal["ledger"]
     site: str
     population: str
-    date: str
+    date: str  # of its newest entry
     unit: Unit
     delta: float
-    order: float
+    order: float  # of the filter, fixed when the ledger was made
     declared_size: int
-    max_epsilon: float | None
+    max_epsilon: float | None  # the smaller of the noted cap and the policy's; None: no cap; the others likewise
     max_epsilon_per_run: float | None
     max_epsilon_per_period: float | None
     period: Calendar
-    reference: Reference
+    reference: Reference  # a typical run
     caps: tuple[Cap, ...]
     runs: tuple[RunInLedger, ...]
-    charges: tuple[ChargedRounds, ...]
-    lost_seed: bool
+    charges: tuple[ChargedRounds, ...]  # in order
+    lost_seed: bool  # whether noise on a lost branch came from a seed
     frozen: bool
     in_doubt: bool
-    simulated: bool
-    inexact_gradients: bool
-    policy_noted: bool | None
+    simulated: bool  # whether the site was ever one of a simulation's
+    inexact_gradients: bool  # whether one of its policies accepted them
+    policy_noted: bool | None  # the ledger has noted the policy in force, with its digest; None: it was not given
     policy_digest: str
     verification: Verification | None
-    problem: str
+    problem: str  # why the ledger does not verify
     releases: tuple[Release, ...]
     asserted: Mapping[str, bool]
-    settings: Mapping[str, str] = field(default_factory=dict)
-    limits_loosened: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)  # of its runs, that its cells show
+    limits_loosened: tuple[str, ...] = ()  # days on which a limit for a run or a period was loosened, after a charge
     provenance: Provenance
-    arrivals: Calendar | None = None
+    arrivals: Calendar | None = None  # the calendar by which its people arrive; None: one budget for everybody
 
     @property
     def seeded_noise(self) -> bool:

@@ -6,13 +6,17 @@ that nothing bounds it.  Times are UTC in ISO form, of the run or the ledger, so
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import field, fields
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core.core_schema import DataclassSchema
 
 from fedtune.federation.cost import Energy
 from fedtune.federation.drift import Fall, HeldOut
@@ -44,24 +48,16 @@ def filled(cls: type[T], *sources: object) -> partial[T]:
 
 @spec
 class Spent:
-    """What was charged.
+    """What was charged."""
 
-    Attributes:
-        epsilon: the figure that the verdict uses: of a run by PLD, of a ledger by the filter.
-        epsilon_pld: the same charges by PLD, and `epsilon_rdp` by RDP.
-        planned_epsilon: of the whole plan by PLD; None for a ledger.
-        upper_bound: a site fell silent, or its receipts are missing, and every round that may be charged is counted.
-        ended_by_scores: the run's validation scores ended it after some of these charges, and picked the moment.
-    """
-
-    epsilon: float | None
-    epsilon_pld: float | None
-    epsilon_rdp: float | None
-    planned_epsilon: float | None
-    upper_bound: bool
+    epsilon: float | None  # the figure that the verdict uses: of a run by PLD, of a ledger by the filter
+    epsilon_pld: float | None  # the same charges by PLD
+    epsilon_rdp: float | None  # by RDP
+    planned_epsilon: float | None  # of the whole plan by PLD; None for a ledger
+    upper_bound: bool  # a site fell silent, or its receipts are missing, and every round that may be charged is counted
     rounds: int
     steps: int
-    ended_by_scores: bool = False
+    ended_by_scores: bool = False  # the run's scores ended it after some of these charges, and picked the moment
 
 
 @spec
@@ -88,48 +84,35 @@ class HitRate:
 class Meaning:
     """What (epsilon, delta) means as frequencies.
 
-    Attributes:
-        right_of_100_ceiling: of 100 guesses whether a record was used, half of which were, at most so many are right,
-            from (epsilon, delta) alone; `right_of_100_mechanism` by the mechanism's own curve.
-        expected_failures: declared size times delta.
-        right_of_100_with_all_others: the least ceiling that holds although all other sites of secure sums tell what
-            they added; None where every site made its own noise.
-        right_of_100_for_2: the same about somebody with two records, or about two persons where the unit is a person,
-            and `right_of_100_for_5` about five.
+    Of 100 guesses whether a record was used, half of which were, at most so many are right.
     """
 
-    right_of_100_ceiling: float
-    right_of_100_mechanism: float | None
+    right_of_100_ceiling: float  # from (epsilon, delta) alone
+    right_of_100_mechanism: float | None  # by the mechanism's own curve
     posterior: tuple[Posterior, ...]
     hit_rates: tuple[HitRate, ...]
-    expected_failures: float | None
-    right_of_100_for_2: float
+    expected_failures: float | None  # declared size times delta
+    right_of_100_for_2: float  # about somebody with two records, or about two persons where the unit is a person
     right_of_100_for_5: float
-    right_of_100_with_all_others: float | None = None
+    right_of_100_with_all_others: float | None = None  # although all other sites of secure sums tell what they added
 
 
 @spec
 class Mechanism:
-    """What one run did at one site, and the events from which its epsilon can be computed again.
-
-    Attributes:
-        noise_multiplier: that each step counts with; `noise_factor` times the run's where the site made more.
-        records_per_user: most records of one unit in a step; 1 where the unit is a record.
-        shared: how sites made the noise of a secure sum together; None: the site made all of it.
-    """
+    """What one run did at one site, and the events from which its epsilon can be computed again."""
 
     run: str
     sampling_assumed: str
     sampling_run: str
     sampling_rate: float
-    noise_multiplier: float
+    noise_multiplier: float  # that each step counts with; `noise_factor` times the run's where the site made more
     max_grad_norm: float | None
     local_steps: int
     rounds: int
     metrics_noise_multiplier: float
     charges: tuple[Charge, ...]
-    records_per_user: int = 1
-    shared: SharedNoise | None = None
+    records_per_user: int = 1  # most records of one unit in a step; 1 where the unit is a record
+    shared: SharedNoise | None = None  # how sites made a secure sum's noise together; None: the site made all of it
     noise_factor: float | None = None
 
 
@@ -155,18 +138,10 @@ class Step:
 
 @spec
 class SiteReport:
-    """One site.
-
-    Attributes:
-        source: where the figures come from.
-        reported: day of the site's own report, where the figures over all runs come from one.
-        asserted: what the site states and no software can check.
-        by_trust: epsilon of everything charged, by who looks; None where every site made its own noise.
-        average_weight: its share of an average of all sites, where some made more noise than the plan's.
-    """
+    """One site."""
 
     site: str
-    source: Source
+    source: Source  # where the figures come from
     verdict: Verdict
     declared_size: int | None
     approved: Approved | None
@@ -178,10 +153,10 @@ class SiteReport:
     lifetime: Lifetime | None = None
     verification: Verification | None = None
     releases: tuple[Release, ...] = ()
-    asserted: Mapping[str, bool] = field(default_factory=dict)
-    reported: str | None = None
-    by_trust: Epsilons | None = None
-    average_weight: float | None = None
+    asserted: Mapping[str, bool] = field(default_factory=dict)  # what the site states and no software can check
+    reported: str | None = None  # day of the site's own report, where the figures over all runs come from one
+    by_trust: Epsilons | None = None  # epsilon of all charges, by who looks; None: every site made its own noise
+    average_weight: float | None = None  # its share of an average of all sites, where some made more noise
 
 
 @spec
@@ -212,27 +187,18 @@ class RoundCost:
 
 @spec
 class Utility:
-    """Scores on the lead's own files: exact, and covered by no guarantee.
-
-    Attributes:
-        findings: what they say against the training.
-        energy: of the machine that ran this; None: not asked for.
-        detail: what stands behind the final ones, where the task has labels.
-        kept: what the scores of the rounds decided, where the settings let them.
-        selection: the search that the run is a trial of, and whether that picked it; None: it is none.
-        held_out: noised scores of the sites over runs, whose end may `fall`; this run's cost `held_out_epsilon`.
-    """
+    """Scores on the lead's own files: exact, and covered by no guarantee."""
 
     before: Scores
     final: Scores
     rounds: tuple[RoundCost, ...]
-    findings: tuple[str, ...] = ()
-    energy: Energy | None = None
-    detail: Detail | None = None
-    kept: Kept | None = None
-    selection: Selection | None = None
-    held_out: tuple[HeldOut, ...] | None = None
-    held_out_epsilon: float | None = None
+    findings: tuple[str, ...] = ()  # what they say against the training
+    energy: Energy | None = None  # of the machine that ran this; None: not asked for
+    detail: Detail | None = None  # what stands behind the final ones, where the task has labels
+    kept: Kept | None = None  # what the scores of the rounds decided, where the settings let them
+    selection: Selection | None = None  # the search that the run is a trial of, and whether that picked it; None: none
+    held_out: tuple[HeldOut, ...] | None = None  # noised scores of the sites over runs, whose end may `fall`
+    held_out_epsilon: float | None = None  # what this run's cost
     fall: Fall | None = None
 
 
@@ -255,14 +221,9 @@ class Signature:
 
 @spec
 class Report:
-    """A run as its lead knows it, or a ledger as its site does; `released` and the other tuples of texts are codes.
+    """A run as its lead knows it, or a ledger as its site does; `released` and the other tuples of texts are codes."""
 
-    Attributes:
-        facts: that everything else follows from.
-        admits: the only people whom a run charged; None: everybody.
-    """
-
-    facts: Annotated[Facts, Field(discriminator="kind")]
+    facts: Annotated[Facts, Field(discriminator="kind")]  # that everything else follows from
     kind: Literal["run", "ledger"]
     name: str
     date: str | None
@@ -285,7 +246,7 @@ class Report:
     provenance: Provenance
     utility: Utility | None = None
     audit: Audit | None = None
-    admits: Arrivals | None = None
+    admits: Arrivals | None = None  # the only people whom a run charged; None: everybody
     signature: Signature | None = None
     schema_version: Annotated[int, Field(ge=REPORT_SCHEMA, le=REPORT_SCHEMA)]
 
@@ -350,9 +311,19 @@ def from_json(text: str | bytes) -> Report:
         raise ConfigError(where, said, bound) from None
 
 
+class _Described(GenerateJsonSchema):
+    """A field's description is the comment on its line."""
+
+    def dataclass_schema(self, schema: DataclassSchema) -> JsonSchemaValue:
+        made = super().dataclass_schema(schema)
+        for name, text in re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(schema["cls"]), re.MULTILINE):
+            made["properties"][name]["description"] = text
+        return made
+
+
 def schema_text() -> str:
     """The JSON schema of a report.json."""
-    schema = _ADAPTER.json_schema()
+    schema = _ADAPTER.json_schema(schema_generator=_Described)
     properties, required = schema["properties"], [key for key in schema["required"] if key not in _NOT_DERIVED]
     whole = {key: properties.pop(key) for key in _NOT_DERIVED}
     whole["derived"] = {"type": "object", "additionalProperties": False, "properties": properties, "required": required}

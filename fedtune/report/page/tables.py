@@ -30,22 +30,19 @@ _ABSENT_CLASS = Markup('class="absent"')
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table; `heading` is the key of its text, or, where it `is_named`, a name of the report.
+    """A column of a table.
 
-    Attributes:
-        at: where each row's cell is, from the row on; "../" in front: from what holds the row; "@": from its site on.
-        kind: of figure, as in `Catalogue.figure`, or one of `_TEXTS`, with a section: "code:SECTION"; a trailing "?"
-            puts "at most" in front where the site fell silent.
-        absent: key of the text where there is nothing ("": it is not known), and `zero` where there is a 0.
-        only: kind of report, or unit, that has the column; "": all.
+    A cell's place is from its row on; "../" in front: from what holds the row; "@": from its site on.  A kind is one of
+    `Catalogue.figure`, or of `_TEXTS`, with a section: "code:SECTION"; a trailing "?" puts "at most" in front where the
+    site fell silent.
     """
 
-    heading: str
+    heading: str  # key of its text, or, where it `is_named`, a name of the report
     at: str
     kind: str
-    absent: str = ""
-    zero: str = ""
-    only: str = ""
+    absent: str = ""  # key of the text where there is nothing; "": it is not known
+    zero: str = ""  # key of the text where there is a 0
+    only: str = ""  # kind of report, or unit, that has the column; "": all
     is_named: bool = False
 
     @property
