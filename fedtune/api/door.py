@@ -31,9 +31,8 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
     from fedtune.privacy.proposal import Proposal
-    from fedtune.report.audit_findings import Audit
     from fedtune.report.checks import Check
-    from fedtune.report.facts import Lifetime
+    from fedtune.report.facts import Audit, Lifetime
     from fedtune.report.model import Report
     from fedtune.runs.model_comparison import SideBySide
     from fedtune.runs.results import PrivacyResult, RunResult

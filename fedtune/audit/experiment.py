@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from fedtune.audit.gradient_attack import GradientAttack
@@ -13,20 +14,26 @@ from fedtune.audit.spec import AuditSpec
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.audit_bound import best_possible, epsilon_lower_bound
 from fedtune.federation.lead import LeadState
+from fedtune.federation.run_folder import RunFolder
 from fedtune.flower.simulation import simulate
 from fedtune.model.adapter import Adapter
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.report.audit_findings import Audit, AuditBound
-from fedtune.report.derive.audit_bounds import mark, refuted, write_audit
+from fedtune.report.derive.audit_bounds import refuted
+from fedtune.report.facts import Audit, AuditBound
 from fedtune.runs.federation_run import Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import POLICY, Participants, generated_policy
-from fedtune.spec import ConfigError
+from fedtune.spec import RUN_SCHEMA, ConfigError
 
 _LARGEST_ADAPTER = 1e6
 """Canaries move an adapter further than records do, and without clipping a thousand times further."""
+_MARK = """\
+This folder is an audit. Among the training data were {what},
+planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.
+"""
 
 
 def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
@@ -120,7 +127,8 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         membership=membership,
         exceeded=False,
     )
-    write_audit(folder, replace(found, exceeded=bool(refuted(found))))
+    fields = {**asdict(replace(found, exceeded=bool(refuted(found)))), "schema_version": RUN_SCHEMA}
+    write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
     return run
 
 
@@ -132,7 +140,7 @@ class _History:
         self.adapters: list[Adapter] = []
 
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
-        mark(self._folder, self._what)
+        write_durably(RunFolder(self._folder).audit_mark, _MARK.format(what=self._what).encode())
         self.adapters.append(state.adapter)
         self._listener.prepared(shared, proposal, state)
 

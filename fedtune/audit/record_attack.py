@@ -23,7 +23,7 @@ from fedtune.data import Record
 from fedtune.evaluation.scoring import batches_by_length, scoring
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.randomness import RandomStream
-from fedtune.report.audit_findings import AuditHitRate, AuditMembership
+from fedtune.report.facts import AuditHitRate, AuditMembership
 from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import randomness_of
 from fedtune.tasks.inputs import input_of

@@ -23,9 +23,8 @@ from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import Reference
-from fedtune.report.audit_findings import Audit
 from fedtune.show.budget_text import Arrivals
-from fedtune.spec import check_at_least, spec
+from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.tasks.measures import Detail
 
 State = Literal["within", "exceeded", "no_guarantee"]
@@ -199,6 +198,60 @@ class SiteStatement:
     verification: Verification | None
     releases: tuple[Release, ...]
     asserted: Mapping[str, bool]
+
+
+@spec
+class AuditBound:
+    """An empirical lower bound on epsilon, and what `canaries` planted records could show at most."""
+
+    site: str | None  # None: on the aggregated model, over all audited sites
+    claimed_epsilon: float
+    lower_bound: float
+    best_possible: float
+    canaries: int
+    guesses: int
+    right: int
+
+
+@spec
+class AuditHitRate:
+    """Share of the records trained on that an attack finds with a share of false alarms; None: too few to say."""
+
+    false_alarms: float
+    found: float | None
+    low: float | None
+    high: float | None
+
+
+@spec
+class AuditMembership:
+    """How well a score tells real records that were trained on from others; `site` as in `AuditBound`."""
+
+    site: str | None
+    score: str
+    trained_on: int
+    never_used: int
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    hit_rates: tuple[AuditHitRate, ...]
+
+    def __post_init__(self) -> None:
+        if not self.hit_rates:
+            raise ConfigError("hit_rates", [], "must have at least one, as every attack by membership has")
+
+
+@spec
+class Audit:
+    """What an attempt to break the guarantee showed, each figure with `confidence` by itself."""
+
+    method: str
+    confidence: float
+    delta: float
+    seeded: bool
+    exceeded: bool  # a lower bound is above its claim, so that the implementation or the claim is wrong
+    bounds: tuple[AuditBound, ...]
+    membership: tuple[AuditMembership, ...]
 
 
 @spec

@@ -25,8 +25,7 @@ from fedtune.federation.lead import Scores
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
 from fedtune.privacy.events import Charge
 from fedtune.privacy.selection import Selection
-from fedtune.report.audit_findings import Audit
-from fedtune.report.facts import Approved, Facts, Lifetime, Provenance, Release, Source, Verdict, Verification
+from fedtune.report.facts import Approved, Audit, Facts, Lifetime, Provenance, Release, Source, Verdict, Verification
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 from fedtune.tasks.measures import Detail

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fedtune.privacy.mechanism import cell
-from fedtune.report.audit_findings import Audit
 from fedtune.report.derive.audit_bounds import read_audit
+from fedtune.report.facts import Audit
 from fedtune.training import dp_step, users
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from fedtune.evaluation.audit_bound import best_possible
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report.audit_findings import Audit
 from fedtune.report.derive.audit_bounds import read_audit
+from fedtune.report.facts import Audit
 from fedtune.spec import RunError
 
 EVERY_TIME = ("privacy.sampling_rate=1.0", "audit.canaries=120")

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.difference import Change, differences
+from fedtune.report.facts import Audit, AuditBound
 from fedtune.spec import ConfigError
 
 from .shown import Make, with_site

@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
-from fedtune.privacy.durable import write_durably
-from fedtune.report.audit_findings import Audit, AuditBound
 from fedtune.report.derive.profile import claimed
 from fedtune.report.derive.verdicts import verdict_of
+from fedtune.report.facts import Audit, AuditBound
 from fedtune.report.model import Problem, Report, SiteReport
 from fedtune.spec import RUN_SCHEMA, RunError
 
 _MOST_CANARIES = 10**6
 _MOST_EPSILON = 1e3  # far more than that many canaries can show
 _LAST_DIGITS = 5e-6  # where a search for a bound may end on another machine
-_MARK = """\
-This folder is an audit. Among the training data were {what},
-planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.
-"""
-
-
-def mark(folder: Path, what: str) -> None:
-    """Say in the folder, before anything is trained, that its adapter holds canaries."""
-    write_durably(RunFolder(folder).audit_mark, _MARK.format(what=what).encode())
-
-
-def write_audit(folder: Path, audit: Audit) -> None:
-    """Write `audit.json`."""
-    fields = {**asdict(audit), "schema_version": RUN_SCHEMA}
-    write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def read_audit(folder: Path) -> Audit | None:
