@@ -11,6 +11,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, isfinite
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ def rows(known: Mapping[str, str | None]) -> tuple[Cell, ...]:
 
 def of_report(report: Report) -> tuple[Cell, ...]:
     """The cells of a report; what its figures say is taken from the report, whose own cells are not looked at."""
-    facts, provenance = report.facts, report.provenance
+    facts, libraries = report.facts, report.provenance.libraries
     # What follows from the sites' own figures is of the worst site each.
     verdict = worst(site.verdict for site in report.sites)
     promised = verdict.state != "no_guarantee"
@@ -70,11 +71,12 @@ def of_report(report: Report) -> tuple[Cell, ...]:
     failures = [meaning.expected_failures for meaning in meanings if meaning.expected_failures is not None]
     summed = any(row.shared for site in report.sites for row in site.mechanisms)
     technologies = {"federated_learning": True, "secure_aggregation": summed, "differential_privacy": promised}
-    version = provenance.libraries.get("dp-accounting")
+    version = libraries.get("dp-accounting")
     sizes = {site.site: site.declared_size or 0 for site in report.sites}
     known: dict[str, str | None] = {
         **BY_DESIGN,
         **facts.settings,
+        **{fact: attrgetter(place)(report) for fact, place in _DATA["places"].items()},
         "verdict": verdict.state,
         "epsilon": epsilon_text(largest(epsilons) if promised else None),
         "delta": f"{report.delta:g}",
@@ -87,20 +89,10 @@ def of_report(report: Report) -> tuple[Cell, ...]:
         "secure_aggregation": _yes_or_no(summed),
         "technologies_on": _listed(name for name, on in technologies.items() if on),
         "technologies_off": _listed(name for name, on in technologies.items() if not on),
-        "unit": report.unit,
         "released": _listed(report.released),
-        "randomness": report.randomness,
         "known_limits": _listed(report.not_protected),
-        "date": report.date,
         "accountant": f"PLD, RDP: dp-accounting {version}" if version else "PLD, RDP: dp-accounting",
-        "base_model": provenance.model,
-        "base_model_sha256": provenance.model_sha256,
-        "base_model_licence": provenance.model_licence,
-        "fedtune_version": provenance.fedtune_version,
-        "hardware": provenance.machine,
-        "libraries": _listed(f"{name} {version}" for name, version in provenance.libraries.items()),
-        "dataset": provenance.dataset,
-        "task": provenance.task,
+        "libraries": _listed(f"{name} {version}" for name, version in libraries.items()),
         "declared_sizes": ", ".join(f"{name}: {size}" for name, size in sizes.items()),
         "declared_total": str(sum(sizes.values())),
         "num_sites": str(len(sizes)),

@@ -137,7 +137,7 @@ class Catalogue:
         if len(value) == len("2026-03-01"):
             kind = "day"  # no more is known of it
         texts = self.texts["language"]
-        fields = {"day": moment.day, "month": texts[f"month_{moment.month}"], "year": moment.year}
+        fields = {"day": moment.day, "month": texts["months"].split()[moment.month - 1], "year": moment.year}
         return texts[kind].format(**fields, clock=f"{moment:%H:%M}")
 
     def _marks(self, text: str) -> str:

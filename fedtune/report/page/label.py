@@ -6,7 +6,6 @@ What it says stands in report.json, whose SHA-256 it names, in the report's own 
 from __future__ import annotations
 
 import re
-from functools import partial
 
 from markupsafe import Markup
 
@@ -17,7 +16,6 @@ from fedtune.report.page.render import environment
 from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
 
-_NAME_LETTERS, _VALUE_LETTERS = 32, 44
 _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"
 
 
@@ -34,7 +32,7 @@ def as_svg(report: Report, *, language: str) -> str:
         t=words.text,
         figure=words.catalogue.figure,
         reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
-        facts=_facts(words),
+        data=next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None),
         limits=Markup("; ").join(limits),
         digest=signing.digest(report),
     )
@@ -47,40 +45,15 @@ def as_svg_of_own(site: str, run: str) -> str:
 
 def _drawn(file: str, **values: object) -> str:
     """A label by its template; what its lines say is said again for who cannot see it."""
-    return (
-        environment()
-        .get_template(file)
-        .render(
-            plain=_plain,
-            short=partial(shortened, most=_NAME_LETTERS),
-            wrapped=_wrapped,
-            below=lambda size: round(1.3 * size),
-            said_in=lambda marks: Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks))),
-            **values,
-        )
+    template = environment().get_template(file)
+    return template.render(
+        plain=_plain,
+        short=lambda name, most=32: shortened(name, most),
+        wrapped=_wrapped,
+        below=lambda size: round(1.3 * size),
+        said_in=lambda marks: Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks))),
+        **values,
     )
-
-
-def _facts(words: Words) -> dict[str, str]:
-    """What is said of data and unit, the method, and how much of the limit is used, by the key of its name."""
-    report, figure, text = words.report, words.catalogue.figure, words.text
-    data = next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None)
-    epsilon: str = figure(report.epsilon, "epsilon") if words.promises else text("word.unbounded")
-    if limit := words.limit():
-        epsilon = text(f"label.of_limit_{report.kind}", used=epsilon, limit=figure(words.at(limit), "cap"))
-    band = Markup(" ({})").format(words.band_range(words.band)) if words.promises else ""
-    said = {
-        "label.data": shortened(data, _VALUE_LETTERS) if data else text("word.unknown"),
-        "label.unit": words.code("unit", report.unit),
-        "label.epsilon": epsilon,
-        "label.people": words.of_whom(),
-        "setting.delta": figure(report.delta, "exact"),
-        "label.strength": words.code("strength", words.band) + band,
-        "label.mechanism": text("label.mechanism_text"),
-        "label.sites": figure(len(report.sites), "count"),
-        "label.date": figure(report.date, "day") if report.date else None,
-    }
-    return {key: value for key, value in said.items() if value is not None}
 
 
 def _wrapped(text: str, size: float, width: float, *, font: str = "plain", most: int = 8) -> list[str]:

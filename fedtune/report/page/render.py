@@ -84,6 +84,7 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
         columns=data()["access"]["columns"],
         pointer=pointer,
         sections=data()["section"],
+        first_limits=data()["limits"]["first"],
         tiers_source=TIERS_SOURCE,
         title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
         short=lambda name: shortened(name, _LONGEST_NAME),

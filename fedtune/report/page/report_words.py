@@ -25,7 +25,6 @@ from fedtune.words import shortened, unbounded
 
 One = TypeVar("One")
 _LONGEST_IN_CHART = 18
-_LONGEST_PURPOSE = 90
 _MOST_ASSUMPTIONS = 4
 _SAYS_NOTHING = 99  # right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody
 _RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
@@ -176,20 +175,6 @@ class Words:
         known = {site: count for site, count in failures.items() if count is not None}
         return max(known, key=known.__getitem__, default=None)
 
-    def heading(self) -> Markup:
-        """The result, or that a budget that is kept has no room for more."""
-        return self.code("verdict", self.room or f"{self.report.verdict.state}_{self.report.kind}")
-
-    def is_full(self) -> bool:
-        """A site's own limit has to be raised before anything more can be spent."""
-        return self.room in ("used_up", "no_run_fits") or "above_lifetime_cap" in self.report.verdict.reasons
-
-    def purpose(self) -> str:
-        """Of the training, as far as a line has room."""
-        whole = self.report.provenance.purpose or ""
-        cut = whole[:_LONGEST_PURPOSE].rpartition(" ")[0] or whole[:_LONGEST_PURPOSE]
-        return whole if len(whole) <= _LONGEST_PURPOSE else f"{cut}…"
-
     def limit(self) -> str | None:
         """Pointer to the limit that the result is judged by; None: there is none."""
         found = f"{self.worst}/approved/max_epsilon" if self.is_ledger else "/target_epsilon"
@@ -205,18 +190,6 @@ class Words:
         asked = [one for one in found if one.status == "assumed" and self.catalogue.has("question", one.code)]
         room = max(0, _MOST_ASSUMPTIONS - len(violated)) if self.promises else 0
         return (*violated, *asked[:room])
-
-    def to_do(self) -> Markup:
-        """The next task of the officer who reads the page."""
-        first = ["violated"] if any(one.status == "violated" for one in self.report.assumptions) else []
-        full = {"closed": "closed", "used_up": "full", "no_run_fits": "full"}.get(self.room or "")
-        then = full or (self.report.kind if self.report.verdict.state == "within" else self.report.verdict.state)
-        return Markup(" ").join(self.text(f"verdict.to_do_{code}") for code in (*first, then))
-
-    def limits(self, *, several: bool) -> list[str]:
-        """Limits that an officer must know; `several`: figures tell of several records already."""
-        first = set(data()["limits"]["first"]) - ({"several_records"} if several else set())
-        return [limit for limit in self.report.not_protected if limit in first]
 
     def right(self, site: str) -> str:
         """Which figure of the best attacker at a site holds: of the method that ran, else from epsilon and delta."""
@@ -259,14 +232,6 @@ class Words:
             return None
         most = self._who([place for place, one in epsilons.items() if one == max(epsilons.values())])
         return self.text("label.others_less", dates=", ".join(one.dates for one in most))
-
-    def triggers(self) -> list[Markup]:
-        """When somebody should look at this again."""
-        runs = "/sites/0/lifetime/reference_runs_left"
-        codes = [*(["limit"] if self.is_ledger else ["next_run", "other_use"]), *(["attack"] if self.promises else [])]
-        left = self.is_ledger and self.at(runs)
-        first = [self.text("again.runs_left", runs=self.figure(runs, "count"))] if left else []
-        return [*first, *(self.text(f"again.{code}") for code in (*codes, "date"))]
 
 
 def pointer(*parts: str | int) -> str:
