@@ -117,8 +117,7 @@ def build(
     if key is not None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
-    from fedtune.report.page.label import as_svg
-    from fedtune.report.page.render import write_files
+    from fedtune.report.page.render import as_svg, write_files
     from fedtune.report.registry_entry import REGISTRY, entry, to_text
 
     spoken = language or own_language

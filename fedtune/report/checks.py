@@ -93,8 +93,7 @@ def _taken(report: Report) -> Iterator[Check]:
 def _drawn(path: Path, report: Report) -> Iterator[Check]:
     """Compare the page and the label beside a report with what is drawn from it: equal reports give equal bytes."""
     from fedtune.report.page.catalogue import LANGUAGES
-    from fedtune.report.page.label import as_svg
-    from fedtune.report.page.render import render
+    from fedtune.report.page.render import as_svg, render
 
     for name, draw in (("report.html", render), (LABEL, as_svg)):
         file = path.with_name(name)

@@ -253,13 +253,11 @@ def charges(events: Sequence[Event], history: History, *, most: int) -> tuple[Ch
     restored, made = iter(history.restored), list[ChargedRounds]()
     for event in events:
         day = day_of(event.time)
-        if event.kind is Kind.RESERVE and by_round:
-            made.append(ChargedRounds(run=event.run, rounds=1, round=event.round, day=day))
-        elif event.kind is Kind.RESERVE:
+        if event.kind is Kind.RESERVE:
             # A calendar period has whole months.
-            alike = made and (made[-1].run, made[-1].day[:7]) == (event.run, day[:7])
-            rounds = 1 + (made.pop().rounds if alike else 0)
-            made.append(ChargedRounds(run=event.run, rounds=rounds, round=None, day=day))
+            alike = not by_round and made and (made[-1].run, made[-1].day[:7]) == (event.run, day[:7])
+            rounds, shown = 1 + (made.pop().rounds if alike else 0), event.round if by_round else None
+            made.append(ChargedRounds(run=event.run, rounds=rounds, round=shown, day=day))
         elif event.kind is Kind.NOTE and event.detail["what"] == "restored":
             back = next(restored)
             lost = tuple(Charge(event=charged, count=count) for charged, count in back.gap)

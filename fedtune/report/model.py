@@ -61,13 +61,10 @@ class Spent:
 
 @spec
 class Posterior:
-    """How sure an attacker can become that a record was used, from epsilon alone.
-
-    No bound for every single outcome: `ceiling` is passed with a small chance, which can be many times delta.
-    """
+    """How sure an attacker can become that a record was used, from epsilon alone."""
 
     prior: float
-    ceiling: float
+    ceiling: float  # no bound for every single outcome: passed with a small chance, which can be many times delta
 
 
 @spec
@@ -160,14 +157,11 @@ class SiteReport:
 
 @spec
 class Assumption:
-    """Something that the guarantee rests on; `evidence` names a version and a test, a file, or who states it.
-
-    derive/rules.py says what each status means.
-    """
+    """Something that the guarantee rests on."""
 
     code: str
-    status: Status
-    evidence: str
+    status: Status  # derive/rules.py says what each means
+    evidence: str  # names a version and a test, a file, or who states it
 
 
 @spec

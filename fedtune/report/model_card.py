@@ -26,8 +26,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.report import from_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.label import as_svg
-from fedtune.report.page.render import TEMPLATES, write_files
+from fedtune.report.page.render import TEMPLATES, as_svg, write_files
 from fedtune.report.page.report_words import Words
 from fedtune.report.run_record import RunRecord, read_run
 from fedtune.tasks.inputs import input_of

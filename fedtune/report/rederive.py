@@ -100,15 +100,12 @@ def _too_much_work(facts: Facts) -> Iterator[Problem]:
     single = {(interval, event) for charged, interval, _ in parts for event in charged}
     work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, _, times in parts)
     work += sum(_buckets(event) * accountant.FINE / interval for interval, event in single)
-    too_much = work > _MOST_BUCKETS
-    if not too_much:  # or it would be too much to say how wide the compositions are
-        composed = 0.0
-        for charged, interval, times in parts:
-            noisy = Counter({one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)})
-            width = unbounded(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
-            composed += width * len(charged) * times
-            too_much = too_much or width > _MOST_BUCKETS
-        too_much = too_much or composed > _MOST_COMPOSED
+    too_much, composed = work > _MOST_BUCKETS, 0.0
+    for charged, interval, times in () if too_much else parts:  # of more, their widths would take long to compute
+        noisy = {one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)}
+        width = unbounded(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
+        composed += width * len(charged) * times
+        too_much = too_much or width > _MOST_BUCKETS or composed > _MOST_COMPOSED
     if too_much:
         yield Problem("facts", f"{len(single)} different mechanisms", "that would take hours to compute")
 

@@ -86,7 +86,7 @@ def make(
     lenient: bool = False,
 ) -> Personalised:
     """Make a site's own adapter in the folder `into`, and score it beside the shared one and the site alone."""
-    from fedtune.report.page.label import as_svg_of_own
+    from fedtune.report.page.render import as_svg_of_own
     from fedtune.runs.model_comparison import Finished, side_by_side
     from fedtune.sites.personal import personalise as train
 

@@ -12,8 +12,7 @@ from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.report import registry_entry, signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.label import as_svg, as_svg_of_own
-from fedtune.report.page.render import FONTS
+from fedtune.report.page.render import FONTS, as_svg, as_svg_of_own
 from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
 

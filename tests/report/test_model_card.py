@@ -15,7 +15,7 @@ from fedtune.report.facts import StartAdapter
 from fedtune.report.from_run import spent_on_start
 from fedtune.report.model import Report
 from fedtune.report.model_card import Form, card_text
-from fedtune.report.page.label import as_svg
+from fedtune.report.page.render import as_svg
 from fedtune.report.rederive import derive, problems
 from fedtune.report.run_record import RunRecord, read_run
 

@@ -20,7 +20,7 @@ from fedtune.report.facts import Verdict
 from fedtune.report.model import Report, to_json
 from fedtune.report.page import render
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.label import as_svg
+from fedtune.report.page.render import as_svg
 from fedtune.report.page.report_words import Words, pointer
 from fedtune.report.page.tables import MOST_ROWS
 from fedtune.words import shortened

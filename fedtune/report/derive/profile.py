@@ -41,8 +41,7 @@ _LARGEST_EPSILON = 60.0  # beyond it, a share that an attack misses is no longer
 PRIORS = (0.5, 0.1, 0.01, 0.001)  # how sure an attacker may be beforehand, in the reports' tables
 FALSE_ALARMS = (0.01, 0.001)  # shares of false alarms in the reports' tables
 TIERS_SOURCE = "arXiv 2303.00654"
-BANDS = {"strong": (0.0, 1.0), "reasonable": (1.0, 10.0), "weak": (10.0, math.inf)}
-"""Word for a strength -> above which epsilon it stands, and up to which."""
+BANDS = {"strong": (0.0, 1.0), "reasonable": (1.0, 10.0), "weak": (10.0, math.inf)}  # above which epsilon, up to which
 _INTERVAL_OF_SEVERAL = 0.02
 """Width of the buckets for several records.  They only ever raise the figure, by less than 0.2 of 100 guesses; finer
 ones take ten times as long."""
@@ -244,7 +243,7 @@ def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | Non
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
     """Epsilon at `delta` by RDP, likewise."""
-    return finite(_rdp(_counted(spent))(delta))
+    return finite(accountant.composed_rdp(_counted(spent))(delta))
 
 
 def accountants_agree(figures: Figures, *, width: float) -> bool:
@@ -376,4 +375,3 @@ def _counted(spent: Spent) -> Counted:
 
 
 _pld = lru_cache(maxsize=64)(accountant.composed_pld)
-_rdp = lru_cache(maxsize=64)(accountant.composed_rdp)

@@ -17,8 +17,7 @@ from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, Sit
 from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility, filled
 from fedtune.words import finite, unbounded
 
-_MOST_FIGURES = 64
-"""Different numbers of rounds for which epsilon is computed; in between, that of the next larger one is shown."""
+_MOST_FIGURES = 64  # numbers of rounds for which epsilon is computed; in between, that of the next larger is shown
 
 
 def report_of(facts: RunFacts) -> Report:

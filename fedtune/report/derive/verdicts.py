@@ -23,10 +23,9 @@ from fedtune.words import unbounded
 CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
     Path(__file__).with_name("codes.toml").read_text(encoding="utf-8")
 )
-REASONS: Mapping[State, Sequence[str]] = CODES["reasons"]
-"""State -> the reasons for it, the worst state first."""
+REASONS: Mapping[State, Sequence[str]] = CODES["reasons"]  # state -> the reasons for it, the worst state first
+# Of a site, until `judged` has seen its figures.
 UNJUDGED: Mapping[str, Any] = {"verdict": Verdict(state="within"), "meaning": None}
-"""Of a site, until `judged` has seen its figures."""
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
 Room = Literal["closed", "used_up", "no_run_fits"]
 _LAST_DIGITS = 1e-9  # relative tolerance: two ways to compute the same epsilon may differ by rounding

@@ -1,6 +1,7 @@
 """A report as one HTML file that needs nothing else: no script, no font of the machine, no request; as PDF; its files.
 
-How cells are grouped to fields is here, too.
+Also as a label: on one screen, for a model card, a slide or a web page, as SVG.  What it says stands in report.json,
+whose SHA-256 it names, in the report's own words.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ from fedtune.words import score_words, shortened, spoken
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 FONTS = Path(__file__).parent / "fonts"
-_LONGEST_NAME = 28  # in the running footer, and within a sentence
-_LONGEST_TITLE = 40
 Group = Literal["impact", "health", "documentation"]
 _GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "documentation"), ("gpai", "documentation"))
 _RIGHT_GUESSES = ("right_of_100_ceiling", "right_of_100_mechanism", "singling_out_bound", "linkability_bound")
 _SCORES = ("scores_before", "scores_final")
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
+_NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # letters
 AGAIN_S = 15  # after this time a page of a run that goes on loads itself again
 
 
@@ -65,14 +65,12 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
     digest = signing.digest(report)
     # By whose beginning two people compare the key: `printf %s KEY | sha256sum`.
     of_key = hashlib.sha256(report.signature.key.encode()).hexdigest() if report.signature else ""
-    footer = words.text("page.footer", name=shortened(report.name, _LONGEST_NAME), digest=digest)
     page = environment().get_template("report.html.j2")
     return page.render(
         language=language,
         fillable=fillable,
         unfinished=unfinished,
         again_s=AGAIN_S,
-        written=words.catalogue.figure(unfinished.written, "moment") if unfinished else "",
         report=report,
         words=words,
         t=words.text,
@@ -81,16 +79,13 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
         spoken=score_words,
         key_digest=spoken(of_key[:16]),
         fields_of=partial(fields_of, words),
-        columns=data()["access"]["columns"],
         pointer=pointer,
-        sections=data()["section"],
-        first_limits=data()["limits"]["first"],
+        parts=data(),
         tiers_source=TIERS_SOURCE,
-        title=words.text("page.title", name=shortened(report.name, _LONGEST_TITLE)),
-        short=lambda name: shortened(name, _LONGEST_NAME),
+        short=lambda name, most=28: shortened(name, most),
         digest=digest,
-        footer=css_string(footer.unescape()),
-        banner=css_string(" ".join(words.code("banner", code).unescape() for code in report.banners)),
+        css_string=css_string,
+        banner=Markup(" ").join(words.code("banner", code) for code in report.banners),
     )
 
 
@@ -203,3 +198,60 @@ def _fact(words: Words, place: int, key: str) -> Markup:
             said.append(in_its_marks if key in NUMBERS else token)
     separator = Markup("; " if section == "not_protected" else ", ")
     return Markup('<span data-at="{}" data-as="fact">{}</span>').format(where, separator.join(said))
+
+
+def as_svg(report: Report, *, language: str) -> str:
+    """The label as SVG that loads nothing; equal reports give equal labels."""
+    words = Words(report, catalogue(language))
+    limits = [words.text("label.shared")] if words.shared and words.promises else []
+    limits += [words.code("not_protected", code) for code in report.not_protected]
+    return _label(
+        "label.svg.j2",
+        language=language,
+        report=report,
+        words=words,
+        t=words.text,
+        figure=words.catalogue.figure,
+        reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
+        data=next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None),
+        limits=Markup("; ").join(limits),
+        digest=signing.digest(report),
+    )
+
+
+def as_svg_of_own(site: str, run: str) -> str:
+    """The label of a site's own adapter, in English as its card: it has no guarantee, and so no figure."""
+    return _label("own_label.svg.j2", language="en", site=site, run=run)
+
+
+def _label(file: str, **values: object) -> str:
+    """A label by its template; what its lines say is said again for who cannot see it."""
+    template = environment().get_template(file)
+    return template.render(
+        plain=_plain,
+        short=lambda name, most=32: shortened(name, most),
+        wrapped=_wrapped,
+        below=lambda size: round(1.3 * size),
+        said_in=lambda marks: Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks))),
+        **values,
+    )
+
+
+def _wrapped(text: str, size: float, width: float, *, font: str = "plain", most: int = 8) -> list[str]:
+    """Lines that fit a width; what does not fit into as many as there may be ends in dots."""
+    lines: list[str] = []
+    size *= 1.12 if font == "bold" else 1.0
+    for word in _plain(text).split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        each = (0.3 if one in _NARROW else 0.88 if one in _WIDE else 0.7 if one.isupper() else 0.56 for one in longer)
+        if lines and sum(each) * size <= width:  # about, and rather too wide
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [*lines[: most - 1], f"{lines[most - 1]} …"] if len(lines) > most else lines
+
+
+def _plain(text: str) -> str:
+    """A text of the catalogue, or a name in it, as letters that can be drawn in one line."""
+    unescaped = text.unescape() if isinstance(text, Markup) else text
+    return "".join(letter if letter.isprintable() else " " for letter in unescaped).replace("\N{SOFT HYPHEN}", "")

@@ -27,8 +27,7 @@ One = TypeVar("One")
 _LONGEST_IN_CHART = 18
 _MOST_ASSUMPTIONS = 4
 _SAYS_NOTHING = 99  # right guesses of 100, above which a limit from epsilon and delta alone is no news to anybody
-_RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}
-"""The column of the result that a site is left with when it takes its own from all combined."""
+_RESULT = {"no_noise": 1, "seeded": 2, "noised": 2}  # column of what is left to a site that takes its own from all
 _MOST_FOR_SUBTRACTION = 2
 count_of_rows = Markup('<span class="rows">{}</span>').format
 
@@ -46,8 +45,7 @@ class Words:
             (WORST_FIRST.index(site.verdict.state), -unbounded(site.spent.epsilon if site.spent else None), place)
             for place, site in enumerate(report.sites)
         ]
-        self.sites = [f"/sites/{place}" for _, _, place in sorted(favours)]
-        """Pointers to the sites, the least favourable result first."""
+        self.sites = [f"/sites/{place}" for _, _, place in sorted(favours)]  # the least favourable result first
 
     @property
     def worst(self) -> str | None:

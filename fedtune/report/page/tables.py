@@ -24,8 +24,7 @@ _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
 _ROUNDS = "/utility/rounds/*"
 _ABSENT = object()
-_ABSENT_CLASS = Markup('class="absent"')
-"""Of what stands in a cell where there is nothing: it is grey, since it changes no result."""
+_ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: grey, since that changes no result
 
 
 @dataclass(frozen=True, slots=True)
