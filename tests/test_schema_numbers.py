@@ -16,7 +16,7 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import signing
-from fedtune.report.run_record import read_run
+from fedtune.report.from_run import read_run
 from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, ConfigError
 from fedtune.tasks.saved import load_task_model
 

@@ -147,7 +147,7 @@ def audit(
     from fedtune.api.start_and_resume import folder_of, run_in_folder
     from fedtune.audit.experiment import auditable, run_audit
     from fedtune.audit.spec import AuditSpec
-    from fedtune.report.derive.audit_bounds import read_audit
+    from fedtune.report.derive.verdicts import read_audit
 
     spec = AuditSpec(**attack)
     config = auditable(compose_recipe(recipe, settings), spec)
@@ -259,7 +259,7 @@ class Run:
     @cached_property
     def result(self) -> RunResult:
         """The content of run.json; a ValueError where the run has come to nothing yet."""
-        from fedtune.report.run_record import read_run
+        from fedtune.report.from_run import read_run
 
         result = read_run(self.folder).result
         if result is None:

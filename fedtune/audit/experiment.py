@@ -20,7 +20,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.report.derive.audit_bounds import refuted
+from fedtune.report.derive.verdicts import refuted
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.runs.federation_run import Listener
 from fedtune.runs.results import RunResult

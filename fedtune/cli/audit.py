@@ -19,7 +19,7 @@ from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, bound_in
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.report.derive.audit_bounds import read_audit, refuted
+from fedtune.report.derive.verdicts import read_audit, refuted
 from fedtune.report.facts import Audit, AuditHitRate
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import ConfigError, RunError

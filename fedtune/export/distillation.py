@@ -28,7 +28,6 @@ from fedtune.model.layers import layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, card_files, card_text
-from fedtune.report.run_record import read_run
 from fedtune.report.synthetic_card import in_words, read_card, run_of, together
 from fedtune.runs.environment import mark
 from fedtune.sites.run_records import LeadRecords, RunRecords, asked_records, card_of, file_sha256, require_apart
@@ -209,7 +208,7 @@ def _card(
 ) -> Mapping[str, bytes]:
     """The run's card with the student's scores, and how it was taught; `base`: its own."""
     run, score, scores = teacher.adapter.absolute().parent, teacher.task.judged_by, ""
-    record, report = read_run(run), (of_run := from_run.build(run))
+    record, report = from_run.read_run(run), (of_run := from_run.build(run))
     kept, count = (len(layer_stack(one.base)[1]) for one in (student, teacher))
     made = f"the lowest {kept} of the base's {count} layers"
     if base is not None:  # whose card must not count as one of the run's base

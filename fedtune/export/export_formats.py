@@ -38,7 +38,6 @@ from fedtune.model.quiet import quiet
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
 from fedtune.report.model_card import CARD, Form, card_files
-from fedtune.report.run_record import read_run
 from fedtune.runs.environment import mark
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task
@@ -190,7 +189,7 @@ def export(
     """
     run, private_to = adapter.absolute().parent, SavedAdapter.read(adapter, private=private).private_to
     if private_to is None:
-        card = card_files(read_run(run), from_run.build(run), form_of(format, config))
+        card = card_files(from_run.read_run(run), from_run.build(run), form_of(format, config))
     elif missing := [name for name in (CARD, LABEL) if not (adapter / name).is_file()]:
         raise ConfigError("adapter", str(adapter), f"must hold the {missing[0]} that says whose it is")
     else:

@@ -23,12 +23,11 @@ from fedtune.federation.run_folder import LABEL, RunFolder
 from fedtune.model.source import public_place
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.privacy.durable import write_durably
-from fedtune.report import from_run
+from fedtune.report.from_run import RunRecord, build, read_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import TEMPLATES, as_svg, write_files
 from fedtune.report.page.report_words import Words
-from fedtune.report.run_record import RunRecord, read_run
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 from fedtune.words import score_text, score_words
@@ -63,7 +62,7 @@ class Form:
 
 def write_report_and_card(run: Path, *, language: str) -> None:
     """Write a run's report into its folder, and into its adapter's the card with the label; errors as `build` has."""
-    report, record, adapter = from_run.build(run), read_run(run), RunFolder(run).adapter
+    report, record, adapter = build(run), read_run(run), RunFolder(run).adapter
     write_files(run, report, language=language)
     for name, data in card_files(record, report, Form.adapter(record.config, folder=adapter.name)).items():
         write_durably(adapter / name, data)

@@ -20,7 +20,7 @@ from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.report.derive import cells, ledger_figures, profile, run_figures
-from fedtune.report.derive.audit_bounds import audit_problems
+from fedtune.report.derive.verdicts import audit_problems
 from fedtune.report.facts import Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement, Verification
 from fedtune.report.model import Problem, Report, to_json
 from fedtune.spec import ConfigError

@@ -60,9 +60,8 @@ class UnfinishedReport:
         from fedtune.report import from_run
         from fedtune.report.page.render import Unfinished, render
         from fedtune.report.rederive import derive
-        from fedtune.report.run_record import read_run
 
-        record = read_run(self._folder, plan=self._plan)
+        record = from_run.read_run(self._folder, plan=self._plan)
         self._plan = record.plan
         unfinished = Unfinished(
             done=state.round,

@@ -157,7 +157,7 @@ def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
     """The result of the run in `folder`; None: it has none yet, or with `finished` not all of it."""
     if not RunFolder(folder).result.is_file():
         return None
-    from fedtune.report.run_record import read_run
+    from fedtune.report.from_run import read_run
 
     with suppress(FedtuneError):  # of a damaged folder: its run says so
         record = read_run(folder)

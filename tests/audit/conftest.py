@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedtune.privacy.mechanism import cell
-from fedtune.report.derive.audit_bounds import read_audit
+from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import Audit
 from fedtune.training import dp_step, users
 

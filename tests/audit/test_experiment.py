@@ -9,7 +9,7 @@ import pytest
 
 from fedtune.evaluation.audit_bound import best_possible
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.report.derive.audit_bounds import read_audit
+from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import Audit
 from fedtune.spec import RunError
 

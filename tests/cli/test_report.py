@@ -19,10 +19,10 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.report import from_run, signing
 from fedtune.report.facts import Verdict
+from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.rederive import derive
-from fedtune.report.run_record import read_run
 
 from ..conftest import parsed
 from ..privacy.builders import stranger_key as other

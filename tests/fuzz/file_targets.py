@@ -34,7 +34,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_run, signing
 from fedtune.report.checks import check_report
 from fedtune.report.difference import differences
-from fedtune.report.run_record import read_run
+from fedtune.report.from_run import read_run
 from fedtune.sites.virtual_site import DEALT, read_dealt_out
 from fedtune.spec import KIT_SCHEMA, ConfigError, DataError, FedtuneError, RunError
 from fedtune.tasks.saved import load_task_model

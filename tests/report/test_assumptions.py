@@ -12,8 +12,8 @@ import fedtune
 from fedtune.privacy.release import Reason, Refused
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
+from fedtune.report.from_run import RunRecord, read_run
 from fedtune.report.model import Assumption, SiteReport
-from fedtune.report.run_record import RunRecord, read_run
 from fedtune.sites.shared_settings import for_sites
 
 from ..books import Books, resigned

@@ -12,12 +12,11 @@ from huggingface_hub import ModelCard
 
 from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.report.facts import StartAdapter
-from fedtune.report.from_run import spent_on_start
+from fedtune.report.from_run import RunRecord, read_run, spent_on_start
 from fedtune.report.model import Report
 from fedtune.report.model_card import Form, card_text
 from fedtune.report.page.render import as_svg
 from fedtune.report.rederive import derive, problems
-from fedtune.report.run_record import RunRecord, read_run
 
 FORM = Form(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
 

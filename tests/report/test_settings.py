@@ -10,9 +10,9 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.report import from_run
 from fedtune.report.checks import settings_problems
 from fedtune.report.facts import StartAdapter
+from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
 from fedtune.report.rederive import derive, problems
-from fedtune.report.run_record import read_run
 from fedtune.version import __version__
 
 

@@ -20,11 +20,11 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.derive.verdicts import room_of
+from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
 from fedtune.report.page.render import render
 from fedtune.report.rederive import problems
-from fedtune.report.run_record import read_run
 from fedtune.sites.virtual_site import Participants
 
 from ..books import Books

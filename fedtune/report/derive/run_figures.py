@@ -12,7 +12,7 @@ from dp_accounting import GaussianDpEvent
 from fedtune.federation.aggregation import weights_of
 from fedtune.federation.drift import FELL, fall_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
-from fedtune.report.derive import audit_bounds, profile, rules, verdicts
+from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
 from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility, filled
 from fedtune.words import finite, unbounded
@@ -24,7 +24,7 @@ def report_of(facts: RunFacts) -> Report:
     """The figures that follow from a run's facts."""
     weights = _weights(facts)
     made = [replace(_site(facts, site), average_weight=weights.get(site.site)) for site in facts.sites]
-    sites = audit_bounds.judged(made, facts.audit, marked=facts.canaries_planted)
+    sites = verdicts.with_audit(made, facts.audit, marked=facts.canaries_planted)
     return rules.report_of(facts, sites, utility=_utility(facts, sites))
 
 
