@@ -166,13 +166,6 @@ class Words:
         took_part = [len(self.report.sites), *(len(one.sites) for one in rounds if one.sites)]
         return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
 
-    def largest_failures(self) -> str | None:
-        """Pointer to the site that expects most failures of the promise."""
-        means = {f"/sites/{place}": site.meaning for place, site in enumerate(self.report.sites)}
-        failures = {site: one.expected_failures for site, one in means.items() if one}
-        known = {site: count for site, count in failures.items() if count is not None}
-        return max(known, key=known.__getitem__, default=None)
-
     def limit(self) -> str | None:
         """Pointer to the limit that the result is judged by; None: there is none."""
         found = f"{self.worst}/approved/max_epsilon" if self.is_ledger else "/target_epsilon"
