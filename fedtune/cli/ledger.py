@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 
 from fedtune.cli.command import Argument, AsJson, Option, command, group
-from fedtune.cli.plain_words import event_text, filled, promise_text
+from fedtune.cli.plain_words import event_text, filled, promise_text, spending_json
 from fedtune.federation.run_folder import run_folders_near
 from fedtune.ops.backup import MadeUp, anchors_at_hand, make_up_for
 from fedtune.ops.files import act_as_owner
@@ -83,7 +83,7 @@ def spent(path: LedgerPath, as_json: AsJson = False) -> None:
     The filter's figure holds even when every next run was chosen after seeing earlier results; caps use it.
     The PLD figure is smaller and a proof for each run alone. Every epsilon shown is rounded up.
     """
-    from fedtune.report.from_ledger import lifetime_of, spending_json  # what other commands can do without
+    from fedtune.report.from_ledger import lifetime_of  # what other commands can do without
 
     file, verified = _verified(path)
     if as_json:
@@ -117,8 +117,6 @@ def export(
     output: Annotated[Path | None, Option(metavar="FILE", help="a new file (default: print)")] = None,
 ) -> None:
     """Write a ledger's events, figures and verification as one JSON file."""
-    from fedtune.report.from_ledger import spending_json
-
     if output is not None and output.exists():  # it might be the ledger, or the key
         raise ConfigError("--output", str(output), "exists already; choose a new file")
     file, verified = _verified(path, anchor=anchor, site_key=site_key)

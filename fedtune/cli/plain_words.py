@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.ledger.chain import Event, Kind
+from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.promise import factor_in
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
@@ -125,8 +127,6 @@ def _note_text(detail: dict[str, Any]) -> str:
 
 def check_policy(file: Path, *, as_json: bool) -> None:
     """Print what the policy in `file` means, and whether the ledger that it names fits it."""
-    from fedtune.report.from_ledger import spending_json  # what other commands can do without
-
     files = SiteFiles.of(file)
     policy, amount = files.policy, budget_text.amount_of(files.policy)
     cautions = tuple(budget_text.cautions_of(policy, amount, folder=file.parent))
@@ -228,3 +228,18 @@ def _show_beside(beside: Beside) -> None:
         say("It does not fit this policy: the site would not start.", style="bold yellow")
         for key, made_for, asked in beside.differences:
             say(f"  {key}: made for {printable(made_for)}, the policy says {printable(asked)}")
+
+
+def spending_json(verified: Verified) -> dict[str, Any]:
+    """What a ledger has spent, in keys that scripts may rely on, with what each run's plan says of noise and trust."""
+    from fedtune.report.from_ledger import lifetime_of  # what other commands can do without
+
+    life, runs = lifetime_of(verified), verified.history.runs
+    rows = []
+    for run in life.runs:
+        plan = runs[run.run].plan
+        by_trust = plan.by_trust(run.rounds) if run.rounds else None
+        of_plan = {"noise_multiplier": plan.counted_noise, "sampling_rate": plan.sampling_rate, "by_trust": by_trust}
+        rows.append(asdict(run) | of_plan)
+    more = {"max_epsilon": verified.history.cap, "guarantee": life.has_guarantee, "runs": rows}
+    return {key: value for key, value in asdict(life).items() if key != "cohorts" or value is not None} | more

@@ -18,6 +18,7 @@ from fedtune.show.terminal_tables import Section, pairs
 from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, require_apart
 from fedtune.spec import ConfigError, check_at_least, check_at_most
 from fedtune.studies import synthetic
+from fedtune.tasks.measures import classified
 from fedtune.words import counted
 
 To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
@@ -101,7 +102,7 @@ class SyntheticFile:
         missing = 0 if self.rows is None else self.rows - len(written)
         counts = {"rows": len(written), "codes": len(found.wanted), "missing": missing}
         told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
-        told["classified"] = synthetic_card.classified(written, self._public)
+        told["classified"] = classified(written, self._public)
         figures = {"these records": synthetic_card.figures_of(said)}
         if self.beside is not None:
             figures[self.beside.name] = synthetic_card.figures_of(theirs)

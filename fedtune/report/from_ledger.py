@@ -5,14 +5,12 @@ Of a ledger that does not verify, the events are followed as far as they make se
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.events import Charge
@@ -102,20 +100,6 @@ def lifetime_of(verified: Verified) -> Lifetime:
     return ledger_figures.lifetime(facts_by_now(verified))
 
 
-def spending_json(verified: Verified) -> dict[str, Any]:
-    """The same in keys that scripts may rely on, with what each run's plan says of noise and trust."""
-    life, runs = lifetime_of(verified), verified.history.runs
-    rows = []
-    for run in life.runs:
-        plan = runs[run.run].plan
-        by_trust = plan.by_trust(run.rounds) if run.rounds else None
-        of_plan = {"noise_multiplier": plan.counted_noise, "sampling_rate": plan.sampling_rate, "by_trust": by_trust}
-        rows.append(dataclasses.asdict(run) | of_plan)
-    more = {"max_epsilon": verified.history.cap, "guarantee": life.has_guarantee, "runs": rows}
-    figures = {key: value for key, value in dataclasses.asdict(life).items() if key != "cohorts" or value is not None}
-    return figures | more
-
-
 def facts_of(
     events: Sequence[Event],
     history: History,
@@ -187,7 +171,7 @@ def facts_of(
         problem=problem,
         releases=releases(events, history),
         # Nobody stands behind a simulated site who could state anything, whatever its policy says.
-        asserted={} if simulated else dataclasses.asdict(noted.asserted),
+        asserted={} if simulated else asdict(noted.asserted),
         settings={name: ", ".join(said) for name, said in settings.items() if said},
         provenance=Provenance(  # the events do not name the machine that they came about on
             fedtune_version=" / ".join(dict.fromkeys(event.code for event in events)),

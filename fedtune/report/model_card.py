@@ -70,8 +70,7 @@ def write_report_and_card(run: Path, *, language: str) -> None:
 
 def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:
     """The card of a finished run's model, and the privacy label that lies beside it, by the names of their files."""
-    label = as_svg(report, language="en")
-    return {CARD: card_text(record, report, form).encode(), LABEL: label.encode()}
+    return {CARD: card_text(record, report, form).encode(), LABEL: as_svg(report, language="en").encode()}
 
 
 def card_text(record: RunRecord, report: Report, form: Form) -> str:

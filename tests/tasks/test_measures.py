@@ -110,3 +110,23 @@ def test_correlations_are_scipys_and_zero_where_one_side_is_constant() -> None:
 def test_a_detail_without_numbers_is_known() -> None:
     bins = measures.reliability(np.array([0.5, np.nan]), np.array([True, False]))
     assert not measures.Detail(classes=(), reliability=bins).is_finite
+
+
+RED = [("a", "Red ball."), ("a", "red car"), ("a", "red sun")]
+BLUE = [("b", "blue ball"), ("b", "Blue, sky")]
+
+
+def test_a_classifier_of_words_is_multinomial_naive_bayes() -> None:
+    """Six words: of a code with n of them, k times this one, it has a chance of (k + 1) / (n + 6)."""
+    public = [
+        ("a", "red sky"),  # a: 3/5 4/12 1/12 = 0.017, b: 2/5 1/10 2/10 = 0.008
+        ("b", "blue car"),  # a: 3/5 1/12 2/12 = 0.008, b: 2/5 3/10 1/10 = 0.012
+        ("b", "sky car car"),  # a: 3/5 1/12 2/12 2/12 = 0.0014, b: 2/5 2/10 1/10 1/10 = 0.0008: wrong
+        ("c", "green ? hill"),  # a code that came once was not learnt, nor were its words
+    ]
+    learnt = [*BLUE, ("c", "green hill"), *RED]
+    assert measures.classified(learnt, public) == {"right": 2 / 4, "commonest": 1 / 4}
+    # Each is tested alone.  Wrong is "blue ball" alone: a: 3/4 1/12 2/12 = 0.010, b: 1/4 2/8 1/8 = 0.008.
+    assert measures.classified(learnt) == {"right": 4 / 5, "commonest": 3 / 5}
+    assert measures.classified([*RED, ("b", "blue ball"), ("c", "green hill")]) is None
+    assert measures.classified([("a", "!"), ("b", "?")] * 2) == {"right": 0, "commonest": 1 / 2}, "no words"

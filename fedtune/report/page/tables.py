@@ -58,12 +58,6 @@ class Table:
     rows: tuple[tuple[Markup, ...], ...]
     all: int
 
-    def parts(self) -> tuple[Table, ...]:
-        """Its two halves where they fit beside each other and are worth it, else itself."""
-        half, is_narrow = (len(self.rows) + 1) // 2, len(self.columns) <= 3 and len(self.rows) > 3
-        rows = (self.rows[:half], self.rows[half:]) if is_narrow else (self.rows,)
-        return tuple(replace(self, rows=some) for some in rows)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
@@ -261,7 +255,7 @@ class Charts(Words):
     def profile(self) -> Chart:
         """Epsilon over delta, by both accountants, at the site that spent most."""
         series, at = list[Series](), self.at
-        rows = [row for row in self.rows("worst/curve/*") if at(f"{row}/epsilon_pld") is not None]
+        rows = self.rows("worst/curve/* having epsilon_pld")
         for number, key in enumerate(("pld", "rdp")):
             points = [(at(f"{row}/delta"), at(f"{row}/epsilon_{key}")) for row in rows]
             if points := [point for point in points if point[1] is not None]:
