@@ -92,6 +92,7 @@ class SyntheticFile:
         self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any]
     ) -> tuple[Mapping[str, Any], Sequence[Section]]:
         """Put records and card, with how they were `made`, into the texts of new files, and tell what is shown."""
+        from fedtune.evaluation.generation import shared_pairs, variety
         from fedtune.report import synthetic_card
 
         left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
@@ -103,10 +104,10 @@ class SyntheticFile:
         counts = {"rows": len(written), "codes": len(found.wanted), "missing": missing}
         told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
         told["classified"] = classified(written, self._public)
-        figures = {"these records": synthetic_card.figures_of(said)}
+        figures = {"these records": variety(said)}
         if self.beside is not None:
-            figures[self.beside.name] = synthetic_card.figures_of(theirs)
-            told["beside"] = {"file": self.beside.name, "shared_pairs": synthetic_card.shared_pairs(said, theirs)}
+            figures[self.beside.name] = variety(theirs)
+            told["beside"] = {"file": self.beside.name, "shared_pairs": shared_pairs(said, theirs)}
         texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
         card = synthetic_card.as_json(self.to, lines.encode(), self.behind, made=told, figures=figures)
         texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"

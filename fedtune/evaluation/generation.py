@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import TypeAlias
+from itertools import pairwise, takewhile
+from statistics import quantiles
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -396,3 +398,23 @@ def write_batch(
             cache.batch_select_indices(kept)
             token_ids, mask, positions, places = token_ids[kept], mask[kept], positions[kept], places[goes_on]
     return rows
+
+
+def variety(texts: Sequence[str]) -> dict[str, Any]:
+    """How alike at least one texts are, as the card of synthetic records has it; words end at spaces."""
+    times, lengths = Counter(texts), [len(text.split()) for text in texts]
+    cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
+    pairs = [pair for text in texts for pair in pairwise(text.lower().split())]
+    return {
+        "texts": len(texts),
+        "distinct": sum(count == 1 for count in times.values()) / len(texts),
+        "words": (round(cuts[0]), round(cuts[9]), round(cuts[18])),
+        "distinct_pairs": len(set(pairs)) / len(pairs) if pairs else 0.0,
+    }
+
+
+def shared_pairs(texts: Sequence[str], others: Sequence[str]) -> float:
+    """The share of the pairs of words in `others`, each as often as it comes, that come in `texts` too."""
+    known = {pair for text in texts for pair in pairwise(text.lower().split())}
+    found = [pair in known for text in others for pair in pairwise(text.lower().split())]
+    return sum(found) / len(found) if found else 0.0

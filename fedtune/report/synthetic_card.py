@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
 from typing import Any, Literal
 
 from fedtune.codec import decode, parse_json
@@ -81,30 +78,6 @@ class Figures:
     distinct: float
     words: tuple[int, int, int]
     distinct_pairs: float
-
-
-def figures_of(texts: Sequence[str]) -> Figures:
-    """Of at least one text; lower case, and words end at spaces."""
-    times, lengths = Counter(texts), [len(text.split()) for text in texts]
-    cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else lengths * 19
-    pairs = [pair for text in texts for pair in _pairs(text)]
-    return Figures(
-        texts=len(texts),
-        distinct=sum(count == 1 for count in times.values()) / len(texts),
-        words=(round(cuts[0]), round(cuts[9]), round(cuts[18])),
-        distinct_pairs=len(set(pairs)) / len(pairs) if pairs else 0.0,
-    )
-
-
-def shared_pairs(texts: Sequence[str], others: Sequence[str]) -> float:
-    """The share of the pairs of words in `others`, each as often as it comes, that come in `texts` too."""
-    known = {pair for text in texts for pair in _pairs(text)}
-    found = [pair in known for text in others for pair in _pairs(text)]
-    return sum(found) / len(found) if found else 0.0
-
-
-def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    return pairwise(text.lower().split())
 
 
 @spec
@@ -202,7 +175,7 @@ def as_json(
     runs: Sequence[Mapping[str, Any]],
     *,
     made: Mapping[str, Any],
-    figures: Mapping[str, Figures],
+    figures: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The card of `lines` for programs: `runs` are all behind them, first the one that wrote them."""
     return {
@@ -212,5 +185,5 @@ def as_json(
         "runs": once(runs),
         "together": dict(zip(("epsilon", "delta"), together(runs), strict=True)),
         "made": dict(made),
-        "figures": {name: asdict(one) for name, one in figures.items()},
+        "figures": dict(figures),
     }
