@@ -21,7 +21,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Python and pydantic read them; torch calls with it": {"__getattr__", "__pydantic_config__", "persistent"},
     "Opacus calls it": {"_of_scales"},
     "templates call them": {
-        *("about_ceiling", "epsilon_spent", "says_nothing", "without_base"),
+        *("about_ceiling", "band_range", "epsilon_spent", "of_whom", "says_nothing", "without_base"),
         *("right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others", "held_out_epsilon"),
         *("average_weight", "fixed_part", "noise_in_average", "reference_filter", "reference_pld"),
     },

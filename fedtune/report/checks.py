@@ -164,9 +164,6 @@ def _configuration(report: Report, sha256: str | None, config: RunConfig | None)
     if config is not None:
         text = "The run's config.yaml gives the same noise, sampling rate, clip norm, steps, rounds and epsilon."
         return Check(name, "right", text)
-    text = (
-        "The run's config.yaml does not lie beside the report: nobody compared noise, sampling rate and steps with it."
-    )
-    if sha256 is not None:
-        text = f"It is of the configuration {sha256}, whose settings are not at hand: {text[0].lower()}{text[1:]}"
-    return Check(name, "not_checked", text)
+    first = "The" if sha256 is None else f"It is of the configuration {sha256}, whose settings are not at hand: the"
+    text = "run's config.yaml does not lie beside the report: nobody compared noise, sampling rate and steps with it."
+    return Check(name, "not_checked", f"{first} {text}")

@@ -1,8 +1,7 @@
 """The facts of a run: what its lead can show, from the run folder, and what sites chose to release beside it.
 
-A run folder has a configuration, checkpoints, `run.json`, and what the run noted of itself.  One that crashed, was
-killed or still goes on has no `run.json`, or one without final scores; its newest checkpoint says what was asked of
-whom and which receipts came.
+A run that crashed, was killed or still goes on has no `run.json`, or one without final scores; its newest checkpoint
+says what was asked of whom and which receipts came.
 
 A site may sign a report of its own ledger and give it to the lead.  Its word is worth what its signature is, and no
 more than the receipts that it gave before.  Such a report is checked by itself before a part of it is taken over,
@@ -50,17 +49,14 @@ _RESULT = TypeAdapter(RunResult)
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The record of a run: `result` of its `run.json`, `state` of its newest checkpoint, and the finished `rounds`.
-
-    `config_sha256` is of the configuration that the run really had, where `run.json` says it.
-    """
+    """The record of a run."""
 
     config: RunConfig
     plan: Plan
-    config_sha256: str
-    result: RunResult | None
-    state: LeadState | None
-    rounds: Sequence[RoundResult]
+    config_sha256: str  # of the configuration that the run really had, where `run.json` says it
+    result: RunResult | None  # of its `run.json`
+    state: LeadState | None  # of its newest checkpoint
+    rounds: Sequence[RoundResult]  # the finished ones
     environments: tuple[Environment, ...]
     selection: Selection | None = None
 
@@ -72,7 +68,7 @@ class RunRecord:
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
         """Site -> its newest receipt of this run, where it is the site's own word."""
-        stored = self._stored.items()
+        stored = self.state.receipts.items() if self.state else ()
         return {site: one for site, one in stored if (one.site, one.run) == (site, self.run) and one.is_signed()}
 
     @cached_property
@@ -89,7 +85,7 @@ class RunRecord:
         known = dict(self.state.unanswered)
         for site, receipt in receipts.items():
             known[site] = known.get(site, 0) + receipt.charged_rounds
-        found = [site for site in self._stored if site not in receipts or known[site] < self.updates(site)]
+        found = [site for site in self.state.receipts if site not in receipts or known[site] < self.updates(site)]
         stale = [site for site in self.config.federation.active if put_back or known.get(site, 0) < self._noted(site)]
         return tuple(dict.fromkeys([*found, *stale]))
 
@@ -100,10 +96,6 @@ class RunRecord:
         spent, state = self.result.privacy.sites[site], self.state
         resumed_since = state is not None and len(state.rounds) > len(self.result.rounds)
         return 0 if spent.upper_bound and resumed_since else spent.rounds
-
-    @property
-    def _stored(self) -> Mapping[str, Receipt]:
-        return self.state.receipts if self.state else {}
 
     @cached_property
     def run(self) -> str:
@@ -119,7 +111,7 @@ class RunRecord:
             return for_sites(replace(config, model=replace(model, sha256=sha256), privacy=privacy)).run_id()
         # Real sites are sent other settings than the lead's, and what is missing of these has a digest all the same.
         form = re.compile(re.escape(config.name) + "-[0-9a-f]{32}")
-        for site, receipt in self._stored.items():
+        for site, receipt in self.state.receipts.items() if self.state else ():
             if receipt.site == site and form.fullmatch(receipt.run) and receipt.is_signed():
                 return receipt.run
         return config.name

@@ -37,18 +37,14 @@ CARD = "README.md"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """The form in which a folder holds the model, in words (`what`), and as the hub names `library` and `relation`.
+    """The form in which a folder holds the model."""
 
-    `loading` are lines of Python, which load the base, too, if the model `needs_base`; it `has_label` if the run's
-    privacy label is its own.
-    """
-
-    what: str
-    library: str
-    relation: str
-    loading: str
+    what: str  # in words
+    library: str  # as the hub names it
+    relation: str  # to its base, likewise
+    loading: str  # lines of Python, which load the base, too, if the model `needs_base`
     needs_base: bool = False
-    has_label: bool = True
+    has_label: bool = True  # whether the run's privacy label is its own
 
     @classmethod
     def adapter(cls, config: RunConfig, *, folder: str) -> Form:

@@ -34,8 +34,7 @@ An epsilon at delta 1e-10, the least of all curves, was seen to differ by 1.3e-6
 _MOST_BUCKETS = 5e7
 """Of one distribution, and of all distributions of single mechanisms of a report together: some minutes' work.  A
 ledger of 200 runs, each with another plan and noised scores, stays below it; a run has one plan."""
-_MOST_COMPOSED = 2 * _MOST_BUCKETS
-"""Buckets that are passed over to compose all that a report holds; a composition is far quicker than a distribution."""
+_MOST_COMPOSED = 2 * _MOST_BUCKETS  # passed over to compose all of a report, far quicker than for a distribution
 _MOST_ORDER = 1e4
 _MOST_ROWS = 500_000  # a page of so many takes a third of a gigabyte
 _MOST_CANARIES = 10_000_000  # a million take about a second

@@ -21,6 +21,8 @@ from fedtune.sites.run_records import card_of, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, check_at_least, check_fraction, spec
 from fedtune.words import total
 
+Told = Mapping[str, Any]  # what a card tells programs
+
 
 @spec
 class Behind:
@@ -56,7 +58,7 @@ class Made(WritingSpec):
     candidates: int | None = None
     chosen_by: str | None = None
     labels: tuple[Mapping[str, str], ...] = ()
-    beside: Mapping[str, Any] | None = None
+    beside: Told | None = None
     classified: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -69,15 +71,12 @@ class Made(WritingSpec):
 
 @spec
 class Figures:
-    """The share of `texts` that no other one equals, and how many words 5 %, half and 95 % of them have at most.
-
-    `distinct_pairs`: the share of all pairs of neighbouring words that come once (distinct-2, Li et al. 2016).
-    """
+    """How alike texts are."""
 
     texts: int
-    distinct: float
-    words: tuple[int, int, int]
-    distinct_pairs: float
+    distinct: float  # the share that no other one equals
+    words: tuple[int, int, int]  # so many at most have 5 %, half and 95 % of them
+    distinct_pairs: float  # the share of all pairs of neighbouring words that come once (distinct-2, Li et al. 2016)
 
 
 @spec
@@ -98,7 +97,7 @@ class Card:
             raise ConfigError("together", self.together, "must be what the runs come to")
 
 
-def together(runs: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
+def together(runs: Sequence[Told]) -> tuple[float | None, float]:
     """Epsilon and delta of all of a card's runs for one unit, at most: both add up (basic composition).
 
     So do those of adapters that runs began in and are not public: they may know the same unit.  None: without a bound.
@@ -110,12 +109,12 @@ def together(runs: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
     return total(part["epsilon"] for part in parts), total(part["delta"] for part in parts)
 
 
-def once(told: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def once(told: Sequence[Told]) -> list[Told]:
     """Each of these once: what the same adapter, by its digest, released owes once, however often that is used."""
     return [one for place, one in enumerate(told) if one not in told[:place]]
 
 
-def in_words(runs: Sequence[Mapping[str, Any]]) -> str | None:
+def in_words(runs: Sequence[Told]) -> str | None:
     """`together` for people."""
     epsilon, delta = together(runs)
     return None if epsilon is None else owed(epsilon, delta)
@@ -131,7 +130,7 @@ def run_of(report: Report, adapter_digest: str) -> dict[str, Any]:
     return asdict(Behind(epsilon=epsilon, delta=delta, adapter_digest=adapter_digest, **about))
 
 
-def read_card(file: Path, writer: Mapping[str, Any] | None = None, *, option: str) -> Mapping[str, Any]:
+def read_card(file: Path, writer: Told | None = None, *, option: str) -> Told:
     """The card of records that a run wrote, as `as_json` made it: only they may be published under its promise.
 
     A card that is missing, says what cannot be, or is of another file or another run than `writer` is a ConfigError.
@@ -151,7 +150,7 @@ def read_card(file: Path, writer: Mapping[str, Any] | None = None, *, option: st
     return found
 
 
-def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
+def card(reports: Sequence[Report], told: Told) -> str:
     """The card as Markdown, of the same reports as `told`, which is what `as_json` made."""
     words = [Words(report, catalogue("en")) for report in reports]
     return rendered(
@@ -169,14 +168,7 @@ def card(reports: Sequence[Report], told: Mapping[str, Any]) -> str:
     )
 
 
-def as_json(
-    file: Path,
-    lines: bytes,
-    runs: Sequence[Mapping[str, Any]],
-    *,
-    made: Mapping[str, Any],
-    figures: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
+def as_json(file: Path, lines: bytes, runs: Sequence[Told], *, made: Told, figures: Told) -> dict[str, Any]:
     """The card of `lines` for programs: `runs` are all behind them, first the one that wrote them."""
     return {
         "schema_version": RUN_SCHEMA,

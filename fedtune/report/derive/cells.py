@@ -86,7 +86,7 @@ def of_report(report: Report) -> tuple[Cell, ...]:
         "singling_out_bound": bound,
         "linkability_bound": bound,
         "sampling_run": _listed(sorted(mechanisms)),
-        "secure_aggregation": _yes_or_no(summed),
+        "secure_aggregation": "yes" if summed else "no",
         "technologies_on": _listed(name for name, on in technologies.items() if on),
         "technologies_off": _listed(name for name, on in technologies.items() if not on),
         "released": _listed(report.released),
@@ -116,8 +116,8 @@ def of_report(report: Report) -> tuple[Cell, ...]:
             "runtime": "simulation" if facts.simulated else None,
             "mechanism": _listed("dp_sgd" if run.plan.private else "none" for run in facts.runs),
             "base_model": _listed(run.base_model for run in facts.runs),
-            "ledger_verified": _yes_or_no(verified is not None),
-            "rollback_excluded": "up_to_the_anchor" if up_to_there else _yes_or_no(to_the_end),
+            "ledger_verified": "no" if verified is None else "yes",
+            "rollback_excluded": "up_to_the_anchor" if up_to_there else "yes" if to_the_end else "no",
         }
     return rows(known)
 
@@ -164,7 +164,3 @@ def _listed(names: Iterable[str]) -> str | None:
 
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.6g}"
-
-
-def _yes_or_no(value: bool) -> str:
-    return "yes" if value else "no"

@@ -345,9 +345,7 @@ def as_stated(part: Any) -> Any:
         return float(_NINE_DIGITS.plus(_THIRTEEN_DIGITS.create_decimal_from_float(part)))
     if isinstance(part, tuple):
         return tuple(map(as_stated, part))
-    if part is None:
-        return None
-    return replace(part, **{key.name: as_stated(getattr(part, key.name)) for key in fields(part)})
+    return part and replace(part, **{key.name: as_stated(getattr(part, key.name)) for key in fields(part)})
 
 
 def _least(bound: Callable[[float], float]) -> float:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -35,8 +35,7 @@ from fedtune.words import score_words, shortened, spoken
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 FONTS = Path(__file__).parent / "fonts"
-Group = Literal["impact", "health", "documentation"]
-_GROUPS: tuple[tuple[str, Group], ...] = (("hipaa", "health"), ("ai_act", "documentation"), ("gpai", "documentation"))
+_GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # of fields, by how they begin
 _RIGHT_GUESSES = ("right_of_100_ceiling", "right_of_100_mechanism", "singling_out_bound", "linkability_bound")
 _SCORES = ("scores_before", "scores_final")
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
@@ -109,8 +108,8 @@ def write_files(
     folder: Path, report: Report, *, language: str, pdf: bool = False, beside: Mapping[str, bytes] = {}
 ) -> list[Path]:
     """Write a report's files, and what lies `beside` them, by name; each is whole at any moment."""
-    html = render(report, language=language)
-    files = {"report.json": signing.to_text(report).encode(), "report.html": html.encode()}
+    html = render(report, language=language).encode()
+    files = {"report.json": signing.to_text(report).encode(), "report.html": html}
     if pdf:
         files["report.pdf"] = as_pdf(render(report, language=language, fillable=True))
     files |= beside
@@ -159,14 +158,14 @@ def _weasyprint() -> Any:
         raise ConfigError("--pdf", NOT_GIVEN, bound) from None
 
 
-def fields_of(words: Words, group: Group) -> list[Mapping[str, Any]]:
+def fields_of(words: Words, group: str) -> list[Mapping[str, Any]]:
     """The fields of a group, in the report's order: the name of each, and its cells, `known` or `open` for the site.
 
     A cell is its state and its facts, each with what it is called and what it says.
     """
     found: dict[str, dict[str, Any]] = {}
     for place, cell in enumerate(words.report.cells):
-        if group == next((other for prefix, other in _GROUPS if cell.code.startswith(prefix)), "impact"):
+        if group == next((other for prefix, other in _GROUPS.items() if cell.code.startswith(prefix)), "impact"):
             # Of two bounds on one figure the page names the better one, here as on page 1.
             by_method = _NUMBER.fullmatch(cell.facts.get("right_of_100_mechanism", ""))
             worse = "right_of_100_ceiling" if by_method else "right_of_100_mechanism"

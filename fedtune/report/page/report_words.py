@@ -41,26 +41,20 @@ class Words:
         self.text, self.code, self.listed = self.catalogue.text, self.catalogue.code, self.catalogue.listed
         self.json = model.to_json(report)["derived"]  # pointers on a page begin there
         self.room = room_of(report)
-        favours = [
-            (WORST_FIRST.index(site.verdict.state), -unbounded(site.spent.epsilon if site.spent else None), place)
-            for place, site in enumerate(report.sites)
-        ]
-        self.sites = [f"/sites/{place}" for _, _, place in sorted(favours)]  # the least favourable result first
-
-    @property
-    def worst(self) -> str | None:
-        """Pointer to the site that the headline's epsilon is of; None: no site released a figure."""
-        # Of several, one that signed for as much: then the figure is no upper bound.
-        found = [
-            (unbounded(site.spent.epsilon), not site.spent.upper_bound, -place)
-            for place, site in enumerate(self.report.sites)
-            if site.spent is not None
-        ]
-        return f"/sites/{-max(found)[-1]}" if found else None
-
-    @property
-    def promises(self) -> bool:
-        return self.report.verdict.state != "no_guarantee" and self.report.epsilon is not None
+        self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
+        self.band = strength_band(report.epsilon if self.promises else None)
+        # A secure sum is part of it, whose noise several sites made together.
+        self.shared = any(one.shared for site in report.sites for one in site.mechanisms)
+        # The figures of a ledger's people by when they came; none where one figure is everybody's.
+        life = report.sites[0].lifetime if self.is_ledger and report.sites else None
+        self.cohorts: tuple[CohortFigures, ...] = (life and life.cohorts) or ()
+        every = list(enumerate(report.sites))
+        spent = {n: (unbounded(one.spent.epsilon), not one.spent.upper_bound, -n) for n, one in every if one.spent}
+        # The site that the headline's epsilon is of, where one released a figure; of several, one that signed for it.
+        self.worst = f"/sites/{-max(spent.values())[-1]}" if spent else None
+        losses = {n: unbounded(spent[n][0] if n in spent else None) for n, _ in every}
+        favours = sorted((WORST_FIRST.index(one.verdict.state), -losses[n], n) for n, one in every)
+        self.sites = [f"/sites/{place}" for _, _, place in favours]  # the least favourable result first
 
     @property
     def noise(self) -> str:
@@ -75,15 +69,6 @@ class Words:
         """Every run trained a head that is the whole model."""
         ranks = [cell.facts["rank"] for cell in self.report.cells if "rank" in cell.facts]
         return {one for listed in ranks for one in listed.split(", ")} == {rank_text(NO_ADAPTER, 0)}
-
-    @property
-    def shared(self) -> bool:
-        """A secure sum is part of it, whose noise several sites made together."""
-        return any(one.shared for site in self.report.sites for one in site.mechanisms)
-
-    @property
-    def band(self) -> str:
-        return strength_band(self.report.epsilon if self.promises else None)
 
     def band_range(self, band: str) -> Markup:
         """For which epsilons the word for a strength stands."""
@@ -110,12 +95,6 @@ class Words:
         if len(sites) == of:
             return self.text("chart.all_alike", sites=count_of_rows(of))
         return self.text("chart.some_alike", name=name, others=count_of_rows(len(sites) - 1))
-
-    @property
-    def cohorts(self) -> tuple[CohortFigures, ...]:
-        """The figures of a ledger's people by when they came; none where one figure is everybody's."""
-        life = self.report.sites[0].lifetime if self.is_ledger else None
-        return (life and life.cohorts) or ()
 
     @property
     def drawn(self) -> dict[int, str]:
@@ -204,9 +183,8 @@ class Words:
         whom = Markup('<span data-at="{}">{}</span>').format
         if (admitted := self.report.admits) and self.worst:
             return [(whom("/admits", self.catalogue.arrivals([admitted])), f"{self.worst}/spent")]
-        figures = {place: (one.epsilon, one.with_set_aside, one.left) for place, one in enumerate(self.cohorts)}
-        lines = []
-        for places in in_groups((figure, place) for place, figure in figures.items()):
+        lines, told = [], enumerate(self.cohorts)
+        for places in in_groups(((one.epsilon, one.with_set_aside, one.left), place) for place, one in told):
             at = f"/sites/0/lifetime/cohorts/{places[0]}"
             lines.append((whom(f"{at}/people", self.catalogue.arrivals(self._who(places))), at))
         return lines[-MOST_LINES:]

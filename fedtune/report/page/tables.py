@@ -194,10 +194,9 @@ class Charts(Words):
 
     def by_round(self) -> Table:
         """Scores by round, beside what was spent by then."""
-        columns = [Column("page.round", "round", "count")]
-        for name in self.score_names():
-            columns.append(Column(score_words(name), pointer("scores", name)[1:], "score", is_named=True))
-        columns.append(Column("utility.epsilon", "epsilon", "epsilon", "word.not_released"))
+        names, spent = self.score_names(), Column("utility.epsilon", "epsilon", "epsilon", "word.not_released")
+        scores = [Column(score_words(name), pointer("scores", name)[1:], "score", is_named=True) for name in names]
+        columns = [Column("page.round", "round", "count"), *scores, spent]
         return self.table(self.text("utility.caption"), columns, self.rows(_ROUNDS))
 
     def score_names(self) -> list[str]:
@@ -221,13 +220,10 @@ class Charts(Words):
         """By round, or by run where a ledger's rounds are too many, with the limit."""
         lines = {site: points for site in self.sites if (points := self._line(site))}
         alike = in_groups((tuple(points), site) for site, points in lines.items())
-        series = [
-            Series(points=lines[sites[0]], number=number, label=self.together(sites, of=len(lines)).striptags())
-            for number, sites in enumerate(alike[:MOST_LINES])
-        ]
+        named = [(lines[sites[0]], self.together(sites, of=len(lines)).striptags()) for sites in alike[:MOST_LINES]]
         if drawn := self.drawn:
-            by_arrival = ((self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items())
-            series = [Series(points=some, number=n, label=dates) for n, (some, dates) in enumerate(by_arrival) if some]
+            named = [(self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items()]
+        series = [Series(points=some, number=n, label=label) for n, (some, label) in enumerate(named) if some]
         target, levels, axis = self.report.target_epsilon, [], "axis_round"
         if self.is_ledger:
             series += [limit for site in lines if (limit := self._limit(site)).points]
