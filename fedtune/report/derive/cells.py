@@ -30,10 +30,8 @@ from fedtune.words import score_text
 if TYPE_CHECKING:  # it imports torch, which a ledger's report does without
     from fedtune.config import RunConfig
 
-
 _DATA = tomllib.loads(Path(__file__).with_name("cells.toml").read_text(encoding="utf-8"))
-FIELDS: Mapping[str, Mapping[str, Sequence[str]]] = _DATA["field"]
-"""Field -> its `facts`, which fedtune fills in where they are known, and those `of_the_site`, which it never can."""
+FIELDS: Mapping[str, Mapping[str, Sequence[str]]] = _DATA["field"]  # `facts` that are known, and others `of_the_site`
 BY_DESIGN: Mapping[str, str] = _DATA["by_design"]
 CODES: Mapping[str, str] = {fact: section for section, facts in _DATA["codes"].items() for fact in facts}
 """Fact -> the section of texts that has words for its values."""

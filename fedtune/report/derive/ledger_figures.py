@@ -116,10 +116,9 @@ def _filtered(facts: LedgerFacts, charged: Counter[DpEvent]) -> float | None:
 
 def rounds_of(facts: LedgerFacts) -> Mapping[str, int]:
     """Run -> rounds that the ledger's own entries charged."""
-    rounds = dict.fromkeys(plans_of(facts), 0)
+    rounds = Counter(dict.fromkeys(plans_of(facts), 0))
     for entry in facts.charges:
-        if entry.run:
-            rounds[entry.run] += entry.rounds
+        rounds[entry.run] += entry.rounds  # of a lost branch, which has no run, none
     return rounds
 
 
