@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from fedtune.privacy import accountant, filter
 from fedtune.privacy import events as dp_events
-from fedtune.privacy import filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.store import EventStore
@@ -387,11 +387,11 @@ def test_ten_thousand_events_are_composed_once_a_setting(books: Callable[..., Bo
                 store.append(Kind.COMMIT, {"reply_sha256": hashlib.sha256(b"").hexdigest()}, **place)
             store.store_reply(run=proposal.run, request=f"{number}-250", reply=b"")
     profile._pld.cache_clear()
-    profile._rdp.cache_clear()
+    accountant.composed_rdp.cache_clear()
     report = from_ledger.build(made.ledger)
     # What takes the time: simulations/report has the seconds.
     assert profile._pld.cache_info().misses <= 2 * 20 + 2
-    assert profile._rdp.cache_info().misses <= 2 * 20 + 2
+    assert accountant.composed_rdp.cache_info().misses <= 2 * 20 + 2
     (site,) = report.sites
     assert site.verification.num_events == 10_022
     assert (len(site.mechanisms), site.spent.rounds) == (20, 5000)
