@@ -418,7 +418,7 @@ def test_cells_of_each_state_are_told_apart(rendered: Rendered, language: str) -
     assert borders == {"solid", "dotted", "dashed", "double"}
     for blank in section.all(**{"class": "cell site"}):
         assert all(not words_of(value) for value in blank.all("dd"))
-        assert all(words.text(f"cells.{key}") in blank.text for key in ("who", "when"))
+        assert all(words.text(key) in blank.text for key in ("cells.who", "sign_off.date"))
 
 
 def test_violated_assumptions_come_first_and_all_of_them(a_report: Make, language: str) -> None:
