@@ -68,7 +68,7 @@ class RunRecord:
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
         """Site -> its newest receipt of this run, where it is the site's own word."""
-        stored = self.state.receipts.items() if self.state else ()
+        stored = (self.state.receipts if self.state else {}).items()
         return {site: one for site, one in stored if (one.site, one.run) == (site, self.run) and one.is_signed()}
 
     @cached_property
@@ -111,7 +111,7 @@ class RunRecord:
             return for_sites(replace(config, model=replace(model, sha256=sha256), privacy=privacy)).run_id()
         # Real sites are sent other settings than the lead's, and what is missing of these has a digest all the same.
         form = re.compile(re.escape(config.name) + "-[0-9a-f]{32}")
-        for site, receipt in self.state.receipts.items() if self.state else ():
+        for site, receipt in (self.state.receipts if self.state else {}).items():
             if receipt.site == site and form.fullmatch(receipt.run) and receipt.is_signed():
                 return receipt.run
         return config.name

@@ -100,7 +100,7 @@ def _too_much_work(facts: Facts) -> Iterator[Problem]:
     work = sum(_BUCKETS_OF_ANY * len(charged) * times for charged, _, times in parts)
     work += sum(_buckets(event) * accountant.FINE / interval for interval, event in single)
     too_much, composed = work > _MOST_BUCKETS, 0.0
-    for charged, interval, times in () if too_much else parts:  # of more, their widths would take long to compute
+    for charged, interval, times in [] if too_much else parts:  # of more, their widths would take long to compute
         noisy = {one: count for one, count in charged.items() if not isinstance(one, NonPrivateDpEvent)}
         width = unbounded(profile.epsilon_rdp(noisy, 1e-12)) / interval  # of the largest loss, about
         composed += width * len(charged) * times
