@@ -65,9 +65,6 @@ def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:
 
 
 def test_the_examples_beside_the_table() -> None:
-    # Epsilon 8 at delta 1e-6: the bound from the pair alone allows 99.97 % hits at 1 % false alarms, the curve 21 %.
-    assert round(100 * profile.hit_rate_ceiling(8, 1e-6, false_alarms=0.01), 2) == 99.97
-    assert round(100 * gaussian.gaussian_hit_rate(gaussian.gaussian_mu(8, 1e-6), false_alarms=0.01)) == 21
     for one, digits, of_five in ((1, 6, 8.6e-5), (3, 2, 0.17)):
         epsilon, delta = profile.group(one, _DELTA, members=5)
         assert (epsilon, round(delta, digits)) == (5 * one, of_five)
@@ -81,19 +78,16 @@ def test_many_records_of_one_person_end_in_no_promise() -> None:
     assert profile.group(5, 0.01, members=4) == (20, 1.0)
 
 
-@pytest.mark.parametrize("epsilon", [math.inf, 1e5])
-def test_nothing_bounds_an_unbounded_epsilon(epsilon: float) -> None:
-    assert profile.posterior(epsilon, prior=0.001) == 1
-    assert profile.hit_rate_ceiling(epsilon, 1e-5, false_alarms=0.001) == 1
-    assert profile.right_of_100_ceiling(epsilon, 1e-5) == 100
+def test_nothing_bounds_an_epsilon_that_is_next_to_unbounded() -> None:
+    assert profile.posterior(1e5, prior=0.001) == 1
+    assert profile.hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
+    assert profile.right_of_100_ceiling(1e5, 1e-5) == 100
 
 
 def test_nothing_spent_is_coin_tossing() -> None:
     assert profile.posterior(0, prior=0.1) == pytest.approx(0.1)
     assert profile.hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
     assert profile.right_of_100_ceiling(0, 0) == 50
-    assert gaussian.gaussian_right_of_100(0) == 50
-    assert gaussian.gaussian_hit_rate(0, false_alarms=0.3) == pytest.approx(0.3)
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 0.5), alarms=st.floats(1e-6, 0.999), more=st.floats(0, 5))

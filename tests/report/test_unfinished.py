@@ -71,15 +71,6 @@ def test_the_page_is_the_report_with_a_mark_and_loads_itself_again(folder: Path,
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"
 
 
-def test_a_run_that_stopped_has_a_page_that_no_longer_loads_itself(folder: Path, state: LeadState) -> None:
-    page = at_once(folder)
-    page.update(state)
-    page.stop()
-    html = shown(folder)
-    assert f"Unfinished and unsigned: this run stopped after {state.round} of {state.round} rounds." in html
-    assert "refresh" not in html.split('<section id="page-1"')[0]
-
-
 def test_a_run_that_another_process_works_on_keeps_its_page(folder: Path) -> None:
     (folder / "report.html").write_text("of the other process")
     UnfinishedReport(folder, saved_config(folder)).stop()
@@ -141,5 +132,5 @@ def test_a_run_that_was_interrupted_leaves_a_page_that_says_so(
 ) -> None:
     folder, seen = simulate_and_see(tiny("federation.num_rounds=3", into=tmp_path), monkeypatch, interrupt_after=1)
     assert "refresh" in seen[0]
-    assert "this run stopped after 1 of 3 rounds." in shown(folder)
+    assert "Unfinished and unsigned: this run stopped after 1 of 3 rounds." in shown(folder)
     assert "refresh" not in shown(folder)
