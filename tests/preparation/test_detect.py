@@ -61,6 +61,7 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"text": own} | TIMED, "followed: text time=months event=died"),
     ({"ward": AB} | TIMED, "table: time=months event=died"),
     ({"age": lambda n: n / 3} | TIMED | {"label": AB}, "table: label"),
+    ({"age": lambda n: n / 3} | TIMED | {"died": ("sick", "well")}, "table: label=died"),  # no event: neither 0 nor 1
     ({"image": PNG} | TIMED | {"label": AB}, "images: image label; not months died"),
     ({"text": own} | TIMED | {"label": AB}, "labelled: text label; not months died"),
     # As others publish them.
