@@ -1,4 +1,4 @@
-"""What the training owes to records that a run goes on from: of the adapter that it begins in, and of its base.
+"""What a run builds on owes to earlier records: the adapter that it begins in, its base, and synthetic records.
 
 A debt has the fields of `provenance.start_adapter` in run.json: the digest of an adapter, what its training spent on
 which data, and as its own `start_adapter` the debt before it.  A model that an export writes has one in config.json.
@@ -39,6 +39,18 @@ def debts_of_base(model: ModelSpec) -> list[Debt]:
     except (OSError, ValueError, RecursionError):
         fields = {OWED: None}
     return (list(debts_in(fields[OWED])) or [_NOBODY_KNOWS]) if OWED in fields else []
+
+
+def debts_of_texts(told: object) -> Iterator[Debt]:
+    """What texts owe, by the runs behind them as a card tells these; one that has another form is unknown."""
+    runs: list[Any] = told if isinstance(told, list) and told else [None]
+    for run in runs:
+        try:
+            start = run["start"] and {**run["start"], "from": run["start"]["run"]}
+            about = {"digest": run["adapter_digest"], "from": run["run"], "dataset": UNKNOWN, "start_adapter": start}
+            yield from debts_in({**run, **about})
+        except (TypeError, KeyError):
+            yield _NOBODY_KNOWS
 
 
 def debts_in(told: object) -> Iterator[Debt]:

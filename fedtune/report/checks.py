@@ -127,7 +127,7 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
     if searched and -_CALIBRATED * noise <= noise - plan.noise_multiplier <= more:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
     sizes, made, start = config.declared_sizes(), facts.provenance, facts.provenance.start_adapter
-    began = config.model.adapter_sha256 or (None if config.model.built_in else start and start.digest)
+    began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
         ("name", facts.name, config.name),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode, parse_json
 from fedtune.config import saved_settings
-from fedtune.federation.earlier_debts import SPENT, UNKNOWN, chain, debts_in, debts_of_base
+from fedtune.data.load import shipped_folders
+from fedtune.data.records import resolve_file
+from fedtune.federation.earlier_debts import SPENT, UNKNOWN, Debt, chain, debts_in, debts_of_base, debts_of_texts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.model.refusals import OWED, PRIVATE_TO
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.selection import Selection, released
+from fedtune.sites.run_records import RunRecords, card_of, file_sha256
 from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_schema, spec
 from fedtune.tasks.registry import task_named
 from fedtune.version import __version__
@@ -30,17 +33,7 @@ if TYPE_CHECKING:  # it imports torch, which who only reads needs not
     from fedtune.sites.shared_model import SharedModel
     from fedtune.tasks.saved import SavedAdapter
 
-_LIBRARIES = (
-    "cryptography",
-    "dp-accounting",
-    "flwr",
-    "numpy",
-    "opacus",
-    "peft",
-    "safetensors",
-    "torch",
-    "transformers",
-)
+_NOTED = ("cryptography", "dp-accounting", "flwr", "numpy", "opacus", "peft", "safetensors", "torch", "transformers")
 
 
 @spec
@@ -105,14 +98,15 @@ def read_selection(folder: Path) -> Selection | None:
 
 
 def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
-    """The provenance of what a run begins in, for `run.json`; None: in a new adapter, on a base that owes nothing.
+    """The provenance of what a run begins in, for `run.json`; None: in a new adapter, and nothing else owes.
 
-    What its training spent is told by the run folder that an adapter lies in, and of a base by the mark of its export.
-    It is "unknown" without; an epsilon of None bounds nothing.
+    What its training spent is told by the run folder that an adapter lies in, of a base by the mark of its export, and
+    of synthetic records by their card.  It is "unknown" without; an epsilon of None bounds nothing.
     """
     of_base = debts_of_base(config.model)
+    earlier = [*of_base, *_of_records(config)]
     if config.model.adapter is None:
-        return chain(of_base)
+        return chain(earlier)
     from fedtune.tasks.saved import SavedAdapter
 
     start = SavedAdapter.to_begin_in(config.model.adapter)
@@ -122,9 +116,22 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
     if public is not None and (learnt != public or of_base):
         bound = "must be null with public.train_file: it was not trained on those records alone"
         raise ConfigError("model.adapter", config.model.adapter, bound)
-    if of_base:  # which its run told, where that is on file
-        of_run["start_adapter"] = chain([*debts_in(of_run.get("start_adapter")), *of_base])
+    if earlier:  # of a base, its run told it where that is on file
+        of_run["start_adapter"] = chain([*debts_in(of_run.get("start_adapter")), *earlier])
     return about | ({"public": True} if public else {}) | of_run  # so declares whoever started the run
+
+
+def _of_records(config: RunConfig) -> Iterator[Debt]:
+    """What synthetic records among those that a run reads here owe."""
+    for file, key in RunRecords(config).files().items():
+        path = resolve_file(file, shipped_folders(), key=key).resolve()
+        if os.path.lexists(card := card_of(path, ".json")):
+            try:
+                told = json.loads(card.read_bytes())
+                own = told["sha256"] == file_sha256(path, key=key)  # else it is another file's
+            except (OSError, ValueError, TypeError, KeyError, RecursionError):
+                told, own = {}, False
+            yield from debts_of_texts(told.get("runs") if own else None)
 
 
 def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
@@ -159,12 +166,9 @@ def mark(
     from fedtune.tasks.saved import SavedAdapter
 
     saved = SavedAdapter.read(adapter)
-    debts: list[Any] = [{"digest": saved.digest} | _of_run(saved)[0]]
-    for run in texts:
-        start = run["start"] and {**run["start"], "from": run["start"]["run"]}
-        about = {"digest": run["adapter_digest"], "from": run["run"], "dataset": UNKNOWN, "start_adapter": start}
-        debts.append({**run, **about})
-    setattr(base, OWED, chain(one for debt in (*debts, getattr(base, OWED, None)) for one in debts_in(debt)))
+    own = {"digest": saved.digest} | _of_run(saved)[0]
+    of_texts = debts_of_texts([*texts]) if texts else ()
+    setattr(base, OWED, chain([*debts_in(own), *of_texts, *debts_in(getattr(base, OWED, None))]))
 
 
 def _here(shared: SharedModel) -> Environment:
@@ -180,7 +184,7 @@ def _here(shared: SharedModel) -> Environment:
         system=platform.system(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         device=about(shared.device),
-        libraries={name: version(name) for name in _LIBRARIES},  # fedtune needs all of them
+        libraries={name: version(name) for name in _NOTED},  # fedtune needs all of them
         model_sha256=config.model.sha256 or model_sha256(config.model),  # a pinned hash was checked at loading
         # training.local knows one way to sample; tests/training/test_dp_step.py shows that it really happens.
         sampling="poisson" if trains else None,

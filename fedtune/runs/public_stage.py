@@ -55,11 +55,18 @@ def public_stage_of(config: RunConfig) -> RunConfig:
         ConfigError: the file cannot be used, or holds the texts of one of the run's own, in whatever form, or none but
             those; the records of real sites are not here; the base comes from a run.
     """
-    from fedtune.sites.run_records import LeadRecords, RunRecords, require_apart  # torch takes seconds to import
+    from fedtune.sites.run_records import (
+        LeadRecords,
+        RunRecords,
+        require_apart,
+        require_no_card,
+    )  # torch takes seconds to import
 
     if debts_of_base(config.model):
         bound = "must owe nothing with public.train_file: its config.json tells of a run on other records"
         raise ConfigError("model.path", config.model.path, bound)
+    for own, key in RunRecords(config).files().items():
+        require_no_card(own, key=key, kind="a run's own")
     public, training = config.public, config.to_json()["training"]
     training |= {"learning_rate": public.learning_rate, "head_learning_rate": public.head_learning_rate}
     training |= {"unclipped_learning_rate": None, "unclipped_head_learning_rate": None}

@@ -321,19 +321,20 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
 
 
 def _start(about: Mapping[str, Any]) -> str:
-    """The adapter that a run begins in, and what its own training spent."""
+    """The adapter that a run builds on, and what its own training spent."""
+    on = "" if about.get("dataset", UNKNOWN) == UNKNOWN else f" on {about['dataset']}"
     if about.get("public"):
         spent = "it was trained without privacy on records that are declared to be public"
     elif about["epsilon"] == UNKNOWN:
         spent = f"what its training spent is unknown{': no run.json lies beside it' if 'head' in about else ''}"
     elif about["epsilon"] is None:
-        spent = f"its training on {about['dataset']} promises nothing about its records"
+        spent = f"its training{on} promises nothing about its records"
     else:
         epsilon = f"epsilon {epsilon_text(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
-        spent = f"its training on {about['dataset']} spent {epsilon}"
+        spent = f"its training{on} spent {epsilon}"
     head = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
-    what, taken = ("the adapter", head.get(about["head"])) if "head" in about else ("a base with the adapter", None)
-    known = [f"{what} {about['digest'][:12]} of {about['from']}", spent, taken]
+    what = "the adapter" if "head" in about else "what owes to the adapter"
+    known = [f"{what} {about['digest'][:12]} of {about['from']}", spent, head.get(about.get("head"))]
     return "; ".join(filter(None, known))
 
 

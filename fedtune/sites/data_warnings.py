@@ -15,8 +15,7 @@ from fedtune.data import users_of
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import FAR, Dealt, shipped_folders
 from fedtune.data.records import resolve_file
-from fedtune.data.spec import SITE
-from fedtune.sites.run_records import LeadRecords, said_by_role, telling
+from fedtune.sites.run_records import LeadRecords, RunRecords, said_by_role, telling
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import task_named
@@ -76,16 +75,14 @@ def _left_out(rows: LeftOut, key: str) -> Iterator[str]:
 
 def is_training_file(config: RunConfig, file: str) -> bool:
     """A file holds what simulated sites of a run train on, or a part of it; False where nothing tells it."""
-    if config.runtime.kind == "deployment":
-        return False
-    names = dict.fromkeys(config.data.train_file.replace(SITE, name) for name in config.federation.names)
+    names = [name for name, key in RunRecords(config).files().items() if key == "data.train_file"]
     try:
         found = {name: resolve_file(name, shipped_folders(), key="data.train_file") for name in (*names, file)}
         if any(_same_bytes(found[name], found[file]) for name in names):
             return True
         about = (config.digest(), *((path, path.stat().st_mtime_ns) for path in found.values()))
         if about not in _COMPARED:
-            _COMPARED[about] = _has_records_of(config, list(names), file)
+            _COMPARED[about] = _has_records_of(config, names, file)
         return _COMPARED[about]
     except DataError:  # who asks later may have moved it, and what cannot be read is told where it is needed
         return False

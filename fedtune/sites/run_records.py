@@ -114,14 +114,18 @@ class RunRecords:
         read |= {"data.validation_file": self.validation.records if self.validation else []}
         return read | {"data.test_file": self.test.records if self.test else []}
 
-    def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
-        """All records of each file that the run reads here, whether it uses them or not, behind the file's setting."""
+    def files(self) -> dict[str, str]:
+        """The files that the run reads here, and the setting that names each."""
         config, data = self._config, self._config.data
         names = [] if config.runtime.kind == "deployment" else config.federation.names
         files = dict.fromkeys((data.train_file.replace(SITE, name) for name in names), "data.train_file")
         named = {"data.validation_file": data.validation_file, "data.test_file": data.test_file}
-        for file, key in (files | {file: key for key, file in named.items() if file is not None}).items():
-            yield key, LeadRecords.read(file, config, key=key).records
+        return files | {file: key for key, file in named.items() if file is not None}
+
+    def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
+        """All records of each of them, whether the run uses them or not, behind the file's setting."""
+        for file, key in self.files().items():
+            yield key, LeadRecords.read(file, self._config, key=key).records
 
     def _of(self, file: str | None, *, rows: int | None, key: str) -> LeadRecords | None:
         return None if file is None else LeadRecords.read(file, self._config, key=key, rows=rows)

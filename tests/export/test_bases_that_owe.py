@@ -1,5 +1,6 @@
 """A model that an export writes says as a base what its training owes, and what begins on it tells that."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,10 +16,14 @@ from fedtune.model.refusals import OWED, check_content
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.selection import Selection, price_of
-from fedtune.report.from_run import spent_on_start
+from fedtune.report.from_run import build, spent_on_start
+from fedtune.report.synthetic_card import run_of
 from fedtune.runs.environment import start_adapter_of
 from fedtune.runs.public_stage import public_stage_of
+from fedtune.sites.run_records import card_of
 from fedtune.spec import ConfigError
+
+from ..conftest import REPOSITORY
 
 WRITER = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=128", "data.declared_sizes=40")
 WRITER += ("federation.num_rounds=1", "training.local_steps=1")
@@ -80,7 +85,7 @@ def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, s
     run, printed = second
     assert mark_of(base) == started(run) == owed_by(first)
     epsilon = owed_by(first)["epsilon"]
-    assert f"begins in a base with the adapter {owed_by(first)['digest'][:12]} of first; its training on" in printed
+    assert f"begins in what owes to the adapter {owed_by(first)['digest'][:12]} of first; its training on" in printed
     derived = json.loads((run / "report.json").read_text())["derived"]
     told = {("run" if key == "from" else key): value for key, value in owed_by(first).items()}
     assert derived["provenance"]["start_adapter"] == told | {"public": False}
@@ -160,6 +165,29 @@ def test_a_long_chain_stays_one_that_a_base_may_have(base: Path) -> None:
     kept = [*debts_in(fields[OWED])]
     assert kept == [*debts[:23], UNKNOWN]
     assert chain([*debts[:2], *debts[:2]]) == debts[0] | {"start_adapter": debts[1]}
+
+
+def test_a_run_on_synthetic_records_tells_what_these_owe(first: Path, command: Any, tiny: Any, tmp_path: Path) -> None:
+    texts = Path(shutil.copy(REPOSITORY / saved_config(first).data.train_file, tmp_path))
+    told = {"sha256": hashlib.sha256(texts.read_bytes()).hexdigest()}
+    told["runs"] = [run_of(build(first), owed_by(first)["digest"])]
+    card_of(texts, ".json").write_text(json.dumps(told))
+    owed = owed_by(first) | {"dataset": "unknown"}
+    words = [*WRITER, f"data.train_file='{texts}'", "tracking.progress=true"]
+    printed = command("simulate", *tiny(*words, into=tmp_path, name="run")).printed
+    run = tmp_path / "run"
+    assert started(run) == owed
+    assert f"begins in what owes to the adapter {owed['digest'][:12]} of first; its training spent epsilon" in printed
+    assert command("report", "verify", str(run)).code == 0
+    config = saved_config(run)
+    public = replace(config, public=replace(config.public, train_file=str(texts)))
+    with pytest.raises(ConfigError, match=r"data.train_file = .* must hold a run's own records"):
+        public_stage_of(public)
+    for damaged in ({"sha256": "0" * 64}, {"runs": []}, {"runs": [{}]}, {"runs": 5}):
+        card_of(texts, ".json").write_text(json.dumps(told | damaged))
+        assert start_adapter_of(config) == UNKNOWN
+    card_of(texts, ".json").unlink()
+    assert start_adapter_of(config) is None
 
 
 def test_no_public_stage_begins_on_a_base_that_owes(second: Any, base: Path) -> None:
