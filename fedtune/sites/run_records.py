@@ -120,7 +120,7 @@ class RunRecords:
         names = [] if config.runtime.kind == "deployment" else config.federation.names
         files = dict.fromkeys((data.train_file.replace(SITE, name) for name in names), "data.train_file")
         named = {"data.validation_file": data.validation_file, "data.test_file": data.test_file}
-        return files | {file: key for key, file in named.items() if file is not None}
+        return files | {file: key for key, file in named.items() if file is not None and file not in files}
 
     def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
         """All records of each of them, whether the run uses them or not, behind the file's setting."""

@@ -23,7 +23,7 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / ".jupyter"))
     client = NotebookClient(
-        nbformat.read(path, as_version=4), timeout=600, resources={"metadata": {"path": str(tmp_path)}}
+        nbformat.read(path, as_version=4), timeout=1800, resources={"metadata": {"path": str(tmp_path)}}
     )
     client.execute()
 

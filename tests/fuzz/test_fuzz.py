@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from fedtune.config import parse
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, RunError
 
 from ..forked import run_forked
 from . import file_targets, ledger_target, seeds, wire_targets
@@ -114,3 +114,10 @@ def test_small_inputs_that_stand_for_much_fill_no_memory() -> None:
     grown = {one["bomb"]: one["mib"] for one in map(json.loads, done.stdout.splitlines())}
     assert len(grown) >= 15
     assert {name: mib for name, mib in grown.items() if mib > MOST_MIB} == {}
+
+
+def test_a_ledger_is_damaged_where_its_schema_is_no_text() -> None:
+    data = seeds.ledger().replace(b"CREATE TABLE", b"CREATE \xa0ABLE")
+    TARGETS["ledger"].check(data)
+    with pytest.raises(RunError, match="cannot be read"):
+        TARGETS["ledger"].parse(data)

@@ -89,7 +89,7 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
         _check_tables(file, path)
         yield file
         file.execute("COMMIT")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # a message of SQLite's may quote what is no text
         raise RunError(f"ledger {path} cannot be read or written ({error}); nothing is trained without it") from error
     finally:
         file.close()  # a transaction that did not commit is rolled back
@@ -117,7 +117,7 @@ def reading(path: Path) -> Iterator[sqlite3.Connection]:
             yield file
         finally:
             file.close()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise RunError(f"ledger {path} cannot be read ({error})") from error
 
 
