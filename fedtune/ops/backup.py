@@ -91,7 +91,7 @@ def copy_database(source: Path, target: Path) -> None:
         ):
             old.backup(new)
             new.execute("PRAGMA journal_mode = DELETE")  # so that the copy is one file
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # a message of SQLite's may quote what is no text
         raise ConfigError("database", str(source), f"cannot be copied ({error})") from None
 
 

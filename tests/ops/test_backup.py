@@ -92,6 +92,13 @@ def test_backups_beside_a_working_site_are_whole(here: Here) -> None:
     assert (here.folder / "backup-0.zip").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_ledger_whose_schema_is_no_text_is_damaged(here: Here) -> None:
+    here.train(1)
+    here.ledger.write_bytes(here.ledger.read_bytes().replace(b"CREATE TABLE", b"CREATE \xa0ABLE"))
+    assert "cannot be read" in here.does("backup", file := here.folder / "backup.zip").failed(code=1)
+    assert not file.exists()
+
+
 def test_what_was_charged_after_a_backup_is_charged_when_it_is_put_back(here: Here) -> None:
     state, kept = SiteState.of(here.folder / "kit"), here.folder / "kit/adapters/r/adapter.bin"
     kept.parent.mkdir(parents=True)
