@@ -109,6 +109,7 @@ class Change:
     Attributes:
         after: what is made of the whole run's change of the head, whose noise has a known deviation.
         noise: the noise multiplier in place of the calibrated one, as a factor.
+        falls: the rate falls to zero by a straight line; else it is even.
     """
 
     rate: float = 0.3
@@ -116,6 +117,7 @@ class Change:
     scale: float = 10.0
     clip: float = 1.0
     noise: float = 1.0
+    falls: bool = True
     features: Features = last_layer
     after: Callable[[torch.Tensor, float], torch.Tensor] = lambda change, deviation: change
 
@@ -125,6 +127,12 @@ CHANGES = {
     "every record in each of 50 steps": Change(rate=1.0),
     "plain averages of four sites": Change(noise=2.0),
     "plain averages, every record in each step": Change(noise=2.0, rate=1.0),
+    "an even rate": Change(falls=False),
+    "an even rate, every record in each of 20 steps": Change(falls=False, rate=1.0, steps=20),
+    "an even rate, plain averages": Change(falls=False, noise=2.0),
+    "an even rate, plain averages, every record in each of 20 steps": Change(
+        falls=False, noise=2.0, rate=1.0, steps=20
+    ),
     "100 steps of a tenth": Change(rate=0.1, steps=100),
     "scale 5": Change(scale=5.0),
     "scale 20": Change(scale=20.0),
@@ -189,7 +197,7 @@ def trained(
     noise: float,
     seed: int,
 ) -> torch.Tensor:
-    """The head after DP-SGD (Algorithm 1 of Abadi et al. 2016) with a rate that falls to zero by a straight line.
+    """The head after DP-SGD (Algorithm 1 of Abadi et al. 2016) with a rate that falls to zero or is even.
 
     A record's gradient is the outer product of its error and its input, so that its norm is the product of theirs.
     """
@@ -203,7 +211,7 @@ def trained(
         norms = errors.norm(dim=1) * inputs[batch].norm(dim=1)
         total = (errors * (change.clip / norms).clamp(max=1)[:, None]).T @ inputs[batch]
         total = total + noise * change.clip * torch.randn(head.shape, generator=draws)
-        move = rate * (1 - step / change.steps) / expected / change.clip
+        move = rate * (1 - change.falls * step / change.steps) / expected / change.clip
         head, variance = head - move * total, variance + (move * noise * change.clip) ** 2
     return start + change.after(head - start, variance**0.5)
 

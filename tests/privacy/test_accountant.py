@@ -7,8 +7,6 @@ import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import (
@@ -95,16 +93,12 @@ def test_nothing_spent_is_zero() -> None:
     assert epsilon_pld([events.dp_sgd(sampling_rate=0.1, noise_multiplier=0.0, steps=0)], 1e-5) == 0
 
 
-# No shrinking: one calibration takes half a second.
-@settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(
-    epsilon=st.floats(0.5, 4),
-    rate=st.floats(0.005, 0.5),
-    steps=st.integers(1, 100),
-    delta=st.sampled_from([1e-5, 1e-6]),
+# Of these two digits would be too little.
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "rate", "steps"), [(8.0, 1e-5, 0.3, 50), (1.0, 1e-5, 0.3, 50), (3.0, 1e-6, 0.01, 100)]
 )
 def test_calibrated_noise_keeps_within_the_target_and_wastes_little(
-    epsilon: float, rate: float, steps: int, delta: float
+    epsilon: float, delta: float, rate: float, steps: int
 ) -> None:
     sigma = calibrate_noise(epsilon=epsilon, delta=delta, sampling_rate=rate, steps=steps)
 
