@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -130,18 +129,11 @@ def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) 
     # The noise is what is given here, so it is read beside an epsilon that every noise satisfies.  The same epsilon is
     # refused if no noise is given, which the message below then says.
     try:
-        noise = compose([*overrides, "privacy.epsilon=1.0e9"]).privacy.noise_multiplier
+        known = compose([*overrides, "privacy.epsilon=1.0e9"]).plan()
     except ConfigError as error:
         if error.key != "privacy.epsilon":
             raise
         raise ConfigError("privacy.noise_multiplier", None, f"must be given to solve for {target}") from None
-    assert noise is not None, "an epsilon so large is refused without noise"
-    known = Plan.of(
-        dataclasses.replace(config.privacy, noise_multiplier=noise),
-        local_steps=config.training.local_steps,
-        num_rounds=config.federation.num_rounds,
-        spare_rounds=config.federation.spare_rounds,
-    )
     if target == "rounds":
         return config, planner.solve_rounds(known, epsilon=epsilon)
     one_record = 1 / max(config.declared_sizes().values())  # a smaller rate would leave most batches empty

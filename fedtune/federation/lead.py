@@ -36,7 +36,7 @@ class RoundResult:
     """The outcome of one round, as `run.json` shows it.
 
     Attributes:
-        seconds: training and aggregation; evaluation is not counted.
+        seconds: from the first request to the score of the aggregated adapter.
         failed_sites: site -> reason.
         metrics: of the aggregated adapter on the lead's validation file.
         site_scores: with `privacy.metrics=noised`, site -> the noised score of its held-out units and their noised

@@ -61,11 +61,12 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
         # No round can succeed any more: let the sites that accepted release the budget they set aside.
         _tell_the_end(transport, lead, adapter=None)
         raise
-    if not any(result.sites for result in state.rounds):
-        raise RunError(f"no round of {lead.run} had a result; nothing was trained")
-    for site, receipt in _tell_the_end(transport, lead, adapter=state.kept).items():
+    trained = any(result.sites for result in state.rounds)
+    for site, receipt in _tell_the_end(transport, lead, adapter=state.kept if trained else None).items():
         state = state.heard(site, receipt, run=lead.run, plan=lead.plan) or state
     lead.checkpoints.save(state)
+    if not trained:
+        raise RunError(f"no round of {lead.run} had a result; nothing was trained")
     return state
 
 

@@ -136,7 +136,8 @@ class SecureSums:
         lead, adapter, strategy = self._lead, state.adapter, state.strategy
         sites: tuple[str, ...] = ()
         try:
-            total, sites = self.total(replies.round, replies.masked)
+            uploads = {site: upload for site, upload in replies.masked.items() if site in replies.sites}
+            total, sites = self.total(replies.round, uploads)
             adapter, strategy = lead_step(
                 state.adapter,
                 total,

@@ -33,7 +33,8 @@ FINE, COARSE = 1e-4, 1e-3
 MOST_NOISE = 1e4
 """Largest noise multiplier of a plan; with more, nothing is left to learn."""
 LEAST_NOISE = 1e-2
-"""Smallest non-zero noise multiplier: below it, a privacy loss distribution takes gigabytes.  Searches end here."""
+"""Smallest non-zero noise multiplier: below it, a privacy loss distribution takes gigabytes."""
+_LEAST_SOUGHT = 0.1  # by calibration: where delta alone covers the loss, any noise would do
 _TOLERANCE = 1e-5  # relative
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
@@ -172,15 +173,15 @@ def calibrate_noise(
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
         raise ConfigError("privacy.epsilon", epsilon, "is spent by the released metrics alone; give them more noise")
-    last_within(epsilon_at, epsilon, start=1.0, bounds=(LEAST_NOISE, MOST_NOISE), rising=False)
+    last_within(epsilon_at, epsilon, start=1.0, bounds=(_LEAST_SOUGHT, MOST_NOISE), rising=False)
     # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
     low, high = 0.0, 1.0
     while not within(high):
         low, high = high, 2 * high
         if high > MOST_NOISE:
             raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps by any noise")
-    while high - low > 1e-5 * high:
-        middle = (low + high) / 2
+    while high - max(low, _LEAST_SOUGHT) > 1e-5 * high:
+        middle = max((low + high) / 2, _LEAST_SOUGHT)
         low, high = (low, middle) if within(middle) else (middle, high)
     noise = math.ceil(high * 1e4) / 1e4
     while epsilon_at(noise) > epsilon or epsilon_pld([at_noise(noise), *also], delta) > epsilon:

@@ -305,7 +305,7 @@ class _Plain:
 class Receipt(_Plain):
     """A site's signed statement of what its ledger has charged to a run; the lead derives the site's epsilon from it.
 
-    The sequence counts every event of the ledger, so a lead can see that other runs were charged too.
+    `sequence` numbers all events of the ledger, so a lead can see that other runs were charged too.
 
     Attributes:
         charged_rounds: rounds reserved, whether or not a reply came of them.
@@ -390,8 +390,8 @@ class Refused(RefusedError):
 
     def __init__(self, reason: Reason, *, asked: object = None, allowed: object = None) -> None:
         self.reason = reason
-        self.asked = None if asked is None else str(asked)
-        self.allowed = None if allowed is None else str(allowed)
+        self.asked = None if asked is None else str(asked)[:_MOST_TEXT]
+        self.allowed = None if allowed is None else str(allowed)[:_MOST_TEXT]
         said = asked_and_allowed(self.asked, self.allowed)
         super().__init__(f"{reason}: {said}" if said else reason.value)
 

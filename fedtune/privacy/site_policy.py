@@ -357,7 +357,7 @@ class Policy:
     site_key: str = "site_key.pem"
     anchor: str = ""
     simulated: bool = False
-    about: AboutSpec = AboutSpec()
+    about: AboutSpec = field(default=AboutSpec(), compare=False)  # words for a register, which decide nothing
 
     def __post_init__(self) -> None:
         check_name("site", self.site)

@@ -74,15 +74,15 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
         fields = dict(json.loads(text))
         # First, since to validate settings is to compute what they cost: of some plans that would take hours and all
         # of the memory.
-        if _plan_of(fields) != plan:
+        if _plan_of(fields, bound=plan.sums.bound if plan.shared else 1) != plan:
             raise Refused(Reason.PLAN_CHANGED)
         return parse(fields)
     except _NO_SETTINGS as error:
         raise Refused(Reason.SETTINGS) from error
 
 
-def _plan_of(fields: dict[str, Any]) -> Plan:
-    """The plan of settings that are yet to be validated."""
+def _plan_of(fields: dict[str, Any], *, bound: int) -> Plan:
+    """The plan of settings that are yet to be validated; `bound` follows from the task, which the proposal checks."""
     given, federation = dict(fields["privacy"]), fields["federation"]
     cohorts = given.pop("cohorts", None)
     privacy = PrivacySpec(**given, cohorts=None if cohorts is None else decode(Cohorts, cohorts))
@@ -98,7 +98,7 @@ def _plan_of(fields: dict[str, Any]) -> Plan:
     if federation.get("aggregation", "plain") != "plain":
         names = {key: tuple(federation[key]) for key in ("site_names", "participants")}
         together = FederationSpec(**{**federation, **names}).together
-    return Plan.of(privacy, **counts, together=together)
+    return Plan.of(privacy, **counts, together=together, bound=bound)
 
 
 def at_site(config: RunConfig, policy: Policy, *, folder: Path, installed: Callable[[str], Path]) -> RunConfig:

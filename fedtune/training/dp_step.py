@@ -104,7 +104,7 @@ def sampled_sum(
     sums = zeros(parameters)
     seen = add_each(sums, gradients, records.cut(sampled), plan.max_grad_norm)
     seen += records.add_others(sums, plan.max_grad_norm)
-    assert seen == len(sampled), "each sampled record counts exactly once"
+    assert seen == len(sampled), "each sampled unit counts exactly once"
     return {name: total.cpu().numpy() for name, total in sums.items()}
 
 

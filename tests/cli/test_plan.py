@@ -75,6 +75,13 @@ def test_solving_for_rounds_with_noise_that_a_run_would_refuse(plan_json: Run) -
     assert planner.coarse_epsilon(more) > 1.0
 
 
+def test_solving_for_rounds_of_secure_sums_counts_the_noise_of_all_sites(plan_json: Run) -> None:
+    secure = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_sites=4")
+    said = plan_json("--target=rounds", "privacy.epsilon=1", *secure)
+    assert said["plan"]["shared"]["num_sites"] == 4
+    assert 0.9 < said["epsilon"] <= 1.0
+
+
 def test_what_was_solved_for_can_be_pasted(plan: Run, tiny: Any, tmp_path: Path) -> None:
     out = plan("--target=rounds", "privacy.epsilon=1").out
     found = re.search(r"use it +(\S+) (\S+) *\n", out)

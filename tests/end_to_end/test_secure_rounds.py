@@ -23,6 +23,7 @@ from fedtune.federation.secure.party import Party
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.chain import canonical
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
 from fedtune.training.lead_step import lead_step
@@ -312,6 +313,15 @@ def test_two_rounds_without_a_sum_end_the_run(tmp_path: Path, monkeypatch: pytes
     done = command("simulate", *tiny(*SECURE, *THREE, "federation.num_rounds=9", into=tmp_path))
     assert "release 2 of the secure sum cannot be read: 1 sites gave shares, and 2 must" in done.failed(1)
     assert "as before in round 1, and each is charged; the checkpoint of round 1 can be resumed" in done.message
+
+
+def test_a_run_without_any_sum_is_over_for_its_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_where(monkeypatch, Party, "unmask", lambda *_: True)
+    outcome = command("simulate", *tiny(*SECURE, *FOUR, "federation.num_rounds=1", into=tmp_path))
+    assert outcome.code == 1
+    assert "had a result; nothing was trained" in outcome.err
+    for ledger in tmp_path.glob("run/sites/*/ledger.db"):
+        assert verify(ledger).events[-1].detail["what"] == "run_ended", "its budget is free again"
 
 
 def test_a_site_that_accuses_another_now_and_then_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

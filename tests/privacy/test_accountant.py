@@ -114,6 +114,10 @@ def test_a_tiny_target_is_reached_where_delta_covers_the_loss(epsilon: float) ->
     assert calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5) == pytest.approx(188.72, rel=1e-4)
 
 
+def test_where_any_noise_would_do_the_search_ends() -> None:
+    assert calibrate_noise(epsilon=8.0, delta=1e-5, sampling_rate=1e-6, steps=5) == 0.1
+
+
 def test_a_target_that_no_noise_reaches_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = 1e-07: cannot be reached"):
         calibrate_noise(epsilon=1e-7, delta=1e-12, sampling_rate=1.0, steps=10)

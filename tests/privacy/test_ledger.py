@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.privacy import events, filter
+from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.ledger import site_ledger as ledger_module
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
@@ -412,6 +413,13 @@ def test_a_ledger_sees_what_another_process_wrote(opened: Open) -> None:
     second.end("r")
     asked = proposal(plan={"num_rounds": 6})
     assert reason_of(first.reserve, asked, round=2, request="q") is Reason.RUN_ENDED, "it is behind the file"
+
+
+def test_words_for_a_register_change_no_policy(opened: Open) -> None:
+    told = dataclasses.replace(policy(), about=AboutSpec(curator="a hospital"))
+    ledger = opened(policy=told)
+    reserve(ledger, proposal())
+    assert opened(policy=told).history.length == opened().history.length == ledger.history.length
 
 
 def test_a_ledger_opened_under_an_older_policy_stops(opened: Open) -> None:

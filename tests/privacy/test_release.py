@@ -167,6 +167,9 @@ def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
     assert str(refused) == "plan_exhausted: asked 6, allowed 5"
     assert str(Refused(Reason.PLAN_EXHAUSTED, asked=6)) == "plan_exhausted: asked 6"
     assert str(Refused(Reason.SITE_ERROR)) == "site_error"
+    long = Refused(Reason.BASE_MODELS, asked="a" * 64, allowed=", ".join(["b" * 64] * 16))
+    fields = {"site": "a", "run": "r", "round": 1, "reason": long.reason, "asked": long.asked, "allowed": long.allowed}
+    assert Refusal.from_json(fields).allowed == long.allowed, "it is cut to what a lead reads"
 
 
 def signed(key: SigningKey, **changes: object) -> Receipt:

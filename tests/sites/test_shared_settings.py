@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -215,6 +216,14 @@ def test_what_is_sent_is_read_as_it_was_sent(key: str) -> None:
     assert parse(sent.to_json()) == sent
     assert read_settings(text_of(sent), plan=sent.plan()) == sent
     assert read_settings(text_of(sent), plan=sent.plan()).run_id() == sent.run_id()
+
+
+def test_votes_in_a_secure_sum_are_read_with_the_bound_of_their_plan() -> None:
+    voting = {"task": "votes", "head": {"init": "label_names", "scale": 1.0}, "privacy": {"sampling_rate": 1.0}}
+    sent = for_sites(letters(**SUMS, **voting))
+    larger = replace(sent, data=replace(sent.data, declared_sizes=(600, 600, 600)))
+    assert larger.plan().sums.bound == 1200
+    assert read_settings(text_of(larger), plan=larger.plan()) == larger
 
 
 # What a site reads.
