@@ -80,7 +80,7 @@ class StuckError(RunError):
 
 
 class LibraryPanic(Exception):
-    """A library stopped with what is no Exception; its cause is what the library raised."""
+    """A library raised something that is not an `Exception`; `__cause__` holds it."""
 
 
 @contextmanager

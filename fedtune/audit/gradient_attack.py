@@ -73,7 +73,7 @@ class Tally:
     steps: int = 0  # how many
 
     def __post_init__(self) -> None:
-        self._records: dp_step.Sums = {}
+        self._records: dp_step.TensorSums = {}
 
     def begin(self) -> None:
         """A step has sampled."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.faults import LeftOut
-from fedtune.data.load import FAR
+from fedtune.data.load import is_far
 from fedtune.preparation import feature_columns, starter
 from fedtune.preparation.check_data import INSTALL, Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
@@ -120,11 +120,7 @@ def check_sections(checked: Checked) -> Iterator[Section]:
             (one.site, f"{one.declared:,}", f"{one.true:,}", f"{one.declared / max(1, one.true):.2f}")
             for one in checked.sizes
         ],
-        styles={
-            place: "bold yellow"
-            for place, one in enumerate(checked.sizes)
-            if not 1 / FAR < one.true / one.declared < FAR
-        },
+        styles={place: "bold yellow" for place, one in enumerate(checked.sizes) if is_far(one.true, one.declared)},
         notes=(
             "Training divides by the declared size. If you declare too many records, each step is too small; if too "
             "few, too large.",

@@ -74,9 +74,8 @@ class PreferenceSpec:
     """How a model learns which of two answers is preferred (DPO, Rafailov et al. 2023, arXiv 2305.18290).
 
     Attributes:
-        beta: by what the log-probabilities of an answer under model and base are apart is multiplied by this number,
-            and that is the answer's reward: the larger, the sooner a pair counts as learnt, and the nearer the model
-            stays to its base.
+        beta: an answer's reward is beta times the difference between its log-probability under the model and under the
+            base.  A larger beta counts a pair as learnt sooner, and keeps the model nearer to its base.
         per_token: true divides an answer's log-probabilities by its number of tokens, so that a long answer earns no
             more than a short one; `beta` must then be larger, as 2.
     """

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Invited:
+class ProposedRun:
     """A run that sites are asked about."""
 
     proposal: Proposal  # what every site is asked to take part in
@@ -37,7 +37,7 @@ class Invited:
     # site -> the public key under which it signs, where that is known beforehand
     site_keys: Mapping[str, str] = field(default_factory=dict)
 
-    def heed(self, site: str, reply: Reply) -> Reply:
+    def without_foreign_receipt(self, site: str, reply: Reply) -> Reply:
         """A site's reply, without a receipt under a foreign key."""
         if reply.receipt and reply.receipt.site_key != self.site_keys.get(site, reply.receipt.site_key):
             log.warning("%s: its receipt is signed with a key that the roster does not know", site)
@@ -73,7 +73,7 @@ class Answers:
         raise error(f"{too_few}; nothing was charged for this run")
 
 
-def invite(transport: Transport, asked: Invited, *, less: bool = False) -> Answers:
+def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> Answers:
     """Ask every site about a run, and sort out what they say; no site is charged.
 
     Args:
@@ -86,7 +86,8 @@ def invite(transport: Transport, asked: Invited, *, less: bool = False) -> Answe
     for site in asked.federation.active:
         invitation = Invitation(proposal=asked.proposal, site=site, expires=expires, nonce=nonce, less=less)
         questions.append(Question(site=site, signed=invitation.signed(asked.key), settings=asked.settings))
-    replies = {site: asked.heed(site, reply) for site, reply in transport.invite(questions, timeout_s=timeout_s)}
+    answered = transport.invite(questions, timeout_s=timeout_s)
+    replies = {site: asked.without_foreign_receipt(site, reply) for site, reply in answered}
     offers: dict[str, Offer] = {}
     refusals: dict[str, Refusal] = {}
     silent: dict[str, str] = {}
@@ -116,7 +117,7 @@ def invite(transport: Transport, asked: Invited, *, less: bool = False) -> Answe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lead(Invited):
+class Lead(ProposedRun):
     """The lead's part in a run."""
 
     training: TrainingSpec  # how each site steps, which bounds how far an update can be from the adapter that was sent

@@ -105,7 +105,7 @@ class LeadState:
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
         return replace(self, unanswered=counts)
 
-    def heard(
+    def with_receipt(
         self, site: str, receipt: Receipt | None, *, run: str, plan: Plan, update: bool = False
     ) -> LeadState | None:
         """The state with a site's receipt, which says what was really charged; None: it says nothing about this run.

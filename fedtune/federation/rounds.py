@@ -63,7 +63,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
         raise
     trained = any(result.sites for result in state.rounds)
     for site, receipt in _tell_the_end(transport, lead, adapter=state.kept if trained else None).items():
-        state = state.heard(site, receipt, run=lead.run, plan=lead.plan) or state
+        state = state.with_receipt(site, receipt, run=lead.run, plan=lead.plan) or state
     lead.checkpoints.save(state)
     if not trained:
         raise RunError(f"no round of {lead.run} had a result; nothing was trained")
@@ -94,12 +94,12 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             left_out=aggregation.left_out,
         )
         for site, reply in transport.train(questions, timeout_s=lead.federation.round_timeout_s):
-            receipt, update = lead.heed(site, reply).receipt, isinstance(reply.body, Update)
+            receipt, update = lead.without_foreign_receipt(site, reply).receipt, isinstance(reply.body, Update)
             if receipt and (receipt.site, receipt.run) != (site, lead.run):
                 receipt = None
             # A server may attach a receipt for another answer, which does not show what this round was charged.
             own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
-            after = state.heard(site, own, run=lead.run, plan=lead.plan, update=update)
+            after = state.with_receipt(site, own, run=lead.run, plan=lead.plan, update=update)
             if after and (plan := after.plan_at(site, lead.plan)) is not lead.plan:
                 reaches[site] = reach_of(site, plan)  # more noise moves an adapter further
             # An update without its receipt does not count: the lead could not derive the site's epsilon.

@@ -110,7 +110,7 @@ class SecureSums:
     def resume(self, state: LeadState) -> LeadState:
         """The state after every round that a lead before this one asked for: none of these releases is begun again.
 
-        Sites confirm no other survivors than those that they were asked about, which nobody knows any more.
+        A site confirms only the survivors that it was asked about first, and this lead does not know them.
         """
         lead = self._lead
         for round, sites in sorted(dict(lead.checkpoints.asked(after=state.round)).items()):

@@ -84,7 +84,7 @@ class Site(ABC):
         """A person at the site wants it to pause."""
         return False
 
-    def understand(self, proposal: Proposal) -> None:  # noqa: B027
+    def check_settings(self, proposal: Proposal) -> None:  # noqa: B027
         """Read the lead's settings of the run, before a person is asked to approve it; may raise Refused."""
 
     @abstractmethod
@@ -265,7 +265,7 @@ def _prepared(site: Site, request: Request) -> Prepared:
     # Policy first, so that a request for too much is refused with the rule it breaks, before any costly work.
     site.ledger.require_allowed(request.proposal)
     site.ledger.require_startable(request.proposal, approved=False)
-    site.understand(request.proposal)
+    site.check_settings(request.proposal)
     site.ledger.require_startable(request.proposal)
     run = site.prepare(request.proposal)
     if request.run != run.proposal.run:
@@ -313,7 +313,7 @@ def _update(site: Site, request: RoundRequest, adapter: Adapter) -> Update:
             return site.arrivals(request)
 
         granted = site.ledger.reserve(
-            request.proposal, round=request.round, request=request.digest(), unless=make_ready, arrivals=arrivals
+            request.proposal, round=request.round, request=request.digest(), before_charge=make_ready, arrivals=arrivals
         )
         if isinstance(granted, bytes):
             return Update.from_bytes(granted)

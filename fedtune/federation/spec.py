@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Literal
 
-from fedtune.federation.secure.agreement import MOST_SITES as MOST_SITES_OF_SUM
+from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import (

@@ -13,7 +13,7 @@ from flwr.app import Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from fedtune.config import RunConfig, parse
-from fedtune.federation.invitation import Invited
+from fedtune.federation.invitation import ProposedRun
 from fedtune.federation.site_round import Site
 from fedtune.flower.averaging import Average
 from fedtune.flower.client import context_of, make_client_app
@@ -57,7 +57,7 @@ def simulate(
         config=config,
         folder=folder,
         shared=everyone.shared,
-        asked=Invited(
+        asked=ProposedRun(
             proposal=config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan),
             key=everyone.sites.lead_key(),
             federation=config.federation,

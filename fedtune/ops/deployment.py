@@ -13,7 +13,7 @@ from typing import Protocol
 from flwr.app import Message
 
 from fedtune.config import RunConfig
-from fedtune.federation.invitation import Invited, invite
+from fedtune.federation.invitation import ProposedRun, invite
 from fedtune.federation.lead import LeadState, ReceiptBook
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
 from fedtune.federation.replies import Closing
@@ -160,10 +160,10 @@ class LeadService:
     def _transport(self, grid: RemoteGrid) -> GridTransport:
         return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
 
-    def _invited(self, config: RunConfig) -> Invited:
+    def _invited(self, config: RunConfig) -> ProposedRun:
         """Every site, about the run as it is sent to them."""
         sent = for_sites(config)
-        return Invited(
+        return ProposedRun(
             proposal=sent.proposal(lead=self.key.public, plan=sent.plan()),
             key=self.key,
             federation=config.federation,

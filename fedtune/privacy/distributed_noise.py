@@ -40,7 +40,7 @@ from fedtune.spec import ConfigError, check_whole, spec
 
 LEAST_CELLS = 8.0
 """Smallest standard deviation of a share, in cells as sent: the theorem's s."""
-MOST_SITES = 2**10
+MOST_SHARES = 2**10
 MOST_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
 USUAL_BOUND = 2**10
@@ -71,7 +71,7 @@ class Together:
 
     def __post_init__(self) -> None:
         # A plan arrives in a server's request, so nothing in it is trusted.
-        _check_within("num_sites", self.num_sites, 2, MOST_SITES)
+        _check_within("num_sites", self.num_sites, 2, MOST_SHARES)
         _check_within("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
         least = least_threshold(self.num_sites, colluders=self.colluders, server="malicious")
@@ -83,7 +83,7 @@ class Together:
         """The smallest noise multiplier of a share, to four digits, that gives every sum at least the noise `total`."""
         honest = self.threshold - self.colluders
         share = math.ceil(total / math.sqrt(honest) * 1e4) / 1e4
-        while together(share, honest) < total:
+        while noise_of_shares(share, honest) < total:
             share = round(share + 1e-4, 4)
         return share
 
@@ -141,7 +141,7 @@ class SharedNoise(Together):
 
     def noise_against(self, colluders: int) -> float:
         """The same if `colluders` sites of that sum collude; if all others do, it is the site's own share."""
-        return together(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=colluders))
+        return noise_of_shares(self.noise_multiplier, self.honest(survivors=self.threshold, colluders=colluders))
 
     def honest(self, *, survivors: int, colluders: int) -> int:
         """Number of noise shares that hide a site's records in a sum of `survivors` sites: at least its own."""
@@ -205,10 +205,11 @@ def release(*, sampling_rate: float, noise_multiplier: float, honest: int) -> Dp
     it is one Gaussian mechanism with the variance of `honest` shares on a Poisson sample (module docstring).  Each
     site takes one step: what it sent after several would depend on a state that only its own share hides.
     """
-    return events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=together(noise_multiplier, honest), steps=1)
+    noise = noise_of_shares(noise_multiplier, honest)
+    return events.dp_sgd(sampling_rate=sampling_rate, noise_multiplier=noise, steps=1)
 
 
-def together(noise_multiplier: float, shares: int) -> float:
+def noise_of_shares(noise_multiplier: float, shares: int) -> float:
     """The noise multiplier of the sum of `shares` equal shares: variances add up.  Never rounded up."""
     total = noise_multiplier * math.sqrt(shares)
     while Fraction(total) ** 2 > Fraction(noise_multiplier) ** 2 * shares:

@@ -33,7 +33,7 @@ class PrivacySpec:
             their records at a site.  Every size, rate and denominator then counts users.
         records_per_user: with unit "user", the most records of one user in a step, drawn anew for each step.
         epsilon: the target over all rounds and steps of the run, and of all `runs`, at every site.
-        runs: in how many runs like this one somebody may be, which share `epsilon`: a run alone spends less.
+        runs: how many runs like this one may use the same person's records; they share `epsilon`, and one spends less.
         delta: the delta of the promise; it must stay below one over every site's declared size.
         noise_multiplier: the noise's standard deviation divided by the clip norm; null: calibrated to the target.
         max_grad_norm: the clip norm C, over all trainable tensors of one unit together.

@@ -39,7 +39,7 @@ class Plan:
         shared: how sites make the noise of a secure sum together; each round is then one sum, of one clipped gradient
             sum of each site.  None: each site has noise of its own.
         cohorts: whom the run admits, and charges; None: everybody, in a population whose people have no arrivals.
-        runs: in how many runs like this one somebody may be: the noise is for the epsilon of all of them together.
+        runs: how many runs like this one may use the same person's records; the noise is for the epsilon of them all.
     """
 
     unit: Unit

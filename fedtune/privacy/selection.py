@@ -99,6 +99,6 @@ class Selection:
 
 
 def released(epsilon: float | None, delta: float, search: Selection | None) -> tuple[float | None, float]:
-    """The debt of a finished run to its records: of a trial, that of all trials of its search; None: unbounded."""
+    """What a finished run has cost its records, for a trial that of its whole search; None: unbounded."""
     of_all, at = (search.epsilon, search.delta) if search else (epsilon, delta)
     return finite(max(unbounded(finite(one)) for one in (epsilon, of_all))), max(delta, at)

@@ -22,7 +22,7 @@ class Trust:
         secure: whether it takes part in any.
         least_sites: that take part in such a run.
         least_threshold: the fewest sites that a sum may be of.
-        colluders: how many of the others may tell the server what they added, without what was promised being lost.
+        colluders: how many other sites may tell the server what they added without breaking the promise.
         max_epsilon_if_all_collude: cap on what a run costs if all others do; null: none.
         members: the sites it sums with -> the public keys by which it knows them, from these sites themselves.
     """

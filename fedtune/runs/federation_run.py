@@ -15,7 +15,7 @@ from typing import Protocol
 from fedtune.config import RunConfig
 from fedtune.federation.aggregation import Aggregation
 from fedtune.federation.cost import Meter
-from fedtune.federation.invitation import Invited, Lead
+from fedtune.federation.invitation import Lead, ProposedRun
 from fedtune.federation.kept_round import kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
 from fedtune.federation.planner import check_signal
@@ -73,7 +73,7 @@ class FederationRun:
     config: RunConfig
     folder: Path  # the run folder
     shared: SharedModel  # the lead's model and data
-    asked: Invited  # who is asked about what
+    asked: ProposedRun  # who is asked about what
     average: Aggregation  # makes the next adapter of plain updates
     receipts: ReceiptBook  # of the sites, kept over runs
     engine: Engine  # runs the rounds

@@ -148,8 +148,8 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
     size = policy.population_size
     if budget.delta > 1 / (10 * size):
         text = (
-            f"{budget.delta:g}: what could not come out without it may come out with this probability, of each of "
-            f"{size:,} {policy.population.unit}s; choose at most {10.0 ** math.floor(-math.log10(10 * size)):.0e}"
+            f"{budget.delta:g}: the chance, for each of {size:,} {policy.population.unit}s, of an outcome that "
+            f"nothing else can have caused; choose at most {10.0 ** math.floor(-math.log10(10 * size)):.0e}"
         )
         yield Caution(key="budget.delta", text=text)
     if not policy.anchor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from fedtune.config import RunConfig
 from fedtune.data import users_of
 from fedtune.data.faults import LeftOut
-from fedtune.data.load import FAR, Dealt, shipped_folders
+from fedtune.data.load import Dealt, is_far, shipped_folders
 from fedtune.data.records import resolve_file
 from fedtune.sites.run_records import LeadRecords, RunRecords, said_by_role, telling
 from fedtune.sites.shared_model import LeadData
@@ -115,8 +115,8 @@ def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:
         more = f", and {counted(len(far) - _MOST_NAMED, 'more site')}" if len(far) > _MOST_NAMED else ""
         yield (
             f"data.declared_sizes is far from the number of {config.privacy.unit}s there are to train on: "
-            f"{', '.join(far[:_MOST_NAMED])}{more}. A step is divided by the declared number: too large a one makes "
-            "it too short, and too small a one too long"
+            f"{', '.join(far[:_MOST_NAMED])}{more}. Training divides by the declared size: if it is too "
+            "large, each step is too small; if too small, too large"
         )
 
 
@@ -125,5 +125,5 @@ def _far_from_declared(config: RunConfig, dealt: Dealt) -> Iterator[str]:
     for name, records in zip(config.federation.names, dealt.sites, strict=True):
         by_user = config.privacy.unit == "user"
         true = len(users_of(records.training)) if by_user else len(records.training)
-        if name in declared and not 1 / FAR < true / declared[name] < FAR:
+        if name in declared and is_far(true, declared[name]):
             yield f"{name} declares {declared[name]:,} and has {true:,}"

@@ -126,7 +126,7 @@ class RealSite(Site):
         """A person at the site wants it to pause."""
         return self._process.paused()
 
-    def understand(self, proposal: Proposal) -> None:
+    def check_settings(self, proposal: Proposal) -> None:
         """Check the settings that came with the request; loads nothing."""
         self._checked(proposal)
 

@@ -405,7 +405,7 @@ class Participants:
         }
 
     def changed(self) -> list[str]:
-        """The sites whose records are others than those that the run's newest committed round there trained on."""
+        """The sites whose records changed since the newest committed round of this run."""
         return [name for name in self.work if self._has_changed(name)]
 
     def _has_changed(self, name: str) -> bool:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, RESAMPLES, Comparison, Estimate, Verdict
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, Estimate
 from fedtune.evaluation.groups import OTHERS, GroupScores
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.show.drawing import intervals
@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
 Kind = Literal["alone", "federated", "pooled", "run", "own"]
 NO_PRIVACY = ", no privacy"  # behind the name of a run without any
 AT_SITES = "by site"
-_ALIKE: Verdict = "cannot be told apart"
 _MOST_NAMED = 8  # pairs and groups that are named in a sentence
 
 
@@ -169,12 +168,12 @@ class Compared:
         plain = f"{self.main}{NO_PRIVACY}"
         if plain in private_of:
             found = compare(plain, self.main)
-            if found.verdict == _ALIKE:
-                told.append(f"What privacy costs it cannot be told on these records: {_interval(found)}.")
+            if found.verdict == NO_DIFFERENCE:
+                told.append(f"These records do not show what privacy costs it: {_interval(found)}.")
             else:
                 told.append(f"With privacy it is {found.verdict} than without: {self._score} {_interval(found)}.")
         pairs = combinations(self.sides.measured, 2)
-        alike = [pair for pair in pairs if compare(*pair).verdict == _ALIKE]
+        alike = [pair for pair in pairs if compare(*pair).verdict == NO_DIFFERENCE]
         if alike:
             alike.sort(key=lambda pair: self.main not in pair)
             shown = "; ".join(map(" and ".join, alike[:_MOST_NAMED]))
@@ -183,20 +182,20 @@ class Compared:
         for title, groups in self.groups.items():
             told += self._fair(title, groups)
         besides = self._own_beside().items()
-        told += [f"Beside {beside}, own is {_by_verdict(at, 'at')}." for beside, at in besides]
+        told += [f"Compared with {beside}, the own adapter is {_by_verdict(at, 'at')}." for beside, at in besides]
         if own := [line.name for line in self.lines if line.kind == "own"]:
             told.append(f"No guarantee covers what is said of {_listed(own)}: trained without noise at one site.")
         return told
 
     def _sentence(self, base: str) -> str:
         found = self.sides.comparison(base, self.main)
-        if found.verdict == _ALIKE:
+        if found.verdict == NO_DIFFERENCE:
             return f"{_capital(self.main)} cannot be told apart from {base} by {self._score}: {_interval(found)}."
         return f"{_capital(self.main)} is {found.verdict} than {base}: {self._score} {_interval(found)}."
 
     def _fair(self, title: str, found: GroupScores) -> Iterator[str]:
         changes = {name: pairs[self.models[0], self.main] for name, pairs in found.changes.items()}
-        yield f"{_capital(title)}, {self.main} is beside {self.models[0]}: {_by_verdict(changes, 'in')}."
+        yield f"{_capital(title)}, compared with {self.models[0]}, {self.main} is {_by_verdict(changes, 'in')}."
         name = found.groups.smallest
         count = counted(min(found.groups.sizes), self.sides.unit)
         yield f"The smallest group is {name} ({count}): {_range(found.scores[name][self.main])}."
@@ -214,8 +213,10 @@ class Compared:
     def _own(self) -> Section:
         rows = [(site, beside, *_changed(one)) for beside, at in self._own_beside().items() for site, one in at.items()]
         where = "the records that the site would have" if AT_SITES in self.groups else "all records"
-        headings = ("site", "beside", "difference", "95 % interval", "own is")
-        return Section(title=f"Own less each, on {where}", headings=headings, rows=rows, words={0, 1, 4})
+        headings = ("site", "compared with", "difference", "95 % interval", "own is")
+        return Section(
+            title=f"The own adapter minus each other, on {where}", headings=headings, rows=rows, words={0, 1, 4}
+        )
 
     def _scores(self) -> Section:
         base, *others = self.models
@@ -226,14 +227,14 @@ class Compared:
             rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *_changed(found)))
         where = f" on {self.data}" if self.data else ""
         title = f"{_capital(self._score)}{where}: {counted(len(self.sides.records), 'record')}"
-        headings = ("model", self._score, "95 % interval", f"less {base}", "95 % interval", "beside it")
+        headings = ("model", self._score, "95 % interval", f"minus {base}", "95 % interval", "compared with it")
         return Section(title=title, headings=headings, rows=rows, words={0, 5})
 
     def _beside_main(self) -> Section:
         others = [name for name in self.models[1:] if name != self.main]
         rows = [(name, *_changed(self.sides.comparison(name, self.main))) for name in others]
-        headings = ("beside", "difference", "95 % interval", f"{self.main} is")
-        return Section(title=f"{_capital(self.main)} less each", headings=headings, rows=rows, words={0, 3})
+        headings = ("compared with", "difference", "95 % interval", f"{self.main} is")
+        return Section(title=f"{_capital(self.main)} minus each other", headings=headings, rows=rows, words={0, 3})
 
     def _other_scores(self) -> Section:
         names = [name for name in self.sides.scores if name != self.sides.judged_by]
@@ -254,7 +255,7 @@ class Compared:
             values += [_figure(scores[alone[name]].value) if name in alone else "-"] if alone else []
             rows.append((name, f"{count:,}", *values, _figure(scores[self.main].value), *_changed(change)[1:]))
         headings = ("group", f"{self.sides.unit}s", base, *(("alone",) if alone else ()), self.main)
-        headings += (f"less {'alone' if alone else base},\n95 % interval", "beside it")
+        headings += (f"minus {'alone' if alone else base},\n95 % interval", "compared with it")
         merged = f"{OTHERS}: {counted(len(groups.merged), 'small group')}, merged by size alone."
         title, notes = f"{_capital(self._score)} {title}", [merged] if groups.merged else []
         return Section(title=title, headings=headings, rows=rows, words={0, len(headings) - 1}, notes=notes)
@@ -415,7 +416,7 @@ def _own_pairs(lines: Sequence[Line], *, base: str) -> Iterator[tuple[str, Line]
 
 def _by_verdict(changes: Mapping[str, Comparison], place: str) -> str:
     parts = []
-    for verdict, said in (("better", "better"), ("worse", "worse"), (_ALIKE, "not told apart")):
+    for verdict, said in (("better", "better"), ("worse", "worse"), (NO_DIFFERENCE, "not told apart")):
         names = [name for name, one in changes.items() if one.verdict == verdict]
         shown = [*names[:_MOST_NAMED], *([f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else [])]
         parts += [f"{said} {place} {_listed(shown)}"] if names else []

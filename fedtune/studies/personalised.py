@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.api.door import Progress, Run
 from fedtune.config import RunConfig
+from fedtune.evaluation.bootstrap import NO_DIFFERENCE
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, check_one_of
 from fedtune.words import counted, score_words
@@ -153,7 +154,7 @@ def _sentence(site: str, one: Personalised) -> str:
         return f"{site}: its own records do not improve the shared adapter, which its own one equals."
     beside = {name: one.sides.comparison(name, OWN).verdict for name in (SHARED, ALONE)}
     words = " and ".join(
-        f"cannot be told apart from {name}" if verdict == "cannot be told apart" else f"is {verdict} than {name}"
+        f"cannot be told apart from {name}" if verdict == NO_DIFFERENCE else f"is {verdict} than {name}"
         for name, verdict in beside.items()
     )
     return f"{site}: own {words}; it went {counted(one.own.fitted.passes, 'time')} through its records."

@@ -1,10 +1,10 @@
 """Votes: each unit has one vote, for the declared text that is nearest to its own; the adapter is their noisy share.
 
-A vote is a step of DP-SGD.  The loss of a record is less the weight of its candidate, so that its gradient is a vector
-of one 1 and zeros, whose norm is 1 = `privacy.max_grad_norm`: clipping leaves it as it is, and a record that is added
-or removed moves the sum by 1.  With every record in the step (`privacy.sampling_rate=1`) and one step the weights are
-the candidates' shares of all votes, with the noise of one Gaussian mechanism (the private histogram of Lin et al.
-2024, arXiv 2305.15560).  Rounds, secure sums, ledgers and reports are those of any run.
+A vote is a step of DP-SGD.  The loss of a record is minus the weight of its candidate, so its gradient has a single
+entry, -1, and norm 1 = `privacy.max_grad_norm`: clipping leaves it as it is, and a record that is added or removed
+moves the sum by 1.  With every record in the step (`privacy.sampling_rate=1`) and one step the weights are the
+candidates' shares of all votes, with the noise of one Gaussian mechanism (the private histogram of Lin et al. 2024,
+arXiv 2305.15560).  Rounds, secure sums, ledgers and reports are those of any run.
 
 Which candidate is nearest is computed by the frozen base, of the record alone, as its gradient would be: the trial
 before a run (`fedtune.training.preflight`) compares it alone and in company, bit for bit.

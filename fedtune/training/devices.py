@@ -46,7 +46,7 @@ from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.accelerators import attend_by_products
-from fedtune.training.dp_step import Sums, UnitGradients, add_each, zeros
+from fedtune.training.dp_step import TensorSums, UnitGradients, add_each, zeros
 from fedtune.training.examples import Places, SiteExamples, Told, Units, nobody, rank_of
 from fedtune.training.machine import device_for, ready_model
 from fedtune.training.per_example import attached
@@ -239,7 +239,7 @@ class DividedUnits(Units):
         """As `SiteExamples.gradients`."""
         return self._own.gradients(of_each)
 
-    def add_others(self, sums: Sums, max_grad_norm: float) -> int:
+    def add_others(self, sums: TensorSums, max_grad_norm: float) -> int:
         """Add the others' sums, when all of them have theirs.
 
         Raises:

@@ -23,7 +23,7 @@ from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise, cell, poiss
 from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.run_plan import Plan
 
-Sums = dict[str, torch.Tensor]
+TensorSums = dict[str, torch.Tensor]
 
 SMALLEST_NORM = 1e-3
 """Gradients are scaled as if their norm were at least this: below it they may be mostly rounding, and a tiny clip norm
@@ -34,7 +34,7 @@ CLIP_NORM_CELLS = 2.0**GRID_BITS  # a clip norm, in cells
 _LANES = 1024  # in which an accelerator adds up a row's squares: a power of two
 
 
-def nobody_else(sums: Sums, max_grad_norm: float) -> int:
+def nobody_else(sums: TensorSums, max_grad_norm: float) -> int:
     """Add nothing: a site with one device has no others."""
     return 0
 
@@ -58,7 +58,7 @@ class Records:
     cut: Callable[[npt.NDArray[np.int64]], Iterable[Any]]
     # adds the other devices' sums over the units that `cut` left to them, clipped to the same norm; returns the
     # number of those units
-    add_others: Callable[[Sums, float], int] = nobody_else
+    add_others: Callable[[TensorSums, float], int] = nobody_else
 
 
 def dp_sgd_step(
@@ -108,12 +108,12 @@ def sampled_sum(
     return {name: total.cpu().numpy() for name, total in sums.items()}
 
 
-def zeros(parameters: Mapping[str, nn.Parameter]) -> Sums:
+def zeros(parameters: Mapping[str, nn.Parameter]) -> TensorSums:
     """Zero sums in the parameters' shapes; integers, so that the order of adding changes nothing."""
     return {name: torch.zeros_like(p, dtype=torch.int64) for name, p in parameters.items()}
 
 
-def add_each(sums: Sums, gradients: UnitGradients, batches: Iterable[Any], max_grad_norm: float) -> int:
+def add_each(sums: TensorSums, gradients: UnitGradients, batches: Iterable[Any], max_grad_norm: float) -> int:
     """Add what each unit of the micro-batches contributes, as `add_clipped` does; returns how many units they have."""
     seen = 0
     for batch in batches:
@@ -122,7 +122,7 @@ def add_each(sums: Sums, gradients: UnitGradients, batches: Iterable[Any], max_g
     return seen
 
 
-def add_clipped(sums: Sums, gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> None:
+def add_clipped(sums: TensorSums, gradients: Mapping[str, torch.Tensor], max_grad_norm: float) -> None:
     """Scale each unit's gradient to a joint L2 norm of at most `max_grad_norm`, round it and add it to `sums`.
 
     Args:

@@ -19,7 +19,7 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.randomness import RandomStream
 from fedtune.spec import panics_as_errors
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.dp_step import Sums, UnitGradients, nobody_else
+from fedtune.training.dp_step import TensorSums, UnitGradients, nobody_else
 from fedtune.training.machine import room_for_states
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class Units(ABC):
         """One gradient for each unit of a micro-batch, from those of its examples; the same where a unit is one."""
         return of_each
 
-    def add_others(self, sums: Sums, max_grad_norm: float) -> int:
+    def add_others(self, sums: TensorSums, max_grad_norm: float) -> int:
         """Add what other devices summed, see `Records.add_others`; most sites have one device."""
         return nobody_else(sums, max_grad_norm)
 

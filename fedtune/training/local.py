@@ -94,8 +94,8 @@ def share_of_round(
     Returns:
         Whole numbers in cells of 2**-cell_bits of the run's clip norm, in the adapter's names and shapes.
 
-    Guarantee: of `work.plan.event()` for who learns it in a sum with as many honest sites' as the plan counts, and
-    nothing else of it; by itself it has the noise of one share alone.
+    Guarantee: whoever sees it only inside a sum with the shares of as many honest sites as the plan counts learns at
+    most what `work.plan.event()` says.  By itself it is hidden by one share of the noise.
     """
     parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
     with attached(model) as gradients:

@@ -33,7 +33,7 @@ def answer(receipt: Receipt | None, site: str = "a") -> dict[str, Reply]:
 
 def answered(state: LeadState, replies: dict[str, Reply]) -> LeadState:
     for site, reply in replies.items():
-        state = state.heard(site, reply.receipt, update=isinstance(reply.body, Update), **RUN) or state
+        state = state.with_receipt(site, reply.receipt, update=isinstance(reply.body, Update), **RUN) or state
     return state
 
 
@@ -99,7 +99,7 @@ def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(st
     assert (charge.rounds, charge.upper_bound) == (2, True)
     honest = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=receipt_of(charged=2))})
     assert (site_charge(honest, "a", run_plan()).rounds, site_charge(honest, "a", run_plan()).upper_bound) == (2, False)
-    assert honest.heard("a", old, **RUN) is None
+    assert honest.with_receipt("a", old, **RUN) is None
 
 
 def test_a_site_counts_with_the_noise_that_it_signed_for(state: LeadState) -> None:
@@ -123,8 +123,8 @@ def test_a_sites_noise_is_fixed_with_its_first_charge(state: LeadState) -> None:
     began = answered(before.asked(["a"]), answer(receipt_of(charged=1, noise_factor=2.0)))
     assert began.receipts["a"].noise_factor == 2.0
     for factor in (1.0, 3.0):
-        assert began.heard("a", receipt_of(charged=2, noise_factor=factor), **RUN) is None
-    assert began.heard("a", receipt_of(charged=2, noise_factor=2.0), **RUN) is not None
+        assert began.with_receipt("a", receipt_of(charged=2, noise_factor=factor), **RUN) is None
+    assert began.with_receipt("a", receipt_of(charged=2, noise_factor=2.0), **RUN) is not None
 
 
 def test_noise_that_the_plan_cannot_have_is_not_believed(state: LeadState) -> None:
@@ -132,8 +132,8 @@ def test_noise_that_the_plan_cannot_have_is_not_believed(state: LeadState) -> No
     sums = {"local_steps": 1, "noise_multiplier": 4.0, "shared": shared}
     for change, factor in (({"noise_multiplier": 0.0}, 2.0), ({"noise_multiplier": 9000.0}, 2.0), (sums, 1.0001)):
         other: Any = replace(run_plan(), **change)  # type: ignore[arg-type]
-        assert state.heard("a", receipt_of(noise_factor=factor), run="r", plan=other) is None
-        assert state.heard("a", receipt_of(), run="r", plan=other) is not None
+        assert state.with_receipt("a", receipt_of(noise_factor=factor), run="r", plan=other) is None
+        assert state.with_receipt("a", receipt_of(), run="r", plan=other) is not None
 
 
 def test_a_receipt_of_more_rounds_than_the_plan_has_is_not_believed(state: LeadState) -> None:

@@ -99,7 +99,7 @@ def test_a_reply_that_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
     # A receipt of nothing charged would be a lie: without one the lead counts the round.
     assert reply.receipt is None
     state = LeadState(round=0, adapter=adapter).asked(["a"])
-    assert state.heard("a", reply.receipt, run="r", plan=run_plan()) is None
+    assert state.with_receipt("a", reply.receipt, run="r", plan=run_plan()) is None
     assert site_charge(state, "a", run_plan()).steps == run_plan().local_steps
     assert "database is locked" in caplog.text
 

@@ -23,8 +23,8 @@ from fedtune.privacy.distributed_noise import (
     add_share,
     epsilons,
     least_cell_bits,
+    noise_of_shares,
     release,
-    together,
 )
 from fedtune.privacy.loss_distribution import Composition
 from fedtune.privacy.mechanism import GRID_BITS
@@ -239,7 +239,7 @@ def test_several_local_steps_get_no_credit_for_others_noise(sites: int, hit: flo
 
     share = 1 / math.sqrt(sites)
     credited = release(sampling_rate=1.0, noise_multiplier=share, honest=sites)
-    two_credited = events.dp_sgd(sampling_rate=1.0, noise_multiplier=together(share, sites), steps=2)
+    two_credited = events.dp_sgd(sampling_rate=1.0, noise_multiplier=noise_of_shares(share, sites), steps=2)
     assert events.grouped([credited, credited]) == events.grouped([two_credited])
     assert refuted(two_credited), "two releases of a step each would be as private, and two local steps are not"
     # Two Gaussian mechanisms of noise 1 allow this much at the attack's rate of false alarms.

@@ -20,7 +20,7 @@ from fedtune.privacy.distributed_noise import (
     Together,
     add_share,
     least_cell_bits,
-    together,
+    noise_of_shares,
 )
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
@@ -164,9 +164,9 @@ def test_the_fewest_bits_are_accepted_and_fewer_are_not(noise: float) -> None:
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4), st.integers(1, 1024))
 def test_shares_together_are_never_said_to_be_more_than_their_variances(noise: float, shares: int) -> None:
-    total, exact = Fraction(together(noise, shares)) ** 2, Fraction(noise) ** 2 * shares
+    total, exact = Fraction(noise_of_shares(noise, shares)) ** 2, Fraction(noise) ** 2 * shares
     assert exact * (1 - Fraction(1, 2**50)) <= total <= exact
-    assert together(noise, 1) == noise
+    assert noise_of_shares(noise, 1) == noise
 
 
 @settings(deadline=None, derandomize=True)
@@ -178,8 +178,8 @@ def test_a_share_is_enough_for_the_honest_sites_of_the_smallest_sum(
     one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).share_of(total)
     honest = threshold - colluders
     assert Fraction(one) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
-    assert together(one, honest) >= total
-    assert together(round(one - 2e-4, 4), honest) < total, "and not more than that, to four digits"
+    assert noise_of_shares(one, honest) >= total
+    assert noise_of_shares(round(one - 2e-4, 4), honest) < total, "and not more than that, to four digits"
 
 
 def test_honest_sites_of_a_sum() -> None:

@@ -63,7 +63,7 @@ def test_a_file_that_has_no_room_is_not_blamed_on_the_anchor(anchored: Any) -> N
 
     ledger = anchored()
     with pytest.raises(OSError, match=r"runs/a\.json"):
-        ledger.reserve(proposal(), round=1, request="a", unless=full)
+        ledger.reserve(proposal(), round=1, request="a", before_charge=full)
     assert ledger.history.charged_rounds("r") == 0
 
 

@@ -228,15 +228,15 @@ def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(command: Any, 
         value = scores[f"{site} own"]["value"] - scores["federated"]["value"]
         assert changes["federated"]["value"] == pytest.approx(value)
     *others, last = told["verdict"]
-    assert {said.partition(", own is ")[0] for said in others if ", own is " in said} == {
-        f"Beside {name}" for name in ("base", "federated", "alone")
+    assert {said.partition(", the own ")[0] for said in others if ", the own " in said} == {
+        f"Compared with {name}" for name in ("base", "federated", "alone")
     }
     assert last.startswith("No guarantee covers what is said of site-1 own and site-2 own")
     shutil.rmtree(run / "private_to_site-2")
     kept = (run / "private_to_site-1").stat().st_mtime_ns
     again = command("compare", *asked)
     assert again.code == 0, again.err
-    assert "Own less each, on the records that the site would have" in again.out
+    assert "The own adapter minus each other, on the records that the site would have" in again.out
     assert (run / "private_to_site-1").stat().st_mtime_ns == kept, "what is there is not made again"
     assert json.loads((tmp_path / "own" / "compare.json").read_text()) == told, "the same records give the same adapter"
 

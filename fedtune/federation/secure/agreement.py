@@ -18,7 +18,7 @@ from fedtune.privacy.ledger.chain import canonical
 from fedtune.privacy.threshold import Server, least_threshold
 from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
 
-MOST_SITES = 20
+MOST_SITES_OF_SUM = 20
 """Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
 MOST_BITS = 64
 MOST_LENGTH = 1 << 28  # values of a vector
@@ -98,8 +98,8 @@ class Terms:
         for site, key in self.members.items():
             check_name("site", site)
             check_public_key(f"members.{site}", key)
-        if not 2 <= len(self.members) <= MOST_SITES:
-            raise ConfigError("members", len(self.members), f"must be from 2 to {MOST_SITES} sites")
+        if not 2 <= len(self.members) <= MOST_SITES_OF_SUM:
+            raise ConfigError("members", len(self.members), f"must be from 2 to {MOST_SITES_OF_SUM} sites")
         if len(set(self.members.values())) < len(self.members):
             raise ConfigError("members", list(self.members), "must have a key each; two have the same")
         for name, most in (("threshold", len(self.members)), ("length", MOST_LENGTH), ("bits", MOST_BITS)):

@@ -104,7 +104,7 @@ class Ledger:
         *,
         round: int,
         request: str,
-        unless: Callable[[], None] = lambda: None,
+        before_charge: Callable[[], None] = lambda: None,
         arrivals: Callable[[], Mapping[str, int]] = dict,
     ) -> Reservation | bytes:
         """Charge a round before it is trained, or return the stored reply to the same request.
@@ -117,7 +117,7 @@ class Ledger:
             proposal: of the run.
             round: of the run.
             request: digest of what the lead asked.
-            unless: called before anything is charged; what it raises ends the matter.
+            before_charge: called once all checks have passed; if it raises, nothing is charged.
             arrivals: where the population has arrivals, called last before the charge: the cohort of each user by the
                 user's own records.  Whom the reservation admits of them is written in the register of arrivals.
 
@@ -140,7 +140,7 @@ class Ledger:
                 return stored
             else:
                 self._require_another_round(run, now)
-            unless()
+            before_charge()
             attempt = run.attempts[round] + 1
             # The salt makes two copies' charges of one request differ, also where a clock that is behind says one time.
             detail = {"event": events.to_json(run.plan.event()), "salt": secrets.token_hex(16)}

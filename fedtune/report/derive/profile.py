@@ -24,7 +24,7 @@ from typing import Any
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, from_mixture_gaussian_mechanism
 
-from fedtune.federation.secure.agreement import MOST_SITES
+from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import Counted
 from fedtune.privacy.distributed_noise import Epsilons
@@ -128,7 +128,7 @@ def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
     return Epsilons(
         server_alone=epsilon(charged_against(rows, colluders=0)),
         with_colluders=epsilon(charged_against(rows, colluders=None)),
-        with_all_others=None if lost else epsilon(charged_against(rows, colluders=MOST_SITES)),
+        with_all_others=None if lost else epsilon(charged_against(rows, colluders=MOST_SITES_OF_SUM)),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.secure.agreement import MOST_SITES
+from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
 from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile
 from fedtune.report.derive.profile import accountants_agree, interval_of
@@ -86,7 +86,7 @@ def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: f
     if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
         return replace(site, verdict=verdict, meaning=None)
     trust, rows = site.by_trust, site.mechanisms
-    others = (profile.charged_against(rows, colluders=MOST_SITES), trust.with_all_others) if trust else None
+    others = (profile.charged_against(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others) if trust else None
     of_site = partial(profile.meaning, declared_size=site.declared_size, fixed=were_fixed(site), others=others)
     return replace(site, verdict=verdict, meaning=of_site(charged, epsilon=profile.claimed(spent), delta=delta))
 
