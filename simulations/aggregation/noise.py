@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
-from fedtune.privacy.distributed_noise import Together, epsilons, least_cell_bits, together
+from fedtune.privacy.distributed_noise import Together, epsilons, least_cell_bits, noise_of_shares
 from fedtune.privacy.durable import write_durably
 
 FOLDER = Path(__file__).parent
@@ -46,6 +46,7 @@ def row(target: float, threshold: int, colluders: int) -> dict[str, float]:
     found = epsilons(shared, survivors={threshold: RELEASES}, sampling_rate=RATE, delta=DELTA)
     # Each share's own rounding adds a twelfth of a squared cell to what is accounted.
     rounding = math.sqrt(1 + 1 / 12 / (share * 2.0**bits) ** 2)
+    of_sum = noise_of_shares(share, threshold - colluders)
     return {
         "target": target,
         "threshold": threshold,
@@ -56,7 +57,7 @@ def row(target: float, threshold: int, colluders: int) -> dict[str, float]:
         "server_alone": found.server_alone,
         "with_colluders": found.with_colluders,
         "with_all_others": found.with_all_others,
-        "above_ideal_percent": 100 * (together(share, threshold - colluders) * rounding / ideal_noise(target) - 1),
+        "above_ideal_percent": 100 * (of_sum * rounding / ideal_noise(target) - 1),
     }
 
 

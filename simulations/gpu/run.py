@@ -48,7 +48,7 @@ from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import preflight
 from fedtune.training.accelerators import about
-from fedtune.training.dp_step import Sums, add_clipped, descend, zeros
+from fedtune.training.dp_step import TensorSums, add_clipped, descend, zeros
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import RoundOfTraining, train_round
 from fedtune.training.machine import device_for, model_bytes
@@ -390,7 +390,7 @@ def _private(model: TaskModel, batch: Batch) -> None:
     descend(_with_noise(sums), parameters, optimizer, denominator=1.0)
 
 
-def _with_noise(sums: Sums) -> dict[str, npt.NDArray[np.int64]]:
+def _with_noise(sums: TensorSums) -> dict[str, npt.NDArray[np.int64]]:
     """Drawn once a step, as in training."""
     of_all = {name: total.cpu().numpy() for name, total in sums.items()}
     return add_gaussian_noise(of_all, noise_multiplier=1.0, stream=SystemRandomness().stream("noise"))

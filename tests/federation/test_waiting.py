@@ -108,12 +108,12 @@ def understanding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
         read: list[str] = []
         opened = site.open
 
-        def understand(request: Any) -> None:
+        def check_settings(request: Any) -> None:
             read.append(request.run)
             if refused:
                 raise Refused(Reason.SETTINGS)
 
-        monkeypatch.setattr(site, "open", lambda train=None: with_methods(opened(train), understand=understand))
+        monkeypatch.setattr(site, "open", lambda train=None: with_methods(opened(train), check_settings=check_settings))
         return read
 
     return watch

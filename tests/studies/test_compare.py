@@ -165,7 +165,7 @@ def test_runs_that_are_there_are_scored_on_one_file(
     assert "No scores by where: fewer than two groups have 20 records." in said
     assert f"written: {page}" in said
     assert page.read_text().startswith("<svg")
-    assert "Both-federated less each" in said
+    assert "Both-federated minus each other" in said
     told = json.loads(command("compare", *asked, "--smallest", "10", "--json").out)
     assert [model["name"] for model in told["models"]] == ["base", "both-federated", "both-pooled"]
     groups = told["groups"]["by where"]["groups"]
