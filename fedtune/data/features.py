@@ -20,8 +20,7 @@ from fedtune.data.values import FEATURE, NO_NAME, category_of, number_of, number
 from fedtune.spec import ConfigError, DataError, check_at_least, check_at_most, spec
 from fedtune.words import counted
 
-MOST_VALUES = 65_536
-"""Of a vector: a record keeps four bytes for each, and a step as many for each value that is trained on it."""
+MOST_VALUES = 65_536  # of a vector: a record keeps four bytes for each, and a step as many for each trained on it
 _MOST_NAMES = 10_000  # worked through for each record, or at each site, before it has answered
 _LARGEST, _LEAST_WIDTH, _LEAST_SHARE = 1e12, 1e-6, 2.5e-4
 """Of a range; the width is also a share of its largest number, so that a number in float32, which has seven digits, and

@@ -18,8 +18,7 @@ _SHORTEST = 12
 _STEPS = (4, 5, 6)
 """Lengths grow by these quarters of a power of two.  A record is padded by a third of itself at most, by half before
 the last length; one below `_SHORTEST` is padded to `_SHORTEST`."""
-_TOKENS_OF_A_CALL = 100
-"""Fixed cost of a micro-batch, in tokens: the value with the fastest steps of MiniLM, with all layers or two."""
+_TOKENS_OF_A_CALL = 100  # what each micro-batch costs beside its tokens: gives MiniLM's fastest steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)

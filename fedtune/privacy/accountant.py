@@ -30,10 +30,8 @@ NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 
 # Width of the buckets that privacy loss is rounded up to.  Coarser is faster and only ever reports more epsilon.
 FINE, COARSE = 1e-4, 1e-3
-MOST_NOISE = 1e4
-"""Largest noise multiplier of a plan; with more, nothing is left to learn."""
-LEAST_NOISE = 1e-2
-"""Smallest non-zero noise multiplier: below it, a privacy loss distribution takes gigabytes."""
+MOST_NOISE = 1e4  # of a plan: with more, nothing is left to learn
+LEAST_NOISE = 1e-2  # of a plan, but for none: below it, a privacy loss distribution takes gigabytes
 _LEAST_SOUGHT = 0.1  # by calibration: where delta alone covers the loss, any noise would do
 _TOLERANCE = 1e-5  # relative
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two

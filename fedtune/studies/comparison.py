@@ -214,9 +214,7 @@ class Compared:
         rows = [(site, beside, *_changed(one)) for beside, at in self._own_beside().items() for site, one in at.items()]
         where = "the records that the site would have" if AT_SITES in self.groups else "all records"
         headings = ("site", "compared with", "difference", "95 % interval", "own is")
-        return Section(
-            title=f"The own adapter minus each other, on {where}", headings=headings, rows=rows, words={0, 1, 4}
-        )
+        return Section(title=f"Own adapter minus each other, on {where}", headings=headings, rows=rows, words={0, 1, 4})
 
     def _scores(self) -> Section:
         base, *others = self.models

@@ -169,7 +169,7 @@ def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
     assert str(Refused(Reason.SITE_ERROR)) == "site_error"
     long = Refused(Reason.BASE_MODELS, asked="a" * 64, allowed=", ".join(["b" * 64] * 16))
     fields = {"site": "a", "run": "r", "round": 1, "reason": long.reason, "asked": long.asked, "allowed": long.allowed}
-    assert Refusal.from_json(fields).allowed == long.allowed, "it is cut to what a lead reads"
+    assert release.Refusal.from_json(fields).allowed == long.allowed, "it is cut to what a lead reads"
 
 
 def signed(key: SigningKey, **changes: object) -> Receipt:

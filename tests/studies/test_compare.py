@@ -236,7 +236,7 @@ def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(command: Any, 
     kept = (run / "private_to_site-1").stat().st_mtime_ns
     again = command("compare", *asked)
     assert again.code == 0, again.err
-    assert "The own adapter minus each other, on the records that the site would have" in again.out
+    assert "Own adapter minus each other, on the records that the site would have" in again.out
     assert (run / "private_to_site-1").stat().st_mtime_ns == kept, "what is there is not made again"
     assert json.loads((tmp_path / "own" / "compare.json").read_text()) == told, "the same records give the same adapter"
 
