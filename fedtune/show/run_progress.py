@@ -332,7 +332,7 @@ def _start(about: Mapping[str, Any]) -> str:
     else:
         epsilon = f"epsilon {epsilon_text(about['epsilon'])} at delta {about['delta']:g} for each {about['unit']}"
         spent = f"its training{on} spent {epsilon}"
-    head = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
+    head: dict[object, str] = {True: "its head is taken, too", False: "its head has other labels: the head starts anew"}
     what = "the adapter" if "head" in about else "what owes to the adapter"
     known = [f"{what} {about['digest'][:12]} of {about['from']}", spent, head.get(about.get("head"))]
     return "; ".join(filter(None, known))
