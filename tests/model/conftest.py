@@ -45,7 +45,6 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(clean: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may change."""
     return shutil.copytree(clean, tmp_path / "model")
 
 
@@ -90,7 +89,6 @@ def one_of(batch: Batch, place: int) -> Batch:
 
 
 def spec_of(path: str = "random:bert", task: Any = "classification", **changes: Any) -> TaskModelSpec:
-    """Settings of a tiny model; keywords override."""
     values = {"lora": LoraSpec(rank=2, alpha=4.0), "head": HeadSpec(), "seed": 3} | declared(task) | changes
     if task in TEXTS:
         task, values = "embedding", values | {"texts": TEXTS[task]}
@@ -98,7 +96,6 @@ def spec_of(path: str = "random:bert", task: Any = "classification", **changes: 
 
 
 def trained(*given: Any, **changes: Any) -> TaskModel:
-    """A tiny model whose trainable tensors are random."""
     return with_random_values(built(spec_of(*given, **changes)), 0.2)
 
 

@@ -30,12 +30,10 @@ def llama() -> PreTrainedModel:
 
 
 def scaled() -> PreTrainedModel:
-    """Divides its scores by 8 after the output layer."""
     return GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
 
 
 def in_place() -> PreTrainedModel:
-    """Halves its scores where they lie."""
     model = llama()
     forward = model.forward
 

@@ -10,19 +10,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedtune.model import products
 from fedtune.model.base_model import load_base, model_sha256
 from fedtune.model.int8 import Int8Linear
 from fedtune.model.layers import layer_stack
-from fedtune.model.products import (
-    FrozenConv1D,
-    FrozenLinear,
-    RoundedConv1D,
-    RoundedLinear,
-    multiply_by_onednn,
-    product,
-    round_products,
-    rounded_product,
-)
+from fedtune.model.products import RoundedLinear, multiply_by_onednn, product, round_products, rounded_product
 from fedtune.model.quantized import FourBitLinear
 from fedtune.model.spec import ModelSpec
 
@@ -46,7 +38,7 @@ def test_product_and_gradient_are_torchs_own_but_for_rounding(module: nn.Module)
     direction = torch.randn_like(module(values))
     base = frozen(nn.Sequential(deepcopy(module)))
     multiply_by_onednn(base)
-    assert isinstance(base[0], FrozenLinear | FrozenConv1D)
+    assert isinstance(base[0], products.FrozenLinear | products.FrozenConv1D)
     wanted = exactly(module, values, direction, transposed=isinstance(module, Conv1D))
     for one, other in zip(both_ways(base, values, direction), wanted, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)  # of 96 terms of size 1 in float32
@@ -106,7 +98,7 @@ def test_rounded_products_are_sums_of_rounded_numbers_rounded_once(
     torch.manual_seed(0)
     base = frozen(nn.Sequential(deepcopy(module)))
     round_products(base)
-    assert isinstance(base[0], RoundedLinear | RoundedConv1D)
+    assert isinstance(base[0], RoundedLinear | products.RoundedConv1D)
     assert {one.dtype for one in base.parameters()} == {torch.bfloat16}
     values = torch.randn(3, 5, 96)
     direction = torch.randn_like(module(values))
