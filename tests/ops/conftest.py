@@ -1,12 +1,13 @@
 """Builders of these tests: a federation in a folder, sites that want to join it, a server that a doctor asks."""
 
+import contextlib
 import json
 import os
 import shutil
 import ssl
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.ops.doctor.check import Check
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
 from fedtune.ops.kits.provisioning import Admitted
@@ -23,6 +25,9 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Policy
 from tests.flower.hostile import Hostile, whole
 
+from ..conftest import files_in
+
+SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
 FEDERATION_TOML = f"""\
 name = "cardiology-2026"
 server = "127.0.0.1:9092"
@@ -43,7 +48,6 @@ def now() -> datetime:
 
 @pytest.fixture
 def federation_toml(tmp_path: Path) -> Path:
-    """A federation.toml whose server is this machine."""
     path = tmp_path / "federation.toml"
     path.write_text(FEDERATION_TOML)
     return path
@@ -147,15 +151,34 @@ def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
     return begun
 
 
+@contextlib.contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Nothing in the folder is, once the block has ended."""
+    before = files_in(folder)
+    yield
+    assert files_in(folder) == before
+
+
 def unpack(archive: Path, folder: Path) -> None:
-    """Unzip a kit, as its README.md says."""
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(folder)
 
 
+def lines_of(check: Check) -> list[str]:
+    return [f"{check.status:<8}{check.name}: {check.found}", *([f"        -> {check.fix}"] if check.fix else [])]
+
+
+def check_snapshot(name: str, text: str) -> None:
+    """Compare with the section `name` of the snapshots; FEDTUNE_WRITE_SNAPSHOTS=1 writes it."""
+    sections = dict(part.split("\n", 1) for part in SNAPSHOTS.read_text().split("## ")[1:])
+    if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
+        sections[name] = text + "\n\n"
+        SNAPSHOTS.write_text("".join(f"## {each}\n{sections[each]}" for each in sections))
+    assert text == sections[name].rstrip("\n")
+
+
 @pytest.fixture
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxy of this machine's stands between a site and its server."""
     for name in ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)

@@ -66,6 +66,5 @@ def template_of(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def pod_of(path: Path) -> dict[str, Any]:
-    """The pod that one of `PROCESSES` makes."""
     found: dict[str, Any] = template_of(only(path, PROCESSES[path]))["spec"]
     return found

@@ -13,15 +13,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.ops.kits.certificates import (
-    Authority,
-    Certificate,
-    certificate_pem,
-    check_issued,
-    make_key,
-    private_pem,
-    read_connection_key,
-)
+from fedtune.ops.kits import certificates
+from fedtune.ops.kits.certificates import Authority, Certificate, certificate_pem, make_key, private_pem
 from fedtune.ops.wire.identity import Tls
 from fedtune.spec import ConfigError
 
@@ -32,13 +25,10 @@ needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="the 
 
 @dataclass(frozen=True)
 class World:
-    """An authority in a folder, and whom it certifies."""
-
     authority: Authority
     folder: Path
 
     def holder(self, kind: str, *, name: str = "a", hosts: tuple[str, ...] = ("localhost",)) -> Tls:
-        """Files of somebody with a certificate."""
         key, names = make_key(), hosts if kind == "server" else ()
         about = {"kind": kind, "name": name, "hosts": names, "days": 1, "now": datetime.now(UTC)}
         certificate = self.authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
@@ -112,10 +102,10 @@ def test_a_site_cannot_issue_certificates(ours: World) -> None:
     site = ours.holder("site", name="north")
     key = make_key()
     own = x509.load_pem_x509_certificate(site.certificate.read_bytes())
-    posing = Authority(key=read_connection_key(site.key), certificate=own)
+    posing = Authority(key=certificates.read_connection_key(site.key), certificate=own)
     forged = posing.issue(key.public_key(), kind="site", name="forged", days=1, now=datetime.now(UTC))
     with pytest.raises(ConfigError, match="must be issued by the authority"):
-        check_issued(forged, ca=ours.authority.certificate, key="site.pem")
+        certificates.check_issued(forged, ca=ours.authority.certificate, key="site.pem")
     with pytest.raises(ssl.SSLError, match="invalid CA certificate"):
         shake(ours, client=ours.files("forged", private_pem(key), forged, own))
 

@@ -30,8 +30,6 @@ from ..privacy.builders import train
 
 @dataclass
 class Here(Books):
-    """A site in a folder, and the commands of its account."""
-
     command: Callable[..., Any]
     asked: Callable[..., Proposal]
 

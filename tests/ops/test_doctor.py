@@ -39,7 +39,7 @@ from fedtune.spec import LEDGER_SCHEMA, DataError
 from ..books import Books
 from ..flower.hostile import server_context
 from ..privacy.builders import changed
-from .conftest import Mailbox, unpack
+from .conftest import Mailbox, check_snapshot, lines_of, unpack
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -88,7 +88,6 @@ class Home(Books):
         self.charge(proposal, *range(1, rounds + 1))
 
     def put_back(self, change: Callable[[], None]) -> None:
-        """Do something, and then put back the ledger as it was before."""
         backup = self.copied("backup.db")
         change()
         os.replace(backup, self.ledger)
@@ -216,7 +215,6 @@ def test_without_kit_and_policy_everything_else_is_still_looked_at(tmp_path: Pat
 OF_THE_MACHINE = {
     *("disk of the kit", "disk of the ledger", "disk of the anchor", "anchor's place", "file system", "memory", "GPU"),
 }
-SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
 
 
 def data(**changes: Any) -> Callable[[Home], None]:
@@ -425,7 +423,7 @@ def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
         if check.status is Status.SKIPPED:
             skipped.setdefault(check.found, []).append(name)
         else:
-            lines += [f"{check.status:<8}{name}: {check.found}", *([f"        -> {check.fix}"] if check.fix else [])]
+            lines += lines_of(check)
     lines += [f"{why}: {', '.join(names)}" for why, names in skipped.items()]
     text = "\n".join(lines).replace(str(home.folder), "NORTH").replace(home.lead, "THE LEAD'S")
     short = r"\b[0-9a-f]{16}\.\.\.|\b(?:[0-9a-f]{4} ){4}\.\.\."
@@ -433,15 +431,6 @@ def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
     for pattern, mask in masks.items():
         text = re.sub(pattern, mask, text)
     return text
-
-
-def check_snapshot(name: str, text: str) -> None:
-    """Compare with the section `name` of the snapshots; FEDTUNE_WRITE_SNAPSHOTS=1 writes it."""
-    sections = dict(part.split("\n", 1) for part in SNAPSHOTS.read_text().split("## ")[1:])
-    if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
-        sections[name] = text + "\n\n"
-        SNAPSHOTS.write_text("".join(f"## {each}\n{sections[each]}" for each in sections))
-    assert text == sections[name].rstrip("\n")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

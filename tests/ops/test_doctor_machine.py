@@ -16,41 +16,37 @@ from fedtune.ops.files import name_of
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_files import SiteFiles
 
+from .conftest import check_snapshot
+
 GIB, MIB = 2**30, 2**20
-AHEAD = "ahead of the server's; the server refuses what is signed more than 5 s ahead"
 
 
-@pytest.mark.parametrize(
-    ("ahead_s", "unsure_s", "status", "found"),
-    [
-        (0.0, 0.5, Status.OK, "within 5 s of the server's"),
-        (5.4, 0.5, Status.OK, "within 5 s of the server's"),
-        (-6.0, 0.5, Status.WARNING, "6 s behind the server's"),
-        (6.0, 0.5, Status.WARNING, f"6 s {AHEAD}"),
-        (60.4, 0.5, Status.WARNING, f"60 s {AHEAD}"),
-        (-61.0, 0.5, Status.FAILED, "61 s behind the server's"),
-        (9.0, 8.0, Status.OK, "within 5 s of the server's"),  # a slow answer does not count against the clock
-    ],
-)
-def test_how_far_off_a_clock_may_be(ahead_s: float, unsure_s: float, status: Status, found: str) -> None:
-    check = machine.clock((ahead_s, unsure_s))
-    assert (check.status, check.found, bool(check.fix)) == (status, found, status is not Status.OK)
+def check_lines(name: str, found: dict[object, Check]) -> None:
+    """Compare what is said, and what there is to do, with a snapshot."""
+    lines = [
+        f"{what}: {one.status}, {one.found}" + (f" -> {one.fix}" if one.fix else "") for what, one in found.items()
+    ]
+    check_snapshot(name, "\n".join(lines))
 
 
-@pytest.mark.parametrize(
-    ("free", "status", "found"),
-    [
-        (2 * GIB, Status.OK, "2.0 GiB free"),
-        (2 * GIB - MIB, Status.WARNING, "2.0 GiB free"),
-        (200 * MIB, Status.WARNING, "0.2 GiB free"),
-        (199 * MIB, Status.FAILED, "199 MiB free, and at least 200 MiB are needed"),
-    ],
-)
-def test_how_much_disk_is_enough(tmp_path: Path, free: int, status: Status, found: str) -> None:
+def test_how_far_off_a_clock_may_be() -> None:
+    """A slow answer does not count against the clock: how far off the figure may be is told with it."""
+    cases = [(0.0, 0.5), (5.4, 0.5), (-6.0, 0.5), (6.0, 0.5), (60.4, 0.5), (-61.0, 0.5), (9.0, 8.0)]
+    check_lines(
+        "a clock that is so far ahead", {f"{ahead} +- {off} s": machine.clock((ahead, off)) for ahead, off in cases}
+    )
+
+
+def test_how_much_disk_is_enough(tmp_path: Path) -> None:
     asked: list[Path] = []
-    (check,) = machine.disks({"ledger": tmp_path / "not" / "yet"}, free_bytes=lambda path: asked.append(path) or free)
-    assert (check.name, check.status, check.found) == ("disk of the ledger", status, found)
-    assert asked == [tmp_path], "the disk of a folder that is yet to be made is its parent's"
+
+    def disk(mib: int) -> Check:
+        free = {"ledger": tmp_path / "not" / "yet"}
+        (check,) = machine.disks(free, free_bytes=lambda path: asked.append(path) or mib * MIB)
+        return check
+
+    check_lines("a disk with so much room", {f"{mib} MiB": disk(mib) for mib in (2048, 2047, 200, 199)})
+    assert set(asked) == {tmp_path}, "the disk of a folder that is yet to be made is its parent's"
 
 
 def test_a_ledger_on_a_network_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,53 +73,36 @@ def test_where_the_anchor_lies(tmp_path: Path) -> None:
     assert machine.anchor_place(ledger, Path("/proc/anchor.json")).status is Status.OK
 
 
-@pytest.mark.parametrize(
-    ("model_bytes", "in_four_bits", "status"),
-    [
-        (None, False, Status.OK),
-        (GIB, False, Status.OK),
-        (int(1.01 * GIB), False, Status.WARNING),
-        (3 * GIB, True, Status.OK),  # needs its files once
-        (int(3.01 * GIB), True, Status.WARNING),
-    ],
-)
-def test_how_much_memory_a_model_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_bytes: int | None, in_four_bits: bool, status: Status
-) -> None:
+def test_how_much_memory_a_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * GIB, available=4 * GIB))
-    check = machine.memory(model_bytes, in_four_bits=in_four_bits, cgroup=tmp_path)
-    assert check.status is status
-    assert check.found.startswith("4.0 GiB of 8.0 GiB available")
+
+    def lines() -> dict[object, Check]:
+        sizes = {None: None, "1 GiB": GIB, "1.01 GiB": int(1.01 * GIB)}
+        in_four_bits = {"3 GiB in four bits": 3 * GIB, "3.01 GiB in four bits": int(3.01 * GIB)}  # its files once
+        return {
+            name: machine.memory(size, in_four_bits=name in in_four_bits, cgroup=tmp_path)
+            for name, size in (sizes | in_four_bits).items()
+        }
+
+    check_lines("memory for a model of such a size", lines())
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.memory(model_bytes, in_four_bits=in_four_bits, cgroup=tmp_path) == check
+    check_lines("memory for a model of such a size", lines())
     (tmp_path / "memory.max").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.current").write_text(f"{GIB}\n")
-    assert machine.memory(model_bytes, cgroup=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
+    assert machine.memory(None, cgroup=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
 
 
-@pytest.mark.parametrize(
-    ("device", "name", "loaded", "status", "found"),
-    [
-        ("cpu", None, True, Status.OK, "not wanted"),  # torch, which takes a second to import, is not asked
-        ("auto", "NVIDIA H200 with 140 GiB", True, Status.OK, "NVIDIA H200 with 140 GiB"),
-        ("cuda", "NVIDIA H200 with 140 GiB", True, Status.OK, "NVIDIA H200 with 140 GiB"),
-        ("auto", "", False, Status.OK, "none: this site trains on the CPU"),
-        ("auto", "", True, Status.WARNING, "a driver is there, but torch can use no GPU; this site trains on the CPU"),
-        ("cuda", "", False, Status.FAILED, "torch can use none, and the policy wants one"),
-        ("cuda", "", True, Status.FAILED, "torch can use none, and the policy wants one"),
-    ],
-)
-def test_whether_the_gpu_can_be_used(
-    tmp_path: Path, device: str, name: str | None, loaded: bool, status: Status, found: str
-) -> None:
-    def ask() -> str:
-        assert name is not None
-        return name
+def test_whether_the_gpu_can_be_used(tmp_path: Path) -> None:
+    def gpu(device: str, name: str, driver: str) -> Check:
+        asked: list[str] = []
+        check = machine.gpu(device, ask=lambda: asked.append(name) or name, driver=tmp_path / driver)
+        assert bool(asked) == (device != "cpu"), "torch, which takes a second to import, is asked only where it must be"
+        return check
 
-    check = machine.gpu(device, ask=ask, driver=tmp_path if loaded else tmp_path / "none")
-    assert check.status is status
-    assert check.found.startswith(found)
-    assert bool(check.fix) is (status is not Status.OK)
+    (tmp_path / "driver").touch()
+    wanted = [("cpu", "an H200"), ("auto", "an H200"), ("cuda", "an H200"), ("auto", ""), ("cuda", "")]
+    cases = [(*one, driver) for one in wanted for driver in ("driver", "no driver")]
+    check_lines("the device that a policy wants", {", ".join(filter(None, one)): gpu(*one) for one in cases})
 
 
 def test_this_machine_answers(tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ VALIDATE = ("--strict", "--kubernetes-version", "1.32")
 
 
 def every(path: Path) -> list[dict[str, Any]]:
-    """The containers of one of `PROCESSES`."""
     pod = pod_of(path)
     return [*pod.get("initContainers", ()), *pod["containers"]]
 
@@ -320,41 +319,8 @@ for text in Chart.load(chart).render(values, name="release", namespace=namespace
     print("---", text, sep="\\n")
 """
 """Helm 4's own, as a package of Python has it; in a process of its own, since it brings Go's runtime."""
-PLAIN = {
-    "site": {"backup": {"enabled": True}},
-    "server": {"backup": {"enabled": True}},
-    "lead": {"run": {"name": "first"}},
-}
-CHANGES = {
-    "image": {"repository": "mirror.example.org/fedtune", "tag": "9.9", "pullSecrets": ["mirror"]},
-    "resources": {"cpu": "3500m", "memory": "20Gi", "memoryLimit": "40Gi"},
-    "stopWithin": 1200,
-    "nodeSelector": {"disk": "local"},
-    "tolerations": [{"key": "gpu"}],
-}
-"""Values of every role."""
-CALLS = {"server": {"cidr": "192.0.2.7/32", "port": 443}, "dns": {"cidrs": ["192.0.2.53/32"]}, "gpus": 3}
-BACKED_UP = {"enabled": True, "keepDays": 71, "schedule": "5 4 * * *"}
-OF_ROLE: dict[str, dict[str, Any]] = {
-    "site": {
-        **CALLS,
-        "storage": {"site": {"size": "90Gi", "storageClassName": "block"}, "anchor": {"size": "2Gi"}},
-        "backup": BACKED_UP,
-        "claims": {"records": "wards", "backup": "elsewhere"},
-        "disruption": {"maxUnavailable": 1},
-    },
-    "server": {
-        "backup": BACKED_UP,
-        "claims": {"backup": "elsewhere"},
-        "storage": {"data": {"size": "90Gi"}},
-        "service": {"annotations": {"pool": "fleet"}},
-    },
-    "lead": {
-        **CALLS,
-        "run": {"name": "second", "settings": ["federation.min_sites=2"]},
-        "claims": {"lead": "runs", "data": "tests"},
-    },
-}
+VALUES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("chart_values.yaml").read_text())
+OF_ROLE = VALUES["of_role"]
 
 
 def rendered(folder: Path, role: str, values: dict[str, Any]) -> Path:
@@ -417,11 +383,10 @@ def test_the_chart_by_itself_changes_no_manifest(role: str, put_together: dict[s
         return {(one["kind"], one["metadata"]["name"]): one for path in paths for one in documents(path)}
 
     plain = [put_together["lead"]] if role == "lead" else [put_together[role], put_together[f"{role}-backup"]]
-    assert by_name(rendered(tmp_path, role, PLAIN[role])) == by_name(*plain)
+    assert by_name(rendered(tmp_path, role, VALUES["plain"][role])) == by_name(*plain)
 
 
 def leaves(values: Any) -> Iterator[str]:
-    """Each value, as text."""
     inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else None
     if inner is None:
         yield str(values)
@@ -432,11 +397,11 @@ def leaves(values: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("role", OF_ROLE)
 def test_every_value_of_the_chart_has_an_effect_that_kubernetes_takes(role: str, tmp_path: Path) -> None:
-    plain = set(rendered(tmp_path, role, PLAIN[role]).read_text().splitlines())
-    made = rendered(tmp_path, role, CHANGES | OF_ROLE[role])
+    plain = set(rendered(tmp_path, role, VALUES["plain"][role]).read_text().splitlines())
+    made = rendered(tmp_path, role, VALUES["changed"] | OF_ROLE[role])
     passed(tool("kubernetes-validate"), *VALIDATE, made)
     text = made.read_text()
     assert "registry.example.org" not in text, "every container has the other image"
     new = "\n".join(line for line in text.splitlines() if line not in plain)
-    for value in set(leaves(CHANGES | OF_ROLE[role])) - {"True"}:
+    for value in set(leaves(VALUES["changed"] | OF_ROLE[role])) - {"True"}:
         assert re.search(rf"(?<![\w.]){re.escape(value)}(?![\w.])", new), value

@@ -18,14 +18,8 @@ from fedtune.ops.deployment import LeadService, _Noted
 from fedtune.ops.health import Health
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.services.lead_and_server import (
-    RUNNING,
-    ServerService,
-    latest_answers,
-    members,
-    running,
-    running_process,
-)
+from fedtune.ops.services import lead_and_server
+from fedtune.ops.services.lead_and_server import RUNNING, ServerService, latest_answers, members, running_process
 from fedtune.ops.wire.superlink import ServerSettings
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
@@ -33,7 +27,6 @@ from fedtune.spec import ConfigError
 
 @pytest.fixture
 def lead(federation: Path) -> Callable[[], Kit]:
-    """The lead's kit, as its files stand."""
     return lambda: Kit.read(federation / "lead", kind="lead")
 
 
@@ -76,9 +69,7 @@ def test_a_lead_knows_its_sites_keys_by_the_roster(joined: Any, lead: Any, confi
     assert (grid._server, grid._tls.key) == ("127.0.0.1:9092", kit.key)
 
 
-def test_an_expired_certificate_stops_a_run(
-    federation_toml: Path, config: RunConfig, now: datetime, tmp_path: Path
-) -> None:
+def test_an_expired_certificate_stops_a_run(federation_toml: Path, config: Any, now: datetime, tmp_path: Path) -> None:
     provisioning.init(federation_toml, out=tmp_path / "old", now=now - timedelta(days=400))
     kit = Kit.read(tmp_path / "old" / "lead", kind="lead")
     folder = tmp_path / "one"
@@ -94,7 +85,7 @@ def test_an_expired_certificate_stops_a_run(
 
 def test_a_folder_is_run_by_whoever_says_so(tmp_path: Path) -> None:
     assert running_process(tmp_path) is None
-    with running(tmp_path):
+    with lead_and_server.running(tmp_path):
         assert running_process(tmp_path) == os.getpid()
         assert json.loads((tmp_path / RUNNING).read_text()) == {"pid": os.getpid()}
     assert running_process(tmp_path) is None

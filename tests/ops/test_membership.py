@@ -1,4 +1,4 @@
-"""Sites come, renew and go: each for itself, and a key that was let go never comes back."""
+"""Sites come, renew and go: each for itself, no key that was let go comes back, and what runs takes no older roster."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ import stat
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ import pytest
 from fedtune.ops.kits import federation_folder, members, provisioning
 from fedtune.ops.kits.certificates import read_connection_key
 from fedtune.ops.kits.federation_folder import CHANGE, FederationFolder
-from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.kits.members import JoinRequest, Roster
+from fedtune.ops.services.lead_and_server import KitRoster
+from fedtune.ops.services.lead_and_server import members as members_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.spec import ConfigError
 
 from ..conftest import fail_where, files_in
-from .conftest import Desk, Killed, killed_at, unpack
+from .conftest import Desk, Killed, killed_at, unchanged, unpack
 
 KIT = ["README.md", "ca.pem", "kit.toml", "site.pem"]
 
@@ -92,14 +95,12 @@ def test_revoking_marks_the_roster_and_touches_nothing_else(desk: Desk) -> None:
 def test_a_revoked_connection_key_can_never_be_used_again(desk: Desk) -> None:
     first = desk.join("north") / "join_request.json"
     desk.revoke("north")
-    before = files_in(desk.folder)
-    with pytest.raises(ConfigError, match=r"was revoked on .*: let it in again with `renew-site north REQUEST`"):
-        desk.add(first)
-    for request in (None, first):
-        with pytest.raises(ConfigError, match=r"was revoked on .*can never be used again: ask the site for a new"):
-            desk.renew("north", request)
-    assert files_in(desk.folder) == before
-
+    with unchanged(desk.folder):
+        with pytest.raises(ConfigError, match=r"was revoked on .*: let it in again with `renew-site north REQUEST`"):
+            desk.add(first)
+        for request in (None, first):
+            with pytest.raises(ConfigError, match=r"was revoked on .*can never be used again: ask the site for a new"):
+                desk.renew("north", request)
     done = desk.renew("north", desk.request("north", kit="new"))
     assert desk.member("north").revoked is None
     assert done.changes[0] == "The site was revoked, and takes part again."
@@ -126,10 +127,9 @@ def test_another_site_s_keys_are_refused(desk: Desk, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["north", "NORTH"])
 def test_a_name_is_taken_once(desk: Desk, name: str) -> None:
     desk.join("north")
-    before = files_in(desk.folder)
-    with pytest.raises(ConfigError, match=rf"join_request\.json: site = '{name}': is taken by a site"):
+    taken = pytest.raises(ConfigError, match=rf"join_request\.json: site = '{name}': is taken by a site")
+    with unchanged(desk.folder), taken:
         desk.add(desk.request(name, kit="again"))
-    assert files_in(desk.folder) == before
 
 
 def test_a_request_of_another_site_renews_nobody(desk: Desk) -> None:
@@ -142,17 +142,15 @@ def test_another_site_key_means_a_new_ledger_and_has_to_be_agreed(desk: Desk, tm
     desk.join("north")
     (tmp_path / "north" / "site_key.pem").unlink()
     request = desk.request("north", kit="new")
-    before = files_in(desk.folder)
-    with pytest.raises(ConfigError, match=r"site_key = .*a new ledger: .*budget starts anew.*add --new-site-key"):
+    refused = pytest.raises(ConfigError, match=r"site_key = .*a new ledger: .*budget starts anew.*add --new-site-key")
+    with unchanged(desk.folder), refused:
         desk.renew("north", request)
-    assert files_in(desk.folder) == before
     done = desk.renew("north", request, new_site_key=True)
     assert desk.member("north").site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
     assert "It has a new site key, and so a new ledger: what the old one spent no longer counts." in done.changes
 
 
 def changes(desk: Desk) -> list[tuple[str, Callable[[], object]]]:
-    """Each command that changes a federation."""
     moved, new = desk.request("north", kit="moved"), desk.request("south")
     return [
         ("renew-site", lambda: desk.renew("north", later=300)),
@@ -280,8 +278,8 @@ def test_a_site_sees_who_is_there_and_no_more(desk: Desk, command: Any, site_pol
     site_toml, own = tmp_path / "north/site.toml", ("--kit", str(kit), "--site", str(tmp_path / "north/site.toml"))
     trusted = {"south": keys["north"], "west": keys["west"], "east": keys["south"]}
     write_policy(site_policy("north", trust={"members": trusted}), site_toml)
-    before = files_in(tmp_path / "north")
-    shown = json.loads(command("site", "members", str(file), *own, "--json").printed)
+    with unchanged(tmp_path / "north"):
+        shown = json.loads(command("site", "members", str(file), *own, "--json").printed)
     assert shown["number"] == FederationFolder.open(desk.folder).roster.number
     assert {one["site"]: one["state"] for one in shown["members"]} == {
         "south": "in [trust].members WITH ANOTHER KEY: call that site",
@@ -293,4 +291,120 @@ def test_a_site_sees_who_is_there_and_no_more(desk: Desk, command: Any, site_pol
     file.write_text(file.read_text().replace(keys["south"], keys["north"]))
     for copied in (own, (*own, "--json")):
         assert "must be signed by the federation's lead" in command("site", "members", str(file), *copied).failed()
-    assert files_in(tmp_path / "north") == before
+
+
+# What a process that runs takes from its kit.
+
+
+def roster(desk: Desk) -> Roster:
+    return FederationFolder.open(desk.folder).roster
+
+
+def lead_key(desk: Desk) -> SigningKey:
+    return SigningKey.load(desk.folder / "lead/lead_key.pem")
+
+
+@pytest.fixture
+def kit(desk: Desk) -> Kit:
+    return Kit.read(desk.folder / "server", kind="server")
+
+
+def test_every_change_makes_a_newer_roster_that_the_lead_signed(desk: Desk) -> None:
+    seen = [roster(desk)]
+    desk.join("north")
+    seen.append(roster(desk))
+    desk.revoke("north")
+    seen.append(roster(desk))
+    numbers = [one.number for one in seen]
+    assert numbers == sorted(set(numbers))
+    for one in seen:
+        one.check_signed(lead_key(desk).public)
+
+
+def test_a_folder_from_a_backup_uses_no_number_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = (desk.folder / "server/roster.json").read_bytes()
+    desk.join("north")
+    lost = roster(desk).number
+    (desk.folder / "server/roster.json").write_bytes(kept)
+    monkeypatch.setattr("fedtune.ops.kits.federation_folder.time.time", lambda: lost + 60.0)
+    desk.join("south")
+    assert roster(desk).number > lost
+
+
+def test_a_server_takes_the_lead_s_newer_roster_alone(desk: Desk, kit: Kit, tmp_path: Path) -> None:
+    served = KitRoster(kit)
+    first = served.look()
+    desk.join("north")
+    assert [one.site for one in served.look().sites] == ["north"]
+    newer = roster(desk)
+    forged = replace(newer, number=newer.number + 1)
+    for wrong, why in (
+        (forged, r"roster\.json: roster\.signature = .*must be signed by the federation's lead"),
+        (forged.signed(SigningKey.load_or_make(tmp_path / "stranger.pem")), "must be signed by the federation's lead"),
+        (replace(forged, federation="other").signed(lead_key(desk)), "must be 'cardiology-2026'"),
+        (first, rf"roster\.number = {first.number}: must be higher than {newer.number}"),
+        (replace(newer, sites=()).signed(lead_key(desk)), "must be higher than"),
+    ):
+        kit.roster.write_bytes(wrong.to_bytes())
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=why):
+                served.look()
+    kit.roster.write_text("{")
+    with pytest.raises(ConfigError, match="must be JSON"):  # in the middle of being copied
+        served.look()
+    kit.roster.unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        served.look()
+    kit.roster.write_bytes(newer.to_bytes())
+    assert served.look() == newer
+
+
+def test_a_key_that_was_revoked_is_not_back_while_the_server_runs(desk: Desk, kit: Kit) -> None:
+    served = KitRoster(kit)
+    desk.join("north")
+    joined = served.look()
+    desk.revoke("north")
+    revoked = served.look()
+    dropped = replace(joined, sites=(), number=revoked.number + 1).signed(lead_key(desk))
+    returned = replace(joined, number=revoked.number + 2).signed(lead_key(desk))
+    for before in (revoked, dropped):
+        kit.roster.write_bytes(before.to_bytes())
+        assert served.look() == before
+        kit.roster.write_bytes(returned.to_bytes())
+        with pytest.raises(ConfigError, match=r"roster\.sites = \['north'\]: must stay revoked"):
+            served.look()
+    # With a new key the site may come back.
+    desk.renew("north", desk.request("north", kit="another"))
+    back = replace(roster(desk), number=revoked.number + 3).signed(lead_key(desk))
+    kit.roster.write_bytes(back.to_bytes())
+    assert served.look().sites[0].revoked is None
+
+
+def test_a_lead_asks_nobody_by_a_roster_that_somebody_changed(desk: Desk) -> None:
+    desk.join("north")
+    desk.revoke("north")
+    kit = Kit.read(desk.folder / "lead", kind="lead")
+    fields = json.loads(kit.roster.read_bytes())
+    kit.roster.write_text(json.dumps({**fields, "sites": [{**fields["sites"][0], "revoked": None}]}))
+    with pytest.raises(ConfigError, match="must be signed by the federation's lead"):
+        members_of(kit, ("north",))
+
+
+def test_a_certificate_put_into_a_kit_is_used_once_it_is_whole(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    kit = Kit.read(desk.join("north"), kind="site")
+    certificate = KitCertificate(kit)
+    before = certificate.certificate
+    done = provisioning.renew_site(desk.folder, "north", days=400, now=desk.now)
+    other = Kit.read(desk.join("south"), kind="site").certificate
+    for wrong in (done.member.certificate[:200].encode(), b"", other.read_bytes()):
+        kit.certificate.write_bytes(wrong)
+        assert not certificate.is_new()
+        assert not certificate.is_new()
+        assert certificate.certificate == before
+    assert caplog.text.count("the kit's certificate is not used") == 2, "each reason is said once"
+    kit.certificate.unlink()
+    assert not certificate.is_new()
+    kit.certificate.write_text(done.member.certificate)
+    assert certificate.is_new()
+    assert not certificate.is_new()
+    assert (certificate.certificate.not_after - before.not_after).days == 35
