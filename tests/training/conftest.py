@@ -11,7 +11,7 @@ import torch
 from fedtune.data import Shapes, TextDataset
 from fedtune.model.adapter import Adapter
 from fedtune.model.products import multiply_by_onednn
-from fedtune.model.spec import ModelSpec
+from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.randomness import Randomness, SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
@@ -33,6 +33,10 @@ KINDS = [
     ("random:llama", "preference"),
 ]
 """Models, and tasks that they are tried on."""
+LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
+"""The last layer alone trains, so that what the others make of a record can be kept."""
+CELLS = 2**24
+"""A clip norm."""
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +192,6 @@ class Stepper:
         self.streams = {purpose: SeededRandomness(1).stream(purpose) for purpose in ("sampling", "noise")}
 
     def step(self, records: Records, plan: Plan, *, steps: int = 1) -> dict[str, torch.Tensor]:
-        """The trainable tensors after `steps` steps, copied."""
         parameters = self.model.trainable()
         with attached(self.model) as gradients:
             for _ in range(steps):

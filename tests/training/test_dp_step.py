@@ -16,11 +16,9 @@ from fedtune.training.dp_step import SMALLEST_NORM, Records, add_clipped, assert
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.spec import TrainingSpec
 
-from .conftest import KINDS, examples_of, made_up, plan_of, records_of, stepper, summed, trained
+from .conftest import CELLS, KINDS, examples_of, made_up, plan_of, records_of, stepper, summed, trained
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
-CELLS = 2**24
-"""A clip norm."""
 UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0, "preference": 5.0}
 """Longer than these models' gradients, which are then rounded to a grid of 8e-6 to 2e-7."""
 
@@ -59,7 +57,6 @@ def log_probability(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> tor
 
 
 def loop_gradient(model: TaskModel, dataset: TextDataset, index: int) -> dict[str, np.ndarray]:
-    """Its gradient by plain autograd."""
     parameters = model.trainable()
     gradients = torch.autograd.grad(plain_loss(model, dataset, index), list(parameters.values()))
     return {name: gradient.double().numpy() for name, gradient in zip(parameters, gradients, strict=True)}

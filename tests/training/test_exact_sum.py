@@ -15,13 +15,14 @@ from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions, 
 from fedtune.training.examples import SiteExamples
 from fedtune.training.users import UserExamples, UserGradients
 
-from .conftest import Table
+from .conftest import CELLS, Table
 
-CLIP_NORM = 2**24
 CLIPS = [1e-18, 1e-12, 1e-6, 1e-3, 0.1, 1.0, 2.0**-7, 3.3, 1e3, 1e6]
 KINDS = ["normal", "alike", "one coordinate", "two sizes", "denormal", "largest", "odd", "steps of a cell"]
 SHAPES = {"base.lora_A.weight": (3, 4), "base.lora_B.weight": (7,), "head.weight": (2, 5)}
 SIZES = {name: int(np.prod(shape)) for name, shape in SHAPES.items()}
+MADE = {"kind": st.sampled_from(KINDS), "clip": st.sampled_from(CLIPS)}
+RELATIVE, OF_USERS = st.sampled_from([1e-3, 1.0, 1e6]), st.lists(st.integers(1, 6), min_size=1, max_size=6)
 Cells = dict[str, torch.Tensor]
 
 
@@ -50,7 +51,7 @@ def made_up(draws: np.random.Generator, kind: str, size: float, units: int) -> n
         odd = draws.choice([np.nan, np.inf, -np.inf, 1e38, 0.0], size=(units, count))
         values = np.where(draws.random((units, count)) < 0.05, odd, values)
     elif kind == "steps of a cell":
-        values = np.round(values / size * 64) / CLIP_NORM * size
+        values = np.round(values / size * 64) / CELLS * size
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
 
@@ -82,35 +83,29 @@ def test_no_unit_adds_more_than_the_clip_norm_in_whole_numbers(kind: str, clip: 
     for relative in (1e-9, 1e-3, 1.0, 1 + 1e-6, 1 + 1e-7, 1e3, 1e9):
         each = contributions(tensors(made_up(draws, kind, clip * relative, 64)), clip)
         found = squares(each)
-        assert max(found) <= CLIP_NORM**2
+        assert max(found) <= CELLS**2
         longest = max(longest, *found)
     # So that the bound was tested: where gradients can reach it, they do.
-    reaches = {"denormal": False, "largest": True, "steps of a cell": clip * 1e9 / CLIP_NORM > clip}
+    reaches = {"denormal": False, "largest": True, "steps of a cell": clip * 1e9 / CELLS > clip}
     if clip >= SMALLEST_NORM and reaches.get(kind, True):
-        assert longest > (CLIP_NORM * (1 - 3e-6)) ** 2
+        assert longest > (CELLS * (1 - 3e-6)) ** 2
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=29, max_size=29),
-    clip=st.one_of(st.sampled_from(CLIPS), st.floats(1e-18, 1e6)),
+    clip=st.one_of(MADE["clip"], st.floats(1e-18, 1e6)),
 )
 def test_no_float32_gradient_whatever_adds_more(values: list[float], clip: float) -> None:
     gradients = tensors(np.array([values], dtype=np.float32))
     (square,) = squares(contributions(gradients, clip))
-    assert square <= CLIP_NORM**2
+    assert square <= CELLS**2
     if not np.isfinite(values).all():
         assert square == 0
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    kind=st.sampled_from(KINDS),
-    clip=st.sampled_from(CLIPS),
-    relative=st.sampled_from([1e-3, 1.0, 1e6]),
-    units=st.integers(1, 40),
-    seed=st.integers(0, 10_000),
-)
+@given(**MADE, relative=RELATIVE, units=st.integers(1, 40), seed=st.integers(0, 10_000))
 def test_with_and_without_a_unit_differ_by_what_it_adds_and_by_no_cell_more(
     kind: str, clip: float, relative: float, units: int, seed: int
 ) -> None:
@@ -121,17 +116,11 @@ def test_with_and_without_a_unit_differ_by_what_it_adds_and_by_no_cell_more(
     own = contributions(tensors(values[gone : gone + 1]), clip)
     moved = {name: with_it[name] - without[name] for name in with_it}
     assert equal(moved, {name: own[name].to(torch.int64).reshape(SHAPES[name]) for name in own})
-    assert squares({name: one[None] for name, one in moved.items()})[0] <= CLIP_NORM**2
+    assert squares({name: one[None] for name, one in moved.items()})[0] <= CELLS**2
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    kind=st.sampled_from(KINDS),
-    clip=st.sampled_from(CLIPS),
-    units=st.integers(1, 60),
-    cuts=st.lists(st.integers(0, 60)),
-    seed=st.integers(0, 999),
-)
+@given(**MADE, units=st.integers(1, 60), cuts=st.lists(st.integers(0, 60)), seed=st.integers(0, 999))
 def test_order_and_cutting_change_no_cell(kind: str, clip: float, units: int, cuts: list[int], seed: int) -> None:
     draws = np.random.default_rng(seed)
     values = made_up(draws, kind, clip * 3, units)
@@ -167,9 +156,7 @@ def test_the_norm_of_many_tensors_does_not_depend_on_how_many_rows_there_are() -
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_what_a_unit_adds_does_not_depend_on_how_a_batch_lies_in_memory(
-    rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_unit_adds_the_same_however_its_batch_lies_in_memory(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm's last bit does, unless rows are laid out alike; float32 weights hide it but once in millions.
     squares_of_rows = dp_step._squares_of_rows
 
@@ -188,14 +175,7 @@ def test_what_a_unit_adds_does_not_depend_on_how_a_batch_lies_in_memory(
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    kind=st.sampled_from(KINDS),
-    clip=st.sampled_from(CLIPS),
-    relative=st.sampled_from([1e-3, 1.0, 1e6]),
-    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6),
-    most_users=st.integers(1, 7),
-    seed=st.integers(0, 999),
-)
+@given(**MADE, relative=RELATIVE, sizes=OF_USERS, most_users=st.integers(1, 7), seed=st.integers(0, 999))
 def test_a_user_moves_the_sum_by_its_own_contribution_alone(
     kind: str, clip: float, relative: float, sizes: list[int], most_users: int, seed: int
 ) -> None:
@@ -221,7 +201,7 @@ def test_a_user_moves_the_sum_by_its_own_contribution_alone(
     rest, own = total([user for user in everyone if user != gone]), total([gone])
     assert equal(own, {name: whole[name] - rest[name] for name in whole})
     assert np.isfinite(values[users[gone]]).all() or not any(one.any() for one in own.values()), "counts as zero"
-    assert squares({name: one[None] for name, one in own.items()})[0] <= CLIP_NORM**2
+    assert squares({name: one[None] for name, one in own.items()})[0] <= CELLS**2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])

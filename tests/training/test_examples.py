@@ -15,11 +15,10 @@ from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.examples import SiteExamples
 
-from .conftest import BAD, KINDS, examples_of, fresh, made_up, summed, trained, with_bad
+from .conftest import BAD, CELLS, KINDS, LAST, examples_of, fresh, made_up, summed, trained, with_bad
 
-CLIP, CELLS = 0.5, 2**24
+CLIP = 0.5
 CHOSEN = [5, 1, 7, 2]
-LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
 
 
 def require_same_sum(model: TaskModel, plain: SiteExamples, keeping: SiteExamples, *, within: float) -> None:
@@ -99,15 +98,24 @@ def test_nothing_is_kept_when_the_first_layer_trains_or_no_task_compares() -> No
     assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1])))
 
 
-@pytest.fixture(params=["classification", "pairs", "triplets"])
-def bad_examples(request: pytest.FixtureRequest) -> tuple[str, TextDataset, int]:
-    """A task, and records of which one has the token in its last text, and its place."""
-    dataset, place = made_up(request.param), 3
+def bad_examples(task: str) -> tuple[TextDataset, int]:
+    """Records of which one has the token in its last text, and its place."""
+    dataset, place = made_up(task), 3
     here, next_to_it = (dataset.texts_of([one]) for one in (place, place + 1))
     ids = list(dataset.input_ids)
     for text, other in zip(here, next_to_it, strict=True):
         ids[text] = ids[other]  # as long as another, beside which it comes to stand
-    return request.param, with_bad(TextDataset(tuple(ids), dataset.targets, dataset.texts), here[-1]), place
+    return with_bad(TextDataset(tuple(ids), dataset.targets, dataset.texts), here[-1]), place
+
+
+def require_nothing_of(place: int, model: TaskModel, keeping: SiteExamples, mended: dict[str, torch.Tensor]) -> None:
+    """This record adds nothing, and the others what they add, all together, beside a mended one."""
+    others = [index for index in range(len(keeping)) if index != place]
+    assert not any(total.any() for total in summed(model, keeping, CLIP, [place]).values())
+    assert any(total.any() for total in mended.values())
+    for chosen in (others, [place, *others]):
+        found = summed(model, keeping, CLIP, chosen)
+        assert all(torch.equal(found[name], mended[name]) for name in mended)
 
 
 class Panic(BaseException):
@@ -131,10 +139,9 @@ def spoil(model: TaskModel, how: str) -> None:
 )
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
 @pytest.mark.parametrize("how", ["an error", "a panic", "not finite"])
-def test_a_record_without_states_adds_nothing_and_moves_no_other(
-    bad_examples: tuple[str, TextDataset, int], how: str, max_tokens: int
-) -> None:
-    task, dataset, place = bad_examples
+@pytest.mark.parametrize("task", ["classification", "pairs", "triplets"])
+def test_a_record_without_states_adds_nothing_and_moves_no_other(task: str, how: str, max_tokens: int) -> None:
+    dataset, place = bad_examples(task)
     model = trained(task=task, lora=LAST)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # so that even states of zero would have a gradient
@@ -148,13 +155,8 @@ def test_a_record_without_states_adds_nothing_and_moves_no_other(
     keeping.keep_frozen_states(model)
     (alone,) = keeping.cut(np.array([place]))
     assert not alone.prefix[dataset.texts - 1].any()
-    for part_of in (summed(model, keeping, CLIP, [place]), summed(model, plain, CLIP, [place])):
-        assert not any(total.any() for total in part_of.values()), "it counts the same with kept states and without"
-    expected = summed(model, mended, CLIP, others)
-    assert any(total.any() for total in expected.values())
-    for chosen in (others, [place, *others]):
-        found = summed(model, keeping, CLIP, chosen)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not any(total.any() for total in summed(model, plain, CLIP, [place]).values()), "nor without kept states"
+    require_nothing_of(place, model, keeping, summed(model, mended, CLIP, others))
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError])
@@ -212,7 +214,4 @@ def test_a_record_that_the_base_cannot_compute_adds_nothing_and_moves_no_other(h
     keeping.keep_reference(model)
     (alone,) = keeping.cut(np.array([place]))
     assert not alone.reference[0].isfinite().all()
-    assert not any(total.any() for total in summed(model, keeping, CLIP, [place]).values())
-    for chosen in (others, [place, *others]):
-        found = summed(model, keeping, CLIP, chosen)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    require_nothing_of(place, model, keeping, expected)

@@ -35,6 +35,7 @@ FEATURES = (
     FeatureSpec(columns=("states",), range=(0.0, 1.0), size=5),
 )
 Gradients = dict[str, torch.Tensor]
+RUNTIME = RuntimeSpec(num_threads=1, micro_batch_tokens=60)
 LABELS = ("one", "two", "three")
 TASKS = ("classification", "multi_label", "ordinal", "regression", "survival")
 tasks = pytest.mark.parametrize("task", TASKS)
@@ -56,11 +57,14 @@ def spec_of(task: str, hidden: tuple[int, ...] = (), *, seed: int = 3, wider: in
     )
 
 
-def made(task: str, hidden: tuple[int, ...] = (), *, wider: int = 0) -> TaskModel:
-    """As after some training, so that every layer has a gradient."""
-    runtime, spec = RuntimeSpec(num_threads=1), spec_of(task, hidden, wider=wider)
-    model = ready_model(lambda: build_task_model(spec, device=DEVICE), runtime, max_length=1)
+def trained(spec: TaskModelSpec, *, max_length: int = 1) -> TaskModel:
+    """As after some training, so that every tensor has a gradient."""
+    model = ready_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=max_length)
     return with_random_values(model, 0.3)
+
+
+def made(task: str, hidden: tuple[int, ...] = (), *, wider: int = 0) -> TaskModel:
+    return trained(spec_of(task, hidden, wider=wider))
 
 
 def records(model: TaskModel, count: int) -> TextDataset:
@@ -104,14 +108,18 @@ def test_a_record_adds_the_same_bits_in_any_company(hidden: tuple[int, ...], wid
     require_alone(model, examples_of(dataset, shapes), companies=9)
 
 
+def require_nothing_moved(model: TaskModel, shapes: Shapes, **settings: bool) -> None:
+    before = Adapter.of(model).digest()
+    assert moved_by_others(model, shapes, max_grad_norm=1.0, **settings) == 0.0
+    assert Adapter.of(model).digest() == before
+
+
 @tasks
 @layers
 def test_the_trial_finds_that_no_record_moves_another(task: str, hidden: tuple[int, ...]) -> None:
     model = made(task, hidden)
-    before = Adapter.of(model).digest()
-    shapes = replace(shapes_for(model, RuntimeSpec(num_threads=1), max_length=1), max_tokens=128)
-    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=1.0, weights_chosen=False) == 0.0
-    assert Adapter.of(model).digest() == before
+    shapes = replace(shapes_for(model, RUNTIME, max_length=1), max_tokens=128)
+    require_nothing_moved(model, shapes, keeps_states=False, weights_chosen=False)
 
 
 def test_the_trial_finds_a_head_that_looks_at_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,9 +141,7 @@ def test_a_new_model_predicts_nothing_and_its_start_follows_from_the_seed() -> N
     assert not model.logits(collate(records(model, 4), range(4), pad_id=0)).any()
 
 
-def test_a_bad_record_at_a_site_adds_nothing_and_the_others_what_they_add_without_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_bad_record_adds_nothing_and_the_others_what_they_add_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("classification")
     spec, reader = data(*FEATURES, labels=("one", "two", "three")), FeatureReader(FEATURES)
     draws = np.random.default_rng(1)
@@ -169,26 +175,25 @@ def require_nothing_added(
 
 # Images.
 
+Folders, Layers = dict[str, Path], tuple[int, ...] | None
 kinds = pytest.mark.parametrize("kind", MODELS)
-RUNTIME = RuntimeSpec(num_threads=1, micro_batch_tokens=60)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return {kind: vision_folder(tmp_path_factory.mktemp(kind), kind) for kind in MODELS}
 
 
-def of_images(folder: Path, task: str = "classification", *, layers: tuple[int, ...] | None = None) -> TaskModel:
-    """As after some training, so that every tensor has a gradient."""
+def of_images(folder: Path, task: str = "classification", *, layers: Layers = None) -> TaskModel:
     settings = {"model": ModelSpec(path=str(folder)), "lora": LoraSpec(rank=2, layers=layers), "input": "image"}
     spec = replace(spec_of(task), **settings, values=())  # type: ignore[arg-type]
-    return with_random_values(ready_model(lambda: build_task_model(spec, device=DEVICE), RUNTIME, max_length=4), 0.3)
+    return trained(spec, max_length=4)
 
 
 @pytest.mark.parametrize(
     ("kind", "task"), [*((kind, "classification") for kind in MODELS), *(("vit", task) for task in TASKS[1:])]
 )
-def test_gradients_of_images_are_those_of_a_loop(folders: dict[str, Path], kind: str, task: str) -> None:
+def test_gradients_of_images_are_those_of_a_loop(folders: Folders, kind: str, task: str) -> None:
     model = of_images(folders[kind], task)
     dataset = records(model, 4)
     assert dataset.lengths.tolist() == [MODELS[kind][2]] * 4
@@ -198,9 +203,7 @@ def test_gradients_of_images_are_those_of_a_loop(folders: dict[str, Path], kind:
 
 @kinds
 @pytest.mark.parametrize("layers", [None, (-1,)])
-def test_an_image_adds_the_same_bits_in_any_company(
-    folders: dict[str, Path], kind: str, layers: tuple[int, ...] | None
-) -> None:
+def test_an_image_adds_the_same_bits_in_any_company(folders: Folders, kind: str, layers: Layers) -> None:
     model = of_images(folders[kind], layers=layers)
     places = MODELS[kind][2]
     shapes = shapes_for(model, RUNTIME, max_length=places)
@@ -215,18 +218,13 @@ def test_an_image_adds_the_same_bits_in_any_company(
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("dinov2", None), ("vit", (-1,))])
-def test_the_trial_finds_that_no_image_moves_another(
-    folders: dict[str, Path], kind: str, layers: tuple[int, ...] | None
-) -> None:
+def test_the_trial_finds_that_no_image_moves_another(folders: Folders, kind: str, layers: Layers) -> None:
     model = of_images(folders[kind], layers=layers)
-    before, shapes = Adapter.of(model).digest(), shapes_for(model, RUNTIME, max_length=MODELS[kind][2])
-    assert moved_by_others(model, shapes, keeps_states=bool(layers), max_grad_norm=1.0) == 0.0
-    assert Adapter.of(model).digest() == before
+    shapes = shapes_for(model, RUNTIME, max_length=MODELS[kind][2])
+    require_nothing_moved(model, shapes, keeps_states=bool(layers))
 
 
-def test_a_broken_image_at_a_site_adds_nothing_and_the_others_what_they_add_without_it(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_image_adds_nothing_and_moves_no_other(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     model = of_images(folders["vit"])
     spec = data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
     reader = ImageReader(load_processor(model.spec.model))

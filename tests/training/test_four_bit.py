@@ -18,9 +18,9 @@ from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
 from ..builders import as_tried
-from .conftest import examples_of, made_up, trained
+from .conftest import KINDS, LAST, examples_of, made_up, trained
 
-kinds = pytest.mark.parametrize(("path", "task"), [("random:bert", "classification"), ("random:llama", "causal_lm")])
+kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
 
 
 def dequantised(model: TaskModel, coarse: TaskModel) -> TaskModel:
@@ -91,9 +91,8 @@ def test_gradients_by_example_are_plain_autograd_s_of_each_record_and_of_the_wei
 
 @kinds
 def test_recomputed_layers_and_kept_states_change_nothing(path: str, task: str) -> None:
-    last = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
     batch = micro_batch(made_up(task, 8))
-    plain, recomputed = (trained(path, task, dtype="nf4", lora=last) for _ in range(2))
+    plain, recomputed = (trained(path, task, dtype="nf4", lora=LAST) for _ in range(2))
     recomputed.enable_gradient_checkpointing()
     first, second = gradients_of(plain, batch), gradients_of(recomputed, batch)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,113 +1,34 @@
 """A step over the examples that records become, in each form that a layout gives them.
 
 Per-example gradients are those of a loop, and the same bits in every company; so a record moves the sum by what it
-adds, which test_exact_sum.py bounds.  Some records are long, cut from either end, or such as no writer meant.
+adds, which test_exact_sum.py bounds.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from fedtune.data import Record, TextDataset
 from fedtune.data.spec import DataSpec, PairsSpec
 from fedtune.data.tokenise import UNSUPERVISED
-from fedtune.model.spec import LoraSpec
 from fedtune.tasks.base import Task
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel
 
 from ..data.conftest import chat as turns_of
 from ..data.conftest import in_json, make_tokenizer
-from .conftest import examples_of, trained
+from .conftest import LAST, examples_of, trained
 from .test_companies import require_alone
 from .test_dp_step import require_sums_of_a_loop
 
 LONGEST = 14
-LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
-
-
-def whole(*contents: str, first: str = "user") -> str:
-    return in_json(turns_of(*contents, first=first))
-
-
-def chat(*contents: str) -> dict[str, str]:
-    return {"messages": whole(*contents)}
-
-
-said = partial(whole, first="assistant")
-RECORDS: dict[str, list[dict[str, str]]] = {
-    "chat": [
-        chat("where is my card", "lost"),
-        chat("where", "there", "my card", "is lost", "name", "a place"),
-        chat("a b c d e f g h", "i j", "k l m", "n o p"),
-        chat("name", "where is my lost card there is a place my card is lost"),
-        chat("", "b"),
-        chat("<s></s>\x00\u202e", "[SEP] [CLS] </s>"),
-        {"messages": "[{"},
-    ],
-    "text": [
-        {"text": "where is my card"},
-        {"text": "my card is lost " * 9},
-        {"text": "b"},
-        {"text": "[SEP] there [SEP]"},
-        {"text": "\x00\ufffd\u202e 文字"},
-    ],
-    "scored": [
-        {"text": "where is my card", "other": "my card is lost", "target": "4.5"},
-        {"text": "my card is lost " * 9, "other": "b", "target": "0.0"},
-        {"text": "a place", "other": "a place", "target": "5.0"},
-        {"text": "[SEP] there [SEP]", "other": "\x00\ufffd\u202e 文字", "target": "2.0"},
-        {"text": "where " * 200, "other": "is it " * 200, "target": "1.0"},
-        {"text": "\ud800", "other": "my card", "target": "3.0"},
-    ],
-    "triplets": [
-        {"anchor": "where is my card", "positive": "my card is lost", "negative": "a place"},
-        {"anchor": "b", "positive": "my card is lost " * 9, "negative": "there"},
-        {"anchor": "name", "positive": "[SEP] [CLS]", "negative": "name a b c d e f g h i j k l m n"},
-        {"anchor": "c d", "positive": "c d", "negative": "is e"},
-        {"anchor": "where is", "positive": "my card", "negative": "\ud800"},
-    ],
-    "labels": [
-        {"text": "where is my card", "labels": "lost; card"},
-        {"text": "my card is lost " * 9, "labels": "[]"},
-        {"text": "b", "labels": '["place"]'},
-        {"text": "[SEP] there [SEP]", "labels": "card;lost;place;card"},
-        {"text": "\x00", "labels": "lost"},
-    ],
-    "tagged": [
-        {"tokens": "where\nis\nmy\ncard", "tags": "O\nO\nB-lost\nI-lost"},
-        {"tokens": "\n".join(["my", "card", "is", "lost"] * 9), "tags": "\n".join(["O", "U-card"] * 18)},
-        {"tokens": "b", "tags": "O"},
-        {"tokens": "[SEP]\n\nthere [SEP]", "tags": "B-card\nO\nI-lost"},
-        {"tokens": "\x00\ufffd\u202e 文字", "tags": "lost"},
-    ],
-    "marked": [
-        {"text": "where is my card", "spans": '[[9, 16, "card"]]'},
-        {"text": "my card is lost " * 9, "spans": '[[0, 7, "card"], [16, 23, "card"], [136, 142, "lost"]]'},
-        {"text": "b" * 200, "spans": "[]"},
-        {"text": "name a b c d e f g h i j k l m n o p", "spans": '[[0, 36, "lost"]]'},
-        {"text": "\ud800", "spans": "[]"},
-    ],
-    "prompted": [
-        {"prompt": "where is my card", "chosen": "lost", "rejected": "there is a place"},
-        {"prompt": "where is my card " * 9, "chosen": "lost", "rejected": "name"},
-        {"prompt": "b", "chosen": "my card is lost " * 9, "rejected": "my name"},
-        {"prompt": "[SEP]", "chosen": "[CLS] [SEP]", "rejected": "[1, 2]"},
-        {"prompt": "name", "chosen": "a", "rejected": "my card is lost " * 9},
-        {"prompt": "where", "chosen": "\x00\ufffd\u202e 文字", "rejected": "lost"},
-        {"prompt": "where", "chosen": "lost", "rejected": "lost"},
-        {"prompt": "where", "chosen": "lost", "rejected": "\ud800"},
-    ],
-    "continued": [
-        {**chat("where is my card"), "chosen": said("lost"), "rejected": said("there is a place")},
-        {**chat("where", "there", "b c d e f g"), "chosen": said("is"), "rejected": said("my card is lost " * 9)},
-        {**chat(""), "chosen": said("<s></s>"), "rejected": said("[SEP] [CLS] </s>")},
-        {**chat("where"), "chosen": said("a b c d e f g h i j"), "rejected": said("a b c d e f g h i j k l m n")},
-        {**chat("where"), "chosen": said("\ud800"), "rejected": said("lost")},
-    ],
-}
+RECORDS: dict[str, list[dict[str, Any]]] = yaml.safe_load(
+    Path(__file__).with_name("layouts.yaml").read_text(encoding="utf-8")
+)
 OTHERS = {"labels": "multi_label", "tagged": "token_classification", "marked": "token_classification"}
 """Layouts of tasks with a head, by task; those not here or in `TEXTS` are a language model's.
 
@@ -132,10 +53,16 @@ layouts = pytest.mark.parametrize("layout", GIVEN)
 keeping = pytest.mark.parametrize("keeps", [False, True], ids=["whole", "kept states"])
 
 
+def as_read(role: str, value: Any) -> str:
+    """What turns say is in JSON."""
+    turns = partial(turns_of, first="user" if role == "messages" else "assistant")
+    return in_json(turns(*value)) if isinstance(value, list) else str(value)
+
+
 def dataset_of(layout: str) -> TextDataset:
     """The records of a layout as a real site tokenises them."""
     data = DataSpec(dataset="d", train_file="f", declared_sizes=9, max_length=LONGEST, **GIVEN[layout])
-    records = [Record(fields) for fields in RECORDS[layout]]
+    records = [Record({role: as_read(role, value) for role, value in one.items()}) for one in RECORDS[layout]]
     tokenizer = make_tokenizer(post="[CLS] $A")
     return task_of(layout).tokenise(records, tokenizer, data=data, lenient_within=258)
 

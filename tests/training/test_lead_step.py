@@ -31,7 +31,7 @@ def cell(plan: Plan) -> float:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_run_that_stopped_goes_on_with_the_optimizer_s_state(
+def test_a_run_that_stopped_goes_on_with_its_optimizer_s_state(
     optimizer: str, shared_plan: Plan, tmp_path: Path
 ) -> None:
     """The state is arrays that a checkpoint holds: two steps are one step, and another with what it left."""

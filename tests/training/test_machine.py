@@ -16,18 +16,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training import machine
-from fedtune.training.machine import (
-    device_for,
-    folder_for_states,
-    frozen_states_mib,
-    keeps_frozen_states,
-    micro_batch_tokens,
-    processes_that_pay,
-    ready_model,
-    room_for_states,
-    shapes_for,
-    usable_cores,
-)
+from fedtune.training.machine import device_for, ready_model, shapes_for, usable_cores
 from fedtune.training.spec import RuntimeSpec
 
 TINY = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="classification", labels=("a", "b"))
@@ -63,9 +52,9 @@ def test_a_micro_batch_grows_with_the_threads_unless_somebody_says_its_size() ->
     for threads, most in ((1, 512), (2, 1024), (64, 2048)):
         runtime = RuntimeSpec(num_threads=threads)
         with patch.object(torch, "get_num_threads", return_value=threads):
-            assert micro_batch_tokens(runtime, torch.device("cpu")) == most
-            assert micro_batch_tokens(replace(runtime, micro_batch_tokens=77), torch.device("cpu")) == 77
-            assert micro_batch_tokens(runtime, torch.device("cuda")) == 16384
+            assert machine.micro_batch_tokens(runtime, torch.device("cpu")) == most
+            assert machine.micro_batch_tokens(replace(runtime, micro_batch_tokens=77), torch.device("cpu")) == 77
+            assert machine.micro_batch_tokens(runtime, torch.device("cuda")) == 16384
 
 
 def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
@@ -87,9 +76,9 @@ def test_frozen_states_are_kept_while_they_fit() -> None:
     model = ready_model(lambda: build_task_model(SKIPS), RuntimeSpec(num_threads=1), max_length=8)
     fitting = 2**20 // (4 * model.base.config.hidden_size)
     one_mib = RuntimeSpec(kept_states_mib=1)
-    assert keeps_frozen_states(model, one_mib, num_tokens=fitting)
-    assert not keeps_frozen_states(model, one_mib, num_tokens=fitting + 1)
-    assert not keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
+    assert machine.keeps_frozen_states(model, one_mib, num_tokens=fitting)
+    assert not machine.keeps_frozen_states(model, one_mib, num_tokens=fitting + 1)
+    assert not machine.keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
 
 
 def test_what_does_not_fit_goes_to_a_folder_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,12 +87,12 @@ def test_what_does_not_fit_goes_to_a_folder_with_room(tmp_path: Path, monkeypatc
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=20 * 2**20))
     there = RuntimeSpec(kept_states_mib=0, kept_states_folder=str(tmp_path))
-    assert folder_for_states(model, there, num_tokens=10 * a_mib) == tmp_path
-    assert folder_for_states(model, there, num_tokens=10 * a_mib + a_mib) is None, "half of what is free"
-    assert folder_for_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
+    assert machine.folder_for_states(model, there, num_tokens=10 * a_mib) == tmp_path
+    assert machine.folder_for_states(model, there, num_tokens=10 * a_mib + a_mib) is None, "half of what is free"
+    assert machine.folder_for_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1) is None
     missing = replace(there, kept_states_folder=str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"runtime\.kept_states_folder = .*: must be a folder in which this process"):
-        folder_for_states(model, missing, num_tokens=1)
+        machine.folder_for_states(model, missing, num_tokens=1)
 
 
 def test_room_on_disk_is_open_to_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,13 +104,13 @@ def test_room_on_disk_is_open_to_nobody_else(tmp_path: Path, monkeypatch: pytest
         unlink(name)
 
     monkeypatch.setattr(os, "unlink", watched)
-    room = room_for_states(5, 3, dtype=torch.bfloat16, folder=tmp_path)
+    room = machine.room_for_states(5, 3, dtype=torch.bfloat16, folder=tmp_path)
     room[:] = torch.arange(15).view(5, 3)
     assert room.dtype == torch.bfloat16
     assert room[4].tolist() == [12, 13, 14]
     assert modes == [0o600]
     assert list(tmp_path.iterdir()) == []
-    assert room_for_states(0, 3, dtype=torch.float32, folder=tmp_path).shape == (0, 3)
+    assert machine.room_for_states(0, 3, dtype=torch.float32, folder=tmp_path).shape == (0, 3)
 
 
 def test_by_default_a_quarter_of_the_available_memory_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,14 +118,14 @@ def test_by_default_a_quarter_of_the_available_memory_is_set_aside(monkeypatch: 
     a_mib = 2**20 // (4 * model.base.config.hidden_size)
     for text, mib in (("MemTotal: 9 kB\nMemAvailable:   40960 kB\n", 10), ("nothing of the kind\n", 1024)):
         monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
-        assert keeps_frozen_states(model, RuntimeSpec(), num_tokens=mib * a_mib)
-        assert not keeps_frozen_states(model, RuntimeSpec(), num_tokens=mib * a_mib + a_mib)
+        assert machine.keeps_frozen_states(model, RuntimeSpec(), num_tokens=mib * a_mib)
+        assert not machine.keeps_frozen_states(model, RuntimeSpec(), num_tokens=mib * a_mib + a_mib)
 
 
 def test_a_model_whose_first_layer_trains_needs_no_memory_for_states() -> None:
     model = ready_model(lambda: build_task_model(TINY), RuntimeSpec(num_threads=1), max_length=8)
-    assert frozen_states_mib(model, num_tokens=10**9) == 0
-    assert keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
+    assert machine.frozen_states_mib(model, num_tokens=10**9) == 0
+    assert machine.keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")
@@ -161,9 +150,7 @@ def test_a_process_bound_to_one_core_takes_one_thread() -> None:
 
 
 @pytest.mark.parametrize(("asked", "cores"), [("", 4), ("2", 2), ("9", 4), ("0", 4), ("2,1", 4)])
-def test_fewer_threads_are_taken_where_the_environment_says_so(
-    monkeypatch: pytest.MonkeyPatch, asked: str, cores: int
-) -> None:
+def test_the_environment_may_ask_for_fewer_threads(monkeypatch: pytest.MonkeyPatch, asked: str, cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert usable_cores() == cores
@@ -183,4 +170,4 @@ def test_a_long_simulation_on_a_cpu_takes_a_process_for_each_core(
     monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     monkeypatch.setattr(machine, "_memory_bytes", lambda: gib * 2**30)
     spec = RuntimeSpec(**({"device": "cpu"} | runtime))  # type: ignore[arg-type]
-    assert processes_that_pay(spec, gradients=gradients) == processes
+    assert machine.processes_that_pay(spec, gradients=gradients) == processes

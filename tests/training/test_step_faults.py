@@ -1,6 +1,6 @@
-"""One small test for each fault of a private step that tests/mutants puts into it."""
+"""Small tests of a private step, most of them for one fault that tests/mutants puts into it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,25 +11,22 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.data import Batch, Shapes, TextDataset
+from fedtune.data import Shapes, TextDataset
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.training import dp_step, local
-from fedtune.training.dp_step import Records, add_clipped, contributions, dp_sgd_step
+from fedtune.training.dp_step import Records, contributions, dp_sgd_step
 from fedtune.training.examples import SiteExamples
-from fedtune.training.per_example import attached
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
 from ..conftest import has_scale
 from . import conftest
-from .conftest import Table, released, trained, work_of
+from .conftest import CELLS, Table, released, trained, work_of
 
-CELLS = 2**24
-"""A clip norm."""
 Gradients = dict[str, torch.Tensor]
 Places = npt.NDArray[np.int64]
 
@@ -86,8 +83,6 @@ def test_the_largest_gradient_that_is_finite_is_clipped_like_any_other() -> None
 
 @dataclass(frozen=True)
 class Drawn:
-    """A micro-batch of made-up units."""
-
     places: Places
 
     def __len__(self) -> int:
@@ -161,13 +156,10 @@ def test_every_step_adds_noise_of_its_own() -> None:
 # With a model.
 
 
-def dataset_of(*lengths: int, task: str = "classification") -> TextDataset:
-    draws = np.random.default_rng(5)
-    ids = tuple(draws.integers(5, 200, size=length).astype(np.int32) for length in lengths)
-    if task == "classification":
-        return TextDataset(ids, draws.integers(0, 3, size=len(lengths)))
-    # All but the first token is supervised, so examples have as many targets as they are long.
-    return TextDataset(ids, tuple(np.where(np.arange(len(one)) > 0, one, -100).astype(np.int64) for one in ids))
+def numbered(*lengths: int) -> TextDataset:
+    """Records of these lengths whose first token is their place."""
+    ids = tuple(np.array([number, *[1] * (length - 1)], dtype=np.int32) for number, length in enumerate(lengths))
+    return TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
 
 
 def examples_of(dataset: TextDataset) -> SiteExamples:
@@ -175,48 +167,8 @@ def examples_of(dataset: TextDataset) -> SiteExamples:
     return conftest.examples_of(dataset, shapes)
 
 
-@pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_gradients_are_each_examples_own_in_every_batch(task: str) -> None:
-    model = trained("random:bert" if task == "classification" else "random:llama", task)
-    examples = examples_of(dataset_of(5, 6, 3, 9, 12, 2, 7, task=task))
-    with attached(model) as gradients:
-        found = [(batch, gradients.of(batch)) for batch in examples.cut(np.arange(7))]
-    assert len(found) > 2, "one batch after another, of several shapes"
-    assert sum(len(batch) for batch, _ in found) == 7
-    for batch, each in found:
-        for row in range(len(batch)):
-            one = Batch(batch.input_ids[[row]], batch.attention_mask[[row]], batch.targets[[row]])
-            alone = torch.autograd.grad(model.losses(one).sum(), list(model.trainable().values()))
-            for name, wanted in zip(model.trainable(), alone, strict=True):
-                torch.testing.assert_close(each[name][row], wanted, rtol=1e-4, atol=1e-5)
-        assert all(not one[len(batch) :].any() for one in each.values()), "empty rows"
-
-
-def test_an_example_that_fails_counts_as_zero_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, dataset = trained(), dataset_of(5, 6, 3, 7)
-    dataset.input_ids[2][0] = 199
-    (batch,) = examples_of(dataset).cut(np.arange(4))
-    losses, shapes = model.losses, set()
-
-    def failing(some: Batch) -> torch.Tensor:
-        shapes.add(tuple(some.input_ids.shape))
-        if (some.input_ids[:, 0] == 199).any():
-            raise RuntimeError("cannot be computed")
-        return losses(some)
-
-    with attached(model) as gradients:
-        right = {name: one.clone() for name, one in gradients.of(batch).items()}
-        monkeypatch.setattr(model, "losses", failing)
-        found = gradients.of(batch)
-    assert shapes == {tuple(batch.input_ids.shape)}, "also where one is tried by itself, so its kernels are the same"
-    for name, one in found.items():
-        assert not one[2].any()
-        assert torch.equal(one[[0, 1, 3]], right[name][[0, 1, 3]]), "to the last bit"
-    assert any(one[2].any() for one in right.values())
-
-
 def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = trained(), examples_of(dataset_of(*[5] * 6))
+    model, examples = trained(), examples_of(conftest.made_up("classification", 6))
     bound = 0.05
     start = Adapter.of(model)
     assert max(float(np.abs(value).max()) for value in start.tensors.values()) > 5 * bound
@@ -250,7 +202,7 @@ def test_projecting_moves_only_what_is_outside(most: float) -> None:
 
 
 def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> None:
-    examples = examples_of(dataset_of(9, 10, 11, 17, 9, 3))
+    examples = examples_of(numbered(9, 10, 11, 17, 9, 3))
     for chosen in ([0, 1, 2, 3, 4, 5], [0, 4], [5], [3], [2, 1, 0]):
         for part in examples.parts(np.array(chosen)):
             batch = examples.batch(part)
@@ -262,44 +214,18 @@ def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> N
 # Users.
 
 
-def numbered(*lengths: int) -> TextDataset:
-    """Records of these lengths whose first token is their place."""
-    ids = tuple(np.array([number, *[1] * (length - 1)], dtype=np.int32) for number, length in enumerate(lengths))
-    return TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
-
-
-def users_of(*records: Sequence[int], lengths: Sequence[int], most_records: int = 100) -> UserExamples:
-    users = [np.array(places, dtype=np.int64) for places in records]
-    return UserExamples(examples_of(numbered(*lengths)), users, most_records=most_records)
-
-
-def means_of(users: UserExamples, rows: torch.Tensor, chosen: Sequence[int]) -> list[Gradients]:
-    stream = SeededRandomness(1).stream("records")
-    cut = users.cut_with(stream)
-    return [UserGradients(Table({"a": rows})).of(batch) for batch in cut(np.array(chosen, dtype=np.int64))]  # type: ignore[arg-type]
-
-
-def test_all_records_of_a_user_are_one_mean_that_is_clipped_once() -> None:
-    rows = torch.randn((6, 4), generator=torch.Generator().manual_seed(1)) * 5
-    users = users_of([0, 2, 3], [1], [4, 5], lengths=[5] * 6)
-    (means,) = means_of(users, rows, [0, 1, 2])
-    wanted = torch.stack([rows[[0, 2, 3]].mean(dim=0), rows[1], rows[[4, 5]].mean(dim=0)]).double()
-    torch.testing.assert_close(means["a"], wanted, rtol=1e-6, atol=1e-6)
-    sums = {"a": torch.zeros(4, dtype=torch.int64)}
-    add_clipped(sums, means, 1.0)
-    expected = (wanted / wanted.norm(dim=1, keepdim=True).clamp(min=1)).sum(dim=0) * CELLS
-    np.testing.assert_allclose(sums["a"].numpy(), expected.numpy(), atol=100)
-
-
 @pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])
 def test_a_users_mean_is_the_same_to_the_last_bit_in_any_company(beside: list[int]) -> None:
     """Of records of several lengths, that cancel: in another order another bit of rounding would be left of them."""
     rows = torch.tensor([-1e8, 1e8, 1.0, 3e-7, *[5.0] * 16])[:, None].repeat(1, 3)
     lengths = [5, 13, 9, 30, *[13] * 8, *[30] * 5, *[5] * 3]
-    users = users_of([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20), lengths=lengths)
-    (alone,) = means_of(users, rows, [0])
-    chosen = [*beside, 0]
-    (means,) = means_of(users, rows, chosen)
-    assert torch.equal(means["a"][-1], alone["a"][0])
-    sums: Callable[[Sequence[int]], float] = lambda order: float(np.cumsum(rows[order, 0].double().numpy() / 4)[-1])  # noqa: E731
-    assert len({sums(order) for order in ([0, 2, 1, 3], [0, 2, 3, 1])}) > 1, "the order matters here"
+    places = ([3, 1, 0, 2], range(4, 12), range(12, 17), range(17, 20))
+    users = UserExamples(examples_of(numbered(*lengths)), [np.array(each) for each in places], most_records=100)
+
+    def last_mean(*chosen: int) -> torch.Tensor:
+        (batch,) = users.cut_with(SeededRandomness(1).stream("records"))(np.array(chosen))
+        return UserGradients(Table({"a": rows})).of(batch)["a"][-1]  # type: ignore[arg-type]
+
+    assert torch.equal(last_mean(*beside, 0), last_mean(0))
+    sums = {float(np.cumsum(rows[order, 0].double().numpy() / 4)[-1]) for order in ([0, 2, 1, 3], [0, 2, 3, 1])}
+    assert len(sums) > 1, "the order matters here"

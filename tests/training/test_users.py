@@ -54,9 +54,7 @@ def defined(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: 
     return total
 
 
-def users_sum(
-    model: Any, examples: UserExamples, chosen: npt.NDArray[np.int64], *, clip: float, most: int
-) -> Gradients:
+def users_sum(model: Any, examples: UserExamples, chosen: Sequence[int], *, clip: float, most: int) -> Gradients:
     sums = dp_step.zeros(model.trainable())
     with attached(model) as of_each:
         for batch in examples.cut_drawn(first(examples, chosen, most)):
@@ -70,7 +68,7 @@ def users_sum(
 def test_the_sum_is_what_the_definition_says_however_it_is_cut(path: str, task: str, most: int) -> None:
     model, dataset, users = trained(path, task), made_up(task, 14), users_of_sizes(5, 1, 3, 1, 4)
     each = [loop_gradient(model, dataset, record) for record in range(14)]
-    chosen = np.array([0, 2, 3, 4])
+    chosen = [0, 2, 3, 4]
     taking_part = [users[user][:most].tolist() for user in chosen]
     sizes = [norm(defined(each, [records], clip=1e9)) for records in taking_part]
     clip = float(np.median(sizes))
