@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.features import FeatureSpec
+from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import DataSpec
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.federation.site_round import answer, end_run
@@ -34,7 +35,7 @@ from fedtune.sites import work
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
-from fedtune.sites.virtual_site import generated_policy
+from fedtune.sites.virtual_site import Participants, generated_policy
 from fedtune.spec import ConfigError
 from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
@@ -94,12 +95,19 @@ def first_request(config: RunConfig, lead: SigningKey, **about: Any) -> RoundReq
     return round_request(config.proposal(lead=lead.public, plan=config.plan()), **{"site": "north"} | about)
 
 
-def write_records(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+def write_records(path: Path, rows: Iterable[Sequence[str]], *, header: Iterable[str] = COLUMNS.values()) -> None:
     """A site's data file."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS.values())
-        writer.writerows(rows)
+        csv.writer(file).writerows([header, *rows])
+
+
+def simulated(config: RunConfig, folder: Path, rows: Iterable[Sequence[str]]) -> Participants:
+    """The same run in a simulation, over records of text, label and site."""
+    columns, file = {role: role for role in ("text", "label", "site")}, folder / "all.csv"
+    write_records(file, rows, header=columns)
+    partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
+    data = {"train_file": str(file), "columns": columns, "partition": partition}
+    return Participants(changed(config, data=data, runtime={"kind": "simulation"}), folder)
 
 
 @dataclass

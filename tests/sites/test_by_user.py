@@ -1,7 +1,5 @@
 """A site whose population is protected by user: it trains on users, and scores each once."""
 
-import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +12,10 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.shared_settings import for_sites
-from fedtune.sites.work import SiteWork
 from fedtune.training.users import UserExamples
 
-from .conftest import LABELS, first_request, letters, write_records
+from .conftest import LABELS, letters, write_records
+from .test_work import do
 
 BY_USER: dict[str, Any] = {
     "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
@@ -61,13 +58,6 @@ def test_a_record_of_several_users_costs_nobody_an_answer(site: Any) -> None:
     site.update(round=2)
 
 
-def test_where_a_lead_has_its_users_column_does_not_travel() -> None:
-    columns = {"text": "text", "label": "label", "user": "canary"}
-    sent = for_sites(letters(data={"columns": columns}, privacy={"unit": "user"}))
-    assert "canary" not in json.dumps(sent.to_json())
-    assert sent.data.columns["user"] == "user", "that there is one does"
-
-
 def records(users: dict[str, int]) -> list[Record]:
     """So many of each user."""
     return [
@@ -82,12 +72,9 @@ def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(lead_key: 
     by_user = {"metrics": "noised", "unit": "user"}
     config = letters(data={"heldout_fraction": 0.5, "columns": columns}, privacy=by_user)
     shared = SharedModel(config)
-    request = first_request(config, lead_key)
     for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
         own = SiteRecords(training=records({"third": 3}), heldout=records(users))
-        work = SiteWork("north", shared, own, declared_size=40, max_adapter_value=math.inf)
-        done = work.do(request, shared.initial_adapter, 1, fingerprint_key=b"k", noise_factor=1.0)
-        assert done.scores is not None
+        assert do(shared, lead_key, own).scores is not None
         assert scored[-1].shape == (len(users),)
         assert ((scored[-1] >= 0) & (scored[-1] <= 1)).all()
     assert scored[0][0] == scored[1][0], "nor does one user move another's score"

@@ -10,13 +10,12 @@ import pytest
 from fedtune.data.features import FeatureReader
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
-from fedtune.preparation.check_data import at_own_site, check
+from fedtune.preparation.check_data import check
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.shared_settings import at_site, for_sites
+from fedtune.sites.shared_settings import at_own_site, at_site, for_sites
 
-from .conftest import LABELS, TABLE, letters
+from .conftest import LABELS, TABLE, letters, write_records
 
 GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in range(40)]
 
@@ -31,8 +30,7 @@ def site(station: Callable[..., Any]) -> Any:
 
 
 def write(site: Any, rows: list[tuple[str, ...]]) -> None:
-    lines = ["AGE_YEARS,ward,KIND", *(",".join(row) for row in rows)]
-    site.data.write_text("\n".join(lines) + "\n")
+    write_records(site.data, rows, header=("AGE_YEARS", "ward", "KIND"))
     site.restart()
 
 
@@ -43,7 +41,10 @@ def test_a_table_is_trained_on_under_the_site_s_own_names(site: Any) -> None:
     assert shapes == {"head.weight": (len(LABELS), 5), "head.bias": (len(LABELS),)}
     sent = for_sites(site.config)
     assert sent.model.sha256 == model_sha256(ModelSpec(path="none"))
-    assert sent.proposal(lead="x", plan=sent.plan()).target_modules == ()
+    # As a policy allows it.
+    asked = sent.proposal(lead="x", plan=sent.plan())
+    assert (asked.adapter, asked.base_model, asked.target_modules) == ("none", sent.model.sha256, ())
+    assert asked.train_head
 
 
 def test_the_check_reads_the_file_as_training_does(site: Any) -> None:
@@ -65,17 +66,3 @@ def test_rows_that_cannot_be_used_add_nothing(site: Any) -> None:
     found = site.update(replace(site.config, name="second"), round=1).tensors
     for name, one in found.items():
         np.testing.assert_array_equal(one, without[name])
-
-
-@pytest.mark.parametrize(
-    ("allow", "reason"),
-    [
-        ({"adapters": ("lora",)}, Reason.ADAPTERS),
-        ({"base_models": ("ab" * 32,)}, Reason.BASE_MODELS),
-        ({"train_head": False}, Reason.TRAIN_HEAD),
-    ],
-)
-def test_a_policy_allows_a_model_without_a_base_by_name(site: Any, allow: dict[str, Any], reason: Reason) -> None:
-    write(site, GOOD)
-    site.edit(allow=allow)
-    assert site.refusal() == reason

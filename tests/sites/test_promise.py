@@ -11,7 +11,6 @@ import numpy.typing as npt
 import pytest
 
 from fedtune.config import RunConfig
-from fedtune.data.partition import PartitionSpec
 from fedtune.federation.protocol import Invitation
 from fedtune.federation.site_round import answer, consider
 from fedtune.model.adapter import Adapter
@@ -20,9 +19,9 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.promise import Promise
 from fedtune.privacy.release import Offer, Update
 from fedtune.sites.shared_settings import for_sites
-from fedtune.sites.virtual_site import POLICY, Participants
+from fedtune.sites.virtual_site import POLICY
 
-from .conftest import first_request, letters, write_records
+from .conftest import first_request, letters, simulated, write_records
 
 RATE = 0.1
 TRAINING = {"local_steps": 1, "optimizer": "sgd", "learning_rate": RATE}
@@ -59,12 +58,8 @@ def test_a_real_site_adds_the_noise_that_it_is_charged_for(
 
 
 def test_a_simulated_site_does_the_same(has_scale: Any, tmp_path: Path) -> None:
-    (tmp_path / "all.csv").write_text("text,label,site\na letter,praise,north\nanother,praise,south\n")
-    partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
-    columns = {"text": "text", "label": "label", "site": "site"}
-    data = {"train_file": str(tmp_path / "all.csv"), "columns": columns, "partition": partition}
-    config = letters(**SGD | {"data": data, "runtime": {"seeded_noise": False, "kind": "simulation"}})
-    everyone = Participants(config, tmp_path)
+    everyone = simulated(letters(**SGD), tmp_path, [("a letter", "praise", "north"), ("another", "praise", "south")])
+    config = everyone.config
     policy = everyone.sites.files("north").policy
     write_policy(replace(policy, promise=Promise(noise_factor=2.0)), tmp_path / "sites" / "north" / POLICY)
     sent = everyone.shared.initial_adapter

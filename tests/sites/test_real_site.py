@@ -146,16 +146,9 @@ def test_settings_of_runs_that_were_never_charged_go_with_the_next_run(site: Any
     assert charged_run.stem in kept
 
 
-# Whose run it is.
-
-
-def test_settings_that_the_lead_did_not_sign_for_are_another_run(site: Any) -> None:
+def test_settings_that_the_lead_did_not_sign_for_are_another_run_or_plan(site: Any) -> None:
     for changes in ({"training": {"learning_rate": 1.0}}, {"data": {"max_length": 13}}, {"model": {"licence": "MIT"}}):
         assert site.refusal(settings=sent_text(site.config, **changes)) is Reason.WRONG_RUN, changes
-    assert site.ledger().history.runs == {}
-
-
-def test_settings_of_another_plan_than_was_signed_are_refused(site: Any) -> None:
     assert site.refusal(settings=sent_text(site.config, privacy={"max_grad_norm": 2.0})) is Reason.PLAN_CHANGED
     assert site.ledger().history.runs == {}
 
@@ -262,31 +255,24 @@ def test_a_data_file_that_cannot_be_read_is_an_error_without_words(
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model that is loaded, and every data file that is read."""
     seen: list[str] = []
-
-    class Counted(SharedModel):
-        def __init__(self, config: RunConfig, **settings: Any) -> None:
-            seen.append("model")
-            super().__init__(config, **settings)
-
-    read = real_site.own_records
-    monkeypatch.setattr(real_site, "SharedModel", Counted)
+    load, read = real_site.SharedModel, real_site.own_records
+    monkeypatch.setattr(real_site, "SharedModel", lambda *of, **rest: seen.append("model") or load(*of, **rest))
     monkeypatch.setattr(real_site, "own_records", lambda *of, **rest: seen.append("records") or read(*of, **rest))
     return seen
 
 
-def test_model_and_records_stay_for_the_rounds_of_a_run(site: Any, loaded: list[str]) -> None:
-    site.update()
-    site.update(round=2)
-    site.update(round=2)
+def test_model_and_records_stay_for_the_rounds_of_a_run_and_the_model_for_others_of_it(
+    site: Any, loaded: list[str]
+) -> None:
+    for round in (1, 2, 2):
+        site.update(round=round)
     assert loaded == ["model", "records"]
-
-
-def test_another_run_of_the_same_model_reads_the_records_anew(site: Any, loaded: list[str]) -> None:
-    site.update()
     site.update(letters(name="second"))
-    assert loaded == ["model", "records", "records"]
-    site.update(round=2)
+    site.update(round=3)
     assert loaded == ["model", "records", "records", "records"], "the newest run's alone are kept"
+    other = letters(name="third", seed=5)
+    site.update(other, adapter=SharedModel(for_sites(other)).initial_adapter)
+    assert loaded[4:] == ["model", "records"]
 
 
 @pytest.mark.by_day("machine0")
@@ -297,13 +283,6 @@ def test_another_machine_in_the_policy_loads_the_model_anew(
     site.update()
     site.edit(machine=machine)
     site.update(round=2)
-    assert loaded == ["model", "records"] * 2
-
-
-def test_another_model_is_loaded(site: Any, loaded: list[str]) -> None:
-    site.update()
-    other = letters(name="second", seed=5)
-    site.update(other, adapter=SharedModel(for_sites(other)).initial_adapter)
     assert loaded == ["model", "records"] * 2
 
 
@@ -384,9 +363,6 @@ def test_each_site_holds_out_records_by_a_key_of_its_own(station: MakeStation) -
     assert held_out(north, letters(name="second", seed=7, **HELD_OUT)) == by_north, "the lead's seed has no say"
     north.restart()
     assert held_out(north, north.config, round=2) == by_north
-
-
-# The final adapter.
 
 
 @pytest.mark.by_day("after a restart")

@@ -30,19 +30,14 @@ def simulate(*overrides: str, into: Path, name: str, session: Session | None = N
 def worked(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often a model was built and tried, the frozen layer ran over records, and data was scored."""
     counts = dict.fromkeys(("built", "tried", "states", "scored"), 0)
-
-    def count(name: str, function: str) -> None:
+    for name, function in {"built": "build_task_model", "tried": "moved_by_others", "scored": "figures_of"}.items():
         real = getattr(shared_model, function)
 
-        def counted(*args: Any, **rest: Any) -> Any:
+        def counted(*args: Any, name: str = name, real: Any = real, **rest: Any) -> Any:
             counts[name] += 1
             return real(*args, **rest)
 
         monkeypatch.setattr(shared_model, function, counted)
-
-    count("built", "build_task_model")
-    count("tried", "moved_by_others")
-    count("scored", "figures_of")
     keep = SiteExamples.keep_frozen_states
 
     def kept(self: SiteExamples, model: TaskModel, **rest: Any) -> None:

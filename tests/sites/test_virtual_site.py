@@ -4,6 +4,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,21 +291,15 @@ def test_how_records_were_dealt_out_is_not_noted_anew_beside_a_ledger(config: Co
 
 def test_of_two_runs_that_deal_records_out_at_once_one_is_refused(config: Configure, tmp_path: Path) -> None:
     sites = [sites_of(config(f"runtime.sites_dir={tmp_path}/kept", f"seed={seed}"), tmp_path) for seed in (0, 1)]
-    both, outcomes = threading.Barrier(2), list[str]()
+    both = threading.Barrier(2)
 
     def deal(one: VirtualSites) -> None:
         both.wait()
-        try:
-            one.check_dealt_out()
-        except ConfigError as error:
-            outcomes.append(error.key)
+        one.check_dealt_out()
 
-    threads = [threading.Thread(target=deal, args=(one,)) for one in sites]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert outcomes == ["seed"]
+    with ThreadPoolExecutor(2) as pool:
+        found = [future.exception() for future in [pool.submit(deal, one) for one in sites]]
+    assert [getattr(error, "key", None) for error in found if error] == ["seed"]
 
 
 @pytest.mark.parametrize("gone", ["null", "moved/sites"])

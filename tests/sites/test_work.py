@@ -1,6 +1,5 @@
 """A site's work in a round: what it makes of its records, and that a real site makes what a simulated one does."""
 
-import csv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,16 @@ import pytest
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
-from fedtune.data.partition import PartitionSpec
 from fedtune.federation.site_round import Trained
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.virtual_site import Participants
 from fedtune.sites.work import SiteWork, randomness_of
 from fedtune.training.devices import _Device
 
-from .conftest import first_request, letters
+from .conftest import first_request, letters, simulated
 
 LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3]) for n in range(40)]
 """The records of a station, in the order of its file."""
@@ -30,15 +27,8 @@ LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3])
 
 def in_a_simulation(config: RunConfig, folder: Path) -> Callable[[int], Adapter]:
     """What the simulated site north trains in a round, from the initial adapter, with the same records."""
-    with (folder / "all.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label", "site"])
-        writer.writerows([*((*letter, "north") for letter in LETTERS), ("elsewhere", "praise", "south")])
-    partition = PartitionSpec(kind="column", sites={"north": 0, "south": 1})
-    columns = {"text": "text", "label": "label", "site": "site"}
-    data = replace(config.data, train_file=str(folder / "all.csv"), columns=columns, partition=partition)
-    runtime = replace(config.runtime, kind="simulation")
-    everyone = Participants(replace(config, data=data, runtime=runtime), folder)
+    rows = [*((*letter, "north") for letter in LETTERS), ("elsewhere", "praise", "south")]
+    everyone = simulated(config, folder, rows)
     site = everyone.site(0)
 
     def train(round: int) -> Adapter:
