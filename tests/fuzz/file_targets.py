@@ -156,10 +156,6 @@ def _saved(name: str) -> Callable[[bytes], object]:
     )
 
 
-def _state() -> Any:
-    return json.loads((_SAVED / "state.json").read_bytes())
-
-
 def _parquet() -> bytes:
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.table({"body": ["good morning", "good night"] * 9, "kind": ["a", "b"] * 9}), buffer)
@@ -179,8 +175,8 @@ def _pending_seed() -> dict[str, object]:
     return {"proposal": proposal, "settings": json.dumps(seeds.settings()), "since": "2026-11-20T10:00:00+00:00"}
 
 
-def _federation(folder: Path) -> FederationFolder:
-    return FederationFolder(folder=folder, settings=cast(Any, None), lead_key="")
+def _retired(path: Path) -> object:
+    return FederationFolder(folder=path.parent, settings=cast(Any, None), lead_key="").retired()
 
 
 def _roster_seed() -> Any:
@@ -217,6 +213,11 @@ _CSV = b'body,kind,x\r\n"a ""letter""\r\nof two lines",praise,1\r\nanother,3,\r\
 _OF_BIOC = {"text": "my", "infons": {"type": "x"}, "locations": [{"offset": 3, "length": 2}]}
 _PASSAGE = {"offset": 3, "text": "my card", "annotations": [_OF_BIOC]}
 _BIOC = json.dumps({"documents": [{"passages": [_PASSAGE]}]}).encode()
+_ANSWERS = {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}
+_DEALT_OUT = {"seed": 1, "federation.site_names": ["north"], "data.partition": {"kind": "hash"}}
+_RETIRED = {"version": KIT_SCHEMA, "fingerprints": ["ab" * 32]}
+_SHARDS = {"metadata": {}, "weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}
+_CHATS = [{"chat": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]}]
 _RECEIPTS = {"north": json.loads(json.dumps({k: getattr(seeds.receipt(), k) for k in seeds.receipt().__slots__}))}
 
 
@@ -229,109 +230,70 @@ def _run_file(name: str) -> Callable[[], Any]:
     return lambda: json.loads(_of_run(name))
 
 
+def _json(name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS, *, cost: int = 1) -> Target:
+    """`valid` is such JSON, or makes it."""
+    return Target(name, json_like(valid if callable(valid) else lambda: valid), parse, errors, cost)
+
+
+def _bytes(name: str, valid: Any, parse: Callable[[bytes], object], errors: Any = _OURS) -> Target:
+    return Target(name, bytes_like(valid if callable(valid) else lambda: valid), parse, errors)
+
+
 TARGETS = (
     Target("policy", toml_like(seeds.policy_toml), _in_file("site.toml", read_policy), _OURS),
     Target("federation.toml", toml_like(lambda: _FEDERATION), _in_spec("federation.toml", FederationFile), _OURS),
     Target("kit.toml", toml_like(_kit_seed), _in_spec("kit.toml", KitFile), _OURS),
-    Target("roster", json_like(_roster_seed), _in_file("roster.json", Roster.read), _OURS),
-    Target(
-        "receipts.json",
-        json_like(lambda: _RECEIPTS),
-        _in_file("receipts.json", lambda path: ReceiptBook(path).read()),
-        _OURS,
-    ),
-    Target("a run that waits for approval", json_like(_pending_seed), _waiting, _OURS),
-    Target(
-        "answers.json",
-        json_like(lambda: {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}),
-        _in_file("answers.json", lambda path: latest_answers(path.parent)),
-        _OURS,
-    ),
-    Target(
-        "how records were dealt out",
-        json_like(lambda: {"seed": 1, "federation.site_names": ["north"], "data.partition": {"kind": "hash"}}),
-        _in_file(DEALT, lambda path: read_dealt_out(path, keys=("privacy.unit", "seed", "data.partition"))),
-        _OURS,
-    ),
-    Target("anchor", json_like(seeds.anchor), _in_file("ledger.anchor", Head.read), _OURS),
-    Target("ledger", bytes_like(seeds.ledger), _in_file("ledger.db", _ledger), _OURS),
-    *(
-        Target(name, json_like(_run_file(name)), _in_run(name, read), _OURS, cost=5)
-        for name, read in (("run.json", from_run.build), ("environment.json", read_run))
-    ),
+    _json("roster", _roster_seed, _in_file("roster.json", Roster.read)),
+    _json("receipts.json", _RECEIPTS, _in_file("receipts.json", lambda path: ReceiptBook(path).read())),
+    _json("a run that waits for approval", _pending_seed, _waiting),
+    _json("answers.json", _ANSWERS, _in_file("answers.json", lambda path: latest_answers(path.parent))),
+    _json("how records were dealt out", _DEALT_OUT, _in_file(DEALT, partial(read_dealt_out, keys=tuple(_DEALT_OUT)))),
+    _json("anchor", seeds.anchor, _in_file("ledger.anchor", Head.read)),
+    _bytes("ledger", seeds.ledger, _in_file("ledger.db", _ledger)),
+    _json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build), cost=5),
+    _json("environment.json", _run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
     *(
         Target(name, _yaml(lambda: _of_run("config.yaml")), _in_run("config.yaml", read), _OURS, cost=5)
         for name, read in (("config.yaml", read_run), ("config.yaml of a resumed run", saved_config))
     ),
-    Target(
-        "retired keys",
-        json_like(lambda: {"version": KIT_SCHEMA, "fingerprints": ["ab" * 32]}),
-        _in_file("retired_keys.json", lambda path: _federation(path.parent).retired()),
-        _OURS,
-    ),
-    Target(
+    _json("retired keys", _RETIRED, _in_file("retired_keys.json", _retired)),
+    _bytes(
         "checkpoint",
-        bytes_like(lambda: _of_run(_newest_checkpoint())),
+        lambda: _of_run(_newest_checkpoint()),
         lambda data: _in_run(_newest_checkpoint(), _checkpoint)(data),
-        _OURS,
     ),
-    Target(
-        "asked.jsonl",
-        bytes_like(lambda: _of_run("checkpoints/asked.jsonl")),
-        _in_run("checkpoints/asked.jsonl", _checkpoint),
-        _OURS,
-    ),
-    Target("report.json", json_like(_run_file("report.json")), _report, _OURS),
-    Target("saved adapter's settings", json_like(_run_file("adapter/fedtune.json")), _adapter("fedtune.json"), _OF_ALL),
-    Target(
-        "saved adapter's head",
-        bytes_like(lambda: _of_run("adapter/head.safetensors")),
-        _adapter("head.safetensors"),
-        _OF_ALL,
-    ),
+    _bytes("asked.jsonl", partial(_of_run, "checkpoints/asked.jsonl"), _in_run("checkpoints/asked.jsonl", _checkpoint)),
+    _json("report.json", _run_file("report.json"), _report),
+    _json("saved adapter's settings", _run_file("adapter/fedtune.json"), _adapter("fedtune.json"), _OF_ALL),
+    _bytes("saved adapter's head", partial(_of_run, "adapter/head.safetensors"), _adapter("head.safetensors"), _OF_ALL),
     *(
-        Target(
-            f"a model's {name}",
-            json_like(lambda fields=fields: fields),
-            lambda data, name=name: check_content(name, data, folder="model"),
-            (ConfigError,),
-        )
+        _json(f"a model's {name}", fields, partial(check_content, name, folder="model"), (ConfigError,))
         for name, fields in _OF_A_MODEL.items()
     ),
-    Target(
-        "a model's index of shards",
-        json_like(lambda: {"metadata": {}, "weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}),
-        _in_file("model.safetensors.index.json", _model_of),
-        (ConfigError,),
-    ),
-    Target(
-        "a line of data.jsonl", json_like(lambda: json.loads(_JSONL.splitlines()[1])), _rows("data.jsonl"), (DataError,)
-    ),
+    _json("a model's index of shards", _SHARDS, _in_file("model.safetensors.index.json", _model_of), (ConfigError,)),
+    _json("a line of data.jsonl", json.loads(_JSONL.splitlines()[1]), _rows("data.jsonl"), (DataError,)),
     *(
-        Target(f"data.{kind}", bytes_like(lambda data=data: data()), _rows(f"data.{kind}"), (DataError,))
+        _bytes(f"data.{kind}", data, _rows(f"data.{kind}"), (DataError,))
         for kind, data in {
-            "jsonl": lambda: _JSONL,
-            "jsonl.gz": lambda: gzip.compress(_JSONL, mtime=0),
-            "json": lambda: _ARRAY,
-            "csv": lambda: _CSV,
-            "tsv": lambda: _CSV.replace(b",", b"\t"),
+            "jsonl": _JSONL,
+            "jsonl.gz": gzip.compress(_JSONL, mtime=0),
+            "json": _ARRAY,
+            "csv": _CSV,
+            "tsv": _CSV.replace(b",", b"\t"),
             "parquet": _parquet,
         }.items()
     ),
     *(
-        Target(f"data.{kind}", bytes_like(lambda data=data: data), _rows(f"data.{kind}", columns), (DataError,))
+        _bytes(f"data.{kind}", data, _rows(f"data.{kind}", columns), (DataError,))
         for kind, data, columns in (
             ("conll", b"# a\nmy B-drug\ncard O\n\n\xc2\xa0\n\nlost\tO\n", {"tokens": "tokens", "tags": "tags"}),
             ("pubtator", b"1|t|my card\n1|a|lost\n1\t0\t2\tmy\tdrug\n\n2|t|x\n", {"text": "text", "spans": "spans"}),
             ("bioc", _BIOC, {"text": "text", "spans": "spans"}),
         )
     ),
-    Target(
-        "conversations",
-        json_like(lambda: [{"chat": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]}]),
-        _rows("chats.json", {"messages": "chat"}),
-        (DataError,),
+    _json("conversations", _CHATS, _rows("chats.json", {"messages": "chat"}), (DataError,)),
+    _bytes("a saved set's values", (_SAVED / _ARROW).read_bytes, _saved(_ARROW), (DataError,)),
+    _json(
+        "a saved set's state.json", json.loads((_SAVED / "state.json").read_bytes()), _saved("state.json"), (DataError,)
     ),
-    Target("a saved set's values", bytes_like((_SAVED / _ARROW).read_bytes), _saved(_ARROW), (DataError,)),
-    Target("a saved set's state.json", json_like(_state), _saved("state.json"), (DataError,)),
 )

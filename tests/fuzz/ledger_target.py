@@ -5,8 +5,6 @@ import sqlite3
 from dataclasses import asdict
 from typing import Any, cast
 
-from hypothesis import strategies as st
-
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import EVENT, START, Event, canonical
 from fedtune.privacy.ledger.verify import verify
@@ -41,18 +39,14 @@ def _signed_anew(data: bytes) -> None:
             file.execute(statement)
         for row in rows:
             file.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
-        file.executemany("INSERT INTO replies VALUES (?, ?, ?)", _replies())
+        with store.reading(seeds.folder() / "seed" / "ledger.db") as valid:
+            file.executemany("INSERT INTO replies VALUES (?, ?, ?)", store.stored_replies(valid))
     except (sqlite3.Error, OverflowError, UnicodeEncodeError):
         return
     finally:
         file.close()
     verify(path)
     from_ledger.build(path)
-
-
-def _replies() -> list[tuple[str, str, bytes]]:
-    with store.reading(seeds.folder() / "seed" / "ledger.db") as file:
-        return store.stored_replies(file)
 
 
 def _chained(events: list[dict[str, Any]]) -> list[tuple[Event, str]]:
@@ -72,8 +66,4 @@ def _row(event: Event, before: str) -> list[object]:
     return list(values.values())
 
 
-def _broken() -> st.SearchStrategy[bytes]:
-    return mutated_json(_events())
-
-
-TARGETS = (Target("ledger signed anew", _broken, _signed_anew, (ConfigError, RunError), cost=3),)
+TARGETS = (Target("ledger signed anew", lambda: mutated_json(_events()), _signed_anew, (ConfigError, RunError)),)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
 from fedtune.model.adapter import Adapter
@@ -22,6 +21,7 @@ from fedtune.sites.virtual_site import generated_policy
 
 from ..builders import round_request
 from ..privacy.builders import make_key, train
+from ..sites.conftest import letters
 
 
 @cache
@@ -37,16 +37,7 @@ key = make_key
 @cache
 def config() -> RunConfig:
     """A run over two sites, as the lead has it."""
-    return compose_run(
-        [
-            *("experiment=own_data", "model=random_bert", f"model.sha256={'ab' * 32}", "name=trial"),
-            *("data.dataset=letters", "data.train_file=unused.csv", "data.labels=[invoice,complaint,praise]"),
-            *("data.declared_sizes=40", "data.max_length=12", "lora.rank=2", "lora.alpha=4.0"),
-            *("privacy.noise_multiplier=4.0", "privacy.sampling_rate=0.5", "training.local_steps=2"),
-            *("federation.num_rounds=3", "federation.num_sites=2", "federation.site_names=[north,south]"),
-            *("runtime=deployment", "runtime.device=cpu", "runtime.num_threads=1"),
-        ]
-    )
+    return letters(runtime={"seeded_noise": False})
 
 
 @cache

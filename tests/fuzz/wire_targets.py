@@ -5,7 +5,7 @@ import hashlib
 import json
 import struct
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,13 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _request(data: bytes) -> object:
-    text = _text(data)
-    return RoundRequest.of(Signed(text=text, signature=seeds.key(1).sign(RoundRequest.purpose, data)))
+def _signed_as(kind: type[RoundRequest | EndOfRun]) -> Callable[[bytes], object]:
+    """Parse bytes as such a word of the lead, which signed them."""
+    return lambda data: kind.of(Signed(text=_text(data), signature=seeds.key(1).sign(kind.purpose, data)))
 
 
 def _unsigned_request(data: bytes) -> object:
     return RoundRequest.of(Signed(text=_text(data), signature=_text(data)[:128]))
-
-
-def _end(data: bytes) -> object:
-    return EndOfRun.of(Signed(text=_text(data), signature=seeds.key(1).sign(EndOfRun.purpose, data)))
 
 
 def _answered(data: bytes) -> None:
@@ -172,10 +168,10 @@ def join_request() -> Path:
 
 
 TARGETS = (
-    Target("request", json_like(seeds.request_json), _request, (ConfigError, Refused)),
+    Target("request", json_like(seeds.request_json), _signed_as(RoundRequest), (ConfigError, Refused)),
     Target("unsigned request", json_like(seeds.request_json), _unsigned_request, (ConfigError, Refused)),
     Target("answer", json_like(seeds.request_json), _answered, ()),
-    Target("end of run", json_like(seeds.end_json), _end, (ConfigError, Refused)),
+    Target("end of run", json_like(seeds.end_json), _signed_as(EndOfRun), (ConfigError, Refused)),
     Target("settings", json_like(seeds.settings), _settings, (Refused,)),
     Target("update", bytes_like(lambda: seeds.update().to_bytes()), Update.from_bytes, (ConfigError,)),
     Target(
