@@ -48,15 +48,12 @@ class Watching(torch.optim.SGD):
         self.seen.append({name: p.grad.double().numpy() for name, p in self._parameters.items() if p.grad is not None})
 
 
-def sums_of(
-    model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: int = 1, randomness: Randomness | None = None
-) -> list[Arrays]:
+def sums_of(model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: int = 1) -> list[Arrays]:
     """The noisy sum of each of some steps, of fresh noise, on a dataset or on nobody's."""
-    source = randomness or SystemRandomness()
     optimizer = Watching(model.trainable())
     # A denominator of one, so that the gradient is the sum.
     records = Records(count=len(dataset), declared_size=1, cut=examples_of(dataset).cut)
-    streams = {purpose: source.stream("a", 1, 1, purpose) for purpose in ("sampling", "noise")}
+    streams = {purpose: SystemRandomness().stream() for purpose in ("sampling", "noise")}
     with attached(model) as gradients:
         for _ in range(steps):
             dp_sgd_step(gradients, records, plan, parameters=model.trainable(), optimizer=optimizer, **streams)

@@ -70,10 +70,6 @@ def test_sites_rounds_and_attempts_are_independent(released: Released) -> None:
     assert unrelated({place: released(*place) for place in PLACES}) == []
 
 
-def test_runs_with_the_same_settings_are_independent(released: Released) -> None:
-    assert unrelated({run: released() for run in range(6)}) == []
-
-
 class Sharing:
     """Every stream is mixed with one that all share, so that any two of them correlate by a tenth."""
 

@@ -4,7 +4,7 @@ Every count below is binomial under Poisson sampling, so each decision is exact.
 system: these tests fail for nothing once in a million sessions each.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -154,31 +154,6 @@ def test_what_is_ten_percent_off_would_be_found() -> None:
     assert Rate(STEPS, outside(), ALARM).power(off) >= POWER
 
 
-def shuffled() -> Sampler:
-    """Epochs in batches of one size, as of a shuffled loader."""
-    generator = np.random.default_rng(3)
-
-    def batches(count: int, rate: float) -> Iterator[npt.NDArray[np.int64]]:
-        while True:
-            order = generator.permutation(count)
-            size = round(count * rate)
-            yield from (order[first : first + size] for first in range(0, count - size + 1, size))
-
-    made: list[Iterator[npt.NDArray[np.int64]]] = []
-
-    def sample(count: int, rate: float, _: RandomStream) -> npt.NDArray[np.int64]:
-        made.append(made[0] if made else batches(count, rate))
-        return np.sort(next(made[0]))
-
-    return sample
-
-
-def fixed_size() -> Sampler:
-    """So many units, drawn anew in each step."""
-    generator = np.random.default_rng(4)
-    return lambda count, rate, _: np.sort(generator.choice(count, size=round(count * rate), replace=False))
-
-
 def a_fifth_of_fixed_size() -> Sampler:
     """The first ten units in a fixed number, the others rightly: the size's deviation is 10.6 % too small."""
     generator = np.random.default_rng(5)
@@ -213,8 +188,6 @@ def copying(apart: int) -> Sampler:
 
 
 WRONG: dict[str, tuple[Sampler, set[str]]] = {
-    "shuffled batches": (shuffled(), {"size_varies", "steps_apart"}),
-    "a fixed size": (fixed_size(), {"size_varies"}),
     "a fifth of a fixed size": (a_fifth_of_fixed_size(), {"size_varies"}),
     "a rate 10 % too low": (scaled(0.9), {"at_the_rate"}),
     "a rate 10 % too high": (scaled(1.1), {"at_the_rate"}),

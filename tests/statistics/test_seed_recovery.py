@@ -10,7 +10,6 @@ keeps 32 bits of a seed: a search of all of them takes 2**19 times as long as th
 """
 
 import itertools
-import math
 import random
 import time
 from collections.abc import Callable
@@ -24,18 +23,17 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.mechanism import GRID_BITS, cell
+from fedtune.privacy.mechanism import GRID_BITS
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness
-from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.work import SiteWork
 from fedtune.tasks.saved import load_task_model
 
-from ..builders import round_request
-from .conftest import after_a_round, model_of, plan, random_texts, sums_of
+from ..privacy.builders import lead_key
+from ..sites.conftest import letters
+from ..sites.test_work import RECORDS, do
+from .conftest import after_a_round, model_of
 from .decisions import FALSE_ALARM, POWER, Unrelated
 
 SIGNS = 64
@@ -46,21 +44,23 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Release:
-    """What the server saw: who sent it, and how the first tensor moved."""
+    """What the server saw: who sent it, and the adapter before and after."""
 
     site: str
-    moved: Values
+    before: Adapter
+    after: Adapter
+
+    @property
+    def moved(self) -> list[Values]:
+        """How each A moved."""
+        names = [name for name in self.before.tensors if "lora_A" in name]
+        assert names[0] == next(iter(self.before.tensors)), "the first noise that is drawn"
+        return [self.after.tensors[name].astype(np.float64) - self.before.tensors[name] for name in names]
 
     @property
     def signs(self) -> bytes:
         """Of the noise: a step goes against the gradient."""
-        return np.packbits(self.moved.ravel()[:SIGNS] < 0).tobytes()
-
-
-def first_move(before: Adapter, after: Adapter) -> Values:
-    name = next(iter(before.tensors))
-    assert "lora_A" in name
-    return after.tensors[name].astype(np.float64) - before.tensors[name]
+        return signs_of(-self.moved[0].ravel())
 
 
 def signs_of(values: npt.NDArray[Any]) -> bytes:
@@ -90,7 +90,7 @@ def guesses_of_a_study(site: str, size: int) -> dict[bytes, str]:
 
 def recover(release: Release) -> str | None:
     """The generator and seed that the noise came from; None if no guess fits."""
-    of_a_study = guesses_of_a_study(release.site, release.moved.size)
+    of_a_study = guesses_of_a_study(release.site, release.moved[0].size)
     return guesses().get(release.signs) or of_a_study.get(release.signs)
 
 
@@ -134,19 +134,25 @@ def first_round() -> Callable[..., Release]:
     start = Adapter.of(model)
 
     def make(source: Randomness, *, optimizer: str = "sgd") -> Release:
-        after = after_a_round(model, start, 12, optimizer, 0.1, source=source, site="a")
-        return Release("a", first_move(start, after))
+        return Release("a", start, after_a_round(model, start, 12, optimizer, 0.1, source=source, site="a"))
 
     return make
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_seed_of_torch_is_found_from_one_release(first_round: Callable[..., Release], optimizer: str) -> None:
-    assert recover(first_round(Seeded(TorchStream, 7_234), optimizer=optimizer)) == "torch 7234"
-
-
-def test_a_seed_of_more_than_32_bits_is_no_better(first_round: Callable[..., Release]) -> None:
-    assert recover(first_round(Seeded(TorchStream, 2**40 + 77))) == "torch 77"
+@pytest.mark.parametrize(
+    ("source", "optimizer", "found"),
+    [
+        *((Seeded(TorchStream, 7_234), optimizer, "torch 7234") for optimizer in ("sgd", "adamw")),
+        (Seeded(TorchStream, 2**40 + 77), "sgd", "torch 77"),  # of more than 32 bits, and no better
+        (Seeded(NumpyStream, 12_345), "sgd", "numpy 12345"),
+        (SeededRandomness(1000), "sgd", "fedtune 1000"),  # why a marked study has no guarantee
+        (SystemRandomness(), "sgd", None),
+    ],
+)
+def test_a_seed_is_found_from_one_release_where_there_is_one(
+    first_round: Callable[..., Release], source: Randomness, optimizer: str, found: str | None
+) -> None:
+    assert recover(first_round(source, optimizer=optimizer)) == found
 
 
 def test_the_time_as_a_seed_is_found(first_round: Callable[..., Release]) -> None:
@@ -154,101 +160,38 @@ def test_the_time_as_a_seed_is_found(first_round: Callable[..., Release]) -> Non
     assert recover(first_round(Seeded(TorchStream, noon))) == f"torch {noon}"
 
 
-def test_a_seed_of_numpy_is_found(first_round: Callable[..., Release]) -> None:
-    assert recover(first_round(Seeded(NumpyStream, 12_345))) == "numpy 12345"
-
-
-def test_the_seed_of_a_marked_study_is_found(first_round: Callable[..., Release]) -> None:
-    """Why such a run has no guarantee, and is marked."""
-    assert recover(first_round(SeededRandomness(1000))) == "fedtune 1000"
-
-
-def test_who_has_the_seed_has_the_other_tensors_too() -> None:
-    """The clipped sum of the head is in the release once the noise is taken off: nothing was protected."""
-    model, everyone = model_of(rank=4), random_texts(12)
-    (exact,) = sums_of(model, everyone, plan(sampling_rate=1.0, noise_multiplier=0.0))
-    (noisy,) = sums_of(model, everyone, plan(sampling_rate=1.0), randomness=Seeded(TorchStream, 321))
-    stream = TorchStream(321)
-    deviation = plan().noise_multiplier * 2.0**GRID_BITS
-    for name, released in noisy.items():
-        noise = stream.rounded_normal(released.size, deviation) * cell(plan().max_grad_norm)
-        np.testing.assert_allclose(released - noise.reshape(released.shape), exact[name], atol=1e-5)
-    assert np.abs(exact["head.weight"]).max() > 0.1
-
-
-def test_in_a_real_round_there_is_nothing_to_find(first_round: Callable[..., Release]) -> None:
-    assert recover(first_round(SystemRandomness())) is None
-
-
-@dataclass(frozen=True)
-class WholeRun:
-    """A run of one site and one step: what the site released, beside the adapter that the lead sent."""
-
-    start: Adapter
-    released: Adapter
-    site: str
-
-    @property
-    def noise(self) -> Values:
-        """How all of A moved."""
-        names = [name for name in self.start.tensors if "lora_A" in name]
-        moved = [self.released.tensors[name].astype(np.float64) - self.start.tensors[name] for name in names]
-        return np.concatenate([values.ravel() for values in moved])
-
-
 @pytest.fixture(scope="module")
-def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[WholeRun, WholeRun]:
-    """The same run by the command line, twice."""
+def runs(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Release, Release]:
+    """What the site of a run of one site and one step released, by the command line, twice."""
 
-    def make() -> WholeRun:
+    def make() -> Release:
         sites = ("federation.num_sites=1", "federation.min_sites=1", "federation.num_rounds=1", "lora.rank=32")
         training = ("training.local_steps=1", "training.optimizer=sgd", "training.learning_rate=0.1")
         folder = simulate(*sites, *training, into=tmp_path_factory.mktemp("runs"))
         config = saved_config(folder)
         released = Adapter.of(load_task_model(folder / "adapter", model=config.model))
-        return WholeRun(SharedModel(config).initial_adapter, released, config.federation.names[0])
+        return Release(config.federation.names[0], SharedModel(config).initial_adapter, released)
 
     return make(), make()
 
 
-def test_in_a_whole_run_there_is_nothing_to_find(runs: tuple[WholeRun, WholeRun]) -> None:
-    for whole in runs:
-        assert recover(Release(whole.site, first_move(whole.start, whole.released))) is None
+def test_in_a_whole_run_there_is_nothing_to_find(runs: tuple[Release, Release]) -> None:
+    assert [recover(release) for release in runs] == [None, None]
 
 
-def test_two_runs_with_one_configuration_share_nothing(runs: tuple[WholeRun, WholeRun]) -> None:
-    one, other = runs
-    assert one.start.digest() == other.start.digest(), "all but the noise is the same"
-    test = Unrelated(one.noise.size, FALSE_ALARM)
+def test_two_runs_with_one_configuration_share_nothing(runs: tuple[Release, Release]) -> None:
+    assert runs[0].before.digest() == runs[1].before.digest(), "all but the noise is the same"
+    one, other = (np.concatenate([values.ravel() for values in release.moved]) for release in runs)
+    test = Unrelated(one.size, FALSE_ALARM)
     assert test.power(0.1) >= POWER, "a tenth that is shared would be found"
-    assert test.accepts(one.noise, other.noise)
-
-
-@pytest.fixture(scope="module")
-def work(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> SiteWork:
-    """A site's work on the records of a simulation, as its round does it."""
-    overrides = ("federation.num_rounds=1", "training.local_steps=1")
-    config = compose_run(tiny(*overrides, into=tmp_path_factory.mktemp("runs")))
-    shared = SharedModel(config)
-    records = deal_out(config).sites
-    name = config.federation.names[0]
-    size = config.declared_sizes()[name]
-    return SiteWork(name, shared, records[0], declared_size=size, max_adapter_value=math.inf)
+    assert test.accepts(one, other)
 
 
 @pytest.fixture
-def worked(work: SiteWork) -> Callable[[], Release]:
-    """One round of that work, with nothing about its noise chosen here."""
-
-    def make() -> Release:
-        config = work.shared.config
-        proposal = config.proposal(lead="ab" * 32, plan=config.plan())
-        start = work.shared.initial_adapter
-        request = round_request(proposal, site=work.site, adapter_digest=start.digest())
-        trained = work.do(request, start, 1, fingerprint_key=b"k", noise_factor=1.0)
-        return Release(work.site, first_move(start, trained.adapter))
-
-    return make
+def worked() -> Callable[[], Release]:
+    """One round of a site's work, with nothing about its noise chosen here."""
+    shared = SharedModel(letters(training={"local_steps": 1}, runtime={"seeded_noise": False}))
+    return lambda: Release("north", shared.initial_adapter, do(shared, lead_key, RECORDS).adapter)
 
 
 def test_no_seeded_generator_is_consulted(worked: Callable[[], Release]) -> None:
