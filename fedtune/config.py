@@ -427,7 +427,7 @@ def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) 
         return settings  # parse names what is wrong
     if "training.local_steps" in keep:
         return settings
-    threshold = federation.threshold or len(federation.active)
+    threshold = federation.threshold or federation.enough_sites or len(federation.active)
     faster = min(math.sqrt(threshold - federation.colluders), _FASTER) if training.optimizer == "sgd" else 1.0
     rates = {key: getattr(training, key) for key in ("learning_rate", "head_learning_rate")}
     chosen: dict[str, dict[str, Any]] = {

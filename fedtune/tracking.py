@@ -33,7 +33,7 @@ Figures = Mapping[str, float]
 Ending = Literal["finished", "failed"]
 
 _PROJECT = "fedtune"
-_PLACES = ("model.path", "data.train_file", "data.validation_file", "data.test_file")
+_PLACES = ("model.path", "data.train_file", "data.validation_file", "data.test_file", "public.train_file")
 """Settings of which only the last part is shown: the rest says how this machine is laid out."""
 
 

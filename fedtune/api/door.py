@@ -149,7 +149,7 @@ def audit(
     from fedtune.audit.spec import AuditSpec
     from fedtune.report.derive.verdicts import read_audit
 
-    spec = AuditSpec(**attack)
+    spec = AuditSpec.of(attack)
     config = auditable(compose_recipe(recipe, settings), spec)
     folder = folder_of(config)
     run_in_folder(config, folder, _Teller(config, progress), work=partial(run_audit, spec=spec))

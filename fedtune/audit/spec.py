@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
+from fedtune.config import bound_in
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
@@ -34,6 +39,22 @@ class AuditSpec:
     sites: tuple[str, ...] = ()
     never_used: float = 0.3
     tries: int = 200
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> AuditSpec:
+        """The settings of these names; who gives others, or values of another type, is told so by a ConfigError."""
+        known = [field.name for field in fields(cls)]
+        if other := [key for key in given if key not in known]:
+            bound = f"is not a setting of an audit ({', '.join(known)})"
+            raise ConfigError(f"audit.{other[0]}", given[other[0]], bound)
+        try:
+            return TypeAdapter(cls).validate_python(dict(given))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raised = first.get("ctx", {}).get("error")
+            if isinstance(raised, ConfigError):
+                raise raised.under("audit") from None
+            raise ConfigError(f"audit.{first['loc'][0]}", first["input"], bound_in(first)) from None
 
     def __post_init__(self) -> None:
         check_at_least("tries", self.tries, 1)

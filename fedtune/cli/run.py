@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from fedtune.api.start_and_resume import folder_of, is_finished
 from fedtune.cli.command import Argument, Metrics, Option, Renew, answer
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
-from fedtune.federation.kept_round import is_over
+from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
@@ -71,7 +72,9 @@ def run(
         if or_resume:
             if not any(word.startswith("name=") for word in words):
                 raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")
-            asked = compose_run([word for word in words if not word.startswith("sites=")])
+            # Its folder alone: what depends on the number of sites is theirs.
+            of_sites = ("sites=", "federation.", "data.declared_sizes=")
+            asked = compose_run([*(one for one in words if not one.startswith(of_sites)), "data.declared_sizes=2"])
             folder = Path(asked.tracking.output_dir) / asked.name
             if RunFolder(folder).has_begun():
                 if is_finished(folder):
@@ -200,7 +203,10 @@ def _stop(folder: Path, *, kit: Kit | None) -> None:
 def _end(run: str, federation: FederationSpec, *, kit: Kit) -> None:
     from fedtune.ops.deployment import LeadService
 
-    heard = LeadService(kit=kit, federation=federation).end(run, timeout_s=30.0)
+    current = everyone(kit)
+    there = tuple(site for site in federation.active if site in current.active)  # others were revoked since
+    asked = replace(current, num_sites=len(there), site_names=there)
+    heard = LeadService(kit=kit, federation=asked).end(run, timeout_s=30.0) if there else []
     say(f"Told that it is over: {', '.join(heard) or 'no site'}.")
     if silent := [site for site in federation.active if site not in heard]:
         say(f"Not reached: {', '.join(silent)}; their budget is free when the run expires.")
@@ -211,13 +217,15 @@ def show_status(folder: Path, *, as_json: bool) -> None:
     config = saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     plan, answers, sites = config.plan(), latest_answers(folder), dict[str, dict[str, Any]]()
+    kept = kept_of(state.rounds, config.federation, judged_by=config.judged_by)
+    ended = kept is not None and kept.ended_early
     for site in config.federation.active:
         charge = site_charge(state, site, plan)
         answer = answers.get(site, {})
         sites[site] = {
             "last_answer": answer.get("what", "none yet"),
             "at": answer.get("time"),
-            "epsilon": charge.epsilon,  # None: nothing bounds the loss
+            "epsilon": charge.claim(ended_by_scores=ended),  # None: nothing bounds the loss
             "rounds_charged": charge.rounds,
             "upper_bound": charge.upper_bound,
         }

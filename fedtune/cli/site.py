@@ -237,10 +237,10 @@ def leave(kit: KitFolder, site: PolicyFile) -> None:
     own, state = _own_kit(kit), _site_state(kit)
     files = own.site_files(site)
     ledger = files.open()
+    state.left.touch()  # first, so that no run begins meanwhile
     open_runs = [name for name, run in ledger.history.runs.items() if run.is_open(ledger.history.now())]
     for name in open_runs:
         ledger.end(name)
-    state.left.touch()
     sys.stdout.write(
         f"{own.site} has left {own.federation}; {counted(len(open_runs), 'open run')} ended, and what they had set "
         "aside is free.\nA running `fedtune site start` stops by itself. Ask the lead to shut the site out:\n"

@@ -19,7 +19,7 @@ from safetensors.numpy import save as save_tensors
 
 from fedtune.codec import decode, decode_value, parse_json
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE
-from fedtune.federation.run_folder import ASKED, checkpoint_name, saved_checkpoints
+from fedtune.federation.run_folder import ASKED, checkpoint_name, locked, saved_checkpoints
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.release import Receipt
@@ -165,8 +165,10 @@ class ReceiptBook:
 
     def keep(self, receipts: Mapping[str, Receipt]) -> None:
         """Remember those that are newer than what is there."""
-        newest = {site: receipt.to_json() for site, receipt in newest_of(self.read(), receipts).items()}
-        write_durably(self.path, json.dumps(newest, indent=1).encode() + b"\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(self.path.parent):  # two runs of a lead may end at once
+            newest = {site: receipt.to_json() for site, receipt in newest_of(self.read(), receipts).items()}
+            write_durably(self.path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
 _KEPT = 2

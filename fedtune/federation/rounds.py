@@ -57,7 +57,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
             state = _run_round(transport, lead, state, aggregation)
             lead.checkpoints.save(state)
             lead.finished(state)
-    except RefusedError:
+    except (RefusedError, StuckError):
         # No round can succeed any more: let the sites that accepted release the budget they set aside.
         _tell_the_end(transport, lead, adapter=None)
         raise

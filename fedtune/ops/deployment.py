@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,7 +27,7 @@ from fedtune.flower.grid_transport import GridTransport
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.kits.members import Member
 from fedtune.ops.metrics import LeadMetrics
-from fedtune.ops.services.lead_and_server import RECEIPTS, members, running
+from fedtune.ops.services.lead_and_server import RECEIPTS, latest_answers, members, running
 from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -36,8 +37,8 @@ from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.shared_settings import for_sites
-from fedtune.spec import ConfigError
+from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
+from fedtune.spec import ConfigError, RunError
 
 OFFER = "would_take_part"  # what a listener hears of a site that would take part
 _ASK_AGAIN_S = 5.0  # how soon to ask a site again that waits for a person there
@@ -163,11 +164,15 @@ class LeadService:
     def _invited(self, config: RunConfig) -> ProposedRun:
         """Every site, about the run as it is sent to them."""
         sent = for_sites(config)
+        settings = json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
+        if len(settings) > MOST_CHARACTERS:
+            bound = f"must have at most {MOST_CHARACTERS:,} characters, which sites read: take fewer or shorter texts"
+            raise ConfigError("settings", f"{len(settings):,} characters", bound)
         return ProposedRun(
             proposal=sent.proposal(lead=self.key.public, plan=sent.plan()),
             key=self.key,
             federation=config.federation,
-            settings=json.dumps(sent.to_json()),
+            settings=settings,
             site_keys={member.site: member.site_key for member in self.sites},
         )
 
@@ -178,6 +183,8 @@ class _Noted:
     def __init__(self, listener: DeployedListener, folder: Path, metrics: LeadMetrics) -> None:
         self._listener, self._path, self._metrics = listener, RunFolder(folder).answers, metrics
         self._answers: dict[str, dict[str, str]] = {}
+        with suppress(RunError):  # what is damaged is written anew
+            self._answers = latest_answers(folder)
         self.site_replied, self.note, self.preparing = listener.site_replied, listener.note, listener.preparing
 
     def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:

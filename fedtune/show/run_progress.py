@@ -172,10 +172,11 @@ class Display:
         yield f"round {last.round:>{len(str(rounds))}}/{rounds}", ""
         yield f"{len(last.sites)}/{len(federation.active)} sites", ""
         yield f"validation: {_scores(last.metrics)}" if last.metrics else "no validation records", ""
-        charges = (site_charge(state, site, self._plan) for site in federation.active)
-        yield f"epsilon {epsilon_text(max(unbounded(charge.epsilon) for charge in charges))}", ""
-        yield f"{last.seconds:.1f} s", ""
         kept = kept_of(state.rounds, federation, judged_by=self._config.judged_by)
+        ended = kept is not None and kept.ended_early
+        charges = (site_charge(state, site, self._plan).claim(ended_by_scores=ended) for site in federation.active)
+        yield f"epsilon {epsilon_text(max(map(unbounded, charges)))}", ""
+        yield f"{last.seconds:.1f} s", ""
         if kept is not None and kept.round < last.round:
             yield f"kept so far: round {kept.round}", ""
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.

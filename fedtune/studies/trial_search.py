@@ -145,7 +145,8 @@ class Search:
             if within is not None and not trial.earlier:
                 self._sites(trial.config).allow(within=within)
             trial = trial.run(work)
-            if not isinstance(trial.error, RefusedError):  # a refused trial is charged to nobody
+            of_sites = trial.result.privacy.sites.values() if trial.result else ()
+            if any(one.rounds for one in of_sites) or not isinstance(trial.error, RefusedError):  # else no charge
                 spent.append(trial.config.plan())
             charged = [plan.whole for plan in spent]
             together = accountant.epsilon_pld(charged, self.plans[0].delta) if charged else 0.0

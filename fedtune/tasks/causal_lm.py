@@ -193,7 +193,9 @@ class CausalLM(Task):
         }
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        return float(np.exp(-float(model.losses(batch)[0])))
+        """The probability of a token of the answer, in geometric mean; 0 where nothing of it fits."""
+        learnt = bool((_next_tokens(batch)[: batch.texts] != UNSUPERVISED).any())
+        return float(np.exp(-float(model.losses(batch)[0]))) if learnt else 0.0
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:
         return tuple(

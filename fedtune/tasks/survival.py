@@ -88,8 +88,9 @@ class Survival(PooledTask):
         return 0.5
 
     def unit_score(self, model: Model, batch: Batch) -> float:
-        """The probability that the model gave to what is known, by interval in geometric mean."""
-        return float((-model.losses(batch)[0]).exp())
+        """The probability that the model gave to what is known, by interval in geometric mean; 0: nothing is."""
+        known = int((batch.targets[0] != UNSUPERVISED).sum())
+        return float((-model.losses(batch)[0] * len(batch.targets[0]) / known).exp()) if known else 0.0
 
     def answer(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> tuple[str, object]:
         """The probability that the event has not come by the end of each interval."""
@@ -119,10 +120,10 @@ def concordance(risk: Floats, followed: npt.NDArray[np.int64], event: npt.NDArra
     A tie of risks counts half; 0.5 where there is no such pair.
     """
     right = pairs = 0.0
-    for one in np.flatnonzero(event):
-        later = followed > followed[one]  # through the interval in which it came
-        pairs += int(later.sum())
-        right += float((risk[later] < risk[one]).sum() + (risk[later] == risk[one]).sum() / 2)
+    for passed in np.unique(followed[event]):  # before the interval of the event, which `later` ones passed too
+        later, own = np.sort(risk[followed > passed]), risk[event & (followed == passed)]
+        pairs += len(later) * len(own)
+        right += float((np.searchsorted(later, own) + np.searchsorted(later, own, side="right")).sum()) / 2
     return right / pairs if pairs else 0.5
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -101,6 +102,7 @@ def _moved(training: TrainingSpec, rates: Sequence[float], gradient: float, *, a
     return moved * (1 + _ROUNDING) + 1e-6 * (1 + at)
 
 
+@lru_cache(maxsize=4096)
 def _adam_ratio(betas: tuple[float, float], step: int) -> float:
     """Upper bound on Adam's bias-corrected mean over root mean square, for one value after this many steps.
 
@@ -109,7 +111,7 @@ def _adam_ratio(betas: tuple[float, float], step: int) -> float:
     first, second = betas
     if step > 1 and first > 0 and second == 0:
         return math.inf
-    ratio = sum(
-        ((1 - first) * first**age) ** 2 / ((1 - second) * second**age) for age in range(step) if first or not age
-    )
+    term, ratio = (1 - first) ** 2 / (1 - second), 0.0
+    for _ in range(step):  # a running product: second**age alone may be too small for a float
+        ratio, term = ratio + term, term * first**2 / second if first and second else 0.0
     return math.sqrt(ratio * (1 - second**step)) / (1 - first**step)

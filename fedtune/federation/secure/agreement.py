@@ -92,7 +92,8 @@ class Terms:
     bits: int
 
     def __post_init__(self) -> None:
-        check_name("run", self.run)
+        if not (1 <= len(self.run) <= 300 and self.run.isprintable()):  # as a proposal's, of which it is
+            raise ConfigError("run", self.run, "must be a printable text of 1 to 300 characters")
         if not _SHA256.fullmatch(self.proposal):
             raise ConfigError("proposal", self.proposal, "must be a SHA-256 in hex")
         for site, key in self.members.items():

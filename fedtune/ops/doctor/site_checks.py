@@ -362,7 +362,7 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
         return failed(name, found, fix=fix, exit_code=REFUSED)
     who = ", once a person here approves it" if policy.approval == "manual" else ""
-    found = f"would be accepted{who}; {_price(plan, history, policy)}"
+    found = f"would be accepted{who}; {_price(policy.own_plan(plan), history, policy)}"
     if policy.site not in sizes:
         fix = f"Ask the lead for the run's real settings: it has to name {policy.site} in federation.site_names."
         return warning(name, f"{found}; but it names no site {policy.site}", fix=fix)
