@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import fedtune.tracking as tracking
+from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.runs.results import charged_epsilons
 
@@ -74,6 +75,11 @@ def mlflow_run(folder: Path) -> tuple[Any, Any]:
     client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent / 'mlflow' / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("fedtune").experiment_id])
     return client, run
+
+
+def test_a_tracker_is_told_no_folder_of_this_machine() -> None:
+    settings = tracking.settings_of(compose_run(["experiment=debug", "name=x", "public.train_file=/secret/public.csv"]))
+    assert settings["public.train_file"] == "public.csv"
 
 
 def test_mlflow(tracked: Callable[[str], Path]) -> None:

@@ -205,7 +205,7 @@ def _end(run: str, federation: FederationSpec, *, kit: Kit) -> None:
 
     current = everyone(kit)
     there = tuple(site for site in federation.active if site in current.active)  # others were revoked since
-    asked = replace(current, num_sites=len(there), site_names=there)
+    asked = federation if there == federation.active else replace(current, num_sites=len(there), site_names=there)
     heard = LeadService(kit=kit, federation=asked).end(run, timeout_s=30.0) if there else []
     say(f"Told that it is over: {', '.join(heard) or 'no site'}.")
     if silent := [site for site in federation.active if site not in heard]:

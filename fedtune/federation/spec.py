@@ -46,8 +46,8 @@ class FederationSpec:
         update_dtype: the number format of a plain update on its way to the lead: "bfloat16", which rounds the
             difference to the adapter that was sent, or "float32", which takes twice the bytes.  Without effect on
             secure sums, which travel in integers.
-        threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server, or all
-            sites where training.local_steps is not given either.
+        threshold: the fewest sites that a secure sum may be of; null: as many as withstand a malicious server, or
+            `enough_sites`, or else all sites, where training.local_steps is not given either.
         colluders: sites whose noise the server may know, so that a secure sum needs the noise of the others alone.
         strategy: Flower's rule for turning updates into the next adapter ("fedavg", "fedadam", "fedavgm" or
             "fedmedian"); the weights are declared sizes.

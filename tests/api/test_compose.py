@@ -156,6 +156,8 @@ def test_secure_sums_choose_their_rounds_steps_and_rates() -> None:
     slower = chosen_for_sums(SECURE, "federation.num_sites=2", "federation.site_names=[]")
     assert slower == (50, 1, 2, "linear", 4.24, 33.9), "noise is less by the root of the number of sites"
     assert chosen_for_sums(SECURE, "federation.colluders=1")[-1] == 40.0
+    five = ("experiment=debug", "federation.num_sites=5", "federation.enough_sites=4")
+    assert chosen_for_sums(SECURE, *five)[2] == 4, "a sum of as many as are enough"
     adam = chosen_for_sums(SECURE, "experiment=debug", "federation.num_sites=4")
     assert adam == (4, 1, 4, "linear", 0.01, None), "Adam moves as far whatever the noise"
     labels = [*OWN, "experiment=own_data"]

@@ -113,6 +113,10 @@ def test_a_run_is_audited(tmp_path: Path) -> None:
     assert not audit.exceeded
     with pytest.raises(ValueError, match="canaries"):
         door.audit("debug", tiny(tmp_path, name="other"), attack={"canaries": 1})
+    with pytest.raises(ValueError, match=r"audit\.canary = 5: is not a setting of an audit"):
+        door.audit("debug", tiny(tmp_path, name="other"), attack={"canary": 5})
+    with pytest.raises(ValueError, match=r"audit\.canaries = 'many': must be a whole number"):
+        door.audit("debug", tiny(tmp_path, name="other"), attack={"canaries": "many"})
     with pytest.raises(ValueError, match=r"audit\.kind = 'sensitivity': makes no run"):
         door.audit("debug", tiny(tmp_path, name="other"), attack={"kind": "sensitivity"})
 

@@ -17,7 +17,7 @@ import pytest
 
 from fedtune.api.compose import compose_run, write_config
 from fedtune.cli.run import _start, compose_for_sites
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.ops.deployment import LeadService
@@ -239,6 +239,36 @@ def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_going_on_by_the_same_words_asks_nothing_of_the_number_of_sites(
+    command: Any, kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    monkeypatch.setattr("fedtune.cli.run._start", lambda words, **_: begun.append(words))
+    typed = words(f"tracking.output_dir='{tmp_path}'", "data.declared_sizes=[9,8,7]", "federation.min_sites=3")
+    assert command("run", "--kit", str(kit.folder), "--or-resume", *typed).code == 0
+    assert begun == [tuple(typed)]
+
+
+def test_stopping_for_good_asks_only_sites_that_are_still_there(
+    command: Any, kit: Kit, folder: Path, at_its_end: list[Any]
+) -> None:
+    config = saved_config(folder)
+    names = ("gone", *config.federation.active[1:])
+    write_config(replace(config, federation=replace(config.federation, site_names=names)), folder)
+    out = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder)).printed
+    assert at_its_end[0][1] == names[1:]
+    assert "Not reached: gone; their budget is free when the run expires." in out
+
+
+def test_settings_that_no_site_would_read_are_not_sent(kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = saved_config(folder)
+    lead = LeadService(kit=kit, federation=config.federation)
+    assert parse(json.loads(lead._invited(config).settings)) == for_sites(config)
+    monkeypatch.setattr("fedtune.ops.deployment.MOST_CHARACTERS", 1000)
+    with pytest.raises(ConfigError, match=r"settings = '[\d,]+ characters': must have at most 1,000"):
+        lead._invited(config)
 
 
 def test_stopping_ends_the_process_that_there_is_and_says_how_to_go_on(command: Any, folder: Path, runner: Any) -> None:

@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -177,6 +178,19 @@ def test_receipts_come_back_as_they_were_with_signatures_that_hold(book: Receipt
     book.keep(kept)
     assert ReceiptBook(book.path).read() == kept
     assert all(one.is_signed() for one in book.read().values())
+
+
+def test_two_runs_at_once_lose_no_receipt_of_each_other(book: ReceiptBook) -> None:
+    def keep(sites: str) -> None:
+        for site in sites:
+            ReceiptBook(book.path).keep({site: receipt_of(site)})
+
+    threads = [threading.Thread(target=keep, args=(sites,)) for sites in ("abcdefgh", "ijklmnop")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(book.read()) == set("abcdefghijklmnop")
 
 
 def test_of_each_site_the_newest_is_kept_over_all_runs(book: ReceiptBook) -> None:

@@ -140,6 +140,7 @@ def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(fed
     with pytest.raises(StuckError, match=message + r".* start a new run with training\.learning_rate=\S+$"):
         made.run(evaluate=lambda adapter: next(scores))
     saved = made.lead.checkpoints.load()
+    assert made.events("site-1")[-1].detail["what"] == "run_ended", "its budget is free again"
     assert (saved.round, saved.rounds[-1].diverged) == (2, True)
     first: LeadState = federation(num_rounds=3, folder="b").run_until(1)
     assert saved.adapter.digest() == first.adapter.digest()

@@ -135,6 +135,8 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
     answers = latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
+    _Noted(shown, tmp_path, Mock()).site_answered("south", "stop", num_bytes=1, charged_rounds=1, noise_factor=1.0)
+    assert [answer["what"] for answer in latest_answers(tmp_path).values()] == ["update", "stop"], "also when resumed"
 
 
 # What serves.

@@ -60,6 +60,18 @@ def test_concordance_by_hand() -> None:
     assert concordance(np.ones(2), np.array([3, 3]), np.array([False, False])) == 0.5
 
 
+def test_concordance_counts_every_pair() -> None:
+    draws = np.random.default_rng(3)
+    for _ in range(20):
+        risk, followed = draws.integers(0, 4, 12).astype(float), draws.integers(0, 4, 12)
+        event = draws.random(12) < 0.5
+        pairs = [
+            (one, other) for one in np.flatnonzero(event) for other in range(12) if followed[other] > followed[one]
+        ]
+        right = [(risk[other] < risk[one]) + (risk[other] == risk[one]) / 2 for one, other in pairs]
+        assert concordance(risk, followed, event) == pytest.approx(np.mean(right) if right else 0.5)
+
+
 def test_the_brier_score_by_hand() -> None:
     survival = np.array([[0.8, 0.4], [0.9, 0.5], [0.6, 0.2], [0.7, 0.6]])
     followed, event = np.array([0, 1, 1, 2]), np.array([True, False, True, False])

@@ -54,6 +54,11 @@ def trained(spec: TrainingSpec, sent: Adapter, gradients: Any, *, round: int) ->
     return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
 
 
+def test_a_mean_of_squares_that_forgets_at_once_has_no_bound(sent: Adapter) -> None:
+    spec, plan = TrainingSpec(betas=(0.9, 0.1), local_steps=400), replace(PLAN, local_steps=400)
+    assert reach(spec, plan, round=1, declared_size=SIZE, sent=sent).norm == math.inf
+
+
 @pytest.mark.parametrize("settings", SPECS, ids=str)
 @pytest.mark.parametrize("round", [1, 3])
 def test_what_honest_training_does_is_within_reach(settings: dict[str, Any], sent: Adapter, round: int) -> None:
