@@ -148,8 +148,7 @@ class Search:
             of_sites = trial.result.privacy.sites.values() if trial.result else ()
             if any(one.rounds for one in of_sites) or not isinstance(trial.error, RefusedError):  # else no charge
                 spent.append(trial.config.plan())
-            charged = [plan.whole for plan in spent]
-            together = accountant.epsilon_pld(charged, self.plans[0].delta) if charged else 0.0
+            together = accountant.epsilon_pld([plan.whole for plan in spent], self.plans[0].delta)
             trials.rows[trial.folder] = trial = replace(trial, together=together)
             trials.write()
             if trial.error is not None and (trial.can_go_on or not isinstance(trial.error, FedtuneError)):
