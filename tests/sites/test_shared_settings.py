@@ -3,140 +3,39 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fedtune.config import RunConfig, parse
-from fedtune.data.features import FeatureSpec
-from fedtune.data.partition import PartitionSpec
-from fedtune.data.spec import PairsSpec, PreferenceSpec
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
-from fedtune.privacy.about import AboutSpec
-from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.release import Reason
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
 from fedtune.spec import ConfigError
 
 from ..privacy.builders import reason_of
-from .conftest import TABLE, letters
+from .conftest import letters
 
 HASH = "ab" * 32
-
-
-def of(group: str, **values: Any) -> dict[str, Any]:
-    return {f"{group}.{name}": value for name, value in values.items()}
-
-
-def asks(task: str, *roles: str, **data: Any) -> dict[str, Any]:
-    """A task with its columns, and what else it needs of data."""
-    return {"task": task, "data": {"columns": {role: f"column {role}" for role in roles}, **data}}
-
-
-# Whatever may be different in a run, and whether that makes it another run to its sites.
-DECISIVE: dict[str, Any] = {
-    "task": "causal_lm",
-    "seed": 1,
-    **of("model", path="random:llama", sha256=HASH, gguf_file="small.gguf", dtype="mixed", licence="MIT"),
-    "model.adapter_sha256": HASH,
-    **of("data", dataset="notes", declared_sizes=(40, 41), max_length=13, labels=("invoice", "praise")),
-    **of("data", prompt_template="Say: {prompt}", chat_template="plain", heldout_fraction=0.1, label_separator="|"),
-    **of("data", windows=3, stride=4, target_range=(0.0, 9.0), intervals=(1.0, 3.0), input="features"),
-    **of("data", features=(FeatureSpec(columns=("age",), range=(0.0, 90.0)),), pairs=PairsSpec(margin=0.4)),
-    "data.preferences": PreferenceSpec(beta=0.3),
-    **of("lora", kind="ia3", rank=3, alpha=5.0, target_modules=("query",), layers=(0,), rslora=True, train_a=False),
-    "lora.alternate": True,
-    **of("head", scale=5.0, centre=True, init="label_names", train=False, label_texts=("one", "two", "three")),
-    "head.hidden": (3,),
-    **of("privacy", mechanism="none", unit="user", records_per_user=5, epsilon=7.0, delta=1e-6, noise_multiplier=5.0),
-    **of("privacy", cohorts=Cohorts(period="year", last="2026"), runs=2),
-    **of("privacy", max_grad_norm=0.5, sampling_rate=0.4, metrics="noised", metrics_noise_multiplier=30.0),
-    **of("training", local_steps=3, optimizer="sgd", learning_rate=0.5, head_learning_rate=0.5),
-    **of("training", unclipped_learning_rate=0.5, unclipped_head_learning_rate=0.5, weight_decay=0.1, momentum=0.1),
-    **of("training", betas=(0.8, 0.9), schedule="linear", warmup_steps=1),
-    **of("federation", num_rounds=4, site_names=("north", "west"), participants=("north",), min_sites=2),
-    **of("federation", spare_rounds=1, if_over_budget="fewer_rounds", aggregation="secure", update_dtype="bfloat16"),
-    **of("federation", threshold=3, colluders=1, strategy="fedadam", server_learning_rate=0.5, server_momentum=0.5),
-    **of("federation", server_beta_2=0.5, server_tau=0.5),
-    **of("evaluation", generate=True, max_new_tokens=5, generation_rows=5),
-    "runtime.seeded_noise": False,
-}
-NEUTRAL: dict[str, Any] = {
-    "resume": "/home/ada/canary/run",
-    **of("model", cache_dir="/home/ada/canary/cache", revision="canary", public_id="canary/model"),
-    "model.adapter": "/home/ada/canary/runs/first",
-    **of("data", train_file="/home/ada/canary/train.csv", validation_file="/home/ada/canary/validation.csv"),
-    **of("data", test_file="canary/test.csv", columns={"text": "canary a", "label": "canary b", "site": "canary c"}),
-    **of("data", partition=PartitionSpec(proportions=(1.0, 2.0)), train_fraction=0.5, validation_rows=5, test_rows=5),
-    **of("data", validation_fraction=0.2, test_fraction=0.2, unusable="leave_out"),
-    **of("federation", stop_after=2, keep_round="best", round_timeout_s=9.0, enough_sites=2, grace_s=5.0),
-    "federation.renewal": 3,
-    "evaluation.max_tokens": 64,
-    "training.go_on_without_signal": True,
-    **of("runtime", kind="simulation", device="auto", num_devices=2, num_threads=3, micro_batch_tokens=64, step_mib=5),
-    **of("runtime", kept_states_mib=0, onednn=False, kept_states_folder="/home/ada/canary/fast"),
-    **of("runtime", gradient_checkpointing=True, sites_dir="/home/ada/canary/sites", ray_address="canary:6379"),
-    "runtime.sites_per_gpu": 4,
-    **of("tracking", progress=False, output_dir="/home/ada/canary/runs"),
-    **of("report", language="de", about=AboutSpec(curator="canary")),
-    **of("tracking", log_level="debug", tracker="mlflow", send_to="https://canary.example"),
-    **of("cost", energy=True, country="DEU"),
-    **of("public", train_file="/home/ada/canary/public.csv", columns={"text": "canary a", "label": "canary b"}),
-    **of("public", num_rounds=3, local_steps=7, learning_rate=0.25, head_learning_rate=0.25),
-}
+SETTINGS = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())
+DECISIVE, NEUTRAL, WITH = SETTINGS["decisive"], SETTINGS["neutral"], SETTINGS["with"]
 FIXED = {"name": "is part of the identifier itself"}
-LANGUAGE: dict[str, Any] = {"labels": (), "columns": {"prompt": "a", "completion": "b"}}
-SUMS: dict[str, Any] = {
-    "federation": {"aggregation": "secure", "num_sites": 3, "site_names": ("north", "south", "west")},
-    "data": {"declared_sizes": (40, 40, 40)},
-    "training": {"local_steps": 1},
-}
-OF_USERS = {"text": "text", "label": "label", "user": "who"}
-PUBLIC = ("columns", "num_rounds", "local_steps", "learning_rate", "head_learning_rate")
-WITH: dict[str, Any] = {
-    "data.input": TABLE,
-    "data.features": TABLE,
-    "head.hidden": TABLE,
-    "task": {"data": LANGUAGE},
-    "privacy.unit": {"data": {"columns": OF_USERS}},
-    "privacy.records_per_user": {"privacy": {"unit": "user"}, "data": {"columns": OF_USERS}},
-    "privacy.cohorts": {"privacy": {"unit": "user"}, "data": {"columns": {**OF_USERS, "arrival": "since"}}},
-    "privacy.metrics": {"data": {"heldout_fraction": 0.1}},
-    "data.prompt_template": {"task": "causal_lm", "data": LANGUAGE},
-    "data.chat_template": {"task": "causal_lm", "data": LANGUAGE},
-    "data.validation_fraction": {"runtime": {"kind": "simulation"}, "data": {"validation_file": None}},
-    "data.test_fraction": {"runtime": {"kind": "simulation"}, "data": {"test_file": None}},
-    "runtime.ray_address": {"runtime": {"kind": "ray", "num_threads": 2}},
-    "runtime.sites_per_gpu": {"runtime": {"kind": "ray", "device": "auto"}},
-    "federation.aggregation": {"training": {"local_steps": 1}},
-    "federation.threshold": SUMS,
-    "federation.colluders": SUMS,
-    "federation.stop_after": {"data": {"validation_file": "validation.csv"}},
-    "federation.keep_round": {"data": {"validation_file": "validation.csv"}},
-    "tracking.send_to": {"tracking": {"tracker": "wandb"}},
-    "cost.country": {"cost": {"energy": True}},
-    **{f"public.{key}": {"public": {"train_file": "/home/ada/canary/public.csv"}} for key in PUBLIC},
-    "data.label_separator": asks("multi_label", "text", "labels"),
-    "data.target_range": {
-        **asks("regression", "text", "target", labels=(), target_range=(0.0, 5.0)),
-        "head": {"scale": 1.0},
-    },
-    "data.intervals": asks("survival", "text", "time", "event", labels=(), intervals=(1.0, 2.0)),
-    **dict.fromkeys(("data.windows", "data.stride"), asks("token_classification", "tokens", "tags")),
-    "data.pairs": asks("embedding", "anchor", "positive", "negative", labels=()),
-    "data.preferences": asks("preference", "prompt", "chosen", "rejected", labels=()),
-}
-"""What a change needs beside it."""
+
+
+def changed(changes: Mapping[str, Any]) -> RunConfig:
+    fields = letters().to_json()
+    for key, value in changes.items():
+        group, _, name = key.rpartition(".")
+        (fields[group] if group else fields)[name] = value
+    return parse(fields)
 
 
 def with_change(key: str, value: object) -> RunConfig:
-    group, _, name = key.rpartition(".")
-    changes: dict[str, Any] = {name: value} if not group else {group: {name: value}}
-    for other, more in WITH.get(key, {}).items():
-        changes[other] = {**more, **changes.get(other, {})} if isinstance(more, dict) else more
-    return letters(**changes)
+    return changed({**WITH.get(key, {}), key: value})
 
 
 def text_of(sent: RunConfig) -> str:
@@ -158,7 +57,7 @@ def test_every_setting_is_in_one_of_the_tables() -> None:
 
 @pytest.mark.parametrize("key", DECISIVE)
 def test_whatever_decides_a_result_makes_another_run(key: str) -> None:
-    without = letters() if key in ("task", "data.input") else letters(**WITH.get(key, {}))
+    without = letters() if key in ("task", "data.input") else changed(WITH.get(key, {}))
     assert for_sites(with_change(key, DECISIVE[key])).run_id() != for_sites(without).run_id()
 
 
@@ -217,8 +116,8 @@ def test_what_is_sent_is_read_as_it_was_sent(key: str) -> None:
 
 
 def test_votes_in_a_secure_sum_are_read_with_the_bound_of_their_plan() -> None:
-    voting = {"task": "votes", "head": {"init": "label_names", "scale": 1.0}, "privacy": {"sampling_rate": 1.0}}
-    sent = for_sites(letters(**SUMS, **voting))
+    voting = {"task": "votes", "head.init": "label_names", "head.scale": 1.0, "privacy.sampling_rate": 1.0}
+    sent = for_sites(changed(WITH["federation.threshold"] | voting))
     larger = replace(sent, data=replace(sent.data, declared_sizes=(600, 600, 600)))
     assert larger.plan().sums.bound == 1200
     assert read_settings(text_of(larger), plan=larger.plan()) == larger
