@@ -9,7 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import fedtune
+
+from ..conftest import REPOSITORY
 
 FOLDER = Path(__file__).parent / "snapshots"
 _VARYING = (
@@ -45,6 +49,26 @@ def check_json(name: str, text: str, *, folder: Path) -> None:
     """The same of a command's JSON; `folder` is where its files lie."""
     masked = _masked(json.loads(text), str(folder))
     check_text(f"{name}.json", json.dumps(masked, indent=1) + "\n")
+
+
+def mistakes(name: str) -> pytest.MarkDecorator:
+    """A test's cases: what is typed wrong, as the lines of a file that begin with `$`; behind each is the message."""
+    typed = re.findall(r"^\$ (.*)$", (FOLDER / f"{name}.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    return pytest.mark.parametrize("typed", typed, ids=lambda line: line[:60])
+
+
+def check_message(name: str, typed: str, message: str) -> None:
+    """Compare the message with the one behind what was typed, or write it where the environment says so."""
+    path = FOLDER / f"{name}.txt"
+    before, line, rest = path.read_text(encoding="utf-8").partition(f"$ {typed}\n")
+    told, _, behind = rest.partition("\n")
+    for place, called in ((REPOSITORY, "REPOSITORY"), (Path.cwd(), "HERE")):
+        message = message.replace(str(place), called)
+    message = _VARYING_LETTERS.sub(lambda found: re.sub(r"\w", "x", found[0]), message)
+    if os.environ.get("FEDTUNE_WRITE_SNAPSHOTS"):
+        path.write_text(f"{before}{line}{message}\n{behind}", encoding="utf-8")
+    else:
+        assert message == told
 
 
 def _masked(value: Any, folder: str) -> Any:

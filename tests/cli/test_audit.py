@@ -15,45 +15,15 @@ from fedtune.report.derive.verdicts import refuted
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.spec import ConfigError
 
+from . import snapshots
 from .widths import COLUMNS, too_wide
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("audit.canaries=1", "audit.canaries = 1: must be a finite number of at least 2"),
-        ("audit.canaries=many", "audit.canaries = 'many': must be a whole number"),
-        ("audit.canaries=2.5", "audit.canaries = 2.5: must be a whole number"),
-        ("audit.canaries=true", "audit.canaries = 'True': must be one plain value"),
-        ("audit.canaries=10,20", "audit.canaries"),
-        ("audit.guesses=1001", "audit.guesses = 1001: must be at most audit.canaries = 1000"),
-        ("audit.confidence=95", "audit.confidence = 95.0: must lie in [0.9, 1)"),
-        ("audit.confidence=0.89", "audit.confidence = 0.89: must lie in [0.9, 1)"),
-        ("audit.confidence=1", "audit.confidence = 1.0: must lie in [0.9, 1)"),
-        ("audit.kind=magic", "audit.kind = 'magic': must be 'gradient', 'records' or 'sensitivity'"),
-        ("audit.canries=10", "audit.canries = 10: is not a setting of an audit (kind, canaries, "),
-        ("audit.canaries", "override = 'audit.canaries': must look like audit.key=value"),
-        ("audit.sites=[nowhere]", "audit.sites = 'nowhere': must be one of site-1, site-2"),
-        ("audit.sites=[site-1,site-1]", "audit.sites"),
-        ("privacy=none", "privacy = 'none': claims nothing that could be audited"),
-        ("lora.alternate=true", "lora.alternate = true: must be false: an audit watches all tensors"),
-        ("runtime=deployment", "runtime"),
-        ("runtime=ray", "runtime = 'ray': must be simulation"),
-        ("runtime.sites_dir=kept", "runtime.sites_dir = 'kept': must be null: an audit plants made-up records"),
-        ("audit.canaries=5000", "audit.canaries = 5000: must be at most 2974: each of them at 2 sites needs one of"),
-        ("privacy.epsiln=1", "privacy.epsiln"),
-    ],
-)
-def test_wrong_input(override: str, message: str, command: Any, tiny: Any, tmp_path: Path) -> None:
-    assert command("audit", *tiny("tracking=quiet", override, into=tmp_path)).failed().startswith(message)
+@snapshots.mistakes("mistakes-audit")
+def test_wrong_input(typed: str, command: Any, tiny: Any, tmp_path: Path) -> None:
+    message = command("audit", *tiny("tracking=quiet", *typed.split(), into=tmp_path)).failed()
+    snapshots.check_message("mistakes-audit", typed, message)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
-
-
-def test_made_up_records_are_no_users(command: Any, tiny: Any, tmp_path: Path) -> None:
-    by_user = ("privacy.unit=user", "+data.columns.user=label", "audit.kind=records")
-    message = command("audit", *tiny("tracking=quiet", *by_user, into=tmp_path)).failed()
-    assert message.startswith("privacy.unit = 'user': must be 'record' with audit.kind=records")
-    assert not (tmp_path / "run").exists()
 
 
 def test_resume_is_refused(command: Any, finished: Path) -> None:

@@ -22,28 +22,12 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def test_lines_fit_a_narrow_terminal_and_keep_words_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert site_actions.print_checks(iter(CHECKS), as_json=False) == CHECKS
-    assert capsys.readouterr().out.splitlines() == [
-        "ok      policy              can be read",
-        "warning anchor's place      on the ledger's own disk: both can be put back both",
-        "                            can be put back both can be put back both can be put",
-        "                            back",
-        "        -> Move it.",
-        "failed  data discharge_letters",
-        "                            holds no record",
-        "        -> Write under [allow]: leads =",
-        f'           ["{KEY}",',
-        f'           "{KEY}"]',
-        "skipped clock               because nobody could be asked",
-        "",
-        "1 ok, 1 warning, 1 failed, 1 skipped",
-    ]
+    snapshots.check_text("site-doctor.txt", capsys.readouterr().out)
 
 
 def test_what_others_wrote_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

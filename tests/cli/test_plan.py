@@ -18,7 +18,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset
 
 from . import snapshots
-from .widths import COLUMNS, too_wide
+from .widths import too_wide
 
 Run = Callable[..., Any]
 
@@ -89,24 +89,12 @@ def test_what_was_solved_for_can_be_pasted(plan: Run, tiny: Any, tmp_path: Path)
     assert compose_run(tiny("privacy.epsilon=1", *found.groups(), into=tmp_path)).federation.num_rounds > 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["privacy.noise_multiplier=null", "--target=rounds"], "privacy.noise_multiplier = null: must be given"),
-        (["privacy=none", "--target=noise"], "--target = 'noise': needs a run with privacy"),
-        (["privacy.epsilon=0.01", "--target=rounds"], "privacy.noise_multiplier = 4.0: passes privacy.epsilon = 0.01"),
-        (["privacy.epsilon=0.01"], "privacy.noise_multiplier = 4.0: gives epsilon"),
-        (["--lead=me"], "--lead = 'me': must be a public key"),
-        (["--policy=missing.toml"], "policy = 'missing.toml': must be a readable file"),
-        (["nonsense=1"], "nonsense = '1': is not a setting"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_two(plan: Run, arguments: list[str], message: str) -> None:
-    assert plan(*arguments).failed().startswith(message)
+@snapshots.mistakes("mistakes-plan")
+def test_a_mistake_is_one_line_and_exit_code_two(plan: Run, typed: str) -> None:
+    snapshots.check_message("mistakes-plan", typed, plan(*typed.split()).failed())
 
 
-def test_what_is_printed(plan: Run, policy_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+def test_what_is_printed(plan: Run, policy_file: Any, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(policy_file().parent)
     out = plan(
         *("federation.site_names=[university-hospital,rural-clinic-in-the-north]", "data.declared_sizes=[90,30]"),
