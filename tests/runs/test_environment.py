@@ -1,6 +1,5 @@
 import json
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,66 +10,61 @@ import torch
 import fedtune
 from fedtune.api.compose import compose_run
 from fedtune.model.base_model import model_sha256
+from fedtune.model.spec import ModelSpec
 from fedtune.runs import environment
-from fedtune.runs.environment import note_environment, read_environments
+from fedtune.runs.environment import Environment, note_environment, read_environments
 from fedtune.spec import RUN_SCHEMA, RunError
 
 from ..conftest import tiny
 
-
-@pytest.fixture
-def shared(tmp_path: Path) -> Callable[..., Any]:
-    """As much of a loaded model as an environment looks at."""
-    return lambda *overrides: SimpleNamespace(
-        config=compose_run(tiny(*overrides, into=tmp_path)), device=torch.device("cpu")
-    )
+MODEL = model_sha256(ModelSpec(path="random:bert"))
 
 
-def test_what_is_noted_is_this_process(shared: Callable[..., Any], tmp_path: Path) -> None:
-    note_environment(tmp_path, shared())
-    (noted,) = read_environments(tmp_path)
+def note(folder: Path, *overrides: str) -> tuple[Environment, ...]:
+    """All that is noted once a run with these settings has begun there."""
+    # As much of a loaded model as an environment looks at.
+    shared: Any = SimpleNamespace(config=compose_run(tiny(*overrides, into=folder)), device=torch.device("cpu"))
+    note_environment(folder, shared)
+    return read_environments(folder)
+
+
+def test_what_is_noted_is_this_process(tmp_path: Path) -> None:
+    assert read_environments(tmp_path) == ()
+    (noted,) = note(tmp_path)
     assert (noted.python, noted.fedtune_version) == (platform.python_version(), fedtune.__version__)
     assert (noted.device, noted.libraries["torch"]) == ("cpu", torch.__version__)
     assert noted.machine.startswith(platform.machine())
-    assert noted.model_sha256 == model_sha256(shared().config.model)
-    assert (noted.sampling, noted.randomness) == ("poisson", "operating_system")
+    assert noted.model_sha256 == MODEL
     text = (tmp_path / "environment.json").read_text()
     assert platform.node() not in text, "whose machine it is is nobody's business"
+    assert json.loads(text).keys() == {"schema_version", "environments"}
+    assert json.loads(text)["schema_version"] == RUN_SCHEMA
 
 
-def test_of_real_sites_the_lead_notes_nothing(shared: Callable[..., Any], tmp_path: Path) -> None:
-    note_environment(tmp_path, shared("runtime=deployment"))
-    (noted,) = read_environments(tmp_path)
-    assert (noted.sampling, noted.randomness) == (None, None)
+@pytest.mark.parametrize(("override", "sampling", "randomness"), [
+    ("runtime=simulation", "poisson", "operating_system"),
+    ("runtime.seeded_noise=true", "poisson", "seeded"),
+    ("runtime=deployment", None, None),  # of real sites the lead notes nothing
+])  # fmt: skip
+def test_where_randomness_comes_from_is_noted(tmp_path: Path, override: str, sampling: Any, randomness: Any) -> None:
+    (noted,) = note(tmp_path, override)
+    assert (noted.sampling, noted.randomness) == (sampling, randomness)
 
 
-def test_a_seeded_study_is_noted_as_one(shared: Callable[..., Any], tmp_path: Path) -> None:
-    note_environment(tmp_path, shared("runtime.seeded_noise=true"))
-    assert read_environments(tmp_path)[0].randomness == "seeded"
-
-
-def test_a_pinned_model_is_not_hashed_again(
-    shared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pinned = model_sha256(shared().config.model)
+def test_a_pinned_model_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.model.base_model.model_sha256", None)
-    note_environment(tmp_path, shared(f"model.sha256={pinned}"))
-    assert read_environments(tmp_path)[0].model_sha256 == pinned
+    (noted,) = note(tmp_path, f"model.sha256={MODEL}")
+    assert noted.model_sha256 == MODEL
 
 
-def test_only_what_is_new_is_noted(shared: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    note_environment(tmp_path, shared())
+def test_only_what_is_new_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note(tmp_path)
     before = (tmp_path / "environment.json").read_bytes()
-    note_environment(tmp_path, shared())
+    note(tmp_path)
     assert (tmp_path / "environment.json").read_bytes() == before
     monkeypatch.setattr(environment.platform, "python_version", lambda: "4.0.0")
-    note_environment(tmp_path, shared())
-    assert [one.python for one in read_environments(tmp_path)][-1] == "4.0.0"
-    assert len(read_environments(tmp_path)) == 2
-
-
-def test_a_run_that_noted_nothing_has_none(tmp_path: Path) -> None:
-    assert read_environments(tmp_path) == ()
+    _, newest = note(tmp_path)
+    assert newest.python == "4.0.0"
 
 
 @pytest.mark.parametrize(
@@ -81,10 +75,3 @@ def test_a_damaged_note_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "environment.json").write_text(content)
     with pytest.raises(RunError, match=r"environment\.json is damaged"):
         read_environments(tmp_path)
-
-
-def test_the_file_has_a_version(shared: Callable[..., Any], tmp_path: Path) -> None:
-    note_environment(tmp_path, shared())
-    fields = json.loads((tmp_path / "environment.json").read_bytes())
-    assert fields.keys() == {"schema_version", "environments"}
-    assert fields["schema_version"] == RUN_SCHEMA

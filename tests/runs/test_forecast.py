@@ -9,8 +9,9 @@ import pytest
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.distributed_noise import Together
+from fedtune.privacy.run_plan import Plan
 from fedtune.runs import forecast as forecast_module
-from fedtune.runs.forecast import forecast, seconds_per_example
+from fedtune.runs.forecast import Forecast, forecast, seconds_per_example
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec
 
@@ -21,49 +22,43 @@ from ..model.conftest import spec_of
 SIZES = {"a": 100, "b": 50}
 
 
-def tiny_model(
-    task: str = "classification", *, layers: tuple[int, ...] | None = None, dtype: Any = "float32"
-) -> TaskModel:
+def tiny_model(task: str = "classification", *, layers: Any = None, dtype: Any = "float32") -> TaskModel:
     model = ModelSpec(path="random:bert" if task == "classification" else "random:llama", dtype=dtype)
     return built(spec_of(task=task, model=model, lora=LoraSpec(rank=2, layers=layers)))
 
 
+def foreseen(model: TaskModel, plan: Plan | None = None, runtime: RuntimeSpec | None = None, **more: Any) -> Forecast:
+    about = {"declared_sizes": SIZES, "max_length": 8, "runtime": runtime or RuntimeSpec()}
+    return forecast(plan or run_plan(), model, **about | more)
+
+
 def test_bytes_are_those_of_the_adapter_both_ways() -> None:
     model = tiny_model()
-    found = forecast(
-        run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec(), update_dtype="float32"
-    )
+    found = foreseen(model, update_dtype="float32")
     arrays = Adapter.of(model).tensors.values()
     assert found.values == sum(array.size for array in arrays)
     assert found.bytes_down == found.bytes_up == sum(array.nbytes for array in arrays)
     assert found.bytes_total == 2 * found.bytes_up * 2 * 3, "both ways, two sites, three rounds without spare ones"
     halved = replace(found, bytes_up=found.bytes_up // 2, bytes_total=3 * found.bytes_total // 4)
-    rounded = forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    rounded = foreseen(model)
     assert (rounded.bytes_down, rounded.bytes_up) == (halved.bytes_down, halved.bytes_up)
     assert rounded.bytes_total == halved.bytes_total
 
 
 def test_memory_of_the_model_is_that_of_its_number_format() -> None:
-    found = {
-        dtype: forecast(
-            run_plan(), tiny_model("causal_lm", dtype=dtype), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec()
-        ).model_bytes
-        for dtype in ("float32", "bfloat16", "nf4")
-    }
+    formats = ("float32", "bfloat16", "nf4")
+    found = {dtype: foreseen(tiny_model("causal_lm", dtype=dtype)).model_bytes for dtype in formats}
     adapter = 4 * sum(one.numel() for one in tiny_model("causal_lm").trainable().values())
     assert found["float32"] - found["bfloat16"] == pytest.approx(found["bfloat16"] - adapter, rel=0.01)
     assert adapter < found["nf4"] < found["bfloat16"]
 
 
 def test_a_secure_sum_travels_in_as_few_bits_as_it_needs() -> None:
-    plain = forecast(run_plan(), tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    plain = foreseen(tiny_model())
     assert plain.bytes_down == 2 * plain.bytes_up == 4 * plain.values
     shared = Together(num_sites=4, threshold=3, colluders=0).with_share(0.7)
     secure = replace(run_plan(), noise_multiplier=0.7, local_steps=1, shared=shared)
-    found, other = (
-        forecast(secure, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec(), update_dtype=dtype)
-        for dtype in ("bfloat16", "float32")
-    )
+    found, other = (foreseen(tiny_model(), secure, update_dtype=dtype) for dtype in ("bfloat16", "float32"))
     assert found.bytes_up == other.bytes_up, "a sum has a format of its own"
     assert found.bytes_down == 4 * found.values
     largest = shared.num_sites * shared.largest_value
@@ -73,21 +68,19 @@ def test_a_secure_sum_travels_in_as_few_bits_as_it_needs() -> None:
 
 
 def test_times_are_those_of_expected_batches() -> None:
-    found = forecast(run_plan(), tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    found = foreseen(tiny_model())
     assert found.step_seconds["a"] == pytest.approx(2 * found.step_seconds["b"])
     assert found.round_seconds["a"] == pytest.approx(2 * found.step_seconds["a"])
     steps = 3 * sum(found.round_seconds.values())
     assert found.seconds_one_after_another == pytest.approx(found.first_seconds + steps)
     assert found.step_seconds["a"] > 0
+    assert foreseen(tiny_model("causal_lm")).step_seconds["b"] > 0
 
 
 def test_users_bring_as_many_records_as_may_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast_module, "seconds_per_example", lambda *_, **__: (0.5, 2.0))
     by_user = replace(run_plan(), unit="user", records_per_user=8)
-    once, many = (
-        forecast(plan, tiny_model(), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
-        for plan in (run_plan(), by_user)
-    )
+    once, many = (foreseen(tiny_model(), plan) for plan in (run_plan(), by_user))
     assert many.step_seconds == {site: pytest.approx(8 * seconds) for site, seconds in once.step_seconds.items()}
     assert many.first_seconds == pytest.approx(8 * once.first_seconds)
     assert many.bytes_total == once.bytes_total
@@ -109,7 +102,7 @@ def test_a_record_costs_what_its_texts_cost(monkeypatch: pytest.MonkeyPatch) -> 
     records = sum(SIZES.values()) * run_plan().records_per_user
     for texts, kept in ((3, True), (2, False)):
         room = RuntimeSpec(kept_states_mib=records * 8 * texts * width / 2**20, micro_batch_tokens=1024)
-        found = forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=room)
+        found = foreseen(model, runtime=room)
         assert found.frozen_states_kept == kept
     assert shapes[0] == (512 // 24 * 3, 8)
 
@@ -124,17 +117,12 @@ def test_a_pass_leaves_the_model_as_it_was() -> None:
 
 def test_frozen_layers_run_once_for_each_record_where_memory_or_a_disk_suffices(tmp_path: Path) -> None:
     model = tiny_model(layers=(-1,))
-    kept = forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
+    kept = foreseen(model)
     assert kept.frozen_states_kept
     assert kept.first_seconds > 0
     without = replace(RuntimeSpec(), kept_states_mib=0)
-    again = forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=without)
+    again = foreseen(model, runtime=without)
     assert not again.frozen_states_kept
     assert again.first_seconds == 0
     on_disk = replace(without, kept_states_folder=str(tmp_path))
-    assert forecast(run_plan(), model, declared_sizes=SIZES, max_length=8, runtime=on_disk).frozen_states_kept
-
-
-def test_a_language_model_is_timed_too() -> None:
-    found = forecast(run_plan(), tiny_model("causal_lm"), declared_sizes=SIZES, max_length=8, runtime=RuntimeSpec())
-    assert found.step_seconds["b"] > 0
+    assert foreseen(model, runtime=on_disk).frozen_states_kept

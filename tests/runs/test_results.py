@@ -15,9 +15,7 @@ from ..conftest import run_plan
 from ..federation.conftest import made_adapter, receipt_of, round_of
 
 
-def build(
-    *, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = None, scores: Any = None
-) -> dict[str, Any]:
+def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = None, scores: Any = None) -> Any:
     receipts = {site: receipt_of(site, charged=rounds) for site, rounds in charged.items()}
     metrics = {"loss": loss, "accuracy": 0.5}
     result = round_of(1, sites=tuple(charged), metrics=metrics, site_scores=scores or {})
@@ -29,13 +27,8 @@ def build(
         federation=SimpleNamespace(active=tuple(charged)),
         runtime=SimpleNamespace(seeded_noise=False),
     )
-    return RunResult.of(
-        config,
-        plan or run_plan(),
-        state,
-        final=final,
-        provenance=run_result(rounds=(), final=final, privacy=None).provenance,
-    ).to_json()
+    made = run_result(rounds=(), final=final, privacy=None).provenance
+    return RunResult.of(config, plan or run_plan(), state, final=final, provenance=made).to_json()
 
 
 def test_the_runs_epsilon_is_its_largest_sites() -> None:
@@ -43,17 +36,9 @@ def test_the_runs_epsilon_is_its_largest_sites() -> None:
     assert privacy["epsilon"] == privacy["sites"]["b"]["epsilon"] > privacy["sites"]["a"]["epsilon"] > 0
     # Three of four planned rounds: what the whole plan costs is more.
     assert privacy["sites"]["b"]["planned_epsilon"] > privacy["epsilon"]
-    assert privacy["sites"]["c"] == {
-        "epsilon": 0.0,
-        "epsilon_rdp": 0.0,
-        "planned_epsilon": privacy["sites"]["a"]["planned_epsilon"],
-        "rounds": 0,
-        "steps": 0,
-        "sampling_rate": 0.2,
-        "noise_multiplier": 4.0,
-        "metrics_noise_multiplier": 0.0,
-        "upper_bound": False,
-    }
+    nothing = dict.fromkeys(("epsilon", "epsilon_rdp", "rounds", "steps", "metrics_noise_multiplier"), 0)
+    nothing |= {"sampling_rate": 0.2, "noise_multiplier": 4.0, "upper_bound": False}
+    assert privacy["sites"]["c"] == nothing | {"planned_epsilon": privacy["sites"]["a"]["planned_epsilon"]}
 
 
 def test_without_noise_epsilon_is_null() -> None:
@@ -63,10 +48,8 @@ def test_without_noise_epsilon_is_null() -> None:
 
 
 def test_site_scores_are_shown_and_paid_for() -> None:
-    plain = build(charged={"a": 1})
-    measured = build(
-        charged={"a": 1}, plan=replace(run_plan(), metrics_noise_multiplier=3.0), scores={"a": (0.5, 1.25)}
-    )
+    plain, plan = build(charged={"a": 1}), replace(run_plan(), metrics_noise_multiplier=3.0)
+    measured = build(charged={"a": 1}, plan=plan, scores={"a": (0.5, 1.25)})
     assert plain["rounds"][0]["site_scores"] == {}
     assert json.loads(json.dumps(measured))["rounds"][0]["site_scores"] == {"a": [0.5, 1.25]}
     assert measured["privacy"]["epsilon"] > plain["privacy"]["epsilon"]
@@ -105,16 +88,11 @@ def test_what_the_scores_say_against_the_training(before: Any, after: Any, found
     assert findings_of((), before, after, judged_by="accuracy", guess=0.5, rows=100) == found
 
 
-def test_a_loss_is_worse_where_it_is_larger_and_has_no_guess() -> None:
-    judged: dict[str, Any] = {"judged_by": "loss", "guess": None, "rows": 100}
-    assert findings_of((), {"loss": 2.0}, {"loss": 2.1}, **judged) == (WORSE,)
-    assert findings_of((), {"loss": 2.0}, {"loss": 1.9}, **judged) == ()
-
-
-def test_a_correlation_below_zero_has_no_standard_error_of_a_share() -> None:
-    judged: dict[str, Any] = {"judged_by": "spearman", "guess": None, "rows": 100}
-    assert findings_of((), {"spearman": 0.1}, {"spearman": -0.2}, **judged) == (WORSE,)
-    assert findings_of((), {"spearman": -0.3}, {"spearman": -0.2}, **judged) == ()
+def test_a_larger_loss_is_worse_and_a_correlation_has_no_standard_error_of_a_share() -> None:
+    for score, worse, better in (("loss", (2.0, 2.1), (2.0, 1.9)), ("spearman", (0.1, -0.2), (-0.3, -0.2))):
+        for (before, after), found in ((worse, (WORSE,)), (better, ())):
+            said = findings_of((), {score: before}, {score: after}, judged_by=score, guess=None, rows=100)
+            assert said == found
 
 
 def test_a_round_that_went_back_is_told_at_the_end() -> None:
