@@ -7,14 +7,8 @@ from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError
 
-GIVEN: dict[str, Any] = {
-    "dataset": "banking77",
-    "train_file": "train.jsonl",
-    "columns": {"text": "text", "label": "label"},
-    "labels": ("a", "b"),
-    "declared_sizes": 100,
-    "max_length": 32,
-}
+GIVEN: dict[str, Any] = {"dataset": "banking77", "train_file": "train.jsonl", "declared_sizes": 100, "max_length": 32}
+GIVEN |= {"columns": {"text": "text", "label": "label"}, "labels": ("a", "b")}
 NAN, INF = float("nan"), float("inf")
 NO_RANGES = ((1.0, 1.0), (2.0, 1.0), (NAN, 1.0), (0.0, INF), (-1.7e308, 1.7e308), (0.0, 5e-324), (1e9, 1e9 + 1))
 BY_COLUMN, BY_LABEL = PartitionSpec(kind="column", sites={"a": 0}), PartitionSpec(kind="dirichlet")
@@ -22,11 +16,8 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
 
 
 def test_pydantic_builds_it_from_plain_data() -> None:
-    plain = GIVEN | {
-        "labels": ["a", "b"],
-        "declared_sizes": [1, 2],
-        "partition": {"kind": "iid", "proportions": [1, 2]},
-    }
+    dealt = {"kind": "iid", "proportions": [1, 2]}
+    plain = GIVEN | {"labels": ["a", "b"], "declared_sizes": [1, 2], "partition": dealt}
     built = TypeAdapter(DataSpec).validate_python(plain)
     assert built == DataSpec(**GIVEN | {"declared_sizes": (1, 2), "partition": PartitionSpec(proportions=(1.0, 2.0))})
     assert TypeAdapter(DataSpec).validate_json(TypeAdapter(DataSpec).dump_json(built)) == built

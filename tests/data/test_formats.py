@@ -101,9 +101,8 @@ def chats(*turns: Any) -> Any:
     return pyarrow.array(list(turns), kind)
 
 
-CODED = pyarrow.list_(
-    pyarrow.struct([(name, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())) for name in TURNS[0]])
-)
+CODE = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+CODED = pyarrow.list_(pyarrow.struct([(name, CODE) for name in TURNS[0]]))
 PLACES = pyarrow.array([0, 1, 2, 3])
 LARGE = [TURNS[0], {"role": "assistant", "content": "x" * (17 << 20)}]
 COLUMNS_WITH_FAULTS = {
@@ -222,9 +221,7 @@ def test_input_and_system_may_be_absent_or_blank(tmp_path: Path, row: dict[str, 
         ('"a;b;c",label\nx;y,1\n', [{"a;b;c": "x;y", "label": "1"}]),
     ],
 )
-def test_the_header_line_alone_says_whether_cells_end_in_semicolons(
-    tmp_path: Path, text: str, rows: list[dict[str, str]]
-) -> None:
+def test_the_header_line_alone_says_whether_cells_end_in_semicolons(tmp_path: Path, text: str, rows: Any) -> None:
     path = tmp_path / "german.csv"
     path.write_bytes(text.encode())
     assert [row for _, row in raw_rows(path)] == rows

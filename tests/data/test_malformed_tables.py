@@ -49,6 +49,7 @@ ROWS: dict[str, tuple[str, bytes, str, str]] = {
     "nothing": ("a.csv", csv(',a,"[0.5, 1]",sick'), "3, feature:age", VALUE),
     "no category": ("a.csv", csv('50,NA,"[0.5, 1]",sick'), "3, feature:ward", VALUE),
     "a list of another form": ("a.csv", csv("50,a,0.5 1,sick"), "3, feature:states", LIST),
+    "a short list as text": ("a.csv", csv("50,a,[0.5],sick"), "3, feature:states", "'1 number': must be 2"),
     "a short row": ("a.csv", csv("50,a"), "3", "must have 4 cells, as the header"),
     "a long row": ("a.csv", csv('50,a,"[0.5, 1]",sick,9'), "3", "must have 4 cells, as the header"),
     "another encoding": ("a.csv", csv('50,zq\udce9,"[0.5, 1]",sick'), "3", "must be UTF-8 text"),

@@ -1,7 +1,6 @@
 """Files in which parts of texts are marked: each format gives the same record, and each that is wrong one message."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.data.formats import files_of, format_of, raw_rows, version_of
+from fedtune.data.load import lead_records
 from fedtune.data.records import Record, iter_records, judged
 from fedtune.data.text_rows import MOST_BYTES
 from fedtune.spec import DataError
+from fedtune.tasks.registry import task_named
 from fedtune.tasks.token_classification import marks
 
-from ..conftest import command, tiny
 from .conftest import data_spec
 
 TEXT = "Aspirin cures 😀 colds, not asthma"
@@ -254,27 +254,16 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
 }
 
 
-@pytest.fixture
-def refused(tmp_path: Path) -> Callable[[Path, dict[str, str]], str]:
-    """The one message of a simulation over a file; it leaves nothing behind."""
-
-    def run(path: Path, columns: dict[str, str]) -> str:
-        runs = tmp_path / "runs"
-        runs.mkdir()
-        named = ", ".join(f"{role}: {column}" for role, column in columns.items())
-        given = ("task=token_classification", f"data.train_file='{path}'", f"data.columns={{{named}}}")
-        more = ("data.labels=[drug,disease]", "head.init=zero", "head.centre=false", "data.train_fraction=1.0")
-        files = ("data.validation_file=null", "data.test_file=null")
-        outcome = command("simulate", *tiny(*given, *more, *files, into=runs))
-        assert (outcome.code, [*runs.iterdir()]) == (2, []), outcome.err
-        assert "Traceback" not in outcome.err
-        return str(outcome.message)
-
-    return run
+def refused(path: Path, columns: dict[str, str]) -> str:
+    """What the lead is told of a file of its own."""
+    fault = task_named("token_classification").fault(data_spec(columns=columns, labels=("drug", "disease")))
+    with pytest.raises(DataError) as caught:
+        lead_records(str(path), columns=columns, key="data.train_file", fault=fault)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_file_that_is_wrong_is_refused_in_one_message(refused: Any, tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_wrong_is_refused_in_one_message(tmp_path: Path, name: str) -> None:
     file, text, columns, bound = WRONG[name]
     (tmp_path / file).write_bytes(text.encode(errors="surrogateescape"))
     message = refused(tmp_path / file, columns)
@@ -282,19 +271,13 @@ def test_a_file_that_is_wrong_is_refused_in_one_message(refused: Any, tmp_path: 
     assert not any(word in message for word in ("card", "stray", "B-other"))
 
 
-@pytest.mark.parametrize(
-    ("marked", "bound"),
-    [
+def test_a_folder_of_brat_that_is_wrong(tmp_path: Path) -> None:
+    folder = tmp_path / "notes"
+    for marked, bound in (
         ("T1\tdrug 0 3;5 7\tmy rd\n", "must be one part of the text"),
         ("T1 drug 0 2 my\n", "must be one part of the text"),
         ("T1\tdrug 3 7\tcord\n", "must count characters, and name what stands there"),
-    ],
-)
-def test_a_folder_of_brat_that_is_wrong(refused: Any, tmp_path: Path, marked: str, bound: str) -> None:
-    assert bound in refused(brat(tmp_path / "notes", "my card", marked), SPANNED)
-
-
-def test_a_mark_without_its_text_is_told(refused: Any, tmp_path: Path) -> None:
-    folder = brat(tmp_path / "notes")
+    ):
+        assert bound in refused(brat(folder, "my card", marked), SPANNED)
     (folder / "a.txt").unlink()
     assert "with its text beside it in a file .txt" in refused(folder, SPANNED)

@@ -12,21 +12,17 @@ import pytest
 
 from fedtune.data.records import iter_records
 
-FOLDER = Path(__file__).parents[2] / "simulations" / "data"
-ROWS = {
-    "banking77": (9275, 728, 3080),
-    "medical_abstracts": (2044, 272, 572),
-    "e2e_nlg": (4251, 421, 4693),
-    "users_ubuntu_irc": (7301, 605, 1319),
-    "users_shakespeare": (5020, 1275, 800),
+from ..conftest import REPOSITORY
+
+FOLDER = REPOSITORY / "simulations" / "data"
+SLICES = {
+    "banking77": ((9275, 728, 3080), {"text": "text", "label": "label"}),
+    "medical_abstracts": ((2044, 272, 572), {"text": "text", "label": "label"}),
+    "e2e_nlg": ((4251, 421, 4693), {"prompt": "mr", "completion": "ref"}),
+    "users_ubuntu_irc": ((7301, 605, 1319), {"completion": "text", "user": "user"}),
+    "users_shakespeare": ((5020, 1275, 800), {"completion": "text", "user": "user"}),
 }
-COLUMNS = {
-    "banking77": {"text": "text", "label": "label"},
-    "medical_abstracts": {"text": "text", "label": "label"},
-    "e2e_nlg": {"prompt": "mr", "completion": "ref"},
-    "users_ubuntu_irc": {"completion": "text", "user": "user"},
-    "users_shakespeare": {"completion": "text", "user": "user"},
-}
+"""Of each its rows to train, to validate and to test on, and its columns."""
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +39,18 @@ def rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SLICES)
 def test_every_file_reads(name: str) -> None:
     sides = [FOLDER / name / f"{side}.jsonl.gz" for side in ("train", "validation", "test")]
-    records = [list(iter_records(path, COLUMNS[name])) for path in sides]
-    assert tuple(map(len, records)) == ROWS[name]
-    if "label" in COLUMNS[name]:
+    counts, columns = SLICES[name]
+    records = [list(iter_records(path, columns)) for path in sides]
+    assert tuple(map(len, records)) == counts
+    if "label" in columns:
         declared, *others = [{record.fields["label"] for record in side} for side in records]
         assert all(labels == declared for labels in others)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", SLICES)
 def test_validation_is_what_its_own_hash_says(name: str, make_slices: ModuleType) -> None:
     slices = make_slices.SLICES[name]
     train, validation = (rows(FOLDER / name / f"{side}.jsonl.gz") for side in ("train", "validation"))

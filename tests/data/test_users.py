@@ -45,7 +45,7 @@ def fates(rows: list[Record], spec: PartitionSpec) -> dict[str, list[tuple[int, 
 
 @settings(deadline=None, max_examples=60)
 @given(rows=st.lists(RECORD, max_size=12), gone=st.sampled_from(sorted(HOME)), spec=st.sampled_from(SPECS))
-def test_all_records_of_a_user_share_one_place_and_move_nobody_elses(
+def test_a_user_s_records_share_one_place_and_move_no_others(
     rows: list[Record], gone: str, spec: PartitionSpec
 ) -> None:
     everyone = fates(rows, spec)
@@ -123,10 +123,8 @@ def test_users_need_a_column(tmp_path: Path) -> None:
     without = spec(path, columns={"prompt": "text", "completion": "text"})
     with pytest.raises(ConfigError, match=r"^columns = .*must name the column for role 'user', as privacy\.unit"):
         without.check_unit("user")
-    by_label = {
-        "columns": {"text": "text", "label": "kind", "user": "who"},
-        "partition": PartitionSpec(kind="dirichlet"),
-    }
+    of_label = {"text": "text", "label": "kind", "user": "who"}
+    by_label = {"columns": of_label, "partition": PartitionSpec(kind="dirichlet")}
     with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': deals records out by their labels"):
         spec(path, **by_label).check_unit("user")
     for each in (without, spec(path, **by_label), spec(path)):

@@ -143,6 +143,10 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
         *((value, "must name each label once") for value in ([1, 0, 0], [1.0, 1.0], "[0, 0]", [SECRET, "secret "])),
         ("['secret', 'secret']", "must name each label once"),
     ],
+    "image": [
+        (None, "must not be null"),
+        *((value, "must be the path of an image, or its bytes") for value in (7, " ", {"bytes": None, "path": None})),
+    ],
     "target": [
         (None, "must not be null"),
         *((value, "must be a finite number") for value in (True, "", "3,5", "1_000", "nan", "1e999", 10**400, SECRET)),
