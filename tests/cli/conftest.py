@@ -1,9 +1,10 @@
 """A site in a folder, whose ledger has lived."""
 
+import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,24 @@ from fedtune.privacy.release import Refused
 from fedtune.privacy.site_policy import Policy
 
 from ..books import Books
+from ..conftest import own_logging
 from ..privacy.builders import proposal
+from .widths import COLUMNS
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal has 80 columns here."""
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+
+
+@pytest.fixture
+def own_process() -> Iterator[None]:
+    """A command takes its process's logs and umask over; afterwards they are as before."""
+    before = os.umask(0o022)
+    with own_logging():
+        yield
+    os.umask(before)
 
 
 class SiteFolder(Books):
@@ -118,6 +136,12 @@ def finished(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) 
     assert outcome.code == 0, outcome.err
     (into / "printed.json").write_text(outcome.out)
     return into / "one"
+
+
+@pytest.fixture
+def run_folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "one"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,10 @@ from fedtune.tasks.pooled import PooledTask
 from ..conftest import files_in
 from . import snapshots
 from .conftest import SiteFolder
-from .widths import COLUMNS, too_wide
+from .widths import too_wide
 
 TEAMS = ("billing", "sales")
 CODES = ("--topics", "topics.csv", "--model", "random_bert", "--lengths", "2,4")
-NEW = ("--out", "new.jsonl")
 
 
 @pytest.fixture
@@ -77,8 +77,7 @@ def made(here: Path, command: Any) -> Path:
     return here
 
 
-def test_what_is_printed_of_a_file(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+def test_what_is_printed_of_a_file(here: Path, narrow: None, command: Any) -> None:
     with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
         stream.write(f"{'a word ' * 60},billing\n")
     outcome = command("data", "init", "tickets.csv", "--model", "random_bert")
@@ -87,9 +86,9 @@ def test_what_is_printed_of_a_file(here: Path, command: Any, monkeypatch: pytest
     assert "becomes PUBLIC" in (here / "tickets.yaml").read_text()
 
 
-def test_what_is_printed_of_records(made: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+def test_what_is_printed_of_records(made: Path, narrow: None, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.preparation.duplicates.has_datasketch", lambda: False)
+    before = files_in(made)
     shown, told = (command("data", "check", "tickets.yaml", *more).out for more in ((), ("--json",)))
     (file,) = json.loads(told)["checked"]["files"]
     assert (file["rows"], file["num_errors"]) == (63, {"must not be blank (role text)": 1})
@@ -97,12 +96,8 @@ def test_what_is_printed_of_records(made: Path, command: Any, monkeypatch: pytes
     assert "xyzzy" not in (shown + told).lower(), "no record's text"
     assert too_wide(shown) == []
     snapshots.check_output("data-check", shown)
-
-
-def test_a_check_changes_nothing(made: Path, command: Any) -> None:
-    before = {path.name: path.read_bytes() for path in made.iterdir()}
     assert command("data", "check", "experiment=./tickets.yaml", "data.max_length=8").code == 0
-    assert {path.name: path.read_bytes() for path in made.iterdir()} == before
+    assert files_in(made) == before, "a check changes nothing"
 
 
 def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> None:
@@ -114,60 +109,14 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
     assert not {"personal", "same"} & {one["kind"] for one in file["findings"]}
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["check"], "Missing argument 'EXPERIMENT [KEY=VALUE]...' (fedtune data check --help says more)"),
-    (["check", "gone.yaml"], "experiment = 'gone.yaml': must be a file that can be read (No such file or directory)"),
-    (["check", "tickets.csv"], "experiment = 'tickets.csv': must be a file of settings that ends in .yaml: `fedtune d"),
-    (["check", "debug", "own_data"], "experiment = 'own_data': must be one experiment: debug is given, too"),
-    (["check", "tickets.yaml", "--site", "gone.toml"], "policy = 'gone.toml': must be a readable file"),
-    (["clean", "tickets.yaml"], "Missing option '--out' (fedtune data clean --help says more)"),
-    (["clean", "tickets.yaml", "--out", "a.csv"], "--out = 'a.csv': must end in .jsonl"),
-    (["clean", "tickets.yaml", "--out", "no/a.jsonl"], "--out = 'no/a.jsonl': must lie in a folder that is there"),
-    (["clean", "tickets.yaml", "--out", "chats.jsonl"], "--out = 'chats.jsonl': exists; choose another with --out"),
-    (["clean", "tickets.yaml", "--out", "a.jsonl", "--drop", "bad"], "--drop = 'bad': must be one of empty, unusable"),
-    (["clean", "tickets.yaml", "--out", "a.jsonl", "--of", "test"], "data.test_file = null: must name the file"),
-    # What is read is judged before what is written.
-    (["init", "gone.csv", "--out", "tickets.csv"], "gone.csv = 'no such file': must be a file"),
-    (["init", "tickets.csv", "--label", "gone", "--out", "no/a.yaml"], "--label = 'gone': must be one of the columns"),
-    (["init", "tickets.csv", "--model", "random_bert"], "--out = 'tickets.yaml': exists"),
-    (["clean", "gone.yaml", "--out", "no/a.jsonl"], "experiment = 'gone.yaml': must be a file that can be read"),
-    (["clean", "tickets.yaml", "data.train_file=gone.csv", "--out", "a.csv"], "data.train_file = 'gone.csv': no such"),
-    # Options that cannot be.
-    (["init", "tickets.csv", "--text", "team", "--label", "team"], "--label = 'team': must be another column"),
-    (["init", "tickets.csv", "--out", "a.yaml", "--model", "../data/own"], "model.path = '../data/own': "),
-    (["init", "tickets.csv", "--out", "a.yaml", "--model", ""], "--model = '': must be one of llama_1b, minilm"),
-    (["init", "tickets.csv", "--out", "a.yaml", "--model", "nope"], "--model = 'nope': must be one of llama_1b, "),
-    (["init", "tickets.csv", "--out", "a.yaml", "--sites", "63"], "--sites = 63: must be at most 62"),
-    (["init", "tickets.csv", "--out", "k" * 300 + ".yaml"], "--out = 'kkk"),
-    (["codes", "gone.csv", *CODES, *NEW], "FILE = 'gone.csv': no such file"),
-    (["codes", "tickets.csv", *NEW], "--topics = null: must be given, or --lengths"),
-    (["codes", "tickets.csv", *CODES, *NEW], "tickets.csv:1, column 'text' = 'absent': must be there (role text); nam"),
-    (["codes", "tickets.csv", *CODES, "--columns", "{label: team}", *NEW], "--columns = '{label: team}': must be role"),
-    (["codes", "own.csv", *CODES, "--out", "a.csv"], "--out = 'a.csv': must end in .jsonl"),
-    (["codes", "own.csv", *CODES, "--out", "chats.jsonl"], "--out = 'chats.jsonl': exists"),
-    (["codes", "own.csv", "--lengths", "4,2", *NEW], "--lengths = '4,2': must be rising numbers of words from 1, as i"),
-    (["codes", "own.csv", "--lengths", "0,2", *NEW], "--lengths = '0,2': must be rising"),
-    (["codes", "own.csv", "--lengths", "", *NEW], "--lengths = '': must be rising"),
-    (["codes", "own.csv", "--lengths", "2,x", *NEW], "--lengths = '2,x': must be rising"),
-    (["codes", "own.csv", "--lengths", "2", *NEW], "FILE = 'length': must not have this column: a new one gets its na"),
-    (["codes", "own.csv", "--topics", "gone.csv", *NEW], "--topics = 'gone.csv': no such file"),
-    (["codes", "own.csv", "--topics", "tickets.csv", *NEW], "tickets.csv:1, column 'topic' = 'absent': must be there"),
-    (["codes", "own.csv", "--topics", "lists.jsonl", *NEW], "lists.jsonl:1, column 'topic' = "),
-    (["codes", "own.csv", "--topics", "half.jsonl", *NEW], "half.jsonl:1, column 'topic' = 'half a surrogate pair'"),
-    (["codes", "own.csv", "--topics", "one.csv", *NEW], "--topics = 'one.csv': must have at least two different texts"),
-    (["codes", "own.csv", "--topics", "made.jsonl", *NEW], "--topics = 'made.jsonl': must hold public records: made.j"),
-    (["codes", "made.jsonl", "--lengths", "2", *NEW], "FILE = 'made.jsonl': must hold a site's own records: made.json"),
-    (["clean", "tickets.yaml", "data.train_file=made.jsonl", *NEW], "data.train_file = 'made.jsonl': must hold a site"),
-    (["codes", "own.csv", *CODES[:2], "--model", "nope", *NEW], "--model = 'nope': must be one of llama_1b, minilm"),
-    (["init", "tickets.csv", "--out", "tickets.csv/a.yaml"], "--out = 'tickets.csv/a.yaml': must lie in a folder"),
-])  # fmt: skip
-def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, words: list[str], message: str) -> None:
+@snapshots.mistakes("mistakes-data")
+def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, typed: str) -> None:
     files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
     files |= {"lists.jsonl": '{"topic": ["a"]}\n{"topic": "b"}\n', "half.jsonl": '{"topic": "\\ud800"}\n'}
     for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
         (made / name).write_text(text)
     before = files_in(made)
-    assert command("data", *words).failed().removeprefix(f"{made}/").startswith(message)
+    snapshots.check_message("mistakes-data", typed, command("data", *shlex.split(typed)).failed())
     assert files_in(made) == before
 
 
@@ -184,11 +133,7 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
 
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("a.csv", "\n".join(LINES), "a.csv: the name of column 2 = 'among its own values': must be in a header"),
-    (
-        "a.jsonl",
-        '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9,
-        "a.jsonl = 'columns n (object, number), label",
-    ),
+    ("a.jsonl", '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9, "= 'columns n (object, number), l"),
     ("a.csv", "\n".join(["text,label", *LINES, *["x,${x}"] * 9]), "a.yaml: data.labels = '${x}': must not hold"),
 ])  # fmt: skip
 def test_a_file_that_no_experiment_can_be_made_of(here: Path, command: Any, name: str, text: str, message: str) -> None:
@@ -241,9 +186,8 @@ OWN = "please write to me at anna@example.org as my parcel number 4711 never cam
 
 
 @pytest.fixture
-def copied(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copied(here: Path, narrow: None) -> Path:
     """Synthetic texts, of which one repeats most of an own one, with its e-mail address."""
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
     with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
         stream.write(f"{OWN},sales\n,sales\n")
     texts = ["nothing that anybody here wrote", f"Hello, {OWN.upper()}!", "ticket 3 about sales"]
@@ -256,10 +200,9 @@ COPIES = ("data", "copies", "made.jsonl", "tickets.csv", "--own-columns", "{text
 
 
 def test_what_is_printed_of_copies(copied: Path, command: Any) -> None:
-    before = {path.name: path.read_bytes() for path in copied.iterdir()}
-    outcome = command(*COPIES)
+    before, outcome = files_in(copied), command(*COPIES)
     assert (outcome.code, outcome.err) == (0, "")
-    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before, "nothing is written without a word"
+    assert files_in(copied) == before, "nothing is written without a word"
     assert too_wide(outcome.out) == []
     snapshots.check_output("data-copies", outcome.out)
 
@@ -288,22 +231,12 @@ def test_copies_of_a_sites_own_file_by_its_policy(copied: Path, command: Any) ->
     assert told["read"]["kept/letters.json"]["rows"] == 3
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ([], "OWN = '': must be given, or --site with a data set that has the roles of --columns"),
-    (["gone.csv"], "OWN = 'gone.csv': no such file"),
-    (["tickets.csv"], "tickets.csv:1, column 'text' = 'absent': must be there (role text)"),
-    (["empty.csv"], "empty.csv = 'an empty file'"),
-    (["chats.jsonl", "--columns", "{label: x}"], "--columns = '{label: x}': must be roles of texts"),
-    (["chats.jsonl", "--columns", "text"], "--columns = 'text': must name the column of a role, as in '{text: body}'"),
-    (["chats.jsonl", "--own-columns", "{messages: messages}"], "--columns = '{text: text}': must be roles of texts"),
-    (["tickets.csv", "--out", "made.jsonl"], "--out = 'made.jsonl': exists"),
-    (["tickets.csv", "--out", "gone/x.json"], "--out = 'gone/x.json': must lie in a folder that is there"),
-])  # fmt: skip
-def test_what_cannot_be_compared_is_one_message(copied: Path, command: Any, words: list[str], message: str) -> None:
+@snapshots.mistakes("mistakes-data-copies")
+def test_what_cannot_be_compared_is_one_message(copied: Path, command: Any, typed: str) -> None:
     (copied / "empty.csv").write_text("")
     before = files_in(copied)
-    outcome = command("data", "copies", "made.jsonl", *words)
-    assert message in outcome.failed()
+    outcome = command("data", "copies", "made.jsonl", *shlex.split(typed))
+    snapshots.check_message("mistakes-data-copies", typed, outcome.failed())
     assert (outcome.out, files_in(copied)) == ("", before)
 
 
@@ -333,8 +266,7 @@ def test_codes_follow_from_each_record_alone(here: Path, command: Any, monkeypat
         assert coded(command, others) == [whole[texts.index(text)] for text in others]
 
 
-def test_what_is_printed_of_codes_that_a_model_reads(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+def test_what_is_printed_of_codes_that_a_model_reads(here: Path, narrow: None, command: Any) -> None:
     Path("topics.jsonl").write_text("".join(json.dumps({"topic": one}) + "\n" for one in (*TOPICS, "sales")))
     rows = [{"team": "x", "body": text, "day": 7} for text in ("two words", "sales", " ", "a parcel that never came")]
     (here / "mixed.json").write_text(json.dumps(rows))

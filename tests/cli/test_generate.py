@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.forked import REPOSITORY, Forked
+from ..conftest import REPOSITORY
+from ..forked import Forked
+from . import snapshots
 
 LANGUAGE_MODEL = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40")
 
@@ -184,34 +187,22 @@ def test_the_oldest_turns_make_room(chats: Path, command: Any, typed: Any) -> No
     assert len(outcome.out.splitlines()) == 1, "and the conversation goes on"
 
 
-WRONG = {
-    "nothing to answer": (("tables",), r"^--prompt = '': must be given, or --file instead"),
-    "both": (("tables", "--prompt", "a", "--file", "b.txt"), r"^--prompt = 'a': must not be given with --file"),
-    "an adapter without its run": (("tables", "--prompt", "a", "--adapter", "x="), r"^--adapter = 'x=': must be NAME"),
-    "blank": (("intents", "--prompt", "  "), r"^--prompt = '  ': must not be blank$"),
-    "half a letter": (("intents", "--prompt", "\udce9"), r"^--prompt = .*: must be UTF-8$"),
-    "too long": (("tables", "--prompt", "a" * 9000), r"^--prompt = '9\d\d\d tokens': must have at most \d+"),
-    "too long beside the base": (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
-    "no such file": (("tables", "--file", "gone.txt"), r"^--file = 'gone.txt': no such file"),
-    "no temperature": (("tables", "--prompt", "a", "--temperature", "-1"), "^--temperature = -1.0: must be"),
-    "nothing to draw": (("intents", "--prompt", "a", "--temperature", "1"), "^--temperature = 1.0: is for a task that"),
-    "columns of nothing": (("tables", "--prompt", "a", "--columns", "{prompt: b}"), "must be given with --file"),
-    "no adapter's name": (("tables", "--prompt", "a", "--adapter", "x"), r"^--adapter = 'x': must be NAME=RUN$"),
-    "a taken name": (("tables", "--prompt", "a", "--adapter", "base=others"), "the name base is taken"),
-    "another task": (("tables", "--prompt", "a", "--adapter", "x=intents"), "is 'classification', not 'causal_lm'"),
-    "no run": (("gone", "--prompt", "a"), "^run folder = 'gone': must hold a config.yaml; there are "),
-    "no role": (("intents", "--file", "a.txt", "--columns", "{body: text}"), r"^--columns = 'body': must be one of"),
-    "no mapping": (("intents", "--file", "a.txt", "--columns", "text"), r"^--columns = 'text': must name the column"),
-}
-
-
-@pytest.mark.parametrize("words", WRONG)
-def test_what_cannot_be_answered(words: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@snapshots.mistakes("mistakes-generate")
+def test_what_cannot_be_answered(typed: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
-    arguments, message = WRONG[words]
-    outcome = command("generate", *arguments)
-    assert re.search(message, outcome.failed())
+    outcome = command("generate", *shlex.split(typed))
+    snapshots.check_message("mistakes-generate", typed, outcome.failed())
     assert outcome.out == ""
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("intents", "--prompt", "\udce9"), r"^--prompt = .*: must be UTF-8$"),
+    (("tables", "--prompt", "a" * 9000), r"^--prompt = '9\d\d\d tokens': must have at most \d+"),
+    (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
+])  # fmt: skip
+def test_what_nobody_types(words: Any, message: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs)
+    assert re.search(message, command("generate", *words).failed())
 
 
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"\n \n"], ids=["not UTF-8", "only blank lines"])

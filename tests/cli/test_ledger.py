@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -163,10 +162,9 @@ def test_export_is_everything_in_one_file_and_overwrites_none(lived: Any, comman
 
 
 def test_an_anchor_is_not_replaced_by_an_older_one(put_back: Any, command: Any) -> None:
-    before, own = put_back.anchor.read_bytes(), ("--key", str(put_back.folder / "site_key.pem"))
-    assert "put back" in command(
-        "ledger", "anchor", str(put_back.ledger), *own, "--output", str(put_back.anchor)
-    ).failed(1)
+    own = ("--key", str(put_back.folder / "site_key.pem"), "--output", str(put_back.anchor))
+    before = put_back.anchor.read_bytes()
+    assert "put back" in command("ledger", "anchor", str(put_back.ledger), *own).failed(1)
     assert put_back.anchor.read_bytes() == before
 
 
@@ -206,9 +204,8 @@ def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, com
     older.write_bytes(verify(put_back.ledger).history.head(put_back.key).to_bytes())
     assert Head.read(older).sequence < newest.sequence
     assert restored(put_back, command, "--anchor", str(older)).code == 0
-    assert verify(put_back.ledger, anchor=newest).history.charged() == Counter(
-        {events.from_json(event): count for event, count in newest.charged}
-    )
+    known = {events.from_json(event): count for event, count in newest.charged}
+    assert verify(put_back.ledger, anchor=newest).history.charged() == known
 
 
 def test_restore_happens_once(put_back: Any, command: Any, tmp_path: Path) -> None:
@@ -224,18 +221,6 @@ def test_restore_leaves_a_ledger_that_lacks_nothing_alone(lived: Any, command: A
     before = lived.ledger.read_bytes()
     assert "lacks nothing" in restored(lived, command, str(lived.ledger), "--anchor", str(lived.anchor)).printed
     assert lived.ledger.read_bytes() == before
-
-
-def test_restore_refuses_a_changed_backup_and_another_s_anchor(put_back: Any, command: Any, tmp_path: Path) -> None:
-    foreign = type(put_back)(tmp_path / "south")
-    foreign.folder.mkdir()
-    foreign.write_policy()
-    foreign.open()
-    before = put_back.ledger.read_bytes()
-    assert restored(put_back, command, "--anchor", str(foreign.anchor)).code == 1
-    tampered(put_back.ledger)
-    assert restored(put_back, command).code == 1
-    assert put_back.ledger.read_bytes() != before
 
 
 def test_restore_works_on_the_policy_s_own_ledger_alone(put_back: Any, command: Any) -> None:

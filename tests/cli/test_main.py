@@ -19,10 +19,9 @@ from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 from fedtune.version import __version__
 
-from ..conftest import parsed
-from .widths import COLUMNS, too_wide
-
-REPOSITORY = Path(__file__).parents[2]
+from ..conftest import REPOSITORY, parsed
+from . import snapshots
+from .widths import too_wide
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,17 +29,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"fedtune {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *([], ["dance"], ["simulate", "--nope"], ["simulate", "a=1", "--nope"], ["plan", "a=1", "--nope"], ["ledger"]),
-        *(["ledger", "dance"], ["ledger", "show"], ["ledger", "show", "a", "b"]),
-        *(["ledger", "show", "a", "--last", "many"], ["ledger", "freeze", "--policy", "site.toml"], ["site"]),
-        ["site", "check-policy"],
-    ],
-)
-def test_a_wrong_command_line_is_one_line_and_exit_code_two(arguments: list[str], command: Any) -> None:
-    assert command(*arguments).failed().endswith("--help says more)")
+@snapshots.mistakes("mistakes-words")
+def test_a_wrong_command_line_is_one_line_and_exit_code_two(typed: str, command: Any) -> None:
+    message = command(*typed.split()).failed()
+    snapshots.check_message("mistakes-words", typed, message)
+    assert message.endswith("--help says more)")
 
 
 @pytest.mark.parametrize("words", ["-m a=1 b=2", "a=1 -m b=2", "a=1 b=2 -m", "a=1 --multirun b=2"])
@@ -57,9 +50,7 @@ def test_each_command_gets_what_its_function_takes() -> None:
             assert [each.name for each in command.params] == list(inspect.signature(command.callback).parameters)
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(RunError("too few"), 1), (RefusedError("no budget"), 3), (KeyboardInterrupt(), 1)]
-)
+@pytest.mark.parametrize(("error", "code"), [(RunError("few"), 1), (RefusedError("no"), 3), (KeyboardInterrupt(), 1)])
 def test_each_kind_of_error_has_its_exit_code(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,8 +205,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_an_error_is_broken_on_a_terminal_and_one_line_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+def test_an_error_is_broken_on_a_terminal_and_one_line_in_a_log(narrow: None) -> None:
     for words in (["simulate", "privacy.epsilon=0", "--surely"], ["report", "none"], ["simulate", "privacy.epsilon=0"]):
         terminal, log = Terminal(), io.StringIO()
         with contextlib.redirect_stderr(terminal):

@@ -35,6 +35,7 @@ def test_the_hash_and_what_it_covers(folder: Path, command: Any) -> None:
     said = json.loads(command("model-hash", str(folder), "--json").out)
     assert (said["sha256"], said["files"]) == (digest, dict(manifest_of(folder).files))
     assert command("model-hash", str(folder), "--json", "--files").code == 2
+    assert command("model-hash", "random:bert").out == f"{model_sha256(ModelSpec(path='random:bert'))}\n"
     # Anybody can compute it from the files.
     assert hashlib.sha256(command("model-hash", str(folder), "--files").out.encode()).hexdigest() == digest
 
@@ -45,10 +46,6 @@ def test_a_gguf_file_has_the_hash_that_sha256sum_prints(named: str, tmp_path: Pa
     file.write_bytes(b"GGUF")
     out = command("model-hash", str(tmp_path if named == "folder" else file)).out
     assert out.splitlines()[0] == hashlib.sha256(b"GGUF").hexdigest()
-
-
-def test_a_random_model(command: Any) -> None:
-    assert command("model-hash", "random:bert").out == f"{model_sha256(ModelSpec(path='random:bert'))}\n"
 
 
 def test_a_model_that_a_site_would_refuse(folder: Path, command: Any) -> None:

@@ -67,9 +67,7 @@ def test_it_is_exported_where_somebody_says_so(made: tuple[Path, dict[str, Any]]
     assert json.loads((tmp_path / "out" / "fedtune.json").read_text())["private_to"] == "site-1"
 
 
-def test_none_begins_in_a_merged_model(
-    made: tuple[Path, dict[str, Any]], command: Any, tiny: Any, tmp_path: Path
-) -> None:
+def test_none_begins_in_it_merged(made: tuple[Path, dict[str, Any]], command: Any, tiny: Any, tmp_path: Path) -> None:
     folder = tmp_path / "whole"
     assert command("export", str(own_of(made[0])), "--to", str(folder), "--private", "--merge").code == 0
     for asked in (

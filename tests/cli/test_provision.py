@@ -12,6 +12,7 @@ from fedtune.ops.kits.members import JoinRequest, Roster, next_steps, site_init
 from fedtune.privacy.policy_file import write_policy
 
 from ..conftest import files_in, parsed
+from . import snapshots
 
 
 @pytest.fixture(autouse=True)
@@ -106,30 +107,15 @@ def test_what_is_let_in_is_what_was_compared(provision: Any, request_of: Any, mo
     assert member.node_key == compared.node_key != JoinRequest.read(request).node_key
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("init federation.toml --out cardiology", "--out = 'cardiology': exists already"),
-        ("init wrong.toml --out new", "wrong.toml: servr: is not a key"),
-        ("list", "--federation = '.': must be the folder that `fedtune provision init` made"),
-        ("add-site federation.toml --federation cardiology", "federation.toml: request = "),
-        ("add-site north/kit/join_request.json --federation cardiology", "site = 'north': is taken"),
-        ("renew-site north --federation cardiology --new-site-key", "--new-site-key: needs the REQUEST"),
-        ("revoke-site east --federation cardiology", "site = 'east': must be a site of the federation: north"),
-    ],
-)
-def test_a_mistake_is_one_line_and_changes_nothing(
-    provision: Any, request_of: Any, command: Any, arguments: str, message: str
-) -> None:
+@snapshots.mistakes("mistakes-provision")
+def test_mistakes_change_nothing(provision: Any, request_of: Any, command: Any, typed: str) -> None:
     provision("init", "federation.toml")
     provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
     Path("wrong.toml").write_text('servr = "x"')
     before = files_in(Path())
-    outcome = command("provision", *arguments.split())
-    assert message in outcome.failed()
-    assert outcome.out == ""
-    assert files_in(Path()) == before
-    assert not Path("new").exists()
+    outcome = command("provision", *typed.split())
+    snapshots.check_message("mistakes-provision", typed, outcome.failed())
+    assert (outcome.out, files_in(Path())) == ("", before)
 
 
 def test_commands_in_the_readmes_exist(provision: Any, request_of: Any) -> None:

@@ -140,9 +140,7 @@ def test_a_link_of_the_account_s_is_not_followed_as_root(served: Here, waiting: 
     assert own.read_text() == "secret"
 
 
-def test_a_python_that_the_account_cannot_read(
-    served: Here, waiting: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
+def test_an_unreadable_python(served: Here, waiting: Proposal, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(files, "_python_is_readable", lambda: False)
     assert called("site", "approve", "r", "--yes", *served.words) == 2
     assert "cannot be read by account 54321" in capfd.readouterr().err

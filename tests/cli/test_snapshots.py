@@ -16,13 +16,11 @@ from fedtune.cli.main import fedtune, main
 from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 
+from ..conftest import files_in
 from . import snapshots
-from .widths import COLUMNS, too_wide
+from .widths import too_wide
 
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def every_command() -> list[str]:
@@ -67,8 +65,9 @@ OF_A_SITE = [
 @pytest.mark.parametrize("words", OF_A_SITE)
 def test_a_ledger_and_its_policy(words: str, lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lived.folder)
-    name = "-".join(word.lstrip("-") for word in words.split() if "." not in word)
+    name, before = "-".join(word.lstrip("-") for word in words.split() if "." not in word), files_in(lived.folder)
     snapshots.check_output(name, shown(command, words))
+    assert files_in(lived.folder) == before, "looking writes nothing"
 
 
 def test_json_of_a_policy(lived: Any, command: Any) -> None:
@@ -90,6 +89,7 @@ def test_reports(lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> N
     lived.charge(lived.proposal("triage", noise_multiplier=2.5), 2)
     assert command("report", "site.toml", "--output", "after").code == 0
     snapshots.check_output("report", shown(command, "report verify before", "report diff before after"))
+    assert json.loads(command("report", "schema").printed)["title"] == "fedtune report"
     for words in ("verify before", "diff before after"):
         machine = command("report", *words.split(), "--json")
         snapshots.check_json(f"report-{words.split()[0]}", machine.out, folder=lived.folder)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from fedtune.spec import ConfigError
 from fedtune.studies.synthetic import WRITING, allotted, as_written, ballot, chosen, synthesize, weights_of
 
 from ..conftest import REPOSITORY
+from . import snapshots
 
 KINDS = [{"column": "label", "by": "kinds"}]
 
@@ -48,16 +50,14 @@ def runs(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     into = tmp_path_factory.mktemp("runs")
     with gzip.open(REPOSITORY / "simulations/data/e2e_nlg/train.jsonl.gz", "rt") as lines:
         own_words = [f'{{"messages": "a {one} one", "ref": "once"}}\n' for one in ("grey", "pink")]
-        (into / "tables.jsonl").write_text(
-            "".join(line.replace('{"mr":', '{"messages":') for line in [*lines, *own_words])
-        )
+        renamed = [line.replace('{"mr":', '{"messages":') for line in [*lines, *own_words]]
+    (into / "tables.jsonl").write_text("".join(renamed))
     own = (f"data.train_file={into}/tables.jsonl", "data.validation_file=null", "data.test_file=null")
     short = ("data.max_length=64", "federation.num_rounds=1", "training.learning_rate=0.2")
     model = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.declared_sizes=40")
     simulate(*model, *short, *own, "data.columns={prompt: messages, completion: ref}", into=into, name="writer")
-    (into / "codes.jsonl").write_text(
-        '{"messages": "a red one"}\n{"messages": "a blue one"}\n{"messages": "a blue one"}\n'
-    )
+    codes = [f'{{"messages": "a {one} one"}}\n' for one in ("red", "blue", "blue")]
+    (into / "codes.jsonl").write_text("".join(codes))
     votes = ("experiment=votes", "model=random_bert", "data.columns={text: messages}", own[0])
     simulate(*votes, "data.labels=[a blue one, a red one]", into=into, name="shares")
     vote(into / "shares", 3.0, 1.0)
@@ -101,9 +101,7 @@ def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = Tru
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
-def test_codes_have_shares_and_a_card(
-    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_have_shares_and_cards(runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dealt = []
     monkeypatch.setattr(run_records, "deal", lambda *given, **named: dealt.append(given) or deal(*given, **named))
     to = tmp_path / "texts.jsonl"
@@ -374,35 +372,9 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
     assert not list(tmp_path.glob("*none*"))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ((), "--codes = null: must be given"),
-        (("--codes", "empty.jsonl"), "empty.jsonl = 'an empty file': must hold at least one record"),
-        (("--codes", "brat"), "must be one file, whose SHA-256 is noted (Is a directory)"),
-        (("--codes", "codes.jsonl", "--beside", "tables.jsonl"), "one of it and data.train_file has all texts of the"),
-        (("--codes", "codes.jsonl", "--beside", "part.jsonl"), "one of it and data.train_file has all texts of the"),
-        (("--codes", "codes.jsonl", "--beside", "recoded.jsonl"), "one of it and data.train_file has all texts of the"),
-        (("--votes", "shares", "--beside", "voted.jsonl"), "one of it and data.train_file has all texts of the other"),
-        (("--codes", "codes.jsonl", "--ballot", "texts.jsonl"), "--ballot = 'texts.jsonl': must be a new file"),
-        (("--codes", "codes.jsonl", "--ballot", "link/texts.jsonl.card.md"), "card.md': must be a new file"),
-        (("--codes", "codes.jsonl", "--to", "tables.jsonl"), "--to = 'tables.jsonl': must be a new file"),
-        (("--codes", "codes.jsonl", "--to", "codes.jsonl/x.jsonl"), "x.jsonl.card.json': must be a new file"),
-        (("--codes", "codes.jsonl", "--to", "texts.csv"), "a new file of JSON lines: its name must end in .jsonl"),
-        (("--codes", "codes.jsonl", "--to", ""), "--to = '.': must be a new file of JSON lines"),
-        (("--codes", "tables.jsonl"), "must be a public list: all prompts of data.train_file stand in it"),
-        (("--codes", "once.jsonl"), "must be a public list: 2 of its 3 prompts come once in the run's own files"),
-        (("--codes", "owing.jsonl"), "must hold public records: owing.jsonl.card.json beside it says which runs"),
-        (("--codes", "codes.jsonl", "--beside", "owing.jsonl"), "--beside = 'owing.jsonl': must hold public records"),
-        (("--codes", "codes.jsonl", "--votes", "writer"), "must be a run of task votes, not of causal_lm"),
-        (("--codes", "codes.jsonl", "--rows", "10000000000"), "--rows = 10000000000: must be at most 100000"),
-        (("--codes", "codes.jsonl", "--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
-        (("--codes", "codes.jsonl", "--pattern", "("), "must be a regular expression"),
-        (("--beginnings", "part.jsonl"), "must be as fedtune synthesize or choose wrote it with this RUN"),
-    ],
-)
+@snapshots.mistakes("mistakes-synthesize")
 def test_what_is_refused_is_so_before_a_text_is_written(
-    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], said: str
+    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
     monkeypatch.setattr(SavedModel, "drawn", lambda *given, **named: pytest.fail("it writes"))
     monkeypatch.chdir(tmp_path)
@@ -421,16 +393,9 @@ def test_what_is_refused_is_so_before_a_text_is_written(
     for name, role, given in (("recoded.jsonl", "messages", "another code"), ("voted.jsonl", "ref", "another text")):
         Path(name).write_text("".join(f"{json.dumps(row | {role: given})}\n" for row in own))
     before = set(tmp_path.iterdir())
-    assert said in command("synthesize", "writer", "--to", "texts.jsonl", *options).failed()
+    message = command("synthesize", "writer", "--to", "texts.jsonl", *shlex.split(typed)).failed()
+    snapshots.check_message("mistakes-synthesize", typed, message)
     assert set(tmp_path.iterdir()) == before
-
-
-def test_codes_are_no_list_of_a_run_whose_own_file_is_gone(runs: Path, command: Any, tmp_path: Path) -> None:
-    own = shutil.copytree(runs / "writer", tmp_path / "own") / "config.yaml"
-    own.write_text(own.read_text().replace("tables.jsonl", "gone.jsonl"))
-    options = ("--codes", str(runs / "tables.jsonl"), "--to", str(tmp_path / "texts.jsonl"))
-    message = command("synthesize", str(own.parent), *options).failed()
-    assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
 
 
 def private_to_a_site(run: Path, to: Path) -> Path:
@@ -441,10 +406,14 @@ def private_to_a_site(run: Path, to: Path) -> Path:
     return to
 
 
-def test_an_adapter_private_to_a_site_writes_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_a_private_adapter_or_one_without_its_own_file_writes_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
+    asked = ("--to", str(tmp_path / "texts.jsonl"), "--codes", str(runs / "tables.jsonl"))
     own = private_to_a_site(runs / "writer", tmp_path / "own")
-    options = ("--codes", str(runs / "codes.jsonl"), "--to", str(tmp_path / "texts.jsonl"))
-    assert "is private to" in command("synthesize", str(own), *options).failed()
+    assert "is private to" in command("synthesize", str(own), *asked).failed()
+    lost = shutil.copytree(runs / "writer", tmp_path / "lost") / "config.yaml"
+    lost.write_text(lost.read_text().replace("tables.jsonl", "gone.jsonl"))
+    message = command("synthesize", str(lost.parent), *asked).failed()
+    assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
 
 
 def test_shares_are_whole_numbers_that_add_up() -> None:
