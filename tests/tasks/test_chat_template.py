@@ -1,8 +1,10 @@
 """A model's chat template as a chain of fixed texts: found out over made-up turns, or refused."""
 
 import importlib.util
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -24,44 +26,10 @@ from ..data.conftest import chat, data_spec, in_json
 LM = task_named("causal_lm")
 MARKS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]")
 
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are made up<|im_end|>\\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-DATED = (
-    "{{ bos_token }}{% if strftime_now is defined %}{% set day = strftime_now('%d') %}"
-    "{% else %}{% set day = '26 Jul' %}{% endif %}{{ 'Today: ' + day + '\\n' }}"
-    "{% for message in messages %}{% generation %}"
-    "{{ '<|' + message.role + '|>\\n' + message.content | trim + '<|end|>' }}{% endgeneration %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-WITHOUT_SYSTEM = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "{% for message in messages %}{% set role = 'model' if message.role == 'assistant' else message.role %}"
-    "{{ '<|im_start|>' + role + '\\n' + message.content.strip() + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}"
-)
-SYSTEM_IN_FIRST = (
-    "{{ bos_token }}{% set lead = '' %}{% if messages[0].role == 'system' %}"
-    "{% set lead = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message.role == 'user' %}{{ '[INST]' + (lead if loop.first else '') + message.content + '[/INST]' }}"
-    "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}"
-)
-IGNORES_SYSTEM = (
-    "{% for message in messages %}{% if message.role != 'system' %}{{ message.role + ': ' + message.content + '\\n' }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
+TEMPLATES: dict[str, str] = tomllib.loads(Path(__file__).with_name("chat_templates.toml").read_text(encoding="utf-8"))
+CHATML, DATED, SYSTEM_IN_FIRST = (TEMPLATES[name] for name in ("chatml", "dated", "system_in_first"))
+WITHOUT_SYSTEM, IGNORES_SYSTEM = WITHOUT = [TEMPLATES[name] for name in ("without_system", "ignores_system")]
 TAKEN = [CHATML, DATED, WITHOUT_SYSTEM, SYSTEM_IN_FIRST, IGNORES_SYSTEM]
-WITHOUT = {WITHOUT_SYSTEM, IGNORES_SYSTEM}
-
-SYSTEM_IN_LAST = (
-    "{% set lead = messages[0].content if messages[0].role == 'system' else '' %}{% for message in messages %}"
-    "{% if message.role == 'user' %}{{ '[INST]' + (lead + '\\n\\n' if lead and loop.last else '') + message.content + "
-    "'[/INST]' }}{% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}{% endfor %}"
-)
 
 
 def says(content: str) -> str:
@@ -69,25 +37,20 @@ def says(content: str) -> str:
     return CHATML.replace("message['content'] +", f"{content} +")
 
 
+OTHER = "other words before an answer"
 REFUSED = {
-    "a system turn before the last user's": (SYSTEM_IN_LAST, "what the system says once"),
-    "numbers of turns": (
-        CHATML.replace("'<|im_start|>' +", "loop.index ~ '<|im_start|>' +"),
-        "other words before an answer",
-    ),
-    "thoughts in the last answer": (
-        says("('<t></t>' if loop.last else '') + message['content']"),
-        "other words before an answer",
-    ),
+    "a system turn before the last user's": (TEMPLATES["system_in_last"], "what the system says once"),
+    "numbers of turns": (CHATML.replace("'<|im_start|>' +", "loop.index ~ '<|im_start|>' +"), OTHER),
+    "thoughts in the last answer": (says("('<t></t>' if loop.last else '') + message['content']"), OTHER),
     "capital letters": (says("message['content'] | upper"), "says once"),
-    "escaped contents": (says("message['content'] | e"), "other words before an answer"),
+    "escaped contents": (says("message['content'] | e"), OTHER),
     "contents cut off": (says("message['content'][:9]"), "one after another"),
     "contents twice": (says("message['content'] * 2"), "says once"),
     "no empty content": (
         CHATML.replace("{{'<|im", "{% if message['content'] %}{{'<|im").replace("'\\n'}}", "'\\n'}}{% endif %}"),
         "one after another",
     ),
-    "no prompt for an answer": (CHATML[: CHATML.index("{% if add_gen")], "other words before an answer"),
+    "no prompt for an answer": (CHATML[: CHATML.index("{% if add_gen")], OTHER),
     "the clock": (DATED.replace("strftime_now is defined", "true"), "refuses turns of user, assistant"),
     "thoughts cut off": (says("message['content'].split('</' ~ 'think>')[-1]"), "one after another"),
     "words of its own cut off": (says("message['content'].replace('[TOOL]', '')"), "one after another"),
@@ -131,9 +94,8 @@ REFUSED = {
 
 def tokenizer_with(template: str | None, *, special: bool = True) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer("random:llama")
-    tokenizer.add_tokens(
-        [AddedToken(mark, special=special, normalized=False) for mark in MARKS], special_tokens=special
-    )
+    marks = [AddedToken(mark, special=special, normalized=False) for mark in MARKS]
+    tokenizer.add_tokens(marks, special_tokens=special)
     tokenizer.chat_template = template
     return tokenizer
 
@@ -265,9 +227,8 @@ def test_a_chat_that_the_template_changes_is_left_out_by_itself(template: str, t
     among = LM.tokenise([others[0], changed, others[1]], tokenizer, data=settings(), lenient_within=10**6).targets
     assert [target.tolist() for target in among] == [target.tolist() for target in (one, left_out, other)]
     pair = {"chosen": in_json(turns), "rejected": in_json([*turns[:-1], {**turns[-1], "content": "No."}])}
-    pairs = task_named("preference").tokenise(
-        [Record(pair)], tokenizer, data=settings(columns={role: role for role in pair}), lenient_within=10**6
-    )
+    data = settings(columns={role: role for role in pair})
+    pairs = task_named("preference").tokenise([Record(pair)], tokenizer, data=data, lenient_within=10**6)
     assert all((target == UNSUPERVISED).all() for target in pairs.targets)
     LM.tokenise([changed], tokenizer, data=settings("plain"))
 
@@ -283,9 +244,8 @@ def test_a_template_is_rendered_over_each_record_once(monkeypatch: pytest.Monkey
     LM.check_tokenizer(tokenizer, data=settings())
     render = create_autospec(CountedTemplate.render, side_effect=CountedTemplate.render)
     monkeypatch.setattr(CountedTemplate, "render", render)
-    LM.tokenise(
-        [Record(messages(chat("a", "b", "c", "d"))), Record(messages(chat("e", "f")))], tokenizer, data=settings()
-    )
+    records = [Record(messages(chat(*said))) for said in ("abcd", "ef")]
+    LM.tokenise(records, tokenizer, data=settings())
     seen = ["".join(message["content"] for message in call.args[1]["messages"]) for call in render.call_args_list]
     assert seen == ["abcd", "ef"]
 
@@ -308,9 +268,8 @@ def test_a_prompt_and_its_completion_are_two_turns(kind: str) -> None:
     data = settings(kind, columns=roles, prompt_template="{prompt}\n\n{input}")
     fields = {"prompt": "Add.", "input": "1 2", "completion": "3", "system": "Count."}
     (whole,) = LM.tokenise([Record(fields)], tokenizer, data=data).input_ids
-    (said,) = LM.tokenise(
-        [Record(messages(chat("Add.\n\n1 2", "3", system="Count.")))], tokenizer, data=settings(kind)
-    ).input_ids
+    turns = Record(messages(chat("Add.\n\n1 2", "3", system="Count.")))
+    (said,) = LM.tokenise([turns], tokenizer, data=settings(kind)).input_ids
     assert whole.tolist() == said.tolist()
     for blank in ({**fields, "system": " "}, {"prompt": "Add.", "input": "1 2", "completion": "3"}):
         (whole,) = LM.tokenise([Record(blank)], tokenizer, data=data).input_ids

@@ -15,30 +15,10 @@ from fedtune.data import Record
 from fedtune.tasks.registry import task_named
 
 from ..data.conftest import chat, in_json
-from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, WITHOUT_SYSTEM, messages
+from .test_chat_template import CHATML, LM, MARKS, SYSTEM_IN_FIRST, TEMPLATES, WITHOUT_SYSTEM, messages
 from .test_chat_template import settings as layout
 
-ZEPHYR = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-PHI = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
-HEADERS = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim "
-    "+ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|end|>\n\n' }}{% endif %}"
-)
-WORDS = (
-    "{{ bos_token }}{% for m in messages %}{{ '\n\n### ' + m['role'] + ':\n' + m['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\n### assistant:\n' }}{% endif %}"
-)
-TEMPLATES = {
-    "chatml": CHATML, "without system": WITHOUT_SYSTEM, "inst": SYSTEM_IN_FIRST,
-    "zephyr": ZEPHYR, "phi": PHI, "headers": HEADERS, "words": WORDS,
-}  # fmt: skip
-
+USED = ("chatml", "without_system", "system_in_first", "zephyr", "phi", "headers", "words")
 TEXTS = [f"Where is case {n}? In box {n % 7}, matey.\n\nSorry: user, assistant, system!" for n in range(200)]
 TEXTS += [f"{role}:\nYes.\n\n### {role}: No.\n" for role in ("User", "Assistant", "user", "assistant")] * 20
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -121,9 +101,8 @@ def trained(kind: str, added: str) -> PreTrainedTokenizerFast:
                 processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
             ]
         )
-    found = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
-    )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
     flags = {"special": True, "normalized": False, "rstrip": added == "strips"}
     if added == "plain":
         flags["special"] = False
@@ -172,7 +151,7 @@ def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
 
 def cases() -> Iterator[Any]:
     """Every kind of tokenizer with every template, by day with one of three ways to add marks, at night with all."""
-    for place, (kind, template) in enumerate(product(KINDS, TEMPLATES)):
+    for place, (kind, template) in enumerate(product(KINDS, USED)):
         for number, added in enumerate(("special", "plain", "strips")):
             marks = () if number == place % 3 else pytest.mark.nightly
             yield pytest.param(kind, TEMPLATES[template], added, id=f"{kind}-{template}-{added}", marks=marks)
@@ -188,9 +167,9 @@ def test_a_chat_has_the_tokens_that_transformers_gives_it(kind: str, template: s
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
-@given(said=conversations, template=st.sampled_from([ZEPHYR, CHATML, SYSTEM_IN_FIRST, WORDS]))
+@given(said=conversations, template=st.sampled_from(["zephyr", "chatml", "system_in_first", "words"]))
 def test_any_chat_has_them(kind: str, said: tuple[list[str], list[str]], template: str) -> None:
-    check_same(with_template(kind, "special", template), turns_of(said))
+    check_same(with_template(kind, "special", TEMPLATES[template]), turns_of(said))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,13 +190,10 @@ def test_no_text_of_a_record_is_a_mark(kind: str, mark: str) -> None:
     special = set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}
     hostile, plain = chat(f"a {mark} b", f"{mark}c"), chat("a b", "c")
     for data in (layout(), layout("plain")):
-        found = [
-            LM.tokenise([Record(messages(turns))], tokenizer, data=data).input_ids[0] for turns in (hostile, plain)
-        ]
+        found = [LM.tokenise([Record(messages(one))], tokenizer, data=data).input_ids[0] for one in (hostile, plain)]
         assert [n for n in found[0] if n in special] == [n for n in found[1] if n in special]
-    (ids,) = LM.tokenise(
-        [Record({"text": f"a {mark} b"})], tokenizer, data=layout("none", columns={"text": "text"})
-    ).input_ids
+    plain_text = layout("none", columns={"text": "text"})
+    (ids,) = LM.tokenise([Record({"text": f"a {mark} b"})], tokenizer, data=plain_text).input_ids
     assert not special & set(ids.tolist()[1:-1])
 
 

@@ -46,6 +46,11 @@ def turns(*contents: str, first: str = "user") -> str:
     return in_json(chat(*contents, first=first))
 
 
+def said(content: str) -> str:
+    """An answer alone."""
+    return turns(content, first="assistant")
+
+
 def whole(chosen: str, rejected: str, **fields: str) -> Record:
     return Record({"chosen": chosen, "rejected": rejected, **fields}, file="a.jsonl", line=3)
 
@@ -58,9 +63,7 @@ def test_both_answers_are_learnt_behind_the_same_prompt(leading_tokenizer: Any) 
 
 
 @pytest.mark.parametrize("max_length", [3, 4, 5, 6, 7, 8])
-def test_a_prompt_is_cut_as_the_longer_answer_needs(
-    leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int
-) -> None:
+def test_a_prompt_is_cut_for_the_longer_answer(leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int) -> None:
     for tokenizer, begins in ((leading_tokenizer, [CLS]), (decoder_tokenizer, [])):
         for answers in (("lost", "there my name"), ("there my name", "lost")):
             data = settings(max_length=max_length)
@@ -77,10 +80,9 @@ def test_a_prompt_is_cut_as_the_longer_answer_needs(
 
 
 def test_a_prompt_and_conversations_say_the_same(leading_tokenizer: Any) -> None:
-    as_text = PAIRS.tokenise(
-        [pair("where", "lost", "my card")], leading_tokenizer, data=settings(chat_template="plain")
-    )
-    continued = whole(turns("lost", first="assistant"), turns("my card", first="assistant"), messages=turns("where"))
+    plain = settings(chat_template="plain")
+    as_text = PAIRS.tokenise([pair("where", "lost", "my card")], leading_tokenizer, data=plain)
+    continued = whole(said("lost"), said("my card"), messages=turns("where"))
     assert rows(PAIRS.tokenise([continued], leading_tokenizer, data=TURNS)) == rows(as_text)
     shared = whole(turns("where", "lost"), turns("where", "my card"))
     assert rows(PAIRS.tokenise([shared], leading_tokenizer, data=WHOLE)) == rows(as_text)
@@ -114,31 +116,11 @@ def test_what_is_no_pair_teaches_nothing(leading_tokenizer: Any, record: Record,
     ("record", "data", "message"),
     [
         (whole("lost", turns("where", "card")), WHOLE, "chosen = 'text': must be a list of turns: no column prompt"),
-        (
-            whole(turns("where", "lost"), turns("is", "card")),
-            WHOLE,
-            "rejected = 'other turns': must have the turns of chosen before its last answer",
-        ),
-        (
-            whole(turns("where", "lost"), turns("where")),
-            WHOLE,
-            "rejected = 'user': must end in a turn of the assistant",
-        ),
-        (
-            whole(turns("lost"), turns("lost", first="assistant"), messages=turns("where")),
-            TURNS,
-            "chosen = 'user': must end in a turn of the assistant",
-        ),
-        (
-            whole(turns("a", first="assistant"), turns("b", first="assistant"), messages=turns("where", "c")),
-            TURNS,
-            "chosen, turn 3 = 'assistant': must be user",
-        ),
-        (
-            pair("where", turns("lost", first="assistant"), "card"),
-            settings(),
-            "chosen = 'a list of turns': must be text beside the text of a prompt",
-        ),
+        (whole(turns("where", "lost"), turns("is", "card")), WHOLE, "rejected = 'other turns': must have the turns of"),
+        (whole(turns("where", "lost"), turns("where")), WHOLE, "rejected = 'user': must end in a turn of the"),
+        (whole(turns("lost"), said("lost"), messages=turns("where")), TURNS, "chosen = 'user': must end in a turn of"),
+        (whole(said("a"), said("b"), messages=turns("where", "c")), TURNS, "chosen, turn 3 = 'assistant': must be us"),
+        (pair("where", said("lost"), "card"), settings(), "chosen = 'a list of turns': must be text beside the text"),
     ],
 )
 def test_what_is_no_pair_of_the_layout_is_left_out_or_named(
@@ -227,13 +209,9 @@ def test_a_model_that_is_its_base_prefers_nothing(model: TaskModel) -> None:
     with_random_values(model, 0.0)
     figures = figures_of(model, made_up(model), pad_id=0, max_tokens=40)
     scores = model.task.scores(figures, spec=model.spec)
-    assert scores == {
-        "accuracy": 0.5,
-        "accuracy_length_controlled": 0.5,
-        "margin": pytest.approx(0.0, abs=1e-5),
-        "margin_length_controlled": pytest.approx(0.0, abs=1e-5),
-        "loss": pytest.approx(np.log(2), abs=1e-5),
-    }
+    accuracies = dict.fromkeys(("accuracy", "accuracy_length_controlled"), 0.5)
+    margins = dict.fromkeys(("margin", "margin_length_controlled"), 0.0)
+    assert scores == pytest.approx(accuracies | margins | {"loss": np.log(2)}, abs=1e-5)
 
 
 def test_what_is_kept_of_the_lead_s_data_changes_no_score(model: TaskModel) -> None:

@@ -48,6 +48,7 @@ def test_the_digest_is_what_its_documentation_says() -> None:
 def test_the_digest_sees_values_names_and_shapes_but_not_order_or_layout() -> None:
     digest = small().digest()
     assert Adapter(dict(reversed(small().tensors.items()))).digest() == digest
+    assert Adapter.from_bytes(small().to_bytes()).digest() == digest
     assert small(b=np.asfortranarray(small().tensors["b"])).digest() == digest
     others = [small(a=np.zeros(2, np.float32)), small(a=np.ones((1, 2), np.float32)), small(c=np.ones(1, np.float32))]
     assert len({digest, *(other.digest() for other in others)}) == 4
@@ -72,10 +73,6 @@ def test_an_adapter_cannot_be_changed() -> None:
         adapter.tensors["a"][0] = 2
     with pytest.raises(TypeError):
         adapter.tensors["a"] = source  # type: ignore[index]
-
-
-def test_bytes_round_trip() -> None:
-    assert Adapter.from_bytes(small().to_bytes()).digest() == small().digest()
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", small().to_bytes()[:-1], save({"a": torch.ones(2).bfloat16()})])
@@ -128,9 +125,8 @@ EACH = [(*kind, "rsLoRA") for kind in KINDS] + [("random:llama", "causal_lm", na
 def test_plain_peft_gives_the_same_logits(tmp_path: Path, path: str, task: str, name: str) -> None:
     model, batch = trained(path, task, lora=LORAS[name]), batch_of(task)
     save_task_model(model, tmp_path / "adapter")
-    plain = PeftModel.from_pretrained(
-        load_base(ModelSpec(path=path), predicts_tokens=task == "causal_lm"), str(tmp_path / "adapter")
-    )
+    base = load_base(ModelSpec(path=path), predicts_tokens=task == "causal_lm")
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     output = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     if task == "causal_lm":
         logits = output.logits

@@ -80,9 +80,8 @@ def test_the_brier_score_by_hand() -> None:
     second = (0.4**2 / 1.0 + 0.2**2 / 1.0 + 0.4**2 / 0.5) / 4
     assert integrated_brier(survival, followed, event) == pytest.approx((first + second) / 2)
     nobody_lost = np.array([True, True, True, False])
-    assert integrated_brier(survival, followed, nobody_lost) == pytest.approx(
-        np.mean([first, (0.4**2 + 0.5**2 + 0.2**2 + 0.4**2) / 4])
-    )
+    other = (0.4**2 + 0.5**2 + 0.2**2 + 0.4**2) / 4
+    assert integrated_brier(survival, followed, nobody_lost) == pytest.approx((first + other) / 2)
 
 
 def test_an_interval_through_which_nobody_stayed_has_no_brier_score() -> None:

@@ -171,9 +171,8 @@ def test_label_names_start_the_head(path: str) -> None:
     rows = model.head.weight
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(3))
     torch.testing.assert_close(EMBED(model, token_ids, torch.ones_like(token_ids))[0], rows[1])
-    described = build_task_model(
-        spec_of(path, head=HeadSpec(init="label_names", label_texts=("a", "exchange rate", "c")))
-    )
+    head = HeadSpec(init="label_names", label_texts=("a", "exchange rate", "c"))
+    described = build_task_model(spec_of(path, head=head))
     torch.testing.assert_close(described.head.weight[1], rows[1])
     assert not torch.allclose(described.head.weight[0], rows[0])
 
@@ -238,8 +237,7 @@ def test_the_centre_is_the_mean_of_the_labels_embeddings_and_is_not_trained() ->
 @pytest.mark.parametrize("kind", [RobertaForCausalLM, BertLMHeadModel])
 def test_an_encoder_that_calls_itself_a_decoder_is_none(kind: Any) -> None:
     """It sees no later token, but its head rounds a place by where that lies in the batch."""
-    config = kind.config_class(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, is_decoder=True
-    )
+    small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = kind.config_class(**small, intermediate_size=32, is_decoder=True)
     with pytest.raises(ConfigError, match=r"model\.path .*must be a decoder for causal_lm: [a-z-]+ is an encoder"):
         check_causal(kind(config), path="some/model")

@@ -98,13 +98,10 @@ def test_it_is_simulated(folder: Path) -> None:
     assert {path.name for path in (folder / "adapter").iterdir()} >= {"head.safetensors", "fedtune.json"}
 
 
-def test_it_is_evaluated(folder: Path, tmp_path: Path) -> None:
+def test_it_is_evaluated_and_planned(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "texts.csv"
     data.write_text("text\nwhere is my card\nlost\n")
     assert "worst" in command("evaluate", str(folder), "--data", str(data)).printed
-
-
-def test_it_is_planned(folder: Path, tmp_path: Path) -> None:
     assert command("plan", *tiny(f"task={TextLength.name}", "data.labels=[]", into=tmp_path)).printed
 
 
