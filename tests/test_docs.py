@@ -21,20 +21,20 @@ from .conftest import command
 from .pictures import vision_folder, write_pictures
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    path
-    for pattern in ("*.md", "docs/*.md", "deployment/*.md", "simulations/**/*.md")
-    for path in ROOT.glob(pattern)
-    if path.name != "README.upstream.md"
-)
+PATTERNS = ("*.md", "docs/*.md", "deployment/*.md", "simulations/**/*.md")
+FOUND = {path for pattern in PATTERNS for path in ROOT.glob(pattern)}
+PAGES = sorted(path for path in FOUND if path.name != "README.upstream.md")
 
 
-def own_data_command() -> list[str]:
-    """The five lines of the page about one's own data, as arguments."""
-    page = ROOT / "docs" / "own_data.md"
-    block = re.search(r"```\n(fedtune simulate experiment=own_data .*?)\n```", page.read_text(), re.S)
-    assert block, "the page shows how to use one's own data"
-    return shlex.split(block[1].replace("\\\n", " "))[1:]
+SMALL = ["training.go_on_without_signal=true", "runtime.num_threads=1"]
+TINY = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "training.local_steps=1"]
+
+
+def commands_on(page: str) -> list[list[str]]:
+    """The words of each command in the blocks of a page of docs/, without fedtune."""
+    blocks = re.findall(r"```\n(fedtune .*?)\n```", (ROOT / "docs" / page).read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line.partition(" #")[0])[1:] for line in lines]
 
 
 def test_the_own_data_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +44,8 @@ def test_the_own_data_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / name).write_text("\n".join(["body,team", *rows]) + "\n")
     monkeypatch.chdir(tmp_path)
     # A tiny model instead of MiniLM; everything else is as the page says.
-    small = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "training.local_steps=1"]
-    small += ["data.max_length=16"]
-    outcome = command(*own_data_command(), *small, "runtime.num_threads=1")
+    words = next(words for words in commands_on("own_data.md") if words[:2] == ["simulate", "experiment=own_data"])
+    outcome = command(*words, *TINY, "data.max_length=16", "runtime.num_threads=1")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "runs/tickets/run.json").is_file()
     assert command("evaluate", "runs/tickets", "--data", "more.csv").code == 0
@@ -54,7 +53,7 @@ def test_the_own_data_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_lines_about_entities_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"drug": ("aspirin", "insulin"), "disease": ("asthma", "gout")}
-    rows = []
+    rows, small = [], [*TINY, *SMALL, "data.max_length=32"]
     for number in range(100):
         texts = [found["drug"][number % 2], "against", found["disease"][number // 2 % 2], f"for {number} days"]
         text = " ".join(texts)
@@ -63,18 +62,13 @@ def test_the_lines_about_entities_run(tmp_path: Path, monkeypatch: pytest.Monkey
         rows.append(json.dumps({"text": text, "spans": marked}))
     (tmp_path / "notes.jsonl").write_text("\n".join(rows) + "\n")
     monkeypatch.chdir(tmp_path)
-    small = ["model=random_bert", "lora=all_linear", "federation.num_rounds=1", "training.local_steps=1"]
-    small += ["data.max_length=32", "training.go_on_without_signal=true"]
-    blocks = re.findall(r"```\n(fedtune .*?)\n```", (ROOT / "docs" / "entities.md").read_text(), re.S)
-    lines = [line.partition(" #")[0] for line in "\n".join(blocks).replace("\\\n", " ").splitlines()]
+    lines = commands_on("entities.md")
     assert len(lines) == 6
-    for line in lines:
-        words = shlex.split(line)[1:]
-        more = {"simulate": [*small, "runtime.num_threads=1"], "data init": ["--model", "random_bert"]}
+    for words in lines:
         again = ["name=again"] if words[1:2] == ["experiment=own_entities"] else []
-        asked = next((extra for key, extra in more.items() if line.startswith(f"fedtune {key}")), [])
-        outcome = command(*words, *asked, *again)
-        assert outcome.code == 0, (line, outcome.err)
+        made = ["--model", "random_bert"] if words[:2] == ["data", "init"] else []
+        outcome = command(*words, *(small if words[0] == "simulate" else made), *again)
+        assert outcome.code == 0, (words, outcome.err)
     assert (tmp_path / "runs/again/run.json").is_file()
     settings = (tmp_path / "notes.yaml").read_text()
     assert "columns: {text: text, spans: spans}" in settings
@@ -88,13 +82,10 @@ def test_the_lines_about_tables_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         heads = "age,crp,ward" + ("" if name == "new" else ",diagnosis")
         (tmp_path / f"{name}.csv").write_text("\n".join([heads, *some]) + "\n")
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```\n(fedtune .*?)\n```", (ROOT / "docs" / "features.md").read_text(), re.S)
     known = {"age": "range: [0, 110]", "crp": "range: [0, 400]", "ward": "categories: [surgery, medicine]"}
-    for line in block.splitlines():
-        words = shlex.split(line.partition(" #")[0])[1:]
-        more = ["training.go_on_without_signal=true", "runtime.num_threads=1"] if words[0] == "simulate" else []
-        outcome = command(*words, *more)
-        assert outcome.code == 0, (line, outcome.err)
+    for words in commands_on("features.md"):
+        outcome = command(*words, *(SMALL if words[0] == "simulate" else []))
+        assert outcome.code == 0, (words, outcome.err)
         if words[:2] == ["data", "init"]:
             assert command("data", "check", "labs.yaml").code == 2, "nobody typed what is known yet"
             text = Path("labs.yaml").read_text()
@@ -110,13 +101,9 @@ def test_the_lines_about_images_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, count in (("scans", 60), ("more", 20)):
         write_pictures(tmp_path, f"{name}.csv", count, seed=count)
     shutil.copyfile("images/20-0.png", "images/new.png")
-    page = (ROOT / "docs" / "images.md").read_text()
-    (block,) = re.findall(r"```\n(fedtune .*?)\n```", page, re.S)
-    for line in block.splitlines():
-        words = shlex.split(line.partition(" #")[0])[1:]
-        more = ["training.go_on_without_signal=true", "runtime.num_threads=1", "federation.num_rounds=1"]
-        outcome = command(*words, *(more if words[0] == "simulate" else []))
-        assert outcome.code == 0, (line, outcome.err)
+    for words in commands_on("images.md"):
+        outcome = command(*words, *([*SMALL, "federation.num_rounds=1"] if words[0] == "simulate" else []))
+        assert outcome.code == 0, (words, outcome.err)
         if words[0] == "generate":
             assert "red 0." in outcome.out
     assert Path("scans-model/model.safetensors").is_file()
@@ -171,11 +158,9 @@ def test_files_that_pages_name_exist() -> None:
 
 
 def test_tests_that_the_threat_model_names_exist() -> None:
-    text = (ROOT / "docs/threat_model.md").read_text()
-    named = set(re.findall(r"tests/[\w/]+(?:\.py)?", text))
+    named = set(re.findall(r"tests/[\w/]+(?:\.py)?", (ROOT / "docs/threat_model.md").read_text()))
     assert len(named) > 8
-    for name in named:
-        assert (ROOT / name).exists(), name
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 _TOO_MUCH = re.compile(

@@ -12,10 +12,7 @@ from fedtune.spec import (
     NOT_GIVEN,
     ConfigError,
     DataError,
-    FedtuneError,
     LibraryPanic,
-    RefusedError,
-    RunError,
     check_at_least,
     check_fraction,
     check_one_of,
@@ -71,22 +68,6 @@ def test_pydantic_forbids_other_keys_and_runs_the_checks() -> None:
         adapter.validate_python({"turns": 3, "torns": 3})
     with pytest.raises(pydantic.ValidationError, match="turns = 0"):
         adapter.validate_python({"turns": 0})
-
-
-@pytest.mark.parametrize(
-    ("error", "exit_code"),
-    [(ConfigError("k", 1, "b"), 2), (DataError("k", 1, "b"), 2), (RefusedError(), 3), (RunError(), 1)],
-)
-def test_exit_codes(error: FedtuneError, exit_code: int) -> None:
-    assert isinstance(error, FedtuneError)
-    assert error.exit_code == exit_code
-
-
-def test_a_config_error_names_key_value_and_bound() -> None:
-    error = ConfigError("epsilon", -1.0, "must be greater than 0")
-    assert str(error) == "epsilon = -1.0: must be greater than 0"
-    assert isinstance(error, ValueError)
-    assert (error.key, error.value, error.bound) == ("epsilon", -1.0, "must be greater than 0")
 
 
 def test_a_config_error_can_be_moved_outwards() -> None:

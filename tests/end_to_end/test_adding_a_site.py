@@ -20,14 +20,13 @@ from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.site_files import SiteFiles
 
-from ..conftest import parsed, result_of
+from ..conftest import REPOSITORY, parsed, result_of
 from ..flower.loopback import free_port
 from ..forked import forked_commands
 
 pytestmark = pytest.mark.nightly
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "adding_a_site.md"
+PAGE = REPOSITORY / "docs" / "adding_a_site.md"
 PORT = "9092"
 SITES = ("north-hospital", "south-hospital")
 MOST_S = 600.0  # little more than a minute on a quiet machine
@@ -153,10 +152,12 @@ def test_what_the_page_shows_was_printed(followed: Followed) -> None:
 
 
 def test_the_policy_is_the_template_but_for_the_lines_that_the_page_lists(followed: Followed) -> None:
+    tables = {"population", "dataset", "budget", "limits", "allow", "releases", "machine", "trust", "asserted"}
+
     def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in table.items():
             value = value[0] if key == "dataset" else value
-            if isinstance(value, dict) and f"{prefix}{key}" in ("population", "dataset", *TABLES):
+            if isinstance(value, dict) and f"{prefix}{key}" in tables:
                 yield from flat(value, f"{prefix}{key}.")
             else:
                 yield f"{prefix}{key}", value
@@ -166,21 +167,14 @@ def test_the_policy_is_the_template_but_for_the_lines_that_the_page_lists(follow
         for name in ("south-hospital/site.toml", "template.toml")
     )
     asked = {"asserted.no_person_at_another_site"}  # the template has no answer
-    later = {
-        "about",
-        "promise",
-        "population.arrivals",
-    }  # a public registry, or people who are promised more, ask for it
+    later = {"about", "promise", "population.arrivals"}  # asked for by a registry, or by people promised more
     assert ours.keys() == template.keys() - later | asked
     listed = re.findall(r"^\| (`[^|]*) \|", PAGE.read_text(), re.MULTILINE)
     named = {key for cell in listed for key in re.findall(r"`([\w.]+)`", cell)}
     assert named == {key for key in ours if ours[key] != template.get(key)}
 
 
-TABLES = ("budget", "limits", "allow", "releases", "machine", "trust", "asserted")
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
 def typed(text: str) -> Iterator[str]:

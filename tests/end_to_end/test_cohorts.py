@@ -14,20 +14,16 @@ from fedtune.report import from_ledger
 from fedtune.tasks.saved import SavedAdapter
 
 from ..conftest import command
+from .test_user_level import arguments as by_user
 
 pytestmark = pytest.mark.nightly
 YEARS = (2024, 2025, 2026)
 
 
 def arguments(into: Path, name: str, *overrides: str) -> list[str]:
-    return [
-        *("experiment=debug_users", f"tracking.output_dir='{into}'", f"name={name}", "runtime.device=cpu"),
-        *("runtime.num_threads=1", "privacy.noise_multiplier=4.0", "data.declared_sizes=30", "data.train_fraction=1.0"),
-        *("data.validation_rows=5", "data.test_rows=5", "federation.num_rounds=1", "training.local_steps=1"),
-        f"data.train_file='{into / 'people.jsonl'}'",
-        f"runtime.sites_dir='{into / 'kept'}'",
-        *overrides,
-    ]
+    short = ("data.declared_sizes=30", "data.train_fraction=1.0", "federation.num_rounds=1", "training.local_steps=1")
+    files = (f"data.train_file='{into / 'people.jsonl'}'", f"runtime.sites_dir='{into / 'kept'}'")
+    return by_user(into, *short, *files, *overrides, name=name)
 
 
 @pytest.fixture
@@ -71,9 +67,8 @@ def test_with_cohorts_every_years_people_have_their_own(simulated: Any, tmp_path
     report = from_ledger.build(ledger)
     assert report.sites[0].spent.epsilon == pytest.approx(history.epsilon())
     assert report.sites[0].steps[-1].epsilon == pytest.approx(history.epsilon())
-    plan = command(
-        "plan", *arguments(tmp_path, "p", "+data.columns.arrival=came", "privacy.cohorts={period:year,last:'2026'}")
-    )
+    window = ("+data.columns.arrival=came", "privacy.cohorts={period:year,last:'2026'}")
+    plan = command("plan", *arguments(tmp_path, "p", *window))
     assert "it admits and charges people who came up to 2026, and those without a date" in " ".join(plan.out.split())
 
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.end_to_end.test_user_level import arguments
-from tests.forked import Forked
-
 from ..conftest import command
+from ..forked import Forked
+from .test_user_level import arguments
 
 pytestmark = pytest.mark.nightly
 
@@ -67,13 +67,9 @@ def test_after_ctrl_c_the_command_that_is_named_goes_on(tmp_path: Path) -> None:
     words = tickets(tmp_path)
     words[words.index("federation.num_rounds=1")] = "federation.num_rounds=40"
     runs = tmp_path / "runs" / "offices"
-    process = Forked(
-        [sys.executable, "-m", "fedtune", "compare", *words, "--leave-out", "alone"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [sys.executable, "-m", "fedtune", "compare", *words, "--leave-out", "alone"]
+    process = Forked(started, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
     deadline = time.monotonic() + 120
     while not list(runs.glob("offices-federated/checkpoints/round-0003*")):
         assert process.poll() is None, process.stdout and process.stdout.read()

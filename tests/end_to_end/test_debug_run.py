@@ -16,9 +16,8 @@ from fedtune.config import saved_config
 from fedtune.data.load import chosen_rows, lead_records
 from fedtune.privacy.ledger.verify import verify
 
+from ..cli import snapshots
 from ..conftest import adapter_of, command, result_of, simulate, tiny
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -43,73 +42,33 @@ def result(folder: Path) -> Any:
 
 
 def test_the_run_folder_holds_what_the_design_lists(folder: Path) -> None:
-    top = {
-        "config.yaml", "run.json", "environment.json", "adapter", "checkpoints", "log.txt", "report.html",
-        "report.json", "sites"
-    }  # fmt: skip
-    assert {path.name for path in folder.iterdir()} == top
-    adapter = {
-        "adapter_config.json", "adapter_model.safetensors", "head.safetensors", "fedtune.json", "README.md", "label.svg"
-    }  # fmt: skip
-    assert {path.name for path in (folder / "adapter").iterdir()} == adapter
-    assert {path.name for path in (folder / "sites").iterdir()} == {
-        "dealt_out.json", "lead_key.pem", "receipts.json", "site-1", "site-2"
-    }  # fmt: skip
-    for site in ("site-1", "site-2"):
-        names = {path.name for path in (folder / "sites" / site).iterdir()}
-        assert names == {"ledger.db", "site.toml", "site_key.pem"}
-    assert not list(folder.rglob("*.partial"))
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    snapshots.check_text("run-folder.txt", "\n".join(found) + "\n")
     for key in folder.rglob("*.pem"):
         assert key.stat().st_mode & 0o077 == 0, "a private key is for its owner alone"
 
 
+def settled(value: Any) -> Any:
+    """Without what differs from run to run and from machine to machine."""
+    if isinstance(value, dict):
+        open_to_chance = value.keys() & {"detail", "energy", "findings"}
+        return {key: settled(inner) for key, inner in value.items()} | dict.fromkeys(open_to_chance, "any")
+    if isinstance(value, list):
+        return [settled(inner) for inner in value]
+    return "number" if isinstance(value, float) or (isinstance(value, int) and value > 999) else value
+
+
 def test_run_json_has_the_keys_that_others_rely_on(result: Any, folder: Path) -> None:
-    assert set(result) == {
-        "schema_version", "fedtune_version", "config_sha256", "adapter_digest", "task", "rounds", "final", "privacy",
-        "provenance"
-    }  # fmt: skip
-    assert (result["schema_version"], result["task"]) == (2, "classification")
-    made = result["provenance"]
-    assert made["population"] == {
-        "dataset": "banking77", "unit": "record", "declared_sizes": {"site-1": 230, "site-2": 230}
-    }  # fmt: skip
-    assert (made["base_model"]["path"], made["base_model"]["public_id"]) == ("random:bert", None)
+    snapshots.check_json("run", json.dumps(settled(result)), folder=folder)
     about = json.loads((folder / "adapter" / "fedtune.json").read_text())
-    assert made["base_model"]["sha256"] == about["model"]["sha256"]
-    assert (made["start_adapter"], made["template"], made["test_rows"]) == (None, None, 40)
+    assert result["provenance"]["base_model"]["sha256"] == about["model"]["sha256"]
     assert result["config_sha256"] == saved_config(folder).digest()
-    assert [entry["round"] for entry in result["rounds"]] == [1, 2, 3]
     for entry in result["rounds"]:
-        assert set(entry) == {
-            "round", "seconds", "sites", "failed_sites", "bytes_down", "bytes_up", "metrics", "site_scores", "ended",
-            "diverged"
-        }  # fmt: skip
-        assert entry["site_scores"] == {}, "unless they are planned for, no scores leave a site"
-        assert entry["sites"] == ["site-1", "site-2"]
-        assert entry["failed_sites"] == {}
         assert min(entry["seconds"], entry["bytes_down"], entry["bytes_up"]) > 0
-        assert set(entry["metrics"]) == {"accuracy", "macro_f1", "loss"}
-    final = result["final"]
-    assert set(final) == {
-        "metrics", "metrics_before", "seconds", "peak_memory_bytes", "findings", "detail", "energy", "kept"
-    }  # fmt: skip
-    assert final["seconds"] > 0
-    assert final["peak_memory_bytes"] > 50 * 2**20
-    assert final["metrics"] != final["metrics_before"]
-    privacy = result["privacy"]
-    assert set(privacy) == {
-        "unit", "records_per_user", "neighbouring_relation", "delta", "epsilon", "seeded_noise", "sites"
-    }  # fmt: skip
-    assert (privacy["unit"], privacy["neighbouring_relation"]) == ("record", "add_or_remove_one")
-    assert privacy["records_per_user"] == 1
-    assert privacy["seeded_noise"] is False
-    for site in privacy["sites"].values():
-        assert set(site) == {
-            "epsilon", "epsilon_rdp", "planned_epsilon", "rounds", "steps", "sampling_rate", "noise_multiplier",
-            "metrics_noise_multiplier", "upper_bound",
-        }  # fmt: skip
-        assert (site["rounds"], site["steps"], site["upper_bound"]) == (3, 6, False)
-        assert site["metrics_noise_multiplier"] == 0
+    assert result["final"]["seconds"] > 0
+    assert result["final"]["peak_memory_bytes"] > 50 * 2**20
+    assert result["final"]["metrics"] != result["final"]["metrics_before"]
+    assert {site["metrics_noise_multiplier"] for site in result["privacy"]["sites"].values()} == {0}
 
 
 def test_bytes_are_those_of_the_adapter_and_little_more(result: Any, folder: Path) -> None:

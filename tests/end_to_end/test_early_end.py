@@ -96,8 +96,3 @@ def test_only_records_of_the_leads_own_may_decide(tmp_path: Path) -> None:
     outcome = command("simulate", *tiny(*best, into=tmp_path))
     assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
     assert outcome.message.startswith(f"data.validation_file = '{train}': must not hold what data.train_file holds")
-
-
-def test_an_audit_attacks_all_rounds(tmp_path: Path) -> None:
-    outcome = command("audit", *tiny("federation.stop_after=2", into=tmp_path))
-    assert outcome.failed().startswith("federation.stop_after = 2: must be null: an audit attacks all rounds")

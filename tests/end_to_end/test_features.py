@@ -3,8 +3,7 @@
 import csv
 import json
 import re
-import subprocess
-import sys
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ..cli import snapshots
 from ..conftest import command, result_of, tiny
+from ..export.conftest import elsewhere
+from .conftest import folder_of
 
 COLUMNS = {"classification": "label", "multi_label": "labels", "ordinal": "label", "regression": "target"}
 FEATURES = (
@@ -76,33 +78,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
     return make
 
 
-def folder_of(given: list[str]) -> Path:
-    """Of the run of these overrides."""
-    said = dict(one.partition("=")[::2] for one in given)
-    return Path(said["tracking.output_dir"].strip("'"), said["name"])
-
-
-def made_once(settings: Callable[..., list[str]]) -> Callable[..., Path]:
-    """Of overrides the folder of their finished run, which is made when it is first asked for."""
-    made: dict[tuple[Any, ...], Path] = {}
-
-    def make(*overrides: str, task: str = "classification") -> Path:
-        key = (*overrides, task)
-        if key not in made:
-            given = settings(*overrides, task=task, name=f"run-{len(made)}")
-            assert command("simulate", *given).code == 0
-            made[key] = folder_of(given)
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def run(settings: Callable[..., list[str]]) -> Callable[..., Path]:
-    """A finished run; each is made once."""
-    return made_once(settings)
-
-
 PLAIN = (
     *("privacy=none", "privacy.noise_multiplier=null", "federation.num_rounds=4", "training.local_steps=10"),
     *("training=adamw", "training.learning_rate=0.1", "runtime.seeded_noise=true"),
@@ -140,9 +115,8 @@ def test_a_private_run_is_scored_charged_and_reported(run: Any) -> None:
     page = (folder / "report.html").read_text()
     assert "training of a head, which is the whole model, without a base: each site" in page
     assert "LoRA" not in page
-    assert {path.name for path in (folder / "adapter").iterdir()} == {
-        *("README.md", "fedtune.json", "head.safetensors", "label.svg")
-    }
+    names = {"README.md", "fedtune.json", "head.safetensors", "label.svg"}
+    assert {path.name for path in (folder / "adapter").iterdir()} == names
 
 
 def test_it_is_evaluated_compared_and_used(run: Any, tmp_path: Path) -> None:
@@ -174,29 +148,10 @@ def test_no_unit_moves_a_step_by_more_than_the_clip_norm(settings: Any, tmp_path
     assert 0.9 < found["moved"] <= 1.0
 
 
-WRONG = [
-    (["data.features=[]"], "data.features = []: must declare the columns"),
-    (["data.max_length=3"], "data.max_length = 3: must be 1 for data.input = features"),
-    (["model=random_bert"], "model.path = 'random:bert': must be 'none' for data.input = features"),
-    (["lora=all_linear"], "lora.kind = 'lora': must be 'none' for data.input = features"),
-    (["head.centre=true"], "head.centre = true: must be false for data.input = features"),
-    (["model.dtype=int8"], "model.dtype = 'int8': must be 'float32' for data.input = features"),
-    (["data.input=text"], "data.features"),
-    (["data.input=text", "data.features=[]", "data.max_length=9"], "data.columns"),
-    (["data.columns={label: classification, text: ward}"], "data.columns.text = 'ward': is no role of this run"),
-    (["task=embedding", "data.labels=[]"], "data.input = 'features': must be text for task embedding"),
-    (["data.features=[{columns: [nothing], range: [0, 1]}]"], "nothing"),
-    (["data.features=[{columns: [ward], range: [0, 1]}]"], "must be a finite number"),
-    (["data.features=[{columns: [crp], range: [0, 1]}]"], "must have a value, or missing = indicator"),
-    (["data.features=[{columns: [age], range: [1, 0]}]"], "data.features.0.range = [1.0, 0.0]: must be two numbers"),
-    (["training.learning_rate=auto", "training.optimizer=adamw"], "training.learning_rate = 'auto'"),
-]
-
-
-@pytest.mark.parametrize(("overrides", "message"), WRONG)
-def test_what_is_wrong_is_said_in_one_line(settings: Any, overrides: list[str], message: str) -> None:
-    given = settings(*overrides, name="wrong")
-    assert message in command("simulate", *given).failed()
+@snapshots.mistakes("mistakes-features")
+def test_what_is_wrong_is_said_in_one_line(settings: Any, typed: str) -> None:
+    given = settings(*shlex.split(typed), name="wrong")
+    snapshots.check_message("mistakes-features", typed, command("simulate", *given).failed())
     assert not folder_of(given).exists()
 
 
@@ -217,15 +172,12 @@ sys.meta_path.insert(0, NoFedtune())
 @pytest.mark.parametrize(
     ("task", "hidden", "format"), [("classification", "[8]", "safetensors"), ("regression", "[]", "onnx")]
 )
-def test_an_export_computes_the_same_where_fedtune_is_not(
-    run: Any, tmp_path: Path, task: str, hidden: str, format: str
-) -> None:
+def test_an_export_computes_the_same_elsewhere(run: Any, tmp_path: Path, task: str, hidden: str, format: str) -> None:
     folder = run(*PLAIN, *(() if hidden == "[]" else (f"head.hidden={hidden}",)), task=task)
     assert command("export", str(folder), "--to", str(tmp_path / "folder"), "--format", format).code == 0
     assert (tmp_path / "folder" / "features.json").is_file()
-    asked = rows(12, seed=9)
-    given = {key: [one[key] for one in asked] for key in ("age", "crp", "ward", "states")}
-    write(tmp_path / "asked.csv", [dict(zip(given, each, strict=True)) for each in zip(*given.values(), strict=True)])
+    asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in rows(12, seed=9)]
+    write(tmp_path / "asked.csv", asked)
     told = command("generate", str(folder), "--file", str(tmp_path / "asked.csv"), "--json")
     said = [next(iter(json.loads(line)["answers"].values())) for line in told.out.splitlines()]
 
@@ -234,14 +186,10 @@ def test_an_export_computes_the_same_where_fedtune_is_not(
     before, row, behind = re.fullmatch(r"(.*\n)(row = .*?\n)(.*)", lines, flags=re.DOTALL).groups()  # type: ignore[union-attr]
     assert row.startswith("row = {")
     read = [
-        {**one, "crp": None if one["crp"] == "" else one["crp"], "states": json.loads(one["states"])}
-        for one in ({key: one[key] for key in given} for one in asked)
+        one | {"crp": None if one["crp"] == "" else one["crp"], "states": json.loads(one["states"])} for one in asked
     ]
     loop = "".join(f"    {line}\n" for line in behind.splitlines())
-    script = f"{ELSEWHERE}{before}for row in {read!r}:\n{loop}"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    printed = done.stdout.split()
+    printed = elsewhere("-W", "error", "-c", f"{ELSEWHERE}{before}for row in {read!r}:\n{loop}", cwd=tmp_path).split()
     if task == "regression":
         numbers = [one["number"] for one in said]
         np.testing.assert_allclose(np.clip([float(one) for one in printed], -2, 3), numbers, atol=1e-4)

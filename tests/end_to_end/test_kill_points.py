@@ -2,16 +2,15 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ..conftest import REPOSITORY
 from ..forked import run_forked
 
 pytestmark = pytest.mark.nightly
 
-REPOSITORY = Path(__file__).parents[2]
 KILLS = 20
 
 

@@ -35,9 +35,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     return seen
 
 
-def test_by_default_no_score_leaves_a_site(
-    tmp_path: Path, exact: list[np.ndarray], everything_sent: list[bytes]
-) -> None:
+def test_by_default_no_score_leaves_a_site(tmp_path: Path, exact: Any, everything_sent: list[bytes]) -> None:
     result = result_of(simulate("data.heldout_fraction=0.4", into=tmp_path))
     assert exact == []
     assert [entry["site_scores"] for entry in result["rounds"]] == [{}, {}]

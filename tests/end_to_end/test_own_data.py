@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ..conftest import command, result_of
+from ..conftest import REPOSITORY, command, result_of
 
 pytestmark = pytest.mark.nightly
 
-BANKING = Path(__file__).parents[2] / "simulations" / "data" / "banking77"
+BANKING = REPOSITORY / "simulations" / "data" / "banking77"
 LABELS = ("card_arrival", "card_linking", "exchange_rate", "top_up_failed")
 SITES, RECORDS, TEST_ROWS = 2, 100, 80
 MOST_CHARACTERS, MOST_TOKENS = 50, 16

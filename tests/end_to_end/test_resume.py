@@ -1,7 +1,6 @@
 """A run that stopped between two rounds ends as if it had never stopped."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fedtune.runs.federation_run import FederationRun
 from fedtune.show.run_progress import Display
 from fedtune.sites.shared_model import SharedModel
 
-from ..conftest import adapter_of, command, fail_where, result_of, simulate, tiny
+from ..conftest import adapter_of, command, fail_where, result_of, tiny
 
 _ROUNDS = 3
 
@@ -86,9 +85,7 @@ def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(tmp_path: Path, monk
     assert result_of(folder)["privacy"]["sites"]["site-1"]["steps"] == 4
 
 
-def test_a_round_that_was_broken_off_stays_charged_and_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_round_broken_off_stays_charged_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That a charge outlives SIGKILL at any moment: test_kill_points.py."""
     folder = tmp_path / "run"
 
@@ -120,18 +117,6 @@ def test_ctrl_c_before_anything_was_trained_leaves_nothing(tmp_path: Path, monke
     assert outcome.code == 1
     assert "resume=" not in outcome.out
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that came to its end, which tests copy."""
-    return Path(simulate(into=tmp_path_factory.mktemp("runs")))
-
-
-@pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> Path:
-    """That run."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def test_a_folder_that_moved_keeps_its_budget(folder: Path, tmp_path: Path) -> None:

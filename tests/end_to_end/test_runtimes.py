@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ..conftest import adapter_of, result_of, simulate, tiny
+from ..conftest import REPOSITORY, adapter_of, result_of, simulate, tiny
 from ..forked import run_forked
 
 pytestmark = pytest.mark.nightly
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:

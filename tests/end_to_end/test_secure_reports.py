@@ -16,6 +16,7 @@ from fedtune.report.page.render import render
 from fedtune.report.rederive import problems
 from fedtune.spec import ConfigError
 
+from ..cli import snapshots
 from ..conftest import command, simulate, tiny
 
 ROUNDS, RATE, SHARE, DELTA = 3, 0.2, 1.6, 1e-5
@@ -161,14 +162,7 @@ def test_plan_and_ledger_show_the_three_figures(ran: Path, tmp_path: Path) -> No
     assert "1.6 at each site, 2.771 in a secure sum of at least 4 of 5 sites, less 1 that may collude" in words
 
 
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (("federation.strategy=fedmedian",), "federation.strategy = 'fedmedian'"),
-        (("federation.threshold=2",), "federation.threshold = 2"),
-        (("federation.num_sites=21", "federation.threshold=null"), "federation.num_sites = 21"),
-        (("runtime=ray", "runtime.ray_address=127.0.0.1:6379"), "runtime.ray_address"),
-    ],
-)
-def test_what_a_secure_run_cannot_have_is_refused(tmp_path: Path, settings: tuple[str, ...], says: str) -> None:
-    assert says in command("simulate", *tiny(*SECURE, *settings, into=tmp_path)).failed()
+@snapshots.mistakes("mistakes-secure")
+def test_what_a_secure_run_cannot_have_is_refused(tmp_path: Path, typed: str) -> None:
+    message = command("simulate", *tiny(*SECURE, *typed.split(), into=tmp_path)).failed()
+    snapshots.check_message("mistakes-secure", typed, message)

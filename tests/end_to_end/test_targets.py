@@ -34,59 +34,37 @@ def answered(task: str, draws: np.random.Generator) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], list[str]]:
-    """The overrides of a run of a task, and its file."""
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
     into = tmp_path_factory.mktemp("runs")
 
-    def make(task: str, name: str) -> list[str]:
+    def make(*overrides: str, task: str, name: str) -> list[str]:
         draws = np.random.default_rng(4)
         file = into / f"{task}.jsonl"
         file.write_text("".join(json.dumps(answered(task, draws)) + "\n" for _ in range(240)))
         labels = {"multi_label": LABELS, "ordinal": GRADES, "regression": ()}[task]
         return [
-            *tiny(into=into, name=f"{task}-{name}"),
+            *tiny(into=into, name=name),
             *(f"task={task}", f"data.train_file='{file}'", "data.validation_file=null", "data.test_file=null"),
             *("data.validation_fraction=0.1", "data.test_fraction=0.3", "data.train_fraction=1.0"),
             *("data.test_rows=null", f"data.columns={{text: text, {ROLES[task]}: answer}}"),
             f"data.labels=[{','.join(labels)}]",
             *(["data.target_range=[0, 4]", "head.scale=1"] if task == "regression" else []),
+            *overrides,
         ]
 
     return make
 
 
-@pytest.fixture(scope="module")
-def run(given: Callable[[str, str], list[str]]) -> Callable[..., Path]:
-    """A run of a task, with other settings; each is made once."""
-    made: dict[str, Path] = {}
-
-    def make(task: str, name: str, *overrides: str) -> Path:
-        settings = given(task, name)
-        known = f"{task}-{name}"
-        if known not in made:
-            assert command("simulate", *settings, *overrides).code == 0
-            made[known] = Path(settings[1].partition("=")[2].strip("'")) / known
-        return made[known]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def private(run: Callable[..., Path]) -> Callable[[str], Path]:
-    held_out = ("data.heldout_fraction=0.2", "privacy.metrics=noised")
-    return lambda task: run(task, "private", *held_out)
-
-
-@pytest.fixture(scope="module")
-def plain(run: Callable[..., Path]) -> Callable[[str], Path]:
-    rates = ("training.learning_rate=0.01", "training.head_learning_rate=0.05", "training.local_steps=12")
-    seeded = "runtime.seeded_noise=true"  # by the draw of its samples a run without privacy may end elsewhere
-    return lambda task: run(task, "plain", "privacy=none", "privacy.noise_multiplier=null", *rates, seeded)
+PLAIN = (
+    *("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.01", "training.local_steps=12"),
+    # By the draw of its samples a run without privacy may end elsewhere.
+    *("training.head_learning_rate=0.05", "runtime.seeded_noise=true"),
+)
 
 
 @tasks
-def test_a_private_run_is_scored_charged_and_reported(private: Callable[[str], Path], task: str) -> None:
-    folder = private(task)
+def test_a_private_run_is_scored_charged_and_reported(run: Any, task: str) -> None:
+    folder = run("data.heldout_fraction=0.2", "privacy.metrics=noised", task=task)
     result = result_of(folder)
     assert result["task"] == task
     assert list(result["final"]["metrics"]) == SCORES[task]
@@ -107,21 +85,21 @@ def test_a_private_run_is_scored_charged_and_reported(private: Callable[[str], P
 
 
 @tasks
-def test_without_privacy_it_is_learnt(plain: Callable[[str], Path], task: str) -> None:
-    final = result_of(plain(task))["final"]
+def test_without_privacy_it_is_learnt(run: Any, task: str) -> None:
+    final = result_of(run(*PLAIN, task=task))["final"]
     assert final["metrics"][JUDGED[task]] > final["metrics_before"][JUDGED[task]] + 0.2
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
 
 
 @tasks
-def test_it_is_evaluated_beside_its_start(plain: Callable[[str], Path], tmp_path: Path, task: str) -> None:
+def test_it_is_evaluated_beside_its_start(run: Any, tmp_path: Path, task: str) -> None:
     draws = np.random.default_rng(9)
     rows = [answered(task, draws) for _ in range(200)]
     (tmp_path / "new.json").write_text(json.dumps(rows))
-    found = json.loads(command("evaluate", str(plain(task)), "--data", str(tmp_path / "new.json"), "--json").printed)
+    asked = ("evaluate", str(run(*PLAIN, task=task)), "--data", str(tmp_path / "new.json"))
+    found = json.loads(command(*asked, "--json").printed)
     assert list(found["scores"]) == SCORES[task]
     assert found["beside_base"][JUDGED[task]]["verdict"] == "better"
     assert found["beside_base"]["loss"]["verdict"] == "better", "the lower, the better"
     assert ("detail" in found) == (task != "regression")
-    shown = command("evaluate", str(plain(task)), "--data", str(tmp_path / "new.json")).out
-    assert ("How sure the tuned model is" in shown) == (task != "regression")
+    assert ("How sure the tuned model is" in command(*asked).out) == (task != "regression")

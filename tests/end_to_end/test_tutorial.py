@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from ..conftest import command
+from ..conftest import REPOSITORY, command
 
 pytestmark = pytest.mark.nightly
 
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "simulations" / "data" / "examples"
+EXAMPLES = REPOSITORY / "simulations" / "data" / "examples"
 LABELS = {"card_arrival", "exchange_rate", "lost_or_stolen_card", "pending_cash_withdrawal", "request_refund"}
 
 
 def lines_of(file: str) -> list[list[str]]:
     """The commands of the pages that are about one of the files, without the word fedtune."""
-    page = "".join((ROOT / "docs" / name).read_text() for name in ("tutorial.md", "other_tasks.md"))
+    page = "".join((REPOSITORY / "docs" / name).read_text() for name in ("tutorial.md", "other_tasks.md"))
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     commands = [line for kind, block in blocks if not kind for line in block.splitlines()]
     name = file.partition(".")[0]

@@ -46,9 +46,7 @@ class Here:
         return 0, 0
 
 
-def test_one_adapter_over_flower_and_without_it_and_half_the_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_adapter_with_flower_or_without_and_half_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeded = ("runtime.seeded_noise=true", "privacy.noise_multiplier=4.0")
     whole = simulate(*seeded, "federation.update_dtype=float32", into=tmp_path, name="float32")
     flower = simulate(*seeded, into=tmp_path, name="flower")

@@ -13,6 +13,7 @@ from fedtune.federation.lead import Checkpoints
 from fedtune.flower.simulation import simulate as run_simulation
 from fedtune.privacy.ledger.verify import verify
 
+from ..cli import snapshots
 from ..conftest import command, result_of, simulate, tiny
 from .test_resume import Follower, Stop
 
@@ -87,22 +88,11 @@ def test_a_run_that_was_stopped_goes_on_without_the_folder(first: Path, tmp_path
     assert saved_config(folder).model.adapter_sha256 is not None
 
 
-@pytest.mark.parametrize(
-    ("chosen", "message"),
-    [
-        (("lora.rank=3",), "model.adapter = '{first}/adapter': must be of the same task and LoRA settings as the run"),
-        (("model.adapter_sha256=" + "ab" * 32,), "is not the digest of the adapter, which is "),
-        (("model.adapter=/nowhere",), "model.adapter = '/nowhere': must be the folder of a finished run"),
-        (("~model.adapter",), "model.adapter: is required with model.adapter_sha256"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_anything_is_made(
-    first: Path, tmp_path: Path, chosen: tuple[str, ...], message: str
-) -> None:
-    start = [f"model.adapter={first}"]
-    if chosen == ("~model.adapter",):
-        start, chosen = [], ("model.adapter_sha256=" + "ab" * 32,)
-    assert message.format(first=first) in command("simulate", *tiny(*start, *chosen, into=tmp_path / "runs")).failed()
+@snapshots.mistakes("mistakes-start")
+def test_what_does_not_fit_is_refused_first(first: Path, tmp_path: Path, typed: str) -> None:
+    words = typed.replace("FIRST", str(first)).split()
+    message = command("simulate", *tiny(*words, into=tmp_path / "runs")).failed().replace(str(first), "FIRST")
+    snapshots.check_message("mistakes-start", typed, message)
     assert not (tmp_path / "runs").exists()
 
 

@@ -3,8 +3,8 @@
 import gzip
 import io
 import json
+import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import pytest
 
 from fedtune.studies.comparison import plan_runs
 
+from ..cli import snapshots
 from ..cli.widths import COLUMNS, too_wide
+from ..conftest import REPOSITORY
 
 pytestmark = pytest.mark.nightly
 
@@ -107,10 +109,8 @@ def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
 
 def test_rates_that_are_left_to_fedtune_fit_each_run(tiny: Any, folder: Path) -> None:
     words = tiny("training.learning_rate=auto", into=folder, name="rates")
-    rates = {
-        line.name: line.run.config.training.learning_rate
-        for line in plan_runs(words, without_privacy=False, leave_out=())
-    }
+    lines = plan_runs(words, without_privacy=False, leave_out=())
+    rates = {line.name: line.run.config.training.learning_rate for line in lines}
     assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
 
 
@@ -150,9 +150,7 @@ def test_runs_that_are_there_are_scored_on_one_file(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     one, other = folder / "both" / "both-federated", folder / "both" / "both-pooled"
-    with gzip.open(
-        Path(__file__).parents[2] / "simulations/data/banking77/test.jsonl.gz", "rt", encoding="utf-8"
-    ) as file:
+    with gzip.open(REPOSITORY / "simulations/data/banking77/test.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(next(file)) for _ in range(40)]
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps(row | {"where": number % 3 // 2}) + "\n" for number, row in enumerate(rows)))
@@ -172,36 +170,16 @@ def test_runs_that_are_there_are_scored_on_one_file(
     assert [(group["name"], group["units"]) for group in groups] == [("0", 27), ("1", 13)]
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (("--smallest", "5"), "--smallest = 5: must be a finite number of at least 10"),
-        (("--output", "x.txt"), "--output = 'x.txt': must end in .svg, .json"),
-        (("runtime=deployment",), "runtime = 'deployment': is for real sites: no site's records can be pooled there"),
-        (("data.test_file=null",), "data.test_file = null: is required to compare"),
-        (("--data", "nowhere.csv"), "--data = 'nowhere.csv': no such file"),
-        (("--by", "ward"), "--by = 'ward': must be a column of"),
-        (("runtime.sites_dir=sites",), "runtime.sites_dir = 'sites': must be null to compare"),
-        (("federation.participants=[site-1]",), "federation.participants = ['site-1']: must be empty to compare"),
-        (("nonesuch",), "RUN = 'nonesuch': must be a run folder; or give settings alone, as KEY=VALUE"),
-        (("--leave-out", "alone", "--leave-out", "pooled", "--leave-out", "federated"), "--leave-out = "),
-        (("--leave-out", "federated", "--personal"), "'federated': must not go with --personal"),
-        (("data.train_fraction=0.01", "--personal"), "must be at least 10: the site has too few for an own adapter"),
-    ],
-)
-def test_what_cannot_be_compared(given: tuple[str, ...], message: str, command: Any, tiny: Any, tmp_path: Path) -> None:
-    outcome = command("compare", *tiny(into=tmp_path, name="x"), *given)
-    assert outcome.code == 2
-    assert message in outcome.message
+@snapshots.mistakes("mistakes-compare")
+def test_what_cannot_be_compared(typed: str, command: Any, tiny: Any, tmp_path: Path) -> None:
+    message = command("compare", *tiny(into=tmp_path, name="x"), *shlex.split(typed)).failed()
+    snapshots.check_message("mistakes-compare", typed, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_other_labels(
-    told: Any, simulate: Callable[..., Path], folder: Path, command: Any, tmp_path: Path
-) -> None:
-    made = simulate(
-        *SHORT, "data.labels=[card_arrival,card_linking]", "data.unusable=leave_out", into=tmp_path, name="two"
-    )
+def test_a_run_of_other_labels(told: Any, simulate: Any, folder: Path, command: Any, tmp_path: Path) -> None:
+    two = ("data.labels=[card_arrival,card_linking]", "data.unusable=leave_out")
+    made = simulate(*SHORT, *two, into=tmp_path, name="two")
     first = folder / "both" / "both-federated"
     outcome = command("compare", str(first), str(made))
     assert (outcome.code, "data.labels" in outcome.message) == (2, True)

@@ -1,6 +1,7 @@
 """Which settings trials try: the same again for the same seed and scores, within their ranges, spread as asked."""
 
 import math
+from itertools import product
 
 import pytest
 
@@ -17,9 +18,7 @@ HEAD = Searched(key="lora", choices=("attention", "all_linear"))
 
 def test_a_grid_has_every_combination_once() -> None:
     trials = combinations([HEAD, Searched(key="lora.rank", choices=("4", "8", "16"))])
-    assert [tuple(one.values()) for one in trials] == [
-        (name, rank) for name in ("attention", "all_linear") for rank in ("4", "8", "16")
-    ]
+    assert [tuple(one.values()) for one in trials] == [*product(("attention", "all_linear"), ("4", "8", "16"))]
 
 
 def test_a_grid_needs_an_end() -> None:
