@@ -96,17 +96,14 @@ def test_a_long_value_is_cut() -> None:
 INFINITE = (math.nan, math.inf, -math.inf)
 
 
-@pytest.mark.parametrize(
-    ("check", "inside", "outside"),
-    [
-        (lambda v: check_positive("k", v), (1e-300, 1, 1e300), (0, -1e-9, *INFINITE)),
-        (lambda v: check_at_least("k", v, 2), (2, 2.5), (1.999, *INFINITE)),
-        (lambda v: check_fraction("k", v), (1e-9, 0.999), (0, 1, -0.1, 1.1, *INFINITE)),
-        (lambda v: check_fraction("k", v, zero=True), (0, 0.5), (1, -1e-9, *INFINITE)),
-        (lambda v: check_fraction("k", v, one=True), (1, 0.5), (0, 1.0001, *INFINITE)),
-        (lambda v: check_one_of("k", v, ("a", "b")), ("a", "b"), ("c", None, "")),
-    ],
-)
+@pytest.mark.parametrize(("check", "inside", "outside"), [
+    (lambda v: check_positive("k", v), (1e-300, 1, 1e300), (0, -1e-9, *INFINITE)),
+    (lambda v: check_at_least("k", v, 2), (2, 2.5), (1.999, *INFINITE)),
+    (lambda v: check_fraction("k", v), (1e-9, 0.999), (0, 1, -0.1, 1.1, *INFINITE)),
+    (lambda v: check_fraction("k", v, zero=True), (0, 0.5), (1, -1e-9, *INFINITE)),
+    (lambda v: check_fraction("k", v, one=True), (1, 0.5), (0, 1.0001, *INFINITE)),
+    (lambda v: check_one_of("k", v, ("a", "b")), ("a", "b"), ("c", None, "")),
+])  # fmt: skip
 def test_bounds(check: Callable[[object], None], inside: tuple[object, ...], outside: tuple[object, ...]) -> None:
     for value in inside:
         check(value)

@@ -80,16 +80,13 @@ def test_the_word_build_may_be_left_out(said: str) -> None:
 # Writing
 
 
-@pytest.mark.parametrize(
-    ("kind", "state", "said"),
-    [
-        ("run", "within", "The lead's limit for this run was kept: "),
-        ("ledger", "within", "The site's own limit for all runs was kept: "),
-        ("run", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
-        ("ledger", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
-        ("run", "no_guarantee", "NO GUARANTEE (x): "),
-    ],
-)
+@pytest.mark.parametrize(("kind", "state", "said"), [
+    ("run", "within", "The lead's limit for this run was kept: "),
+    ("ledger", "within", "The site's own limit for all runs was kept: "),
+    ("run", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
+    ("ledger", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
+    ("run", "no_guarantee", "NO GUARANTEE (x): "),
+])  # fmt: skip
 def test_a_verdict_is_said_in_the_page_s_words(kind: str, state: Any, said: str, run_folder: Path) -> None:
     reasons = () if state == "within" else ("x",)
     report = replace(report_in(run_folder), kind=kind, verdict=Verdict(state=state, reasons=reasons))
