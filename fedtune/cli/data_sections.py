@@ -25,8 +25,7 @@ from fedtune.words import counted
 
 _WORDS = tomllib.loads(Path(__file__).with_name("data_words.toml").read_text(encoding="utf-8"))
 ABOUT, ABOUT_COPIES = tuple(_WORDS["about"]), tuple(_WORDS["about_copies"])
-_FOUND: Mapping[Kind, tuple[str, str]] = _WORDS["finding"]
-"""The name of a finding, and its meaning."""
+_FOUND: Mapping[Kind, tuple[str, str]] = _WORDS["finding"]  # the name of a finding, and its meaning
 _RUNS = {least: f"a run of {least} words or more" for least in (8, 12, 20)}
 _LIKE = {"same": "the same text", "alike": "almost the same text"}
 _SHOWN = 60

@@ -21,8 +21,7 @@ from fedtune.privacy import events
 from fedtune.privacy.loss_distribution import LEAST_DELTA_A_STEP, Composition
 from fedtune.spec import ConfigError, check_fraction
 
-Counted = tuple[tuple[DpEvent, int], ...]
-"""Mechanisms, and how often each ran."""
+Counted = tuple[tuple[DpEvent, int], ...]  # mechanisms, and how often each ran
 _WIDE = Context(prec=330)  # any float to three decimals
 _MOST_AS_FACTOR = 20.0  # e^20 has nine digits; beyond it a power of ten is shown
 NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -34,6 +33,7 @@ MOST_NOISE = 1e4  # of a plan: with more, nothing is left to learn
 LEAST_NOISE = 1e-2  # of a plan, but for none: below it, a privacy loss distribution takes gigabytes
 _LEAST_SOUGHT = 0.1  # by calibration: where delta alone covers the loss, any noise would do
 _TOLERANCE = 1e-5  # relative
+MOST_STEPS = 10**8  # of all rounds of a plan together
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
 # dp-accounting's notes on orders that do not converge: skipping an order only raises the bound.
@@ -50,9 +50,12 @@ def check_delta(key: str, value: float, *, steps: int) -> None:
     """Require a delta at which epsilon can be computed for this many steps.
 
     Raises:
-        ConfigError: it is not between 0 and 1, or so small that the truncation error of each step would matter.
+        ConfigError: it is not between 0 and 1, or so small that the truncation error of each step would matter; or
+            there are more steps than epsilon can be computed for in memory.
     """
     check_fraction(key, value)
+    if steps > MOST_STEPS:
+        raise ConfigError("steps", steps, f"must be at most {MOST_STEPS:,} in all rounds together")
     if value < (least := LEAST_DELTA_A_STEP * steps):
         raise ConfigError(
             key, value, f"must be at least {least:g}: below, no epsilon can be computed for {steps} steps"

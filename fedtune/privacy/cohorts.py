@@ -16,10 +16,8 @@ from fedtune.codec import decode
 from fedtune.spec import ConfigError, check_one_of, spec
 
 Calendar = Literal["month", "quarter", "year"]
-MONTHS = {"month": 1, "quarter": 3, "year": 12}
-"""How long each period is."""
-OLDEST = 0
-"""The cohort of people without a date: before every other one."""
+MONTHS = {"month": 1, "quarter": 3, "year": 12}  # how long each period is
+OLDEST = 0  # the cohort of people without a date: before every other one
 _NAMES = {"month": r"([0-9]{4})-(0[1-9]|1[0-2])", "quarter": r"([0-9]{4})-Q([1-4])", "year": r"([0-9]{4})()"}
 _EXAMPLES = {"month": "2026-03", "quarter": "2026-Q1", "year": "2026"}
 

@@ -38,18 +38,14 @@ from fedtune.privacy.randomness import RandomStream
 from fedtune.privacy.threshold import least_threshold
 from fedtune.spec import ConfigError, check_whole, spec
 
-LEAST_CELLS = 8.0
-"""Smallest standard deviation of a share, in cells as sent: the theorem's s."""
+LEAST_CELLS = 8.0  # smallest standard deviation of a share, in cells as sent: the theorem's s
 MOST_SHARES = 2**10
 MOST_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
-USUAL_BOUND = 2**10
-"""In clip norms: to exceed it, over a thousand units must put their whole gradient into one value."""
+USUAL_BOUND = 2**10  # in clip norms: to exceed it, over a thousand units must put their whole gradient into one value
 FINER_BITS = 10
-FINER = 2.0**FINER_BITS
-"""A clip norm may be shorter than the run's by whole multiples of one over this."""
-_TAIL = 16
-"""Standard deviations; a value of a share exceeds them with probability below 1e-56."""
+FINER = 2.0**FINER_BITS  # a clip norm may be shorter than the run's by whole multiples of one over this
+_TAIL = 16  # standard deviations; a value of a share exceeds them with probability below 1e-56
 
 
 @spec

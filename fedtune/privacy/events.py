@@ -34,8 +34,7 @@ class Charge:
     count: int
 
 
-Spent = Iterable[DpEvent] | Mapping[DpEvent, int]
-"""Events, each alone or with how often it happened."""
+Spent = Iterable[DpEvent] | Mapping[DpEvent, int]  # events, each alone or with how often it happened
 
 
 def dp_sgd(*, sampling_rate: float, noise_multiplier: float, steps: int) -> DpEvent:

@@ -21,12 +21,10 @@ from scipy import fft, signal, special
 
 Floats = npt.NDArray[np.float64]
 
-UNIT = 2.0**-53
-"""Half of the distance from 1 to the next larger float: what one operation may change, relatively."""
+UNIT = 2.0**-53  # half of the distance from 1 to the next larger float: what one operation may change, relatively
 _FFT_ROUNDING = 12 * UNIT  # of a transform, for each halving of its length; see docs/guarantee.md
 _REACH = 10.0  # noise beyond so many standard deviations counts as an infinite loss: a probability of 8e-24
-LEAST_DELTA_A_STEP = 1e-21
-"""A smaller delta, for each step, would be mostly what counts as an infinite loss."""
+LEAST_DELTA_A_STEP = 1e-21  # a smaller delta, for each step, would be mostly what counts as an infinite loss
 _TAIL = 1e-15  # of a tilted distribution, what may lie outside the window that is computed, at either side
 _LEAST_PROBABILITY = 1e-50  # less counts as an infinite loss
 _LARGEST_EXPONENT = 700.0  # e to it is still a number

@@ -21,8 +21,7 @@ from fedtune.privacy.run_plan import Plan, scores_of
 from fedtune.privacy.trust import Broken
 from fedtune.spec import ConfigError, check_at_least, check_at_most, spec
 
-NOISE_FACTOR = "noise_factor"
-"""Of a ledger's entry of an accepted run, where it is not 1."""
+NOISE_FACTOR = "noise_factor"  # of a ledger's entry of an accepted run, where it is not 1
 
 
 @spec

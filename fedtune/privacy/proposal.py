@@ -16,8 +16,7 @@ from fedtune.spec import spec
 _MOST_TEXT = 300
 _TEXT = f"must be a printable text of 1 to {_MOST_TEXT} characters"
 
-UNVERIFIED = "unverified"
-"""Stands for the base model's SHA-256 where a run names none."""
+UNVERIFIED = "unverified"  # stands for the base model's SHA-256 where a run names none
 
 
 @spec

@@ -22,8 +22,7 @@ from fedtune.privacy.keys import is_signed
 from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
 from fedtune.spec import ConfigError, RefusedError
 
-RECEIPT = "receipt"
-"""Purpose of a receipt's signature."""
+RECEIPT = "receipt"  # purpose of a receipt's signature
 
 _MAGIC = b"fedtune-update-2\n"
 _MOST_COUNT, _MOST_TEXT = 1 << 62, 1000
@@ -163,8 +162,7 @@ class Difference:
     halves: Mapping[str, npt.NDArray[np.uint16]]
 
 
-_MOST_HEADER_BYTES = 1 << 20
-"""Bounded, since names and shapes become Python objects that are many times as large."""
+_MOST_HEADER_BYTES = 1 << 20  # bounded, since names and shapes become Python objects that are many times as large
 _MASKED, _BFLOAT16 = "masked", "bfloat16"
 """In an update's header, "masked" is in place of tensors, and {"bfloat16": tensors} says that a difference follows."""
 
@@ -376,13 +374,11 @@ class Offer(_Plain):
     least_noise: float | None
     nonce: str = ""
     noise_factor: float = 1.0
-    round: ClassVar[int] = 0
-    """An offer comes before the first round."""
+    round: ClassVar[int] = 0  # an offer comes before the first round
     _magic: ClassVar[bytes] = b"fedtune-offer-1\n"
 
 
-Answer = Update | Refusal | Offer
-"""A site's answer; its receipt is signed over `to_bytes`."""
+Answer = Update | Refusal | Offer  # a site's answer; its receipt is signed over `to_bytes`
 
 
 class Refused(RefusedError):

@@ -15,8 +15,7 @@ from fedtune.privacy.distributed_noise import USUAL_BOUND, Epsilons, SharedNoise
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, MOST_RUNS, PrivacySpec, Unit
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_fraction, check_positive, check_whole, spec
 
-MORE_THAN_DECLARED = 4.0
-"""A site may have this many times the units that it declares; most publish a rounded number."""
+MORE_THAN_DECLARED = 4.0  # a site may have this many times the units that it declares; most publish a rounded number
 
 
 @spec

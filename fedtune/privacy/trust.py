@@ -10,8 +10,7 @@ from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.release import Reason
 from fedtune.spec import check_at_least, check_name, check_positive, spec
 
-Broken = tuple[Reason, object, object]
-"""A rule that a proposal breaks, what it asks for, and what is allowed."""
+Broken = tuple[Reason, object, object]  # a rule that a proposal breaks, what it asks for, and what is allowed
 
 
 @spec

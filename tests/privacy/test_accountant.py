@@ -13,6 +13,7 @@ from fedtune.privacy.accountant import (
     COARSE,
     NEIGHBOURING_RELATION,
     calibrate_noise,
+    check_delta,
     composed_pld,
     composed_rdp,
     epsilon_above,
@@ -112,6 +113,11 @@ def test_calibrated_noise_keeps_within_the_target_and_wastes_little(
 @pytest.mark.parametrize("epsilon", [1e-8, 1e-9, 1e-10])
 def test_a_tiny_target_is_reached_where_delta_covers_the_loss(epsilon: float) -> None:
     assert calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5) == pytest.approx(188.72, rel=1e-4)
+
+
+def test_more_steps_than_memory_is_there_for_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"steps = 5000000000: must be at most 100,000,000 in all rounds together"):
+        check_delta("privacy.delta", 1e-5, steps=5 * 10**9)
 
 
 def test_where_any_noise_would_do_the_search_ends() -> None:

@@ -23,10 +23,8 @@ from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import LEDGER_SCHEMA, NOT_GIVEN, ConfigError, RunError
 from fedtune.words import spoken_start
 
-START = "0" * 64
-"""What stands in the place of the hash before the first event."""
-EVENT, HEAD = "ledger event", "ledger head"
-"""Purposes of signatures."""
+START = "0" * 64  # what stands in the place of the hash before the first event
+EVENT, HEAD = "ledger event", "ledger head"  # purposes of signatures
 
 
 class Kind(StrEnum):
