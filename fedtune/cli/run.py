@@ -67,8 +67,7 @@ def run(
     words = words if renew is None else (*words, f"renew={quoted(str(renew))}")
     first, *rest = words or ("",)
     if first not in _ACTIONS:
-        # A service starts with the same words each time.  The run's own settings count from its beginning on, and its
-        # sites are not looked up again: one of them may have been revoked since.
+        # A service starts with the same words each time.  The run's own settings and sites count from its beginning on.
         if or_resume:
             if not any(word.startswith("name=") for word in words):
                 raise ConfigError("name", NOT_GIVEN, "is required with --or-resume: the run's name, the same each time")

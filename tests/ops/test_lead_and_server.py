@@ -87,7 +87,10 @@ def test_a_folder_is_run_by_whoever_says_so(tmp_path: Path) -> None:
     assert running_process(tmp_path) is None
     with lead_and_server.running(tmp_path):
         assert running_process(tmp_path) == os.getpid()
-        assert json.loads((tmp_path / RUNNING).read_text()) == {"pid": os.getpid()}
+        told = json.loads((tmp_path / RUNNING).read_text())
+        assert told["pid"] == os.getpid()
+        (tmp_path / RUNNING).write_text(json.dumps(told | {"at": "another machine"}))
+        assert running_process(tmp_path) is None, "its number is another process's here"
     assert running_process(tmp_path) is None
     assert not (tmp_path / RUNNING).exists()
 

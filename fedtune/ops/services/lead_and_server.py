@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,18 +98,25 @@ def latest_answers(folder: Path) -> dict[str, dict[str, str]]:
 @contextmanager
 def running(folder: Path) -> Iterator[None]:
     """Say in the run folder which process runs it, so that `fedtune run stop` finds it."""
-    write_durably(folder / RUNNING, json.dumps({"pid": os.getpid()}).encode())
+    write_durably(folder / RUNNING, json.dumps({"pid": os.getpid(), "at": _here()}).encode())
     try:
         yield
     finally:
         (folder / RUNNING).unlink(missing_ok=True)
 
 
+def _here() -> str:
+    """Where a process has its number: this machine, and with Linux this namespace, of which a container has its own."""
+    own = Path("/proc/self/ns/pid")
+    return f"{platform.node()} {os.readlink(own) if own.is_symlink() else ''}"
+
+
 def running_process(folder: Path) -> int | None:
     """The process that runs a folder on this machine, if one does."""
     try:
-        pid = int(json.loads((folder / RUNNING).read_bytes())["pid"])
-        if pid <= 0:  # to the system, a group of processes and none of them
+        told = json.loads((folder / RUNNING).read_bytes())
+        pid = int(told["pid"])
+        if pid <= 0 or told.get("at", _here()) != _here():  # to the system, a group of processes and none of them
             return None
         os.kill(pid, 0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
