@@ -1,6 +1,7 @@
 """Audits of a tiny federation, and faults to be found in it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from fedtune.privacy.mechanism import cell
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import Audit
 from fedtune.training import dp_step, users
+
+from ..conftest import Outcome, command, tiny
+
+Break = Callable[[str], None]
+"""Puts a named fault into the private step of this process."""
+BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
 
 
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,19 +46,18 @@ FAULTS = {"no noise": without_noise, "no clipping": without_clipping, "clipping 
 
 
 @pytest.fixture
-def break_it(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Put a named fault into the private step of this process."""
+def break_it(monkeypatch: pytest.MonkeyPatch) -> Break:
     return lambda fault: FAULTS[fault](monkeypatch)
 
 
-@pytest.fixture
-def audited(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., tuple[Any, Audit, Path]]:
+def audit(*overrides: str, into: Path) -> tuple[Outcome, Audit, Path]:
     """Outcome of `fedtune audit` on a run of seconds, what it found, and its folder."""
+    outcome = command("audit", *tiny("tracking=quiet", *overrides, into=into, name="audited"))
+    found = read_audit(into / "audited")
+    assert found is not None
+    return outcome, found, into / "audited"
 
-    def run(*overrides: str, name: str = "audited") -> tuple[Any, Audit, Path]:
-        outcome = command("audit", *tiny("tracking=quiet", *overrides, into=tmp_path, name=name))
-        found = read_audit(tmp_path / name)
-        assert found is not None
-        return outcome, found, tmp_path / name
 
-    return run
+@pytest.fixture
+def audited(tmp_path: Path) -> Callable[..., tuple[Outcome, Audit, Path]]:
+    return partial(audit, into=tmp_path)

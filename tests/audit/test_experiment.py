@@ -1,7 +1,6 @@
 """A whole audit: a sound run passes, broken ones are found, and what it writes says so."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,16 @@ from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import Audit
 from fedtune.spec import RunError
 
+from .conftest import BY_USER, Break, audit
+
 EVERY_TIME = ("privacy.sampling_rate=1.0", "audit.canaries=120")
 """Each canary that is in is in every step, so that few of them show much."""
-BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
 
 
 @pytest.fixture(scope="module")
-def sound(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Audit, Path]:
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Audit, Path]:
     """Outcome, findings and folder of one audit of fedtune as it is."""
-    into = tmp_path_factory.mktemp("runs")
-    outcome = command("audit", *tiny("tracking=quiet", *EVERY_TIME, into=into, name="sound"))
-    found = read_audit(into / "sound")
-    assert found is not None
-    return outcome, found, into / "sound"
+    return audit(*EVERY_TIME, into=tmp_path_factory.mktemp("runs"))
 
 
 def test_a_sound_run_passes(sound: Any) -> None:
@@ -44,10 +40,9 @@ def test_a_sound_run_passes(sound: Any) -> None:
     assert "canaries: use it for nothing else" in outcome.out
 
 
-def test_a_sound_run_by_user_passes(audited: Callable[..., Any]) -> None:
+def test_a_sound_run_by_user_passes(audited: Any) -> None:
     outcome, found, _ = audited(*EVERY_TIME, *BY_USER, "--json")
-    assert outcome.code == 0, outcome.err
-    assert len(json.loads(outcome.out)["result"]["bounds"]) == len(found.bounds)
+    assert len(json.loads(outcome.printed)["result"]["bounds"]) == len(found.bounds)
     for bound in found.bounds:
         assert bound.lower_bound < bound.claimed_epsilon
 
@@ -62,14 +57,12 @@ def test_a_sound_run_by_user_passes(audited: Callable[..., Any]) -> None:
         ("clipping by record", (*BY_USER, "privacy.records_per_user=30")),
     ],
 )
-def test_a_broken_run_is_found(
-    fault: str, overrides: tuple[str, ...], audited: Callable[..., Any], break_it: Callable[[str], None]
-) -> None:
+def test_a_broken_run_is_found(fault: str, overrides: tuple[str, ...], audited: Any, break_it: Break) -> None:
     break_it(fault)
     outcome, found, folder = audited(*EVERY_TIME, *overrides)
-    assert outcome.code == 1
-    assert "the implementation or the claim is wrong" in outcome.message
-    assert "site-1: epsilon is at least 3." in outcome.message
+    message = outcome.failed(1)
+    assert "the implementation or the claim is wrong" in message
+    assert "site-1: epsilon is at least 3." in message
     assert found.exceeded
     of_sites = [bound for bound in found.bounds if bound.site]
     assert all(bound.right == bound.guesses for bound in of_sites), "a canary in every step is told for certain"
@@ -80,9 +73,7 @@ def test_a_broken_run_is_found(
 
 
 @pytest.mark.nightly
-def test_the_aggregated_model_alone_gives_a_broken_run_away(
-    audited: Callable[..., Any], break_it: Callable[[str], None]
-) -> None:
+def test_the_aggregated_model_alone_gives_a_broken_run_away(audited: Any, break_it: Break) -> None:
     """Whoever is only sent each round's average, with plain steps; guesses and confidence are as asked."""
     break_it("no noise")
     asked = ("audit.sites=[site-2]", "audit.guesses=60", "audit.confidence=0.9", "privacy.noise_multiplier=8.0")
@@ -96,7 +87,7 @@ def test_the_aggregated_model_alone_gives_a_broken_run_away(
     assert found.bounds[1].lower_bound > found.bounds[1].claimed_epsilon
 
 
-def test_planted_records_and_membership(audited: Callable[..., Any]) -> None:
+def test_planted_records_and_membership(audited: Any) -> None:
     outcome, found, folder = audited("audit.kind=records", "audit.canaries=40", "data.train_fraction=0.1")
     assert outcome.code == 0, outcome.err
     assert found.method == "record_canaries"
@@ -115,9 +106,7 @@ def test_planted_records_and_membership(audited: Callable[..., Any]) -> None:
 
 
 @pytest.mark.nightly
-def test_a_model_that_learns_its_records_by_heart_is_found(
-    audited: Callable[..., Any], break_it: Callable[[str], None]
-) -> None:
+def test_a_model_that_learns_its_records_by_heart_is_found(audited: Any, break_it: Break) -> None:
     break_it("no noise")
     _, found, _ = audited(
         *("audit.kind=records", "audit.canaries=60", "privacy.sampling_rate=1.0", "privacy.noise_multiplier=20.0"),
@@ -145,12 +134,9 @@ def test_what_is_written_is_in_the_report(sound: Any) -> None:
 def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> None:
     folder = sound[2]
     assert "about 60 made-up gradients at each of site-1, site-2" in (folder / "AUDIT.txt").read_text()
-    outcome = command("simulate", f"resume={folder}")
-    assert outcome.code == 2
-    assert "is an audit" in outcome.message
-    outcome = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
-    assert outcome.code == 2
-    assert "is an audit: made-up records were planted" in outcome.message
+    assert "is an audit" in command("simulate", f"resume={folder}").failed()
+    told = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
+    assert "is an audit: made-up records were planted" in told.failed()
     report = json.loads((folder / "report.json").read_text())["derived"]
     assert report["verdict"] == {"state": "within", "reasons": ["audited"]}
 

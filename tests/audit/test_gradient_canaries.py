@@ -4,23 +4,16 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from fedtune.api.compose import compose_run
+from fedtune.audit import gradient_attack
 from fedtune.audit.experiment import auditable, run_audit
-from fedtune.audit.gradient_attack import (
-    RAW_SIZE,
-    Canaries,
-    CanaryBatch,
-    CanaryExamples,
-    CanaryUserBatch,
-    GradientAttack,
-    Observer,
-    Tally,
-)
+from fedtune.audit.gradient_attack import Canaries, CanaryBatch, CanaryUserBatch, GradientAttack, Tally
 from fedtune.audit.spec import AuditSpec
 from fedtune.flower.simulation import simulate
 from fedtune.model.adapter import Adapter
@@ -31,6 +24,9 @@ from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
 
 from ..builders import round_request
+from .conftest import BY_USER, Break
+
+Everyone = Callable[..., Participants]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +42,6 @@ def everyone(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 
 def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapter:
-    """What one site makes of the initial adapter."""
     proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
     digest = everyone.shared.initial_adapter.digest()
     request = round_request(proposal, round=round, site=site, adapter_digest=digest)
@@ -65,14 +60,9 @@ def watched(run: Participants, canaries: int) -> Any:
     return attack.planted["site-1"]
 
 
-BY_USER = ("privacy.unit=user", "+data.columns.user=label", "privacy.records_per_user=3", "data.train_fraction=0.1")
-
-
 @pytest.mark.by_day("user")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
-def test_every_draw_adds_exactly_the_clip_norm(
-    everyone: Callable[..., Participants], break_it: Callable[[str], None], by_unit: tuple[str, ...]
-) -> None:
+def test_every_draw_adds_exactly_the_clip_norm(everyone: Everyone, break_it: Break, by_unit: tuple[str, ...]) -> None:
     break_it("no noise")
     run = everyone(*by_unit, "privacy.sampling_rate=1.0", "privacy.max_grad_norm=0.3")
     planted = watched(run, 200)
@@ -85,9 +75,7 @@ def test_every_draw_adds_exactly_the_clip_norm(
     assert planted.tally.total == pytest.approx(wanted, abs=1e-4)
 
 
-def test_records_of_a_user_that_are_clipped_one_by_one_show(
-    everyone: Callable[..., Participants], break_it: Callable[[str], None]
-) -> None:
+def test_records_of_a_user_that_are_clipped_one_by_one_show(everyone: Everyone, break_it: Break) -> None:
     break_it("no noise")
     break_it("clipping by record")
     run = everyone(*BY_USER, "privacy.sampling_rate=1.0")
@@ -102,7 +90,7 @@ def test_a_canarys_records_are_cut_as_users_records_are() -> None:
     assert all(users.tolist() == [0, 1] and shares.tolist() == [1 / 3] * 2 for _, users, shares in parts)
 
 
-def test_noise_is_what_the_plan_says_along_every_direction(everyone: Callable[..., Participants]) -> None:
+def test_noise_is_what_the_plan_says_along_every_direction(everyone: Everyone) -> None:
     run = everyone()
     planted = watched(run, 200)
     noise = np.delete(planted.tally.total, planted.coordinates)
@@ -111,9 +99,7 @@ def test_noise_is_what_the_plan_says_along_every_direction(everyone: Callable[..
     assert noise.std() == pytest.approx(expected, rel=5 / np.sqrt(2 * len(noise)))
 
 
-def test_canaries_are_sampled_like_records(
-    everyone: Callable[..., Participants], break_it: Callable[[str], None]
-) -> None:
+def test_canaries_are_sampled_like_records(everyone: Everyone, break_it: Break) -> None:
     break_it("no noise")
     run = everyone("privacy.sampling_rate=0.3", "training.local_steps=10", "privacy.noise_multiplier=8.0")
     planted = watched(run, 2000)
@@ -125,9 +111,7 @@ def test_canaries_are_sampled_like_records(
 
 @pytest.mark.by_day("record")
 @pytest.mark.parametrize("by_unit", [(), BY_USER], ids=["record", "user"])
-def test_without_a_canary_in_training_is_as_ever(
-    everyone: Callable[..., Participants], by_unit: tuple[str, ...]
-) -> None:
+def test_without_a_canary_in_training_is_as_ever(everyone: Everyone, by_unit: tuple[str, ...]) -> None:
     coins = (SeededRandomness(seed).stream("site-1", "audit", "coins").bernoulli(2, 0.5) for seed in range(50))
     run = everyone(*by_unit, f"seed={next(seed for seed, both in enumerate(coins) if not both.any())}")
     attack = GradientAttack(run, AuditSpec(canaries=2), ["site-1"])
@@ -137,7 +121,7 @@ def test_without_a_canary_in_training_is_as_ever(
     assert audited.digest() == train(run).digest()
 
 
-def test_coins_are_fresh_unless_a_study_seeds_them(everyone: Callable[..., Participants]) -> None:
+def test_coins_are_fresh_unless_a_study_seeds_them(everyone: Everyone) -> None:
     def coins(*overrides: str) -> list[bool]:
         attack = GradientAttack(everyone(*overrides), AuditSpec(canaries=64), ["site-1"])
         return attack.planted["site-1"].inserted.tolist()
@@ -146,7 +130,7 @@ def test_coins_are_fresh_unless_a_study_seeds_them(everyone: Callable[..., Parti
     assert coins("runtime.seeded_noise=false") != coins("runtime.seeded_noise=false")
 
 
-def test_nobody_is_watched_afterwards(everyone: Callable[..., Participants]) -> None:
+def test_nobody_is_watched_afterwards(everyone: Everyone) -> None:
     run = everyone()
     attack = GradientAttack(run, AuditSpec(canaries=10), ["site-1"])
     with attack.watching():
@@ -163,21 +147,11 @@ def test_an_audit_is_charged_like_the_run_that_it_audits(tiny: Any, tmp_path: Pa
         folder = tmp_path / name
         folder.mkdir()
         if name == "plain":
-            results[name] = simulate(config, folder, Silent())
+            results[name] = simulate(config, folder, Mock())
         else:
             spec = AuditSpec(canaries=50)
-            results[name] = run_audit(auditable(config, spec), folder, Silent(), spec=spec)
+            results[name] = run_audit(auditable(config, spec), folder, Mock(), spec=spec)
     assert results["audited"].privacy == results["plain"].privacy
-
-
-class Silent:
-    """Follows a run and shows nothing."""
-
-    def preparing(self, what: str, done: int, total: int) -> None: ...
-    def note(self, text: str) -> None: ...
-    def prepared(self, *_: object) -> None: ...
-    def site_replied(self, number: int) -> None: ...
-    def round_finished(self, state: object) -> None: ...
 
 
 def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
@@ -185,8 +159,8 @@ def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
     size = sum(parameter.numel() for parameter in parameters.values())
     tally = Tally(max_grad_norm=2.0, denominator=1.0, total=np.zeros(size))
     coordinates = np.random.default_rng(0).permutation(size)[:15_000]
-    canaries = Canaries(coordinates, Observer(parameters), tally)
-    examples = CanaryExamples(NoRecords(), canaries)
+    canaries = Canaries(coordinates, gradient_attack.Observer(parameters), tally)
+    examples = gradient_attack.CanaryExamples(NoRecords(), canaries)
     assert len(examples) == 15_000
     seen = np.zeros(size)
     for batch in examples.cut(np.arange(0, 15_000, 7)):
@@ -195,7 +169,7 @@ def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
         assert sum(gradient.numel() for gradient in gradients.values()) <= 2**23
         sums = dp_step.zeros(parameters)
         norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()], dim=1).norm(dim=1)
-        assert torch.equal(norms, torch.full((len(batch),), RAW_SIZE * 2.0))
+        assert torch.equal(norms, torch.full((len(batch),), gradient_attack.RAW_SIZE * 2.0))
         dp_step.add_clipped(sums, gradients, 2.0)
         added = np.concatenate([total.flatten().numpy() for total in sums.values()])
         assert added.max() <= 2**24, "in whole numbers: no canary is longer than a clip norm"
@@ -206,8 +180,6 @@ def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
 
 
 class NoRecords(SiteExamples):
-    """A site without records."""
-
     def __init__(self) -> None: ...
 
     def __len__(self) -> int:

@@ -11,13 +11,13 @@ import pytest
 from fedtune.data import Part
 from fedtune.training import dp_step
 
+from .conftest import Break
+
 TRIES = 6
 
 
 @pytest.fixture
 def searched(command: Any, tiny: Any, tmp_path: Path) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Outcome of a search, and what it found."""
-
     def run(*overrides: str) -> tuple[Any, dict[str, Any]]:
         settings = ("tracking=quiet", "audit.kind=sensitivity", f"audit.tries={TRIES}", *overrides)
         outcome = command("audit", *tiny(*settings, into=tmp_path, name="searched"), "--json")
@@ -74,7 +74,7 @@ def test_a_sound_step_is_moved_by_one_clip_norm_at_most(searched: Any, by_user: 
     assert 0.9 < found["moved"] <= 1.0, "a search that comes nowhere near the bound shows nothing"
 
 
-def test_a_missing_clip_is_found(searched: Any, break_it: Callable[[str], None]) -> None:
+def test_a_missing_clip_is_found(searched: Any, break_it: Break) -> None:
     break_it("no clipping")
     outcome, found = searched()
     assert outcome.code == 1
@@ -83,7 +83,7 @@ def test_a_missing_clip_is_found(searched: Any, break_it: Callable[[str], None])
     assert found["moved"] > 1
 
 
-def test_users_whose_records_are_clipped_one_by_one_are_found(searched: Any, break_it: Callable[[str], None]) -> None:
+def test_users_whose_records_are_clipped_one_by_one_are_found(searched: Any, break_it: Break) -> None:
     break_it("clipping by record")
     outcome, found = searched("privacy.unit=user", "+data.columns.user=label")
     assert outcome.code == 1

@@ -7,20 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    BertConfig,
-    BertModel,
-    BloomConfig,
-    BloomForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.scoring import figures_of
@@ -75,15 +67,15 @@ def language_model() -> TaskModel:
 def llama(lora: LoraSpec) -> TaskModel:
     # A large range, so that the likeliest token wins by far and texts vary.
     more = {"num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.5}
-    config = LlamaConfig(**SIZES, **more, eos_token_id=END, pad_token_id=END)
-    return tiny(lambda: LlamaForCausalLM(config), lora, task="causal_lm")
+    config = transformers.LlamaConfig(**SIZES, **more, eos_token_id=END, pad_token_id=END)
+    return tiny(lambda: transformers.LlamaForCausalLM(config), lora, task="causal_lm")
 
 
 @pytest.fixture
 def language_model_without_positions() -> TaskModel:
     """Bloom: its attention falls off with distance (ALiBi), and its forward pass takes no position ids."""
-    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
-    return tiny(lambda: BloomForCausalLM(config), LoraSpec(rank=2), task="causal_lm")
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
+    return tiny(lambda: transformers.BloomForCausalLM(config), LoraSpec(rank=2), task="causal_lm")
 
 
 def adapted(base: PreTrainedModel, task: str, lora: LoraSpec) -> PeftModel:

@@ -3,9 +3,9 @@
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from scipy import stats
+from scipy.spatial import ConvexHull
 
 from fedtune.audit.guesses import counted
 from fedtune.evaluation import audit_bound
@@ -108,7 +108,7 @@ def test_the_goldens_of_jax_privacy(shift: int, golden: float) -> None:
     thresholds = np.concatenate([np.sort(np.concatenate([quantiles, quantiles + shift])), [np.inf]])
     found = 10_000 - np.searchsorted(quantiles + shift, thresholds)
     false_alarms = 10_000 - np.searchsorted(quantiles, thresholds)
-    corners = hull(false_alarms, found)
+    corners = ConvexHull(np.stack([false_alarms, found], axis=1)).vertices.tolist()
     error, best = 0.05 / len(corners), 0.0
     precision = {place: found[place] / max(1, found[place] + false_alarms[place]) for place in corners}
     for place in sorted(corners, key=lambda place: -precision[place]):
@@ -118,21 +118,6 @@ def test_the_goldens_of_jax_privacy(shift: int, golden: float) -> None:
         if p_value(20_000, guesses, right, epsilon=best, delta=1e-6) < error:
             best = epsilon_lower_bound(20_000, guesses, right, delta=1e-6, confidence=1 - error)
     assert best == pytest.approx(golden, rel=1e-5)
-
-
-def hull(false_alarms: npt.NDArray[np.int64], found: npt.NDArray[np.int64]) -> list[int]:
-    """Places of the corners of the curve's upper hull; both counts fall along it."""
-    corners: list[int] = []
-    for place in range(len(found)):
-        while len(corners) >= 2:
-            first, second = corners[-2], corners[-1]
-            ahead = (int(false_alarms[second] - false_alarms[first]), int(found[second] - found[first]))
-            beyond = (int(false_alarms[place] - false_alarms[second]), int(found[place] - found[second]))
-            if ahead[0] * beyond[1] - ahead[1] * beyond[0] > 0:
-                break
-            corners.pop()
-        corners.append(place)
-    return corners
 
 
 @pytest.mark.parametrize("sites", [[], ["a"], [None], ["a", None], ["a", "b", "c", None]], ids=str)

@@ -8,17 +8,8 @@ from sacrebleu.metrics.bleu import BLEU
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.tokenise import TextDataset
-from fedtune.evaluation.generation import (
-    PromptSet,
-    as_text,
-    draw,
-    generate,
-    greedily,
-    text_figures,
-    text_scores,
-    write,
-    write_batch,
-)
+from fedtune.evaluation import generation
+from fedtune.evaluation.generation import PromptSet, as_text, draw, generate, text_figures, text_scores, write
 from fedtune.evaluation.spec import EvaluationSpec, WritingSpec
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
@@ -49,8 +40,8 @@ def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, complet
     whole = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
     end = whole[0][3]
     ends = frozenset({end, 999})
-    written = write_batch(
-        language_model.base, prompts, end_ids=ends, pad_id=2, max_new_tokens=8, device=CPU, choose=greedily
+    written = generation.write_batch(
+        language_model.base, prompts, end_ids=ends, pad_id=2, max_new_tokens=8, device=CPU, choose=generation.greedily
     )
     texts = [list(takewhile(lambda token: token not in ends, row)) for row in written]
     assert texts == [row[: row.index(end)] if end in row else row for row in whole]
@@ -198,9 +189,7 @@ def test_bleu_is_that_of_the_corpus() -> None:
 
 
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
-def test_a_text_for_a_person_is_the_greedy_one(
-    family: str, completions: TextDataset, request: pytest.FixtureRequest
-) -> None:
+def test_a_text_for_a_person_is_the_greedy_one(family: str, completions: TextDataset, request: Any) -> None:
     model = request.getfixturevalue(family)
     for prompt in prompts_of(completions):
         expected = written_without_cache(model, prompt, 8)
@@ -288,8 +277,3 @@ def test_a_wrong_way_to_write_is_named_as_its_option(wrong: str) -> None:
 def test_a_size_below_one_is_refused_by_name(key: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key} = 0: .*at least 1"):
         EvaluationSpec(**{key: 0})
-
-
-def test_the_defaults_are_valid_and_generate_nothing() -> None:
-    assert EvaluationSpec().generate is False
-    assert EvaluationSpec().generation_rows is None
