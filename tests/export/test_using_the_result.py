@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import parsed
 
-from .conftest import elsewhere
+from .conftest import Exports, Runs, elsewhere
 
 # The exports themselves are tried by day; what the page says of them takes another two minutes.
 pytestmark = pytest.mark.nightly
@@ -26,7 +26,7 @@ WHOLE = {"llama": "merged", "bert": "sentence-transformers"}
 
 
 @pytest.fixture(scope="module")
-def place(exports: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that the page's commands write; what they mean is what tests/export wrote already."""
     folder = tmp_path_factory.mktemp("place")
     lines = re.findall(r"^(fedtune export .*?)(?:\s+#.*)?$", PAGE.read_text(), re.MULTILINE)
@@ -83,7 +83,7 @@ def test_the_server_of_the_page_answers_its_client(place: Path) -> None:
     assert printed.strip("\n"), "the model wrote something"
 
 
-def test_the_page_names_every_file_of_an_adapter(runs: dict[str, Path]) -> None:
+def test_the_page_names_every_file_of_an_adapter(runs: Runs) -> None:
     first = PAGE.read_text().split("## Handing")[0]
     assert {path.name for run in runs.values() for path in (run / "adapter").iterdir()} == set(
         re.findall(r"`([\w.]+\.(?:json|safetensors|md|svg))`", first.split("| --- |")[1].split("\n\n")[0])
