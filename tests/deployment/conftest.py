@@ -28,11 +28,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def make_federation(
     tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]
 ) -> Iterator[Callable[..., Federation]]:
-    """Make federations that end with the module."""
+    """Make federations that end with the module; `held`: they are started, with sites that can be held up, or not."""
     made: list[Federation] = []
 
-    def make(**arguments: Any) -> Federation:
+    def make(*, held: bool | None = None, **arguments: Any) -> Federation:
         made.append(Federation(tmp_path_factory.mktemp("federation"), command, **arguments))
+        if held is not None:
+            made[-1].start(held=held)
         return made[-1]
 
     yield make
@@ -55,6 +57,5 @@ def in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Callable[.
 
 @pytest.fixture(scope="session")
 def own_networks() -> None:
-    """Skip where members cannot have networks of their own."""
     if why := "FEDTUNE_TEST_NETWORK=loopback" if wants_loopback() else why_no_namespaces():
         pytest.skip(why)

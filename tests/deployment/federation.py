@@ -85,7 +85,6 @@ def policy_for(site: str, *, lead: str) -> Policy:
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
-    """A site's own file, with column names of its own."""
     with path.open("w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(["question", "intent"])
@@ -111,10 +110,12 @@ class Federation:
         made: datetime | None = None,
     ) -> None:
         self.folder, self._command = folder, command
+        self.home, self.lead_kit = folder / "banks", folder / "banks" / "lead"
         self._server: Process | None = None
         self.sites: dict[str, SiteFolder] = {}
         self._begun: list[Process] = []
         self.network: Network = network or best_network([LEAD, *names])
+        self.address = f"{self.network.address}:{self.network.port}"
         self.active.append(self)
         try:
             self._provision(names, made)
@@ -134,34 +135,18 @@ class Federation:
         self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
 
     @property
-    def home(self) -> Path:
-        """What `fedtune provision init` made."""
-        return self.folder / "banks"
-
-    @property
-    def lead_kit(self) -> Path:
-        return self.home / "lead"
-
-    @property
     def server(self) -> Process:
-        """The process that was started last."""
         assert self._server is not None
         return self._server
 
-    @property
-    def address(self) -> str:
-        """Of the server, with its port."""
-        return f"{self.network.address}:{self.network.port}"
-
     def do(self, *words: str, code: int = 0) -> Any:
-        """A command in this process; fails unless it ends with `code`."""
         outcome = self._command(*words)
         assert outcome.code == code, (words, outcome)
         return outcome
 
     def join(self, name: str, records: Sequence[Record]) -> SiteFolder:
         """Let a site in, as lead and site do it, once its keys are compared."""
-        site = SiteFolder(name, self.folder / "sites" / name, self)
+        site = SiteFolder(self.folder / "sites" / name, name, self)
         site.folder.mkdir(parents=True)
         write_records(site.folder / "questions.csv", records)
         write_policy(policy_for(name, lead=self.lead_key), site.site_toml)
@@ -188,7 +173,6 @@ class Federation:
         return self.server
 
     def start(self, *names: str, held: bool = False) -> None:
-        """Start the server and all, or the named, sites, and wait for them."""
         sites = [self.sites[name] for name in names or self.sites]
         for site in sites:
             site.start(held=held, wait=False)
@@ -197,19 +181,16 @@ class Federation:
             site.wait_until_up()
 
     def finish(self, name: str, *overrides: str) -> Process:
-        """A run from its start to its end, by its lead."""
         lead = self.lead(name, *overrides)
         assert lead.end() == 0, lead.text
         return lead
 
     def lead(self, name: str, *overrides: str, program: Sequence[str] = FEDTUNE) -> Process:
-        """Start a run; its folder is `result_folder(name)`."""
         where = f"tracking.output_dir='{self.folder / 'runs'}'"
         words = ["run", "--kit", str(self.lead_kit), *(overrides or settings()), f"name={name}", where]
         return self.run(f"lead-{name}", LEAD, [*program, *words])
 
     def resume(self, name: str) -> Process:
-        """Go on with a run."""
         words = [*FEDTUNE, "run", "resume", str(self.run_folder(name)), "--kit", str(self.lead_kit)]
         return self.run(f"lead-{name}", LEAD, words)
 
@@ -217,15 +198,12 @@ class Federation:
         return self.folder / "runs" / name
 
     def result(self, name: str) -> dict[str, Any]:
-        """The run.json of a run."""
         return dict(json.loads((self.run_folder(name) / "run.json").read_bytes()))
 
     def logs(self) -> list[Path]:
-        """Every log there is."""
         return sorted([*self.folder.glob("*.log"), *self.folder.glob("runs/*/log.txt")])
 
     def close(self) -> None:
-        """End every process and remove the network."""
         try:
             for site in self.sites.values():
                 site.hold(False)

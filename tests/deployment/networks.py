@@ -28,11 +28,9 @@ class Network:
         self.port = free_port()
 
     def inside(self, member: str, words: Sequence[str]) -> list[str]:
-        """The command `words`, as it is run at `member`."""
         return list(words)
 
     def connect(self, member: str, *, up: bool) -> None:
-        """Cut a member off, or connect it again."""
         raise NotImplementedError("nobody can be cut off from this machine's loopback")
 
     def hand_over(self, member: str) -> None:
@@ -115,12 +113,10 @@ def best_network(members: Sequence[str]) -> Network:
 
 
 def wants_loopback() -> bool:
-    """Whether somebody asked for tests on loopback."""
     return os.environ.get("FEDTUNE_TEST_NETWORK") == "loopback"
 
 
 def _remove_leftovers() -> None:
-    """Namespaces of test processes that were killed."""
     for path in _NAMED.glob("fedtune-*-*-*") if _NAMED.is_dir() else ():
         found = re.fullmatch(r"fedtune-(\d+)-\d+-.*", path.name)
         if found and not Path(f"/proc/{found[1]}").exists():

@@ -9,11 +9,7 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_id,
-    get_object_type_from_object_content,
-    iterate_object_tree,
-)
+from flwr.supercore.inflatable import inflatable_object
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from google.protobuf.message import Message as Proto
 
@@ -53,7 +49,6 @@ class Call:
 
 
 def read_calls(path: Path) -> list[Call]:
-    """Every request that a proxy recorded, in order."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         Call(
@@ -72,7 +67,7 @@ def objects_of(calls: list[Call]) -> dict[str, bytes]:
     for call in calls:
         if call.path == "/v1/fleet/push-object":
             content = call.request.object_content
-            assert get_object_id(content) == call.request.object_id
+            assert inflatable_object.get_object_id(content) == call.request.object_id
             objects[call.request.object_id] = content
     return objects
 
@@ -93,14 +88,12 @@ def messages_of(calls: list[Call]) -> list[tuple[Any, RecordDict]]:
 
 
 def announced_ids(calls: list[Call]) -> set[str]:
-    """Ids of all objects that are part of an answer."""
     trees = [call.request.message_object_trees for call in calls if call.path == "/v1/fleet/push-messages"]
-    return {node.object_id for (tree,) in trees for node in iterate_object_tree(tree)}
+    return {node.object_id for (tree,) in trees for node in inflatable_object.iterate_object_tree(tree)}
 
 
 def kind_of(content: bytes) -> str:
-    """Flower's name of an object's kind."""
-    return str(get_object_type_from_object_content(content))
+    return str(inflatable_object.get_object_type_from_object_content(content))
 
 
 def numbers_in(message: Proto) -> Iterator[tuple[str, float]]:
@@ -109,7 +102,6 @@ def numbers_in(message: Proto) -> Iterator[tuple[str, float]]:
 
 
 def texts_in(message: Proto) -> Iterator[str]:
-    """Every text in a protobuf message, however deep."""
     return (value for _, value in _values_in(message) if isinstance(value, str))
 
 
@@ -123,7 +115,6 @@ def _values_in(message: Proto) -> Iterator[tuple[str, Any]]:
 
 
 def leaves_of(value: Any) -> Iterator[Any]:
-    """Every plain value in parsed JSON."""
     if isinstance(value, dict):
         for key, one in value.items():
             yield key

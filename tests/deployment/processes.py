@@ -34,7 +34,6 @@ def wait_for(condition: Callable[[], Any], *, seconds: float, what: str, needs: 
 
 
 def environment(**more: str) -> dict[str, str]:
-    """The environment of every process: one thread, this checkout."""
     given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
     # A proxy of this machine's is none of theirs.
     own = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
@@ -66,7 +65,6 @@ class Process:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, once it has ended."""
         return self._process.poll()
 
     @property
@@ -75,13 +73,11 @@ class Process:
         return self.log.read_bytes()[self._from :].decode(errors="replace")
 
     def lines(self, event: str) -> list[dict[str, Any]]:
-        """The lines of its JSON log with this event."""
         whole = [line for line in self.text.splitlines(keepends=True) if line.endswith("\n") and line.startswith("{")]
         return [line for line in map(json.loads, whole) if line["event"] == event]
 
     def wait_for_text(self, text: str, *, count: int = 1, seconds: float = START_S) -> None:
         """Wait until it has said `text` so many times."""
-
         wait_for(
             lambda: self.text.count(text) >= count, seconds=seconds, what=f"{self.name} to say {text!r}", needs=self
         )
@@ -90,7 +86,6 @@ class Process:
         self._process.send_signal(number)
 
     def end(self, *, seconds: float = RUN_S) -> int:
-        """Wait for its end; its exit code."""
         try:
             return self._process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -109,7 +104,6 @@ class Process:
             self._process.terminate()
 
     def stop(self) -> None:
-        """End it, by force where it does not end when it is asked to."""
         if self.code is None:
             self.ask_to_end()
             with contextlib.suppress(subprocess.TimeoutExpired):

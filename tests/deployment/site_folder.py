@@ -12,6 +12,7 @@ from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.spec import RunError
 
+from ..books import Books
 from .processes import FEDTUNE, RUN_S, Process, wait_for
 
 if TYPE_CHECKING:
@@ -21,11 +22,10 @@ HELD_SITE = Path(__file__).with_name("held_site.py")
 
 
 @dataclass
-class SiteFolder:
+class SiteFolder(Books):
     """A site's machine: its folder, and the process that runs there."""
 
     name: str
-    folder: Path
     federation: Federation = field(repr=False)
     site_key: str = ""
     process: Process | None = None
@@ -37,22 +37,15 @@ class SiteFolder:
         return self.folder / "kit"
 
     @property
-    def site_toml(self) -> Path:
-        return self.folder / "site.toml"
-
-    @property
     def own(self) -> tuple[str, ...]:
-        """The arguments that its commands share."""
         return ("--kit", str(self.kit), "--site", str(self.site_toml))
 
     @property
     def up(self) -> Process:
-        """Its process."""
         assert self.process is not None
         return self.process
 
     def start(self, *options: str, held: bool = False, wait: bool = True, env: dict[str, str] | None = None) -> Process:
-        """Start it, or start it again, with more options."""
         program = [sys.executable, str(HELD_SITE), str(self.folder)] if held else list(FEDTUNE)
         words = [*program, "site", "start", *self.own, *options]
         self.process = self.federation.run(self.name, self.name, words, env=env)
@@ -62,11 +55,9 @@ class SiteFolder:
 
     @property
     def is_up(self) -> bool:
-        """Whether its process runs."""
         return self.process is not None and self.process.code is None
 
     def stop(self) -> None:
-        """End it, if it runs."""
         if self.process is not None:
             self.process.stop()
 
@@ -86,7 +77,7 @@ class SiteFolder:
 
     def verified(self) -> Verified:
         """Its ledger, checked from the first event to the last."""
-        return verify(self.folder / "ledger.db", site_key=self.site_key or None)
+        return verify(self.ledger, site_key=self.site_key or None)
 
     def events(self, run: str, kind: str = "") -> list[Event]:
         """Events of the run that was given the name `run`, or of one kind of them; also while the site writes."""
@@ -98,7 +89,6 @@ class SiteFolder:
         return [e for e in self._events if e.run.rpartition("-")[0] == run and kind in ("", e.kind.value)]
 
     def notes(self, run: str) -> list[str]:
-        """What its ledger notes about a run."""
         return [event.detail["what"] for event in self.events(run, "note")]
 
     def wait_for(self, run: str, kind: str, *, round: int, lead: Process | None = None) -> None:
@@ -110,7 +100,6 @@ class SiteFolder:
         wait_for(there, seconds=RUN_S, what=f"{self.name} to {kind} round {round} of {run}", needs=lead)
 
     def answered(self, what: str, run: str) -> int:
-        """How often its log says that it answered so."""
         lines = self.up.lines("answered")
         return sum(line["what"] == what and line.get("run", "").rpartition("-")[0] == run for line in lines)
 

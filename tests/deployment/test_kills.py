@@ -5,12 +5,10 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.trust import Trust
 
 from .books import check_same_adapter, check_whole
@@ -23,10 +21,7 @@ pytestmark = pytest.mark.nightly
 
 @pytest.fixture(scope="module")
 def whole(make_federation: Callable[..., Federation]) -> Federation:
-    """A federation whose sites can be held up in a round."""
-    federation = make_federation()
-    federation.start(held=True)
-    return federation
+    return make_federation(held=True)
 
 
 @pytest.fixture
@@ -182,9 +177,7 @@ SECURE = (
 )
 
 
-def test_a_secure_round_survives_its_server(
-    make_federation: Callable[..., Federation], in_one_process: Callable[..., Path]
-) -> None:
+def test_a_secure_round_survives_its_server(make_federation: Callable[..., Federation], in_one_process: Any) -> None:
     """Killed when two sites have uploaded: nobody trains again, and no second sum is asked for.
 
     Three sites know each other's keys and demand that all take part; they come to the simulation's adapter bit for bit.
@@ -192,8 +185,7 @@ def test_a_secure_round_survives_its_server(
     federation = make_federation()
     for site in federation.sites.values():
         members = {name: other.site_key for name, other in federation.sites.items() if other is not site}
-        policy = read_policy(site.site_toml)
-        write_policy(replace(policy, trust=Trust(secure=True, members=members)), site.site_toml)
+        site.edit(trust=Trust(secure=True, members=members))
     federation.start(held=True)
     last = federation.sites["west"]
     last.hold(True)

@@ -14,7 +14,6 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.data import Record
 from fedtune.ops.kits.models import model_place
-from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
@@ -98,14 +97,11 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="module")
 def federation(make_federation: Callable[..., Federation]) -> Federation:
-    """Three sites that wait."""
-    made = make_federation()
-    made.start()
-    return made
+    return make_federation(held=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_real_sites_learn_it_as_a_simulation_does(
+def test_real_sites_learn_it_as_simulated_ones_do(
     federation: Federation, command: Any, tmp_path: Path, kind: str
 ) -> None:
     files = {
@@ -127,11 +123,10 @@ def test_real_sites_learn_it_as_a_simulation_does(
             shutil.copytree(tmp_path / "images", site.folder / "images")
             (site.folder / "images" / "cut.png").write_bytes(encoded(picture())[:-60])
             shutil.copytree(tmp_path / "model", model_place(site.kit, str(sent.model.sha256)))
-        policy = read_policy(site.site_toml)
         own = generated_policy(sent, config.plan(), site.name, lead=federation.lead_key)
         columns = {role: f"own {role.removeprefix('feature:')}" for role in records.training[0].fields}
         dataset = (replace(own.dataset[0], path="own.jsonl", columns=columns),)
-        write_policy(replace(policy, dataset=dataset, limits=own.limits, allow=own.allow), site.site_toml)
+        site.edit(dataset=dataset, limits=own.limits, allow=own.allow)
 
     federation.finish(kind, *given)
 

@@ -28,7 +28,6 @@ LEFT_S = 30.0
 
 @pytest.fixture(scope="module")
 def members(make_federation: Callable[..., Federation]) -> Federation:
-    """A server and two sites, all up."""
     federation = make_federation(names=("north", "south"), network=Network(), made=LONG_AGO)
     federation.start_server()
     for site in federation.sites.values():
@@ -41,7 +40,6 @@ def site_kit(federation: Federation, name: str) -> Kit:
 
 
 def shown_by_the_server(federation: Federation) -> Certificate:
-    """What it shows to a new connection."""
     context = site_kit(federation, "north").tls().client_context()
     with (
         socket.create_connection(("127.0.0.1", federation.network.port), timeout=30) as plain,

@@ -25,7 +25,6 @@ def ports() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def federation(make_federation: Callable[..., Federation], ports: dict[str, str]) -> Federation:
-    """Two sites that can be held up; everybody has figures to read."""
     made = make_federation(names=("north", "south"))
     for name, site in made.sites.items():
         site.start("--metrics", ports[name], held=True, wait=False)

@@ -2,15 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fedtune.ops.services.lead_and_server import running_process
-from fedtune.privacy.policy_file import read_policy, write_policy
 
-from .books import check_average, check_books
+from .books import check_books
 from .federation import LEAD, Federation, settings
 from .processes import FEDTUNE, RUN_S, wait_for
 from .site_folder import SiteFolder
@@ -22,18 +20,10 @@ SITES = ("north", "south")
 
 @pytest.fixture(scope="module")
 def federation(make_federation: Callable[..., Federation]) -> Federation:
-    """Two sites that can be held up."""
-    made = make_federation(names=SITES)
-    made.start(held=True)
-    return made
-
-
-def set_approval(site: SiteFolder, approval: str) -> None:
-    write_policy(replace(read_policy(site.site_toml), approval=approval), site.site_toml)
+    return make_federation(names=SITES, held=True)
 
 
 def status(federation: Federation, run: str) -> dict[str, Any]:
-    """What `fedtune run status --json` says."""
     outcome = federation.do("run", "status", str(federation.run_folder(run)), "--json")
     return dict(json.loads(outcome.out))
 
@@ -42,9 +32,9 @@ def status(federation: Federation, run: str) -> dict[str, Any]:
 def careful(federation: Federation) -> Iterator[SiteFolder]:
     """north, where a person approves each run."""
     site = federation.sites["north"]
-    set_approval(site, "manual")
+    site.edit(approval="manual")
     yield site
-    set_approval(site, "automatic")
+    site.edit(approval="automatic")
 
 
 def test_a_run_waits_for_approval_and_then_goes_on(
@@ -72,16 +62,13 @@ def test_a_run_waits_for_approval_and_then_goes_on(
     assert lead.end() == 0, lead.text
     assert "awaiting_approval" in lead.text
     check_books(federation, "asked")
-    check_average(federation, "asked")
     order = [event.detail.get("what", event.kind.value) for event in site.events("asked")]
     assert order == ["refusal", "approved", "plan", "reserve", "commit", "run_ended"]
     assert len(site.up.lines("the base model is loaded")) == loaded + 1
     assert "No run waits for approval" in federation.do("site", "approve", *site.own).out
 
 
-def test_a_run_that_a_person_denies_goes_on_without_the_site_or_ends(
-    federation: Federation, careful: SiteFolder
-) -> None:
+def test_a_run_that_is_denied_goes_on_without_the_site_or_ends(federation: Federation, careful: SiteFolder) -> None:
     lead = federation.lead("denied", *settings("federation.num_rounds=1", "federation.min_sites=2"))
     wait_for(lambda: careful.answered("awaiting_approval", "denied"), seconds=RUN_S, what="it to wait", needs=lead)
     (waiting,) = (event.run for event in careful.events("denied", "refusal"))
@@ -136,12 +123,9 @@ def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
     # What had been answered for the lead that stopped was not trained, or charged, again.
     assert {name: about["rounds_charged"] for name, about in after["sites"].items()} == dict.fromkeys(SITES, 2)
     check_books(federation, run)
-    check_average(federation, run)
 
 
-def test_a_paused_site_takes_part_in_nothing_and_a_run_that_is_stopped_for_good_ends_everywhere(
-    federation: Federation,
-) -> None:
+def test_a_paused_site_takes_part_in_nothing_and_a_run_stopped_for_good_ends_everywhere(federation: Federation) -> None:
     paused, held, run = federation.sites["north"], federation.sites["south"], "given-up"
     folder = federation.run_folder(run)
     held.hold(True)

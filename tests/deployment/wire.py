@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,7 +50,6 @@ class Wire:
 
 
 def record(federation: Federation, mark: Path) -> Wire:
-    """Do the run."""
     north, south = (federation.sites[name] for name in SITES)
     few = [*dealt(SITES)["north"][: COUNT - 1], Record({"text": PLANTED, "label": "age_limit"})]
     write_records(north.folder / "questions.csv", few)
@@ -109,7 +108,7 @@ def _run(federation: Federation, mark: Path) -> None:
     _next_round(south, 1, lead=lead)
     answered("site_error")
     (north.folder / "fail").unlink()
-    write_policy(replace(policy, limits=replace(policy.limits, max_local_steps=1)), north.site_toml)
+    north.edit(limits={"max_local_steps": 1})
     _next_round(south, 2, lead=lead)
     answered("max_local_steps")
     write_policy(policy, north.site_toml)

@@ -19,8 +19,6 @@ import torch
 
 
 class _Sim(types.ModuleType):
-    """What torch asks of the module `torch.sim`, and `counters`."""
-
     def device_count(self) -> int:
         return int(os.environ.get("SIM_DEVICES", "1"))
 

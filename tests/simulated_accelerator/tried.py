@@ -23,7 +23,6 @@ SIM = torch.device("sim")
 
 
 def model() -> TaskModel:
-    """A tiny language model on the device."""
     lora = LoraSpec(rank=4, alpha=8.0)
     spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype="float32"), task="causal_lm", lora=lora, seed=3)
     return build_task_model(spec, device=device_for("auto"))
