@@ -46,16 +46,19 @@ def test_a_record_is_what_its_types_say() -> None:
     assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out what its default has"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"colour": "blue"}, "^colour = 'blue': must be a known word$"),
-    ({"colour": ["red"]}, "^colour = .*: must be a known word$"),
-    ({"pairs": [[1]]}, r"^pairs = .*: must be a list of 2$"),
-    ({"pairs": [[True, "a"]]}, "^pairs = true: must be a whole number$"),
-    ({"path": [[2, 3]]}, "^path = 3: must be a text$"),
-    ({"cap": 10**400}, "^cap = .*: must be a number$"),
-    ({"layers": "some"}, "^layers = 'some': must be a list$"),
-    ({"counts": {"r": 1 << 63}}, "^counts.r = .*: must be a whole number$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"colour": "blue"}, "^colour = 'blue': must be a known word$"),
+        ({"colour": ["red"]}, "^colour = .*: must be a known word$"),
+        ({"pairs": [[1]]}, r"^pairs = .*: must be a list of 2$"),
+        ({"pairs": [[True, "a"]]}, "^pairs = true: must be a whole number$"),
+        ({"path": [[2, 3]]}, "^path = 3: must be a text$"),
+        ({"cap": 10**400}, "^cap = .*: must be a number$"),
+        ({"layers": "some"}, "^layers = 'some': must be a list$"),
+        ({"counts": {"r": 1 << 63}}, "^counts.r = .*: must be a whole number$"),
+    ],
+)
 def test_anything_else_is_an_error_that_names_the_key(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         decode(Whole, JSON | change)

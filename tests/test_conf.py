@@ -137,10 +137,13 @@ def test_nothing_is_seeded_unless_asked() -> None:
         assert load(path)["seeded_noise"] is False
 
 
-@pytest.mark.parametrize("overrides", [
-    ["experiment=debug", "name=a", "lora=all_linear", "data.columns={text: b}", "seed=3", "lora.layers=null"],
-    ["privacy=none", "++data.columns={a: b}", "data.labels=['x','y']", "model.path='random:llama'"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=debug", "name=a", "lora=all_linear", "data.columns={text: b}", "seed=3", "lora.layers=null"],
+        ["privacy=none", "++data.columns={a: b}", "data.labels=['x','y']", "model.path='random:llama'"],
+    ],
+)
 def test_tests_compose_what_hydra_does(overrides: list[str]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         expected = conftest._compose("config", overrides=overrides)

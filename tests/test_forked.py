@@ -49,12 +49,15 @@ def test_it_is_a_new_process_with_its_own_folder_environment_and_arguments(tmp_p
     assert other["random"] != about["random"]
 
 
-@pytest.mark.parametrize(("code", "expected", "error"), [
-    ("raise SystemExit(3)", 3, ""),
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
-    ("import atexit, sys; atexit.register(print, 'bye', file=sys.stderr)", 0, "bye\n"),
-    ("raise ValueError('wrong')", 1, "ValueError: wrong\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "expected", "error"),
+    [
+        ("raise SystemExit(3)", 3, ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+        ("import atexit, sys; atexit.register(print, 'bye', file=sys.stderr)", 0, "bye\n"),
+        ("raise ValueError('wrong')", 1, "ValueError: wrong\n"),
+    ],
+)
 def test_it_ends_as_python_does(code: str, expected: int, error: str) -> None:
     with Forked([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -76,13 +76,16 @@ def test_a_config_error_can_be_moved_outwards() -> None:
     assert str(moved) == "data.train_file = 'x': must exist"
 
 
-@pytest.mark.parametrize(("value", "said"), [
-    (None, "k = null: must be given"),
-    (True, "k = true: must be given"),
-    ([None, False, "a"], "k = [null, false, 'a']: must be given"),
-    ({"a": (1, None)}, "k = {'a': [1, null]}: must be given"),
-    (NOT_GIVEN, "k: must be given"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "k = null: must be given"),
+        (True, "k = true: must be given"),
+        ([None, False, "a"], "k = [null, false, 'a']: must be given"),
+        ({"a": (1, None)}, "k = {'a': [1, null]}: must be given"),
+        (NOT_GIVEN, "k: must be given"),
+    ],
+)
 def test_a_value_is_shown_in_the_words_of_settings(value: object, said: str) -> None:
     assert str(ConfigError("k", value, "must be given").under("")) == said
 
@@ -96,14 +99,17 @@ def test_a_long_value_is_cut() -> None:
 INFINITE = (math.nan, math.inf, -math.inf)
 
 
-@pytest.mark.parametrize(("check", "inside", "outside"), [
-    (lambda v: check_positive("k", v), (1e-300, 1, 1e300), (0, -1e-9, *INFINITE)),
-    (lambda v: check_at_least("k", v, 2), (2, 2.5), (1.999, *INFINITE)),
-    (lambda v: check_fraction("k", v), (1e-9, 0.999), (0, 1, -0.1, 1.1, *INFINITE)),
-    (lambda v: check_fraction("k", v, zero=True), (0, 0.5), (1, -1e-9, *INFINITE)),
-    (lambda v: check_fraction("k", v, one=True), (1, 0.5), (0, 1.0001, *INFINITE)),
-    (lambda v: check_one_of("k", v, ("a", "b")), ("a", "b"), ("c", None, "")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("check", "inside", "outside"),
+    [
+        (lambda v: check_positive("k", v), (1e-300, 1, 1e300), (0, -1e-9, *INFINITE)),
+        (lambda v: check_at_least("k", v, 2), (2, 2.5), (1.999, *INFINITE)),
+        (lambda v: check_fraction("k", v), (1e-9, 0.999), (0, 1, -0.1, 1.1, *INFINITE)),
+        (lambda v: check_fraction("k", v, zero=True), (0, 0.5), (1, -1e-9, *INFINITE)),
+        (lambda v: check_fraction("k", v, one=True), (1, 0.5), (0, 1.0001, *INFINITE)),
+        (lambda v: check_one_of("k", v, ("a", "b")), ("a", "b"), ("c", None, "")),
+    ],
+)
 def test_bounds(check: Callable[[object], None], inside: tuple[object, ...], outside: tuple[object, ...]) -> None:
     for value in inside:
         check(value)

@@ -13,12 +13,15 @@ def test_what_nothing_bounds_is_null_and_infinity_again() -> None:
     assert jsonable({"a": [math.inf, (1, "x", None)]}) == {"a": [None, [1, "x", None]]}
 
 
-@pytest.mark.parametrize(("found", "text"), [
-    *((counted(1, "record"), "1 record"), (counted(0, "record"), "0 records")),
-    *((counted(1200, "record"), "1,200 records"), (score_words("macro_f1"), "macro F1")),
-    *((score_words("auroc"), "AUROC"), (score_words("accuracy"), "accuracy"), (size(312), "312 bytes")),
-    *((size(1023.9), "1024 bytes"), (size(1.5 * 2**20), "1.5 MiB"), (size(3 * 2**40), "3072.0 GiB")),
-    *((duration(0.0), "0.1 s"), (duration(11.2), "12 s"), (duration(150), "3 min"), (duration(18000), "5.0 h")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        *((counted(1, "record"), "1 record"), (counted(0, "record"), "0 records")),
+        *((counted(1200, "record"), "1,200 records"), (score_words("macro_f1"), "macro F1")),
+        *((score_words("auroc"), "AUROC"), (score_words("accuracy"), "accuracy"), (size(312), "312 bytes")),
+        *((size(1023.9), "1024 bytes"), (size(1.5 * 2**20), "1.5 MiB"), (size(3 * 2**40), "3072.0 GiB")),
+        *((duration(0.0), "0.1 s"), (duration(11.2), "12 s"), (duration(150), "3 min"), (duration(18000), "5.0 h")),
+    ],
+)
 def test_counts_sizes_and_times_are_written_one_way(found: str, text: str) -> None:
     assert found == text

@@ -52,10 +52,13 @@ def test_a_long_row_is_cut_short_when_it_is_shown(here: Path, command: Any) -> N
     assert 2 < shown.count("a word") < 40
 
 
-@pytest.mark.parametrize(("name", "roles"), [
-    ("alpaca.json", {"prompt": "instruction", "input": "input", "completion": "output"}),
-    ("chats.jsonl", {"messages": "messages"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("alpaca.json", {"prompt": "instruction", "input": "input", "completion": "output"}),
+        ("chats.jsonl", {"messages": "messages"}),
+    ],
+)
 def test_texts_for_a_language_model(here: Path, command: Any, name: str, roles: dict[str, str]) -> None:
     assert command("data", "init", name, "--model", "random_llama").code == 0
     config = compose_run([f"experiment=./{Path(name).stem}.yaml"])
@@ -131,11 +134,18 @@ def test_a_failing_disk_is_one_message_and_no_file(made: Path, command: Any, mon
 LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("a.csv", "\n".join(LINES), "a.csv: the name of column 2 = 'among its own values': must be in a header"),
-    ("a.jsonl", '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9, "= 'columns n (object, number), l"),
-    ("a.csv", "\n".join(["text,label", *LINES, *["x,${x}"] * 9]), "a.yaml: data.labels = '${x}': must not hold"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "\n".join(LINES), "a.csv: the name of column 2 = 'among its own values': must be in a header"),
+        (
+            "a.jsonl",
+            '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9,
+            "= 'columns n (object, number), l",
+        ),
+        ("a.csv", "\n".join(["text,label", *LINES, *["x,${x}"] * 9]), "a.yaml: data.labels = '${x}': must not hold"),
+    ],
+)
 def test_a_file_that_no_experiment_can_be_made_of(here: Path, command: Any, name: str, text: str, message: str) -> None:
     (here / name).write_text(text)
     assert message in command("data", "init", name, "--model", "random_bert").failed()

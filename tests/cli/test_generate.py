@@ -195,11 +195,14 @@ def test_what_cannot_be_answered(typed: str, runs: Path, command: Any, monkeypat
     assert outcome.out == ""
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (("intents", "--prompt", "\udce9"), r"^--prompt = .*: must be UTF-8$"),
-    (("tables", "--prompt", "a" * 9000), r"^--prompt = '9\d\d\d tokens': must have at most \d+"),
-    (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("intents", "--prompt", "\udce9"), r"^--prompt = .*: must be UTF-8$"),
+        (("tables", "--prompt", "a" * 9000), r"^--prompt = '9\d\d\d tokens': must have at most \d+"),
+        (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
+    ],
+)
 def test_what_nobody_types(words: Any, message: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
     assert re.search(message, command("generate", *words).failed())

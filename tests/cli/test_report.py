@@ -80,13 +80,16 @@ def test_the_word_build_may_be_left_out(said: str) -> None:
 # Writing
 
 
-@pytest.mark.parametrize(("kind", "state", "said"), [
-    ("run", "within", "The lead's limit for this run was kept: "),
-    ("ledger", "within", "The site's own limit for all runs was kept: "),
-    ("run", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
-    ("ledger", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
-    ("run", "no_guarantee", "NO GUARANTEE (x): "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "state", "said"),
+    [
+        ("run", "within", "The lead's limit for this run was kept: "),
+        ("ledger", "within", "The site's own limit for all runs was kept: "),
+        ("run", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
+        ("ledger", "exceeded", "EXCEEDED: more was used than a limit allows (x): "),
+        ("run", "no_guarantee", "NO GUARANTEE (x): "),
+    ],
+)
 def test_a_verdict_is_said_in_the_page_s_words(kind: str, state: Any, said: str, run_folder: Path) -> None:
     reasons = () if state == "within" else ("x",)
     report = replace(report_in(run_folder), kind=kind, verdict=Verdict(state=state, reasons=reasons))
@@ -389,13 +392,16 @@ def test_tables_fit_the_terminal(run_folder: Path, looser: Path, command: Any, m
         assert too_wide(command("report", *arguments).out) == []
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "must be a report.json, or a folder with one"),
-    ("{}", "schema_version = 'absent': must be as in a report of schema version 4"),
-    ("[1]", "report = 'another value': must be as in a report of schema version 4"),
-    ('{\n"a', "report = 'text that is no JSON from line 2 on': must be a whole report.json"),
-    ("[" * 100_000, "report = 'no JSON in UTF-8': must be a whole report.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "must be a report.json, or a folder with one"),
+        ("{}", "schema_version = 'absent': must be as in a report of schema version 4"),
+        ("[1]", "report = 'another value': must be as in a report of schema version 4"),
+        ('{\n"a', "report = 'text that is no JSON from line 2 on': must be a whole report.json"),
+        ("[" * 100_000, "report = 'no JSON in UTF-8': must be a whole report.json"),
+    ],
+)
 def test_what_is_no_report(run_folder: Path, command: Any, tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "a.json").write_text(content)

@@ -109,11 +109,18 @@ def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: He
     assert "could not keep its promise in such a run (asked noise of 4, allowed no such plan)" in message
 
 
-@pytest.mark.parametrize(("name", "policy", "asked"), [
-    ("head", {"allow": {"adapters": ("none",), "target_modules": ()}}, {"adapter": "none", "target_modules": ()}),
-    ("seeded", {"allow": {"seeded_noise": True}}, {"seeded_noise": True}),
-    ("bare", {"limits": {"min_noise_multiplier": 0.0}, "budget": {"max_epsilon": math.inf}}, {"noise_multiplier": 0.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "policy", "asked"),
+    [
+        ("head", {"allow": {"adapters": ("none",), "target_modules": ()}}, {"adapter": "none", "target_modules": ()}),
+        ("seeded", {"allow": {"seeded_noise": True}}, {"seeded_noise": True}),
+        (
+            "bare",
+            {"limits": {"min_noise_multiplier": 0.0}, "budget": {"max_epsilon": math.inf}},
+            {"noise_multiplier": 0.0},
+        ),
+    ],
+)
 def test_what_is_said_of_a_policy_and_a_run(
     command: Any, north: Here, run_proposal: Propose, name: str, policy: Any, asked: Any, monkeypatch: Any
 ) -> None:

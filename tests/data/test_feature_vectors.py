@@ -79,13 +79,16 @@ def test_a_category_is_one_of_those_declared_or_other(tmp_path: Path, value: str
     assert vector(tmp_path, {"sex": "?"}, whole) == [0, 0, 1, 0], "declared, and so no mark of nothing"
 
 
-@pytest.mark.parametrize(("kind", "value", "name"), [
-    *((".csv", text, "1") for text in ("1", "1.0", " 1.00 ")),
-    *((".csv", text, "true") for text in ("true", "True", "TRUE")),
-    *((kind, value, "1") for kind in (".jsonl", ".parquet") for value in (1, 1.0, "1.0")),
-    *((kind, value, "true") for kind in (".jsonl", ".parquet") for value in (True, "True")),
-    *((kind, value, "2.5") for kind in (".jsonl", ".parquet") for value in (2.5, "2.5")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "value", "name"),
+    [
+        *((".csv", text, "1") for text in ("1", "1.0", " 1.00 ")),
+        *((".csv", text, "true") for text in ("true", "True", "TRUE")),
+        *((kind, value, "1") for kind in (".jsonl", ".parquet") for value in (1, 1.0, "1.0")),
+        *((kind, value, "true") for kind in (".jsonl", ".parquet") for value in (True, "True")),
+        *((kind, value, "2.5") for kind in (".jsonl", ".parquet") for value in (2.5, "2.5")),
+    ],
+)
 def test_a_category_is_named_as_json_writes_its_value(tmp_path: Path, kind: str, value: Any, name: str) -> None:
     file = tmp_path / f"rows{kind}"
     if kind == ".parquet":

@@ -210,14 +210,17 @@ def test_input_and_system_may_be_absent_or_blank(tmp_path: Path, row: dict[str, 
         list(iter_records(tmp_path / "a.csv", columns))
 
 
-@pytest.mark.parametrize(("text", "rows"), [
-    ("a;b\nx, y;1,5\n", [{"a": "x, y", "b": "1,5"}]),
-    ('\ufeff;;\n"a";"b"\r\n"x;\ny";2\r\n', [{"a": "x;\ny", "b": "2"}]),
-    ("a,b;c\nx;y,2\n", [{"a": "x;y", "b;c": "2"}]),
-    ("a,b\nx;y,2\n", [{"a": "x;y", "b": "2"}]),
-    ('Text;"Alter, Jahre"\na, b;3,5\n', [{"Text": "a, b", "Alter, Jahre": "3,5"}]),
-    ('"a;b;c",label\nx;y,1\n', [{"a;b;c": "x;y", "label": "1"}]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("a;b\nx, y;1,5\n", [{"a": "x, y", "b": "1,5"}]),
+        ('\ufeff;;\n"a";"b"\r\n"x;\ny";2\r\n', [{"a": "x;\ny", "b": "2"}]),
+        ("a,b;c\nx;y,2\n", [{"a": "x;y", "b;c": "2"}]),
+        ("a,b\nx;y,2\n", [{"a": "x;y", "b": "2"}]),
+        ('Text;"Alter, Jahre"\na, b;3,5\n', [{"Text": "a, b", "Alter, Jahre": "3,5"}]),
+        ('"a;b;c",label\nx;y,1\n', [{"a;b;c": "x;y", "label": "1"}]),
+    ],
+)
 def test_the_header_line_alone_says_whether_cells_end_in_semicolons(tmp_path: Path, text: str, rows: Any) -> None:
     path = tmp_path / "german.csv"
     path.write_bytes(text.encode())

@@ -123,19 +123,22 @@ def test_what_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.Monke
         decoded(Record({"image": "a.png"}, file=str(tmp_path / "rows.csv"), line=1))
 
 
-@pytest.mark.parametrize(("path", "found"), [
-    ("../out.png", "a path out of the folder"),
-    ("/dev/zero", "a path out of the folder"),
-    ("sub/../../out.png", "a path out of the folder"),
-    ("link.png", "a path out of the folder"),
-    ("nothing.png", "no such file"),
-    (".", "no such file"),
-    ("pipe.png", "no such file"),
-    ("nu\0ll.png", "a file that cannot be read"),
-    ("x" * 5000, "a file that cannot be read"),
-    ("loop.png", "a file that cannot be read"),
-    ("data:;base64,@@", "text that is no base64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("../out.png", "a path out of the folder"),
+        ("/dev/zero", "a path out of the folder"),
+        ("sub/../../out.png", "a path out of the folder"),
+        ("link.png", "a path out of the folder"),
+        ("nothing.png", "no such file"),
+        (".", "no such file"),
+        ("pipe.png", "no such file"),
+        ("nu\0ll.png", "a file that cannot be read"),
+        ("x" * 5000, "a file that cannot be read"),
+        ("loop.png", "a file that cannot be read"),
+        ("data:;base64,@@", "text that is no base64"),
+    ],
+)
 def test_a_path_leads_to_a_file_below_the_table_s_folder(path: str, found: str, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)

@@ -135,15 +135,18 @@ def test_fractions() -> None:
     assert smaller != {i for i, record in enumerate(rows) if is_selected(record, fraction=0.1, key=b"another")}
 
 
-@pytest.mark.parametrize(("settings_", "message"), [
-    ({"kind": "random"}, "kind = 'random': must be one of iid, dirichlet, column"),
-    ({"kind": "dirichlet", "alpha": 0.0}, "alpha = 0.0: must be a finite number greater than 0"),
-    ({"proportions": (1.0, -1.0)}, "proportions = -1.0: must be a finite number greater than 0"),
-    ({"kind": "file", "proportions": (1.0,)}, 'proportions = [1.0]: must be empty for kind "file"'),
-    ({"kind": "column"}, "sites = {}: must map each value to a site"),
-    ({"sites": {"a": 0}}, "sites = {'a': 0}: must map each value to a site"),
-    ({"kind": "column", "sites": {"a": 0}, "proportions": (1.0,)}, "proportions = [1.0]: must be empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"kind": "random"}, "kind = 'random': must be one of iid, dirichlet, column"),
+        ({"kind": "dirichlet", "alpha": 0.0}, "alpha = 0.0: must be a finite number greater than 0"),
+        ({"proportions": (1.0, -1.0)}, "proportions = -1.0: must be a finite number greater than 0"),
+        ({"kind": "file", "proportions": (1.0,)}, 'proportions = [1.0]: must be empty for kind "file"'),
+        ({"kind": "column"}, "sites = {}: must map each value to a site"),
+        ({"sites": {"a": 0}}, "sites = {'a': 0}: must map each value to a site"),
+        ({"kind": "column", "sites": {"a": 0}, "proportions": (1.0,)}, "proportions = [1.0]: must be empty"),
+    ],
+)
 def test_wrong_settings(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         PartitionSpec(**settings_)

@@ -268,15 +268,18 @@ def test_values_of_a_database(tmp_path: Path) -> None:
 CLASSES = {"_type": "ClassLabel", "names": ["joy", "anger"]}
 
 
-@pytest.mark.parametrize(("role", "feature", "values", "expected"), [
-    ("label", CLASSES, [0, -1, 1], ["joy", "anger"]),
-    ("labels", [CLASSES], [[0, 1], [], [-1]], ['["joy","anger"]', "[]"]),
-    ("labels", {"_type": "List", "feature": CLASSES}, [[0, 1]], ['["joy","anger"]']),
-    ("labels", {"_type": "Sequence", "feature": CLASSES, "length": 2}, [[1, 0]], ['["anger","joy"]']),
-    *(("label", CLASSES | names, [0, 1], ["0", "1"]) for names in ({"names": None}, {"names": 3})),
-    *(("label", feature, [0, 1], ["0", "1"]) for feature in (1, {"_type": "ClassLabel"})),
-    ("label", CLASSES | {"names": ["x"]}, [0, 1], ["x", "1"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("role", "feature", "values", "expected"),
+    [
+        ("label", CLASSES, [0, -1, 1], ["joy", "anger"]),
+        ("labels", [CLASSES], [[0, 1], [], [-1]], ['["joy","anger"]', "[]"]),
+        ("labels", {"_type": "List", "feature": CLASSES}, [[0, 1]], ['["joy","anger"]']),
+        ("labels", {"_type": "Sequence", "feature": CLASSES, "length": 2}, [[1, 0]], ['["anger","joy"]']),
+        *(("label", CLASSES | names, [0, 1], ["0", "1"]) for names in ({"names": None}, {"names": 3})),
+        *(("label", feature, [0, 1], ["0", "1"]) for feature in (1, {"_type": "ClassLabel"})),
+        ("label", CLASSES | {"names": ["x"]}, [0, 1], ["x", "1"]),
+    ],
+)
 def test_classes_have_their_names(tmp_path: Path, role: str, feature: Any, values: Any, expected: list[str]) -> None:
     """-1 stands for null: nobody said; what a schema notes may be anything."""
     noted = json.dumps({"info": {"features": {"c": feature}}})

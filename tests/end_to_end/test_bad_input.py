@@ -44,11 +44,14 @@ def test_cuda_without_a_gpu(refuse: Callable[..., str]) -> None:
 GOOD = json.dumps({"text": "where is my card", "label": "card_arrival"})
 
 
-@pytest.mark.parametrize(("key", "line", "bound"), [
-    ("train_file", '{"text": 3, "label": "card_arrival"}', "text"),
-    ("validation_file", '{"txt": "a", "label": "card_arrival"}', "data.columns.text"),
-    ("test_file", '{"text": "a", "label": "parking"}', "data.labels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "line", "bound"),
+    [
+        ("train_file", '{"text": 3, "label": "card_arrival"}', "text"),
+        ("validation_file", '{"txt": "a", "label": "card_arrival"}', "data.columns.text"),
+        ("test_file", '{"text": "a", "label": "parking"}', "data.labels"),
+    ],
+)
 def test_a_malformed_line_is_named(refuse: Callable[..., str], tmp_path: Path, key: str, line: str, bound: str) -> None:
     file = tmp_path / "records.jsonl"
     file.write_text(f"{GOOD}\n{line}\n")

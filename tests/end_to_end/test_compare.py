@@ -35,10 +35,14 @@ def test_users_are_drawn_with_all_their_records(tmp_path: Path) -> None:
 def tickets(folder: Path) -> list[str]:
     """An experiment of two sites that a column tells apart, with a test file of its own."""
     rows = [
-        {"text": f"ticket {number} about {('cards', 'loans')[number % 2]}", "label": ("a", "b")[number % 2],
-         "office": ("north", "south", "abroad")[number % 5 % 3], "desk": number % 4 // 3}
+        {
+            "text": f"ticket {number} about {('cards', 'loans')[number % 2]}",
+            "label": ("a", "b")[number % 2],
+            "office": ("north", "south", "abroad")[number % 5 % 3],
+            "desk": number % 4 // 3,
+        }
         for number in range(160)
-    ]  # fmt: skip
+    ]
     for name, chosen in (("train", rows[:100]), ("test", rows[100:])):
         kept = [row for row in chosen if name == "test" or row["office"] != "abroad"]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))

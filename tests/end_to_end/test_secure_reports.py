@@ -80,12 +80,15 @@ def changed(report: Report, at: tuple[str, ...], value: object) -> Report:
     return from_json(json.dumps(fields))
 
 
-@pytest.mark.parametrize(("at", "value"), [
-    (("by_trust", "with_colluders"), 0.1),
-    (("by_trust",), None),
-    (("meaning", "right_of_100_with_all_others"), 50.1),
-    (("mechanisms", "0", "shared", "noise_multiplier"), 2.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (("by_trust", "with_colluders"), 0.1),
+        (("by_trust",), None),
+        (("meaning", "right_of_100_with_all_others"), 50.1),
+        (("mechanisms", "0", "shared", "noise_multiplier"), 2.0),
+    ],
+)
 def test_a_report_that_says_something_else_is_found_out(report: Report, at: tuple[str, ...], value: object) -> None:
     assert problems(changed(report, at, value)) != []
 

@@ -217,7 +217,7 @@ def test_a_table_shows_teacher_and_student(finished: Path, texts: Path, tmp_path
         (["--columns", "{{text: 2020-13-45}}"], "--columns = '{{text: 2020-13-45}}': must name the column of a role"),
         (["--seed", "-1"], "--seed = -1: must be a finite number of at least 0"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, words: list[str], message: str) -> None:
     config = saved_config(finished)
     # Of the training file, whatever the run uses of it.

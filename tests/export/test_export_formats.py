@@ -81,8 +81,13 @@ def test_the_largest_number_of_an_encoded_text_is_the_label(runs: Runs, exports:
     modules = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
     assert all(module.startswith("sentence_transformers.") for module in modules), "no code of ours"
     assert [module.rpartition(".")[2] for module in modules] == [
-        "Transformer", "Pooling", "Normalize", "Dense", "Normalize", "Dense"
-    ]  # fmt: skip
+        "Transformer",
+        "Pooling",
+        "Normalize",
+        "Dense",
+        "Normalize",
+        "Dense",
+    ]
 
 
 def test_an_embedding_model_is_a_folder_of_standard_modules(exports: Exports, loaded: Loaded) -> None:

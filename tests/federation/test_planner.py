@@ -74,9 +74,13 @@ def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
     epsilon = planner.coarse_epsilon(plan)
     changes = {change.what: change for change in planner.what_if(plan, epsilon=epsilon)}
     assert list(changes) == [
-        "5 rounds", "6 rounds", "batches x 1.5 (rate 0.15)", "batches x 2 (rate 0.2)", "delta 1e-06",
+        "5 rounds",
+        "6 rounds",
+        "batches x 1.5 (rate 0.15)",
+        "batches x 2 (rate 0.2)",
+        "delta 1e-06",
         f"epsilon {epsilon / 2:.4g}",
-    ]  # fmt: skip
+    ]
     for change in changes.values():
         needed = replace(change.plan, noise_multiplier=change.noise_needed)
         assert accountant.epsilon_pld([needed.event(rounds=needed.most_rounds)], needed.delta) <= change.epsilon

@@ -67,7 +67,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a table cut off": (words(normalizer={"type": "Precompiled", "precompiled_charsmap": "////fw=="}), "cut off"),
     "a table that is none": (words(normalizer={"type": "Precompiled", "precompiled_charsmap": "?"}), "can read"),
     "a letter for eighteen, twice": (
-        words(normalizer=sequence(*2 * [replaces("a", "\ufdfa"), {"type": "NFKC"}])), "324 characters of one"
+        words(normalizer=sequence(*2 * [replaces("a", "\ufdfa"), {"type": "NFKC"}])),
+        "324 characters of one",
     ),
     "bytes of bytes": (words(pre_tokenizer={"type": "Sequence", "pretokenizers": 4 * [{"type": "ByteLevel"}]}), "300"),
     "many steps": (words(normalizer=sequence(*17 * [{"type": "Strip"}])), "more than 16 steps"),
@@ -87,13 +88,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "long words": (BERT | {"model": BERT["model"] | {"max_input_chars_per_word": 10**6}}, "more than 200"),
     "a long piece": (words(model={"type": "WordLevel", "vocab": {"x" * 513: 0}}), "a piece of 513 characters"),
     "a long piece of Unigram": (
-        words(model={"type": "Unigram", "vocab": [["x" * 129, 0.0]]}), "a piece of 129 characters, more than 128"
+        words(model={"type": "Unigram", "vocab": [["x" * 129, 0.0]]}),
+        "a piece of 129 characters, more than 128",
     ),
     "a long added token": (words(added_tokens=[{"id": 2, "content": "x" * 513}]), "a piece of 513 characters"),
     "an unknown model": (words(model={"type": "Own"}), "a model Own"),
     "no model": ({"version": "1.0"}, "can read"),
     "drawn tokens": (GPT2 | {"model": GPT2["model"] | {"dropout": 0.1}}, r"has dropout = 0\.1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_ONES)

@@ -29,9 +29,15 @@ _WITHOUT_MODELS = ("tests/privacy/", "tests/test_spec_module.py", tempfile.gette
 _OPTIONS = ("-x", "-q", "-m", "nightly or not nightly", "-p", "no:cacheprovider", "-p", "tests.mutants.witness")
 # A test that ends in one of these says that the mutated code is broken, not that it is caught.
 _CRASHES = {
-    "AttributeError", "ImportError", "IndentationError", "ModuleNotFoundError", "NameError", "SyntaxError", "TypeError",
+    "AttributeError",
+    "ImportError",
+    "IndentationError",
+    "ModuleNotFoundError",
+    "NameError",
+    "SyntaxError",
+    "TypeError",
     "UnboundLocalError",
-}  # fmt: skip
+}
 
 
 class NoResult(Exception):

@@ -262,10 +262,13 @@ def test_a_run_by_any_name_stays_inside(tmp_path: Path, state: SiteState, run_pr
     assert files_in(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", [
-    *("", "{", "[]", '{"since": "x"}', '{"proposal": null, "since": "x"}'),
-    *({"settings": "no JSON"}, {"settings": "[]"}, {"settings": None}),  # which cannot be shown
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("", "{", "[]", '{"since": "x"}', '{"proposal": null, "since": "x"}'),
+        *({"settings": "no JSON"}, {"settings": "[]"}, {"settings": None}),  # which cannot be shown
+    ],
+)
 def test_a_damaged_file_says_what_to_do_and_is_mended(state: SiteState, run_proposal: Propose, damage: Any) -> None:
     state.wait_for_approval(run_proposal(), SETTINGS)
     (path,) = (state.folder / "pending").iterdir()

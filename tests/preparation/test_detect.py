@@ -93,12 +93,13 @@ KINDS: list[tuple[dict[str, Any], str]] = [
     ({"id": int, "messages": str(TURNS).replace("}, {", "}\n {")}, "chat: messages; not id"),
     ({"id": int, "messages": f"array({[ASK]})"}, "chat: messages; not id"),
     (LABELLED | {"user_id": lambda n: f"1.23{n % 9}E+11"}, "labelled: text label user=user_id"),
-    *((LABELLED | {name: lambda n: n % 9}, f"labelled: text label; not {name}") for name in (
-        "user_rating", "customer_type", "patient_age", "personal", "screening", "new_customer_score"
-    )),
+    *(
+        (LABELLED | {name: lambda n: n % 9}, f"labelled: text label; not {name}")
+        for name in ("user_rating", "customer_type", "patient_age", "personal", "screening", "new_customer_score")
+    ),
     ({"age": lambda n: n + 0.5, "label": AB}, "table: label"),
     ({"text": own, "age": lambda n: n + 0.5, "label": AB}, "labelled: text label; not age"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("columns", "expected"), KINDS, ids=range(len(KINDS)))

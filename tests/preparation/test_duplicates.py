@@ -130,13 +130,16 @@ def near(text: str, *others: str) -> Near:
     return found
 
 
-@pytest.mark.parametrize(("text", "other", "run"), [
-    ("Don\u2019t PANIC, it's fine!", "so: dont\npanic its fine then", "dont panic its fine"),
-    ("\uff23afe\u0301 au lait", "un caf\u00e9 au lait", "caf\u00e9 au lait"),
-    ("\u6211\u7684\u5361\u4e22\u4e86", "\u4ed6\u7684\u5361\u5462", "\u7684 \u5361"),
-    ("card_arrival 12-34", "Card arrival: 12/34", "card arrival 12 34"),
-    ("\U0001f600 ...", "\U0001f600 ...", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "other", "run"),
+    [
+        ("Don\u2019t PANIC, it's fine!", "so: dont\npanic its fine then", "dont panic its fine"),
+        ("\uff23afe\u0301 au lait", "un caf\u00e9 au lait", "caf\u00e9 au lait"),
+        ("\u6211\u7684\u5361\u4e22\u4e86", "\u4ed6\u7684\u5361\u5462", "\u7684 \u5361"),
+        ("card_arrival 12-34", "Card arrival: 12/34", "card arrival 12 34"),
+        ("\U0001f600 ...", "\U0001f600 ...", ""),
+    ],
+)
 def test_words_go_without_case_punctuation_and_form(text: str, other: str, run: str) -> None:
     found = near(text, "nothing of it", other)
     assert (found.run, found.words) == (run, len(run.split()))
@@ -160,14 +163,20 @@ def test_each_record_of_many_alike_has_its_twin_and_the_same_is_more_than_alike(
     assert near(text, f"{text} Indeed.").likeness == "alike"
 
 
-@pytest.mark.parametrize(("text", "others", "details"), [
-    ("card 4111-1111-1111-1111", ["x", "my 4111 1111 1111 1111."], [("card number", 1, "own:2")]),
-    ("ask A.B@Example.org", ["a.b@example.org", "a.b@example.org twice a.b@example.org"], [("e-mail", 2, "own:1")]),
-    ("ask ab@example.org", ["a.b@example.org"], []),
-    ("+49 170 1234567 and a@b.org", ["a@b.org, +49 (170) 123-4567"],
-     [("e-mail", 1, "own:1"), ("phone number", 1, "own:1")]),
-    ("+49 170 1234568", ["+49 170 1234567"], []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "others", "details"),
+    [
+        ("card 4111-1111-1111-1111", ["x", "my 4111 1111 1111 1111."], [("card number", 1, "own:2")]),
+        ("ask A.B@Example.org", ["a.b@example.org", "a.b@example.org twice a.b@example.org"], [("e-mail", 2, "own:1")]),
+        ("ask ab@example.org", ["a.b@example.org"], []),
+        (
+            "+49 170 1234567 and a@b.org",
+            ["a@b.org, +49 (170) 123-4567"],
+            [("e-mail", 1, "own:1"), ("phone number", 1, "own:1")],
+        ),
+        ("+49 170 1234568", ["+49 170 1234567"], []),
+    ],
+)
 def test_details_are_the_same_in_any_spaces(text: str, others: list[str], details: list[tuple[str, int, str]]) -> None:
     assert near(text, *others).details == details
 

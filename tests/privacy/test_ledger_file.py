@@ -73,8 +73,10 @@ def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
             with pytest.raises(sqlite3.IntegrityError, match="the ledger is append-only"):
                 file.execute(statement)
         with pytest.raises(sqlite3.IntegrityError, match="cannot store TEXT value in INTEGER column"):
-            file.execute("INSERT INTO events SELECT 3, kind, time, run, 'one', request, attempt, dataset, cohort,"
-                         " code, detail, hash, signature FROM events WHERE sequence = 1")  # fmt: skip
+            file.execute(
+                "INSERT INTO events SELECT 3, kind, time, run, 'one', request, attempt, dataset, cohort,"
+                " code, detail, hash, signature FROM events WHERE sequence = 1"
+            )
 
 
 @pytest.mark.parametrize("struck", ["insert", "writing"])

@@ -166,10 +166,30 @@ def test_a_value_next_to_the_middle_between_two_integers_is_decided_by_more_bits
 
 
 EXTREME = [
-    0, 1, 2, 3, 2**10, 2**11 + 1, 2**32 - 1, 2**53 - 1, 2**53 + 1, 2**62, 2**62 + 2**9, 2**63 - 1, 2**63, 2**63 + 1,
-    3 * 2**62 - 1, 3 * 2**62, 2**64 - 2**13, 2**64 - 2**11 - 2**10, 2**64 - 2**11, 2**64 - 2**10, 2**64 - 1025,
-    2**64 - 2, 2**64 - 1,
-]  # fmt: skip
+    0,
+    1,
+    2,
+    3,
+    2**10,
+    2**11 + 1,
+    2**32 - 1,
+    2**53 - 1,
+    2**53 + 1,
+    2**62,
+    2**62 + 2**9,
+    2**63 - 1,
+    2**63,
+    2**63 + 1,
+    3 * 2**62 - 1,
+    3 * 2**62,
+    2**64 - 2**13,
+    2**64 - 2**11 - 2**10,
+    2**64 - 2**11,
+    2**64 - 2**10,
+    2**64 - 1025,
+    2**64 - 2,
+    2**64 - 1,
+]
 
 
 def farthest(radius: int, angle: int) -> list[tuple[mpmath.mpf, mpmath.mpf]]:
@@ -279,9 +299,24 @@ def test_seeded_streams_repeat_and_differ_by_seed_and_purpose() -> None:
 
 # Any of these in the source would mean a generator that is no CSPRNG.
 GENERATORS = {
-    "random", "default_rng", "RandomState", "Generator", "PCG64", "manual_seed", "randn", "rand", "randint",
-    "normal_", "bernoulli_", "uniform_", "randn_like", "rand_like", "randperm", "multinomial", "fork_rng",
-}  # fmt: skip
+    "random",
+    "default_rng",
+    "RandomState",
+    "Generator",
+    "PCG64",
+    "manual_seed",
+    "randn",
+    "rand",
+    "randint",
+    "normal_",
+    "bernoulli_",
+    "uniform_",
+    "randn_like",
+    "rand_like",
+    "randperm",
+    "multinomial",
+    "fork_rng",
+}
 
 
 def generators_in(source: str) -> set[str]:

@@ -53,11 +53,18 @@ CODES: dict[str, set[str]] = {
 }
 """Codes that types and rules list, by the section that has words for them."""
 WRITTEN = {
-    "released": "released.*", "covers": "covers.*", "randomness": "randomness", "release": "sites.*.releases.*.kind",
-    "refusal": "sites.*.releases.*.reason", "sampling": "sites.*.mechanisms.*.sampling_run",
-    "run_state": "sites.*.lifetime.runs.*.state", "assumption": "assumptions.*.code", "reason": "verdict.reasons.*",
-    "audit_method": "audit.method", "audit_score": "audit.membership.*.score",
-}  # fmt: skip
+    "released": "released.*",
+    "covers": "covers.*",
+    "randomness": "randomness",
+    "release": "sites.*.releases.*.kind",
+    "refusal": "sites.*.releases.*.reason",
+    "sampling": "sites.*.mechanisms.*.sampling_run",
+    "run_state": "sites.*.lifetime.runs.*.state",
+    "assumption": "assumptions.*.code",
+    "reason": "verdict.reasons.*",
+    "audit_method": "audit.method",
+    "audit_score": "audit.membership.*.score",
+}
 """Sections of codes that builders write, and where they stand in a report."""
 
 

@@ -218,12 +218,30 @@ def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Pat
     shown = audit_bound.best_possible(9, delta=1e-5, confidence=0.95)
     found = AUDIT | {
         "exceeded": True,
-        "bounds": [{"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown,
-                    "canaries": 9, "guesses": 9, "right": 9}],
-        "membership": [{"site": None, "score": "loss", "trained_on": 9, "never_used": 9, "auroc": 0.6,
-                        "auroc_low": 0.5, "auroc_high": 0.7,
-                        "hit_rates": [{"false_alarms": 0.01, "found": None, "low": None, "high": None}]}],
-    }  # fmt: skip
+        "bounds": [
+            {
+                "site": "site-1",
+                "claimed_epsilon": 0.4,
+                "lower_bound": shown,
+                "best_possible": shown,
+                "canaries": 9,
+                "guesses": 9,
+                "right": 9,
+            }
+        ],
+        "membership": [
+            {
+                "site": None,
+                "score": "loss",
+                "trained_on": 9,
+                "never_used": 9,
+                "auroc": 0.6,
+                "auroc_low": 0.5,
+                "auroc_high": 0.7,
+                "hit_rates": [{"false_alarms": 0.01, "found": None, "low": None, "high": None}],
+            }
+        ],
+    }
     (folder / "audit.json").write_text(json.dumps(found))
     report = sound(from_run.build(folder))
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("refuted_by_audit",))

@@ -90,8 +90,10 @@ def test_the_base_is_named_as_others_know_it(record: RunRecord, of_run: Report) 
     card = card_text(changed, of_run, FORM)
     front = front_of(card)
     assert (front["base_model"], front["base_model_relation"], front["license"]) == (
-        "owner/small", "adapter", "apache-2.0"
-    )  # fmt: skip
+        "owner/small",
+        "adapter",
+        "apache-2.0",
+    )
     assert "An adapter of owner/small." in card
     assert "import peft" in card
     assert "/home/ada" not in card

@@ -205,9 +205,14 @@ def test_page_one_reads_as_it_was_read(name: str, rendered: Rendered, language: 
 SHORT = ("engineer", "utility", "cost")
 LONG = (*SHORT, "cells", "documentation", "formulae", "check")
 ANNEXES = {
-    ("within", "en"): LONG, ("ledger", "de"): LONG, ("secure", "en"): SHORT, ("unbounded", "en"): SHORT,
-    ("no_guarantee", "de"): SHORT, ("alike", "en"): SHORT, ("drifting", "en"): ("utility",),
-}  # fmt: skip
+    ("within", "en"): LONG,
+    ("ledger", "de"): LONG,
+    ("secure", "en"): SHORT,
+    ("unbounded", "en"): SHORT,
+    ("no_guarantee", "de"): SHORT,
+    ("alike", "en"): SHORT,
+    ("drifting", "en"): ("utility",),
+}
 """What follows page 1: whole of a run and of a ledger, else the parts that differ."""
 
 

@@ -41,11 +41,14 @@ def test_what_is_noted_is_this_process(tmp_path: Path) -> None:
     assert json.loads(text)["schema_version"] == RUN_SCHEMA
 
 
-@pytest.mark.parametrize(("override", "sampling", "randomness"), [
-    ("runtime=simulation", "poisson", "operating_system"),
-    ("runtime.seeded_noise=true", "poisson", "seeded"),
-    ("runtime=deployment", None, None),  # of real sites the lead notes nothing
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "sampling", "randomness"),
+    [
+        ("runtime=simulation", "poisson", "operating_system"),
+        ("runtime.seeded_noise=true", "poisson", "seeded"),
+        ("runtime=deployment", None, None),  # of real sites the lead notes nothing
+    ],
+)
 def test_where_randomness_comes_from_is_noted(tmp_path: Path, override: str, sampling: Any, randomness: Any) -> None:
     (noted,) = note(tmp_path, override)
     assert (noted.sampling, noted.randomness) == (sampling, randomness)
@@ -68,9 +71,16 @@ def test_only_what_is_new_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 1, "environments": []}',
-                '{"schema_version": 2, "environments": [{}]}']
-)  # fmt: skip
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"schema_version": 2}',
+        '{"schema_version": 1, "environments": []}',
+        '{"schema_version": 2, "environments": [{}]}',
+    ],
+)
 def test_a_damaged_note_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "environment.json").write_text(content)
     with pytest.raises(RunError, match=r"environment\.json is damaged"):

@@ -68,19 +68,22 @@ GOOD = {"accuracy": 0.8, "loss": 0.7}
 START = {"accuracy": 0.3, "loss": 1.0}
 
 
-@pytest.mark.parametrize(("before", "after", "found"), [
-    (START, GOOD, ()),
-    (START, {"accuracy": 0.8, "loss": math.nan}, (DIVERGED,)),
-    (START, {"accuracy": 0.8, "loss": None}, (DIVERGED,)),
-    (START, {"accuracy": 0.8, "loss": 2.01}, (DIVERGED,)),
-    (START, {"accuracy": 0.8, "loss": 1.99}, ()),
-    ({"accuracy": 0.9, "loss": 1.0}, GOOD, (WORSE,)),
-    ({"accuracy": 0.81, "loss": 1.0}, GOOD, ()),  # within the standard error of 100 rows
-    (START, {"accuracy": 0.5, "loss": 0.7}, (GUESS,)),
-    ({"accuracy": 0.9, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.7}, (WORSE, GUESS)),
-    ({}, {}, ()),
-    ({}, GOOD, ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        (START, GOOD, ()),
+        (START, {"accuracy": 0.8, "loss": math.nan}, (DIVERGED,)),
+        (START, {"accuracy": 0.8, "loss": None}, (DIVERGED,)),
+        (START, {"accuracy": 0.8, "loss": 2.01}, (DIVERGED,)),
+        (START, {"accuracy": 0.8, "loss": 1.99}, ()),
+        ({"accuracy": 0.9, "loss": 1.0}, GOOD, (WORSE,)),
+        ({"accuracy": 0.81, "loss": 1.0}, GOOD, ()),  # within the standard error of 100 rows
+        (START, {"accuracy": 0.5, "loss": 0.7}, (GUESS,)),
+        ({"accuracy": 0.9, "loss": 1.0}, {"accuracy": 0.5, "loss": 0.7}, (WORSE, GUESS)),
+        ({}, {}, ()),
+        ({}, GOOD, ()),
+    ],
+)
 def test_what_the_scores_say_against_the_training(before: Any, after: Any, found: tuple[str, ...]) -> None:
     assert findings_of((), before, after, judged_by="accuracy", guess=0.5, rows=100) == found
 

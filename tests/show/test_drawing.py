@@ -39,13 +39,16 @@ def test_lines_differ_in_more_than_colour() -> None:
         assert len(set(aspect)) == drawing.MOST_LINES
 
 
-@pytest.mark.parametrize(("low", "high", "ticks"), [
-    (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-    (0.0, 8.3, [0.0, 2.0, 4.0, 6.0, 8.0]),
-    (-0.5, 0.5, [-0.4, -0.2, 0.0, 0.2, 0.4]),
-    (1e-9, 1.06e-7, [2e-8, 4e-8, 6e-8, 8e-8, 1e-7]),
-    (99_999.0, 100_001.0, [99_999.0, 99_999.5, 100_000.0, 100_000.5, 100_001.0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.0, 8.3, [0.0, 2.0, 4.0, 6.0, 8.0]),
+        (-0.5, 0.5, [-0.4, -0.2, 0.0, 0.2, 0.4]),
+        (1e-9, 1.06e-7, [2e-8, 4e-8, 6e-8, 8e-8, 1e-7]),
+        (99_999.0, 100_001.0, [99_999.0, 99_999.5, 100_000.0, 100_000.5, 100_001.0]),
+    ],
+)
 def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) -> None:
     assert drawing._ticks(low, high) == pytest.approx(ticks)
 

@@ -210,13 +210,16 @@ def test_a_run_that_failed_or_diverged_is_never_the_best(row: Any) -> None:
     assert best_of(rows) is rows[0]
 
 
-@pytest.mark.parametrize(("one", "other", "comparable"), [
-    ((), ("lora.rank=2", "privacy.epsilon=3", "data.max_length=8"), True),
-    (("data.validation_rows=5",), ("data.validation_rows=6",), False),
-    ((), WRITES, False),
-    (WRITES, (*WRITES, "lora.rank=2"), True),
-    (WRITES, (*WRITES, "data.max_length=9"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("one", "other", "comparable"),
+    [
+        ((), ("lora.rank=2", "privacy.epsilon=3", "data.max_length=8"), True),
+        (("data.validation_rows=5",), ("data.validation_rows=6",), False),
+        ((), WRITES, False),
+        (WRITES, (*WRITES, "lora.rank=2"), True),
+        (WRITES, (*WRITES, "data.max_length=9"), False),
+    ],
+)
 def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other: Any, comparable: bool) -> None:
     assert (best_of([row(0.4, *one), row(0.5, *other)]) is not None) == comparable
 

@@ -47,12 +47,15 @@ def test_a_text_is_learnt_whole_and_ends(decoder_tokenizer: Any, leading_tokeniz
     assert cut == ([CLS, WHERE, IS, MY], [HIDDEN, WHERE, IS, MY]), "what is cut at its end has not ended"
 
 
-@pytest.mark.parametrize(("max_length", "expected"), [
-    (7, [CLS, WHERE, IS, MY, CARD, LOST, SEP]),
-    (6, [CLS, IS, MY, CARD, LOST, SEP]),
-    (4, [CLS, CARD, LOST, SEP]),
-    (3, [CLS, LOST, SEP]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [
+        (7, [CLS, WHERE, IS, MY, CARD, LOST, SEP]),
+        (6, [CLS, IS, MY, CARD, LOST, SEP]),
+        (4, [CLS, CARD, LOST, SEP]),
+        (3, [CLS, LOST, SEP]),
+    ],
+)
 def test_a_prompt_is_cut_from_the_left(leading_tokenizer: Any, max_length: int, expected: list[int]) -> None:
     record = {"prompt": "where is my card", "completion": "lost"}
     ids, targets = one(record, leading_tokenizer, settings(max_length=max_length))
@@ -163,13 +166,16 @@ def test_a_prompt_that_is_cut_in_characters_keeps_its_end(leading_tokenizer: Any
 ALPACA = "Task:\n{prompt}\n\nInput:\n{input} {context}\n\nAnswer:\n"
 
 
-@pytest.mark.parametrize(("fields", "expected"), [
-    ({"prompt": "p", "input": "i", "context": "c"}, "Task:\np\n\nInput:\ni c\n\nAnswer:\n"),
-    ({"prompt": "p", "input": " ", "context": "c"}, "Task:\np\n\nInput:\n  c\n\nAnswer:\n"),
-    ({"prompt": "p", "input": "", "context": " "}, "Task:\np\n\nAnswer:\n"),
-    ({"prompt": "p", "input": ""}, "Task:\np\n\nAnswer:\n"),
-    ({"prompt": "p\n\n{input}", "input": ""}, "Task:\np\n\n{input}\n\nAnswer:\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"prompt": "p", "input": "i", "context": "c"}, "Task:\np\n\nInput:\ni c\n\nAnswer:\n"),
+        ({"prompt": "p", "input": " ", "context": "c"}, "Task:\np\n\nInput:\n  c\n\nAnswer:\n"),
+        ({"prompt": "p", "input": "", "context": " "}, "Task:\np\n\nAnswer:\n"),
+        ({"prompt": "p", "input": ""}, "Task:\np\n\nAnswer:\n"),
+        ({"prompt": "p\n\n{input}", "input": ""}, "Task:\np\n\n{input}\n\nAnswer:\n"),
+    ],
+)
 def test_a_paragraph_without_a_text_is_left_out(fields: dict[str, str], expected: str) -> None:
     tokenizer = tiny_tokenizer("random:llama")
     data = settings("prompt", "completion", "input", "context", prompt_template=ALPACA, max_length=400)

@@ -33,13 +33,16 @@ def settings(columns: dict[str, str], *, bounds: tuple[float, float] | None = No
     return data_spec(columns=columns, target_range=bounds, pairs=PairsSpec(**pairs))
 
 
-@pytest.mark.parametrize(("pairs", "message"), [
-    ({"negatives": "batch"}, "negatives = 'batch': couples records: a record's gradient would depend on those"),
-    ({"negatives": ()}, "negatives = []: must hold at least one text"),
-    ({"negatives": ("a", "a")}, "negatives = 'a': must be declared once"),
-    ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),
-    ({"margin": 2.5}, "margin = 2.5: must be at most 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ({"negatives": "batch"}, "negatives = 'batch': couples records: a record's gradient would depend on those"),
+        ({"negatives": ()}, "negatives = []: must hold at least one text"),
+        ({"negatives": ("a", "a")}, "negatives = 'a': must be declared once"),
+        ({"margin": 0.0}, "margin = 0.0: must be a finite number greater than 0"),
+        ({"margin": 2.5}, "margin = 2.5: must be at most 2"),
+    ],
+)
 def test_settings_that_cannot_be(pairs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         PairsSpec(**pairs)
@@ -198,19 +201,22 @@ def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
 
 
 @pytest.mark.by_day("listed-more3")
-@pytest.mark.parametrize(("layout", "more"), [
-    ("scored", ()),
-    ("scored", ("privacy=none",)),
-    ("triplets", ("data.heldout_fraction=0.2", "privacy.metrics=noised")),
-    ("listed", ("lora=last_layer", "lora.target_modules=all-linear")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ("scored", ()),
+        ("scored", ("privacy=none",)),
+        ("triplets", ("data.heldout_fraction=0.2", "privacy.metrics=noised")),
+        ("listed", ("lora=last_layer", "lora.target_modules=all-linear")),
+    ],
+)
 def test_a_whole_run(tmp_path: Path, layout: str, more: tuple[str, ...]) -> None:
     folder = simulate(*pairs_run(tmp_path, layout, *more), into=tmp_path)
     result = result_of(folder)
     assert result["task"] == "embedding"
-    names = {"spearman", "loss"} if layout == "scored" else {
-        "ndcg_at_10", "recall_at_1", "recall_at_10", "nearer", "loss"
-    }  # fmt: skip
+    names = (
+        {"spearman", "loss"} if layout == "scored" else {"ndcg_at_10", "recall_at_1", "recall_at_10", "nearer", "loss"}
+    )
     assert set(result["final"]["metrics"]) == names
     assert result["final"]["metrics"] != result["final"]["metrics_before"]
     assert (result["privacy"]["epsilon"] is None) == ("privacy=none" in more)

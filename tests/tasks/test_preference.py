@@ -95,12 +95,16 @@ def test_of_a_conversation_the_last_answer_alone_is_learnt(leading_tokenizer: An
     assert [target for target in rejected[1] if target != HIDDEN] == [CARD, SEP]
 
 
-@pytest.mark.parametrize(("record", "max_length"), [
-    (pair("where", "lost", "lost"), 30),
-    (pair("where", "lost there is my card", "lost there is a place"), 4),
-    (pair("where", "lost", "\ud800"), 30),
-    (pair("\ud800", "lost", "card"), 30),
-], ids=["the same", "the same as far as it is read", "an answer that cannot be encoded", "such a prompt"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("record", "max_length"),
+    [
+        (pair("where", "lost", "lost"), 30),
+        (pair("where", "lost there is my card", "lost there is a place"), 4),
+        (pair("where", "lost", "\ud800"), 30),
+        (pair("\ud800", "lost", "card"), 30),
+    ],
+    ids=["the same", "the same as far as it is read", "an answer that cannot be encoded", "such a prompt"],
+)
 def test_what_is_no_pair_teaches_nothing(leading_tokenizer: Any, record: Record, max_length: int) -> None:
     data = settings(max_length=max_length)
     dataset = PAIRS.tokenise([record], leading_tokenizer, data=data, lenient_within=258)
@@ -108,14 +112,17 @@ def test_what_is_no_pair_teaches_nothing(leading_tokenizer: Any, record: Record,
     assert all((targets == HIDDEN).all() for targets in dataset.targets)
 
 
-@pytest.mark.parametrize(("record", "data", "message"), [
-    (whole("lost", turns("where", "card")), WHOLE, "chosen = 'text': must be a list of turns: no column prompt"),
-    (whole(turns("where", "lost"), turns("is", "card")), WHOLE, "rejected = 'other turns': must have the turns of"),
-    (whole(turns("where", "lost"), turns("where")), WHOLE, "rejected = 'user': must end in a turn of the"),
-    (whole(turns("lost"), said("lost"), messages=turns("where")), TURNS, "chosen = 'user': must end in a turn of"),
-    (whole(said("a"), said("b"), messages=turns("where", "c")), TURNS, "chosen, turn 3 = 'assistant': must be us"),
-    (pair("where", said("lost"), "card"), settings(), "chosen = 'a list of turns': must be text beside the text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("record", "data", "message"),
+    [
+        (whole("lost", turns("where", "card")), WHOLE, "chosen = 'text': must be a list of turns: no column prompt"),
+        (whole(turns("where", "lost"), turns("is", "card")), WHOLE, "rejected = 'other turns': must have the turns of"),
+        (whole(turns("where", "lost"), turns("where")), WHOLE, "rejected = 'user': must end in a turn of the"),
+        (whole(turns("lost"), said("lost"), messages=turns("where")), TURNS, "chosen = 'user': must end in a turn of"),
+        (whole(said("a"), said("b"), messages=turns("where", "c")), TURNS, "chosen, turn 3 = 'assistant': must be us"),
+        (pair("where", said("lost"), "card"), settings(), "chosen = 'a list of turns': must be text beside the text"),
+    ],
+)
 def test_what_is_no_pair_of_the_layout_is_left_out_or_named(
     leading_tokenizer: Any, record: Record, data: DataSpec, message: str
 ) -> None:

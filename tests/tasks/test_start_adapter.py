@@ -93,18 +93,24 @@ def test_an_output_keeps_its_row_and_a_new_one_begins_as_in_a_new_head(
     assert not SavedAdapter(tmp_path, ordinal, "").has_head_for(replace(ordinal, labels=labels))
 
 
-@pytest.mark.parametrize(("differing", "message"), [
-    ({"lora": lora(rank=4)}, r"its lora\.rank is 2, not 4"),
-    ({"lora": lora(kind="dora")}, r"its lora\.kind is 'lora', not 'dora'"),
-    ({"lora": lora(kind="ia3")}, r"its lora\.kind is 'lora', not 'ia3'"),
-    ({"lora": lora(layers=(1,))}, r"its lora\.layers is \[0, 1\], not \[1\]"),
-    ({"lora": lora(alpha=2.0)}, r"its lora\.scale is 8\.0, not 1\.0"),
-    ({"lora": lora(target_modules=("query",))}, r"its lora\.target_modules is 'all-linear', not \['query'\]"),
-    ({"head": HeadSpec(scale=5.0, centre=True)}, r"its head\.scale is 20\.0, not 5\.0"),
-    ({"head": HeadSpec()}, r"its head\.centre is true, not false"),
-    ({"lora": lora(rank=4), "head": HeadSpec()}, r"its lora\.rank .*; its lora\.scale .*; its head\.centre is true"),
-    ({"task": "causal_lm", "labels": ()}, r"its task is 'classification', not 'causal_lm'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("differing", "message"),
+    [
+        ({"lora": lora(rank=4)}, r"its lora\.rank is 2, not 4"),
+        ({"lora": lora(kind="dora")}, r"its lora\.kind is 'lora', not 'dora'"),
+        ({"lora": lora(kind="ia3")}, r"its lora\.kind is 'lora', not 'ia3'"),
+        ({"lora": lora(layers=(1,))}, r"its lora\.layers is \[0, 1\], not \[1\]"),
+        ({"lora": lora(alpha=2.0)}, r"its lora\.scale is 8\.0, not 1\.0"),
+        ({"lora": lora(target_modules=("query",))}, r"its lora\.target_modules is 'all-linear', not \['query'\]"),
+        ({"head": HeadSpec(scale=5.0, centre=True)}, r"its head\.scale is 20\.0, not 5\.0"),
+        ({"head": HeadSpec()}, r"its head\.centre is true, not false"),
+        (
+            {"lora": lora(rank=4), "head": HeadSpec()},
+            r"its lora\.rank .*; its lora\.scale .*; its head\.centre is true",
+        ),
+        ({"task": "causal_lm", "labels": ()}, r"its task is 'classification', not 'causal_lm'"),
+    ],
+)
 def test_what_differs_is_named_all_at_once(tuned: Path, differing: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^model\.adapter = .*{message}"):
         SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, **differing))

@@ -24,11 +24,14 @@ DATA = data_spec("text", "time", "event", intervals=ENDS)
 SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task="survival", intervals=ENDS)
 
 
-@pytest.mark.parametrize(("time", "event", "known"), [
-    *(("0.5", "1", [1, -100, -100]), ("1.0", "true", [1, -100, -100]), ("1.5", "1", [0, 1, -100])),
-    *(("4", "1", [0, 0, 1]), ("9", "1", [0, 0, 0]), ("0.5", "0", [-100, -100, -100]), ("1", "0", [0, -100, -100])),
-    *(("3.9", "false", [0, 0, -100]), ("4", "0", [0, 0, 0])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("time", "event", "known"),
+    [
+        *(("0.5", "1", [1, -100, -100]), ("1.0", "true", [1, -100, -100]), ("1.5", "1", [0, 1, -100])),
+        *(("4", "1", [0, 0, 1]), ("9", "1", [0, 0, 0]), ("0.5", "0", [-100, -100, -100]), ("1", "0", [0, -100, -100])),
+        *(("3.9", "false", [0, 0, -100]), ("4", "0", [0, 0, 0])),
+    ],
+)
 def test_what_is_known_of_a_record_by_its_time(time: str, event: str, known: list[int]) -> None:
     record = Record({"text": "a", "time": time, "event": event})
     assert list(SURVIVAL.target(DATA)(record)) == known  # type: ignore[attr-defined]
@@ -101,10 +104,13 @@ def test_cox_is_refused_with_the_reason() -> None:
         task_named("cox")
 
 
-@pytest.mark.parametrize("intervals", [
-    *((2.0, 1.0), (0.0, 1.0), (1.0, 1.0), (-1.0, 5.0), (math.nan, 5.0), (5.0, math.nan), (1.0, math.inf)),
-    tuple(map(float, range(1, 102))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "intervals",
+    [
+        *((2.0, 1.0), (0.0, 1.0), (1.0, 1.0), (-1.0, 5.0), (math.nan, 5.0), (5.0, math.nan), (1.0, math.inf)),
+        tuple(map(float, range(1, 102))),
+    ],
+)
 def test_intervals_ascend(intervals: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="intervals"):
         data_spec(intervals=intervals)

@@ -50,11 +50,14 @@ def test_a_record_has_any_number_of_labels(encoder_tokenizer: Any) -> None:
     assert np.asarray(tokenised("multi_label", ["mid|low"], encoder_tokenizer, label_separator="|").targets).sum() == 2
 
 
-@pytest.mark.parametrize(("task", "answer", "message"), [
-    ("multi_label", "mid;secret", r"a\.csv:2, labels = 'not declared': must be one of the 3 in data\.labels: low"),
-    ("ordinal", "secret", r"a\.csv:2, label = 'not declared': must be one of the 3"),
-    ("regression", "5.5", r"a\.csv:2, target = 'outside the range': must lie in data\.target_range: 1 to 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "answer", "message"),
+    [
+        ("multi_label", "mid;secret", r"a\.csv:2, labels = 'not declared': must be one of the 3 in data\.labels: low"),
+        ("ordinal", "secret", r"a\.csv:2, label = 'not declared': must be one of the 3"),
+        ("regression", "5.5", r"a\.csv:2, target = 'outside the range': must lie in data\.target_range: 1 to 5"),
+    ],
+)
 def test_a_record_that_nobody_declared_is_left_out_as_a_whole_and_not_quoted(
     encoder_tokenizer: Any, task: str, answer: str, message: str
 ) -> None:
@@ -132,27 +135,33 @@ def test_a_number_is_learnt_within_its_range(encoder_tokenizer: Any) -> None:
     assert task.answer(torch.tensor([0.25]), spec=spec) == ("3.5", {"number": 3.5})
 
 
-@pytest.mark.parametrize(("task", "logits", "text", "told"), [
-    ("multi_label", [2.0, -1.0, 0.5], "low 0.881, high 0.622", ["low", "high"]),
-    ("multi_label", [-2.0, -1.0, -1.5], "none (mid 0.269)", []),
-    ("ordinal", [2.0, -1.0], "mid 0.612 (high 0.269, low 0.119)", ["mid", "high", "low"]),
-    ("classification", [2.0, -1.0, 0.5], "low 0.786 (high 0.175, mid 0.039)", ["low", "high", "mid"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "logits", "text", "told"),
+    [
+        ("multi_label", [2.0, -1.0, 0.5], "low 0.881, high 0.622", ["low", "high"]),
+        ("multi_label", [-2.0, -1.0, -1.5], "none (mid 0.269)", []),
+        ("ordinal", [2.0, -1.0], "mid 0.612 (high 0.269, low 0.119)", ["mid", "high", "low"]),
+        ("classification", [2.0, -1.0, 0.5], "low 0.786 (high 0.175, mid 0.039)", ["low", "high", "mid"]),
+    ],
+)
 def test_an_answer_in_labels(task: str, logits: list[float], text: str, told: list[str]) -> None:
     found, objects = TASKS[task].answer(torch.tensor(logits), spec=spec_of(task))
     assert found == text
     assert [one["label"] for one in objects] == told  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("task", "logits", "target", "score"), [
-    ("multi_label", [1.0, -1, 1], [1.0, 1, 0], 0.5),
-    ("multi_label", [-1.0, -1, -1], [0.0, 0, 0], 1.0),
-    ("multi_label", [-1.0, -1, -1], [0.0, 1, 0], 0.0),
-    ("ordinal", [1.0, 1.0], 0, 0.0),
-    ("ordinal", [1.0, -1.0], 2, 0.5),
-    ("regression", [9.0], -1.0, 0.0),
-    ("regression", [0.5], 0.0, 0.75),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "logits", "target", "score"),
+    [
+        ("multi_label", [1.0, -1, 1], [1.0, 1, 0], 0.5),
+        ("multi_label", [-1.0, -1, -1], [0.0, 0, 0], 1.0),
+        ("multi_label", [-1.0, -1, -1], [0.0, 1, 0], 0.0),
+        ("ordinal", [1.0, 1.0], 0, 0.0),
+        ("ordinal", [1.0, -1.0], 2, 0.5),
+        ("regression", [9.0], -1.0, 0.0),
+        ("regression", [0.5], 0.0, 0.75),
+    ],
+)
 def test_one_unit_scores_between_0_and_1(task: str, logits: list[float], target: Any, score: float) -> None:
     model: Any = SimpleNamespace(spec=spec_of(task), logits=lambda batch: torch.tensor([logits]))
     batch: Any = SimpleNamespace(targets=torch.tensor([target]))

@@ -54,12 +54,15 @@ def test_a_head_never_multiplies_a_few_rows(task: str) -> None:
     assert {rows % (4 if task == "token_classification" else 32) for rows in seen} == {0}
 
 
-@pytest.mark.parametrize(("path", "task", "lora"), [
-    *((*kind, LoraSpec(rank=2)) for kind in KINDS),
-    ("random:bert", "classification", LoraSpec(rank=2, layers=(-1,), train_a=False)),
-    *(("random:bert", "triplets", LoraSpec(kind=kind, rank=2)) for kind in ("dora", "ia3")),
-    *(("random:llama", "causal_lm", LoraSpec(kind=kind, rank=2)) for kind in ("dora", "ia3")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "task", "lora"),
+    [
+        *((*kind, LoraSpec(rank=2)) for kind in KINDS),
+        ("random:bert", "classification", LoraSpec(rank=2, layers=(-1,), train_a=False)),
+        *(("random:bert", "triplets", LoraSpec(kind=kind, rank=2)) for kind in ("dora", "ia3")),
+        *(("random:llama", "causal_lm", LoraSpec(kind=kind, rank=2)) for kind in ("dora", "ia3")),
+    ],
+)
 def test_checkpointing_changes_no_loss_and_no_gradient(path: str, task: str, lora: LoraSpec) -> None:
     model, batch = trained(path, task, lora=lora), batch_of(task)
     losses, gradients = model.losses(batch), gradients_of(model, batch)

@@ -162,10 +162,13 @@ def test_the_roles_of_a_language_model_are_those_of_its_layout() -> None:
     assert "system" in roles("prompt", "completion", "system", chat_template="plain")
 
 
-@pytest.mark.parametrize(("labels", "texts", "key"), [
-    *((labels, (), "data.labels") for labels in ((), ("a",), ("a", "a"))),
-    (("a", "b"), ("one",), "head.label_texts"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("labels", "texts", "key"),
+    [
+        *((labels, (), "data.labels") for labels in ((), ("a",), ("a", "a"))),
+        (("a", "b"), ("one",), "head.label_texts"),
+    ],
+)
 def test_classification_needs_labels_and_each_its_text(labels: Any, texts: tuple[str, ...], key: str) -> None:
     given: Any = {"task": "classification", "labels": labels, "head": HeadSpec(label_texts=texts)}
     with pytest.raises(ConfigError, match=rf"^{key} = "):

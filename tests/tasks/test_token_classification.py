@@ -44,14 +44,17 @@ def entities(*tags: str) -> Sequence[tuple[int, int, int]]:
     return [(first // 3, (end + 1) // 3, label) for first, end, label in marks(data())(record(words, [*tags])).entities]
 
 
-@pytest.mark.parametrize(("tags", "found"), [
-    (("B-drug", "I-drug", "O", "B-dose", "B-dose"), [(0, 2, 0), (3, 4, 1), (4, 5, 1)]),  # IOB2
-    (("I-drug", "I-drug", "O", "I-dose", "B-dose"), [(0, 2, 0), (3, 4, 1), (4, 5, 1)]),  # IOB1
-    (("B-drug", "L-drug", "L-drug", "U-dose", "I-dose"), [(0, 2, 0), (2, 3, 0), (3, 4, 1), (4, 5, 1)]),  # BILOU
-    (("B-drug", "I-drug", "E-drug", "S-drug", "S-drug"), [(0, 3, 0), (3, 4, 0), (4, 5, 0)]),  # BIOES
-    (("drug", "drug", "dose", "O", "dose"), [(0, 2, 0), (2, 3, 1), (4, 5, 1)]),  # no scheme
-    (("B_drug", "I_dose", "I_dose", "O", "O"), [(0, 1, 0), (1, 3, 1)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        (("B-drug", "I-drug", "O", "B-dose", "B-dose"), [(0, 2, 0), (3, 4, 1), (4, 5, 1)]),  # IOB2
+        (("I-drug", "I-drug", "O", "I-dose", "B-dose"), [(0, 2, 0), (3, 4, 1), (4, 5, 1)]),  # IOB1
+        (("B-drug", "L-drug", "L-drug", "U-dose", "I-dose"), [(0, 2, 0), (2, 3, 0), (3, 4, 1), (4, 5, 1)]),  # BILOU
+        (("B-drug", "I-drug", "E-drug", "S-drug", "S-drug"), [(0, 3, 0), (3, 4, 0), (4, 5, 0)]),  # BIOES
+        (("drug", "drug", "dose", "O", "dose"), [(0, 2, 0), (2, 3, 1), (4, 5, 1)]),  # no scheme
+        (("B_drug", "I_dose", "I_dose", "O", "O"), [(0, 1, 0), (1, 3, 1)]),
+    ],
+)
 def test_tags_of_every_scheme_are_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
     assert entities(*tags) == found
 
@@ -70,21 +73,29 @@ def test_tokens_are_a_text_with_marked_parts() -> None:
     assert marks(given)(record("a b", "[]", SPANNED)).entities == ()
 
 
-@pytest.mark.parametrize(("words", "answer", "columns", "message"), [
-    (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = 'another number of tags': must be one for each of the tokens"),
-    (["my"], ["B-secret"], TAGGED, "a.jsonl:3, tags = 'not declared': must be one of the 2 in data.labels"),
-    (["my"], [" "], TAGGED, "a.jsonl:3, tags = 'a blank tag': must be O or the name of a type"),
-    (["my"], "B-drug I-drug", TAGGED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of texts"),
-    ([], [], TAGGED, "a.jsonl:3, column 'w' = 'an empty list': must be a list of texts (role tokens)"),
-    (["my", None], ["O", "O"], TAGGED, "a.jsonl:3, column 'w' = 'array': must be a list of texts (role tokens)"),
-    ("my card", [[0, 8, "drug"]], SPANNED, "a.jsonl:3, spans = 'a span outside the text': must have 0 <= start < end"),
-    ("my card", [[2, 2, "drug"]], SPANNED, "a.jsonl:3, spans = 'a span outside the text': must have 0 <= start"),
-    ("my card", [[0, 4, "drug"], [3, 7, "dose"]], SPANNED, "a.jsonl:3, spans = 'spans that overlap': must not"),
-    ("my card", [[0, 2, "secret"]], SPANNED, "a.jsonl:3, spans = 'not declared': must be one of the 2"),
-    ("my card", [{"start": 0, "end": 2}], SPANNED, "a.jsonl:3, column 't', span 1 = 'object': must have start and"),
-    ("my card", [[0, True, "drug"]], SPANNED, "a.jsonl:3, column 't', span 1 = 'array': must have start and end"),
-    ("my card", "drug", SPANNED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of spans"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "answer", "columns", "message"),
+    [
+        (TOKENS, ["O"] * 4, TAGGED, "a.jsonl:3, tags = 'another number of tags': must be one for each of the tokens"),
+        (["my"], ["B-secret"], TAGGED, "a.jsonl:3, tags = 'not declared': must be one of the 2 in data.labels"),
+        (["my"], [" "], TAGGED, "a.jsonl:3, tags = 'a blank tag': must be O or the name of a type"),
+        (["my"], "B-drug I-drug", TAGGED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of texts"),
+        ([], [], TAGGED, "a.jsonl:3, column 'w' = 'an empty list': must be a list of texts (role tokens)"),
+        (["my", None], ["O", "O"], TAGGED, "a.jsonl:3, column 'w' = 'array': must be a list of texts (role tokens)"),
+        (
+            "my card",
+            [[0, 8, "drug"]],
+            SPANNED,
+            "a.jsonl:3, spans = 'a span outside the text': must have 0 <= start < end",
+        ),
+        ("my card", [[2, 2, "drug"]], SPANNED, "a.jsonl:3, spans = 'a span outside the text': must have 0 <= start"),
+        ("my card", [[0, 4, "drug"], [3, 7, "dose"]], SPANNED, "a.jsonl:3, spans = 'spans that overlap': must not"),
+        ("my card", [[0, 2, "secret"]], SPANNED, "a.jsonl:3, spans = 'not declared': must be one of the 2"),
+        ("my card", [{"start": 0, "end": 2}], SPANNED, "a.jsonl:3, column 't', span 1 = 'object': must have start and"),
+        ("my card", [[0, True, "drug"]], SPANNED, "a.jsonl:3, column 't', span 1 = 'array': must have start and end"),
+        ("my card", "drug", SPANNED, "a.jsonl:3, column 't' = 'text that is no list': must be a list of spans"),
+    ],
+)
 def test_a_record_that_cannot_be_used_is_told_without_its_text(
     words: object, answer: object, columns: dict[str, str], message: str
 ) -> None:
