@@ -37,7 +37,7 @@ def runs(simulate: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def chats(runs: Path) -> Path:
     """The language model as if it had been tuned on conversations."""
-    folder = runs / "chats"
+    folder = runs.with_name("conversations") / "chats"  # a message names what lies in `runs`
     shutil.copytree(runs / "tables", folder)
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["data"] |= {"columns": {"messages": "messages"}, "chat_template": "plain", "prompt_template": "{prompt}"}

@@ -273,4 +273,4 @@ def test_a_text_scores_by_its_mean_loss(language_model: TaskModel, completions: 
     for index, score in enumerate(scores):
         loss = language_model.losses(collate(completions, np.array([index]), pad_id=END)).detach()
         assert score == pytest.approx(np.exp(-float(loss[0])) if loss[0] else 0.0, rel=1e-5), "0: nothing to learn"
-    assert scores[-1] == 1.0, "without a supervised token there is nothing to lose"
+    assert scores[-1] == 0.0, "without a supervised token nothing is known"

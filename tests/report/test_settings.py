@@ -56,12 +56,10 @@ def test_a_plan_of_other_settings_is_found(key: str, value: float, run_folder: P
         {"stop_after": 1},
         {"keep_round": "best"},
         {"settings": {"runtime": "deployment"}},
-        {"start_adapter": StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=None, epsilon=None)},
     ],
 )
 def test_what_a_report_says_of_settings_is_compared(change: dict[str, Any], of_run: Report, config: RunConfig) -> None:
-    made = {"provenance": replace(of_run.provenance, **change)} if "start_adapter" in change else change
-    assert places(replace(of_run, facts=replace(of_run.facts, **made)), config) == set(change)
+    assert places(replace(of_run, facts=replace(of_run.facts, **change)), config) == set(change)
 
 
 def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_run: Report, config: RunConfig) -> None:
@@ -69,6 +67,8 @@ def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_r
     start = StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=1e-5, epsilon=None, public=True)
     made = replace(of_run.provenance, start_adapter=start, config_sha256=config.digest())
     assert places(replace(of_run, facts=replace(of_run.facts, provenance=made)), config) == {"public"}
+    other = replace(made, start_adapter=replace(start, digest="cd" * 32, public=False))
+    assert places(replace(of_run, facts=replace(of_run.facts, provenance=other)), config) == {"start_adapter"}
 
 
 def test_a_shorter_run_is_one_that_is_not_finished(of_run: Report) -> None:

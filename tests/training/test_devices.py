@@ -197,7 +197,7 @@ def test_a_unit_that_no_device_adds_is_missed(three: Room, monkeypatch: pytest.M
     there = divided(three)
     by_rank = there._by_rank
     monkeypatch.setattr(there, "_by_rank", lambda *about: [each[:-1] for each in by_rank(*about)])
-    with pytest.raises(AssertionError, match="each sampled record counts exactly once"):
+    with pytest.raises(AssertionError, match="each sampled unit counts exactly once"):
         a_round(three, there)
     monkeypatch.setattr(there, "_by_rank", lambda *about: [by_rank(*about)[0]] * 3)
     with pytest.raises((AssertionError, RunError)):

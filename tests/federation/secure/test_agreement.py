@@ -110,9 +110,6 @@ def announced(terms: Terms) -> dict[str, bytes]:
 def test_a_run_of_a_sweep_has_terms() -> None:
     name = f"x-seed=1,lora.rank=4-{'0' * 32}"
     assert terms_of(3, 2, run=name).run == name
-    for run in ("", "two\nlines", "r" * 301):
-        with pytest.raises(ConfigError, match="run = "):
-            terms_of(3, 2, run=run)
 
 
 def test_all_who_take_the_same_keys_have_the_same_session() -> None:
