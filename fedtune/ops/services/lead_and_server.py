@@ -116,7 +116,7 @@ def running_process(folder: Path) -> int | None:
     try:
         told = json.loads((folder / RUNNING).read_bytes())
         pid = int(told["pid"])
-        if pid <= 0 or told.get("at", _here()) != _here():  # to the system, a group of processes and none of them
+        if told.get("at") not in (None, _here()) or pid <= 0:  # which is a group of processes, or none, to the system
             return None
         os.kill(pid, 0)
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
