@@ -31,14 +31,13 @@ from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.values import is_written
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, LoraSpec, ModelSpec
-from fedtune.preparation import feature_columns, starter
+from fedtune.preparation import starter
 from fedtune.preparation.check_data import INSTALL
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning, Coding
 from fedtune.preparation.clean import clean as write_clean
-from fedtune.preparation.copies import compare
 from fedtune.preparation.detect import KINDS, OPTIONS, Found, look_at
-from fedtune.preparation.duplicates import has_datasketch
+from fedtune.preparation.duplicates import compare, has_datasketch
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files, new_streams, refused
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
@@ -125,13 +124,13 @@ def init(
     spec, plan = _planned(found, model=model, sites=sites)
     write_file(target, starter.experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
-        compose_run([f"experiment={target.absolute()}", *feature_columns.filled(found)])
+        compose_run([f"experiment={target.absolute()}", *starter.filled(found)])
     except ConfigError:
         target.unlink()
         raise
-    to_know = Section(title="To know", notes=starter.notes(found, plan))
+    to_know = Section(title="To know", notes=tuple(starter.notes(found, plan)))
     about_input = data_sections.input_section(found, plan, spec.path)
-    show([*data_sections.file_sections(found, plan.measured), about_input, to_know])
+    show([*data_sections.file_sections(found, plan), about_input, to_know])
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
 
@@ -341,19 +340,13 @@ def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[Mod
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
     config, spec = _with_model(base, model)
     reader = _reader(config.data, spec, key="--model", other="--model")
-    measured = starter.measured(found, reader, config, within=_num_ids(reader))
-    if not measured.usable:
-        raise DataError(str(found.path), "no records", f"must have rows that a run can use: {measured.left_out}")
-    if sites is not None and sites > measured.units:
-        raise ConfigError("--sites", sites, f"must be at most {measured.units}, the records or persons of the file")
-    plan = starter.Plan(
-        base=base,
-        model=model if spec is config.model else None,
-        model_path=None if spec is config.model else model,
-        num_sites=sites or starter.sites_for(measured.units),
-        measured=measured,
-    )
-    return spec, plan
+    plan = starter.planned(found, reader, config, within=_num_ids(reader), sites=sites)
+    if not plan.usable:
+        raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
+    if sites is not None and sites > plan.units:
+        raise ConfigError("--sites", sites, f"must be at most {plan.units}, the records or persons of the file")
+    named: dict[str, Any] = {"model" if spec is config.model else "model_path": model}
+    return spec, replace(plan, **named)
 
 
 def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:

@@ -13,12 +13,11 @@ import numpy as np
 
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import is_far
-from fedtune.preparation import feature_columns, starter
+from fedtune.preparation import starter
 from fedtune.preparation.check_data import INSTALL, Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
-from fedtune.preparation.copies import Near
 from fedtune.preparation.detect import KINDS, Found
-from fedtune.preparation.duplicates import has_datasketch
+from fedtune.preparation.duplicates import Near, has_datasketch
 from fedtune.show.terminal_tables import Section, pairs
 from fedtune.spec import shown
 from fedtune.words import counted
@@ -35,7 +34,7 @@ _MOST_LINES = 6
 _BAR = 40
 
 
-def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]:
+def file_sections(found: Found, plan: starter.Plan) -> Iterator[Section]:
     """The kind of the file, its columns, its first rows and its labels."""
     unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
     yield pairs({"file": f"{found.path}, {counted(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]})
@@ -62,7 +61,7 @@ def file_sections(found: Found, measured: starter.Measured) -> Iterator[Section]
     rows = [tuple(_short(_text(row.get(column, ""))) for column in columns) for row in found.first]
     headings = tuple(f"{role}: {column}" for role, column in found.roles.items())
     yield Section(title="First rows", headings=headings, rows=rows, words=range(len(columns)))
-    yield _labels(measured.labels, measured.usable)
+    yield _labels(plan.labels, plan.usable)
     yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
 
 
@@ -97,11 +96,11 @@ def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
         return Section(
             title="Features, and the file's own values: shown here alone",
             headings=("column", "seems to be", "in the file", "rows without"),
-            rows=tuple(feature_columns.rows(found)),
+            rows=tuple(starter.feature_rows(found)),
             words={0, 1, 2},
             notes=_WORDS["about_features"],
         )
-    shares = (int(np.quantile(plan.measured.lengths, share)) for share in (0.5, 0.9, 1.0))
+    shares = (int(np.quantile(plan.lengths, share)) for share in (0.5, 0.9, 1.0))
     row = tuple(f"{count:,}" for count in (*shares, plan.max_length))
     headings = ("median", "90 % have at most", "longest", "max_length")
     title = f"Tokens of a record, by the tokenizer of {model}"
@@ -203,8 +202,8 @@ def _histogram(found: Lengths, max_length: int) -> Section:
 
 def clean_sections(done: Cleaned) -> Iterator[Section]:
     """Rows that were kept, dropped and masked."""
-    told = {"rows": f"{done.rows:,}", "kept": f"{done.kept:,}", "dropped": f"{sum(done.dropped.values()):,}"}
-    yield pairs(told)
+    dropped = done.dropped.total()
+    yield pairs({"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"})
     why = {**RULES, UNREADABLE: "the row cannot be read"}
     yield Section(
         title="Dropped",
@@ -227,7 +226,7 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
 
 def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapping[str, str]) -> Iterator[Section]:
     """Records by code, and the hashes of what must be the same at every site."""
-    yield from clean_sections(replace(done, masked={}))
+    yield from clean_sections(replace(done, masked=Counter()))
     for column, names in codes.items():
         yield _labels({name: done.masked.get(f"{column}: {name}", 0) for name in names}, done.kept, column)
     yield pairs(same, title="SHA-256 of what must be the same at every site")

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,11 @@ from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.marked import entities_of, entity_types
 from fedtune.data.partition import assign_site, is_heldout, is_selected
 from fedtune.data.records import Record, chunks, judged, resolve_file
-from fedtune.data.spec import SITE
+from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import split_labels
 from fedtune.preparation import duplicates
-from fedtune.preparation.duplicates import Earlier, Likeness, spelling
+from fedtune.preparation.duplicates import Earlier, Likeness, Twin, spelling
 from fedtune.preparation.patterns import OddTexts, damage, identifiers
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
@@ -43,7 +43,7 @@ Kind = Literal[
     "cut", "lost", "unlearnt", "scheme", "hidden", "overlap", "near_overlap", "contradiction", "same", "alike",
     "shared", "declared", "personal", "damage",
 ]  # fmt: skip
-_KINDS: tuple[Kind, ...] = get_args(Kind)
+_Likes: TypeAlias = tuple[tuple[Kind, list[Twin]], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +119,11 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     files = tuple(look.file(path, use, site) for path, use, site in _files(config))
     declared = config.declared_sizes().items()
     sizes = tuple(SiteSize(site=site, declared=size, true=len(look.units[site])) for site, size in declared)
-    return Checked(max_length=config.data.max_length, files=files, sizes=sizes, skipped=tuple(look.skipped()))
+    skipped = [] if duplicates.has_datasketch() else [f"near-duplicates: datasketch is not installed ({INSTALL})"]
+    if look.earlier.is_full:
+        most = f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"
+        skipped.append(f"duplicates beyond {duplicates.MOST_SAME:,} different records, near-duplicates beyond {most}")
+    return Checked(max_length=config.data.max_length, files=files, sizes=sizes, skipped=tuple(skipped))
 
 
 def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
@@ -134,7 +138,11 @@ def _files(config: RunConfig) -> Iterator[tuple[Path, str, str]]:
         yield (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path), use, site
 
 
-_ACROSS: Mapping[Likeness, Kind] = {"same": "overlap", "alike": "near_overlap"}
+def labels_of(record: Record, data: DataSpec) -> Mapping[str, int]:
+    """The labels of a record, or the types of the entities in it, with how often each is there."""
+    if "labels" in record.fields:
+        return Counter(split_labels(record.fields["labels"], separator=data.label_separator))
+    return {record.fields["label"]: 1} if "label" in record.fields else entity_types(record.fields, data.labels)
 
 
 class _Look:
@@ -145,22 +153,23 @@ class _Look:
         self.task.check_tokenizer(tokenizer, data=config.data)
         self._tokenizer, self._within = tokenizer, within
         self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
-        self._earlier = Earlier(alike=duplicates.has_datasketch())
+        self.earlier = Earlier(alike=duplicates.has_datasketch())
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
+        self._found: dict[tuple[Kind, str, str], Finding] = {}  # in this file so far, by kind, what and column
+        self._texts: dict[bytes, tuple[int, int]] = {}  # of this file by digest: the first line, records that have it
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:
-        data, unit, form = self._data, self._config.privacy.unit, format_of(path)
-        rows, faults, errors, found = 0, Faults(), list[tuple[str, str, str]](), _Findings()
-        uses, spelt_otherwise = Counter[str](), Counter[str]()
-        labels = Counter(dict.fromkeys(data.labels, 0))
+        data, unit, by_row = self._data, self._config.privacy.unit, format_of(path) == ".json"
+        rows, faults, errors = 0, Faults(), list[tuple[str, str, str]]()
+        self._found, self._texts = {}, {}
+        uses, spelt_otherwise, labels = Counter[str](), Counter[str](), dict.fromkeys(data.labels, 0)
         spellings = {spelling(label): label for label in reversed(data.labels)}
         lengths: list[int] = []
-        texts: dict[bytes, tuple[int, int]] = {}  # by digest: the first line, and records that have it
 
         def fault(record: Record) -> DataError | None:
             error = self._fault(record)
             if error is not None:  # perhaps by a label that is a declared one but for case and spaces
-                unknown = {spelling(label) for label in self._labels(record) if label not in labels}
+                unknown = {spelling(label) for label in labels_of(record, data) if label not in labels}
                 spelt_otherwise.update(spellings[one] for one in unknown & spellings.keys())
             elif data.partition.kind == "column" and record.fields.get("site") not in (*data.partition.sites, None):
                 error = DataError(record.at("site"), "another site", "must be one of data.partition.sites")
@@ -172,62 +181,43 @@ class _Look:
             for line, one in judged(path, self.task.columns(data, partition=use == "train", unit=unit), fault=fault):
                 rows += 1
                 if isinstance(one, Record):
-                    yield replace(one, line=rows) if form == ".json" else one
+                    yield replace(one, line=rows) if by_row else one
                     continue
                 faults.add(one, line)
                 if len(errors) < SHOWN:
-                    where = f"row {rows} ({one.key})" if form == ".json" else one.key
-                    errors.append((where, str(one.value), one.bound))
+                    errors.append((f"row {rows} ({one.key})" if by_row else one.key, str(one.value), one.bound))
 
         for some in chunks(usable()):
-            its_uses = [self._use(record, site) if use == "train" else use for record in some]
-            uses.update(its_uses)
-            lengths += self._note_tokens(some, found)
-            for record, its in zip(some, its_uses, strict=True):
-                labels.update(label for label in self._labels(record) if label in labels)
-                self._note_twins(record, its, found)
-                if entities_of(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
-                    found.note(record.line, "scheme")
-                if self.task.texts(data) > data.windows:
-                    _note_shared_texts(record, texts, found)
-                for what, column in input_of(data).odd(record, data):
-                    found.note(record.line, "declared", what, column)
-                odd: dict[tuple[Kind, str, str], None] = {}
-                for role, text in record.texts():
-                    odd |= dict.fromkeys(("personal", one.kind, role) for one in identifiers(text))
-                    odd |= dict.fromkeys(("damage", what, role) for what in damage(text))
-                for kind, what, role in odd:
-                    found.note(record.line, kind, what, data.columns[role])
+            lengths += self._note_tokens(some)
+            for record in some:
+                its_use = self._use(record, site) if use == "train" else use
+                uses[its_use] += 1
+                for label in labels_of(record, data).keys() & labels.keys():
+                    labels[label] += 1
+                self._note_record(record, its_use)
         # What the rows say beside what a run reads of them.
-        odd_texts = OddTexts(form)
+        odd_texts = OddTexts(format_of(path))
         for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
             if not isinstance(row, DataError):
-                odd_texts.note(row, number if form == ".json" else line)
+                odd_texts.note(row, number if by_row else line)
         for (what, column), lines in odd_texts.lines.items():
             for line in lines:
-                found.note(line, "damage", what, column)
-        if shared := found.get(("shared", "", "")):
-            most = max(count for _, count in texts.values())
-            found["shared", "", ""] = replace(shared, what=f"(one is in {most:,})")
+                self._note(line, "damage", what, column)
+        if shared := self._found.get(("shared", "", "")):
+            most = max(count for _, count in self._texts.values())
+            self._found["shared", "", ""] = replace(shared, what=f"(one is in {most:,})")
         return FileCheck(
             path=str(path),
-            places="lines" if form in (".jsonl", ".csv", ".tsv") else "rows",
+            places="lines" if format_of(path) in (".jsonl", ".csv", ".tsv") else "rows",
             rows=rows,
             uses={use: uses[use] for use in _USES if use in uses},
             errors=tuple(errors),
             num_errors=faults.left_out(used=0).reasons,
-            findings=tuple(sorted(found.values(), key=lambda one: _KINDS.index(one.kind))),
-            labels=dict(labels),
+            findings=tuple(sorted(self._found.values(), key=lambda one: get_args(Kind).index(one.kind))),
+            labels=labels,
             spelt_otherwise=dict(spelt_otherwise.most_common()),
-            lengths=_lengths(np.sort(lengths)) if lengths and data.max_length > 1 else None,
+            lengths=_lengths(np.array(lengths)) if lengths and data.max_length > 1 else None,
         )
-
-    def _labels(self, record: Record) -> tuple[str, ...]:
-        if "labels" in record.fields:
-            return split_labels(record.fields["labels"], separator=self._data.label_separator)
-        if "label" in record.fields:
-            return (record.fields["label"],)
-        return tuple(entity_types(record.fields, self._data.labels))
 
     def _use(self, record: Record, site: str) -> str:
         """The use of a record of a training file; one that is trained on counts for its site."""
@@ -245,7 +235,13 @@ class _Look:
         units.add(record.fields["user"] if unit == "user" else len(units))
         return "train"
 
-    def _note_tokens(self, records: Sequence[Record], found: _Findings) -> list[int]:
+    def _note(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
+        """Note a record by its line, and by that of the earlier one that it is like."""
+        one = self._found.get((kind, what, column)) or Finding(kind=kind, what=what, column=column)
+        lines = (*one.lines, (line, like))[:SHOWN]
+        self._found[kind, what, column] = replace(one, count=one.count + 1, lines=lines)
+
+    def _note_tokens(self, records: Sequence[Record]) -> list[int]:
         """The lengths of the examples that a run would make of records, before any are cut."""
 
         def examples(records: Sequence[Record], length: int) -> TextDataset:
@@ -259,62 +255,53 @@ class _Look:
         fitted = _supervised(examples([records[place] for place in long], most)) if long else []
         for place, count in zip(long, fitted, strict=True):
             if self._data.windows == 1 or count < left[place]:
-                found.note(records[place].line, "cut")
+                self._note(records[place].line, "cut")
             if 0 < count < left[place]:
-                found.note(records[place].line, "lost")
+                self._note(records[place].line, "lost")
             left[place] = count
         for record, count, hides in zip(records, left, self.task.hide_parts(whole, data=self._data), strict=True):
             if not count:
-                found.note(record.line, "unlearnt")
+                self._note(record.line, "unlearnt")
             if hides:
-                found.note(record.line, "hidden")
+                self._note(record.line, "hidden")
         return [int(length) for length in whole.lengths]
 
-    def _note_twins(self, record: Record, use: str, found: _Findings) -> None:
-        mark, twins = (use, record.answer), self._earlier.twins(record, use)
-        for kind in get_args(Likeness):
-            here = [twin for twin in twins[kind] if twin.mark[0] == use]
-            if own := next((twin for twin in here if twin.mark == mark), None):
-                found.note(record.line, kind, like=own.line)
-                break
-            if kind == "same" and here:
-                found.note(record.line, "contradiction", like=here[0].line)
-                break
-        for kind, across in _ACROSS.items():
-            if other := next((twin for twin in twins[kind] if twin.mark[0] != use), None):
-                found.note(record.line, across, other.mark[0], like=other.line)
-                break
+    def _note_record(self, record: Record, use: str) -> None:
+        """Note what is odd in a record's own values, and what it shares with earlier ones."""
+        data, line, twins = self._data, record.line, self.earlier.twins(record, use)
+        same, alike = ([one for one in twins[kind] if one.use == use] for kind in get_args(Likeness))
+        own_same, own_alike = ([one for one in some if one.answer == record.answer] for some in (same, alike))
+        others, near_others = ([one for one in twins[kind] if one.use != use] for kind in get_args(Likeness))
+        here: _Likes = (("same", own_same), ("contradiction", same), ("alike", own_alike))
+        elsewhere: _Likes = (("overlap", others), ("near_overlap", near_others))
+        for likes in (here, elsewhere):  # in each the first that there is
+            if found := next(((kind, some[0]) for kind, some in likes if some), None):
+                kind, twin = found
+                self._note(line, kind, twin.use if likes is elsewhere else "", like=twin.line)
+        if entities_of(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
+            self._note(line, "scheme")
+        if self.task.texts(data) > data.windows:
+            self._note_shared_texts(record)
+        for what, column in input_of(data).odd(record, data):
+            self._note(line, "declared", what, column)
+        odd: dict[tuple[Kind, str, str], None] = {}
+        for role, text in record.texts():
+            odd |= dict.fromkeys(("personal", one.kind, data.columns[role]) for one in identifiers(text))
+            odd |= dict.fromkeys(("damage", what, data.columns[role]) for what in damage(text))
+        for one in odd:
+            self._note(line, *one)
 
-    def skipped(self) -> Iterator[str]:
-        if not duplicates.has_datasketch():
-            yield f"near-duplicates: datasketch is not installed ({INSTALL})"
-        if self._earlier.is_full:
-            yield (
-                f"duplicates beyond {duplicates.MOST_SAME:,} different records, near-duplicates beyond "
-                f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"
-            )
-
-
-class _Findings(dict[tuple[Kind, str, str], Finding]):
-    """Findings in a file so far, by kind, what and column."""
-
-    def note(self, line: int, kind: Kind, what: str = "", column: str = "", *, like: int | None = None) -> None:
-        """Note a record by its line, and by that of the earlier one that it is like."""
-        one = self.get((kind, what, column)) or Finding(kind=kind, what=what, column=column)
-        self[kind, what, column] = replace(one, count=one.count + 1, lines=(*one.lines, (line, like))[:SHOWN])
-
-
-def _note_shared_texts(record: Record, texts: dict[bytes, tuple[int, int]], found: _Findings) -> None:
-    """Note a record of several texts if an earlier one has one of them, too."""
-    earlier = []
-    for text in {text for _, text in record.texts()}:
-        digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-        line, count = texts.get(digest, (record.line, 0))
-        earlier += [line] if count else []
-        if count or len(texts) < duplicates.MOST_SAME:
-            texts[digest] = line, count + 1
-    if earlier:
-        found.note(record.line, "shared", like=min(earlier))
+    def _note_shared_texts(self, record: Record) -> None:
+        """Note a record of several texts if an earlier one has one of them, too."""
+        earlier = []
+        for text in {text for _, text in record.texts()}:
+            digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
+            line, count = self._texts.get(digest, (record.line, 0))
+            earlier += [line] if count else []
+            if count or len(self._texts) < duplicates.MOST_SAME:
+                self._texts[digest] = line, count + 1
+        if earlier:
+            self._note(record.line, "shared", like=min(earlier))
 
 
 def _supervised(examples: TextDataset) -> list[int]:
@@ -325,11 +312,9 @@ def _supervised(examples: TextDataset) -> list[int]:
 
 
 def _lengths(lengths: npt.NDArray[np.int64]) -> Lengths:
-    """Of sorted numbers of tokens."""
     median, most_of_them = (int(np.quantile(lengths, share, method="inverted_cdf")) for share in (0.5, 0.9))
-    shortest, longest = int(lengths[0]), int(lengths[-1])
+    shortest, longest = int(lengths.min()), int(lengths.max())
     step = math.ceil((longest + 1 - shortest) / _BINS)
-    starts = range(shortest, longest + 1, step)
-    counts, _ = np.histogram(lengths, [*starts, starts[-1] + step])
-    bins = tuple((start, start + step - 1, int(count)) for start, count in zip(starts, counts, strict=True))
+    counts = enumerate(np.bincount((lengths - shortest) // step).tolist())
+    bins = tuple((shortest + place * step, shortest + (place + 1) * step - 1, count) for place, count in counts)
     return Lengths(median=median, most_of_them=most_of_them, longest=longest, bins=bins)

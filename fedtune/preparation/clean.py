@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -21,8 +21,7 @@ from fedtune.data.records import Fault, Record, record_of
 from fedtune.data.text_rows import Row
 from fedtune.data.values import OPTIONAL_ROLES, is_written
 from fedtune.model.spec import TaskModelSpec
-from fedtune.preparation.copies import words_said
-from fedtune.preparation.duplicates import Earlier
+from fedtune.preparation.duplicates import Earlier, words_said
 from fedtune.preparation.patterns import damage, identifiers, masked
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -84,7 +83,7 @@ class Cleaning:
         # Last, since a record that is dropped is no earlier one.
         twins = self._earlier.twins(record)
         for rule, some in (("duplicates", twins["same"]), ("near-duplicates", twins["alike"])):
-            if any(twin.mark[1] == record.answer for twin in some):
+            if any(twin.answer == record.answer for twin in some):
                 yield rule
 
     def changed(self, row: Row, kinds: Counter[str]) -> Row:
@@ -100,20 +99,19 @@ class Cleaning:
             return int(digits) if text == digits else text
 
         def inner(value: Any) -> Any:
-            if isinstance(value, str):
-                before, held = kinds.total(), None
-                # Text that is JSON is masked within, and stays JSON; a whole number may be one of a telephone.
-                if value.lstrip().startswith(("[", "{")):
+            match value:
+                case list():
+                    return [inner(one) for one in value]
+                case dict():
+                    return {key: inner(one) for key, one in value.items()}
+                case str() if value.lstrip().startswith(("[", "{")):
+                    # Text that is JSON is masked within, and stays JSON; a whole number may be one of a telephone.
                     with suppress(ValueError, RecursionError):
-                        held = json.loads(value)  # whole: what is no JSON is counted as a text
-                        held = json.loads(value, parse_int=number_of)
-                if held is None:
-                    return text_of(value)
-                inside = inner(held)
-                return json.dumps(inside, ensure_ascii=False) if kinds.total() > before else value
-            if isinstance(value, list):
-                return [inner(one) for one in value]
-            return {key: inner(one) for key, one in value.items()} if isinstance(value, dict) else value
+                        json.loads(value)  # whole: what is no JSON is counted as a text
+                        before = kinds.total()
+                        inside = inner(json.loads(value, parse_int=number_of))
+                        return json.dumps(inside, ensure_ascii=False) if kinds.total() > before else value
+            return text_of(value) if isinstance(value, str) else value
 
         return {column: value if column in self._as_it_is else inner(value) for column, value in row.items()}
 
@@ -165,14 +163,13 @@ class Coding(Cleaning):
         return {**row, **found}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Cleaned:
     """The outcome for a file: rows `dropped` by rule, `masked` identifiers by kind; or of a `Coding`, rows by code."""
 
-    rows: int
-    kept: int
-    dropped: Mapping[str, int]
-    masked: Mapping[str, int]
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    masked: Counter[str] = field(default_factory=Counter)
 
 
 def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
@@ -181,22 +178,20 @@ def clean(path: Path, stream: BinaryIO, cleaning: Cleaning) -> Cleaned:
     Raises:
         DataError: the file cannot be read, or no row is kept.
     """
-    dropped: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    kept = 0
+    done = Cleaned()
     for line, row in raw_rows(path):
         reasons = cleaning.reasons(row, file=str(path), line=line)
         rule = next((one for one in reasons if one in (UNREADABLE, *cleaning.drop)), None)
         if rule is not None or isinstance(row, DataError):
-            dropped[str(rule)] += 1
+            done.dropped[str(rule)] += 1
             continue
         # What JSON has no form for, such as a date, as text, and a number that is none as null.
-        written = jsonable(cleaning.changed(row, kinds) if cleaning.mask else row)
+        written = jsonable(cleaning.changed(row, done.masked) if cleaning.mask else row)
         try:
             stream.write(f"{json.dumps(written, ensure_ascii=False, default=str)}\n".encode())
         except UnicodeEncodeError:  # half a surrogate pair, in a column that nothing reads
             stream.write(f"{json.dumps(written, default=str)}\n".encode())
-        kept += 1
-    if not kept:
+        done.kept += 1
+    if not done.kept:
         raise DataError(str(path), "no row is kept", "must have a row that is not dropped")
-    return Cleaned(rows=kept + dropped.total(), kept=kept, dropped=dict(dropped), masked=dict(kinds))
+    return done

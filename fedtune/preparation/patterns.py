@@ -9,7 +9,6 @@ import ipaddress
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from itertools import takewhile
 from typing import NamedTuple
 
 
@@ -29,8 +28,8 @@ def identifiers(text: str) -> list[Identifier]:
     taken = bytearray(len(text))
     for kind, pattern in _PATTERNS.items():
         for match in pattern.finditer(text):
-            start, whole = match.span()
-            end = start + len(_CHECKS[kind](match[0])) if kind in _CHECKS else whole
+            start = match.start()
+            end = start + len(_CHECKS.get(kind, str)(match[0]))
             if end > start and not any(taken[start:end]):
                 found.append(Identifier(kind, start, end))
                 taken[start:end] = b"\1" * (end - start)
@@ -49,12 +48,7 @@ def damage(text: str) -> Iterator[str]:
     """The kinds of damage that the text shows; each once."""
     if text.isascii() and text.isprintable():
         return
-    if "\ufffd" in text:
-        yield "replacement characters (U+FFFD)"
-    if _CONTROL.search(text):
-        yield "control characters"
-    if _INVISIBLE.search(text):
-        yield "invisible characters"
+    yield from (what for what, pattern in _DAMAGE.items() if pattern.search(text))
     if any(_is_mojibake(match[0]) for match in _TWICE.finditer(text)):
         yield "mojibake (UTF-8 that was read as Windows-1252)"
 
@@ -171,9 +165,12 @@ class OddTexts:
 
 # Damage.
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]")
-_INVISIBLE = re.compile("[\u00ad\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
-"""Soft hyphens, spaces without width and marks of direction; joiners stay, which some scripts and emoji need."""
+_DAMAGE: Mapping[str, re.Pattern[str]] = {
+    "replacement characters (U+FFFD)": re.compile("\ufffd"),
+    "control characters": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]"),
+    # Soft hyphens, spaces without width and marks of direction; joiners stay, which some scripts and emoji need.
+    "invisible characters": re.compile("[\u00ad\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"),
+}
 _BEHIND = "\u0080-\u00bf\u0152-\u2122"
 _TWICE = re.compile(
     f"[\u00c2\u00c3][{_BEHIND}]|[\u00c4-\u00df](?![«»\u2010-\u203a])[{_BEHIND}]|[\u00e0-\u00f4][{_BEHIND}]{{2,3}}"
@@ -189,5 +186,4 @@ def _is_mojibake(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     size = 2 if raw[0] < 0xE0 else 3 if raw[0] < 0xF0 else 4
-    behind = list(takewhile(lambda byte: 0x80 <= byte < 0xC0, raw[1:size]))
-    return len(behind) == size - 1
+    return len(raw) >= size and all(0x80 <= byte < 0xC0 for byte in raw[1:size])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +19,19 @@ import yaml
 
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
-from fedtune.data.features import FeatureReader, columns_of
-from fedtune.data.marked import entity_types
+from fedtune.data.features import FeatureReader, FeatureSpec, columns_of
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.tokenise import Tokenizer
-from fedtune.data.values import NO_NAME, split_labels
-from fedtune.preparation import feature_columns
-from fedtune.preparation.columns import Column, is_place
-from fedtune.preparation.detect import Found, Kind
-from fedtune.preparation.duplicates import spelt_alike
+from fedtune.data.values import NO_NAME
+from fedtune.preparation.check_data import labels_of
+from fedtune.preparation.columns import Column
+from fedtune.preparation.detect import KINDS, Found
+from fedtune.preparation.duplicates import spelling
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
 from fedtune.words import counted
 
-MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
+_MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
 _LONGEST_TOLD = 4096  # tokens up to which lengths are told apart
 _STEP = 16
 _MOST_TOKENS = 256  # of an example, where the file has longer ones: time and memory grow with it
@@ -44,12 +44,8 @@ _MOST_SITES = 20  # that a column is taken to name
 _LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
 _SHARES = ((0.2, 0.1), (0.1, 0.05), (0.02, 0.01))  # for test and validation, smaller where there are more records
 _SMALLER_FROM = (1000, 10_000)
-_BEFORE_COMMENT = 34
-_ABOUT_ANSWERS = {
-    "label_separator": "stands between the labels of a record",
-    "target_range": "numbers of the file lie within: it becomes PUBLIC, and records outside are left out",
-}
-_OF_ANY_TASK: frozenset[Kind] = frozenset({"table", "images", "followed"})
+_BEFORE_COMMENT, _MOST_NAMES = 34, 12
+_OF_ANY_TASK = ("table", "images", "followed")
 _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
     "own_text": ("data.columns={prompt: a, completion: b}",),
     "own_preferences": ("data.columns={prompt: a, chosen: b, rejected: c}",),
@@ -58,69 +54,36 @@ _LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
     "own_features": ("data.labels=[a,b]", "data.features=[{columns: [a], range: [0, 1]}]"),
     "own_pairs": ("data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"),
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """A file as the chosen model's tokenizer reads it."""
-
-    usable: int
-    left_out: LeftOut  # rows that are no records under the roles
-    # (rows,) tokens of the example that a run makes of each of the first `MEASURED_ROWS` records
-    lengths: npt.NDArray[np.int64]
-    # whose template writes turns: "model" where its own can be taken, else "plain"; "none": there are none
-    turns: Literal["none", "model", "plain"]
-    users: int | None = None  # how many persons the records are of; None: nothing says whose they are, or each has one
-    # how many of the records have each label; without those that only rows have which cannot be used
-    labels: Mapping[str, int] = field(default_factory=dict)
-    places: Mapping[str, int] = field(default_factory=dict)  # units by the value of the column of places
-    unplaced: int = 0  # records without such a value
-    torn: int = 0  # persons with records at several places
-    alike: int = 0  # persons whose id is another's but for case
-
-    @property
-    def units(self) -> int:
-        return self.usable if self.users is None else self.users
+_Setting: TypeAlias = tuple[str, Any, str]  # key, value (None: it is not written), comment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Decisions about a file before there is an experiment."""
+    """A file as the chosen model's tokenizer reads it, and what is decided about it before there is an experiment."""
 
     base: str  # the experiment of conf/ that it builds on
     model: str | None = None  # a name from conf/model, or None for the base's own
     model_path: str | None = None  # a model that has no name there: a folder, or an id at the hub
     num_sites: int  # that a simulation deals the file out to
-    measured: Measured  # what the model makes of the file
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens of an example: those of nearly all, rounded up, within reason; of images just theirs."""
-        if self.base == "own_images":
-            return self._longest
-        return min(_MOST_TOKENS, max(_STEP, math.ceil(self._longest / _STEP) * _STEP))
-
-    @property
-    def windows(self) -> int:
-        """Into how many pieces a record is cut, where the task does so."""
-        if self.base != "own_entities" or self._longest <= self.max_length:
-            return 1
-        return min(_MOST_WINDOWS, 1 + math.ceil((self._longest - self.max_length) / (self.max_length - _STRIDE - 2)))
-
-    @property
-    def room(self) -> int:
-        """The tokens of the longest record that is not cut."""
-        return self.max_length + (self.windows - 1) * (self.max_length - _STRIDE - 2)
+    usable: int  # records
+    units: int  # persons, where a column says whose the records are and they are fewer, else records
+    by_user: bool  # units are persons
+    left_out: LeftOut  # rows that are no records under the roles
+    lengths: npt.NDArray[np.int64]  # (rows,) tokens of the example that a run makes of each of the first records
+    max_length: int  # the most tokens of an example
+    windows: int  # into how many pieces a record is cut, where the task does so
+    turns: Literal["model", "plain"] | None  # whose template writes them: the model's own, where it can be taken
+    # how many of the records have each label; without those that only rows have which cannot be used
+    labels: Mapping[str, int]
+    places: Mapping[str, int]  # units by the value of the column of places
+    unplaced: int  # records without such a value
+    torn: int  # persons with records at several places
+    alike: int  # persons whose id is another's but for case
 
     @property
     def shares(self) -> tuple[float, float]:
         """Of the records, for the test and for validation."""
-        return _SHARES[bisect_right(_SMALLER_FROM, self.measured.units)]
-
-    @property
-    def _longest(self) -> int:
-        lengths = self.measured.lengths if len(self.measured.lengths) else [1]
-        return int(np.quantile(lengths, _WHOLE, method="lower"))
+        return _SHARES[bisect_right(_SMALLER_FROM, self.units)]
 
 
 def left_open(base: str) -> Sequence[str]:
@@ -128,20 +91,32 @@ def left_open(base: str) -> Sequence[str]:
     return _LEFT_OPEN.get(base, ("data.labels=[a,b]",))
 
 
+def filled(found: Found) -> list[str]:
+    """Overrides in place of what the experiment of a file leaves to its owner."""
+    features = ["data.features=[{columns: [x], range: [0, 1]}]"] if found.features else []
+    return [*features, "data.intervals=[1]"] if "time" in found.roles else features
+
+
 def sites_for(units: int) -> int:
     """How many sites a simulation on this many records or persons has."""
     return 2 + bisect_right(_MORE_SITES, units)
 
 
-def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int) -> Measured:
-    """Read the file once more, as a run would that begins with the settings of `base`; token ids are below `within`."""
-    task = task_named(_task_of(found) or base.task)
+def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None) -> Plan:
+    """Read the file once more, as a run would that begins with the settings of `config`, the base of its kind.
+
+    Token ids are below `within`.
+    """
+    base = KINDS[found.kind][1]
+    task = task_named(_task_of(found) or config.task)
     # A label becomes public: that of one record alone is no class.
     shared = [label for label, count in found.labels.items() if count > 1]
-    labels = tuple(shared if len(shared) > 1 else found.labels)
-    own: dict[str, Any] = {"columns": dict(found.roles), "labels": labels, "max_length": _LONGEST_TOLD}
-    own |= {"features": feature_columns.own_features(found), "max_length": 1} if found.features else {}
-    data = replace(base.data, **own | found.settings | _templates(found), chat_template="none", intervals=(1.0,))
+    own: dict[str, Any] = {"labels": tuple(shared if len(shared) > 1 else found.labels), "max_length": _LONGEST_TOLD}
+    if found.features:  # by the file's own values: to look at its rows with, and for nothing that is written
+        own |= {"features": tuple(_by_own_values(found.columns[name]) for name in found.features), "max_length": 1}
+    own |= {"prompt_template": _template(found) or config.data.prompt_template}
+    own |= {"columns": dict(found.roles), "chat_template": "none", "intervals": (1.0,)}
+    data = replace(config.data, **own | found.settings)
     reader: Any = FeatureReader(data.features) if found.features else tokenizer  # the base leaves the columns open
     roles = {**found.roles, **columns_of(data.features, {})}
     if found.kind in ("instructions", "chat", "pairs", "preferences"):
@@ -151,21 +126,15 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
         except ConfigError:
             data = replace(data, chat_template="plain")
     faults, fault, places = Faults(), task.fault(data), _places(found)
-    records = usable_records(found.path, roles, fault=fault, faults=faults, lenient=False)
-    counts: list[int] = []
-    num_of: Counter[str] = Counter()
-    usable, users = 0, set[str]()
-    for chunk in chunks(records):
+    counts, num_of, users, usable = list[int](), Counter[str](), set[str](), 0
+    for chunk in chunks(usable_records(found.path, roles, fault=fault, faults=faults, lenient=False)):
         usable += len(chunk)
         for record in chunk:
             users.add(record.fields.get("user", ""))
-            num_of.update(entity_types(record.fields, data.labels))
-            num_of.update(split_labels(record.fields.get("labels", "[]"), separator=data.label_separator))
-            num_of.update([record.fields["label"]] if "label" in record.fields else ())
-        if len(counts) >= MEASURED_ROWS:
-            continue
-        counts += task.tokenise(chunk, reader, data=data, lenient_within=within).lengths.tolist()
-    at: defaultdict[str, Counter[str]] = defaultdict(Counter)  # by place, the records of each user
+            num_of.update(labels_of(record, data))
+        if len(counts) < _MEASURED_ROWS:
+            counts += task.tokenise(chunk, reader, data=data, lenient_within=within).lengths.tolist()
+    at = defaultdict[str, Counter[str]](Counter)  # by place, the records of each user
     if places is not None:  # read again, since a record without a place is one to a run that does not ask for it
         columns = {**roles, "site": places.name}
         for record in usable_records(found.path, columns, fault=fault, lenient=False):
@@ -174,18 +143,34 @@ def measured(found: Found, tokenizer: Tokenizer, base: RunConfig, *, within: int
     left_out = faults.left_out(used=usable)
     # Where each has one record, a record is a person; but of a row without an id nobody knows whose it is.
     by_user = "user" in found.roles and (len(users) < usable or any("(role user)" in why for why in left_out.reasons))
-    return Measured(
+    units = len(users) if by_user and usable else usable
+    # The most tokens are those of nearly all, rounded up, within reason; of images just theirs.
+    lengths = np.array(counts[:_MEASURED_ROWS], dtype=np.int64)
+    longest = int(np.quantile(lengths, _WHOLE, method="lower")) if counts else 1
+    most = longest if base == "own_images" else min(_MOST_TOKENS, max(_STEP, math.ceil(longest / _STEP) * _STEP))
+    more = math.ceil((longest - most) / (most - _STRIDE - 2)) if base == "own_entities" and longest > most else 0
+    return Plan(
+        base=base,
+        num_sites=sites or sites_for(units),
         usable=usable,
+        units=units,
+        by_user=by_user and usable > 0,
         left_out=left_out,
-        lengths=np.array(counts[:MEASURED_ROWS], dtype=np.int64),
-        turns=data.chat_template,
-        users=len(users) if by_user and usable else None,
+        lengths=lengths,
+        max_length=most,
+        windows=min(_MOST_WINDOWS, 1 + more),
+        turns=None if data.chat_template == "none" else data.chat_template,
         labels={label: num_of[label] for label in in_order(num_of)},
         places={place: len(at[place]) if by_user else at[place].total() for place in at},
         unplaced=0 if places is None else usable - sum(of_place.total() for of_place in at.values()),
         torn=sum(count > 1 for count in places_of.values()) if by_user else 0,
         alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
     )
+
+
+def _by_own_values(column: Column) -> FeatureSpec:
+    declared: Any = {"categories": tuple(column.labels)[:1] or ("x",)} if column.is_category else {"range": (-1.0, 1.0)}
+    return FeatureSpec(columns=(column.name,), size=column.size, missing="indicator", **declared)
 
 
 def _task_of(found: Found) -> str | None:
@@ -204,11 +189,11 @@ def in_order(labels: Iterable[str]) -> list[str]:
     return sorted(labels, key=lambda label: (parts(label), label))
 
 
-def _templates(found: Found) -> dict[str, str]:
-    """The prompt template, where the base's own settings do not fit."""
+def _template(found: Found) -> str | None:
+    """The prompt template, where the base's own does not fit."""
     if "input" in found.roles:
-        return {"prompt_template": "{prompt}\n\n{input}"}
-    return {"prompt_template": "{prompt}"} if found.kind == "instructions" else {}
+        return "{prompt}\n\n{input}"
+    return "{prompt}" if found.kind == "instructions" else None
 
 
 def run_name(file: Path) -> str:
@@ -220,187 +205,228 @@ def run_name(file: Path) -> str:
 def declared_size(plan: Plan, units: int | None = None) -> int:
     """A round number near what a site trains on, of its `units` in the file; None: of an equal part of them all."""
     test, validation = plan.shares
-    share = (plan.measured.units / plan.num_sites if units is None else units) * (1 - test - validation)
+    share = (plan.units / plan.num_sites if units is None else units) * (1 - test - validation)
     unit = 10 ** max(0, math.floor(math.log10(max(share, 1))) - 1)
     return max(1, int(share // unit * unit))
 
 
 def experiment(found: Found, plan: Plan, *, file: Path) -> str:
     """The YAML of an experiment that is to lie at `file`; relative paths in it begin at its folder."""
-    return "\n".join(_lines(found, plan, file)) + "\n"
-
-
-def _lines(found: Found, plan: Plan, file: Path) -> Iterator[str]:
     # A name may hold the end of a line, and what follows would be a setting.
     about = f"# An experiment for {found.path.name}.  Run it with: {next_line(file)}"
-    yield "".join(letter if letter.isprintable() else "?" for letter in about)
-    yield "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them"
-    yield "# before you show this page to others."
-    yield "defaults:"
-    yield f"  - {plan.base:<{_BEFORE_COMMENT - 2}} # adapters, rates and rounds: conf/experiment/{plan.base}.yaml"
-    if plan.model is not None:
-        yield f"  - {f'override /model: {plan.model}':<{_BEFORE_COMMENT - 2}} # the frozen base model"
-    yield ""
-    yield _line("name", run_name(file), "of the run and of its folder in runs/; each run needs a new one")
-    if plan.model_path is not None:
-        pinned = {"path": plan.model_path, **dict.fromkeys(("sha256", "gguf_file", "revision", "licence"))}
-        yield _line("model", pinned, "pin sha256 with what fedtune model-hash prints")
-    if plan.base != "own_images" and (plan.model_path is not None or plan.model is not None):
-        adapted = {"target_modules": "all-linear", "layers": None}
-        yield _line("lora", adapted, "adapters on every linear layer, whatever the model calls them")
-    if found.kind in _OF_ANY_TASK:
-        yield _line("task", _task_of(found), "what is learnt of each row; ordinal: labels in order")
-    if found.kind == "followed":
-        yield _line("head", {"centre": False, "init": "zero"}, "a time has no label whose text it could begin with")
-    yield "data:"
-    for key, value, why in _data(found, plan, file):
-        yield f"  {_line(key, value, why)}"
-    yield from (f"  {line}" for line in (feature_columns.lines(found) if found.features else ()))
-    if "time" in found.roles:
-        yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_scalar(found.roles["time"])}'
-    if not found.labels and found.kind in _OF_ANY_TASK:
-        yield "  labels: []"
-    if found.labels:
-        yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
-        yield "  labels:"
-        yield from (f"    - {_scalar(label)}" for label in plan.measured.labels)
-    by_place = _by_place(found, plan)
-    yield from (f"  # {line}" for line in by_place)
-    yield "federation:"
-    yield f"  {_line('num_sites', plan.num_sites, 'a simulation deals the file out to this many sites')}"
-    if any(line.startswith("partition:") for line in by_place):
-        yield f"  # {_line('num_sites', len(plan.measured.places), 'by the column of sites')}"
-    yield "privacy:"
-    if plan.measured.users is not None:
-        yield f"  {_line('unit', 'user', 'all records of one person are protected together: docs/user_level.md')}"
-    yield f"  {_line('epsilon', 8.0, 'the promise to each of them; lower is stronger: docs/epsilon.md')}"
+    own, by_place = plan.model_path is not None, _by_place(found, plan)
+    pinned = {"path": plan.model_path, **dict.fromkeys(("sha256", "gguf_file", "revision", "licence"))}
+    adapted = {"target_modules": "all-linear", "layers": None}
+    adapts = plan.base != "own_images" and (own or plan.model is not None)
+    task = _task_of(found) if found.kind in _OF_ANY_TASK else None
+    zero = {"centre": False, "init": "zero"} if found.kind == "followed" else None
+    unit = "user" if plan.by_user else None
+    places = len(plan.places) if any(line.startswith("partition:") for line in by_place) else None
     # The power of ten that is at most a tenth of 1 over a site's size.
     delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * declared_size(plan))))
-    yield f"  {_line('delta', delta, 'must stay below 1 / declared_sizes')}"
+    lines = [
+        "".join(letter if letter.isprintable() else "?" for letter in about),
+        "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them",
+        "# before you show this page to others.",
+        "defaults:",
+        f"  - {plan.base:<{_BEFORE_COMMENT - 2}} # adapters, rates and rounds: conf/experiment/{plan.base}.yaml",
+        *_settings(("- override /model", plan.model, "the frozen base model")),
+        "",
+        *_settings(
+            ("name", run_name(file), "of the run and of its folder in runs/; each run needs a new one"),
+            ("model", pinned if own else None, "pin sha256 with what fedtune model-hash prints"),
+            ("lora", adapted if adapts else None, "adapters on every linear layer, whatever the model calls them"),
+            ("task", task, "what is learnt of each row; ordinal: labels in order"),
+            ("head", zero, "a time has no label whose text it could begin with"),
+            within="",
+        ),
+        "data:",
+        *_settings(*_data(found, plan, file)),
+        *_public_lists(found, plan),
+        *(f"  # {line}" for line in by_place),
+        "federation:",
+        *_settings(("num_sites", plan.num_sites, "a simulation deals the file out to this many sites")),
+        *_settings(("num_sites", places, "by the column of sites"), within="  # "),
+        "privacy:",
+        *_settings(
+            ("unit", unit, "all records of one person are protected together: docs/user_level.md"),
+            ("epsilon", 8.0, "the promise to each of them; lower is stronger: docs/epsilon.md"),
+            ("delta", delta, "must stay below 1 / declared_sizes"),
+        ),
+    ]
+    return "\n".join([*lines, ""])
 
 
-def _data(found: Found, plan: Plan, file: Path) -> Iterator[tuple[str, Any, str]]:
+def _settings(*some: _Setting, within: str = "  ") -> Iterator[str]:
+    """Settings in YAML, each on a line with what it means."""
+    for key, value, why in some:
+        if value is not None:
+            yield within + f"{key}: {_scalar(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
+
+
+def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
+    """The settings of `data` but those that are lists."""
     test, validation = plan.shares
     # From this page's folder where it lies there or below.  Links stay: what one leads to may have another name,
     # without an ending, and change with its next version.
     folder, records = file.absolute().parent, found.path.absolute()
     path = records.relative_to(folder) if records.is_relative_to(folder) else records
-    yield "train_file", str(path), "the records; relative paths begin at this page's folder"
-    yield "columns", dict(found.roles), "role of fedtune: column of the file"
-    for key, value in found.settings.items():
-        yield key, list(value) if isinstance(value, tuple) else value, _ABOUT_ANSWERS[key]
-    for key, template in _templates(found).items():
-        yield key, template, "what is asked; a part whose columns are blank is left out"
-    if plan.measured.turns != "none":
-        why = "turns as the model's own template writes them (model), or in words (plain)"
-        yield "chat_template", plan.measured.turns, why
-    if plan.measured.left_out.count:
-        yield "unusable", "leave_out", f"{counted(plan.measured.left_out.count, 'row')} cannot be used"
-    most = "places of an image in the model" if plan.base == "own_images" else "the most tokens of a record"
-    cut = int((plan.measured.lengths > plan.room).sum())
-    if cut:
-        most += f"; {cut:,} of {len(plan.measured.lengths):,} records are longer and are cut"
-    if not found.features:
-        yield "max_length", plan.max_length, most if plan.windows == 1 else "the most tokens of a window"
-    if plan.windows > 1:
-        yield "windows", plan.windows, f"of a record; each takes its time, also in short ones{most.partition(';')[2]}"
-    if plan.base == "own_entities":
-        yield "stride", min(_STRIDE, (plan.max_length - 2) // 2), "tokens that two windows share"
-    yield "test_fraction", test, "share of the file for the scores before and after: no site trains on it"
-    yield "validation_fraction", validation, "share for the scores after each round"
-    units = "records" if plan.measured.users is None else "persons"
-    yield "declared_sizes", declared_size(plan), f"each site publishes this number of {units}: it becomes PUBLIC"
-    yield "dataset", run_name(file), "the name by which sites and ledgers know these records"
+    lies_within = "numbers of the file lie within: it becomes PUBLIC, and records outside are left out"
+    turns = "turns as the model's own template writes them (model), or in words (plain)"
+    lacking = f"{counted(plan.left_out.count, 'row')} cannot be used"
+    read = plan.max_length + (plan.windows - 1) * (plan.max_length - _STRIDE - 2)
+    cut = int((plan.lengths > read).sum())
+    are_cut = f"; {cut:,} of {len(plan.lengths):,} records are longer and are cut" if cut else ""
+    most = f"places of an image in the model{are_cut}"
+    if plan.base != "own_images":
+        most = f"the most tokens of a record{are_cut}" if plan.windows == 1 else "the most tokens of a window"
+    of_a_record = f"of a record; each takes its time, also in short ones{are_cut}"
+    stride = min(_STRIDE, (plan.max_length - 2) // 2) if plan.base == "own_entities" else None
+    units = "persons" if plan.by_user else "records"
+    return [
+        ("train_file", str(path), "the records; relative paths begin at this page's folder"),
+        ("columns", dict(found.roles), "role of fedtune: column of the file"),
+        ("target_range", found.settings.get("target_range"), lies_within),
+        ("label_separator", found.settings.get("label_separator"), "stands between the labels of a record"),
+        ("prompt_template", _template(found), "what is asked; a part whose columns are blank is left out"),
+        ("chat_template", plan.turns, turns),
+        ("unusable", "leave_out" if plan.left_out.count else None, lacking),
+        ("max_length", None if found.features else plan.max_length, most),
+        ("windows", plan.windows if plan.windows > 1 else None, of_a_record),
+        ("stride", stride, "tokens that two windows share"),
+        ("test_fraction", test, "share of the file for the scores before and after: no site trains on it"),
+        ("validation_fraction", validation, "share for the scores after each round"),
+        ("declared_sizes", declared_size(plan), f"each site publishes this number of {units}: it becomes PUBLIC"),
+        ("dataset", run_name(file), "the name by which sites and ledgers know these records"),
+    ]
+
+
+def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
+    """The features, intervals and labels of `data`.
+
+    A range or a list of categories that was taken from the records would publish something of them: the largest value
+    is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
+    """
+    if found.features:
+        yield "  # ??? is yours to say, from what you know and not from the file: it becomes PUBLIC.  docs/features.md"
+        yield "  features:"
+    for name in found.features:
+        column, declared = found.columns[name], "categories" if found.columns[name].is_category else "range"
+        size = f", size: {column.size}" if column.size else ""
+        # All may lack values: whether a row of the file does would be told by the model's shape.
+        what = f'columns: [{json.dumps(name, ensure_ascii=False)}], {declared}: "???"{size}, missing: indicator'
+        yield f"    - {{{what}}}"
+    if "time" in found.roles:
+        yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_scalar(found.roles["time"])}'
+    if found.labels:
+        yield "  # The classes, as they stand in the file.  They are declared: every site and every report shows them."
+        yield "  labels:"
+        yield from (f"    - {_scalar(label)}" for label in plan.labels)
+    elif found.kind in _OF_ANY_TASK:
+        yield "  labels: []"
+
+
+def feature_rows(found: Found) -> Iterator[tuple[str, str, str, str]]:
+    """(column, what it is, what the file holds, rows without a value) of each feature; for the terminal."""
+    for one in (found.columns[name] for name in found.features):
+        what, holds = "a number", f"{min(one.numbers):g} to {max(one.numbers):g}" if one.numbers else ""
+        if one.is_category:
+            names = [label for label, _ in one.labels.most_common()]
+            more = f", and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+            what, holds = "categories", f"{', '.join(names[:_MOST_NAMES])}{more}"
+        elif one.size is not None:
+            what, holds = f"a list of {one.size} numbers", ""
+        yield one.name, what, holds, f"{found.rows - one.filled:,}" if one.filled < found.rows else ""
 
 
 def _places(found: Found) -> Column | None:
     """A column that may name the site of each record."""
-    named = (one for one in found.columns.values() if is_place(one.name) and one.name not in found.roles.values())
-    few = (one for one in named if one.is_label and len(one.labels) <= _MOST_SITES)
+    named = [one for one in found.columns.values() if one.is_place and one.name not in found.roles.values()]
+    few = [one for one in named if one.is_label and len(one.labels) <= _MOST_SITES]
     # The lines are comments, which the end of a line in a name would end.
     return next((one for one in few if all(map(str.isprintable, (one.name, *one.labels, *found.roles.values())))), None)
 
 
 def _by_place(found: Found, plan: Plan) -> list[str]:
     """Settings by which a simulation gives each site the records that a column says; or why there are none."""
-    places, measured = _places(found), plan.measured
+    places = _places(found)
     if places is None:
         return []
     about = f"Column {places.name} may say at which site each record is"
-    units = {place: measured.places[place] for place in in_order(measured.places)}
-    if measured.torn:
-        persons = counted(measured.users or 0, "person")
+    units = {place: plan.places[place] for place in in_order(plan.places)}
+    if plan.torn:
+        persons = counted(plan.units, "person")
         return [
-            f"{about}, but {measured.torn:,} of {persons} have records at several.",
+            f"{about}, but {plan.torn:,} of {persons} have records at several.",
             "A person is protected at one site.  What works: to deal persons out by chance, as num_sites does;",
             f"to write one site for each person into {places.name};",
             "or data init with --unit record, which protects each record.",
         ]
     if len(units) < 2 or min(units.values()) < _LEAST_UNITS:
         return [f"{about}, but a site there has fewer than {_LEAST_UNITS} of what is protected: too few to train on."]
-    lacking = {"unusable": "leave_out"} if measured.unplaced and not measured.left_out.count else {}
     settings: dict[str, Any] = {
         "columns": {**found.roles, "site": places.name},
         "declared_sizes": [declared_size(plan, count) for count in units.values()],
         "partition": {"kind": "column", "sites": {value: place for place, value in enumerate(units)}},
     }
+    settings |= {"unusable": "leave_out"} if plan.unplaced and not plan.left_out.count else {}
     return [
         f"{about}.",
         "To deal records out by it, put these lines in place of columns and declared_sizes, and the other num_sites in",
         "place of the first.",
-        *(f"{key}: {_scalar(value)}" for key, value in (settings | lacking).items()),
+        *(f"{key}: {_scalar(value)}" for key, value in settings.items()),
     ]
 
 
 def about_spellings(labels: Iterable[str]) -> list[str]:
     """A sentence about each group of labels that are probably meant as one."""
+    together = defaultdict[str, list[str]](list)
+    for label in labels:
+        together[spelling(label)].append(label)
     return [
         f"The labels {', '.join(map(ascii, some))} look alike, and are learnt as different ones: write them alike in "
         "the file if they are one. They differ in case, spaces, form or invisible letters alone."
-        for some in spelt_alike(labels)
+        for some in together.values()
+        if len(some) > 1
     ]
 
 
-def notes(found: Found, plan: Plan) -> list[str]:
+def notes(found: Found, plan: Plan) -> Iterator[str]:
     """Notes for the person before the first run."""
-    told = [
+    yield (
         f"declared_sizes: {declared_size(plan):,} was set near a site's share. This number becomes public; at a real "
-        "site, the site chooses it in its site.toml.",
+        "site, the site chooses it in its site.toml."
+    )
+    yield (
         "Labels, target_range and max_length were proposed from nearly all records of the file, and become public too: "
-        "change what says more than it should.",
-    ]
-    if plan.measured.users is not None:
-        told.append(
-            f"The {plan.measured.usable:,} records are of {plan.measured.users:,} persons, each of whom is protected "
-            "as a whole (privacy.unit: user)."
+        "change what says more than it should."
+    )
+    if plan.by_user:
+        records = f"The {plan.usable:,} records are of {plan.units:,} persons"
+        yield f"{records}, each of whom is protected as a whole (privacy.unit: user)."
+    if plan.alike:
+        ids = counted(plan.alike, "id")
+        yield (
+            f"{ids} of persons are like another but for case, and count as other persons: write them alike in the file "
+            "if they are one."
         )
-    if plan.measured.alike:
-        told.append(
-            f"{counted(plan.measured.alike, 'id')} of persons are like another but for case, and count as other "
-            "persons: write them alike in the file if they are one."
-        )
-    if plan.measured.units < _FEW_UNITS * plan.num_sites:
-        units = counted(plan.measured.units, "record" if plan.measured.users is None else "person")
-        told.append(f"{units}: that is little, so with noise expect the run to learn little.")
-    if plan.measured.left_out.count:
-        told.append(f"{plan.measured.left_out}. A run leaves such rows out (unusable: leave_out).")
-    told += about_spellings(plan.measured.labels)
-    if none := NO_NAME & set(plan.measured.labels):
-        told.append(f"A label may stand for no value: {', '.join(sorted(none))}. If so, take it out of labels.")
-    if rare := [label for label, count in plan.measured.labels.items() if count < _FEW_OF_LABEL]:
-        told.append(f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public.")
-    if unusable := len(found.labels) - len(plan.measured.labels):
-        told.append(f"No class, since one row alone or none that can be used has it: {counted(unusable, 'label')}.")
+    if plan.units < _FEW_UNITS * plan.num_sites:
+        units = counted(plan.units, "person" if plan.by_user else "record")
+        yield f"{units}: that is little, so with noise expect the run to learn little."
+    if plan.left_out.count:
+        yield f"{plan.left_out}. A run leaves such rows out (unusable: leave_out)."
+    yield from about_spellings(plan.labels)
+    if none := NO_NAME & set(plan.labels):
+        yield f"A label may stand for no value: {', '.join(sorted(none))}. If so, take it out of labels."
+    if rare := [label for label, count in plan.labels.items() if count < _FEW_OF_LABEL]:
+        yield f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public."
+    if unusable := len(found.labels) - len(plan.labels):
+        yield f"No class, since one row alone or none that can be used has it: {counted(unusable, 'label')}."
     if about := _by_place(found, plan):
-        told.append(f"{about[0].removesuffix('.')}: comments in the file say what to do.")
-    told += found.notes
-    if len(plan.measured.lengths) == MEASURED_ROWS:
-        told.append(f"Lengths are of the first {MEASURED_ROWS:,} rows.")
-    return told
-
-
-def _line(key: str, value: Any, why: str) -> str:
-    return f"{key}: {_scalar(value)}".ljust(_BEFORE_COMMENT) + f" # {why}"
+        yield f"{about[0].removesuffix('.')}: comments in the file say what to do."
+    yield from found.notes
+    if len(plan.lengths) == _MEASURED_ROWS:
+        yield f"Lengths are of the first {_MEASURED_ROWS:,} rows."
 
 
 def _scalar(value: Any) -> str:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from fedtune.data.records import Record
 from fedtune.preparation import duplicates
-from fedtune.preparation.copies import Near, Words, compare, longest_runs
-from fedtune.preparation.duplicates import Earlier, Likeness
+from fedtune.preparation.duplicates import Earlier, Likeness, Near, Words, compare, longest_runs
 from fedtune.tasks.registry import TASKS
 
 TURNS = '[{"role":"user","content":"b"}]'

@@ -47,8 +47,7 @@ def made_for(path: Path, *, model: str = "random_bert") -> Made:
     left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
     config = compose_run([f"experiment={base}", f"model={model}", *left_open])
     tokenizer = load_tokenizer(config.model)
-    measured = starter.measured(found, tokenizer, config, within=len(tokenizer))
-    plan = starter.Plan(base=base, model=model, num_sites=starter.sites_for(measured.usable), measured=measured)
+    plan = replace(starter.planned(found, tokenizer, config, within=len(tokenizer)), model=model)
     text = starter.experiment(found, plan, file=path.with_name("own.yaml"))
     return Made(path, plan, text, "\n".join(starter.notes(found, plan)))
 
@@ -90,7 +89,7 @@ def test_marked_texts_get_windows_and_one_type_is_enough(tmp_path: Path, words: 
 def test_pairs_with_a_score_get_its_scale_and_compose(tmp_path: Path) -> None:
     rows = [{"sentence1": f"text {n}", "sentence2": "another text", "score": n % 6} for n in range(60)]
     made = made_for(lines(tmp_path, *rows))
-    assert (made.plan.base, made.plan.measured.usable, len(made.plan.measured.lengths)) == ("own_pairs", 60, 60)
+    assert (made.plan.base, made.plan.usable, len(made.plan.lengths)) == ("own_pairs", 60, 60)
     data = made.composed().data
     assert data.target_range == (0.0, 5.0)
     assert data.columns == {"text": "sentence1", "other": "sentence2", "target": "score"}
@@ -100,15 +99,15 @@ def test_preferences_get_turns_and_leave_out_what_is_no_pair(tmp_path: Path) -> 
     rows = [{"chosen": turns(f"where {n}", "there"), "rejected": turns(f"where {n}", "no")} for n in range(60)]
     rows[7]["rejected"] = turns("what else", "no")
     made = made_for(lines(tmp_path, *rows), model="random_llama")
-    measured, data = made.plan.measured, made.composed().data
-    assert (measured.usable, measured.left_out.count, measured.turns) == (59, 1, "plain")
+    plan, data = made.plan, made.composed().data
+    assert (plan.usable, plan.left_out.count, plan.turns) == (59, 1, "plain")
     assert (data.columns, data.unusable) == ({"chosen": "chosen", "rejected": "rejected"}, "leave_out")
 
 
 @pytest.mark.parametrize(("rows", "delta"), [(400, 1e-5), (600_000, 1e-7)])
 def test_delta_and_declared_sizes_are_near_a_site_s_share(tmp_path: Path, rows: int, delta: float) -> None:
     made = made_for(table(tmp_path, 400))
-    large = replace(made.plan, measured=replace(made.plan.measured, usable=rows))
+    large = replace(made.plan, usable=rows, units=rows)
     settings = yaml.safe_load(starter.experiment(look_at(made.path, {}), large, file=tmp_path / "own.yaml"))
     size = starter.declared_size(large)
     assert settings["data"]["declared_sizes"] == size
@@ -127,13 +126,13 @@ def test_each_setting_has_its_comment(tmp_path: Path) -> None:
 def test_long_records_are_counted_and_bounded(tmp_path: Path) -> None:
     made = made_for(lines(tmp_path, *({"body": "word " * size} for size in (5, 50, 5000))), model="random_llama")
     assert made.plan.max_length == 256
-    assert f"{1 + int(made.plan.measured.lengths[1] > 256)} of 3 records are longer and are cut" in made.text
+    assert f"{1 + int(made.plan.lengths[1] > 256)} of 3 records are longer and are cut" in made.text
 
 
 def test_rows_that_cannot_be_used_are_said_and_left_out(tmp_path: Path) -> None:
     made = made_for(table(tmp_path, 60, more=" ,yes\na,b,c\n"))
     left_out = {"must not be blank (role text)": 1, "must have 2 cells, as the header": 1}
-    assert (made.plan.measured.usable, made.plan.measured.left_out) == (60, LeftOut(rows=62, reasons=left_out))
+    assert (made.plan.usable, made.plan.left_out) == (60, LeftOut(rows=62, reasons=left_out))
     assert made.settings["data"]["unusable"] == "leave_out"
 
 
@@ -153,15 +152,13 @@ def test_the_next_line_can_be_typed(file: str, line: str) -> None:
 def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
     path = lines(tmp_path, *[{"messages": turns("who is there?", "nobody at all")}] * 30)
     made = made_for(path, model="random_llama")
-    assert (made.plan.measured.turns, made.settings["data"]["chat_template"]) == ("plain", "plain"), (
-        "it has no template"
-    )
+    assert (made.plan.turns, made.settings["data"]["chat_template"]) == ("plain", "plain"), "it has no template"
     overrides = ["experiment=own_text", "model=random_llama", "data.train_file=x", "data.declared_sizes=2"]
     overrides += ["lora.layers=null", "lora.target_modules=all-linear", "data.columns={messages: messages}"]
     config = compose_run([*overrides, "data.chat_template=plain", "data.max_length=200"])
     records = list(iter_records(path, config.data.columns))
     tokenised = task_named(config.task).tokenise(records, load_tokenizer(config.model), data=config.data)
-    assert made.plan.measured.lengths.tolist() == tokenised.lengths.tolist()
+    assert made.plan.lengths.tolist() == tokenised.lengths.tolist()
 
 
 @pytest.mark.parametrize(
@@ -229,7 +226,7 @@ def test_a_column_of_places_is_proposed_in_comments_that_compose(tmp_path: Path)
 
 def test_persons_at_several_places_are_counted_and_get_what_works(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"p{number % 60}")
-    assert made.plan.measured.torn == 60
+    assert made.plan.torn == 60
     assert "Column org may say at which site each record is, but 60 of 60 persons have records at several." in made.text
     assert "--unit record" in made.text
     assert "# partition:" not in made.text
@@ -237,19 +234,18 @@ def test_persons_at_several_places_are_counted_and_get_what_works(tmp_path: Path
 
 def test_places_get_the_number_of_their_persons(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2)
-    assert (made.plan.measured.torn, made.plan.measured.users) == (0, 50)
-    assert (made.plan.measured.places, made.plan.measured.unplaced) == ({"N": 25, "S": 25}, 2)
+    assert (made.plan.torn, made.plan.units) == (0, 50)
+    assert (made.plan.places, made.plan.unplaced) == ({"N": 25, "S": 25}, 2)
     assert {"  # declared_sizes: [17, 17]", "  # unusable: leave_out"} < set(made.text.splitlines())
 
 
 def test_ids_that_differ_in_case_alone_are_counted(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
-    assert (made.plan.measured.users, made.plan.measured.alike) == (100, 50)
+    assert (made.plan.units, made.plan.alike) == (100, 50)
     assert "50 ids of persons are like another" in made.notes
 
 
 def test_rows_without_an_id_keep_the_unit(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"p{number}" if number else "")
-    measured = made.plan.measured
-    assert (measured.users, measured.usable, measured.left_out.count) == (199, 199, 1)
+    assert (made.plan.units, made.plan.usable, made.plan.left_out.count) == (199, 199, 1)
     assert (made.settings["privacy"]["unit"], made.settings["data"]["unusable"]) == ("user", "leave_out")
