@@ -12,23 +12,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import strategies as st
 
+from fedtune.privacy import site_policy
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.chain import Head, Kind
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
+from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
-from fedtune.privacy.site_policy import (
-    Allow,
-    Asserted,
-    Budget,
-    Dataset,
-    Limits,
-    Policy,
-    Population,
-    Reference,
-    Releases,
-)
+from fedtune.privacy.site_policy import Dataset, Policy
 
 
 def make_key(number: int) -> SigningKey:
@@ -43,14 +36,8 @@ _PLAN |= {"max_grad_norm": 0.5, "local_steps": 3, "num_rounds": 2}
 _PROPOSAL: dict[str, Any] = {"run": "r", "lead": lead_key.public, "dataset": "notes", "task": "classification"}
 _PROPOSAL |= {"base_model": "b" * 64, "target_modules": ("q_proj",), "rank": 4, "train_head": True, "num_sites": 3}
 _PROPOSAL |= {"seeded_noise": False, "dtype": "float32", "lora_scale": 1.0, "head_scale": 10.0}
-OTHER: dict[str, Any] = {
-    "run": "s",
-    "dataset": "letters",
-    "target_modules": ("v_proj",),
-    "rank": 3,
-    "train_head": False,
-}
-OTHER |= {"seeded_noise": True, "lora_scale": 2.0, "head_scale": 1.0, "num_sites": 2, "start_adapter": "d" * 64}
+OTHER: dict[str, Any] = {"run": "s", "dataset": "letters", "target_modules": ("v_proj",), "rank": 3, "num_sites": 2}
+OTHER |= {"train_head": False, "seeded_noise": True, "lora_scale": 2.0, "head_scale": 1.0, "start_adapter": "d" * 64}
 """Of each field of a proposal that has several values within the policy, another one."""
 
 
@@ -65,18 +52,20 @@ def _policy() -> Policy:
     # Not while it is imported: a faulty policy is to fail a test.
     return Policy(
         site="a",
-        population=Population(name="patients"),
+        population=site_policy.Population(name="patients"),
         dataset=(
             Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "body", "label": "code"}),
             Dataset(id="letters", declared_size=500),
         ),
-        budget=Budget(
-            delta=1e-5, max_epsilon=11.0, reference=Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30)
+        budget=site_policy.Budget(
+            delta=1e-5,
+            max_epsilon=11.0,
+            reference=site_policy.Reference(sampling_rate=0.25, noise_multiplier=1.0, steps=30),
         ),
-        limits=Limits(
+        limits=site_policy.Limits(
             min_noise_multiplier=0.6, max_sampling_rate=0.5, max_grad_norm=1.0, max_local_steps=10, max_rounds=20
         ),
-        allow=Allow(
+        allow=site_policy.Allow(
             leads=(lead_key.public,),
             tasks=("classification",),
             base_models=("b" * 64,),
@@ -84,8 +73,8 @@ def _policy() -> Policy:
             max_rank=8,
             train_head=True,
         ),
-        releases=Releases(reply_after_s=0.0),
-        asserted=Asserted(no_person_at_another_site=True),
+        releases=site_policy.Releases(reply_after_s=0.0),
+        asserted=site_policy.Asserted(no_person_at_another_site=True),
     )
 
 
@@ -125,6 +114,21 @@ def train(ledger: Ledger, proposal: Proposal, *rounds: int, reply: bytes = b"rep
     """Have rounds charged, one after the other, and commit a reply to each."""
     for round in rounds:
         ledger.commit(reserve(ledger, proposal, round), reply)
+
+
+def far_on(ledger: Ledger, refusals: int = 170) -> Head:
+    """The ledger's head after so many more events that cost nothing."""
+    for number in range(refusals):
+        ledger.refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
+    return ledger.head()
+
+
+OPENED = [(Kind.NOTE, "opened"), (Kind.NOTE, "policy")]
+
+
+def kinds_of(path: Path) -> list[tuple[Kind, str]]:
+    """A ledger's events, in short."""
+    return [(event.kind, event.detail.get("what", "")) for event in verify(path).events]
 
 
 def tamper(path: Path, *statements: str, values: tuple[object, ...] = ()) -> None:

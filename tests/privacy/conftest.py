@@ -19,7 +19,7 @@ from .builders import policy, proposal, site_key, train
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "site" / "ledger.db"
+    return tmp_path / "50% of #1? & more" / "ledger.db"  # a folder may have any name
 
 
 @pytest.fixture
@@ -58,18 +58,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock(datetime(2030, 1, 10, tzinfo=UTC))
     monkeypatch.setattr(history, "datetime", clock)
     return clock
-
-
-@pytest.fixture
-def copied(tmp_path: Path) -> Callable[[Path], Path]:
-    """A copy of a ledger file, as a backup."""
-    made: list[Path] = []
-
-    def copy(path: Path) -> Path:
-        made.append(tmp_path / f"copy-{len(made)}.db")
-        return Path(shutil.copy(path, made[-1]))
-
-    return copy
 
 
 class Backups:

@@ -12,6 +12,7 @@ Both integrals are sums at even distances, which for such functions are exact bu
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import mpmath
@@ -91,13 +92,6 @@ def delta(rate: float, noise: float, steps: int, epsilon: float) -> float:
     return max(of(False), of(True))
 
 
-def epsilon(rate: float, noise: float, steps: int, at: float) -> float:
-    """Epsilon at delta `at`."""
-    return float(
-        optimize.brentq(lambda e: math.log(max(delta(rate, noise, steps, e), 1e-200) / at), 0.01, 60.0, xtol=1e-10)
-    )
-
-
 def precise_delta(rate: float, noise: float, steps: int, epsilon: float) -> mpmath.mpf:
     """The same sums with 50 digits."""
 
@@ -130,7 +124,8 @@ def main() -> None:
     rows = []
     for rate, noise, steps in PLANS:
         for at in DELTAS:
-            place = float(f"{epsilon(rate, noise, steps, at):.8g}")
+            off = partial(lambda plan, at, e: math.log(max(delta(*plan, e), 1e-200) / at), (rate, noise, steps), at)
+            place = float(f"{optimize.brentq(off, 0.01, 60.0, xtol=1e-10):.8g}")
             exact = mpmath.nstr(precise_delta(rate, noise, steps, place), 15)
             rows.append({"rate": rate, "noise": noise, "steps": steps, "epsilon": place, "delta": float(exact)})
             print(rows[-1], delta(rate, noise, steps, place) / float(exact) - 1, flush=True)

@@ -3,6 +3,7 @@
 All is in cells as sent.  Nothing here uses what `fedtune.privacy.distributed_noise` proves.
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -62,3 +63,15 @@ def together(*parts: Values) -> Values:
 def total_variation(left: Values, right: Values) -> float:
     """Half the sum of the absolute differences."""
     return float(np.abs(left - right).sum() / 2)
+
+
+def fits(values: npt.NDArray[np.int64], deviation: float) -> bool:
+    """Pearson's chi-square at one in a million, by the exact probability of each cell that is expected 20 times."""
+    most = math.ceil(20 * deviation)
+    exact = sent_by_one(0.0, deviation, most=most)
+    often = np.flatnonzero(exact * values.size >= 20)
+    first, last = often[0], often[-1]
+    held = np.clip(values + most, first, last) - first
+    expected = np.concatenate([[exact[: first + 1].sum()], exact[first + 1 : last], [exact[last:].sum()]])
+    counts = np.bincount(held, minlength=len(expected))
+    return bool(stats.chisquare(counts, expected / expected.sum() * values.size).pvalue > 1e-6)

@@ -2,25 +2,22 @@
 
 import logging
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting import ComposedDpEvent, GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+from scipy import special
 
-from fedtune.privacy import events
-from fedtune.privacy.accountant import (
-    COARSE,
-    NEIGHBOURING_RELATION,
-    calibrate_noise,
-    check_delta,
-    composed_pld,
-    composed_rdp,
-    epsilon_above,
-    epsilon_pld,
-    epsilon_rdp,
-)
+from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.accountant import COARSE, calibrate_noise, epsilon_above, epsilon_pld, epsilon_rdp
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import price_of
 from fedtune.spec import ConfigError
+
+from ..conftest import run_plan
 
 # sampling rate, noise multiplier, steps, delta, epsilon; checked outside fedtune.
 GOLDEN_PLD = [
@@ -51,30 +48,31 @@ def test_pld_gives_the_golden_epsilon(rate: float, sigma: float, steps: int, del
 def test_where_deltas_are_usual_the_figures_are_those_of_dp_accounting(rate: float, sigma: float, count: int) -> None:
     """Also together with a mechanism that is not sampled."""
     step, score = PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), GaussianDpEvent(9.0)
-    pld, rdp = PLDAccountant(NEIGHBOURING_RELATION, value_discretization_interval=COARSE), RdpAccountant()
+    pld, rdp = PLDAccountant(accountant.NEIGHBOURING_RELATION, value_discretization_interval=COARSE), RdpAccountant()
     for event, times in ((step, count), (score, 2)):
         pld.compose(event, times)
         rdp.compose(event, times)
-    ours = composed_pld(((step, count), (score, 2)), COARSE)
+    ours = accountant.composed_pld(((step, count), (score, 2)), COARSE)
     for delta in (1e-3, 1e-5, 1e-6):
         assert ours.epsilon(delta) == pytest.approx(pld.get_epsilon(delta), rel=2e-7)
     for epsilon in (0.0, 0.1, 1.0):
         assert ours.delta(epsilon) == pytest.approx(pld.get_delta(epsilon), abs=2e-9)
     for _ in range(2):  # divergences of steps are kept
-        assert composed_rdp(((step, count), (score, 2)))(1e-5) == rdp.get_epsilon(1e-5)
+        assert accountant.composed_rdp(((step, count), (score, 2)))(1e-5) == rdp.get_epsilon(1e-5)
 
 
 def test_neighbours_differ_by_one_record_more() -> None:
     # For one Gaussian other relations may give the same numbers, but they promise something else.
-    assert NEIGHBOURING_RELATION is NeighboringRelation.ADD_OR_REMOVE_ONE
+    assert accountant.NEIGHBOURING_RELATION is NeighboringRelation.ADD_OR_REMOVE_ONE
 
 
-def test_without_noise_there_is_no_guarantee() -> None:
+def test_without_noise_there_is_no_guarantee_and_nothing_spent_is_zero() -> None:
     event = events.dp_sgd(sampling_rate=0.1, noise_multiplier=0.0, steps=1)
     private = events.dp_sgd(sampling_rate=0.1, noise_multiplier=5.0, steps=1)
-    assert epsilon_pld([event], 1e-5) == math.inf
-    assert epsilon_rdp([event], 1e-5) == math.inf
-    assert epsilon_pld([private, event], 1e-5) == math.inf
+    assert epsilon_pld([event], 1e-5) == epsilon_rdp([event], 1e-5) == epsilon_pld([private, event], 1e-5) == math.inf
+    assert epsilon_above([event], 1e-5, limit=100.0) == math.inf
+    nothing = events.dp_sgd(sampling_rate=0.1, noise_multiplier=0.0, steps=0)
+    assert epsilon_pld([], 1e-5) == epsilon_pld([nothing], 1e-5) == 0
 
 
 def test_epsilon_above_a_limit_is_told_and_within_it_is_not() -> None:
@@ -85,13 +83,6 @@ def test_epsilon_above_a_limit_is_told_and_within_it_is_not() -> None:
     assert epsilon_above([event], 1e-5, limit=(fine + coarse) / 2) is None, "a close call is decided on the fine grid"
     assert epsilon_above([event], 1e-5, limit=0.999 * fine) == fine
     assert epsilon_above([event], 1e-5, limit=0.5 * fine) == coarse
-    without = events.dp_sgd(sampling_rate=0.1, noise_multiplier=0.0, steps=1)
-    assert epsilon_above([without], 1e-5, limit=100.0) == math.inf
-
-
-def test_nothing_spent_is_zero() -> None:
-    assert epsilon_pld([], 1e-5) == 0
-    assert epsilon_pld([events.dp_sgd(sampling_rate=0.1, noise_multiplier=0.0, steps=0)], 1e-5) == 0
 
 
 # Of these two digits would be too little.
@@ -110,18 +101,16 @@ def test_calibrated_noise_keeps_within_the_target_and_wastes_little(
     assert spent(0.99 * sigma) > epsilon
 
 
-@pytest.mark.parametrize("epsilon", [1e-8, 1e-9, 1e-10])
-def test_a_tiny_target_is_reached_where_delta_covers_the_loss(epsilon: float) -> None:
-    assert calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5) == pytest.approx(188.72, rel=1e-4)
+def test_where_delta_covers_the_loss_or_any_noise_would_do_the_search_ends() -> None:
+    for epsilon in (1e-8, 1e-9, 1e-10):
+        found = calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5)
+        assert found == pytest.approx(188.72, rel=1e-4)
+    assert calibrate_noise(epsilon=8.0, delta=1e-5, sampling_rate=1e-6, steps=5) == 0.1
 
 
 def test_more_steps_than_memory_is_there_for_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"steps = 5000000000: must be at most 100,000,000 in all rounds together"):
-        check_delta("privacy.delta", 1e-5, steps=5 * 10**9)
-
-
-def test_where_any_noise_would_do_the_search_ends() -> None:
-    assert calibrate_noise(epsilon=8.0, delta=1e-5, sampling_rate=1e-6, steps=5) == 0.1
+        accountant.check_delta("privacy.delta", 1e-5, steps=5 * 10**9)
 
 
 def test_a_target_that_no_noise_reaches_is_refused() -> None:
@@ -135,3 +124,37 @@ def test_only_the_note_on_skipped_orders_is_silenced(caplog: pytest.LogCaptureFi
     epsilon_rdp([events.dp_sgd(sampling_rate=0.001, noise_multiplier=0.6, steps=1)], 1e-5)
     assert logger.filters == filters
     assert "failed to converge" not in caplog.text
+
+
+# What a search costs: against other formulas, and where no bound is claimed.
+
+ORDERS = range(2, 65)
+
+
+def rdp_of_step(order: int, *, rate: float, noise: float) -> float:
+    """Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), equation 30: a sampled Gaussian at a whole order."""
+    k = np.arange(order + 1)
+    logs = (order - k) * math.log1p(-rate) + k * math.log(rate) + (k * k - k) / (2 * noise**2)
+    return float(special.logsumexp(logs, b=special.comb(order, k))) / (order - 1)
+
+
+def of_plan(plan: Plan) -> dict[int, float]:
+    steps = plan.local_steps * plan.most_rounds
+    return {a: steps * rdp_of_step(a, rate=plan.sampling_rate, noise=plan.noise_multiplier) for a in ORDERS}
+
+
+def test_trials_cost_what_all_their_steps_cost_together() -> None:
+    other = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
+    price = price_of([run_plan(), other, run_plan()])
+    both = {a: 2 * one + of_plan(other)[a] for a, one in of_plan(run_plan()).items()}
+    # Canonne, Kamath, Steinke 2020, Proposition 12.
+    found = min(rho + math.log1p(-1 / a) - math.log(run_plan().delta * a) / (a - 1) for a, rho in both.items())
+    assert price.epsilon_rdp == pytest.approx(found, rel=1e-3)
+    assert price.epsilon < price.epsilon_rdp < price.epsilon_filter * (1 + 1e-9)
+    assert price.epsilon_of_one == accountant.epsilon_pld([other.whole], other.delta) < price.epsilon
+    assert price.epsilon == accountant.epsilon_pld({run_plan().whole: 2, other.whole: 1}, run_plan().delta)
+    every = ComposedDpEvent((run_plan().whole, other.whole, run_plan().whole))
+    assert price.epsilon_filter == filter.cheapest(every, delta=1e-5)[0]
+    assert price.trials == 3
+    without = price_of([replace(run_plan(), noise_multiplier=0.0)] * 2)
+    assert (without.private, without.epsilon) == (False, math.inf)

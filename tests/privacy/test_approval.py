@@ -1,7 +1,6 @@
 """A person at the site approves each run: for that proposal to the letter, and never beyond policy and budget."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 
 from fedtune.privacy.distributed_noise import SharedNoise
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
@@ -17,36 +15,23 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.trust import Trust
 from fedtune.spec import RunError
 
-from .builders import OTHER, make_key, policy, proposal, reason_of, reserve, site_key
-
-Open = Callable[..., Ledger]
+from .builders import OPENED, OTHER, kinds_of, make_key, policy, proposal, reason_of, reserve, site_key
 
 
 @pytest.fixture
-def manual(opened: Open) -> Open:
+def manual(opened: Any) -> Any:
     """Open the ledger of a site that approves each run; keywords change its policy further."""
     return lambda **changes: opened(policy=policy(approval="manual", trust=Trust(secure=True), **changes))
 
 
-def kinds(path: Path) -> list[tuple[Kind, str]]:
-    """What the ledger says beside its opening and its policies."""
-    events = [(event.kind, str(event.detail.get("what", ""))) for event in verify(path).events]
-    return [event for event in events if event[1] not in ("opened", "policy")]
-
-
-APPROVED = (Kind.NOTE, "approved")
-
-
-def test_a_run_that_nobody_has_approved_is_charged_nothing_and_once_approved_it_begins(
-    manual: Open, path: Path
-) -> None:
+def test_a_run_that_nobody_approved_is_charged_nothing_and_once_approved_it_begins(manual: Any, path: Path) -> None:
     ledger = manual()
     assert reason_of(reserve, ledger, proposal()) is Reason.AWAITING_APPROVAL
-    assert kinds(path) == [], "not even its plan is noted: nothing is set aside for it"
+    assert kinds_of(path) == OPENED, "not even its plan is noted: nothing is set aside for it"
     assert ledger.receipt("r").charged_rounds == 0
     ledger.approve(proposal())
     reserve(ledger, proposal())
-    assert kinds(path) == [APPROVED, (Kind.PLAN, ""), (Kind.RESERVE, "")]
+    assert kinds_of(path) == [*OPENED, (Kind.NOTE, "approved"), (Kind.PLAN, ""), (Kind.RESERVE, "")]
     noted = next(event for event in verify(path).events if event.detail.get("what") == "approved")
     assert noted.detail["proposal"] == proposal().to_json(), "in full: an auditor sees what was agreed to"
     for round in (2, 3):
@@ -70,7 +55,7 @@ def test_every_field_of_a_proposal_is_tried() -> None:
     assert fields == _CHANGES.keys() | _REFUSED_ANYWAY
 
 
-def test_an_approval_is_for_one_proposal_to_the_letter(manual: Open) -> None:
+def test_an_approval_is_for_one_proposal_to_the_letter(manual: Any) -> None:
     ledger = manual(allow={"seeded_noise": True}, releases={"metrics": "noised"})
     ledger.approve(proposal())
     ledger.require_startable(proposal())
@@ -91,16 +76,14 @@ def test_an_approval_is_for_one_proposal_to_the_letter(manual: Open) -> None:
         ({"lead": make_key(9).public}, Reason.LEADS),
     ],
 )
-def test_nobody_approves_what_policy_or_budget_refuse(
-    manual: Open, path: Path, changes: dict[str, Any], reason: Reason
-) -> None:
+def test_nobody_approves_what_policy_or_budget_refuse(manual: Any, path: Path, changes: Any, reason: Reason) -> None:
     ledger = manual()
     assert reason_of(ledger.approve, proposal(**changes)) is reason
-    assert kinds(path) == [], "a note would say that it was approved"
+    assert kinds_of(path) == OPENED, "a note would say that it was approved"
     assert reason_of(reserve, ledger, proposal(**changes)) is reason, "the lead is told the rule, not to wait"
 
 
-def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manual: Open) -> None:
+def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manual: Any) -> None:
     ledger, (one, two, late) = manual(), (proposal(run=run) for run in ("one", "two", "late"))
     for each in (one, two, late):
         ledger.approve(each)
@@ -109,12 +92,7 @@ def test_an_approved_run_can_still_be_refused_for_what_was_spent_meanwhile(manua
     assert reason_of(reserve, ledger, late) is Reason.MAX_EPSILON
 
 
-def test_a_frozen_site_approves_nothing(manual: Open) -> None:
-    manual().freeze("consent withdrawn")
-    assert reason_of(manual().approve, proposal()) is Reason.FROZEN
-
-
-def test_the_approval_of_another_process_counts(manual: Open, path: Path) -> None:
+def test_the_approval_of_another_process_counts(manual: Any, path: Path) -> None:
     serving = manual()
     assert reason_of(reserve, serving, proposal()) is Reason.AWAITING_APPROVAL
     manual().approve(proposal())
@@ -124,7 +102,7 @@ def test_the_approval_of_another_process_counts(manual: Open, path: Path) -> Non
     reserve(manual(), proposal(), 2)
 
 
-def test_approving_twice_is_approving_once(manual: Open) -> None:
+def test_approving_twice_is_approving_once(manual: Any) -> None:
     ledger = manual()
     ledger.approve(proposal())
     ledger.approve(proposal())
@@ -134,7 +112,7 @@ def test_approving_twice_is_approving_once(manual: Open) -> None:
     reserve(ledger, proposal(), 2)
 
 
-def test_an_approval_that_nobody_uses_ends(manual: Open, clock: Any) -> None:
+def test_an_approval_that_nobody_uses_ends(manual: Any, clock: Any) -> None:
     ledger = manual()
     ledger.approve(proposal())
     clock.forward(days=30)
@@ -147,21 +125,21 @@ def test_an_approval_that_nobody_uses_ends(manual: Open, clock: Any) -> None:
     reserve(ledger, proposal(), 2)  # who has begun needs no other
 
 
-def test_policy_and_budget_can_be_asked_before_a_person_is(manual: Open) -> None:
+def test_policy_and_budget_can_be_asked_before_a_person_is(manual: Any) -> None:
     ledger = manual()
     ledger.require_startable(proposal(), approved=False)
     assert reason_of(ledger.require_startable, proposal()) is Reason.AWAITING_APPROVAL
     assert reason_of(ledger.require_startable, proposal(rank=9), approved=False) is Reason.MAX_RANK
 
 
-def test_an_approval_lasts_though_the_policy_changes(manual: Open) -> None:
+def test_an_approval_lasts_though_the_policy_changes(manual: Any) -> None:
     manual().approve(proposal())
     reserve(manual(limits={"max_rounds": 19}), proposal())
     refusing = manual(allow={"max_rank": 1})
     assert reason_of(reserve, refusing, proposal(), 2) is Reason.MAX_RANK, "no longer than the rule that allowed it"
 
 
-def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Open, manual: Open) -> None:
+def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Any, manual: Any) -> None:
     reserve(opened(), proposal())
     ledger = manual()
     ledger.require_startable(proposal())
@@ -170,25 +148,22 @@ def test_a_policy_that_becomes_manual_does_not_stop_an_accepted_run(opened: Open
     reserve(opened(), proposal(run="s"))  # and back again
 
 
-def test_approving_needs_the_newest_policy(opened: Open, manual: Open) -> None:
+def test_approving_needs_the_newest_policy(opened: Any, manual: Any) -> None:
     ledger = manual()
     opened()
     with pytest.raises(RunError, match=r"policy of ledger .* was changed while it was open"):
         ledger.approve(proposal())
 
 
-def refuse(ledger: Ledger, reason: Reason, *, run: str = "r", round: int = 1) -> None:
-    ledger.refuse(Refused(reason), run=run, round=round, request=f"digest {run} {round}")
-
-
-def test_that_a_run_waits_is_recorded_once_however_often_it_asks_and_what_changes_meanwhile_too(
-    manual: Open, path: Path
-) -> None:
-    for reason, runs in ((Reason.AWAITING_APPROVAL, "rr"), (Reason.PAUSED, "rrss")):
+def test_that_a_run_waits_is_recorded_once_a_day_however_often_it_asks(manual: Any, path: Path) -> None:
+    def refuse(reason: Reason, *runs: str) -> None:
         for run in runs:
-            refuse(manual(), reason, run=run)
+            manual().refuse(Refused(reason), run=run, round=1, request=f"digest {run} 1")
+
+    refuse(Reason.AWAITING_APPROVAL, "r", "r")
+    refuse(Reason.PAUSED, "r", "r", "s", "s")
     manual().approve(proposal())
-    refuse(manual(), Reason.PAUSED, run="s")
+    refuse(Reason.PAUSED, "s")
     told = [(event.run, event.detail["reason"]) for event in verify(path).events if event.kind is Kind.REFUSAL]
     assert told == [("r", "awaiting_approval"), ("r", "paused"), ("s", "paused")], "once a day for each run and reason"
 
@@ -198,7 +173,7 @@ def test_only_a_person_s_decision_is_waited_for() -> None:
     assert not any(reason.is_final for reason in Reason if reason.is_waiting), "asking again can help"
 
 
-def test_the_end_of_a_run_names_the_adapter_that_was_sent(opened: Open, path: Path) -> None:
+def test_the_end_of_a_run_names_the_adapter_that_was_sent(opened: Any, path: Path) -> None:
     reserve(opened(), proposal())
     opened().end("r", adapter_sha256="ab" * 32)
     opened().end("r", adapter_sha256="cd" * 32)

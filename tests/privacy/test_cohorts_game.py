@@ -153,36 +153,18 @@ class Site:
             assert history.divergence(lost) <= history.divergence(history.charged()) * (1 + 1e-12), "spent: the largest"
 
 
-@pytest.fixture
-def play(tmp_path: Path) -> Callable[[range], Counter[str]]:
-    """Play a game for each seed; how often each move was made."""
-    site_policy = policy(
-        population={"unit": "user", "arrivals": "year"},
-        dataset=(Dataset(id="notes", declared_size=2000),),
-        budget={"max_epsilon": 30.0},
-    )
-
-    def make(seeds: range) -> Counter[str]:
-        done = Counter[str]()
-        for seed in seeds:
-            folder = tmp_path / f"{seed}"
-            folder.mkdir()
-            game = Site(folder, site_policy, random.Random(seed))
-            for _ in range(25):
-                game.move()
-            verify(game.path, anchor=Head.read(game.anchor))
-            done += game.done
-            shutil.rmtree(folder)
-        return done
-
-    return make
-
-
-def test_nobody_loses_more_than_the_figure_of_their_cohort(play: Any) -> None:
-    done = play(range(60))
+@pytest.mark.parametrize("seeds", [range(60), pytest.param(range(1000, 11_000), marks=pytest.mark.nightly)])
+def test_nobody_loses_more_than_the_figure_of_their_cohort(tmp_path: Path, seeds: range) -> None:
+    people = {"unit": "user", "arrivals": "year"}
+    site = policy(population=people, dataset=(Dataset(id="notes", declared_size=2000),), budget={"max_epsilon": 30.0})
+    done = Counter[str]()
+    for seed in seeds:
+        folder = tmp_path / f"{seed}"
+        folder.mkdir()
+        game = Site(folder, site, random.Random(seed))
+        for _ in range(25):
+            game.move()
+        verify(game.path, anchor=Head.read(game.anchor))
+        done += game.done
+        shutil.rmtree(folder)
     assert min(done[name] for name in ("cut", "made_up", "lost_rows")) > 10, done
-
-
-@pytest.mark.nightly
-def test_nobody_does_in_ten_thousand_histories(play: Any) -> None:
-    play(range(1000, 11_000))

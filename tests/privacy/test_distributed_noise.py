@@ -12,25 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune.privacy.distributed_noise import (
-    FINER,
-    FINER_BITS,
-    LEAST_CELLS,
-    SharedNoise,
-    Together,
-    add_share,
-    least_cell_bits,
-    noise_of_shares,
-)
+from fedtune.privacy import distributed_noise
+from fedtune.privacy.distributed_noise import FINER, FINER_BITS, LEAST_CELLS, SharedNoise, Together, add_share
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
 
-from .exact_sums import HALF_UP, of_a_sum, of_rounded_total, sent_by_one, total_variation
+from .exact_sums import HALF_UP, fits, of_a_sum, of_rounded_total, total_variation
 
 Whole = npt.NDArray[np.int64]
 COUNT = 100_000
-ONCE_IN_A_MILLION = 1e-6
 CLIP_NORM = 2**GRID_BITS
 
 FOUR = SharedNoise(num_sites=4, threshold=4, colluders=0, noise_multiplier=0.5, cell_bits=4, bound=100)
@@ -68,18 +59,6 @@ def test_at_the_widest_cells_there_is_no_gap_to_see() -> None:
         rounded = of_rounded_total(sum(values), LEAST_CELLS, len(values), most=100)
         assert total_variation(exact, rounded) < 1e-12
     assert Fraction(2) ** 70 * Fraction(math.exp(-((math.pi * LEAST_CELLS) ** 2))) < Fraction(1, 10**250)
-
-
-def fits(values: Whole, deviation: float) -> bool:
-    """Pearson's chi-square against the exact probability of each cell that is expected 20 times or more."""
-    most = int(20 * deviation)
-    exact = sent_by_one(0.0, deviation, most=most)
-    often = np.flatnonzero(exact * values.size >= 20)
-    first, last = often[0], often[-1]
-    held = np.clip(values + most, first, last) - first
-    expected = np.concatenate([[exact[: first + 1].sum()], exact[first + 1 : last], [exact[last:].sum()]])
-    counts = np.bincount(held, minlength=len(expected))
-    return bool(stats.chisquare(counts, expected / expected.sum() * values.size).pvalue > ONCE_IN_A_MILLION)
 
 
 @pytest.mark.parametrize("sites", [2, 4, 20])
@@ -154,7 +133,7 @@ def test_sites_of_which_a_server_could_read_two_sums_make_no_noise_together(
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4))
 def test_the_fewest_bits_are_accepted_and_fewer_are_not(noise: float) -> None:
-    bits = least_cell_bits(noise)
+    bits = distributed_noise.least_cell_bits(noise)
     assert dataclasses.replace(FOUR, noise_multiplier=noise, cell_bits=bits).cell_bits == bits
     if bits:
         with pytest.raises(ConfigError, match=f"at least {bits}"):
@@ -164,9 +143,9 @@ def test_the_fewest_bits_are_accepted_and_fewer_are_not(noise: float) -> None:
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.01, 1e4), st.integers(1, 1024))
 def test_shares_together_are_never_said_to_be_more_than_their_variances(noise: float, shares: int) -> None:
-    total, exact = Fraction(noise_of_shares(noise, shares)) ** 2, Fraction(noise) ** 2 * shares
+    total, exact = Fraction(distributed_noise.noise_of_shares(noise, shares)) ** 2, Fraction(noise) ** 2 * shares
     assert exact * (1 - Fraction(1, 2**50)) <= total <= exact
-    assert noise_of_shares(noise, 1) == noise
+    assert distributed_noise.noise_of_shares(noise, 1) == noise
 
 
 @settings(deadline=None, derandomize=True)
@@ -178,8 +157,10 @@ def test_a_share_is_enough_for_the_honest_sites_of_the_smallest_sum(
     one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).share_of(total)
     honest = threshold - colluders
     assert Fraction(one) ** 2 * honest >= Fraction(total) ** 2 * (1 - Fraction(1, 2**50))
-    assert noise_of_shares(one, honest) >= total
-    assert noise_of_shares(round(one - 2e-4, 4), honest) < total, "and not more than that, to four digits"
+    assert distributed_noise.noise_of_shares(one, honest) >= total
+    assert distributed_noise.noise_of_shares(round(one - 2e-4, 4), honest) < total, (
+        "and not more than that, to four digits"
+    )
 
 
 def test_honest_sites_of_a_sum() -> None:

@@ -1,20 +1,21 @@
-"""What a restore must not forget: receipts that show lost events, denials, and the caps that were in force."""
+"""What a restore must not forget: lost events that receipts show, branches that went their own ways, denials, caps."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedtune.privacy import events
 from fedtune.privacy.ledger import site_ledger
-from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.release import Reason, Receipt, Refused
+from fedtune.privacy.release import Reason, Receipt
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import RunError
 
-from .builders import of_users, policy, proposal, reason_of, train
-from .conftest import Backups
+from .builders import far_on, of_users, policy, proposal, reason_of, train
+from .conftest import Backups, Clock
 
 
 def require_shown(ledger: Ledger, *receipts: Receipt) -> None:
@@ -31,8 +32,7 @@ def test_a_ledger_that_is_put_back_takes_over_the_doubt_of_the_one_it_replaces(b
     lost, receipt = backups.branch(proposal(), 2, 3, 4)
     doubting = backups.put_back()
     require_shown(doubting, receipt)
-    anchor = doubting.head()
-    again = backups.put_back(anchor=anchor)
+    again = backups.put_back(anchor=doubting.head())
     require_in_doubt(again, proposal(run="new"))
     assert again.history.in_doubt == (receipt.sequence, receipt.head, "r", 4)
     again.charge_gap(lost)
@@ -69,27 +69,17 @@ def test_of_several_doubts_an_anchor_clears_those_that_it_knows(backups: Backups
     train(behind, proposal(run="new", plan={"num_rounds": 4}), 1)
 
 
-def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(
-    backups: Backups, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_doubt_is_cleared_where_there_may_be_more_than_were_noted(backups: Backups, monkeypatch: Any) -> None:
     monkeypatch.setattr(site_ledger, "_MOST_DOUBTS", 2)
     ledger, receipts = backups.put_back(), []
     for round in (2, 3, 4):
         train(ledger, proposal(plan={"num_rounds": 4}, run="s"), round)
         receipts.append(ledger.receipt("s"))
-    newest = ledger.head()
     behind = backups.put_back()
     require_shown(behind, *receipts)
     assert len(behind.history.doubts) == 2
-    behind.charge_gap(newest)
+    behind.charge_gap(ledger.head())
     require_in_doubt(behind, proposal(run="new"))
-
-
-def far_on(ledger: Ledger, refusals: int = 170) -> Head:
-    """The ledger's head after so many more events that cost nothing."""
-    for number in range(refusals):
-        ledger.refuse(Refused(Reason.TASKS, asked=str(number)), run="x", round=1, request="q")
-    return ledger.head()
 
 
 @pytest.mark.parametrize("doubted", [True, False], ids=["shown before", "shown afterwards"])
@@ -201,3 +191,81 @@ def test_a_restore_does_not_forget_who_a_user_is(opened: Any, path: Path) -> Non
 def test_where_records_are_the_unit_an_anchor_says_nothing_of_users(opened: Any, path: Path) -> None:
     named = Dataset(id="notes", declared_size=2000, path="notes.csv", columns={"text": "t", "label": "l", "user": "u"})
     assert opened(policy=policy(dataset=(named,))).head().users == ()
+
+
+# Backups put back more than once, and copies that went their own ways: each branch counts, and nobody is stuck.
+
+
+def rounds_charged(ledger: Ledger) -> float:
+    return ledger.history.charged().total() / events.grouped([proposal().plan.event()]).total()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_branches_of_one_backup_are_both_charged(backups: Backups, order: tuple[int, int]) -> None:
+    lost = [backups.branch(proposal(run="long"), 1, 2, 3, 4), backups.branch(proposal(run="short"), 1, 2)]
+    ledger = backups.put_back()
+    for number in order:
+        assert ledger.charge_gap(lost[number][0]), "beyond the backup, each has charges of its own"
+    assert rounds_charged(ledger) == 1 + 4 + 2
+    for head, receipt in lost:
+        ledger.require_contains(receipt)
+        assert verify(backups.path, anchor=head).anchor_sequence is not None
+        assert not ledger.charge_gap(head), "nothing is charged twice"
+
+
+def test_the_same_backup_put_back_again_is_charged_for_everything_and_goes_on(backups: Backups) -> None:
+    first, receipt_a = backups.branch(proposal(run="a"), 1, 2)
+    ledger = backups.put_back(anchor=first)
+    train(ledger, proposal(run="c"), 1)
+    second, receipt_c = ledger.head(), ledger.receipt("c")
+    again = backups.put_back(anchor=second)
+    assert rounds_charged(again) == 1 + 2 + 1
+    for receipt in (receipt_a, receipt_c):
+        again.require_contains(receipt)
+    train(again, proposal(run="d"), 1)
+
+
+def test_two_copies_that_charge_one_request_at_one_time_are_two(clock: Clock, backups: Backups) -> None:
+    """A clock that is behind the newest event, as where a machine was put back with its ledger, gives both one time."""
+    clock.time -= timedelta(days=1)
+    lost, receipt = backups.branch(proposal(), 2)
+    ledger = backups.put_back()
+    train(ledger, proposal(), 2)
+    assert reason_of(ledger.require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
+    assert ledger.charge_gap(lost)
+    assert rounds_charged(ledger) == 1 + 1 + 1
+
+
+WRONG = [*(("gap", count) for count in (-1, 0, True, 1.0)), *(("shared", count) for count in (-1, True))]
+
+
+@pytest.mark.parametrize(("key", "value"), [*WRONG, ("end", 1.5), ("runs", -1)])
+def test_no_entry_of_the_sites_own_lowers_what_was_charged(backups: Backups, key: str, value: Any) -> None:
+    """Whoever has the site's key may write an entry that breaks no hash and no earlier receipt."""
+    ledger = backups.open()
+    ((one, _),) = ledger.history.charged().items()
+    detail = {"shared": 1, "end": 1, "path": [], "gap": [[events.to_json(one), 1]], "runs": {"s": 1}}
+    detail |= {"seeded": False, "frozen": False, "denied": [], "caps": [], "users": [], "doubts": []}
+    forged = {"gap": [[events.to_json(one), value]], "runs": {"s": value}}.get(key, value)
+    with ledger._store.transaction():
+        ledger._store.note("restored", **detail)
+    assert verify(backups.path).history.charged().total() > 0, "an entry of this form is read"
+    with pytest.raises(RunError), ledger._store.transaction():
+        ledger._store.note("restored", **detail | {key: forged})
+
+
+def test_another_process_that_is_ahead_puts_nothing_in_doubt(backups: Backups) -> None:
+    idle, busy = backups.open(), backups.open()
+    train(busy, proposal(), 2)
+    idle.require_contains(busy.receipt("r"))
+    assert backups.open().history.in_doubt is None
+
+
+def test_every_distance_of_a_receipt_from_the_end_of_a_lost_branch_is_made_up_for(backups: Backups) -> None:
+    ledger, receipts = backups.put_back(), []
+    for _ in range(140):
+        far_on(ledger, 1)
+        receipts.append(ledger.receipt("r"))
+    restored = backups.put_back(anchor=ledger.head())
+    for receipt in receipts:
+        restored.require_contains(receipt)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import sqlite3
 import stat
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -25,17 +27,11 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, RunError
 from fedtune.spec import full_disk as what_is_full
 
-from .builders import proposal, reason_of, reserve, tamper, train
+from .builders import kinds_of, proposal, reason_of, reserve, tamper, train
 
 
 class PowerCut(Exception):
     """What a test raises where a crash would strike."""
-
-
-def rows(path: Path) -> list[tuple[int, str]]:
-    """What a second connection sees."""
-    with contextlib.closing(sqlite3.connect(path)) as file:
-        return file.execute("SELECT sequence, kind FROM events ORDER BY sequence").fetchall()
 
 
 def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -> None:
@@ -49,21 +45,16 @@ def test_a_rollback_journal_and_every_sync_there_is_are_really_set(path: Path) -
 
 
 def test_nothing_is_left_beside_the_ledger_and_only_its_owner_can_read_it(opened: Any, path: Path) -> None:
-    ledger = opened(anchor=path.parent / "anchor.json")
-    ledger.commit(reserve(ledger, proposal(), 1), b"reply")
+    anchor = path.parent / "anchor.json"
+    train(opened(anchor=anchor), proposal(), 1)
     verify(path)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["anchor.json", "ledger.db"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-def test_a_write_ahead_log_does_not_stay(opened: Any, path: Path) -> None:
-    opened()
     with contextlib.closing(sqlite3.connect(path)) as file:
-        assert file.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
-    reserve(opened(), proposal(), 1)
+        assert file.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",), "a write-ahead log does not stay"
+    train(opened(anchor=anchor), proposal(), 2)
     with contextlib.closing(sqlite3.connect(path)) as file:
         assert file.execute("PRAGMA journal_mode").fetchone() == ("delete",)
-    assert [p.name for p in path.parent.iterdir()] == ["ledger.db"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["anchor.json", "ledger.db"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
@@ -80,13 +71,11 @@ def test_mistakes_cannot_rewrite_history(opened: Any, path: Path) -> None:
 
 
 @pytest.mark.parametrize("struck", ["insert", "writing"])
-def test_a_crash_within_a_transaction_undoes_it(
-    opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch, struck: str
-) -> None:
+def test_a_crash_within_a_transaction_undoes_it(opened: Any, path: Path, monkeypatch: Any, struck: str) -> None:
     ledger = opened()
-    ledger.commit(reserve(ledger, proposal(), 1), b"reply 1")
+    train(ledger, proposal(), 1, reply=b"reply 1")
     granted = reserve(ledger, proposal(), 2)
-    before = rows(path)
+    before = kinds_of(path)
 
     insert, whole = store.insert, store.writing
 
@@ -106,7 +95,7 @@ def test_a_crash_within_a_transaction_undoes_it(
             ledger.commit(granted, b"reply 2")
         with pytest.raises(PowerCut):
             ledger.reserve(proposal(run="2"), round=1, request="q")
-    assert rows(path) == before
+    assert kinds_of(path) == before
     for each in (ledger, opened()):
         each.end("unknown")
         assert each.receipt("r").charged_rounds == 2, "the interrupted round stays charged"
@@ -133,8 +122,7 @@ with store.writing(Path(sys.argv[1])) as file:
 
 @pytest.mark.parametrize("first", ["verify", "ledger"])
 def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(opened: Any, path: Path, first: str) -> None:
-    ledger = opened()
-    reserve(ledger, proposal(), 1)
+    reserve(ledger := opened(), proposal(), 1)
     before = path.read_bytes()
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -142,19 +130,16 @@ def test_a_process_killed_while_it_writes_leaves_the_ledger_as_it_was(opened: An
     assert path.read_bytes() != before, "the file was being written"
     assert Path(f"{path}-journal").exists()
     if first == "verify":
-        assert [event.kind for event in verify(path).events][2:] == [Kind.PLAN, Kind.RESERVE]
+        assert [kind for kind, _ in kinds_of(path)][2:] == [Kind.PLAN, Kind.RESERVE]
     reserve(ledger, proposal(), 2)
     assert not Path(f"{path}-journal").exists()
-    assert [kind for _, kind in rows(path)] == ["note", "note", "plan", "reserve", "reserve"]
-    verify(path)
+    assert [kind for kind, _ in kinds_of(path)] == ["note", "note", "plan", "reserve", "reserve"]
 
 
 # What cannot be written, or is no ledger.
 
 
-def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
-    opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_full_disk_nothing_is_charged_in_memory_alone(opened: Any, path: Path, monkeypatch: Any) -> None:
     ledger, whole = opened(), store.writing
     granted = reserve(ledger, proposal(), 1)
 
@@ -167,9 +152,7 @@ def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
 
     with monkeypatch.context() as patched:
         patched.setattr(store, "writing", full)
-        with pytest.raises(
-            RunError, match=r"cannot be read or written \(database or disk is full\); nothing is trained"
-        ):
+        with pytest.raises(RunError, match=r"cannot be read or written \(database or disk is full\); nothing is tr"):
             ledger.commit(granted, bytes(100_000))
         with pytest.raises(RunError, match="disk is full"):
             ledger.reserve(proposal(run="x" * 200), round=1, request="y" * 100_000)
@@ -184,14 +167,16 @@ def test_on_a_full_disk_nothing_is_charged_in_memory_that_is_not_on_disk(
 
 
 @pytest.mark.parametrize("blocked", ["folder is a file", "file is a folder", "folder cannot be made"])
-def test_a_ledger_that_cannot_be_made_is_a_run_error(opened: Any, path: Path, tmp_path: Path, blocked: str) -> None:
+def test_a_ledger_that_cannot_be_made_is_a_run_error(opened: Any, path: Path, blocked: str) -> None:
     if blocked == "folder is a file":
         path.parent.write_bytes(b"")
     elif blocked == "file is a folder":
         path.mkdir(parents=True)
     else:
         path = Path("/proc/nobody/ledger.db")
-    with pytest.raises(RunError, match=rf"ledger {path} cannot be (made|opened|read or written) \(.*\); nothing is tr"):
+    with pytest.raises(
+        RunError, match=rf"ledger {re.escape(str(path))} cannot be (made|opened|read or written) \(.*\); nothing is"
+    ):
         opened(path=path)
 
 
@@ -207,7 +192,7 @@ def test_a_transaction_shuts_others_out_before_it_reads(opened: Any, path: Path)
 
 
 def test_a_ledger_that_somebody_else_holds_for_too_long_is_a_run_error(
-    opened: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Any, path: Path, monkeypatch: Any
 ) -> None:
     ledger = opened()
     monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.01)
@@ -233,8 +218,7 @@ def test_another_file_is_a_run_error_and_stays_as_it_is(opened: Any, path: Path,
 
 
 def test_a_truncated_file_is_a_run_error(opened: Any, path: Path) -> None:
-    ledger = opened()
-    ledger.commit(reserve(ledger, proposal(), 1), bytes(50_000))
+    train(ledger := opened(), proposal(), 1, reply=bytes(50_000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for check in (opened, lambda: verify(path), lambda: ledger.reserve(proposal(), round=2, request="q")):
         with pytest.raises(RunError):
@@ -258,12 +242,6 @@ def test_other_tables_than_a_ledgers_are_a_run_error(opened: Any, path: Path, st
     for check in (opened, lambda: verify(path), lambda: ledger.reserve(proposal(), round=1, request="q")):
         with pytest.raises(RunError, match="does not have a ledger's tables: it was changed, or is another file"):
             check()
-
-
-def test_a_ledger_in_a_folder_of_any_name_can_be_read(opened: Any, tmp_path: Path) -> None:
-    path = tmp_path / "50% of #1? & more" / "ledger.db"
-    opened(path=path)
-    assert len(verify(path).events) == 2
 
 
 def test_a_ledger_found_damaged_is_not_left_locked(opened: Any, path: Path) -> None:
@@ -301,25 +279,17 @@ def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(opened: Any,
     for one in racing:
         one.join(60)
     assert [one.exitcode for one in racing] == [0] * 8
-    assert Counter(told.get() for _ in range(16)) == {
-        ("own", "granted"): 1,
-        ("own", "max_epsilon"): 7,
-        ("shared", "granted"): 1,
-        ("shared", "plan_exhausted"): 7,
-    }
+    refused = {("own", "max_epsilon"): 7, ("shared", "plan_exhausted"): 7}
+    assert Counter(told.get() for _ in range(16)) == refused | {("own", "granted"): 1, ("shared", "granted"): 1}
     verified = verify(path, anchor=Head.read(anchor))
     assert verified.anchor_sequence == len(verified.events)
     assert [event.kind for event in verified.events].count(Kind.RESERVE) == 3
     assert verified.history.charged() == events.grouped([shared.plan.event()] * 3)
 
 
-def test_who_charges_whenever_a_transaction_ends_gets_no_round_too_many(
-    opened: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    two_rounds = proposal(plan={"num_rounds": 2})
-    one, other = opened(), opened()
-    refusals: list[Reason] = []
-    original = EventStore.transaction
+def test_who_charges_whenever_a_transaction_ends_gets_no_round_too_many(opened: Any, monkeypatch: Any) -> None:
+    one, other, two_rounds = opened(), opened(), proposal(plan={"num_rounds": 2})
+    refusals, original = list[Reason](), EventStore.transaction
 
     @contextlib.contextmanager
     def then_the_other(store: EventStore) -> Iterator[None]:
@@ -338,11 +308,9 @@ def test_who_charges_whenever_a_transaction_ends_gets_no_round_too_many(
 # Writing a file whole.
 
 
-def test_a_full_disk_is_named_and_no_part_of_a_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(durable.os, "fsync", full)
+def test_a_full_disk_is_named_and_no_part_of_a_file_stays(tmp_path: Path, monkeypatch: Any) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(durable.os, "fsync", Mock(side_effect=full))
     with pytest.raises(OSError, match="No space") as caught:
         durable.write_durably(tmp_path / "file", b"x")
     assert list(tmp_path.iterdir()) == []
@@ -355,9 +323,7 @@ def test_a_full_disk_is_named_and_no_part_of_a_file_stays(tmp_path: Path, monkey
     assert what_is_full(OSError(errno.EACCES, os.strerror(errno.EACCES), "file")) is None
 
 
-def test_durable_writing_syncs_the_bytes_before_the_name_and_the_folder_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_durable_writing_syncs_the_bytes_before_the_name_and_the_folder_after(tmp_path: Path, monkeypatch: Any) -> None:
     order: list[str] = []
     replace = os.replace
 

@@ -107,13 +107,6 @@ def test_composing_errs_by_less_than_is_counted(tilt: float) -> None:
             assert abs(claimed - true) <= tail.rounding[place] + 1e-11 * true
 
 
-def test_mechanisms_of_several_kinds_compose_as_one() -> None:
-    together = Composition([(0.1, 2.0, 6), (0.1, 2.0, 18), (1.0, 9.0, 1)], COARSE)
-    apart = Composition([(0.1, 2.0, 24), (1.0, 9.0, 1)], COARSE)
-    for delta in (1e-5, 1e-12):
-        assert together.epsilon(delta) == pytest.approx(apart.epsilon(delta), rel=1e-7)
-
-
 def test_a_delta_that_the_arithmetic_does_not_carry_is_refused() -> None:
     settings = {"unit": "record", "sampling_rate": 0.1, "noise_multiplier": 1.0, "max_grad_norm": 1.0}
     Plan(**settings, delta=2e-18, local_steps=10, num_rounds=100)

@@ -1,8 +1,8 @@
 """A promise of the site's own: which noise keeps it, that the ledger charges that noise, and what it never weakens."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -22,7 +22,6 @@ from fedtune.spec import ConfigError, RunError
 
 from .builders import plan, policy, proposal, reason_of, train
 
-Open = Callable[..., Ledger]
 STRONGER = Promise(noise_factor=1.5)
 THREE = Together(num_sites=3, threshold=3, colluders=0).with_share(1.0)
 
@@ -73,7 +72,7 @@ def test_what_no_noise_of_the_sites_own_can_keep_is_refused() -> None:
     assert Promise(epsilon_per_run=1e-3).factor_for(plan(sampling_rate=1.0, num_rounds=500)) is None
 
 
-def test_in_a_secure_sum_a_shorter_clip_norm_keeps_the_promise(opened: Open) -> None:
+def test_in_a_secure_sum_a_shorter_clip_norm_keeps_the_promise(opened: Any) -> None:
     sums = {"shared": THREE, "local_steps": 1, "num_rounds": 15}
     asked, trust = plan(**sums), {"trust": {"secure": True}}
     factor = Promise(noise_factor=1.1).factor_for(asked)
@@ -117,7 +116,7 @@ def test_limits_count_the_noise_that_is_made() -> None:
     replace(capped, promise=Promise(epsilon_per_run=4.0)).check(proposal())
 
 
-def test_the_ledger_charges_the_noise_that_the_site_makes(opened: Open, path: Path) -> None:
+def test_the_ledger_charges_the_noise_that_the_site_makes(opened: Any, path: Path) -> None:
     ledger, asked = opened(policy=policy(promise=STRONGER)), proposal()
     train(ledger, asked, 1)
     assert ledger.history.runs["r"].plan == replace(asked.plan, noise_multiplier=1.5)
@@ -131,7 +130,7 @@ def test_the_ledger_charges_the_noise_that_the_site_makes(opened: Open, path: Pa
     assert verify(path).history.charged() == ledger.history.charged()
 
 
-def test_a_site_that_promises_nothing_more_says_what_it_did(opened: Open, path: Path) -> None:
+def test_a_site_that_promises_nothing_more_says_what_it_did(opened: Any, path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1)
     (accepted,) = [event.detail for event in verify(path).events if event.kind is Kind.PLAN]
@@ -147,16 +146,14 @@ def test_a_site_that_promises_nothing_more_says_what_it_did(opened: Open, path: 
 
 
 @pytest.mark.parametrize("said", [0.5, 2, "1.5", 1e3, 1.3])
-def test_a_ledger_with_another_factor_cannot_be_read(
-    opened: Open, said: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ledger_with_another_factor_cannot_be_read(opened: Any, said: object, monkeypatch: Any) -> None:
     monkeypatch.setattr(Ledger, "noise_factor", lambda *of: said)
     sums = {"shared": THREE, "local_steps": 1} if said == 1.3 else {}  # no clip norm of a secure sum is so much shorter
     with pytest.raises(RunError, match=r"multiple of the plan's|more than the plan can have"):
         train(opened(policy=policy(trust={"secure": True})), proposal(plan=sums), 1)
 
 
-def test_a_run_keeps_the_noise_that_it_began_with(opened: Open) -> None:
+def test_a_run_keeps_the_noise_that_it_began_with(opened: Any) -> None:
     train(opened(policy=policy(promise=STRONGER)), proposal(), 1)
     without = opened(policy=policy())
     train(without, proposal(), 2)
@@ -169,7 +166,7 @@ def test_a_run_keeps_the_noise_that_it_began_with(opened: Open) -> None:
     assert more.noise_factor(proposal(run="s")) == 2.0
 
 
-def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Open) -> None:
+def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Any) -> None:
     small = {"max_epsilon": 6.0}
     assert reason_of(opened(policy=policy(budget=small)).require_acceptable, proposal()) is Reason.MAX_EPSILON
     ledger = opened(policy=policy(budget=small, promise=Promise(epsilon_per_run=2.0)))
@@ -181,7 +178,7 @@ def test_a_run_that_costs_too_much_fits_with_the_sites_own_noise(opened: Open) -
     assert ledger.offer(proposal(run="s")).noise_factor == run.noise_factor > 1
 
 
-def test_no_offer_computes_an_epsilon_beyond_the_limits(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_offer_computes_an_epsilon_beyond_the_limits(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     above = Mock(wraps=promise_module._plan_epsilon_above)
     monkeypatch.setattr(promise_module, "_plan_epsilon_above", above)
     ledger = opened(policy=policy(promise=Promise(epsilon_per_run=2.0), limits={"min_noise_multiplier": 0.6}))

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import patch
 
 import mpmath
 import numpy as np
@@ -20,6 +21,8 @@ from scipy import stats
 import fedtune.privacy
 import fedtune.training
 from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness, SystemRandomness, _box_muller
+
+from .exact_sums import fits
 
 COUNT = 100_000
 ONCE_IN_A_MILLION = 1e-6
@@ -52,28 +55,10 @@ def test_bernoulli_ends() -> None:
     assert stream("ends").bernoulli(1000, 1 - 2**-53).all()
 
 
-def cells(deviation: float) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Whole numbers that are each expected 20 times or more, and the probability of each; the ends hold the tails."""
-    most = int(np.floor(stats.norm.isf(20 / COUNT) * deviation))
-    places = np.arange(-most, most + 1)
-    ends = (places[:-1] + 0.5) / deviation
-    below = np.concatenate([[0.0], stats.norm.cdf(ends), [1.0]])
-    return places, np.diff(below)
-
-
-def fits(values: npt.NDArray[np.int64], deviation: float) -> bool:
-    """Pearson's chi-square against the exact probability of every cell, at one in a million."""
-    places, probabilities = cells(deviation)
-    held = np.clip(values, places[0], places[-1]) - places[0]
-    counts = np.bincount(held, minlength=len(places))
-    return bool(stats.chisquare(counts, probabilities * values.size).pvalue > ONCE_IN_A_MILLION)
-
-
 @pytest.mark.parametrize("deviation", [0.3, 1.0, 3.0])
 def test_small_normal_values_have_the_exact_probability_of_every_cell(deviation: float) -> None:
     values = stream("cells", str(deviation)).rounded_normal(COUNT, deviation)
     assert values.dtype == np.int64
-    assert len(cells(deviation)[0]) >= 3
     assert fits(values, deviation)
     assert not fits(values, 0.9 * deviation)
     assert not fits(values, 1.1 * deviation)
@@ -145,17 +130,13 @@ def test_values_are_those_of_the_same_bits_in_exact_arithmetic(deviation: float)
     assert len(one.further) < 2 or deviation > 1e9, "more bits are asked for hardly ever"
 
 
-def near_tie(radius: int, angle: int, *, which: int, middle: int) -> float:
-    """A deviation at which the cosine (0) or sine (1) of these words lies at `middle` and a half, but for rounding."""
-    value = standard_pair(Fraction(2 * radius + 1, 2**65), Fraction(2 * angle + 1, 2**65), precision=200)[which]
-    return float((middle + 0.5) / abs(value))
-
-
 def test_a_value_next_to_the_middle_between_two_integers_is_decided_by_more_bits() -> None:
     words = stream("ties").uniform64(2 * 600).tolist()
     rounded_in_float = 0
     for number, (radius, angle) in enumerate(zip(words[::2], words[1::2], strict=True)):
-        deviation = near_tie(radius, angle, which=number % 2, middle=(0, 1, 37, 2**20, 2**27)[number % 5])
+        # At this deviation the cosine or sine of these words lies at a whole number and a half, but for rounding.
+        pair = standard_pair(Fraction(2 * radius + 1, 2**65), Fraction(2 * angle + 1, 2**65), precision=200)
+        deviation = float(((0, 1, 37, 2**20, 2**27)[number % 5] + 0.5) / abs(pair[number % 2]))
         one = fed(radius, angle)
         found = one.rounded_normal(2, deviation).tolist()
         assert len(one.drawn) >= 6, "such a value is in doubt"
@@ -165,40 +146,9 @@ def test_a_value_next_to_the_middle_between_two_integers_is_decided_by_more_bits
     assert rounded_in_float > 50, "floats alone are wrong here, so this test sees it"
 
 
-EXTREME = [
-    0,
-    1,
-    2,
-    3,
-    2**10,
-    2**11 + 1,
-    2**32 - 1,
-    2**53 - 1,
-    2**53 + 1,
-    2**62,
-    2**62 + 2**9,
-    2**63 - 1,
-    2**63,
-    2**63 + 1,
-    3 * 2**62 - 1,
-    3 * 2**62,
-    2**64 - 2**13,
-    2**64 - 2**11 - 2**10,
-    2**64 - 2**11,
-    2**64 - 2**10,
-    2**64 - 1025,
-    2**64 - 2,
-    2**64 - 1,
-]
-
-
-def farthest(radius: int, angle: int) -> list[tuple[mpmath.mpf, mpmath.mpf]]:
-    """Standard pairs at the four corners of what two words leave open."""
-    return [
-        standard_pair(Fraction(radius + more, 2**64), Fraction(angle + also, 2**64), precision=200)
-        for more in (0, 1)
-        for also in (0, 1)
-    ]
+_LOW = [0, 1, 2, 3, 2**10, 2**11 + 1, 2**32 - 1, 2**53 - 1, 2**53 + 1, 2**62, 2**62 + 2**9, 2**63 - 1]
+_HIGH = [2**63, 2**63 + 1, 3 * 2**62 - 1, 3 * 2**62, *(2**64 - n for n in (2**13, 3072, 2048, 1025, 1024, 2, 1))]
+EXTREME = [*_LOW, *_HIGH]
 
 
 @pytest.mark.parametrize("deviation", [1e-3, 0.3, 1.0, 1.7 * 2.0**24, 1e12])
@@ -206,8 +156,7 @@ def test_floats_are_as_near_as_their_stated_error(deviation: float) -> None:
     """The bound by which a value counts as decided, at 500 random and 529 extreme pairs of words each."""
     draws = stream("error", str(deviation)).uniform64(1000).tolist()
     pairs = [*zip(draws[::2], draws[1::2], strict=True), *itertools.product(EXTREME, EXTREME)]
-    radius, angle = (np.array(words, dtype=np.uint64) for words in zip(*pairs, strict=True))
-    values, error = _box_muller(radius, angle, deviation)
+    values, error = _box_muller(*(np.array(words, dtype=np.uint64) for words in zip(*pairs, strict=True)), deviation)
     spare = np.inf
     with mpmath.workprec(200):
         for place, (one, other) in enumerate(pairs):
@@ -215,7 +164,8 @@ def test_floats_are_as_near_as_their_stated_error(deviation: float) -> None:
                 assert one == 0 or float(one) == 2.0**64, "in doubt whatever the value"
                 assert not error[place] < 0
                 continue
-            for corner in farthest(one, other):
+            for radius, angle in itertools.product((one, one + 1), (other, other + 1)):  # corners of what is left open
+                corner = standard_pair(Fraction(radius, 2**64), Fraction(angle, 2**64), precision=200)
                 for value, exact in zip(values[:, place], corner, strict=True):
                     away = abs(mpmath.mpf(float(value)) - deviation * exact)
                     assert away <= float(error[place]), (one, other)
@@ -266,16 +216,10 @@ def test_system_streams_differ_whatever_their_purpose() -> None:
     assert len(draws) == 50
 
 
-def test_system_keys_come_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def urandom(size: int) -> bytes:
-        asked.append(size)
-        return bytes(range(size))
-
-    monkeypatch.setattr("fedtune.privacy.randomness.os.urandom", urandom)
-    drawn = SystemRandomness().stream("noise").uniform64(4)
-    assert asked == [32], "256 bits for each stream"
+def test_system_keys_come_from_the_operating_system() -> None:
+    with patch("fedtune.privacy.randomness.os.urandom", side_effect=lambda size: bytes(range(size))) as urandom:
+        drawn = SystemRandomness().stream("noise").uniform64(4)
+    urandom.assert_called_once_with(32)  # 256 bits for each stream
     np.testing.assert_array_equal(drawn, RandomStream(bytes(range(32))).uniform64(4))
 
 
@@ -299,23 +243,8 @@ def test_seeded_streams_repeat_and_differ_by_seed_and_purpose() -> None:
 
 # Any of these in the source would mean a generator that is no CSPRNG.
 GENERATORS = {
-    "random",
-    "default_rng",
-    "RandomState",
-    "Generator",
-    "PCG64",
-    "manual_seed",
-    "randn",
-    "rand",
-    "randint",
-    "normal_",
-    "bernoulli_",
-    "uniform_",
-    "randn_like",
-    "rand_like",
-    "randperm",
-    "multinomial",
-    "fork_rng",
+    *("random", "default_rng", "RandomState", "Generator", "PCG64", "manual_seed", "randn", "rand", "randint"),
+    *("normal_", "bernoulli_", "uniform_", "randn_like", "rand_like", "randperm", "multinomial", "fork_rng"),
 }
 
 
@@ -365,9 +294,6 @@ def test_what_draws_made_up_examples_is_handed_to_no_private_step() -> None:
 
 
 def test_that_search_finds_generators() -> None:
-    for source in (
-        *("import random", "from numpy.random import default_rng", "import numpy as np\nx = np.random.normal(0, 1, 3)"),
-        *("import torch\nx = torch.randn(3)", "import torch\ng = torch.Generator()"),
-        "import torch\nx = torch.empty(3).normal_()",
-    ):
+    reached = ("np.random.normal(0, 1, 3)", "torch.randn(3)", "torch.Generator()", "torch.empty(3).normal_()")
+    for source in ("import random", "from numpy.random import default_rng", *reached):
         assert generators_in(source), source

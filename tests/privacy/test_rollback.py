@@ -8,18 +8,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
 from fedtune.privacy import events
+from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.site_ledger import Ledger
-from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
 
-from .builders import make_key, policy, proposal, reason_of, reserve, site_key, train
+from .builders import far_on, make_key, policy, proposal, reason_of, reserve, site_key, train
 from .conftest import Backups
 
 
@@ -29,9 +29,9 @@ def anchor(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def anchored(opened: Any, anchor: Path) -> Callable[..., Ledger]:
+def anchored(opened: Any, anchor: Path) -> Any:
     """Open the ledger with its anchor."""
-    return lambda **changes: opened(anchor=anchor, **changes)
+    return partial(opened, anchor=anchor)
 
 
 # Anchors.
@@ -58,12 +58,9 @@ def test_the_anchor_is_the_newest_head_after_every_transaction(anchored: Any, an
 
 
 def test_a_file_that_has_no_room_is_not_blamed_on_the_anchor(anchored: Any) -> None:
-    def full() -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.json")
-
-    ledger = anchored()
+    ledger, full = anchored(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.json")
     with pytest.raises(OSError, match=r"runs/a\.json"):
-        ledger.reserve(proposal(), round=1, request="a", before_charge=full)
+        ledger.reserve(proposal(), round=1, request="a", before_charge=Mock(side_effect=full))
     assert ledger.history.charged_rounds("r") == 0
 
 
@@ -81,19 +78,17 @@ def test_another_branch_than_the_anchors_stops(anchored: Any, anchor: Path, open
         verify(path, anchor=Head.read(anchor))
 
 
-def test_a_missing_anchor_stops_where_something_was_charged(anchored: Any, anchor: Path) -> None:
+def test_a_lost_ledger_with_an_anchor_stops_and_so_does_a_lost_anchor(anchored: Any, path: Path, anchor: Path) -> None:
     train(anchored(), proposal(), 1)
+    ledger = path.read_bytes()
+    for lose in (path.unlink, lambda: path.write_bytes(b"")):
+        lose()
+        with pytest.raises(RunError, match=r"is missing: anchor .* knows 5 events of it"):
+            anchored()
+    path.write_bytes(ledger)
     anchor.unlink()
     with pytest.raises(RunError, match=r"anchor .* is missing, and ledger .* is not new"):
         anchored()
-
-
-def test_a_lost_ledger_with_an_anchor_stops(anchored: Any, path: Path) -> None:
-    anchored()
-    for lose in (path.unlink, lambda: path.write_bytes(b"")):
-        lose()
-        with pytest.raises(RunError, match=r"is missing: anchor .* knows 2 events of it"):
-            anchored()
 
 
 @pytest.mark.parametrize(
@@ -125,19 +120,11 @@ def test_an_anchor_of_another_ledger_or_key_stops(anchored: Any, anchor: Path, o
             anchored()
 
 
-def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_good(
-    anchored: Any, anchor: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_before_the_anchor_is_written_leaves_it_behind_and_the_ledger_good(anchored: Any, anchor: Path) -> None:
     ledger = anchored()
     behind = anchor.read_bytes()
-
-    def cut(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("fedtune.privacy.ledger.store.write_durably", cut)
-        with pytest.raises(KeyboardInterrupt):
-            ledger.reserve(proposal(), round=1, request="q")
+    with patch.object(store, "write_durably", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        ledger.reserve(proposal(), round=1, request="q")
     assert anchor.read_bytes() == behind
     assert ledger.history.charged_rounds("r") == 0, "until it looks again"
     assert anchored().receipt("r").charged_rounds == 1
@@ -165,14 +152,14 @@ def test_an_anchor_that_cannot_be_written_stops(anchored: Any, anchor: Path) -> 
 def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, monkeypatch: Any) -> None:
     """A second process writes its event and its anchor after the first one's event, before its anchor."""
     first, second = anchored(), anchored()
-    write = EventStore._write_anchor
+    write = store.EventStore._write_anchor
 
-    def late(self: EventStore, to: Path) -> None:
+    def late(self: store.EventStore, to: Path) -> None:
         if self is first._store:
             train(second, proposal(run="2"), 1)
         write(self, to)
 
-    monkeypatch.setattr(EventStore, "_write_anchor", late)
+    monkeypatch.setattr(store.EventStore, "_write_anchor", late)
     first.reserve(proposal(), round=1, request="q")
     assert Head.read(anchor).sequence == 7
     assert Head.read(anchor) == anchored().head()
@@ -181,15 +168,10 @@ def test_of_two_heads_the_newer_one_stays(anchored: Any, anchor: Path, monkeypat
 def test_a_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Path) -> None:
     ledger = opened()
     train(ledger, proposal(), 1)
-    receipt = ledger.receipt("r")
-    forged = [
-        dataclasses.replace(receipt, sequence=receipt.sequence + 1),
-        dataclasses.replace(receipt, charged_rounds=0),
-        dataclasses.replace(receipt, signature=receipt.signature[::-1]),
-        dataclasses.replace(receipt, signature=""),
-        opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r"),
-    ]
-    assert [reason_of(ledger.require_contains, each) for each in forged] == [Reason.WRONG_SIGNATURE] * len(forged)
+    receipt, other = ledger.receipt("r"), opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r")
+    changes = {"sequence": receipt.sequence + 1, "charged_rounds": 0, "signature": receipt.signature[::-1]}
+    for forged in (other, *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items())):
+        assert reason_of(ledger.require_contains, forged) is Reason.WRONG_SIGNATURE
 
 
 def test_a_ledger_swapped_while_it_is_open_stops(backups: Backups) -> None:
@@ -213,17 +195,10 @@ def test_a_ledger_swapped_while_it_is_open_stops(backups: Backups) -> None:
 
 
 class Lost:
-    """What a ledger of three rounds knew when it was put back to its first.
-
-    Attributes:
-        charged: what the backup does not know.
-        receipt: the last one.
-        newest: the last head.
-        earlier: a head of an event before, which the backup does not know, either.
-    """
+    """What a ledger of three rounds knew when it was put back to its first: two heads, a receipt and what it lost."""
 
     def __init__(self, backups: Backups, **changes: Any) -> None:
-        ledger = backups.open()
+        ledger, self.path = backups.open(), backups.path
         train(ledger, proposal(), 2)
         self.earlier = ledger.head()
         train(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}, **changes), 1)
@@ -250,21 +225,18 @@ def test_the_gap_is_what_the_backup_lacks_and_nothing_else(lost: Lost, opened: A
     assert note.detail["path"][-1] == list(lost.newest.path[-1])
 
 
-def test_after_the_gap_is_charged_old_anchors_and_receipts_pass(
-    lost: Lost, opened: Any, anchor: Path, anchored: Any, path: Path
-) -> None:
+def test_after_the_gap_is_charged_old_anchors_and_receipts_pass(lost: Lost, anchor: Path, anchored: Any) -> None:
     anchor.parent.mkdir(parents=True)
     anchor.write_bytes(lost.newest.to_bytes())
     with pytest.raises(RunError, match="is older than its anchor"):
         anchored()
-    opened().charge_gap(lost.newest)
-    for head in (lost.newest, lost.earlier):
-        assert verify(path, anchor=head).anchor_sequence is not None
+    anchored(anchor=None).charge_gap(lost.newest)
     ledger = anchored()
     ledger.require_contains(lost.receipt)
     train(ledger, proposal(run="3"), 1)
     assert Head.read(anchor).sequence == ledger.history.length
-    assert verify(path, anchor=Head.read(anchor)).anchor_sequence is not None
+    for head in (lost.newest, lost.earlier, Head.read(anchor)):
+        assert verify(lost.path, anchor=head).anchor_sequence is not None
 
 
 def test_a_run_that_only_the_lost_events_knew_whole_does_not_go_on(lost: Lost, opened: Any) -> None:
@@ -277,17 +249,12 @@ def test_a_run_that_only_the_lost_events_knew_whole_does_not_go_on(lost: Lost, o
 
 @pytest.mark.parametrize(("before", "after"), [(1, 0), (1, 3), (140, 0), (140, 150)])
 def test_a_long_lost_branch_is_made_up_for_in_full(backups: Backups, before: int, after: int) -> None:
-    def refused(times: int) -> None:
-        for _ in range(times):
-            ledger.refuse(Refused(Reason.TASKS), run="x", round=1, request="q")
-
     ledger = backups.open()
-    refused(before)
+    far_on(ledger, before)
     train(ledger, proposal(), 2)
     backups.back_up()
     train(ledger, proposal(), 3)
-    refused(after)
-    newest, whole = ledger.head(), ledger.history.charged()
+    newest, whole = far_on(ledger, after), ledger.history.charged()
     backups.branch(proposal(run="fork", plan={"noise_multiplier": 3.0}), 1)
     ledger = backups.open()
     since = ledger.history.charged()
@@ -307,8 +274,8 @@ def test_after_a_restore_nobody_holds_what_the_backup_had_set_aside(backups: Bac
         assert reason_of(reserve, backups.open(), proposal(run=run), 2) is reason
 
 
-@pytest.mark.parametrize("newer", [True, False], ids=["of after it", "of before it"])
-def test_a_backup_that_is_put_back_after_a_restore_is_found(
+@pytest.mark.parametrize("newer", [True, False])
+def test_a_backup_put_back_after_a_restore_is_found(
     lost: Lost, backups: Backups, anchored: Any, anchor: Path, newer: bool
 ) -> None:
     # The new branch has not yet reached the number of events that the lost one had.
@@ -337,11 +304,8 @@ def test_a_restore_forgets_neither_a_seeded_run_nor_a_freeze(opened: Any, backup
     assert ledger.history.seeded
     study.back_up()
     ledger.freeze("why")
-    frozen = ledger.head()
-    ledger = study.put_back()
-    assert not ledger.history.frozen
-    ledger.charge_gap(frozen)
-    assert ledger.history.frozen
+    assert not study.put_back().history.frozen
+    assert study.put_back(anchor=ledger.head()).history.frozen
     assert verify(backups.path).history.seeded
 
 

@@ -1,13 +1,13 @@
 """Every rule of a site's policy: broken alone, it is named, with what was asked and what is allowed."""
 
-import dataclasses
 import json
 import math
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -119,24 +119,19 @@ def test_a_runs_cap_is_on_its_whole_plan_spare_rounds_included() -> None:
 
 def test_a_plan_beyond_other_limits_is_not_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
     # Its epsilon could take minutes; whoever asks must not have a site compute it.
-    def fail(*_: object, **__: object) -> float:
-        raise AssertionError("computed")
-
-    monkeypatch.setattr("fedtune.privacy.accountant.epsilon_pld", fail)
+    monkeypatch.setattr("fedtune.privacy.accountant.epsilon_pld", Mock(side_effect=ZeroDivisionError))
     asked = proposal(plan={"noise_multiplier": 0.01})
     capped = policy(budget={"max_epsilon_per_run": 1.2345})  # asked for nowhere else: answers are kept
     assert [reason for reason, _, _ in broken(capped, asked)] == [Reason.MIN_NOISE_MULTIPLIER]
-    with pytest.raises(AssertionError, match="computed"):
+    with pytest.raises(ZeroDivisionError):
         capped.check(proposal())
 
 
-@pytest.mark.parametrize(
-    ("month", "expected"), [(1, (0, 0, 0)), (3, (2, 0, 0)), (4, (3, 1, 0)), (9, (8, 2, 0)), (12, (11, 3, 0))]
-)
-def test_periods_are_those_of_the_calendar(month: int, expected: tuple[int, int, int]) -> None:
-    moment = datetime(2030, month, 28, 23, 59, tzinfo=UTC)
-    found = [period_of(moment, period) for period in ("month", "quarter", "year")]
-    assert found == [2030 * count + n for count, n in zip((12, 4, 1), expected, strict=True)]
+def test_periods_are_those_of_the_calendar() -> None:
+    for month, quarter in ((1, 0), (3, 0), (4, 1), (9, 2), (12, 3)):
+        moment = datetime(2030, month, 28, 23, 59, tzinfo=UTC)
+        found = [period_of(moment, period) for period in ("month", "quarter", "year")]
+        assert found == [2030 * 12 + month - 1, 2030 * 4 + quarter, 2030]
 
 
 def test_a_policy_needs_distinct_data_sets_and_may_allow_one_clip_norm_alone() -> None:
@@ -164,29 +159,17 @@ def test_an_infinite_cap_promises_nothing_and_is_null_in_json() -> None:
 
 
 def test_every_key_is_in_the_digest() -> None:
-    changes: list[dict[str, Any]] = [
-        {"site": "b"},
-        {"population": {"name": "staff"}},
-        {"dataset": (Dataset(id="notes", declared_size=2000, path="elsewhere.csv"),)},
-        {"budget": {"max_epsilon": 9.0}},
-        {"limits": {"max_rounds": 19}},
-        {"allow": {"leads": (make_key(3).public,)}},
-        {"releases": {"reply_after_s": 1.0}},
-        {"asserted": {"no_person_at_another_site": False}},
-        {"approval": "manual"},
-        {"final_adapter": "decline"},
-        {"machine": Machine(device="cpu")},
-        {"trust": Trust(secure=True)},
-        {"promise": Promise(noise_factor=2.0)},
-        {"ledger": "other.db"},
-        {"site_key": "other.pem"},
-        {"anchor": "anchor.json"},
-        {"simulated": True},
-    ]
-    every = {field.name for field in dataclasses.fields(Policy)}
-    assert {key for change in changes for key in change} == every - {"about"}
+    changes: dict[str, Any] = {"site": "b", "simulated": True, "approval": "manual", "final_adapter": "decline"}
+    changes |= {"ledger": "other.db", "site_key": "other.pem", "anchor": "anchor.json"}
+    changes |= {"population": {"name": "staff"}, "budget": {"max_epsilon": 9.0}, "limits": {"max_rounds": 19}}
+    changes |= {"releases": {"reply_after_s": 1.0}, "asserted": {"no_person_at_another_site": False}}
+    changes |= {"allow": {"leads": (make_key(3).public,)}, "machine": Machine(device="cpu")}
+    changes |= {"dataset": (Dataset(id="notes", declared_size=2000, path="elsewhere.csv"),)}
+    changes |= {"trust": Trust(secure=True), "promise": Promise(noise_factor=2.0)}
+    assert set(changes) == {field.name for field in fields(Policy)} - {"about"}
     assert policy(about=AboutSpec(curator="north")).digest() == policy().digest(), "it decides on nothing"
-    assert len({policy(**change).digest() for change in [{}, *changes]}) == len(changes) + 1
+    digests = {policy(**{key: value}).digest() for key, value in changes.items()}
+    assert len(digests | {policy().digest()}) == len(changes) + 1
 
 
 SHARED = SharedNoise(num_sites=4, threshold=3, colluders=1, noise_multiplier=4.0, cell_bits=1, bound=1024)
@@ -203,9 +186,7 @@ def of_sums(**changes: Any) -> Proposal:
 
 
 @pytest.mark.parametrize(("trust", "shared", "reason"), SUMS)
-def test_secure_sums_are_bounded_by_what_a_site_trusts(
-    trust: dict[str, Any], shared: dict[str, Any], reason: Reason
-) -> None:
+def test_secure_sums_are_bounded_by_what_a_site_trusts(trust: Any, shared: Any, reason: Reason) -> None:
     allowed = {"secure": True, "least_sites": 4, "least_threshold": 3, "colluders": 1}
     policy(trust=Trust(**allowed)).check(of_sums(**shared))
     assert [found for found, _, _ in broken(policy(trust=Trust(**allowed | trust)), of_sums())] == [reason]
