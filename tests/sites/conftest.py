@@ -30,7 +30,7 @@ from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import Asserted, Machine
+from fedtune.privacy.site_policy import Machine
 from fedtune.sites import work
 from fedtune.sites.real_site import SiteProcess
 from fedtune.sites.shared_model import SharedModel
@@ -200,7 +200,7 @@ def first_adapter() -> Adapter:
 
 
 @pytest.fixture
-def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Callable[..., Station]:
+def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Any:
     """A site that allows several runs like its configuration's; keywords change that configuration."""
 
     def make(name: str = "north", **groups: Any) -> Station:
@@ -211,12 +211,10 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Cal
         policy = generated_policy(sent, sent.plan(), name, lead=lead_key.public)
         columns = COLUMNS if config.privacy.unit == "record" else {**COLUMNS, "user": "kind"}
         columns |= {} if config.privacy.cohorts is None else {"user": "who", "arrival": "came"}
-        dataset = replace(policy.dataset[0], path=made.data.name, columns=columns)
-        budget = replace(policy.budget, max_epsilon=10 * policy.budget.max_epsilon)
-        machine = Machine(device="cpu", num_threads=1)
-        stated = Asserted(no_person_at_another_site=True)
-        real = replace(policy, dataset=(dataset,), budget=budget, machine=machine, simulated=False, asserted=stated)
-        write_policy(real, made.site_toml)
+        own = {"machine": Machine(device="cpu", num_threads=1), "asserted": {"no_person_at_another_site": True}}
+        write_policy(changed(policy, simulated=False, **own), made.site_toml)
+        budget = {"max_epsilon": 10 * policy.budget.max_epsilon}
+        made.edit(dataset={"path": made.data.name, "columns": columns}, budget=budget)
         write_records(made.data, [(f"letter {n} of {n % 7}", LABELS[n % 3]) for n in range(40)])
         return made
 
@@ -224,7 +222,7 @@ def station(tmp_path: Path, lead_key: SigningKey, first_adapter: Adapter) -> Cal
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Callable[..., RunConfig]:
+def config(tmp_path: Path) -> Any:
     """The tiny simulation's configuration with overrides."""
     return lambda *overrides: compose_run(tiny(*overrides, into=tmp_path))
 
@@ -232,7 +230,6 @@ def config(tmp_path: Path) -> Callable[..., RunConfig]:
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[npt.NDArray[np.float64]]:
     """The exact scores that each round adds noise to."""
-    seen: list[npt.NDArray[np.float64]] = []
-    original = work.noised_scores
+    seen, original = list[npt.NDArray[np.float64]](), work.noised_scores
     monkeypatch.setattr(work, "noised_scores", lambda scores, **rest: seen.append(scores) or original(scores, **rest))
     return seen

@@ -1,22 +1,29 @@
 """What a site puts in the place of a lead's settings: its own files, columns, machine and models, and nobody else's."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from fedtune.config import RunConfig
+from fedtune.data.features import FeatureReader
+from fedtune.model.base_model import model_sha256
+from fedtune.model.spec import ModelSpec
+from fedtune.preparation.check_data import check
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_policy import Dataset, Machine, Policy
-from fedtune.sites.shared_settings import at_site, for_sites
+from fedtune.sites.shared_model import SharedModel
+from fedtune.sites.shared_settings import at_own_site, at_site, for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.spec import ConfigError
 
 from ..privacy.builders import reason_of
-from .conftest import COLUMNS, letters
+from .conftest import COLUMNS, LABELS, TABLE, letters, write_records
 
 HASH = "ab" * 32
 FOLDER = Path("/srv/site")
@@ -29,20 +36,16 @@ def policy(lead_key: SigningKey) -> Policy:
     sent = for_sites(letters())
     made = generated_policy(sent, sent.plan(), "north", lead=lead_key.public)
     letters_of_north = Dataset(id="letters", declared_size=40, path="private/mail.csv", columns=COLUMNS)
-    machine = Machine(device="cpu", num_devices=2, num_threads=3, micro_batch_tokens=77, kept_states_mib=5)
-    machine = replace(machine, gradient_checkpointing=True)
+    sizes = {"num_devices": 2, "num_threads": 3, "micro_batch_tokens": 77, "kept_states_mib": 5}
+    machine = Machine(device="cpu", gradient_checkpointing=True, **sizes)
     other = Dataset(id="notes", declared_size=40, path="/elsewhere/notes.jsonl")
     return replace(made, dataset=(other, letters_of_north), machine=machine)
 
 
-def nothing_installed(sha256: str) -> Path:
-    raise ConfigError("base model", sha256, "is not installed")
-
-
-def here(
-    sent: RunConfig, policy: Policy, *, folder: Path = FOLDER, installed: Callable[[str], Path] = nothing_installed
-) -> RunConfig:
-    return at_site(sent, policy, folder=folder, installed=installed)
+def here(sent: RunConfig, policy: Policy, **about: Any) -> RunConfig:
+    """At a site where no model is installed, unless a keyword says so."""
+    nothing = Mock(side_effect=ConfigError("base model", "ab", "is not installed"))
+    return at_site(sent, policy, folder=FOLDER, **{"installed": nothing, **about})
 
 
 def test_files_columns_and_machine_are_the_sites_own(policy: Policy) -> None:
@@ -132,3 +135,56 @@ def test_packages_and_made_up_models_need_no_store(policy: Policy) -> None:
     taken = here(letters(model={**packaged, "gguf_file": "a.gguf"}), policy).model
     assert (taken.path, taken.cache_dir, taken.gguf_file) == ("package:some_weights/model", None, "a.gguf")
     assert here(letters(), policy).model.path == "random:bert"
+
+
+# A table: the site's own names of the columns, its policy, and rows that cannot be used.
+
+GOOD = [(f"{20 + number}", "ab"[number % 2], LABELS[number % 3]) for number in range(40)]
+
+
+@pytest.fixture
+def site(station: Any) -> Any:
+    """The site north, whose file calls age otherwise."""
+    made = station(**TABLE)
+    made.first = SharedModel(letters(**TABLE)).initial_adapter
+    made.edit(dataset={"columns": {"label": "KIND", "feature:age": "AGE_YEARS"}})
+    return made
+
+
+def write(site: Any, rows: list[tuple[str, ...]]) -> None:
+    write_records(site.data, rows, header=("AGE_YEARS", "ward", "KIND"))
+    site.restart()
+
+
+def test_a_table_is_trained_on_under_the_site_s_own_names(site: Any) -> None:
+    write(site, GOOD)
+    update = site.update()
+    shapes = {name: one.shape for name, one in update.tensors.items()}
+    assert shapes == {"head.weight": (len(LABELS), 5), "head.bias": (len(LABELS),)}
+    sent = for_sites(site.config)
+    assert sent.model.sha256 == model_sha256(ModelSpec(path="none"))
+    # As a policy allows it.
+    asked = sent.proposal(lead="x", plan=sent.plan())
+    assert (asked.adapter, asked.base_model, asked.target_modules) == ("none", sent.model.sha256, ())
+    assert asked.train_head
+
+
+def test_the_check_reads_the_file_as_training_does(site: Any) -> None:
+    write(site, [*GOOD, ("old", "a", LABELS[0])])
+    config = at_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
+    (file,) = check(config, FeatureReader(config.data.features), within=1).files
+    assert (file.rows, file.uses, sum(file.num_errors.values())) == (41, {"train": 40}, 1)
+    sent = for_sites(site.config)
+    trained = at_site(sent, read_policy(site.site_toml), folder=site.folder, installed=lambda sha256: site.folder)
+    assert replace(config.data, declared_sizes=trained.data.declared_sizes) == trained.data
+
+
+def test_rows_that_cannot_be_used_add_nothing(site: Any) -> None:
+    write(site, GOOD)
+    without = site.update().tensors
+    bad = [("old", "a"), ("1e999", "a"), ("", "b"), ("nan", "a"), ("[1]", "b")]
+    site.edit(limits={"max_rounds": 99})
+    write(site, [*GOOD, *((*one, LABELS[0]) for one in bad), ("30", "a", "no label")])
+    found = site.update(replace(site.config, name="second"), round=1).tensors
+    for name, one in found.items():
+        np.testing.assert_array_equal(one, without[name])

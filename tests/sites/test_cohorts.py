@@ -1,26 +1,31 @@
-"""A site whose people arrive over time: a round samples those whom the register admits to its run, and nobody else."""
+"""Sites of users: a round trains on users, and where they arrive over time, on whom the register admits to its run."""
 
 import json
 import logging
-from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import fedtune.sites.work as site_work
+from fedtune.data import Record
+from fedtune.data.load import SiteRecords
 from fedtune.data.values import read_value
 from fedtune.federation import site_round
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.cohorts import Cohorts
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason
 from fedtune.sites.real_site import SiteProcess
+from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
+from fedtune.training.users import UserExamples
 
 from .conftest import LABELS, letters, write_records
+from .test_work import do
 
 COLUMNS = {"text": "text", "label": "label", "user": "id", "arrival": "since"}
 """Of the lead's files."""
@@ -48,7 +53,7 @@ def write(site: Any, people: dict[str, list[str]]) -> None:
 
 
 @pytest.fixture
-def site(station: Callable[..., Any]) -> Any:
+def site(station: Any) -> Any:
     made = station(**by_cohorts("2024", "2025"))
     write(made, PEOPLE)
     return made
@@ -131,19 +136,8 @@ def test_whom_a_run_does_not_admit_is_left_out_in_silence(site: Any, caplog: pyt
 def test_dates_are_read_within_the_schedule_and_after_the_decision(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     held, work = site_round._held_to_a_schedule, SiteProcess.work
-
-    @contextmanager
-    def watched(every_s: float) -> Any:
-        order.append("schedule")
-        with held(every_s):
-            yield
-
-    def reading(self: Any, *given: Any) -> Any:
-        order.append("records")
-        return work(self, *given)
-
-    monkeypatch.setattr(site_round, "_held_to_a_schedule", watched)
-    monkeypatch.setattr(SiteProcess, "work", reading)
+    monkeypatch.setattr(site_round, "_held_to_a_schedule", lambda every_s: order.append("schedule") or held(every_s))
+    monkeypatch.setattr(SiteProcess, "work", lambda *given: order.append("records") or work(*given))
     site.update()
     assert order == ["schedule", "records", "records"]
     site.update()
@@ -188,3 +182,59 @@ def test_settings_and_policy_go_together(site: Any) -> None:
 )
 def test_no_date_is_a_fault(value: object, month: str) -> None:
     assert read_value(value, "arrival", at="") == month
+
+
+# A site whose population is protected by user: it trains on users, and scores each once.
+
+BY_USER: dict[str, Any] = {
+    "data": {"columns": {"text": "text", "label": "label", "user": "who"}},
+    "privacy": {"unit": "user", "records_per_user": 5},
+}
+
+
+def test_it_trains_on_its_users(station: Any, first_adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whose column "kind" also says whose a record is: three users with 13 records or more.
+    seen, site = list[Any](), station(**BY_USER)
+    train = site_work.train_round
+    monkeypatch.setattr(site_work, "train_round", lambda *of, **rest: seen.append(of[2]) or train(*of, **rest))
+    assert Adapter(site.update().tensors).digest() != first_adapter.digest()
+    (examples,) = seen
+    assert isinstance(examples, UserExamples)
+    assert len(examples) == 3
+    assert site.ledger().history.opened.unit == "user"
+
+
+def test_it_refuses_runs_of_records_and_more_than_it_lets_a_user_contribute(station: Any) -> None:
+    assert station("south").refusal(letters(**BY_USER)) is Reason.UNIT, "as a site of records does runs by user"
+    site = station(**BY_USER)
+    assert site.refusal(letters()) is Reason.UNIT
+    site.edit(limits={"max_records_per_user": 4})
+    assert site.refusal() is Reason.MAX_RECORDS_PER_USER
+    assert site.ledger().history.runs == {}
+
+
+def test_a_record_of_several_users_costs_nobody_an_answer(station: Any) -> None:
+    site = station(**BY_USER)
+    # Left out by itself: what a lead asks for must not make the answer depend on whether some record fits it.
+    write_records(site.data, [("letter", LABELS[0]), ("ours", f"{LABELS[0]},{LABELS[1]}")])
+    site.update()
+    write_records(site.data, [("ours", f"{LABELS[0]},{LABELS[1]}")])
+    site.restart()
+    site.update(round=2)
+
+
+def records(users: dict[str, int]) -> list[Record]:
+    """So many of each user."""
+    each = [(n, user) for user, count in users.items() for n in range(count)]
+    return [Record({"text": f"letter {n} of {user}", "label": LABELS[n % 2 * 2], "user": user}) for n, user in each]
+
+
+def test_a_user_adds_one_score_to_the_sum_however_many_records_it_has(lead_key: SigningKey, scored: Any) -> None:
+    data = {"heldout_fraction": 0.5, "columns": {"text": "text", "label": "label", "user": "who"}}
+    shared = SharedModel(letters(data=data, privacy={"metrics": "noised", "unit": "user"}))
+    for users in ({"one": 9, "another": 1}, {"one": 9}, {}):
+        own = SiteRecords(training=records({"third": 3}), heldout=records(users))
+        assert do(shared, lead_key, own).scores is not None
+        assert scored[-1].shape == (len(users),)
+        assert ((scored[-1] >= 0) & (scored[-1] <= 1)).all()
+    assert scored[0][0] == scored[1][0], "nor does one user move another's score"

@@ -16,7 +16,8 @@ from fedtune.sites.data_warnings import check_decides, lead_notes, may_decide, s
 from fedtune.sites.shared_model import LeadData
 from fedtune.spec import ConfigError
 
-from .conftest import LABELS, letters
+from ..privacy.builders import changed
+from .conftest import LABELS, letters, write_records
 
 
 def records(*labels: str) -> list[Record]:
@@ -41,16 +42,15 @@ def simulated(tmp_path: Path) -> RunConfig:
     """A simulation whose two sites declare 40 records each, with a test file of its own."""
     for name in ("train", "test"):
         (tmp_path / f"{name}.csv").write_text(f"text,label\n{name},a\n")
-    config = letters(runtime={"kind": "simulation"}, data={"declared_sizes": 40})
     files = {f"{name}_file": str(tmp_path / f"{name}.csv") for name in ("train", "test")}
-    return replace(config, data=replace(config.data, **files))
+    return letters(runtime={"kind": "simulation"}, data={"declared_sizes": 40, **files})
 
 
 def test_nothing_is_said_of_what_is_as_it_should_be(simulated: RunConfig) -> None:
     assert list(lead_notes(simulated, validation=None, test=lead("a", "b"))) == []
     assert list(lead_notes(simulated, validation=lead("a"), test=lead("a", "b"))) == []
     assert list(site_notes(simulated, dealt(27, 59))) == []
-    gone = replace(simulated, data=replace(simulated.data, test_file="gone.csv"))
+    gone = changed(simulated, data={"test_file": "gone.csv"})
     assert list(lead_notes(gone, validation=None, test=lead("a", "b"))) == []
 
 
@@ -88,30 +88,25 @@ def test_a_test_file_that_is_the_training_file(simulated: RunConfig, tmp_path: P
         test.write_text("".join(["text,label\n", *(rows[1:] if how == "a part" else rows)]))
     file = train if how == "the same path" else test
     kind = replace(simulated.data.partition, kind="file" if "{site}" in given else "iid")
-    config = replace(simulated, data=replace(simulated.data, train_file=given, partition=kind, test_file=str(file)))
+    config = changed(simulated, data={"train_file": given, "partition": kind, "test_file": str(file)})
     (note,) = lead_notes(config, validation=None, test=lead("a", "b"))
     assert note == "data.test_file holds what data.train_file holds: the scores say nothing about new records"
-    config = replace(config, data=replace(config.data, validation_file=str(file)))
     with pytest.raises(ConfigError, match=r"data\.validation_file = .*: must not hold what data\.train_file holds"):
-        check_decides(config)
+        check_decides(changed(config, data={"validation_file": str(file)}))
 
 
-def test_a_file_that_is_written_anew_is_read_anew(simulated: RunConfig) -> None:
-    train, test = Path(simulated.data.train_file), Path(str(simulated.data.test_file))
-    rows = [f"{word},{LABELS[0]}\n" for word in ("one", "two", "three")]
-    train.write_text("".join(["text,label\n", *rows]))
-    config = replace(simulated, data=replace(simulated.data, validation_file=str(test)))
-    test.write_text(f"text,label\nfour,{LABELS[0]}\n")
-    assert may_decide(config)
-    test.write_text(f"text,label\ntwo,{LABELS[0]}\n")
-    assert not may_decide(config)
+def test_a_file_that_is_written_anew_is_read_anew_and_texts_may_be_alike_by_chance(simulated: RunConfig) -> None:
+    config = changed(simulated, data={"validation_file": simulated.data.test_file})
 
+    def decides(trained_on: list[str], validated_on: list[str]) -> bool:
+        for file, words in ((config.data.train_file, trained_on), (config.data.test_file, validated_on)):
+            write_records(Path(str(file)), [(word, LABELS[0]) for word in words], header=("text", "label"))
+        return may_decide(config)
 
-def test_a_file_of_other_records_may_decide_where_texts_are_alike_by_chance(simulated: RunConfig) -> None:
-    train, test = simulated.data.train_file, str(simulated.data.test_file)
-    for file, times in ((train, 20), (test, 2)):
-        Path(file).write_text("text,label\n" + f"yes,{LABELS[0]}\nno,{LABELS[0]}\n" * times)
-    assert may_decide(replace(simulated, data=replace(simulated.data, validation_file=test)))
+    words = ["one", "two", "three"]
+    assert decides(words, ["four"])
+    assert not decides(words, ["two"])
+    assert decides(["yes", "no"] * 20, ["yes", "no"] * 2)
 
 
 def test_what_is_told_of_simulated_sites(simulated: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """A lead chooses the settings: whatever it chooses, an answer must not depend on whether some record fits them."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,12 @@ from fedtune.tasks import inputs
 
 from .conftest import letters, write_records
 
+LABELS = [{"labels": ("invoice", "complaint")}, {"labels": ("never", "declared")}]
+
 
 @pytest.mark.by_day("{'labels': ('never', 'declared')}", "{'max_length': 3}")
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"labels": ("invoice", "complaint")},
-        {"labels": ("never", "declared")},
-        {"heldout_fraction": 0.999999},
-        {"max_length": 3},
-    ],
-    ids=str,
-)
-def test_no_setting_makes_a_record_fail(asked: dict[str, Any], station: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("asked", [*LABELS, {"heldout_fraction": 0.999999}, {"max_length": 3}], ids=str)
+def test_no_setting_makes_a_record_fail(asked: dict[str, Any], station: Any) -> None:
     site = station(data=asked)
     first = SharedModel(for_sites(site.config)).initial_adapter
     write_records(site.data, [("one letter", "praise"), ("", "praise"), ("two letters", ""), ("three", "unheard of")])
@@ -49,7 +42,7 @@ WELL_FORMED = {
 
 @pytest.mark.parametrize("text", WELL_FORMED.values(), ids=list(WELL_FORMED))
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_no_text_of_a_record_ends_an_answer(text: str, suffix: str, station: Callable[..., Any]) -> None:
+def test_no_text_of_a_record_ends_an_answer(text: str, suffix: str, station: Any) -> None:
     site = station()
     path = site.data.with_suffix(suffix)
     site.edit(dataset={"path": path.name})
@@ -64,7 +57,7 @@ def test_no_text_of_a_record_ends_an_answer(text: str, suffix: str, station: Cal
 
 
 @pytest.mark.parametrize("unread", ["9" * 5000, "[" * 100_000 + "]" * 100_000], ids=["a number", "a depth"])
-def test_nothing_in_a_column_that_no_run_reads_ends_an_answer(unread: str, station: Callable[..., Any]) -> None:
+def test_nothing_in_a_column_that_no_run_reads_ends_an_answer(unread: str, station: Any) -> None:
     site = station()
     path = site.data.with_suffix(".jsonl")
     site.edit(dataset={"path": path.name})
@@ -72,7 +65,7 @@ def test_nothing_in_a_column_that_no_run_reads_ends_an_answer(unread: str, stati
     site.update()
 
 
-def test_no_setting_makes_a_held_out_record_fail(station: Callable[..., Any]) -> None:
+def test_no_setting_makes_a_held_out_record_fail(station: Any) -> None:
     noised = {"metrics": "noised", "metrics_noise_multiplier": 50.0}
     site = station(data={"labels": ("invoice", "complaint"), "heldout_fraction": 0.5}, privacy=noised)
     write_records(site.data, [(f"letter {n}", "praise" if n % 2 else "invoice") for n in range(40)])
@@ -96,7 +89,7 @@ def test_a_record_is_opened_only_for_a_round_that_is_charged(station: Any, monke
     assert charged_then[0] > 0
 
 
-def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station: Callable[..., Any]) -> None:
+def test_a_record_that_was_taken_out_is_not_trained_on_in_the_next_round(station: Any) -> None:
     site = station()
     site.update()
     write_records(site.data, [("the only one that stayed", "praise")])
@@ -130,7 +123,7 @@ MARKED: dict[str, tuple[dict[str, str], dict[str, str | None]]] = {
 
 
 @pytest.mark.parametrize("case", MARKED)
-def test_no_marked_text_ends_an_answer(case: str, station: Callable[..., Any], tmp_path: Path) -> None:
+def test_no_marked_text_ends_an_answer(case: str, station: Any, tmp_path: Path) -> None:
     columns, files = MARKED[case]
     run: dict[str, Any] = {
         "task": "token_classification",
@@ -141,10 +134,7 @@ def test_no_marked_text_ends_an_answer(case: str, station: Callable[..., Any], t
     folder = site.folder / "notes"
     folder.mkdir()
     for name, text in files.items():
-        if text is None:
-            (folder / name).symlink_to(folder / name)
-        else:
-            (folder / name).write_text(text)
+        (folder / name).symlink_to(folder / name) if text is None else (folder / name).write_text(text)
     (alone,) = [name for name in files if name in ("a.conll", "a.pubtator")] or [""]
     site.edit(dataset={"path": f"notes/{alone}", "columns": columns})
     site.update(adapter=SharedModel(letters(**run)).initial_adapter)

@@ -22,35 +22,27 @@ def records_of(count: int, **fields: Any) -> list[Record]:
     return [Record({"text": f"a letter, number {n}", "label": kinds[n % 2], **fields}) for n in range(count)]
 
 
-def lines(records: list[Record]) -> set[str]:
-    return {record.fields["text"] for record in records}
+def parted(parts: Parts, field: str = "text") -> list[set[str]]:
+    """The texts, or other values, of each part, of which no two share one."""
+    found = [{one.fields[field] for one in part} for part in (parts.training, parts.choosing, parts.scored)]
+    assert sum(map(len, found)) == len(set.union(*found))
+    return found
 
 
 def test_what_was_held_out_chooses_and_is_scored() -> None:
     everything = records_of(200)
-    of_site = SiteRecords(everything[:120], everything[120:])
-    parts = Parts.of(of_site, key=b"key", unit="record")
-    assert parts.training == of_site.training
-    assert not parts.seen
-    assert lines(parts.choosing) | lines(parts.scored) == lines(of_site.heldout)
-    assert not lines(parts.choosing) & lines(parts.scored)
+    parts = Parts.of(SiteRecords(everything[:120], everything[120:]), key=b"key", unit="record")
+    assert (parts.training, parts.seen) == (everything[:120], False)
+    _, choosing, scored = parted(parts)
+    assert choosing | scored == {record.fields["text"] for record in everything[120:]}
 
 
-def test_a_site_that_held_nothing_out_parts_its_records_and_says_so() -> None:
+def test_a_site_that_held_nothing_out_parts_its_records_but_no_user_and_says_so() -> None:
     parts = Parts.of(SiteRecords(records_of(300), []), key=b"key", unit="record")
     assert parts.seen
-    assert sum(map(len, (parts.training, parts.choosing, parts.scored))) == 300
-    assert not lines(parts.training) & (lines(parts.choosing) | lines(parts.scored))
-
-
-def test_no_user_is_parted() -> None:
-    records = [record for user in range(60) for record in records_of(5, user=f"u{user}")]
-    parts = Parts.of(SiteRecords(records, []), key=b"key", unit="user")
-    users = [{one.fields["user"] for one in part} for part in (parts.training, parts.choosing, parts.scored)]
-    assert sum(map(len, users)) == len(set.union(*users)) == 60
-
-
-def test_a_site_with_too_few_records_is_told() -> None:
+    assert sum(map(len, parted(parts))) == 300
+    of_users = [record for user in range(60) for record in records_of(5, user=f"u{user}")]
+    assert sum(map(len, parted(Parts.of(SiteRecords(of_users, []), key=b"key", unit="user"), "user"))) == 60
     with pytest.raises(DataError, match=f"must be at least {FEWEST_RECORDS}"):
         Parts.of(SiteRecords(records_of(30), []), key=b"key", unit="record")
 
@@ -78,10 +70,8 @@ def test_training_stops_where_the_records_that_choose_say() -> None:
 def test_the_note_beside_the_ledger_holds_run_and_day_alone(tmp_path: Path) -> None:
     for run in ("first", "second"):
         note_made(tmp_path, run=run, day="2026-11-26")
-    assert json.loads((tmp_path / "own_adapters.json").read_text()) == [
-        {"run": "first", "made": "2026-11-26"},
-        {"run": "second", "made": "2026-11-26"},
-    ]
+    made = [{"run": run, "made": "2026-11-26"} for run in ("first", "second")]
+    assert json.loads((tmp_path / "own_adapters.json").read_text()) == made
     (tmp_path / "own_adapters.json").write_text("[")
     with pytest.raises(RunError, match="cannot be read: put it back from a backup"):
         note_made(tmp_path, run="third", day="2026-11-26")

@@ -1,7 +1,6 @@
 """A model in a site's store that is not the one the run names, or that a record could break, costs nothing."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def at_site(folder: Path, station: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+def at_site(folder: Path, station: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A site whose store holds `folder`, for a run that names it by the hash that it has now."""
 
     def make() -> Any:
@@ -43,9 +42,7 @@ def changed_json(file: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_another_file_in_the_store_is_refused_before_the_charge(
-    at_site: Callable[[], Any], folder: Path, name: str
-) -> None:
+def test_another_file_in_the_store_is_refused_before_the_charge(at_site: Any, folder: Path, name: str) -> None:
     site = at_site()
     site.update()
     site.edit(ledger="another.db")
@@ -56,12 +53,11 @@ def test_another_file_in_the_store_is_refused_before_the_charge(
 
 
 @pytest.mark.parametrize("text", ["nothing of it", "a metastasis"])
-def test_a_token_beyond_the_embedding_is_no_oracle(at_site: Callable[[], Any], folder: Path, text: str) -> None:
+def test_a_token_beyond_the_embedding_is_no_oracle(at_site: Any, folder: Path, text: str) -> None:
     """Before, the site failed where a record held the token, and answered where none did."""
-    fields = json.loads((folder / "tokenizer.json").read_text())
+    tokens = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    fields["added_tokens"].append({"id": 400, "content": "metastasis", **flags})
-    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    changed_json(folder / "tokenizer.json", added_tokens=[*tokens, {"id": 400, "content": "metastasis", **flags}])
     site = at_site()
     site.data.write_text(f"body,kind\n{text},praise\n" * 20)
     assert site.refusal() is Reason.SITE_ERROR
@@ -79,7 +75,7 @@ GROWS = {"type": "Replace", "pattern": {"String": "JANE ROE"}, "content": "X" * 
     ids=["gives up", "grows", "panics always"],
 )
 def test_a_tokenizer_that_breaks_over_a_word_is_no_oracle(
-    at_site: Callable[[], Any], folder: Path, part: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
+    at_site: Any, folder: Path, part: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, the site's process ended where a record held the word, and answered where none did."""
     changed_json(folder / "tokenizer.json", **part)

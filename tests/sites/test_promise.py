@@ -1,7 +1,6 @@
 """The noise that a site really adds for a promise of its own is the noise that its ledger charged."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def noise_in(update: Update, sent: Adapter, config: RunConfig) -> npt.NDArray[np
     ids=["none", "factor", "epsilon"],
 )
 def test_a_real_site_adds_the_noise_that_it_is_charged_for(
-    station: Callable[..., Any], has_scale: Any, promise: Promise, factor: float | None
+    station: Any, has_scale: Any, promise: Promise, factor: Any
 ) -> None:
     north = station(**SGD)
     north.edit(promise=promise)
@@ -70,7 +69,7 @@ def test_a_simulated_site_does_the_same(has_scale: Any, tmp_path: Path) -> None:
     assert has_scale(noise_in(reply.body, sent, config), 8.0)
 
 
-def test_a_site_tells_its_factor_before_the_run_and_keeps_to_it(station: Callable[..., Any]) -> None:
+def test_a_site_tells_its_factor_before_the_run_and_keeps_to_it(station: Any) -> None:
     north = station(**SGD)
     north.edit(promise=Promise(noise_factor=1.5))
     invitation = Invitation(proposal=north.request().proposal, site="north", expires=1e12, nonce="ab" * 16)

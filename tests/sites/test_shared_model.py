@@ -1,10 +1,10 @@
 """A model is tried before a private run may train on it, and what came of it is judged each time."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -114,9 +114,7 @@ def test_another_clip_norm_is_another_try(tries: Tries) -> None:
     assert len(tries) == 2
 
 
-def test_a_site_serves_no_request_on_a_model_that_fails_and_charges_nothing(
-    station: Callable[..., Any], tries: Tries
-) -> None:
+def test_a_site_serves_no_request_on_a_model_that_fails_and_charges_nothing(station: Any, tries: Tries) -> None:
     site = station()  # made with a model that passes
     tries.moved = ConfigError("model.path", "tiny", "mixes the examples of a batch")
     shared_model._measured.clear()
@@ -130,9 +128,7 @@ def test_a_site_serves_no_request_on_a_model_that_fails_and_charges_nothing(
     assert site.ledger().history.runs == {}
 
 
-def test_a_model_that_served_a_run_without_privacy_is_tried_before_a_private_one(
-    station: Callable[..., Any], tries: Tries
-) -> None:
+def test_a_model_that_served_a_run_without_privacy_is_tried_before_a_private_one(station: Any, tries: Tries) -> None:
     site = station(privacy={"mechanism": "none", "noise_multiplier": None})
     shared_model._measured.clear()
     before = len(tries)
@@ -142,30 +138,16 @@ def test_a_model_that_served_a_run_without_privacy_is_tried_before_a_private_one
     assert len(tries) == before + 1
 
 
-class Others:
-    """Stands in for the processes of other devices, which turn out to be of no use."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.tried = 0
-
-    def try_others(self, *_: Any) -> None:
-        self.tried += 1
-
-    def ready(self) -> None:
-        raise ConfigError("runtime.num_devices", 2, "needs devices that compute the same gradients")
-
-
-def test_devices_that_nobody_asked_for_need_not_be_of_use(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(shared_model, "Devices", Others)
+def test_devices_that_nobody_asked_for_need_not_be_of_use(monkeypatch: Any, caplog: Any) -> None:
+    others = Mock()  # the processes of other devices, which turn out to be of no use
+    others.ready.side_effect = ConfigError("runtime.num_devices", 2, "needs devices that compute the same gradients")
+    monkeypatch.setattr(shared_model, "Devices", lambda *_, **__: others)
     with pytest.raises(ConfigError, match="num_devices = 2: needs devices"):
         SharedModel(letters(runtime={"num_devices": 2}))
     monkeypatch.setattr(shared_model, "processes_that_pay", lambda *_, **__: 2)
-    shared = SharedModel(letters())
-    assert isinstance(shared._devices, Others)
-    assert shared._devices.tried == 1
-    assert shared.devices is None
+    others.try_others.reset_mock()
+    assert SharedModel(letters()).devices is None
+    others.try_others.assert_called_once()
     assert "the run goes on in one process" in caplog.text
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from .conftest import letters
 HASH = "ab" * 32
 SETTINGS = yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text())
 DECISIVE, NEUTRAL, WITH = SETTINGS["decisive"], SETTINGS["neutral"], SETTINGS["with"]
-FIXED = {"name": "is part of the identifier itself"}
 
 
 def changed(changes: Mapping[str, Any]) -> RunConfig:
@@ -38,8 +38,13 @@ def with_change(key: str, value: object) -> RunConfig:
     return changed({**WITH.get(key, {}), key: value})
 
 
-def text_of(sent: RunConfig) -> str:
-    return json.dumps(sent.to_json())
+def text_of(sent: RunConfig, **leaf: object) -> str:
+    """What travels, with the values of some settings changed on the way."""
+    fields = sent.to_json()
+    for path, value in leaf.items():
+        *outer, last = path.split(".")
+        reduce(dict.__getitem__, outer, fields)[last] = value
+    return json.dumps(fields)
 
 
 def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -51,7 +56,7 @@ def leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_setting_is_in_one_of_the_tables() -> None:
-    listed = [*DECISIVE, *NEUTRAL, *FIXED, "federation.num_sites"]
+    listed = [*DECISIVE, *NEUTRAL, "federation.num_sites", "name"]  # which is part of the identifier itself
     assert sorted(listed) == sorted(leaves(letters().to_json()))
 
 
@@ -68,15 +73,12 @@ def test_places_and_speeds_of_the_lead_make_no_difference_and_do_not_travel(key:
     assert "canary" not in json.dumps(sent.to_json())
 
 
-def test_a_number_of_sites_makes_another_run() -> None:
-    three = letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
-    assert for_sites(three).run_id() != for_sites(letters()).run_id()
-
-
 def test_a_run_is_known_by_name_and_settings() -> None:
     one, other = for_sites(letters()), for_sites(letters(name="second"))
     assert one.run_id().startswith("trial-")
     assert one.run_id().removeprefix("trial") == other.run_id().removeprefix("second")
+    three = letters(federation={"num_sites": 3, "site_names": ("north", "south", "west")})
+    assert for_sites(three).run_id() != one.run_id()
 
 
 def test_where_a_lead_has_its_model_does_not_travel() -> None:
@@ -132,16 +134,6 @@ def sent() -> RunConfig:
     return for_sites(letters())
 
 
-def with_leaf(sent: RunConfig, path: str, value: object) -> str:
-    fields = sent.to_json()
-    group = fields
-    *outer, last = path.split(".")
-    for name in outer:
-        group = group[name]
-    group[last] = value
-    return json.dumps(fields)
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -168,26 +160,14 @@ def test_what_is_no_settings_is_refused_as_such(sent: RunConfig, text: str) -> N
     ids=lambda value: str(value)[:20],
 )
 def test_settings_of_a_newer_version_or_of_nonsense_are_refused(sent: RunConfig, path: str, value: object) -> None:
-    assert reason_of(read_settings, with_leaf(sent, path, value), plan=sent.plan()) is Reason.SETTINGS
+    assert reason_of(read_settings, text_of(sent, **{path: value}), plan=sent.plan()) is Reason.SETTINGS
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("training.local_steps", 10**9),
-        ("federation.num_rounds", 10**12),
-        ("privacy.noise_multiplier", 0.01),
-        ("privacy.delta", 1e-7),
-        ("privacy.metrics", "noised"),
-        ("privacy.unit", "user"),
-    ],
-    ids=str,
-)
-def test_the_cost_of_another_plan_than_was_signed_is_never_computed(
-    sent: RunConfig, path: str, value: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Some of these would take all of a machine's memory.
-    plan = sent.plan()
+def test_the_cost_of_another_plan_than_was_signed_is_never_computed(sent: RunConfig, monkeypatch: Any) -> None:
+    # Some of these would take all of a machine's memory; so many steps are no plan.
+    plan, steps = sent.plan(), {"training.local_steps": 10**9, "federation.num_rounds": 10**12}
+    others = {"noise_multiplier": 0.01, "delta": 1e-7, "metrics": "noised", "unit": "user"}
     monkeypatch.setattr(accountant, "epsilon_above", None)
-    reason = reason_of(read_settings, with_leaf(sent, path, value), plan=plan)
-    assert reason is (Reason.SETTINGS if isinstance(value, int) else Reason.PLAN_CHANGED), "so many steps are no plan"
+    for path, value in (steps | {f"privacy.{key}": value for key, value in others.items()}).items():
+        reason = reason_of(read_settings, text_of(sent, **{path: value}), plan=plan)
+        assert reason is (Reason.SETTINGS if path in steps else Reason.PLAN_CHANGED), path

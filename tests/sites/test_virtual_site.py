@@ -1,4 +1,4 @@
-"""A simulated site's files: a policy that allows exactly its run, and what of a later run still fits."""
+"""Simulated sites: policies that allow exactly their run, what of a later one still fits, what one process shares."""
 
 import dataclasses
 import math
@@ -11,20 +11,31 @@ from typing import Any
 
 import pytest
 
+import fedtune.sites.shared_model as shared_model
+import fedtune.sites.work as site_work
 from fedtune.config import RunConfig
+from fedtune.evaluation.scoring import unit_scores
+from fedtune.federation.secure.at_site import Parties
+from fedtune.federation.secure.party import Promise
+from fedtune.federation.site_round import Trained
 from fedtune.privacy.filter import cheapest, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
+from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.release import Reason
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy, Releases
-from fedtune.sites.virtual_site import DEALT, VirtualSites, fitted, generated_policy
+from fedtune.sites.secure_sums import sums_of
+from fedtune.sites.virtual_site import DEALT, POLICY, Participants, VirtualSites, fitted, generated_policy
 from fedtune.spec import ConfigError, RefusedError, RunError
 
-from ..privacy.builders import reason_of
+from ..conftest import command, files_in, simulate, tiny
+from ..privacy.builders import changed, reason_of, stranger_key
+from .conftest import first_request
 
-Configure = Callable[..., RunConfig]
 NOISED = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
 MUCH_SCORED = (
     *NOISED,
@@ -46,17 +57,12 @@ def planned(proposal: Proposal, **changes: Any) -> Proposal:
     return replace(proposal, plan=replace(proposal.plan, **changes))
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        *((), NOISED, MUCH_SCORED, ("privacy=none",), ("federation.spare_rounds=2",), ("runtime.seeded_noise=true",)),
-        *(("head.train=false",), ("privacy.unit=user", "+data.columns.user=label")),
-    ],
-    ids=str,
-)
-def test_a_generated_policy_allows_its_run_to_the_end(
-    config: Configure, tmp_path: Path, overrides: tuple[str, ...]
-) -> None:
+BY_USER = ("privacy.unit=user", "+data.columns.user=label")
+OTHERS = ("privacy=none", "federation.spare_rounds=2", "runtime.seeded_noise=true", "head.train=false")
+
+
+@pytest.mark.parametrize("overrides", [(), NOISED, MUCH_SCORED, BY_USER, *((one,) for one in OTHERS)], ids=str)
+def test_a_generated_policy_allows_its_run_to_the_end(config: Any, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     policy, proposal = policy_and_proposal(config(*overrides))
     policy.check(proposal)
     ledger = Ledger(tmp_path / "ledger.db", policy, SigningKey.load_or_make(tmp_path / "key.pem"))
@@ -83,11 +89,8 @@ _BEYOND: dict[str, tuple[Callable[[Any], Any], Reason]] = {
 }
 
 
-BY_USER = ("privacy.unit=user", "+data.columns.user=label")
-
-
 @pytest.mark.parametrize("overrides", [(), BY_USER], ids=["record", "user"])
-def test_every_number_of_a_plan_is_bounded(config: Configure, overrides: tuple[str, ...]) -> None:
+def test_every_number_of_a_plan_is_bounded(config: Any, overrides: tuple[str, ...]) -> None:
     policy, proposal = policy_and_proposal(config(*overrides))
     assert set(_BEYOND) == {field.name for field in dataclasses.fields(proposal.plan)}
     for name, (change, rule) in _BEYOND.items():
@@ -95,36 +98,28 @@ def test_every_number_of_a_plan_is_bounded(config: Configure, overrides: tuple[s
         if change(value) == value:
             continue
         assert reason_of(policy.check, planned(proposal, **{name: change(value)})) is rule, name
-
-
-def test_a_simulated_site_answers_at_once(config: Configure) -> None:
-    policy, _ = policy_and_proposal(config())
+    less = {"sampling_rate": 0.1, "noise_multiplier": 9.0, "max_grad_norm": 0.5, "local_steps": 1, "num_rounds": 1}
+    policy.check(planned(proposal, **less))
     assert policy.releases.reply_after_s == 0
-    assert Releases().reply_after_s == 600, "a real site that leaves the key out does not"
+    assert Releases().reply_after_s == 600, "a real site that leaves the key out does not answer at once"
 
 
 @pytest.mark.parametrize(("clip", "floor"), [(1.0, 1e-3), (1e-4, 1e-4)])
-def test_the_floor_of_the_clip_norm_lets_the_run_through(config: Configure, clip: float, floor: float) -> None:
+def test_the_floor_of_the_clip_norm_lets_the_run_through(config: Any, clip: float, floor: float) -> None:
     policy, proposal = policy_and_proposal(config(f"privacy.max_grad_norm={clip}"))
     assert policy.limits.min_grad_norm == floor
     policy.check(proposal)
     assert reason_of(policy.check, planned(proposal, max_grad_norm=0.9 * floor)) is Reason.MIN_GRAD_NORM
 
 
-def test_less_than_was_planned_stays_allowed(config: Configure) -> None:
-    policy, proposal = policy_and_proposal(config())
-    less = {"sampling_rate": 0.1, "noise_multiplier": 9.0, "max_grad_norm": 0.5, "local_steps": 1, "num_rounds": 1}
-    policy.check(planned(proposal, **less))
-
-
-def test_with_noised_metrics_their_noise_is_bounded_too(config: Configure) -> None:
+def test_with_noised_metrics_their_noise_is_bounded_too(config: Any) -> None:
     policy, proposal = policy_and_proposal(config(*NOISED, "privacy.metrics_noise_multiplier=2.5"))
     assert policy.limits.min_noise_multiplier == 2.5
     assert policy.releases.metrics == "noised"
     assert reason_of(policy.check, planned(proposal, metrics_noise_multiplier=2.4)) is Reason.MIN_NOISE_MULTIPLIER
 
 
-def test_what_is_trained_and_for_whom_is_bounded(config: Configure) -> None:
+def test_what_is_trained_and_for_whom_is_bounded(config: Any) -> None:
     policy, proposal = policy_and_proposal(config("head.train=false"))
     for key, value, rule in (
         ("lead", "00" * 32, Reason.LEADS),
@@ -141,9 +136,7 @@ def test_what_is_trained_and_for_whom_is_bounded(config: Configure) -> None:
 
 
 @pytest.mark.parametrize("overrides", [(), NOISED], ids=str)
-def test_the_lifetime_cap_is_what_the_run_costs_rounded_up(
-    config: Configure, tmp_path: Path, overrides: tuple[str, ...]
-) -> None:
+def test_the_lifetime_cap_is_what_the_run_costs_rounded_up(config: Any, tmp_path: Path, overrides: Any) -> None:
     policy, proposal = policy_and_proposal(config(*overrides))
     plan = proposal.plan
     cost, _ = cheapest(plan.event(rounds=plan.most_rounds), delta=plan.delta)
@@ -154,14 +147,14 @@ def test_the_lifetime_cap_is_what_the_run_costs_rounded_up(
     assert reason_of(ledger.reserve, replace(proposal, run="second"), round=1, request="2") is Reason.MAX_EPSILON
 
 
-def test_without_privacy_nothing_is_capped(config: Configure) -> None:
+def test_without_privacy_nothing_is_capped(config: Any) -> None:
     policy, _ = policy_and_proposal(config("privacy=none"))
     assert math.isinf(policy.budget.max_epsilon)
     assert policy.limits.min_noise_multiplier == 0
 
 
 @pytest.fixture
-def kept(config: Configure, tmp_path: Path) -> Configure:
+def kept(config: Any, tmp_path: Path) -> Any:
     """A run of up to four rounds whose sites are kept."""
     return lambda *overrides: config(f"runtime.sites_dir={tmp_path}/kept", "federation.num_rounds=4", *overrides)
 
@@ -170,15 +163,14 @@ def sites_of(config: RunConfig, tmp_path: Path) -> VirtualSites:
     return VirtualSites.of(config, tmp_path / "run", config.plan())
 
 
-def test_a_policy_that_is_there_is_kept_and_read(kept: Configure, tmp_path: Path) -> None:
+def test_a_policy_that_is_there_is_kept_and_read(kept: Any, tmp_path: Path) -> None:
     first = sites_of(kept(), tmp_path).files("site-1").policy
-    path = tmp_path / "kept" / "site-1" / "site.toml"
-    path.write_text(path.read_text().replace("max_rounds = 4", "max_rounds = 3"))
-    less = replace(first, limits=replace(first.limits, max_rounds=3))
+    less = changed(first, limits={"max_rounds": 3})
+    write_policy(less, tmp_path / "kept" / "site-1" / "site.toml")
     assert sites_of(kept("federation.num_rounds=9"), tmp_path).files("site-1").policy == less
 
 
-def test_a_policy_of_another_site_is_not_this_ones(kept: Configure, tmp_path: Path) -> None:
+def test_a_policy_of_another_site_is_not_this_ones(kept: Any, tmp_path: Path) -> None:
     sites = sites_of(kept(), tmp_path)
     sites.files("site-1")
     (tmp_path / "kept" / "site-2").mkdir()
@@ -190,51 +182,40 @@ def test_a_policy_of_another_site_is_not_this_ones(kept: Configure, tmp_path: Pa
 def allow_rounds(sites: VirtualSites, site: str, count: float) -> None:
     """Edit the site's cap so that `count` rounds of the run fit, and hardly more."""
     sites.check_dealt_out()
-    policy = sites.files(site).policy
-    with_cap = replace(policy, budget=replace(policy.budget, max_epsilon=1000.0))
-    write_policy(with_cap, sites.folder / site / "site.toml")
+    policy, file = sites.files(site).policy, sites.folder / site / "site.toml"
+    write_policy(changed(policy, budget={"max_epsilon": 1000.0}), file)
     order = sites.ledger(site).history.order
     divergence = count * total_divergence([sites.plan.event()], order)
     cap = divergence + surcharge(order, policy.budget.delta) + 1e-6
-    write_policy(replace(policy, budget=replace(policy.budget, max_epsilon=cap)), sites.folder / site / "site.toml")
+    write_policy(changed(policy, budget={"max_epsilon": cap}), file)
 
 
-def test_what_fits_anyway_is_left_as_it_was_asked(kept: Configure, tmp_path: Path) -> None:
+def test_what_fits_anyway_is_left_as_it_was_asked(kept: Any, tmp_path: Path) -> None:
     for wanted in ("stop", "fewer_rounds", "more_noise"):
         config = kept(f"federation.if_over_budget={wanted}", "privacy.noise_multiplier=null")
         assert fitted(config, tmp_path / "run") == config
 
 
-def test_as_many_rounds_as_every_site_allows(kept: Configure, tmp_path: Path) -> None:
+def test_as_many_rounds_or_as_little_noise_as_every_site_allows(kept: Any, tmp_path: Path) -> None:
     config = kept("federation.if_over_budget=fewer_rounds")
     sites = sites_of(config, tmp_path)
     allow_rounds(sites, "site-1", 3)
     allow_rounds(sites, "site-2", 2)
-    changed = fitted(config, tmp_path / "run")
-    assert changed.federation.num_rounds == 2
-    assert changed.privacy.noise_multiplier == 4.0
-    assert replace(changed, federation=replace(changed.federation, num_rounds=4)) == config
-
-
-def test_as_little_noise_as_every_site_allows(kept: Configure, tmp_path: Path) -> None:
-    config = kept("federation.if_over_budget=more_noise")
-    sites = sites_of(config, tmp_path)
-    allow_rounds(sites, "site-1", 3)
-    allow_rounds(sites, "site-2", 2)
-    changed = fitted(config, tmp_path / "run")
-    assert changed.federation.num_rounds == 4
-    noise = changed.privacy.noise_multiplier
+    found = fitted(config, tmp_path / "run")
+    assert found.federation.num_rounds == 2
+    assert replace(found, federation=replace(found.federation, num_rounds=4)) == config
+    found = fitted(kept("federation.if_over_budget=more_noise"), tmp_path / "run")
+    assert found.federation.num_rounds == 4
+    noise = found.privacy.noise_multiplier
     assert 4.0 < noise < 8.0
-    proposal = changed.proposal(lead=sites.lead_key().public, plan=changed.plan())
+    proposal = found.proposal(lead=sites.lead_key().public, plan=found.plan())
     for site in ("site-1", "site-2"):
         assert sites.ledger(site).offer(proposal).most_rounds == 4
     less = planned(proposal, noise_multiplier=noise * 0.999)
     assert sites.ledger("site-2").offer(less).most_rounds < 4, "the least noise that does"
 
 
-def test_a_site_without_room_is_left_out_of_account_while_enough_others_have_some(
-    kept: Configure, tmp_path: Path
-) -> None:
+def test_a_site_without_room_is_left_out_while_enough_others_have_some(kept: Any, tmp_path: Path) -> None:
     config = kept("federation.if_over_budget=fewer_rounds")
     sites = sites_of(config, tmp_path)
     allow_rounds(sites, "site-1", 0.5)
@@ -245,13 +226,12 @@ def test_a_site_without_room_is_left_out_of_account_while_enough_others_have_som
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_no_room_at_all_is_refused_with_every_sites_rule(kept: Configure, tmp_path: Path, wanted: str) -> None:
+def test_no_room_at_all_is_refused_with_every_sites_rule(kept: Any, tmp_path: Path, wanted: str) -> None:
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
     for site in ("site-1", "site-2"):
-        policy = sites.files(site).policy
-        limits = replace(policy.limits, max_sampling_rate=0.1)
-        write_policy(replace(policy, limits=limits), sites.folder / site / "site.toml")
+        strict = changed(sites.files(site).policy, limits={"max_sampling_rate": 0.1})
+        write_policy(strict, sites.folder / site / "site.toml")
     with pytest.raises(RefusedError) as refused:
         fitted(config, tmp_path / "run")
     for site in ("site-1", "site-2"):
@@ -260,7 +240,7 @@ def test_no_room_at_all_is_refused_with_every_sites_rule(kept: Configure, tmp_pa
 
 
 @pytest.mark.parametrize("wanted", ["fewer_rounds", "more_noise"])
-def test_a_broken_ledger_does_not_stop_the_others(kept: Configure, tmp_path: Path, wanted: str) -> None:
+def test_a_broken_ledger_does_not_stop_the_others(kept: Any, tmp_path: Path, wanted: str) -> None:
     config = kept(f"federation.if_over_budget={wanted}")
     sites = sites_of(config, tmp_path)
     sites.check_dealt_out()
@@ -271,14 +251,14 @@ def test_a_broken_ledger_does_not_stop_the_others(kept: Configure, tmp_path: Pat
         fitted(kept(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run")
 
 
-def test_a_file_is_no_folder_of_sites(config: Configure, tmp_path: Path) -> None:
+def test_a_file_is_no_folder_of_sites(config: Any, tmp_path: Path) -> None:
     (tmp_path / "sites").write_text("")
     kept = config(f"runtime.sites_dir={tmp_path / 'sites'}")
     with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not be there yet"):
         VirtualSites.of(kept, tmp_path / "run", kept.plan())
 
 
-def test_how_records_were_dealt_out_is_not_noted_anew_beside_a_ledger(config: Configure, tmp_path: Path) -> None:
+def test_how_records_were_dealt_out_is_not_noted_anew_beside_a_ledger(config: Any, tmp_path: Path) -> None:
     sites = sites_of(config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path)
     sites.check_dealt_out()
     (sites.folder / "north").mkdir()
@@ -289,7 +269,7 @@ def test_how_records_were_dealt_out_is_not_noted_anew_beside_a_ledger(config: Co
         sites.check_dealt_out()
 
 
-def test_of_two_runs_that_deal_records_out_at_once_one_is_refused(config: Configure, tmp_path: Path) -> None:
+def test_of_two_runs_that_deal_records_out_at_once_one_is_refused(config: Any, tmp_path: Path) -> None:
     sites = [sites_of(config(f"runtime.sites_dir={tmp_path}/kept", f"seed={seed}"), tmp_path) for seed in (0, 1)]
     both = threading.Barrier(2)
 
@@ -303,12 +283,128 @@ def test_of_two_runs_that_deal_records_out_at_once_one_is_refused(config: Config
 
 
 @pytest.mark.parametrize("gone", ["null", "moved/sites"])
-def test_a_renewed_run_makes_no_new_sites(config: Configure, gone: str, tmp_path: Path) -> None:
+def test_a_renewed_run_makes_no_new_sites(config: Any, gone: str, tmp_path: Path) -> None:
     after = config(f"runtime.sites_dir={gone}", "federation.renewal=1")
-    with pytest.raises(
-        ConfigError, match=r"runtime\.sites_dir = .*must be the folder of the ledgers of the run that is"
-    ):
+    with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*must be the folder of the ledgers of the run that"):
         sites_of(after, tmp_path)
     sites_of(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_dealt_out()
-    kept = replace(before, federation=replace(before.federation, renewal=1))
-    assert sites_of(kept, tmp_path).folder == tmp_path / "kept"
+    assert sites_of(changed(before, federation={"renewal": 1}), tmp_path).folder == tmp_path / "kept"
+
+
+# What one process shares between virtual sites, and what it keeps apart.
+
+
+def test_there_is_one_base_model_whatever_the_number_of_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[object] = []
+    build = shared_model.ready_model
+    monkeypatch.setattr(shared_model, "ready_model", lambda *of, **rest: built.append(of) or build(*of, **rest))
+    simulate("federation.num_sites=6", "privacy=none", into=tmp_path)
+    assert len(built) == 1
+
+
+def test_every_record_lies_at_exactly_one_site(config: Any, tmp_path: Path) -> None:
+    def sizes(sites: int, *more: str) -> list[tuple[int, int]]:
+        everyone = Participants(config(f"federation.num_sites={sites}", *more), tmp_path)
+        return [(len(work.examples), work.examples.num_tokens) for work in everyone.work.values()]
+
+    parts, (whole,) = sizes(4), sizes(1)
+    assert sizes(4, "federation.participants=[site-3]") == parts[2:3], "whoever else takes part"
+    assert len(parts) == 4
+    assert min(parts) > (10, 0)
+    assert tuple(map(sum, zip(*parts, strict=True))) == whole
+
+
+def test_each_site_has_a_policy_a_key_and_a_ledger_of_its_own(config: Any, tmp_path: Path) -> None:
+    everyone = Participants(config(), tmp_path)
+    sites = [everyone.site(index) for index in (0, 1)]
+    names = [f"{site}/{name}" for site in ("site-1", "site-2") for name in ("ledger.db", "site.toml", "site_key.pem")]
+    assert sorted(files_in(tmp_path / "sites")) == ["lead_key.pem", *names]
+    receipts = [site.ledger.receipt("r") for site in sites]
+    assert len({receipt.site_key for receipt in receipts}) == 2
+    assert [site.ledger.policy.site for site in sites] == ["site-1", "site-2"]
+    assert everyone.site(0).ledger.receipt("r") == receipts[0], "opening it again writes nothing"
+    (tmp_path / "sites" / "site-1" / "ledger.db").write_bytes(b"no database" * 500)
+    assert everyone.changed() == [], "a ledger that is not in order answers for itself"
+    with pytest.raises(RunError, match="cannot be read or written"):
+        everyone.site(0)
+
+
+def test_simulated_sites_sum_with_whom_their_policies_name(config: Any, tmp_path: Path) -> None:
+    everyone = Participants(config("federation.site_names=[a,b]"), tmp_path)
+    own, other = everyone.identities, {"b": stranger_key.public}
+    known = changed(everyone.sites.files("a").policy, trust={"members": other})
+    write_policy(known, tmp_path / "sites" / "a" / POLICY)
+    rosters = [site.sums.roster for site in (everyone.site(0), everyone.site(1)) if site.sums is not None]
+    assert rosters == [{"a": own["a"], **other}, own]
+
+
+def test_sites_whose_ledgers_share_a_folder_keep_each_their_own_promises(site_policy: Any, tmp_path: Path) -> None:
+    for site in ("east", "west"):
+        policy = replace(site_policy(site), ledger=f"{site}.db", site_key=f"{site}.pem")
+        ledger, site_key = tmp_path / policy.ledger, tmp_path / policy.site_key
+        files = SiteFiles(policy=policy, ledger=ledger, site_key=site_key, anchor=None)
+        promise = Promise(session="ab" * 32, release=1, survivors=("east", "west"), confirmed=site == "east")
+        sums_of(files, Parties(), members={}).keep(promise)
+    kept = {path.name: path.read_text().count('"confirmed": true') for path in tmp_path.glob("*promises.jsonl")}
+    assert kept == {"east.db.promises.jsonl": 1, "west.db.promises.jsonl": 0}
+
+
+def train(everyone: Participants, *, attempt: int = 1) -> Trained:
+    """What the first site makes of the initial adapter in round 1."""
+    site = everyone.site(0)
+    request = first_request(everyone.config, everyone.sites.lead_key(), site=site.name)
+    assert site.prepare(request).proposal == request.proposal
+    return site.train(request, everyone.shared.initial_adapter, attempt)
+
+
+def test_a_round_scores_the_adapter_that_came_and_noises_it_as_planned(config: Any, tmp_path: Path) -> None:
+    everyone = Participants(config(*NOISED, "runtime.seeded_noise=true"), tmp_path)
+    shared = everyone.shared
+    trained = train(everyone)
+    assert trained.scores is not None
+    shared.initial_adapter.load_into(shared.model)
+    heldout = everyone.work["site-1"]._heldout
+    exact = unit_scores(shared.model, heldout, pad_id=shared.tokenizer.pad_token_id)
+    stream = SeededRandomness(everyone.config.seed).stream("site-1", 1, 1, "scores")
+    expected = noised_scores(exact, declared_size=90 * 0.3, noise_multiplier=20.0, stream=stream)
+    assert trained.scores == expected
+    assert trained.adapter.digest() != shared.initial_adapter.digest()
+    again = train(everyone, attempt=2)
+    assert again.scores != expected, "a retry draws fresh noise"
+    assert again.adapter.digest() != trained.adapter.digest()
+
+
+def test_without_noised_metrics_or_files_of_the_lead_nothing_is_scored(
+    config: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(site_work, "unit_scores", None)
+    files = ("data.validation_file=null", "data.test_file=null")
+    everyone = Participants(config("data.heldout_fraction=0.3", *files), tmp_path)
+    assert train(everyone).scores is None
+    assert everyone.shared.validation is None
+    assert everyone.shared.score(everyone.shared.initial_adapter, everyone.shared.test) == {}
+
+
+def test_the_fingerprint_follows_the_records_and_the_sites_key(config: Any, tmp_path: Path) -> None:
+    one = train(Participants(config(), tmp_path / "a")).fingerprint
+    assert train(Participants(config(), tmp_path / "a")).fingerprint == one
+    assert train(Participants(config(), tmp_path / "b")).fingerprint != one, "nobody without the key can test a guess"
+    assert train(Participants(config("seed=1"), tmp_path / "a")).fingerprint != one, "another split, other records"
+
+
+@pytest.mark.parametrize("wrong", ["data.columns.text=nope", "data.test_file=gone.csv"])
+def test_data_are_judged_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setattr(shared_model, "ready_model", None)
+    assert wrong.partition("=")[2] in command("simulate", *tiny(wrong, into=tmp_path)).failed()
+
+
+def test_what_takes_long_is_told_of(config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_model, "_measured", {})
+    told: list[str] = []
+    settings = config("lora=last_layer", "federation.site_names=[a,b]")
+    everyone = Participants(settings, tmp_path / "run", progress=lambda what, done, total: told.append(what))
+    work, adapter = everyone.work["a"], everyone.shared.initial_adapter
+    assert list(dict.fromkeys(told)) == ["loading the model", "trying the model"]
+    request = first_request(everyone.config, everyone.sites.lead_key(), site="a")
+    work.do(request, adapter, attempt=1, fingerprint_key=bytes(32), noise_factor=1.0)
+    assert told[-1] == "a: running the frozen layers over its records"
