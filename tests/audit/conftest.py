@@ -59,5 +59,5 @@ def audit(*overrides: str, into: Path) -> tuple[Outcome, Audit, Path]:
 
 
 @pytest.fixture
-def audited(tmp_path: Path) -> Callable[..., tuple[Outcome, Audit, Path]]:
+def audited(tmp_path: Path) -> Any:
     return partial(audit, into=tmp_path)

@@ -41,47 +41,23 @@ def test_what_is_noted_is_this_process(tmp_path: Path) -> None:
     assert json.loads(text)["schema_version"] == RUN_SCHEMA
 
 
-@pytest.mark.parametrize(
-    ("override", "sampling", "randomness"),
-    [
-        ("runtime=simulation", "poisson", "operating_system"),
-        ("runtime.seeded_noise=true", "poisson", "seeded"),
-        ("runtime=deployment", None, None),  # of real sites the lead notes nothing
-    ],
-)
-def test_where_randomness_comes_from_is_noted(tmp_path: Path, override: str, sampling: Any, randomness: Any) -> None:
-    (noted,) = note(tmp_path, override)
-    assert (noted.sampling, noted.randomness) == (sampling, randomness)
-
-
-def test_a_pinned_model_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.model.base_model.model_sha256", None)
-    (noted,) = note(tmp_path, f"model.sha256={MODEL}")
-    assert noted.model_sha256 == MODEL
-
-
-def test_only_what_is_new_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    note(tmp_path)
-    before = (tmp_path / "environment.json").read_bytes()
-    note(tmp_path)
-    assert (tmp_path / "environment.json").read_bytes() == before
+def test_where_randomness_comes_from_and_only_what_is_new_is_noted(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("fedtune.model.base_model.model_sha256", None)  # a pinned model is not hashed again
+    pinned = f"model.sha256={MODEL}"
+    (noted,) = note(tmp_path, pinned)
+    assert (noted.model_sha256, noted.sampling, noted.randomness) == (MODEL, "poisson", "operating_system")
+    assert note(tmp_path, pinned) == (noted,)
+    *_, seeded = note(tmp_path, pinned, "runtime.seeded_noise=true")
+    assert (seeded.sampling, seeded.randomness) == ("poisson", "seeded")
+    *_, of_real_sites = note(tmp_path, pinned, "runtime=deployment")  # of them the lead notes nothing
+    assert (of_real_sites.sampling, of_real_sites.randomness) == (None, None)
     monkeypatch.setattr(environment.platform, "python_version", lambda: "4.0.0")
-    _, newest = note(tmp_path)
-    assert newest.python == "4.0.0"
+    assert [one.python for one in note(tmp_path, pinned)] == [noted.python] * 3 + ["4.0.0"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "{}",
-        '{"schema_version": 2}',
-        '{"schema_version": 1, "environments": []}',
-        '{"schema_version": 2, "environments": [{}]}',
-    ],
-)
-def test_a_damaged_note_is_an_error(tmp_path: Path, content: str) -> None:
-    (tmp_path / "environment.json").write_text(content)
-    with pytest.raises(RunError, match=r"environment\.json is damaged"):
-        read_environments(tmp_path)
+def test_a_damaged_note_is_an_error(tmp_path: Path) -> None:
+    no_list, older, nothing = {"schema_version": 2}, {"schema_version": 1, "environments": []}, {"environments": [{}]}
+    for content in ("", *map(json.dumps, ([], {}, no_list, older, no_list | nothing))):
+        (tmp_path / "environment.json").write_text(content)
+        with pytest.raises(RunError, match=r"environment\.json is damaged"):
+            read_environments(tmp_path)

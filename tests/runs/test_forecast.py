@@ -11,7 +11,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs import forecast as forecast_module
-from fedtune.runs.forecast import Forecast, forecast, seconds_per_example
+from fedtune.runs.forecast import Forecast, forecast
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.spec import RuntimeSpec
 
@@ -39,10 +39,9 @@ def test_bytes_are_those_of_the_adapter_both_ways() -> None:
     assert found.values == sum(array.size for array in arrays)
     assert found.bytes_down == found.bytes_up == sum(array.nbytes for array in arrays)
     assert found.bytes_total == 2 * found.bytes_up * 2 * 3, "both ways, two sites, three rounds without spare ones"
-    halved = replace(found, bytes_up=found.bytes_up // 2, bytes_total=3 * found.bytes_total // 4)
+    down, up, total = found.bytes_down, found.bytes_up // 2, 3 * found.bytes_total // 4
     rounded = foreseen(model)
-    assert (rounded.bytes_down, rounded.bytes_up) == (halved.bytes_down, halved.bytes_up)
-    assert rounded.bytes_total == halved.bytes_total
+    assert (rounded.bytes_down, rounded.bytes_up, rounded.bytes_total) == (down, up, total)
 
 
 def test_memory_of_the_model_is_that_of_its_number_format() -> None:
@@ -87,15 +86,10 @@ def test_users_bring_as_many_records_as_may_take_part(monkeypatch: pytest.Monkey
 
 
 def test_a_record_costs_what_its_texts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[tuple[int, ...]] = []
-    collate = forecast_module.collate
-
-    def noted(*given: Any, **how: Any) -> Any:
-        batch = collate(*given, **how)
-        shapes.append(tuple(batch.input_ids.shape))
-        return batch
-
-    monkeypatch.setattr(forecast_module, "collate", noted)
+    batches, collate = list[Any](), forecast_module.collate
+    monkeypatch.setattr(
+        forecast_module, "collate", lambda *of, **how: batches.append(collate(*of, **how)) or batches[-1]
+    )
     spec = replace(tiny_model(layers=(-1,)).spec, task="embedding", labels=(), texts=3)
     model = build_task_model(spec)
     width = model.base.config.hidden_size * 4
@@ -104,19 +98,11 @@ def test_a_record_costs_what_its_texts_cost(monkeypatch: pytest.MonkeyPatch) -> 
         room = RuntimeSpec(kept_states_mib=records * 8 * texts * width / 2**20, micro_batch_tokens=1024)
         found = foreseen(model, runtime=room)
         assert found.frozen_states_kept == kept
-    assert shapes[0] == (512 // 24 * 3, 8)
-
-
-def test_a_pass_leaves_the_model_as_it_was() -> None:
-    model = tiny_model()
-    before = Adapter.of(model).digest()
-    seconds_per_example(model, max_length=8, runtime=RuntimeSpec(), kept=True)
-    assert Adapter.of(model).digest() == before
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert tuple(batches[0].input_ids.shape) == (512 // 24 * 3, 8)
 
 
 def test_frozen_layers_run_once_for_each_record_where_memory_or_a_disk_suffices(tmp_path: Path) -> None:
-    model = tiny_model(layers=(-1,))
+    before = Adapter.of(model := tiny_model(layers=(-1,))).digest()
     kept = foreseen(model)
     assert kept.frozen_states_kept
     assert kept.first_seconds > 0
@@ -126,3 +112,5 @@ def test_frozen_layers_run_once_for_each_record_where_memory_or_a_disk_suffices(
     assert again.first_seconds == 0
     on_disk = replace(without, kept_states_folder=str(tmp_path))
     assert foreseen(model, runtime=on_disk).frozen_states_kept
+    assert Adapter.of(model).digest() == before, "a pass leaves the model as it was"
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,6 +1,5 @@
 """What a renewed run takes over from the last one, and which run has no next."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from fedtune.spec import ConfigError
 
 from ..sites.conftest import letters
 
-Last = Callable[..., Path]
-
 
 @pytest.fixture
-def last(tmp_path: Path) -> Last:
+def last(tmp_path: Path) -> Any:
     """The folder of a run of three that share a budget, with these settings."""
 
     def made(**groups: Any) -> Path:
@@ -35,7 +32,7 @@ def by_cohort(first: str | None) -> dict[str, Any]:
     return {"data": {"columns": columns}, "privacy": {"unit": "user", "cohorts": cohorts}}
 
 
-def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Last) -> None:
+def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Any) -> None:
     groups = {"privacy": {"runs": 3}, "federation": {"stop_after": 2}, "data": {"validation_file": "v.csv"}, "seed": 7}
     folder = last(**groups, model={"adapter_sha256": "ab" * 32, "adapter": "older"}, public={"train_file": "p.csv"})
     before = letters(**groups)
@@ -47,14 +44,14 @@ def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Last) -> None
     assert renewed(last(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
 
 
-def test_the_window_moves_on_unless_it_is_given(last: Last) -> None:
+def test_the_window_moves_on_unless_it_is_given(last: Any) -> None:
     assert str(renewed(last(**by_cohort(None)), {}).privacy.cohorts) == "..2027"
     assert str(renewed(last(**by_cohort("2025")), {}).privacy.cohorts) == "2026..2027"
     assert str(renewed(last(**by_cohort("2025")), {"privacy.cohorts.last": "2027"}).privacy.cohorts) == "2025..2027"
 
 
 @pytest.mark.parametrize("groups", [{}, by_cohort(None)], ids=["everybody", "no beginning"])
-def test_where_everybody_is_admitted_runs_end(last: Last, groups: dict[str, Any]) -> None:
+def test_where_everybody_is_admitted_runs_end(last: Any, groups: dict[str, Any]) -> None:
     assert renewed(last(**groups, federation={"renewal": 1}), {}).federation.renewal == 2
     with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
         renewed(last(**groups, federation={"renewal": 2}), {})
@@ -66,7 +63,7 @@ def test_where_everybody_is_admitted_runs_end(last: Last, groups: dict[str, Any]
     assert renewed(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
 
 
-def test_other_words_and_folders_of_no_finished_run_are_refused(last: Last, tmp_path: Path) -> None:
+def test_other_words_and_folders_of_no_finished_run_are_refused(last: Any, tmp_path: Path) -> None:
     for nothing in (tmp_path, "x" * 5000):
         with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
             renewed(nothing, {})

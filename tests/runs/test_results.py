@@ -21,12 +21,8 @@ def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = Non
     result = round_of(1, sites=tuple(charged), metrics=metrics, site_scores=scores or {})
     state = LeadState(round=1, adapter=made_adapter(), receipts=receipts, rounds=[result])
     final = FinalResult(metrics={"loss": loss}, metrics_before={}, seconds=1.0, peak_memory_bytes=1)
-    config: Any = SimpleNamespace(
-        task="classification",
-        digest=lambda: "00",
-        federation=SimpleNamespace(active=tuple(charged)),
-        runtime=SimpleNamespace(seeded_noise=False),
-    )
+    config: Any = SimpleNamespace(task="classification", digest=lambda: "00")
+    config.federation, config.runtime = SimpleNamespace(active=tuple(charged)), SimpleNamespace(seeded_noise=False)
     made = run_result(rounds=(), final=final, privacy=None).provenance
     return RunResult.of(config, plan or run_plan(), state, final=final, provenance=made).to_json()
 
@@ -39,12 +35,8 @@ def test_the_runs_epsilon_is_its_largest_sites() -> None:
     nothing = dict.fromkeys(("epsilon", "epsilon_rdp", "rounds", "steps", "metrics_noise_multiplier"), 0)
     nothing |= {"sampling_rate": 0.2, "noise_multiplier": 4.0, "upper_bound": False}
     assert privacy["sites"]["c"] == nothing | {"planned_epsilon": privacy["sites"]["a"]["planned_epsilon"]}
-
-
-def test_without_noise_epsilon_is_null() -> None:
-    privacy = build(charged={"a": 1, "b": 0}, plan=replace(run_plan(), noise_multiplier=0.0))["privacy"]
-    assert privacy["epsilon"] is None
-    assert privacy["sites"]["a"]["epsilon"] is None
+    without = build(charged={"a": 1, "b": 0}, plan=replace(run_plan(), noise_multiplier=0.0))["privacy"]
+    assert (without["epsilon"], without["sites"]["a"]["epsilon"]) == (None, None)
 
 
 def test_site_scores_are_shown_and_paid_for() -> None:
@@ -88,13 +80,12 @@ def test_what_the_scores_say_against_the_training(before: Any, after: Any, found
     assert findings_of((), before, after, judged_by="accuracy", guess=0.5, rows=100) == found
 
 
-def test_a_larger_loss_is_worse_and_a_correlation_has_no_standard_error_of_a_share() -> None:
-    for score, worse, better in (("loss", (2.0, 2.1), (2.0, 1.9)), ("spearman", (0.1, -0.2), (-0.3, -0.2))):
-        for (before, after), found in ((worse, (WORSE,)), (better, ())):
-            said = findings_of((), {score: before}, {score: after}, judged_by=score, guess=None, rows=100)
-            assert said == found
-
-
-def test_a_round_that_went_back_is_told_at_the_end() -> None:
+def test_a_larger_loss_is_worse_a_correlation_has_no_standard_error_of_a_share_and_a_setback_is_told() -> None:
+    for score, before, after, found in (
+        *(("loss", 2.0, 2.1, (WORSE,)), ("loss", 2.0, 1.9, ())),
+        *(("spearman", 0.1, -0.2, (WORSE,)), ("spearman", -0.3, -0.2, ())),
+    ):
+        said = findings_of((), {score: before}, {score: after}, judged_by=score, guess=None, rows=100)
+        assert said == found
     rounds = [round_of(1, metrics=GOOD, diverged=True), round_of(2, metrics=GOOD)]
     assert findings_of(rounds, START, GOOD, judged_by="accuracy", guess=0.5, rows=100) == (DIVERGED,)

@@ -46,12 +46,9 @@ def given(tmp_path: Path, tiny: Any) -> Callable[..., list[str]]:
     """The overrides of a tiny seeded run of a task, on a file that has something for each of them."""
     draws = np.random.default_rng(4)
 
-    def text() -> str:
-        return " ".join(draws.choice(WORDS, size=draws.integers(2, 9)))
-
     def record(number: int) -> dict[str, Any]:
-        grade, person = GRADES[number % 3], f"person {number // 3}"
-        texts: dict[str, Any] = {"text": text(), "other": text(), "third": text()}
+        grade, person, names = GRADES[number % 3], f"person {number // 3}", ("text", "other", "third")
+        texts: dict[str, Any] = {name: " ".join(draws.choice(WORDS, size=draws.integers(2, 9))) for name in names}
         texts["words"] = texts["text"].split()
         texts["tags"] = [("O", f"B-{grade}", f"I-{grade}")[place % 3] for place, _ in enumerate(texts["words"])]
         return {**texts, "grade": grade, "grades": f"{grade};low", "score": number % 5, "person": person}
@@ -108,22 +105,15 @@ KEPT = ("lora.layers=[-1]", "runtime.kept_states_mib=100")
 BY_USER = ("privacy.unit=user", "privacy.records_per_user=2", "+data.columns.user=person")
 
 
+ALONE = ("privacy=none", "lora.kind=dora", "runtime.gradient_checkpointing=true")
+ALONE += tuple(f"model.dtype={dtype}" for dtype in ("bfloat16", "mixed", "nf4", "int8"))
+SUMS = ("federation.aggregation=secure", "federation.num_sites=3")
+SCORES = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
+WAYS = [*((one,) for one in ALONE), KEPT, BY_USER, (*KEPT, *BY_USER), SUMS, SCORES]
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        *((f"model.dtype={dtype}",) for dtype in ("bfloat16", "mixed", "nf4", "int8")),
-        KEPT,
-        BY_USER,
-        (*KEPT, *BY_USER),
-        ("privacy=none",),
-        ("federation.aggregation=secure", "federation.num_sites=3"),
-        ("privacy.metrics=noised", "data.heldout_fraction=0.3"),
-        ("runtime.gradient_checkpointing=true",),
-        ("lora.kind=dora",),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("overrides", WAYS, ids=str)
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_every_number_format_and_way_to_train(require_same_bits: Any, task: str, overrides: tuple[str, ...]) -> None:
     require_same_bits(task, *overrides)

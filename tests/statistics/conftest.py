@@ -1,6 +1,5 @@
 """What a private step releases, by the real `dp_sgd_step` on a tiny model that it does not move."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -35,29 +34,20 @@ def model_of(*, rank: int = 16) -> TaskModel:
     return built(spec_of(lora=LoraSpec(rank=rank, alpha=4.0)))
 
 
-class Watching(torch.optim.SGD):
-    """Keeps each gradient that it is given, and leaves the parameters where they are."""
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        super().__init__(parameters.values(), lr=0.0)
-        self._parameters = dict(parameters)
-        self.seen: list[Arrays] = []
-
-    def step(self, closure: Any = None) -> None:
-        super().step(closure)
-        self.seen.append({name: p.grad.double().numpy() for name, p in self._parameters.items() if p.grad is not None})
-
-
 def sums_of(model: TaskModel, dataset: TextDataset, plan: Plan, *, steps: int = 1) -> list[Arrays]:
     """The noisy sum of each of some steps, of fresh noise, on a dataset or on nobody's."""
-    optimizer = Watching(model.trainable())
+    seen, parameters = list[Arrays](), model.trainable()
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.0)  # parameters stay where they are
+    optimizer.register_step_post_hook(
+        lambda *_: seen.append({name: p.grad.double().numpy() for name, p in parameters.items() if p.grad is not None})
+    )
     # A denominator of one, so that the gradient is the sum.
     records = Records(count=len(dataset), declared_size=1, cut=examples_of(dataset).cut)
     streams = {purpose: SystemRandomness().stream() for purpose in ("sampling", "noise")}
     with attached(model) as gradients:
         for _ in range(steps):
-            dp_sgd_step(gradients, records, plan, parameters=model.trainable(), optimizer=optimizer, **streams)
-    return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in optimizer.seen]
+            dp_sgd_step(gradients, records, plan, parameters=parameters, optimizer=optimizer, **streams)
+    return [{name: plan.sampling_rate * mean for name, mean in means.items()} for means in seen]
 
 
 def after_a_round(

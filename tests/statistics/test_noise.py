@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
+from fedtune.privacy.mechanism import add_gaussian_noise
 from fedtune.training import dp_step
 
 from .conftest import model_of, plan, random_texts, sums_of
@@ -32,12 +33,6 @@ def right() -> Arrays:
     return noise_by_tensor()
 
 
-def off_by(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Let the step's own call of the mechanism go through `wrong`."""
-    original = dp_step.add_gaussian_noise
-    monkeypatch.setattr(dp_step, "add_gaussian_noise", lambda sums, **settings: original(sums, **wrong(settings)))
-
-
 def test_every_tensor_has_noise_of_the_stated_scale(right: Arrays) -> None:
     assert len(right) == 25
     for name, values in right.items():
@@ -50,7 +45,10 @@ def test_every_tensor_has_noise_of_the_stated_scale(right: Arrays) -> None:
 def test_a_scale_that_is_ten_percent_off_is_rejected_in_every_tensor(
     right: Arrays, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    off_by(monkeypatch, lambda settings: settings | {"noise_multiplier": factor * settings["noise_multiplier"]})
+    def off(sums: Any, *, noise_multiplier: float, **rest: Any) -> Any:
+        return add_gaussian_noise(sums, noise_multiplier=factor * noise_multiplier, **rest)
+
+    monkeypatch.setattr(dp_step, "add_gaussian_noise", off)
     for name, values in noise_by_tensor().items():
         assert not Scale(values.size, FALSE_ALARM / len(right)).accepts(values, SCALE), name
 
@@ -58,12 +56,6 @@ def test_a_scale_that_is_ten_percent_off_is_rejected_in_every_tensor(
 def test_every_tensor_has_noise_of_the_stated_shape(right: Arrays) -> None:
     for name, values in right.items():
         assert Shape(values.size, FALSE_ALARM / len(right)).accepts(values, SCALE), name
-
-
-def distance(wrong: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> float:
-    """How far apart two distribution functions come."""
-    places = np.linspace(-6, 6, 100_001)
-    return float(np.max(np.abs(wrong(places) - stats.norm.cdf(places))))
 
 
 # Each has the right standard deviation, or all but a tenth of it, and another shape.
@@ -82,10 +74,11 @@ SHAPES: dict[str, tuple[Any, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_another_shape_is_rejected_in_every_tensor(right: Arrays, shape: str) -> None:
-    transform, cdf = SHAPES[shape]
+    (transform, cdf), places = SHAPES[shape], np.linspace(-6, 6, 100_001)
+    distance = float(np.max(np.abs(cdf(places) - stats.norm.cdf(places))))
     for name, values in right.items():
         test = Shape(values.size, FALSE_ALARM / len(right))
-        assert test.power(distance(cdf)) >= POWER, name
+        assert test.power(distance) >= POWER, name
         assert not test.accepts(SCALE * transform(values / SCALE), SCALE), name
 
 

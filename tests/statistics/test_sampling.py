@@ -4,7 +4,8 @@ Every count below is binomial under Poisson sampling, so each decision is exact.
 system: these tests fail for nothing once in a million sessions each.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,36 +27,22 @@ Joined = npt.NDArray[np.bool_]
 Sampler = Callable[[int, float, RandomStream], npt.NDArray[np.int64]]
 
 
-class Silent:
-    """Gradients of zero for whoever joins."""
-
-    def of(self, batch: Any) -> dict[str, torch.Tensor]:
-        return {"a": torch.zeros(len(batch), 1)}
-
-
-class Batch:
-    def __init__(self, indices: npt.NDArray[np.int64]) -> None:
-        self.input_ids = indices
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
 def joined(*, steps: int = STEPS) -> Joined:
     """(steps, units): who took part in each real step."""
     seen = np.zeros((steps, UNITS), dtype=np.bool_)
     step = 0
 
-    def cut(indices: npt.NDArray[np.int64]) -> Iterable[Batch]:
+    def cut(indices: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         seen[step, indices] = True
-        return [Batch(indices)] if len(indices) else []
+        return [indices] if len(indices) else []
 
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     streams = {"sampling": SystemRandomness().stream(), "noise": SystemRandomness().stream()}
     planned, records = plan(sampling_rate=RATE), Records(count=UNITS, declared_size=UNITS, cut=cut)  # type: ignore[arg-type]
+    silent: Any = SimpleNamespace(of=lambda batch: {"a": torch.zeros(len(batch), 1)})  # whoever joins
     for step in range(steps):  # noqa: B007, `cut` reads it
-        dp_sgd_step(Silent(), records, planned, parameters={"a": parameter}, optimizer=optimizer, **streams)  # type: ignore[arg-type]
+        dp_sgd_step(silent, records, planned, parameters={"a": parameter}, optimizer=optimizer, **streams)
     return seen
 
 

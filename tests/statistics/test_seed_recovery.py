@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from .decisions import FALSE_ALARM, POWER, Unrelated
 
 SIGNS = 64
 OF_TORCH, OF_NUMPY, OF_A_STUDY = 1 << 13, 1 << 16, 1 << 10
-FLOATS = (torch.float32, torch.float64)
+FLOATS, HOUR_AGO = (torch.float32, torch.float64), int(time.time()) - 3600
 Values = npt.NDArray[np.float64]
 
 
@@ -94,41 +94,38 @@ def recover(release: Release) -> str | None:
     return guesses().get(release.signs) or of_a_study.get(release.signs)
 
 
-class TorchStream(RandomStream):
-    """A stream of the kind that Opacus uses by default."""
+def of_torch(seed: int) -> Callable[[int], Values]:
+    """As Opacus draws by default."""
+    return partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-    def __init__(self, seed: int) -> None:
+
+def of_numpy(seed: int) -> Callable[[int], Values]:
+    return np.random.default_rng(seed).standard_normal
+
+
+class Drawn(RandomStream):
+    def __init__(self, draw: Callable[[int], Values]) -> None:
         super().__init__(bytes(32))
-        self._generator = torch.Generator().manual_seed(seed)
+        self._draw = draw
 
     def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
-        values = torch.randn(count, generator=self._generator, dtype=torch.float64).numpy()
-        return np.rint(deviation * values).astype(np.int64)
-
-
-class NumpyStream(RandomStream):
-    def __init__(self, seed: int) -> None:
-        super().__init__(bytes(32))
-        self._generator = np.random.default_rng(seed)
-
-    def rounded_normal(self, count: int, deviation: float) -> npt.NDArray[np.int64]:
-        return np.rint(deviation * self._generator.standard_normal(count)).astype(np.int64)
+        return np.rint(deviation * np.asarray(self._draw(count))).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Seeded:
     """Noise from a seeded generator, in the place of the operating system's."""
 
-    kind: Callable[[int], RandomStream]
+    kind: Callable[[int], Callable[[int], Values]]
     seed: int
     seeded = False
 
     def stream(self, *purpose: str | int) -> RandomStream:
-        return self.kind(self.seed) if "noise" in purpose else SystemRandomness().stream()
+        return Drawn(self.kind(self.seed)) if "noise" in purpose else SystemRandomness().stream()
 
 
 @pytest.fixture(scope="module")
-def first_round() -> Callable[..., Release]:
+def first_round() -> Any:
     """A first round on twelve records, as the server sees it."""
     model = model_of(rank=4)
     start = Adapter.of(model)
@@ -142,22 +139,18 @@ def first_round() -> Callable[..., Release]:
 @pytest.mark.parametrize(
     ("source", "optimizer", "found"),
     [
-        *((Seeded(TorchStream, 7_234), optimizer, "torch 7234") for optimizer in ("sgd", "adamw")),
-        (Seeded(TorchStream, 2**40 + 77), "sgd", "torch 77"),  # of more than 32 bits, and no better
-        (Seeded(NumpyStream, 12_345), "sgd", "numpy 12345"),
+        *((Seeded(of_torch, 7_234), optimizer, "torch 7234") for optimizer in ("sgd", "adamw")),
+        (Seeded(of_torch, 2**40 + 77), "sgd", "torch 77"),  # of more than 32 bits, and no better
+        (Seeded(of_numpy, 12_345), "sgd", "numpy 12345"),
         (SeededRandomness(1000), "sgd", "fedtune 1000"),  # why a marked study has no guarantee
+        (Seeded(of_torch, HOUR_AGO), "sgd", f"torch {HOUR_AGO}"),
         (SystemRandomness(), "sgd", None),
     ],
 )
 def test_a_seed_is_found_from_one_release_where_there_is_one(
-    first_round: Callable[..., Release], source: Randomness, optimizer: str, found: str | None
+    first_round: Any, source: Randomness, optimizer: str, found: str | None
 ) -> None:
     assert recover(first_round(source, optimizer=optimizer)) == found
-
-
-def test_the_time_as_a_seed_is_found(first_round: Callable[..., Release]) -> None:
-    noon = int(time.time()) - 3600
-    assert recover(first_round(Seeded(TorchStream, noon))) == f"torch {noon}"
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +187,10 @@ def worked() -> Callable[[], Release]:
     return lambda: Release("north", shared.initial_adapter, do(shared, lead_key, RECORDS).adapter)
 
 
+def generator_states() -> tuple[Any, ...]:
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[union-attr]
+
+
 def test_no_seeded_generator_is_consulted(worked: Callable[[], Release]) -> None:
     """Seeding every generator alike before a round changes nothing, and the round leaves each where it was."""
     releases = []
@@ -201,24 +198,15 @@ def test_no_seeded_generator_is_consulted(worked: Callable[[], Release]) -> None
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
-        states = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[union-attr]
+        states = generator_states()
         releases.append(worked())
-        after = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[union-attr]
-        assert after == states
+        assert generator_states() == states
     assert releases[0].signs != releases[1].signs, "64 signs agree by chance once in 2**64"
 
 
-def test_every_stream_of_a_round_has_256_bits_of_the_operating_system(
-    worked: Callable[[], Release], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys: list[bytes] = []
-    original = RandomStream.__init__
-
-    def kept(self: RandomStream, key: bytes) -> None:
-        keys.append(key)
-        original(self, key)
-
-    monkeypatch.setattr(RandomStream, "__init__", kept)
+def test_every_stream_of_a_round_has_256_bits_of_the_operating_system(worked: Any, monkeypatch: Any) -> None:
+    keys, made = list[bytes](), RandomStream.__init__
+    monkeypatch.setattr(RandomStream, "__init__", lambda self, key: keys.append(key) or made(self, key))
     worked()
     worked()
     assert len(keys) == 6, "sampling, noise and choice of records of two rounds"
