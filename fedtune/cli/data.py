@@ -36,7 +36,7 @@ from fedtune.preparation.check_data import INSTALL
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning, Coding
 from fedtune.preparation.clean import clean as write_clean
-from fedtune.preparation.detect import KINDS, OPTIONS, Found, look_at
+from fedtune.preparation.detect import KINDS, OPTIONS, look_at
 from fedtune.preparation.duplicates import compare, has_datasketch
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files, new_streams, refused
@@ -121,7 +121,18 @@ def init(
     _require_new(target, ".yaml", ".yml")
     if sites is not None and sites < 1:
         raise ConfigError("--sites", sites, "must be at least 1")
-    spec, plan = _planned(found, model=model, sites=sites)
+    base = KINDS[found.kind][1]
+    if base == "own_images" and model is None:
+        raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
+    config, spec = _with_model(base, model)
+    reader = _reader(config.data, spec, key="--model", other="--model")
+    plan = starter.planned(found, reader, config, within=_num_ids(reader), sites=sites)
+    if not plan.usable:
+        raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
+    if sites is not None and sites > plan.units:
+        raise ConfigError("--sites", sites, f"must be at most {plan.units}, the records or persons of the file")
+    named: dict[str, Any] = {"model" if spec is config.model else "model_path": model}
+    plan = replace(plan, **named)
     write_file(target, starter.experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
         compose_run([f"experiment={target.absolute()}", *starter.filled(found)])
@@ -332,21 +343,6 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
     from fedtune.sites.shared_settings import at_own_site  # transformers takes seconds to import
 
     return at_own_site(config, read_policy(site), folder=site.parent)
-
-
-def _planned(found: Found, *, model: str | None, sites: int | None) -> tuple[ModelSpec, starter.Plan]:
-    base = KINDS[found.kind][1]
-    if base == "own_images" and model is None:
-        raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
-    config, spec = _with_model(base, model)
-    reader = _reader(config.data, spec, key="--model", other="--model")
-    plan = starter.planned(found, reader, config, within=_num_ids(reader), sites=sites)
-    if not plan.usable:
-        raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
-    if sites is not None and sites > plan.units:
-        raise ConfigError("--sites", sites, f"must be at most {plan.units}, the records or persons of the file")
-    named: dict[str, Any] = {"model" if spec is config.model else "model_path": model}
-    return spec, replace(plan, **named)
 
 
 def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:

@@ -28,7 +28,7 @@ _FOUND: Mapping[Kind, tuple[str, str]] = _WORDS["finding"]  # the name of a find
 _RUNS = {least: f"a run of {least} words or more" for least in (8, 12, 20)}
 _LIKE = {"same": "the same text", "alike": "almost the same text"}
 _SHOWN = 60
-_MOST_LABELS = 30
+_MOST_LABELS, _MOST_NAMES = 30, 12
 _MOST_COLUMNS = 40
 _MOST_LINES = 6
 _BAR = 40
@@ -93,10 +93,20 @@ def _shortened(
 def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
     """A table's columns with what the file holds, which stands in no file that is written; else tokens of records."""
     if found.features:
+        rows = []
+        for one in (found.columns[name] for name in found.features):
+            names = [label for label, _ in one.labels.most_common()]
+            more = f", and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+            what, holds = "categories", f"{', '.join(names[:_MOST_NAMES])}{more}"
+            if not one.is_category:
+                what = "a number" if one.size is None else f"a list of {one.size} numbers"
+                holds = f"{min(one.numbers):g} to {max(one.numbers):g}" if one.size is None else ""
+            lacking = f"{found.rows - one.filled:,}" if one.filled < found.rows else ""
+            rows.append((one.name, what, holds, lacking))
         return Section(
             title="Features, and the file's own values: shown here alone",
             headings=("column", "seems to be", "in the file", "rows without"),
-            rows=tuple(starter.feature_rows(found)),
+            rows=rows,
             words={0, 1, 2},
             notes=_WORDS["about_features"],
         )
@@ -128,7 +138,7 @@ def check_sections(checked: Checked) -> Iterator[Section]:
 
 
 def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
-    usable, left_out = sum(file.uses.values()), file.left_out
+    usable, left_out = sum(file.uses.values()), LeftOut(rows=file.rows, reasons=file.num_errors)
     told = {
         "rows": f"{file.rows:,}",
         "usable": ", ".join(f"{count:,} for {use}" for use, count in file.uses.items()) or "none",

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.config import RunConfig
-from fedtune.data.faults import Faults, LeftOut
+from fedtune.data.faults import Faults
 from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.load import lead_side, shipped_folders, split_key
 from fedtune.data.marked import entities_of, entity_types
@@ -29,7 +29,7 @@ from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import split_labels
 from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness, Twin, spelling
-from fedtune.preparation.patterns import OddTexts, damage, identifiers
+from fedtune.preparation.patterns import damage, identifiers, odd_texts
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
@@ -85,10 +85,6 @@ class FileCheck:
     # by declared label, rows whose own is undeclared and differs in case and spaces alone
     spelt_otherwise: Mapping[str, int]
     lengths: Lengths | None  # None: no record can be used
-
-    @property
-    def left_out(self) -> LeftOut:
-        return LeftOut(rows=self.rows, reasons=self.num_errors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,13 +151,12 @@ class _Look:
         self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
         self.earlier = Earlier(alike=duplicates.has_datasketch())
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
-        self._found: dict[tuple[Kind, str, str], Finding] = {}  # in this file so far, by kind, what and column
-        self._texts: dict[bytes, tuple[int, int]] = {}  # of this file by digest: the first line, records that have it
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:
         data, unit, by_row = self._data, self._config.privacy.unit, format_of(path) == ".json"
         rows, faults, errors = 0, Faults(), list[tuple[str, str, str]]()
-        self._found, self._texts = {}, {}
+        self._found: dict[tuple[Kind, str, str], Finding] = {}  # in this file so far, by kind, what and column
+        self._texts: dict[bytes, tuple[int, int]] = {}  # in it by digest: the first line, and records that have it
         uses, spelt_otherwise, labels = Counter[str](), Counter[str](), dict.fromkeys(data.labels, 0)
         spellings = {spelling(label): label for label in reversed(data.labels)}
         lengths: list[int] = []
@@ -196,13 +191,9 @@ class _Look:
                     labels[label] += 1
                 self._note_record(record, its_use)
         # What the rows say beside what a run reads of them.
-        odd_texts = OddTexts(format_of(path))
         for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
-            if not isinstance(row, DataError):
-                odd_texts.note(row, number if by_row else line)
-        for (what, column), lines in odd_texts.lines.items():
-            for line in lines:
-                self._note(line, "damage", what, column)
+            for what, column in odd_texts(row, format_of(path)) if not isinstance(row, DataError) else ():
+                self._note(number if by_row else line, "damage", what, column)
         if shared := self._found.get(("shared", "", "")):
             most = max(count for _, count in self._texts.values())
             self._found["shared", "", ""] = replace(shared, what=f"(one is in {most:,})")
@@ -244,15 +235,18 @@ class _Look:
     def _note_tokens(self, records: Sequence[Record]) -> list[int]:
         """The lengths of the examples that a run would make of records, before any are cut."""
 
-        def examples(records: Sequence[Record], length: int) -> TextDataset:
+        def read(records: Sequence[Record], length: int) -> tuple[TextDataset, list[int]]:
+            """The examples, and how many targets of each are learnt."""
             data = replace(self._data, max_length=length)
-            return self.task.tokenise(records, self._tokenizer, data=data, lenient_within=self._within)
+            examples = self.task.tokenise(records, self._tokenizer, data=data, lenient_within=self._within)
+            known = [np.nan_to_num(target, nan=UNSUPERVISED) != UNSUPERVISED for target in examples.targets]
+            learnt = np.array(list(map(np.count_nonzero, known))).reshape(len(examples), -1).sum(axis=1)
+            return examples, learnt.tolist()
 
         most = self._data.max_length
-        whole = examples(records, max(most, _MOST_TOKENS))
-        left = _supervised(whole)
+        whole, left = read(records, max(most, _MOST_TOKENS))
         long = [place for place, tokens in enumerate(whole.lengths) if tokens > most]
-        fitted = _supervised(examples([records[place] for place in long], most)) if long else []
+        fitted = read([records[place] for place in long], most)[1] if long else []
         for place, count in zip(long, fitted, strict=True):
             if self._data.windows == 1 or count < left[place]:
                 self._note(records[place].line, "cut")
@@ -286,7 +280,7 @@ class _Look:
             self._note(line, "declared", what, column)
         odd: dict[tuple[Kind, str, str], None] = {}
         for role, text in record.texts():
-            odd |= dict.fromkeys(("personal", one.kind, data.columns[role]) for one in identifiers(text))
+            odd |= dict.fromkeys(("personal", kind, data.columns[role]) for kind, *_ in identifiers(text))
             odd |= dict.fromkeys(("damage", what, data.columns[role]) for what in damage(text))
         for one in odd:
             self._note(line, *one)
@@ -302,13 +296,6 @@ class _Look:
                 self._texts[digest] = line, count + 1
         if earlier:
             self._note(record.line, "shared", like=min(earlier))
-
-
-def _supervised(examples: TextDataset) -> list[int]:
-    """How many targets of each example are learnt."""
-    known = (np.nan_to_num(target, nan=UNSUPERVISED) != UNSUPERVISED for target in examples.targets)
-    counts = np.array([np.count_nonzero(one) for one in known]).reshape(len(examples), -1).sum(axis=1)
-    return [int(count) for count in counts]
 
 
 def _lengths(lengths: npt.NDArray[np.int64]) -> Lengths:

@@ -117,10 +117,8 @@ class Column:
         """Of lists, and of lists as text, whether they are numbers, labels, tokens, tags of a scheme, or spans."""
         with suppress(DataError):
             self.sizes[len(read.numbers_of(read.feature_of(value, self.name), self.name))] += 1
-        if not isinstance(value, list | str):
-            return
         with suppress(DataError):  # else it is odd
-            text = read.labels_of(value, self.name) if self.parts else ""
+            text = read.labels_of(value, self.name) if self.parts and isinstance(value, list | str) else ""
             for mark in [one for one in self.parts if (one == "[") == text.startswith("[")]:
                 labels, counts = read.split_labels(text, separator=mark), self.parts[mark]
                 counts.update(labels)
@@ -128,7 +126,7 @@ class Column:
                 self.several[mark] += len(labels) > 1
                 if len(counts) > _MOST_LABELS or any(len(label) > LONGEST_LABEL for label in labels):
                     del self.parts[mark]
-        if isinstance(value, str) and value.lstrip()[:1] != "[":
+        if not isinstance(value, list) and not (isinstance(value, str) and value.lstrip()[:1] == "["):
             return
         found, plain = Counter[str](), Counter[str]()
         with suppress(DataError):
@@ -182,14 +180,13 @@ class Column:
         self.is_label = few and often and not fraction
         self.separator = self._separator()
         self.is_answer = self.is_label or self.is_number or self.separator is not None
+        self.is_score = self.is_number and (self.key in NAMES["scores"] or not self.is_label)
         self.is_code = self.is_text and self.nearly("code") and not self.is_label  # links, paths or other marks
         # Texts written behind a prompt, and no label that is called so.
         self.is_completion = self.is_text and not (self.is_label and self.key in NAMES["often_labels"])
         # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
-        self.is_feature = self.filled > 0 and (
-            self.size is not None or self.nearly("target") or self.is_label or self.is_flag
-        )
         self.is_category = self.size is None and not self.nearly("target")
+        self.is_feature = self.filled > 0 and (not self.is_category or self.is_label or self.is_flag)
         words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", self.name).lower())
         found = _OF_PEOPLE.fullmatch(self.key) or (len(words) > 2 and _OF_PEOPLE.fullmatch("".join(words[-2:])))
         # Where in the order of people it is, if it is called as people are (`tweet_author_id`).

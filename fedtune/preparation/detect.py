@@ -1,11 +1,8 @@
-"""The kind of training that the columns of a data file suit, and why.
-
-This reads a file to tell its owner about it.  What it finds goes into an experiment that the owner reads before
-anybody else does; no run and no site calls it.
-"""
+"""The kind of training that the columns of a data file suit, and why: for the file's owner, and for no run or site."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -16,7 +13,7 @@ from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
 from fedtune.data.values import speaker_of
 from fedtune.preparation.columns import LONGEST_LABEL, NAMES, WORDS, Column
-from fedtune.preparation.patterns import OddTexts
+from fedtune.preparation.patterns import ODD_TEXTS, odd_texts
 from fedtune.spec import ConfigError, DataError
 from fedtune.words import counted
 
@@ -25,7 +22,6 @@ KINDS: Mapping[Kind, Sequence[str]] = WORDS["kind"]
 """In words, and the experiment of conf/ that such records begin in."""
 SHOWN_ROWS = 5
 
-Columns: TypeAlias = Mapping[str, Column]
 _Fits: TypeAlias = Callable[[Column], bool]
 Roles: TypeAlias = dict[str, tuple[str, str]]  # by role the column that has it, and why
 
@@ -46,12 +42,8 @@ _SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
 _CONTEXT = _Part("input", NAMES["contexts"], lambda one: one.is_text or not one.filled, optional=True)
 _PROMPT, _TURNS = _Part("prompt", NAMES["prompts"], _is_text), "must hold turns of a conversation"
 _COMPLETION = _Part("completion", NAMES["completions"], _is_text)
-_SCORE = _Part(
-    "target",
-    (*NAMES["scores"], "label", "target"),
-    lambda one: one.is_number and (one.key in NAMES["scores"] or not one.is_label),
-    "must hold numbers, and not always the same",
-)
+_SCORED = "must hold numbers, and not always the same"
+_SCORE = _Part("target", (*NAMES["scores"], "label", "target"), lambda one: one.is_score, _SCORED)
 _FOLLOWED = (
     _Part("time", NAMES["times"], lambda one: one.is_number, "must hold numbers"),
     _Part("event", NAMES["events"], lambda one: one.is_event, "must hold 1 or true where it came, else 0 or false"),
@@ -102,10 +94,9 @@ class Found:
 
     path: Path
     rows: int  # that can be read
-    # what is wrong with the others, of which the first few are kept; `num_faults` counts all
-    faults: Sequence[DataError]
-    num_faults: int
-    columns: Columns
+    faults: Sequence[DataError]  # what is wrong with the first of the others
+    num_faults: int  # all of them
+    columns: Mapping[str, Column]
     first: Sequence[Row]
     kind: Kind
     roles: Mapping[str, str]  # role to column; `user` where a column says whose each record is
@@ -162,18 +153,17 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
     `chosen` is option (one of `OPTIONS`) to column, as a person says; `by_person`: a column that looks like persons is
     taken for the unit.  A DataError is about the file, a ConfigError about what was chosen.
     """
-    columns: dict[str, Column] = {}
-    first: list[Row] = []
-    faults: list[DataError] = []
+    columns, first, faults = dict[str, Column](), list[Row](), list[DataError]()
     rows = num_faults = 0
-    odd = OddTexts(format_of(path))
+    odd = defaultdict[tuple[str, str], list[int]](list)  # lines by what is odd, and column
     for number, (line, row) in enumerate(raw_rows(path), 1):
         if isinstance(row, DataError):
             num_faults += 1
             faults += [row] if num_faults <= SHOWN_ROWS else []
             continue
         rows += 1
-        odd.note(row, line)
+        for one in odd_texts(row, format_of(path)):
+            odd[one].append(line)
         first += [row] if rows <= SHOWN_ROWS else []
         for name, value in row.items():
             if name not in columns:
@@ -203,6 +193,10 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
     elif by_person and people:  # where a column says whose a record is, the first that does
         found["user"] = people[0][1], "its name: whose a record is (--unit record protects each record alone)"
     roles = {role: name for role, (name, _) in found.items()}
+    odd_notes = (
+        f"{column}: {len(lines):,} of its values have {ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
+        for (what, column), lines in odd.items()
+    )
     return Found(
         path=path,
         rows=rows,
@@ -213,20 +207,18 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
         kind=kind,
         roles=roles,
         why={role: why for role, (_, why) in found.items()},
-        notes=(*guess.notes(kind, roles), *odd.notes()),
+        notes=(*guess.notes(kind, roles), *odd_notes),
         features=guess.features(but=roles.values()) if kind == "table" else (),
     )
 
 
-def _require_header(columns: Columns, path: Path) -> None:
-    """Refuse a table whose first row looks like a record: its texts would become the names of the columns.
-
-    One of them is then among the column's own values, and the texts' own header is as long as a text; a class may be
-    called as its column is.
-    """
+def _require_header(columns: Mapping[str, Column], path: Path) -> None:
+    """Refuse a table whose first row looks like a record: its texts would become the names of the columns."""
     if sum(one.filled > 0 for one in columns.values() if one.name.startswith("(column ")) > 1:
         bound = "must have a name for each in the first row: remove titles and notes above it"
         raise DataError(str(path), "columns without a name", bound)
+    # One of them is then among the column's own values, and the texts' own header is as long as a text; a class may be
+    # called as its column is.
     longest = max(columns.values(), key=lambda one: one.mean_characters)
     if longest.key in NAMES["texts"] or 3 * len(longest.name) < longest.mean_characters:
         return
@@ -240,7 +232,7 @@ def _require_header(columns: Columns, path: Path) -> None:
 class _Guess:
     """Guesses the roles of columns: by what was chosen, then by names that data sets share, then by values."""
 
-    columns: Columns
+    columns: Mapping[str, Column]
     chosen: Mapping[str, str]
     path: Path
 

@@ -200,5 +200,5 @@ def words_said(record: Record) -> Words:
 
 def _details(record: Record) -> set[tuple[str, str]]:
     """(kind, form) of likely identifiers; the form of all but e-mail addresses is their letters and digits alone."""
-    found = ((one.kind, text[one.start : one.end]) for _, text in record.texts() for one in identifiers(text))
+    found = ((kind, text[a:b]) for _, text in record.texts() for kind, a, b in identifiers(text))
     return {(kind, (text if kind == "e-mail" else re.sub(r"[\W_]", "", text)).casefold()) for kind, text in found}

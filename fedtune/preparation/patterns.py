@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from operator import itemgetter
 
 
-class Identifier(NamedTuple):
-    """Where in a text an identifier seems to stand."""
-
-    kind: str
-    start: int
-    end: int
-
-
-def identifiers(text: str) -> list[Identifier]:
-    """Likely personal identifiers, none within another, in the order of the text; kinds with a checksum come first."""
-    found: list[Identifier] = []
+def identifiers(text: str) -> list[tuple[str, int, int]]:
+    """(kind, start, end) of likely personal identifiers, none within another; kinds with a checksum count first."""
+    found: list[tuple[str, int, int]] = []
     if not _MAY_IDENTIFY.search(text):
         return found
     taken = bytearray(len(text))
@@ -31,17 +22,17 @@ def identifiers(text: str) -> list[Identifier]:
             start = match.start()
             end = start + len(_CHECKS.get(kind, str)(match[0]))
             if end > start and not any(taken[start:end]):
-                found.append(Identifier(kind, start, end))
+                found.append((kind, start, end))
                 taken[start:end] = b"\1" * (end - start)
-    return sorted(found, key=lambda one: one.start)
+    return sorted(found, key=itemgetter(1))
 
 
 def masked(text: str) -> tuple[str, list[str]]:
     """The text with each identifier's kind in brackets in its place, and the kinds, one of each place."""
     found = identifiers(text)
-    ends = [0, *(one.end for one in found)]
-    parts = [f"{text[end : one.start]}[{one.kind}]" for end, one in zip(ends, found, strict=False)]
-    return "".join([*parts, text[ends[-1] :]]), [one.kind for one in found]
+    ends = [0, *(end for _, _, end in found)]
+    parts = [f"{text[end:start]}[{kind}]" for end, (kind, start, _) in zip(ends, found, strict=False)]
+    return "".join([*parts, text[ends[-1] :]]), [kind for kind, _, _ in found]
 
 
 def damage(text: str) -> Iterator[str]:
@@ -128,39 +119,28 @@ _MARK = re.compile(
     r"<\|[\w-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|begin|end)_?\w{0,9}>"
 )
 """Marks that chat templates of well-known models write between turns."""
-LINE_ENDS, ROWS_WITHIN, MARKS = "line ends in a cell", "what looks like rows in a cell", "marks of a chat template"
-_ODD_TEXTS: Mapping[str, str] = {
-    LINE_ENDS: "line ends within a cell: in a table without quoting, a quote at a cell's beginning takes all along up "
-    "to the next quote",
-    ROWS_WITHIN: "lines within a cell that look like whole rows: if the table was written without quoting, these rows "
-    "are lost; write it with quotes around cells, or as JSON lines",
-    MARKS: "marks of a chat template: in a chat or a whole text they are learnt as letters, never as tokens of the "
-    "template; take them out, or make turns of them",
+ODD_TEXTS: Mapping[str, str] = {
+    "line ends in a cell": "line ends within a cell: in a table without quoting, a quote at a cell's beginning takes "
+    "all along up to the next quote",
+    "what looks like rows in a cell": "lines within a cell that look like whole rows: if the table was written without "
+    "quoting, these rows are lost; write it with quotes around cells, or as JSON lines",
+    "marks of a chat template": "marks of a chat template: in a chat or a whole text they are learnt as letters, never "
+    "as tokens of the template; take them out, or make turns of them",
 }
 
 
-class OddTexts:
-    """Cells that took rows along, and texts that were laid out for a model before; by what and column, with lines."""
-
-    def __init__(self, form: str) -> None:
-        self.lines: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-        self._commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")
-
-    def note(self, row: Mapping[str, object], line: int) -> None:
-        for column, value in row.items():
-            text = value if isinstance(value, str) else str(value) if isinstance(value, list | dict) else ""
-            if _MARK.search(text):
-                self.lines[MARKS, column].append(line)
-            if self._commas and "\n" in text:
-                within = text.split("\n")[1:-1]
-                is_row = any(inner.count(comma) == len(row) - 1 > 0 for inner in within for comma in self._commas)
-                self.lines[ROWS_WITHIN if is_row else LINE_ENDS, column].append(line)
-
-    def notes(self) -> tuple[str, ...]:
-        return tuple(
-            f"{column}: {len(lines):,} of its values have {_ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
-            for (what, column), lines in self.lines.items()
-        )
+def odd_texts(row: Mapping[str, object], form: str) -> Iterator[tuple[str, str]]:
+    """(one of `ODD_TEXTS`, column) of each cell that took rows along, or was laid out for a model before."""
+    in_cell, rows_within, marks = ODD_TEXTS
+    commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")
+    for column, value in row.items():
+        text = value if isinstance(value, str) else str(value) if isinstance(value, list | dict) else ""
+        if _MARK.search(text):
+            yield marks, column
+        if commas and "\n" in text:
+            within = text.split("\n")[1:-1]
+            is_row = any(inner.count(comma) == len(row) - 1 > 0 for inner in within for comma in commas)
+            yield rows_within if is_row else in_cell, column
 
 
 # Damage.

@@ -36,24 +36,15 @@ _LONGEST_TOLD = 4096  # tokens up to which lengths are told apart
 _STEP = 16
 _MOST_TOKENS = 256  # of an example, where the file has longer ones: time and memory grow with it
 _MOST_WINDOWS, _STRIDE = 4, 32
-_WHOLE = 0.99
-"""Of the records are as long as `max_length` or shorter: which one is the longest does not decide what is public."""
+_WHOLE = 0.99  # of the records are within `max_length`: the longest does not decide what is public
 _MORE_SITES = (1000, 3000)  # from each of these numbers of records on, a simulation has one site more than two
 _FEW_UNITS, _FEW_OF_LABEL = 200, 5
 _MOST_SITES = 20  # that a column is taken to name
 _LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
 _SHARES = ((0.2, 0.1), (0.1, 0.05), (0.02, 0.01))  # for test and validation, smaller where there are more records
 _SMALLER_FROM = (1000, 10_000)
-_BEFORE_COMMENT, _MOST_NAMES = 34, 12
+_BEFORE_COMMENT = 34
 _OF_ANY_TASK = ("table", "images", "followed")
-_LEFT_OPEN: Mapping[str, tuple[str, ...]] = {
-    "own_text": ("data.columns={prompt: a, completion: b}",),
-    "own_preferences": ("data.columns={prompt: a, chosen: b, rejected: c}",),
-    "own_numbers": ("data.target_range=[0, 1]",),
-    "own_images": ("data.labels=[a,b]", "model.path=folder"),
-    "own_features": ("data.labels=[a,b]", "data.features=[{columns: [a], range: [0, 1]}]"),
-    "own_pairs": ("data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"),
-}
 _Setting: TypeAlias = tuple[str, Any, str]  # key, value (None: it is not written), comment
 
 
@@ -73,8 +64,7 @@ class Plan:
     max_length: int  # the most tokens of an example
     windows: int  # into how many pieces a record is cut, where the task does so
     turns: Literal["model", "plain"] | None  # whose template writes them: the model's own, where it can be taken
-    # how many of the records have each label; without those that only rows have which cannot be used
-    labels: Mapping[str, int]
+    labels: Mapping[str, int]  # how many of the records have each, if any has it
     places: Mapping[str, int]  # units by the value of the column of places
     unplaced: int  # records without such a value
     torn: int  # persons with records at several places
@@ -88,7 +78,15 @@ class Plan:
 
 def left_open(base: str) -> Sequence[str]:
     """Overrides that stand for what an experiment of conf/ leaves to a file's owner."""
-    return _LEFT_OPEN.get(base, ("data.labels=[a,b]",))
+    placeholders = {
+        "own_text": ["data.columns={prompt: a, completion: b}"],
+        "own_preferences": ["data.columns={prompt: a, chosen: b, rejected: c}"],
+        "own_numbers": ["data.target_range=[0, 1]"],
+        "own_images": ["data.labels=[a,b]", "model.path=folder"],
+        "own_features": ["data.labels=[a,b]", "data.features=[{columns: [a], range: [0, 1]}]"],
+        "own_pairs": ["data.columns={text: a, other: b, target: c}", "data.target_range=[0, 1]"],
+    }
+    return placeholders.get(base, ["data.labels=[a,b]"])
 
 
 def filled(found: Found) -> list[str]:
@@ -191,15 +189,13 @@ def in_order(labels: Iterable[str]) -> list[str]:
 
 def _template(found: Found) -> str | None:
     """The prompt template, where the base's own does not fit."""
-    if "input" in found.roles:
-        return "{prompt}\n\n{input}"
-    return "{prompt}" if found.kind == "instructions" else None
+    asked = "{prompt}" if found.kind == "instructions" else None
+    return "{prompt}\n\n{input}" if "input" in found.roles else asked
 
 
 def run_name(file: Path) -> str:
     """A run's name from that of its experiment's file."""
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip("-._")
-    return name[:100] or "own"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).strip("-._")[:100] or "own"
 
 
 def declared_size(plan: Plan, units: int | None = None) -> int:
@@ -302,11 +298,9 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
 
 
 def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
-    """The features, intervals and labels of `data`.
-
-    A range or a list of categories that was taken from the records would publish something of them: the largest value
-    is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
-    """
+    """The features, intervals and labels of `data`."""
+    # A range or a list of categories that was taken from the records would publish something of them: the largest value
+    # is somebody's.  So a person fills them in, and what the file holds is shown on the terminal alone.
     if found.features:
         yield "  # ??? is yours to say, from what you know and not from the file: it becomes PUBLIC.  docs/features.md"
         yield "  features:"
@@ -324,19 +318,6 @@ def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
         yield from (f"    - {_scalar(label)}" for label in plan.labels)
     elif found.kind in _OF_ANY_TASK:
         yield "  labels: []"
-
-
-def feature_rows(found: Found) -> Iterator[tuple[str, str, str, str]]:
-    """(column, what it is, what the file holds, rows without a value) of each feature; for the terminal."""
-    for one in (found.columns[name] for name in found.features):
-        what, holds = "a number", f"{min(one.numbers):g} to {max(one.numbers):g}" if one.numbers else ""
-        if one.is_category:
-            names = [label for label, _ in one.labels.most_common()]
-            more = f", and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-            what, holds = "categories", f"{', '.join(names[:_MOST_NAMES])}{more}"
-        elif one.size is not None:
-            what, holds = f"a list of {one.size} numbers", ""
-        yield one.name, what, holds, f"{found.rows - one.filled:,}" if one.filled < found.rows else ""
 
 
 def _places(found: Found) -> Column | None:
@@ -393,23 +374,16 @@ def about_spellings(labels: Iterable[str]) -> list[str]:
 
 def notes(found: Found, plan: Plan) -> Iterator[str]:
     """Notes for the person before the first run."""
-    yield (
-        f"declared_sizes: {declared_size(plan):,} was set near a site's share. This number becomes public; at a real "
-        "site, the site chooses it in its site.toml."
-    )
-    yield (
-        "Labels, target_range and max_length were proposed from nearly all records of the file, and become public too: "
-        "change what says more than it should."
-    )
+    public = "This number becomes public; at a real site, the site chooses it in its site.toml."
+    yield f"declared_sizes: {declared_size(plan):,} was set near a site's share. {public}"
+    proposed = "Labels, target_range and max_length were proposed from nearly all records of the file"
+    yield f"{proposed}, and become public too: change what says more than it should."
     if plan.by_user:
         records = f"The {plan.usable:,} records are of {plan.units:,} persons"
         yield f"{records}, each of whom is protected as a whole (privacy.unit: user)."
     if plan.alike:
-        ids = counted(plan.alike, "id")
-        yield (
-            f"{ids} of persons are like another but for case, and count as other persons: write them alike in the file "
-            "if they are one."
-        )
+        others = "like another but for case, and count as other persons: write them alike in the file if they are one."
+        yield f"{counted(plan.alike, 'id')} of persons are {others}"
     if plan.units < _FEW_UNITS * plan.num_sites:
         units = counted(plan.units, "person" if plan.by_user else "record")
         yield f"{units}: that is little, so with noise expect the run to learn little."

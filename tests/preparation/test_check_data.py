@@ -10,6 +10,7 @@ import pytest
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
+from fedtune.data.faults import LeftOut
 from fedtune.data.load import deal
 from fedtune.model.base_model import load_tokenizer
 from fedtune.preparation import check_data, duplicates
@@ -236,5 +237,6 @@ def test_reasons_and_spellings_are_counted_and_uses_have_an_order(tickets: Ticke
     (file,) = checked(config).files
     assert list(file.uses) == ["train", "validation", "test"]
     assert file.spelt_otherwise == {"billing": 1, "sales": 1}
-    assert str(file.left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 in data.labels")
-    assert not file.left_out.is_much
+    left_out = LeftOut(rows=file.rows, reasons=file.num_errors)
+    assert str(left_out).startswith("4 of 65 rows (6.2 %) cannot be used: 3 must be one of the 2 in data.labels")
+    assert not left_out.is_much

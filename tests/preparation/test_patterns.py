@@ -24,7 +24,7 @@ from fedtune.preparation.patterns import damage, identifiers, masked
     ],
 )
 def test_an_identifier_is_found_whole_and_once(text: str, kind: str, whole: str) -> None:
-    assert [(one.kind, text[one.start : one.end]) for one in identifiers(text)] == [(kind, whole)]
+    assert [(found, text[start:end]) for found, start, end in identifiers(text)] == [(kind, whole)]
     assert masked(text) == (text.replace(whole, f"[{kind}]"), [kind])
 
 
