@@ -137,9 +137,7 @@ MOMENTS = st.integers(-100, 1500).map(lambda days: JANUARY + timedelta(days=days
     period=st.sampled_from(["month", "quarter", "year"]),
     moves=st.lists(st.tuples(MOMENTS, st.none() | MOMENTS, st.sampled_from(["ask", "ask", "confirm", "end"]))),
 )
-def test_no_history_of_clocks_opens_a_period_by_one_of_them_alone(
-    tmp_path_factory: Any, period: Any, moves: Any
-) -> None:
+def test_no_history_of_clocks_opens_a_period_by_one_alone(tmp_path_factory: Any, period: Any, moves: Any) -> None:
     site: Policy = policy(budget={"max_epsilon_per_period": 5.0, "period": period})
     clock, path = Clock(JANUARY), tmp_path_factory.mktemp("clocks") / "ledger.db"
     with pytest.MonkeyPatch.context() as patched:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +41,7 @@ def share(shared: SharedNoise = FOUR, *purpose: str | int, sums: Whole | None = 
 
 @pytest.mark.parametrize("deviation", [0.45, 0.6, 0.8, 1.0])
 @pytest.mark.parametrize("values", [(0.0, 0.0), (0.3, -1.7), (0.1, 0.25, 7.5), (0.5, 0.5, 0.0, 0.9, -3.1)])
-def test_a_sum_of_rounded_shares_is_the_rounded_sum_but_for_the_stated_gap(
-    values: tuple[float, ...], deviation: float
-) -> None:
+def test_a_sum_of_rounded_shares_is_the_rounded_sum_but_for_the_stated_gap(values: Any, deviation: float) -> None:
     """At deviations so small that there is a gap, and for sums that are no whole numbers."""
     most = 30
     for shift in (HALF_UP, 0.5 + 1 / 16):
@@ -150,9 +149,7 @@ def test_shares_together_are_never_said_to_be_more_than_their_variances(noise: f
 
 @settings(deadline=None, derandomize=True)
 @given(st.floats(0.02, 1e3), st.integers(2, 1024), st.data())
-def test_a_share_is_enough_for_the_honest_sites_of_the_smallest_sum(
-    total: float, threshold: int, data: st.DataObject
-) -> None:
+def test_a_share_is_enough_for_the_honest_sites_of_the_smallest_sum(total: float, threshold: int, data: Any) -> None:
     colluders = data.draw(st.integers(0, threshold - 1))
     one = Together(num_sites=threshold, threshold=threshold, colluders=colluders).share_of(total)
     honest = threshold - colluders

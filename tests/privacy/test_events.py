@@ -49,10 +49,8 @@ def plainly_grouped(event: DpEvent) -> Counter[DpEvent]:
     return Counter({event: 1})
 
 
-mechanisms = st.one_of(
-    st.just(NonPrivateDpEvent()),
-    st.sampled_from([Gaussian(2.0), Gaussian(3.0), PoissonSampledDpEvent(0.1, Gaussian(2.0))]),
-)
+sampled = PoissonSampledDpEvent(0.1, Gaussian(2.0))
+mechanisms = st.sampled_from([NonPrivateDpEvent(), Gaussian(2.0), Gaussian(3.0), sampled])
 compositions: st.SearchStrategy[DpEvent] = st.recursive(
     mechanisms,
     lambda inner: st.one_of(

@@ -191,9 +191,7 @@ def test_a_transaction_shuts_others_out_before_it_reads(opened: Any, path: Path)
         pass
 
 
-def test_a_ledger_that_somebody_else_holds_for_too_long_is_a_run_error(
-    opened: Any, path: Path, monkeypatch: Any
-) -> None:
+def test_a_ledger_that_another_holds_for_too_long_is_a_run_error(opened: Any, path: Path, monkeypatch: Any) -> None:
     ledger = opened()
     monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.01)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:

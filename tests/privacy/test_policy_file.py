@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
+from fedtune.privacy.promise import Promise
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Asserted, Dataset, Policy
 from fedtune.spec import ConfigError
@@ -58,10 +59,12 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
         policy(),
         policy(budget={"max_epsilon": math.inf, "max_epsilon_per_run": 3, "max_epsilon_per_period": 9.5}),
         policy(allow={"leads": (), "target_modules": ()}, anchor="/elsewhere/anchor.json"),
+        policy(promise=Promise(noise_factor=1.5, epsilon_per_run=2.0)),
     ):
         write_policy(each, tmp_path / "site.toml")
         assert read_policy(tmp_path / "site.toml") == each
         assert policy_of(json.loads(json.dumps(each.to_json()))) == each
+    assert "promise" not in policy().to_json()
 
 
 def test_what_a_file_leaves_out_is_what_the_template_says(site_toml: Path, filled_in: Path) -> None:
@@ -91,13 +94,10 @@ def test_a_mistake_names_file_key_value_and_what_would_be_right(site_toml: Path,
     assert error_of(site_toml, (mistake["old"], mistake["new"])).startswith(mistake["told"])
 
 
-def test_a_value_in_place_of_a_table_is_named(site_toml: Path) -> None:
+def test_a_value_or_a_table_in_the_wrong_place_is_named(site_toml: Path, tmp_path: Path) -> None:
     text = site_toml.read_text()
     site_toml.write_text("asserted = true\n" + text.replace("[asserted]\nno_person_at_another_site = true\n", ""))
     assert error_of(site_toml) == "asserted = true: must be a table, as in [asserted]"
-
-
-def test_one_table_in_place_of_a_list_of_tables_is_named(tmp_path: Path) -> None:
     write_policy(policy(dataset=(Dataset(id="d", declared_size=9),)), tmp_path / "site.toml")
     assert error_of(tmp_path / "site.toml", ("[[dataset]]", "[dataset]")).endswith("must be a list")
     assert error_of(tmp_path / "site.toml", ("[dataset]", "dataset = [5]\n[allow2]")).startswith("allow2: is not a key")

@@ -15,7 +15,6 @@ from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
 from fedtune.privacy.promise import Promise
 from fedtune.privacy.release import Offer, Reason, Receipt
 from fedtune.spec import ConfigError, RunError
@@ -28,13 +27,6 @@ THREE = Together(num_sites=3, threshold=3, colluders=0).with_share(1.0)
 
 def of_steps(noise: float, steps: int) -> SelfComposedDpEvent:
     return SelfComposedDpEvent(PoissonSampledDpEvent(0.25, GaussianDpEvent(noise)), steps)
-
-
-def test_a_policy_without_a_promise_keeps_its_json_and_one_with_it_comes_back(tmp_path: Path) -> None:
-    assert "promise" not in policy().to_json()
-    stronger = policy(promise=Promise(noise_factor=1.5, epsilon_per_run=2.0))
-    write_policy(stronger, tmp_path / "site.toml")
-    assert read_policy(tmp_path / "site.toml") == policy_of(stronger.to_json()) == stronger
 
 
 def test_the_epsilon_at_one_and_a_half_times_the_noise() -> None:

@@ -86,9 +86,7 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         ("2030", "2030", set()),
     ],
 )
-def test_a_round_samples_whom_the_run_admits(
-    station: Any, sampled: list[set[str]], first: str | None, last: str, whom: set[str]
-) -> None:
+def test_a_round_samples_whom_the_run_admits(station: Any, sampled: Any, first: Any, last: str, whom: set[str]) -> None:
     site = station(**by_cohorts(first, last))
     write(site, PEOPLE)
     site.update()
@@ -109,9 +107,7 @@ def test_a_corrected_date_is_no_new_budget(site: Any, sampled: list[set[str]]) -
     verify(site.folder / "ledger.db")
 
 
-def test_held_out_people_are_admitted_and_registered_likewise(
-    station: Any, sampled: list[set[str]], scored: list[Any]
-) -> None:
+def test_held_out_people_are_admitted_and_registered_likewise(station: Any, sampled: Any, scored: list[Any]) -> None:
     site = station(**by_cohorts("2024", "2024", metrics="noised"))
     write(site, {f"person {n}": [("2024-05-01", "2026-01-01")[n % 2]] for n in range(60)})
     site.update()

@@ -192,7 +192,9 @@ def test_for_a_refused_request_no_model_is_loaded_and_no_record_opened(
     assert site.ledger().history.runs == {}
 
 
-def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_named_after(site: Any) -> None:
+def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_named_after(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     put_up: list[tuple[Proposal, str]] = []
     site.waits = lambda *about: put_up.append(about)
     site.edit(approval="manual")
@@ -203,12 +205,9 @@ def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_na
     site.paused.touch()
     assert site.refusal() is Reason.PAUSED
     assert len(put_up) == 1
-
-
-def test_a_run_that_cannot_be_put_up_is_refused_all_the_same(site: Any, caplog: pytest.LogCaptureFixture) -> None:
+    site.paused.unlink()
     site.waits = Mock(side_effect=OSError("no space left"))
-    site.edit(approval="manual")
-    assert site.refusal() is Reason.AWAITING_APPROVAL
+    assert site.refusal() is Reason.AWAITING_APPROVAL, "also where it cannot be put up"
     assert "no space left" in caplog.text
 
 
