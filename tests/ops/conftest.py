@@ -22,10 +22,9 @@ from fedtune.ops.kits.members import REQUEST, Member, Roster, site_init
 from fedtune.ops.kits.provisioning import Admitted
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.site_policy import Policy
 from tests.flower.hostile import Hostile, whole
 
-from ..conftest import files_in
+from ..conftest import fail_where, files_in, site_policy
 
 SNAPSHOTS = Path(__file__).parent / "snapshots" / "doctor.txt"
 FEDERATION_TOML = f"""\
@@ -63,44 +62,28 @@ def made(tmp_path_factory: pytest.TempPathFactory, now: datetime) -> Path:
 
 @pytest.fixture
 def federation(federation_toml: Path, made: Path) -> Path:
-    """A copy of its own."""
     return shutil.copytree(made, federation_toml.parent / "federation")
-
-
-@pytest.fixture
-def request_of(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Path]:
-    """The join request of a site, which lies in a folder named after it; `kit` names another folder for its keys."""
-
-    def make(site: str, *, kit: str = "kit", declared_size: int = 100) -> Path:
-        folder = tmp_path / site
-        folder.mkdir(exist_ok=True)
-        write_policy(site_policy(site, declared_size=declared_size), folder / "site.toml")
-        return site_init(folder / "site.toml", out=folder / kit) / REQUEST
-
-    return make
-
-
-@pytest.fixture
-def joined(federation: Path, request_of: Callable[..., Path], now: datetime) -> Callable[[str], Path]:
-    """Let a site in; its kit, unzipped where its keys are."""
-
-    def make(site: str) -> Path:
-        request = request_of(site)
-        done = provisioning.ask_to_add(federation, request=request, days=None, now=now).let_in()
-        unpack(done.archive, request.parent)
-        return request.parent
-
-    return make
 
 
 @dataclass(frozen=True)
 class Desk:
-    """The lead's: a federation's folder, the requests of sites, and what is done with them."""
+    """The lead's: a federation's folder, beside which sites have theirs, and what is done with their requests."""
 
     folder: Path
     now: datetime
-    request: Callable[..., Path]
-    join: Callable[[str], Path]
+
+    def request(self, site: str, *, kit: str = "kit", declared_size: int = 100) -> Path:
+        """The join request of a site in a folder named after it; `kit` names another folder for its keys."""
+        folder = self.folder.parent / site
+        folder.mkdir(exist_ok=True)
+        write_policy(site_policy(site, declared_size=declared_size), folder / "site.toml")
+        return site_init(folder / "site.toml", out=folder / kit) / REQUEST
+
+    def join(self, site: str) -> Path:
+        """Let a site in; its kit, unzipped where its keys are."""
+        request = self.request(site)
+        unpack(self.add(request).archive, request.parent)
+        return request.parent
 
     def add(self, request: Path, *, days: int | None = None) -> Admitted:
         return provisioning.ask_to_add(self.folder, request=request, days=days, now=self.now).let_in()
@@ -125,29 +108,34 @@ class Desk:
 
 
 @pytest.fixture
-def desk(federation: Path, now: datetime, request_of: Callable[..., Path], joined: Callable[[str], Path]) -> Desk:
-    return Desk(folder=federation, now=now, request=request_of, join=joined)
+def desk(federation: Path, now: datetime) -> Desk:
+    return Desk(folder=federation, now=now)
+
+
+@pytest.fixture
+def request_of(desk: Desk) -> Callable[..., Path]:
+    return desk.request
+
+
+@pytest.fixture
+def joined(desk: Desk) -> Callable[[str], Path]:
+    return desk.join
 
 
 class Killed(BaseException):
     """The process ends here."""
 
 
-def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[str]:
+def killed_at(step: int, patch: pytest.MonkeyPatch) -> list[Any]:
     """Kill what runs next at this step on the disk, from 0, before it takes place; the steps that were begun."""
-    begun: list[str] = []
+    begun: list[Any] = []
 
-    def counted(call: Callable[..., None], name: str) -> Callable[..., None]:
-        def made(*arguments: Any, **options: Any) -> None:
-            begun.append(name)
-            if len(begun) > step:
-                raise Killed
-            call(*arguments, **options)
-
-        return made
+    def is_due(*arguments: Any, **options: Any) -> bool:
+        begun.append(arguments)
+        return len(begun) > step
 
     for name in ("fsync", "replace", "unlink"):
-        patch.setattr(os, name, counted(getattr(os, name), name))
+        fail_where(patch, os, name, is_due, Killed())
     return begun
 
 
@@ -204,9 +192,9 @@ class Mailbox(Hostile):
 
 
 @pytest.fixture
-def north(joined: Callable[[str], Path], site_policy: Callable[..., Policy]) -> Path:
+def north(desk: Desk) -> Path:
     """The folder of a site that has joined, with its anchor on another disk."""
-    folder = joined("north").parent
+    folder = desk.join("north").parent
     (folder / "other disk").mkdir()
     write_policy(site_policy("north", anchor=str(folder / "other disk/anchor.json")), folder / "site.toml")
     return folder

@@ -22,6 +22,7 @@ from .deployment_files import DEPLOYMENT, KUBERNETES, ROOT, name_of, passed, pod
 
 UNITS = sorted((DEPLOYMENT / "systemd").glob("*.service"))
 COMPOSE = sorted((DEPLOYMENT / "docker").glob("compose*.yaml"))
+COMPOSE_YAML = DEPLOYMENT / "docker/compose.yaml"
 SBATCH = DEPLOYMENT / "slurm/fedtune_site.sbatch"
 EXECUTABLE = "/opt/fedtune/bin/fedtune"
 
@@ -45,14 +46,10 @@ def verify(text: str, file: Path) -> str:
 
 
 @pytest.mark.parametrize("path", UNITS, ids=name_of)
-def test_systemd_takes_the_unit(path: Path, tmp_path: Path) -> None:
+def test_systemd_takes_the_unit_and_finds_it_hardened(path: Path, tmp_path: Path) -> None:
     text = path.read_text()
     assert verify(text, tmp_path / path.name) == ""
     assert "RestartSecs" in verify(text.replace("RestartSec=", "RestartSecs="), tmp_path / path.name)
-
-
-@pytest.mark.parametrize("path", UNITS, ids=name_of)
-def test_systemd_finds_the_unit_hardened(path: Path, tmp_path: Path) -> None:
     threshold = "25"  # in tenths; a service without any setting has 96
     shutil.copy(path, tmp_path)
     command = (tool("systemd-analyze"), "security", "--offline=true", f"--threshold={threshold}", "--no-pager")
@@ -74,31 +71,19 @@ def test_a_unit_starts_again_but_not_after_a_wrong_setting(path: Path) -> None:
     assert service["MemoryMax"]
 
 
-def test_a_site_s_records_lie_in_neither_swap_nor_a_core_file() -> None:
-    service = unit(DEPLOYMENT / "systemd/fedtune-site.service")
+def test_a_site_s_records_lie_in_neither_swap_nor_a_core_file_and_it_cannot_write_its_policy() -> None:
+    path = DEPLOYMENT / "systemd/fedtune-site.service"
+    service, site = unit(path), yaml.safe_load(COMPOSE_YAML.read_text())["services"]["site"]
     assert (service["MemorySwapMax"], service["LimitCORE"]) == ("0", "0")
-    site = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["site"]
     assert (site["memswap_limit"], site["ulimits"]) == (site["mem_limit"], {"core": 0})
-
-
-def test_no_site_can_write_its_policy() -> None:
-    text = (DEPLOYMENT / "systemd/fedtune-site.service").read_text()
-    policy = f"{unit(DEPLOYMENT / 'systemd/fedtune-site.service')['WorkingDirectory']}/site.toml"
-    assert f"\nReadOnlyPaths=-{policy}\n" in text
-    service = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]["site"]
-    told = parsed(*service["command"])
-    (bound,) = (one for one in service["volumes"] if one["target"] == str(told["site"]))
+    assert f"\nReadOnlyPaths=-{service['WorkingDirectory']}/site.toml\n" in path.read_text()
+    told, volumes = parsed(*site["command"]), {one["target"]: one for one in site["volumes"]}
+    bound = volumes[str(told["site"])]
     assert bound["read_only"] is True
-    (folder,) = (one for one in service["volumes"] if one["target"] == str(told["site"].parent))
-    assert bound["source"] == f"{folder['source']}/site.toml"
-
-
-def test_the_site_s_unit_lets_the_gpu_through() -> None:
-    service = unit(DEPLOYMENT / "systemd/fedtune-site.service")
+    assert bound["source"] == f"{volumes[str(told['site'].parent)]['source']}/site.toml"
+    # It lets the GPU through.
     assert service["PrivateDevices"] == "no"
-    assert "DevicePolicy" not in service
-    assert "MemoryDenyWriteExecute" not in service
-    assert "ProcSubset" not in service
+    assert not {"DevicePolicy", "MemoryDenyWriteExecute", "ProcSubset"} & service.keys()
 
 
 # Docker
@@ -123,13 +108,11 @@ def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
     assert "--constraint constraints.txt '.[metrics]'" in text
     # torch in exactly the version that the tests ran with, from constraints.txt, as the Makefile reads it
     assert "s/^torch==//p" in text
-
-
-def test_the_build_sees_only_what_the_image_is_made_of() -> None:
+    # The build sees only what the image is made of.
     lines = (DEPLOYMENT / "docker/Dockerfile.dockerignore").read_text().splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
     assert patterns[0] == "*"
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOYMENT / "docker/Dockerfile").read_text(), re.M)
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M)
     sources = {source for line in copied for source in line.split()}
     assert sources
     for source in sources:
@@ -152,7 +135,7 @@ def test_the_compose_files_fit_the_specification(tmp_path: Path) -> None:
 
 
 def test_the_services_of_compose_are_closed() -> None:
-    services = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]
+    services = yaml.safe_load(COMPOSE_YAML.read_text())["services"]
     assert set(services) == {"server", "site"}
     for name, service in services.items():
         assert service["read_only"] is True
@@ -196,20 +179,22 @@ def test_bash_and_shellcheck_take_the_batch_script() -> None:
     passed(tool("shellcheck"), SBATCH)
 
 
+NOTING = """#!/bin/bash
+echo "$PWD $*" > ../asked
+[[ -z ${CODE:-} ]] || exit "$CODE"
+trap 'echo TERM >> ../told; sleep 0.5; exit 0' TERM
+echo > ../runs
+while :; do sleep 0.05; done
+"""
+
+
 @pytest.fixture
 def batch(tmp_path: Path) -> Any:
     """The batch script with a `fedtune` that notes what it is told, and a `scontrol` that notes that it was called."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "site").mkdir()
     fedtune, scontrol = tmp_path / "bin/fedtune", tmp_path / "bin/scontrol"
-    fedtune.write_text(
-        "#!/bin/bash\n"
-        'echo "$PWD $*" > ../asked\n'
-        '[[ -z ${CODE:-} ]] || exit "$CODE"\n'
-        "trap 'echo TERM >> ../told; sleep 0.5; exit 0' TERM\n"
-        "echo > ../runs\n"
-        "while :; do sleep 0.05; done\n"
-    )
+    fedtune.write_text(NOTING)
     scontrol.write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/requeued\n')
     for path in (fedtune, scontrol):
         path.chmod(0o755)
@@ -254,25 +239,17 @@ def test_a_job_that_ends_by_itself_is_not_queued_again(code: str, batch: Any, tm
 # All of them
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """Every `fedtune ... start` in the files, as (where, its words)."""
-    found = []
-    for path in (*UNITS, SBATCH):
-        for line in path.read_text().splitlines():
-            if match := re.search(r'(?:fedtune|"\$fedtune") ((?:site|server) start .*?)(?: &)?$', line):
-                found.append((name_of(path), match[1].split()))
-    services = yaml.safe_load((DEPLOYMENT / "docker/compose.yaml").read_text())["services"]
-    found += [("docker/compose.yaml", service["command"]) for service in services.values()]
-    for path in (KUBERNETES / "server/server.yaml", KUBERNETES / "site/site.yaml"):
-        (container,) = pod_of(path)["containers"]
-        found.append((name_of(path), container["args"]))
-    return found
-
-
 def test_every_file_starts_a_server_or_a_site_with_options_that_there_are() -> None:
-    assert len(commands()) == 7
-    for _, words in commands():
-        assert parsed(*words)["kit"]
+    texts = "\n".join(path.read_text() for path in (*UNITS, SBATCH))
+    started = re.findall(r'(?:fedtune|"\$fedtune") ((?:site|server) start .*?)(?: &)?$', texts, re.M)
+    found = [words.split() for words in started]
+    services = yaml.safe_load(COMPOSE_YAML.read_text())["services"]
+    found += [service["command"] for service in services.values()]
+    for name in ("server", "site"):
+        (container,) = pod_of(KUBERNETES / f"{name}/{name}.yaml")["containers"]
+        found.append(container["args"])
+    assert len(found) == 7
+    assert all(parsed(*words)["kit"] for words in found)
 
 
 def test_the_page_on_operations_shows_what_processes_say() -> None:

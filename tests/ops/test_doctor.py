@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -33,6 +32,7 @@ from fedtune.ops.wire import bounded_http
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Receipt, Refused
 from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import LEDGER_SCHEMA, DataError
 
@@ -70,6 +70,10 @@ class Home(Books):
     def records(self) -> Path:
         return self.folder / "records.csv"
 
+    @property
+    def site_key(self) -> Path:
+        return self.folder / "site_key.pem"
+
     def change(self, **changes: Any) -> None:
         """Write the policy anew; dicts change tables."""
         self.policy = changed(self.policy, **changes)
@@ -87,10 +91,48 @@ class Home(Books):
         proposal = self.asked(lead=self.lead, base_model=self.policy.allow.base_models[0], **asked)
         self.charge(proposal, *range(1, rounds + 1))
 
-    def put_back(self, change: Callable[[], None]) -> None:
+    def put_back(self, run: str) -> Receipt:
+        """The ledger of before this run, which had a receipt by then."""
         backup = self.copied("backup.db")
-        change()
+        self.spend(run=run)
+        receipt = self.open().receipt(run)
         os.replace(backup, self.ledger)
+        return receipt
+
+    def doubt(self) -> None:
+        self.open()
+        receipt = self.put_back("r")
+        with contextlib.suppress(Refused):
+            self.open().require_contains(receipt)
+
+    def take_another_key(self) -> None:
+        other = site_init(self.site_toml, out=self.folder / "again")
+        shutil.copy(other / "connection_key.pem", self.kit / "connection_key.pem")
+
+    def damage_model(self) -> None:
+        weights = model_place(self.kit, self.policy.allow.base_models[0]) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+
+    def mark(self, name: str) -> None:
+        (self.kit / "state").mkdir()
+        (self.kit / "state" / name).touch()
+
+    def have_users(self, records_a_user: int = 1, *, users: int = 100, more: str = "") -> None:
+        """Have its population protected by user, with records of so many."""
+        self.change_data(columns={"text": "letter", "label": "outcome", "user": "patient"})
+        self.change(population={"unit": "user"})
+        rows = [f"came on day {n},well,{CANARY} {user}" for user in range(users) for n in range(records_a_user)]
+        self.records.write_text("\n".join(["letter,outcome,patient", *rows]) + f"\n{more}")
+
+    def have_arrivals(self, dated: int, date: str = "2026-03") -> None:
+        """Have users that arrive over time; `dated` of a hundred have a date in their second record."""
+        self.have_users(2)
+        self.change_data(columns={**self.policy.dataset[0].columns, "arrival": "seen"})
+        self.change(population={"arrivals": "year"})
+        head, *rows = self.records.read_text().splitlines()
+        dates = [date if n % 2 and n < 2 * dated else "14.3.2026" for n in range(len(rows))]
+        both = zip(rows, dates, strict=True)
+        self.records.write_text("\n".join([f"{head},seen", *(f"{row},{at}" for row, at in both)]))
 
     def examined(self, *overrides: str, run: bool = False, model: Path | None = None) -> dict[str, Check]:
         """Every line, by its name; a run is tried out where one is asked for or changed."""
@@ -99,7 +141,6 @@ class Home(Books):
         return {check.name: check for check in Examination(**places, run=named, timeout_s=5.0).checks()}
 
     def run(self, *overrides: str) -> RunConfig:
-        """The run that the policy allows."""
         return compose_run(
             [
                 *("name=study", "model=minilm", "data=banking77", "lora=all_linear", f"model.path={self.model}"),
@@ -135,7 +176,6 @@ def home(whole: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 def whole(
     tmp_path_factory: pytest.TempPathFactory, mailbox: Mailbox, site_policy: Any, run_proposal: Any, now: datetime
 ) -> Home:
-    """What is copied for each test."""
     tmp_path = tmp_path_factory.mktemp("whole")
     model = tmp_path / "tiny"
     model.mkdir()
@@ -217,201 +257,94 @@ OF_THE_MACHINE = {
 }
 
 
-def data(**changes: Any) -> Callable[[Home], None]:
-    return lambda home: home.change_data(**changes)
+def changed_in(path: Path, old: str, new: str) -> None:
+    path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
 
 
-def policy(**changes: Any) -> Callable[[Home], None]:
-    return lambda home: home.change(**changes)
-
-
-def records(content: bytes) -> Callable[[Home], Any]:
-    return lambda home: home.records.write_bytes(content)
-
-
-def in_policy(old: str, new: str) -> Callable[[Home], Any]:
-    return lambda home: home.site_toml.write_text(home.site_toml.read_text().replace(old, new))
-
-
-def state(name: str) -> Callable[[Home], None]:
-    def make(home: Home) -> None:
-        (home.kit / "state").mkdir()
-        (home.kit / "state" / name).touch()
-
-    return make
-
-
-def another_key(home: Home) -> None:
-    other = site_init(home.site_toml, out=home.folder / "again")
-    shutil.copy(other / "connection_key.pem", home.kit / "connection_key.pem")
-
-
-def without_header(home: Home) -> None:
-    # Its first record would stand where the error names the columns that there are.
-    home.records.write_text(home.records.read_text().partition("\n")[2])
-
-
-def of_users(home: Home, records_a_user: int = 1, *, users: int = 100) -> None:
-    """A site whose population is protected by user, with records of so many."""
-    columns = {"text": "letter", "label": "outcome", "user": "patient"}
-    home.change_data(columns=columns)
-    home.change(population={"unit": "user"})
-    rows = [f"came on day {n},well,{CANARY} {user}" for user in range(users) for n in range(records_a_user)]
-    home.records.write_text("\n".join(["letter,outcome,patient", *rows]) + "\n")
-
-
-def of_arrivals(home: Home, dated: int, date: str = "2026-03") -> None:
-    """A site whose users arrive over time; `dated` of a hundred have a date in their second record."""
-    of_users(home, 2)
-    home.change_data(columns={**home.policy.dataset[0].columns, "arrival": "seen"})
-    home.change(population={"arrivals": "year"})
-    head, *rows = home.records.read_text().splitlines()
-    dates = [date if n % 2 and n < 2 * dated else "14.3.2026" for n in range(len(rows))]
-    home.records.write_text("\n".join([f"{head},seen", *(f"{row},{at}" for row, at in zip(rows, dates, strict=True))]))
-
-
-def of_two_users(home: Home) -> None:
-    of_users(home)
-    home.records.write_text(home.records.read_text() + f'ours,well,"{CANARY} 1; {CANARY} 2"\n')
-
-
-def changed_ledger(home: Home) -> None:
-    home.spend()
-    home.ledger.write_bytes(home.ledger.read_bytes().replace(b'"rank":4', b'"rank":5'))
-
-
-def of_another_number(home: Home) -> None:
-    home.spend()
-    with contextlib.closing(sqlite3.connect(home.folder / "ledger.db")) as file:
-        file.execute(f"PRAGMA user_version = {LEDGER_SCHEMA - 1}")
-
-
-def anchored(change: Callable[[Home], object]) -> Callable[[Home], None]:
-    """With a ledger that was charged and has an anchor."""
+def charged(change: Callable[[Home], object], *, anchor: str = "anchor.json") -> Callable[[Home], None]:
+    """With a ledger that was charged, and an anchor where one is named."""
 
     def make(home: Home) -> None:
-        home.change(anchor="anchor.json")
+        home.change(anchor=anchor)
         home.spend()
         change(home)
 
     return make
 
 
-def another_number(home: Home) -> None:
-    anchor = home.folder / "anchor.json"
-    anchor.write_text(json.dumps(json.loads(anchor.read_text()) | {"schema": LEDGER_SCHEMA - 1}))
-
-
-def in_doubt(home: Home) -> None:
-    home.open()
-    receipts: list[Any] = []
-
-    def train() -> None:
-        home.spend()
-        receipts.append(home.open().receipt("r"))
-
-    home.put_back(train)
-    with contextlib.suppress(Exception):
-        home.open().require_contains(receipts[0])
-
-
-def of_another_population(home: Home) -> None:
-    home.open()
-    home.change(population={"name": "others"})
-
-
-def site_key(change: Callable[[Path], object]) -> Callable[[Home], None]:
-    def make(home: Home) -> None:
-        home.open()
-        change(home.folder / "site_key.pem")
-
-    return make
-
-
-def another_site_key(path: Path) -> None:
-    path.unlink()
-    SigningKey.load_or_make(path)
-
-
-def changed_model(home: Home) -> None:
-    weights = model_place(home.kit, home.policy.allow.base_models[0]) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
-
-
-def made_up_model(home: Home) -> None:
-    digest = model_sha256(ModelSpec(path="random:bert"))
-    text = (home.kit / "kit.toml").read_text()
-    (home.kit / "kit.toml").write_text(text.replace(home.policy.allow.base_models[0], digest))
-    home.change(allow={"base_models": (digest,)})
-
-
-def seeded(home: Home) -> None:
-    home.change(allow={"seeded_noise": True})
-    home.spend(seeded_noise=True)
-
-
-def second_data_set(home: Home) -> None:
-    second = Dataset(id="letters", declared_size=10, path="gone.csv", columns={"text": "a", "label": "b"})
-    home.change(dataset=(*home.policy.dataset, second))
-
-
+SECOND = Dataset(id="letters", declared_size=10, path="gone.csv", columns={"text": "a", "label": "b"})
 FAULTS: dict[str, Callable[[Home], Any]] = {
     "a key that others can read": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
     "a kit without its key": lambda home: (home.kit / "connection_key.pem").unlink(),
-    "a kit of another key": another_key,
-    "a kit of another site": policy(site="south"),
-    "a policy with a misspelt key": in_policy("max_rank = 4", "max_rnak = 4"),
-    "a lead that the policy does not know": policy(allow={"leads": ("ab" * 32,)}),
-    "a column that is missing": data(columns={"text": "letter", "label": "department"}),
-    "columns of no task": data(columns={"prompt": "letter"}),
+    "a kit of another key": Home.take_another_key,
+    "a kit of another site": lambda home: home.change(site="south"),
+    "a policy with a misspelt key": lambda home: changed_in(home.site_toml, "max_rank = 4", "max_rnak = 4"),
+    "a lead that the policy does not know": lambda home: home.change(allow={"leads": ("ab" * 32,)}),
+    "a column that is missing": lambda home: home.change_data(columns={"text": "letter", "label": "department"}),
+    "columns of no task": lambda home: home.change_data(columns={"prompt": "letter"}),
     "columns of one task of two": lambda home: (
         home.change_data(columns={"text": "letter"}),
         home.change(allow={"tasks": ("classification", "causal_lm")}),
     ),
-    "no UTF-8": records(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
-    "a blank value": records(b"letter,outcome\nXylander-7391,\n"),
-    "a file that is not there": data(path="gone.csv"),
-    "a folder for a file": data(path="."),
-    "no file": data(path=""),
-    "a file without records": records(b"letter,outcome\n"),
-    "a second data set without its file": second_data_set,
-    "a record of several users": of_two_users,
-    "users without a date": lambda home: of_arrivals(home, 0),
-    "users of whom few have a date": lambda home: of_arrivals(home, 49),
-    "a model with a changed byte": changed_model,
+    "no UTF-8": lambda home: home.records.write_bytes(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
+    "a blank value": lambda home: home.records.write_bytes(b"letter,outcome\nXylander-7391,\n"),
+    "a file that is not there": lambda home: home.change_data(path="gone.csv"),
+    "a folder for a file": lambda home: home.change_data(path="."),
+    "no file": lambda home: home.change_data(path=""),
+    "a file without records": lambda home: home.records.write_bytes(b"letter,outcome\n"),
+    "a second data set without its file": lambda home: home.change(dataset=(*home.policy.dataset, SECOND)),
+    "a record of several users": lambda home: home.have_users(more=f'ours,well,"{CANARY} 1; {CANARY} 2"\n'),
+    "users without a date": lambda home: home.have_arrivals(0),
+    "users of whom few have a date": lambda home: home.have_arrivals(49),
+    "a model with a changed byte": Home.damage_model,
     "a model that is not installed": lambda home: shutil.rmtree(home.kit / "models"),
-    "models that kit and policy see differently": policy(allow={"base_models": ("ab" * 32, "unverified")}),
-    "no model that is allowed": policy(allow={"base_models": ()}),
-    "a ledger that was changed": changed_ledger,
-    "a ledger of another number": of_another_number,
-    "an anchor of another number": anchored(another_number),
-    "a ledger that was put back": anchored(lambda home: home.put_back(lambda: home.spend(run="r2"))),
-    "a ledger that is gone": anchored(lambda home: (home.folder / "ledger.db").unlink()),
-    "a ledger whose anchor is gone": anchored(lambda home: (home.folder / "anchor.json").unlink()),
-    "a ledger of another population": of_another_population,
+    "models that kit and policy see differently": lambda home: home.change(
+        allow={"base_models": ("ab" * 32, "unverified")}
+    ),
+    "no model that is allowed": lambda home: home.change(allow={"base_models": ()}),
+    "a ledger that was changed": charged(lambda home: changed_in(home.ledger, '"rank":4', '"rank":5'), anchor=""),
+    "a ledger of another number": charged(
+        lambda home: home.tamper(f"PRAGMA user_version = {LEDGER_SCHEMA - 1}"), anchor=""
+    ),
+    "an anchor of another number": charged(
+        lambda home: changed_in(home.folder / "anchor.json", f'"schema": {LEDGER_SCHEMA}', '"schema": 1')
+    ),
+    "a ledger that was put back": charged(lambda home: home.put_back("r2")),
+    "a ledger that is gone": charged(lambda home: home.ledger.unlink()),
+    "a ledger whose anchor is gone": charged(lambda home: (home.folder / "anchor.json").unlink()),
+    "a ledger of another population": lambda home: (home.open(), home.change(population={"name": "others"})),
     "a ledger that is frozen": lambda home: home.open().freeze("consent withdrawn"),
-    "a ledger in doubt": in_doubt,
-    "a ledger with seeded noise": seeded,
-    "a site key that others can read": site_key(lambda path: path.chmod(0o640)),
-    "a site key that is gone": site_key(Path.unlink),
-    "another site key": site_key(another_site_key),
-    "a site that is paused": state("paused"),
-    "a site that has left": state("left"),
+    "a ledger in doubt": Home.doubt,
+    "a ledger with seeded noise": lambda home: (
+        home.change(allow={"seeded_noise": True}),
+        home.spend(seeded_noise=True),
+    ),
+    "a site key that others can read": lambda home: (home.open(), home.site_key.chmod(0o640)),
+    "a site key that is gone": lambda home: (home.open(), home.site_key.unlink()),
+    "another site key": lambda home: (home.open(), home.site_key.unlink(), SigningKey.load_or_make(home.site_key)),
+    "a site that is paused": lambda home: home.mark("paused"),
+    "a site that has left": lambda home: home.mark("left"),
 }
-WITH_A_RUN = ("a policy with a misspelt key", "a ledger that was changed")
-RUNS = {
-    "max_rank": "lora.rank=8",
-    "declared_size": "data.declared_sizes=90",
-    "max_rounds": "federation.num_rounds=9",
-    "min_noise_multiplier": "privacy.noise_multiplier=3.0",
-    "base_models": "model.sha256=null",
-    "site_names": "federation.site_names=[south]",
-    "misspelt": "lora.rnak=8",
+RUNS: dict[str, tuple[str, ...]] = {
+    "a policy with a misspelt key": (),
+    "a ledger that was changed": (),
+    "a run: max_rank": ("lora.rank=8",),
+    "a run: declared_size": ("data.declared_sizes=90",),
+    "a run: max_rounds": ("federation.num_rounds=9",),
+    "a run: min_noise_multiplier": ("privacy.noise_multiplier=3.0",),
+    "a run: base_models": ("model.sha256=null",),
+    "a run: site_names": ("federation.site_names=[south]",),
+    "a run: misspelt": ("lora.rnak=8",),
 }
+"""Situations in which a run is tried out, which breaks a rule where it has settings of its own."""
 
 
-def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
+@pytest.mark.parametrize("fault", FAULTS | RUNS)
+def test_what_is_wrong_has_its_line(home: Home, fault: str) -> None:
     """The exit code and the lines that are not well; of all lines, none holds anything of the records."""
+    model = home.policy.allow.base_models[0]
+    FAULTS.get(fault, lambda home: None)(home)
+    checks = home.examined(*RUNS.get(fault, ()), run=fault in RUNS)
     failures(checks)
     texts = json.dumps([check.to_json() for check in checks.values()])
     for secret in (CANARY, "records.csv", "gone.csv", "line 4"):
@@ -427,26 +360,14 @@ def told(home: Home, checks: dict[str, Check], *, model: str) -> str:
     lines += [f"{why}: {', '.join(names)}" for why, names in skipped.items()]
     text = "\n".join(lines).replace(str(home.folder), "NORTH").replace(home.lead, "THE LEAD'S")
     short = r"\b[0-9a-f]{16}\.\.\.|\b(?:[0-9a-f]{4} ){4}\.\.\."
-    masks = {model: "THE MODEL'S", r"\b[0-9a-f]{64}\b": "HEX", short: "HEX..."}
-    for pattern, mask in masks.items():
+    for pattern, mask in {model: "THE MODEL'S", r"\b[0-9a-f]{64}\b": "HEX", short: "HEX..."}.items():
         text = re.sub(pattern, mask, text)
-    return text
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_wrong_has_its_line(home: Home, fault: str) -> None:
-    model = home.policy.allow.base_models[0]
-    FAULTS[fault](home)
-    check_snapshot(fault, told(home, home.examined(run=fault in WITH_A_RUN), model=model))
-
-
-@pytest.mark.parametrize("rule", RUNS)
-def test_a_run_that_breaks_a_rule(home: Home, rule: str) -> None:
-    check_snapshot(f"a run: {rule}", told(home, home.examined(RUNS[rule]), model=home.policy.allow.base_models[0]))
+    check_snapshot(fault, text)
 
 
 def test_a_file_without_a_header_is_quoted_in_the_site_s_own_log_alone(home: Home) -> None:
-    without_header(home)
+    # Its first record stands where the error names the columns that there are.
+    home.records.write_text(home.records.read_text().partition("\n")[2])
     home.examined()
     log = home.kit / "state" / "doctor.log"
     assert log.stat().st_mode & 0o777 == 0o600
@@ -454,13 +375,13 @@ def test_a_file_without_a_header_is_quoted_in_the_site_s_own_log_alone(home: Hom
 
 
 def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:
-    for change in (lambda: of_users(home, 9), lambda: of_arrivals(home, 50)):
+    for change in (lambda: home.have_users(9), lambda: home.have_arrivals(50)):
         change()
         found = home.examined()["data patients"]
         assert found.status is Status.OK
         assert found.found == "every record can be read; enough users for the declared size"
     home.change(population={"arrivals": ""})
-    of_users(home, 100, users=9)
+    home.have_users(100, users=9)
     found = home.examined()["data patients"]
     assert found.status is Status.WARNING
     assert "far fewer users than the declared size" in found.found
@@ -489,7 +410,7 @@ def test_a_certificate_that_soon_expires(home: Home, tmp_path: Path, now: dateti
 # The ledger and its budget, base models, and the process that serves.
 
 
-def test_a_ledger_that_has_lived(home: Home) -> None:
+def test_a_ledger_that_has_lived_and_one_that_is_used_up(home: Home) -> None:
     home.change(anchor="anchor.json")
     home.spend(rounds=2)
     checks = home.examined(run=True)
@@ -498,11 +419,7 @@ def test_a_ledger_that_has_lived(home: Home) -> None:
     taken = checks["budget"].found.split(" %")[0]
     assert 0 < int(taken) < 100
     assert f"lifetime budget {taken} % taken before" in checks["run"].found
-
-
-def test_a_budget_that_is_used_up(home: Home) -> None:
-    home.spend(rounds=4)
-    spent = home.examined()["budget"].found.partition("epsilon ")[2].split(" ")[0]
+    spent = checks["budget"].found.partition("epsilon ")[2].split(" ")[0]
     home.change(budget={"max_epsilon": float(spent) + 0.01})
     checks = home.examined(run=True)
     assert checks["budget"].status is Status.WARNING
@@ -511,15 +428,12 @@ def test_a_budget_that_is_used_up(home: Home) -> None:
     assert code(checks) == 3
 
 
-def test_a_model_is_imported_once(home: Home) -> None:
+def test_a_model_is_imported_once_and_one_that_is_refused_stops_no_other_check(home: Home) -> None:
     shutil.rmtree(home.kit / "models")
     checks = home.examined(model=home.model)
     assert checks["import"].found.startswith("tiny is installed now")
     assert not failures(checks)
     assert "was installed before" in home.examined(model=home.model)["import"].found
-
-
-def test_an_import_that_is_refused_stops_no_other_check(home: Home) -> None:
     (home.model / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     checks = home.examined(model=home.model)
     assert failures(checks) == {"import": f"--import-model = {home.model}: must not hold pytorch_model.bin"}
@@ -528,7 +442,9 @@ def test_an_import_that_is_refused_stops_no_other_check(home: Home) -> None:
 
 
 def test_a_made_up_model_needs_no_files(home: Home) -> None:
-    made_up_model(home)
+    digest = model_sha256(ModelSpec(path="random:bert"))
+    changed_in(home.kit / "kit.toml", home.policy.allow.base_models[0], digest)
+    home.change(allow={"base_models": (digest,)})
     assert "made-up model" in home.examined()["base model tiny"].found
 
 

@@ -28,13 +28,9 @@ pytestmark = pytest.mark.usefixtures("no_proxy")
 
 
 @pytest.fixture(scope="session")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ours") / "ca")
-
-
-@pytest.fixture(scope="session")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("theirs") / "ca")
+def authorities(tmp_path_factory: pytest.TempPathFactory) -> list[Authority]:
+    """That of a federation, and another one."""
+    return [Authority(tmp_path_factory.mktemp("authority") / "ca") for _ in range(2)]
 
 
 @dataclass
@@ -54,16 +50,11 @@ class World:
         about = {"version": KIT_SCHEMA, "kind": "site", "federation": "test", "lead": "ab" * 32, "site": "north"}
         return Kit(folder=self.folder, server=server, **about)
 
-    def served(
-        self,
-        authority: Authority | None = None,
-        clients: Authority | None = None,
-        newest: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
-        **certificate: Any,
-    ) -> tuple[Mailbox, str]:
-        """A server, with some things of its certificate changed, and its address as localhost:port."""
-        files = (authority or self.ours).issue("server", **({"address": "localhost", "days": 60} | certificate))
-        mailbox = Mailbox(server_context(replace(files, ca=(clients or self.ours).file), newest=newest))
+    def served(self, of: Authority | None = None, clients: Any = None, **changes: Any) -> tuple[Mailbox, str]:
+        """A server, with some things of its TLS or certificate changed, and its address as localhost:port."""
+        tls = {key: changes.pop(key) for key in ("newest",) if key in changes}
+        files = (of or self.ours).issue("server", **({"address": "localhost", "days": 60} | changes))
+        mailbox = Mailbox(server_context(replace(files, ca=(clients or self.ours).file), **tls))
         self.stack.callback(mailbox.close)
         return mailbox, mailbox.address.replace(LOOPBACK, "localhost")
 
@@ -94,9 +85,9 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, ours: Authority, theirs: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(tmp_path: Path, authorities: list[Authority], monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     with ExitStack() as stack:
-        yield World(tmp_path, ours, theirs, stack, monkeypatch)
+        yield World(tmp_path, *authorities, stack, monkeypatch)
 
 
 def marks(checks: dict[str, Check]) -> str:

@@ -49,7 +49,7 @@ def test_how_much_disk_is_enough(tmp_path: Path) -> None:
     assert set(asked) == {tmp_path}, "the disk of a folder that is yet to be made is its parent's"
 
 
-def test_a_ledger_on_a_network_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_ledger_and_its_anchor_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "share" / "north").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "share" / "north")
     mounts = {"/": "ext4", "/proc": "proc", str(tmp_path / "share"): "cifs"}
@@ -62,9 +62,6 @@ def test_a_ledger_on_a_network_share(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for place in ("ledger.db", "share2/ledger.db"):
         check = machine.ledger_place(tmp_path / place)
         assert (check.status, check.found) == (Status.OK, "ext4, on this machine")
-
-
-def test_where_the_anchor_lies(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
     assert "names no anchor" in machine.anchor_place(ledger, None).found
     here = machine.anchor_place(ledger, tmp_path / "other" / "anchor.json")
@@ -158,21 +155,18 @@ def test_what_every_account_may_change(site: Path, what: str, name: str) -> None
 
 @AS_ROOT
 @pytest.mark.parametrize(("what", "name"), PLACES.items())
-def test_what_belongs_to_another_account(site: Path, what: str, name: str) -> None:
-    os.chown(site / name, STRANGER, STRANGER)
+def test_what_belongs_to_another_account_or_a_foreign_group(site: Path, what: str, name: str) -> None:
+    path = site / name
+    os.chown(path, STRANGER, STRANGER)
     (check,) = looked_at(site)
     assert (check.name, check.status) == (f"files: {what}", Status.FAILED)
     assert f"belongs to account {STRANGER}, and the site's process runs as root" in check.found
-    assert check.fix == f"Run `chown root: {site / name}`."
-
-
-@AS_ROOT
-def test_what_a_foreign_group_may_change(site: Path) -> None:
-    os.chown(site / "ledger.db", 0, STRANGER)
-    (site / "ledger.db").chmod(0o660)
+    assert check.fix == f"Run `chown root: {path}`."
+    os.chown(path, 0, STRANGER)
+    path.chmod(path.stat().st_mode | 0o060)
     (check,) = looked_at(site)
     assert check.found.endswith(f"can be changed by everyone in group {STRANGER}")
-    assert check.fix == f"Run `chmod g-w {site / 'ledger.db'}`."
+    assert check.fix == f"Run `chmod g-w {path}`."
 
 
 @AS_ROOT

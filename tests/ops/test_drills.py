@@ -30,8 +30,7 @@ pytestmark = pytest.mark.nightly
 
 def ledger_of(folder: Path) -> Ledger:
     """The ledger, as the site's process opens it."""
-    files = SiteFiles.of(folder / "site.toml")
-    state = SiteState.of(folder / "kit")
+    files, state = SiteFiles.of(folder / "site.toml"), SiteState.of(folder / "kit")
     assert not state.left.exists()
     assert files.ledger.is_file() or not state.has_served()
     opened = files.open()
@@ -39,21 +38,28 @@ def ledger_of(folder: Path) -> Ledger:
     return opened
 
 
-def test_rotating_a_connection_key(desk: Desk, north: Path, command: Any) -> None:
+def test_rotating_a_connection_key_and_losing_it_with_the_kit(desk: Desk, north: Path, command: Any) -> None:
     kit = north / "kit"
-    before = (kit / "connection_key.pem").read_bytes()
+    key = (kit / "connection_key.pem").read_bytes()
     desk.revoke("north")
     assert command("site", "init", "--site", str(north / "site.toml"), "--out", str(north / "new-kit")).code == 0
     renewed = desk.renew("north", north / "new-kit" / REQUEST)
     (north / "new-kit/connection_key.pem").replace(kit / "connection_key.pem")
     unpack(renewed.archive, kit)
-    assert (kit / "connection_key.pem").read_bytes() != before
+    assert (kit / "connection_key.pem").read_bytes() != key
     assert Kit.read(kit, kind="site").check_certificate(datetime.now(UTC)).name == "north"
     member = desk.member("north")
     assert member.revoked is None
     assert member.issued.public_key() == read_certificate(kit / "site.pem").public_key()
     with FederationFolder.held(desk.folder) as held:
         assert len(held.retired()) == 1
+    # Key and kit are lost, and need no backup: a new key and a renewed kit, and the ledger goes on.
+    before = ledger_of(north).history.opened.ledger
+    shutil.rmtree(kit)
+    assert command("site", "init", "--site", str(north / "site.toml")).code == 0
+    unpack(desk.renew("north", kit / REQUEST).archive, kit)
+    Kit.read(kit, kind="site").check_certificate(datetime.now(UTC))
+    assert ledger_of(north).history.opened.ledger == before
 
 
 def test_moving_a_site_to_another_machine(north: Path, run_proposal: Any, tmp_path: Path) -> None:
@@ -128,16 +134,6 @@ def test_a_site_that_left_comes_back(north: Path, run_proposal: Any, command: An
     there = ledger_of(north)
     assert there.history.charged_rounds(proposal.run) == 1
     train(there, run_proposal(run="another"), 1)
-
-
-def test_connection_key_and_kit_are_lost(desk: Desk, north: Path, command: Any) -> None:
-    """They need no backup: a new key and a renewed kit, and the ledger goes on."""
-    before = ledger_of(north).history.opened.ledger
-    shutil.rmtree(north / "kit")
-    assert command("site", "init", "--site", str(north / "site.toml")).code == 0
-    unpack(desk.renew("north", north / "kit" / REQUEST).archive, north / "kit")
-    Kit.read(north / "kit", kind="site").check_certificate(datetime.now(UTC))
-    assert ledger_of(north).history.opened.ledger == before
 
 
 def test_the_site_key_is_lost(north: Path) -> None:

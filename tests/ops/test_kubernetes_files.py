@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,6 @@ POLICIES = [
 CHART = KUBERNETES.parent / "helm" / "fedtune"
 SITE = KUBERNETES / "site/site.yaml"
 VALIDATE = ("--strict", "--kubernetes-version", "1.32")
-
-
-def every(path: Path) -> list[dict[str, Any]]:
-    pod = pod_of(path)
-    return [*pod.get("initContainers", ()), *pod["containers"]]
 
 
 def mounts_of(container: dict[str, Any]) -> dict[str, Any]:
@@ -77,14 +71,14 @@ def test_kubectl_puts_the_manifests_together(folder: str, put_together: dict[str
 
 
 @pytest.mark.parametrize("path", PROCESSES, ids=name_of)
-def test_pods_keep_to_the_restricted_standard(path: Path) -> None:
+def test_pods_keep_to_the_restricted_standard_and_only_the_server_s_is_reached(path: Path) -> None:
     pod = pod_of(path)
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] > 0
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not {"hostNetwork", "hostPID", "hostIPC"} & pod.keys()
-    for container in every(path):
+    for container in (*pod.get("initContainers", ()), *pod["containers"]):
         context = container["securityContext"]
         assert context["allowPrivilegeEscalation"] is False
         assert context["readOnlyRootFilesystem"] is True
@@ -96,30 +90,16 @@ def test_pods_keep_to_the_restricted_standard(path: Path) -> None:
     if PROCESSES[path] == "StatefulSet":
         (container,) = pod["containers"]
         assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
-
-
-@pytest.mark.parametrize("path", [path for path in PROCESSES if PROCESSES[path] == "StatefulSet"], ids=name_of)
-def test_a_ledger_and_a_database_have_one_pod(path: Path) -> None:
-    spec = only(path, "StatefulSet")["spec"]
-    assert spec["replicas"] == 1
-    for claim in spec["volumeClaimTemplates"]:
-        assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
-    assert set(spec["persistentVolumeClaimRetentionPolicy"].values()) == {"Retain"}
-    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
-
-
-# Who reaches whom.
-
-
-@pytest.mark.parametrize("path", PROCESSES, ids=name_of)
-def test_every_pod_has_a_policy_and_only_the_server_s_is_reached(path: Path) -> None:
+        spec = only(path, "StatefulSet")["spec"]
+        assert spec["replicas"] == 1, "a ledger and a database have one pod"
+        for claim in spec["volumeClaimTemplates"]:
+            assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+        assert set(spec["persistentVolumeClaimRetentionPolicy"].values()) == {"Retain"}
+        assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    # Who reaches whom.
     labels = template_of(only(path, PROCESSES[path]))["metadata"]["labels"]
-    selected = [
-        policy
-        for file in POLICIES
-        if (policy := only(file, "NetworkPolicy")["spec"])["podSelector"]["matchLabels"].items() <= labels.items()
-    ]
-    (policy,) = selected
+    policies = [only(file, "NetworkPolicy")["spec"] for file in POLICIES]
+    (policy,) = (one for one in policies if one["podSelector"]["matchLabels"].items() <= labels.items())
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     reached = [port["port"] for rule in policy["ingress"] for port in rule["ports"]]
     called = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
@@ -128,7 +108,7 @@ def test_every_pod_has_a_policy_and_only_the_server_s_is_reached(path: Path) -> 
     assert called == ({53, 5353, 9092} if role in ("site", "lead") else set())
 
 
-def test_nothing_reaches_a_site_s_pod() -> None:
+def test_nothing_reaches_a_site_s_pod_and_its_process_cannot_write_policy_or_records() -> None:
     service = only(SITE, "Service")["spec"]
     assert service["clusterIP"] == "None"
     assert "ports" not in service
@@ -136,10 +116,6 @@ def test_nothing_reaches_a_site_s_pod() -> None:
     assert "ports" not in container
     # A round's length tells of the number of records, and so the endpoint stays inside the pod.
     assert not [argument for argument in container["args"] if "anywhere" in argument]
-
-
-def test_the_site_s_process_cannot_write_its_policy_or_its_records() -> None:
-    (container,) = pod_of(SITE)["containers"]
     mounts = mounts_of(container)
     assert "--site=/site/site.toml" in container["args"]
     policy = {"name": "secret-site", "mountPath": "/site/site.toml", "subPath": "site.toml", "readOnly": True}
@@ -159,7 +135,6 @@ def script_of(container: dict[str, Any], **folders: Path) -> str:
 
 
 def start_script(manifest: str, **folders: Path) -> str:
-    """The script of the first container."""
     (container,) = pod_of(KUBERNETES / manifest)["initContainers"]
     return script_of(container, **folders)
 
@@ -211,9 +186,7 @@ def test_the_server_s_first_container_leaves_roster_and_certificate_links(desk: 
     provisioning.renew(desk.folder, "server", days=400, now=desk.now)
     assert [one.site for one in roster.look().sites] == ["north"]
     assert certificate.is_new()
-
-
-def test_the_server_may_write_nothing_of_its_kit() -> None:
+    # The server may write nothing of its kit.
     (container,) = pod_of(KUBERNETES / "server/server.yaml")["containers"]
     assert {path for path, mount in mounts_of(container).items() if not mount.get("readOnly")} == {"/data", "/tmp"}
 
@@ -258,7 +231,7 @@ BACKUPS = {"site": ("--kit=/site/kit", "--site=/site/site.toml"), "server": ("--
 
 
 @pytest.mark.parametrize("role", BACKUPS)
-def test_a_backup_runs_beside_its_process_on_volumes_that_exist(role: str) -> None:
+def test_a_backup_runs_beside_its_process_on_volumes_that_exist_and_keeps_new_files(role: str, tmp_path: Path) -> None:
     path, process = KUBERNETES / f"{role}-backup/backup.yaml", KUBERNETES / role / f"{role}.yaml"
     pod, made = pod_of(path), only(process, "StatefulSet")
     labels = template_of(only(path, "CronJob"))["metadata"]["labels"]
@@ -275,23 +248,17 @@ def test_a_backup_runs_beside_its_process_on_volumes_that_exist(role: str) -> No
     for folder in ours.keys() - {"/tmp", "/backup"}:
         assert ours[folder]["name"] == theirs[folder]["name"]
     assert only(path, "CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
-
-
-@pytest.mark.parametrize("role", BACKUPS)
-def test_a_backup_writes_a_new_file_and_only_then_removes_what_is_too_old(role: str, tmp_path: Path) -> None:
-    (container,) = pod_of(KUBERNETES / f"{role}-backup/backup.yaml")["containers"]
+    # It writes a new file, and only then removes what is too old.
     (keep,) = container["env"]
     command = container["command"][2].splitlines()[0]
     assert str(parsed(*shlex.split(command)[1:])["file"]).startswith(f"/backup/{role}-")
     assert shlex.split(command)[1:3] == [role, "backup"]
     assert shlex.split(command)[-2:] == list(BACKUPS[role])
 
-    folder, commands = tmp_path / "volume", tmp_path / "commands"
-    folder.mkdir()
-    commands.mkdir()
-    fedtune = commands / "fedtune"
+    (folder := tmp_path / "volume").mkdir()
+    (fedtune := tmp_path / "commands" / "fedtune").parent.mkdir()
     script = script_of(container, backup=folder)
-    environment = {**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", keep["name"]: keep["value"]}
+    environment = {**os.environ, "PATH": f"{fedtune.parent}:{os.environ['PATH']}", keep["name"]: keep["value"]}
     old, young, other = (folder / name for name in (f"{role}-old.zip", f"{role}-young.zip", "notes.zip"))
     for path, days in ((old, 40), (young, 20), (other, 40)):
         path.touch()
@@ -333,7 +300,7 @@ def rendered(folder: Path, role: str, values: dict[str, Any]) -> Path:
     return made
 
 
-def test_the_charts_values_fit_its_schema_and_mistakes_do_not(tmp_path: Path) -> None:
+def test_the_charts_values_fit_its_schema_mistakes_do_not_and_manifests_are_those_of_kubectl(tmp_path: Path) -> None:
     checker, schema = tool("check-jsonschema"), CHART / "values.schema.json"
     passed(checker, "--check-metaschema", schema)
     plain, file = (CHART / "values.yaml").read_text(), tmp_path / "values.yaml"
@@ -365,9 +332,7 @@ def test_the_charts_values_fit_its_schema_and_mistakes_do_not(tmp_path: Path) ->
         (lead, named, ("settings: []", "settings: [name=other]")),
     ):
         assert changed(*wrong) == 1, wrong
-
-
-def test_the_chart_has_no_manifests_of_its_own() -> None:
+    # It has no manifests of its own.
     manifests = CHART / "manifests"
     assert manifests.is_symlink()
     assert manifests.resolve() == KUBERNETES
@@ -386,13 +351,9 @@ def test_the_chart_by_itself_changes_no_manifest(role: str, put_together: dict[s
     assert by_name(rendered(tmp_path, role, VALUES["plain"][role])) == by_name(*plain)
 
 
-def leaves(values: Any) -> Iterator[str]:
-    inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else None
-    if inner is None:
-        yield str(values)
-    else:
-        for value in inner:
-            yield from leaves(value)
+def leaves(values: Any) -> list[str]:
+    inner = values.values() if isinstance(values, dict) else values
+    return [leaf for value in inner for leaf in leaves(value)] if isinstance(values, dict | list) else [str(values)]
 
 
 @pytest.mark.parametrize("role", OF_ROLE)

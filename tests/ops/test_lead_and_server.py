@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,26 +19,19 @@ from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services import lead_and_server
 from fedtune.ops.services.lead_and_server import RUNNING, ServerService, latest_answers, members, running_process
-from fedtune.ops.wire.superlink import ServerSettings
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
-
-
-@pytest.fixture
-def lead(federation: Path) -> Callable[[], Kit]:
-    return lambda: Kit.read(federation / "lead", kind="lead")
-
 
 # Which sites; those that a lead names: tests/cli/test_run.py.
 
 
-def test_without_any_site_there_is_nothing_to_run(lead: Any, joined: Any, federation: Path, now: datetime) -> None:
-    with pytest.raises(ConfigError, match="add-site"):
-        members(lead(), ())
-    joined("north")
-    provisioning.revoke_site(federation, "north", now=now)
-    with pytest.raises(ConfigError, match="add-site"):
-        members(lead(), ())
+def test_without_any_site_there_is_nothing_to_run(joined: Any, federation: Path, now: datetime) -> None:
+    for revoked in (False, True):
+        if revoked:
+            joined("north")
+            provisioning.revoke_site(federation, "north", now=now)
+        with pytest.raises(ConfigError, match="add-site"):
+            members(Kit.read(federation / "lead", kind="lead"), ())
 
 
 # What a run needs of the kit.
@@ -55,14 +47,14 @@ def config(tmp_path: Path) -> RunConfig:
     )
 
 
-def test_a_lead_knows_its_sites_keys_by_the_roster(joined: Any, lead: Any, config: RunConfig, tmp_path: Path) -> None:
+def test_a_lead_knows_its_sites_keys_by_the_roster(joined: Any, config: RunConfig, federation: Path) -> None:
     for site in ("north", "south", "west"):
         joined(site)
-    kit = lead()
+    kit = Kit.read(federation / "lead", kind="lead")
     service = LeadService(kit=kit, federation=config.federation)
     assert [site.site for site in service.sites] == ["west", "north"]
     of_north = service.sites[1]
-    assert of_north.site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
+    assert of_north.site_key == SigningKey.load(federation.parent / "north" / "site_key.pem").public
     assert of_north.node_key == members(kit, ("north",))[0].node_key
     assert service.key.public == kit.lead
     grid = service.grid()
@@ -83,7 +75,7 @@ def test_an_expired_certificate_stops_a_run(federation_toml: Path, config: Any, 
 # Who runs a folder.
 
 
-def test_a_folder_is_run_by_whoever_says_so(tmp_path: Path) -> None:
+def test_a_folder_is_run_by_the_process_that_says_so_while_it_lives(tmp_path: Path) -> None:
     assert running_process(tmp_path) is None
     with lead_and_server.running(tmp_path):
         assert running_process(tmp_path) == os.getpid()
@@ -93,26 +85,19 @@ def test_a_folder_is_run_by_whoever_says_so(tmp_path: Path) -> None:
         assert running_process(tmp_path) is None, "its number is another process's here"
     assert running_process(tmp_path) is None
     assert not (tmp_path / RUNNING).exists()
-
-
-def test_another_process_may_run_it(tmp_path: Path) -> None:
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    try:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
         (tmp_path / RUNNING).write_text(json.dumps({"pid": other.pid}))
-        assert running_process(tmp_path) == other.pid
-    finally:
+        found = running_process(tmp_path)
         other.kill()
-        other.wait()
+    assert found == other.pid
     assert running_process(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"pid": null}', '{"pid": "x"}', '{"pid": 0}', '{"pid": -1}', '{"pid": 1e30}']
-)
-def test_a_file_that_names_no_process_is_nobodys(tmp_path: Path, text: str) -> None:
     # 0 and -1 would stand for this very group of processes, and for all of them.
-    (tmp_path / RUNNING).write_text(text)
-    assert running_process(tmp_path) is None
+    for pid in ("null", '"x"', "0", "-1", "1e30"):
+        (tmp_path / RUNNING).write_text(f'{{"pid": {pid}}}')
+        assert running_process(tmp_path) is None, pid
+    for text in ("", "{", "[]", "{}"):
+        (tmp_path / RUNNING).write_text(text)
+        assert running_process(tmp_path) is None, text
 
 
 # What its sites said.
@@ -152,31 +137,15 @@ def service(federation: Path) -> ServerService:
     return ServerService(kit=kit, host="127.0.0.1", port=None, data=None, health=Health())
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
-    """The settings of servers that began to listen, and were stopped at once."""
-    seen: list[ServerSettings] = []
-
-    def serve(
-        settings: ServerSettings,
-        *,
-        ready: Callable[[], None],
-        works: Callable[[bool], None],
-        has_new_certificate: Callable[[], bool],
-    ) -> None:
-        assert not has_new_certificate()
-        seen.append(settings)
-        ready()
-
-    monkeypatch.setattr("fedtune.ops.wire.superlink.serve", serve)
-    return seen
-
-
 def test_the_roster_is_read_anew_each_time(
-    service: ServerService, served: list[ServerSettings], joined: Any, federation: Path, now: datetime
+    service: ServerService, monkeypatch: pytest.MonkeyPatch, joined: Any, federation: Path, now: datetime
 ) -> None:
+    monkeypatch.setattr("fedtune.ops.wire.superlink.serve", serve := Mock())
     service.run()
-    (settings,) = served
+    ((settings,), options) = serve.call_args
+    assert not options["has_new_certificate"]()
+    options["ready"]()
+    assert service.health.snapshot()["state"] == "connected"
     assert settings.roster() == []
     joined("north")
     joined("south")

@@ -46,13 +46,6 @@ def _pending(path: Path) -> object:
     return state.waiting()
 
 
-def _served(path: Path) -> object:
-    ledger = path.with_name("ledger.db")
-    path.rename(ledger.with_name("ledger.db.serving"))
-    with serving(ledger):
-        return None
-
-
 READERS: dict[str, Callable[[Path], object]] = {
     "site.toml": read_policy,
     "federation.toml": lambda path: read_spec(FederationFile, path),
@@ -66,7 +59,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "site key": SigningKey.load,
     "anchor": Head.read,
     "ledger": verify,
-    "lock": _served,
+    "lock": lambda path: serving(path.rename(path.with_name("ledger.db.serving")).with_suffix("")).__enter__(),
 }
 
 
@@ -84,15 +77,12 @@ def test_an_error_quotes_nothing(tmp_path: Path, read: Callable[[Path], object],
     assert elsewhere.read_bytes() == contents
 
 
-def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+def test_a_log_is_not_written_through_a_link_and_a_lock_that_holds_something_else_not_quoted(tmp_path: Path) -> None:
     elsewhere, link = tmp_path / "elsewhere", tmp_path / "doctor.log"
     elsewhere.write_text(CANARY)
     link.symlink_to(elsewhere)
     assert PrivateLog(link).keep("x") == ""
     assert elsewhere.read_text() == CANARY
-
-
-def test_a_lock_that_holds_something_else_is_not_quoted(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
     with serving(ledger):
         ledger.with_name("ledger.db.serving").write_text(CANARY)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -59,26 +60,21 @@ def a_number() -> None:
     int(CANARY)
 
 
-def an_undeclared_label() -> None:
-    raise DataError("train.csv line 3, column 'label'", CANARY, "must be one of the labels")
+def thrown(error: Exception) -> None:
+    error.add_note(CANARY)
+    raise error
 
 
-def a_file() -> None:
-    Path(f"/nowhere/{CANARY}").read_text()
+def from_a_number(error: Exception) -> None:
+    """Raise it because of one that quotes a record."""
+    try:
+        a_number()
+    except ValueError as cause:
+        raise error from cause
 
 
 def a_chain() -> None:
-    try:
-        a_number()
-    except ValueError as error:
-        raise RuntimeError(f"row {CANARY}") from error
-
-
-def hidden_in_the_cause_of_a_settings_error() -> None:
-    try:
-        a_number()
-    except ValueError as error:
-        raise ConfigError("data.columns", "letter", "must hold numbers") from error
+    from_a_number(RuntimeError(f"row {CANARY}"))
 
 
 def while_another_was_handled() -> None:
@@ -98,22 +94,21 @@ def a_group() -> None:
     raise ExceptionGroup(CANARY, errors)
 
 
-def a_note() -> None:
-    try:
-        a_number()
-    except ValueError as error:
-        error.add_note(CANARY)
-        raise
-
-
-FAILURES = [
-    *(a_number, an_undeclared_label, a_file, a_chain, hidden_in_the_cause_of_a_settings_error),
-    *(while_another_was_handled, a_group, a_note),
-]
+FAILURES: dict[str, Callable[[], object]] = {
+    "a_number": a_number,
+    "an_undeclared_label": lambda: thrown(
+        DataError("train.csv line 3, column 'label'", CANARY, "must be one of the labels")
+    ),
+    "a_file": lambda: Path(f"/nowhere/{CANARY}").read_text(),
+    "a_chain": a_chain,
+    "a_hidden_cause": lambda: from_a_number(ConfigError("data.columns", "letter", "must hold numbers")),
+    "while_another_was_handled": while_another_was_handled,
+    "a_group": a_group,
+}
 
 
 @pytest.mark.parametrize("name", ["fedtune.tests", "flwr", "torch.nn", "asyncio", "root"])
-@pytest.mark.parametrize("fails", FAILURES, ids=lambda fails: fails.__name__)
+@pytest.mark.parametrize("fails", FAILURES.values(), ids=FAILURES)
 def test_an_exception_s_text_is_not_written_and_its_frames_are(fails: Callable[[], None], name: str) -> None:
     with logged() as lines:
         failed(fails, logging.getLogger(name))
@@ -123,11 +118,19 @@ def test_an_exception_s_text_is_not_written_and_its_frames_are(fails: Callable[[
     assert all("/" not in frame for frame in line["error"]["frames"] if "test_logs.py" in frame)
 
 
-def test_causes_follow_with_their_own_frames() -> None:
+def test_causes_follow_with_their_own_frames_and_a_deep_recursion_and_a_ring_stay_short() -> None:
+    def deeper() -> None:
+        deeper()
+
+    first, second = ValueError(CANARY), KeyError(CANARY)
+    first.__cause__, second.__cause__ = second, first
     with logged() as lines:
-        for fails in (a_chain, while_another_was_handled, a_group):
+        for fails in (a_chain, while_another_was_handled, a_group, deeper):
             failed(fails)
-    chain, context, group = (line["error"] for line in lines)
+        own.error("a ring", exc_info=first)
+    chain, context, group, deep, ring = (line["error"] for line in lines)
+    assert len(deep["frames"]) <= 40
+    assert "cause" not in ring["cause"]
     assert (chain["type"], chain["cause"]["type"]) == ("RuntimeError", "ValueError")
     assert any("a_number" in frame for frame in chain["cause"]["frames"])
     assert (context["type"], context["cause"]["type"]) == ("KeyError", "ValueError")
@@ -140,14 +143,12 @@ def test_causes_follow_with_their_own_frames() -> None:
 def test_real_data_that_cannot_be_read_leaves_no_cell_in_the_log(rows: str, tmp_path: Path) -> None:
     file = tmp_path / "letters.csv"
     file.write_text("text,label\nfine,a\n" + rows)
+    columns = {"text": "text", "label": "label"}
+    about: Any = {"dataset": "d", "train_file": "f", "columns": columns, "labels": ("a", "b")}
+    target = task_named("classification").target(DataSpec(declared_sizes=1, max_length=8, **about))  # type: ignore[attr-defined]
     with logged() as lines:
-        columns = {"text": "text", "label": "label"}
         try:
-            records = list(iter_records(file, columns))
-            data = DataSpec(
-                dataset="d", train_file="f", columns=columns, declared_sizes=1, labels=("a", "b"), max_length=8
-            )
-            _ = [*map(task_named("classification").target(data), records)]  # type: ignore[attr-defined]
+            _ = [*map(target, iter_records(file, columns))]
         except DataError as error:
             own.exception("%s failed in round %d: %s", "north", 3, error)
     assert str(tmp_path) not in lines.text
@@ -155,21 +156,14 @@ def test_real_data_that_cannot_be_read_leaves_no_cell_in_the_log(rows: str, tmp_
     assert any(frame.startswith(("fedtune/data/", "fedtune/tasks/")) for frame in lines[0]["error"]["frames"])
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ConfigError("server", "fl.example.org", "must be host:port"),
-        RunError("ledger /srv/ledger.db cannot be opened"),
-        Refused(Reason.LEADS, asked="ab" * 32),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_errors_made_of_settings_keep_their_text(error: Exception) -> None:
-    with logged() as lines:
-        own.error("cannot start", exc_info=error)
-        own.error("cannot start: %s", error)
-    assert lines[0]["error"]["text"] == str(error)
-    assert str(error) in lines[1]["event"]
+def test_errors_made_of_settings_keep_their_text() -> None:
+    wrong, ledger = ConfigError("server", "fl.example.org", "must be host:port"), RunError("/srv/ledger.db is damaged")
+    for error in (wrong, ledger, Refused(Reason.LEADS, asked="ab" * 32)):
+        with logged() as lines:
+            own.error("cannot start", exc_info=error)
+            own.error("cannot start: %s", error)
+        assert lines[0]["error"]["text"] == str(error)
+        assert str(error) in lines[1]["event"]
 
 
 @pytest.mark.parametrize(
@@ -192,9 +186,8 @@ def test_of_libraries_that_see_records_only_the_place_is_written(library: str) -
 @pytest.mark.parametrize("library", sorted(logs.CARRIERS))
 def test_of_carriers_messages_are_kept_without_texts_of_exceptions(library: str) -> None:
     logger = logging.getLogger(library)
-    before = logger.level
-    logger.setLevel(logging.DEBUG)
-    try:
+    with own_logging():
+        logger.setLevel(logging.DEBUG)
         with logged() as lines:
             logger.info("polled")
             logger.warning("lost %s after %d s: %s", "fl.example.org", 3, ValueError(CANARY))
@@ -203,8 +196,6 @@ def test_of_carriers_messages_are_kept_without_texts_of_exceptions(library: str)
         with logged("debug") as more:
             logger.info("polled")
             logger.debug("headers")
-    finally:
-        logger.setLevel(before)
     assert [line["event"] for line in lines] == ["lost fl.example.org after 3 s: ValueError", "KeyError", "row <list>"]
     assert [line["event"] for line in more] == ["polled"]
 
@@ -217,21 +208,16 @@ def test_the_level_is_that_of_own_messages(level: Level) -> None:
     assert [line["event"] for line in lines] == list(LEVELS[LEVELS.index(level) :])
 
 
-def test_a_line_has_time_level_logger_event_and_extra_fields() -> None:
+def test_a_line_has_time_level_logger_event_and_extra_fields_and_is_one() -> None:
     with logged() as lines:
         own.info("answered round %d", 3, extra={"run": "r1", "seconds": 1.5, "rate": float("nan"), "of": object()})
-    (line,) = lines
+        own.warning("site %s", 'a\n{"level": "info"}\u2028\u0085b')
+    line, _ = lines
+    assert lines.text.isascii()
     assert list(line)[:4] == ["time", "level", "logger", "event"]
     assert line["time"].endswith("+00:00")
     assert (line["level"], line["logger"], line["event"]) == ("info", "fedtune.tests", "answered round 3")
     assert (line["run"], line["seconds"], line["rate"], line["of"]) == ("r1", 1.5, "nan", "<object>")
-
-
-def test_a_message_cannot_make_a_second_line() -> None:
-    with logged() as lines:
-        own.warning("site %s", 'a\n{"level": "info"}\u2028\u0085b')
-    assert len(lines) == 1
-    assert lines.text.isascii()
 
 
 def test_a_call_with_wrong_arguments_shows_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,11 +230,8 @@ def test_a_call_with_wrong_arguments_shows_none_of_them(capsys: pytest.CaptureFi
 
 
 def test_a_full_disk_shows_nothing_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-    with own_logging(), redirect_stderr(Full()):
+    full = Mock(write=Mock(side_effect=OSError(28, "No space left on device")))
+    with own_logging(), redirect_stderr(full):
         configure_logs("info")
         own.warning("row %s", CANARY)
     assert capsys.readouterr() == ("", "")
@@ -268,37 +251,22 @@ def test_a_library_s_own_handler_is_passed_by_even_one_made_later(capsys: pytest
     assert CANARY not in "".join(capsys.readouterr())
 
 
-def test_a_warning_names_its_kind_and_place() -> None:
+def test_a_warning_a_thread_s_end_and_an_error_in_a_clean_up_are_one_line_each() -> None:
     with logged() as lines, warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.warn(f"cell {CANARY}", RuntimeWarning, stacklevel=1)
-    assert lines[0]["event"] == f"RuntimeWarning: {logs.WITHHELD}"
-    assert lines[0]["where"].startswith("test_logs.py:")
-
-
-def test_a_thread_s_end_is_one_line() -> None:
-    with logged() as lines:
         for target in (a_chain, lambda: sys.exit(1)):
             thread = threading.Thread(target=target, name="worker")
             thread.start()
             thread.join()
-    assert len(lines) == 1
-    assert (lines[0]["level"], lines[0]["in_thread"]) == ("critical", "worker")
-    assert any("a_chain" in frame for frame in lines[0]["error"]["frames"])
-
-
-def test_an_error_in_a_clean_up_is_one_line() -> None:
-    class Fails:
-        def __repr__(self) -> str:
-            return CANARY
-
-        def __del__(self) -> None:
-            a_number()
-
-    with logged() as lines:
-        Fails()
+        type(CANARY, (), {"__del__": lambda self: a_number()})()
         gc.collect()
-    assert lines[0]["error"]["type"] == "ValueError"
+    warned, ended, cleaned = lines
+    assert warned["event"] == f"RuntimeWarning: {logs.WITHHELD}"
+    assert warned["where"].startswith("test_logs.py:")
+    assert (ended["level"], ended["in_thread"]) == ("critical", "worker")
+    assert any("a_chain" in frame for frame in ended["error"]["frames"])
+    assert cleaned["error"]["type"] == "ValueError"
 
 
 def test_names_of_errors_from_system_and_tls_are_kept() -> None:
@@ -314,19 +282,6 @@ def test_names_of_errors_from_system_and_tls_are_kept() -> None:
             own.warning("no server", exc_info=True)
     assert lines[0]["error"]["errno"] == "ECONNREFUSED"
     assert lines[1]["error"]["reason"] == "WRONG_VERSION_NUMBER"
-
-
-def test_a_deep_recursion_and_a_ring_of_causes_stay_short() -> None:
-    def deeper() -> None:
-        deeper()
-
-    first, second = ValueError(CANARY), KeyError(CANARY)
-    first.__cause__, second.__cause__ = second, first
-    with logged() as lines:
-        failed(deeper)
-        own.error("a ring", exc_info=first)
-    assert len(lines[0]["error"]["frames"]) <= 40
-    assert "cause" not in lines[1]["error"]["cause"]
 
 
 PROCESS = f"""

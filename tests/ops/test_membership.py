@@ -49,20 +49,26 @@ def test_a_site_gets_a_kit_that_fits_its_key_and_holds_no_secret(desk: Desk) -> 
     assert files_in(desk.folder / "sites").keys() == {"north-kit.zip", *(f"north/{name}" for name in KIT)}
 
 
-def test_renewing_with_the_same_key_changes_nothing_at_the_others(desk: Desk) -> None:
+def test_renewing_with_the_same_key_and_revoking_change_nothing_at_the_others(desk: Desk) -> None:
     desk.join("north")
     south = desk.join("south")
     before, at_south, node_key = files_in(desk.folder), files_in(south), desk.member("north").node_key
-    done = desk.renew("north", later=300)
-    changed = {name for name, data in files_in(desk.folder).items() if data != before[name]}
-    assert changed == {
-        *("sites/north/site.pem", "sites/north/README.md", "sites/north-kit.zip"),
-        *("server/roster.json", "lead/roster.json"),
-    }
+    rosters = {"server/roster.json", "lead/roster.json"}
+
+    def changed() -> set[str]:
+        return {name for name, data in files_in(desk.folder).items() if data != before[name]}
+
+    assert desk.renew("north", later=300).changes == ()
+    assert changed() == rosters | {"sites/north/site.pem", "sites/north/README.md", "sites/north-kit.zip"}
     assert files_in(south) == at_south
     assert desk.member("north").node_key == node_key
     assert desk.member("north").certificate != desk.member("south").certificate
-    assert done.changes == ()
+    before = files_in(desk.folder)
+    desk.revoke("north")
+    assert changed() == rosters
+    assert (desk.member("north").revoked, desk.member("south").revoked) == (desk.now.isoformat(), None)
+    with pytest.raises(ConfigError, match=r"site = 'north': was revoked before, on 20"):
+        desk.revoke("north")
 
 
 def test_a_new_request_changes_connection_key_and_declared_sizes(desk: Desk) -> None:
@@ -79,23 +85,14 @@ def test_a_new_request_changes_connection_key_and_declared_sizes(desk: Desk) -> 
     )
 
 
-def test_revoking_marks_the_roster_and_touches_nothing_else(desk: Desk) -> None:
-    desk.join("north")
-    desk.join("south")
-    before = files_in(desk.folder)
-    desk.revoke("north")
-    changed = {name for name, data in files_in(desk.folder).items() if data != before[name]}
-    assert changed == {"server/roster.json", "lead/roster.json"}
-    assert desk.member("north").revoked == desk.now.isoformat()
-    assert desk.member("south").revoked is None
-    with pytest.raises(ConfigError, match=r"site = 'north': was revoked before, on 20"):
-        desk.revoke("north")
-
-
-def test_a_revoked_connection_key_can_never_be_used_again(desk: Desk) -> None:
+def test_a_revoked_connection_key_can_never_be_used_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     first = desk.join("north") / "join_request.json"
+    key = read_connection_key(first.with_name("connection_key.pem"))
     desk.revoke("north")
-    with unchanged(desk.folder):
+    with monkeypatch.context() as patch, unchanged(desk.folder):
+        patch.setattr(members, "make_key", lambda: key)  # under another name
+        with pytest.raises(ConfigError, match=r"join_request\.json: connection key = .*was revoked with site north"):
+            desk.add(desk.request("south"))
         with pytest.raises(ConfigError, match=r"was revoked on .*: let it in again with `renew-site north REQUEST`"):
             desk.add(first)
         for request in (None, first):
@@ -108,34 +105,18 @@ def test_a_revoked_connection_key_can_never_be_used_again(desk: Desk) -> None:
         desk.renew("north", first)
 
 
-def test_a_revoked_key_does_not_come_back_under_another_name(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = desk.join("north") / "connection_key.pem"
-    desk.revoke("north")
-    monkeypatch.setattr(members, "make_key", lambda: read_connection_key(key))
-    with pytest.raises(ConfigError, match=r"join_request\.json: connection key = .*was revoked with site north"):
-        desk.add(desk.request("south"))
-
-
-def test_another_site_s_keys_are_refused(desk: Desk, tmp_path: Path) -> None:
+def test_another_site_s_name_or_key_is_refused(desk: Desk, tmp_path: Path) -> None:
     desk.join("north")
-    (tmp_path / "south").mkdir()
-    shutil.copy(tmp_path / "north" / "site_key.pem", tmp_path / "south" / "site_key.pem")
-    with pytest.raises(ConfigError, match=r"site_key = .*belongs to site north"):
-        desk.add(desk.request("south"))
-
-
-@pytest.mark.parametrize("name", ["north", "NORTH"])
-def test_a_name_is_taken_once(desk: Desk, name: str) -> None:
-    desk.join("north")
-    taken = pytest.raises(ConfigError, match=rf"join_request\.json: site = '{name}': is taken by a site")
-    with unchanged(desk.folder), taken:
-        desk.add(desk.request(name, kit="again"))
-
-
-def test_a_request_of_another_site_renews_nobody(desk: Desk) -> None:
-    desk.join("north")
-    with pytest.raises(ConfigError, match="site = 'south': must be 'north', the site that is renewed"):
-        desk.renew("north", desk.request("south"))
+    (tmp_path / "west").mkdir()
+    shutil.copy(tmp_path / "north" / "site_key.pem", tmp_path / "west")
+    with unchanged(desk.folder):
+        for name in ("north", "NORTH"):
+            with pytest.raises(ConfigError, match=rf"join_request\.json: site = '{name}': is taken by a site"):
+                desk.add(desk.request(name, kit="again"))
+        with pytest.raises(ConfigError, match="site = 'south': must be 'north', the site that is renewed"):
+            desk.renew("north", desk.request("south"))
+        with pytest.raises(ConfigError, match=r"site_key = .*belongs to site north"):
+            desk.add(desk.request("west"))
 
 
 def test_another_site_key_means_a_new_ledger_and_has_to_be_agreed(desk: Desk, tmp_path: Path) -> None:
@@ -148,18 +129,6 @@ def test_another_site_key_means_a_new_ledger_and_has_to_be_agreed(desk: Desk, tm
     done = desk.renew("north", request, new_site_key=True)
     assert desk.member("north").site_key == SigningKey.load(tmp_path / "north" / "site_key.pem").public
     assert "It has a new site key, and so a new ledger: what the old one spent no longer counts." in done.changes
-
-
-def changes(desk: Desk) -> list[tuple[str, Callable[[], object]]]:
-    moved, new = desk.request("north", kit="moved"), desk.request("south")
-    return [
-        ("renew-site", lambda: desk.renew("north", later=300)),
-        ("renew-site with another key", lambda: desk.renew("north", moved)),
-        ("add-site", lambda: desk.add(new)),
-        ("renew-server", lambda: provisioning.renew(desk.folder, "server", days=None, now=desk.now)),
-        ("renew-lead", lambda: provisioning.renew(desk.folder, "lead", days=None, now=desk.now)),
-        ("revoke-site", lambda: desk.revoke("north")),
-    ]
 
 
 def whole(folder: Path) -> dict[str, bytes]:
@@ -183,8 +152,16 @@ def test_a_change_that_is_killed_anywhere_is_whole_or_not_there(desk: Desk, tmp_
     kept, ends = tmp_path / "kept", set()
     shutil.copytree(desk.folder, kept)
     before = whole(kept)
-    all_of_them = changes(desk)
-    for name, change in all_of_them:
+    moved, new = desk.request("north", kit="moved"), desk.request("south")
+    changes: dict[str, Callable[[], object]] = {
+        "renew-site": lambda: desk.renew("north", later=300),
+        "renew-site with another key": lambda: desk.renew("north", moved),
+        "add-site": lambda: desk.add(new),
+        "renew-server": lambda: provisioning.renew(desk.folder, "server", days=None, now=desk.now),
+        "renew-lead": lambda: provisioning.renew(desk.folder, "lead", days=None, now=desk.now),
+        "revoke-site": lambda: desk.revoke("north"),
+    }
+    for name, change in changes.items():
         step, done = 0, False
         while not done:
             shutil.rmtree(desk.folder)
@@ -208,12 +185,19 @@ def test_a_change_that_is_killed_anywhere_is_whole_or_not_there(desk: Desk, tmp_
             ends.add((name, after != before))
             step += 1
         assert step > 10, "each file takes some steps"
-    assert all({(name, False), (name, True)} <= ends for name, _ in all_of_them)
+    assert all({(name, False), (name, True)} <= ends for name in changes)
 
 
-def test_a_change_that_is_made_is_completed_before_the_next(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_for_which_there_is_no_room_is_not_made_or_completed_before_the_next(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request, kit = desk.request("north"), desk.folder / "sites/north-kit.zip"
-    full = OSError(28, "No space left on device", str(kit))
+    before, full = whole(desk.folder), OSError(28, "No space left on device", str(kit))
+    with monkeypatch.context() as patch:
+        fail_where(patch, federation_folder, "write_durably", lambda path, data: path.name == CHANGE, full)
+        with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+            desk.add(request)
+    assert whole(desk.folder) == before, "without room for it, it is not made"
     with monkeypatch.context() as patch:
         fail_where(patch, federation_folder, "write_durably", lambda path, data: path == kit, full)
         for again in (desk.add, lambda _: desk.revoke("north"), lambda _: FederationFolder.open(desk.folder)):
@@ -222,28 +206,7 @@ def test_a_change_that_is_made_is_completed_before_the_next(desk: Desk, monkeypa
         assert Roster.read(desk.folder / "server" / "roster.json").sites == ()
     assert [one.site for one in FederationFolder.open(desk.folder).roster.sites] == ["north"]
     whole(desk.folder)
-
-
-def test_a_change_for_which_there_is_no_room_is_not_made(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    request, before = desk.request("north"), whole(desk.folder)
-    full = OSError(28, "No space left on device")
-    with monkeypatch.context() as patch:
-        fail_where(patch, federation_folder, "write_durably", lambda path, data: path.name == CHANGE, full)
-        with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
-            desk.add(request)
-    assert whole(desk.folder) == before
-    desk.add(request)  # the same request still goes through
     assert sorted(path.name for path in (desk.folder / "sites").iterdir()) == ["north", "north-kit.zip"]
-
-
-def test_a_change_that_somebody_damaged_is_named(desk: Desk) -> None:
-    before = whole(desk.folder)
-    for text in ("nothing", '{"version": 2, "files": {"lead/roster.json": "x"}}', '{"version": 3, "files": {}}'):
-        (desk.folder / CHANGE).write_text(text)
-        with pytest.raises(ConfigError, match=r"change\.json"):
-            FederationFolder.open(desk.folder)
-    (desk.folder / CHANGE).unlink()
-    assert whole(desk.folder) == before
 
 
 def test_sites_added_at_once_are_all_in(desk: Desk) -> None:
@@ -254,13 +217,18 @@ def test_sites_added_at_once_are_all_in(desk: Desk) -> None:
     assert found == {f"site-{number}" for number in range(6)}
 
 
-def test_retired_keys_that_cannot_be_read_stop_admission(desk: Desk) -> None:
-    request = desk.request("north")
-    for text in ("nothing", '{"version": 2}', '{"version": 2, "fingerprints": [1]}'):
-        (desk.folder / "retired_keys.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"retired_keys\.json"):
+def test_a_change_or_retired_keys_that_cannot_be_read_stop_admission(desk: Desk) -> None:
+    request, before = desk.request("north"), whole(desk.folder)
+    for name, text in (
+        *((CHANGE, '{"version": 2, "files": {"lead/roster.json": "x"}}'), (CHANGE, '{"version": 3, "files": {}}')),
+        *((CHANGE, "nothing"), ("retired_keys.json", "nothing"), ("retired_keys.json", '{"version": 2}')),
+        ("retired_keys.json", '{"version": 2, "fingerprints": [1]}'),
+    ):
+        (desk.folder / name).write_text(text)
+        with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
             desk.add(request)
-    (desk.folder / "retired_keys.json").unlink()
+        (desk.folder / name).unlink()
+    assert whole(desk.folder) == before
     (desk.folder / "retired_keys.json").mkdir()
     with pytest.raises(ConfigError, match=r"retired_keys\.json': must be a readable file"):
         desk.add(request)
@@ -309,26 +277,20 @@ def kit(desk: Desk) -> Kit:
     return Kit.read(desk.folder / "server", kind="server")
 
 
-def test_every_change_makes_a_newer_roster_that_the_lead_signed(desk: Desk) -> None:
-    seen = [roster(desk)]
-    desk.join("north")
-    seen.append(roster(desk))
-    desk.revoke("north")
-    seen.append(roster(desk))
-    numbers = [one.number for one in seen]
-    assert numbers == sorted(set(numbers))
-    for one in seen:
-        one.check_signed(lead_key(desk).public)
-
-
-def test_a_folder_from_a_backup_uses_no_number_again(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = (desk.folder / "server/roster.json").read_bytes()
-    desk.join("north")
-    lost = roster(desk).number
+def test_every_change_makes_a_newer_roster_that_the_lead_signed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, kept = roster(desk).number, (desk.folder / "server/roster.json").read_bytes()
+    roster(desk).check_signed(lead_key(desk).public)
+    for change in (desk.join, desk.revoke):
+        change("north")
+        newer = roster(desk)
+        newer.check_signed(lead_key(desk).public)
+        assert newer.number > before
+        before = newer.number
+    # A folder from a backup uses no number again.
     (desk.folder / "server/roster.json").write_bytes(kept)
-    monkeypatch.setattr("fedtune.ops.kits.federation_folder.time.time", lambda: lost + 60.0)
+    monkeypatch.setattr("fedtune.ops.kits.federation_folder.time.time", lambda: before + 60.0)
     desk.join("south")
-    assert roster(desk).number > lost
+    assert roster(desk).number > before
 
 
 def test_a_server_takes_the_lead_s_newer_roster_alone(desk: Desk, kit: Kit, tmp_path: Path) -> None:

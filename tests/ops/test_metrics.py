@@ -58,13 +58,10 @@ def test_it_answers_one_path_and_get_alone() -> None:
             urllib.request.urlopen(posted, timeout=30)
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:9464"])
-def test_no_address_that_other_machines_reach_is_taken(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--metrics = .*give a loopback address"), serve_metrics(address, list):
-        pass
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_address_that_other_machines_reach_and_nothing_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("0.0.0.0:0", "192.0.2.1:9464"):
+        with pytest.raises(ConfigError, match=r"^--metrics = .*give a loopback address"), serve_metrics(given, list):
+            pass
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(ConfigError, match=r"pip install 'fedtune\[metrics\]'"), serve_metrics("127.0.0.1:0", list):
         pass
@@ -92,23 +89,16 @@ def test_a_site_s_budget_is_that_of_its_ledger(north: Path, run_proposal: Any, c
     assert values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
 
-def test_a_ledger_that_refuses_the_next_run_has_none_left(north: Path, run_proposal: Any) -> None:
+def test_a_ledger_that_refuses_the_next_run_has_none_left_and_one_that_cannot_be_trusted_no_budget(
+    north: Path, run_proposal: Any
+) -> None:
     metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
-
-    def reserve_all() -> None:
-        for number in range(100):
-            ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1")
-
     with pytest.raises(Refused) as refused:
-        reserve_all()
+        _ = [ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1") for number in range(100)]
     assert refused.value.reason is Reason.MAX_EPSILON
     samples = scraped(metrics.figures)
     assert values(samples, "fedtune_site_runs_left") == {"": 0.0}
     assert values(samples, "fedtune_site_epsilon_left")[""] > 0
-
-
-def test_a_ledger_that_cannot_be_trusted_has_no_budget(north: Path) -> None:
-    metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
     ledger.freeze("consent withdrawn")
     assert values(scraped(metrics.figures), "fedtune_site_ledger_usable") == {"": 0.0}
     data = bytearray((north / "ledger.db").read_bytes())
@@ -163,23 +153,17 @@ def test_a_server_s_figures(federation: Path) -> None:
 # The files in deployment/monitoring.
 
 
-@pytest.fixture
-def known(north: Path, federation: Path) -> set[str]:
-    """The names that a monitoring system sees, once the processes together have every figure."""
-    SiteFiles.of(north / "site.toml").open()
-    lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
-    figures = (of_site(north).figures, of_server(federation).figures, lead.figures)
-    assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they have every figure"
-    return {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}
-
-
 def metrics_in(expression: str) -> set[str]:
     """The metrics that a PromQL expression names; promtool knows whether it is one."""
     return set(re.findall(r"\bfedtune_\w+", expression))
 
 
-def test_the_alert_rules_name_metrics_that_exist(known: set[str]) -> None:
-    used = set()
+def test_alert_rules_and_dashboard_name_metrics_that_exist(north: Path, federation: Path) -> None:
+    SiteFiles.of(north / "site.toml").open()
+    lead = LeadMetrics(kit=Kit.read(federation / "lead", kind="lead"))
+    figures = (of_site(north).figures, of_server(federation).figures, lead.figures)
+    assert {name for process in figures for name, _ in process()} == set(FIGURES), "together they have every figure"
+    known, used = {f"{name}_total" if figure.grows else name for name, figure in FIGURES.items()}, set[str]()
     for rule in GROUP["rules"]:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
         assert rule["labels"]["severity"] in ("warning", "critical")
@@ -189,18 +173,19 @@ def test_the_alert_rules_name_metrics_that_exist(known: set[str]) -> None:
     needed = {"runs_left", "contact_age_seconds", "ledger_usable"}
     assert {f"fedtune_site_{name}" for name in needed} < used
     assert {"fedtune_certificate_days_left", "fedtune_server_site_silent_seconds"} < used
+    board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    assert {name for panel in panels for target in panel["targets"] for name in metrics_in(target["expr"])} == known
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
-def test_each_alert_fires_when_it_should_and_not_before() -> None:
+def test_each_alert_fires_when_it_should_and_not_before_and_promtool_takes_all_files(tmp_path: Path) -> None:
     file = Path(__file__).with_name("alerts_test.yaml")
     told = [one for case in yaml.safe_load(file.read_text())["tests"] for one in case["alert_rule_test"]]
     both = sorted((rule["alert"], fires) for rule in GROUP["rules"] for fires in (False, True))
     assert sorted((one["alertname"], bool(one["exp_alerts"])) for one in told) == both
-    passed(tool("promtool"), "test", "rules", file)
-
-
-def test_promtool_takes_rules_and_scrape_jobs(tmp_path: Path) -> None:
     promtool = tool("promtool")
+    passed(promtool, "test", "rules", file)
     for what, name in (("rules", "alerts.yaml"), ("config", "prometheus.yaml")):
         passed(promtool, "check", what, MONITORING / name)
     broken = tmp_path / "alerts.yaml"
@@ -215,11 +200,3 @@ def test_the_page_says_what_to_do_about_each_alert() -> None:
     told = [name for row in rows if row for name in re.findall(r"`(\w+)`", row[1])]
     assert sorted(told) == sorted(rule["alert"] for rule in GROUP["rules"])
     assert len(rows) == len([row for row in rows if row])
-
-
-def test_the_dashboard_shows_every_metric_and_no_other(known: set[str]) -> None:
-    board = json.loads((MONITORING / "grafana_dashboard.json").read_text())
-    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
-    shown = {name for panel in panels for target in panel["targets"] for name in metrics_in(target["expr"])}
-    assert shown == known
-    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -5,9 +5,9 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,9 @@ def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
 def test_a_folder_is_copied_by_the_hash_that_a_run_checks(folder: Path, kit: Any) -> None:
     digest = pin(folder)
     site = kit("0" * 64, digest)
+    left = site.folder / "models" / f".{digest}.partial"  # by a crash, and cleared away
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of it")
     installed = install_model(folder, site)
     assert installed.new
     assert installed.model.name == "m2"
@@ -112,7 +115,7 @@ def test_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
         verify_model(kit(digest).folder, digest)
 
 
-def test_a_gguf_file_is_copied_under_its_name_with_its_papers_alone(tmp_path: Path, kit: Any) -> None:
+def test_a_gguf_file_is_copied_under_its_name_with_its_papers_and_a_folder_has_one(tmp_path: Path, kit: Any) -> None:
     downloads = tmp_path / "Downloads"
     downloads.mkdir()
     file = downloads / "Small-Q4_1.gguf"
@@ -124,11 +127,7 @@ def test_a_gguf_file_is_copied_under_its_name_with_its_papers_alone(tmp_path: Pa
     assert names(installed) == {"Small-Q4_1.gguf", "LICENSE.txt"}
     assert model_sha256(ModelSpec(path=str(installed), gguf_file=file.name)) == sha256(file)
     verify_model(site.folder, sha256(file))
-
-
-def test_a_folder_with_one_gguf_file(tmp_path: Path, kit: Any) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
+    (folder := tmp_path / "small").mkdir()
     (folder / "a.gguf").write_bytes(b"GGUF a")
     assert names(install_model(folder, kit(sha256(folder / "a.gguf"))).folder) == {"a.gguf"}
     (folder / "b.gguf").write_bytes(b"GGUF b")
@@ -158,24 +157,21 @@ def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, mon
         assert caught.value.key == "--import-model"
 
 
-def test_a_model_that_the_federation_does_not_name(folder: Path, kit: Any) -> None:
+def test_what_the_federation_does_not_name_pickles_and_links_out_of_the_folder_are_refused(
+    tmp_path: Path, folder: Path, kit: Any
+) -> None:
     error = refused(folder, kit("0" * 64), because="has SHA-256")
     assert pin(folder) in str(error)
     assert f"{'0' * 64} (m1)" in error.bound
     assert "no model at all" in refused(folder, kit(), because="SHA-256").bound
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"])
-def test_a_folder_with_a_pickle_is_refused(folder: Path, kit: Any, name: str) -> None:
-    (folder / name).write_bytes(b"\x80\x04.")
-    assert "can run code" in refused(folder, kit(pin(folder)), because=f"must not hold {name}").bound
-
-
-def test_links_out_of_the_folder_are_refused(tmp_path: Path, folder: Path, kit: Any) -> None:
-    secret = tmp_path / "patients.json"
-    secret.write_text("secret")
-    (folder / "extra.json").symlink_to(secret)
-    refused(folder, kit(pin(folder)), because="must not hold extra.json, a link out of it")
+    site = kit(pin(folder))
+    for name in ("pytorch_model.bin", "a.pt", "b.PTH", "model.ckpt", "c.pkl"):
+        (folder / name).write_bytes(b"\x80\x04.")
+        assert "can run code" in refused(folder, site, because=f"must not hold {name}").bound
+        (folder / name).unlink()
+    (tmp_path / "patients.json").write_text("secret")
+    (folder / "extra.json").symlink_to(tmp_path / "patients.json")
+    refused(folder, site, because="must not hold extra.json, a link out of it")
 
 
 def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:
@@ -183,13 +179,11 @@ def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:
     assert names(install_model(folder, kit(pin(folder))).folder) == WANTED
 
 
-@pytest.mark.parametrize("made", ["nothing", "empty", "model.safetensors"])
-def test_what_is_no_model(tmp_path: Path, kit: Any, made: str) -> None:
-    if made == "empty":
-        (tmp_path / made).mkdir()
-    elif made != "nothing":
-        save_file({"w": torch.zeros(1)}, tmp_path / made)  # without its folder there is no tokenizer
-    refused(tmp_path / made, kit("0" * 64), because="safetensors")
+def test_what_is_no_model(tmp_path: Path, kit: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")  # without its folder there is no tokenizer
+    for made in ("nothing", "empty", "model.safetensors"):
+        refused(tmp_path / made, kit("0" * 64), because="safetensors")
 
 
 def test_a_model_that_is_not_installed_is_missed_with_what_to_do(kit: Any) -> None:
@@ -244,22 +238,7 @@ def test_a_disk_without_room_leaves_nothing(folder: Path, kit: Any, monkeypatch:
     assert install_model(folder, site).new
 
 
-def test_what_a_crash_left_is_cleared_away(folder: Path, kit: Any) -> None:
-    digest = pin(folder)
-    site = kit(digest)
-    left = site.folder / "models" / f".{digest}.partial"
-    left.mkdir(parents=True)
-    (left / "model.safetensors").write_bytes(b"half of it")
-    install_model(folder, site)
-    assert names(site.folder / "models") == {digest}
-
-
 def test_two_imports_at_once_install_one_model(folder: Path, kit: Any) -> None:
     site = kit(pin(folder))
-    results: list[bool] = []
-    threads = [threading.Thread(target=lambda: results.append(install_model(folder, site).new)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(results) == [False] * 5 + [True]
+    with ThreadPoolExecutor(6) as pool:
+        assert sorted(pool.map(lambda _: install_model(folder, site).new, range(6))) == [False] * 5 + [True]

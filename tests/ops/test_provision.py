@@ -18,6 +18,7 @@ from fedtune.spec import ConfigError
 from ..conftest import files_in
 from .conftest import Desk, unchanged
 
+ANOTHER = f'[[model]]\nname = "minilm"\nsha256 = "{"00" * 32}"\nlicence = "MIT"\n'
 SECRETS = {"authority/ca_key.pem", "server/server_key.pem", "lead/connection_key.pem", "lead/lead_key.pem"}
 
 
@@ -36,25 +37,23 @@ def test_init_makes_all_folders_with_secrets_for_their_owner_alone(federation: P
     assert stat.S_IMODE(federation.stat().st_mode) == 0o700
 
 
-def test_certificates_last_as_long_as_the_file_says(federation_toml: Path, now: datetime) -> None:
+def test_certificates_last_as_long_as_the_file_says_and_the_server_s_has_every_name(
+    federation_toml: Path, now: datetime
+) -> None:
+    text = federation_toml.read_text().replace("127.0.0.1:9092", "[2001:db8::1]:443")
+    text = text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"')
     days = "authority_days = 100\nserver_days = 20\nlead_days = 30\nsite_days = 4000\n"
-    federation_toml.write_text(f"{federation_toml.read_text()}\n[certificates]\n{days}")
+    federation_toml.write_text(f"{text}\n[certificates]\n{days}")
     made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     ends = [one.not_after - now for one in made.certificates.values()]
     assert ends == [timedelta(days=days) for days in (100, 20, 30)]
-
-
-def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: datetime) -> None:
-    text = federation_toml.read_text().replace("127.0.0.1:9092", "[2001:db8::1]:443")
-    federation_toml.write_text(text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"'))
-    provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
-    names = names_of(read_certificate(federation_toml.parent / "made" / "server" / "server.pem"))
+    names = names_of(read_certificate(made.folder / "server" / "server.pem"))
     assert sorted(names) == ["10.0.0.3", "2001:db8::1", "fl.example.org", "localhost"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
+def test_a_wrong_file_makes_nothing(federation_toml: Path, now: datetime) -> None:
+    text = federation_toml.read_text()
+    for old, new, message in (
         ("name", "nmae", "nmae: is not a key"),
         ('server = "127.0.0.1:9092"\n', "", "server: is required"),
         ("127.0.0.1:9092", "127.0.0.1", "server = '127.0.0.1': must be host:port"),
@@ -65,21 +64,14 @@ def test_the_server_s_certificate_has_every_name(federation_toml: Path, now: dat
         ("[[model]]", "[certificates]\nsite_days = 0\n[[model]]", "certificates.site_days = 0: must be a number"),
         ("5353", "53", "sha256 = '(53)+': must be 64 lower-case hex digits"),
         ('"Apache-2.0"', '""', "licence = '': must name the model's licence"),
-        (
-            "[[model]]",
-            f'[[model]]\nname = "minilm"\nsha256 = "{"00" * 32}"\nlicence = "MIT"\n[[model]]',
-            "must not repeat",
-        ),
-    ],
-)
-def test_a_wrong_file_makes_nothing(federation_toml: Path, now: datetime, old: str, new: str, message: str) -> None:
-    text = federation_toml.read_text()
-    assert old in text
-    federation_toml.write_text(text.replace(old, new, 1))
-    with pytest.raises(ConfigError, match=message) as caught:
-        provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
-    assert str(federation_toml) in str(caught.value)
-    assert os.listdir(federation_toml.parent) == ["federation.toml"]
+        ("[[model]]", f"{ANOTHER}[[model]]", "must not repeat"),
+    ):
+        assert old in text
+        federation_toml.write_text(text.replace(old, new, 1))
+        with pytest.raises(ConfigError, match=message) as caught:
+            provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+        assert str(federation_toml) in str(caught.value)
+        assert os.listdir(federation_toml.parent) == ["federation.toml"]
 
 
 def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: Path, now: datetime) -> None:
@@ -118,7 +110,9 @@ def test_renewing_keeps_keys_and_all_else(federation: Path, kind: Literal["serve
     assert provisioning.renew(federation, kind, days=7, now=later).not_after == later + timedelta(days=7)
 
 
-def test_the_server_takes_new_names_from_its_file(federation: Path, desk: Desk, now: datetime) -> None:
+def test_the_server_takes_new_names_from_its_file_and_the_federation_keeps_its_own(
+    federation: Path, desk: Desk, now: datetime
+) -> None:
     settings, site = federation / "federation.toml", desk.request("north")
     settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
     unknown = pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first")
@@ -128,16 +122,14 @@ def test_the_server_takes_new_names_from_its_file(federation: Path, desk: Desk, 
     desk.add(site)
     assert 'server = "new.example.org:443"' in (federation / "sites" / "north" / "kit.toml").read_text()
     assert Kit.read(federation / "server", kind="server").check_certificate(now)
-
-
-def test_a_federation_keeps_its_name(federation: Path, now: datetime) -> None:
-    settings = federation / "federation.toml"
     settings.write_text(settings.read_text().replace("cardiology-2026", "oncology"))
     with pytest.raises(ConfigError, match=r"federation\.toml: name = 'oncology': must stay 'cardiology-2026'"):
         provisioning.renew(federation, "lead", days=None, now=now)
 
 
-def test_the_authority_may_be_kept_elsewhere(federation: Path, desk: Desk) -> None:
+def test_the_authority_may_be_kept_elsewhere_and_another_one_is_refused(
+    federation: Path, desk: Desk, federation_toml: Path, now: datetime
+) -> None:
     desk.join("north")
     (federation / "authority").rename(federation.parent / "offline")
     assert len(FederationFolder.open(federation).roster.sites) == 1
@@ -146,11 +138,7 @@ def test_the_authority_may_be_kept_elsewhere(federation: Path, desk: Desk) -> No
     desk.revoke("north")
     (federation.parent / "offline").rename(federation / "authority")
     desk.add(federation.parent / "south/kit/join_request.json")
-
-
-def test_another_federation_s_authority_is_refused(federation: Path, federation_toml: Path, now: datetime) -> None:
-    other = federation_toml.parent / "other"
-    provisioning.init(federation_toml, out=other, now=now)
+    other = provisioning.init(federation_toml, out=federation_toml.parent / "other", now=now).folder
     for name in ("ca_key.pem", "ca.pem"):
         (other / "authority" / name).replace(federation / "authority" / name)
     with pytest.raises(ConfigError, match="must be the authority of this federation"):

@@ -1,7 +1,6 @@
 """A running site: what it says of itself, what its commands tell it, and who serves a ledger."""
 
 import json
-import logging
 import os
 import signal
 import ssl
@@ -9,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,10 +34,6 @@ from tests.flower.hostile import Hostile, server_context, whole
 from ..conftest import files_in
 
 
-def quiet(*, works: bool = False) -> Any:
-    return SimpleNamespace(rung=threading.Event(), works=works)
-
-
 class Told(Health):
     """Ends the loop once the state is one of `ends`."""
 
@@ -55,19 +50,13 @@ class Told(Health):
 
 
 def loop_of(
-    connection: Any,
-    folder: Path,
-    stop: threading.Event,
-    *,
-    bell: Any = None,
-    app: Any = None,
-    health: Health | None = None,
-    ends: datetime | None = None,
+    connection: Any, folder: Path, stop: threading.Event, *, ends: datetime | None = None, **given: Any
 ) -> _Loop:
-    """A site's loop, whose parts do nothing where they are not given."""
+    """A site's loop, whose parts (`bell`, `app`, `health`) do nothing where they are not given."""
     ends = ends or datetime.now(UTC) + timedelta(days=1)
-    parts = (connection, bell or quiet(), app, SiteState.of(folder), health or Health(), stop)
-    return _Loop(*parts, until=lambda: ends)
+    quiet = {"bell": SimpleNamespace(rung=threading.Event(), works=False), "app": None, "health": Health()}
+    bell, app, health = (quiet | given).values()
+    return _Loop(connection, bell, app, SiteState.of(folder), health, stop, until=lambda: ends)
 
 
 def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None) -> Told:
@@ -77,14 +66,8 @@ def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None
     return health
 
 
-@pytest.fixture
-def caught(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.WARNING)
-    return caplog
-
-
 def test_a_dribbling_server_makes_a_site_disconnected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caught: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(bounded_http, "_OTHER", bounded_http._Bound(1000, 0.5))
     authority = Authority(tmp_path / "ca")
@@ -100,29 +83,27 @@ def test_a_dribbling_server_makes_a_site_disconnected(
     server = Hostile(server_context(authority.issue("server", address=LOOPBACK)), dribble)
     fleet = Fleet(server.address, authority.issue("north"))
     assert looped(fleet, tmp_path, until="disconnected").states == ["connected", "disconnected"]
-    assert "no contact: no connection to the server (ReadTimeout)" in caught.text
+    assert "no contact: no connection to the server (ReadTimeout)" in caplog.text
     fleet._stop.set()
     fleet._client.close()
     server.close()
 
 
-def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caught: pytest.LogCaptureFixture) -> None:
+def test_a_site_whose_certificate_has_ended_says_so_also_while_an_answer_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended = datetime.now(UTC) - timedelta(minutes=1)
     assert looped(None, tmp_path, until="expired", ends=ended).states == ["expired"]
-    assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caught.text
-    assert "trying again" not in caught.text
-
-
-def test_a_certificate_that_ends_while_an_answer_waits_is_shown_as_such(
-    tmp_path: Path, caught: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The server is away, and when it comes back it would not take the site: the answer waits for a new certificate."""
-    health, ended = Told(stop := threading.Event(), "expired"), datetime.now(UTC) - timedelta(minutes=1)
+    assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
+    assert "trying again" not in caplog.text
+    caplog.clear()
+    # The server is away, and when it comes back it would not take the site: the answer waits for a new certificate.
+    health = Told(stop := threading.Event(), "expired")
     loop = loop_of(None, tmp_path, stop, health=health, ends=ended)
     monkeypatch.setattr(Exchange, "is_void", lambda *_: False)
     loop._send(Exchange(None))  # type: ignore[arg-type]
     assert health.states == ["expired"]
-    assert "this site's own certificate ended at" in caught.text
+    assert "this site's own certificate ended at" in caplog.text
 
 
 def test_the_first_signal_asks_and_the_second_ends() -> None:
@@ -132,37 +113,26 @@ def test_the_first_signal_asks_and_the_second_ends() -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
-def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path) -> None:
+def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The signal comes while the site trains."""
-    done: list[str] = []
+    done, stop = list[str](), threading.Event()
 
     def answer(exchange: Any) -> None:
         stop.set()
         exchange._reply = object()
         done.append("answered")
 
-    class Exchanged(Exchange):
-        """A message without Flower's envelope."""
-
-        kind, answered = "train", None  # type: ignore[assignment]
-
-        def is_void(self, now: float) -> bool:
-            return False
-
-    stop = threading.Event()
-    asked = SimpleNamespace(
-        activate=lambda: done.append("came"), receive=object, reply=lambda reply: done.append("sent")
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(site_service, "Exchange", Exchanged)
-        patch.setattr(site_service, "_FETCHED_S", 0.0)
-        loop_of(asked, tmp_path, stop, app=SimpleNamespace(answer=answer)).run()
+    for name, value in (("kind", "train"), ("answered", None), ("is_void", lambda *_: False)):
+        monkeypatch.setattr(Exchange, name, value)  # a message without Flower's envelope
+    monkeypatch.setattr(site_service, "_FETCHED_S", 0.0)
+    calls = {"activate": lambda: done.append("came"), "receive": object, "reply": lambda reply: done.append("sent")}
+    loop_of(SimpleNamespace(**calls), tmp_path, stop, app=SimpleNamespace(answer=answer)).run()
     assert done == ["came", "answered", "sent"]
 
 
 @pytest.mark.parametrize("kind", ["x", "", "a.b.c", "train.\n"])
 def test_a_message_of_no_kind_ends_no_site(
-    tmp_path: Path, kind: str, caught: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Flower can address no answer to it; who runs the server, or a lead, could otherwise end every site's process."""
     for name in ("_run_id", "_node_id", "_task_id"):
@@ -180,11 +150,11 @@ def test_a_message_of_no_kind_ends_no_site(
     app = SiteApp(lambda settings: pytest.fail("nothing is asked"), name="north")
     loop_of(SimpleNamespace(activate=lambda: None, receive=receive), tmp_path, stop, app=app).run()
     assert not waiting, "it went on"
-    assert "a message was dropped" in caught.text
+    assert "a message was dropped" in caplog.text
 
 
 def test_a_site_rests_until_the_bell_rings(tmp_path: Path) -> None:
-    stop, bell, asked = threading.Event(), quiet(works=True), []
+    stop, bell, asked = threading.Event(), SimpleNamespace(rung=threading.Event(), works=True), []
 
     def receive() -> None:
         asked.append(time.monotonic())
@@ -206,35 +176,19 @@ SETTINGS = '{"seed": 3}'
 
 @pytest.fixture
 def state(tmp_path: Path) -> SiteState:
-    folder = tmp_path / "kit"
-    folder.mkdir()
-    return SiteState.of(folder)
+    (tmp_path / "kit").mkdir()
+    return SiteState.of(tmp_path / "kit")
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    def set_to(time: str) -> None:
-        class Fixed(site_state.datetime):
-            @classmethod
-            def now(cls, zone: Any = None) -> Any:
-                return cls.fromisoformat(time)
-
-        monkeypatch.setattr(site_state, "datetime", Fixed)
-
-    return set_to
-
-
-def test_a_waiting_run_keeps_the_time_of_its_first_request(state: SiteState, run_proposal: Propose, clock: Any) -> None:
-    clock("2030-01-02T10:00:00+00:00")
-    assert state.wait_for_approval(run_proposal(run="second"), SETTINGS) is True
-    clock("2030-01-01T10:00:00+00:00")
-    assert state.wait_for_approval(run_proposal(run="first"), SETTINGS) is True
-    clock("2030-01-03T10:00:00+00:00")
-    assert state.wait_for_approval(run_proposal(run="second"), SETTINGS) is False
-    assert [(one.proposal.run, one.since[:10]) for one in state.waiting()] == [
-        ("first", "2030-01-01"),
-        ("second", "2030-01-02"),
-    ]
+def test_a_waiting_run_keeps_the_time_of_its_first_request(
+    state: SiteState, run_proposal: Propose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for day, run, is_new in ((2, "second", True), (1, "first", True), (3, "second", False)):
+        now = datetime(2030, 1, day, tzinfo=UTC)
+        monkeypatch.setattr(site_state, "datetime", SimpleNamespace(now=lambda zone, now=now: now))
+        assert state.wait_for_approval(run_proposal(run=run), SETTINGS) is is_new
+    waiting = [(one.proposal.run, one.since[:10]) for one in state.waiting()]
+    assert waiting == [("first", "2030-01-01"), ("second", "2030-01-02")]
 
 
 def test_a_waiting_run_is_kept_to_the_letter_until_it_is_forgotten(state: SiteState, run_proposal: Propose) -> None:
@@ -302,28 +256,18 @@ with serving(Path(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    words = [sys.executable, "-c", _HOLD, str(tmp_path / "ledger.db")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "serving\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def test_a_ledger_has_one_server_until_that_dies(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_ledger_has_one_server_until_that_dies(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.db"
-    with pytest.raises(ConfigError) as caught, serving(ledger):
-        pytest.fail("two processes serve one ledger")
-    assert str(caught.value) == (
-        f"ledger = {str(ledger)!r}: is being served by process {holder.pid} already; stop that one first"
-    )
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    words = [sys.executable, "-c", _HOLD, str(ledger)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "serving\n"
+            with pytest.raises(ConfigError) as caught, serving(ledger):
+                pytest.fail("two processes serve one ledger")
+        finally:
+            holder.kill()
+    said = f"ledger = {str(ledger)!r}: is being served by process {holder.pid} already; stop that one first"
+    assert str(caught.value) == said
     with serving(ledger):
         assert (tmp_path / "ledger.db.serving").read_text() == f"{os.getpid()}\n"
 

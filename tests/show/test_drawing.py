@@ -34,23 +34,15 @@ def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
     assert len(made) == 1
 
 
-def test_lines_differ_in_more_than_colour() -> None:
-    for aspect in (drawing.COLOURS, drawing.DASHES, drawing.MARKERS):
-        assert len(set(aspect)) == drawing.MOST_LINES
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
+def test_ticks_are_round_numbers() -> None:
+    for low, high, ticks in (
         (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
         (0.0, 8.3, [0.0, 2.0, 4.0, 6.0, 8.0]),
         (-0.5, 0.5, [-0.4, -0.2, 0.0, 0.2, 0.4]),
         (1e-9, 1.06e-7, [2e-8, 4e-8, 6e-8, 8e-8, 1e-7]),
         (99_999.0, 100_001.0, [99_999.0, 99_999.5, 100_000.0, 100_000.5, 100_001.0]),
-    ],
-)
-def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) -> None:
-    assert drawing._ticks(low, high) == pytest.approx(ticks)
+    ):
+        assert drawing._ticks(low, high) == pytest.approx(ticks)
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
@@ -71,7 +63,9 @@ def test_whatever_is_drawn_stays_on_its_axes(points: Any, scale: Any, kind: Any,
             assert 0 <= float(y) <= height
 
 
-def test_colours_are_told_apart_in_grey_or_by_their_dashes() -> None:
+def test_lines_differ_in_more_than_colour_and_colours_are_told_apart_in_grey() -> None:
+    for aspect in (drawing.COLOURS, drawing.DASHES, drawing.MARKERS):
+        assert len(set(aspect)) == drawing.MOST_LINES
     # Okabe and Ito's, of which yellow and sky blue are too light for a line on white, and orange is darkened.
     for colour in drawing.COLOURS:
         red, green, blue = (int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5))

@@ -20,9 +20,7 @@ def test_what_is_copied_is_never_cut() -> None:
     show([Section(rows=rows, words={0, 1})], console=Console(file=console, width=60))
     assert key in console.getvalue()
     assert console.getvalue().splitlines()[1] == "  site the key                                             7"
-
-
-def test_a_name_without_room_is_broken() -> None:
+    # A name without room is broken.
     assert fold("rural-clinic-in-the-far-north", width=20) == ["rural-clinic-in-the-", "far-north"]
     assert fold("x" * 30, width=20) == ["x" * 20, "x" * 10]
 

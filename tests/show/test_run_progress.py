@@ -3,7 +3,8 @@
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,9 @@ from ..conftest import tiny
 from ..federation.conftest import receipt_of, round_of
 
 
-def composed(folder: Any, *overrides: str) -> RunConfig:
-    return compose_run(tiny("federation.num_rounds=10", *overrides, into=folder))
-
-
 @pytest.fixture
 def config(tmp_path: Any) -> RunConfig:
-    return composed(tmp_path)
+    return compose_run(tiny("federation.num_rounds=10", into=tmp_path))
 
 
 def state(round: int, **changes: Any) -> LeadState:
@@ -43,21 +40,13 @@ def state(round: int, **changes: Any) -> LeadState:
     return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=[result], seconds=30.0 * round)
 
 
-@dataclass
-class Model:
+def model(values: int = 0, *, device: str = "cpu", keeps_states: bool = True) -> SimpleNamespace:
     """What is shown of the lead's: its adapter's size, its device, and how much the frozen layers' outputs take."""
-
-    values: int = 0
-    device: str = "cpu"
-    keeps_states: bool = True
-    states_mib: float = 1234.5
-
-    @property
-    def initial_adapter(self) -> Adapter:
-        return Adapter({"a": np.zeros(self.values, np.float32)} if self.values else {})
+    adapter = Adapter({"a": np.zeros(values, np.float32)} if values else {})
+    return SimpleNamespace(initial_adapter=adapter, device=device, keeps_states=keeps_states, states_mib=1234.5)
 
 
-def shown(config: RunConfig, *states: LeadState, model: Any = None, every_s: float | None = None, **how: Any) -> str:
+def shown(config: RunConfig, *states: LeadState, of: Any = None, every_s: float | None = None, **how: Any) -> str:
     """What is shown of a run's rounds, and with `every_s` of what takes long before them."""
     begun = {key: how.pop(key) for key in ("round", "start_adapter", "data_changed") if key in how}
     out, progress = io.StringIO(), {"shown": how.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
@@ -68,7 +57,7 @@ def shown(config: RunConfig, *states: LeadState, model: Any = None, every_s: flo
                 display.preparing("trying the model", done, 3)
         proposal = config.proposal(lead="ab" * 32, plan=config.plan())
         first: Any = {"round": 0, "adapter": Adapter({})} | begun
-        display.prepared(model or Model(), proposal, LeadState(**first))
+        display.prepared(of or model(), proposal, LeadState(**first))
         for done in (1, 2) if every_s else ():
             display.preparing("site-1: running the frozen layers over its records", done, 2)
         for state in states:
@@ -107,13 +96,13 @@ def runs(config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPa
             for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported"):
                 patched.setattr(torch.cpu, instructions, lambda has=has: has)
             yield f"{dtype} on a CPU {'with' if has else 'without'} its instructions", shown(other)
-        yield f"{dtype} on a GPU", shown(other, model=Model(device="cuda"))
+        yield f"{dtype} on a GPU", shown(other, of=model(device="cuda"))
     about = {"digest": "ab" * 32, "head": False, "from": "first", "dataset": "letters", "unit": "record", "delta": 1e-5}
     for spent in ({"epsilon": 3.0}, {"epsilon": None}, {"epsilon": "unknown"}, {"epsilon": None, "public": True}):
         yield f"a start that spent {spent}", shown(config, start_adapter=about | spent)
     yield "other records than when it began", shown(config, round=1, data_changed=("site-2",))
-    yield "noise that drowns the records", shown(config, model=Model(100_000, keeps_states=False))
-    yield "noise that does not", shown(config, model=Model(100))
+    yield "noise that drowns the records", shown(config, of=model(100_000, keeps_states=False))
+    yield "noise that does not", shown(config, of=model(100))
     yield "what takes long", shown(config, every_s=1e-9)
     yield "what is soon done", shown(config, every_s=1e9)
 
@@ -136,7 +125,8 @@ def beside(usual: str, text: str) -> str:
 
 def test_what_a_person_sees(config: RunConfig, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, end = shown(config), table(config, result())
-    of_runs = runs(config, composed(tmp_path, "privacy=none"), monkeypatch)
+    without_privacy = compose_run(tiny("federation.num_rounds=10", "privacy=none", into=tmp_path))
+    of_runs = runs(config, without_privacy, monkeypatch)
     told = [f"# A run\n{run}", *(f"# {name}\n{beside(run, text)}" for name, text in of_runs)]
     of_results = [f"# {name}\n{beside(end, table(config, other))}" for name, other in results()]
     snapshots.check_output("run-progress", "".join([*told, f"# Its end\n{end}", *of_results]))
