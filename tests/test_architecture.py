@@ -118,12 +118,13 @@ def test_what_a_command_takes_is_typed() -> None:
     [
         ("privacy.ledger.site_ledger privacy.mechanism privacy.run_plan", "torch transformers flwr hydra pydantic"),
         ("tasks.registry", "torch transformers"),
+        ("report.from_ledger report.page.render cli.report", "torch transformers flwr"),
         # A container's probe, which runs every few seconds.
         ("ops.health", "torch flwr cryptography pydantic numpy"),
         # What trains comes with the first message: a site starts at once, and waits in a third of the memory.
         ("ops.services.site_service ops.metrics cli.site", "torch transformers peft opacus"),
     ],
-    ids=["the privacy core", "tasks", "a probe", "a site that waits"],
+    ids=["the privacy core", "tasks", "a ledger's report", "a probe", "a site that waits"],
 )
 def test_it_runs_without_a_framework(modules: str, libraries: str) -> None:
     imported = ", ".join(f"fedtune.{module}" for module in modules.split())

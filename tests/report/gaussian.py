@@ -7,10 +7,7 @@ from scipy.stats import norm
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
-    """The least delta at which a mechanism that is exactly mu-Gaussian has `epsilon`.
-
-    Dong, Roth and Su 2019 (arXiv 1905.02383), Corollary 2.13.
-    """
+    """The least delta at which a mu-Gaussian mechanism has `epsilon` (arXiv 1905.02383, Corollary 2.13)."""
     if mu == 0:
         return 0.0
     near, far = epsilon / mu - mu / 2, epsilon / mu + mu / 2
@@ -18,11 +15,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
-    """The mu at which a Gaussian mechanism has exactly (epsilon, delta).
-
-    Training on sampled records is not exactly Gaussian: of it this mu says what a Gaussian with the same pair allows,
-    and bounds nothing.
-    """
+    """The mu at which a Gaussian mechanism has exactly (epsilon, delta); of training on sampled records no bound."""
     if math.isinf(epsilon):
         return math.inf
     return float(brentq(lambda mu: gaussian_delta(mu, epsilon) - delta, 0.0, 2 * epsilon + 50, xtol=1e-14, rtol=1e-13))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache, partial
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
-import pytest
+from pydantic import TypeAdapter
 
 from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
@@ -35,6 +37,13 @@ NAMES = (
 LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medicine-of-the-year-2026-abcdefgh"
 
 
+@cache
+def on_file(name: str) -> Make:
+    """`on_file(name)(**changes)`: the report of which reports/ has the facts."""
+    text = (Path(__file__).parent / "reports" / f"{name}.json").read_bytes()
+    return partial(replace, derive(TypeAdapter(RunFacts | LedgerFacts).validate_json(text, strict=True)))
+
+
 def where(report: Report) -> set[str]:
     """The places at which `report verify` finds something wrong."""
     return {problem.where for problem in problems(report)}
@@ -52,15 +61,13 @@ def with_site(report: Report, **changes: Any) -> Report:
     return replace(report, sites=(replace(first, **changes), *others))
 
 
+def assumption(report: Report, code: str) -> Assumption:
+    (found,) = [one for one in report.assumptions if one.code == code]
+    return found
+
+
 def status(report: Report, code: str) -> str:
-    """Of the assumption with this code."""
-    (found,) = [assumption.status for assumption in report.assumptions if assumption.code == code]
-    return found
-
-
-def evidence(report: Report, code: str) -> str:
-    (found,) = [assumption.evidence for assumption in report.assumptions if assumption.code == code]
-    return found
+    return assumption(report, code).status
 
 
 def filled(report: Report, **changes: Any) -> Report:
@@ -83,22 +90,17 @@ def filled(report: Report, **changes: Any) -> Report:
         "technologies_on": "federated_learning, differential_privacy",
         "verdict": report.verdict.state,
     }
+    tested = "fedtune 0.2.0: tests/training/test_dp_step.py"
+    ensured = ("noise_in_every_step", "poisson_sampling", "unpredictable_randomness")
+    verified = ["delta_below_one_over_size", "accountants_agree", "one_record_is_one_unit"]
+    verified += ["every_record_names_its_person", "units_at_one_site_only"]
     supposed = (
         Assumption(code="units_at_one_site_only", status="violated", evidence="north-hospital"),
         Assumption(code="clipping_but_for_rounding", status="assumed", evidence="docs/guarantee.md"),
         Assumption(code="one_record_is_one_unit", status="assumed", evidence="unit=record"),
         Assumption(code="sites_run_their_own_software", status="asserted", evidence="tests/deployment"),
-        *(
-            Assumption(code=code, status="ensured", evidence="fedtune 0.2.0: tests/training/test_dp_step.py")
-            for code in ("noise_in_every_step", "poisson_sampling", "unpredictable_randomness")
-        ),
-        *(
-            Assumption(code=code, status="verified", evidence="delta=1e-05; declared_size=1200")
-            for code in (
-                *("delta_below_one_over_size", "accountants_agree", "one_record_is_one_unit"),
-                *("every_record_names_its_person", "units_at_one_site_only"),
-            )
-        ),
+        *(Assumption(code=code, status="ensured", evidence=tested) for code in ensured),
+        *(Assumption(code=code, status="verified", evidence="delta=1e-05; declared_size=1200") for code in verified),
     )
     without = () if report.unit == "record" else ("several_records",)
     fields: dict[str, Any] = {
@@ -113,14 +115,14 @@ def filled(report: Report, **changes: Any) -> Report:
     return replace(report, **{**fields, **changes})
 
 
-def situations(
-    a_report: Make, a_report_without_privacy: Make, a_ledger_report: Make, a_secure_report: Make
-) -> dict[str, Report]:
-    """All of them; page 1 is kept as golden text of all but the wide ones."""
-    run = a_report()
+@cache
+def reports() -> dict[str, Report]:
+    """By situation; page 1 is kept as golden text of all but the wide ones."""
+    run, ledger = on_file("run")(), on_file("ledger")()
     north, south = run.sites
     exceeded = Verdict(state="exceeded", reasons=("above_target",))
     seeded = Verdict(state="no_guarantee", reasons=("seeded_noise",))
+    of_study = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
     silent, upper_bound = Verdict(state="within", reasons=("site_silent",)), replace(north.spent, upper_bound=True)
     unreleased = replace(
         south, source="not_released", spent=None, meaning=None, mechanisms=(), curve=(), steps=(), releases=()
@@ -128,44 +130,37 @@ def situations(
     return {
         "within": filled(run),
         "exceeded": filled(run, target_epsilon=1.0, verdict=exceeded, sites=(replace(north, verdict=exceeded), south)),
-        "no_guarantee": filled(
-            run,
-            seeded_noise=True,
-            randomness="seeded",
-            verdict=seeded,
-            sites=tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites),
+        "no_guarantee": filled(run, seeded_noise=True, randomness="seeded", verdict=seeded, sites=of_study),
+        "unbounded": filled(
+            on_file("run_without_privacy")(verdict=Verdict(state="no_guarantee", reasons=("no_noise",)))
         ),
-        "unbounded": filled(a_report_without_privacy(verdict=Verdict(state="no_guarantee", reasons=("no_noise",)))),
         "upper_bound": filled(
             run, verdict=silent, sites=(replace(north, verdict=silent, spent=upper_bound, source="not_released"), south)
         ),
         "not_released": filled(run, sites=(north, unreleased)),
-        "ledger": filled(a_ledger_report()),
+        "ledger": filled(ledger),
         "by_user": by_user(run),
-        "used_up": filled(without_room(a_ledger_report(), left=0.0)),
-        "no_run_fits": filled(without_room(a_ledger_report(), left=0.3)),
+        "used_up": filled(without_room(ledger, left=0.0)),
+        "no_run_fits": filled(without_room(ledger, left=0.3)),
         "alike": filled(replace(run, sites=(south, *(replace(north, site=f"clinic-{n}") for n in range(1, 33))))),
-        "arrivals": filled(arrivals(a_ledger_report())),
+        "arrivals": filled(arrivals(ledger)),
         "admitting": filled(admitting(run)),
         "drifting": filled(drifting(run)),
-        "site_reports": filled(replace(run, sites=told_by_their_sites(run, a_ledger_report()))),
-        "wide_run": wide_run(a_report),
-        "wide_ledger": wide_ledger(a_ledger_report),
-        "secure": a_secure_report(),
+        "site_reports": filled(replace(run, sites=told_by_their_sites(run, ledger))),
+        "wide_run": wide_run(),
+        "wide_ledger": wide_ledger(),
+        "secure": on_file("secure")(),
     }
 
 
 def arrivals(ledger: Report) -> Report:
     """A ledger of people who come every year: each run admits those of two years, and the last one is open."""
-    facts, last = ledger.facts, 2026
-    assert isinstance(facts, LedgerFacts)
-    runs, charges = [], []
+    facts, last, runs, charges = ledger.facts, 2026, [], []
     for year in range(2022, last + 1):
         cohorts = Cohorts(period="year", first=None if year == 2022 else str(year - 1), last=str(year))
         first = facts.runs[0]
         plan = replace(first.plan, unit="user", cohorts=cohorts, num_rounds=3, noise_multiplier=2.0)
-        state: Any = "open" if year == last else "ended"
-        runs.append(replace(first, run=f"triage-{year}", plan=plan, state=state))
+        runs.append(replace(first, run=f"triage-{year}", plan=plan, state="open" if year == last else "ended"))
         rounds = 2 if year == last else 3
         charges.append(replace(facts.charges[0], run=f"triage-{year}", rounds=rounds, day=f"{year}-02-01"))
     made = replace(facts, unit="user", arrivals="year", runs=tuple(runs), charges=tuple(charges), releases=())
@@ -181,14 +176,12 @@ def periods(report: Report) -> list[Arrivals]:
 
 def admitting(run: Report) -> Report:
     """A run that admits people of two years alone."""
-    assert isinstance(run.facts, RunFacts)
     cohorts = Cohorts(period="year", first="2025", last="2026")
     return derive(replace(run.facts, plan=replace(run.facts.plan, unit="user", cohorts=cohorts)))
 
 
 def drifting(run: Report) -> Report:
     """A run that began in another one's release, and of four runs the one that does worse at the sites."""
-    assert isinstance(run.facts, RunFacts)
     plan = replace(run.facts.plan, metrics_noise_multiplier=20.0)
     means = {"spring": 0.82, "summer": 0.83, "autumn": 0.81, run.name: 0.7}
     line = [HeldOut(run=name, date="2026-03-01", mean=mean, deviation=0.02) for name, mean in means.items()]
@@ -221,16 +214,15 @@ def by_user(run: Report) -> Report:
 
 
 def detail_of(*labels: str) -> Detail:
-    """What stands behind the scores of a model with these labels."""
     return Detail(
         classes=tuple(ClassScores(label=one, precision=0.5, recall=0.25, f1=1 / 3, support=8) for one in labels),
         reliability=tuple(ReliabilityBin(confidence=n / 10, right=n / 12, count=30) for n in range(1, 11)),
     )
 
 
-def wide_run(a_report: Make) -> Report:
+def wide_run() -> Report:
     """Ten sites, some with long or strange names, and sixty rounds."""
-    run = a_report()
+    run = on_file("run")()
     names = (LONG, HOSTILE, "_underscore", "klinikum-süd", "病院", "f", "g", "h", "i", "j")
     first, last, round_ = run.sites[0], run.sites[0].steps[-1], run.utility.rounds[0]
     sites = tuple(
@@ -242,10 +234,10 @@ def wide_run(a_report: Make) -> Report:
         )
         for number, name in enumerate(names)
     )
-    failed = {number: {HOSTILE: "max_epsilon"} if number % 7 == 0 else {} for number in range(1, 61)}
+    failed = {True: {HOSTILE: "max_epsilon"}, False: {}}
     rounds = tuple(
-        replace(round_, round=number, sites=names, seconds=1.5 + number % 5, failed_sites=failed_sites)
-        for number, failed_sites in failed.items()
+        replace(round_, round=n, sites=names, seconds=1.5 + n % 5, failed_sites=failed[n % 7 == 0])
+        for n in range(1, 61)
     )
     energy = Energy(kwh=0.5, carbon_kg=0.19, seconds=930.0)
     detail = detail_of(LONG, HOSTILE, "c")
@@ -257,9 +249,9 @@ def wide_run(a_report: Make) -> Report:
     return filled(run, name=LONG, sites=sites, utility=utility, verdict=exceeded, provenance=made)
 
 
-def wide_ledger(a_ledger_report: Make, *, runs: int = 500) -> Report:
+def wide_ledger(*, runs: int = 500) -> Report:
     """Many runs in one ledger, with limits that changed."""
-    report = a_ledger_report()
+    report = on_file("ledger")()
     (site,) = report.sites
 
     def many(items: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -276,104 +268,74 @@ def wide_ledger(a_ledger_report: Make, *, runs: int = 500) -> Report:
     return filled(report, name=HOSTILE, sites=(replace(site, site=HOSTILE, lifetime=lifetime, **lists),))
 
 
-_REPORTS: dict[str, Report] = {}
-_PAGES: dict[tuple[str, str], str] = {}
+@cache
+def page(name: str, language: str) -> str:
+    return render.render(reports()[name], language=language)
 
 
-def reports_of(request: pytest.FixtureRequest) -> dict[str, Report]:
-    """By situation; made once, since their figures take a while."""
-    if not _REPORTS:
-        makers = ("a_report", "a_report_without_privacy", "a_ledger_report", "a_secure_report")
-        _REPORTS.update(situations(*(request.getfixturevalue(maker) for maker in makers)))
-    return _REPORTS
-
-
-def page_of(request: pytest.FixtureRequest, name: str, language: str) -> str:
-    """The page of a situation in a language; made once, too."""
-    if (name, language) not in _PAGES:
-        _PAGES[name, language] = render.render(reports_of(request)[name], language=language)
-    return _PAGES[name, language]
-
-
-@dataclass
-class Element:
-    """A tag with what is in it; text is a child, too."""
-
-    tag: str
-    attributes: dict[str, str]
-    children: list[Element | str] = field(default_factory=list)
-
-    def walk(self) -> Iterator[Element]:
-        """This one, and all within it."""
-        yield self
-        for child in self.children:
-            if isinstance(child, Element):
-                yield from child.walk()
-
-    def all(self, tag: str = "", **attributes: str) -> list[Element]:
-        """Those with a tag and attributes (`_` for `-`)."""
+class Element(ElementTree.Element):
+    def all(self, tag: str = "*", **attributes: str) -> list[Any]:
+        """Those with a tag and attributes (`_` for `-`), this one included."""
         wanted = {name.replace("_", "-"): value for name, value in attributes.items()}
-        return [
-            one
-            for one in self.walk()
-            if (not tag or one.tag == tag) and all(one.attributes.get(name) == value for name, value in wanted.items())
-        ]
+        return [one for one in self.iter(tag) if wanted.items() <= one.attrib.items()]
 
     @property
-    def text(self) -> str:
-        """All text within, as it is written."""
-        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+    def said(self) -> str:
+        return "".join(self.itertext())
 
-    def texts(self, *, without: tuple[str, ...]) -> Iterator[str]:
-        """Pieces of text that are not within an element of these tags."""
-        for child in self.children:
-            if isinstance(child, str):
-                yield child
-            elif child.tag not in without:
-                yield from child.texts(without=without)
+    def texts(self, *, without: Callable[[Element], bool]) -> Iterator[str]:
+        """Pieces of text that are within no such element."""
+        yield self.text or ""
+        for child in self:
+            yield from () if without(child) else child.texts(without=without)
+            yield child.tail or ""
 
 
 class _Parser(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
-        self.open = [Element("", {})]
+        self.made = ElementTree.TreeBuilder(Element)
+        self.made.start("page", {})
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, {name: value or "" for name, value in attrs})
-        self.open[-1].children.append(element)
-        if tag not in {"meta", "link", "br", "img"}:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.open[-1].children.append(Element(tag, {name: value or "" for name, value in attrs}))
+        self.made.start(tag, {name: value or "" for name, value in attrs})
+        if tag in {"meta", "link"}:
+            self.made.end(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop().tag == tag, f"</{tag}> closes something else"
+        assert self.made.end(tag).tag == tag, f"</{tag}> closes something else"
 
     def handle_data(self, data: str) -> None:
-        self.open[-1].children.append(data)
+        self.made.data(data)
 
 
-@lru_cache(maxsize=len(NAMES) * 2)
+@lru_cache(maxsize=2 * len(NAMES))
 def parsed(html: str) -> Element:
     """The page's elements; every tag that is opened is closed."""
     parser = _Parser()
     parser.feed(html)
     parser.close()
-    assert len(parser.open) == 1
-    return parser.open[0]
+    parser.handle_endtag("page")
+    return parser.made.close()
 
 
 def numbers(text: str) -> list[str]:
-    """Those in a text, as they are written."""
     return re.findall(r"\d+(?:[.,]\d+)*", text)
 
 
 def put(data: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Change plain data at a place."""
     for key in path[:-1]:
         data = data[key]
     data[path[-1]] = value
+
+
+def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Each value of plain data, and its place."""
+    if isinstance(data, dict | list):
+        for key in data if isinstance(data, dict) else range(len(data)):
+            yield from leaves(data[key], (*path, key))
+    else:
+        yield path, data
 
 
 def lookup(data: Any, pointer: str) -> Any:

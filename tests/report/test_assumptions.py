@@ -1,7 +1,7 @@
 """What a guarantee rests on: each assumption's status, in the cases that change it."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.report import from_ledger, from_run
 from fedtune.report.derive import rules
 from fedtune.report.from_run import RunRecord, read_run
-from fedtune.report.model import Assumption, SiteReport
+from fedtune.report.model import Assumption, Report, SiteReport
 from fedtune.sites.shared_settings import for_sites
 
-from ..books import Books, resigned
-from .shown import evidence, status
+from ..books import resigned
+from ..conftest import run_proposal
+from .shown import assumption, status
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,22 +27,16 @@ def statuses(found: Iterable[Assumption]) -> dict[str, str]:
     return {one.code: one.status for one in found}
 
 
-def of_run(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
+def assumed(folder: Path, record: RunRecord, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
     return rules.assumptions(from_run.facts_of(folder, record, own={}), sites)
 
 
-def test_codes_are_told_and_stand_once(run_folder: Path, books: Callable[..., Books]) -> None:
-    for report in (from_run.build(run_folder), from_ledger.build(books().site_toml)):
+def test_codes_stand_once_worst_first_and_a_test_named_as_evidence_exists(of_run: Report, of_ledger: Report) -> None:
+    for report in (of_run, of_ledger):
         codes = [one.code for one in report.assumptions]
         assert len(set(codes)) == len(codes)
         order = [rules._WORST_FIRST.index(one.status) for one in report.assumptions]
         assert order == sorted(order)
-
-
-def test_a_test_named_as_evidence_exists(run_folder: Path, books: Callable[..., Books], run_proposal: Any) -> None:
-    made = books()
-    made.charge(run_proposal(), 1)
-    for report in (from_run.build(run_folder), from_ledger.build(made.ledger)):
         for one in report.assumptions:
             for word in one.evidence.replace(";", " ").split():
                 if word.startswith(("tests/", "docs/")):
@@ -56,7 +51,7 @@ def test_each_word_for_what_was_confirmed_has_one_meaning(run_folder: Path) -> N
         found = statuses(report.assumptions)
         assert {code for code, how in found.items() if how == "ensured"} == by_program
         for code, how in found.items():
-            said = evidence(report, code)
+            said = assumption(report, code).evidence
             if how == "ensured":
                 assert re.match(rf"fedtune {re.escape(fedtune.__version__)}: tests/\S+\.py", said), said
             if how == "verified":
@@ -80,7 +75,7 @@ def test_of_sites_that_accept_inexact_gradients_the_bound_is_measured(folder: Pa
     assert clipping(from_run.build(folder).assumptions) == ("clipping_exact", "assumed")
 
 
-def test_inexact_gradients_of_a_ledger_have_a_measured_bound(books: Callable[..., Books], run_proposal: Any) -> None:
+def test_inexact_gradients_of_a_ledger_have_a_measured_bound(books: Any) -> None:
     made = books(allow={"inexact_gradients": True})
     made.charge(run_proposal(), 1)
     assert clipping(from_ledger.build(made.ledger).assumptions) == ("clipping_but_for_rounding", "assumed")
@@ -119,20 +114,25 @@ def test_of_real_sites_the_lead_knows_what_it_holds(run_folder: Path) -> None:
         environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
     )
     deployed = with_receipts_of(deployed, run=deployed.run)
-    found = statuses(of_run(run_folder, deployed, from_run.build(run_folder).sites))
+    found = statuses(assumed(run_folder, deployed, from_run.build(run_folder).sites))
     assert found["sites_run_their_own_software"] == "assumed"
     assert found["unpredictable_randomness"] == "assumed"
     assert found["noise_in_every_step"] == "assumed", "what real sites do is not the lead's to verify"
     assert found["receipts_signed"] == "verified"
 
 
-def test_a_receipt_that_is_not_signed_is_found(run_folder: Path) -> None:
-    record = read_run(run_folder)
+def test_a_receipt_not_signed_a_delta_too_large_and_accountants_that_disagree_are_violated(run_folder: Path) -> None:
+    record, sites = read_run(run_folder), from_run.build(run_folder).sites
     forged = {"site-1": replace(record.receipts["site-1"], charged_rounds=1)}
     state = replace(record.state, receipts={**record.receipts, **forged})
-    found = of_run(run_folder, replace(record, state=state), from_run.build(run_folder).sites)
+    found = assumed(run_folder, replace(record, state=state), sites)
     assert found[0].code == "receipts_signed"
     assert (found[0].status, found[0].evidence) == ("violated", "site-1")
+    large = [replace(site, declared_size=200_000) for site in sites]
+    of_delta = {one.code: one for one in assumed(run_folder, record, large)}["delta_below_one_over_size"]
+    assert (of_delta.status, of_delta.evidence) == ("violated", "delta=1e-05; declared_size=200000")
+    wrong = replace(sites[0], spent=replace(sites[0].spent, epsilon_rdp=0.01))
+    assert statuses(assumed(run_folder, record, [wrong, *sites[1:]]))["accountants_agree"] == "violated"
 
 
 def test_of_a_simulation_nobody_states_anything(folder: Path) -> None:
@@ -145,25 +145,13 @@ def test_of_a_simulation_nobody_states_anything(folder: Path) -> None:
             assert all(site.asserted == {} for site in report.sites)
 
 
-def test_a_site_that_denies_is_heard(books: Callable[..., Books]) -> None:
+def test_a_site_that_denies_is_heard(books: Any) -> None:
     report = from_ledger.build(books(asserted={"no_person_at_another_site": False}).ledger)
     assert status(report, "units_at_one_site_only") == "violated"
     assert report.assumptions[0].code == "units_at_one_site_only"
 
 
-def test_delta_that_is_too_large_for_the_size_is_violated(run_folder: Path) -> None:
-    large = [replace(site, declared_size=200_000) for site in from_run.build(run_folder).sites]
-    found = {one.code: one for one in of_run(run_folder, read_run(run_folder), large)}["delta_below_one_over_size"]
-    assert (found.status, found.evidence) == ("violated", "delta=1e-05; declared_size=200000")
-
-
-def test_an_accountant_that_contradicts_the_other_is_violated(run_folder: Path) -> None:
-    (first, *others) = from_run.build(run_folder).sites
-    wrong = replace(first, spent=replace(first.spent, epsilon_rdp=0.01))
-    assert statuses(of_run(run_folder, read_run(run_folder), [wrong, *others]))["accountants_agree"] == "violated"
-
-
-def test_a_seeded_or_unprotected_run_is_named(books: Callable[..., Books], run_proposal: Any) -> None:
+def test_a_seeded_or_unprotected_run_is_named(books: Any) -> None:
     made = books(
         allow={"seeded_noise": True}, limits={"min_noise_multiplier": 0.0}, budget={"max_epsilon": float("inf")}
     )
@@ -171,11 +159,11 @@ def test_a_seeded_or_unprotected_run_is_named(books: Callable[..., Books], run_p
     made.charge(run_proposal(run="open", noise_multiplier=0.0), 1)
     report = from_ledger.build(made.ledger)
     assert status(report, "unpredictable_randomness") == status(report, "noise_in_every_step") == "violated"
-    assert evidence(report, "unpredictable_randomness") == "study"
-    assert evidence(report, "noise_in_every_step") == "open"
+    assert assumption(report, "unpredictable_randomness").evidence == "study"
+    assert assumption(report, "noise_in_every_step").evidence == "open"
 
 
-def test_a_ledger_in_doubt_misses_events(books: Callable[..., Books], run_proposal: Any) -> None:
+def test_a_ledger_in_doubt_misses_events(books: Any) -> None:
     made = books()
     made.charge(run_proposal(), 1)
     backup = made.copied("backup.db")

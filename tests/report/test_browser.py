@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from fedtune.report.model import to_json
 from fedtune.report.page.catalogue import catalogue
 
-from .shown import NAMES, lookup, page_of, reports_of
+from . import shown
 
 pytestmark = pytest.mark.nightly
 
@@ -23,43 +24,29 @@ A4_HEIGHT = 1020
 SMALLEST_IN_PRINT = 12  # pixels; 9 pt
 
 
-@dataclass
-class Opened:
-    """A page, and what it said and asked for."""
-
-    tab: Any
-    messages: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-    def at(self, width: int) -> Any:
-        """The page in a window of another width."""
-        self.tab.set_viewport_size({"width": width, "height": 900})
-        return self.tab
-
-
-Open = Callable[..., Opened]
-
-
 @pytest.fixture
-def opened(browser: Any, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
-    """`opened(name, language, **of_the_context)`."""
-    contexts = []
+def opened(browser: Any, tmp_path: Path) -> Iterator[Any]:
+    """`opened(name, language, **of_the_context)`: a page, and what it said and asked for."""
+    with ExitStack() as contexts:
 
-    def make(name: str, language: str, **options: Any) -> Opened:
-        path = tmp_path / "report.html"
-        path.write_text(page_of(request, name, language), encoding="utf-8")
-        context = browser.new_context(viewport={"width": DESKTOP, "height": 900}, **options)
-        contexts.append(context)
-        found = Opened(context.new_page())
-        found.tab.on("console", lambda message: found.messages.append(f"{message.type}: {message.text}"))
-        found.tab.on("pageerror", lambda error: found.messages.append(str(error)))
-        found.tab.on("request", lambda asked: found.requests.append(asked.url))
-        found.tab.goto(path.as_uri())
-        return found
+        def make(name: str, language: str, **options: Any) -> SimpleNamespace:
+            path = tmp_path / "report.html"
+            path.write_text(shown.page(name, language), encoding="utf-8")
+            context = browser.new_context(viewport={"width": DESKTOP, "height": 900}, **options)
+            contexts.callback(context.close)
+            found = SimpleNamespace(tab=context.new_page(), messages=[], requests=[])
+            found.tab.on("console", lambda message: found.messages.append(f"{message.type}: {message.text}"))
+            found.tab.on("pageerror", lambda error: found.messages.append(str(error)))
+            found.tab.on("request", lambda asked: found.requests.append(asked.url))
+            found.tab.goto(path.as_uri())
+            return found
 
-    yield make
-    for context in contexts:
-        context.close()
+        yield make
+
+
+def resized(tab: Any, width: int) -> Any:
+    tab.set_viewport_size({"width": width, "height": 900})
+    return tab
 
 
 OPEN_ALL = "document.querySelectorAll('details').forEach(one => one.open = true)"
@@ -83,11 +70,11 @@ SIZES = """
 """
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("name", shown.NAMES)
+def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Any) -> None:
     """On the screen at each width, and then on paper; loading a page takes longer than looking at it."""
     page = opened(name, language)
-    words, report = catalogue(language), reports_of(request)[name]
+    words, report = catalogue(language), shown.reports()[name]
     assert page.tab.evaluate("document.documentElement.lang") == language
     assert page.tab.title() == words.text("page.title", name=report.name).unescape()
 
@@ -97,10 +84,10 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
     seen = page.tab.evaluate(FIGURES)
     assert len(seen) > 30
     for at, kind, text in seen:
-        assert text == words.figure(lookup(data, at), kind)
+        assert text == words.figure(shown.lookup(data, at), kind)
 
     for width in (DESKTOP, 800, PHONE, 320):
-        tab = page.at(width)
+        tab = resized(page.tab, width)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.evaluate(TOO_WIDE) == [] or width == 320  # so narrow, a table may be scrolled
         for drawing in tab.locator("figure.chart svg").all() if width in (DESKTOP, PHONE) else ():
@@ -116,7 +103,7 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
             assert len(sizes) > 100
             assert min(sizes)[0] >= 10, min(sizes)
 
-    tab = page.at(A4)
+    tab = resized(page.tab, A4)
     tab.evaluate(f"[...document.querySelectorAll('details')].slice({open_at_first}).forEach(one => one.open = false)")
     tab.emulate_media(media="print")
     assert tab.evaluate("document.documentElement.scrollWidth") <= A4
@@ -124,7 +111,7 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Open, 
     assert tab.locator("#page-1").bounding_box()["height"] <= A4_HEIGHT
     sizes = [one for one in tab.evaluate(SIZES) if one[0] < SMALLEST_IN_PRINT - 0.01]
     assert sizes == []
-    margins = re.findall(r"@(?:top|bottom)-[a-z]+ \{[^}]*?([\d.]+)pt", page_of(request, name, language))
+    margins = re.findall(r"@(?:top|bottom)-[a-z]+ \{[^}]*?([\d.]+)pt", shown.page(name, language))
     assert len(margins) == 3, "the banner, the foot and the number of each page"
     assert min(map(float, margins)) >= 9
     assert not any(one.is_visible() for one in tab.locator(".banner").all()), "each page has it in its margin"
@@ -140,7 +127,7 @@ FONT_SIZE = "one => parseFloat(getComputedStyle(one).fontSize)"
 
 
 @pytest.mark.parametrize("media", ["screen", "print"])
-def test_the_attackers_figure_is_the_largest_on_page_one(media: str, opened: Open) -> None:
+def test_the_attackers_figure_is_the_largest_on_page_one(media: str, opened: Any) -> None:
     tab = opened("within", "en").tab
     tab.emulate_media(media=media)
     figure = tab.locator("#strong .focal").evaluate(FONT_SIZE)
@@ -149,12 +136,12 @@ def test_the_attackers_figure_is_the_largest_on_page_one(media: str, opened: Ope
     assert sizes.count(figure) == 2, "the line, and the figure in it"
 
 
-def test_on_a_phone_what_follows_page_one_is_folded(opened: Open) -> None:
+def test_on_a_phone_what_follows_page_one_is_folded(opened: Any) -> None:
     """On a wide screen, and on paper, all of it is there without opening anything."""
     page = opened("within", "en")
     tables = page.tab.locator("#engineer table").first
     assert tables.is_visible()
-    tab = page.at(PHONE)
+    tab = resized(page.tab, PHONE)
     assert not tables.is_visible()
     tab.locator(".part > summary").first.click()
     assert tables.is_visible()
@@ -163,7 +150,7 @@ def test_on_a_phone_what_follows_page_one_is_folded(opened: Open) -> None:
     assert tables.is_visible()
 
 
-def test_a_page_needs_no_script_and_would_run_none(opened: Open) -> None:
+def test_a_page_needs_no_script_and_would_run_none(opened: Any) -> None:
     page = opened("ledger", "en", java_script_enabled=False)
     assert page.tab.locator("#verdict").inner_text().startswith("Was the budget kept?")
     assert page.tab.locator("figure svg").count() == 2
@@ -174,22 +161,20 @@ def test_a_page_needs_no_script_and_would_run_none(opened: Open) -> None:
     assert page.tab.pdf(prefer_css_page_size=True).startswith(b"%PDF-")
 
 
-def tabbed(tab: Any) -> list[str]:
-    """The tags that the tabulator reaches; each of them, in order, and to be seen when it has the focus."""
-    wanted = tab.evaluate(
-        """[...document.querySelectorAll('a[href], summary, [tabindex="0"]')]
-           .filter(one => one.checkVisibility()).map((one, n) => (one.dataset.n = n, one.tagName))"""
-    )
-    for place in range(len(wanted)):
+REACHED = """
+[...document.querySelectorAll('a[href], summary, [tabindex="0"]')]
+  .filter(one => one.checkVisibility()).map((one, n) => (one.dataset.n = n, one.tagName))
+"""
+
+
+def test_everything_is_reached_and_opened_by_the_keyboard(opened: Any) -> None:
+    tab = opened("within", "en").tab
+    tags = tab.evaluate(REACHED)
+    assert tags[0] == "A"
+    for place in range(len(tags)):  # in order, and to be seen when it has the focus
         tab.keyboard.press("Tab")
         assert tab.evaluate("Number(document.activeElement.dataset.n)") == place
         assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
-    return [str(tag) for tag in wanted]
-
-
-def test_everything_is_reached_and_opened_by_the_keyboard(opened: Open) -> None:
-    tab = opened("within", "en").tab
-    assert tabbed(tab)[0] == "A"
     tab.reload()
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.getBoundingClientRect().left") >= 0  # the link to skip shows itself
@@ -229,7 +214,7 @@ FAINT = """
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("name", "language"), [("exceeded", "de"), ("used_up", "en"), ("wide_run", "en")])
-def test_drawings_can_be_read_on_light_and_dark_screens(name: str, language: str, scheme: str, opened: Open) -> None:
+def test_drawings_can_be_read_on_light_and_dark_screens(name: str, language: str, scheme: str, opened: Any) -> None:
     tab = opened(name, language, color_scheme=scheme).tab
     tab.evaluate(OPEN_ALL)
     ground = "getComputedStyle(document.body).backgroundColor"
@@ -246,10 +231,10 @@ def test_drawings_can_be_read_on_light_and_dark_screens(name: str, language: str
 @pytest.mark.parametrize(
     ("name", "language"), [("within", "en"), ("no_guarantee", "de"), ("ledger", "de"), ("wide_run", "en")]
 )
-def test_axe_finds_nothing(name: str, language: str, scheme: str, opened: Open) -> None:
+def test_axe_finds_nothing(name: str, language: str, scheme: str, opened: Any) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
     page = opened(name, language, bypass_csp=True, color_scheme=scheme)
     page.tab.evaluate(OPEN_ALL)
     for width in (DESKTOP, PHONE):
-        found = axe.Axe().run(page.at(width))
+        found = axe.Axe().run(resized(page.tab, width))
         assert found.violations_count == 0, found.generate_report()

@@ -131,7 +131,6 @@ def sentences(text: str) -> int:
 
 
 def items(text: str) -> int:
-    """Of the list behind a colon."""
     _, colon, listed = text.partition(": ")
     return len(re.split(r", | and | und ", listed)) if colon else 0
 
@@ -223,26 +222,21 @@ def test_what_nobody_may_have_stated_can_be_asked(language: str) -> None:
     assert of_the_annex.isdisjoint(TEXTS[language]["question"])
 
 
-def test_nothing_claims_what_only_people_can(language: str) -> None:
+CLAIMS = "anonym|complian|konform|impossible|unmöglich|✓|✔|guaranteed safe|vertretbar"
+
+
+def test_nothing_claims_or_judges_what_only_people_can(language: str) -> None:
     for section, texts in TEXTS[language].items():
         for key, text in texts.items():
-            assert not re.search("anonym|complian|konform|impossible|unmöglich|✓|✔|guaranteed safe", text, re.I), (
-                section,
-                key,
-            )
+            assert not re.search(CLAIMS, text, re.I), (section, key)
+    plan, spent = {"en": ("plan", "spent"), "de": ("Plan", "verbraucht")}[language]
+    text = TEXTS[language]["reason"]["above_run_cap"]
+    assert plan in text, "a run's plan is compared with the limit for a run"
+    assert spent not in text
 
 
-def test_words_say_what_was_compared_and_judge_nothing() -> None:
-    for language, plan, spent in (("en", "plan", "spent"), ("de", "Plan", "verbraucht")):
-        text = TEXTS[language]["reason"]["above_run_cap"]
-        assert plan in text, "a run's plan is compared with the limit for a run"
-        assert spent not in text
-    assert not any("vertretbar" in text for texts in TEXTS["de"].values() for text in texts.values())
-
-
-@pytest.mark.parametrize(
-    ("kind", "value", "english", "german"),
-    [
+def test_figures_in_both_languages() -> None:
+    for kind, value, english, german in (
         ("epsilon", 1.2341, "1.235", "1,235"),
         ("epsilon", 0.0, "0.000", "0,000"),
         ("epsilon", None, "unbounded", "unbegrenzt"),
@@ -282,11 +276,8 @@ def test_words_say_what_was_compared_and_judge_nothing() -> None:
         ("moment", "2026-03-01T09:30:00", "1 March 2026, 09:30 UTC", "1. März 2026, 09:30 Uhr UTC"),
         ("moment", "2026-03-01", "1 March 2026", "1. März 2026"),
         ("moment", "yesterday", "yesterday", "yesterday"),
-    ],
-)
-def test_figures_in_both_languages(kind: str, value: object, english: str, german: str) -> None:
-    assert catalogue("en").figure(value, kind) == english
-    assert catalogue("de").figure(value, kind) == german
+    ):
+        assert (catalogue("en").figure(value, kind), catalogue("de").figure(value, kind)) == (english, german)
 
 
 @given(st.floats(min_value=0, max_value=1e12))
@@ -310,19 +301,12 @@ def test_any_float_can_be_shown(kind: str, value: float) -> None:
     assert catalogue("en").figure(value if kind != "bytes" else abs(value), kind)
 
 
-def test_values_are_escaped_and_not_formatted_again() -> None:
-    text = catalogue("en").text("page.title", name="<b>{digest}</b>")
-    assert text == "Privacy report: &lt;b&gt;{digest}&lt;/b&gt;"
-
-
-def test_a_code_of_a_later_version_stays_as_it_is() -> None:
-    assert catalogue("en").code("reason", "<new>") == "<code>&lt;new&gt;</code>"
-    assert catalogue("de").code("reason", "no_noise").startswith("Es wurde kein Rauschen")
-
-
-def test_lists_read_as_a_sentence() -> None:
+def test_values_and_codes_of_a_later_version_are_escaped_and_lists_read_as_a_sentence() -> None:
     words = catalogue("en")
-    listed = words.listed("unprotected_figure", ["times", "bytes", "declared_sizes"])
-    assert listed == "times, traffic and declared sizes"
+    title = words.text("page.title", name="<b>{digest}</b>")
+    assert title == "Privacy report: &lt;b&gt;{digest}&lt;/b&gt;", "and not formatted again"
+    assert words.code("reason", "<new>") == "<code>&lt;new&gt;</code>"
+    assert catalogue("de").code("reason", "no_noise").startswith("Es wurde kein Rauschen")
+    for codes, said in ((["times", "bytes", "declared_sizes"], "times, traffic and declared sizes"), ([], "none")):
+        assert words.listed("unprotected_figure", codes) == said
     assert words.listed("unprotected_figure", ["times"]) == "times"
-    assert words.listed("unprotected_figure", []) == "none"

@@ -1,7 +1,6 @@
 """Cells of an impact assessment: who fills which, and that nothing legal is filled by fedtune."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,15 @@ from fedtune.report import from_run
 from fedtune.report.derive import cells
 from fedtune.report.model import Cell, Report
 
+from ..conftest import simulate
+
 # REPORT: purpose, legal basis, necessity, rights, retention and every judgement are the site's own.
 LEGAL = {"purpose", "legal_basis", "retention", "claim", "judgement", "determination", "legal_role", "high_risk_class"}
 
 
 @pytest.fixture(params=["of_run", "of_ledger"])
 def report(request: pytest.FixtureRequest) -> Report:
-    made: Report = request.getfixturevalue(request.param)
-    return made
+    return request.getfixturevalue(request.param)
 
 
 def facts(report: Report, state: str) -> dict[str, dict[str, str]]:
@@ -31,9 +31,7 @@ def test_every_row_is_there_and_names_what_the_site_supplies(report: Report) -> 
         assert list(of_row["site"].facts) == field["of_the_site"]
         known = {name for state in ("auto", "design", "missing") if state in of_row for name in of_row[state].facts}
         assert known == set(field["facts"])
-
-
-def test_only_what_fedtune_knows_has_a_value(report: Report) -> None:
+    # Only what fedtune knows has a value.
     for cell in report.cells:
         assert all(bool(value) == (cell.state in ("auto", "design")) for value in cell.facts.values()), cell
 
@@ -44,23 +42,24 @@ def test_nothing_legal_is_filled_by_fedtune() -> None:
     assert by_the_site >= LEGAL
     assert not by_fedtune & by_the_site
     assert by_fedtune.isdisjoint(LEGAL)
+    # A fact that no cell shows is our mistake.
+    with pytest.raises(AssertionError, match="no cell shows"):
+        cells.rows({"weather": "fine"})
+    assert cells.rows({"unit": "record"})[0] == Cell(code="dpia_description", state="auto", facts={"unit": "record"})
 
 
-def test_no_value_is_prose_or_a_verdict_of_law(report: Report) -> None:
+def test_no_value_is_prose_or_a_verdict_of_law_and_what_no_record_shows_is_by_design(report: Report) -> None:
     for values in facts(report, "auto").values():
         for name, value in values.items():
             assert not re.search("anonym|complian|lawful|gdpr|hipaa|impossible", value, re.IGNORECASE), name
             assert not value.endswith("."), "a sentence"
-
-
-def test_what_no_record_shows_is_by_design_and_not_from_the_record(report: Report) -> None:
     by_design = {name: value for found in facts(report, "design").values() for name, value in found.items()}
     assert by_design == dict(cells.BY_DESIGN)
     assert by_design["raw_records_leave_site"] == "no"
     assert not {name for found in facts(report, "auto").values() for name in found} & by_design.keys()
 
 
-def test_a_run_without_noise_has_nothing_that_bounds_it(simulate: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_without_noise_has_nothing_that_bounds_it(tmp_path: Path) -> None:
     auto = facts(from_run.build(simulate("privacy=none", into=tmp_path)), "auto")
     assert (auto["dpia_risks"]["epsilon"], auto["dpia_risks"]["right_of_100_ceiling"]) == ("unbounded", "100")
     assert auto["wp216_tests"]["singling_out_bound"] == "100"
@@ -69,9 +68,3 @@ def test_a_run_without_noise_has_nothing_that_bounds_it(simulate: Callable[..., 
         "technologies_off": "secure_aggregation, differential_privacy",
     }
     assert "right_of_100_mechanism" not in auto["dpia_risks"]
-
-
-def test_a_fact_that_no_cell_shows_is_our_mistake() -> None:
-    with pytest.raises(AssertionError, match="no cell shows"):
-        cells.rows({"weather": "fine"})
-    assert cells.rows({"unit": "record"})[0] == Cell(code="dpia_description", state="auto", facts={"unit": "record"})

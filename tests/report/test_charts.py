@@ -11,23 +11,18 @@ from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.tables import Chart, Charts
 from fedtune.show import drawing
 
-from .shown import HOSTILE, Make, arrivals, detail_of, filled, wide_ledger, wide_run, with_site
+from .shown import HOSTILE, Make, arrivals, detail_of, filled, reports, wide_ledger, with_site
 
 CODES = ("epsilon_spent", "profile", "utility")
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def charts(report: Report, language: str = "en") -> Charts:
-    return Charts(report, catalogue(language))
-
-
 def chart(report: Report, code: str, language: str = "en") -> Chart:
-    return getattr(charts(report, language), code)()
+    return getattr(Charts(report, catalogue(language)), code)()
 
 
 def drawn(report: Report, code: str, language: str = "en") -> ElementTree.Element:
-    svg = chart(report, code, language).svg
-    return ElementTree.fromstring(str(svg))
+    return ElementTree.fromstring(str(chart(report, code, language).svg))
 
 
 def texts(svg: ElementTree.Element) -> list[str]:
@@ -102,18 +97,15 @@ def test_people_who_arrive_have_a_line_each_over_the_calendar(a_ledger_report: M
     assert site.steps[-1].cohorts == tuple(one.epsilon for one in site.lifetime.cohorts)
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "ticks"),
-    [
+def test_a_calendar_has_few_round_days() -> None:
+    for first, last, ticks in (
         ("2026-01-05", "2026-01-20", ["2026-01-12"]),
         ("2026-01-05", "2026-04-20", ["2026-02", "2026-03", "2026-04"]),
         ("2025-11-05", "2027-01-20", ["2026-01", "2026-04", "2026-07", "2026-10", "2027-01"]),
         ("2020-01-05", "2033-01-20", ["2022", "2025", "2028", "2031"]),
-    ],
-)
-def test_a_calendar_has_few_round_days(first: str, last: str, ticks: list[str]) -> None:
-    found = drawing._dates(date.fromisoformat(first).toordinal(), date.fromisoformat(last).toordinal())
-    assert [name for _, name in found] == ticks
+    ):
+        found = drawing._dates(date.fromisoformat(first).toordinal(), date.fromisoformat(last).toordinal())
+        assert [name for _, name in found] == ticks
 
 
 def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
@@ -122,6 +114,7 @@ def test_figures_on_the_axes_are_the_languages(run: Report) -> None:
         assert ticks
         assert all(mark in tick for tick in ticks)
     assert "10⁻⁵" in texts(drawn(run, "profile"))
+    assert "accuracy" in texts(drawn(run, "utility"))
 
 
 def test_how_sure_the_model_is_stands_beside_a_model_as_sure_as_right(run: Report, language: str) -> None:
@@ -133,11 +126,7 @@ def test_how_sure_the_model_is_stands_beside_a_model_as_sure_as_right(run: Repor
     for key in ("reliability_found", "reliability_perfect", "axis_probability", "axis_right"):
         assert words.text(f"chart.{key}").unescape() in texts(svg)
     for name, rows in (("reliability", 10), ("classes", 2)):
-        assert charts(report, language).named(name).all == rows
-
-
-def test_the_score_chart_leaves_out_losses(run: Report) -> None:
-    assert "accuracy" in texts(drawn(run, "utility"))
+        assert Charts(report, words).named(name).all == rows
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -146,9 +135,7 @@ def test_without_figures_or_bounds_there_is_no_chart(code: str, run: Report, a_r
     for report in (nothing, a_report_without_privacy()):
         assert chart(report, code).svg is None
     assert catalogue("en").has("chart", f"{code}_none")
-
-
-def test_what_never_changes_is_said_and_not_drawn(run: Report) -> None:
+    # What never changes is said and not drawn.
     once = replace(run, utility=replace(run.utility, rounds=run.utility.rounds[:1]))
     assert chart(once, "utility").svg is None
     assert chart(once, "utility").seen == catalogue("en").text("chart.same")
@@ -169,23 +156,15 @@ def test_equal_lines_are_drawn_once(run: Report, language: str) -> None:
     assert (lines(alone), lines(both)) == (1, 2)
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_strange_names_stay_text(code: str, a_report: Make, a_ledger_report: Make) -> None:
-    for report in (wide_run(a_report), wide_ledger(a_ledger_report, runs=60)):
-        svg = chart(report, code).svg
-        if svg is None:
-            continue
-        root = ElementTree.fromstring(str(svg))
-        assert not [one for one in root.iter() if "script" in one.tag.lower()]
-        assert not re.search(r"<(?:script|style|metadata|!--)", str(svg))
-    found = texts(drawn(wide_run(a_report), "epsilon_spent"))
+def test_strange_names_stay_text_and_only_as_many_sites_as_can_be_told_apart_are_drawn() -> None:
+    for report in (reports()["wide_run"], wide_ledger(runs=60)):
+        for svg in filter(None, (chart(report, code).svg for code in CODES)):
+            root = ElementTree.fromstring(str(svg))
+            assert not [one for one in root.iter() if "script" in one.tag.lower()]
+            assert not re.search(r"<(?:script|style|metadata|!--)", str(svg))
+    found = texts(drawn(reports()["wide_run"], "epsilon_spent"))
     assert any(text.startswith("<script>") for text in found)  # shortened, and nothing but text
     assert any("_underscore" in text for text in found)  # a legend would leave it out
-
-
-def test_only_as_many_sites_as_can_be_told_apart_are_drawn(a_report: Make) -> None:
-    report = wide_run(a_report)
-    others = r"[\d.]*|round|epsilon used"
-    legend = [text for text in texts(drawn(report, "epsilon_spent")) if not re.fullmatch(others, text)]
+    legend = [text for text in found if not re.fullmatch(r"[\d.]*|round|epsilon used", text)]
     assert len(legend) == drawing.MOST_LINES + 1
     assert HOSTILE not in legend

@@ -11,9 +11,12 @@ from fedtune.spec import ConfigError
 from .shown import Make, with_site
 
 
-def test_equal_reports_differ_in_nothing(a_report: Make, a_ledger_report: Make) -> None:
-    assert differences(a_report(), a_report()) == ()
-    assert differences(a_ledger_report(), a_ledger_report()) == ()
+def test_equal_reports_differ_in_nothing_and_a_run_and_a_ledger_cannot_be_compared(
+    a_report: Make, a_ledger_report: Make
+) -> None:
+    assert differences(a_report(), a_report()) == differences(a_ledger_report(), a_ledger_report()) == ()
+    with pytest.raises(ConfigError, match="first report is of a run and the second of a ledger"):
+        differences(a_report(), a_ledger_report())
 
 
 def test_a_changed_setting_is_named_once_with_both_values(a_report: Make) -> None:
@@ -93,8 +96,3 @@ def test_the_runs_configurations_are_settings(a_report: Make) -> None:
         ("settings", "config.training.learning_rate", 0.1, 0.2),
         ("settings", "config.lora.target_modules", "q, v", "q"),
     ]
-
-
-def test_a_run_and_a_ledger_cannot_be_compared(a_report: Make, a_ledger_report: Make) -> None:
-    with pytest.raises(ConfigError, match="first report is of a run and the second of a ledger"):
-        differences(a_report(), a_ledger_report())

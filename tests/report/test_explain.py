@@ -27,28 +27,18 @@ eps | e^eps | mu | p=.5 | p=.1 | p=.01 | p=.001 | gen 1% | gau 1% | gen .1% | ga
 _DELTA = 1e-6
 
 
-def row(epsilon: float) -> list[float]:
-    mu = gaussian.gaussian_mu(epsilon, _DELTA)
-    rates = []
-    for alarms in profile.FALSE_ALARMS:
-        rates.append(profile.hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms))
-        rates.append(gaussian.gaussian_hit_rate(mu, false_alarms=alarms))
-    return [
-        epsilon,
-        math.exp(epsilon),
-        mu,
-        *(100 * profile.posterior(epsilon, prior=prior) for prior in profile.PRIORS),
-        *(100 * rate for rate in rates),
-        profile.right_of_100_ceiling(epsilon, _DELTA),
-        gaussian.gaussian_right_of_100(mu),
-    ]
-
-
 @pytest.mark.parametrize("line", _TABLE.splitlines()[1:], ids=lambda line: line.split(" ")[0])
 def test_every_cell_of_the_table(line: str) -> None:
     printed = line.split(" | ")
+    epsilon = float(printed[0])
+    mu = gaussian.gaussian_mu(epsilon, _DELTA)
+    row = [epsilon, math.exp(epsilon), mu, *(100 * profile.posterior(epsilon, prior=prior) for prior in profile.PRIORS)]
+    for alarms in profile.FALSE_ALARMS:
+        row.append(100 * profile.hit_rate_ceiling(epsilon, _DELTA, false_alarms=alarms))
+        row.append(100 * gaussian.gaussian_hit_rate(mu, false_alarms=alarms))
+    row += [profile.right_of_100_ceiling(epsilon, _DELTA), gaussian.gaussian_right_of_100(mu)]
     assert len(printed) == len(_TABLE.splitlines()[0].split(" | "))
-    for cell, value in zip(printed, row(float(printed[0])), strict=True):
+    for cell, value in zip(printed, row, strict=True):
         assert round(value, len(cell.partition(".")[2])) == float(cell), (cell, value)
 
 
@@ -64,13 +54,10 @@ def test_the_chance_to_pass_the_posterior_can_be_many_times_delta() -> None:
             assert not re.search("about delta|etwa delta", text, re.IGNORECASE)
 
 
-def test_the_examples_beside_the_table() -> None:
+def test_many_records_of_one_person_end_in_no_promise() -> None:
     for one, digits, of_five in ((1, 6, 8.6e-5), (3, 2, 0.17)):
         epsilon, delta = profile.group(one, _DELTA, members=5)
         assert (epsilon, round(delta, digits)) == (5 * one, of_five)
-
-
-def test_many_records_of_one_person_end_in_no_promise() -> None:
     assert profile.group(1, _DELTA, members=1) == (1, _DELTA)
     assert profile.group(8, _DELTA, members=1000) == (8000, 1.0)
     assert profile.group(0, _DELTA, members=3) == (0, 3 * _DELTA)
@@ -78,13 +65,10 @@ def test_many_records_of_one_person_end_in_no_promise() -> None:
     assert profile.group(5, 0.01, members=4) == (20, 1.0)
 
 
-def test_nothing_bounds_an_epsilon_that_is_next_to_unbounded() -> None:
+def test_nothing_bounds_an_epsilon_that_is_next_to_unbounded_and_nothing_spent_is_coin_tossing() -> None:
     assert profile.posterior(1e5, prior=0.001) == 1
     assert profile.hit_rate_ceiling(1e5, 1e-5, false_alarms=0.001) == 1
     assert profile.right_of_100_ceiling(1e5, 1e-5) == 100
-
-
-def test_nothing_spent_is_coin_tossing() -> None:
     assert profile.posterior(0, prior=0.1) == pytest.approx(0.1)
     assert profile.hit_rate_ceiling(0, 0, false_alarms=0.01) == pytest.approx(0.01)
     assert profile.right_of_100_ceiling(0, 0) == 50

@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset
 from fedtune.report import from_ledger, signing
@@ -24,13 +22,12 @@ from fedtune.report.derive import ledger_figures, profile
 from fedtune.spec import ConfigError, RunError
 
 from ..books import Books
-from .shown import evidence, sound, status
-
-Proposals = Callable[..., Proposal]
+from ..conftest import run_proposal
+from .shown import assumption, sound, status
 
 
 @pytest.fixture
-def charged(books: Callable[..., Books], run_proposal: Proposals) -> Books:
+def charged(books: Any) -> Books:
     """Two runs: `r` with two rounds, and `s` with more noise and one; nothing is over yet."""
     made = books()
     made.charge(run_proposal(), 1, 2)
@@ -38,9 +35,13 @@ def charged(books: Callable[..., Books], run_proposal: Proposals) -> Books:
     return made
 
 
-def test_what_is_declared_by_site_names_the_site(books: Callable[..., Books], run_proposal: Proposals) -> None:
+def test_an_empty_ledger_has_spent_nothing_and_what_is_declared_names_the_site(books: Any) -> None:
     both = tuple(Dataset(id=name, declared_size=size) for name, size in (("patients", 100), ("archive", 50)))
     made = books(dataset=both)
+    report = sound(from_ledger.build(made.ledger))
+    (site,) = report.sites
+    assert (report.verdict.state, report.verdict.reasons, report.epsilon) == ("within", ("nothing_spent",), 0.0)
+    assert (site.steps, site.releases, site.mechanisms, site.curve) == ((), (), (), ())
     made.charge(run_proposal(), 1)
     facts = {name: fact for cell in from_ledger.build(made.ledger).cells for name, fact in cell.facts.items()}
     assert facts["declared_sizes"] == "a: 150", "the sites of a ledger are one, whatever its data sets"
@@ -75,23 +76,20 @@ def test_figures_by_now_know_what_expired_and_which_period_it_is(charged: Books)
     assert (after.with_set_aside, after.epsilon, after.period_epsilon) == (life.epsilon, life.epsilon, 0.0)
 
 
-def test_steps_end_at_what_was_spent_and_name_each_round(charged: Books) -> None:
+def test_steps_name_each_round_and_of_many_each_run(charged: Books, monkeypatch: pytest.MonkeyPatch) -> None:
     (site,) = from_ledger.build(charged.ledger).sites
-    assert [(step.run, step.round) for step in site.steps] == [("r", 1), ("r", 2), ("s", 1)]
-    epsilons = [step.epsilon for step in site.steps]
+    every = site.steps
+    assert [(step.run, step.round) for step in every] == [("r", 1), ("r", 2), ("s", 1)]
+    epsilons = [step.epsilon for step in every]
     assert epsilons == sorted(epsilons)
     assert epsilons[-1] == site.spent.epsilon
-
-
-def test_of_many_rounds_each_run_is_shown_as_a_whole(charged: Books, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = from_ledger.build(charged.ledger).sites[0].steps
     monkeypatch.setattr(from_ledger, "MOST_STEPS", 2)
     (site,) = from_ledger.build(charged.ledger).sites
     assert [(step.run, step.round) for step in site.steps] == [("r", None), ("s", None)]
     assert [step.epsilon for step in site.steps] == [every[1].epsilon, every[2].epsilon]
 
 
-def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books, run_proposal: Proposals) -> None:
+def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> None:
     charged.charge(run_proposal(run="s", noise_multiplier=6.0), 2, committed=False)
     for run in ("r", "r", "never", "seen"):
         charged.refuse(Reason.MAX_RANK, run=run)
@@ -110,22 +108,24 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books, run
     assert all(one.first in days and one.last in days and one.first <= one.last for one in site.releases)
 
 
-def test_nothing_of_the_records_and_no_path_is_in_it(charged: Books) -> None:
-    text = signing.to_text(from_ledger.build(charged.site_toml))
+def test_nothing_of_the_records_no_path_and_no_time_of_day_is_in_it(charged: Books) -> None:
+    report = from_ledger.build(charged.site_toml)
+    text = signing.to_text(report)
+    assert text == signing.to_text(from_ledger.build(charged.site_toml)), "equal ledgers give equal bytes"
     assert "f1" * 32 not in text, "a fingerprint of records must stay in the ledger"
     assert str(charged.folder) not in text
     for name in ("site_key.pem", "ledger.db", "path", 'columns"'):
         assert name not in text
+    (site,), events = report.sites, verify(charged.ledger).events
+    told = {report.date, *(step.time for step in site.steps)}
+    told |= {time for release in site.releases for time in (release.first, release.last)}
+    assert told == {events[-1].time[:10]}
+    for event in events:
+        if event.kind in (Kind.RESERVE, Kind.COMMIT, Kind.PLAN):
+            assert event.time not in text
 
 
-def test_an_empty_ledger_has_spent_nothing(books: Callable[..., Books]) -> None:
-    report = sound(from_ledger.build(books().ledger))
-    (site,) = report.sites
-    assert (report.verdict.state, report.verdict.reasons, report.epsilon) == ("within", ("nothing_spent",), 0.0)
-    assert (site.steps, site.releases, site.mechanisms, site.curve) == ((), (), (), ())
-
-
-def test_a_site_toml_brings_key_and_anchor(books: Callable[..., Books], run_proposal: Proposals) -> None:
+def test_a_site_toml_brings_key_and_anchor(books: Any) -> None:
     made = books(anchor="elsewhere/anchor.json")
     made.charge(run_proposal(), 1)
     (alone,) = from_ledger.build(made.ledger).sites
@@ -136,6 +136,11 @@ def test_a_site_toml_brings_key_and_anchor(books: Callable[..., Books], run_prop
     assert (status(report, "no_event_missing"), status(report, "policy_noted")) == ("verified", "verified")
     by_hand = from_ledger.build(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
     assert by_hand.sites[0].verification.rollback_excluded
+    # Under another key than the site's it is not verified.
+    (made.folder / "site_key.pem").unlink()
+    SigningKey.load_or_make(made.folder / "site_key.pem")
+    assert from_ledger.build(made.ledger).verdict.state == "within"
+    assert from_ledger.build(made.site_toml).verdict.reasons == ("ledger_not_verified",)
 
 
 def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> None:
@@ -166,14 +171,10 @@ def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Boo
     report = from_ledger.build(charged.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.sites[0].approved.period, report.sites[0].lifetime.period) == ("month", "month")
-
-
-def test_another_period_in_the_file_loosens_nothing_noted(books: Callable[..., Books], run_proposal: Proposals) -> None:
-    made = books(budget={"max_epsilon_per_period": 3.0})
-    made.charge(run_proposal(), 1, 2)
-    made.edit(noted=True, budget={"max_epsilon_per_period": 0.1})
-    made.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
-    report = from_ledger.build(made.site_toml)
+    # And loosens nothing noted.
+    charged.edit(noted=True, budget={"period": "year"})
+    charged.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
+    report = from_ledger.build(charged.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
     assert (report.sites[0].approved.period, report.sites[0].approved.max_epsilon_per_period) == ("year", 0.1)
 
@@ -191,6 +192,7 @@ LOOSENED = ("within", ("limits_loosened",))
         pytest.param({}, {}, {"max_epsilon": 6.0}, ("within", ("cap_raised",)), id="raised after"),
         pytest.param({}, {"max_epsilon": 6.0}, {}, WITHIN, id="raised before"),
         pytest.param({"max_epsilon_per_run": 2.0}, {}, {"max_epsilon_per_run": None}, LOOSENED, id="run loosened"),
+        pytest.param({"max_epsilon_per_run": 2.0}, {}, {"max_epsilon_per_run": 0.1}, WITHIN, id="of later runs"),
         pytest.param({"max_epsilon_per_run": 2.0}, {"max_epsilon_per_run": None}, {}, WITHIN, id="loosened before"),
         pytest.param({"max_epsilon_per_period": 3.0}, {}, {"max_epsilon_per_period": 4.0}, LOOSENED, id="of a period"),
         pytest.param({"max_epsilon_per_period": 3.0}, {}, {"period": "month"}, LOOSENED, id="a shorter period"),
@@ -201,9 +203,7 @@ LOOSENED = ("within", ("limits_loosened",))
         pytest.param({"max_epsilon": ANY}, {"max_epsilon": 5.0}, {}, WITHIN, id="came before"),
     ],
 )
-def test_caps_before_and_after_what_was_spent(
-    opened: Any, before: Any, after: Any, verdict: Any, books: Callable[..., Books], run_proposal: Proposals
-) -> None:
+def test_caps_before_and_after_what_was_spent(opened: Any, before: Any, after: Any, verdict: Any, books: Any) -> None:
     made = books(budget=opened)
     made.edit(noted=True, budget=before)
     made.charge(run_proposal(), 1, 2)
@@ -214,24 +214,15 @@ def test_caps_before_and_after_what_was_spent(
     assert (report.verdict.state, report.verdict.reasons) == verdict
     assert (status(report, "cap_never_raised") == "violated") == ("cap_raised" in verdict[1])
     assert (site.meaning is None) == (verdict[0] == "no_guarantee")
-    cap = {"max_epsilon": 5.0, **opened, **before, **after}["max_epsilon"]
+    noted = {"max_epsilon": 5.0, **opened, **before, **after}
+    assert site.approved.max_epsilon_per_run == noted.get("max_epsilon_per_run")
+    cap = noted["max_epsilon"]
     assert site.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
     assert (site.lifetime.left is None) == (cap == ANY)
     assert site.lifetime.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
 
 
-def test_a_lower_cap_per_run_judges_later_runs_only(books: Callable[..., Books], run_proposal: Proposals) -> None:
-    made = books(budget={"max_epsilon_per_run": 2.0})
-    made.charge(run_proposal(), 1)
-    made.edit(noted=True, budget={"max_epsilon_per_run": 0.1})
-    report = from_ledger.build(made.ledger)
-    assert report.verdict.state == "within"
-    assert report.sites[0].approved.max_epsilon_per_run == 0.1
-
-
-def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(
-    books: Callable[..., Books], run_proposal: Proposals, tmp_path: Path
-) -> None:
+def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(books: Any, tmp_path: Path) -> None:
     made = books(anchor="anchor.json")
     made.charge(run_proposal(), 1)
     old = shutil.copy(made.folder / "anchor.json", tmp_path / "old.json")
@@ -243,22 +234,9 @@ def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(
     found = report.sites[0].verification
     assert (found.rollback_excluded, found.num_events - found.anchor_sequence) == (False, 2)
     assert status(report, "no_event_missing") == "assumed"
-    assert evidence(report, "no_event_missing") == f"anchor: {found.anchor_sequence} / {found.num_events}"
+    assert assumption(report, "no_event_missing").evidence == f"anchor: {found.anchor_sequence} / {found.num_events}"
     said = {cell.facts["rollback_excluded"] for cell in report.cells if "rollback_excluded" in cell.facts}
     assert said == {"up_to_the_anchor"}
-
-
-def test_times_are_told_to_the_day_only(charged: Books) -> None:
-    report = from_ledger.build(charged.site_toml)
-    (site,) = report.sites
-    events = verify(charged.ledger).events
-    told = {report.date, *(step.time for step in site.steps)}
-    told |= {time for release in site.releases for time in (release.first, release.last)}
-    assert told == {events[-1].time[:10]}
-    text = signing.to_text(report)
-    for event in events:
-        if event.kind in (Kind.RESERVE, Kind.COMMIT, Kind.PLAN):
-            assert event.time not in text
 
 
 @pytest.mark.parametrize(
@@ -267,7 +245,7 @@ def test_times_are_told_to_the_day_only(charged: Books) -> None:
     ids=["a whole plan", "a part of one", "two runs"],
 )
 def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(
-    charged_rounds: tuple[int, ...], more: list[str], known: bool, books: Callable[..., Books], run_proposal: Proposals
+    charged_rounds: tuple[int, ...], more: list[str], known: bool, books: Any
 ) -> None:
     made = books()
     for run in ["r", *more]:
@@ -298,7 +276,7 @@ def test_the_report_of_a_changed_ledger_promises_nothing(charged: Books, stateme
         assert report.verdict.state == "no_guarantee"
         assert "ledger_not_verified" in report.verdict.reasons
         assert status(report, "ledger_intact") == "violated"
-        said = evidence(report, "ledger_intact")
+        said = assumption(report, "ledger_intact").evidence
         assert says in said
         assert str(charged.folder) not in said
         (site,) = report.sites
@@ -306,44 +284,25 @@ def test_the_report_of_a_changed_ledger_promises_nothing(charged: Books, stateme
         assert {one.status for one in report.assumptions} <= {"violated", "assumed"}, "its own word shows nothing"
 
 
-def test_a_ledger_under_another_key_than_the_sites_is_not_verified(charged: Books) -> None:
-    charged.folder.joinpath("site_key.pem").unlink()
-    SigningKey.load_or_make(charged.folder / "site_key.pem")
-    assert from_ledger.build(charged.ledger).verdict.state == "within"
-    assert from_ledger.build(charged.site_toml).verdict.reasons == ("ledger_not_verified",)
-
-
-@pytest.mark.parametrize("content", [b"", b"no database" * 200, b"SQLite format 3\0" + bytes(100)])
-def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "ledger.db"
-    path.write_bytes(content)
-    with pytest.raises(RunError, match=r"ledger\.db"):
-        from_ledger.build(path)
-
-
-def test_a_missing_ledger_policy_or_anchor_is_said(charged: Books, tmp_path: Path) -> None:
+def test_what_is_missing_cannot_be_read_or_is_of_another_site_is_said(charged: Books, tmp_path: Path) -> None:
+    for content in (b"", b"no database" * 200, b"SQLite format 3\0" + bytes(100)):
+        (tmp_path / "ledger.db").write_bytes(content)
+        with pytest.raises(RunError, match=r"ledger\.db"):
+            from_ledger.build(tmp_path / "ledger.db")
     for name, said in (("none.db", "there is no such file"), ("none.toml", r"none\.toml")):
         with pytest.raises(ConfigError, match=said):
             from_ledger.build(tmp_path / name)
     with pytest.raises(ConfigError, match="anchor"):
         from_ledger.build(charged.ledger, anchor=tmp_path / "none.json")
+    charged.edit(site="b")
+    with pytest.raises(ConfigError, match=r"site\.toml: site = 'b': must be 'a'"):
+        from_ledger.build(charged.site_toml)
     charged.ledger.unlink()
     with pytest.raises(ConfigError, match=r"ledger\.db.*there is no such file"):
         from_ledger.build(charged.site_toml)
 
 
-def test_a_policy_of_another_site_is_refused(charged: Books) -> None:
-    charged.edit(site="b")
-    with pytest.raises(ConfigError, match=r"site\.toml: site = 'b': must be 'a'"):
-        from_ledger.build(charged.site_toml)
-
-
-def test_equal_ledgers_give_equal_bytes(charged: Books) -> None:
-    one, other = (signing.to_text(from_ledger.build(charged.site_toml)) for _ in range(2))
-    assert one == other
-
-
-def test_rounds_of_a_lost_branch_are_in_its_run(books: Callable[..., Books], run_proposal: Proposals) -> None:
+def test_rounds_of_a_lost_branch_are_in_its_run(books: Any) -> None:
     made = books()
     made.charge(run_proposal(), 1)
     backup = made.copied("backup.db")
@@ -365,19 +324,14 @@ def test_rounds_of_a_lost_branch_are_in_its_run(books: Callable[..., Books], run
 
 
 @pytest.mark.nightly
-def test_ten_thousand_events_are_composed_once_a_setting(books: Callable[..., Books], run_proposal: Proposals) -> None:
+def test_ten_thousand_events_are_composed_once_a_setting(books: Any) -> None:
     made = books(limits={"max_rounds": 250, "min_noise_multiplier": 1.0}, budget={"max_epsilon": 50.0})
     store = EventStore(made.ledger, made.key, None)
     with store.transaction():  # one for all of them: to write them as a site does takes minutes
         for number in range(20):
-            proposal = run_proposal(
-                run=f"run-{number}",
-                sampling_rate=0.01 + 0.002 * number,
-                noise_multiplier=4.0 + 0.1 * number,
-                local_steps=1,
-                num_rounds=250,
-                spare_rounds=0,
-            )
+            costs = {"sampling_rate": 0.01 + 0.002 * number, "noise_multiplier": 4.0 + 0.1 * number}
+            rounds = {"local_steps": 1, "num_rounds": 250, "spare_rounds": 0}
+            proposal = run_proposal(run=f"run-{number}", **costs, **rounds)
             expires = (store.history.now() + timedelta(days=30)).isoformat()
             store.append(Kind.PLAN, {"proposal": proposal.to_json(), "expires": expires}, run=proposal.run)
             charge = {"event": dp_events.to_json(proposal.plan.event())}

@@ -1,11 +1,13 @@
 """A run's report: against the run's own files, also those of a run that did not get to its end."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from omegaconf import OmegaConf
@@ -19,7 +21,6 @@ from fedtune.report import from_run, signing
 from fedtune.report.derive import run_figures
 from fedtune.report.model import Report
 from fedtune.report.rederive import problems
-from fedtune.runs import environment
 from fedtune.spec import ConfigError, RunError
 
 from ..books import resigned
@@ -30,18 +31,6 @@ SITES = ("site-1", "site-2")
 
 def result_of(folder: Path) -> Any:
     return json.loads((folder / "run.json").read_text())
-
-
-def note(folder: Path, **changes: Any) -> None:
-    """Change what the run noted of the machine that it was made on."""
-    noted = json.loads((folder / "environment.json").read_text())
-    noted["environments"] = [one | changes for one in noted["environments"]]
-    (folder / "environment.json").write_text(json.dumps(noted))
-
-
-def write_instead(path: Path, old: str, new: str) -> None:
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
 
 
 def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
@@ -59,10 +48,8 @@ def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
         assert (site.approved, site.lifetime) == (None, None), "the site has not told"
     assert [site.declared_size for site in report.sites] == [80, 90]
     assert problems(report) == []
-
-
-def test_rounds_have_what_run_json_has_and_the_epsilon_so_far(run_folder: Path) -> None:
-    report, result = from_run.build(run_folder), result_of(run_folder)
+    assert not any(str(folder) in signing.to_text(report) for folder in (run_folder, run_folder.parent))
+    # Rounds, and the epsilon so far.
     assert report.utility.final == result["final"]["metrics"]
     assert report.utility.before == result["final"]["metrics_before"]
     for cost, entry in zip(report.utility.rounds, result["rounds"], strict=True):
@@ -78,25 +65,30 @@ def test_rounds_have_what_run_json_has_and_the_epsilon_so_far(run_folder: Path) 
 def test_many_rounds_cost_a_bounded_number_of_compositions(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = from_run.facts_of(run_folder, from_run.read_run(run_folder), own={})
     facts = replace(facts, rounds=tuple(replace(facts.rounds[0], round=number) for number in range(1, 5001)))
-    composed = []
-
-    def epsilon(spent: Any, delta: float) -> float:
-        composed.append(spent)
-        return 0.1 * len(composed)
-
-    monkeypatch.setattr(run_figures.profile, "epsilon_pld", epsilon)
+    composed = Mock(side_effect=itertools.count(0.1, 0.1))
+    monkeypatch.setattr(run_figures.profile, "epsilon_pld", composed)
     shown = [step.epsilon for step in run_figures._steps(facts, replace(facts.sites[0], rounds=5000), 5.0)]
-    assert run_figures._MOST_FIGURES / 2 < len(composed) <= run_figures._MOST_FIGURES
+    assert run_figures._MOST_FIGURES / 2 < composed.call_count <= run_figures._MOST_FIGURES
     assert shown == sorted(shown)
     assert (len(shown), shown[0], shown[-1]) == (5000, 0.1, 5.0)
 
 
-def test_the_environment_is_the_runs_own_and_not_the_readers(folder: Path) -> None:
-    note(folder, python="3.0.0", machine="abacus", device="beads", system="Stone")
-    note(folder, fedtune_version="0.0.1", libraries={"torch": "0.0.7"})
+def test_the_environment_is_the_runs_own_and_not_the_readers_and_two_are_named(folder: Path) -> None:
+    noted = json.loads((folder / "environment.json").read_text())
+    (own,) = noted["environments"]
+    other = {"python": "3.0.0", "machine": "abacus", "device": "beads", "system": "Stone"}
+    other |= {"fedtune_version": "0.0.1", "libraries": {"torch": "0.0.7"}}
+    noted["environments"] = [own | other]
+    (folder / "environment.json").write_text(json.dumps(noted))
     provenance = from_run.build(folder).provenance
     assert (provenance.python, provenance.machine) == ("3.0.0", "Stone abacus, beads")
     assert (provenance.fedtune_version, provenance.libraries) == ("0.0.1", {"torch": "0.0.7"})
+    # It was resumed with another Python.
+    noted["environments"] = [own, own | {"since": "2040-01-01T00:00:00+00:00", "python": "4.0"}]
+    (folder / "environment.json").write_text(json.dumps(noted))
+    provenance = from_run.build(folder).provenance
+    assert provenance.python == f"{own['python']} / 4.0"
+    assert provenance.machine.count("/") == 0
 
 
 def test_a_run_that_noted_no_environment_says_so(folder: Path) -> None:
@@ -110,23 +102,7 @@ def test_a_run_that_noted_no_environment_says_so(folder: Path) -> None:
         assert status(report, code) == "assumed"
 
 
-def test_a_resumed_run_on_another_machine_names_both(folder: Path) -> None:
-    noted = json.loads((folder / "environment.json").read_text())
-    (first,) = noted["environments"]
-    noted["environments"].append(first | {"since": "2040-01-01T00:00:00+00:00", "python": "4.0"})
-    (folder / "environment.json").write_text(json.dumps(noted))
-    provenance = from_run.build(folder).provenance
-    assert provenance.python == f"{first['python']} / 4.0"
-    assert provenance.machine.count("/") == 0
-
-
-def test_the_lead_s_folder_is_not_told(folder: Path) -> None:
-    text = signing.to_text(from_run.build(folder))
-    assert str(folder) not in text
-    assert str(folder.parent) not in text
-
-
-def test_without_checkpoints_run_json_is_what_is_known(folder: Path) -> None:
+def test_without_checkpoints_run_json_is_what_is_known_and_without_both_nothing(folder: Path) -> None:
     whole = from_run.build(folder)
     shutil.rmtree(folder / "checkpoints")
     report = sound(from_run.build(folder))
@@ -134,6 +110,11 @@ def test_without_checkpoints_run_json_is_what_is_known(folder: Path) -> None:
     assert [site.spent for site in report.sites] == [site.spent for site in whole.sites]
     assert status(report, "receipts_signed") == "assumed"
     assert [site.source for site in report.sites] == ["run_record"] * 2, "no receipt was read"
+    (folder / "run.json").unlink()
+    with pytest.raises(ConfigError, match="has begun"):
+        from_run.build(folder)
+    with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
+        from_run.build(folder.parent)
 
 
 def change_receipts(folder: Path, change: Callable[[Receipt], Receipt], *, taken: bool = False) -> None:
@@ -216,31 +197,14 @@ AUDIT = {
 def test_an_attack_that_shows_more_than_is_claimed_takes_the_verdict(folder: Path) -> None:
     assert "attack_on_real_records" not in from_run.build(folder).unprotected_figures
     shown = audit_bound.best_possible(9, delta=1e-5, confidence=0.95)
+    bound = {"site": "site-1", "claimed_epsilon": 0.4, "lower_bound": shown, "best_possible": shown}
+    attack = {"site": None, "score": "loss", "trained_on": 9, "never_used": 9}
+    attack |= {"auroc": 0.6, "auroc_low": 0.5, "auroc_high": 0.7}
+    attack |= {"hit_rates": [{"false_alarms": 0.01, "found": None, "low": None, "high": None}]}
     found = AUDIT | {
         "exceeded": True,
-        "bounds": [
-            {
-                "site": "site-1",
-                "claimed_epsilon": 0.4,
-                "lower_bound": shown,
-                "best_possible": shown,
-                "canaries": 9,
-                "guesses": 9,
-                "right": 9,
-            }
-        ],
-        "membership": [
-            {
-                "site": None,
-                "score": "loss",
-                "trained_on": 9,
-                "never_used": 9,
-                "auroc": 0.6,
-                "auroc_low": 0.5,
-                "auroc_high": 0.7,
-                "hit_rates": [{"false_alarms": 0.01, "found": None, "low": None, "high": None}],
-            }
-        ],
+        "bounds": [bound | dict.fromkeys(("canaries", "guesses", "right"), 9)],
+        "membership": [attack],
     }
     (folder / "audit.json").write_text(json.dumps(found))
     report = sound(from_run.build(folder))
@@ -270,18 +234,8 @@ def test_a_run_that_holds_canaries_says_so_and_without_findings_promises_nothing
         from_run.build(folder)
 
 
-def test_a_folder_that_holds_no_run_or_none_that_began_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"must hold a config\.yaml"):
-        from_run.build(tmp_path)
-    shutil.rmtree(folder / "checkpoints")
-    (folder / "run.json").unlink()
-    with pytest.raises(ConfigError, match="has begun"):
-        from_run.build(folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "error", "match"),
-    [
+def test_damaged_files_are_said(folder: Path) -> None:
+    for name, damage, error, match in (
         ("config.yaml", lambda data: b"[1", ConfigError, "must hold a configuration"),
         ("config.yaml", lambda data: b"- 1", ConfigError, "must hold a configuration"),
         ("config.yaml", lambda data: data.replace(b"rank: 4", b"rank: 0"), ConfigError, r"config\.yaml: lora\.rank"),
@@ -290,36 +244,36 @@ def test_a_folder_that_holds_no_run_or_none_that_began_is_refused(folder: Path, 
         ("run.json", lambda data: data.replace(b'"bytes_up"', b'"bites_up"'), RunError, r"run\.json is damaged"),
         ("environment.json", lambda _: b'{"schema_version": 2}', RunError, r"environment\.json is damaged"),
         ("checkpoints/round-0002*", lambda data: data[:-9], RunError, "is damaged"),
-    ],
-)
-def test_damaged_files_are_said(folder: Path, name: str, damage: Any, error: type[Exception], match: str) -> None:
-    (path,) = folder.glob(name)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(error, match=match):
-        from_run.build(folder)
+    ):
+        (path,) = folder.glob(name)
+        right = path.read_bytes()
+        path.write_bytes(damage(right))
+        with pytest.raises(error, match=match):
+            from_run.build(folder)
+        path.write_bytes(right)
 
 
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
+def test_a_configuration_of_another_cost_is_refused(folder: Path) -> None:
+    path = folder / "config.yaml"
+    right = OmegaConf.load(path)
+    for changes, key in (
         ({"privacy": {"sampling_rate": 0.1}}, "privacy.sampling_rate"),
         ({"privacy": {"delta": 1e-6}}, "privacy.delta"),
         ({"training": {"local_steps": 1}}, "training.local_steps"),
         ({"privacy": {"unit": "user"}, "data": {"columns": {"user": "text"}}}, "privacy.unit"),
-    ],
-)
-def test_a_configuration_of_another_cost_is_refused(folder: Path, changes: Any, key: str) -> None:
-    path = folder / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.load(path), changes)))
-    with pytest.raises(ConfigError, match=f"{key}.*must be what run.json says"):
-        from_run.build(folder)
+    ):
+        path.write_text(OmegaConf.to_yaml(OmegaConf.merge(right, changes)))
+        with pytest.raises(ConfigError, match=f"{key}.*must be what run.json says"):
+            from_run.build(folder)
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [("epsilon: 8.0", "epsilon: 80.0"), ("max_grad_norm: 1.0", "max_grad_norm: 2.0")]
 )
 def test_a_configuration_that_was_changed_after_the_run_is_marked(folder: Path, old: str, new: str) -> None:
-    write_instead(folder / "config.yaml", old, new)
+    text = (folder / "config.yaml").read_text()
+    assert old in text
+    (folder / "config.yaml").write_text(text.replace(old, new))
     report = sound(from_run.build(folder))
     assert status(report, "configuration_unchanged") == "violated"
     assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("configuration_changed",))
@@ -332,12 +286,3 @@ def test_a_score_that_is_no_number_is_null(folder: Path) -> None:
     result["final"]["metrics"]["loss"] = None
     (folder / "run.json").write_text(json.dumps(result))
     assert from_run.build(folder).utility.final["loss"] is None
-
-
-def test_the_environment_is_noted_once_for_each_machine(simulate: Any, command: Any, tmp_path: Path) -> None:
-    folder = simulate(into=tmp_path)
-    (noted,) = environment.read_environments(folder)
-    assert command("simulate", f"resume={folder}").code == 0
-    assert environment.read_environments(folder) == (noted,)
-    assert (noted.sampling, noted.randomness, noted.device) == ("poisson", "operating_system", "cpu")
-    assert len(noted.model_sha256) == 64

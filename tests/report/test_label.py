@@ -16,7 +16,7 @@ from fedtune.report.page.render import FONTS, as_svg, as_svg_of_own
 from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
 
-from .shown import HOSTILE, NAMES, numbers, periods, reports_of, with_site
+from .shown import HOSTILE, NAMES, numbers, periods, reports, with_site
 
 FILES = {"plain": "sans-regular", "bold": "sans-bold", "mono": "mono-regular"}
 SPACE = "{http://www.w3.org/2000/svg}"
@@ -25,10 +25,9 @@ RED, MARGIN = "#8f1d00", 44
 
 @pytest.fixture(params=[*NAMES, "says_nothing"])
 def report(request: pytest.FixtureRequest) -> Report:
-    found = reports_of(request)
-    if request.param in found:
-        return found[request.param]
-    ledger = found["ledger"]
+    if request.param in NAMES:
+        return reports()[request.param]
+    ledger = reports()["ledger"]
     means = replace(ledger.sites[0].meaning, right_of_100_ceiling=99.98, right_of_100_mechanism=None)
     return with_site(ledger, meaning=means)
 
@@ -37,7 +36,9 @@ def lines(svg: str) -> list[str]:
     return [one.text or "" for one in Xml.fromstring(svg).iter(f"{SPACE}text")]
 
 
-def test_every_figure_on_it_is_one_of_the_report(report: Report, language: str) -> None:
+def test_every_figure_on_it_is_one_of_the_report_and_it_names_what_is_not_covered(
+    report: Report, language: str
+) -> None:
     words = Words(report, catalogue(language))
     known = [report.name, *(cell.facts.get("dataset", "") for cell in report.cells)]
     known += [text for section in words.catalogue.texts.values() for text in section.values()]
@@ -48,13 +49,11 @@ def test_every_figure_on_it_is_one_of_the_report(report: Report, language: str) 
         figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
     known += [words.catalogue.figure(value, kind) for value, kind in figures]
     known += [one.dates for one in periods(report)]
-    shown = [line for line in lines(as_svg(report, language=language)) if not re.fullmatch("[0-9a-f]{64}", line)]
+    on_it = lines(as_svg(report, language=language))
+    shown = [line for line in on_it if not re.fullmatch("[0-9a-f]{64}", line)]
     assert set(numbers(" ".join(shown))) <= set(numbers(" ".join(known)))
-
-
-def test_it_names_what_is_not_covered_and_the_file_to_check(report: Report, language: str) -> None:
-    said = " ".join(lines(as_svg(report, language=language)))
-    words = Words(report, catalogue(language))
+    # It names what is not covered, and the file to check.
+    said = " ".join(on_it)
     assert all(words.code("not_protected", code).unescape() in said for code in report.not_protected)
     assert all(words.code("banner", code).unescape() in said for code in report.banners)
     assert said.endswith(hashlib.sha256(signing.to_text(report).encode()).hexdigest())
@@ -63,9 +62,9 @@ def test_it_names_what_is_not_covered_and_the_file_to_check(report: Report, lang
     assert ("…" in said) == (len(report.name) > 32), "nothing but a long name is cut"
 
 
-def test_who_relies_on_other_sites_is_told_so(request: pytest.FixtureRequest, language: str) -> None:
+def test_who_relies_on_other_sites_is_told_so(language: str) -> None:
     """In the label and in a registry's entry: where sites make their noise together."""
-    found = reports_of(request)["within"]
+    found = reports()["within"]
     together = SharedNoise(num_sites=3, threshold=3, colluders=1, noise_multiplier=1.0, cell_bits=20, bound=8)
     shared = with_site(found, mechanisms=tuple(replace(row, shared=together) for row in found.sites[0].mechanisms))
     said = " ".join(lines(as_svg(shared, language=language)))
@@ -76,10 +75,10 @@ def test_who_relies_on_other_sites_is_told_so(request: pytest.FixtureRequest, la
     assert model.startswith("The sites make the noise together")
 
 
-def test_where_nothing_is_promised_it_shows_no_figure(request: pytest.FixtureRequest, language: str) -> None:
+def test_where_nothing_is_promised_it_shows_no_figure(language: str) -> None:
     words = catalogue(language)
     for name in ("no_guarantee", "unbounded"):
-        found = reports_of(request)[name]
+        found = reports()[name]
         said = " ".join(lines(as_svg(found, language=language)))
         assert words.text("promise.none").unescape() in said
         assert all(words.code("reason", reason).unescape() in said for reason in found.verdict.reasons)
@@ -88,16 +87,13 @@ def test_where_nothing_is_promised_it_shows_no_figure(request: pytest.FixtureReq
         assert "100" not in numbers(said)
 
 
-def test_it_loads_nothing_and_a_name_stays_text(report: Report, language: str) -> None:
+def test_it_loads_nothing_a_name_stays_text_and_every_line_fits(report: Report, language: str) -> None:
     svg = as_svg(replace(report, name=HOSTILE[:31] + "\x00"), language=language)
     root = Xml.fromstring(svg)
     assert {one.tag.removeprefix(SPACE) for one in root.iter()} == {"svg", "title", "desc", "rect", "text"}
     assert not any(name.startswith("on") or "href" in name for one in root.iter() for name in one.attrib)
     assert HOSTILE[:31] in " ".join(lines(svg))
     assert svg == as_svg(replace(report, name=HOSTILE[:31] + "\x00"), language=language)
-
-
-def test_every_line_fits_and_none_lies_on_another(report: Report, language: str) -> None:
     fit(as_svg(report, language=language))
 
 
@@ -113,7 +109,7 @@ def test_a_site_s_own_adapter_has_a_label_that_promises_nothing(name: str) -> No
 
 
 def fit(svg: str) -> None:
-    """All lines, as wide as the letters of Liberation are."""
+    """All lines, as wide as the letters of Liberation are; none lies on another."""
     fonts = pytest.importorskip("PIL.ImageFont", reason="Pillow is not installed")
     boxes = []
     for one in Xml.fromstring(svg).iter(f"{SPACE}text"):
@@ -132,11 +128,9 @@ def fit(svg: str) -> None:
             assert right <= other_left or other_right <= left or bottom <= other_top or other_bottom <= top
 
 
-@pytest.mark.parametrize(
-    ("name", "whose"),
-    [("arrivals", "2022–2024; others used less"), ("admitting", "2025–2026; others not used")],  # noqa: RUF001
-)
-def test_where_people_arrive_it_says_whose_the_figure_is(name: str, whose: str, request: pytest.FixtureRequest) -> None:
-    said = lines(as_svg(reports_of(request)[name], language="en"))
-    assert said[said.index("Who came") + 1] == whose
-    assert "Who came" not in lines(as_svg(reports_of(request)["ledger"], language="en"))
+def test_where_people_arrive_it_says_whose_the_figure_is() -> None:
+    used, others = "2022–2024; others used less", "2025–2026; others not used"  # noqa: RUF001
+    for name, whose in (("arrivals", used), ("admitting", others)):
+        said = lines(as_svg(reports()[name], language="en"))
+        assert said[said.index("Who came") + 1] == whose
+    assert "Who came" not in lines(as_svg(reports()["ledger"], language="en"))

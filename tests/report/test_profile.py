@@ -36,9 +36,9 @@ _MECHANISMS = {
 }
 
 
-@pytest.fixture(params=_MECHANISMS.values(), ids=list(_MECHANISMS))
+@pytest.fixture(params=_MECHANISMS)
 def spent(request: pytest.FixtureRequest) -> dict[DpEvent, int]:
-    return dict(request.param)
+    return dict(_MECHANISMS[request.param])
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 5.0, 40.0])
@@ -101,8 +101,12 @@ def test_no_simulated_attack_does_better() -> None:
     assert found - 0.5 <= right <= found + 0.5
 
 
-def test_the_curve_lies_below_each_of_its_points(spent: dict[DpEvent, int]) -> None:
-    for point in profile.curve(spent, 1e-5):
+def test_the_curve_lies_below_each_of_its_points_and_epsilon_falls_with_delta(spent: dict[DpEvent, int]) -> None:
+    points = profile.curve(spent, 2e-5)
+    assert [point.delta for point in points] == sorted({*profile.DELTAS, 2e-5}, reverse=True)
+    for figures in ([point.epsilon_pld for point in points], [point.epsilon_rdp for point in points]):
+        assert figures == sorted(figure for figure in figures if figure is not None)
+    for point in points:
         for alarms in _SHARES:
             rate = profile.hit_rate(spent, false_alarms=alarms)
             ceiling = profile.hit_rate_ceiling(point.epsilon_pld, point.delta, false_alarms=alarms)
@@ -118,13 +122,6 @@ def test_more_alarms_and_more_steps_never_mean_fewer_hits(spent: dict[DpEvent, i
     for alarms, rate in zip(_SHARES, rates, strict=True):
         assert rate <= profile.hit_rate(twice, false_alarms=alarms) + 1e-9
     assert profile.right_of_100(spent) < profile.right_of_100(twice)
-
-
-def test_epsilon_falls_with_delta(spent: dict[DpEvent, int]) -> None:
-    points = profile.curve(spent, 2e-5)
-    assert [point.delta for point in points] == sorted({*profile.DELTAS, 2e-5}, reverse=True)
-    for figures in ([point.epsilon_pld for point in points], [point.epsilon_rdp for point in points]):
-        assert figures == sorted(figure for figure in figures if figure is not None)
 
 
 @pytest.mark.by_day("one sampled step", "a run with scores")
@@ -176,14 +173,15 @@ def test_without_noise_nothing_is_bounded(spent: events.Spent) -> None:
     assert {(point.epsilon_pld, point.epsilon_rdp) for point in profile.curve(spent, 1e-5)} == {(None, None)}
 
 
-def test_hardly_any_noise_is_bounded_all_the_same() -> None:
+def test_hardly_any_noise_is_bounded_all_the_same_and_nothing_spent_helps_no_attacker() -> None:
     assert profile.hit_rate([GaussianDpEvent(0.05)], false_alarms=0.01) == pytest.approx(1.0)
     assert profile.right_of_100([GaussianDpEvent(0.05)]) == pytest.approx(100.0)
+    assert (profile.hit_rate([], false_alarms=0.01), profile.right_of_100([])) == (0.01, 50)
+    assert profile.epsilon_pld([], 1e-5) == profile.epsilon_rdp([], 1e-5) == 0
 
 
 def of_several(spent: dict[DpEvent, int], members: int) -> float:
-    right = profile.right_of_100(spent)
-    return profile.right_of_several(spent, right, epsilon=8.0, delta=1e-5, members=members)
+    return profile.right_of_several(spent, profile.right_of_100(spent), epsilon=8.0, delta=1e-5, members=members)
 
 
 def mixture(rate: float, sigma: float, members: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -233,13 +231,6 @@ def test_of_several_records_without_a_plan_epsilon_and_the_triangle_bound() -> N
     many = {PoissonSampledDpEvent(0.01, GaussianDpEvent(1 + number)): 1 for number in range(9)}
     assert of_several(many, 2) == 50 + 2 * (profile.right_of_100(many) - 50), "of so many plans no curve is computed"
     assert profile._right_by_mixture(((GaussianDpEvent(0.1), 1),), 2) is None, "nor of next to no noise"
-
-
-def test_nothing_spent_helps_no_attacker() -> None:
-    assert profile.hit_rate([], false_alarms=0.01) == 0.01
-    assert profile.right_of_100([]) == 50
-    assert profile.epsilon_pld([], 1e-5) == 0
-    assert profile.epsilon_rdp([], 1e-5) == 0
 
 
 def test_twenty_settings_are_composed_once_for_each_purpose() -> None:

@@ -21,11 +21,13 @@ from fedtune.report.page import render
 from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import POLICY, VirtualSites
 
+from ..conftest import simulate, tiny
+
 SECURE = ("federation.aggregation=secure", "federation.num_sites=3", "federation.threshold=3", "training.local_steps=1")
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Any, simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`<folder>/run` at the sites in `<folder>/sites`, of which site-1 makes 1.5 times the noise."""
 
     @cache
@@ -39,11 +41,6 @@ def made(tiny: Any, simulate: Callable[..., Path], tmp_path_factory: pytest.Temp
         return folder
 
     return make
-
-
-@pytest.fixture(scope="module")
-def report(made: Callable[..., Path]) -> Any:
-    return from_run.build(made() / "run")
 
 
 @pytest.mark.parametrize("overrides", [(), SECURE], ids=["plain", "secure"])
@@ -72,7 +69,10 @@ def test_run_and_report_count_each_site_with_its_noise(made: Callable[..., Path]
         assert by_name["site-1"].by_trust.with_all_others < by_name["site-2"].by_trust.with_all_others
 
 
-def test_the_report_says_which_site_has_which_weight(report: Any) -> None:
+def test_the_report_says_which_site_has_which_weight_and_another_factor_is_found(
+    made: Callable[..., Path], a_secure_report: Callable[..., Any]
+) -> None:
+    report = from_run.build(made() / "run")
     factors, values = {"site-1": 1.5, "site-2": 1.0}, report.facts.trained_parameters
     weights = weights_of({"site-1": 90, "site-2": 90}, report.facts.plan, factors=factors, values=values)
     assert {site.site: site.average_weight for site in report.sites} == weights
@@ -80,8 +80,6 @@ def test_the_report_says_which_site_has_which_weight(report: Any) -> None:
     assert "more noise than the run asked for" in render.render(report, language="en")
     assert from_json(json.dumps(to_json(report))) == report
 
-
-def test_a_factor_that_is_not_the_sites_is_found(report: Any, a_secure_report: Callable[..., Any]) -> None:
     def with_factor(report: Any, factor: float | None) -> Any:
         first, *others = report.facts.sites
         return replace(report, facts=replace(report.facts, sites=(replace(first, noise_factor=factor), *others)))

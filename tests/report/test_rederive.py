@@ -14,7 +14,7 @@ from fedtune.privacy.events import Charge
 from fedtune.report import rederive, signing
 from fedtune.report.derive.profile import accountants_agree
 from fedtune.report.facts import Cap, ChargedRounds, LedgerFacts, RunFacts
-from fedtune.report.model import Problem, Report, Spent, to_json
+from fedtune.report.model import Problem, Report, to_json
 from fedtune.report.rederive import derive, problems
 from fedtune.spec import ConfigError
 
@@ -113,7 +113,7 @@ CHANGED = {
 def report(request: pytest.FixtureRequest) -> Report:
     change, name = CHANGED.get(request.param, (replace, request.param))
     made = request.getfixturevalue(name)
-    return change(made if isinstance(made, Report) else made())
+    return change(made() if name in ON_FILE else made)
 
 
 def test_a_report_as_it_is_made_has_no_problem(report: Report) -> None:
@@ -146,9 +146,8 @@ def test_a_forger_who_derives_all_again_changes_only_what_a_signature_shows(repo
     assert [name for name in passed if not listed(name, ON_A_SIGNATURE)] == []
 
 
-@pytest.mark.parametrize("made", ["a_report", "a_secure_report", "a_ledger_report"])
-def test_another_program_finds_the_same_epsilon(made: str, request: pytest.FixtureRequest) -> None:
-    report: Report = request.getfixturevalue(made)()
+@pytest.mark.parametrize("report", ["a_report", "a_secure_report", "a_ledger_report"], indirect=True)
+def test_another_program_finds_the_same_epsilon(report: Report) -> None:
     site = report.sites[0]
     charges = [{"event": one.event, "count": one.count} for row in site.mechanisms for one in row.charges]
     most = epsilon(charges, report.delta)
@@ -177,7 +176,7 @@ def test_a_changed_epsilon_says_both_figures(a_report: Make) -> None:
 
 
 def test_no_tolerance_lets_through_less(a_report: Make, a_ledger_report: Make) -> None:
-    tiny = with_facts(a_report(), plan=replace(run_facts(a_report()).plan, delta=1e-13))
+    tiny = with_facts(a_report(), plan=replace(a_report().facts.plan, delta=1e-13))
     site = tiny.sites[0]
     *others, last = site.curve
     for factor, fine in ((1 - 1e-5, True), (0.98, False)):
@@ -185,39 +184,30 @@ def test_no_tolerance_lets_through_less(a_report: Make, a_ledger_report: Make) -
         assert (where(with_site(tiny, curve=(*others, less))) == set()) == fine
     noisier = replace(site.mechanisms[0], noise_multiplier=1.5 * (1 + 5e-7))
     assert where(with_site(tiny, mechanisms=(noisier,)))
-    used_up = with_facts(a_ledger_report(), max_epsilon=1.0)
-    life = used_up.sites[0].lifetime
-    assert (life.left, where(used_up)) == (0.0, set())
-    assert where(with_site(used_up, lifetime=replace(life, left=1e-10)))
-
-
-@pytest.mark.parametrize("less", [1e-6, 0.1])
-def test_what_is_left_is_never_more_than_the_cap_leaves(a_ledger_report: Make, less: float) -> None:
-    report = a_ledger_report()
-    life = report.sites[0].lifetime
-    more = with_site(report, lifetime=replace(life, left=life.left + less))
-    assert where(more) == {"sites.north-hospital.lifetime.left"}
-    assert where(with_site(report, lifetime=replace(life, left=life.left - 1e-7))) == set()
+    # Nor is more left than the cap leaves.
+    used_up, report = with_facts(a_ledger_report(), max_epsilon=1.0), a_ledger_report()
+    assert (used_up.sites[0].lifetime.left, where(used_up)) == (0.0, set())
+    for of, more, wrong in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
+        life = of.sites[0].lifetime
+        found = where(with_site(of, lifetime=replace(life, left=life.left + more)))
+        assert found == ({"sites.north-hospital.lifetime.left"} if wrong else set())
 
 
 def of_many_plans(report: Report, count: int) -> LedgerFacts:
     """So many runs, each with another plan and with noised scores."""
-    facts = report.facts
-    assert isinstance(facts, LedgerFacts)
-    run = facts.runs[1]
-    noises = [(f"r{number}", 1 + number / 1000) for number in range(count)]
+    run, noises = report.facts.runs[1], {f"r{number}": 1 + number / 1000 for number in range(count)}
+    plans = [
+        replace(run.plan, noise_multiplier=noise, metrics_noise_multiplier=19 + noise) for noise in noises.values()
+    ]
     return replace(
-        facts,
-        runs=tuple(
-            replace(run, run=name, plan=replace(run.plan, noise_multiplier=noise, metrics_noise_multiplier=19 + noise))
-            for name, noise in noises
-        ),
-        charges=tuple(ChargedRounds(run=name, rounds=3, round=None, day="2026-01-01") for name, _ in noises),
+        report.facts,
+        runs=tuple(replace(run, run=name, plan=plan) for name, plan in zip(noises, plans, strict=True)),
+        charges=tuple(ChargedRounds(run=name, rounds=3, round=None, day="2026-01-01") for name in noises),
     )
 
 
 def test_the_work_that_a_small_report_asks_for_is_bounded(
-    a_ledger_report: Make, monkeypatch: pytest.MonkeyPatch
+    a_ledger_report: Make, a_report: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rederive.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
     many = of_many_plans(a_ledger_report(), 1000)
@@ -225,56 +215,36 @@ def test_the_work_that_a_small_report_asks_for_is_bounded(
     assert (problem.where, problem.found) == ("facts", "that would take hours to compute")
     assert problems(a_ledger_report(facts=many)) == [problem]
     assert list(rederive._too_much_work(of_many_plans(a_ledger_report(), 200))) == []
-
-
-def test_a_round_at_each_of_many_sites_is_too_much(a_report: Make) -> None:
     facts = a_report().facts
     many = replace(facts, rounds=facts.rounds[:1] * 1000, sites=facts.sites[:1] * 501)
     (problem,) = rederive._too_much_work(many)
     assert problem.said == "501000 rows of a round at a site"
 
 
-GAUSSIAN = {"kind": "gaussian", "noise_multiplier": 1}
-
-
-@pytest.mark.parametrize(
-    "event",
-    [
+def test_a_charge_that_cannot_be_computed_is_a_problem_and_no_crash(a_ledger_report: Make) -> None:
+    facts, gaussian = a_ledger_report().facts, {"kind": "gaussian", "noise_multiplier": 1}
+    of_lost = {"run": "", "rounds": 0, "round": None, "day": "2026-02-02", "entry": 9}
+    for event in (
         {"kind": "laplace", "noise_multiplier": 1.0},
         *({"kind": "gaussian", "noise_multiplier": noise} for noise in (0, 1e-9, 1e12)),
-        *({"kind": "poisson_sampled", "sampling_probability": rate, "event": GAUSSIAN} for rate in (1e-300, 2)),
+        *({"kind": "poisson_sampled", "sampling_probability": rate, "event": gaussian} for rate in (1e-300, 2)),
         {"kind": "poisson_sampled", "sampling_probability": 0.1, "event": {"kind": "non_private"}},
-        {"kind": "self_composed", "count": 10**400, "event": GAUSSIAN},
+        {"kind": "self_composed", "count": 10**400, "event": gaussian},
         {"kind": "self_composed", "count": 10**8, "event": {"kind": "gaussian", "noise_multiplier": 0.1}},
         {},
-    ],
-)
-def test_a_charge_that_cannot_be_computed_is_a_problem_and_no_crash(a_ledger_report: Make, event: Any) -> None:
-    facts = a_ledger_report().facts
-    lost = ChargedRounds(run="", rounds=0, round=None, day="2026-02-02", lost=(Charge(event=event, count=1),), entry=9)
-    assert where(a_ledger_report(facts=replace(facts, charges=(*facts.charges, lost)))) == {"facts"}
+    ):
+        lost = ChargedRounds(**of_lost, lost=(Charge(event=event, count=1),))
+        assert where(a_ledger_report(facts=replace(facts, charges=(*facts.charges, lost)))) == {"facts"}, event
 
 
-@pytest.mark.parametrize(
-    ("path", "to"),
-    [
-        (("plan", "delta"), 0.0),
-        (("plan", "delta"), 1.0),
-        (("plan", "sampling_rate"), -0.1),
-        (("plan", "noise_multiplier"), -1.5),
-        (("sites", 0, "rounds"), -4),
-    ],
-)
-def test_facts_out_of_range_are_no_report(a_report: Make, path: tuple[Any, ...], to: float) -> None:
-    whole = to_json(a_report())
-    put(whole["facts"], path, to)
-    with pytest.raises(ConfigError, match="facts"):
-        signing.read(json.dumps(whole).encode())
-
-
-def run_facts(report: Report) -> RunFacts:
-    assert isinstance(report.facts, RunFacts)
-    return report.facts
+def test_facts_out_of_range_are_no_report(a_report: Make) -> None:
+    wrong = {"delta": (0.0, 1.0), "sampling_rate": (-0.1,), "noise_multiplier": (-1.5,)}
+    of_plan = [(("plan", key), value) for key, values in wrong.items() for value in values]
+    for path, value in (*of_plan, (("sites", 0, "rounds"), -4)):
+        whole = to_json(a_report())
+        put(whole["facts"], path, value)
+        with pytest.raises(ConfigError, match="facts"):
+            signing.read(json.dumps(whole).encode())
 
 
 SITES = ("north-hospital", "south-hospital")
@@ -284,10 +254,8 @@ def spent_nothing(facts: RunFacts, left: tuple[str, ...] = (), *, reasons: dict[
     """A run whose rounds hold the updates of the sites in `left` alone, since of the others the lead has no receipt."""
     rounds = tuple(replace(one, sites=left, failed_sites=reasons) for one in facts.rounds)
     none = {"rounds": 0, "signed_rounds": None, "key": ""}
-    return {
-        "rounds": rounds,
-        "sites": tuple(site if site.site in left else replace(site, **none) for site in facts.sites),
-    }
+    sites = tuple(site if site.site in left else replace(site, **none) for site in facts.sites)
+    return {"rounds": rounds, "sites": sites}
 
 
 def in_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
@@ -296,83 +264,73 @@ def in_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
     return {"rounds": (*facts.rounds[:3], last), "plan": replace(facts.plan, num_rounds=5), "final": {}}
 
 
-@pytest.mark.parametrize(
-    ("changes", "place"),
-    [
-        (lambda facts: {"held_out": (HeldOut(run="r", date="", mean=0.5, deviation=0.1),)}, "held_out"),
-        (lambda facts: {"sites": ()}, "sites"),
-        (lambda facts: {"sites": (*facts.sites, facts.sites[0])}, "sites"),
-        (lambda facts: {"sites": facts.sites[:1]}, "rounds.1"),  # the other one was asked
-        (lambda facts: {"target_epsilon": None}, "target_epsilon"),
-        (lambda facts: {"randomness": "seeded"}, "seeded_noise"),
-        (lambda facts: {"rounds": facts.rounds * 2}, "rounds"),
-        (lambda facts: {"rounds": facts.rounds[1:], "final": {}}, "rounds"),
-        (lambda facts: {"rounds": facts.rounds[:3]}, "rounds"),  # an adapter was scored at the end
-        (lambda facts: spent_nothing(facts, reasons={}), "rounds.1"),
-        (lambda facts: spent_nothing(facts, reasons=dict.fromkeys(SITES, "max_epsilon")), "rounds.4"),
-        (lambda facts: spent_nothing(facts, SITES[:1], reasons={}), "rounds.2"),
-        (lambda facts: spent_nothing(facts, SITES[:1], reasons={SITES[1]: "no_reply"}), f"sites.{SITES[1]}.rounds"),
-        (lambda facts: in_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.rounds"),
-        (lambda facts: in_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.rounds"),
-        (lambda facts: in_round_4(facts, "no_reply"), f"sites.{SITES[1]}.rounds"),
-        (lambda facts: {"sites": (replace(facts.sites[0], rounds=3), facts.sites[1])}, "sites.north-hospital.rounds"),
-        (lambda facts: {"sites": (replace(facts.sites[0], rounds=5), facts.sites[1])}, "sites.north-hospital.rounds"),
-        (lambda facts: {"has_checkpoint": False}, "sites.north-hospital.signed_rounds"),
-        (lambda facts: {"settings": {"epsilon": "0.1"}}, "settings"),
-        (lambda facts: {"settings": {}}, "settings.runtime"),
-        (lambda facts: {"settings": {"runtime": "deployment"}}, "run"),
-        (lambda facts: {"settings": {"runtime": "deployment"}, "run": f"{facts.run}1"}, "settings.runtime"),
-        (lambda facts: {"run": f"{facts.run}1"}, "run"),
-        (lambda facts: {"sites": (replace(facts.sites[0], key=""), facts.sites[1])}, f"sites.{SITES[0]}.key"),
-    ],
-)
-def test_facts_of_a_run_that_deny_each_other(a_report: Make, changes: Any, place: str) -> None:
-    facts = run_facts(a_report())
-    assert place in where(a_report(facts=replace(facts, **changes(facts))))
+def test_facts_of_a_run_that_deny_each_other(a_report: Make) -> None:
+    facts = a_report().facts
+    north, south = facts.sites
+    for changes, place in (
+        ({"held_out": (HeldOut(run="r", date="", mean=0.5, deviation=0.1),)}, "held_out"),
+        ({"sites": ()}, "sites"),
+        ({"sites": (*facts.sites, north)}, "sites"),
+        ({"sites": facts.sites[:1]}, "rounds.1"),  # the other one was asked
+        ({"target_epsilon": None}, "target_epsilon"),
+        ({"randomness": "seeded"}, "seeded_noise"),
+        ({"rounds": facts.rounds * 2}, "rounds"),
+        ({"rounds": facts.rounds[1:], "final": {}}, "rounds"),
+        ({"rounds": facts.rounds[:3]}, "rounds"),  # an adapter was scored at the end
+        (spent_nothing(facts, reasons={}), "rounds.1"),
+        (spent_nothing(facts, reasons=dict.fromkeys(SITES, "max_epsilon")), "rounds.4"),
+        (spent_nothing(facts, SITES[:1], reasons={}), "rounds.2"),
+        (spent_nothing(facts, SITES[:1], reasons={SITES[1]: "no_reply"}), f"sites.{SITES[1]}.rounds"),
+        (in_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.rounds"),
+        (in_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.rounds"),
+        (in_round_4(facts, "no_reply"), f"sites.{SITES[1]}.rounds"),
+        ({"sites": (replace(north, rounds=3), south)}, "sites.north-hospital.rounds"),
+        ({"sites": (replace(north, rounds=5), south)}, "sites.north-hospital.rounds"),
+        ({"has_checkpoint": False}, "sites.north-hospital.signed_rounds"),
+        ({"settings": {"epsilon": "0.1"}}, "settings"),
+        ({"settings": {}}, "settings.runtime"),
+        ({"settings": {"runtime": "deployment"}}, "run"),
+        ({"settings": {"runtime": "deployment"}, "run": f"{facts.run}1"}, "settings.runtime"),
+        ({"run": f"{facts.run}1"}, "run"),
+        ({"sites": (replace(north, key=""), south)}, f"sites.{SITES[0]}.key"),
+    ):
+        assert place in where(a_report(facts=replace(facts, **changes))), changes
 
 
-@pytest.mark.parametrize(
-    ("changes", "place"),
-    [({"num_sites": 6}, "plan.shared.num_sites"), ({"threshold": 5, "num_sites": 5}, "plan.shared.threshold")],
-)
-def test_secure_sums_have_the_sites_that_took_part(a_secure_report: Make, changes: Any, place: str) -> None:
-    facts = run_facts(a_secure_report())
-    plan = replace(facts.plan, shared=replace(facts.plan.shared, **changes))
+def test_secure_sums_have_the_sites_that_took_part(a_secure_report: Make) -> None:
+    facts = a_secure_report().facts
     (*sites, last), lost = facts.rounds[0].sites, "not_summed"
     rounds = (replace(facts.rounds[0], sites=tuple(sites), failed_sites={last: lost}), *facts.rounds[1:])
-    assert where(a_secure_report(facts=replace(facts, plan=plan, rounds=rounds))) == {place}
+    for changes, place in (({"num_sites": 6}, "num_sites"), ({"threshold": 5, "num_sites": 5}, "threshold")):
+        plan = replace(facts.plan, shared=replace(facts.plan.shared, **changes))
+        assert where(a_secure_report(facts=replace(facts, plan=plan, rounds=rounds))) == {f"plan.shared.{place}"}
 
 
-@pytest.mark.parametrize(
-    ("changes", "place"),
-    [
-        (lambda facts: {"delta": 0.0}, "delta"),
-        (lambda facts: {"delta": 1e-6}, "runs.diagnosis.plan"),
-        (lambda facts: {"order": 1.0}, "order"),
-        (lambda facts: {"order": 1e300}, "order"),
-        (lambda facts: {"runs": facts.runs * 2}, "runs"),
-        (lambda facts: {"runs": facts.runs[:1]}, "charges"),
-        (lambda facts: {"charges": facts.charges[::-1]}, "charges"),
-        (lambda facts: {"charges": (replace(facts.charges[0], rounds=5), facts.charges[1])}, "runs.diagnosis.plan"),
-        (lambda facts: {"charges": (replace(facts.charges[0], rounds=3), facts.charges[1])}, "releases"),
-        (lambda facts: {"caps": ()}, "caps"),
-        (lambda facts: {"caps": (replace(facts.caps[0], charges_before=8),)}, "caps"),
-        (lambda facts: {"max_epsilon": 7.0}, "max_epsilon"),
-        (lambda facts: {"max_epsilon": None}, "max_epsilon"),
-        (
-            lambda facts: {"verification": replace(facts.verification, rollback_excluded=True, anchor_sequence=3)},
-            "verification.rollback_excluded",
-        ),
-    ],
-)
-def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make, changes: Any, place: str) -> None:
+def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make) -> None:
     facts = a_ledger_report().facts
-    assert place in where(a_ledger_report(facts=replace(facts, **changes(facts))))
+    first, second = facts.charges
+    rolled = replace(facts.verification, rollback_excluded=True, anchor_sequence=3)
+    for changes, place in (
+        ({"delta": 0.0}, "delta"),
+        ({"delta": 1e-6}, "runs.diagnosis.plan"),
+        ({"order": 1.0}, "order"),
+        ({"order": 1e300}, "order"),
+        ({"runs": facts.runs * 2}, "runs"),
+        ({"runs": facts.runs[:1]}, "charges"),
+        ({"charges": facts.charges[::-1]}, "charges"),
+        ({"charges": (replace(first, rounds=5), second)}, "runs.diagnosis.plan"),
+        ({"charges": (replace(first, rounds=3), second)}, "releases"),
+        ({"caps": ()}, "caps"),
+        ({"caps": (replace(facts.caps[0], charges_before=8),)}, "caps"),
+        ({"max_epsilon": 7.0}, "max_epsilon"),
+        ({"max_epsilon": None}, "max_epsilon"),
+        ({"verification": rolled}, "verification.rollback_excluded"),
+    ):
+        assert place in where(a_ledger_report(facts=replace(facts, **changes))), changes
 
 
-@pytest.mark.parametrize(
-    ("changes", "state"),
-    [
+def test_a_ledgers_verdict_follows_from_its_facts(a_ledger_report: Make) -> None:
+    for changes, state in (
         ({}, "within"),
         ({"caps": (Cap(time="2025-01-01", max_epsilon=None, charges_before=0),), "max_epsilon": 6.0}, "no_guarantee"),
         ({"max_epsilon": 1.5}, "exceeded"),
@@ -380,18 +338,13 @@ def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make, changes: 
         ({"in_doubt": True}, "no_guarantee"),
         ({"lost_seed": True}, "no_guarantee"),
         ({"verification": None}, "no_guarantee"),
-    ],
-)
-def test_a_ledgers_verdict_follows_from_its_facts(a_ledger_report: Make, changes: Any, state: str) -> None:
-    assert with_facts(a_ledger_report(), **changes).verdict.state == state
-
-
-def test_a_charge_between_two_limits_of_which_the_first_was_none_is_found(a_ledger_report: Make) -> None:
-    caps = tuple(
-        Cap(time="2026-01-01", max_epsilon=cap, charges_before=charges) for cap, charges in ((None, 0), (6.0, 4))
-    )
-    assert with_facts(a_ledger_report(), caps=caps).verdict.reasons == ("no_lifetime_cap",)
-    assert with_facts(a_ledger_report(), caps=(caps[0], replace(caps[1], charges_before=0))).verdict.state == "within"
+    ):
+        assert with_facts(a_ledger_report(), **changes).verdict.state == state, changes
+    # A charge between two limits, of which the first was none, is found.
+    first, then = (Cap(time="2026-01-01", max_epsilon=cap, charges_before=0) for cap in (None, 6.0))
+    later = (first, replace(then, charges_before=4))
+    assert with_facts(a_ledger_report(), caps=later).verdict.reasons == ("no_lifetime_cap",)
+    assert with_facts(a_ledger_report(), caps=(first, then)).verdict.state == "within"
 
 
 def test_a_period_holds_what_its_days_spent(a_ledger_report: Make) -> None:
@@ -410,7 +363,7 @@ def test_a_seed_is_predictable(of_run: Report) -> None:
 
 
 def test_a_plan_above_the_target_is_exceeded_although_less_was_charged(a_report: Make) -> None:
-    facts = run_facts(a_report())
+    facts = a_report().facts
     planned = replace(facts.plan, num_rounds=12)
     report = with_facts(a_report(), plan=planned, target_epsilon=1.2)
     assert report.epsilon < 1.2 < report.sites[0].spent.planned_epsilon
@@ -418,19 +371,17 @@ def test_a_plan_above_the_target_is_exceeded_although_less_was_charged(a_report:
 
 
 def test_a_simulation_is_no_run_of_real_sites(of_run: Report) -> None:
-    assert "sites_run_their_own_software" not in {one.code for one in of_run.assumptions}
-    assert "simulation" in of_run.banners
     real = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"})
-    assert "sites_run_their_own_software" in {one.code for one in real.assumptions}
-    assert "simulation" not in real.banners
+    for report, simulated in ((of_run, True), (real, False)):
+        assert ("sites_run_their_own_software" in {one.code for one in report.assumptions}) != simulated
+        assert ("simulation" in report.banners) == simulated
 
 
-@pytest.mark.parametrize(
-    ("pld", "rdp", "steps", "agree"),
-    [(1.0, 1.5, 100, True), (1.0, 0.98, 100, False), (0.2065, 0.0769, 50_000, True), (2.0, 1.0, 50_000, False)],
-)
-def test_accountants_may_differ_by_the_width_of_their_buckets(pld: float, rdp: float, steps: int, agree: bool) -> None:
-    spent = Spent(
-        epsilon=pld, epsilon_pld=pld, epsilon_rdp=rdp, planned_epsilon=None, upper_bound=False, rounds=0, steps=steps
-    )
-    assert accountants_agree(spent, width=0.001) == agree
+def test_accountants_may_differ_by_the_width_of_their_buckets(a_report: Make) -> None:
+    spent = a_report().sites[0].spent
+    for pld, rdp, steps, agree in (
+        *((1.0, 1.5, 100, True), (1.0, 0.98, 100, False)),
+        *((0.2065, 0.0769, 50_000, True), (2.0, 1.0, 50_000, False)),
+    ):
+        found = replace(spent, epsilon_pld=pld, epsilon_rdp=rdp, steps=steps)
+        assert accountants_agree(found, width=0.001) == agree

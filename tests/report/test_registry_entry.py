@@ -13,44 +13,27 @@ from fedtune.report import signing
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 
-from .shown import NAMES, reports_of
+from .shown import NAMES, leaves, reports
 
-TOLD = AboutSpec(
-    curator="Hospital of the North",
-    description="Sorts letters by subject.",
-    intended_use="sorting",
-    sector="health",
-    published="2026-04",
-    access="restricted",
-    dynamics="static",
-    preprocessing="none",
-    tuning="on public letters",
-    justification="the board's decision of 2026-02",
-)
 ASKED = {field.name for field in dataclasses.fields(AboutSpec)}
+TOLD = AboutSpec(**{name: f"the {name} that somebody told" for name in ASKED})
 
 
 @pytest.fixture(params=NAMES)
 def report(request: pytest.FixtureRequest) -> Report:
-    return reports_of(request)[request.param]
+    return reports()[request.param]
 
 
 def values(part: Any) -> list[Any]:
-    if isinstance(part, dict):
-        return [value for one in part.values() for value in values(one)]
-    return [value for one in part for value in values(one)] if isinstance(part, list) else [part]
+    return [value for _, value in leaves(part)]
 
 
-def test_what_a_person_said_stands_in_it_and_nothing_is_missing(report: Report) -> None:
-    entry = registry.entry(report, TOLD)
-    assert entry["missing"] == []
-    assert set(dataclasses.asdict(TOLD).values()) <= set(values(entry))
-
-
-def test_what_nobody_said_is_empty_and_named(report: Report) -> None:
-    entry = registry.entry(report, AboutSpec())
+def test_what_a_person_said_stands_in_it_and_what_nobody_said_is_empty_and_named(report: Report) -> None:
+    told, entry = registry.entry(report, TOLD), registry.entry(report, AboutSpec())
+    assert told["missing"] == []
+    assert set(dataclasses.asdict(TOLD).values()) <= set(values(told))
     assert set(entry["missing"]) == ASKED
-    assert values(entry).count("") - values(registry.entry(report, TOLD)).count("") == len(ASKED)
+    assert values(entry).count("") - values(told).count("") == len(ASKED)
     assert registry.entry(report, AboutSpec(sector=" "))["missing"] == entry["missing"], "a blank says nothing"
 
 
@@ -72,7 +55,7 @@ def test_the_figures_are_those_of_the_report(report: Report) -> None:
     assert json.loads(text) == registry.entry(report, TOLD)
 
 
-def test_a_run_without_noise_names_no_mechanism(request: pytest.FixtureRequest) -> None:
-    entry = registry.entry(reports_of(request)["unbounded"], TOLD)
+def test_a_run_without_noise_names_no_mechanism() -> None:
+    entry = registry.entry(reports()["unbounded"], TOLD)
     assert {one["name"] for one in entry["privacy"]["mechanisms"]} == {"none"}
     assert "adds no noise" in entry["privacy"]["model"]

@@ -31,8 +31,13 @@ def places(report: Report, config: RunConfig) -> set[str]:
     return {problem.where.rpartition(".")[2] for problem in settings_problems(report.facts, config)}
 
 
-def test_a_true_report_fits_its_settings(of_run: Report, config: RunConfig) -> None:
+def test_a_true_report_fits_its_settings_and_others_are_named_by_their_digest_alone(
+    of_run: Report, config: Any
+) -> None:
     assert places(of_run, config) == set()
+    other = replace(config, training=replace(config.training, learning_rate=0.123))
+    (problem,) = settings_problems(of_run.facts, other)
+    assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())
 
 
 @pytest.mark.parametrize(
@@ -48,18 +53,12 @@ def test_a_plan_of_other_settings_is_found(key: str, value: float, run_folder: P
     assert key in places(report, config)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"target_epsilon": 80.0},
-        {"name": "another"},
-        {"stop_after": 1},
-        {"keep_round": "best"},
-        {"settings": {"runtime": "deployment"}},
-    ],
-)
-def test_what_a_report_says_of_settings_is_compared(change: dict[str, Any], of_run: Report, config: RunConfig) -> None:
-    assert places(replace(of_run, facts=replace(of_run.facts, **change)), config) == set(change)
+def test_what_a_report_says_of_settings_is_compared(of_run: Report, config: RunConfig) -> None:
+    changes = {"target_epsilon": 80.0, "name": "another", "stop_after": 1, "keep_round": "best"}
+    for key, value in (changes | {"settings": {"runtime": "deployment"}}).items():
+        assert places(replace(of_run, facts=replace(of_run.facts, **{key: value})), config) == {key}
+    shorter = replace(of_run.facts, rounds=of_run.facts.rounds[:1])
+    assert derive(shorter).verdict.reasons == ("not_finished",), "a shorter run is one that is not finished"
 
 
 def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_run: Report, config: RunConfig) -> None:
@@ -69,10 +68,6 @@ def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_r
     assert places(replace(of_run, facts=replace(of_run.facts, provenance=made)), config) == {"public"}
     other = replace(made, start_adapter=replace(start, digest="cd" * 32, public=False))
     assert places(replace(of_run, facts=replace(of_run.facts, provenance=other)), config) == {"start_adapter"}
-
-
-def test_a_shorter_run_is_one_that_is_not_finished(of_run: Report) -> None:
-    assert derive(replace(of_run.facts, rounds=of_run.facts.rounds[:1])).verdict.reasons == ("not_finished",)
 
 
 def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, config: RunConfig) -> None:
@@ -89,9 +84,3 @@ def test_noise_that_was_searched_for_is_searched_for_again(run_folder: Path, con
     for more, version in ((1e-4, __version__), (2e-4, "0.1.0")):
         assert "noise_multiplier" in places(with_noise(noise + more, version), searched)
     assert "noise_multiplier" in places(with_noise(0.99 * noise), searched)
-
-
-def test_other_settings_are_named_by_their_digest_alone(of_run: Report, config: RunConfig) -> None:
-    other = replace(config, training=replace(config.training, learning_rate=0.123))
-    (problem,) = settings_problems(of_run.facts, other)
-    assert (problem.where, problem.found) == ("provenance.config_sha256", other.digest())

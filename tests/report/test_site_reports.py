@@ -1,7 +1,6 @@
 """Reports that sites sign and release: who is believed, and what a lead's report then says."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from fedtune.report.rederive import derive
 from fedtune.spec import ConfigError
 
 from ..books import Books
+from ..conftest import simulate
 from .shown import sound, status, where, with_site
 
 
 @pytest.fixture(scope="module")
-def made(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs at kept sites; `<folder>/first`, `<folder>/second`, and the sites in `<folder>/sites`."""
     folder = tmp_path_factory.mktemp("runs")
     for name in ("first", "second"):
@@ -79,27 +79,23 @@ def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) 
     assert {release.run for release in joined.releases} == {joined.mechanisms[0].run}
     assert (other.approved, other.lifetime, other.asserted) == (None, None, {})
     assert report.verdict.state == "within"
+    both = joined_by(folder, own, signed_report(folder, "site-2"))
+    assert [status(one, "units_at_one_site_only") for one in (alone, report, both)] == ["assumed"] * 3
+    assert status(both, "site_reports_agree") == "verified"
 
 
-def test_the_assumptions_say_who_asserts_what(folder: Path) -> None:
-    reports = [signed_report(folder, site) for site in ("site-1", "site-2")]
-    found = [joined_by(folder, *reports[:count]) for count in range(3)]
-    assert [status(one, "units_at_one_site_only") for one in found] == ["assumed"] * 3
-    assert status(found[2], "site_reports_agree") == "verified"
-
-
-def test_reports_in_the_run_folder_are_taken(folder: Path) -> None:
+def test_reports_in_the_run_folder_are_taken_and_one_that_is_none_is_named(folder: Path) -> None:
     own = signed_report(folder, "site-2")
     (folder / "second" / "site_reports").mkdir()
     (folder / "second" / "site_reports" / "site-2.json").write_text(signing.to_text(own))
     report = from_run.build(folder / "second")
     assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
     assert joined_by(folder, own) == report, "the same one twice is one"
-
-
-def test_an_earlier_runs_report_takes_the_same_site_report(folder: Path) -> None:
-    report = from_run.build(folder / "first", site_reports=[signed_report(folder)])
-    assert report.sites[0].lifetime.runs[0].run == report.sites[0].mechanisms[0].run
+    (site_1, _) = from_run.build(folder / "first", site_reports=[signed_report(folder)]).sites
+    assert site_1.lifetime.runs[0].run == site_1.mechanisms[0].run, "and an earlier run's report takes it"
+    (folder / "second" / "site_reports" / "site-1.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"site-1\.json"):
+        from_run.build(folder / "second")
 
 
 def test_a_site_that_is_beyond_its_own_cap_makes_the_runs_verdict(folder: Path) -> None:
@@ -134,12 +130,14 @@ def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
         assert "must agree with itself" in refused(folder, forged)
 
 
-def test_a_report_that_is_older_than_the_runs_receipts_is_refused(folder: Path) -> None:
+def test_a_report_that_is_older_than_the_runs_receipts_or_beside_none_is_refused(folder: Path) -> None:
     (site,) = report_of(folder).sites
     receipt = from_run.read_run(folder / "second").receipts["site-1"]
     assert site.verification.num_events >= receipt.sequence
     early = replace(site, verification=replace(site.verification, num_events=receipt.sequence - 1))
     assert "must be no older than this run" in refused(folder, signed_report(folder, sites=(early,)))
+    shutil.rmtree(folder / "second" / "checkpoints")
+    assert "gave this run no receipt" in refused(folder, signed_report(folder))
 
 
 def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> None:
@@ -158,37 +156,42 @@ def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> No
 SPENT = ("epsilon", "with_set_aside", "period_epsilon")
 
 
-@pytest.mark.parametrize(
-    ("change", "place"),
-    [
-        (lambda said, other: {"reported": "2020-01-01"}, "reported"),
-        (lambda said, other: {"asserted": {"no_person_at_another_site": True}}, "asserted"),
-        (lambda said, other: {"verification": other.verification}, "verification.site_key"),
-        (lambda said, other: {"releases": said.releases * 2}, "releases"),
-        (lambda said, other: {"releases": tuple(replace(one, run="r") for one in said.releases)}, "releases"),
-        (lambda said, other: of_its_runs(said, run="another"), "lifetime.runs"),
-        (lambda said, other: of_its_runs(said, rounds=2), "lifetime.runs"),
-        (lambda said, other: of_its_runs(said, epsilon=0.01), "lifetime.runs.epsilon"),
-        (lambda said, other: of_its_runs(said, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
-        (lambda said, other: of_all_runs(said, **dict.fromkeys(SPENT, 0.001), left=1.999), "lifetime.epsilon"),
-        (lambda said, other: of_all_runs(said, with_set_aside=0.01), "lifetime.epsilon"),
-        (lambda said, other: of_all_runs(said, period_epsilon=9.0), "lifetime.epsilon"),
-        (lambda said, other: of_all_runs(said, left=1.9), "lifetime.left"),
-        (lambda said, other: of_all_runs(said, left=None), "lifetime.left"),
-        (lambda said, other: of_all_runs(said, caps=()), "approved.max_epsilon"),
-        (lambda said, other: of_all_runs(said, order=1e300), "lifetime.order"),
-        (lambda said, other: of_all_runs(said, order=1.0), "lifetime.order"),
-    ],
-)
-def test_a_statement_that_no_site_can_have_made_is_found(folder: Path, change: Any, place: str) -> None:
-    reports = [signed_report(folder, site) for site in ("site-1", "site-2")]
-    facts = joined_by(folder, *reports).facts
+def test_a_statement_that_no_site_can_have_made_is_found(folder: Path) -> None:
+    facts = joined_by(folder, *(signed_report(folder, site) for site in ("site-1", "site-2"))).facts
     site, other = facts.sites
-    forged = replace(site, statement=replace(site.statement, **change(site.statement, other.statement)))
-    rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "reported" else []))
-    assert f"sites.site-1.statement.{place}" in where(derive(replace(facts, rounds=rounds, sites=(forged, other))))
+    said = site.statement
+    for change, place in (
+        ({"reported": "2020-01-01"}, "reported"),
+        ({"asserted": {"no_person_at_another_site": True}}, "asserted"),
+        ({"verification": other.statement.verification}, "verification.site_key"),
+        ({"releases": said.releases * 2}, "releases"),
+        ({"releases": tuple(replace(one, run="r") for one in said.releases)}, "releases"),
+        (of_its_runs(said, run="another"), "lifetime.runs"),
+        (of_its_runs(said, rounds=2), "lifetime.runs"),
+        (of_its_runs(said, epsilon=0.01), "lifetime.runs.epsilon"),
+        (of_its_runs(said, planned_epsilon=0.01), "lifetime.runs.planned_epsilon"),
+        (of_all_runs(said, **dict.fromkeys(SPENT, 0.001), left=1.999), "lifetime.epsilon"),
+        (of_all_runs(said, with_set_aside=0.01), "lifetime.epsilon"),
+        (of_all_runs(said, period_epsilon=9.0), "lifetime.epsilon"),
+        (of_all_runs(said, left=1.9), "lifetime.left"),
+        (of_all_runs(said, left=None), "lifetime.left"),
+        (of_all_runs(said, caps=()), "approved.max_epsilon"),
+        (of_all_runs(said, order=1e300), "lifetime.order"),
+        (of_all_runs(said, order=1.0), "lifetime.order"),
+    ):
+        forged = replace(site, statement=replace(said, **change))
+        rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "reported" else []))
+        assert f"sites.site-1.statement.{place}" in where(derive(replace(facts, rounds=rounds, sites=(forged, other))))
     unsigned = replace(facts, sites=(replace(site, signed_rounds=None, key=""), other))
     assert "sites.site-1.statement.verification.site_key" in where(derive(unsigned))
+    # Of a seeded run it is said of the ledger, too.
+    first, *runs = said.lifetime.runs
+    for seeded in (False, True):
+        life = replace(said.lifetime, runs=(replace(first, seeded_noise=True), *runs), seeded=seeded)
+        forged = replace(site, statement=replace(said, lifetime=life))
+        report = derive(replace(facts, sites=(forged, other)))
+        assert where(report) == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
+        assert (report.verdict.state == "no_guarantee") == seeded
 
 
 def of_all_runs(said: Any, **changes: Any) -> dict[str, Any]:
@@ -198,18 +201,6 @@ def of_all_runs(said: Any, **changes: Any) -> dict[str, Any]:
 def of_its_runs(said: Any, **changes: Any) -> dict[str, Any]:
     *earlier, newest = said.lifetime.runs
     return of_all_runs(said, runs=(*earlier, replace(newest, **changes)))
-
-
-def test_a_seeded_run_of_a_statement_is_said_of_its_ledger(folder: Path) -> None:
-    facts = joined_by(folder, signed_report(folder)).facts
-    site, other = facts.sites
-    first, *runs = site.statement.lifetime.runs
-    for seeded in (False, True):
-        life = replace(site.statement.lifetime, runs=(replace(first, seeded_noise=True), *runs), seeded=seeded)
-        forged = replace(site, statement=replace(site.statement, lifetime=life))
-        report = derive(replace(facts, sites=(forged, other)))
-        assert where(report) == (set() if seeded else {"sites.site-1.statement.lifetime.seeded"})
-        assert (report.verdict.state == "no_guarantee") == seeded
 
 
 def test_verify_says_which_figures_are_a_sites_word(folder: Path) -> None:
@@ -255,24 +246,19 @@ def posing(folder: Path, of: str, **changes: Any) -> Report:
     return signing.signed(with_site(report_of(folder, of), **changes), key_of(folder, "site-2"))
 
 
-@pytest.mark.parametrize(
-    ("released", "says"),
-    [
-        (lambda folder: from_run.build(folder / "first"), "must be a site's report of its own ledger"),
-        (lambda folder: replace(signed_report(folder), signature=None), "it is not signed"),
-        (lambda folder: replace(signed_report(folder), epsilon=0.1), "must carry its site's signature"),
-        (lambda folder: posing(folder, "site-1"), "must carry its site's signature"),
+def test_what_is_not_a_sites_own_word_is_refused(folder: Path) -> None:
+    own = signed_report(folder)
+    for released, says in (
+        (from_run.build(folder / "first"), "must be a site's report of its own ledger"),
+        (replace(own, signature=None), "it is not signed"),
+        (replace(own, epsilon=0.1), "must carry its site's signature"),
+        (posing(folder, "site-1"), "must carry its site's signature"),
         # Nor does it help to leave out what names the ledger's key.
-        (lambda folder: posing(folder, "site-1", verification=None), "as the receipts of site-1 are"),
-        (lambda folder: posing(folder, "site-2", site="site-1"), "as the receipts of site-1 are"),
-        (
-            lambda folder: posing(folder, "site-2", site="west"),
-            "must be about a site of this run (site-1, site-2), not west",
-        ),
-    ],
-)
-def test_what_is_not_a_sites_own_word_is_refused(released: Callable[[Path], Report], says: str, folder: Path) -> None:
-    assert says in refused(folder, released(folder))
+        (posing(folder, "site-1", verification=None), "as the receipts of site-1 are"),
+        (posing(folder, "site-2", site="site-1"), "as the receipts of site-1 are"),
+        (posing(folder, "site-2", site="west"), "must be about a site of this run (site-1, site-2), not west"),
+    ):
+        assert says in refused(folder, released)
 
 
 def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
@@ -283,7 +269,7 @@ def test_a_ledger_without_this_run_is_refused(folder: Path) -> None:
     assert from_run.build(folder / "first", site_reports=[report]).sites[0].source == "signed_site_report"
 
 
-def test_a_site_that_refused_the_run_may_release_its_report(simulate: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> None:
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
         Books(tmp_path / "sites" / "site-2").edit(budget={"max_epsilon": 2.0})
@@ -299,16 +285,3 @@ def test_two_different_reports_of_one_site_are_refused(folder: Path) -> None:
     other = derived(folder, provenance=replace(one.provenance, task="regression"))
     with pytest.raises(ConfigError, match="must be the only report of site-1"):
         joined_by(folder, one, other)
-
-
-def test_without_receipts_no_report_can_be_checked(folder: Path) -> None:
-    shutil.rmtree(folder / "second" / "checkpoints")
-    assert "gave this run no receipt" in refused(folder, signed_report(folder))
-
-
-def test_a_file_that_is_no_report_is_named(folder: Path) -> None:
-    (folder / "second" / "site_reports").mkdir()
-    path = folder / "second" / "site_reports" / "site-1.json"
-    path.write_text("{}")
-    with pytest.raises(ConfigError, match=r"site-1\.json"):
-        from_run.build(folder / "second")

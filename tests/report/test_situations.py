@@ -3,10 +3,10 @@
 import html
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from dp_accounting import GaussianDpEvent
@@ -16,7 +16,6 @@ from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.derive.verdicts import room_of
@@ -28,26 +27,21 @@ from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import Participants
 
 from ..books import Books
+from ..conftest import fail_where, run_proposal, simulate
 from .masking import check_golden
 from .shown import status, where
 
-Proposals = Callable[..., Proposal]
-
 
 def check(name: str, report: Report) -> Report:
-    """The report is whole, its figures follow from its events, and it is the one that somebody has read."""
+    """The report is whole, its figures follow from its events, and it is the one that somebody has read.
+
+    The page says the verdict with each of its reasons, and every site's epsilon, rounded up.
+    """
     assert signing.read(signing.to_text(report).encode()) == report
     assert problems(report) == []
     check_golden(name, report)
-    check_page(report)
-    return report
-
-
-def check_page(report: Report) -> None:
-    """The page says the verdict with each of its reasons, and every site's epsilon, rounded up."""
-    words = catalogue("en")
+    words, verdict = catalogue("en"), report.verdict
     text = shown_text(render(report, language="en"))
-    verdict = report.verdict
     heading = room_of(report) or f"{verdict.state}_{report.kind}"
     for key in (f"verdict.{heading}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
@@ -56,6 +50,7 @@ def check_page(report: Report) -> None:
         assert words.figure(site.spent.epsilon, "epsilon") in text
     for word in ("anonymous", "compliant", "impossible"):
         assert word not in text.lower()
+    return report
 
 
 def shown_text(page: str) -> str:
@@ -69,22 +64,18 @@ def verdict(report: Report) -> tuple[str, tuple[str, ...]]:
 
 
 @pytest.fixture
-def books(books: Callable[..., Books]) -> Books:
-    """A site whose policy allows the runs below."""
+def books(books: Any) -> Books:
     return books(anchor="anchor.json")
 
 
 # Runs.
 
 
-def test_a_run_within_its_target(simulate: Callable[..., Path], tmp_path: Path) -> None:
-    report = check("within", from_run.build(simulate(into=tmp_path)))
+def test_a_simulation_says_so_in_every_report(command: Any, tmp_path: Path) -> None:
+    folder, banner = simulate(into=tmp_path), catalogue("en").texts["banner"]["simulation"]
+    report = check("within", from_run.build(folder))
     assert verdict(report) == ("within", ())
     assert 0 < report.epsilon < report.target_epsilon
-
-
-def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], command: Any, tmp_path: Path) -> None:
-    folder, banner = simulate(into=tmp_path), catalogue("en").texts["banner"]["simulation"]
     site = folder / "sites/site-1"
     signed = ["--sign", str(site / "site_key.pem"), "--output", str(tmp_path / "own")]
     for of, at in (([str(site / "site.toml"), *signed], tmp_path / "own"), ([str(folder)], folder)):
@@ -115,7 +106,7 @@ def test_a_simulation_says_so_in_every_report(simulate: Callable[..., Path], com
     assert status(own, "policy_noted") == "verified"
 
 
-def test_a_run_without_privacy(simulate: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_without_privacy(tmp_path: Path) -> None:
     report = check("without_privacy", from_run.build(simulate("privacy=none", into=tmp_path)))
     assert verdict(report) == ("no_guarantee", ("no_noise",))
     assert (report.epsilon, report.target_epsilon, report.randomness) == (None, None, "none")
@@ -129,17 +120,14 @@ def test_a_run_without_privacy(simulate: Callable[..., Path], tmp_path: Path) ->
         for section, key in (("released", "updates"), ("assumption", "unpredictable_randomness")):
             assert said[section][key] not in text
         assert not re.search("noised|noisy|verrausch", text, re.IGNORECASE)
-
-
-def test_a_run_without_privacy_that_every_site_refused(simulate: Callable[..., Path], tmp_path: Path) -> None:
-    report = from_run.build(simulate("privacy=none", into=tmp_path))
+    # Every site refused it.
     charged = {"rounds": 0, "steps": 0, "epsilon": 0.0, "epsilon_pld": 0.0, "epsilon_rdp": 0.0}
     none = {"mechanisms": (), "curve": (), "steps": (), "releases": (), "meaning": None}
     sites = tuple(replace(site, spent=replace(site.spent, **charged), **none) for site in report.sites)
     assert not any("unpredictable_randomness" in place for place in where(replace(report, sites=sites)))
 
 
-def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_study_with_noise_from_a_seed(tmp_path: Path) -> None:
     report = check("seeded", from_run.build(simulate("runtime.seeded_noise=true", into=tmp_path)))
     assert verdict(report) == ("no_guarantee", ("seeded_noise",))
     assert [site.meaning for site in report.sites] == [None, None]
@@ -150,7 +138,7 @@ def test_a_study_with_noise_from_a_seed(simulate: Callable[..., Path], tmp_path:
 
 
 @pytest.fixture
-def kept(simulate: Callable[..., Path], tmp_path: Path) -> Path:
+def kept(tmp_path: Path) -> Path:
     """Two runs on the same sites, the first of which wants more noise in the second than that one has."""
     for name in ("first", "second"):
         simulate(f"runtime.sites_dir={tmp_path / 'sites'}", into=tmp_path, name=name)
@@ -179,10 +167,7 @@ def test_two_runs_on_one_data_set(kept: Path) -> None:
 
 
 def test_a_run_that_crashed(command: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(display.Display, "round_finished", interrupt)
+    monkeypatch.setattr(display.Display, "round_finished", Mock(side_effect=KeyboardInterrupt))
     assert command("simulate", *tiny(into=tmp_path)).code == 1
     folder = tmp_path / "run"
     report = check("crashed", from_run.build(folder))
@@ -196,21 +181,14 @@ def test_a_run_that_crashed(command: Any, tiny: Any, tmp_path: Path, monkeypatch
     assert [(site.spent.rounds, site.spent.upper_bound) for site in report.sites] == [(2, True)] * 2
 
 
-def test_a_site_that_is_silent(simulate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Participants.site
-
-    def broken(self: Participants, index: int) -> Any:
-        if index == 1:
-            raise OSError("the disk is gone")
-        return opened(self, index)
-
-    monkeypatch.setattr(Participants, "site", broken)
+def test_a_site_that_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_where(monkeypatch, Participants, "site", lambda self, index: index == 1)
     report = check("silent_site", from_run.build(simulate(into=tmp_path)))
     assert verdict(report) == ("within", ("site_silent",))
     assert [site.spent.upper_bound for site in report.sites] == [False, True]
 
 
-def test_a_run_with_noised_metrics(simulate: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_with_noised_metrics(tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=5", "data.heldout_fraction=0.4")
     folder = simulate(*noised, into=tmp_path)
     report = check("noised_metrics", from_run.build(folder))
@@ -221,7 +199,7 @@ def test_a_run_with_noised_metrics(simulate: Callable[..., Path], tmp_path: Path
     assert "noised_scores" in of_site.released
 
 
-def test_runs_that_begin_in_each_other_have_a_line_of_scores(simulate: Callable[..., Path], tmp_path: Path) -> None:
+def test_runs_that_begin_in_each_other_have_a_line_of_scores(tmp_path: Path) -> None:
     noised = ("privacy.metrics=noised", "privacy.metrics_noise_multiplier=2", "data.heldout_fraction=0.4")
     folders = [simulate(*noised, into=tmp_path, name="first")]
     for name in ("second", "third"):
@@ -249,7 +227,7 @@ def test_runs_that_begin_in_each_other_have_a_line_of_scores(simulate: Callable[
 # Ledgers.
 
 
-def test_a_ledger_with_uncommitted_reservations(books: Books, run_proposal: Proposals) -> None:
+def test_a_ledger_with_uncommitted_reservations(books: Books) -> None:
     books.charge(run_proposal(), 1)
     books.charge(run_proposal(), 2, 3, committed=False)
     (site,) = check("uncommitted", from_ledger.build(books.site_toml)).sites
@@ -258,7 +236,7 @@ def test_a_ledger_with_uncommitted_reservations(books: Books, run_proposal: Prop
     assert site.lifetime.with_set_aside > site.lifetime.epsilon
 
 
-def test_a_frozen_ledger(books: Books, run_proposal: Proposals) -> None:
+def test_a_frozen_ledger(books: Books) -> None:
     books.charge(run_proposal(), 1)
     books.open().freeze("the study is over")
     books.refuse(Reason.FROZEN, run="r")
@@ -269,7 +247,7 @@ def test_a_frozen_ledger(books: Books, run_proposal: Proposals) -> None:
     assert verdict(report) == ("within", ())
 
 
-def test_a_restored_ledger(books: Books, run_proposal: Proposals) -> None:
+def test_a_restored_ledger(books: Books) -> None:
     books.charge(run_proposal(), 1)
     backup = books.copied("backup.db")
     books.charge(run_proposal(), 2)
@@ -287,7 +265,7 @@ def test_a_restored_ledger(books: Books, run_proposal: Proposals) -> None:
     assert "lost_branches" in report.covers
 
 
-def test_two_runs_with_different_noise(books: Books, run_proposal: Proposals) -> None:
+def test_two_runs_with_different_noise(books: Books) -> None:
     books.charge(run_proposal(), 1, 2)
     books.charge(run_proposal(run="s", noise_multiplier=2.0, sampling_rate=0.1), 1)
     books.open().end("r", adapter_sha256="ad" * 32)
@@ -296,7 +274,7 @@ def test_two_runs_with_different_noise(books: Books, run_proposal: Proposals) ->
     assert site.verification.rollback_excluded
 
 
-def test_a_ledger_that_was_changed(books: Books, run_proposal: Proposals) -> None:
+def test_a_ledger_that_was_changed(books: Books) -> None:
     books.charge(run_proposal(), 1)
     books.tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
     report = check("changed", from_ledger.build(books.ledger))

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,29 +20,14 @@ from fedtune.report.page.render import AGAIN_S, render
 from fedtune.report.run_page import UnfinishedReport
 from fedtune.show.run_progress import Display
 
+from ..conftest import tiny
+
 
 @pytest.fixture
 def state(folder: Path) -> LeadState:
     """Of a run after its last round, before its own report."""
     (folder / "report.html").unlink()
     return Checkpoints(folder / "checkpoints", saved_config(folder).digest()).load()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
-    """Moves the time on by hand; a page takes two seconds."""
-    now = [0.0]
-
-    def move(seconds: float) -> None:
-        now[0] += seconds
-
-    def write(self: UnfinishedReport, state: LeadState, *, goes_on: bool) -> None:
-        move(2.0)
-        (self._folder / "report.html").write_text(f"{state.round}")
-
-    monkeypatch.setattr(run_page.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(UnfinishedReport, "_write_page", write)
-    return move
 
 
 def shown(folder: Path) -> str:
@@ -71,14 +55,12 @@ def test_the_page_is_the_report_with_a_mark_and_loads_itself_again(folder: Path,
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"
 
 
-def test_a_run_that_another_process_works_on_keeps_its_page(folder: Path) -> None:
-    (folder / "report.html").write_text("of the other process")
-    UnfinishedReport(folder, saved_config(folder)).stop()
-    assert shown(folder) == "of the other process"
-
-
-def test_a_page_without_a_place_ends_nothing(folder: Path, state: LeadState, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_page_of_another_process_stays_and_one_without_a_place_ends_nothing(
+    folder: Path, state: LeadState, caplog: pytest.LogCaptureFixture
+) -> None:
     (folder / "report.html").write_text("the one before")
+    UnfinishedReport(folder, saved_config(folder)).stop()
+    assert shown(folder) == "the one before"
     page = at_once(folder)
     (folder / "config.yaml").write_text("no: settings\n")
     page.update(state)
@@ -87,13 +69,20 @@ def test_a_page_without_a_place_ends_nothing(folder: Path, state: LeadState, cap
     assert "settings" not in caplog.text
 
 
-def test_pages_take_little_of_the_time(folder: Path, state: LeadState, clock: Callable[[float], None]) -> None:
-    page, at = UnfinishedReport(folder, saved_config(folder)), []
+def test_pages_take_little_of_the_time(folder: Path, state: LeadState, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, at = 0.0, []
+
+    def write(self: UnfinishedReport, state: LeadState, *, goes_on: bool) -> None:
+        nonlocal now
+        now += 2.0
+        at.append(state.round)
+
+    monkeypatch.setattr(run_page.time, "monotonic", lambda: now)
+    monkeypatch.setattr(UnfinishedReport, "_write_page", write)
+    page = UnfinishedReport(folder, saved_config(folder))
     for number in range(1, 31):
-        clock(5.0)
+        now += 5.0
         page.update(replace(state, round=number))
-        if (folder / "report.html").exists() and shown(folder) == f"{number}":
-            at.append(number)
     assert at == [4, 12, 20, 28], "each takes 2 s, so that the next comes 40 s after it"
 
 
@@ -119,7 +108,7 @@ def simulate_and_see(
 
 @pytest.mark.parametrize(("language", "said"), [("en", "of 3 rounds are done"), ("de", "von 3 Runden sind fertig")])
 def test_a_run_has_a_page_after_each_round_and_its_own_report_at_the_end(
-    tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, said: str
 ) -> None:
     words = tiny("federation.num_rounds=3", f"report.language={language}", into=tmp_path)
     folder, seen = simulate_and_see(words, monkeypatch)
@@ -127,9 +116,7 @@ def test_a_run_has_a_page_after_each_round_and_its_own_report_at_the_end(
     assert 'id="unfinished"' not in shown(folder)
 
 
-def test_a_run_that_was_interrupted_leaves_a_page_that_says_so(
-    tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_interrupted_leaves_a_page_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, seen = simulate_and_see(tiny("federation.num_rounds=3", into=tmp_path), monkeypatch, interrupt_after=1)
     assert "refresh" in seen[0]
     assert "Unfinished and unsigned: this run stopped after 1 of 3 rounds." in shown(folder)
