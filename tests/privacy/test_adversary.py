@@ -1,8 +1,4 @@
-"""No sequence of requests passes a cap, also when each is chosen after seeing what was spent.
-
-The adversary is a strategy that reads the ledger's own figures before every move.  What was really charged is counted
-apart from the ledger, from the reservations that it gave.
-"""
+"""No sequence of requests passes a cap, also when each is chosen after seeing what was spent."""
 
 import dataclasses
 import math
@@ -48,7 +44,10 @@ def divergence_of(charged: Counter[DpEvent], order: float) -> float:
 
 
 class Game:
-    """A site, and somebody who asks for as much as they can get; what was charged is as the reservations say."""
+    """A site, and somebody who reads the ledger's own figures before each move and asks for as much as they can get.
+
+    What was really charged is counted apart from the ledger, from the reservations that it gave.
+    """
 
     def __init__(self, path: Path, policy: Policy) -> None:
         self.path, self.policy = path, policy

@@ -1,7 +1,4 @@
-"""No person's releases cost more than the figure of the person's cohort, whatever happens to dates, ledger and backups.
-
-What a person lost is counted apart from the ledger, from what the sampler was handed: on lost branches, too.
-"""
+"""Nobody's releases cost more than the figure of their cohort, whatever happens to dates, ledger and backups."""
 
 import random
 import shutil
@@ -35,7 +32,7 @@ class PowerCutError(Exception):
 
 
 class Site:
-    """A site's ledger, the people in its file with their dates, and what each of them really lost."""
+    """A site's ledger, the people in its file with their dates, and what each really lost: on lost branches, too."""
 
     def __init__(self, folder: Path, policy: Policy, chance: random.Random) -> None:
         self.path, self.anchor, self.backup = folder / "ledger.db", folder / "anchor.json", folder / "backup.db"

@@ -1,7 +1,4 @@
-"""What a sum with shared noise costs a record.
-
-The figures stand beside exact distributions of what is released, and wrong credits beside attacks that refute them.
-"""
+"""What a sum with shared noise costs a record, beside exact distributions; wrong credits, beside attacks on them."""
 
 import dataclasses
 import math

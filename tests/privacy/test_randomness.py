@@ -1,8 +1,4 @@
-"""Distributions of the cryptographic stream, each by a test that also rejects a plausible mistake.
-
-Streams are seeded here, so every test decides the same way each time; the stated error rates say how surprising
-another outcome would have been.
-"""
+"""The stream's distributions; each test also rejects a plausible mistake, and decides the same way each time."""
 
 import ast
 import itertools

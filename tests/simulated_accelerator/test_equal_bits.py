@@ -1,7 +1,6 @@
-"""Runs on the simulated accelerator give the bits that they give on the CPU: every task, number format and unit.
+"""Runs on the simulated accelerator, whose kernels are the CPU's, give the CPU's bits: every task, format and unit.
 
-Its kernels are the CPU's, so that nothing but fedtune can make a difference: what is copied where, and what is computed
-on which device.  Tensors of two devices in one operator raise, as they do on a GPU.
+Tensors of two devices in one operator raise, as they do on a GPU.
 """
 
 import json

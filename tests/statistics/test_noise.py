@@ -1,6 +1,6 @@
 """Scale and shape of the noise that a real step adds, that it is independent, and that 10 % off is rejected.
 
-The noise comes from the operating system, so these tests fail for nothing once in a million sessions each.
+It comes from the operating system: these tests fail for nothing once in a million sessions each.
 """
 
 import itertools

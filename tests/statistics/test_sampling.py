@@ -1,7 +1,6 @@
-"""Who joins a step, through the real step: at the rate, each unit by itself, each step by itself.
+"""Who joins a real step: at the rate, each unit and each step by itself.  Counts are binomial, so decisions are exact.
 
-Every count below is binomial under Poisson sampling, so each decision is exact.  The draws come from the operating
-system: these tests fail for nothing once in a million sessions each.
+The draws come from the operating system: these tests fail for nothing once in a million sessions each.
 """
 
 from collections.abc import Callable
