@@ -42,7 +42,7 @@ HEAD = """\
 
 <!-- Written by docs/write_configuration.py from the settings classes; `make test` checks that it is up to date. -->
 
-`fedtune simulate` composes `conf/` with [Hydra](https://hydra.cc): choose an option of a group with `group=option`
+`fedtune simulate` composes `conf/` as [Hydra](https://hydra.cc) would: choose an option of a group with `group=option`
 (`privacy=none`, `experiment=debug`), change one value with `key=value` (`privacy.epsilon=3`), sweep with
 `-m key=1,2,3`. The defaults below are those of the experiment `banks_intents`. If a value breaks a bound, the command
 ends with exit code 2 and a message that names key, value and bound.

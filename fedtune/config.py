@@ -321,9 +321,10 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
         return super().construct_mapping(node, deep)
 
 
-def settings_to_save(config: RunConfig) -> dict[str, Any]:
+def config_yaml(config: RunConfig) -> bytes:
     """The content of a run folder's `config.yaml`; `saved_settings` reads it back."""
-    return {"schema_version": RUN_SCHEMA, **config.to_json()}
+    settings = {"schema_version": RUN_SCHEMA, **config.to_json()}
+    return bytes(yaml.safe_dump(settings, allow_unicode=True, encoding="utf-8", sort_keys=False))
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:

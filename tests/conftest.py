@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,15 +22,14 @@ from typing import Any
 
 import click
 import pytest
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from fedtune.api import compose
+from fedtune.api import compose, experiment_file
 from fedtune.cli.main import fedtune, main
+from fedtune.config import RunConfig, config_yaml
 from fedtune.data import partition, records
 from fedtune.data.records import Record
+from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset, Policy, Reference
@@ -57,11 +55,10 @@ warnings.filterwarnings("ignore", _CLICK, DeprecationWarning)  # while the other
 gc.disable()
 
 
-# What runs of many tests have in common is read once in this process: what the groups of conf/ come to, and the records
-# of the repository's own data files.
-_compose = compose.compose
-_of_groups = lru_cache(maxsize=256)(lambda folder, groups: _compose("config", overrides=list(groups)))
-_parse = lru_cache(maxsize=2048)(lambda override: OverridesParser.create().parse_overrides([override])[0])
+# What runs of many tests have in common is read once in this process: conf/, overrides, and the records of the
+# repository's own data files.
+_plain_yaml = experiment_file.plain_yaml
+_of_conf = cache(_plain_yaml)
 _judged, _record_key = records.judged, records.record_key
 _keys: dict[int, bytes] = {}
 """By the identity of a record that `_read` keeps for good."""
@@ -74,23 +71,9 @@ def _read(path: Path, columns: tuple[tuple[str, str], ...], lenient: bool) -> tu
     return found
 
 
-def _compose_once(config_name: str, overrides: list[str]) -> Any:
-    """What Hydra composes: the options of groups once, and then the values, which Hydra puts in after them, too.
-
-    What is more than options and values, and what is wrong, is left to Hydra.
-    """
-    folder = compose.config_folder()
-    groups = [one for one in overrides if (key := re.match(r"\+*(\w{1,30})[=@/]", one)) and (folder / key[1]).is_dir()]
-    if all(re.match(r"\w+=", one) for one in groups) and not any(
-        re.match(r"~|\+*hydra|.*_from_file_", one) for one in overrides
-    ):
-        with contextlib.suppress(HydraException, OmegaConfBaseException):
-            settings = copy.deepcopy(_of_groups(folder, tuple(groups)))
-            values = [_parse(one) for one in overrides if one not in groups]
-            if not any(one.is_sweep_override() for one in values):
-                ConfigLoaderImpl._apply_overrides_to_config(values, settings)
-                return settings
-    return _compose(config_name, overrides=overrides)
+def _plain_yaml_once(path: Path, *, key: str) -> dict[str, Any]:
+    in_conf = experiment_file.config_folder() in path.parents
+    return copy.deepcopy(_of_conf(path, key=key)) if in_conf else _plain_yaml(path, key=key)
 
 
 def _judged_once(
@@ -103,7 +86,8 @@ def _judged_once(
         yield line, (fault(found) or found) if isinstance(found, Record) else found
 
 
-compose.compose = _compose_once  # type: ignore[assignment]
+experiment_file.plain_yaml = _plain_yaml_once  # type: ignore[attr-defined]
+compose._parsed = lru_cache(maxsize=2048)(compose._parsed)  # type: ignore[assignment]
 records.judged = _judged_once
 partition.record_key = lambda record: _keys.get(id(record)) or _record_key(record)  # type: ignore[attr-defined]
 
@@ -322,6 +306,11 @@ def simulate(*overrides: str, into: Path, name: str = "run") -> Path:
     outcome = run_command("simulate", *tiny(*overrides, into=into, name=name))
     assert outcome.code == 0, outcome.err
     return into / name
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """The config.yaml of a run folder, which is made where there is none."""
+    write_durably(RunFolder(folder).config, config_yaml(config))
 
 
 def result_of(folder: Path) -> Any:

@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
-from fedtune.api.compose import compose_run, write_config
-from fedtune.api.experiment_file import config_folder
+from fedtune.api.compose import _applied, _parsed, compose_run, key_of
+from fedtune.api.experiment_file import composed, config_folder
 from fedtune.config import RunConfig, saved_config
 from fedtune.preparation.starter import left_open
 
-from . import conftest
+from .conftest import write_config
 
 CONF = config_folder()
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -140,12 +142,17 @@ def test_nothing_is_seeded_unless_asked() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["experiment=debug", "name=a", "lora=all_linear", "data.columns={text: b}", "seed=3", "lora.layers=null"],
-        ["privacy=none", "++data.columns={a: b}", "data.labels=['x','y']", "model.path='random:llama'"],
+        *([f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml")),
+        ["experiment=debug", "name=a", "lora=all_linear", "seed=3", "lora.layers=null", "report.about={curator: Ann}"],
+        ["privacy=none", "data.labels=['x','y']", "model.path='random:llama'", "~tracking", "~data.partition"],
+        ["experiment=own_text", "privacy={epsilon: 1e-1}", "++cost.country=DEU", "training.betas.1=0.5", "task=a b"],
     ],
+    ids=" ".join,
 )
-def test_tests_compose_what_hydra_does(overrides: list[str]) -> None:
+def test_settings_are_what_hydra_composes(overrides: list[str]) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        expected = conftest._compose("config", overrides=overrides)
-        for _ in range(2):  # composed, and taken from what was composed
-            assert conftest._compose_once("config", overrides) == expected
+        expected = OmegaConf.to_container(hydra_compose("config", overrides=overrides))
+    of_groups = [one for one in overrides if (CONF / key_of(one)).is_dir() and "{" not in one]
+    chosen = {key_of(one): None if one.startswith("~") else one.partition("=")[2] for one in of_groups}
+    values = [_parsed(one) for one in overrides if one not in of_groups]
+    assert _applied(composed(chosen)[0], values, whole=False) == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.api.compose import compose_run, write_config
+from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.ops.kits.kit_file import KitFile, read_spec
 from fedtune.ops.kits.members import JoinRequest, Roster
@@ -20,7 +20,7 @@ from fedtune.report.from_run import read_run
 from fedtune.spec import KIT_SCHEMA, LEDGER_SCHEMA, REPORT_SCHEMA, RUN_SCHEMA, ConfigError
 from fedtune.tasks.saved import load_task_model
 
-from .conftest import site_policy
+from .conftest import site_policy, write_config
 
 GO_ON = "go on with the version of fedtune that wrote it; all that it has charged stays charged"
 A_REPORT = Path(__file__).parent / "report" / "reports" / "run.json"

@@ -48,12 +48,10 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run is, as `progress` is told.
+    """How far a run is, as `progress` is told: `done` of `total` parts, 0 of 0 where nobody knows how many there are.
 
-    Attributes:
-        stage: in words, such as "scoring the model before training"; "round" after each round.
-        done: of `total` parts; 0 of 0 where nobody knows how many there are.
-        round: what the newest round came to; None before the first one.
+    `stage` says it in words, such as "scoring the model before training"; after a round it is "round", and `round` is
+    what that came to.
     """
 
     stage: str
@@ -126,9 +124,7 @@ def simulate(
 
     config = after_public_stage(config, run)
     folder = folder_of(config)
-    if config.resume is None:
-        config = fitted(config, folder)
-    run(config, folder)
+    run(config if config.resume else fitted(config, folder), folder)
     return load(folder)
 
 
@@ -184,7 +180,7 @@ def load(folder: str | Path) -> Run:
     path = Path(folder)
     if not RunFolder(path).config.exists() and RunFolder(path.absolute().parent).adapter == path.absolute():
         path = path.absolute().parent
-    return Run(folder=path, config=saved_config(path))
+    return Run(path, saved_config(path))
 
 
 def evaluate(run: Run, data: str | Path) -> BesideBase:
@@ -201,14 +197,13 @@ def evaluate(run: Run, data: str | Path) -> BesideBase:
 
 
 def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySide:
-    """Score finished runs, and their base before training, on the same records.
+    """Score finished runs, and their base before training, on the same records; exact, and no guarantee covers it.
 
     `comparison("base", NAME)` of what is returned is the difference of two of them, with an interval (95 %) that draws
-    the same records for both; `estimate(NAME, score)` is one's own score.  Scores are exact, and no guarantee covers
-    them.
+    the same records for both; `estimate(NAME, score)` is one's own score.
 
     Args:
-        runs: by the names that they are to have; the first one's settings say which the records are.
+        runs: by name; the first one's settings say which the records are.
         data: a file with the columns that these settings name; None: the first run's test records.
 
     Raises:

@@ -1,16 +1,42 @@
-"""Experiments: those of conf/, and a file of the user's own: plain data, which is checked before Hydra sees it."""
+"""What conf/ and a file of the user's own say: plain data, by experiment and by option of a group of settings."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import plain_yaml
 from fedtune.data.load import shipped_folders
-from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.spec import ConfigError
+from fedtune.words import dotted
+
+FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns")
+"""Settings whose keys are the user's own: a new value replaces all of the old one."""
+
+_OPEN = "???"  # in place of a value, which must then be given
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """An experiment, with what it builds on."""
+
+    path: Path | None  # of a file of the user's own; None: it is one of conf/
+    options: dict[str, str]  # by group: its own before those of what it builds on
+    layers: tuple[dict[str, Any], ...]  # the settings of what it builds on, and last its own
+
+    @property
+    def said(self) -> set[str]:
+        """The dotted keys that a file of the user's own sets."""
+        return {key for key, _ in dotted(self.layers[-1])} if self.path else set()
+
+    def sets(self, key: str) -> bool:
+        """True if that file sets this dotted key, or something in it."""
+        return any(f"{one}.".startswith(f"{key}.") for one in self.said)
 
 
 def config_folder() -> Path:
@@ -18,48 +44,82 @@ def config_folder() -> Path:
     return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
 
 
-def experiment_called(word: str) -> str | None:
-    """The experiment that a person may have meant: a name of conf/, or a file, whose ending may lack."""
-    if os.path.isfile(config_folder() / "experiment" / f"{word}.yaml"):
-        return word
-    endings = ("",) if word.endswith((".yaml", ".yml")) else (".yaml", ".yml")
-    path = next((f"{word}{ending}" for ending in endings if os.path.isfile(f"{word}{ending}")), None)
-    return path if path is None or "/" in path else f"./{path}"
+def options_of(group: str) -> list[str]:
+    """The options of a group; none if conf/ has no such group."""
+    return sorted(one.stem for one in (config_folder() / group).glob("*.yaml")) if group.isidentifier() else []
 
 
-@dataclass(frozen=True, slots=True)
-class ExperimentFile:
-    """An experiment in a file of the user's own: plain data, checked before Hydra sees it."""
-
-    path: Path
-    # as Hydra takes them: experiments of conf/ that it builds on, itself, and options of groups
-    defaults: tuple[str | dict[str, str], ...]
-    settings: dict[str, Any]  # what it sets beside these, with files beside it by their path
-
-    def sets(self, key: str) -> bool:
-        return value_at(self.settings, key) is not NOT_GIVEN
+def experiment_meant(word: str) -> str:
+    """The end of a message: the experiment that may be meant, of conf/ or in a file, whose ending may lack."""
+    named = word in options_of("experiment")
+    endings = ("",) if named or word.endswith((".yaml", ".yml")) else (".yaml", ".yml")
+    path = next((f"{word}{ending}" for ending in endings if named or os.path.isfile(f"{word}{ending}")), None)
+    return f"; did you mean experiment={path if named or '/' in path else f'./{path}'}?" if path else ""
 
 
-def value_at(settings: Any, key: str) -> Any:
-    """The value of a dotted key in nested settings, or `NOT_GIVEN`."""
-    for part in key.split("."):
-        settings = settings.get(part, NOT_GIVEN) if isinstance(settings, dict) else NOT_GIVEN
-    return settings
+def composed(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Experiment]:
+    """The settings of an experiment, which lie over those of the groups' options; and the experiment.
+
+    Args:
+        chosen: options by group in place of the experiment's, None for no option; and the experiment as "experiment", a
+            name of conf/experiment or a file.
+    """
+    settings = plain_yaml(config_folder() / "config.yaml", key="conf")
+    options = dict(pair for entry in settings.pop("defaults") if entry != "_self_" for pair in entry.items())
+    name = chosen.get("experiment", options.pop("experiment"))
+    is_file = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)
+    experiment = _read(Path(name).expanduser() if is_file else _option("experiment", name), own=is_file)
+    options |= experiment.options | {group: option for group, option in chosen.items() if group != "experiment"}
+    files = {group: _option(group, option) for group, option in options.items() if option is not None}
+    of_groups = ({group: plain_yaml(file, key=group)} for group, file in files.items())
+    return reduce(_merged, (*of_groups, *experiment.layers), settings), experiment
 
 
-def read_experiment(path: Path) -> ExperimentFile:
-    """A file of settings with, at most, a defaults list of groups' options and of conf's experiments."""
+def _merged(old: Any, new: Any, key: str = "") -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)) or key in FREE_MAPS:
+        return old if new == _OPEN else new
+    merged = {name: _merged(old.get(name, _OPEN), value, f"{key}.{name}".lstrip(".")) for name, value in new.items()}
+    return old | merged
+
+
+def _option(group: str, option: Any, *, key: str | None = None) -> Path:
+    """The file of an option of a group, or else a ConfigError about `key`."""
+    choices = options_of(group)
+    if option not in choices:
+        meant = experiment_meant(str(option)) if group == "experiment" else ""
+        bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is no group of settings"
+        raise ConfigError(key or group, option, bound)
+    return config_folder() / group / f"{option}.yaml"
+
+
+def _read(path: Path, *, own: bool) -> Experiment:
+    """An experiment: settings with, at most, a defaults list of groups' options and of conf's experiments."""
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
     settings = plain_yaml(path, key="experiment")
     listed = settings.pop("defaults", [])
-    for key in ("hydra", "resume"):
-        if key in settings:
-            raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
-    _check_plain(settings, path)
-    for group in ("data", "public"):
-        _find_files_beside(settings.get(group), path.parent)
-    return ExperimentFile(path, _defaults(listed, path), settings)
+    if own:
+        for key in ("hydra", "resume"):
+            if key in settings:
+                raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
+        _check_plain(settings, path)
+        for group in ("data", "public"):
+            _find_files_beside(settings.get(group), path.parent)
+    bases, options = list[Experiment](), dict[str, str]()
+    for entry in listed if isinstance(listed, list) else [listed]:
+        alone = isinstance(entry, dict) and len(entry) == 1
+        ((group, option),) = entry.items() if alone else [("experiment", entry)]
+        group = str(group).removeprefix("override ").lstrip("/")
+        if entry == "_self_":
+            continue
+        file = _option(group, option, key=f"{path}: defaults, {group}")
+        if group == "experiment":
+            bases.append(_read(file, own=False))
+        else:
+            options[group] = option
+    for base in reversed(bases):
+        options = base.options | options
+    return Experiment(path if own else None, options, (*(layer for base in bases for layer in base.layers), settings))
 
 
 def _check_plain(value: Any, path: Path, key: str = "") -> None:
@@ -76,27 +136,6 @@ def _check_plain(value: Any, path: Path, key: str = "") -> None:
         raise ConfigError(f"{path}: {key.rstrip('.')}", str(value), "must be text; put quotes around it")
     elif isinstance(value, str) and "${" in value:
         raise ConfigError(f"{path}: {key.rstrip('.')}", value, "must not hold '${': a file of settings is plain data")
-
-
-def _defaults(listed: Any, path: Path) -> tuple[str | dict[str, str], ...]:
-    """The experiments and options of a file's defaults list, all of which are conf's, in the order that counts."""
-    bases: list[str] = []
-    options: dict[str, str] = {}
-    for entry in listed if isinstance(listed, list) else [listed]:
-        if entry == "_self_":
-            continue
-        alone = isinstance(entry, dict) and len(entry) == 1
-        ((group, option),) = entry.items() if alone else [("experiment", entry)]
-        group = str(group).removeprefix("override ").lstrip("/")
-        choices = sorted(one.stem for one in (config_folder() / group).glob("*.yaml")) if group.isidentifier() else []
-        if not isinstance(option, str) or option not in choices:
-            bound = f"must be one of {', '.join(choices)}" if choices else "is no group of settings"
-            raise ConfigError(f"{path}: defaults, {group}", option, bound)
-        if group == "experiment":
-            bases.append(option)
-        else:
-            options[f"override /{group}"] = option
-    return (*bases, "_self_", *({group: option} for group, option in options.items()))
 
 
 def _find_files_beside(group: Any, folder: Path) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.compose import write_config
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
-from fedtune.privacy.durable import write_durably
 from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
 from fedtune.runs.renewal import with_start
 from fedtune.spec import ConfigError, shown
@@ -65,7 +61,7 @@ def run_in_folder(
     try:
         with Tracked(config, note=listener.note) as tracked:
             if config.resume is None:
-                made = make(folder, config)
+                made = files.create(config_yaml(config))
             with files.held(), files.logged(config.tracking.log_level):
                 tracked.begin()
                 result = work(config, folder, _Followed(listener, tracked.update, page.update))
@@ -78,7 +74,7 @@ def run_in_folder(
         if files.saved_checkpoints:
             page.stop()
         elif made:
-            _remove(made)  # nothing ran: leave nothing behind
+            files.remove(made)  # nothing ran: leave nothing behind
         raise
     return result
 
@@ -133,39 +129,7 @@ def folder_of(config: RunConfig) -> Path:
 
 def is_finished(folder: Path) -> bool:
     """True if the run's last round is over, and its adapter has its card."""
-    from fedtune.federation.kept_round import is_over
-    from fedtune.federation.lead import Checkpoints  # it takes seconds to import
+    from fedtune.report.from_run import read_run
     from fedtune.report.model_card import CARD  # it draws
 
-    config, files = saved_config(folder), RunFolder(folder)
-    if files.saved_checkpoints:  # without them, the run has its result
-        rounds = Checkpoints(files.checkpoints, config.digest()).load().rounds
-        if not is_over(rounds, config.federation, judged_by=config.judged_by):
-            return False
-    return (files.adapter / CARD).is_file()
-
-
-def make(folder: Path, config: RunConfig) -> list[Path]:
-    """Create the run folder and write its configuration; returns the new folders, the run's first, then its parents."""
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        folder.mkdir(parents=True)
-        if (owed := RunFolder(folder.parent).selection).is_file():  # a trial owes what all do before it trains
-            write_durably(RunFolder(folder).selection, owed.read_bytes())
-        write_config(config, folder)
-    except FileExistsError:
-        raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another") from None
-    except OSError as error:
-        _remove(new)
-        bound = f"must be a folder to write {config.name} into ({error.strerror})"
-        raise ConfigError("tracking.output_dir", config.tracking.output_dir, bound) from None
-    return new
-
-
-def _remove(made: Sequence[Path]) -> None:
-    """Undo `make`: remove the run's folder with its content, and each parent that is empty."""
-    folder, *parents = made
-    shutil.rmtree(folder, ignore_errors=True)  # without a checkpoint no site was asked, so no ledger has begun
-    with suppress(OSError):
-        for parent in parents:
-            parent.rmdir()
+    return read_run(folder).finished and (RunFolder(folder).adapter / CARD).is_file()

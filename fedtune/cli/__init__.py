@@ -1,1 +1,1 @@
-"""The command line; the only layer that knows Hydra."""
+"""The command line."""

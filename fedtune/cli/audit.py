@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, value_of
-from fedtune.api.start_and_resume import folder_of, make
+from fedtune.api.start_and_resume import folder_of
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides
 from fedtune.cli.interruptible_run import show_run
-from fedtune.config import RunConfig
+from fedtune.config import RunConfig, config_yaml
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.verdicts import read_audit, refuted
@@ -88,7 +88,7 @@ def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
     if not config.privacy.private:
         raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
     folder = folder_of(config)
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     found = sensitivity.search(config, spec, folder, seed=config.seed)
     text = (
         f"{found.tries} cases, one {found.unit} more in each: the sum moved by at most {found.moved:.6f} clip norms\n"

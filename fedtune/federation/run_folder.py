@@ -11,10 +11,11 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedtune.codec import parse_json
+from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk
 
 _MOST_NAMED = 10
@@ -125,6 +126,33 @@ class RunFolder:
         self.selection = path / "selection.json"
         self.audit = path / "audit.json"
         self.audit_mark = path / "AUDIT.txt"
+
+    def create(self, config: bytes) -> list[Path]:
+        """Make the folder, with its configuration as YAML; returns the new folders, the run's first, then its parents.
+
+        Raises:
+            ConfigError: it is there, or cannot be made.
+        """
+        new = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        try:
+            self.path.mkdir(parents=True)
+            if (owed := RunFolder(self.path.parent).selection).is_file():  # a trial owes what all do before it trains
+                write_durably(self.selection, owed.read_bytes())
+            write_durably(self.config, config)
+        except FileExistsError:
+            raise ConfigError("name", self.path.name, f"is taken: {self.path} exists; choose another") from None
+        except OSError as error:
+            self.remove(new)
+            bound = f"must be a folder to write {self.path.name} into ({error.strerror})"
+            raise ConfigError("tracking.output_dir", str(self.path.parent), bound) from None
+        return new
+
+    def remove(self, new: Sequence[Path]) -> None:
+        """Undo `create`: remove the folder with its content, and each new parent that is empty."""
+        shutil.rmtree(self.path, ignore_errors=True)  # without a checkpoint no site was asked, so no ledger has begun
+        with contextlib.suppress(OSError):
+            for parent in new[1:]:
+                parent.rmdir()
 
     def finished_adapter(self) -> Path:
         """`adapter`, where the run has finished and anybody may use it.

@@ -27,7 +27,7 @@ def with_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Cont
     Args:
         config: of the run.
         plain: its settings before secure sums changed rounds, steps and rates, and before a number stood for "auto".
-        keep: keys of `training` whose rates stay, since a person gave them for this start.
+        keep: dotted keys whose rates stay, since a person gave them for this start; "auto" gives none.
 
     Raises:
         ConfigError: the run has another start, or the stage cannot be had with these settings.
@@ -37,12 +37,14 @@ def with_public_stage(config: RunConfig, plain: Mapping[str, Any], *, keep: Cont
         bound = "must be null with public.train_file: the run begins in what is learnt of that file"
         raise ConfigError("model.adapter", adapter, bound)
     num_rounds = public.num_rounds or plain.get("federation", {}).get("num_rounds", config.federation.num_rounds)
-    alone = _alone(replace(config, public=replace(public, num_rounds=num_rounds)), plain.get("training", {}))
+    given_rates = plain.get("training", {})
+    alone = _alone(replace(config, public=replace(public, num_rounds=num_rounds)), given_rates)
     rates = {key.removeprefix("unclipped_"): rate for key, rate in alone.training.lower_rates(clipped=False).items()}
     chosen: dict[str, Any] = {"num_rounds": num_rounds, "local_steps": alone.training.local_steps, **rates}
     given = {key: value for key, value in asdict(public).items() if value is not None}
     lower = config.training.lower_rates(clipped=config.privacy.private)
-    own: dict[str, Any] = {key: rate for key, rate in lower.items() if key not in keep}
+    kept = {key for key in lower if f"training.{key}" in keep and given_rates.get(key) != "auto"}
+    own: dict[str, Any] = {key: rate for key, rate in lower.items() if key not in kept}
     return replace(config, public=PublicSpec(**chosen | given), training=replace(config.training, **own))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.config import RunConfig, settings_to_save
+from fedtune.config import RunConfig, config_yaml
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.data.partition import split_heldout
@@ -159,7 +159,7 @@ def personalise(
     with whole_folder(into) as made:
         folder = RunFolder(made)
         save_task_model(shared.model, folder.adapter, private_to=site)
-        folder.config.write_text(json.dumps(settings_to_save(config), indent=1) + "\n", encoding="utf-8")
+        folder.config.write_bytes(config_yaml(config))
         card = _CARD.format(site=site, run=config.name, day=day, label=LABEL)
         for place in (folder.path, folder.adapter):
             (place / "README.md").write_text(card, encoding="utf-8")

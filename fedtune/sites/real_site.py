@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedtune.config import RunConfig, settings_to_save
+from fedtune.config import RunConfig, config_yaml
 from fedtune.data.formats import version_of
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.protocol import RoundRequest
@@ -192,8 +192,7 @@ class RealSite(Site):
         adapter.load_into(shared.model)
         folder = RunFolder(self._process.adapters / run)
         save_task_model(shared.model, folder.adapter)
-        # JSON is YAML, too.
-        write_durably(folder.config, json.dumps(settings_to_save(config), indent=1).encode() + b"\n")
+        write_durably(folder.config, config_yaml(config))
         log.info("the final adapter is kept", extra={"run": run})
 
     def await_approval(self, proposal: Proposal) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.api.compose import compose_recipe, compose_run, write_config
+from fedtune.api.compose import compose_recipe, compose_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trials
+
+from ..conftest import write_config
 
 
 def swept(overrides: Sequence[str]) -> list[RunConfig]:

@@ -90,6 +90,9 @@ def test_a_wrong_file_is_named(page: Path, text: str, key: str, bound: str) -> N
         ("training.epochs=3", "did you mean federation.num_rounds and training.local_steps?"),
         ("lr=3", "did you mean training.learning_rate?"),
         ("privacy.epsilno=1", "privacy.epsilno = '1': is not a setting of fedtune; did you mean privacy.epsilon?"),
+        ("privacy={epsilonn: 1}", "privacy.epsilonn = 1: is not a setting of fedtune; did you mean privacy.epsilon?"),
+        ("privacy=3", "privacy = '3': must be one of dp_sgd, none"),
+        ("seed=range(1,3)", "seed = 'range(1,3)': is several values"),
         ("training.learning_rates=1", "did you mean training.learning_rate?"),
         ("federation.rounds=1", "did you mean federation.num_rounds?"),
         ("federation.num_round=1", "did you mean federation.num_rounds?"),
@@ -112,12 +115,7 @@ def test_values_as_they_are_typed(page: Path) -> None:
     def made(*overrides: str) -> object:
         return compose_run([f"experiment={page}", *overrides]).data
 
-    writes = [
-        "task=causal_lm",
-        "training.learning_rate=0.1",
-        "data.labels=[]",
-        "data.columns={prompt: a, completion: b}",
-    ]
+    writes = ["task=causal_lm", "training.learning_rate=1", "data.labels=[]", "data.columns={prompt: a, completion: b}"]
     assert made(*writes, "data.prompt_template=Q: {prompt}\\nA:").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
     assert made(*writes, "data.prompt_template='Q: {prompt}\\nA:'").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
     assert made("data.labels=[Störung,'a ä']").labels == ("Störung", "a ä")  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.api.compose import compose_run, write_config
+from fedtune.api.compose import compose_run
 from fedtune.cli.run import _start, compose_for_sites
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.lead import ReceiptBook
@@ -33,6 +33,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import build_task_model
 
+from ..conftest import write_config
 from . import snapshots
 
 SIZES = {"north": 230, "south": 180, "west": 90}

@@ -19,9 +19,9 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.start_and_resume import folder_of, make
+from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.interruptible_run import show_run
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.federation.run_folder import RunFolder, saved_checkpoints
 from fedtune.spec import ConfigError, RefusedError, RunError
 from tests.forked import REPOSITORY, Forked
@@ -45,13 +45,13 @@ def folder(config: RunConfig) -> Path:
 
 def test_what_a_killed_run_left_before_it_began_is_cleared_away(config: RunConfig, folder: Path) -> None:
     assert not RunFolder(folder).has_begun()
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     (folder / "log.txt").touch()
     with RunFolder(folder).held(), pytest.raises(ConfigError, match="is running in another process"):
         RunFolder(folder).has_begun()
     assert not RunFolder(folder).has_begun()
     assert not folder.exists()
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "round-0000.safetensors").touch()
     assert saved_checkpoints(folder / "checkpoints")
@@ -74,22 +74,22 @@ def test_a_folder_that_is_no_run_s_is_left_alone(folder: Path) -> None:
 
 
 def test_a_folder_is_made_with_its_configuration(config: RunConfig, folder: Path) -> None:
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     assert saved_config(folder) == config
     with pytest.raises(ConfigError, match=rf"name = 'one': is taken.*resume={folder}"):
         folder_of(config)
     with pytest.raises(ConfigError, match=r"name = 'one': is taken"):
-        make(folder, config)  # somebody else was faster
+        RunFolder(folder).create(config_yaml(config))  # somebody else was faster
 
 
 def test_a_place_that_cannot_be_written_names_the_setting(config: RunConfig, folder: Path) -> None:
     folder.parent.write_text("no folder")
     with pytest.raises(ConfigError, match=r"tracking\.output_dir = .*: must be a folder to write one into"):
-        make(folder, config)
+        RunFolder(folder).create(config_yaml(config))
 
 
 def test_nobody_runs_a_folder_without_a_log_and_looking_makes_none(config: RunConfig, folder: Path) -> None:
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     assert not RunFolder(folder).is_running
     assert not RunFolder(folder / "nowhere").is_running
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
@@ -98,7 +98,7 @@ def test_nobody_runs_a_folder_without_a_log_and_looking_makes_none(config: RunCo
 
 
 def test_one_process_runs_a_folder_until_it_dies(config: RunConfig, folder: Path) -> None:
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     code = (
         "import sys, time; from pathlib import Path; from fedtune.federation.run_folder import RunFolder\n"
         "with RunFolder(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(600)"
@@ -208,7 +208,7 @@ def test_what_others_have_made_stays(config: RunConfig, folder: Path) -> None:
 
 
 def test_a_folder_of_somebody_else_or_of_a_resumed_run_stays(config: RunConfig, folder: Path) -> None:
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     ran(config, folder, lambda *_: pytest.fail("it ran"), ConfigError, "is taken")
     assert saved_config(folder) == config
     attempt(replace(config, resume=str(folder)), folder, RunError("no server"))
@@ -260,7 +260,7 @@ def test_signals_and_logging_are_as_before_afterwards(config: RunConfig, folder:
 
 
 def test_a_resumed_run_keeps_what_decides_its_result(config: RunConfig, folder: Path) -> None:
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     resumed = compose_run([f"resume={folder}", "runtime.micro_batch_tokens=7", "tracking.log_level=debug"])
     assert folder_of(resumed) == folder
     with pytest.raises(ConfigError) as caught:
@@ -316,5 +316,5 @@ def test_the_status_of_a_run_that_goes_on(command: Any, run_folder: Path) -> Non
 
 
 def test_a_run_that_has_not_begun_has_no_status(command: Any, config: RunConfig, folder: Path) -> None:
-    make(folder, config)
+    RunFolder(folder).create(config_yaml(config))
     assert "must be a run folder with a checkpoint" in command("run", "status", str(folder)).failed()

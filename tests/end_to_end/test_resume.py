@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import fedtune.sites.work as site_work
-from fedtune.api.compose import compose_run, write_config
+from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.federation.lead import LeadState
 from fedtune.flower.simulation import simulate as run_simulation
@@ -16,7 +16,7 @@ from fedtune.runs.federation_run import FederationRun
 from fedtune.show.run_progress import Display
 from fedtune.sites.shared_model import SharedModel
 
-from ..conftest import adapter_of, command, fail_where, result_of, tiny
+from ..conftest import adapter_of, command, fail_where, result_of, tiny, write_config
 
 _ROUNDS = 3
 

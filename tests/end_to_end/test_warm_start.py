@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from fedtune.api.compose import compose_run, write_config
+from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints
 from fedtune.flower.simulation import simulate as run_simulation
 from fedtune.privacy.ledger.verify import verify
 
 from ..cli import snapshots
-from ..conftest import command, result_of, simulate, tiny
+from ..conftest import command, result_of, simulate, tiny, write_config
 from .test_resume import Follower, Stop
 
 pytestmark = pytest.mark.nightly

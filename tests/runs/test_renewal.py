@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.api.compose import write_config
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.runs.renewal import renewed
 from fedtune.spec import ConfigError
 
+from ..conftest import write_config
 from ..sites.conftest import letters
 
 
