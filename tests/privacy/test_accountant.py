@@ -108,12 +108,9 @@ def test_where_delta_covers_the_loss_or_any_noise_would_do_the_search_ends() -> 
     assert calibrate_noise(epsilon=8.0, delta=1e-5, sampling_rate=1e-6, steps=5) == 0.1
 
 
-def test_more_steps_than_memory_is_there_for_are_refused() -> None:
+def test_more_steps_than_memory_is_there_for_and_a_target_that_no_noise_reaches_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"steps = 5000000000: must be at most 100,000,000 in all rounds together"):
         accountant.check_delta("privacy.delta", 1e-5, steps=5 * 10**9)
-
-
-def test_a_target_that_no_noise_reaches_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = 1e-07: cannot be reached"):
         calibrate_noise(epsilon=1e-7, delta=1e-12, sampling_rate=1.0, steps=10)
 

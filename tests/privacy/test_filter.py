@@ -44,10 +44,12 @@ def test_divergence_and_surcharge_agree_with_their_formulas(order: float) -> Non
     assert filter.surcharge(order, DELTA) == pytest.approx(written, rel=1e-12)
 
 
-def test_room_is_what_a_cap_leaves_after_the_surcharge() -> None:
+def test_room_is_what_a_cap_leaves_after_the_surcharge_and_without_any_it_is_refused() -> None:
     room = filter.most_divergence(9.1, order=3.0, delta=DELTA)
     assert room + filter.surcharge(3.0, DELTA) == pytest.approx(9.1, rel=1e-12)
     assert filter.most_divergence(1.0, order=1.5, delta=DELTA) < 0
+    with pytest.raises(ConfigError, match=r"max_epsilon = 1e-06: leaves no room for anything at delta 1e-05"):
+        filter.best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
 
 
 def test_nothing_spent_is_zero_and_no_guarantee_is_infinite() -> None:
@@ -80,11 +82,6 @@ def test_the_best_order_is_the_one_that_lets_the_reference_repeat_most_often(ref
     assert chosen in filter.ORDERS
     assert repeats(chosen) == max(map(repeats, filter.ORDERS))
     assert repeats(chosen) >= 1
-
-
-def test_a_cap_without_room_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"max_epsilon = 1e-06: leaves no room for anything at delta 1e-05"):
-        filter.best_order(GOLDEN, epsilon=1e-6, delta=DELTA)
 
 
 # Rates and noises from useful to absurd; few of each, so that divergences are computed once.

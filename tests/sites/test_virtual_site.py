@@ -144,16 +144,12 @@ def sites_of(config: RunConfig, tmp_path: Path) -> VirtualSites:
     return VirtualSites.of(config, tmp_path / "run", config.plan())
 
 
-def test_a_policy_that_is_there_is_kept_and_read(kept: Any, tmp_path: Path) -> None:
+def test_a_policy_that_is_there_is_kept_and_read_but_not_another_site_s(kept: Any, tmp_path: Path) -> None:
     first = sites_of(kept(), tmp_path).files("site-1").policy
     less = changed(first, limits={"max_rounds": 3})
     write_policy(less, tmp_path / "kept" / "site-1" / "site.toml")
-    assert sites_of(kept("federation.num_rounds=9"), tmp_path).files("site-1").policy == less
-
-
-def test_a_policy_of_another_site_is_not_this_ones(kept: Any, tmp_path: Path) -> None:
-    sites = sites_of(kept(), tmp_path)
-    sites.files("site-1")
+    sites = sites_of(kept("federation.num_rounds=9"), tmp_path)
+    assert sites.files("site-1").policy == less
     (tmp_path / "kept" / "site-2").mkdir()
     (tmp_path / "kept" / "site-1" / "site.toml").rename(tmp_path / "kept" / "site-2" / "site.toml")
     with pytest.raises(ConfigError, match=r"site\.toml: site = 'site-1': must be site-2"):
@@ -232,13 +228,6 @@ def test_a_broken_ledger_does_not_stop_the_others(kept: Any, tmp_path: Path, wan
         fitted(kept(f"federation.if_over_budget={wanted}", "federation.min_sites=2"), tmp_path / "run")
 
 
-def test_a_file_is_no_folder_of_sites(config: Any, tmp_path: Path) -> None:
-    (tmp_path / "sites").write_text("")
-    kept = config(f"runtime.sites_dir={tmp_path / 'sites'}")
-    with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not be there yet"):
-        VirtualSites.of(kept, tmp_path / "run", kept.plan())
-
-
 def test_how_records_were_dealt_out_is_not_noted_anew_beside_a_ledger(config: Any, tmp_path: Path) -> None:
     sites = sites_of(config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path)
     sites.check_dealt_out()
@@ -263,11 +252,13 @@ def test_of_two_runs_that_deal_records_out_at_once_one_is_refused(config: Any, t
     assert [getattr(error, "key", None) for error in found if error] == ["seed"]
 
 
-@pytest.mark.parametrize("gone", ["null", "moved/sites"])
-def test_a_renewed_run_makes_no_new_sites(config: Any, gone: str, tmp_path: Path) -> None:
-    after = config(f"runtime.sites_dir={gone}", "federation.renewal=1")
-    with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*must be the folder of the ledgers of the run that"):
-        sites_of(after, tmp_path)
+def test_a_file_is_no_folder_of_sites_and_a_renewed_run_makes_no_new_sites(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*: must be a folder, or not be there yet"):
+        sites_of(config(f"runtime.sites_dir={tmp_path}/file"), tmp_path)
+    for gone in ("null", "moved/sites"):
+        with pytest.raises(ConfigError, match=r"runtime\.sites_dir = .*must be the folder of the ledgers of the run"):
+            sites_of(config(f"runtime.sites_dir={gone}", "federation.renewal=1"), tmp_path)
     sites_of(before := config(f"runtime.sites_dir={tmp_path}/kept"), tmp_path).check_dealt_out()
     assert sites_of(changed(before, federation={"renewal": 1}), tmp_path).folder == tmp_path / "kept"
 
