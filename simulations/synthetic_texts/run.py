@@ -57,6 +57,7 @@ SECURE = {
     "privacy.sampling_rate": 0.1,
 }
 PLAIN = {"federation.aggregation": "plain", "federation.num_rounds": 4, "training.local_steps": 4}
+LARGE = {"federation.num_rounds": 40, "privacy.sampling_rate": 0.25, "training.learning_rate": 300.0}
 NONE = {
     "privacy": "none",
     "privacy.sampling_rate": 0.0139,
@@ -71,6 +72,8 @@ NONE = {
 }
 WRITERS: dict[str, dict[str, Any]] = {
     **{f"secure-e{epsilon}": {**SECURE, "privacy.epsilon": epsilon} for epsilon in (8, 5, 2)},
+    "secure-e8-faster": {**SECURE, "privacy.epsilon": 8, "training.learning_rate": 400.0},
+    "secure-e8-large": {**SECURE, "privacy.epsilon": 8, **LARGE},
     "plain-e8": {**SECURE, "privacy.epsilon": 8, **PLAIN},
     "three-epochs": {**NONE, "training.unclipped_learning_rate": 0.001},
     "six-epochs": {**NONE, "training.unclipped_learning_rate": 0.0015, "model.adapter": "three-epochs"},
@@ -79,6 +82,8 @@ TITLES = (
     "untuned",
     *(f"secure-e8{way}{votes}" for way in ("", "-guided") for votes in ("", ", most votes")),
     "secure-e8, labels of epsilon 1",
+    "secure-e8-faster",
+    *(f"secure-e8-large{way}" for way in ("", "-guided", ", labels of epsilon 1")),
     "plain-e8",
     "secure-e5",
     "secure-e5, labels of epsilon 3",

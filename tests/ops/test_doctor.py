@@ -29,6 +29,7 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.ops.kits.models import install_model, model_place
 from fedtune.ops.wire import bounded_http
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
@@ -426,6 +427,22 @@ def test_a_ledger_that_has_lived_and_one_that_is_used_up(home: Home) -> None:
     assert "room for 0 runs" in checks["budget"].found
     assert "max_epsilon (" in failures(checks)["run"]
     assert code(checks) == 3
+
+
+def test_a_run_costs_those_whom_it_admits(home: Home) -> None:
+    home.have_arrivals(50)
+    asked = home.asked(lead=home.lead, base_model=home.policy.allow.base_models[0])
+    plan = dataclasses.replace(asked.plan, unit="user", cohorts=Cohorts(period="year", first=None, last="2025"))
+    ledger = home.open()
+    ledger.reserve(dataclasses.replace(asked, plan=plan), round=1, request="first", arrivals=dict)
+    window = "privacy.cohorts={period:year,first:'%s',last:'2026'}"
+    others, all_of_them = (
+        home.examined("privacy.unit=user", "+data.columns.user=patient", "+data.columns.arrival=seen", window % first)
+        for first in ("2026", "2025")
+    )
+    taken = others["budget"].found.split(" %")[0]
+    assert f"lifetime budget {taken} % taken before, {taken} % after" in others["run"].found
+    assert f"lifetime budget {taken} % taken before, {taken} % after" not in all_of_them["run"].found
 
 
 def test_a_model_is_imported_once_and_one_that_is_refused_stops_no_other_check(home: Home) -> None:

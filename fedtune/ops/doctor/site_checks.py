@@ -393,10 +393,15 @@ def _price(plan: Plan, history: History, policy: Policy) -> str:
 
 
 def _percent(history: History, policy: Policy, *, also: Plan | None = None) -> str:
-    """How much of the lifetime cap's divergence is charged, set aside, and `also` asked for; the cap is finite."""
-    taken = history.taken(history.now())
+    """How much of the lifetime cap's divergence is charged, set aside, and `also` asked for; the cap is finite.
+
+    Of the cohort that spent most.  `also` is charged to those whom it admits, who may be others.
+    """
+    now = history.now()
+    taken = [history.taken(now)]
     if also is not None:
-        taken += events.grouped([also.whole])
-    share = spending.share_of_cap(history, taken, cap=policy.budget.max_epsilon)
+        asked = events.grouped([also.whole])
+        taken += [history.taken(now, cohort) + asked for cohort in history.cohorts(also.cohorts)]
+    share = spending.share_of_cap(history, max(taken, key=history.divergence), cap=policy.budget.max_epsilon)
     assert share is not None, "a finite cap"
     return f"{math.ceil(share * 100 - 1e-9)} %" if math.isfinite(share) else "all"
