@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from fedtune.federation.calendar import CalendarRun, calendar_of, epsilon_of
 from fedtune.privacy import accountant, filter
@@ -166,22 +168,26 @@ class SecureSums:
 def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     """The price of more rounds, a smaller delta, larger batches and half of `epsilon`, over all `plan.runs`.
 
+    A change for which no epsilon can be computed is left out.
+
     Args:
         plan: a plan with privacy.
         epsilon: the target of its noise, or its own epsilon.
     """
-    longer = math.ceil(1.5 * plan.num_rounds)
-    changes = [
-        (f"{longer} rounds", dataclasses.replace(plan, num_rounds=longer), epsilon),
-        (f"{2 * plan.num_rounds} rounds", dataclasses.replace(plan, num_rounds=2 * plan.num_rounds), epsilon),
+    changes: list[tuple[str, dict[str, Any], float]] = [
+        (f"{rounds} rounds", {"num_rounds": rounds}, epsilon)
+        for rounds in (math.ceil(1.5 * plan.num_rounds), 2 * plan.num_rounds)
     ]
-    rates = sorted({min(1.0, factor * plan.sampling_rate) for factor in (1.5, 2.0)} - {plan.sampling_rate})
-    for rate in rates:
-        larger = dataclasses.replace(plan, sampling_rate=rate)
-        changes.append((f"batches x {rate / plan.sampling_rate:.3g} (rate {rate:.4g})", larger, epsilon))
-    changes.append((f"delta {plan.delta / 10:.3g}", dataclasses.replace(plan, delta=plan.delta / 10), epsilon))
-    changes.append((f"epsilon {epsilon / 2:.4g}", plan, epsilon / 2))
-    return tuple(_change(what, changed, keep, original=plan) for what, changed, keep in changes)
+    for rate in sorted({min(1.0, factor * plan.sampling_rate) for factor in (1.5, 2.0)} - {plan.sampling_rate}):
+        batches = f"batches x {rate / plan.sampling_rate:.3g} (rate {rate:.4g})"
+        changes.append((batches, {"sampling_rate": rate}, epsilon))
+    changes.append((f"delta {plan.delta / 10:.3g}", {"delta": plan.delta / 10}, epsilon))
+    changes.append((f"epsilon {epsilon / 2:.4g}", {}, epsilon / 2))
+    found = []
+    for what, changed, keep in changes:
+        with suppress(ConfigError):
+            found.append(_change(what, dataclasses.replace(plan, **changed), keep, original=plan))
+    return tuple(found)
 
 
 def _change(what: str, plan: Plan, epsilon: float, *, original: Plan) -> Change:

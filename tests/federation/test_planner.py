@@ -103,6 +103,13 @@ def test_a_rate_ends_at_one() -> None:
     assert {change.plan.sampling_rate for change in planner.what_if(full, epsilon=3.0)} == {1.0}
 
 
+def test_a_change_that_no_epsilon_is_computed_for_is_left_out() -> None:
+    plan = golden(delta=1e-21 * 2 * 2, noise_multiplier=8.0, local_steps=2, num_rounds=2)
+    whats = [change.what for change in planner.what_if(plan, epsilon=2.0)]
+    assert whats[0] == "3 rounds"
+    assert not any(what.startswith("delta") for what in whats)
+
+
 def test_the_signal_is_measured_against_the_noise_in_the_mean_of_all_steps() -> None:
     plan = golden(noise_multiplier=3.0, sampling_rate=0.1, max_grad_norm=0.5, local_steps=5, num_rounds=4)
     sizes, values, draws = {"a": 300, "b": 100}, 400, np.random.default_rng(0)

@@ -8,7 +8,9 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,6 +24,7 @@ from fedtune.report.synthetic_card import run_of
 from fedtune.sites.virtual_site import VirtualSites, budget_for
 from fedtune.spec import RefusedError
 from fedtune.studies.trial_search import Search
+from fedtune.studies.trials import Trials
 
 from ..cli import snapshots
 from ..cli.widths import COLUMNS, too_wide
@@ -266,6 +269,21 @@ def test_a_trial_that_fails_is_no_pick(command: Any, tiny: Any, tmp_path: Path) 
     outcome = command("search", *words, "--method", "grid")
     assert outcome.code == 2
     assert "Nothing is picked: no trial has a score." in outcome.out
+
+
+def test_a_trial_that_sites_refused_costs_what_was_charged_before(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    search = Search.of(tiny("training.learning_rate=0.01,0.02,0.03", *SHORT, into=tmp_path, name="s"), "grid")
+    rounds = iter([0, 1, 0])
+
+    def result_in(folder: Path, *, finished: bool = False) -> Any:
+        if finished:
+            return None
+        return SimpleNamespace(privacy=SimpleNamespace(sites={"site-1": SimpleNamespace(rounds=next(rounds))}))
+
+    monkeypatch.setattr("fedtune.studies.trials.result_in", result_in)
+    search.run(tried := Trials(tmp_path / "s.csv"), Mock(side_effect=RefusedError("no")))
+    once = accountant.epsilon_pld([search.plans[0].whole], search.plans[0].delta)
+    assert [trial.together for trial in tried.rows.values()] == [0.0, once, once]
 
 
 PAGE = (REPOSITORY / "docs/search.md").read_text()
