@@ -36,7 +36,6 @@ def round_of(number: int, **changes: Any) -> RoundResult:
 
 
 def reason(reply: Reply) -> Reason:
-    """Why a reply is a refusal, which it must be."""
     assert isinstance(reply.body, Refusal)
     return reply.body.reason
 
@@ -45,9 +44,7 @@ def made_adapter() -> Adapter:
     return Adapter({"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.ones(4, np.float32)})
 
 
-@pytest.fixture
-def adapter() -> Adapter:
-    return made_adapter()
+_adapter = pytest.fixture(name="adapter")(made_adapter)
 
 
 def update_of(**changes: Any) -> Update:
@@ -55,13 +52,10 @@ def update_of(**changes: Any) -> Update:
 
 
 def key_of(site: str) -> SigningKey:
-    """The key of the site with this name."""
     return SigningKey(Ed25519PrivateKey.from_private_bytes(site.encode().ljust(32)))
 
 
-def receipt_of(
-    site: str = "a", *, charged: int = 1, run: str = "r", key: SigningKey | None = None, **more: Any
-) -> Receipt:
+def receipt_of(site: str = "a", *, charged: int = 1, run: str = "r", key: Any = None, **more: Any) -> Receipt:
     """A receipt that its site signed; `key` signs in its place."""
     key = key or key_of(site)
     counts = {"charged_rounds": charged, "charged_steps": 2 * charged, "sequence": 3 * charged}
@@ -71,17 +65,7 @@ def receipt_of(
 
 @dataclass
 class Station:
-    """The site `a` on its disk, opened anew for every request as after a restart; it trains by adding one.
-
-    Attributes:
-        ready: what else there is to its being made ready for a run.
-        trained: (round, attempt) of each training.
-        before_training: what the ledger held when each of them began.
-        prepared: run of each time that the site was made ready.
-        kept: (run, digest) of each final adapter that it stored.
-        awaited: runs that it was told to put before a person.
-        paused: whether a person there wants it to take part in nothing.
-    """
+    """The site `a` on its disk, opened anew for every request as after a restart; it trains by adding one."""
 
     folder: Path
     policy: Policy
@@ -90,11 +74,11 @@ class Station:
     template: Adapter
     declared_size: int = 100
     ready: dict[str, Any] = field(default_factory=lambda: {"update_dtype": "float32"})
-    trained: list[tuple[int, int]] = field(default_factory=list)
-    before_training: list[list[Kind]] = field(default_factory=list)
-    prepared: list[str] = field(default_factory=list)
-    kept: list[tuple[str, str]] = field(default_factory=list)
-    awaited: list[Proposal] = field(default_factory=list)
+    trained: list[tuple[int, int]] = field(default_factory=list)  # (round, attempt) of each training
+    before_training: list[list[Kind]] = field(default_factory=list)  # what the ledger held when each of them began
+    prepared: list[str] = field(default_factory=list)  # run of each time that the site was made ready
+    kept: list[tuple[str, str]] = field(default_factory=list)  # (run, digest) of each final adapter that it stored
+    awaited: list[Proposal] = field(default_factory=list)  # runs that it was told to put before a person
     paused: bool = False
 
     @property
@@ -130,20 +114,16 @@ class Station:
         moved = Adapter({name: value + np.float32(1) for name, value in adapter.tensors.items()})
         return Trained(adapter=moved, fingerprint="hmac of the records")
 
-    def request(
-        self, round: int = 1, *, adapter: Adapter | None = None, about: dict[str, Any] | None = None, **changes: Any
-    ) -> RoundRequest:
+    def request(self, round: int = 1, *, adapter: Any = None, about: Any = None, **changes: Any) -> RoundRequest:
         """A request of the lead; `changes` are those of the proposal, `about` other fields of the request."""
         fields = {"round": round, "site": self.policy.site, "adapter_digest": (adapter or self.template).digest()}
         return round_request(self.propose(**changes), **fields | (about or {}))
 
     def ask(self, round: int = 1, *, train: Train | None = None, key: SigningKey | None = None, **asked: Any) -> Reply:
-        """The site's answer to the request with these changes, signed by the lead, or by `key`."""
         signed = self.request(round, **asked).signed(key or self.lead)
         return self.send(signed, adapter=asked.get("adapter"), train=train)
 
     def send(self, signed: Signed, *, adapter: Adapter | None = None, train: Train | None = None) -> Reply:
-        """The site's answer to whatever is sent."""
         return answer(self.open(train), signed, adapter or self.template)
 
     def invite(self, *, key: SigningKey | None = None, about: dict[str, Any] | None = None, **changes: Any) -> Reply:
@@ -152,16 +132,13 @@ class Station:
         fields |= {"expires": 1e12, "nonce": NONCE}
         return consider(self.open(), Invitation(**(fields | (about or {}))).signed(key or self.lead))
 
-    def end(
-        self, *, run: str = "r", key: SigningKey | None = None, adapter: Adapter | None = None, digest: str = ""
-    ) -> Receipt | None:
+    def end(self, *, run: str = "r", key: Any = None, adapter: Any = None, digest: str = "") -> Receipt | None:
         """Tell the site that a run is over, signed by the lead, or by `key`; `adapter` travels with the notice."""
         lead = key or self.lead
         notice = EndOfRun(run=run, lead=lead.public, adapter_digest=digest)
         return end_run(self.open(), notice.signed(lead), adapter)
 
     def events(self) -> tuple[Event, ...]:
-        """The ledger's events, each of them checked."""
         return verify(self.path, site_key=self.key.public).events if self.path.exists() else ()
 
     def kinds(self) -> list[Kind]:
@@ -174,13 +151,7 @@ def station(tmp_path: Path, adapter: Adapter) -> Callable[..., Station]:
     """A site of its own; keywords change its policy."""
 
     def make(**changes: Any) -> Station:
-        return Station(
-            folder=tmp_path / "site",
-            policy=site_policy(**changes),
-            propose=run_proposal,
-            lead=lead_key,
-            template=adapter,
-        )
+        return Station(tmp_path / "site", site_policy(**changes), run_proposal, lead_key, adapter)
 
     return make
 

@@ -38,31 +38,19 @@ def state(round: int) -> LeadState:
         for number in range(1, round + 1)
     ]
     moments = {"m/head": np.arange(4, dtype=np.float64) / 3, "v/head": np.ones(4, np.float32)}
-    return LeadState(
-        round=round,
-        adapter=made_adapter(),
-        strategy=moments,
-        receipts={"a": receipt_of(charged=round)},
-        unanswered={"b": 1},
-        rounds=results,
-        seconds=1.5,
-        metrics_before={"loss": 1 / 3},
-    )
+    about = {"strategy": moments, "receipts": {"a": receipt_of(charged=round)}, "unanswered": {"b": 1}, "seconds": 1.5}
+    return LeadState(round=round, adapter=made_adapter(), rounds=results, metrics_before={"loss": 1 / 3}, **about)
 
 
-def same(one: LeadState, other: LeadState) -> bool:
+def test_what_is_saved_is_loaded(checkpoints: Checkpoints) -> None:
     def plain(state: LeadState) -> Any:
         arrays = {name: (value.dtype, value.tobytes()) for name, value in state.strategy.items()}
         others = (state.round, state.receipts, state.unanswered, state.seconds, state.metrics_before)
         return state.adapter.digest(), arrays, others, repr(list(state.rounds))
 
-    return bool(plain(one) == plain(other))
-
-
-def test_what_is_saved_is_loaded(checkpoints: Checkpoints) -> None:
     checkpoints.save(state(2))
     loaded = checkpoints.load()
-    assert same(loaded, state(2))
+    assert plain(loaded) == plain(state(2))
     assert loaded.strategy["m/head"].dtype == np.float64, "a moment rounded to float32 would change the next round"
     assert loaded.receipts["a"].is_signed(), "the site gets its receipt back, and checks its own signature"
 

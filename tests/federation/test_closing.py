@@ -1,17 +1,13 @@
-"""When a lead stops waiting: k of n and a grace period, and who is known to be away."""
+"""When a lead stops waiting: k of n and a grace period, and who is known to be away; and settings that misfit."""
+
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
+from fedtune.spec import ConfigError
 
 # What happens in a round of four sites, one line each time that a lead looks: the seconds since, good updates, sites at
 # work, others, and whether the round is over.
@@ -25,14 +21,42 @@ STORIES: dict[str, list[tuple[float, int, int, int, bool]]] = {
     "three have refused": [(0, 1, 0, 0, True)],
     "one may still come": [(0, 1, 0, 1, False)],
     "everybody's answer is heard": [(0, 0, 1, 0, False)],
+    "three are enough": [(0, 2, 2, 0, False), (1000, 3, 1, 0, False), (60, 3, 1, 0, True)],
 }
-SLOW = {"three are enough": [(0, 2, 2, 0, False), (1000, 3, 1, 0, False), (60, 3, 1, 0, True)]}
 
 
-@pytest.mark.parametrize("story", [*STORIES, *SLOW])
+@pytest.mark.parametrize("story", STORIES)
 def test_when_a_lead_stops_waiting(story: str) -> None:
-    clock, enough = Clock(), 3 if story in SLOW else None
+    clock, enough = Mock(return_value=100.0), 3 if story == "three are enough" else None
     rule = Closing(FederationSpec(num_sites=4, min_sites=2, grace_s=60.0, enough_sites=enough), clock=clock)
-    for number, (seconds, good, at_work, others, over) in enumerate({**STORIES, **SLOW}[story]):
-        clock.now += seconds
+    for number, (seconds, good, at_work, others, over) in enumerate(STORIES[story]):
+        clock.return_value += seconds
         assert rule.is_over(good=good, at_work=at_work, others=others) is over, number
+
+
+def test_names_and_who_takes_part() -> None:
+    assert FederationSpec(num_sites=2).names == FederationSpec(num_sites=2).active == ("site-1", "site-2")
+    named = FederationSpec(num_sites=3, site_names=("a", "b", "c"), participants=("c", "a"))
+    assert named.names == ("a", "b", "c")
+    assert named.active == ("a", "c"), "in the order of the names, which the sum of updates keeps"
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("min_sites", {"num_sites": 3, "participants": ("site-1",), "min_sites": 2}),
+        ("enough_sites", {"min_sites": 2, "enough_sites": 1}),
+        ("strategy", {"num_sites": 3, "aggregation": "secure", "strategy": "fedavgm"}),
+    ],
+)
+def test_settings_that_do_not_go_together(key: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        FederationSpec(**({"num_sites": 2} | changes))
+    assert error.value.key == key
+
+
+def test_a_secure_sum_needs_no_update_dtype() -> None:
+    for dtype in ("bfloat16", "float32"):
+        spec = FederationSpec(num_sites=3, aggregation="secure", update_dtype=dtype)  # type: ignore[arg-type]
+        assert spec.together is not None
+    assert FederationSpec(num_sites=3, aggregation="secure").update_dtype == "bfloat16"

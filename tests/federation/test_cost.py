@@ -2,6 +2,7 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,49 +20,29 @@ def burnt(spec: CostSpec, seconds: float = 1.2) -> Energy | None:
         return meter.stop()
 
 
-@pytest.fixture
-def nobody_is_called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Whoever wants to reach another machine is noted and fails."""
-    called: list[Any] = []
-
-    def refuse(self: socket.socket, address: Any) -> None:
-        called.append(address)
-        raise OSError("no network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **more: refuse(None, asked))  # type: ignore[arg-type]
-    return called
-
-
-def test_energy_and_carbon_are_measured_and_nobody_is_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nobody_is_called: list[Any]
-) -> None:
+def test_energy_and_carbon_are_measured_and_nobody_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("codecarbon")
+    nobody = Mock(side_effect=OSError("no network"))
+    monkeypatch.setattr(socket.socket, "connect", nobody)
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
     monkeypatch.chdir(tmp_path)
-    for key, value in {
-        "EMISSIONS_ENDPOINT": "http://192.0.2.1/told",
-        "OUTPUT_METHODS": "api,csv",
-        "CO2_SIGNAL_API_TOKEN": "token",
-        "ELECTRICITYMAPS_API_TOKEN": "token",
-        "SAVE_TO_API": "true",
-    }.items():
+    for key in ("CO2_SIGNAL_API_TOKEN", "ELECTRICITYMAPS_API_TOKEN"):
+        monkeypatch.setenv(f"CODECARBON_{key}", "token")
+    told = {"EMISSIONS_ENDPOINT": "http://192.0.2.1/told", "OUTPUT_METHODS": "api,csv", "SAVE_TO_API": "true"}
+    for key, value in told.items():
         monkeypatch.setenv(f"CODECARBON_{key}", value)
     found, untold = burnt(CostSpec(energy=True, country="DEU")), burnt(CostSpec(energy=True))
     assert (untold.carbon_kg, untold.kwh > 0, found.kwh > 0) == (None, True, True)
     assert 0.05 < found.carbon_kg / found.kwh < 1.0, "kilograms for a kWh in Germany"
-    assert (nobody_is_called, list(tmp_path.iterdir())) == ([], [])
-
-
-@pytest.mark.parametrize(
-    ("settings", "key"), [({"energy": True, "country": "Germany"}, "country"), ({"country": "DEU"}, "country")]
-)
-def test_what_cannot_be_told_is_refused(settings: dict[str, Any], key: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        CostSpec(**settings)
-    assert caught.value.key == key
+    assert (nobody.called, list(tmp_path.iterdir())) == (False, [])
+    assert burnt(CostSpec(), seconds=0.0) is None, "nothing is measured unasked"
 
 
 def test_a_country_that_nobody_knows_is_refused_before_the_run() -> None:
+    for energy, country in ((True, "Germany"), (False, "DEU")):
+        with pytest.raises(ConfigError) as caught:
+            CostSpec(energy=energy, country=country)
+        assert caught.value.key == "country"
     pytest.importorskip("codecarbon")
     with pytest.raises(ConfigError, match=r"cost.country = 'XYZ': must be one of \d+ that codecarbon knows"):
         CostSpec(energy=True, country="XYZ").check_can_measure()
@@ -73,10 +54,6 @@ def test_cost_changes_no_run_and_goes_to_no_site() -> None:
     told = compose_run(["experiment=debug", "name=x", "privacy.noise_multiplier=4", "cost.energy=true"])
     assert told.run_id() == plain.run_id()
     assert for_sites(told).cost == CostSpec()
-
-
-def test_nothing_is_measured_unasked() -> None:
-    assert burnt(CostSpec(), seconds=0.0) is None
 
 
 def test_run_and_report_tell_it(tiny: Any, command: Any, result_of: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,12 +17,10 @@ from ..privacy.builders import lead_key, reason_of, stranger_key
 
 @pytest.fixture
 def final(adapter: Adapter) -> Adapter:
-    """What came of the run."""
     return Adapter({name: value * 3 for name, value in adapter.tensors.items()})
 
 
 def ends(site: Any) -> list[dict[str, Any]]:
-    """What the ledger says of ended runs."""
     return [dict(event.detail) for event in site.events() if event.detail.get("what") == "run_ended"]
 
 
@@ -81,9 +80,7 @@ def test_another_lead_ends_nothing_and_gives_no_adapter(station: Any, final: Ada
 
 
 def test_an_adapter_that_cannot_be_stored_is_asked_for_again(site: Any, final: Adapter) -> None:
-    def full(run: str, adapter: Adapter) -> None:
-        raise OSError("no space left on device")
-
+    full = Mock(side_effect=OSError("no space left on device"))
     site.ask()
     notice = EndOfRun(run="r", lead=site.lead.public, adapter_digest=final.digest()).signed(site.lead)
     with pytest.raises(OSError, match="no space left"):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,6 +12,7 @@ from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Offer, Reason
 from fedtune.spec import ConfigError
 
+from ..builders import MadeSite
 from ..privacy.builders import lead_key, stranger_key
 from .conftest import NONCE, reason
 
@@ -72,12 +74,8 @@ def test_a_site_without_room_says_how_much_it_has_where_it_is_asked(station: Any
     assert site.kinds() == [Kind.REFUSAL, Kind.RELEASE]
 
 
-def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any) -> None:
-    def fail() -> None:
-        raise MemoryError("patient Zoe Quartz")
-
-    site.propose_ = site.propose
-    site.propose = lambda **changes: fail() if site.prepared else site.propose_(**changes)
+def test_a_failure_while_preparing_is_a_site_error_before_anybody_pays(site: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(MadeSite, "prepare", Mock(side_effect=MemoryError("patient Zoe Quartz")))
     reply = site.invite()
     assert reason(reply) is Reason.SITE_ERROR
     assert "Quartz" not in json.dumps([str(reply.body), str(reply.receipt)])

@@ -38,15 +38,18 @@ def answered(state: LeadState, replies: dict[str, Reply]) -> LeadState:
     return state
 
 
-def test_a_site_that_was_never_asked_has_spent_nothing(state: LeadState) -> None:
+def charged(state: LeadState, site: str = "a") -> tuple[int, bool]:
+    """Steps of a site, and whether they are an upper bound."""
+    charge = site_charge(state, site, run_plan())
+    return charge.steps, charge.upper_bound
+
+
+def test_a_receipt_says_what_was_charged_and_who_was_never_asked_has_spent_nothing(state: LeadState) -> None:
     charge = site_charge(state, "a", run_plan())
     assert (charge.steps, charge.epsilon, charge.epsilon_rdp, charge.upper_bound) == (0, 0.0, 0.0, False)
-
-
-def test_a_receipt_says_what_was_charged(state: LeadState) -> None:
     state = answered(state.asked(["a"]), answer(receipt_of(charged=2)))
     charge = site_charge(state, "a", run_plan())
-    assert (charge.steps, charge.upper_bound) == (4, False)
+    assert charged(state) == (4, False)
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(4.0)), 4)
     assert charge.epsilon == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-3)
@@ -56,18 +59,13 @@ def test_a_receipt_says_what_was_charged(state: LeadState) -> None:
 def test_a_silent_site_counts_every_round_asked_of_it(state: LeadState) -> None:
     state = answered(state.asked(["a", "b"]), answer(receipt_of(charged=1)))
     state = state.asked(["a", "b"])
-    for site, rounds in (("a", 2), ("b", 2)):
-        charge = site_charge(state, site, run_plan())
-        assert (charge.steps, charge.upper_bound) == (2 * rounds, True)
+    assert charged(state, "a") == charged(state, "b") == (4, True)
     assert site_charge(state, "a", run_plan()).epsilon == site_charge(state, "b", run_plan()).epsilon > 0
-
-
-def test_silence_never_counts_for_more_than_the_plan_lets_a_ledger_charge(state: LeadState) -> None:
+    # It never counts for more than the plan lets a ledger charge.
     state = answered(state.asked(["a"]), answer(receipt_of(charged=3)))
     for _ in range(5):
         state = state.asked(["a"])
-    charge = site_charge(state, "a", run_plan())
-    assert (charge.steps, charge.upper_bound) == (2 * run_plan().most_rounds, True)
+    assert charged(state) == (2 * run_plan().most_rounds, True)
 
 
 @pytest.mark.parametrize("wrong", [{"site": "b"}, {"run": "other"}, "unsigned"])
@@ -75,17 +73,13 @@ def test_a_receipt_of_another_site_or_run_or_that_nobody_signed_counts_as_silenc
     unsigned = wrong == "unsigned"
     made = replace(receipt_of(charged=1), charged_rounds=0) if unsigned else receipt_of(**{"charged": 0, **wrong})
     state = answered(state.asked(["a"]), answer(made))
-    assert state.receipts == {}
-    charge = site_charge(state, "a", run_plan())
-    assert (charge.steps, charge.upper_bound) == (2, True)
+    assert (state.receipts, charged(state)) == ({}, (2, True))
 
 
 def test_a_site_keeps_its_key(state: LeadState) -> None:
     state = answered(state.asked(["a"]), answer(receipt_of(charged=1)))
     state = answered(state.asked(["a"]), answer(receipt_of(charged=2, key=key_of("b"))))
-    assert state.receipts["a"] == receipt_of(charged=1)
-    charge = site_charge(state, "a", run_plan())
-    assert (charge.steps, charge.upper_bound) == (4, True)
+    assert (state.receipts["a"], charged(state)) == (receipt_of(charged=1), (4, True))
 
 
 @pytest.mark.parametrize("came", [{"sites": ("a",)}, {"sites": (), "failed_sites": {"a": "beyond_plan"}}])
@@ -96,10 +90,9 @@ def test_a_receipt_that_counts_fewer_rounds_than_updates_came_is_not_believed(st
     state = replace(state, rounds=(round_of(1, **came),))
     assert site_charge(state, "a", run_plan()).upper_bound is False
     replayed = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=old)})
-    charge = site_charge(replayed, "a", run_plan())
-    assert (charge.rounds, charge.upper_bound) == (2, True)
+    assert charged(replayed) == (4, True)
     honest = answered(state.asked(["a"]), {"a": Reply(body=update_of(round=2), receipt=receipt_of(charged=2))})
-    assert (site_charge(honest, "a", run_plan()).rounds, site_charge(honest, "a", run_plan()).upper_bound) == (2, False)
+    assert charged(honest) == (4, False)
     assert honest.with_receipt("a", old, **RUN) is None
 
 
@@ -173,13 +166,6 @@ def book(tmp_path: Path) -> ReceiptBook:
     return ReceiptBook(tmp_path / "lead" / "receipts.json")
 
 
-def test_receipts_come_back_as_they_were_with_signatures_that_hold(book: ReceiptBook) -> None:
-    kept = {"a": receipt_of("a"), "b": receipt_of("b", charged=3)}
-    book.keep(kept)
-    assert ReceiptBook(book.path).read() == kept
-    assert all(one.is_signed() for one in book.read().values())
-
-
 def test_two_runs_at_once_lose_no_receipt_of_each_other(book: ReceiptBook) -> None:
     def keep(sites: str) -> None:
         for site in sites:
@@ -193,12 +179,13 @@ def test_two_runs_at_once_lose_no_receipt_of_each_other(book: ReceiptBook) -> No
     assert set(book.read()) == set("abcdefghijklmnop")
 
 
-def test_of_each_site_the_newest_is_kept_over_all_runs(book: ReceiptBook) -> None:
+def test_of_each_site_the_newest_is_kept_over_all_runs_with_a_signature_that_holds(book: ReceiptBook) -> None:
     book.keep({"a": receipt_of("a", charged=2), "b": receipt_of("b")})
     book.keep({"a": receipt_of("a", charged=1, run="older")})
     assert book.read()["a"] == receipt_of("a", charged=2)
     book.keep({"a": receipt_of("a", charged=3, run="newer")})
-    assert book.read() == {"a": receipt_of("a", charged=3, run="newer"), "b": receipt_of("b")}
+    assert ReceiptBook(book.path).read() == {"a": receipt_of("a", charged=3, run="newer"), "b": receipt_of("b")}
+    assert all(one.is_signed() for one in book.read().values())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 
 from fedtune.federation.protocol import EndOfRun, Invitation, RoundRequest, Signed
 from fedtune.privacy.distributed_noise import Together
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError
 
@@ -30,13 +29,8 @@ def test_what_the_lead_signed_arrives(request_: RoundRequest) -> None:
 
 
 def test_every_field_that_is_asked_for_is_in_the_digest(request_: RoundRequest) -> None:
-    changes: list[dict[str, Any]] = [
-        {"proposal": run_proposal(run="s")},
-        {"proposal": run_proposal(max_grad_norm=2.0)},
-        {"round": 3},
-        {"site": "b"},
-        {"adapter_digest": "cd" * 32},
-    ]
+    proposals = [{"proposal": run_proposal(**one)} for one in ({"run": "s"}, {"max_grad_norm": 2.0})]
+    changes = [*proposals, {"round": 3}, {"site": "b"}, {"adapter_digest": "cd" * 32}]
     digests = {replace(request_, **change).digest() for change in changes}
     assert len(digests | {request_.digest()}) == 6
     assert RoundRequest.of(request_.signed(lead_key)).digest() == request_.digest()
@@ -56,10 +50,10 @@ def test_a_session_is_named_where_there_are_secure_sums_and_nowhere_else(request
             RoundRequest.of(wrong.signed(lead_key))
 
 
-def resigned(signed: Signed, key: SigningKey, change: Callable[[dict[str, Any]], str]) -> Signed:
+def resigned(request: RoundRequest, change: Callable[[dict[str, Any]], str]) -> Signed:
     """Another text, and the lead's true signature on it."""
-    text = change(json.loads(signed.text))
-    return Signed(text=text, signature=key.sign(RoundRequest.purpose, text.encode()))
+    text = change(json.loads(request.signed(lead_key).text))
+    return Signed(text=text, signature=lead_key.sign(RoundRequest.purpose, text.encode()))
 
 
 _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -82,9 +76,8 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 @pytest.mark.parametrize("fault", list(_FAULTS))
 def test_anything_else_is_no_request_whoever_signed_it(request_: RoundRequest, fault: str) -> None:
-    signed = resigned(request_.signed(lead_key), lead_key, _FAULTS[fault])
     with pytest.raises(ConfigError, match=r"must be a lead's round request"):
-        RoundRequest.of(signed)
+        RoundRequest.of(resigned(request_, _FAULTS[fault]))
 
 
 def test_a_request_is_the_word_of_the_lead_that_it_names(request_: RoundRequest) -> None:
@@ -116,14 +109,11 @@ def test_a_notice_of_the_end_is_the_word_of_its_lead_too() -> None:
 
 @pytest.mark.parametrize("spoken", [1, WIRE_SCHEMA - 1, WIRE_SCHEMA + 1])
 def test_a_lead_of_another_version_is_told_that_versions_differ(request_: RoundRequest, spoken: int) -> None:
-    def other(fields: dict[str, Any]) -> str:
-        return json.dumps(fields | {"protocol": spoken})
-
     asked = Invitation(proposal=request_.proposal, site="a", expires=1e9, nonce="0a" * 16)
     question = json.loads(asked.signed(lead_key).text)
     for read, signed in (
-        (RoundRequest.of, resigned(request_.signed(lead_key), lead_key, other)),
-        (Invitation.of, Signed(text=other(question), signature="")),
+        (RoundRequest.of, resigned(request_, lambda fields: json.dumps(fields | {"protocol": spoken}))),
+        (Invitation.of, Signed(text=json.dumps(question | {"protocol": spoken}), signature="")),
     ):
         with pytest.raises(Refused) as refused:
             read(signed)
@@ -132,6 +122,4 @@ def test_a_lead_of_another_version_is_told_that_versions_differ(request_: RoundR
         assert refused.value.allowed == f"protocol {WIRE_SCHEMA}: lead and site run different versions of fedtune"
     for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
-            RoundRequest.of(
-                resigned(request_.signed(lead_key), lead_key, lambda f, n=nonsense: json.dumps(f | {"protocol": n}))
-            )
+            RoundRequest.of(resigned(request_, lambda f, n=nonsense: json.dumps(f | {"protocol": n})))

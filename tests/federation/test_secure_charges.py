@@ -78,7 +78,6 @@ class Charges(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def fail(self, chance: random.Random) -> None:
-        """The next training of a site, in the middle."""
         site = self.federation.sites[chance.choice(NAMES)]
         site.fails = True
 

@@ -13,17 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.federation.protocol import (
-    ANNOUNCE,
-    CONFIRM,
-    JOIN,
-    UNMASK,
-    Reply,
-    RoundRequest,
-    SumRequest,
-    digest_of_parts,
-    terms_of,
-)
+from fedtune.federation import protocol
+from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, Reply, RoundRequest
 from fedtune.federation.secure import at_site
 from fedtune.federation.secure.agreement import Limits, Session
 from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
@@ -69,14 +60,10 @@ class SecureSite(Station):
     @property
     def sums(self) -> SumsAtSite:
         trust = self.policy.trust
-        return SumsAtSite(
-            site=self.policy.site,
-            identity=self.key,
-            parties=self.parties,
-            limits=Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold),
-            roster={**self.members, self.policy.site: self.key.public},
-            keep=kept_in(self.promises),
-        )
+        limits = Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold)
+        roster = {**self.members, self.policy.site: self.key.public}
+        about = {"limits": limits, "roster": roster, "keep": kept_in(self.promises)}
+        return SumsAtSite(site=self.policy.site, identity=self.key, parties=self.parties, **about)
 
 
 @dataclass
@@ -91,19 +78,11 @@ class Federation:
     name: str = "0" * 32
     """Of the session that the lead is in."""
 
-    def step(
-        self,
-        site: str,
-        kind: str,
-        *parts: bytes,
-        name: str | None = None,
-        lead: SigningKey | None = None,
-        of: tuple[bytes, ...] | None = None,
-    ) -> bytes | Refusal:
+    def step(self, site: str, kind: str, *parts: bytes, name: str = "", lead: Any = None, of: Any = None) -> Any:
         """What a site answers to these parts; `of` are those that the lead signed, where somebody changed them."""
-        key, signed = lead or self.lead, digest_of_parts(parts if of is None else of)
+        key, signed = lead or self.lead, protocol.digest_of_parts(parts if of is None else of)
         about = {"expires": 1e12, "step": kind, "session": name or self.name, "parts_digest": signed}
-        request = SumRequest(proposal=self.asked(lead=key.public), site=site, **about)
+        request = protocol.SumRequest(proposal=self.asked(lead=key.public), site=site, **about)
         return take_step(self.sites[site].open(), request.signed(key), list(parts))
 
     def told(self, site: str, kind: str, *parts: bytes, **more: Any) -> bytes:
@@ -121,7 +100,7 @@ class Federation:
         name, proposal = secrets.token_hex(16), self.asked()
         self.name = name
         keys = {site: one.key.public for site, one in self.sites.items()}
-        terms = terms_of(proposal, members=keys, length=VECTOR.size)
+        terms = protocol.terms_of(proposal, members=keys, length=VECTOR.size)
         announced = {site: self.told(site, ANNOUNCE, name=name) for site in NAMES}
         session = session_of(terms, announced)
         for site in NAMES:
@@ -137,16 +116,18 @@ class Federation:
         return answer(self.sites[site].open(), signed, self.adapter)
 
     def summation(self, session: Session, round: int = 1) -> Summation:
-        """Of everybody's uploads."""
         made = Summation(session, release=round)
         for site in NAMES:
             made.add_upload(site, masked(self.upload(site, round)))
         return made
 
-    def read(self, made: Summation) -> np.ndarray:
-        question = made.confirm_request()
+    def confirmed(self, made: Summation) -> Summation:
         for site in NAMES:
-            made.add_confirmation(site, self.told(site, CONFIRM, question))
+            made.add_confirmation(site, self.told(site, CONFIRM, made.confirm_request()))
+        return made
+
+    def read(self, made: Summation) -> np.ndarray:
+        self.confirmed(made)
         for site in NAMES:
             made.add_revealed(site, self.told(site, UNMASK, made.unmask_request(site)))
         return made.total()
@@ -207,12 +188,6 @@ def test_a_lead_whom_nobody_approved_takes_over_no_run(federation: Federation) -
     np.testing.assert_array_equal(federation.read(federation.summation(session, 2)), 3 * VECTOR)
 
 
-def test_a_party_is_its_lead_s_alone(federation: Federation) -> None:
-    """Also before anything is charged, while the ledger knows of no run."""
-    federation.begun()
-    assert federation.refused("north", CONFIRM, b"x", lead=federation.other_lead) == DIFFERS
-
-
 def test_a_session_that_does_not_begin_leaves_the_one_before(federation: Federation) -> None:
     session, name, announced = federation.begun()
     new = secrets.token_hex(16)
@@ -239,6 +214,8 @@ def test_sites_go_back_to_a_session_that_others_did_not_leave(federation: Federa
 def test_a_round_of_another_session_is_charged_to_nobody(federation: Federation) -> None:
     _, earlier, _ = federation.begun()
     session, name, _ = federation.begun()
+    # A party is its lead's alone, also while the ledger knows of no run.
+    assert federation.refused("north", CONFIRM, b"x", lead=federation.other_lead) == DIFFERS
     for other in (earlier, "f" * 32):
         federation.name = other
         assert wrong(federation.upload("north")) == DIFFERS
@@ -291,9 +268,7 @@ def test_what_was_changed_on_the_way_is_not_answered(federation: Federation) -> 
         assert federation.refused("north", JOIN, *parts, of=tuple(announced)) == changed
     assert federation.refused("north", ANNOUNCE, b"", of=(), name=name) == changed
     assert not federation.sites["north"].promises.exists(), "nothing is promised for it either"
-    for site in NAMES:
-        made.add_confirmation(site, federation.told(site, CONFIRM, question))
-    asked = made.unmask_request("north")
+    asked = federation.confirmed(made).unmask_request("north")
     fields = json.loads(asked)
     fields["sealed"]["east"] = fields["sealed"]["south"]
     assert federation.refused("north", UNMASK, canonical(fields), of=(asked,)) == changed
@@ -317,13 +292,10 @@ CHANGES: dict[str, Callable[[SecureSite], None]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_what_a_person_forbids_meanwhile_ends_a_site_s_part(federation: Federation, change: Any) -> None:
     session, _, _ = federation.begun()
-    made = federation.summation(session)
-    question = made.confirm_request()
-    for site in NAMES:
-        made.add_confirmation(site, federation.told(site, CONFIRM, question))
+    made = federation.confirmed(federation.summation(session))
     change(federation.sites["north"])
     federation.refused("north", UNMASK, made.unmask_request("north"))
-    federation.refused("north", CONFIRM, question)
+    federation.refused("north", CONFIRM, made.confirm_request())
     assert isinstance(federation.upload("north", 2).body, Refusal)
     assert federation.charged("north") == 1
 
@@ -339,9 +311,7 @@ def test_who_would_refuse_the_round_joins_no_session(federation: Federation) -> 
     assert federation.refused("south", JOIN, *announced, name=name)[0] is Reason.PAUSED
 
 
-def test_settings_are_needed_for_the_first_step_of_a_session_alone(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_are_needed_for_the_first_step_of_a_session_alone(federation: Federation, monkeypatch: Any) -> None:
     """A lead sends them with that: whoever has lost its part says so, and is asked to announce again."""
     session, name, announced = federation.begun()
     made = federation.summation(session)
@@ -361,15 +331,14 @@ def test_settings_are_needed_for_the_first_step_of_a_session_alone(
 def test_a_promise_is_written_once_however_often_it_is_asked_for(federation: Federation) -> None:
     session, _, _ = federation.begun()
     made = federation.summation(session)
-    question = made.confirm_request()
     for _ in range(20):
-        federation.told("north", CONFIRM, question)
+        federation.told("north", CONFIRM, made.confirm_request())
     assert len(federation.sites["north"].promises.read_text().splitlines()) == 1
     federation.read(made)
     assert noted(federation.sites["north"]) == [(session.digest, 1, True)]
     replaced = federation.sites["north"].promises.stat().st_mtime_ns
     for _ in range(20):
-        federation.told("north", CONFIRM, question)
+        federation.told("north", CONFIRM, made.confirm_request())
         federation.told("north", UNMASK, made.unmask_request("north"))
     assert federation.sites["north"].promises.stat().st_mtime_ns == replaced
 

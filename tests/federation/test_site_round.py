@@ -1,9 +1,11 @@
 """What a site answers, and what it must have written before it reads a record."""
 
+import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,10 +22,6 @@ from fedtune.runs.results import site_charge
 from ..conftest import run_plan
 from ..privacy.builders import stranger_key
 from .conftest import reason
-
-
-def interrupted(*args: object) -> Trained:
-    raise KeyboardInterrupt
 
 
 def test_the_charge_is_on_disk_before_training_and_the_reply_before_it_leaves(site: Any, adapter: Adapter) -> None:
@@ -43,7 +41,7 @@ def test_the_charge_is_on_disk_before_training_and_the_reply_before_it_leaves(si
 
 def test_an_interrupted_round_is_tried_again_at_a_new_charge(site: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
-        site.ask(train=interrupted)
+        site.ask(train=Mock(side_effect=KeyboardInterrupt))
     reply = site.ask()
     assert isinstance(reply.body, Update)
     assert site.trained == [(1, 2)]
@@ -51,11 +49,8 @@ def test_an_interrupted_round_is_tried_again_at_a_new_charge(site: Any) -> None:
 
 
 def test_no_text_of_a_failure_leaves(site: Any, caplog: pytest.LogCaptureFixture) -> None:
-    def fails(*args: object) -> Trained:
-        raise RuntimeError("canary-17 in row 3")
-
     with caplog.at_level(logging.ERROR, "fedtune"):
-        reply = site.ask(train=fails)
+        reply = site.ask(train=Mock(side_effect=RuntimeError("canary-17 in row 3")))
     assert reason(reply) is Reason.SITE_ERROR
     assert "canary" not in repr(reply)
     assert "canary-17 in row 3" in caplog.text
@@ -63,37 +58,20 @@ def test_no_text_of_a_failure_leaves(site: Any, caplog: pytest.LogCaptureFixture
     assert reply.receipt.charged_rounds == 1, "what failed had begun, and was charged"
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A locked ledger is given up soon."""
-    monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.05)
-
-
-@pytest.fixture
-def reader(site: Any) -> Iterator[Callable[[], None]]:
-    """Begins to read the ledger and does not end, as a backup that hangs: nobody can commit meanwhile."""
-    open_files: list[sqlite3.Connection] = []
-
-    def begin() -> None:
-        file = sqlite3.connect(site.path, isolation_level=None)
-        file.execute("BEGIN")
-        file.execute("SELECT count(*) FROM events").fetchone()
-        open_files.append(file)
-
-    yield begin
-    for file in open_files:
-        file.close()
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_reply_that_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
-    site: Any, reader: Any, adapter: Adapter, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
+    site: Any, adapter: Adapter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def blocked(*args: object) -> Trained:
-        reader()
-        return Trained(adapter=adapter)
+    monkeypatch.setattr(store, "LOCK_TIMEOUT_S", 0.05)
+    site.ledger()
+    with contextlib.closing(sqlite3.connect(site.path, isolation_level=None)) as file:
 
-    reply = site.ask(train=blocked)
+        def blocked(*args: object) -> Trained:
+            # Begins to read the ledger and does not end, as a backup that hangs: nobody can commit meanwhile.
+            file.execute("BEGIN")
+            file.execute("SELECT count(*) FROM events").fetchone()
+            return Trained(adapter=adapter)
+
+        reply = site.ask(train=blocked)
     assert reason(reply) is Reason.SITE_ERROR
     assert site.kinds() == [Kind.PLAN, Kind.RESERVE]
     # A receipt of nothing charged would be a lie: without one the lead counts the round.
@@ -104,28 +82,17 @@ def test_a_reply_that_cannot_be_stored_is_not_sent_and_its_charge_is_not_denied(
     assert "database is locked" in caplog.text
 
 
-class Clock:
-    """Time that passes only while somebody sleeps, or trains."""
-
-    def __init__(self) -> None:
-        self.now = 17.25
-        self.sleeps: list[float] = []
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds >= 0, "time.sleep raises ValueError otherwise"
-        self.sleeps.append(seconds)
-        self.now += seconds
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Time that passes only while somebody sleeps, or trains."""
+    clock = SimpleNamespace(now=17.25, sleeps=[])
+
+    def sleep(seconds: float) -> None:
+        assert seconds >= 0, "time.sleep raises ValueError otherwise"
+        clock.sleeps.append(seconds)
+        clock.now += seconds
+
+    clock.monotonic, clock.time, clock.sleep = lambda: clock.now, lambda: clock.now, sleep
     monkeypatch.setattr(site_module, "time", clock)
     return clock
 
@@ -133,7 +100,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize(("training_s", "reply_s"), [(0.0, 0.0), (0.1, 60.0), (59.9, 60.0), (60.5, 120.0), (600, 600)])
 @pytest.mark.parametrize("error", [None, RuntimeError(), Refused(Reason.PLAN_EXHAUSTED)], ids=repr)
 def test_an_answer_leaves_at_a_whole_multiple(
-    station: Any, clock: Clock, adapter: Adapter, error: Exception | None, training_s: float, reply_s: float
+    station: Any, clock: Any, adapter: Adapter, error: Exception | None, training_s: float, reply_s: float
 ) -> None:
     def train(*args: object) -> Trained:
         clock.now += training_s
@@ -149,7 +116,7 @@ def test_an_answer_leaves_at_a_whole_multiple(
         assert isinstance(reply.body, Update)
 
 
-def test_strangers_are_not_kept_waiting(station: Any, clock: Clock) -> None:
+def test_strangers_are_not_kept_waiting(station: Any, clock: Any) -> None:
     # Nothing that they are told depends on a record, and each would hold a worker.
     site = station(releases={"reply_after_s": 60.0})
     assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.LEADS
@@ -157,7 +124,7 @@ def test_strangers_are_not_kept_waiting(station: Any, clock: Clock) -> None:
     assert clock.sleeps == []
 
 
-def test_a_reply_is_never_due_before_it_is_there(clock: Clock) -> None:
+def test_a_reply_is_never_due_before_it_is_there(clock: Any) -> None:
     # Dividing by 0.1 and multiplying again may round to a little less than what has passed.
     for number in range(1, 2000):
         clock.now = 0.0

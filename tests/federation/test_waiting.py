@@ -1,8 +1,8 @@
 """Before anything is loaded or prepared: who asks, whether the site is paused, its rules, its budget, its people."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,7 +11,7 @@ from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
 from fedtune.spec import RunError
 
-from ..builders import with_methods
+from ..builders import MadeSite
 from ..privacy.builders import stranger_key
 from .conftest import reason
 
@@ -101,60 +101,39 @@ def test_a_denied_run_is_refused_at_once_and_its_reason_stays_here(manual: Any) 
 
 
 @pytest.fixture
-def understanding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Note when a site reads a run's settings, which may be refused."""
-
-    def watch(site: Any, *, refused: bool) -> list[str]:
-        read: list[str] = []
-        opened = site.open
-
-        def check_settings(request: Any) -> None:
-            read.append(request.run)
-            if refused:
-                raise Refused(Reason.SETTINGS)
-
-        monkeypatch.setattr(site, "open", lambda train=None: with_methods(opened(train), check_settings=check_settings))
-        return read
-
-    return watch
+def understanding(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """In the place of how a site reads a run's settings."""
+    monkeypatch.setattr(MadeSite, "check_settings", made := Mock())
+    return made
 
 
-def test_settings_that_do_not_fit_are_refused_before_a_person_is_asked(manual: Any, understanding: Any) -> None:
-    read = understanding(manual, refused=True)
+def test_settings_that_do_not_fit_are_refused_before_a_person_is_asked(manual: Any, understanding: Mock) -> None:
+    understanding.side_effect = Refused(Reason.SETTINGS)
     assert reason(manual.ask()) is Reason.SETTINGS
-    assert read == ["r"]
+    assert [one.args[0].run for one in understanding.call_args_list] == ["r"]
     assert manual.awaited == manual.prepared == []
     manual.ledger().approve(manual.request().proposal)
     assert reason(manual.ask()) is Reason.SETTINGS
 
 
-def test_settings_are_not_read_for_what_is_refused_anyway(station: Any, understanding: Any) -> None:
-    site = station()
-    read = understanding(site, refused=False)
+def test_settings_are_not_read_for_what_is_refused_anyway(site: Any, understanding: Mock) -> None:
     site.ask(rank=64)
     site.ask(key=stranger_key, lead=stranger_key.public)
     site.ask(about={"expires": 1.0})
     site.paused = True
     site.ask()
-    assert read == []
+    understanding.assert_not_called()
     site.paused = False
     assert isinstance(site.ask().body, Update)
-    assert read == ["r"]
+    understanding.assert_called_once()
 
 
-def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(
-    site: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = site.open()
-
-    def refuses(request: Any) -> Any:
-        raise Refused(Reason.WRONG_RUN, asked="r", allowed="s")
-
-    def fails(request: Any) -> Any:
-        raise OSError("canary: /data/patients.csv")
-
-    for prepare, rule in ((refuses, Reason.WRONG_RUN), (fails, Reason.SITE_ERROR)):
-        monkeypatch.setattr(site, "open", lambda train, prepare=prepare: with_methods(opened, prepare=prepare))
+def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(site: Any, monkeypatch: Any) -> None:
+    for error, rule in (
+        (Refused(Reason.WRONG_RUN, asked="r", allowed="s"), Reason.WRONG_RUN),
+        (OSError("canary: /data/patients.csv"), Reason.SITE_ERROR),
+    ):
+        monkeypatch.setattr(MadeSite, "prepare", Mock(side_effect=error))
         reply = site.ask()
         assert reason(reply) is rule
         assert "canary" not in repr(reply)

@@ -51,14 +51,12 @@ class Knowledge:
     revealed: dict[tuple[str, int, str, str], dict[int, int]] = field(default_factory=dict)
 
     def hear(self, answer: bytes) -> None:
-        """A site's shares."""
         said: dict[str, Any] = json.loads(answer)
         for dealer, given in said["shares"].items():
             for other, value in given.items():
                 self.learn(said["session"], said["release"], dealer, other, {said["site"]: int(value, 16)})
 
     def learn(self, session: str, release: int, dealer: str, other: str, values: Mapping[str, int]) -> None:
-        """Shares by their holders' names."""
         known = self.revealed.setdefault((session, release, dealer, other), {})
         known.update({self.sites.index(holder) + 1: value for holder, value in values.items()})
 

@@ -51,14 +51,8 @@ class Federation:
     def restart(self, site: str) -> Party:
         """A site's new process: nothing of the old one's memory is left."""
         kept = self.kept.setdefault(site, [])
-        self.parties[site] = Party(
-            site,
-            identity=identity(site),
-            terms=self.terms,
-            roster=self.terms.members,
-            limits=self.limits,
-            keep=kept.append,
-        )
+        about = {"terms": self.terms, "roster": self.terms.members, "limits": self.limits}
+        self.parties[site] = Party(site, identity=identity(site), keep=kept.append, **about)
         return self.parties[site]
 
     def set_up(self) -> None:
@@ -97,23 +91,16 @@ class Federation:
         return np.sum([self.vector(site) for site in sites], axis=0)
 
     def asked(self, release: int, survivors: Sequence[str]) -> ConfirmRequest:
-        """A question that a lead makes up."""
         return ConfirmRequest(session=self.session.digest, release=release, survivors=list(survivors))
 
     def forged(self, asked: ConfirmRequest, signers: Collection[str], sealed: dict[str, str]) -> bytes:
         """A question for shares with signatures of these sites, whoever made them."""
         signatures = {site: identity(site).sign(CONFIRMATION, asked.to_bytes()) for site in signers}
-        return UnmaskRequest(
-            session=asked.session,
-            release=asked.release,
-            survivors=asked.survivors,
-            confirmations=signatures,
-            sealed=sealed,
-        ).to_bytes()
+        about = {"session": asked.session, "release": asked.release, "survivors": asked.survivors}
+        return UnmaskRequest(**about, confirmations=signatures, sealed=sealed).to_bytes()
 
 
 def changed(message: bytes, **fields: Any) -> bytes:
-    """A message with other fields."""
     return canonical({**json.loads(message), **fields})
 
 
@@ -125,7 +112,6 @@ def resigned(answer: bytes, **fields: Any) -> bytes:
 
 @contextmanager
 def rejected(reason: Wrong) -> Iterator[Any]:
-    """What is done meanwhile is rejected for this reason."""
     with pytest.raises(Rejected) as error:
         yield error
     assert error.value.wrong is reason

@@ -35,7 +35,6 @@ class Adversary:
             self.knowledge.sent.append(Sent(site, upload, self.federation.vector(site), seeds[0]))
 
     def confirm(self, release: int, survivors: Collection[str], by: Collection[str]) -> dict[str, str]:
-        """Signatures, of the sites that give one."""
         signatures = {}
         for site in by:
             try:
@@ -89,7 +88,11 @@ def test_a_site_confirms_one_set_of_a_release() -> None:
     assert server.knowledge.readable() == [{0: 1, 1: 1, 2: 1, 3: 1}]
 
 
-def test_two_sets_told_to_different_sites_never_have_enough_confirmations() -> None:
+def test_a_site_helps_with_its_own_promise_and_two_sets_never_have_enough_confirmations() -> None:
+    server = Adversary(4, 3)
+    server.upload(1, "abcd")
+    by_others = server.confirm(1, "abcd", by="bcd")
+    assert server.refused(1, "abcd", by_others, "a") is Wrong.NOT_PROMISED, "a helps only with what it promised itself"
     server = Adversary(4, 3)
     server.upload(1, "abcd")
     halves = server.confirm(1, "abcd", by="ab"), server.confirm(1, "abc", by="cd")
@@ -135,13 +138,6 @@ def test_as_many_confirmations_as_the_threshold_and_not_one_fewer(threshold: int
     server.unmask(1, "abc", enough, by="a")
 
 
-def test_a_site_helps_only_with_what_it_promised_itself() -> None:
-    server = Adversary(4, 3)
-    server.upload(1, "abcd")
-    signatures = server.confirm(1, "abcd", by="bcd")
-    assert server.refused(1, "abcd", signatures, "a") is Wrong.NOT_PROMISED
-
-
 def test_confirmations_of_one_release_or_session_are_none_of_another() -> None:
     server = Adversary(3, 2)
     server.upload(1, "abc")
@@ -184,18 +180,12 @@ def test_of_no_site_are_both_kinds_of_share_revealed_and_of_a_dropped_site_none(
     server = Adversary(5, 3)
     server.upload(1, "abcde")
     signatures = server.confirm(1, "abcd", by="abcde")
-    answer = server.federation.parties["a"].unmask(server.request(1, "abcd", signatures, "a"))
+    request = server.request(1, "abcd", signatures, "a")
+    answer = server.federation.parties["a"].unmask(request)
     given_shares = {dealer: set(shares) for dealer, shares in json.loads(answer)["shares"].items()}
     # Of each survivor its own mask's seed, and the seed of its mask with the dropped site; no other pair's.
     assert given_shares == {"a": {"a", "e"}, "b": {"b", "e"}, "c": {"c", "e"}, "d": {"d", "e"}}
-
-
-def test_a_dropped_site_s_shares_are_not_revealed_in_a_survivor_s_place() -> None:
-    """What e sealed for a, given out as if d had sealed it."""
-    server = Adversary(5, 3)
-    server.upload(1, "abcde")
-    signatures = server.confirm(1, "abcd", by="abcde")
-    request = server.request(1, "abcd", signatures, "a")
+    # Nor in a survivor's place: what e sealed for a, given out as if d had sealed it.
     of_e = json.loads(server.request(1, "abcde", signatures, "a"))["sealed"]["e"]
     swapped = changed(request, sealed={**json.loads(request)["sealed"], "d": of_e})
     assert json.loads(server.federation.parties["a"].unmask(swapped))["shares"]["d"] == {}
@@ -225,14 +215,10 @@ def test_a_release_has_one_upload_of_a_site_and_a_retry_is_another_release() -> 
     server.upload(3, "abcd")
     first, retry = server.knowledge.sent[0], server.knowledge.sent[4]
     assert not set(first.seeds.values()) & set(retry.seeds.values())
-
-
-def test_who_promised_a_release_s_set_without_an_upload_does_not_upload_to_it_afterwards() -> None:
-    server = Adversary(4, 3)
-    server.upload(1, "abc")
-    server.confirm(1, "abc", by="d")
+    # Nor does who promised a release's set without an upload upload to it afterwards.
+    server.confirm(4, "abc", by="d")
     with rejected(Wrong.RELEASE_OVER):
-        server.federation.parties["d"].upload(1, server.federation.vector("d"))
+        server.federation.parties["d"].upload(4, server.federation.vector("d"))
 
 
 # Whatever comes over the wire.

@@ -19,10 +19,8 @@ SESSION = "ab" * 32
 
 def pair(session: str = SESSION, other_session: str = SESSION) -> tuple[PairSecrets, PairSecrets]:
     a, b = MaskKey(), MaskKey()
-    return (
-        a.agreed_in(session, {"a": a.public, "b": b.public}),
-        b.agreed_in(other_session, {"a": a.public, "b": b.public}),
-    )
+    keys = {"a": a.public, "b": b.public}
+    return a.agreed_in(session, keys), b.agreed_in(other_session, keys)
 
 
 def test_two_sites_have_one_seed_for_each_release() -> None:
@@ -67,17 +65,15 @@ def test_a_key_under_which_everybody_knows_the_secret_is_none(key: str) -> None:
     assert is_mask_key(MaskKey().public)
 
 
-def test_a_mask_is_the_keystream_of_its_whole_seed() -> None:
+def test_a_mask_is_the_keystream_of_its_whole_seed_and_those_of_a_pair_cancel() -> None:
     seed = os.urandom(32)
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(8 * 5))
     assert masks("a", {"a": seed}, length=5).tobytes() == stream
     for place in (0, 3, 31):  # a seed that is cut to fewer bits would leave some without effect
         other = bytes(byte ^ (place == at) for at, byte in enumerate(seed))
         assert not np.any(masks("a", {"a": other}, length=5) == masks("a", {"a": seed}, length=5))
-
-
-def test_pair_masks_cancel_and_own_masks_do_not() -> None:
-    seed, own = os.urandom(32), os.urandom(32)
+    # Masks of a pair cancel, and a site's own does not.
+    own = os.urandom(32)
     first, second = masks("a", {"b": seed, "a": own}, length=9), masks("b", {"a": seed}, length=9)
     assert np.array_equal(first + second, masks("a", {"a": own}, length=9))
     assert np.any(second != 0)

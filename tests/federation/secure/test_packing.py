@@ -17,13 +17,8 @@ def test_what_was_packed_comes_back_in_the_fewest_whole_bytes(bits: int, values:
     data = packed(numbers, bits)
     assert len(data) == packed_bytes(len(values), bits) == (len(values) * bits + 7) // 8
     assert unpacked(data, len(values), bits).tolist() == [value % 2**bits for value in values]
-
-
-@given(BITS, st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=9))
-def test_bits_lie_one_behind_the_other(bits: int, values: list[int]) -> None:
-    numbers = reduced(np.array(values, np.uint64), bits)
     as_one = sum(int(number) << place * bits for place, number in enumerate(numbers))
-    assert int.from_bytes(packed(numbers, bits), "little") == as_one
+    assert int.from_bytes(data, "little") == as_one, "bits lie one behind the other"
 
 
 @pytest.mark.parametrize("bits", [1, 17, 31, 33, 64])

@@ -59,14 +59,12 @@ def test_twenty_sites_with_the_longest_names_fit_into_the_messages() -> None:
     assert len(request) < MOST_JSON_BYTES / 2
     assert len(federation.parties[names[0]].unmask(request)) < MOST_JSON_BYTES / 2
     assert federation.revealed(summation, by=names).total().tolist() == [2**14 - 1] * 4
-
-
-def test_an_upload_takes_the_bytes_that_its_terms_say() -> None:
-    federation = Federation(terms_of(4, 3, length=1001, bits=26))
-    data = federation.parties["a"].upload(1, federation.vector("a"))
-    terms = federation.terms
-    assert len(data) == upload_bytes(len(terms.members), length=terms.length, bits=terms.bits)
-    assert len(data) - (1001 * 26 + 7) // 8 < 2000
+    # An upload takes the bytes that its terms say, few of them beside the vector.
+    terms = terms_of(4, 3, length=1001, bits=26)
+    sites = Federation(terms)
+    size = len(sites.parties["a"].upload(1, sites.vector("a")))
+    assert size == upload_bytes(len(terms.members), length=terms.length, bits=terms.bits)
+    assert size - (1001 * 26 + 7) // 8 < 2000
 
 
 def test_a_value_beyond_the_largest_is_not_cut_off() -> None:
@@ -154,14 +152,11 @@ def with_a_flipped_bit(number: int) -> tuple[Federation, Summation]:
     return federation, federation.revealed(federation.confirmed(summation, by="abc"), by="abc")
 
 
-def test_a_site_that_deals_shares_of_another_secret_is_named() -> None:
+def test_who_deals_shares_of_another_secret_is_named_and_who_seals_nothing_costs_that_site_s_share_alone() -> None:
     _, summation = with_a_flipped_bit(2 * 4)  # the digest of its own mask's seed
     with pytest.raises(Unreadable, match="c dealt shares that do not fit together") as error:
         summation.total()
     assert error.value.site == "c"
-
-
-def test_a_site_that_seals_nothing_for_another_costs_that_other_s_share_alone() -> None:
     federation, summation = with_a_flipped_bit(3 * 4)  # what it sealed for a
     assert summation.total().tolist() == federation.sum_of("abc").tolist()
     assert summation.wrong_shares == {("a", "c")}

@@ -67,7 +67,6 @@ class Transcript(RuleBasedStateMachine):
 
     @rule()
     def equivocate(self) -> None:
-        """A colluder signs another key."""
         for site in self.colluders:
             key = self.second.setdefault(site, MaskKey())
             other = Announcement.made(site, self.federation.terms, key.public, identity=identity(site))
@@ -131,7 +130,6 @@ class Transcript(RuleBasedStateMachine):
 
     @rule(chance=CHANCE)
     def ask_again(self, chance: random.Random) -> None:
-        """Old questions once more."""
         for _ in range(min(len(self.asked), 5)):
             self._ask(*chance.choice(self.asked))
 
