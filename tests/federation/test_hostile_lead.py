@@ -62,6 +62,7 @@ def test_asking_for_too_much_is_refused_with_the_rule(
     # A receipt is of the run that was asked for; of one that the site does not know, it says that nothing was charged.
     asked_for = changes.get("run", "r")
     assert (reply.receipt.run, reply.receipt.charged_rounds) == (asked_for, rounds_before if asked_for == "r" else 0)
+    assert reply.body.run == asked_for
     assert site.ledger().receipt("r").charged_rounds == rounds_before
 
 
@@ -83,6 +84,7 @@ def test_what_is_not_signed_by_its_lead_is_refused_and_not_even_written_down(sit
         reply = site.send(wrong)
         assert reason(reply) is rule
         assert reply.receipt is None
+    assert (reply.body.run, reply.body.round) == ("", 0), "nobody knows of which"
     assert site.events() == before
     assert site.trained == []
 

@@ -1,6 +1,8 @@
 """Which updates and refusals a lead takes, and how they are rounded on the way."""
 
+import contextlib
 import math
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +19,7 @@ from fedtune.federation.rounding import MOST_ROUNDING, add_difference, rounded_d
 from fedtune.federation.update_store import Arrived
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Difference, Masked, Reason, Refusal, Update
+from fedtune.spec import RunError
 from fedtune.training.reach import Reach
 
 from ..conftest import run_proposal
@@ -206,9 +209,6 @@ def test_sites_keep_their_order_and_who_is_left_out_or_was_not_asked_is_not_hear
     assert sorted_out("stranger") == ((), {"a": NO_REPLY})
 
 
-# An update in bfloat16: the rounding is torch's, and the lead adds it to what it sent.
-
-
 def rounded(values: np.ndarray) -> np.ndarray:
     """The values that arrive where the adapter that was sent is 0."""
     sent = {"w": np.zeros_like(values)}
@@ -238,3 +238,34 @@ def test_what_arrives_is_the_adapter_that_was_sent_and_a_rounded_move() -> None:
         assert (np.abs(value - trained[name]) <= MOST_ROUNDING * moved + 2.0**-23 * np.abs(value)).all()
     still = add_difference(sent, rounded_difference(sent, sent))
     assert all((still[name] == sent[name]).all() for name in sent), "a tensor that rests stays as it is"
+
+
+def test_an_update_is_kept_value_by_value(tmp_path: Path, adapter: Adapter) -> None:
+    with Arrived(tmp_path / "arrived", adapter) as arrived:
+        arrived.put("a", adapter.tensors)
+        arrived.put("b", {name: value + 1 for name, value in adapter.tensors.items()})
+        whole = arrived.values("a", start=0, count=arrived.sent.num_values)
+        assert arrived.adapter(whole).digest() == adapter.digest()
+        pieces = [arrived.values("a", start=start, count=3) for start in range(0, arrived.sent.num_values, 3)]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+        np.testing.assert_array_equal(arrived.values("b", start=0, count=arrived.sent.num_values), whole + 1)
+
+
+def test_the_folder_is_nobody_else_s_and_begins_and_ends_with_the_round(tmp_path: Path, adapter: Adapter) -> None:
+    folder = tmp_path / "checkpoints" / "arrived"
+    Arrived(folder, adapter).__enter__().put("a", adapter.tensors)  # of a lead that was killed
+    with contextlib.suppress(KeyError), Arrived(folder, adapter) as arrived:
+        assert list(folder.iterdir()) == []
+        arrived.put("a", adapter.tensors)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        raise KeyError
+    assert not folder.exists()
+
+
+def test_a_full_disk_ends_the_round_with_its_folder_and_what_it_needs(tmp_path: Path, adapter: Adapter) -> None:
+    with Arrived(tmp_path / "arrived", adapter) as arrived:
+        (tmp_path / "arrived" / "a").symlink_to("/dev/full")
+        with pytest.raises(
+            RunError, match=rf"arrived takes no more of a round \(No space.*{4 * arrived.sent.num_values} byt"
+        ):
+            arrived.put("a", adapter.tensors)

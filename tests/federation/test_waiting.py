@@ -6,7 +6,6 @@ from unittest.mock import Mock
 
 import pytest
 
-from fedtune.federation.protocol import Signed
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
 from fedtune.spec import RunError
@@ -138,12 +137,6 @@ def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(site: Any
         assert reason(reply) is rule
         assert "canary" not in repr(reply)
         assert reply.receipt.charged_rounds == 0
-
-
-def test_a_refusal_names_the_run_that_was_asked_for(site: Any) -> None:
-    assert site.ask(run="another").body.run == "another"
-    unreadable = site.send(Signed(text="{", signature="00"))
-    assert (unreadable.body.run, unreadable.body.round) == ("", 0)
 
 
 def test_a_denial_is_of_one_plan_and_comes_before_it_begins(manual: Any) -> None:

@@ -1,16 +1,23 @@
-"""Masks: no two alike, none that is seen twice, all of them gone in the sum."""
+"""Masks: no two alike, none that is seen twice, all of them gone in the sum; how they travel; and shares of seeds."""
 
 import hmac
+import itertools
 import os
+import random
+from collections import Counter
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
+from fedtune.federation.secure import shares
 from fedtune.federation.secure.masks import MaskKey, PairSecrets, is_mask_key, masks
-from fedtune.federation.secure.packing import reduced, unpacked
+from fedtune.federation.secure.packing import packed, packed_bytes, reduced, residues, signed, unpacked
+from fedtune.federation.secure.shares import PRIME, digest, joined, split
 
 from .parties import Federation, terms_of
 
@@ -94,3 +101,83 @@ def test_a_masked_upload_is_uniform_and_so_are_differences_of_two() -> None:
         for byte in (numbers & np.uint64(255), numbers >> np.uint64(8)):
             counts = np.bincount(byte.astype(np.int64), minlength=256)
             assert stats.chisquare(counts).pvalue > 1e-7
+
+
+BITS = st.integers(1, 64)
+
+
+@settings(deadline=None)
+@given(BITS, st.lists(st.integers(0, 2**64 - 1), max_size=40))
+def test_what_was_packed_comes_back_in_the_fewest_whole_bytes(bits: int, values: list[int]) -> None:
+    numbers = reduced(np.array(values, np.uint64), bits)
+    data = packed(numbers, bits)
+    assert len(data) == packed_bytes(len(values), bits) == (len(values) * bits + 7) // 8
+    assert unpacked(data, len(values), bits).tolist() == [value % 2**bits for value in values]
+    as_one = sum(int(number) << place * bits for place, number in enumerate(numbers))
+    assert int.from_bytes(data, "little") == as_one, "bits lie one behind the other"
+
+
+@pytest.mark.parametrize("bits", [1, 17, 31, 33, 64])
+def test_long_vectors_are_packed_piece_by_piece(bits: int) -> None:
+    count = (1 << 17) + 5
+    numbers = reduced(np.random.default_rng(bits).integers(0, 2**64, count, dtype=np.uint64), bits)
+    assert np.array_equal(unpacked(packed(numbers, bits), count, bits), numbers)
+
+
+def test_other_bytes_are_no_vector() -> None:
+    data = packed(np.array([1, 2, 3], np.uint64), 3)
+    assert len(data) == 2
+    for other in (data + b"\0", data[:1], bytes([data[0], data[1] | 0x80])):
+        with pytest.raises(ValueError, match=r"length|bits beyond"):
+            unpacked(other, 3, 3)
+
+
+@given(BITS, st.data())
+def test_signs_come_back(bits: int, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), max_size=9))
+    assert signed(residues(np.array(values, np.int64), bits), bits).tolist() == values
+
+
+def test_the_field_has_a_prime_number_of_elements() -> None:
+    odd, twos = PRIME - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for _ in range(40):  # Miller and Rabin: a composite number passes one trial with probability below 1/4
+        power = pow(random.randrange(2, PRIME - 1), odd, PRIME)
+        seen = [pow(power, 2**doubled, PRIME) for doubled in range(twos)]
+        assert power == 1 or PRIME - 1 in seen
+    assert 2**256 < PRIME < 2 ** (8 * shares.SHARE_BYTES)
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=32, max_size=32), st.integers(1, 6), st.integers(0, 3), st.randoms())
+def test_any_t_shares_give_the_secret(secret: bytes, threshold: int, more: int, chance: random.Random) -> None:
+    values = split(secret, threshold=threshold, num_shares=threshold + more)
+    assert values[0] == int.from_bytes(secret)
+    places = chance.sample(range(1, threshold + more + 1), threshold)
+    assert joined({place: values[place] for place in places}) == values[0]
+
+
+def test_fewer_shares_fit_every_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a field of seven elements: all polynomials, and what two of three shares say of the secret.
+    monkeypatch.setattr(shares, "PRIME", 7)
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for secret, *coefficients in itertools.product(range(7), repeat=3):
+        draws = iter(coefficients)
+        monkeypatch.setattr(shares.secrets, "randbelow", lambda bound, draws=draws: next(draws))
+        values = split(secret.to_bytes(32), threshold=3, num_shares=4)
+        seen[values[0], values[2], values[4]] += 1
+    assert seen == Counter(itertools.product(range(7), repeat=3))
+    bounds: list[int] = []
+    monkeypatch.undo()
+    monkeypatch.setattr(shares.secrets, "randbelow", lambda bound: bounds.append(bound) or 1)
+    split(bytes(32), threshold=3, num_shares=3)
+    assert bounds == [PRIME, PRIME], "coefficients are drawn from the whole field"
+
+
+def test_a_wrong_share_gives_another_secret_and_has_another_digest() -> None:
+    values = split(os.urandom(32), threshold=2, num_shares=3)
+    assert joined({1: values[1], 2: (values[2] + 1) % PRIME}) != values[0]
+    assert digest(values[1], "a", 1) == digest(values[1], "a", 1)
+    others = [digest(values[1] ^ 1, "a", 1), digest(values[1], "a", 2), digest(values[1], "b", 1)]
+    assert digest(values[1], "a", 1) not in others

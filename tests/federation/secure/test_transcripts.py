@@ -28,15 +28,6 @@ CHANCE = st.randoms(use_true_random=True)
 class Transcript(RuleBasedStateMachine):
     """A malicious server with colluders, which asks honest sites whatever it likes."""
 
-    federation: Federation
-    knowledge: Knowledge
-    keys: dict[str, list[bytes]]
-    uploads: dict[tuple[str, int, str], list[Upload]]
-    signatures: dict[bytes, dict[str, str]]
-    sessions: dict[str, Session]
-    asked: list[tuple[str, str, bytes]]
-    release: int
-
     @initialize(num_sites=st.integers(3, 5), colluders=st.integers(0, 1))
     def begin(self, num_sites: int, colluders: int) -> None:
         threshold = least_threshold(num_sites, colluders=colluders, server="malicious")
