@@ -13,15 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..forked import Forked
+from .forked import Forked
 
 FEDTUNE = (sys.executable, "-m", "fedtune")
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 START_S, RUN_S = 150.0, 240.0
 """How long starting, and finishing a run, may take on a slow machine."""
 
 
-def wait_for(condition: Callable[[], Any], *, seconds: float, what: str, needs: Process | None = None) -> None:
+def wait_for(
+    condition: Callable[[], Any], *, seconds: float = 60.0, what: str = "what it needs", needs: Process | None = None
+) -> None:
     """Wait until `condition` holds; fail when it does not within `seconds`, or once the process `needs` has ended."""
     deadline = time.monotonic() + seconds
     while True:
@@ -30,7 +32,7 @@ def wait_for(condition: Callable[[], Any], *, seconds: float, what: str, needs: 
             return
         assert not ended, f"{needs and needs.name} ended before {what}"
         assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 def environment(**more: str) -> dict[str, str]:

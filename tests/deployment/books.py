@@ -47,9 +47,7 @@ def check_books(federation: Federation, run: str, *, uncounted: Any = None, aver
         assert receipt.sequence <= len(site.verified().events)
 
 
-def check_whole(
-    federation: Federation, run: str, *, rounds: int = 2, charged: Any = None, averaged: bool = True
-) -> None:
+def check_whole(federation: Any, run: str, *, rounds: int = 2, charged: Any = None, averaged: bool = True) -> None:
     """Check that all sites took part in all rounds of a run, and were charged for each once, or as told."""
     check_books(federation, run, averaged=averaged)
     result, names = federation.result(run), list(federation.sites)

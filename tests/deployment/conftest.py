@@ -14,7 +14,6 @@ _TAIL = 4000
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show the end of every log below a failure."""
     report = yield
     if report.failed:
         for federation in Federation.active:
@@ -25,9 +24,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(scope="module")
-def make_federation(
-    tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]
-) -> Iterator[Callable[..., Federation]]:
+def make_federation(tmp_path_factory: pytest.TempPathFactory, command: Any) -> Iterator[Callable[..., Federation]]:
     """Make federations that end with the module; `held`: they are started, with sites that can be held up, or not."""
     made: list[Federation] = []
 
@@ -44,7 +41,6 @@ def make_federation(
 
 @pytest.fixture(scope="module")
 def in_one_process(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., Any]) -> Callable[..., Path]:
-    """Simulate the same run; its folder."""
     into = tmp_path_factory.mktemp("simulated")
 
     def run(name: str, *overrides: str) -> Path:

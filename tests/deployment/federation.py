@@ -23,8 +23,8 @@ from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_settings import for_sites
 from fedtune.sites.virtual_site import generated_policy
 
+from ..processes import FEDTUNE, Process
 from .networks import SERVER, Network, best_network
-from .processes import FEDTUNE, Process
 from .site_folder import SiteFolder
 
 LEAD, NAMES = "lead", ("north", "south", "west")
@@ -101,17 +101,11 @@ class Federation:
     """Those whose processes may be running, for the logs that a failure shows."""
 
     def __init__(
-        self,
-        folder: Path,
-        command: Command,
-        *,
-        names: Sequence[str] = NAMES,
-        network: Network | None = None,
-        made: datetime | None = None,
+        self, folder: Path, command: Any, *, names: Any = NAMES, network: Any = None, made: Any = None
     ) -> None:
         self.folder, self._command = folder, command
         self.home, self.lead_kit = folder / "banks", folder / "banks" / "lead"
-        self._server: Process | None = None
+        self.server: Any = None
         self.sites: dict[str, SiteFolder] = {}
         self._begun: list[Process] = []
         self.network: Network = network or best_network([LEAD, *names])
@@ -133,11 +127,6 @@ class Federation:
             provisioning.init(file, out=self.home, now=made)
         self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
         self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
-
-    @property
-    def server(self) -> Process:
-        assert self._server is not None
-        return self._server
 
     def do(self, *words: str, code: int = 0) -> Any:
         outcome = self._command(*words)
@@ -165,12 +154,10 @@ class Federation:
         self._begun.append(Process(name, command, log=self.folder / f"{name}.log", cwd=self.folder, env=flower))
         return self._begun[-1]
 
-    def start_server(self, *options: str) -> Process:
-        """Start the server, or start it again, with more options, and wait until it listens."""
+    def start_server(self, *options: str) -> None:
         words = [*FEDTUNE, "server", "start", "--kit", str(self.home / "server"), "--host", self.network.address]
-        self._server = self.run("server", SERVER, [*words, *options])
+        self.server = self.run("server", SERVER, [*words, *options])
         self.server.wait_for_text("the server listens")
-        return self.server
 
     def start(self, *names: str, held: bool = False) -> None:
         sites = [self.sites[name] for name in names or self.sites]
@@ -207,10 +194,10 @@ class Federation:
         try:
             for site in self.sites.values():
                 site.hold(False)
-            others = [process for process in self._begun if process is not self._server]
+            others = [process for process in self._begun if process is not self.server]
             for process in others:
                 process.ask_to_end()
-            for process in [*others, *([self._server] if self._server else [])]:
+            for process in [*others, *([self.server] if self.server else [])]:
                 process.stop()
         finally:
             self.network.close()

@@ -28,8 +28,6 @@ CALLS: dict[str, type[Proto]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """One request as it went over the wire."""
-
     method: str
     path: str
     headers: list[tuple[str, str]]
@@ -49,16 +47,11 @@ class Call:
 
 
 def read_calls(path: Path) -> list[Call]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        Call(
-            method=line["method"],
-            path=line["path"],
-            headers=[(name.lower(), value) for name, value in line["headers"]],
-            body=base64.b64decode(line["body"]),
-        )
-        for line in lines
-    ]
+    calls = []
+    for line in map(json.loads, path.read_text().splitlines()):
+        headers = [(name.lower(), value) for name, value in line["headers"]]
+        calls.append(Call(**line | {"headers": headers, "body": base64.b64decode(line["body"])}))
+    return calls
 
 
 def objects_of(calls: list[Call]) -> dict[str, bytes]:

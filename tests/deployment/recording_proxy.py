@@ -7,7 +7,6 @@ site towards the server), and `records`, a file that gets one JSON line for each
 import base64
 import http.client
 import json
-import ssl
 import sys
 import threading
 from contextlib import closing
@@ -15,8 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from fedtune.ops.wire.identity import Tls
+from tests.flower.hostile import server_context
+
 _TIMEOUT_S = 60.0
 _SETTINGS: dict[str, Any] = json.loads(Path(sys.argv[1]).read_bytes())
+_SITE = Tls(**{name: Path(path) for name, path in _SETTINGS["site"].items()})
 _LOCK = threading.Lock()
 _OF_ONE_CONNECTION = ("connection", "transfer-encoding", "content-length", "keep-alive", "date", "server")
 
@@ -45,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _ask_server(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         """Over a connection of its own, since the server ends idle ones."""
         host, _, port = _SETTINGS["server"].rpartition(":")
-        server = http.client.HTTPSConnection(host, int(port), timeout=_TIMEOUT_S, context=_towards_server())
+        server = http.client.HTTPSConnection(host, int(port), timeout=_TIMEOUT_S, context=_SITE.client_context())
         with closing(server):
             server.request(self.command, self.path, body=body, headers=dict(self.headers.items()))
             answer = server.getresponse()
@@ -63,22 +66,10 @@ def _record(**about: Any) -> None:
         file.write(line + "\n")
 
 
-def _towards_server() -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=_SETTINGS["site"]["ca"])
-    context.load_cert_chain(_SETTINGS["site"]["certificate"], _SETTINGS["site"]["key"])
-    return context
-
-
-def main() -> None:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=_SETTINGS["own"]["ca"])
-    context.load_cert_chain(_SETTINGS["own"]["certificate"], _SETTINGS["own"]["key"])
-    context.verify_mode = ssl.CERT_REQUIRED
-    host, _, port = _SETTINGS["listen"].rpartition(":")
-    server = ThreadingHTTPServer((host, int(port)), _Handler)
-    # The handshake belongs to the connection's own thread, or one that hangs would stop them all.
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    print("the proxy listens", flush=True)
-    server.serve_forever()
-
-
-main()
+context = server_context(Tls(**_SETTINGS["own"]))
+host, _, port = _SETTINGS["listen"].rpartition(":")
+server = ThreadingHTTPServer((host, int(port)), _Handler)
+# The handshake belongs to the connection's own thread, or one that hangs would stop them all.
+server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+print("the proxy listens", flush=True)
+server.serve_forever()

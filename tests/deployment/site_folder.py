@@ -6,14 +6,14 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.spec import RunError
 
 from ..books import Books
-from .processes import FEDTUNE, RUN_S, Process, wait_for
+from ..processes import FEDTUNE, RUN_S, Process, wait_for
 
 if TYPE_CHECKING:
     from .federation import Federation
@@ -23,12 +23,11 @@ HELD_SITE = Path(__file__).with_name("held_site.py")
 
 @dataclass
 class SiteFolder(Books):
-    """A site's machine: its folder, and the process that runs there."""
-
     name: str
     federation: Federation = field(repr=False)
     site_key: str = ""
-    process: Process | None = None
+    up: Any = None
+    """Its process, once it was started."""
     _events: tuple[Event, ...] = ()
     _written: list[tuple[int, int]] = field(default_factory=list)
 
@@ -40,26 +39,13 @@ class SiteFolder(Books):
     def own(self) -> tuple[str, ...]:
         return ("--kit", str(self.kit), "--site", str(self.site_toml))
 
-    @property
-    def up(self) -> Process:
-        assert self.process is not None
-        return self.process
-
     def start(self, *options: str, held: bool = False, wait: bool = True, env: dict[str, str] | None = None) -> Process:
         program = [sys.executable, str(HELD_SITE), str(self.folder)] if held else list(FEDTUNE)
         words = [*program, "site", "start", *self.own, *options]
-        self.process = self.federation.run(self.name, self.name, words, env=env)
+        self.up = self.federation.run(self.name, self.name, words, env=env)
         if wait:
             self.wait_until_up()
-        return self.process
-
-    @property
-    def is_up(self) -> bool:
-        return self.process is not None and self.process.code is None
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.stop()
+        return self.up
 
     def wait_until_up(self) -> None:
         self.up.wait_for_text("the site is up")

@@ -11,10 +11,10 @@ import pytest
 
 from fedtune.privacy.trust import Trust
 
+from ..processes import FEDTUNE, REPOSITORY, RUN_S, Process
 from .books import check_same_adapter, check_whole
 from .federation import LEAD, Federation, dealt, settings
 from .networks import Namespaces
-from .processes import FEDTUNE, REPOSITORY, RUN_S, Process
 
 pytestmark = pytest.mark.nightly
 

@@ -15,9 +15,9 @@ from fedtune.ops.kits.certificates import Certificate
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire.fleet import Unauthorised, hello
 
+from ..processes import RUN_S, wait_for
 from .federation import Federation, settings
 from .networks import Network
-from .processes import RUN_S, wait_for
 
 pytestmark = pytest.mark.nightly
 

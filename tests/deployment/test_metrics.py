@@ -8,33 +8,24 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ..flower.loopback import free_port
+from ..processes import FEDTUNE, RUN_S, environment, wait_for
 from .federation import LEAD, Federation, settings
 from .networks import SERVER
-from .processes import FEDTUNE, RUN_S, environment, wait_for
 
 pytestmark = pytest.mark.nightly
 
 _READ = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1], timeout=30).read().decode())"
 
 
-@pytest.fixture(scope="module")
-def ports() -> dict[str, str]:
-    """Where each process listens: addresses of its own machine."""
-    return {member: f"127.0.0.1:{free_port()}" for member in (SERVER, LEAD, "north", "south")}
-
-
-@pytest.fixture(scope="module")
-def federation(make_federation: Callable[..., Federation], ports: dict[str, str]) -> Federation:
-    made = make_federation(names=("north", "south"))
-    for name, site in made.sites.items():
+def test_figures_follow_a_run(make_federation: Callable[..., Federation]) -> None:
+    ports = {member: f"127.0.0.1:{free_port()}" for member in (SERVER, LEAD, "north", "south")}
+    federation = make_federation(names=("north", "south"))
+    for name, site in federation.sites.items():
         site.start("--metrics", ports[name], held=True, wait=False)
-    made.start_server("--metrics", ports[SERVER])
-    for site in made.sites.values():
+    federation.start_server("--metrics", ports[SERVER])
+    for site in federation.sites.values():
         site.wait_until_up()
-    return made
 
-
-def test_figures_follow_a_run(federation: Federation, ports: dict[str, str]) -> None:
     def scrape(member: str) -> dict[tuple[str, str], float]:
         """(name, value of the label) -> value, read at the member itself."""
         command = federation.network.inside(member, [sys.executable, "-c", _READ, f"http://{ports[member]}/metrics"])
@@ -81,5 +72,5 @@ def test_figures_follow_a_run(federation: Federation, ports: dict[str, str]) -> 
     assert value("south", "site_answers_total", "update") == 2
     for member in (SERVER, "north", "south"):
         assert 300 < value(member, "certificate_days_left") <= 365
-    held.stop()
+    held.up.stop()
     wait_for(lambda: value(SERVER, "server_sites", "connected") == 1, seconds=60, what="north to be gone")

@@ -8,9 +8,9 @@ import pytest
 
 from fedtune.ops.services.lead_and_server import running_process
 
+from ..processes import FEDTUNE, RUN_S, wait_for
 from .books import check_books
 from .federation import LEAD, Federation, settings
-from .processes import FEDTUNE, RUN_S, wait_for
 from .site_folder import SiteFolder
 
 pytestmark = pytest.mark.nightly

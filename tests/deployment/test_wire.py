@@ -5,16 +5,18 @@ a round that fails with a record's text in the exception, a refusal, a pause, a 
 """
 
 import base64
+import contextlib
 import getpass
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,30 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from fedtune.data import Record
 from fedtune.flower import flower_records
+from fedtune.ops.kits.certificates import Authority, certificate_pem, make_key, private_pem
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.wire.identity import Tls
+from fedtune.ops.wire.waiting import WAIT
+from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.release import Difference, Offer, Reason, Receipt, Refusal, Update
 
+from ..flower.loopback import free_port
+from ..processes import RUN_S, environment, wait_for
+from . import outbound
 from .books import check_books
-from .federation import Federation
+from .federation import Federation, dealt, settings, write_records
 from .foreign_bundle import bundle
-from .outbound import CALLS, announced_ids, kind_of, leaves_of, messages_of, numbers_in, objects_of, texts_in
-from .processes import environment
-from .wire import COUNT, EXCEPTION, PLANTED, RUN, SITES, Wire, record
+from .site_folder import SiteFolder
 
+HERE = Path(__file__).parent
+SITES = ("north", "south")
+COUNT = 137
+"""The true number of north's records; it appears nowhere else."""
+PLANTED = "zebra-quartz-4711 owes the hospital money"
+EXCEPTION = f"could not read {PLANTED!r} out of a cell"
+RUN = "wire"
 HEADERS = {
     *("accept", "accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"),
     *("flwr-component-name", "flwr-package-name", "flwr-package-version"),
@@ -46,17 +62,126 @@ ANSWERS = [
 """North's, by rounds."""
 
 
+@dataclass
+class Wire:
+    """A federation after the run, and what north sent meanwhile."""
+
+    federation: Federation
+    north: SiteFolder
+    calls: list[outbound.Call]  # Flower's
+    waits: list[outbound.Call]  # fedtune's own, in which the site waits for a question
+    mark: Path  # file that a foreign bundle would have written
+    listening: dict[str, list[int]]  # ports of the server and south while they ran; north's proxy is in its network
+
+
 @pytest.fixture(scope="module")
 def wire(make_federation: Callable[..., Federation], tmp_path_factory: pytest.TempPathFactory) -> Wire:
-    return record(make_federation(names=SITES), tmp_path_factory.mktemp("mark") / "mark")
+    federation, mark = make_federation(names=SITES), tmp_path_factory.mktemp("mark") / "mark"
+    north, south = (federation.sites[name] for name in SITES)
+    few = [*dealt(SITES)["north"][: COUNT - 1], Record({"text": PLANTED, "label": "age_limit"})]
+    write_records(north.folder / "questions.csv", few)
+    recorded = federation.folder / "recorded.jsonl"
+    _start_proxy(federation, north, recorded)
+    federation.start(held=True)
+    _run(federation, mark)
+    listening = {
+        name: listening_ports(process.pid, whole_network=federation.network.isolated)
+        for name, process in (("server", federation.server), ("south", south.up))
+    }
+    for site in (north, south):
+        site.up.ask_to_end()
+        assert site.up.end(seconds=60) == 0
+    calls = outbound.read_calls(recorded)
+    waits = [call for call in calls if call.path.startswith(f"{WAIT}?")]
+    return Wire(federation, north, [call for call in calls if call not in waits], waits, mark, listening)
+
+
+def listening_ports(pid: int, *, whole_network: bool) -> list[int]:
+    """TCP ports on which the process `pid` listens, or anybody in its network, from /proc."""
+    inodes, found = set(), []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and (whole_network or words[9] in inodes):
+                found.append(int(words[1].rpartition(":")[2], 16))
+    return found
+
+
+def _run(federation: Federation, mark: Path) -> None:
+    """North sends an update, fails, refuses, pauses and meets a broken file, while south answers all four rounds."""
+    north, south = (federation.sites[name] for name in SITES)
+    policy = read_policy(north.site_toml)
+    south.hold(True)
+    lead = federation.lead(
+        RUN,
+        *settings("federation.num_rounds=4", "federation.min_sites=1"),
+        program=[sys.executable, str(HERE / "foreign_bundle.py"), str(mark)],
+    )
+
+    def answered(what: str) -> None:
+        wait_for(lambda: north.answered(what, RUN), seconds=RUN_S, what=f"north's {what}", needs=lead)
+
+    def next_round(round: int) -> None:
+        """Let south, which is held up, finish its round, and hold it up again in the next."""
+        south.wait_for(RUN, "reserve", round=round, lead=lead)
+        south.hold(False)
+        south.wait_for(RUN, "commit", round=round, lead=lead)
+        south.hold(True)
+
+    answered("update")
+    (north.folder / "fail").write_text(EXCEPTION)
+    next_round(1)
+    answered("site_error")
+    (north.folder / "fail").unlink()
+    north.edit(limits={"max_local_steps": 1})
+    next_round(2)
+    answered("max_local_steps")
+    write_policy(policy, north.site_toml)
+    # In the header: a record that cannot be read is left out, and ends nothing.
+    questions = north.folder / "questions.csv"
+    questions.write_bytes(PLANTED.encode() + b"\xff," + questions.read_bytes())
+    federation.do("site", "pause", "--kit", str(north.kit))
+    next_round(3)
+    answered("paused")
+    south.hold(False)
+    federation.do("site", "resume", "--kit", str(north.kit))
+    assert lead.end() == 0, lead.text
+
+
+def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> None:
+    """Put a proxy before the server, for one site, whose kit then leads there."""
+    listen = f"127.0.0.1:{free_port()}"
+    authority, key = Authority.load(federation.home / "authority"), make_key()
+    about = {"kind": "server", "name": "server", "hosts": ["127.0.0.1"], "days": 1, "now": datetime.now(UTC)}
+    certificate = authority.issue(key.public_key(), **about)  # type: ignore[arg-type]
+    kit = Kit.read(site.kit, kind="site")
+    own = Tls(ca=kit.ca, certificate=federation.folder / "proxy.pem", key=federation.folder / "proxy_key.pem")
+    own.certificate.write_bytes(certificate_pem(certificate))
+    own.key.write_bytes(private_pem(key))
+    given = {
+        "listen": listen,
+        "server": federation.address,
+        "own": {name: str(path) for name, path in asdict(own).items()},
+        "site": {name: str(path) for name, path in asdict(kit.tls()).items()},
+        "records": str(recorded),
+    }
+    (federation.folder / "proxy.json").write_text(json.dumps(given))
+    words = [sys.executable, str(HERE / "recording_proxy.py"), str(federation.folder / "proxy.json")]
+    federation.run("proxy", site.name, words).wait_for_text("the proxy listens")
+    file = site.kit / "kit.toml"
+    file.write_text(file.read_text().replace(kit.server, listen))
 
 
 def names_of(kind: type) -> set[str]:
     return {field.name for field in fields(kind)} - {"noise_factor"}  # of a site that makes other noise than the plan's
 
 
-def test_a_site_makes_the_known_calls_and_no_other(wire: Wire) -> None:
-    assert {call.path for call in wire.calls} == set(CALLS)
+def test_a_site_makes_the_known_calls_and_no_other_and_listens_to_nobody(wire: Wire) -> None:
+    assert wire.listening == {"server": [wire.federation.network.port], "south": []}
+    assert {call.path for call in wire.calls} == set(outbound.CALLS)
     assert {call.method for call in wire.calls} == {"POST"}
     headers = [header for call in wire.calls for header in call.headers]
     assert {name for name, _ in headers} == HEADERS
@@ -74,10 +199,6 @@ def test_a_site_makes_the_known_calls_and_no_other(wire: Wire) -> None:
         assert call.request is not None  # it is parsed to the last byte
 
 
-def test_a_site_listens_to_nobody(wire: Wire) -> None:
-    assert wire.listening == {"server": [wire.federation.network.port], "south": []}
-
-
 def test_who_waits_says_the_number_of_questions_that_it_heard_of_and_nothing_else(wire: Wire) -> None:
     assert wire.waits
     numbers = []
@@ -88,34 +209,23 @@ def test_who_waits_says_the_number_of_questions_that_it_heard_of_and_nothing_els
         numbers.append(int(number))
     # They are the server's, which counts its lead's questions.
     assert numbers[0] == -1
-    assert max(numbers) <= len(messages_of(wire.calls))
+    assert max(numbers) <= len(outbound.messages_of(wire.calls))
 
 
 def test_the_answers_are_fedtune_s_own_types(wire: Wire) -> None:
     found = []
-    for request, content in messages_of(wire.calls):
+    for request, content in outbound.messages_of(wire.calls):
         assert list(request.clientapp_runtime_list) == [0.0]
         assert list(content.metric_records) == []
         found.append(checked_answer(content))
     # A site that waits says so again and again.
     assert [one for at, one in enumerate(found) if at == 0 or one != found[at - 1]] == ANSWERS
-    objects = objects_of(wire.calls)
-    assert set(map(kind_of, objects.values())) == {
-        "Message",
-        "RecordDict",
-        "ConfigRecord",
-        "ArrayRecord",
-        "Array",
-        "ArrayChunk",
-    }
+    objects = outbound.objects_of(wire.calls)
+    kinds = sorted(map(outbound.kind_of, objects.values()))
+    assert set(kinds) == {"Message", "RecordDict", "ConfigRecord", "ArrayRecord", "Array", "ArrayChunk"}
     # No object came that is part of no answer, and the one array is the update's.
-    assert set(objects) == announced_ids(wire.calls)
-    # Flower uploads objects by several threads: their order says nothing.
-    assert sorted(kind for kind in map(kind_of, objects.values()) if "Array" in kind) == [
-        "Array",
-        "ArrayChunk",
-        "ArrayRecord",
-    ]
+    assert set(objects) == outbound.announced_ids(wire.calls)
+    assert [kind for kind in kinds if "Array" in kind] == ["Array", "ArrayChunk", "ArrayRecord"]
 
 
 def checked_answer(content: Any) -> tuple[int, str]:
@@ -153,7 +263,7 @@ def checked_answer(content: Any) -> tuple[int, str]:
 def secrets_of(wire: Wire) -> list[str]:
     """Texts that have no business outside the site."""
     own = [str(wire.north.folder), str(wire.federation.folder), str(Path.home()), socket.gethostname()]
-    with suppress(KeyError, OSError):  # a container's user may have no name
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
         own.append(getpass.getuser())
     return [PLANTED, PLANTED.split()[0], EXCEPTION, EXCEPTION[:14], "ValueError", "Traceback", "questions.csv", *own]
 
@@ -181,10 +291,12 @@ def test_the_true_count_does_not_leave(wire: Wire) -> None:
 def all_numbers(wire: Wire) -> Iterator[tuple[str, float]]:
     """Every number in Flower's messages, objects and fedtune's JSON; not those of the update, which are noised."""
     for call in wire.calls:
-        yield from numbers_in(call.request)
-    for _, content in messages_of(wire.calls):
+        yield from outbound.numbers_in(call.request)
+    for _, content in outbound.messages_of(wire.calls):
         for config in content.config_records.values():
-            yield from (("json", leaf) for leaf in leaves_of(json.loads(config["json"])) if type(leaf) in (int, float))
+            yield from (
+                ("json", leaf) for leaf in outbound.leaves_of(json.loads(config["json"])) if type(leaf) in (int, float)
+            )
         for arrays in content.array_records.values():
             for array in arrays.values():
                 yield from (("shape", length) for length in array.shape)
@@ -201,8 +313,8 @@ def all_texts(wire: Wire) -> Iterator[str]:
         assert ("content-length", str(len(call.body))) in call.headers
         assert {name for name, _ in call.headers} <= HEADERS
         yield from (value for name, value in call.headers if name not in NOT_WORDS)
-        yield from texts_in(call.request)
-    for _, content in messages_of(wire.calls):
+        yield from outbound.texts_in(call.request)
+    for _, content in outbound.messages_of(wire.calls):
         yield from (str(config["json"]) for config in content.config_records.values())
 
 

@@ -13,8 +13,6 @@ _AGE_DAYS = 10.0
 
 
 class Authority:
-    """A certificate authority whose files lie in a folder."""
-
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
@@ -25,11 +23,8 @@ class Authority:
     def issue(self, name: str, *, address: str | None = None, days: float = 5, age_days: float = _AGE_DAYS) -> Tls:
         """Files of somebody of this authority.
 
-        Args:
-            name: common name, and name of the files.
-            address: of a server; None: it is a client.
-            days: for how long the certificate is good; below 0: it has ended.
-            age_days: since when; below 0: it is yet to begin.
+        Without an `address` it is a client; with `days` below 0 the certificate has ended, and with `age_days` below 0
+        it is yet to begin.
         """
         key, about = make_key(), {"name": name, "days": age_days + days, "now": _begin(age_days)}
         about |= {"kind": "server", "hosts": [address]} if address else {"kind": "site"}

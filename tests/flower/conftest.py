@@ -28,8 +28,6 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Event
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.site_policy import Policy
 from fedtune.training.spec import TrainingSpec
 
 from ..builders import MadeSite, with_methods
@@ -53,36 +51,23 @@ class Died(Exception):
 
 
 class Federation:
-    """Three sites with ledgers of their own, their grid and their lead.
+    """Three sites with ledgers of their own, their grid and their lead."""
 
-    Attributes:
-        asked: sites in the order in which they were asked anything, with the settings that came.
-        trained: sites in the order in which they trained.
-        kept: site -> the run and the digest of the adapter that it was given.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        proposal: Proposal,
-        key: SigningKey,
-        policies: dict[str, Policy],
-        adapter: Adapter,
-        spec: FederationSpec,
-    ) -> None:
+    def __init__(self, folder: Path, asks: Any, policies: Any, adapter: Adapter, spec: FederationSpec) -> None:
+        proposal = run_proposal(**asks)
         self.folder, self.proposal, self.policies, self.plan = folder, proposal, policies, proposal.plan
         self.adapter, self.spec = adapter, spec
         self.sizes = {site: policy.dataset[0].declared_size for site, policy in policies.items()}
-        self.asked: list[tuple[str, str]] = []
-        self.trained: list[str] = []
-        self.kept: dict[str, tuple[str, str]] = {}
+        self.asked: list[tuple[str, str]] = []  # sites as they were asked anything, with the settings that came
+        self.trained: list[str] = []  # sites as they trained
+        self.kept: dict[str, tuple[str, str]] = {}  # of a site, the run and the digest of the adapter that it got
         app = make_client_app(self._site, self._name)
         self.grid = InProcessGrid(app, spec.num_sites, replied=lambda number: None)
         self.transport = GridTransport(self.grid)
         self.finished: list[LeadState] = []
         self.lead = Lead(
             proposal=proposal,
-            key=key,
+            key=lead_key,
             federation=spec,
             training=TrainingSpec(optimizer="sgd", learning_rate=1.0),
             lora=LoraSpec(),
@@ -96,7 +81,6 @@ class Federation:
         self.start = LeadState(round=0, adapter=adapter)
 
     def run(self, state: LeadState | None = None, **changes: Any) -> LeadState:
-        """Run to the end, by a lead with these changes."""
         return run_rounds(self.transport, replace(self.lead, **changes), state or self.start)
 
     def run_until(self, round: int, state: LeadState | None = None) -> LeadState:
@@ -117,22 +101,16 @@ class Federation:
         return self.folder / site / self.policies[site].ledger
 
     def ledger(self, name: str) -> Ledger:
-        """A site's ledger, opened from its files."""
         policy, folder = self.policies[name], self.folder / name
         anchor = folder / policy.anchor if policy.anchor else None
         key = SigningKey.load_or_make(folder / policy.site_key)
         return Ledger(folder / policy.ledger, policy, key, anchor=anchor)
 
     def _site(self, context: Context, settings: str) -> Site:
-        """The site of a node, opened from its files."""
         name = self._name(context)
         self.asked.append((name, settings))
-        prepared = Prepared(
-            proposal=self.proposal,
-            template=self.adapter,
-            declared_size=self.sizes[name],
-            update_dtype=self.spec.update_dtype,
-        )
+        about = {"declared_size": self.sizes[name], "update_dtype": self.spec.update_dtype}
+        prepared = Prepared(proposal=self.proposal, template=self.adapter, **about)
         made = MadeSite(self.ledger(name), prepare=lambda proposal: prepared, train=self._train)
         return with_methods(made, keep=lambda run, adapter: self.kept.update({name: (run, adapter.digest())}))
 
@@ -143,29 +121,21 @@ class Federation:
         return Trained(adapter=Adapter(moved), scores=scores)
 
     def events(self, site: str) -> tuple[Event, ...]:
-        """A site's ledger, each event checked."""
         return verify(self.ledger_path(site)).events
 
 
 @pytest.fixture
 def federation(tmp_path: Path, adapter: Adapter) -> Callable[..., Federation]:
-    """A federation; further keywords are settings of it."""
+    """A federation; `more` are settings of it."""
 
-    def make(
-        *,
-        sizes: tuple[int, ...] = (10, 10, 10),
-        adapter: Adapter = adapter,
-        folder: str = "a",
-        asks: dict[str, Any] | None = None,
-        policies: dict[str, dict[str, Any]] | None = None,
-        **settings: Any,
-    ) -> Federation:
-        spec = FederationSpec(**({"num_rounds": 1, "num_sites": 3} | settings))
+    def make(*, sizes: Any = (10, 10, 10), folder: str = "a", asks: Any = (), policies: Any = (), **more: Any) -> Any:
+        begins = more.pop("adapter", adapter)
+        spec = FederationSpec(**({"num_rounds": 1, "num_sites": 3} | more))
         of_sites = {
-            site: site_policy(site, declared_size=size, **(policies or {}).get(site, {}))
+            site: site_policy(site, declared_size=size, **dict(policies).get(site, {}))
             for site, size in zip(spec.names, sizes, strict=True)
         }
-        return Federation(tmp_path / folder, run_proposal(**(asks or {})), lead_key, of_sites, adapter, spec)
+        return Federation(tmp_path / folder, dict(asks), of_sites, begins, spec)
 
     return make
 
@@ -189,9 +159,10 @@ def tamper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
-    """A server that is started once for a file of tests."""
+    """A server that is started once for a file of tests, none of which surprises or ends it."""
     with running(tmp_path_factory.mktemp("network")) as made:
         yield made
+        assert "Traceback" not in made.output
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ class Faulty(httpx.BaseTransport):
 
     @property
     def waits(self) -> bool:
-        """Whether the fault is still to come."""
         return bool(self._call)
 
     def break_at(self, call: str, when: str) -> None:

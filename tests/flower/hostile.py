@@ -68,7 +68,6 @@ class Hostile:
 
 
 def _request(connection: ssl.SSLSocket) -> str:
-    """Read one request, and return its path; empty at the end."""
     head = b""
     while b"\r\n\r\n" not in head:
         if not (part := connection.recv(1 << 16)):
@@ -82,7 +81,6 @@ def _request(connection: ssl.SSLSocket) -> str:
 
 
 def whole(body: bytes, *, headers: str = "", status: str = "200 OK") -> bytes:
-    """An answer with this body."""
     return f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 

@@ -12,12 +12,8 @@ from flwr.proto import fleet_pb2, message_pb2, recorddict_pb2
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_id,
-    get_object_tree,
-    iterate_object_tree,
-)
+from flwr.supercore.inflatable import inflatable_object
+from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
@@ -31,7 +27,6 @@ UNIT = recorddict_pb2.RecordDict()
 
 
 def by_site(tls: Tls, *, moment: str | None = None) -> dict[str, str]:
-    """Headers of a site's call."""
     private = read_connection_key(tls.key)
     moment = moment or now().isoformat()
     return {
@@ -49,14 +44,12 @@ def an_object(size: int) -> bytes:
 
 @dataclass
 class Question:
-    """What the member was asked."""
-
     metadata: Any
     tree: Any
 
     @property
     def object_ids(self) -> list[str]:
-        return [node.object_id for node in iterate_object_tree(self.tree)]
+        return [node.object_id for node in inflatable_object.iterate_object_tree(self.tree)]
 
 
 @dataclass
@@ -113,19 +106,13 @@ class Member:
         return self.post("push-messages", request)
 
     def push_object(self, question: Question, session: str, content: bytes, **changed: Any) -> httpx.Response:
-        fields = {
-            "node": self.node,
-            "run_id": question.metadata.run_id,
-            "object_id": get_object_id(content),
-            "object_content": content,
-            "session_id": session,
-        }
+        fields = {"node": self.node, "run_id": question.metadata.run_id, "session_id": session}
+        fields |= {"object_id": get_object_id(content), "object_content": content}
         return self.post("push-object", message_pb2.PushObjectRequest(**{**fields, **changed}))
 
     def reply(self, question: Question, message: Message) -> None:
-        """Announce a message as the answer, and send its objects."""
-        objects = {id: part.deflate() for id, part in get_all_nested_objects(message).items()}
-        self.send(question, get_object_tree(message), objects)
+        objects = {id: part.deflate() for id, part in inflatable_object.get_all_nested_objects(message).items()}
+        self.send(question, inflatable_object.get_object_tree(message), objects)
 
     def send(self, question: Question, tree: Any, objects: dict[str, bytes]) -> None:
         request = self.answer_to(question, message_id=tree.object_id)

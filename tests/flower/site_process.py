@@ -1,6 +1,6 @@
 """A site in a process of its own: `python site_process.py FOLDER`, where `settings.json` lies.
 
-It answers every message with the arrays that came, and says who it is.  What happens to it is noted in `log.jsonl`.
+It answers every message with the arrays that came, and says who it is.  It prints what happens to it, in JSON.
 """
 
 import json
@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def note(event: str, **fields: object) -> None:
-    with (FOLDER / "log.jsonl").open("a") as file:
-        file.write(json.dumps({"event": event, **fields}) + "\n")
+    print(json.dumps({"event": event, **fields}), flush=True)
 
 
 def note_outbound(event: str, arguments: tuple[Any, ...]) -> None:
@@ -34,30 +33,16 @@ from faults import Faulty  # noqa: E402
 from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
 
 import fedtune.ops.wire.bounded_http as bounded_http  # noqa: E402
-from fedtune.ops.wire.fleet import (  # noqa: E402
-    Dropped,
-    Fleet,
-    Unauthorised,
-    Unreachable,
-)
+from fedtune.ops.wire.fleet import Dropped, Fleet, Unauthorised, Unreachable  # noqa: E402
 from fedtune.ops.wire.identity import Tls  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
-    """What the site does.
-
-    Attributes:
-        works_s: how long it takes to answer.
-        dies_on: number of the message on which it dies before it answers; 0: none.
-        replies: how often it sends each answer.
-        faults: (end of a path, "before" or "after"): each of them breaks one call, one after the other, and the next
-            one only after an answer was sent.
-    """
-
-    works_s: float = 0.0
-    dies_on: int = 0
-    replies: int = 1
+    works_s: float = 0.0  # how long it takes to answer
+    dies_on: int = 0  # number of the message on which it dies before it answers; 0: none
+    replies: int = 1  # how often it sends each answer
+    # (end of a path, "before" or "after"): each breaks one call, and the next one only after an answer was sent
     faults: tuple[tuple[str, str], ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""What a server may make a site or a lead hold in memory, and for how long it may keep a call."""
+"""What a server may make a site or a lead hold in memory, for how long it may keep a call, and who it must be."""
 
 import contextlib
 import gzip
@@ -7,20 +7,20 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
 import fedtune.ops.wire.bounded_http as bounded_http
-from fedtune.federation.replies import Closing
-from fedtune.federation.spec import FederationSpec
-from fedtune.ops.wire.bounded_http import OutOfBounds, _Bound
+from fedtune.ops.wire.bounded_http import OutOfBounds, _Bound, bounded
 from fedtune.ops.wire.fleet import Fleet, Foreign, Unreachable, hello
-from fedtune.ops.wire.identity import Tls
+from fedtune.ops.wire.identity import Tls, refusal
 from fedtune.ops.wire.lead_session import LeadSession
-from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
+from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.spec import RunError
 
 from ..privacy.builders import lead_key
@@ -70,17 +70,19 @@ def serve(ours: Authority) -> Iterator[Callable[..., Hostile]]:
 
 @pytest.fixture
 def client(tls: Tls) -> Iterator[httpx.Client]:
-    """One whose answers are bounded."""
     with httpx.Client(verify=tls.client_context(), timeout=30) as made:
         bounded_http.bounded(made)
         yield made
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds in place of minutes."""
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Seconds in place of minutes, and few of them for a whole test."""
+    began = time.monotonic()
     monkeypatch.setattr(bounded_http, "_OTHER", _Bound(bounded_http._OTHER.most_bytes, 0.5))
     monkeypatch.setattr(bounded_http, "_OBJECT", _Bound(bounded_http._OBJECT.most_bytes, 0.5))
+    yield
+    assert time.monotonic() - began < 5
 
 
 @contextlib.contextmanager
@@ -132,29 +134,22 @@ def test_a_dribbled_answer_ends(serve: Any, tls: Tls, call: Called, begins: byte
             server.pause(0.1)
 
     server = serve(dribble)
-    began = time.monotonic()
     with pytest.raises((Unreachable, httpx.TimeoutException)):
         call(server.address, tls)
-    assert time.monotonic() - began < 5
 
 
 @both
 @pytest.mark.usefixtures("impatient")
 def test_a_server_that_does_not_shake_hands_is_left(tls: Tls, call: Called) -> None:
-    with socket.create_server((LOOPBACK, 0)) as listening:
-        began = time.monotonic()
-        with pytest.raises((Unreachable, httpx.TimeoutException)):
-            call(f"{LOOPBACK}:{listening.getsockname()[1]}", tls)
-        assert time.monotonic() - began < 5
+    with socket.create_server((LOOPBACK, 0)) as listening, pytest.raises((Unreachable, httpx.TimeoutException)):
+        call(f"{LOOPBACK}:{listening.getsockname()[1]}", tls)
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_server_that_reads_slowly_is_left(serve: Any, client: httpx.Client) -> None:
     server = serve(lambda to, path: None)
-    began = time.monotonic()
     with pytest.raises(httpx.TimeoutException):
         client.post(f"https://{server.address}/push-object", content=bytes(64 * MIB))
-    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -169,14 +164,8 @@ def test_nobody_goes_elsewhere_and_nothing_that_was_signed_does(serve: Any, tls:
             _fleet(server.address, tls)
         with pytest.raises(Foreign):
             hello(server.address, tls)
-        grid = RemoteGrid(
-            server.address,
-            tls,
-            sites={"north": public_pem(tls)},
-            key=lead_key,
-            hear=lambda number, question, answer: Heard(good=True),
-            closing=lambda: Closing(FederationSpec(num_sites=1)),
-        )
+        keys = {"north": public_pem(tls)}
+        grid = RemoteGrid(server.address, tls, sites=keys, key=lead_key, hear=Mock(), closing=Mock())
         with pytest.raises(RunError, match=r"sends elsewhere .*never followed"), grid:
             pass
         assert server.asked == ["/v1/fleet/activate-node", "/v1/fedtune/hello", "/v1/control/start-run"]
@@ -184,14 +173,12 @@ def test_nobody_goes_elsewhere_and_nothing_that_was_signed_does(serve: Any, tls:
             elsewhere.accept()
 
 
-def test_no_answer_may_be_compressed(serve: Any, tls: Tls, client: httpx.Client) -> None:
-    server = serve(lambda to, path: to.sendall(whole(b"{}", status="404 Not Found")))
-    with pytest.raises(Foreign):
-        hello(server.address, tls)
+def test_no_answer_may_be_compressed(serve: Any, client: httpx.Client) -> None:
+    server = serve(lambda to, path: to.sendall(whole(b"{}")))
     assert client.get(f"https://{server.address}/").request.headers["accept-encoding"] == "identity"
 
 
-@pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized"])
+@pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized", "404 Not Found"])
 @pytest.mark.parametrize(
     "body",
     [b"[" * 100_000, b'{"reason": "\xff"}', b"7" * 5000, b"[]", b""],
@@ -204,9 +191,7 @@ def test_no_greeting_ends_a_site(serve: Any, tls: Tls, status: str, body: bytes)
         hello(server.address, tls)
 
 
-def test_a_connection_is_made_anew_now_and_then(
-    serve: Any, tls: Tls, ours: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_connection_is_made_anew_now_and_then(serve: Any, tls: Tls, ours: Authority, monkeypatch: Any) -> None:
     """Or a server whose certificate has ended, or was replaced, would be polled for ever."""
     server = serve(lambda to, path: to.sendall(whole(ActivateNodeResponse(node_id=7).SerializeToString())))
     fleet = Fleet(server.address, tls)
@@ -233,3 +218,84 @@ def test_calls_through_a_proxy_are_bounded_too(serve: Any, tls: Tls, monkeypatch
             with pytest.raises((Unreachable, OutOfBounds), match="compressed"):
                 call(server.address, tls)
     assert {one.split(b"\r\n")[0].decode() for one in asked} == {f"CONNECT {server.address} HTTP/1.1"}
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> Authority:
+    return Authority(tmp_path / "others")
+
+
+@pytest.mark.parametrize("who", ["of ours", "of others", "elsewhere", "a site", "ended", "with old TLS"])
+def test_only_a_federation_s_own_server_is_spoken_to(ours: Authority, others: Authority, who: str) -> None:
+    """Who may speak to a real server: test_fleet.py."""
+    tls = {
+        "of others": lambda: others.issue("server", address=LOOPBACK),
+        "elsewhere": lambda: ours.issue("server", address="127.0.0.2"),
+        "a site": lambda: ours.issue("b"),  # of the same authority, but for clients alone
+        "ended": lambda: ours.issue("server", address=LOOPBACK, days=-1),
+    }.get(who, lambda: ours.issue("server", address=LOOPBACK))()
+    newest = ssl.TLSVersion.TLSv1_2 if who == "with old TLS" else ssl.TLSVersion.TLSv1_3
+    server = Hostile(server_context(tls, newest=newest), lambda to, path: to.sendall(whole(b'{"site": "a"}')))
+    if who == "of ours":
+        assert hello(server.address, ours.issue("a")) == "a"
+    else:
+        said = said_of(server.address, ours.issue("a"))
+        assert ("protocol version" if who == "with old TLS" else "its certificate is not accepted here") in said
+        assert server.asked == []
+    server.close()
+
+
+def said_of(address: str, tls: Tls) -> str:
+    with pytest.raises(Unreachable) as caught:
+        hello(address, tls)
+    return str(caught.value)
+
+
+def cut(to: ssl.SSLSocket, path: str) -> None:
+    raise ConnectionError
+
+
+def cut_within(to: ssl.SSLSocket, path: str) -> None:
+    to.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n{")
+    raise ConnectionError
+
+
+@pytest.mark.parametrize("answer", [cut, cut_within])
+def test_a_cut_is_not_taken_for_a_refusal(serve: Any, tls: Tls, answer: Answer) -> None:
+    assert said_of(serve(answer).address, tls) == "no connection to the server (the connection was cut)"
+
+
+@pytest.mark.parametrize(
+    ("who", "says"), [("stranger", "unknown ca"), ("ended", "certificate expired"), ("without", "certificate required")]
+)
+def test_a_refusal_is_named(serve: Any, ours: Authority, others: Authority, who: str, says: str) -> None:
+    """Under TLS 1.3 it comes after the handshake."""
+    site = ours.issue("a", days=-1 if who == "ended" else 5)
+    if who == "stranger":
+        theirs = others.issue("a")
+        site = Tls(ca=ours.file, certificate=theirs.certificate, key=theirs.key)
+    context = site.client_context()
+    if who == "without":
+        context = ssl.create_default_context(cafile=str(site.ca))
+    server = serve(cut)
+    for _ in range(5):  # it does not depend on who is faster
+        client = httpx.Client(verify=context)
+        bounded(client)
+        with client, pytest.raises(httpx.ConnectError) as caught:
+            client.get(f"https://{server.address}/")
+        assert refusal(caught.value) == f"it does not accept this site's certificate: {says}"
+
+
+def test_a_server_that_hangs_up_after_the_handshake_may_refuse(ours: Authority) -> None:
+    """As fedtune's own does, whose library sends no alert."""
+    context = server_context(ours.issue("server", address=LOOPBACK))
+    context.num_tickets = 0
+
+    class Silent(Hostile):
+        def _serve(self, connection: socket.socket) -> None:
+            with self.context.wrap_socket(connection, server_side=True):
+                pass
+
+    server = Silent(context, cut)
+    assert "hung up right after the handshake" in said_of(server.address, ours.issue("a"))
+    server.close()

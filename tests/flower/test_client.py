@@ -1,5 +1,7 @@
-"""A site's app: whatever comes in, what goes out is a release and never an exception or its text."""
+"""A site's app: whatever comes in, what goes out is a release and never an exception or words of the site's own."""
 
+import base64
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,12 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.common.serde import message_to_proto
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
+from fedtune.flower.internals import identify
 from fedtune.model.adapter import Adapter
 from fedtune.ops.wire.fleet import Exchange, SiteApp
 from fedtune.privacy.keys import SigningKey
@@ -33,7 +35,7 @@ END = f"query.{flower_records.END}"
 @pytest.fixture(autouse=True)
 def server() -> None:
     """Messages come from a server, as Flower would make them."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
+    identify(run_id=7, node_id=0, task_id=0)
 
 
 def one_more(request: RoundRequest, given: Adapter, attempt: int) -> Trained:
@@ -55,20 +57,17 @@ def site(tmp_path: Path, adapter: Adapter) -> Callable[..., Site]:
 
 @pytest.fixture
 def app(site: Any) -> SiteApp:
-    """The app of that site."""
     return SiteApp(lambda settings: site(), name="a")
 
 
 @pytest.fixture
 def request_(adapter: Adapter) -> RecordDict:
-    """The request for the first round, as it travels."""
     request = round_request(run_proposal(), adapter_digest=adapter.digest())
     question = Question(site="a", signed=request.signed(lead_key), adapter=adapter)
     return flower_records.from_question(question, flower_records.from_adapter(adapter))
 
 
 def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
-    """A message that came from the server, and was answered."""
     message = Message(RecordDict(), 5, kind)
     if isinstance(content, Error):
         message.__dict__.update({"_content": None, "_error": content})
@@ -99,25 +98,13 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
     assert asked(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
 
 
-def test_the_ledger_hears_when_the_server_asked(
-    site: Any, request_: RecordDict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_ledger_hears_when_the_server_asked(app: SiteApp, request_: RecordDict, monkeypatch: Any) -> None:
     """What opens a period of the site's budget; a ledger that hears nothing opens none."""
-    told: list[float] = []
-    monkeypatch.setattr(Ledger, "asked_at", lambda _, server_time: told.append(server_time))
-    app = SiteApp(lambda settings: site(), name="a")
-    assert asked(app, request_).message.metadata.created_at == told[0]
+    monkeypatch.setattr(Ledger, "asked_at", told := Mock())
+    told.assert_called_once_with(asked(app, request_).message.metadata.created_at)
 
 
-def test_an_introduction_is_no_answer_to_a_round(app: SiteApp) -> None:
-    introduced = asked(app, RecordDict(), "query")
-    assert introduced.answered is None
-    assert introduced.reply.content.config_records[flower_records.SITE]["name"] == "a"
-
-
-def test_the_end_of_a_run_is_noted_and_answered_with_a_receipt_for_its_lead_alone(
-    app: SiteApp, site: Any, request_: RecordDict
-) -> None:
+def test_the_end_of_a_run_is_noted_and_told_its_lead_alone(app: SiteApp, site: Any, request_: RecordDict) -> None:
     notice = EndOfRun(run="r", lead=lead_key.public).signed(lead_key)
     before = asked(app, flower_records.from_question(Question(site="", signed=notice), None), END)
     assert before.answered is None
@@ -204,9 +191,57 @@ def test_ctrl_c_is_not_swallowed(site: Any, request_: RecordDict) -> None:
         asked(SiteApp(lambda settings: site(Mock(side_effect=KeyboardInterrupt)), name="a"), request_)
 
 
-def test_a_message_is_void_when_its_time_is_up(app: SiteApp) -> None:
+def test_an_introduction_is_no_answer_to_a_round_and_void_when_its_time_is_up(app: SiteApp) -> None:
     exchange = asked(app, RecordDict(), "query")
+    assert exchange.answered is None
+    assert exchange.reply.content.config_records[flower_records.SITE]["name"] == "a"
     about = exchange.message.metadata
     about.created_at, about.ttl = 1000.0, 60.0
     assert not exchange.is_void(1060.0)
     assert exchange.is_void(1060.5)
+
+
+CANARY = "patient-4711-has-hepatitis"
+_WORDS = (CANARY, "patient", "hepatitis", "Traceback", "Error", "ledger.db", "site_key.pem", "sqlite")
+
+
+def require_silence(sent: list[bytes], words: tuple[str, ...] = _WORDS) -> None:
+    """No word, nor the canary in another encoding that a library might have put it into."""
+    assert sent
+    everything = b"\0".join(sent)
+    for word in words:
+        assert word.encode() not in everything
+    canary = CANARY.encode()
+    for spelled in (canary.hex().encode(), CANARY.encode("utf-16-le"), base64.b64encode(canary)[:-4]):
+        assert spelled not in everything
+
+
+def test_the_names_of_a_sites_files_stay(federation: Any, everything_sent: list[bytes], caplog: Any) -> None:
+    caplog.set_level(logging.INFO, "fedtune")
+    names = {
+        "ledger": f"{CANARY}/{CANARY}.db",
+        "site_key": f"{CANARY}.pem",
+        "anchor": f"{CANARY}.json",
+        "population": {"name": CANARY},
+        "releases": {"metrics": "none"},
+    }
+    made = federation(policies={"site-2": names})
+    assert made.run().rounds[0].failed_sites == {}
+    require_silence(everything_sent)
+    # Now with a ledger that cannot be read: the error names its path.
+    made.ledger_path("site-2").write_bytes(b"no database" * 500)
+    again = federation(policies={"site-2": names}, asks={"run": "s"})
+    state = again.run()
+    assert (state.rounds[0].sites, state.rounds[0].failed_sites) == (("site-1", "site-3"), {"site-2": "site_error"})
+    require_silence(everything_sent)
+    assert f"{CANARY}.db cannot be read or written" in caplog.text
+
+
+def test_the_search_listens_to_everything_and_finds_what_it_looks_for(federation: Any, everything_sent: Any) -> None:
+    # Else all of the above would pass over nothing.
+    federation(num_rounds=2, asks={"run": CANARY}).run()
+    introductions, offers, replies, ends = 3, 3, 2 * 3, 3
+    assert len(everything_sent) == introductions + offers + replies + ends
+    assert sum(b"site_key" in sent for sent in everything_sent) == offers + replies + ends, "a receipt is in each"
+    with pytest.raises(AssertionError, match="hepatitis"):
+        require_silence(everything_sent)

@@ -1,29 +1,26 @@
 """What a lead hears of its sites while a round goes on, what of it counts, and which of them it asks again."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.federation.protocol import Invitation, Reply, digest_of
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
+from fedtune.flower.internals import identify
 from fedtune.model.adapter import Adapter
 from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, LeadService, _Ears
 from fedtune.ops.wire.remote_grid import Heard as Answered
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, RunError
 
@@ -34,42 +31,32 @@ from ..privacy.builders import lead_key, stranger_key
 NONCE = "0a" * 16
 
 
-class Heard:
-    """A listener that notes what it hears."""
-
-    def __init__(self) -> None:
-        self.all: list[tuple[str, str, int, int | None]] = []
-
-    def site_answered(
-        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
-    ) -> None:
-        self.all.append((site, what, num_bytes, charged_rounds))
-
-    @property
-    def words(self) -> list[tuple[str, str]]:
-        return [heard[:2] for heard in self.all]
-
-
 class Line:
     """A lead with the sites north (1) and south (2), and what they answer to its questions."""
 
-    def __init__(self, ledger: Ledger, key: str, proposal: Proposal, lead: SigningKey, adapter: Adapter) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 0, 0
-        self.ledger, self.adapter, self.heard = ledger, adapter, Heard()
+    def __init__(self, ledger: Ledger, key: str, adapter: Adapter) -> None:
+        identify(run_id=7, node_id=0, task_id=0)
+        self.ledger, self.adapter, self.listener = ledger, adapter, Mock()
         self.sites = [SimpleNamespace(site=name, node_key=b"", site_key=key) for name in ("north", "south")]
-        listener: Any = self.heard
-        self.ears = _Ears(self.sites, listener, most_rounds=4)
-        self._lead, self._proposal = lead, proposal
+        self.ears = _Ears(self.sites, self.listener, most_rounds=4)
+
+    @property
+    def heard(self) -> list[Any]:
+        """Site and what it said, and what else was told of that."""
+        return [(*call.args, call.kwargs) for call in self.listener.site_answered.call_args_list]
+
+    @property
+    def words(self) -> list[tuple[str, str]]:
+        return [one[:2] for one in self.heard]
 
     def question(self, site: str, kind: str = "train") -> Message:
-        asked: Any = round_request(self._proposal, site=site)
+        asked: Any = round_request(run_proposal(), site=site)
         if kind != "train":
-            asked = Invitation(proposal=self._proposal, site=site, expires=1e12, nonce=NONCE)
-        signed = asked.signed(self._lead)
+            asked = Invitation(proposal=run_proposal(), site=site, expires=1e12, nonce=NONCE)
+        signed = asked.signed(lead_key)
         return Message(flower_records.from_question(Question(site=site, signed=signed), None), 1, kind)
 
     def hears(self, number: int, reply: Reply, kind: str = "train") -> Answered:
-        """What the ears make of a reply."""
         answer = Message(flower_records.from_reply(reply), 1, kind)
         return self.ears(number, self.question(self.sites[number - 1].site, kind), answer)
 
@@ -100,14 +87,14 @@ def ledger(folder: Path) -> Ledger:
 
 @pytest.fixture
 def line(folder: Path, ledger: Ledger, adapter: Adapter) -> Line:
-    return Line(ledger, SigningKey.load_or_make(folder / "key.pem").public, run_proposal(), lead_key, adapter)
+    return Line(ledger, SigningKey.load_or_make(folder / "key.pem").public, adapter)
 
 
 def test_an_update_is_final_and_reported_with_its_bytes_and_charge(line: Line) -> None:
     assert line.hears(2, line.signed(line.update("south"))) == Answered(good=True)
-    ((site, what, num_bytes, charged),) = line.heard.all
-    assert (site, what, charged) == ("south", "update", 2)
-    assert num_bytes > sum(value.nbytes for value in line.adapter.tensors.values())
+    ((site, what, about),) = line.heard
+    assert (site, what, about["charged_rounds"]) == ("south", "update", 2)
+    assert about["num_bytes"] > sum(value.nbytes for value in line.adapter.tensors.values())
 
 
 @pytest.mark.parametrize("what", ["no receipt", "another answer's", "another key's", "another round", "another site's"])
@@ -124,21 +111,21 @@ def test_an_update_that_the_site_did_not_sign_for_this_question_closes_no_round(
         reply = line.signed(line.update(round=2) if what == "another round" else line.update("south"))
     assert line.hears(1, reply) == Answered(good=False)
     own = what in ("another round", "another site's")
-    assert line.heard.all[0][3] == (2 if own else None), "no charge is told that the site did not sign"
+    assert line.heard[0][2]["charged_rounds"] == (2 if own else None), "no charge is told that the site did not sign"
 
 
 def test_a_charge_that_no_ledger_grants_is_not_told(line: Line) -> None:
     # To compose so many rounds would take all of the lead's memory.
-    ears = _Ears(line.sites, line.ears._listener, most_rounds=1)
+    ears = _Ears(line.sites, line.listener, most_rounds=1)
     ears(1, line.question("north"), Message(flower_records.from_reply(line.signed(line.update())), 1, "train"))
-    assert line.heard.all[0][3] is None
+    assert line.heard[0][2]["charged_rounds"] is None
 
 
 def test_a_refusal_is_final_whatever_its_reason(line: Line) -> None:
     final = [reason for reason in Reason if not reason.is_waiting]
     for reason in final:
         assert line.hears(1, line.signed(refusal(reason))) == Answered(good=False)
-    assert line.heard.words == [("north", reason.value) for reason in final]
+    assert line.words == [("north", reason.value) for reason in final]
 
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason.is_waiting])
@@ -147,11 +134,11 @@ def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(line: L
         reply = line.signed(refusal(reason))
         assert line.hears(1, reply) == Answered(good=False, again_s=_ASK_AGAIN_S, idle=True)
     assert line.hears(2, line.signed(refusal(reason))).again_s == _ASK_AGAIN_S > 0
-    assert line.heard.words == [("north", reason.value), ("south", reason.value)]
+    assert line.words == [("north", reason.value), ("south", reason.value)]
     assert line.hears(1, line.signed(line.update())) == Answered(good=True)
-    assert line.heard.words[2:] == [("north", "update")]
+    assert line.words[2:] == [("north", "update")]
     line.hears(1, line.signed(refusal(reason)))
-    assert line.heard.words[3:] == [("north", reason.value)], "paused again in a later round is news"
+    assert line.words[3:] == [("north", reason.value)], "paused again in a later round is news"
 
 
 @pytest.mark.parametrize(
@@ -167,14 +154,14 @@ def test_a_site_that_waits_for_a_person_is_asked_again_and_reported_once(line: L
 )
 def test_what_is_no_answer_to_a_round_is_final_and_no_news(line: Line, content: RecordDict) -> None:
     assert line.ears(1, line.question("north"), Message(content, 1, "train")) == Answered(good=False)
-    assert line.heard.all == []
+    assert line.heard == []
 
 
 def test_an_answer_to_the_end_of_a_run_is_all_that_was_hoped_for(line: Line) -> None:
     kind = f"query.{flower_records.END}"
     question = Message(RecordDict(), 1, kind)
     assert line.ears(1, question, Message(flower_records.from_receipt(None), 1, kind)) == Answered(good=True)
-    assert line.heard.all == []
+    assert line.heard == []
 
 
 def test_before_a_run_begins_people_are_waited_for_and_a_pause_is_not(line: Line) -> None:
@@ -188,29 +175,20 @@ def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
     offer = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE)
     kind = f"query.{flower_records.INVITE}"
     assert line.hears(1, line.signed(offer), kind) == Answered(good=True)
-    assert line.heard.words == [("north", OFFER)]
+    assert line.words == [("north", OFFER)]
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
         assert line.hears(1, line.signed(other), kind) == Answered(good=False)
     assert line.hears(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"
     assert line.hears(1, line.signed(line.update()), kind) == Answered(good=False), "and an invitation for an offer"
 
 
-def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     weak = ("privacy.noise_multiplier=400", "training.go_on_without_signal=false", "runtime=deployment")
     config = compose_run(tiny(*weak, into=tmp_path))
     sites = [SimpleNamespace(site=name, node_key=b"", site_key="ab" * 32) for name in ("site-1", "site-2")]
-    asked: list[str] = []
-
-    class Grid:
-        def __enter__(self) -> Grid:
-            asked.append("the server")
-            raise RunError("no server")
-
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr(LeadService, "grid", lambda *_, **__: Grid())
+    monkeypatch.setattr(LeadService, "grid", grid := MagicMock())
+    asked = grid.return_value.__enter__
+    asked.side_effect = RunError("no server")
     monkeypatch.setattr(LeadService, "key", lead_key)
     monkeypatch.setattr("fedtune.ops.deployment.members", lambda kit, names: sites)
     (tmp_path / "run").mkdir()
@@ -221,7 +199,7 @@ def test_a_lead_asks_no_site_where_nothing_is_likely_to_be_learnt(
 
     with pytest.raises(ConfigError, match=r"training\.go_on_without_signal = false"):
         run(config)
-    assert not asked
+    asked.assert_not_called()
     with pytest.raises(RunError, match="no server"):
         run(replace(config, training=replace(config.training, go_on_without_signal=True)))
-    assert asked
+    asked.assert_called_once()

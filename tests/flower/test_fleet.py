@@ -1,36 +1,46 @@
 """A site's connection to a real server: who gets in, who is put out, and what a site is told about it."""
 
+import asyncio
+import contextlib
 import datetime
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from flwr.app import Message, RecordDict
 from flwr.supercore.date import now
 
 import fedtune.ops.wire.fleet as fleet_module
+import fedtune.ops.wire.waiting as waiting
 from fedtune.ops.wire.fleet import Fleet, Unauthorised, Unreachable, hello
 from fedtune.ops.wire.identity import Tls
+from fedtune.ops.wire.waiting import WAIT, Bell, Questions
 
 from .certificates import LOOPBACK, Authority
 from .faults import Faulty
 from .loopback import Loopback, free_port, wait_for
+from .member import by_site
+
+
+def beating() -> bool:
+    return any(thread.name == "heartbeats" for thread in threading.enumerate())
 
 
 @pytest.fixture
 def joined(network: Loopback) -> Iterator[Callable[[Tls], Fleet]]:
-    """A connection with these certificates, in this process; closed at the end."""
-    made: list[Fleet] = []
+    with contextlib.ExitStack() as stack:
 
-    def join(tls: Tls, *, address: str = network.address) -> Fleet:
-        made.append(Fleet(address, tls))
-        return made[-1]
+        def join(tls: Tls) -> Fleet:
+            fleet = Fleet(network.address, tls)
+            stack.callback(lambda: fleet._stop.is_set() or fleet.close())
+            return fleet
 
-    yield join
-    for fleet in made:
-        if not fleet._stop.is_set():
-            fleet.close()
+        yield join
 
 
 def status_of(network: Loopback, name: str) -> list[str]:
@@ -86,7 +96,9 @@ def test_a_second_process_is_told_to_wait_for_the_first(network: Loopback, joine
     first.activate()
     with pytest.raises(Unreachable, match="an earlier connection of this site is not over yet"):
         second.activate()
+    assert beating()
     first.close()
+    assert not beating()
     assert status_of(network, "a") == ["offline"]
     second.activate()
     assert status_of(network, "a") == ["online"]
@@ -105,7 +117,7 @@ def test_a_proxy_that_answers_in_the_servers_place_is_an_error_and_no_crash(netw
     assert fleet.receive() is None, "and it goes on"
 
 
-def test_without_a_server_a_site_says_so(tmp_path: Path) -> None:
+def test_without_a_server_a_site_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority, address = Authority(tmp_path / "ca"), f"{LOOPBACK}:{free_port()}"
     tls = authority.issue("a")
     fleet = Fleet(address, tls)
@@ -113,12 +125,106 @@ def test_without_a_server_a_site_says_so(tmp_path: Path) -> None:
         with pytest.raises(Unreachable, match="no connection to the server"):
             call()
     fleet.close()
+    monkeypatch.setattr(waiting, "_AGAIN_S", 0.1)
+    with contextlib.closing(Bell(address, tls, threading.Event())) as bell:
+        time.sleep(0.5)
+        assert (bell.works, bell.rung.is_set()) == (False, False), "a bell does not work and is quiet"
 
 
-def test_closing_ends_the_heartbeats(network: Loopback) -> None:
-    fleet = Fleet(network.address, network.tls["b"])
-    fleet.activate()
-    assert [thread for thread in threading.enumerate() if thread.name == "heartbeats"]
-    fleet.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeats"]
-    assert status_of(network, "b") == ["offline"]
+def within_5_s(call: Coroutine[Any, Any, Any]) -> Any:
+    async def run() -> Any:
+        return await asyncio.wait_for(call, 5)
+
+    return asyncio.run(run())
+
+
+def test_what_was_not_heard_yet_is_told_at_once() -> None:
+    async def run() -> list[int]:
+        questions = Questions()
+        first = await questions.count(1, heard=-1)
+        questions.asked([1, 1, 2])
+        return [first, await questions.count(1, heard=0), await questions.count(1, heard=5)]
+
+    assert within_5_s(run()) == [0, 2, 2], "also where the server started again meanwhile"
+
+
+def test_a_call_is_held_until_this_node_is_asked() -> None:
+    async def run() -> list[str]:
+        questions, order = Questions(), []
+
+        async def wait(node: int) -> None:
+            order.append(f"{node} heard {await questions.count(node, heard=0)}")
+
+        calls = [asyncio.create_task(wait(node)) for node in (1, 1, 2)]
+        await asyncio.sleep(0)
+        questions.asked([2])
+        await asyncio.sleep(0.05)
+        order.append("only then")
+        questions.asked([1])
+        await asyncio.gather(*calls)
+        return order
+
+    assert within_5_s(run()) == ["2 heard 1", "only then", "1 heard 1", "1 heard 1"]
+
+
+def test_nobody_is_held_for_ever_or_by_a_server_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ends() -> int:
+        questions = Questions()
+        call = asyncio.create_task(questions.count(1, heard=0))
+        await asyncio.sleep(0)
+        questions.close()
+        return await call + await questions.count(1, heard=0)
+
+    assert within_5_s(ends()) == 0
+    monkeypatch.setattr(waiting, "_HELD_S", 0.05)
+    assert within_5_s(Questions().count(1, heard=0)) == 0
+
+
+@pytest.fixture
+def ring(network: Loopback) -> Iterator[Callable[[Tls], Bell]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda tls: stack.enter_context(contextlib.closing(Bell(network.address, tls, threading.Event())))
+
+
+def test_a_site_hears_of_its_own_questions_alone(network: Loopback, ring: Any) -> None:
+    network.site("a")
+    network.site("b")
+    a, b = (ring(network.tls[name]) for name in "ab")
+    for bell in (a, b):
+        wait_for(lambda bell=bell: bell.works and bell.rung.is_set(), what="the first answer")
+        bell.rung.clear()
+    with ThreadPoolExecutor(1) as pool, network.grid(["a", "b"], round_timeout_s=3.0) as grid:
+        began = time.monotonic()
+        # The lead asks something in the background; nobody need answer.
+        asked = pool.submit(lambda: list(grid.receive([Message(RecordDict(), 2, "query")], timeout=3)))
+        assert b.rung.wait(10)
+        assert time.monotonic() - began < 5, "it was not the call's end"
+        asked.result()
+    assert not a.rung.is_set()
+
+
+def test_only_members_may_wait_and_only_for_a_number(network: Loopback) -> None:
+    def status(name: str, query: str, tls: Tls | None = None) -> int:
+        tls = tls or network.tls[name]
+        with httpx.Client(verify=tls.client_context()) as client:
+            return client.get(f"https://{network.address}{WAIT}{query}", headers=by_site(network.tls[name])).status_code
+
+    assert status("a", "?heard=-1") == 200
+    for query in ("", "?heard", "?heard=", "?heard=x", "?heard=1&heard=2", "?other=1", "?heard=1.5", "?%ff=1"):
+        assert status("a", query) == 400, query
+    assert status("a", "?heard=" + "9" * 4000) == 200, "not parsed for seconds"
+    assert status("a", "?heard=-1", tls=network.tls["b"]) == 401
+    assert status("b", "?heard=-1") == 200
+    network.set_revoked("b")
+    wait_for(lambda: status("b", "?heard=-1") == 403)
+
+
+def test_a_server_that_ends_holds_nobody(network: Loopback, ring: Any) -> None:
+    bell = ring(network.tls["a"])
+    wait_for(lambda: bell.works and bell.rung.is_set(), what="the first answer")
+    time.sleep(0.5)  # so that the next call is held
+    began = time.monotonic()
+    network.stop_sites()
+    network.stop()
+    assert time.monotonic() - began < 8
+    network.start()

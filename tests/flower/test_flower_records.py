@@ -1,11 +1,18 @@
+"""Questions and answers as Flower's records, and over its grid."""
+
+from collections.abc import Iterable
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 
-from fedtune.federation.protocol import Reply
+from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
+from fedtune.flower.grid_transport import GridTransport
+from fedtune.flower.internals import identify, set_metadata
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
@@ -20,9 +27,7 @@ RECEIPT = Receipt(site="a", run="r", head="ab" * 32, site_key="cd" * 32, signatu
 
 @pytest.mark.parametrize("scores", [None, (0.25, -1.5)])
 @pytest.mark.parametrize("receipt", [RECEIPT, None])
-def test_an_update_arrives_as_it_was_sent(
-    adapter: Adapter, receipt: Receipt | None, scores: tuple[float, float] | None
-) -> None:
+def test_an_update_arrives_as_it_was_sent(adapter: Adapter, receipt: Receipt | None, scores: Any) -> None:
     sent = Update(site="a", run="r", round=1, tensors=dict(reversed(adapter.tensors.items())), scores=scores)
     reply = flower_records.to_reply(flower_records.from_reply(Reply(body=sent, receipt=receipt)))
     assert reply.receipt == receipt
@@ -97,3 +102,26 @@ def test_whatever_is_none_is_one_kind_of_error(read: Any, record: str, texts: tu
     for content in (RecordDict(), *contents):
         with pytest.raises(ConfigError, match=message):
             read(content)
+
+
+def test_answers_of_known_nodes_come_one_by_one_until_the_time_is_up() -> None:
+    identify(run_id=7, node_id=0, task_id=0)
+    given, grid = dict[str, Message](), MagicMock(spec=Grid)
+
+    def push(messages: Iterable[Message]) -> list[str]:
+        for message in messages:
+            set_metadata(message, message_id=str(message.metadata.dst_node_id))
+            given[message.metadata.message_id] = Message(flower_records.from_receipt(None), reply_to=message)
+        return list(given)
+
+    def pull(ids: Iterable[str]) -> list[Message]:
+        return [given.pop(id) for id in ids if id in given and id != "3" and (id == "2" or "2" not in given)]
+
+    grid.push_messages.side_effect, grid.pull_messages.side_effect = push, pull
+    transport = GridTransport(grid, {1: "a", 2: "b", 3: "c"})
+    signed = Signed(text="{}", signature="")
+    answers = transport.end([Question(site=site, signed=signed) for site in "abc"], timeout_s=1)
+    assert (next(answers), set(given)) == (("b", None), {"1", "3"}), "the next answer waits until it is asked for"
+    assert list(answers) == [("a", None)]
+    assert (min(transport.traffic()) > 0, transport.traffic()) == (True, (0, 0))
+    grid.get_node_ids.assert_not_called()

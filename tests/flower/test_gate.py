@@ -1,12 +1,15 @@
 """What of Flower's server can be reached from outside, tried on a real one."""
 
 import asyncio
+import contextlib
 import hashlib
+import math
 import socket
 import ssl
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
@@ -18,15 +21,18 @@ from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
+from flwr.supercore.protobuf.client import ProtobufRequestContext
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedtune.ops.wire import gate
+from fedtune.ops.wire import gate, identity
 from fedtune.ops.wire.fleet import HELLO
-from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, NotAllowed, Tls, _message
+from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, TOLERANCE_S, NotAllowed, _message, body_of_lead
 from fedtune.ops.wire.lead_session import _bundle
 from fedtune.privacy.keys import SigningKey
 
-from ..privacy.builders import stranger_key
+from ..privacy.builders import make_key, stranger_key
 from .certificates import LOOPBACK
 from .loopback import Loopback
 from .member import Member, by_site
@@ -39,29 +45,18 @@ PULL = PullObjectRequest(node=Node(node_id=1), run_id=1, object_id="ab" * 32).Se
 
 @pytest.fixture
 def caller(network: Loopback) -> Iterator[Any]:
-    """Calls the server with somebody's certificate."""
-    clients: list[httpx.Client] = []
-
-    def make(tls: Tls) -> httpx.Client:
-        client = httpx.Client(verify=tls.client_context(), base_url=f"https://{network.address}", timeout=20)
-        clients.append(client)
-        return client
-
-    yield make
-    for client in clients:
-        client.close()
+    about = {"base_url": f"https://{network.address}", "timeout": 20}
+    with contextlib.ExitStack() as stack:
+        yield lambda tls: stack.enter_context(httpx.Client(verify=tls.client_context(), **about))
 
 
 def by_lead(key: SigningKey, path: str, body: bytes) -> dict[str, str]:
-    """Headers of a lead's call."""
     moment, digest = repr(time.time()), hashlib.sha256(body).hexdigest()
     signature = key.sign(CALL, _message(path, moment, digest))
     return {"content-type": PROTOBUF_MEDIA_TYPE, TIME: moment, BODY: digest, SIGNATURE: signature}
 
 
-def test_everything_else_that_flower_has_is_closed(
-    network: Loopback, flowers_routes: set[tuple[str, str]], caller: Any
-) -> None:
+def test_everything_else_that_flower_has_is_closed(network: Loopback, flowers_routes: Any, caller: Any) -> None:
     closed = {(m, path) for m, path in flowers_routes if path not in gate._SITE_CALLS | gate._LEAD_CALLS}
     for path in (
         *("/docs", "/openapi.json", "/health", "/v1/fleet/register-node", "/v1/fleet/unregister-node"),
@@ -91,15 +86,12 @@ def test_nearly_a_call_is_none(network: Loopback, caller: Any, path: str) -> Non
     assert caller(network.lead_tls).post(raw, headers=headers).json() == CLOSED
 
 
-_LEAD_CALLS = sorted(gate._LEAD_CALLS)
-
-
 def test_a_lead_s_call_needs_the_lead_s_signature(network: Loopback, caller: Any) -> None:
-    """What else is wrong with one: test_signed_calls.py."""
+    """What else is wrong with one: below."""
     runs = network.rows("SELECT count(*) FROM run")
     for who in (network.lead_tls, network.tls["a"]):
         client = caller(who)
-        for path in _LEAD_CALLS:
+        for path in sorted(gate._LEAD_CALLS):
             right = by_lead(network.lead_key, path, RUN)
             for why, headers, sent in (
                 ("unsigned", {"content-type": PROTOBUF_MEDIA_TYPE}, RUN),
@@ -145,19 +137,10 @@ def test_a_body_is_read_within_a_time_and_a_size(monkeypatch: pytest.MonkeyPatch
         await asyncio.sleep(0.03)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
-    async def pour() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"x" * 600, "more_body": True}
-
-    async def nothing() -> dict[str, Any]:
-        raise AssertionError("not even read")
-
-    for receive, headers, status in (
-        (dribble, {}, 408),
-        (pour, {}, 413),
-        (nothing, {"content-length": "1001"}, 413),
-        (nothing, {"content-length": "9" * 5000}, 413),
-        (nothing, {"content-length": "-1"}, 413),
-    ):
+    pour = AsyncMock(return_value={"type": "http.request", "body": b"x" * 600, "more_body": True})
+    nothing = AsyncMock(side_effect=AssertionError("not even read"))
+    large = [(nothing, {"content-length": said}, 413) for said in ("1001", "9" * 5000, "-1")]
+    for receive, headers, status in ((dribble, {}, 408), (pour, {}, 413), *large):
         with pytest.raises(NotAllowed) as refused:
             asyncio.run(gate.read_body(receive, headers, most_bytes=1000))
         assert refused.value.status == status
@@ -246,7 +229,88 @@ def test_the_server_does_not_say_what_it_runs_on(network: Loopback, caller: Any)
         assert not {"uvicorn", "flwr", "python"} & set(answer.text.lower().split())
 
 
-def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
-    network.site("a").wait_for("activated")
-    assert network.process.poll() is None
-    assert "Traceback" not in network.output, "nothing of it was a surprise"
+KEY, OTHER = make_key(1), make_key(2)
+NOW = 1.8e9
+
+
+def headers_of(
+    path: str, body: bytes, *, moment: str = repr(NOW), key: SigningKey = KEY, purpose: str = "call"
+) -> dict[str, str]:
+    digest = hashlib.sha256(body).hexdigest()
+    return {TIME: moment, BODY: digest, SIGNATURE: key.sign(purpose, identity._message(path, moment, digest))}
+
+
+def accepted(headers: Any, *, path: str = "/p", body: bytes = b"b", lead: str = KEY.public, now: float = NOW) -> bool:
+    """As the gate asks it, which has the headers before it has read the body."""
+    return body_of_lead(headers, path=path, lead=lead, now=now) == hashlib.sha256(body).hexdigest()
+
+
+def test_a_client_s_call_carries_its_signature() -> None:
+    transport = Mock(return_value=httpx.Response(200))
+    request = httpx.Request("POST", "https://server:1/v1/control/start-run?x=1", content=b"body")
+    context: Any = ProtobufRequestContext(rpc_method="", message=None, request=request)  # type: ignore[arg-type]
+    identity.LeadSignature(KEY).intercept(context, transport)
+    sent = transport.call_args.args[0].request
+    headers = dict(sent.headers)
+    assert sent.read() == b"body"
+    for path, right in (("/v1/control/start-run", True), ("/v1/control/stop-run", False)):
+        assert accepted(headers, path=path, body=b"body", now=time.time()) is right
+
+
+@given(path=st.text(max_size=20), body=st.binary(max_size=50), other=st.binary(max_size=50))
+def test_any_other_body_path_time_or_key_is_refused(path: str, body: bytes, other: bytes) -> None:
+    right = headers_of(path, body)
+    assert accepted(right, path=path, body=body)
+    assert accepted(right, path=path, body=other) is (other == body)
+    assert not accepted(right, path=path + "/", body=body)
+    assert not accepted(right | {TIME: repr(NOW + 1)}, path=path, body=body)
+    assert not accepted(headers_of(path, body, key=OTHER), path=path, body=body)
+    assert not accepted(right, path=path, body=body, lead=OTHER.public)
+    # Who swaps the digest with the body does not hold the key.
+    assert not accepted(right | {BODY: hashlib.sha256(b"x" + body).hexdigest()}, path=path, body=b"x" + body)
+
+
+@pytest.mark.parametrize("age", [0.0, TOLERANCE_S, 1.5, TOLERANCE_S + 1, 86400.0, 1e300])
+def test_clocks_may_differ_a_little_and_a_call_played_again_later_is_refused(age: float) -> None:
+    for moment in (NOW + age, NOW - age):
+        assert accepted(headers_of("/p", b"b"), now=moment) is (age <= TOLERANCE_S)
+
+
+@pytest.mark.parametrize("moment", ["nan", "inf", "-inf", "", "now", "0x7", "1e999", "1,8", "\u0661" * 10])
+def test_a_time_that_is_none_is_refused_though_it_was_signed(moment: str) -> None:
+    assert not accepted(headers_of("/p", b"b", moment=moment))
+    assert not accepted(headers_of("/p", b"b", moment=moment), now=math.inf)
+
+
+def test_missing_headers_are_refused() -> None:
+    right = headers_of("/p", b"b")
+    for name in (TIME, BODY, SIGNATURE):
+        assert not accepted({key: value for key, value in right.items() if key != name})
+    assert not accepted({})
+    assert not accepted(right | {SIGNATURE: right[SIGNATURE].upper()}), "a signature has one spelling"
+    spelt = right | {BODY: right[BODY].upper()}
+    assert body_of_lead(spelt, path="/p", lead=KEY.public, now=NOW) is None, "and so has a digest"
+
+
+def test_a_signature_for_another_purpose_is_refused() -> None:
+    # What a lead signed for a site must not start a run at the server.
+    assert accepted(headers_of("/p", b"b", purpose="call"))
+    for purpose in ("round request", "end of run", ""):
+        assert not accepted(headers_of("/p", b"b", purpose=purpose))
+    moved = headers_of(f"/p\n{NOW!r}", b"b", moment=repr(NOW))
+    assert not accepted(moved, path="/p"), "lines cannot be moved between path and time"
+
+
+def test_a_signature_passes_once_while_it_is_good_and_few_are_remembered() -> None:
+    seen = identity.SeenCalls(most=3)
+    calls = [headers_of("/p", b"b", moment=repr(NOW + number)) for number in range(4)]
+    for call in calls[:3]:
+        seen.take(call, now=NOW)
+    with pytest.raises(NotAllowed) as used:
+        seen.take(calls[1], now=NOW + TOLERANCE_S)
+    assert used.value.status == 401
+    # A lead that calls too often is told to wait, as by a server that has no time; nothing is forgotten too early.
+    with pytest.raises(NotAllowed) as full:
+        seen.take(calls[3], now=NOW)
+    assert full.value.status == 503
+    seen.take(calls[3], now=NOW + TOLERANCE_S + 1)

@@ -1,7 +1,10 @@
-"""Before round 1 the lead asks who takes part, so that nobody is charged for a run that others end."""
+"""How a run begins and ends: who takes part is asked before round 1, and scores may end a run or turn a round back."""
 
 import json
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from flwr.app import ConfigRecord, Message
 from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import Reply
 from fedtune.flower import flower_records
+from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refusal
+from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError, StuckError
 
 from .conftest import STEPS
@@ -101,22 +106,13 @@ def test_an_offer_that_its_site_did_not_sign_is_none(federation: Any, tamper: An
 def test_a_resumed_run_is_not_asked_about_again(federation: Any) -> None:
     made = federation(num_rounds=2)
     state = made.run_until(1)
-    seen: list[str] = []
-    deliver = made.grid.deliver
-
-    def note(message: Message) -> Message:
-        seen.append(message.metadata.message_type)
-        return deliver(message)
-
-    made.grid.deliver = note
+    made.grid.deliver = deliver = Mock(side_effect=made.grid.deliver)
     made.run(state)
-    assert "query.invite" not in seen
+    assert "query.invite" not in {call.args[0].metadata.message_type for call in deliver.call_args_list}
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm"])
-def test_a_round_that_diverged_goes_back_and_the_run_goes_on(
-    federation: Any, caplog: pytest.LogCaptureFixture, strategy: str
-) -> None:
+def test_a_round_that_diverged_goes_back_and_the_run_goes_on(federation: Any, caplog: Any, strategy: str) -> None:
     made = federation(num_rounds=3, strategy=strategy, server_momentum=0.5)
     plain = federation(num_rounds=3, strategy=strategy, server_momentum=0.5, folder="b")
     scores = iter([{"loss": 1.0}, {"loss": float("nan")}, {"loss": 0.5}])
@@ -144,3 +140,42 @@ def test_two_diverged_rounds_in_a_row_end_the_run_with_its_last_good_adapter(fed
     assert (saved.round, saved.rounds[-1].diverged) == (2, True)
     first: LeadState = federation(num_rounds=3, folder="b").run_until(1)
     assert saved.adapter.digest() == first.adapter.digest()
+
+
+def with_scores(made: Any, *scores: float) -> Any:
+    """The same, with a lead whose validation file gives one score after the other."""
+    left = iter(scores)
+    made.lead = replace(made.lead, evaluate=lambda _: {"accuracy": next(left)}, judged_by="accuracy")
+    return made
+
+
+def test_the_best_round_is_kept_and_sites_learn_the_end_and_save_the_rest(federation: Any) -> None:
+    """A run of four planned rounds that its scores end after the third."""
+    asks = {"num_rounds": 4, "spare_rounds": 0}
+    made = with_scores(federation(num_rounds=4, stop_after=1, keep_round="best", asks=asks), 0.25, 0.75, 0.75)
+    adapters: list[Adapter] = []
+    state: Any = made.run(gives_adapter=True, finished=lambda state: adapters.append(state.adapter))
+    assert (state.round, len(adapters)) == (3, 3)
+    assert made.trained == [*made.spec.names] * 3
+    assert state.kept.digest() == adapters[1].digest() != state.adapter.digest()
+    # A checkpoint holds it, too.
+    loaded = made.lead.checkpoints.load()
+    assert (loaded.kept.digest(), loaded.adapter.digest()) == (adapters[1].digest(), adapters[2].digest())
+    for site in made.spec.names:
+        last = made.events(site)[-1]
+        assert (last.kind, last.detail["what"]) == (Kind.NOTE, "run_ended")
+        assert last.detail["adapter_sha256"] == adapters[1].digest()
+        history = made.ledger(site).history
+        assert not history.set_aside(datetime.now(UTC))
+        charge = site_charge(state, site, made.plan)
+        assert charge.rounds == 3
+        assert 0 < charge.epsilon < charge.planned_epsilon == charge.claim(ended_by_scores=True)
+        assert charge.claim(ended_by_scores=False) == charge.epsilon
+
+
+def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Any) -> None:
+    made = with_scores(federation(num_rounds=2, keep_round="best"), 0.75, 0.5)
+    after_one = made.run_until(1)
+    state = made.run(after_one)
+    assert state.round == 2
+    assert state.kept.digest() == after_one.adapter.digest() != state.adapter.digest()

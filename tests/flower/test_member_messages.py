@@ -1,16 +1,19 @@
 """What a member may send through the server: the answer to its own open question, in its size, and nothing else."""
 
 import gzip
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto import fleet_pb2, message_pb2
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_id, get_object_tree
@@ -19,7 +22,10 @@ from flwr.superlink.federation import NoOpFederationManager
 
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
+from fedtune.flower.internals import identify
 from fedtune.ops.wire import bounded_http, gate, message_objects
+from fedtune.ops.wire.bounded_http import OutOfBounds
+from fedtune.ops.wire.message_objects import pull_message
 from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.ops.wire.site_calls import SiteCalls
 
@@ -51,8 +57,6 @@ def question(network: Loopback, member: Member) -> Iterator[Question]:
 
 
 class Round:
-    """One in which the member `b` and the honest site `a` are asked."""
-
     def __init__(self, network: Loopback, member: Member, pool: ThreadPoolExecutor, grid: RemoteGrid) -> None:
         self.honest = Member(network, "a")
         self.honest.activate()
@@ -61,7 +65,6 @@ class Round:
         self.question = member.asked(self.run_id)
 
     def ends(self) -> dict[int, str]:
-        """Let the honest site answer, and wait for the end of the round."""
         content = RecordDict({"about": ConfigRecord({"site": "a"})})
         self.honest.reply(self.honest.asked(self.run_id), Message(content, SUPERLINK_NODE_ID, "train"))
         return sites_of(self._answers.result(timeout=60))
@@ -149,9 +152,7 @@ def test_an_answer_has_one_message_one_tree_and_no_content_beside_it(member: Mem
         assert member.push(fleet_pb2.PushMessagesRequest(**{**parts, **changed})).status_code == 403, changed
 
 
-def test_objects_are_taken_for_an_announced_answer_within_its_size(
-    network: Loopback, member: Member, round_: Round
-) -> None:
+def test_objects_of_announced_answers_are_taken_in_their_size(network: Loopback, member: Member, round_: Round) -> None:
     question, stored = round_.question, "SELECT coalesce(sum(length(content)), 0) FROM objects"
     before = network.rows(stored)[0][0]
     junk, large = an_object(1 << 16), an_object(1 << 21)
@@ -170,7 +171,7 @@ def test_objects_are_taken_for_an_announced_answer_within_its_size(
 
 
 @pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # of Flower's own migrations
-def test_an_answer_that_is_announced_while_the_lead_asks_is_not_asked_for(
+def test_an_answer_announced_while_the_lead_asks_is_not_fetched(
     network: Loopback, member: Member, round_: Round
 ) -> None:
     # Flower would give it out in parts, and the question would be closed: only what is whole may be asked for.
@@ -184,8 +185,8 @@ def test_an_answer_that_is_announced_while_the_lead_asks_is_not_asked_for(
         assert list(passed.message_ids) == ["unknown"], "which Flower answers for"
 
 
-@pytest.mark.parametrize("kind", ["no message", "nonsense", "an error", "in order"])
-def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["no message", "nonsense", "an error", "more than any", "in order"])
+def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, kind: str, monkeypatch: Any) -> None:
     content = RecordDict({"about": ConfigRecord({"site": "b"})})
     if kind == "an error":
         question = Message(RecordDict(), 5, "train")
@@ -194,6 +195,11 @@ def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, ki
     elif kind == "in order":
         # What a message says of itself does not count: neither whose question it answers, nor who sends it.
         member.reply(round_.question, Message(content, SUPERLINK_NODE_ID, "train"))
+    elif kind == "more than any":
+        # A part may be named many times: what comes is small, and what it stands for is not.
+        monkeypatch.setattr(message_objects, "MOST_BYTES", 1 << 16)
+        zeros = ArrayRecord({"head": Array(np.zeros(1 << 16, np.float32))})
+        member.reply(round_.question, Message(RecordDict({"arrays": zeros}), SUPERLINK_NODE_ID, "train"))
     elif kind == "no message":
         objects = {id: part.deflate() for id, part in get_all_nested_objects(content).items()}
         member.send(round_.question, get_object_tree(content), objects)
@@ -201,16 +207,6 @@ def test_an_answer_that_cannot_be_read_is_none(member: Member, round_: Round, ki
         root = Message(RecordDict(), SUPERLINK_NODE_ID, "train").deflate()[:-9] + b"\xff" * 9
         member.send(round_.question, message_pb2.ObjectTree(object_id=get_object_id(root)), {"": root})
     assert round_.ends() == ({1: "a", 2: "b"} if kind == "in order" else {1: "a"})
-
-
-def test_an_answer_that_stands_for_more_than_any_message_is_none(
-    member: Member, round_: Round, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A part may be named many times: what comes is small, and what it stands for is not.
-    monkeypatch.setattr(message_objects, "MOST_BYTES", 1 << 16)
-    zeros = ArrayRecord({"head": Array(np.zeros(1 << 16, np.float32))})
-    member.reply(round_.question, Message(RecordDict({"arrays": zeros}), SUPERLINK_NODE_ID, "train"))
-    assert round_.ends() == {1: "a"}
 
 
 def test_it_fetches_and_confirms_its_own_questions_alone(member: Member, round_: Round) -> None:
@@ -240,13 +236,11 @@ def test_bytes_that_are_no_message_are_refused_in_our_own_words(member: Member, 
         assert "reason" in answer.json()
 
 
-def test_an_answer_that_was_begun_before_a_restart_can_be_finished(
-    network: Loopback, member: Member, question: Question
-) -> None:
+def test_an_answer_begun_before_a_restart_is_finished(network: Loopback, member: Member, question: Question) -> None:
     part, other = an_object(100), an_object(101)
     session = member.session_of(member.push(member.answer_to(question, part, other)))
     assert member.push_object(question, session, part).status_code == 200
-    network.kill()
+    network.process.kill()
     network.start()
     assert member.push_object(question, "ab" * 18, other).status_code == 409, "nobody else's"
     assert member.push_object(question, session, other).status_code == 200
@@ -254,6 +248,106 @@ def test_an_answer_that_was_begun_before_a_restart_can_be_finished(
     assert network.rows(stored) == [(1,), (1,)]
 
 
-def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
-    assert network.process.poll() is None
-    assert "Traceback" not in network.output
+# A message whose few bytes stand for many is refused before it is put together.
+
+
+Objects = dict[str, bytes]
+identify(run_id=0, node_id=0, task_id=0)  # Flower's messages ask who sends them
+
+
+def honest(values: np.ndarray) -> tuple[ObjectTree, Objects]:
+    content = RecordDict({"arrays": ArrayRecord({"head": Array(values)}), "request": ConfigRecord({"json": "{}"})})
+    message = Message(content, 1, "train")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    nested = get_all_nested_objects(message)
+    return get_object_tree(message), {id: each.deflate() for id, each in nested.items()}
+
+
+def pulled(tree: ObjectTree, objects: Objects) -> Message:
+    return pull_message(tree, objects.__getitem__, lambda id: None)
+
+
+def of_kind(objects: Objects, kind: str) -> str:
+    return next(id for id, content in objects.items() if content.startswith(f"{kind} ".encode()))
+
+
+def rewrite(objects: Objects, kind: str, change: Callable[[dict[str, object]], None]) -> None:
+    id = of_kind(objects, kind)
+    head, body = objects[id].split(b"\x00", 1)
+    fields = json.loads(body)
+    change(fields)
+    text = json.dumps(fields).encode()
+    objects[id] = head.rpartition(b" ")[0] + f" {len(text)}".encode() + b"\x00" + text
+
+
+def test_an_honest_message_arrives() -> None:
+    # Zeros are sent as one chunk that is named several times.
+    values = np.zeros(6_000_000, np.float32)
+    tree, objects = honest(values)
+    assert sum(map(len, objects.values())) < values.nbytes
+    arrived = pulled(tree, objects).content
+    assert np.array_equal(arrived.array_records["arrays"]["head"].numpy(), values)
+    assert arrived.config_records["request"]["json"] == "{}"
+
+
+def test_objects_that_share_their_parts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read again for each that names them, these 302 objects would take hours."""
+
+    def put(kind: str, number: int, children: list[str], body: object) -> str:
+        id, text = f"{kind}-{number}", b"" if kind == "ArrayChunk" else json.dumps(body).encode()
+        objects[id] = f"{kind} {','.join(children)} {len(text)}".encode() + b"\x00" + text
+        return id
+
+    objects: Objects = {}
+    chunks = [put("ArrayChunk", number, [], None) for number in range(100)]
+    named = {"dtype": "float32", "shape": [0], "stype": "numpy.ndarray", "arraychunk_ids": list(range(100))}
+    arrays = [put("Array", number, chunks, named | {"number": number}) for number in range(100)]
+    records = [put("ArrayRecord", number, arrays, {f"{number}/{id}": id for id in arrays}) for number in range(100)]
+    content = put("RecordDict", 0, records, {id: id for id in records})
+    message = put("Message", 0, [content], {})
+    read: list[bytes] = []
+    original = message_objects._named
+    monkeypatch.setattr(
+        message_objects, "_named", lambda kind, data, children: read.append(data) or original(kind, data, children)
+    )
+    tree = ObjectTree(object_id=message, children=[ObjectTree(object_id=id) for id in objects if id != message])
+    with pytest.raises(OutOfBounds, match=r"a message of [0-9]+ bytes"):
+        pull_message(tree, objects.__getitem__, lambda id: None, most_bytes=1 << 20)
+    assert len(read) == len(set(read)) == 202
+
+
+CHANGES: dict[str, Callable[[ObjectTree, Objects], Any]] = {
+    "a RecordDict whose parts are not those that it names": lambda tree, objects: rewrite(
+        objects, "RecordDict", lambda fields: fields.pop("request")
+    ),
+    "4096 objects": lambda tree, objects: tree.children.extend(
+        ObjectTree(object_id=f"{number:064x}") for number in range(5000)
+    ),
+    "something else": lambda tree, objects: objects.update({tree.object_id: objects[of_kind(objects, "RecordDict")]}),
+    "a message of [0-9]+ bytes": lambda tree, objects: rewrite(
+        objects, "Array", lambda fields: fields.update(arraychunk_ids=[0] * 100_000)
+    ),
+    # A record in itself, and a long request.
+    "do not belong together": lambda tree, objects: objects.update(
+        {(id := of_kind(objects, "ArrayRecord")): f"ArrayRecord {id} 2".encode() + b"\x00{}"}
+    ),
+    "may be no array's": lambda tree, objects: objects.update(
+        {of_kind(objects, "ConfigRecord"): b"ConfigRecord  1\x00" + bytes(message_objects.MOST_BESIDE_BYTES)}
+    ),
+}
+
+
+@pytest.mark.parametrize("says", CHANGES)
+def test_objects_that_are_no_message_or_few_bytes_that_stand_for_many(says: str) -> None:
+    tree, objects = honest(np.arange(100_000, dtype=np.float32))
+    CHANGES[says](tree, objects)
+    with pytest.raises(OutOfBounds, match=says):
+        pulled(tree, objects)
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MOST_BYTES", 1000), ("MOST_S", -1.0)])
+def test_more_bytes_or_time_than_any_message_has(monkeypatch: pytest.MonkeyPatch, bound: str, value: float) -> None:
+    monkeypatch.setattr(message_objects, bound, value)
+    tree, objects = honest(np.arange(1000, dtype=np.float32))
+    with pytest.raises(OutOfBounds, match="more than 1000 bytes" if bound == "MOST_BYTES" else "takes more than"):
+        pulled(tree, objects)

@@ -56,11 +56,6 @@ def composed(tiny: Any, tmp_path: Path) -> Callable[..., RunConfig]:
     return lambda *more: compose_run([*settings, "runtime.num_threads=2", *more])
 
 
-@pytest.fixture
-def config(composed: Any) -> RunConfig:
-    return composed()
-
-
 class Ray(ModuleType):
     """Stands in for Ray, with a cluster that holds what it is told and runs what it is given here and now."""
 
@@ -134,38 +129,31 @@ STATE = LeadState(round=1, adapter=Adapter({}))
 CLUSTER = "runtime.ray_address=10.1.2.3:6379"
 
 
-def on_ray(
-    config: RunConfig, sites: Path, run: Callable[[Any], LeadState] = lambda grid: STATE, of_sites: Any = lambda _: None
-) -> LeadState:
+def on_ray(config: RunConfig, sites: Path, run: Any = lambda grid: STATE, of_sites: Any = lambda _: None) -> LeadState:
     return ray_engine.on_ray(run, of_sites, config, sites)
 
 
-def test_without_the_extra_it_says_how_to_install_it(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(ray_engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the extra: pip install 'fedtune\[ray\]'"):
-        on_ray(config, tmp_path)
-
-
 def test_it_starts_a_node_for_each_participant_with_the_threads_of_the_run(
-    config: RunConfig, started: dict[str, Any], ray: Ray, tmp_path: Path
+    composed: Any, started: dict[str, Any], ray: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert on_ray(config, tmp_path) is STATE
+    assert on_ray(composed(), tmp_path) is STATE
     assert started["num_supernodes"] == 2
     assert started["backend_config"]["client_resources"]["num_cpus"] == 2
     (joined,) = ray.joined
     assert joined["address"] == "local"
     assert joined["num_cpus"] >= 2
     assert ray.ended == 1
+    monkeypatch.setattr(ray_engine.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the extra: pip install 'fedtune\[ray\]'"):
+        on_ray(composed(), tmp_path)
 
 
 @pytest.mark.parametrize("error", [RunError("too few"), ConfigError("a", 1, "b"), KeyboardInterrupt()])
 def test_an_error_of_the_run_keeps_its_type(
-    config: RunConfig, started: dict[str, Any], error: BaseException, ray: Ray, tmp_path: Path
+    composed: Any, started: dict[str, Any], error: BaseException, ray: Ray, tmp_path: Path
 ) -> None:
     with pytest.raises(type(error)) as raised:
-        on_ray(config, tmp_path, Mock(side_effect=error))
+        on_ray(composed(), tmp_path, Mock(side_effect=error))
     assert raised.value is error
     assert ray.ended == 1
 
@@ -193,11 +181,11 @@ def test_sites_share_the_gpus_of_the_cluster_so_that_all_can_train_at_a_time(
     assert rooms == [3, 2, 0], "room is counted by node"
 
 
-def test_sites_know_how_many_share_a_gpu(config: RunConfig, started: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_sites_know_how_many_share_a_gpu(composed: Any, started: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(ray_engine, "gpu_share", lambda *_: 1 / 3)
     monkeypatch.setattr(ray_engine, "check_room", lambda *_, **__: None)
     seen: list[RunConfig] = []
-    config = replace(config, runtime=replace(config.runtime, device="auto"))
+    config = composed("runtime.device=auto")
     on_ray(config, tmp_path, of_sites=seen.append)
     assert [one.runtime.sites_per_gpu for one in seen] == [3]
 
@@ -232,9 +220,7 @@ def test_a_cluster_that_others_use_is_refused(composed: Any, started: dict[str, 
 
 
 @pytest.mark.parametrize("key", ["working folder", "tracking.output_dir", "data.train_file", "model.path", "fedtune"])
-def test_what_a_node_does_not_see_is_named(
-    composed: Any, started: dict[str, Any], ray: Ray, key: str, tmp_path: Path
-) -> None:
+def test_what_a_node_does_not_see_is_named(composed: Any, started: Any, ray: Ray, key: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     config = composed(CLUSTER)
     (tmp_path / "train.csv").write_text("text,label\n")

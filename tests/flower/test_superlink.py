@@ -1,5 +1,6 @@
-"""The server's process: how it starts, keeps its roster and ends."""
+"""The server's process: how it starts, keeps its roster and its audit log, and ends."""
 
+import json
 import logging
 import os
 import resource
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -24,14 +26,13 @@ from fedtune.ops.wire.superlink import keep_roster
 
 from . import loopback
 from .certificates import Authority, public_pem
-from .loopback import Loopback, ended, start_process, wait_for
+from .loopback import Loopback, Program, wait_for
 
 AUDIT = AuditLog(None)
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Loopback]:
-    """A server of one's own, not yet started."""
     network = Loopback(tmp_path / "network")
     network.enlist("a")
     yield network
@@ -43,7 +44,6 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server that runs, for tests after which it still does."""
     with loopback.running(tmp_path_factory.mktemp("running"), enlist=["a"]) as network:
         yield network
-        assert network.process.poll() is None
 
 
 def test_ctrl_c_ends_it_within_seconds_with_exit_code_0(own: Loopback) -> None:
@@ -51,14 +51,15 @@ def test_ctrl_c_ends_it_within_seconds_with_exit_code_0(own: Loopback) -> None:
     own.start()
     site = own.site("a")
     site.wait_for("activated")
-    assert ended(own.process, by=signal.SIGINT, seconds=15) == 0
+    own.process.signal(signal.SIGINT)
+    assert own.process.end(seconds=15) == 0
     site.wait_for("trouble")
-    assert site.process.poll() is None, "a site outlives its server"
+    assert site.code is None, "a site outlives its server"
     assert "Traceback" not in own.output
 
 
 def test_a_port_that_is_taken_is_an_error(running: Loopback) -> None:
-    assert start_process("server_process.py", running.folder).wait(timeout=60) == 1
+    assert Program("server_process.py", running.folder).end(seconds=60) == 1
     assert "Address already in use" in running.output
 
 
@@ -97,20 +98,16 @@ def test_it_makes_its_database_and_notes_who_came_and_when_it_ran(own: Loopback)
     wait_for(lambda: "a was revoked" in own.output, seconds=15)
     with pytest.raises(Unauthorised, match="revoked"):
         hello(own.address, own.tls["a"])
-    assert ended(own.process, by=signal.SIGTERM, seconds=15) == 0
+    own.process.ask_to_end()
+    assert own.process.end(seconds=15) == 0
     noted = own.audit()
     for line in noted:
         assert set(line) <= {"time", "event", "address", "member", "certificate", "path", "reason", "again"}
         del line["time"]
     a = {"address": "127.0.0.1", "certificate": "a", "member": "a"}
     refused = {"event": "call refused", **a, "path": HELLO, "reason": "revoked"}
-    for expected in (
-        {"event": "server started"},
-        {"event": "member registered", "member": "a"},
-        {"event": "connected", **a},
-        {"event": "member revoked", "member": "a"},
-        refused,
-    ):
+    of_member = [{"event": f"member {what}", "member": "a"} for what in ("registered", "revoked")]
+    for expected in ({"event": "server started"}, *of_member, {"event": "connected", **a}, refused):
         assert expected in noted, noted
     assert noted[-1] == {"event": "server stopped"}
 
@@ -125,14 +122,12 @@ def test_it_does_not_report_to_flowers_makers() -> None:
 
 @pytest.fixture
 def state() -> LinkState:
-    """Flower's record of nodes."""
     _, factory = get_objectstore_linkstate_factories(FLWR_IN_MEMORY_DB_NAME, get_federation_manager(False))
     return factory.state()
 
 
 @pytest.fixture
 def roster(tmp_path: Path) -> list[Registered]:
-    """The sites a and b."""
     keys = map(public_pem, map(Authority(tmp_path / "ca").issue, ("one", "other")))
     return [Registered(site=name, node_key=key, revoked=False) for name, key in zip("ab", keys, strict=True)]
 
@@ -141,18 +136,7 @@ def registered(state: LinkState) -> dict[str, int]:
     return {node.name: node.node_id for node in state.get_node_info() if node.status != "unregistered"}
 
 
-def test_keeping_a_roster_twice_changes_nothing(state: LinkState, roster: list[Registered]) -> None:
-    keep_roster(state, roster, AUDIT)
-    first = registered(state)
-    assert set(first) == {"a", "b"}
-    keep_roster(state, roster, AUDIT)
-    keep_roster(state, roster[::-1], AUDIT)
-    assert registered(state) == first
-
-
-def test_who_is_revoked_is_put_out_and_nobody_else(
-    state: LinkState, roster: list[Registered], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_who_is_revoked_is_put_out_and_nobody_else(state: LinkState, roster: list[Registered], caplog: Any) -> None:
     a, b = roster
     keep_roster(state, [a, b], AUDIT)
     first = registered(state)
@@ -187,3 +171,86 @@ def test_a_revoked_site_is_out_although_the_database_takes_no_writes(
     with pytest.raises(OSError, match="no space"):
         kept.look()
     assert all(one.revoked for one in kept.members)
+
+
+@pytest.fixture
+def clock() -> Mock:
+    return Mock(return_value=0.0)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "audit.jsonl"
+
+
+@pytest.fixture
+def audit(path: Path, clock: Mock) -> AuditLog:
+    return AuditLog(path, clock=clock)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_event_is_a_line_for_its_owner_alone(path: Path, audit: AuditLog) -> None:
+    audit.note("call refused", address="10.0.0.7", member="north", reason="revoked", path="")
+    (line,) = lines(path)
+    assert line.pop("time").endswith("+00:00")
+    assert line == {"event": "call refused", "address": "10.0.0.7", "member": "north", "reason": "revoked"}
+    assert path.stat().st_mode & 0o777 == 0o600
+    audit.note("connected", certificate="x" * 100_000)
+    assert path.stat().st_size < 1000, "a long name is cut"
+
+
+def test_what_repeats_is_counted_and_the_count_is_written(path: Path, audit: AuditLog, clock: Mock) -> None:
+    for _ in range(5000):
+        audit.note("call refused", address="10.0.0.7", reason="revoked")
+    audit.note("call refused", address="10.0.0.8", reason="revoked")
+    assert len(lines(path)) == 2
+    clock.return_value = 601.0
+    audit.flush()
+    counted = [("10.0.0.7", None), ("10.0.0.8", None), ("10.0.0.7", 4999)]
+    assert [(line["address"], line.get("again")) for line in lines(path)] == counted
+    audit.note("call refused", address="10.0.0.7", reason="revoked")
+    assert len(lines(path)) == 4, "it is news again"
+
+
+def test_many_addresses_do_not_fill_the_disk(path: Path, audit: AuditLog, clock: Mock) -> None:
+    for number in range(5000):
+        audit.note("handshake refused", address=str(number))
+    assert len(lines(path)) == 1000
+    clock.return_value = 601.0
+    audit.flush()
+    assert lines(path)[-1]["event"] == "events not written"
+    assert lines(path)[-1]["again"] == 4000
+
+
+def test_files_are_bounded_and_the_oldest_goes(tmp_path: Path, path: Path, clock: Mock) -> None:
+    audit = AuditLog(path, clock=clock, most_bytes=1000)
+    for number in range(200):
+        audit.note("connected", member=str(number))
+    kept = ["audit.jsonl", *(f"audit.jsonl.{number}" for number in (1, 2, 3))]
+    assert sorted(file.name for file in tmp_path.iterdir()) == kept
+    assert all(file.stat().st_size < 1200 for file in tmp_path.iterdir())
+    audit.note("connected", member="last")
+    assert lines(path)[-1]["member"] == "last"
+
+
+def test_a_disk_that_is_full_stops_no_call(tmp_path: Path, clock: Mock, caplog: pytest.LogCaptureFixture) -> None:
+    audit = AuditLog(tmp_path / "nowhere" / "audit.jsonl", clock=clock)
+    with caplog.at_level(logging.ERROR):
+        for number in range(5):
+            audit.note("connected", member=str(number))
+    assert len(caplog.records) == 1
+
+
+def test_whoever_makes_many_lines_hides_nobody_else_s(path: Path, audit: AuditLog) -> None:
+    for number in range(2000):
+        audit.note("call refused", member="south", path=f"/{number}", reason="no such call")
+        audit.note("handshake refused", address=f"127.0.{number // 250}.{number % 250}", reason="hung up")
+    assert audit.note("call refused", member="north", path="/v1/fleet/push-messages", reason="wrong signature")
+    assert audit.note("message refused", member="south", reason="answers no question")
+    assert audit.note("run started", certificate="lead")
+    assert audit.note("member revoked", member="south")
+    assert sum(line.get("member") == "south" for line in lines(path)) <= 103
+    assert sum("handshake" in line["event"] for line in lines(path)) <= 1000
