@@ -395,7 +395,8 @@ _site_policy = pytest.fixture(scope="session", name="site_policy")(lambda: site_
 _has_scale = pytest.fixture(scope="session", name="has_scale")(lambda: has_scale)
 
 
-def note_everything_sent(patched: pytest.MonkeyPatch) -> list[bytes]:
+@pytest.fixture
+def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Every byte of every message that a site hands to Flower, as it would be put on the wire."""
     from flwr.common.serde import message_to_proto  # here, for the sake of tests that need no Flower
 
@@ -409,7 +410,7 @@ def note_everything_sent(patched: pytest.MonkeyPatch) -> list[bytes]:
         sent.append(message_to_proto(answer).SerializeToString())
         return answer
 
-    patched.setattr(InProcessGrid, "deliver", spy)
+    monkeypatch.setattr(InProcessGrid, "deliver", spy)
     return sent
 
 
@@ -425,8 +426,3 @@ def fail_where(
         return real(*given, **named)
 
     patched.setattr(owner, name, failing)
-
-
-@pytest.fixture
-def everything_sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    return note_everything_sent(monkeypatch)

@@ -5,12 +5,12 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
@@ -23,6 +23,7 @@ from fedtune.privacy.site_files import SiteFiles
 from ..conftest import REPOSITORY, parsed, result_of
 from ..flower.loopback import free_port
 from ..forked import forked_commands
+from ..processes import Process
 
 pytestmark = pytest.mark.nightly
 
@@ -66,63 +67,34 @@ def test_the_table_of_steps_counts_each_and_names_every_step_of_the_page() -> No
     assert told == {int(number) for number, _ in headings} - looked_at
 
 
-class Followed(NamedTuple):
-    """The folder that was empty, and all that the commands said."""
-
-    folder: Path
-    printed: str
-
-    def result(self) -> Any:
-        return result_of(self.folder / "runs" / "first")
-
-
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory: pytest.TempPathFactory) -> Followed:
-    folder = tmp_path_factory.mktemp("empty")
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    beside = tmp_path_factory.mktemp("beside")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Paste the page into a shell in a folder."""
+    folder, beside = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("beside")
+    bash = ["bash", "-c", script(PAGE.read_text()).replace(PORT, str(free_port()))]
     with forked_commands(beside) as commands:
-        environment["PATH"] = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        return follow(folder, beside / "output.txt", environment)
+        way = f"{commands}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        given = {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PATH": way}
+        # In a group of its own, so that what it started can be ended.
+        shell = Process("shell", bash, log=beside / "output.txt", cwd=folder, env=given)
+        try:
+            code = shell.end(seconds=MOST_S)
+            logs = "".join(f"\n{log}:\n{log.read_text()}" for log in sorted(folder.rglob("*.log")))
+            assert code == 0, shell.text + logs
+            with pytest.raises(ProcessLookupError):  # the page itself has stopped what it started
+                os.killpg(shell.pid, 0)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+    return SimpleNamespace(folder=folder, printed=shell.text)
 
 
-def follow(folder: Path, output: Path, environment: dict[str, str]) -> Followed:
-    """Paste the page into a shell in `folder`."""
-    with output.open("w") as file:  # no pipe, which those that it starts would hold open
-        shell = subprocess.Popen(
-            ["bash", "-c", script(PAGE.read_text()).replace(PORT, str(free_port()))],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,  # a process group, so that what it started can be ended
-        )
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            shell.wait(MOST_S)
-        logs = "".join(f"\n{log}:\n{log.read_text()}" for log in sorted(folder.rglob("*.log")))
-        assert shell.returncode == 0, output.read_text() + logs
-        with pytest.raises(ProcessLookupError):  # the page itself has stopped what it started
-            os.killpg(shell.pid, 0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(shell.pid, signal.SIGKILL)
-        shell.wait()
-    return Followed(folder, output.read_text())
-
-
-def test_every_round_is_finished_with_every_site(followed: Followed) -> None:
-    rounds = followed.result()["rounds"]
-    assert [one["round"] for one in rounds] == [1, 2]
-    for one in rounds:
-        assert sorted(one["sites"]) == list(SITES)
-        assert one["failed_sites"] == {}
-
-
-def test_what_was_spent_is_within_each_policy_and_in_each_ledger(followed: Followed) -> None:
-    privacy = followed.result()["privacy"]
+def test_every_round_has_every_site_at_a_cost_within_each_policy_and_in_each_ledger(followed: Any) -> None:
+    result = result_of(followed.folder / "runs" / "first")
+    assert [one["round"] for one in result["rounds"]] == [1, 2]
+    for one in result["rounds"]:
+        assert (sorted(one["sites"]), one["failed_sites"]) == (list(SITES), {})
+    privacy = result["privacy"]
     assert privacy["seeded_noise"] is False
     assert sorted(privacy["sites"]) == list(SITES)
     for site, spent in privacy["sites"].items():
@@ -135,7 +107,7 @@ def test_what_was_spent_is_within_each_policy_and_in_each_ledger(followed: Follo
         assert 0 < charged <= files.policy.budget.max_epsilon
 
 
-def test_what_the_page_shows_was_printed(followed: Followed) -> None:
+def test_what_the_page_shows_was_printed(followed: Any) -> None:
     def shape(text: str) -> str:
         """Without what differs from run to run: words with digits in them, and how text was broken into lines.
 
@@ -151,7 +123,7 @@ def test_what_the_page_shows_was_printed(followed: Followed) -> None:
             assert shape(line) in printed, line
 
 
-def test_the_policy_is_the_template_but_for_the_lines_that_the_page_lists(followed: Followed) -> None:
+def test_the_policy_is_the_template_but_for_the_lines_that_the_page_lists(followed: Any) -> None:
     tables = {"population", "dataset", "budget", "limits", "allow", "releases", "machine", "trust", "asserted"}
 
     def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,15 +1,17 @@
-"""Whole runs of a language model on chats and on plain texts, with privacy and without."""
+"""Whole runs of a language model on chats, on plain texts and on preferences, with privacy and without."""
 
 import csv
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ..conftest import result_of, simulate
+from ..cli import snapshots
+from ..conftest import command, result_of, simulate, tiny
 
 pytestmark = pytest.mark.nightly
 
@@ -76,3 +78,102 @@ def test_a_run_trains_and_scores(tuned: Any, layout: tuple[str, ...], private: b
         assert np.isfinite([*one["site_scores"].values()]).all()
     template = result["provenance"]["template"]
     assert template["sha256"] == hashlib.sha256(template["prompt"].encode()).hexdigest()
+
+
+# Preferences, from files of each form to a model that is scored and used, private and not.
+
+
+GOOD, BAD = ("red", "green", "blue"), ("one", "two", "three four")
+SCORES = ["accuracy", "accuracy_length_controlled", "margin", "margin_length_controlled", "loss"]
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def rows(form: str) -> list[dict[str, Any]]:
+    """Ninety pairs, in which a colour is better than a number; in a third of them the colour is the longer answer."""
+    found: list[dict[str, Any]] = []
+    for number in range(90):
+        asked, answers = f"say {number}", {"better": GOOD[number % 3], "worse": BAD[number // 3 % 3]}
+        whole = {name: [said("user", asked), said("assistant", text)] for name, text in answers.items()}
+        found.append(whole if form == "whole" else {"asked": asked, **answers})
+    return found
+
+
+COLUMNS = {
+    "text": ("data.columns={prompt: asked, chosen: better, rejected: worse}",),
+    "whole": ("data.columns={chosen: better, rejected: worse}", "data.chat_template=plain"),
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """The overrides of a tiny run on pairs of a form."""
+    into = tmp_path_factory.mktemp("files")
+
+    def make(form: str, *overrides: str) -> list[str]:
+        file = into / f"{form}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows(form)))
+        return [
+            *("experiment=own_preferences", "model=random_llama", "lora=all_linear", "lora.layers=null"),
+            *(f"data.train_file='{file}'", "data.validation_file=null", "data.test_file=null"),
+            *("data.validation_fraction=0.1", "data.test_fraction=0.2", "data.train_fraction=1.0"),
+            *("data.declared_sizes=30", "data.max_length=48", "data.test_rows=null"),
+            *("federation.num_sites=2", "federation.num_rounds=2", "training.local_steps=3"),
+            *("training.learning_rate=0.05", *COLUMNS[form], *overrides),
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def private(given: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    held_out = ("data.heldout_fraction=0.2", "privacy.metrics=noised")
+    folder: Path = simulate(*given("text", *held_out), into=tmp_path_factory.mktemp("runs"), name="private")
+    return folder
+
+
+def test_a_private_run_is_scored_charged_and_reported(private: Path) -> None:
+    result = result_of(private)
+    assert result["task"] == "preference"
+    assert list(result["final"]["metrics"]) == SCORES
+    assert set(result["rounds"][0]["metrics"]) == set(SCORES)
+    assert result["final"]["metrics_before"]["accuracy"] == 0.5
+    assert result["final"]["metrics"] != result["final"]["metrics_before"]
+    assert 0 < result["privacy"]["epsilon"] < 8
+    assert not any(one["failed_sites"] for one in result["rounds"])
+    assert command("report", "verify", str(private / "report.json")).code == 0
+
+
+def test_without_privacy_it_is_learnt(given: Any, tmp_path: Path) -> None:
+    learns = ("privacy=none", "privacy.noise_multiplier=null", "training.learning_rate=0.5", "training.local_steps=6")
+    beta = ("data.preferences.beta=0.5", "lora.layers=[-1]", "evaluation.generate=true", "evaluation.max_new_tokens=4")
+    # Who is sampled decides how much is learnt in so few steps: of fresh samples some run learns too little.
+    plain = simulate(*given("whole", *learns, *beta, "runtime.seeded_noise=true"), into=tmp_path, name="plain")
+    final = result_of(plain)["final"]
+    assert list(final["metrics"]) == [*SCORES, "bleu", "rouge_l"]
+    for score in ("accuracy", "accuracy_length_controlled"):
+        assert final["metrics"][score] > final["metrics_before"][score] + 0.3, "of answers of any length"
+    assert final["metrics"]["margin"] > 0.2
+    assert final["metrics"]["loss"] < final["metrics_before"]["loss"] - 0.1
+
+
+def test_going_on_keeps_the_base_as_reference(given: Any, private: Path, tmp_path: Path) -> None:
+    more = given("text", f"model.adapter={private}", "federation.num_rounds=1")
+    before = result_of(simulate(*more, into=tmp_path, name="more"))["final"]["metrics_before"]
+    assert before == result_of(private)["final"]["metrics"]
+    assert before["loss"] != pytest.approx(0.6931, abs=1e-4)
+
+
+def test_by_user_a_person_s_pairs_count_as_one(given: Any, tmp_path: Path) -> None:
+    by_user = ("+data.columns.user=asked", "privacy.unit=user", "data.declared_sizes=30", "federation.num_rounds=1")
+    result = result_of(simulate(*given("text", *by_user), into=tmp_path, name="users"))
+    assert result["privacy"]["unit"] == "user"
+    assert list(result["final"]["metrics"]) == SCORES
+
+
+@snapshots.mistakes("mistakes-preference")
+def test_settings_that_misfit_are_named(given: Any, tmp_path: Path, typed: str) -> None:
+    message = command("simulate", *tiny(*given("text"), typed, into=tmp_path)).failed()
+    snapshots.check_message("mistakes-preference", typed, message)

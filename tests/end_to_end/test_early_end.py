@@ -1,6 +1,5 @@
 """A run that its validation scores end, as a person meets it: files, report, card, ledger, and what is refused."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +28,11 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(*settings, into=into)
 
 
-def test_the_claim_stays_the_planned_epsilon(stopped: Path) -> None:
-    result, plan = result_of(stopped), saved_config(stopped).plan()
+def test_the_adapter_is_the_kept_round_s_and_the_claim_stays_the_planned_epsilon(stopped: Path) -> None:
+    config = saved_config(stopped)
+    state = Checkpoints(stopped / "checkpoints", config.digest()).load()
+    assert SavedAdapter.to_begin_in(str(stopped)).digest == state.kept.digest() != state.adapter.digest()
+    result, plan = result_of(stopped), config.plan()
     score = result["rounds"][0]["metrics"]["accuracy"]
     assert result["final"]["kept"] == {"round": 1, "judged_by": "accuracy", "score": score, "ended_early": True}
     planned, charged = (charged_epsilons(plan, rounds)[0] for rounds in (5, 3))
@@ -68,17 +70,12 @@ def test_a_report_that_claims_the_smaller_epsilon_is_found_out(stopped: Path) ->
     assert problems(replace(report, epsilon=spent.epsilon)) != []
 
 
-def test_the_adapter_is_the_kept_round_s(stopped: Path) -> None:
-    state = Checkpoints(stopped / "checkpoints", saved_config(stopped).digest()).load()
-    assert SavedAdapter.to_begin_in(str(stopped)).digest == state.kept.digest() != state.adapter.digest()
-
-
 def test_resuming_it_charges_nothing(stopped: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
-    ledger, before = folder / "sites/site-1/ledger.db", json.loads((folder / "run.json").read_text())
+    ledger, before = folder / "sites/site-1/ledger.db", result_of(folder)
     events = len(verify(ledger).events)
     assert "the run was over after round 3" in command("simulate", f"resume={folder}").printed
-    after = json.loads((folder / "run.json").read_text())
+    after = result_of(folder)
     assert len(verify(ledger).events) == events
     assert [after[key] for key in ("rounds", "privacy")] == [before[key] for key in ("rounds", "privacy")]
     assert after["final"]["metrics"] == before["final"]["metrics"]

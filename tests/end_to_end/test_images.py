@@ -19,12 +19,6 @@ from ..export.conftest import elsewhere
 from ..pictures import COLOURS, encoded, picture, vision_folder, write_pictures
 from .conftest import folder_of
 
-NO_FEDTUNE = """\
-import sys
-
-sys.modules["fedtune"] = None
-"""
-
 ANSWERS = {
     "classification": ["data.columns={image: image, label: label}"],
     "multi_label": ["data.columns={image: image, labels: several}", "data.labels=[red,green]"],
@@ -102,7 +96,8 @@ def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, tmp_path: Pa
     told = command("generate", str(folder), "--prompt", str(tmp_path / "image.png"), "--json")
     said = {one["label"]: one["probability"] for one in next(iter(json.loads(told.out)["answers"].values()))}
     (lines,) = re.findall(r"```python\n(.*?)```", (tmp_path / "folder" / "README.md").read_text(), re.DOTALL)
-    printed = elsewhere("-c", f"{NO_FEDTUNE}{lines}print(torch.softmax(scores, 0).tolist())", cwd=tmp_path)
+    blocked = "import sys; sys.modules['fedtune'] = None"
+    printed = elsewhere("-c", f"{blocked}\n{lines}print(torch.softmax(scores, 0).tolist())", cwd=tmp_path)
     best, chances = printed.splitlines()
     assert COLOURS[1] in best
     found = dict(zip(COLOURS, json.loads(chances), strict=True))

@@ -38,20 +38,8 @@ def test_after_every_kill_the_ledger_accounts_for_all_that_was_seen(sample: Any)
 def test_the_kills_are_spread_over_everything_that_is_written_trained_and_sent(sample: Any) -> None:
     named = {phase for phase, counts in sample["phases"].items() if counts.get("named")}
     assert named == {
-        "open",
-        "reserve",
-        "commit",
-        "refusal",
-        "end of run",
-        "anchor",
-        "site files",
-        "journal",
-        "checkpoint",
-        "answer",
-        "training",
-        "step",
-        "reply",
-        "lead",
+        *("open", "reserve", "commit", "refusal", "end of run", "anchor", "site files", "journal", "checkpoint"),
+        *("answer", "training", "step", "reply", "lead"),
     }
     # The sample would show nothing if it were over before anything had left.
     assert sum(sum(hit["observed"].values()) for hit in sample["hits"]) >= KILLS

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
@@ -11,7 +11,6 @@ from dp_accounting.rdp import RdpAccountant
 
 import fedtune.sites.work as site_work
 from fedtune.privacy.ledger.verify import verify
-from fedtune.privacy.mechanism import noised_scores
 
 from ..conftest import result_of, simulate
 
@@ -22,22 +21,10 @@ NOISED = ("privacy.metrics=noised", f"privacy.metrics_noise_multiplier={NOISE}",
 SITES = ("site-1", "site-2")
 
 
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """Each site's exact scores, before noise; they stay with the test."""
-    seen: list[np.ndarray] = []
-
-    def spy(scores: np.ndarray, **rest: Any) -> tuple[float, float]:
-        seen.append(scores)
-        return noised_scores(scores, **rest)
-
-    monkeypatch.setattr(site_work, "noised_scores", spy)
-    return seen
-
-
-def test_by_default_no_score_leaves_a_site(tmp_path: Path, exact: Any, everything_sent: list[bytes]) -> None:
+def test_by_default_no_score_leaves_a_site(tmp_path: Path, everything_sent: list[bytes], monkeypatch: Any) -> None:
+    monkeypatch.setattr(site_work, "noised_scores", noised := Mock())
     result = result_of(simulate("data.heldout_fraction=0.4", into=tmp_path))
-    assert exact == []
+    noised.assert_not_called()
     assert [entry["site_scores"] for entry in result["rounds"]] == [{}, {}]
     assert b'"scores": null' in b"".join(everything_sent)
     assert b'"scores": [' not in b"".join(everything_sent)
@@ -45,14 +32,12 @@ def test_by_default_no_score_leaves_a_site(tmp_path: Path, exact: Any, everythin
 
 def test_epsilon_covers_the_scores_and_keeps_below_its_target(tmp_path: Path) -> None:
     calibrated = simulate(*NOISED, "privacy.noise_multiplier=null", into=tmp_path)  # for training and scores together
-    privacy = result_of(calibrated)["privacy"]
+    privacy, relation = result_of(calibrated)["privacy"], NeighboringRelation.ADD_OR_REMOVE_ONE
     for site, spent in privacy["sites"].items():
         assert (spent["rounds"], spent["metrics_noise_multiplier"]) == (2, NOISE)
         step = PoissonSampledDpEvent(spent["sampling_rate"], GaussianDpEvent(spent["noise_multiplier"]))
-        for key, accountant in (
-            ("epsilon", PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)),
-            ("epsilon_rdp", RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)),
-        ):
+        rdp = RdpAccountant(neighboring_relation=relation)
+        for key, accountant in (("epsilon", PLDAccountant(relation)), ("epsilon_rdp", rdp)):
             accountant.compose(step, spent["steps"])
             alone = accountant.get_epsilon(privacy["delta"])
             accountant.compose(GaussianDpEvent(NOISE), spent["rounds"])

@@ -63,7 +63,7 @@ def run(public: Path, tmp_path_factory: pytest.TempPathFactory) -> fedtune.Run:
     return finished
 
 
-def test_the_stage_is_a_run_of_the_lead_alone_without_privacy(run: fedtune.Run, public: Path) -> None:
+def test_the_stage_is_a_run_of_the_lead_alone_in_which_the_run_begins(run: fedtune.Run, public: Path) -> None:
     stage = fedtune.load(run.folder.parent / "run-public")
     assert (stage.privacy.epsilon, [*stage.privacy.sites]) == (None, ["lead"])
     data = stage.config.data
@@ -71,10 +71,7 @@ def test_the_stage_is_a_run_of_the_lead_alone_without_privacy(run: fedtune.Run, 
     assert re.fullmatch("banking77-public-[0-9a-f]{12}", data.dataset)
     assert stage.config.training.peak_rates(clipped=False) == (0.0033, 0.0033)
     assert run.config.training.peak_rates(clipped=True) == (0.0033, 0.0033)
-
-
-def test_the_run_begins_in_it_and_every_paper_says_what_it_was_trained_on(run: fedtune.Run) -> None:
-    stage = fedtune.load(run.folder.parent / "run-public")
+    # The run begins in it, and every paper says what it was trained on.
     start = run.result.provenance.start_adapter
     assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)
     assert run.result.final.metrics_before == stage.metrics

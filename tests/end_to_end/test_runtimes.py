@@ -2,16 +2,26 @@
 
 import importlib.util
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ..conftest import REPOSITORY, adapter_of, result_of, simulate, tiny
+from ..flower.loopback import free_port
 from ..forked import run_forked
+from ..processes import wait_for
 
 pytestmark = pytest.mark.nightly
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
 
 
 def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -24,9 +34,8 @@ def fedtune(*arguments: str) -> subprocess.CompletedProcess[str]:
 SECURE = ("federation.num_sites=3", "federation.aggregation=secure", "training.local_steps=1")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed")
+@needs_ray
 def test_secure_sums_on_ray_and_in_one_process_give_the_same_bytes(tmp_path: Path) -> None:
-    """Plain averages: test_ray_cluster.py."""
     settings = ("runtime.seeded_noise=true", "federation.num_rounds=2", *SECURE)
     one = simulate(*settings, into=tmp_path, name="one-process")
     done = fedtune("simulate", *tiny("runtime=ray", *settings, into=tmp_path, name="ray"))
@@ -51,3 +60,85 @@ def test_thirty_two_sites_take_little_more_memory_than_two(tmp_path: Path) -> No
         assert len(result["rounds"][0]["sites"]) == sites
         peaks[sites] = result["final"]["peak_memory_bytes"]
     assert peaks[32] <= 1.2 * peaks[2], peaks
+
+
+HEAD, SECOND = "127.0.0.2", "127.0.0.3"
+NUM_SITES = 8
+# Of GPUs Ray is told: it counts them, and looks at none.
+NODE = ("--num-cpus=2", "--num-gpus=1", "--object-store-memory=80000000", "--disable-usage-stats", "--block")
+
+
+@contextmanager
+def node(log: Path, *options: str) -> Iterator[None]:
+    """A Ray node, from when it is up; whatever it started ends with it."""
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *NODE, *options]
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_for(lambda: process.poll() is not None or "runtime started" in log.read_text(), what="a node of Ray")
+        assert process.poll() is None, log.read_text()
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
+            # The processes of a node are in its group, and nobody else's are.
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """That of a cluster of two nodes with two CPUs and a GPU each."""
+    # The names of Ray's sockets have to be short.
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
+    try:
+        port, clients = free_port(), free_port()
+        of_head = (f"--port={port}", f"--ray-client-server-port={clients}", f"--temp-dir={folder}")
+        with (
+            node(folder / "head.log", "--head", f"--node-ip-address={HEAD}", "--include-dashboard=false", *of_head),
+            node(folder / "second.log", f"--address={HEAD}:{port}", f"--node-ip-address={SECOND}"),
+        ):
+            yield f"{HEAD}:{port}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def on_cluster(tmp_path: Path, address: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`fedtune simulate` on the cluster, started in another folder than the nodes were."""
+    (tmp_path / "noted").mkdir()
+    (tmp_path / "simulations").symlink_to(REPOSITORY / "simulations")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NOTED": str(tmp_path / "noted")}
+    program = str(Path(__file__).with_name("noting_nodes.py"))
+
+    def run(*settings: str) -> subprocess.CompletedProcess[str]:
+        words = tiny("runtime=ray", f"runtime.ray_address={address}", *settings, into=Path("there"), name="ray")
+        command = [sys.executable, program, "simulate", *words]
+        return run_forked(command, cwd=tmp_path, env=environment, timeout_s=240)
+
+    return run
+
+
+@pytest.mark.slow
+@needs_ray
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a loopback address for each node")
+def test_sites_train_on_two_nodes_and_give_the_bytes_of_one_process(on_cluster: Any, tmp_path: Path) -> None:
+    settings = (f"federation.num_sites={NUM_SITES}", "federation.num_rounds=2", "data.train_fraction=0.1")
+    settings += ("runtime.seeded_noise=true", "runtime.device=auto")
+    # A node has CPUs for two actors, and its GPU is for one.
+    done = on_cluster(*settings, "runtime.sites_per_gpu=1")
+    assert done.returncode == 0, done.stderr + done.stdout
+    noted = [file.name.split(",") for file in (tmp_path / "noted").iterdir()]
+    trained = [(site, node, process, gpus) for kind, site, node, process, gpus in noted if kind == "train"]
+    assert {site for site, *_ in trained} == {str(number) for number in range(NUM_SITES)}
+    of_nodes = {node for _, node, _, _ in trained}
+    assert len(of_nodes) == 2
+    actors = {(node, process) for _, node, process, _ in trained}
+    assert Counter(node for node, _ in actors) == dict.fromkeys(of_nodes, 1), "one for each GPU"
+    assert {gpus for *_, gpus in trained} == {"0"}
+    one, other = simulate(*settings, into=tmp_path, name="one"), tmp_path / "there" / "ray"
+    assert adapter_of(one) == adapter_of(other)
+    assert result_of(one)["privacy"] == result_of(other)["privacy"]
+    assert result_of(one)["final"]["metrics"] == result_of(other)["final"]["metrics"]

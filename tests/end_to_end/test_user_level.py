@@ -1,15 +1,22 @@
-"""privacy.unit=user from one end to the other: settings, data, training, ledger, policy, result and report."""
+"""privacy.unit=user from one end to the other, over cohorts of people, and in a comparison."""
 
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedtune.config import saved_config
+from fedtune.privacy.accountant import epsilon_pld
+from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report import from_ledger, from_run
+from fedtune.tasks.saved import SavedAdapter
 
 from ..conftest import command
+from ..processes import FEDTUNE, Process, wait_for
 
 pytestmark = pytest.mark.nightly
 
@@ -54,3 +61,155 @@ def test_a_run_by_user_says_so_everywhere(tmp_path: Path) -> None:
     spent = command("ledger", "spent", str(site / "ledger.db"))
     assert "with all records of any one person at a site as without them" in " ".join(spent.out.split())
     assert "Lifetime budget of each user" in spent.out
+
+
+# Three years, over which sites keep their ledgers: new people go on where one budget would have ended.
+
+
+YEARS = (2024, 2025, 2026)
+
+
+def of_people(into: Path, name: str, *overrides: str) -> list[str]:
+    short = ("data.declared_sizes=30", "data.train_fraction=1.0", "federation.num_rounds=1", "training.local_steps=1")
+    files = (f"data.train_file='{into / 'people.jsonl'}'", f"runtime.sites_dir='{into / 'kept'}'")
+    return arguments(into, *short, *files, *overrides, name=name)
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Any:
+    rows = [
+        {"text": f"message {n} of {year}", "user": f"{year}-{n % 20}", "came": f"{year}-0{n % 9 + 1}-01"}
+        for year in YEARS
+        for n in range(60)
+    ]
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name: str, cohorts: str | None = None, *more: str, after: str | None = None) -> Any:
+        limited = [*([f"privacy.cohorts={cohorts}"] if cohorts else ()), *more]
+        begun = of_people(tmp_path, name, "+data.columns.arrival=came")
+        return command("simulate", *(("--renew", str(tmp_path / after), f"name={name}") if after else begun), *limited)
+
+    return run
+
+
+def test_with_cohorts_every_years_people_have_their_own(simulated: Any, tmp_path: Path) -> None:
+    for year in YEARS:
+        assert simulated(f"of-{year}", f"{{period:year,first:'{year}',last:'{year}'}}").code == 0
+    assert "max_epsilon" in simulated("more", "{period:year,first:'2026',last:'2027'}").err
+    ledger = tmp_path / "kept" / "site-1" / "ledger.db"
+    history = verify(ledger).history
+    figures = [history.epsilon(history.charged(year)) for year in YEARS]
+    assert history.epsilon() == figures[0] == figures[1] == figures[2] > 0
+    assert not history.charged(2027)
+    with store.reading(ledger) as file:
+        assert {row.cohort for row in register.read_rows(file)} == set(YEARS)
+    # One line a cohort, of which the ledger's figure is the largest; the report says the same.
+    spent = command("ledger", "spent", str(ledger))
+    shown = spent.out
+    assert spent.code == 0, spent.err
+    assert all(f"came in {year} " in shown for year in YEARS)
+    life = json.loads(command("ledger", "spent", str(ledger), "--json").out)
+    assert [tuple(one["people"].values()) for one in life["cohorts"]] == [
+        *((None, "2023"), ("2024", "2024"), ("2025", "2025"), ("2026", "2026"), ("2027", None))
+    ]
+    assert life["epsilon"] == pytest.approx(history.epsilon())
+    report = from_ledger.build(ledger)
+    assert report.sites[0].spent.epsilon == pytest.approx(history.epsilon())
+    assert report.sites[0].steps[-1].epsilon == pytest.approx(history.epsilon())
+    window = ("+data.columns.arrival=came", "privacy.cohorts={period:year,last:'2026'}")
+    plan = command("plan", *of_people(tmp_path, "p", *window))
+    assert "it admits and charges people who came up to 2026, and those without a date" in " ".join(plan.out.split())
+
+
+def test_equal_runs_spend_the_whole_and_people_who_come_go_on(simulated: Any, tmp_path: Path) -> None:
+    first = "{period:year,first:'2024',last:'2025'}"
+    rule = ("privacy.noise_multiplier=null", "privacy.epsilon=3", "privacy.runs=3")
+    for name, before in (("one", None), ("two", "one"), ("three", "two")):
+        assert simulated(name, first, *(() if before else rule), after=before).code == 0
+    start = json.loads((tmp_path / "three" / "run.json").read_text())["provenance"]["start_adapter"]
+    assert start["digest"] == SavedAdapter.read(tmp_path / "two" / "adapter").digest
+    ledger, plan = tmp_path / "kept" / "site-1" / "ledger.db", saved_config(tmp_path / "three").plan()
+    charged = verify(ledger).history.charged(2024)
+    # What was charged, recomputed: all runs together come to epsilon, and one more would pass it.
+    assert 2.98 < epsilon_pld(charged, plan.delta) <= 3.0 < epsilon_pld([plan.whole] * 4, plan.delta)
+    refused = simulated("four", first, after="three")
+    assert (refused.code, "max_epsilon" in refused.err) == (3, True)
+    # By itself the window moves on, but has one cohort yet whose budget is spent; the window after that runs.
+    assert simulated("moved", after="three").code == 3
+    assert simulated("new", "{period:year,first:'2026',last:'2027'}", after="three").code == 0
+    history = verify(ledger).history
+    assert (history.charged(2024), saved_config(tmp_path / "new").federation.renewal) == (charged, 3)
+    assert epsilon_pld(history.charged(2026), plan.delta) == epsilon_pld([plan.whole], plan.delta)
+
+
+# A comparison from one end to the other: by user, by a column that says the site, and after Ctrl-C.
+
+
+ONE_ROUND = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
+
+
+def test_users_are_drawn_with_all_their_records(tmp_path: Path) -> None:
+    words = arguments(tmp_path, *ONE_ROUND, "data.test_rows=null", name="chat")
+    told = json.loads(command("compare", *words, "--leave-out", "alone", "--generate", "3", "--json").printed)
+    assert told["unit"] == "user"
+    assert 10 < told["units"] < told["records"] / 2
+    base, federated, pooled = told["models"]
+    assert set(base["scores"]) == {"loss", "perplexity", "bleu", "rouge_l"}
+    assert [model["name"] for model in (federated, pooled)] == ["federated", "pooled"]
+    by_record = command("compare", federated["folder"], pooled["folder"], "--json")
+    assert json.loads(by_record.out)["units"] == told["units"], "also of runs that are there"
+
+
+def tickets(folder: Path) -> list[str]:
+    """An experiment of two sites that a column tells apart, with a test file of its own."""
+    rows = [
+        {
+            "text": f"ticket {number} about {('cards', 'loans')[number % 2]}",
+            "label": ("a", "b")[number % 2],
+            "office": ("north", "south", "abroad")[number % 5 % 3],
+            "desk": number % 4 // 3,
+        }
+        for number in range(160)
+    ]
+    for name, chosen in (("train", rows[:100]), ("test", rows[100:])):
+        kept = [row for row in chosen if name == "test" or row["office"] != "abroad"]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return [
+        *("experiment=debug", "data=own", f"data.train_file='{folder}/train.jsonl'"),
+        *(f"data.test_file='{folder}/test.jsonl'", "data.columns={text: text, label: label, site: office}"),
+        *("data.labels=[a,b]", "data.declared_sizes=30", "data.max_length=16", "data.partition.kind=column"),
+        *("data.partition.sites={north: 0, south: 1}", "federation.site_names=[north,south]"),
+        *("privacy.noise_multiplier=4.0", "runtime.device=cpu", "runtime.num_threads=1"),
+        *(f"tracking.output_dir='{folder}/runs'", "name=offices"),
+        *ONE_ROUND,
+    ]
+
+
+def test_sites_are_told_by_the_column_that_dealt_them_out(tmp_path: Path) -> None:
+    told = json.loads(command("compare", *tickets(tmp_path), "--by", "desk", "--smallest", "10", "--json").printed)
+    by_site = {group["name"]: group["units"] for group in told["groups"]["by site"]["groups"]}
+    assert by_site == {"north": 24, "south": 24, "(none)": 12}, "abroad is no site"
+    assert [group["units"] for group in told["groups"]["by desk"]["groups"]] == [45, 15]
+    pooled = next(model for model in told["models"] if model["name"] == "pooled")
+    log = (Path(pooled["folder"]) / "run.json").read_text()
+    assert list(json.loads(log)["privacy"]["sites"]) == ["all"]
+
+
+def test_after_ctrl_c_the_command_that_is_named_goes_on(tmp_path: Path) -> None:
+    words = tickets(tmp_path)
+    words[words.index("federation.num_rounds=1")] = "federation.num_rounds=40"
+    runs = tmp_path / "runs" / "offices"
+    started = [*FEDTUNE, "compare", *words, "--leave-out", "alone"]
+    process = Process("compare", started, log=tmp_path / "log.txt", cwd=tmp_path)
+    third = runs / "offices-federated" / "checkpoints" / "round-0003.safetensors"
+    wait_for(third.exists, seconds=120, what="the third round", needs=process)
+    process.signal(signal.SIGINT)
+    assert process.end(seconds=120) == 1
+    assert "Continue with: fedtune compare" in " ".join(process.text.split())
+    assert not (runs / "offices-pooled").exists()
+    done = len(list(runs.glob("offices-federated/checkpoints/*.safetensors")))
+    again = command("compare", *words, "--leave-out", "alone", "--json")
+    assert done > 0
+    result = json.loads((runs / "offices-federated" / "run.json").read_text())
+    assert [one["round"] for one in result["rounds"]] == list(range(1, 41))
+    assert json.loads(again.printed)["models"][1]["name"] == "federated"

@@ -15,7 +15,7 @@ from fedtune.privacy.ledger.verify import verify
 
 from ..cli import snapshots
 from ..conftest import command, result_of, simulate, tiny, write_config
-from .test_resume import Follower, Stop
+from .test_resume import Stop, follower
 
 pytestmark = pytest.mark.nightly
 
@@ -28,7 +28,6 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def second(first: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run that began in it, and what it printed."""
     into = tmp_path_factory.mktemp("second")
     chosen = (f"model.adapter={first}", "federation.num_rounds=1", "tracking.progress=true")
     return into / "second", command("simulate", *tiny(*chosen, into=into, name="second")).printed
@@ -38,19 +37,24 @@ def digest_of(folder: Path) -> str:
     return str(json.loads((folder / "adapter" / "fedtune.json").read_text())["adapter_digest"])
 
 
-def test_it_starts_with_the_scores_that_the_other_ended_with(first: Path, second: Any) -> None:
+def test_it_starts_with_the_scores_that_the_other_ended_with_and_every_paper_says_so(first: Path, second: Any) -> None:
     begun = result_of(second[0])
     assert begun["final"]["metrics_before"] == result_of(first)["final"]["metrics"]
     assert begun["final"]["metrics"] != begun["final"]["metrics_before"]
-
-
-def test_run_json_and_the_terminal_say_what_it_began_in(first: Path, second: Any) -> None:
     spent = {key: result_of(first)["privacy"][key] for key in ("unit", "delta", "epsilon")}
     about = {"digest": digest_of(first), "head": True, "from": "first", "dataset": "banking77"} | spent
-    assert result_of(second[0])["provenance"]["start_adapter"] == about
+    assert begun["provenance"]["start_adapter"] == about
     assert f"begins in the adapter {digest_of(first)[:12]} of first" in second[1]
     assert "its head is taken, too" in second[1]
     assert result_of(first)["provenance"]["start_adapter"] is None
+    report = json.loads((second[0] / "report.json").read_text())["derived"]
+    about = {"digest": digest_of(first), "run": "first", "dataset": "banking77", "public": False} | spent
+    assert report["provenance"]["start_adapter"] == about
+    page = (second[0] / "report.html").read_text()
+    assert digest_of(first) in page
+    assert "Epsilon of its own tuning, not part of the figures here" in page
+    assert command("report", "verify", str(second[0])).code == 0
+    assert json.loads((first / "report.json").read_text())["derived"]["provenance"]["start_adapter"] is None
 
 
 def test_the_ledgers_know_the_digest_and_not_the_place(first: Path, second: Any) -> None:
@@ -80,9 +84,9 @@ def test_a_run_that_was_stopped_goes_on_without_the_folder(first: Path, tmp_path
     config = compose_run(tiny(f"model.adapter={copied}", into=tmp_path))
     write_config(config, folder)
     with pytest.raises(Stop):
-        run_simulation(config, folder, Follower(1))
+        run_simulation(config, folder, follower(1))
     shutil.rmtree(copied)
-    run_simulation(compose_run([f"resume={folder}"]), folder, Follower(None))
+    run_simulation(compose_run([f"resume={folder}"]), folder, follower(None))
     assert result_of(folder)["provenance"]["start_adapter"]["digest"] == digest_of(first)
     assert Checkpoints(folder / "checkpoints", config.digest()).load().round == 2
     assert saved_config(folder).model.adapter_sha256 is not None
@@ -110,18 +114,6 @@ def test_an_adapter_with_canaries_begins_nothing(first: Path, tmp_path: Path) ->
     (audited / "AUDIT.txt").write_text("canaries\n")
     outcome = command("simulate", *tiny(f"model.adapter={audited}", into=tmp_path / "runs"))
     assert (outcome.code, "is an audit" in outcome.message) == (2, True)
-
-
-def test_the_report_tells_what_the_run_began_in(first: Path, second: Any) -> None:
-    report = json.loads((second[0] / "report.json").read_text())["derived"]
-    spent = {key: result_of(first)["privacy"][key] for key in ("unit", "delta", "epsilon")}
-    about = {"digest": digest_of(first), "run": "first", "dataset": "banking77", "public": False} | spent
-    assert report["provenance"]["start_adapter"] == about
-    page = (second[0] / "report.html").read_text()
-    assert digest_of(first) in page
-    assert "Epsilon of its own tuning, not part of the figures here" in page
-    assert command("report", "verify", str(second[0])).code == 0
-    assert json.loads((first / "report.json").read_text())["derived"]["provenance"]["start_adapter"] is None
 
 
 def test_what_the_start_itself_began_in_is_told_too(second: Any, tmp_path: Path) -> None:
