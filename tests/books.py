@@ -25,13 +25,10 @@ def resigned(receipt: Receipt, **changes: Any) -> Receipt:
 
 @dataclass
 class Books:
-    """One site's files in a folder of its own."""
-
     folder: Path
 
     @classmethod
     def made(cls, folder: Path, policy: Policy) -> Self:
-        """New ones, under `policy`."""
         folder.mkdir(parents=True)
         books = cls(folder)
         write_policy(policy, books.site_toml)
@@ -51,7 +48,6 @@ class Books:
         return SigningKey.load_or_make(SiteFiles.of(self.site_toml).site_key)
 
     def open(self) -> Ledger:
-        """The ledger, as a site that starts opens it."""
         return SiteFiles.of(self.site_toml).open()
 
     def edit(self, *, noted: bool = False, **changes: Any) -> None:
@@ -72,7 +68,6 @@ class Books:
         self.open().refuse(Refused(reason, asked="more", allowed="less"), run=run, round=1, request="q")
 
     def copied(self, name: str) -> Path:
-        """A backup of the ledger."""
         return Path(shutil.copy(self.ledger, self.folder / name))
 
     def tamper(self, statement: str) -> None:

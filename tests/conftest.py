@@ -133,12 +133,10 @@ def share_tiny_models() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What `make nightly` asks for."""
     parser.addoption("--result", type=Path, metavar="FILE", help="write what the tests came to into FILE, as JSON")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Write what the tests came to, for the repository to keep."""
     if (file := config.getoption("--result")) is None:
         return
     git = partial(subprocess.run, cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -212,8 +210,6 @@ def _leaves_nothing_there(_empty_folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command came to."""
-
     code: int
     out: str
     err: str
@@ -239,7 +235,6 @@ class Outcome:
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """What lies in a folder, by its path there."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -258,15 +253,11 @@ def parsed(*arguments: str) -> dict[str, Any]:
     return found[-1]
 
 
-def run_command(*arguments: str) -> Outcome:
-    """`fedtune` in this process."""
+def command(*arguments: str) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(list(arguments))
     return Outcome(code, out.getvalue(), err.getvalue())
-
-
-command = run_command
 
 
 @contextlib.contextmanager
@@ -302,8 +293,7 @@ def tiny(*overrides: str, into: Path, name: str = "run") -> list[str]:
 
 
 def simulate(*overrides: str, into: Path, name: str = "run") -> Path:
-    """Run the tiny federation to its end and return its folder."""
-    outcome = run_command("simulate", *tiny(*overrides, into=into, name=name))
+    outcome = command("simulate", *tiny(*overrides, into=into, name=name))
     assert outcome.code == 0, outcome.err
     return into / name
 
@@ -314,12 +304,10 @@ def write_config(config: RunConfig, folder: Path) -> None:
 
 
 def result_of(folder: Path) -> Any:
-    """The run.json of a run folder."""
     return json.loads((folder / "run.json").read_text())
 
 
 def adapter_of(folder: Path) -> dict[str, bytes]:
-    """The bytes of a finished run's tensors."""
     return {path.name: path.read_bytes() for path in sorted((folder / "adapter").glob("*.safetensors"))}
 
 
@@ -333,7 +321,6 @@ _adapter_of = pytest.fixture(scope="session", name="adapter_of")(lambda: adapter
 
 @cache
 def run_plan() -> Plan:
-    """The plan of the run `r`."""
     return plan(sampling_rate=0.2, noise_multiplier=4.0, max_grad_norm=1.0, local_steps=2, num_rounds=3, spare_rounds=1)
 
 

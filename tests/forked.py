@@ -73,7 +73,7 @@ class Forked(subprocess.Popen[Any]):
             return
         pipes = [(named["p2cread"], 0), (named["c2pwrite"], 1), (named["errwrite"], 2)]
         with _FORKING:
-            self.pid = _server().fork(request, [ours if end < 0 else end for end, ours in pipes])
+            self.pid = _fork(request, [ours if end < 0 else end for end, ours in pipes])
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(named[end] for end in ends))  # type: ignore[attr-defined]
@@ -155,51 +155,30 @@ def _request(named: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-class _Server:
-    """The process that forks, as the one that asks it sees it."""
-
-    def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-
-    def fork(self, request: dict[str, Any], descriptors: Sequence[int]) -> int:
-        """Have it fork; the pid of the new process, which is a child of this one."""
-        given = array.array("i", descriptors).tobytes()
-        with _adopting():
-            self._socket.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
-            answer = self._socket.recv(_MOST_BYTES)
-        assert answer, "the fork server ended"
-        return int(answer)
-
-    def end(self) -> None:
-        self._socket.close()
-        self._process.wait(timeout=30)
-
-
 @cache
-def _server() -> _Server:
-    """One for this process; it ends when its socket does."""
-    server = _Server()
-    atexit.register(server.end)
-    return server
+def _server() -> socket.socket:
+    """The channel to a process that forks, one for this process; it ends when its channel does."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    words = [sys.executable, __file__, str(theirs.fileno())]
+    with theirs:
+        process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+    atexit.register(lambda: (ours.close(), process.wait(timeout=30)))
+    return ours
 
 
-@contextlib.contextmanager
-def _adopting() -> Iterator[None]:
-    """Meanwhile, descendants whose parents end become children of this process."""
+def _fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
+    """Have the server fork; the pid of the new process, which is a child of this one."""
+    server, given = _server(), array.array("i", descriptors).tobytes()
     control = ctypes.CDLL(None, use_errno=True).prctl
     assert control(_SUBREAPER, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
-    try:
-        yield
+    try:  # meanwhile, descendants whose parents end become children of this process
+        server.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, given)])
+        answer = server.recv(_MOST_BYTES)
     finally:
         control(_SUBREAPER, 0, 0, 0, 0)
+    assert answer, "the fork server ended"
+    return int(answer)
 
 
 def _serve(channel: socket.socket) -> dict[str, Any] | None:
@@ -255,16 +234,14 @@ def _become(request: dict[str, Any]) -> None:
         sys.path[0], sys.argv = str(Path(kind).resolve().parent), [kind, *rest]
 
 
-def _run(words: Sequence[str]) -> None:
-    """What Python does with its command line."""
-    if words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    elif words[0] == "-":
-        exec(compile(sys.stdin.read(), "<stdin>", "exec"), {"__name__": "__main__"})
-    elif words[0] == "-c":
-        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+def _run(kind: str, *rest: str) -> None:
+    if kind == "-m":
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind in ("-", "-c"):
+        code = compile(sys.stdin.read() if kind == "-" else rest[0], "<string>", "exec")
+        exec(code, {"__name__": "__main__"})
     else:
-        runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(kind, run_name="__main__")
 
 
 def _end(code: int) -> None:
@@ -292,7 +269,7 @@ def _main() -> None:
         _become(request)
         code: object = None
         try:
-            _run(request["words"])
+            _run(*request["words"])
         except SystemExit as asked:
             code = asked.code
         if code is None or isinstance(code, int):

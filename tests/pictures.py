@@ -64,7 +64,6 @@ def picture(*, seed: int = 0, size: tuple[int, int] = (12, 10), tint: int | None
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    """The bytes of its file."""
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()

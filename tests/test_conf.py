@@ -39,7 +39,6 @@ def load(path: Path) -> Any:
 
 
 def beside(group: str, option: str) -> list[str]:
-    """What an option needs beside it, in order to be a whole run."""
     experiment = _WITHIN.get((group, option), option)
     if not experiment.startswith(("own", "votes")):
         return [f"experiment={experiment}"] if experiment != option else []
@@ -49,7 +48,6 @@ def beside(group: str, option: str) -> list[str]:
 
 
 def spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:
-    """Dotted keys of all settings that are not settings classes themselves."""
     keys: set[str] = set()
     for name, type_ in typing.get_type_hints(cls).items():
         keys |= spec_keys(type_, f"{prefix}{name}.") if dataclasses.is_dataclass(type_) else {prefix + name}
@@ -57,7 +55,6 @@ def spec_keys(cls: type = RunConfig, prefix: str = "") -> set[str]:
 
 
 def leaf_keys(settings: Any, prefix: str) -> set[str]:
-    """Dotted keys of everything a YAML file sets."""
     key = prefix.removesuffix(".")
     if not isinstance(settings, dict) or key in _LISTS_AND_MAPS:
         return {key}
@@ -73,18 +70,18 @@ def keys_in(path: Path) -> set[str]:
 
 def walk(value: Any) -> typing.Iterator[tuple[Any, Any]]:
     if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key, inner
-            yield from walk(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from walk(inner)
+        yield from value.items()
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from walk(inner)
 
 
 def test_every_file_is_plain_data() -> None:
     for path in FILES:
         settings = load(path)
         assert isinstance(settings, dict), path
+        if path.parent.name in {"experiment", "data", "model", "lora", "privacy"}:
+            assert "# " in "".join(path.read_text().splitlines()[:2]), f"{path} says what it is for"
+        assert path.parent.name != "runtime" or settings["seeded_noise"] is False, "nothing is seeded unless asked"
         for key, value in walk(settings):
             assert not (isinstance(key, str) and key.startswith("_") and key.endswith("_")), f"{path}: {key} names code"
             assert not (isinstance(value, str) and value != "???" and "${" in value), f"{path}: {key} is computed"
@@ -94,18 +91,9 @@ def test_every_file_is_plain_data() -> None:
                     float(value)
 
 
-def test_every_file_says_what_it_is_for_or_is_read_beside_one_that_does() -> None:
-    for path in FILES:
-        if path.parent.name in {"experiment", "data", "model", "lora", "privacy"}:
-            assert "# " in "".join(path.read_text().splitlines()[:2]), path
-
-
-def test_the_keys_of_all_files_are_the_settings() -> None:
-    assert {key for path in FILES for key in keys_in(path)} == spec_keys()
-
-
 @pytest.mark.parametrize("group", sorted({group for group, _ in OPTIONS if group != "experiment"}))
 def test_options_of_a_group_set_the_same_keys(group: str) -> None:
+    assert {key for path in FILES for key in keys_in(path)} == spec_keys(), "the keys of all files are the settings"
     # Else an option would silently keep a value of whatever was chosen before it.
     sets = {option: keys_in(CONF / group / f"{option}.yaml") for of, option in OPTIONS if of == group}
     assert all(keys == next(iter(sets.values())) for keys in sets.values()), sets
@@ -118,25 +106,14 @@ def test_every_option_composes_and_is_read_again_as_it_was(group: str, option: s
     write_config(config, tmp_path / "x")
     assert saved_config(tmp_path / "x") == config
     assert saved_config(tmp_path / "x").digest() == config.digest()
-    if group == "experiment":
+    if group == "experiment":  # it runs in another runtime and without privacy, too
+        other = compose_run([*overrides, "privacy=none", "runtime=ray"])
+        assert (other.runtime.kind, other.privacy.private) == ("ray", False)
         return
     settings = load(CONF / group / f"{option}.yaml")
     for key in ("path", "target_modules", "mechanism", "optimizer", "kind", "progress"):
         if (value := settings.get(key, "???")) != "???":
             assert getattr(getattr(config, group), key) == (tuple(value) if isinstance(value, list) else value)
-
-
-@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
-def test_the_same_experiment_runs_in_another_runtime_and_without_privacy(experiment: str) -> None:
-    given = beside("experiment", experiment)
-    config = compose_run([f"experiment={experiment}", "privacy=none", "runtime=ray", "name=x", *given])
-    assert config.runtime.kind == "ray"
-    assert not config.privacy.private
-
-
-def test_nothing_is_seeded_unless_asked() -> None:
-    for path in (CONF / "runtime").glob("*.yaml"):
-        assert load(path)["seeded_noise"] is False
 
 
 @pytest.mark.parametrize(

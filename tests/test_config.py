@@ -12,19 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.api.compose import compose_run
-from fedtune.config import MOST_SEED, RunConfig, parse
+from fedtune.config import MOST_SEED, parse
 from fedtune.privacy import events
 from fedtune.spec import ConfigError
 
 from .cli import snapshots
 from .privacy.builders import lead_key
 
-
-def base() -> dict[str, Any]:
-    return compose_run(["experiment=debug", "name=x"]).to_json()
-
-
-BASE = base()
+BASE: dict[str, Any] = compose_run(["experiment=debug", "name=x"]).to_json()
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -72,15 +67,6 @@ def test_settings_that_exclude_each_other(typed: str) -> None:
     snapshots.check_message("mistakes-composed", typed, str(caught.value))
 
 
-def test_a_proposal_names_the_kind_of_adapter() -> None:
-    def proposed(kind: str) -> tuple[str, int, float]:
-        config = parse(changed(lora__kind=kind))
-        proposal = config.proposal(lead="a" * 64, plan=config.plan())
-        return proposal.adapter, proposal.rank, proposal.lora_scale
-
-    assert [proposed(kind) for kind in ("lora", "dora", "ia3")] == [("lora", 4, 2.0), ("dora", 4, 2.0), ("ia3", 1, 1.0)]
-
-
 @given(_settings)
 @settings(max_examples=150, deadline=None)
 def test_json_round_trip(changes: dict[str, Any]) -> None:
@@ -113,20 +99,20 @@ _RESULT_CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("changes", _NO_RESULT_CHANGES, ids=str)
-def test_the_digest_leaves_out_what_changes_no_result(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("changes", [*_NO_RESULT_CHANGES, *_RESULT_CHANGES], ids=str)
+def test_the_digest_covers_what_may_change_a_result_and_nothing_else(changes: dict[str, Any]) -> None:
     assert parse(changed(**changes)) != parse(BASE)
-    assert parse(changed(**changes)).digest() == parse(BASE).digest()
+    assert (parse(changed(**changes)).digest() != parse(BASE).digest()) == (changes in _RESULT_CHANGES)
 
 
-@pytest.mark.parametrize("changes", _RESULT_CHANGES, ids=str)
-def test_the_digest_covers_what_may_change_one(changes: dict[str, Any]) -> None:
-    assert parse(changed(**changes)).digest() != parse(BASE).digest()
-
-
-def test_runs_of_another_name_or_configuration_are_other_runs_at_a_site() -> None:
+def test_what_has_no_default_is_required_and_nothing_can_be_changed() -> None:
+    for key in ("name", "task", "model", "data"):
+        with pytest.raises(ConfigError, match=f"^{key}: is required"):
+            parse({name: value for name, value in BASE.items() if name != key})
+    with pytest.raises(AttributeError):
+        parse(BASE).seed = 2  # type: ignore[misc]
     ids = {parse(changed(**changes)).run_id() for changes in ({}, {"name": "y"}, {"seed": 1})}
-    assert len(ids) == 3
+    assert len(ids) == 3, "runs of another name or configuration are other runs at a site"
     assert parse(changed(runtime__num_threads=2)).run_id() in ids
 
 
@@ -163,9 +149,7 @@ def test_noise_is_calibrated_for_the_scores_too() -> None:
     accountant.compose(dp_event.PoissonSampledDpEvent(0.2, dp_event.GaussianDpEvent(plan.noise_multiplier)), 4)
     accountant.compose(dp_event.GaussianDpEvent(3.0), 2)
     assert 7.9 < accountant.get_epsilon(1e-5) <= 8.0
-
-
-def test_given_noise_has_to_pay_for_the_scores_too() -> None:
+    # Given noise has to pay for them, too.
     assert parse(changed(privacy__noise_multiplier=0.7)).privacy.noise_multiplier == 0.7
     with pytest.raises(ConfigError, match=r"privacy\.noise_multiplier = 0\.7: gives epsilon .* above privacy\.epsilon"):
         parse(changed(privacy__noise_multiplier=0.7, **NOISED, privacy__metrics_noise_multiplier=1.0))
@@ -180,16 +164,16 @@ def test_the_proposal_says_what_a_policy_judges() -> None:
     assert proposal.base_model == "unverified"
     verified = parse(changed(privacy__noise_multiplier=4.0, lora__target_modules=["query", "value"]))
     assert verified.proposal(lead=lead_key.public, plan=config.plan()).target_modules == ("query", "value")
+    for kind, rank, scale in (("lora", 4, 2.0), ("dora", 4, 2.0), ("ia3", 1, 1.0)):
+        named = parse(changed(lora__kind=kind)).proposal(lead=lead_key.public, plan=config.plan())
+        assert (named.adapter, named.rank, named.lora_scale) == (kind, rank, scale)
 
 
-def test_sizes_are_by_name_and_only_of_those_who_take_part() -> None:
+def test_sizes_are_by_name_of_those_who_take_part_and_delta_is_held_against_the_largest() -> None:
     three = {"federation__num_sites": 3, "data__declared_sizes": [10, 20, 30]}
     assert parse(changed(**three)).declared_sizes() == {"site-1": 10, "site-2": 20, "site-3": 30}
     part = parse(changed(**three, federation__participants=["site-3", "site-1"]))
     assert part.declared_sizes() == {"site-1": 10, "site-3": 30}
-
-
-def test_delta_is_held_against_the_largest_site() -> None:
     sizes = {"data__declared_sizes": [10, 200]}
     assert parse(changed(**sizes, privacy__delta=0.00499)).privacy.delta == 0.00499
     with pytest.raises(ConfigError, match=r"privacy\.delta = 0\.005: must be below .* = 0\.005"):
@@ -220,21 +204,6 @@ def test_the_first_mistake_is_named_with_its_key_and_value(changes: dict[str, An
     assert error.value.value == value
     assert "\n" not in str(error.value)
     assert "pydantic" not in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["name", "task", "model", "data"])
-def test_what_has_no_default_is_required(key: str) -> None:
-    settings = changed()
-    del settings[key]
-    with pytest.raises(ConfigError, match=f"^{key}: is required"):
-        parse(settings)
-
-
-def test_a_config_cannot_be_changed() -> None:
-    config = parse(BASE)
-    assert isinstance(config, RunConfig)
-    with pytest.raises(AttributeError):
-        config.seed = 2  # type: ignore[misc]
 
 
 def test_a_number_format_that_is_left_open_is_settled_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

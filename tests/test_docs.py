@@ -126,41 +126,29 @@ def test_vectors_of_a_npy_file_become_a_column(tmp_path: Path, monkeypatch: pyte
         exec(block, {})
 
 
-def places(page: Path) -> set[str]:
-    """What a link to a heading of this page may say after the #."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_links_lead_somewhere() -> None:
+def test_links_lead_somewhere_and_files_that_pages_name_exist() -> None:
     for page in PAGES:
         for target, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
             if not target.startswith(("http://", "https://")):
                 linked = page.parent / target if target else page
                 assert linked.exists(), f"{page.name} links to {target}"
-                assert not place or place in places(linked), f"{page.name} links to {target}#{place}"
-
-
-def test_the_index_has_every_page() -> None:
-    index = ROOT / "docs" / "README.md"
-    linked = set(re.findall(r"\]\((\w+\.md)\)", index.read_text()))
-    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
-
-
-def test_the_readme_fits_on_two_screens() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
-
-
-def test_files_that_pages_name_exist() -> None:
-    for page in PAGES:
+                headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if place else []
+                places = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert not place or place in places, f"{page.name} links to {target}#{place}"
         for name in re.findall(r"`((?:fedtune|conf|tests|docs|simulations)/[\w/.-]+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
-
-
-def test_tests_that_the_threat_model_names_exist() -> None:
     named = set(re.findall(r"tests/[\w/]+(?:\.py)?", (ROOT / "docs/threat_model.md").read_text()))
     assert len(named) > 8
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_index_has_every_page_and_the_readme_what_is_run_first_on_two_screens() -> None:
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    for words in ("fedtune simulate", "fedtune evaluate", "--data", "-m ", "resume=", "make simulate", "make test"):
+        assert words in text
 
 
 _TOO_MUCH = re.compile(
@@ -181,12 +169,6 @@ def test_the_table_of_factors_is_computed() -> None:
     rows = re.findall(r"^\| ([\d.]+) \| ([\d.,]+) \|$", (ROOT / "docs" / "epsilon.md").read_text(), re.MULTILINE)
     assert len(rows) == 6
     assert [factor_text(float(epsilon)) for epsilon, _ in rows] == [factor for _, factor in rows]
-
-
-def test_every_command_and_option_is_in_the_readme_or_the_help() -> None:
-    text = (ROOT / "README.md").read_text()
-    for words in ("fedtune simulate", "fedtune evaluate", "--data", "-m ", "resume=", "make simulate", "make test"):
-        assert words in text
 
 
 def test_every_command_is_on_a_page() -> None:

@@ -49,25 +49,7 @@ def test_it_is_a_new_process_with_its_own_folder_environment_and_arguments(tmp_p
     assert other["random"] != about["random"]
 
 
-@pytest.mark.parametrize(
-    ("code", "expected", "error"),
-    [
-        ("raise SystemExit(3)", 3, ""),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
-        ("import atexit, sys; atexit.register(print, 'bye', file=sys.stderr)", 0, "bye\n"),
-        ("raise ValueError('wrong')", 1, "ValueError: wrong\n"),
-    ],
-)
-def test_it_ends_as_python_does(code: str, expected: int, error: str) -> None:
-    with Forked([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        said = process.stderr.read()
-    assert process.returncode == expected
-    assert said.endswith(error)
-
-
-def test_it_takes_signals() -> None:
-    code = """
+WAITS = """
 import time
 try:
     print("up", flush=True)
@@ -75,19 +57,27 @@ try:
 except KeyboardInterrupt:
     raise SystemExit(5)
 """
-    for number, expected in ((signal.SIGINT, 5), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
-        with Forked([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "expected", "said"),
+    [
+        ((sys.executable, "-c", "raise SystemExit(3)"), None, 3, ""),
+        ((sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"), None, -signal.SIGKILL, ""),
+        ((sys.executable, "-c", "import atexit; atexit.register(print, 'bye')"), None, 0, "bye\n"),
+        ((sys.executable, "-c", "raise ValueError('wrong')"), None, 1, "ValueError: wrong\n"),
+        ((sys.executable, "-m", "fedtune", "run", "nowhere"), None, 2, "\n"),
+        (("sh", "-c", "exit 7"), None, 7, ""),
+        ((sys.executable, "-c", WAITS), signal.SIGINT, 5, ""),
+        ((sys.executable, "-c", WAITS), signal.SIGTERM, -signal.SIGTERM, ""),
+        ((sys.executable, "-c", WAITS), signal.SIGKILL, -signal.SIGKILL, ""),
+    ],
+)
+def test_it_ends_and_takes_signals_as_python(command: tuple[str, ...], number: Any, expected: int, said: str) -> None:
+    with Forked(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        if number is not None:
             assert process.stdout.readline() == "up\n"
             process.send_signal(number)
-        assert process.returncode == expected
-
-
-def test_fedtune_and_other_commands() -> None:
-    with Forked([sys.executable, "-m", "fedtune", "run", "nowhere"], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        said = process.stderr.read()
-    assert process.returncode == 2, said
-    with Forked(["sh", "-c", "exit 7"]) as process:
-        pass
-    assert process.returncode == 7
+        assert process.stdout.read().endswith(said)
+    assert process.returncode == expected

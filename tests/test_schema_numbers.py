@@ -4,6 +4,7 @@ import json
 import re
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,6 @@ A_REPORT = Path(__file__).parent / "report" / "reports" / "run.json"
 
 
 def around(number: int) -> list[object]:
-    """What is not `number`; None: the file says none."""
     return [number - 1, number + 1, 0, None, str(number), True]
 
 
@@ -36,13 +36,13 @@ def sentence(key: str, number: int, *, of: str) -> str:
     return f"{re.escape(key)}( = -?\\d+)?: {re.escape(bound)}$"
 
 
-@pytest.fixture
-def kept(tmp_path: Path) -> Ledger:
-    return Ledger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_make(tmp_path / "site_key.pem"))
-
-
-def test_a_ledger_of_another_number_is_refused_and_nothing_invites_a_new_one(kept: Ledger, tmp_path: Path) -> None:
-    path, key = tmp_path / "ledger.db", SigningKey.load(tmp_path / "site_key.pem")
+def test_a_ledger_or_anchor_of_another_number_is_refused_and_nothing_invites_a_new_one(tmp_path: Path) -> None:
+    path, anchor, key = tmp_path / "ledger.db", tmp_path / "anchor.json", SigningKey.load_or_make(tmp_path / "key.pem")
+    whole = json.loads(Ledger(path, site_policy("north"), key).head().to_bytes())
+    for number in around(LEDGER_SCHEMA):
+        anchor.write_text(json.dumps({"other": 1, **whole, "schema": number}))
+        with pytest.raises(ConfigError, match=f"must be {LEDGER_SCHEMA}: {GO_ON}$"):
+            Head.read(anchor)
     for number in (0, LEDGER_SCHEMA - 1, LEDGER_SCHEMA + 1):
         with sqlite3.connect(path) as file:
             file.execute(f"PRAGMA user_version = {number}")
@@ -53,14 +53,6 @@ def test_a_ledger_of_another_number_is_refused_and_nothing_invites_a_new_one(kep
                 opened()
             assert str(caught.value) == f"{path}: schema = {number}: must be {LEDGER_SCHEMA}: {GO_ON}"
         assert path.read_bytes() == before
-
-
-def test_an_anchor_of_another_number_is_refused(kept: Ledger, tmp_path: Path) -> None:
-    anchor, whole = tmp_path / "anchor.json", json.loads(kept.head().to_bytes())
-    for number in around(LEDGER_SCHEMA):
-        anchor.write_text(json.dumps({"other": 1, **whole, "schema": number}))
-        with pytest.raises(ConfigError, match=f"must be {LEDGER_SCHEMA}: {GO_ON}$"):
-            Head.read(anchor)
 
 
 def test_a_report_of_another_number_is_refused() -> None:
@@ -80,15 +72,12 @@ def test_a_run_folder_of_another_number_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match=sentence(f"{config}: schema_version", RUN_SCHEMA, of="run folder")):
                 read(tmp_path)
         config.write_text(text)
-        (tmp_path / "run.json").write_text(json.dumps({"schema_version": number}))
-        key = f"{tmp_path / 'run.json'}: schema_version"
-        with pytest.raises(ConfigError, match=sentence(key, RUN_SCHEMA, of="run folder")):
-            read_run(tmp_path)
-        (tmp_path / "run.json").unlink()
-        (tmp_path / "fedtune.json").write_text(json.dumps({"schema_version": number}))
-        key = f"{tmp_path / 'fedtune.json'}: schema_version"
-        with pytest.raises(ConfigError, match=sentence(key, RUN_SCHEMA, of="adapter")):
-            load_task_model(tmp_path)
+        read: Any
+        for name, of, read in (("run.json", "run folder", read_run), ("fedtune.json", "adapter", load_task_model)):
+            (tmp_path / name).write_text(json.dumps({"schema_version": number}))
+            with pytest.raises(ConfigError, match=sentence(f"{tmp_path / name}: schema_version", RUN_SCHEMA, of=of)):
+                read(tmp_path)
+            (tmp_path / name).unlink()
 
 
 def test_a_kit_of_another_number_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import pytest
@@ -24,8 +24,6 @@ from fedtune.spec import (
 
 @spec
 class Knob:
-    """A setting."""
-
     turns: int = 1
 
     def __post_init__(self) -> None:
@@ -34,8 +32,6 @@ class Knob:
 
 @spec
 class Lamp(Knob):
-    """A setting of a few values, with its parent's rule and none of its own."""
-
     colour: Literal["red", "green"] = "red"
     level: Literal[1, 2] | None = None
 
@@ -50,7 +46,7 @@ def test_a_field_of_a_few_values_has_one_of_them_wherever_it_is_made() -> None:
         Lamp(turns=0)
 
 
-def test_a_spec_is_frozen_and_takes_keywords_only() -> None:
+def test_a_spec_is_frozen_and_takes_keywords_only_and_pydantic_runs_its_checks() -> None:
     knob = Knob(turns=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         knob.turns = 3  # type: ignore[misc]
@@ -58,22 +54,12 @@ def test_a_spec_is_frozen_and_takes_keywords_only() -> None:
         Knob(2)  # type: ignore[misc]
     with pytest.raises((AttributeError, TypeError)):
         knob.other = 3  # type: ignore[attr-defined]
-    assert knob == Knob(turns=2)
-
-
-def test_pydantic_forbids_other_keys_and_runs_the_checks() -> None:
     adapter = pydantic.TypeAdapter(Knob)
-    assert adapter.validate_python({"turns": 3}) == Knob(turns=3)
+    assert knob == Knob(turns=2) == adapter.validate_python({"turns": 2})
     with pytest.raises(pydantic.ValidationError, match="Unexpected keyword argument"):
         adapter.validate_python({"turns": 3, "torns": 3})
     with pytest.raises(pydantic.ValidationError, match="turns = 0"):
         adapter.validate_python({"turns": 0})
-
-
-def test_a_config_error_can_be_moved_outwards() -> None:
-    moved = DataError("train_file", "x", "must exist").under("data").under("")
-    assert type(moved) is DataError
-    assert str(moved) == "data.train_file = 'x': must exist"
 
 
 @pytest.mark.parametrize(
@@ -86,11 +72,11 @@ def test_a_config_error_can_be_moved_outwards() -> None:
         (NOT_GIVEN, "k: must be given"),
     ],
 )
-def test_a_value_is_shown_in_the_words_of_settings(value: object, said: str) -> None:
+def test_a_value_is_shown_in_the_words_of_settings_and_a_long_one_is_cut(value: object, said: str) -> None:
     assert str(ConfigError("k", value, "must be given").under("")) == said
-
-
-def test_a_long_value_is_cut() -> None:
+    moved = DataError("train_file", "x", "must exist").under("data").under("")
+    assert type(moved) is DataError
+    assert str(moved) == "data.train_file = 'x': must exist"
     message = str(ConfigError("labels", "x" * 1000, "must be short"))
     assert len(message) < 150
     assert message.endswith("…: must be short")
@@ -100,45 +86,31 @@ INFINITE = (math.nan, math.inf, -math.inf)
 
 
 @pytest.mark.parametrize(
-    ("check", "inside", "outside"),
+    ("check", "inside", "outside", "shown"),
     [
-        (lambda v: check_positive("k", v), (1e-300, 1, 1e300), (0, -1e-9, *INFINITE)),
-        (lambda v: check_at_least("k", v, 2), (2, 2.5), (1.999, *INFINITE)),
-        (lambda v: check_fraction("k", v), (1e-9, 0.999), (0, 1, -0.1, 1.1, *INFINITE)),
-        (lambda v: check_fraction("k", v, zero=True), (0, 0.5), (1, -1e-9, *INFINITE)),
-        (lambda v: check_fraction("k", v, one=True), (1, 0.5), (0, 1.0001, *INFINITE)),
-        (lambda v: check_one_of("k", v, ("a", "b")), ("a", "b"), ("c", None, "")),
+        (lambda v: check_positive("k", v), (1e-300, 1, 1e300), (0, -1e-9, *INFINITE), ""),
+        (lambda v: check_at_least("k", v, 2), (2, 2.5), (1.999, *INFINITE), ""),
+        (lambda v: check_fraction("k", v), (1e-9, 0.999), (0, 1, -0.1, 1.1, *INFINITE), "(0, 1)"),
+        (lambda v: check_fraction("k", v, zero=True), (0, 0.5), (1, -1e-9, *INFINITE), "[0, 1)"),
+        (lambda v: check_fraction("k", v, one=True), (1, 0.5), (0, 1.0001, *INFINITE), "(0, 1]"),
+        (lambda v: check_fraction("k", v, zero=True, one=True), (0, 1), (-1e-9, 1.0001, *INFINITE), "[0, 1]"),
+        (lambda v: check_one_of("k", v, ("a", "b")), ("a", "b"), ("c", None, ""), ""),
     ],
 )
-def test_bounds(check: Callable[[object], None], inside: tuple[object, ...], outside: tuple[object, ...]) -> None:
+def test_bounds(check: Callable[[object], None], inside: Any, outside: Any, shown: str) -> None:
     for value in inside:
         check(value)
     for value in outside:
-        with pytest.raises(ConfigError, match=r"^k = .*: must "):
+        with pytest.raises(ConfigError, match=r"^k = .*: must ") as caught:
             check(value)
+        assert not shown or caught.value.bound == f"must lie in {shown}"
 
 
-@pytest.mark.parametrize(
-    ("ends", "shown"),
-    [({}, "(0, 1)"), ({"zero": True}, "[0, 1)"), ({"one": True}, "(0, 1]"), ({"zero": True, "one": True}, "[0, 1]")],
-)
-def test_a_fraction_shows_its_ends(ends: dict[str, bool], shown: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_fraction("k", 2.0, **ends)
-    assert caught.value.bound == f"must lie in {shown}"
-
-
-class Panic(BaseException):
-    """As a library written in Rust raises it."""
-
-
-def test_a_panic_becomes_an_error() -> None:
+def test_a_panic_becomes_an_error_and_everything_else_passes_as_it_is() -> None:
+    panic = type("Panic", (BaseException,), {})  # as a library written in Rust raises it
     with pytest.raises(LibraryPanic, match=r"^Panic$") as found, panics_as_errors():
-        raise Panic("the text of a record")
-    assert isinstance(found.value.__cause__, Panic)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, ValueError])
-def test_everything_else_passes_as_it_is(error: type[BaseException]) -> None:
-    with pytest.raises(error), panics_as_errors():
-        raise error
+        raise panic("the text of a record")
+    assert isinstance(found.value.__cause__, panic)
+    for error in (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, ValueError):
+        with pytest.raises(error), panics_as_errors():
+            raise error

@@ -4,9 +4,12 @@ import getpass
 import importlib.util
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,7 +18,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.runs.results import charged_epsilons
 
-from .conftest import command, simulate, tiny
+from .conftest import command, result_of, simulate, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what these libraries say of each other
 
@@ -25,14 +28,11 @@ FILES = {"report.html", "report.json", "run.json", "README.md"}
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a run that the tracker of this name follows; made once."""
-    made: dict[str, Path] = {}
 
+    @cache
     def run(name: str) -> Path:
-        module = {"mlflow": "mlflow", "tensorboard": "tensorboard", "wandb": "wandb"}[name]
-        pytest.importorskip(module, reason=f"{module} is not installed")
-        if name not in made:
-            made[name] = simulate(f"tracking={name}", into=tmp_path_factory.mktemp(name), name="one")
-        return made[name]
+        pytest.importorskip(name, reason=f"{name} is not installed")
+        return simulate(f"tracking={name}", into=tmp_path_factory.mktemp(name), name="one")
 
     return run
 
@@ -52,21 +52,26 @@ def offline() -> Iterator[None]:
 
 def expected(folder: Path) -> dict[str, list[float]]:
     """By name, the figures of each round, from run.json alone."""
-    result, plan = json.loads((folder / "run.json").read_text()), saved_config(folder).plan()
+    rounds, plan = result_of(folder)["rounds"], saved_config(folder).plan()
     return {
-        "validation/accuracy": [one["metrics"]["accuracy"] for one in result["rounds"]],
-        "system/bytes_up": [one["bytes_up"] for one in result["rounds"]],
-        "privacy/epsilon": [charged_epsilons(plan, one["round"])[0] for one in result["rounds"]],
+        "validation/accuracy": [one["metrics"]["accuracy"] for one in rounds],
+        "system/bytes_up": [one["bytes_up"] for one in rounds],
+        "privacy/epsilon": [charged_epsilons(plan, one["round"])[0] for one in rounds],
     }
 
 
 def final(folder: Path) -> dict[str, float]:
-    result = json.loads((folder / "run.json").read_text())
+    result = result_of(folder)
     return {
         "test/accuracy": result["final"]["metrics"]["accuracy"],
         "privacy/claimed_epsilon": result["privacy"]["epsilon"],
         "system/peak_memory_bytes": result["final"]["peak_memory_bytes"],
     }
+
+
+def require_rounds(told: Sequence[tuple[int, float]], values: list[float]) -> None:
+    assert dict(told) == pytest.approx(dict(enumerate(values, 1)))
+    assert len(told) == len(values)
 
 
 def mlflow_run(folder: Path) -> tuple[Any, Any]:
@@ -90,9 +95,7 @@ def test_mlflow(tracked: Callable[[str], Path]) -> None:
     assert run.data.params["training.local_steps"] == "2"
     assert run.data.params["data.train_file"] == "train.jsonl.gz", "without the folders of this machine"
     for name, values in expected(folder).items():
-        told = [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)]
-        assert dict(told) == pytest.approx(dict(enumerate(values, 1)))
-        assert len(told) == len(values)
+        require_rounds([(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)], values)
     assert {name: run.data.metrics[name] for name in final(folder)} == pytest.approx(final(folder))
     assert {one.path for one in client.list_artifacts(run.info.run_id)} == FILES
     # The same command again goes on with the same run, and tells no round twice.
@@ -106,17 +109,13 @@ def test_tensorboard(tracked: Callable[[str], Path]) -> None:
     folder = tracked("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def read() -> Any:
-        return EventAccumulator(str(folder.parent / "tensorboard" / "one")).Reload()
-
     assert command("simulate", f"resume={folder}").code == 0  # writes all rounds again, into another file
-    events, files = read(), sorted((folder.parent / "tensorboard" / "one").iterdir())
+    events: Any = EventAccumulator(str(folder.parent / "tensorboard" / "one")).Reload()
+    files = sorted((folder.parent / "tensorboard" / "one").iterdir())
     assert len(files) == 2
     assert socket.gethostname() not in "".join(path.name.partition("tfevents.")[2] for path in files)
     for name, values in expected(folder).items():
-        told = [(one.step, one.value) for one in events.Scalars(name)]
-        assert dict(told) == pytest.approx(dict(enumerate(values, 1)))
-        assert len(told) == len(values)
+        require_rounds([(one.step, one.value) for one in events.Scalars(name)], values)
     for name, value in final(folder).items():
         assert events.Scalars(name)[-1].value == pytest.approx(value)
     texts = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
@@ -169,46 +168,27 @@ def test_wandb(tracked: Callable[[str], Path]) -> None:
     assert not list(path.parent.glob("files/*requirements*")) + list(path.parent.glob("files/*metadata*"))
 
 
-def test_without_a_tracker_there_is_the_run_alone(tmp_path: Path) -> None:
-    simulate(into=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_a_missing_extra_is_told_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
-    outcome = command("simulate", *tiny("tracking=wandb", into=tmp_path))
-    assert (outcome.code, list(tmp_path.iterdir())) == (2, [])
-    assert outcome.message == "tracking.tracker = 'wandb': needs the extra: pip install 'fedtune[wandb]'"
-
-
-class Failing:
-    """A tracker that fails once it is to say something."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def begin(self, settings: object) -> int:
-        return 0
-
-    def round(self, number: int, figures: object) -> None:
-        raise OSError("the disk is full")
-
-
 def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_TRACKERS", {"tensorboard": Failing})
+    full = Mock(side_effect=OSError("the disk is full"))
+    failing = Mock(return_value=SimpleNamespace(begin=lambda settings: 0, round=full))
+    monkeypatch.setattr(tracking, "_TRACKERS", {"tensorboard": failing})
     monkeypatch.setattr(tracking, "find_spec", lambda _: True)
     outcome = command("simulate", *tiny("tracking=tensorboard", into=tmp_path))
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("tracking=tensorboard ends here, and the run goes on: OSError: the disk is full") == 1
     assert "the disk is full" in (tmp_path / "run" / "log.txt").read_text()
     assert (tmp_path / "run" / "report.html").exists()
+    simulate(into=tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["run"], "without a tracker there is the run alone"
 
 
-def test_a_tracker_that_cannot_begin_ends_the_run_before_a_charge(tmp_path: Path) -> None:
+def test_a_tracker_that_cannot_begin_ends_a_run_uncharged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
     (tmp_path / "mlflow").write_text("a file where the folder is to be")
-    if importlib.util.find_spec("mlflow") is None:
-        pytest.skip("mlflow is not installed")
     outcome = command("simulate", *tiny("tracking=mlflow", into=tmp_path))
     assert outcome.code == 1
     assert "tracking=mlflow cannot begin at" in outcome.err
+    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
+    outcome = command("simulate", *tiny("tracking=wandb", into=tmp_path))
+    assert outcome.failed() == "tracking.tracker = 'wandb': needs the extra: pip install 'fedtune[wandb]'"
     assert not (tmp_path / "run").exists()

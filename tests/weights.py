@@ -64,11 +64,7 @@ def _added() -> dict[str, int]:
 
 
 def _room(name: str) -> str:
-    folder, _, _ = name.rpartition("/")
-    for part, room in BELONGS.items():
-        if name == part or folder == part or folder.startswith(f"{part}/"):
-            return room
-    return name.partition("/")[0] if "/" in name else "root"
+    return BELONGS.get(name) or (name.partition("/")[0] if "/" in name else "root")
 
 
 def _files(folder: str) -> list[Path]:
