@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedtune.data import Shapes
+from fedtune.data import Batch, Shapes
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.secure.at_site import SumsAtSite
 from fedtune.federation.site_round import Prepared, Site, Trained
@@ -19,6 +19,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.runs.results import BaseModel, Population, RunProvenance, RunResult
 from fedtune.tasks.task_model import TaskModel, build_task_model
+from fedtune.training.per_example import attached
 
 
 def run_result(**fields: Any) -> RunResult:
@@ -75,7 +76,6 @@ class MadeSite(Site):
 
 
 def with_methods(site: Site, **methods: Callable[..., Any]) -> Site:
-    """The same site, with these methods in place of its own."""
     for name, method in methods.items():
         setattr(site, name, method)
     return site
@@ -99,6 +99,11 @@ def built(spec: TaskModelSpec) -> TaskModel:
 @cache
 def _built(spec: TaskModelSpec, with_bfloat16: bool) -> TaskModel:
     return build_task_model(spec, device=DEVICE)
+
+
+def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
+    with attached(model) as gradients:
+        return {name: one.clone() for name, one in gradients.of(batch).items()}
 
 
 def with_random_values(model: TaskModel, size: float, *, seed: int = 11) -> TaskModel:

@@ -1,7 +1,6 @@
 """Tiny models, random examples, and the parts of a private step, for every test of local training."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from fedtune.data import Shapes, TextDataset
 from fedtune.model.adapter import Adapter
 from fedtune.model.products import multiply_by_onednn
 from fedtune.model.spec import LoraSpec, ModelSpec
-from fedtune.privacy.randomness import Randomness, SeededRandomness
+from fedtune.privacy.randomness import Randomness, RandomStream, SeededRandomness
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.dp_step import Records, add_clipped, dp_sgd_step, zeros
@@ -32,7 +31,6 @@ KINDS = [
     ("random:bert", "triplets"),
     ("random:llama", "preference"),
 ]
-"""Models, and tasks that they are tried on."""
 LAST = LoraSpec(rank=2, alpha=4.0, layers=(-1,))
 """The last layer alone trains, so that what the others make of a record can be kept."""
 CELLS = 2**24
@@ -41,7 +39,6 @@ CELLS = 2**24
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """More threads only get in each other's way in models this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -51,7 +48,6 @@ def one_thread() -> Iterator[None]:
 def fresh(
     path: str = "random:bert", task: Any = "classification", *, dtype: Any = "float32", **changes: Any
 ) -> TaskModel:
-    """A tiny model as training starts: every B is zero, and so is the head."""
     changes |= {"texts": 2} if task == "preference" else {}
     model = built(spec_of(path, task, model=ModelSpec(path=path, dtype=dtype), **changes))
     multiply_by_onednn(model.base)  # as a run does
@@ -59,7 +55,6 @@ def fresh(
 
 
 def trained(*given: Any, size: float = 0.2, **changes: Any) -> TaskModel:
-    """The same with random trainable tensors of a given size."""
     return with_random_values(fresh(*given, **changes), size)
 
 
@@ -107,7 +102,6 @@ def with_bad(dataset: TextDataset, *texts: int) -> TextDataset:
 
 
 def plan_of(**changes: object) -> Plan:
-    """A plan without noise that takes every record; keywords override."""
     values: dict[str, object] = {"unit": "record", "delta": 1e-5, "sampling_rate": 1.0, "noise_multiplier": 0.0}
     values |= {"max_grad_norm": 1.0, "local_steps": 2, "num_rounds": 3}
     return Plan(**(values | changes))  # type: ignore[arg-type]
@@ -136,13 +130,11 @@ def examples_of(
 
 
 def records_of(dataset: TextDataset, *, declared_size: int = 20, max_tokens: int = 40) -> Records:
-    """The records of a dataset, cut into micro-batches as a round does."""
     examples = examples_of(dataset, max_tokens=max_tokens)
     return Records(count=len(dataset), declared_size=declared_size, cut=examples.cut)
 
 
 def work_of(**changes: Any) -> RoundOfTraining:
-    """A private round; keywords override."""
     values = {
         "site": "bank_a",
         "round": 1,
@@ -168,9 +160,7 @@ def released(
     return train_round(model, adapter or Adapter.of(model), units, work, randomness=randomness or SeededRandomness(5))
 
 
-def summed(
-    model: TaskModel, examples: SiteExamples, clip: float, chosen: Sequence[int] | None = None
-) -> dict[str, torch.Tensor]:
+def summed(model: TaskModel, examples: SiteExamples, clip: float, chosen: Any = None) -> dict[str, torch.Tensor]:
     """The clipped sum of the chosen examples, or of all, in cells."""
     sums = zeros(model.trainable())
     with attached(model) as gradients:
@@ -179,28 +169,25 @@ def summed(
     return sums
 
 
-@dataclass
-class Stepper:
-    """Takes private steps on a model, with streams seeded alike in every stepper."""
+def stepped(
+    model: TaskModel,
+    records: Records,
+    plan: Plan,
+    *,
+    steps: int = 1,
+    units: Callable[[Any], Any] = lambda gradients: gradients,
+    sampling: RandomStream | None = None,
+    **training: Any,
+) -> dict[str, torch.Tensor]:
+    """What private steps make of a model, by plain SGD of rate 1 unless told otherwise; streams are seeded alike.
 
-    model: TaskModel
-    optimizer: torch.optim.Optimizer
-    units: Callable[[Any], Any] = lambda gradients: gradients
-    """Of the gradients of single records: those of the units that are clipped."""
-
-    def __post_init__(self) -> None:
-        self.streams = {purpose: SeededRandomness(1).stream(purpose) for purpose in ("sampling", "noise")}
-
-    def step(self, records: Records, plan: Plan, *, steps: int = 1) -> dict[str, torch.Tensor]:
-        parameters = self.model.trainable()
-        with attached(self.model) as gradients:
-            for _ in range(steps):
-                units = self.units(gradients)
-                dp_sgd_step(units, records, plan, parameters=parameters, optimizer=self.optimizer, **self.streams)
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-def stepper(model: TaskModel, **training: Any) -> Stepper:
-    """Steps on a model, by plain SGD of rate 1 unless told otherwise."""
-    spec = TrainingSpec(**({"optimizer": "sgd", "learning_rate": 1.0} | training))
-    return Stepper(model, make_optimizer(model.trainable(), spec))
+    `units`: of the gradients of single records, those of the units that are clipped.
+    """
+    parameters = model.trainable()
+    optimizer = make_optimizer(parameters, TrainingSpec(**({"optimizer": "sgd", "learning_rate": 1.0} | training)))
+    streams = {purpose: SeededRandomness(1).stream(purpose) for purpose in ("sampling", "noise")}
+    streams |= {"sampling": sampling} if sampling else {}
+    with attached(model) as gradients:
+        for _ in range(steps):
+            dp_sgd_step(units(gradients), records, plan, parameters=parameters, optimizer=optimizer, **streams)
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}

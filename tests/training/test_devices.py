@@ -48,8 +48,6 @@ KINDS = {
 
 @dataclass
 class Room:
-    """A model on the first of several devices, and the others."""
-
     model: TaskModel
     devices: Devices
 
@@ -59,7 +57,6 @@ class Room:
 
 
 def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
-    """Devices, where the others load what they are told to."""
     runtime = RuntimeSpec(device="cpu", num_devices=count, num_threads=1)
     model = ready_model(lambda: build_task_model(spec), runtime, max_length=15)
     trial = Trial(
@@ -103,11 +100,11 @@ def three(rooms: dict[str, Room]) -> Room:
     return rooms["kept states"]
 
 
-def units_of(spec: TaskModelSpec, count: int, unit: str = "record") -> SiteExamples | UserExamples:
+def units_of(spec: TaskModelSpec, count: int, unit: str = "record", *, seed: int = 8) -> Any:
     examples = SiteExamples(made_up(spec.task, count), pad_id=0, shapes=SHAPES, device="cpu")
     if unit == "record":
         return examples
-    owners = np.random.default_rng(8).integers(0, max(1, count // 3), size=count)
+    owners = np.random.default_rng(seed).integers(0, max(1, count // 3), size=count)
     users = [np.flatnonzero(owners == user) for user in np.unique(owners)]
     return UserExamples(examples, users, most_records=2, most_users=4)
 
@@ -141,9 +138,6 @@ def gone(pid: int, *, within_s: float = 20.0) -> bool:
     return False
 
 
-# The same bits.
-
-
 @pytest.mark.by_day("kept states-41-record", "a reference-41-user", "a reference-2-record", "kept states-0-record")
 @pytest.mark.parametrize("unit", ["record", "user"])
 @pytest.mark.parametrize("count", [41, 2, 0])
@@ -175,11 +169,8 @@ def test_every_device_has_a_part_in_the_sum(three: Room, monkeypatch: pytest.Mon
 
 @given(count=st.integers(0, 60), ranks=st.integers(1, 7), seed=st.integers(0, 99))
 def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int, seed: int) -> None:
-    owners = np.random.default_rng(seed).integers(0, max(1, count // 2), size=count)
-    users = [np.flatnonzero(owners == user) for user in np.unique(owners)]
     spec = KINDS["kept states"]
-    examples = SiteExamples(made_up(spec.task, count), pad_id=0, shapes=SHAPES, device="cpu")
-    by_user = UserExamples(examples, users, most_records=2)
+    examples, by_user = (units_of(spec, count, unit, seed=seed) for unit in ("record", "user"))
     for units in (examples, by_user):
         shares = [units.share(rank, ranks, "cpu") for rank in range(ranks)]
         assert sum(len(own) for own, _ in shares) == len(units)
@@ -188,7 +179,7 @@ def test_each_unit_is_on_one_device_with_all_its_records(count: int, ranks: int,
         for own, records in shares:
             assert (np.diff(records) > 0).all()
             assert own.num_tokens == sum(examples._dataset.lengths[records]) if isinstance(own, SiteExamples) else True
-    for user, records in enumerate(users):
+    for user, records in enumerate(by_user._users):
         _, there = by_user.share(rank_of(user, ranks), ranks, "cpu")
         assert set(records.tolist()) <= set(there.tolist()), "a user's records stay together"
 
@@ -204,46 +195,39 @@ def test_a_unit_that_no_device_adds_is_missed(three: Room, monkeypatch: pytest.M
         a_round(three, there)
 
 
-# A device that fails.
-
-
-def test_a_process_that_dies_ends_the_round_and_no_later_one(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "a device of this machine failed, so that nothing of this round is released"),
+        (signal.SIGSTOP, "no answer in 1 s"),
+    ],
+    ids=["dies", "hangs"],
+)
+def test_a_process_that_fails_ends_the_round_in_bounded_time_and_no_later_one(
+    three: Room, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
     there = divided(three)
     expected = a_round(three, units_of(three.model.spec, 41))
-    pids, steps = three.pids, []
-    own_cut = there._own.cut_drawn
+    pids, steps, own_cut = three.pids, [], there._own.cut_drawn
 
-    def dies_in_the_second_step(drawn: Any) -> Any:
+    def fails_in_the_second_step(drawn: Any) -> Any:
         steps.append(len(drawn))
         if len(steps) == 2:
-            os.kill(pids[1], signal.SIGKILL)
+            monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0 if number == signal.SIGKILL else 1.0)
+            os.kill(pids[1], number)
         return own_cut(drawn)
 
-    monkeypatch.setattr(there._own, "cut_drawn", dies_in_the_second_step)
-    with pytest.raises(RunError, match="a device of this machine failed, so that nothing of this round is released"):
-        a_round(three, there)
+    began = time.monotonic()
+    with monkeypatch.context() as patched:
+        patched.setattr(there._own, "cut_drawn", fails_in_the_second_step)
+        with pytest.raises(RunError, match=said):
+            a_round(three, there)
+    assert time.monotonic() - began < 30
     assert len(steps) == 2, "no step follows"
     assert all(gone(pid) for pid in pids)
+    monkeypatch.setattr(devices_module, "MOST_WAIT_S", 90.0)
     assert a_round(three, there).digest() == expected.digest()
     assert not set(pids) & set(three.pids)
-
-
-def test_a_process_that_hangs_ends_the_round_in_bounded_time(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = divided(three)
-    a_round(three, there)
-    pids, own_cut = three.pids, there._own.cut_drawn
-
-    def stops(drawn: Any) -> Any:
-        monkeypatch.setattr(devices_module, "MOST_WAIT_S", 1.0)
-        os.kill(pids[0], signal.SIGSTOP)
-        return own_cut(drawn)
-
-    monkeypatch.setattr(there._own, "cut_drawn", stops)
-    began = time.monotonic()
-    with pytest.raises(RunError, match="no answer in 1 s"):
-        a_round(three, there)
-    assert time.monotonic() - began < 30
-    assert all(gone(pid) for pid in pids)
 
 
 def test_work_may_take_longer_than_a_silence(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,21 +245,17 @@ def test_work_may_take_longer_than_a_silence(three: Room, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patched:
         patched.setattr(crew, "_members", [devices_module._Member(process, ours), *crew._members[1:]])
-        thread = threading.Thread(target=works)
-        thread.start()
+        threading.Thread(target=works).start()
         assert crew._answer(1) == "done"
-        thread.join()
     assert crew._members[0] == (process, pipe)
-
-
-def test_a_device_gives_a_sign_after_each_micro_batch(three: Room) -> None:
-    units, signs = units_of(three.model.spec, 41), []
-    device = _Device(three.model, lambda: signs.append("at work"))
+    # A device gives a sign after each micro-batch.
+    units, signs = units_of(three.model.spec, 41), Mock()
+    device = _Device(three.model, signs)
     assert list(device._with_signs("abc")) == ["a", "b", "c"]
-    assert len(signs) == 3
+    assert signs.call_count == 3
     device.hold(0, units)
     device.keep_frozen_states(0, None)
-    assert len(signs) > 3, "and while it runs the frozen layers"
+    assert signs.call_count > 3, "and while it runs the frozen layers"
 
 
 def test_a_failure_of_the_first_device_leaves_no_step_half_done(three: Room, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,16 +269,6 @@ def test_a_failure_of_the_first_device_leaves_no_step_half_done(three: Room, mon
             a_round(three, there)
     assert three.devices._crew.broken, "the others' sums of this step are for no other"
     assert a_round(three, there).digest() == expected.digest()
-
-
-def test_a_device_that_cannot_do_what_it_is_asked_says_why(three: Room) -> None:
-    crew = three.devices.ready()
-    crew.ask_all(_Device.keep_reference, 10**6)
-    with pytest.raises(RunError, match=r"device 1: KeyError: 1000000"):
-        crew.answers()
-    assert crew.broken
-    with pytest.raises(RunError, match="a device of this machine failed"):
-        crew.ask_all(_Device.keep_reference, 0)
 
 
 def test_who_asks_again_gets_no_other_draw_of_the_devices_try(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,31 +300,28 @@ def test_the_others_end_with_the_process_that_asks_them() -> None:
         "print(*room.pids, flush=True)\n"
         "sys.stdin.read()\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    about = {"env": os.environ | {"PYTHONPATH": str(REPOSITORY)}, "cwd": REPOSITORY, "text": True}
     command = [sys.executable, "-c", code]
-    with Forked(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=REPOSITORY, text=True
-    ) as process:
+    with Forked(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **about) as process:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert pids
         process.kill()
     assert all(gone(pid) for pid in pids)
 
 
-def test_what_nobody_asks_for_again_is_forgotten(three: Room) -> None:
+def test_what_nobody_asks_for_again_is_forgotten_and_a_device_says_why_it_cannot(three: Room) -> None:
     first = divided(three, 9)
     a_round(three, first)
     number = first._number
     del first
-    other = divided(three, 9)
-    a_round(three, other)
+    a_round(three, divided(three, 9))
     crew = three.devices.ready()
     crew.ask_all(_Device.keep_reference, number)
-    with pytest.raises(RunError, match=f"KeyError: {number}"):
+    with pytest.raises(RunError, match=f"device 1: KeyError: {number}"):
         crew.answers()
-
-
-# Which devices there are.
+    assert crew.broken
+    with pytest.raises(RunError, match="a device of this machine failed"):
+        crew.ask_all(_Device.keep_reference, 0)
 
 
 def test_a_gpu_that_is_not_there_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from fedtune.training.dp_step import SMALLEST_NORM, Records, add_clipped, assert
 from fedtune.training.optimizer import make_optimizer
 from fedtune.training.spec import TrainingSpec
 
-from .conftest import CELLS, KINDS, examples_of, made_up, plan_of, records_of, stepper, summed, trained
+from . import conftest
+from .conftest import CELLS, KINDS, examples_of, made_up, plan_of, records_of, stepped, summed, trained
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
 UNCLIPPED = {"classification": 128.0, "causal_lm": 16.0, "pairs": 4.0, "triplets": 8.0, "preference": 5.0}
@@ -92,7 +93,7 @@ def test_without_clipping_and_noise_it_is_plain_peft_training(path: str, task: s
     settings = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": 0.01}
     private = trained(path, task)
     before = {name: p.detach().clone() for name, p in private.trainable().items()}
-    after = stepper(private, **settings).step(records_of(dataset, declared_size=14), half, steps=4)
+    after = stepped(private, records_of(dataset, declared_size=14), half, steps=4, **settings)
 
     model = trained(path, task)
     parameters = list(model.trainable().values())
@@ -120,7 +121,8 @@ def test_without_clipping_and_noise_it_is_plain_peft_training(path: str, task: s
     assert torch.cat(compared).float().mean() > 0.1
 
 
-def test_tensors_stepped_and_clipped_are_one_set() -> None:
+def test_tensors_stepped_clipped_and_summed_are_one_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a step checks it before it touches records."""
     parameters = trained().trainable()
     assert_one_tensor_set(parameters, make_optimizer(parameters, TrainingSpec()))
     without_head = {name: p for name, p in parameters.items() if name != "head.weight"}
@@ -128,16 +130,9 @@ def test_tensors_stepped_and_clipped_are_one_set() -> None:
     for other in (without_head, more):
         with pytest.raises(AssertionError, match="stepped tensors and clipped tensors differ"):
             assert_one_tensor_set(parameters, make_optimizer(other, TrainingSpec()))
-
-
-def test_a_step_checks_that_set_before_it_touches_records() -> None:
     cut = Mock(side_effect=AssertionError("records were read"))
-    one = stepper(trained())
-    one.optimizer.param_groups.pop()
+    monkeypatch.setattr(conftest, "make_optimizer", lambda _, spec: make_optimizer(without_head, spec))
     with pytest.raises(AssertionError, match="stepped tensors"):
-        one.step(Records(count=3, declared_size=3, cut=cut), plan_of())
-
-
-def test_tensors_clipped_and_summed_are_one_set() -> None:
+        stepped(trained(), Records(count=3, declared_size=3, cut=cut), plan_of())
     with pytest.raises(AssertionError, match="clipped tensors and summed tensors differ"):
         add_clipped({"a": torch.zeros(1, dtype=torch.int64)}, {"b": torch.zeros(1, 1)}, 1.0)

@@ -1,6 +1,7 @@
 """What one unit adds to a sum has a norm of at most the clip norm: exactly, in whole numbers, whatever its gradient."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes, TextDataset
 from fedtune.training import dp_step
-from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions, zeros
+from fedtune.training.dp_step import SMALLEST_NORM, add_clipped, contributions
 from fedtune.training.examples import SiteExamples
 from fedtune.training.users import UserExamples, UserGradients
 
@@ -27,7 +28,6 @@ Cells = dict[str, torch.Tensor]
 
 
 def squares(cells: Cells) -> list[int]:
-    """Each unit's square norm, in Python's whole numbers."""
     rows = torch.cat([one.flatten(1).double() for one in cells.values()], dim=1).tolist()
     assert all(value == int(value) for row in rows for value in row), "whole numbers"
     return [sum(int(value) ** 2 for value in row) for row in rows]
@@ -135,35 +135,25 @@ def test_order_and_cutting_change_no_cell(kind: str, clip: float, units: int, cu
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("values", [31, 4096, 100_003])
 def test_what_a_unit_adds_does_not_depend_on_how_many_rows_there_are(threads: int, values: int) -> None:
+    """Nor of many tensors: a sum over them by torch, whose order goes by the rows, moved the last bit of norms."""
     torch.set_num_threads(threads)  # put back by the fixture of every test here
-    gradient = torch.randn((13, values), generator=torch.Generator().manual_seed(2))
-    each = contributions({"a": gradient, "b": gradient[:, :7] * 3}, 0.5)
+    generator = torch.Generator().manual_seed(2)
+    gradient = torch.randn((13, values), generator=generator)
+    many = {str(number): torch.randn((13, 50), generator=generator) * 3.0**-number for number in range(26)}
+    of_each = {"a": gradient, "b": gradient[:, :7] * 3}
+    each, norms = contributions(of_each, 0.5), dp_step._norms(many)
     for rows in (1, 2, 3, 4, 7, 12):
         for start in {0, 1, 13 - rows}:
             part = slice(start, start + rows)
-            fewer = contributions({"a": gradient[part], "b": gradient[part, :7] * 3}, 0.5)
+            fewer = contributions({name: one[part] for name, one in of_each.items()}, 0.5)
             assert all(torch.equal(fewer[name], one[part]) for name, one in each.items())
-
-
-def test_the_norm_of_many_tensors_does_not_depend_on_how_many_rows_there_are() -> None:
-    """A sum over the tensors by torch, whose order goes by the rows, moved the last bit of a quarter of these norms."""
-    generator = torch.Generator().manual_seed(4)
-    tensors = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
-    whole = dp_step._norms(tensors)
-    for start in range(0, 39, 3):
-        part = slice(start, min(start + 3, 40))
-        assert torch.equal(dp_step._norms({name: one[part] for name, one in tensors.items()}), whole[part])
+            assert torch.equal(dp_step._norms({name: one[part] for name, one in many.items()}), norms[part])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_a_unit_adds_the_same_however_its_batch_lies_in_memory(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # A norm's last bit does, unless rows are laid out alike; float32 weights hide it but once in millions.
-    squares_of_rows = dp_step._squares_of_rows
-
-    def checked(values: torch.Tensor) -> torch.Tensor:
-        assert values.is_contiguous()
-        return squares_of_rows(values)
-
+    checked = Mock(side_effect=dp_step._squares_of_rows)
     monkeypatch.setattr(dp_step, "_squares_of_rows", checked)
     gradient = torch.randn((5, 40_000), generator=torch.Generator().manual_seed(3))
     expected = contributions({"a": gradient}, 0.5)["a"]
@@ -172,6 +162,7 @@ def test_a_unit_adds_the_same_however_its_batch_lies_in_memory(rows: int, monkey
     every_other = torch.stack([gradient, gradient], dim=1).flatten(0, 1)[::2][:rows]
     for other in (by_column, shifted, every_other):
         assert torch.equal(contributions({"a": other}, 0.5)["a"], expected[:rows])
+    assert all(call.args[0].is_contiguous() for call in checked.call_args_list)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -207,16 +198,10 @@ def test_a_user_moves_the_sum_by_its_own_contribution_alone(
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_a_sum_is_that_of_its_contributions_whatever_some_of_them_are(bad: float) -> None:
     """A sum goes over one tensor after the other, and drops units only when it has seen all of them."""
-    draws = np.random.default_rng(6)
-    gradients = {"a": torch.from_numpy(draws.normal(size=(9, 4, 5))), "b": torch.from_numpy(draws.normal(size=(9, 7)))}
-    gradients = {name: one.float() for name, one in gradients.items()}
-    gradients["b"][2, 3] = bad
-    gradients["a"][7, 0, 0] = bad
-    sums = zeros({name: torch.nn.Parameter(one[0].clone()) for name, one in gradients.items()})
+    gradients = tensors(np.random.default_rng(6).normal(size=(9, sum(SIZES.values()))).astype(np.float32))
+    gradients["base.lora_B.weight"][2, 3] = gradients["base.lora_A.weight"][7, 0, 0] = bad
     for clip in (0.5, 1e-9, 100.0):
-        for total in sums.values():
-            total.zero_()
-        add_clipped(sums, gradients, clip)
+        sums = summed(gradients, clip)
         for name, each in contributions(gradients, clip).items():
             assert torch.equal(sums[name].ravel(), each.sum(dim=0).to(torch.int64)), name
 

@@ -44,58 +44,37 @@ def test_kept_states_give_the_same_clipped_sum(path: str, task: str, checkpointi
     require_same_sum(model, plain, keeping, within=1e-5)
 
 
-def test_states_kept_on_disk_are_the_same_in_a_file_that_nobody_can_open(tmp_path: Path) -> None:
-    model = trained("random:bert", "classification", lora=LAST)
-    dataset = made_up("classification")
-    in_memory, on_disk = examples_of(dataset), examples_of(dataset)
+def test_states_kept_on_disk_are_the_same_in_a_file_of_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dataset = trained(lora=LAST), made_up("classification")
+    in_memory, on_disk, without_room = (examples_of(dataset) for _ in range(3))
     in_memory.keep_frozen_states(model)
     on_disk.keep_frozen_states(model, folder=tmp_path)
     assert on_disk._states.equal(in_memory._states)
-    assert list(tmp_path.iterdir()) == []
     held = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert held, "it is a file, and no memory"
     assert all("(deleted)" in line for line in held)
     for batch, other in zip(in_memory.cut(np.arange(8)), on_disk.cut(np.arange(8)), strict=True):
         assert batch.prefix.equal(other.prefix)
-
-
-def test_a_disk_without_room_keeps_nothing_and_fails_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    model = trained("random:bert", "classification", lora=LAST)
-    made = examples_of(made_up("classification"))
-    made.keep_frozen_states(model, folder=tmp_path)
-    assert all(batch.prefix is None for batch in made.cut(np.arange(4)))
+    without_room.keep_frozen_states(model, folder=tmp_path)
+    assert all(batch.prefix is None for batch in without_room.cut(np.arange(4))), "and that fails nobody"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_told_how_many_records_have_their_states() -> None:
-    model = fresh(lora=LAST)
-    dataset = made_up("classification")
+def test_padding_holds_no_other_records_states_and_it_is_told_how_many_are_kept() -> None:
+    model, dataset = fresh(lora=LAST), made_up("classification")
     told: list[tuple[int, int]] = []
-    examples_of(dataset).keep_frozen_states(model, told=lambda done, total: told.append((done, total)))
+    examples_of(dataset).keep_frozen_states(model, told=lambda *so_far: told.append(so_far))
     assert len(told) > 1
     assert [done for done, _ in told] == sorted({done for done, _ in told})
-    assert told[-1] == (len(dataset), len(dataset))
-    assert {total for _, total in told} == {len(dataset)}
-
-
-def test_padding_holds_no_other_records_states() -> None:
-    model = fresh(lora=LAST)
-    dataset = made_up("classification")
+    assert {total for _, total in told} == {len(dataset)} == {told[-1][0]}
     keeping = examples_of(dataset, max_tokens=10_000)
     keeping.keep_frozen_states(model)
     for batch in keeping.cut(np.arange(len(dataset))):
         assert (batch.attention_mask == 0).any()
         assert not batch.prefix[batch.attention_mask == 0].any()
         assert not batch.prefix[len(batch) :].any(), "an empty row has none at all"
-
-
-def test_nothing_is_kept_when_the_first_layer_trains_or_no_task_compares() -> None:
-    keeping = examples_of(made_up("classification"))
-    keeping.keep_frozen_states(fresh())
-    keeping.keep_reference(fresh())
-    assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1])))
 
 
 def bad_examples(task: str) -> tuple[TextDataset, int]:
@@ -169,15 +148,19 @@ def test_where_the_machine_fails_no_states_are_kept(error: type[Exception]) -> N
         keeping.keep_frozen_states(model)
     assert all(batch.prefix is None for batch in keeping.cut(np.array([0, 1])))
     handle.remove()
+    keeping.keep_frozen_states(fresh())
+    keeping.keep_reference(fresh())
+    assert all(batch.prefix is batch.reference is None for batch in keeping.cut(np.array([0, 1]))), (
+        "the first layer trains"
+    )
     keeping.keep_frozen_states(model)
     assert all(batch.prefix is not None and batch.prefix.any() for batch in keeping.cut(np.array([0, 1])))
 
 
-# What the base without adapters says of a record.
-
-
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
-def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(layers: tuple[int, ...] | None) -> None:
+def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(
+    layers: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = trained("random:llama", "preference", lora=LoraSpec(rank=2, alpha=4.0, layers=layers))
     plain, keeping = (examples_of(made_up("preference")) for _ in range(2))
     if layers is not None:
@@ -189,11 +172,6 @@ def test_a_kept_reference_gives_the_same_clipped_sum_at_every_adapter(layers: tu
             for parameter in model.trainable().values():
                 parameter.mul_(factor)
         require_same_sum(model, plain, keeping, within=1e-4)
-
-
-def test_the_base_is_asked_once_about_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, keeping = trained("random:llama", "preference"), examples_of(made_up("preference"))
-    keeping.keep_reference(model)
     monkeypatch.setattr(TaskModel, "reference", lambda *_: pytest.fail("the base is asked again"))
     keeping.keep_reference(model)
     assert any(total.any() for total in summed(model, keeping, CLIP, [1, 2, 3]).values())

@@ -14,10 +14,9 @@ from fedtune.model.products import FrozenLinear, RoundedLinear
 from fedtune.model.quantized import FourBit
 from fedtune.model.spec import LoraSpec
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.per_example import attached
 from fedtune.training.preflight import moved_by_others
 
-from ..builders import as_tried
+from ..builders import as_tried, gradients_of
 from .conftest import KINDS, LAST, examples_of, made_up, trained
 
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
@@ -38,23 +37,17 @@ def dequantised(model: TaskModel, coarse: TaskModel) -> TaskModel:
 
 def by_torch(model: TaskModel) -> TaskModel:
     """The same without oneDNN, by which a watched model would multiply and another one would not."""
-    for module in model.modules():
-        if isinstance(module, FrozenLinear):
-            module.__class__ = nn.Linear
+    for module in (one for one in model.modules() if isinstance(one, FrozenLinear)):
+        module.__class__ = nn.Linear
     return model
 
 
 def micro_batch(dataset: TextDataset) -> Batch:
-    """All of a data set in the shape that a step gives them, for shapes decide how sums are rounded."""
+    """In the shape that a step gives a data set, for shapes decide how sums are rounded."""
     shapes = as_tried(Shapes.of(max_length=15, max_tokens=16 * len(dataset)))
     examples = examples_of(dataset, shapes)
     length = shapes.lengths[-1]
     return examples.batch(Part(np.arange(len(dataset)), shapes.rows(length)[0], length))
-
-
-def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
-    with attached(model) as gradients:
-        return {name: one.clone() for name, one in gradients.of_all(batch).items()}
 
 
 @pytest.mark.by_day(
@@ -117,11 +110,6 @@ def test_a_trial_tries_other_codes_than_the_model_s_and_puts_its_own_back(path: 
     assert not any(changed[0]), "first with its own"
     assert all(changed[-1]), "then with random ones, in every layer"
     assert all(map(torch.equal, kept(), own))
-
-
-def test_a_trial_finds_four_bit_layers_that_mix_records() -> None:
-    model = trained("random:llama", "causal_lm", dtype="nf4")
-    layer = next(module for module in model.modules() if isinstance(module, FourBit))
-    layer.register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
-    shapes = as_tried(Shapes.of(max_length=12, max_tokens=48))
-    assert moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1) > 0.01
+    layers[0].register_forward_hook(lambda module, inputs, output: output + output.mean(dim=0) / 8)
+    mixed = moved_by_others(model, shapes, keeps_states=False, max_grad_norm=0.1)
+    assert mixed > 0.01, "and finds layers that mix records"

@@ -18,24 +18,14 @@ from fedtune.training.optimizer import learning_rate_factor, make_optimizer, set
 from fedtune.training.spec import TrainingSpec
 
 SIZE = 60
-
-
-@pytest.fixture(scope="module")
-def shared_plan() -> Plan:
-    together = Together(num_sites=3, threshold=3, colluders=0)
-    return Plan.of(PrivacySpec(noise_multiplier=1.0), local_steps=1, num_rounds=4, together=together)
-
-
-def cell(plan: Plan) -> float:
-    return plan.max_grad_norm * 2.0**-plan.shared.cell_bits
+TOGETHER = Together(num_sites=3, threshold=3, colluders=0)
+PLAN = Plan.of(PrivacySpec(noise_multiplier=1.0), local_steps=1, num_rounds=4, together=TOGETHER)
+CELL = PLAN.max_grad_norm * 2.0**-PLAN.shared.cell_bits
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_run_that_stopped_goes_on_with_its_optimizer_s_state(
-    optimizer: str, shared_plan: Plan, tmp_path: Path
-) -> None:
+def test_a_run_that_stops_goes_on_with_its_optimizer_s_state(optimizer: str, tmp_path: Path) -> None:
     """The state is arrays that a checkpoint holds: two steps are one step, and another with what it left."""
-    plan = shared_plan
     training = TrainingSpec(optimizer=optimizer, learning_rate=0.1, momentum=0.9 if optimizer == "sgd" else 0.0)  # type: ignore[arg-type]
     kept = Adapter({"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "head": np.ones(2, np.float32)})
     parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in kept.tensors.items()}
@@ -48,10 +38,10 @@ def test_a_run_that_stopped_goes_on_with_its_optimizer_s_state(
         saved.save(LeadState(round=number, adapter=kept, strategy=state))
         state = saved.load().strategy
         kept, state = lead_step(
-            kept, total, state, training=training, plan=plan, step=number - 1, sites=3, most=50.0, declared_size=SIZE
+            kept, total, state, training=training, plan=PLAN, step=number - 1, sites=3, most=50.0, declared_size=SIZE
         )
         set_learning_rate(whole, learning_rate_factor(training, step=number - 1, total_steps=4))
-        scale = cell(plan) / (plan.sampling_rate * SIZE)
+        scale = CELL / (PLAN.sampling_rate * SIZE)
         parameters["a"].grad = torch.tensor(total[:6].reshape(2, 3) * scale, dtype=torch.float32)
         parameters["head"].grad = torch.tensor(total[6:] * scale, dtype=torch.float32)
         whole.step()
@@ -59,29 +49,29 @@ def test_a_run_that_stopped_goes_on_with_its_optimizer_s_state(
         np.testing.assert_allclose(value, parameters[name].detach().numpy(), rtol=1e-6)
 
 
-def of_honest_sites(plan: Plan, *, values: int, agreeing: float, seed: int) -> np.ndarray:
+def of_honest_sites(*, values: int, agreeing: float, seed: int) -> np.ndarray:
     """A total of three sites whose sampled units' gradients agree to this share."""
-    draws, units = np.random.default_rng(seed), plan.sampling_rate * SIZE
+    draws, units = np.random.default_rng(seed), PLAN.sampling_rate * SIZE
     signal = np.zeros(values)
     signal[0] = agreeing * units
-    total = signal + draws.normal(0, plan.noise_multiplier * math.sqrt(3), values) * plan.max_grad_norm
-    return np.rint(total / cell(plan)).astype(np.int64)
+    total = signal + draws.normal(0, PLAN.noise_multiplier * math.sqrt(3), values) * PLAN.max_grad_norm
+    return np.rint(total / CELL).astype(np.int64)
 
 
 @pytest.mark.parametrize("values", [1, 50, 100_000])
 @pytest.mark.parametrize("agreeing", [0.0, 1.0])
-def test_a_sum_of_honest_sites_is_taken_as_it_is(shared_plan: Plan, values: int, agreeing: float) -> None:
+def test_a_sum_of_honest_sites_is_taken_as_it_is(values: int, agreeing: float) -> None:
     for seed in range(50 if values < 1000 else 3):
-        total = of_honest_sites(shared_plan, values=values, agreeing=agreeing, seed=seed)
-        assert held_back(total, shared_plan, sites=3, declared_size=SIZE) is total
+        total = of_honest_sites(values=values, agreeing=agreeing, seed=seed)
+        assert held_back(total, PLAN, sites=3, declared_size=SIZE) is total
 
 
-def test_one_site_moves_a_step_no_further_than_all_together_can(shared_plan: Plan) -> None:
-    total = of_honest_sites(shared_plan, values=1000, agreeing=0.5, seed=1)
-    total[7] += round(1e6 / cell(shared_plan))  # a million clip norms that no unit has
-    held = held_back(total, shared_plan, sites=3, declared_size=SIZE)
-    length = float(np.sqrt(np.square(held, dtype=np.float64).sum())) * cell(shared_plan)
-    sampled = shared_plan.sampling_rate * SIZE
-    most = sampled + 8 * (math.sqrt(sampled) + 1) + shared_plan.noise_multiplier * math.sqrt(3) * (math.sqrt(1000) + 8)
+def test_one_site_moves_a_step_no_further_than_all_together_can() -> None:
+    total = of_honest_sites(values=1000, agreeing=0.5, seed=1)
+    total[7] += round(1e6 / CELL)  # a million clip norms that no unit has
+    held = held_back(total, PLAN, sites=3, declared_size=SIZE)
+    length = float(np.sqrt(np.square(held, dtype=np.float64).sum())) * CELL
+    sampled = PLAN.sampling_rate * SIZE
+    most = sampled + 8 * (math.sqrt(sampled) + 1) + PLAN.noise_multiplier * math.sqrt(3) * (math.sqrt(1000) + 8)
     assert length == pytest.approx(most, rel=1e-3)
-    assert held[7] > 0.99 * most / cell(shared_plan), "its direction stays"
+    assert held[7] > 0.99 * most / CELL, "its direction stays"

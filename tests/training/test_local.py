@@ -1,8 +1,9 @@
 """A round of local training as a whole."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import pytest
@@ -24,17 +25,11 @@ from .conftest import KINDS, examples_of, fresh, made_up, plan_of, released, wor
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:4])
 
 
-def cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The places that are cut into micro-batches, call by call."""
-    noted: list[list[int]] = []
-    original = what.cut
-
-    def cut(self: Any, places: Any, *rest: Any) -> Any:
-        noted.append(np.asarray(places).tolist())
-        return original(self, places, *rest)
-
+def cuts(what: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[int]]]:
+    """Gives the places that were cut into micro-batches, call by call."""
+    cut = create_autospec(what.cut, side_effect=what.cut)
     monkeypatch.setattr(what, "cut", cut)
-    return noted
+    return lambda: [np.asarray(call.args[1]).tolist() for call in cut.call_args_list]
 
 
 @kinds
@@ -56,46 +51,38 @@ def test_every_trainable_tensor_moves_and_nothing_else(path: str, task: str) -> 
             assert torch.equal(tensor, others[name]), name
 
 
-def test_a_round_does_not_depend_on_what_the_model_held_before() -> None:
-    model = fresh()
-    start = Adapter.of(model)
-    first = released(model, made_up("classification"), work_of(), adapter=start)
-    again = released(model, made_up("classification"), work_of(), adapter=start)  # the model now holds `first`
-    assert first.digest() == again.digest()
+def share(records: int, plan: Any, **changes: Any) -> dict[str, np.ndarray]:
+    """Of a secure sum, over so many records."""
+    model, units = fresh(), examples_of(made_up("classification", records))
+    asked = work_of(asked=plan, **changes)
+    return share_of_round(model, Adapter.of(model), units, asked, randomness=SeededRandomness(5))
+
+
+TOGETHER = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
 
 
 @pytest.mark.parametrize("change", [{"site": "bank_b"}, {"round": 2}, {"attempt": 2}])
 def test_so_does_a_share_of_a_secure_sum(change: dict[str, Any]) -> None:
     """Draw other noise; which streams a round draws from is below."""
-    shared = Together(num_sites=3, threshold=3, colluders=0).with_share(0.5)
-    plan = dataclasses.replace(work_of().plan, local_steps=1, shared=shared)
-    nobody = examples_of(made_up("classification", 0))
-
-    def share(**changes: Any) -> dict[str, np.ndarray]:
-        model, asked = fresh(), work_of(asked=plan, **changes)
-        return share_of_round(model, Adapter.of(model), nobody, asked, randomness=SeededRandomness(5))
-
-    one, again, other = share(), share(), share(**change)
+    plan = dataclasses.replace(work_of().plan, local_steps=1, shared=TOGETHER)
+    one, again, other = share(0, plan), share(0, plan), share(0, plan, **change)
     for name in one:
         np.testing.assert_array_equal(one[name], again[name])
         assert (one[name] != other[name]).any(), name
 
 
 def test_a_share_beside_a_shorter_clip_norm_has_the_same_noise_and_less_of_each_record() -> None:
-    shared = dataclasses.replace(Together(num_sites=3, threshold=3, colluders=0).with_share(0.5), cell_bits=13)
+    shared = dataclasses.replace(TOGETHER, cell_bits=13)
     plan = dataclasses.replace(work_of().plan, sampling_rate=1.0, local_steps=1, shared=shared)
-    shapes = Shapes.of(max_length=15, max_tokens=40)
 
-    def share(records: int, factor: float) -> np.ndarray:
-        model, asked = fresh(), work_of(asked=plan, noise_factor=factor)
-        units = SiteExamples(made_up("classification", records), pad_id=0, shapes=shapes, device="cpu")
-        found = share_of_round(model, Adapter.of(model), units, asked, randomness=SeededRandomness(5))
+    def values(records: int, factor: float) -> np.ndarray:
+        found = share(records, plan, noise_factor=factor)
         return np.concatenate([one.ravel() for one in found.values()]).astype(np.float64)
 
-    noise = share(0, 1.0)
+    noise = values(0, 1.0)
     for factor in (1.0, 1.5, 4.0):
-        assert np.abs(share(0, factor) - noise).max() <= 1, "one size of noise, but for rounding"
-        assert np.linalg.norm(share(1, factor) - share(0, factor)) == pytest.approx(2**13 / factor, rel=0.02)
+        assert np.abs(values(0, factor) - noise).max() <= 1, "one size of noise, but for rounding"
+        assert np.linalg.norm(values(1, factor) - values(0, factor)) == pytest.approx(2**13 / factor, rel=0.02)
 
 
 @pytest.mark.parametrize("noise", [0.5, 0.0], ids=["private", "plain"])
@@ -105,8 +92,8 @@ def test_each_step_of_a_round_draws_a_sample_of_its_own(monkeypatch: pytest.Monk
     planned = plan_of(sampling_rate=0.5, noise_multiplier=noise, local_steps=4, num_rounds=2)
     released(fresh(), made_up("classification", 30), work_of(asked=planned))
     stream = SeededRandomness(5).stream("bank_a", 1, 1, "sampling")
-    assert drawn == [poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
-    assert len({tuple(sample) for sample in drawn}) == 4
+    assert drawn() == [poisson_sample(30, 0.5, stream).tolist() for _ in range(4)]
+    assert len({tuple(sample) for sample in drawn()}) == 4
 
 
 def test_sampling_and_noise_have_streams_of_their_own() -> None:
@@ -122,7 +109,7 @@ def test_one_more_record_draws_the_same_noise_and_the_same_others(monkeypatch: p
     one_step = work_of(asked=dataclasses.replace(work_of().plan, local_steps=1))
     for count in (12, 13):
         released(fresh(), made_up("classification", count), one_step)
-    assert [index for index in drawn[1] if index < 12] == drawn[0]
+    assert [index for index in drawn()[1] if index < 12] == drawn()[0]
 
 
 @pytest.mark.parametrize(("steps", "noise"), [(1, 0.5), (3, 0.5), (3, 0.0)])
@@ -138,12 +125,12 @@ def test_a_round_takes_the_steps_of_the_plan_at_its_place_in_the_schedule(
     assert asked == [{"step": steps + number, "total_steps": 4 * steps} for number in range(steps)]
 
 
-def test_the_optimizer_starts_anew_each_round() -> None:
-    # Round 2 from the same adapter in a fresh process gives the same bytes: nothing of round 1 is left.
+def test_nothing_is_left_of_the_round_before() -> None:
+    """Neither an optimizer's state nor what the model held: a fresh process gives the same bytes."""
     model, dataset = fresh(), made_up("classification")
     first = released(model, dataset, work_of())
     second, anew = (released(one, dataset, work_of(round=2), adapter=first) for one in (model, fresh()))
-    assert second.digest() == anew.digest()
+    assert second.digest() == anew.digest() != first.digest()
 
 
 TURNS = LoraSpec(rank=2, alpha=4.0, alternate=True)

@@ -5,6 +5,7 @@ import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -24,27 +25,20 @@ SKIPS = replace(TINY, lora=LoraSpec(layers=(-1,)))
 """Its first layer is frozen, so that its output can be kept."""
 
 
-def test_a_length_that_the_model_cannot_take_is_a_mistake() -> None:
-    model = ready_model(lambda: build_task_model(TINY), RuntimeSpec(num_threads=1), max_length=8)
-    most = model.base.config.max_position_embeddings
-    with pytest.raises(ConfigError, match=rf"data\.max_length = {most + 1}: must be at most the model's {most}"):
-        ready_model(lambda: model, RuntimeSpec(num_threads=1), max_length=most + 1)
+def ready(spec: TaskModelSpec = TINY, *, max_length: int = 8, **runtime: Any) -> TaskModel:
+    return ready_model(lambda: build_task_model(spec), RuntimeSpec(num_threads=1, **runtime), max_length=max_length)
 
 
-def test_a_length_in_the_padding_s_rows_is_a_mistake(tmp_path: Path) -> None:
+def test_a_length_that_the_model_cannot_take_is_a_mistake(tmp_path: Path) -> None:
     """RoBERTa has 514 rows of positions for 512 tokens: behind the 512th a record made a site fail."""
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     RobertaModel(RobertaConfig(vocab_size=32, max_position_embeddings=514, **shape)).save_pretrained(tmp_path)
     spec = replace(TINY, model=ModelSpec(path=str(tmp_path)))
-
-    def build() -> TaskModel:
-        return build_task_model(spec)
-
-    for length in (513, 514):
-        with pytest.raises(ConfigError, match=rf"data\.max_length = {length}: must be at most the model's 512"):
-            ready_model(build, RuntimeSpec(num_threads=1), max_length=length)
-    model = ready_model(build, RuntimeSpec(num_threads=1), max_length=512)
-    shapes = shapes_for(model, RuntimeSpec(), max_length=512)
+    most = ready().base.config.max_position_embeddings
+    for each, length, last in ((TINY, most + 1, most), (spec, 513, 512), (spec, 514, 512)):
+        with pytest.raises(ConfigError, match=rf"data\.max_length = {length}: must be at most the model's {last}"):
+            ready(each, max_length=length)
+    shapes = shapes_for(ready(spec, max_length=512), RuntimeSpec(), max_length=512)
     assert shapes.lengths[-1] == shapes.full == 512, "padded to no place behind the last"
 
 
@@ -58,8 +52,7 @@ def test_a_micro_batch_grows_with_the_threads_unless_somebody_says_its_size() ->
 
 
 def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
-    pairs = replace(TINY, task="embedding", labels=(), texts=3)
-    model = ready_model(lambda: build_task_model(pairs), RuntimeSpec(num_threads=1), max_length=30)
+    model = ready(replace(TINY, task="embedding", labels=(), texts=3), max_length=30)
     shapes = shapes_for(model, RuntimeSpec(micro_batch_tokens=1200), max_length=30)
     assert max(rows * 3 * length for length in shapes.lengths for rows in shapes.rows(length)) <= 1200
     assert shapes.rows(24)[0] == 1200 // 3 // 24
@@ -67,22 +60,32 @@ def test_a_record_of_several_texts_takes_their_part_of_a_micro_batch() -> None:
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_who_multiplies_is_a_setting(onednn: bool) -> None:
-    runtime = RuntimeSpec(num_threads=1, onednn=onednn)
-    model = ready_model(lambda: build_task_model(TINY), runtime, max_length=8)
-    assert uses_onednn(model) == (onednn and torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64"))
+    has_onednn = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", "amd64")
+    assert uses_onednn(ready(onednn=onednn)) == (onednn and has_onednn)
 
 
-def test_frozen_states_are_kept_while_they_fit() -> None:
-    model = ready_model(lambda: build_task_model(SKIPS), RuntimeSpec(num_threads=1), max_length=8)
-    fitting = 2**20 // (4 * model.base.config.hidden_size)
-    one_mib = RuntimeSpec(kept_states_mib=1)
-    assert machine.keeps_frozen_states(model, one_mib, num_tokens=fitting)
-    assert not machine.keeps_frozen_states(model, one_mib, num_tokens=fitting + 1)
+def test_frozen_states_are_kept_while_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, trains = ready(SKIPS), ready()
+    a_mib = 2**20 // (4 * model.base.config.hidden_size)
+
+    def most(runtime: RuntimeSpec, num_tokens: int) -> bool:
+        fits, more = (
+            machine.keeps_frozen_states(model, runtime, num_tokens=count) for count in (num_tokens, num_tokens + 1)
+        )
+        return fits and not more
+
+    assert most(RuntimeSpec(kept_states_mib=1), a_mib)
     assert not machine.keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=1)
+    assert machine.frozen_states_mib(trains, num_tokens=10**9) == 0, "its first layer trains"
+    assert machine.keeps_frozen_states(trains, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
+    # By default a quarter of the available memory is set aside.
+    for text, mib in (("MemTotal: 9 kB\nMemAvailable:   40960 kB\n", 10), ("nothing of the kind\n", 1024)):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
+        assert most(RuntimeSpec(), mib * a_mib)
 
 
 def test_what_does_not_fit_goes_to_a_folder_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ready_model(lambda: build_task_model(SKIPS), RuntimeSpec(num_threads=1), max_length=8)
+    model = ready(SKIPS)
     a_mib = 2**20 // (4 * model.base.config.hidden_size)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=20 * 2**20))
@@ -98,12 +101,7 @@ def test_what_does_not_fit_goes_to_a_folder_with_room(tmp_path: Path, monkeypatc
 def test_room_on_disk_is_open_to_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[int] = []
     unlink = os.unlink
-
-    def watched(name: str) -> None:
-        modes.append(os.stat(name).st_mode & 0o777)
-        unlink(name)
-
-    monkeypatch.setattr(os, "unlink", watched)
+    monkeypatch.setattr(os, "unlink", lambda name: (modes.append(os.stat(name).st_mode & 0o777), unlink(name)))
     room = machine.room_for_states(5, 3, dtype=torch.bfloat16, folder=tmp_path)
     room[:] = torch.arange(15).view(5, 3)
     assert room.dtype == torch.bfloat16
@@ -111,21 +109,6 @@ def test_room_on_disk_is_open_to_nobody_else(tmp_path: Path, monkeypatch: pytest
     assert modes == [0o600]
     assert list(tmp_path.iterdir()) == []
     assert machine.room_for_states(0, 3, dtype=torch.float32, folder=tmp_path).shape == (0, 3)
-
-
-def test_by_default_a_quarter_of_the_available_memory_is_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ready_model(lambda: build_task_model(SKIPS), RuntimeSpec(num_threads=1), max_length=8)
-    a_mib = 2**20 // (4 * model.base.config.hidden_size)
-    for text, mib in (("MemTotal: 9 kB\nMemAvailable:   40960 kB\n", 10), ("nothing of the kind\n", 1024)):
-        monkeypatch.setattr(Path, "read_text", lambda self, text=text: text)
-        assert machine.keeps_frozen_states(model, RuntimeSpec(), num_tokens=mib * a_mib)
-        assert not machine.keeps_frozen_states(model, RuntimeSpec(), num_tokens=mib * a_mib + a_mib)
-
-
-def test_a_model_whose_first_layer_trains_needs_no_memory_for_states() -> None:
-    model = ready_model(lambda: build_task_model(TINY), RuntimeSpec(num_threads=1), max_length=8)
-    assert machine.frozen_states_mib(model, num_tokens=10**9) == 0
-    assert machine.keeps_frozen_states(model, RuntimeSpec(kept_states_mib=0), num_tokens=10**9)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has a GPU")

@@ -15,7 +15,8 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.per_example import attached
 
-from .conftest import BAD, CELLS, KINDS, examples_of, made_up, plan_of, records_of, stepper, summed, trained, with_bad
+from ..builders import gradients_of
+from .conftest import BAD, CELLS, KINDS, examples_of, made_up, plan_of, records_of, stepped, summed, trained, with_bad
 from .test_dp_step import loop_gradient
 
 
@@ -28,7 +29,6 @@ def watched_in(model: TaskModel) -> int:
 
 
 def leftovers(model: TaskModel) -> list[str]:
-    """Parameters that still hold a gradient of one example or of a batch."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -44,19 +44,17 @@ def hook(model: TaskModel, within: str) -> Any:
 
 
 @pytest.mark.parametrize(("path", "task"), [*KINDS, ("random:llama", "classification")])
-def test_watching_ends(path: str, task: str) -> None:
-    model = trained(path, task)
+def test_a_batch_leaves_nothing_to_the_next_and_watching_ends(path: str, task: str) -> None:
+    model, dataset = trained(path, task), made_up(task)
     before = watched_in(model)
     with attached(model) as gradients:
         assert watched_in(model) > before
-        gradients.of(collate(made_up(task), [0, 1], pad_id=0))
+        first = gradients.of(collate(dataset, [0, 1], pad_id=0))
+        gradients.of(collate(dataset, [2, 3, 4], pad_id=0))
+        again = gradients.of(collate(dataset, [0, 1], pad_id=0))
+        assert leftovers(model) == []
     assert watched_in(model) == before
-    assert leftovers(model) == []
-
-
-def gradients_of(model: TaskModel, batch: Any) -> dict[str, torch.Tensor]:
-    with attached(model) as gradients:
-        return gradients.of(batch)
+    assert all(torch.equal(gradient, again[name]) for name, gradient in first.items())
 
 
 @pytest.mark.parametrize(
@@ -82,48 +80,22 @@ def test_a_failure_is_raised_and_leaves_no_watched_module_and_no_trace(within: s
     assert watched_in(model) == before
     assert leftovers(model) == []
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
-    for name, gradient in gradients_of(model, small).items():
-        assert torch.equal(gradient, expected[name]), name
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients_of(model, small).items())
 
 
-def test_a_batch_leaves_nothing_to_the_next() -> None:
-    model, dataset = trained(), made_up("classification")
-    with attached(model) as gradients:
-        first = gradients.of(collate(dataset, [0, 1], pad_id=0))
-        gradients.of(collate(dataset, [2, 3, 4], pad_id=0))
-        again = gradients.of(collate(dataset, [0, 1], pad_id=0))
-        assert leftovers(model) == []
-    for name, gradient in first.items():
-        assert torch.equal(gradient, again[name])
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"lora": LoraSpec(kind=kind, rank=2, layers=(-1,), train_a=False)} for kind in ("lora", "dora", "ia3")),
-        {"head": HeadSpec(train=False)},
-    ],
-)
-def test_frozen_tensors_have_no_gradient(changes: dict[str, Any]) -> None:
-    model = trained(**changes)
-    with attached(model) as gradients:
-        found = gradients.of(collate(made_up("classification"), [0, 1], pad_id=0))
-    assert list(found) == list(model.trainable())
-
-
-def test_a_tensor_that_takes_no_part_is_refused() -> None:
+def test_frozen_tensors_have_no_gradient_and_a_trained_one_that_takes_no_part_is_refused() -> None:
+    batch = collate(made_up("classification"), [0, 1], pad_id=0)
+    frozen_a = (LoraSpec(kind=kind, rank=2, layers=(-1,), train_a=False) for kind in ("lora", "dora", "ia3"))
+    for changes in (*({"lora": one} for one in frozen_a), {"head": HeadSpec(train=False)}):
+        model = trained(**changes)
+        assert list(gradients_of(model, batch)) == list(model.trainable())
     model = trained()
     model.head.spare = torch.nn.Linear(2, 2, bias=False)
-    with (
-        attached(model) as gradients,
-        pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable, but"),
-    ):
-        gradients.of(collate(made_up("classification"), [0, 1], pad_id=0))
+    with pytest.raises(ConfigError, match=r"lora\.target_modules = 'head\.spare\.weight': is trainable, but"):
+        gradients_of(model, batch)
 
 
 # A record that cannot be computed counts as zero; the answer must not depend on whether there is one.
-
-
 def fail_on(model: TaskModel, within: str) -> Any:
     """Make a pass fail where the token `BAD` is in the batch."""
     seen = [False]
@@ -141,39 +113,48 @@ def fail_on(model: TaskModel, within: str) -> Any:
     return handles if within == "the embedding" else [*handles, hook(model, within)(fails)]
 
 
-@pytest.mark.by_day("bad3-the embedding", "bad3-forward pass", "bad3-backward pass", "bad3-between them")
-@pytest.mark.parametrize("within", ["the embedding", "forward pass", "backward pass", "between them"])
-@pytest.mark.parametrize("bad", [(0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4)])
+PASSES = ("the embedding", "forward pass", "backward pass", "between them")
+OF_TEXTS = [(task, "forward pass", bad) for task in ("pairs", "triplets") for bad in ((0,), (5,), (3, 10))]
+BAD_TEXTS = ((0,), (2,), (4,), (1, 3), (0, 1, 2, 3, 4))
+
+
+@pytest.mark.by_day(
+    *(f"classification-{within}-(1, 3)" for within in PASSES), *("-".join(map(str, one)) for one in OF_TEXTS)
+)
+@pytest.mark.parametrize(
+    ("task", "within", "bad"),
+    [*(("classification", within, bad) for within in PASSES for bad in BAD_TEXTS), *OF_TEXTS],
+    ids=str,
+)
 def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
-    within: str, bad: tuple[int, ...]
+    task: str, within: str, bad: tuple[int, ...]
 ) -> None:
-    model, dataset = trained(), made_up("classification", 5)
-    shape = (8, 16)
+    """Also where one of its texts cannot."""
+    model, dataset = trained(task=task), made_up(task, 6)
+    shape, without = (8, 16), {text // dataset.texts for text in bad}
     before = watched_in(model)
     # Before anything, as a backward hook changes in which order gradients are added up.
     handles = fail_on(model, within)
-    with attached(model) as gradients:
-        expected = gradients.of(collate(with_bad(dataset), range(5), pad_id=0, shape=shape))
+    expected = gradients_of(model, collate(with_bad(dataset), range(5), pad_id=0, shape=shape))
     embedding, shapes = model.base.get_base_model().get_input_embeddings(), set()
-    handles.append(embedding.register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape))))
+    handles.append(embedding.register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape)))
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    batch = collate(with_bad(dataset, *bad), range(5), pad_id=0, shape=shape)
     with attached(model) as gradients:
-        batch = collate(with_bad(dataset, *bad), range(5), pad_id=0, shape=shape)
         with pytest.raises((IndexError, RuntimeError), match="no such"):
             gradients.of_all(batch)
         for _ in range(2):  # and again: one failure leaves nothing to the next pass
             found = gradients.of(batch)
             assert list(found) == list(expected)
             for name, gradient in found.items():
-                assert gradient.shape == expected[name].shape
+                assert gradient.shape == expected[name].shape == (8, *model.trainable()[name].shape)
                 for row in range(8):
-                    if row in bad or row >= 5:
-                        assert not gradient[row].any(), (name, row)
-                    else:
-                        assert torch.equal(gradient[row], expected[name][row]), (name, row)
+                    zero = row in without or row >= 5
+                    wanted = torch.zeros_like(gradient[row]) if zero else expected[name][row]
+                    assert torch.equal(gradient[row], wanted), (name, row)
         after = gradients.of(collate(with_bad(dataset), range(5), pad_id=0, shape=shape))
         assert all(torch.equal(after[name], expected[name]) for name in expected)
-    assert shapes == {shape}, "also where one is tried by itself, so its kernels are the same"
+    assert shapes == {batch.input_ids.shape}, "also where one is tried by itself, so its kernels are the same"
     assert leftovers(model) == []
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     for handle in handles:
@@ -181,31 +162,12 @@ def test_an_example_that_cannot_be_computed_counts_as_zero_and_moves_no_other(
     assert watched_in(model) == before
 
 
-@pytest.mark.parametrize("bad", [(0,), (5,), (3, 10)])
-@pytest.mark.parametrize("task", ["pairs", "triplets"])
-def test_a_record_of_which_one_text_cannot_be_computed_counts_as_zero(task: str, bad: tuple[int, ...]) -> None:
-    model, dataset = trained("random:bert", task), made_up(task, 6)
-    fail_on(model, "forward pass")
-    with attached(model) as gradients:
-        expected, found = (
-            gradients.of(collate(each, range(5), pad_id=0, shape=(8, 16)))
-            for each in (with_bad(dataset), with_bad(dataset, *bad))
-        )
-    without = {text // dataset.texts for text in bad}
-    for name, gradient in found.items():
-        assert gradient.shape == expected[name].shape == (8, *model.trainable()[name].shape)
-        for place in range(8):
-            wanted = torch.zeros_like(gradient[place]) if place in without else expected[name][place]
-            assert torch.equal(gradient[place], wanted), (name, place)
-
-
 def test_a_module_that_a_pass_uses_twice_has_the_sum_of_both_gradients() -> None:
     model, dataset = trained(), made_up("classification")
     layers = layer_stack(model.base.get_base_model())[1]
     layers[1] = layers[0]
     looped = [loop_gradient(model, dataset, place) for place in range(3)]
-    with attached(model) as gradients:
-        found = gradients.of(collate(dataset, [0, 1, 2], pad_id=0))
+    found = gradients_of(model, collate(dataset, [0, 1, 2], pad_id=0))
     for place, each in enumerate(looped):
         for name, expected in each.items():
             np.testing.assert_allclose(found[name][place].numpy(), expected, rtol=1e-4, atol=2e-5)
@@ -226,24 +188,24 @@ def test_after_a_step_gradients_are_those_at_the_new_adapter(elsewhere: bool) ->
         np.testing.assert_allclose(found[name][0].numpy(), expected, rtol=1e-4, atol=2e-5)
 
 
-# A frozen base in bfloat16, in whole numbers or in four bits, or one that multiplies in bfloat16.
-
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
 
 
-@pytest.mark.by_day("random:bert-classification-bfloat16", "random:llama-causal_lm-int8", "random:llama-causal_lm-nf4")
+@pytest.mark.by_day(
+    "random:bert-classification-bfloat16-lora", "random:llama-causal_lm-int8-lora", "random:llama-causal_lm-nf4-lora"
+)
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "int8", "nf4"])
 @kinds
-def test_adapters_gradients_sums_and_updates_keep_their_precision(path: str, task: str, dtype: str) -> None:
-    model = trained(path, task, dtype=dtype)
+def test_adapters_gradients_sums_and_updates_keep_their_precision(path: str, task: str, dtype: str, kind: str) -> None:
+    model = trained(path, task, dtype=dtype, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
     formats = {"mixed": {torch.bfloat16, torch.float32}, "int8": {torch.float32}}.get(dtype, {torch.bfloat16})
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == formats
     assert {p.dtype for p in model.trainable().values()} == {torch.float32}
-    with attached(model) as gradients:
-        found = gradients.of(collate(made_up(task), [0, 1, 2], pad_id=0))
+    found = gradients_of(model, collate(made_up(task), [0, 1, 2], pad_id=0))
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     assert {total.dtype for total in summed(model, examples_of(made_up(task)), 1.0).values()} == {torch.int64}
-    after = stepper(model).step(records_of(made_up(task)), plan_of(noise_multiplier=1.0))
+    after = stepped(model, records_of(made_up(task)), plan_of(noise_multiplier=1.0))
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert {tensor.dtype for tensor in Adapter.of(model).tensors.values()} == {np.dtype(np.float32)}
     for name, tensor in after.items():  # not rounded to bfloat16 on the way
@@ -260,8 +222,8 @@ def test_coarser_products_change_gradients_by_rounding_alone(path: str, task: st
     batch = collate(made_up(task), range(8), pad_id=0)
     found = {}
     for dtype in ("float32", "mixed", "int8", "bfloat16"):
-        with attached(trained(path, task, dtype=dtype)) as gradients:
-            found[dtype] = torch.cat([one.flatten() for one in gradients.of(batch).values()])
+        each = gradients_of(trained(path, task, dtype=dtype), batch)
+        found[dtype] = torch.cat([one.flatten() for one in each.values()])
     whole = found["float32"].norm()
     mixed, whole_numbers, coarse = (
         (found[dtype] - found["float32"]).norm() / whole for dtype in ("mixed", "int8", "bfloat16")

@@ -16,6 +16,7 @@ from fedtune.model.spec import LoraSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.machine import ready_model
+from fedtune.training.per_example import PerExampleGradients
 from fedtune.training.preflight import _Trial, moved_by_others, require_alone
 from fedtune.training.spec import RuntimeSpec
 
@@ -34,6 +35,13 @@ def check(
     return moved
 
 
+def require_refused(model: TaskModel, said: str, **settings: Any) -> None:
+    before = Adapter.of(model).digest()
+    with pytest.raises(ConfigError, match=said):
+        check(model, **settings)
+    assert Adapter.of(model).digest() == before, "values are put back also then"
+
+
 def layers_of(model: TaskModel) -> Any:
     base = model.base.get_base_model()
     return base.encoder.layer if hasattr(base, "encoder") else base.model.layers
@@ -44,9 +52,11 @@ def with_layer(model: TaskModel, change: Change, *, number: int = 0) -> TaskMode
     return model
 
 
-class Products(TorchDispatchMode):
-    """Which kernels multiplied, and with tensors of which shapes and strides."""
+def last_layer(path: str = "random:bert", task: str = "classification") -> TaskModel:
+    return fresh(path, task, lora=LAST)
 
+
+class Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[tuple[str, tuple[Any, ...]]] = set()
@@ -75,10 +85,6 @@ def test_no_round_multiplies_by_what_was_not_tried(onednn: bool) -> None:
         with model.in_round(round):
             assert (seen := products()) <= tried
         assert seen
-
-
-def last_layer(path: str = "random:bert", task: str = "classification") -> TaskModel:
-    return fresh(path, task, lora=LAST)
 
 
 @pytest.mark.by_day(
@@ -121,8 +127,7 @@ def test_ordinary_models_pass_in_other_shapes(path: str, task: str, shapes: Shap
 
 
 def mean_of_batch(hidden: torch.Tensor) -> torch.Tensor:
-    """As batch normalisation does."""
-    return hidden + hidden.mean(dim=0, keepdim=True)
+    return hidden + hidden.mean(dim=0, keepdim=True)  # as batch normalisation does
 
 
 def only_from_six_rows(hidden: torch.Tensor) -> torch.Tensor:
@@ -154,10 +159,7 @@ def of_the_row_before(hidden: torch.Tensor) -> torch.Tensor:
 )
 def test_a_layer_that_mixes_examples_is_refused(path: str, task: str, change: Change, number: int) -> None:
     model = with_layer(last_layer(path, task), change, number=number)
-    before = Adapter.of(model).digest()
-    with pytest.raises(ConfigError, match=r"model\.path .*mixes the examples"):
-        check(model, inexact_allowed=True)  # also where rounding is accepted
-    assert Adapter.of(model).digest() == before
+    require_refused(model, r"model\.path .*mixes the examples", inexact_allowed=True)  # also where rounding is accepted
 
 
 def test_one_that_chooses_by_the_longest_row_is_refused() -> None:
@@ -166,12 +168,10 @@ def test_one_that_chooses_by_the_longest_row_is_refused() -> None:
         lambda _, __, given: longest.__setitem__(0, int(given["attention_mask"].sum(dim=1).max())), with_kwargs=True
     )
     with_layer(model, lambda hidden: hidden * (1.0 + 0.1 * longest[0]))
-    with pytest.raises(ConfigError, match=r"model\.path .*mixes the examples"):
-        check(model)
+    require_refused(model, r"model\.path .*mixes the examples")
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_one_whose_effect_is_a_last_bit_is_refused_or_measured(allowed: bool) -> None:
+def test_one_whose_effect_is_a_last_bit_is_refused_or_measured() -> None:
     def last_bit(hidden: torch.Tensor) -> torch.Tensor:
         # Of every value of the first row, and only beside many others.
         if len(hidden) < 6:
@@ -181,19 +181,13 @@ def test_one_whose_effect_is_a_last_bit_is_refused_or_measured(allowed: bool) ->
         return other
 
     model = with_layer(last_layer(), last_bit, number=-1)
+    require_refused(model, r"another gradient .*inexact_gradients = true")
     before = Adapter.of(model).digest()
-    if allowed:
-        moved = check(model, inexact_allowed=True)
-        assert 2.0**-24 <= moved < 1e-4
-    else:
-        with pytest.raises(ConfigError, match=r"another gradient .*inexact_gradients = true"):
-            check(model)
+    assert 2.0**-24 <= check(model, inexact_allowed=True) < 1e-4
     assert Adapter.of(model).digest() == before
 
 
 def test_one_last_bit_of_one_gradient_value_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtune.training.per_example import PerExampleGradients
-
     original = PerExampleGradients.of_all
 
     def nudged(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
@@ -206,8 +200,7 @@ def test_one_last_bit_of_one_gradient_value_is_enough(monkeypatch: pytest.Monkey
         return found
 
     monkeypatch.setattr(PerExampleGradients, "of_all", nudged)
-    with pytest.raises(ConfigError, match="another gradient"):
-        check(last_layer())
+    require_refused(last_layer(), "another gradient")
     assert check(last_layer(), inexact_allowed=True) >= 2.0**-24
 
 
@@ -216,14 +209,11 @@ def test_frozen_layers_whose_output_is_kept_are_tried_in_other_company_too(keeps
     model = last_layer()
     embeddings = model.base.get_base_model().embeddings
     embeddings.register_forward_hook(lambda module, inputs, hidden: mean_of_batch(hidden))
-    with pytest.raises(ConfigError, match=r"mixes the examples|another gradient"):
-        check(model, keeps=keeps)
+    require_refused(model, r"mixes the examples|another gradient", keeps=keeps)
 
 
 @pytest.mark.parametrize("how", ["mixed", "rounded"])
-def test_what_the_base_says_of_a_record_is_tried_in_other_company_too(
-    monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_what_the_base_says_of_a_record_is_tried_in_other_company_too(monkeypatch: Any, how: str) -> None:
     model, plain = last_layer("random:llama", "preference"), TaskModel.reference
 
     def changed(self: TaskModel, batch: Any) -> torch.Tensor | None:
@@ -232,8 +222,7 @@ def test_what_the_base_says_of_a_record_is_tried_in_other_company_too(
 
     assert check(model, max_grad_norm=10.0) == 0.0
     monkeypatch.setattr(TaskModel, "reference", changed)
-    with pytest.raises(ConfigError, match=r"mixes the examples|another gradient"):
-        check(model, max_grad_norm=10.0)
+    require_refused(model, r"mixes the examples|another gradient", max_grad_norm=10.0)
 
 
 # Every number of rows of the longest, and the fewest of each other length.
@@ -249,8 +238,7 @@ def test_frozen_layers_are_tried_at_every_number_of_rows(length: int, rows: int)
         return hidden * (1 + 2e-6) if hidden.shape[:2] == (rows, length) else hidden
 
     model.base.get_base_model().embeddings.register_forward_hook(rounds_otherwise)
-    with pytest.raises(ConfigError, match="another gradient"):
-        check(model, keeps=True)
+    require_refused(model, "another gradient", keeps=True)
 
 
 @pytest.mark.by_day("False-IndexError", "True-MemoryError")
@@ -266,13 +254,9 @@ def test_what_a_record_could_make_fail_is_a_mistake_in_the_settings(error: type[
             raise error("no such id")
 
     handle = embedding.register_forward_pre_hook(fails)
-    before = Adapter.of(model).digest()
     kept = {name: sorted(vars(module)) for name, module in model.named_modules()}
-    with pytest.raises(
-        ConfigError, match=r"model\.path .*cannot be trained on examples of 24 tokens here: .*no such id"
-    ):
-        check(model, keeps=keeps)
-    assert Adapter.of(model).digest() == before, "values are put back also then"
+    said = r"model\.path .*cannot be trained on examples of 24 tokens here: .*no such id"
+    require_refused(model, said, keeps=keeps)
     assert {name: sorted(vars(module)) for name, module in model.named_modules()} == kept
     handle.remove()
     assert check(model, keeps=keeps) == 0.0
@@ -287,22 +271,19 @@ def test_frozen_layers_that_cannot_compute_an_example_are_no_site_s_surprise() -
 
     model = last_layer()
     model.base.get_base_model().encoder.layer[0].attention.register_forward_hook(fails)
-    with pytest.raises(ConfigError, match=r"model\.path .*cannot be trained on .* here: not this one"):
-        check(model, keeps=True)
+    require_refused(model, r"model\.path .*cannot be trained on .* here: not this one", keeps=True)
 
 
 def test_a_length_without_positions_is_a_mistake_before_any_record() -> None:
     model = fresh()
     too_long = model.base.config.max_position_embeddings + 8
-    before = Adapter.of(model).digest()
-    with pytest.raises(ConfigError, match=r"model\.path .*cannot be trained on examples of \d+ tokens here"):
-        check(model, shapes=Shapes((8, too_long), max_tokens=64))
-    assert Adapter.of(model).digest() == before
-
-
-def test_a_model_whose_gradients_are_not_finite_is_not_taken_for_exact() -> None:
-    with pytest.raises(ConfigError, match=r"model\.path"):
-        check(with_layer(last_layer(), lambda hidden: hidden * torch.nan, number=-1))
+    said, shapes = (
+        r"model\.path .*cannot be trained on examples of \d+ tokens here",
+        Shapes((8, too_long), max_tokens=64),
+    )
+    require_refused(model, said, shapes=shapes)
+    # Nor are gradients that are not finite taken for exact.
+    require_refused(with_layer(last_layer(), lambda hidden: hidden * torch.nan, number=-1), r"model\.path")
 
 
 def test_weights_cannot_hide_what_a_kernel_does() -> None:
@@ -317,8 +298,7 @@ def test_weights_cannot_hide_what_a_kernel_does() -> None:
     layer = layers_of(model)[-1]
     layer.scale = nn.Parameter(torch.zeros(32), requires_grad=False)  # so that made-up examples see nothing
     layer.register_forward_hook(enlarged)
-    with pytest.raises(ConfigError, match=r"model\.path .*another gradient"):
-        check(model)
+    require_refused(model, r"model\.path .*another gradient")
     assert not layer.scale.any(), "its own weights are put back"
 
 
@@ -343,22 +323,15 @@ def test_every_place_of_every_row_holds_a_token_once(path: str, task: str) -> No
     assert trial().most_moved_by_place(0.1) == 0
 
 
-def test_what_is_made_up_is_drawn_anew_each_time() -> None:
-    model = last_layer()
-    seen: list[torch.Tensor] = []
-    model.base.get_base_model().get_input_embeddings().register_forward_hook(
-        lambda _, inputs, output: seen.append(inputs[0])
-    )
-    check(model)
-    first = len(seen)
-    check(model)
+@pytest.mark.parametrize("chosen", [True, False])
+def test_what_is_made_up_is_drawn_anew_each_time_and_it_is_told_how_many_trials_are_done(chosen: bool) -> None:
+    model, seen, told = last_layer(), list[torch.Tensor](), list[tuple[int, int]]()
+    embeddings = model.base.get_base_model().get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
+    total = (3 if chosen else 2) * len(SHAPES.lengths)
+    for _ in range(2):
+        check(model, weights_chosen=chosen, told=lambda *so_far: told.append(so_far))
+    assert told == 2 * [(done, total) for done in range(1, total + 1)]
+    first = len(seen) // 2
     same = sum(torch.equal(one, other) for one, other in zip(seen[:first], seen[first:], strict=True))
     assert same <= first // 10, "an example of one token may be drawn twice"
-
-
-@pytest.mark.parametrize("chosen", [True, False])
-def test_it_is_told_how_many_trials_are_done(chosen: bool) -> None:
-    told: list[tuple[int, int]] = []
-    check(fresh("random:bert", "classification"), weights_chosen=chosen, told=lambda *so_far: told.append(so_far))
-    total = (3 if chosen else 2) * len(SHAPES.lengths)
-    assert told == [(done, total) for done in range(1, total + 1)]

@@ -16,7 +16,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.mechanism import poisson_sample
 from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.run_plan import Plan
-from fedtune.training import dp_step, local
+from fedtune.training import local
 from fedtune.training.dp_step import Records, contributions, dp_sgd_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.spec import TrainingSpec
@@ -69,24 +69,10 @@ def test_a_gradient_that_is_not_finite_counts_as_zero_and_no_other_does(bad: flo
     for name, one in contributions(gradients, 1.0).items():
         assert not one[2].any()
         assert torch.equal(one[[0, 1, 3, 4]], right[name][[0, 1, 3, 4]])
-
-
-def test_the_largest_gradient_that_is_finite_is_clipped_like_any_other() -> None:
     largest = torch.finfo(torch.float32).max
     found = contributions({"a": torch.tensor([[largest, -largest, 0.0], [3.0, -3.0, 0.0]])}, 1.0)["a"]
-    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[1]), "the largest that is finite is clipped like any other"
     assert 0.99 * CELLS**2 < float(found[0].square().sum()) <= CELLS**2
-
-
-# A whole step on made-up gradients.
-
-
-@dataclass(frozen=True)
-class Drawn:
-    places: Places
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 plan_of = partial(conftest.plan_of, sampling_rate=0.5, max_grad_norm=0.7, local_steps=1)
@@ -99,14 +85,14 @@ class MadeUp:
     gradients: Gradients
     drawn: list[list[int]] = field(default_factory=list)
 
-    def of(self, batch: Drawn) -> Gradients:
-        return {name: each[batch.places] for name, each in self.gradients.items()}
+    def of(self, batch: Places) -> Gradients:
+        return {name: each[batch] for name, each in self.gradients.items()}
 
     def records(self, *, declared_size: int) -> Records:
         def cut(indices: Places) -> Iterator[Any]:
             self.drawn.append(indices.tolist())
             for first in range(0, len(indices), 3):
-                yield Drawn(indices[first : first + 3])
+                yield indices[first : first + 3]
 
         return Records(count=len(next(iter(self.gradients.values()))), declared_size=declared_size, cut=cut)
 
@@ -117,8 +103,9 @@ def moved(units: MadeUp, plan: Plan, *, declared_size: int, steps: int = 1) -> n
         name: nn.Parameter(torch.zeros(each.shape[1:], dtype=torch.float64)) for name, each in units.gradients.items()
     }
     streams = {purpose: SeededRandomness(4).stream(purpose) for purpose in ("sampling", "noise")}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
     for _ in range(steps):
-        records, optimizer = units.records(declared_size=declared_size), torch.optim.SGD(parameters.values(), lr=1.0)
+        records = units.records(declared_size=declared_size)
         dp_sgd_step(units, records, plan, parameters=parameters, optimizer=optimizer, **streams)
     return -np.concatenate([one.detach().numpy().ravel() for one in parameters.values()])
 
@@ -138,22 +125,14 @@ def test_a_step_is_the_sum_of_the_drawn_over_the_public_size() -> None:
 @pytest.mark.parametrize("count", [0, 30])
 def test_a_step_adds_noise_once_whoever_was_drawn(count: int) -> None:
     silent = MadeUp({"lora_A": torch.zeros(count, 60, 100), "head.weight": torch.zeros(count, 6000)})
-    found = moved(silent, plan_of(noise_multiplier=1.3), declared_size=40)
+    found, of_two = (moved(silent, plan_of(noise_multiplier=1.3), declared_size=40, steps=steps) for steps in (1, 2))
     assert (len(silent.drawn[0]) > 6) == (count > 0), "in several micro-batches"
     scale = 1.3 * 0.7 / (0.5 * 40)
     for values in (found[:6000], found[6000:]):
         assert has_scale(values, scale)
         for factor in (0.9, 1.1, 1 / 0.7, 0.7, 0.5, 2.0):
             assert not has_scale(values, factor * scale)
-
-
-def test_every_step_adds_noise_of_its_own() -> None:
-    nobody, plan = MadeUp({"lora_A": torch.zeros(0, 50)}), plan_of(noise_multiplier=1.0)
-    once, twice = (moved(nobody, plan, declared_size=9, steps=steps) for steps in (1, 2))
-    assert (twice - once != once).all()
-
-
-# With a model.
+    assert (of_two - found != found).all(), "every step adds noise of its own"
 
 
 def numbered(*lengths: int) -> TextDataset:
@@ -173,11 +152,10 @@ def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> 
     start = Adapter.of(model)
     assert max(float(np.abs(value).max()) for value in start.tensors.values()) > 5 * bound
     before: list[float] = []
-    step = dp_step.dp_sgd_step
 
     def noted(*arguments: Any, parameters: Any, **settings: Any) -> None:
         before.append(max(float(one.detach().abs().max()) for one in parameters.values()))
-        step(*arguments, parameters=parameters, **settings)
+        dp_sgd_step(*arguments, parameters=parameters, **settings)
 
     monkeypatch.setattr(local, "dp_sgd_step", noted)
     sgd = TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0)
@@ -198,9 +176,6 @@ def test_projecting_moves_only_what_is_outside(most: float) -> None:
     assert parameter.requires_grad
 
 
-# Shapes.
-
-
 def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> None:
     examples = examples_of(numbered(9, 10, 11, 17, 9, 3))
     for chosen in ([0, 1, 2, 3, 4, 5], [0, 4], [5], [3], [2, 1, 0]):
@@ -209,9 +184,6 @@ def test_a_micro_batch_has_the_shape_that_it_was_cut_to_whatever_is_in_it() -> N
             assert tuple(batch.input_ids.shape) == tuple(batch.attention_mask.shape) == (part.rows, part.length)
             assert part.length == length_of(examples._shapes, int(examples._dataset.lengths[part.places[0]]))
             assert part.rows in examples._shapes.rows(part.length)
-
-
-# Users.
 
 
 @pytest.mark.parametrize("beside", [[], [1], [1, 2], [2, 3], [1, 2, 3]])

@@ -43,12 +43,10 @@ def rows_of(shapes: Shapes) -> list[int]:
 
 
 def of_length(model: TaskModel, length: int, count: int) -> TextDataset:
-    """Records of the most tokens that are padded to this length."""
     draws = np.random.default_rng(3)
-    ids = [draws.integers(5, 200, size=length - 1).astype(np.int32) for _ in range(count * model.spec.texts)]
-    if model.spec.task == "classification":
-        return TextDataset(tuple(ids), draws.integers(0, 3, size=count))
-    return TextDataset(tuple(ids), tuple(one.astype(np.int64) for one in ids), model.spec.texts)
+    ids = model.made_up([length - 1] * (count * model.spec.texts), draws)
+    targets = model.task.made_up_targets(ids, spec=model.spec, draws=draws, first=lambda length: 0)
+    return TextDataset(ids, targets, model.spec.texts)
 
 
 def a_step_on(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part) -> int:
@@ -65,10 +63,7 @@ def a_step_on(model: TaskModel, shapes: Shapes, dataset: TextDataset, part: Part
     return peak_bytes(work, CPU)
 
 
-# What is counted.
-
-
-def test_tensors_are_counted_while_somebody_has_them() -> None:
+def test_tensors_are_counted_while_somebody_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> None:
         for _ in range(5):
             torch.zeros(MIB // 4)
@@ -81,20 +76,25 @@ def test_tensors_are_counted_while_somebody_has_them() -> None:
     before = torch.zeros(MIB)
     assert peak_bytes(work, CPU) == peak_bytes(lambda: [work() for _ in range(3)], CPU) == 3 * MIB
     assert peak_bytes(lambda: before.add_(1.0), CPU) == 0, "what was there before is nobody's of these"
-
-
-def test_a_gpu_s_allocator_says_it_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 700)
-    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 1000)
+    # A GPU's allocator says it itself.
+    of_gpu = {
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 700,
+        "max_memory_allocated": 1000,
+    }
+    for name, value in of_gpu.items():
+        monkeypatch.setattr(torch.accelerator, name, Mock(return_value=value))
     assert peak_bytes(lambda: None, torch.device("cuda")) == 300
 
 
-# What is set aside.
-
-
 def test_by_default_it_is_a_share_of_all_memory_less_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/meminfo": "MemTotal:       16 kB\nMemFree: 3 kB\n", "/sys/fs/cgroup/memory.max": "9000\n"}
+    with monkeypatch.context() as patched:
+        patched.setattr(machine.Path, "read_text", lambda path: files[str(path)])
+        assert machine._memory_bytes() == 9000, "a container's bound counts"
+        files["/sys/fs/cgroup/memory.max"] = "max\n"
+        assert machine._memory_bytes() == 16 * 1024
     model = fresh()
     of_model = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()))
     monkeypatch.setattr(machine, "_memory_bytes", lambda: 8 * 2**30)
@@ -106,21 +106,6 @@ def test_by_default_it_is_a_share_of_all_memory_less_the_model(monkeypatch: pyte
     assert step_bytes(model, RuntimeSpec()) == int(0.8 * (24 * 2**30 - of_model))
     shared = RuntimeSpec(kind="ray", sites_per_gpu=3)
     assert step_bytes(model, shared) == int(0.8 * (8 * 2**30 - of_model)), "sites that share a GPU share its memory"
-
-
-def test_a_container_s_bound_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"/proc/meminfo": "MemTotal:       16 kB\nMemFree: 3 kB\n", "/sys/fs/cgroup/memory.max": "9000\n"}
-
-    def read(path: Any) -> str:
-        return files[str(path)]
-
-    monkeypatch.setattr(machine.Path, "read_text", read)
-    assert machine._memory_bytes() == 9000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert machine._memory_bytes() == 16 * 1024
-
-
-# What fits.
 
 
 @kinds
@@ -143,9 +128,7 @@ def full_of(model: TaskModel, shapes: Shapes, length: int) -> tuple[TextDataset,
 
 
 @kinds
-def test_a_record_that_fails_or_is_no_number_takes_no_more(
-    path: str, task: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_that_fails_or_is_no_number_takes_no_more(path: str, task: str, monkeypatch: Any) -> None:
     model = fresh(path, task)
     # The least room in which the largest micro-batch is said to fit.
     length = SHAPES.lengths[-1]
@@ -176,12 +159,16 @@ def test_a_record_that_fails_or_is_no_number_takes_no_more(
     assert ordinary < with_failure <= needed
 
 
-def test_where_nothing_fits_the_setting_is_named() -> None:
+def test_where_nothing_fits_or_a_trial_fails_the_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh()
     with pytest.raises(ConfigError, match=r"step_mib = 0: must be at least \d+: a micro-batch of 1 x 12 tokens"):
         within(model, 1000)
     least = within(model, 1.5 * a_step_on(model, SHAPES, of_length(model, 24, 1), Part(np.arange(1), 1, 24)))
     assert min(rows_of(least)) >= 1
+    for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
+        monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
+        with pytest.raises(ConfigError, match=said):
+            within(model, 1e9)
 
 
 def test_a_length_without_padding_keeps_its_empty_row() -> None:
@@ -189,16 +176,6 @@ def test_a_length_without_padding_keeps_its_empty_row() -> None:
     with_room = within_memory(fresh(), full, most_bytes=MIB // 2, keeps_states=False)
     assert with_room.rows(full.full)[-1] == 2
     assert with_room.room(full.full, 2) == 1
-
-
-def test_a_failure_of_a_trial_names_its_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
-        monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
-        with pytest.raises(ConfigError, match=said):
-            within(fresh(), 1e9)
-
-
-# No bit.
 
 
 @pytest.mark.parametrize("unit", ["record", "user"])

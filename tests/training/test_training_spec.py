@@ -28,10 +28,7 @@ from fedtune.training.spec import RuntimeSpec, TrainingSpec, automatic_rate
 def test_a_value_out_of_bounds_names_its_key(spec: Any, key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"^{key} = "):
         spec(**{key: value})
-
-
-def test_noise_is_secret_unless_asked() -> None:
-    assert not RuntimeSpec().seeded_noise
+    assert not RuntimeSpec().seeded_noise, "noise is secret unless somebody asks"
 
 
 RATE: Callable[..., float] = partial(
@@ -46,9 +43,7 @@ def test_the_automatic_rate_falls_where_noise_counts_for_more(less: dict[str, fl
     # Twice the steps need sqrt(2) times the noise for the same epsilon.
     longer = {"noise_multiplier": 2.0 * 2**0.5} if "steps" in less else {}
     assert RATE(**less, **longer) < RATE()
-
-
-def test_where_the_signal_is_clear_the_automatic_rate_goes_by_steps_alone() -> None:
+    # Where the signal is clear it goes by steps alone.
     assert RATE(sampled=1e6) == RATE(sampled=1e7) == pytest.approx(0.18 * (4 / 50) ** 0.5)
     assert RATE(noise_multiplier=0.0) == pytest.approx(0.18 * (1.5 / 50) ** 0.5)
     assert RATE(sampled=1e6, steps=200) == RATE(sampled=1e6) / 2
@@ -73,38 +68,24 @@ GOLDEN = [
 
 
 @pytest.mark.parametrize(("schedule", "warmup", "golden"), GOLDEN)
-def test_the_schedule_is_golden(schedule: Any, warmup: int, golden: list[float]) -> None:
+def test_the_schedule_is_golden_and_stays_at_its_last_value(schedule: Any, warmup: int, golden: list[float]) -> None:
     spec = TrainingSpec(schedule=schedule, warmup_steps=warmup)
-    factors = [learning_rate_factor(spec, step=step, total_steps=len(golden)) for step in range(len(golden))]
-    assert factors == pytest.approx(golden, abs=1e-6)
+    last, end = float(schedule == "constant"), len(golden)
+    factors = [learning_rate_factor(spec, step=step, total_steps=end) for step in (*range(end), end + 1, end + 4)]
+    assert factors == pytest.approx([*golden, last, last], abs=1e-6)
 
 
-@pytest.mark.parametrize(("schedule", "last"), [("constant", 1), ("linear", 0), ("cosine", 0)])
-def test_steps_past_the_planned_end_stay_at_the_last_value(schedule: Any, last: float) -> None:
-    spec = TrainingSpec(schedule=schedule, warmup_steps=1)
-    assert [learning_rate_factor(spec, step=step, total_steps=5) for step in (5, 9)] == pytest.approx([last, last])
-
-
-def test_a_run_without_clipping_takes_its_own_rates_where_they_are_given() -> None:
-    recipe = TrainingSpec(learning_rate=0.1, head_learning_rate=0.5, unclipped_head_learning_rate=0.2)
-    assert recipe.peak_rates(clipped=True) == (0.1, 0.5)
-    assert recipe.peak_rates(clipped=False) == (0.1, 0.2)
-    assert TrainingSpec(learning_rate=0.1, unclipped_learning_rate=0.3).peak_rates(clipped=False) == (0.3, 0.3)
-
-
-def test_lower_rates_are_a_third_of_those_that_count_by_their_own_keys() -> None:
+def test_a_run_without_clipping_takes_its_own_rates_and_lower_ones_are_a_third_of_those_that_count() -> None:
     recipe = TrainingSpec(learning_rate=0.3, head_learning_rate=0.6, unclipped_head_learning_rate=0.9)
+    assert (recipe.peak_rates(clipped=True), recipe.peak_rates(clipped=False)) == ((0.3, 0.6), (0.3, 0.9))
     assert recipe.lower_rates(clipped=True) == {"learning_rate": 0.1, "head_learning_rate": 0.2}
     assert recipe.lower_rates(clipped=False) == {"learning_rate": 0.1, "unclipped_head_learning_rate": 0.3}
+    assert TrainingSpec(learning_rate=0.1, unclipped_learning_rate=0.3).peak_rates(clipped=False) == (0.3, 0.3)
     assert TrainingSpec(learning_rate=0.3).lower_rates(clipped=True) == {"learning_rate": 0.1}
 
 
-@pytest.fixture
-def parameters() -> dict[str, torch.nn.Parameter]:
-    return {name: torch.nn.Parameter(torch.zeros(2)) for name in ("base.lora_A.weight", "head.weight")}
-
-
-def test_lora_and_head_have_rates_of_their_own(parameters: Any) -> None:
+def test_lora_and_head_have_rates_of_their_own_and_settings_reach_the_optimizer() -> None:
+    parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in ("base.lora_A.weight", "head.weight")}
     optimizer = make_optimizer(parameters, TrainingSpec(learning_rate=0.1, head_learning_rate=0.5))
     set_learning_rate(optimizer, 0.5)
     set_learning_rate(optimizer, 0.2)  # of the peak, not of what the last step had
@@ -112,14 +93,11 @@ def test_lora_and_head_have_rates_of_their_own(parameters: Any) -> None:
     assert [rates[id(p)] for p in parameters.values()] == pytest.approx([0.02, 0.1])
     common = make_optimizer(parameters, TrainingSpec(learning_rate=0.1))
     assert [group["lr"] for group in common.param_groups] == [0.1, 0.1], "unless told, the head takes the same"
-    del parameters["head.weight"]
-    assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1, "without a head there is one group"
-
-
-def test_settings_reach_the_optimizer(parameters: Any) -> None:
     adamw = make_optimizer(parameters, TrainingSpec(weight_decay=0.3, betas=(0.5, 0.6)))
     assert isinstance(adamw, torch.optim.AdamW)
     assert {(group["weight_decay"], group["betas"]) for group in adamw.param_groups} == {(0.3, (0.5, 0.6))}
     sgd = make_optimizer(parameters, TrainingSpec(optimizer="sgd", weight_decay=0.3, momentum=0.7))
     assert isinstance(sgd, torch.optim.SGD)
     assert {(group["weight_decay"], group["momentum"]) for group in sgd.param_groups} == {(0.3, 0.7)}
+    del parameters["head.weight"]
+    assert len(make_optimizer(parameters, TrainingSpec()).param_groups) == 1, "without a head there is one group"
