@@ -56,18 +56,18 @@ def test_a_text_is_learnt_whole_and_ends(decoder_tokenizer: Any, leading_tokeniz
         (3, [CLS, LOST, SEP]),
     ],
 )
-def test_a_prompt_is_cut_from_the_left(leading_tokenizer: Any, max_length: int, expected: list[int]) -> None:
+def test_a_prompt_is_cut_from_the_left(
+    leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int, expected: list[int]
+) -> None:
     record = {"prompt": "where is my card", "completion": "lost"}
     ids, targets = one(record, leading_tokenizer, settings(max_length=max_length))
     assert ids == expected
     assert targets == [HIDDEN] * (len(expected) - 2) + [LOST, SEP]
-
-
-def test_one_token_of_a_prompt_stays_where_no_other_leads(decoder_tokenizer: Any) -> None:
+    # One token of a prompt stays where no other leads.
     record = {"prompt": "where is my card", "completion": "lost there"}
     assert one(record, decoder_tokenizer, settings(max_length=4))[0] == [CARD, LOST, THERE, SEP]
-    ids, targets = one(record, decoder_tokenizer, settings(max_length=3))
-    assert (ids, targets) == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "an answer alone too long has not ended"
+    found = one(record, decoder_tokenizer, settings(max_length=3))
+    assert found == ([CARD, LOST, THERE], [HIDDEN, LOST, THERE]), "an answer alone too long has not ended"
 
 
 def test_of_a_chat_all_before_the_last_answer_is_cut(leading_tokenizer: Any) -> None:
@@ -123,41 +123,31 @@ def test_a_column_of_the_system_leads_a_conversation(leading_tokenizer: Any) -> 
     assert one({"messages": json.dumps(turns), "system": " "}, leading_tokenizer, data) == without
 
 
-def test_an_example_that_fits_is_the_same_whatever_the_longest_is(leading_tokenizer: Any) -> None:
-    for roles, given, fields in (
-        (("messages",), {"chat_template": "plain"}, chat("where", "lost", "is", "there")),
-        (("text",), {}, {"text": "where is my card"}),
-        (("prompt", "completion"), {}, {"prompt": "where", "completion": "lost"}),
-    ):
-        found = [one(fields, leading_tokenizer, settings(*roles, max_length=most, **given)) for most in (20, 500)]
-        assert found[0] == found[1]
-
-
 @pytest.mark.parametrize("fields", [{"prompt": "P", "completion": "A"}, chat("P", "A"), {"text": "A"}])
 def test_a_record_is_bounded_before_it_is_encoded(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given, tokenizer = {"chat_template": "plain"} if "messages" in fields else {}, make_tokenizer(post=None)
+    short = {role: text.replace("P", "my name").replace("A", "lost") for role, text in fields.items()}
+    found = [one(short, tokenizer, settings(*fields, max_length=most, **given)) for most in (20, 500)]
+    assert found[0] == found[1], "an example that fits is the same whatever the longest is"
     encoded = Mock(wraps=tokenise._each)
     monkeypatch.setattr(tokenise, "_each", encoded)
     long = {
-        role: text.replace("P", "my " * 100_000 + "name").replace("A", "lost " * 100_000)
-        for role, text in fields.items()
+        role: text.replace("name", "my " * 100_000 + "name").replace("lost", "lost " * 100_000)
+        for role, text in short.items()
     }
-    given = {"chat_template": "plain"} if "messages" in fields else {}
-    (ids, targets) = one(long, make_tokenizer(post=None), settings(*fields, max_length=5, **given))
+    (ids, targets) = one(long, tokenizer, settings(*fields, max_length=5, **given))
     assert sum(len(text) for call in encoded.call_args_list for text in call.args[0]) <= 3 * 64 * 5
     assert len(ids) == 5
     assert targets[-1] == LOST
 
 
-def test_a_chat_of_many_turns_is_bounded_too() -> None:
+def test_a_chat_of_many_turns_and_a_prompt_that_is_cut_in_characters_keep_their_end(leading_tokenizer: Any) -> None:
     turns = chat(*["a"] * 40_000, *["my", "lost"])
     tokenizer = tiny_tokenizer("random:llama")
     ids, targets = one(turns, tokenizer, settings("messages", chat_template="plain", max_length=30))
     assert len(ids) == 30
     assert tokenizer.decode(ids).endswith("User: my\n\nAssistant: lost</s>")
     assert tokenizer.decode([target for target in targets if target >= 0]).endswith(" lost</s>")
-
-
-def test_a_prompt_that_is_cut_in_characters_keeps_its_end(leading_tokenizer: Any) -> None:
     record = {"prompt": "my " * 1000 + "name", "completion": "lost"}
     data = settings(max_length=5, prompt_template="where {prompt} there")
     assert one(record, leading_tokenizer, data)[0] == [CLS, NAME, THERE, LOST, SEP]
@@ -237,7 +227,7 @@ def test_no_content_makes_more_than_one_bounded_example(roles: tuple[str, ...], 
     assert np.array_equal(dataset.targets[0][learnt], dataset.input_ids[0][learnt])
 
 
-def test_what_is_written_and_what_it_is_compared_with(leading_tokenizer: Any) -> None:
+def test_what_is_written_and_what_it_is_compared_with(leading_tokenizer: Any, decoder_tokenizer: Any) -> None:
     data = settings("messages", chat_template="plain", max_length=6)
     asked = LM.written([Record(chat("where", "lost", "is", "there", "so"))], leading_tokenizer, data=data)
     assert asked is not None
@@ -248,9 +238,6 @@ def test_what_is_written_and_what_it_is_compared_with(leading_tokenizer: Any) ->
     asked = LM.written([prompted("where is", "lost")], leading_tokenizer, data=settings(max_length=3))
     assert asked is not None
     assert ([ids.tolist() for ids in asked[0]], asked[1]) == ([[CLS, WHERE, IS]], ["lost"])
-
-
-def test_a_prompt_without_tokens_is_a_data_error(decoder_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"^a\.jsonl:3, prompt = .* must give a token"):
         LM.written([prompted("", "lost")], decoder_tokenizer, data=settings())
 

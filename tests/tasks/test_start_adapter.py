@@ -55,13 +55,22 @@ def test_a_run_begins_where_the_other_ended(tuned: Path) -> None:
     SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, lora=lora(layers=(1, 0))))  # in any order
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3"])
-def test_a_run_begins_in_an_adapter_of_its_own_kind(tmp_path: Path, kind: str) -> None:
-    spec = replace(SPEC, lora=replace(SPEC.lora, kind=kind))
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(replace(SPEC, lora=replace(SPEC.lora, kind=kind)) for kind in ("dora", "ia3")),
+        spec_of("random:llama", "causal_lm"),
+    ],
+    ids=["dora", "ia3", "a language model"],
+)
+def test_a_run_begins_in_an_adapter_of_its_own_kind(tmp_path: Path, spec: TaskModelSpec) -> None:
     model = moved(spec)
     save_task_model(model, tmp_path)
     assert begun(tmp_path, spec).digest() == Adapter.of(model).digest()
-    with pytest.raises(ConfigError, match=rf"its lora\.kind is '{kind}', not 'lora'"):
+    if spec.task == "causal_lm":
+        assert not SavedAdapter.to_begin_in(str(tmp_path)).has_head_for(spec), "a language model has none"
+        return
+    with pytest.raises(ConfigError, match=rf"its lora\.kind is '{spec.lora.kind}', not 'lora'"):
         begun(tmp_path)
 
 
@@ -116,15 +125,6 @@ def test_what_differs_is_named_all_at_once(tuned: Path, differing: dict[str, Any
         SavedAdapter.to_begin_in(str(tuned)).require_fits(replace(SPEC, **differing))
 
 
-def test_another_base_is_refused_by_its_hash(tuned: Path) -> None:
-    settings = json.loads((tuned / "fedtune.json").read_text())
-    settings["model"]["sha256"] = "ab" * 32
-    copied = shutil.copytree(tuned, tuned.parent / "other_base")
-    (copied / "fedtune.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match=r"model\.adapter.*must be of the run's own base.*it was tuned for abab"):
-        begun(copied)
-
-
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (1.0, "by digest")])
 def test_values_that_are_damaged_or_not_finite_are_refused(
     tuned: Path, tmp_path: Path, value: float, message: str
@@ -138,6 +138,11 @@ def test_values_that_are_damaged_or_not_finite_are_refused(
         trained = tensors | {"head.weight": load_file(copied / "head.safetensors")["weight"]}
         (copied / "fedtune.json").write_text(json.dumps(settings | {"adapter_digest": Adapter(trained).digest()}))
     with pytest.raises(ConfigError, match=rf"model\.adapter = .*{message}"):
+        begun(copied)
+    settings = json.loads((tuned / "fedtune.json").read_text())  # nor is another base taken, by its hash
+    other_base = settings | {"model": settings["model"] | {"sha256": "ab" * 32}}
+    (copied / "fedtune.json").write_text(json.dumps(other_base))
+    with pytest.raises(ConfigError, match=r"model\.adapter.*must be of the run's own base.*it was tuned for abab"):
         begun(copied)
 
 
@@ -153,13 +158,6 @@ def test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make(tuned: Path, 
     assert all(np.array_equal(value, expected[name].detach().numpy()) for name, value in both.tensors.items())
     with pytest.raises(ConfigError, match=r"does not train .*lora_A"):  # it was trained, and the run freezes it
         begun(tuned, frozen)
-
-
-def test_a_language_model_has_no_head_to_take(tmp_path: Path) -> None:
-    spec = TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(rank=2), task="causal_lm")
-    save_task_model(moved(spec), tmp_path / "adapter")
-    assert begun(tmp_path, spec).digest() == Adapter.of(moved(spec)).digest()
-    assert not SavedAdapter.to_begin_in(str(tmp_path)).has_head_for(spec)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 2}', '{"schema_version": 2, "model": 5}'])

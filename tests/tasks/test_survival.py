@@ -35,11 +35,8 @@ SPEC = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=
 def test_what_is_known_of_a_record_by_its_time(time: str, event: str, known: list[int]) -> None:
     record = Record({"text": "a", "time": time, "event": event})
     assert list(SURVIVAL.target(DATA)(record)) == known  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(("time", "event"), [("-1", "1"), ("1", "maybe"), ("1", "2")])
-def test_what_says_nothing_is_a_fault(time: str, event: str) -> None:
-    assert SURVIVAL.fault(DATA)(Record({"text": "a", "time": time, "event": event})) is not None
+    for wrong in ({"time": "-1"}, {"event": "maybe"}, {"event": "2"}):
+        assert SURVIVAL.fault(DATA)(Record({**record.fields, **wrong})) is not None, "what says nothing is a fault"
 
 
 def test_the_loss_is_that_of_the_known_intervals() -> None:
@@ -48,9 +45,12 @@ def test_the_loss_is_that_of_the_known_intervals() -> None:
     by_hand = -(torch.log(1 - chance[0]) + torch.log(chance[1])) / 3
     found = SURVIVAL.loss(logits, targets, spec=SPEC)  # type: ignore[attr-defined]
     torch.testing.assert_close(found, torch.stack([by_hand, torch.tensor(0.0)]))
+    # Targets tell how long each was followed.
+    followed, event = followed_through(np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float))
+    assert (followed.tolist(), event.tolist()) == ([0, 1, 1, 2, 0], [True, True, False, False, False])
 
 
-def test_concordance_by_hand() -> None:
+def test_concordance_counts_every_pair() -> None:
     # Events in intervals 1 and 2; one lost after interval 1, one followed to the end.
     followed, event = np.array([0, 1, 1, 3]), np.array([True, True, False, False])
     # Pairs: the first before all three; the second before the last (the lost one left in the second's interval).
@@ -58,9 +58,6 @@ def test_concordance_by_hand() -> None:
     assert concordance(np.array([1.0, 3.0, 2.0, 0.0]), followed, event) == 2 / 4
     assert concordance(np.array([2.0, 3.0, 2.0, 2.0]), followed, event) == (0.0 + 0.5 + 0.5 + 1.0) / 4
     assert concordance(np.ones(2), np.array([3, 3]), np.array([False, False])) == 0.5
-
-
-def test_concordance_counts_every_pair() -> None:
     draws = np.random.default_rng(3)
     for _ in range(20):
         risk, followed = draws.integers(0, 4, 12).astype(float), draws.integers(0, 4, 12)
@@ -82,9 +79,7 @@ def test_the_brier_score_by_hand() -> None:
     nobody_lost = np.array([True, True, True, False])
     other = (0.4**2 + 0.5**2 + 0.2**2 + 0.4**2) / 4
     assert integrated_brier(survival, followed, nobody_lost) == pytest.approx((first + other) / 2)
-
-
-def test_an_interval_through_which_nobody_stayed_has_no_brier_score() -> None:
+    # An interval through which nobody stayed has none.
     survival = np.array([[0.8, 0.4], [0.9, 0.5], [0.6, 0.2]])
     followed, event = np.array([0, 1, 1]), np.array([True, False, False])
     first = (0.8**2 + 0.1**2 + 0.4**2) / 3
@@ -94,16 +89,6 @@ def test_an_interval_through_which_nobody_stayed_has_no_brier_score() -> None:
         integrated_brier(survival, np.zeros(3, int), np.zeros(3, bool))
 
 
-def test_targets_tell_how_long_each_was_followed() -> None:
-    followed, event = followed_through(np.array([[1, -100], [0, 1], [0, -100], [0, 0], [-100, -100]], dtype=float))
-    assert (followed.tolist(), event.tolist()) == ([0, 1, 1, 2, 0], [True, True, False, False, False])
-
-
-def test_cox_is_refused_with_the_reason() -> None:
-    with pytest.raises(ConfigError, match=r"task = 'cox': couples records: .*; use task=survival"):
-        task_named("cox")
-
-
 @pytest.mark.parametrize(
     "intervals",
     [
@@ -111,9 +96,11 @@ def test_cox_is_refused_with_the_reason() -> None:
         tuple(map(float, range(1, 102))),
     ],
 )
-def test_intervals_ascend(intervals: tuple[float, ...]) -> None:
+def test_intervals_ascend_and_cox_is_refused_with_the_reason(intervals: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="intervals"):
         data_spec(intervals=intervals)
+    with pytest.raises(ConfigError, match=r"task = 'cox': couples records: .*; use task=survival"):
+        task_named("cox")
 
 
 def test_a_table_s_survival_is_learnt_scored_and_told(tmp_path: Path) -> None:

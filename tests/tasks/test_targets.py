@@ -43,11 +43,16 @@ def tokenised(task: str, answers: list[str], tokenizer: Any, **given: Any) -> Te
     return task_named(task).tokenise(records, tokenizer, data=settings)
 
 
-def test_a_record_has_any_number_of_labels(encoder_tokenizer: Any) -> None:
+def test_a_record_has_any_number_of_labels_of_a_thousand(encoder_tokenizer: Any) -> None:
     answers = ["mid;high", '["high","low"]', "[]", " low ;; low "]
     targets = tokenised("multi_label", answers, encoder_tokenizer).targets
     assert np.asarray(targets).tolist() == [[0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 0, 0]]
     assert np.asarray(tokenised("multi_label", ["mid|low"], encoder_tokenizer, label_separator="|").targets).sum() == 2
+    most = tuple(f"label {number}" for number in range(1_000))
+    dataset = tokenised("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
+    assert np.asarray(dataset.targets).nbytes == 2 * 1_000, "a byte for each"
+    with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
+        task_named("multi_label").check_data(data("multi_label", labels=(*most, "one more")))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +73,9 @@ def test_a_record_that_nobody_declared_is_left_out_as_a_whole_and_not_quoted(
     role = next(iter(task_named(task).answers))
     assert fault(Record({"text": "a", role: answer})) is not None
     assert fault(Record({"text": "a", role: "2.5" if task == "regression" else "mid"})) is None
+    # Were a mistake of ours to end the answer of a site, the answer would tell of the record.
+    error = error_of(lambda record: record.fields["nothing"])(Record({"text": "secret"}, "a.csv", 3))
+    assert str(error) == "a.csv:3, record = 'KeyError': must be a record that can be read"
 
 
 @pytest.mark.parametrize("task", ["multi_label", "ordinal", "regression"])
@@ -84,13 +92,10 @@ def test_no_records_and_a_text_without_tokens(encoder_tokenizer: Any, task: str)
     assert not logits.grad.any()
 
 
-def test_the_loss_of_several_labels_is_the_mean_of_their_cross_entropies() -> None:
+def test_the_loss_of_several_labels_is_a_mean_of_cross_entropies_and_of_an_order_grows_with_the_distance() -> None:
     targets = torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 1]])
     expected = functional.binary_cross_entropy_with_logits(LOGITS, targets, reduction="none").mean(dim=1)
     torch.testing.assert_close(TASKS["multi_label"].loss(LOGITS, targets, spec=spec_of("multi_label")), expected)  # type: ignore[attr-defined]
-
-
-def test_the_loss_of_an_order_grows_with_the_distance() -> None:
     spec = spec_of("ordinal", labels=("a", "b", "c", "d"))
     logits = torch.tensor([[4.0, -4.0, -4.0]] * 4)  # says b
     losses = TASKS["ordinal"].loss(logits, torch.arange(4), spec=spec)  # type: ignore[attr-defined]
@@ -111,16 +116,11 @@ def test_the_probabilities_of_an_order_are_some_and_their_median_is_the_answer()
     rows = torch.arange(200)
     assert (below[rows, predicted] <= 0.5 + 1e-6).all()
     assert (below[rows, predicted + 1] >= 0.5 - 1e-6).all()
-
-
-def test_an_order_starts_from_the_direction_of_its_labels() -> None:
-    embeddings = torch.eye(3)
-    rows = TASKS["ordinal"].first_rows(embeddings)  # type: ignore[attr-defined]
-    assert rows.shape == (2, 3)
-    torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
-    scores = embeddings @ rows.T
-    assert (scores[0] < 0).all(), "the lowest label is above none"
-    assert (scores[2] > 0).all(), "and the highest above all"
+    start = TASKS["ordinal"].first_rows(torch.eye(3))  # type: ignore[attr-defined]
+    assert start.shape == (2, 3)
+    torch.testing.assert_close(start.norm(dim=1), torch.ones(2))
+    assert (start[:, 0] < 0).all(), "the lowest label is above none"
+    assert (start[:, 2] > 0).all(), "and the highest above all"
 
 
 def test_a_number_is_learnt_within_its_range(encoder_tokenizer: Any) -> None:
@@ -184,16 +184,12 @@ def test_a_guess_is_the_best_single_answer() -> None:
     assert TASKS["ordinal"].guess(TextDataset(ids, np.zeros(40, dtype=np.int64))) == 0
 
 
-def test_scores_of_a_number_are_in_its_own_unit() -> None:
-    figures = {"truth": np.array([1.0, 2, 5]), "predicted": np.array([1.0, 4, 5]), "loss": np.array([0.0, 1, 0])}
-    scores = TASKS["regression"].final_scores(figures, spec=spec_of("regression"))
-    assert scores["mae"] == pytest.approx(2 / 3)
-    assert scores["rmse"] == pytest.approx(np.sqrt(4 / 3))
-    assert scores["spearman"] == pytest.approx(1)
-    assert TASKS["regression"].detail(figures, spec=spec_of("regression")) is None
-
-
-def test_final_scores_and_detail_of_an_order() -> None:
+def test_final_scores_and_detail_of_an_order_and_of_a_number() -> None:
+    of_number = {"truth": np.array([1.0, 2, 5]), "predicted": np.array([1.0, 4, 5]), "loss": np.array([0.0, 1, 0])}
+    scores = TASKS["regression"].final_scores(of_number, spec=spec_of("regression"))
+    expected = {"mae": 2 / 3, "rmse": np.sqrt(4 / 3), "spearman": 1.0}
+    assert {name: scores[name] for name in expected} == pytest.approx(expected), "in its own unit"
+    assert TASKS["regression"].detail(of_number, spec=spec_of("regression")) is None
     task, spec = TASKS["ordinal"], spec_of("ordinal")
     said = task.said(LOGITS[:, :2], spec=spec)  # type: ignore[attr-defined]
     figures = {name: one.numpy().astype(np.float64) for name, one in said.items()}
@@ -215,21 +211,6 @@ def test_a_head_that_no_text_of_a_label_starts_has_no_settings_of_them(task: str
     spec = TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), task=task, head=head, labels=("a",))
     with pytest.raises(ConfigError, match=rf"^head\..* for {task}, w"):
         task_named(task).check_model(spec)
-
-
-def test_a_mistake_of_ours_in_reading_a_record_leaves_it_out() -> None:
-    """Were it to end the answer of a site, the answer would tell of the record."""
-    fault = error_of(lambda record: record.fields["nothing"])
-    error = fault(Record({"text": "secret"}, "a.csv", 3))
-    assert str(error) == "a.csv:3, record = 'KeyError': must be a record that can be read"
-
-
-def test_many_labels_take_a_byte_of_a_record_each_and_no_more_than_a_thousand(encoder_tokenizer: Any) -> None:
-    most = tuple(f"label {number}" for number in range(1_000))
-    dataset = tokenised("multi_label", ["label 7", "label 9"], encoder_tokenizer, labels=most)
-    assert np.asarray(dataset.targets).nbytes == 2 * 1_000
-    with pytest.raises(ConfigError, match=r"labels = 1001: must be at most 1000 for task multi_label"):
-        task_named("multi_label").check_data(data("multi_label", labels=(*most, "one more")))
 
 
 def test_a_loss_of_many_labels_is_the_same_bit_for_bit_in_every_row() -> None:

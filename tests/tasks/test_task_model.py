@@ -1,14 +1,15 @@
 """Losses, the head, and what trains; per-example gradients against a loop over examples."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 from transformers import BertLMHeadModel, RobertaForCausalLM
 
-from fedtune.data import Batch
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.fits import check_causal, check_examples_apart
 from fedtune.model.layers import checkpoint_layers
@@ -16,8 +17,8 @@ from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.classification import Classification
 from fedtune.tasks.task_model import TaskModel, build_task_model
-from fedtune.training.per_example import attached
 
+from ..builders import gradients_of
 from ..model.conftest import batch_of, one_of, spec_of, trained
 
 EMBED = Classification().embed
@@ -27,12 +28,6 @@ KINDS = [
     ("random:bert", "token_classification"),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
-
-
-def gradients_of(model: TaskModel, batch: Batch) -> dict[str, torch.Tensor]:
-    """By example; tests/training finds them to be those of a loop."""
-    with attached(model) as gradients:
-        return gradients.of(batch)
 
 
 def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -76,48 +71,15 @@ def test_checkpointing_changes_no_loss_and_no_gradient(path: str, task: str, lor
 
 def test_checkpointing_stores_less() -> None:
     def stored(model: TaskModel) -> int:
-        sizes: list[int] = []
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
+        pack = Mock(side_effect=lambda tensor: tensor)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.losses(batch_of("classification"))
-        return sum(sizes)
+        return sum(call.args[0].numel() for call in pack.call_args_list)
 
     model = trained("random:llama", "classification")
     plain = stored(model)
     model.enable_gradient_checkpointing()
     assert stored(model) < plain / 3
-
-
-@kinds
-def test_a_loss_depends_on_its_example_alone(path: str, task: str) -> None:
-    model, batch = trained(path, task), batch_of(task)
-    alone = torch.cat([model.losses(one_of(batch, row)) for row in range(len(batch))])
-    torch.testing.assert_close(model.losses(batch), alone, rtol=1e-5, atol=1e-6)
-
-
-@kinds
-def test_an_empty_batch_has_no_losses(path: str, task: str) -> None:
-    batch = batch_of(task)
-    empty = type(batch)(*(tensor[:0] for tensor in (batch.input_ids, batch.attention_mask, batch.targets)))
-    losses = trained(path, task).losses(empty)
-    losses.sum().backward()
-    assert losses.shape == (0,)
-    assert losses.dtype == torch.float32
-
-
-@kinds
-def test_a_step_moves_the_trainable_tensors_and_nothing_else(path: str, task: str) -> None:
-    model, batch = build_task_model(spec_of(path, task)), batch_of(task)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for _ in range(3):  # the head first, then B, then A: each starts where the ones after it have no gradient
-        model.losses(batch).sum().backward()
-        torch.optim.SGD(model.trainable().values(), lr=0.01).step()
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {name.removeprefix("base.").replace(".default", "") for name in moved} == set(model.trainable())
 
 
 @kinds
@@ -140,32 +102,29 @@ def test_a_bfloat16_base_keeps_adapter_head_and_losses_in_float32(path: str, tas
     assert model.losses(batch).dtype == model.logits(batch).dtype == torch.float32
     assert {gradient.dtype for gradient in gradients_of(model, batch).values()} == {torch.float32}
     torch.testing.assert_close(model.losses(batch), trained(path, task).losses(batch), rtol=0.1, atol=0.1)
+    empty = type(batch)(*(tensor[:0] for tensor in (batch.input_ids, batch.attention_mask, batch.targets)))
+    losses = model.losses(empty)
+    losses.sum().backward()
+    assert (losses.shape, losses.dtype) == ((0,), torch.float32), "an empty batch has none"
 
 
-def test_padding_is_never_told_by_its_token() -> None:
+def test_padding_is_never_told_by_its_token_and_tied_embeddings_stay_frozen() -> None:
     model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     other = type(batch)(torch.where(batch.attention_mask == 1, batch.input_ids, 9), batch.attention_mask, batch.targets)
     torch.testing.assert_close(model.losses(batch), model.losses(other), rtol=1e-6, atol=1e-6)
     ended = batch.input_ids.clone()
     ended[0, 3] = 1  # a real end-of-turn token has the padding token's id
     assert model.losses(type(batch)(ended, batch.attention_mask, batch.targets))[0] != model.losses(batch)[0]
-
-
-def test_tied_embeddings_stay_frozen() -> None:
-    base = build_task_model(spec_of("random:llama", "causal_lm")).base.get_base_model()
+    base = model.base.get_base_model()
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
     assert not base.get_output_embeddings().weight.requires_grad
 
 
 @pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_the_head_starts_at_zero(path: str) -> None:
-    model = build_task_model(spec_of(path))
-    assert not model.logits(batch_of("classification")).any()
-
-
-@pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_label_names_start_the_head(path: str) -> None:
-    model = build_task_model(spec_of(path, head=HeadSpec(init="label_names", scale=5.0)))
+def test_the_head_starts_at_zero_or_from_label_names(path: str) -> None:
+    assert not build_task_model(spec_of(path)).logits(batch_of("classification")).any()
+    model = build_task_model(spec_of(path, head=HeadSpec(init="label_names", scale=5.0, train=False)))
+    assert "head.weight" in model.adapter_parameters().keys() - model.trainable().keys(), "a frozen head does not train"
     tokenizer = load_tokenizer(model.spec.model)
     token_ids = torch.tensor([tokenizer("exchange rate")["input_ids"]])
     rows = model.head.weight
@@ -175,12 +134,6 @@ def test_label_names_start_the_head(path: str) -> None:
     described = build_task_model(spec_of(path, head=head))
     torch.testing.assert_close(described.head.weight[1], rows[1])
     assert not torch.allclose(described.head.weight[0], rows[0])
-
-
-def test_a_frozen_head_does_not_train() -> None:
-    model = build_task_model(spec_of(head=HeadSpec(init="label_names", train=False)))
-    assert "head.weight" not in model.trainable()
-    assert "head.weight" in model.adapter_parameters()
 
 
 def test_layers_that_pass_gradients_on_the_side_are_not_checkpointed() -> None:
@@ -195,31 +148,22 @@ def test_layers_that_pass_gradients_on_the_side_are_not_checkpointed() -> None:
         layers[0](torch.ones(1, 2), side=torch.ones(2, requires_grad=True))
 
 
-class Flattening(nn.Module):
-    """A base whose feed-forward block loses the example axis, and which has a module it never uses."""
-
-    def __init__(self) -> None:
+class Base(nn.Module):
+    def __init__(self, reads: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(8, 4).requires_grad_(False)
-        self.linear = nn.Linear(4, 4)
-        self.flat, self.unused = False, False
+        self.linear, self.reads = nn.Linear(4, 4), reads
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.embedding(input_ids)
-        if self.unused:
-            return hidden
-        return self.linear(hidden.flatten(0, 1)).view(hidden.shape) if self.flat else self.linear(hidden)
+        return self.reads(self.linear, self.embedding(input_ids))
 
 
-def test_a_module_that_mixes_examples_is_refused() -> None:
-    base = Flattening()
-    check_examples_apart(base)
-    base.flat = True
+def test_a_module_that_mixes_examples_or_is_not_used_is_refused() -> None:
+    check_examples_apart(Base(lambda linear, hidden: linear(hidden)))
     with pytest.raises(ConfigError, match="several examples"):
-        check_examples_apart(base)
-    base.unused = True
+        check_examples_apart(Base(lambda linear, hidden: linear(hidden.flatten(0, 1)).view(hidden.shape)))
     with pytest.raises(ConfigError, match="never used"):
-        check_examples_apart(base)
+        check_examples_apart(Base(lambda linear, hidden: hidden))
 
 
 def test_the_centre_is_the_mean_of_the_labels_embeddings_and_is_not_trained() -> None:

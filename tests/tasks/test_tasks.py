@@ -142,10 +142,7 @@ def test_what_is_said_of_a_record_quotes_nothing(task: str, roles: tuple[str, ..
     first, second = (faults_of(task, roles, given, seed=seed) for seed in (0, 1))
     assert first
     assert second - first == set()
-
-
-def test_every_task_s_faults_are_looked_at() -> None:
-    assert {task for task, *_ in FAULTY} == set(TASKS)
+    assert {task for task, *_ in FAULTY} == set(TASKS), "every task's"
 
 
 def test_the_roles_of_a_language_model_are_those_of_its_layout() -> None:
@@ -162,17 +159,12 @@ def test_the_roles_of_a_language_model_are_those_of_its_layout() -> None:
     assert "system" in roles("prompt", "completion", "system", chat_template="plain")
 
 
-@pytest.mark.parametrize(
-    ("labels", "texts", "key"),
-    [
-        *((labels, (), "data.labels") for labels in ((), ("a",), ("a", "a"))),
-        (("a", "b"), ("one",), "head.label_texts"),
-    ],
-)
-def test_classification_needs_labels_and_each_its_text(labels: Any, texts: tuple[str, ...], key: str) -> None:
-    given: Any = {"task": "classification", "labels": labels, "head": HeadSpec(label_texts=texts)}
-    with pytest.raises(ConfigError, match=rf"^{key} = "):
-        task_named("classification").check_model(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
+def test_classification_needs_labels_and_each_its_text() -> None:
+    wrong = [*((labels, (), "data.labels") for labels in ((), ("a",), ("a", "a")))]
+    for labels, texts, key in (*wrong, (("a", "b"), ("one",), "head.label_texts")):
+        given: Any = {"task": "classification", "labels": labels, "head": HeadSpec(label_texts=texts)}
+        with pytest.raises(ConfigError, match=rf"^{key} = "):
+            task_named("classification").check_model(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
 
 
 def test_nothing_outside_the_room_knows_a_task_by_its_name() -> None:

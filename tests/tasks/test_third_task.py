@@ -1,7 +1,4 @@
-"""A third task, defined here alone: the commands run it as they run the tasks that fedtune brings along.
-
-It guesses from a text how long it is, by two heads that each have a number as their target.
-"""
+"""A third task, defined here alone: the commands run it as they run the tasks that fedtune brings along."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +23,6 @@ HEADS = ("length", "room")
 
 
 class TextLength(Task):
-    """Two numbers in [0, 1]: how much of the longest length a text takes, and how much it leaves."""
-
     name = "text_length"
     roles = ("text",)
     has_head = True
@@ -69,7 +64,6 @@ class TextLength(Task):
 
 
 def targets_of(input_ids: Sequence[np.ndarray]) -> np.ndarray:
-    """(n, 2)."""
     lengths = np.array([len(ids) for ids in input_ids], dtype=np.float32) / LONGEST
     return np.stack([lengths, 1 - lengths], axis=1)
 
@@ -90,35 +84,26 @@ def folder(listed: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_it_is_simulated(folder: Path) -> None:
+def test_it_is_simulated_and_reported(folder: Path) -> None:
     result = result_of(folder)
     assert result["task"] == "text_length"
     assert set(result["final"]["metrics"]) == {"loss", "worst"}
     assert 0 < result["privacy"]["epsilon"] < 8
     assert {path.name for path in (folder / "adapter").iterdir()} >= {"head.safetensors", "fedtune.json"}
-
-
-def test_it_is_evaluated_and_planned(folder: Path, tmp_path: Path) -> None:
-    data = tmp_path / "texts.csv"
-    data.write_text("text\nwhere is my card\nlost\n")
-    assert "worst" in command("evaluate", str(folder), "--data", str(data)).printed
-    assert command("plan", *tiny(f"task={TextLength.name}", "data.labels=[]", into=tmp_path)).printed
-
-
-def test_it_is_reported(folder: Path) -> None:
     assert command("report", str(folder)).printed
     assert json.loads((folder / "report.json").read_text())["derived"]
     assert command("report", "verify", str(folder / "report.json")).code == 0
     assert "text_length" in (folder / "report.html").read_text()
 
 
-def test_its_adapter_is_exported_and_nothing_that_other_libraries_lack(folder: Path, tmp_path: Path) -> None:
+def test_it_is_evaluated_planned_and_exported(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.csv"
+    data.write_text("text\nwhere is my card\nlost\n")
+    assert "worst" in command("evaluate", str(folder), "--data", str(data)).printed
+    assert command("plan", *tiny(f"task={TextLength.name}", "data.labels=[]", into=tmp_path)).printed
     assert command("export", str(folder), "--to", str(tmp_path / "adapter")).printed
     assert (tmp_path / "adapter" / "head.safetensors").is_file()
     refused = command("export", str(folder), "--to", str(tmp_path / "whole"), "--merge").failed()
     assert refused == "--merge: is not possible for task text_length, which has adapters alone"
-
-
-def test_a_task_that_is_not_listed_is_named(tmp_path: Path) -> None:
     refused = command("simulate", *tiny("task=riddles", into=tmp_path)).failed()
-    assert refused == f"task = 'riddles': must be one of {', '.join(TASKS)}"
+    assert refused == f"task = 'riddles': must be one of {', '.join(TASKS)}", "one that is not listed"

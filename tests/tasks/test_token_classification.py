@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +38,6 @@ def record(words: object, answer: object, columns: dict[str, str] = TAGGED) -> R
     return record_of({"w": words, "t": answer}, columns, file="a.jsonl", line=3)
 
 
-def entities(*tags: str) -> Sequence[tuple[int, int, int]]:
-    words = [f"w{place}" for place in range(len(tags))]
-    return [(first // 3, (end + 1) // 3, label) for first, end, label in marks(data())(record(words, [*tags])).entities]
-
-
 @pytest.mark.parametrize(
     ("tags", "found"),
     [
@@ -56,10 +50,10 @@ def entities(*tags: str) -> Sequence[tuple[int, int, int]]:
     ],
 )
 def test_tags_of_every_scheme_are_the_same_entities(tags: tuple[str, ...], found: list[tuple[int, int, int]]) -> None:
-    assert entities(*tags) == found
-
-
-def test_a_declared_type_may_begin_as_a_tag_of_a_scheme() -> None:
+    words = [f"w{place}" for place in range(len(tags))]
+    marked = marks(data())(record(words, [*tags])).entities
+    assert [(first // 3, (end + 1) // 3, label) for first, end, label in marked] == found
+    # A declared type may begin as a tag of a scheme.
     labels = ("S-protein", "M_protein", "U-boot", "drug")
     read = marks(data(labels=labels))(record(TOKENS, ["S-protein", "S-protein", "M_protein", "S-drug", "U-boot"]))
     assert [labels[label] for *_, label in read.entities] == ["S-protein", "M_protein", "drug", "U-boot"]
@@ -109,13 +103,10 @@ def spec_of(labels: tuple[str, ...] = LABELS) -> TaskModelSpec:
     return TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=TASK.name, labels=labels)
 
 
-@pytest.mark.parametrize("labels", [("B-drug",), ("O", "drug")])
-def test_a_label_that_reads_as_a_tag_is_refused(labels: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"^data\.labels"):
-        TASK.check_model(spec_of(labels))
-
-
-# Words and windows.
+def test_a_label_that_reads_as_a_tag_is_refused() -> None:
+    for labels in (("B-drug",), ("O", "drug")):
+        with pytest.raises(ConfigError, match=r"^data\.labels"):
+            TASK.check_model(spec_of(labels))
 
 
 def tokenised(*records: Record, tokenizer: Any, within: int | None = None, **given: Any) -> TextDataset:
@@ -155,11 +146,8 @@ def test_windows_have_each_word_once(encoder_tokenizer: Any) -> None:
             assert learnt == [place % 2 for place in range(read)]
             for ids, targets in zip(dataset.input_ids, dataset.targets, strict=True):
                 assert (ids[0], ids[-1]) == (2, 3) or targets.tolist() == [UNSUPERVISED]
-
-
-def test_what_two_windows_share_is_learnt_where_more_stands_around_it(encoder_tokenizer: Any) -> None:
-    one = record([f"w{place}" for place in range(10)], ["O"] * 10)
-    dataset = tokenised(one, tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3)
+    # What two windows share is learnt where more stands around it.
+    dataset = tokenised(record(words[:10], ["O"] * 10), tokenizer=encoder_tokenizer, max_length=9, windows=2, stride=3)
     first, second = ((targets != UNSUPERVISED).tolist() for targets in dataset.targets)
     assert first == [False, *[True] * 6, False, False]
     assert second == [False, False, False, *[True] * 4, False]
@@ -175,9 +163,6 @@ def test_a_text_that_cannot_be_encoded_teaches_nothing_at_a_real_site(encoder_to
         tokenised(blank, tokenizer=encoder_tokenizer, **given)
 
 
-# Loss and scores.
-
-
 def test_the_loss_is_the_mean_over_the_words_of_all_windows(encoder_tokenizer: Any) -> None:
     model = trained("random:bert", TASK.name, texts=2)
     given = {"max_length": 8, "windows": 2, "stride": 2, "labels": model.spec.labels}
@@ -191,20 +176,13 @@ def test_the_loss_is_the_mean_over_the_words_of_all_windows(encoder_tokenizer: A
         learnt = batch.targets[rows] != UNSUPERVISED
         expected.append(-logits[rows][learnt].gather(1, batch.targets[rows][learnt][:, None]).mean())
     torch.testing.assert_close(model.losses(batch), torch.stack(expected))
+    hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    scores = functional.linear(hidden, model.get_parameter("head.weight")) * 20 / hidden.shape[-1] ** 0.5
+    torch.testing.assert_close(model.logits(batch), scores)  # the head reads each token as it is
     assert [int((batch.targets[2 * one : 2 * one + 2] != UNSUPERVISED).sum()) for one in (0, 1)] == [9, 1]
 
 
-def test_the_head_reads_each_token_as_it_is(encoder_tokenizer: Any) -> None:
-    model = trained("random:bert", TASK.name)
-    dataset = tokenised(record(TOKENS, ["O"] * 5), tokenizer=encoder_tokenizer)
-    batch = collate(dataset, [0], pad_id=0)
-    hidden = model.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    weight = model.get_parameter("head.weight")
-    expected = functional.linear(hidden, weight) * 20 / hidden.shape[-1] ** 0.5
-    torch.testing.assert_close(model.logits(batch), expected)
-
-
-COUNTED = [
+COUNTED: list[tuple[Any, Any, Any, Any]] = [
     # true, predicted, strict, true ones met, predicted ones that meet one
     ([(0, 2, 0)], [(0, 2, 0)], (1, 1, 1, 1, 1), (1, 1, 1, 1, 1)),
     ([(0, 2, 0)], [(0, 1, 0)], (1, 1, 0, 1, 1), (1, 1, 0, 1, 1)),
@@ -216,22 +194,18 @@ COUNTED = [
 ]
 
 
-@pytest.mark.parametrize(("truth", "said", "of_label", "of_all"), COUNTED)
-def test_entities_are_counted_by_hand(truth: Any, said: Any, of_label: Any, of_all: Any) -> None:
-    counts = entity_counts(truth, said, num_labels=2)
-    assert counts.shape == (3, 5)
-    assert (tuple(counts[0]), tuple(counts[2])) == (of_label, of_all)
-
-
-def test_entities_are_counted_as_pair_by_pair_and_in_time() -> None:
+def test_entities_are_counted_as_by_hand_and_pair_by_pair_and_in_time() -> None:
+    for truth, said, of_label, every in COUNTED:
+        counts = entity_counts(truth, said, num_labels=2)
+        assert counts.shape == (3, 5)
+        assert (tuple(counts[0]), tuple(counts[2])) == (of_label, every)
     draws = np.random.default_rng(0)
 
     def some() -> list[tuple[int, int, int]]:
         firsts = draws.integers(0, 30, size=draws.integers(0, 9)).tolist()
         return [(first, first + int(draws.integers(1, 5)), int(draws.integers(2))) for first in firsts]
 
-    for _ in range(300):
-        truth, said = some(), some()
+    for truth, said in ((some(), some()) for _ in range(300)):
         of_all = entity_counts(truth, said, num_labels=2)[2]
         met, right = (
             sum(any(one[0] < other[1] and other[0] < one[1] for other in others) for one in each)
@@ -242,24 +216,17 @@ def test_entities_are_counted_as_pair_by_pair_and_in_time() -> None:
     many = [(place, place + 1, place % 2) for place in range(20_000)]
     assert entity_counts(many, many[::2], num_labels=2)[2].tolist() == [20_000, 10_000, 10_000, 10_000, 10_000]
     assert time.process_time() - began < 3
-
-
-def test_offsets_in_units_are_read_in_time() -> None:
-    text = "a\U0001f600" * 400_000
     spans = [{"start": 3 * place, "end": 3 * place + 3, "labels": ["drug"]} for place in range(0, 400_000, 100)]
-    one = record(text, spans, SPANNED)
+    of_units = record("a\U0001f600" * 400_000, spans, SPANNED)
     began = time.process_time()
-    assert marks(data(SPANNED))(one).entities[-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
-    assert time.process_time() - began < 3
+    assert marks(data(SPANNED))(of_units).entities[-1] == (2 * 399_900, 2 * 399_900 + 2, 0)
+    assert time.process_time() - began < 3, "offsets in units, too"
 
 
-def test_rates_are_those_of_the_counts() -> None:
+def test_rates_are_those_of_the_counts_and_scores_of_all_entities_together() -> None:
     assert rates(np.array([4.0, 2, 1, 3, 2]), 2, 2) == (0.25, 0.5, pytest.approx(1 / 3))
     assert rates(np.array([4.0, 2, 1, 3, 2]), 3, 4) == (0.75, 1.0, pytest.approx(6 / 7))
     assert rates(np.zeros(5), 2, 2) == (0.0, 0.0, 0.0)
-
-
-def test_scores_are_of_all_entities_together() -> None:
     counts = np.zeros((2, 3, 5))
     counts[0] = [(2, 2, 1, 2, 2), (0, 0, 0, 0, 0), (2, 2, 1, 2, 2)]
     counts[1] = [(1, 0, 0, 0, 0), (1, 2, 1, 1, 1), (2, 2, 2, 2, 2)]
@@ -277,6 +244,7 @@ def test_scores_are_of_all_entities_together() -> None:
 
 def test_predictions_become_entities_across_windows(encoder_tokenizer: Any) -> None:
     """A model that always says B-drug: each word is an entity of its own, also where a window ends."""
+    assert entities_in([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
     model = trained("random:bert", TASK.name, texts=2)
     labels = model.spec.labels
     with torch.no_grad():
@@ -307,12 +275,9 @@ def test_of_two_entities_in_a_word_one_is_learnt_and_both_are_true(encoder_token
     counted = [TASK.figures(model, batch)["entities"][0, :, 0].tolist() for batch in batches]
     assert (counted[0][:2], counted[0][-1]) == ([2, 2], 4)
     assert (counted[1][:2], counted[1][-1]) == ([1, 2], 3)
-
-
-def test_many_entities_in_a_word_are_no_more_than_a_target_holds(encoder_tokenizer: Any) -> None:
-    spans = [[place, place + 1, "dose"] for place in range(90)]
-    dataset = tokenised(record("a" * 90, spans, SPANNED), tokenizer=encoder_tokenizer, columns=SPANNED)
-    assert max(int(row.max()) for row in dataset.targets) > 5 * 3**20
+    many = record("a" * 90, [[place, place + 1, second] for place in range(90)], SPANNED)
+    targets = tokenised(many, tokenizer=encoder_tokenizer, **given).targets
+    assert max(int(row.max()) for row in targets) > 5 * 3**20, "and many are no more than a target holds"
 
 
 def test_an_entity_ends_where_its_word_does_though_reading_stops_within() -> None:
@@ -328,11 +293,7 @@ def test_an_entity_ends_where_its_word_does_though_reading_stops_within() -> Non
         assert [one["text"] for one in found] == words, max_length  # type: ignore[attr-defined]
 
 
-def test_entities_of_classes() -> None:
-    assert entities_in([0, 2, 2, 0, 1, 2, 3, 4, 4, 2]) == [(1, 3, 0), (4, 6, 0), (6, 9, 1), (9, 10, 0)]
-
-
-def test_a_record_is_asked_without_its_answer(encoder_tokenizer: Any) -> None:
+def test_a_record_is_asked_without_its_answer_and_what_is_made_up_can_be_used(encoder_tokenizer: Any) -> None:
     for columns, text, fields in (
         (TAGGED, "my card\nis", {"tokens": "my card\nis"}),
         (SPANNED, "my card", {"text": "my card"}),
@@ -342,11 +303,6 @@ def test_a_record_is_asked_without_its_answer(encoder_tokenizer: Any) -> None:
         assert asked == fields
         assert set(TASK.asked_by(given)) == set(fields)
         assert len(TASK.tokenise([TASK.as_asked(Record(asked), given)], encoder_tokenizer, data=given)) == 1
-
-
-def test_what_is_made_up_can_be_used(encoder_tokenizer: Any) -> None:
-    for columns in (TAGGED, SPANNED):
-        given = data(columns)
         roles = TASK.roles_in(given)
         made = {role: TASK.made_up(role, given, draw=lambda count: count - 1) or "my card" for role in roles}
         assert TASK.fault(given)(Record(made)) is None

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,13 +41,9 @@ def test_classification(encoder_tokenizer: Any) -> None:
     assert dataset.targets.tolist() == [1, 0]
     assert dataset.lengths.tolist() == [5, 4]
     assert (dataset.input_ids[0].dtype, dataset.targets.dtype, dataset.lengths.dtype) == (np.int32, np.int64, np.int32)
-
-
-def test_no_example_is_longer_than_asked_whatever_the_tokenizer_puts_around_it() -> None:
     tokenizer = make_tokenizer(post="[CLS] [CLS] $A [SEP] [SEP]")
-    rows = labelled(("where is my card", "b"), ("lost", "a"))
-    for within in (None, 99):
-        dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=3, within=within)
+    for within in (None, 99):  # no longer than asked, whatever the tokenizer puts around it
+        dataset = tokenise_classification(rows, tokenizer, labels=("a", "b"), max_length=3, within=within)
         assert dataset.lengths.max() <= 3
 
 
@@ -67,28 +64,22 @@ def test_a_text_beyond_the_vocabulary_adds_nothing_where_that_is_asked(decoder_t
     assert causal.targets[0].tolist() == [UNSUPERVISED, SEP], "and nothing can be predicted from nothing"
 
 
-def test_a_text_without_tokens(decoder_tokenizer: Any) -> None:
+def test_what_cannot_be_tokenised_is_an_error(decoder_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"a\.csv:2, text = 'no tokens'"):
         tokenise_classification(labelled((" ", "a")), decoder_tokenizer, labels="ab", max_length=5)
-
-
-def test_a_brace_in_a_record_is_text(decoder_tokenizer: Any) -> None:
-    rows = [Record({"prompt": "{completion}", "completion": "lost"})]
-    dataset = tokenise_causal_lm(rows, decoder_tokenizer, prompt_template="{prompt} {{", max_length=9)
-    assert dataset.input_ids[0].tolist() == [1, 1, LOST, SEP]
-
-
-def test_no_end_of_text_token(decoder_tokenizer: Any) -> None:
     endless: Any = SimpleNamespace(eos_token_id=None, name_or_path="endless")
     with pytest.raises(ConfigError, match=r"model\.path = 'endless': its tokenizer must have an end-of-text token"):
         tokenise_causal_lm(PROMPTED, endless, prompt_template="{prompt}", max_length=9)
 
 
-def test_nothing_to_tokenise(encoder_tokenizer: Any) -> None:
+def test_nothing_to_tokenise_and_a_brace_in_a_record(encoder_tokenizer: Any, decoder_tokenizer: Any) -> None:
     classified = tokenise_classification([], encoder_tokenizer, labels="ab", max_length=5)
     assert len(classified) == 0
     assert classified.lengths.shape == (0,)
     assert tokenise_causal_lm([], encoder_tokenizer, prompt_template="{prompt}", max_length=5).targets == ()
+    rows = [Record({"prompt": "{completion}", "completion": "lost"})]
+    dataset = tokenise_causal_lm(rows, decoder_tokenizer, prompt_template="{prompt} {{", max_length=9)
+    assert dataset.input_ids[0].tolist() == [1, 1, LOST, SEP], "it is text"
 
 
 def test_chunks_do_not_matter(encoder_tokenizer: Any) -> None:
@@ -100,8 +91,6 @@ def test_chunks_do_not_matter(encoder_tokenizer: Any) -> None:
 
 
 class Failing:
-    """A tokenizer that fails over a word."""
-
     bos_token_id, eos_token_id, name_or_path = CLS, SEP, "failing"
 
     def __init__(self, sound: Any, fail: Callable[[], object] = lambda: None) -> None:
@@ -115,13 +104,6 @@ class Failing:
         return self.sound(text, **options)
 
 
-def raising(error: BaseException) -> Callable[[], object]:
-    def fail() -> None:
-        raise error
-
-    return fail
-
-
 def panicking() -> object:
     """The library's own exception, which is no `Exception`."""
     return FixedLength(length=0).pre_tokenize_str("a")
@@ -130,7 +112,7 @@ def panicking() -> object:
 FAILING = labelled(("lost card", "a"), ("bad", "a"), ("my card", "b"))
 
 
-@pytest.mark.parametrize("fail", [raising(ValueError("bad")), panicking])
+@pytest.mark.parametrize("fail", [Mock(side_effect=ValueError("bad")), panicking])
 def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokenizer: Any, fail: Any) -> None:
     tokenizer = Failing(encoder_tokenizer, fail)
     dataset = tokenise_classification(FAILING, tokenizer, labels="ab", max_length=5, within=99)
@@ -140,13 +122,10 @@ def test_a_text_that_cannot_be_encoded_costs_no_other_its_tokens(encoder_tokeniz
     if fail is not panicking:
         with pytest.raises(ValueError, match="bad"):  # in a lead's own files
             tokenise_classification(FAILING, tokenizer, labels="ab", max_length=5)
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_person_can_stop_it(encoder_tokenizer: Any, stop: type[BaseException]) -> None:
-    tokenizer = Failing(encoder_tokenizer, raising(stop()))
-    with pytest.raises(stop):
-        tokenise_classification(FAILING, tokenizer, labels="ab", max_length=5, within=99)
+    for stop in (KeyboardInterrupt, SystemExit):  # a person can stop it
+        stopped = Failing(encoder_tokenizer, Mock(side_effect=stop))
+        with pytest.raises(stop):
+            tokenise_classification(FAILING, stopped, labels="ab", max_length=5, within=99)
 
 
 def test_a_long_text_is_cut_before_it_is_encoded(encoder_tokenizer: Any) -> None:
@@ -155,12 +134,12 @@ def test_a_long_text_is_cut_before_it_is_encoded(encoder_tokenizer: Any) -> None
     for within in (None, 99):
         tokenise_classification(labelled((long, "a")), tokenizer, labels="a", max_length=5, within=within)
     assert max(len(text) for call in tokenizer.calls for text in call) == 64 * 5
-
-
-def test_a_cut_text_fills_its_example_all_the_same(encoder_tokenizer: Any) -> None:
-    rows = labelled(("card " * 1000, "a"), ("card " * 20, "a"))
+    rows = labelled((long, "a"), ("card " * 20, "a"))
     dataset = tokenise_classification(rows, encoder_tokenizer, labels="a", max_length=20)
-    assert dataset.input_ids[0].tolist() == dataset.input_ids[1].tolist() == [CLS, *[CARD] * 18, SEP]
+    filled = [CLS, *[CARD] * 18, SEP]
+    assert dataset.input_ids[0].tolist() == dataset.input_ids[1].tolist() == filled, (
+        "and fills its example all the same"
+    )
 
 
 def test_a_chunk_is_bounded_in_characters(encoder_tokenizer: Any) -> None:
@@ -172,27 +151,17 @@ def test_a_chunk_is_bounded_in_characters(encoder_tokenizer: Any) -> None:
     assert dataset.input_ids[8].tolist() == [CLS, LOST, SEP]
 
 
-def growing(to: str) -> Any:
-    """A tokenizer whose normaliser makes so much of one letter."""
-    tokenizer = make_tokenizer(post=None)
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ß", to)
-    return tokenizer
-
-
 @pytest.mark.parametrize(("to", "left_out"), [("card" * 1000, True), (" card", False)])
 def test_a_text_that_grows_without_bound_adds_nothing_and_costs_no_other_its_tokens(to: str, left_out: bool) -> None:
     """A normaliser that makes gigabytes of one record's letters would end the process, exactly where it has them."""
-    rows = labelled(("lost card", "a"), ("my ß", "a"), ("my card", "b"))
-    dataset = tokenise_classification(rows, growing(to), labels="ab", max_length=9, within=99)
-    plain = tokenise_classification(rows[::2], growing(to), labels="ab", max_length=9)
+    rows, tokenizer = labelled(("lost card", "a"), ("my ß", "a"), ("my card", "b")), make_tokenizer(post=None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ß", to)
+    dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=9, within=99)
+    plain = tokenise_classification(rows[::2], tokenizer, labels="ab", max_length=9)
     assert dataset.targets.tolist() == [0, UNSUPERVISED if left_out else 0, 1]
     assert [dataset.input_ids[place].tolist() for place in (0, 2)] == [ids.tolist() for ids in plain.input_ids]
     assert (dataset.lengths[1] == 1) == left_out
-
-
-def test_what_unicode_itself_makes_longer_is_encoded() -> None:
-    tokenizer = make_tokenizer(post=None)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFKD()
-    rows = labelled(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))
+    rows = labelled(("한국어 텍스트 " * 300, "a"), ("\ufdfa", "b"))  # what Unicode itself makes longer
     dataset = tokenise_classification(rows, tokenizer, labels="ab", max_length=9, within=99)
     assert dataset.targets.tolist() == [0, 1]

@@ -19,7 +19,6 @@ CODES = {"card": 6, "fee": 3, "rate": 1}
 
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of 400 records, of which 60 % have the first code."""
     path = tmp_path_factory.mktemp("votes") / "records.jsonl"
     codes = [code for code, tenths in CODES.items() for _ in range(40 * tenths)]
     path.write_text("".join(json.dumps({"code": code, "number": str(n)}) + "\n" for n, code in enumerate(codes)))
