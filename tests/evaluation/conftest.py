@@ -1,18 +1,17 @@
 """Tiny random models, built without any file, and data to score them on."""
 
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from peft import PeftModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation.scoring import figures_of
@@ -21,6 +20,7 @@ from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.task_model import TaskModel
 
+from ..model.conftest import trained
 from ..training.conftest import one_thread as one_thread
 
 VOCABULARY = 50
@@ -41,53 +41,37 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture
-def classifier() -> TaskModel:
-    return bert_classifier(LoraSpec(rank=2))
-
-
-def bert_classifier(lora: LoraSpec) -> TaskModel:
-    labels = tuple(f"label {index}" for index in range(NUM_LABELS))
-    model = tiny(lambda: BertModel(BertConfig(**SIZES)), lora, task="classification", labels=labels)
-    torch.nn.init.normal_(model.head.weight)
-    return model
-
-
-def tiny(make: Callable[[], PreTrainedModel], lora: LoraSpec, **about: Any) -> TaskModel:
+def tiny(kind: Any, config: Any, lora: LoraSpec) -> TaskModel:
+    """Its adapters change the outputs: B is not zero."""
     torch.manual_seed(0)
-    spec = TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(), **about)
-    return TaskModel(spec, task_named(spec.task), adapted(make(), spec.task, lora))
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5.23 has renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        base = attach_adapters(kind(config).requires_grad_(False), spec=lora, predicts_tokens=True, seed=0)
+    for name, parameter in base.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    spec = TaskModelSpec(model=ModelSpec(path="random:llama"), lora=LoraSpec(), task="causal_lm")
+    return TaskModel(spec, task_named(spec.task), base)
 
 
-@pytest.fixture
-def language_model() -> TaskModel:
-    return llama(LoraSpec(rank=2))
+bert_classifier = partial(trained, labels=tuple(map(str, range(NUM_LABELS))))
+classifier = pytest.fixture(name="classifier")(lambda: bert_classifier())
+language_model = pytest.fixture(name="language_model")(lambda: llama(LoraSpec(rank=2)))
 
 
 def llama(lora: LoraSpec) -> TaskModel:
     # A large range, so that the likeliest token wins by far and texts vary.
     more = {"num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.5}
     config = transformers.LlamaConfig(**SIZES, **more, eos_token_id=END, pad_token_id=END)
-    return tiny(lambda: transformers.LlamaForCausalLM(config), lora, task="causal_lm")
+    return tiny(transformers.LlamaForCausalLM, config, lora)
 
 
 @pytest.fixture
 def language_model_without_positions() -> TaskModel:
     """Bloom: its attention falls off with distance (ALiBi), and its forward pass takes no position ids."""
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.5)
-    return tiny(lambda: transformers.BloomForCausalLM(config), LoraSpec(rank=2), task="causal_lm")
-
-
-def adapted(base: PreTrainedModel, task: str, lora: LoraSpec) -> PeftModel:
-    """Adapters that change the outputs: B is not zero."""
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads a property that transformers 5.23 has renamed.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        wrapped = attach_adapters(base.requires_grad_(False), spec=lora, predicts_tokens=task == "causal_lm", seed=0)
-    for name, parameter in wrapped.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return wrapped
+    return tiny(transformers.BloomForCausalLM, config, LoraSpec(rank=2))
 
 
 @pytest.fixture

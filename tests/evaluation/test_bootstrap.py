@@ -15,22 +15,19 @@ def mean(figures: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def loss(figures: Mapping[str, np.ndarray]) -> dict[str, float]:
-    return {"loss": float(figures["right"].mean())}
+    return {"loss": mean(figures)["accuracy"]}
 
 
 def figures(values: np.ndarray) -> dict[str, np.ndarray]:
     return {"right": np.asarray(values, dtype=np.float64)}
 
 
-def test_scores_are_those_of_all_records_and_the_difference_is_theirs() -> None:
+def test_scores_are_those_of_all_records_and_lower_losses_are_better() -> None:
     base, tuned = np.arange(20) < 5, np.arange(20) < 15
     found = compared(figures(base), figures(tuned), scores=mean)["accuracy"]
     assert (found.base.value, found.tuned.value, found.difference.value) == (0.25, 0.75, 0.5)
     assert found.base.low < 0.25 < found.base.high
     assert found.verdict == "better"
-
-
-def test_lower_losses_are_better() -> None:
     low, high = figures(np.linspace(1, 1.1, 50)), figures(np.linspace(2, 2.1, 50))
     assert compared(high, low, scores=loss)["loss"].verdict == "better"
     assert compared(low, high, scores=loss)["loss"].verdict == "worse"
@@ -60,14 +57,25 @@ def test_a_draw_takes_a_user_with_all_records() -> None:
     assert ratio == pytest.approx(math.sqrt(10), rel=0.2)
 
 
-def test_few_units_prove_nothing() -> None:
+def test_few_units_prove_nothing_nor_does_a_group_of_few() -> None:
     zeros, ones = figures(np.zeros(FEWEST_UNITS)), figures(np.ones(FEWEST_UNITS))
     assert compared(zeros, ones, scores=mean)["accuracy"].verdict == "better"
     fewer = ({"right": one["right"][1:]} for one in (zeros, ones))
     assert compared(*fewer, scores=mean)["accuracy"].verdict == "cannot be told apart"
+    groups = merged([*["a"] * 50, *["b"] * 9], smallest=5)
+    models = {name: figures(np.full(59, value)) for name, value in (("x", 0.0), ("y", 1.0))}
+    found = by_group(models, groups, score="accuracy", scores=mean, pairs=[("x", "y")])
+    assert found.changes["a"]["x", "y"].verdict == "better"
+    assert found.changes["b"]["x", "y"].verdict == "cannot be told apart", "9 are too few"
 
 
-def test_a_draw_that_cannot_be_scored_is_left_out() -> None:
+def test_a_model_that_diverged_is_worse_and_a_draw_that_cannot_be_scored_is_left_out() -> None:
+    fine, diverged, infinite = (figures(np.full(30, value)) for value in (1.0, np.nan, np.inf))
+    found = compared(fine, diverged, scores=loss)["loss"]
+    assert found.verdict == "worse"
+    assert math.isnan(found.difference.low)
+    assert compared(infinite, infinite, scores=loss)["loss"].verdict == "cannot be told apart"
+
     def sometimes(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
         if not drawn["right"].any():
             raise DataError("evaluation data", "no token to predict", "needs one")
@@ -75,15 +83,6 @@ def test_a_draw_that_cannot_be_scored_is_left_out() -> None:
 
     rare = figures(np.arange(12) == 3)
     assert compared(rare, rare, scores=sometimes)["accuracy"].base.low == pytest.approx(1 / 12)
-
-
-def test_a_model_that_diverged_is_worse() -> None:
-    fine, diverged = figures(np.ones(30)), figures(np.full(30, np.nan))
-    found = compared(fine, diverged, scores=loss)["loss"]
-    assert found.verdict == "worse"
-    assert math.isnan(found.difference.low)
-    infinite = figures(np.full(30, np.inf))
-    assert compared(infinite, infinite, scores=loss)["loss"].verdict == "cannot be told apart"
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
@@ -101,10 +100,7 @@ def test_an_interval_is_moved_back_by_what_draws_lie_off() -> None:
     """Macro-F1 of few records of each class: draws lack some, so that they lie too low, as the sample does."""
     draws, held, plain = np.random.default_rng(4), 0, 0
     for _ in range(200):
-        truth, hard = draws.integers(0, 40, 400), draws.random(400)
-        predicted = np.where(hard < 0.7, truth, (truth + draws.integers(1, 40, 400)) % 40)
-        one = {"truth": truth.astype(np.float64), "predicted": predicted.astype(np.float64)}
-        found = drawn({"base": one}, scores=f1, resamples=200)
+        found = drawn({"base": answers(draws, draws.integers(0, 40, 400))}, scores=f1, resamples=200)
         estimate, of_draws = found.estimate("base", "macro_f1"), found.draws["base"]["macro_f1"]
         held += estimate.low <= 0.7 <= estimate.high
         low, high = np.quantile(of_draws, [0.025, 0.975])
@@ -113,6 +109,11 @@ def test_an_interval_is_moved_back_by_what_draws_lie_off() -> None:
         assert low < estimate.low <= estimate.value <= estimate.high
     assert plain < 0.9 * 200, "the draws' own quantiles hold it less often than 95 times in 100"
     assert held > 0.9 * 200
+    # Other scores' intervals are the draws' own.
+    found = drawn({"base": figures(draws.random(60))}, scores=mean)
+    estimate, of_draws = found.estimate("base", "accuracy"), found.draws["base"]["accuracy"]
+    assert of_draws.mean() != estimate.value
+    assert (estimate.low, estimate.high) == tuple(np.quantile(of_draws, [0.025, 0.975]))
 
 
 def f1(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -120,12 +121,11 @@ def f1(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {"macro_f1": macro_f1(truth, predicted, num_labels=40)}
 
 
-def test_other_scores_and_differences_are_the_draws_own() -> None:
-    one = figures(np.random.default_rng(5).random(60))
-    found = drawn({"base": one}, scores=mean)
-    estimate, of_draws = found.estimate("base", "accuracy"), found.draws["base"]["accuracy"]
-    assert of_draws.mean() != estimate.value
-    assert (estimate.low, estimate.high) == tuple(np.quantile(of_draws, [0.025, 0.975]))
+def answers(draws: np.random.Generator, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """Of a model that is right on 70 % of records."""
+    wrong = (truth + draws.integers(1, 40, len(truth))) % 40
+    predicted = np.where(draws.random(len(truth)) < 0.7, truth, wrong)
+    return {"truth": truth.astype(np.float64), "predicted": predicted.astype(np.float64)}
 
 
 @pytest.mark.by_day("100")
@@ -135,11 +135,7 @@ def test_models_that_are_alike_are_seldom_called_different(number: int) -> None:
     draws, different = np.random.default_rng(6), 0
     for _ in range(100):
         truth = draws.integers(0, 40, number)
-        models = {}
-        for name in ("base", "tuned"):
-            wrong = (truth + draws.integers(1, 40, number)) % 40
-            predicted = np.where(draws.random(number) < 0.7, truth, wrong)
-            models[name] = {"truth": truth.astype(np.float64), "predicted": predicted.astype(np.float64)}
+        models = {name: answers(draws, truth) for name in ("base", "tuned")}
         found = drawn(models, scores=f1, resamples=200).comparison("base", "tuned", "macro_f1")
         different += found.verdict != "cannot be told apart"
         for one in (found.base, found.tuned):
@@ -147,8 +143,6 @@ def test_models_that_are_alike_are_seldom_called_different(number: int) -> None:
             assert one.high - one.low > 0.01
     assert different < 20, "of 100, at a level of 95 %"
 
-
-# Scores by group.
 
 MANY = [*["ward a"] * 60, *["ward b"] * 30, *["c"] * 12, *["d"] * 9, *["e"] * 4]
 
@@ -160,15 +154,11 @@ def test_small_groups_are_merged_and_the_next_smallest_joins_until_they_are_enou
     joined = merged([*["a"] * 60, *["b"] * 30, *["c"] * 12, "d"], smallest=20)
     assert (joined.names, joined.sizes, joined.merged) == (("a", OTHERS), (60, 43), ("b", "c", "d"))
     assert found.smallest == OTHERS
-
-
-def test_the_sizes_alone_decide() -> None:
-    assert merged([value[::-1] for value in MANY], smallest=20).sizes == merged(MANY, smallest=20).sizes
+    # The sizes alone decide.
+    assert merged([value[::-1] for value in MANY], smallest=20).sizes == found.sizes
     assert merged(["a", "b"], smallest=20).names == (OTHERS,)
     assert merged([*["a"] * 20, *[OTHERS] * 25], smallest=20).names == ("a", OTHERS), "whatever a value is called"
-
-
-def test_users_count_once_in_a_group() -> None:
+    # Users count once in a group.
     units = [np.arange(first, first + 10) for first in range(0, 400, 10)]
     values = ["north" if place < 350 else "south" for place in range(400)]
     by_user = merged(values, smallest=10, units=units)
@@ -190,15 +180,6 @@ def test_scores_gaps_and_changes_are_those_of_the_records_in_the_group() -> None
     assert found.changes["b"][pair].verdict == "better"
     assert found.changes["a"][pair].verdict == "cannot be told apart"
     assert found.changes["a"][pair].difference.high == 0.0, "paired: in the group nothing changed"
-
-
-def test_a_group_of_few_proves_nothing() -> None:
-    values = [*["a"] * 50, *["b"] * 9]
-    groups = merged(values, smallest=5)
-    zeros, ones = ({"right": np.full(59, value)} for value in (0.0, 1.0))
-    found = by_group({"x": zeros, "y": ones}, groups, score="accuracy", scores=mean, pairs=[("x", "y")])
-    assert found.changes["a"]["x", "y"].verdict == "better"
-    assert found.changes["b"]["x", "y"].verdict == "cannot be told apart", "9 are too few"
 
 
 def test_models_share_the_draws_and_a_mean_is_one_more() -> None:

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from sacrebleu.metrics.bleu import BLEU
-from transformers import PreTrainedTokenizerFast
 
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation import generation
@@ -21,9 +20,12 @@ CPU = torch.device("cpu")
 ENDS = frozenset({END})
 
 
-def prompts_of(dataset: TextDataset) -> list[np.ndarray]:
-    """Prompts of many lengths: the first half of each text."""
-    return [ids[: (len(ids) + 1) // 2] for ids in dataset.input_ids]
+Prompts = list[np.ndarray]
+
+
+@pytest.fixture
+def prompts(completions: TextDataset) -> Prompts:
+    return [ids[: (len(ids) + 1) // 2] for ids in completions.input_ids]
 
 
 def written_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int) -> list[int]:
@@ -35,11 +37,9 @@ def written_without_cache(model: TaskModel, prompt: np.ndarray, num_tokens: int)
     return token_ids[0, len(prompt) :].tolist()
 
 
-def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, completions: TextDataset) -> None:
-    prompts = prompts_of(completions)
+def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, prompts: Prompts) -> None:
     whole = [written_without_cache(language_model, prompt, 8) for prompt in prompts]
-    end = whole[0][3]
-    ends = frozenset({end, 999})
+    ends = frozenset({end := whole[0][3], 999})
     written = generation.write_batch(
         language_model.base, prompts, end_ids=ends, pad_id=2, max_new_tokens=8, device=CPU, choose=generation.greedily
     )
@@ -50,16 +50,15 @@ def test_each_row_ends_at_its_own_end_of_text(language_model: TaskModel, complet
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_drawn_texts_have_draws_of_their_own_in_any_batch(
-    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast, guided: bool
+def test_drawn_texts_have_draws_of_their_own(
+    language_model: TaskModel, prompts: Prompts, tokenizer: Any, guided: bool
 ) -> None:
-    prompts = [prompts_of(completions)[0]] * 12
-    against = [prompts_of(completions)[1]] * 12 if guided else []
+    own, against = [prompts[0]] * 12, [prompts[1]] * 12 if guided else []
 
     def drawn(max_tokens: int, *, first: int = 0, most: int = 20, seed: int = 1) -> dict[int, str | None]:
         spec = WritingSpec(max_new_tokens=most, temperature=1.5, top_p=0.9, guidance=1.0, seed=seed)
         settings = {"tokenizer": tokenizer, "end_ids": frozenset(range(0, 999, 7)), "spec": spec, "against": against}
-        return dict(draw(language_model, prompts, first=first, max_tokens=max_tokens, **settings))
+        return dict(draw(language_model, own, first=first, max_tokens=max_tokens, **settings))
 
     texts = drawn(10_000)
     assert texts == drawn(100)
@@ -75,19 +74,12 @@ def next_logits(model: TaskModel, token_ids: list[int]) -> torch.Tensor:
         return model.base(input_ids=torch.tensor([token_ids])).logits[0, -1].double()
 
 
-def nucleus_of(chances: torch.Tensor, top_p: float) -> torch.Tensor:
-    """(vocabulary,) whether a token is one of the likeliest that have `top_p` together."""
-    ordered, order = chances.sort(descending=True)
-    inside = torch.zeros_like(chances, dtype=torch.bool)
-    inside[order[ordered.cumsum(dim=-1) - ordered < top_p]] = True
-    return inside
-
-
 @pytest.mark.parametrize("share", [0, 1 / 2])
 def test_full_guidance_takes_what_another_prompt_makes_least_likely(
-    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast, share: float
+    language_model: TaskModel, prompts: Prompts, tokenizer: Any, share: float
 ) -> None:
-    prompts = prompts_of(completions)[:8]
+    """Of the nucleus, the likeliest tokens that have 0.9 together."""
+    prompts = prompts[:8]
     against = [*prompts[1:], prompts[0]]
     begun = [prompt[: int(share * len(prompt))] for prompt in reversed(prompts)]
     expected, ends = [], frozenset({END, *range(0, 999, 7)})
@@ -95,8 +87,9 @@ def test_full_guidance_takes_what_another_prompt_makes_least_likely(
         text: list[int] = beginning.tolist()
         for _ in range(6):
             own, others = (next_logits(language_model, [*start.tolist(), *text]) for start in (prompt, other))
-            inside = nucleus_of(torch.softmax(own, dim=-1), 0.9)
-            text.append(int((own - others).where(inside, torch.tensor(-torch.inf)).argmax()))
+            ordered, order = torch.softmax(own, dim=-1).sort(descending=True)
+            nucleus = order[ordered.cumsum(dim=-1) - ordered < 0.9]
+            text.append(int(nucleus[(own - others)[nucleus].argmax()]))
             if text[-1] in ends:
                 break
         expected.append(tokenizer.decode(text[:-1], skip_special_tokens=True) if text[-1] in ends else None)
@@ -108,9 +101,9 @@ def test_full_guidance_takes_what_another_prompt_makes_least_likely(
 
 
 def test_guidance_multiplies_chances_by_their_ratio(
-    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
+    language_model: TaskModel, prompts: Prompts, tokenizer: Any
 ) -> None:
-    prompt, other = prompts_of(completions)[:2]
+    prompt, other = prompts[:2]
     own, others = (next_logits(language_model, start.tolist()) for start in (prompt, other))
     lift = own - others
     ends = (lift > lift.median()).nonzero()[:, 0].tolist()
@@ -130,9 +123,9 @@ def test_guidance_multiplies_chances_by_their_ratio(
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
 @pytest.mark.parametrize("max_tokens", [1, 50, 10_000])
 def test_padding_cache_and_batches_change_no_text(
-    request: pytest.FixtureRequest, completions: TextDataset, tokenizer: Any, max_tokens: int, family: str
+    request: pytest.FixtureRequest, prompts: Prompts, tokenizer: Any, max_tokens: int, family: str
 ) -> None:
-    model, prompts, expected = request.getfixturevalue(family), prompts_of(completions), []
+    model, expected = request.getfixturevalue(family), []
     assert len({len(prompt) for prompt in prompts}) > 3
     for prompt in prompts:
         row = written_without_cache(model, prompt, 6)
@@ -143,55 +136,42 @@ def test_padding_cache_and_batches_change_no_text(
     assert sum(text.startswith("w") for text in texts) > 10
 
 
-def test_a_text_beyond_the_models_positions_is_refused(
-    language_model: TaskModel, completions: TextDataset, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    lengths = {"max_new_tokens": 30, "max_tokens": 100}
-    with pytest.raises(ConfigError, match=r"^evaluation.max_new_tokens = 30: .* takes 32 in all"):
-        generate(language_model, prompts_of(completions), tokenizer=tokenizer, end_ids=ENDS, **lengths)
+def test_bleu_and_rouge_by_hand_with_unequal_numbers_of_references_and_of_the_corpus() -> None:
+    def scored(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
+        return text_scores(text_figures(hypotheses, references))
 
-
-def scores_of_texts(hypotheses: list[str], references: list[list[str]]) -> dict[str, float]:
-    return text_scores(text_figures(hypotheses, references))
-
-
-def test_bleu_and_rouge_by_hand_with_unequal_numbers_of_references() -> None:
     hypotheses = ["the cat is on the mat", "a b c d e"]
     references = [["the cat sat on the mat"], ["z z z z z z z", "a b c d e"]]
     # Matched n-grams of order 1 to 4: 5 of 6, 3 of 5, 1 of 4, 0 of 3 and 5 of 5, 4 of 4, 3 of 3, 2 of 2.
     bleu = 100 * (10 / 11 * 7 / 9 * 4 / 7 * 2 / 5) ** 0.25
     # Longest common subsequences: 5 of 6 words in both directions, and all.
-    assert scores_of_texts(hypotheses, references) == pytest.approx({"bleu": bleu, "rouge_l": (5 / 6 + 1) / 2})
-    assert scores_of_texts(hypotheses[::-1], references[::-1]) == pytest.approx({"bleu": bleu, "rouge_l": 11 / 12})
-    assert scores_of_texts(["a b c d e"], references[1:]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
-    assert scores_of_texts([""], references[:1]) == {"bleu": 0.0, "rouge_l": 0.0}
+    assert scored(hypotheses, references) == pytest.approx({"bleu": bleu, "rouge_l": (5 / 6 + 1) / 2})
+    assert scored(hypotheses[::-1], references[::-1]) == pytest.approx({"bleu": bleu, "rouge_l": 11 / 12})
+    assert scored(["a b c d e"], references[1:]) == pytest.approx({"bleu": 100.0, "rouge_l": 1.0})
+    assert scored([""], references[:1]) == {"bleu": 0.0, "rouge_l": 0.0}
+    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", ".", "It's"]
+    draws = np.random.default_rng(3)
+    texts = [" ".join(draws.choice(words, size=size)) for size in draws.integers(1, 20, size=60)]
+    some, firsts, seconds = texts[:20], texts[20:40], texts[40:]
+    expected = BLEU().corpus_score(some, [firsts, seconds]).score
+    assert 0 < expected < 100
+    assert scored(some, [list(group) for group in zip(firsts, seconds, strict=True)])["bleu"] == pytest.approx(expected)
 
 
 def test_a_prompt_is_written_for_once_with_all_its_references() -> None:
     asked = [np.array(row, dtype=np.int32) for row in ([5, 6], [5], [5, 6])]
-    prompts = PromptSet.of(asked, ["first", "other", "second"])
+    prompts, one = (PromptSet.of(asked, ["first", "other", "second"], **rows) for rows in ({}, {"rows": 1}))
     assert prompts.references == (("first", "second"), ("other",))
     assert [ids.tolist() for ids in prompts.input_ids] == [[5, 6], [5]]
-    assert PromptSet.of(asked, ["first", "other", "second"], rows=1).references == (("first", "second"),)
+    assert one.references == (("first", "second"),)
     with pytest.raises(DataError, match="must hold at least one prompt"):
         PromptSet.of([], [])
 
 
-def test_bleu_is_that_of_the_corpus() -> None:
-    words = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", ".", "It's"]
-    draws = np.random.default_rng(3)
-    texts = [" ".join(draws.choice(words, size=size)) for size in draws.integers(1, 20, size=60)]
-    hypotheses, firsts, seconds = texts[:20], texts[20:40], texts[40:]
-    expected = BLEU().corpus_score(hypotheses, [firsts, seconds]).score
-    assert 0 < expected < 100
-    found = scores_of_texts(hypotheses, [list(group) for group in zip(firsts, seconds, strict=True)])
-    assert found["bleu"] == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
-def test_a_text_for_a_person_is_the_greedy_one(family: str, completions: TextDataset, request: Any) -> None:
+def test_a_text_for_a_person_is_the_greedy_one(family: str, prompts: Prompts, request: Any) -> None:
     model = request.getfixturevalue(family)
-    for prompt in prompts_of(completions):
+    for prompt in prompts:
         expected = written_without_cache(model, prompt, 8)
         assert list(write(model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=8))) == expected
         # Any of several tokens ends it, and is no part of it.
@@ -200,16 +180,23 @@ def test_a_text_for_a_person_is_the_greedy_one(family: str, completions: TextDat
         assert list(write(model, prompt, end_ids=ends, spec=WritingSpec(max_new_tokens=8))) == expected[:first]
 
 
-def test_a_text_ends_at_the_models_last_position(language_model: TaskModel) -> None:
-    prompt = np.arange(3, 23, dtype=np.int32)
-    assert len(list(write(language_model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=100)))) == 32 - 20
-
-
-def test_gradients_and_flags_are_the_callers_between_two_tokens(language_model: TaskModel) -> None:
-    flags = [module.training for module in language_model.modules()]
-    for _ in write(language_model, np.array([5, 6]), end_ids=(), spec=WritingSpec(max_new_tokens=2)):
+def test_a_text_ends_at_the_models_last_position_and_flags_are_the_callers_between_two_tokens(
+    language_model: TaskModel, prompts: Prompts, tokenizer: Any
+) -> None:
+    prompt, flags = np.arange(3, 23, dtype=np.int32), [module.training for module in language_model.modules()]
+    written = 0
+    for _ in write(language_model, prompt, end_ids=(), spec=WritingSpec(max_new_tokens=100)):
+        written += 1
         assert torch.is_grad_enabled()
         assert [module.training for module in language_model.modules()] == flags
+    assert written == 32 - 20
+    lengths = {"max_new_tokens": 30, "max_tokens": 100}
+    with pytest.raises(ConfigError, match=r"^evaluation.max_new_tokens = 30: .* takes 32 in all"):
+        generate(language_model, prompts, tokenizer=tokenizer, end_ids=ENDS, **lengths)
+    with torch.no_grad():
+        next(iter(language_model.trainable().values())).fill_(float("nan"))
+    with pytest.raises(ConfigError, match="its training diverged"):
+        next(write(language_model, prompt, end_ids=(), spec=WritingSpec()))
 
 
 def test_drawn_tokens_repeat_with_the_seed_and_follow_the_models_chances(language_model: TaskModel) -> None:
@@ -237,13 +224,6 @@ def test_drawn_tokens_repeat_with_the_seed_and_follow_the_models_chances(languag
     assert set(drawn(60, temperature=1.0, top_p=0.5)) == set(nucleus.tolist())
 
 
-def test_a_model_that_diverged_writes_nothing(language_model: TaskModel) -> None:
-    with torch.no_grad():
-        next(iter(language_model.trainable().values())).fill_(float("nan"))
-    with pytest.raises(ConfigError, match="its training diverged"):
-        next(write(language_model, np.array([5]), end_ids=(), spec=WritingSpec()))
-
-
 @pytest.mark.parametrize(
     "text", ["plain", "  spaces  around  ", "Grüße, 你好 \N{RAINBOW}!", "a\nb\n\n", "\N{RAINBOW}" * 3, ""]
 )
@@ -254,11 +234,7 @@ def test_parts_of_a_text_are_whole_characters(text: str) -> None:
     assert "".join(parts) == text.strip()
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
     assert len(parts) == len(text.strip()) - sum(letter.isspace() for letter in text.strip())
-
-
-def test_bytes_that_are_no_character_are_shown_in_the_end() -> None:
-    tokenizer = tiny_tokenizer("random:llama")
-    ids = tokenizer("ab\N{RAINBOW}", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("ab\N{RAINBOW}", add_special_tokens=False)["input_ids"]  # no character in the end
     assert list(as_text(ids[:-1], tokenizer)) == ["a", "b", "\N{REPLACEMENT CHARACTER}"]
     assert "".join(as_text([*ids[:-1], ids[0]], tokenizer)) == "ab\N{REPLACEMENT CHARACTER}a"
 
@@ -271,9 +247,6 @@ def test_a_wrong_way_to_write_is_named_as_its_option(wrong: str) -> None:
     key, value = wrong.split("=")
     with pytest.raises(ConfigError, match=f"^--{key.replace('_', '-')} = "):
         WritingSpec(**{key: int(value) if value.isdecimal() else float(value)})
-
-
-@pytest.mark.parametrize("key", ["max_tokens", "max_new_tokens", "generation_rows"])
-def test_a_size_below_one_is_refused_by_name(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{key} = 0: .*at least 1"):
-        EvaluationSpec(**{key: 0})
+    for size in ("max_tokens", "max_new_tokens", "generation_rows"):
+        with pytest.raises(ConfigError, match=f"^{size} = 0: .*at least 1"):
+            EvaluationSpec(**{size: 0})

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -55,6 +54,9 @@ def test_batches_hold_every_example_once_within_the_budget(labelled: TextDataset
         seen.extend(indices.tolist())
     assert sorted(seen) == list(range(len(labelled)))
     assert labelled.lengths[seen].tolist() == sorted(labelled.lengths.tolist())
+    empty = TextDataset(input_ids=(), targets=labelled.targets[:0])
+    with pytest.raises(DataError, match="at least one example"):
+        next(batches_by_length(empty, pad_id=0, max_tokens=30))
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -77,12 +79,6 @@ def test_a_cpu_scores_few_tokens_at_a_time_and_as_it_would_many(
         np.testing.assert_allclose(few[name], values, atol=1e-5)
 
 
-def test_nothing_to_score_is_a_data_error(labelled: TextDataset) -> None:
-    empty = TextDataset(input_ids=(), targets=labelled.targets[:0])
-    with pytest.raises(DataError, match="at least one example"):
-        next(batches_by_length(empty, pad_id=0, max_tokens=30))
-
-
 def test_no_module_runs_with_gradients_or_in_training_mode(classifier: TaskModel, labelled: TextDataset) -> None:
     weights = {name: value.clone() for name, value in classifier.state_dict().items()}
     before, seen = flags(classifier), set[tuple[bool, bool]]()
@@ -94,12 +90,16 @@ def test_no_module_runs_with_gradients_or_in_training_mode(classifier: TaskModel
     assert all(torch.equal(value, weights[name]) for name, value in classifier.state_dict().items())
     assert all(parameter.grad is None for parameter in classifier.parameters())
     assert all(type(score) is float for score in scores.values())
+    kept: dict[int, Batch] = {}
+    assert scores_of(classifier, labelled, pad_id=END, max_tokens=4096, kept=kept) == scores
+    assert [(batch.prefix, batch.reference) for batch in kept.values()] == [(None, None)] * len(kept)
+    assert kept, "of a model without frozen layers there is nothing to keep but batches"
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureRequest, task: str) -> None:
     last = LoraSpec(rank=2, layers=(-1,))
-    model = bert_classifier(last) if task == "classification" else llama(last)
+    model = bert_classifier(lora=last) if task == "classification" else llama(last)
     data = request.getfixturevalue("labelled" if task == "classification" else "completions")
     frozen, *_ = layer_stack(model.base.get_base_model())[1]
     attention = next(module for name, module in frozen.named_children() if "attention" in name or "attn" in name)
@@ -120,17 +120,6 @@ def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureR
     again = scores_of(model, data, pad_id=END, max_tokens=64, kept=kept)
     assert again == pytest.approx(scores_of(model, data, pad_id=END, max_tokens=64), rel=1e-6)
     assert again != pytest.approx(expected, rel=1e-6), "what trains is scored anew"
-
-
-def test_of_a_model_without_frozen_layers_nothing_is_kept(classifier: TaskModel, labelled: TextDataset) -> None:
-    kept: dict[int, Batch] = {}
-    score = partial(scores_of, classifier, labelled, pad_id=END, max_tokens=4096)
-    assert score(kept=kept) == score()
-    assert [(batch.prefix, batch.reference) for batch in kept.values()] == [(None, None)] * len(kept)
-    assert kept
-
-
-# A classifier.
 
 
 def test_macro_f1_by_hand() -> None:
@@ -164,9 +153,7 @@ def test_scores_equal_one_example_at_a_time(classifier: TaskModel, labelled: Tex
     assert scores["accuracy"] == np.mean(truth == predicted)
     assert scores["macro_f1"] == macro_f1(truth, np.array(predicted), num_labels=4)
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-
-
-# A language model.
+    assert unit_scores(classifier, labelled, pad_id=END).tolist() == (truth == predicted).tolist(), "right or wrong"
 
 
 def token_losses(model: TaskModel, dataset: TextDataset) -> list[np.ndarray]:
@@ -192,64 +179,43 @@ def test_loss_weighs_examples_and_perplexity_weighs_tokens(
     assert list(scores) == ["loss", "perplexity"]
     assert scores["loss"] == pytest.approx(np.mean(per_example), rel=1e-5)
     assert scores["perplexity"] == pytest.approx(np.exp(np.concatenate(losses).mean()), rel=1e-4)
+    # A text scores by its mean loss; without a supervised token nothing is known.
+    expected = [np.exp(-loss) if len(row) else 0.0 for loss, row in zip(per_example, losses, strict=True)]
+    assert unit_scores(language_model, completions, pad_id=END) == pytest.approx(expected, rel=1e-5)
 
 
-def test_data_without_a_supervised_token_is_refused(language_model: TaskModel, completions: TextDataset) -> None:
+def test_a_diverged_model_has_infinite_perplexity_and_data_that_teach_nothing_none(
+    language_model: TaskModel, completions: TextDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unsupervised = TextDataset(input_ids=completions.input_ids[-1:], targets=completions.targets[-1:])
     with pytest.raises(DataError, match="max_length"):
         scores_of(language_model, unsupervised, pad_id=2, max_tokens=100)
-
-
-def test_a_diverged_model_has_infinite_perplexity(
-    language_model: TaskModel, completions: TextDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(language_model, "losses", lambda batch: torch.full((len(batch.input_ids),), 1e4))
     assert scores_of(language_model, completions, pad_id=2, max_tokens=100)["perplexity"] == float("inf")
 
 
-# Scores of held-out units: bounded, and each of them a matter of its own unit alone.
-
-
-@pytest.fixture(params=["classification", "causal_lm"])
-def scored(request: pytest.FixtureRequest) -> tuple[Callable[[TextDataset], np.ndarray], TextDataset]:
-    task = request.param
-    names = {"classification": ("classifier", "labelled"), "causal_lm": ("language_model", "completions")}[task]
+@pytest.mark.parametrize("names", [("classifier", "labelled"), ("language_model", "completions")])
+def test_every_unit_has_one_score_between_zero_and_one_that_no_other_changes_by_a_single_bit(
+    names: tuple[str, str], request: pytest.FixtureRequest
+) -> None:
     model, dataset = (request.getfixturevalue(name) for name in names)
-    return lambda given: unit_scores(model, given, pad_id=END), dataset
-
-
-def test_every_unit_has_one_score_between_zero_and_one(scored: Any) -> None:
-    score, dataset = scored
-    scores = score(dataset)
-    assert scores.shape == (len(dataset),)
-    assert scores.dtype == np.float64
-    assert scores.min() >= 0
-    assert scores.max() <= 1
-    assert len(set(scores.tolist())) > 1, "a constant would show nothing"
-
-
-def test_a_unit_more_changes_no_others_score_by_a_single_bit(scored: Any) -> None:
-    score, dataset = scored
+    score = partial(unit_scores, model, pad_id=END)
     whole = score(dataset)
+    assert (whole.shape, whole.dtype) == ((len(dataset),), np.float64)
+    assert ((whole >= 0) & (whole <= 1)).all()
+    assert len(set(whole.tolist())) > 1, "a constant would show nothing"
     for left_out in (0, 7, len(dataset) - 1):
         others = [index for index in range(len(dataset)) if index != left_out]
         assert score(dataset.chosen(others)).tobytes() == whole[others].tobytes()
     order = np.random.default_rng(3).permutation(len(dataset))
     assert score(dataset.chosen(order)).tobytes() == whole[order].tobytes()
-
-
-def test_without_units_there_are_no_scores(scored: Any) -> None:
-    score, dataset = scored
     assert score(dataset.chosen([])).shape == (0,)
 
 
-def test_a_user_scores_the_mean_over_its_records_and_counts_once() -> None:
+def test_a_user_scores_the_mean_over_its_records_and_moves_one_score_within_its_bounds() -> None:
     users = [np.array([0, 3]), np.array([1]), np.array([2, 4, 5])]
     assert user_scores(np.array([1.0, 0.25, 0.0, 0.5, 1.0, 0.5]), users).tolist() == [0.75, 0.25, 0.5]
     assert user_scores(np.zeros(0), []).shape == (0,)
-
-
-def test_no_records_of_one_user_move_more_than_one_score_within_its_bounds() -> None:
     # However many they are and whatever came out: noised_scores adds (score, 1) for one unit.
     wild = np.array([np.nan, np.inf, -5.0, 7.0, 1.0])
     users = [np.array([0]), np.array([1, 2, 3, 4])]
@@ -257,20 +223,3 @@ def test_no_records_of_one_user_move_more_than_one_score_within_its_bounds() -> 
     for count in (1, 10, 1000):
         (score,) = user_scores(np.full(count, 1e9), [np.arange(count)])
         assert score == 1.0
-
-
-def test_a_class_is_right_or_wrong(classifier: TaskModel, labelled: TextDataset) -> None:
-    scores = unit_scores(classifier, labelled, pad_id=END)
-    classifier.eval()
-    for index, score in enumerate(scores):
-        logits = classifier.logits(collate(labelled, np.array([index]), pad_id=END)).detach()
-        assert score == float(int(logits.argmax()) == labelled.targets[index])
-
-
-def test_a_text_scores_by_its_mean_loss(language_model: TaskModel, completions: TextDataset) -> None:
-    scores = unit_scores(language_model, completions, pad_id=END)
-    language_model.eval()
-    for index, score in enumerate(scores):
-        loss = language_model.losses(collate(completions, np.array([index]), pad_id=END)).detach()
-        assert score == pytest.approx(np.exp(-float(loss[0])) if loss[0] else 0.0, rel=1e-5), "0: nothing to learn"
-    assert scores[-1] == 0.0, "without a supervised token nothing is known"

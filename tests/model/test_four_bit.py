@@ -2,7 +2,9 @@
 
 import hashlib
 from copy import deepcopy
+from functools import partial
 from statistics import NormalDist
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from fedtune.model.quantized import LEVELS, FourBit, keep_in_four_bits, to_codes
 from fedtune.model.spec import ModelSpec
 from fedtune.spec import ConfigError
 
-from .conftest import both_ways, exactly, same_beside_others
+from .conftest import backwards, both_ways, exactly, same_beside_others
 
 
 def some_weights() -> torch.Tensor:
@@ -58,13 +60,9 @@ def test_a_weight_becomes_the_nearest_level_of_its_block() -> None:
     wanted = (levels.float()[of_codes.long()] * scales.unsqueeze(1)).bfloat16()
     assert torch.equal(to_weights(codes, scales).view(300, 64), wanted)
     assert not wanted[7].any(), "a block of zeros stays one"
-
-
-def test_weights_that_are_levels_already_stay_as_they_are() -> None:
-    draws = torch.Generator().manual_seed(0)
-    weights = torch.tensor(LEVELS)[torch.randint(16, (50, 64), generator=draws)] * 2.0
+    weights = torch.tensor(LEVELS)[torch.randint(16, (50, 64), generator=torch.Generator().manual_seed(0))] * 2.0
     weights[:, 3] = 2.0
-    assert torch.equal(to_weights(*to_codes(weights)), weights.flatten().bfloat16())
+    assert torch.equal(to_weights(*to_codes(weights)), weights.flatten().bfloat16()), "levels stay as they are"
 
 
 def test_codes_and_scales_are_those_that_bitsandbytes_made() -> None:
@@ -97,15 +95,10 @@ def test_products_and_gradients_are_those_of_the_weights_that_are_kept(module: n
 
 def test_between_two_passes_nobody_holds_weights() -> None:
     layer, values = kept(nn.Linear(128, 128)), torch.randn(2, 3, 128, requires_grad=True)
-    held: list[int] = []
-
-    def noted(tensor: torch.Tensor) -> torch.Tensor:
-        held.append(tensor.numel())
-        return tensor
-
+    noted = Mock(side_effect=lambda tensor: tensor)
     with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
         layer(values).sum().backward()
-    assert held == []
+    noted.assert_not_called()
     assert {name: one.dtype for name, one in layer.named_buffers()} == {"codes": torch.uint8, "scales": torch.float32}
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 
@@ -115,11 +108,7 @@ def test_between_two_passes_nobody_holds_weights() -> None:
 @pytest.mark.parametrize("shape", [(384, 1536), (1536, 384), (576, 192), (64, 32)])
 def test_a_row_s_product_is_the_same_in_every_number_of_rows(shape: tuple[int, int], threads: int) -> None:
     layer = kept(nn.Linear(shape[1], shape[0]))
-
-    def back(gradients: torch.Tensor) -> torch.Tensor:
-        return both_ways(layer, torch.zeros(len(gradients), shape[1]).bfloat16(), gradients)[1]
-
-    for multiply, size in ((layer, shape[1]), (back, shape[0])):
+    for multiply, size in ((layer, shape[1]), (partial(backwards, layer, shape[1]), shape[0])):
         assert same_beside_others(multiply, torch.randn(300, size).bfloat16(), threads=threads, fewest=1)
 
 

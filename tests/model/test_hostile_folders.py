@@ -39,7 +39,6 @@ def sets(folder: Path, name: str, **changes: Any) -> None:
 
 
 def prepare(folder: Path, case: dict[str, Any]) -> None:
-    """Change the folder as hostile_folders.yaml says."""
     weights = folder / "model.safetensors"
     if "index" in case:
         weights.rename(folder / "a.safetensors")
@@ -79,23 +78,6 @@ def test_a_hostile_folder_is_refused_with_its_reason(attack: str, folder: Path) 
         assert "\n" not in str(caught.value)
 
 
-def other_weights(folder: Path, name: str) -> None:
-    zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(zeros, folder / name, metadata={"format": "pt"})
-
-
-def shards_beside(folder: Path) -> None:
-    other_weights(folder, "a.safetensors")
-    named = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
-
-
-def folders(folder: Path) -> None:
-    for name in ("custom_generate", "additional_chat_templates"):
-        (folder / name).mkdir()
-    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ evil }}")
-
-
 FILES = {
     "config.4.0.0.json": '{"model_type": "gpt2"}',
     "tokenizer.4.0.0.json": "{}",
@@ -105,19 +87,18 @@ FILES = {
     "preprocessor_config.json": '{"auto_map": {"AutoProcessor": "p.P"}}',
     "modules.json": '[{"type": "evil.Module"}]',
 }
-HARMLESS: dict[str, Callable[[Path], None]] = {
-    "weights as a paper": partial(other_weights, name="README.safetensors"),
-    "an adapter's weights": partial(other_weights, name="adapter_model.safetensors"),
-    "a variant": partial(other_weights, name="model.fp16.safetensors"),
-    "shards beside the single file": shards_beside,
-    "folders": folders,
-    "files": partial(prepare, case=FILES),
-}
 
 
-@pytest.mark.parametrize("added", HARMLESS)
-def test_what_is_not_in_the_manifest_changes_nothing(added: str, clean: Path, folder: Path) -> None:
-    HARMLESS[added](folder)
+def test_what_is_not_in_the_manifest_changes_nothing(clean: Path, folder: Path) -> None:
+    prepare(folder, FILES)
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in load_file(folder / "model.safetensors").items()}
+    # A paper's name, an adapter's weights, a variant, and shards beside the single file.
+    for name in ("README", "adapter_model", "model.fp16", "a"):
+        save_file(zeros, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    sets(folder, "model.safetensors.index.json", weight_map=dict.fromkeys(zeros, "a.safetensors"))
+    for name in ("custom_generate", "additional_chat_templates"):
+        (folder / name).mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ evil }}")
     plain = ModelSpec(path=str(clean))
     spec = ModelSpec(path=str(folder), sha256=model_sha256(plain))
     ours, theirs = load_base(spec), load_base(plain)
@@ -125,9 +106,6 @@ def test_what_is_not_in_the_manifest_changes_nothing(added: str, clean: Path, fo
         assert torch.equal(one, other), name
     ids, same = (load_tokenizer(one)("Grüße")["input_ids"] for one in (spec, plain))
     assert ids == same
-
-
-# --- the tokenizer and the embedding ---
 
 
 def rules(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
@@ -151,10 +129,6 @@ def fits(folder: Path) -> None:
     check_tokenizer_fits(load_tokenizer(spec), load_base(spec), path=spec.path)
 
 
-def test_a_tokenizer_fits_its_own_model(folder: Path) -> None:
-    fits(folder)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -172,23 +146,18 @@ def test_a_token_beyond_the_embedding_is_refused(folder: Path, change: Callable[
     assert caught.value.key == "model.path"
 
 
-def test_the_last_row_may_be_used(folder: Path) -> None:
+def test_the_last_row_may_be_used_and_padding_or_an_end_there_must_be(folder: Path) -> None:
     def takes_the_last(fields: dict[str, Any]) -> None:
         vocab = fields["model"]["vocab"]
         del vocab[next(token for token, number in vocab.items() if number == 260)]
         adds_token(fields, 260)
 
+    fits(folder)
     rules(folder, takes_the_last)
     fits(folder)
-
-
-def test_a_tokenizer_without_padding_or_end_is_refused(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ConfigError, match="must have a padding token or an end-of-text token"):
         fits(folder)
-
-
-# --- positions, and rotary types that are fine ---
 
 
 def tiny(kind: type[PreTrainedModel], settings: Any, **changes: Any) -> PreTrainedModel:
@@ -197,18 +166,15 @@ def tiny(kind: type[PreTrainedModel], settings: Any, **changes: Any) -> PreTrain
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
-def test_positions_behind_the_padding_row_are_those_that_can_be_used(padding: int) -> None:
+def test_positions_behind_the_padding_row_are_those_that_can_be_used(padding: int, clean: Path) -> None:
+    assert usable_positions(load_base(ModelSpec(path=str(clean)))) == 512, "of other models all"
+    assert usable_positions(tiny(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
     base = tiny(RobertaModel, RobertaConfig, max_position_embeddings=20, pad_token_id=padding)
     most = usable_positions(base)
     assert most == 20 - padding - 1
     base(input_ids=torch.full((1, most), 7))
     with pytest.raises((IndexError, RuntimeError)):
         base(input_ids=torch.full((1, most + 1), 7))
-
-
-def test_positions_of_other_models_are_all_usable(clean: Path) -> None:
-    assert usable_positions(load_base(ModelSpec(path=str(clean)))) == 512
-    assert usable_positions(tiny(LlamaModel, LlamaConfig, max_position_embeddings=20)) == 20
 
 
 @pytest.mark.parametrize(

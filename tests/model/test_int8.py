@@ -4,8 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from copy import deepcopy
+from functools import cache, partial
 from typing import Any
 from unittest.mock import Mock
 
@@ -20,20 +20,17 @@ from fedtune.model.int8 import PART, Int8, keep_in_int8, round_rows
 from fedtune.model.spec import ModelSpec
 from fedtune.training.machine import model_bytes
 
-from .conftest import both_ways, same_beside_others
+from .conftest import backwards, both_ways, same_beside_others
 
 MODULES = [nn.Linear(96, 80), nn.Linear(1536, 96, bias=False), Conv1D(80, 96)]
 modules = pytest.mark.parametrize("module", MODULES, ids=["linear", "many terms", "transposed"])
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test makes of the kernel is not what the next one is told."""
-    for known in (int8._adds_whole_numbers, int8._passes):
-        known.cache_clear()
-    yield
-    for known in (int8._adds_whole_numbers, int8._passes):
-        known.cache_clear()
+    for name in ("_adds_whole_numbers", "_passes"):
+        monkeypatch.setattr(int8, name, cache(getattr(int8, name).__wrapped__))
 
 
 class Base(nn.Module):
@@ -97,14 +94,11 @@ def test_large_columns_are_made_smaller_before_a_row_is_rounded() -> None:
     for exact, one, layer in zip(wanted, found, base.layers, strict=True):
         assert (one - exact).norm() < 0.02 * exact.norm()
         assert (layer(rounded) - exact[0]).norm() > 0.2 * exact.norm(), "all but the large columns are lost"
-
-
-def test_modules_that_nobody_comes_to_are_kept_as_they_are() -> None:
-    base = Base(nn.Linear(8, 8), nn.Linear(8, 8))
-    base.forward = lambda input_ids: base.layers[0](base.embedding(input_ids))  # type: ignore[method-assign]
-    keep_in_int8(base, base.layers, device="cpu")  # type: ignore[arg-type]
-    assert isinstance(base.layers[1], Int8)
-    assert base.layers[1].reader != base.layers[0].reader
+    alone = Base(nn.Linear(8, 8), nn.Linear(8, 8))
+    alone.forward = lambda input_ids: alone.layers[0](alone.embedding(input_ids))  # type: ignore[method-assign]
+    keep_in_int8(alone, alone.layers, device="cpu")  # type: ignore[arg-type]
+    assert isinstance(alone.layers[1], Int8)
+    assert alone.layers[1].reader != alone.layers[0].reader, "nobody came to it"
 
 
 @modules
@@ -174,12 +168,13 @@ def test_a_row_is_the_same_in_every_number_of_rows(
 ) -> None:
     if not own_kernel:
         monkeypatch.setattr(int8, "_adds_whole_numbers", lambda _: False)
+    rows = torch.full((20, PART), 127, dtype=torch.int8)
+    rows[1, :9] = 1  # a number that float16 or bfloat16 would not hold
+    sums = int8.add_products(rows, rows.t())
+    assert torch.equal(sums.long(), rows.long() @ rows.long().t()), "the largest sums are exact"
+    assert sums.max() == PART * 127**2 < 2**24
     layer = kept(nn.Linear(shape[1], shape[0]))
-
-    def back(gradients: torch.Tensor) -> torch.Tensor:
-        return both_ways(layer, torch.zeros(len(gradients), shape[1]), gradients)[1]
-
-    for multiply, size in ((layer, shape[1]), (back, shape[0])):
+    for multiply, size in ((layer, shape[1]), (partial(backwards, layer, shape[1]), shape[0])):
         values = torch.randn(700, size) * 10 ** torch.randn(700, 1)
         values[3] = torch.inf  # whoever stands beside it
         values[4, 0] = torch.nan
@@ -219,7 +214,7 @@ def test_a_kernel_that_adds_two_products_in_16_bits_is_found_and_not_used(monkey
 
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="the package numba is missing")
 @pytest.mark.parametrize("size", [1, 33, 384])
-def test_compiled_passes_have_the_same_bits_as_torch_s(size: int) -> None:
+def test_compiled_passes_have_the_same_bits_as_torch_s(size: int, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     from fedtune.model import int8_kernels
 
     sums, of_rows = torch.randint(-(2**24), 2**24, (40, size), dtype=torch.int32), torch.rand(40, 1)
@@ -246,26 +241,11 @@ def test_compiled_passes_have_the_same_bits_as_torch_s(size: int) -> None:
     rows[5], rows[6, 0], rows[7, 0] = torch.nan, torch.inf, -torch.inf
     int8_kernels.round_into(rows, torch.ones(size), *found[0], part)
     assert found[0][1][:, 0].isnan().nonzero().flatten().tolist() == [5, 6, 7]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="the package numba is missing")
-def test_a_numba_that_cannot_be_used_is_done_without(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    # A numba that cannot be used is done without.
     monkeypatch.setattr(int8, "_adds_whole_numbers", lambda _: True)
-    full = Mock(side_effect=OSError("no space left on device"))
-    monkeypatch.setattr("fedtune.model.int8_kernels.round_into", full)
+    monkeypatch.setattr(int8_kernels, "round_into", Mock(side_effect=OSError("no space left on device")))
     assert int8._passes("cpu") is int8
     assert "int8 products take longer without it" in caplog.text
-
-
-@pytest.mark.parametrize("own_kernel", [True, False], ids=["int8 kernel", "float32"])
-def test_the_largest_sums_are_exact(own_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not own_kernel:
-        monkeypatch.setattr(int8, "_adds_whole_numbers", lambda _: False)
-    rows = torch.full((20, PART), 127, dtype=torch.int8)
-    rows[1, :9] = 1  # a number that float16 or bfloat16 would not hold
-    sums = int8.add_products(rows, rows.t())
-    assert torch.equal(sums.long(), rows.long() @ rows.long().t())
-    assert sums.max() == PART * 127**2 < 2**24
 
 
 def test_layers_that_read_the_same_round_it_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model_state_dict
+from transformers import GPT2Config, GPT2Model
 
 from fedtune.model.base_model import load_base
 from fedtune.model.ia3_and_dora import as_peft, merged
-from fedtune.model.layers import attach_adapters
-from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
+from fedtune.model.layers import attach_adapters, without_adapters
+from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel, build_task_model
 
@@ -49,11 +50,8 @@ def test_what_trains(path: str) -> None:
     assert set(trains("dora")) == {*trains("lora"), *trains("ia3")}
     assert all(".1." in name for name in trains("ia3", layers=(-1,)))
     assert 2 * len(trains("ia3", layers=(-1,))) == modules
-
-
-def test_named_targets() -> None:
-    model = build_task_model(spec_of(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
-    assert [name.split("layer.")[1] for name in offsets(model)] == [
+    named = build_task_model(spec_of(lora=LoraSpec(kind="ia3", target_modules=("query", "attention.output.dense"))))
+    assert [name.split("layer.")[1] for name in offsets(named)] == [
         f"{layer}.attention.{module}.scales.offset" for layer in (0, 1) for module in ("output.dense", "self.query")
     ]
 
@@ -66,17 +64,6 @@ def test_zeros_change_nothing_bit_for_bit(path: str, dtype: Any, kind: str) -> N
     base = load_base(ModelSpec(path=path, dtype=dtype))
     model = attach_adapters(base, spec=LoraSpec(kind=kind, rank=2), predicts_tokens=False, seed=0)
     assert torch.equal(outputs(model), plain)
-
-
-@kinds
-def test_without_its_adapters_the_base_is_as_it_was(kind: str) -> None:
-    from fedtune.model.layers import without_adapters
-
-    model = trained(lora=LoraSpec(kind=kind, rank=2))
-    plain = outputs(load_base(ModelSpec(path="random:bert")))
-    assert not torch.allclose(outputs(model.base), plain, atol=1e-2)
-    with without_adapters(model.base):
-        assert torch.equal(outputs(model.base), plain)
 
 
 def with_a_query(**lora: Any) -> tuple[TaskModel, Any]:
@@ -94,9 +81,11 @@ def test_an_offset_of_ia3_is_a_share_of_its_module_s_output() -> None:
     assert torch.allclose(layer(inputs), plain * torch.linspace(-1, 3, 32))
 
 
-def test_an_offset_of_dora_is_a_share_of_its_row_s_length() -> None:
+def test_the_scale_and_an_offset_of_dora_as_a_share_of_its_row_s_length() -> None:
     model, layer = with_a_query(kind="dora", rank=2)
     with_random_values(model, 0.3)
+    scalings = [with_a_query(rank=4, alpha=6.0, rslora=on)[1].scaling["default"] for on in (False, True)]
+    assert scalings == pytest.approx([6.0 / 4, 6.0 / math.sqrt(4)])
     inputs, start = torch.randn(2, 3, 32), layer.base_layer.weight
     matrix = start + 8.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     length = start.norm(dim=1) * (1 + layer.scales.offset)
@@ -106,23 +95,21 @@ def test_an_offset_of_dora_is_a_share_of_its_row_s_length() -> None:
 
 @kinds
 @pytest.mark.parametrize("path", PATHS)
-def test_it_is_merged_into_the_base_by_peft(path: str, kind: str) -> None:
+def test_it_is_set_aside_and_saved_and_merged_into_the_base_by_peft(path: str, kind: str) -> None:
     model = trained(path, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
-    expected = outputs(model.base)
-    plain = merged(model.base)
-    assert type(plain) is type(load_base(ModelSpec(path=path)))
-    assert not any("scales" in name or "lora" in name for name, _ in plain.named_modules())
-    assert torch.allclose(outputs(plain), expected, rtol=1e-4, atol=1e-4)
-
-
-@kinds
-def test_its_names_are_those_that_peft_saves(kind: str) -> None:
-    model = trained(lora=LoraSpec(kind=kind, rank=2))
+    expected, as_it_was = outputs(model.base), outputs(load_base(ModelSpec(path=path)))
+    assert not torch.allclose(expected, as_it_was, atol=1e-2)
+    with without_adapters(model.base):
+        assert torch.equal(outputs(model.base), as_it_was)
     saved = get_peft_model_state_dict(model.base)
     for name, start, values in as_peft(model.base):
         assert saved[name].shape == start.shape == values.shape
         assert not torch.equal(start, values)
     assert len(list(as_peft(model.base))) == len(offsets(model))
+    plain = merged(model.base)
+    assert type(plain) is type(load_base(ModelSpec(path=path)))
+    assert not any("scales" in name or "lora" in name for name, _ in plain.named_modules())
+    assert torch.allclose(outputs(plain), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_of_zeros_is_refused_by_dora() -> None:
@@ -136,8 +123,6 @@ def test_a_row_of_zeros_is_refused_by_dora() -> None:
 
 
 def test_a_transposed_module() -> None:
-    from transformers import GPT2Config, GPT2Model
-
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=64, resid_pdrop=0, attn_pdrop=0)
     for kind in ("dora", "ia3"):
         torch.manual_seed(0)
@@ -153,28 +138,19 @@ def test_a_transposed_module() -> None:
         assert torch.allclose(outputs(merged(model)), expected, rtol=1e-4, atol=1e-4)
 
 
-# LoRA's own matrices.
-
-
-def lora_names(spec: TaskModelSpec) -> list[str]:
-    return [name for name in build_task_model(spec).trainable() if name != "head.weight"]
-
-
-@pytest.mark.parametrize("path", ["random:bert", "random:llama"])
-def test_negative_layers_count_from_the_end(path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "task", "modules"), [("random:bert", "classification", 6), ("random:llama", "causal_lm", 7)]
+)
+def test_all_linear_stays_inside_the_layers_counted_from_either_end(path: str, task: str, modules: int) -> None:
     def layer(*layers: int) -> list[str]:
-        return lora_names(spec_of(path, lora=LoraSpec(rank=2, layers=layers)))
+        model = build_task_model(spec_of(path, task, lora=LoraSpec(rank=2, layers=layers or None)))
+        return [name for name in model.trainable() if name != "head.weight"]
 
+    assert len(layer()) == 2 * 2 * modules
+    assert not any(word in name for name in layer() for word in ("pooler", "embed", "lm_head"))
     assert layer(-1) == layer(1)
-    assert layer(-1, -2) == layer(0, 1) == lora_names(spec_of(path, lora=LoraSpec(rank=2)))
+    assert layer(-1, -2) == layer(0, 1) == layer()
     assert all(".1." in name for name in layer(-1))
-
-
-def test_all_linear_stays_inside_the_layers() -> None:
-    for path, task, modules in (("random:bert", "classification", 6), ("random:llama", "causal_lm", 7)):
-        found = lora_names(spec_of(path, task))
-        assert len(found) == 2 * 2 * modules
-        assert not any(word in name for name in found for word in ("pooler", "embed", "lm_head"))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +182,3 @@ def test_the_start_depends_on_the_seed_alone() -> None:
     assert torch.equal(first, start(1))
     assert not torch.equal(first, start(2))
     assert torch.allclose(first, start(1, "bfloat16"), rtol=1e-2)
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_scale(rslora: bool) -> None:
-    _, layer = with_a_query(rank=4, alpha=6.0, rslora=rslora)
-    assert layer.scaling["default"] == pytest.approx(6.0 / (math.sqrt(4) if rslora else 4))

@@ -10,27 +10,17 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 from fedtune.data import Batch
 from fedtune.data.batching import alone
 from fedtune.model.layers import OutputLayer
-from fedtune.training.per_example import attached
 
+from ..builders import gradients_of
 from .conftest import batch_of, trained
 
 IDS = torch.arange(12).view(2, 6)
-SIZES: dict[str, Any] = {
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
+SIZES: dict[str, Any] = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-
-
-def scaled() -> PreTrainedModel:
-    return GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
 
 
 def in_place() -> PreTrainedModel:
@@ -46,7 +36,9 @@ def in_place() -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("make", [llama, scaled, in_place])
+@pytest.mark.parametrize(
+    "make", [llama, lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval(), in_place]
+)
 def test_scores_of_chosen_places_are_the_models_own(make: Callable[[], PreTrainedModel]) -> None:
     model = make()
     whole = model(input_ids=IDS).logits
@@ -71,16 +63,15 @@ def test_the_layer_does_not_run_while_its_inputs_are_taken_and_runs_again_afterw
 @pytest.mark.parametrize("learnt", [0, 1, 3, 6])
 def test_how_many_tokens_neighbours_learn_changes_no_bit_of_a_gradient(learnt: int) -> None:
     model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
-    with attached(model) as gradients:
-        before = gradients.of(batch)
-        batch.targets[1:] = -100
-        batch.targets[1:, 1 : 1 + learnt] = 7
-        beside_others = gradients.of(batch)
+    before = gradients_of(model, batch)
+    batch.targets[1:] = -100
+    batch.targets[1:, 1 : 1 + learnt] = 7
+    beside_others = gradients_of(model, batch)
     assert any(one[0].any() for one in before.values())
     assert all(torch.equal(one[0], beside_others[name][0]) for name, one in before.items())
 
 
-def test_an_empty_batch_needs_as_much_as_any_example() -> None:
+def test_an_empty_batch_needs_as_much_as_any_example_and_one_token_teaches_nothing() -> None:
     model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     places: list[int] = []
     layer = model.base.get_base_model().lm_head
@@ -92,11 +83,6 @@ def test_an_empty_batch_needs_as_much_as_any_example() -> None:
     hook.remove()
     assert places == [batch.input_ids.shape[1] - 1] * 4
     assert most <= places[0]
-
-
-def test_a_record_of_one_token_has_no_loss_and_no_gradient() -> None:
-    model, batch = trained("random:llama", "causal_lm"), batch_of("causal_lm")
     short = Batch(batch.input_ids[:, :1], batch.attention_mask[:, :1], batch.targets[:, :1])
-    with attached(model) as gradients:
-        assert all(not one.any() for one in gradients.of(short).values())
+    assert all(not one.any() for one in gradients_of(model, short).values())
     assert model.losses(short).tolist() == [0.0] * len(short)

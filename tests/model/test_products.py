@@ -45,23 +45,14 @@ def test_product_and_gradient_are_torchs_own_but_for_rounding(module: nn.Module)
 
 
 @needs_onednn
-def test_a_weight_that_begins_to_train_gets_torchs_gradient() -> None:
+def test_a_weight_that_begins_to_train_gets_torchs_gradient_and_nobody_a_wrong_second_derivative() -> None:
     weight, values = torch.randn(4, 6), torch.randn(5, 6)
     assert not product(values, weight, None).requires_grad
+    for bias in (torch.arange(8.0)[::2], torch.ones(1).expand(4)):  # it is read as it lies
+        torch.testing.assert_close(product(values, weight, bias), nn.functional.linear(values, weight, bias))
     product(values, weight.requires_grad_(), None).sum().backward()
     torch.testing.assert_close(weight.grad, values.sum(dim=0).expand(4, 6))
-
-
-@needs_onednn
-def test_a_bias_is_read_as_it_lies() -> None:
-    weight, values = torch.randn(5, 6), torch.randn(3, 6)
-    for bias in (torch.arange(10.0)[::2], torch.ones(1).expand(5)):
-        torch.testing.assert_close(product(values, weight, bias), nn.functional.linear(values, weight, bias))
-
-
-@needs_onednn
-def test_there_is_no_second_derivative_and_nobody_is_given_a_wrong_one() -> None:
-    values = torch.randn(3, 6, requires_grad=True)
+    values.requires_grad_()
     (slope,) = torch.autograd.grad(product(values, torch.randn(5, 6), None).pow(2).sum(), values, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
@@ -71,18 +62,14 @@ def test_there_is_no_second_derivative_and_nobody_is_given_a_wrong_one() -> None
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(384, 1536), (576, 192), (64, 32)])
 def test_a_rows_product_is_the_same_in_every_number_of_rows(shape: tuple[int, int], threads: int) -> None:
-    weight = torch.randn(*shape)
-    values = torch.randn(512, shape[1])
+    weight, values = torch.randn(*shape), torch.randn(512, shape[1])
     assert same_beside_others(lambda rows: product(rows, weight, None), values, threads=threads)
 
 
-def test_what_trains_stays_as_it_is() -> None:
+def test_what_trains_stays_as_it_is_and_other_number_formats_are_left_to_torch() -> None:
     base = nn.Sequential(nn.Linear(4, 4), frozen(nn.Linear(4, 4)))
     multiply_by_onednn(base)
     assert type(base[0]) is nn.Linear
-
-
-def test_other_number_formats_are_left_to_torch() -> None:
     weight, values = torch.randn(4, 6).bfloat16(), torch.randn(5, 6).bfloat16()
     assert torch.equal(product(values, weight, None), nn.functional.linear(values, weight))
     assert product(torch.zeros(0, 6), weight.float(), None).shape == (0, 4)
@@ -112,9 +99,7 @@ def test_rounded_products_are_sums_of_rounded_numbers_rounded_once(
 
 @pytest.mark.parametrize(("dtype", "kind"), [("mixed", RoundedLinear), ("int8", Int8Linear), ("nf4", FourBitLinear)])
 @pytest.mark.parametrize(("path", "predicts_tokens"), [("random:bert", False), ("random:llama", True)])
-def test_the_layers_own_weights_alone_have_another_format(
-    path: str, predicts_tokens: bool, dtype: Any, kind: type[nn.Module]
-) -> None:
+def test_layers_weights_alone_have_another_format(path: str, predicts_tokens: bool, dtype: Any, kind: Any) -> None:
     between: Any = "bfloat16" if dtype == "nf4" else "float32"  # the states between layers
     spec = ModelSpec(path=path, dtype=dtype)
     base, plain = (
