@@ -3,10 +3,13 @@
 import json
 import string
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -45,6 +48,11 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
     return path
 
 
+def in_parquet(table: pyarrow.Table, **how: Any) -> bytes:
+    parquet.write_table(table, sink := pyarrow.BufferOutputStream(), **how)
+    return bytes(sink.getvalue())
+
+
 def rows(dataset: TextDataset) -> list[tuple[list[int], list[int]]]:
     """Of each text its ids, and its targets."""
     return [(ids.tolist(), row.tolist()) for ids, row in zip(dataset.input_ids, dataset.targets, strict=True)]
@@ -64,16 +72,7 @@ def make_tokenizer(*, post: str | None) -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def encoder_tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(post="[CLS] $A [SEP]")
-
-
-@pytest.fixture(scope="session")
-def decoder_tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(post=None)
-
-
-@pytest.fixture(scope="session")
-def leading_tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer(post="[CLS] $A")
+_session = partial(pytest.fixture, scope="session")
+encoder_tokenizer = _session(name="encoder_tokenizer")(lambda: make_tokenizer(post="[CLS] $A [SEP]"))
+decoder_tokenizer = _session(name="decoder_tokenizer")(lambda: make_tokenizer(post=None))
+leading_tokenizer = _session(name="leading_tokenizer")(lambda: make_tokenizer(post="[CLS] $A"))

@@ -16,7 +16,6 @@ IDS = tuple(np.array(ids, dtype=np.int32) for ids in ([5, 6, PAD], [7, PAD], [8,
 CLASSES = TextDataset(IDS, np.array([0, 2, 1]))
 TOKENS = TextDataset(IDS, tuple(np.where(ids > 6, ids, UNSUPERVISED).astype(np.int64) for ids in IDS))
 
-
 SEVERAL = TextDataset((*IDS, *IDS[::-1]), np.array([0.5, 0.25, 1.0], dtype=np.float32), 2)
 A_TOKEN_EACH = TextDataset((*IDS, *IDS[::-1]), (*TOKENS.targets, *TOKENS.targets[::-1]), 2)
 
@@ -72,10 +71,7 @@ def test_an_empty_batch_has_the_dtypes_of_any_other(dataset: TextDataset, shape:
     features.sum().backward()
 
 
-LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
-
-
-@given(lengths=LENGTHS, chosen=st.data(), max_tokens=st.integers(1, 80))
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.data(), st.integers(1, 80))
 def test_micro_batches_only_regroup(lengths: list[int], chosen: st.DataObject, max_tokens: int) -> None:
     table = np.array(lengths, dtype=np.int32)
     indices = chosen.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))

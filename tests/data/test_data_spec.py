@@ -1,7 +1,6 @@
 from typing import Any
 
 import pytest
-from pydantic import TypeAdapter, ValidationError
 
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import DataSpec
@@ -13,16 +12,6 @@ NAN, INF = float("nan"), float("inf")
 NO_RANGES = ((1.0, 1.0), (2.0, 1.0), (NAN, 1.0), (0.0, INF), (-1.7e308, 1.7e308), (0.0, 5e-324), (1e9, 1e9 + 1))
 BY_COLUMN, BY_LABEL = PartitionSpec(kind="column", sites={"a": 0}), PartitionSpec(kind="dirichlet")
 GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
-
-
-def test_pydantic_builds_it_from_plain_data() -> None:
-    dealt = {"kind": "iid", "proportions": [1, 2]}
-    plain = GIVEN | {"labels": ["a", "b"], "declared_sizes": [1, 2], "partition": dealt}
-    built = TypeAdapter(DataSpec).validate_python(plain)
-    assert built == DataSpec(**GIVEN | {"declared_sizes": (1, 2), "partition": PartitionSpec(proportions=(1.0, 2.0))})
-    assert TypeAdapter(DataSpec).validate_json(TypeAdapter(DataSpec).dump_json(built)) == built
-    with pytest.raises(ValidationError, match="Unexpected keyword argument"):
-        TypeAdapter(DataSpec).validate_python(GIVEN | {"train": "a"})
 
 
 @pytest.mark.parametrize(

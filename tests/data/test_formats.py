@@ -19,10 +19,12 @@ from fedtune.data.formats import files_of, raw_rows
 from fedtune.data.records import iter_records, usable_records
 from fedtune.spec import DataError
 
+from .conftest import in_parquet
+
 SAVED = Path(__file__).parent / "fixtures" / "saved_set"  # by save_to_disk of datasets 5.2
 ROWS = [
     {"text": 'two\nlines, "quoted"\t', "label": "b", "id": 1},
-    {"text": "] } [ { \\ \u2028 é", "label": "a", "id": 2},
+    {"text": "] } [ { \\ \x00\x0b\x1c\x85\u2028\ufeff é", "label": "a", "id": 2},
     {"text": "plain", "label": "7", "id": 3},
 ]
 TURNS = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": 'Here, "there"\né'}]
@@ -37,19 +39,13 @@ def table(rows: list[dict[str, Any]], comma: str) -> bytes:
     return buffer.getvalue().encode()
 
 
-def packed(rows: list[dict[str, Any]]) -> bytes:
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=2)
-    return buffer.getvalue()
-
-
 WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "a.jsonl": lambda rows: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(),
     "a.json": lambda rows: json.dumps(rows).encode(),
     "b.json": lambda rows: b"\xef\xbb\xbf\n" + json.dumps(rows, indent=1, ensure_ascii=False).encode() + b"\n",
     "a.csv": lambda rows: table(rows, ","),
     "a.tsv": lambda rows: table(rows, "\t"),
-    "a.parquet": packed,
+    "a.parquet": lambda rows: in_parquet(pyarrow.Table.from_pylist(rows), row_group_size=2),
 }
 
 
@@ -134,11 +130,13 @@ def test_a_row_of_arrow_is_left_out_by_itself(tmp_path: Path, name: str, case: s
         list(iter_records(tmp_path / name, {role: role}))
 
 
-def test_text_that_no_run_reads_hides_no_row_of_a_saved_set(tmp_path: Path) -> None:
+def test_neither_text_that_no_run_reads_nor_a_lack_of_fields_hides_a_row(tmp_path: Path) -> None:
     pairs = pyarrow.FixedSizeListArray.from_arrays(BAD_TEXTS, 2)
     saved(tmp_path / "set", pyarrow.table({"text": ["a", "b"], "other": pairs, "number": [1, 2]}))
     assert len(list(iter_records(tmp_path / "set", {"text": "text"}))) == 2
     assert len([row for _, row in raw_rows(tmp_path / "set") if isinstance(row, dict)]) == 1
+    (tmp_path / "a.json").write_text('[{"x": "a"}, {}, {"x": "b"}]')
+    assert [row for _, row in raw_rows(tmp_path / "a.json")] == [{"x": "a"}, {}, {"x": "b"}]
 
 
 VALUE = st.recursive(
@@ -146,12 +144,6 @@ VALUE = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('"\\[]{},a', max_size=3), inner, max_size=3),
     max_leaves=6,
 )
-
-
-def test_an_object_without_fields_is_a_row_like_any_other(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text('[{"x": "a"}, {}, {"x": "b"}]')
-    assert [row for _, row in raw_rows(path)] == [{"x": "a"}, {}, {"x": "b"}]
 
 
 @given(st.lists(VALUE, max_size=4), st.sampled_from([None, 0, 2]), st.booleans(), st.integers(1, 7))
@@ -170,29 +162,22 @@ def test_an_array_is_cut_into_its_elements_wherever_a_block_ends(
 
 @pytest.mark.parametrize("name", ["a.parquet", "set"])
 def test_without_the_library_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    (tmp_path / "a.parquet").write_bytes(packed(ROWS))
+    (tmp_path / "a.parquet").write_bytes(WRITERS["a.parquet"](ROWS))
     saved(tmp_path / "set", pyarrow.Table.from_pylist(ROWS))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"needs a library that reads Parquet and Arrow: pip install 'fedtune\[data\]'"):
         list(iter_records(tmp_path / name, {"text": "text"}))
 
 
-# Conversations, and roles that a record may lack.
-
-
-SHAREGPT = [{"from": "human", "value": TURNS[0]["content"]}, {"from": "gpt", "value": TURNS[1]["content"]}]
-
-
 @pytest.mark.parametrize("name", list(WRITERS))
 def test_a_conversation_is_one_text_in_every_format(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(WRITERS[name]([{"chat": json.dumps(TURNS) if name.endswith("sv") else TURNS}]))
-    assert list(iter_records(tmp_path / name, {"messages": "chat"})) == [Record({"messages": CANONICAL})]
-
-
-def test_a_chat_of_the_other_form_changes_no_chat_of_its_table(tmp_path: Path) -> None:
-    # A struct has the fields of all of them, so that each is null under the other's names.
-    (tmp_path / "a.parquet").write_bytes(packed([{"chat": SHAREGPT}, {"chat": TURNS}]))
-    assert list(iter_records(tmp_path / "a.parquet", {"messages": "chat"})) == [Record({"messages": CANONICAL})] * 2
+    chats: list[Any] = [json.dumps(TURNS) if name.endswith("sv") else TURNS]
+    if name == "a.parquet":  # of which a struct has the fields of both forms, so that each is null under the other's
+        turns = [{"from": who, "value": turn["content"]} for who, turn in zip(("human", "gpt"), TURNS, strict=True)]
+        chats.append(turns)
+    (tmp_path / name).write_bytes(WRITERS[name]([{"chat": chat} for chat in chats]))
+    found = list(iter_records(tmp_path / name, {"messages": "chat"}))
+    assert found == [Record({"messages": CANONICAL})] * len(chats)
 
 
 @pytest.mark.parametrize("row", [{}, {"in": None}, {"in": ""}, {"in": " \n"}])

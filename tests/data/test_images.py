@@ -48,30 +48,20 @@ def test_formats_that_are_taken(format: str) -> None:
     assert np.abs(np.asarray(found).astype(int) - np.asarray(image)).mean() < (1e-9 if format == "PNG" else 60)
 
 
-def test_an_image_is_turned_as_its_camera_says() -> None:
+def test_an_image_is_turned_as_its_camera_says_and_has_three_colours_of_eight_bits() -> None:
     image, exif = picture(size=(4, 2)), Image.Exif()
     exif[274] = 6  # to be turned by a quarter
     assert pixels(decode(encoded(image, exif=exif))) == pixels(image.rotate(-90, expand=True))
-
-
-def test_palettes_greys_and_transparency_become_three_colours() -> None:
     image = picture()
-    grey = image.convert("L")
-    assert pixels(decode(encoded(grey))) == pixels(grey.convert("RGB"))
-    few = image.quantize(8)
-    assert pixels(decode(encoded(few))) == pixels(few.convert("RGB"))
+    few, clear = image.quantize(8), image.copy()
+    clear.putalpha(0)  # what lies below is seen, as transformers has it
+    for one in (image.convert("L"), few, clear, image.convert("1")):
+        assert pixels(decode(encoded(one))) == pixels(one.convert("RGB"))
     assert pixels(decode(encoded(few, transparency=bytes(range(8))))) == pixels(few.convert("RGB"))
-    image.putalpha(0)  # what lies below is seen, as transformers has it
-    assert pixels(decode(encoded(image))) == pixels(image.convert("RGB"))
-    assert decode(encoded(picture().convert("CMYK"), "JPEG")).size == picture().size
-    assert pixels(decode(encoded(image.convert("1")))) == pixels(image.convert("1").convert("RGB"))
-
-
-def test_of_sixteen_bits_the_upper_eight_are_taken() -> None:
+    assert decode(encoded(image.convert("CMYK"), "JPEG")).size == image.size
     deep = np.array([[0, 255, 256], [0x1234, 0xFF00, 0xFFFF]], dtype=np.uint16)
     found = pixels(decode(encoded(Image.fromarray(deep))))
-    assert [[each[0] for each in row] for row in found] == [[0, 0, 1], [0x12, 0xFF, 0xFF]]
-    assert all(len(set(each)) == 1 for row in found for each in row)
+    assert found == [[[upper] * 3 for upper in row] for row in ([0, 0, 1], [0x12, 0xFF, 0xFF])], "the upper eight"
 
 
 def png(width: int, height: int) -> bytes:
@@ -116,11 +106,18 @@ def test_what_cannot_be_used_is_one_fault_that_quotes_nothing(name: str, tmp_pat
     assert [one.line for one in usable_records(file, COLUMNS, fault=error_of(decoded))] == [1, 3]
 
 
-def test_what_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MOST_BYTES", len(WHOLE) - 1)
+def test_what_is_too_large_is_not_read_and_pillow_is_asked_for_by_the_name_of_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.png").write_bytes(WHOLE)
-    with pytest.raises(DataError, match=r"must have at most .* bytes an image"):
-        decoded(Record({"image": "a.png"}, file=str(tmp_path / "rows.csv"), line=1))
+    record = Record({"image": "a.png"}, file=str(tmp_path / "rows.csv"), line=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "MOST_BYTES", len(WHOLE) - 1)
+        with pytest.raises(DataError, match=r"must have at most .* bytes an image"):
+            decoded(record)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs Pillow: pip install 'fedtune\[images\]'"):
+        decoded(record)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +168,6 @@ def test_rows_of_parquet_hold_bytes_or_paths(tmp_path: Path) -> None:
     assert pixels(decoded(first)) == pixels(picture())
     with pytest.raises(DataError, match=r"plain\.parquet:2, image"):
         decoded(second)
-
-
-def test_pillow_is_asked_for_by_the_name_of_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs Pillow: pip install 'fedtune\[images\]'"):
-        decoded(Record({"image": image_of(WHOLE, "image")}))
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])

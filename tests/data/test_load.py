@@ -49,9 +49,10 @@ def whole(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "all.jsonl", [{"text": text, "kind": "ab"[len(text) % 2]} for text in TEXTS])
 
 
-def test_the_leads_share_is_no_sites(whole: Path) -> None:
+def test_the_leads_share_is_no_sites_and_a_matter_of_each_record(whole: Path, tmp_path: Path) -> None:
     given = spec(whole, validation_fraction=0.1, test_fraction=0.3)
-    validation, test, *sites = sides(dealt(given))
+    found = sides(dealt(given))
+    validation, test, *sites = found
     assert sorted([*validation, *test, *sites[0], *sites[1]]) == sorted(TEXTS)
     assert 60 < len(validation) < 140
     assert 250 < len(test) < 350
@@ -61,15 +62,10 @@ def test_the_leads_share_is_no_sites(whole: Path) -> None:
     assert [[text for text in site if text not in lead] for site in everything[2:]] == sites, "nobody else moves"
     smaller = sides(dealt(replace(given, train_fraction=0.5)))
     assert smaller[:2] == [validation, test], "a smaller run is scored on the same records"
-
-
-def test_whether_a_record_is_the_leads_is_a_matter_of_that_record(whole: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    given = spec(whole, validation_fraction=0.1, test_fraction=0.3)
-    without = replace(given, train_file=str(write_jsonl(tmp_path / "less.jsonl", rows[1:])))
-    gone = rows[0]["text"]
-    assert sides(dealt(without)) == [[text for text in side if text != gone] for side in sides(dealt(given))]
-    assert sides(dealt(given, seed=2)) != sides(dealt(given)), "and of the run's seed"
+    gone, *rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    without = replace(given, train_file=str(write_jsonl(tmp_path / "less.jsonl", rows)))
+    assert sides(dealt(without)) == [[text for text in side if text != gone["text"]] for side in found]
+    assert sides(dealt(given, seed=2)) != found, "and of the run's seed"
 
 
 def test_users_are_the_leads_whole(tmp_path: Path) -> None:
@@ -84,27 +80,21 @@ def test_users_are_the_leads_whole(tmp_path: Path) -> None:
     assert sum(map(len, users)) == len(set().union(*users)) == 60
 
 
-def test_each_site_may_have_a_file_of_its_own(tmp_path: Path) -> None:
-    for name, part in (("north", TEXTS[:5]), ("south", TEXTS[5:7])):
-        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text, "kind": "a"} for text in part])
-    given = spec(tmp_path / "{site}.jsonl", partition=PartitionSpec(kind="file"))
-    assert sides(dealt(given)) == [[], [], TEXTS[:5], TEXTS[5:7]]
+def test_each_site_may_have_a_file_of_its_own_and_an_id_in_two_files_is_two_users(tmp_path: Path) -> None:
+    names = {"north": "ann bob ann", "south": "bob eve ann"}
+    for name, users in names.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": user, "kind": "a", "who": user} for user in users.split()])
+    columns = COLUMNS | {"user": "who"}
+    given = spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file"))
+    by_user = dealt(given, unit="user")
+    assert sides(dealt(given)) == sides(by_user) == [[], [], *(users.split() for users in names.values())]
+    assert by_user.shared_users == 2
     (tmp_path / "south.jsonl").unlink()
     with pytest.raises(DataError, match=r"data\.train_file = .*south\.jsonl': no such file"):
         dealt(given)
     (tmp_path / "south.jsonl").write_text("")
     with pytest.raises(DataError, match=r"south\.jsonl = 'an empty file': must hold at least one record"):
         dealt(given)
-
-
-def test_an_id_in_the_files_of_two_sites_is_two_users(tmp_path: Path) -> None:
-    for name, users in (("north", "ann bob ann"), ("south", "bob eve ann")):
-        rows = [{"text": user, "kind": "a", "who": user} for user in users.split()]
-        write_jsonl(tmp_path / f"{name}.jsonl", rows)
-    columns = COLUMNS | {"user": "who"}
-    found = dealt(spec(tmp_path / "{site}.jsonl", columns=columns, partition=PartitionSpec(kind="file")), unit="user")
-    assert sides(found)[2:] == [["ann", "bob", "ann"], ["bob", "eve", "ann"]]
-    assert found.shared_users == 2
 
 
 def test_what_cannot_be_used_ends_the_reading_or_is_left_out(tmp_path: Path) -> None:
@@ -132,10 +122,7 @@ def test_faults_are_counted_over_the_whole_file_before_any_share_of_it_is_taken(
         dealt(spec(path, validation_fraction=0.2), fault=undeclared)
     with pytest.raises(DataError, match=told):
         lead_records(str(path), columns=COLUMNS, key="data.test_file", fault=undeclared)
-
-
-def test_a_file_without_a_record_that_can_be_used_says_why(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "all.jsonl", [{"subject": "a", "kind": "a"}] * 3)
+    write_jsonl(path, [{"subject": "a", "kind": "a"}] * 3)
     with pytest.raises(DataError, match=r"column 'text' = 'absent': must be there.* \(3 rows cannot be used"):
         dealt(spec(path, unusable="leave_out"))
 

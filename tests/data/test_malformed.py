@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import io
 import json
 import os
 import shutil
@@ -13,11 +12,12 @@ from typing import Any
 
 import pyarrow
 import pytest
-from pyarrow import parquet
 
 from fedtune.data.load import lead_records
 from fedtune.data.records import iter_records, resolve_file, usable_records
 from fedtune.spec import DataError
+
+from .conftest import in_parquet
 
 COLUMNS = {"text": "question", "label": "intent"}
 SAVED = Path(__file__).parent / "fixtures" / "saved_set"
@@ -26,13 +26,7 @@ SECRET = "caf"
 """Part of a text in these files that no message may quote."""
 
 
-def parquet_bytes(**columns: list[Any]) -> bytes:
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), buffer)
-    return buffer.getvalue()
-
-
-WHOLE = parquet_bytes(question=["where is my card"] * 9, intent=["arrival"] * 9)
+WHOLE = in_parquet(pyarrow.table({"question": ["where is my card"] * 9, "intent": ["arrival"] * 9}))
 HEAD = b"question,intent\n"
 OTHERS = "set data.columns.text to one of 'body', 'intent'"
 # By the file's name its content, the place that the message points to, and what it says.
@@ -80,8 +74,12 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (WHOLE[:-20], "", "'damaged': must be a whole Parquet file"),
         (WHOLE[:8] + b"\xff" * 60 + WHOLE[68:], "", "'damaged'"),
         (GOOD, "", "'damaged'"),
-        (parquet_bytes(body=["caf"], intent=["b"]), ", column 'question'", OTHERS),
-        (parquet_bytes(question=["a"] * 2, intent=[1.5] * 2), ":1, column 'intent'", "(2 rows cannot be used"),
+        (in_parquet(pyarrow.table({"body": ["caf"], "intent": ["b"]})), ", column 'question'", OTHERS),
+        (
+            in_parquet(pyarrow.table({"question": ["a"] * 2, "intent": [1.5] * 2})),
+            ":1, column 'intent'",
+            "(2 rows cannot be used",
+        ),
     ],
     "a.xlsx": [(b"PK", "", "'.xlsx': must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or")],
     "a.parquet.gz": [(gzip.compress(WHOLE), "", "Parquet is packed")],
@@ -116,17 +114,9 @@ def test_all_faults_are_counted_by_kind(tmp_path: Path) -> None:
     )
 
 
-# What stands where a file should.
-
-
-def several(path: Path) -> None:
-    path.mkdir()
-    (path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-
-
-def parts(path: Path) -> None:
-    path.mkdir()
-    (path / "part-0.parquet").write_bytes(WHOLE)
+def holding(name: str, content: bytes) -> Callable[[Path], object]:
+    """Make a folder with one file."""
+    return lambda path: (path.mkdir(), (path / name).write_bytes(content))
 
 
 def listening(path: Path) -> None:
@@ -134,11 +124,15 @@ def listening(path: Path) -> None:
         one.bind(str(path))
 
 
-PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
+SEVERAL = holding("dataset_dict.json", b'{"splits": ["train", "test"]}')
+PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: None, "no such file"),
     "a folder": (Path.mkdir, "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets"),
-    "several saved sets": (several, "holds several sets, of which one is needed: {path}/train, {path}/test"),
-    "parts of a table": (parts, "is a folder; holds 1 part of a table: write them as one file"),
+    "several saved sets": (SEVERAL, "holds several sets, of which one is needed: {path}/train, {path}/test"),
+    "parts of a table": (
+        holding("part-0.parquet", WHOLE),
+        "is a folder; holds 1 part of a table: write them as one file",
+    ),
     "a pipe": (lambda path: os.mkfifo(path), "is a pipe; must be a file"),
     "a socket": (listening, "is a socket; must be a file"),
     "a link to itself": (lambda path: path.symlink_to(path), "is a link that leads to itself; must be a file"),
@@ -162,34 +156,27 @@ def test_what_stands_in_a_files_place_is_named(tmp_path: Path, monkeypatch: pyte
         list(iter_records(path, COLUMNS))
 
 
-@pytest.mark.parametrize("state", ["[", "{}", "../data.arrow", "..", "\ud800"])
-def test_a_saved_set_whose_list_of_files_is_damaged(tmp_path: Path, state: str) -> None:
-    broken = state in ("[", "{}")
-    (tmp_path / "state.json").write_text(state if broken else json.dumps({"_data_files": [{"filename": state}]}))
-    with pytest.raises(DataError, match=r"state\.json = 'damaged': must name the files of the set"):
+@pytest.mark.parametrize("state", ["[", "{}", "../data.arrow", "..", "\ud800", "a selection"])
+def test_a_saved_set_whose_list_of_files_is_damaged_or_a_selection(tmp_path: Path, state: str) -> None:
+    chosen: dict[str, Any] = {"_data_files": [{"filename": "a.arrow" if state == "a selection" else state}]}
+    if state == "a selection":
+        chosen["_indices_data_files"] = [{"filename": "indices.arrow"}]
+    (tmp_path / "state.json").write_text(state if state in ("[", "{}") else json.dumps(chosen))
+    told = (
+        "call flatten_indices" if state == "a selection" else r"state\.json = 'damaged': must name the files of the set"
+    )
+    with pytest.raises(DataError, match=told):
         list(iter_records(tmp_path, COLUMNS))
 
 
-def test_a_selection_of_a_saved_set_is_refused(tmp_path: Path) -> None:
-    state = {"_data_files": [{"filename": "a.arrow"}], "_indices_data_files": [{"filename": "indices.arrow"}]}
-    (tmp_path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(DataError, match="call flatten_indices"):
-        list(iter_records(tmp_path, COLUMNS))
-
-
-@pytest.mark.parametrize("kept", [0, 100, 700, -300])
-def test_a_saved_set_whose_file_is_cut_off(tmp_path: Path, kept: int) -> None:
-    copy = Path(shutil.copytree(SAVED, tmp_path / "set"))
-    (arrow,) = copy.glob("*.arrow")
-    arrow.write_bytes(arrow.read_bytes()[:kept])
-    with pytest.raises(DataError, match="must be a whole Arrow file"):
-        list(usable_records(copy, {"text": "text"}))
-
-
-def test_every_byte_of_a_saved_sets_values_may_be_damaged(tmp_path: Path) -> None:
+def test_a_saved_set_whose_file_is_cut_off_or_damaged_in_any_byte_of_its_values(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(SAVED, tmp_path / "set"))
     (arrow,) = copy.glob("*.arrow")
     whole = arrow.read_bytes()
+    for kept in (0, 100, 700, -300):
+        arrow.write_bytes(whole[:kept])
+        with pytest.raises(DataError, match="must be a whole Arrow file"):
+            list(usable_records(copy, {"text": "text"}))
     for place in range(len(whole) - 600, len(whole)):  # a reader that believes them ends the process
         arrow.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with contextlib.suppress(DataError):

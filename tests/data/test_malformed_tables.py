@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from pyarrow import parquet
 
 from ..conftest import command
+from .conftest import in_parquet
 
 FEATURES = (
     "[{columns: [age], range: [0, 110]}, {columns: [ward], categories: [a, b]},"
@@ -36,10 +36,8 @@ def jsonl(**other: object) -> bytes:
 
 def table(names: tuple[str, ...] = tuple(GOOD), **columns: list[Any]) -> bytes:
     """Two rows as Parquet, with other columns."""
-    sink = pa.BufferOutputStream()
     whole = pa.table({name: [value, value] for name, value in GOOD.items()} | columns)
-    parquet.write_table(whole.rename_columns(names), sink)
-    return bytes(sink.getvalue())
+    return in_parquet(whole.rename_columns(names))
 
 
 ROWS: dict[str, tuple[str, bytes, str, str]] = {
@@ -79,7 +77,6 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "half of a Parquet file": ("a.parquet", table()[:-9], "", "must be a whole Parquet file"),
     "a column twice in Parquet": ("a.parquet", table(TWICE), ", column 'age'", "must appear once"),
 }
-EMPTY = {"an empty file": ("a.csv", b""), "a header alone": ("a.csv", HEADER.encode()), "no line": ("a.jsonl", b"")}
 
 
 @pytest.fixture
@@ -122,8 +119,8 @@ def test_a_file_that_is_wrong_is_refused(told: Any, tmp_path: Path, name: str) -
         assert bound in outcome.message
 
 
-@pytest.mark.parametrize("name", EMPTY)
-def test_a_file_without_records_is_refused(told: Any, name: str) -> None:
-    assert "must hold at least one record" in told(*EMPTY[name], *SIMULATE).failed()
-    (about,) = json.loads(told(*EMPTY[name], *CHECK, "--json").out)["checked"]["files"]
+@pytest.mark.parametrize(("file", "content"), [("a.csv", b""), ("a.csv", HEADER.encode()), ("a.jsonl", b"")])
+def test_a_file_without_records_is_refused(told: Any, file: str, content: bytes) -> None:
+    assert "must hold at least one record" in told(file, content, *SIMULATE).failed()
+    (about,) = json.loads(told(file, content, *CHECK, "--json").out)["checked"]["files"]
     assert about["rows"] == 0

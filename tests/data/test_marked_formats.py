@@ -92,11 +92,6 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 
 
-def read(path: Path, columns: dict[str, str]) -> Record:
-    (record,) = iter_records(path, columns)
-    return record
-
-
 def found_in(record: Record) -> list[tuple[str, str]]:
     layout = SPANNED if "text" in record.fields else TAGGED
     labels = ("disease", "drug")
@@ -108,7 +103,8 @@ def found_in(record: Record) -> list[tuple[str, str]]:
 def test_every_format_gives_the_same_record(tmp_path: Path, name: str) -> None:
     file, text, columns = FORMATS[name]
     (tmp_path / file).write_text(text, encoding="utf-8", newline="")
-    assert found_in(read(tmp_path / file, columns)) == [*FOUND]
+    (record,) = iter_records(tmp_path / file, columns)
+    assert found_in(record) == [*FOUND]
 
 
 PIECES = (
@@ -128,40 +124,63 @@ def brat(folder: Path, text: str = TEXT, marked: str | None = None, *, name: str
     return folder
 
 
-def test_a_folder_of_brat_is_a_record_for_each_text(tmp_path: Path) -> None:
+def test_a_folder_of_brat_is_a_record_for_each_text_and_stays_one_whatever_is_taken_out(tmp_path: Path) -> None:
     folder = brat(tmp_path / "notes")
-    (folder / "b.txt").write_text("no\nmark")
-    (folder / "b.ann").write_text("")
+    before = version_of(folder)
+    brat(folder, "no\nmark", "", name="b")
     first, second = iter_records(folder, SPANNED)
     assert found_in(first) == [*FOUND]
     assert second.fields == {"text": "no\nmark", "spans": "[]"}
     assert format_of(folder) == "brat"
     assert [file.name for file in files_of(folder)] == ["a.txt", "a.ann", "b.txt", "b.ann"]
+    for path in (folder / "b.txt", folder / "b.ann", folder / "a.txt"):
+        path.unlink()
+    assert len(version_of(folder)) == 2
+    assert version_of(folder) != before
+    (folder / "a.txt").symlink_to(folder / "a.txt")
+    assert [type(row) for _, row in raw_rows(folder)] == [DataError]
+    assert len(version_of(folder)) == 2
+    for file in folder.iterdir():
+        file.unlink()
+    assert (format_of(folder), version_of(folder), [*raw_rows(folder)]) == ("brat", [], [])
+    (folder / "state.json").write_text("{}")
+    assert format_of(folder) == "folder"
 
 
-def test_sentences_begin_on_their_lines_and_are_parted_by_blank_ones(tmp_path: Path) -> None:
-    (tmp_path / "a.conll").write_text("a O\n\n\n b B-x\nc O\n \nd O\n# O\n")
-    found = [(line, dict(row)) for line, row in raw_rows(tmp_path / "a.conll") if not isinstance(row, DataError)]
-    assert [(line, row["tokens"]) for line, row in found] == [(1, ["a"]), (4, ["b", "c"]), (7, ["d", "#"])]
+def tokens_in(path: Path, text: str) -> list[tuple[int, Any]]:
+    """Of each sentence its line and its tokens."""
+    path.write_text(text)
+    return [(line, dict(row)["tokens"]) for line, row in raw_rows(path) if not isinstance(row, DataError)]
 
 
-def test_a_sentence_that_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: Path) -> None:
+def test_sentences_are_parted_by_blank_lines_and_keep_marks_and_spaces_of_other_kinds(tmp_path: Path) -> None:
+    found = tokens_in(tmp_path / "a.conll", "a O\n\n\n b B-x\nc O\n \nd O\n# O\n")
+    assert found == [(1, ["a"]), (4, ["b", "c"]), (7, ["d", "#"])], "they begin on their lines"
+    sentences = {
+        "#5 B-drug\nb O\n": ["#5", "b"],
+        "# newdoc\n# text = a b\na O\nb O\n": ["a", "b"],
+        "# text = blood group O\na X O\n": ["a"],
+        "# O\n": ["#"],
+        "10\u00a0mg B-dose\n": ["10\u00a0mg"],
+        "# sent\nNew York\tB-place\n#\tO\n": ["New York", "#"],
+    }
+    found = tokens_in(tmp_path / "b.conll", "\n".join([*sentences, "# newdoc\n"]))
+    assert [tokens for _, tokens in found] == [*sentences.values()]
+
+
+def test_what_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: Path) -> None:
     whole, long = b"a O\n\n", b"x" * MOST_BYTES + b" O\n"
     (tmp_path / "a.conll").write_bytes(whole + b"secret\n\n" + whole + b"\xff O\n\n" + long + b"b O\n\n" + whole)
     rows = [*raw_rows(tmp_path / "a.conll")]
     assert [line for line, _ in rows] == [1, 3, 5, 7, 9, 12]
     faults = [str(row.value) for _, row in rows if isinstance(row, DataError)]
     assert faults == ["a line of one column", "byte 0xff at place 1 of the record", f"more than {MOST_BYTES} bytes"]
-
-
-def test_a_document_that_cannot_be_read_is_one_fault_among_whole_ones(tmp_path: Path) -> None:
-    whole, other = bioc(*PLACES), [bioc(*PLACES) | {"passages": one} for one in ([{"text": "no offset"}], [3], "x", 7)]
-    (tmp_path / "a.bioc").write_text(collection(whole, *other, whole))
-    rows = [row for _, row in raw_rows(tmp_path / "a.bioc")]
-    assert [type(row) for row in rows] == [dict, *[DataError] * 4, dict]
-    (tmp_path / "b.bioc").write_text(collection(whole, whole)[:-80])
-    rows = [row for _, row in raw_rows(tmp_path / "b.bioc", lenient=True)]
-    assert [type(row) for row in rows] == [dict, DataError], "at a real site, what is whole stays"
+    first, other = bioc(*PLACES), [bioc(*PLACES) | {"passages": one} for one in ([{"text": "no offset"}], [3], "x", 7)]
+    (tmp_path / "a.bioc").write_text(collection(first, *other, first))
+    assert [type(row) for _, row in raw_rows(tmp_path / "a.bioc")] == [dict, *[DataError] * 4, dict]
+    (tmp_path / "b.bioc").write_text(collection(first, first)[:-80])
+    found = [type(row) for _, row in raw_rows(tmp_path / "b.bioc", lenient=True)]
+    assert found == [dict, DataError], "at a real site, what is whole stays"
 
 
 @pytest.mark.parametrize("suffix", ["conll", "pubtator", "brat"])
@@ -184,36 +203,6 @@ def test_whatever_a_document_holds_the_ones_beside_it_are_read(suffix: str, junk
     assert found_in(first) == found_in(last) == [*FOUND]
 
 
-def test_a_folder_of_brat_stays_one_whatever_is_taken_out(tmp_path: Path) -> None:
-    folder = brat(tmp_path / "notes")
-    before = version_of(folder)
-    (folder / "a.txt").unlink()
-    assert len(version_of(folder)) == 2
-    assert version_of(folder) != before
-    (folder / "a.txt").symlink_to(folder / "a.txt")
-    assert [type(row) for _, row in raw_rows(folder)] == [DataError]
-    assert len(version_of(folder)) == 2
-    for file in folder.iterdir():
-        file.unlink()
-    assert (format_of(folder), version_of(folder), [*raw_rows(folder)]) == ("brat", [], [])
-    (folder / "state.json").write_text("{}")
-    assert format_of(folder) == "folder"
-
-
-def test_a_sentence_keeps_tokens_with_marks_and_spaces_of_other_kinds(tmp_path: Path) -> None:
-    sentences = {
-        "#5 B-drug\nb O\n": ["#5", "b"],
-        "# newdoc\n# text = a b\na O\nb O\n": ["a", "b"],
-        "# text = blood group O\na X O\n": ["a"],
-        "# O\n": ["#"],
-        "10\u00a0mg B-dose\n": ["10\u00a0mg"],
-        "# sent\nNew York\tB-place\n#\tO\n": ["New York", "#"],
-    }
-    (tmp_path / "a.conll").write_text("\n".join([*sentences, "# newdoc\n"]))
-    rows = [dict(row) for _, row in raw_rows(tmp_path / "a.conll") if not isinstance(row, DataError)]
-    assert [row["tokens"] for row in rows] == [*sentences.values()]
-
-
 def test_a_text_that_nobody_has_annotated_is_no_text_without_entities(tmp_path: Path) -> None:
     skipped = {"was_cancelled": True, "result": []}
     done = {"was_cancelled": False, "result": RESULT}
@@ -225,10 +214,7 @@ def test_a_text_that_nobody_has_annotated_is_no_text_without_entities(tmp_path: 
     assert found == ["null", "skipped", [*FOUND], [], [*FOUND]]
 
 
-def card(*spans: object) -> dict[str, object]:
-    return {"text": "my card", "spans": spans}
-
-
+CARD = '[{"text": "my card", "spans": [%s]}]'
 BEYOND = {"start": 0, "end": 8, "labels": ["drug"]}
 TWO_LABELS = {"start": 0, "end": 2, "labels": ["drug", "disease"]}
 SPLIT = '"locations": [{"offset": 0, "length": 1}, '
@@ -240,8 +226,8 @@ WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
     "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 in data.labels"),
     "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
     "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),
-    "units beyond the text": ("a.json", json.dumps([card(BEYOND)]), SPANNED, "must have 0 <= start < end"),
-    "two labels of a span": ("a.json", json.dumps([card(TWO_LABELS)]), SPANNED, "and label, a text"),
+    "units beyond the text": ("a.json", CARD % json.dumps(BEYOND), SPANNED, "must have 0 <= start < end"),
+    "two labels of a span": ("a.json", CARD % json.dumps(TWO_LABELS), SPANNED, "and label, a text"),
     "no passages": ("a.bioc", collection({"id": "1"}), SPANNED, "must have passages with offset and text"),
     "a mark in several parts": ("a.bioc", WHOLE.replace('"locations": [', SPLIT), SPANNED, "annotations of one part"),
     "another offset": ("a.bioc", MOVED, SPANNED, "must count characters"),

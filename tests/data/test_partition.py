@@ -87,14 +87,11 @@ def test_hash_is_uniform_and_independent_across_purposes() -> None:
     assert abs(np.corrcoef(site, heldout)[0, 1]) < 5 / np.sqrt(4000)
 
 
-def test_iid_follows_the_proportions() -> None:
-    sizes = [len(site) for site in partition_records(records(4000), SPECS[1], num_sites=3, key=KEY)]
-    assert sum(sizes) == 4000
-    assert np.allclose(np.array(sizes) / 4000, [1 / 6, 2 / 6, 3 / 6], atol=0.04)
-
-
-def test_dirichlet_skews_labels_and_keeps_unequal_sizes() -> None:
+def test_sizes_follow_the_proportions_also_where_dirichlet_skews_labels() -> None:
     rows = records(6000, labels=60)
+    sizes = [len(site) / 6000 for site in partition_records(rows, SPECS[1], num_sites=3, key=KEY)]
+    assert sum(sizes) == pytest.approx(1)
+    assert np.allclose(sizes, [1 / 6, 2 / 6, 3 / 6], atol=0.04)
     for alpha, off in ((0.3, 0.12), (1e6, 0.03)):
         spec = PartitionSpec(kind="dirichlet", alpha=alpha, proportions=(6, 3, 1))
         sites = partition_records(rows, spec, num_sites=3, key=KEY)
@@ -111,13 +108,18 @@ def test_dirichlet_always_gives_a_site(alpha: float, num_sites: int, label: str)
     assert 0 <= assign_site(record, spec, num_sites=num_sites, key=KEY) < num_sites
 
 
-def test_by_column() -> None:
+def test_by_column_and_settings_for_another_number_of_sites() -> None:
     rows = [Record({"text": "a", "site": site}) for site in ("south", "east", "north", "west")]
     sites = partition_records(rows, SPECS[3], num_sites=3, key=KEY)
     assert [[record.fields["site"] for record in site] for site in sites] == [["north"], ["east", "west"], ["south"]]
     unknown = Record({"text": "a", "site": "up"}, file="a.csv", line=3)
     with pytest.raises(DataError, match=r"a\.csv:3, site = 'up': .*data\.partition\.sites"):
         assign_site(unknown, SPECS[3], num_sites=3, key=KEY)
+    for spec, message in ((SPECS[1], "proportions = .*one number for each of 4 sites"), (SPECS[3], "from 0 to 3")):
+        with pytest.raises(ConfigError, match=message):
+            spec.check_sites(4)
+    for spec in SPECS:
+        spec.check_sites(3)
 
 
 def test_fractions() -> None:
@@ -151,12 +153,3 @@ def test_wrong_settings(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         PartitionSpec(**settings_)
     assert str(error.value).startswith(message)
-
-
-def test_settings_for_another_number_of_sites() -> None:
-    with pytest.raises(ConfigError, match=r"proportions = .*one number for each of 4 sites"):
-        SPECS[1].check_sites(4)
-    with pytest.raises(ConfigError, match=r"sites = .*every site from 0 to 3"):
-        SPECS[3].check_sites(4)
-    for spec in SPECS:
-        spec.check_sites(3)

@@ -37,7 +37,9 @@ def records_of_runs(draw: st.DrawFn) -> tuple[Shapes, np.ndarray]:
 @given(run=records_of_runs(), data=st.data())
 def test_each_place_comes_back_once_in_a_shape_by_its_own_tokens_alone(run: Any, data: st.DataObject) -> None:
     shapes, lengths = run
-    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
+    ids = tuple(np.ones(length, dtype=np.int32) for length in lengths)
+    dataset = TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True) | st.just([*range(len(lengths))]))
     parts = list(shapes.cut(np.array(chosen, dtype=np.int64), lengths))
     assert sorted(int(place) for part in parts for place in part.places) == sorted(chosen)
     for part in parts:
@@ -46,27 +48,15 @@ def test_each_place_comes_back_once_in_a_shape_by_its_own_tokens_alone(run: Any,
         assert part.length in shapes.lengths
         assert part.rows in shapes.rows(part.length)
         assert 1 <= len(part.places) <= shapes.room(part.length, part.rows)
+        batch = collate(dataset, part.places, pad_id=0, shape=(part.rows, part.length))
+        assert (batch.attention_mask.sum(dim=1) >= 1).all(), "each row attends to something"
+        # Attention takes another path where there is no padding, and a record would be computed differently.
+        for one in (batch, *(alone(batch, row) for row in (None, 0, len(batch) - 1))):
+            assert one.input_ids.shape == (part.rows, part.length)
+            assert (one.attention_mask == 0).any()
     for length in shapes.lengths:  # those of one length keep the order in which they came
         together = [int(place) for part in parts if part.length == length for place in part.places]
         assert together == [place for place in chosen if length_of(shapes, int(lengths[place])) == length]
-
-
-@quick
-@given(run=records_of_runs())
-def test_no_micro_batch_is_attended_everywhere(run: tuple[Shapes, np.ndarray]) -> None:
-    # Attention takes another path where there is no padding, and a record would be computed differently.
-    shapes, lengths = run
-    ids = tuple(np.ones(length, dtype=np.int32) for length in lengths)
-    dataset = TextDataset(ids, np.zeros(len(ids), dtype=np.int64))
-    for part in shapes.cut(np.arange(len(ids), dtype=np.int64), lengths):
-        batch = collate(dataset, part.places, pad_id=0, shape=(part.rows, part.length))
-        assert batch.input_ids.shape == (part.rows, part.length)
-        assert (batch.attention_mask == 0).any()
-        assert (batch.attention_mask.sum(dim=1) >= 1).all(), "and each row attends to something"
-        for row in (None, 0, len(batch) - 1):
-            one = alone(batch, row)
-            assert one.input_ids.shape == batch.input_ids.shape
-            assert (one.attention_mask == 0).any()
 
 
 @quick
@@ -114,6 +104,8 @@ def test_shapes_follow_from_public_settings() -> None:
     few = dataclasses.replace(tight, most_rows=(1, 1, 1, 1, 1))
     assert [few.rows(length) for length in (12, 40)] == [(1,), (2,)]
     assert [length_of(Shapes.of(max_length=longest, max_tokens=9), longest) for longest in (1, 7)] == [8, 8]
+    with pytest.raises(AssertionError):  # a record longer than the longest is not lost
+        list(Shapes.of(max_length=9, max_tokens=99).cut(np.array([0, 1]), np.array([3, 99])))
 
 
 @quick
@@ -135,9 +127,3 @@ def test_no_other_way_to_cut_is_less_work(run: tuple[Shapes, int], count: int, d
         room = shapes.room(length, rows)
         assert work(found) <= work([rows] * -(-count // room)), "all of one number"
         assert work(found) <= work([most] * full + [rows] * -(-left // room)), "and one number for what is left over"
-
-
-def test_a_record_longer_than_the_longest_is_not_lost() -> None:
-    shapes = Shapes.of(max_length=9, max_tokens=99)
-    with pytest.raises(AssertionError):
-        list(shapes.cut(np.array([0, 1]), np.array([3, 99])))

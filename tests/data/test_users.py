@@ -3,7 +3,6 @@
 import hmac
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from fedtune.data import Record, users_of
 from fedtune.data.load import own_records
 from fedtune.data.partition import PartitionSpec, is_selected, partition_records, split_heldout, unit_hash
-from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError, DataError
 
 from .conftest import data_spec, write_jsonl
@@ -55,7 +53,10 @@ def test_a_user_s_records_share_one_place_and_move_no_others(
     assert without == {user: places for user, places in everyone.items() if user != gone}
 
 
-def test_users_go_where_their_own_hash_says() -> None:
+def test_users_go_where_their_own_hash_says_and_come_in_order_of_first_appearance() -> None:
+    rows = [Record({"user": user}) for user in ("b", "a", "b", "c", "a", "b")]
+    assert [places.tolist() for places in users_of(rows)] == [[0, 2, 5], [1, 4], [3]]
+    assert users_of([]) == []
     # A keyed hash of the id alone: what else the record holds makes no difference, another key does.
     hashes = [
         unit_hash(Record(fields), purpose="site", key=key, unit="user")
@@ -73,12 +74,6 @@ def test_users_go_where_their_own_hash_says() -> None:
     assert hashes[0] == (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def test_users_of_lists_each_users_records_in_order_of_first_appearance() -> None:
-    rows = [Record({"user": user}) for user in ("b", "a", "b", "c", "a", "b")]
-    assert [places.tolist() for places in users_of(rows)] == [[0, 2, 5], [1, 4], [3]]
-    assert users_of([]) == []
-
-
 def test_a_user_at_two_sites_is_refused_and_counted() -> None:
     rows = [Record({"user": who, "site": site}) for who in "xyz" for site in ("north", "south")][:5]
     rows = [replace(row, file="all.jsonl", line=line) for line, row in enumerate(rows)]
@@ -91,43 +86,28 @@ def test_a_user_at_two_sites_is_refused_and_counted() -> None:
     assert [len(site) for site in sites] == [3, 0, 2], "by record that is nothing special"
 
 
-def written(folder: Path, *users: object, name: str = "all.jsonl") -> Path:
-    return write_jsonl(folder / name, ({"text": f"text {n}", "who": user} for n, user in enumerate(users)))
-
-
-def spec(path: Path, **changes: Any) -> DataSpec:
-    columns = {"prompt": "text", "completion": "text", "user": "who"}
-    return data_spec(**({"train_file": str(path), "columns": columns} | changes))
-
-
-def columns(data: DataSpec, **unit: Any) -> dict[str, str]:
-    return data.needed_columns(("prompt", "completion"), **unit)
+ROLES = ("prompt", "completion")
 
 
 def test_a_real_site_leaves_out_what_has_not_one_user_by_itself(tmp_path: Path) -> None:
     # What a lead asks for must not make the answer depend on whether some record fits it; the doctor says it before.
-    path = written(tmp_path, "ann", ["ann", "bob"], "bob", None, "ann")
-    by_user = columns(spec(path), unit="user")
-    records = own_records(spec(path), columns=by_user, fault=lambda _: None, key=KEY, unit="user")
+    rows = [{"text": f"text {n}", "who": who} for n, who in enumerate(("ann", ["ann", "bob"], "bob", None, "ann"))]
+    columns = {"prompt": "text", "completion": "text", "user": "who"}
+    data = data_spec(train_file=str(write_jsonl(tmp_path / "all.jsonl", rows)), columns=columns)
+    assert data.needed_columns(ROLES, unit="user") == columns
+    records = own_records(data, columns=columns, fault=lambda _: None, key=KEY, unit="user")
     assert [record.fields["user"] for record in records.training] == ["ann", "bob", "ann"]
-    by_record = own_records(spec(path), columns=columns(spec(path)), fault=lambda _: None, key=KEY)
+    by_record = own_records(data, columns=data.needed_columns(ROLES), fault=lambda _: None, key=KEY)
     assert len(by_record.training) == 5
     assert "user" not in by_record.training[0].fields, "what a run has no use for is not read"
 
 
-# Settings.
-
-
-def test_users_need_a_column(tmp_path: Path) -> None:
-    path = written(tmp_path, "ann")
-    without = spec(path, columns={"prompt": "text", "completion": "text"})
+def test_users_need_a_column() -> None:
+    without = data_spec(*ROLES)
     with pytest.raises(ConfigError, match=r"^columns = .*must name the column for role 'user', as privacy\.unit"):
         without.check_unit("user")
-    of_label = {"text": "text", "label": "kind", "user": "who"}
-    by_label = {"columns": of_label, "partition": PartitionSpec(kind="dirichlet")}
+    by_label = data_spec("text", "label", "user", partition=PartitionSpec(kind="dirichlet"))
     with pytest.raises(ConfigError, match=r"^partition\.kind = 'dirichlet': deals records out by their labels"):
-        spec(path, **by_label).check_unit("user")
-    for each in (without, spec(path, **by_label), spec(path)):
+        by_label.check_unit("user")
+    for each in (without, by_label, data_spec(*ROLES, "user")):
         each.check_unit("record")
-    assert "user" not in columns(spec(path))
-    assert columns(spec(path), unit="user")["user"] == "who"

@@ -188,12 +188,6 @@ def test_what_somebody_wrote_and_what_is_an_answer() -> None:
     assert len(turns_like(said("here"))) == 2
 
 
-def test_a_name_in_one_form_stays_as_it_is() -> None:
-    for text in ("Jose\u0301\u200b", "\u1e9b\u0323", "a\u034f\u0301"):
-        assert one_form(one_form(text)) == one_form(text)
-        assert unicodedata.is_normalized("NFC", one_form(text))
-
-
 def test_forms_of_an_id_are_one_user_wherever_users_are_told_apart(tmp_path: Path) -> None:
     rows = [{"text": "a", "who": "Jose\u0301"}, {"text": "b", "who": "Jos\u00e9"}, {"text": "c", "who": ""}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -202,37 +196,27 @@ def test_forms_of_an_id_are_one_user_wherever_users_are_told_apart(tmp_path: Pat
     assert len({unit_hash(record, purpose="test", key=b"k", unit="user") for record in records}) == 1
     others = [Record({}, str(path), line) for line in (1, 2)]
     assert len(set(column_values(others, "who", key="x", role="user"))) == 1
+    for text in ("Jose\u0301\u200b", "\u1e9b\u0323", "a\u034f\u0301"):
+        assert one_form(one_form(text)) == one_form(text), "a name in one form stays as it is"
+        assert unicodedata.is_normalized("NFC", one_form(text))
 
 
-# How deep the stack is must not decide what a value is.
+def at(deeper: int, reader: Callable[..., Any], *given: str) -> Any:
+    """What the reader makes of this on a deeper stack, which must not decide it; None if it refuses it."""
+    try:
+        return at(deeper - 1, reader, *given) if deeper else reader(*given)
+    except DataError:
+        return None
 
 
-def at(deeper: int, reader: Callable[[str], Any], text: str) -> Any:
-    return at(deeper - 1, reader, text) if deeper else reader(text)
-
-
-def tried(reader: Callable[[str], str]) -> Callable[[str], str | None]:
-    def read(text: str) -> str | None:
-        try:
-            return reader(text)
-        except DataError:
-            return None
-
-    return read
-
-
-def test_labels_are_the_same_from_every_depth() -> None:
-    for depth in range(900, 1050, 3):
-        text, labels = "[" * depth + "]" * depth, tried(lambda text: labels_of(text, "labels"))
-        assert {at(deeper, labels, text) for deeper in range(0, 60, 7)} == {None}, depth
-
-
-def test_an_answer_stays_what_it_was_read_as_at_every_depth() -> None:
+def test_labels_and_answers_are_the_same_from_every_depth() -> None:
     found = set()
     for depth in range(880, 1050, 3):
-        text = '[{"role": "assistant", "content": "here", "more": ' + "[" * depth + "]" * depth + "}]"
+        nested = "[" * depth + "]" * depth
+        text = '[{"role": "assistant", "content": "here", "more": ' + nested + "}]"
         for deeper in range(0, 60, 7):
-            found.add(answer := at(deeper, tried(lambda text: said_of(text, "chosen")), text))
+            assert at(deeper, labels_of, nested, "labels") is None, depth
+            found.add(answer := at(deeper, said_of, text, "chosen"))
             if answer is not None:
                 assert all(at(other, turns_said, answer) == json.loads(ONE) for other in (0, 30, 60)), depth
     assert found == {None, ONE}
@@ -244,9 +228,6 @@ def test_an_answer_that_is_no_list_of_turns_is_not_parsed(monkeypatch: pytest.Mo
         assert said_of(text, "chosen") == text
         assert turns_said(text) is None
     assert turns_said(' [{"role": "assistant", "content": "lost"}]') is None, "turns that were read are written anew"
-
-
-# Values of databases, and of Hugging Face sets.
 
 
 def test_values_of_a_database(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Files that people exchange, edit or find damaged: policies, kits, rosters, ledgers, run folders, reports, data."""
 
 import gzip
-import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +13,6 @@ from typing import Any, cast
 import pyarrow
 import yaml
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from fedtune.config import saved_config
 from fedtune.data.records import iter_records, usable_records
@@ -39,6 +37,7 @@ from fedtune.sites.virtual_site import DEALT, read_dealt_out
 from fedtune.spec import KIT_SCHEMA, ConfigError, DataError, FedtuneError, RunError
 from fedtune.tasks.saved import load_task_model
 
+from ..data.conftest import in_parquet
 from . import seeds
 from .mutations import bytes_like, json_like, mutated_bytes, mutated_json, toml_like
 from .target import Target
@@ -47,7 +46,6 @@ from .wire_targets import join_request
 COLUMNS = {"text": "body", "label": "kind"}
 _SAVED, _ARROW = Path(__file__).parents[1] / "data" / "fixtures" / "saved_set", "data-00000-of-00001.arrow"
 _OURS, _OF_ALL = (ConfigError, RunError), (FedtuneError,)
-
 
 _OF_A_MODEL: dict[str, Any] = {
     "config.json": {
@@ -156,12 +154,6 @@ def _saved(name: str) -> Callable[[bytes], object]:
     )
 
 
-def _parquet() -> bytes:
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table({"body": ["good morning", "good night"] * 9, "kind": ["a", "b"] * 9}), buffer)
-    return buffer.getvalue()
-
-
 def _waiting(data: bytes) -> object:
     """What a person is shown who is to approve a run."""
     state = SiteState(seeds.folder() / "state")
@@ -216,6 +208,7 @@ _BIOC = json.dumps({"documents": [{"passages": [_PASSAGE]}]}).encode()
 _ANSWERS = {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}
 _DEALT_OUT = {"seed": 1, "federation.site_names": ["north"], "data.partition": {"kind": "hash"}}
 _RETIRED = {"version": KIT_SCHEMA, "fingerprints": ["ab" * 32]}
+_TABLE = pyarrow.table({"body": ["good morning", "good night"] * 9, "kind": ["a", "b"] * 9})
 _SHARDS = {"metadata": {}, "weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}
 _CHATS = [{"chat": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]}]
 _RECEIPTS = {"north": json.loads(json.dumps({k: getattr(seeds.receipt(), k) for k in seeds.receipt().__slots__}))}
@@ -280,7 +273,7 @@ TARGETS = (
             "json": _ARRAY,
             "csv": _CSV,
             "tsv": _CSV.replace(b",", b"\t"),
-            "parquet": _parquet,
+            "parquet": in_parquet(_TABLE),
         }.items()
     ),
     *(

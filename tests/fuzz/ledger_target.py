@@ -24,9 +24,14 @@ def _events() -> list[dict[str, Any]]:
 
 
 def _signed_anew(data: bytes) -> None:
+    rows, before = list[list[object]](), START
     try:
-        events = json.loads(data)
-        rows = [_row(event, before) for event, before in _chained(events)]
+        for fields in json.loads(data):
+            event = Event(**{**fields, "hash": "", "signature": ""})
+            before = event.hash_after(before)
+            values = {**asdict(event), "detail": canonical(event.detail).decode(), "hash": before}
+            values["signature"] = seeds.key(2).sign(EVENT, before.encode())
+            rows.append([*values.values()])
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return  # nothing that the file could hold
     path = seeds.folder() / "signed_anew.db"
@@ -47,23 +52,6 @@ def _signed_anew(data: bytes) -> None:
         file.close()
     verify(path)
     from_ledger.build(path)
-
-
-def _chained(events: list[dict[str, Any]]) -> list[tuple[Event, str]]:
-    """Each event and the hash of the one in front of it."""
-    chained, before = [], START
-    for fields in events:
-        event = Event(**{**fields, "hash": "", "signature": ""})
-        chained.append((event, before))
-        before = event.hash_after(before)
-    return chained
-
-
-def _row(event: Event, before: str) -> list[object]:
-    hash = event.hash_after(before)
-    values = {**asdict(event), "detail": canonical(event.detail).decode(), "hash": hash}
-    values["signature"] = seeds.key(2).sign(EVENT, hash.encode())
-    return list(values.values())
 
 
 TARGETS = (Target("ledger signed anew", lambda: mutated_json(_events()), _signed_anew, (ConfigError, RunError)),)

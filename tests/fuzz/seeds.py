@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config import RunConfig
-from fedtune.federation.protocol import EndOfRun, Reply, RoundRequest
+from fedtune.federation.protocol import Reply, RoundRequest
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
@@ -84,10 +84,6 @@ def request() -> RoundRequest:
 def request_json() -> dict[str, Any]:
     fields: dict[str, Any] = json.loads(request().signed(key(1)).text)
     return fields
-
-
-def end_json() -> dict[str, Any]:
-    return asdict(EndOfRun(run="r", lead=key(1).public, adapter_digest="ab" * 32))
 
 
 def update() -> Update:

@@ -12,20 +12,13 @@ MOST_CPU_S = 30.0
 
 @dataclass(frozen=True)
 class Target:
-    """Something that parses what comes from outside.
-
-    Attributes:
-        broken: broken inputs, given lazily since a seed may take a second to make.
-        parse: takes one; what it returns is of no interest.
-        errors: what it may raise, as its docstring says.
-        cost: a slow one gets so many times fewer inputs.
-    """
+    """Something that parses what comes from outside."""
 
     name: str
-    broken: Callable[[], st.SearchStrategy[bytes]]
-    parse: Callable[[bytes], object]
-    errors: tuple[type[Exception], ...]
-    cost: int = 1
+    broken: Callable[[], st.SearchStrategy[bytes]]  # broken inputs, given lazily: a seed may take a second to make
+    parse: Callable[[bytes], object]  # takes one; what it returns is of no interest
+    errors: tuple[type[Exception], ...]  # what it may raise, as its docstring says
+    cost: int = 1  # a slow one gets so many times fewer inputs
 
     def check(self, data: bytes) -> None:
         """The property: an answer, or one of the documented errors, in time."""

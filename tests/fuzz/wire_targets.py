@@ -6,6 +6,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, MutableMapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import strategies as st
 
 from fedtune.federation.protocol import EndOfRun, RoundRequest, Signed
-from fedtune.federation.site_round import Prepared, Site, Trained, answer
+from fedtune.federation.site_round import Prepared, Trained, answer
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.ops.kits.members import PURPOSE, JoinRequest, site_init
@@ -21,6 +22,7 @@ from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.fleet import HELLO
 from fedtune.ops.wire.gate import Gate, Registered
 from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, _message
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
 from fedtune.sites.shared_settings import read_settings
 from fedtune.spec import ConfigError
@@ -52,16 +54,11 @@ def _answered(data: bytes) -> None:
         raise Refused(Reason.BASE_MODEL_MISSING)
 
     signed = Signed(text=_text(data), signature=seeds.key(1).sign(RoundRequest.purpose, data))
-    reply = answer(_site(nothing), signed, seeds.adapter())
+    ledger = Ledger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
+    site = MadeSite(ledger, prepare=nothing, train=lambda request, adapter, attempt: Trained(adapter=adapter))
+    reply = answer(site, signed, seeds.adapter())
     assert isinstance(reply.body, Refusal)
     assert reply.body.reason is not Reason.SITE_ERROR, "an error of ours"
-
-
-def _site(prepare: Any) -> Site:
-    from fedtune.privacy.ledger.site_ledger import Ledger
-
-    ledger = Ledger(seeds.folder() / "answering.db", seeds.policy(), seeds.key(2))
-    return MadeSite(ledger, prepare=prepare, train=lambda request, adapter, attempt: Trained(adapter=adapter))
 
 
 def _settings(data: bytes) -> object:
@@ -79,16 +76,12 @@ def _reply(data: bytes) -> object:
     return flower_records.to_reply(content)
 
 
-def _reply_seed() -> Any:
-    return json.loads(str(flower_records.from_reply(seeds.reply()).config_records["reply"]["json"]))
+def _of(kind: str, write: Callable[[Any], RecordDict], seed: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: json.loads(str(write(seed()).config_records[kind]["json"]))
 
 
 def _receipt(data: bytes) -> object:
     return flower_records.to_receipt(RecordDict({"receipt": ConfigRecord({"json": _text(data)})}))
-
-
-def _receipt_seed() -> Any:
-    return json.loads(str(flower_records.from_receipt(seeds.receipt()).config_records["receipt"]["json"]))
 
 
 def _records(data: bytes) -> None:
@@ -113,17 +106,13 @@ def _gate(data: bytes) -> None:
     paths = (HELLO, "/v1/fleet/pull-messages", "/v1/control/start-run", "/v1/runtime/get-nodes", "/", "/docs")
     path = paths[data[0] % len(paths)] if data else ""
     headers = [(name, value) for name, colon, value in (line.partition(b": ") for line in lines[1:-1]) if colon]
-    asyncio.run(_call(path, headers, lines[-1]))
-
-
-async def _call(path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
     sent: list[MutableMapping[str, Any]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("a broken call came through")
 
     async def receive() -> MutableMapping[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": lines[-1], "more_body": False}
 
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
@@ -131,7 +120,7 @@ async def _call(path: str, headers: list[tuple[bytes, bytes]], body: bytes) -> N
     member = Registered(site="north", node_key=b"unknown", revoked=False)
     rules: Any = None  # no call gets there
     gate = Gate(app, lead=seeds.key(3).public, roster=lambda: [member], rules=rules, audit=AuditLog(None))
-    await gate({"type": "http", "path": path, "headers": headers}, receive, send)
+    asyncio.run(gate({"type": "http", "path": path, "headers": headers}, receive, send))
     assert sent[0]["status"] in (401, 403, 404)
 
 
@@ -167,31 +156,27 @@ def join_request() -> Path:
     return path.parent / "kit" / "join_request.json"
 
 
+def _update_headers() -> st.SearchStrategy[bytes]:
+    """Updates with other headers."""
+    body = b"".join(value.tobytes() for value in seeds.adapter().tensors.values())
+    headers = mutated_json(json.loads(seeds.update()._encoded()[0]))
+    return headers.map(lambda header: b"fedtune-update-2\n" + struct.pack("<Q", len(header)) + header + body)
+
+
+_END = asdict(EndOfRun(run="r", lead=seeds.key(1).public, adapter_digest="ab" * 32))
 TARGETS = (
     Target("request", json_like(seeds.request_json), _signed_as(RoundRequest), (ConfigError, Refused)),
     Target("unsigned request", json_like(seeds.request_json), _unsigned_request, (ConfigError, Refused)),
     Target("answer", json_like(seeds.request_json), _answered, ()),
-    Target("end of run", json_like(seeds.end_json), _signed_as(EndOfRun), (ConfigError, Refused)),
+    Target("end of run", json_like(lambda: _END), _signed_as(EndOfRun), (ConfigError, Refused)),
     Target("settings", json_like(seeds.settings), _settings, (Refused,)),
     Target("update", bytes_like(lambda: seeds.update().to_bytes()), Update.from_bytes, (ConfigError,)),
-    Target(
-        "update header", lambda: mutated_json(_update_header()).map(_with_header), Update.from_bytes, (ConfigError,)
-    ),
+    Target("update header", _update_headers, Update.from_bytes, (ConfigError,)),
     Target("adapter", bytes_like(lambda: seeds.adapter().to_bytes()), Adapter.from_bytes, (AdapterError,)),
     Target("adapter on the wire", bytes_like(lambda: seeds.adapter().to_bytes()), _adapter, (ConfigError,)),
-    Target("reply", json_like(_reply_seed), _reply, (ConfigError,)),
-    Target("receipt", json_like(_receipt_seed), _receipt, (ConfigError,)),
+    Target("reply", json_like(_of("reply", flower_records.from_reply, seeds.reply)), _reply, (ConfigError,)),
+    Target("receipt", json_like(_of("receipt", flower_records.from_receipt, seeds.receipt)), _receipt, (ConfigError,)),
     Target("records", lambda: st.binary(max_size=32), _records, ()),
     Target("gate", bytes_like(_gate_seed), _gate, ()),
     Target("join request", json_like(lambda: json.loads(join_request().read_bytes())), _join, (ConfigError,)),
 )
-
-
-def _update_header() -> Any:
-    return json.loads(seeds.update()._encoded()[0])
-
-
-def _with_header(header: bytes) -> bytes:
-    """An update with another header."""
-    body = b"".join(value.tobytes() for value in seeds.adapter().tensors.values())
-    return b"fedtune-update-2\n" + struct.pack("<Q", len(header)) + header + body
