@@ -19,12 +19,11 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
-from fedtune.privacy.site_policy import Policy
 
 from ..books import Books
-from ..conftest import own_logging
+from ..conftest import command, own_logging, site_policy, tiny
 from ..privacy.builders import proposal
-from .widths import COLUMNS
+from .snapshots import COLUMNS
 
 
 @pytest.fixture
@@ -107,7 +106,7 @@ class Here(Books):
 
 
 @pytest.fixture
-def joined(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., Here]:
+def joined(tmp_path: Path) -> Callable[..., Here]:
     """A site of one federation; it approves runs by hand."""
 
     def make(name: str, *, days_ago: int = 0) -> Here:
@@ -129,7 +128,7 @@ def joined(tmp_path: Path, site_policy: Callable[..., Policy]) -> Callable[..., 
 
 
 @pytest.fixture(scope="session")
-def finished(command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that came to its end, with its report, and beside it what the command printed; not to be changed."""
     into = tmp_path_factory.mktemp("runs")
     outcome = command("simulate", *tiny(into=into, name="one"), "--json")

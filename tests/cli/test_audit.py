@@ -15,18 +15,18 @@ from fedtune.report.derive.verdicts import refuted
 from fedtune.report.facts import Audit, AuditBound
 from fedtune.spec import ConfigError
 
+from ..conftest import command, tiny
 from . import snapshots
-from .widths import COLUMNS, too_wide
 
 
 @snapshots.mistakes("mistakes-audit")
-def test_wrong_input(typed: str, command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_wrong_input(typed: str, tmp_path: Path) -> None:
     message = command("audit", *tiny("tracking=quiet", *typed.split(), into=tmp_path)).failed()
     snapshots.check_message("mistakes-audit", typed, message)
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
-def test_resume_is_refused(command: Any, finished: Path) -> None:
+def test_resume_is_refused(finished: Path) -> None:
     assert "must be null: an audit runs from its start" in command("audit", f"resume={finished}").failed()
     assert not (finished / "AUDIT.txt").exists()
 
@@ -37,6 +37,7 @@ def test_settings_as_given() -> None:
     assert given == AuditSpec(kind="records", canaries=50, sites=("a", "b"))
     with pytest.raises(ConfigError, match=r"audit\.never_used"):
         audit_spec(["audit.never_used=1"])
+    assert all(f"audit.{field.name}" in (audit.__doc__ or "") for field in fields(AuditSpec)), "the help names each"
 
 
 def bound(site: str | None, right: int) -> AuditBound:
@@ -56,9 +57,9 @@ def found(folder: Path, *bounds: AuditBound, width: int = 200) -> tuple[Audit, s
 
 def test_what_was_found_fits_a_narrow_terminal(tmp_path: Path) -> None:
     bounds = (bound("north-hospital", 190), bound("south-hospital", 110), bound(None, 150))
-    result, said = found(tmp_path, *bounds, width=COLUMNS)
+    result, said = found(tmp_path, *bounds, width=snapshots.COLUMNS)
     assert (result.exceeded, "north-hospital" in said) == (True, True)
-    assert too_wide(said) == []
+    assert snapshots.too_wide(said) == []
 
 
 def test_the_verdict_is_over_all_bounds_at_once(tmp_path: Path) -> None:
@@ -73,8 +74,3 @@ def test_the_verdict_is_over_all_bounds_at_once(tmp_path: Path) -> None:
     broken, said = found(tmp_path, bound("a", 200), *(bound(f"b{n}", barely) for n in range(5)))
     assert [one.site for one in refuted(broken)] == ["a"]
     assert "At a the attack shows" in said
-
-
-def test_the_help_names_every_setting() -> None:
-    for field in fields(AuditSpec):
-        assert f"audit.{field.name}" in (audit.__doc__ or "")

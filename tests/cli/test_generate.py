@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, command, simulate
 from ..forked import Forked
 from . import snapshots
 
@@ -24,7 +24,7 @@ LANGUAGE_MODEL = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.
 
 
 @pytest.fixture(scope="module")
-def runs(simulate: Any, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a classifier (`intents`), and two language models of one base (`tables`, `others`)."""
     into = tmp_path_factory.mktemp("runs")
     shutil.copytree(finished, into / "intents")
@@ -51,17 +51,7 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
-def test_a_prompt_is_answered(runs: Path, command: Any) -> None:
-    asked = ("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", "--max-new-tokens", "12")
-    outcome = command(*asked)
-    assert (outcome.code, outcome.err) == (0, "")
-    told = json.loads(command(*asked, "--json").out)
-    assert (told["prompt"], list(told["answers"])) == ("name[The Eagle]", ["tables"])
-    assert 0 < len(told["answers"]["tables"]) <= 12
-    assert outcome.out == "".join(one for one in told["answers"]["tables"] if one.isprintable()) + "\n"
-
-
-def test_adapters_of_one_base_answer_side_by_side(runs: Path, command: Any) -> None:
+def test_adapters_of_one_base_answer_side_by_side(runs: Path) -> None:
     asked = ("--prompt", "name[The Eagle]", "--max-new-tokens", "12", "--json")
     both = command("generate", str(runs / "tables"), "--base", "--adapter", f"more={runs / 'others'}", *asked)
     answers = json.loads(both.out)["answers"]
@@ -74,13 +64,19 @@ def test_adapters_of_one_base_answer_side_by_side(runs: Path, command: Any) -> N
     assert re.findall(r"^\[(\w+)\]$", titled.out, re.MULTILINE) == ["base", "tables"]
 
 
-def test_drawn_answers_repeat_with_their_seed(runs: Path, command: Any) -> None:
-    asked = ("generate", str(runs / "tables"), "--prompt", "a", "--temperature", "1", "--max-new-tokens", "20")
-    first, again, other = (command(*asked, "--seed", seed).out for seed in ("1", "1", "2"))
+def test_a_prompt_is_answered_and_drawn_answers_repeat_with_their_seed(runs: Path) -> None:
+    asked = ("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", "--max-new-tokens", "12")
+    outcome = command(*asked)
+    assert (outcome.code, outcome.err) == (0, "")
+    told = json.loads(command(*asked, "--json").out)
+    assert (told["prompt"], list(told["answers"])) == ("name[The Eagle]", ["tables"])
+    assert 0 < len(told["answers"]["tables"]) <= 12
+    assert outcome.out == "".join(one for one in told["answers"]["tables"] if one.isprintable()) + "\n"
+    first, again, other = (command(*asked, "--temperature", "1", "--seed", seed).out for seed in ("1", "1", "2"))
     assert first == again != other
 
 
-def test_a_classifier_names_the_likeliest_labels(runs: Path, command: Any) -> None:
+def test_a_classifier_names_the_likeliest_labels(runs: Path) -> None:
     asked = ("generate", str(runs / "intents"), "--prompt", "where is my card")
     told = json.loads(command(*asked, "--json").out)["answers"]["intents"]
     assert len(told) == 3
@@ -91,34 +87,29 @@ def test_a_classifier_names_the_likeliest_labels(runs: Path, command: Any) -> No
     assert folder.printed == out, "the adapter's folder stands for its run"
 
 
-def test_a_file_of_prompts_gives_a_line_each(runs: Path, command: Any, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
+def test_a_file_of_prompts_or_records_gives_a_line_each(runs: Path, tmp_path: Path) -> None:
+    def lines(*words: str, run: str = "intents") -> Any:
+        out = command("generate", str(runs / run), "--file", *words, "--json").printed
+        return [json.loads(line) for line in out.strip().split("\n")]
+
+    prompts, records = tmp_path / "prompts.txt", tmp_path / "tables.csv"
     odd = "where\x0c is\u2028my\x1c ca\x85rd"  # ends of lines for Python, and for no other
     prompts.write_bytes(f"{odd}\r\nlost\n".encode())
-    lines = command("generate", str(runs / "intents"), "--file", str(prompts), "--json").out.strip().split("\n")
-    assert [json.loads(line)["fields"]["text"] for line in lines] == [odd, "lost"]
+    assert [line["fields"]["text"] for line in lines(str(prompts))] == [odd, "lost"]
     prompts.write_text("\N{ZERO WIDTH NO-BREAK SPACE}where is my card\n\nlost\n", encoding="utf-8")
-    outcome = command("generate", str(runs / "intents"), "--file", str(prompts))
-    assert len(outcome.out.splitlines()) == 2
-    one = command("generate", str(runs / "intents"), "--prompt", "where is my card")
-    assert outcome.out.splitlines()[0] == one.out.strip()
-    lines = command("generate", str(runs / "intents"), "--file", str(prompts), "--base", "--json").out.splitlines()
-    told = [json.loads(line) for line in lines]
+    first, _ = command("generate", str(runs / "intents"), "--file", str(prompts)).out.splitlines()
+    assert first == command("generate", str(runs / "intents"), "--prompt", "where is my card").out.strip()
+    told = lines(str(prompts), "--base")
     assert [(line["line"], line["fields"]["text"]) for line in told] == [(1, "where is my card"), (3, "lost")]
     assert list(told[0]["answers"]) == ["base", "intents"]
-
-
-def test_records_of_a_file_are_asked_without_their_answers(runs: Path, command: Any, tmp_path: Path) -> None:
-    records = tmp_path / "tables.csv"
+    # Records are asked without their answers.
     records.write_text("facts\nname[The Eagle]\n")
-    asked = ("--max-new-tokens", "10", "--json")
-    file = ("--file", str(records), "--columns", "{prompt: facts}")
-    (line,) = command("generate", str(runs / "tables"), *file, *asked).out.splitlines()
-    alone = command("generate", str(runs / "tables"), "--prompt", "name[The Eagle]", *asked)
-    assert json.loads(line)["answers"] == json.loads(alone.out)["answers"]
+    (line,) = lines(str(records), "--columns", "{prompt: facts}", "--max-new-tokens", "10", run="tables")
+    asked = ("--prompt", "name[The Eagle]", "--max-new-tokens", "10", "--json")
+    assert line["answers"] == json.loads(command("generate", str(runs / "tables"), *asked).out)["answers"]
 
 
-def test_a_conversation_in_a_file_needs_no_answer(chats: Path, command: Any, tmp_path: Path) -> None:
+def test_a_conversation_in_a_file_needs_no_answer(chats: Path, tmp_path: Path) -> None:
     asked, answered = {"role": "user", "content": "name[The Eagle]"}, {"role": "assistant", "content": "no"}
     file = tmp_path / "asked.jsonl"
 
@@ -135,7 +126,7 @@ def test_a_conversation_in_a_file_needs_no_answer(chats: Path, command: Any, tmp
 
 
 @pytest.mark.parametrize("asks", [("generate", "--file"), ("evaluate", "--data")])
-def test_other_columns_name_the_option_once(asks: tuple[str, str], runs: Path, command: Any, tmp_path: Path) -> None:
+def test_other_columns_name_the_option_once(asks: tuple[str, str], runs: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("body,label\na,card_arrival\nb,card_arrival\n")
     outcome = command(asks[0], str(runs / "intents"), asks[1], str(rows))
@@ -145,50 +136,44 @@ def test_other_columns_name_the_option_once(asks: tuple[str, str], runs: Path, c
     assert "data.columns" not in outcome.message
 
 
-def test_a_chat_answers_each_line(runs: Path, command: Any, typed: Any) -> None:
+def test_a_chat_answers_each_line(runs: Path, typed: Any) -> None:
+    assert f"fedtune generate {runs / 'intents'} --prompt" in command("chat", str(runs / "intents")).failed()
     typed("name[The Eagle]\n\n/adapter\n/adapter nobody\n/adapter base\nname[The Eagle]\n/what\n/quit\nunread\n")
     outcome = command("chat", str(runs / "tables"), "--max-new-tokens", "12")
     assert outcome.code == 0
-    first, second = outcome.out.splitlines()
-    for name, text in (("tables", first), ("base", second)):
-        wanted = ("--prompt", "name[The Eagle]", "--max-new-tokens", "12", "--base", "--json")
-        answer = json.loads(command("generate", str(runs / "tables"), *wanted).out)["answers"][name]
-        assert text == "".join(one for one in answer if one.isprintable())
+    wanted = ("--prompt", "name[The Eagle]", "--max-new-tokens", "12", "--base", "--json")
+    answers = json.loads(command("generate", str(runs / "tables"), *wanted).out)["answers"]
+    for name, text in zip(("tables", "base"), outcome.out.splitlines(), strict=True):
+        assert text == "".join(one for one in answers[name] if one.isprintable())
     said = outcome.err.splitlines()
     assert "each message is a new prompt" in said[1]
     assert said[2:5] == ["tables answers. There are: base, tables."] * 2 + ["base answers."]
     assert said[5].startswith("/reset ")
 
 
-def test_a_conversation_keeps_its_turns(chats: Path, command: Any, typed: Any) -> None:
-    def answers(*lines: str) -> list[str]:
+def test_a_conversation_keeps_its_turns_and_the_oldest_make_room(chats: Path, typed: Any) -> None:
+    def answers(*lines: str) -> tuple[list[str], str]:
         typed("\n".join(lines))
         outcome = command("chat", str(chats), "--max-new-tokens", "8")
         assert outcome.code == 0, outcome.err
         assert "new prompt" not in outcome.err
-        return outcome.out.splitlines()
+        return outcome.out.splitlines(), outcome.err
 
-    first, second = answers("hello", "hello")
+    (first, second), _ = answers("hello", "hello")
     assert first != second, "the second answer follows the first"
-    assert answers("hello", "/reset", "hello") == [first, first]
+    assert answers("hello", "/reset", "hello")[0] == [first, first]
     (alone,) = command("generate", str(chats), "--prompt", "hello", "--max-new-tokens", "8").out.splitlines()
     assert alone == first
-
-
-def test_the_oldest_turns_make_room(chats: Path, command: Any, typed: Any) -> None:
-    typed("\n".join(["a" * 120] * 6))
-    outcome = command("chat", str(chats), "--max-new-tokens", "8")
-    assert outcome.code == 0
-    assert len(outcome.out.splitlines()) == 6
-    assert re.search(r"positions are full: the oldest \d+ turns are left out", outcome.err)
-    typed("a" * 5000 + "\nshort\n")
-    outcome = command("chat", str(chats), "--max-new-tokens", "8")
-    assert re.search(r"message = '50\d\d tokens': must have at most \d+", outcome.err)
-    assert len(outcome.out.splitlines()) == 1, "and the conversation goes on"
+    found, said = answers(*["a" * 120] * 6)
+    assert len(found) == 6
+    assert re.search(r"positions are full: the oldest \d+ turns are left out", said)
+    found, said = answers("a" * 5000, "short")
+    assert re.search(r"message = '50\d\d tokens': must have at most \d+", said)
+    assert len(found) == 1, "and the conversation goes on"
 
 
 @snapshots.mistakes("mistakes-generate")
-def test_what_cannot_be_answered(typed: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_answered(typed: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(runs)
     outcome = command("generate", *shlex.split(typed))
     snapshots.check_message("mistakes-generate", typed, outcome.failed())
@@ -201,22 +186,22 @@ def test_what_cannot_be_answered(typed: str, runs: Path, command: Any, monkeypat
         (("intents", "--prompt", "\udce9"), r"^--prompt = .*: must be UTF-8$"),
         (("tables", "--prompt", "a" * 9000), r"^--prompt = '9\d\d\d tokens': must have at most \d+"),
         (("tables", "--base", "--prompt", "a" * 9000), "must have at most"),
+        (("intents", "--file", b"\xff\xfe"), "^--file = "),
+        (("intents", "--file", b"\n \n"), "^--file = "),
     ],
 )
-def test_what_nobody_types(words: Any, message: str, runs: Path, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_types(
+    words: Any, message: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(runs)
-    assert re.search(message, command("generate", *words).failed())
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(words[-1] if isinstance(words[-1], bytes) else b"")
+    outcome = command("generate", *(str(file) if isinstance(word, bytes) else word for word in words))
+    assert re.search(message, outcome.failed())
+    assert outcome.out == ""
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"\n \n"], ids=["not UTF-8", "only blank lines"])
-def test_a_file_without_prompts_is_named(text: bytes, runs: Path, command: Any, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_bytes(text)
-    outcome = command("generate", str(runs / "intents"), "--file", str(tmp_path / "prompts.txt"))
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.message.startswith("--file = ")
-
-
-def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "intents", tmp_path / "run")
     asked = ("generate", str(tmp_path / "run"), "--prompt", "a")
     (tmp_path / "run/AUDIT.txt").write_text("")
@@ -232,14 +217,10 @@ def test_a_damaged_or_unfinished_run_answers_nothing(runs: Path, command: Any, t
 
 
 @pytest.mark.nightly
-def test_an_adapter_of_other_shapes_is_refused(runs: Path, simulate: Any, command: Any, tmp_path: Path) -> None:
+def test_an_adapter_of_other_shapes_is_refused(runs: Path, tmp_path: Path) -> None:
     wider = simulate(*LANGUAGE_MODEL, "lora.rank=6", "lora.alpha=12", "federation.num_rounds=1", into=tmp_path)
     message = command("generate", str(runs / "tables"), "--prompt", "a", "--adapter", f"wide={wider}").failed()
     assert re.search(r"must be whole, and fit the run's model: .* has shape \(6, \d+\), not the model's \(4, ", message)
-
-
-def test_a_classifier_does_not_chat(runs: Path, command: Any) -> None:
-    assert f"fedtune generate {runs / 'intents'} --prompt" in command("chat", str(runs / "intents")).failed()
 
 
 def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
@@ -255,7 +236,7 @@ def test_ctrl_c_ends_an_answer_and_its_line(runs: Path) -> None:
     assert said == b"fedtune: interrupted\n"
 
 
-def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_scores_stand_beside_those_of_the_base(runs: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("body,label\n" + "where is my card,card_arrival\nlost it,lost_or_stolen_card\n" * 10)
     asked = ("evaluate", str(runs / "intents"), "--data", str(rows), "--columns", "{text: body}")
@@ -273,21 +254,16 @@ def test_scores_stand_beside_those_of_the_base(runs: Path, command: Any, tmp_pat
         assert one["verdict"] in outcome.out
     # Before training, the head is zero: every label is as likely as any other.
     assert told["beside_base"]["loss"]["base"]["value"] == pytest.approx(4.3438, abs=1e-4)
-    assert "trained on records of this file" not in outcome.out
-
-
-def test_scores_on_the_training_file_are_called_so(runs: Path, command: Any, tmp_path: Path) -> None:
-    few, run = tmp_path / "few.csv", tmp_path / "run"
-    few.write_text("text,label\n" + "".join(f"where is my card {n},card_arrival\n" for n in range(20)))
-    shutil.copytree(runs / "intents", run)
+    trained_on = "trained on records of this file: these scores say nothing about new ones"
+    assert trained_on not in " ".join(outcome.out.split())
+    run = Path(shutil.copytree(runs / "intents", tmp_path / "run"))
     settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings["data"]["train_file"] = str(few)
+    settings["data"] |= {"train_file": str(rows), "columns": {"text": "body", "label": "label"}}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    said = " ".join(command("evaluate", str(run), "--data", str(few)).out.split())
-    assert "trained on records of this file: these scores say nothing about new ones" in said
+    assert trained_on in " ".join(command("evaluate", str(run), "--data", str(rows)).printed.split())
 
 
-def test_texts_are_scored_where_they_are_asked_for(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_texts_are_scored_where_they_are_asked_for(runs: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     lines = [{"mr": f"name[{place % 3}]", "ref": f"{place % 3} is a pub"} for place in range(9)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -302,7 +278,7 @@ def test_texts_are_scored_where_they_are_asked_for(runs: Path, command: Any, tmp
 
 
 @pytest.mark.nightly
-def test_users_are_drawn_where_they_are_the_unit_and_named(simulate: Any, command: Any, tmp_path: Path) -> None:
+def test_users_are_drawn_where_they_are_the_unit_and_named(tmp_path: Path) -> None:
     run = simulate("experiment=debug_users", "privacy.unit=user", into=tmp_path)
     rows = [f"{user},message {number}" for user in range(12) for number in range(2)]
     for header, unit in (("user,text", ("user", 12)), ("person,text", ("record", 24))):

@@ -16,47 +16,30 @@ from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
 
-from ..conftest import files_in
-
-READERS = ("show", "spent", "verify", "export")
+from ..conftest import command, files_in
 
 
-def tampered(ledger: Path) -> None:
-    ledger.write_bytes(ledger.read_bytes().replace(b"classification", b"Classification", 1))
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_readers_write_nothing_and_a_folder_stands_for_the_ledger_in_it(reader: str, lived: Any, command: Any) -> None:
+@pytest.mark.parametrize("reader", ["show", "spent", "verify", "export"])
+def test_a_reader_writes_nothing_and_reads_a_whole_ledger_alone(reader: str, lived: Any, tmp_path: Path) -> None:
     before = files_in(lived.folder)
     for path in (lived.ledger, lived.folder):
         assert command("ledger", reader, str(path)).code == 0
     assert files_in(lived.folder) == before
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_a_ledger_that_is_not_there_is_wrong_input(reader: str, tmp_path: Path, command: Any) -> None:
     message = command("ledger", reader, str(tmp_path / "none.db")).failed()
     assert message == f"ledger = '{tmp_path}/none.db': must be a ledger.db, or a folder with one"
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_run_folder_names_its_ledgers(lived: Any, tmp_path: Path, command: Any) -> None:
+    assert not (tmp_path / "none.db").exists()
     inner = tmp_path / "run" / "sites" / "bank-a"
     inner.mkdir(parents=True)
     shutil.copy(lived.ledger, inner)
-    assert command("ledger", "show", str(tmp_path / "run")).failed().endswith(f"must be one of {inner}/ledger.db")
-
-
-@pytest.mark.parametrize("reader", READERS)
-def test_a_changed_ledger_is_one_line_and_exit_code_one(reader: str, lived: Any, command: Any) -> None:
-    tampered(lived.ledger)
+    assert command("ledger", reader, str(tmp_path / "run")).failed().endswith(f"must be one of {inner}/ledger.db")
+    lived.ledger.write_bytes(lived.ledger.read_bytes().replace(b"classification", b"Classification", 1))
     outcome = command("ledger", reader, str(lived.ledger))
     assert re.search("event [23] was changed", outcome.failed(1))
     assert outcome.out == ""
 
 
-def test_show_knows_runs_that_were_not_charged_and_backups_put_back(put_back: Any, command: Any) -> None:
-    assert restored(put_back, command).code == 0
+def test_show_knows_runs_that_were_not_charged_and_backups_put_back(put_back: Any) -> None:
+    assert restored(put_back).code == 0
     assert put_back.open().reserve(put_back.proposal("fourth"), round=1, request="x")
     out = command("ledger", "show", str(put_back.ledger)).out
     assert out.count("(a backup put back)") == 1
@@ -66,22 +49,36 @@ def test_show_knows_runs_that_were_not_charged_and_backups_put_back(put_back: An
     assert "(a backup put back)" not in newest
 
 
-def test_show_last_is_the_newest_events(lived: Any, command: Any) -> None:
-    whole = json.loads(command("ledger", "show", str(lived.ledger), "--json").out)
-    last = json.loads(command("ledger", "show", str(lived.ledger), "--json", "--last", "3").out)
-    assert last["events"] == whole["events"][-3:]
-    assert [event["sequence"] for event in whole["events"]] == list(range(1, whole["num_events"] + 1))
+def test_export_is_everything_in_one_file_and_overwrites_none(lived: Any, tmp_path: Path) -> None:
+    def said(*words: str) -> Any:
+        return json.loads(command("ledger", words[0], str(lived.ledger), *words[1:], "--json").printed)
+
+    output, shown = tmp_path / "ledger.json", said("show")
+    assert command("ledger", "export", str(lived.ledger), "--output", str(output)).code == 0
+    whole = json.loads(output.read_text())
+    assert whole["events"] == shown["events"]
+    assert [event["sequence"] for event in shown["events"]] == list(range(1, shown["num_events"] + 1))
+    assert said("show", "--last", "3")["events"] == shown["events"][-3:], "the newest"
     assert command("ledger", "show", str(lived.ledger), "--last", "0").code == 2
+    assert whole["head"] == whole["events"][-1]
+    assert whole["spending"].items() <= said("spent").items()
+    assert whole["verification"]["rollback_excluded"] is False
+    assert json.loads(command("ledger", "export", str(lived.ledger)).out) == whole
+    for name in ("ledger.db", "site_key.pem"):
+        before = (lived.folder / name).read_bytes()
+        message = command("ledger", "export", str(lived.ledger), "--output", str(lived.folder / name)).failed()
+        assert "exists already" in message
+        assert (lived.folder / name).read_bytes() == before
 
 
-def test_a_run_s_name_cannot_steer_the_terminal(site: Any, command: Any) -> None:
+def test_a_run_s_name_cannot_steer_the_terminal(site: Any) -> None:
     site.ask_too_much(site.proposal("x", noise_multiplier=0.5), named="\x1b[31m[red]evil\u202e\n")
     out = command("ledger", "show", str(site.ledger), "--rounds").out
     assert "?[31m[red]evil??" in out
     assert "\x1b" not in out
 
 
-def test_as_many_reference_runs_fit_as_spent_says(lived: Any, command: Any) -> None:
+def test_as_many_reference_runs_fit_as_spent_says(lived: Any) -> None:
     lived.write_policy(max_epsilon_per_period=None)
     lived.open()
     left = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)["reference_runs_left"]
@@ -91,23 +88,20 @@ def test_as_many_reference_runs_fit_as_spent_says(lived: Any, command: Any) -> N
     assert json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)["reference_runs_left"] == 0
 
 
-def test_a_new_ledger_has_spent_nothing(site: Any, command: Any) -> None:
+def test_a_new_ledger_has_spent_nothing_and_seeded_noise_is_no_guarantee(site: Any) -> None:
+    site.write_policy(seeded_noise="true")
     site.open()
     out = command("ledger", "spent", str(site.ledger)).out
     assert "Nothing was spent yet" in out
-    assert "No run was accepted yet." in out
-    assert "No run was accepted yet." in command("ledger", "show", str(site.ledger)).out
-
-
-def test_seeded_noise_is_no_guarantee(site: Any, command: Any) -> None:
-    site.write_policy(seeded_noise="true")
+    for shown in (out, command("ledger", "show", str(site.ledger)).out):
+        assert "No run was accepted yet." in shown
     site.charge(site.proposal("study", seeded_noise=True), 1)
     assert command("ledger", "spent", str(site.ledger)).out.count("NO GUARANTEE") == 2
     assert "NO GUARANTEE" in command("ledger", "show", str(site.ledger)).out
     assert json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["guarantee"] is False
 
 
-def test_a_run_without_noise_is_unbounded_and_null(site: Any, command: Any) -> None:
+def test_a_run_without_noise_is_unbounded_and_null(site: Any) -> None:
     site.write_policy(
         max_epsilon="inf", max_epsilon_per_run=None, max_epsilon_per_period=None, min_noise_multiplier="0.0"
     )
@@ -122,53 +116,48 @@ def test_a_run_without_noise_is_unbounded_and_null(site: Any, command: Any) -> N
     assert "WITHOUT NOISE" in command("ledger", "show", str(site.ledger), "--rounds").out
 
 
-def test_a_raised_cap_is_told(lived: Any, command: Any) -> None:
+def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any) -> None:
     lived.write_policy(max_epsilon="8.0")
     lived.open()
     assert "The lifetime cap was changed: at most 6" in command("ledger", "spent", str(lived.ledger)).out
+    freeze = ("ledger", "freeze", "--policy", str(lived.site_toml), "--why")
+    assert command(*freeze, " ").failed() == "--why = ' ': must say why; the ledger keeps it"
+    assert command(*freeze, "consent withdrawn").code == 0
+    lived.ask_too_much(lived.proposal("late"))
+    out = command("ledger", "show", str(lived.ledger), "--rounds").out
+    assert "all training has ended: consent withdrawn" in out
+    spent = command("ledger", "spent", str(lived.ledger))
+    assert "FROZEN" in spent.out
+    assert "nothing, since it is frozen" in spent.out
+    figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
+    assert (figures["frozen"], figures["left"], figures["reference_runs_left"]) == (True, 0, 0)
+    lived.ledger.unlink()
+    assert command(*freeze, "x").code == 2
+    assert not lived.ledger.exists()
 
 
-def test_verify_says_what_was_checked_and_finds_another_site_s_key(lived: Any, command: Any) -> None:
+def test_verify_says_what_was_checked_and_finds_another_site_s_key(lived: Any) -> None:
+    verified = ("ledger", "verify", str(lived.ledger))
     known = ("--anchor", str(lived.anchor), "--site-key", lived.key.public)
-    told = json.loads(command("ledger", "verify", str(lived.ledger), "--json", *known).out)
+    told = json.loads(command(*verified, "--json", *known).out)
     assert (told["rollback_excluded"], told["anchor_sequence"]) == (True, told["num_events"])
     assert (told["site_key"], told["key_expected"]) == (lived.key.public, True)
-    assert "Not checked:" not in command("ledger", "verify", str(lived.ledger), *known).out
-    # Another site's ledger is found.
-    assert "names site key" in command("ledger", "verify", str(lived.ledger), "--site-key", "ab" * 32).failed(1)
-    assert command("ledger", "verify", str(lived.ledger), "--site-key", "short").code == 2
+    assert "Not checked:" not in command(*verified, *known).out
+    assert "names site key" in command(*verified, "--site-key", "ab" * 32).failed(1), "another site's ledger is found"
+    assert command(*verified, "--site-key", "short").code == 2
 
 
-def test_verify_finds_a_ledger_that_was_put_back(put_back: Any, command: Any) -> None:
+def test_an_anchor_is_not_replaced_by_an_older_one(put_back: Any) -> None:
     verified = ("ledger", "verify", str(put_back.ledger), "--anchor")
     assert "put back" in command(*verified, str(put_back.anchor)).failed(1)
     assert command(*verified, str(put_back.folder / "none.json")).code == 2
-
-
-def test_export_is_everything_in_one_file_and_overwrites_none(lived: Any, command: Any, tmp_path: Path) -> None:
-    output = tmp_path / "ledger.json"
-    assert command("ledger", "export", str(lived.ledger), "--output", str(output)).code == 0
-    whole = json.loads(output.read_text())
-    assert whole["events"] == json.loads(command("ledger", "show", str(lived.ledger), "--json").out)["events"]
-    assert whole["head"] == whole["events"][-1]
-    assert whole["spending"].items() <= json.loads(command("ledger", "spent", str(lived.ledger), "--json").out).items()
-    assert whole["verification"]["rollback_excluded"] is False
-    assert json.loads(command("ledger", "export", str(lived.ledger)).out) == whole
-    for name in ("ledger.db", "site_key.pem"):
-        before = (lived.folder / name).read_bytes()
-        message = command("ledger", "export", str(lived.ledger), "--output", str(lived.folder / name)).failed()
-        assert "exists already" in message
-        assert (lived.folder / name).read_bytes() == before
-
-
-def test_an_anchor_is_not_replaced_by_an_older_one(put_back: Any, command: Any) -> None:
     own = ("--key", str(put_back.folder / "site_key.pem"), "--output", str(put_back.anchor))
     before = put_back.anchor.read_bytes()
     assert "put back" in command("ledger", "anchor", str(put_back.ledger), *own).failed(1)
     assert put_back.anchor.read_bytes() == before
 
 
-def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, command: Any, tmp_path: Path) -> None:
+def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, tmp_path: Path) -> None:
     made, key = tmp_path / "anchor.json", lived.folder / "site_key.pem"
     words = ("ledger", "anchor", str(lived.ledger))
     assert command(*words, "--key", str(lived.folder / "lead.pem"), "--output", str(made)).code == 1
@@ -180,13 +169,31 @@ def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, command: A
     assert made.read_bytes() == lived.anchor.read_bytes()
 
 
-def restored(site: Any, command: Any, *more: str) -> Any:
+def restored(site: Any, *more: str) -> Any:
     return command("ledger", "restore", "--policy", str(site.site_toml), *more)
 
 
-def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back: Any, command: Any) -> None:
+def test_restore_happens_once_and_on_the_policy_s_own_ledger_alone(put_back: Any, tmp_path: Path) -> None:
+    lost = tmp_path / "lost.json"
+    shutil.copy(put_back.anchor, lost)
+    message = restored(put_back, str(put_back.folder / "backup.db")).failed()
+    assert message.endswith(f"must be the policy's own ledger, {put_back.ledger}")
+    assert restored(put_back, "--anchor", str(lost)).code == 0
+    before = put_back.ledger.read_bytes()
+    assert "Nothing was charged" in restored(put_back, "--anchor", str(lost)).printed
+    own = (str(put_back.ledger), "--anchor", str(put_back.anchor))
+    assert "lacks nothing" in restored(put_back, *own).printed
+    assert put_back.ledger.read_bytes() == before
+    put_back.write_policy(anchor='""')
+    assert restored(put_back).failed() == "--anchor: is required, since the policy names no anchor"
+    put_back.ledger.unlink()
+    assert restored(put_back, "--anchor", str(lost)).code == 2
+    assert not put_back.ledger.exists()
+
+
+def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back: Any) -> None:
     lost = Head.read(put_back.anchor)
-    out = restored(put_back, command).printed
+    out = restored(put_back).printed
     assert "10 noisy steps (rate 0.05, noise 2.5)" in out
     assert "20 noisy steps (rate 0.05, noise 2)" in out
     verified = verify(put_back.ledger, anchor=Head.read(put_back.anchor))
@@ -197,48 +204,20 @@ def test_restore_charges_what_the_backup_lacks_and_lets_training_go_on(put_back:
     assert "a backup was put back; charged what it lacked" in shown
 
 
-def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, command: Any, tmp_path: Path) -> None:
+def test_restore_takes_the_policys_anchor_where_it_knows_more(put_back: Any, tmp_path: Path) -> None:
     # An older anchor, given by hand, must not overwrite the newer one and forget what it knows.
     newest = Head.read(put_back.anchor)
     older = tmp_path / "older.json"
     older.write_bytes(verify(put_back.ledger).history.head(put_back.key).to_bytes())
     assert Head.read(older).sequence < newest.sequence
-    assert restored(put_back, command, "--anchor", str(older)).code == 0
+    assert restored(put_back, "--anchor", str(older)).code == 0
     known = {events.from_json(event): count for event, count in newest.charged}
     assert verify(put_back.ledger, anchor=newest).history.charged() == known
 
 
-def test_restore_happens_once(put_back: Any, command: Any, tmp_path: Path) -> None:
-    lost = tmp_path / "lost.json"
-    shutil.copy(put_back.anchor, lost)
-    assert restored(put_back, command, "--anchor", str(lost)).code == 0
-    before = put_back.ledger.read_bytes()
-    assert "Nothing was charged" in restored(put_back, command, "--anchor", str(lost)).printed
-    assert put_back.ledger.read_bytes() == before
-
-
-def test_restore_leaves_a_ledger_that_lacks_nothing_alone(lived: Any, command: Any) -> None:
-    before = lived.ledger.read_bytes()
-    assert "lacks nothing" in restored(lived, command, str(lived.ledger), "--anchor", str(lived.anchor)).printed
-    assert lived.ledger.read_bytes() == before
-
-
-def test_restore_works_on_the_policy_s_own_ledger_alone(put_back: Any, command: Any) -> None:
-    message = restored(put_back, command, str(put_back.folder / "backup.db")).failed()
-    assert message.endswith(f"must be the policy's own ledger, {put_back.ledger}")
-    put_back.ledger.unlink()
-    assert restored(put_back, command).code == 2
-    assert not put_back.ledger.exists()
-
-
-def test_restore_without_any_anchor_says_so(put_back: Any, command: Any) -> None:
-    put_back.write_policy(anchor='""')
-    assert restored(put_back, command).failed() == "--anchor: is required, since the policy names no anchor"
-
-
 @pytest.mark.parametrize(("typed", "confirmed"), [("y\n", True), ("n\n", False), ("", False)])
 def test_a_person_confirms_the_date_of_a_clock_that_jumped(
-    lived: Any, command: Any, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
+    lived: Any, typed: str, confirmed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Far(datetime):
         @classmethod
@@ -256,25 +235,6 @@ def test_a_person_confirms_the_date_of_a_clock_that_jumped(
     assert (told in " ".join(command("ledger", "spent", str(lived.ledger)).out.split())) is not confirmed
     noted = "a person at the site confirmed the date"
     assert (noted in command("ledger", "show", str(lived.ledger), "--rounds").out) is confirmed
-
-
-def test_freeze_ends_all_training_and_keeps_the_reason(lived: Any, command: Any) -> None:
-    assert command("ledger", "freeze", "--policy", str(lived.site_toml), "--why", "consent withdrawn").code == 0
-    lived.ask_too_much(lived.proposal("late"))
-    out = command("ledger", "show", str(lived.ledger), "--rounds").out
-    assert "all training has ended: consent withdrawn" in out
-    spent = command("ledger", "spent", str(lived.ledger))
-    assert "FROZEN" in spent.out
-    assert "nothing, since it is frozen" in spent.out
-    figures = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)
-    assert (figures["frozen"], figures["left"], figures["reference_runs_left"]) == (True, 0, 0)
-
-
-def test_freeze_wants_a_reason_and_makes_no_ledger(site: Any, command: Any) -> None:
-    message = command("ledger", "freeze", "--policy", str(site.site_toml), "--why", " ").failed()
-    assert message == "--why = ' ': must say why; the ledger keeps it"
-    assert command("ledger", "freeze", "--policy", str(site.site_toml), "--why", "x").code == 2
-    assert not site.ledger.exists()
 
 
 def test_epsilon_and_factors_are_rounded_up() -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -19,18 +20,16 @@ from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 from fedtune.version import __version__
 
-from ..conftest import REPOSITORY, parsed
+from ..conftest import REPOSITORY, command, parsed
 from . import snapshots
-from .widths import too_wide
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"fedtune {__version__}\n"
+def test_version() -> None:
+    assert command("--version").printed == f"fedtune {__version__}\n"
 
 
 @snapshots.mistakes("mistakes-words")
-def test_a_wrong_command_line_is_one_line_and_exit_code_two(typed: str, command: Any) -> None:
+def test_a_wrong_command_line_is_one_line_and_exit_code_two(typed: str) -> None:
     message = command(*typed.split()).failed()
     snapshots.check_message("mistakes-words", typed, message)
     assert message.endswith("--help says more)")
@@ -46,20 +45,14 @@ def test_each_command_gets_what_its_function_takes() -> None:
     context = click.Context(fedtune)
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
-        for command in found.commands.values() if isinstance(found, click.Group) else [found]:
-            assert [each.name for each in command.params] == list(inspect.signature(command.callback).parameters)
+        for one in found.commands.values() if isinstance(found, click.Group) else [found]:
+            assert [each.name for each in one.params] == list(inspect.signature(one.callback).parameters)
 
 
 @pytest.mark.parametrize(("error", "code"), [(RunError("few"), 1), (RefusedError("no"), 3), (KeyboardInterrupt(), 1)])
-def test_each_kind_of_error_has_its_exit_code(
-    error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(*args: object, **rest: object) -> None:
-        raise error
-
-    monkeypatch.setattr("fedtune.cli.simulate.compose_run", fails)
-    assert main(["simulate"]) == code
-    assert capsys.readouterr().err == f"fedtune: {str(error) or 'interrupted'}\n"
+def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtune.cli.simulate.compose_run", Mock(side_effect=error))
+    assert command("simulate").failed(code) == (str(error) or "interrupted")
 
 
 def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variables: str) -> tuple[int, str, str]:
@@ -71,64 +64,59 @@ def started(*words: str, to: Any = subprocess.PIPE, closed: str = "", **variable
     return done.returncode, done.stdout or "", done.stderr
 
 
-def test_a_mistake_is_told_before_torch_and_flower_are_imported() -> None:
-    code = (
-        "import sys; from fedtune.cli.main import main; code = main(['simulate', 'privacy.epsilon=0']);"
-        "print(code, 'flwr' in sys.modules)"
-    )
-    said = "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
-    assert started("-c", code) == (0, "2 False\n", said)
-
-
-def test_help_waits_for_no_slow_import() -> None:
+def test_neither_help_nor_a_mistake_nor_a_plan_waits_for_a_slow_import() -> None:
     slow = ("torch", "hydra", "dp_accounting", "numpy", "pydantic", "rich", "cryptography", "jinja2")
+    names = ("simulate", "plan", "audit", "evaluate", "ledger", "report", "provision", "run")
     _, out, err = started(
         "-c",
         "import sys; from fedtune.cli.main import main\n"
         "for words in ([], ['site'], ['site', 'doctor'], ['server', 'start'], ['model-hash']):\n"
         "    assert main([*words, '--help']) == 0\n"
-        f"print([name for name in {slow} if name in sys.modules])",
-    )
-    assert out.endswith("\n[]\n"), err
-
-
-def test_neither_help_nor_a_plan_waits_for_a_model() -> None:
-    names = ("simulate", "plan", "audit", "evaluate", "ledger", "report", "provision", "run")
-    _, out, err = started(
-        "-c",
-        "import sys; from fedtune.cli.main import main\n"
+        f"found = [name for name in {slow} if name in sys.modules]\n"
         f"for name in {names}: assert main([name, '--help']) == 0\n"
         "assert main(['plan', 'experiment=debug', 'privacy.noise_multiplier=4.0', 'name=x']) == 0\n"
-        "print([name for name in ('torch', 'transformers', 'peft', 'flwr', 'opacus') if name in sys.modules])",
+        "of_models = [name for name in ('torch', 'transformers', 'peft', 'flwr', 'opacus') if name in sys.modules]\n"
+        "print(main(['simulate', 'privacy.epsilon=0']), found, of_models, 'flwr' in sys.modules)",
     )
-    assert out.endswith("\n[]\n"), err
+    assert out.endswith("\n2 [] [] False\n"), err
+    assert err == "fedtune: privacy.epsilon = 0.0: must be a finite number greater than 0\n"
+
+
+class Terminal(io.StringIO):
+    """What a process takes for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = threading.Event()
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.said.set()
+        return super().write(text)
 
 
 def test_on_a_terminal_nobody_waits_in_silence_for_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Screen(Terminal):
-        said = threading.Event()
-
-        def write(self, text: str) -> int:
-            self.said.set()
-            return super().write(text)
-
     def slow(name: str) -> Any:
         assert screen.said.wait(60), "it is said while they are loaded"
         return importlib.import_module(name)
 
-    monkeypatch.setattr("sys.stderr", screen := Screen())
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
     monkeypatch.setattr("fedtune.cli.main._LOADING_S", 0.0)
     monkeypatch.setattr("fedtune.cli.main.import_module", slow)
     assert fedtune.get_command(click.Context(fedtune), "ledger") is not None
     assert screen.getvalue() == "fedtune: loading libraries ...\n"
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback() -> None:
+def test_a_stream_that_nobody_reads_or_that_is_closed_gets_no_traceback() -> None:
     read, write = os.pipe()
     os.close(read)
     done = started("-m", "fedtune", "site", "template", to=write)
     os.close(write)
     assert done == (1, "", "")
+    for closed in (">&-", "2>&-"):
+        assert started("-m", "fedtune", "model-hash", "--help", closed=closed)[0] == 0
 
 
 def test_flowers_telemetry_is_off_unless_someone_turned_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,9 +149,6 @@ def test_what_libraries_made_is_never_looked_through(new: int, frozen: bool, mon
     assert bool(frozen_at) is frozen
 
 
-# Terminals and disks.
-
-
 @pytest.mark.by_day("ascii")
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str) -> None:
@@ -174,44 +159,23 @@ def test_letters_that_a_terminal_lacks_are_shown_as_question_marks(encoding: str
     assert (code, out, err) == (2, "", "fedtune: No such command 'd?nce' (fedtune --help says more)\n")
 
 
-def test_output_that_has_no_room_is_one_line() -> None:
+def test_a_full_disk_is_named(lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = "make room, and give the command again"
     with open("/dev/full", "wb") as full:
-        message = "fedtune: the disk is full; make room, and give the command again\n"
-        assert started("-m", "fedtune", "--version", to=full) == (1, "", message)
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-"])
-def test_a_stream_that_is_closed_is_not_written_to(closed: str) -> None:
-    assert started("-m", "fedtune", "model-hash", "--help", closed=closed)[0] == 0
-
-
-def test_a_full_disk_is_named(lived: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any) -> None:
-    def fails(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "nobody")
-
+        assert started("-m", "fedtune", "--version", to=full) == (1, "", f"fedtune: the disk is full; {again}\n")
     folder = tmp_path / "disk"
     folder.mkdir()
     target = folder / "ledger.json"
-    monkeypatch.setattr("fedtune.privacy.durable.os.fsync", fails)
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "nobody")
+    monkeypatch.setattr("fedtune.privacy.durable.os.fsync", Mock(side_effect=error))
     message = command("ledger", "export", str(lived.ledger), "--output", str(target)).failed(1)
-    assert message == f"the disk is full: no room for {target}; make room, and give the command again"
+    assert message == f"the disk is full: no room for {target}; {again}"
     assert list(folder.iterdir()) == []
-
-
-class Terminal(io.StringIO):
-    """What a process takes for one."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_an_error_is_broken_on_a_terminal_and_one_line_in_a_log(narrow: None) -> None:
     for words in (["simulate", "privacy.epsilon=0", "--surely"], ["report", "none"], ["simulate", "privacy.epsilon=0"]):
-        terminal, log = Terminal(), io.StringIO()
-        with contextlib.redirect_stderr(terminal):
-            code = main(words)
-        with contextlib.redirect_stderr(log):
-            assert main(words) == code == 2
-        assert too_wide(terminal.getvalue()) == []
-        assert len(log.getvalue().splitlines()) == 1
-        assert terminal.getvalue().split() == log.getvalue().split()
+        with contextlib.redirect_stderr(terminal := Terminal()):
+            assert main(words) == 2
+        assert snapshots.too_wide(terminal.getvalue()) == []
+        assert terminal.getvalue().split() == f"fedtune: {command(*words).failed()}".split()

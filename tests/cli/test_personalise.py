@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from ..conftest import command, tiny
+
 
 @pytest.fixture(scope="module")
-def made(finished: Path, command: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def made(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A finished run with an own adapter of each site, and what the command said; not to be changed."""
     run = tmp_path_factory.mktemp("own") / "one"
     shutil.copytree(finished, run)
@@ -37,14 +39,28 @@ def test_each_site_has_one_that_says_whose_it_is(made: tuple[Path, dict[str, Any
         assert (run / ledger).read_bytes() == (finished / ledger).read_bytes(), "nothing is charged or noted in it"
 
 
-def test_no_run_begins_in_it(made: tuple[Path, dict[str, Any]], command: Any, tiny: Any, tmp_path: Path) -> None:
-    for folder in (own_of(made[0]), own_of(made[0]) / "adapter"):
+def test_no_run_begins_in_it_and_it_is_exported_where_somebody_says_so(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    own, out, whole = own_of(made[0]), tmp_path / "out", tmp_path / "whole"
+    refused = "is private to 'site-1', without a guarantee"
+    for folder in (own, own / "adapter"):
         message = command("simulate", *tiny(into=tmp_path, name="two"), f"model.adapter={folder}").failed()
-        assert "is private to 'site-1', without a guarantee" in message
-        assert not any(tmp_path.iterdir()), "nothing is half begun"
+        assert refused in message
+    assert "is private to 'site-1'" in command("export", str(own), "--to", str(out)).failed()
+    assert not any(tmp_path.iterdir()), "nothing is half begun"
+    assert command("export", str(own), "--to", str(out), "--private").code == 0
+    assert (out / "README.md").read_text().startswith("# Private to site-1: no guarantee")
+    assert "Private to site-1: no guarantee</text>" in (out / "label.svg").read_text()
+    assert json.loads((out / "fedtune.json").read_text())["private_to"] == "site-1"
+    # No run begins in it merged, either.
+    assert command("export", str(own), "--to", str(whole), "--private", "--merge").code == 0
+    begun = ("simulate", *tiny(into=tmp_path, name="three"), f"model.path={whole}")
+    for asked in (("model-hash", str(whole)), begun):
+        assert f"{refused}: no run begins in it" in command(*asked).failed()
 
 
-def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], command: Any, tmp_path: Path) -> None:
+def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     own = own_of(made[0])
     assert command("generate", str(own), "--prompt", "my card is late").code == 0
     rows = [{"text": f"my card {number} is late", "label": "card_arrival"} for number in range(12)]
@@ -57,27 +73,7 @@ def test_it_is_used_where_it_is(made: tuple[Path, dict[str, Any]], command: Any,
     assert "No guarantee covers what is said of private_to_site-1" in found["verdict"][-1]
 
 
-def test_it_is_exported_where_somebody_says_so(made: tuple[Path, dict[str, Any]], command: Any, tmp_path: Path) -> None:
-    own = own_of(made[0])
-    assert "is private to 'site-1'" in command("export", str(own), "--to", str(tmp_path / "out")).failed()
-    assert not (tmp_path / "out").exists()
-    assert command("export", str(own), "--to", str(tmp_path / "out"), "--private").code == 0
-    assert (tmp_path / "out" / "README.md").read_text().startswith("# Private to site-1: no guarantee")
-    assert "Private to site-1: no guarantee</text>" in (tmp_path / "out" / "label.svg").read_text()
-    assert json.loads((tmp_path / "out" / "fedtune.json").read_text())["private_to"] == "site-1"
-
-
-def test_none_begins_in_it_merged(made: tuple[Path, dict[str, Any]], command: Any, tiny: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "whole"
-    assert command("export", str(own_of(made[0])), "--to", str(folder), "--private", "--merge").code == 0
-    for asked in (
-        ("model-hash", str(folder)),
-        ("simulate", *tiny(into=tmp_path, name="three"), f"model.path={folder}"),
-    ):
-        assert "is private to 'site-1', without a guarantee: no run begins in it" in command(*asked).failed()
-
-
-def test_a_site_that_is_not_there_is_said(finished: Path, command: Any) -> None:
+def test_a_site_that_is_not_there_is_said(finished: Path) -> None:
     refused = command("personalise", str(finished), "nowhere").failed()
     assert refused == "SITE = 'nowhere': must be one of site-1, site-2"
     assert not list(finished.glob("private_to_*"))

@@ -17,14 +17,14 @@ from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset
 
+from ..conftest import command, result_of, site_policy, tiny
 from . import snapshots
-from .widths import too_wide
 
 Run = Callable[..., Any]
 
 
 @pytest.fixture
-def plan(command: Any, tiny: Any, tmp_path: Path) -> Run:
+def plan(tmp_path: Path) -> Run:
     """The command on the smallest run, without its model unless `model`; options come first."""
 
     def run(*arguments: str, model: bool = False) -> Any:
@@ -38,15 +38,10 @@ def plan(command: Any, tiny: Any, tmp_path: Path) -> Run:
 @pytest.fixture
 def plan_json(plan: Run) -> Run:
     """What the command prints as JSON."""
-
-    def run(*arguments: str, **options: Any) -> Any:
-        out = plan(*arguments, "--json", **options).printed
-        return json.loads(out)
-
-    return run
+    return lambda *arguments, **options: json.loads(plan(*arguments, "--json", **options).printed)
 
 
-def test_the_plan_says_what_the_run_will_say(plan_json: Run, finished: Path, result_of: Any) -> None:
+def test_the_plan_says_what_the_run_will_say(plan_json: Run, finished: Path) -> None:
     (run,) = json.loads((finished.parent / "printed.json").read_text())["runs"]
     assert run == {"folder": str(finished), "result": result_of(finished)}
     promised, privacy = plan_json(), run["result"]["privacy"]
@@ -56,35 +51,19 @@ def test_the_plan_says_what_the_run_will_say(plan_json: Run, finished: Path, res
             assert promised["sites"][name][key] == site[key]
 
 
-def test_nothing_is_read_and_nothing_is_made(plan: Run, tmp_path: Path) -> None:
-    assert plan(f"data.train_file='{tmp_path}/missing.csv'", f"data.test_file='{tmp_path}/missing.csv'").code == 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_only_sites_that_take_part_are_shown(plan_json: Run) -> None:
-    said = plan_json("federation.num_sites=3", "data.declared_sizes=[90,80,70]", "federation.participants=[site-2]")
-    assert list(said["sites"]) == ["site-2"]
-    assert said["sites"]["site-2"]["weight"] == 1.0
-
-
-def test_solving_for_rounds_with_noise_that_a_run_would_refuse(plan_json: Run) -> None:
+def test_solving_for_rounds_with_noise_that_a_run_would_refuse(plan: Run, plan_json: Run, tmp_path: Path) -> None:
+    target = ("--target=rounds", "privacy.epsilon=1")
     # Twenty rounds would pass epsilon 1, which a run says is wrong; here it is the question.
-    said = plan_json("--target=rounds", "privacy.epsilon=1", "federation.num_rounds=20")
+    said = plan_json(*target, "federation.num_rounds=20")
     assert 0.9 < said["epsilon"] <= 1.0
     more = Plan(**(said["plan"] | {"num_rounds": said["plan"]["num_rounds"] + 1}))
     assert planner.coarse_epsilon(more) > 1.0
-
-
-def test_solving_for_rounds_of_secure_sums_counts_the_noise_of_all_sites(plan_json: Run) -> None:
     secure = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_sites=4")
-    said = plan_json("--target=rounds", "privacy.epsilon=1", *secure)
-    assert said["plan"]["shared"]["num_sites"] == 4
+    said = plan_json(*target, *secure)
+    assert said["plan"]["shared"]["num_sites"] == 4, "whose noise is counted"
     assert 0.9 < said["epsilon"] <= 1.0
-
-
-def test_what_was_solved_for_can_be_pasted(plan: Run, tiny: Any, tmp_path: Path) -> None:
-    out = plan("--target=rounds", "privacy.epsilon=1").out
-    found = re.search(r"use it +(\S+) (\S+) *\n", out)
+    # What was solved for can be pasted.
+    found = re.search(r"use it +(\S+) (\S+) *\n", plan(*target).out)
     assert found
     assert compose_run(tiny("privacy.epsilon=1", *found.groups(), into=tmp_path)).federation.num_rounds > 2
 
@@ -101,14 +80,18 @@ def test_what_is_printed(plan: Run, policy_file: Any, narrow: None, monkeypatch:
         *("federation.num_rounds=4", "federation.spare_rounds=1", "privacy.metrics=noised"),
         *("data.heldout_fraction=0.2", "public.train_file=public.csv", "--policy=site.toml"),
     ).printed
-    assert too_wide(out) == []
     snapshots.check_output("plan", out)
 
 
-def test_a_public_stage_is_a_part_of_the_plan(plan_json: Run) -> None:
+def test_nothing_is_read_or_made_and_only_sites_that_take_part_are_shown(plan_json: Run, tmp_path: Path) -> None:
+    sites = ("federation.num_sites=3", "data.declared_sizes=[90,80,70]", "federation.participants=[site-2]")
+    missing = (f"data.train_file='{tmp_path}/missing.csv'", f"data.test_file='{tmp_path}/missing.csv'")
+    said = plan_json(*sites, *missing)
+    assert [(name, site["weight"]) for name, site in said["sites"].items()] == [("site-2", 1.0)]
     stage = plan_json("public.train_file=public.csv", "public.num_rounds=3")["public_stage"]
     assert [*stage.values()] == ["public.csv", None, 3, 2, 0.0033, None]
-    assert plan_json()["public_stage"] is None
+    assert said["public_stage"] is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_privacy_no_epsilon_is_promised(plan: Run, plan_json: Run) -> None:
@@ -123,44 +106,39 @@ def test_without_privacy_no_epsilon_is_promised(plan: Run, plan_json: Run) -> No
 
 
 @pytest.fixture
-def policy_file(tmp_path: Path, site_policy: Any, lead_key: SigningKey, tiny: Any) -> Callable[..., Path]:
-    """A site.toml that allows the smallest run; keywords change the policy."""
+def policy_file(tmp_path: Path, lead_key: SigningKey) -> Callable[[], Path]:
+    """A site.toml that allows the smallest run."""
 
-    def make(**changes: Any) -> Path:
+    def make() -> Path:
         config = compose_run(tiny(into=tmp_path))
-        proposal = config.proposal(lead=lead_key.public, plan=config.plan())
-        allow = {
-            "leads": (lead_key.public,),
-            "base_models": (proposal.base_model,),
-            "target_modules": proposal.target_modules,
-        }
-        datasets = (Dataset(id=proposal.dataset, declared_size=90),)
-        write_policy(site_policy("site-1", allow=allow, dataset=datasets, **changes), tmp_path / "site.toml")
+        asked = config.proposal(lead=lead_key.public, plan=config.plan())
+        allow = {"leads": (lead_key.public,), "base_models": (asked.base_model,)}
+        allow["target_modules"] = asked.target_modules
+        datasets = (Dataset(id=asked.dataset, declared_size=90),)
+        write_policy(site_policy("site-1", allow=allow, dataset=datasets), tmp_path / "site.toml")
         return tmp_path / "site.toml"
 
     return make
 
 
-def test_a_policy_is_asked(plan_json: Run, policy_file: Any, lead_key: SigningKey, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fedtune.config.fastest_dtype", lambda _: "int8")  # which no site is asked to allow
-    said = plan_json("model.dtype=auto", f"--policy={policy_file()}")
-    (policy,) = said["policies"]
-    assert [policy[key] for key in ("allowed", "site", "ledger", "lead")] == [True, "site-1", "new", lead_key.public]
-    assert said["lead_assumed"]
-
-
-def test_another_lead_is_refused(plan: Run, policy_file: Any, stranger_key: SigningKey) -> None:
-    outcome = plan(f"--policy={policy_file()}", f"--lead={stranger_key.public}")
+def test_a_policy_is_asked_and_says_what_it_would_accept(
+    plan: Run, plan_json: Run, policy_file: Any, lead_key: SigningKey, stranger_key: SigningKey, monkeypatch: Any
+) -> None:
+    policy = f"--policy={policy_file()}"
+    outcome = plan(policy, f"--lead={stranger_key.public}")
     assert outcome.code == 0, "the question was answered"
     assert "site-1 would refuse the run" in outcome.out
     assert "(leads)" in outcome.out
     assert "Neither fewer rounds nor more noise alone would be accepted." in outcome.out
-
-
-def test_the_plan_that_was_solved_for_is_what_a_policy_is_asked_about(plan: Run, policy_file: Any) -> None:
-    outcome = plan("--target=rounds", "privacy.epsilon=1", f"--policy={policy_file()}")
+    # It is asked about the plan that was solved for.
+    outcome = plan("--target=rounds", "privacy.epsilon=1", policy)
     assert "max_rounds" in outcome.out
     assert "Would be accepted: 4 rounds, all else as planned." in outcome.out
+    monkeypatch.setattr("fedtune.config.fastest_dtype", lambda _: "int8")  # which no site is asked to allow
+    said = plan_json("model.dtype=auto", policy)
+    (told,) = said["policies"]
+    assert [told[key] for key in ("allowed", "site", "ledger", "lead")] == [True, "site-1", "new", lead_key.public]
+    assert said["lead_assumed"]
 
 
 def test_what_is_known_once_the_model_is_loaded(plan: Run, plan_json: Run) -> None:
@@ -188,7 +166,7 @@ def test_what_secure_sums_would_give_is_told_beside_a_plain_run(plan: Run, plan_
         assert plan_json(*none)["secure_sums"] is None, none
 
 
-def test_the_price_of_a_search_is_told_beside_the_plan(command: Any) -> None:
+def test_the_price_of_a_search_is_told_beside_the_plan() -> None:
     words = ("plan", "experiment=debug", "privacy.noise_multiplier=4.0")
     assert "search" not in json.loads(command(*words, "--json").out)
     told = json.loads(command(*words, "--trials", "8", "--json").out)

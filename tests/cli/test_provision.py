@@ -11,7 +11,7 @@ import pytest
 from fedtune.ops.kits.members import JoinRequest, Roster, next_steps, site_init
 from fedtune.privacy.policy_file import write_policy
 
-from ..conftest import files_in, parsed
+from ..conftest import command, files_in, parsed, site_policy
 from . import snapshots
 
 
@@ -23,7 +23,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def request_of(site_policy: Any) -> Callable[..., Path]:
+def request_of() -> Callable[..., Path]:
     """A site's keys and join request, in the folder `<site>/<kit>`."""
 
     def make(site: str, *, kit: str = "kit") -> Path:
@@ -35,16 +35,9 @@ def request_of(site_policy: Any) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def provision(command: Any) -> Callable[..., str]:
+def provision() -> Callable[..., str]:
     """Run a command that must succeed; what it prints."""
-
-    def run(*arguments: str) -> str:
-        outcome = command("provision", *arguments)
-        assert outcome.code == 0, outcome.err
-        assert outcome.err == ""
-        return str(outcome.out)
-
-    return run
+    return lambda *arguments: str(command("provision", *arguments).printed)
 
 
 def groups(text: str) -> set[str]:
@@ -65,12 +58,18 @@ def test_site_and_lead_read_out_the_same_fingerprints(provision: Any, request_of
     assert in_the_kit < at_the_lead
     assert len(in_the_kit & at_the_site) == 1  # the connection key
     assert groups(Path("cardiology/lead/README.md").read_text()) == at_the_lead - at_the_site
+    # And the commands in the READMEs exist.
+    text = "".join(path.read_text() for path in Path("cardiology").rglob("README.md"))
+    found = set(re.findall(r"`fedtune (provision renew-[^`]+)`", text))  # add-site is named without its request
+    assert {one.split()[1] for one in found} == {"renew-server", "renew-lead", "renew-site"}
+    for one in found:
+        parsed(*one.split())
 
 
 @pytest.mark.parametrize("typed", ["n\n", "\n", "", None])
 @pytest.mark.parametrize("what", ["add-site", "renew-site north"])
 def test_nothing_is_changed_before_a_person_has_compared(
-    provision: Any, request_of: Any, command: Any, what: str, typed: str | None, monkeypatch: pytest.MonkeyPatch
+    provision: Any, request_of: Any, what: str, typed: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     provision("init", "federation.toml")
     first = request_of("north")
@@ -108,7 +107,7 @@ def test_what_is_let_in_is_what_was_compared(provision: Any, request_of: Any, mo
 
 
 @snapshots.mistakes("mistakes-provision")
-def test_mistakes_change_nothing(provision: Any, request_of: Any, command: Any, typed: str) -> None:
+def test_mistakes_change_nothing(provision: Any, request_of: Any, typed: str) -> None:
     provision("init", "federation.toml")
     provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
     Path("wrong.toml").write_text('servr = "x"')
@@ -116,14 +115,3 @@ def test_mistakes_change_nothing(provision: Any, request_of: Any, command: Any, 
     outcome = command("provision", *typed.split())
     snapshots.check_message("mistakes-provision", typed, outcome.failed())
     assert (outcome.out, files_in(Path())) == ("", before)
-
-
-def test_commands_in_the_readmes_exist(provision: Any, request_of: Any) -> None:
-    provision("init", "federation.toml")
-    provision("add-site", "--compared", str(request_of("north")), "--federation", "cardiology")
-    text = "".join(path.read_text() for path in Path("cardiology").rglob("README.md"))
-    found = set(re.findall(r"`fedtune (provision [^`]+)`", text))
-    found = {one for one in found if one.startswith("provision renew-")}  # add-site is named without its request
-    assert {one.split()[1] for one in found} == {"renew-server", "renew-lead", "renew-site"}
-    for one in found:
-        parsed(*one.split())

@@ -19,6 +19,7 @@ from fedtune.api.compose import compose_run
 from fedtune.cli.run import _start, compose_for_sites
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.ops.deployment import LeadService
 from fedtune.ops.kits import provisioning
@@ -33,14 +34,14 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import build_task_model
 
-from ..conftest import write_config
+from ..conftest import command, site_policy, write_config
 from . import snapshots
 
 SIZES = {"north": 230, "south": 180, "west": 90}
 
 
 @pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, site_policy: Any) -> Kit:
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     """The kit of a lead with three sites, and `gone`, which was revoked; west has no data set but banking77."""
     folder, now = tmp_path_factory.mktemp("federation"), datetime.now(UTC).replace(microsecond=0)
     (folder / "federation.toml").write_text('name = "banks"\nserver = "127.0.0.1:9"\n')
@@ -60,9 +61,6 @@ def words(*more: str) -> list[str]:
     return ["experiment=debug", "name=one", "privacy.noise_multiplier=4.0", *more]
 
 
-# Which sites.
-
-
 @pytest.mark.parametrize(
     "sites", ["[west,north]", "west,north", "['west','north']", '["west", "north"]', "[ west , north ]", "'west',north"]
 )
@@ -73,14 +71,18 @@ def test_sites_may_be_written_in_any_of_these_ways(kit: Kit, sites: str) -> None
     assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
 
 
-def test_without_a_word_all_sites_take_part_that_are_not_revoked(kit: Kit) -> None:
-    assert compose_for_sites(words(), kit=kit).declared_sizes() == SIZES
-    last = compose_for_sites(words("sites=[west]", "sites=south"), kit=kit)
-    assert last.declared_sizes() == {"south": 180}, "the last word counts"
+@pytest.mark.parametrize("prefix", ["", "++"])
+def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
+    for sizes, found in (("70", {"west": 70, "north": 70}), ("[70,80]", {"west": 70, "north": 80})):
+        config = compose_for_sites(words(f"{prefix}data.declared_sizes={sizes}", "sites=[west,north]"), kit=kit)
+        assert config.declared_sizes() == found
+    # Also for a data set that no site declared: the sites will say no.
+    unheard = words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard")
+    assert compose_for_sites(unheard, kit=kit).data.dataset == "unheard"
 
 
 @snapshots.mistakes("mistakes-run")
-def test_a_mistake_begins_no_run(command: Any, kit: Kit, typed: str) -> None:
+def test_a_mistake_begins_no_run(kit: Kit, typed: str) -> None:
     """Sites that there are not, settings that real sites decide, and what a kit, a folder and a name are needed for."""
     places = {"KIT": str(kit.folder), "SERVER": str(kit.folder.parent / "server")}
     message = command("run", *(places.get(word, word) for word in shlex.split(typed))).failed()
@@ -90,37 +92,23 @@ def test_a_mistake_begins_no_run(command: Any, kit: Kit, typed: str) -> None:
     assert not Path("runs").exists()
 
 
-# Sizes.
-
-
-@pytest.mark.parametrize("prefix", ["", "++"])
-def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
-    config = compose_for_sites(words("data.dataset=letters", "sites=[north,south]"), kit=kit)
-    assert config.declared_sizes() == {"north": 11, "south": 11}, "else they are those of the data set"
-    config = compose_for_sites(words(f"{prefix}data.declared_sizes=70", "sites=[west,north]"), kit=kit)
-    assert config.declared_sizes() == {"west": 70, "north": 70}
-    with_several = compose_for_sites(words(f"{prefix}data.declared_sizes=[70,80]", "sites=[west,north]"), kit=kit)
-    assert with_several.declared_sizes() == {"west": 70, "north": 80}
-    # Also for a data set that no site declared: the sites will say no.
-    unheard = words(f"{prefix}data.declared_sizes=70", "data.dataset=unheard")
-    assert compose_for_sites(unheard, kit=kit).data.dataset == "unheard"
-
-
-# Settings that real sites decide.
-
-
-def test_other_settings_of_runtime_and_federation_are_the_leads(kit: Kit) -> None:
+def test_without_a_word_all_sites_take_part_that_are_not_revoked_and_other_settings_are_the_leads(kit: Kit) -> None:
     given = words("runtime.num_threads=1", "federation.min_sites=2", "federation.num_rounds=1")
     config = compose_for_sites(given, kit=kit)
+    assert config.declared_sizes() == SIZES
     assert (config.runtime.num_threads, config.federation.min_sites, config.federation.num_rounds) == (1, 2, 1)
+    last = compose_for_sites(words("sites=[west]", "sites=south"), kit=kit)
+    assert last.declared_sizes() == {"south": 180}, "the last word counts"
+    config = compose_for_sites(words("data.dataset=letters", "sites=[north,south]"), kit=kit)
+    assert config.declared_sizes() == {"north": 11, "south": 11}, "of the data set"
     # How a simulation deals records out is left behind.
     by_column = ("data.partition.kind=column", "+data.partition.sites.a=0", "+data.columns.site=x")
-    for given in (("data.partition.kind=dirichlet", "data.partition.proportions=[1,2]"), by_column):
-        partition = compose_for_sites(words(*given), kit=kit).data.partition
+    for more in (("data.partition.kind=dirichlet", "data.partition.proportions=[1,2]"), by_column):
+        partition = compose_for_sites(words(*more), kit=kit).data.partition
         assert (partition.kind, partition.proportions, partition.sites) == ("iid", (), {})
 
 
-def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(command: Any, kit: Kit, tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(kit: Kit, tmp_path: Path) -> None:
     small = ("sites=[north]", "data.validation_rows=2", "data.test_rows=2", f"tracking.output_dir='{tmp_path}'")
     outcome = command("run", "--kit", str(kit.folder), *words(*small))
     assert "127.0.0.1:9 cannot be reached" in outcome.failed(1)
@@ -133,9 +121,6 @@ def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(command: Any, ki
     other = ("training.local_steps=9", "--kit", str(kit.folder))
     message = command("run", "resume", str(tmp_path / "one"), *other).failed()
     assert "was made with another configuration (training.local_steps was 2, is 9)" in message
-
-
-# A folder of a run.
 
 
 @pytest.fixture
@@ -151,12 +136,12 @@ def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start a process that runs the folder; on SIGTERM it ends unless it is deaf."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*, deaf: bool = False, says_so: bool = True) -> subprocess.Popen[str]:
+    def start(*, deaf: bool = False) -> subprocess.Popen[str]:
         code = (
             "import fcntl, json, os, signal, sys, time; from pathlib import Path; folder = Path(sys.argv[1])\n"
             f"signal.signal(signal.SIGTERM, signal.SIG_IGN if {deaf} else signal.SIG_DFL)\n"
             "lock = (folder / 'log.txt').open('a'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
-            f"{says_so} and (folder / 'running.json').write_text(json.dumps({{'pid': os.getpid()}}))\n"
+            "(folder / 'running.json').write_text(json.dumps({'pid': os.getpid()}))\n"
             "print('running', flush=True); time.sleep(600)"
         )
         process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
@@ -172,24 +157,13 @@ def runner(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def test_going_on_by_the_same_words_asks_nothing_of_the_number_of_sites(
-    command: Any, kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Any] = []
     monkeypatch.setattr("fedtune.cli.run._start", lambda words, **_: begun.append(words))
     typed = words(f"tracking.output_dir='{tmp_path}'", "data.declared_sizes=[9,8,7]", "federation.min_sites=3")
     assert command("run", "--kit", str(kit.folder), "--or-resume", *typed).code == 0
     assert begun == [tuple(typed)]
-
-
-def test_stopping_for_good_asks_only_sites_that_are_still_there(
-    command: Any, kit: Kit, folder: Path, at_its_end: list[Any]
-) -> None:
-    config = saved_config(folder)
-    names = ("gone", *config.federation.active[1:])
-    write_config(replace(config, federation=replace(config.federation, site_names=names)), folder)
-    out = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder)).printed
-    assert at_its_end[0][1] == names[1:]
-    assert "Not reached: gone; their budget is free when the run expires." in out
 
 
 def test_settings_that_no_site_would_read_are_not_sent(kit: Kit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,67 +175,61 @@ def test_settings_that_no_site_would_read_are_not_sent(kit: Kit, folder: Path, m
         lead._invited(config)
 
 
-def test_stopping_ends_the_process_that_there_is_and_says_how_to_go_on(command: Any, folder: Path, runner: Any) -> None:
-    assert command("run", "stop", str(folder)).printed == f"{folder} is not running.\n"
+def test_stopping_ends_the_process_that_a_run_says_and_no_other(
+    folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = ("run", "stop", str(folder))
+    assert command(*stop).printed == f"{folder} is not running.\n"
     process = runner()
-    out = command("run", "stop", str(folder)).printed
-    assert out == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.\n"
+    assert command(*stop).printed == f"{folder} is stopped; `fedtune run resume {folder} --kit ...` goes on.\n"
     assert process.wait(timeout=5) != 0
-
-
-def test_a_run_that_does_not_say_its_process_is_not_guessed_at(command: Any, folder: Path, runner: Any) -> None:
-    process = runner(says_so=False)
-    assert "does not say in which process" in command("run", "stop", str(folder)).failed(1)
+    monkeypatch.setattr("fedtune.cli.run._STOP_S", 0.3)
+    process = runner(deaf=True)
+    message = command(*stop).failed(1)
+    assert message.startswith(f"process {process.pid} has not stopped within 0.3 s")
+    (folder / "running.json").unlink()
+    assert "does not say in which process" in command(*stop).failed(1)
     assert process.poll() is None
 
 
-def test_a_run_that_does_not_stop(command: Any, folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.cli.run._STOP_S", 0.3)
-    process = runner(deaf=True)
-    message = command("run", "stop", str(folder)).failed(1)
-    assert message.startswith(f"process {process.pid} has not stopped within 0.3 s")
-
-
-def test_stopping_for_good_says_which_sites_heard_it(
-    command: Any, kit: Kit, folder: Path, runner: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, FederationSpec]]:
+    """Which runs were ended at which sites, of which south does not hear it."""
     asked: list[tuple[str, FederationSpec]] = []
 
     def tell(lead: LeadService, run: str, *, timeout_s: float) -> list[str]:
         asked.append((run, lead.federation))
-        assert process.poll() is not None, "first it is stopped"
+        assert not RunFolder(folder).is_running, "first it is stopped"
         return [site.site for site in lead.sites if site.site != "south"]
-
-    monkeypatch.setattr(LeadService, "end", tell)
-    process = runner()
-    out = command("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder)).printed
-    config = saved_config(folder)
-    assert asked == [(for_sites(config).run_id(), config.federation)]
-    stopped, told, silent = out.splitlines()
-    assert "is stopped" in stopped
-    assert told == "Told that it is over: north, west."
-    assert silent == "Not reached: south; their budget is free when the run expires."
-
-
-@pytest.fixture
-def at_its_end(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...]]]:
-    """Which runs were ended at which sites."""
-    asked: list[tuple[str, tuple[str, ...]]] = []
-
-    def tell(lead: LeadService, run: str, *, timeout_s: float) -> list[str]:
-        asked.append((run, tuple(site.site for site in lead.sites)))
-        return list(lead.federation.active)
 
     monkeypatch.setattr(LeadService, "end", tell)
     return asked
 
 
+SILENT = "Not reached: {}; their budget is free when the run expires."
+
+
+def test_stopping_for_good_says_which_of_the_sites_that_are_still_there_heard_it(
+    kit: Kit, folder: Path, runner: Any, ended: list[Any]
+) -> None:
+    runner()
+    config, stop = saved_config(folder), ("run", "stop", str(folder), "--for-good", "--kit", str(kit.folder))
+    stopped, *said = command(*stop).printed.splitlines()
+    assert "is stopped" in stopped
+    assert said == ["Told that it is over: north, west.", SILENT.format("south")]
+    names = ("gone", *config.federation.active[1:])
+    write_config(replace(config, federation=replace(config.federation, site_names=names)), folder)
+    assert command(*stop).printed.splitlines()[1:] == ["Told that it is over: west.", SILENT.format("gone, south")]
+    assert ended[0] == (for_sites(config).run_id(), config.federation)
+    assert ended[1][1].active == names[1:]
+
+
 def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
-    command: Any, kit: Kit, at_its_end: list[Any], site_policy: Any, tmp_path: Path
+    kit: Kit, ended: list[Any], tmp_path: Path
 ) -> None:
     whole, stop = f"trial-{'a' * 32}", ("run", "stop", "--for-good", "--kit", str(kit.folder))
     # By the name that a site's ledger has; by the run's own name, if a receipt knows it.
-    assert command(*stop, whole).out == "Told that it is over: north, south, west.\n"
+    assert command(*stop, whole).out == f"Told that it is over: north, west.\n{SILENT.format('south')}\n"
     message = command(*stop, "runs/trial").failed()
     assert "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it" in message
     ledger = Ledger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_make(tmp_path / "key.pem"))
@@ -272,10 +240,10 @@ def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
         assert f"sites were last charged for {whole}" in command(*stop, "runs/other").failed()
     finally:
         book.path.unlink()
-    assert at_its_end == [(whole, ("north", "south", "west"))] * 2
+    assert [(run, federation.active) for run, federation in ended] == [(whole, ("north", "south", "west"))] * 2
 
 
-def test_a_lead_sees_which_sites_are_online(command: Any, kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lead_sees_which_sites_are_online(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LeadService, "grid", lambda self: nullcontext(SimpleNamespace(online=lambda: [1, 3])))
     outcome = command("run", "status", "--kit", str(kit.folder))
     assert [line.split() for line in outcome.out.splitlines()[-3:]] == [
@@ -288,29 +256,18 @@ def test_a_lead_sees_which_sites_are_online(command: Any, kit: Kit, monkeypatch:
     assert command("run", "status").code == 2
 
 
-def test_a_folder_without_a_run_is_wrong_input(command: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)  # with no run beside it, which would be named
-    for action in ("status", "stop"):
-        assert command("run", action, str(folder)).failed() == f"run folder = {str(folder)!r}: must hold a config.yaml"
-
-
-def test_a_resumed_run_keeps_its_sites(command: Any, kit: Kit, folder: Path) -> None:
+def test_a_run_is_resumed_with_its_sites_and_in_one_process_alone(kit: Kit, folder: Path) -> None:
     message = command("run", "resume", str(folder), "sites=[north]", "--kit", str(kit.folder)).failed()
     assert message == "sites = '[north]': cannot change in a run that is resumed"
     assert "must be a run folder" in command("run", "resume", str(folder / "no"), "--kit", str(kit.folder)).failed()
-
-
-def test_a_run_that_is_running_is_not_resumed_beside_it(command: Any, kit: Kit, folder: Path) -> None:
     with (folder / "log.txt").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        outcome = command("run", "resume", str(folder), "--kit", str(kit.folder))
-    assert outcome.code == 2
-    assert outcome.message.endswith("is running in another process")
+        message = command("run", "resume", str(folder), "--kit", str(kit.folder)).failed()
+    assert message.endswith("is running in another process")
     assert (folder / "config.yaml").exists()
 
 
-def test_simulations_and_real_runs_are_resumed_apart(command: Any, kit: Kit, folder: Path, tmp_path: Path) -> None:
+def test_simulations_and_real_runs_are_resumed_apart(kit: Kit, folder: Path, tmp_path: Path) -> None:
     message = command("simulate", f"resume={folder}").failed()
     assert message == "runtime = 'deployment': is for real sites: fedtune run --kit LEAD sites=[...]"
     simulated = tmp_path / "simulated"
@@ -322,10 +279,14 @@ def test_simulations_and_real_runs_are_resumed_apart(command: Any, kit: Kit, fol
         compose_for_sites([f"renew='{simulated}'"], kit=kit)
 
 
-@pytest.mark.parametrize("words", [["simulate"], ["run", "--kit", "KIT"]])
-def test_the_folder_of_a_last_run_may_have_any_name(command: Any, kit: Kit, words: list[str]) -> None:
-    outcome = command(*(str(kit.folder) if word == "KIT" else word for word in words), "--renew", "it's {gone}")
-    assert outcome.message == 'run folder = "it\'s {gone}": must hold a config.yaml'
+def test_a_folder_without_a_run_is_wrong_input_whatever_its_name(kit: Kit, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)  # with no run beside it, which would be named
+    for action in ("status", "stop"):
+        assert command("run", action, str(folder)).failed() == f"run folder = {str(folder)!r}: must hold a config.yaml"
+    for words in (("simulate",), ("run", "--kit", str(kit.folder))):
+        message = command(*words, "--renew", "it's {gone}").failed()
+        assert message == 'run folder = "it\'s {gone}": must hold a config.yaml'
 
 
 def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 
+from ..conftest import run_proposal
 from .conftest import Here
 
 SERVICE = 54321
@@ -51,12 +52,16 @@ def served(joined: Any, monkeypatch: pytest.MonkeyPatch) -> Here:
     return here
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Do it in a process of its own, which may change its account; the exit code that it gives."""
+def in_child(work: Callable[[], object], *, account: int = 0) -> int:
+    """Do it in a process of its own, which changes to the account; the exit code that it gives."""
     child = os.fork()
     if child == 0:
         code = 99
         try:
+            if account:
+                os.setgroups([])
+                os.setresgid(account, account, account)
+                os.setresuid(account, account, account)
             result = work()
             code = result if isinstance(result, int) else 0
         except SystemExit as left:
@@ -72,62 +77,39 @@ def called(*words: str) -> int:
     return in_child(lambda: main(words))
 
 
-def as_service(work: Callable[[], object]) -> int:
-    def dropped() -> object:
-        os.setgroups([])
-        os.setresgid(SERVICE, SERVICE, SERVICE)
-        os.setresuid(SERVICE, SERVICE, SERVICE)
-        return work()
-
-    return in_child(dropped)
-
-
 def owners(folder: Path) -> set[int]:
     return {path.lstat().st_uid for path in (folder, *folder.rglob("*"))}
 
 
-def require_usable(here: Here, proposal: Proposal) -> None:
-    """All is the account's, and its process goes on with the ledger."""
-    assert owners(here.folder) == {SERVICE}
-    assert as_service(lambda: here.start_run(proposal, 1)) == 0
-
-
 @pytest.fixture
-def waiting(served: Here, run_proposal: Any) -> Proposal:
+def waiting(served: Here) -> Proposal:
     proposal = run_proposal(run="r")
-    assert as_service(lambda: served.state.wait_for_approval(proposal, "{}") and None) == 0
+    assert in_child(lambda: served.state.wait_for_approval(proposal, "{}") and None, account=SERVICE) == 0
     return proposal
 
 
-def test_approve(served: Here, waiting: Proposal) -> None:
-    assert called("site", "approve", "r", "--yes", *served.words) == 0
-    assert served.state.waiting() == []
-    require_usable(served, waiting)
-
-
-@pytest.mark.parametrize("command", ["pause", "resume", "leave", "doctor"])
-def test_other_commands(served: Here, waiting: Proposal, command: str) -> None:
-    called("site", command, *(served.words if command in ("leave", "doctor") else served.kit))
-    require_usable(served, waiting)
+@pytest.mark.parametrize("command", ["approve", "pause", "resume", "leave", "doctor", "init"])
+def test_commands_of_the_site(served: Here, waiting: Proposal, command: str) -> None:
+    words = served.kit if command in ("pause", "resume") else served.words[2:] if command == "init" else served.words
+    more = {"approve": ("r", "--yes"), "init": ("--out", str(served.folder / "new-kit"))}.get(command, ())
+    code = called("site", command, *more, *words)
+    if command == "approve":
+        assert (code, served.state.waiting()) == (0, [])
+    if command == "init":
+        assert (code, (served.folder / "new-kit/join_request.json").is_file()) == (0, True)
+    # All is the account's, and its process goes on with the ledger.
+    assert owners(served.folder) == {SERVICE}
+    assert in_child(lambda: served.start_run(waiting, 1), account=SERVICE) == 0
 
 
 @pytest.mark.parametrize("command", ["restore", "freeze", "anchor"])
 def test_commands_of_the_ledger(served: Here, waiting: Proposal, command: str) -> None:
-    ledger, anchor = str(served.folder / "ledger.db"), str(served.folder / "anchor.json")
-    words: dict[str, tuple[str, ...]] = {
-        "restore": ("restore", "--policy", str(served.site_toml)),
-        "freeze": ("freeze", "--policy", str(served.site_toml), "--why", "withdrawn"),
-        "anchor": ("anchor", ledger, "--key", str(served.folder / "site_key.pem"), "--output", anchor),
-    }
-    assert called("ledger", *words[command]) == 0
+    ledger, policy = str(served.folder / "ledger.db"), ("--policy", str(served.site_toml))
+    own = ("--key", str(served.folder / "site_key.pem"), "--output", str(served.folder / "anchor.json"))
+    words = {"restore": policy, "freeze": (*policy, "--why", "withdrawn"), "anchor": (ledger, *own)}
+    assert called("ledger", command, *words[command]) == 0
     assert owners(served.folder) == {SERVICE}
     verify(served.folder / "ledger.db")
-
-
-def test_init(served: Here) -> None:
-    assert called("site", "init", "--site", str(served.site_toml), "--out", str(served.folder / "new-kit")) == 0
-    assert owners(served.folder) == {SERVICE}
-    assert (served.folder / "new-kit/join_request.json").is_file()
 
 
 def test_a_link_of_the_account_s_is_not_followed_as_root(served: Here, waiting: Proposal, tmp_path: Path) -> None:

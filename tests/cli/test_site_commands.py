@@ -13,20 +13,19 @@ import pytest
 from fedtune.ops.services.site_state import serving
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.filter import epsilon_filter
-from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Reason, Refused
+from fedtune.privacy.release import Reason
 from fedtune.show.budget_text import noise_words
 from fedtune.words import spoken_start
 
-from ..conftest import stranger_key
+from ..conftest import command, run_proposal, stranger_key
+from ..privacy.builders import reason_of, reserve
 from . import snapshots
 from .conftest import Here
 
 Propose = Callable[..., Proposal]
 SETTINGS = json.dumps({"name": "r", "seed": 3, "training": {"learning_rate": 0.25}, "data": {"labels": ["a[/]", "b"]}})
-
 
 pytestmark = pytest.mark.usefixtures("own_process")
 
@@ -36,40 +35,25 @@ def north(joined: Any) -> Here:
     return joined("north")
 
 
-def approve(command: Any, here: Here, *words: str) -> Any:
-    return command("site", "approve", *words, *here.words)
-
-
-# Approving.
-
-
-def test_what_waits_is_listed_with_its_price(command: Any, north: Here, run_proposal: Propose) -> None:
-    for run in ("triage", "follow-up"):
-        north.state.wait_for_approval(run_proposal(run=run), SETTINGS)
+def test_what_waits_is_listed_with_its_price(north: Here) -> None:
+    assert approve(north, "other", "--yes").failed().endswith("must be a run that waits for approval: none")
+    north.state.wait_for_approval(run_proposal(run="triage"), SETTINGS)
+    message = approve(north, "other", "--yes").failed()
+    assert message == "RUN = 'other': must be a run that waits for approval: triage"
+    north.state.wait_for_approval(run_proposal(run="follow-up"), SETTINGS)
     plan = run_proposal().plan
-    listed = json.loads(approve(command, north, "--json").out)["waiting"]
+    listed = json.loads(approve(north, "--json").out)["waiting"]
     assert {one["run"] for one in listed} == {"triage", "follow-up"}
     assert {one["epsilon"] for one in listed} == {epsilon_pld([plan.whole], plan.delta)}
-    assert approve(command, north, "triage", "--json").code == 2
+    assert approve(north, "triage", "--json").code == 2
 
 
-@pytest.mark.parametrize("waiting", [(), ("triage",)])
-def test_a_run_that_does_not_wait(command: Any, north: Here, run_proposal: Propose, waiting: tuple[str, ...]) -> None:
-    for run in waiting:
-        north.state.wait_for_approval(run_proposal(run=run), SETTINGS)
-    message = approve(command, north, "other", "--yes").failed()
-    names = ", ".join(waiting) or "none"
-    assert message == f"RUN = 'other': must be a run that waits for approval: {names}"
-
-
-def test_approval_shows_the_price_and_lets_the_run_start(command: Any, north: Here, run_proposal: Propose) -> None:
+def test_approval_shows_the_price_and_lets_the_run_start(north: Here) -> None:
     earlier, asked = run_proposal(run="earlier"), run_proposal(run="triage", spare_rounds=0)
     north.start_run(earlier, 1)
     north.state.wait_for_approval(asked, SETTINGS)
-    with pytest.raises(Refused) as refused:
-        north.open().reserve(asked, round=1, request="x")
-    assert refused.value.reason is Reason.AWAITING_APPROVAL
-    out = approve(command, north, "triage", "--yes").printed
+    assert reason_of(reserve, north.open(), asked) is Reason.AWAITING_APPROVAL
+    out = approve(north, "triage", "--yes").printed
     ledger = north.open()
     delta, order = asked.plan.delta, ledger.history.order
     before = epsilon_filter([earlier.plan.whole], order=order, delta=delta)
@@ -79,11 +63,11 @@ def test_approval_shows_the_price_and_lets_the_run_start(command: Any, north: He
     assert f"epsilon {price} at delta 1e-05 for each record, for the whole run" in out
     assert f"epsilon {epsilon_text(before)} is taken, {epsilon_text(after)} with this run" in out
     assert set(ledger.history.approved) == {earlier.digest(), asked.digest()}
-    assert isinstance(ledger.reserve(asked, round=1, request="x"), Reservation)
+    assert reserve(ledger, asked)
     assert north.state.waiting() == []
 
 
-def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: Here, run_proposal: Propose) -> None:
+def test_a_site_s_promise_is_told_before_and_after_a_run(north: Here) -> None:
     asked = run_proposal(run="triage")
     north.edit(promise={"noise_factor": 1.5, "epsilon_per_run": 0.2})
     told = command("site", "check-policy", str(north.site_toml)).out
@@ -94,9 +78,9 @@ def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: He
     noise, price = own.noise_multiplier, epsilon_pld([own.whole], own.delta)
     assert noise > 1.5 * asked.plan.noise_multiplier
     assert price <= 0.2 < epsilon_pld([asked.plan.stronger(1.5).whole], own.delta)
-    assert json.loads(approve(command, north, "--json").out)["waiting"][0]["epsilon"] == price
-    assert epsilon_text(price) in approve(command, north).out
-    shown = approve(command, north, "triage", "--yes").out
+    assert json.loads(approve(north, "--json").out)["waiting"][0]["epsilon"] == price
+    assert epsilon_text(price) in approve(north).out
+    shown = approve(north, "triage", "--yes").out
     assert f"epsilon {epsilon_text(price)} at delta 1e-05" in shown
     assert f"noise {noise_words(own)}, where the run asks for {asked.plan.noise_multiplier:g}, clip norm" in shown
     north.open().reserve(asked, round=1, request="x")
@@ -105,7 +89,7 @@ def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: He
     assert f"noise {noise:g}" in shown
     north.edit(promise={"epsilon_per_run": 1e-6})
     north.state.wait_for_approval(run_proposal(run="other"), SETTINGS)
-    message = approve(command, north, "other", "--yes").failed(3)
+    message = approve(north, "other", "--yes").failed(3)
     assert "could not keep its promise in such a run (asked noise of 4, allowed no such plan)" in message
 
 
@@ -121,35 +105,31 @@ def test_a_site_s_promise_is_told_before_and_after_a_run(command: Any, north: He
         ),
     ],
 )
-def test_what_is_said_of_a_policy_and_a_run(
-    command: Any, north: Here, run_proposal: Propose, name: str, policy: Any, asked: Any, monkeypatch: Any
-) -> None:
+def test_what_is_said_of_a_policy_and_a_run(north: Here, name: str, policy: Any, asked: Any, monkeypatch: Any) -> None:
     """A run that trains its head alone, and runs without a guarantee, which are not given a price."""
     monkeypatch.chdir(north.folder)
     north.edit(**policy)
     north.state.wait_for_approval(run_proposal(**asked), SETTINGS)
     said = command("site", "check-policy", "site.toml").printed
-    said += "".join(approve(command, north, *words).printed for words in ((), ("r", "--yes")))
+    said += "".join(approve(north, *words).printed for words in ((), ("r", "--yes")))
     snapshots.check_output(f"site-approve-{name}", said)
 
 
 @pytest.mark.parametrize(("typed", "yes"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)])
-def test_a_person_is_asked(
-    command: Any, north: Here, run_proposal: Propose, typed: str, yes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_person_is_asked(north: Here, typed: str, yes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    outcome = approve(command, north, "r")
+    outcome = approve(north, "r")
     assert (outcome.code, "not approved: the run still waits" in outcome.err) == ((0, False) if yes else (1, True))
     assert "Let it start? [y/N]" in outcome.out
     assert bool(north.open().history.approved) is yes
     assert (north.state.waiting() == []) is yes
 
 
-def test_what_the_budget_refuses_is_not_approved_and_waits(command: Any, north: Here, run_proposal: Propose) -> None:
+def test_what_the_budget_refuses_is_not_approved_and_waits(north: Here) -> None:
     north.state.wait_for_approval(run_proposal(), SETTINGS)
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
-    outcome = approve(command, north, "r", "--yes")
+    outcome = approve(north, "r", "--yes")
     assert outcome.failed(3).startswith("policy or budget refuse this run: ")
     for words in ("the lifetime budget would be passed", "too many rounds (asked 4, allowed at most 2)"):
         assert words in outcome.message
@@ -157,73 +137,58 @@ def test_what_the_budget_refuses_is_not_approved_and_waits(command: Any, north: 
     assert len(north.state.waiting()) == 1
     assert not (north.folder / "ledger.db").exists(), "asking made no ledger"
     north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], id="others"),))
-    assert "the site has no such data set (asked patients" in approve(command, north, "r", "--yes").failed(3)
-
-
-def test_a_ledger_that_does_not_fit_together_is_named(command: Any, north: Here, run_proposal: Propose) -> None:
-    north.state.wait_for_approval(run_proposal(), SETTINGS)
+    assert "the site has no such data set (asked patients" in approve(north, "r", "--yes").failed(3)
     (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
-    assert "the site would not start" in approve(command, north, "r", "--yes").failed(1)
+    assert "the site would not start" in approve(north, "r", "--yes").failed(1)
 
 
-def test_of_two_runs_with_one_name_one_is_approved(command: Any, north: Here, run_proposal: Propose) -> None:
+def test_of_two_runs_with_one_name_one_is_approved(north: Here) -> None:
     one, other = run_proposal(), run_proposal(lead=stranger_key.public)
     north.edit(allow={"leads": (one.lead, other.lead)})
     for proposal in (one, other):
         north.state.wait_for_approval(proposal, SETTINGS)
-    message = approve(command, north, "r", "--yes").failed()
+    message = approve(north, "r", "--yes").failed()
     assert "was proposed in 2 ways" in message
     for proposal in (one, other):
         assert f"{proposal.digest()[:12]} (lead {spoken_start(proposal.lead)})" in message
-    assert approve(command, north, other.digest()[:12], "--yes").code == 0
+    assert approve(north, other.digest()[:12], "--yes").code == 0
     assert set(north.open().history.approved) == {other.digest()}
     assert [pending.proposal for pending in north.state.waiting()] == [one]
 
 
 @pytest.mark.parametrize("name", ["[bold]r[/bold]", "[/]", "a [red]b", "r\\"])
-def test_a_leads_brackets_are_shown_as_they_are(command: Any, north: Here, run_proposal: Propose, name: str) -> None:
+def test_a_leads_brackets_are_shown_as_they_are(north: Here, name: str) -> None:
     north.state.wait_for_approval(run_proposal(run=name), SETTINGS)
-    assert name in approve(command, north).out
-    assert name in approve(command, north, name, "--yes").printed
+    assert name in approve(north).out
+    assert name in approve(north, name, "--yes").printed
 
 
-# Denying.
+def approve(here: Here, *words: str, by: str = "approve") -> Any:
+    return command("site", by, *words, *here.words)
 
 
-def deny(command: Any, here: Here, *words: str) -> Any:
-    return command("site", "deny", *words, *here.words)
-
-
-def test_denying_notes_a_reason_and_the_run_waits_no_longer(command: Any, north: Here, run_proposal: Propose) -> None:
+def test_denying_notes_a_reason_and_the_run_waits_no_longer(north: Here) -> None:
     denied, other = run_proposal(run="triage"), run_proposal(run="other")
     for proposal in (denied, other):
         north.state.wait_for_approval(proposal, SETTINGS)
-    told = deny(command, north, "triage", "--reason", "not [red] in summer")
+    for reason in ("", " ", "two\nlines", "x" * 301):
+        message = approve(north, "triage", "--reason", reason, by="deny").failed()
+        assert "must be one line of at most 300 characters" in message
+    assert approve(north, "triage", by="deny").code == 2
+    assert len(north.state.waiting()) == 2
+    told = approve(north, "triage", "--reason", "not [red] in summer", by="deny")
     assert told.printed[:30] == "Denied, and noted in the ledge"
     assert [pending.proposal for pending in north.state.waiting()] == [other]
-    for proposal, reason in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
-        with pytest.raises(Refused) as refused:
-            north.open().reserve(proposal, round=1, request="x")
-        assert refused.value.reason is reason
+    for proposal, why in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
+        assert reason_of(reserve, north.open(), proposal) is why
     shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db"), "--rounds").out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
     assert not north.open().history.charged()
-    assert deny(command, north, "triage", "--reason", "again").code == 2
-    assert approve(command, north, "triage", "--yes").code == 2
+    assert approve(north, "triage", "--reason", "again", by="deny").code == 2
+    assert approve(north, "triage", "--yes").code == 2
 
 
-@pytest.mark.parametrize("reason", ["", " ", "two\nlines", "x" * 301])
-def test_a_reason_is_one_line(command: Any, north: Here, run_proposal: Propose, reason: str) -> None:
-    north.state.wait_for_approval(run_proposal(), SETTINGS)
-    assert "must be one line of at most 300 characters" in deny(command, north, "r", "--reason", reason).failed()
-    assert len(north.state.waiting()) == 1
-    assert deny(command, north, "r").code == 2
-
-
-# Pausing and leaving.
-
-
-def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(command: Any, north: Here) -> None:
+def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(north: Here) -> None:
     for _ in range(2):
         assert command("site", "pause", *north.kit).printed[:8] == "Paused: "
         assert north.state.paused.exists()
@@ -232,7 +197,7 @@ def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(command: Any, nor
         assert not north.state.paused.exists()
 
 
-def test_leaving_ends_open_runs_and_frees_what_they_set_aside(command: Any, north: Here, run_proposal: Propose) -> None:
+def test_leaving_ends_open_runs_and_frees_what_they_set_aside(north: Here) -> None:
     north.start_run(run_proposal(run="over"), 1)
     north.open().end("over")
     north.start_run(run_proposal(run="open"), 1)
@@ -245,54 +210,45 @@ def test_leaving_ends_open_runs_and_frees_what_they_set_aside(command: Any, nort
     ledger = north.open()
     assert not ledger.history.set_aside(ledger.history.now())
     assert ledger.history.epsilon() == before.epsilon()
-    with pytest.raises(Refused) as refused:
-        ledger.reserve(run_proposal(run="open"), round=2, request="x")
-    assert refused.value.reason is Reason.RUN_ENDED
-    assert north.state.left.exists()
-
-
-def test_after_leaving_a_site_does_not_start(command: Any, north: Here) -> None:
-    assert "0 open runs ended" in command("site", "leave", *north.words).out
-    assert command("site", "leave", *north.words).code == 0
+    assert reason_of(reserve, ledger, run_proposal(run="open"), 2) is Reason.RUN_ENDED
+    assert "0 open runs ended" in command("site", "leave", *north.words).printed
     message = command("site", "start", *north.words).failed(1)
     assert message == f"this site has left the federation; remove {north.state.left} to take part again"
 
 
-# Kits and policies that do not belong together.
-
-
-def test_another_site_s_policy_is_refused_by_all_who_read_it(command: Any, joined: Any, run_proposal: Propose) -> None:
+def test_another_site_s_policy_is_refused_by_all_who_read_it(joined: Any) -> None:
     north, south = joined("north"), joined("south")
     north.state.wait_for_approval(run_proposal(), SETTINGS)
-    mixed = (*north.kit, "--site", str(south.site_toml))
+    told = f"{south.site_toml}: site = 'south': must be north, as in the kit"
     for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
-        assert (
-            command("site", *words, *mixed).failed()
-            == f"{south.site_toml}: site = 'south': must be north, as in the kit"
-        )
+        assert command("site", *words, *north.kit, "--site", str(south.site_toml)).failed() == told
     assert not (south.folder / "ledger.db").exists()
     assert not north.state.left.exists()
 
 
-@pytest.mark.parametrize("words", [("start",), ("approve",), ("leave",), ("pause",), ("resume",)], ids=lambda w: w[0])
-def test_a_kit_of_another_kind_or_none_is_wrong_input(command: Any, north: Here, words: tuple[str, ...]) -> None:
-    site = () if words[0] in ("pause", "resume") else north.words[2:]
+def test_a_kit_of_another_kind_or_none_is_wrong_input(north: Here) -> None:
     lead = north.folder.parent / "federation" / "lead"
-    message = command("site", *words, "--kit", str(lead), *site).failed()
-    assert message == f"{lead / 'kit.toml'}: kind = 'lead': must be 'site' here"
-    message = command("site", *words, "--kit", str(north.folder / "nowhere"), *site).failed()
-    assert "must be the folder of a site's kit" in message
+    for name in ("start", "approve", "leave", "pause", "resume"):
+        site = () if name in ("pause", "resume") else north.words[2:]
+        message = command("site", name, "--kit", str(lead), *site).failed()
+        assert message == f"{lead / 'kit.toml'}: kind = 'lead': must be 'site' here"
+        message = command("site", name, "--kit", str(north.folder / "nowhere"), *site).failed()
+        assert "must be the folder of a site's kit" in message
     assert not (lead / "state").exists()
 
 
-def test_an_expired_certificate_does_not_start(command: Any, joined: Any) -> None:
-    old = joined("north", days_ago=400)
-    message = command("site", "start", *old.words).failed()
-    assert "is when the certificate expired: ask the lead for a new kit" in message
+def test_what_a_site_does_not_start_with(joined: Any) -> None:
+    """A certificate that expired, a ledger that another process serves, and a key that is gone or open to others."""
+    old, north = joined("old", days_ago=400), joined("north")
+    told = "is when the certificate expired: ask the lead for a new kit"
+    assert told in command("site", "start", *old.words).failed()
     assert not (old.folder / "ledger.db").exists()
-
-
-def test_a_key_that_is_gone_or_open_to_others_does_not_start(command: Any, north: Here) -> None:
+    with serving(north.folder / "ledger.db"):
+        outcome = command("site", "start", *north.words)
+    assert outcome.code == 2
+    warning, message = outcome.err.splitlines()
+    assert f"is being served by process {os.getpid()} already" in message
+    assert json.loads(warning)["event"].startswith("the kit's lead is not among the policy's allow.leads: all its")
     for key in (north.folder / "kit" / "connection_key.pem", north.folder / "site_key.pem"):
         key.chmod(0o640)
         assert f"chmod 600 {key}" in command("site", "start", *north.words).failed()
@@ -302,7 +258,7 @@ def test_a_key_that_is_gone_or_open_to_others_does_not_start(command: Any, north
     assert not key.exists(), "another key would be another site's"
 
 
-def test_a_site_does_not_start_without_the_ledger_that_it_served(command: Any, north: Here) -> None:
+def test_a_site_does_not_start_without_the_ledger_that_it_served(north: Here) -> None:
     north.state.check_ledger(north.open().history.opened.ledger)
     ledger = north.folder / "ledger.db"
     ledger.unlink()
@@ -312,14 +268,4 @@ def test_a_site_does_not_start_without_the_ledger_that_it_served(command: Any, n
     assert not ledger.exists(), "nor is a new one made"
     north.open()
     another = command("site", "start", *north.words)
-    assert another.code == 1
-    assert "put the old one back, or remove" in another.err
-
-
-def test_a_ledger_that_another_process_serves_is_left_to_it(command: Any, north: Here) -> None:
-    with serving(north.folder / "ledger.db"):
-        outcome = command("site", "start", *north.words)
-    assert outcome.code == 2
-    warning, message = outcome.err.splitlines()
-    assert f"is being served by process {os.getpid()} already" in message
-    assert json.loads(warning)["event"].startswith("the kit's lead is not among the policy's allow.leads: all its")
+    assert (another.code, "put the old one back, or remove" in another.err) == (1, True)

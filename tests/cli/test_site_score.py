@@ -11,7 +11,7 @@ import yaml
 from fedtune.data.load import own_records
 from fedtune.privacy.keys import SigningKey
 
-from ..conftest import files_in
+from ..conftest import command, files_in
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def here(joined: Any, finished: Path) -> Any:
     return site
 
 
-def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any, command: Any) -> None:
+def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any) -> None:
     before = files_in(here.folder)
     out = command("site", "score", "first", *here.words, "--by", "ward", "--smallest", "10", "--json").printed
     told = json.loads(out)
@@ -56,7 +56,7 @@ def test_the_records_are_those_held_out_by_the_sites_own_key(here: Any, command:
     assert "Cost" not in out, "the site knows no run.json"
 
 
-def test_what_cannot_be_scored_is_said(here: Any, command: Any) -> None:
+def test_what_cannot_be_scored_is_said(here: Any) -> None:
     assert 'is kept (final_adapter = "keep"): first' in command("site", "score", "second", *here.words).failed()
     path = here.folder / "kit" / "adapters" / "first" / "config.yaml"
     settings = yaml.safe_load(path.read_text())
@@ -66,7 +66,7 @@ def test_what_cannot_be_scored_is_said(here: Any, command: Any) -> None:
     assert command("site", "score", "first", *here.words, "--smallest", "3").code == 2
 
 
-def test_the_own_adapter_is_made_at_the_site_and_noted_beside_its_ledger(here: Any, command: Any) -> None:
+def test_the_own_adapter_is_made_at_the_site_and_noted_beside_its_ledger(here: Any) -> None:
     before = files_in(here.folder)
     out = command("site", "personalise", "first", *here.words, "--json").printed
     told = json.loads(out)["sites"]["north"]

@@ -16,9 +16,8 @@ from fedtune.cli.main import fedtune, main
 from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.policy_file import write_policy
 
-from ..conftest import files_in
+from ..conftest import command, files_in, run_proposal, site_policy, tiny
 from . import snapshots
-from .widths import too_wide
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -38,16 +37,16 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert main([*command.split(), "--help"]) == 0
     name, shown = "-".join(["fedtune", *command.split()]), capsys.readouterr().out
     snapshots.check_text(f"{name}.txt", shown)
-    assert too_wide(shown) == [], "also where the terminal is wider"
+    assert snapshots.too_wide(shown) == [], "also where the terminal is wider"
 
 
-def shown(command: Any, *lines: str, options: tuple[str, ...] = ()) -> str:
+def shown(*lines: str, options: tuple[str, ...] = ()) -> str:
     """What these commands print, one after the other, each with `options` behind it."""
     said = ""
     for line in lines:
         outcome = command(*line.split(), *options)
         assert (outcome.code, outcome.err) == (0, ""), line
-        assert too_wide(outcome.out) == [], line
+        assert snapshots.too_wide(outcome.out) == [], line
         said += f"$ fedtune {line}\n{outcome.out}\n"
     return said
 
@@ -63,45 +62,38 @@ OF_A_SITE = [
 
 
 @pytest.mark.parametrize("words", OF_A_SITE)
-def test_a_ledger_and_its_policy(words: str, lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ledger_and_its_policy(words: str, lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lived.folder)
     name, before = "-".join(word.lstrip("-") for word in words.split() if "." not in word), files_in(lived.folder)
-    snapshots.check_output(name, shown(command, words))
+    snapshots.check_output(name, shown(words))
     assert files_in(lived.folder) == before, "looking writes nothing"
 
 
-def test_json_of_a_policy(lived: Any, command: Any) -> None:
-    outcome = command("site", "check-policy", str(lived.site_toml), "--json")
-    snapshots.check_json("site-check-policy", outcome.out, folder=lived.folder)
-
-
-def test_json_of_a_ledger(lived: Any, command: Any) -> None:
+def test_json_of_a_policy_a_ledger_and_a_plan(lived: Any, tmp_path: Path) -> None:
     """What `export` writes is all that the other commands print; the first event of each kind stands for the others."""
     told = json.loads(command("ledger", "export", str(lived.ledger)).out)
     kind = itemgetter("kind")
     told["events"] = [next(group) for _, group in groupby(sorted(told["events"], key=kind), key=kind)]
     snapshots.check_json("ledger-export", json.dumps(told), folder=lived.folder)
+    checked = command("site", "check-policy", str(lived.site_toml), "--json")
+    snapshots.check_json("site-check-policy", checked.out, folder=lived.folder)
+    planned = command("plan", *tiny("model.sha256=null", into=tmp_path), "--policy", str(lived.site_toml), "--json")
+    snapshots.check_json("plan", planned.printed, folder=lived.folder)
 
 
-def test_reports(lived: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports(lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lived.folder)
     assert command("report", "site.toml", "--sign", "site_key.pem", "--output", "before").code == 0
     lived.charge(lived.proposal("triage", noise_multiplier=2.5), 2)
     assert command("report", "site.toml", "--output", "after").code == 0
-    snapshots.check_output("report", shown(command, "report verify before", "report diff before after"))
+    snapshots.check_output("report", shown("report verify before", "report diff before after"))
     assert json.loads(command("report", "schema").printed)["title"] == "fedtune report"
     for words in ("verify before", "diff before after"):
         machine = command("report", *words.split(), "--json")
         snapshots.check_json(f"report-{words.split()[0]}", machine.out, folder=lived.folder)
 
 
-def test_json_of_a_plan(lived: Any, tiny: Any, tmp_path: Path, command: Any) -> None:
-    words = tiny("model.sha256=null", into=tmp_path)
-    out = command("plan", *words, "--policy", str(lived.site_toml), "--json").printed
-    snapshots.check_json("plan", out, folder=lived.folder)
-
-
-def test_a_calendar(tiny: Any, tmp_path: Path, command: Any) -> None:
+def test_a_calendar(tmp_path: Path) -> None:
     words = tiny("privacy.unit=user", "+data.columns.user=u", "+data.columns.arrival=came", into=tmp_path)
     window = "privacy.cohorts={period: quarter, first: '2025-Q3', last: '2026-Q1'}"
     out = command("plan", *words, "privacy.runs=4", "privacy.noise_multiplier=null", window).printed
@@ -109,17 +101,17 @@ def test_a_calendar(tiny: Any, tmp_path: Path, command: Any) -> None:
     snapshots.check_output("plan-calendar", "".join(part[1:]).partition("\nWhat if")[0])
 
 
-def test_runs_that_wait(joined: Any, run_proposal: Any, command: Any) -> None:
+def test_runs_that_wait(joined: Any) -> None:
     here = joined("north")
     settings = '{"name": "r", "training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}'
     here.state.wait_for_approval(run_proposal(run="triage"), settings)
-    said = shown(command, "site approve", "site approve triage --yes", options=here.words)
+    said = shown("site approve", "site approve triage --yes", options=here.words)
     here.state.wait_for_approval(run_proposal(run="follow-up"), settings)
-    said += shown(command, "site deny follow-up --reason x", "site approve", options=here.words)
+    said += shown("site deny follow-up --reason x", "site approve", options=here.words)
     snapshots.check_output("site-approve", said)
 
 
-def test_a_federation(tmp_path: Path, site_policy: Any, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "fl.example.org:9092"\n')
     for name in ("north", "south"):
@@ -128,7 +120,6 @@ def test_a_federation(tmp_path: Path, site_policy: Any, command: Any, monkeypatc
     for kit in ("kit", "new"):  # a site that comes in again brings another connection key
         site_init(tmp_path / "south" / "site.toml", out=tmp_path / "south" / kit)
     said = shown(
-        command,
         "provision init federation.toml",
         "site init --site north/site.toml",
         f"provision add-site north/kit/{REQUEST} --federation cardiology --days 20 --compared",

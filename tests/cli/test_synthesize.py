@@ -35,14 +35,14 @@ from fedtune.sites.virtual_site import dealt_out
 from fedtune.spec import ConfigError
 from fedtune.studies.synthetic import WRITING, allotted, as_written, ballot, chosen, synthesize, weights_of
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, command, simulate
 from . import snapshots
 
 KINDS = [{"column": "label", "by": "kinds"}]
 
 
 @pytest.fixture(scope="module")
-def runs(simulate: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a language model (`writer`), and a run of votes on two of its codes (`shares`).
 
     The column of the codes is called as a role that they do not have.
@@ -95,19 +95,19 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SavedModel, "drawn", drawn)
 
 
-def written(command: Any, runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
+def written(runs: Path, to: Path, *options: str, codes: bool = True) -> list[dict[str, str]]:
     named = ("--codes", str(runs / "codes.jsonl")) if codes else ()
     assert command("synthesize", str(runs / "writer"), "--to", str(to), *named, *options).printed
     return [json.loads(line) for line in to.read_text().splitlines()]
 
 
-def test_codes_have_shares_and_cards(runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_have_shares_and_cards(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dealt = []
     monkeypatch.setattr(run_records, "deal", lambda *given, **named: dealt.append(given) or deal(*given, **named))
     to = tmp_path / "texts.jsonl"
     public = tmp_path / "public.jsonl"
     public.write_text('{"messages": "a green one", "ref": "said of it"}\n' * 2)
-    rows = written(command, runs, to, "--rows", "9", "--beside", str(public))
+    rows = written(runs, to, "--rows", "9", "--beside", str(public))
     assert len(dealt) == 1, "the run's own records are read once"
     assert Counter(row["messages"] for row in rows) == {"a red one": 3, "a blue one": 6}
     assert len({row["ref"] for row in rows}) == 9
@@ -123,10 +123,10 @@ def test_codes_have_shares_and_cards(runs: Path, command: Any, tmp_path: Path, m
     assert "learnt from these records gives 0.0 % of public.jsonl their code. The code" in text, "which none here has"
 
 
-def test_votes_are_shares_and_choose_candidates(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
+def test_votes_are_shares_and_choose_candidates(runs: Path, tmp_path: Path) -> None:
     ballot, to, best = tmp_path / "ballot.yaml", tmp_path / "texts.jsonl", tmp_path / "best.jsonl"
     voted = ("--votes", str(runs / "shares"))
-    rows = written(command, runs, to, "--rows", "4", "--ballot", str(ballot), "--seed", "7", *voted, codes=False)
+    rows = written(runs, to, "--rows", "4", "--ballot", str(ballot), "--seed", "7", *voted, codes=False)
     assert Counter(row["messages"] for row in rows) == {"a blue one": 3, "a red one": 1}
     assert yaml.safe_load(ballot.read_text())["head"]["label_texts"] == [row["ref"] for row in rows]
     folder = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name="liked")
@@ -176,11 +176,11 @@ def test_votes_are_shares_and_choose_candidates(runs: Path, command: Any, simula
     assert "private text" not in message
 
 
-def test_rounds_of_variation_and_votes_add_up(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
+def test_rounds_of_variation_and_votes_add_up(runs: Path, tmp_path: Path) -> None:
     behind, options, rounds = [door.load(runs / "writer")], ("--codes", str(runs / "codes.jsonl")), []
     for number in range(2):
         to, best, ballot = (tmp_path / f"{number}-{name}" for name in ("texts.jsonl", "best.jsonl", "ballot.yaml"))
-        rounds.append(written(command, runs, to, "--rows", "4", "--ballot", str(ballot), *options, codes=False))
+        rounds.append(written(runs, to, "--rows", "4", "--ballot", str(ballot), *options, codes=False))
         liked = simulate(f"experiment={ballot}", "model=random_bert", into=tmp_path, name=f"liked-{number}")
         vote(liked, 0.4, 0.1, -0.2, 0.3)
         behind.append(door.load(liked))
@@ -210,9 +210,9 @@ def test_rounds_of_variation_and_votes_add_up(runs: Path, command: Any, simulate
         assert "must be given without --codes and --votes" in command(*refused, *more).failed()
 
 
-def test_a_classifier_labels_and_its_epsilon_adds_up(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
+def test_a_classifier_labels_and_its_epsilon_adds_up(runs: Path, tmp_path: Path) -> None:
     to, best = tmp_path / "texts.jsonl", tmp_path / "labelled.jsonl"
-    rows = written(command, runs, to, "--rows", "6")
+    rows = written(runs, to, "--rows", "6")
     old = tmp_path / "texts.jsonl.card.json"  # which need not name what is empty in it
     old.write_text("".join(line for line in old.read_text().splitlines(True) if not line.endswith(" null,\n")))
     folder = simulate(into=tmp_path, name="kinds")
@@ -237,8 +237,8 @@ def test_a_classifier_labels_and_its_epsilon_adds_up(runs: Path, command: Any, s
         assert said in outcome.err
 
 
-def test_each_label_has_a_column_and_stays(runs: Path, command: Any, simulate: Any, tmp_path: Path) -> None:
-    written(command, runs, tmp_path / "0.jsonl", "--rows", "6")
+def test_each_label_has_a_column_and_stays(runs: Path, tmp_path: Path) -> None:
+    written(runs, tmp_path / "0.jsonl", "--rows", "6")
     with gzip.open(REPOSITORY / "simulations/data/banking77/train.jsonl.gz", "rt") as lines:
         (tmp_path / "sorts.jsonl").write_text("".join(line.replace('"label":', '"sort":') for line in lines))
     sort = (f"data.train_file={tmp_path}/sorts.jsonl", "data.columns={text: text, label: sort}")
@@ -254,9 +254,9 @@ def test_each_label_has_a_column_and_stays(runs: Path, command: Any, simulate: A
     assert (tmp_path / "3.jsonl").read_text() == (tmp_path / "2.jsonl").read_text()
 
 
-def test_an_edited_card_is_refused(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_an_edited_card_is_refused(runs: Path, tmp_path: Path) -> None:
     to, card = tmp_path / "texts.jsonl", tmp_path / "texts.jsonl.card.json"
-    written(command, runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
+    written(runs, to, "--rows", "4", "--votes", str(runs / "shares"), codes=False)
     whole = json.loads(card.read_text())
     writer, shares = whole["runs"]
     choose = ("choose", str(runs / "writer"), "--candidates", str(to), "--votes", str(runs / "shares"), "--rows", "2")
@@ -289,7 +289,7 @@ def test_an_edited_card_is_refused(runs: Path, command: Any, tmp_path: Path) -> 
     refused()
 
 
-def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, tmp_path: Path) -> None:
     picked, to = shutil.copytree(runs / "writer", tmp_path / "picked"), tmp_path / "texts.jsonl"
     alone, config = door.load(picked).privacy, door.load(picked).config
     begun = replace(config, model=replace(config.model, adapter=str(picked)))
@@ -315,7 +315,7 @@ def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, comman
     assert spent_on_start(start_adapter_of(begun) or {}) == both
 
 
-def test_an_adapter_that_run_json_does_not_name_is_nobodys(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_an_adapter_that_run_json_does_not_name_is_nobodys(runs: Path, tmp_path: Path) -> None:
     other = shutil.copytree(runs / "shares", tmp_path / "other")
     config, told = door.load(other).config, json.loads((other / "run.json").read_text())
     votes = ("synthesize", str(runs / "writer"), "--votes", str(other), "--to", str(tmp_path / "no.jsonl"))
@@ -344,7 +344,7 @@ def test_an_adapter_that_run_json_does_not_name_is_nobodys(runs: Path, command: 
 
 @pytest.mark.parametrize("words", [("synthesize",), ("choose", "--candidates", "any", "--rows", "2")])
 def test_votes_of_another_unit_are_refused(
-    words: tuple[str, ...], runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = door.load
 
@@ -359,9 +359,9 @@ def test_votes_of_another_unit_are_refused(
     assert "must be of privacy.unit=record, as RUN is" in message
 
 
-def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, tmp_path: Path) -> None:
     to = tmp_path / "texts.jsonl"
-    rows = written(command, runs, to, "--rows", "12", "--pattern", ".* number 1?2")
+    rows = written(runs, to, "--rows", "12", "--pattern", ".* number 1?2")
     card = json.loads((tmp_path / "texts.jsonl.card.json").read_text())["made"]
     assert [row["ref"] for row in rows] == ["seed 0 number 2", "seed 0 number 12"]
     assert card["missing"] == 10
@@ -374,7 +374,7 @@ def test_what_breaks_the_format_is_drawn_again_and_then_missing(runs: Path, comm
 
 @snapshots.mistakes("mistakes-synthesize")
 def test_what_is_refused_is_so_before_a_text_is_written(
-    runs: Path, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
     monkeypatch.setattr(SavedModel, "drawn", lambda *given, **named: pytest.fail("it writes"))
     monkeypatch.chdir(tmp_path)
@@ -401,12 +401,11 @@ def test_what_is_refused_is_so_before_a_text_is_written(
 def private_to_a_site(run: Path, to: Path) -> Path:
     """The run's adapter as an own one of a site, without run.json."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("run.json", "checkpoints"))
-    settings = to / "adapter" / "fedtune.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"private_to": "site-1"}))
+    change(to / "adapter" / "fedtune.json", private_to="site-1")
     return to
 
 
-def test_a_private_adapter_or_one_without_its_own_file_writes_nothing(runs: Path, command: Any, tmp_path: Path) -> None:
+def test_a_private_adapter_or_one_without_its_own_file_writes_nothing(runs: Path, tmp_path: Path) -> None:
     asked = ("--to", str(tmp_path / "texts.jsonl"), "--codes", str(runs / "tables.jsonl"))
     own = private_to_a_site(runs / "writer", tmp_path / "own")
     assert "is private to" in command("synthesize", str(own), *asked).failed()
@@ -416,22 +415,15 @@ def test_a_private_adapter_or_one_without_its_own_file_writes_nothing(runs: Path
     assert message.startswith(f"data.train_file = '{runs}/gone.jsonl': no such file")
 
 
-def test_shares_are_whole_numbers_that_add_up() -> None:
+def test_shares_are_whole_numbers_that_add_up_and_of_one_text_the_votes_of_both(runs: Path, tmp_path: Path) -> None:
     assert allotted({("a",): 1.0, ("b",): 1.0, ("c",): 1.0}, 8) == {("a",): 3, ("b",): 3, ("c",): 2}
     assert sum(allotted({(str(n),): 0.3 * n for n in range(1, 40)}, 1000).values()) == 1000
-
-
-def test_votes_that_noise_left_none_of_give_no_shares(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "shares", tmp_path / "shares")
+    run = door.load(shutil.copytree(runs / "shares", tmp_path / "shares"))
+    head = replace(run.config.head, label_texts=("same", "same"))
+    assert weights_of(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
     vote(tmp_path / "shares", -1.0, 0.0)
     with pytest.raises(ValueError, match="noise left none above 0"):
         weights_of(door.load(tmp_path / "shares"))
-
-
-def test_candidates_of_one_text_have_the_votes_of_both(runs: Path) -> None:
-    run = door.load(runs / "shares")
-    head = replace(run.config.head, label_texts=("same", "same"))
-    assert weights_of(replace(run, config=replace(run.config, head=head))) == {"same": 1.0}
 
 
 def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path, tmp_path: Path) -> None:

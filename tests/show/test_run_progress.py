@@ -22,7 +22,6 @@ from fedtune.show.run_progress import Display, show_result
 
 from ..builders import run_result
 from ..cli import snapshots
-from ..cli.widths import COLUMNS, too_wide
 from ..conftest import tiny
 from ..federation.conftest import receipt_of, round_of
 
@@ -142,8 +141,8 @@ def test_a_shown_epsilon_is_its_own_and_never_below_the_true_one(config: RunConf
 
 def test_on_a_narrow_terminal_a_round_is_two_lines(config: RunConfig) -> None:
     failing = state(1, failed_sites={"site-2": "plan_exhausted"})
-    text = shown(config, state(3), failing, width=COLUMNS)
-    assert too_wide(text + table(config, result(), width=COLUMNS)) == []
+    text = shown(config, state(3), failing, width=snapshots.COLUMNS)
+    assert snapshots.too_wide(text + table(config, result(), width=snapshots.COLUMNS)) == []
     assert "\n  2.0 s | about 3 min 30 s left\n" in text
     assert "site-2: plan_exhausted\n" in text
 

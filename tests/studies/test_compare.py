@@ -13,8 +13,7 @@ import pytest
 from fedtune.studies.comparison import plan_runs
 
 from ..cli import snapshots
-from ..cli.widths import COLUMNS, too_wide
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, command, result_of, tiny
 
 pytestmark = pytest.mark.nightly
 
@@ -28,18 +27,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words(tiny: Any, folder: Path) -> list[str]:
-    return [*tiny(*SHORT, *SITES, into=folder, name="both")]
+def words(folder: Path) -> list[str]:
+    return tiny(*SHORT, *SITES, into=folder, name="both")
 
 
 @pytest.fixture(scope="module")
-def outcome(command: Any, words: list[str]) -> Any:
-    return command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
-
-
-@pytest.fixture(scope="module")
-def told(outcome: Any) -> Any:
-    return json.loads(outcome.printed)
+def told(words: list[str]) -> Any:
+    return json.loads(command("compare", *words, "--without-privacy", "--smallest", "10", "--json").printed)
 
 
 MODELS = ["base", "federated", "site-1 alone", "site-2 alone", "pooled"]
@@ -58,7 +52,7 @@ def test_one_command_runs_everybody_with_and_without_privacy(told: Any, folder: 
     assert json.loads((folder / "both" / "compare.json").read_text()) == told
 
 
-def test_its_scores_are_those_of_the_runs(told: Any, result_of: Any) -> None:
+def test_its_scores_are_those_of_the_runs(told: Any) -> None:
     models = {model["name"]: model for model in told["models"]}
     for name in (*MODELS[1:], *PLAIN):
         run = result_of(Path(models[name]["folder"]))
@@ -69,9 +63,15 @@ def test_its_scores_are_those_of_the_runs(told: Any, result_of: Any) -> None:
         assert models[name]["bytes"] == (moved if name.startswith("federated") else 0)
     alone = [models[f"site-{number} alone"]["scores"]["loss"]["value"] for number in (1, 2)]
     assert models[MEANS[0]]["scores"]["loss"]["value"] == pytest.approx(sum(alone) / 2)
+    # Sites are groups of the records that they would have.
+    groups = told["groups"]["by site"]["groups"]
+    assert {group["name"] for group in groups} == {"site-1", "site-2"}
+    assert sum(group["units"] for group in groups) == told["records"] == 60
+    pairs = {(one["base"], one["tuned"]) for one in groups[0]["changes"]}
+    assert pairs == {(name, "federated") for name in ("base", *MODELS[2:], *PLAIN)}
 
 
-def test_pairs_hold_every_difference(told: Any) -> None:
+def test_pairs_hold_every_difference_and_words_say_what_cannot_be_told_apart(told: Any) -> None:
     pairs = {(pair["base"], pair["tuned"]): pair for pair in told["pairs"] if pair["score"] == "loss"}
     assert len(pairs) == 11 * 10 / 2
     models = {model["name"]: model["scores"]["loss"]["value"] for model in told["models"]}
@@ -79,21 +79,10 @@ def test_pairs_hold_every_difference(told: Any) -> None:
         assert pair["difference"]["value"] == pytest.approx(models[tuned] - models[base], abs=1e-12)
         apart = pair["difference"]["low"] > 0 or pair["difference"]["high"] < 0
         assert (pair["verdict"] != "cannot be told apart") == apart
-
-
-def test_sites_are_groups_of_the_records_that_they_would_have(told: Any) -> None:
-    by_site = told["groups"]["by site"]
-    assert {group["name"] for group in by_site["groups"]} == {"site-1", "site-2"}
-    assert sum(group["units"] for group in by_site["groups"]) == told["records"] == 60
-    pairs = {(one["base"], one["tuned"]) for one in by_site["groups"][0]["changes"]}
-    assert pairs == {(name, "federated") for name in ("base", *MODELS[2:], *PLAIN)}
-
-
-def test_words_say_what_cannot_be_told_apart(told: Any) -> None:
     first, *others = told["verdict"]
     assert first.startswith("Federated ")
-    assert any(sentence.startswith("These records do not tell apart: ") for sentence in others)
-    assert any(sentence.startswith("The smallest group is ") for sentence in others)
+    for said in ("These records do not tell apart: ", "The smallest group is "):
+        assert any(sentence.startswith(said) for sentence in others)
 
 
 def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
@@ -105,24 +94,20 @@ def test_who_takes_part_is_all_that_differs(words: list[str]) -> None:
     assert plain.privacy.mechanism == "none"
     assert len({config.data.columns["text"] for config in runs.values()}) == 1
     assert {config.plan() for config in (whole, alone, pooled)} == {whole.plan()}
-
-
-def test_rates_that_are_left_to_fedtune_fit_each_run(tiny: Any, folder: Path) -> None:
-    words = tiny("training.learning_rate=auto", into=folder, name="rates")
-    lines = plan_runs(words, without_privacy=False, leave_out=())
+    # Rates that are left to fedtune fit each run.
+    lines = plan_runs([*words, "name=rates", "training.learning_rate=auto"], without_privacy=False, leave_out=())
     rates = {line.name: line.run.config.training.learning_rate for line in lines}
     assert rates["pooled"] > rates["federated"] > rates["site-1 alone"]
 
 
-def test_the_same_command_runs_nothing_again(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
+def test_the_same_command_runs_nothing_again_and_goes_on_where_it_stopped(
+    told: Any, words: list[str], folder: Path, tmp_path: Path
+) -> None:
     made = (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns
     again = command("compare", *words, "--without-privacy", "--smallest", "10", "--json")
-    assert json.loads(again.out) == json.loads(outcome.out)
+    assert json.loads(again.out) == told
     assert "of 8, " not in again.err
     assert (folder / "both" / "both-pooled" / "run.json").stat().st_mtime_ns == made
-
-
-def test_it_goes_on_where_it_stopped(told: Any, command: Any, words: list[str], folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "both", tmp_path / "both")
     shutil.rmtree(tmp_path / "both" / "both-pooled")
     (tmp_path / "both" / "both-federated" / "run.json").unlink()
@@ -136,7 +121,7 @@ def test_it_goes_on_where_it_stopped(told: Any, command: Any, words: list[str], 
     assert [line.partition(":")[0] for line in lines[:2]] == ["1 of 2, federated", "2 of 2, pooled"]
 
 
-def test_without_an_experiment_it_says_the_price_and_asks(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_experiment_it_says_the_price_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedtune.cli.compare._run_all", lambda *_, **__: pytest.fail("nobody agreed"))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     outcome = command("compare")
@@ -146,9 +131,9 @@ def test_without_an_experiment_it_says_the_price_and_asks(command: Any, monkeypa
 
 
 def test_runs_that_are_there_are_scored_on_one_file(
-    outcome: Any, command: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(COLUMNS))
+    monkeypatch.setenv("COLUMNS", str(snapshots.COLUMNS))
     one, other = folder / "both" / "both-federated", folder / "both" / "both-pooled"
     with gzip.open(REPOSITORY / "simulations/data/banking77/test.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(next(file)) for _ in range(40)]
@@ -158,7 +143,7 @@ def test_runs_that_are_there_are_scored_on_one_file(
     asked = (str(one), str(other), "--data", str(mine), "--by", "where")
     found = command("compare", *asked, "--output", str(page))
     assert found.code == 0, found.err
-    assert too_wide(found.out) == []
+    assert snapshots.too_wide(found.out) == []
     said = " ".join(found.out.split())
     assert "No scores by where: fewer than two groups have 20 records." in said
     assert f"written: {page}" in said
@@ -166,26 +151,19 @@ def test_runs_that_are_there_are_scored_on_one_file(
     assert "Both-federated minus each other" in said
     told = json.loads(command("compare", *asked, "--smallest", "10", "--json").out)
     assert [model["name"] for model in told["models"]] == ["base", "both-federated", "both-pooled"]
+    assert command("compare", str(one), "--personal").failed().split(":")[0] == "--personal", "with an experiment alone"
     groups = told["groups"]["by where"]["groups"]
     assert [(group["name"], group["units"]) for group in groups] == [("0", 27), ("1", 13)]
 
 
 @snapshots.mistakes("mistakes-compare")
-def test_what_cannot_be_compared(typed: str, command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_compared(typed: str, tmp_path: Path) -> None:
     message = command("compare", *tiny(into=tmp_path, name="x"), *shlex.split(typed)).failed()
     snapshots.check_message("mistakes-compare", typed, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_other_labels(told: Any, simulate: Any, folder: Path, command: Any, tmp_path: Path) -> None:
-    two = ("data.labels=[card_arrival,card_linking]", "data.unusable=leave_out")
-    made = simulate(*SHORT, *two, into=tmp_path, name="two")
-    first = folder / "both" / "both-federated"
-    outcome = command("compare", str(first), str(made))
-    assert (outcome.code, "data.labels" in outcome.message) == (2, True)
-
-
-def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(tmp_path: Path) -> None:
     larger = ("data.train_fraction=0.04", "data.declared_sizes=180")
     asked = [*tiny(*SHORT, *SITES, *larger, into=tmp_path, name="own"), "--personal", "--leave-out=pooled"]
     asked += ["--smallest", "10"]
@@ -219,18 +197,10 @@ def test_each_site_s_own_adapter_is_beside_what_else_it_could_use(command: Any, 
     assert json.loads((tmp_path / "own" / "compare.json").read_text()) == told, "the same records give the same adapter"
 
 
-def test_own_adapters_go_with_the_federation_of_an_experiment(told: Any, folder: Path, command: Any) -> None:
-    outcome = command("compare", str(folder / "both" / "both-federated"), "--personal")
-    assert (outcome.code, outcome.message.split(":")[0]) == (2, "--personal")
-
-
-def test_runs_without_privacy_release_no_scores() -> None:
-    words = ["experiment=debug", "data.heldout_fraction=0.4", "privacy.metrics=noised"]
-    runs = plan_runs(words, without_privacy=True, leave_out=())
+def test_runs_without_privacy_release_no_scores_and_have_no_secure_sum() -> None:
+    noised = ["experiment=debug", "data.heldout_fraction=0.4", "privacy.metrics=noised"]
+    runs = plan_runs(noised, without_privacy=True, leave_out=())
     assert {(line.private, line.run.config.privacy.metrics) for line in runs} == {(True, "noised"), (False, "none")}
-
-
-def test_one_site_and_a_run_without_noise_have_no_secure_sum() -> None:
     runs = plan_runs(["experiment=debug", "federation.aggregation=secure"], without_privacy=True, leave_out=())
     assert [line.name for line in runs if line.run.config.federation.aggregation == "secure"] == ["federated"]
     assert {(line.run.config.federation.num_rounds, line.run.config.training.local_steps) for line in runs} == {(4, 1)}

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,15 +22,14 @@ from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.report.model import from_json
 from fedtune.report.synthetic_card import run_of
+from fedtune.show.run_progress import Display
 from fedtune.sites.virtual_site import VirtualSites, budget_for
 from fedtune.spec import RefusedError
 from fedtune.studies.trial_search import Search
 from fedtune.studies.trials import Trials
 
 from ..cli import snapshots
-from ..cli.widths import COLUMNS, too_wide
-from ..conftest import REPOSITORY, files_in
-from .interrupts import interrupted_in_round
+from ..conftest import REPOSITORY, command, fail_where, files_in, tiny
 
 pytestmark = pytest.mark.nightly
 
@@ -50,20 +50,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words(tiny: Any, folder: Path) -> list[str]:
-    found = tiny(*SPACE, *SHORT, into=folder, name="s")
-    assert isinstance(found, list)
-    return found
+def words(folder: Path) -> list[str]:
+    return tiny(*SPACE, *SHORT, into=folder, name="s")
 
 
 @pytest.fixture(scope="module")
-def outcome(command: Any, words: list[str]) -> Any:
+def outcome(words: list[str]) -> Any:
     with pytest.MonkeyPatch.context() as here:
-        here.setenv("COLUMNS", str(COLUMNS))
+        here.setenv("COLUMNS", str(snapshots.COLUMNS))
         return command("search", *words, "--trials", "3")
 
 
-def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[str], folder: Path) -> None:
+def test_every_trial_is_charged_to_the_same_ledgers_and_the_table_tells_it(
+    outcome: Any, words: list[str], folder: Path
+) -> None:
     assert (outcome.code, outcome.err) == (0, "")
     plan = compose_run([*words[: -len(SHORT) - len(SPACE)], *SHORT]).plan()
     for spent in charged(folder / "s/sites"):
@@ -72,27 +72,24 @@ def test_every_trial_is_charged_to_the_same_ledgers(outcome: Any, words: list[st
     assert price["epsilon"] == accountant.epsilon_pld({plan.whole: 3}, plan.delta)
     cap = read_policy(folder / "s/sites/site-1/site.toml").budget.max_epsilon
     assert price["epsilon_filter"] <= cap < price["epsilon_filter"] + 0.2, "the price, and little more"
-
-
-def test_the_table_tells_what_was_spent_so_far(outcome: Any, folder: Path) -> None:
     with (folder / "s/trials.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["state"] for line in lines] == ["finished"] * 3
-    spent = [float(line["epsilon_so_far"]) for line in lines]
-    assert spent == sorted(spent)
-    assert spent[0] == pytest.approx(float(lines[0]["epsilon_spent"]))
-    assert spent[2] == json.loads((folder / "s/search.json").read_text())["price"]["epsilon"]
+    so_far = [float(line["epsilon_so_far"]) for line in lines]
+    assert so_far == sorted(so_far)
+    assert so_far[0] == pytest.approx(float(lines[0]["epsilon_spent"]))
+    assert so_far[2] == price["epsilon"]
     best = max(lines, key=lambda line: float(line["validation_accuracy"]))
     assert [line["run"] for line in lines if line["best"]] == [best["run"]]
     told = " ".join(outcome.out.split())
     assert "Price of the search trials 3" in told
     assert told.index("Price of the search") < told.index("trial 1 of 3: training.learning_rate=")
     assert f"picked: {best['folder']}" in told
-    assert too_wide(outcome.out) == []
+    assert snapshots.too_wide(outcome.out) == []
     assert "out of 3 trials; its report says so. All trials together: epsilon at most" in told
 
 
-def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, command: Any, folder: Path) -> None:
+def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, folder: Path) -> None:
     noted = json.loads((folder / "s/search.json").read_text())
     picked = folder / "s" / noted["picked"]
     report = from_json((picked / "report.json").read_text())
@@ -115,7 +112,7 @@ def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, comma
         assert command("report", "verify", str(other)).code == 0
 
 
-def test_a_report_that_plays_the_search_down_is_found(outcome: Any, command: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_report_that_plays_the_search_down_is_found(outcome: Any, folder: Path, tmp_path: Path) -> None:
     picked = folder / "s" / json.loads((folder / "s/search.json").read_text())["picked"]
     told = json.loads((picked / "report.json").read_text())
 
@@ -139,7 +136,19 @@ def test_a_report_that_plays_the_search_down_is_found(outcome: Any, command: Any
     assert "selection.method" in problem(method="by hand")
 
 
-def test_the_same_search_again_charges_nothing(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
+def test_the_same_search_again_charges_nothing_and_another_of_its_name_is_refused(
+    outcome: Any, words: list[str], folder: Path
+) -> None:
+    """How many trials there are is fixed before the first one."""
+    whole, taken = files_in(folder), f"is taken: {folder / 's/search.json'} is of a search with other settings"
+    assert command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}; choose another"
+    assert command("search", *words, "--trials", "3", "--method", "tpe").code == 2
+    assert command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
+    (folder / "mine").mkdir()
+    (folder / "mine/notes.txt").write_text("mine")
+    assert "holds no search" in command("search", *words, "name=mine", "--trials", "3").message
+    shutil.rmtree(folder / "mine")
+    assert files_in(folder) == whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("s/*/*.json")}
     spent = charged(folder / "s/sites")
     again = command("search", *words, "--trials", "3", "--json")
@@ -152,7 +161,7 @@ def test_the_same_search_again_charges_nothing(outcome: Any, command: Any, words
     assert told["price"]["trials"] == 3
 
 
-def test_a_pick_that_was_cut_short_is_told_again(outcome: Any, command: Any, words: Any, folder: Path) -> None:
+def test_a_pick_that_was_cut_short_is_told_again(outcome: Any, words: Any, folder: Path) -> None:
     file = folder / "s/search.json"
     right, noted = file.read_text(), json.loads(file.read_text())
     picked = folder / "s" / noted["picked"]
@@ -163,32 +172,17 @@ def test_a_pick_that_was_cut_short_is_told_again(outcome: Any, command: Any, wor
     assert command("search", *words, "--trials", "3").code == 0
     assert file.read_text() == right
     for trial, score in ((picked, noted["score"]), (other, None)):
-        told = from_json((trial / "report.json").read_text())
-        assert told.utility is not None
-        assert told.utility.selection is not None
-        assert told.utility.selection.score == score
-        assert json.loads((trial / "selection.json").read_text())["score"] == score
+        told = json.loads((trial / "report.json").read_text())["derived"]["utility"]["selection"]
+        assert told["score"] == json.loads((trial / "selection.json").read_text())["score"] == score
 
 
-def test_another_search_of_the_same_name_is_refused(outcome: Any, command: Any, words: list[str], folder: Path) -> None:
-    """How many trials there are is fixed before the first one."""
-    before = files_in(folder)
-    taken = f"is taken: {folder / 's/search.json'} is of a search with other settings; choose another"
-    assert command("search", *words, "--trials", "4").failed() == f"name = 's': {taken}"
-    assert command("search", *words, "--trials", "3", "--method", "tpe").code == 2
-    assert command("search", *words, "--trials", "3", "lora.alpha=4").code == 2
-    (folder / "mine").mkdir()
-    (folder / "mine/notes.txt").write_text("mine")
-    assert "holds no search" in command("search", *words, "name=mine", "--trials", "3").message
-    shutil.rmtree(folder / "mine")
-    assert files_in(folder) == before
-
-
-def test_ctrl_c_in_a_trial_charges_nothing_twice(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_trial_charges_nothing_twice(tmp_path: Path) -> None:
     two_rounds = (SPACE[0], "federation.num_rounds=2", "training.local_steps=1", "tracking=quiet")
     words = tiny(*two_rounds, into=tmp_path, name="stopped")
-    with interrupted_in_round(3):  # the first of the second trial
-        stopped = command("search", *words, "--trials", "2")
+    with pytest.MonkeyPatch.context() as patched:
+        rounds = count(1)
+        fail_where(patched, Display, "round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
+        stopped = command("search", *words, "--trials", "2")  # in the first round of the second trial
     assert stopped.code == 1
     assert "Continue the search with: fedtune search" in " ".join(stopped.out.split())
     told = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/selection.json")]
@@ -212,7 +206,7 @@ def with_room_for(runs: int, words: list[str], sites: Path) -> list[str]:
     return [*words, f"runtime.sites_dir='{sites}'"]
 
 
-def test_twelve_trials_are_refused_at_once_where_eight_have_room(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_twelve_trials_are_refused_at_once_where_eight_have_room(tmp_path: Path) -> None:
     words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
     before = files_in(tmp_path)
     asked = [*words, SPACE[0]]
@@ -229,8 +223,14 @@ def test_twelve_trials_are_refused_at_once_where_eight_have_room(command: Any, t
             Search.of(asked, method, trials=9).check_room()
 
 
-def test_what_others_have_spent_and_set_aside_counts(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_broken_rule_and_what_others_have_spent_and_set_aside_count_before_the_first_trial(tmp_path: Path) -> None:
     words = with_room_for(2, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
+    refused = command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
+    said = "refuses such a trial; nothing was begun (max_rank: asked 64, allowed at most 4)"
+    assert refused.failed(3) == f"--trials = 2: site site-1 {said}"
+    missing = command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
+    assert "runtime.sites_dir" in missing.failed()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sites"]
     assert command("simulate", *words, "name=other").code == 0
     assert "has room for 1 of these trials" in command("search", *words, SPACE[0], "--trials", "2").failed(3)
     assert command("search", *words, SPACE[0], "--trials", "1").code == 0
@@ -238,17 +238,7 @@ def test_what_others_have_spent_and_set_aside_counts(command: Any, tiny: Any, tm
     assert "has room for 0 of" in command("search", *words, "name=t", SPACE[0], "--trials", "1").message
 
 
-def test_a_rule_that_a_possible_trial_breaks_is_told_before_the_first(command: Any, tiny: Any, tmp_path: Path) -> None:
-    words = with_room_for(8, tiny(*SHORT, into=tmp_path / "runs", name="s"), tmp_path / "sites")
-    refused = command("search", *words, "lora.rank=int(interval(4,64))", "--trials", "2", "--method", "tpe")
-    said = "refuses such a trial; nothing was begun (max_rank: asked 64, allowed at most 4)"
-    assert (refused.code, refused.message) == (3, f"--trials = 2: site site-1 {said}")
-    missing = command("search", *words, SPACE[0], f"runtime.sites_dir='{tmp_path / 'none'}'", "--trials", "2")
-    assert "runtime.sites_dir" in missing.failed()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sites"]
-
-
-def test_on_public_data_it_costs_what_it_trains(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_on_public_data_it_costs_what_it_trains(tmp_path: Path) -> None:
     public = [word for word in tiny(*SHORT, into=tmp_path, name="g") if "noise_multiplier" not in word]
     outcome = command("search", *public, "privacy=none", "training.learning_rate=0.01,0.02", "--method", "grid")
     assert (outcome.code, outcome.err) == (0, "")
@@ -259,7 +249,7 @@ def test_on_public_data_it_costs_what_it_trains(command: Any, tiny: Any, tmp_pat
     assert command("report", "verify", str(tmp_path / "g" / noted["picked"])).code == 0
 
 
-def test_a_trial_that_fails_is_no_pick(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_trial_that_fails_is_no_pick(tmp_path: Path) -> None:
     words = tiny("lora.target_modules=[nonesuch],[key]", *SHORT, into=tmp_path, name="f")
     out = command("search", *words, "--method", "grid").printed
     assert "run 1 failed: lora.target_modules" in " ".join(out.split())
@@ -291,7 +281,7 @@ COMMANDS = [shlex.split(line) for line in re.findall(r"^fedtune (?=plan|search)(
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_the_page_s_commands_are_understood(words: list[str], command: Any, monkeypatch: Any, tmp_path: Path) -> None:
+def test_the_page_s_commands_are_understood(words: list[str], monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     if words[0] == "plan":
         planned = command(*words)
@@ -307,14 +297,14 @@ def test_the_page_s_commands_are_understood(words: list[str], command: Any, monk
 
 
 @snapshots.mistakes("mistakes-search")
-def test_what_cannot_be_searched(typed: str, command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_searched(typed: str, tmp_path: Path) -> None:
     found = command("search", *tiny(*SHORT, into=tmp_path / "runs"), *shlex.split(typed))
     snapshots.check_message("mistakes-search", typed, found.failed())
     assert found.out == ""
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scores_on_records_trained_on_pick_nothing(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_scores_on_records_trained_on_pick_nothing(tmp_path: Path) -> None:
     words = tiny(*SHORT, into=tmp_path, name="s")
     train = compose_run(words).data.train_file
     refused = command("search", *words, SPACE[0], f"data.validation_file={train}", "--trials", "2")

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from rich.console import Console
 from fedtune.api.compose import compose_run
 from fedtune.privacy.ledger.verify import verify
 from fedtune.runs.results import DIVERGED, FinalResult, PrivacyResult, RunResult
+from fedtune.show.run_progress import Display
 from fedtune.show.terminal_tables import show
 from fedtune.spec import RunError
 from fedtune.studies.trials import Trial, Trials
 
 from ..builders import run_result
+from ..conftest import command, fail_where, result_of, tiny
 from ..federation.conftest import round_of
-from .interrupts import interrupted_in_round
 
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "tracking=quiet")
 
@@ -36,33 +38,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swept(folder: Path, tiny: Any) -> list[str]:
+def swept(folder: Path) -> list[str]:
     """The second of three runs fails when the model is loaded."""
-    runs = tiny("lora.target_modules=[query],[nonesuch],[key]", *SHORT, into=folder, name="three")
-    assert isinstance(runs, list)
-    return runs
+    return tiny("lora.target_modules=[query],[nonesuch],[key]", *SHORT, into=folder, name="three")
 
 
 @pytest.fixture(scope="module")
-def outcome(command: Any, swept: list[str]) -> Any:
+def outcome(swept: list[str]) -> Any:
     return command("simulate", "-m", *swept)
 
 
-def test_a_run_that_fails_stops_no_other_and_is_told(outcome: Any, folder: Path) -> None:
+def test_a_run_that_fails_stops_no_other_and_the_csv_has_every_score_as_it_is(outcome: Any, folder: Path) -> None:
     reason = "lora.target_modules = 'nonesuch': must be among the base's modules: dense, key, query, value"
-    assert (outcome.code, outcome.message) == (2, reason)
+    states = ["finished", "failed", "finished"]
+    assert outcome.failed() == reason
     table = outcome.out.split("Sweep")[1]
     assert f"run 2 failed: {reason}" in " ".join(table.split())
-    assert [line.split()[-1] for line in table.splitlines() if "[" in line] == ["finished", "failed", "finished"]
+    assert [line.split()[-1] for line in table.splitlines() if "[" in line] == states
     assert "Continue the sweep" not in table, "it would fail again"
-    first, second, third = lines_of(folder / "three.csv")
-    assert (first["state"], second["state"], third["state"]) == ("finished", "failed", "finished")
-    assert (first["reason"], second["reason"], third["reason"]) == ("", reason, "")
-    assert (second["epsilon_spent"], second["validation_accuracy"]) == ("", "")
-
-
-def test_the_csv_has_swept_values_and_every_score_as_it_is(outcome: Any, folder: Path, result_of: Any) -> None:
+    assert str(folder / "three.csv") in outcome.out
     lines = lines_of(folder / "three.csv")
+    assert [line["state"] for line in lines] == states
+    assert [line["reason"] for line in lines] == ["", reason, ""]
+    assert (lines[1]["epsilon_spent"], lines[1]["validation_accuracy"]) == ("", "")
     assert [line["lora.target_modules"] for line in lines] == ["[query]", "[nonesuch]", "[key]"]
     assert "federation.num_rounds" not in lines[0], "it was not swept"
     for line in (lines[0], lines[2]):
@@ -72,10 +70,9 @@ def test_the_csv_has_swept_values_and_every_score_as_it_is(outcome: Any, folder:
             assert float(line[f"test_{name}"]) == score
         for name, score in result["rounds"][-1]["metrics"].items():
             assert float(line[f"validation_{name}"]) == score
-    assert str(folder / "three.csv") in outcome.out
 
 
-def test_the_same_sweep_runs_only_what_is_missing(outcome: Any, command: Any, swept: list[str], folder: Path) -> None:
+def test_the_same_sweep_runs_only_what_is_missing(outcome: Any, swept: list[str], folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.glob("three-*/run.json")}
     (folder / "three.csv").unlink()
     again = command("simulate", "-m", *swept, "--json")
@@ -93,7 +90,7 @@ def test_the_same_sweep_runs_only_what_is_missing(outcome: Any, command: Any, sw
     assert [told["best"]] == marked
 
 
-def test_a_taken_name_is_refused_before_any_run(outcome: Any, command: Any, swept: list[str], folder: Path) -> None:
+def test_a_taken_name_is_refused_before_any_run(outcome: Any, swept: list[str], folder: Path) -> None:
     def refused(*more: str, words: Sequence[str] = swept) -> str:
         found = command("simulate", "-m", *words, *more)
         assert (found.code, found.out) == (2, "")
@@ -112,10 +109,12 @@ def test_a_taken_name_is_refused_before_any_run(outcome: Any, command: Any, swep
     assert len(lines_of(folder / "three.csv")) == 3
 
 
-def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
     words = tiny("seed=1,2,3", "federation.num_rounds=2", "training.local_steps=1", into=tmp_path, name="stopped")
-    with interrupted_in_round(3):  # the first of the second run
-        stopped = command("simulate", "-m", *words)
+    with pytest.MonkeyPatch.context() as patched:
+        rounds = count(1)
+        fail_where(patched, Display, "round_finished", lambda *_: next(rounds) == 3, KeyboardInterrupt())
+        stopped = command("simulate", "-m", *words)  # in the first round of the second run
     assert stopped.code == 1
     assert [line["state"] for line in lines_of(tmp_path / "stopped.csv")] == ["finished", "interrupted"]
     told = " ".join(stopped.out.split())
@@ -133,32 +132,24 @@ def test_ctrl_c_keeps_the_rows_so_far_and_the_same_sweep_goes_on(command: Any, t
     assert len({line["epsilon_spent"] for line in lines}) == 1
 
 
-def test_a_sweep_is_a_value_in_python(tiny: Any, tmp_path: Path) -> None:
-    trials = Trials.of_sweep(tiny("seed=1,2", *SHORT, into=tmp_path, name="s"))
+def test_a_sweep_is_a_value_in_python_and_without_a_name_says_how_to_go_on(tmp_path: Path) -> None:
+    words = [word for word in tiny("seed=1,2", *SHORT, into=tmp_path) if not word.startswith("name=")]
+    trials = Trials.of_sweep(words)
+    assert Trials.of_sweep(trials.again) == trials
+    assert Trials.of_sweep(["experiment=debug", "name=a,b"]).table.name == "a-sweep.csv"
     trials.run()
     assert [trial.state for trial in trials.rows.values()] == ["finished"] * 2
     assert trials.best in trials.rows.values()
 
 
-def test_a_sweep_without_a_name_says_how_to_go_on_with_it(tiny: Any, tmp_path: Path) -> None:
-    words = [word for word in tiny("seed=1,2", into=tmp_path) if not word.startswith("name=")]
-    sweep = Trials.of_sweep(words)
-    assert Trials.of_sweep(sweep.again) == sweep
-    assert Trials.of_sweep(["experiment=debug", "name=a,b"]).table.name == "a-sweep.csv"
-
-
-def test_nothing_is_written_where_every_run_fails_at_once(command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_sweep_over_a_budget_says_which_run_was_refused(tmp_path: Path) -> None:
     assert command("simulate", "-m", *tiny("lora.layers=[7],[8]", *SHORT, into=tmp_path)).code == 2
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_sweep_over_a_budget_says_which_run_was_refused(command: Any, tiny: Any, tmp_path: Path) -> None:
+    assert list(tmp_path.iterdir()) == [], "where every run fails at once"
     shared = ("training.learning_rate=0.01,0.02", f"runtime.sites_dir='{tmp_path / 'sites'}'")
     outcome = command("simulate", "-m", *tiny(*shared, *SHORT, into=tmp_path / "runs", name="s"))
     first, second = lines_of(tmp_path / "runs" / "s.csv")
     assert (first["state"], second["state"]) == ("finished", "failed")
-    assert second["reason"] == outcome.message
-    assert outcome.code == 3
+    assert second["reason"] == outcome.failed(3)
 
 
 def result(validation: Mapping[str, float | None], *, test: float = 0.5, findings: tuple[str, ...] = ()) -> RunResult:
@@ -168,7 +159,7 @@ def result(validation: Mapping[str, float | None], *, test: float = 0.5, finding
 
 
 @pytest.fixture
-def row(tiny: Any, tmp_path: Path) -> Any:
+def row(tmp_path: Path) -> Any:
     def make(score: float | None, *overrides: str, **changes: Any) -> Trial:
         config = compose_run(tiny(*overrides, into=tmp_path))
         name = "loss" if config.task == "causal_lm" else "accuracy"
@@ -196,18 +187,15 @@ def test_the_best_run_is_told_by_validation_alone(row: Any) -> None:
     assert best_of(losses) is losses[1], "the smallest"
 
 
-def test_scores_on_the_sites_records_make_no_best(row: Any) -> None:
+def test_neither_a_run_that_failed_nor_scores_on_the_sites_records_make_a_best(row: Any) -> None:
+    rows = [row(0.4), row(0.3), row(0.9, findings=(DIVERGED,)), replace(row(0.8), error=RunError("x"))]
+    assert [one.state for one in rows] == ["finished", "finished", "diverged", "failed"]
+    assert best_of(rows) is rows[0]
     share = "data.validation_fraction=0.2", "data.validation_file=null"
     train = (f"data.validation_file={row(0.4).config.data.train_file}",)
     for settings in (share, train):
         assert best_of([row(0.4, *settings), row(0.6, *settings)]) is None
     assert best_of([row(0.4), row(0.6, "data.unusable=leave_out")]) is None
-
-
-def test_a_run_that_failed_or_diverged_is_never_the_best(row: Any) -> None:
-    rows = [row(0.4), row(0.3), row(0.9, findings=(DIVERGED,)), replace(row(0.8), error=RunError("x"))]
-    assert [one.state for one in rows] == ["finished", "finished", "diverged", "failed"]
-    assert best_of(rows) is rows[0]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +212,7 @@ def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other:
     assert (best_of([row(0.4, *one), row(0.5, *other)]) is not None) == comparable
 
 
-def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tiny: Any, tmp_path: Path) -> None:
+def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tmp_path: Path) -> None:
     trials, begun = Trials.of_sweep(tiny("seed=1,2,3", into=tmp_path, name="s")), []
 
     def work(trial: Trial) -> RunResult:
@@ -243,7 +231,7 @@ def test_an_error_that_nobody_foresaw_ends_the_sweep_and_is_not_quoted(tiny: Any
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_table_fits_the_terminal(tiny: Any, tmp_path: Path, width: int) -> None:
+def test_the_table_fits_the_terminal(tmp_path: Path, width: int) -> None:
     swept = ("privacy.epsilon=1,3", "training.learning_rate=0.005,0.01", "federation.num_sites=2,3")
     out, given = io.StringIO(), iter([0.5, 0.625, *[None] * 6])
     trials = Trials.of_sweep(tiny(*swept, into=tmp_path))
