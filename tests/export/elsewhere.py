@@ -1,23 +1,11 @@
-"""A process in which fedtune cannot be imported: loads exports as anybody would, and prints the logits of some texts.
+"""A process that cannot import fedtune reads name -> format, folder, texts, and prints name -> tokens and logits."""
 
-It reads from its input a JSON object: name -> {"format", "folder", "texts"}, and prints name -> {"input_ids",
-"attention_mask", "logits"}.
-"""
-
-import importlib.abc
 import json
 import sys
 import warnings
 from typing import Any
 
-
-class _NoFedtune(importlib.abc.MetaPathFinder):
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        if fullname.partition(".")[0] == "fedtune":
-            raise ModuleNotFoundError(fullname)
-
-
-sys.meta_path.insert(0, _NoFedtune())
+sys.modules["fedtune"] = None  # type: ignore[assignment]
 
 
 def peft(folder: str, tokens: Any) -> Any:

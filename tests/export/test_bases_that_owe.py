@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fedtune.runs.public_stage import public_stage_of
 from fedtune.sites.run_records import card_of
 from fedtune.spec import ConfigError
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, command, result_of, simulate, tiny
 
 WRITER = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=128", "data.declared_sizes=40")
 WRITER += ("federation.num_rounds=1", "training.local_steps=1")
@@ -32,24 +31,24 @@ DEBT = {"digest": "ab" * 32, "from": "a", "dataset": "b", "unit": "record", "del
 
 
 @pytest.fixture(scope="module")
-def first(simulate: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(*WRITER, into=tmp_path_factory.mktemp("first"), name="first")
 
 
 @pytest.fixture(scope="module")
-def base(first: Path, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return merged(first, tmp_path_factory.mktemp("merged") / "base", command)
+def base(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return merged(first, tmp_path_factory.mktemp("merged") / "base")
 
 
 @pytest.fixture(scope="module")
-def second(base: Path, command: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def second(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run on that base, and what it printed."""
     into = tmp_path_factory.mktemp("second")
     words = tiny(*WRITER, f"model.path='{base}'", "tracking.progress=true", into=into, name="second")
     return into / "second", command("simulate", *words).printed
 
 
-def merged(run: Path, to: Path, command: Any) -> Path:
+def merged(run: Path, to: Path) -> Path:
     assert command("export", str(run), "--to", str(to), "--merge").code == 0
     return to
 
@@ -60,30 +59,19 @@ def mark_of(folder: Path) -> Any:
 
 def owed_by(run: Path) -> dict[str, Any]:
     """What a run says of itself, as a later one is to tell it."""
-    told = json.loads((run / "run.json").read_text())
+    told = result_of(run)
     spent = {key: told["privacy"][key] for key in ("unit", "delta", "epsilon")}
     about = {"from": run.name, "dataset": told["provenance"]["population"]["dataset"]}
     return {"digest": told["adapter_digest"]} | about | spent
-
-
-def started(run: Path) -> Any:
-    return json.loads((run / "run.json").read_text())["provenance"]["start_adapter"]
-
-
-def with_mark(base: Path, to: Path, mark: object) -> Path:
-    """The same base with another mark."""
-    shutil.copytree(base, to)
-    (to / "config.json").write_text(json.dumps(json.loads((to / "config.json").read_text()) | {OWED: mark}))
-    return to
 
 
 def on(config: RunConfig, base: Path, **model: Any) -> RunConfig:
     return replace(config, model=replace(config.model, path=str(base), **model))
 
 
-def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, second: Any, command: Any) -> None:
+def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, second: Any) -> None:
     run, printed = second
-    assert mark_of(base) == started(run) == owed_by(first)
+    assert mark_of(base) == result_of(run)["provenance"]["start_adapter"] == owed_by(first)
     epsilon = owed_by(first)["epsilon"]
     assert f"begins in what owes to the adapter {owed_by(first)['digest'][:12]} of first; its training on" in printed
     derived = json.loads((run / "report.json").read_text())["derived"]
@@ -97,12 +85,10 @@ def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, s
     )
 
 
-def test_no_debt_is_lost_in_a_chain_or_told_twice(
-    first: Any, base: Any, second: Any, command: Any, tmp_path: Path
-) -> None:
+def test_no_debt_is_lost_in_a_chain_or_told_twice(first: Any, base: Any, second: Any, tmp_path: Path) -> None:
     run = second[0]
     both = owed_by(run) | {"start_adapter": owed_by(first)}
-    assert mark_of(merged(run, tmp_path / "again", command)) == both
+    assert mark_of(merged(run, tmp_path / "again")) == both
     config = saved_config(run)
     digest = owed_by(run)["digest"]
     on_top = start_adapter_of(on(config, base, adapter=str(run), adapter_sha256=digest)) or {}
@@ -117,13 +103,13 @@ def test_no_debt_is_lost_in_a_chain_or_told_twice(
     assert start_adapter_of(on(config, base, adapter=str(silent), adapter_sha256=digest)) == on_top
 
 
-def test_a_trial_of_a_search_hands_on_what_the_search_owes(first: Path, command: Any, tmp_path: Path) -> None:
+def test_a_trial_of_a_search_hands_on_what_the_search_owes(first: Path, tmp_path: Path) -> None:
     picked, plan = shutil.copytree(first, tmp_path / "first"), saved_config(first).plan()
     told: Any = {"search": "s", "method": "grid", "judged_by": "loss", "score": 0.5}
     price = price_of([plan] * 3)
     (picked / "selection.json").write_text(json.dumps(asdict(Selection.of(price, [plan] * 3, **told))))
     assert price.epsilon > owed_by(first)["epsilon"]
-    mark = mark_of(merged(picked, tmp_path / "base", command))
+    mark = mark_of(merged(picked, tmp_path / "base"))
     assert (mark["epsilon"], mark["delta"]) == (price.epsilon, price.delta)
 
 
@@ -150,10 +136,12 @@ def test_a_damaged_mark_is_a_debt_that_nobody_knows(second: Any, tmp_path: Path,
     assert debts_of_base(ModelSpec(path=str(folder))) == []
 
 
-def test_a_run_on_a_base_with_a_damaged_mark_says_so(base: Path, simulate: Any, command: Any, tmp_path: Path) -> None:
-    other = with_mark(base, tmp_path / "base", {"epsilon": "none"})
+def test_a_run_on_a_base_with_a_damaged_mark_says_so(base: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {OWED: {"epsilon": "none"}}))
     run = simulate(*WRITER, f"model.path='{other}'", "tracking.progress=true", into=tmp_path, name="later")
-    assert started(run) == UNKNOWN
+    assert result_of(run)["provenance"]["start_adapter"] == UNKNOWN
     assert "what its training spent is not known" in (run / "adapter" / "README.md").read_text()
     assert command("report", "verify", str(run)).code == 0
 
@@ -167,7 +155,7 @@ def test_a_long_chain_stays_one_that_a_base_may_have(base: Path) -> None:
     assert chain([*debts[:2], *debts[:2]]) == debts[0] | {"start_adapter": debts[1]}
 
 
-def test_a_run_on_synthetic_records_tells_what_these_owe(first: Path, command: Any, tiny: Any, tmp_path: Path) -> None:
+def test_a_run_on_synthetic_records_tells_what_these_owe(first: Path, tmp_path: Path) -> None:
     texts = Path(shutil.copy(REPOSITORY / saved_config(first).data.train_file, tmp_path))
     told = {"sha256": hashlib.sha256(texts.read_bytes()).hexdigest()}
     told["runs"] = [run_of(build(first), owed_by(first)["digest"])]
@@ -176,7 +164,7 @@ def test_a_run_on_synthetic_records_tells_what_these_owe(first: Path, command: A
     words = [*WRITER, f"data.train_file='{texts}'", "tracking.progress=true"]
     printed = command("simulate", *tiny(*words, into=tmp_path, name="run")).printed
     run = tmp_path / "run"
-    assert started(run) == owed
+    assert result_of(run)["provenance"]["start_adapter"] == owed
     assert f"begins in what owes to the adapter {owed['digest'][:12]} of first; its training spent epsilon" in printed
     assert command("report", "verify", str(run)).code == 0
     config = saved_config(run)

@@ -83,14 +83,10 @@ def test_the_server_of_the_page_answers_its_client(place: Path) -> None:
     assert printed.strip("\n"), "the model wrote something"
 
 
-def test_the_page_names_every_file_of_an_adapter(runs: Runs) -> None:
-    first = PAGE.read_text().split("## Handing")[0]
-    assert {path.name for run in runs.values() for path in (run / "adapter").iterdir()} == set(
-        re.findall(r"`([\w.]+\.(?:json|safetensors|md|svg))`", first.split("| --- |")[1].split("\n\n")[0])
-    )
-
-
-def test_all_of_the_page_s_names_of_settings_are_settings() -> None:
+def test_the_page_names_every_file_of_an_adapter_and_no_setting_that_there_is_not(runs: Runs) -> None:
     text, known = PAGE.read_text(), (PAGE.parent / "configuration.md").read_text()
+    assert {path.name for run in runs.values() for path in (run / "adapter").iterdir()} == set(
+        re.findall(r"`([\w.]+\.(?:json|safetensors|md|svg))`", text.split("| --- |")[1].split("\n\n")[0])
+    )
     for key in re.findall(r"`((?:data|model|lora)\.(?!int8|onnx|encode|similarity)\w+)", text):
         assert f"`{key}`" in known, key
