@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from . import witness
 from .mutant import ROOT, Mutant
 
 TIME_LIMIT_S = 300.0
@@ -26,17 +25,11 @@ _LEFT_OUT = (".*", "__pycache__", "*.egg-info")
 _LEFT_OUT_AT_THE_TOP = ("runs", "dist", "outputs", "multirun")
 _WITHOUT_MODELS = ("tests/privacy/", "tests/test_spec_module.py", tempfile.gettempdir())
 """Tests that need no torch."""
-_OPTIONS = ("-x", "-q", "-m", "nightly or not nightly", "-p", "no:cacheprovider", "-p", "tests.mutants.witness")
+_OPTIONS = ("-x", "-q", "-m", "nightly or not nightly", "-p", "no:cacheprovider")
 # A test that ends in one of these says that the mutated code is broken, not that it is caught.
 _CRASHES = {
-    "AttributeError",
-    "ImportError",
-    "IndentationError",
-    "ModuleNotFoundError",
-    "NameError",
-    "SyntaxError",
-    "TypeError",
-    "UnboundLocalError",
+    *("AttributeError", "ImportError", "IndentationError", "ModuleNotFoundError", "NameError", "SyntaxError"),
+    *("TypeError", "UnboundLocalError"),
 }
 
 
@@ -46,23 +39,14 @@ class NoResult(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What a run of some tests came to.
+    """What a run of some tests came to."""
 
-    Attributes:
-        code: pytest's exit status; None: out of time.
-        file: of the module that was mutated, as the tests imported it.
-        passed: tests that passed.
-        test: node id of the first failure, else empty.
-        when: "setup", "call" or "teardown".
-        exception: its type.
-    """
-
-    code: int | None
-    file: str = ""
-    passed: int = 0
-    test: str = ""
-    when: str = ""
-    exception: str = ""
+    code: int | None  # pytest's exit status; None: out of time
+    file: str = ""  # of the module that was mutated, as the tests imported it
+    passed: int = 0  # tests that passed
+    test: str = ""  # node id of the first failure
+    when: str = ""  # "setup", "call" or "teardown"
+    exception: str = ""  # its type
     seconds: float = 0.0
     output: str = ""
 
@@ -134,8 +118,6 @@ def _run(tests: Sequence[str], tree: Path, *, module: str) -> Seen:
         "PYTHONPATH": str(tree),  # before the installed package, in every process that a test starts
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
-        witness.REPORT: str(report),
-        witness.MODULE: module,
     }
     request = {
         "tree": str(tree),
@@ -143,23 +125,16 @@ def _run(tests: Sequence[str], tree: Path, *, module: str) -> Seen:
         "arguments": [*_OPTIONS, "-W", "ignore::pytest.PytestAssertRewriteWarning", *tests],
         "environment": environment,
         "output": str(output),
+        "module": module,
+        "report": str(report),
         "models": not all(test.startswith(_WITHOUT_MODELS) for test in tests),
         "limit_s": TIME_LIMIT_S,
     }
     began = time.monotonic()
     code = _asked(request)
     seconds, last = time.monotonic() - began, output.read_text(errors="replace")[-3000:]
-    if not report.exists():
-        return Seen(code=code, seconds=seconds, output=last)
-    fields = json.loads(report.read_text())
-    return Seen(
-        code=code,
-        file=fields["file"],
-        passed=fields["passed"],
-        **(fields["failed"] or {}),
-        seconds=seconds,
-        output=last,
-    )
+    fields = json.loads(report.read_text()) if report.exists() else {}
+    return Seen(code=code, seconds=seconds, output=last, **fields)
 
 
 def _asked(request: dict[str, object]) -> int | None:
@@ -185,13 +160,5 @@ def _server() -> subprocess.Popen[str]:
     server = subprocess.Popen(
         [sys.executable, str(path)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    atexit.register(_end, server)
+    atexit.register(server.communicate)  # which closes its input
     return server
-
-
-def _end(server: subprocess.Popen[str]) -> None:
-    assert server.stdin is not None
-    assert server.stdout is not None
-    server.stdin.close()
-    server.wait()
-    server.stdout.close()
