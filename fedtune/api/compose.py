@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ from fedtune.runs.renewal import renewed, with_start
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import dotted
 
-_VERBATIM = ("data.prompt_template", "experiment")
-"""Settings whose values are often no words of Hydra's grammar, and are taken as they were typed."""
+Recipe = str | Path | RunConfig
+"""A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
+Settings = Mapping[str, Any]
+"""Values by dotted key, `{"privacy.epsilon": 3}`, and options of groups, `{"privacy": "none"}`."""
 _QUOTES = ("'", '"')
 _IN_WORDS = r"""[^,\[\]{}:=()'"]"""
 _WORD = re.compile(rf"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?=\S)(?={_IN_WORDS}*[^\x00-\x7f])({_IN_WORDS}+)(?<=\S)""")
@@ -69,12 +70,8 @@ def compose_run(
     return _composed(given, changed or {}, for_real_sites=for_real_sites)
 
 
-def compose_recipe(recipe: str | Path | RunConfig | None, settings: Mapping[str, Any] | None = None) -> RunConfig:
-    """Compose and validate one run, from values in place of typed words.
-
-    `recipe` is the name of an experiment of conf/, an experiment file, or a whole configuration (None: the default);
-    `settings` are values by dotted key, and options by group.
-    """
+def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> RunConfig:
+    """Compose and validate one run, from values in place of typed words; without a recipe, the default one."""
     given = [_said(key, value) for key, value in (settings or {}).items()]
     if isinstance(recipe, RunConfig):
         return _changed(recipe, given)
@@ -99,20 +96,21 @@ def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real
     named = [one.value() for one in given if one.key_or_group == "experiment"]
     if len(named) > 1:  # the last would be all that counts
         raise ConfigError("experiment", named[1], f"is one too many: experiment={named[0]} is given, too")
-    settings, experiment = composed(groups)
-    settings = plain = _applied(settings, [one for one in given if one.key_or_group not in groups], whole=True)
+    settings, file, of_file = composed(groups)
+    settings = plain = _applied(settings, [one for one in given if one not in of_groups], whole=True)
+
+    def in_file(key: str) -> bool:
+        return any(f"{one}.".startswith(f"{key}.") for one in of_file)
 
     def said_beside(key: str) -> set[str]:
         # What was said where secure sums or a public stage were asked for, or later, stays: the rest had none in mind.
-        return {*values, *(experiment.said if experiment.sets(key) else ())}
+        return {*values, *(of_file if in_file(key) else ())}
 
     if settings.get("federation", {}).get("aggregation") == "secure":
         settings = with_secure_sums(settings, keep=said_beside("federation.aggregation"))
     if settings.get("name") is None:
         settings["name"] = time_stamp()
-    for key, value in changed.items():
-        *parents, last = key.split(".")
-        reduce(dict.__getitem__, parents, settings)[last] = value
+    settings = _applied(settings, [_said(key, value) for key, value in changed.items()], whole=False)
     try:
         config = parse(settings, for_real_sites=for_real_sites)
         if config.public.train_file is not None:
@@ -120,8 +118,7 @@ def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real
         return with_start(config)
     except ConfigError as error:
         found = _unknown(error.key, error.value) if error.bound == _UNKNOWN else error
-        in_file = experiment.sets(error.key) and error.key not in values
-        raise found.in_file(experiment.path) if in_file else found from None
+        raise found.in_file(file) if in_file(error.key) and error.key not in values else found from None
 
 
 def _changed(known: RunConfig, given: Sequence[Override]) -> RunConfig:
@@ -249,21 +246,22 @@ def _value(override: Override) -> Any:
 
 
 def _in_grammar(override: str, *, swept: bool) -> str:
-    """An override as Hydra's grammar takes it: it has no word for a letter like \u00e4, nor for a template's braces.
+    """An override in words of Hydra's grammar, which knows no letter like \u00e4, no template and few paths.
 
     A comma parts values where the override is `swept`, and otherwise belongs to a path.
     """
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
-    if name == "data.prompt_template":
-        value = value.replace("\\n", "\n").replace("\\t", "\t")
     is_path = name == "experiment" or (name in PATHS and value != "null")
-    if (name in _VERBATIM or is_path) and value and not value.startswith(_QUOTES):
-        if is_path and swept and "," in value:
-            parts = (quoted(part) if part.startswith("~") else part for part in value.split(","))
-            return f"{key}={','.join(parts)}"
-        return f"{key}={quoted(value)}"
-    return f"{key}{equals}{_WORD.sub(lambda found: quoted(found[1]) if found[1] else found[0], value)}"
+    if is_template := name == "data.prompt_template":
+        value = value.replace("\\n", "\n").replace("\\t", "\t")
+    if is_path and swept and "," in value and not value.startswith(_QUOTES):
+        value = ",".join(quoted(part) if part.startswith("~") else part for part in value.split(","))
+    elif (is_path or is_template) and value and not value.startswith(_QUOTES):
+        value = quoted(value)
+    else:
+        value = _WORD.sub(lambda found: quoted(found[1]) if found[1] else found[0], value)
+    return f"{key}{equals}{value}"
 
 
 def key_of(override: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.compose import compose_recipe
+from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
@@ -39,11 +39,6 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.saved_model import BesideBase, SavedModel
     from fedtune.sites.session import Session
     from fedtune.sites.shared_model import SharedModel
-
-Recipe = str | Path | RunConfig
-"""A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
-Settings = Mapping[str, Any]
-"""Values by dotted key, `{"privacy.epsilon": 3}`, and options of groups, `{"privacy": "none"}`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,8 +95,7 @@ def simulate(
         recipe: what to run; None: the default, four banks on Banking77.
         settings: that differ from the recipe's.
         progress: is called as the run goes on, in this thread; what it raises ends the run as an interrupt does.
-        session: keeps the loaded model and what it made of records for the next run that is given it
-            (`fedtune.sites.session.Session`); None: nothing is kept.
+        session: keeps the loaded model and what it made of records for the next run that is given it; None: nothing.
 
     Raises:
         ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
@@ -155,10 +149,9 @@ def audit(
 
 
 def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
-    """The cost of a run in privacy, by site and round, from settings and declared sizes alone.
+    """The cost of a run in privacy, by site and round, from settings and declared sizes alone; nothing is charged.
 
-    Guarantee: every epsilon is an upper bound, but `epsilon_of_one_round`, which is one for a single round.  No record
-    is read and nothing is charged.
+    Guarantee: every epsilon is an upper bound, but `epsilon_of_one_round`, which is one for a single round.
 
     >>> price = plan("banks_intents", {"privacy.epsilon": 3, "federation.num_rounds": 10})
     >>> price.epsilon <= 3, len(price.rounds), price.steps
@@ -241,11 +234,9 @@ def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run in its folder; made by `simulate` and `load`.
+    """A run, made by `simulate` and `load`.
 
-    Attributes:
-        folder: with configuration, results, adapter, report and, of a simulation, the sites' ledgers.
-        config: of the run.
+    Its folder holds configuration, results, adapter, report and, of a simulation, the sites' ledgers.
     """
 
     folder: Path
@@ -279,8 +270,7 @@ class Run:
     def adapter(self) -> Path:
         """The folder of the final adapter, which `peft.PeftModel.from_pretrained` loads.
 
-        Raises:
-            ValueError: there is none yet, or nobody may use it.
+        A ValueError says that there is none yet, or that nobody may use it.
         """
         return RunFolder(self.folder).finished_adapter()
 

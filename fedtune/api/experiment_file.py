@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import date
 from functools import reduce
 from pathlib import Path
@@ -19,24 +18,6 @@ FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns")
 """Settings whose keys are the user's own: a new value replaces all of the old one."""
 
 _OPEN = "???"  # in place of a value, which must then be given
-
-
-@dataclass(frozen=True, slots=True)
-class Experiment:
-    """An experiment, with what it builds on."""
-
-    path: Path | None  # of a file of the user's own; None: it is one of conf/
-    options: dict[str, str]  # by group: its own before those of what it builds on
-    layers: tuple[dict[str, Any], ...]  # the settings of what it builds on, and last its own
-
-    @property
-    def said(self) -> set[str]:
-        """The dotted keys that a file of the user's own sets."""
-        return {key for key, _ in dotted(self.layers[-1])} if self.path else set()
-
-    def sets(self, key: str) -> bool:
-        """True if that file sets this dotted key, or something in it."""
-        return any(f"{one}.".startswith(f"{key}.") for one in self.said)
 
 
 def config_folder() -> Path:
@@ -57,22 +38,27 @@ def experiment_meant(word: str) -> str:
     return f"; did you mean experiment={path if named or '/' in path else f'./{path}'}?" if path else ""
 
 
-def composed(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Experiment]:
-    """The settings of an experiment, which lie over those of the groups' options; and the experiment.
+def composed(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None, set[str]]:
+    """The settings of an experiment, which lie over those of the groups' options.
 
     Args:
         chosen: options by group in place of the experiment's, None for no option; and the experiment as "experiment", a
             name of conf/experiment or a file.
+
+    Returns:
+        The settings; the experiment's file, if it is one of the user's own; and the dotted keys that this file sets.
     """
     settings = plain_yaml(config_folder() / "config.yaml", key="conf")
     options = dict(pair for entry in settings.pop("defaults") if entry != "_self_" for pair in entry.items())
     name = chosen.get("experiment", options.pop("experiment"))
     is_file = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)
-    experiment = _read(Path(name).expanduser() if is_file else _option("experiment", name), own=is_file)
-    options |= experiment.options | {group: option for group, option in chosen.items() if group != "experiment"}
+    path = Path(name).expanduser() if is_file else _option("experiment", name)
+    own, layers = _read(path, of_user=is_file)
+    options |= own | {group: option for group, option in chosen.items() if group != "experiment"}
     files = {group: _option(group, option) for group, option in options.items() if option is not None}
     of_groups = ({group: plain_yaml(file, key=group)} for group, file in files.items())
-    return reduce(_merged, (*of_groups, *experiment.layers), settings), experiment
+    found = reduce(_merged, (*of_groups, *layers), settings)
+    return (found, path, {key for key, _ in dotted(layers[-1])}) if is_file else (found, None, set())
 
 
 def _merged(old: Any, new: Any, key: str = "") -> Any:
@@ -92,20 +78,20 @@ def _option(group: str, option: Any, *, key: str | None = None) -> Path:
     return config_folder() / group / f"{option}.yaml"
 
 
-def _read(path: Path, *, own: bool) -> Experiment:
-    """An experiment: settings with, at most, a defaults list of groups' options and of conf's experiments."""
+def _read(path: Path, *, of_user: bool) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """An experiment: options by group, and its settings, last, after those of the experiments that it builds on."""
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
     settings = plain_yaml(path, key="experiment")
     listed = settings.pop("defaults", [])
-    if own:
+    if of_user:
         for key in ("hydra", "resume"):
             if key in settings:
                 raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
         _check_plain(settings, path)
         for group in ("data", "public"):
             _find_files_beside(settings.get(group), path.parent)
-    bases, options = list[Experiment](), dict[str, str]()
+    options, of_bases, layers = dict[str, str](), dict[str, str](), list[dict[str, Any]]()
     for entry in listed if isinstance(listed, list) else [listed]:
         alone = isinstance(entry, dict) and len(entry) == 1
         ((group, option),) = entry.items() if alone else [("experiment", entry)]
@@ -114,12 +100,11 @@ def _read(path: Path, *, own: bool) -> Experiment:
             continue
         file = _option(group, option, key=f"{path}: defaults, {group}")
         if group == "experiment":
-            bases.append(_read(file, own=False))
+            more, below = _read(file, of_user=False)
+            of_bases, layers = of_bases | more, layers + below
         else:
             options[group] = option
-    for base in reversed(bases):
-        options = base.options | options
-    return Experiment(path if own else None, options, (*(layer for base in bases for layer in base.layers), settings))
+    return of_bases | options, [*layers, settings]
 
 
 def _check_plain(value: Any, path: Path, key: str = "") -> None:

@@ -40,18 +40,10 @@ class _Followed:
         return follow if name in ("prepared", "round_finished") else told  # which end with the state
 
 
-def run_in_folder(
-    config: RunConfig,
-    folder: Path,
-    listener: Listener,
-    *,
-    work: Work,
-    scored: Callable[[RunResult], None] = lambda result: None,
-) -> RunResult:
+def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:
     """Run in a folder, created unless a run is resumed, and write a report at the end.
 
-    If the run fails before anything began, a new folder is removed again.  `scored` gets the result before more files
-    are written, because the disk may be full.
+    If the run fails before anything began, a new folder is removed again.
     """
     from fedtune.report.run_page import UnfinishedReport
     from fedtune.tracking import Tracked
@@ -65,7 +57,6 @@ def run_in_folder(
             with files.held(), files.logged(config.tracking.log_level):
                 tracked.begin()
                 result = work(config, folder, _Followed(listener, tracked.update, page.update))
-            scored(result)
             from fedtune.report import model_card  # draws, which takes a second to import
 
             model_card.write_report_and_card(folder, language=config.report.language)

@@ -38,14 +38,14 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
 
     def shown(config: RunConfig, folder: Path, listener: Any) -> RunResult:
         with display:
-            return work(config, folder, listener)
-
-    def scored(result: RunResult) -> None:
+            result = work(config, folder, listener)
+        # Before more files are written, because the disk may be full.
         show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)
+        return result
 
     try:
         with _interrupted_by_signals():
-            result = run_in_folder(config, folder, display, work=shown, scored=scored)
+            result = run_in_folder(config, folder, display, work=shown)
     except BaseException as error:
         begun = bool(RunFolder(folder).saved_checkpoints)
         hint = f"Continue with: {again}" if begun else "Nothing had been trained yet."

@@ -38,9 +38,10 @@ def test_a_file_is_composed_as_an_experiment_of_conf(page: Path) -> None:
 
 
 def test_what_is_typed_wins_over_the_file(page: Path) -> None:
-    config = compose_run([f"experiment={page}", "data.declared_sizes=50", "data.train_file=other.csv", "lora=qv"])
+    typed = ["data.declared_sizes=50", "data.train_file=other.csv", "lora={rank: 3}", "lora=qv"]
+    config = compose_run([f"experiment={page}", *typed])
     assert (config.data.declared_sizes, config.data.train_file) == (50, "other.csv")
-    assert config.lora.target_modules == ("query", "value")
+    assert (config.lora.rank, config.lora.target_modules) == (3, ("query", "value"))
     page.write_text(f"{PAGE}report: {{about: {{curator: Ann}}}}\nseed: 4\n")
     config = compose_run([f"experiment={page}", "report.language=de"])
     assert (config.report.about.curator, config.report.language, config.seed) == ("Ann", "de", 4)
