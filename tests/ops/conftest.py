@@ -173,12 +173,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Mailbox(Hostile):
-    """A federation's server on loopback that knows one site, as far as the doctor asks it.
-
-    Attributes:
-        says: status and content for a site that says hello.
-        clock_ahead_s: of its `Date`.
-    """
+    """A federation's server on loopback that knows one site: what it `says` to hello, how far ahead its clock is."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.says: Callable[[], tuple[int, Any]] = lambda: (200, {"site": "north", "time": time.time()})

@@ -32,8 +32,8 @@ class World:
         return self.files(f"{kind}-{name}", private_pem(key), certificate)
 
     def files(self, name: str, key: bytes, *chain: x509.Certificate) -> Tls:
-        paths = (self.folder / file for file in ("ca.pem", f"{name}.pem", f"{name}-key.pem"))
-        made = Tls(**dict(zip(("ca", "certificate", "key"), paths, strict=True)))
+        ca, certificate, private = (self.folder / file for file in ("ca.pem", f"{name}.pem", f"{name}-key.pem"))
+        made = Tls(ca=ca, certificate=certificate, key=private)
         made.certificate.write_bytes(b"".join(map(certificate_pem, chain)))
         made.key.write_bytes(key)
         return made
@@ -57,11 +57,7 @@ def context(side: int, holder: Tls) -> ssl.SSLContext:
 
 
 def shake(world: World, *, server: Tls | None = None, client: Tls | None = None, host: str = "localhost") -> Any:
-    """A handshake in memory; the client's certificate as the server saw it.
-
-    Raises:
-        ssl.SSLError: either side refused the other.
-    """
+    """A handshake in memory; the client's certificate as the server saw it, or ssl.SSLError where a side refused."""
     server = server or world.holder("server", hosts=("localhost", "127.0.0.1", "fl.example.org"))
     client = client or world.holder("site", name="north")
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()

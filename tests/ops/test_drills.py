@@ -21,24 +21,25 @@ from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError, RunError
 
-from ..conftest import files_in
+from ..conftest import command, files_in, run_proposal
 from ..privacy.builders import train
 from .conftest import Desk, unpack
 
 pytestmark = pytest.mark.nightly
 
 
-def ledger_of(folder: Path) -> Ledger:
-    """The ledger, as the site's process opens it."""
+def ledger_of(folder: Path, *rounds: int, **asked: Any) -> Ledger:
+    """The ledger, as the site's process opens it, after these rounds of a run."""
     files, state = SiteFiles.of(folder / "site.toml"), SiteState.of(folder / "kit")
     assert not state.left.exists()
     assert files.ledger.is_file() or not state.has_served()
     opened = files.open()
     state.check_ledger(opened.history.opened.ledger)
+    train(opened, run_proposal(**asked), *rounds)
     return opened
 
 
-def test_rotating_a_connection_key_and_losing_it_with_the_kit(desk: Desk, north: Path, command: Any) -> None:
+def test_rotating_a_connection_key_and_losing_it_with_the_kit(desk: Desk, north: Path) -> None:
     kit = north / "kit"
     key = (kit / "connection_key.pem").read_bytes()
     desk.revoke("north")
@@ -62,33 +63,29 @@ def test_rotating_a_connection_key_and_losing_it_with_the_kit(desk: Desk, north:
     assert ledger_of(north).history.opened.ledger == before
 
 
-def test_moving_a_site_to_another_machine(north: Path, run_proposal: Any, tmp_path: Path) -> None:
-    proposal = run_proposal()
-    train(ledger_of(north), proposal, 1)
+def test_moving_a_site_to_another_machine(north: Path, tmp_path: Path) -> None:
+    ledger_of(north, 1)
     moved = tmp_path / "another machine"
     with serving(north / "ledger.db"):
         pass  # nobody serves the old one
     shutil.copytree(north, moved)
     (moved / "site.toml").write_text((moved / "site.toml").read_text().replace(str(north), str(moved)))
     Kit.read(moved / "kit", kind="site").check_certificate(datetime.now(UTC))
-    there = ledger_of(moved)
-    train(there, proposal, 2)
-    assert there.history.charged_rounds(proposal.run) == 2
+    there = ledger_of(moved, 2)
+    assert there.history.charged_rounds("r") == 2
     # Started again by mistake, the old one is found as soon as a lead shows it the new one's receipt.
     with pytest.raises(Refused, match="ledger_behind_receipt"):
-        ledger_of(north).require_contains(there.receipt(proposal.run))
+        ledger_of(north).require_contains(there.receipt("r"))
 
 
-def test_a_backup_at_any_time_is_whole_and_is_put_back(north: Path, run_proposal: Any, command: Any) -> None:
-    proposal, backup = run_proposal(), north / "copy.db"
-    opened = ledger_of(north)
-    train(opened, proposal, 1)
+def test_a_backup_at_any_time_is_whole_and_is_put_back(north: Path) -> None:
+    opened, backup = ledger_of(north, 1), north / "copy.db"
     # What `sqlite3 ledger.db ".backup copy.db"` does, while the site writes.
     with sqlite3.connect(north / "ledger.db") as source, sqlite3.connect(backup) as target:
         source.backup(target)
     source.close()
     target.close()
-    train(opened, proposal, 2, 3)
+    train(opened, run_proposal(), 2, 3)
     spent = opened.history.epsilon()
     (north / "ledger.db").unlink()
     backup.rename(north / "ledger.db")
@@ -96,23 +93,27 @@ def test_a_backup_at_any_time_is_whole_and_is_put_back(north: Path, run_proposal
         ledger_of(north)
     assert command("ledger", "restore", "--policy", str(north / "site.toml")).code == 0
     assert ledger_of(north).history.epsilon() >= spent
-    train(ledger_of(north), run_proposal(run="another"), 1)
+    ledger_of(north, 1, run="another")
 
 
-def test_the_anchor_s_disk_is_lost(north: Path, run_proposal: Any, command: Any) -> None:
-    proposal = run_proposal()
-    train(ledger_of(north), proposal, 1)
+def test_the_anchor_s_disk_and_the_site_key_are_lost(north: Path) -> None:
+    ledger_of(north, 1)
     shutil.rmtree(north / "other disk")
     (north / "other disk").mkdir()
     with pytest.raises(RunError, match="is missing, and ledger"):
         ledger_of(north)
     words = ("ledger", "anchor", str(north / "ledger.db"), "--key", str(north / "site_key.pem"))
     assert command(*words, "--output", str(north / "other disk/anchor.json")).code == 0
-    train(ledger_of(north), proposal, 2)
+    ledger_of(north, 2)
+    # Without its key a ledger can be shown, and not continued; no new key takes the place of the old one.
+    os.unlink(north / "site_key.pem")
+    assert SiteFiles.of(north / "site.toml").verified() is not None
+    with pytest.raises((RunError, ConfigError)):
+        SiteFiles.of(north / "site.toml").open()
 
 
-def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_proposal: Any) -> None:
-    train(ledger_of(north), run_proposal(), 1)
+def test_the_doctor_changes_nothing_beside_a_running_site(north: Path) -> None:
+    ledger_of(north, 1)
     with serving(north / "ledger.db"):
         before = files_in(north)
         visit = Examination(kit_folder=north / "kit", site_toml=north / "site.toml", timeout_s=1.0)
@@ -123,23 +124,12 @@ def test_the_doctor_changes_nothing_beside_a_running_site(north: Path, run_propo
     assert before.items() <= after.items()
 
 
-def test_a_site_that_left_comes_back(north: Path, run_proposal: Any, command: Any) -> None:
-    proposal = run_proposal()
-    train(ledger_of(north), proposal, 1)
+def test_a_site_that_left_comes_back(north: Path) -> None:
+    ledger_of(north, 1)
     words = ("--kit", str(north / "kit"), "--site", str(north / "site.toml"))
     assert command("site", "leave", *words).code == 0
     left = SiteState.of(north / "kit").left
     assert left.exists()
     left.unlink()
-    there = ledger_of(north)
-    assert there.history.charged_rounds(proposal.run) == 1
-    train(there, run_proposal(run="another"), 1)
-
-
-def test_the_site_key_is_lost(north: Path) -> None:
-    """The ledger can be shown, and not continued; no new key takes the place of the old one."""
-    ledger_of(north)
-    os.unlink(north / "site_key.pem")
-    assert SiteFiles.of(north / "site.toml").verified() is not None
-    with pytest.raises((RunError, ConfigError)):
-        SiteFiles.of(north / "site.toml").open()
+    assert ledger_of(north).history.charged_rounds("r") == 1
+    ledger_of(north, 1, run="another")

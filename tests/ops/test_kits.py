@@ -89,9 +89,7 @@ def test_a_lead_s_key_and_a_server_s_certificate_are_those_that_the_kit_names(ki
         Kit.read(kits["server"], kind="server").check_certificate(now)
 
 
-def test_a_certificate_for_something_else_is_refused(
-    kits: dict[str, Path], request_of: Any, federation_toml: Path, now: datetime
-) -> None:
+def test_a_certificate_of_another_is_refused(kits: Any, request_of: Any, federation_toml: Path, now: Any) -> None:
     kit, other = kits["site"], provisioning.init(federation_toml, out=federation_toml.parent / "other", now=now).folder
     south = (kit / "kit.toml").read_bytes().replace(b'"north"', b'"south"')
     for name, data, message in (

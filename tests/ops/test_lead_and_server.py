@@ -22,6 +22,8 @@ from fedtune.ops.services.lead_and_server import RUNNING, ServerService, latest_
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
+from .conftest import Desk
+
 # Which sites; those that a lead names: tests/cli/test_run.py.
 
 
@@ -137,9 +139,7 @@ def service(federation: Path) -> ServerService:
     return ServerService(kit=kit, host="127.0.0.1", port=None, data=None, health=Health())
 
 
-def test_the_roster_is_read_anew_each_time(
-    service: ServerService, monkeypatch: pytest.MonkeyPatch, joined: Any, federation: Path, now: datetime
-) -> None:
+def test_the_roster_is_read_anew_each_time(service: ServerService, monkeypatch: Any, desk: Desk) -> None:
     monkeypatch.setattr("fedtune.ops.wire.superlink.serve", serve := Mock())
     service.run()
     ((settings,), options) = serve.call_args
@@ -147,9 +147,9 @@ def test_the_roster_is_read_anew_each_time(
     options["ready"]()
     assert service.health.snapshot()["state"] == "connected"
     assert settings.roster() == []
-    joined("north")
-    joined("south")
-    provisioning.revoke_site(federation, "south", now=now)
+    desk.join("north")
+    desk.join("south")
+    desk.revoke("south")
     assert [(one.site, one.revoked) for one in settings.roster()] == [("north", False), ("south", True)]
     assert all(b"PUBLIC KEY" in one.node_key for one in settings.roster())
 

@@ -166,17 +166,17 @@ def test_errors_made_of_settings_keep_their_text() -> None:
         assert str(error) in lines[1]["event"]
 
 
-@pytest.mark.parametrize(
-    "library", ["torch", "transformers.tokenization", "tokenizers", "peft", "opacus", "numpy", "x"]
-)
-def test_of_libraries_that_see_records_only_the_place_is_written(library: str) -> None:
-    logger = logging.getLogger(library)
+def test_of_libraries_that_see_records_only_the_place_is_written() -> None:
     with logged("debug") as lines:
-        logger.warning("a long sequence: %s", CANARY)
-        logger.error(f"a long sequence: {CANARY}", extra={"row": CANARY})
-        logger.error(ValueError(CANARY))
-        logger.info("quiet")
-    assert [line["level"] for line in lines] == ["warning", "error", "error"]
+        for library in (
+            libraries := ("torch", "transformers.tokenization", "tokenizers", "peft", "opacus", "numpy", "x")
+        ):
+            logger = logging.getLogger(library)
+            logger.warning("a long sequence: %s", CANARY)
+            logger.error(f"a long sequence: {CANARY}", extra={"row": CANARY})
+            logger.error(ValueError(CANARY))
+            logger.info("quiet")
+    assert [line["level"] for line in lines] == ["warning", "error", "error"] * len(libraries)
     for line in lines:
         assert line["event"] == logs.WITHHELD
         assert line["where"].startswith("test_logs.py:")

@@ -188,9 +188,7 @@ def test_a_change_that_is_killed_anywhere_is_whole_or_not_there(desk: Desk, tmp_
     assert all({(name, False), (name, True)} <= ends for name in changes)
 
 
-def test_a_change_for_which_there_is_no_room_is_not_made_or_completed_before_the_next(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_without_room_is_not_made_or_completed_before_the_next(desk: Desk, monkeypatch: Any) -> None:
     request, kit = desk.request("north"), desk.folder / "sites/north-kit.zip"
     before, full = whole(desk.folder), OSError(28, "No space left on device", str(kit))
     with monkeypatch.context() as patch:

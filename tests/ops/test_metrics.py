@@ -89,9 +89,7 @@ def test_a_site_s_budget_is_that_of_its_ledger(north: Path, run_proposal: Any, c
     assert values(samples, "fedtune_site_ledger_usable") == {"": 1.0}
 
 
-def test_a_ledger_that_refuses_the_next_run_has_none_left_and_one_that_cannot_be_trusted_no_budget(
-    north: Path, run_proposal: Any
-) -> None:
+def test_a_ledger_without_room_has_no_runs_left_and_one_without_trust_no_budget(north: Path, run_proposal: Any) -> None:
     metrics, ledger = of_site(north), SiteFiles.of(north / "site.toml").open()
     with pytest.raises(Refused) as refused:
         _ = [ledger.reserve(run_proposal(run=f"r{number}"), round=1, request="1") for number in range(100)]

@@ -157,9 +157,7 @@ def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, mon
         assert caught.value.key == "--import-model"
 
 
-def test_what_the_federation_does_not_name_pickles_and_links_out_of_the_folder_are_refused(
-    tmp_path: Path, folder: Path, kit: Any
-) -> None:
+def test_unnamed_models_pickles_and_links_out_of_the_folder_are_refused(tmp_path: Path, folder: Path, kit: Any) -> None:
     error = refused(folder, kit("0" * 64), because="has SHA-256")
     assert pin(folder) in str(error)
     assert f"{'0' * 64} (m1)" in error.bound

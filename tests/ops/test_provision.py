@@ -37,9 +37,7 @@ def test_init_makes_all_folders_with_secrets_for_their_owner_alone(federation: P
     assert stat.S_IMODE(federation.stat().st_mode) == 0o700
 
 
-def test_certificates_last_as_long_as_the_file_says_and_the_server_s_has_every_name(
-    federation_toml: Path, now: datetime
-) -> None:
+def test_certificates_have_the_days_and_names_that_the_file_says(federation_toml: Path, now: datetime) -> None:
     text = federation_toml.read_text().replace("127.0.0.1:9092", "[2001:db8::1]:443")
     text = text.replace('"fl.example.org"', '"FL.example.org", "10.0.0.3", "localhost"')
     days = "authority_days = 100\nserver_days = 20\nlead_days = 30\nsite_days = 4000\n"
@@ -86,9 +84,7 @@ def test_a_folder_that_exists_is_left_alone(federation: Path, federation_toml: P
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_is_left_of_a_federation_that_was_not_made(
-    federation_toml: Path, now: datetime, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def test_nothing_is_left_of_what_was_not_made(federation_toml: Path, now: Any, monkeypatch: Any, error: Any) -> None:
     monkeypatch.setattr(provisioning.FederationFolder, "change", Mock(side_effect=error))
     with pytest.raises((ConfigError, KeyboardInterrupt), match=r"cannot be written: No space left on device|^$"):
         provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
@@ -110,9 +106,7 @@ def test_renewing_keeps_keys_and_all_else(federation: Path, kind: Literal["serve
     assert provisioning.renew(federation, kind, days=7, now=later).not_after == later + timedelta(days=7)
 
 
-def test_the_server_takes_new_names_from_its_file_and_the_federation_keeps_its_own(
-    federation: Path, desk: Desk, now: datetime
-) -> None:
+def test_the_server_takes_new_names_and_the_federation_keeps_its_own(federation: Path, desk: Desk, now: Any) -> None:
     settings, site = federation / "federation.toml", desk.request("north")
     settings.write_text(settings.read_text().replace("127.0.0.1:9092", "new.example.org:443"))
     unknown = pytest.raises(ConfigError, match=r"server = 'new.example.org:443': is not in .*renew-server first")
@@ -127,9 +121,7 @@ def test_the_server_takes_new_names_from_its_file_and_the_federation_keeps_its_o
         provisioning.renew(federation, "lead", days=None, now=now)
 
 
-def test_the_authority_may_be_kept_elsewhere_and_another_one_is_refused(
-    federation: Path, desk: Desk, federation_toml: Path, now: datetime
-) -> None:
+def test_the_authority_may_be_elsewhere_and_is_no_other(desk: Desk, federation: Path, federation_toml: Any) -> None:
     desk.join("north")
     (federation / "authority").rename(federation.parent / "offline")
     assert len(FederationFolder.open(federation).roster.sites) == 1
@@ -138,11 +130,11 @@ def test_the_authority_may_be_kept_elsewhere_and_another_one_is_refused(
     desk.revoke("north")
     (federation.parent / "offline").rename(federation / "authority")
     desk.add(federation.parent / "south/kit/join_request.json")
-    other = provisioning.init(federation_toml, out=federation_toml.parent / "other", now=now).folder
+    other = provisioning.init(federation_toml, out=federation_toml.parent / "other", now=desk.now).folder
     for name in ("ca_key.pem", "ca.pem"):
         (other / "authority" / name).replace(federation / "authority" / name)
     with pytest.raises(ConfigError, match="must be the authority of this federation"):
-        provisioning.renew(federation, "lead", days=None, now=now)
+        provisioning.renew(federation, "lead", days=None, now=desk.now)
 
 
 def test_days_have_bounds(federation: Path, now: datetime) -> None:

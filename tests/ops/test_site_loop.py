@@ -49,9 +49,7 @@ class Told(Health):
             self._stop.set()
 
 
-def loop_of(
-    connection: Any, folder: Path, stop: threading.Event, *, ends: datetime | None = None, **given: Any
-) -> _Loop:
+def loop_of(connection: Any, folder: Path, stop: Any, *, ends: datetime | None = None, **given: Any) -> _Loop:
     """A site's loop, whose parts (`bell`, `app`, `health`) do nothing where they are not given."""
     ends = ends or datetime.now(UTC) + timedelta(days=1)
     quiet = {"bell": SimpleNamespace(rung=threading.Event(), works=False), "app": None, "health": Health()}
@@ -66,9 +64,7 @@ def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None
     return health
 
 
-def test_a_dribbling_server_makes_a_site_disconnected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_dribbling_server_makes_a_site_disconnected(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
     monkeypatch.setattr(bounded_http, "_OTHER", bounded_http._Bound(1000, 0.5))
     authority = Authority(tmp_path / "ca")
 
@@ -89,9 +85,7 @@ def test_a_dribbling_server_makes_a_site_disconnected(
     server.close()
 
 
-def test_a_site_whose_certificate_has_ended_says_so_also_while_an_answer_waits(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
     ended = datetime.now(UTC) - timedelta(minutes=1)
     assert looped(None, tmp_path, until="expired", ends=ended).states == ["expired"]
     assert f"this site's own certificate ended at {ended:%Y-%m-%d %H:%M} UTC: ask the lead for a new kit" in caplog.text
@@ -131,9 +125,7 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", ["x", "", "a.b.c", "train.\n"])
-def test_a_message_of_no_kind_ends_no_site(
-    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_message_of_no_kind_ends_no_site(tmp_path: Path, kind: str, caplog: Any, monkeypatch: Any) -> None:
     """Flower can address no answer to it; who runs the server, or a lead, could otherwise end every site's process."""
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 0)
@@ -180,9 +172,7 @@ def state(tmp_path: Path) -> SiteState:
     return SiteState.of(tmp_path / "kit")
 
 
-def test_a_waiting_run_keeps_the_time_of_its_first_request(
-    state: SiteState, run_proposal: Propose, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_waiting_run_keeps_the_time_of_its_first_request(state: Any, run_proposal: Any, monkeypatch: Any) -> None:
     for day, run, is_new in ((2, "second", True), (1, "first", True), (3, "second", False)):
         now = datetime(2030, 1, day, tzinfo=UTC)
         monkeypatch.setattr(site_state, "datetime", SimpleNamespace(now=lambda zone, now=now: now))

@@ -19,7 +19,7 @@ from fedtune.privacy.cohorts import Cohorts
 from fedtune.report.derive import cells
 from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, Verdict
-from fedtune.report.model import Assumption, Report, SiteReport, Step
+from fedtune.report.model import Assumption, Report, Step
 from fedtune.report.page import render
 from fedtune.report.rederive import derive, problems
 from fedtune.show.budget_text import Arrivals
@@ -34,6 +34,7 @@ NAMES = (
     *("no_run_fits", "alike", "site_reports", "wide_run", "wide_ledger", "secure", "arrivals", "admitting", "drifting"),
 )
 """Of the situations that there are pages of."""
+CLINIC = "northern-university-clinic"
 LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medicine-of-the-year-2026-abcdefgh"
 
 
@@ -120,6 +121,8 @@ def reports() -> dict[str, Report]:
     """By situation; page 1 is kept as golden text of all but the wide ones."""
     run, ledger = on_file("run")(), on_file("ledger")()
     north, south = run.sites
+    told = {"lifetime": ledger.sites[0].lifetime, "approved": ledger.sites[0].approved}
+    telling = replace(north, **told, reported="2026-03-01T09:30:00+00:00")
     exceeded = Verdict(state="exceeded", reasons=("above_target",))
     seeded = Verdict(state="no_guarantee", reasons=("seeded_noise",))
     of_study = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
@@ -146,7 +149,7 @@ def reports() -> dict[str, Report]:
         "arrivals": filled(arrivals(ledger)),
         "admitting": filled(admitting(run)),
         "drifting": filled(drifting(run)),
-        "site_reports": filled(replace(run, sites=told_by_their_sites(run, ledger))),
+        "site_reports": filled(replace(run, sites=tuple(replace(telling, site=f"{CLINIC}-{n}") for n in range(1, 10)))),
         "wide_run": wide_run(),
         "wide_ledger": wide_ledger(),
         "secure": on_file("secure")(),
@@ -186,13 +189,6 @@ def drifting(run: Report) -> Report:
     means = {"spring": 0.82, "summer": 0.83, "autumn": 0.81, run.name: 0.7}
     line = [HeldOut(run=name, date="2026-03-01", mean=mean, deviation=0.02) for name, mean in means.items()]
     return derive(replace(run.facts, plan=plan, held_out=tuple(line)))
-
-
-def told_by_their_sites(run: Report, ledger: Report) -> tuple[SiteReport, ...]:
-    """Nine sites, all of which told the lead what they spent over all runs."""
-    (site,), first = ledger.sites, run.sites[0]
-    told = {"lifetime": site.lifetime, "approved": site.approved, "reported": "2026-03-01T09:30:00+00:00"}
-    return tuple(replace(first, site=f"northern-university-clinic-{n}", **told) for n in range(1, 10))
 
 
 def without_room(ledger: Report, *, left: float) -> Report:

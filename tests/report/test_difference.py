@@ -11,9 +11,7 @@ from fedtune.spec import ConfigError
 from .shown import Make, with_site
 
 
-def test_equal_reports_differ_in_nothing_and_a_run_and_a_ledger_cannot_be_compared(
-    a_report: Make, a_ledger_report: Make
-) -> None:
+def test_equal_reports_differ_in_nothing_and_kinds_are_not_compared(a_report: Make, a_ledger_report: Make) -> None:
     assert differences(a_report(), a_report()) == differences(a_ledger_report(), a_ledger_report()) == ()
     with pytest.raises(ConfigError, match="first report is of a run and the second of a ledger"):
         differences(a_report(), a_ledger_report())

@@ -240,22 +240,20 @@ def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(books: Any
 
 
 @pytest.mark.parametrize(
-    ("charged_rounds", "more", "known"),
+    ("rounds", "more", "known"),
     [((1, 2), [], True), ((1,), [], False), ((1, 2), ["s"], False)],
     ids=["a whole plan", "a part of one", "two runs"],
 )
-def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(
-    charged_rounds: tuple[int, ...], more: list[str], known: bool, books: Any
-) -> None:
+def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(rounds: Any, more: Any, known: bool, books: Any) -> None:
     made = books()
     for run in ["r", *more]:
-        made.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *charged_rounds)
+        made.charge(run_proposal(run=run, num_rounds=2, spare_rounds=0), *rounds)
     report = sound(from_ledger.build(made.site_toml))
     (site,) = report.sites
     figures = [site.meaning.right_of_100_mechanism, *(rate.mechanism for rate in site.meaning.hit_rates)]
     assert [figure is not None for figure in figures] == [known] * len(figures)
     found = {one.code: one.status for one in report.assumptions}
-    assert found.get("ends_independent_of_releases") == ("assumed" if len(charged_rounds) == 1 else None)
+    assert found.get("ends_independent_of_releases") == ("assumed" if len(rounds) == 1 else None)
     shown = {cell.facts.get("right_of_100_mechanism") for cell in report.cells} - {None}
     assert ("not_computed" in shown) == (not known)
 

@@ -36,9 +36,7 @@ def lines(svg: str) -> list[str]:
     return [one.text or "" for one in Xml.fromstring(svg).iter(f"{SPACE}text")]
 
 
-def test_every_figure_on_it_is_one_of_the_report_and_it_names_what_is_not_covered(
-    report: Report, language: str
-) -> None:
+def test_every_figure_is_one_of_the_report_and_what_is_not_covered_is_named(report: Report, language: str) -> None:
     words = Words(report, catalogue(language))
     known = [report.name, *(cell.facts.get("dataset", "") for cell in report.cells)]
     known += [text for section in words.catalogue.texts.values() for text in section.values()]

@@ -1,4 +1,4 @@
-"""The model card of a finished run: what it says, that tools read it, and that nothing in it is more than text."""
+"""The card of a finished run: what it says, that tools read it, that it is text alone; the sum of synthetic records."""
 
 import hashlib
 from dataclasses import replace
@@ -16,6 +16,7 @@ from fedtune.report.model import Report
 from fedtune.report.model_card import Form, card_text
 from fedtune.report.page.render import as_svg
 from fedtune.report.rederive import derive, problems
+from fedtune.report.synthetic_card import together
 
 from ..conftest import simulate
 from .shown import status
@@ -36,9 +37,7 @@ def front_of(card: str) -> Any:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def test_a_run_ends_with_a_card_that_the_hub_s_tools_read_and_says_what_the_report_says(
-    run_folder: Path, of_run: Report
-) -> None:
+def test_a_run_s_card_is_read_by_the_hub_s_tools_and_says_what_the_report_says(run_folder: Any, of_run: Any) -> None:
     card = ModelCard.load(run_folder / "adapter" / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.datasets == ["banking77"]
@@ -69,20 +68,17 @@ def test_it_names_the_kind_of_adapter(record: RunRecord, of_run: Report, kind: s
     assert f"{words} adapter" in text
 
 
-@pytest.mark.parametrize(
-    ("override", "reason"),
-    [
+def test_where_nothing_is_promised_the_card_promises_nothing(tmp_path: Path) -> None:
+    for override, reason in (
         ("privacy=none", "No noise was added, so nothing hides a single record."),
         ("runtime.seeded_noise=true", "The noise came from a seed."),
-    ],
-)
-def test_where_nothing_is_promised_the_card_promises_nothing(tmp_path: Path, override: str, reason: str) -> None:
-    folder = simulate(override, "federation.num_rounds=1", into=tmp_path)
-    text = (folder / "adapter" / "README.md").read_text()
-    assert "**No guarantee.** " + reason in text
-    assert "There is no promise." in text
-    assert "at most a factor" not in text
-    assert "differential-privacy" not in front_of(text)["tags"]
+    ):
+        folder = simulate(override, "federation.num_rounds=1", into=tmp_path, name=override[:7])
+        text = (folder / "adapter" / "README.md").read_text()
+        assert "**No guarantee.** " + reason in text
+        assert "There is no promise." in text
+        assert "at most a factor" not in text
+        assert "differential-privacy" not in front_of(text)["tags"]
 
 
 def test_the_base_is_named_as_others_know_it(record: RunRecord, of_run: Report) -> None:
@@ -147,3 +143,17 @@ def test_what_a_start_began_in_adds_up() -> None:
         ({"epsilon": None, "delta": "unknown", "public": True}, (2.0, 0.25)),
     ):
         assert spent_on_start({"epsilon": 2.0, "delta": 0.25, "unit": "record", "start_adapter": before}) == spent
+
+
+def test_what_runs_of_synthetic_records_began_in_adds_up_with_them() -> None:
+    for start, epsilon in (
+        (None, 0.3),
+        ({"epsilon": 2.0, "delta": 0.1, "unit": "record", "public": False}, 2.3),
+        ({"epsilon": None, "delta": None, "unit": None, "public": True}, 0.3),
+        ({"epsilon": None, "delta": None, "unit": None, "public": False}, None),
+        ({"epsilon": 2.0, "delta": 0.1, "unit": "user", "public": False}, None),
+    ):
+        runs = [{"epsilon": 0.1, "delta": 1e-5, "unit": "record", "start": start}]
+        runs.append({"epsilon": 0.2, "delta": 2e-5, "unit": "record", "start": None})
+        assert together(runs)[0] == epsilon, "as a person adds it up"
+        assert start or together(runs)[1] == 3e-5

@@ -25,7 +25,7 @@ from fedtune.report.page.tables import MOST_ROWS
 from fedtune.words import shortened
 
 from . import shown as made
-from .shown import HOSTILE, NAMES, Element, Make, filled, lookup, numbers, page, parsed, reports, with_site
+from .shown import HOSTILE, NAMES, Element, Make, lookup, numbers, page, parsed, reports, with_site
 
 GOLDEN = Path(__file__).parent / "golden_pages"
 
@@ -221,10 +221,9 @@ def test_more_was_spent_than_approved_is_worse_than_no_room(a_ledger_report: Mak
     assert room_of(with_site(full, lifetime=replace(site.lifetime, frozen=True))) == "closed"
 
 
-def test_a_limit_that_says_nothing_is_no_figure(a_ledger_report: Make, language: str) -> None:
+def test_a_limit_that_says_nothing_is_no_figure(language: str) -> None:
     """Neither on page 1 nor on the label: one sentence says where it stands, and why no more is proved."""
-    words = catalogue(language)
-    report = filled(a_ledger_report())
+    words, report = catalogue(language), reports()["ledger"]
     (site,) = report.sites
     for ceiling, is_shown in ((98.9, True), (99.98, False)):
         means = replace(site.meaning, right_of_100_ceiling=ceiling, right_of_100_mechanism=None)
@@ -366,8 +365,8 @@ def test_cells_of_each_state_are_told_apart(language: str) -> None:
         assert all(words.text(key) in blank.said for key in ("cells.who", "sign_off.date"))
 
 
-def test_violated_assumptions_come_first_and_all_of_them(a_report: Make, language: str) -> None:
-    report = filled(a_report())
+def test_violated_assumptions_come_first_and_all_of_them(language: str) -> None:
+    report = reports()["within"]
     turned = tuple(replace(one, status="violated") for one in report.assumptions[:8])
     html = main(render.render(replace(report, assumptions=(*turned, *report.assumptions[8:])), language=language))
     listed = html.all(id="assumptions")[0].all("li")

@@ -101,7 +101,7 @@ def test_a_pdf_is_the_same_each_time_without_harfbuzz(before: str | None, monkey
 
 @needs_weasyprint
 def test_what_a_person_fills_in_are_fields_of_the_pdf(language: str) -> None:
-    """On page 1, which stays one side; the page for screens and browsers has none."""
+    """On page 1; the page for screens and browsers has none."""
     for name in ("by_user", "wide_run"):
         whole = render.render(reports()[name], language=language, fillable=True)
         html = beginning(whole)
@@ -112,9 +112,6 @@ def test_what_a_person_fills_in_are_fields_of_the_pdf(language: str) -> None:
         assert objects.count(b"/FT /Btn") == 6 + 2 * asked, "three choices for each of two, yes and no"
         assert objects.count(b"/FT /Tx") == 7, "reasons, name and date of both, and when to look again"
         assert "<input" not in page(name, language)
-        first, second, *_ = pages(html)
-        assert {"verdict", "sign-off"} <= set(first.anchors), name
-        assert "engineer" in second.anchors, name
 
 
 def unpacked(data: bytes) -> bytes:

@@ -207,7 +207,7 @@ def of_many_plans(report: Report, count: int) -> LedgerFacts:
 
 
 def test_the_work_that_a_small_report_asks_for_is_bounded(
-    a_ledger_report: Make, a_report: Make, monkeypatch: pytest.MonkeyPatch
+    a_ledger_report: Any, a_report: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(rederive.profile, "epsilon_rdp", lambda *_: 50.0)  # of so many it takes a minute
     many = of_many_plans(a_ledger_report(), 1000)

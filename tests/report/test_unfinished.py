@@ -5,6 +5,7 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -55,9 +56,7 @@ def test_the_page_is_the_report_with_a_mark_and_loads_itself_again(folder: Path,
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"
 
 
-def test_the_page_of_another_process_stays_and_one_without_a_place_ends_nothing(
-    folder: Path, state: LeadState, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_page_of_others_stays_and_one_without_a_place_ends_nothing(folder: Path, state: Any, caplog: Any) -> None:
     (folder / "report.html").write_text("the one before")
     UnfinishedReport(folder, saved_config(folder)).stop()
     assert shown(folder) == "the one before"
@@ -86,11 +85,9 @@ def test_pages_take_little_of_the_time(folder: Path, state: LeadState, monkeypat
     assert at == [4, 12, 20, 28], "each takes 2 s, so that the next comes 40 s after it"
 
 
-def simulate_and_see(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, *, interrupt_after: int = 0
-) -> tuple[Path, list[str]]:
+def simulate_and_see(words: list[str], patched: Any, *, interrupt_after: int = 0) -> tuple[Path, list[str]]:
     """A run whose page is due after each round, and its page then."""
-    monkeypatch.setattr(run_page, "_SHARE", 0)
+    patched.setattr(run_page, "_SHARE", 0)
     config, seen, finished = compose_run(words), [], Display.round_finished
     folder = folder_of(config)
 
@@ -100,16 +97,14 @@ def simulate_and_see(
         if len(seen) == interrupt_after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Display, "round_finished", see)
+    patched.setattr(Display, "round_finished", see)
     with pytest.raises(InterruptTold) if interrupt_after else contextlib.nullcontext():
         run_simulation(config, folder, Console(file=io.StringIO()))
     return folder, seen
 
 
 @pytest.mark.parametrize(("language", "said"), [("en", "of 3 rounds are done"), ("de", "von 3 Runden sind fertig")])
-def test_a_run_has_a_page_after_each_round_and_its_own_report_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, said: str
-) -> None:
+def test_a_run_has_a_page_after_each_round(tmp_path: Path, monkeypatch: Any, language: str, said: str) -> None:
     words = tiny("federation.num_rounds=3", f"report.language={language}", into=tmp_path)
     folder, seen = simulate_and_see(words, monkeypatch)
     assert [f"{number} {said}" in page for number, page in enumerate(seen, 1)] == [True, True, True]
