@@ -138,7 +138,7 @@ def _applied(settings: Mapping[str, Any], given: Sequence[Override], *, whole: b
         key, value = one.key_or_group, _value(one)
         free = next((name for name in FREE_MAPS if f"{key}.".startswith(f"{name}.")), None)
         try:
-            before = OmegaConf.select(tree, key)
+            before = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
             if one.is_delete() and value in (None, before):
                 outer, _, last = key.rpartition(".")
                 with open_dict(tree):

@@ -19,7 +19,6 @@ from fedtune.config import RunConfig, saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.ledger.verify import Verified
 from fedtune.privacy.ledger.verify import verify as verify_ledger
 from fedtune.process import torch_came_first
 from fedtune.spec import ConfigError
@@ -30,7 +29,6 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.export.distillation import Distilled
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
-    from fedtune.privacy.proposal import Proposal
     from fedtune.report.checks import Check
     from fedtune.report.facts import Audit, Lifetime
     from fedtune.report.model import Report
@@ -38,7 +36,6 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.results import PrivacyResult, RunResult
     from fedtune.runs.saved_model import BesideBase, SavedModel
     from fedtune.sites.session import Session
-    from fedtune.sites.shared_model import SharedModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +64,7 @@ class _Teller:
     def note(self, text: str) -> None:
         warnings.warn(text, stacklevel=2)
 
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
+    def prepared(self, shared: object, proposal: object, state: LeadState) -> None:
         self._progress(Progress(stage="training", done=state.round, total=self._rounds))
 
     def site_replied(self, number: int) -> None:
@@ -359,7 +356,7 @@ class Ledger:
         self.path = Path(path)
         if not self.path.is_file():
             raise ConfigError("ledger", str(path), "must be a ledger.db")
-        self.verified: Verified = verify_ledger(self.path, site_key=site_key)
+        self.verified = verify_ledger(self.path, site_key=site_key)
 
     @property
     def spending(self) -> Lifetime:
