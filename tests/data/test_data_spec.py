@@ -11,17 +11,19 @@ GIVEN |= {"columns": {"text": "text", "label": "label"}, "labels": ("a", "b")}
 NAN, INF = float("nan"), float("inf")
 NO_RANGES = ((1.0, 1.0), (2.0, 1.0), (NAN, 1.0), (0.0, INF), (-1.7e308, 1.7e308), (0.0, 5e-324), (1e9, 1e9 + 1))
 BY_COLUMN, BY_LABEL = PartitionSpec(kind="column", sites={"a": 0}), PartitionSpec(kind="dirichlet")
+NO_ROLES = ("{prompt.__class__}", "{prompt!r}", "{}")
 GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"dataset": "our patients"}, "dataset = 'our patients': must be made of at most 100 letters"),
-        ({"dataset": "../patients"}, "dataset = '../patients': must be made of at most 100 letters"),
+        *(
+            ({"dataset": name}, f"dataset = '{name}': must be made of at most")
+            for name in ("our patients", "../patients")
+        ),
         ({"train_file": " "}, "train_file = ' ': must not be blank"),
-        ({"declared_sizes": 0}, "declared_sizes = 0: must be"),
-        ({"declared_sizes": (5, 0)}, "declared_sizes = 0: must be"),
+        *(({"declared_sizes": sizes}, "declared_sizes = 0: must be") for sizes in (0, (5, 0))),
         ({"max_length": 2}, "max_length = 2: must be"),
         ({"test_rows": 0}, "test_rows = 0: must be"),
         ({"windows": 9}, "windows = 9: must be one of 1, 2"),
@@ -39,10 +41,8 @@ GENERATION = {"columns": {"prompt": "mr", "completion": "ref"}, "labels": ()}
         ({"labels": ("a", "b", "a")}, "labels = 'a': must be declared once"),
         ({"labels": ("a", "b ")}, "labels = 'b ': must not be blank"),
         ({"prompt_template": "{prompt"}, "prompt_template = '{prompt': expected '}'"),
-        ({"prompt_template": "{prompt.__class__}"}, "prompt_template = '{prompt.__class__}': must hold only role"),
-        ({"prompt_template": "{prompt!r}"}, "prompt_template = '{prompt!r}': must hold only role"),
+        *(({"prompt_template": text}, f"prompt_template = '{text}': must hold only role") for text in NO_ROLES),
         ({"prompt_template": "{prompt} {prompt}"}, "prompt_template = '{prompt} {prompt}': must name each role"),
-        ({"prompt_template": "{}"}, "prompt_template = '{}': must hold only role"),
         ({"partition": BY_COLUMN}, "partition.kind = 'column': needs data.columns.site"),
         (GENERATION | {"partition": BY_LABEL}, "partition.kind = 'dirichlet': needs data.columns.label"),
     ],

@@ -64,18 +64,15 @@ def test_an_image_is_turned_as_its_camera_says_and_has_three_colours_of_eight_bi
     assert found == [[[upper] * 3 for upper in row] for row in ([0, 0, 1], [0x12, 0xFF, 0xFF])], "the upper eight"
 
 
+WHOLE, JPEG = encoded(picture()), encoded(picture(size=(90, 90)), "JPEG")
+
+
 def png(width: int, height: int) -> bytes:
     """A PNG of so many pixels, by its header; there are few bytes behind it."""
-
-    def part(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    packed = zlib.compress(bytes(10_000))
-    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", packed) + part(b"IEND", b"")
+    header = b"IHDR" + struct.pack(">II", width, height) + WHOLE[24:29]
+    return WHOLE[:12] + header + struct.pack(">I", zlib.crc32(header)) + WHOLE[33:]
 
 
-WHOLE, JPEG = encoded(picture()), encoded(picture(size=(90, 90)), "JPEG")
 BROKEN: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "no image that can be decoded"),
     "text": (b"\xffno image", "no image that can be decoded"),
@@ -123,16 +120,9 @@ def test_what_is_too_large_is_not_read_and_pillow_is_asked_for_by_the_name_of_th
 @pytest.mark.parametrize(
     ("path", "found"),
     [
-        ("../out.png", "a path out of the folder"),
-        ("/dev/zero", "a path out of the folder"),
-        ("sub/../../out.png", "a path out of the folder"),
-        ("link.png", "a path out of the folder"),
-        ("nothing.png", "no such file"),
-        (".", "no such file"),
-        ("pipe.png", "no such file"),
-        ("nu\0ll.png", "a file that cannot be read"),
-        ("x" * 5000, "a file that cannot be read"),
-        ("loop.png", "a file that cannot be read"),
+        *((path, "a path out of the folder") for path in ("../out.png", "/dev/zero", "sub/../../out.png", "link.png")),
+        *((path, "no such file") for path in ("nothing.png", ".", "pipe.png")),
+        *((path, "a file that cannot be read") for path in ("nu\0ll.png", "x" * 5000, "loop.png")),
         ("data:;base64,@@", "text that is no base64"),
     ],
 )
