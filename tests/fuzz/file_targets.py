@@ -3,7 +3,9 @@
 import gzip
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,11 +27,12 @@ from fedtune.ops.kits.kit_file import KitFile, read_spec
 from fedtune.ops.kits.members import Roster
 from fedtune.ops.services.lead_and_server import latest_answers
 from fedtune.ops.services.site_state import SiteState
-from fedtune.privacy.ledger.chain import Head
+from fedtune.privacy.ledger import store
+from fedtune.privacy.ledger.chain import EVENT, START, Event, Head, canonical
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
-from fedtune.report import from_run, signing
+from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import check_report
 from fedtune.report.difference import differences
 from fedtune.report.from_run import read_run
@@ -123,6 +126,45 @@ def _ledger(path: Path) -> None:
             problems.append(error)
     if problems:
         raise problems[0]
+
+
+def _events() -> Any:
+    """Those of the valid ledger, as plain data."""
+    seeds.ledger()
+    events = verify(seeds.folder() / "seed" / "ledger.db").events
+    return json.loads(json.dumps([asdict(event) for event in events]))
+
+
+def _signed_anew(data: bytes) -> None:
+    """A ledger whose owner writes into it what it likes, and signs that: whoever verifies it must not fall over."""
+    rows, before = list[list[object]](), START
+    try:
+        for fields in json.loads(data):
+            event = Event(**{**fields, "hash": "", "signature": ""})
+            before = event.hash_after(before)
+            values = {**asdict(event), "detail": canonical(event.detail).decode(), "hash": before}
+            values["signature"] = seeds.key(2).sign(EVENT, before.encode())
+            rows.append([*values.values()])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return  # nothing that the file could hold
+    path = seeds.folder() / "signed_anew.db"
+    path.unlink(missing_ok=True)
+    file = sqlite3.connect(path, isolation_level=None)
+    try:
+        file.execute("PRAGMA synchronous = OFF")
+        file.execute("PRAGMA application_id = 0x66656474")
+        for statement in store.SCHEMA:
+            file.execute(statement)
+        for row in rows:
+            file.execute(f"INSERT INTO events VALUES ({', '.join('?' * len(row))})", row)
+        with store.reading(seeds.folder() / "seed" / "ledger.db") as valid:
+            file.executemany("INSERT INTO replies VALUES (?, ?, ?)", store.stored_replies(valid))
+    except (sqlite3.Error, OverflowError, UnicodeEncodeError):
+        return
+    finally:
+        file.close()
+    verify(path)
+    from_ledger.build(path)
 
 
 def _report(data: bytes) -> None:
@@ -243,6 +285,7 @@ TARGETS = (
     _json("how records were dealt out", _DEALT_OUT, _in_file(DEALT, partial(read_dealt_out, keys=tuple(_DEALT_OUT)))),
     _json("anchor", seeds.anchor, _in_file("ledger.anchor", Head.read)),
     _bytes("ledger", seeds.ledger, _in_file("ledger.db", _ledger)),
+    Target("ledger signed anew", lambda: mutated_json(_events()), _signed_anew, _OURS),
     _json("run.json", _run_file("run.json"), _in_run("run.json", from_run.build), cost=5),
     _json("environment.json", _run_file("environment.json"), _in_run("environment.json", read_run), cost=5),
     *(
