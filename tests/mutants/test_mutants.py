@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .harness import NoResult, Seen, hunt, killer
-from .mutant import MUTANTS, QUICK, ROOT, Mutant, Rotten
+from .harness import MUTANTS, QUICK, ROOT, Mutant, NoResult, Rotten, Seen, hunt, killer
 from .write_table import PAGE, rows, text
 
 

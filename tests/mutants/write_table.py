@@ -11,8 +11,7 @@ import re
 import sys
 from typing import NamedTuple
 
-from .harness import NoResult, hunt
-from .mutant import MUTANTS, ROOT, Rotten
+from .harness import MUTANTS, ROOT, NoResult, Rotten, hunt
 
 PAGE = ROOT / "docs" / "mutants.md"
 _ROW = r"^\| `([a-z0-9-]+)` \| (.*) \| `(\S.*)` \| (\d+) \| (\d{4}-\d\d-\d\d) \|$"
