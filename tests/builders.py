@@ -90,6 +90,11 @@ def as_tried(shapes: Shapes) -> Shapes:
     return shapes if DEVICE.type == "cpu" else dataclasses.replace(shapes, row_shares=(1,))
 
 
+def length_of(shapes: Shapes, num_tokens: int) -> int:
+    """What a record is padded to, said a second time: the package cuts many records at once."""
+    return next(length for length in shapes.lengths if num_tokens <= shapes.most_tokens(length))
+
+
 def built(spec: TaskModelSpec) -> TaskModel:
     """A copy of the tiny model of this spec, which is built once in a process."""
     # The processor's instructions decide what four-bit layers are.

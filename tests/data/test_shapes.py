@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedtune.data import Shapes, TextDataset, collate
 from fedtune.data.batching import alone
-from tests.padded import length_of
+from tests.builders import length_of
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 

@@ -43,6 +43,13 @@ def test_the_same_units_are_drawn_for_both_models() -> None:
     assert found.difference.high == pytest.approx(1.0)
     assert found.tuned.high - found.tuned.low > 1.0
     assert found == compared(figures(common), figures(common + 1.0), scores=mean)["accuracy"], "and the same every time"
+    # Several models share the draws, too, and their mean is one more.
+    several = drawn({"one": figures(common), "other": figures(common + 2.0)}, scores=mean)
+    several = several.with_mean("both", ["one", "other"])
+    assert several.values["both"]["accuracy"] == pytest.approx(common.mean() + 1.0)
+    beside = several.comparison("one", "both", "accuracy").difference
+    assert (beside.low, beside.high) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert several.comparison("one", "both", "accuracy", judged="loss").verdict == "worse"
 
 
 def test_a_draw_takes_a_user_with_all_records() -> None:
@@ -180,13 +187,3 @@ def test_scores_gaps_and_changes_are_those_of_the_records_in_the_group() -> None
     assert found.changes["b"][pair].verdict == "better"
     assert found.changes["a"][pair].verdict == "cannot be told apart"
     assert found.changes["a"][pair].difference.high == 0.0, "paired: in the group nothing changed"
-
-
-def test_models_share_the_draws_and_a_mean_is_one_more() -> None:
-    common = np.random.default_rng(3).normal(size=200)
-    found = drawn({"one": {"right": common}, "other": {"right": common + 2.0}}, scores=mean)
-    found = found.with_mean("both", ["one", "other"])
-    assert found.values["both"]["accuracy"] == pytest.approx(common.mean() + 1.0)
-    beside = found.comparison("one", "both", "accuracy").difference
-    assert (beside.low, beside.high) == (pytest.approx(1.0), pytest.approx(1.0))
-    assert found.comparison("one", "both", "accuracy", judged="loss").verdict == "worse"

@@ -18,9 +18,8 @@ from fedtune.training.examples import SiteExamples
 from fedtune.training.per_example import attached
 from fedtune.training.preflight import lengths_of_texts
 from fedtune.training.users import UserExamples, UserGradients
-from tests.padded import length_of
 
-from ..builders import as_tried, with_random_values
+from ..builders import as_tried, length_of, with_random_values
 from ..model.conftest import spec_of
 from .conftest import LAST, examples_of, trained
 

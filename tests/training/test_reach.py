@@ -68,16 +68,11 @@ def test_what_honest_training_does_is_within_reach(settings: dict[str, Any], sen
 
     for gradients in (honest, growing):
         assert bound.includes(trained(spec, sent, gradients, round=round), sent=sent), gradients.__name__
-
-
-@pytest.mark.parametrize("settings", SPECS[:5], ids=str)
-def test_what_is_far_beyond_training_is_not(settings: dict[str, Any], sent: Adapter) -> None:
-    bound = reach(TrainingSpec(**settings), PLAN, round=1, declared_size=SIZE, sent=sent)
-    for name in sent.tensors:
+    for name in sent.tensors if settings in SPECS[:5] else ():
         for value in (1e30, -1e30, 1e4):
             update = {key: np.array(tensor) for key, tensor in sent.tensors.items()}
             update[name].flat[3] = value
-            assert not bound.includes(update, sent=sent), name
+            assert not bound.includes(update, sent=sent), f"what is far beyond training is not: {name}"
 
 
 def test_many_small_moves_are_bound_by_their_norm(sent: Adapter) -> None:

@@ -21,8 +21,8 @@ from fedtune.training.dp_step import Records, contributions, dp_sgd_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.spec import TrainingSpec
 from fedtune.training.users import UserExamples, UserGradients
-from tests.padded import length_of
 
+from ..builders import length_of
 from ..conftest import has_scale
 from . import conftest
 from .conftest import CELLS, Table, released, trained, work_of

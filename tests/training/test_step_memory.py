@@ -165,17 +165,14 @@ def test_where_nothing_fits_or_a_trial_fails_the_setting_is_named(monkeypatch: p
         within(model, 1000)
     least = within(model, 1.5 * a_step_on(model, SHAPES, of_length(model, 24, 1), Part(np.arange(1), 1, 24)))
     assert min(rows_of(least)) >= 1
+    full = replace(SHAPES, full=SHAPES.lengths[-1])  # a length without padding keeps its empty row
+    with_room = within_memory(fresh(), full, most_bytes=MIB // 2, keeps_states=False)
+    assert with_room.rows(full.full)[-1] == 2
+    assert with_room.room(full.full, 2) == 1
     for error, said in ((RuntimeError, r"model\.path .* 24 tokens"), (torch.OutOfMemoryError, "micro_batch_tokens = ")):
         monkeypatch.setattr(TaskModel, "losses", Mock(side_effect=error("no such")))
         with pytest.raises(ConfigError, match=said):
             within(model, 1e9)
-
-
-def test_a_length_without_padding_keeps_its_empty_row() -> None:
-    full = replace(SHAPES, full=SHAPES.lengths[-1])
-    with_room = within_memory(fresh(), full, most_bytes=MIB // 2, keeps_states=False)
-    assert with_room.rows(full.full)[-1] == 2
-    assert with_room.room(full.full, 2) == 1
 
 
 @pytest.mark.parametrize("unit", ["record", "user"])
