@@ -29,7 +29,8 @@ def weights() -> list[Weight]:
     """Every room, and the sums: the core, all of fedtune/, its other text, tests, and their golden files."""
     lines: dict[str, int] = {}
     for path in (REPOSITORY / "fedtune").rglob("*.py"):
-        room = _room(path.relative_to(REPOSITORY / "fedtune").as_posix())
+        name = path.relative_to(REPOSITORY / "fedtune").as_posix()
+        room = BELONGS.get(name) or (name.partition("/")[0] if "/" in name else "root")
         lines[room] = lines.get(room, 0) + _lines(path)
     other = [path for path in _files("fedtune") if path.suffix not in {".py", ".woff2"}]
     sums = {
@@ -61,10 +62,6 @@ def _added() -> dict[str, int]:
     every = sum(rooms.values())
     core = sum(lines for room, lines in rooms.items() if room in BUDGETS["core"])
     return {**rooms, "core": core, "all": every, "tests": every}
-
-
-def _room(name: str) -> str:
-    return BELONGS.get(name) or (name.partition("/")[0] if "/" in name else "root")
 
 
 def _files(folder: str) -> list[Path]:

@@ -120,10 +120,6 @@ def adds_token(fields: dict[str, Any], number: int) -> None:
     fields["model"]["vocab"]["metastasis"] = number
 
 
-def template_gives(fields: dict[str, Any], number: int) -> None:
-    fields["post_processor"]["special_tokens"]["[CLS]"].update(ids=[number])
-
-
 def fits(folder: Path) -> None:
     spec = ModelSpec(path=str(folder))
     check_tokenizer_fits(load_tokenizer(spec), load_base(spec), path=spec.path)
@@ -134,7 +130,7 @@ def fits(folder: Path) -> None:
     [
         partial(rules, edit=partial(adds_token, number=261)),
         partial(rules, edit=partial(adds_token, number=100_000)),
-        partial(rules, edit=partial(template_gives, number=4000)),
+        partial(rules, edit=lambda fields: fields["post_processor"]["special_tokens"]["[CLS]"].update(ids=[4000])),
         partial(sets, name="tokenizer_config.json", sep_token="[NEW]"),
         partial(sets, name="tokenizer_config.json", extra_special_tokens=["<|patient|>"]),
     ],

@@ -47,14 +47,6 @@ def defined(each: Sequence[Gradients], users: Sequence[Sequence[int]], *, clip: 
     return total
 
 
-def users_sum(model: Any, examples: UserExamples, chosen: Sequence[int], *, clip: float, most: int) -> Gradients:
-    sums = dp_step.zeros(model.trainable())
-    with attached(model) as of_each:
-        for batch in examples.cut_drawn([examples._users[user][:most] for user in chosen]):
-            add_clipped(sums, UserGradients(of_each).of(batch), clip)
-    return {name: total.numpy() * cell(clip) for name, total in sums.items()}
-
-
 @pytest.mark.by_day("random:bert-classification-1", "random:llama-causal_lm-3", "random:bert-triplets-100")
 @pytest.mark.parametrize("most", [1, 3, 100])
 @kinds
@@ -69,7 +61,11 @@ def test_the_sum_is_what_the_definition_says_however_it_is_cut(path: str, task: 
     expected = defined(each, taking_part, clip=clip)
     for max_tokens in (1, 13, 40, 10_000):
         by_user = UserExamples(examples_of(dataset, max_tokens=max_tokens), users, most_records=most)
-        found = users_sum(trained(path, task), by_user, chosen, clip=clip, most=most)
+        sums = dp_step.zeros(model.trainable())
+        with attached(model) as of_each:
+            for batch in by_user.cut_drawn([users[user][:most] for user in chosen]):
+                add_clipped(sums, UserGradients(of_each).of(batch), clip)
+        found = {name: total.numpy() * cell(clip) for name, total in sums.items()}
         assert norm({name: found[name] - expected[name] for name in expected}) <= 1e-5 * clip * len(chosen)
     assert norm(expected) > 1e-2 * clip
 
