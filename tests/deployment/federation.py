@@ -8,7 +8,6 @@ import tomllib
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -112,21 +111,17 @@ class Federation:
         self.address = f"{self.network.address}:{self.network.port}"
         self.active.append(self)
         try:
-            self._provision(names, made)
+            file = folder / "federation.toml"
+            file.write_text(f'name = "banks"\nserver = "{self.address}"\n')
+            if made is None:
+                self.do("provision", "init", str(file), "--out", str(self.home))
+            else:
+                provisioning.init(file, out=self.home, now=made)
+            self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
+            self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
         except BaseException:
             self.close()
             raise
-
-    def _provision(self, names: Sequence[str], made: datetime | None) -> None:
-        text = f'name = "banks"\nserver = "{self.address}"\n'
-        (self.folder / "federation.toml").write_text(text)
-        file = self.folder / "federation.toml"
-        if made is None:
-            self.do("provision", "init", str(file), "--out", str(self.home))
-        else:
-            provisioning.init(file, out=self.home, now=made)
-        self.lead_key: str = tomllib.loads((self.lead_kit / "kit.toml").read_text())["lead"]
-        self.sites = {name: self.join(name, records) for name, records in dealt(tuple(names)).items()}
 
     def do(self, *words: str, code: int = 0) -> Any:
         outcome = self._command(*words)

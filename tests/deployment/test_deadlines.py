@@ -101,9 +101,7 @@ def test_a_run_is_fitted_to_what_every_site_has_room_for_before_anybody_pays(fed
         fitted = federation.finish("fitted", *asked, "federation.if_over_budget=fewer_rounds")
     finally:
         write_policy(policy, site.site_toml)
-    assert not [
-        each.events("unfitted", "plan") for each in federation.sites.values() if each.events("unfitted", "plan")
-    ]
+    assert not any(each.events("unfitted", "plan") for each in federation.sites.values())
     assert "The sites' budgets have room for 1 rounds" in " ".join(fitted.text.split())
     (only,) = federation.result("fitted")["rounds"]
     assert only["sites"] == list(NAMES)
