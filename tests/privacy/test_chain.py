@@ -1,0 +1,93 @@
+"""The hash chain: each event's hash covers all its values and everything before it."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.privacy.ledger import chain
+from fedtune.privacy.ledger.chain import Event, Head, Kind
+
+from .builders import site_key
+
+# Of each field a value, and another one.
+EVENT: dict[str, tuple[Any, Any]] = {
+    "sequence": (1, 2),
+    "kind": (Kind.NOTE, Kind.COMMIT),
+    "time": ("2030-01-10T00:00:00+00:00", "2030-01-10T00:00:00.000001+00:00"),
+    "run": ("r", "s"),
+    "round": (1, 2),
+    "request": ("q", "p"),
+    "attempt": (1, 2),
+    "dataset": ("d", "e"),
+    "cohort": ("", "c"),
+    "code": ("0.1.0", "0.1.1"),
+    "detail": ({"what": "frozen", "why": ""}, {"what": "frozen", "why": " "}),
+}
+HEAD: dict[str, tuple[Any, Any]] = {
+    "ledger": ("0" * 32, "1" * 32),
+    "sequence": (7, 6),
+    "hash": ("1" * 64, "2" * 64),
+    "time": ("2030-01-10T00:00:00+00:00", "2030-01-11T00:00:00+00:00"),
+    "charged": ((({"kind": "gaussian", "noise_multiplier": 2.0}, 3),), ()),
+    "runs": ((("r", 2),), ()),
+    "path": (((6, "3" * 64), (7, "1" * 64)), ()),
+    "made_up": (((5, "4" * 64),), ()),
+    "seeded": (True, False),
+    "frozen": (True, False),
+    "doubts": ((chain.Doubt(9, "5" * 64, "r", 4),), ()),
+    "denied": (("6" * 64,), ()),
+    "policy": ("7" * 64, ""),
+    "caps": ((8.0, None), ()),
+    "users": ((("dataset", "notes", "patient"),), ()),
+    "arrivals": (chain.Arrivals(ranges=("..2026",), lost_after=0), None),
+}
+
+
+def event(**changes: Any) -> Event:
+    return Event(**{name: value for name, (value, _) in EVENT.items()} | changes)
+
+
+def test_the_hash_of_an_event_is_golden() -> None:
+    # It lies in ledgers: a change of it is a change of format.
+    assert event().hash_after(chain.START) == "2ebf57e37ffcde6b2bda9df1b9f42ca10c63cd8c3aa8446943fe3dd89d2d2f22"
+
+
+def test_every_value_is_in_the_hash_but_the_hash_and_its_signature() -> None:
+    assert set(EVENT) == {field.name for field in fields(Event)} - {"hash", "signature"}
+    hashes = {event(**{name: other}).hash_after(chain.START) for name, (_, other) in EVENT.items()}
+    own = event().hash_after(chain.START)
+    assert len(hashes | {own, event().hash_after("1" * 64)}) == len(EVENT) + 2
+    assert replace(event(), hash="x", signature="y").hash_after(chain.START) == own
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(run=st.text(max_size=4), request=st.text(max_size=4), dataset=st.text(max_size=4))
+def test_values_cannot_move_from_one_field_to_the_next(run: str, request: str, dataset: str) -> None:
+    one = event(run=run, request=request, dataset=dataset)
+    for other in (
+        event(run=run + request, request="", dataset=dataset),
+        event(run=run, request=request + dataset, dataset=""),
+        event(run=request, request=run, dataset=dataset),
+    ):
+        assert (one.hash_after(chain.START) == other.hash_after(chain.START)) == (one == other)
+
+
+def test_json_has_one_spelling() -> None:
+    assert chain.canonical({"b": [1, 2.5, None, "ü"], "a": True}) == b'{"a":true,"b":[1,2.5,null,"\\u00fc"]}'
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        chain.canonical({"epsilon": float("inf")})
+
+
+def test_a_head_survives_its_file_and_every_field_is_signed(tmp_path: Path) -> None:
+    head = Head.signed(site_key, **{name: value for name, (value, _) in HEAD.items()})
+    path = tmp_path / "anchor.json"
+    path.write_bytes(head.to_bytes())
+    assert Head.read(path) == head
+    others = {name: other for name, (_, other) in HEAD.items()} | {"site_key": "3" * 64}
+    assert set(others) | {"signature"} == {field.name for field in fields(Head)}
+    messages = {replace(head, **{name: value}).message() for name, value in others.items()}
+    assert len(messages | {head.message()}) == len(others) + 1

@@ -1,0 +1,57 @@
+"""A proposal comes from a server: its form is checked before anything else."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedtune.codec import decode
+from fedtune.privacy.proposal import Proposal
+from fedtune.spec import ConfigError
+
+from .builders import OTHER, any_json, make_key, proposal
+
+
+def test_a_proposal_survives_json() -> None:
+    scored = {"plan": {"metrics_noise_multiplier": 20.0}}
+    for changes in ({}, {"start_adapter": "d" * 64}, {"target_modules": ()}, scored):
+        each = proposal(**changes)
+        again = decode(Proposal, json.loads(json.dumps(each.to_json())))
+        assert again == each
+        assert again.digest() == each.digest()
+
+
+def test_every_field_is_in_its_json_and_its_digest() -> None:
+    changes = {**OTHER, "lead": make_key(3).public, "task": "generation", "base_model": "c" * 64, "dtype": "bfloat16"}
+    changes |= {"plan": {"spare_rounds": 1}, "adapter": "dora"}
+    fields = {field.name for field in dataclasses.fields(Proposal)}
+    assert set(changes) == set(proposal(start_adapter="d" * 64, adapter="dora").to_json()) == fields
+    assert set(proposal().to_json()) == fields - {"start_adapter", "adapter"}  # as before there was another
+    digests = {proposal(**{name: value}).digest() for name, value in changes.items()}
+    assert len(digests | {proposal().digest()}) == len(fields) + 1
+
+
+@pytest.mark.parametrize("name", ["run", "lead", "dataset", "task", "base_model", "dtype"])
+@pytest.mark.parametrize("value", ["", "x" * 301, "\ud800", "a\nb", "a\0b"])
+def test_what_is_no_text_is_refused(name: str, value: object) -> None:
+    # A lone surrogate cannot be written to a ledger; a line break would forge a line of a log.
+    with pytest.raises(ConfigError, match=rf"^{name} = .*must be a printable text of 1 to 300 characters"):
+        proposal(**{name: value})
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data(), value=any_json())
+def test_any_other_value_is_a_config_error_or_another_proposal(data: st.DataObject, value: object) -> None:
+    whole = proposal().to_json()
+    plan_field = data.draw(st.sampled_from([None, *whole["plan"]]))
+    if plan_field is None:
+        changed = whole | {data.draw(st.sampled_from(list(whole))): value}
+    else:
+        changed = whole | {"plan": whole["plan"] | {plan_field: value}}
+    try:
+        read = decode(Proposal, changed)
+    except ConfigError:
+        return
+    assert read.to_json() == changed, "what was read says something else than what came"

@@ -1,0 +1,46 @@
+"""What a search costs: against other formulas, and where no bound is claimed."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from dp_accounting import ComposedDpEvent
+from scipy import special
+
+from fedtune.privacy import accountant, filter
+from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.selection import price_of
+
+from ..conftest import run_plan
+
+ORDERS = range(2, 65)
+
+
+def rdp_of_step(order: int, *, rate: float, noise: float) -> float:
+    """Mironov, Talwar, Zhang 2019 (arXiv 1908.10530), equation 30: a sampled Gaussian at a whole order."""
+    k = np.arange(order + 1)
+    logs = (order - k) * math.log1p(-rate) + k * math.log(rate) + (k * k - k) / (2 * noise**2)
+    return float(special.logsumexp(logs, b=special.comb(order, k))) / (order - 1)
+
+
+def of_plan(plan: Plan) -> dict[int, float]:
+    steps = plan.local_steps * plan.most_rounds
+    return {a: steps * rdp_of_step(a, rate=plan.sampling_rate, noise=plan.noise_multiplier) for a in ORDERS}
+
+
+def test_trials_cost_what_all_their_steps_cost_together() -> None:
+    other = replace(run_plan(), local_steps=5, noise_multiplier=3.0)
+    price = price_of([run_plan(), other, run_plan()])
+    both = {a: 2 * one + of_plan(other)[a] for a, one in of_plan(run_plan()).items()}
+    # Canonne, Kamath, Steinke 2020, Proposition 12.
+    found = min(rho + math.log1p(-1 / a) - math.log(run_plan().delta * a) / (a - 1) for a, rho in both.items())
+    assert price.epsilon_rdp == pytest.approx(found, rel=1e-3)
+    assert price.epsilon < price.epsilon_rdp < price.epsilon_filter * (1 + 1e-9)
+    assert price.epsilon_of_one == accountant.epsilon_pld([other.whole], other.delta) < price.epsilon
+    assert price.epsilon == accountant.epsilon_pld({run_plan().whole: 2, other.whole: 1}, run_plan().delta)
+    every = ComposedDpEvent((run_plan().whole, other.whole, run_plan().whole))
+    assert price.epsilon_filter == filter.cheapest(every, delta=1e-5)[0]
+    assert price.trials == 3
+    without = price_of([replace(run_plan(), noise_multiplier=0.0)] * 2)
+    assert (without.private, without.epsilon) == (False, math.inf)

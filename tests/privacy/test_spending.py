@@ -1,0 +1,97 @@
+"""What is spent, what is left, and the largest run that still fits: figures that follow from the events alone."""
+
+import math
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from fedtune.privacy import filter
+from fedtune.privacy.ledger import spending
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.proposal import Proposal
+from fedtune.privacy.release import Reason
+
+from .builders import policy, proposal, reason_of, train
+
+DELTA = 1e-5
+
+
+def test_the_figures_are_those_of_the_charged_events(opened: Any) -> None:
+    ledger = opened()
+    assert ledger.history.epsilon() == 0
+    train(ledger, proposal(), 1, 2)
+    other = proposal(run="2", plan={"noise_multiplier": 2.0, "num_rounds": 3})
+    train(ledger, other, 1)
+    history, charged = ledger.history, [*[proposal().plan.event()] * 2, other.plan.event()]
+    assert history.epsilon() == filter.epsilon_filter(charged, order=2.7, delta=DELTA)
+    held = [*[proposal().plan.event()] * 3, *[other.plan.event()] * 2]
+    whole = filter.epsilon_filter([*charged, *held], order=2.7, delta=DELTA)
+    assert history.epsilon(history.charged() + history.set_aside(history.now())) == pytest.approx(whole)
+
+
+def test_a_share_is_of_the_caps_divergence(opened: Any) -> None:
+    ledger = opened()
+    train(ledger, proposal(plan={"num_rounds": 10}), 1)
+    history = ledger.history
+    room = filter.most_divergence(11.0, order=history.order, delta=DELTA)
+    one = filter.divergence(proposal().plan.event(), history.order)
+    assert spending.share_of_cap(history, history.charged(), cap=11.0) == pytest.approx(one / room)
+    assert spending.share_of_cap(history, history.charged(), cap=math.inf) is None
+    # At a small order turning divergence into epsilon costs more than such a cap is.
+    assert filter.most_divergence(3.0, order=history.order, delta=DELTA) < 0
+    assert spending.share_of_cap(history, history.charged(), cap=3.0) == 1
+
+
+def test_what_is_no_number_does_not_fit(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = opened()
+    monkeypatch.setattr(filter, "divergence", lambda event, order: math.nan)
+    assert reason_of(ledger.require_acceptable, proposal()) is Reason.MAX_EPSILON
+
+
+def test_what_is_left_is_what_would_be_accepted(opened: Any) -> None:
+    ledger = opened()
+    five = proposal().plan.event(rounds=5)
+    now = datetime.now(UTC)
+    assert spending.runs_left(ledger.history, policy(), five, now) == 2
+    assert spending.runs_left(History.before(policy()), policy(), five, now) == 2, "also before there is a ledger"
+    train(ledger, proposal(), 1)
+    assert spending.runs_left(ledger.history, policy(), five, now) == 1, "the first holds its whole plan"
+    train(ledger, proposal(run="2"), 1)
+    assert spending.runs_left(ledger.history, policy(), five, now) == 0
+    left = spending.divergence_left(ledger.history, policy(), now)
+    assert 0 < left < filter.divergence(proposal().plan.event(), ledger.history.order)
+    assert spending.runs_left(ledger.history, policy(budget={"max_epsilon": math.inf}), five, now) is None
+    assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": 6.0}), now) == 0
+    ledger.freeze("for this test")
+    assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": math.inf}), now) == 0
+
+
+@pytest.mark.parametrize("fits", [0, 1, 2, 6, 19, 20, 21])
+def test_most_rounds_is_the_largest_number_that_is_accepted(fits: int) -> None:
+    tried, asked = list[int](), proposal(plan={"num_rounds": 20, "spare_rounds": 2})
+
+    def accepts(each: Proposal) -> bool:
+        rounds = each.plan.num_rounds
+        tried.append(rounds)
+        assert each == replace(asked, plan=replace(asked.plan, num_rounds=rounds))
+        return rounds <= fits
+
+    assert spending.most_rounds(asked, accepts) == min(fits, 20)
+    assert len(tried) <= 5
+
+
+@pytest.mark.parametrize("bound", [0.0, 1.0, 1.00005, 1.23456, 7.0, 8000.0])
+def test_least_noise_is_accepted_and_hardly_more_than_needed(bound: float) -> None:
+    found = spending.least_noise(proposal(), lambda each: each.plan.noise_multiplier >= bound)
+    assert found >= max(bound, 1.0), "never less than was asked for"
+    assert found <= max(bound, 1.0) * 1.0002 + 1e-4
+    assert found == round(found, 4)
+
+
+def test_a_plan_without_noise_is_given_some_and_where_none_is_enough_there_is_none() -> None:
+    assert spending.least_noise(proposal(), lambda each: False) is None
+    silent = proposal(plan={"noise_multiplier": 0.0})
+    found = spending.least_noise(silent, lambda each: each.plan.noise_multiplier >= 0.5)
+    assert found == pytest.approx(0.5, abs=2e-4)
