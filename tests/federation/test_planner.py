@@ -99,7 +99,7 @@ def test_a_rate_ends_at_one() -> None:
 
 
 def test_a_change_that_no_epsilon_is_computed_for_is_left_out() -> None:
-    plan = golden(delta=1e-21 * 2 * 2, noise_multiplier=8.0, local_steps=2, num_rounds=2)
+    plan = golden(delta=1e-21 * 2 * 4, noise_multiplier=8.0, local_steps=2, num_rounds=2)
     whats = [change.what for change in planner.what_if(plan, epsilon=2.0)]
     assert whats[0] == "3 rounds"
     assert not any(what.startswith("delta") for what in whats)
