@@ -66,6 +66,10 @@ def test_every_draw_adds_exactly_the_clip_norm(everyone: Any, break_it: Break, b
     wanted = np.zeros_like(planted.tally.total)
     wanted[planted.coordinates[planted.inserted]] = steps
     assert planted.tally.total == pytest.approx(wanted, abs=1e-4)
+    if by_unit:  # three records of a user that are clipped one by one show
+        break_it("clipping by record")
+        planted = watched(run, 50)
+        assert planted.tally.total[planted.coordinates[planted.inserted]] == pytest.approx(3.0 * steps, abs=1e-4)
 
 
 def test_a_canarys_records_are_cut_as_users_records_are() -> None:

@@ -41,7 +41,7 @@ PAIRS = (
 BY_USER = ("privacy.unit=user", "+data.columns.user=label")
 
 
-@pytest.mark.by_day("record")
+@pytest.mark.by_day("record", "user")
 @pytest.mark.parametrize(
     "settings", [(), BY_USER, TRIPLETS, PAIRS], ids=["record", "user", "three texts", "a pair of answers"]
 )

@@ -108,7 +108,7 @@ def test_a_run_goes_on_without_a_site_and_ends_without_two(tmp_path: Path, monke
     def fails(model: Any, adapter: Any, units: Any, work: Any, **_: Any) -> bool:
         return work.site in failing and work.round > 1
 
-    fail_where(monkeypatch, site_work, "share_of_round", fails)
+    fail_where(monkeypatch, site_work, "share_of_round", fails, OSError("canary-17"))
     four = ("federation.num_sites=4", "federation.site_names=[bank-1,bank-2,bank-3,bank-4]")
     rounds = result_of(simulate(*SECURE, *four, into=tmp_path))["rounds"]
     assert [entry["sites"] for entry in rounds][1:] == [["bank-1", "bank-3", "bank-4"]] * 2
@@ -117,6 +117,7 @@ def test_a_run_goes_on_without_a_site_and_ends_without_two(tmp_path: Path, monke
     done = command("simulate", *tiny(*SECURE, *four, into=tmp_path, name="two"))
     assert done.code == 1
     assert "2 of 4 sites sent an update, and federation.threshold = 3 are needed" in done.out + done.err
+    assert "canary-17" not in done.out + done.err
 
 
 def test_a_spare_round_makes_up_for_a_sum_that_is_lost(tmp_path: Path, steps: Any, monkeypatch: Any) -> None:

@@ -181,8 +181,8 @@ def test_no_answer_may_be_compressed(serve: Any, client: httpx.Client) -> None:
 @pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized", "404 Not Found"])
 @pytest.mark.parametrize(
     "body",
-    [b"[" * 100_000, b'{"reason": "\xff"}', b"7" * 5000, b"[]", b""],
-    ids=["nesting", "no text", "a long number", "a list", "nothing"],
+    [b"[" * 100_000, b'{"reason": "\xff"}', b"7" * 5000, b"[]", b"{}", b""],
+    ids=["nesting", "no text", "a long number", "a list", "no field", "nothing"],
 )
 def test_no_greeting_ends_a_site(serve: Any, tls: Tls, status: str, body: bytes) -> None:
     """Who runs the server could otherwise end every site's process at once."""

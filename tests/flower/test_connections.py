@@ -28,6 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
     """A server with 256 files and short times."""
     with running(tmp_path_factory.mktemp("network"), limits=LIMITS, files=256) as made:
         yield made
+        wait_for(lambda: status_of(made) == 200, seconds=10, what="an answer")  # it still serves
         assert "Traceback" not in made.output
 
 

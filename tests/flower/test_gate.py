@@ -314,3 +314,7 @@ def test_a_signature_passes_once_while_it_is_good_and_few_are_remembered() -> No
         seen.take(calls[3], now=NOW)
     assert full.value.status == 503
     seen.take(calls[3], now=NOW + TOLERANCE_S + 1)
+
+
+def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
+    network.site("a").wait_for("activated")

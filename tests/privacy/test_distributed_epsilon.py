@@ -223,3 +223,23 @@ def test_several_local_steps_get_no_credit_for_others_noise(sites: int, hit: flo
     assert stats.norm.cdf(math.sqrt(2) + stats.norm.ppf(1 - hit)) == pytest.approx(most, abs=0.002)
     own_shares = events.dp_sgd(sampling_rate=1.0, noise_multiplier=share, steps=2)
     assert not refuted(own_shares), "so a plan of secure sums has one step a round"
+
+
+def test_a_site_that_clips_its_whole_sum_has_half_the_noise_for_one_record() -> None:
+    """Silo-level clipping to R: one record turns a site's sum from one end to the other, which are 2 R apart."""
+    records = np.full((9, 2), [0.02, 0.0])
+    joining = np.array([[-1.0, 0.0]])
+
+    def clipped_whole(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        total = 100 * rows.sum(axis=0)  # a site's update, much longer than R
+        return np.trunc(total / max(float(np.linalg.norm(total)), 1.0) * CLIP_NORM).astype(np.int64)
+
+    apart = np.linalg.norm(clipped_whole(np.concatenate([records, joining])) - clipped_whole(records)) / CLIP_NORM
+    assert apart == pytest.approx(2.0, abs=1e-6)
+    # An attacker who looks on which side of the middle the sum lies: noise of 1.5 R, four sites.
+    noise = 1.5
+    found, false_alarm = stats.norm.cdf(apart / 2 / noise), stats.norm.cdf(-apart / 2 / noise)
+    event = release(sampling_rate=1.0, noise_multiplier=noise / 2, honest=4)
+    half = release(sampling_rate=1.0, noise_multiplier=noise / 4, honest=4)
+    assert found - false_alarm > claimed_delta(event, 0.0) + 0.1, "what the noise over R claims does not hold"
+    assert found - false_alarm <= claimed_delta(half, 0.0) + 1e-9, "and half of it does"

@@ -190,6 +190,7 @@ def test_a_receipt_is_signed_on_every_field() -> None:
     with_a_reply = signed(site_key, reply="2" * 64)
     assert with_a_reply.is_signed()
     assert not dataclasses.replace(with_a_reply, reply="").is_signed()
+    assert not dataclasses.replace(receipt, signature="").is_signed()
 
 
 def test_a_receipt_survives_json_and_nothing_else_is_one() -> None:

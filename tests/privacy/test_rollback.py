@@ -170,7 +170,8 @@ def test_a_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Pa
     train(ledger, proposal(), 1)
     receipt, other = ledger.receipt("r"), opened(path=tmp_path / "o.db", key=make_key(9)).receipt("r")
     changes = {"sequence": receipt.sequence + 1, "charged_rounds": 0, "signature": receipt.signature[::-1]}
-    for forged in (other, *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items())):
+    unsigned = dataclasses.replace(receipt, signature="")
+    for forged in (other, unsigned, *(dataclasses.replace(receipt, **{key: value}) for key, value in changes.items())):
         assert reason_of(ledger.require_contains, forged) is Reason.WRONG_SIGNATURE
 
 

@@ -27,7 +27,7 @@ from fedtune.report.rederive import problems
 from fedtune.sites.virtual_site import Participants
 
 from ..books import Books
-from ..conftest import fail_where, run_proposal, simulate
+from ..conftest import fail_where, result_of, run_proposal, simulate
 from .masking import check_golden
 from .shown import status, where
 
@@ -128,7 +128,9 @@ def test_a_run_without_privacy(tmp_path: Path) -> None:
 
 
 def test_a_study_with_noise_from_a_seed(tmp_path: Path) -> None:
-    report = check("seeded", from_run.build(simulate("runtime.seeded_noise=true", into=tmp_path)))
+    folder = simulate("runtime.seeded_noise=true", into=tmp_path)
+    assert result_of(folder)["privacy"]["seeded_noise"] is True
+    report = check("seeded", from_run.build(folder))
     assert verdict(report) == ("no_guarantee", ("seeded_noise",))
     assert [site.meaning for site in report.sites] == [None, None]
     assert (report.seeded_noise, report.randomness) == (True, "seeded")

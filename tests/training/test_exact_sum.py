@@ -133,7 +133,7 @@ def test_what_a_unit_adds_does_not_depend_on_how_many_rows_there_are(threads: in
     torch.set_num_threads(threads)  # put back by the fixture of every test here
     generator = torch.Generator().manual_seed(2)
     gradient = torch.randn((13, values), generator=generator)
-    many = {str(number): torch.randn((13, 50), generator=generator) * 3.0**-number for number in range(26)}
+    many = {str(number): torch.randn((40, 50), generator=generator) * 3.0**-number for number in range(26)}
     of_each = {"a": gradient, "b": gradient[:, :7] * 3}
     each, norms = contributions(of_each, 0.5), dp_step._norms(many)
     for rows in (1, 2, 3, 4, 7, 12):
