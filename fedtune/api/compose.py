@@ -6,6 +6,7 @@ import datetime
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def compose_run(
 
 def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> RunConfig:
     """Compose and validate one run, from values in place of typed words; without a recipe, the default one."""
-    given = [_said(key, value) for key, value in (settings or {}).items()]
+    given = [_said(str(key), value) for key, value in (settings or {}).items()]
     if isinstance(recipe, RunConfig):
         return _changed(recipe, given)
     return _composed(given if recipe is None else [_said("experiment", recipe), *given], {})
@@ -81,7 +82,14 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
 def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False) -> RunConfig:
     values = {one.key_or_group: _value(one) for one in given}
     of_groups = [one for one in given if options_of(one.key_or_group) and not isinstance(one.value(), dict)]
+    for one in of_groups:  # a group has one option, which is replaced or, without a value, taken out
+        if one.is_add() or one.is_force_add() or (one.is_delete() and one.value() is not None):
+            raise ConfigError("override", one.input_line, _FORM)
     groups = {one.key_or_group: None if one.is_delete() else str(one.value()) for one in of_groups}
+    for key in ("experiment", "resume"):
+        named = [one.value() for one in given if one.key_or_group == key]
+        if len(named) > 1:  # the last would be all that counts
+            raise ConfigError(key, named[1], f"is one too many: {key}={named[0]} is given, too")
     if (resumed := values.get("resume")) is not None:
         # A folder is resumed with its own settings and its name, by which ledgers know it, unless a group is replaced.
         folder = Path(str(resumed)).expanduser()
@@ -93,9 +101,6 @@ def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real
             return _changed(saved, given)
     if "renew" in values:
         return with_start(renewed(str(values.pop("renew")), {"name": time_stamp(), **values, **changed}))
-    named = [one.value() for one in given if one.key_or_group == "experiment"]
-    if len(named) > 1:  # the last would be all that counts
-        raise ConfigError("experiment", named[1], f"is one too many: experiment={named[0]} is given, too")
     settings, file, of_file = composed(groups)
     settings = plain = _applied(settings, [one for one in given if one not in of_groups], whole=True)
 
@@ -235,8 +240,17 @@ def _parsed(override: str, *, swept: bool = False) -> Override:
 
 def _said(key: str, value: Any) -> Override:
     """An override that gives a value of Python's."""
-    plain = json.loads(json.dumps(value, default=lambda one: dict(one) if isinstance(one, Mapping) else str(one)))
+    try:
+        plain = json.loads(json.dumps(value, default=_plain))
+    except (TypeError, ValueError):  # the latter of one that holds itself
+        raise ConfigError(str(key), str(value), "must be text, a number, true, false, None, or made of these") from None
     return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, plain, input_line=f"{key}={value}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.tolist() if hasattr(value, "tolist") else os.fspath(value)  # numpy's; or else a path, or a TypeError
 
 
 def _value(override: Override) -> Any:
@@ -246,10 +260,7 @@ def _value(override: Override) -> Any:
 
 
 def _in_grammar(override: str, *, swept: bool) -> str:
-    """An override in words of Hydra's grammar, which knows no letter like \u00e4, no template and few paths.
-
-    A comma parts values where the override is `swept`, and otherwise belongs to a path.
-    """
+    """An override in Hydra's grammar, which knows no umlauts and few paths; `swept`: a comma parts values."""
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
     is_path = name == "experiment" or (name in PATHS and value != "null")

@@ -40,10 +40,9 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run is, as `progress` is told: `done` of `total` parts, 0 of 0 where nobody knows how many there are.
+    """How far a run is: `done` of `total` parts of a stage, or 0 of 0 where nobody knows how many there are.
 
-    `stage` says it in words, such as "scoring the model before training"; after a round it is "round", and `round` is
-    what that came to.
+    After a round `stage` is "round", and `round` is what that came to.
     """
 
     stage: str
@@ -210,12 +209,11 @@ def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySi
 def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
     """Check a report.json: form, signature, every epsilon again from its events, verdict, settings beside it.
 
+    Each check's `state` is "right", "wrong" or "not_checked".
+
     Args:
         file: the report, or the folder that holds it.
         key: the public key, in hex, that must have signed it.
-
-    Returns:
-        One value for each check, whose `state` is "right", "wrong" or "not_checked".
 
     Raises:
         ValueError: there is no report.
@@ -231,10 +229,7 @@ def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, made by `simulate` and `load`.
-
-    Its folder holds configuration, results, adapter, report and, of a simulation, the sites' ledgers.
-    """
+    """A run, made by `simulate` and `load`: its folder has settings, results, adapter, report, and simulated sites."""
 
     folder: Path
     config: RunConfig = field(repr=False)
@@ -265,10 +260,7 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The folder of the final adapter, which `peft.PeftModel.from_pretrained` loads.
-
-        A ValueError says that there is none yet, or that nobody may use it.
-        """
+        """The final adapter's folder, which `peft.PeftModel.from_pretrained` loads; a ValueError if nobody may."""
         return RunFolder(self.folder).finished_adapter()
 
     def predict(self, texts: Sequence[str]) -> list[object]:

@@ -39,14 +39,10 @@ def experiment_meant(word: str) -> str:
 
 
 def composed(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None, set[str]]:
-    """The settings of an experiment, which lie over those of the groups' options.
+    """An experiment's settings over those of the groups' options; its file, if it is the user's, and the keys it sets.
 
-    Args:
-        chosen: options by group in place of the experiment's, None for no option; and the experiment as "experiment", a
-            name of conf/experiment or a file.
-
-    Returns:
-        The settings; the experiment's file, if it is one of the user's own; and the dotted keys that this file sets.
+    `chosen` has options by group in place of the experiment's, None for no option; and as "experiment" the experiment,
+    a name of conf/experiment or a file.
     """
     settings = plain_yaml(config_folder() / "config.yaml", key="conf")
     options = dict(pair for entry in settings.pop("defaults") if entry != "_self_" for pair in entry.items())
@@ -85,9 +81,8 @@ def _read(path: Path, *, of_user: bool) -> tuple[dict[str, str], list[dict[str, 
     settings = plain_yaml(path, key="experiment")
     listed = settings.pop("defaults", [])
     if of_user:
-        for key in ("hydra", "resume"):
-            if key in settings:
-                raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
+        for key in sorted({"experiment", "hydra", "resume"} & settings.keys()):
+            raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
         _check_plain(settings, path)
         for group in ("data", "public"):
             _find_files_beside(settings.get(group), path.parent)
@@ -113,11 +108,13 @@ def _check_plain(value: Any, path: Path, key: str = "") -> None:
         for name, inner in value.items():
             if name in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_"):
                 raise ConfigError(f"{path}: {key}{name}", inner, "must not be there: a file of settings runs no code")
+            if not isinstance(name, str | int | float):
+                raise ConfigError(f"{path}: {key}{name}", str(inner), "must be text; put quotes around the key")
             _check_plain(inner, path, f"{key}{name}.")
     elif isinstance(value, list):
         for inner in value:
             _check_plain(inner, path, key)
-    elif isinstance(value, date | bytes):
+    elif isinstance(value, date | bytes | set):
         raise ConfigError(f"{path}: {key.rstrip('.')}", str(value), "must be text; put quotes around it")
     elif isinstance(value, str) and "${" in value:
         raise ConfigError(f"{path}: {key.rstrip('.')}", value, "must not hold '${': a file of settings is plain data")

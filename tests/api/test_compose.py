@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedtune.api.compose import compose_recipe, compose_run
@@ -254,3 +255,15 @@ def test_a_path_may_begin_at_home_and_hold_commas(tmp_path: Path, monkeypatch: p
         compose_run(["resume=~/none"])
     write_config(config, tmp_path / "r" / "x")
     assert compose_run(["resume=~/r/x"]).resume == str(tmp_path / "r" / "x")
+
+
+def test_values_of_python_are_settings_or_are_refused() -> None:
+    config = compose_recipe("debug", {"data.labels": np.array(["a", "b"]), "privacy.noise_multiplier": np.float32(3)})
+    assert (config.data.labels, config.privacy.noise_multiplier) == (("a", "b"), 3.0)
+    itself: list[object] = []
+    itself.append(itself)
+    for value in (object(), {1, 2}, itself, {("a", "b"): "c"}):
+        with pytest.raises(ConfigError, match=r"^model\.path = .*: must be text, a number, true, false, None"):
+            compose_recipe("debug", {"model.path": value})
+    with pytest.raises(ConfigError, match=r"^1 = '2': is not a setting of fedtune"):
+        compose_recipe("debug", {1: 2})  # type: ignore[dict-item]

@@ -65,6 +65,10 @@ def test_a_file_s_map_replaces_that_of_conf_and_is_swept(page: Path) -> None:
         ("name: a\ndata:\n  max_length: 8\n  max_length: 9\n", "experiment", "or a key twice"),
         ("hydra: {run: {dir: x}}\n", "hydra", "must not be there"),
         ("resume: runs/x\n", "resume", "must not be there"),
+        ("experiment: debug\n", "experiment", "must not be there"),
+        ("data: {partition: {sites: {2024-01-01: a}}}\n", "sites.2024-01-01", "put quotes around the key"),
+        ("data: {columns: {null: a}}\n", "columns.None", "put quotes around the key"),
+        ("data: {labels: !!set {a}}\n", "data.labels", "must be text"),
         ("data: {_target_: os.system}\n", "_target_", "runs no code"),
         ("name: ${oc.env:HOME}\n", "name", "plain data"),
         ("name: 2026-11-26\n", "name", "must be text"),
@@ -93,6 +97,8 @@ def test_a_wrong_file_is_named(page: Path, text: str, key: str, bound: str) -> N
         ("privacy.epsilno=1", "privacy.epsilno = '1': is not a setting of fedtune; did you mean privacy.epsilon?"),
         ("privacy={epsilonn: 1}", "privacy.epsilonn = 1: is not a setting of fedtune; did you mean privacy.epsilon?"),
         ("privacy=3", "privacy = '3': must be one of dp_sgd, none"),
+        *((override, f"override = '{override}': must look like") for override in ("+privacy=none", "++privacy=none")),
+        *((override, f"override = '{override}': must look like") for override in ("~privacy=none", "~privacy=wrong")),
         ("seed=range(1,3)", "seed = 'range(1,3)': is several values"),
         ("training.learning_rates=1", "did you mean training.learning_rate?"),
         ("federation.rounds=1", "did you mean federation.num_rounds?"),
@@ -142,6 +148,7 @@ def test_values_as_they_are_typed(page: Path) -> None:
         (["m" * 5000], r"like key='\.\.\.'$"),
         (["experiment=./mails.yaml", "experiment=debug"], "'debug': is one too many: experiment=./mails.yaml is given"),
         (["experiment=debug", "experiment=own_data"], "'own_data': is one too many: experiment=debug is given, too$"),
+        (["resume=runs/a", "resume=null"], "resume = null: is one too many: resume=runs/a is given, too$"),
     ],
 )
 def test_an_experiment_that_is_not_typed_as_one_is_told_of(
