@@ -2,6 +2,7 @@
 
 import json
 import stat
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.spec import ConfigError
 
+from .conftest import Desk
+
 
 def test_a_request_says_what_the_policy_says(request_of: Any) -> None:
     path = request_of("north", declared_size=8000)
@@ -27,8 +30,9 @@ def test_a_request_says_what_the_policy_says(request_of: Any) -> None:
     assert request.node_key == public_pem(read_connection_key(folder / "connection_key.pem"))
 
 
-def test_keys_are_their_owner_s_alone(request_of: Any) -> None:
-    folder = request_of("north").parent
+def test_keys_are_their_owner_s_alone(tmp_path: Path, now: datetime) -> None:
+    # Without a federation, which would refuse to read its own keys before.
+    folder = Desk(tmp_path / "federation", now).request("north").parent
     for key in (folder / "connection_key.pem", folder.parent / "site_key.pem"):
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
