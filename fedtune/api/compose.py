@@ -243,7 +243,7 @@ def _said(key: str, value: Any) -> Override:
     try:
         plain = json.loads(json.dumps(value, default=_plain))
     except (TypeError, ValueError):  # the latter of one that holds itself
-        raise ConfigError(str(key), str(value), "must be text, a number, true, false, None, or made of these") from None
+        raise ConfigError(key, str(value), "must be text, a number, true, false, None, or made of these") from None
     return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, plain, input_line=f"{key}={value}")
 
 

@@ -153,8 +153,8 @@ class _Look:
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:
-        data, unit, by_row = self._data, self._config.privacy.unit, format_of(path) == ".json"
-        rows, faults, errors = 0, Faults(), list[tuple[str, str, str]]()
+        data, unit, form = self._data, self._config.privacy.unit, format_of(path)
+        rows, by_row, faults, errors = 0, form == ".json", Faults(), list[tuple[str, str, str]]()
         self._found: dict[tuple[Kind, str, str], Finding] = {}  # in this file so far, by kind, what and column
         self._texts: dict[bytes, tuple[int, int]] = {}  # in it by digest: the first line, and records that have it
         uses, spelt_otherwise, labels = Counter[str](), Counter[str](), dict.fromkeys(data.labels, 0)
@@ -192,14 +192,14 @@ class _Look:
                 self._note_record(record, its_use)
         # What the rows say beside what a run reads of them.
         for number, (line, row) in enumerate(raw_rows(path, lenient=True), 1):
-            for what, column in odd_texts(row, format_of(path)) if not isinstance(row, DataError) else ():
+            for what, column in odd_texts(row, form) if not isinstance(row, DataError) else ():
                 self._note(number if by_row else line, "damage", what, column)
         if shared := self._found.get(("shared", "", "")):
             most = max(count for _, count in self._texts.values())
             self._found["shared", "", ""] = replace(shared, what=f"(one is in {most:,})")
         return FileCheck(
             path=str(path),
-            places="lines" if format_of(path) in (".jsonl", ".csv", ".tsv") else "rows",
+            places="lines" if form in (".jsonl", ".csv", ".tsv") else "rows",
             rows=rows,
             uses={use: uses[use] for use in _USES if use in uses},
             errors=tuple(errors),

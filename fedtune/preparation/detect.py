@@ -154,7 +154,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
     taken for the unit.  A DataError is about the file, a ConfigError about what was chosen.
     """
     columns, first, faults = dict[str, Column](), list[Row](), list[DataError]()
-    rows = num_faults = 0
+    form, rows, num_faults = format_of(path), 0, 0
     odd = defaultdict[tuple[str, str], list[int]](list)  # lines by what is odd, and column
     for number, (line, row) in enumerate(raw_rows(path), 1):
         if isinstance(row, DataError):
@@ -162,7 +162,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
             faults += [row] if num_faults <= SHOWN_ROWS else []
             continue
         rows += 1
-        for one in odd_texts(row, format_of(path)):
+        for one in odd_texts(row, form):
             odd[one].append(line)
         first += [row] if rows <= SHOWN_ROWS else []
         for name, value in row.items():
@@ -173,7 +173,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
         raise faults[0] if faults else DataError(str(path), "no rows", "must hold at least one record")
     for column in columns.values():
         column.judge()
-    if not chosen and format_of(path) in (".csv", ".tsv"):
+    if not chosen and form in (".csv", ".tsv"):
         _require_header(columns, path)
     for option, name in chosen.items():
         if name not in columns:
