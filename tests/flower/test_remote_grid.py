@@ -147,12 +147,15 @@ def test_a_provisional_answer_is_asked_for_again_until_it_is_final(network: Loop
         heard.append((number, about(answer)["number"]))
         return Heard(good=True, again_s=0.2 if about(answer)["number"] < 3 else None)
 
-    site = network.site("a")
+    network.site("a")
     with network.grid(["b", "a"], hear=hear) as grid:
         (answer,) = list(grid.receive(questions(2), timeout=30))
-    assert about(answer)["number"] == 3
-    assert heard == [(2, 1), (2, 2), (2, 3)]
-    assert len(site.lines("received")) == 3
+    # A server that is slow to answer makes the lead ask once more, so a number may be left out, but none comes twice.
+    numbers = [told for _, told in heard]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) > 1
+    assert [told >= 3 for told in numbers] == [False] * (len(heard) - 1) + [True]
+    assert heard[-1] == (2, about(answer)["number"])
 
 
 @pytest.mark.parametrize("paused", [False, True])
@@ -179,14 +182,29 @@ def test_what_a_site_said_before_it_began_is_no_answer(network: Loopback, monkey
     assert len(site.lines("received")) == 2
 
 
-def test_a_site_that_comes_late_is_asked_when_it_is_there(network: Loopback, meanwhile: Any) -> None:
+def test_a_site_that_comes_late_is_asked_when_it_is_there(
+    network: Loopback, meanwhile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+    asked_of: list[tuple[int, bool]] = []  # the node, and whether the first answer was there when it was asked
+    push = LeadSession.push
+
+    def note(self: LeadSession, question: Message) -> Any:
+        asked_of.append((question.metadata.dst_node_id, bool(heard)))
+        return push(self, question)
+
+    monkeypatch.setattr(LeadSession, "push", note)
     on_time = network.site("a")
-    with network.grid(["a", "b"]) as grid:
+    with network.grid(["a", "b"], hear=lambda number, *_: heard.append(number) or Heard(good=True)) as grid:
         asked = meanwhile(grid, 1, 2)
         on_time.wait_for("replied")
+        wait_for(lambda: heard, what="the first answer")
         network.site("b")
         assert sites_of(asked.result(timeout=60)) == {1: "a", 2: "b"}
-    assert len(on_time.lines("received")) == 1, "who has answered is left alone"
+    # A server that is slow to answer makes the lead ask again, but not for an answer that it has.
+    early, late = ({node for node, answered in asked_of if answered is late} for late in (False, True))
+    assert len(early) == len(late) == 1
+    assert early != late
 
 
 def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
