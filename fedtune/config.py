@@ -300,17 +300,17 @@ _NO_YAML = {
     UnicodeDecodeError: "bytes that are no UTF-8",
     yaml.reader.ReaderError: "control characters",
     yaml.MarkedYAMLError: "a line that is no YAML, or a key twice; tabs cannot indent, and [ or quotes must be closed",
-    yaml.YAMLError: "a reference (& and *), which settings do without",
+    yaml.YAMLError: "a reference (& and *) or a tag (!), which settings do without",
 }
 """What is wrong with a file of settings, by what PyYAML raises; the first that fits."""
 
 
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """YAML without references: some hundred bytes of them can stand for more values than any memory holds."""
+    """YAML of text, numbers, lists and mappings; some hundred bytes of references could fill any memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("a reference")
+        if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "tag", None) is not None:
+            raise yaml.YAMLError("a reference or a tag")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -319,6 +319,9 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
             if isinstance(one, yaml.ScalarNode) and one.value in names[:place]:  # YAML would take the last
                 raise yaml.MarkedYAMLError(problem="a key twice", problem_mark=one.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:timestamp", _PlainLoader.construct_yaml_str)  # a date is text
 
 
 def config_yaml(config: RunConfig) -> bytes:
@@ -368,7 +371,6 @@ def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
             raise ValueError("no keys")
     except OSError as error:
         raise ConfigError(key, str(path), f"must be a file that can be read ({error.strerror})") from None
-    # The others come of texts that only look like a date or a tag of YAML's.
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -525,16 +527,12 @@ _BOUNDS = {
     "tuple_type": "must be a list, as in [a,b]",
     "too_long": "must have fewer values",
     "int_parsing_size": f"must be a whole number of at most {MOST_SEED}",
-    "int_from_float": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_type": "must be a whole number",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
+    **dict.fromkeys(("int_from_float", "int_parsing", "int_type"), "must be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
     "string_type": "must be text; put quotes around it",
-    "dict_type": "must be keys and values, as in {text: body}",
-    "mapping_type": "must be keys and values, as in {text: body}",
+    "invalid_key": "must be text, as every key is; put quotes around it",
+    **dict.fromkeys(("dict_type", "mapping_type"), "must be keys and values, as in {text: body}"),
 }
 """By pydantic's type of an error, where its own words are a programmer's."""
 _ADAPTER = TypeAdapter(RunConfig)

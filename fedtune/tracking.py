@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedtune.config import RunConfig
-from fedtune.federation.lead import LeadState
+from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.federation.run_folder import RunFolder
-from fedtune.runs.results import RunResult, charged_epsilons, site_charge
+from fedtune.runs.results import RunResult
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import dotted, finite
 

@@ -16,7 +16,7 @@ import pytest
 import fedtune.tracking as tracking
 from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
-from fedtune.runs.results import charged_epsilons
+from fedtune.federation.lead import charged_epsilons
 
 from .conftest import command, result_of, simulate, tiny
 

@@ -12,17 +12,11 @@ GOLDEN = {".txt", ".json", ".html", ".svg", ".md", ".yaml", ".toml", ".csv", ".j
 
 
 class Weight(NamedTuple):
-    """Lines of a room, what it may have, the ceiling of one that is over its budget yet, and what issues add."""
+    """Lines of a room, and what it may have with what issues bring."""
 
     room: str
     lines: int
-    budget: int
-    ceiling: int | None
-    added: int
-
-    @property
-    def most(self) -> int:
-        return (self.budget if self.ceiling is None else self.ceiling) + self.added
+    most: int
 
 
 def weights() -> list[Weight]:
@@ -45,12 +39,8 @@ def weights() -> list[Weight]:
         ),
     }
     found = {**dict.fromkeys(BUDGETS["rooms"], 0), **lines, **sums}
-    budgets = {**BUDGETS["rooms"], **BUDGETS["sums"]}
-    added = _added()
-    return [
-        Weight(room, count, budgets[room], BUDGETS["ceilings"].get(room), added.get(room, 0))
-        for room, count in found.items()
-    ]
+    budgets, added = {**BUDGETS["rooms"], **BUDGETS["sums"]}, _added()
+    return [Weight(room, count, budgets[room] + added.get(room, 0)) for room, count in found.items()]
 
 
 def _added() -> dict[str, int]:
@@ -75,6 +65,5 @@ def _lines(path: Path) -> int:
 
 if __name__ == "__main__":
     for weight in weights():
-        budget = weight.budget + weight.added
-        over = f"   over by {weight.lines - budget:,}" if weight.lines > budget else ""
-        print(f"{weight.room:12} {weight.lines:7,} of {budget:7,}{over}")
+        over = f"   over by {weight.lines - weight.most:,}" if weight.lines > weight.most else ""
+        print(f"{weight.room:12} {weight.lines:7,} of {weight.most:7,}{over}")

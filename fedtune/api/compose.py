@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from fedtune.api.experiment_file import FREE_MAPS, composed, experiment_meant, options_of
+from fedtune.api.experiment_file import FREE_MAPS, check_nothing_open, composed, experiment_meant, merged, options_of
 from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
 from fedtune.federation.run_folder import run_folders_near
+from fedtune.runs.place_of_run import time_stamp
 from fedtune.runs.public_stage import awaits_public_stage, with_public_stage
 from fedtune.runs.renewal import renewed, with_start
 from fedtune.spec import NOT_GIVEN, ConfigError
@@ -102,10 +102,11 @@ def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real
     if "renew" in values:
         return with_start(renewed(str(values.pop("renew")), {"name": time_stamp(), **values, **changed}))
     settings, file, of_file = composed(groups)
-    settings = plain = _applied(settings, [one for one in given if one not in of_groups], whole=True)
+    settings = plain = _applied(settings, [one for one in given if one not in of_groups])
+    check_nothing_open(settings)
 
     def in_file(key: str) -> bool:
-        return any(f"{one}.".startswith(f"{key}.") for one in of_file)
+        return any(f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.") for one in of_file)
 
     def said_beside(key: str) -> set[str]:
         # What was said where secure sums or a public stage were asked for, or later, stays: the rest had none in mind.
@@ -115,7 +116,7 @@ def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real
         settings = with_secure_sums(settings, keep=said_beside("federation.aggregation"))
     if settings.get("name") is None:
         settings["name"] = time_stamp()
-    settings = _applied(settings, [_said(key, value) for key, value in changed.items()], whole=False)
+    settings = _applied(settings, [_said(key, value) for key, value in changed.items()])
     try:
         config = parse(settings, for_real_sites=for_real_sites)
         if config.public.train_file is not None:
@@ -128,48 +129,35 @@ def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real
 
 def _changed(known: RunConfig, given: Sequence[Override]) -> RunConfig:
     """A whole configuration with other values, which has its rates by choice: a public stage lowers none of them."""
-    changed = _applied(known.to_json(), given, whole=False)
+    changed = _applied(known.to_json(), given)
     config = parse(changed)
     if awaits_public_stage(config) or config.public != known.public:
         return with_public_stage(config, changed, keep={key for key, _ in dotted(changed)})
     return config
 
 
-def _applied(settings: Mapping[str, Any], given: Sequence[Override], *, whole: bool) -> dict[str, Any]:
-    """Settings after overrides, in their order; `whole`: with `${...}` resolved, and nothing left open by `???`."""
-    tree = OmegaConf.create(dict(settings), flags={"struct": True})
-    typed = {one.key_or_group: str(one.input_line).partition("=")[2] for one in given}
+def _applied(settings: Mapping[str, Any], given: Sequence[Override]) -> dict[str, Any]:
+    """Settings with the values of overrides, in their order."""
+    changed = deepcopy(dict(settings))
     for one in given:
         key, value = one.key_or_group, _value(one)
-        free = next((name for name in FREE_MAPS if f"{key}.".startswith(f"{name}.")), None)
-        try:
-            before = OmegaConf.select(tree, key, throw_on_resolution_failure=False)
-            if one.is_delete() and value in (None, before):
-                outer, _, last = key.rpartition(".")
-                with open_dict(tree):
-                    del OmegaConf.select(tree, outer)[last]
-            elif free is not None:
-                entry = {key.removeprefix(f"{free}."): value}
-                OmegaConf.update(tree, free, value if key == free else entry, merge=key != free, force_add=True)
-            elif one.is_delete() or (one.is_add() and before is not None and not isinstance(value, dict | list)):
-                raise ConfigError("override", one.input_line, _FORM)
-            else:
-                new = one.is_add() or one.is_force_add() or isinstance(value, dict)  # `parse` names what is unknown
-                OmegaConf.update(tree, key, value, force_add=new)
-        except (ConfigAttributeError, ConfigKeyError):
-            raise _unknown(key, typed[key]) from None
-        except (OmegaConfBaseException, TypeError):  # as of a value that lies in no group
-            raise ConfigError("override", one.input_line, _FORM) from None
-    try:
-        found: Any = OmegaConf.to_container(tree, resolve=whole, throw_on_missing=whole)
-    except OmegaConfBaseException as error:
-        key, value, bound = str(error.full_key), "", f"is required: give it as {error.full_key}=VALUE"
-        if not isinstance(error, MissingMandatoryValue):
-            value, bound = typed.get(key, ""), f"must be a value ({str(error).splitlines()[0]})"
-        elif "[" in key:
-            bound = "is required: is for you to say where the file has ???"
-        raise ConfigError(key, value, bound) from None
-    return dict(found)
+        if one.is_delete():
+            raise ConfigError("override", one.input_line, "must be key=value: every setting has a value")
+        if free := next((name for name in FREE_MAPS if key.startswith(f"{name}.")), None):
+            before = _at(changed, free.split("."))
+            entry = {key.removeprefix(f"{free}."): value}
+            key, value = free, before | entry if isinstance(before, dict) else entry
+        *groups, name = key.split(".")
+        group = _at(changed, groups)
+        if not isinstance(group, dict) or name not in group:
+            raise _unknown(one.key_or_group, str(one.input_line).partition("=")[2])
+        group[name] = merged(group[name], value, key) if isinstance(value, dict) else value
+    return changed
+
+
+def _at(settings: Any, path: Sequence[str]) -> Any:
+    """What stands at a path of keys; None: nothing."""
+    return reduce(lambda inner, name: inner.get(name) if isinstance(inner, dict) else None, path, settings)
 
 
 def quoted(text: str) -> str:
@@ -298,8 +286,3 @@ def _unknown(key: str, value: object) -> ConfigError:
     own = [path for path in alike if difflib.SequenceMatcher(None, last, path.rpartition(".")[2]).ratio() > 0.6]
     hint = named or next(iter(own), None)
     return ConfigError(key, value, _UNKNOWN + (f"; did you mean {hint}?" if hint else ""))
-
-
-def time_stamp() -> str:
-    """The name of a run that is given none."""
-    return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
-from fedtune.config import RunConfig, saved_config
+from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.verify import verify as verify_ledger
 from fedtune.process import torch_came_first
+from fedtune.runs.place_of_run import after_public_stage, folder_of
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -30,12 +30,15 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.federation.lead import LeadState, RoundResult, Scores
     from fedtune.federation.planner import Price
     from fedtune.report.checks import Check
-    from fedtune.report.facts import Audit, Lifetime
+    from fedtune.report.facts import Lifetime
     from fedtune.report.model import Report
+    from fedtune.runs.federation_run import Listener
     from fedtune.runs.model_comparison import SideBySide
     from fedtune.runs.results import PrivacyResult, RunResult
     from fedtune.runs.saved_model import BesideBase, SavedModel
     from fedtune.sites.session import Session
+
+Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and reports to a listener
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +54,7 @@ class Progress:
     round: RoundResult | None = None
 
 
-class _Teller:
+class Teller:
     """Tells a callback of a run; notes on the data are warnings."""
 
     def __init__(self, config: RunConfig, progress: Callable[[Progress], None]) -> None:
@@ -97,7 +100,6 @@ def simulate(
         ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
         RunError: too few sites replied.
     """
-    from fedtune.api.start_and_resume import after_public_stage, folder_of, run_in_folder
     from fedtune.flower import simulation
     from fedtune.sites.virtual_site import fitted
 
@@ -110,38 +112,12 @@ def simulate(
     work = partial(simulation.simulate, session=session)
 
     def run(config: RunConfig, folder: Path) -> None:
-        run_in_folder(config, folder, _Teller(config, progress), work=work)
+        run_in_folder(config, folder, Teller(config, progress), work=work)
 
     config = after_public_stage(config, run)
     folder = folder_of(config)
     run(config if config.resume else fitted(config, folder), folder)
     return load(folder)
-
-
-def audit(
-    recipe: Recipe | None = None,
-    settings: Settings | None = None,
-    *,
-    attack: Mapping[str, Any] = MappingProxyType({}),
-    progress: Callable[[Progress], None] = lambda told: None,
-) -> tuple[Run, Audit]:
-    """Run a federation on this machine with canaries in it, attack it, and say what the attack shows of its epsilon.
-
-    `recipe`, `settings`, `progress` and errors are as of `simulate`; `attack` has values by the names of
-    `fedtune.audit.spec.AuditSpec`, such as `{"canaries": 200}`.
-    """
-    from fedtune.api.start_and_resume import folder_of, run_in_folder
-    from fedtune.audit.experiment import auditable, run_audit
-    from fedtune.audit.spec import AuditSpec
-    from fedtune.report.derive.verdicts import read_audit
-
-    spec = AuditSpec.of(attack)
-    config = auditable(compose_recipe(recipe, settings), spec)
-    folder = folder_of(config)
-    run_in_folder(config, folder, _Teller(config, progress), work=partial(run_audit, spec=spec))
-    found = read_audit(folder)
-    assert found is not None, "an audit that ended has written what it found"
-    return load(folder), found
 
 
 def plan(recipe: Recipe | None = None, settings: Settings | None = None) -> Price:
@@ -225,6 +201,37 @@ def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
         check_public_key("key", key)
     path, report = read_report(str(file))
     return check_report(path, report, key=key)
+
+
+def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:
+    """Run in a folder, created unless a run is resumed, and write a report at the end.
+
+    If the run fails before anything began, a new folder is removed again.
+    """
+    from fedtune.report.run_page import UnfinishedReport
+    from fedtune.runs.federation_run import Followed
+    from fedtune.tracking import Tracked
+
+    files, page = RunFolder(folder), UnfinishedReport(folder, config)
+    made: list[Path] = []
+    try:
+        with Tracked(config, note=listener.note) as tracked:
+            if config.resume is None:
+                made = files.create(config_yaml(config))
+            with files.held(), files.logged(config.tracking.log_level):
+                tracked.begin()
+                result = work(config, folder, Followed(listener, tracked.update, page.update))
+            from fedtune.report import model_card  # draws, which takes a second to import
+
+            model_card.write_report_and_card(folder, language=config.report.language)
+            tracked.finish(result, folder)
+    except BaseException:
+        if files.saved_checkpoints:
+            page.stop()
+        elif made:
+            files.remove(made)  # nothing ran: leave nothing behind
+        raise
+    return result
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from datetime import date
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -53,15 +52,28 @@ def composed(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None, se
     options |= own | {group: option for group, option in chosen.items() if group != "experiment"}
     files = {group: _option(group, option) for group, option in options.items() if option is not None}
     of_groups = ({group: plain_yaml(file, key=group)} for group, file in files.items())
-    found = reduce(_merged, (*of_groups, *layers), settings)
+    found = reduce(merged, (*of_groups, *layers), settings)
     return (found, path, {key for key, _ in dotted(layers[-1])}) if is_file else (found, None, set())
 
 
-def _merged(old: Any, new: Any, key: str = "") -> Any:
+def merged(old: Any, new: Any, key: str = "") -> Any:
+    """A setting's new value over its old one: of a group, each of its settings."""
     if not (isinstance(old, dict) and isinstance(new, dict)) or key in FREE_MAPS:
-        return old if new == _OPEN else new
-    merged = {name: _merged(old.get(name, _OPEN), value, f"{key}.{name}".lstrip(".")) for name, value in new.items()}
-    return old | merged
+        return new
+    return old | {name: merged(old.get(name), value, f"{key}.{name}".lstrip(".")) for name, value in new.items()}
+
+
+def check_nothing_open(value: Any, key: str = "") -> None:
+    """Require a value for whatever an experiment leaves open."""
+    if value == _OPEN:
+        bound = "is for you to say where the file has ???" if "[" in key else f"give it as {key}=VALUE"
+        raise ConfigError(key, "", f"is required: {bound}")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            check_nothing_open(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            check_nothing_open(inner, f"{key}[{place}]")
 
 
 def _option(group: str, option: Any, *, key: str | None = None) -> Path:
@@ -81,9 +93,8 @@ def _read(path: Path, *, of_user: bool) -> tuple[dict[str, str], list[dict[str, 
     settings = plain_yaml(path, key="experiment")
     listed = settings.pop("defaults", [])
     if of_user:
-        for key in sorted({"experiment", "hydra", "resume"} & settings.keys()):
+        for key in {"experiment", "resume"} & settings.keys():
             raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
-        _check_plain(settings, path)
         for group in ("data", "public"):
             _find_files_beside(settings.get(group), path.parent)
     options, of_bases, layers = dict[str, str](), dict[str, str](), list[dict[str, Any]]()
@@ -100,24 +111,6 @@ def _read(path: Path, *, of_user: bool) -> tuple[dict[str, str], list[dict[str, 
         else:
             options[group] = option
     return of_bases | options, [*layers, settings]
-
-
-def _check_plain(value: Any, path: Path, key: str = "") -> None:
-    """Refuse what would be more than data: a key that names code, and a value that stands for another."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if name in ("_target_", "_partial_", "_recursive_", "_convert_", "_args_"):
-                raise ConfigError(f"{path}: {key}{name}", inner, "must not be there: a file of settings runs no code")
-            if not isinstance(name, str | int | float):
-                raise ConfigError(f"{path}: {key}{name}", str(inner), "must be text; put quotes around the key")
-            _check_plain(inner, path, f"{key}{name}.")
-    elif isinstance(value, list):
-        for inner in value:
-            _check_plain(inner, path, key)
-    elif isinstance(value, date | bytes | set):
-        raise ConfigError(f"{path}: {key.rstrip('.')}", str(value), "must be text; put quotes around it")
-    elif isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{path}: {key.rstrip('.')}", value, "must not hold '${': a file of settings is plain data")
 
 
 def _find_files_beside(group: Any, folder: Path) -> None:

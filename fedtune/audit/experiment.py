@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+from fedtune.api.compose import Recipe, Settings, compose_recipe
+from fedtune.api.door import Progress, Run, Teller, load, run_in_folder
 from fedtune.audit.gradient_attack import GradientAttack
 from fedtune.audit.guesses import Place
 from fedtune.audit.record_attack import RecordAttack
@@ -19,12 +25,11 @@ from fedtune.flower.simulation import simulate
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.policy_file import write_policy
-from fedtune.privacy.proposal import Proposal
-from fedtune.report.derive.verdicts import refuted
+from fedtune.report.derive.verdicts import read_audit, refuted
 from fedtune.report.facts import Audit, AuditBound
-from fedtune.runs.federation_run import Listener
+from fedtune.runs.federation_run import Followed, Listener
+from fedtune.runs.place_of_run import folder_of
 from fedtune.runs.results import RunResult
-from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import POLICY, Participants, generated_policy
 from fedtune.spec import RUN_SCHEMA, ConfigError
 
@@ -34,6 +39,27 @@ _MARK = """\
 This folder is an audit. Among the training data were {what},
 planted on purpose, and the adapter has learnt from them. Use it for nothing else; train again without an audit.
 """
+
+
+def audit(
+    recipe: Recipe | None = None,
+    settings: Settings | None = None,
+    *,
+    attack: Mapping[str, Any] = MappingProxyType({}),
+    progress: Callable[[Progress], None] = lambda told: None,
+) -> tuple[Run, Audit]:
+    """Run a federation on this machine with canaries in it, attack it, and say what the attack shows of its epsilon.
+
+    `recipe`, `settings`, `progress` and errors are as of `simulate`; `attack` has values by the names of
+    `fedtune.audit.spec.AuditSpec`, such as `{"canaries": 200}`.
+    """
+    spec = AuditSpec.of(attack)
+    config = auditable(compose_recipe(recipe, settings), spec)
+    folder = folder_of(config)
+    run_in_folder(config, folder, Teller(config, progress), work=partial(run_audit, spec=spec))
+    found = read_audit(folder)
+    assert found is not None, "an audit that ended has written what it found"
+    return load(folder), found
 
 
 def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
@@ -96,10 +122,16 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     attack = (GradientAttack if spec.kind == "gradient" else RecordAttack)(everyone, spec, sites)
     kind = "records" if spec.kind == "records" else "users" if config.privacy.unit == "user" else "gradients"
     planted = f"about {spec.canaries // 2} made-up {kind} at each of {', '.join(sites)}"
-    history = _History(listener, folder, what=planted)
+    adapters: list[Adapter] = []
+
+    def note(state: LeadState) -> None:
+        if not adapters:  # before training begins
+            write_durably(RunFolder(folder).audit_mark, _MARK.format(what=planted).encode())
+        adapters.append(state.adapter)
+
     with attack.watching():
-        run = simulate(config, folder, history, everyone=everyone)
-    counts = attack.counts(history.adapters)
+        run = simulate(config, folder, Followed(listener, note), everyone=everyone)
+    counts = attack.counts(adapters)
     membership = attack.membership() if isinstance(attack, RecordAttack) else ()
     # What the run charged each audited site; of the average, which is made of all, the most that any of them did.
     charged = {site: run.privacy.sites[site].epsilon for site in sites}
@@ -130,29 +162,3 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     fields = {**asdict(replace(found, exceeded=bool(refuted(found)))), "schema_version": RUN_SCHEMA}
     write_durably(RunFolder(folder).audit, json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
     return run
-
-
-class _History:
-    """Keeps each round's adapter, marks the folder before training begins, and passes everything on."""
-
-    def __init__(self, listener: Listener, folder: Path, *, what: str) -> None:
-        self._listener, self._folder, self._what = listener, folder, what
-        self.adapters: list[Adapter] = []
-
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
-        write_durably(RunFolder(self._folder).audit_mark, _MARK.format(what=self._what).encode())
-        self.adapters.append(state.adapter)
-        self._listener.prepared(shared, proposal, state)
-
-    def preparing(self, what: str, done: int, total: int) -> None:
-        self._listener.preparing(what, done, total)
-
-    def note(self, text: str) -> None:
-        self._listener.note(text)
-
-    def site_replied(self, number: int) -> None:
-        self._listener.site_replied(number)
-
-    def round_finished(self, state: LeadState) -> None:
-        self.adapters.append(state.adapter)
-        self._listener.round_finished(state)

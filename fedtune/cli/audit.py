@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, value_of
-from fedtune.api.start_and_resume import folder_of
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides
 from fedtune.cli.interruptible_run import show_run
@@ -19,6 +18,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.verdicts import read_audit, refuted
 from fedtune.report.facts import Audit, AuditHitRate
+from fedtune.runs.place_of_run import folder_of
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import ConfigError, RunError
 

@@ -16,18 +16,17 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
-from fedtune.api.start_and_resume import folder_of, is_finished
 from fedtune.cli.command import Argument, Metrics, Option, Renew, answer
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.kept_round import is_over, kept_of
-from fedtune.federation.lead import Checkpoints
+from fedtune.federation.lead import Checkpoints, site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services.lead_and_server import everyone, latest_answers, members, run_named, running_process
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.runs.results import site_charge
+from fedtune.runs.place_of_run import folder_of, is_finished
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 

@@ -8,9 +8,9 @@ from typing import Annotated
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
-from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.command import AsJson, Option, Overrides, Renew
 from fedtune.cli.interruptible_run import after_shown_public_stage, run_in_a_line, run_simulation, show_trials
+from fedtune.runs.place_of_run import folder_of
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
 from fedtune.sites.session import Session
 from fedtune.spec import ConfigError

@@ -31,13 +31,13 @@ from fedtune.data.features import FeatureReader, FeatureSpec
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
 from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantise, write_graph
-from fedtune.federation.run_folder import LABEL
+from fedtune.federation.run_folder import CARD, LABEL
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
 from fedtune.model.quiet import quiet
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import from_run
-from fedtune.report.model_card import CARD, Form, card_files
+from fedtune.report.model_card import Form, card_files
 from fedtune.runs.environment import mark
 from fedtune.spec import ConfigError, RunError
 from fedtune.tasks.base import Readout, Task

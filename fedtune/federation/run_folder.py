@@ -19,7 +19,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk
 
 _MOST_NAMED = 10
-LABEL = "label.svg"  # the privacy label, beside an adapter's card
+CARD, LABEL = "README.md", "label.svg"  # of an adapter, and the privacy label beside it
 ASKED = "asked.jsonl"  # the journal of rounds that were asked for, in the folder of a run's checkpoints
 
 

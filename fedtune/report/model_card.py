@@ -19,7 +19,7 @@ from jinja2 import StrictUndefined
 from markupsafe import Markup, escape
 
 from fedtune.config import RunConfig
-from fedtune.federation.run_folder import LABEL, RunFolder
+from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.model.source import public_place
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.privacy.durable import write_durably
@@ -31,8 +31,6 @@ from fedtune.report.page.report_words import Words
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 from fedtune.words import score_text, score_words
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

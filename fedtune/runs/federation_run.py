@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedtune.config import RunConfig
 from fedtune.federation.aggregation import Aggregation
@@ -60,6 +60,23 @@ class Listener(Protocol):
 
     def round_finished(self, state: LeadState) -> None:
         """A round was aggregated, scored and checkpointed."""
+
+
+class Followed:
+    """A listener that first gives each state of the run, from the first on, to `updates`, such as a tracker."""
+
+    def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
+        self._listener, self._updates = listener, updates
+
+    def __getattr__(self, name: str) -> Any:
+        told, updates = getattr(self._listener, name), self._updates
+
+        def follow(*given: Any) -> None:
+            for update in updates:
+                update(given[-1])
+            told(*given)
+
+        return follow if name in ("prepared", "round_finished") else told  # which end with the state
 
 
 Engine = Callable[[Callable[[Transport], LeadState]], LeadState]

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-
-from fedtune.data import TextDataset, collate
 from fedtune.federation.secure.agreement import bits_needed
 from fedtune.federation.secure.messages import upload_bytes
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
-from fedtune.training.machine import micro_batch_tokens, model_bytes, place_for_states
-from fedtune.training.per_example import attached
+from fedtune.training.machine import model_bytes, place_for_states, seconds_per_example
 from fedtune.training.spec import RuntimeSpec
-
-_MOST_TOKENS = 512  # of the micro-batch that is timed
-_ENOUGH_S = 0.7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,37 +81,3 @@ def forecast(
         round_seconds=rounds,
         seconds_one_after_another=num_records * below + plan.num_rounds * sum(rounds.values()),
     )
-
-
-def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool) -> tuple[float, float]:
-    """Time of one example at full length: once below the first adapter (0 if nothing is `kept`), and of its gradient.
-
-    Each is the least of a few passes over a made-up micro-batch.
-    """
-    most = min(_MOST_TOKENS, micro_batch_tokens(runtime, model.device))
-    count, draws = max(1, most // (max_length * model.spec.texts)), np.random.default_rng(0)
-    rows = model.made_up([max_length] * (count * model.spec.texts), draws)
-    targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised
-    batch = collate(TextDataset(rows, targets, model.spec.texts), range(count), pad_id=0).to(model.device)
-    below = 0.0
-    if kept and (states := model.frozen_states(batch)) is not None:
-        below = _least_seconds(model, lambda: model.frozen_states(batch))
-        batch = replace(batch, prefix=states)
-    if (reference := model.reference(batch)) is not None:
-        below += _least_seconds(model, lambda: model.reference(batch))
-        batch = replace(batch, reference=reference)
-    with attached(model) as gradients:
-        above = _least_seconds(model, lambda: gradients.of(batch))
-    return below / len(batch), above / len(batch)
-
-
-def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
-    """Time of `work`; the first pass also warms up, and is the only one where it takes long."""
-    passes: list[float] = []
-    while sum(passes) < _ENOUGH_S and len(passes) < 4:
-        begun = time.perf_counter()
-        work()
-        if model.device.type != "cpu":
-            torch.accelerator.synchronize(model.device)
-        passes.append(time.perf_counter() - begun)
-    return min(passes)

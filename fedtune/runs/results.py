@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.cost import Energy
 from fedtune.federation.kept_round import Kept
-from fedtune.federation.lead import LeadState, RoundResult, Scores
-from fedtune.privacy import accountant
+from fedtune.federation.lead import LeadState, RoundResult, Scores, SiteCharge, site_charge
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RUN_SCHEMA
@@ -81,28 +79,6 @@ def findings_of(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SiteCharge:
-    """A site's spending in one run, from its receipts, with the plan's numbers; nothing bounds an epsilon of None."""
-
-    epsilon: float | None = None  # by PLD, at the plan's delta; `epsilon_rdp` by RDP
-    epsilon_rdp: float | None = None
-    rounds: int  # charged, retries included; `steps` are theirs
-    # of the whole plan, by PLD.  For a run that ended early this is the figure that is proved whatever made it
-    # end: `epsilon` is one only where that did not depend on what the run had released.
-    planned_epsilon: float | None = None
-    steps: int
-    sampling_rate: float
-    noise_multiplier: float  # of the run's plan; the site made `noise_factor` times that, by which its epsilons are
-    metrics_noise_multiplier: float
-    upper_bound: bool  # the site fell silent, so every round asked of it since its last receipt is counted as charged
-    noise_factor: float = 1.0
-
-    def claim(self, *, ended_by_scores: bool) -> float | None:
-        """The epsilon that is proved for a run that ended so."""
-        return self.planned_epsilon if ended_by_scores and self.rounds else self.epsilon
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyResult:
     """The run's promise: `epsilon` is the largest of what its sites were charged.
 
@@ -116,41 +92,6 @@ class PrivacyResult:
     epsilon: float | None = None
     seeded_noise: bool
     sites: Mapping[str, SiteCharge]
-
-
-def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
-    """The spending of `site` in this run, derived from charged rounds and never from what was planned.
-
-    A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
-    rounds than its plan: its ledger grants none.
-    """
-    receipt, own = state.receipts.get(site), state.plan_at(site, plan)
-    silent = state.unanswered.get(site, 0)
-    charged = receipt.charged_rounds if receipt else 0
-    rounds = max(charged, min(charged + silent, plan.most_rounds))
-    epsilon, epsilon_rdp = charged_epsilons(own, rounds)
-    return SiteCharge(
-        epsilon=finite(epsilon),
-        epsilon_rdp=finite(epsilon_rdp),
-        rounds=rounds,
-        planned_epsilon=finite(charged_epsilons(own, plan.most_rounds)[0]),
-        steps=rounds * plan.local_steps,
-        sampling_rate=plan.sampling_rate,
-        noise_multiplier=plan.noise_multiplier,
-        metrics_noise_multiplier=plan.metrics_noise_multiplier,
-        upper_bound=silent > 0,
-        noise_factor=receipt.noise_factor if receipt else 1.0,
-    )
-
-
-@lru_cache(maxsize=256)
-def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
-    """Epsilon of `rounds` charged rounds of a plan, by PLD and by RDP."""
-    # Cached: sites mostly stand at the same count, and composing takes a moment.
-    if rounds == 0:
-        return 0.0, 0.0
-    spent = [plan.event(rounds=rounds)]
-    return accountant.epsilon_pld(spent, plan.delta), accountant.epsilon_rdp(spent, plan.delta)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

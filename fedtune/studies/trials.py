@@ -16,14 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.api.compose import MOST_RUNS, Searched, compose_run, key_of, split_searched, time_stamp, value_of
-from fedtune.api.start_and_resume import folder_of, going_on
+from fedtune.api.compose import MOST_RUNS, Searched, compose_run, key_of, split_searched, value_of
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
+from fedtune.runs.place_of_run import folder_of, going_on, time_stamp
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 from fedtune.words import counted, unbounded

@@ -1,4 +1,4 @@
-"""Devices and memory of this machine, and how a task model is made ready for it."""
+"""Devices, memory and speed of this machine, and how a task model is made ready for it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import ctypes
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedtune.data import Shapes
+from fedtune.data import Shapes, TextDataset, collate
 from fedtune.model.fits import usable_positions
 from fedtune.model.products import multiply_by_onednn
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.accelerators import accelerator, memory_of
+from fedtune.training.per_example import attached
 from fedtune.training.spec import RuntimeSpec
 
 _ELSEWHERE_MIB = 1024.0  # for kept states where the system does not say how much memory is available
 _ELSEWHERE_BYTES = 4 * 2**30  # of all memory, likewise
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_MOST_TIMED, _ENOUGH_S = 512, 0.7  # tokens of the micro-batch that is timed, and seconds of its passes
 _GRADIENTS_THAT_PAY, _MOST_PROCESSES, _BYTES_OF_A_PROCESS = 30_000, 4, 2 * 2**30
 _TOKENS_ON_GPU, _TOKENS_OF_A_THREAD, _MOST_TOKENS = 16384, 512, 2048
 """Of a micro-batch: on a CPU each step takes as long with more, and the trial before the run longer
@@ -292,3 +297,37 @@ def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
     """The memory that the frozen layers' outputs for `num_tokens` take, in MiB; 0 where the first layer trains."""
     width = model.base.config.get_text_config().hidden_size * model.base.dtype.itemsize
     return num_tokens * width / 2**20 if model.skips_layers else 0.0
+
+
+def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool) -> tuple[float, float]:
+    """Time of one example at full length: once below the first adapter (0 if nothing is `kept`), and of its gradient.
+
+    Each is the least of a few passes over a made-up micro-batch.
+    """
+    most = min(_MOST_TIMED, micro_batch_tokens(runtime, model.device))
+    count, draws = max(1, most // (max_length * model.spec.texts)), np.random.default_rng(0)
+    rows = model.made_up([max_length] * (count * model.spec.texts), draws)
+    targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised
+    batch = collate(TextDataset(rows, targets, model.spec.texts), range(count), pad_id=0).to(model.device)
+    below = 0.0
+    if kept and (states := model.frozen_states(batch)) is not None:
+        below = _least_seconds(model, lambda: model.frozen_states(batch))
+        batch = replace(batch, prefix=states)
+    if (reference := model.reference(batch)) is not None:
+        below += _least_seconds(model, lambda: model.reference(batch))
+        batch = replace(batch, reference=reference)
+    with attached(model) as gradients:
+        above = _least_seconds(model, lambda: gradients.of(batch))
+    return below / len(batch), above / len(batch)
+
+
+def _least_seconds(model: TaskModel, work: Callable[[], object]) -> float:
+    """Time of `work`; the first pass also warms up, and is the only one where it takes long."""
+    passes: list[float] = []
+    while sum(passes) < _ENOUGH_S and len(passes) < 4:
+        begun = time.perf_counter()
+        work()
+        if model.device.type != "cpu":
+            torch.accelerator.synchronize(model.device)
+        passes.append(time.perf_counter() - begun)
+    return min(passes)

@@ -12,7 +12,7 @@ from typing import Any
 from observer import Seen
 from world import Setting
 
-from fedtune.federation.lead import Checkpoints, LeadState
+from fedtune.federation.lead import Checkpoints, LeadState, site_charge
 from fedtune.federation.protocol import RoundRequest
 from fedtune.privacy import accountant
 from fedtune.privacy.events import grouped
@@ -24,7 +24,6 @@ from fedtune.privacy.ledger.history import Run
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
-from fedtune.runs.results import site_charge
 from fedtune.spec import ConfigError, FedtuneError
 
 _HOT = bytes.fromhex("d9d505f920a163d7")

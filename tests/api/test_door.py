@@ -12,6 +12,8 @@ import pytest
 
 import fedtune
 from fedtune.api import door
+from fedtune.api.compose import compose_recipe
+from fedtune.audit.experiment import audit as audit_run
 from fedtune.spec import ConfigError
 
 TINY: Mapping[str, Any] = {
@@ -108,17 +110,17 @@ def test_rounds_and_events_are_tables(run: fedtune.Run) -> None:
 
 
 def test_a_run_is_audited(tmp_path: Path) -> None:
-    found, audit = door.audit("debug", tiny(tmp_path), attack={"canaries": 20})
+    found, audit = audit_run("debug", tiny(tmp_path), attack={"canaries": 20})
     assert found.rounds
     assert not audit.exceeded
     with pytest.raises(ValueError, match="canaries"):
-        door.audit("debug", tiny(tmp_path, name="other"), attack={"canaries": 1})
+        audit_run("debug", tiny(tmp_path, name="other"), attack={"canaries": 1})
     with pytest.raises(ValueError, match=r"audit\.canary = 5: is not a setting of an audit"):
-        door.audit("debug", tiny(tmp_path, name="other"), attack={"canary": 5})
+        audit_run("debug", tiny(tmp_path, name="other"), attack={"canary": 5})
     with pytest.raises(ValueError, match=r"audit\.canaries = 'many': must be a whole number"):
-        door.audit("debug", tiny(tmp_path, name="other"), attack={"canaries": "many"})
+        audit_run("debug", tiny(tmp_path, name="other"), attack={"canaries": "many"})
     with pytest.raises(ValueError, match=r"audit\.kind = 'sensitivity': makes no run"):
-        door.audit("debug", tiny(tmp_path, name="other"), attack={"kind": "sensitivity"})
+        audit_run("debug", tiny(tmp_path, name="other"), attack={"kind": "sensitivity"})
 
 
 def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
@@ -159,18 +161,18 @@ def test_a_mistake_is_a_value_error_with_the_words_of_the_command_line(tmp_path:
 )
 def test_a_text_arrives_as_it_is(text: str) -> None:
     settings = {"data.columns": {"text": text, "label": "category"}}
-    config = door.compose_recipe("debug", settings)
+    config = compose_recipe("debug", settings)
     assert config.data.columns["text"] == text
-    assert door.compose_recipe(door.compose_recipe("debug"), settings).data.columns == config.data.columns
+    assert compose_recipe(compose_recipe("debug"), settings).data.columns == config.data.columns
 
 
 def test_a_configuration_is_a_recipe_too(tmp_path: Path) -> None:
-    config = door.compose_recipe("debug", tiny(tmp_path))
-    changed = door.compose_recipe(config, {"name": "other", "privacy.noise_multiplier": 5})
+    config = compose_recipe("debug", tiny(tmp_path))
+    changed = compose_recipe(config, {"name": "other", "privacy.noise_multiplier": 5})
     assert (changed.name, changed.privacy.noise_multiplier) == ("other", 5.0)
     assert fedtune.plan(changed).epsilon < fedtune.plan(config).epsilon
     with pytest.raises(ConfigError, match="not a setting"):
-        door.compose_recipe(config, {"privacy.epsilo": 3})
+        compose_recipe(config, {"privacy.epsilo": 3})
 
 
 def test_a_run_works_inside_a_running_event_loop_and_prints_nothing(

@@ -37,6 +37,13 @@ def test_a_file_is_composed_as_an_experiment_of_conf(page: Path) -> None:
     assert config.data.train_file == str(page.parent / "tickets.csv"), "found beside the file"
 
 
+def test_a_value_stands_for_nothing_but_itself(page: Path) -> None:
+    page.write_text(PAGE.replace("[0, 1]", "['${seed}', 2026-11-28, 3.0.0]"))
+    config = compose_run([f"experiment={page}", "report.about.curator=${name}", "data.columns.site='${oc.env:HOME}'"])
+    assert config.data.labels == ("${seed}", "2026-11-28", "3.0.0")
+    assert (config.report.about.curator, config.data.columns["site"]) == ("${name}", "${oc.env:HOME}")
+
+
 def test_what_is_typed_wins_over_the_file(page: Path) -> None:
     typed = ["data.declared_sizes=50", "data.train_file=other.csv", "lora={rank: 3}", "lora=qv"]
     config = compose_run([f"experiment={page}", *typed])
@@ -63,15 +70,18 @@ def test_a_file_s_map_replaces_that_of_conf_and_is_swept(page: Path) -> None:
         ("\0", "experiment", "must hold a configuration as YAML (control characters)"),
         ("a: &b [1]\nc: *b\n", "experiment", "must hold a configuration as YAML (a reference"),
         ("name: a\ndata:\n  max_length: 8\n  max_length: 9\n", "experiment", "or a key twice"),
-        ("hydra: {run: {dir: x}}\n", "hydra", "must not be there"),
+        (PAGE + "hydra: {run: {dir: x}}\n", "hydra", "is not a setting"),
         ("resume: runs/x\n", "resume", "must not be there"),
         ("experiment: debug\n", "experiment", "must not be there"),
-        ("data: {partition: {sites: {2024-01-01: a}}}\n", "sites.2024-01-01", "put quotes around the key"),
-        ("data: {columns: {null: a}}\n", "columns.None", "put quotes around the key"),
-        ("data: {labels: !!set {a}}\n", "data.labels", "must be text"),
-        ("data: {_target_: os.system}\n", "_target_", "runs no code"),
-        ("name: ${oc.env:HOME}\n", "name", "plain data"),
-        ("name: 2026-11-26\n", "name", "must be text"),
+        (PAGE.replace("label: team", "null: team"), "data.columns.None", "must be text; put quotes around it"),
+        (PAGE.replace("[0, 1]", "[a, 1.5]"), "data.labels.1", "must be text; put quotes around it"),
+        (
+            PAGE.replace("[0, 1]", "!!set {a}"),
+            "experiment",
+            "must hold a configuration as YAML (a reference (& and *) or a tag",
+        ),
+        (PAGE + "  _target_: os.system\n", "data._target_", "is not a setting"),
+        (PAGE + "  1.5: x\n", "data", "must be text, as every key is"),
         ("defaults: [override /model: nonesuch]\n", "defaults, model", "must be one of"),
         ("defaults: [override /hydra/launcher: joblib]\n", "defaults, hydra/launcher", "no group"),
         (PAGE + "trainin: {epochs: 3}\n", "trainin", "not a setting"),
@@ -99,6 +109,12 @@ def test_a_wrong_file_is_named(page: Path, text: str, key: str, bound: str) -> N
         ("privacy=3", "privacy = '3': must be one of dp_sgd, none"),
         *((override, f"override = '{override}': must look like") for override in ("+privacy=none", "++privacy=none")),
         *((override, f"override = '{override}': must look like") for override in ("~privacy=none", "~privacy=wrong")),
+        ("~seed", "override = '~seed': must be key=value: every setting has a value"),
+        ("~data.columns.text", "override = '~data.columns.text': must be key=value"),
+        ("training.betas.1=0.5", "training.betas.1 = '0.5': is not a setting of fedtune"),
+        ("privacy.epsilon.x=1", "privacy.epsilon.x = '1': is not a setting"),
+        ("+privacy.x=1", "privacy.x = '1': is not a setting"),
+        ("model.path=???", "model.path = '': is required: give it as model.path=VALUE"),
         ("seed=range(1,3)", "seed = 'range(1,3)': is several values"),
         ("training.learning_rates=1", "did you mean training.learning_rate?"),
         ("federation.rounds=1", "did you mean federation.num_rounds?"),

@@ -129,7 +129,6 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
             '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9,
             "= 'columns n (object, number), l",
         ),
-        ("a.csv", "\n".join(["text,label", *LINES, *["x,${x}"] * 9]), "a.yaml: data.labels = '${x}': must not hold"),
     ],
 )
 def test_a_file_that_no_experiment_can_be_made_of(here: Path, name: str, text: str, message: str) -> None:

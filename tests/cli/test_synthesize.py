@@ -434,13 +434,13 @@ def test_a_ballot_has_the_unit_and_what_it_cannot_hold_is_not_chosen(runs: Path,
     columns = {**run.config.data.columns, "user": "who", "site": "where"}
     by_user = replace(run.config.data, columns=columns, partition=partition, **aside)
     config = replace(run.config, data=by_user, privacy=replace(run.config.privacy, unit="user"), seed=7)
-    rows = [{"messages": "a", "ref": text} for text in ("a blue one", "say ${name}", "???", "a red one")]
-    file.write_text(ballot([*rows, {"messages": "a", "ref": "next\x85line"}], "ref", config))
+    rows = [{"messages": "a", "ref": text} for text in ("a blue one", "???", "a red one")]
+    file.write_text(ballot([*rows, {"messages": "a", "ref": "next\x85 ${line}"}], "ref", config))
     voting = compose_run([f"experiment={file}", "model=random_bert"])
-    assert voting.head.label_texts == ("a blue one", "a red one", "next\x85line")
+    assert voting.head.label_texts == ("a blue one", "a red one", "next\x85 ${line}")
     dealt, voters = dealt_out(config), dealt_out(voting)
     assert voters.pop("data.columns") == {"text": "ref", "user": "who", "site": "where"} != dealt.pop("data.columns")
     assert voters == dealt, "a user has a vote where it was trained on, and only there"
     assert {key: getattr(voting.data, key) for key in aside} == aside
     kept = chosen(as_written(rows, ("messages", "ref")), "ref", door.load(runs / "shares"), keep=2).rows
-    assert kept == (rows[0], rows[3])
+    assert kept == (rows[0], rows[2])

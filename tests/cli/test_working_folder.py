@@ -20,10 +20,10 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.federation.run_folder import RunFolder, saved_checkpoints
+from fedtune.runs.place_of_run import folder_of
 from fedtune.spec import ConfigError, RefusedError, RunError
 from tests.forked import REPOSITORY, Forked
 

@@ -56,8 +56,8 @@ def tuned(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
-CHAT = ("~data.columns", "+data.columns={messages: chat}", "data.chat_template=plain", "evaluation.generate=true")
-TEXT = ("~data.columns", "+data.columns={text: text}", "evaluation.generate=true")
+CHAT = ("data.columns={messages: chat}", "data.chat_template=plain", "evaluation.generate=true")
+TEXT = ("data.columns={text: text}", "evaluation.generate=true")
 
 
 @pytest.mark.parametrize("private", [True, False], ids=["private", "plain"])

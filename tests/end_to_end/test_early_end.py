@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from fedtune.config import saved_config
-from fedtune.federation.lead import Checkpoints
+from fedtune.federation.lead import Checkpoints, charged_epsilons
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_run
 from fedtune.report.rederive import problems
-from fedtune.runs.results import charged_epsilons
 from fedtune.tasks.saved import SavedAdapter
 
 from ..conftest import command, result_of, simulate, tiny

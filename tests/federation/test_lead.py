@@ -8,12 +8,11 @@ import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 
-from fedtune.federation.lead import LeadState, ReceiptBook
+from fedtune.federation.lead import LeadState, ReceiptBook, site_charge
 from fedtune.federation.protocol import Reply
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.release import Reason, Receipt, Refusal, Update
-from fedtune.runs.results import site_charge
 from fedtune.spec import RunError
 
 from ..conftest import run_plan

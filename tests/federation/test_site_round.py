@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 import fedtune.federation.site_round as site_module
-from fedtune.federation.lead import LeadState
+from fedtune.federation.lead import LeadState, site_charge
 from fedtune.federation.protocol import EndOfRun
 from fedtune.federation.site_round import Trained, end_run
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
-from fedtune.runs.results import site_charge
 
 from ..builders import with_methods
 from ..conftest import run_plan

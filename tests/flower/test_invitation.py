@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message
 
-from fedtune.federation.lead import LeadState
+from fedtune.federation.lead import LeadState, site_charge
 from fedtune.federation.protocol import Reply
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refusal
-from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError, StuckError
 
 from .conftest import STEPS

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from fedtune.federation.lead import site_charge
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.replies import BEYOND_PLAN
 from fedtune.federation.site_round import Trained
@@ -20,7 +21,6 @@ from fedtune.model.spec import LoraSpec
 from fedtune.privacy.events import grouped
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
-from fedtune.runs.results import site_charge
 from fedtune.spec import RefusedError, RunError
 
 from ..conftest import run_plan

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
-from fedtune.api.start_and_resume import folder_of
 from fedtune.cli.command import InterruptTold
 from fedtune.cli.interruptible_run import run_simulation
 from fedtune.config import saved_config
@@ -19,6 +18,7 @@ from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
 from fedtune.report.page.render import AGAIN_S, render
 from fedtune.report.run_page import UnfinishedReport
+from fedtune.runs.place_of_run import folder_of
 from fedtune.show.run_progress import Display
 
 from ..conftest import tiny

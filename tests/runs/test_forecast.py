@@ -13,6 +13,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.runs import forecast as forecast_module
 from fedtune.runs.forecast import Forecast, forecast
 from fedtune.tasks.task_model import TaskModel, build_task_model
+from fedtune.training import machine
 from fedtune.training.spec import RuntimeSpec
 
 from ..builders import built
@@ -86,10 +87,8 @@ def test_users_bring_as_many_records_as_may_take_part(monkeypatch: pytest.Monkey
 
 
 def test_a_record_costs_what_its_texts_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    batches, collate = list[Any](), forecast_module.collate
-    monkeypatch.setattr(
-        forecast_module, "collate", lambda *of, **how: batches.append(collate(*of, **how)) or batches[-1]
-    )
+    batches, collate = list[Any](), machine.collate
+    monkeypatch.setattr(machine, "collate", lambda *of, **how: batches.append(collate(*of, **how)) or batches[-1])
     spec = replace(tiny_model(layers=(-1,)).spec, task="embedding", labels=(), texts=3)
     model = build_task_model(spec)
     width = model.base.config.hidden_size * 4

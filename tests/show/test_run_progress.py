@@ -14,10 +14,10 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
-from fedtune.federation.lead import LeadState
+from fedtune.federation.lead import LeadState, SiteCharge
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult, SiteCharge
+from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult
 from fedtune.show.run_progress import Display, show_result
 
 from ..builders import run_result

@@ -1,0 +1,81 @@
+"""The folder that a run is made in: a new one, or that of a run that goes on."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fedtune.config import RunConfig, saved_config
+from fedtune.federation.kept_round import is_over
+from fedtune.federation.run_folder import CARD, RunFolder
+from fedtune.federation.spec import PublicSpec
+from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
+from fedtune.runs.renewal import with_start
+from fedtune.spec import ConfigError, shown
+from fedtune.words import dotted
+
+
+def folder_of(config: RunConfig) -> Path:
+    """The run's folder; it must be new, or the one to resume with the same configuration."""
+    if config.resume is None:
+        if awaits_public_stage(config):
+            bound = "is for one fedtune simulate or fedtune run; others begin in its adapter: model.adapter=NAME-public"
+            raise ConfigError("public.train_file", config.public.train_file, bound)
+        folder = Path(config.tracking.output_dir) / config.name
+        if folder.exists():
+            raise ConfigError("name", config.name, f"is taken: {folder} exists; choose another, or resume={folder}")
+        return folder
+    folder = Path(config.resume)
+    if RunFolder(folder).audit_mark.exists():
+        raise ConfigError("resume", config.resume, "is an audit, whose data holds canaries; an audit cannot be resumed")
+    saved = saved_config(folder)
+    if saved.digest() != config.digest():
+        old, new = dict(dotted(saved.decisive())), dict(dotted(config.decisive()))
+        differ = [key for key in old | new if old.get(key) != new.get(key)]
+        changes = ", ".join(f"{key} was {shown(old.get(key), 30)}, is {shown(new.get(key), 30)}" for key in differ)
+        raise ConfigError("resume", config.resume, f"was made with another configuration ({changes})")
+    return folder
+
+
+def going_on(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
+    """The run that goes on in `folder`; where that belongs to something else, `name` is taken."""
+    try:
+        folder_of(resumed := replace(config, resume=str(folder)))
+    except ConfigError as error:
+        raise ConfigError("name", name, f"is taken: {folder} {error.bound}; choose another") from None
+    return resumed
+
+
+def is_finished(folder: Path) -> bool:
+    """True if the run's last round is over, and its adapter has its card."""
+    config, files = saved_config(folder), RunFolder(folder)
+    if not (files.adapter / CARD).is_file():
+        return False
+    from fedtune.federation.lead import Checkpoints  # torch takes seconds to import
+
+    rounds = Checkpoints(files.checkpoints, config.digest()).load().rounds
+    return is_over(rounds, config.federation, judged_by=config.judged_by)
+
+
+def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
+    """The run as it begins in what its public stage has learnt; one that has begun, or has no such stage, as it is.
+
+    `train` runs the stage in its folder, new or begun, beside the run's; one that is finished is used as it is.
+    """
+    if config.resume is not None or not awaits_public_stage(config):
+        return config
+    folder_of(replace(config, public=PublicSpec()))  # before anything is trained
+    stage = public_stage_of(config)
+    folder = Path(stage.tracking.output_dir) / stage.name
+    if RunFolder(folder).has_begun():
+        stage = going_on(stage, folder, name=config.name)
+    if stage.resume is None or not is_finished(folder):
+        train(stage, folder)
+    return with_start(replace(config, model=replace(config.model, adapter=str(folder))))
+
+
+def time_stamp() -> str:
+    """The name of a run that is given none."""
+    return datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
