@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from fedtune.api.compose import compose_run, quoted
 from fedtune.cli.command import Argument, Metrics, Option, Renew, answer
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
+from fedtune.data.partition import PartitionSpec
 from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import Checkpoints, site_charge
 from fedtune.federation.run_folder import RunFolder
@@ -150,7 +152,8 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     given = [*others, f"federation.num_sites={len(chosen)}", f"federation.site_names=[{names}]"]
     given.append("federation.participants=[]")
     if not begun:  # how a simulation deals out its file says nothing of real sites
-        given += ["runtime=deployment", "~data.partition"]
+        usual = asdict(PartitionSpec()).items()
+        given += ["runtime=deployment", *(f"data.partition.{key}={json.dumps(value)}" for key, value in usual)]
     if "data.declared_sizes" in typed:
         return compose_run(given)
     # Which data set it is, and so how large the sites declare it, is known once the rest is composed.

@@ -71,7 +71,7 @@ def test_sites_may_be_written_in_any_of_these_ways(kit: Kit, sites: str) -> None
     assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
 
 
-@pytest.mark.parametrize("prefix", ["", "++"])
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
 def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
     for sizes, found in (("70", {"west": 70, "north": 70}), ("[70,80]", {"west": 70, "north": 80})):
         config = compose_for_sites(words(f"{prefix}data.declared_sizes={sizes}", "sites=[west,north]"), kit=kit)
