@@ -51,8 +51,9 @@ def going_on(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
 def is_finished(folder: Path) -> bool:
     """True if the run's last round is over, and its adapter has its card."""
     config, files = saved_config(folder), RunFolder(folder)
-    if not (files.adapter / CARD).is_file():
-        return False
+    has_card = (files.adapter / CARD).is_file()
+    if not has_card or not files.saved_checkpoints:  # a run that has lost these cannot go on
+        return has_card
     from fedtune.federation.lead import Checkpoints  # torch takes seconds to import
 
     rounds = Checkpoints(files.checkpoints, config.digest()).load().rounds
