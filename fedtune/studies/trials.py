@@ -23,7 +23,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
-from fedtune.runs.place_of_run import folder_of, going_on, time_stamp
+from fedtune.runs.place_of_run import folder_of, going_on, is_finished, time_stamp
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 from fedtune.words import counted, unbounded
@@ -160,9 +160,7 @@ def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
     from fedtune.report.from_run import read_run
 
     with suppress(FedtuneError):  # of a damaged folder: its run says so
-        record = read_run(folder)
-        if not finished or (record.finished and RunFolder(folder).adapter.is_dir()):
-            return record.result
+        return read_run(folder).result if not finished or is_finished(folder) else None
     return None
 
 
