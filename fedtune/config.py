@@ -305,6 +305,10 @@ _NO_YAML = {
 """What is wrong with a file of settings, by what PyYAML raises; the first that fits."""
 
 
+_ONLY_YAML = re.compile(r"(?i)[-+]?0[\dxb].*|.*[:_].*|yes|no|on|off|\d+-.*|<<")
+"""What YAML 1.1 takes for more than text, and nobody else: octal numbers, 1:30, yes, dates."""
+
+
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML of text, numbers, lists and mappings; some hundred bytes of references could fill any memory."""
 
@@ -312,6 +316,10 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
         if self.check_event(yaml.AliasEvent) or getattr(self.peek_event(), "tag", None) is not None:
             raise yaml.YAMLError("a reference or a tag")
         return super().compose_node(parent, index)
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        return self.DEFAULT_SCALAR_TAG if kind is yaml.ScalarNode and _ONLY_YAML.fullmatch(value) else tag
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         names = [one.value for one, _ in node.value if isinstance(one, yaml.ScalarNode)]
@@ -321,13 +329,11 @@ class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no type
         return super().construct_mapping(node, deep)
 
 
-_PlainLoader.add_constructor("tag:yaml.org,2002:timestamp", _PlainLoader.construct_yaml_str)  # a date is text
-
-
 def config_yaml(config: RunConfig) -> bytes:
     """The content of a run folder's `config.yaml`; `saved_settings` reads it back."""
     settings = {"schema_version": RUN_SCHEMA, **config.to_json()}
-    return bytes(yaml.safe_dump(settings, allow_unicode=True, encoding="utf-8", sort_keys=False))
+    as_it_is = "\x85" not in json.dumps(settings, ensure_ascii=False)  # which YAML would read back as a space
+    return bytes(yaml.safe_dump(settings, allow_unicode=as_it_is, encoding="utf-8", sort_keys=False))
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -354,11 +360,7 @@ def saved_config(folder: Path) -> RunConfig:
 
 
 def plain_yaml(path: Path, *, key: str) -> dict[str, Any]:
-    """A file of keys and values, as plain data.
-
-    Args:
-        path: the file.
-        key: the setting that named it, for messages.
+    """A file of keys and values, as plain data; `key` is the setting that named it.
 
     Raises:
         ConfigError: there is no such file, or it is not YAML of keys and values; with the line where that is known.
@@ -439,9 +441,7 @@ def with_secure_sums(settings: Mapping[str, Any], *, keep: Container[str] = ()) 
         | {key: float(f"{rate * faster:.3g}") for key, rate in rates.items() if isinstance(rate, float)},
     }
     for group, values in chosen.items():
-        settings[group] = settings[group] | {
-            key: value for key, value in values.items() if f"{group}.{key}" not in keep
-        }
+        settings[group] = settings[group] | {key: one for key, one in values.items() if f"{group}.{key}" not in keep}
     return settings
 
 
@@ -493,25 +493,26 @@ def _check_secure(config: RunConfig) -> None:
             raise ConfigError(key, given, f"must be {shown} with federation.aggregation = secure: {why}")
 
 
-def _check_switches(given: Mapping[str, Any], taken: Mapping[str, Any], prefix: str = "") -> None:
+def _check_switches(given: Any, taken: Any, key: str = "") -> None:
     """Refuse true and false for a number, which pydantic takes as 1 and 0."""
-    for key, value in given.items():
-        if isinstance(value, Mapping):
-            _check_switches(value, taken[key], f"{prefix}{key}.")
-        elif isinstance(value, bool) and not isinstance(taken[key], bool):
-            raise ConfigError(f"{prefix}{key}", value, "must be a number")
+    if isinstance(given, bool) and not isinstance(taken, bool):
+        raise ConfigError(key, given, "must be a number")
+    parts = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list | tuple) else ()
+    for name, value in parts:
+        _check_switches(value, taken[name], f"{key}.{name}".lstrip("."))
 
 
 def _first_error(error: ValidationError) -> ConfigError:
     """The first of pydantic's errors in our own words."""
     details = error.errors(include_url=False)[0]
     # pydantic adds the branch of a union that it tried to the location.
-    keys = [str(part) for part in details["loc"] if re.fullmatch(r"\w+", str(part), re.ASCII)]
-    location = ".".join(key for key in keys if key not in ("int", "str", "float", "tuple"))
+    loc, is_unknown = [str(part) for part in details["loc"]], details["type"] == "unexpected_keyword_argument"
+    ours = (part for part in loc if re.fullmatch(r"\w+", part, re.ASCII) or (is_unknown and part is loc[-1]))
+    location = ".".join(part for part in ours if part not in ("int", "str", "float", "tuple"))
     raised = details.get("ctx", {}).get("error")
     if isinstance(raised, ConfigError):
         return raised.under(location)
-    if details["type"] == "unexpected_keyword_argument":
+    if is_unknown:
         return ConfigError(location, details["input"], "is not a setting of fedtune")
     if details["type"] == "missing":
         return ConfigError(location, NOT_GIVEN, "is required")
@@ -533,6 +534,7 @@ _BOUNDS = {
     "string_type": "must be text; put quotes around it",
     "invalid_key": "must be text, as every key is; put quotes around it",
     **dict.fromkeys(("dict_type", "mapping_type"), "must be keys and values, as in {text: body}"),
+    "dataclass_type": "must be keys and values; an option is chosen by defaults: [override /GROUP: OPTION]",
 }
 """By pydantic's type of an error, where its own words are a programmer's."""
 _ADAPTER = TypeAdapter(RunConfig)

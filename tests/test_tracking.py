@@ -19,6 +19,7 @@ from fedtune.config import saved_config
 from fedtune.federation.lead import charged_epsilons
 
 from .conftest import command, result_of, simulate, tiny
+from .processes import wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what these libraries say of each other
 
@@ -145,6 +146,7 @@ def wandb_records(path: Path) -> list[Any]:
 def test_wandb(tracked: Callable[[str], Path]) -> None:
     folder = tracked("wandb")
     (path,) = (folder.parent / "wandb" / "wandb").glob("offline-run-*/*.wandb")
+    wait_for(lambda: sum(one.WhichOneof("record_type") == "history" for one in wandb_records(path)) == 2)
     records = wandb_records(path)
 
     def named(items: Any) -> dict[str, str]:

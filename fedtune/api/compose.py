@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import reduce
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 
-from fedtune.api.experiment_file import FREE_MAPS, check_nothing_open, composed, experiment_meant, merged, options_of
+from fedtune.api.experiment_file import check_nothing_open, composed, experiment_meant, options_of, settings_of
 from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
 from fedtune.federation.run_folder import run_folders_near
+from fedtune.runs.changed_settings import FREE_MAPS, put
 from fedtune.runs.place_of_run import time_stamp
 from fedtune.runs.public_stage import awaits_public_stage, with_public_stage
 from fedtune.runs.renewal import renewed, with_start
@@ -56,6 +56,8 @@ _SEVERAL = "is several values: add -m to run each of them, or write [a,b] for a 
 MOST_RUNS = 1000  # of a sweep or a search: more than anybody means
 
 _PARSER = OverridesParser.create()
+for _name in ("shuffle", "glob"):  # the same words mean the same run, each time and everywhere
+    del _PARSER.functions.functions[_name], _PARSER.functions.definitions[_name]
 _PARSER.functions.register(name="log", func=lambda start, end: IntervalSweep({"log"}, float(start), float(end)))
 _PARSER.functions.definitions["log"] = _PARSER.functions.definitions["interval"]  # it takes the same two numbers
 
@@ -75,56 +77,62 @@ def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> R
     """Compose and validate one run, from values in place of typed words; without a recipe, the default one."""
     given = [_said(str(key), value) for key, value in (settings or {}).items()]
     if isinstance(recipe, RunConfig):
-        return _changed(recipe, given)
+        config = _changed(recipe, given)
+        return config if config.resume else with_start(config)
     return _composed(given if recipe is None else [_said("experiment", recipe), *given], {})
 
 
 def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False) -> RunConfig:
-    values = {one.key_or_group: _value(one) for one in given}
+    typed = {one.key_or_group: _value(one) for one in given}
     of_groups = [one for one in given if options_of(one.key_or_group) and not isinstance(one.value(), dict)]
-    for one in of_groups:  # a group has one option, which is replaced or, without a value, taken out
-        if one.is_add() or one.is_force_add() or (one.is_delete() and one.value() is not None):
+    for one in of_groups:
+        if one.is_add() or one.is_force_add():
             raise ConfigError("override", one.input_line, _FORM)
-    groups = {one.key_or_group: None if one.is_delete() else str(one.value()) for one in of_groups}
+    groups = {one.key_or_group: str(one.value()) for one in of_groups}
+    others = [one for one in given if one not in of_groups]
     for key in ("experiment", "resume"):
         named = [one.value() for one in given if one.key_or_group == key]
         if len(named) > 1:  # the last would be all that counts
             raise ConfigError(key, named[1], f"is one too many: {key}={named[0]} is given, too")
-    if (resumed := values.get("resume")) is not None:
-        # A folder is resumed with its own settings and its name, by which ledgers know it, unless a group is replaced.
+    if (resumed := typed.get("resume")) is not None:
+        # A folder is resumed with its own settings and its name, by which ledgers know it, unless all are typed again.
         folder = Path(str(resumed)).expanduser()
         if not folder.is_dir():
             raise ConfigError("resume", str(resumed), f"must be a run folder{run_folders_near(folder)}")
         saved = saved_config(folder)
-        given = [*given, _said("resume", folder), _said("name", saved.name)]
-        if not groups:
-            return _changed(saved, given)
-    if "renew" in values:
-        return with_start(renewed(str(values.pop("renew")), {"name": time_stamp(), **values, **changed}))
+        others += [_said("resume", folder), _said("name", saved.name)]
+        if "experiment" not in groups:
+            options = {group: settings_of(group, option) for group, option in groups.items()}
+            return _changed(saved, [*itertools.starmap(_said, options.items()), *others])
+    if "renew" in typed:
+        return with_start(renewed(str(typed.pop("renew")), {"name": time_stamp(), **typed, **changed}))
     settings, file, of_file = composed(groups)
-    settings = plain = _applied(settings, [one for one in given if one not in of_groups])
-    check_nothing_open(settings)
-
-    def in_file(key: str) -> bool:
-        return any(f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.") for one in of_file)
+    settings = plain = _applied(settings, others)
+    values = {key for key, _ in dotted({one.key_or_group: _value(one) for one in others})}
 
     def said_beside(key: str) -> set[str]:
         # What was said where secure sums or a public stage were asked for, or later, stays: the rest had none in mind.
-        return {*values, *(of_file if in_file(key) else ())}
+        return values | (of_file if _among(key, of_file) else set())
 
-    if settings.get("federation", {}).get("aggregation") == "secure":
+    if ("federation.aggregation", "secure") in dotted(settings):
         settings = with_secure_sums(settings, keep=said_beside("federation.aggregation"))
     if settings.get("name") is None:
         settings["name"] = time_stamp()
     settings = _applied(settings, [_said(key, value) for key, value in changed.items()])
     try:
+        check_nothing_open(settings)
         config = parse(settings, for_real_sites=for_real_sites)
         if config.public.train_file is not None:
             config = with_public_stage(config, plain, keep=said_beside("public.train_file"))
         return with_start(config)
     except ConfigError as error:
         found = _unknown(error.key, error.value) if error.bound == _UNKNOWN else error
-        raise found.in_file(file) if in_file(error.key) and error.key not in values else found from None
+        raise found.in_file(file) if _among(error.key, of_file - values) else found from None
+
+
+def _among(key: str, keys: Iterable[str]) -> bool:
+    """True if a key is one of `keys`, or a part of one, or one is a part of it."""
+    return any(f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.") for one in keys)
 
 
 def _changed(known: RunConfig, given: Sequence[Override]) -> RunConfig:
@@ -140,24 +148,9 @@ def _applied(settings: Mapping[str, Any], given: Sequence[Override]) -> dict[str
     """Settings with the values of overrides, in their order."""
     changed = deepcopy(dict(settings))
     for one in given:
-        key, value = one.key_or_group, _value(one)
-        if one.is_delete():
-            raise ConfigError("override", one.input_line, "must be key=value: every setting has a value")
-        if free := next((name for name in FREE_MAPS if key.startswith(f"{name}.")), None):
-            before = _at(changed, free.split("."))
-            entry = {key.removeprefix(f"{free}."): value}
-            key, value = free, before | entry if isinstance(before, dict) else entry
-        *groups, name = key.split(".")
-        group = _at(changed, groups)
-        if not isinstance(group, dict) or name not in group:
+        if not put(changed, one.key_or_group, _value(one)):
             raise _unknown(one.key_or_group, str(one.input_line).partition("=")[2])
-        group[name] = merged(group[name], value, key) if isinstance(value, dict) else value
     return changed
-
-
-def _at(settings: Any, path: Sequence[str]) -> Any:
-    """What stands at a path of keys; None: nothing."""
-    return reduce(lambda inner, name: inner.get(name) if isinstance(inner, dict) else None, path, settings)
 
 
 def quoted(text: str) -> str:
@@ -184,9 +177,11 @@ class Searched:
 def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched, ...]]:
     """The overrides that all runs have in common, and the settings that are given several values."""
     parsed = [_parsed(override, swept=True) for override in overrides]
-    keys = [one.get_key_element() for one in parsed]
-    for place, (key, one) in enumerate(zip(keys, parsed, strict=True)):
-        if one.is_sweep_override() and key in keys[place + 1 :]:
+    # An option of a group, and settings of that group, are two things.
+    keys = [(one.key_or_group, "{" in one.get_value_string() or not options_of(one.key_or_group)) for one in parsed]
+    for place, ((key, is_setting), one) in enumerate(zip(keys, parsed, strict=True)):
+        again = (other for other, also in keys[place + 1 :] if also == is_setting)
+        if one.is_sweep_override() and _among(key, again):
             bound = "must not be given again after its values: the last would be all that counts"
             raise ConfigError(key, NOT_GIVEN, bound)
     fixed = [typed for typed, one in zip(overrides, parsed, strict=True) if not one.is_sweep_override()]
@@ -194,11 +189,11 @@ def split_searched(overrides: Sequence[str]) -> tuple[list[str], tuple[Searched,
 
 
 def _searched(override: Override) -> Searched:
-    key, value, typed = override.get_key_element(), override.value(), override.get_value_string()
+    key, value, typed = override.key_or_group, override.value(), override.get_value_string()
     if not isinstance(value, IntervalSweep):
         try:
             # Before a range of them fills the memory.
-            values = tuple(dict.fromkeys(map(str, islice(override.sweep_string_iterator(), MOST_RUNS + 1))))
+            values = tuple(dict.fromkeys(map(str, itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1))))
         except (ValueError, HydraException):  # a range of steps of 0, or names of files
             raise ConfigError(key, typed, _OF_A_SPACE) from None
         return Searched(key=key, choices=values)
@@ -213,11 +208,13 @@ def _parsed(override: str, *, swept: bool = False) -> Override:
     """An override as it was typed; `swept`: it may have several values."""
     word = _in_grammar(override, swept=swept)
     key, equals, value = word.partition("=")
+    if word.startswith("~"):
+        raise ConfigError("override", word, "must be key=value: nothing can be taken out")
     try:
         parsed = _PARSER.parse_override(word)
         if parsed.key_or_group and parsed.package is None:
             return parsed
-    except HydraException:
+    except (HydraException, ValueError):  # the latter of a number with more digits than Python takes
         if swept and re.match(r"\w+\(", value):
             raise ConfigError(key, value, _OF_A_SPACE) from None
     if key and value.startswith("="):
@@ -230,8 +227,9 @@ def _said(key: str, value: Any) -> Override:
     """An override that gives a value of Python's."""
     try:
         plain = json.loads(json.dumps(value, default=_plain))
-    except (TypeError, ValueError):  # the latter of one that holds itself
-        raise ConfigError(key, str(value), "must be text, a number, true, false, None, or made of these") from None
+    except (TypeError, ValueError, RecursionError):  # the last two of what holds itself, or is too large to be written
+        bound = "must be text, a number, true, false, None, or made of these"
+        raise ConfigError(key, f"a value of type {type(value).__name__}", bound) from None
     return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, plain, input_line=f"{key}={value}")
 
 
@@ -274,7 +272,7 @@ def value_of(override: str) -> Any:
 
 
 def _unknown(key: str, value: object) -> ConfigError:
-    """That a setting is none, with a hint: what it is called here, or the known key most like it."""
+    """The error about an unknown setting, with a hint: its name here, or the known key most like it."""
     last = key.rpartition(".")[2]
     paths = [path.split(".") for path, _ in dotted(composed({})[0])]
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}

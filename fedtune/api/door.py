@@ -1,14 +1,14 @@
 """Runs, plans, scores, ledgers and reports as values, as `import fedtune` offers them.
 
-Each function takes settings by their dotted keys, as the command line does, raises `ValueError` with the same message
-for a person's mistake, and prints nothing.
+Settings are given by their dotted keys, as on the command line; a person's mistake is a `ValueError` with the same
+message; and nothing is printed.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,13 @@ from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.spec import PublicSpec
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.verify import verify as verify_ledger
 from fedtune.process import torch_came_first
-from fedtune.runs.place_of_run import after_public_stage, folder_of
+from fedtune.runs.place_of_run import folder_of, going_on, is_finished
+from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
+from fedtune.runs.renewal import with_start
 from fedtune.spec import ConfigError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -38,7 +41,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.saved_model import BesideBase, SavedModel
     from fedtune.sites.session import Session
 
-Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and reports to a listener
+Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and tells a listener
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +152,7 @@ def load(folder: str | Path) -> Run:
 
 
 def evaluate(run: Run, data: str | Path) -> BesideBase:
-    """Score a run's adapter and its start on a file, with intervals (95 %) that draw the same records for both.
+    """Score a run's adapter, and its base without one, on a file; intervals (95 %) draw the same records for both.
 
     The file has the columns that the run's settings name.  Scores are exact, and not covered by any guarantee.
 
@@ -176,8 +179,8 @@ def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySi
     """
     from fedtune.runs.model_comparison import Finished, side_by_side
 
-    if not runs:
-        raise ConfigError("runs", {}, "must name at least one run")
+    if not runs or "base" in runs:  # which is what their base is called
+        raise ConfigError("runs", [*runs], "must name at least one run, and none of them base")
     finished = {name: Finished(folder=run.folder, config=run.config, adapter=run.adapter) for name, run in runs.items()}
     return side_by_side(finished, file=None if data is None else str(data))
 
@@ -232,6 +235,23 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
             files.remove(made)  # nothing ran: leave nothing behind
         raise
     return result
+
+
+def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
+    """The run as it begins in what its public stage has learnt; one that has begun, or has no such stage, as it is.
+
+    `train` runs the stage in its folder, new or begun, beside the run's; one that is finished is used as it is.
+    """
+    if config.resume is not None or not awaits_public_stage(config):
+        return config
+    folder_of(replace(config, public=PublicSpec()))  # before anything is trained
+    stage = public_stage_of(config)
+    folder = Path(stage.tracking.output_dir) / stage.name
+    if RunFolder(folder).has_begun():
+        stage = going_on(stage, folder, name=config.name)
+    if stage.resume is None or not is_finished(folder):
+        train(stage, folder)
+    return with_start(replace(config, model=replace(config.model, adapter=str(folder))))
 
 
 @dataclass(frozen=True)

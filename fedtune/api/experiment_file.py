@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import plain_yaml
 from fedtune.data.load import shipped_folders
+from fedtune.runs.changed_settings import merged
 from fedtune.spec import ConfigError
 from fedtune.words import dotted
-
-FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns")
-"""Settings whose keys are the user's own: a new value replaces all of the old one."""
 
 _OPEN = "???"  # in place of a value, which must then be given
 
@@ -30,18 +29,18 @@ def options_of(group: str) -> list[str]:
 
 
 def experiment_meant(word: str) -> str:
-    """The end of a message: the experiment that may be meant, of conf/ or in a file, whose ending may lack."""
+    """The end of a message: the experiment that may be meant, of conf/ or in a file, with its ending or without."""
     named = word in options_of("experiment")
     endings = ("",) if named or word.endswith((".yaml", ".yml")) else (".yaml", ".yml")
     path = next((f"{word}{ending}" for ending in endings if named or os.path.isfile(f"{word}{ending}")), None)
     return f"; did you mean experiment={path if named or '/' in path else f'./{path}'}?" if path else ""
 
 
-def composed(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None, set[str]]:
+def composed(chosen: Mapping[str, str]) -> tuple[dict[str, Any], Path | None, set[str]]:
     """An experiment's settings over those of the groups' options; its file, if it is the user's, and the keys it sets.
 
-    `chosen` has options by group in place of the experiment's, None for no option; and as "experiment" the experiment,
-    a name of conf/experiment or a file.
+    `chosen` has options by group in place of the experiment's; and as "experiment" the experiment, a name of
+    conf/experiment or a file.
     """
     settings = plain_yaml(config_folder() / "config.yaml", key="conf")
     options = dict(pair for entry in settings.pop("defaults") if entry != "_self_" for pair in entry.items())
@@ -50,30 +49,24 @@ def composed(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], Path | None, se
     path = Path(name).expanduser() if is_file else _option("experiment", name)
     own, layers = _read(path, of_user=is_file)
     options |= own | {group: option for group, option in chosen.items() if group != "experiment"}
-    files = {group: _option(group, option) for group, option in options.items() if option is not None}
-    of_groups = ({group: plain_yaml(file, key=group)} for group, file in files.items())
+    of_groups = ({group: settings_of(group, option)} for group, option in options.items())
     found = reduce(merged, (*of_groups, *layers), settings)
     return (found, path, {key for key, _ in dotted(layers[-1])}) if is_file else (found, None, set())
-
-
-def merged(old: Any, new: Any, key: str = "") -> Any:
-    """A setting's new value over its old one: of a group, each of its settings."""
-    if not (isinstance(old, dict) and isinstance(new, dict)) or key in FREE_MAPS:
-        return new
-    return old | {name: merged(old.get(name), value, f"{key}.{name}".lstrip(".")) for name, value in new.items()}
 
 
 def check_nothing_open(value: Any, key: str = "") -> None:
     """Require a value for whatever an experiment leaves open."""
     if value == _OPEN:
-        bound = "is for you to say where the file has ???" if "[" in key else f"give it as {key}=VALUE"
+        bound = "write it where the file has ???" if "[" in key else f"give it as {key}=VALUE"
         raise ConfigError(key, "", f"is required: {bound}")
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            check_nothing_open(inner, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            check_nothing_open(inner, f"{key}[{place}]")
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in parts:
+        check_nothing_open(inner, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip("."))
+
+
+def settings_of(group: str, option: str) -> dict[str, Any]:
+    """What an option of a group sets."""
+    return plain_yaml(_option(group, option), key=group)
 
 
 def _option(group: str, option: Any, *, key: str | None = None) -> Path:
@@ -93,7 +86,7 @@ def _read(path: Path, *, of_user: bool) -> tuple[dict[str, str], list[dict[str, 
     settings = plain_yaml(path, key="experiment")
     listed = settings.pop("defaults", [])
     if of_user:
-        for key in {"experiment", "resume"} & settings.keys():
+        for key in [key for key in ("experiment", "resume") if key in settings]:
             raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
         for group in ("data", "public"):
             _find_files_beside(settings.get(group), path.parent)
@@ -119,6 +112,7 @@ def _find_files_beside(group: Any, folder: Path) -> None:
         name = group.get(key) if isinstance(group, dict) else None
         if isinstance(name, str) and name.strip():
             path = folder / name
-            # With {site} in its name, one for any site.
-            if path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*")))):
-                group[key] = str(path)
+            with suppress(OSError, ValueError):  # of a name that no file can have: its reader says so
+                # With {site} in its name, one for any site.
+                if path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*")))):
+                    group[key] = str(path)

@@ -17,13 +17,12 @@ from typing import Any
 
 from rich.console import Console
 
-from fedtune.api.door import Work, run_in_folder
+from fedtune.api.door import Work, after_public_stage, run_in_folder
 from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.process import signals_handled
-from fedtune.runs.place_of_run import after_public_stage
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import say, show
 from fedtune.sites.session import Session

@@ -111,7 +111,7 @@ def _lead_kit(folder: Path | None) -> Kit:
 
 def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     began = time.monotonic()
-    # Here, because torch and Flower take seconds to import and a mistake in an override should not wait for them.
+    # Before torch and Flower are imported, which takes seconds: a mistake in a setting is told of at once.
     config = compose_for_sites(words, kit=kit)
     kit.check_certificate(datetime.now(UTC))
     same_again = ["run", "--kit", str(kit.folder), "--or-resume", *words]

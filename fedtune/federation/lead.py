@@ -55,12 +55,12 @@ class RoundResult:
     bytes_down: int
     bytes_up: int
     metrics: Scores
+    ended: str
     site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    ended: str = ""
     diverged: bool = False
 
     def has_update_of(self, site: str) -> bool:
-        """An update left the site, which its ledger charged, be it that the lead did not use it."""
+        """An update left the site, which its ledger charged, even if the lead did not use it."""
         return site in self.sites or self.failed_sites.get(site) in (INVALID_UPDATE, BEYOND_PLAN)
 
 
@@ -92,9 +92,9 @@ class LeadState:
 
         The first round tells nothing, since it has work that is done once.  The median leaves out interruptions.
         """
-        ends = [datetime.fromisoformat(one.ended) for one in self.rounds if one.ended]
+        ends = [datetime.fromisoformat(one.ended) for one in self.rounds]
         if len(ends) < 2:
-            return None if self.round < 2 else self.seconds / self.round
+            return None
         between = median((later - end).total_seconds() for end, later in pairwise(ends))
         return max(between, median(one.seconds for one in self.rounds[1:]))  # ends are in whole seconds
 
@@ -173,17 +173,6 @@ class ReceiptBook:
             write_durably(self.path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
-_KEPT = 2
-
-
-@spec
-class _Asked:
-    """A line of the journal: `sites` may be charged for the round."""
-
-    round: int
-    sites: tuple[str, ...]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteCharge:
     """A site's spending in one run, from its receipts, with the plan's numbers; nothing bounds an epsilon of None."""
@@ -207,7 +196,7 @@ class SiteCharge:
 
 
 def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
-    """The spending of `site` in this run, derived from charged rounds and never from what was planned.
+    """The spending of `site` in this run, derived from charged rounds; `planned_epsilon` alone is the whole plan's.
 
     A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
     rounds than its plan: its ledger grants none.
@@ -239,6 +228,17 @@ def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
         return 0.0, 0.0
     spent = [plan.event(rounds=rounds)]
     return accountant.epsilon_pld(spent, plan.delta), accountant.epsilon_rdp(spent, plan.delta)
+
+
+_KEPT = 2  # checkpoints
+
+
+@spec
+class _Asked:
+    """A line of the journal: `sites` may be charged for the round."""
+
+    round: int
+    sites: tuple[str, ...]
 
 
 class Checkpoints:

@@ -144,7 +144,7 @@ def renyi_divergence(event: DpEvent, order: float) -> float:
 def calibrate_noise(
     *, epsilon: float, delta: float, sampling_rate: float, steps: int, also: Sequence[DpEvent] = ()
 ) -> float:
-    """The least noise multiplier, to four digits, at which `steps` DP-SGD steps stay within (epsilon, delta).
+    """The least noise multiplier, to four decimals, at which `steps` DP-SGD steps stay within (epsilon, delta).
 
     `also` are other events that the same epsilon must cover.
 
@@ -178,9 +178,9 @@ def calibrate_noise(
     # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
     low, high = 0.0, 1.0
     while not within(high):
-        low, high = high, 2 * high
-        if high > MOST_NOISE:
+        if high == MOST_NOISE:
             raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps by any noise")
+        low, high = high, min(2 * high, MOST_NOISE)
     while high - max(low, _LEAST_SOUGHT) > 1e-5 * high:
         middle = max((low + high) / 2, _LEAST_SOUGHT)
         low, high = (low, middle) if within(middle) else (middle, high)

@@ -254,7 +254,7 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
     if audit is not None and audit.delta != plan.delta:
         raise RunError(f"{RunFolder(folder).audit} is of another run: its delta is {audit.delta:g}")
     final = record.result.final if record.result else FinalResult(metrics={})
-    times = [one.ended for one in record.rounds if one.ended] + [one.since for one in record.environments]
+    times = [one.ended for one in record.rounds] + [one.since for one in record.environments]
     return filled(RunFacts, record, config, config.federation, final)(
         kind="run",
         target_epsilon=config.privacy.epsilon if plan.private else None,

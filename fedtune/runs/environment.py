@@ -1,4 +1,4 @@
-"""The machine and the model of a run, which the run notes in its folder for a later report."""
+"""What a run notes in its folder for later: machine and model, its search, and what its start and base owe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedtune.spec import RUN_SCHEMA, ConfigError, FedtuneError, RunError, check_
 from fedtune.tasks.registry import task_named
 from fedtune.version import __version__
 
-if TYPE_CHECKING:  # it imports torch, which who only reads needs not
+if TYPE_CHECKING:  # they import torch, which a reader does not need
     from transformers import PreTrainedConfig
 
     from fedtune.config import RunConfig
@@ -94,7 +94,7 @@ def read_selection(folder: Path) -> Selection | None:
     try:
         return decode(Selection, parse_json(path.read_bytes(), key=str(path), bound="must be an object"))
     except ConfigError as error:
-        raise RunError(f"{path} is damaged: it says of no search that this run is a trial of it") from error
+        raise RunError(f"{path} is damaged, so the search behind this run is not known") from error
 
 
 def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
@@ -118,7 +118,7 @@ def start_adapter_of(config: RunConfig) -> dict[str, Any] | None:
         raise ConfigError("model.adapter", config.model.adapter, bound)
     if earlier:  # of a base, its run told it where that is on file
         of_run["start_adapter"] = chain([*debts_in(of_run.get("start_adapter")), *earlier])
-    return about | ({"public": True} if public else {}) | of_run  # so declares whoever started the run
+    return about | ({"public": True} if public else {}) | of_run  # the person who started the run declares it
 
 
 def _of_records(config: RunConfig) -> Iterator[Debt]:
@@ -144,8 +144,8 @@ def _of_run(adapter: SavedAdapter) -> tuple[dict[str, Any], str | None]:
         spent, settings = earlier["privacy"], saved_settings(folder)
         epsilon, delta = released(spent["epsilon"], float(spent["delta"]), read_selection(folder))
         own = {"unit": str(spent["unit"]), "delta": delta, "epsilon": None if spent["seeded_noise"] else epsilon}
-        owed = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"]), **own}
         before = (earlier.get("provenance") or {}).get("start_adapter")
+        owed = {"from": str(settings["name"]), "dataset": str(settings["data"]["dataset"]), **own}
         owed |= {"start_adapter": before} if before else {}
         return owed, settings["data"]["train_file"] if owed["epsilon"] is None and not before else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, FedtuneError):

@@ -30,9 +30,9 @@ class Forecast:
     bytes_total: int  # both ways, all sites and rounds
     # whether the layers below the first adapter run once for each record, and not in each step
     frozen_states_kept: bool
-    first_seconds: float  # of that, for all sites
+    first_seconds: float  # of what is computed once, for all sites
     step_seconds: Mapping[str, float]  # of one step, by site
-    round_seconds: Mapping[str, float]  # of one round, by site; sites of their own work at the same time
+    round_seconds: Mapping[str, float]  # of one round, by site; real sites work at the same time
     seconds_one_after_another: float  # of all training where one machine plays all sites, as a simulation does
 
 

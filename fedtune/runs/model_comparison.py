@@ -1,4 +1,4 @@
-"""Several finished runs and the model before training, scored on the same records: by score, by group, by site."""
+"""Several finished runs and their base without an adapter, scored on the same records: by score, by group, by site."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedtune.privacy.mechanism import Unit
 from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import ConfigError, DataError, check_one_of
 from fedtune.tasks.registry import task_named
 
 _MOST_GROUPS = 100
@@ -86,6 +86,7 @@ class SideBySide:
         return self._with(score).comparison(base, tuned, score)
 
     def _with(self, score: str) -> Drawn:
+        check_one_of("score", score, self.scores)
         return next(drawing for drawing in self._drawn if score in next(iter(drawing.values.values())))
 
     def by(self, values: Sequence[str], *, smallest: int, pairs: Sequence[tuple[str, str]]) -> GroupScores | None:
@@ -135,7 +136,6 @@ def side_by_side(
     found: dict[str, Measured] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []
-    # Runs that differ in their adapter's values alone share a model.
     together: dict[Hashable, list[str]] = {}
     for name, run in runs.items():
         together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)

@@ -1,18 +1,16 @@
-"""The folder that a run is made in: a new one, or that of a run that goes on."""
+"""The folder that a run is made in, whether new or begun, whether the run in it is finished, and a name for one."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.kept_round import is_over
+from fedtune.federation.lead import Checkpoints
 from fedtune.federation.run_folder import CARD, RunFolder
-from fedtune.federation.spec import PublicSpec
-from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
-from fedtune.runs.renewal import with_start
+from fedtune.runs.public_stage import awaits_public_stage
 from fedtune.spec import ConfigError, shown
 from fedtune.words import dotted
 
@@ -49,32 +47,13 @@ def going_on(config: RunConfig, folder: Path, *, name: str) -> RunConfig:
 
 
 def is_finished(folder: Path) -> bool:
-    """True if the run's last round is over, and its adapter has its card."""
+    """True if the adapter has its card, and no checkpoint says that rounds are left."""
     config, files = saved_config(folder), RunFolder(folder)
     has_card = (files.adapter / CARD).is_file()
     if not has_card or not files.saved_checkpoints:  # a run that has lost these cannot go on
         return has_card
-    from fedtune.federation.lead import Checkpoints  # torch takes seconds to import
-
     rounds = Checkpoints(files.checkpoints, config.digest()).load().rounds
     return is_over(rounds, config.federation, judged_by=config.judged_by)
-
-
-def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], object]) -> RunConfig:
-    """The run as it begins in what its public stage has learnt; one that has begun, or has no such stage, as it is.
-
-    `train` runs the stage in its folder, new or begun, beside the run's; one that is finished is used as it is.
-    """
-    if config.resume is not None or not awaits_public_stage(config):
-        return config
-    folder_of(replace(config, public=PublicSpec()))  # before anything is trained
-    stage = public_stage_of(config)
-    folder = Path(stage.tracking.output_dir) / stage.name
-    if RunFolder(folder).has_begun():
-        stage = going_on(stage, folder, name=config.name)
-    if stage.resume is None or not is_finished(folder):
-        train(stage, folder)
-    return with_start(replace(config, model=replace(config.model, adapter=str(folder))))
 
 
 def time_stamp() -> str:

@@ -11,6 +11,7 @@ from fedtune.config import RunConfig, parse
 from fedtune.data.records import record_key
 from fedtune.federation.earlier_debts import debts_of_base
 from fedtune.federation.spec import PublicSpec
+from fedtune.sites.run_records import LeadRecords, RunRecords, require_apart, require_no_card
 from fedtune.spec import ConfigError
 
 
@@ -54,16 +55,9 @@ def public_stage_of(config: RunConfig) -> RunConfig:
     Its data set is called by the records' digest, so that no stage goes on with, or stands for, another file.
 
     Raises:
-        ConfigError: the file cannot be used, or holds the texts of one of the run's own, in whatever form, or none but
-            those; the records of real sites are not here; the base comes from a run.
+        ConfigError: the file cannot be used, or shares texts with the run's own files (those of real sites are not
+            here to be compared); the base comes from a run.
     """
-    from fedtune.sites.run_records import (
-        LeadRecords,
-        RunRecords,
-        require_apart,
-        require_no_card,
-    )  # torch takes seconds to import
-
     if debts_of_base(config.model):
         bound = "must owe nothing with public.train_file: its config.json tells of a run on other records"
         raise ConfigError("model.path", config.model.path, bound)

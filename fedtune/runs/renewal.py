@@ -10,6 +10,7 @@ from typing import Any
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.calendar import moved
 from fedtune.federation.run_folder import RunFolder
+from fedtune.runs.changed_settings import put
 from fedtune.spec import NOT_GIVEN, ConfigError
 
 
@@ -57,15 +58,10 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
         changes["privacy.cohorts"] = asdict(moved(before.privacy.cohorts))
     settings = before.to_json() | {"public": {}}
     for key, value in (changes | dict(said)).items():
-        *groups, name = key.split(".")
-        group: Any = settings
-        for one in groups:
-            group = group.get(one) if isinstance(group, dict) else None
-        known = isinstance(group, dict) and (name in group or groups[-1:] == ["columns"])
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
-        if not known or key == "federation.renewal" or (group is settings and isinstance(group[name], dict)):
+        is_whole = isinstance(settings.get(key), dict)
+        if is_whole or key == "federation.renewal" or not put(settings, key, value):
             raise ConfigError(key, value, "must be one setting of the run that is renewed, such as privacy.epsilon")
-        group[name] = value
     settings["federation"]["renewal"] += 1
     after = parse(settings)
     _check_left(before, after, last)
@@ -73,13 +69,13 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
 
 
 def _check_left(before: RunConfig, after: RunConfig, last: Path) -> None:
-    """Refuse another run for people who were in all that share a budget.  Windows are the ledgers' matter."""
+    """Refuse another run for people who were in every run that shares their budget; of a window, ledgers judge."""
     shared, cohorts = before.privacy, after.privacy.cohorts
     if not (shared.private and after.privacy.private) or (cohorts is not None and cohorts.first is not None):
         return
     for name in ("epsilon", "delta", "runs"):
         if (value := getattr(after.privacy, name)) != (was := getattr(shared, name)):
-            bound = f"must be {was:g}, as in the runs before: the same people's budget is divided by it"
+            bound = f"must be {was:g}, as in the runs before: they share one budget"
             raise ConfigError(f"privacy.{name}", value, bound)
     if after.federation.renewal >= shared.runs:
         bound = (

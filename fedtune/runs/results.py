@@ -59,7 +59,7 @@ def findings_of(
         before: scores on the test file before training, and `after` it; empty without one.
         after: likewise.
         judged_by: the score that counts.
-        guess: that score of always the best single answer; None: there is no such.
+        guess: that score for the best constant answer; None: it has none.
         rows: of the test file.
     """
     if any(result.diverged for result in rounds) or any(finite(score) is None for score in after.values()):
@@ -70,7 +70,7 @@ def findings_of(
     score, started = after.get(judged_by), before.get(judged_by)
     if score is None:
         return ()
-    # Of a share of `rows`, which another draw of test rows would move by as much.
+    # One standard error, as if the score were a share of `rows`.
     error = 0.0 if judged_by == "loss" else math.sqrt(max(0.0, score * (1 - score)) / rows)
     sign = direction(judged_by)
     worse = started is not None and sign * score < sign * started - error
@@ -82,7 +82,7 @@ def findings_of(
 class PrivacyResult:
     """The run's promise: `epsilon` is the largest of what its sites were charged.
 
-    Of a run that its scores ended it is their plan's: they picked the moment, so that less is no proof.
+    If scores ended the run, it is that of the whole plan: they chose the moment, so nothing smaller is proved.
     """
 
     unit: str = "record"

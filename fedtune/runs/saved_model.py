@@ -134,7 +134,7 @@ class SavedModel:
         )
 
     def measured(self, data: LeadData) -> dict[str, Measured]:
-        """Figures of the start and of each adapter, for their scores; the frozen layers run once for all."""
+        """Figures of the base and of each adapter, for their scores; the frozen layers run once for all."""
         num_tokens = data.examples.num_tokens
         keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=num_tokens)
         data = replace(data, kept={} if keeps else None)
@@ -157,7 +157,7 @@ class SavedModel:
 
 @dataclass(frozen=True)
 class BesideBase:
-    """A run's model and its start, scored on the same records."""
+    """A run's model and its base without an adapter, scored on the same records."""
 
     num_records: int  # that were scored
     unit: Unit  # which the intervals draw, "record" or "user"
@@ -168,7 +168,7 @@ class BesideBase:
 
 
 def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
-    """Score a saved adapter and its start on a file that has the columns of `config`.
+    """Score a saved adapter and its base without one on a file that has the columns of `config`.
 
     Raises:
         ConfigError: the adapter or the file cannot be used.

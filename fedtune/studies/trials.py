@@ -14,23 +14,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedtune.api.compose import MOST_RUNS, Searched, compose_run, key_of, split_searched, value_of
 from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import direction
+from fedtune.federation.lead import Scores
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.place_of_run import folder_of, going_on, is_finished, time_stamp
+from fedtune.runs.results import DIVERGED, RunResult
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, FedtuneError, RunError, StuckError
 from fedtune.words import counted, unbounded
-
-if TYPE_CHECKING:  # they import torch, which takes seconds
-    from fedtune.federation.lead import Scores
-    from fedtune.runs.results import RunResult
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """Of the CSV; the settings that differ follow, then what was spent, then the scores."""
@@ -73,8 +71,6 @@ class Trial:
 
     @property
     def state(self) -> str:
-        from fedtune.runs.results import DIVERGED
-
         if self.error is not None:
             return "interrupted" if isinstance(self.error, KeyboardInterrupt) else "failed"
         if self.result is None:
@@ -181,7 +177,7 @@ class Trials:
     """Runs in their order, and the CSV table of what they came to."""
 
     table: Path
-    fewest: int = 2  # a run is the best of at least so many with a score
+    fewest: int = 2  # scored runs among which one is called the best
     rows: dict[Path, Trial] = field(default_factory=dict)  # by folder
     again: tuple[str, ...] = ()  # overrides that make the same sweep again, under the same name
 

@@ -30,7 +30,7 @@ class RoundOfTraining:
     site: str
     round: int  # from 1; places the round in the learning-rate schedule
     attempt: int  # from 1; a retry draws fresh noise
-    asked: Plan  # the run's plan; the site carries out `plan`, which is `noise_factor` times stronger
+    asked: Plan  # the run's plan; the site carries out `plan`, with `noise_factor` times its noise
     training: TrainingSpec
     declared_size: int
     max_adapter_value: float  # the site's bound on absolute values of the adapter; training never leaves it

@@ -95,7 +95,7 @@ def _keep_freed_memory() -> None:
 def usable_cores() -> int:
     """The cores that this process may use: fewer than the machine has, where it is bound to some of them.
 
-    Or where OMP_NUM_THREADS says so: threads that wait for each other on busy cores take several times as long.
+    OMP_NUM_THREADS lowers it further: threads that wait for each other on busy cores take several times as long.
     """
     on_linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
@@ -300,7 +300,9 @@ def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
 
 
 def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool) -> tuple[float, float]:
-    """Time of one example at full length: once below the first adapter (0 if nothing is `kept`), and of its gradient.
+    """Seconds for one example of full length: what is computed once, and its gradient in each step.
+
+    Once are frozen states, where they are `kept`, and what a preference is measured against.
 
     Each is the least of a few passes over a made-up micro-batch.
     """

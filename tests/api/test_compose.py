@@ -34,6 +34,9 @@ def test_values_keep_their_type_through_yaml(tmp_path: Path) -> None:
     assert config.privacy.delta == 1e-7
     write_config(config, tmp_path)
     assert saved_config(tmp_path) == config
+    config = compose_recipe("debug", {"name": "x", "report.about.curator": "a\x85b\u2028ä"})
+    write_config(config, tmp_path)
+    assert saved_config(tmp_path) == config, "a line's end that YAML would read as a space"
     config = compose_run(["experiment=debug", "name=x", *WRITES, "data.prompt_template='{prompt}: a # b'"])
     write_config(config, tmp_path)
     assert saved_config(tmp_path) == config
@@ -90,6 +93,11 @@ def test_runs_of_a_sweep_never_share_a_folder() -> None:
     for sweep in sweeps:
         names = [run.name for run in swept(["experiment=debug", *sweep])]
         assert len(set(names)) == len(names) > 1
+    for again in ("privacy={epsilon: 3}", "+privacy.epsilon=3"):
+        with pytest.raises(ConfigError, match=r"^privacy\.epsilon: must not be given again after its values"):
+            swept(["experiment=debug", "+privacy.epsilon=1,2", again])
+    options = swept(["experiment=debug", "privacy=none,dp_sgd", "privacy={epsilon: 3}"])
+    assert [(run.privacy.mechanism, run.privacy.epsilon) for run in options] == [("none", 3.0), ("dp_sgd", 3.0)]
     with pytest.raises(ConfigError, match="name = 'a': is the name of two runs"):
         swept(["experiment=debug", "name=a,b", "privacy.epsilon=1,3"])
 
@@ -114,6 +122,8 @@ def test_a_resumed_run_takes_single_values_on_top_of_its_own_and_no_other_name(t
             compose_run([resume, f"privacy.epsilon{wrong}"])
     with pytest.raises(ConfigError, match=r"privacy\.epsilon = '1,3': is several values"):
         compose_run(["renew=x", "privacy.epsilon=1,3"])
+    quiet = compose_run([resume, "tracking=quiet"])
+    assert (quiet.tracking.progress, quiet.digest()) == (False, config.digest()), "an option replaces that group alone"
     # By another name its sites' ledgers would not know it, and count from zero.
     assert compose_run([resume, "name=second"]).name == "first"
     (again,) = swept([resume])
@@ -180,6 +190,12 @@ def test_values_that_are_given_with_secure_sums_stay(tmp_path: Path) -> None:
     secure.write_text("defaults: [banks_intents]\nfederation: {aggregation: secure, num_rounds: 3}\n")
     assert chosen_for_sums(f"experiment={plain}", SECURE)[0] == 15, "the file had plain rounds in mind"
     assert chosen_for_sums(f"experiment={secure}")[:3] == (3, 1, 4)
+    assert chosen_for_sums("federation={aggregation: secure, num_rounds: 7}", "training={learning_rate: 1.5}")[-2:] == (
+        *(1.5, 40.0),
+    )
+    said = {"federation": {"aggregation": "secure", "num_rounds": 7}, "training": {"learning_rate": 1.5}}
+    config = compose_recipe("banks_intents", said)
+    assert (config.federation.num_rounds, config.training.learning_rate) == (7, 1.5)
 
 
 PUBLIC = "public.train_file=public.csv"
@@ -265,5 +281,11 @@ def test_values_of_python_are_settings_or_are_refused() -> None:
     for value in (object(), {1, 2}, itself, {("a", "b"): "c"}):
         with pytest.raises(ConfigError, match=r"^model\.path = .*: must be text, a number, true, false, None"):
             compose_recipe("debug", {"model.path": value})
+    deep: list[object] = []
+    for _ in range(3000):
+        deep = [deep]
+    for large in (10**5000, deep):
+        with pytest.raises(ConfigError, match=r"^seed = 'a value of type \w+': must be text"):
+            compose_recipe("debug", {"seed": large})
     with pytest.raises(ConfigError, match=r"^1 = '2': is not a setting of fedtune"):
         compose_recipe("debug", {1: 2})  # type: ignore[dict-item]

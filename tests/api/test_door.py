@@ -81,8 +81,11 @@ def test_runs_are_compared_on_the_same_records(run: fedtune.Run) -> None:
     assert found.estimate("tuned", "accuracy").value == pytest.approx(run.metrics["accuracy"])
     difference = found.comparison("base", "tuned").difference
     assert difference.low <= difference.value <= difference.high
-    with pytest.raises(ValueError, match="must name at least one run"):
-        fedtune.compare({})
+    for wrong in ({}, {"base": run}):
+        with pytest.raises(ValueError, match="must name at least one run, and none of them base"):
+            fedtune.compare(wrong)
+    with pytest.raises(ValueError, match=r"score = 'precision': must be one of accuracy"):
+        found.comparison("base", "tuned", "precision")
 
 
 def test_a_site_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

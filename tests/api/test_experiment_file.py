@@ -38,9 +38,9 @@ def test_a_file_is_composed_as_an_experiment_of_conf(page: Path) -> None:
 
 
 def test_a_value_stands_for_nothing_but_itself(page: Path) -> None:
-    page.write_text(PAGE.replace("[0, 1]", "['${seed}', 2026-11-28, 3.0.0]"))
+    page.write_text(PAGE.replace("[0, 1]", "['${seed}', 2026-11-28, 010, 1:30, 0x1F, 1_000, yes, 3.0.0]"))
     config = compose_run([f"experiment={page}", "report.about.curator=${name}", "data.columns.site='${oc.env:HOME}'"])
-    assert config.data.labels == ("${seed}", "2026-11-28", "3.0.0")
+    assert config.data.labels == ("${seed}", "2026-11-28", "010", "1:30", "0x1F", "1_000", "yes", "3.0.0")
     assert (config.report.about.curator, config.data.columns["site"]) == ("${name}", "${oc.env:HOME}")
 
 
@@ -82,6 +82,13 @@ def test_a_file_s_map_replaces_that_of_conf_and_is_swept(page: Path) -> None:
         ),
         (PAGE + "  _target_: os.system\n", "data._target_", "is not a setting"),
         (PAGE + "  1.5: x\n", "data", "must be text, as every key is"),
+        (PAGE + "privacy: none\n", "privacy", "must be keys and values; an option is chosen by defaults"),
+        (PAGE + "federation: null\n", "federation", "must be keys and values"),
+        (PAGE + "privacy.epsilon: 3\n", "privacy.epsilon", "is not a setting"),
+        (PAGE + "privacy: {max-grad-norm: 3}\n", "privacy.max-grad-norm", "did you mean privacy.max_grad_norm?"),
+        (PAGE + "<<: {seed: 3}\n", "<<", "is not a setting"),
+        (PAGE.replace("sizes: 100", "sizes: [true, 9, 9, 9]"), "data.declared_sizes.0", "must be a number"),
+        (PAGE + "privacy: {epsilon: 1:30}\n", "privacy.epsilon", "must be a number"),
         ("defaults: [override /model: nonesuch]\n", "defaults, model", "must be one of"),
         ("defaults: [override /hydra/launcher: joblib]\n", "defaults, hydra/launcher", "no group"),
         (PAGE + "trainin: {epochs: 3}\n", "trainin", "not a setting"),
@@ -108,13 +115,13 @@ def test_a_wrong_file_is_named(page: Path, text: str, key: str, bound: str) -> N
         ("privacy={epsilonn: 1}", "privacy.epsilonn = 1: is not a setting of fedtune; did you mean privacy.epsilon?"),
         ("privacy=3", "privacy = '3': must be one of dp_sgd, none"),
         *((override, f"override = '{override}': must look like") for override in ("+privacy=none", "++privacy=none")),
-        *((override, f"override = '{override}': must look like") for override in ("~privacy=none", "~privacy=wrong")),
-        ("~seed", "override = '~seed': must be key=value: every setting has a value"),
-        ("~data.columns.text", "override = '~data.columns.text': must be key=value"),
+        *((out, f"override = '{out}': must be key=value: nothing can be taken out") for out in ("~privacy", "~seed=1")),
         ("training.betas.1=0.5", "training.betas.1 = '0.5': is not a setting of fedtune"),
         ("privacy.epsilon.x=1", "privacy.epsilon.x = '1': is not a setting"),
         ("+privacy.x=1", "privacy.x = '1': is not a setting"),
         ("model.path=???", "model.path = '': is required: give it as model.path=VALUE"),
+        ("data.labels=shuffle([a,b])", "must look like key=value"),
+        (f"seed={'9' * 5000}", "must look like key=value"),
         ("seed=range(1,3)", "seed = 'range(1,3)': is several values"),
         ("training.learning_rates=1", "did you mean training.learning_rate?"),
         ("federation.rounds=1", "did you mean federation.num_rounds?"),
@@ -132,6 +139,15 @@ def test_mistakes_in_plain_words(page: Path, override: str, message: str) -> Non
     with pytest.raises(ConfigError) as error:
         compose_run([f"experiment={page}", "federation.num_sites=2", override])
     assert message in str(error.value)
+
+
+def test_a_wrong_value_that_was_typed_is_not_the_file_s(page: Path) -> None:
+    for typed in ("data.labels=[1.5]", "data={max_length: -1}"):
+        with pytest.raises(ConfigError) as error:
+            compose_run([f"experiment={page}", typed])
+        assert str(error.value).startswith("data.")
+    page.write_text(PAGE + "  validation_file: " + "x" * 300)
+    assert compose_run([f"experiment={page}"]).data.validation_file == "x" * 300, "its reader refuses it"
 
 
 def test_values_as_they_are_typed(page: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 
 import fedtune
 from fedtune.api.compose import compose_run
+from fedtune.api.door import after_public_stage
 from fedtune.config import saved_config
 from fedtune.runs.environment import start_adapter_of
-from fedtune.runs.place_of_run import after_public_stage
 from fedtune.show.run_progress import Display
 from fedtune.spec import ConfigError
 

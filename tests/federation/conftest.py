@@ -32,7 +32,7 @@ NONCE = "0a" * 16
 def round_of(number: int, **changes: Any) -> RoundResult:
     """A round of the site `a` without scores."""
     about = {"round": number, "seconds": 1.0, "sites": ("a",), "failed_sites": {}, "bytes_down": 1, "bytes_up": 2}
-    return RoundResult(**about | {"metrics": {}} | changes)
+    return RoundResult(**about | {"metrics": {}, "ended": "2026-01-01T00:00:00+00:00"} | changes)
 
 
 def reason(reply: Reply) -> Reason:

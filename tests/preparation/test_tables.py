@@ -65,7 +65,7 @@ def test_one_row_without_a_value_changes_nothing_that_is_written(tmp_path: Path,
 
 def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
-    said = "data.features[0].range = '': is required: is for you to say where the file has ???"
+    said = "data.features[0].range = '': is required: write it where the file has ???"
     assert command("simulate", "experiment=./labs.yaml").failed().startswith(said)
     page = labs.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
     page = page.replace('"crp"], range: "???"', '"crp"], range: [0, 2000]')
@@ -96,7 +96,7 @@ def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
     assert "49.25" not in page
     page = page.replace('range: "???"', "range: [0, 110]")
     (tmp_path / "trial.yaml").write_text(page)
-    said = "trial.yaml: data.intervals = []: must hold the end of each interval, in the unit of the role time"
+    said = "trial.yaml: data.intervals = '': is required: give it as data.intervals=VALUE"
     assert command("plan", "experiment=./trial.yaml").message == said
     (tmp_path / "trial.yaml").write_text(page.replace('intervals: "???"', "intervals: [12, 24]"))
     told = command("data", "check", "trial.yaml", "--json").printed

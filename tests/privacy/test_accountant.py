@@ -99,6 +99,10 @@ def test_where_delta_covers_the_loss_or_any_noise_would_do_the_search_ends() -> 
         found = calibrate_noise(epsilon=epsilon, delta=1e-3, sampling_rate=0.2, steps=5)
         assert found == pytest.approx(188.72, rel=1e-4)
     assert calibrate_noise(epsilon=8.0, delta=1e-5, sampling_rate=1e-6, steps=5) == 0.1
+    most = events.dp_sgd(sampling_rate=1.0, noise_multiplier=0.99 * accountant.MOST_NOISE, steps=1000)
+    epsilon = epsilon_pld([most], 1e-5, interval=accountant.COARSE)
+    found = calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=1.0, steps=1000)
+    assert found == pytest.approx(0.99 * accountant.MOST_NOISE, rel=1e-4)
 
 
 def test_more_steps_than_memory_is_there_for_and_a_target_that_no_noise_reaches_are_refused() -> None:

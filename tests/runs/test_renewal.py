@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.runs.renewal import renewed
 from fedtune.spec import ConfigError
@@ -42,6 +43,14 @@ def test_it_has_the_settings_of_the_last_run_and_its_adapter(last: Any) -> None:
     # A simulation's sites go on with their ledgers.
     assert renewed(last(runtime={"kind": "simulation"}), {}).runtime.sites_dir == str(folder / "sites")
     assert renewed(last(runtime={"kind": "simulation", "sites_dir": "kept"}), {}).runtime.sites_dir == "kept"
+
+
+def test_what_is_not_said_of_an_inner_group_stays(last: Any) -> None:
+    partition = PartitionSpec(kind="dirichlet", proportions=(3, 1))
+    folder = last(data={"partition": partition}, federation={"num_sites": 2, "site_names": ("a", "b")})
+    data = renewed(folder, {"data.partition": {"alpha": 0.5}, "data.columns.user": "person"}).data
+    assert (data.partition.alpha, data.partition.proportions) == (0.5, (3, 1))
+    assert data.columns["user"] == "person"
 
 
 def test_the_window_moves_on_unless_it_is_given(last: Any) -> None:

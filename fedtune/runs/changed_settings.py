@@ -1,0 +1,36 @@
+"""Settings as plain data, and how a value is laid over them: one way, wherever it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+FREE_MAPS = ("data.columns", "data.partition.sites", "public.columns")
+"""Settings whose keys are the user's own: a new value replaces all of the old one."""
+
+
+def merged(old: Any, new: Any, key: str = "") -> Any:
+    """A setting's new value over its old one: of a group, each of its settings."""
+    if not (isinstance(old, dict) and isinstance(new, dict)) or key in FREE_MAPS:
+        return new
+    return old | {name: merged(old.get(name), value, f"{key}.{name}".lstrip(".")) for name, value in new.items()}
+
+
+def put(settings: dict[str, Any], key: str, value: Any) -> bool:
+    """Give a setting, by its dotted key, this value in place; False: there is no such setting."""
+    if free := next((name for name in FREE_MAPS if key.startswith(f"{name}.")), None):
+        before, entry = _at(settings, free), {key.removeprefix(f"{free}."): value}
+        key, value = free, before | entry if isinstance(before, dict) else entry
+    outer, _, name = key.rpartition(".")
+    group = _at(settings, outer)
+    if not isinstance(group, dict) or name not in group:
+        return False
+    group[name] = merged(group[name], value, key) if isinstance(value, dict) else value
+    return True
+
+
+def _at(settings: Mapping[str, Any], key: str) -> Any:
+    found: Any = settings
+    for name in filter(None, key.split(".")):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
