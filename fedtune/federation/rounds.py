@@ -41,6 +41,7 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
         RunError: fewer than `min_sites` sites would take part, or sent an update in a round; the checkpoint before it
             can be resumed.
         RefusedError: too many sites refuse, or have used up their plan, for any round to succeed.
+        StuckError: two rounds in a row diverged; a resumed run would fail again.
     """
     there = transport.reach(lead.declared_sizes, timeout_s=lead.federation.round_timeout_s)
     if missing := sorted(set(lead.declared_sizes) - set(there)):
