@@ -55,8 +55,8 @@ class RoundResult:
     bytes_down: int
     bytes_up: int
     metrics: Scores
-    ended: str
     site_scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    ended: str
     diverged: bool = False
 
     def has_update_of(self, site: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedtune.federation.secure.agreement import bits_needed
 from fedtune.federation.secure.messages import upload_bytes
 from fedtune.privacy.run_plan import Plan
@@ -58,14 +60,13 @@ def forecast(
     Raises:
         ConfigError: for `runtime.kept_states_folder`.
     """
-    num_values = sum(parameter.numel() for parameter in model.trainable().values())
-    shared = plan.shared
+    num_values, draws = sum(one.numel() for one in model.trainable().values()), np.random.default_rng(0)
     down, up = 4 * num_values, num_values * (2 if update_dtype == "bfloat16" else 4)
-    if shared is not None:
+    if (shared := plan.shared) is not None:
         up = upload_bytes(shared.num_sites, length=num_values, bits=bits_needed(shared.num_sites, shared.largest_value))
     num_records = sum(declared_sizes.values()) * plan.records_per_user
     kept, _ = place_for_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
-    below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept)
+    below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept, draws=draws)
     in_step = plan.sampling_rate * plan.records_per_user  # records, for each declared unit
     steps = {site: in_step * size * above for site, size in declared_sizes.items()}
     rounds = {site: plan.local_steps * seconds for site, seconds in steps.items()}

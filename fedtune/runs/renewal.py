@@ -59,8 +59,7 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     settings = before.to_json() | {"public": {}}
     for key, value in (changes | dict(said)).items():
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
-        is_whole = isinstance(settings.get(key), dict)
-        if is_whole or key == "federation.renewal" or not put(settings, key, value):
+        if isinstance(settings.get(key), dict) or key == "federation.renewal" or not put(settings, key, value):
             raise ConfigError(key, value, "must be one setting of the run that is renewed, such as privacy.epsilon")
     settings["federation"]["renewal"] += 1
     after = parse(settings)

@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -299,15 +298,17 @@ def frozen_states_mib(model: TaskModel, *, num_tokens: int) -> float:
     return num_tokens * width / 2**20 if model.skips_layers else 0.0
 
 
-def seconds_per_example(model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool) -> tuple[float, float]:
+def seconds_per_example(
+    model: TaskModel, *, max_length: int, runtime: RuntimeSpec, kept: bool, draws: Any
+) -> tuple[float, float]:
     """Seconds for one example of full length: what is computed once, and its gradient in each step.
 
     Once are frozen states, where they are `kept`, and what a preference is measured against.
 
-    Each is the least of a few passes over a made-up micro-batch.
+    Each is the least of a few passes over a micro-batch that `draws`, a generator of numpy's, makes up.
     """
     most = min(_MOST_TIMED, micro_batch_tokens(runtime, model.device))
-    count, draws = max(1, most // (max_length * model.spec.texts)), np.random.default_rng(0)
+    count = max(1, most // (max_length * model.spec.texts))
     rows = model.made_up([max_length] * (count * model.spec.texts), draws)
     targets = model.task.made_up_targets(rows, spec=model.spec, draws=draws, first=lambda _: 0)  # each token supervised
     batch = collate(TextDataset(rows, targets, model.spec.texts), range(count), pad_id=0).to(model.device)

@@ -34,9 +34,11 @@ def config(tmp_path: Any) -> RunConfig:
 def state(round: int, **changes: Any) -> LeadState:
     sites = ("site-1", "site-2")
     known = {"seconds": 2.0, "sites": sites, "bytes_up": 1, "metrics": {"loss": 1.23456, "macro_f1": 0.5}}
-    result = round_of(round, **known | changes)
+    ends = (f"2026-01-01T00:{n // 2:02}:{30 * (n % 2):02}+00:00" for n in range(1, round + 1))
+    *earlier, last = (round_of(n, ended=end) for n, end in enumerate(ends, 1))
+    rounds = [*earlier, replace(last, **known | changes)]
     receipts = {site: receipt_of(site, charged=round) for site in sites}
-    return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=[result], seconds=30.0 * round)
+    return LeadState(round=round, adapter=Adapter({}), receipts=receipts, rounds=rounds, seconds=30.0 * round)
 
 
 def model(values: int = 0, *, device: str = "cpu", keeps_states: bool = True) -> SimpleNamespace:
@@ -83,7 +85,8 @@ def table(config: RunConfig, result: RunResult, *, width: int = 250) -> str:
 
 
 def runs(config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
-    three = (state(3), replace(state(5), seconds=500.0), state(10))
+    slow = replace(state(5), rounds=[replace(one, seconds=100.0) for one in state(4).rounds] + state(5).rounds[4:])
+    three = (state(3), slow, state(10))
     yield "three rounds: one of ten, a slow one, the last one", shown(config, *three)
     failing = {"sites": ("site-1",), "failed_sites": {"site-2": "plan_exhausted"}, "metrics": {"loss": float("nan")}}
     yield "a site that fails, and a score that is no number", shown(config, state(1, **failing))
