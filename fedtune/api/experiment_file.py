@@ -15,7 +15,7 @@ from fedtune.runs.changed_settings import merged
 from fedtune.spec import ConfigError
 from fedtune.words import dotted
 
-_OPEN = "???"  # in place of a value, which must then be given
+OPEN = "???"  # in place of a value, which must then be given
 
 
 def config_folder() -> Path:
@@ -56,7 +56,7 @@ def composed(chosen: Mapping[str, str]) -> tuple[dict[str, Any], Path | None, se
 
 def check_nothing_open(value: Any, key: str = "") -> None:
     """Require a value for whatever an experiment leaves open."""
-    if value == _OPEN:
+    if value == OPEN:
         bound = "write it where the file has ???" if "[" in key else f"give it as {key}=VALUE"
         raise ConfigError(key, "", f"is required: {bound}")
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -86,8 +86,8 @@ def _read(path: Path, *, of_user: bool) -> tuple[dict[str, str], list[dict[str, 
     settings = plain_yaml(path, key="experiment")
     listed = settings.pop("defaults", [])
     if of_user:
-        for key in [key for key in ("experiment", "resume") if key in settings]:
-            raise ConfigError(f"{path}: {key}", "...", "must not be there: a file holds an experiment's settings")
+        if wrong := sorted({"experiment", "resume"} & settings.keys()):
+            raise ConfigError(f"{path}: {wrong[0]}", "...", "must not be there: a file holds an experiment's settings")
         for group in ("data", "public"):
             _find_files_beside(settings.get(group), path.parent)
     options, of_bases, layers = dict[str, str](), dict[str, str](), list[dict[str, Any]]()

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.api.door import Progress, Run
+from fedtune.api.experiment_file import OPEN
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file, without_records
 from fedtune.evaluation.spec import WritingSpec
@@ -36,7 +37,6 @@ _BEGUN = 1 / 4, 3 / 4  # the share of a text's tokens that stays where it is var
 _OF_RECORDS: tuple[str, ...] = ("dataset", "train_file", "declared_sizes", "max_length", "train_fraction", "unusable")
 _OF_RECORDS += ("heldout_fraction", "validation_fraction", "validation_rows", "test_fraction", "test_rows")
 """Settings of a run's data by which its training records, and those that it sets aside, are a ballot's too."""
-_OPEN = "???"  # in a file of settings no text, but what is yet to be said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ def as_written(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> Syn
 def chosen(found: Synthetic, column: str, votes: Run, *, keep: int) -> Synthetic:
     """The `keep` records with most votes, in their order; each unit of `votes` voted for the text most like its own."""
     weights = weights_of(votes)
-    rows = [row for row in found.rows if row[column] != _OPEN]  # as on the ballot
+    rows = [row for row in found.rows if row[column] != OPEN]  # as on the ballot
     if keep > len(rows):
         raise ConfigError("--rows", keep, f"must be at most the {len(rows)} candidates on a ballot")
     if missing := sum(row[column] not in weights for row in rows):
@@ -249,7 +249,7 @@ def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:
     """An experiment in which the sites of a run vote on these texts, as YAML; `fedtune plan` tells its epsilon."""
     import yaml
 
-    texts = list(dict.fromkeys(row[column] for row in rows if row[column] != _OPEN))
+    texts = list(dict.fromkeys(row[column] for row in rows if row[column] != OPEN))
     data = {key: getattr(config.data, key) for key in _OF_RECORDS} | {"partition": asdict(config.data.partition)}
     by = config.data.needed_columns((), partition=True, unit=config.privacy.unit)
     data |= {"columns": {"text": config.data.columns["completion"], **by}}

@@ -186,17 +186,17 @@ class Trials:
         """One run for each combination of comma-separated values; names begin with the sweep's, unless swept."""
         fixed, searched = split_searched(overrides)
         given = [str(value_of(override)) for override in fixed if key_of(override) == "name"]
-        is_named = any(key_of(one.key) == "name" for one in searched)
+        is_named = any(one.key == "name" for one in searched)
         name = given[-1] if given else time_stamp()
         trials = cls(Path(), again=(*overrides, *([] if given or is_named else [f"name={name}"])))
         differ = [one.key for one in searched if len(one.choices) > 1]
         for values in combinations(searched):
             words = [*fixed, *(f"{key}={value}" for key, value in values.items())]
             if not is_named:
-                chosen = ",".join(f"{key_of(key)}={value}" for key, value in values.items())
+                chosen = ",".join(f"{key}={value}" for key, value in values.items())
                 suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
                 words.append(f"name='{name}-{suffix}'")
-            trial = Trial.of(compose_run(words), {key_of(key): values[key].strip("'\"") for key in differ})
+            trial = Trial.of(compose_run(words), {key: values[key].strip("'\"") for key in differ})
             if trial.folder in trials.rows:
                 raise ConfigError("name", trial.config.name, "is the name of two runs of the sweep; choose others")
             trials.rows[trial.folder] = trial
