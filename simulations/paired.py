@@ -1,7 +1,7 @@
 """Does a setting change scores?  The same runs with each of its values, under the same noise, and a table of pairs.
 
-    python simulations/paired.py simulations/int8_products                      every line, into results.json and README
-    python simulations/paired.py simulations/int8_products --recipes debug      other recipes; results go into RUNS
+    python simulations/paired.py simulations/mixed_products/pairs                    every line: results.json, README
+    python simulations/paired.py simulations/mixed_products/pairs --recipes debug    other recipes; results go into RUNS
 
 The folder's `paired.toml` names the setting with its values (the first is what others are compared with), recipes,
 privacy and seeds.  A seed draws the same split, start, batches and noise for each value (`runtime.seeded_noise=true`:

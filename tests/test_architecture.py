@@ -57,18 +57,14 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_no_shreds() -> None:
-    """A short module that only one module beside it needs is a part of that module; each task has its own.
-
-    So has what cannot be imported without the package of an extra.
-    """
+    """A short module that only one module beside it needs is a part of that module; each task has its own."""
     tasks, shreds = "fedtune.tasks.registry", []
-    of_extras = {"fedtune.model.int8_kernels"}
     for path in MODULES:
         module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
         room = module.rpartition(".")[0]
         users = [other for other, imported in imports().items() if module in imported]
         alone = [user.rpartition(".")[0] for user in users] == [room] and users != [tasks]
-        if alone and module not in of_extras and len(path.read_text().splitlines()) < 200:
+        if alone and len(path.read_text().splitlines()) < 200:
             shreds.append(f"{module} <- {users[0]}")
     assert not shreds
 

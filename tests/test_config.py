@@ -207,8 +207,8 @@ def test_the_first_mistake_is_named_with_its_key_and_value(changes: dict[str, An
 
 
 def test_a_number_format_that_is_left_open_is_settled_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.config.fastest_dtype", lambda device: "int8" if device == "auto" else "bfloat16")
+    monkeypatch.setattr("fedtune.config.fastest_dtype", lambda device: "mixed" if device == "auto" else "bfloat16")
     base = ["experiment=debug", "model.dtype=auto"]
-    assert compose_run(base).model.dtype == "int8"
+    assert compose_run(base).model.dtype == "mixed"
     assert compose_run([*base, "runtime.device=cpu"]).model.dtype == "bfloat16"
     assert compose_run([*base, "runtime=deployment"]).model.dtype == "float32", "each site has a machine of its own"

@@ -38,7 +38,6 @@ from transformers import (
 )
 
 from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder, require_kind
-from fedtune.model.int8 import keep_in_int8
 from fedtune.model.layers import compute_by_row, layer_stack
 from fedtune.model.manifest import manifest_of, staged
 from fedtune.model.products import round_products
@@ -50,9 +49,7 @@ from fedtune.model.spec import NO_BASE, RANDOM, ModelSpec
 from fedtune.model.tokenizer_rules import tokenizer_refusal
 from fedtune.spec import ConfigError
 
-_DTYPES = dict.fromkeys(("float32", "mixed", "int8"), torch.float32) | dict.fromkeys(
-    ("bfloat16", "nf4"), torch.bfloat16
-)
+_DTYPES = {"float32": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16}
 _OWN = {"local_files_only": True, "trust_remote_code": False}  # nothing is fetched, and no code of a model's own runs
 
 
@@ -153,8 +150,6 @@ def load_base(
         round_products(layer_stack(model)[1])
     if spec.dtype == "nf4":
         keep_in_four_bits(layer_stack(model)[1], device=device)
-    if spec.dtype == "int8":
-        keep_in_int8(model, layer_stack(model)[1], device=device)
     return model.to(torch.device(device))
 
 

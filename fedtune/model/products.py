@@ -17,7 +17,7 @@ is exact: sums differ by the order in which they are added up alone.
 from __future__ import annotations
 
 import platform
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,9 +28,7 @@ _HAS_ONEDNN = torch._C._has_mkldnn and platform.machine().lower() in ("x86_64", 
 
 
 def is_slow_on_cpu(dtype: str) -> bool:
-    """The CPU lacks the instructions of a number format, so that rounding costs time and saves none."""
-    if dtype == "int8":
-        return not torch.cpu._is_vnni_supported()
+    """Whether the CPU lacks the instructions of a number format, so that rounding costs time and saves none."""
     has_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() or not _HAS_ONEDNN
     return dtype in ("mixed", "bfloat16", "nf4") and not has_bfloat16
 
@@ -86,12 +84,6 @@ class RoundedConv1D(Conv1D):  # type: ignore[misc]  # as above
 
 _FROZEN: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FrozenLinear, Conv1D: FrozenConv1D}
 _ROUNDED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RoundedLinear, Conv1D: RoundedConv1D}
-
-
-def by_output(module: nn.Module) -> torch.Tensor:
-    """(out, in) weights of a linear module; GPT-2's kind has them transposed."""
-    weight = cast(torch.Tensor, module.weight)
-    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 def rounded_product(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

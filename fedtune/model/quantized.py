@@ -1,6 +1,5 @@
-"""Linear layers that keep something coarser in place of their weights: what they share, and those in four bits.
+"""Frozen linear layers in four bits a weight (nf4: Dettmers et al. 2023, QLoRA, arXiv 2305.14314).
 
-**Four bits** (nf4: Dettmers et al. 2023, QLoRA, arXiv 2305.14314; `int8` has eight).
 Each 64 weights that lie side by side are a block with one scale, the largest absolute value among them.  Of a weight
 is kept which of 16 levels is nearest to weight / scale.  With float32 scales that is 4.5 bits a weight.
 
@@ -15,7 +14,6 @@ the product of its release 0.50.2 for models in evaluation gives its input no gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -24,68 +22,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from fedtune.model.products import by_output, rounded_product
+from fedtune.model.products import rounded_product
 from fedtune.spec import ConfigError
-
-
-class Quantized(nn.Module):
-    """A linear module that never trains and whose `weight` is made anew from what it keeps, in its buffers."""
-
-    bias: torch.Tensor | None  # as the module had it in whose place it stands
-    shape: torch.Size  # of its weights
-
-    def __init__(self, module: nn.Linear | Conv1D) -> None:
-        with torch.device("meta"):
-            if isinstance(module, nn.Linear):
-                nn.Linear.__init__(self, module.in_features, module.out_features)  # type: ignore[arg-type]
-            else:
-                Conv1D.__init__(self, module.nf, module.nx)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weights that it stands for, for code that reads them; what is written into them is lost."""
-        raise NotImplementedError
-
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The buffers that stand for `weight`.
-
-        Raises:
-            ConfigError: for `model.dtype`: they cannot.
-        """
-        raise NotImplementedError
-
-    def keep(self, weight: torch.Tensor) -> None:
-        """Keep others of the same shape in their place."""
-        for name, values in self.quantize(weight).items():
-            self.get_buffer(name).copy_(values)
-
-    def take_over(self, module: nn.Linear | Conv1D, device: torch.device | str) -> None:
-        """Stand for `module`, a frozen one, on `device`: its weights are quantized there, and its bias is ours."""
-        weight = module.get_parameter("weight")
-        assert not weight.requires_grad, "it is yet to get its adapter"
-        del self.weight
-        self.shape, self.bias = weight.shape, module.bias
-        for name, values in self.quantize(weight.detach().to(device)).items():
-            self.register_buffer(name, values)
-
-
-def quantize_linear(
-    layers: nn.Module, linear: type[Quantized], transposed: type[Quantized], more: Callable[[nn.Module], dict[str, Any]]
-) -> None:
-    """Put a `linear` in the place of each `nn.Linear` of `layers`, and a `transposed` in that of each `Conv1D`.
-
-    Each is made of the module and of what `more` gives for it.  One after the other goes to its device, so that the
-    whole of the weights need never fit that.
-
-    Raises:
-        ConfigError: for `model.dtype`, with the module's name: its weights cannot be kept so.
-    """
-    kinds = {nn.Linear: linear, Conv1D: transposed}
-    for parent in list(layers.modules()):
-        for name, module in list(parent.named_children()):
-            if (kind := kinds.get(type(module))) is not None:
-                setattr(parent, name, kind(module, **more(module)))
-
 
 BLOCK = 64  # weights with one scale
 LEVELS = (
@@ -124,30 +62,56 @@ def _pairs(device: torch.device) -> torch.Tensor:
     return both.view(torch.int64).flatten().to(device)
 
 
-class FourBit(Quantized):
-    """A linear module that keeps codes and scales in place of its weights, see `to_codes`."""
+class FourBit(nn.Module):
+    """A frozen linear module that keeps codes and scales of its weights, see `to_codes`, and makes `weight` anew.
+
+    Args:
+        module: the module that it replaces, which must be frozen; its bias is kept as it is.
+        device: where the weights are quantized and kept.
+
+    Raises:
+        ConfigError: for `model.dtype`: the weights are not a whole number of blocks.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor
+    bias: torch.Tensor | None
+    shape: torch.Size  # of the weights
 
     def __init__(self, module: nn.Linear | Conv1D, *, device: torch.device | str) -> None:
-        super().__init__(module)
-        self.take_over(module, device)
+        with torch.device("meta"):
+            if isinstance(module, nn.Linear):
+                nn.Linear.__init__(self, module.in_features, module.out_features)  # type: ignore[arg-type]
+            else:
+                Conv1D.__init__(self, module.nf, module.nx)
+        weight = module.get_parameter("weight")
+        assert not weight.requires_grad, "it is yet to get its adapter"
+        if weight.numel() % BLOCK:
+            shape = " x ".join(map(str, weight.shape))
+            raise ConfigError(
+                "model.dtype", "nf4", f"takes {BLOCK} weights at a time, and a layer of {shape} is no multiple"
+            )
+        del self.weight
+        self.shape, self.bias = weight.shape, module.bias
+        codes, scales = to_codes(weight.detach().to(device))
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
 
     @property
     def weight(self) -> torch.Tensor:
-        """Made anew."""
+        """The weights that the codes stand for, as a new tensor: what is written into it is lost."""
         return to_weights(self.codes, self.scales).view(self.shape)
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Codes and scales."""
-        if weight.numel() % BLOCK:
-            bound = (
-                f"takes {BLOCK} weights at a time, and a layer of {' x '.join(map(str, weight.shape))} is no multiple"
-            )
-            raise ConfigError("model.dtype", "nf4", bound)
+    @property
+    def by_output(self) -> torch.Tensor:
+        """The weights as (out, in); GPT-2's kind has them transposed."""
+        return self.weight if isinstance(self, nn.Linear) else self.weight.t()
+
+    def keep(self, weight: torch.Tensor) -> None:
+        """Replace the weights by others of the same shape."""
         codes, scales = to_codes(weight)
-        return {"codes": codes, "scales": scales}
+        self.codes.copy_(codes)
+        self.scales.copy_(scales)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
@@ -168,20 +132,26 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: FourBit) -> torch.Tensor:
         ctx.layer = layer  # not its weights, or all layers' would be there until the way back is over
-        return rounded_product(values, by_output(layer), layer.bias)
+        return rounded_product(values, layer.by_output, layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return rounded_product(gradients[0], by_output(ctx.layer).t(), None), None
+        return rounded_product(gradients[0], ctx.layer.by_output.t(), None), None
 
 
 def keep_in_four_bits(layers: nn.Module, *, device: torch.device | str) -> None:
     """Keep the weights of every frozen linear module of `layers` in four bits, on `device`.
 
+    Modules move to the device one after the other, so the device never holds the whole of the unquantized weights.
+
     Raises:
-        ConfigError: for `model.dtype`: a module's weights are no whole blocks.
+        ConfigError: for `model.dtype`: a module's weights are not a whole number of blocks.
     """
-    quantize_linear(layers, FourBitLinear, FourBitConv1D, lambda _: {"device": device})
+    kinds = {nn.Linear: FourBitLinear, Conv1D: FourBitConv1D}
+    for parent in list(layers.modules()):
+        for name, module in list(parent.named_children()):
+            if (kind := kinds.get(type(module))) is not None:
+                setattr(parent, name, kind(module, device=device))

@@ -32,8 +32,8 @@ _NOT_PROVEN = {
 def fastest_dtype(device: str) -> Literal["float32", "mixed"]:
     """The fastest number format here that costs no accuracy: mixed on a CPU with AMX, float32 elsewhere.
 
-    By simulations/benchmarks and simulations/int8_products: int8 is faster than float32 on more CPUs, and costs some
-    tasks accuracy, so that a person chooses it.  Linux says what there is, since torch takes seconds to import.
+    By simulations/benchmarks and simulations/mixed_products.  Linux names the CPU's instructions, since torch takes
+    seconds to import.
 
     Args:
         device: as `runtime.device`.
@@ -59,10 +59,9 @@ class ModelSpec:
         gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
         revision: the branch, tag or commit at the hub.
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which multiplies in bfloat16
-            inside its layers and leaves all else in float32; "int8", which multiplies in whole numbers there; or "nf4",
-            bfloat16 with the weights of its layers kept in four bits (not for a GGUF file); or "auto", mixed
-            if the machine that reads it has AMX and else float32 (`fastest_dtype`).  Adapter, head and losses are
-            float32.
+            inside its layers and leaves all else in float32; "nf4", bfloat16 with the weights of its layers kept in
+            four bits (not for a GGUF file); or "auto", mixed if the machine that reads it has AMX and else float32
+            (`fastest_dtype`).  Adapter, head and losses are float32.
         cache_dir: the folder for downloads and expanded GGUF files; null: the hub's own cache, and
             `FEDTUNE_CACHE` or `~/.cache/fedtune`.
         licence: the licence of the weights, which reports show.
@@ -77,7 +76,7 @@ class ModelSpec:
     sha256: str | None = None
     gguf_file: str | None = None
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "mixed", "int8", "nf4", "auto"] = "float32"
+    dtype: Literal["float32", "bfloat16", "mixed", "nf4", "auto"] = "float32"
     cache_dir: str | None = None
     licence: str | None = None
     public_id: str | None = None

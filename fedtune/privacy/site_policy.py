@@ -210,8 +210,7 @@ class Allow:
         train_head: whether a task head may be trained and released.
         adapters: kinds of adapters, such as "lora".
         dtypes: number formats that the base model may be computed in; bfloat16 rounds far more coarsely than float32,
-            mixed does so only where layers multiply; int8 multiplies whole numbers there; nf4 is bfloat16 with weights
-            of four bits.
+            mixed does so only where layers multiply; nf4 is bfloat16 with weights of four bits.
         seeded_noise: accept runs whose noise comes from a seed.  For a test federation: such a run has no guarantee
             and marks the ledger for ever.
         inexact_gradients: accept runs on a machine whose per-example gradients depend on the rest of the batch by

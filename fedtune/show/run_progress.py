@@ -304,12 +304,8 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
     dtype = config.model.dtype
     if str(shared.device) == "cpu" and is_slow_on_cpu(dtype):
         rows["format"] = (
-            f"model.dtype={dtype} makes this run slower: this CPU has no instructions for "
-            f"{'int8' if dtype == 'int8' else 'bfloat16'}, and model.dtype=float32 needs less time here"
-        )
-    elif str(shared.device) != "cpu" and dtype == "int8":
-        rows["format"] = (
-            "model.dtype=int8 makes this run slower: it is made for CPUs, and bfloat16 needs less time on a GPU"
+            f"model.dtype={dtype} makes this run slower: this CPU has no instructions for bfloat16, "
+            "and model.dtype=float32 needs less time here"
         )
     if not shared.keeps_states:
         rows["memory"] = (

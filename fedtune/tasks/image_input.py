@@ -69,9 +69,6 @@ class Image(Text):
         if spec.model.path.startswith(RANDOM) or spec.model.gguf_file:
             raise ConfigError("model.path", spec.model.path, "must be a model of images for data.input = image")
         require_no_labels(spec.head, "for data.input = image, whose model cannot read a label's text")
-        if spec.model.dtype == "int8":
-            bound = "is for models of texts: for data.input = image it must be float32, mixed, bfloat16 or nf4"
-            raise ConfigError("model.dtype", spec.model.dtype, bound)
 
     def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
         from fedtune.model.base_model import load_processor

@@ -24,7 +24,7 @@ import torch
 from fedtune.data import Batch, Part, Shapes, TextDataset
 from fedtune.data.batching import alone
 from fedtune.model.adapter import Adapter
-from fedtune.model.quantized import Quantized
+from fedtune.model.quantized import FourBit
 from fedtune.model.quiet import first_line
 from fedtune.spec import ConfigError
 from fedtune.tasks.task_model import TaskModel
@@ -369,8 +369,8 @@ def _generator(draws: np.random.Generator, device: torch.device | str) -> torch.
 def _random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[None]:
     """Weights as of a new model in place of its own, which are put back."""
     frozen = {name: one for name, one in model.named_parameters() if not one.requires_grad}
-    quantized = [module for module in model.modules() if isinstance(module, Quantized)]
-    own: list[torch.Tensor] = [*frozen.values(), *(each for layer in quantized for each in layer.buffers())]
+    in_four_bits = [module for module in model.modules() if isinstance(module, FourBit)]
+    own: list[torch.Tensor] = [*frozen.values(), *(each for layer in in_four_bits for each in layer.buffers())]
     # On the model's device if both leave room for a step, which has four fifths of what a model leaves free.
     beside = model.device.type != "cpu" and 6 * model_bytes(model) <= memory_of(model.device)
     kept = [one.detach().to(model.device if beside else "cpu", copy=True) for one in own]
@@ -383,8 +383,8 @@ def _random_weights(model: TaskModel, draws: np.random.Generator) -> Iterator[No
                     one.mul_(one.shape[-1] ** -0.5)
                 else:
                     one.mul_(0.1).add_(0.0 if name.endswith("bias") else 1.0)
-            for layer in quantized:
-                drawn = torch.empty(layer.shape, device=next(layer.buffers()).device)
+            for layer in in_four_bits:
+                drawn = torch.empty(layer.shape, device=layer.codes.device)
                 layer.keep(drawn.normal_(generator=generators[drawn.device]).mul_(layer.shape[-1] ** -0.5))
         yield
     finally:

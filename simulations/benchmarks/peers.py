@@ -9,8 +9,7 @@ round each, so that whatever else the machine does meets all alike.
 
 - **fedtune**: `fedtune simulate` in float32, with its ledgers and checkpoints; a process for each core
   shares each step, as that command chooses.
-- **fedtune, int8** and **fedtune, mixed**: the same with frozen layers that multiply whole numbers (`model.dtype=int8`)
-  or in bfloat16 (`mixed`); peers do in float32.
+- **fedtune, mixed**: the same with frozen layers that multiply in bfloat16 (`model.dtype=mixed`); peers do in float32.
 - **fedtune, one process**: in float32 with `runtime.num_devices=1`, which takes less memory.
 - **Flower and Opacus**: Flower's simulation with one client on all cores at a time, whose training is that of Flower's
   own example for Opacus: `make_private` on a data loader, an epoch (here: so many steps), weights sent back to FedAvg;
@@ -33,7 +32,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,7 @@ from fedtune.training.machine import usable_cores
 
 FOLDER = Path(__file__).parent
 BEGIN, END = "<!-- peers: written by peers.py -->", "<!-- end of peers -->"
-OURS, COARSER = "fedtune", ("int8", "mixed")
+OURS = "fedtune"
 SETTINGS = ["experiment=banks_intents", "lora=qv", "privacy.sampling_rate=0.2"]
 MOST_ROWS = 16
 READY = "ready"
@@ -178,14 +176,11 @@ def _sites(folder: Path) -> tuple[Any, ...]:
     return Work.read(folder).sites
 
 
-def of_coarser(dtype: str, folder: Path, **how: Any) -> None:
-    """fedtune with another number format of the base."""
-    of_fedtune(folder / dtype, f"model.dtype={dtype}", processes=usable_cores(), **how)
-
-
 KINDS: dict[str, Callable[..., None]] = {
     OURS: lambda folder, **how: of_fedtune(folder / "several", processes=usable_cores(), **how),
-    **{f"{OURS}, {dtype}": partial(of_coarser, dtype) for dtype in COARSER},
+    "fedtune, mixed": lambda folder, **how: of_fedtune(
+        folder / "mixed", "model.dtype=mixed", processes=usable_cores(), **how
+    ),
     "fedtune, one process": lambda folder, **how: of_fedtune(folder / "one", processes=1, **how),
     "Opacus, sorted": of_opacus,
     "Flower and Opacus": of_flower,

@@ -22,11 +22,11 @@ def machine(cores: int) -> str:
 
 
 def _processor() -> str:
-    """Its kind, who made it, its instructions for int8 and bfloat16, and what oneDNN may use: figures hang on these."""
+    """Its kind, who made it, its instructions and what oneDNN may use: figures depend on these."""
     path = Path("/proc/cpuinfo")
     lines = (line.partition(":") for line in path.read_text().splitlines()) if path.exists() else ()
     told = {key.strip(): value.strip() for key, _, value in lines}
-    names = ("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx512f", "avx2")
+    names = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
     does = [name for name in names if name in told.get("flags", "").split()]
     most = os.environ.get("ONEDNN_MAX_CPU_ISA")
     told_of = [platform.machine(), told.get("vendor_id", ""), " ".join(does), f"oneDNN up to {most}" if most else ""]

@@ -5,8 +5,8 @@
 
 Kinds of step take turns in one process, so that whatever else the machine does meets all alike: a plain one, the
 private one, a private one whose gradients by example come from Opacus's own hooks, and the private one with a frozen
-base that multiplies whole numbers or in bfloat16 (`model.dtype=int8`, `mixed`); in int8 the plain one, too.  So do all
-products of a base's layers with 1,024 rows, there and back, by torch, by oneDNN and in both.  Medians are written down.
+base that multiplies in bfloat16 (`model.dtype=mixed`).  So do all products of a base's layers with 1,024 rows, there
+and back, by torch, by oneDNN and in bfloat16.  Medians are written down.
 The most memory of each kind of step is that of a process that takes no other.
 """
 
@@ -53,8 +53,7 @@ CASES = {
     "SmolLM2-135M, all linear modules, rank 16": (16, [*_E2E, "lora.target_modules=all-linear"]),
 }
 """Records in a step, and settings."""
-COARSER = {"private, int8": "int8", "private, mixed": "mixed"}
-PLAIN_INT8 = "plain, int8"
+MIXED = "private, mixed"
 ROWS = 1024
 Step = Callable[[], dict[str, float]]
 """Takes one, and says how many seconds each part of it took."""
@@ -162,17 +161,15 @@ def steps(case: str, *, onednn: bool = True) -> dict[str, Step]:
     }
 
 
-def coarser_steps(case: str, kind: str) -> dict[str, Step]:
-    """The private step on a base of another number format, and in int8 the plain one."""
-    model, batches, clip_norm = prepared(case, dtype=COARSER[kind])
-    made: dict[str, Step] = {kind: partial(private, model, batches, clip_norm)}
-    return made | ({PLAIN_INT8: partial(plain, model, batches)} if COARSER[kind] == "int8" else {})
+def mixed_step(case: str) -> dict[str, Step]:
+    """The private step on a base that multiplies in bfloat16, by its name."""
+    return {MIXED: partial(private, *prepared(case, dtype="mixed"))}
 
 
 def products(case: str) -> dict[str, Step]:
     """All products of a base's layers with `ROWS` rows, there and back, by who multiplies."""
     found = {"torch": prepared(case, onednn=False)[0], "oneDNN": prepared(case)[0]}
-    found |= {"bfloat16": prepared(case, dtype="mixed")[0], "int8": prepared(case, dtype="int8")[0]}
+    found["bfloat16"] = prepared(case, dtype="mixed")[0]
     return {name: partial(multiplied, _linear(model)) for name, model in found.items()}
 
 
@@ -216,7 +213,7 @@ def peak_bytes(case: str, kind: str) -> int:
 
 
 def _peak(case: str, kind: str) -> int:
-    step = (coarser_steps(case, kind) if kind in COARSER else steps(case))[kind]
+    step = (mixed_step(case) if kind == MIXED else steps(case))[kind]
     step()
     step()
     # Not by getrusage, which begins with what the parent had.
@@ -226,13 +223,10 @@ def _peak(case: str, kind: str) -> int:
 
 def measured(case: str, *, runs: int) -> dict[str, object]:
     """All there is to say of a case."""
-    together = steps(case)
-    for kind in COARSER:
-        together |= coarser_steps(case, kind)
-    kinds = medians(together, runs=runs)
+    kinds = medians(steps(case) | mixed_step(case), runs=runs)
     torchs = medians(steps(case, onednn=False), runs=runs)
     alone = medians(products(case), runs=runs)
-    memory = {kind: peak_bytes(case, kind) for kind in ("plain", "private", *COARSER)}
+    memory = {kind: peak_bytes(case, kind) for kind in ("plain", "private", MIXED)}
     return {
         "records": CASES[case][0],
         "seconds": kinds,
@@ -241,12 +235,8 @@ def measured(case: str, *, runs: int) -> dict[str, object]:
         "private_over_plain": round(kinds["private"]["step"] / kinds["plain"]["step"], 3),
         "hooks_over_plain": round(kinds["private, Opacus's hooks"]["step"] / kinds["plain"]["step"], 3),
         "torch_over_onednn": round(torchs["private"]["step"] / kinds["private"]["step"], 2),
-        "mixed_over_private": round(kinds["private, mixed"]["step"] / kinds["private"]["step"], 2),
-        "int8_over_private": round(kinds["private, int8"]["step"] / kinds["private"]["step"], 2),
-        "int8_over_plain": round(kinds["private, int8"]["step"] / kinds["plain"]["step"], 2),
-        "int8_private_over_plain": round(kinds["private, int8"]["step"] / kinds[PLAIN_INT8]["step"], 3),
+        "mixed_over_private": round(kinds[MIXED]["step"] / kinds["private"]["step"], 2),
         "products_bfloat16_over_onednn": round(alone["bfloat16"]["step"] / alone["oneDNN"]["step"], 2),
-        "products_int8_over_onednn": round(alone["int8"]["step"] / alone["oneDNN"]["step"], 2),
         "peak_bytes": memory,
         "memory_private_over_plain": round(memory["private"] / memory["plain"], 3),
     }
@@ -258,12 +248,8 @@ def table(cases: dict[str, dict[str, object]]) -> str:
         "private_over_plain": "private / plain",
         "hooks_over_plain": "by Opacus's hooks / plain",
         "torch_over_onednn": "torch's products / oneDNN",
-        "int8_over_private": "int8 / float32, private",
-        "int8_over_plain": "private int8 / plain float32",
-        "int8_private_over_plain": "private / plain, int8",
         "mixed_over_private": "mixed / float32, private",
         "products_bfloat16_over_onednn": "products alone, bfloat16 / oneDNN",
-        "products_int8_over_onednn": "int8 / oneDNN",
         "memory_private_over_plain": "memory, private / plain",
     }
     rows = [["", *heads.values()], ["---"] + ["---:"] * len(heads)]

@@ -36,7 +36,6 @@ from fedtune.api.compose import compose_run
 from fedtune.audit import sensitivity
 from fedtune.audit.spec import AuditSpec
 from fedtune.data import Batch, Part, Shapes
-from fedtune.model.int8 import Int8, keep_in_int8
 from fedtune.model.layers import attach_adapters, compute_by_row, layer_stack
 from fedtune.model.quantized import FourBit, keep_in_four_bits
 from fedtune.model.spec import LoraSpec, ModelSpec, TaskModelSpec
@@ -270,16 +269,11 @@ def llama(machine: Machine, size: str, *, dtype: str = "bfloat16") -> TaskModel:
     """A model of this size with random weights: LoRA on q and v, rank 16."""
     shape = SIZES["tiny" if machine.tiny else size]
     config = LlamaConfig(**shape, vocab_size=512 if machine.tiny else 32000, max_position_embeddings=1024)  # type: ignore[arg-type]
-    whole = dtype == "int8"
-    with torch.device("cpu" if whole else machine.device):
-        kept = torch.float32 if whole else torch.bfloat16
-        base = AutoModelForCausalLM.from_config(config, dtype=kept).eval().requires_grad_(False)
+    with machine.device:
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     compute_by_row(base)
     if dtype == "nf4":
         keep_in_four_bits(layer_stack(base)[1], device=machine.device)
-    if whole:
-        keep_in_int8(base, layer_stack(base)[1], device=machine.device)
-        base.to(machine.device)
     lora = LoraSpec(rank=16 if not machine.tiny else 2, target_modules=("q_proj", "v_proj"))
     spec = TaskModelSpec(model=ModelSpec(path="random:llama", dtype=dtype), task="causal_lm", lora=lora)
     model = TaskModel(spec, task_named("causal_lm"), attach_adapters(base, spec=lora, predicts_tokens=True, seed=0))
@@ -320,30 +314,6 @@ def _speed(machine: Machine, model: TaskModel, batch: Batch) -> Result:
             found[f"{kind}_peak_bytes"] = torch.accelerator.max_memory_allocated(machine.device)
     found["private_over_plain"] = round(found["private_tokens_a_second"] / found["plain_tokens_a_second"], 3)
     return found
-
-
-def whole_numbers(machine: Machine) -> Result:
-    """int8: outputs and gradients of each layer beside the CPU's, bit for bit, in several numbers of rows; speed."""
-    for path, task in models(machine):
-        model, on_cpu = (
-            built(path, task, device=device, dtype="int8") for device in (machine.device, torch.device("cpu"))
-        )
-        same = dict(on_cpu.named_modules())
-        for name, layer in model.named_modules():
-            if not isinstance(layer, Int8):
-                continue
-            for rows in (1, 3, 24, 170):
-                values = torch.randn(rows, len(layer.factors), generator=torch.Generator().manual_seed(rows))
-                sides = []
-                for one, device in ((layer, machine.device), (same[name], "cpu")):
-                    given = values.to(device, copy=True).requires_grad_()
-                    made = one(given)
-                    made.square().sum().backward()
-                    assert given.grad is not None
-                    sides.append((made.detach().cpu(), given.grad.cpu()))
-                for here, there in zip(*sides, strict=True):
-                    assert torch.equal(here, there), f"{path}: {name} of {rows} rows has other bits than on a CPU"
-    return {"135m": speed(machine, "135m", dtype="int8"), "1b": speed(machine, "1b", dtype="int8", rows=(8,))}
 
 
 def four_bit(machine: Machine) -> Result:
@@ -429,14 +399,13 @@ def _command(*words: str, **environment: str) -> Result:
 STEPS: dict[str, Callable[[Machine], Result]] = {
     "equal": equal,
     "repeats": repeats,
-    **{f"alone-{dtype}": partial(alone, dtype=dtype) for dtype in ("float32", "bfloat16", "int8", "nf4")},
+    **{f"alone-{dtype}": partial(alone, dtype=dtype) for dtype in ("float32", "bfloat16", "nf4")},
     "alone-and-long": alone_and_long,
     "moved-by-one": moved_by_one,
     "several-devices": several_devices,
     "speed-135m": lambda machine: speed(machine, "135m"),
     "speed-1b": lambda machine: speed(machine, "1b", rows=(8, 32)),
     "speed-8b": lambda machine: speed(machine, "8b", rows=(4, 16)),
-    "whole-numbers": whole_numbers,
     "four-bit": four_bit,
     "banks": banks,
     "tests": tests,

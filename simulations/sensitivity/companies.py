@@ -28,7 +28,6 @@ from fedtune.training.per_example import PerExampleGradients, attached
 RESULTS = Path(__file__).parent / "companies.json"
 NAMES = (
     "MiniLM, the main job",
-    "MiniLM, the main job, int8",
     "MiniLM, head and LoRA on all linear layers",
     "SmolLM2-135M, the shipped LoRA",
 )

@@ -21,7 +21,6 @@ FOLDER = Path(__file__).parent
 _MINILM = ("experiment=banks_intents",)
 _SMOLLM2 = ("experiment=smollm2_e2e", "runtime.micro_batch_tokens=256", "data.max_length=48")
 _BY_USER = ("privacy.unit=user", "+data.columns.user=user")
-_INT8 = "model.dtype=int8"
 LINES: dict[str, tuple[int, tuple[str, ...]]] = {
     "random:bert, head and LoRA on all": (150, ("experiment=debug",)),
     "random:bert, LoRA on all, head not trained": (
@@ -36,10 +35,6 @@ LINES: dict[str, tuple[int, tuple[str, ...]]] = {
     "MiniLM, LoRA on query and value, head not trained": (15, (*_MINILM, "lora=qv", "head.train=false")),
     "MiniLM, by user": (15, (*_MINILM, *_BY_USER)),
     "SmolLM2-135M, the shipped LoRA": (2, _SMOLLM2),
-    "random:bert, head and LoRA on all, int8": (400, ("experiment=debug", _INT8)),
-    "random:bert, by user, int8": (200, ("experiment=debug", *_BY_USER, _INT8)),
-    "random:llama, LoRA on all, int8": (200, ("experiment=debug_users", "privacy.unit=record", _INT8)),
-    "MiniLM, the main job, int8": (40, (*_MINILM, _INT8)),
 }
 
 

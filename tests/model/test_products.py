@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fedtune.model import products
 from fedtune.model.base_model import load_base, model_sha256
-from fedtune.model.int8 import Int8Linear
 from fedtune.model.layers import layer_stack
 from fedtune.model.products import RoundedLinear, multiply_by_onednn, product, round_products, rounded_product
 from fedtune.model.quantized import FourBitLinear
@@ -97,7 +96,7 @@ def test_rounded_products_are_sums_of_rounded_numbers_rounded_once(
         assert torch.equal(one, one.bfloat16().float())
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("mixed", RoundedLinear), ("int8", Int8Linear), ("nf4", FourBitLinear)])
+@pytest.mark.parametrize(("dtype", "kind"), [("mixed", RoundedLinear), ("nf4", FourBitLinear)])
 @pytest.mark.parametrize(("path", "predicts_tokens"), [("random:bert", False), ("random:llama", True)])
 def test_layers_weights_alone_have_another_format(path: str, predicts_tokens: bool, dtype: Any, kind: Any) -> None:
     between: Any = "bfloat16" if dtype == "nf4" else "float32"  # the states between layers

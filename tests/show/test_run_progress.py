@@ -92,10 +92,10 @@ def runs(config: RunConfig, without_privacy: RunConfig, patched: pytest.MonkeyPa
     yield "a site that fails, and a score that is no number", shown(config, state(1, **failing))
     yield "without privacy", shown(without_privacy)
     patched.setattr("fedtune.model.products._HAS_ONEDNN", True)
-    for dtype in ("mixed", "int8", "bfloat16"):
+    for dtype in ("mixed", "bfloat16"):
         other = replace(config, model=replace(config.model, dtype=dtype))
         for has in (False, True):
-            for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported"):
+            for instructions in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
                 patched.setattr(torch.cpu, instructions, lambda has=has: has)
             yield f"{dtype} on a CPU {'with' if has else 'without'} its instructions", shown(other)
         yield f"{dtype} on a GPU", shown(other, of=model(device="cuda"))

@@ -105,7 +105,7 @@ BY_USER = ("privacy.unit=user", "privacy.records_per_user=2", "+data.columns.use
 
 
 ALONE = ("privacy=none", "lora.kind=dora", "runtime.gradient_checkpointing=true")
-ALONE += tuple(f"model.dtype={dtype}" for dtype in ("bfloat16", "mixed", "nf4", "int8"))
+ALONE += tuple(f"model.dtype={dtype}" for dtype in ("bfloat16", "mixed", "nf4"))
 SUMS = ("federation.aggregation=secure", "federation.num_sites=3")
 SCORES = ("privacy.metrics=noised", "data.heldout_fraction=0.3")
 WAYS = [*((one,) for one in ALONE), KEPT, BY_USER, (*KEPT, *BY_USER), SUMS, SCORES]

@@ -33,7 +33,7 @@ KINDS = [
     *(("random:llama", task) for task in ("causal_lm", "preference", "pairs", "triplets")),
 ]
 kinds = pytest.mark.parametrize(("path", "task"), KINDS)
-DTYPES = ("float32", "mixed", "int8", "nf4")
+DTYPES = ("float32", "mixed", "nf4")
 # What the base computes in is no matter of the head: those that only differ in theirs are tried once.
 HEADS_ALIKE = ("multi_label", "ordinal", "regression")
 IN_EACH_DTYPE = [(path, task, dtype) for path, task in KINDS for dtype in DTYPES[: 1 if task in HEADS_ALIKE else None]]

@@ -191,15 +191,13 @@ def test_after_a_step_gradients_are_those_at_the_new_adapter(elsewhere: bool) ->
 kinds = pytest.mark.parametrize(("path", "task"), KINDS[:2])
 
 
-@pytest.mark.by_day(
-    "random:bert-classification-bfloat16-lora", "random:llama-causal_lm-int8-lora", "random:llama-causal_lm-nf4-lora"
-)
+@pytest.mark.by_day("random:bert-classification-bfloat16-lora", "random:llama-causal_lm-nf4-lora")
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed", "nf4"])
 @kinds
 def test_adapters_gradients_sums_and_updates_keep_their_precision(path: str, task: str, dtype: str, kind: str) -> None:
     model = trained(path, task, dtype=dtype, lora=LoraSpec(kind=kind, rank=2, alpha=4.0))
-    formats = {"mixed": {torch.bfloat16, torch.float32}, "int8": {torch.float32}}.get(dtype, {torch.bfloat16})
+    formats = {torch.bfloat16, torch.float32} if dtype == "mixed" else {torch.bfloat16}
     assert kind != "lora" or {p.dtype for p in model.parameters() if not p.requires_grad} == formats
     assert {p.dtype for p in model.trainable().values()} == {torch.float32}
     found = gradients_of(model, collate(made_up(task), [0, 1, 2], pad_id=0))
@@ -221,15 +219,12 @@ BOUND = 0.01
 def test_coarser_products_change_gradients_by_rounding_alone(path: str, task: str) -> None:
     batch = collate(made_up(task), range(8), pad_id=0)
     found = {}
-    for dtype in ("float32", "mixed", "int8", "bfloat16"):
+    for dtype in ("float32", "mixed", "bfloat16"):
         each = gradients_of(trained(path, task, dtype=dtype), batch)
         found[dtype] = torch.cat([one.flatten() for one in each.values()])
     whole = found["float32"].norm()
-    mixed, whole_numbers, coarse = (
-        (found[dtype] - found["float32"]).norm() / whole for dtype in ("mixed", "int8", "bfloat16")
-    )
+    mixed, coarse = ((found[dtype] - found["float32"]).norm() / whole for dtype in ("mixed", "bfloat16"))
     assert 0 < mixed < 0.03, "measured: 0.009 (BERT) and 0.016 (llama)"
-    assert 0 < whole_numbers < 0.08
     assert mixed < coarse
 
 
