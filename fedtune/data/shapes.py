@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -97,32 +96,22 @@ class Shapes:
             yield from self._cut(places[bucket == number], length)
 
     def _cut(self, places: npt.NDArray[np.int64], length: int) -> Iterator[Part]:
-        choices = tuple(
-            _Choice(rows, self.room(length, rows), rows * length + _TOKENS_OF_A_CALL) for rows in self.rows(length)
-        )
-        most = choices[0]
-        while len(places) >= 2 * most.room:
-            yield Part(places[: most.room], most.rows, length)
-            places = places[most.room :]
-        for choice in _least_work(len(places), choices)[1]:
-            yield Part(places[: choice.room], choice.rows, length)
-            places = places[choice.room :]
-
-
-class _Choice(NamedTuple):
-    """A number of rows that a micro-batch may have, the records that fit, and the work, in tokens."""
-
-    rows: int
-    room: int
-    work: int
+        most = self.rows(length)[0]
+        room = self.room(length, most)
+        while len(places) >= 2 * room:
+            yield Part(places[:room], most, length)
+            places = places[room:]
+        for rows in _least_work(self, length, len(places)):
+            room = self.room(length, rows)
+            yield Part(places[:room], rows, length)
+            places = places[room:]
 
 
 @cache
-def _least_work(count: int, choices: tuple[_Choice, ...]) -> tuple[int, tuple[_Choice, ...]]:
-    """The micro-batches that hold `count` records with the least work, the largest first, and that work."""
+def _least_work(shapes: Shapes, length: int, count: int) -> tuple[int, ...]:
+    """The rows of the micro-batches that hold `count` records with the least work, the largest first."""
     if count <= 0:
-        return 0, ()
-    rest = {choice: _least_work(count - choice.room, choices) for choice in choices}
-    best = min(choices, key=lambda choice: choice.work + rest[choice][0])
-    work, others = rest[best]
-    return best.work + work, tuple(sorted((best, *others), reverse=True))
+        return ()
+    ways = ((rows, *_least_work(shapes, length, count - shapes.room(length, rows))) for rows in shapes.rows(length))
+    best = min(ways, key=lambda way: sum(rows * length + _TOKENS_OF_A_CALL for rows in way))
+    return tuple(sorted(best, reverse=True))
