@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -136,31 +135,14 @@ class FeatureSpec:
         return repr(numbers[0]) if self.size is None else json.dumps(numbers)
 
 
-@dataclass(frozen=True)
-class FeatureReader:
-    """Makes vectors of records; stands where a tokenizer stands for texts."""
-
-    features: tuple[FeatureSpec, ...]
-    name_or_path = "none"
-    pad_token_id = 0
-    chat_template = None
-
-    @property
-    def width(self) -> int:
-        return sum(one.width for one in self.features)
-
-    def vector(self, record: Record) -> NDArray[np.float32]:
-        """(width,) of a record; raises DataError where a column is not as it was declared."""
-        found = [
-            one.read(record.fields[FEATURE + column], at=record.at(FEATURE + column))
-            for one in self.features
-            for column in one.columns
-        ]
-        return (np.concatenate(found) / math.sqrt(sum(one.numbers for one in self.features))).astype(np.float32)
-
-    def get_vocab(self) -> Mapping[str, int]:
-        """No words: canaries are made of them."""
-        return {}
+def vector_of(record: Record, features: Sequence[FeatureSpec]) -> NDArray[np.float32]:
+    """Return a record's vector, of the features' widths together; raise DataError if a column is not as declared."""
+    found = [
+        one.read(record.fields[FEATURE + column], at=record.at(FEATURE + column))
+        for one in features
+        for column in one.columns
+    ]
+    return (np.concatenate(found) / math.sqrt(sum(one.numbers for one in features))).astype(np.float32)
 
 
 def check_range(key: str, bounds: tuple[float, float]) -> None:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.config import RunConfig
 from fedtune.data.batching import Batch
-from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.features import FeatureSpec, vector_of
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
 from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantise, write_graph
@@ -353,7 +353,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]
     records = [Record({role: _made_up(one, draws.integers) for one, role in columns}) for _ in range(_ROWS)]
-    vectors = torch.from_numpy(np.stack([FeatureReader(features).vector(record) for record in records]))
+    vectors = torch.from_numpy(np.stack([vector_of(record, features) for record in records]))
     batch = Batch(vectors[:, None], torch.ones(_ROWS, 1, dtype=torch.int64), torch.zeros(_ROWS))
     raw = torch.tensor(
         [[value for one, role in columns for value in one.raw(record.fields[role], at=role)] for record in records]

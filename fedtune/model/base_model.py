@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -79,23 +78,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@dataclass(frozen=True)
-class ImageProcessor:
-    """Transformers' own image processor, of its kind for PIL, which makes a model's input of an image."""
+def load_processor(spec: ModelSpec) -> tuple[Any, int, int, int]:
+    """Load the image processor in the base's folder, of transformers' kind for PIL.
 
-    process: Any  # the processor
-    side: int  # of the square images that it makes
-    patch: int  # the side of a patch
-    before: int  # places of the model's own before those of the patches
-
-    def pixels(self, image: Any) -> np.ndarray:
-        """(3, side, side) float32."""
-        found: np.ndarray = self.process(images=image, return_tensors="np")["pixel_values"][0]
-        return found.astype(np.float32)
-
-
-def load_processor(spec: ModelSpec) -> ImageProcessor:
-    """The image processor that lies beside the base.
+    Returns:
+        The processor, the side of the square images that it makes, the side of a patch, and how many places of its own
+        the model has before those of the patches.
 
     Raises:
         ConfigError: for `model.path` when there is none that makes square images of three colours and whole patches, or
@@ -117,7 +105,7 @@ def load_processor(spec: ModelSpec) -> ImageProcessor:
         shape = " x ".join(map(str, found.shape))
         bound = f"its {PROCESSOR} must make square images of three colours and of patches of {patch}; it makes {shape}"
         raise ConfigError("model.path", spec.path, bound)
-    return ImageProcessor(made, side, patch, VISION[config.model_type])
+    return made, side, patch, VISION[config.model_type]
 
 
 def load_base(

@@ -19,7 +19,7 @@ import yaml
 
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
-from fedtune.data.features import FeatureReader, FeatureSpec, columns_of
+from fedtune.data.features import FeatureSpec, columns_of
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME
@@ -28,6 +28,7 @@ from fedtune.preparation.columns import Column
 from fedtune.preparation.detect import KINDS, Found
 from fedtune.preparation.duplicates import spelling
 from fedtune.spec import ConfigError
+from fedtune.tasks.inputs import NoTokenizer
 from fedtune.tasks.registry import TASKS, task_named
 from fedtune.words import counted
 
@@ -115,7 +116,7 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
     own |= {"prompt_template": _template(found) or config.data.prompt_template}
     own |= {"columns": dict(found.roles), "chat_template": "none", "intervals": (1.0,)}
     data = replace(config.data, **own | found.settings)
-    reader: Any = FeatureReader(data.features) if found.features else tokenizer  # the base leaves the columns open
+    reader: Any = NoTokenizer() if found.features else tokenizer  # the base leaves the columns open
     roles = {**found.roles, **columns_of(data.features, {})}
     if found.kind in ("instructions", "chat", "pairs", "preferences"):
         try:  # the model's own template, if it has one that can be taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,40 +17,36 @@ from fedtune.data.spec import DataSpec
 from fedtune.model.spec import RANDOM, ModelSpec, TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError
-from fedtune.tasks.inputs import Input, Row, Rows, Text, each_alone, mean_pooled, require_no_labels
+from fedtune.tasks.inputs import Input, NoTokenizer, Row, Rows, Text, each_alone, mean_pooled, require_no_labels
 
 
 @dataclass(frozen=True)
-class ImageReader:
-    """Makes patches of records; stands where a tokenizer stands for texts."""
+class ImageReader(NoTokenizer):
+    """Makes patches of images."""
 
-    processor: Any  # the model's (`fedtune.model.base_model.ImageProcessor`)
-    name_or_path = "image"
-    pad_token_id = 0
-    chat_template = None
-
-    @property
-    def places(self) -> int:
-        return int(self.processor.before + (self.processor.side // self.processor.patch) ** 2)
+    process: Any  # the model's processor, as `fedtune.model.base_model.load_processor` finds it
+    side: int  # of the square images that it makes
+    patch: int  # the side of a patch
+    before: int  # places of the model's own before those of the patches
 
     def nothing(self) -> NDArray[np.float32]:
         """(places, 3 * patch * patch) zeros."""
-        return np.zeros((self.places, 3 * self.processor.patch**2), dtype=np.float32)
+        return np.zeros((self.before + (self.side // self.patch) ** 2, 3 * self.patch**2), dtype=np.float32)
 
     def patches(self, image: Any) -> NDArray[np.float32]:
         """The same of an image: of each patch the red, the green and the blue pixels, row by row."""
-        pixels, patch, found = self.processor.pixels(image), self.processor.patch, self.nothing()
-        count = self.processor.side // patch
-        cut = pixels.reshape(3, count, patch, count, patch)
-        found[self.processor.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
+        pixels, count, found = self.pixels(image), self.side // self.patch, self.nothing()
+        cut = pixels.reshape(3, count, self.patch, count, self.patch)
+        found[self.before :] = cut.transpose(1, 3, 0, 2, 4).reshape(count**2, -1)
         return found
 
-    def save_pretrained(self, folder: Path) -> None:
-        self.processor.process.save_pretrained(folder)
+    def pixels(self, image: Any) -> NDArray[np.float32]:
+        """(3, side, side)."""
+        found: NDArray[Any] = self.process(images=image, return_tensors="np")["pixel_values"][0]
+        return found.astype(np.float32)
 
-    def get_vocab(self) -> Mapping[str, int]:
-        """No words: canaries are made of them."""
-        return {}
+    def save_pretrained(self, folder: Path) -> None:
+        self.process.save_pretrained(folder)
 
 
 class Image(Text):
@@ -74,9 +70,9 @@ class Image(Text):
         from fedtune.model.base_model import load_processor
 
         require_pillow()
-        reader = ImageReader(load_processor(model))
-        if base is not None and data.max_length != reader.places:
-            bound = f"must be {reader.places}: so many places an image has in this model"
+        reader = ImageReader(*load_processor(model))
+        if base is not None and data.max_length != (places := len(reader.nothing())):
+            bound = f"must be {places}: so many places an image has in this model"
             raise ConfigError("data.max_length", data.max_length, bound)
         return reader
 
@@ -96,10 +92,10 @@ class Image(Text):
         from fedtune.model.layers import attach_adapters
         from fedtune.model.quiet import first_line
 
-        processor = load_processor(spec.model)
+        reader = ImageReader(*load_processor(spec.model))
         frozen = load_base(spec.model, images=True, device=device)
         check(frozen)
-        blank = torch.from_numpy(np.stack(2 * [ImageReader(processor).nothing()])).to(frozen.device)
+        blank = torch.from_numpy(np.stack(2 * [reader.nothing()])).to(frozen.device)
         frozen.places = blank.shape[1]  # for what is made up
         base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=False, seed=spec.seed)
 
@@ -107,7 +103,7 @@ class Image(Text):
             try:
                 self.pooled(base, blank, torch.ones(blank.shape[:2]).to(blank))
             except Exception as error:
-                bound = f"cannot read images of {processor.side} x {processor.side} pixels, which its processor makes"
+                bound = f"cannot read images of {reader.side} x {reader.side} pixels, which its processor makes"
                 raise ConfigError("model.path", spec.model.path, f"{bound}: {first_line(error)}") from error
 
         check_examples_apart(base, run, places=blank.shape[1])

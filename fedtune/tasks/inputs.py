@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.data.features import FeatureReader
+from fedtune.data.features import vector_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.text_rows import or_fault
@@ -31,6 +32,15 @@ Row: TypeAlias = npt.NDArray[np.int32] | npt.NDArray[np.float32]
 """(t,) token ids, (1, w) the values of a vector, or (t, w) the pixels of an image's patches."""
 Rows: TypeAlias = tuple[Sequence[Row], list[bool]]
 """Of each record its input, and whether it could be made: what could not is a harmless one (`Task.tokenise`)."""
+
+
+class NoTokenizer:
+    """The reader of records without a text: it takes the place of a tokenizer, and has no words."""
+
+    pad_token_id = 0
+
+    def get_vocab(self) -> Mapping[str, int]:
+        return {}
 
 
 class Input(ABC):
@@ -198,10 +208,10 @@ class Features(Input):
         require_no_labels(spec.head, "for data.input = features, whose model is its head alone")
 
     def reader(self, data: DataSpec, model: ModelSpec, *, base: Any = None) -> Any:
-        return FeatureReader(data.features)
+        return NoTokenizer()
 
     def check_record(self, data: DataSpec) -> Callable[[Record], object]:
-        return FeatureReader(data.features).vector
+        return partial(vector_of, features=data.features)
 
     def odd(self, record: Record, data: DataSpec) -> Iterator[tuple[str, str]]:
         for feature in data.features:
@@ -210,9 +220,10 @@ class Features(Input):
                     yield what, column
 
     def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
-        nothing = np.zeros((1, reader.width), dtype=np.float32)
+        nothing = np.zeros((1, sum(one.width for one in data.features)), dtype=np.float32)
+        read = partial(vector_of, features=data.features)
         return each_alone(
-            lambda record: reader.vector(record)[None], records, nothing=nothing, lenient=lenient_within is not None
+            lambda record: read(record)[None], records, nothing=nothing, lenient=lenient_within is not None
         )
 
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.features import FeatureSpec, vector_of
 from fedtune.data.records import Record, iter_records, usable_records
 from fedtune.data.spec import DataSpec
 from fedtune.spec import ConfigError, DataError
@@ -34,7 +34,7 @@ def vector(tmp_path: Path, row: dict[str, Any], *features: FeatureSpec) -> list[
     """A row's vector times the root that all are divided by."""
     rows = write_jsonl(tmp_path / "rows.jsonl", [row])
     (record,) = iter_records(rows, data(*features).needed_columns(()))
-    found = FeatureReader(features).vector(record)
+    found = vector_of(record, features)
     assert found.dtype == np.float32
     return [round(float(one), 5) for one in found * math.sqrt(sum(one.numbers for one in features))]
 
@@ -47,7 +47,7 @@ def test_each_value_stands_where_it_was_declared_by_its_declared_scale(tmp_path:
         *("sex = female", "sex = male", "sex: other", "sex: missing"),
         *("states[0] in -2.0 to 2.0", "states[1] in -2.0 to 2.0", "states[2] in -2.0 to 2.0"),
     ]
-    assert FeatureReader(ALL).width == len(values) == 12
+    assert sum(one.width for one in ALL) == len(values) == 12
     assert vector(tmp_path, ROW | {"states": "[2, 0.5, -9]"}, *ALL) == vector(tmp_path, ROW, *ALL), "a list may be text"
     assert vector(tmp_path, ROW, *ALL) == [-0.5, 0.5, 0, 0, 1, 0, 1, 0, 0, 1, 0.25, -1]
 
@@ -91,7 +91,7 @@ def test_a_category_is_named_as_json_writes_its_value(tmp_path: Path, kind: str,
         file.write_text(f"grade\n{value}\n" if kind == ".csv" else f"{json.dumps({'grade': value})}\n")
     grade = FeatureSpec(columns=("grade",), categories=("1", "true", "2.5"))
     for record in usable_records(file, data(grade).needed_columns(())):
-        found = FeatureReader((grade,)).vector(record)
+        found = vector_of(record, (grade,))
         assert found.tolist() == [*(float(name == one) for one in grade.categories), 0.0]
 
 
@@ -99,7 +99,7 @@ def test_no_vector_is_longer_than_one(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     for _ in range(50):
         fields = {f"feature:{name}": one.made_up(draws.integers) for one in ALL for name in one.columns}
-        assert np.linalg.norm(FeatureReader(ALL).vector(Record(fields))) <= 1 + 1e-6
+        assert np.linalg.norm(vector_of(Record(fields), ALL)) <= 1 + 1e-6
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

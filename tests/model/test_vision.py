@@ -52,11 +52,11 @@ def test_what_the_base_makes_of_an_image_is_what_transformers_makes_of_it(kind: 
     folder = vision_folder(tmp_path / "model", kind)
     spec = ModelSpec(path=str(folder))
     model = build_task_model(task_model(spec))
-    reader = ImageReader(load_processor(spec))
-    assert reader.places == MODELS[kind][2]
+    reader = ImageReader(*load_processor(spec))
+    assert len(reader.nothing()) == MODELS[kind][2]
     image = picture(size=(31, 20))
     rows = torch.from_numpy(reader.patches(image))[None]
-    found = input_named("image").pooled(model.base, rows, torch.ones(1, reader.places))
+    found = input_named("image").pooled(model.base, rows, torch.ones(rows.shape[:2]))
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     hidden = AutoModel.from_pretrained(folder)(**processor(images=image, return_tensors="pt")).last_hidden_state
     patches = hidden[:, VISION[model.base.config.model_type] :].mean(dim=1)
@@ -79,11 +79,14 @@ def test_the_processor_is_part_of_what_is_pinned_and_its_kind_is_said(folder: Pa
 
 
 def test_old_names_of_a_processor_are_known(folder: Path) -> None:
-    new = load_processor(ModelSpec(path=str(folder))).pixels(picture())
+    def pixels() -> Any:
+        return ImageReader(*load_processor(ModelSpec(path=str(folder)))).pixels(picture())
+
+    new = pixels()
     change(folder, image_processor_type="gone", feature_extractor_type="ViTFeatureExtractor")
-    np.testing.assert_array_equal(load_processor(ModelSpec(path=str(folder))).pixels(picture()), new)
+    np.testing.assert_array_equal(pixels(), new)
     change(folder, image_processor_type="ViTImageProcessorFast", feature_extractor_type="gone", size=8, do_pad=None)
-    np.testing.assert_array_equal(load_processor(ModelSpec(path=str(folder))).pixels(picture()), new)
+    np.testing.assert_array_equal(pixels(), new)
 
 
 @pytest.mark.parametrize("changes", PROCESSORS, ids=lambda changes: changes["refused"])

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fedtune.config import RunConfig
-from fedtune.data.features import FeatureReader
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.preparation.check_data import check
@@ -21,6 +20,7 @@ from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_own_site, at_site, for_sites
 from fedtune.sites.virtual_site import generated_policy
 from fedtune.spec import ConfigError
+from fedtune.tasks.inputs import NoTokenizer
 
 from ..privacy.builders import reason_of
 from .conftest import COLUMNS, LABELS, TABLE, letters, write_records
@@ -172,7 +172,7 @@ def test_a_table_is_trained_on_under_the_site_s_own_names(site: Any) -> None:
 def test_the_check_reads_the_file_as_training_does(site: Any) -> None:
     write(site, [*GOOD, ("old", "a", LABELS[0])])
     config = at_own_site(site.config, read_policy(site.site_toml), folder=site.folder)
-    (file,) = check(config, FeatureReader(config.data.features), within=1).files
+    (file,) = check(config, NoTokenizer(), within=1).files
     assert (file.rows, file.uses, sum(file.num_errors.values())) == (41, {"train": 40}, 1)
     sent = for_sites(site.config)
     trained = at_site(sent, read_policy(site.site_toml), folder=site.folder, installed=lambda sha256: site.folder)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.features import FeatureSpec, vector_of
 from fedtune.data.records import record_of
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
@@ -55,7 +55,7 @@ def test_exported_lines_read_a_row_as_training_does(exported: Any, column: str, 
     row = GOOD | {column: value}
     try:
         record = record_of(row, DATA.needed_columns(()), file="", line=0)
-        expected = FeatureReader(FEATURES).vector(record)
+        expected = vector_of(record, FEATURES)
     except DataError:
         with pytest.raises((ValueError, TypeError)):
             exported(row)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedtune.data import Shapes, TextDataset, collate
-from fedtune.data.features import FeatureReader, FeatureSpec
+from fedtune.data.features import FeatureSpec
 from fedtune.data.images import image_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
@@ -17,6 +17,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.base_model import load_processor
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
 from fedtune.tasks.image_input import ImageReader
+from fedtune.tasks.inputs import NoTokenizer
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.machine import ready_model, shapes_for
 from fedtune.training.preflight import moved_by_others
@@ -133,7 +134,7 @@ def test_a_new_model_predicts_nothing_and_its_start_follows_from_the_seed() -> N
 
 def test_a_bad_record_adds_nothing_and_the_others_what_they_add_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(spec_of("classification"))
-    spec, reader = data(*FEATURES, labels=("one", "two", "three")), FeatureReader(FEATURES)
+    spec, reader = data(*FEATURES, labels=("one", "two", "three")), NoTokenizer()
     draws = np.random.default_rng(1)
     rows = [
         Record({f"feature:{name}": one.made_up(draws.integers) for one in FEATURES for name in one.columns})
@@ -209,7 +210,7 @@ def test_an_image_adds_the_same_bits_in_any_company(folders: Folders, kind: str,
 def test_a_broken_image_adds_nothing_and_moves_no_other(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     model = of_images(folders["vit"])
     spec = data(columns={"image": "i", "label": "y"}, max_length=5, input="image", labels=LABELS)
-    reader = ImageReader(load_processor(model.spec.model))
+    reader = ImageReader(*load_processor(model.spec.model))
     good = [Record({"image": image_of(encoded(picture(seed=place)), "image"), "label": "two"}) for place in range(4)]
     bad = Record({**good[1].fields, "image": image_of(encoded(picture(seed=1))[:-40], "image")})
     fault = model.task.fault(spec)(bad)
