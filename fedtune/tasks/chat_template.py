@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -175,22 +175,21 @@ def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
     """Raises _NoChain."""
     special = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
     compiled = _compiled(template)
-    chain, tried = _derived(compiled, special)
-    found = {joint: _marks_in(text, tokenizer) for joint, text in chain.joints.items()}
-    marked = MarkedTokenizer.of(tokenizer, {mark.number for marks in found.values() for mark in marks} | {end})
-    joints = {joint: _named(text, found[joint], marked) for joint, text in chain.joints.items()}
+    chain, contents, tried = _derived(compiled, special)
+    found = {joint: _marks_in(text, tokenizer) for joint, text in chain.items()}
+    marked = MarkedTokenizer.of(tokenizer, {number for marks in found.values() for number, *_ in marks} | {end})
+    joints = {joint: _named(text, found[joint], marked) for joint, text in chain.items()}
     # Conversations that are encoded whole have the tokens that transformers gives them.  A content that names a mark is
     # text for us, and a mark for transformers.
     by_name = {text for text in {turn.content for turns in tried for turn in turns} if _marks_in(text, tokenizer)}
     plain = {turns: text for turns, text in tried.items() if by_name.isdisjoint(turn.content for turn in turns)}
-    named = replace(chain, joints=joints)
-    ours = [ids for ids, _ in marked.encode([named.text(turns) for turns in plain])]
+    ours = [ids for ids, _ in marked.encode([_written(joints, contents, turns) for turns in plain])]
     if ours != tokenizer([*plain.values()], add_special_tokens=False)["input_ids"]:
         raise _NoChain("marks turns by tokens that the tokenizer finds in some conversations and not in others")
 
     behind, last = joints.pop((ASSISTANT, END)), next(iter(found[ASSISTANT, END]), None)
     if last is not None:
-        end = last.number
+        end = last[0]
         ending = behind[: behind.index(marked.names[end]) + len(marked.names[end])]
     else:
         ending = marked.names[end]
@@ -204,24 +203,16 @@ def _own(tokenizer: Tokenizer, template: str, end: int) -> ChatFormat:
 
     def writes(turns: Sequence[Turn]) -> bool:
         try:
-            return _rendered(compiled, turns, special) == chain.text(turns)
+            return _rendered(compiled, turns, special) == _written(chain, contents, turns)
         except _NoChain:
             return False
 
     has_system = (START, SYSTEM) in joints
-    return ChatFormat(marked, (), begin, joints, chain.contents(), ending, between, end, has_system, writes)
+    return ChatFormat(marked, (), begin, joints, contents, ending, between, end, has_system, writes)
 
 
-class _Mark(NamedTuple):
-    """A token that no letters make, and where it stands in a text."""
-
-    number: int
-    first: int
-    end: int
-
-
-def _marks_in(text: str, tokenizer: Tokenizer) -> list[_Mark]:
-    """The added tokens that the tokenizer finds by name in a text, without those of spaces alone."""
+def _marks_in(text: str, tokenizer: Tokenizer) -> list[tuple[int, int, int]]:
+    """Find the added tokens that a text names: (id, first character, end) of each, without those of spaces alone."""
     added, found = tokenizer.added_tokens_decoder, []
     encoded = tokenizer([text], add_special_tokens=False, return_offsets_mapping=True)
     for number, (first, end) in zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True):
@@ -229,13 +220,13 @@ def _marks_in(text: str, tokenizer: Tokenizer) -> list[_Mark]:
         # Some take the spaces beside them along; the one for unknown letters stands for what it is not called.
         if name.strip() and name in text[first:end]:
             place = text.index(name, first)
-            found.append(_Mark(number, place, place + len(name)))
+            found.append((number, place, place + len(name)))
     return found
 
 
-def _named(text: str, marks: Sequence[_Mark], marked: MarkedTokenizer) -> str:
-    for mark in reversed(marks):
-        text = text[: mark.first] + marked.names[mark.number] + text[mark.end :]
+def _named(text: str, marks: Sequence[tuple[int, int, int]], marked: MarkedTokenizer) -> str:
+    for number, first, end in reversed(marks):
+        text = text[:first] + marked.names[number] + text[end:]
     return text
 
 
@@ -244,37 +235,27 @@ def _named(text: str, marks: Sequence[_Mark], marked: MarkedTokenizer) -> str:
 _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.rstrip, str.lstrip)
 """Changes that templates make to a content: none, or they take spaces off its ends."""
 _Conversation: TypeAlias = tuple[Turn, ...]
+_Contents: TypeAlias = Mapping[str, Callable[[str], str]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Chain:
-    """The fixed texts of a template."""
-
-    joints: Mapping[Joint, str]  # between two contents; of an assistant's turn the one that a model is to answer behind
-    trims: Mapping[str, Callable[[str], str]]  # what is taken off a content, by role
-    # spaces that the template writes before an assistant's content and not before an answer that is yet to be
-    # written: the model writes them itself
-    lead: str
-
-    def contents(self) -> dict[str, Callable[[str], str]]:
-        said = dict(self.trims)
-        said[ASSISTANT] = lambda content: self.lead + self.trims[ASSISTANT](content)
-        return said
-
-    def text(self, turns: Sequence[Turn]) -> str:
-        """The text that the template has to write of a conversation, where an answer may be yet to come."""
-        contents, ends = self.contents(), (END if turns[-1].role == ASSISTANT else ANSWER)
-        roles = (START, *(turn.role for turn in turns), ends)
-        said = (*(contents[turn.role](turn.content) for turn in turns), "")
-        return "".join(self.joints[joint] + text for joint, text in zip(pairwise(roles), said, strict=True))
+def _written(joints: Mapping[Joint, str], contents: _Contents, turns: Sequence[Turn]) -> str:
+    """Write a conversation as a `ChatFormat` with these texts does; an answer may be yet to come."""
+    roles = (START, *(turn.role for turn in turns), END if turns[-1].role == ASSISTANT else ANSWER)
+    said = (*(contents[turn.role](turn.content) for turn in turns), "")
+    return "".join(joints[joint] + text for joint, text in zip(pairwise(roles), said, strict=True))
 
 
 class _NoChain(Exception):
     """Why a template is refused, as the end of a sentence about it."""
 
 
-def _derived(template: CountedTemplate, special: Mapping[str, str]) -> tuple[_Chain, Mapping[_Conversation, str]]:
-    """The chain, and what the template writes of the conversations that it was tried on."""
+def _derived(
+    template: CountedTemplate, special: Mapping[str, str]
+) -> tuple[Mapping[Joint, str], _Contents, Mapping[_Conversation, str]]:
+    """Find out the `joints` and `contents` of a template's format.
+
+    Also returns what the template writes of the conversations that it was tried on.
+    """
     spent = 0
 
     def rendered(turns: _Conversation) -> str:
@@ -302,15 +283,16 @@ def _derived(template: CountedTemplate, special: Mapping[str, str]) -> tuple[_Ch
         raise _NoChain("writes other words before an answer than those that ask for one")
     joints[USER, ASSISTANT] = prompt
     roles = [role for role in (SYSTEM, USER, ASSISTANT) if role != SYSTEM or (START, SYSTEM) in joints]
-    chain = _Chain(joints, dict.fromkeys(roles, str), lead)
+    # Spaces before an assistant's content, but not before an answer yet to be written, are the model's to write.
+    contents: dict[str, Callable[[str], str]] = dict.fromkeys(roles, str) | {ASSISTANT: lambda content: lead + content}
     for role in roles:
-        chain = _trimmed(rendered, chain, role)
+        contents[role] = _trimmed(rendered, joints, contents, role)
     tried = {
         turns: rendered(turns) for turns in _tried((*template.texts, *special.values()), has_system=SYSTEM in roles)
     }
-    if any(text != chain.text(turns) for turns, text in tried.items()):
+    if any(text != _written(joints, contents, turns) for turns, text in tried.items()):
         raise _NoChain("does not write turns one after another: what it writes of one goes by its place or content")
-    return chain, tried
+    return joints, contents, tried
 
 
 def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) -> dict[Joint, str]:
@@ -326,15 +308,20 @@ def _read_off(rendered: Callable[[_Conversation], str], roles: Sequence[str]) ->
     return dict(zip(pairwise((START, *roles, ends)), (*texts, rest), strict=True))
 
 
-def _trimmed(rendered: Callable[[_Conversation], str], chain: _Chain, role: str) -> _Chain:
-    """The chain with what the template takes off the contents of one role."""
+def _trimmed(
+    rendered: Callable[[_Conversation], str], joints: Mapping[Joint, str], contents: _Contents, role: str
+) -> Callable[[str], str]:
+    """Find out what the template writes of one role's contents, off which it may take spaces."""
     roles = (SYSTEM, USER, ASSISTANT) if role == SYSTEM else (USER, ASSISTANT)
     turns = tuple(Turn(one, " \n\ta word\n \n" if one == role else "word") for one in roles)
-    text = rendered(turns)
+    text, whole = rendered(turns), contents[role]
     for trim in _TRIMS:
-        found = _Chain(chain.joints, {**chain.trims, role: trim}, chain.lead)
-        if found.text(turns) == text:
-            return found
+
+        def trimmed(content: str, trim: Callable[[str], str] = trim) -> str:
+            return whole(trim(content))
+
+        if _written(joints, {**contents, role: trimmed}, turns) == text:
+            return trimmed
     raise _NoChain(f"changes what the {role} says")
 
 

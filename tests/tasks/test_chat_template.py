@@ -235,7 +235,7 @@ def test_a_template_is_rendered_over_each_record_once(monkeypatch: pytest.Monkey
 
 def test_all_renderings_of_a_template_have_one_bound() -> None:
     quoted = "{% set x = '' %}" + "".join(f"{{% set x = 'word {n}' %}}" for n in range(1000))
-    _, tried = _derived(_compiled(quoted + CHATML), {})
+    *_, tried = _derived(_compiled(quoted + CHATML), {})
     assert len(tried) < 100, "however many texts it quotes"
     many_steps = "{% for m in messages %}{% set x = 'a' * 120000 %}{% endfor %}" + CHATML
     with pytest.raises(ConfigError, match=r"takes more than 16777216 steps for all the conversations"):
