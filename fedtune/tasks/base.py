@@ -408,3 +408,14 @@ from transformers import AutoTokenizer, {auto}
 tokenizer = AutoTokenizer.from_pretrained({base!r})
 model = PeftModel.from_pretrained({auto}.from_pretrained({base!r}), "{folder}").eval()
 """
+WITH_HEAD = """
+import json
+import torch
+from safetensors.torch import load_file
+
+settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
+head = load_file("FOLDER/head.safetensors")
+tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
+with torch.no_grad():
+"""
+"""The beginning of the `lines` of tasks with a head, up to what they compute of a text."""

@@ -17,7 +17,7 @@ from fedtune.model.spec import HeadSpec, TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task, error_of
 from fedtune.tasks.inputs import input_named, input_of, require_no_labels
 from fedtune.tasks.measures import Detail, Floats, Marks
 
@@ -27,15 +27,7 @@ _LABEL_TOKENS = 64  # a label's text is cut here: a name or a sentence, which bo
 _LABELS_AT_ONCE = 64
 _HEAD_ROWS = 32  # embeddings are filled up to a multiple of this many rows before they are scored
 _SHOWN = 3  # labels in an answer to a person
-_HEAD_LINES = """
-import json
-import torch
-from safetensors.torch import load_file
-
-settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
-head = load_file("FOLDER/head.safetensors")
-tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
-with torch.no_grad():
+_LINES = """\
     hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
 pooled = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 centred = torch.nn.functional.normalize(pooled - head["centre"], dim=-1)
@@ -58,7 +50,7 @@ class PooledTask(Task):
     # Studied for classification.  The others train a head of the same form on the same embeddings, and take what it
     # takes until a study of their own says otherwise.
     rate_shares: ClassVar[tuple[float, float] | None] = (1 / 8, 1.0)
-    lines = _HEAD_LINES
+    lines = WITH_HEAD + _LINES
     scales: ClassVar[str] = ""  # lines of Python from the head's scores to those that `reads` reads
     target_type: ClassVar[type[np.int64] | type[np.float32] | type[np.int8]] = np.int64  # of one value of a target
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
-from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Readout, Task, error_of
+from fedtune.tasks.base import WITH_HEAD, Draws, FirstTarget, Ids, Model, Readout, Task, error_of
 from fedtune.tasks.inputs import require_no_labels
 from fedtune.tasks.measures import Detail, Entity, Floats
 from fedtune.tasks.pooled import undeclared
@@ -43,28 +43,17 @@ _MOST_OF_A_WORD = 1 << 40
 _HEAD_ROWS = 4
 """Windows are filled up to a multiple of this many: with fewer than 13 tokens another kernel multiplies (`PooledTask`),
 and the shortest window of a step has 12."""
-_LINES = """
-import json
-import torch
-from safetensors.torch import load_file
-
-settings = json.load(open("FOLDER/fedtune.json", encoding="utf-8"))
-weight = load_file("FOLDER/head.safetensors")["weight"]
-tokens = tokenizer(["a text"], return_tensors="pt", return_token_type_ids=False)
-with torch.no_grad():
+_LINES = """\
     hidden = model(**tokens).last_hidden_state[0]
 tags = ["O", *(f"{mark}-{label}" for label in settings["labels"] for mark in "BI")]
-scores = settings["head"]["scale"] / hidden.shape[1] ** 0.5 * hidden @ weight.T
+scores = settings["head"]["scale"] / hidden.shape[1] ** 0.5 * hidden @ head["weight"].T
 # A word's tag is that of its first token: no other was trained.
 print([tags[place] for place in scores.argmax(dim=1)])
 """
 
 
-class Marked(NamedTuple):
-    """A text, and its entities by characters, in their order."""
-
-    text: str
-    entities: tuple[Entity, ...]
+Marked: TypeAlias = tuple[str, list[Entity]]
+"""A text, and its entities by characters, in their order."""
 
 
 class TokenClassification(Task):
@@ -86,7 +75,7 @@ class TokenClassification(Task):
     reads_tokens = True
     auto = "AutoModelForTokenClassification"
     judged_by = "strict_f1"
-    lines = _LINES
+    lines = WITH_HEAD + _LINES
     layouts = (roles, ("text", "spans"))
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
@@ -130,15 +119,15 @@ class TokenClassification(Task):
         read = [*map(marks(data), records)]
         before, behind = _around(tokenizer)
         room, step, most = _sizes(data, len(before) + len(behind))
-        texts = [cut(one.text, most) for one in read]
+        texts = [cut(text, most) for text, _ in read]
         input_ids: list[npt.NDArray[np.int32]] = []
         targets: list[npt.NDArray[np.int64]] = []
         encoded = encode_words(texts, tokenizer, max_length=most, within=lenient_within)
-        for record, one, (ids, words) in zip(records, read, encoded, strict=True):
+        for record, (_, entities), (ids, words) in zip(records, read, encoded, strict=True):
             if not ids and lenient_within is None:
                 bound = f"must have a token of {tokenizer.name_or_path!r}"
                 raise DataError(record.at(self.roles_in(data)[0]), "no tokens", bound)
-            tags = _tags_of(words, one.entities, num_tags=1 + 2 * len(data.labels))
+            tags = _tags_of(words, entities, num_tags=1 + 2 * len(data.labels))
             for window in range(data.windows):
                 first = window * step
                 end = min(first + room, len(ids))
@@ -220,7 +209,7 @@ class TokenClassification(Task):
         self, record: Record, logits: torch.Tensor, tokenizer: Tokenizer, *, data: DataSpec, spec: TaskModelSpec
     ) -> tuple[str, object]:
         """The text with [label: ...] around each entity; as JSON the entities, with the characters of each."""
-        asked, rows = marks(data)(record).text, self.tokenise([record], tokenizer, data=data).targets
+        (asked, _), rows = marks(data)(record), self.tokenise([record], tokenizer, data=data).targets
         assert isinstance(rows, tuple), "each token has a target"
         each = zip(logits.argmax(dim=-1).numpy(), rows, strict=True)
         said = np.concatenate([tags[: len(row)][row != UNSUPERVISED] for tags, row in each]).tolist()
@@ -357,7 +346,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
         if any(name not in places for *_, name in entities):
             raise undeclared(record, "tags", data.labels)
         starts = [0, *accumulate(len(token) + 1 for token in tokens)]
-        return Marked(" ".join(tokens), tuple((starts[a], starts[b] - 1, places[name]) for a, b, name in entities))
+        return " ".join(tokens), [(starts[a], starts[b] - 1, places[name]) for a, b, name in entities]
 
     def of_spans(record: Record) -> Marked:
         text, at = record.fields["text"], record.at("spans")
@@ -379,7 +368,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
         entities.sort()
         if any(one[1] > other[0] for one, other in pairwise(entities)):
             raise DataError(at, "spans that overlap", "must not share a character: a word has one label")
-        return Marked(text, tuple(entities))
+        return text, entities
 
     return of_spans if "text" in data.columns else of_tokens
 
