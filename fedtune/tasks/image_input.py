@@ -86,28 +86,23 @@ class Image(Text):
 
         return each_alone(patches, records, nothing=reader.nothing(), lenient=lenient_within is not None)
 
-    def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
-        from fedtune.model.base_model import load_base, load_processor
+    def check_apart(self, base: Any, model: ModelSpec) -> None:
+        from fedtune.model.base_model import load_processor
         from fedtune.model.fits import check_examples_apart
-        from fedtune.model.layers import attach_adapters
         from fedtune.model.quiet import first_line
 
-        reader = ImageReader(*load_processor(spec.model))
-        frozen = load_base(spec.model, images=True, device=device)
-        check(frozen)
+        reader, frozen = ImageReader(*load_processor(model)), base.get_base_model()
         blank = torch.from_numpy(np.stack(2 * [reader.nothing()])).to(frozen.device)
         frozen.places = blank.shape[1]  # for what is made up
-        base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=False, seed=spec.seed)
 
         def run() -> None:
             try:
                 self.pooled(base, blank, torch.ones(blank.shape[:2]).to(blank))
             except Exception as error:
                 bound = f"cannot read images of {reader.side} x {reader.side} pixels, which its processor makes"
-                raise ConfigError("model.path", spec.model.path, f"{bound}: {first_line(error)}") from error
+                raise ConfigError("model.path", model.path, f"{bound}: {first_line(error)}") from error
 
         check_examples_apart(base, run, places=blank.shape[1])
-        return base
 
     def pooled(self, base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         from fedtune.model.refusals import VISION

@@ -154,14 +154,20 @@ class Text(Input):
 
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
         from fedtune.model.base_model import load_base
-        from fedtune.model.fits import check_examples_apart
         from fedtune.model.layers import attach_adapters
 
-        frozen = load_base(spec.model, predicts_tokens=predicts_tokens, images=False, device=device)
+        images = self.modality == "image"
+        frozen = load_base(spec.model, predicts_tokens=predicts_tokens, images=images, device=device)
         check(frozen)
         base = attach_adapters(frozen, spec=spec.lora, predicts_tokens=predicts_tokens, seed=spec.seed)
-        check_examples_apart(base)
+        self.check_apart(base, spec.model)
         return base
+
+    def check_apart(self, base: Any, model: ModelSpec) -> None:
+        """Check that a base with adapters keeps the examples of a batch apart."""
+        from fedtune.model.fits import check_examples_apart
+
+        check_examples_apart(base)
 
     def num_ids(self, base: Any) -> int:
         return int(base.get_base_model().get_input_embeddings().weight.shape[0])
