@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,12 +179,9 @@ class SavedAdapter:
 
         Tensors are checked on loading.
         """
-        for key, name in _MEANING.items():
-            was, now = (attrgetter(key)(one) for one in (self.spec, other))
-            if was != now:
-                raise self._refused(
-                    f"must be tuned on the same model: {name} is {shown(was, 30)}, not {shown(now, 30)}"
-                )
+        for key, was, now in _differing(_MEANING, self.spec, other):
+            bound = f"must be tuned on the same model: {_MEANING[key]} is {shown(was, 30)}, not {shown(now, 30)}"
+            raise self._refused(bound)
 
     def has_head_for(self, spec: TaskModelSpec) -> bool:
         """A run of this model, which may know more labels, takes the head, too; else its own starts anew."""
@@ -199,15 +197,9 @@ class SavedAdapter:
         keys += [f"lora.{key}" for key in ("kind", "rank", "target_modules", "layers", "scale")]
         with_texts = ("label_texts",) if self.spec.labels == spec.labels else ()
         keys += [f"head.{key}" for key in ("scale", "centre", *with_texts) if self.has_head_for(spec)]
-        differing = []
-        for key in keys:
-            was, now = (attrgetter(key)(one) for one in (self.spec, spec))
-            if key in ("lora.target_modules", "lora.layers"):  # in any order
-                was, now = (tuple(sorted(one)) if isinstance(one, tuple) else one for one in (was, now))
-            if was != now:
-                differing.append(f"its {key} is {shown(was)}, not {shown(now)}")
-        if differing:
-            bound = f"must be of the same task and LoRA settings as the run: {'; '.join(differing)}"
+        found = [f"its {key} is {shown(was)}, not {shown(now)}" for key, was, now in _differing(keys, self.spec, spec)]
+        if found:
+            bound = f"must be of the same task and LoRA settings as the run: {'; '.join(found)}"
             raise ConfigError("model.adapter", str(self.folder), bound)
 
     def adapter_for(self, model: TaskModel) -> Adapter:
@@ -248,6 +240,16 @@ class SavedAdapter:
         except (ConfigError, AdapterError) as error:
             raise ConfigError("model.adapter", str(self.folder), f"cannot be begun with: {error}") from error
         return Adapter({name: start.tensors[name] for name in model.trainable()})
+
+
+def _differing(keys: Iterable[str], *specs: TaskModelSpec) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each dotted key whose values differ between two specs, with both values."""
+    for key in keys:
+        was, now = (attrgetter(key)(one) for one in specs)
+        if key in ("lora.target_modules", "lora.layers"):  # in any order
+            was, now = (tuple(sorted(one)) if isinstance(one, tuple) else one for one in (was, now))
+        if was != now:
+            yield key, was, now
 
 
 def load_task_model(folder: Path, *, model: ModelSpec | None = None, private: bool = False) -> TaskModel:
