@@ -30,6 +30,7 @@ from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.inputs import Row, input_of
 from fedtune.tasks.measures import Detail
+from fedtune.words import counted
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -159,16 +160,13 @@ class Task(ABC):
         """Check that columns and labels fit the task; errors name keys of `data`.
 
         Raises:
-            ConfigError: a role has no column, or a column a role that nothing reads; labels are missing, or declared
-                where none are used; or another setting has no effect.
+            ConfigError: a role has no column, or a column a role that nothing reads; labels are declared where none
+                are used; or another setting has no effect.
         """
         self.check_input(data)
         for role in self.roles_in(data):
             if role not in data.columns:
                 raise ConfigError("columns", dict(data.columns), f"must name the column for role {role!r}")
-        if self.has_labels and len(data.labels) < self.fewest_labels:
-            least = "two labels" if self.fewest_labels == 2 else "one label"
-            raise ConfigError("labels", data.labels, f"must declare at least {least}")
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
         known = {*self.roles_in(data), *_ROLES_OF_ALL, *columns_of(data.features, {})}
@@ -189,8 +187,11 @@ class Task(ABC):
         input_of(data).check_data(data)
 
     def check_spec(self, spec: TaskModelSpec) -> None:
-        """`check_model`, after what the input says of the model."""
+        """`check_model`, after what the input says of the model, and whether the task has its labels."""
         input_of(spec).check_model(spec)
+        if self.has_labels and len(set(spec.labels)) < max(self.fewest_labels, len(spec.labels)):
+            bound = f"must declare at least {counted(self.fewest_labels, 'label')} for task {self.name}, each once"
+            raise ConfigError("data.labels", spec.labels, bound)
         self.check_model(spec)
 
     def check_model(self, spec: TaskModelSpec) -> None:  # noqa: B027
@@ -296,9 +297,13 @@ class Task(ABC):
     def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Scores of a whole data set, by name, from the figures of all its examples, (examples, ...) each.
 
-        DataError where there is nothing to score.
+        They are those of `measured`, then `loss`, the mean.  DataError where there is nothing to score.
         """
-        return {"loss": float(np.mean(figures["loss"]))}
+        return {**self.measured(figures, spec=spec), "loss": float(np.mean(figures["loss"]))}
+
+    def measured(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+        """The task's own scores, without the loss."""
+        return {}
 
     def final_scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """The same of a finished run, with scores that take longer to compute or to read."""

@@ -28,13 +28,12 @@ class Classification(OneLabelTask):
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"predicted": logits.argmax(dim=1), "probabilities": logits.softmax(dim=1)}
 
-    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`accuracy` and `macro_f1`, both in [0, 1], and `loss`, the mean cross-entropy in nats."""
+    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`accuracy` and `macro_f1`, both in [0, 1]."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {
             "accuracy": float(np.mean(truth == predicted)),
             "macro_f1": macro_f1(truth, predicted, num_labels=len(spec.labels)),
-            "loss": float(np.mean(figures["loss"])),
         }
 
     def guess(self, dataset: TextDataset) -> float:

@@ -130,20 +130,19 @@ class Embedding(Task):
         ranks = ranks_of_own(figures["anchor"], figures["positive"])
         return {"loss": figures["loss"], "nearer": figures["nearer"], "rank": ranks}
 
-    def scores(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
+    def measured(self, figures: Mapping[str, npt.NDArray[np.float64]], *, spec: TaskModelSpec) -> dict[str, float]:
         """Of scored pairs `spearman`, the correlation of ranks in [-1, 1]; else of retrieval, in [0, 1].
 
         `ndcg_at_10` and `recall_at_1` and `_10`: how far up an anchor finds its own positive among those of all
         records, each of the others counting as wrong.  `nearer`: the share of records whose positive is nearer to the
-        anchor than their negative.  `loss`: the mean.
+        anchor than their negative.
         """
-        loss = float(np.mean(figures["loss"]))
         if "truth" in figures:
-            return {"spearman": rank_correlation(figures["cosine"], figures["truth"]), "loss": loss}
+            return {"spearman": rank_correlation(figures["cosine"], figures["truth"])}
         ranks = figures["rank"]
         found = {"ndcg_at_10": float(np.mean(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)))}
         found |= {f"recall_at_{most}": float(np.mean(ranks <= most)) for most in (1, 10)}
-        return found | {"nearer": float(np.mean(figures["nearer"])), "loss": loss}
+        return found | {"nearer": float(np.mean(figures["nearer"]))}
 
     def unit_score(self, model: Model, batch: Batch) -> float:
         """How near the cosine is to what it should be, or whether the positive is nearer than the negative."""

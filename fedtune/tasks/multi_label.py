@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks import measures
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats, Marks
-from fedtune.tasks.pooled import LabelTask, TargetOf, as_objects, binary_losses, undeclared
+from fedtune.tasks.pooled import LabelTask, TargetOf, as_objects, undeclared
 
 MOST_LABELS = 1_000
 """A record keeps a byte for each: with more, a lead could choose how many records of a label a site has memory for."""
@@ -62,9 +62,6 @@ class MultiLabel(LabelTask):
     def target_shape(self, data: DataSpec) -> tuple[int, ...]:
         return (len(data.labels),)
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        return binary_losses(logits, targets)
-
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"probabilities": logits.sigmoid()}
 
@@ -75,14 +72,13 @@ class MultiLabel(LabelTask):
         """Of each label of each record, the probability that it has it, and whether it does."""
         return figures["probabilities"].ravel(), truth.ravel()
 
-    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`micro_f1`, `macro_f1` and `exact`, the share of records with all labels right, in [0, 1], and `loss`."""
+    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`micro_f1`, `macro_f1` and `exact`, the share of records with all labels right, in [0, 1]."""
         truth, said = self.marks(figures, spec=spec)
         return {
             "micro_f1": measures.micro_f1(truth, said),
             "macro_f1": measures.macro_f1_of_marks(truth, said),
             "exact": float((truth == said).all(axis=1).mean()),
-            "loss": float(np.mean(figures["loss"])),
         }
 
     def guess(self, dataset: TextDataset) -> float:

@@ -54,14 +54,13 @@ class Ordinal(OneLabelTask):
         falling = torch.cat([ends[0], above, ends[1]], dim=1)  # (rows, K + 1) from 1 to 0
         return {"predicted": _classes(logits), "probabilities": falling[:, :-1] - falling[:, 1:]}
 
-    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`quadratic_kappa`, at most 1, `accuracy` in [0, 1], `mae` in steps between labels, and `loss` in nats."""
+    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`quadratic_kappa`, at most 1, `accuracy` in [0, 1], and `mae` in steps between labels."""
         truth, predicted = (figures[name].astype(np.int64) for name in ("truth", "predicted"))
         return {
             "quadratic_kappa": quadratic_kappa(truth, predicted, num_labels=len(spec.labels)),
             "accuracy": float(np.mean(truth == predicted)),
             "mae": float(np.mean(np.abs(truth - predicted))),
-            "loss": float(np.mean(figures["loss"])),
         }
 
     def guess(self, dataset: TextDataset) -> float:

@@ -62,9 +62,9 @@ class PooledTask(Task):
         """Of one record's target."""
         return ()
 
-    @abstractmethod
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        """(rows,) of (rows, outputs) scores; 0 for a target of `UNSUPERVISED`."""
+        """(rows,) of (rows, outputs) scores, each the answer to a question; 0 for a target of `UNSUPERVISED`."""
+        return binary_losses(logits, targets)
 
     @abstractmethod
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
@@ -195,8 +195,6 @@ class LabelTask(PooledTask):
     has_labels = True
 
     def check_model(self, spec: TaskModelSpec) -> None:
-        if len(spec.labels) < 2 or len(set(spec.labels)) < len(spec.labels):
-            raise ConfigError("data.labels", spec.labels, f"must be at least two different labels for {self.name}")
         if spec.head.label_texts and len(spec.head.label_texts) != len(spec.labels):
             bound = f"must be one text for each of the {len(spec.labels)} labels, in their order"
             raise ConfigError("head.label_texts", spec.head.label_texts, bound)
@@ -216,8 +214,7 @@ class LabelTask(PooledTask):
         truth, said = self.marks(figures, spec=spec)
         bins = measures.reliability(*self.confidence(figures, truth, said))
         told = {"auroc": measures.auroc(figures["probabilities"], truth), "ece": measures.calibration_error(bins)}
-        of_rounds = self.scores(figures, spec=spec)
-        return {name: score for name, score in of_rounds.items() if name != "loss"} | told | {"loss": of_rounds["loss"]}
+        return self.measured(figures, spec=spec) | told | {"loss": float(np.mean(figures["loss"]))}
 
     def detail(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> Detail | None:
         truth, said = self.marks(figures, spec=spec)

@@ -61,15 +61,14 @@ class Regression(PooledTask):
     def true(self, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
         return _numbers(targets, spec)
 
-    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`spearman` and `pearson` in [-1, 1], `rmse` and `mae` in the target's own unit, and `loss`."""
+    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`spearman` and `pearson` in [-1, 1], `rmse` and `mae` in the target's own unit."""
         truth, predicted = figures["truth"], figures["predicted"]
         return {
             "spearman": rank_correlation(truth, predicted),
             "pearson": correlation(truth, predicted),
             "rmse": float(np.sqrt(np.square(truth - predicted).mean())),
             "mae": float(np.abs(truth - predicted).mean()),
-            "loss": float(np.mean(figures["loss"])),
         }
 
     def guess(self, dataset: TextDataset) -> float:

@@ -23,7 +23,7 @@ from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model
 from fedtune.tasks.measures import Floats
-from fedtune.tasks.pooled import PooledTask, TargetOf, binary_losses
+from fedtune.tasks.pooled import PooledTask, TargetOf
 
 _EVENTS = {"1": True, "true": True, "0": False, "false": False}
 
@@ -68,19 +68,15 @@ class Survival(PooledTask):
     def outputs(self, spec: TaskModelSpec) -> int:
         return len(spec.intervals)
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
-        return binary_losses(logits, targets)
-
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {"survival": (1 - logits.sigmoid()).cumprod(dim=1)}
 
-    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`concordance` (Harrell's) and `integrated_brier`, both in [0, 1] and by intervals, and `loss`."""
+    def measured(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
+        """`concordance` (Harrell's) and `integrated_brier`, both in [0, 1] and by intervals."""
         followed, event = followed_through(figures["truth"])
         return {
             "concordance": concordance(-figures["survival"].sum(axis=1), followed, event),
             "integrated_brier": integrated_brier(figures["survival"], followed, event),
-            "loss": float(np.mean(figures["loss"])),
         }
 
     def guess(self, dataset: TextDataset) -> float:

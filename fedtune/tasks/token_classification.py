@@ -89,8 +89,6 @@ class TokenClassification(Task):
         return replace(record, fields={**record.fields, "tags": nothing, "spans": "[]"})
 
     def check_model(self, spec: TaskModelSpec) -> None:
-        if not spec.labels or len(set(spec.labels)) < len(spec.labels):
-            raise ConfigError("data.labels", spec.labels, f"must be at least one label, each once, for {self.name}")
         for label in spec.labels:
             if label == "O" or re.match(r"[BI]-", label):
                 raise ConfigError("data.labels", label, "must be a type of entities, without B- or I-, and not O")

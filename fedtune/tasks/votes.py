@@ -15,8 +15,6 @@ values are the candidates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from fedtune.data.batching import Batch
@@ -25,7 +23,6 @@ from fedtune.data.tokenise import UNSUPERVISED, Targets
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.tasks.base import Draws, FirstTarget, Ids, Model, Task
-from fedtune.tasks.measures import Floats
 from fedtune.tasks.pooled import LabelTask, TargetOf
 
 
@@ -67,14 +64,11 @@ class Votes(LabelTask):
         return weights
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor, *, spec: TaskModelSpec) -> torch.Tensor:
+        """Minus the weight of each record's candidate."""
         return -logits[:, 0] * (targets != UNSUPERVISED)
 
     def said(self, logits: torch.Tensor, *, spec: TaskModelSpec) -> dict[str, torch.Tensor]:
         return {}
-
-    def scores(self, figures: Mapping[str, Floats], *, spec: TaskModelSpec) -> dict[str, float]:
-        """`loss`: less the mean weight of the candidates that the lead's own records are nearest to."""
-        return {"loss": float(np.mean(figures["loss"]))}
 
     final_scores = Task.final_scores
     detail = Task.detail

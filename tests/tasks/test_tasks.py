@@ -31,15 +31,12 @@ def negatives(*texts: str) -> dict[str, Any]:
 
 WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
     "classification": [
-        (LABELLED, {"labels": ("a",)}, "labels = ['a']: must declare at least two"),
         (("text",), TWO, "columns = {'text': 'text'}: must name the column for role 'label'"),
         ((*LABELLED, "text_pair"), TWO, "columns.text_pair = 'text_pair': is no role of this run: task classification"),
         (LABELLED, TWO | {"prompt_template": "{text}"}, "prompt_template = '{text}': must stay {prompt}"),
         (LABELLED, TWO | TURNS, "chat_template = 'plain': must stay none"),
     ],
-    "multi_label": [(("text", "labels"), {"labels": ("a",)}, "labels = ['a']: must declare at least two labels")],
     "token_classification": [
-        (("text", "spans"), {}, "labels = []: must declare at least one label"),
         (("tokens", "tags"), {"labels": ("a",)} | TURNS, "chat_template = 'plain': must stay none"),
         (("text", "spans", "tags"), {"labels": ("a",)}, "columns.tags = 'tags': is no role of this run"),
         (("tokens", "tags", "spans"), {"labels": ("a",)}, "columns.spans = 'spans': is no role of this run"),
@@ -159,12 +156,26 @@ def test_the_roles_of_a_language_model_are_those_of_its_layout() -> None:
     assert "system" in roles("prompt", "completion", "system", chat_template="plain")
 
 
-def test_classification_needs_labels_and_each_its_text() -> None:
-    wrong = [*((labels, (), "data.labels") for labels in ((), ("a",), ("a", "a")))]
-    for labels, texts, key in (*wrong, (("a", "b"), ("one",), "head.label_texts")):
-        given: Any = {"task": "classification", "labels": labels, "head": HeadSpec(label_texts=texts)}
-        with pytest.raises(ConfigError, match=rf"^{key} = "):
-            task_named("classification").check_model(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
+def check_labels(task: str, *labels: str, texts: tuple[str, ...] = ()) -> None:
+    given: Any = {"task": task, "labels": labels, "head": HeadSpec(label_texts=texts)}
+    task_named(task).check_spec(TaskModelSpec(model=ModelSpec(path="m"), lora=LoraSpec(), **given))
+
+
+def test_labels_that_are_too_few_or_given_twice_are_refused() -> None:
+    for task in ("classification", "ordinal", "multi_label", "votes"):
+        for labels in ((), ("a",), ("a", "a")):
+            with pytest.raises(ConfigError, match=r"^data\.labels = .*: must declare at least 2 labels for task"):
+                check_labels(task, *labels)
+        check_labels(task, "a", "b")
+    for labels in ((), ("a", "a")):
+        with pytest.raises(ConfigError, match=r"^data\.labels = .*: must declare at least 1 label for task"):
+            check_labels("token_classification", *labels)
+    check_labels("token_classification", "a")
+
+
+def test_texts_of_another_number_than_labels_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^head\.label_texts = "):
+        check_labels("classification", "a", "b", texts=("one",))
 
 
 def test_nothing_outside_the_room_knows_a_task_by_its_name() -> None:
