@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from statistics import quantiles
 from typing import Any, TypeAlias
@@ -118,35 +117,29 @@ def _chosen(
     return int(order[torch.multinomial(likeliest, 1, generator=draws)])
 
 
-@dataclass(frozen=True, slots=True)
-class PromptSet:
-    """Distinct prompts in file order, each with every reference text that the data has for it."""
+def by_prompt(
+    prompts: Sequence[np.ndarray], references: Sequence[str], *, rows: int | None = None
+) -> tuple[list[np.ndarray], list[list[str]]]:
+    """Group n references by their prompt's tokens.
 
-    input_ids: tuple[np.ndarray, ...]  # the (t,) token ids of each prompt, t at least 1
-    references: tuple[tuple[str, ...], ...]  # one or more texts a prompt
+    Args:
+        prompts: of each reference; those that their cutting made equal are one.
+        references: the texts.
+        rows: keep this many distinct prompts, the first ones, with all their references.
 
-    @classmethod
-    def of(cls, prompts: Sequence[np.ndarray], references: Sequence[str], *, rows: int | None = None) -> PromptSet:
-        """Group n references by their prompt's tokens.
+    Returns:
+        The (t,) token ids of each distinct prompt, in file order, and every reference text of each.
 
-        Args:
-            prompts: of each reference; those that their cutting made equal are one.
-            references: the texts.
-            rows: keep this many distinct prompts, the first ones, with all their references.
-
-        Raises:
-            DataError: when there is no prompt.
-        """
-        groups: dict[tuple[int, ...], list[str]] = {}
-        for prompt, reference in zip(prompts, references, strict=True):
-            groups.setdefault(tuple(prompt.tolist()), []).append(reference)
-        kept = list(groups)[:rows]
-        if not kept:
-            raise DataError("evaluation data", 0, "must hold at least one prompt to generate from")
-        return cls(
-            input_ids=tuple(np.array(prompt, dtype=np.int32) for prompt in kept),
-            references=tuple(tuple(groups[prompt]) for prompt in kept),
-        )
+    Raises:
+        DataError: when there is no prompt.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for prompt, reference in zip(prompts, references, strict=True):
+        groups.setdefault(tuple(prompt.tolist()), []).append(reference)
+    kept = list(groups)[:rows]
+    if not kept:
+        raise DataError("evaluation data", 0, "must hold at least one prompt to generate from")
+    return [np.array(prompt, dtype=np.int32) for prompt in kept], [groups[prompt] for prompt in kept]
 
 
 def generate(

@@ -20,7 +20,7 @@ from fedtune.data import Record, Shapes, TextDataset
 from fedtune.data.faults import NONE_LEFT_OUT, LeftOut
 from fedtune.data.records import record_key
 from fedtune.evaluation.bootstrap import Figures
-from fedtune.evaluation.generation import PromptSet, text_figures, text_scores
+from fedtune.evaluation.generation import by_prompt, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
 from fedtune.evaluation.scoring import KeptBatches, figures_of
 from fedtune.model.adapter import Adapter
@@ -399,11 +399,11 @@ class Measured:
         asked = model.task.written(data.records, tokenizer, data=config.data) if generate and spec.generate else None
         if asked is None:
             return cls(examples, {})
-        prompts = PromptSet.of(*asked, rows=spec.generation_rows)
+        prompts, references = by_prompt(*asked, rows=spec.generation_rows)
         ends = model.task.end_ids(tokenizer, data=config.data)
         sizes = {"max_new_tokens": spec.max_new_tokens, "max_tokens": most}
-        texts = generate_texts(model, prompts.input_ids, tokenizer=tokenizer, end_ids=ends, **sizes)
-        return cls(examples, text_figures(texts, prompts.references))
+        texts = generate_texts(model, prompts, tokenizer=tokenizer, end_ids=ends, **sizes)
+        return cls(examples, text_figures(texts, references))
 
     def scores(self, model: TaskModel) -> dict[str, float]:
         """The scores of a round, by name."""

@@ -8,7 +8,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from fedtune.data.tokenise import TextDataset
 from fedtune.evaluation import generation
-from fedtune.evaluation.generation import PromptSet, as_text, draw, generate, text_figures, text_scores, write
+from fedtune.evaluation.generation import as_text, by_prompt, draw, generate, text_figures, text_scores, write
 from fedtune.evaluation.spec import EvaluationSpec, WritingSpec
 from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
@@ -160,12 +160,13 @@ def test_bleu_and_rouge_by_hand_with_unequal_numbers_of_references_and_of_the_co
 
 def test_a_prompt_is_written_for_once_with_all_its_references() -> None:
     asked = [np.array(row, dtype=np.int32) for row in ([5, 6], [5], [5, 6])]
-    prompts, one = (PromptSet.of(asked, ["first", "other", "second"], **rows) for rows in ({}, {"rows": 1}))
-    assert prompts.references == (("first", "second"), ("other",))
-    assert [ids.tolist() for ids in prompts.input_ids] == [[5, 6], [5]]
-    assert one.references == (("first", "second"),)
+    texts = ["first", "other", "second"]
+    prompts, references = by_prompt(asked, texts)
+    assert references == [["first", "second"], ["other"]]
+    assert [ids.tolist() for ids in prompts] == [[5, 6], [5]]
+    assert by_prompt(asked, texts, rows=1)[1] == [["first", "second"]]
     with pytest.raises(DataError, match="must hold at least one prompt"):
-        PromptSet.of([], [])
+        by_prompt([], [])
 
 
 @pytest.mark.parametrize("family", ["language_model", "language_model_without_positions"])
