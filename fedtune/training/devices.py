@@ -33,7 +33,7 @@ from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -285,11 +285,8 @@ def _fill(tensors: Mapping[str, torch.Tensor], values: torch.Tensor) -> None:
             one.copy_(part.view_as(one))
 
 
-class _Member(NamedTuple):
-    """Another device's process, and the pipe to it."""
-
-    process: SpawnProcess
-    pipe: Connection
+_Member: TypeAlias = tuple[SpawnProcess, Connection]
+"""Another device's process, and the pipe to it."""
 
 
 class _Crew:
@@ -314,18 +311,19 @@ class _Crew:
             process = start.Process(target=_serve, args=(theirs, place, load), daemon=True)
             process.start()
             theirs.close()  # the process has the only other one, so that its end is seen here
-            self._members.append(_Member(process, ours))
+            self._members.append((process, ours))
         self._asked: list[int] = []
 
     @property
     def broken(self) -> bool:
         """One has ended, or they were left in the middle of a step."""
-        return bool(self._asked) or not self.end.alive or not all(one.process.is_alive() for one in self._members)
+        return bool(self._asked) or not self.end.alive or not all(process.is_alive() for process, _ in self._members)
 
     def ask(self, rank: int, what: Callable[..., Any], *about: Any) -> None:
         """Have one device do something, a method of `_Device`."""
         try:
-            self._members[rank - 1].pipe.send((what, about, tuple(self.forgotten)))
+            _, pipe = self._members[rank - 1]
+            pipe.send((what, about, tuple(self.forgotten)))
         except OSError as error:
             self._fail(first_line(error))
         self._asked.append(rank)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -267,7 +267,7 @@ class _Trial:
         for part in self._smaller[length]:
             other = self._added(gradients, self._again.batch(part), max_grad_norm)
             rows = torch.from_numpy(part.places - self._places[length][0])
-            moved = max(moved, whole.of(rows).distance(other.of(torch.arange(len(rows)))))
+            moved = max(moved, _distance(whole, rows, other, torch.arange(len(rows))))
         self.tried()
         return moved
 
@@ -296,14 +296,14 @@ class _Trial:
             for part, examples in zip(parts, copied, strict=True):
                 found = self._added(gradients, examples.batch(part), max_grad_norm)
                 rows = torch.from_numpy(part.places)
-                moved = max(moved, found.of(rows).distance(found.of(torch.zeros_like(rows))))
+                moved = max(moved, _distance(found, rows, found, torch.zeros_like(rows)))
                 self.tried()
         return moved
 
     def _added(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
         """Clipped on the model's device and among the rows that a step clips together, as it clips them."""
         there = gradients.of_all(batch)
-        found = _Added({name: one.cpu() for name, one in there.items()}, contributions(there, max_grad_norm))
+        found = {name: one.cpu() for name, one in there.items()}, contributions(there, max_grad_norm)
         for one in found:
             self.see(one)
         return found
@@ -313,22 +313,18 @@ class _Trial:
         return one.chosen([0] * self._most_room(length))
 
 
-class _Added(NamedTuple):
-    """Gradients of n examples, by name, and what each of them adds to a sum (`dp_step.contributions`); on the CPU."""
+_Added: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+"""Gradients of n examples, by name, and what each of them adds to a sum (`dp_step.contributions`); on the CPU."""
 
-    gradients: dict[str, torch.Tensor]
-    cells: dict[str, torch.Tensor]
 
-    def of(self, rows: torch.Tensor) -> _Added:
-        return _Added(*({name: one[rows] for name, one in each.items()} for each in self))
-
-    def distance(self, other: _Added) -> float:
-        """The most that what the same examples add differs, in clip norms."""
-        squares = [(one - other.cells[name]).square().sum(dim=1) for name, one in self.cells.items()]
-        moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / CLIP_NORM_CELLS
-        if all(torch.equal(one, other.gradients[name]) for name, one in self.gradients.items()):
-            return moved
-        return max(moved, 1 / CLIP_NORM_CELLS)  # bits that clipping happens to hide here
+def _distance(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
+    """The most that what the same examples add differs, in clip norms: at `rows` of one, and `others` of the other."""
+    (gradients, cells), (other_gradients, other_cells) = one, other
+    squares = [(added[rows] - other_cells[name][others]).square().sum(dim=1) for name, added in cells.items()]
+    moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / CLIP_NORM_CELLS
+    if all(torch.equal(found[rows], other_gradients[name][others]) for name, found in gradients.items()):
+        return moved
+    return max(moved, 1 / CLIP_NORM_CELLS)  # bits that clipping happens to hide here
 
 
 def _longest(model: TaskModel, length: int, draws: np.random.Generator) -> TextDataset:

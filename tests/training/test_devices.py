@@ -53,7 +53,7 @@ class Room:
 
     @property
     def pids(self) -> list[int]:
-        return [int(member.process.pid or 0) for member in self.devices.ready()._members]
+        return [int(process.pid or 0) for process, _ in self.devices.ready()._members]
 
 
 def begun(spec: TaskModelSpec, count: int, *, others: TaskModelSpec | None = None) -> Room:
@@ -244,7 +244,7 @@ def test_work_may_take_longer_than_a_silence(three: Room, monkeypatch: pytest.Mo
         theirs.send((True, "done"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(crew, "_members", [devices_module._Member(process, ours), *crew._members[1:]])
+        patched.setattr(crew, "_members", [(process, ours), *crew._members[1:]])
         threading.Thread(target=works).start()
         assert crew._answer(1) == "done"
     assert crew._members[0] == (process, pipe)
