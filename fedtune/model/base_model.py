@@ -236,10 +236,8 @@ def expanded_gguf(file: Path, *, sha256: str, cache: Path) -> Path:
 
 
 def load_gguf(file: Path) -> PreTrainedModel:
-    """The causal language model in `file`, expanded to float32 in memory."""
-    # This one progress bar asks no setting whether it may show.
-    with quiet(), redirect_stderr(StringIO()):
-        return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **_OWN)
+    """Load the causal language model in `file`, expanded to float32 in memory."""
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32, **_OWN)
 
 
 def save_plain(model: PreTrainedModel, folder: Path) -> None:
@@ -262,9 +260,10 @@ def save_plain(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _expand(file: Path, folder: Path) -> None:
-    with loading("model.gguf_file", file.name, "must be a GGUF causal language model ({})"):
-        with redirect_stderr(StringIO()):
-            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
+    # One progress bar asks no setting whether it may show.
+    bound = "must be a GGUF causal language model ({})"
+    with loading("model.gguf_file", file.name, bound), redirect_stderr(StringIO()):
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, **_OWN)
         # What a config.json would be refused for, before memory is set aside for it.
         fields = json.loads(config.to_json_string(use_diff=False))
         if reason := config_refusal(fields | {"quantization_config": None}):

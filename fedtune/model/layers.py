@@ -69,9 +69,7 @@ def _peft_config(base: nn.Module, spec: LoraSpec, kind: TaskType) -> PeftConfig:
     stack_name, stack = layer_stack(base)
     count = len(stack)
     if not all(-count <= layer < count for layer in spec.layers or ()):
-        bound = (
-            f"must lie from {-count} to {count - 1}: the base has {count} layers, and lora.layers=null adapts them all"
-        )
+        bound = f"must lie from {-count} to {count - 1}: the base has {count} layers; lora.layers=null adapts them all"
         raise ConfigError("lora.layers", spec.layers, bound)
     layers = sorted({layer % count for layer in (range(count) if spec.layers is None else spec.layers)})
     linear = {

@@ -142,9 +142,7 @@ def _settings_names(folder: Path) -> list[str]:
         raise ConfigError("model.path", str(folder), bound)
     for name in listed:
         if name not in known and (meant := name.casefold()) in known:
-            bound = (
-                f"must not hold {name}, whose name differs from {meant} only in case: some machines read one as both"
-            )
+            bound = f"must not hold {name}, whose name differs from {meant} only in case: some machines mix them up"
             raise ConfigError("model.path", str(folder), bound)
     names = [name for name in listed if name in SETTINGS_FILES]
     if "config.json" not in names:
@@ -166,9 +164,6 @@ def _weights_names(folder: Path, place: Path) -> tuple[str, ...]:
     if not names or not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", name, re.ASCII) for name in names):
         bound = f"must hold a {SHARD_INDEX} that names safetensors files beside it"
         raise ConfigError("model.path", str(folder), bound)
-    for name in names:
-        if not (folder / name).is_file():
-            raise ConfigError("model.path", str(folder), f"must hold {name}, which its index names")
     return names
 
 

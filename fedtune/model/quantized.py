@@ -88,9 +88,8 @@ class FourBit(nn.Module):
         assert not weight.requires_grad, "it is yet to get its adapter"
         if weight.numel() % BLOCK:
             shape = " x ".join(map(str, weight.shape))
-            raise ConfigError(
-                "model.dtype", "nf4", f"takes {BLOCK} weights at a time, and a layer of {shape} is no multiple"
-            )
+            bound = f"takes {BLOCK} weights at a time, and a layer of {shape} is no multiple"
+            raise ConfigError("model.dtype", "nf4", bound)
         del self.weight
         self.shape, self.bias = weight.shape, module.bias
         codes, scales = to_codes(weight.detach().to(device))
@@ -102,9 +101,8 @@ class FourBit(nn.Module):
         """The weights that the codes stand for, as a new tensor: what is written into it is lost."""
         return to_weights(self.codes, self.scales).view(self.shape)
 
-    @property
     def by_output(self) -> torch.Tensor:
-        """The weights as (out, in); GPT-2's kind has them transposed."""
+        """Return the weights as (out, in); GPT-2's kind has them transposed."""
         return self.weight if isinstance(self, nn.Linear) else self.weight.t()
 
     def keep(self, weight: torch.Tensor) -> None:
@@ -132,14 +130,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, layer: FourBit) -> torch.Tensor:
         ctx.layer = layer  # not its weights, or all layers' would be there until the way back is over
-        return rounded_product(values, layer.by_output, layer.bias)
+        return rounded_product(values, layer.by_output(), layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return rounded_product(gradients[0], ctx.layer.by_output.t(), None), None
+        return rounded_product(gradients[0], ctx.layer.by_output().t(), None), None
 
 
 def keep_in_four_bits(layers: nn.Module, *, device: torch.device | str) -> None:

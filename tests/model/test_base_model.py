@@ -150,6 +150,7 @@ def test_expanded_weights_give_bitwise_equal_logits(
     sha256 = hashlib.sha256(quantised.read_bytes()).hexdigest()
     spec = ModelSpec(path=str(quantised.parent), gguf_file=quantised.name, sha256=sha256)
     original = base_model.load_gguf(quantised)
+    capfd.readouterr()  # a progress bar of the library, which `load_base` hides
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
     expanded = load_base(spec, predicts_tokens=True)
     monkeypatch.setattr("fedtune.model.base_model.load_gguf", lambda _: pytest.fail("the cache was not used"))
