@@ -8,8 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,7 +132,7 @@ class RunConfig:
         if self.seed > MOST_SEED:
             raise ConfigError("seed", self.seed, f"must be at most {MOST_SEED}")
         task = task_named(self.task)
-        with _keys_under("data"):
+        try:
             if self.runtime.kind == "deployment":
                 self.data.check_lead_has_files()
             task.check_data(self.data)
@@ -141,6 +140,8 @@ class RunConfig:
             sizes = self.data.sizes(self.federation.num_sites)
             if self.federation.chooses:
                 self.data.check_may_decide()
+        except ConfigError as error:
+            raise error.under("data") from None
         if self.federation.aggregation == "secure":
             _check_secure(self)
         if self.privacy.private:
@@ -454,15 +455,6 @@ def _with_label_texts(settings: Mapping[str, Any]) -> dict[str, Any]:
         return dict(settings)
     labels = [str(label) if type(label) is int else label for label in data["labels"]]
     return {**settings, "data": {**data, "labels": labels}}
-
-
-@contextmanager
-def _keys_under(prefix: str) -> Iterator[None]:
-    """A ConfigError about `key` becomes one about `prefix.key`."""
-    try:
-        yield
-    except ConfigError as error:
-        raise error.under(prefix) from None
 
 
 def _check_privacy(config: RunConfig, *, largest_size: int) -> None:
