@@ -394,9 +394,7 @@ def laid_out(layout: Layout, records: Iterable[Record], *, lenient: bool) -> lis
             examples.append(layout.example(record.fields))
         except NoConversation as error:
             examples.append(_Example(()))
-            bound = (
-                "must be turns of user and assistant in alternation, which the model's own template writes as they are"
-            )
+            bound = "must alternate user and assistant turns that the model's own template writes as they are"
             faults.add(DataError(record.at("messages"), str(error), bound), record.line)
     if not lenient:
         faults.require_none()

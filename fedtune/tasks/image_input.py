@@ -52,7 +52,6 @@ class ImageReader(NoTokenizer):
 class Image(Text):
     """Images as a vision transformer reads them; what it makes of one is the mean over its patches."""
 
-    embeds_labels = False
     modality = "image"
     is_fixed = True
     num_ids = Input.num_ids

@@ -46,8 +46,6 @@ class NoTokenizer:
 class Input(ABC):
     """One kind of record."""
 
-    # whether a label's text can be read as a record is, for `head.centre` and `head.init`.
-    embeds_labels: ClassVar[bool] = False
     modality: ClassVar[str | None] = None  # the code by which a report says what the records are, where it is not text
     # whether every record has just `data.max_length` places in the model, so that nothing is padded.
     is_fixed: ClassVar[bool] = False
@@ -120,8 +118,6 @@ class Input(ABC):
 class Text(Input):
     """Texts as a tokenizer and a transformer read them."""
 
-    embeds_labels = True
-
     def check_data(self, data: DataSpec) -> None:
         if data.features:
             bound = f"must be empty for data.input = {data.input}"
@@ -129,13 +125,11 @@ class Text(Input):
         check_at_least("max_length", data.max_length, 3)
 
     def check_model(self, spec: TaskModelSpec) -> None:
-        for key, value, nothing in (
-            ("model.path", spec.model.path, NO_BASE),
-            ("lora.kind", spec.lora.kind, NO_ADAPTER),
-        ):
-            if value == nothing:
-                bound = f"must be another one: data.input = {spec.input} needs a base model with an adapter"
-                raise ConfigError(key, value, bound)
+        bound = f"must be another one: data.input = {spec.input} needs a base model with an adapter"
+        if spec.model.path == NO_BASE:
+            raise ConfigError("model.path", NO_BASE, bound)
+        if spec.lora.kind == NO_ADAPTER:
+            raise ConfigError("lora.kind", NO_ADAPTER, bound)
         if spec.head.hidden:
             raise ConfigError("head.hidden", spec.head.hidden, f"must be empty for data.input = {spec.input}")
 

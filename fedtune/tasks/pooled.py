@@ -13,7 +13,7 @@ from fedtune.data.batching import Batch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer
-from fedtune.model.spec import HeadSpec, TaskModelSpec
+from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks import measures
@@ -102,7 +102,7 @@ class PooledTask(Task):
 
     def add_head(self, model: Model) -> None:
         super().add_head(model)
-        if input_of(model.spec).embeds_labels:
+        if input_of(model.spec).modality is None:  # a label's text is read as a record's is
             # A public constant, not trained and never part of an update.
             nothing = torch.zeros(model.base.config.get_text_config().hidden_size, device=model.device)
             model.register_buffer("centre", nothing, persistent=False)
@@ -120,8 +120,8 @@ class PooledTask(Task):
     def label_rows(self, model: Model) -> torch.Tensor:
         """(labels, h) the frozen base's embeddings of the labels' texts, of norm 1; sets the centre that is wanted.
 
-        The texts are the declared, public label set, and no record is read: this costs no privacy.  A row may depend on
-        the other labels by rounding.
+        A label's text is its declared description, or its name with spaces for underscores.  Both are public, and no
+        record is read: this costs no privacy.  A row may depend on the other labels by rounding.
         """
         from fedtune.model.base_model import load_tokenizer
         from fedtune.model.fits import check_tokenizer_fits, ids_of
@@ -129,7 +129,7 @@ class PooledTask(Task):
         spec, centre = model.spec, model.get_buffer("centre")
         tokenizer, path = load_tokenizer(spec.model), spec.model.path
         check_tokenizer_fits(tokenizer, model.base.get_base_model(), path=path)
-        texts = label_texts(spec.head, spec.labels)
+        texts = spec.head.label_texts or [label.replace("_", " ") for label in spec.labels]
         ids = [ids_of(tokenizer, text, path=path, max_length=_LABEL_TOKENS) for text in texts]
         found: dict[int, torch.Tensor] = {}
         with torch.no_grad():
@@ -272,11 +272,6 @@ def binary_losses(logits: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     choices = torch.stack([torch.zeros_like(logits), logits], dim=-1).reshape(-1, 2)
     each = torch.nn.functional.cross_entropy(choices, marks.long().reshape(-1), reduction="none")
     return each.reshape(logits.shape).mean(dim=1)
-
-
-def label_texts(spec: HeadSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """The text of each label: its declared description, else its name with spaces for underscores."""
-    return spec.label_texts or tuple(label.replace("_", " ") for label in labels)
 
 
 def undeclared(record: Record, role: str, labels: Sequence[str]) -> DataError:

@@ -33,9 +33,7 @@ INPUTS["image"] = Image()
 def task_named(name: str) -> Task:
     """The task that settings call `name`; raises ConfigError for `task` where there is none."""
     if name == "cox":
-        bound = (
-            "couples records: each one's part of the partial likelihood has all that were still followed in it, and "
-        )
-        raise ConfigError("task", name, f"{bound}clipping would not bound what one record does; use task=survival")
+        bound = "couples records: each one's partial likelihood has all that were still followed in it, and clipping "
+        raise ConfigError("task", name, f"{bound}would not bound what one record does; use task=survival")
     check_one_of("task", name, TASKS)
     return TASKS[name]

@@ -95,9 +95,6 @@ class TaskModel(nn.Module):
         run = input_of(self.spec).pooled
         return self._prefix.states(lambda: run(self.base, batch.input_ids, batch.attention_mask))
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return self.losses(batch)
-
     def train(self, mode: bool = True) -> TaskModel:
         """Set training mode for the modules with trainable parameters of their own, evaluation mode elsewhere."""
         super().train(False)

@@ -205,7 +205,7 @@ def test_messages_that_are_none_add_nothing_and_move_no_other(leading_tokenizer:
     assert [rows(with_it)[place] for place in (0, 2)] == rows(alone)
     if text != HOSTILE["half a pair"]:  # this tokenizer has no such word, whatever it is
         assert rows(with_it)[1] == ([SEP], [HIDDEN])
-        with pytest.raises(DataError, match=r"^a\.jsonl:3, messages = .*must be turns of user and assistant") as error:
+        with pytest.raises(DataError, match=r"^a\.jsonl:3, messages = .*must alternate user and assistant") as error:
             LM.tokenise([Record({"messages": text}, file="a.jsonl", line=3)], leading_tokenizer, data=data)
         assert "content" not in str(error.value), "no text of a record"
 
