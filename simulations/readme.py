@@ -1,4 +1,4 @@
-"""The table of a study, and its place between two marks of a README."""
+"""Markdown tables, and their place between two marks of a README."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
 
 def markdown(rows: Sequence[Sequence[str]], *, texts: int = 1) -> str:
-    """A table in Markdown of a heading and rows; so many of its columns are texts, the others numbers."""
+    """Format a Markdown table of a heading and its rows; the first `texts` columns hold text, the others numbers."""
     ruled = [rows[0], ["---"] * texts + ["---:"] * (len(rows[0]) - texts), *rows[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
 
 
 def put(readme: Path, text: str, *, begin: str = BEGIN, end: str = END) -> None:
-    """Replace what stands between the marks of a README."""
+    """Replace the text between the marks of a README."""
     before, rest = readme.read_text().split(begin)
-    write_durably(readme, f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}".encode())
+    write_durably(readme, f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}".encode())

@@ -1,171 +1,236 @@
-"""Run a study: every line of a study.toml as real runs, into results.json and the table of its README.
+"""The harness of the studies: their options, their runs, results.json and the table of the README.
 
-    python simulations/study.py simulations/banks_intents              all lines
-    python simulations/study.py simulations/banks_intents --only e8    lines whose key begins with e8; others are kept
-    ... --states FILE    frozen layers run once for all lines, and their output is kept there (`shared_states.py`)
-    ... --runs FOLDER    run folders are kept there: finished ones are not run again, others go on
+    python simulations/study.py simulations/banks_intents              every line of its study.toml
+    python simulations/study.py simulations/banks_intents --only e8    lines whose keys begin with e8; others are kept
+    ... --missing        only lines that results.json lacks
+    ... --runs FOLDER    keep run folders there: finished runs are not repeated, others go on
+    ... --states FILE    run frozen layers once for all lines, and keep their output there (`shared_states.py`)
 
 A line of study.toml has a key, a title and overrides; `repeats` runs it several times with fresh noise, `seeds` once
-with each of these, and `each_site = true` once for every site alone; scores are averaged.
+with each seed, and `each_site = true` once for every site alone; scores are averaged.  In overrides {runs} stands for
+the folder of the runs: `model.adapter={runs}/start-0-0` begins in the adapter of the line whose key is `start`.
+
+A study that needs code has a script with its own lines and its own table, and the same options (`carry_out`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
 import tempfile
 import tomllib
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import readme
-import torch
-from shared_states import shared_frozen_states
-
 import fedtune
 from fedtune.api.compose import compose_run
+from fedtune.config import RunConfig
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.durable import write_durably
 from fedtune.runs.results import RunResult
 from fedtune.sites.session import Session
 from fedtune.studies.trials import Trial
 
-BEGIN, END = "<!-- results: written by simulations/study.py -->", "<!-- end of results -->"
+import readme  # isort: skip  # fedtune comes first: torch reads settings that it makes
+
+ROOT = Path(__file__).resolve().parents[1]
+Found = dict[str, Any]
+"""The result of one line, as JSON."""
+Line = Callable[[Path], Found]
+"""Computes a line; its argument is the folder of the study's runs."""
 
 
-def run_line(experiment: str, line: dict[str, Any], *, session: Session, kept: Path | None = None) -> dict[str, Any]:
-    """All runs of one line: overrides, scores of each run, and what the first one says of privacy and cost."""
-    overrides = [f"experiment={experiment}", "tracking=quiet", *line["overrides"]]
-    variants: list[list[str]] = [[]]
-    if line.get("each_site"):
-        variants = [[f"federation.participants=[{site}]"] for site in compose_run(overrides).federation.names]
-    elif seeds := line.get("seeds"):
-        variants = [[f"seed={seed}"] for seed in seeds]
-    runs = []
-    with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
-        for number in range(line.get("repeats", 1)):
-            for place, variant in enumerate(variants):
-                name = f"{line['key']}-{number}-{place}"
-                runs.append(finished([*overrides, *variant, f"name={name}", f"tracking.output_dir={folder}"], session))
-    first = runs[0]
-    names = first["final"]["metrics"]
-    return {
-        "title": line["title"],
-        "overrides": line["overrides"],
-        "runs": len(runs),
-        "config_sha256": sorted({run["config_sha256"] for run in runs}),
-        "hardware": hardware(),
-        "epsilon": first["privacy"]["epsilon"],
-        "delta": first["privacy"]["delta"],
-        "noise_multiplier": next(iter(first["privacy"]["sites"].values()))["noise_multiplier"],
-        "metrics": {name: statistics.fmean(run["final"]["metrics"][name] for run in runs) for name in names},
-        "each_run": [run["final"]["metrics"] for run in runs],
-        "before": first["final"]["metrics_before"],
-        "validation_by_round": [r["metrics"] for r in first["rounds"]],
-        "seconds": statistics.median(run["final"]["seconds"] for run in runs),
-        "peak_memory_bytes": max(run["final"]["peak_memory_bytes"] for run in runs),
-        "bytes_of_a_site": [bytes_of_a_site(first, way) for way in ("down", "up")],
-    }
+def parser(doc: str | None, folder: Path | str | None = None) -> argparse.ArgumentParser:
+    """Make the parser with the options of every study.
+
+    Args:
+        doc: help text.
+        folder: the study's own folder, where results are written unless --into names another one.
+    """
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", nargs="+", default=[""], metavar="KEY", help="lines whose keys begin so")
+    options.add_argument("--missing", action="store_true", help="only lines that the results lack")
+    options.add_argument("--runs", type=Path, help="keep run folders there: finished runs are not repeated")
+    options.add_argument("--into", type=Path, default=folder, help="folder of the results")
+    return options
 
 
-def bytes_of_a_site(run: dict[str, Any], way: str) -> int:
-    """That a site received ("down") or sent ("up") in the whole run: the mean over its sites."""
-    return round(sum(one[f"bytes_{way}"] for one in run["rounds"]) / len(run["privacy"]["sites"]))
+def carry_out(
+    script: str,
+    lines: Mapping[str, Line],
+    table: Callable[[Mapping[str, Found]], str] | None,
+    *,
+    asked: argparse.Namespace,
+    about: Found | None = None,
+    file: str = "results.json",
+) -> None:
+    """Compute the lines that were asked for; write the results and the README's table after each of them.
+
+    Args:
+        script: path of the study's script, which the mark in the README names.
+        lines: in the order of the table; results of other lines are kept.
+        table: formats the README's table; None: the README has none.
+        about: further entries of the results file.
+    """
+    path, page = asked.into / file, asked.into / "README.md"
+    with nullcontext(asked.runs) if asked.runs else tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder).absolute()
+        runs.mkdir(parents=True, exist_ok=True)
+        for key, line in lines.items():
+            if not key.startswith(tuple(asked.only)) or (asked.missing and key in known_lines(path)):
+                continue
+            print(f"--- {key}", flush=True)
+            found = {**line(runs), "hardware": hardware()}
+            # Read only now: two processes may compute two lines.
+            known = known_lines(path) | {key: found}
+            ordered = {one: known[one] for one in [*lines, *known] if one in known}
+            write_durably(path, json.dumps({**(about or {}), "lines": ordered}, indent=1).encode() + b"\n")
+            if table is not None and page.exists():
+                show_table(page, script, table(ordered), ordered)
+    if table is not None and not page.exists() and path.exists():
+        print(table(known_lines(path)))
 
 
-def show(progress: fedtune.Progress) -> None:
-    """A line for each round."""
+def known_lines(path: Path) -> dict[str, Found]:
+    """Read the lines of a results file; none where there is no such file."""
+    return dict(json.loads(path.read_text())["lines"]) if path.exists() else {}
+
+
+def show_table(page: Path, script: str, text: str, lines: Mapping[str, Found]) -> None:
+    """Put the table with its hardware into the README."""
+    machines = "; ".join(sorted({line["hardware"] for line in lines.values() if "hardware" in line}))
+    text += f"\n\nMeasured on {machines}." if machines else ""
+    readme.put(page, text, begin=f"<!-- results: written by {Path(script).resolve().relative_to(ROOT)} -->")
+
+
+def hardware() -> str:
+    """Describe the machine that the numbers are measured on."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, {gpu}"
+
+
+def finished(config: RunConfig, session: Session | None = None) -> Path:
+    """The folder of a finished run: train it, resume it, or find it done."""
+
+    def work(trial: Trial) -> RunResult:
+        return fedtune.simulate(trial.config, progress=show_scores, session=session).result
+
+    done = Trial.of(config).run(work)
+    if done.error is not None:
+        raise done.error
+    return done.folder
+
+
+def show_scores(progress: fedtune.Progress) -> None:
+    """Print a line for each round."""
     if progress.round:
         scores = ", ".join(f"{name} {value:.4f}" for name, value in progress.round.metrics.items() if value is not None)
         print(f"round {progress.done} of {progress.total}: {scores}", flush=True)
 
 
-def finished(overrides: list[str], session: Session) -> dict[str, Any]:
-    """run.json of a run, which goes on where the same study left it."""
+def run_line(runs: Path, *, experiment: str, line: Found, states: Path | None = None) -> Found:
+    """Run all variants of a line of study.toml and average their scores."""
+    words = [
+        f"experiment={experiment}",
+        "tracking=quiet",
+        *(one.replace("{runs}", str(runs)) for one in line["overrides"]),
+    ]
+    variants: list[list[str]] = [[]]
+    if line.get("each_site"):
+        variants = [[f"federation.participants=[{site}]"] for site in compose_run(words).federation.names]
+    elif seeds := line.get("seeds"):
+        variants = [[f"seed={seed}"] for seed in seeds]
+    results = []
+    with ExitStack() as stack:
+        session = stack.enter_context(Session())
+        if states is not None:
+            from shared_states import shared_frozen_states
 
-    def work(trial: Trial) -> RunResult:
-        return fedtune.simulate(trial.config, progress=show, session=session).result
+            stack.enter_context(shared_frozen_states(states))
+        for number in range(line.get("repeats", 1)):
+            for place, variant in enumerate(variants):
+                own = [f"name={line['key']}-{number}-{place}", f"tracking.output_dir={runs}"]
+                folder = finished(compose_run([*words, *variant, *own]), session)
+                results.append(json.loads((folder / "run.json").read_text()))
+    return averaged(line, results)
 
-    done = Trial.of(compose_run(overrides)).run(work)
-    if done.error is not None:
-        raise done.error
-    found: dict[str, Any] = json.loads((done.folder / "run.json").read_text())
-    return found
+
+def averaged(line: Found, results: list[Found]) -> Found:
+    """Summarize the runs of a line: mean scores, with privacy and cost of the first run."""
+    first = results[0]
+    names = first["final"]["metrics"]
+    return {
+        "title": line["title"],
+        "overrides": line["overrides"],
+        "runs": len(results),
+        "config_sha256": sorted({run["config_sha256"] for run in results}),
+        "epsilon": first["privacy"]["epsilon"],
+        "delta": first["privacy"]["delta"],
+        "noise_multiplier": next(iter(first["privacy"]["sites"].values()))["noise_multiplier"],
+        "metrics": {name: statistics.fmean(run["final"]["metrics"][name] for run in results) for name in names},
+        "each_run": [run["final"]["metrics"] for run in results],
+        "before": first["final"]["metrics_before"],
+        "validation_by_round": [r["metrics"] for r in first["rounds"]],
+        "seconds": statistics.median(run["final"]["seconds"] for run in results),
+        "peak_memory_bytes": max(run["final"]["peak_memory_bytes"] for run in results),
+        "bytes_of_a_site": [bytes_of_a_site(first, way) for way in ("down", "up")],
+    }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The Markdown table of a study."""
-    lines = results["lines"].values()
-    metrics = list(next(iter(lines))["metrics"])
-    heads = ["", "epsilon", "noise", *metrics, "lowest to highest " + metrics[0], "runs", "seconds a run"]
-    sizes = ["MB to a site", "MB from it"] if all("bytes_of_a_site" in line for line in lines) else []
-    heads += sizes
-    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    before = next(iter(lines))["before"]
+def bytes_of_a_site(run: Found, way: str) -> int:
+    """Bytes that a site received ("down") or sent ("up") in the whole run: the mean over its sites."""
+    return round(sum(one[f"bytes_{way}"] for one in run["rounds"]) / len(run["privacy"]["sites"]))
+
+
+def table(lines: Mapping[str, Found]) -> str:
+    """Format the table of a study.toml."""
+    found = list(lines.values())
+    metrics, before = list(found[0]["metrics"]), found[0]["before"]
     # By rounding alone, unless lines begin in several adapters.
-    alike = all(
-        abs(line["before"].get(name, math.inf) - before.get(name, 0.0)) < 1e-3 for line in lines for name in metrics
-    )
+    alike = all(abs(line["before"].get(name, 1e9) - before.get(name, 0.0)) < 1e-3 for line in found for name in metrics)
+    begun = [] if alike else [f"{metrics[0]} before"]
+    sizes = ["MB to a site", "MB from it"] if all("bytes_of_a_site" in line for line in found) else []
+    ends = ["lowest to highest " + metrics[0], "runs", "seconds a run", *sizes]
+    rows = [["", "epsilon", "noise", *begun, *metrics, *ends]]
     if alike:
-        scores = [f"{before[name]:.3f}" for name in metrics]
-        rows.append(["before training", "", "", *scores, *[""] * (len(heads) - len(scores) - 3)])
-    for line in lines:
+        rows.append(["before training", "", "", *(f"{before[name]:.3f}" for name in metrics), *[""] * len(ends)])
+    for line in found:
         first = [run[metrics[0]] for run in line["each_run"]]
         rows.append(
             [
                 line["title"],
                 epsilon_text(line["epsilon"]),
                 f"{line['noise_multiplier']:g}",
+                *(f"{line['before'][metrics[0]]:.3f}" for _ in begun),
                 *(f"{line['metrics'][name]:.3f}" for name in metrics),
                 f"{min(first):.3f} to {max(first):.3f}" if len(first) > 1 else "",
                 str(line["runs"]),
-                f"{line['seconds']:.0f}",
+                f"{line['seconds']:.0f}" if "seconds" in line else "",
                 *(f"{size / 1e6:.1f}" for size in line.get("bytes_of_a_site", ()) if sizes),
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def hardware() -> str:
-    """What the numbers were measured on."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB memory, {gpu}"
-
-
-def write(folder: Path, results: dict[str, Any]) -> None:
-    """Write results.json, and the table between the README's marks."""
-    write_durably(folder / "results.json", json.dumps(results, indent=1).encode() + b"\n")
-    machines = sorted({line["hardware"] for line in results["lines"].values()})
-    text = f"{table(results)}\n\nMeasured on {'; '.join(machines)}."
-    readme.put(folder / "README.md", text, begin=BEGIN, end=END)
+    return readme.markdown(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--states", type=Path)
-    parser.add_argument("--runs", type=Path)
-    options = parser.parse_args()
-    study = tomllib.loads((options.study / "study.toml").read_text())
-    path = options.study / "results.json"
-    for line in study["lines"]:
-        if not line["key"].startswith(options.only):
-            continue
-        print(f"--- {line['title']}", flush=True)
-        with Session() as session, shared_frozen_states(options.states) if options.states else nullcontext():
-            done = run_line(study["experiment"], line, session=session, kept=options.runs)
-        # Read only now: two processes may run two lines.
-        old = json.loads(path.read_text())["lines"] if path.exists() else {}
-        known = old | {line["key"]: done}
-        lines = {other["key"]: known[other["key"]] for other in study["lines"] if other["key"] in known}
-        write(options.study, {"experiment": study["experiment"], "lines": lines})
+    options = parser(__doc__)
+    options.add_argument("study", type=Path, help="folder of a study.toml")
+    options.add_argument("--states", type=Path, help="keep the output of frozen layers there")
+    asked = options.parse_args()
+    asked.into = asked.into or asked.study
+    study = tomllib.loads((asked.study / "study.toml").read_text())
+    same = {"experiment": study["experiment"], "states": asked.states}
+    lines: dict[str, Line] = {line["key"]: partial(run_line, line=line, **same) for line in study["lines"]}
+    carry_out(__file__, lines, table, asked=asked, about={"experiment": study["experiment"]})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """By user, or by record with group privacy on top: which trains better at one promise to a person?
 
     python simulations/user_level/run.py                    all lines, into results.json and the README's table
-    python simulations/user_level/run.py --only irc-none irc-e8     lines whose keys begin so; others are kept
     python simulations/user_level/run.py --accounting       noise and epsilons alone, a few minutes; trains nothing
+    ... --only, --missing, --runs, --into                   as for simulations/study.py
 
 Every line promises a person the same (epsilon, delta) at their site, over all of their records there:
 
@@ -20,14 +20,12 @@ rate are alike in all lines, and so is the number of records in a step where eve
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-import tempfile
 import tomllib
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,9 @@ from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from shared_states import shared_frozen_states
-from study import run_line
+
+import readme
+import study
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
@@ -46,12 +45,10 @@ from fedtune.data.load import deal, split_key
 from fedtune.data.partition import unit_hash
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.durable import write_durably
 from fedtune.report.derive.profile import group
 from fedtune.tasks.registry import task_named
 
 FOLDER = Path(__file__).parent
-BEGIN, END = "<!-- results: written by simulations/user_level/run.py -->", "<!-- end of results -->"
 TITLES = {
     "none": "no privacy",
     "none-record": "no privacy, at most 8 records of a user",
@@ -92,10 +89,10 @@ def noise_by_exact(epsilon: float, *, rate: float, steps: int, delta: float, mem
     return round(high, 4)
 
 
-def lines_of(study: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def lines_of(asked: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Each line of one data set: key, kind, noise, and what is promised."""
-    delta, members = study["delta"], study["records_per_user"]
-    base = [f"experiment={study['experiment']}", "tracking=quiet", "name=x", *data["overrides"]]
+    delta, members = asked["delta"], asked["records_per_user"]
+    base = [f"experiment={asked['experiment']}", "tracking=quiet", "name=x", *data["overrides"]]
     config = compose_run([*base, f"privacy.delta={delta}", f"privacy.records_per_user={members}"])
     plan = config.plan()
     public = {"rate": plan.sampling_rate, "steps": plan.local_steps * plan.most_rounds, "delta": delta}
@@ -108,7 +105,7 @@ def lines_of(study: dict[str, Any], data: dict[str, Any]) -> Iterator[dict[str, 
 
     for kind in ("none", "none-record"):
         yield {"key": f"{data['key']}-{kind}", "kind": kind, "noise": 0.0, "noise_on_mean": 0.0, "config": config}
-    for target in study["epsilons"]:
+    for target in asked["epsilons"]:
         by_unit = accountant.calibrate_noise(
             epsilon=target, delta=delta, sampling_rate=public["rate"], steps=public["steps"], also=[]
         )
@@ -178,10 +175,10 @@ def capped(config: RunConfig, into: Path, *, members: int, declared: list[int]) 
     ]
 
 
-def overrides_of(line: dict[str, Any], study: dict[str, Any], data: dict[str, Any], scratch: Path) -> list[str]:
+def overrides_of(line: dict[str, Any], asked: dict[str, Any], data: dict[str, Any], runs: Path) -> list[str]:
     """Of one line's run."""
-    members = study["records_per_user"]
-    common = [*data["overrides"], f"privacy.delta={study['delta']}", f"privacy.records_per_user={members}"]
+    members = asked["records_per_user"]
+    common = [*data["overrides"], f"privacy.delta={asked['delta']}", f"privacy.records_per_user={members}"]
     without = ["privacy=none", f"privacy.sampling_rate={line['config'].privacy.sampling_rate}"]
     if line["kind"] == "none":
         return [*common, *without, "privacy.unit=user"]
@@ -189,83 +186,57 @@ def overrides_of(line: dict[str, Any], study: dict[str, Any], data: dict[str, An
     noise = [f"privacy.noise_multiplier={line['noise']}", "privacy.epsilon=100"]
     if line["kind"] == "user":
         return [*common, *noise]
-    into = scratch / f"{line['key']}.jsonl"
+    into = runs / f"{line['key']}.jsonl"
     by_record = capped(line["config"], into, members=members, declared=data["declared_records"])
     if line["kind"] == "none-record":
         return [*common, *without, *by_record]
-    return [*common, *noise, *by_record, f"privacy.delta={study['delta'] / 10}"]
+    return [*common, *noise, *by_record, f"privacy.delta={asked['delta'] / 10}"]
 
 
-def table(results: dict[str, Any]) -> str:
-    """The Markdown table of a study."""
-    heads = [
-        "",
-        "noise",
-        "on the mean",
-        "epsilon of the unit",
-        "of a person, formula",
-        "of a person",
-        "perplexity",
-        "before",
-        "seconds",
-    ]
-    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
-    for line in results["lines"].values():
+def done(
+    runs: Path, *, line: dict[str, Any], asked: dict[str, Any], data: dict[str, Any], known: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Noise and promises of a line, and its run; given the known lines, it trains nothing and keeps their runs."""
+    target = f", epsilon {line['target']:g}" if "target" in line else ""
+    found = {key: value for key, value in line.items() if key != "config"}
+    found["title"] = f"{data['title']}: {TITLES[line['kind']]}{target}"
+    if known is not None:
+        return found | {name: ran for name, ran in known.get(line["key"], {}).items() if name == "run"}
+    own = {"key": line["key"], "title": found["title"], "overrides": overrides_of(line, asked, data, runs)}
+    ran = study.run_line(runs, experiment=asked["experiment"], line=own, states=runs / f"{data['key']}.pt")
+    ran["overrides"] = [one.replace(str(runs), "{runs}") for one in ran["overrides"]]
+    return {**found, "run": ran}
+
+
+def table(lines: Mapping[str, Any]) -> str:
+    """The Markdown table of the study."""
+    heads = ["", "noise", "on the mean", "epsilon of the unit", "of a person, formula", "of a person"]
+    rows = [[*heads, "perplexity", "before", "seconds"]]
+    for line in lines.values():
         figures = [line.get("epsilon_unit"), line.get("epsilon_person_formula"), line.get("epsilon_person")]
         shown = ["-" if figure is None else epsilon_text(figure) for figure in figures]
         if "target" not in line:
             shown = ["unbounded"] * 3
-        done = line.get("run")
         scores = ["", "", ""]
-        if done:
-            before, after = done["before"]["perplexity"], done["metrics"]["perplexity"]
-            scores = [f"{after:.1f}", f"{before:.1f}", f"{done['seconds']:.0f}"]
+        if ran := line.get("run"):
+            before, after = ran["before"]["perplexity"], ran["metrics"]["perplexity"]
+            scores = [f"{after:.1f}", f"{before:.1f}", f"{ran['seconds']:.0f}"]
         rows.append([line["title"], f"{line['noise']:.3g}", f"{line['noise_on_mean']:.2g}", *shown, *scores])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def write(results: dict[str, Any]) -> None:
-    """Write results.json, and the table between the README's marks."""
-    write_durably(FOLDER / "results.json", json.dumps(results, indent=1).encode() + b"\n")
-    readme = FOLDER / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    machines = sorted({line["run"]["hardware"] for line in results["lines"].values() if line.get("run")})
-    measured = f"\n\nMeasured on {'; '.join(machines)}." if machines else ""
-    body = f"{BEGIN}\n{table(results)}{measured}\n{END}"
-    write_durably(readme, (before + body + rest.split(END)[1]).encode())
+    return readme.markdown(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""])
-    parser.add_argument("--accounting", action="store_true")
-    options = parser.parse_args()
-    study = tomllib.loads((FOLDER / "study.toml").read_text())
-    path = FOLDER / "results.json"
-    old = json.loads(path.read_text())["lines"] if path.exists() else {}
-    lines: dict[str, Any] = {}
-    for data in study["data"]:
-        with shared_frozen_states():
-            for line in lines_of(study, data):
-                title = f"{data['title']}: {TITLES[line['kind']]}" + (
-                    f", epsilon {line['target']:g}" if "target" in line else ""
-                )
-                known = {key: value for key, value in line.items() if key != "config"} | {"title": title}
-                done = old.get(line["key"], {}).get("run")
-                if not options.accounting and line["key"].startswith(tuple(options.only)):
-                    print(f"--- {title}", flush=True)
-                    with tempfile.TemporaryDirectory() as scratch:
-                        asked = {"key": line["key"], "title": title}
-                        asked["overrides"] = overrides_of(line, study, data, Path(scratch))
-                        done = run_line(study["experiment"], asked)
-                        done["overrides"] = [one.replace(scratch, "SCRATCH") for one in done["overrides"]]
-                lines[line["key"]] = known | ({"run": done} if done else {})
-                write({"experiment": study["experiment"], "lines": lines | later(old, lines)})
-
-
-def later(old: dict[str, Any], lines: dict[str, Any]) -> dict[str, Any]:
-    """Lines of an earlier run that this one has not come to."""
-    return {key: line for key, line in old.items() if key not in lines}
+    options = study.parser(__doc__, FOLDER)
+    options.add_argument("--accounting", action="store_true", help="noise and epsilons alone")
+    given = options.parse_args()
+    asked = tomllib.loads((FOLDER / "study.toml").read_text())
+    known = study.known_lines(given.into / "results.json") if given.accounting else None
+    lines = {
+        line["key"]: partial(done, line=line, asked=asked, data=data, known=known)
+        for data in asked["data"]
+        for line in lines_of(asked, data)
+    }
+    study.carry_out(__file__, lines, table, asked=given, about={"experiment": asked["experiment"]})
 
 
 if __name__ == "__main__":
