@@ -22,7 +22,7 @@ import platform
 import statistics
 import tempfile
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def carry_out(
     about: Found | None = None,
     file: str = "results.json",
 ) -> None:
-    """Compute the lines that were asked for; write the results and the README's table after each of them.
+    """Compute the lines that were asked for; write the results after each of them, and the README's table at the end.
 
     Args:
         script: path of the study's script, which the mark in the README names.
@@ -78,7 +78,7 @@ def carry_out(
         table: formats the README's table; None: the README has none.
         about: further entries of the results file.
     """
-    path, page = asked.into / file, asked.into / "README.md"
+    path = asked.into / file
     with nullcontext(asked.runs) if asked.runs else tempfile.TemporaryDirectory() as folder:
         runs = Path(folder).absolute()
         runs.mkdir(parents=True, exist_ok=True)
@@ -91,10 +91,8 @@ def carry_out(
             known = known_lines(path) | {key: found}
             ordered = {one: known[one] for one in [*lines, *known] if one in known}
             write_durably(path, json.dumps({**(about or {}), "lines": ordered}, indent=1).encode() + b"\n")
-            if table is not None and page.exists():
-                show_table(page, script, table(ordered), ordered)
-    if table is not None and not page.exists() and path.exists():
-        print(table(known_lines(path)))
+    if table is not None and path.exists():
+        show_table(asked.into / "README.md", script, table(known_lines(path)), known_lines(path))
 
 
 def known_lines(path: Path) -> dict[str, Found]:
@@ -103,10 +101,13 @@ def known_lines(path: Path) -> dict[str, Found]:
 
 
 def show_table(page: Path, script: str, text: str, lines: Mapping[str, Found]) -> None:
-    """Put the table with its hardware into the README."""
+    """Put the table with its hardware into the README, or print it where the folder has none."""
     machines = "; ".join(sorted({line["hardware"] for line in lines.values() if "hardware" in line}))
     text += f"\n\nMeasured on {machines}." if machines else ""
-    readme.put(page, text, begin=f"<!-- results: written by {Path(script).resolve().relative_to(ROOT)} -->")
+    if page.exists():
+        readme.put(page, text, begin=f"<!-- results: written by {Path(script).resolve().relative_to(ROOT)} -->")
+    else:
+        print(text)
 
 
 def hardware() -> str:
@@ -124,6 +125,11 @@ def finished(config: RunConfig, session: Session | None = None) -> Path:
     def work(trial: Trial) -> RunResult:
         return fedtune.simulate(trial.config, progress=show_scores, session=session).result
 
+    if config.public.train_file is not None:  # two runs in one, which no trial holds
+        folder = Path(config.tracking.output_dir) / config.name
+        if not (folder / "adapter").exists():
+            fedtune.simulate(config, progress=show_scores, session=session)
+        return folder
     done = Trial.of(config).run(work)
     if done.error is not None:
         raise done.error
@@ -167,7 +173,7 @@ def run_line(runs: Path, *, experiment: str, line: Found, states: Path | None = 
 def averaged(line: Found, results: list[Found]) -> Found:
     """Summarize the runs of a line: mean scores, with privacy and cost of the first run."""
     first = results[0]
-    names = first["final"]["metrics"]
+    each_run = [run["final"]["metrics"] for run in results]
     return {
         "title": line["title"],
         "overrides": line["overrides"],
@@ -176,14 +182,20 @@ def averaged(line: Found, results: list[Found]) -> Found:
         "epsilon": first["privacy"]["epsilon"],
         "delta": first["privacy"]["delta"],
         "noise_multiplier": next(iter(first["privacy"]["sites"].values()))["noise_multiplier"],
-        "metrics": {name: statistics.fmean(run["final"]["metrics"][name] for run in results) for name in names},
-        "each_run": [run["final"]["metrics"] for run in results],
+        "metrics": {name: mean(each_run, name) for name in first["final"]["metrics"]},
+        "each_run": each_run,
         "before": first["final"]["metrics_before"],
+        "each_before": [run["final"]["metrics_before"] for run in results],
         "validation_by_round": [r["metrics"] for r in first["rounds"]],
         "seconds": statistics.median(run["final"]["seconds"] for run in results),
         "peak_memory_bytes": max(run["final"]["peak_memory_bytes"] for run in results),
         "bytes_of_a_site": [bytes_of_a_site(first, way) for way in ("down", "up")],
     }
+
+
+def mean(scores: Sequence[Mapping[str, float]], name: str) -> float:
+    """The mean of one score over runs."""
+    return statistics.fmean(one[name] for one in scores)
 
 
 def bytes_of_a_site(run: Found, way: str) -> int:
@@ -210,7 +222,7 @@ def table(lines: Mapping[str, Found]) -> str:
                 line["title"],
                 epsilon_text(line["epsilon"]),
                 f"{line['noise_multiplier']:g}",
-                *(f"{line['before'][metrics[0]]:.3f}" for _ in begun),
+                *(f"{mean(line.get('each_before', [line['before']]), metrics[0]):.3f}" for _ in begun),
                 *(f"{line['metrics'][name]:.3f}" for name in metrics),
                 f"{min(first):.3f} to {max(first):.3f}" if len(first) > 1 else "",
                 str(line["runs"]),

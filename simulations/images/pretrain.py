@@ -1,13 +1,13 @@
 """A tiny vision transformer that knows scikit-learn's digits 0 to 4, and the images of 5 to 9 that sites learn from.
 
-.venv/bin/python simulations/images/pretrain.py --to FOLDER
+    python simulations/images/pretrain.py
+
+They lie in `files` beside this script.  It needs scikit-learn (the extra export brings it along) and the extra images.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +19,20 @@ from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 SIDE, PATCH = 16, 4
 
 
-def write_images(folder: Path, *, seed: int = 0) -> dict[str, Path]:
-    """The digits 5 to 9 as PNGs, and tables of their paths and labels: three of four to train on."""
+def write_images(folder: Path, *, seed: int = 0) -> None:
+    """Write the digits 5 to 9 as PNGs, and tables of their paths and labels: three of four to train on."""
     digits = load_digits()
     chosen = np.flatnonzero(digits.target >= 5)
     np.random.default_rng(seed).shuffle(chosen)
     (folder / "digits").mkdir(parents=True, exist_ok=True)
-    files = {}
     for name, places in (("train", chosen[len(chosen) // 4 :]), ("test", chosen[: len(chosen) // 4])):
-        files[name] = folder / f"{name}.csv"
-        with files[name].open("w", newline="") as stream:
+        with (folder / f"{name}.csv").open("w", newline="") as stream:
             table = csv.writer(stream)
             table.writerow(["image", "label"])
             for place in places:
                 path = f"digits/{place}.png"
                 Image.fromarray((digits.images[place] * 15).astype(np.uint8)).save(folder / path)
                 table.writerow([path, ("five", "six", "seven", "eight", "nine")[digits.target[place] - 5]])
-    return files
 
 
 def pretrain(folder: Path, *, steps: int = 600, seed: int = 0) -> float:
@@ -78,8 +75,6 @@ def pretrain(folder: Path, *, steps: int = 600, seed: int = 0) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--to", type=Path, required=True)
-    to = parser.parse_args().to
-    accuracy = pretrain(to / "model")
-    print(json.dumps({"accuracy on 0 to 4": accuracy, **{key: str(file) for key, file in write_images(to).items()}}))
+    into = Path(__file__).parent / "files"
+    print("accuracy on 0 to 4:", pretrain(into / "model"))
+    write_images(into)
