@@ -69,6 +69,7 @@ def carry_out(
     asked: argparse.Namespace,
     about: Found | None = None,
     file: str = "results.json",
+    measured: bool = True,
 ) -> None:
     """Compute the lines that were asked for; write the results after each of them, and the README's table at the end.
 
@@ -77,6 +78,7 @@ def carry_out(
         lines: in the order of the table; results of other lines are kept.
         table: formats the README's table; None: the README has none.
         about: further entries of the results file.
+        measured: whether results depend on the machine, which is then written down.
     """
     path = asked.into / file
     with nullcontext(asked.runs) if asked.runs else tempfile.TemporaryDirectory() as folder:
@@ -86,7 +88,7 @@ def carry_out(
             if not key.startswith(tuple(asked.only)) or (asked.missing and key in known_lines(path)):
                 continue
             print(f"--- {key}", flush=True)
-            found = {**line(runs), "hardware": hardware()}
+            found = {**line(runs), **({"hardware": hardware()} if measured else {})}
             # Read only now: two processes may compute two lines.
             known = known_lines(path) | {key: found}
             ordered = {one: known[one] for one in [*lines, *known] if one in known}

@@ -7,18 +7,22 @@ The plan is that of banks_intents: rate 0.3, 50 releases, delta 1e-5.  Nothing i
 
 from __future__ import annotations
 
-import json
 import math
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
+import study
 
 from fedtune.privacy import events
 from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
 from fedtune.privacy.distributed_noise import Together, epsilons, least_cell_bits, noise_of_shares
-from fedtune.privacy.durable import write_durably
 
-FOLDER = Path(__file__).parent
-BEGIN, END = "<!-- results: written by noise.py -->", "<!-- end of noise -->"
 SITES, RATE, RELEASES, DELTA = 4, 0.3, 50, 1e-5
 BOUND = 1000  # clip norms; decides no noise
 
@@ -36,7 +40,7 @@ def ideal_noise(epsilon: float) -> float:
     return high
 
 
-def row(target: float, threshold: int, colluders: int) -> dict[str, float]:
+def row(runs: Path, *, target: float, threshold: int, colluders: int) -> study.Found:
     """One plan: `target` holds with so many colluders in each sum of at least `threshold` sites."""
     total = calibrate_noise(epsilon=target, delta=DELTA, sampling_rate=RATE, steps=RELEASES)
     sites = Together(num_sites=SITES, threshold=threshold, colluders=colluders)
@@ -61,29 +65,27 @@ def row(target: float, threshold: int, colluders: int) -> dict[str, float]:
     }
 
 
-def table(rows: list[dict[str, float]]) -> str:
+def table(lines: Mapping[str, study.Found]) -> str:
     """The README's table."""
-    lines = [
-        "| target | survivors | colluders | noise alone | a site's share | cells | server alone | with colluders "
-        "| all others | above ideal |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for one in rows:
-        lines.append(
-            f"| {one['target']:g} | {one['threshold']} | {one['colluders']} | {one['noise_alone']:.4f} | "
-            f"{one['share']:.4f} | C/{2 ** int(one['cell_bits'])} | {one['server_alone']:.2f} | "
-            f"{one['with_colluders']:.2f} | {one['with_all_others']:.2f} | {one['above_ideal_percent']:.2f} % |"
-        )
-    return "\n".join(lines)
+    heads = ["target", "survivors", "colluders", "noise alone", "a site's share", "cells", "server alone"]
+    rows = [[*heads, "with colluders", "all others", "above ideal"]]
+    for one in lines.values():
+        plan = [f"{one['target']:g}", str(one["threshold"]), str(one["colluders"])]
+        noise = [f"{one['noise_alone']:.4f}", f"{one['share']:.4f}", f"C/{2 ** int(one['cell_bits'])}"]
+        spent = [f"{one[name]:.2f}" for name in ("server_alone", "with_colluders", "with_all_others")]
+        rows.append([*plan, *noise, *spent, f"{one['above_ideal_percent']:.2f} %"])
+    return readme.markdown(rows, texts=0)
 
 
 def main() -> None:
-    """Work out every row and write both files."""
-    rows = [row(target, *who) for target in (8.0, 3.0, 1.0) for who in ((4, 0), (4, 1), (3, 0), (3, 1))]
-    write_durably(FOLDER / "noise.json", (json.dumps(rows, indent=1) + "\n").encode())
-    page = (FOLDER / "README.md").read_text(encoding="utf-8")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    write_durably(FOLDER / "README.md", f"{before}{BEGIN}\n{table(rows)}\n{END}{after}".encode())
+    """Work out every row."""
+    asked = study.parser(__doc__, Path(__file__).parent).parse_args()
+    lines: dict[str, study.Line] = {
+        f"e{target:g}-{threshold}-{colluders}": partial(row, target=target, threshold=threshold, colluders=colluders)
+        for target in (8.0, 3.0, 1.0)
+        for threshold, colluders in ((4, 0), (4, 1), (3, 0), (3, 1))
+    }
+    study.carry_out(__file__, lines, table, asked=asked, file="noise.json", measured=False)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,34 @@
 """Audit banks_intents as it is and broken, at three epsilons, into results.json and the table of the README.
 
-python simulations/audit/run.py                     every line, one after the other, each in a process of its own
-python simulations/audit/run.py --only e1           lines whose key begins with e1; others are kept
-python simulations/audit/run.py --experiment debug --output FOLDER     a trial in a minute, results in FOLDER
+python simulations/audit/run.py                     every line, each in a process of its own
+python simulations/audit/run.py --only e1           lines whose keys begin with e1; others are kept
+python simulations/audit/run.py --experiment debug --into FOLDER     a trial in a minute, results in FOLDER
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
-import os
-import platform
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from faults import FAULTS
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
+import study
+
 from fedtune.cli.main import main as fedtune
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.durable import write_durably
 
-HERE = Path(__file__).parent
-BEGIN, END = "<!-- results: written by simulations/audit/run.py -->", "<!-- end of results -->"
 # What the lead scores on files of its own is no part of an audit.
 COMMON = ("tracking=quiet", "data.validation_file=null", "data.test_file=null")
 FEW = ("audit.canaries=1000",)
@@ -46,29 +47,28 @@ LINES["e8-records"] = {"epsilon": 8, "fault": "none", "audit": ["audit.kind=reco
 NAMES = {"none": "fedtune", "no noise": "without noise", "no clipping": "without clipping"}
 
 
-def in_own_process(key: str, experiment: str) -> dict[str, Any]:
-    """One line, in a child process: a fault in it reaches nothing else."""
-    command = [sys.executable, __file__, "--line", key, "--experiment", experiment]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{key}: {done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout)
+def in_own_process(runs: Path, *, key: str, experiment: str) -> study.Found:
+    """Audit a line in a child process: a fault in it reaches nothing else."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found: study.Found = pool.apply(audited, (key, experiment))
+    if not as_expected(found):
+        print(f"    NOT AS EXPECTED: exit code {found['exit_code']}", flush=True)
     return found
 
 
-def run_line(key: str, experiment: str) -> dict[str, Any]:
+def audited(key: str, experiment: str) -> study.Found:
     """Break what is to be broken, audit, and return what was found."""
     line = LINES[key]
     FAULTS[line["fault"]]()
-    audit = [one for one in line["audit"] if experiment == "banks_intents" or not one.startswith("audit.sites")]
+    audit = line["audit"]
     if experiment != "banks_intents":  # a trial: an adapter of 6,000 values, and few steps
-        audit = [*(one for one in audit if "canaries" not in one and "guesses" not in one), "audit.canaries=300"]
+        kept = [one for one in audit if not one.startswith(("audit.canaries", "audit.guesses", "audit.sites"))]
+        audit = [*kept, "audit.canaries=300"]
     overrides = [f"experiment={experiment}", *COMMON, f"privacy.epsilon={line['epsilon']}", *audit]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         code = fedtune(["audit", *overrides, f"name={key}", f"tracking.output_dir={scratch}"])
-        written = json.loads((Path(scratch) / key / "audit.json").read_text())
-        ran = json.loads((Path(scratch) / key / "run.json").read_text())
+        written, ran = (json.loads((Path(scratch) / key / name).read_text()) for name in ("audit.json", "run.json"))
     site = next(iter(ran["privacy"]["sites"].values()))
     return {
         "ran": NAMES[line["fault"]],
@@ -77,31 +77,20 @@ def run_line(key: str, experiment: str) -> dict[str, Any]:
         "steps": site["steps"],
         "noise_multiplier": site["noise_multiplier"],
         "seconds": time.monotonic() - began,
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "audit": written,
     }
 
 
-def as_expected(line: dict[str, Any]) -> bool:
+def as_expected(line: study.Found) -> bool:
     """fedtune keeps its claim, and everything broken is found."""
     wanted = 0 if line["ran"] == "fedtune" else 1
     return bool(line["exit_code"] == wanted and line["audit"]["exceeded"] == bool(wanted))
 
 
-def table(lines: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table of bounds, each with its ceiling beside it."""
-    heads = [
-        "claimed",
-        "what ran",
-        "canaries",
-        "guesses",
-        "shown at a site",
-        "ceiling",
-        "shown on the average",
-        "ceiling",
-    ]
-    heads += ["refuted", "seconds"]
-    rows = [heads, ["---:", "---"] + ["---:"] * (len(heads) - 4) + ["---", "---:"]]
+def table(lines: Mapping[str, study.Found]) -> str:
+    """Format the table of bounds, each with its ceiling beside it, and the one of the baselines on real records."""
+    heads = ["claimed", "what ran", "canaries", "guesses", "shown at a site", "ceiling", "shown on the average"]
+    rows = [[*heads, "ceiling", "refuted", "seconds"]]
     for line in lines.values():
         bounds = line["audit"]["bounds"]
         sites, average = [bound for bound in bounds if bound["site"]], bounds[-1]
@@ -121,13 +110,12 @@ def table(lines: dict[str, dict[str, Any]]) -> str:
                 f"{line['seconds']:.0f}",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return readme.markdown(rows, texts=2) + membership(lines)
 
 
-def membership(lines: dict[str, dict[str, Any]]) -> str:
-    """The Markdown table of the baselines on real records, over all sites."""
+def membership(lines: Mapping[str, study.Found]) -> str:
+    """Format the table of the baselines on real records, over all sites; nothing where no line has them."""
     rows = [["claimed", "guessed by", "AUROC", "found at 1 % false alarms", "at 0.1 %", "trained on", "never used"]]
-    rows.append(["---:", "---", *["---:"] * 5])
     for line in lines.values():
         for one in line["audit"]["membership"]:
             if one["site"] is None:
@@ -136,48 +124,21 @@ def membership(lines: dict[str, dict[str, Any]]) -> str:
                 found = [rate(hit) for hit in one["hit_rates"]]
                 score = one["score"].replace("_", " ")
                 rows.append([claim, score, area, *found, f"{one['trained_on']:,}", f"{one['never_used']:,}"])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) if len(rows) > 2 else ""
+    return "\n\n" + readme.markdown(rows, texts=2) if len(rows) > 1 else ""
 
 
-def rate(hit: dict[str, Any]) -> str:
+def rate(hit: study.Found) -> str:
     if hit["found"] is None:
         return "too few records"
     return f"{hit['found']:.2%} ({hit['low']:.2%} to {hit['high']:.2%})"
 
 
-def write(folder: Path, lines: dict[str, dict[str, Any]]) -> None:
-    """Write results.json, and the tables between the README's marks where there is one."""
-    write_durably(folder / "results.json", json.dumps({"lines": lines}, indent=1).encode() + b"\n")
-    readme = folder / "README.md"
-    if not readme.exists():
-        print(table(lines), membership(lines), sep="\n\n")
-        return
-    before, rest = readme.read_text().split(BEGIN)
-    machines = sorted({line["hardware"] for line in lines.values()})
-    parts = [part for part in (table(lines), membership(lines), f"Measured on {'; '.join(machines)}.") if part]
-    text = before + "\n\n".join([f"{BEGIN}\n{parts[0]}", *parts[1:]]) + "\n" + END + rest.split(END)[1]
-    write_durably(readme, text.encode())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--experiment", default="banks_intents")
-    parser.add_argument("--output", type=Path, default=HERE)
-    parser.add_argument("--line", choices=LINES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.line:
-        print(json.dumps(run_line(options.line, options.experiment)))
-        return
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "results.json"
-    old = json.loads(path.read_text())["lines"] if path.exists() else {}
-    for key in (key for key in LINES if key.startswith(options.only)):
-        print(f"--- {key}", flush=True)
-        old[key] = in_own_process(key, options.experiment)
-        if not as_expected(old[key]):
-            print(f"    NOT AS EXPECTED: exit code {old[key]['exit_code']}", flush=True)
-        write(options.output, {key: old[key] for key in LINES if key in old})
+    options = study.parser(__doc__, Path(__file__).parent)
+    options.add_argument("--experiment", default="banks_intents")
+    asked = options.parse_args()
+    lines: dict[str, study.Line] = {key: partial(in_own_process, key=key, experiment=asked.experiment) for key in LINES}
+    study.carry_out(__file__, lines, table, asked=asked)
 
 
 if __name__ == "__main__":

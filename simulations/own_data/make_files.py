@@ -1,7 +1,7 @@
 """Cut the small classifications of problems.toml from the files of simulations/data, by a hash of each text.
 
-    python simulations/own_data/make_files.py                  into `files` beside this script
-    python simulations/own_data/make_files.py --sst2 FOLDER    also those of SST-2, whose files are not in the repository
+python simulations/own_data/make_files.py                  into `files` beside this script
+python simulations/own_data/make_files.py --sst2 FOLDER    also those of SST-2, whose files are not in the repository
 """
 
 from __future__ import annotations
