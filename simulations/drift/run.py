@@ -9,10 +9,9 @@ table.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import NormalDist
@@ -21,11 +20,11 @@ import numpy as np
 
 from fedtune.federation.drift import HeldOut, fall_of, held_out_of
 from fedtune.federation.lead import RoundResult
-from fedtune.privacy.durable import write_durably
 
-FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
-from readme import markdown, put  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
+import study
 
 DELTA, ROUNDS, BEFORE, SCORE, FALL = 1e-5, 10, 4, 0.8, 0.05
 """A run has so many rounds; before the fall there were so many runs with so high a score."""
@@ -67,7 +66,7 @@ def found(line: list[HeldOut | None]) -> bool:
     return fall is not None and bool(fall.found)
 
 
-def study(units: int, sites: int, epsilon: float) -> dict[str, float]:
+def counted(runs: Path, *, units: int, sites: int, epsilon: float) -> study.Found:
     """How often a report alarms without a fall, and any of eight; how often the first, and the second, finds one."""
     noise, draws = noise_for(epsilon), np.random.default_rng([units, sites, round(100 * epsilon)])
     counts = dict.fromkeys(("false_alarms", "false_alarms_in_8", "found_at_once", "found_by_the_second", "unknown"), 0)
@@ -80,26 +79,28 @@ def study(units: int, sites: int, epsilon: float) -> dict[str, float]:
         counts["found_at_once"] += found(fallen[:-1])
         counts["found_by_the_second"] += found(fallen)
         counts["unknown"] += line[0] is None
-    return {name: count / SERIES for name, count in counts.items()}
+    case = {"sites": sites, "units": units, "epsilon": epsilon}
+    return case | {name: count / SERIES for name, count in counts.items()}
 
 
-def cells(results: list[dict[str, float]]) -> Iterator[list[str]]:
-    yield ["sites", "held-out units at each", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)]
+def table(lines: Mapping[str, study.Found]) -> str:
+    """The Markdown table; bold is 80 % or more."""
+    rows = [["sites", "held-out units at each", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)]]
     for sites, units in product(SITES, UNITS):
-        of_row = [one for one in results if (one["sites"], one["units"]) == (sites, units)]
+        of_row = [one for one in lines.values() if (one["sites"], one["units"]) == (sites, units)]
         shares = [f"{one['found_by_the_second']:.0%}" if one["unknown"] < 0.5 else "" for one in of_row]
-        yield [str(sites), f"{units:,}", *(f"**{s}**" if s and int(s[:-1]) >= 80 else s for s in shares)]
+        rows.append([str(sites), f"{units:,}", *(f"**{s}**" if s and int(s[:-1]) >= 80 else s for s in shares)])
+    return readme.markdown(rows)
 
 
 def main() -> None:
-    began, results = time.process_time(), []
-    for sites, units, epsilon in product(SITES, UNITS, EPSILONS):
-        results.append({"sites": sites, "units": units, "epsilon": epsilon, **study(units, sites, epsilon)})
-        print(results[-1], flush=True)
+    asked = study.parser(__doc__, Path(__file__).parent).parse_args()
+    lines: dict[str, study.Line] = {
+        f"{sites}-{units}-e{epsilon:g}": partial(counted, units=units, sites=sites, epsilon=epsilon)
+        for sites, units, epsilon in product(SITES, UNITS, EPSILONS)
+    }
     about = {"delta": DELTA, "rounds": ROUNDS, "runs_before": BEFORE, "score": SCORE, "fall": FALL, "series": SERIES}
-    about["cpu_seconds"] = round(time.process_time() - began)
-    write_durably(FOLDER / "results.json", json.dumps({**about, "cases": results}, indent=1).encode() + b"\n")
-    put(FOLDER / "README.md", markdown(list(cells(results)), texts=1))
+    study.carry_out(__file__, lines, table, asked=asked, about=about, measured=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How often the 95 % intervals of `fedtune evaluate` and `fedtune compare` hold the truth.
 
     python simulations/intervals/run.py                  all cases: results.json, and the table of its README
-    python simulations/intervals/run.py --only accuracy  cases whose key begins so; others are kept
+    python simulations/intervals/run.py --only accuracy  cases whose keys begin so; others are kept
 
 Each case makes up the figures of two models whose true scores are known, draws test sets of them, and counts how often
 the interval of one model's score, and that of the paired difference, hold what is true.
@@ -9,12 +9,12 @@ the interval of one model's score, and that of the paired difference, hold what 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,11 +23,13 @@ import numpy.typing as npt
 
 from fedtune.evaluation.bootstrap import Figures, Scores, drawn
 from fedtune.evaluation.groups import Groups, by_group
-from fedtune.privacy.durable import write_durably
 from fedtune.tasks.classification import macro_f1
 
-FOLDER = Path(__file__).parent
-BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import readme
+import study
+
 Floats: TypeAlias = npt.NDArray[np.float64]
 Units: TypeAlias = list[npt.NDArray[np.int64]] | None
 
@@ -165,7 +167,7 @@ GROUP_SIZES = (20, 50, 100)
 """Of one group among 400 records; the fairness table's three intervals are measured."""
 
 
-def coverage_of(case: Case, repeats: int, resamples: int) -> dict[str, float]:
+def coverage_of(case: Case, repeats: int, *, resamples: int) -> dict[str, float]:
     """How often the intervals of the second model's score and of the difference hold the truth."""
     draws, held = np.random.default_rng(1), {"score": 0, "difference": 0}
     for _ in range(repeats):
@@ -197,44 +199,36 @@ def coverage_in_group(size: int, repeats: int) -> dict[str, float]:
     return {name: count / repeats for name, count in held.items()}
 
 
-def table(results: dict[str, dict[str, object]]) -> str:
-    rows = ["| case | score | difference | gap to others | test sets |", "| --- | ---: | ---: | ---: | ---: |"]
-    for found in results.values():
+def counted(runs: Path, *, title: str, covers: Callable[[int], dict[str, float]], repeats: int) -> study.Found:
+    """One case, with the time that it took."""
+    began = time.process_time()
+    found = covers(repeats)
+    return {"title": title, "repeats": repeats, **found, "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def table(lines: Mapping[str, study.Found]) -> str:
+    """The Markdown table."""
+    rows = [["case", "score", "difference", "gap to others", "test sets"]]
+    for found in lines.values():
         cells = (f"{found[name]:.1%}" if name in found else "" for name in ("score", "difference", "gap"))
-        rows.append(f"| {found['title']} | {' | '.join(cells)} | {found['repeats']:,} |")
-    return "\n".join(rows)
+        rows.append([found["title"], *cells, f"{found['repeats']:,}"])
+    return readme.markdown(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--repeats", type=int, default=1000)
-    parser.add_argument("--resamples", type=int, default=1000)
-    asked = parser.parse_args()
-    path = FOLDER / "results.json"
-    old = json.loads(path.read_text())["cases"] if path.exists() else {}
-    works: dict[str, tuple[str, Callable[[], dict[str, float]]]] = {
-        key: (case.title, lambda case=case: coverage_of(case, asked.repeats, asked.resamples))
-        for key, case in CASES.items()
-    }
+    options = study.parser(__doc__, Path(__file__).parent)
+    options.add_argument("--repeats", type=int, default=1000)
+    options.add_argument("--resamples", type=int, default=1000)
+    asked = options.parse_args()
+    lines: dict[str, study.Line] = {}
+    for key, case in CASES.items():
+        covers = partial(coverage_of, case, resamples=asked.resamples)
+        lines[key] = partial(counted, title=case.title, covers=covers, repeats=asked.repeats)
     for size in GROUP_SIZES:
         title = f"accuracy in a group of {size} among 400 records"
-        works[f"group-{size}"] = (title, lambda size=size: coverage_in_group(size, asked.repeats))
-    for key, (title, work) in works.items():
-        if key.startswith(asked.only):
-            began = time.process_time()
-            old[key] = {"title": title, "repeats": asked.repeats, **work()}
-            old[key]["cpu_seconds"] = round(time.process_time() - began, 1)
-            print(key, old[key], flush=True)
-            write({key: old[key] for key in works if key in old})
-
-
-def write(cases: dict[str, dict[str, object]]) -> None:
-    """Write results.json, and the table between the README's marks."""
-    write_durably(FOLDER / "results.json", json.dumps({"level": 0.95, "cases": cases}, indent=1).encode() + b"\n")
-    readme = FOLDER / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    write_durably(readme, f"{before}{BEGIN}\n{table(cases)}\n{END}{rest.split(END)[1]}".encode())
+        covers = partial(coverage_in_group, size)
+        lines[f"group-{size}"] = partial(counted, title=title, covers=covers, repeats=asked.repeats)
+    study.carry_out(__file__, lines, table, asked=asked, about={"level": 0.95}, measured=False)
 
 
 if __name__ == "__main__":
