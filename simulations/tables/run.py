@@ -1,20 +1,20 @@
 """Three public tables over four sites: secure sums at epsilon 3 beside the same training in one place, and others.
 
-    python simulations/tables/run.py                     five times five-fold, into results.json and README.md
-    python simulations/tables/run.py --times 1           once; what results.json has already is kept
+    python simulations/tables/run.py              five times five-fold, into results.json and README.md
+    python simulations/tables/run.py --missing    folds that results.json lacks
 
-It needs scikit-learn (the extra export brings it along).  Stop it when you like: a fold that is done is not run again.
+It needs scikit-learn (the extra export brings it along).
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ import fedtune
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import readme
+import study
 
-HERE = Path(__file__).parent
-SITES, FOLDS, EPSILON = 4, 5, 3.0
+SITES, FOLDS, TIMES, EPSILON = 4, 5, 5, 3.0
 STEPS, RATE = 60, 0.3
+WAYS = ("federated", "pooled", "alone", "library")
 # Published with the data sets, rounded: nothing is taken from the records of a run.
 CELLS = {
     "radius": (5, 40), "texture": (5, 50), "perimeter": (40, 260), "area": (100, 4300), "smoothness": (0.05, 0.25),
@@ -93,9 +94,9 @@ def write(file: Path, names: list[str], rows: Any, answers: list[Any]) -> None:
         table.writerows([*map(float, row), answer] for row, answer in zip(rows, answers, strict=True))
 
 
-def fold(name: str, times: int, number: int) -> dict[str, float]:
+def fold(runs: Path, *, name: str, times: int, number: int) -> study.Found:
     """The score of each way to train on one fold."""
-    (make, score), found = TABLES[name], {}
+    (make, score), found = TABLES[name], dict[str, float]()
     rows, names, answers, settings = make()
     split = list(KFold(FOLDS, shuffle=True, random_state=times).split(rows))[number]
     train, test = split
@@ -135,38 +136,29 @@ def fold(name: str, times: int, number: int) -> dict[str, float]:
     return found
 
 
-def page(results: dict[str, dict[str, float]]) -> str:
-    """The Markdown table."""
-    lines = [["table", "score", "folds", "federated", "pooled", "federated - pooled", "alone", "without privacy"]]
+def table(lines: Mapping[str, study.Found]) -> str:
+    """The Markdown table: means over folds."""
+    rows = [["table", "score", "folds", "federated", "pooled", "federated - pooled", "alone", "without privacy"]]
     for name, (_, score) in TABLES.items():
-        found = [one for key, one in results.items() if key.startswith(f"{name} ")]
+        found = [one for key, one in lines.items() if key.startswith(f"{name} ")]
         if not found:
             continue
         apart = [one["federated"] - one["pooled"] for one in found]
         half = 1.96 * statistics.stdev(apart) / len(apart) ** 0.5 if found[1:] else float("nan")
-        means = {line: statistics.fmean(one[line] for one in found) for line in found[0]}
+        means = {line: statistics.fmean(one[line] for one in found) for line in WAYS}
         difference = f"{statistics.fmean(apart):+.4f} ± {half:.4f}"
-        shown = [f"{means[line]:.4f}" for line in ("federated", "pooled", "alone", "library")]
-        lines.append([name, score, str(len(found)), *shown[:2], difference, *shown[2:]])
-    return readme.markdown(lines, texts=2)
+        shown = [f"{means[line]:.4f}" for line in WAYS]
+        rows.append([name, score, str(len(found)), *shown[:2], difference, *shown[2:]])
+    return readme.markdown(rows, texts=2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--tables", nargs="+", default=list(TABLES))
-    given = parser.parse_args()
-    file = HERE / "results.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
-    for times in range(given.times):
-        for number in range(FOLDS):
-            for name in given.tables:
-                key = f"{name} {times} {number}"
-                if key not in results:
-                    results[key] = fold(name, times, number)
-                    print(key, results[key], flush=True)
-                    file.write_text(json.dumps(results, indent=1) + "\n")
-    readme.put(HERE / "README.md", page(results))
+    asked = study.parser(__doc__, Path(__file__).parent).parse_args()
+    lines: dict[str, study.Line] = {
+        f"{name} {times} {number}": partial(fold, name=name, times=times, number=number)
+        for times, number, name in product(range(TIMES), range(FOLDS), TABLES)
+    }
+    study.carry_out(__file__, lines, table, asked=asked, measured=False)
 
 
 if __name__ == "__main__":
