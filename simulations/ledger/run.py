@@ -8,9 +8,6 @@ them; a second figure composes 10,000 charges in 20 settings alone, without a fi
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.privacy import accountant, events, filter
-from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger, Reservation
 from fedtune.privacy.ledger.verify import verify
@@ -39,6 +35,10 @@ from fedtune.privacy.site_policy import (
 )
 from fedtune.report.derive import profile
 from fedtune.report.from_ledger import lifetime_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import study
 
 SETTINGS, ROUNDS = 20, 250
 
@@ -117,35 +117,37 @@ def report(ledger: Path) -> None:
 
 
 def seconds(what: Callable[[], object], *, repeats: int = 3) -> float:
-    """Median wall time."""
+    """Median wall time, with nothing cached."""
     taken = []
     for _ in range(repeats):
-        filter.divergence.cache_clear()
-        for cached in (profile._pld, accountant.composed_rdp, profile._epsilon_pld):
-            cached.cache_clear()
+        for cached in (one for module in (accountant, filter, profile) for one in vars(module).values()):
+            if hasattr(cached, "cache_clear"):
+                cached.cache_clear()
         began = time.perf_counter()
         what()
         taken.append(time.perf_counter() - began)
     return round(statistics.median(taken), 3)
 
 
-def main() -> None:
-    """Measure, print and write results.json."""
+def compose(runs: Path) -> study.Found:
+    """Compose 10,000 charges without a file."""
     charges = [plan_of(number % SETTINGS).event() for number in range(10_000)]
-    results: dict[str, object] = {
-        "compose_10000_charges_in_20_settings": {
-            "pld_s": seconds(lambda: accountant.epsilon_pld(charges, 1e-6, interval=accountant.COARSE)),
-            "rdp_s": seconds(lambda: accountant.epsilon_rdp(charges, 1e-6)),
-            "filter_s": seconds(lambda: filter.epsilon_filter(charges, order=8.0, delta=1e-6)),
-            "distinct": len(events.grouped(charges)),
-        }
+    return {
+        "pld_s": seconds(lambda: accountant.epsilon_pld(charges, 1e-6, interval=accountant.COARSE)),
+        "rdp_s": seconds(lambda: accountant.epsilon_rdp(charges, 1e-6)),
+        "filter_s": seconds(lambda: filter.epsilon_filter(charges, order=8.0, delta=1e-6)),
+        "distinct": len(events.grouped(charges)),
     }
+
+
+def measure_file(runs: Path) -> study.Found:
+    """Write a ledger of 10,000 events, and measure what is done with it."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         policy, key, pairs = write_ledger(folder)
         path = folder / "ledger.db"
         ledger, verified = Ledger(path, policy, key), verify(path)
-        results["ledger_of_10000_events"] = {
+        return {
             "events": ledger.history.length,
             "megabytes": round(path.stat().st_size / 1e6, 1),
             "reserve_and_commit_s_first_100": round(statistics.median(pairs[:100]), 4),
@@ -155,10 +157,12 @@ def main() -> None:
             "verify_s": seconds(lambda: verify(path)),
             "report_s": seconds(lambda: report(path), repeats=5),
         }
-    results["hardware"] = f"{os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}"
-    text = json.dumps(results, indent=1)
-    write_durably(Path(__file__).parent / "results.json", text.encode() + b"\n")
-    print(text)
+
+
+def main() -> None:
+    asked = study.parser(__doc__, Path(__file__).parent).parse_args()
+    lines = {"compose_10000_charges_in_20_settings": compose, "ledger_of_10000_events": measure_file}
+    study.carry_out(__file__, lines, None, asked=asked)
 
 
 if __name__ == "__main__":
