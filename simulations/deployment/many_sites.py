@@ -1,33 +1,30 @@
 """Many real site processes against one server on one machine: time of a round, memory and idle CPU time of each part.
 
-python simulations/deployment/many_sites.py             4, 16, 32 and 64 sites, into many_sites.json and .svg
-python simulations/deployment/many_sites.py 64          some of them; the others are kept
-python simulations/deployment/many_sites.py 100:64      100 sites, of which 64 take part in the rounds
-python simulations/deployment/many_sites.py --chart     the chart alone, from many_sites.json
+python simulations/deployment/many_sites.py                       4, 16, 32 and 64 sites
+python simulations/deployment/many_sites.py --sites 64 100:64     64 sites, and 100 of which 64 take part in rounds
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from local_federation import LocalFederation
 
-from fedtune.privacy.durable import write_durably
-from fedtune.show.drawing import Panel, Series, chart
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-HERE = Path(__file__).parent
-RESULTS, CHART = HERE / "many_sites.json", HERE / "many_sites.svg"
-NUMBERS = (4, 16, 32, 64)
+import readme
+import study
+
+NUMBERS = ("4", "16", "32", "64")
 IDLE_S = 30.0
 ROUNDS = 6
 ROWS_A_SITE = 100
@@ -36,8 +33,14 @@ IN_ROUNDS_BYTES, IDLE_BYTES, OTHER_BYTES = 250_000_000, 40_000_000, 1_500_000_00
 _BANKING77_ROWS = 10_003
 
 
-def measured(num_sites: int, num_in_rounds: int, folder: Path) -> dict[str, Any]:
+def measured(runs: Path, *, num_sites: int, num_in_rounds: int) -> study.Found:
     """Sites of 100 records each on a random tiny model, one step a round: what a round costs is the line."""
+    with tempfile.TemporaryDirectory() as folder:
+        return rounds_of(Path(folder), num_sites=num_sites, num_in_rounds=num_in_rounds)
+
+
+def rounds_of(folder: Path, *, num_sites: int, num_in_rounds: int) -> study.Found:
+    """The same in an empty folder."""
     require_memory(num_sites, num_in_rounds)
     sites = [f"site-{number:02d}" for number in range(1, num_sites + 1)]
     taking_part = sites[:num_in_rounds]
@@ -127,40 +130,35 @@ class _PeakOfLead:
         return self._peak
 
 
-def draw(results: dict[str, Any]) -> str:
-    """Seconds of a round, memory, and the idle server's CPU time, by the number of sites."""
-    of = {int(number): found for number, found in results["sites"].items()}
-    numbers, mb = sorted(of), 1e6
-    whole = [n for n in numbers if of[n].get("in_rounds", n) == n]
+def table(lines: Mapping[str, study.Found]) -> str:
+    """The Markdown table."""
+    heads = ["sites", "a round, s", "server idle, cores", "server, MB", "lead at most, MB"]
+    rows = [[*heads, "a site idle, added / alone, MB", "in rounds, MB"]]
+    for number, one in sorted(lines.items(), key=lambda line: int(line[0])):
+        some = one["in_rounds"] < int(number)
+        last = one["bytes_after_rounds"]
+        rows.append(
+            [
+                f"{number}, of which {one['in_rounds']} in rounds" if some else number,
+                f"{one['seconds_a_round_median']:.1f}",
+                f"{one['idle_cores']['server']:.3f}",
+                *(f"{last[part] / 1e6:.0f}" for part in ("server", "lead_peak")),
+                *(f"{two['a_site_added'] / 1e6:.0f} / {two['a_site'] / 1e6:.0f}" for two in (one["idle_bytes"], last)),
+            ]
+        )
+    return readme.markdown(rows, texts=0)
 
-    def line(name: str, label: str, place: int, sites: Sequence[int]) -> Series:
-        points = [(n, of[n]["bytes_after_rounds"][name] / mb) for n in sites]
-        return Series(points=points, number=place, label=label)
 
-    seconds = [(n, of[n]["seconds_a_round_median"]) for n in whole]
-    memory = [line("a_site", "a site", 1, whole), line("server", "server", 2, numbers)]
-    panels = [
-        Panel(series=[Series(points=seconds, number=0)], y="seconds a round"),
-        Panel(series=[*memory, line("lead_peak", "lead, peak", 3, numbers)], y="memory, MB"),
-        Panel(
-            series=[Series(points=[(n, of[n]["idle_cores"]["server"]) for n in numbers], number=2)],
-            x="sites",
-            y="server idle, cores",
-            scale="whole",
-        ),
-    ]
-    said = "Seconds a round, memory of site, server and lead, and the idle server's CPU time, by the number of sites."
-    drawn = chart("many", panels, named=("Many sites", said), number=lambda value: f"{value:,.4g}")
-    return str(drawn).replace("<svg ", '<svg font-family="sans-serif" ', 1)
+def main() -> None:
+    options = study.parser(__doc__, Path(__file__).parent)
+    options.add_argument("--sites", nargs="+", default=list(NUMBERS), help="numbers of sites; M:N: N of M in rounds")
+    asked = options.parse_args()
+    lines: dict[str, study.Line] = {}
+    for word in asked.sites:
+        all_sites, _, in_rounds = word.partition(":")
+        lines[all_sites] = partial(measured, num_sites=int(all_sites), num_in_rounds=int(in_rounds or all_sites))
+    study.carry_out(__file__, lines, table, asked=asked, file="many_sites.json")
 
 
 if __name__ == "__main__":
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"sites": {}}
-    for word in [] if "--chart" in sys.argv else sys.argv[1:] or map(str, NUMBERS):
-        each, _, in_rounds = word.partition(":")
-        with tempfile.TemporaryDirectory() as scratch:
-            found["sites"][each] = measured(int(each), int(in_rounds or each), Path(scratch))
-        found["hardware"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-        print(each, json.dumps(found["sites"][each], indent=1), flush=True)
-        write_durably(RESULTS, json.dumps(found, indent=1).encode() + b"\n")
-    write_durably(CHART, draw(found).encode())
+    main()

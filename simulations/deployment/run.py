@@ -1,33 +1,31 @@
 """What a real deployment costs beside a simulation: time of a round without training, warm models, the same adapter.
 
-python simulations/deployment/run.py             everything, into results.json
-python simulations/deployment/run.py overhead    one part; the others are kept
+python simulations/deployment/run.py                    everything, into results.json
+python simulations/deployment/run.py --only overhead    one part; the others are kept
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from local_federation import SITES, LocalFederation
 from safetensors.numpy import load_file
 
-from fedtune.privacy.durable import write_durably
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import study
 
 SEEDED = ("runtime.seeded_noise=true", "runtime.num_threads=1")
-HERE = Path(__file__).parent
 STARTS = 5
 
 
-def overhead(folder: Path) -> dict[str, Any]:
+def overhead(folder: Path) -> study.Found:
     """Rounds of one step on a random tiny model: a round's time less the slowest site's own work on it."""
     made = LocalFederation(folder, ["experiment=debug", *SEEDED, "federation.num_rounds=20", "training.local_steps=1"])
     with made.up():
@@ -49,7 +47,7 @@ def overhead(folder: Path) -> dict[str, Any]:
     }
 
 
-def warm(folder: Path) -> dict[str, Any]:
+def warm(folder: Path) -> study.Found:
     """Seeded rounds on the real sentence encoder: when it is loaded, and how far from the simulation they end."""
     made = LocalFederation(folder, ["experiment=banks_intents", *SEEDED, "federation.num_rounds=3"])
     with made.up():
@@ -69,7 +67,7 @@ def warm(folder: Path) -> dict[str, Any]:
     }
 
 
-def start(folder: Path) -> dict[str, Any]:
+def start(folder: Path) -> study.Found:
     """A site's process alone, beside a server: from its command to "the site is up", one start after the other."""
     made = LocalFederation(folder, ["experiment=debug", *SEEDED], sites=SITES[:2])
     with made.server_up():
@@ -77,7 +75,7 @@ def start(folder: Path) -> dict[str, Any]:
     return {"starts": len(seconds), "seconds_median": statistics.median(seconds), "seconds_max": max(seconds)}
 
 
-def whole(folder: Path) -> dict[str, Any]:
+def whole(folder: Path) -> study.Found:
     """banks_intents as it is, with noise of the operating system, at three real sites."""
     made = LocalFederation(folder, ["experiment=banks_intents", "runtime.num_threads=1"])
     with made.up():
@@ -94,19 +92,15 @@ def _adapter(run: Path) -> dict[str, np.ndarray]:
     return {name: value for path in (run / "adapter").glob("*.safetensors") for name, value in load_file(path).items()}
 
 
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "overhead": overhead,
-    "warm": warm,
-    "start": start,
-    "whole": whole,
-}
+def in_empty_folder(runs: Path, *, part: Callable[[Path], study.Found]) -> study.Found:
+    """One part of the study."""
+    with tempfile.TemporaryDirectory() as folder:
+        return part(Path(folder))
+
 
 if __name__ == "__main__":
-    results = json.loads((HERE / "results.json").read_text()) if (HERE / "results.json").exists() else {}
-    for part in sys.argv[1:] or PARTS:
-        with tempfile.TemporaryDirectory() as scratch:
-            results[part] = PARTS[part](Path(scratch)) | {
-                "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}"
-            }
-        print(part, json.dumps(results[part], indent=1))
-        write_durably(HERE / "results.json", json.dumps(results, indent=1).encode() + b"\n")
+    asked = study.parser(__doc__, Path(__file__).parent).parse_args()
+    parts: dict[str, study.Line] = {
+        part.__name__: partial(in_empty_folder, part=part) for part in (overhead, warm, start, whole)
+    }
+    study.carry_out(__file__, parts, None, asked=asked)
