@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedtune.privacy.durable import write_durably
 
-BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
+END = "<!-- end of results -->"
 
 
 def markdown(rows: Sequence[Sequence[str]], *, texts: int = 1) -> str:
@@ -16,7 +16,7 @@ def markdown(rows: Sequence[Sequence[str]], *, texts: int = 1) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
 
 
-def put(readme: Path, text: str, *, begin: str = BEGIN, end: str = END) -> None:
+def put(readme: Path, text: str, *, begin: str, end: str = END) -> None:
     """Replace the text between the marks of a README."""
     before, rest = readme.read_text().split(begin)
     write_durably(readme, f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}".encode())
