@@ -19,12 +19,11 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 
 Row = tuple[torch.Tensor, torch.Tensor]
-"""Token ids (t,), and the class () or the next tokens to learn (t,)."""
+"""Token ids (t,), and the class ()."""
 NOISE, CLIP, RATE = 1.5, 1.0, 0.1
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Work:
     Attributes:
         base: the folder of its base model.
         sites: the records of each.
-        classes: 0: a language model.
+        classes: how many.
         lora: arguments of PEFT's own settings.
         sampling_rate: of each step.
     """
@@ -85,58 +84,36 @@ def _prepare(settings: list[str], folder: Path) -> None:
         },
         sampling_rate=config.privacy.sampling_rate,
     )
-    save_plain(load_base(config.model, predicts_tokens=not work.classes), folder / "base")
+    save_plain(load_base(config.model, predicts_tokens=False), folder / "base")
     (folder / "work.pickle").write_bytes(pickle.dumps(work))
 
 
 class Peer(nn.Module):
-    """The frozen base with LoRA, and for classes a layer on the mean of its last states."""
+    """The frozen base with LoRA, and a layer for the classes on the mean of its last states."""
 
     def __init__(self, work: Work) -> None:
         super().__init__()
-        kind = AutoModel if work.classes else AutoModelForCausalLM
-        base = kind.from_pretrained(work.base)
+        base = AutoModel.from_pretrained(work.base)
         for module in base.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # fedtune has none either
-        task = TaskType.FEATURE_EXTRACTION if work.classes else TaskType.CAUSAL_LM
-        self.base = get_peft_model(base, LoraConfig(task_type=task, **work.lora))
-        hidden = base.config.hidden_size
-        self.head = nn.Linear(hidden, work.classes, bias=False) if work.classes else None
+        self.base = get_peft_model(base, LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **work.lora))
+        self.head = nn.Linear(base.config.hidden_size, work.classes, bias=False)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Logits (n, classes) or (n, t, vocabulary) of token ids (n, t)."""
+        """Logits (n, classes) of token ids (n, t)."""
         output = self.base(input_ids=ids, attention_mask=mask)
-        if self.head is None:
-            return output.logits  # type: ignore[no-any-return]
         states, weights = output.last_hidden_state, mask[..., None].float()
         pooled = (states * weights).sum(dim=1) / weights.sum(dim=1)
         return self.head(10 * nn.functional.normalize(pooled, dim=-1))  # type: ignore[no-any-return]
-
-
-def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The mean over the batch of each record's own mean."""
-    if targets.dim() == 1:
-        return nn.functional.cross_entropy(logits, targets)
-    wanted = targets[:, 1:]
-    each = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
-    return (each.sum(dim=1) / (wanted != IGNORED).sum(dim=1).clamp(min=1)).mean()
 
 
 def together(rows: Iterable[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows padded to their longest: token ids, mask, targets."""
     ids, targets = zip(*rows, strict=True)
     masks = [torch.ones_like(one) for one in ids]
-    padded = (
-        nn.utils.rnn.pad_sequence(list(targets), batch_first=True, padding_value=IGNORED)
-        if targets[0].dim()
-        else torch.stack(targets)
-    )
-    return (
-        nn.utils.rnn.pad_sequence(list(ids), batch_first=True),
-        nn.utils.rnn.pad_sequence(masks, batch_first=True),
-        padded,
-    )
+    padded = (nn.utils.rnn.pad_sequence(list(some), batch_first=True) for some in (ids, masks))
+    return (*padded, torch.stack(targets))
 
 
 @dataclass
@@ -163,28 +140,25 @@ def made_private(peer: Peer, rows: tuple[Row, ...], sampling_rate: float) -> Pri
     return Private(model, optimizer, private)
 
 
-def take_steps(private: Private, *, steps: int, most_rows: int) -> int:
-    """That many steps of the recipe, at most an epoch, in physical batches of at most so many rows; how many rows."""
-    taken = rows = 0
+def take_steps(private: Private, *, steps: int, most_rows: int) -> None:
+    """Take that many steps of the recipe, at most an epoch, in physical batches of at most so many rows."""
+    taken = 0
     with BatchMemoryManager(
         data_loader=private.loader, max_physical_batch_size=most_rows, optimizer=private.optimizer
     ) as loader:
         for ids, mask, targets in loader:
             private.optimizer.zero_grad()
-            loss_of(private.model(ids, mask), targets).backward()
+            nn.functional.cross_entropy(private.model(ids, mask), targets).backward()
             private.optimizer.step()
-            rows += len(ids)
             taken += not private.optimizer._is_last_step_skipped
             if taken == steps:
                 break
-    return rows
 
 
 def take_sorted_steps(
     private: Private, rows: tuple[Row, ...], *, sampling_rate: float, steps: int, most_rows: int
-) -> int:
+) -> None:
     """The same with each sample sorted by length before it is cut into physical batches, in a loop of one's own."""
-    count = 0
     for _ in range(steps):
         chosen = [rows[place] for place in (torch.rand(len(rows)) < sampling_rate).nonzero().flatten().tolist()]
         chosen.sort(key=lambda row: len(row[0]))
@@ -192,7 +166,5 @@ def take_sorted_steps(
             private.optimizer.signal_skip_step(do_skip=begin + most_rows < len(chosen))
             ids, mask, targets = together(chosen[begin : begin + most_rows])
             private.optimizer.zero_grad()
-            loss_of(private.model(ids, mask), targets).backward()
+            nn.functional.cross_entropy(private.model(ids, mask), targets).backward()
             private.optimizer.step()
-        count += len(chosen)
-    return count

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import readme
 from broken import ORDERS
 from points import PHASES, START, WRITES, Kill
 from trial import Hit, Trial
@@ -204,21 +205,12 @@ def write(folder: Path, found: dict[str, Any]) -> None:
 
 def table(found: dict[str, Any]) -> str:
     """The Markdown table: kills by phase."""
-    heads = [
-        "phase",
-        "at a named point",
-        "inside a writing call",
-        "at another moment",
-        "all",
-        "a transaction to undo",
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * 5]
+    rows = [["phase", "at a named point", "inside a writing call", "at another moment", "all", "a transaction to undo"]]
     keys = ("named", "inside", "elsewhere", "all", "half written")
     for name, counts in found["phases"].items():
-        lines.append(f"| {name} | " + " | ".join(str(counts.get(key, 0)) for key in keys) + " |")
+        rows.append([name, *(str(counts.get(key, 0)) for key in keys)])
     total = [sum(counts.get(key, 0) for counts in found["phases"].values()) for key in keys]
-    lines.append("| all | " + " | ".join(map(str, total)) + " |")
-    return "\n".join(lines)
+    return readme.markdown([*rows, ["all", *map(str, total)]])
 
 
 def carry_out(count: int, scratch: Path, *, seed: int) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 
-BEGIN, END = "<!-- results: written by simulations/kill/run.py -->", "<!-- end of results -->"
 HERE = Path(__file__).parent
 
 
@@ -27,7 +27,9 @@ def main() -> None:
     os.environ.update(
         OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"
     )
+    sys.path.insert(0, str(HERE.parent))
     import campaign
+    import readme
 
     with tempfile.TemporaryDirectory() as scratch:
         found = campaign.carry_out(options.kills, Path(scratch), seed=options.seed)
@@ -35,7 +37,8 @@ def main() -> None:
     print(text)
     print(*found["problems"], sep="\n")
     if options.into == HERE:
-        write_table(HERE / "README.md", text, found)
+        text = f"{text}\n\n{summary(found)}"
+        readme.put(HERE / "README.md", text, begin="<!-- results: written by simulations/kill/run.py -->")
     campaign.write(options.into, found)
     missed = [order for order in found["broken_orders"] if not order["found"]]
     thin = [phase for phase, counts in found["phases"].items() if counts.get("named", 0) and counts["all"] < 10]
@@ -46,15 +49,13 @@ def main() -> None:
         )
 
 
-def write_table(readme: Path, table: str, found: dict[str, object]) -> None:
-    """Put the table between the README's marks."""
-    before, rest = readme.read_text().split(BEGIN)
-    summary = (
+def summary(found: dict[str, object]) -> str:
+    """The line below the table."""
+    return (
         f"{found['kills']} kills in {found['runs']} runs ({found['processes']} processes) in {found['seconds']} s; "
         f"{len(found['problems']) or 'no'} checks failed. Python {found['python']}, SQLite {found['sqlite']}, "
         f"{found['hardware']}."
     )
-    readme.write_text(f"{before}{BEGIN}\n{table}\n\n{summary}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

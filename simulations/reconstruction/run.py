@@ -1,31 +1,35 @@
 """What a server can read out of one site's update, without privacy and with it: the same attack, the same script.
 
 python simulations/reconstruction/run.py                         the study, into results.json and README.md here
-python simulations/reconstruction/run.py --only one              cases whose key begins so; the others are kept
-python simulations/reconstruction/run.py --quick --into FOLDER   a sample, into FOLDER/results.json, as `make test` does
+python simulations/reconstruction/run.py --only one              cases whose keys begin so; the others are kept
+python simulations/reconstruction/run.py --quick --into FOLDER   a sample of one case, as the tests run it
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import study  # isort: skip  # fedtune comes first: torch reads settings that it makes
 
 import numpy as np
 from membership import Candidates, auroc, found_at
 from site_update import Released, released, shared_model
-from table import write
+from table import table
 from text_attack import TextAttack, Told
 
 from fedtune.sites.shared_model import SharedModel
 
-HERE = Path(__file__).parent
-DATA = HERE.parent / "data" / "banking77" / "train.jsonl.gz"
+DATA = study.ROOT / "simulations" / "data" / "banking77" / "train.jsonl.gz"
 PRIVACY = {
     "none": ["privacy=none"],
     "8": ["privacy=dp_sgd", "privacy.epsilon=8"],
@@ -88,7 +92,7 @@ CASES = (
 )
 
 
-class Study:
+class Attacked:
     """One case under every privacy setting."""
 
     def __init__(self, case: Case, rows: Sequence[Mapping[str, str]]) -> None:
@@ -183,29 +187,24 @@ def _share(found: Sequence[Sequence[int]], true: Sequence[Sequence[int]]) -> flo
     return len(pairs & guessed) / len(pairs)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--into", type=Path, default=HERE)
-    options = parser.parse_args()
+def attacked(runs: Path, *, case: Case, privacy: Mapping[str, Sequence[str]]) -> study.Found:
+    """A case under these privacy settings."""
     with gzip.open(DATA, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    cases, privacy = [case for case in CASES if case.key.startswith(options.only)], dict(PRIVACY)
-    if options.quick:
-        cases = [replace(case, seeds=2, candidates=100) for case in CASES if case.key == "one"]
+    about = {"title": case.title, "overrides": list(case.overrides), "records": case.size}
+    return {**about, "candidates": case.candidates, "outcomes": Attacked(case, rows).run(privacy)}
+
+
+def main() -> None:
+    options = study.parser(__doc__, Path(__file__).parent)
+    options.add_argument("--quick", action="store_true", help="a sample of one case")
+    asked = options.parse_args()
+    cases, privacy = CASES, dict(PRIVACY)
+    if asked.quick:
+        cases = tuple(replace(case, seeds=2, candidates=100) for case in CASES if case.key == "one")
         privacy = {key: PRIVACY[key] for key in ("none", "8", "1")}
-    path = options.into / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for case in cases:
-        results[case.key] = {
-            "title": case.title,
-            "overrides": list(case.overrides),
-            "records": case.size,
-            "candidates": case.candidates,
-            "outcomes": Study(case, rows).run(privacy),
-        }
-        write(options.into, {case.key: results[case.key] for case in CASES if case.key in results})
+    lines: dict[str, study.Line] = {case.key: partial(attacked, case=case, privacy=privacy) for case in cases}
+    study.carry_out(__file__, lines, None if asked.quick else table, asked=asked)
 
 
 if __name__ == "__main__":

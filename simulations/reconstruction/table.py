@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from fedtune.privacy.durable import write_durably
+import readme
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from study import hardware  # the folder above is not a package
-
-BEGIN, END = "<!-- results: written by simulations/reconstruction/run.py -->", "<!-- end of results -->"
 _NAMES = {"none": "no privacy", "8": "epsilon 8", "3": "epsilon 3", "1": "epsilon 1"}
 
 
-def write(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write results.json and, where there is a README with its marks, the table in it."""
-    write_durably(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n")
-    readme = folder / "README.md"
-    if readme.exists():
-        before, rest = readme.read_text().split(BEGIN)
-        body = (
-            f"{BEGIN}\n{texts(results)}\n\n{members(results)}\n\nMeasured on {hardware()}.\n\n{sample(results)}\n{END}"
-        )
-        write_durably(readme, (before + body + rest.split(END)[1]).encode())
+def table(results: Mapping[str, Any]) -> str:
+    """Both tables and the sample."""
+    return f"{texts(results)}\n\n{members(results)}\n\n{sample(results)}"
 
 
 def texts(results: Mapping[str, Any]) -> str:
     """What was read of texts and labels."""
-    heads = ["", "", "noise", "tokens", "chance", "records exactly", "labels", "chance"]
-    rows = [heads, ["---", "---", "---:", "---:", "---:", "---:", "---:", "---:"]]
+    rows = [["", "", "noise", "tokens", "chance", "records exactly", "labels", "chance"]]
     for case, name, outcomes in _lines(results):
         if "tokens" in outcomes[0]:
             exact, all_of_them = sum(o["records"] for o in outcomes), case["records"] * len(outcomes)
@@ -41,13 +26,12 @@ def texts(results: Mapping[str, Any]) -> str:
             row = [_spread(outcomes, "tokens"), f"{chance:.4f}", f"{exact} of {all_of_them}"]
             labels = [_spread(outcomes, "labels"), f"{outcomes[0]['labels_chance']:.3f}"]
             rows.append([case["title"], name, f"{outcomes[0]['noise_multiplier']:.2f}", *row, *labels])
-    return _table(rows)
+    return readme.markdown(rows, texts=2)
 
 
 def members(results: Mapping[str, Any]) -> str:
     """What was told of membership."""
-    heads = ["", "", "noise", "best guesses right", "chance", "AUROC", "members found at 1 % false alarms"]
-    rows = [heads, ["---", "---", "---:", "---:", "---:", "---:", "---:"]]
+    rows = [["", "", "noise", "best guesses right", "chance", "AUROC", "members found at 1 % false alarms"]]
     for case, name, outcomes in _lines(results):
         right = statistics.fmean(o["best_guesses"] for o in outcomes)
         row = [f"{right:.3f}", f"{outcomes[0]['best_guesses_chance']:.4f}"]
@@ -55,7 +39,7 @@ def members(results: Mapping[str, Any]) -> str:
         row += [_spread(outcomes, "auroc", middle=statistics.fmean)]
         row += [_spread(outcomes, "found_at_1_percent", middle=statistics.fmean)]
         rows.append([case["title"], name, f"{outcomes[0]['noise_multiplier']:.2f}", *row])
-    return _table(rows)
+    return readme.markdown(rows, texts=2)
 
 
 def sample(results: Mapping[str, Any]) -> str:
@@ -86,7 +70,3 @@ def _spread(
 ) -> str:
     values = [outcome[key] for outcome in outcomes]
     return f"{middle(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

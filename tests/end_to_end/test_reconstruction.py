@@ -24,7 +24,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     command = [sys.executable, "simulations/reconstruction/run.py", "--quick", "--into", str(folder)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((folder / "results.json").read_text())["one"]["outcomes"]
+    found = json.loads((folder / "results.json").read_text())["lines"]["one"]["outcomes"]
     return {key: [o for o in found if o["privacy"] == key] for key in ("none", "8", "1")}
 
 
