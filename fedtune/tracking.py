@@ -272,7 +272,7 @@ def round_figures(config: RunConfig, state: LeadState, number: int) -> Iterator[
     until = {site: n - sum(site in later.sites for later in state.rounds[number:]) for site, n in charges.items()}
     figures: dict[str, float | None] = {f"validation/{name}": score for name, score in result.metrics.items()}
     figures |= {
-        "privacy/epsilon": max(charged_epsilons(state.plan_at(site, plan), max(0, n))[0] for site, n in until.items()),
+        "privacy/epsilon": max(charged_epsilons(plan, max(0, n))[0] for n in until.values()),
         "system/seconds": result.seconds,
         "system/bytes_down": result.bytes_down,
         "system/bytes_up": result.bytes_up,

@@ -14,7 +14,6 @@ from fedtune.privacy import events as dp_events
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.ledger.chain import Event, Kind
 from fedtune.privacy.ledger.verify import Verified
-from fedtune.privacy.promise import factor_in
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
@@ -49,8 +48,7 @@ def event_text(event: Event) -> str:
     match event.kind:
         case Kind.PLAN:
             proposal = decode(Proposal, detail["proposal"])
-            plan = proposal.plan.stronger(factor := factor_in(detail))
-            more = f"; {factor:g} times the noise that was asked for" if factor != 1 else ""
+            plan = proposal.plan
             spare = f" and {plan.spare_rounds} spare" if plan.spare_rounds else ""
             seeded = "; NO GUARANTEE: its noise comes from a seed" if proposal.seeded_noise else ""
             start = f"; it begins in the adapter {proposal.start_adapter[:16]}..." if proposal.start_adapter else ""
@@ -58,7 +56,7 @@ def event_text(event: Event) -> str:
                 f"run accepted from lead {spoken_start(proposal.lead)}: {printable(proposal.task)} on "
                 f"{printable(proposal.dataset)}, {counted(plan.num_rounds, 'round')}{spare}, each "
                 f"{_mechanisms(dp_events.to_json(plan.event()))}; the cost of all is set aside until "
-                f"{str(detail['expires'])[:10]}{start}{more}{seeded}"
+                f"{str(detail['expires'])[:10]}{start}{seeded}"
             )
         case Kind.RESERVE:
             again = f", again (attempt {event.attempt})" if event.attempt > 1 else ""
@@ -169,7 +167,6 @@ def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
         folder=folder,
         models=shown,
         promised=promise_text(unit, epsilon=budget.max_epsilon, delta=budget.delta),
-        own_noise=budget_text.reference_of(policy).noise_multiplier,
         no_adapter=NO_ADAPTER,
         at_once=AT_ONCE,
     )

@@ -16,7 +16,7 @@ from fedtune.federation.calendar import about_calendar, calendar_rows
 from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
 from fedtune.federation.verdict import Verdict
 from fedtune.model.spec import NO_ADAPTER
-from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_pld, epsilon_text
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.run_plan import Plan
 from fedtune.show.budget_text import SEEDED, contribution, noise_words, signal_words, trust_words
 from fedtune.show.lines import printable
@@ -310,11 +310,6 @@ def _policy(verdict: Verdict, outlook: Outlook) -> Section:
         left = "" if verdict.runs_left is None else f" Room for {counted(verdict.runs_left, 'run')} like this one."
         taken, would_be = epsilon_text(verdict.taken), epsilon_text(verdict.would_be)
         notes.append(f"{ledger}: epsilon {taken} taken, {would_be} with this run, by the filter; {of}.{left}")
-    if verdict.noise_factor != 1:
-        own = outlook.plan.stronger(verdict.noise_factor)
-        own_epsilon = epsilon_text(epsilon_pld([own.whole], own.delta))
-        made = f"noise multiplier {own.noise_multiplier:g} instead of {outlook.plan.noise_multiplier:g}"
-        notes.append(f"By its own promise it would make {made}: epsilon {own_epsilon} there, and less weight.")
     if rows:
         ways = [counted(verdict.most_rounds, "round")] if verdict.most_rounds else []
         ways += [f"noise multiplier {verdict.least_noise:g}"] if verdict.least_noise is not None else []

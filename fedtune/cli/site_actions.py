@@ -28,7 +28,6 @@ from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import asked_and_allowed
-from fedtune.privacy.run_plan import Plan
 from fedtune.show.budget_text import contribution, noise_words, trust_words
 from fedtune.show.lines import fold, printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, require_agreed, say, show
@@ -58,11 +57,11 @@ class AtSite:
         return SiteState.of(self.kit.folder)
 
     def show_waiting(self, *, as_json: bool) -> None:
-        """List the runs that wait, with what each would cost at the site's own noise; null: it promises nothing."""
+        """List the runs that wait, with what each would cost; null: it promises nothing."""
         told, rows = [], []
         for pending in self.state.waiting():
             asked = pending.proposal
-            epsilon = _epsilon(asked, self.files.policy.own_plan(asked.plan))
+            epsilon = _epsilon(asked)
             told.append(
                 {
                     "run": asked.run,
@@ -199,11 +198,11 @@ def _chosen(waiting: list[Pending], run: str) -> Pending:
     return found[0]
 
 
-def _epsilon(asked: Proposal, own: Plan) -> float | None:
-    """Of the whole run, as the site would carry it out, by PLD; None: it has no guarantee."""
-    if asked.seeded_noise or not own.private:
+def _epsilon(asked: Proposal) -> float | None:
+    """Epsilon of the whole run by PLD; None: the run has no guarantee."""
+    if asked.seeded_noise or not asked.plan.private:
         return None
-    return epsilon_pld([own.whole], own.delta)
+    return epsilon_pld([asked.plan.whole], asked.plan.delta)
 
 
 def _price(epsilon: float | None) -> str:
@@ -211,14 +210,14 @@ def _price(epsilon: float | None) -> str:
 
 
 def _price_and_plan(asked: Proposal, verdict: Verdict) -> Section:
-    plan = asked.plan.stronger(verdict.noise_factor)
+    plan = asked.plan
     by_trust = plan.by_trust(plan.most_rounds)
     said = filled(
         "proposal",
         asked=asked,
         plan=plan,
         verdict=verdict,
-        price=_price(_epsilon(asked, plan)),
+        price=_price(_epsilon(asked)),
         noise=noise_words(plan),
         trust=trust_words(by_trust) if by_trust else "",
         contribution=contribution(plan) if plan.unit == "user" else "",

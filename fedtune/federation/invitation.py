@@ -108,9 +108,6 @@ def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> A
                 silent[site] += f", so it may run another version of fedtune than {here}"
         else:
             silent[site] = UNSIGNED_REPLY
-    for site, offer in offers.items():
-        if offer.noise_factor != 1:
-            log.info("%s takes part with %g times the noise, and has less weight", site, offer.noise_factor)
     for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():
         log.warning("%s does not take part: %s", site, why)
     return Answers(offers=offers, refusals=refusals, silent=silent)

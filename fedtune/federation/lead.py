@@ -98,10 +98,6 @@ class LeadState:
         between = median((later - end).total_seconds() for end, later in pairwise(ends))
         return max(between, median(one.seconds for one in self.rounds[1:]))  # ends are in whole seconds
 
-    def plan_at(self, site: str, plan: Plan) -> Plan:
-        """The run's plan as a site carries it out, by its newest receipt; without one, with no more than its noise."""
-        return plan.stronger(self.receipts[site].noise_factor) if site in self.receipts else plan
-
     def asked(self, sites: Sequence[str]) -> LeadState:
         """The state once a round has been asked of `sites`: until they answer, each may have been charged for it."""
         counts = {site: self.unanswered.get(site, 0) + (site in sites) for site in {*self.unanswered, *sites}}
@@ -113,9 +109,8 @@ class LeadState:
         """The state with a site's receipt, which says what was really charged; None: it says nothing about this run.
 
         A receipt of another run or site says nothing about this one; one that is not signed, or by another key than
-        before, is nobody's word; one of more rounds than the plan has is wrong, or of another noise than before; and
-        one that went backwards comes of a ledger that was lost or put back.  Such a site counts as silent, and an
-        `update` that came with it as none.
+        before, is nobody's word; one of more rounds than the plan has is wrong; and one that went backwards comes of a
+        ledger that was lost or put back.  Such a site counts as silent, and an `update` that came with it as none.
         """
         if receipt is None or (receipt.run, receipt.site) != (run, site):
             return None
@@ -125,9 +120,6 @@ class LeadState:
         if not (updates <= receipt.charged_rounds <= plan.most_rounds and receipt.is_signed()):
             return None
         old = self.receipts.get(site, receipt)
-        # A ledger fixes its site's noise with the first round that it charges.
-        if not plan.bears(receipt.noise_factor) or (old.charged_rounds and receipt.noise_factor != old.noise_factor):
-            return None
         newer = receipt.charged_rounds >= old.charged_rounds and receipt.sequence >= old.sequence
         if not newer or receipt.site_key != old.site_key:
             return None
@@ -185,10 +177,9 @@ class SiteCharge:
     planned_epsilon: float | None = None
     steps: int
     sampling_rate: float
-    noise_multiplier: float  # of the run's plan; the site made `noise_factor` times that, by which its epsilons are
+    noise_multiplier: float
     metrics_noise_multiplier: float
     upper_bound: bool  # the site fell silent, so every round asked of it since its last receipt is counted as charged
-    noise_factor: float = 1.0
 
     def claim(self, *, ended_by_scores: bool) -> float | None:
         """The epsilon that is proved for a run that ended so."""
@@ -201,22 +192,21 @@ def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:
     A site that fell silent may have been charged for every round asked of it since its last receipt, but for no more
     rounds than its plan: its ledger grants none.
     """
-    receipt, own = state.receipts.get(site), state.plan_at(site, plan)
+    receipt = state.receipts.get(site)
     silent = state.unanswered.get(site, 0)
     charged = receipt.charged_rounds if receipt else 0
     rounds = max(charged, min(charged + silent, plan.most_rounds))
-    epsilon, epsilon_rdp = charged_epsilons(own, rounds)
+    epsilon, epsilon_rdp = charged_epsilons(plan, rounds)
     return SiteCharge(
         epsilon=finite(epsilon),
         epsilon_rdp=finite(epsilon_rdp),
         rounds=rounds,
-        planned_epsilon=finite(charged_epsilons(own, plan.most_rounds)[0]),
+        planned_epsilon=finite(charged_epsilons(plan, plan.most_rounds)[0]),
         steps=rounds * plan.local_steps,
         sampling_rate=plan.sampling_rate,
         noise_multiplier=plan.noise_multiplier,
         metrics_noise_multiplier=plan.metrics_noise_multiplier,
         upper_bound=silent > 0,
-        noise_factor=receipt.noise_factor if receipt else 1.0,
     )
 
 

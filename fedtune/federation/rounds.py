@@ -25,9 +25,8 @@ from fedtune.federation.transport import Question, Transport
 from fedtune.federation.update_store import Arrived
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Reason, Receipt, Update
-from fedtune.privacy.run_plan import Plan
 from fedtune.spec import RefusedError, RunError, StuckError
-from fedtune.training.reach import Reach, reach
+from fedtune.training.reach import reach
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +77,11 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
     lead.checkpoints.ask(round, sites)
     state = state.asked(sites)
     questions = _requests(lead, state, session=aggregation.session, sites=sites)
-    rests, sent, sizes = lead.lora.rests_in(round), state.adapter, lead.declared_sizes
-
-    def reach_of(site: str, plan: Plan) -> Reach:
-        return reach(lead.training, plan, round=round, declared_size=sizes[site], sent=sent, rests=rests)
-
-    reaches = {site: reach_of(site, lead.plan) for site in sizes}
+    rests, sent = lead.lora.rests_in(round), state.adapter
+    reaches = {
+        site: reach(lead.training, lead.plan, round=round, declared_size=size, sent=sent, rests=rests)
+        for site, size in lead.declared_sizes.items()
+    }
     with Arrived(lead.checkpoints.arrived, state.adapter) as arrived:
         replies = RoundReplies(
             proposal=lead.proposal,
@@ -101,8 +99,6 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             # A server may attach a receipt for another answer, which does not show what this round was charged.
             own = receipt if reply.is_signed() and reply.about == (site, lead.run, round) else None
             after = state.with_receipt(site, own, run=lead.run, plan=lead.plan, update=update)
-            if after and (plan := after.plan_at(site, lead.plan)) is not lead.plan:
-                reaches[site] = reach_of(site, plan)  # more noise moves an adapter further
             # An update without its receipt does not count: the lead could not derive the site's epsilon.
             replies.take(site, replace(reply, receipt=receipt if after or not own else None))
             state = after or state

@@ -156,7 +156,7 @@ def _step(site: Site, request: SumRequest, parts: Sequence[bytes]) -> bytes:
             request.session, run.members, lambda members: terms_of(asked, members=members, length=length)
         )
     # Shares help to unmask uploads, so a site gives none if its policy has forbidden the run since.
-    site.ledger.require_allowed(request.proposal)
+    site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal)
     if request.step == JOIN:
         # Checked before each round: a site that refused later would waste what the others are charged.
@@ -253,7 +253,6 @@ def _offer(site: Site, asked: Invitation) -> Offer:
         most_rounds=proposal.plan.num_rounds,
         least_noise=proposal.plan.noise_multiplier,
         nonce=asked.nonce,
-        noise_factor=site.ledger.noise_factor(proposal),
     )
 
 
@@ -263,7 +262,7 @@ def _prepared(site: Site, request: Request) -> Prepared:
     if site.paused:
         raise Refused(Reason.PAUSED)
     # Policy first, so that a request for too much is refused with the rule it breaks, before any costly work.
-    site.ledger.require_allowed(request.proposal)
+    site.ledger.policy.check(request.proposal)
     site.ledger.require_startable(request.proposal, approved=False)
     site.check_settings(request.proposal)
     site.ledger.require_startable(request.proposal)

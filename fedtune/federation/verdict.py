@@ -49,7 +49,6 @@ class Verdict:
         runs_left: runs like this one that still fit the lifetime cap one after another; None without a cap.
         most_rounds: the most rounds, up to the run's own, that would be accepted.
         least_noise: the least noise, from the run's own upwards, that would be; None: more noise alone does not help.
-        noise_factor: by which the site would multiply the run's noise, for a promise of its own.
         note: a further remark, in one sentence.
     """
 
@@ -64,7 +63,6 @@ class Verdict:
     runs_left: int | None
     most_rounds: int
     least_noise: float | None
-    noise_factor: float
     note: str
 
     @property
@@ -86,7 +84,6 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
     """
     files = SiteFiles.of(path)
     policy, plan = files.policy, proposal.plan
-    factor = policy.noise_factor(plan)
     note = _size_note(policy, proposal, declared_sizes)
     budget: _Budget | None = None
     try:
@@ -106,12 +103,11 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
         broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
         ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
         taken=budget.epsilon(plan, Counter()) if budget else None,
-        would_be=budget.epsilon(plan, events.grouped([plan.stronger(factor).whole])) if budget else None,
+        would_be=budget.epsilon(plan, events.grouped([plan.whole])) if budget else None,
         max_epsilon=policy.budget.max_epsilon,
         runs_left=budget.runs_left(plan) if budget else None,
         most_rounds=most_rounds,
         least_noise=least_noise,
-        noise_factor=factor,
         note=note,
     )
 
@@ -143,7 +139,7 @@ class _Budget:
         if next(self.refusals(proposal), None) or self._rules.broken_rules(proposal):
             return False
         most = self._policy.budget.max_epsilon_per_run
-        return most is None or coarse_epsilon(self._policy.own_plan(proposal.plan)) <= most
+        return most is None or coarse_epsilon(proposal.plan) <= most
 
     def epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
         """Epsilon of all that is taken and of what is `asked`, by the ledger's filter; of the plan's dearest cohort."""
@@ -151,10 +147,8 @@ class _Budget:
         return max(self._history.epsilon(self._history.taken(self._now, cohort) + asked) for cohort in cohorts)
 
     def runs_left(self, plan: Plan) -> int | None:
-        """How many runs with this plan, at the site's own noise, still fit the lifetime cap; None: there is none."""
-        return spending.runs_left(
-            self._history, self._policy, self._policy.own_plan(plan).whole, self._now, admitted=plan.cohorts
-        )
+        """How many runs with this plan still fit the lifetime cap; None: there is none."""
+        return spending.runs_left(self._history, self._policy, plan.whole, self._now, admitted=plan.cohorts)
 
 
 def history_of(files: SiteFiles) -> History:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian
 
-from fedtune.federation.aggregation import Made, weights_of
+from fedtune.federation.aggregation import Made
 from fedtune.federation.lead import Arrays, LeadState
 from fedtune.federation.replies import RoundReplies
 from fedtune.federation.spec import FederationSpec
@@ -47,12 +47,7 @@ class Average:
         return tuple(self._sizes)
 
     def combine(self, state: LeadState, replies: RoundReplies) -> Made:
-        weights = weights_of(
-            {site: self._sizes[site] for site in replies.sites},
-            replies.proposal.plan,
-            factors={site: state.receipts[site].noise_factor for site in replies.sites},
-            values=replies.sent.num_values,
-        )
+        weights = {site: self._sizes[site] for site in replies.sites}
         adapter = self.average(replies.round, replies.arrived, weights)
         return Made(adapter, replies.sites, replies.failures, self.state)
 

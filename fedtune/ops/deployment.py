@@ -47,9 +47,7 @@ _ASK_AGAIN_S = 5.0  # how soon to ask a site again that waits for a person there
 class DeployedListener(Listener, Protocol):
     """Also hears each site."""
 
-    def site_answered(
-        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
-    ) -> None:
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """A site's answer came in: "update", or why there is none, and what its receipt says was charged in all."""
 
 
@@ -195,15 +193,11 @@ class _Noted:
         self._metrics.finished(state)
         self._listener.round_finished(state)
 
-    def site_answered(
-        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
-    ) -> None:
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         self._answers[site] = {"what": what, "time": datetime.now(UTC).isoformat(timespec="seconds")}
         write_durably(self._path, json.dumps(self._answers, indent=1).encode() + b"\n")
         self._metrics.answered(site, what)
-        self._listener.site_answered(
-            site, what, num_bytes=num_bytes, charged_rounds=charged_rounds, noise_factor=noise_factor
-        )
+        self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged_rounds)
 
 
 class _Ears:
@@ -248,8 +242,8 @@ class _Ears:
         what = body.reason.value if isinstance(body, Refusal) else "update" if isinstance(body, Update) else OFFER
         if self._listener is not None and not (waiting and self._said.get(site) == what):
             believed = signed and receipt is not None and receipt.charged_rounds <= self._most_rounds
-            charged, factor = (receipt.charged_rounds, receipt.noise_factor) if receipt and believed else (None, 1.0)
-            self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged, noise_factor=factor)
+            charged = receipt.charged_rounds if receipt and believed else None
+            self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
         self._said[site] = what
 
 

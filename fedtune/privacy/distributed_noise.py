@@ -43,8 +43,6 @@ MOST_SHARES = 2**10
 MOST_BOUND = 2**32
 """Largest bound on a value of a site's sum, in clip norms: with all noise, int64 holds it on the finest grid."""
 USUAL_BOUND = 2**10  # in clip norms: to exceed it, over a thousand units must put their whole gradient into one value
-FINER_BITS = 10
-FINER = 2.0**FINER_BITS  # a clip norm may be shorter than the run's by whole multiples of one over this
 _TAIL = 16  # standard deviations; a value of a share exceeds them with probability below 1e-56
 
 
@@ -126,10 +124,6 @@ class SharedNoise(Together):
         """
         return (self.bound << self.cell_bits) + math.ceil(_TAIL * _cells(self.noise_multiplier, self.cell_bits)) + 1
 
-    def may_be_finer(self, factor: float) -> bool:
-        """A site may clip to a norm so many times shorter, and still round as `add_share` must."""
-        return (factor * FINER).is_integer() and self.cell_bits < GRID_BITS - FINER_BITS
-
     @property
     def noise_of_fewest(self) -> float:
         """Noise multiplier of the shares that hide a site in the smallest sum that may be read."""
@@ -161,9 +155,7 @@ def _cells(noise_multiplier: float, bits: int) -> float:
     return noise_multiplier * 2.0**bits
 
 
-def add_share(
-    sums: Sums, shared: SharedNoise, stream: RandomStream, *, finer: float = 1.0
-) -> dict[str, npt.NDArray[np.int64]]:
+def add_share(sums: Sums, shared: SharedNoise, stream: RandomStream) -> dict[str, npt.NDArray[np.int64]]:
     """Add a site's share of the noise to its own sum, and round to the cells in which it is sent.
 
     Args:
@@ -171,18 +163,16 @@ def add_share(
             units, of vectors of L2 norm at most the clip norm, in exact arithmetic.
         shared: how the noise is shared.
         stream: fresh for each release, even a repeated one; drawn from once for each value, in the order of `sums`.
-        finer: the run's clip norm over the site's own, of which `sums` and `shared` speak.
 
     Returns:
-        The same tensors in cells of 2**-cell_bits of the run's clip norm.
+        The same tensors in cells of 2**-cell_bits of the clip norm.
 
     Guarantee: whoever learns only the total of the honest sites' results learns at most what `release` gives for that
     many honest sites, up to the gap above.  Clipping values moves no two sums further apart, so one unit still moves a
     sum by at most the clip norm.  Rounding to fine cells, and then half up to cells a whole number of times as wide,
     equals rounding once, with a slightly larger shift than the theorem's 1/2, which is one for all values of a site.
     """
-    most, width = shared.bound << GRID_BITS, int(finer * 2.0 ** (GRID_BITS - shared.cell_bits))
-    assert finer == 1 or shared.may_be_finer(finer), "a cell that is sent is a whole number of fine ones"
+    most, width = shared.bound << GRID_BITS, 1 << (GRID_BITS - shared.cell_bits)
     bounded = {name: np.clip(total, -most, most) for name, total in sums.items()}
     noisy = add_gaussian_noise(bounded, noise_multiplier=shared.noise_multiplier, stream=stream)
     return {name: (total + width // 2) // width for name, total in noisy.items()}

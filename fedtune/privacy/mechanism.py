@@ -19,8 +19,6 @@ LEAST_SAMPLING_RATE = 1e-6
 """Largest epsilon and least rate to calibrate for: beyond them, privacy loss distributions take minutes to compute."""
 MOST_RUNS = 120
 """Most runs that share an epsilon: ten years of months.  A lead must not choose how long a site computes one."""
-MOST_NOISE_FACTOR = 100.0
-"""Most noise of a site over its run's plan, for a promise of its own: with more, its update says nothing."""
 
 
 @spec

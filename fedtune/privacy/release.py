@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from fedtune.codec import decode, decode_value
 from fedtune.privacy.keys import is_signed
-from fedtune.privacy.mechanism import MOST_NOISE_FACTOR
 from fedtune.spec import ConfigError, RefusedError
 
 RECEIPT = "receipt"  # purpose of a receipt's signature
@@ -66,7 +65,6 @@ class Reason(StrEnum):
     LEAST_THRESHOLD = "least_threshold"
     COLLUDERS = "colluders"
     MAX_EPSILON_IF_ALL_COLLUDE = "max_epsilon_if_all_collude"
-    PROMISE = "promise"
     # What the ledger knows of the run.
     FROZEN = "frozen"
     PLAN_CHANGED = "plan_changed"
@@ -116,7 +114,6 @@ class Reason(StrEnum):
 
 _ABOUT_BUDGET = {
     Reason.MAX_EPSILON_IF_ALL_COLLUDE,
-    Reason.PROMISE,
     Reason.MIN_NOISE_MULTIPLIER,
     Reason.MAX_ROUNDS,
     Reason.MAX_EPSILON,
@@ -268,14 +265,9 @@ class _Plain:
     __slots__ = ()
     _magic: ClassVar[bytes]
 
-    def __post_init__(self) -> None:
-        if not 1 <= (factor := getattr(self, "noise_factor", 1.0)) <= MOST_NOISE_FACTOR:  # NaN is in no range
-            raise ConfigError("noise_factor", factor, f"must be from 1 to {MOST_NOISE_FACTOR:g}")
-
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON; a site that makes the plan's own noise says nothing of that."""
-        fields = asdict(self)  # type: ignore[call-overload]
-        return {key: value for key, value in fields.items() if (key, value) != ("noise_factor", 1.0)}
+        """Plain JSON."""
+        return dict(asdict(self))  # type: ignore[call-overload]
 
     def to_bytes(self) -> bytes:
         """Canonical bytes of an answer, over which its receipt is signed."""
@@ -313,7 +305,6 @@ class Receipt(_Plain):
         site_key: the site's public key.
         signature: by that key, on all other fields.
         reply: SHA-256, in hex, of the answer's canonical bytes that the receipt came with; empty where it came alone.
-        noise_factor: by which the site multiplies the plan's noise, in every step that was charged.
     """
 
     site: str
@@ -325,7 +316,6 @@ class Receipt(_Plain):
     site_key: str
     signature: str
     reply: str = ""
-    noise_factor: float = 1.0
 
     def message(self) -> bytes:
         """The bytes that are signed."""
@@ -365,7 +355,6 @@ class Offer(_Plain):
         most_rounds: accepted at the proposal's noise; 0: none.
         least_noise: the smallest noise multiplier accepted for the proposal's rounds; None: no noise suffices.
         nonce: the invitation's, so that an old offer cannot answer a new invitation.
-        noise_factor: by which the site would multiply the proposal's noise in so many rounds, for a promise of its own.
     """
 
     site: str
@@ -373,7 +362,6 @@ class Offer(_Plain):
     most_rounds: int
     least_noise: float | None
     nonce: str = ""
-    noise_factor: float = 1.0
     round: ClassVar[int] = 0  # an offer comes before the first round
     _magic: ClassVar[bytes] = b"fedtune-offer-1\n"
 

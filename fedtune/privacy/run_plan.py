@@ -174,26 +174,6 @@ class Plan:
         shared = None if self.shared is None else self.shared.with_share(noise_multiplier, bound=self.shared.bound)
         return dataclasses.replace(self, noise_multiplier=noise_multiplier, shared=shared)
 
-    def stronger(self, factor: float) -> Plan:
-        """The plan as a site carries it out that makes `factor` times the noise of training; scores keep theirs.
-
-        In a secure sum all noise is of one size, and the site makes its records' part smaller: it clips to a norm that
-        is as many times shorter, beside which each share is as many times larger.  Its values are sent as all others'.
-        """
-        assert self.bears(factor), "noise is the plan's or more, and within what can be computed"
-        if factor == 1:
-            return self
-        noise = factor * self.noise_multiplier
-        if self.shared is None:
-            return self.with_noise(noise)
-        shared, norm = dataclasses.replace(self.shared, noise_multiplier=noise), self.max_grad_norm / factor
-        return dataclasses.replace(self, noise_multiplier=noise, shared=shared, max_grad_norm=norm)
-
-    def bears(self, factor: float) -> bool:
-        """A site may carry the plan out with so many times its noise."""
-        more = self.private and factor > 1 and factor * self.noise_multiplier <= accountant.MOST_NOISE
-        return factor == 1 or (more and (self.shared is None or self.shared.may_be_finer(factor)))
-
     @property
     def by_own_noise_alone(self) -> Plan:
         """The same where nothing but the site's own share hides it: what a run costs if all other sites collude."""

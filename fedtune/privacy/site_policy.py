@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import field
+from functools import lru_cache
 from typing import Any, Literal
 
 from dp_accounting import DpEvent
@@ -22,7 +23,6 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE, Unit
-from fedtune.privacy.promise import Promise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
@@ -329,7 +329,6 @@ class Policy:
         final_adapter: whether to "keep" a run's final adapter when the lead sends it, or "decline" it.
         machine: what the site trains on.
         trust: whom it relies on in a secure sum.
-        promise: what it promises its people beyond what a run plans.
         ledger: path of the ledger, beside the policy file unless absolute.
         site_key: path of the site's private key, likewise.
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
@@ -351,7 +350,6 @@ class Policy:
         num_devices=1, num_threads=0, micro_batch_tokens=0, step_mib=0, kept_states_mib=1024, kept_states_folder=""
     )
     trust: Trust = Trust()
-    promise: Promise = Promise()
     ledger: str = "ledger.db"
     site_key: str = "site_key.pem"
     anchor: str = ""
@@ -387,33 +385,19 @@ class Policy:
         """The declared sizes of all data sets added up; they share one budget, and one delta."""
         return sum(dataset.declared_size for dataset in self.dataset)
 
-    def check(self, proposal: Proposal, *, factor: float | None = None) -> None:
-        """Check everything about a proposal that does not depend on what was spent; arguments as in `broken_rules`.
+    def check(self, proposal: Proposal) -> None:
+        """Check everything about a proposal that does not depend on what was spent.
 
         Raises:
             Refused: names the rule, what was asked and what is allowed.
         """
-        for refused in self.broken_rules(proposal, factor=factor):
+        for refused in self.broken_rules(proposal):
             raise refused
 
-    def broken_rules(self, proposal: Proposal, *, factor: float | None = None) -> list[Refused]:
-        """Every rule that a proposal breaks, for a person who wants to mend it.
-
-        `factor` is by how much the site multiplies the noise of a run that its ledger accepted; None: a new run.
-        """
-        cap, alone = self.budget.max_epsilon_per_run, self.trust.max_epsilon_if_all_collude
-        least = self.limits.min_grad_norm
-        promised = self.promise.broken_by(proposal.plan, factor, cap=cap, alone=alone, least_norm=least)
-        broken = list(_broken_rules(self, proposal, factor)) or list(promised)
+    def broken_rules(self, proposal: Proposal) -> list[Refused]:
+        """List every rule that a proposal breaks, for a person who wants to mend it."""
+        broken = list(_broken_rules(self, proposal)) or list(_epsilons_above(self, proposal.plan))
         return [Refused(reason, asked=asked, allowed=allowed) for reason, asked, allowed in broken]
-
-    def noise_factor(self, plan: Plan) -> float:
-        """By which the site would multiply a new run's noise; 1 for one that it would refuse."""
-        return self.promise.factor_for(plan) or 1.0
-
-    def own_plan(self, plan: Plan) -> Plan:
-        """A new run's plan with the noise that the site itself would make; one that it would refuse stays as it is."""
-        return plan.stronger(self.noise_factor(plan))
 
     def declared_size(self, dataset: str) -> int:
         """The size that the site publishes for one of its data sets."""
@@ -431,10 +415,6 @@ class Policy:
         if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
         del fields["about"]
-        if self.promise == Promise():
-            del fields["promise"]
-        elif math.isinf(self.promise.epsilon_per_run):  # JSON has no infinity, which is what is left out, too
-            del fields["promise"]["epsilon_per_run"]
         if not self.population.arrivals:  # so that other policies keep their digests
             del fields["population"]["arrivals"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.
@@ -445,7 +425,7 @@ class Policy:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _broken_rules(policy: Policy, proposal: Proposal, factor: float | None) -> Iterator[Broken]:
+def _broken_rules(policy: Policy, proposal: Proposal) -> Iterator[Broken]:
     allow, limits, plan = policy.allow, policy.limits, proposal.plan
     if proposal.lead not in allow.leads:
         yield Reason.LEADS, proposal.lead, f"{len(allow.leads)} keys"
@@ -476,10 +456,8 @@ def _broken_rules(policy: Policy, proposal: Proposal, factor: float | None) -> I
     ):
         if number > most:
             yield reason, number, f"at most {most:g}"
-    # What an epsilon of the site's own takes beyond its factor is computed later, and of sensible plans alone.
-    times = factor or policy.promise.noise_factor
     for reason, number, least in (
-        (Reason.MIN_NOISE_MULTIPLIER, min((times * plan.counted_noise, *plan.noises[1:])), limits.min_noise_multiplier),
+        (Reason.MIN_NOISE_MULTIPLIER, min(plan.noises), limits.min_noise_multiplier),
         (Reason.MIN_GRAD_NORM, plan.max_grad_norm, limits.min_grad_norm),
     ):
         if number < least:
@@ -495,5 +473,23 @@ def _broken_rules(policy: Policy, proposal: Proposal, factor: float | None) -> I
         yield Reason.METRICS, "noised", "none"
     if plan.shared is not None:
         yield from policy.trust.broken_by(plan.shared)
-        if allow.inexact_gradients and policy.promise != Promise():  # how inexact they are was tried at the run's norm
-            yield Reason.PROMISE, "a secure sum", "none with allow.inexact_gradients: its clip norm would be shorter"
+
+
+def _epsilons_above(policy: Policy, plan: Plan) -> Iterator[Broken]:
+    """Caps on the epsilon of one run that a plan exceeds.
+
+    These are the dearest rules: they are for a plan within all other limits, whose epsilon is computed in bounded time.
+    """
+    alone = plan.by_own_noise_alone if plan.shared else None
+    for reason, counted, most in (
+        (Reason.MAX_EPSILON_PER_RUN, plan, policy.budget.max_epsilon_per_run),
+        (Reason.MAX_EPSILON_IF_ALL_COLLUDE, alone, policy.trust.max_epsilon_if_all_collude),
+    ):
+        if counted and most is not None and (epsilon := _plan_epsilon_above(counted, most)) is not None:
+            yield reason, f"{epsilon:.4g}", f"at most {most:g}"
+
+
+@lru_cache(maxsize=256)
+def _plan_epsilon_above(plan: Plan, limit: float) -> float | None:
+    """Epsilon of a whole plan by PLD, which is a proof since a plan is fixed before anything is seen; None: within."""
+    return accountant.epsilon_above([plan.whole], plan.delta, limit=limit)

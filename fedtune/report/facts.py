@@ -266,7 +266,6 @@ class SiteFacts:
     key: str  # that signed the receipt, shortened
     believed: bool  # whether its receipts fit what is known beside them
     statement: SiteStatement | None = None  # from a report that it signed
-    noise_factor: float | None = None  # of its noise over the plan's, for a promise of its own; None: it made that
 
     def __post_init__(self) -> None:
         check_at_least("rounds", self.rounds, 0)
@@ -306,10 +305,6 @@ class RunFacts:
     canaries_planted: bool  # one was begun
     sites: tuple[SiteFacts, ...]
     held_out: tuple[HeldOut, ...] | None = None  # noised scores of runs up to this one, each begun in the one before
-
-    def plan_of(self, site: SiteFacts) -> Plan:
-        """The run's plan as a site carried it out."""
-        return self.plan.stronger(site.noise_factor or 1.0)
 
     @property
     def _federation(self) -> FederationSpec:
@@ -371,17 +366,15 @@ class RunInLedger:
     lead: str
     dataset: str
     state: Literal["open", "ended", "expired"]
-    plan: Plan  # as the site carried it out
+    plan: Plan
     lost_rounds: int  # that it was charged on lost branches
     max_epsilon: float | None  # the cap on one run that was in force when it was accepted; None: there was none
     seeded_noise: bool
     base_model: str
     adapter_sha256: str | None
-    noise_factor: float | None = None  # of the plan's noise over what the lead asked for; None: it is that
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)
-        check_at_least("noise_factor", 1 if self.noise_factor is None else self.noise_factor, 1)
 
 
 @spec

@@ -37,7 +37,6 @@ from fedtune.report.facts import (
 )
 from fedtune.report.model import Report, filled
 from fedtune.report.rederive import derive
-from fedtune.show.budget_text import reference_of
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, unbounded
 
@@ -138,7 +137,7 @@ def facts_of(
         unit=noted.population.unit,
         declared_size=noted.population_size,
         max_epsilon=finite(budget.max_epsilon),
-        reference=reference_of(noted),
+        reference=budget.reference,
         caps=tuple(
             Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in caps
         ),
@@ -149,7 +148,6 @@ def facts_of(
                 lost_rounds=history.lost_runs.get(name, 0),
                 max_epsilon=run_caps[name],
                 adapter_sha256=run.adapter or None,
-                noise_factor=run.noise_factor if run.noise_factor != 1 else None,
             )
             for name, run in history.runs.items()
         ),

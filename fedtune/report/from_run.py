@@ -124,17 +124,6 @@ class RunRecord:
     def deployed(self) -> bool:
         return self.config.runtime.kind == "deployment"
 
-    def noise_factor(self, site: str) -> float:
-        """By which a site multiplied the plan's noise, by its own word; without that 1, with which epsilon is largest.
-
-        From its receipts; `run.json` says the same where no checkpoint is left.
-        """
-        if site in self.doubtful:
-            return 1.0
-        noted = self.result.privacy.sites[site].noise_factor if self.result and not self.state else 1.0
-        factor = self.receipts[site].noise_factor if site in self.receipts else noted
-        return factor if self.plan.bears(factor) else 1.0
-
     def charged(self, site: str) -> tuple[int, bool]:
         """Rounds charged to this run at a site, and whether that is an upper bound because the site's word is missing.
 
@@ -300,7 +289,7 @@ def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
 def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
     """A site as the lead knows it, and what it said in a report of its own, where it gave one."""
     receipt, (rounds, upper_bound) = record.receipts.get(site), record.charged(site)
-    factor, statement = record.noise_factor(site), None
+    plan, statement = record.plan, None
     if report is not None:
         (own,), facts = report.sites, report.facts
         assert isinstance(facts, LedgerFacts)
@@ -310,7 +299,6 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
             # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
             rounds, upper_bound = _by_receipt(record, site), False
         rounds = max([rounds, *(one.rounds for one in own.lifetime.runs if one.run == record.run)])
-        plan = record.plan.stronger(factor)
         same_plan = known is None or (  # which of its rounds are spare ones makes no difference
             known.plan.most_rounds == plan.most_rounds
             and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
@@ -330,7 +318,6 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
         key=receipt.site_key[:16] if receipt else "",
         believed=site not in record.doubtful,
         statement=statement,
-        noise_factor=factor if factor != 1 else None,
     )
 
 

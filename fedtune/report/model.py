@@ -101,7 +101,7 @@ class Mechanism:
     sampling_assumed: str
     sampling_run: str
     sampling_rate: float
-    noise_multiplier: float  # that each step counts with; `noise_factor` times the run's where the site made more
+    noise_multiplier: float  # that each step counts with
     max_grad_norm: float | None
     local_steps: int
     rounds: int
@@ -109,7 +109,6 @@ class Mechanism:
     charges: tuple[Charge, ...]
     records_per_user: int = 1  # most records of one unit in a step; 1 where the unit is a record
     shared: SharedNoise | None = None  # how sites made a secure sum's noise together; None: the site made all of it
-    noise_factor: float | None = None
 
 
 @spec
@@ -152,7 +151,6 @@ class SiteReport:
     asserted: Mapping[str, bool] = field(default_factory=dict)  # what the site states and no software can check
     reported: str | None = None  # day of the site's own report, where the figures over all runs come from one
     by_trust: Epsilons | None = None  # epsilon of all charges, by who looks; None: every site made its own noise
-    average_weight: float | None = None  # its share of an average of all sites, where some made more noise
 
 
 @spec
@@ -261,7 +259,6 @@ class Problem(NamedTuple):
 _ADAPTER = TypeAdapter(Report)
 _NOT_DERIVED = ("schema_version", "facts", "signature")
 UNSAID = {"admits", "arrivals", "cohorts", "lost_cohorts", "lost_rows", "held_out", "held_out_epsilon", "fall"}
-UNSAID |= {"noise_factor", "average_weight"}
 
 
 def to_json(report: Report) -> dict[str, Any]:

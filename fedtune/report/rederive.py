@@ -114,9 +114,8 @@ def _parts(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
     if isinstance(facts, RunFacts):
         # The whole plan, and what each site was charged, with what it came to after earlier rounds.
         most = facts.plan.most_rounds
-        charged = {(facts.plan_of(site), rounds) for site in facts.sites for rounds in (site.rounds, most)}
-        for plan, rounds in {(facts.plan, most), *charged}:
-            yield events.grouped([plan.event(rounds=rounds)]), accountant.FINE, 4
+        for rounds in {most, *(site.rounds for site in facts.sites)}:
+            yield events.grouped([facts.plan.event(rounds=rounds)]), accountant.FINE, 4
         if facts.selection:
             yield profile.charges_of(facts.selection.charges), accountant.FINE, 1
     else:
@@ -180,9 +179,6 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
 
 
 def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
-    if site.noise_factor is not None and (site.noise_factor == 1 or not facts.plan.bears(site.noise_factor)):
-        yield "noise_factor", site.noise_factor, "a factor above 1 that the plan bears, or none"
-        return
     least, most, signed = run_figures.least_rounds(facts, site), facts.plan.most_rounds, site.signed_rounds or 0
     by_receipts, asked = facts.has_checkpoint and not site.statement, min(most, signed + _unheard(facts, site))
     if not least <= site.rounds <= most:
@@ -213,7 +209,7 @@ def _unheard(facts: RunFacts, site: SiteFacts) -> int:
 
 def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
     """Of a ledger's figures over all its runs, that a lead took over: what they themselves deny."""
-    life, plan, cap = said.lifetime, facts.plan_of(site), said.approved.max_epsilon
+    life, plan, cap = said.lifetime, facts.plan, said.approved.max_epsilon
     if not 1 < life.order < _MOST_ORDER:
         yield "lifetime.order", life.order, "a number above 1 that can be computed"
         return
@@ -266,7 +262,7 @@ def _of_selection(facts: Facts) -> Iterator[Problem]:
         return
     for site in facts.sites:
         said = site.statement
-        plan = facts.plan_of(site)
+        plan = facts.plan
         for run in said.lifetime.runs if said and said.same_plan else ():
             for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", plan.most_rounds)):
                 if run.run == facts.run:

@@ -178,9 +178,5 @@ class RunResult:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, in the order of the fields; of a site that made the plan's noise it says nothing of that."""
-        fields = asdict(self)
-        for charge in fields["privacy"]["sites"].values():
-            if charge["noise_factor"] == 1:
-                del charge["noise_factor"]
-        return fields
+        """Plain JSON, in the order of the fields."""
+        return asdict(self)

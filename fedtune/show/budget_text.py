@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,10 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import divergence_left, runs_left
 from fedtune.privacy.ledger.verify import Verified
-from fedtune.privacy.promise import Promise
 from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.privacy.site_policy import AT_ONCE, Policy, Reference
+from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.spec import spec
 from fedtune.words import counted
 
@@ -64,21 +63,10 @@ class Beside:
     differences: tuple[tuple[str, object, object], ...]
 
 
-def reference_of(policy: Policy) -> Reference:
-    """A typical run as the site trains it: with the noise of its promise, where that has any for it."""
-    typical, budget = policy.budget.reference, policy.budget
-    if policy.promise == Promise():
-        return typical
-    about: Any = {"local_steps": typical.steps, "num_rounds": 1, "max_grad_norm": policy.limits.max_grad_norm}
-    about |= {"sampling_rate": typical.sampling_rate, "noise_multiplier": typical.noise_multiplier}
-    plan = Plan(unit=policy.population.unit, delta=budget.delta, **about)
-    return replace(typical, noise_multiplier=policy.own_plan(plan).noise_multiplier)
-
-
 def amount_of(policy: Policy) -> Amount:
     """The figures behind the caps."""
     budget, limits = policy.budget, policy.limits
-    typical, delta = reference_of(policy), budget.delta
+    typical, delta = budget.reference, budget.delta
     reference = typical.event
     order = budget.order()
     each = filter.divergence(reference, order)
@@ -93,7 +81,7 @@ def amount_of(policy: Policy) -> Amount:
         typical.noise_multiplier >= limits.min_noise_multiplier
         and typical.sampling_rate <= limits.max_sampling_rate
         and typical.steps <= limits.max_local_steps * limits.max_rounds
-        and alone <= min(budget.max_epsilon_per_run or math.inf, policy.promise.epsilon_per_run)
+        and alone <= (budget.max_epsilon_per_run or math.inf)
     )
     return Amount(
         order=order,
@@ -235,7 +223,7 @@ def epsilon_left(history: History) -> float:
 def reference_runs_left(history: History) -> int | None:
     """How many runs like the policy's reference still fit the lifetime cap; None: nothing bounds them."""
     assert history.policy is not None
-    return runs_left(history, history.policy, reference_of(history.policy).event, history.now())
+    return runs_left(history, history.policy, history.policy.budget.reference.event, history.now())
 
 
 def identity_json(path: Path, verified: Verified) -> dict[str, Any]:

@@ -136,14 +136,11 @@ class Display:
             said = self._round_text(self._done // len(self._config.federation.active) + 1, number)
             self._progress.update(self._task, completed=self._done + number, description=said)
 
-    def site_answered(
-        self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None, noise_factor: float = 1.0
-    ) -> None:
+    def site_answered(self, site: str, what: str, *, num_bytes: int, charged_rounds: int | None) -> None:
         """Say what a real site answered, and what its receipt comes to."""
         text = f"{what}, {size(num_bytes)}" if what == "update" else what
         if charged_rounds is not None and self._plan is not None:
-            own = self._plan.stronger(noise_factor) if self._plan.bears(noise_factor) else self._plan
-            text += f", epsilon {epsilon_text(charged_epsilons(own, charged_rounds)[0])}"
+            text += f", epsilon {epsilon_text(charged_epsilons(self._plan, charged_rounds)[0])}"
         self._say(f"  {site}: {text}", style="" if what == "update" else "yellow")
 
     def round_finished(self, state: LeadState) -> None:

@@ -179,8 +179,8 @@ class RealSite(Site):
     ) -> Trained:
         """Train on the site's records.  The round is charged by now: only now is one sampled."""
         work = self._process.work(request.run, self._shared, self._files)
-        factor, key = self.ledger.noise_factor(request.proposal), self.ledger.fingerprint_key()
-        return work.do(request, adapter, attempt, fingerprint_key=key, noise_factor=factor, admitted=admitted)
+        key = self.ledger.fingerprint_key()
+        return work.do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
 
     def keep(self, run: str, adapter: Adapter) -> None:
         """Write the final adapter as a folder that `fedtune evaluate` takes."""

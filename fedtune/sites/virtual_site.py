@@ -188,7 +188,7 @@ class VirtualSites:
             try:
                 for run in runs:
                     if run.run not in history.runs:
-                        spent += events.grouped([files.policy.own_plan(run.plan).whole])
+                        spent += events.grouped([run.plan.whole])
                         spending.require_room(
                             history,
                             files.policy,
@@ -456,5 +456,5 @@ class VirtualSite(Site):
         self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
     ) -> Trained:
         """Train on the records that the simulation dealt to this site."""
-        factor, key = self.ledger.noise_factor(request.proposal), self.ledger.fingerprint_key()
-        return self._work.do(request, adapter, attempt, fingerprint_key=key, noise_factor=factor, admitted=admitted)
+        key = self.ledger.fingerprint_key()
+        return self._work.do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)

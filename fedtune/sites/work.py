@@ -43,7 +43,6 @@ class SiteWork:
     # wraps the training units; only an audit uses it, to add canaries
     around: Callable[[TrainingUnits], TrainingUnits] = lambda units: units
     _limited: dict[frozenset[str], SiteWork] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _divided: dict[float, DividedUnits] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def examples(self) -> TrainingUnits:
@@ -62,13 +61,11 @@ class SiteWork:
         )
         return self.around(users)
 
-    def _units(self, max_grad_norm: float) -> TrainingUnits | DividedUnits:
-        """The same units; at a site with several devices, divided over them, for steps that clip to this norm."""
-        if (devices := self.shared.devices) is None:
-            return self.examples
-        if max_grad_norm not in self._divided:
-            self._divided[max_grad_norm] = devices.divided(self.examples, max_grad_norm=max_grad_norm)
-        return self._divided[max_grad_norm]
+    @cached_property
+    def _divided(self) -> DividedUnits | None:
+        """The same units, divided over the site's devices; None: it has one device."""
+        devices, max_grad_norm = self.shared.devices, self.shared.config.privacy.max_grad_norm
+        return None if devices is None else devices.divided(self.examples, max_grad_norm=max_grad_norm)
 
     @cached_property
     def _heldout(self) -> TextDataset:
@@ -102,7 +99,6 @@ class SiteWork:
         attempt: int,
         *,
         fingerprint_key: bytes,
-        noise_factor: float,
         admitted: Collection[str] | None = None,
     ) -> Trained:
         """Score the adapter that was sent, if the plan says so, and train it, within the site's bound on values.
@@ -114,7 +110,6 @@ class SiteWork:
             adapter: that was sent.
             attempt: at the round.
             fingerprint_key: of the site.
-            noise_factor: that its ledger charged, by which the site's plan is stronger than the run's.
             admitted: the users whose records are trained on and scored, where the plan is limited to cohorts; all
                 others are left out in silence, and the fingerprint is of the whole file's records.  None: all.
 
@@ -127,7 +122,7 @@ class SiteWork:
         site = self if admitted is None else self._limited_to(frozenset(admitted))
         scores = site._scores(plan, request, adapter, attempt, randomness) if plan.releases_metrics else None
         fingerprint = self.fingerprint(fingerprint_key)
-        units, work = site._work_of(request, attempt, noise_factor)
+        units, work = site._work_of(request, attempt)
         if plan.shared is None:
             trained = train_round(self.shared.model, adapter, units, work, randomness=randomness)
             return Trained(adapter=trained, scores=scores, fingerprint=fingerprint)
@@ -135,19 +130,18 @@ class SiteWork:
         share = np.concatenate([sums[name].ravel() for name in adapter.tensors])
         return Trained(share=share, scores=scores, fingerprint=fingerprint)
 
-    def _work_of(self, request: RoundRequest, attempt: int, factor: float) -> tuple[Units, RoundOfTraining]:
+    def _work_of(self, request: RoundRequest, attempt: int) -> tuple[Units, RoundOfTraining]:
         """The units, ready for a round, and what the round needs besides the model."""
         work = RoundOfTraining(
             site=self.site,
             round=request.round,
             attempt=attempt,
-            asked=request.proposal.plan,
+            plan=request.proposal.plan,
             training=self.shared.config.training,
             declared_size=self.declared_size,
             max_adapter_value=self.max_adapter_value,
-            noise_factor=factor,
         )
-        units = self._units(work.plan.max_grad_norm)
+        units = self.examples if self._divided is None else self._divided
         if self.shared.keeps_states:
             told = partial(self.shared.progress, f"{self.site}: running the frozen layers over its records")
             units.keep_frozen_states(self.shared.model, folder=self.shared.states_folder, told=told)

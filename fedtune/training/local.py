@@ -30,16 +30,10 @@ class RoundOfTraining:
     site: str
     round: int  # from 1; places the round in the learning-rate schedule
     attempt: int  # from 1; a retry draws fresh noise
-    asked: Plan  # the run's plan; the site carries out `plan`, with `noise_factor` times its noise
+    plan: Plan  # the run's, by which the site trains and is charged
     training: TrainingSpec
     declared_size: int
     max_adapter_value: float  # the site's bound on absolute values of the adapter; training never leaves it
-    noise_factor: float = 1.0
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that is trained by, and charged."""
-        return self.asked.stronger(self.noise_factor)
 
 
 def train_round(
@@ -92,7 +86,7 @@ def share_of_round(
     The adapter that came is projected into the site's bound on values, as for `train_round`.
 
     Returns:
-        Whole numbers in cells of 2**-cell_bits of the run's clip norm, in the adapter's names and shapes.
+        Whole numbers in cells of 2**-cell_bits of the clip norm, in the adapter's names and shapes.
 
     Guarantee: whoever sees it only inside a sum with the shares of as many honest sites as the plan counts learns at
     most what `work.plan.event()` says.  By itself it is hidden by one share of the noise.
@@ -100,7 +94,7 @@ def share_of_round(
     parameters, records, sampling, noise = _begin(model, adapter, units, work, randomness)
     with attached(model) as gradients:
         sums = sampled_sum(units.gradients(gradients), records, work.plan, parameters=parameters, sampling=sampling)
-    return add_share(sums, work.plan.sums, noise, finer=work.noise_factor)
+    return add_share(sums, work.plan.sums, noise)
 
 
 def _begin(

@@ -10,7 +10,7 @@ from fedtune.evaluation.audit_bound import best_possible
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import Audit
-from fedtune.spec import RunError
+from fedtune.spec import RUN_SCHEMA, RunError
 
 from .conftest import BY_USER, Break, audit
 
@@ -118,7 +118,7 @@ def test_a_model_that_learns_its_records_by_heart_is_found(audited: Any, break_i
 def test_what_is_written_is_in_the_report(sound: Any) -> None:
     _, found, folder = sound
     written = json.loads((folder / "audit.json").read_text())
-    assert written["schema_version"] == 2
+    assert written["schema_version"] == RUN_SCHEMA
     assert (written["confidence"], written["delta"], written["seeded"]) == (0.95, 1e-5, False)
     in_report = json.loads((folder / "report.json").read_text())["derived"]["audit"]
     assert in_report == {key: value for key, value in written.items() if key != "schema_version"}
@@ -141,7 +141,7 @@ def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> 
 
 
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "audit.json").write_text('{"schema_version": 2}')
+    (tmp_path / "audit.json").write_text(json.dumps({"schema_version": RUN_SCHEMA}))
     with pytest.raises(RunError, match="damaged"):
         read_audit(tmp_path)
     assert read_audit(tmp_path / "nowhere") is None

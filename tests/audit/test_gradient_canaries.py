@@ -42,7 +42,7 @@ def train(everyone: Participants, site: str = "site-1", round: int = 1) -> Adapt
     proposal = everyone.config.proposal(lead=everyone.sites.lead_key().public, plan=everyone.plan)
     start = everyone.shared.initial_adapter
     request = round_request(proposal, round=round, site=site, adapter_digest=start.digest())
-    return everyone.work[site].do(request, start, 1, fingerprint_key=b"k" * 32, noise_factor=1.0).adapter
+    return everyone.work[site].do(request, start, 1, fingerprint_key=b"k" * 32).adapter
 
 
 def watched(run: Participants, canaries: int) -> Any:

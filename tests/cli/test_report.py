@@ -23,6 +23,7 @@ from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.rederive import derive
+from fedtune.spec import REPORT_SCHEMA
 
 from ..conftest import command, parsed, run_proposal, simulate
 from ..privacy.builders import stranger_key as other
@@ -336,8 +337,8 @@ def test_what_is_no_report(run_folder: Path, tmp_path: Path) -> None:
     whole, path = (run_folder / "report.json").read_text(), tmp_path / "a.json"
     for content, message in (
         (None, "must be a report.json, or a folder with one"),
-        ("{}", "schema_version = 'absent': must be as in a report of schema version 4"),
-        ("[1]", "report = 'another value': must be as in a report of schema version 4"),
+        ("{}", f"schema_version = 'absent': must be as in a report of schema version {REPORT_SCHEMA}"),
+        ("[1]", f"report = 'another value': must be as in a report of schema version {REPORT_SCHEMA}"),
         ('{\n"a', "report = 'text that is no JSON from line 2 on': must be a whole report.json"),
         ("[" * 100_000, "report = 'no JSON in UTF-8': must be a whole report.json"),
         (whole.replace('"rounds": 2', f'"rounds": {"9" * 4200}', 1), "at most 19 digits"),

@@ -57,16 +57,10 @@ def test_no_command_takes_a_policy_without_answers(words: tuple[str, ...], site:
     assert not (site.folder / "kit").exists()
 
 
-@pytest.mark.parametrize("factor", [None, 2.0])
-def test_the_figures_are_the_ledger_s_with_the_noise_that_the_site_promises(site: Any, factor: float | None) -> None:
+def test_check_policy_prints_the_ledgers_own_figures(site: Any) -> None:
     reference = read_policy(site.site_toml).budget.reference
-    if factor:
-        site.write_policy(noise_factor=str(factor))
-        reference = dataclasses.replace(reference, noise_multiplier=factor * reference.noise_multiplier)
     amount = json.loads(command("site", "check-policy", str(site.site_toml), "--json").out)["amount"]
     assert amount["reference_pld"] == accountant.epsilon_pld([reference.event], 1e-5)
-    shown = " ".join(command("site", "check-policy", str(site.site_toml)).out.split())
-    assert (f"by what you promise {reference.noise_multiplier:g}) costs epsilon" in shown) is bool(factor)
     assert site.open().history.order == amount["order"]
     left = json.loads(command("ledger", "spent", str(site.ledger), "--json").out)["reference_runs_left"]
     assert left == amount["runs_in_lifetime"]

@@ -16,7 +16,6 @@ from fedtune.privacy.filter import epsilon_filter
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
-from fedtune.show.budget_text import noise_words
 from fedtune.words import spoken_start
 
 from ..conftest import command, run_proposal, stranger_key
@@ -65,32 +64,6 @@ def test_approval_shows_the_price_and_lets_the_run_start(north: Here) -> None:
     assert set(ledger.history.approved) == {earlier.digest(), asked.digest()}
     assert reserve(ledger, asked)
     assert north.state.waiting() == []
-
-
-def test_a_site_s_promise_is_told_before_and_after_a_run(north: Here) -> None:
-    asked = run_proposal(run="triage")
-    north.edit(promise={"noise_factor": 1.5, "epsilon_per_run": 0.2})
-    told = command("site", "check-policy", str(north.site_toml)).out
-    assert "Each run is trained with 1.5 times the noise that it asks for." in told
-    assert "A run that would cost more than epsilon 0.2 gets as much noise as it takes." in told
-    north.state.wait_for_approval(asked, SETTINGS)
-    own = read_policy(north.site_toml).own_plan(asked.plan)
-    noise, price = own.noise_multiplier, epsilon_pld([own.whole], own.delta)
-    assert noise > 1.5 * asked.plan.noise_multiplier
-    assert price <= 0.2 < epsilon_pld([asked.plan.stronger(1.5).whole], own.delta)
-    assert json.loads(approve(north, "--json").out)["waiting"][0]["epsilon"] == price
-    assert epsilon_text(price) in approve(north).out
-    shown = approve(north, "triage", "--yes").out
-    assert f"epsilon {epsilon_text(price)} at delta 1e-05" in shown
-    assert f"noise {noise_words(own)}, where the run asks for {asked.plan.noise_multiplier:g}, clip norm" in shown
-    north.open().reserve(asked, round=1, request="x")
-    shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db"), "--rounds").out.split())
-    assert f"; {noise / asked.plan.noise_multiplier:g} times the noise that was asked for" in shown
-    assert f"noise {noise:g}" in shown
-    north.edit(promise={"epsilon_per_run": 1e-6})
-    north.state.wait_for_approval(run_proposal(run="other"), SETTINGS)
-    message = approve(north, "other", "--yes").failed(3)
-    assert "could not keep its promise in such a run (asked noise of 4, allowed no such plan)" in message
 
 
 @pytest.mark.parametrize(

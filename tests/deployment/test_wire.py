@@ -176,7 +176,7 @@ def _start_proxy(federation: Federation, site: SiteFolder, recorded: Path) -> No
 
 
 def names_of(kind: type) -> set[str]:
-    return {field.name for field in fields(kind)} - {"noise_factor"}  # of a site that makes other noise than the plan's
+    return {field.name for field in fields(kind)}
 
 
 def test_a_site_makes_the_known_calls_and_no_other_and_listens_to_nobody(wire: Wire) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedtune.federation.aggregation import weights_of
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.site_round import Trained
 from fedtune.federation.spec import FederationSpec
@@ -17,9 +16,6 @@ from fedtune.federation.update_store import Arrived
 from fedtune.flower.averaging import Average
 from fedtune.flower.flower_records import from_arrays, to_arrays, weighted
 from fedtune.model.adapter import Adapter
-from fedtune.privacy import events
-from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.promise import Promise
 
 from .conftest import STEPS
 
@@ -50,20 +46,6 @@ def moved(federation: Any) -> float:
     assert steps.dtype == np.float32
     np.testing.assert_allclose(steps, steps[0], atol=1e-6)
     return float(steps[0])
-
-
-@pytest.mark.parametrize("strategy", list(_EXPECTED))
-def test_a_site_that_promises_more_weighs_less(federation: Any, strategy: str) -> None:
-    policies = {"site-2": {"promise": Promise(noise_factor=3.0)}}
-    federated = federation(strategy=strategy, policies=policies, **_SETTINGS[strategy])
-    factors, values = {"site-1": 1.0, "site-2": 3.0, "site-3": 1.0}, federated.adapter.num_values
-    weights = weights_of(federated.sizes, federated.plan, factors=factors, values=values)
-    mean = float(np.average(list(STEPS.values()), weights=list(weights.values())))
-    assert moved(federated) == pytest.approx(_EXPECTED[strategy](mean), abs=1e-5)
-    assert mean > float(np.mean(list(STEPS.values()))) + 0.3
-    # What the lead's weights go by is what the site's ledger charged.
-    charged = [event.detail["event"] for event in federated.events("site-2") if event.kind is Kind.RESERVE]
-    assert charged == [events.to_json(federated.plan.stronger(3.0).event())]
 
 
 @pytest.mark.parametrize("strategy", list(_EXPECTED))

@@ -110,9 +110,9 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
     noted = _Noted(shown, tmp_path, Mock())
     assert latest_answers(tmp_path) == {}
     told = [
-        call.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0, noise_factor=1.0),
-        call.site_answered("south", "update", num_bytes=20, charged_rounds=1, noise_factor=1.0),
-        call.site_answered("north", "update", num_bytes=30, charged_rounds=1, noise_factor=1.0),
+        call.site_answered("north", "awaiting_approval", num_bytes=10, charged_rounds=0),
+        call.site_answered("south", "update", num_bytes=20, charged_rounds=1),
+        call.site_answered("north", "update", num_bytes=30, charged_rounds=1),
         call.note("about the data"),
         call.site_replied(2),
         call.preparing("trying the model", 1, 2),
@@ -125,7 +125,7 @@ def test_each_sites_latest_answer_is_in_the_folder_and_everything_is_shown(tmp_p
     answers = latest_answers(tmp_path)
     assert {site: answer["what"] for site, answer in answers.items()} == {"north": "update", "south": "update"}
     assert all(datetime.fromisoformat(answer["time"]) >= now for answer in answers.values())
-    _Noted(shown, tmp_path, Mock()).site_answered("south", "stop", num_bytes=1, charged_rounds=1, noise_factor=1.0)
+    _Noted(shown, tmp_path, Mock()).site_answered("south", "stop", num_bytes=1, charged_rounds=1)
     assert [answer["what"] for answer in latest_answers(tmp_path).values()] == ["update", "stop"], "also when resumed"
 
 

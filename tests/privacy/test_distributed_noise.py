@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from fedtune.privacy import distributed_noise
-from fedtune.privacy.distributed_noise import FINER, FINER_BITS, LEAST_CELLS, SharedNoise, Together, add_share
+from fedtune.privacy.distributed_noise import LEAST_CELLS, SharedNoise, Together, add_share
 from fedtune.privacy.mechanism import GRID_BITS, add_gaussian_noise
 from fedtune.privacy.randomness import RandomStream, SeededRandomness
 from fedtune.spec import ConfigError
@@ -91,18 +91,6 @@ def test_what_is_sent_is_sum_and_noise_to_the_nearest_cell(bits: int, noise: flo
     for name, value in sent.items():
         assert (value.shape, value.dtype) == (values[name].shape, np.int64)
         assert (2 * np.abs(value * width - exact[name]) <= width).all()
-
-
-def test_beside_a_shorter_clip_norm_a_share_is_as_large_as_all_others_and_rounded_as_they_are() -> None:
-    for finer in (1.0, 1 + 1 / FINER, 3.0):
-        own = dataclasses.replace(FOUR, noise_multiplier=0.5 * finer)
-        zeros = {"a": np.zeros(COUNT, dtype=np.int64)}
-        assert fits(add_share(zeros, own, stream("finer", str(finer)), finer=finer)["a"], 8.0)
-    # Of a width that is no whole number of fine cells the first rounding would show.
-    assert not FOUR.may_be_finer(1 + 0.5 / FINER)
-    assert not dataclasses.replace(FOUR, cell_bits=GRID_BITS - FINER_BITS).may_be_finer(1 + 1 / FINER)
-    with pytest.raises(AssertionError, match="whole number"):
-        add_share(zeros, own, stream("odd"), finer=1 + 0.5 / FINER)
 
 
 def test_no_value_passes_the_largest_one() -> None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import policy_of, read_policy, write_policy
-from fedtune.privacy.promise import Promise
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Asserted, Dataset, Policy
 from fedtune.spec import ConfigError
@@ -59,12 +58,10 @@ def test_a_policy_survives_its_file(tmp_path: Path) -> None:
         policy(),
         policy(budget={"max_epsilon": math.inf, "max_epsilon_per_run": 3, "max_epsilon_per_period": 9.5}),
         policy(allow={"leads": (), "target_modules": ()}, anchor="/elsewhere/anchor.json"),
-        policy(promise=Promise(noise_factor=1.5, epsilon_per_run=2.0)),
     ):
         write_policy(each, tmp_path / "site.toml")
         assert read_policy(tmp_path / "site.toml") == each
         assert policy_of(json.loads(json.dumps(each.to_json()))) == each
-    assert "promise" not in policy().to_json()
 
 
 def test_what_a_file_leaves_out_is_what_the_template_says(site_toml: Path, filled_in: Path) -> None:

@@ -15,7 +15,6 @@ from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.cohorts import period_of
 from fedtune.privacy.distributed_noise import SharedNoise
-from fedtune.privacy.promise import Promise
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset, Machine, Policy
@@ -102,8 +101,7 @@ def test_every_rule_of_a_proposal_alone_is_shown_above() -> None:
     of_the_adapter = {Reason.MAX_ADAPTER_VALUE, Reason.DECLARED_SIZE}  # what comes with a request beside its proposal
     rules = [reason for reason in Reason if list(Reason).index(reason) < list(Reason).index(Reason.FROZEN)]
     of_secure_sums = {reason for _, _, reason in SUMS} | {Reason.MAX_EPSILON_IF_ALL_COLLUDE}
-    elsewhere = {Reason.PROMISE}  # tests/privacy/test_promise.py
-    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_sums | elsewhere
+    assert set(rules) == shown | in_the_ledger | of_the_adapter | of_secure_sums
 
 
 def test_a_runs_cap_is_on_its_whole_plan_spare_rounds_included() -> None:
@@ -165,7 +163,7 @@ def test_every_key_is_in_the_digest() -> None:
     changes |= {"releases": {"reply_after_s": 1.0}, "asserted": {"no_person_at_another_site": False}}
     changes |= {"allow": {"leads": (make_key(3).public,)}, "machine": Machine(device="cpu")}
     changes |= {"dataset": (Dataset(id="notes", declared_size=2000, path="elsewhere.csv"),)}
-    changes |= {"trust": Trust(secure=True), "promise": Promise(noise_factor=2.0)}
+    changes |= {"trust": Trust(secure=True)}
     assert set(changes) == {field.name for field in fields(Policy)} - {"about"}
     assert policy(about=AboutSpec(curator="north")).digest() == policy().digest(), "it decides on nothing"
     digests = {policy(**{key: value}).digest() for key, value in changes.items()}

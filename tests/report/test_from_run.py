@@ -21,7 +21,7 @@ from fedtune.report import from_run, signing
 from fedtune.report.derive import run_figures
 from fedtune.report.model import Report
 from fedtune.report.rederive import problems
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
 
 from ..books import resigned
 from .shown import sound, status
@@ -183,7 +183,7 @@ def test_updates_without_any_receipt_are_charged_as_the_whole_plan(folder: Path)
 
 
 AUDIT = {
-    "schema_version": 2,
+    "schema_version": RUN_SCHEMA,
     "method": "gradient_canaries",
     "confidence": 0.95,
     "delta": 1e-5,
@@ -242,7 +242,7 @@ def test_damaged_files_are_said(folder: Path) -> None:
         ("run.json", lambda data: data[:-20], RunError, r"run\.json is damaged"),
         ("run.json", lambda data: b"{}", RunError, r"run\.json is damaged"),
         ("run.json", lambda data: data.replace(b'"bytes_up"', b'"bites_up"'), RunError, r"run\.json is damaged"),
-        ("environment.json", lambda _: b'{"schema_version": 2}', RunError, r"environment\.json is damaged"),
+        ("environment.json", lambda _: b'{"schema_version": %d}' % RUN_SCHEMA, RunError, r"ment\.json is damaged"),
         ("checkpoints/round-0002*", lambda data: data[:-9], RunError, "is damaged"),
     ):
         (path,) = folder.glob(name)

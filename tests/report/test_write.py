@@ -16,7 +16,7 @@ from fedtune.report.derive.profile import as_stated
 from fedtune.report.model import HitRate, Meaning, Posterior
 from fedtune.report.model_card import write_report_and_card
 from fedtune.report.page import render
-from fedtune.spec import ConfigError
+from fedtune.spec import REPORT_SCHEMA, ConfigError
 
 from ..books import Books
 from ..conftest import run_proposal, site_policy
@@ -29,7 +29,7 @@ def test_a_run_ends_with_its_report(run_folder: Path) -> None:
     assert report == from_run.build(run_folder), "later, the same run_folder gives the same report"
     assert data.decode() == signing.to_text(report)
     assert (run_folder / "report.html").read_text() == render.render(report, language="en")
-    assert json.loads(data)["schema_version"] == 4
+    assert json.loads(data)["schema_version"] == REPORT_SCHEMA
     paths = [run_folder / name for name in ("report.json", "report.html", "adapter/README.md", "adapter/label.svg")]
     before = [path.read_bytes() for path in paths]
     write_report_and_card(run_folder, language="en")

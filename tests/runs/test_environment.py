@@ -56,7 +56,8 @@ def test_where_randomness_comes_from_and_only_what_is_new_is_noted(tmp_path: Pat
 
 
 def test_a_damaged_note_is_an_error(tmp_path: Path) -> None:
-    no_list, older, nothing = {"schema_version": 2}, {"schema_version": 1, "environments": []}, {"environments": [{}]}
+    no_list, older = {"schema_version": RUN_SCHEMA}, {"schema_version": RUN_SCHEMA - 1, "environments": []}
+    nothing: dict[str, Any] = {"environments": [{}]}
     for content in ("", *map(json.dumps, ([], {}, no_list, older, no_list | nothing))):
         (tmp_path / "environment.json").write_text(content)
         with pytest.raises(RunError, match=r"environment\.json is damaged"):

@@ -376,5 +376,5 @@ def test_what_takes_long_is_told_of(config: Any, tmp_path: Path, monkeypatch: py
     work, adapter = everyone.work["a"], everyone.shared.initial_adapter
     assert list(dict.fromkeys(told)) == ["loading the model", "trying the model"]
     request = first_request(everyone.config, everyone.sites.lead_key(), site="a")
-    work.do(request, adapter, attempt=1, fingerprint_key=bytes(32), noise_factor=1.0)
+    work.do(request, adapter, attempt=1, fingerprint_key=bytes(32))
     assert told[-1] == "a: running the frozen layers over its records"

@@ -5,20 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
 from fedtune.federation.site_round import Trained
 from fedtune.model.adapter import Adapter
+from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.randomness import SeededRandomness, SystemRandomness
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Reason, Update
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.work import SiteWork, randomness_of
 from fedtune.training.devices import _Device
 
-from .conftest import first_request, letters, simulated
+from .conftest import first_request, letters, simulated, write_records
 
 LETTERS = [(f"letter {n} of {n % 7}", ("invoice", "complaint", "praise")[n % 3]) for n in range(40)]
 """The records of a station, in the order of its file."""
@@ -73,6 +77,24 @@ def test_a_site_with_several_devices_sends_what_it_sends_with_one(station: Any, 
     assert Adapter(site.update(round=2).tensors).digest() == second
 
 
+def noise_in(update: Update, sent: Adapter, config: RunConfig) -> npt.NDArray[np.float64]:
+    """The sum of a step, in clip norms: of one record it is noise but for a norm of one among thousands of values."""
+    steps = [(sent.tensors[name] - value).ravel().astype(np.float64) for name, value in update.tensors.items()]
+    return np.concatenate(steps) / config.training.learning_rate * config.privacy.sampling_rate * 40
+
+
+SGD = {"local_steps": 1, "optimizer": "sgd", "learning_rate": 0.1}
+
+
+def test_a_real_site_adds_the_noise_that_it_is_charged_for(station: Any, has_scale: Any) -> None:
+    north = station(training=SGD, runtime={"seeded_noise": False})
+    write_records(north.data, [("a letter", "praise")])
+    update, plan = north.update(), north.config.plan()
+    assert north.ledger().history.charged() == events.grouped([plan.event()])
+    found = noise_in(update, north.first, north.config) / plan.noise_multiplier
+    assert [has_scale(found, off) for off in (1 / 1.2, 1.0, 1.2)] == [False, True, False]
+
+
 @pytest.mark.parametrize("seeded", [True, False])
 def test_noise_repeats_only_from_a_seed(station: Any, seeded: bool) -> None:
     site = station(runtime={"seeded_noise": seeded})
@@ -93,7 +115,7 @@ def do(shared: SharedModel, lead: SigningKey, records: SiteRecords, *, key: byte
     """A round at the site north."""
     work = SiteWork("north", shared, records, declared_size=40, max_adapter_value=2.0)
     request = first_request(shared.config, lead)
-    return work.do(request, shared.initial_adapter, 1, fingerprint_key=key, noise_factor=1.0)
+    return work.do(request, shared.initial_adapter, 1, fingerprint_key=key)
 
 
 def read(letters: list[tuple[str, str]]) -> list[Record]:

@@ -55,5 +55,5 @@ def after_a_round(
 ) -> Adapter:
     """What a round of one step over so many random records releases."""
     training = TrainingSpec(local_steps=1, optimizer=optimizer, learning_rate=rate)
-    work = work_of(asked=plan(), training=training, declared_size=20, max_adapter_value=1e6, **place)
+    work = work_of(plan=plan(), training=training, declared_size=20, max_adapter_value=1e6, **place)
     return released(model, random_texts(records), work, randomness=source, adapter=start)

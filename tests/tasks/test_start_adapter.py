@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec, TaskModelSpec
-from fedtune.spec import ConfigError
+from fedtune.spec import RUN_SCHEMA, ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import TaskModel, build_task_model
 
@@ -160,9 +160,10 @@ def test_an_a_that_is_not_sent_must_be_the_one_that_the_sites_make(tuned: Path, 
         begun(tuned, frozen)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema_version": 2}', '{"schema_version": 2, "model": 5}'])
-def test_what_is_no_saved_adapter_is_refused_in_one_line(tmp_path: Path, content: str | None) -> None:
+@pytest.mark.parametrize("content", [None, "{", "[]", {}, {"model": 5}])
+def test_what_is_no_saved_adapter_is_refused_in_one_line(tmp_path: Path, content: Any) -> None:
     if content is not None:
-        (tmp_path / "fedtune.json").write_text(content)
+        whole = json.dumps({"schema_version": RUN_SCHEMA, **content}) if isinstance(content, dict) else content
+        (tmp_path / "fedtune.json").write_text(whole)
     with pytest.raises(ConfigError, match=r"^model\.adapter = .*must be (the folder of a fin|a saved adapter)"):
         SavedAdapter.to_begin_in(str(tmp_path))

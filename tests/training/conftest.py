@@ -139,7 +139,7 @@ def work_of(**changes: Any) -> RoundOfTraining:
         "site": "bank_a",
         "round": 1,
         "attempt": 1,
-        "asked": plan_of(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5),
+        "plan": plan_of(sampling_rate=0.6, noise_multiplier=0.5, max_grad_norm=0.5),
         "training": TrainingSpec(local_steps=2, learning_rate=0.01),
         "declared_size": 10,
         "max_adapter_value": 100.0,

@@ -114,7 +114,7 @@ def a_round(room: Room, units: Any, *, number: int = 1, start: Adapter | None = 
     if room.model.skips_layers:
         units.keep_frozen_states(room.model)
     units.keep_reference(room.model)
-    asked = work_of(round=number, asked=planned, declared_size=30)
+    asked = work_of(round=number, plan=planned, declared_size=30)
     return released(room.model, units, asked, adapter=start or FIRST[room.model.spec])
 
 

@@ -160,7 +160,7 @@ def test_values_never_leave_the_sites_bound(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(local, "dp_sgd_step", noted)
     sgd = TrainingSpec(local_steps=6, optimizer="sgd", learning_rate=10.0)
     plan = plan_of(noise_multiplier=1.0, local_steps=6)
-    after = released(model, examples, work_of(max_adapter_value=bound, asked=plan, training=sgd))
+    after = released(model, examples, work_of(max_adapter_value=bound, plan=plan, training=sgd))
     most = float(np.float32(bound))
     assert before[0] <= most, "what came is brought within it before a record meets it"
     assert max(before[1:]) <= most, "and what every step made"

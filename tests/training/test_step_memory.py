@@ -181,7 +181,7 @@ def test_a_round_is_the_same_to_the_bit_in_whatever_memory(path: str, task: str,
     model, dataset = trained(path, task), made_up(task, 40)
     start = Adapter.of(model)
     planned = plan_of(unit=unit, sampling_rate=0.7, noise_multiplier=0.5)
-    asked = work_of(asked=planned, training=TrainingSpec(), declared_size=30)
+    asked = work_of(plan=planned, training=TrainingSpec(), declared_size=30)
     rows, released = set(), set()
     for num_bytes, most_users in ((1e12, 40), (MIB, 3), (MIB // 2, 1)):
         shapes = within(model, num_bytes)

@@ -136,7 +136,7 @@ def test_group_sampling_equals_its_definition_on_the_same_bits() -> None:
 def round_of(*, unit: str = "user", most: int = 3, **changes: Any) -> RoundOfTraining:
     values = {"sampling_rate": 0.6, "noise_multiplier": 0.5, "max_grad_norm": 0.5} | changes
     planned = plan_of(unit=unit, records_per_user=most if unit == "user" else 1, **values)
-    return work_of(asked=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
+    return work_of(plan=planned, training=TrainingSpec(local_steps=2, optimizer="sgd", learning_rate=0.5))
 
 
 @pytest.mark.by_day(

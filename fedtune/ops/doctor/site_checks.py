@@ -38,7 +38,6 @@ from fedtune.privacy.release import Reason, asked_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
-from fedtune.show.budget_text import reference_of
 from fedtune.spec import ConfigError, DataError, RunError
 from fedtune.tasks.registry import TASKS
 from fedtune.words import spoken_start
@@ -323,7 +322,7 @@ def budget(history: History, policy: Policy) -> Check:
     if math.isinf(cap):
         found = f"no lifetime cap, and so no promise; epsilon {epsilon} is taken"
         return warning(name, found, fix="Set budget.max_epsilon in site.toml before real records are trained on.")
-    runs = spending.runs_left(history, policy, reference_of(policy).event, now)
+    runs = spending.runs_left(history, policy, policy.budget.reference.event, now)
     room = f"room for {runs} run{'' if runs == 1 else 's'} like the policy's reference"
     found = f"{_percent(history, policy)} of the lifetime budget taken (epsilon {epsilon} of {cap:g}); {room}"
     if not runs:
@@ -362,7 +361,7 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
         return failed(name, found, fix=fix, exit_code=REFUSED)
     who = ", once a person here approves it" if policy.approval == "manual" else ""
-    found = f"would be accepted{who}; {_price(policy.own_plan(plan), history, policy)}"
+    found = f"would be accepted{who}; {_price(plan, history, policy)}"
     if policy.site not in sizes:
         fix = f"Ask the lead for the run's real settings: it has to name {policy.site} in federation.site_names."
         return warning(name, f"{found}; but it names no site {policy.site}", fix=fix)

@@ -24,7 +24,6 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import LASTING, START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, table
 from fedtune.privacy.ledger.register import Opened, Row
 from fedtune.privacy.policy_file import policy_of
-from fedtune.privacy.promise import factor_in
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
@@ -45,12 +44,10 @@ class Run:
         attempts: round -> reservations made for it.
         replies: request digest -> SHA-256 of the committed reply.
         adapter: digest of the final adapter, once the lead sent it.
-        noise_factor: by which the site multiplies the proposed noise, from the first round to the last.
     """
 
     proposal: Proposal
     expires: datetime | None
-    noise_factor: float = 1.0
     reserved: dict[int, str] = field(default_factory=dict)
     attempts: Counter[int] = field(default_factory=Counter)
     replies: dict[str, str] = field(default_factory=dict)
@@ -58,8 +55,8 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the run as the site carries it out, which says what its releases cost."""
-        return self.proposal.plan.stronger(self.noise_factor)
+        """The plan of the run, which says what its releases cost."""
+        return self.proposal.plan
 
     @property
     def charged_rounds(self) -> int:
@@ -176,10 +173,8 @@ class History:
                 proposal = decode(Proposal, event.detail["proposal"])
                 if (proposal.plan.cohorts.period if proposal.plan.cohorts else "") != self.opened.arrivals:
                     raise ValueError("its cohorts are not those of the ledger's calendar")
-                expires, factor = datetime.fromisoformat(event.detail["expires"]), factor_in(event.detail)
-                if not proposal.plan.bears(factor):
-                    raise ValueError("its noise is more than the plan can have")
-                self.runs[event.run] = Run(proposal=proposal, expires=expires, noise_factor=factor)
+                expires = datetime.fromisoformat(event.detail["expires"])
+                self.runs[event.run] = Run(proposal=proposal, expires=expires)
                 self.seeded |= proposal.seeded_noise
             case Kind.RESERVE:
                 self._reserve(event, moment)

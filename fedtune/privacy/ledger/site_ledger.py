@@ -28,7 +28,6 @@ from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, 
 from fedtune.privacy.ledger.history import History, Run
 from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
-from fedtune.privacy.promise import NOISE_FACTOR
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Policy
@@ -132,8 +131,6 @@ class Ledger:
                 self.require_startable(proposal)
                 expires = now + timedelta(days=self.policy.limits.run_expires_after_days)
                 detail: dict[str, Any] = {"proposal": proposal.to_json(), "expires": expires.isoformat()}
-                if (factor := self.noise_factor(proposal)) != 1:
-                    detail[NOISE_FACTOR] = factor
                 self._store.append(Kind.PLAN, detail, run=proposal.run, dataset=proposal.dataset)
                 run = self.history.runs[proposal.run]
             elif (stored := self._repeated(run, proposal, round, request)) is not None:
@@ -255,7 +252,6 @@ class Ledger:
             "head": self._store.salted_head(),
             "site_key": self._key.public,
             "reply": reply,
-            "noise_factor": known.noise_factor if known else 1.0,
         }
         unsigned = Receipt(**fields, signature="")
         return Receipt(**fields, signature=self._key.sign(RECEIPT, unsigned.message()))
@@ -342,20 +338,7 @@ class Ledger:
                 self.require_acceptable(proposal)
             detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise}
             self._store.append(Kind.RELEASE, detail, run=proposal.run)
-        # Of the rounds that it would accept: an epsilon of more than the limits allow may take all memory.
-        fits = replace(proposal, plan=replace(proposal.plan, num_rounds=max(1, rounds)))
-        site, factor = self.policy.site, self.noise_factor(fits) if rounds else 1.0
-        return Offer(site=site, run=proposal.run, most_rounds=rounds, least_noise=noise, noise_factor=factor)
-
-    def noise_factor(self, proposal: Proposal) -> float:
-        """By which the site multiplies the noise of this run, or would; it follows from policy and plan alone."""
-        known = self.history.runs.get(proposal.run)
-        return known.noise_factor if known else self.policy.noise_factor(proposal.plan)
-
-    def require_allowed(self, proposal: Proposal) -> None:
-        """Raise the rule of the policy that a new run breaks, or an accepted one by now; no budget is looked at."""
-        known = self.history.runs.get(proposal.run)
-        self.policy.check(proposal, factor=known.noise_factor if known else None)
+        return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
 
     def require_acceptable(self, proposal: Proposal) -> None:
         """Raise the reason to refuse a new run, as of the last transaction."""
@@ -404,7 +387,7 @@ class Ledger:
             raise Refused(Reason.RUN_ENDED)
         if run.charged_rounds >= run.plan.most_rounds:
             raise Refused(Reason.PLAN_EXHAUSTED, asked=run.charged_rounds + 1, allowed=run.plan.most_rounds)
-        self.policy.check(run.proposal, factor=run.noise_factor)
+        self.policy.check(run.proposal)
         asked = events.grouped([run.plan.event()])
         spending.require_room(
             self.history, self.policy, run.plan.cohorts, asked=asked, held=lambda _: Counter(), now=now

@@ -50,8 +50,8 @@ def require_usable(history: History) -> None:
 
 
 def require_plan_room(history: History, policy: Policy, plan: Plan, now: datetime) -> None:
-    """Raise Refused unless the whole of `plan`, at the site's own noise, fits beside what open runs have set aside."""
-    asked, held = events.grouped([policy.own_plan(plan).whole]), partial(history.set_aside, now)
+    """Raise Refused unless the whole of `plan` fits beside what open runs have set aside."""
+    asked, held = events.grouped([plan.whole]), partial(history.set_aside, now)
     require_room(history, policy, plan.cohorts, asked=asked, held=held, now=now)
 
 

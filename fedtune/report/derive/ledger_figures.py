@@ -134,7 +134,7 @@ def mechanisms(facts: LedgerFacts) -> tuple[Mechanism, ...]:
             break
     # The fedtune that wrote the entry samples so.
     made = partial(profile.mechanism_of, sampling="poisson")
-    known = [made(one.plan, run=one.run, rounds=rounds[one.run], noise_factor=one.noise_factor) for one in facts.runs]
+    known = [made(one.plan, run=one.run, rounds=rounds[one.run]) for one in facts.runs]
     return (*known, *(profile.mechanism_of_lost_run(event, count) for event, count in unexplained.items() if count > 0))
 
 

@@ -62,7 +62,7 @@ def parts_of(event: DpEvent) -> tuple[float, DpEvent]:
     return (event.sampling_probability, event.event) if isinstance(event, PoissonSampledDpEvent) else (1.0, event)
 
 
-def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_factor: float | None = None) -> Mechanism:
+def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
     """`rounds` charged rounds, retries included, of a plan; `sampling` says how units really joined a step."""
     return filled(Mechanism, plan)(
         run=run,
@@ -72,7 +72,6 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str, noise_fact
         max_grad_norm=plan.max_grad_norm if plan.private else None,
         rounds=rounds,
         charges=tuple(Charge(event=one, count=count) for one, count in events.counted(charged_events(plan, rounds))),
-        noise_factor=noise_factor,
     )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dp_accounting import GaussianDpEvent
 
-from fedtune.federation.aggregation import weights_of
 from fedtune.federation.drift import FELL, fall_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.report.derive import profile, rules, verdicts
@@ -22,8 +21,7 @@ _MOST_FIGURES = 64  # numbers of rounds for which epsilon is computed; in betwee
 
 def report_of(facts: RunFacts) -> Report:
     """The figures that follow from a run's facts."""
-    weights = _weights(facts)
-    made = [replace(_site(facts, site), average_weight=weights.get(site.site)) for site in facts.sites]
+    made = [_site(facts, site) for site in facts.sites]
     sites = verdicts.with_audit(made, facts.audit, marked=facts.canaries_planted)
     return rules.report_of(facts, sites, utility=_utility(facts, sites))
 
@@ -44,24 +42,15 @@ def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
     )
 
 
-def _weights(facts: RunFacts) -> Mapping[str, float]:
-    """Site -> its share of an average of all sites; empty where that is by declared size alone, or not known."""
-    sizes = {site.site: site.declared_size for site in facts.sites if site.declared_size}
-    factors = {site.site: site.noise_factor or 1.0 for site in facts.sites}
-    if set(factors.values()) == {1.0} or not facts.trained_parameters or sizes.keys() != factors.keys():
-        return {}
-    return weights_of(sizes, facts.plan, factors=factors, values=facts.trained_parameters)
-
-
 def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
-    plan, statement = facts.plan_of(site), site.statement
+    plan, statement = facts.plan, site.statement
     source: Source = "not_released" if site.signed_rounds is None else "charged_by_receipts"
     if statement or not facts.has_checkpoint:
         source = "signed_site_report" if statement else "run_record"
     grid, charged = profile.interval_of(source), profile.charged_events(plan, site.rounds)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
     ran = (facts.sampling if statement is None else "poisson" if known else None) or NOT_RECORDED
-    row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=ran, noise_factor=site.noise_factor)
+    row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=ran)
     rows = (row,) if site.rounds else ()
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
     made = filled(SiteReport, site, *([statement] if statement else []))(
@@ -125,7 +114,7 @@ def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[St
 
     `final` is its epsilon at the end; those before are on the coarse grid, and none is larger.
     """
-    plan, later = facts.plan_of(site), sum(result.has_update_of(site.site) for result in facts.rounds)
+    plan, later = facts.plan, sum(result.has_update_of(site.site) for result in facts.rounds)
     every, epsilons = math.ceil(site.rounds / _MOST_FIGURES) or 1, {site.rounds: final}
     for result in facts.rounds:
         later -= result.has_update_of(site.site)
