@@ -84,7 +84,12 @@ def plan(
             forecast=forecast,
             device=device,
             verdicts=tuple(
-                verdict.ask(path, config.proposal(lead=asks, plan=planned), declared_sizes=sizes)
+                verdict.ask(
+                    path,
+                    config.proposal(lead=asks, plan=planned),
+                    declared_sizes=sizes,
+                    find_most_epsilon=planned.private,
+                )
                 for path, asks in leads.items()
             ),
             lead_assumed=lead is None,

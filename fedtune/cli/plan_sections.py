@@ -14,7 +14,7 @@ from fedtune.cli.plain_words import filled, reason_text
 from fedtune.config import RunConfig
 from fedtune.federation.calendar import about_calendar, calendar_rows
 from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
-from fedtune.federation.verdict import Verdict
+from fedtune.federation.verdict import Verdict, strictest_of
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.run_plan import Plan
@@ -58,6 +58,11 @@ class Outlook:
         return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
 
     @property
+    def strictest(self) -> Verdict | None:
+        """The verdict of the strictest site; None: no policy was given, or the run has no epsilon."""
+        return strictest_of(self.verdicts) if self.verdicts and self.plan.private else None
+
+    @property
     def calibrated(self) -> bool:
         return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
 
@@ -67,7 +72,7 @@ class Outlook:
 
     def to_json(self) -> dict[str, Any]:
         """Every figure as plain JSON; null stands for no bound."""
-        config, price, plan = self.config, self.price, self.plan
+        config, price, plan, strictest = self.config, self.price, self.plan, self.strictest
         common = {
             "steps": price.steps,
             "sampling_rate": plan.sampling_rate,
@@ -101,6 +106,8 @@ class Outlook:
                 "secure_sums": self.secure_sums,
                 "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
                 "lead_assumed": self.lead_assumed,
+                "strictest_site": strictest.site if strictest else None,
+                "epsilon_for_all_sites": strictest.most_epsilon if strictest else None,
                 "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
             }
         )
@@ -126,6 +133,7 @@ def show_outlook(console: Console, outlook: Outlook) -> None:
         _what_if(outlook),
         _bytes_and_time(outlook),
         *(_policy(verdict, outlook) for verdict in outlook.verdicts),
+        _strictest(outlook),
     ]
     show(sections, console=console)
 
@@ -325,3 +333,16 @@ def _policy(verdict: Verdict, outlook: Outlook) -> Section:
         words={0, 1, 2},
         notes=notes,
     )
+
+
+def _strictest(outlook: Outlook) -> Section:
+    if (strictest := outlook.strictest) is None:
+        return Section()
+    if strictest.most_epsilon is None:
+        never = ", ".join(one.site for one in outlook.verdicts if one.most_epsilon is None)
+        return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon, by the rules above."])
+    limit = strictest.limit
+    why = "" if limit is None else f" ({limit.rule}: {printable(limit.allowed or '-', 60)})"
+    everybody = "it accepts" if len(outlook.verdicts) == 1 else f"all {len(outlook.verdicts)} sites accept"
+    most = f"{everybody} this run up to privacy.epsilon={strictest.most_epsilon:g}"
+    return Section(notes=[f"Strictest site: {strictest.site}{why}; {most}."])

@@ -6,23 +6,28 @@ The site itself decides when the run's first request arrives, and its ledger may
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from dp_accounting import DpEvent
 
-from fedtune.federation.planner import coarse_epsilon
-from fedtune.privacy import events
+from fedtune.federation.planner import coarse_epsilon, least_noise, target_epsilon
+from fedtune.privacy import accountant, events
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.history import History
+from fedtune.privacy.mechanism import MOST_EPSILON
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
+
+_LESS_NOISE = 0.97  # of the least noise that is accepted: so much less that the coarse grid leaves no doubt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +37,11 @@ class BrokenRule:
     rule: str
     asked: str | None
     allowed: str | None
+
+    @classmethod
+    def of(cls, refused: Refused) -> BrokenRule:
+        """The rule that a refusal names."""
+        return cls(rule=refused.reason.value, asked=refused.asked, allowed=refused.allowed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +60,9 @@ class Verdict:
         most_rounds: the most rounds, up to the run's own, that would be accepted.
         least_noise: the least noise, from the run's own upwards, that would be; None: more noise alone does not help.
         note: a further remark, in one sentence.
+        most_epsilon: the largest `privacy.epsilon`, up to `MOST_EPSILON`, that would be accepted, all else as planned;
+            None: no epsilon would, or it was not searched for.
+        limit: the rule that refuses a larger epsilon; None: no rule does.
     """
 
     policy: str
@@ -64,6 +77,8 @@ class Verdict:
     most_rounds: int
     least_noise: float | None
     note: str
+    most_epsilon: float | None = None
+    limit: BrokenRule | None = None
 
     @property
     def allowed(self) -> bool:
@@ -71,13 +86,21 @@ class Verdict:
         return not self.broken
 
 
-def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) -> Verdict:
+def strictest_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the verdict with the smallest `most_epsilon`: at that epsilon every site accepts the run."""
+    return min(verdicts, key=lambda one: 0.0 if one.most_epsilon is None else one.most_epsilon)
+
+
+def ask(
+    path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int], find_most_epsilon: bool = False
+) -> Verdict:
     """Check `proposal` against the policy in the file `path`; the ledger is read if it exists, and never written.
 
     Args:
         path: a site.toml.
         proposal: the run.
         declared_sizes: the sites' sizes according to the run.
+        find_most_epsilon: whether to search for the largest epsilon that the site accepts; takes some seconds.
 
     Raises:
         ConfigError: the file is not a policy.
@@ -96,11 +119,12 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
     if budget and broken:
         most_rounds = spending.most_rounds(proposal, budget.accepts)
         least_noise = spending.least_noise(proposal, budget.accepts)
+    most_epsilon, limit = budget.most_epsilon(proposal) if budget and find_most_epsilon else (None, None)
     return Verdict(
         policy=str(path),
         site=policy.site,
         lead=proposal.lead,
-        broken=tuple(BrokenRule(rule=why.reason.value, asked=why.asked, allowed=why.allowed) for why in broken),
+        broken=tuple(map(BrokenRule.of, broken)),
         ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
         taken=budget.epsilon(plan, Counter()) if budget else None,
         would_be=budget.epsilon(plan, events.grouped([plan.whole])) if budget else None,
@@ -109,6 +133,8 @@ def ask(path: Path, proposal: Proposal, *, declared_sizes: Mapping[str, int]) ->
         most_rounds=most_rounds,
         least_noise=least_noise,
         note=note,
+        most_epsilon=most_epsilon,
+        limit=limit,
     )
 
 
@@ -140,6 +166,34 @@ class _Budget:
             return False
         most = self._policy.budget.max_epsilon_per_run
         return most is None or coarse_epsilon(proposal.plan) <= most
+
+    def most_epsilon(self, proposal: Proposal) -> tuple[float | None, BrokenRule | None]:
+        """Find the largest epsilon of a run like `proposal` that is accepted, and the rule that refuses a larger one.
+
+        The result is rounded down to four digits, or to the three digits nearby that are accepted, too: a cap is mostly
+        an even number, and the search for noise stops just short of it.
+        """
+
+        def at(noise: float) -> Proposal:
+            return dataclasses.replace(proposal, plan=proposal.plan.with_noise(noise))
+
+        tried = proposal
+        while self.accepts(tried):
+            noise = tried.plan.noise_multiplier
+            if noise <= accountant.LEAST_SOUGHT or target_epsilon(tried.plan) >= MOST_EPSILON:
+                return MOST_EPSILON, None
+            tried = at(max(noise / 2, accountant.LEAST_SOUGHT))
+        least = spending.least_noise(tried, self.accepts)
+        if least is None:
+            return None, None
+        most = target_epsilon(at(least).plan)
+        digits = -math.floor(math.log10(most))
+        even, scale = round(most, digits + 2), 10.0 ** (digits + 3)
+        needed = least_noise(proposal.plan, epsilon=even)
+        found = even if needed is not None and self.accepts(at(needed)) else math.floor(most * scale) / scale
+        less = at(_LESS_NOISE * least)
+        refused = next(chain(self._policy.broken_rules(less), self.refusals(less)), None)
+        return found, None if refused is None else BrokenRule.of(refused)
 
     def epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
         """Epsilon of all that is taken and of what is `asked`, by the ledger's filter; of the plan's dearest cohort."""

@@ -31,7 +31,7 @@ NEIGHBOURING_RELATION = NeighboringRelation.ADD_OR_REMOVE_ONE
 FINE, COARSE = 1e-4, 1e-3
 MOST_NOISE = 1e4  # of a plan: with more, nothing is left to learn
 LEAST_NOISE = 1e-2  # of a plan, but for none: below it, a privacy loss distribution takes gigabytes
-_LEAST_SOUGHT = 0.1  # by calibration: where delta alone covers the loss, any noise would do
+LEAST_SOUGHT = 0.1  # by calibration: where delta alone covers the loss, any noise would do
 _TOLERANCE = 1e-5  # relative
 MOST_STEPS = 10**8  # of all rounds of a plan together
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
@@ -174,15 +174,15 @@ def calibrate_noise(
 
     if also and epsilon_pld(also, delta, interval=COARSE) > epsilon:
         raise ConfigError("privacy.epsilon", epsilon, "is spent by the released metrics alone; give them more noise")
-    last_within(epsilon_at, epsilon, start=1.0, bounds=(_LEAST_SOUGHT, MOST_NOISE), rising=False)
+    last_within(epsilon_at, epsilon, start=1.0, bounds=(LEAST_SOUGHT, MOST_NOISE), rising=False)
     # Bisection alone decides, so that equal targets get equal noise; the search above only saves it trials.
     low, high = 0.0, 1.0
     while not within(high):
         if high == MOST_NOISE:
             raise ConfigError("privacy.epsilon", epsilon, f"cannot be reached in {steps} steps by any noise")
         low, high = high, min(2 * high, MOST_NOISE)
-    while high - max(low, _LEAST_SOUGHT) > 1e-5 * high:
-        middle = max((low + high) / 2, _LEAST_SOUGHT)
+    while high - max(low, LEAST_SOUGHT) > 1e-5 * high:
+        middle = max((low + high) / 2, LEAST_SOUGHT)
         low, high = (low, middle) if within(middle) else (middle, high)
     noise = math.ceil(high * 1e4) / 1e4
     while epsilon_at(noise) > epsilon or epsilon_pld([at_noise(noise), *also], delta) > epsilon:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedtune.federation import planner
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy_file import write_policy
+from fedtune.privacy.policy_file import read_policy, write_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_policy import Dataset
 
@@ -139,6 +140,28 @@ def test_a_policy_is_asked_and_says_what_it_would_accept(
     (told,) = said["policies"]
     assert [told[key] for key in ("allowed", "site", "ledger", "lead")] == [True, "site-1", "new", lead_key.public]
     assert said["lead_assumed"]
+
+
+def test_the_strictest_site_and_an_epsilon_for_all_sites_are_named(
+    plan: Run, plan_json: Run, policy_file: Any, tmp_path: Path
+) -> None:
+    allowed, policies = read_policy(policy_file()), []
+    for site, cap in (("site-1", 3.0), ("site-2", 0.2), ("site-3", 1.0)):
+        budget = replace(allowed.budget, max_epsilon=50.0, max_epsilon_per_run=cap)
+        limits = replace(allowed.limits, min_noise_multiplier=0.1)
+        write_policy(replace(allowed, site=site, budget=budget, limits=limits), tmp_path / f"{site}.toml")
+        policies.append(f"--policy={tmp_path / site}.toml")
+    said = plan_json(*policies)
+    assert (said["strictest_site"], said["epsilon_for_all_sites"]) == ("site-2", 0.2)
+    named = "Strictest site: site-2 (max_epsilon_per_run: at most 0.2); all 3 sites accept this run up to"
+    assert f"{named} privacy.epsilon=0.2." in " ".join(plan(*policies).out.split())
+    again = plan_json("privacy.noise_multiplier=null", "privacy.epsilon=0.2", *policies)
+    assert [one["allowed"] for one in again["policies"]] == [True] * 3
+    more = plan_json("privacy.noise_multiplier=null", "privacy.epsilon=0.21", *policies)
+    assert [one["allowed"] for one in more["policies"]] == [True, False, True]
+    never = " ".join(plan("lora.rank=64", *policies[:2]).out.split())
+    assert "Strictest: site-1, site-2 would refuse this run at every epsilon, by the rules above." in never
+    assert "Strictest" not in plan("privacy=none", "privacy.noise_multiplier=null", *policies).out
 
 
 def test_what_is_known_once_the_model_is_loaded(plan: Run, plan_json: Run) -> None:

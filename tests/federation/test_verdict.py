@@ -9,7 +9,7 @@ import pytest
 from fedtune.federation import verdict
 from fedtune.federation.verdict import Verdict
 from fedtune.privacy import filter
-from fedtune.privacy.accountant import epsilon_pld
+from fedtune.privacy.accountant import calibrate_noise, epsilon_pld
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import write_policy
@@ -27,9 +27,10 @@ Ask = Callable[..., Verdict]
 @pytest.fixture
 def ask(tmp_path: Path) -> Ask:
 
-    def asked(policy: Policy, sizes: dict[str, int] = SIZES, **changes: Any) -> Verdict:
+    def asked(policy: Policy, sizes: dict[str, int] = SIZES, *, most: bool = False, **changes: Any) -> Verdict:
         write_policy(policy, tmp_path / "site.toml")
-        return verdict.ask(tmp_path / "site.toml", run_proposal(**changes), declared_sizes=sizes)
+        asks = run_proposal(**changes)
+        return verdict.ask(tmp_path / "site.toml", asks, declared_sizes=sizes, find_most_epsilon=most)
 
     return asked
 
@@ -77,6 +78,44 @@ def test_a_run_that_costs_too_much_is_told_what_would_fit(ask: Ask) -> None:
     for changes in ({"num_rounds": said.most_rounds}, {"noise_multiplier": said.least_noise}):
         assert whole_epsilon(run_proposal(**changes)) <= cap
     assert whole_epsilon(run_proposal(num_rounds=said.most_rounds + 1)) > cap
+
+
+FREE = {"limits": {"min_noise_multiplier": 0.5}}
+NO_CAP = {"max_epsilon": float("inf")}
+
+
+@pytest.mark.parametrize(
+    ("policy", "limit"),
+    [
+        (FREE | {"budget": NO_CAP | {"max_epsilon_per_run": 2.0}}, ("max_epsilon_per_run", "at most 2")),
+        (FREE, ("max_epsilon", "at most 5, of which 0.0000 is taken")),
+        ({"limits": {"min_noise_multiplier": 1.5}, "budget": NO_CAP}, ("min_noise_multiplier", "at least 1.5")),
+    ],
+    ids=["a run's cap", "the lifetime cap", "the least noise"],
+)
+@pytest.mark.parametrize("planned", [4.0, 0.6], ids=["accepted as planned", "refused as planned"])
+def test_the_largest_epsilon_is_accepted_and_a_larger_one_is_not(
+    policy: dict[str, Any], limit: tuple[str, str], planned: float, ask: Ask
+) -> None:
+    site = site_policy(**policy)
+    said = ask(site, noise_multiplier=planned, most=True)
+    assert (said.limit.rule, said.limit.allowed) == limit
+    assert said.most_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "the cap itself"
+    plan = run_proposal().plan
+    for epsilon, accepted in ((said.most_epsilon, True), (1.01 * said.most_epsilon, False)):
+        steps = plan.local_steps * plan.most_rounds
+        noise = calibrate_noise(epsilon=epsilon, delta=plan.delta, sampling_rate=plan.sampling_rate, steps=steps)
+        again = ask(site, noise_multiplier=noise)
+        assert (again.allowed, [one.rule for one in again.broken]) == (accepted, [] if accepted else [limit[0]])
+
+
+def test_the_largest_epsilon_is_unlimited_without_a_limit_and_missing_where_no_noise_helps(ask: Ask) -> None:
+    said = ask(site_policy(limits={"min_noise_multiplier": 0.0}, budget=NO_CAP), most=True)
+    assert (said.most_epsilon, said.limit) == (100.0, None)
+    others = ask(site_policy(), rank=9, most=True)
+    assert (others.most_epsilon, others.limit) == (None, None)
+    assert verdict.strictest_of([said, others]) is others
+    assert ask(site_policy()).most_epsilon is None, "nobody asked for it"
 
 
 def test_the_verdict_is_what_the_ledger_then_does(ask: Ask, ledger_of: Any) -> None:
