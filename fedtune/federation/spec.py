@@ -149,7 +149,7 @@ class FederationSpec:
             return None
         sites, threshold = len(self.active), self.threshold
         if threshold is None:
-            threshold = least_threshold(sites, colluders=self.colluders, server="malicious")
+            threshold = least_threshold(sites, colluders=self.colluders)
         return Together(num_sites=sites, threshold=threshold, colluders=self.colluders)
 
     @property

@@ -68,7 +68,7 @@ class Together:
         _check_within("num_sites", self.num_sites, 2, MOST_SHARES)
         _check_within("colluders", self.colluders, 0, self.num_sites - 1)
         check_whole("threshold", self.threshold)
-        least = least_threshold(self.num_sites, colluders=self.colluders, server="malicious")
+        least = least_threshold(self.num_sites, colluders=self.colluders)
         if not least <= self.threshold <= self.num_sites:
             bound = f"must be from {least} to the {self.num_sites} sites of the run, or a server could read two sums"
             raise ConfigError("threshold", self.threshold, bound)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
-from fedtune.federation.secure.agreement import Limits
+from fedtune.federation.secure.agreement import require_terms
 from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.site_files import SiteFiles
@@ -25,7 +26,12 @@ def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -
         site=files.policy.site,
         identity=identity,
         parties=parties,
-        limits=Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold, colluders=trust.colluders),
+        demand=partial(
+            require_terms,
+            least_sites=trust.least_sites,
+            least_threshold=trust.least_threshold,
+            colluders=trust.colluders,
+        ),
         roster={**members, files.policy.site: identity.public},
         keep=kept_in(files.ledger.with_name(files.ledger.name + PROMISES)),
     )

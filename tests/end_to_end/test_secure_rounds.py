@@ -15,7 +15,7 @@ import fedtune.sites.virtual_site as virtual_site
 import fedtune.sites.work as site_work
 from fedtune.federation.protocol import UNMASK
 from fedtune.federation.secure.agreement import Rejected, Wrong
-from fedtune.federation.secure.at_site import Parties, Sessions, SumsAtSite
+from fedtune.federation.secure.at_site import Parties, SumsAtSite
 from fedtune.federation.secure.messages import Upload
 from fedtune.federation.secure.packing import unpacked
 from fedtune.federation.secure.party import Party
@@ -366,21 +366,19 @@ def sites_stay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
     return remembered
 
 
-def of_run(remembered: dict[str, Parties]) -> list[Sessions]:
-    return [sessions for parties in remembered.values() for sessions in parties.of_proposal.values()]
-
-
 def test_a_lead_that_starts_again_goes_on_in_its_session_without_all_sites(
     lead_dies_in_round_two: Any, sites_stay: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lead_dies_in_round_two(*FOUR, "federation.num_rounds=4")
-    begun = {session for sessions in of_run(sites_stay) for session in sessions.parties}
+    begun = {session for known in sites_stay.values() for run in known.of_proposal.values() for session in run}
     be_away(monkeypatch, "join", "site-4")
     be_away(monkeypatch, "announce", "site-4")
     assert command("simulate", f"resume={tmp_path / 'run'}").code == 0
     result = result_of(tmp_path / "run")
     assert [len(entry["sites"]) for entry in result["rounds"]] == [4, 0, 3, 3]
-    assert {sessions.joined for sessions in of_run(sites_stay)} == begun, "the session that the first lead began"
+    assert {session for known in sites_stay.values() for session in known.joined.values()} == begun, (
+        "the session that the first lead began"
+    )
     assert steps_of(result) == [4, 4, 4, 2]
 
 

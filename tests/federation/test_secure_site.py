@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from fedtune.federation import protocol
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, Reply, RoundRequest
 from fedtune.federation.secure import at_site
-from fedtune.federation.secure.agreement import Limits, Session
+from fedtune.federation.secure.agreement import Session, require_terms
 from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, session_of
@@ -60,9 +61,9 @@ class SecureSite(Station):
     @property
     def sums(self) -> SumsAtSite:
         trust = self.policy.trust
-        limits = Limits(least_sites=trust.least_sites, least_threshold=trust.least_threshold)
+        demand = partial(require_terms, least_sites=trust.least_sites, least_threshold=trust.least_threshold)
         roster = {**self.members, self.policy.site: self.key.public}
-        about = {"limits": limits, "roster": roster, "keep": kept_in(self.promises)}
+        about = {"demand": demand, "roster": roster, "keep": kept_in(self.promises)}
         return SumsAtSite(site=self.policy.site, identity=self.key, parties=self.parties, **about)
 
 

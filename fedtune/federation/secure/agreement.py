@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from fedtune.federation.secure.masks import is_mask_key
 from fedtune.privacy.keys import SigningKey, check_public_key, is_signed
 from fedtune.privacy.ledger.chain import canonical
-from fedtune.privacy.threshold import Server, least_threshold
-from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_one_of, check_whole
+from fedtune.privacy.threshold import least_threshold as safe_threshold
+from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, check_at_least, check_name, check_whole
 
 MOST_SITES_OF_SUM = 20
 """Each site exchanges keys and shares with each other one; beyond this the messages would grow too large."""
@@ -136,38 +136,28 @@ class Terms:
             raise Rejected(Wrong.TOO_FEW_SURVIVORS)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """The demands of a site on the terms that it joins, whatever the lead says.
+Demand = Callable[[Terms], None]  # raises Rejected for terms that a site does not join
+
+
+def require_terms(terms: Terms, *, least_sites: int = 3, least_threshold: int = 3, colluders: int = 0) -> None:
+    """Check that terms ask for no less than a site demands, whatever the lead says.
 
     Three is the least threshold unless the site says otherwise: of a sum of two, each of the two learns the other's
     vector by subtraction.
 
-    Attributes:
+    Args:
+        terms: of a run.
         least_sites: that take part in the run.
         least_threshold: of a release.
         colluders: other sites that the sum must withstand beside the server.
-        server: what it may do.
+
+    Raises:
+        Rejected: they ask for less.
     """
-
-    least_sites: int = 3
-    least_threshold: int = 3
-    colluders: int = 0
-    server: Server = "malicious"
-
-    def __post_init__(self) -> None:
-        for name, least in (("least_sites", 2), ("least_threshold", 2), ("colluders", 0)):
-            check_whole(name, getattr(self, name))
-            check_at_least(name, getattr(self, name), least)
-        check_one_of("server", self.server, ("curious", "malicious"))
-
-    def require(self, terms: Terms) -> None:
-        """Raise Rejected for terms that ask for less than these limits."""
-        if len(terms.members) < max(self.least_sites, self.colluders + 1):
-            raise Rejected(Wrong.TOO_FEW_SITES)
-        safe = least_threshold(len(terms.members), colluders=self.colluders, server=self.server)
-        if terms.threshold < max(self.least_threshold, safe):
-            raise Rejected(Wrong.THRESHOLD_TOO_LOW)
+    if len(terms.members) < max(least_sites, colluders + 1):
+        raise Rejected(Wrong.TOO_FEW_SITES)
+    if terms.threshold < max(least_threshold, safe_threshold(len(terms.members), colluders=colluders)):
+        raise Rejected(Wrong.THRESHOLD_TOO_LOW)
 
 
 def require_pinned(terms: Terms, roster: Mapping[str, str]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedtune.federation.secure.agreement import Limits, Rejected, Terms, Wrong, require_pinned
+from fedtune.federation.secure.agreement import Demand, Rejected, Terms, Wrong, require_pinned
 from fedtune.federation.secure.party import Keep, Party, Promise
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -35,41 +35,33 @@ _MOST_RUNS = 16  # whose parties are kept; a run whose parties are gone begins a
 _MOST_SESSIONS = 3  # of a run: the one that goes on, and others that a lead tries to begin beside it
 
 
-@dataclass
-class Sessions:
-    """A run's parties by the lead's names of their sessions, the oldest first; `joined` is the one that goes on.
+class Parties:
+    """A process's parties, by the digest of a run's proposal and the lead's names of its sessions, the oldest first.
 
-    One that was there before is kept: a lead that cannot begin another session goes back to it.
+    One session of a run goes on.  One that went on before is kept: a lead that cannot begin another session goes back
+    to it.  A restart forgets all of them, and is meant to.
     """
 
-    parties: dict[str, Party] = field(default_factory=dict)
-    joined: str = ""
+    def __init__(self) -> None:
+        self.of_proposal: dict[str, dict[str, Party]] = {}
+        self.joined: dict[str, str] = {}  # of a run, the session that goes on
 
-    def add(self, name: str, party: Party) -> None:
-        """Keep another one, and drop the oldest that does not go on."""
-        self.parties[name] = party
-        idle = [one for one in self.parties if one not in (name, self.joined)]
-        for one in idle[: max(0, len(self.parties) - _MOST_SESSIONS)]:
-            del self.parties[one]
+    def find(self, proposal: str, session: str) -> Party | None:
+        """Return a session's party; None: there is none."""
+        return self.of_proposal.get(proposal, {}).get(session)
 
-
-@dataclass
-class Parties:
-    """By digest of the run's proposal; what a restart forgets, and is meant to."""
-
-    of_proposal: dict[str, Sessions] = field(default_factory=dict)
-
-    def sessions(self, proposal: str) -> Sessions:
-        """The run's sessions, made if there are none.
-
-        If there are too many runs, one without a joined session is dropped first.
-        """
-        if proposal not in self.of_proposal:
-            while len(self.of_proposal) >= _MOST_RUNS:
-                idle = (one for one, sessions in self.of_proposal.items() if not sessions.joined)
-                del self.of_proposal[next(idle, next(iter(self.of_proposal)))]
-            self.of_proposal[proposal] = Sessions()
-        return self.of_proposal[proposal]
+    def add(self, proposal: str, session: str, party: Party) -> None:
+        """Keep a party, and drop the oldest that do not go on where a run has too many, or there are too many runs."""
+        runs = self.of_proposal
+        while proposal not in runs and len(runs) >= _MOST_RUNS:
+            dropped = next((one for one in runs if one not in self.joined), next(iter(runs)))
+            del runs[dropped]
+            self.joined.pop(dropped, None)
+        parties = runs.setdefault(proposal, {})
+        parties[session] = party
+        idle = [one for one in parties if one not in (session, self.joined.get(proposal))]
+        for one in idle[: max(0, len(parties) - _MOST_SESSIONS)]:
+            del parties[one]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +71,7 @@ class SumsAtSite:
     site: str
     identity: SigningKey
     parties: Parties  # shared by all requests to this process
-    limits: Limits  # that it holds every run's terms to
+    demand: Demand  # that every run's terms must meet
     # public identity keys by site, itself included, as this site has them from the sites themselves
     roster: Mapping[str, str]
     keep: Keep  # writes a promise before the answer that makes it
@@ -93,18 +85,18 @@ class SumsAtSite:
             terms: of the run, given the members' keys as this site knows them.
 
         Raises:
-            Rejected: a member is unknown here, or the terms are not within the limits.
+            Rejected: a member is unknown here, or the terms are less than the site demands.
         """
         if not set(members) <= set(self.roster):
             raise Rejected(Wrong.ROSTER_DIFFERS)
         agreed = terms({site: self.roster[site] for site in members})
-        sessions = self.parties.sessions(agreed.proposal)
-        if session not in sessions.parties:
-            made = Party(
-                self.site, identity=self.identity, terms=agreed, roster=self.roster, limits=self.limits, keep=self.keep
+        party = self.parties.find(agreed.proposal, session)
+        if party is None:
+            party = Party(
+                self.site, identity=self.identity, terms=agreed, roster=self.roster, demand=self.demand, keep=self.keep
             )
-            sessions.add(session, made)
-        return sessions.parties[session].announce()
+            self.parties.add(agreed.proposal, session, party)
+        return party.announce()
 
     def join(self, proposal: str, session: str, announcements: Sequence[bytes]) -> bytes:
         """Take all members' keys, and go on in this session; returns its digest.
@@ -113,7 +105,7 @@ class SumsAtSite:
         and promises of its own.
         """
         digest = self._party(proposal, session).join(announcements)
-        self.parties.sessions(proposal).joined = session
+        self.parties.joined[proposal] = session
         return digest.encode()
 
     def party(self, proposal: str, session: str) -> Party:
@@ -122,14 +114,14 @@ class SumsAtSite:
         Raises:
             Rejected: that is another one, or the site trusts its members or terms no more.
         """
-        if self.parties.of_proposal.get(proposal, Sessions()).joined != session:
+        if self.parties.joined.get(proposal) != session:
             raise Rejected(Wrong.SESSION_DIFFERS)
         return self._party(proposal, session)
 
     def _party(self, proposal: str, session: str) -> Party:
-        found = self.parties.of_proposal.get(proposal, Sessions()).parties.get(session)
+        found = self.parties.find(proposal, session)
         if found is None:
             raise Rejected(Wrong.SESSION_DIFFERS)
         require_pinned(found.terms, self.roster)  # the policy may have changed since
-        self.limits.require(found.terms)
+        self.demand(found.terms)
         return found

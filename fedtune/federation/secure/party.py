@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.federation.secure import shares
-from fedtune.federation.secure.agreement import Announcement, Limits, Rejected, Session, Terms, Wrong, require_pinned
+from fedtune.federation.secure.agreement import Announcement, Demand, Rejected, Session, Terms, Wrong, require_pinned
 from fedtune.federation.secure.masks import SEED_BYTES, MaskKey, PairSecrets, masks
 from fedtune.federation.secure.messages import (
     MOST_RELEASES,
@@ -58,20 +58,20 @@ class Party:
         identity: its long-term key.
         terms: of the run, made by the site itself from the proposal.
         roster: public identity keys by site, as this site has them from the sites themselves.
-        limits: what it demands of the terms.
+        demand: what it demands of the terms.
         keep: told of each promise before the answer that makes it.
 
     Raises:
-        Rejected: the terms break the limits or name members whom the roster does not have.
+        Rejected: the terms are less than the site demands, or name members whom the roster does not have.
     """
 
     def __init__(
-        self, site: str, *, identity: SigningKey, terms: Terms, roster: Mapping[str, str], limits: Limits, keep: Keep
+        self, site: str, *, identity: SigningKey, terms: Terms, roster: Mapping[str, str], demand: Demand, keep: Keep
     ) -> None:
         require_pinned(terms, roster)
         if terms.members.get(site) != identity.public:
             raise Rejected(Wrong.NOT_A_MEMBER)
-        limits.require(terms)
+        demand(terms)
         self._site, self._identity, self._terms, self._keep = site, identity, terms, keep
         self._key = MaskKey()
         self._joined: tuple[Session, PairSecrets] | None = None

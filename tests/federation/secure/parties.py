@@ -5,6 +5,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedtune.federation.secure.agreement import SHARES, Limits, Rejected, Session, Terms, Wrong
+from fedtune.federation.secure.agreement import SHARES, Demand, Rejected, Session, Terms, Wrong, require_terms
 from fedtune.federation.secure.messages import CONFIRMATION, ConfirmRequest, UnmaskRequest
 from fedtune.federation.secure.party import Party, Promise
 from fedtune.federation.secure.summation import Summation, session_of
@@ -20,7 +21,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import canonical
 
 LARGEST, LENGTH = 1 << 20, 4
-ANY = Limits(least_sites=2, least_threshold=2)
+ANY = partial(require_terms, least_sites=2, least_threshold=2)
 
 
 def identity(site: str) -> SigningKey:
@@ -38,7 +39,7 @@ class Federation:
     """Sites that have joined one session, and what they kept."""
 
     terms: Terms
-    limits: Limits = ANY
+    demand: Demand = ANY
     parties: dict[str, Party] = field(default_factory=dict)
     kept: dict[str, list[Promise]] = field(default_factory=dict)
     session: Session = field(init=False)
@@ -51,7 +52,7 @@ class Federation:
     def restart(self, site: str) -> Party:
         """A site's new process: nothing of the old one's memory is left."""
         kept = self.kept.setdefault(site, [])
-        about = {"terms": self.terms, "roster": self.terms.members, "limits": self.limits}
+        about = {"terms": self.terms, "roster": self.terms.members, "demand": self.demand}
         self.parties[site] = Party(site, identity=identity(site), keep=kept.append, **about)
         return self.parties[site]
 

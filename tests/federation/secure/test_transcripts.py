@@ -30,9 +30,9 @@ class Transcript(RuleBasedStateMachine):
 
     @initialize(num_sites=st.integers(3, 5), colluders=st.integers(0, 1))
     def begin(self, num_sites: int, colluders: int) -> None:
-        threshold = least_threshold(num_sites, colluders=colluders, server="malicious")
+        threshold = least_threshold(num_sites, colluders=colluders)
         terms = terms_of(num_sites, threshold, length=2)
-        self.federation = Federation(terms, limits=ANY)
+        self.federation = Federation(terms, demand=ANY)
         self.colluders = frozenset(terms.sites[num_sites - colluders :])
         self.honest = [site for site in terms.sites if site not in self.colluders]
         self.knowledge = Knowledge(threshold, self.colluders, terms.sites, terms.bits)
