@@ -8,7 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -20,7 +20,7 @@ from fedtune.federation.invitation import Lead
 from fedtune.federation.lead import Arrays, LeadState, RoundResult
 from fedtune.federation.protocol import ANNOUNCE, CONFIRM, JOIN, UNMASK, SumRequest, digest_of_parts, terms_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, RoundReplies
-from fedtune.federation.secure.agreement import Rejected, Session, Terms
+from fedtune.federation.secure.agreement import Rejected, Session
 from fedtune.federation.secure.summation import Summation, Unreadable, session_of
 from fedtune.federation.transport import Question, Transport
 from fedtune.privacy.release import Reason, Refusal
@@ -37,47 +37,6 @@ MOST_LOST = 5
 """Releases without a sum that end a run, in all: where two sites accuse each other, nobody can tell who is at fault."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A session that all members joined: the lead's name for it, and what each announced, in the members' order."""
-
-    name: str
-    announced: tuple[bytes, ...]
-    session: Session
-
-
-@dataclass(slots=True)
-class _Known:
-    """The lead's knowledge of a run's secure sums, kept for the run's next lead: all of it is public."""
-
-    begun: _Begun | None = None  # the session that goes on; None: another has to begin
-    # two sites each, of which one is at fault for a wrong share
-    accused: set[frozenset[str]] = field(default_factory=set)
-    left_out: set[str] = field(default_factory=set)  # sites that are asked no more
-
-    def to_bytes(self) -> bytes:
-        """JSON of all of it."""
-        assert self.begun is not None, "nothing is known before"
-        fields: dict[str, object] = {"left_out": sorted(self.left_out), "accused": sorted(map(sorted, self.accused))}
-        announced = [message.decode() for message in self.begun.announced]
-        return json.dumps(fields | {"name": self.begun.name, "announced": announced}).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes, terms: Terms) -> _Known:
-        """An earlier lead's knowledge; without the session where it is none of these terms."""
-        known = cls()
-        try:
-            fields = parse_json(data, key="session", bound="must be JSON")
-            known.left_out = set(map(str, fields["left_out"]))
-            known.accused = {frozenset(map(str, pair)) for pair in fields["accused"]}
-            announced = tuple(text.encode() for text in fields["announced"])
-            session = session_of(terms, dict(zip(terms.sites, announced, strict=True)))
-            known.begun = _Begun(str(fields["name"]), announced, session)
-        except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("no session of the secure sum to go on in: %s", error)
-        return known
-
-
 class SecureSums:
     """The aggregation of a run whose plan has secure sums.
 
@@ -85,27 +44,46 @@ class SecureSums:
         transport: reaches the sites.
         lead: of the run; its checkpoints keep the session for a lead that is started again.
         state: the run's, for the length of its adapter.
+
+    Attributes:
+        session: the lead's name for the session that goes on; empty: none has begun.
+        left_out: sites that no round is asked of any more.
     """
 
     def __init__(self, transport: Transport, lead: Lead, state: LeadState) -> None:
         self._transport, self._lead = transport, lead
         members = {site: lead.site_keys[site] for site in lead.declared_sizes}
         self._terms = terms_of(lead.proposal, members=members, length=state.adapter.num_values)
-        kept = lead.checkpoints.session()
-        self._known = _Known.from_bytes(kept, self._terms) if kept else _Known()
         self._ready: tuple[str, ...] = ()
         self._failed: Counter[frozenset[str]] = Counter()
+        self.session, self.left_out = "", frozenset[str]()
+        self._announced: tuple[bytes, ...] = ()  # by each member, in the members' order
+        self._begun: Session | None = None  # None: a session has to begin
+        self._accused: set[frozenset[str]] = set()  # two sites each, of which one is at fault for a wrong share
+        if kept := lead.checkpoints.session():
+            self._go_on(kept)
 
-    @property
-    def session(self) -> str:
-        """The lead's name for the session that goes on."""
-        assert self._known.begun is not None, "prepare first"
-        return self._known.begun.name
+    def _go_on(self, kept: bytes) -> None:
+        """Take over what an earlier lead kept; without its session where that is none of these terms."""
+        try:
+            fields = parse_json(kept, key="session", bound="must be JSON")
+            self.left_out = frozenset(map(str, fields["left_out"]))
+            self._accused = {frozenset(map(str, pair)) for pair in fields["accused"]}
+            announced = tuple(text.encode() for text in fields["announced"])
+            begun = session_of(self._terms, dict(zip(self._terms.sites, announced, strict=True)))
+            self.session, self._announced, self._begun = str(fields["name"]), announced, begun
+        except (Rejected, ValueError, TypeError, KeyError, AttributeError) as error:
+            log.warning("no session of the secure sum to go on in: %s", error)
 
-    @property
-    def left_out(self) -> frozenset[str]:
-        """Sites that no round is asked of any more."""
-        return frozenset(self._known.left_out)
+    def _keep(self) -> None:
+        """Keep what is known for the run's next lead: all of it is public."""
+        fields = {
+            "left_out": sorted(self.left_out),
+            "accused": sorted(map(sorted, self._accused)),
+            "name": self.session,
+            "announced": [message.decode() for message in self._announced],
+        }
+        self._lead.checkpoints.keep_session(json.dumps(fields).encode())
 
     def resume(self, state: LeadState) -> LeadState:
         """The state after every round that a lead before this one asked for: none of these releases is begun again.
@@ -152,7 +130,7 @@ class SecureSums:
         except Unreadable as error:
             lost = [result.round for result in state.rounds if not result.sites]
             if state.round in lost or len(lost) + 1 >= MOST_LOST:
-                pairs = sorted(" and ".join(sorted(pair)) for pair in self._known.accused)
+                pairs = sorted(" and ".join(sorted(pair)) for pair in self._accused)
                 accused = f"; wrong shares between {', '.join(pairs)}" if pairs else ""
                 before = f"as before in round {', '.join(map(str, lost))}, and each is charged{accused}"
                 raise RunError(f"{error}, {before}; the checkpoint of round {state.round} can be resumed") from None
@@ -172,13 +150,13 @@ class SecureSums:
         failed: Mapping[str, str] = {}
         here, missing = self._rejoin()
         lost = frozenset(site for site, why in missing.items() if why and why.reason is Reason.SECURE_SUM)
-        if self._known.begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
+        if self._begun is None or (lost and lost == set(missing) and self._failed[lost] < _SESSIONS):
             failed = self._begin()
             self._failed[lost] += bool(failed)
             here, missing = self._rejoin()
-        ready = self._ready = tuple(site for site in here if site not in self._known.left_out)
+        ready = self._ready = tuple(site for site in here if site not in self.left_out)
         if len(ready) < self._terms.threshold:
-            left_out = dict.fromkeys(self._known.left_out, "deals or gives wrong shares")
+            left_out = dict.fromkeys(self.left_out, "deals or gives wrong shares")
             why = {**_in_words(missing), **failed, **left_out}
             others = "; ".join(f"{site}: {reason}" for site, reason in why.items())
             all_of = f"{len(ready)} of {len(self._terms.members)} sites are in a session of the secure sum"
@@ -187,11 +165,10 @@ class SecureSums:
 
     def _rejoin(self) -> tuple[list[str], dict[str, Refusal | None]]:
         """The sites in the session, and why others are not: they do not answer, or have lost their part in it."""
-        if self._known.begun is None:
+        if self._begun is None:
             return [], {}
-        begun = self._known.begun
-        joined, missing = self._ask(JOIN, begun.name, dict.fromkeys(self._terms.sites, begun.announced))
-        right = [site for site, digest in joined.items() if digest == begun.session.digest.encode()]
+        joined, missing = self._ask(JOIN, self.session, dict.fromkeys(self._terms.sites, self._announced))
+        right = [site for site, digest in joined.items() if digest == self._begun.digest.encode()]
         return right, missing
 
     def _begin(self) -> dict[str, str]:
@@ -208,11 +185,11 @@ class SecureSums:
             except Rejected as rejected:
                 why = {rejected.site: f"the key that came from it is not taken ({rejected.wrong})"}
                 continue
-            begun = _Begun(name, tuple(announced.values()), session)
-            joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, begun.announced))
+            parts = tuple(announced.values())
+            joined, missing = self._ask(JOIN, name, dict.fromkeys(self._terms.sites, parts))
             if not missing and set(joined.values()) == {session.digest.encode()}:
-                self._known.begun = begun
-                self._lead.checkpoints.keep_session(self._known.to_bytes())
+                self.session, self._announced, self._begun = name, parts, session
+                self._keep()
                 return {}
             if missing:  # each further try would take the others from the session that they came from
                 why = _in_words(missing)
@@ -228,17 +205,17 @@ class SecureSums:
         Raises:
             Unreadable: too few sites took the steps that it needs; the next round may go on.
         """
-        assert self._known.begun is not None, "prepare first"
-        release = Summation(self._known.begun.session, release=round)
+        assert self._begun is not None, "prepare first"
+        release = Summation(self._begun, release=round)
         _take(uploads, release.add_upload)
         if (uploaded := len(release.survivors)) < (least := self._lead.federation.least_sites):
             raise Unreadable(round, f"{uploaded} sites uploaded, and {least} must")
         request = release.confirm_request()
         # Sites that did not upload may help, too.
-        confirmed, _ = self._ask(CONFIRM, self._known.begun.name, dict.fromkeys(self._ready, (request,)))
+        confirmed, _ = self._ask(CONFIRM, self.session, dict.fromkeys(self._ready, (request,)))
         _take(confirmed, release.add_confirmation)
         requests = {site: (release.unmask_request(site),) for site in confirmed}
-        revealed, _ = self._ask(UNMASK, self._known.begun.name, requests)
+        revealed, _ = self._ask(UNMASK, self.session, requests)
         _take(revealed, release.add_revealed)
         try:
             return release.total(), tuple(release.survivors)
@@ -256,16 +233,16 @@ class SecureSums:
         with more other sites than can collude, and with more than any other site has.  Pairs with a site that was left
         out earlier do not count.
         """
-        self._known.accused |= {frozenset(pair) for pair in wrong_shares}
-        pairs = [pair for pair in self._known.accused if len(pair) > 1 and not pair & self._known.left_out]
+        self._accused |= {frozenset(pair) for pair in wrong_shares}
+        pairs = [pair for pair in self._accused if len(pair) > 1 and not pair & self.left_out]
         most = Counter(site for pair in pairs for site in pair).most_common(2)
         if dealer is None and most:
             (first, count), (_, next_count) = most  # a pair has two ends
             dealer = first if count > max(1, self._lead.federation.colluders, next_count) else None
         if dealer is not None:
             log.error("%s is left out of all further secure sums: its shares are wrong", dealer)
-            self._known.left_out.add(dealer)
-        self._lead.checkpoints.keep_session(self._known.to_bytes())
+            self.left_out |= {dealer}
+        self._keep()
 
     def _ask(
         self, step: str, session: str, parts: Mapping[str, Iterable[bytes]]
