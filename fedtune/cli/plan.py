@@ -106,19 +106,17 @@ def plan(
         show([price_section(searched, seeded_noise=config.runtime.seeded_noise)])
 
 
-def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> planner.SecureSums | None:
-    """Secure sums in place of a plain run; None: they are planned, or the settings exclude them."""
+def _secure_sums(config: RunConfig, planned: Plan, epsilon: float) -> Plan | None:
+    """The plan of secure sums in place of a plain run; None: they are planned, or the settings exclude them."""
     if not planned.private or planned.shared is not None:
         return None
     settings = config.to_json()
     settings["privacy"] |= {"noise_multiplier": None, "epsilon": epsilon, "sampling_rate": planned.sampling_rate}
     settings["federation"] |= {"num_rounds": planned.num_rounds}
     try:
-        sums = parse(with_secure_sums(settings)).plan()
+        return parse(with_secure_sums(settings)).plan()
     except ConfigError:
         return None
-    # Each site's noise has the same weight in the average, so the ratio of averages is that of the multipliers.
-    return planner.SecureSums(plan=sums, noise_in_average=sums.noise_multiplier / planned.noise_multiplier)
 
 
 def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) -> tuple[RunConfig, Plan]:

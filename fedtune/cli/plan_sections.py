@@ -13,7 +13,7 @@ from rich.console import Console
 from fedtune.cli.plain_words import filled, reason_text
 from fedtune.config import RunConfig
 from fedtune.federation.calendar import about_calendar, calendar_rows
-from fedtune.federation.planner import Change, Price, SecureSums, signal_to_noise
+from fedtune.federation.planner import Change, Price, signal_to_noise
 from fedtune.federation.verdict import Verdict, strictest_of
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
@@ -45,7 +45,7 @@ class Outlook:
     # of the base model's weights; None: the settings do not pin it, and no model was loaded
     model_sha256: str | None = None
     # what they would give in place of a plain run; None: they are planned, or cannot be
-    secure_sums: SecureSums | None = None
+    secure_sums: Plan | None = None
 
     @property
     def plan(self) -> Plan:
@@ -56,6 +56,15 @@ class Outlook:
         """See `planner.signal_to_noise`; None: no model was loaded, so nobody counted what is trained."""
         sizes = {name: site.declared_size for name, site in self.price.sites.items()}
         return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
+
+    @property
+    def noise_of_sums(self) -> float | None:
+        """The noise in an average by `secure_sums`, over that of the plan; None: they are not offered.
+
+        Each site's noise has the same weight in the average, so the ratio of averages is that of the multipliers.  With
+        sums of all sites it is the noise of central training on all records.
+        """
+        return None if self.secure_sums is None else self.secure_sums.noise_multiplier / self.plan.noise_multiplier
 
     @property
     def strictest(self) -> Verdict | None:
@@ -72,7 +81,8 @@ class Outlook:
 
     def to_json(self) -> dict[str, Any]:
         """Every figure as plain JSON; null stands for no bound."""
-        config, price, plan, strictest = self.config, self.price, self.plan, self.strictest
+        config, price, plan = self.config, self.price, self.plan
+        strictest, sums = self.strictest, self.secure_sums
         common = {
             "steps": price.steps,
             "sampling_rate": plan.sampling_rate,
@@ -103,12 +113,12 @@ class Outlook:
                 "signal_to_noise": self.signal_to_noise,
                 "what_if_epsilon": self.epsilon,
                 "what_if": self.changes,
-                "secure_sums": self.secure_sums,
+                "secure_sums": sums and {"plan": sums, "noise_in_average": self.noise_of_sums},
                 "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
                 "lead_assumed": self.lead_assumed,
                 "strictest_site": strictest.site if strictest else None,
                 "epsilon_for_all_sites": strictest.most_epsilon if strictest else None,
-                "policies": [dataclasses.asdict(one) | {"allowed": one.allowed} for one in self.verdicts],
+                "policies": [one.to_json() for one in self.verdicts],
             }
         )
         return figures
@@ -307,7 +317,11 @@ def _bytes_and_time(outlook: Outlook) -> Section:
 
 def _policy(verdict: Verdict, outlook: Outlook) -> Section:
     rows = [
-        (f"{reason_text(one.rule)} ({one.rule})", printable(one.asked or "-", 40), printable(one.allowed or "-", 60))
+        (
+            f"{reason_text(one.reason)} ({one.reason})",
+            printable(one.asked or "-", 40),
+            printable(one.allowed or "-", 60),
+        )
         for one in verdict.broken
     ]
     lead = f"Asked by lead {spoken_start(verdict.lead)}"
@@ -342,7 +356,7 @@ def _strictest(outlook: Outlook) -> Section:
         never = ", ".join(one.site for one in outlook.verdicts if one.most_epsilon is None)
         return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon, by the rules above."])
     limit = strictest.limit
-    why = "" if limit is None else f" ({limit.rule}: {printable(limit.allowed or '-', 60)})"
+    why = "" if limit is None else f" ({limit.reason}: {printable(limit.allowed or '-', 60)})"
     everybody = "it accepts" if len(outlook.verdicts) == 1 else f"all {len(outlook.verdicts)} sites accept"
     most = f"{everybody} this run up to privacy.epsilon={strictest.most_epsilon:g}"
     return Section(notes=[f"Strictest site: {strictest.site}{why}; {most}."])

@@ -98,7 +98,7 @@ class AtSite:
             rules = []
             for broken in verdict.broken:
                 known = asked_and_allowed(broken.asked, broken.allowed)
-                rules.append(reason_text(broken.rule) + (f" ({known})" if known else ""))
+                rules.append(reason_text(broken.reason) + (f" ({known})" if known else ""))
             raise RefusedError(f"policy or budget refuse this run: {'; '.join(rules)}")
         if not yes:
             require_agreed("Let it start?", otherwise="not approved: the run still waits")

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from fedtune.codec import decode, decode_value, parse_json
+from fedtune.codec import decode_value, parse_json
 from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE
 from fedtune.federation.run_folder import ASKED, checkpoint_name, locked, saved_checkpoints
 from fedtune.model.adapter import Adapter
@@ -137,32 +137,29 @@ def newest_of(one: Mapping[str, Receipt], other: Mapping[str, Receipt]) -> dict[
     return newest
 
 
-@dataclass(frozen=True)
-class ReceiptBook:
-    """A JSON file.  Sent back with the next request, a receipt shows a site that its ledger was lost or put back."""
+def read_receipts(path: Path) -> dict[str, Receipt]:
+    """Read the newest receipt of each site from a JSON file; none where it is missing.
 
-    path: Path
+    Sent back with the next request, a receipt shows a site that its ledger was lost or put back.
 
-    def read(self) -> dict[str, Receipt]:
-        """Site -> its newest receipt.
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        known = parse_json(path.read_bytes(), key=str(path), bound="must be receipts by site")
+        return dict(decode_value("receipts", known, Mapping[str, Receipt]))
+    except ConfigError as error:
+        raise RunError(f"{path} is damaged; the sites' last receipts are not known") from error
 
-        Raises:
-            RunError: the file is damaged.
-        """
-        if not self.path.exists():
-            return {}
-        try:
-            known = parse_json(self.path.read_bytes(), key=str(self.path), bound="must be receipts by site")
-            return dict(decode_value("receipts", known, Mapping[str, Receipt]))
-        except ConfigError as error:
-            raise RunError(f"{self.path} is damaged; the sites' last receipts are not known") from error
 
-    def keep(self, receipts: Mapping[str, Receipt]) -> None:
-        """Remember those that are newer than what is there."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.path.parent):  # two runs of a lead may end at once
-            newest = {site: receipt.to_json() for site, receipt in newest_of(self.read(), receipts).items()}
-            write_durably(self.path, json.dumps(newest, indent=1).encode() + b"\n")
+def keep_receipts(path: Path, receipts: Mapping[str, Receipt]) -> None:
+    """Write receipts that are newer than those in the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):  # two runs of a lead may end at once
+        newest = {site: receipt.to_json() for site, receipt in newest_of(read_receipts(path), receipts).items()}
+        write_durably(path, json.dumps(newest, indent=1).encode() + b"\n")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,14 +220,6 @@ def charged_epsilons(plan: Plan, rounds: int) -> tuple[float, float]:
 _KEPT = 2  # checkpoints
 
 
-@spec
-class _Asked:
-    """A line of the journal: `sites` may be charged for the round."""
-
-    round: int
-    sites: tuple[str, ...]
-
-
 class Checkpoints:
     """The folder `checkpoints/` of a run: `round-0003.safetensors` and the journal of rounds that were asked for.
 
@@ -258,15 +247,15 @@ class Checkpoints:
 
     def ask(self, round: int, sites: list[str]) -> None:
         """Note, before a request is sent, that `sites` may be charged for `round`."""
-        line = json.dumps({"round": round, "sites": sites}).encode() + b"\n"
+        line = json.dumps([round, sites]).encode() + b"\n"
         write_durably(self._asked, b"".join(self._whole_lines()) + line)
 
-    def asked(self, *, after: int) -> list[tuple[int, list[str]]]:
+    def asked(self, *, after: int) -> list[tuple[int, tuple[str, ...]]]:
         """Each later round that was asked for, with its sites; raises RunError where the journal is damaged."""
         try:
             lines = map(json.loads, self._whole_lines())
-            rounds = [decode(_Asked, line) for line in lines]
-            return [(asked.round, list(asked.sites)) for asked in rounds if asked.round > after]
+            rounds = [decode_value("asked", line, tuple[int, tuple[str, ...]]) for line in lines]
+            return [(round, sites) for round, sites in rounds if round > after]
         except (ValueError, RecursionError) as error:
             raise RunError(f"{self._asked} is damaged; which rounds were asked for is not known") from error
 

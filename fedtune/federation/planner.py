@@ -155,16 +155,6 @@ def signal_to_noise(plan: Plan, declared_sizes: Mapping[str, int], *, values: in
     return plan.sampling_rate * total * math.sqrt(steps / (len(declared_sizes) * values)) / plan.noise_multiplier
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SecureSums:
-    """The same training with secure sums, at the same epsilon."""
-
-    plan: Plan
-    # relative to that of the plain plan; with sums of all sites it is the noise of central training on all
-    # records
-    noise_in_average: float
-
-
 def what_if(plan: Plan, *, epsilon: float) -> tuple[Change, ...]:
     """The price of more rounds, a smaller delta, larger batches and half of `epsilon`, over all `plan.runs`.
 

@@ -98,7 +98,7 @@ class RoundReplies:
             return
         outcome, found = self._judge(site, reply)
         if isinstance(found, Masked):
-            self.masked[site] = found.data
+            self.masked[site] = found
         elif found is not None:
             self.arrived.put(site, found)
         self._outcomes[site] = outcome

@@ -337,7 +337,7 @@ def _protect(
     if request.session:  # set if and only if the plan has secure sums
         assert trained.share is not None
         assert trained.adapter is None, "a share hides nothing by itself"
-        return Masked(_party(site, request).upload(request.round, trained.share))
+        return _party(site, request).upload(request.round, trained.share)
     assert trained.adapter is not None
     after = trained.adapter.tensors
     return rounded_difference(after, sent.tensors) if dtype == "bfloat16" else after

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from dp_accounting import DpEvent
 
@@ -28,20 +29,6 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.spec import FedtuneError, RunError
 
 _LESS_NOISE = 0.97  # of the least noise that is accepted: so much less that the coarse grid leaves no doubt
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BrokenRule:
-    """A reason to refuse: what the run asks for, and what the site allows."""
-
-    rule: str
-    asked: str | None
-    allowed: str | None
-
-    @classmethod
-    def of(cls, refused: Refused) -> BrokenRule:
-        """The rule that a refusal names."""
-        return cls(rule=refused.reason.value, asked=refused.asked, allowed=refused.allowed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +55,7 @@ class Verdict:
     policy: str
     site: str
     lead: str
-    broken: tuple[BrokenRule, ...]
+    broken: tuple[Refused, ...]
     ledger: str
     taken: float | None
     would_be: float | None
@@ -78,12 +65,18 @@ class Verdict:
     least_noise: float | None
     note: str
     most_epsilon: float | None = None
-    limit: BrokenRule | None = None
+    limit: Refused | None = None
 
     @property
     def allowed(self) -> bool:
         """The site would accept the run as it is planned."""
         return not self.broken
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, with each broken rule by its name."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        limit = self.limit and self.limit.to_json()
+        return fields | {"broken": [one.to_json() for one in self.broken], "limit": limit, "allowed": self.allowed}
 
 
 def strictest_of(verdicts: Sequence[Verdict]) -> Verdict:
@@ -124,7 +117,7 @@ def ask(
         policy=str(path),
         site=policy.site,
         lead=proposal.lead,
-        broken=tuple(map(BrokenRule.of, broken)),
+        broken=tuple(broken),
         ledger="in doubt" if budget is None else "read" if files.ledger.is_file() else "new",
         taken=budget.epsilon(plan, Counter()) if budget else None,
         would_be=budget.epsilon(plan, events.grouped([plan.whole])) if budget else None,
@@ -167,7 +160,7 @@ class _Budget:
         most = self._policy.budget.max_epsilon_per_run
         return most is None or coarse_epsilon(proposal.plan) <= most
 
-    def most_epsilon(self, proposal: Proposal) -> tuple[float | None, BrokenRule | None]:
+    def most_epsilon(self, proposal: Proposal) -> tuple[float | None, Refused | None]:
         """Find the largest epsilon of a run like `proposal` that is accepted, and the rule that refuses a larger one.
 
         The result is rounded down to four digits, or to the three digits nearby that are accepted, too: a cap is mostly
@@ -192,8 +185,7 @@ class _Budget:
         needed = least_noise(proposal.plan, epsilon=even)
         found = even if needed is not None and self.accepts(at(needed)) else math.floor(most * scale) / scale
         less = at(_LESS_NOISE * least)
-        refused = next(chain(self._policy.broken_rules(less), self.refusals(less)), None)
-        return found, None if refused is None else BrokenRule.of(refused)
+        return found, next(chain(self._policy.broken_rules(less), self.refusals(less)), None)
 
     def epsilon(self, plan: Plan, asked: Counter[DpEvent]) -> float:
         """Epsilon of all that is taken and of what is `asked`, by the ledger's filter; of the plan's dearest cohort."""

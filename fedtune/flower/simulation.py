@@ -64,7 +64,7 @@ def simulate(
             site_keys=everyone.identities if everyone.plan.shared else {},
         ),
         average=Average(config.federation, config.declared_sizes()),
-        receipts=everyone.sites.receipts(),
+        receipts=everyone.sites.receipts,
         engine=_engine(config, folder, everyone, listener),
         ready=ready,
     ).to_its_end(listener)

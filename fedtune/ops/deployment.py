@@ -15,7 +15,7 @@ from flwr.app import Message
 
 from fedtune.config import RunConfig
 from fedtune.federation.invitation import ProposedRun, invite
-from fedtune.federation.lead import LeadState, ReceiptBook
+from fedtune.federation.lead import LeadState
 from fedtune.federation.protocol import EndOfRun, Invitation, Reply, RoundRequest
 from fedtune.federation.replies import Closing
 from fedtune.federation.run_folder import RunFolder
@@ -103,7 +103,7 @@ class LeadService:
                 shared=SharedModel(config, trains=False, records=records, progress=noted.preparing),
                 asked=asked,
                 average=Average(config.federation, config.declared_sizes()),
-                receipts=ReceiptBook(self.kit.folder / RECEIPTS),
+                receipts=self.kit.folder / RECEIPTS,
                 engine=over_sites,
                 gives_adapter=True,
             ).to_its_end(noted)

@@ -142,13 +142,7 @@ _ABOUT_ONE_REQUEST = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Masked:
-    """A site's upload to a secure sum, as bytes of that protocol (`fedtune.federation.secure.messages`)."""
-
-    data: bytes
-
-
+Masked = bytes  # a site's upload to a secure sum, as its protocol writes it (`fedtune.federation.secure.messages`)
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -378,6 +372,10 @@ class Refused(RefusedError):
         self.allowed = None if allowed is None else str(allowed)[:_MOST_TEXT]
         said = asked_and_allowed(self.asked, self.allowed)
         super().__init__(f"{reason}: {said}" if said else reason.value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: the rule, what was asked and what is allowed."""
+        return {"rule": self.reason.value, "asked": self.asked, "allowed": self.allowed}
 
 
 def asked_and_allowed(asked: str | None, allowed: str | None) -> str:

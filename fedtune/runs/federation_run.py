@@ -17,7 +17,7 @@ from fedtune.federation.aggregation import Aggregation
 from fedtune.federation.cost import Meter
 from fedtune.federation.invitation import Lead, ProposedRun
 from fedtune.federation.kept_round import kept_of
-from fedtune.federation.lead import Checkpoints, LeadState, ReceiptBook
+from fedtune.federation.lead import Checkpoints, LeadState, keep_receipts, read_receipts
 from fedtune.federation.planner import check_signal
 from fedtune.federation.rounds import run_rounds
 from fedtune.federation.run_folder import RunFolder
@@ -92,7 +92,7 @@ class FederationRun:
     shared: SharedModel  # the lead's model and data
     asked: ProposedRun  # who is asked about what
     average: Aggregation  # makes the next adapter of plain updates
-    receipts: ReceiptBook  # of the sites, kept over runs
+    receipts: Path  # file with the sites' newest receipts, kept over runs
     engine: Engine  # runs the rounds
     # reads and checks what only this runtime has, before anything is charged; returns what a person should know
     # of the sites' records, and the sites whose records are others than in the run's earlier rounds
@@ -124,13 +124,11 @@ class FederationRun:
             return time.monotonic() - began
 
         def finished(state: LeadState) -> None:
-            self.receipts.keep(state.receipts)
+            keep_receipts(self.receipts, state.receipts)
             listener.round_finished(state)
 
-        keys = self.asked.site_keys
-        earlier = {
-            site: own for site, own in self.receipts.read().items() if own.site_key == keys.get(site, own.site_key)
-        }
+        keys, known = self.asked.site_keys, read_receipts(self.receipts)
+        earlier = {site: own for site, own in known.items() if own.site_key == keys.get(site, own.site_key)}
         lead = Lead(
             **vars(self.asked),
             training=self.config.training,
@@ -152,7 +150,7 @@ class FederationRun:
             # What was charged is on record also for a run that ends early.
             self._write_result(self._checkpoints.load(), metrics={}, seconds=elapsed(), meter=meter)
             raise
-        self.receipts.keep(state.receipts)
+        keep_receipts(self.receipts, state.receipts)
         measured, model = self.shared.finally_measured(state.kept), self.shared.model
         metrics, detail = (measured.final_scores(model), measured.detail(model)) if measured else ({}, None)
         state.kept.load_into(model)

@@ -23,7 +23,6 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.config import RunConfig
-from fedtune.federation.lead import ReceiptBook
 from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder, locked
 from fedtune.federation.secure.at_site import Parties
@@ -112,9 +111,10 @@ class VirtualSites:
                 bound = f"must be {shown(before[key])}: the sites in {self.folder} were dealt their records so"
                 raise ConfigError(key, value, bound)
 
-    def receipts(self) -> ReceiptBook:
-        """The newest receipts of kept sites, which a new run of the same lead sends back."""
-        return ReceiptBook(self.folder / RECEIPTS)
+    @property
+    def receipts(self) -> Path:
+        """The file with the newest receipts of kept sites, which a new run of the same lead sends back."""
+        return self.folder / RECEIPTS
 
     def lead_key(self) -> SigningKey:
         """The simulated lead's key; every generated policy allows it."""

@@ -18,7 +18,7 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.cli.run import _start, compose_for_sites
 from fedtune.config import RunConfig, parse, saved_config
-from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.lead import keep_receipts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.ops.deployment import LeadService
@@ -233,13 +233,13 @@ def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
     message = command(*stop, "runs/trial").failed()
     assert "must be a run folder, or a run's whole name as a site's `fedtune ledger show` has it" in message
     ledger = Ledger(tmp_path / "ledger.db", site_policy("north"), SigningKey.load_or_make(tmp_path / "key.pem"))
-    book = ReceiptBook(kit.folder / "receipts.json")
-    book.keep({"north": ledger.receipt(whole)})
+    book = kit.folder / "receipts.json"
+    keep_receipts(book, {"north": ledger.receipt(whole)})
     try:
         assert command(*stop, "runs/trial").code == 0
         assert f"sites were last charged for {whole}" in command(*stop, "runs/other").failed()
     finally:
-        book.path.unlink()
+        book.unlink()
     assert [(run, federation.active) for run, federation in ended] == [(whole, ("north", "south", "west"))] * 2
 
 

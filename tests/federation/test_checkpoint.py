@@ -113,11 +113,11 @@ def test_a_damaged_checkpoint_is_no_configuration_mistake(checkpoints: Checkpoin
 
 def test_a_request_after_a_cut_line_keeps_the_journal_whole(checkpoints: Checkpoints, folder: Path) -> None:
     checkpoints.save(state(1))
-    (folder / "asked.jsonl").write_bytes(b'{"round": 2, "sites": ["a"]}\n{"round": 2, "si')
+    (folder / "asked.jsonl").write_bytes(b'[2, ["a"]]\n[2, ["b')
     assert checkpoints.load().unanswered == {"a": 1, "b": 1}, "what a crash cut short was never sent"
     checkpoints.ask(2, ["a", "b"])
     assert checkpoints.load().unanswered == {"a": 2, "b": 2}
-    for line in (b"not JSON\n", b'{"round": 2, "sites": 5}\n', b'{"round": 2.5, "sites": []}\n'):
+    for line in (b"not JSON\n", b"[2, 5]\n", b"[2.5, []]\n"):
         (folder / "asked.jsonl").write_bytes(line)
         with pytest.raises(RunError, match="damaged"):
             checkpoints.load()

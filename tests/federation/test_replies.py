@@ -18,7 +18,7 @@ from fedtune.federation.replies import BEYOND_PLAN, INVALID_UPDATE, LEFT_OUT, NO
 from fedtune.federation.rounding import MOST_ROUNDING, add_difference, rounded_difference
 from fedtune.federation.update_store import Arrived
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.release import Difference, Masked, Reason, Refusal, Update
+from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.spec import RunError
 from fedtune.training.reach import Reach
 
@@ -165,7 +165,7 @@ def test_an_update_in_another_form_than_the_run_s_is_dropped(adapter: Adapter, s
         "renamed": Difference({name.upper(): half for name, half in right.halves.items()}),
         "whole": adapter.tensors,
         "unasked": right,
-        "masked": Masked(b"0" * 20),
+        "masked": b"0" * 20,
     }[fault]
     found = sort(update_of(tensors=tensors), update_dtype="float32" if fault == "unasked" else "bfloat16")
     assert (found.sites, found.failures) == ((), {"a": INVALID_UPDATE})

@@ -20,7 +20,7 @@ from fedtune.federation.secure.messages import ConfirmRequest
 from fedtune.federation.secure.summation import Summation, Unreadable, session_of
 from fedtune.federation.site_round import Trained
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.release import Masked, Update
+from fedtune.privacy.release import Update
 
 from .test_secure_site import NAMES, VECTOR, Federation, SecureSite, federation_in
 
@@ -146,10 +146,10 @@ class Charges(RuleBasedStateMachine):
         body = self.federation.upload(site, release).body
         if not isinstance(body, Update):
             return None
-        assert isinstance(body.tensors, Masked)
+        assert isinstance(body.tensors, bytes)
         watched = self.federation.sites[site]
-        self.left[site].setdefault(body.tensors.data, watched.vectors[-1])
-        return body.tensors.data
+        self.left[site].setdefault(body.tensors, watched.vectors[-1])
+        return body.tensors
 
     def _some(self, chance: random.Random) -> tuple[str, ...]:
         return NAMES if chance.random() < 0.5 else tuple(site for site in NAMES if chance.random() < 0.7)

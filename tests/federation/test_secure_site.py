@@ -28,7 +28,7 @@ from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import canonical
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Masked, Reason, Refusal, Update
+from fedtune.privacy.release import Reason, Refusal, Update
 from fedtune.privacy.trust import Trust
 
 from ..builders import round_request, with_methods
@@ -139,8 +139,8 @@ class Federation:
 
 def masked(reply: Reply) -> bytes:
     assert isinstance(reply.body, Update), reply.body
-    assert isinstance(reply.body.tensors, Masked)
-    return reply.body.tensors.data
+    assert isinstance(reply.body.tensors, bytes)
+    return reply.body.tensors
 
 
 def wrong(reply: Reply) -> tuple[Reason, object]:

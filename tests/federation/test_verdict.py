@@ -54,14 +54,14 @@ def test_a_run_within_the_policy_is_accepted(ask: Ask, tmp_path: Path) -> None:
 
 def test_every_broken_rule_is_named(ask: Ask) -> None:
     said = ask(site_policy(), rank=9, sampling_rate=0.5, lead="0" * 64)
-    assert [(one.rule, one.asked, one.allowed) for one in said.broken[1:]] == [
+    assert [(one.reason, one.asked, one.allowed) for one in said.broken[1:]] == [
         ("max_rank", "9", "at most 4"),
         ("max_sampling_rate", "0.5", "at most 0.2"),
     ]
-    assert said.broken[0].rule == "leads"
+    assert said.broken[0].reason == "leads"
     assert (said.most_rounds, said.least_noise) == (0, None)
     said = ask(site_policy(), num_rounds=9)
-    assert [one.rule for one in said.broken] == ["max_rounds"]
+    assert [one.reason for one in said.broken] == ["max_rounds"]
     assert said.most_rounds == 3, "with the spare one, four"
     assert said.least_noise is None
 
@@ -73,7 +73,7 @@ def whole_epsilon(proposal: Proposal) -> float:
 def test_a_run_that_costs_too_much_is_told_what_would_fit(ask: Ask) -> None:
     cap = 0.9 * whole_epsilon(run_proposal())
     said = ask(site_policy(budget={"max_epsilon_per_run": cap}))
-    assert [one.rule for one in said.broken] == ["max_epsilon_per_run"]
+    assert [one.reason for one in said.broken] == ["max_epsilon_per_run"]
     assert 0 < said.most_rounds < 3
     for changes in ({"num_rounds": said.most_rounds}, {"noise_multiplier": said.least_noise}):
         assert whole_epsilon(run_proposal(**changes)) <= cap
@@ -99,14 +99,14 @@ def test_the_largest_epsilon_is_accepted_and_a_larger_one_is_not(
 ) -> None:
     site = site_policy(**policy)
     said = ask(site, noise_multiplier=planned, most=True)
-    assert (said.limit.rule, said.limit.allowed) == limit
+    assert (said.limit.reason, said.limit.allowed) == limit
     assert said.most_epsilon == 2.0 or limit[0] != "max_epsilon_per_run", "the cap itself"
     plan = run_proposal().plan
     for epsilon, accepted in ((said.most_epsilon, True), (1.01 * said.most_epsilon, False)):
         steps = plan.local_steps * plan.most_rounds
         noise = calibrate_noise(epsilon=epsilon, delta=plan.delta, sampling_rate=plan.sampling_rate, steps=steps)
         again = ask(site, noise_multiplier=noise)
-        assert (again.allowed, [one.rule for one in again.broken]) == (accepted, [] if accepted else [limit[0]])
+        assert (again.allowed, [one.reason for one in again.broken]) == (accepted, [] if accepted else [limit[0]])
 
 
 def test_the_largest_epsilon_is_unlimited_without_a_limit_and_missing_where_no_noise_helps(ask: Ask) -> None:
@@ -134,7 +134,7 @@ def test_the_verdict_is_what_the_ledger_then_does(ask: Ask, ledger_of: Any) -> N
     with pytest.raises(Refused) as raised:
         ledger.reserve(run_proposal(run="last"), round=1, request="f" * 64)
     refused = raised.value
-    assert [(one.rule, one.asked, one.allowed) for one in said.broken] == [
+    assert [(one.reason, one.asked, one.allowed) for one in said.broken] == [
         (refused.reason.value, refused.asked, refused.allowed)
     ]
 
@@ -145,7 +145,7 @@ def test_a_nearly_spent_budget_has_room_for_less(ask: Ask, ledger_of: Any) -> No
     tight = site_policy(budget={"max_epsilon": 1.001 * once})
     ledger_of(tight).reserve(run_proposal(run="earlier", num_rounds=1, spare_rounds=0), round=1, request="0" * 64)
     said = ask(tight, run="later")
-    assert [one.rule for one in said.broken] == ["max_epsilon"]
+    assert [one.reason for one in said.broken] == ["max_epsilon"]
     assert said.taken > 0
     offer = ledger_of(tight).offer(run_proposal(run="later"))
     assert (said.most_rounds, said.least_noise) == (offer.most_rounds, offer.least_noise)
@@ -170,7 +170,7 @@ def test_a_ledger_of_another_policy_is_in_doubt(
     assert why in said.note
     ledger.freeze("asked to")
     said = ask(site_policy())
-    assert [one.rule for one in said.broken] == ["frozen"]
+    assert [one.reason for one in said.broken] == ["frozen"]
     assert said.most_rounds == 0
 
 
@@ -178,7 +178,7 @@ def test_without_a_cap_any_number_of_runs_fits_and_without_noise_none(ask: Ask) 
     said = ask(site_policy(budget={"max_epsilon": float("inf")}))
     assert (said.allowed, said.runs_left) == (True, None)
     said = ask(site_policy(), noise_multiplier=0.0)
-    assert [one.rule for one in said.broken] == ["min_noise_multiplier", "max_epsilon"]
+    assert [one.reason for one in said.broken] == ["min_noise_multiplier", "max_epsilon"]
     assert said.runs_left == 0
     assert said.least_noise == pytest.approx(4.0, rel=1e-3)
 

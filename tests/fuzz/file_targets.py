@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import saved_config
 from fedtune.data.records import iter_records, usable_records
-from fedtune.federation.lead import Checkpoints, ReceiptBook
+from fedtune.federation.lead import Checkpoints, read_receipts
 from fedtune.model.manifest import manifest_of
 from fedtune.model.refusals import check_content
 from fedtune.ops.kits import provisioning
@@ -279,7 +279,7 @@ TARGETS = (
     Target("federation.toml", toml_like(lambda: _FEDERATION), _in_spec("federation.toml", FederationFile), _OURS),
     Target("kit.toml", toml_like(_kit_seed), _in_spec("kit.toml", KitFile), _OURS),
     _json("roster", _roster_seed, _in_file("roster.json", Roster.read)),
-    _json("receipts.json", _RECEIPTS, _in_file("receipts.json", lambda path: ReceiptBook(path).read())),
+    _json("receipts.json", _RECEIPTS, _in_file("receipts.json", read_receipts)),
     _json("a run that waits for approval", _pending_seed, _waiting),
     _json("answers.json", _ANSWERS, _in_file("answers.json", lambda path: latest_answers(path.parent))),
     _json("how records were dealt out", _DEALT_OUT, _in_file(DEALT, partial(read_dealt_out, keys=tuple(_DEALT_OUT)))),

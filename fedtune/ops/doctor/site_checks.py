@@ -16,7 +16,7 @@ from fedtune.data.formats import what_is
 from fedtune.data.records import iter_records
 from fedtune.data.values import SEVERAL_USERS
 from fedtune.federation import verdict
-from fedtune.federation.verdict import BrokenRule, Verdict
+from fedtune.federation.verdict import Verdict
 from fedtune.ops.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, warning
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
 from fedtune.ops.kits.kit_file import Kit
@@ -34,7 +34,7 @@ from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.release import Reason, asked_and_allowed
+from fedtune.privacy.release import Reason, Refused, asked_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
@@ -349,10 +349,10 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
     broken, asked = list(said.broken), sizes.get(policy.site)
     own = {declared.id: declared.declared_size for declared in policy.dataset}.get(proposal.dataset)
     if own is not None and asked is not None and own != asked:  # a run that takes the site for another size is refused
-        broken.append(BrokenRule(rule=Reason.DECLARED_SIZE.value, asked=str(asked), allowed=str(own)))
+        broken.append(Refused(Reason.DECLARED_SIZE, asked=asked, allowed=own))
     name = "run"
     if broken:
-        values = [(one.rule, asked_and_allowed(one.asked, one.allowed)) for one in broken]
+        values = [(one.reason, asked_and_allowed(one.asked, one.allowed)) for one in broken]
         rules = "; ".join(f"{rule} ({of_both})" if of_both else rule for rule, of_both in values)
         # Of a key or a hash the beginning.
         rules = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", rules)

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.federation.lead import ReceiptBook
+from fedtune.federation.lead import read_receipts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.ops.kits.certificates import fingerprint_of
@@ -71,7 +71,7 @@ def run_named(kit: Kit, name: str) -> str:
     """
     if re.fullmatch(r".+-[0-9a-f]{32}", name):
         return name
-    known = sorted({receipt.run for receipt in ReceiptBook(kit.folder / RECEIPTS).read().values()})
+    known = sorted({receipt.run for receipt in read_receipts(kit.folder / RECEIPTS).values()})
     found = [run for run in known if run.rpartition("-")[0] == Path(name).name]
     if len(found) != 1:
         newest = f"; sites were last charged for {', '.join(known)}" if known else ""
