@@ -24,7 +24,7 @@ T = TypeVar("T")
 LEDGER_SCHEMA: Final = 3  # ledger.db and its anchor
 REPORT_SCHEMA: Final = 5  # report.json
 RUN_SCHEMA: Final = 3  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
-KIT_SCHEMA: Final = 2  # kit.toml, roster.json, join requests, and the lead's own files beside them
+KIT_SCHEMA: Final = 3  # kit.toml, roster.json, join requests, and the lead's own files beside them
 WIRE_SCHEMA: Final = 5  # what lead and sites say to each other
 
 

@@ -80,9 +80,9 @@ def add_site(
     Run this while you telephone with the site. It shows whose keys to compare and asks whether they are the same; until
     you say so nothing is changed. Then it says which file to send to whom.
     """
-    asked = provisioning.ask_to_add(federation, request=request, days=days, now=datetime.now(UTC))
-    _require_compared(federation, asked.request, already=compared)
-    done = asked.let_in()
+    asked, let_in = provisioning.ask_to_add(federation, request=request, days=days, now=datetime.now(UTC))
+    _require_compared(federation, asked, already=compared)
+    done = let_in()
     say(f"Site {done.member.site} is in the federation.", style="bold")
     _show_admitted(federation, done)
 
@@ -111,11 +111,11 @@ def renew_site(
             raise ConfigError("--new-site-key", NOT_GIVEN, "needs the REQUEST that names the new site key")
         done = provisioning.renew_site(federation, name, days=days, now=now)
     else:
-        asked = provisioning.ask_to_renew(
+        asked, let_in = provisioning.ask_to_renew(
             federation, name, request=request, days=days, new_site_key=new_site_key, now=now
         )
-        _require_compared(federation, asked.request, already=compared)
-        done = asked.let_in()
+        _require_compared(federation, asked, already=compared)
+        done = let_in()
     say(f"Site {done.member.site} is renewed. Nothing changes at the others.", style="bold")
     for change in done.changes:
         say(printable(change, _MOST_TEXT))
@@ -152,7 +152,7 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
     made, now = FederationFolder.open(federation), datetime.now(UTC)
     rows = []
     for member in made.roster.sites:
-        datasets = "\n".join(f"{name} ({size:,})" for name, size in member.sizes.items())
+        datasets = "\n".join(f"{name} ({size:,})" for name, size in member.datasets.items())
         state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
         rows.append((member.site, state, _until(Certificate.of(member.issued), now), datasets))
     sites = Section(
@@ -205,8 +205,8 @@ def _copy_the_roster(folder: Path) -> str:
 def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> None:
     """Show the keys of both sides, and have a person say that the site has the same, unless that was said `already`."""
     made = FederationFolder.open(folder)
-    for one in request.datasets:
-        say(f"Data set {one.id}: declared size {one.declared_size:,}.")
+    for name, declared_size in request.datasets.items():
+        say(f"Data set {name}: declared size {declared_size:,}.")
     _compare(
         "Telephone, at a number that you know from elsewhere, and let the site read out these. If one differs, "
         "somebody else made the request.",
@@ -288,7 +288,7 @@ def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
                 "certificate": _certificate_json(Certificate.of(member.issued), now),
                 "connection_key_sha256": fingerprint_of(member.node_key),
                 "site_key": member.site_key,
-                "datasets": [{"id": name, "declared_size": size} for name, size in member.sizes.items()],
+                "datasets": [{"id": name, "declared_size": size} for name, size in member.datasets.items()],
             }
             for member in made.roster.sites
         ],

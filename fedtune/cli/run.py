@@ -159,10 +159,10 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
     # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
     dataset = compose_run([*given, "data.declared_sizes=2"]).data.dataset
     for member in chosen:
-        if dataset not in member.sizes:
-            bound = f"is no data set of {member.site}, which declared {', '.join(member.sizes)}"
+        if dataset not in member.datasets:
+            bound = f"is no data set of {member.site}, which declared {', '.join(member.datasets)}"
             raise ConfigError("data.dataset", dataset, bound)
-    sizes = ",".join(str(member.sizes[dataset]) for member in chosen)
+    sizes = ",".join(str(member.datasets[dataset]) for member in chosen)
     return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
 
 

@@ -95,39 +95,31 @@ def copy_database(source: Path, target: Path) -> None:
         raise ConfigError("database", str(source), f"cannot be copied ({error})") from None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backup:
-    """A backup whose files are all there, as they were."""
+def _put(name: str, archive: zipfile.ZipFile, target: Path) -> None:
+    """Write one file of a backup where there is none, whole or not at all.
 
-    made: str  # when, in UTC
-    names: tuple[str, ...]  # of its files
-    archive: zipfile.ZipFile
-
-    def put(self, name: str, target: Path) -> None:
-        """Write one file where there is none, whole or not at all.
-
-        Raises:
-            ConfigError: it cannot be written.
-        """
-        if os.path.lexists(target):
-            return
-        with writing(target, key="restore"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, building = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-            try:
-                with os.fdopen(descriptor, "wb") as file, self.archive.open(name) as entry:
-                    _copied(entry, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.link(building, target)
-            finally:
-                os.unlink(building)
-            fsync_folder(target.parent)
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if os.path.lexists(target):
+        return
+    with writing(target, key="restore"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, building = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file, archive.open(name) as entry:
+                _copied(entry, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(building, target)
+        finally:
+            os.unlink(building)
+        fsync_folder(target.parent)
 
 
 @contextmanager
-def opened_backup(source: Path, *, kind: Kind) -> Iterator[Backup]:
-    """A backup to put back from.
+def opened_backup(source: Path, *, kind: Kind) -> Iterator[tuple[zipfile.ZipFile, list[str]]]:
+    """Open a backup whose files are all there, as they were; gives the archive and the names of its files.
 
     Raises:
         ConfigError: the file is none, is another's, or was damaged.
@@ -140,7 +132,7 @@ def opened_backup(source: Path, *, kind: Kind) -> Iterator[Backup]:
         try:
             about = json.loads(archive.read(_LIST))
             hashes = {str(name): str(sha256) for name, sha256 in about["sha256"].items()}
-            whose, made = str(about["kind"]), str(about["made"])
+            whose = str(about["kind"])
             if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in hashes):
                 raise ValueError("a name leads out of the folder")
             for name, sha256 in hashes.items():
@@ -151,7 +143,7 @@ def opened_backup(source: Path, *, kind: Kind) -> Iterator[Backup]:
             raise ConfigError("FILE", str(source), f"must be a whole backup that fedtune wrote ({error})") from error
         if whose != kind:
             raise ConfigError("FILE", str(source), f"must be the backup of a {kind}, and is a {whose}'s")
-        yield Backup(made=made, names=tuple(hashes), archive=archive)
+        yield archive, list(hashes)
 
 
 def tree(folder: Path, *, under: str) -> dict[str, Path]:
@@ -249,23 +241,23 @@ def put_back_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | No
         ConfigError: the backup, the policy, an anchor or the site's key is missing or wrong, or the site runs.
         RunError: the backup's ledger cannot be trusted, or another one is in its place.
     """
-    with opened_backup(source, kind="site") as backup:
-        backup.put("site.toml", site_toml)
+    with opened_backup(source, kind="site") as (archive, names):
+        _put("site.toml", archive, site_toml)
         files = SiteFiles.of(site_toml)
         with serving(files.ledger):
-            made_up = _put_ledger(backup, files, anchor)
+            made_up = _put_ledger(archive, files, anchor)
         if kit.is_dir():  # `fedtune site init` makes it, and takes no folder that is there
-            for name in backup.names:
+            for name in names:
                 if name in _STATE or name.startswith("adapters/"):
-                    backup.put(name, kit / name)
+                    _put(name, archive, kit / name)
     return files, made_up
 
 
-def _put_ledger(backup: Backup, files: SiteFiles, anchor: Path | None) -> MadeUp | None:
+def _put_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | None) -> MadeUp | None:
     key = SigningKey.load(files.site_key)
     with tempfile.TemporaryDirectory(prefix=".restore.", dir=files.ledger.parent) as folder:
         copy = Path(folder) / "ledger.db"
-        backup.put("ledger.db", copy)
+        _put("ledger.db", archive, copy)
         inside = verify(copy, site_key=key.public)
         if files.ledger.exists():
             try:
@@ -315,12 +307,12 @@ def put_back_server(source: Path, *, data: Path) -> None:
     Raises:
         ConfigError: there is one already, or `source` is no server's backup.
     """
-    with opened_backup(source, kind="server") as backup:
+    with opened_backup(source, kind="server") as (archive, names):
         for part in (DATABASE, f"{DATABASE}-wal"):
             if (data / part).exists():
                 raise ConfigError("--data", str(data / part), "exists already: stop the server, and move it away")
-        for name in backup.names:
-            backup.put(name, data / name)
+        for name in names:
+            _put(name, archive, data / name)
 
 
 def back_up_federation(target: Path, *, federation: Path) -> None:
@@ -339,6 +331,6 @@ def put_back_federation(source: Path, *, out: Path) -> None:
     Raises:
         ConfigError: `out` exists, or `source` is no lead's backup.
     """
-    with opened_backup(source, kind="lead") as backup, new_folder(out, key="--out") as folder:
-        for name in backup.names:
-            backup.put(name, folder / Path(name).relative_to("federation"))
+    with opened_backup(source, kind="lead") as (archive, names), new_folder(out, key="--out") as folder:
+        for name in names:
+            _put(name, archive, folder / Path(name).relative_to("federation"))

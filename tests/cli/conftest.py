@@ -119,7 +119,7 @@ def joined(tmp_path: Path) -> Callable[..., Here]:
         here.folder.mkdir()
         write_policy(site_policy(name, approval="manual"), here.site_toml)
         request = site_init(here.site_toml, out=None) / REQUEST
-        archive = provisioning.ask_to_add(federation, request=request, days=None, now=begun).let_in().archive
+        archive = provisioning.ask_to_add(federation, request=request, days=None, now=begun)[1]().archive
         with zipfile.ZipFile(archive) as kit:
             kit.extractall(request.parent)
         return here

@@ -52,7 +52,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
         datasets = (*others, Dataset(id="banking77", declared_size=size))
         write_policy(site_policy(name, dataset=datasets), folder / name / "site.toml")
         request = site_init(folder / name / "site.toml", out=None) / REQUEST
-        provisioning.ask_to_add(folder / "banks", request=request, days=None, now=now).let_in()
+        provisioning.ask_to_add(folder / "banks", request=request, days=None, now=now)[1]()
     provisioning.revoke_site(folder / "banks", "gone", now=now)
     return Kit.read(folder / "banks" / "lead", kind="lead")
 

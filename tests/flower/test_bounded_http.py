@@ -16,7 +16,7 @@ import pytest
 from flwr.proto.fleet_pb2 import ActivateNodeResponse
 
 import fedtune.ops.wire.bounded_http as bounded_http
-from fedtune.ops.wire.bounded_http import OutOfBounds, _Bound, bounded
+from fedtune.ops.wire.bounded_http import OutOfBounds, bounded
 from fedtune.ops.wire.fleet import Fleet, Foreign, Unreachable, hello
 from fedtune.ops.wire.identity import Tls, refusal
 from fedtune.ops.wire.lead_session import LeadSession
@@ -79,8 +79,8 @@ def client(tls: Tls) -> Iterator[httpx.Client]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Seconds in place of minutes, and few of them for a whole test."""
     began = time.monotonic()
-    monkeypatch.setattr(bounded_http, "_OTHER", _Bound(bounded_http._OTHER.most_bytes, 0.5))
-    monkeypatch.setattr(bounded_http, "_OBJECT", _Bound(bounded_http._OBJECT.most_bytes, 0.5))
+    monkeypatch.setattr(bounded_http, "_OTHER", (bounded_http._OTHER[0], 0.5))
+    monkeypatch.setattr(bounded_http, "_OBJECT", (bounded_http._OBJECT[0], 0.5))
     yield
     assert time.monotonic() - began < 5
 

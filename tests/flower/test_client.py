@@ -4,7 +4,7 @@ import base64
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import Mock
 
 import numpy as np
@@ -18,7 +18,7 @@ from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.flower.internals import identify
 from fedtune.model.adapter import Adapter
-from fedtune.ops.wire.fleet import Exchange, SiteApp
+from fedtune.ops.wire.fleet import Fleet, SiteApp
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -67,6 +67,14 @@ def request_(adapter: Adapter) -> RecordDict:
     return flower_records.from_question(question, flower_records.from_adapter(adapter))
 
 
+class Exchange(NamedTuple):
+    """A message, its reply, and the answer in that."""
+
+    message: Message
+    reply: Message
+    answered: Any
+
+
 def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exchange:
     message = Message(RecordDict(), 5, kind)
     if isinstance(content, Error):
@@ -74,9 +82,8 @@ def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exc
     else:
         message.content = content
     message.metadata.__dict__["_message_id"] = "m-1"
-    exchange = Exchange(message)
-    app.answer(exchange)
-    return exchange
+    reply = app.answer(message)
+    return Exchange(message, reply, SiteApp.answer_in(reply))
 
 
 def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
@@ -89,10 +96,9 @@ def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
         ((_, _, stored),) = store.stored_replies(file)
     assert array.data == stored == body.to_bytes()
     np.testing.assert_array_equal(body.tensors["head"], adapter.tensors["head"] + 1)
-    assert exchange.kind == "train"
     assert isinstance(exchange.answered, Update)
     assert (exchange.answered.run, exchange.answered.round) == ("r", 1)
-    assert RoundRequest.of(exchange.request).round == 1
+    assert RoundRequest.of(flower_records.to_signed(exchange.message.content)).round == 1
     about = exchange.reply.metadata
     assert (about.reply_to_message_id, about.src_node_id, about.dst_node_id, about.run_id) == ("m-1", 5, 0, 7)
     assert asked(app, request_).reply.content.object_id == exchange.reply.content.object_id, "the same bytes"
@@ -197,8 +203,8 @@ def test_an_introduction_is_no_answer_to_a_round_and_void_when_its_time_is_up(ap
     assert exchange.reply.content.config_records[flower_records.SITE]["name"] == "a"
     about = exchange.message.metadata
     about.created_at, about.ttl = 1000.0, 60.0
-    assert not exchange.is_void(1060.0)
-    assert exchange.is_void(1060.5)
+    assert not Fleet.is_void(exchange.message, now=1060.0)
+    assert Fleet.is_void(exchange.message, now=1060.5)
 
 
 CANARY = "patient-4711-has-hepatitis"

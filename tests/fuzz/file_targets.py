@@ -218,7 +218,7 @@ def _roster_seed() -> Any:
     if not home.exists():
         (seeds.folder() / "federation.toml").write_text(_FEDERATION)
         provisioning.init(seeds.folder() / "federation.toml", out=home, now=now)
-        provisioning.ask_to_add(home, request=join_request(), days=None, now=now).let_in()
+        provisioning.ask_to_add(home, request=join_request(), days=None, now=now)[1]()
     return json.loads((home / "server" / "roster.json").read_bytes())
 
 

@@ -86,7 +86,7 @@ class Desk:
         return request.parent
 
     def add(self, request: Path, *, days: int | None = None) -> Admitted:
-        return provisioning.ask_to_add(self.folder, request=request, days=days, now=self.now).let_in()
+        return provisioning.ask_to_add(self.folder, request=request, days=days, now=self.now)[1]()
 
     def renew(self, name: str, request: Path | None = None, *, new_site_key: bool = False, later: int = 0) -> Admitted:
         """Renew a site so many days `later`."""
@@ -95,7 +95,7 @@ class Desk:
             return provisioning.renew_site(self.folder, name, days=None, now=now)
         return provisioning.ask_to_renew(
             self.folder, name, request=request, days=None, new_site_key=new_site_key, now=now
-        ).let_in()
+        )[1]()
 
     def revoke(self, name: str) -> Member:
         return provisioning.revoke_site(self.folder, name, now=self.now)

@@ -198,7 +198,7 @@ def whole(tmp_path_factory: Any, mailbox: Mailbox, site_policy: Any, run_proposa
     site.change_data(path="records.csv", columns=columns)
     site.write_records()
     request = site_init(site.site_toml, out=site.kit) / REQUEST
-    admitted = provisioning.ask_to_add(federation, request=request, days=None, now=now).let_in()
+    admitted = provisioning.ask_to_add(federation, request=request, days=None, now=now)[1]()
     unpack(admitted.archive, site.kit)
     install_model(model, Kit.read(site.kit, kind="site"))
     return site

@@ -155,7 +155,7 @@ def test_a_server_that_refuses_our_certificate(world: World) -> None:
 
 
 def test_a_server_that_dribbles_is_left(world: World) -> None:
-    world.patch.setattr(bounded_http, "_OTHER", bounded_http._Bound(1000, 0.5))
+    world.patch.setattr(bounded_http, "_OTHER", (1000, 0.5))
 
     def dribble(to: ssl.SSLSocket, path: str) -> None:
         while True:

@@ -131,7 +131,7 @@ def test_a_wrong_roster_is_refused(federation: Path, joined: Any) -> None:
         (_swap("certificate", "none"), "certificate = 'north': must be one in PEM form"),
         (_swap("site_key", "00" * 32), "site_key = .*must be a public key"),
         (_swap("revoked", "yesterday"), "revoked = 'yesterday': must be a time"),
-        (_swap("datasets", [{"id": "a", "declared_size": 10**400}]), "declared_size = 1000.*: must be"),
+        (_swap("datasets", {"a": 10**400}), "datasets.a = 1000.*: must be"),
     ):
         fields = json.loads(right)
         change(fields)

@@ -22,7 +22,7 @@ from fedtune.ops.services.lead_and_server import KitRoster
 from fedtune.ops.services.lead_and_server import members as members_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
-from fedtune.spec import ConfigError
+from fedtune.spec import KIT_SCHEMA, ConfigError
 
 from ..conftest import fail_where, files_in
 from .conftest import Desk, Killed, killed_at, unchanged, unpack
@@ -77,7 +77,7 @@ def test_a_new_request_changes_connection_key_and_declared_sizes(desk: Desk) -> 
     request = desk.request("north", kit="new", declared_size=250)
     done = desk.renew("north", request)
     assert desk.member("north").node_key == JoinRequest.read(request).node_key != old.node_key
-    assert desk.member("north").sizes == {"patients": 250}
+    assert desk.member("north").datasets == {"patients": 250}
     assert desk.member("north").site_key == old.site_key
     assert done.changes == (
         "It has a new connection key; the old one can never be used again.",
@@ -218,9 +218,10 @@ def test_sites_added_at_once_are_all_in(desk: Desk) -> None:
 def test_a_change_or_retired_keys_that_cannot_be_read_stop_admission(desk: Desk) -> None:
     request, before = desk.request("north"), whole(desk.folder)
     for name, text in (
-        *((CHANGE, '{"version": 2, "files": {"lead/roster.json": "x"}}'), (CHANGE, '{"version": 3, "files": {}}')),
-        *((CHANGE, "nothing"), ("retired_keys.json", "nothing"), ("retired_keys.json", '{"version": 2}')),
-        ("retired_keys.json", '{"version": 2, "fingerprints": [1]}'),
+        (CHANGE, json.dumps({"version": KIT_SCHEMA, "files": {"lead/roster.json": "x"}})),
+        *((CHANGE, '{"version": 1, "files": {}}'), (CHANGE, "nothing"), ("retired_keys.json", "nothing")),
+        ("retired_keys.json", json.dumps({"version": KIT_SCHEMA})),
+        ("retired_keys.json", json.dumps({"version": KIT_SCHEMA, "fingerprints": [1]})),
     ):
         (desk.folder / name).write_text(text)
         with pytest.raises(ConfigError, match=name.replace(".", r"\.")):

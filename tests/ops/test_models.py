@@ -20,7 +20,7 @@ from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.ops.kits import models
 from fedtune.ops.kits.kit_file import Kit, KitModel
-from fedtune.ops.kits.models import install_model, installed_model, licence_files, verify_model
+from fedtune.ops.kits.models import install_model, installed_model, licence_files, model_place, verify_model
 from fedtune.spec import KIT_SCHEMA, ConfigError, RunError
 
 
@@ -83,18 +83,23 @@ def refused(path: Path, kit: Kit, *, because: str) -> ConfigError:
     return caught.value
 
 
+def placed(path: Path, kit: Kit) -> Path:
+    """The folder of a model that is installed from `path`."""
+    return model_place(kit.folder, install_model(path, kit)[0].sha256)
+
+
 def test_a_folder_is_copied_by_the_hash_that_a_run_checks(folder: Path, kit: Any) -> None:
     digest = pin(folder)
     site = kit("0" * 64, digest)
     left = site.folder / "models" / f".{digest}.partial"  # by a crash, and cleared away
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half of it")
-    installed = install_model(folder, site)
-    assert installed.new
-    assert installed.model.name == "m2"
-    assert installed.folder == site.folder / "models" / digest == installed_model(site.folder, digest)
-    assert names(installed.folder) == WANTED, "what the hash does not cover, and code, stays outside"
-    assert model_sha256(ModelSpec(path=str(installed.folder), sha256=digest)) == digest
+    model, is_new = install_model(folder, site)
+    assert (model.name, is_new) == ("m2", True)
+    installed = installed_model(site.folder, digest)
+    assert installed == site.folder / "models" / digest
+    assert names(installed) == WANTED, "what the hash does not cover, and code, stays outside"
+    assert model_sha256(ModelSpec(path=str(installed), sha256=digest)) == digest
     assert licence_files(site.folder, digest) == ["LICENSE"]
     verify_model(site.folder, digest)
     assert names(site.folder / "models") == {digest}
@@ -108,7 +113,7 @@ def test_shards_are_copied_with_their_index(folder: Path, kit: Any) -> None:
     index = {"weight_map": {f"w{number}": name for number, name in enumerate(shards)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     digest = pin(folder)
-    installed = install_model(folder, kit(digest)).folder
+    installed = placed(folder, kit(digest))
     assert names(installed) == (WANTED - {"model.safetensors"}) | {*shards, "model.safetensors.index.json"}
     (installed / shards[1]).unlink()
     with pytest.raises(ConfigError, match=f"must hold {shards[1]}"):
@@ -123,13 +128,13 @@ def test_a_gguf_file_is_copied_under_its_name_with_its_papers_and_a_folder_has_o
     for name in ("LICENSE.txt", "patients.json", "letters.txt", "old.bin"):
         (downloads / name).write_text("x")
     site = kit(sha256(file))
-    installed = install_model(file, site).folder
+    installed = placed(file, site)
     assert names(installed) == {"Small-Q4_1.gguf", "LICENSE.txt"}
     assert model_sha256(ModelSpec(path=str(installed), gguf_file=file.name)) == sha256(file)
     verify_model(site.folder, sha256(file))
     (folder := tmp_path / "small").mkdir()
     (folder / "a.gguf").write_bytes(b"GGUF a")
-    assert names(install_model(folder, kit(sha256(folder / "a.gguf"))).folder) == {"a.gguf"}
+    assert names(placed(folder, kit(sha256(folder / "a.gguf")))) == {"a.gguf"}
     (folder / "b.gguf").write_bytes(b"GGUF b")
     with pytest.raises(ConfigError, match="exactly one GGUF file; it holds 2"):
         install_model(folder, kit("0" * 64))
@@ -144,8 +149,8 @@ def test_a_model_in_a_python_package(tmp_path: Path, folder: Path, kit: Any, mon
     monkeypatch.syspath_prepend(str(package.parent))
     first, second = pin(folder), sha256(package / "tiny.gguf")
     site = kit(first, second)
-    assert names(install_model(Path("package:some_weights/model"), site).folder) == WANTED
-    assert names(install_model(Path("package:some_weights/tiny.gguf"), site).folder) == {"tiny.gguf"}
+    assert names(placed(Path("package:some_weights/model"), site)) == WANTED
+    assert names(placed(Path("package:some_weights/tiny.gguf"), site)) == {"tiny.gguf"}
     for wrong, because in (
         ("package:not_there/model", "not installed"),
         ("package:some_weights/nothing", "must be a folder"),
@@ -174,7 +179,7 @@ def test_unnamed_models_pickles_and_links_out_of_the_folder_are_refused(tmp_path
 
 def test_what_is_no_file_is_left_alone(folder: Path, kit: Any) -> None:
     os.mkfifo(folder / "pipe.json")  # reading it would wait for ever
-    assert names(install_model(folder, kit(pin(folder))).folder) == WANTED
+    assert names(placed(folder, kit(pin(folder)))) == WANTED
 
 
 def test_what_is_no_model(tmp_path: Path, kit: Any) -> None:
@@ -193,13 +198,13 @@ def test_a_model_that_is_not_installed_is_missed_with_what_to_do(kit: Any) -> No
 def test_a_changed_byte_is_found_and_a_new_import_mends_it(folder: Path, kit: Any) -> None:
     digest = pin(folder)
     site = kit(digest)
-    weights = install_model(folder, site).folder / "model.safetensors"
+    weights = placed(folder, site) / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(bytes(data))
     with pytest.raises(ConfigError, match=pin(weights.parent)):
         verify_model(site.folder, digest)
-    assert install_model(folder, site).new
+    assert install_model(folder, site)[1]
     verify_model(site.folder, digest)
     assert names(site.folder / "models") == {digest}
 
@@ -233,10 +238,10 @@ def test_a_disk_without_room_leaves_nothing(folder: Path, kit: Any, monkeypatch:
             with pytest.raises(RunError, match=said):
                 install_model(folder, site)
         assert names(site.folder / "models") == set()
-    assert install_model(folder, site).new
+    assert install_model(folder, site)[1]
 
 
 def test_two_imports_at_once_install_one_model(folder: Path, kit: Any) -> None:
     site = kit(pin(folder))
     with ThreadPoolExecutor(6) as pool:
-        assert sorted(pool.map(lambda _: install_model(folder, site).new, range(6))) == [False] * 5 + [True]
+        assert sorted(pool.map(lambda _: install_model(folder, site)[1], range(6))) == [False] * 5 + [True]

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from flwr.app import Message, RecordDict
@@ -25,7 +26,7 @@ import fedtune.ops.wire.bounded_http as bounded_http
 from fedtune.ops.health import Health
 from fedtune.ops.services.site_service import _Loop, _until_stopped
 from fedtune.ops.services.site_state import MOST_WAITING, SiteState, serving
-from fedtune.ops.wire.fleet import Exchange, Fleet, SiteApp
+from fedtune.ops.wire.fleet import Fleet, SiteApp
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 from tests.flower.certificates import LOOPBACK, Authority
@@ -65,7 +66,7 @@ def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None
 
 
 def test_a_dribbling_server_makes_a_site_disconnected(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
-    monkeypatch.setattr(bounded_http, "_OTHER", bounded_http._Bound(1000, 0.5))
+    monkeypatch.setattr(bounded_http, "_OTHER", (1000, 0.5))
     authority = Authority(tmp_path / "ca")
 
     def dribble(to: ssl.SSLSocket, path: str) -> None:
@@ -94,8 +95,8 @@ def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caplog: Any,
     # The server is away, and when it comes back it would not take the site: the answer waits for a new certificate.
     health = Told(stop := threading.Event(), "expired")
     loop = loop_of(None, tmp_path, stop, health=health, ends=ended)
-    monkeypatch.setattr(Exchange, "is_void", lambda *_: False)
-    loop._send(Exchange(None))  # type: ignore[arg-type]
+    monkeypatch.setattr(Fleet, "is_void", lambda *_, **__: False)
+    loop._send(Mock(), Mock())
     assert health.states == ["expired"]
     assert "this site's own certificate ended at" in caplog.text
 
@@ -111,15 +112,15 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path, monkeypatch
     """The signal comes while the site trains."""
     done, stop = list[str](), threading.Event()
 
-    def answer(exchange: Any) -> None:
+    def answer(message: Any) -> object:
         stop.set()
-        exchange._reply = object()
         done.append("answered")
+        return object()
 
-    for name, value in (("kind", "train"), ("answered", None), ("is_void", lambda *_: False)):
-        monkeypatch.setattr(Exchange, name, value)  # a message without Flower's envelope
+    monkeypatch.setattr(SiteApp, "answer_in", lambda reply: None)
+    monkeypatch.setattr(Fleet, "is_void", lambda *_, **__: False)
     monkeypatch.setattr(site_service, "_FETCHED_S", 0.0)
-    calls = {"activate": lambda: done.append("came"), "receive": object, "reply": lambda reply: done.append("sent")}
+    calls = {"activate": lambda: done.append("came"), "receive": Mock, "reply": lambda reply: done.append("sent")}
     loop_of(SimpleNamespace(**calls), tmp_path, stop, app=SimpleNamespace(answer=answer)).run()
     assert done == ["came", "answered", "sent"]
 

@@ -128,9 +128,9 @@ def _installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Check:
 
 def imported(model: Path, kit: Kit) -> Check:
     """A base model that is installed first, as `install_model` takes it."""
-    installed = install_model(model, kit)
-    state = "is installed now" if installed.new else "was installed before, and is unchanged"
-    return ok("import", f"{installed.model.name} {state}, in {installed.folder}")
+    installed, is_new = install_model(model, kit)
+    state = "is installed now" if is_new else "was installed before, and is unchanged"
+    return ok("import", f"{installed.name} {state}, in {model_place(kit.folder, installed.sha256)}")
 
 
 def largest_model_bytes(kit: Kit, policy: Policy) -> int | None:

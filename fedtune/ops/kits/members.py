@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,32 +45,20 @@ _MOST_UNITS = 1 << 53  # what a float still counts exactly
 
 
 @spec
-class DataSet:
-    """A data set, as a site declares it in its request and as the roster keeps it."""
-
-    id: str
-    declared_size: int
-
-    def __post_init__(self) -> None:
-        check_name("id", self.id)
-        if not 1 <= self.declared_size < _MOST_UNITS:
-            raise ConfigError("declared_size", self.declared_size, "must be from 1 to fewer than 2^53")
-
-
-@spec
 class Member:
     """A site of the federation, as the server and the lead know it, and as roster.json keeps it.
 
     Attributes:
         certificate: in PEM form; made out to the site, for the EC P-384 key of its connection.
         site_key: public key of its ledger, 64 hex digits.
+        datasets: the declared size of each data set, by its id.
         revoked: when it was shut out, in ISO form; None: it takes part.
     """
 
     site: str
     certificate: str
     site_key: str
-    datasets: tuple[DataSet, ...]
+    datasets: Mapping[str, int]
     revoked: str | None
 
     def __post_init__(self) -> None:
@@ -99,11 +87,6 @@ class Member:
     def node_key(self) -> bytes:
         """Public key of its connection (EC P-384): SubjectPublicKeyInfo in PEM form, as Flower registers nodes."""
         return public_pem(self.issued)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The declared size of each data set."""
-        return {one.id: one.declared_size for one in self.datasets}
 
 
 @spec
@@ -178,12 +161,13 @@ def _in_file(path: Path, of: Callable[[bytes], _T], *, key: str, most: int = -1)
         return of(data)
 
 
-def _check_datasets(datasets: Collection[DataSet]) -> None:
-    names = [one.id for one in datasets]
-    if not names:
-        raise ConfigError("datasets", [], "must declare at least one data set")
-    if len(set(names)) < len(names):
-        raise ConfigError("datasets.id", names, "must not repeat")
+def _check_datasets(datasets: Mapping[str, int]) -> None:
+    if not datasets:
+        raise ConfigError("datasets", {}, "must declare at least one data set")
+    for name, declared_size in datasets.items():
+        check_name("datasets", name)
+        if not 1 <= declared_size < _MOST_UNITS:
+            raise ConfigError(f"datasets.{name}", declared_size, "must be from 1 to fewer than 2^53")
 
 
 @spec
@@ -195,6 +179,7 @@ class JoinRequest:
     Attributes:
         csr: a certificate signing request for its connection key, EC P-384, which it proves to hold; in PEM form.
         site_key: public key of its ledger, 64 hex digits.
+        datasets: the declared size of each data set, by its id.
         signature: the site key's, over the rest.
     """
 
@@ -202,7 +187,7 @@ class JoinRequest:
     site: str
     csr: str
     site_key: str
-    datasets: tuple[DataSet, ...]
+    datasets: Mapping[str, int]
     signature: str = ""
 
     def __post_init__(self) -> None:
@@ -289,7 +274,7 @@ def site_init(site_toml: Path, *, out: Path | None) -> Path:
 def next_steps(folder: Path) -> str:
     """The site's next steps after `site_init`, to be printed."""
     request = JoinRequest.read(folder / REQUEST)
-    declared = ", ".join(f"{one.id} ({one.declared_size:,} declared)" for one in request.datasets)
+    declared = ", ".join(f"{name} ({size:,} declared)" for name, size in request.datasets.items())
     return f"""\
 Site {request.site}: data sets {declared}.
 
@@ -324,7 +309,7 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
         "site": policy.site,
         "csr": csr.public_bytes(serialization.Encoding.PEM).decode(),
         "site_key": site_key.public,
-        "datasets": [{"id": one.id, "declared_size": one.declared_size} for one in policy.dataset],
+        "datasets": {one.id: one.declared_size for one in policy.dataset},
     }
     return {**fields, "signature": site_key.sign(PURPOSE, signed_bytes(fields))}
 

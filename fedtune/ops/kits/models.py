@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.federation.run_folder import locked
@@ -22,15 +21,6 @@ _KEPT_FREE_BYTES = 200 * 2**20
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _PAPER = re.compile(r"(LICEN[SC]E|NOTICE)([-_][\w-]*)?(\.(txt|md))?", re.IGNORECASE | re.ASCII)
 _MOST_PAPER_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Installed:
-    """A model in the store."""
-
-    model: KitModel
-    folder: Path
-    new: bool  # False where it had been there before, whole
 
 
 def model_place(kit_folder: Path, sha256: str) -> Path:
@@ -78,7 +68,7 @@ def licence_files(kit_folder: Path, sha256: str) -> list[str]:
     return sorted(name for name in names if name.upper().startswith("LICEN"))
 
 
-def install_model(path: Path, kit: Kit) -> Installed:
+def install_model(path: Path, kit: Kit) -> tuple[KitModel, bool]:
     """Copy a model of the kit's manifest into the store; a crash leaves the whole model or none.
 
     Exactly the files that the hash covers are copied, and beside them papers: licence and notice.
@@ -87,6 +77,9 @@ def install_model(path: Path, kit: Kit) -> Installed:
         path: a folder with safetensors (one file, or shards with their index) or with exactly one GGUF file; a GGUF
             file; or "package:<module>/<folder or GGUF file>" inside an installed Python package.
         kit: of the site.
+
+    Returns:
+        The model, and whether it is new: False where it was there before, whole.
 
     Raises:
         ConfigError: there is no such model, the kit does not name it, or its folder holds what may run code when it
@@ -112,11 +105,11 @@ def install_model(path: Path, kit: Kit) -> Installed:
         with locked(target.parent):
             with suppress(ConfigError, OSError):  # of one that is not there, or was changed
                 verify_model(kit.folder, manifest.sha256)
-                return Installed(model=model, folder=target, new=False)
+                return model, False
             _copy((*(folder / name for name, _ in manifest.files), *papers), target)
     except OSError as error:
         raise RunError(f"{target.parent} cannot be written ({error.strerror}); nothing was installed") from error
-    return Installed(model=model, folder=target, new=True)
+    return model, True
 
 
 def _packaged(path: str) -> Path:

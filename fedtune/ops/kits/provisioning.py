@@ -92,12 +92,9 @@ class Admitted:
     changes: tuple[str, ...] = ()  # what a renewal changed besides the certificate, for people
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A request that nothing is wrong with, while people compare its keys: nothing is changed yet."""
-
-    request: JoinRequest  # as it was read, once; another file in its place is not looked at
-    let_in: Callable[[], Admitted]  # makes the change, unless something is wrong with the request by now
+Asked = tuple[JoinRequest, Callable[[], Admitted]]
+"""A request that nothing is wrong with, as it was read, once, and what lets its site in unless something is wrong by
+then.  People compare keys in between; nothing is changed yet."""
 
 
 def ask_to_add(folder: Path, *, request: Path, days: int | None, now: datetime) -> Asked:
@@ -185,7 +182,7 @@ def _asked(
             return _admit(federation, *checked(federation))
 
     checked(FederationFolder.open(folder))
-    return Asked(request=asked, let_in=let_in)
+    return asked, let_in
 
 
 def renew_site(folder: Path, name: str, *, days: int | None, now: datetime) -> Admitted:
@@ -285,8 +282,8 @@ def _changes(old: Member, new: Member) -> tuple[str, ...]:
         changes.append("It has a new connection key; the old one can never be used again.")
     if new.site_key != old.site_key:
         changes.append("It has a new site key, and so a new ledger: what the old one spent no longer counts.")
-    for name in sorted(old.sizes.keys() | new.sizes.keys()):
-        before, after = old.sizes.get(name), new.sizes.get(name)
+    for name in sorted(old.datasets.keys() | new.datasets.keys()):
+        before, after = old.datasets.get(name), new.datasets.get(name)
         if before is None:
             changes.append(f"Data set {name} is new, with a declared size of {after:,}.")
         elif after is None:

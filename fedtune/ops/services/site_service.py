@@ -24,7 +24,7 @@ from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.services.site_state import SiteState, serving
-from fedtune.ops.wire.fleet import Dropped, Exchange, Expired, Fleet, SiteApp, Unauthorised, Unreachable
+from fedtune.ops.wire.fleet import Dropped, Expired, Fleet, Message, SiteApp, Unauthorised, Unreachable
 from fedtune.ops.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
@@ -140,11 +140,11 @@ class _Loop:
     def run(self) -> None:
         while not self.stop.is_set() and not self.state.left.exists():
             self.bell.rung.clear()
-            exchange = self._next()
-            if exchange is not None:
+            message = self._next()
+            if message is not None:
                 self._poll_s = _POLL_S
                 try:
-                    self._answer(exchange)
+                    self._answer(message)
                 except Exception:  # of a kind that Flower can address no answer to
                     log.exception("a message was dropped: there is no answer to its kind")
             elif self._active:
@@ -163,7 +163,7 @@ class _Loop:
             self.until()
             self.bell.rung.wait(min(left, _LOOK_S))
 
-    def _next(self) -> Exchange | None:
+    def _next(self) -> Message | None:
         try:
             self._require_certificate()
             if not self._active:
@@ -179,7 +179,7 @@ class _Loop:
             return None
         self._wait_s = 1.0
         self._connected()
-        return None if message is None else Exchange(message)
+        return message
 
     def _require_certificate(self) -> None:
         """Hold no line to the server with a certificate that has ended: an open one would go on."""
@@ -196,19 +196,19 @@ class _Loop:
     def _online(self) -> State:
         return "paused" if self.state.paused.exists() else "connected"
 
-    def _answer(self, exchange: Exchange) -> None:
+    def _answer(self, message: Message) -> None:
         self.health.update(state="training")
         began = time.monotonic()
-        self.app.answer(exchange)
-        self._note(exchange, seconds=time.monotonic() - began)
-        self._send(exchange)
+        reply = self.app.answer(message)
+        self._note(message, reply, seconds=time.monotonic() - began)
+        self._send(message, reply)
 
-    def _send(self, exchange: Exchange) -> None:
+    def _send(self, message: Message, reply: Message) -> None:
         """Send the answer, again and again while the server is away: it may be the only copy outside the ledger."""
-        while not exchange.is_void(time.time()):
+        while not Fleet.is_void(message, now=time.time()):
             try:
                 self._require_certificate()
-                self.fleet.reply(exchange.reply)
+                self.fleet.reply(reply)
                 self._sent = time.monotonic()
                 return
             except Dropped as error:
@@ -228,11 +228,11 @@ class _Loop:
         self.stop.wait(wait_s)
         self._wait_s = min(2 * self._wait_s, _MOST_WAIT_S)
 
-    def _note(self, exchange: Exchange, *, seconds: float) -> None:
+    def _note(self, message: Message, reply: Message, *, seconds: float) -> None:
         """Say in the log what was answered, and put a run that waits where `fedtune site approve` finds it."""
-        answered = exchange.answered
+        answered = SiteApp.answer_in(reply)
         if answered is None or isinstance(answered, Offer):
-            log.info("answered", extra={"what": exchange.kind})
+            log.info("answered", extra={"what": message.metadata.message_type})
             self.answered("offer" if answered else "other")
             return
         refused = answered.reason if isinstance(answered, Refusal) else None

@@ -12,7 +12,6 @@ import ssl
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import httpcore
@@ -36,14 +35,8 @@ class HungUp(ConnectionError):
     """The server ended the connection right after the handshake, without a word."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    most_bytes: int
-    most_s: float
-
-
-_OBJECT = _Bound(16 * _MIB, 180.0)  # Flower cuts arrays into objects of 5 MB
-_OTHER = _Bound(4 * _MIB, 60.0)
+_OBJECT, _OTHER = (16 * _MIB, 180.0), (4 * _MIB, 60.0)
+"""Most bytes and seconds of an answer with an object, for Flower cuts arrays into objects of 5 MB, and of another."""
 
 
 def bounded(client: httpx.Client) -> None:
@@ -70,21 +63,21 @@ class _Bounded(httpx.BaseTransport):
         inner._pool._network_backend = _Backend(inner._pool._network_backend, self._deadline)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        bound = _OBJECT if request.url.path.endswith(("/pull-object", "/push-object")) else _OTHER
+        most_bytes, most_s = _OBJECT if request.url.path.endswith(("/pull-object", "/push-object")) else _OTHER
         request.headers["accept-encoding"] = "identity"
-        self._deadline.begin(bound.most_s)
+        self._deadline.begin(most_s)
         response = self._inner.handle_request(request)
         try:
             if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
                 raise OutOfBounds("it is compressed, which nobody asked for")
             said = response.headers.get("content-length", "0")
-            if said.isdigit() and int(said) > bound.most_bytes:
-                raise OutOfBounds(f"it has {said} bytes, and may have {bound.most_bytes}")
+            if said.isdigit() and int(said) > most_bytes:
+                raise OutOfBounds(f"it has {said} bytes, and may have {most_bytes}")
         except OutOfBounds:
             response.close()
             raise
         assert isinstance(response.stream, httpx.SyncByteStream)
-        response.stream = _Counted(response.stream, bound.most_bytes)
+        response.stream = _Counted(response.stream, most_bytes)
         return response
 
     def close(self) -> None:

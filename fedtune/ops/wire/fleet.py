@@ -12,12 +12,11 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message as Message  # the loop of a site passes messages on
 
-from fedtune.federation.protocol import Reply, Signed
+from fedtune.federation.protocol import Reply
 from fedtune.federation.site_round import Site
 from fedtune.flower import flower_records
 from fedtune.flower.client import context_of, make_client_app
@@ -57,41 +56,6 @@ _LONGEST_S = 30 * 86400.0  # no lead waits longer for an answer
 _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
 
 
-@dataclass
-class Exchange:
-    """A message and its answer."""
-
-    message: Message
-    _reply: Message | None = field(default=None, init=False)
-
-    @property
-    def kind(self) -> str:
-        return str(self.message.metadata.message_type)
-
-    @property
-    def request(self) -> Signed:
-        """The lead's signed word in the message; raises ConfigError where it holds none."""
-        return flower_records.to_signed(self.message.content)
-
-    @property
-    def reply(self) -> Message:
-        assert self._reply is not None, "answered first"
-        return self._reply
-
-    @property
-    def answered(self) -> Update | Refusal | Offer | None:
-        """The answer to a round or an invitation, in a word; None for another kind of message."""
-        try:
-            return flower_records.to_reply(self.reply.content).body
-        except ConfigError:
-            return None
-
-    def is_void(self, now: float) -> bool:
-        """The server takes no answer any more; `now` in seconds since 1970."""
-        until = self.message.metadata.created_at + self.message.metadata.ttl
-        return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
-
-
 class SiteApp:
     """The ClientApp of a real site, which `site_of` opens for a run with these settings."""
 
@@ -99,18 +63,25 @@ class SiteApp:
         self._app = make_client_app(lambda _, settings: site_of(settings), lambda _: name)
         self._name = name
 
-    def answer(self, exchange: Exchange) -> None:
+    def answer(self, message: Message) -> Message:
         """Answer a message, whatever it is; nothing is raised, and no text of an exception leaves."""
-        message = exchange.message
         context = context_of(message.metadata.run_id, message.metadata.dst_node_id, {})
         try:
             with panics_as_errors():
-                exchange._reply = self._app(message, context)
+                return self._app(message, context)
         except Exception:  # an action that this app does not have, for instance
             log.exception("a message could not be answered")
             refusal = Refusal(site=self._name, run="", round=0, reason=Reason.MALFORMED_REQUEST)
             content = flower_records.from_reply(Reply(body=refusal, receipt=None))
-            exchange._reply = Message(content, reply_to=message)
+            return Message(content, reply_to=message)
+
+    @staticmethod
+    def answer_in(reply: Message) -> Update | Refusal | Offer | None:
+        """Return the answer to a round or an invitation that a reply holds; None: it is of another kind."""
+        try:
+            return flower_records.to_reply(reply.content).body
+        except ConfigError:
+            return None
 
 
 class Unauthorised(RunError):
@@ -252,6 +223,12 @@ class Fleet:
             self.activate()  # where that helps, the server has lost its database, and knows the node anew
             raise Dropped("the server has forgotten who asked") from error
         self._begun, self._may_have_lost_one = {}, in_doubt
+
+    @staticmethod
+    def is_void(message: Message, *, now: float) -> bool:
+        """Whether the server takes no answer to a message any more; `now` in seconds since 1970."""
+        until = message.metadata.created_at + message.metadata.ttl
+        return not now <= until <= now + _LONGEST_S  # a time may be no number, or endless
 
     def _announce(self, reply: Message) -> fleet_pb2.PushMessagesResponse:
         request = fleet_pb2.PushMessagesRequest(
