@@ -89,23 +89,6 @@ class Parts:
         return cls(training=training, choosing=choosing, scored=scored, seen=seen)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """The outcome of training without noise."""
-
-    adapter: Adapter  # of the lowest mean loss on the records that choose; the start itself, where nothing was lower
-    passes: int = 0  # over the training records; 0 where the start was the best
-
-
-@dataclass(frozen=True, kw_only=True)
-class OwnAdapter:
-    """A site's own adapter on disk."""
-
-    folder: Path  # that holds it, with its settings and its card
-    fitted: Fitted  # how it was chosen
-    parts: Parts  # the records that it was made with
-
-
 def personalise(
     config: RunConfig,
     adapter: Path,
@@ -118,7 +101,7 @@ def personalise(
     label: str,
     lenient: bool = False,
     progress: Progress = silent,
-) -> OwnAdapter:
+) -> int:
     """Make a site's own adapter, and write it into a folder that says so.
 
     Guarantee: none, to whoever sees the result, for the site's records.  Those of other sites have the guarantee of
@@ -136,6 +119,9 @@ def personalise(
         lenient: no record may end the training, as at a real site.
         progress: told how far it is.
 
+    Returns:
+        Passes over the training records; 0: the run's own adapter was the best.
+
     Raises:
         ConfigError: the model or the adapter cannot be loaded.
         RunError: `NOTE` is damaged.
@@ -149,11 +135,10 @@ def personalise(
     examples.keep_reference(shared.model)
     training, choosing = np.split(np.arange(len(examples)), [len(parts.training)])
     fit = _Fit(shared, examples, training, choosing)
-    fit.best(shared.first_adapter(), what=f"{site}: training alone").adapter.load_into(shared.model)
+    fit.best(shared.first_adapter(), what=f"{site}: training alone")
     save_task_model(shared.model, alone, private_to=site)
     saved.load_into(shared.model)
-    fitted = fit.best(Adapter.of(shared.model), what=f"{site}: training its own adapter")
-    fitted.adapter.load_into(shared.model)
+    passes = fit.best(Adapter.of(shared.model), what=f"{site}: training its own adapter")
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     note_made(beside_ledger, run=config.run_id(), day=day)  # before there is a folder of which nothing is known
     with whole_folder(into) as made:
@@ -164,7 +149,7 @@ def personalise(
         for place in (folder.path, folder.adapter):
             (place / "README.md").write_text(card, encoding="utf-8")
             (place / LABEL).write_text(label, encoding="utf-8")
-    return OwnAdapter(folder=into, fitted=fitted, parts=parts)
+    return passes
 
 
 def note_made(folder: Path, *, run: str, day: str) -> None:
@@ -193,25 +178,27 @@ class _Fit:
     def __init__(self, shared: SharedModel, examples: SiteExamples, training: Places, choosing: Places) -> None:
         self._shared, self._examples, self._training, self._choosing = shared, examples, training, choosing
 
-    def best(self, start: Adapter, *, what: str) -> Fitted:
-        """Passes at the highest rate as long as each lowers the loss, then from the best so far at the next one.
+    def best(self, start: Adapter, *, what: str) -> int:
+        """Leave in the model the adapter of the lowest mean loss on the records that choose; return its passes.
 
-        Records come in the same order for every start.
+        Passes are made at the highest rate as long as each lowers the loss, then from the best so far at the next one.
+        Records come in the same order for every start, which itself is left where nothing was lower.
         """
         shared, order = self._shared, np.random.default_rng(self._shared.config.seed)
         start.load_into(shared.model)
-        found, lowest = Fitted(adapter=start), self._loss()
+        best, passes, lowest = start, 0, self._loss()
         for rate in _RATES:
-            found.adapter.load_into(shared.model)
+            best.load_into(shared.model)
             optimizer = make_optimizer(shared.model.trained_now(), shared.config.training, clipped=False)
             set_learning_rate(optimizer, rate)
-            while found.passes < _MOST_PASSES:
-                shared.progress(what, found.passes, _MOST_PASSES)
+            while passes < _MOST_PASSES:
+                shared.progress(what, passes, _MOST_PASSES)
                 self._pass(optimizer, order.permutation(self._training))
                 if not (loss := self._loss()) < lowest:
                     break
-                found, lowest = Fitted(adapter=Adapter.of(shared.model), passes=found.passes + 1), loss
-        return found
+                best, passes, lowest = Adapter.of(shared.model), passes + 1, loss
+        best.load_into(shared.model)
+        return passes
 
     def _pass(self, optimizer: torch.optim.Optimizer, records: Places) -> None:
         """One step for each `_BATCH` records."""

@@ -17,7 +17,7 @@ from fedtune.words import counted, score_words
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.model_comparison import SideBySide
-    from fedtune.sites.personal import OwnAdapter, Parts
+    from fedtune.sites.personal import Parts
 
 OWN, SHARED, ALONE = "own", "shared", "alone"
 
@@ -26,7 +26,9 @@ OWN, SHARED, ALONE = "own", "shared", "alone"
 class Personalised:
     """A site's own adapter beside the others, scored on records that chose and trained nothing of it."""
 
-    own: OwnAdapter  # the adapter: its folder, how it was chosen, and with which records
+    folder: Path  # that holds the adapter, with its settings and its card
+    passes: int  # over its training records; 0 where the shared adapter was the best
+    seen: bool  # whether the shared adapter was trained on the records that are scored: the run held nothing out
     sides: SideBySide  # the models "base", "alone" (trained like it, from where the run began), "shared" and "own"
 
 
@@ -93,7 +95,7 @@ def make(
 
     with TemporaryDirectory() as scratch:
         alone = Path(scratch, "adapter")
-        own = train(
+        passes = train(
             config,
             adapter,
             parts,
@@ -108,7 +110,7 @@ def make(
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
         runs = {name: Finished(folder=into, config=config, adapter=folder) for name, folder in folders.items()}
         sides = side_by_side(runs, records=parts.scored)
-    return Personalised(own=own, sides=sides)
+    return Personalised(folder=into, passes=passes, seen=parts.seen, sides=sides)
 
 
 def sections(made: Mapping[str, Personalised]) -> list[Section]:
@@ -124,11 +126,11 @@ def sections(made: Mapping[str, Personalised]) -> list[Section]:
         notes.append(_sentence(site, one))
     first = next(iter(made.values())).sides
     headings = ("site", f"{first.unit}s", "base", ALONE, SHARED, OWN, "own less shared,\n95 % interval")
-    if any(one.own.parts.seen for one in made.values()):
+    if any(one.seen for one in made.values()):
         notes.append("The run held nothing out, so the shared adapter was trained on the records that are scored here.")
     notes.append("Private to the site, without a guarantee: do not send a folder to anybody.")
     title = f"{score_words(first.judged_by).capitalize()} on the site's own held-out records"
-    folders = Section(headings=("site", "written"), rows=[(site, str(one.own.folder)) for site, one in made.items()])
+    folders = Section(headings=("site", "written"), rows=[(site, str(one.folder)) for site, one in made.items()])
     return [Section(title=title, headings=headings, rows=rows, words={0}, notes=notes), folders]
 
 
@@ -138,23 +140,23 @@ def to_json(made: Mapping[str, Personalised]) -> dict[str, Any]:
     for site, one in made.items():
         sides = one.sides
         sites[site] = {
-            "folder": str(one.own.folder),
+            "folder": str(one.folder),
             "score": sides.judged_by,
             "values": {name: sides.estimate(name, sides.judged_by) for name in sides.measured},
             "own_less": {name: sides.comparison(name, OWN) for name in sides.measured if name != OWN},
             "units": sides.num_units,
-            "passes": one.own.fitted.passes,
-            "scored_records_were_trained_on": one.own.parts.seen,
+            "passes": one.passes,
+            "scored_records_were_trained_on": one.seen,
         }
     return {"schema_version": SCHEMA_VERSION, "sites": sites}
 
 
 def _sentence(site: str, one: Personalised) -> str:
-    if one.own.fitted.passes == 0:
+    if one.passes == 0:
         return f"{site}: its own records do not improve the shared adapter, which its own one equals."
     beside = {name: one.sides.comparison(name, OWN).verdict for name in (SHARED, ALONE)}
     words = " and ".join(
         f"cannot be told apart from {name}" if verdict == NO_DIFFERENCE else f"is {verdict} than {name}"
         for name, verdict in beside.items()
     )
-    return f"{site}: own {words}; it went {counted(one.own.fitted.passes, 'time')} through its records."
+    return f"{site}: own {words}; it went {counted(one.passes, 'time')} through its records."

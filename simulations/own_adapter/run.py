@@ -68,7 +68,7 @@ def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
     with tempfile.TemporaryDirectory() as scratch:
         into, alone = Path(scratch, "own"), Path(scratch, "alone")
         beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch), "label": ""}
-        own = personalise(config, adapter, parts, site=site, **beside)
+        passes = personalise(config, adapter, parts, site=site, **beside)
         folders = {"own": into / "adapter", "shared": adapter, "alone": alone}
         sides = side_by_side({name: Finished(folder=into, config=config, adapter=one) for name, one in folders.items()})
     mix = Counter(record.fields["label"] for record in records.training)
@@ -81,7 +81,7 @@ def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
     gains = weights * (right["own"].astype(float) - right[best])
     low, high = np.quantile(gains[draws].sum(axis=1) / weights[draws].sum(axis=1), (0.025, 0.975))
     gain = {"gain": score["own"] - score[best], "low": float(low), "high": float(high)}
-    return {**score, **gain, "passes": own.fitted.passes, "records": len(records.training)}
+    return {**score, **gain, "passes": passes, "records": len(records.training)}
 
 
 def table(lines: Mapping[str, study.Found]) -> str:

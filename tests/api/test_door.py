@@ -96,7 +96,7 @@ def test_a_site_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     difference = found.sides.comparison("shared", "own").difference
     assert difference.low <= difference.value <= difference.high
     assert any("site-2: training its own adapter" in one.stage for one in told)
-    own = fedtune.load(found.own.folder)
+    own = fedtune.load(found.folder)
     assert (own.folder, own.predict(["I lost my card"]) != []) == (run.folder / "private_to_site-2", True)
     with pytest.raises(ValueError, match="is private to 'site-2', without a guarantee"):
         fedtune.personalise(own)

@@ -10,6 +10,7 @@ import pytest
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.load import SiteRecords
+from fedtune.model.adapter import Adapter
 from fedtune.sites.personal import FEWEST_RECORDS, Parts, _Fit, note_made
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import DataError, RunError
@@ -55,16 +56,20 @@ def fit_of(config: RunConfig, texts: list[str], labels: list[str]) -> _Fit:
     return _Fit(shared, examples, training, choosing)
 
 
+def best(fit: _Fit) -> tuple[int, str]:
+    """The passes that were best, and the digest of the adapter that they came to."""
+    passes = fit.best(fit._shared.initial_adapter, what="")
+    return passes, Adapter.of(fit._shared.model).digest()
+
+
 def test_training_stops_where_the_records_that_choose_say() -> None:
     fit = fit_of(letters(), ["the same words"] * 80, ["invoice", "praise"] * 40)
-    learnt = fit.best(fit._shared.initial_adapter, what="")
-    again = fit.best(fit._shared.initial_adapter, what="")
-    assert learnt.adapter.digest() == again.adapter.digest(), "nothing is drawn anew"
-    assert learnt.passes > 0, "two of three labels occur, which is worth learning"
+    learnt = best(fit)
+    assert best(fit) == learnt, "nothing is drawn anew"
+    assert learnt[0] > 0, "two of three labels occur, which is worth learning"
     contrary = fit_of(letters(), ["the same words"] * 80, ["invoice"] * 60 + ["praise"] * 20)
-    start = contrary._shared.initial_adapter
-    kept = contrary.best(start, what="")
-    assert (kept.passes, kept.adapter.digest()) == (0, start.digest()), "what is learnt does not hold elsewhere"
+    start = contrary._shared.initial_adapter.digest()
+    assert best(contrary) == (0, start), "what is learnt does not hold elsewhere"
 
 
 def test_the_note_beside_the_ledger_holds_run_and_day_alone(tmp_path: Path) -> None:
