@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may b
     from prometheus_client import Metric
 
     from fedtune.federation.lead import LeadState
-    from fedtune.ops.wire.gate import Registered, Traffic
+    from fedtune.ops.kits.members import Member
+    from fedtune.ops.wire.gate import Traffic
     from fedtune.privacy.ledger.history import History
 
 _KEY = "--metrics"
@@ -178,7 +179,7 @@ class ServerMetrics:
     def __init__(self, *, kit: Kit) -> None:
         self._kit = kit
         self.traffic: Traffic | None = None
-        self.members: Sequence[Registered] = ()
+        self.members: Sequence[Member] = ()
         """As the roster was read last."""
 
     def figures(self) -> Values:

@@ -9,6 +9,8 @@ import logging
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 FOLDER = Path(sys.argv[1])
 
@@ -24,14 +26,13 @@ sys.addaudithook(note_outbound)
 import flwr.supercore.corestate.sql_corestate as sql_corestate  # noqa: E402
 
 from fedtune.ops.wire.connections import Limits  # noqa: E402
-from fedtune.ops.wire.gate import Registered  # noqa: E402
 from fedtune.ops.wire.identity import Tls  # noqa: E402
 from fedtune.ops.wire.superlink import ServerSettings, serve  # noqa: E402
 
 
-def roster() -> list[Registered]:
+def roster() -> list[Any]:
     members = json.loads((FOLDER / "roster.json").read_text())
-    return [Registered(**{**member, "node_key": member["node_key"].encode()}) for member in members]
+    return [SimpleNamespace(**{**member, "node_key": member["node_key"].encode()}) for member in members]
 
 
 def main() -> None:

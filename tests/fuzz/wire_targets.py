@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -20,7 +21,7 @@ from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.ops.kits.members import PURPOSE, JoinRequest, site_init
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.fleet import HELLO
-from fedtune.ops.wire.gate import Gate, Registered
+from fedtune.ops.wire.gate import Gate
 from fedtune.ops.wire.identity import BODY, CALL, SIGNATURE, TIME, _message
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.release import Reason, Refusal, Refused, Update
@@ -117,7 +118,7 @@ def _gate(data: bytes) -> None:
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
-    member = Registered(site="north", node_key=b"unknown", revoked=False)
+    member = SimpleNamespace(site="north", node_key=b"unknown", revoked=False)
     rules: Any = None  # no call gets there
     gate = Gate(app, lead=seeds.key(3).public, roster=lambda: [member], rules=rules, audit=AuditLog(None))
     asyncio.run(gate({"type": "http", "path": path, "headers": headers}, receive, send))

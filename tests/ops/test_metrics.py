@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from prometheus_client.samples import Sample
 from fedtune.ops.health import Health, ask
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.metrics import FIGURES, LeadMetrics, ServerMetrics, SiteMetrics, Values, serve_metrics
-from fedtune.ops.wire.gate import Registered, Traffic
+from fedtune.ops.wire.gate import Traffic
 from fedtune.privacy.ledger.site_ledger import Reservation
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
@@ -129,7 +130,8 @@ def of_server(federation: Path) -> ServerMetrics:
     metrics = ServerMetrics(kit=Kit.read(federation / "server", kind="server"))
     assert [name for name, _ in metrics.figures()] == ["fedtune_certificate_days_left"]
     metrics.members = [
-        Registered(site=name, node_key=name.encode(), revoked=name == "west") for name in ("north", "south", "west")
+        SimpleNamespace(site=name, node_key=name.encode(), revoked=name == "west")
+        for name in ("north", "south", "west")
     ]
     metrics.traffic = traffic = Traffic()
     traffic.began -= 1000

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,7 +87,12 @@ class Member:
     @property
     def node_key(self) -> bytes:
         """Public key of its connection (EC P-384): SubjectPublicKeyInfo in PEM form, as Flower registers nodes."""
-        return public_pem(self.issued)
+        return _node_key(self.certificate)
+
+
+@lru_cache(maxsize=1024)  # a server looks for it at every call
+def _node_key(certificate: str) -> bytes:
+    return public_pem(x509.load_pem_x509_certificate(certificate.encode()))
 
 
 @spec

@@ -31,7 +31,6 @@ from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:
     from fedtune.ops.health import Health
-    from fedtune.ops.wire.gate import Registered
 
 log = logging.getLogger(__name__)
 RECEIPTS, RUNNING = "receipts.json", "running.json"
@@ -196,13 +195,18 @@ class ServerService:
         if not folder.is_dir():
             raise ConfigError("--data", str(folder), "must be a folder")
         roster, certificate = KitRoster(self.kit), KitCertificate(self.kit)
+
+        def look() -> Sequence[Member]:
+            self.metrics.members = roster.look().sites
+            return self.metrics.members
+
         settings = ServerSettings(
             tls=self.kit.tls(),
             lead=self.kit.lead,
             host=self.host,
             port=self.port or Address.of(self.kit.server).port,
             database=folder / DATABASE,
-            roster=lambda: self._registered(roster.look()),
+            roster=look,
             audit=folder / FILE_NAME,
         )
         self.metrics.traffic = settings.traffic
@@ -224,12 +228,3 @@ class ServerService:
             self.health.update(state="connected")
         elif not works and state == "connected":
             self.health.update(state="failing")
-
-    def _registered(self, roster: Roster) -> list[Registered]:
-        from fedtune.ops.wire.gate import Registered
-
-        self.metrics.members = members = [
-            Registered(site=member.site, node_key=member.node_key, revoked=member.revoked is not None)
-            for member in roster.sites
-        ]
-        return members

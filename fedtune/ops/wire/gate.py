@@ -22,6 +22,7 @@ from fedtune.ops.wire.identity import NotAllowed, SeenCalls, body_of_lead
 from fedtune.ops.wire.waiting import WAIT, Questions
 
 if TYPE_CHECKING:  # SQLAlchemy takes time to import
+    from fedtune.ops.kits.members import Member
     from fedtune.ops.wire.site_calls import SiteCalls
 
 log = logging.getLogger(__name__)
@@ -78,15 +79,6 @@ PEER = "fedtune peer"  # where in a scope's state the other end of the connectio
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Registered:
-    """A site as the server knows it."""
-
-    site: str
-    node_key: bytes  # PEM of its connection key's public half
-    revoked: bool  # it was, and is no longer, a member
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Peer:
     """The other end of a connection, as TLS knows it."""
 
@@ -121,7 +113,7 @@ class Traffic:
         return counted_receive, counted_send
 
 
-Roster = Callable[[], Sequence[Registered]]  # the sites as they stand when it is called
+Roster = Callable[[], Sequence["Member"]]  # the sites as they stand when it is called
 
 
 class Gate:
@@ -134,7 +126,14 @@ class Gate:
     """
 
     def __init__(
-        self, app: Asgi, *, lead: str, roster: Roster, rules: SiteCalls, audit: AuditLog, traffic: Traffic | None = None
+        self,
+        app: Asgi,
+        *,
+        lead: str,
+        roster: Roster,
+        rules: SiteCalls,
+        audit: AuditLog,
+        traffic: Traffic | None = None,
     ) -> None:
         self._app, self._lead, self._roster, self._rules, self._audit = app, lead, roster, rules, audit
         self._traffic = traffic or Traffic()
@@ -232,7 +231,7 @@ class Gate:
         self._seen.take(headers, now=time.time())
         return body
 
-    def _member(self, headers: dict[str, str], peer: Peer | None) -> Registered:
+    def _member(self, headers: dict[str, str], peer: Peer | None) -> Member:
         """The member that makes a call, over its own connection.
 
         Raises:
@@ -261,7 +260,7 @@ class Gate:
         self._traffic.heard[known.site] = time.time()
         return known
 
-    def _with(self, key: bytes) -> Registered | None:
+    def _with(self, key: bytes) -> Member | None:
         """The member with a connection key, also one that was revoked."""
         return next((member for member in self._roster() if member.node_key == key), None)
 

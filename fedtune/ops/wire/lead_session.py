@@ -10,7 +10,6 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import httpx
 from flwr.app import Message
@@ -57,19 +56,9 @@ clientapp = "none:none"
 """Flower wants a bundle for every run.  This one holds no code, and nobody fetches it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pulled:
-    """The messages that have come for a question.
-
-    Attributes:
-        message_id: the question's, as the server says.
-        message: None where it is no answer.
-        is_lost: a part of it did not come; who sent it can send it again.
-    """
-
-    message_id: str
-    message: Message | None
-    is_lost: bool = False
+Pulled = tuple[str, Message | None, bool]
+"""The id of a question, as the server says, and its answer; None where it is none, or a part of it did not come: then
+it is lost, and who sent it can send it again."""
 
 
 class LeadSession:
@@ -123,7 +112,7 @@ class LeadSession:
         return ids[0] if ids else None
 
     def answers(self, message_ids: Sequence[str], *, most_bytes: int, most_s: float) -> Iterator[Pulled]:
-        """The answers to these questions, each fetched when it is asked for: memory need not hold them all.
+        """Yield the answers to these questions, each fetched when it is asked for: memory need not hold them all.
 
         Flower's own call fails as a whole where one of the answers is broken, and believes what each says of itself.
         """
@@ -132,15 +121,14 @@ class LeadSession:
         ends = time.monotonic() + most_s
         pairs = zip(found.messages_list, found.message_object_trees, strict=False)
         for about, tree in pairs:
-            pulled = Pulled(message_id=about.metadata.reply_to_message_id, message=None)
+            message, is_lost = None, False
             try:
                 message = self._whole(tree, most_bytes=most_bytes, most_s=max(1.0, ends - time.monotonic()))
             except inflating.ObjectPullError:
-                pulled = replace(pulled, is_lost=True)
-            else:
-                if message is not None and not (message.has_error() and not about.HasField("error")):
-                    pulled = replace(pulled, message=message)  # an error is the server's to say
-            yield pulled
+                is_lost = True
+            if message is not None and message.has_error() and not about.HasField("error"):
+                message = None  # an error is the server's to say
+            yield about.metadata.reply_to_message_id, message, is_lost
 
     def _whole(self, tree: message_pb2.ObjectTree, *, most_bytes: int, most_s: float) -> Message | None:
         """A message with its content, from the server."""

@@ -169,8 +169,7 @@ class RemoteGrid:
         asked = {id: number for number, question in questions.items() for id in question.message_ids}
         if not asked:
             return
-        for pulled in self._pull(list(asked), questions, left_s=left_s):
-            message_id, answer = pulled.message_id, pulled.message
+        for message_id, answer, is_lost in self._pull(list(asked), questions, left_s=left_s):
             number = asked.get(message_id)
             if number is None:
                 log.warning("an answer to no question of this run's is left aside")
@@ -179,7 +178,7 @@ class RemoteGrid:
             if question is None:
                 continue  # its second answer
             question.message_ids.discard(message_id)
-            if pulled.is_lost:
+            if is_lost:
                 question.not_before = time.monotonic() + _LOST_S
                 continue
             if answer is None:

@@ -25,9 +25,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.flower.internals import constant, superlink_app
+from fedtune.ops.kits.members import Member
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.connections import Door, Http, Limits, server_context
-from fedtune.ops.wire.gate import Gate, Registered, Roster, Traffic
+from fedtune.ops.wire.gate import Gate, Roster, Traffic
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.site_calls import SiteCalls
 from fedtune.process import signals_handled
@@ -130,7 +131,7 @@ def serve(
             audit.note("server stopped")
 
 
-def keep_roster(state: SqlLinkState, roster: Sequence[Registered], audit: AuditLog) -> None:
+def keep_roster(state: SqlLinkState, roster: Sequence[Member], audit: AuditLog) -> None:
     """Register sites that are new, and put out those that were revoked; all others are left alone.
 
     A key that the roster no longer names stays as it is, for Flower never takes one back, and an old roster may have
@@ -161,7 +162,7 @@ class _KeptRoster:
     def __init__(self, read: Roster, state: SqlLinkState, audit: AuditLog) -> None:
         self._read, self.state, self.audit = read, state, audit
         self._took = True
-        self.members: Sequence[Registered] = ()
+        self.members: Sequence[Member] = ()
 
     def look(self) -> None:
         self.members = self._read()  # first: a database that takes no writes must not keep a revoked site in
