@@ -100,19 +100,21 @@ def ask(
     """
     files = SiteFiles.of(path)
     policy, plan = files.policy, proposal.plan
-    note = _size_note(policy, proposal, declared_sizes)
+    note = "" if policy.site in declared_sizes else f"the run names no site {policy.site}"
     budget: _Budget | None = None
     try:
         budget = _Budget(policy, history_of(files))
     except FedtuneError as error:  # an inconsistent ledger: the site would train nothing
         note = f"the site would not start: {error}"
     against = budget.refusals(proposal) if budget else [Refused(Reason.SITE_ERROR)]
-    broken = [*policy.broken_rules(proposal), *against]
-    most_rounds, least_noise = (plan.num_rounds, plan.noise_multiplier) if budget else (0, None)
-    if budget and broken:
+    wrong_size = _wrong_size(policy, proposal, declared_sizes)
+    broken = [*policy.broken_rules(proposal), *against, *wrong_size]
+    may_fit = budget is not None and not wrong_size
+    most_rounds, least_noise = (plan.num_rounds, plan.noise_multiplier) if may_fit else (0, None)
+    if budget and may_fit and broken:
         most_rounds = spending.most_rounds(proposal, budget.accepts)
         least_noise = spending.least_noise(proposal, budget.accepts)
-    most_epsilon, limit = budget.most_epsilon(proposal) if budget and find_most_epsilon else (None, None)
+    most_epsilon, limit = budget.most_epsilon(proposal) if budget and may_fit and find_most_epsilon else (None, None)
     return Verdict(
         policy=str(path),
         site=policy.site,
@@ -211,12 +213,8 @@ def history_of(files: SiteFiles) -> History:
     return verified.history
 
 
-def _size_note(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> str:
-    """A remark if policy and run disagree on the site's declared size, which both publish."""
+def _wrong_size(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> list[Refused]:
+    """The refusal of a run that takes the site for another size than it declares; both publish it."""
     own = {dataset.id: dataset.declared_size for dataset in policy.dataset}.get(proposal.dataset)
-    if policy.site not in declared_sizes:
-        return f"the run names no site {policy.site}"
-    taken_for = declared_sizes[policy.site]
-    if own is not None and own != taken_for:
-        return f"the site declares {own:,} records of {proposal.dataset}, the run takes it for {taken_for:,}"
-    return ""
+    asked = declared_sizes.get(policy.site)
+    return [] if None in (own, asked) or own == asked else [Refused(Reason.DECLARED_SIZE, asked=asked, allowed=own)]

@@ -42,6 +42,11 @@ class Trust:
             check_name("members", site)
             check_public_key(f"members.{site}", key)
 
+    @property
+    def demands(self) -> dict[str, int]:
+        """What the site demands of a run's terms, beside whom it sums with."""
+        return {"least_sites": self.least_sites, "least_threshold": self.least_threshold, "colluders": self.colluders}
+
     def broken_by(self, shared: SharedNoise) -> Iterator[Broken]:
         """The rules that a plan of secure sums breaks."""
         if not self.secure:

@@ -5,29 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.config import RunConfig, config_yaml
 from fedtune.data.formats import version_of
 from fedtune.data.load import SiteRecords, own_records
-from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.secure.at_site import Parties, SumsAtSite
-from fedtune.federation.site_round import Prepared, Site, Trained
+from fedtune.federation.secure.at_site import Parties
+from fedtune.federation.site_round import Prepared, Site
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy
-from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.shared_settings import at_site, read_settings
-from fedtune.sites.work import SiteWork
+from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import task_named
 from fedtune.tasks.saved import save_task_model
@@ -47,7 +44,7 @@ class SiteProcess:
     awaits: Callable[[Proposal, str], None]  # called for each run that waits for a person's approval, with its settings
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
     _shared: SharedModel | None = field(default=None, init=False)
-    _parties: Parties = field(default_factory=Parties, init=False)
+    parties: Parties = field(default_factory=Parties, init=False)
 
     def site(self, settings: str) -> Site:
         """Open the site as its files stand now, for a run with these settings (JSON as a lead sent it, unchecked).
@@ -59,9 +56,7 @@ class SiteProcess:
         files = SiteFiles.of(self.site_toml)
         if files.policy.simulated:
             raise ConfigError("simulated", True, "must be false: this is a real site").in_file(self.site_toml)
-        ledger = files.open()
-        sums = sums_of(files, self._parties, members=files.policy.trust.members)
-        return RealSite(self, files, settings, ledger, sums=sums)
+        return RealSite(self, files, settings)
 
     def work(self, run: str, shared: SharedModel, files: SiteFiles) -> SiteWork:
         """The run's records with the model; kept until another run comes, or files, policy or machine change."""
@@ -112,13 +107,11 @@ class SiteProcess:
         return self._shared
 
 
-class RealSite(Site):
+class RealSite(WorkingSite):
     """A site of real people's records, opened for a request with a run's settings."""
 
-    def __init__(
-        self, process: SiteProcess, files: SiteFiles, settings: str, ledger: Ledger, *, sums: SumsAtSite
-    ) -> None:
-        super().__init__(ledger, sums=sums)
+    def __init__(self, process: SiteProcess, files: SiteFiles, settings: str) -> None:
+        super().__init__(files, files.open(), process.parties, members=files.policy.trust.members)
         self._process, self._files, self._settings = process, files, settings
 
     @property
@@ -170,17 +163,9 @@ class RealSite(Site):
             if file.stem not in self.ledger.history.runs:  # it was never charged
                 file.unlink(missing_ok=True)
 
-    def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
-        """Read the dates.  Policy and budget allow the round, which is charged before a record is sampled."""
-        return self._process.work(request.run, self._shared, self._files).arrivals()
-
-    def train(
-        self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
-    ) -> Trained:
-        """Train on the site's records.  The round is charged by now: only now is one sampled."""
-        work = self._process.work(request.run, self._shared, self._files)
-        key = self.ledger.fingerprint_key()
-        return work.do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
+    def work(self, run: str) -> SiteWork:
+        """The site's records with the model, for a run that was prepared."""
+        return self._process.work(run, self._shared, self._files)
 
     def keep(self, run: str, adapter: Adapter) -> None:
         """Write the final adapter as a folder that `fedtune evaluate` takes."""

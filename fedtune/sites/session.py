@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 if TYPE_CHECKING:  # a command waits for none of them before it has looked at what was typed
     from fedtune.data import TextDataset
-    from fedtune.evaluation.scoring import KeptBatches
-    from fedtune.training.examples import SiteExamples
 
 _M = TypeVar("_M")
 
@@ -28,8 +26,7 @@ class Session:
 
     # the tried `SharedModel` (typed Any, since its module imports this one); None before the first run
     model: Any = None
-    _examples: dict[str, SiteExamples] = field(default_factory=dict)
-    _batches: dict[str, KeptBatches] = field(default_factory=dict)
+    _states: dict[str, Any] = field(default_factory=dict)
     _before: dict[str, Any] = field(default_factory=dict)
     _num_tokens: int = 0
 
@@ -42,24 +39,23 @@ class Session:
     def clear(self) -> None:
         """Drop all state of earlier runs."""
         self.model, self._num_tokens = None, 0
-        for kept in (self._examples, self._batches, self._before):
-            kept.clear()
+        self._states.clear()
+        self._before.clear()
 
-    def examples(self, dataset: TextDataset, make: Callable[[], SiteExamples]) -> SiteExamples:
-        """A site's examples: from an earlier run on the same data set, or made now."""
-        key = _digest(dataset)
-        if key not in self._examples:
-            self._make_room(dataset)
-            self._examples[key] = make()
-        return self._examples[key]
+    def states(self, about: str, dataset: TextDataset, make: Callable[[], _M]) -> _M:
+        """Return what keeps the frozen layers' outputs for a data set: from an earlier run, or made now.
 
-    def batches(self, dataset: TextDataset, *, max_tokens: int) -> KeptBatches:
-        """Kept batches of the lead's own records, of at most `max_tokens` each."""
-        key = f"{max_tokens} {_digest(dataset)}"
-        if key not in self._batches:
-            self._make_room(dataset)
-            self._batches[key] = {}
-        return self._batches[key]
+        Older ones are dropped if a new one exceeds the memory set aside; a run keeps those that it uses.
+        """
+        key = f"{about} {_digest(dataset)}"
+        if key not in self._states:
+            self._num_tokens += dataset.num_tokens
+            if not self.model.has_room_for(self._num_tokens):
+                self._states.clear()
+                self._num_tokens = dataset.num_tokens
+            self._states[key] = make()
+        found: _M = self._states[key]
+        return found
 
     def before(self, dataset: TextDataset, about: str, make: Callable[[], _M]) -> _M:
         """The model's result on a data set before training; `about` tells apart settings of scoring and references."""
@@ -68,14 +64,6 @@ class Session:
             self._before[key] = make()
         found: _M = self._before[key]
         return found
-
-    def _make_room(self, dataset: TextDataset) -> None:
-        """Drop older states if the new ones exceed the memory set aside; a run keeps those that it uses."""
-        self._num_tokens += dataset.num_tokens
-        if not self.model.has_room_for(self._num_tokens):
-            self._examples.clear()
-            self._batches.clear()
-            self._num_tokens = dataset.num_tokens
 
 
 def _digest(dataset: TextDataset) -> str:

@@ -293,15 +293,14 @@ class SharedModel:
         return self._of_lead(self.records.test)
 
     def _of_lead(self, own: LeadRecords | None) -> LeadData | None:
-        return None if own is None else self._kept(LeadData.of(own, self.config, self.tokenizer))
-
-    def _kept(self, data: LeadData) -> LeadData:
-        """The same, with what the frozen layers make of it kept where there is room."""
-        keeps = keeps_frozen_states(self.model, self.config.runtime, num_tokens=data.examples.num_tokens)
-        if not keeps or self._session is None:
-            return replace(data, kept={} if keeps else None)
-        most = self.config.evaluation.max_tokens
-        return replace(data, kept=self._session.batches(data.examples, max_tokens=most))
+        """Tokenize the lead's records, and keep what the frozen layers make of them where there is room."""
+        if own is None:
+            return None
+        data = LeadData.of(own, self.config, self.tokenizer)
+        if not keeps_frozen_states(self.model, self.config.runtime, num_tokens=data.examples.num_tokens):
+            return data
+        session, about = self._session, f"batches of {self.config.evaluation.max_tokens}"
+        return replace(data, kept={} if session is None else session.states(about, data.examples, dict))
 
     def has_room_for(self, num_tokens: int) -> bool:
         """The frozen layers' outputs for `num_tokens` fit where they are kept."""
@@ -316,7 +315,7 @@ class SharedModel:
             pad_id = self.tokenizer.pad_token_id
             return SiteExamples(dataset, pad_id=pad_id, shapes=self.shapes, device=self.device)
 
-        return make() if self._session is None else self._session.examples(dataset, make)
+        return make() if self._session is None else self._session.states("examples", dataset, make)
 
     def score(self, adapter: Adapter, data: LeadData | None) -> dict[str, float]:
         """Scores of `adapter` on the lead's data after a round; empty without data."""

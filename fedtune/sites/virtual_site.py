@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,12 +23,10 @@ from typing import Any
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.config import RunConfig
-from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.run_folder import RunFolder, locked
 from fedtune.federation.secure.at_site import Parties
-from fedtune.federation.site_round import Prepared, Site, Trained
+from fedtune.federation.site_round import Prepared, Site
 from fedtune.federation.verdict import history_of
-from fedtune.model.adapter import Adapter
 from fedtune.privacy import events, filter
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
@@ -53,10 +51,9 @@ from fedtune.privacy.site_policy import (
 )
 from fedtune.privacy.trust import Trust
 from fedtune.sites.run_records import RunRecords
-from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.session import Session
 from fedtune.sites.shared_model import Progress, SharedModel, silent
-from fedtune.sites.work import SiteWork
+from fedtune.sites.work import SiteWork, WorkingSite
 from fedtune.spec import ConfigError, RefusedError, RunError, shown
 from fedtune.tasks.registry import task_named
 
@@ -175,32 +172,20 @@ class VirtualSites:
         """
         for site in self.config.federation.active:
             files = self.files(site)
-            history, spent, fit = history_of(files), Counter[DpEvent](), 0
+            history, spent, does = history_of(files), Counter[DpEvent](), "refuses such a trial"
             now = history.now()
+            held = partial(history.set_aside, now)
             try:
                 spending.require_usable(history)
                 for run in (*shapes, *runs):
                     files.policy.check(run)
-            except Refused as refused:
-                raise RefusedError(
-                    f"{asked}: site {site} refuses such a trial; nothing was begun ({refused})"
-                ) from None
-            try:
-                for run in runs:
+                for fit, run in enumerate(runs):
+                    does = f"has room for {fit} of these trials"
                     if run.run not in history.runs:
                         spent += events.grouped([run.plan.whole])
-                        spending.require_room(
-                            history,
-                            files.policy,
-                            run.plan.cohorts,
-                            asked=spent,
-                            held=partial(history.set_aside, now),
-                            now=now,
-                        )
-                    fit += 1
+                        spending.require_room(history, files.policy, run.plan.cohorts, asked=spent, held=held, now=now)
             except Refused as refused:
-                bound = f"site {site} has room for {fit} of these trials; nothing was begun ({refused})"
-                raise RefusedError(f"{asked}: {bound}") from None
+                raise RefusedError(f"{asked}: site {site} {does}; nothing was begun ({refused})") from None
 
 
 def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
@@ -220,7 +205,12 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
     without: dict[str, str] = {}
     for site in config.federation.active:
         try:
-            offers.append(_offer(sites.ledger(site), proposal, config))
+            ledger = sites.ledger(site)
+            offer = ledger.offer(proposal)
+            if not config.can_use(offer):
+                ledger.require_acceptable(proposal)  # names the rule that the whole proposal breaks
+                raise RunError("its budget changed in the meantime; start again")
+            offers.append(offer)
         except Refused as refused:
             without[site] = f"{refused.reason}, asked {refused.asked}, allowed {refused.allowed}"
         except RunError as error:
@@ -230,25 +220,15 @@ def fitted(config: RunConfig, run_folder: Path) -> RunConfig:
     return config.fitted_to(offers)
 
 
-def _offer(ledger: Ledger, proposal: Proposal, config: RunConfig) -> Offer:
-    """Ask one site how much it has room for now.
-
-    Raises:
-        Refused: nothing that may be changed helps; names the rule that the whole proposal breaks.
-        RunError: its ledger is not in order.
-    """
-    offer = ledger.offer(proposal)
-    if config.can_use(offer):
-        return offer
-    ledger.require_acceptable(proposal)
-    raise RunError("its budget changed in the meantime; start again")
-
-
 def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> Policy:
     """A policy that allows `plan` and no more, with a lifetime cap of what its runs cost by the filter, rounded up."""
     proposal = config.proposal(lead=lead, plan=plan)
     budget = budget_for([plan] * plan.runs)
-    noises = plan.noises
+    trust = Trust()
+    if (shared := plan.shared) is not None:  # the keys of simulated sites are all in one folder anyway
+        trust = Trust(
+            secure=True, least_sites=shared.num_sites, least_threshold=shared.threshold, colluders=shared.colluders
+        )
     return Policy(
         site=site,
         population=Population(
@@ -257,7 +237,7 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
         dataset=(Dataset(id=proposal.dataset, declared_size=config.declared_sizes()[site]),),
         budget=replace(budget, max_epsilon_per_run=config.privacy.epsilon if plan.private else None),
         limits=Limits(
-            min_noise_multiplier=min(noises),
+            min_noise_multiplier=min(plan.noises),
             max_sampling_rate=plan.sampling_rate,
             max_grad_norm=plan.max_grad_norm,
             min_grad_norm=min(DEFAULT_MIN_GRAD_NORM, plan.max_grad_norm),
@@ -282,18 +262,8 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
         ),
         # Nobody is there from whom the time of a reply could be hidden.
         releases=Releases(metrics="noised" if plan.releases_metrics else "none", reply_after_s=0.0),
-        trust=_trust_in(plan),
+        trust=trust,
         simulated=True,
-    )
-
-
-def _trust_in(plan: Plan) -> Trust:
-    """Trust enough for this plan's secure sums: the keys of simulated sites are all in one folder anyway."""
-    if plan.shared is None:
-        return Trust()
-    shared = plan.shared
-    return Trust(
-        secure=True, least_sites=shared.num_sites, least_threshold=shared.threshold, colluders=shared.colluders
     )
 
 
@@ -427,7 +397,7 @@ class Participants:
         return VirtualSite(self, self.config.federation.active[index])
 
 
-class VirtualSite(Site):
+class VirtualSite(WorkingSite):
     """A site of a simulation, which has policy, ledger and records of its own and shares the model with the others."""
 
     def __init__(self, everyone: Participants, name: str) -> None:
@@ -435,7 +405,7 @@ class VirtualSite(Site):
         files = everyone.sites.files(name)
         # Kept sites may say themselves whom they sum with, as real ones do.
         members = files.policy.trust.members or everyone.identities
-        super().__init__(ledger, sums=sums_of(files, everyone.parties[name], members=members))
+        super().__init__(files, ledger, everyone.parties[name], members=members)
 
     def prepare(self, proposal: Proposal) -> Prepared:
         """The simulation's own run, whatever was proposed."""
@@ -448,13 +418,6 @@ class VirtualSite(Site):
             update_dtype=config.federation.update_dtype,
         )
 
-    def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
-        """Read the dates in the records that the simulation dealt to this site."""
-        return self._work.arrivals()
-
-    def train(
-        self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
-    ) -> Trained:
-        """Train on the records that the simulation dealt to this site."""
-        key = self.ledger.fingerprint_key()
-        return self._work.do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
+    def work(self, run: str) -> SiteWork:
+        """The records that the simulation dealt to this site."""
+        return self._work

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable, Collection
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -15,18 +16,24 @@ from fedtune.data.load import SiteRecords
 from fedtune.data.records import record_key
 from fedtune.evaluation.scoring import unit_scores, user_scores
 from fedtune.federation.protocol import RoundRequest
-from fedtune.federation.site_round import Trained
+from fedtune.federation.secure.agreement import require_terms
+from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
+from fedtune.federation.site_round import Site, Trained
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.cohorts import cohort_of
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedtune.privacy.run_plan import Plan
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.sites.shared_model import SharedModel
 from fedtune.training.devices import DividedUnits
 from fedtune.training.examples import SiteExamples, Units
 from fedtune.training.local import RoundOfTraining, share_of_round, train_round
 from fedtune.training.users import UserExamples
 
+PROMISES = ".promises.jsonl"  # follows the ledger's whole name, since ledgers of several sites may share a folder
 TrainingUnits = SiteExamples | UserExamples
 
 
@@ -168,6 +175,47 @@ class SiteWork:
         for record in self.records.training:
             digest.update(hashlib.sha256(record_key(record)).digest())
         return digest.hexdigest()
+
+
+class WorkingSite(Site):
+    """A site with files of its own, simulated or real, whose records train a model that its process has loaded."""
+
+    def __init__(self, files: SiteFiles, ledger: Ledger, parties: Parties, *, members: Mapping[str, str]) -> None:
+        super().__init__(ledger, sums=sums_of(files, parties, members=members))
+
+    @abstractmethod
+    def work(self, run: str) -> SiteWork:
+        """The site's records with the model of a prepared run."""
+
+    def arrivals(self, request: RoundRequest) -> Mapping[str, int]:
+        """Read the dates.  Policy and budget allow the round, which is charged before a record is sampled."""
+        return self.work(request.run).arrivals()
+
+    def train(
+        self, request: RoundRequest, adapter: Adapter, attempt: int, admitted: Collection[str] | None = None
+    ) -> Trained:
+        """Train on the site's records.  The round is charged by now: only now is one sampled."""
+        key = self.ledger.fingerprint_key()
+        return self.work(request.run).do(request, adapter, attempt, fingerprint_key=key, admitted=admitted)
+
+
+def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -> SumsAtSite:
+    """A site's part in the steps of a secure sum.
+
+    Args:
+        files: of the site; its promises are written beside the ledger.
+        parties: of the site's process.
+        members: site -> public key of the other sites that it may sum with.
+    """
+    trust, identity = files.policy.trust, SigningKey.load_or_make(files.site_key)
+    return SumsAtSite(
+        site=files.policy.site,
+        identity=identity,
+        parties=parties,
+        demand=partial(require_terms, **trust.demands),
+        roster={**members, files.policy.site: identity.public},
+        keep=kept_in(files.ledger.with_name(files.ledger.name + PROMISES)),
+    )
 
 
 def randomness_of(seeded: bool, seed: int) -> Randomness:

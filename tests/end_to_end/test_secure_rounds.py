@@ -11,7 +11,6 @@ import pytest
 import fedtune.federation.rounds as lead_rounds
 import fedtune.federation.secure.shares as shamir
 import fedtune.federation.secure_rounds as secure_rounds
-import fedtune.sites.virtual_site as virtual_site
 import fedtune.sites.work as site_work
 from fedtune.federation.protocol import UNMASK
 from fedtune.federation.secure.agreement import Rejected, Wrong
@@ -357,12 +356,12 @@ def lead_dies_in_round_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 def sites_stay(monkeypatch: pytest.MonkeyPatch) -> dict[str, Parties]:
     """What the sites' processes remember outlives the lead's, as on other machines."""
     remembered: dict[str, Parties] = {}
-    real = virtual_site.sums_of
+    real = site_work.sums_of
 
     def of_process(files: SiteFiles, parties: Parties, **named: Any) -> SumsAtSite:
         return real(files, remembered.setdefault(files.policy.site, parties), **named)
 
-    monkeypatch.setattr(virtual_site, "sums_of", of_process)
+    monkeypatch.setattr(site_work, "sums_of", of_process)
     return remembered
 
 

@@ -48,8 +48,10 @@ def test_a_run_within_the_policy_is_accepted(ask: Ask, tmp_path: Path) -> None:
     assert (said.most_rounds, said.least_noise) == (3, 4.0)
     assert not (tmp_path / "ledger.db").exists(), "asking makes no ledger"
     assert not (tmp_path / "site_key.pem").exists(), "nor a key"
-    other = "the site declares 100 records of patients, the run takes it for 90"
-    assert [ask(site_policy(), {site: 90}).note for site in "ab"] == [other, "the run names no site a"]
+    assert ask(site_policy(), {"b": 100}).note == "the run names no site a"
+    (other,) = (wrong := ask(site_policy(), {"a": 90}, most=True)).broken
+    assert (other.reason, other.asked, other.allowed) == ("declared_size", "90", "100")
+    assert (wrong.allowed, wrong.most_rounds, wrong.least_noise, wrong.most_epsilon) == (False, 0, None, None)
 
 
 def test_every_broken_rule_is_named(ask: Ask) -> None:

@@ -28,7 +28,6 @@ from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy, Releases
-from fedtune.sites.secure_sums import sums_of
 from fedtune.sites.virtual_site import DEALT, POLICY, Participants, VirtualSites, fitted, generated_policy
 from fedtune.spec import ConfigError, RefusedError, RunError
 
@@ -316,7 +315,7 @@ def test_sites_whose_ledgers_share_a_folder_keep_each_their_own_promises(site_po
         ledger, site_key = tmp_path / policy.ledger, tmp_path / policy.site_key
         files = SiteFiles(policy=policy, ledger=ledger, site_key=site_key, anchor=None)
         promise = Promise(session="ab" * 32, release=1, survivors=("east", "west"), confirmed=site == "east")
-        sums_of(files, Parties(), members={}).keep(promise)
+        site_work.sums_of(files, Parties(), members={}).keep(promise)
     kept = {path.name: path.read_text().count('"confirmed": true') for path in tmp_path.glob("*promises.jsonl")}
     assert kept == {"east.db.promises.jsonl": 1, "west.db.promises.jsonl": 0}
 

@@ -139,7 +139,7 @@ class Terms:
 Demand = Callable[[Terms], None]  # raises Rejected for terms that a site does not join
 
 
-def require_terms(terms: Terms, *, least_sites: int = 3, least_threshold: int = 3, colluders: int = 0) -> None:
+def require_terms(terms: Terms, /, *, least_sites: int = 3, least_threshold: int = 3, colluders: int = 0) -> None:
     """Check that terms ask for no less than a site demands, whatever the lead says.
 
     Three is the least threshold unless the site says otherwise: of a sum of two, each of the two learns the other's

@@ -34,7 +34,7 @@ from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import UNVERIFIED
-from fedtune.privacy.release import Reason, Refused, asked_and_allowed
+from fedtune.privacy.release import asked_and_allowed
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Dataset, Policy
@@ -346,17 +346,13 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
     plan, sizes = config.plan(), config.declared_sizes()
     proposal = config.proposal(lead=kit.lead, plan=plan)
     said = verdict.ask(site_toml, proposal, declared_sizes=sizes)
-    broken, asked = list(said.broken), sizes.get(policy.site)
-    own = {declared.id: declared.declared_size for declared in policy.dataset}.get(proposal.dataset)
-    if own is not None and asked is not None and own != asked:  # a run that takes the site for another size is refused
-        broken.append(Refused(Reason.DECLARED_SIZE, asked=asked, allowed=own))
     name = "run"
-    if broken:
-        values = [(one.reason, asked_and_allowed(one.asked, one.allowed)) for one in broken]
+    if said.broken:
+        values = [(one.reason, asked_and_allowed(one.asked, one.allowed)) for one in said.broken]
         rules = "; ".join(f"{rule} ({of_both})" if of_both else rule for rule, of_both in values)
         # Of a key or a hash the beginning.
         rules = re.sub(r"\b([0-9a-f]{16})[0-9a-f]{48}\b", r"\1...", rules)
-        found, fix = f"would be refused: {rules}", _instead(said, plan, len(broken))
+        found, fix = f"would be refused: {rules}", _instead(said, plan)
         if config.model.sha256 is None:
             fix = "Ask the lead for the SHA-256 of the run's base model, and add it here as model.sha256=HEX."
         return failed(name, found, fix=fix, exit_code=REFUSED)
@@ -368,14 +364,13 @@ def experiment(config: RunConfig, *, kit: Kit, site_toml: Path, policy: Policy, 
     return ok(name, found)
 
 
-def _instead(said: Verdict, plan: Plan, num_broken: int) -> str:
+def _instead(said: Verdict, plan: Plan) -> str:
     """Suggest a run that would be accepted in place of this one."""
     ways = []
-    if num_broken == len(said.broken):
-        if 0 < said.most_rounds < plan.num_rounds:
-            ways.append(f"{said.most_rounds} of its {plan.num_rounds} rounds")
-        if said.least_noise is not None:
-            ways.append(f"a noise multiplier of {said.least_noise:g}")
+    if 0 < said.most_rounds < plan.num_rounds:
+        ways.append(f"{said.most_rounds} of its {plan.num_rounds} rounds")
+    if said.least_noise is not None:
+        ways.append(f"a noise multiplier of {said.least_noise:g}")
     if ways:
         return f"Tell the lead that {' or '.join(ways)} would be accepted, all else as it is."
     return "Tell the lead, or change these rules in site.toml if you agree to the run."
