@@ -17,15 +17,16 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.spec import TaskModelSpec
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
-from fedtune.runs.results import BaseModel, Population, RunProvenance, RunResult
+from fedtune.runs.results import BaseModel, RunProvenance, RunResult
 from fedtune.tasks.task_model import TaskModel, build_task_model
 from fedtune.training.per_example import attached
 
 
 def run_result(**fields: Any) -> RunResult:
     """The content of a run.json: `rounds`, `final` and `privacy` are given, the rest may be."""
-    population = Population(dataset="letters", unit="record", declared_sizes={})
-    made = RunProvenance(population=population, base_model=BaseModel(path="random:bert", sha256="00" * 32))
+    made = RunProvenance(
+        dataset="letters", declared_sizes={}, base_model=BaseModel(path="random:bert", sha256="00" * 32)
+    )
     about = {"fedtune_version": "0", "config_sha256": "00", "task": "classification", "provenance": made}
     return RunResult(**about | fields)
 

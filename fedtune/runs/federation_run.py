@@ -29,7 +29,6 @@ from fedtune.runs.results import (
     DATA_CHANGED,
     BaseModel,
     FinalResult,
-    Population,
     RunProvenance,
     RunResult,
     Template,
@@ -234,9 +233,8 @@ class FederationRun:
             digest = hashlib.sha256(text.encode()).hexdigest()
             template = Template(prompt=data.prompt_template, chat=data.chat_template, sha256=digest)
         return RunProvenance(
-            population=Population(
-                dataset=data.dataset, unit=self.config.privacy.unit, declared_sizes=self.config.declared_sizes()
-            ),
+            dataset=data.dataset,
+            declared_sizes=self.config.declared_sizes(),
             base_model=BaseModel(
                 path=model.shown_path,
                 public_id=model.public_id,

@@ -95,15 +95,6 @@ class PrivacyResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Population:
-    """Whose records the run was asked to learn from, as settings and sites declare it."""
-
-    dataset: str
-    unit: str
-    declared_sizes: Mapping[str, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class BaseModel:
     """The frozen base."""
 
@@ -128,7 +119,8 @@ class Template:
 class RunProvenance:
     """The provenance of the adapter."""
 
-    population: Population
+    dataset: str
+    declared_sizes: Mapping[str, int]  # by site, in the units of `PrivacyResult`
     base_model: BaseModel
     # which adapter training began in, by digest and by the name of its run, and what its own training spent on
     # which data; None: in a new one

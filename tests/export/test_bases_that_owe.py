@@ -61,7 +61,7 @@ def owed_by(run: Path) -> dict[str, Any]:
     """What a run says of itself, as a later one is to tell it."""
     told = result_of(run)
     spent = {key: told["privacy"][key] for key in ("unit", "delta", "epsilon")}
-    about = {"from": run.name, "dataset": told["provenance"]["population"]["dataset"]}
+    about = {"from": run.name, "dataset": told["provenance"]["dataset"]}
     return {"digest": told["adapter_digest"]} | about | spent
 
 
