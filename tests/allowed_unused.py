@@ -23,11 +23,11 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "templates call them": {
         *("about_ceiling", "band_range", "epsilon_spent", "of_whom", "says_nothing", "without_base"),
         *("right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others", "held_out_epsilon"),
-        *("fixed_part", "noise_in_average", "reference_filter", "reference_pld"),
+        *("fixed_part", "reference_filter", "reference_pld"),
     },
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {
-        *("carbon_kg", "charged_steps", "completion", "first_seconds", "frozen_states_kept", "lead_days"),
+        *("carbon_kg", "completion", "first_seconds", "frozen_states_kept", "lead_days"),
         *("negative", "sampling_assumed", "server_days", "site_days"),
     },
 }

@@ -304,7 +304,6 @@ class Receipt(_Plain):
     site: str
     run: str
     charged_rounds: int
-    charged_steps: int
     sequence: int
     head: str
     site_key: str

@@ -72,7 +72,7 @@ def adapter() -> Adapter:
 
 
 def receipt() -> Receipt:
-    fields = {"site": "north", "run": "r", "charged_rounds": 1, "charged_steps": 2, "sequence": 4, "head": "ab" * 32}
+    fields = {"site": "north", "run": "r", "charged_rounds": 1, "sequence": 4, "head": "ab" * 32}
     return Receipt(**fields, site_key=key(2).public, signature="cd" * 64)
 
 

@@ -173,7 +173,7 @@ def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
 
 
 def signed(key: SigningKey, **changes: object) -> Receipt:
-    fields: dict[str, Any] = {"site": "a", "run": "r", "charged_rounds": 2, "charged_steps": 6, "sequence": 9}
+    fields: dict[str, Any] = {"site": "a", "run": "r", "charged_rounds": 2, "sequence": 9}
     fields |= {"head": "0" * 64, "site_key": key.public} | changes
     return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").message()))
 
@@ -181,7 +181,7 @@ def signed(key: SigningKey, **changes: object) -> Receipt:
 def test_a_receipt_is_signed_on_every_field() -> None:
     receipt = signed(site_key)
     assert receipt.is_signed()
-    changes: dict[str, object] = {"site": "b", "run": "s", "charged_rounds": 1, "charged_steps": 5, "sequence": 8}
+    changes: dict[str, object] = {"site": "b", "run": "s", "charged_rounds": 1, "sequence": 8}
     changes |= {"head": "1" * 64, "site_key": make_key(7).public, "signature": signed(make_key(7)).signature}
     changes |= {"reply": "2" * 64}
     assert set(changes) == {field.name for field in dataclasses.fields(Receipt)}

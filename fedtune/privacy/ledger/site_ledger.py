@@ -240,14 +240,10 @@ class Ledger:
 
     def receipt(self, run: str, *, reply: str = "") -> Receipt:
         """The charges of `run` so far, signed together with the digest of the reply that they travel with."""
-        known = self.history.runs.get(run)
-        charged = self.history.charged_rounds(run)
-        steps = known.plan.local_steps if known else 0
         fields: dict[str, Any] = {
             "site": self.policy.site,
             "run": run,
-            "charged_rounds": charged,
-            "charged_steps": charged * steps,
+            "charged_rounds": self.history.charged_rounds(run),
             "sequence": self.history.path[-1][0],
             "head": self._store.salted_head(),
             "site_key": self._key.public,
