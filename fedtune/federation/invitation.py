@@ -63,12 +63,11 @@ class Answers:
         ready = [site for site, offer in self.offers.items() if takes_part(offer)]
         if len(ready) >= federation.least_sites:
             return
-        refused = [site for site, refusal in self.refusals.items() if refusal.reason.is_final]
-        refused += [site for site in self.offers if site not in ready]
+        rooms = {site: offer.most_rounds for site, offer in self.offers.items() if site not in ready}
+        less = {site: f"has room for {rounds} rounds" for site, rounds in rooms.items()}
+        refused = [*less, *(site for site, refusal in self.refusals.items() if refusal.reason.is_final)]
         error = RefusedError if len(federation.active) - len(refused) < federation.least_sites else RunError
-        others = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent)
-        less = {site: offer for site, offer in self.offers.items() if site not in ready}
-        others |= {site: f"has room for {offer.most_rounds} rounds" for site, offer in less.items()}
+        others = {site: refusal.in_words for site, refusal in self.refusals.items()} | dict(self.silent) | less
         too_few = federation.too_few(len(ready), "would take part", others=others)
         raise error(f"{too_few}; nothing was charged for this run")
 

@@ -320,7 +320,6 @@ def _way_on(found: Sequence[Path]) -> str:
     return f"move it away, and resume the run from {found[-2].name}"
 
 
-@lru_cache(maxsize=1)
 def _plain_fields() -> Mapping[str, Any]:
     """The fields of a state that are no arrays, with their types."""
     hints = get_type_hints(LeadState)

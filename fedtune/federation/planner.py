@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -217,15 +218,11 @@ def _round(plan: Plan, number: int, order: float) -> RoundPrice:
 
 
 @lru_cache(maxsize=1024)
-def coarse_epsilon(plan: Plan) -> float:
-    """PLD epsilon of the whole plan, on the coarse grid that calibration uses; never far above the fine one's."""
-    whole = plan.whole
-    return accountant.epsilon_pld([whole], plan.delta, interval=accountant.COARSE)
-
-
-@lru_cache(maxsize=1024)
 def target_epsilon(plan: Plan) -> float:
-    """The same of all `plan.runs`: what `privacy.epsilon` bounds."""
+    """PLD epsilon of all `plan.runs`, which `privacy.epsilon` bounds.
+
+    On the coarse grid that calibration uses: never far above the fine one's.
+    """
     return accountant.epsilon_pld([plan.of_all_runs], plan.delta, interval=accountant.COARSE)
 
 
@@ -244,9 +241,7 @@ def solve_rounds(plan: Plan, *, epsilon: float) -> Plan:
         fits, too_many = too_many, 2 * too_many
         if too_many > MOST_ROUNDS:
             return dataclasses.replace(plan, num_rounds=fits)
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if within(middle) else (fits, middle)
+    fits += bisect(range(fits + 1, too_many), False, key=lambda count: not within(count))
     if not fits:
         spare = f" and {plan.spare_rounds} spare ones" if plan.spare_rounds else ""
         bound = f"passes privacy.epsilon = {epsilon:g} with one round of {plan.local_steps} steps{spare}"

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from fedtune.codec import decode, parse_json
-from fedtune.federation.secure.agreement import Terms, bits_needed
+from fedtune.federation.secure.agreement import Terms
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Reason, Receipt, Refused
@@ -144,8 +144,7 @@ class RoundRequest(_Question):
     session: str = ""  # the lead's name for the session of the secure sum that the round is a release of; else empty
 
     def _to_json(self) -> dict[str, Any]:
-        receipt = None if self.receipt is None else self.receipt.to_json()
-        return {"protocol": WIRE_SCHEMA, **self._asked(), "receipt": receipt, "expires": self.expires}
+        return _Question._to_json(self) | {"receipt": self.receipt and self.receipt.to_json()}
 
     def _check(self) -> None:
         _require("round", 1 <= self.round < _MOST_ROUNDS)
@@ -153,23 +152,20 @@ class RoundRequest(_Question):
         secure = self.proposal.plan.shared is not None
         _require("session", _NONCE.fullmatch(self.session) if secure else self.session == "")
 
-    def _asked(self) -> dict[str, Any]:
-        """The question itself; receipt and expiry are no part of it, and may differ when the lead asks again."""
-        fields = {name: getattr(self, name) for name in ("round", "site", "adapter_digest")}
-        if self.session:
-            fields["session"] = self.session
-        return {**fields, "proposal": self.proposal.to_json()}
-
     def digest(self) -> str:
-        """SHA-256, in hex, of what is asked for: two requests with one digest ask for the same thing."""
-        return hashlib.sha256(json.dumps(self._asked(), sort_keys=True).encode()).hexdigest()
+        """SHA-256, in hex, of what is asked for: two requests with one digest ask for the same thing.
+
+        Receipt and expiry are no part of it, and may differ when the lead asks again.
+        """
+        asked = self._to_json() | dict.fromkeys(("protocol", "receipt", "expires"))
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 ANNOUNCE, JOIN, CONFIRM, UNMASK = "announce", "join", "confirm", "unmask"
 
 
 def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> Terms:
-    """The terms of a run's secure sums, in as few bits as they need; its lead and each of its sites make the same.
+    """The terms of a run's secure sums; its lead and each of its sites make the same.
 
     Args:
         proposal: of the run.
@@ -184,7 +180,6 @@ def terms_of(proposal: Proposal, *, members: Mapping[str, str], length: int) -> 
         threshold=sums.threshold,
         length=length,
         largest=sums.largest_value,
-        bits=bits_needed(len(members), sums.largest_value),
     )
 
 

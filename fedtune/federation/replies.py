@@ -89,9 +89,6 @@ class RoundReplies:
     masked: dict[str, bytes] = field(default_factory=dict, init=False)
     _outcomes: dict[str, _Outcome] = field(default_factory=dict, init=False)
 
-    def __post_init__(self) -> None:
-        self._outcomes.update(dict.fromkeys(self.left_out, _Outcome(failure=LEFT_OUT)))
-
     def take(self, site: str, reply: Reply) -> None:
         """Judge an asked site's reply, and keep its update if it is valid; a later reply of its replaces it."""
         if site not in self.reaches or site in self.left_out:
@@ -124,7 +121,8 @@ class RoundReplies:
         return {site: outcome.refusal for site, outcome in self._in_order() if outcome.refusal is not None}
 
     def _in_order(self) -> list[tuple[str, _Outcome]]:
-        return [(site, self._outcomes.get(site, _Outcome(failure=NO_REPLY))) for site in self.reaches]
+        silent = {site: _Outcome(failure=LEFT_OUT if site in self.left_out else NO_REPLY) for site in self.reaches}
+        return [(site, self._outcomes.get(site, why)) for site, why in silent.items()]
 
     def _judge(self, site: str, reply: Reply) -> tuple[_Outcome, Tensors | Masked | None]:
         """The outcome of a reply, and the adapter that a valid update is, or the upload to a secure sum."""

@@ -50,9 +50,9 @@ def run_folders_near(folder: Path) -> str:
 
 
 def _digest_in(file: Path) -> str | None:
-    """Of the adapter that a file names; empty: an older version wrote it, and named none."""
+    """Of the adapter that a file names; None: it names none, or cannot be read."""
     with contextlib.suppress(OSError, ConfigError):
-        found = parse_json(file.read_bytes(), key=str(file), bound="must be an object").get("adapter_digest", "")
+        found = parse_json(file.read_bytes(), key=str(file), bound="must be an object").get("adapter_digest")
         return found if isinstance(found, str) else None
     return None
 
@@ -173,8 +173,6 @@ class RunFolder:
         elif not self.result.exists():  # beside a site's copy are no checkpoints either: it has no report, and no card
             said = "must hold its run.json, which names its adapter; resume the run, or put that back"
             bound = said if self.saved_checkpoints else ""
-        elif named == "":
-            bound = "was made before run.json named its adapter (adapter_digest); resume the run, or make it again"
         elif digest is None or named != digest:
             bound = "must hold the adapter that its run.json names by adapter_digest; resume the run, or put that back"
         if bound:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dp_accounting import DpEvent
 
-from fedtune.federation.planner import coarse_epsilon, least_noise, target_epsilon
+from fedtune.federation.planner import least_noise, target_epsilon
 from fedtune.privacy import accountant, events
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.history import History
@@ -160,7 +160,7 @@ class _Budget:
         if next(self.refusals(proposal), None) or self._rules.broken_rules(proposal):
             return False
         most = self._policy.budget.max_epsilon_per_run
-        return most is None or coarse_epsilon(proposal.plan) <= most
+        return most is None or target_epsilon(dataclasses.replace(proposal.plan, runs=1)) <= most
 
     def most_epsilon(self, proposal: Proposal) -> tuple[float | None, Refused | None]:
         """Find the largest epsilon of a run like `proposal` that is accepted, and the rule that refuses a larger one.

@@ -58,7 +58,7 @@ def test_solving_for_rounds_with_noise_that_a_run_would_refuse(plan: Run, plan_j
     said = plan_json(*target, "federation.num_rounds=20")
     assert 0.9 < said["epsilon"] <= 1.0
     more = Plan(**(said["plan"] | {"num_rounds": said["plan"]["num_rounds"] + 1}))
-    assert planner.coarse_epsilon(more) > 1.0
+    assert planner.target_epsilon(more) > 1.0
     secure = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_sites=4")
     said = plan_json(*target, *secure)
     assert said["plan"]["shared"]["num_sites"] == 4, "whose noise is counted"

@@ -75,14 +75,14 @@ def test_without_noise_nothing_is_bounded() -> None:
 
 def test_what_if_names_each_change_and_keeps_within_epsilon() -> None:
     plan = golden(noise_multiplier=2.0, sampling_rate=0.1, local_steps=5, num_rounds=3)
-    epsilon = planner.coarse_epsilon(plan)
+    epsilon = planner.target_epsilon(plan)
     changes = {change.what: change for change in planner.what_if(plan, epsilon=epsilon)}
     batches = ["batches x 1.5 (rate 0.15)", "batches x 2 (rate 0.2)"]
     assert list(changes) == ["5 rounds", "6 rounds", *batches, "delta 1e-06", f"epsilon {epsilon / 2:.4g}"]
     for change in changes.values():
         needed = replace(change.plan, noise_multiplier=change.noise_needed)
         assert accountant.epsilon_pld([needed.event(rounds=needed.most_rounds)], needed.delta) <= change.epsilon
-        assert change.same_noise_epsilon == planner.coarse_epsilon(change.plan)
+        assert change.same_noise_epsilon == planner.target_epsilon(change.plan)
     assert changes["5 rounds"].plan.num_rounds == 5
     assert changes["delta 1e-06"].plan.delta == pytest.approx(1e-6)
     # What a larger batch does to the mean gradient.

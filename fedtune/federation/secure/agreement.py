@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
 from fedtune.federation.secure.masks import is_mask_key
@@ -77,10 +77,9 @@ class Terms:
         threshold: t, how many sites must help to unmask a release; also the least number of survivors.
         length: of a vector, in values.
         largest: every value of a site's vector lies in [-largest, largest], except with negligible probability.
-        bits: of the modulus, 2**bits.
 
     Raises:
-        ConfigError: a value that no run can have; the modulus among them, where a sum could pass it.
+        ConfigError: a value that no run can have.
     """
 
     run: str
@@ -89,7 +88,6 @@ class Terms:
     threshold: int
     length: int
     largest: int
-    bits: int
 
     def __post_init__(self) -> None:
         if not (1 <= len(self.run) <= 300 and self.run.isprintable()):  # as a proposal's, of which it is
@@ -103,22 +101,23 @@ class Terms:
             raise ConfigError("members", len(self.members), f"must be from 2 to {MOST_SITES_OF_SUM} sites")
         if len(set(self.members.values())) < len(self.members):
             raise ConfigError("members", list(self.members), "must have a key each; two have the same")
+        check_whole("largest", self.largest)
+        check_at_least("largest", self.largest, 1)
         for name, most in (("threshold", len(self.members)), ("length", MOST_LENGTH), ("bits", MOST_BITS)):
             check_whole(name, getattr(self, name))
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(name, getattr(self, name), f"must be from 1 to {most}")
         check_at_least("threshold", self.threshold, len(self.members) // 2 + 1)
-        check_whole("largest", self.largest)
-        check_at_least("largest", self.largest, 1)
-        if bits_needed(len(self.members), self.largest) > self.bits:
-            needed = bits_needed(len(self.members), self.largest)
-            largest = f"sum of {len(self.members)} sites' values of up to {self.largest}"
-            raise ConfigError("bits", self.bits, f"must be at least {needed}, or the modulus is passed by a {largest}")
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Members in the order in which everything that names them has them."""
         return tuple(sorted(self.members))
+
+    @property
+    def bits(self) -> int:
+        """Of the modulus, 2**bits: the fewest that no sum passes."""
+        return bits_needed(len(self.members), self.largest)
 
     def digest(self) -> str:
         """SHA-256, in hex."""
@@ -179,11 +178,11 @@ class Announcement:
     def made(cls, site: str, terms: Terms, key: str, *, identity: SigningKey) -> Announcement:
         """The announcement as its site makes it."""
         unsigned = cls(site=site, terms=terms.digest(), key=key, signature="")
-        return cls(site=site, terms=terms.digest(), key=key, signature=identity.sign(KEY, unsigned.message()))
+        return replace(unsigned, signature=identity.sign(KEY, unsigned.to_bytes()))
 
-    def message(self) -> bytes:
-        """The bytes that are signed."""
-        return canonical({"site": self.site, "terms": self.terms, "key": self.key})
+    def to_bytes(self) -> bytes:
+        """The announcement as it travels; with an empty signature what is signed."""
+        return canonical(asdict(self))
 
     def require_genuine(self, terms: Terms) -> None:
         """Require a member's signature, and these terms."""
@@ -193,7 +192,8 @@ class Announcement:
             raise Rejected(Wrong.WRONG_TERMS)
         if not is_mask_key(self.key):
             raise Rejected(Wrong.WRONG_KEY)
-        if not is_signed(terms.members[self.site], KEY, self.message(), self.signature):
+        unsigned = replace(self, signature="")
+        if not is_signed(terms.members[self.site], KEY, unsigned.to_bytes(), self.signature):
             raise Rejected(Wrong.WRONG_SIGNATURE)
 
 

@@ -37,11 +37,6 @@ def read_announcement(data: bytes) -> Announcement:
     return Announcement(**_fields(data, Announcement))
 
 
-def announcement_bytes(announcement: Announcement) -> bytes:
-    """The announcement as it travels."""
-    return canonical(asdict(announcement))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConfirmRequest:
     """The lead's question whether a site will help to unmask the sum of exactly these survivors.

@@ -9,11 +9,6 @@ Residues = npt.NDArray[np.uint64]
 _AT_ONCE = 1 << 16  # values whose bits are in memory as bytes; a multiple of 8, so that each piece ends with a byte
 
 
-def residues(values: npt.NDArray[np.int64], bits: int) -> Residues:
-    """Signed numbers, modulo 2**bits."""
-    return reduced(values.astype(np.uint64), bits)
-
-
 def reduced(numbers: Residues, bits: int) -> Residues:
     """Numbers modulo 2**64, modulo 2**bits."""
     return numbers & np.uint64(2**bits - 1)

@@ -23,11 +23,10 @@ from fedtune.federation.secure.messages import (
     Revealed,
     UnmaskRequest,
     Upload,
-    announcement_bytes,
     read_announcement,
     seeds_needed,
 )
-from fedtune.federation.secure.packing import packed, reduced, residues
+from fedtune.federation.secure.packing import packed, reduced
 from fedtune.privacy.keys import SigningKey
 
 
@@ -86,7 +85,7 @@ class Party:
 
     def announce(self) -> bytes:
         """The site's key for this session, signed."""
-        return announcement_bytes(Announcement.made(self._site, self._terms, self._key.public, identity=self._identity))
+        return Announcement.made(self._site, self._terms, self._key.public, identity=self._identity).to_bytes()
 
     def join(self, announcements: Sequence[bytes]) -> str:
         """Take the keys of all members, once; returns the session's digest, which is the same at all who took the same.
@@ -134,7 +133,7 @@ class Party:
         self._release, self._promised = release, None
         seeds = {other: pairs.mask_seed(self._site, other, release=release) for other in sites}
         seeds[self._site] = os.urandom(SEED_BYTES)
-        masked = residues(vector, self._terms.bits) + masks(self._site, seeds, length=self._terms.length)
+        masked = vector.astype(np.uint64) + masks(self._site, seeds, length=self._terms.length)  # modulo 2**64
         # By the site that a mask is shared with: the seed at place 0, and a share for each member at its place.
         dealt = [shares.split(seeds[other], threshold=self._terms.threshold, num_shares=len(sites)) for other in sites]
         return Upload(

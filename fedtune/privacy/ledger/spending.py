@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
@@ -110,12 +111,11 @@ def require_room(
 
 def most_rounds(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> int:
     """The largest `num_rounds`, up to the proposal's own, that is accepted; 0 for none."""
-    fits, too_many = 0, proposal.plan.num_rounds + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        fewer = dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=middle))
-        fits, too_many = (middle, too_many) if accepts(fewer) else (fits, middle)
-    return fits
+
+    def refused(rounds: int) -> bool:
+        return not accepts(dataclasses.replace(proposal, plan=dataclasses.replace(proposal.plan, num_rounds=rounds)))
+
+    return bisect(range(1, proposal.plan.num_rounds + 1), False, key=refused)
 
 
 def least_noise(proposal: Proposal, accepts: Callable[[Proposal], bool]) -> float | None:

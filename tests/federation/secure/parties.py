@@ -31,7 +31,7 @@ def identity(site: str) -> SigningKey:
 def terms_of(num_sites: int, threshold: int, **changes: Any) -> Terms:
     members = {site: identity(site).public for site in "abcdefghijklmnopqrst"[:num_sites]}
     fields = {"run": "r", "proposal": "0" * 64, "members": members, "threshold": threshold, "length": LENGTH}
-    return Terms(**{**fields, "largest": LARGEST, "bits": 26, **changes})
+    return Terms(**{**fields, "largest": LARGEST, **changes})
 
 
 @dataclass

@@ -39,6 +39,9 @@ def test_not_all_sites_can_collude_with_the_server() -> None:
 def test_the_modulus_has_room_for_every_sum_and_one_bit_less_has_not(num_sites: int, largest: int) -> None:
     bits = bits_needed(num_sites, largest)
     assert 2 ** (bits - 2) <= num_sites * largest < 2 ** (bits - 1)
+    assert terms_of(num_sites, num_sites, largest=largest).bits == bits
+    with pytest.raises(ConfigError, match="must be from 1 to 64"):
+        terms_of(num_sites, num_sites, largest=2**62)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +110,7 @@ def test_all_who_take_the_same_keys_have_the_same_session() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"run": "s"}, {"proposal": "1" * 64}, {"threshold": 2}, {"length": 5}, {"largest": 7}, {"bits": 27}],
+    [{"run": "s"}, {"proposal": "1" * 64}, {"threshold": 2}, {"length": 5}, {"largest": 7}],
     ids=lambda change: next(iter(change)),
 )
 def test_a_key_is_for_one_run_its_proposal_its_terms_and_one_protocol(other: dict[str, Any], monkeypatch: Any) -> None:
@@ -151,7 +154,7 @@ def test_a_key_is_taken_from_its_own_site_and_its_signature_is_for_nothing_else(
     assert error.value.site == "a"
     one = read_announcement(messages["b"])
     for purpose in ("receipt", "secure sum survivors"):
-        other = replace(one, signature=identity("b").sign(purpose, one.message()))
+        other = replace(one, signature=identity("b").sign(purpose, replace(one, signature="").to_bytes()))
         with rejected(Wrong.WRONG_SIGNATURE):
             Session.of(terms, [other])
 

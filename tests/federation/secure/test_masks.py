@@ -16,7 +16,7 @@ from scipy import stats
 
 from fedtune.federation.secure import shares
 from fedtune.federation.secure.masks import MaskKey, PairSecrets, is_mask_key, masks
-from fedtune.federation.secure.packing import packed, packed_bytes, reduced, residues, signed, unpacked
+from fedtune.federation.secure.packing import packed, packed_bytes, reduced, signed, unpacked
 from fedtune.federation.secure.shares import PRIME, digest, joined, split
 
 from .parties import Federation, terms_of
@@ -94,7 +94,8 @@ def masked(federation: Federation, release: int, site: str = "a") -> np.ndarray:
 
 def test_a_masked_upload_is_uniform_and_so_are_differences_of_two() -> None:
     """By chi-square over 2^8 cells of the lowest and of the highest bits; a false alarm once in 10^7 each."""
-    federation = Federation(terms_of(3, 2, length=1 << 16, largest=1000, bits=16))
+    federation = Federation(terms_of(3, 2, length=1 << 16, largest=10_000))
+    assert federation.terms.bits == 16
     one, two, other = masked(federation, 1), masked(federation, 2), masked(federation, 2, "b")
     bits = federation.terms.bits
     for numbers in (one, two, other, reduced(one - two, bits), reduced(two - other, bits), reduced(two + other, bits)):
@@ -135,7 +136,7 @@ def test_other_bytes_are_no_vector() -> None:
 @given(BITS, st.data())
 def test_signs_come_back(bits: int, data: st.DataObject) -> None:
     values = data.draw(st.lists(st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1), max_size=9))
-    assert signed(residues(np.array(values, np.int64), bits), bits).tolist() == values
+    assert signed(reduced(np.array(values, np.int64).astype(np.uint64), bits), bits).tolist() == values
 
 
 def test_the_field_has_a_prime_number_of_elements() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.federation.secure.agreement import Rejected, Wrong, bits_needed
+from fedtune.federation.secure.agreement import Rejected, Wrong
 from fedtune.federation.secure.messages import MOST_JSON_BYTES, upload_bytes
 from fedtune.federation.secure.party import Party, Promise
 from fedtune.federation.secure.shares import PRIME
@@ -35,12 +35,11 @@ def test_masks_cancel_for_every_set_of_survivors_and_every_set_of_helpers(num_si
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(2, 4), st.integers(1, 2**40), st.integers(0, 3), st.data())
+@given(st.integers(2, 4), st.integers(1, 2**40), st.data())
 def test_the_sum_is_exact_to_the_largest_value_and_the_last_bit(
-    num_sites: int, largest: int, more: int, data: st.DataObject
+    num_sites: int, largest: int, data: st.DataObject
 ) -> None:
-    bits = bits_needed(num_sites, largest) + more
-    federation = Federation(terms_of(num_sites, num_sites, length=3, largest=largest, bits=bits))
+    federation = Federation(terms_of(num_sites, num_sites, length=3, largest=largest))
     value = st.one_of(st.sampled_from([-largest, largest]), st.integers(-largest, largest))
     vectors = [np.array(data.draw(st.lists(value, min_size=3, max_size=3))) for _ in federation.terms.sites]
     summation = Summation(federation.session, release=1)
@@ -60,11 +59,11 @@ def test_twenty_sites_with_the_longest_names_fit_into_the_messages() -> None:
     assert len(federation.parties[names[0]].unmask(request)) < MOST_JSON_BYTES / 2
     assert federation.revealed(summation, by=names).total().tolist() == [2**14 - 1] * 4
     # An upload takes the bytes that its terms say, few of them beside the vector.
-    terms = terms_of(4, 3, length=1001, bits=26)
+    terms = terms_of(4, 3, length=1001)
     sites = Federation(terms)
     size = len(sites.parties["a"].upload(1, sites.vector("a")))
     assert size == upload_bytes(len(terms.members), length=terms.length, bits=terms.bits)
-    assert size - (1001 * 26 + 7) // 8 < 2000
+    assert size - (1001 * terms.bits + 7) // 8 < 2000
 
 
 def test_a_value_beyond_the_largest_is_not_cut_off() -> None:

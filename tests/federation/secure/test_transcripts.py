@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from fedtune.federation.secure.agreement import Announcement, Rejected, Session
 from fedtune.federation.secure.masks import MaskKey
-from fedtune.federation.secure.messages import ConfirmRequest, Upload, announcement_bytes, read_announcement
+from fedtune.federation.secure.messages import ConfirmRequest, Upload, read_announcement
 from fedtune.federation.secure.shares import SHARE_BYTES
 from fedtune.privacy.threshold import least_threshold
 
@@ -61,7 +61,7 @@ class Transcript(RuleBasedStateMachine):
         for site in self.colluders:
             key = self.second.setdefault(site, MaskKey())
             other = Announcement.made(site, self.federation.terms, key.public, identity=identity(site))
-            self.keys[site].append(announcement_bytes(other))
+            self.keys[site].append(other.to_bytes())
 
     @rule(chance=CHANCE)
     def join(self, chance: random.Random) -> None:
