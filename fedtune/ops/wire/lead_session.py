@@ -184,6 +184,15 @@ def readable() -> Iterator[None]:
         raise httpx.TransportError(f"an answer that cannot be read ({type(error).__name__})") from error
 
 
+def not_started(server: str, error: httpx.HTTPStatusError) -> RunError:
+    """What it says of a lead and its server that this starts no run."""
+    if error.response.status_code == httpx.codes.UNAUTHORIZED:
+        return RunError(f"{server} does not take this lead's signature: another federation's kit, or a wrong clock")
+    if error.response.is_redirect:
+        return RunError(f"{server} sends elsewhere ({error.response.status_code}), which is never followed")
+    return RunError(f"{server} cannot start a run ({error.response.status_code})")
+
+
 def _bundle() -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:

@@ -18,7 +18,7 @@ from fedtune.federation.replies import Closing
 from fedtune.flower.flower_records import num_bytes
 from fedtune.flower.internals import inflating, set_metadata
 from fedtune.ops.wire.identity import TOLERANCE_S, Tls
-from fedtune.ops.wire.lead_session import LeadSession, Pulled
+from fedtune.ops.wire.lead_session import LeadSession, Pulled, not_started
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
@@ -91,7 +91,7 @@ class RemoteGrid:
         try:
             self._open()
         except httpx.HTTPStatusError as error:
-            raise self._refused(error) from error
+            raise not_started(self._server, error) from error
         except httpx.HTTPError as error:
             raise RunError(f"{self._server} cannot be reached ({type(error).__name__}: {error})") from error
         return self
@@ -127,7 +127,7 @@ class RemoteGrid:
                 if error.response.is_redirect or error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
                     self._wait_for_server(error)
                 elif self._session is None:
-                    raise self._refused(error) from error
+                    raise not_started(self._server, error) from error
                 else:
                     log.warning("the server forgot this run (%s); asking again", error.response.status_code)
                     self._close()
@@ -220,15 +220,6 @@ class RemoteGrid:
         if self._session is not None:
             self._session.close()
             self._session = None
-
-    def _refused(self, error: httpx.HTTPStatusError) -> RunError:
-        if error.response.status_code == httpx.codes.UNAUTHORIZED:
-            return RunError(
-                f"{self._server} does not take this lead's signature: another federation's kit, or a wrong clock"
-            )
-        if error.response.is_redirect:
-            return RunError(f"{self._server} sends elsewhere ({error.response.status_code}), which is never followed")
-        return RunError(f"{self._server} cannot start a run ({error.response.status_code})")
 
     def _wait_for_server(self, error: Exception) -> None:
         log.warning("%s cannot be reached (%s); trying again", self._server, type(error).__name__)
