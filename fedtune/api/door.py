@@ -177,12 +177,12 @@ def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySi
     Raises:
         ValueError: a run is not finished, or the runs' scores say nothing about each other.
     """
-    from fedtune.runs.model_comparison import Finished, side_by_side
+    from fedtune.runs.model_comparison import side_by_side
     from fedtune.runs.saved_model import BASE
 
     if not runs or BASE in runs:  # which is what their base is called
         raise ConfigError("runs", [*runs], f"must name at least one run, and none of them {BASE}")
-    finished = {name: Finished(folder=run.folder, config=run.config, adapter=run.adapter) for name, run in runs.items()}
+    finished = {name: (run.config, run.adapter) for name, run in runs.items()}
     return side_by_side(finished, file=None if data is None else str(data))
 
 

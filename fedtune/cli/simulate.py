@@ -60,4 +60,4 @@ def simulate(
     folder = folder_of(config)
     result = run_simulation(config, folder, console)
     if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result.to_json()}]})
+        print_json({"schema_version": SCHEMA_VERSION, "runs": [{"folder": str(folder), "result": result}]})

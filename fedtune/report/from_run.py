@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ def _result(folder: Path) -> RunResult | None:
         data = path.read_bytes()
         check_schema(f"{path}: schema_version", json.loads(data)["schema_version"], RUN_SCHEMA, of="run folder")
         result = _RESULT.validate_json(data, strict=True)
-        json.dumps(result.to_json(), allow_nan=False)  # a ValueError for a number that is not finite
+        json.dumps(asdict(result), allow_nan=False)  # a ValueError for a number that is not finite
         if not result.privacy.sites:
             raise ValueError("privacy.sites")
     except ConfigError:

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -221,7 +221,7 @@ class FederationRun:
         plan = self.asked.proposal.plan
         result = RunResult.of(config, plan, state, final=final, provenance=self._provenance(state))
         result = replace(result, adapter_digest=digest)
-        write_durably(RunFolder(self.folder).result, json.dumps(result.to_json(), indent=2).encode() + b"\n")
+        write_durably(RunFolder(self.folder).result, json.dumps(asdict(result), indent=2).encode() + b"\n")
         return result
 
     def _provenance(self, state: LeadState) -> RunProvenance:

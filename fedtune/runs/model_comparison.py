@@ -28,15 +28,6 @@ from fedtune.tasks.registry import task_named
 _MOST_GROUPS = 100
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
-    """A finished run: its folder, the settings to score it by, and the folder of its adapter."""
-
-    folder: Path
-    config: RunConfig
-    adapter: Path
-
-
 @dataclass(frozen=True, kw_only=True)
 class SideBySide:
     """Models on the same records."""
@@ -111,7 +102,7 @@ class SideBySide:
 
 
 def side_by_side(
-    runs: Mapping[str, Finished],
+    runs: Mapping[str, tuple[RunConfig, Path]],
     *,
     file: str | None = None,
     records: Sequence[Record] | None = None,
@@ -122,7 +113,8 @@ def side_by_side(
     Models are loaded one after another; runs that differ in their adapter's values alone share one.
 
     Args:
-        runs: by name, at least one; the first one's settings say which the records are.
+        runs: by name, at least one: the settings to score it by, and the folder of its adapter.  The first one's say
+            which the records are.
         file: of records; None: the test records of the first run.
         records: to score instead, a site's own: none of them ends the scoring, whatever it holds.
         means: by name, runs whose mean counts as one more.
@@ -130,20 +122,20 @@ def side_by_side(
     Raises:
         ConfigError: an adapter or the file cannot be used, or the runs' scores say nothing about each other.
     """
-    first = next(iter(runs.values())).config
-    for run in runs.values():
-        _require_comparable(run, first)
+    first, _ = next(iter(runs.values()))
+    for name, (config, _) in runs.items():
+        _require_comparable(name, config, first)
     found: dict[str, Measured] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []
     together: dict[Hashable, list[str]] = {}
-    for name, run in runs.items():
-        together.setdefault((run.config.task_model(), _reading(run.config)), []).append(name)
+    for name, (config, _) in runs.items():
+        together.setdefault((config.task_model(), _reading(config)), []).append(name)
     for names in together.values():
-        config = runs[names[0]].config
+        config, _ = runs[names[0]]
         # Before the model, whose loading takes longer.
         own = LeadRecords.to_score(config, file) if records is None else None
-        saved = SavedModel(config, {name: runs[name].adapter for name in names})
+        saved = SavedModel(config, {name: runs[name][1] for name in names})
         if own is not None:
             data = LeadData.of(own, config, saved.tokenizer)
         else:
@@ -151,8 +143,8 @@ def side_by_side(
             data = LeadData(rows, task.tokenise(rows, saved.tokenizer, data=config.data, lenient_within=within))
         places = places or [record.line for record in data.records]
         if places != [record.line for record in data.records]:
-            where, bound = str(runs[names[0]].folder), "must be tested on the first run's records: its settings choose"
-            raise ConfigError("run folder", where, f"{bound} others for the test; give both a file by --data")
+            bound = "must be tested on the first run's records: its settings choose others for the test"
+            raise ConfigError("run", names[0], f"{bound}; give both a file by --data")
         of_these = saved.measured(data)
         # An adapter that changes nothing yet has no part in the model before training.
         base = replace(config.task_model(), lora=LoraSpec(), seed=0), _reading(config)
@@ -181,9 +173,9 @@ def _reading(config: RunConfig) -> Hashable:
     return data.max_length, data.prompt_template, data.chat_template, tuple(sorted(data.columns.items()))
 
 
-def _require_comparable(run: Finished, first: RunConfig) -> None:
+def _require_comparable(name: str, own: RunConfig, first: RunConfig) -> None:
     """Refuse a run whose scores on the same records say nothing about those of the first."""
-    own, where, task = run.config, str(run.folder), task_named(run.config.task)
+    task = task_named(own.task)
     for key, value, wanted in (
         ("task", own.task, first.task),
         ("data.labels", own.data.labels, first.data.labels),
@@ -192,7 +184,7 @@ def _require_comparable(run: Finished, first: RunConfig) -> None:
         ("privacy.unit", own.privacy.unit, first.privacy.unit),
     ):
         if value != wanted:
-            raise ConfigError("run folder", where, f"must have the first run's {key} to be compared with it")
+            raise ConfigError("run", name, f"must have the first run's {key} to be compared with it")
     if task.predicts_tokens and (own.model.path, _reading(own)) != (first.model.path, _reading(first)):
         bound = "must have the first run's model.path, columns, template and data.max_length: a loss is a mean over"
-        raise ConfigError("run folder", where, f"{bound} tokens, and theirs are others")
+        raise ConfigError("run", name, f"{bound} tokens, and theirs are others")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fedtune.evaluation.bootstrap import direction
@@ -168,7 +168,3 @@ class RunResult:
                 sites=charges,
             ),
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON, in the order of the fields."""
-        return asdict(self)

@@ -370,7 +370,7 @@ def score_side_by_side(
 
     `finished` has the settings to score each by, and the folder of its adapter; a group has at least `smallest` units.
     """
-    from fedtune.runs.model_comparison import Finished, side_by_side
+    from fedtune.runs.model_comparison import side_by_side
     from fedtune.sites.run_records import sites_of
 
     means = {}
@@ -378,10 +378,7 @@ def score_side_by_side(
         names = [line.name for line in lines if line.kind == "alone" and line.private == (suffix == "")]
         if len(names) > 1:
             means[f"alone, mean of {len(names)}{suffix}"] = names
-    runs = {
-        line.name: Finished(folder=line.run.folder, config=config, adapter=adapter)
-        for line, (config, adapter) in zip(lines, finished, strict=True)
-    }
+    runs = dict(zip((line.name for line in lines), finished, strict=True))
     sides = side_by_side(runs, file=data, records=records, means=means)
     first, main = finished[0][0], lines[0].name
     base, notes = next(iter(sides.measured)), []

@@ -90,7 +90,7 @@ def make(
 ) -> Personalised:
     """Make a site's own adapter in the folder `into`, and score it beside the shared one and the site alone."""
     from fedtune.report.page.render import as_svg_of_own
-    from fedtune.runs.model_comparison import Finished, side_by_side
+    from fedtune.runs.model_comparison import side_by_side
     from fedtune.sites.personal import personalise as train
 
     with TemporaryDirectory() as scratch:
@@ -108,8 +108,7 @@ def make(
             progress=lambda what, done, total: progress(Progress(stage=what, done=done, total=total)),
         )
         folders = {OWN: into / "adapter", SHARED: adapter, ALONE: alone}
-        runs = {name: Finished(folder=into, config=config, adapter=folder) for name, folder in folders.items()}
-        sides = side_by_side(runs, records=parts.scored)
+        sides = side_by_side({name: (config, folder) for name, folder in folders.items()}, records=parts.scored)
     return Personalised(folder=into, passes=passes, seen=parts.seen, sides=sides)
 
 

@@ -287,7 +287,7 @@ class Trials:
                     "values": trial.values,
                     "state": trial.state,
                     "reason": trial.reason,
-                    "result": trial.result and trial.result.to_json(),
+                    "result": trial.result,
                 }
                 for trial in self.rows.values()
             ],

@@ -26,7 +26,7 @@ import numpy as np
 from fedtune.api.compose import compose_recipe
 from fedtune.config import saved_config
 from fedtune.data.load import split_key
-from fedtune.runs.model_comparison import Finished, side_by_side
+from fedtune.runs.model_comparison import side_by_side
 from fedtune.sites.personal import Parts, personalise
 from fedtune.sites.run_records import deal_out
 
@@ -70,7 +70,7 @@ def own_of_site(folder: Path, site: str, records: Any) -> study.Found:
         beside = {"into": into, "alone": alone, "beside_ledger": Path(scratch), "label": ""}
         passes = personalise(config, adapter, parts, site=site, **beside)
         folders = {"own": into / "adapter", "shared": adapter, "alone": alone}
-        sides = side_by_side({name: Finished(folder=into, config=config, adapter=one) for name, one in folders.items()})
+        sides = side_by_side({name: (config, one) for name, one in folders.items()})
     mix = Counter(record.fields["label"] for record in records.training)
     test = Counter(record.fields["label"] for record in sides.records)
     weights = np.array([mix[one.fields["label"]] / test[one.fields["label"]] for one in sides.records])

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli.finished_run import finished_run
+from fedtune.config import RunConfig
 from fedtune.data.records import NO_VALUE, Record, column_values
 from fedtune.model.spec import HeadSpec
-from fedtune.runs.model_comparison import Finished, side_by_side
+from fedtune.runs.model_comparison import side_by_side
 from fedtune.sites.run_records import sites_of
 from fedtune.spec import ConfigError, DataError
 
@@ -15,62 +16,59 @@ from ..conftest import result_of, simulate
 
 pytestmark = pytest.mark.nightly
 
+Runs = dict[str, tuple[RunConfig, Path]]  # settings and the folder of the adapter
+
 SHORT = ("federation.num_rounds=1", "training.local_steps=1", "data.test_rows=20")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Two runs of one model whose adapters have different ranks, and a third that reads less of each record."""
     into, found = tmp_path_factory.mktemp("runs"), {}
     for name, setting in (("four", "lora.rank=4"), ("two", "lora.rank=2"), ("short", "data.max_length=6")):
         folder = simulate(*SHORT, setting, into=into, name=name)
-        found[name] = _finished(folder)
+        found[name] = finished_run(folder)
     return found
 
 
-def _finished(folder: Path) -> Finished:
-    config, adapter = finished_run(folder)
-    return Finished(folder=folder, config=config, adapter=adapter)
-
-
-def test_runs_of_one_base_share_it_whatever_their_adapters_are(runs: dict[str, Finished]) -> None:
+def test_runs_of_one_base_share_it_whatever_their_adapters_are(runs: Runs) -> None:
     found = side_by_side({name: runs[name] for name in ("four", "two")})
     assert list(found.measured) == ["base", "four", "two"]
     assert (found.num_units, found.unit, found.scores[0]) == (20, "record", "accuracy")
     for name in ("four", "two"):
-        final = result_of(runs[name].folder)["final"]
+        final = result_of(runs[name][1].parent)["final"]
         assert found.estimate(name, "loss").value == pytest.approx(final["metrics"]["loss"])
         assert found.estimate("base", "loss").value == pytest.approx(final["metrics_before"]["loss"])
 
 
-def test_another_reading_of_the_records_has_a_base_of_its_own(runs: dict[str, Finished]) -> None:
+def test_another_reading_of_the_records_has_a_base_of_its_own(runs: Runs) -> None:
     found = side_by_side({name: runs[name] for name in ("four", "short")})
     assert list(found.measured) == ["base", "base of short", "four", "short"]
-    before = result_of(runs["short"].folder)["final"]["metrics_before"]["loss"]
+    before = result_of(runs["short"][1].parent)["final"]["metrics_before"]["loss"]
     assert found.estimate("base of short", "loss").value == pytest.approx(before)
 
 
-def test_scores_that_say_nothing_about_each_other_are_refused(runs: dict[str, Finished]) -> None:
-    one = runs["four"]
-    turned = replace(one.config, data=replace(one.config.data, labels=tuple(reversed(one.config.data.labels))))
+def test_scores_that_say_nothing_about_each_other_are_refused(runs: Runs) -> None:
+    one, adapter = runs["four"]
+    turned = replace(one, data=replace(one.data, labels=tuple(reversed(one.data.labels))))
     with pytest.raises(ConfigError, match=r"must have the first run's data\.labels"):
-        side_by_side({"four": one, "other": replace(one, config=turned)})
-    without = replace(one.config, data=replace(one.config.data, test_file=None))
+        side_by_side({"four": runs["four"], "other": (turned, adapter)})
+    without = replace(one, data=replace(one.data, test_file=None))
     with pytest.raises(ConfigError, match=r"data\.test_file = null: is required to compare"):
-        side_by_side({"four": replace(one, config=without)})
-    data = replace(one.config.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
-    config = replace(one.config, task="regression", head=HeadSpec(centre=False, init="zero"), data=data)
+        side_by_side({"four": (without, adapter)})
+    data = replace(one.data, labels=(), columns={"text": "text", "target": "n"}, target_range=(0.0, 5.0))
+    config = replace(one, task="regression", head=HeadSpec(centre=False, init="zero"), data=data)
     wider = replace(config, data=replace(data, target_range=(0.0, 10.0)))  # of another range numbers say nothing either
     with pytest.raises(ConfigError, match=r"must have the first run's data\.target_range"):
-        side_by_side({"four": replace(one, config=config), "other": replace(one, config=wider)})
+        side_by_side({"four": (config, adapter), "other": (wider, adapter)})
 
 
-def test_records_are_at_the_sites_that_would_have_them(runs: dict[str, Finished], tmp_path: Path) -> None:
+def test_records_are_at_the_sites_that_would_have_them(runs: Runs, tmp_path: Path) -> None:
     rows = [{"text": f"a {number}", "label": "x", "ward": ("n", "s", "?")[number % 3]} for number in range(9)]
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = [Record({"text": row["text"], "label": "x"}, str(path), line) for line, row in enumerate(rows, start=1)]
-    config = runs["four"].config
+    config, _ = runs["four"]
     assert sites_of(config, records) is None, "dealt out by hash alone, all sites are alike"
     partition = replace(config.data.partition, kind="column", sites={"n": 0, "s": 1})
     data = replace(config.data, partition=partition, columns={**config.data.columns, "site": "ward"})
@@ -87,7 +85,7 @@ def test_a_column_is_read_for_records_that_were_read_before(tmp_path: Path) -> N
         column_values(records, "ward", key="--by")
 
 
-def test_more_groups_than_anybody_reads_are_refused(runs: dict[str, Finished]) -> None:
+def test_more_groups_than_anybody_reads_are_refused(runs: Runs) -> None:
     found = replace(side_by_side({"four": runs["four"]}), records=[Record({})] * 2000)
     many = [str(number // 10) for number in range(2000)]
     with pytest.raises(ConfigError, match=r"--smallest = 10: leaves 200 groups; must leave at most 100"):
@@ -97,8 +95,8 @@ def test_more_groups_than_anybody_reads_are_refused(runs: dict[str, Finished]) -
 def test_runs_that_were_tested_on_other_records_are_not_put_beside_each_other(tmp_path: Path) -> None:
     """Their settings deal out other test records, some of which the other run may have trained on."""
     of_file = ("data.test_file=null", "data.test_fraction=0.3", "data.test_rows=null", *SHORT[:2])
-    one = _finished(simulate(*of_file, into=tmp_path, name="one"))
-    other = _finished(simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other"))
+    one = finished_run(simulate(*of_file, into=tmp_path, name="one"))
+    other = finished_run(simulate(*of_file, "data.columns={text: label, label: label}", into=tmp_path, name="other"))
     for runs in ({"one": one, "other": other}, {"other": other, "one": one}):
         with pytest.raises(ConfigError, match="must be tested on the first run's records"):
             side_by_side(runs)

@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +24,7 @@ def build(*, charged: dict[str, int], loss: float = 0.5, plan: Plan | None = Non
     config: Any = SimpleNamespace(task="classification", digest=lambda: "00")
     config.federation, config.runtime = SimpleNamespace(active=tuple(charged)), SimpleNamespace(seeded_noise=False)
     made = run_result(rounds=(), final=final, privacy=None).provenance
-    return RunResult.of(config, plan or run_plan(), state, final=final, provenance=made).to_json()
+    return asdict(RunResult.of(config, plan or run_plan(), state, final=final, provenance=made))
 
 
 def test_the_runs_epsilon_is_its_largest_sites() -> None:
