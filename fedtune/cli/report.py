@@ -3,7 +3,6 @@
   fedtune report runs/tighter                        the lead's view of a run
   fedtune report site.toml --sign site_key.pem       a site's view over all its runs and years, signed
   fedtune report verify ledger.db.report/report.json --key HEX    check signature and epsilon
-  fedtune report diff runs/tighter runs/looser       what changed in scores, privacy, settings, cost
   fedtune report schema                              the JSON schema of report.json
 
 It writes report.html, which needs no network and prints well, and report.json with every figure in it; with --pdf a
@@ -15,9 +14,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 
@@ -33,15 +32,12 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, check_report
 from fedtune.report.derive.verdicts import room_of
-from fedtune.report.difference import Change, Value, differences
-from fedtune.report.difference import Group as ChangeGroup
 from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, schema_text
 from fedtune.report.page.catalogue import catalogue
 from fedtune.show.lines import printable
-from fedtune.show.terminal_tables import Section, print_json, say, show
+from fedtune.show.terminal_tables import Section, say
 from fedtune.spec import ConfigError, RunError
-from fedtune.words import counted, score_text, score_words
 
 
 class _Report(Group):
@@ -64,15 +60,6 @@ _MARKS: Mapping[str, tuple[str, str]] = {
     "not_checked": ("not checked", "yellow"),
 }
 _MOST_PROBLEMS = 12
-_UNBOUNDED = ("epsilon", "epsilon_pld", "epsilon_rdp", "planned_epsilon", "with_set_aside", "period_epsilon")
-_NO_LIMIT = ("max_epsilon", "max_epsilon_per_run", "max_epsilon_per_period", "target_epsilon", "left")
-_WHEN = {"before": "before training", "final": "after training"}
-_TITLES: Mapping[ChangeGroup, str] = {
-    "utility": "Scores on the lead's files",
-    "privacy": "Privacy",
-    "settings": "Settings",
-    "cost": "Cost",
-}
 
 
 @command(app, "write a report; the word may be left out")
@@ -185,43 +172,6 @@ def verify(
         raise RunError(f"{path} does not hold: {', '.join(wrong)}")
 
 
-@command(app, "what changed between two reports")
-def diff(
-    before: Annotated[str, Argument("A", help="a report.json, or a folder that holds one")],
-    after: Annotated[str, Argument("B", help="another")],
-    as_json: AsJson = False,
-) -> None:
-    """Show what changed from one report to another: scores, privacy, settings and cost, with both values.
-
-    A and B are report.json files, or folders that hold one. Two runs are compared, or two reports of one ledger.
-    Each is checked first, as `fedtune report verify` does, and one that does not hold is not compared.
-    """
-    pairs = [signing.read_report(before), signing.read_report(after)]
-    for path, report in pairs:
-        if wrong := [check.text for check in check_report(path, report, key=None) if check.state == "wrong"]:
-            raise RunError(f"{path} does not hold: {' '.join(wrong)} fedtune report verify says more")
-    settings = [_settings(path, report) for path, report in pairs]
-    (before_path, first), (after_path, second) = pairs
-    changes = differences(first, second, settings=(settings[0], settings[1]) if all(settings) else ({}, {}))
-    if as_json:
-        print_json({"before": str(before_path), "after": str(after_path), "changes": changes})
-        return
-    for subject, title in _TITLES.items():
-        named = _named([one for one in changes if one.group == subject], sites=[site.site for site in first.sites])
-        if not named:
-            say(f"{title}: no difference.")
-            continue
-        section = Section(
-            title=f"{title}: {counted(len(named), 'difference')}",
-            headings=("", *map(printable, (before, after))),
-            rows=[(printable(name), *_both(change)) for name, change in named],
-            words={0, 1, 2},
-        )
-        show([section])
-    if not all(settings) and first.kind != "ledger":
-        say("The runs' configurations are not beside the reports: only the settings in them are compared.")
-
-
 @command(app, "the JSON schema of report.json")
 def schema() -> None:
     """Print the JSON schema that every report.json of this version fits."""
@@ -250,14 +200,6 @@ def _key_by_roster(report: Report, path: Path) -> tuple[str, Check]:
     return signer, Check(name="roster", state="right", text=f"The key that signed the report signed {path}, too.")
 
 
-def _settings(path: Path, report: Report) -> Mapping[str, Any]:
-    """The settings of a run whose configuration lies beside its report; none if that is another one."""
-    if not (path.parent / "config.yaml").is_file():
-        return {}
-    config = saved_config(path.parent)
-    return config.decisive() if config.digest() == report.provenance.config_sha256 else {}
-
-
 def verdict_line(report: Report) -> tuple[str, str]:
     """The verdict with the figure behind it, and its style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
@@ -266,57 +208,3 @@ def verdict_line(report: Report) -> tuple[str, str]:
     said = catalogue("en").texts["verdict"][room or f"{report.verdict.state}_{report.kind}"]
     shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
     return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.delta:g} for each {report.unit}", style
-
-
-def _named(changes: Sequence[Change], *, sites: Sequence[str]) -> list[tuple[str, Change]]:
-    """The changes and what people call them: of the whole report, of all sites, then of some, which share a line."""
-    groups: dict[tuple[str, tuple[str, str]], list[tuple[str, Change]]] = {}
-    for change in changes:
-        site = next((one for one in sites if change.key.startswith(f"sites.{one}.")), "")
-        what = change.key.removeprefix(f"sites.{site}.") if site else change.key
-        groups.setdefault((f"{bool(site)} {what}", _both(change)), []).append((site, change))
-    told: list[tuple[int, str, Change]] = []
-    for same in groups.values():
-        site, change = same[0]
-        what = _words(change.key.removeprefix(f"sites.{site}."))
-        if not site:
-            told.append((0, what, change))
-        elif len(same) == len(sites) > 1:
-            told.append((1, f"all {len(sites)} sites: {what}", change))
-        else:
-            told.append((2, f"{site}{f' and {len(same) - 1} more' if len(same) > 1 else ''}: {what}", change))
-    return [(name, change) for _, name, change in sorted(told, key=lambda one: one[0])]
-
-
-def _words(key: str) -> str:
-    """A place of report.json in words; a setting keeps the name that a person types."""
-    if key.startswith("config."):
-        return key.removeprefix("config.")
-    when, _, score = key.partition(".")
-    if when in _WHEN:
-        return f"{score_words(score)} {_WHEN[when]}"
-    return key.removeprefix("mechanism.").removeprefix("spent.").replace("_", " ").replace(".", " ")
-
-
-def _both(change: Change) -> tuple[str, str]:
-    """Both values, in as many digits as it takes to tell them apart."""
-    pair = (_text(change.key, change.before), _text(change.key, change.after))
-    digits = 6
-    while isinstance(change.before, float) and isinstance(change.after, float) and pair[0] == pair[1] and digits < 17:
-        digits += 1
-        pair = (f"{change.before:.{digits}g}", f"{change.after:.{digits}g}")
-    before, after = map(printable, pair)
-    return "not there" if change.missing == "before" else before, "not there" if change.missing == "after" else after
-
-
-def _text(key: str, value: Value) -> str:
-    name = key.rsplit(".", 1)[-1]
-    if value is None:
-        return "no limit" if name in _NO_LIMIT else "unbounded" if name in _UNBOUNDED else "none"
-    if isinstance(value, bool | str):
-        return {True: "yes", False: "no", "": "none"}.get(value, str(value))
-    if name in _UNBOUNDED:
-        return epsilon_text(value)
-    if key.partition(".")[0] in _WHEN:
-        return score_text(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

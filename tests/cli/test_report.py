@@ -1,4 +1,4 @@
-"""`fedtune report`: writes whole reports, finds what was changed in one, and says what differs between two."""
+"""`fedtune report`: writes whole reports, and finds what was changed in one."""
 
 import hashlib
 import json
@@ -174,16 +174,6 @@ def test_what_cannot_be_reported_or_verified(typed: str, run_folder: Path, lived
     snapshots.check_message("mistakes-report", typed, message.replace(str(run_folder), "RUN"))
 
 
-def test_what_is_not_compared(run_folder: Path, finished: Path, signed: Path, lived: Any) -> None:
-    edit(signed, *_EPSILON, to=0.25)
-    assert str(signed) in command("report", "diff", str(signed), str(signed)).failed(1), "its signature is wrong"
-    shutil.copy(finished / "report.json", run_folder)
-    edit(run_folder / "report.json", "derived", "epsilon", to=1.0)
-    assert "not as computed again" in command("report", "diff", str(finished), str(run_folder)).failed(1)
-    assert command("report", str(lived.ledger)).code == 0
-    assert command("report", "diff", str(finished), str(lived.folder / "ledger.db.report")).code == 2
-
-
 def test_a_missing_signature_and_another_one_are_found(signed: Path, key_file: Path) -> None:
     key, whole = SigningKey.load(key_file).public, signing.read(signed.read_bytes())
     verified = ("report", "verify", str(signed))
@@ -275,7 +265,7 @@ def test_a_report_is_by_the_key_of_the_roster(joined: Any, signed: Path, key_fil
 def test_a_name_cannot_steer_the_terminal(signed: Path) -> None:
     edit(signed, "derived", "name", to="\x1b[31m[red]evil\u202e\n")
     edit(signed, "derived", "provenance", "config_sha256", to="[bold]\x1b[2J")
-    out = command("report", "verify", str(signed)).out + command("report", "diff", str(signed), str(signed)).out
+    out = command("report", "verify", str(signed)).out
     assert "[red]evil" in out
     assert "[bold]" in out
     assert "\x1b" not in out
@@ -288,48 +278,10 @@ def looser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(*changed, into=tmp_path_factory.mktemp("runs"), name="two")
 
 
-def test_diff_shows_both_values_group_by_group(run_folder: Path, looser: Path, tmp_path: Path) -> None:
-    out = command("report", "diff", str(run_folder), str(looser)).printed
-    changes = json.loads(command("report", "diff", str(run_folder), str(looser), "--json").out)["changes"]
-    found = {change["key"]: change for change in changes}
-    assert found["config.training.learning_rate"]["after"] == 0.5
-    assert found["seconds"]["group"] == "cost"
-    (line,) = (line for line in out.splitlines() if ": noise multiplier" in line)
-    assert line.split() == ["all", "2", "sites:", "noise", "multiplier", "4", "3"], "what both sites share is one line"
-    names = [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ")]
-    assert not any("_" in name for name in names if "." not in name), "settings alone have names that people type"
-    assert not re.search(r"\d\.\d{7}", out), "as many digits as it takes"
-    # Whether this score differs is noise's to decide.
-    for line in (line for line in out.splitlines() if "macro" in line):
-        assert re.fullmatch(r" +macro F1 (before|after) training +0\.\d{4} +0\.\d{4}", line)
-    (line,) = (line for line in out.splitlines() if re.match(r" +epsilon +\d", line))
-    before, after = map(float, line.split()[1:])
-    assert before < after
-    assert "not beside the reports" not in out
-    alone = shutil.copy(run_folder / "report.json", tmp_path / "alone.json")
-    out = command("report", "diff", str(alone), str(looser)).printed
-    assert "training.learning_rate" not in out
-    assert "not beside the reports" in out
-
-
-def test_values_that_round_alike_are_told_apart_from_equal_ones(run_folder: Path, tmp_path: Path) -> None:
-    shown = command("report", "diff", str(run_folder), str(run_folder)).out.splitlines()
-    assert shown == [
-        f"{group}: no difference." for group in ("Scores on the lead's files", "Privacy", "Settings", "Cost")
-    ]
-    other = Path(shutil.copy(run_folder / "report.json", tmp_path / "other.json"))
-    edit(other, "derived", "sites", 0, "spent", "epsilon_rdp", to=lambda epsilon: epsilon + 1e-9)
-    shown = command("report", "diff", str(run_folder), str(other)).out.splitlines()
-    (line,) = (line for line in shown if "epsilon rdp" in line)
-    before, after = line.split()[-2:]
-    assert before != after
-    assert len(before) < 13
-
-
 @pytest.mark.usefixtures("narrow")
-def test_tables_fit_the_terminal(run_folder: Path, looser: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_fit_the_terminal(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run_folder.parent)
-    for arguments in (["verify", "one"], ["diff", "one", str(looser)], ["one", "--registry"]):
+    for arguments in (["verify", "one"], ["one", "--registry"]):
         assert snapshots.too_wide(command("report", *arguments).out) == []
 
 
@@ -350,6 +302,5 @@ def test_what_is_no_report(run_folder: Path, tmp_path: Path) -> None:
             path.write_text(content)
         if content == "sparse":
             os.truncate(path, 20 << 30)
-        for words in (("verify",), ("diff", str(run_folder))):
-            for file in (path,) if content else (path, tmp_path / "pipe"):
-                assert message in command("report", *words, str(file)).failed()
+        for file in (path,) if content else (path, tmp_path / "pipe"):
+            assert message in command("report", "verify", str(file)).failed()
