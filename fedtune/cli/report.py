@@ -117,7 +117,7 @@ def build(
     verdict, style = verdict_line(report)
     say(verdict, style=style)
     if report.epsilon:
-        say(catalogue("en").text(f"budget.two_figures_{report.kind}").unescape())
+        say(catalogue("en").text(f"budget.two_figures_{report.facts.kind}").unescape())
     for written in paths:
         say(f"{written.name + ':':<12} {written}")
     if registry and (missing := entry(report, about)["missing"]):
@@ -165,7 +165,7 @@ def verify(
         if len(check.problems) > _MOST_PROBLEMS:
             rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)
-    heading = f"{path}: report of {report.kind} {printable(report.name)}"
+    heading = f"{path}: report of {report.facts.kind} {printable(report.facts.name)}"
     answer({"file": str(path), "checks": found}, [section], as_json=as_json, heading=heading)
     wrong = [check.name for check in found if check.state == "wrong"]
     if wrong:
@@ -205,6 +205,9 @@ def verdict_line(report: Report) -> tuple[str, str]:
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
     room = room_of(report)
     style = _NO_ROOM if room else _STYLES[report.verdict.state]
-    said = catalogue("en").texts["verdict"][room or f"{report.verdict.state}_{report.kind}"]
+    said = catalogue("en").texts["verdict"][room or f"{report.verdict.state}_{report.facts.kind}"]
     shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
-    return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.delta:g} for each {report.unit}", style
+    return (
+        f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.facts.delta:g} for each {report.facts.unit}",
+        style,
+    )

@@ -28,6 +28,7 @@ from fedtune.model.base_model import model_sha256
 from fedtune.model.layers import layer_stack
 from fedtune.model.spec import LoraSpec, ModelSpec
 from fedtune.report import from_run
+from fedtune.report.facts import RunFacts
 from fedtune.report.model_card import card_files, card_text
 from fedtune.report.synthetic_card import in_words, read_card, run_of, together
 from fedtune.runs.environment import mark
@@ -215,9 +216,9 @@ def _card(
     if base is not None:  # whose card must not count as one of the run's base
         record = replace(record, config=replace(record.config, model=replace(record.config.model, public_id=None)))
         made = f"on a base of its own, {base.shown_path}, SHA-256 {model_sha256(base)}"
-    if found.scores and report.utility:
+    if found.scores and isinstance(report.facts, RunFacts):
         after = {name: one.tuned.value for name, one in found.scores.items()}
-        report = replace(report, utility=replace(report.utility, final=after))
+        report = replace(report, facts=replace(report.facts, final=after))
         scores = f" Its scores are below; {score_words(score)} of its teacher: {found.scores[score].base.value:.4f}."
     said = owed or (
         "if these texts are public, as who gave them declared, what is said of privacy below holds for it as for its "

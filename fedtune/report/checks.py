@@ -38,7 +38,7 @@ def check_report(path: Path, report: Report, *, key: str | None, config_sha256: 
 
     Where they are known from elsewhere: the `key` that must have signed it, and the hash that the settings must have.
     """
-    of_run = report.kind == "run" and RunFolder(path.parent).config.is_file()
+    of_run = isinstance(report.facts, RunFacts) and RunFolder(path.parent).config.is_file()
     found = (
         Check("schema", "right", f"It is a report of schema version {REPORT_SCHEMA}."),
         _signature(report, key),
@@ -81,8 +81,9 @@ def _figures(report: Report) -> Iterator[Check]:
 
 def _taken(report: Report) -> Iterator[Check]:
     """Name the figures of joined ledgers over all their runs, which no fact in the report gives."""
-    told = [site for site in report.sites if site.source == "signed_site_report" and site.lifetime is not None]
-    if joined := [f"{site.site} ({site.reported or 'undated'})" for site in told]:
+    sites = report.facts.sites if isinstance(report.facts, RunFacts) else ()
+    told = [(site.site, site.statement.date) for site in sites if site.statement]
+    if joined := [f"{site} ({day or 'undated'})" for site, day in told]:
         text = (
             f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
             "runs). The lead took them from the site's own report, whose signature is not in this file."
@@ -102,7 +103,7 @@ def _drawn(path: Path, report: Report) -> Iterator[Check]:
         content = file.read_bytes() if file.stat().st_size <= signing.MOST_BYTES else b""
         if any(draw(report, language=language).encode() == content for language in LANGUAGES):
             yield Check(name, "right", "It shows what the report says, byte for byte.")
-        elif report.provenance.fedtune_version == __version__:
+        elif report.facts.provenance.fedtune_version == __version__:
             text = f"It is not what fedtune draws of this report: write it anew with fedtune report {path.parent}."
             yield Check(name, "wrong", text)
         else:

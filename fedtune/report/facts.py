@@ -189,7 +189,7 @@ class Provenance:
 class SiteStatement:
     """What a site says in a signed report of its own ledger, as far as a run's report repeats it."""
 
-    reported: str | None  # day of the report
+    date: str | None  # day of the report
     same_plan: bool  # whether its ledger holds the plan that the run asked for, if it knows the run
     verdict: Verdict
     approved: Approved
@@ -307,6 +307,18 @@ class RunFacts:
     held_out: tuple[HeldOut, ...] | None = None  # noised scores of runs up to this one, each begun in the one before
 
     @property
+    def unit(self) -> Unit:
+        return self.plan.unit
+
+    @property
+    def delta(self) -> float:
+        return self.plan.delta
+
+    @property
+    def declared_sizes(self) -> Mapping[str, int | None]:
+        return {site.site: site.declared_size for site in self.sites}
+
+    @property
     def _federation(self) -> FederationSpec:
         plan, kept, after = self.plan, self.keep_round, self.stop_after
         return FederationSpec(
@@ -339,6 +351,10 @@ class RunFacts:
     @property
     def deployed(self) -> bool:
         return self.settings.get("runtime") == "deployment"
+
+    @property
+    def simulated(self) -> bool:
+        return self.settings.get("runtime") in ("simulation", "ray")
 
 
 @spec
@@ -389,10 +405,7 @@ class LedgerFacts:
     delta: float
     order: float  # of the filter, fixed when the ledger was made
     declared_size: int
-    max_epsilon: float | None  # the smaller of the noted cap and the policy's; None: no cap; the others likewise
-    max_epsilon_per_run: float | None
-    max_epsilon_per_period: float | None
-    period: Calendar
+    approved: Approved  # of each cap the smaller of the noted one and the policy's
     reference: Reference  # a typical run
     caps: tuple[Cap, ...]
     runs: tuple[RunInLedger, ...]
@@ -412,6 +425,14 @@ class LedgerFacts:
     limits_loosened: tuple[str, ...] = ()  # days on which a limit for a run or a period was loosened, after a charge
     provenance: Provenance
     arrivals: Calendar | None = None  # the calendar by which its people arrive; None: one budget for everybody
+
+    @property
+    def name(self) -> str:
+        return f"{self.site} {self.population}"
+
+    @property
+    def declared_sizes(self) -> Mapping[str, int | None]:
+        return {self.site: self.declared_size}
 
     @property
     def seeded_noise(self) -> bool:

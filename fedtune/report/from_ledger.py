@@ -26,6 +26,7 @@ from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.report.derive import ledger_figures
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.facts import (
+    Approved,
     Cap,
     ChargedRounds,
     LedgerFacts,
@@ -35,7 +36,7 @@ from fedtune.report.facts import (
     RunInLedger,
     Verification,
 )
-from fedtune.report.model import Report, filled
+from fedtune.report.model import Report
 from fedtune.report.rederive import derive
 from fedtune.spec import ConfigError, RunError
 from fedtune.words import finite, unbounded
@@ -130,29 +131,48 @@ def facts_of(
         "rank": dict.fromkeys(rank_text(one.adapter, one.rank) for one in proposals),
         "target_modules": dict.fromkeys(name for one in proposals for name in one.target_modules or ("none",)),
     }
-    caps = [next(same) for _, same in groupby(history.policies, key=lambda policy: finite(policy[1]))]
-    return filled(LedgerFacts, history, history.opened, budget)(
+    changes = [next(same) for _, same in groupby(history.policies, key=lambda policy: finite(policy[1]))]
+    caps = tuple(
+        Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in changes
+    )
+    opened, cap = history.opened, finite(budget.max_epsilon)
+    return LedgerFacts(
         kind="ledger",
+        site=opened.site,
+        population=opened.population,
         date=now.date().isoformat(),
         unit=noted.population.unit,
+        delta=history.delta,
+        order=history.order,
         declared_size=noted.population_size,
-        max_epsilon=finite(budget.max_epsilon),
-        reference=budget.reference,
-        caps=tuple(
-            Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in caps
+        approved=Approved(
+            max_epsilon=cap,
+            max_epsilon_per_run=budget.max_epsilon_per_run,
+            max_epsilon_per_period=budget.max_epsilon_per_period,
+            period=budget.period,
+            since=caps[-1].time if caps[-1].max_epsilon == cap else None,
         ),
+        reference=budget.reference,
+        caps=caps,
         limits_loosened=loosened,
         runs=tuple(
-            filled(RunInLedger, run, run.proposal)(
+            RunInLedger(
+                run=name,
+                lead=run.proposal.lead,
+                dataset=run.proposal.dataset,
                 state="open" if run.is_open(now) else "ended" if run.expires is None else "expired",
+                plan=run.plan,
                 lost_rounds=history.lost_runs.get(name, 0),
                 max_epsilon=run_caps[name],
+                seeded_noise=run.proposal.seeded_noise,
+                base_model=run.proposal.base_model,
                 adapter_sha256=run.adapter or None,
             )
             for name, run in history.runs.items()
         ),
         charges=charges(events, history, most=most),
         lost_seed=any(restored.seeded for restored in history.restored),
+        frozen=history.frozen,
         in_doubt=history.in_doubt is not None,
         simulated=simulated,
         inexact_gradients=any(policy["allow"]["inexact_gradients"] is not False for policy in policies),
@@ -160,11 +180,14 @@ def facts_of(
         policy_digest=own.digest() if own else "",
         verification=None
         if verified is None
-        else filled(Verification, verified)(
+        else Verification(
             num_events=len(verified.events),
             head=verified.history.hash,
+            site_key=verified.site_key,
+            key_expected=verified.key_expected,
             # An anchor shows that no event is missing, or none up to its own.
             rollback_excluded=(verified.anchor_sequence or 0) >= len(verified.events),
+            anchor_sequence=verified.anchor_sequence,
         ),
         problem=problem,
         releases=releases(events, history),
@@ -180,7 +203,7 @@ def facts_of(
             libraries={},
             purpose=own.about.purpose if own else None,
         ),
-        arrivals=history.opened.arrivals or None,
+        arrivals=opened.arrivals or None,
     )
 
 

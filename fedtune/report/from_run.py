@@ -36,7 +36,7 @@ from fedtune.report.derive import cells
 from fedtune.report.derive.ledger_figures import num_charges
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
-from fedtune.report.model import Report, filled
+from fedtune.report.model import Report
 from fedtune.report.rederive import derive, problems
 from fedtune.runs.environment import Environment, read_environments, read_selection
 from fedtune.runs.results import FinalResult, RunResult
@@ -244,8 +244,11 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         raise RunError(f"{RunFolder(folder).audit} is of another run: its delta is {audit.delta:g}")
     final = record.result.final if record.result else FinalResult(metrics={})
     times = [one.ended for one in record.rounds] + [one.since for one in record.environments]
-    return filled(RunFacts, record, config, config.federation, final)(
+    return RunFacts(
         kind="run",
+        name=config.name,
+        run=record.run,
+        plan=plan,
         target_epsilon=config.privacy.epsilon if plan.private else None,
         seeded_noise=config.runtime.seeded_noise or bool(record.result and record.result.privacy.seeded_noise),
         date=max(times, default=None),
@@ -254,6 +257,9 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         inexact_gradients=inexact_gradients(folder, config),
         has_checkpoint=state is not None,
         config_file_sha256=config.digest(),
+        judged_by=config.judged_by,
+        keep_round=config.federation.keep_round,
+        stop_after=config.federation.stop_after,
         settings=cells.settings_of(config, plan),
         trained_parameters=state.adapter.num_values if state else None,
         provenance=_provenance(record),
@@ -264,6 +270,11 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         ),
         before=finite_scores(state.metrics_before if state else final.metrics_before),
         final=finite_scores(final.metrics),
+        seconds=final.seconds,
+        findings=final.findings,
+        energy=final.energy,
+        detail=final.detail,
+        selection=record.selection,
         audit=audit,
         canaries_planted=RunFolder(folder).audit_mark.exists(),
         held_out=_held_out(record),
@@ -303,11 +314,16 @@ def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
             known.plan.most_rounds == plan.most_rounds
             and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
         )
-        statement = filled(SiteStatement, own)(
-            reported=report.date[:10] if report.date else None,
+        statement = SiteStatement(
+            date=facts.date[:10],
             same_plan=same_plan,
+            verdict=own.verdict,
+            approved=facts.approved,
+            lifetime=own.lifetime,
             charges=num_charges(facts),
-            releases=tuple(release for release in own.releases if release.run == record.run),
+            verification=facts.verification,
+            releases=tuple(release for release in facts.releases if release.run == record.run),
+            asserted=facts.asserted,
         )
     return SiteFacts(
         site=site,
@@ -331,32 +347,33 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
     """
     found: dict[str, Report] = {}
     for report in reports:
-        refused = partial(ConfigError, "site report", report.name)
-        if not isinstance(report.facts, LedgerFacts) or report.kind != "ledger" or len(report.sites) != 1:
+        facts, refused = report.facts, partial(ConfigError, "site report", report.facts.name)
+        if not isinstance(facts, LedgerFacts):
             raise refused("must be a site's report of its own ledger")
-        (own,) = report.sites
-        if own.site not in (sites := record.config.federation.active):
-            raise refused(f"must be about a site of this run ({', '.join(sites)}), not {own.site}")
-        receipt = record.receipts.get(own.site)
+        if (site := facts.site) not in (sites := record.config.federation.active):
+            raise refused(f"must be about a site of this run ({', '.join(sites)}), not {site}")
+        receipt = record.receipts.get(site)
         if receipt is None:
-            raise refused(f"cannot be checked: {own.site} gave this run no receipt, so its key is not known")
+            raise refused(f"cannot be checked: {site} gave this run no receipt, so its key is not known")
         try:
             key = signing.check(report)
         except RunError as error:
             raise refused(f"must carry its site's signature: {error}") from None
         if key != receipt.site_key:
             by = f"is signed by {key}" if key else "is not signed"
-            raise refused(f"must be signed by {receipt.site_key}, as the receipts of {own.site} are; it {by}")
-        if _by_receipt(record, own.site) and all(run.run != record.run for run in report.facts.runs):
+            raise refused(f"must be signed by {receipt.site_key}, as the receipts of {site} are; it {by}")
+        if _by_receipt(record, site) and all(run.run != record.run for run in facts.runs):
             raise refused(f"must be of a ledger that knows the run {record.run}")
-        if own.verification is not None and own.verification.num_events < receipt.sequence:
-            had = f"{own.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
+        if facts.verification is not None and facts.verification.num_events < receipt.sequence:
+            had = (
+                f"{facts.verification.num_events} entries, and the site's receipt was given at entry {receipt.sequence}"
+            )
             raise refused(f"must be no older than this run: its ledger had {had}")
         if wrong := problems(report):
             first = wrong[0]
             raise refused(f"must agree with itself: {first.where} says {first.said}, found {first.found}")
-        if found.setdefault(own.site, report) != report:
-            raise refused(f"must be the only report of {own.site}: it gave another one, too")
+        if found.setdefault(site, report) != report:
+            raise refused(f"must be the only report of {site}: it gave another one, too")
     return found
 
 

@@ -23,6 +23,7 @@ from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.model.source import public_place
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
 from fedtune.privacy.durable import write_durably
+from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build, read_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
@@ -120,8 +121,9 @@ def _front_matter(record: RunRecord, words: Words, form: Form) -> ModelCardData:
 
 def _scores(report: Report) -> Mapping[str, tuple[float | None, float | None]]:
     """Score -> before and after."""
-    utility = report.utility
-    return {name: (utility.before.get(name), after) for name, after in utility.final.items()} if utility else {}
+    facts = report.facts
+    assert isinstance(facts, RunFacts), "a card is of a run's model"
+    return {name: (facts.before.get(name), after) for name, after in facts.final.items()}
 
 
 def owed(epsilon: float | None, delta: float | None) -> str:

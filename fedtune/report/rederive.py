@@ -21,7 +21,7 @@ from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.report.derive import cells, ledger_figures, profile, run_figures
 from fedtune.report.derive.verdicts import audit_problems
-from fedtune.report.facts import Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement, Verification
+from fedtune.report.facts import Approved, Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement, Verification
 from fedtune.report.model import Problem, Report, to_json
 from fedtune.spec import ConfigError
 from fedtune.words import finite, unbounded
@@ -70,8 +70,8 @@ def problems(report: Report) -> list[Problem]:
         if found := denied or [*_too_much_work(facts)] or [*_of_selection(facts)]:
             return found
         # Cells are texts, in which a last digit would show: they are of the figures that the report states.
-        again = replace(figures_of(facts), cells=cells.of_report(report))
-        return [*_differences("", to_json(report)["derived"], to_json(again)["derived"]), *audit_problems(again)]
+        again = replace(figures_of(facts), cells=cells.of_report(report), signature=report.signature)
+        return [*_differences("", to_json(report), to_json(again)), *audit_problems(again)]
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # ValueError: a value out of its range
         return [Problem("facts", "figures", f"that cannot be computed: {error}")]
 
@@ -227,8 +227,8 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
     # Its last update was made after the round before was over, give or take a day by two clocks.
     starts = zip(["", *(one.ended for one in facts.rounds)], facts.rounds, strict=False)
     begun = max((start[:10] for start, one in starts if one.has_update_of(site.site)), default="")
-    if begun and (said.reported or "") < str(date.fromisoformat(begun) - timedelta(days=1)):
-        yield "reported", said.reported, f"no day before {begun}, when the run went on"
+    if begun and (said.date or "") < str(date.fromisoformat(begun) - timedelta(days=1)):
+        yield "date", said.date, f"no day before {begun}, when the run went on"
     if run_figures.agrees(facts, site, said):
         # The ledger counts this run, too; of one that is open and fell silent, in what it has set aside.
         charged = events.grouped([plan.event(rounds=site.rounds)])
@@ -240,10 +240,8 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
         yield "lifetime.epsilon", life.epsilon, "no less than in the period, and no more than with what is set aside"
     if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
         yield "lifetime.seeded", False, ", ".join(seeded)
-    newest = life.caps[-1].max_epsilon if life.caps else None
-    # One that the policy in force has and the ledger has not noted yet is smaller, and stands since nobody knows.
-    if cap != newest and not (said.approved.since is None and _at_most(cap, newest)):
-        yield "approved.max_epsilon", cap, newest
+    if life.caps:
+        yield from _of_cap(said.approved, life.caps[-1])
     if life.frozen or life.in_doubt:
         left: float | None = 0.0
     elif cap is None or life.with_set_aside == 0:  # before the first charge a fixed part is still to come
@@ -321,14 +319,23 @@ def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
     if any(later < day for day, later in pairwise(days)):
         yield "charges", "days", "in order, none after the report's date"
     yield from _of_caps([cap.charges_before for cap in facts.caps], ledger_figures.num_charges(facts))
-    if facts.caps and not _at_most(facts.max_epsilon, facts.caps[-1].max_epsilon):
-        yield "max_epsilon", facts.max_epsilon, f"at most {facts.caps[-1].max_epsilon}, which the ledger noted"
+    if facts.caps:
+        yield from _of_cap(facts.approved, facts.caps[-1])
     yield from _of_verification(facts.verification)
 
 
 def _of_caps(places: list[int], charges: int) -> Iterator[_Found]:
     if not places or [0, *places, charges] != sorted([0, *places, charges]):
         yield "caps", ", ".join(map(str, places)), f"at least one, in order, up to the {charges} charges"
+
+
+def _of_cap(approved: Approved, newest: Cap) -> Iterator[_Found]:
+    """A cap that the policy in force has and the ledger has not noted yet is smaller, and nobody knows since when."""
+    if not _at_most(approved.max_epsilon, newest.max_epsilon):
+        yield "approved.max_epsilon", approved.max_epsilon, f"at most {newest.max_epsilon}, which the ledger noted"
+    since = newest.time if approved.max_epsilon == newest.max_epsilon else None
+    if approved.since != since:
+        yield "approved.since", approved.since, since
 
 
 def _of_verification(found: Verification | None) -> Iterator[_Found]:

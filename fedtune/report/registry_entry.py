@@ -13,6 +13,7 @@ from typing import Any
 
 from fedtune.privacy.about import AboutSpec
 from fedtune.report import signing
+from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words
@@ -25,7 +26,7 @@ _MODEL = {"noised": "setting.model_text", "seeded": "setting.model_text_seeded",
 
 def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
     """The fields of an entry, in English."""
-    words, of_run = Words(report, catalogue("en")), report.kind == "run"
+    words, of_run = Words(report, catalogue("en")), isinstance(report.facts, RunFacts)
 
     def said(section: str, codes: Sequence[str]) -> list[str]:
         return [words.code(section, code).unescape() for code in codes]
@@ -36,14 +37,15 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         for site in report.sites
         for row in site.mechanisms
     )
-    picked = report.utility.selection if report.utility else None  # in a search of fedtune's
+    facts = report.facts
+    picked = facts.selection if isinstance(facts, RunFacts) else None  # in a search of fedtune's
     how = f"picked by {picked.judged_by} out" if picked and picked.score is not None else "one"
     search = f"{how} of {picked.trials} trials of {picked.search}" if picked else ""
     by_people = dataclasses.asdict(about) | {"tuning": about.tuning or search}
-    facts = {name: value for cell in report.cells for name, value in cell.facts.items() if value}
+    known = report.known
     return {
         "schema_version": SCHEMA_VERSION,
-        "name": report.name,
+        "name": facts.name,
         "curator": about.curator,
         "description": about.description,
         "intended_use": about.intended_use,
@@ -51,21 +53,21 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         "published": about.published,
         "data_product": {
             "kind": "fine-tuned model" if of_run else "updates to models",
-            "task": facts.get("task"),
-            "base_model": facts.get("base_model"),
+            "task": known.get("task"),
+            "base_model": known.get("base_model"),
             "released": said("released", report.released),
             "release": "one run" if of_run else "all runs of one site so far",
             "access": about.access,
         },
-        "data": {"name": facts.get("dataset"), "dynamics": about.dynamics, "preprocessing": about.preprocessing},
+        "data": {"name": known.get("dataset"), "dynamics": about.dynamics, "preprocessing": about.preprocessing},
         "privacy": {
             "result": report.verdict.state,
             "holds_for": "a simulation on one machine" if "simulation" in report.banners else "real sites",
             "flavour": "(epsilon, delta)-differential privacy",
-            "unit": words.code("unit", report.unit).unescape(),
+            "unit": words.code("unit", facts.unit).unescape(),
             "neighbouring_relation": words.code("relation", report.neighbouring_relation).unescape(),
             "epsilon": report.epsilon if words.promises else None,
-            "delta": report.delta,
+            "delta": facts.delta,
             "sites": len(report.sites),
             "model": _TOGETHER if words.shared else words.text(_MODEL[words.noise]).unescape(),
             "mechanisms": [
@@ -73,7 +75,7 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
             ],
         },
         "accounting": {
-            "accountant": facts.get("accountant"),
+            "accountant": known.get("accountant"),
             "covers": said("covers", report.covers),
             "leaves_out": said("leaves_out", report.leaves_out),
         },
@@ -81,8 +83,8 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         "not_protected": said("not_protected", report.not_protected),
         "unprotected_quantities": said("unprotected_figure", report.unprotected_figures),
         "implementation": {
-            "software": f"fedtune {report.provenance.fedtune_version}",
-            "libraries": dict(report.provenance.libraries),
+            "software": f"fedtune {facts.provenance.fedtune_version}",
+            "libraries": dict(facts.provenance.libraries),
             "randomness": words.code("randomness", report.randomness).unescape(),
         },
         "justification": about.justification,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedtune.privacy.keys import SigningKey, is_signed
+from fedtune.report.facts import LedgerFacts
 from fedtune.report.model import Report, Signature, from_json, to_json
 from fedtune.spec import ConfigError, RunError, errors_in
 
@@ -98,7 +99,8 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
     if not is_signed(signature.key, PURPOSE, canonical(report), signature.signature):
         raise RunError(f"the signature by {signature.key} does not fit the report: one of them was changed")
     # A ledger's report is signed by the key that signs the ledger's events.
-    own = [site.verification.site_key for site in report.sites if site.verification and report.kind == "ledger"]
+    facts = report.facts
+    own = [facts.verification.site_key] if isinstance(facts, LedgerFacts) and facts.verification else []
     for other in (expected_key, *own):
         if other not in (None, signature.key):
             raise RunError(f"the report is signed by {signature.key}, not by {other}")

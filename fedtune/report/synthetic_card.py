@@ -12,7 +12,7 @@ from fedtune.codec import decode, parse_json
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.privacy.selection import released
 from fedtune.report import signing
-from fedtune.report.facts import StartAdapter, State
+from fedtune.report.facts import RunFacts, StartAdapter, State
 from fedtune.report.model import Report
 from fedtune.report.model_card import owed, rendered
 from fedtune.report.page.catalogue import catalogue
@@ -122,10 +122,12 @@ def in_words(runs: Sequence[Told]) -> str | None:
 
 def run_of(report: Report, adapter_digest: str) -> dict[str, Any]:
     """A run as a card tells it."""
-    made, picked = report.provenance, report.utility.selection if report.utility else None
+    facts = report.facts
+    assert isinstance(facts, RunFacts), "a run wrote the records"
     own = report.epsilon if Words(report, catalogue("en")).promises else None
-    epsilon, delta = released(own, report.delta, picked)
-    about: Any = {"run": report.name, "unit": report.unit, "verdict": report.verdict.state}
+    epsilon, delta = released(own, facts.delta, facts.selection)
+    about: Any = {"run": facts.name, "unit": facts.unit, "verdict": report.verdict.state}
+    made = facts.provenance
     about |= {"task": made.task, "config_sha256": made.config_sha256, "start": made.start_adapter}
     return asdict(Behind(epsilon=epsilon, delta=delta, adapter_digest=adapter_digest, **about))
 

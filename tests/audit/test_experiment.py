@@ -67,9 +67,9 @@ def test_a_broken_run_is_found(fault: str, overrides: tuple[str, ...], audited: 
     of_sites = [bound for bound in found.bounds if bound.site]
     assert all(bound.right == bound.guesses for bound in of_sites), "a canary in every step is told for certain"
     assert all(bound.lower_bound == bound.best_possible > bound.claimed_epsilon for bound in of_sites)
-    report = json.loads((folder / "report.json").read_text())["derived"]
+    report = json.loads((folder / "report.json").read_text())
     assert report["verdict"] == {"state": "no_guarantee", "reasons": ["refuted_by_audit"]}
-    assert report["audit"]["exceeded"]
+    assert report["facts"]["audit"]["exceeded"]
 
 
 @pytest.mark.nightly
@@ -120,12 +120,12 @@ def test_what_is_written_is_in_the_report(sound: Any) -> None:
     written = json.loads((folder / "audit.json").read_text())
     assert written["schema_version"] == RUN_SCHEMA
     assert (written["confidence"], written["delta"], written["seeded"]) == (0.95, 1e-5, False)
-    in_report = json.loads((folder / "report.json").read_text())["derived"]["audit"]
+    in_report = json.loads((folder / "report.json").read_text())["facts"]["audit"]
     assert in_report == {key: value for key, value in written.items() if key != "schema_version"}
     assert [bound["lower_bound"] for bound in in_report["bounds"]] == [bound.lower_bound for bound in found.bounds]
     page = (folder / "report.html").read_text()
     assert "Epsilon claimed, and epsilon shown by the attack" in page
-    assert 'data-at="/audit/bounds/2/lower_bound"' in page
+    assert 'data-at="/facts/audit/bounds/2/lower_bound"' in page
 
 
 def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> None:
@@ -136,7 +136,7 @@ def test_the_folder_is_marked_and_is_not_continued(sound: Any, command: Any) -> 
     assert "is an audit" in command("simulate", f"resume={folder}").failed()
     told = command("evaluate", str(folder), "--data", "any.csv", "--device", "cpu")
     assert "is an audit: made-up records were planted" in told.failed()
-    report = json.loads((folder / "report.json").read_text())["derived"]
+    report = json.loads((folder / "report.json").read_text())
     assert report["verdict"] == {"state": "within", "reasons": ["audited"]}
 
 

@@ -17,7 +17,7 @@ from fedtune.ops.kits.members import Roster
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import read_policy, write_policy
-from fedtune.report import from_run, signing
+from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.facts import Verdict
 from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
@@ -30,7 +30,7 @@ from ..privacy.builders import stranger_key as other
 from . import snapshots
 
 HASH = "0123456789abcdef" * 4
-_EPSILON = ("derived", "sites", 0, "spent", "epsilon_pld")
+_EPSILON = ("sites", 0, "spent", "epsilon_pld")
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def test_the_word_build_may_be_left_out(said: str) -> None:
         ("run", "no_guarantee", "NO GUARANTEE (x): "),
     ],
 )
-def test_a_verdict_is_said_in_the_page_s_words(kind: str, state: Any, said: str, run_folder: Path) -> None:
-    reasons = () if state == "within" else ("x",)
-    report = replace(report_in(run_folder), kind=kind, verdict=Verdict(state=state, reasons=reasons))
-    assert verdict_line(report)[0].startswith(said)
+def test_a_verdict_is_said_in_the_page_s_words(kind: str, state: Any, said: str, run_folder: Path, lived: Any) -> None:
+    report = report_in(run_folder) if kind == "run" else from_ledger.build(lived.ledger)
+    verdict = Verdict(state=state, reasons=() if state == "within" else ("x",))
+    assert verdict_line(replace(report, verdict=verdict))[0].startswith(said)
 
 
 def test_a_run_s_report_lies_in_its_folder(run_folder: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_run_s_report_lies_in_its_folder(run_folder: Path) -> None:
     assert [line.split()[-1] for line in others] == [f"{run_folder}/report.{ending}" for ending in ("json", "html")]
     digest = hashlib.sha256((run_folder / "report.json").read_bytes()).hexdigest()
     assert digest in (run_folder / "report.html").read_text()
-    assert report_in(run_folder).kind == "run"
+    assert report_in(run_folder).facts.kind == "run"
     assert not list(run_folder.glob("*.partial"))
 
 
@@ -128,7 +128,7 @@ def test_a_site_says_in_its_policy_what_a_registry_asks_for(lived: Any, tmp_path
     entry = json.loads((tmp_path / "registry.json").read_text())
     assert (entry["curator"], "sector" in entry["missing"]) == ("Hospital of the North", True)
     assert "in [about] of site.toml: description" in " ".join(out.split())
-    told = json.loads((tmp_path / "report.json").read_text())["derived"]["assumptions"]
+    told = json.loads((tmp_path / "report.json").read_text())["assumptions"]
     assert not any(one["code"] == "policy_noted" and one["status"] == "violated" for one in told)
 
 
@@ -161,8 +161,8 @@ def test_a_ledger_s_report_lies_beside_it_signed_by_its_site_or_not_at_all(lived
         anchor = ("--anchor", str(lived.anchor)) if path == lived.ledger and signed else ()
         assert command("report", str(path), *anchor, *signed).code == 0
         report = report_in(folder)
-        assert (report.kind, report.sites[0].source) == ("ledger", "own_ledger")
-        assert report.sites[0].verification.rollback_excluded is bool(signed), "by the anchor alone"
+        assert (report.facts.kind, report.sites[0].source) == ("ledger", "own_ledger")
+        assert report.facts.verification.rollback_excluded is bool(signed), "by the anchor alone"
         assert command("report", "verify", str(folder), *(key if signed else ())).printed
     assert lived.ledger.read_bytes() == before
 
@@ -214,7 +214,7 @@ def test_another_configuration_is_found(signed: Path, looser: Path, tmp_path: Pa
     of_another = shutil.copytree(looser, tmp_path / "two")
     shutil.copy(signed, of_another)
     assert command("report", "verify", str(of_another)).failed(1).endswith("does not hold: configuration")
-    said = signing.read(signed.read_bytes()).provenance.config_sha256
+    said = signing.read(signed.read_bytes()).facts.provenance.config_sha256
     assert said
     assert command("report", "verify", str(signed), "--config", said).code == 0
     outcome = command("report", "verify", str(signed), "--config", HASH)
@@ -248,10 +248,10 @@ def test_a_report_is_by_the_key_of_the_roster(joined: Any, signed: Path, key_fil
     by_roster = ("--roster", str(roster))
     assert re.search("signature +right", command("report", "verify", str(path), *by_roster).out)
     report = signing.read(path.read_bytes())
-    (site,) = report.sites
-    verification = replace(site.verification, site_key=other.public)
-    forged = replace(site, approved=replace(site.approved, max_epsilon_per_run=99.0), verification=verification)
-    path.write_text(signing.to_text(signing.signed(replace(report, sites=(forged,)), other)))
+    facts = report.facts
+    verification = replace(facts.verification, site_key=other.public)
+    forged = replace(facts, approved=replace(facts.approved, max_epsilon_per_run=99.0), verification=verification)
+    path.write_text(signing.to_text(signing.signed(replace(report, facts=forged), other)))
     assert re.search("signature +not checked", command("report", "verify", str(path)).out)
     outcome = command("report", "verify", str(path), *by_roster)
     assert outcome.code == 1
@@ -263,8 +263,8 @@ def test_a_report_is_by_the_key_of_the_roster(joined: Any, signed: Path, key_fil
 
 
 def test_a_name_cannot_steer_the_terminal(signed: Path) -> None:
-    edit(signed, "derived", "name", to="\x1b[31m[red]evil\u202e\n")
-    edit(signed, "derived", "provenance", "config_sha256", to="[bold]\x1b[2J")
+    edit(signed, "facts", "name", to="\x1b[31m[red]evil\u202e\n")
+    edit(signed, "facts", "provenance", "config_sha256", to="[bold]\x1b[2J")
     out = command("report", "verify", str(signed)).out
     assert "[red]evil" in out
     assert "[bold]" in out

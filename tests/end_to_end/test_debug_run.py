@@ -134,7 +134,7 @@ def test_a_rate_that_is_far_too_high_is_told_with_lower_ones(tmp_path: Path) -> 
     assert "Training diverged: do not use this adapter." in outcome.printed
     assert "training.learning_rate=3.3e+08" in outcome.out
     assert result_of(tmp_path / "run")["final"]["findings"] == ["diverged"]
-    report = json.loads((tmp_path / "run" / "report.json").read_text())["derived"]
-    assert report["utility"]["findings"] == ["diverged"]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["facts"]["findings"] == ["diverged"]
     assert "Training diverged. This adapter should not be used" in (tmp_path / "run" / "report.html").read_text()
     assert command("report", "verify", str(tmp_path / "run")).code == 0

@@ -75,8 +75,8 @@ def test_the_stage_is_a_run_of_the_lead_alone_in_which_the_run_begins(run: fedtu
     start = run.result.provenance.start_adapter
     assert (start["from"], start["public"], start["epsilon"], start["head"]) == ("run-public", True, None, True)
     assert run.result.final.metrics_before == stage.metrics
-    derived = json.loads((run.folder / "report.json").read_text())["derived"]
-    assert {one["code"]: one["status"] for one in derived["assumptions"]}["start_adapter_public"] == "assumed"
+    report = json.loads((run.folder / "report.json").read_text())
+    assert {one["code"]: one["status"] for one in report["assumptions"]}["start_adapter_public"] == "assumed"
     said = "without privacy on records that the lead declares to be public"
     assert said in (run.folder / "adapter" / "README.md").read_text()
     page = " ".join((run.folder / "report.html").read_text().split())

@@ -165,7 +165,7 @@ def test_other_records_in_a_resumed_run_are_noticed_and_reported(tmp_path: Path)
     assert "are others than when the run began" in resumed.printed
     assert "A training file changed between two starts of this run." in resumed.out
     assert result_of(folder)["final"]["findings"] == ["data_changed"]
-    assert json.loads((folder / "report.json").read_text())["derived"]["utility"]["findings"] == ["data_changed"]
+    assert json.loads((folder / "report.json").read_text())["facts"]["findings"] == ["data_changed"]
 
 
 # Updates travel in bfloat16 by default: the same adapter over Flower and without it, by half the bytes.

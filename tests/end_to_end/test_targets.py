@@ -71,7 +71,7 @@ def test_a_private_run_is_scored_charged_and_reported(run: Any, task: str) -> No
     assert set(result["rounds"][0]["metrics"]) == set(SCORES[task]) - {"auroc", "ece"}
     assert 0 < result["privacy"]["epsilon"] < 8
     assert command("report", "verify", str(folder / "report.json")).code == 0
-    detail = json.loads((folder / "report.json").read_text())["derived"]["utility"].get("detail")
+    detail = json.loads((folder / "report.json").read_text())["facts"]["detail"]
     page = (folder / "report.html").read_text()
     if task == "regression":
         assert (detail, result["final"]["detail"]) == (None, None)

@@ -47,14 +47,14 @@ def test_it_starts_with_the_scores_that_the_other_ended_with_and_every_paper_say
     assert f"begins in the adapter {digest_of(first)[:12]} of first" in second[1]
     assert "its head is taken, too" in second[1]
     assert result_of(first)["provenance"]["start_adapter"] is None
-    report = json.loads((second[0] / "report.json").read_text())["derived"]
+    report = json.loads((second[0] / "report.json").read_text())
     about = {"digest": digest_of(first), "run": "first", "dataset": "banking77", "public": False} | spent
-    assert report["provenance"]["start_adapter"] == about
+    assert report["facts"]["provenance"]["start_adapter"] == about
     page = (second[0] / "report.html").read_text()
     assert digest_of(first) in page
     assert "Epsilon of its own tuning, not part of the figures here" in page
     assert command("report", "verify", str(second[0])).code == 0
-    assert json.loads((first / "report.json").read_text())["derived"]["provenance"]["start_adapter"] is None
+    assert json.loads((first / "report.json").read_text())["facts"]["provenance"]["start_adapter"] is None
 
 
 def test_the_ledgers_know_the_digest_and_not_the_place(first: Path, second: Any) -> None:

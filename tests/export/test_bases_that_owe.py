@@ -74,10 +74,10 @@ def test_a_run_on_a_merged_model_tells_what_that_owes(first: Path, base: Path, s
     assert mark_of(base) == result_of(run)["provenance"]["start_adapter"] == owed_by(first)
     epsilon = owed_by(first)["epsilon"]
     assert f"begins in what owes to the adapter {owed_by(first)['digest'][:12]} of first; its training on" in printed
-    derived = json.loads((run / "report.json").read_text())["derived"]
+    report = json.loads((run / "report.json").read_text())
     told = {("run" if key == "from" else key): value for key, value in owed_by(first).items()}
-    assert derived["provenance"]["start_adapter"] == told | {"public": False}
-    assert "began_in_an_adapter" in derived["verdict"]["reasons"]
+    assert report["facts"]["provenance"]["start_adapter"] == told | {"public": False}
+    assert "began_in_an_adapter" in report["verdict"]["reasons"]
     assert command("report", "verify", str(run)).code == 0
     card = (run / "adapter" / "README.md").read_text()
     assert f"of run first on {owed_by(first)['dataset']}; its training spent epsilon {epsilon_text(epsilon)}" in (

@@ -22,15 +22,18 @@ _TEXTS = (
     (re.compile(r"\bfedtune \d+(\.\w+)*"), "fedtune VERSION"),
     (re.compile(r"\b(dp-accounting|accuracy|macro_f1|auroc|ece|loss) [\d.]+"), r"\1 N"),
 )
-_NAMES = ("code", "state", "kind", "reason", "delta", "false_alarms", "prior")
+_NAMES = ("code", "state", "kind", "reason", "delta", "given")
 """Keys that tell the parts of a list apart."""
 _MEASURED = {"seconds", "bytes_down", "bytes_up", "accuracy", "macro_f1", "auroc", "ece", "loss", "detail"}
+_SHOWN_BY_FIGURES = {"plan", "runs", "charges", "caps", "reference", "settings"}
 _OF_THE_MACHINE = {"libraries", "python", "machine", "hardware", "fedtune_version"}
 
 
 def masked(report: Report) -> Any:
-    """Plain JSON; figures that follow from the settings stay, in six digits."""
-    return _masked(to_json(report)["derived"], "")
+    """Plain JSON without facts that figures show anyway; figures that follow from the settings stay, in six digits."""
+    whole = to_json(report)
+    facts = {name: fact for name, fact in whole["facts"].items() if name not in _SHOWN_BY_FIGURES}
+    return _masked(whole | {"facts": facts}, "")
 
 
 def _masked(value: Any, key: str) -> Any:
@@ -65,7 +68,7 @@ def _parts(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 def read_golden(name: str) -> dict[str, Any]:
     """The parts of a golden report; cells stand in the bases alone."""
     found = json.loads((GOLDEN / f"{name}.json").read_text())
-    if (base := BASES[found["/kind"]]) == name:
+    if (base := BASES[found["/facts/kind"]]) == name:
         return found
     whole = {place: part for place, part in read_golden(base).items() if not place.startswith("/cells/")} | found
     return {place: part for place, part in whole.items() if part != ABSENT}
@@ -73,13 +76,13 @@ def read_golden(name: str) -> dict[str, Any]:
 
 def check_golden(name: str, report: Report) -> None:
     """Compare with `golden/<name>.json`; with FEDTUNE_WRITE_GOLDEN set, write it first, for a person to read."""
-    found, base = dict(_parts(masked(report), "")), BASES[report.kind]
+    found, base = dict(_parts(masked(report), "")), BASES[report.facts.kind]
     if name != base:
         found = {place: part for place, part in found.items() if not place.startswith("/cells/")}
     if os.environ.get("FEDTUNE_WRITE_GOLDEN"):
         of_base = read_golden(base) if name != base else {}
         changed = {
-            place: part for place, part in found.items() if place == "/kind" or of_base.get(place, ABSENT) != part
+            place: part for place, part in found.items() if place == "/facts/kind" or of_base.get(place, ABSENT) != part
         }
         gone = {place for place in of_base.keys() - found.keys() if not place.startswith("/cells/")}
         lines = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from html.parser import HTMLParser
@@ -18,7 +18,7 @@ from fedtune.federation.drift import HeldOut
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.report.derive import cells
 from fedtune.report.derive.verdicts import CODES
-from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, Verdict
+from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, SiteStatement, Verdict
 from fedtune.report.model import Assumption, Report, Step
 from fedtune.report.page import render
 from fedtune.report.rederive import derive, problems
@@ -30,7 +30,7 @@ Make = Callable[..., Report]
 HOSTILE = "<script>alert(1)</script>\"'&{x}{{y}}</style>]]>$\\frac{1}$"
 """A name that no policy would allow, but a file may hold."""
 NAMES = (
-    *("within", "exceeded", "no_guarantee", "unbounded", "upper_bound", "not_released", "ledger", "by_user", "used_up"),
+    *("within", "exceeded", "no_guarantee", "unbounded", "upper_bound", "ledger", "by_user", "used_up"),
     *("no_run_fits", "alike", "site_reports", "wide_run", "wide_ledger", "secure", "arrivals", "admitting", "drifting"),
 )
 """Of the situations that there are pages of."""
@@ -54,6 +54,17 @@ def sound(report: Report) -> Report:
     """The report, in which `report verify` finds nothing wrong."""
     assert problems(report) == []
     return report
+
+
+def with_facts(report: Report, **changes: Any) -> Report:
+    """The report with changed facts, and all else as it was."""
+    return replace(report, facts=replace(report.facts, **changes))
+
+
+def with_site_facts(report: Report, **changes: Any) -> Report:
+    """The report with changed facts about its first site, and all else as it was."""
+    first, *others = report.facts.sites
+    return with_facts(report, sites=(replace(first, **changes), *others))
 
 
 def with_site(report: Report, **changes: Any) -> Report:
@@ -103,7 +114,7 @@ def filled(report: Report, **changes: Any) -> Report:
         *(Assumption(code=code, status="ensured", evidence=tested) for code in ensured),
         *(Assumption(code=code, status="verified", evidence="delta=1e-05; declared_size=1200") for code in verified),
     )
-    without = () if report.unit == "record" else ("several_records",)
+    without = () if report.facts.unit == "record" else ("several_records",)
     fields: dict[str, Any] = {
         "cells": cells.rows(known),
         **{kind: tuple(one for one in codes if one not in without) for kind, codes in CODES["listed"].items()},
@@ -119,41 +130,61 @@ def filled(report: Report, **changes: Any) -> Report:
 @cache
 def reports() -> dict[str, Report]:
     """By situation; page 1 is kept as golden text of all but the wide ones."""
-    run, ledger = on_file("run")(), on_file("ledger")()
-    north, south = run.sites
-    told = {"lifetime": ledger.sites[0].lifetime, "approved": ledger.sites[0].approved}
-    telling = replace(north, **told, reported="2026-03-01T09:30:00+00:00")
+    run, ledger = on_file("run")(), with_facts(on_file("ledger")(), simulated=True)
     exceeded = Verdict(state="exceeded", reasons=("above_target",))
     seeded = Verdict(state="no_guarantee", reasons=("seeded_noise",))
     of_study = tuple(replace(site, verdict=seeded, meaning=None) for site in run.sites)
-    silent, upper_bound = Verdict(state="within", reasons=("site_silent",)), replace(north.spent, upper_bound=True)
-    unreleased = replace(
-        south, source="not_released", spent=None, meaning=None, mechanisms=(), curve=(), steps=(), releases=()
-    )
+    silent = Verdict(state="within", reasons=("site_silent",))
     return {
         "within": filled(run),
-        "exceeded": filled(run, target_epsilon=1.0, verdict=exceeded, sites=(replace(north, verdict=exceeded), south)),
-        "no_guarantee": filled(run, seeded_noise=True, randomness="seeded", verdict=seeded, sites=of_study),
+        "exceeded": with_facts(filled(with_site(run, verdict=exceeded), verdict=exceeded), target_epsilon=1.0),
+        "no_guarantee": with_facts(
+            filled(replace(run, randomness="seeded"), verdict=seeded, sites=of_study), seeded_noise=True
+        ),
         "unbounded": filled(
             on_file("run_without_privacy")(verdict=Verdict(state="no_guarantee", reasons=("no_noise",)))
         ),
         "upper_bound": filled(
-            run, verdict=silent, sites=(replace(north, verdict=silent, spent=upper_bound, source="not_released"), south)
+            with_site_facts(with_site(run, verdict=silent, source="not_released"), upper_bound=True), verdict=silent
         ),
-        "not_released": filled(run, sites=(north, unreleased)),
         "ledger": filled(ledger),
         "by_user": by_user(run),
         "used_up": filled(without_room(ledger, left=0.0)),
         "no_run_fits": filled(without_room(ledger, left=0.3)),
-        "alike": filled(replace(run, sites=(south, *(replace(north, site=f"clinic-{n}") for n in range(1, 33))))),
+        "alike": filled(of_sites(run, [1, *[0] * 32], [run.sites[1].site, *(f"clinic-{n}" for n in range(1, 33))])),
         "arrivals": filled(arrivals(ledger)),
         "admitting": filled(admitting(run)),
         "drifting": filled(drifting(run)),
-        "site_reports": filled(replace(run, sites=tuple(replace(telling, site=f"{CLINIC}-{n}") for n in range(1, 10)))),
+        "site_reports": filled(telling(run, ledger)),
         "wide_run": wide_run(),
         "wide_ledger": wide_ledger(),
         "secure": on_file("secure")(),
     }
+
+
+def of_sites(run: Report, like: Sequence[int], names: Sequence[str]) -> Report:
+    """The run at sites with these names, each like the one with that number."""
+    sites = tuple(replace(run.sites[n], site=name) for n, name in zip(like, names, strict=True))
+    facts = tuple(replace(run.facts.sites[n], site=name) for n, name in zip(like, names, strict=True))
+    return with_facts(replace(run, sites=sites), sites=facts)
+
+
+def telling(run: Report, ledger: Report) -> Report:
+    """The run at nine sites that released reports of their own, all like that of the ledger."""
+    (own,) = ledger.sites
+    statement = SiteStatement(
+        date="2026-03-01T09:30:00+00:00",
+        same_plan=True,
+        verdict=own.verdict,
+        approved=ledger.facts.approved,
+        lifetime=own.lifetime,
+        charges=5,
+        verification=None,
+        releases=(),
+        asserted={},
+    )
+    made = of_sites(run, [0] * 9, [f"{CLINIC}-{n}" for n in range(1, 10)])
+    return with_facts(made, sites=tuple(replace(site, statement=statement) for site in made.facts.sites))
 
 
 def arrivals(ledger: Report) -> Report:
@@ -167,7 +198,7 @@ def arrivals(ledger: Report) -> Report:
         rounds = 2 if year == last else 3
         charges.append(replace(facts.charges[0], run=f"triage-{year}", rounds=rounds, day=f"{year}-02-01"))
     made = replace(facts, unit="user", arrivals="year", runs=tuple(runs), charges=tuple(charges), releases=())
-    return derive(replace(made, max_epsilon=6.0))
+    return derive(made)
 
 
 def periods(report: Report) -> list[Arrivals]:
@@ -186,7 +217,7 @@ def admitting(run: Report) -> Report:
 def drifting(run: Report) -> Report:
     """A run that began in another one's release, and of four runs the one that does worse at the sites."""
     plan = replace(run.facts.plan, metrics_noise_multiplier=20.0)
-    means = {"spring": 0.82, "summer": 0.83, "autumn": 0.81, run.name: 0.7}
+    means = {"spring": 0.82, "summer": 0.83, "autumn": 0.81, run.facts.name: 0.7}
     line = [HeldOut(run=name, date="2026-03-01", mean=mean, deviation=0.02) for name, mean in means.items()]
     return derive(replace(run.facts, plan=plan, held_out=tuple(line)))
 
@@ -204,7 +235,8 @@ def by_user(run: Report) -> Report:
     people = Assumption(code=code, status="assumed", evidence=evidence)
     rows = [tuple(replace(one, records_per_user=8) for one in site.mechanisms) for site in run.sites]
     sites = tuple(replace(site, mechanisms=row) for site, row in zip(run.sites, rows, strict=True))
-    report = filled(replace(run, unit="user", sites=sites))
+    plan = replace(run.facts.plan, unit="user", records_per_user=8)
+    report = filled(with_facts(replace(run, sites=sites), plan=plan))
     supposed = (people if one.code == "one_record_is_one_unit" else one for one in report.assumptions)
     return replace(report, assumptions=tuple(supposed))
 
@@ -220,15 +252,15 @@ def wide_run() -> Report:
     """Ten sites, some with long or strange names, and sixty rounds."""
     run = on_file("run")()
     names = (LONG, HOSTILE, "_underscore", "klinikum-süd", "病院", "f", "g", "h", "i", "j")
-    first, last, round_ = run.sites[0], run.sites[0].steps[-1], run.utility.rounds[0]
+    first, last, round_ = run.sites[0], run.sites[0].steps[-1], run.facts.rounds[0]
+    made = of_sites(run, [0] * 10, names)
     sites = tuple(
         replace(
-            first,
-            site=name,
+            one,
             steps=tuple(replace(last, round=n, epsilon=(1.105 - number / 100) * n / 60) for n in range(1, 61)),
             spent=replace(first.spent, epsilon=first.spent.epsilon - number / 100),
         )
-        for number, name in enumerate(names)
+        for number, one in enumerate(made.sites)
     )
     failed = {True: {HOSTILE: "max_epsilon"}, False: {}}
     rounds = tuple(
@@ -237,12 +269,13 @@ def wide_run() -> Report:
     )
     energy = Energy(kwh=0.5, carbon_kg=0.19, seconds=930.0)
     detail = detail_of(LONG, HOSTILE, "c")
-    utility = replace(run.utility, rounds=rounds, detail=detail, energy=energy)
+    utility = replace(run.utility, epsilons=(run.utility.epsilons[0],) * 60)
     exceeded = Verdict(state="exceeded", reasons=("above_target", "above_run_cap"))
     sites = (*sites[:-1], replace(sites[-1], verdict=exceeded))
     purpose = "To sort what patients write by the ward that can answer it, and to tell what is urgent; " * 3
-    made = replace(run.provenance, purpose=purpose)
-    return filled(run, name=LONG, sites=sites, utility=utility, verdict=exceeded, provenance=made)
+    provenance = replace(run.facts.provenance, purpose=purpose)
+    made = with_facts(made, name=LONG, rounds=rounds, detail=detail, energy=energy, provenance=provenance)
+    return filled(made, sites=sites, utility=utility, verdict=exceeded)
 
 
 def wide_ledger(*, runs: int = 500) -> Report:
@@ -260,8 +293,10 @@ def wide_ledger(*, runs: int = 500) -> Report:
     lifetime = replace(site.lifetime, runs=many(site.lifetime.runs), caps=caps, with_set_aside=2.5)
     last = "2026-02-01T08:00:00+00:00"
     refusal = Release(kind="refusal", run=HOSTILE, reason="max_epsilon", count=12345, first=None, last=last)
-    lists = {"mechanisms": many(site.mechanisms), "releases": (*many(site.releases), refusal), "steps": tuple(steps)}
-    return filled(report, name=HOSTILE, sites=(replace(site, site=HOSTILE, lifetime=lifetime, **lists),))
+    of_site = {"lifetime": lifetime, "mechanisms": many(site.mechanisms), "steps": tuple(steps)}
+    releases = (*many(report.facts.releases), refusal)
+    made = with_facts(report, site=HOSTILE, caps=caps, releases=releases)
+    return filled(made, sites=(replace(site, site=HOSTILE, **of_site),))
 
 
 @cache

@@ -128,8 +128,9 @@ def test_a_receipt_not_signed_a_delta_too_large_and_accountants_that_disagree_ar
     found = assumed(run_folder, replace(record, state=state), sites)
     assert found[0].code == "receipts_signed"
     assert (found[0].status, found[0].evidence) == ("violated", "site-1")
-    large = [replace(site, declared_size=200_000) for site in sites]
-    of_delta = {one.code: one for one in assumed(run_folder, record, large)}["delta_below_one_over_size"]
+    facts = from_run.facts_of(run_folder, record, own={})
+    large = replace(facts, sites=tuple(replace(site, declared_size=200_000) for site in facts.sites))
+    of_delta = {one.code: one for one in rules.assumptions(large, sites)}["delta_below_one_over_size"]
     assert (of_delta.status, of_delta.evidence) == ("violated", "delta=1e-05; declared_size=200000")
     wrong = replace(sites[0], spent=replace(sites[0].spent, epsilon_rdp=0.01))
     assert statuses(assumed(run_folder, record, [wrong, *sites[1:]]))["accountants_agree"] == "violated"
@@ -142,7 +143,7 @@ def test_of_a_simulation_nobody_states_anything(folder: Path) -> None:
         policy.write_text(policy.read_text() + more)
         for report in (from_run.build(folder), from_ledger.build(policy)):
             assert status(report, "units_at_one_site_only") == "assumed"
-            assert all(site.asserted == {} for site in report.sites)
+        assert report.facts.asserted == {}, "of the ledger"
 
 
 def test_a_site_that_denies_is_heard(books: Any) -> None:

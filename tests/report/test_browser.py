@@ -76,9 +76,9 @@ def test_a_page_is_quiet_true_and_whole(name: str, language: str, opened: Any) -
     page = opened(name, language)
     words, report = catalogue(language), shown.reports()[name]
     assert page.tab.evaluate("document.documentElement.lang") == language
-    assert page.tab.title() == words.text("page.title", name=report.name).unescape()
+    assert page.tab.title() == words.text("page.title", name=report.facts.name).unescape()
 
-    data = json.loads(json.dumps(to_json(report)["derived"]))
+    data = json.loads(json.dumps(to_json(report)))
     open_at_first = page.tab.locator("details[open]").count()
     page.tab.evaluate(OPEN_ALL)
     seen = page.tab.evaluate(FIGURES)

@@ -41,9 +41,9 @@ def test_an_empty_ledger_has_spent_nothing_and_what_is_declared_names_the_site(b
     report = sound(from_ledger.build(made.ledger))
     (site,) = report.sites
     assert (report.verdict.state, report.verdict.reasons, report.epsilon) == ("within", ("nothing_spent",), 0.0)
-    assert (site.steps, site.releases, site.mechanisms, site.curve) == ((), (), (), ())
+    assert (site.steps, report.facts.releases, site.mechanisms, site.curve) == ((), (), (), ())
     made.charge(run_proposal(), 1)
-    facts = {name: fact for cell in from_ledger.build(made.ledger).cells for name, fact in cell.facts.items()}
+    facts = from_ledger.build(made.ledger).known
     assert facts["declared_sizes"] == "a: 150", "the sites of a ledger are one, whatever its data sets"
     assert (facts["declared_total"], facts["dataset"]) == ("150", "patients, archive")
 
@@ -52,7 +52,7 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
     report = sound(from_ledger.build(charged.ledger))
     history = verify(charged.ledger).history
     (site,) = report.sites
-    assert (site.site, site.source, report.kind) == ("a", "own_ledger", "ledger")
+    assert (site.site, site.source, report.facts.kind) == ("a", "own_ledger", "ledger")
     expected = filter.epsilon_filter(history.charged(), order=history.order, delta=history.delta)
     assert report.epsilon == site.spent.epsilon == site.lifetime.epsilon == expected
     assert (site.spent.rounds, site.spent.steps) == (3, 6)
@@ -60,7 +60,7 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
     assert site.lifetime.with_set_aside > site.lifetime.epsilon, "both runs are open"
     runs = [(run.run, run.state, run.rounds, run.most_rounds) for run in site.lifetime.runs]
     assert runs == [("r", "open", 2, 4), ("s", "open", 1, 4)]
-    assert report.date == history.last_time.date().isoformat()
+    assert report.facts.date == history.last_time.date().isoformat()
     assert report.verdict.state == "within"
 
 
@@ -94,8 +94,8 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> 
     for run in ("r", "r", "never", "seen"):
         charged.refuse(Reason.MAX_RANK, run=run)
     charged.open().offer(run_proposal(run="t"))
-    (site,) = from_ledger.build(charged.ledger).sites
-    assert {(one.run, one.kind, one.reason): one.count for one in site.releases} == {
+    report = from_ledger.build(charged.ledger)
+    assert {(one.run, one.kind, one.reason): one.count for one in report.facts.releases} == {
         ("r", "update", None): 2,
         ("s", "update", None): 1,
         ("s", "reservation_without_update", None): 1,
@@ -105,7 +105,7 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> 
         ("", "offer", None): 1,
     }
     days = {event.time[:10] for event in verify(charged.ledger).events}
-    assert all(one.first in days and one.last in days and one.first <= one.last for one in site.releases)
+    assert all(one.first in days and one.last in days and one.first <= one.last for one in report.facts.releases)
 
 
 def test_nothing_of_the_records_no_path_and_no_time_of_day_is_in_it(charged: Books) -> None:
@@ -117,8 +117,8 @@ def test_nothing_of_the_records_no_path_and_no_time_of_day_is_in_it(charged: Boo
     for name in ("site_key.pem", "ledger.db", "path", 'columns"'):
         assert name not in text
     (site,), events = report.sites, verify(charged.ledger).events
-    told = {report.date, *(step.time for step in site.steps)}
-    told |= {time for release in site.releases for time in (release.first, release.last)}
+    told = {report.facts.date, *(step.time for step in site.steps)}
+    told |= {time for release in report.facts.releases for time in (release.first, release.last)}
     assert told == {events[-1].time[:10]}
     for event in events:
         if event.kind in (Kind.RESERVE, Kind.COMMIT, Kind.PLAN):
@@ -128,14 +128,14 @@ def test_nothing_of_the_records_no_path_and_no_time_of_day_is_in_it(charged: Boo
 def test_a_site_toml_brings_key_and_anchor(books: Any) -> None:
     made = books(anchor="elsewhere/anchor.json")
     made.charge(run_proposal(), 1)
-    (alone,) = from_ledger.build(made.ledger).sites
+    alone = from_ledger.build(made.ledger).facts
     assert (alone.verification.key_expected, alone.verification.rollback_excluded) == (False, False)
     report = from_ledger.build(made.site_toml)
-    found = report.sites[0].verification
+    found = report.facts.verification
     assert (found.key_expected, found.rollback_excluded, found.anchor_sequence) == (True, True, found.num_events)
     assert (status(report, "no_event_missing"), status(report, "policy_noted")) == ("verified", "verified")
     by_hand = from_ledger.build(made.ledger, anchor=made.folder / "elsewhere" / "anchor.json")
-    assert by_hand.sites[0].verification.rollback_excluded
+    assert by_hand.facts.verification.rollback_excluded
     # Under another key than the site's it is not verified.
     (made.folder / "site_key.pem").unlink()
     SigningKey.load_or_make(made.folder / "site_key.pem")
@@ -148,7 +148,7 @@ def test_a_policy_that_the_ledger_has_not_noted_is_told_of(charged: Books) -> No
     report = sound(from_ledger.build(charged.site_toml))
     assert status(report, "policy_noted") == "violated"
     assert report.assumptions[0].code == "policy_noted", "violated ones come first"
-    assert (report.sites[0].approved.max_epsilon, report.sites[0].approved.since) == (4.0, None)
+    assert (report.facts.approved.max_epsilon, report.facts.approved.since) == (4.0, None)
     assert report.sites[0].lifetime.left < from_ledger.build(charged.ledger).sites[0].lifetime.left
 
 
@@ -159,9 +159,9 @@ def test_a_policy_in_force_below_what_is_spent_is_exceeded(charged: Books, key: 
     report = sound(from_ledger.build(charged.site_toml))
     name = "above_lifetime_cap" if key == "max_epsilon" else "above_period_cap"
     assert (report.verdict.state, report.verdict.reasons) == ("exceeded", (name,))
-    assert getattr(report.sites[0].approved, key) == round(spent * 0.8, 3)
+    assert getattr(report.facts.approved, key) == round(spent * 0.8, 3)
     charged.edit(budget={"max_epsilon": 50.0, "max_epsilon_per_period": 60.0})
-    approved = from_ledger.build(charged.site_toml).sites[0].approved
+    approved = from_ledger.build(charged.site_toml).facts.approved
     assert approved.max_epsilon == 5.0, "a cap that the ledger has not noted raises nothing"
 
 
@@ -170,13 +170,13 @@ def test_a_policy_in_force_with_another_period_is_judged_by_its_own(charged: Boo
     charged.edit(budget={"period": "month", "max_epsilon_per_period": 0.1})
     report = from_ledger.build(charged.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
-    assert (report.sites[0].approved.period, report.sites[0].lifetime.period) == ("month", "month")
+    assert (report.facts.approved.period, report.sites[0].lifetime.period) == ("month", "month")
     # And loosens nothing noted.
     charged.edit(noted=True, budget={"period": "year"})
     charged.edit(budget={"period": "month", "max_epsilon_per_period": 39.0})
     report = from_ledger.build(charged.site_toml)
     assert report.verdict.reasons == ("above_period_cap",)
-    assert (report.sites[0].approved.period, report.sites[0].approved.max_epsilon_per_period) == ("year", 0.1)
+    assert (report.facts.approved.period, report.facts.approved.max_epsilon_per_period) == ("year", 0.1)
 
 
 ANY = float("inf")
@@ -215,9 +215,9 @@ def test_caps_before_and_after_what_was_spent(opened: Any, before: Any, after: A
     assert (status(report, "cap_never_raised") == "violated") == ("cap_raised" in verdict[1])
     assert (site.meaning is None) == (verdict[0] == "no_guarantee")
     noted = {"max_epsilon": 5.0, **opened, **before, **after}
-    assert site.approved.max_epsilon_per_run == noted.get("max_epsilon_per_run")
+    assert report.facts.approved.max_epsilon_per_run == noted.get("max_epsilon_per_run")
     cap = noted["max_epsilon"]
-    assert site.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
+    assert report.facts.approved.max_epsilon == (None if cap == ANY else cap) == site.lifetime.caps[-1].max_epsilon
     assert (site.lifetime.left is None) == (cap == ANY)
     assert site.lifetime.left != 0 or "above_lifetime_cap" in verdict[1] or "above_period_cap" in verdict[1]
 
@@ -231,12 +231,11 @@ def test_an_old_anchor_excludes_a_rollback_no_further_than_it_reaches(books: Any
     made.charge(run_proposal(), 3)
     shutil.copy(backup, made.ledger)  # the third round is gone, and the old anchor cannot tell
     report = sound(from_ledger.build(made.ledger, anchor=Path(old)))
-    found = report.sites[0].verification
+    found = report.facts.verification
     assert (found.rollback_excluded, found.num_events - found.anchor_sequence) == (False, 2)
     assert status(report, "no_event_missing") == "assumed"
     assert assumption(report, "no_event_missing").evidence == f"anchor: {found.anchor_sequence} / {found.num_events}"
-    said = {cell.facts["rollback_excluded"] for cell in report.cells if "rollback_excluded" in cell.facts}
-    assert said == {"up_to_the_anchor"}
+    assert report.known["rollback_excluded"] == "up_to_the_anchor"
 
 
 @pytest.mark.parametrize(
@@ -254,8 +253,7 @@ def test_a_mechanisms_own_curve_bounds_only_what_was_fixed(rounds: Any, more: An
     assert [figure is not None for figure in figures] == [known] * len(figures)
     found = {one.code: one.status for one in report.assumptions}
     assert found.get("ends_independent_of_releases") == ("assumed" if len(rounds) == 1 else None)
-    shown = {cell.facts.get("right_of_100_mechanism") for cell in report.cells} - {None}
-    assert ("not_computed" in shown) == (not known)
+    assert (report.known["right_of_100_mechanism"] == "not_computed") == (not known)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +276,7 @@ def test_the_report_of_a_changed_ledger_promises_nothing(charged: Books, stateme
         assert says in said
         assert str(charged.folder) not in said
         (site,) = report.sites
-        assert (site.verification, site.meaning) == (None, None)
+        assert (report.facts.verification, site.meaning) == (None, None)
         assert {one.status for one in report.assumptions} <= {"violated", "assumed"}, "its own word shows nothing"
 
 
@@ -345,8 +343,8 @@ def test_ten_thousand_events_are_composed_once_a_setting(books: Any) -> None:
     assert profile._pld.cache_info().misses <= 2 * 20 + 2
     assert accountant.composed_rdp.cache_info().misses <= 2 * 20 + 2
     (site,) = report.sites
-    assert site.verification.num_events == 10_022
+    assert report.facts.verification.num_events == 10_022
     assert (len(site.mechanisms), site.spent.rounds) == (20, 5000)
     assert len(site.steps) <= from_ledger.MOST_STEPS
-    assert {(one.kind, one.count) for one in site.releases} == {("update", 250)}
+    assert {(one.kind, one.count) for one in report.facts.releases} == {("update", 250)}
     assert len(signing.to_text(report)) < 200_000

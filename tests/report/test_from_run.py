@@ -35,31 +35,31 @@ def result_of(folder: Path) -> Any:
 
 def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
     report, result = from_run.build(run_folder), result_of(run_folder)
-    assert (report.kind, report.name, report.provenance.config_sha256) == ("run", "run", result["config_sha256"])
-    assert (report.epsilon, report.delta) == (result["privacy"]["epsilon"], result["privacy"]["delta"])
-    assert (report.target_epsilon, report.seeded_noise) == (8.0, False)
+    facts = report.facts
+    assert (facts.kind, facts.name, facts.provenance.config_sha256) == ("run", "run", result["config_sha256"])
+    assert (report.epsilon, report.facts.delta) == (result["privacy"]["epsilon"], result["privacy"]["delta"])
+    assert (report.facts.target_epsilon, report.facts.seeded_noise) == (8.0, False)
     for site in report.sites:
         said = result["privacy"]["sites"][site.site]
         spent = site.spent
         assert (spent.epsilon, spent.epsilon_rdp) == (said["epsilon"], said["epsilon_rdp"])
-        assert (spent.rounds, spent.steps, spent.upper_bound) == (said["rounds"], said["steps"], False)
+        assert (spent.rounds, spent.steps) == (said["rounds"], said["steps"])
         assert spent.planned_epsilon == said["planned_epsilon"]
         assert site.source == "charged_by_receipts"
-        assert (site.approved, site.lifetime) == (None, None), "the site has not told"
-    assert [site.declared_size for site in report.sites] == [80, 90]
+    assert [(one.upper_bound, one.statement) for one in facts.sites] == [(False, None)] * 2, "the sites have not told"
+    assert facts.declared_sizes == {"site-1": 80, "site-2": 90}
     assert problems(report) == []
     assert not any(str(folder) in signing.to_text(report) for folder in (run_folder, run_folder.parent))
     # Rounds, and the epsilon so far.
-    assert report.utility.final == result["final"]["metrics"]
-    assert report.utility.before == result["final"]["metrics_before"]
-    for cost, entry in zip(report.utility.rounds, result["rounds"], strict=True):
-        assert (cost.round, list(cost.sites), cost.scores) == (entry["round"], entry["sites"], entry["metrics"])
+    assert (facts.final, facts.before) == (result["final"]["metrics"], result["final"]["metrics_before"])
+    for cost, entry in zip(facts.rounds, result["rounds"], strict=True):
+        assert (cost.round, list(cost.sites), cost.metrics) == (entry["round"], entry["sites"], entry["metrics"])
         assert all(getattr(cost, key) == entry[key] for key in ("seconds", "bytes_down", "bytes_up"))
-    first, last = (cost.epsilon for cost in report.utility.rounds)
+    first, last = report.utility.epsilons
     assert 0 < first < last == report.epsilon
     times = [step.time for step in report.sites[0].steps]
     assert times == [entry["ended"] for entry in result["rounds"]]
-    assert report.date == times[-1]
+    assert report.facts.date == times[-1]
 
 
 def test_many_rounds_cost_a_bounded_number_of_compositions(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +80,13 @@ def test_the_environment_is_the_runs_own_and_not_the_readers_and_two_are_named(f
     other |= {"fedtune_version": "0.0.1", "libraries": {"torch": "0.0.7"}}
     noted["environments"] = [own | other]
     (folder / "environment.json").write_text(json.dumps(noted))
-    provenance = from_run.build(folder).provenance
+    provenance = from_run.build(folder).facts.provenance
     assert (provenance.python, provenance.machine) == ("3.0.0", "Stone abacus, beads")
     assert (provenance.fedtune_version, provenance.libraries) == ("0.0.1", {"torch": "0.0.7"})
     # It was resumed with another Python.
     noted["environments"] = [own, own | {"since": "2040-01-01T00:00:00+00:00", "python": "4.0"}]
     (folder / "environment.json").write_text(json.dumps(noted))
-    provenance = from_run.build(folder).provenance
+    provenance = from_run.build(folder).facts.provenance
     assert provenance.python == f"{own['python']} / 4.0"
     assert provenance.machine.count("/") == 0
 
@@ -94,7 +94,7 @@ def test_the_environment_is_the_runs_own_and_not_the_readers_and_two_are_named(f
 def test_a_run_that_noted_no_environment_says_so(folder: Path) -> None:
     (folder / "environment.json").unlink()
     report = sound(from_run.build(folder))
-    provenance = report.provenance
+    provenance = report.facts.provenance
     assert (provenance.python, provenance.machine, provenance.libraries) == (None, None, {})
     assert (report.randomness, report.sites[0].mechanisms[0].sampling_run) == ("not_recorded", "not_recorded")
     assert (report.verdict.state, report.verdict.reasons) == ("within", ("sampling_not_recorded",))
@@ -143,7 +143,7 @@ def test_a_receipt_that_is_not_the_sites_word_counts_as_none(folder: Path, chang
     whole = from_run.build(folder)
     change_receipts(folder, lambda receipt: changed(receipt, **changes))
     report, most = doubted(folder), from_run.read_run(folder).plan.most_rounds
-    assert [(site.spent.rounds, site.spent.upper_bound) for site in report.sites] == [(most, True)] * 2
+    assert [(site.rounds, site.upper_bound) for site in report.facts.sites] == [(most, True)] * 2
     assert report.epsilon == report.sites[0].spent.planned_epsilon >= whole.epsilon
     assert [site.meaning for site in report.sites] == [None, None]
     assert {one.run for site in report.sites for one in site.mechanisms} == {saved_config(folder).run_id()}
@@ -157,7 +157,7 @@ def test_a_genuine_receipt_that_is_older_than_the_updates_counts_as_none(folder:
     (folder / "kept").rename(newest)
     assert {site: receipt.charged_rounds for site, receipt in older.items()} == dict.fromkeys(SITES, 1)
     change_receipts(folder, lambda receipt: older[receipt.site])
-    assert all(site.spent.rounds >= 2 and site.spent.upper_bound for site in doubted(folder).sites)
+    assert all(site.rounds >= 2 and site.upper_bound for site in doubted(folder).facts.sites)
 
 
 @pytest.mark.parametrize("journal", [True, False])
@@ -168,16 +168,16 @@ def test_a_checkpoint_that_knows_less_than_run_json_is_not_believed(folder: Path
     if not journal:
         (folder / "checkpoints" / "asked.jsonl").unlink()
     report = doubted(folder)
-    assert all(site.spent.rounds >= 2 and site.spent.upper_bound for site in report.sites)
+    assert all(site.rounds >= 2 and site.upper_bound for site in report.facts.sites)
     assert report.epsilon >= whole.epsilon
-    assert report.utility.rounds == whole.utility.rounds, "run.json has all of them"
+    assert report.facts.rounds == whole.facts.rounds, "run.json has all of them"
 
 
 def test_updates_without_any_receipt_are_charged_as_the_whole_plan(folder: Path) -> None:
     change_receipts(folder, lambda receipt: receipt, taken=True)
     report, most = doubted(folder), from_run.read_run(folder).plan.most_rounds  # run.json was written with receipts
     assert [(site.source, site.spent.rounds) for site in report.sites] == [("not_released", most)] * 2
-    assert all(site.spent.upper_bound for site in report.sites)
+    assert all(site.upper_bound for site in report.facts.sites)
     (folder / "run.json").unlink()
     assert status(from_run.build(folder), "receipts_signed") == "assumed"
 
@@ -276,11 +276,11 @@ def test_a_configuration_that_was_changed_after_the_run_is_marked(folder: Path) 
         assert status(report, "configuration_unchanged") == "violated"
         assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("configuration_changed",))
         assert [site.source for site in report.sites] == ["charged_by_receipts"] * 2, "they are still this run's"
-        assert report.provenance.config_sha256 == result_of(folder)["config_sha256"]
+        assert report.facts.provenance.config_sha256 == result_of(folder)["config_sha256"]
 
 
 def test_a_score_that_is_no_number_is_null(folder: Path) -> None:
     result = result_of(folder)
     result["final"]["metrics"]["loss"] = None
     (folder / "run.json").write_text(json.dumps(result))
-    assert from_run.build(folder).utility.final["loss"] is None
+    assert from_run.build(folder).facts.final["loss"] is None

@@ -16,7 +16,7 @@ from fedtune.report.page.render import FONTS, as_svg, as_svg_of_own
 from fedtune.report.page.report_words import Words
 from fedtune.words import shortened
 
-from .shown import HOSTILE, NAMES, numbers, periods, reports, with_site
+from .shown import HOSTILE, NAMES, numbers, periods, reports, with_facts, with_site
 
 FILES = {"plain": "sans-regular", "bold": "sans-bold", "mono": "mono-regular"}
 SPACE = "{http://www.w3.org/2000/svg}"
@@ -38,11 +38,12 @@ def lines(svg: str) -> list[str]:
 
 def test_every_figure_is_one_of_the_report_and_what_is_not_covered_is_named(report: Report, language: str) -> None:
     words = Words(report, catalogue(language))
-    known = [report.name, *(cell.facts.get("dataset", "") for cell in report.cells)]
+    known = [report.facts.name, report.known.get("dataset", "")]
     known += [text for section in words.catalogue.texts.values() for text in section.values()]
-    figures = [(report.epsilon, "epsilon"), (report.epsilon, "factor"), (report.delta, "exact"), (report.date, "day")]
-    figures += [(len(report.sites), "count"), (report.target_epsilon, "cap")]
-    figures += [(site.approved.max_epsilon, "cap") for site in report.sites if site.approved]
+    figures = [(report.epsilon, "epsilon"), (report.epsilon, "factor"), (len(report.sites), "count")]
+    figures += [(report.facts.delta, "exact"), (report.facts.date, "day")]
+    is_run = report.facts.kind == "run"
+    figures += [(report.facts.target_epsilon if is_run else report.facts.approved.max_epsilon, "cap")]
     for means in (site.meaning for site in report.sites if site.meaning):
         figures += [(means.right_of_100_mechanism, "of_100"), (means.right_of_100_ceiling, "of_100")]
     known += [words.catalogue.figure(value, kind) for value, kind in figures]
@@ -55,9 +56,9 @@ def test_every_figure_is_one_of_the_report_and_what_is_not_covered_is_named(repo
     assert all(words.code("not_protected", code).unescape() in said for code in report.not_protected)
     assert all(words.code("banner", code).unescape() in said for code in report.banners)
     assert said.endswith(hashlib.sha256(signing.to_text(report).encode()).hexdigest())
-    for value in (words.code("unit", report.unit), words.text("label.mechanism_text")):
+    for value in (words.code("unit", report.facts.unit), words.text("label.mechanism_text")):
         assert value.unescape() in said
-    assert ("…" in said) == (len(report.name) > 32), "nothing but a long name is cut"
+    assert ("…" in said) == (len(report.facts.name) > 32), "nothing but a long name is cut"
 
 
 def test_who_relies_on_other_sites_is_told_so(language: str) -> None:
@@ -86,12 +87,14 @@ def test_where_nothing_is_promised_it_shows_no_figure(language: str) -> None:
 
 
 def test_it_loads_nothing_a_name_stays_text_and_every_line_fits(report: Report, language: str) -> None:
-    svg = as_svg(replace(report, name=HOSTILE[:31] + "\x00"), language=language)
+    key = "name" if report.facts.kind == "run" else "site"
+    hostile = with_facts(report, **{key: HOSTILE[:20] + "\x00"})
+    svg = as_svg(hostile, language=language)
     root = Xml.fromstring(svg)
     assert {one.tag.removeprefix(SPACE) for one in root.iter()} == {"svg", "title", "desc", "rect", "text"}
     assert not any(name.startswith("on") or "href" in name for one in root.iter() for name in one.attrib)
-    assert HOSTILE[:31] in " ".join(lines(svg))
-    assert svg == as_svg(replace(report, name=HOSTILE[:31] + "\x00"), language=language)
+    assert HOSTILE[:20] in " ".join(lines(svg))
+    assert svg == as_svg(hostile, language=language)
     fit(as_svg(report, language=language))
 
 

@@ -19,7 +19,7 @@ from fedtune.report.rederive import derive, problems
 from fedtune.report.synthetic_card import together
 
 from ..conftest import simulate
-from .shown import status
+from .shown import status, with_facts
 
 FORM = Form(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
 
@@ -42,7 +42,7 @@ def test_a_run_s_card_is_read_by_the_hub_s_tools_and_says_what_the_report_says(r
     assert card.data.library_name == "peft"
     assert card.data.datasets == ["banking77"]
     assert card.data.model_name == "run"
-    assert {one.metric_type: one.metric_value for one in card.data.eval_results} == of_run.utility.final
+    assert {one.metric_type: one.metric_value for one in card.data.eval_results} == of_run.facts.final
     # It says what the report says and shows its label.
     text = card.text
     said = f"was kept, epsilon {epsilon_text(of_run.epsilon)} at delta 0.00001, for one record"
@@ -57,7 +57,7 @@ def test_a_run_s_card_is_read_by_the_hub_s_tools_and_says_what_the_report_says(r
     assert text.count("\n- ") == len(of_run.not_protected)
     assert "On 10 records of the lead's own test file" in text
     assert "site-1 80, site-2 90" in text
-    assert all(one in text for one in (of_run.provenance.config_sha256, of_run.provenance.model_sha256))
+    assert all(one in text for one in (of_run.facts.provenance.config_sha256, of_run.facts.provenance.model_sha256))
 
 
 @pytest.mark.parametrize(("kind", "words"), [("lora", "A LoRA"), ("dora", "A DoRA"), ("ia3", "An IA3")])
@@ -107,8 +107,8 @@ def test_a_base_from_gguf_or_in_a_coarser_format_is_not_the_one_that_others_load
 
 def test_what_people_wrote_is_text_and_no_more(record: RunRecord, of_run: Report) -> None:
     hostile = 'none |\n\n# <b>Safe</b> `x` [click](http://x) "\n---\nlicense: mit'
-    provenance = replace(of_run.provenance, model_licence=hostile)
-    card = card_text(with_model(record, licence=hostile), replace(of_run, provenance=provenance), FORM)
+    provenance = replace(of_run.facts.provenance, model_licence=hostile)
+    card = card_text(with_model(record, licence=hostile), with_facts(of_run, provenance=provenance), FORM)
     front, body = front_of(card), card.split("---\n", 2)[2]
     assert (front["license"], front["license_name"]) == ("other", " ".join(hostile.split()))
     assert "\n# <b>" not in body
@@ -125,9 +125,9 @@ def test_a_start_adapter_is_named(record: RunRecord, of_run: Report) -> None:
         ({"epsilon": None, "delta": 1e-5, "public": True}, ", of run intents on public; it was trained without p"),
     ):
         start = StartAdapter(**{"digest": "ab" * 32, "run": "intents", "dataset": "public", "unit": "record"} | spent)
-        begun = replace(of_run, provenance=replace(of_run.provenance, start_adapter=start))
+        begun = with_facts(of_run, provenance=replace(of_run.facts.provenance, start_adapter=start))
         assert f"SHA-256 {'ab' * 32}{said}" in card_text(record, begun, FORM)
-        report = derive(replace(of_run.facts, provenance=begun.provenance))
+        report = derive(begun.facts)
         assert (report.verdict.state, report.verdict.reasons) == ("within", ("began_in_an_adapter",))
         code = "start_adapter_public" if start.public else "start_adapter_covered_elsewhere"
         assert (status(report, code), problems(report)) == ("assumed", [])

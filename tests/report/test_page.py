@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def words_of(element: Element) -> str:
 
 def test_every_figure_name_and_code_is_in_the_json(shown: tuple[Report, str], language: str) -> None:
     report, html = shown
-    data, figures = json.loads(json.dumps(to_json(report)["derived"])), main(html).all("data")
+    data, figures = json.loads(json.dumps(to_json(report))), main(html).all("data")
     assert len(figures) > 40
     for figure in figures:
         found = lookup(data, figure.attrib["data-at"])
@@ -72,7 +71,7 @@ def test_no_other_number_is_shown(shown: tuple[Report, str], language: str) -> N
         return "data-at" in one.attrib or one.tag in ("code", "svg") or one.attrib.get("class", "").endswith("rows")
 
     fixed = " ".join(text for texts in catalogue(language).texts.values() for text in texts.values())
-    named = " ".join([report.name, *(site.site for site in report.sites), *report.provenance.libraries])
+    named = " ".join([report.facts.name, *(site.site for site in report.sites), *report.facts.provenance.libraries])
     named += " ".join(one.dates for one in made.periods(report))
     source = "arXiv 2303.00654"
     left = " ".join(main(html).texts(without=known))
@@ -81,22 +80,29 @@ def test_no_other_number_is_shown(shown: tuple[Report, str], language: str) -> N
 
 def test_tables_hold_the_rows_of_the_json_each_of_one_thing(shown: tuple[Report, str]) -> None:
     report, html = shown
-    data = json.loads(json.dumps(to_json(report)["derived"]))
-    for at in ("mechanisms", "lifetime/runs", "lifetime/caps", "releases"):
-        lists = [reduce(lambda part, key: part and part[key], at.split("/"), site) or () for site in data["sites"]]
-        rows = [f"/sites/{place}/{at}/{n}" for place, one in enumerate(lists) for n in range(len(one))]
+    data = json.loads(json.dumps(to_json(report)))
+    words = Words(report, catalogue("en"))
+    for kind, at in (
+        ("sites", "mechanisms"),
+        ("life", "runs"),
+        ("life", "caps"),
+        ("own", "releases"),
+        ("sites", "releases"),
+    ):
+        rows = words.rows(f"{kind}/{at}/*") if words.at(words.place(kind, words.sites[0])) else []
         shown_rows = {row for row in rows if f'data-at="{row}/' in html}
         if len(report.sites) == 1:
             assert len(shown_rows) == min(len(rows), MOST_ROWS), at
         else:  # what several sites have alike is one line
             told, all_of_them = ({json.dumps(lookup(data, row)) for row in some} for some in (shown_rows, rows))
             assert told == all_of_them, at
-    assert report.utility is None or html.count("/utility/rounds/") > 3
+    assert report.utility is None or html.count("/facts/rounds/") > 3
     # No row mixes the figures of two sites, runs or rounds.
-    kinds = re.compile(r"/sites/\d+(/(mechanisms|releases|lifetime/runs|curve)/\d+)?")
+    kinds = re.compile(r"(/facts)?/sites/\d+(/(statement/)?(mechanisms|releases|lifetime/runs|curve)/\d+)?")
     for row in main(html).all("tr"):
         found = [cell.attrib.get("data-at", "") for cell in row.iter()]
         places = {match.group() for match in map(kinds.match, found) if match}
+        places = {place.removeprefix("/facts").replace("/statement", "") for place in places}
         longest = {one for one in places if not any(other.startswith(f"{one}/") for other in places)}
         assert len(longest) <= 1 or any("/steps/" in place for place in found)
 
@@ -113,8 +119,9 @@ def test_each_site_is_listed_worst_first(language: str) -> None:
 
 def test_nothing_is_left_open(shown: tuple[Report, str]) -> None:
     text = " ".join(main(shown[1]).texts(without=lambda one: one.tag in ("code", "svg")))  # events are JSON
-    for name in (HOSTILE, *(shortened(HOSTILE, most) for most in range(10, 70))):
-        text = text.replace(name, "")
+    for name in (shown[0].facts.name, HOSTILE):
+        for said in (name, *(shortened(name, most) for most in range(10, 70))):
+            text = text.replace(said, "")
     assert not re.search(r"\{\w*\}|\{\{|\{%|undefined|None\b|\bnull\b", text)
     first = by_id(main(shown[1]), "page-1")
     assert not re.search(r"\d (of|von) 100\b", words_of(first)), "no figure of guesses reads as one of people"
@@ -265,7 +272,7 @@ def test_what_it_is_for_is_said_in_the_words_of_a_person(a_report: Make, languag
         ("x" * 200, "x" * 90 + "…"),
         ("ab " * 50, "ab " * 29 + "ab…"),
     ):
-        report = replace(a_report(), provenance=replace(a_report().provenance, purpose=purpose))
+        report = made.with_facts(a_report(), provenance=replace(a_report().facts.provenance, purpose=purpose))
         said = by_id(main(render.render(report, language=language)), "purpose")
         assert words_of(said) == f"{words['purpose']} {shown}"
         assert bool(said.all("span", **{"class": "absent"})) == (purpose is None)
@@ -315,9 +322,9 @@ def test_equal_sites_are_one_line_in_the_annex_and_one_column_under_the_chart(la
 
 def test_what_is_not_known_is_grey_in_the_annex_too(a_report: Make, language: str) -> None:
     texts = catalogue(language).texts
-    known = a_report().provenance
-    made = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
-    html = main(render.render(a_report(provenance=made), language=language))
+    known = a_report().facts.provenance
+    unknown = replace(known, model=None, machine="not_recorded", config_sha256=None, libraries={})
+    html = main(render.render(made.with_facts(a_report(), provenance=unknown), language=language))
     (machine,) = [one for one in html.all("div") if words_of(one).startswith(texts["provenance"]["machine"])]
     assert words_of(machine.all("span", **{"class": "absent"})[0]) == texts["value"]["not_recorded"]
     for field in ("model", "config_sha256", "libraries"):
@@ -330,8 +337,8 @@ def test_every_page_of_a_study_says_so_first(of_run: Report, of_ledger: Report, 
     said = catalogue(language).texts["banner"]
     for report, banners in (
         (of_run, ["simulation"]),
-        (replace(of_run, seeded_noise=True), ["simulation", "seeded"]),
-        (replace(of_ledger, seeded_noise=True), ["seeded"]),
+        (made.with_facts(of_run, seeded_noise=True), ["simulation", "seeded"]),
+        (made.with_facts(of_ledger, lost_seed=True), ["seeded"]),
         (of_ledger, []),
     ):
         html = render.render(report, language=language)
@@ -380,9 +387,9 @@ def test_of_ten_sites_one_sees_another_s_result_only_if_most_were_missing() -> N
 
     wide = reports()["wide_run"]
     assert row(wide) == ["no", "no", "no", "yes", "yes"]
-    one, *others = wide.utility.rounds
-    few = replace(wide.utility, rounds=(replace(one, sites=("a", "b")), *others))
-    assert row(replace(wide, utility=few))[2] == "by subtraction"
+    one, *others = wide.facts.rounds
+    few = made.with_facts(wide, rounds=(replace(one, sites=("a", "b")), *others))
+    assert row(few)[2] == "by subtraction"
 
 
 def test_a_ledgers_history_shows_its_end_and_the_page_of_many_runs_stays_short() -> None:

@@ -177,12 +177,12 @@ def test_what_it_means(spent: dict[DpEvent, int]) -> None:
     assert meant.right_of_100_ceiling == profile.right_of_100_ceiling(epsilon, 1e-5)
     assert meant.right_of_100_mechanism == profile.right_of_100(spent)
     assert meant.expected_failures == pytest.approx(0.02)
-    assert [(one.prior, one.ceiling) for one in meant.posterior] == [
+    assert [(one.given, one.ceiling) for one in meant.posterior] == [
         (prior, profile.posterior(epsilon, prior=prior)) for prior in profile.PRIORS
     ]
-    assert [one.false_alarms for one in meant.hit_rates] == list(profile.FALSE_ALARMS)
+    assert [one.given for one in meant.hit_rates] == list(profile.FALSE_ALARMS)
     for one in meant.hit_rates:
-        assert one.false_alarms < one.mechanism <= one.ceiling
+        assert one.given < one.mechanism <= one.ceiling
 
 
 def test_the_mechanism_never_looks_worse_than_its_ceiling() -> None:

@@ -28,9 +28,12 @@ OF_NO_EFFECT = {
     r"runs\.\*\.max_epsilon": "the cap on one run of that time, where its plan is below the other, too",
     r"judged_by|keep_round|stop_after|(runs\.\*\.)?plan\.runs": "settings that decided nothing; a run's are compared",
     r"plan\.(max_grad_norm|spare_rounds)|randomness": "settings, where there is no noise",
-    r"rounds\.\*\.(diverged|site_scores)": "stands in run.json alone",
+    r"rounds\.\*\.(diverged|site_scores|seconds|bytes_\w+|metrics\..*)|detail.*": "exact figures of the lead's own",
+    r"population|provenance\.(config_sha256|model|python|purpose)": "what the report is of, which nothing follows from",
+    r"releases.*|asserted\..*": "what the ledger lists, and what the site states",
+    r"approved\.max_epsilon_per_run": "the cap on one run, which each run has as it was then",
 }
-"""Facts of which a change alone may change nothing else in the report, and why."""
+"""Facts of which a change alone may change nothing else in the report, and why: most are told once."""
 
 ON_A_SIGNATURE = {
     # What the report is of, and by what it was made; the settings beside a run are compared.
@@ -41,7 +44,7 @@ ON_A_SIGNATURE = {
     r"plan\..*|runs\.\*\.plan\..*|(sites|charges)\.\*\.rounds|unit|delta|order": "what ran; the sites' ledgers show it",
     # What a site decides, and what checking its ledger found.
     r"declared_size|sites\.\*\.declared_size|asserted\..*": "the site's own statement",
-    r"max_epsilon.*|period|reference\..*|caps.*|policy_.*|frozen|in_doubt": "its policy, and its ledger's state",
+    r"approved\..*|reference\..*|caps.*|policy_.*|frozen|in_doubt": "its policy, and its ledger's state",
     r"runs\.\*\.(run|lead|dataset|state|lost_rounds|max_epsilon|seeded_noise|base_model|adapter_sha256)": "ledger's",
     r"charges\.\*\.(run|round|day|lost|entry)|releases.*|verification.*|problem": "its ledger's entries",
     r"sites\.\*\.(upper_bound|signed_rounds|key|believed|statement)|has_checkpoint": "receipts, which the lead holds",
@@ -82,11 +85,12 @@ def others(value: Any) -> list[Any]:
 def changed(report: Report, part: str) -> Iterator[tuple[str, Report]]:
     """The report with each value of its facts, or of what is derived, changed by itself, where it is one."""
     whole = to_json(report)
-    for path, value in places(whole[part]):
+    derived = {key: value for key, value in whole.items() if key not in ("schema_version", "facts", "signature")}
+    for path, value in places(whole["facts"] if part == "facts" else derived):
         name = ".".join("*" if isinstance(key, int) else key for key in path)
         for other in others(value):
             edited = copy.deepcopy(whole)
-            put(edited[part], path, other)
+            put(edited["facts"] if part == "facts" else edited, path, other)
             try:
                 found = signing.read(json.dumps(edited).encode())
             except ConfigError:
@@ -150,7 +154,7 @@ def test_a_forger_who_derives_all_again_changes_only_what_a_signature_shows(repo
 def test_another_program_finds_the_same_epsilon(report: Report) -> None:
     site = report.sites[0]
     charges = [{"event": one.event, "count": one.count} for row in site.mechanisms for one in row.charges]
-    most = epsilon(charges, report.delta)
+    most = epsilon(charges, report.facts.delta)
     assert most - WIDTH * sum(one["count"] for one in charges) <= site.spent.epsilon_pld <= most
 
 
@@ -185,7 +189,8 @@ def test_no_tolerance_lets_through_less(a_report: Make, a_ledger_report: Make) -
     noisier = replace(site.mechanisms[0], noise_multiplier=1.5 * (1 + 5e-7))
     assert where(with_site(tiny, mechanisms=(noisier,)))
     # Nor is more left than the cap leaves.
-    used_up, report = with_facts(a_ledger_report(), max_epsilon=1.0), a_ledger_report()
+    report = a_ledger_report()
+    used_up = with_facts(report, **approved(report.facts, max_epsilon=1.0, since=None))
     assert (used_up.sites[0].lifetime.left, where(used_up)) == (0.0, set())
     for of, more, wrong in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
         life = of.sites[0].lifetime
@@ -306,6 +311,10 @@ def test_secure_sums_have_the_sites_that_took_part(a_secure_report: Make) -> Non
         assert where(a_secure_report(facts=replace(facts, plan=plan, rounds=rounds))) == {f"plan.shared.{place}"}
 
 
+def approved(facts: LedgerFacts, **changes: Any) -> dict[str, Any]:
+    return {"approved": replace(facts.approved, **changes)}
+
+
 def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make) -> None:
     facts = a_ledger_report().facts
     first, second = facts.charges
@@ -322,19 +331,21 @@ def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make) -> None:
         ({"charges": (replace(first, rounds=3), second)}, "releases"),
         ({"caps": ()}, "caps"),
         ({"caps": (replace(facts.caps[0], charges_before=8),)}, "caps"),
-        ({"max_epsilon": 7.0}, "max_epsilon"),
-        ({"max_epsilon": None}, "max_epsilon"),
+        (approved(facts, max_epsilon=7.0), "approved.max_epsilon"),
+        (approved(facts, max_epsilon=None), "approved.max_epsilon"),
+        (approved(facts, since=None), "approved.since"),
         ({"verification": rolled}, "verification.rollback_excluded"),
     ):
         assert place in where(a_ledger_report(facts=replace(facts, **changes))), changes
 
 
 def test_a_ledgers_verdict_follows_from_its_facts(a_ledger_report: Make) -> None:
+    facts = a_ledger_report().facts
     for changes, state in (
         ({}, "within"),
-        ({"caps": (Cap(time="2025-01-01", max_epsilon=None, charges_before=0),), "max_epsilon": 6.0}, "no_guarantee"),
-        ({"max_epsilon": 1.5}, "exceeded"),
-        ({"max_epsilon_per_period": 1.0}, "exceeded"),
+        ({"caps": (Cap(time="2025-01-01", max_epsilon=None, charges_before=0),)}, "no_guarantee"),
+        (approved(facts, max_epsilon=1.5), "exceeded"),
+        (approved(facts, max_epsilon_per_period=1.0), "exceeded"),
         ({"in_doubt": True}, "no_guarantee"),
         ({"lost_seed": True}, "no_guarantee"),
         ({"verification": None}, "no_guarantee"),
@@ -351,7 +362,8 @@ def test_a_period_holds_what_its_days_spent(a_ledger_report: Make) -> None:
     charges = a_ledger_report().facts.charges
     for day, period, least in (("2026-02-28", "month", 0.1), ("2026-01-01", "month", 0.0), ("2026-01-01", "year", 1.6)):
         last = replace(charges[1], day=day)
-        report = with_facts(a_ledger_report(), charges=(charges[0], last), date="2026-02-28", period=period)
+        of_period = approved(a_ledger_report().facts, period=period)
+        report = with_facts(a_ledger_report(), charges=(charges[0], last), date="2026-02-28", **of_period)
         found = report.sites[0].lifetime.period_epsilon
         assert found >= least
         assert (found > 0) == (least > 0)

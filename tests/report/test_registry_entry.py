@@ -41,7 +41,7 @@ def test_the_figures_are_those_of_the_report(report: Report) -> None:
     entry = registry.entry(report, AboutSpec())
     promised = report.verdict.state != "no_guarantee" and report.epsilon is not None
     assert entry["privacy"]["epsilon"] == (report.epsilon if promised else None)
-    assert (entry["privacy"]["delta"], entry["privacy"]["sites"]) == (report.delta, len(report.sites))
+    assert (entry["privacy"]["delta"], entry["privacy"]["sites"]) == (report.facts.delta, len(report.sites))
     rows = [row for site in report.sites for row in site.mechanisms]
     assert {(one["sampling_rate"], one["noise_multiplier"]) for one in entry["privacy"]["mechanisms"]} == {
         (row.sampling_rate, row.noise_multiplier) for row in rows

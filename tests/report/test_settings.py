@@ -57,7 +57,7 @@ def test_what_a_report_says_of_settings_is_compared(of_run: Report, config: RunC
 def test_a_start_is_not_called_public_where_the_settings_have_no_such_stage(of_run: Report, config: RunConfig) -> None:
     config = replace(config, model=replace(config.model, adapter_sha256="ab" * 32))
     start = StartAdapter(digest="ab" * 32, run=None, dataset=None, unit=None, delta=1e-5, epsilon=None, public=True)
-    made = replace(of_run.provenance, start_adapter=start, config_sha256=config.digest())
+    made = replace(of_run.facts.provenance, start_adapter=start, config_sha256=config.digest())
     assert places(replace(of_run, facts=replace(of_run.facts, provenance=made)), config) == {"public"}
     other = replace(made, start_adapter=replace(start, digest="cd" * 32, public=False))
     assert places(replace(of_run, facts=replace(of_run.facts, provenance=other)), config) == {"start_adapter"}

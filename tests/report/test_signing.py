@@ -13,7 +13,7 @@ from fedtune.spec import REPORT_SCHEMA, ConfigError, FedtuneError, RunError
 
 from ..privacy.builders import site_key as key
 from ..privacy.builders import stranger_key as other
-from .shown import Make, leaves, put
+from .shown import Make, leaves, put, with_facts
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_what_is_written_is_read_back_and_canonical(a_report: Make, a_ledger_rep
     for report in (a_report(), a_ledger_report(), signing.signed(a_report(), key)):
         assert signing.read(signing.to_text(report).encode()) == report
     # The canonical form is sorted, dense and without the signature.
-    report = a_report(name="Königsberg")
+    report = with_facts(a_report(), name="Königsberg")
     text = signing.canonical(report).decode()
     assert all(part in text for part in ('"name":"Königsberg"', '"delta":1e-05'))
     assert not any(part in text for part in ("\n", ', "', '": ', '"signature"'))
@@ -62,11 +62,10 @@ def test_somebody_else_s_signature_and_one_for_another_purpose_are_found(a_repor
 
 def test_a_ledger_s_report_is_signed_by_its_site(a_ledger_report: Make) -> None:
     report = a_ledger_report()
-    (site,) = report.sites
     with pytest.raises(RunError, match="ef" * 32):
         signing.check(signing.signed(report, key))
-    own = replace(site, verification=replace(site.verification, site_key=key.public))
-    assert signing.check(signing.signed(replace(report, sites=(own,)), key)) == key.public
+    own = with_facts(report, verification=replace(report.facts.verification, site_key=key.public))
+    assert signing.check(signing.signed(own, key)) == key.public
 
 
 def test_each_value_is_covered(a_ledger_report: Make, a_report: Make) -> None:

@@ -19,7 +19,7 @@ from fedtune.spec import ConfigError
 
 from ..books import Books
 from ..conftest import simulate
-from .shown import sound, status, where, with_site
+from .shown import sound, status, where, with_facts
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,11 @@ def signed_report(folder: Path, site: str = "site-1", **changes: Any) -> Report:
     return signing.signed(replace(report_of(folder, site), **changes), key_of(folder, site))
 
 
+def signed(folder: Path, of: str = "site-1", **changes: Any) -> Report:
+    """The report of a site with changed facts, and all else as it was, signed by the first site."""
+    return signing.signed(with_facts(report_of(folder, of), **changes), key_of(folder, "site-1"))
+
+
 def joined_by(folder: Path, *reports: Report) -> Report:
     """The report of the second run with what its sites released."""
     return from_run.build(folder / "second", site_reports=reports)
@@ -67,17 +72,19 @@ def test_what_a_site_released_is_shown_beside_what_the_lead_knows(folder: Path) 
     report = sound(joined_by(folder, own))
     joined, other = report.sites
     assert (joined.source, other.source) == ("signed_site_report", "charged_by_receipts")
-    assert (joined.approved, joined.lifetime) == (own.sites[0].approved, own.sites[0].lifetime)
-    assert joined.approved.max_epsilon == 2.0
-    assert joined.verification.site_key == key_of(folder, "site-1").public
-    assert joined.asserted == {}, "nobody can state anything for a made-up site"
+    said, nothing = (site.statement for site in report.facts.sites)
+    assert (said.approved, said.lifetime) == (own.facts.approved, own.sites[0].lifetime)
+    assert said.approved.max_epsilon == 2.0
+    assert said.verification.site_key == key_of(folder, "site-1").public
+    assert said.asserted == {}, "nobody can state anything for a made-up site"
     # This run's own figures stay what they were, and all runs' stand beside them.
     assert joined.spent == alone.sites[0].spent
     assert joined.mechanisms == alone.sites[0].mechanisms
-    assert joined.lifetime.epsilon > joined.spent.epsilon
-    assert [run.rounds for run in joined.lifetime.runs] == [1, 1]
-    assert {release.run for release in joined.releases} == {joined.mechanisms[0].run}
-    assert (other.approved, other.lifetime, other.asserted) == (None, None, {})
+    assert said.lifetime.epsilon > joined.spent.epsilon
+    assert [run.rounds for run in said.lifetime.runs] == [1, 1]
+    assert {release.run for release in said.releases} == {joined.mechanisms[0].run}
+    assert (joined.releases, nothing) == ((), None)
+    assert {release.run for release in other.releases} == {other.mechanisms[0].run}
     assert report.verdict.state == "within"
     both = joined_by(folder, own, signed_report(folder, "site-2"))
     assert [status(one, "units_at_one_site_only") for one in (alone, report, both)] == ["assumed"] * 3
@@ -91,8 +98,8 @@ def test_reports_in_the_run_folder_are_taken_and_one_that_is_none_is_named(folde
     report = from_run.build(folder / "second")
     assert [site.source for site in report.sites] == ["charged_by_receipts", "signed_site_report"]
     assert joined_by(folder, own) == report, "the same one twice is one"
-    (site_1, _) = from_run.build(folder / "first", site_reports=[signed_report(folder)]).sites
-    assert site_1.lifetime.runs[0].run == site_1.mechanisms[0].run, "and an earlier run's report takes it"
+    earlier = from_run.build(folder / "first", site_reports=[signed_report(folder)]).facts
+    assert earlier.sites[0].statement.lifetime.runs[0].run == earlier.run, "and an earlier run's report takes it"
     (folder / "second" / "site_reports" / "site-1.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"site-1\.json"):
         from_run.build(folder / "second")
@@ -124,18 +131,18 @@ def test_a_report_that_contradicts_itself_is_refused(folder: Path) -> None:
         of_its_runs(site, seeded_noise=True),
         {"mechanisms": (*earlier, replace(newest, noise_multiplier=9.0))},
         of_all_runs(site, **dict.fromkeys(figures, 0.001), left=1.999),
-        {"verification": None},
     ):
         forged = signed_report(folder, sites=(replace(site, **changes),))
         assert "must agree with itself" in refused(folder, forged)
+    assert "must agree with itself" in refused(folder, signed(folder, verification=None))
 
 
 def test_a_report_that_is_older_than_the_runs_receipts_or_beside_none_is_refused(folder: Path) -> None:
-    (site,) = report_of(folder).sites
+    found = report_of(folder).facts.verification
     receipt = from_run.read_run(folder / "second").receipts["site-1"]
-    assert site.verification.num_events >= receipt.sequence
-    early = replace(site, verification=replace(site.verification, num_events=receipt.sequence - 1))
-    assert "must be no older than this run" in refused(folder, signed_report(folder, sites=(early,)))
+    assert found.num_events >= receipt.sequence
+    early = signed(folder, verification=replace(found, num_events=receipt.sequence - 1))
+    assert "must be no older than this run" in refused(folder, early)
     shutil.rmtree(folder / "second" / "checkpoints")
     assert "gave this run no receipt" in refused(folder, signed_report(folder))
 
@@ -143,13 +150,14 @@ def test_a_report_that_is_older_than_the_runs_receipts_or_beside_none_is_refused
 def test_the_day_of_a_sites_report_stands_beside_its_figures(folder: Path) -> None:
     own = signed_report(folder)
     report = joined_by(folder, own)
-    assert [site.reported for site in report.sites] == [own.date, None]
+    first, second = (site.statement for site in report.facts.sites)
+    assert (first.date, second) == (own.facts.date, None)
     (found,) = [one for one in report.assumptions if one.code == "site_reports_are_newest"]
-    assert (found.status, found.evidence) == ("assumed", f"site-1: {own.date}")
+    assert (found.status, found.evidence) == ("assumed", f"site-1: {own.facts.date}")
     html = render.render(report, language="en")
     first = html[html.index('id="budget"') : html.index('id="sign-off"')]
     assert "As of" in first
-    assert 'data-at="/sites/0/reported"' in first
+    assert 'data-at="/facts/sites/0/statement/date"' in first
     assert "counts_of_events" in report.unprotected_figures, "the ledger's number of entries is among the figures"
 
 
@@ -161,7 +169,7 @@ def test_a_statement_that_no_site_can_have_made_is_found(folder: Path) -> None:
     site, other = facts.sites
     said = site.statement
     for change, place in (
-        ({"reported": "2020-01-01"}, "reported"),
+        ({"date": "2020-01-01"}, "date"),
         ({"asserted": {"no_person_at_another_site": True}}, "asserted"),
         ({"verification": other.statement.verification}, "verification.site_key"),
         ({"releases": said.releases * 2}, "releases"),
@@ -175,12 +183,12 @@ def test_a_statement_that_no_site_can_have_made_is_found(folder: Path) -> None:
         (of_all_runs(said, period_epsilon=9.0), "lifetime.epsilon"),
         (of_all_runs(said, left=1.9), "lifetime.left"),
         (of_all_runs(said, left=None), "lifetime.left"),
-        (of_all_runs(said, caps=()), "approved.max_epsilon"),
+        (of_all_runs(said, caps=()), "caps"),
         (of_all_runs(said, order=1e300), "lifetime.order"),
         (of_all_runs(said, order=1.0), "lifetime.order"),
     ):
         forged = replace(site, statement=replace(said, **change))
-        rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "reported" else []))
+        rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "date" else []))
         assert f"sites.site-1.statement.{place}" in where(derive(replace(facts, rounds=rounds, sites=(forged, other))))
     unsigned = replace(facts, sites=(replace(site, signed_rounds=None, key=""), other))
     assert "sites.site-1.statement.verification.site_key" in where(derive(unsigned))
@@ -230,7 +238,7 @@ def test_a_report_that_says_more_is_believed(folder: Path) -> None:
 def test_a_ledger_that_does_not_verify_promises_nothing_here_either(folder: Path) -> None:
     Books(folder / "sites" / "site-1").tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
     own = signed_report(folder)
-    assert own.sites[0].verification is None
+    assert own.facts.verification is None
     assert joined_by(folder, own).verdict.reasons == ("ledger_not_verified",)
 
 
@@ -242,8 +250,8 @@ def refused(folder: Path, report: Report) -> str:
 
 
 def posing(folder: Path, of: str, **changes: Any) -> Report:
-    """A report of the ledger at a site, with its site changed, and signed with the key of the second one."""
-    return signing.signed(with_site(report_of(folder, of), **changes), key_of(folder, "site-2"))
+    """A report of the ledger at a site, with changed facts, and signed with the key of the second one."""
+    return signing.signed(with_facts(report_of(folder, of), **changes), key_of(folder, "site-2"))
 
 
 def test_what_is_not_a_sites_own_word_is_refused(folder: Path) -> None:
@@ -275,13 +283,14 @@ def test_a_site_that_refused_the_run_may_release_its_report(tmp_path: Path) -> N
         Books(tmp_path / "sites" / "site-2").edit(budget={"max_epsilon": 2.0})
     own = signed_report(tmp_path, "site-1")
     assert [run.run[:5] for run in own.sites[0].lifetime.runs] == ["first"]
-    site = from_run.build(tmp_path / "second", site_reports=[own]).sites[0]
+    report = from_run.build(tmp_path / "second", site_reports=[own])
+    site = report.sites[0]
     assert (site.source, site.spent.rounds, site.verdict.state) == ("signed_site_report", 0, "within")
-    assert site.lifetime.epsilon > site.spent.epsilon == 0
+    assert report.facts.sites[0].statement.lifetime.epsilon > site.spent.epsilon == 0
 
 
 def test_two_different_reports_of_one_site_are_refused(folder: Path) -> None:
     one = signed_report(folder)
-    other = derived(folder, provenance=replace(one.provenance, task="regression"))
+    other = derived(folder, provenance=replace(one.facts.provenance, task="regression"))
     with pytest.raises(ConfigError, match="must be the only report of site-1"):
         joined_by(folder, one, other)

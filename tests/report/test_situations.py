@@ -42,7 +42,7 @@ def check(name: str, report: Report) -> Report:
     check_golden(name, report)
     words, verdict = catalogue("en"), report.verdict
     text = shown_text(render(report, language="en"))
-    heading = room_of(report) or f"{verdict.state}_{report.kind}"
+    heading = room_of(report) or f"{verdict.state}_{report.facts.kind}"
     for key in (f"verdict.{heading}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
     for site in report.sites:
@@ -75,7 +75,7 @@ def test_a_simulation_says_so_in_every_report(command: Any, tmp_path: Path) -> N
     folder, banner = simulate(into=tmp_path), catalogue("en").texts["banner"]["simulation"]
     report = check("within", from_run.build(folder))
     assert verdict(report) == ("within", ())
-    assert 0 < report.epsilon < report.target_epsilon
+    assert 0 < report.epsilon < report.facts.target_epsilon
     site = folder / "sites/site-1"
     signed = ["--sign", str(site / "site_key.pem"), "--output", str(tmp_path / "own")]
     for of, at in (([str(site / "site.toml"), *signed], tmp_path / "own"), ([str(folder)], folder)):
@@ -109,7 +109,7 @@ def test_a_simulation_says_so_in_every_report(command: Any, tmp_path: Path) -> N
 def test_a_run_without_privacy(tmp_path: Path) -> None:
     report = check("without_privacy", from_run.build(simulate("privacy=none", into=tmp_path)))
     assert verdict(report) == ("no_guarantee", ("no_noise",))
-    assert (report.epsilon, report.target_epsilon, report.randomness) == (None, None, "none")
+    assert (report.epsilon, report.facts.target_epsilon, report.randomness) == (None, None, "none")
     assert [site.spent.epsilon for site in report.sites] == [None, None], "unbounded, never 0"
     assert report.assumptions[0].code == "noise_in_every_step"
     assert "unpredictable_randomness" not in {one.code for one in report.assumptions}, "there is none"
@@ -133,7 +133,7 @@ def test_a_study_with_noise_from_a_seed(tmp_path: Path) -> None:
     report = check("seeded", from_run.build(folder))
     assert verdict(report) == ("no_guarantee", ("seeded_noise",))
     assert [site.meaning for site in report.sites] == [None, None]
-    assert (report.seeded_noise, report.randomness) == (True, "seeded")
+    assert (report.facts.seeded_noise, report.randomness) == (True, "seeded")
     for language in LANGUAGES:
         said = catalogue(language).texts["where_seeded"]["released__updates"]
         assert said in shown_text(render(report, language=language))
@@ -174,20 +174,20 @@ def test_a_run_that_crashed(command: Any, tiny: Any, tmp_path: Path, monkeypatch
     folder = tmp_path / "run"
     report = check("crashed", from_run.build(folder))
     assert verdict(report) == ("within", ("not_finished",))
-    assert (report.utility.final, [site.spent.rounds for site in report.sites]) == ({}, [1, 1])
+    assert (report.facts.final, [site.spent.rounds for site in report.sites]) == ({}, [1, 1])
     # The same, as a process leaves it that dies in its second round.
     (folder / "run.json").unlink()
     Checkpoints(folder / "checkpoints", saved_config(folder).digest()).ask(2, ["site-1", "site-2"])
     report = check("killed", from_run.build(folder))
     assert verdict(report) == ("within", ("not_finished", "site_silent"))
-    assert [(site.spent.rounds, site.spent.upper_bound) for site in report.sites] == [(2, True)] * 2
+    assert [(site.rounds, site.upper_bound) for site in report.facts.sites] == [(2, True)] * 2
 
 
 def test_a_site_that_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_where(monkeypatch, Participants, "site", lambda self, index: index == 1)
     report = check("silent_site", from_run.build(simulate(into=tmp_path)))
     assert verdict(report) == ("within", ("site_silent",))
-    assert [site.spent.upper_bound for site in report.sites] == [False, True]
+    assert [site.upper_bound for site in report.facts.sites] == [False, True]
 
 
 def test_a_run_with_noised_metrics(tmp_path: Path) -> None:
@@ -207,23 +207,23 @@ def test_runs_that_begin_in_each_other_have_a_line_of_scores(tmp_path: Path) -> 
     for name in ("second", "third"):
         folders.append(simulate(*noised, f"model.adapter='{folders[-1]}'", into=tmp_path, name=name))
     first, second, third = (from_run.build(folder) for folder in folders)
-    assert first.utility.held_out is None, "it began with nothing, and is below all others"
-    assert [one.run for one in second.utility.held_out] == ["second"]
-    assert [one.run for one in third.utility.held_out] == ["second", "third"]
-    assert third.utility.held_out[0] == second.utility.held_out[0]
+    assert first.facts.held_out is None, "it began with nothing, and is below all others"
+    assert [one.run for one in second.facts.held_out] == ["second"]
+    assert [one.run for one in third.facts.held_out] == ["second", "third"]
+    assert third.facts.held_out[0] == second.facts.held_out[0]
     assert third.utility.fall is not None
     assert problems(third) == []
     # What the sites released of both rounds, again by hand.
     rounds = read_run(folders[2]).rounds
     shares = [share for one in rounds for share in one.site_scores.values()]
     mean = sum(score for score, _ in shares) / sum(count for _, count in shares)
-    assert third.utility.held_out[-1].mean == pytest.approx(mean)
-    alone = epsilon_pld(events.grouped([GaussianDpEvent(2.0)] * len(rounds)), third.delta)
+    assert third.facts.held_out[-1].mean == pytest.approx(mean)
+    alone = epsilon_pld(events.grouped([GaussianDpEvent(2.0)] * len(rounds)), third.facts.delta)
     assert third.utility.held_out_epsilon == pytest.approx(alone)
     assert third.utility.held_out_epsilon < third.epsilon
     # Without the report of the run before, the line begins anew.
     (folders[1] / "report.json").unlink()
-    assert [one.run for one in from_run.build(folders[2]).utility.held_out] == ["third"]
+    assert [one.run for one in from_run.build(folders[2]).facts.held_out] == ["third"]
 
 
 # Ledgers.
@@ -232,8 +232,9 @@ def test_runs_that_begin_in_each_other_have_a_line_of_scores(tmp_path: Path) -> 
 def test_a_ledger_with_uncommitted_reservations(books: Books) -> None:
     books.charge(run_proposal(), 1)
     books.charge(run_proposal(), 2, 3, committed=False)
-    (site,) = check("uncommitted", from_ledger.build(books.site_toml)).sites
-    assert {one.kind: one.count for one in site.releases} == {"update": 1, "reservation_without_update": 2}
+    report = check("uncommitted", from_ledger.build(books.site_toml))
+    (site,) = report.sites
+    assert {one.kind: one.count for one in report.facts.releases} == {"update": 1, "reservation_without_update": 2}
     assert (site.spent.rounds, len(site.steps)) == (3, 3), "a round that was reserved is charged"
     assert site.lifetime.with_set_aside > site.lifetime.epsilon
 
@@ -271,9 +272,10 @@ def test_two_runs_with_different_noise(books: Books) -> None:
     books.charge(run_proposal(), 1, 2)
     books.charge(run_proposal(run="s", noise_multiplier=2.0, sampling_rate=0.1), 1)
     books.open().end("r", adapter_sha256="ad" * 32)
-    (site,) = check("different_noise", from_ledger.build(books.site_toml)).sites
+    report = check("different_noise", from_ledger.build(books.site_toml))
+    (site,) = report.sites
     assert [(m.noise_multiplier, m.sampling_rate) for m in site.mechanisms] == [(4.0, 0.2), (2.0, 0.1)]
-    assert site.verification.rollback_excluded
+    assert report.facts.verification.rollback_excluded
 
 
 def test_a_ledger_that_was_changed(books: Books) -> None:
@@ -281,4 +283,4 @@ def test_a_ledger_that_was_changed(books: Books) -> None:
     books.tamper("UPDATE events SET code = '0.0' WHERE sequence = 4")
     report = check("changed", from_ledger.build(books.ledger))
     assert verdict(report) == ("no_guarantee", ("ledger_not_verified",))
-    assert report.sites[0].verification is None
+    assert report.facts.verification is None

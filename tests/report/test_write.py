@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.report import from_run, model, signing
 from fedtune.report.derive.profile import as_stated
-from fedtune.report.model import HitRate, Meaning, Posterior
+from fedtune.report.model import Ceiling, Meaning
 from fedtune.report.model_card import write_report_and_card
 from fedtune.report.page import render
 from fedtune.spec import REPORT_SCHEMA, ConfigError
@@ -69,8 +69,8 @@ def test_threads_and_the_order_of_two_reports_change_no_byte(tmp_path: Path) -> 
 @pytest.mark.parametrize("last", [-3, -1, 0, 1, 3])
 def test_a_reports_meaning_does_not_depend_on_last_digits(last: int) -> None:
     share = 0.04296797538628186
-    rate = HitRate(false_alarms=0.001, ceiling=1.0, mechanism=share + last * math.ulp(share))
-    posterior = Posterior(prior=0.5, ceiling=0.5)
+    rate = Ceiling(given=0.001, ceiling=1.0, mechanism=share + last * math.ulp(share))
+    posterior = Ceiling(given=0.5, ceiling=0.5)
     more = 1 + abs(last) * math.ulp(1.0)
     figures = {"right_of_100_ceiling": 50 * more, "right_of_100_for_2": 75 * more, "right_of_100_for_5": 99.0}
     failures = {"right_of_100_mechanism": None, "expected_failures": 230 * 1e-05}

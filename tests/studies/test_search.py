@@ -20,6 +20,7 @@ from fedtune.cli.command import Command
 from fedtune.privacy import accountant, events
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
+from fedtune.report.facts import RunFacts
 from fedtune.report.model import from_json
 from fedtune.report.synthetic_card import run_of
 from fedtune.show.run_progress import Display
@@ -93,8 +94,8 @@ def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, folde
     noted = json.loads((folder / "s/search.json").read_text())
     picked = folder / "s" / noted["picked"]
     report = from_json((picked / "report.json").read_text())
-    assert report.utility is not None
-    selection = report.utility.selection
+    assert isinstance(report.facts, RunFacts)
+    selection = report.facts.selection
     assert selection is not None
     assert (selection.search, selection.method, selection.judged_by) == ("s", "random", "accuracy")
     assert selection.trials == 3
@@ -105,7 +106,8 @@ def test_the_picked_run_says_so_and_verify_computes_it_again(outcome: Any, folde
     assert command("report", "verify", str(picked)).code == 0
     for other in {*(folder / "s").glob("s-trial-*")} - {picked}:  # whoever uses one has seen all of them
         assert run_of(told := from_json((other / "report.json").read_text()), "")["epsilon"] == selection.epsilon
-        assert (told.utility and told.utility.selection) == replace(selection, score=None)
+        assert isinstance(told.facts, RunFacts)
+        assert told.facts.selection == replace(selection, score=None)
         card = (other / "adapter/README.md").read_text()
         assert "3 trials of a search on the same records, which picked another" in card
         assert "search s (random), which picked another or none" in (other / "report.html").read_text()
@@ -118,8 +120,7 @@ def test_a_report_that_plays_the_search_down_is_found(outcome: Any, folder: Path
 
     def problem(**changes: Any) -> str:
         changed = json.loads(json.dumps(told))
-        for selection in (changed["facts"]["selection"], changed["derived"]["utility"]["selection"]):
-            selection |= changes
+        changed["facts"]["selection"] |= changes
         (tmp_path / "report.json").write_text(json.dumps(changed))
         checked = command("report", "verify", str(tmp_path))
         assert checked.code != 0
@@ -172,7 +173,7 @@ def test_a_pick_that_was_cut_short_is_told_again(outcome: Any, words: Any, folde
     assert command("search", *words, "--trials", "3").code == 0
     assert file.read_text() == right
     for trial, score in ((picked, noted["score"]), (other, None)):
-        told = json.loads((trial / "report.json").read_text())["derived"]["utility"]["selection"]
+        told = json.loads((trial / "report.json").read_text())["facts"]["selection"]
         assert told["score"] == json.loads((trial / "selection.json").read_text())["score"] == score
 
 

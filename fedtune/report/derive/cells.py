@@ -22,7 +22,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive.profile import claimed, largest
 from fedtune.report.derive.verdicts import worst
 from fedtune.report.facts import RunFacts
-from fedtune.report.model import Cell, CellState, Report
+from fedtune.report.model import Cells, CellState, Report
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
 from fedtune.words import score_text
@@ -40,27 +40,27 @@ SETTINGS = frozenset(_DATA["settings"]["facts"])  # facts that a run's settings,
 TRANSPORT = {"simulation": "in_process", "ray": "ray", "deployment": "mutual_tls"}
 
 
-def rows(known: Mapping[str, str | None]) -> tuple[Cell, ...]:
+def rows(known: Mapping[str, str | None]) -> Cells:
     """The cells; `known`: name of a fact -> its value, None where it is not known."""
     assert known.keys() <= {name for field in FIELDS.values() for name in field["facts"]}, "a fact that no cell shows"
-    made: list[Cell] = []
+    made: dict[str, dict[CellState, dict[str, str]]] = {}
     for code, field in FIELDS.items():
         found: dict[CellState, dict[str, str]] = {"auto": {}, "design": {}, "missing": {}}
         for name in field["facts"]:
             value = known.get(name)
             found["missing" if value is None else "design" if name in BY_DESIGN else "auto"][name] = value or ""
-        made += [Cell(code=code, state=state, facts=facts) for state, facts in found.items() if facts]
-        made.append(Cell(code=code, state="site", facts=dict.fromkeys(field["of_the_site"], "")))
-    return tuple(made)
+        found["site"] = dict.fromkeys(field["of_the_site"], "")
+        made[code] = {state: facts for state, facts in found.items() if facts}
+    return made
 
 
-def of_report(report: Report) -> tuple[Cell, ...]:
+def of_report(report: Report) -> Cells:
     """The cells of a report; what its figures say is taken from the report, whose own cells are not looked at."""
-    facts, libraries = report.facts, report.provenance.libraries
+    facts, libraries = report.facts, report.facts.provenance.libraries
     # What follows from the sites' own figures is of the worst site each.
     verdict = worst(site.verdict for site in report.sites)
     promised = verdict.state != "no_guarantee"
-    epsilons = [claimed(site.spent) if site.spent else None for site in report.sites]
+    epsilons = [claimed(site.spent) for site in report.sites]
     meanings = [site.meaning for site in report.sites if site.meaning]
     mechanisms = {mechanism.sampling_run for site in report.sites for mechanism in site.mechanisms}
     by_mechanism = [meaning.right_of_100_mechanism for meaning in meanings]
@@ -70,14 +70,14 @@ def of_report(report: Report) -> tuple[Cell, ...]:
     summed = any(row.shared for site in report.sites for row in site.mechanisms)
     technologies = {"federated_learning": True, "secure_aggregation": summed, "differential_privacy": promised}
     version = libraries.get("dp-accounting")
-    sizes = {site.site: site.declared_size or 0 for site in report.sites}
+    sizes = {site: size or 0 for site, size in facts.declared_sizes.items()}
     known: dict[str, str | None] = {
         **BY_DESIGN,
         **facts.settings,
         **{fact: attrgetter(place)(report) for fact, place in _DATA["places"].items()},
         "verdict": verdict.state,
         "epsilon": epsilon_text(largest(epsilons) if promised else None),
-        "delta": f"{report.delta:g}",
+        "delta": f"{facts.delta:g}",
         "expected_failures": _number(max(failures, default=None)),
         "right_of_100_ceiling": ceiling if promised else "100",
         "right_of_100_mechanism": ("not_computed" if None in by_mechanism else mechanism) if promised else None,

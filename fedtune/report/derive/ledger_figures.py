@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 
@@ -17,8 +17,8 @@ from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.cohorts import OLDEST, Calendar, Cohorts, groups, period_of
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
-from fedtune.report.facts import Approved, ChargedRounds, CohortFigures, LedgerFacts, Lifetime, LifetimeRun
-from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step, filled
+from fedtune.report.facts import ChargedRounds, CohortFigures, LedgerFacts, Lifetime, LifetimeRun
+from fedtune.report.model import Mechanism, Report, SiteReport, Spent, Step
 from fedtune.show.budget_text import Arrivals
 from fedtune.words import finite, unbounded
 
@@ -26,32 +26,56 @@ from fedtune.words import finite, unbounded
 def report_of(facts: LedgerFacts) -> Report:
     """The figures that follow from a ledger's facts."""
     ran, charged, life, delta = mechanisms(facts), charged_of(facts), lifetime(facts), facts.delta
-    since = facts.caps[-1].time if facts.max_epsilon == facts.caps[-1].max_epsilon else None
-    approved = filled(Approved, facts)(since=since)
-    spent = filled(Spent, life)(
+    spent = Spent(
+        epsilon=life.epsilon,
+        epsilon_pld=life.epsilon_pld,
+        epsilon_rdp=life.epsilon_rdp,
         planned_epsilon=None,
-        upper_bound=False,
         rounds=sum(row.rounds for row in ran),
         steps=sum(row.rounds * row.local_steps for row in ran),
     )
-    site = filled(SiteReport, facts)(
-        source="own_ledger",
-        approved=approved,
-        spent=spent,
-        **verdicts.UNJUDGED,
-        mechanisms=ran,
-        curve=profile.curve(charged, delta),
-        steps=steps(facts, life),
-        lifetime=life,
-        by_trust=profile.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent)))),
-    )
     loosened, verified = bool(facts.limits_loosened), facts.verification is not None
-    found = verdicts.of_ledger(life, approved, charges=num_charges(facts), verified=verified, limits_loosened=loosened)
+    charges = num_charges(facts)
+    found = verdicts.of_ledger(life, facts.approved, charges=charges, verified=verified, limits_loosened=loosened)
     reasons, capped = list(found), ((run.plan, run.max_epsilon) for run in facts.runs if run.max_epsilon is not None)
     # As it was decided when the run was accepted.
     if any(accountant.epsilon_above([plan.whole], plan.delta, limit=cap) is not None for plan, cap in capped):
         reasons.append("above_run_cap")
-    return rules.report_of(facts, (verdicts.judged(site, reasons, charged=charged, delta=delta),))
+    verdict = verdicts.judged(reasons, spent, source="own_ledger")
+    trust = profile.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent))))
+    meaning = None
+    if verdicts.has_meaning(verdict):
+        meaning = profile.meaning(
+            charged,
+            epsilon=life.epsilon,
+            delta=delta,
+            declared_size=facts.declared_size,
+            fixed=_was_fixed(facts, ran),
+            others=profile.told_by_others(ran, trust),
+        )
+    site = SiteReport(
+        site=facts.site,
+        source="own_ledger",
+        verdict=verdict,
+        spent=spent,
+        meaning=meaning,
+        mechanisms=ran,
+        curve=profile.curve(charged, delta),
+        steps=steps(facts, life),
+        lifetime=life,
+        by_trust=trust,
+    )
+    return rules.report_of(facts, (site,))
+
+
+def _was_fixed(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:
+    """All that was charged was fixed before any of it was released: one run, charged its whole plan.
+
+    A later run may be chosen, and an earlier one ended, because of what was released.
+    """
+    charged, plans = [row for row in ran if row.rounds], plans_of(facts)
+    most = {run: plan.most_rounds for run, plan in plans.items()}
+    return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds
 
 
 def num_charges(facts: LedgerFacts) -> int:
@@ -155,24 +179,36 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
     ]
     charged, most = _most(facts, spent), _most(facts, taken)
     left, each = _left(facts, most), filter.total_divergence([facts.reference.event], facts.order)
-    of_facts = filled(Lifetime, facts)
-    return of_facts(
+    return Lifetime(
+        order=facts.order,
         epsilon=_filtered(facts, charged),
         with_set_aside=_filtered(facts, most),
         epsilon_pld=profile.epsilon_pld(charged, facts.delta),
         epsilon_rdp=profile.epsilon_rdp(charged, facts.delta),
         left=left,
-        period_epsilon=_filtered(facts, charged_of(facts, period=facts.period)),
+        period=facts.approved.period,
+        period_epsilon=_filtered(facts, charged_of(facts, period=facts.approved.period)),
         reference_runs_left=None if left is None or each == 0 else math.floor(left / each),
+        caps=facts.caps,
         runs=tuple(
-            filled(LifetimeRun, run, run.plan)(
+            LifetimeRun(
+                run=run.run,
+                lead=run.lead,
+                dataset=run.dataset,
+                state=run.state,
                 rounds=rounds[run.run],  # with those that it was charged on a lost branch
+                most_rounds=run.plan.most_rounds,
                 steps=rounds[run.run] * run.plan.local_steps,
                 epsilon=profile.epsilon_pld([run.plan.event(rounds=rounds[run.run])], facts.delta),
                 planned_epsilon=profile.epsilon_pld([run.plan.whole], facts.delta),
+                seeded_noise=run.seeded_noise,
+                base_model=run.base_model,
+                adapter_sha256=run.adapter_sha256,
             )
             for run in facts.runs
         ),
+        frozen=facts.frozen,
+        in_doubt=facts.in_doubt,
         restored=sum(not entry.run for entry in facts.charges),
         seeded=facts.seeded_noise,
         cohorts=facts.arrivals
@@ -192,9 +228,9 @@ def _left(facts: LedgerFacts, taken: Counter[DpEvent]) -> float | None:
     """The rest of the lifetime cap, as a divergence of the ledger's order; None: no cap."""
     if facts.frozen or facts.in_doubt:
         return 0.0
-    if facts.max_epsilon is None:
+    if facts.approved.max_epsilon is None:
         return None
-    room = filter.most_divergence(facts.max_epsilon, order=facts.order, delta=facts.delta)
+    room = filter.most_divergence(facts.approved.max_epsilon, order=facts.order, delta=facts.delta)
     return max(0.0, room - filter.total_divergence(taken, facts.order))
 
 

@@ -31,7 +31,7 @@ from fedtune.privacy.distributed_noise import Epsilons
 from fedtune.privacy.events import Charge, Spent
 from fedtune.privacy.run_plan import Plan
 from fedtune.report.facts import NOT_RECORDED, Source
-from fedtune.report.model import CurvePoint, HitRate, Meaning, Mechanism, Posterior, filled
+from fedtune.report.model import Ceiling, CurvePoint, Meaning, Mechanism
 from fedtune.report.model import Spent as Figures
 from fedtune.spec import check_at_least
 from fedtune.words import finite, unbounded
@@ -64,14 +64,19 @@ def parts_of(event: DpEvent) -> tuple[float, DpEvent]:
 
 def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechanism:
     """`rounds` charged rounds, retries included, of a plan; `sampling` says how units really joined a step."""
-    return filled(Mechanism, plan)(
+    return Mechanism(
         run=run,
         sampling_assumed="poisson",
         sampling_run=sampling,
+        sampling_rate=plan.sampling_rate,
         noise_multiplier=plan.counted_noise,
         max_grad_norm=plan.max_grad_norm if plan.private else None,
+        local_steps=plan.local_steps,
         rounds=rounds,
+        metrics_noise_multiplier=plan.metrics_noise_multiplier,
         charges=tuple(Charge(event=one, count=count) for one, count in events.counted(charged_events(plan, rounds))),
+        records_per_user=plan.records_per_user,
+        shared=plan.shared,
     )
 
 
@@ -129,6 +134,13 @@ def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
         with_colluders=epsilon(charged_against(rows, colluders=None)),
         with_all_others=None if lost else epsilon(charged_against(rows, colluders=MOST_SITES_OF_SUM)),
     )
+
+
+def told_by_others(rows: Sequence[Mechanism], trust: Epsilons | None) -> tuple[Spent, float | None] | None:
+    """What was spent where all other sites tell what they added, with its epsilon; None: the site made all noise."""
+    if trust is None:
+        return None
+    return charged_against(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others
 
 
 def claimed(spent: Figures) -> float | None:
@@ -302,8 +314,8 @@ def meaning(
 ) -> Meaning:
     """The meaning, as frequencies, of a stated `epsilon` (None: unbounded) at `delta`, and of all that was `spent`.
 
-    The mechanism's curve bounds something only if all of it was `fixed` beforehand.  `others` is what was spent where
-    all other sites tell what they added, with its epsilon; None: that is the same.
+    The mechanism's curve bounds something only if all of it was `fixed` beforehand.  `others` is as
+    `told_by_others` has it.
     """
     stated, known = unbounded(epsilon), spent if fixed else None
     right, by_mechanism = _right(known, stated, delta)
@@ -314,7 +326,7 @@ def meaning(
         ceiling = hit_rate_ceiling(stated, delta, false_alarms=alarms)
         found = None if known is None else hit_rate(known, false_alarms=alarms)
         found = None if found is None else min(found, ceiling)
-        rates.append(HitRate(false_alarms=alarms, ceiling=ceiling, mechanism=found))
+        rates.append(Ceiling(given=alarms, ceiling=ceiling, mechanism=found))
     if others is not None:
         told, of_told = others
         bounds = _right(told if fixed and of_told is not None else None, unbounded(of_told), delta)
@@ -322,7 +334,7 @@ def meaning(
     return Meaning(
         right_of_100_ceiling=right,
         right_of_100_mechanism=by_mechanism,
-        posterior=tuple(Posterior(prior=prior, ceiling=posterior(stated, prior=prior)) for prior in PRIORS),
+        posterior=tuple(Ceiling(given=prior, ceiling=posterior(stated, prior=prior)) for prior in PRIORS),
         hit_rates=tuple(rates),
         expected_failures=None if declared_size is None else delta * declared_size,
         right_of_100_with_all_others=with_all_others,

@@ -7,14 +7,14 @@ not to hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import get_args
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
-from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility, filled
+from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
 
@@ -30,7 +30,6 @@ _MOST_NAMED = 5  # runs; report.json lists all of them
 def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility | None = None) -> Report:
     """The report of a run or a ledger, without its cells; `sites` with their verdicts."""
     if isinstance(facts, RunFacts):
-        name, unit, delta, target = facts.name, facts.plan.unit, facts.plan.delta, facts.target_epsilon
         scores = ["noised_scores"] if facts.plan.releases_metrics else []
         released = [_UPDATES[facts.plan.shared is not None], *scores, "aggregates", "refusals_and_receipts"]
         released += ["final_adapter"] if facts.finished else []
@@ -38,15 +37,16 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
         admits = Arrivals.of(cohorts.span[0], cohorts.span[1] + 1, cohorts.period) if cohorts else None
         randomness = facts.randomness or NOT_RECORDED
         # A site that signed its ledger's report runs fedtune, which draws from the operating system unless seeded.
-        if facts.randomness is None and all(site.source == "signed_site_report" for site in sites):
+        if facts.randomness is None and all(site.statement for site in facts.sites):
             randomness = "operating_system"
         if facts.seeded_noise or not facts.plan.private:
             randomness = "seeded" if facts.plan.private else "none"
         # Without attacks on training records, or a joined site's events, there are no figures of these.
         without = {"other_ledgers"} | (set() if facts.audit and facts.audit.membership else {"attack_on_real_records"})
-        without |= set() if any(site.verification for site in sites) else {"counts_of_events"}
+        without |= (
+            set() if any(one.statement and one.statement.verification for one in facts.sites) else {"counts_of_events"}
+        )
     else:
-        name, unit, delta, target = f"{facts.site} {facts.population}", facts.unit, facts.delta, None
         scores = ["noised_scores"] if any(run.plan.releases_metrics for run in facts.runs) else []
         masked = {run.run: run.plan.shared is not None for run in facts.runs}
         sent = {masked[one.run] for one in facts.releases if one.kind == "update" and one.run in masked}
@@ -57,26 +57,26 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
         randomness = "operating_system" if all(run.plan.private for run in facts.runs) else "none"
         randomness = "seeded" if facts.seeded_noise else randomness
         without = {*CODES["of_a_ledger"]["without"]}
-    without |= set() if unit == "record" else {"several_records"}  # by user, a person's are protected as a whole
-    return filled(Report, facts)(
+    without |= set() if facts.unit == "record" else {"several_records"}  # by user, a person's are protected as a whole
+    listed = {kind: tuple(code for code in codes if code not in without) for kind, codes in CODES["listed"].items()}
+    return Report(
+        schema_version=REPORT_SCHEMA,
         facts=facts,
-        name=name,
         verdict=verdicts.worst(site.verdict for site in sites),
-        unit=unit,
         neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
-        delta=delta,
-        epsilon=profile.largest(profile.claimed(site.spent) if site.spent else None for site in sites),
-        target_epsilon=target,
+        epsilon=profile.largest(profile.claimed(site.spent) for site in sites),
         randomness=randomness,
         released=tuple(released),
         sites=sites,
         covers=("rounds_and_steps", "charged_retries", *scores, *covers),
-        **{kind: tuple(code for code in codes if code not in without) for kind, codes in CODES["listed"].items()},
+        leaves_out=listed["leaves_out"],
+        not_protected=listed["not_protected"],
+        unprotected_figures=listed["unprotected_figures"],
         assumptions=assumptions(facts, sites),
-        cells=(),
+        cells={},
         utility=utility,
         admits=admits,
-        schema_version=REPORT_SCHEMA,
+        signature=None,
     )
 
 
@@ -94,10 +94,13 @@ def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, 
 
 def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     """Assumptions of a run, as its lead knows them: code, status, evidence."""
-    yield from _of_mechanism(facts, sites)
-    yield from _of_figures(sites, delta=facts.plan.delta, unit=facts.plan.unit)
+    said = [site for site in facts.sites if site.statement]
+    yield from _of_mechanism(facts, sites, said=[site.site for site in said])
+    yield from _of_figures(
+        facts, sites, asserted={site.site: site.statement.asserted for site in said if site.statement}
+    )
     # Whether the lead holds a signed receipt from every site that was charged.
-    unsigned = [one.site for one in sites if one.source == "not_released" and one.spent and one.spent.rounds]
+    unsigned = [one.site for one in sites if one.source == "not_released" and one.spent.rounds]
     if doubtful := [site.site for site in facts.sites if not site.believed]:
         yield "receipts_signed", "violated", ", ".join(doubtful)
     elif any(site.source == "run_record" for site in sites):
@@ -107,7 +110,7 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     else:
         keys = [f"{one.site} {one.key}" for one in facts.sites if one.signed_rounds is not None]
         yield "receipts_signed", "verified", ", ".join(keys)
-    if silent := [site.site for site in sites if site.spent and site.spent.upper_bound]:
+    if silent := [site.site for site in facts.sites if site.upper_bound]:
         yield "every_site_answered", "violated", ", ".join(silent)
     if not facts.finished:
         yield "end_independent_of_releases", "assumed", facts.progress
@@ -118,19 +121,19 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
         yield code, "assumed", f"{start.run or NOT_RECORDED}: {start.digest}"
     unchanged: Status = "verified" if facts.unchanged else "violated"
     yield "configuration_unchanged", unchanged, f"config.yaml: {facts.config_file_sha256}"
-    if said := [site for site in sites if site.source == "signed_site_report"]:
-        disagree = [site.site for site in said if "site_report_disagrees" in site.verdict.reasons]
+    if said:
+        disagree = [site.site for site in sites if "site_report_disagrees" in site.verdict.reasons]
         status: Status = "violated" if disagree else "verified"
         yield "site_reports_agree", status, ", ".join(disagree or [site.site for site in said])
         # A lead may withhold a newer report; only the site knows.
-        yield "site_reports_are_newest", "assumed", ", ".join(f"{site.site}: {site.reported}" for site in said)
+        days = ", ".join(f"{site.site}: {site.statement.date}" for site in said if site.statement)
+        yield "site_reports_are_newest", "assumed", days
     if facts.deployed:
         yield "sites_run_their_own_software", "assumed", "tests/deployment"
 
 
-def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
+def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport], *, said: Sequence[str]) -> Iterator[_Found]:
     """Assumptions on the mechanism, known to a simulation's own process, or stated by real sites' signed reports."""
-    said = [site.site for site in sites if site.source == "signed_site_report"]
     stated: Status = "asserted" if len(said) == len(sites) else "assumed"
     by_sites = stated, ", ".join(said) or "the sites' fedtune"
     program, private = f"fedtune {facts.provenance.fedtune_version}", facts.plan.private
@@ -166,23 +169,24 @@ def _of_mechanism(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Fou
         yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
 
 
-def _of_figures(sites: Sequence[SiteReport], *, delta: float, unit: str) -> Iterator[_Found]:
-    """Assumptions that follow from the sites' figures."""
-    largest = max((site.declared_size or 0 for site in sites), default=0)
-    compared = f"delta={delta:g}; declared_size={largest}"
-    yield "delta_below_one_over_size", "verified" if delta * largest < 1 else "violated", compared
-    spent = [(site.source, site.spent) for site in sites if site.spent]
-    if any(one.epsilon_pld and one.epsilon_rdp for _, one in spent):
-        agree = all(profile.accountants_agree(one, width=profile.interval_of(source)) for source, one in spent)
+def _of_figures(
+    facts: Facts, sites: Sequence[SiteReport], *, asserted: Mapping[str, Mapping[str, bool]]
+) -> Iterator[_Found]:
+    """Assumptions that follow from the sites' figures, and from what some have `asserted`."""
+    largest = max((size or 0 for size in facts.declared_sizes.values()), default=0)
+    compared = f"delta={facts.delta:g}; declared_size={largest}"
+    yield "delta_below_one_over_size", "verified" if facts.delta * largest < 1 else "violated", compared
+    if any(one.spent.epsilon_pld and one.spent.epsilon_rdp for one in sites):
+        agree = all(profile.accountants_agree(one.spent, width=profile.interval_of(one.source)) for one in sites)
         yield "accountants_agree", "verified" if agree else "violated", "PLD <= RDP"
     if shared := [row.shared for site in sites for row in site.mechanisms if row.shared]:
         honest = sorted({f"{one.threshold - one.colluders} of {one.num_sites}" for one in shared})
         yield "enough_sites_keep_their_noise", "assumed", ", ".join(honest)
-    if unit == "record":
+    if facts.unit == "record":
         yield "one_record_is_one_unit", "assumed", "unit=record"
     else:
         yield "every_record_names_its_person", "assumed", "unit=user; docs/user_level.md"
-    said = {site.site: site.asserted.get("no_person_at_another_site") for site in sites}
+    said = {site: asserted.get(site, {}).get("no_person_at_another_site") for site in facts.declared_sizes}
     denied = [site for site, answer in said.items() if answer is False]
     silent = [site for site, answer in said.items() if answer is None]
     status: Status = "violated" if denied else "assumed" if silent else "asserted"
@@ -206,7 +210,7 @@ def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
         yield "clipping_but_for_rounding", "assumed", "allow.inexact_gradients: true; docs/guarantee.md"
     else:
         yield "clipping_exact", "ensured", f"{program}: {_EXACT}"
-    yield from _of_figures([site], delta=facts.delta, unit=facts.unit)
+    yield from _of_figures(facts, [site], asserted={facts.site: facts.asserted})
     if (found := facts.verification) is None:
         yield "ledger_intact", "violated", facts.problem
     else:

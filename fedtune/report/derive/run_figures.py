@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from dp_accounting import GaussianDpEvent
 
-from fedtune.federation.drift import FELL, fall_of
+from fedtune.federation.drift import fall_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
-from fedtune.report.model import Report, RoundCost, SiteReport, Spent, Step, Utility, filled
+from fedtune.report.model import Report, SiteReport, Spent, Step, Utility
 from fedtune.words import finite, unbounded
 
 _MOST_FIGURES = 64  # numbers of rounds for which epsilon is computed; in between, that of the next larger is shown
@@ -53,59 +53,66 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
     row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=ran)
     rows = (row,) if site.rounds else ()
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
-    made = filled(SiteReport, site, *([statement] if statement else []))(
+    spent = Spent(
+        epsilon=by_pld,
+        epsilon_pld=by_pld,
+        epsilon_rdp=profile.epsilon_rdp(charged, plan.delta),
+        planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
+        rounds=site.rounds,
+        steps=site.rounds * plan.local_steps,
+        ended_by_scores=facts.ended_by_scores and site.rounds > 0,
+    )
+    trust = profile.by_trust(
+        # What scores ended claims its whole plan.
+        [replace(row, rounds=plan.most_rounds) for row in rows] if facts.ended_by_scores else rows,
+        lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid),
+    )
+    verdict = verdicts.judged(verdicts.of_run(site, facts, spent, sampling=ran), spent, source=source)
+    if statement is not None:
+        reasons = verdicts.of_ledger(
+            statement.lifetime,
+            statement.approved,
+            charges=statement.charges,
+            verified=statement.verification is not None,
+        )
+        words = [verdict, statement.verdict, verdicts.verdict_of(reasons)]
+        words += [] if agrees(facts, site, statement) else [verdicts.verdict_of(["site_report_disagrees"])]
+        verdict = verdicts.worst(words)
+    meaning = None
+    if verdicts.has_meaning(verdict):
+        meaning = profile.meaning(
+            charged,
+            epsilon=profile.claimed(spent),
+            delta=plan.delta,
+            declared_size=site.declared_size,
+            fixed=not spent.ended_by_scores,
+            others=profile.told_by_others(rows, trust),
+        )
+    return SiteReport(
+        site=site.site,
         source=source,
-        spent=Spent(
-            epsilon=by_pld,
-            epsilon_pld=by_pld,
-            epsilon_rdp=profile.epsilon_rdp(charged, plan.delta),
-            planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
-            upper_bound=site.upper_bound,
-            rounds=site.rounds,
-            steps=site.rounds * plan.local_steps,
-            ended_by_scores=facts.ended_by_scores and site.rounds > 0,
-        ),
-        **verdicts.UNJUDGED,
+        verdict=verdict,
+        spent=spent,
+        meaning=meaning,
         mechanisms=rows,
         curve=profile.curve(charged, plan.delta),
         steps=tuple(_steps(facts, site, by_pld)),
-        **({} if statement else {"approved": None, "releases": tuple(_releases(facts, site))}),
-        by_trust=profile.by_trust(
-            # What scores ended claims its whole plan.
-            [replace(row, rounds=plan.most_rounds) for row in rows] if facts.ended_by_scores else rows,
-            lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid),
-        ),
+        releases=() if statement else tuple(_releases(facts, site)),
+        by_trust=trust,
     )
-    judged = verdicts.judged(
-        made, verdicts.of_run(made, facts, believed=site.believed), charged=charged, delta=plan.delta
-    )
-    if statement is None:
-        return judged
-    reasons = verdicts.of_ledger(
-        statement.lifetime, statement.approved, charges=statement.charges, verified=statement.verification is not None
-    )
-    words = [judged.verdict, statement.verdict, verdicts.verdict_of(reasons)]
-    words += [] if agrees(facts, site, statement) else [verdicts.verdict_of(["site_report_disagrees"])]
-    verdict = verdicts.worst(words)
-    meaning = None if verdict.state == "no_guarantee" else judged.meaning
-    return replace(judged, verdict=verdict, meaning=meaning)
 
 
 def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
     line, epsilons = facts.held_out or (), defaultdict[int | None, list[float | None]](list)
     for step in (step for site in sites for step in site.steps):
         epsilons[step.round].append(step.epsilon)
-    fall = fall_of(line) if line and line[-1].run == facts.name else None
     releases = max((site.rounds for site in facts.sites), default=0)
     price = Counter({GaussianDpEvent(facts.plan.metrics_noise_multiplier): releases}) if line else Counter()
-    return filled(Utility, facts)(
-        findings=facts.findings + ((FELL,) if fall and fall.found else ()),
+    return Utility(
+        epsilons=tuple(profile.largest(epsilons[result.round]) for result in facts.rounds),
+        kept=facts.kept,
         held_out_epsilon=profile.epsilon_pld(price, facts.plan.delta) if line else None,
-        fall=fall,
-        rounds=tuple(
-            filled(RoundCost, result)(scores=result.metrics, epsilon=profile.largest(epsilons[result.round]))
-            for result in facts.rounds
-        ),
+        fall=fall_of(line) if line and line[-1].run == facts.name else None,
     )
 
 

@@ -11,19 +11,26 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
-from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile
-from fedtune.report.derive.profile import accountants_agree, interval_of
-from fedtune.report.facts import NOT_RECORDED, Approved, Audit, AuditBound, Lifetime, RunFacts, State, Verdict
-from fedtune.report.model import Problem, Report, SiteReport
+from fedtune.report.facts import (
+    NOT_RECORDED,
+    Approved,
+    Audit,
+    AuditBound,
+    Lifetime,
+    RunFacts,
+    SiteFacts,
+    Source,
+    State,
+    Verdict,
+)
+from fedtune.report.model import Problem, Report, SiteReport, Spent
 from fedtune.spec import RUN_SCHEMA, RunError
 from fedtune.words import unbounded
 
@@ -31,8 +38,6 @@ CODES: Mapping[str, Mapping[Any, Sequence[str]]] = tomllib.loads(
     Path(__file__).with_name("codes.toml").read_text(encoding="utf-8")
 )
 REASONS: Mapping[State, Sequence[str]] = CODES["reasons"]  # state -> the reasons for it, the worst state first
-# Of a site, until `judged` has seen its figures.
-UNJUDGED: Mapping[str, Any] = {"verdict": Verdict(state="within"), "meaning": None}
 WORST_FIRST: tuple[State, ...] = tuple(REASONS)
 Room = Literal["closed", "used_up", "no_run_fits"]
 _MOST_CANARIES = 10**6
@@ -64,7 +69,7 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 def room_of(report: Report) -> Room | None:
     """Why a kept budget has no room for another run, in a site's own report; None: it has room, or was not kept."""
-    life = report.sites[0].lifetime if report.kind == "ledger" and report.sites else None
+    life = report.sites[0].lifetime
     if life is None or report.verdict.state != "within":
         return None
     if life.frozen:
@@ -74,41 +79,33 @@ def room_of(report: Report) -> Room | None:
     return "no_run_fits" if life.reference_runs_left == 0 else None
 
 
-def judged(site: SiteReport, reasons: Iterable[str], *, charged: Spent, delta: float) -> SiteReport:
-    """Add to a site its verdict, also on whether accountants agree, and the meaning of its epsilon for all `charged`.
-
-    Without a guarantee the meaning is left out, unless missing noise is the only reason.
-    """
-    spent = site.spent
-    assert spent is not None
-    agree = accountants_agree(spent, width=interval_of(site.source))
-    verdict = verdict_of([*reasons, *([] if agree else ["accountants_disagree"])])
-    if verdict.state == "no_guarantee" and verdict.reasons != ("no_noise",):
-        return replace(site, verdict=verdict, meaning=None)
-    trust, rows = site.by_trust, site.mechanisms
-    others = (profile.charged_against(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others) if trust else None
-    of_site = partial(profile.meaning, declared_size=site.declared_size, fixed=were_fixed(site), others=others)
-    return replace(site, verdict=verdict, meaning=of_site(charged, epsilon=profile.claimed(spent), delta=delta))
+def judged(reasons: Iterable[str], spent: Spent, *, source: Source) -> Verdict:
+    """The verdict for all reasons that hold at a site, and for accountants that contradict each other there."""
+    agree = profile.accountants_agree(spent, width=profile.interval_of(source))
+    return verdict_of([*reasons, *([] if agree else ["accountants_disagree"])])
 
 
-def of_run(site: SiteReport, facts: RunFacts, *, believed: bool) -> Iterator[str]:
+def has_meaning(verdict: Verdict) -> bool:
+    """Something can be said of what an epsilon means: without a guarantee only if missing noise is the one reason."""
+    return verdict.state != "no_guarantee" or verdict.reasons == ("no_noise",)
+
+
+def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str) -> Iterator[str]:
     """The reasons at one site of a run.  The plan was fixed, so its whole epsilon is a proof whatever ended the run."""
-    spent = site.spent
-    assert spent is not None
     of_spending = _holding(
         no_noise=spent.epsilon is None,
         seeded_noise=facts.seeded_noise,
         above_target=any(above(epsilon, facts.target_epsilon) for epsilon in (spent.epsilon, spent.planned_epsilon)),
         not_finished=not facts.finished,
         ended_by_scores=facts.ended_by_scores,
-        site_silent=spent.upper_bound,
-        sampling_not_recorded=any(row.sampling_run == NOT_RECORDED for row in site.mechanisms),
+        site_silent=site.upper_bound,
+        sampling_not_recorded=sampling == NOT_RECORDED,
     )
     yield from of_spending if spent.rounds > 0 else ["nothing_spent"]
     yield from _holding(
         began_in_an_adapter=facts.provenance.start_adapter is not None,
         configuration_changed=not facts.unchanged,
-        receipts_not_believed=not believed,
+        receipts_not_believed=not site.believed,
     )
 
 
@@ -139,18 +136,6 @@ def _holding(**known: bool) -> Iterator[str]:
 def above(epsilon: float | None, cap: float | None) -> bool:
     """An epsilon exceeds a cap by more than rounding; None is an unbounded epsilon, or no cap."""
     return cap is not None and unbounded(epsilon) > cap * (1 + _LAST_DIGITS)
-
-
-def were_fixed(site: SiteReport) -> bool:
-    """All that was charged was fixed before any of it was released: one run, charged its whole plan.
-
-    A later run may be chosen, and an earlier one ended, because of what was released.
-    """
-    if site.source != "own_ledger":  # one run's plan
-        return not (site.spent and site.spent.ended_by_scores)
-    charged = [row for row in site.mechanisms if row.rounds]
-    most = {run.run: run.most_rounds for run in site.lifetime.runs} if site.lifetime else {}
-    return len(charged) == 1 and most.get(charged[0].run) == charged[0].rounds
 
 
 def read_audit(folder: Path) -> Audit | None:
@@ -208,7 +193,7 @@ def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound,
 def _charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
     """Place -> epsilon of the report, as far as it has one: for all audited sites together, the largest of theirs."""
     audited = {bound.site for bound in audit.bounds if bound.site}
-    spent = {site.site: profile.claimed(site.spent) for site in sites if site.spent}
+    spent = {site.site: profile.claimed(site.spent) for site in sites}
     known: dict[str | None, float] = {site: epsilon for site, epsilon in spent.items() if epsilon is not None}
     together = [spent[site] for site in spent if site in audited or not audited]
     epsilons = [epsilon for epsilon in together if epsilon is not None]
@@ -227,11 +212,11 @@ def _nothing_promised(site: SiteReport, why: str) -> SiteReport:
 
 def audit_problems(report: Report) -> Iterator[Problem]:
     """Every figure of the report's audit that is not what its counts come to, or not what the report claims."""
-    audit = report.audit
+    audit = report.facts.audit if isinstance(report.facts, RunFacts) else None
     if audit is None:
         return
-    if audit.delta != report.delta:
-        yield Problem("audit.delta", audit.delta, report.delta)
+    if audit.delta != report.facts.delta:
+        yield Problem("audit.delta", audit.delta, report.facts.delta)
     if not audit_bound.LEAST_CONFIDENCE <= audit.confidence < 1:
         yield Problem("audit.confidence", audit.confidence, f"a number from {audit_bound.LEAST_CONFIDENCE} to 1")
         return

@@ -71,6 +71,7 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
         unfinished=unfinished,
         again_s=AGAIN_S,
         report=report,
+        facts=report.facts,
         words=words,
         t=words.text,
         figure=words.figure,
@@ -163,22 +164,29 @@ def fields_of(words: Words, group: str) -> list[Mapping[str, Any]]:
 
     A cell is its state and its facts, each with what it is called and what it says.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for place, cell in enumerate(words.report.cells):
-        if group == next((other for prefix, other in _GROUPS.items() if cell.code.startswith(prefix)), "impact"):
+    found: list[Mapping[str, Any]] = []
+    for code, states in words.report.cells.items():
+        if group != next((other for prefix, other in _GROUPS.items() if code.startswith(prefix)), "impact"):
+            continue
+        cells: dict[str, list[dict[str, Any]]] = {"known": [], "open": []}
+        for state, facts in states.items():
             # Of two bounds on one figure the page names the better one, here as on page 1.
-            by_method = _NUMBER.fullmatch(cell.facts.get("right_of_100_mechanism", ""))
+            by_method = _NUMBER.fullmatch(facts.get("right_of_100_mechanism", ""))
             worse = "right_of_100_ceiling" if by_method else "right_of_100_mechanism"
-            facts = [(words.code("fact", key), _fact(words, place, key)) for key in cell.facts if key != worse]
-            field = found.setdefault(cell.code, {"name": words.code("field", cell.code), "known": [], "open": []})
-            field["open" if cell.state == "site" else "known"].append({"state": cell.state, "facts": facts})
-    return list(found.values())
+            shown = [
+                (words.code("fact", key), _fact(words, pointer("cells", code, state, key)))
+                for key in facts
+                if key != worse
+            ]
+            cells["open" if state == "site" else "known"].append({"state": state, "facts": shown})
+        found.append({"name": words.code("field", code), **cells})
+    return found
 
 
-def _fact(words: Words, place: int, key: str) -> Markup:
+def _fact(words: Words, where: str) -> Markup:
     """A fact as people read it: codes in words, numbers in the language's way, names as they are."""
-    where, section = pointer("cells", place, "facts", key), CODES.get(key)
-    value = words.at(where)
+    key, value = where.rpartition("/")[2], words.at(where)
+    section = CODES.get(key)
     if not value:
         return Markup("")
     if key == "date":
@@ -208,11 +216,12 @@ def as_svg(report: Report, *, language: str) -> str:
         "label.svg.j2",
         language=language,
         report=report,
+        facts=report.facts,
         words=words,
         t=words.text,
         figure=words.catalogue.figure,
         reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
-        data=next((cell.facts["dataset"] for cell in report.cells if cell.facts.get("dataset")), None),
+        data=report.known.get("dataset"),
         limits=Markup("; ").join(limits),
         digest=signing.digest(report),
     )

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 from markupsafe import Markup
 
+from fedtune.federation.drift import FELL
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.profile import BANDS, strength_band
 from fedtune.report.derive.verdicts import WORST_FIRST, room_of
-from fedtune.report.facts import CohortFigures
+from fedtune.report.facts import CohortFigures, LedgerFacts
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, Catalogue
 from fedtune.show.budget_text import Arrivals, neighbours_together
@@ -36,25 +37,28 @@ class Words:
     """A report and the language that it is told in."""
 
     def __init__(self, report: Report, catalogue: Catalogue) -> None:
-        self.report, self.is_ledger = report, report.kind == "ledger"
-        self.catalogue = catalogue.instead(f"by_{report.unit}").instead(f"where_{self.noise}")
+        facts = report.facts
+        self.report, self.facts, self.is_ledger = report, facts, facts.kind == "ledger"
+        self.catalogue = catalogue.instead(f"by_{facts.unit}").instead(f"where_{self.noise}")
         self.text, self.code, self.listed = self.catalogue.text, self.catalogue.code, self.catalogue.listed
-        self.json = model.to_json(report)["derived"]  # pointers on a page begin there
+        self.json = model.to_json(report)
         self.room = room_of(report)
         self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
         self.band = strength_band(report.epsilon if self.promises else None)
         # A secure sum is part of it, whose noise several sites made together.
         self.shared = any(one.shared for site in report.sites for one in site.mechanisms)
         # The figures of a ledger's people by when they came; none where one figure is everybody's.
-        life = report.sites[0].lifetime if self.is_ledger and report.sites else None
+        life = report.sites[0].lifetime
         self.cohorts: tuple[CohortFigures, ...] = (life and life.cohorts) or ()
-        every = list(enumerate(report.sites))
-        spent = {n: (unbounded(one.spent.epsilon), not one.spent.upper_bound, -n) for n, one in every if one.spent}
-        # The site that the headline's epsilon is of, where one released a figure; of several, one that signed for it.
-        self.worst = f"/sites/{-max(spent.values())[-1]}" if spent else None
-        losses = {n: unbounded(spent[n][0] if n in spent else None) for n, _ in every}
-        favours = sorted((WORST_FIRST.index(one.verdict.state), -losses[n], n) for n, one in every)
-        self.sites = [f"/sites/{place}" for _, _, place in favours]  # the least favourable result first
+        self.delta_at = "/facts/delta" if isinstance(facts, LedgerFacts) else "/facts/plan/delta"
+        known, self.audit = ((), None) if isinstance(facts, LedgerFacts) else (facts.sites, facts.audit)
+        self.silent = {f"/sites/{n}" for n, site in enumerate(known) if site.upper_bound}  # of which "at most" is said
+        losses = {f"/sites/{n}": unbounded(one.spent.epsilon) for n, one in enumerate(report.sites)}
+        # The site that the headline's epsilon is of; of several, the first that signed for it.
+        self.worst = max(losses, key=lambda site: (losses[site], site not in self.silent))
+        states = {f"/sites/{n}": WORST_FIRST.index(one.verdict.state) for n, one in enumerate(report.sites)}
+        # The least favourable result first.
+        self.sites = sorted(losses, key=lambda site: (states[site], -losses[site]))
 
     @property
     def noise(self) -> str:
@@ -62,13 +66,19 @@ class Words:
         noises = [one.noise_multiplier for site in self.report.sites for one in site.mechanisms]
         if 0 in noises or "no_noise" in self.report.verdict.reasons:
             return "no_noise"
-        return "seeded" if self.report.seeded_noise else "noised"
+        return "seeded" if self.facts.seeded_noise else "noised"
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What scores say against the training, those of the sites included."""
+        fall = self.report.utility and self.report.utility.fall
+        found = () if isinstance(self.facts, LedgerFacts) else self.facts.findings
+        return (*found, *((FELL,) if fall and fall.found else ()))
 
     @property
     def without_base(self) -> bool:
         """Every run trained a head that is the whole model."""
-        ranks = [cell.facts["rank"] for cell in self.report.cells if "rank" in cell.facts]
-        return {one for listed in ranks for one in listed.split(", ")} == {rank_text(NO_ADAPTER, 0)}
+        return {*self.report.known.get("rank", "").split(", ")} == {rank_text(NO_ADAPTER, 0)}
 
     def band_range(self, band: str) -> Markup:
         """For which epsilons the word for a strength stands."""
@@ -83,9 +93,19 @@ class Words:
             if found is None:
                 return absent
             name = part.replace("~1", "/").replace("~0", "~")
-            of_list, unsaid = isinstance(found, list | tuple), name in model.UNSAID
-            found = found[int(name)] if of_list else found.get(name) if unsaid else found[name]
+            found = found[int(name) if isinstance(found, list) else name]
         return found
+
+    def place(self, kind: str, site: str) -> str:
+        """Where page.toml's `kind` of things about a site begins: "sites", "facts", "own" or "life"."""
+        own = "/facts" if self.is_ledger else f"/facts{site}/statement"
+        of_ledger = {"facts": "/facts", "life": f"{site}/lifetime"}
+        of_run = {"facts": f"/facts{site}", "life": f"{own}/lifetime"}
+        return {"sites": site, "own": own, **(of_ledger if self.is_ledger else of_run)}[kind]
+
+    def site_of(self, pointer: str) -> str:
+        """The site that a pointer is about."""
+        return self.sites[0] if self.is_ledger else f"/sites/{pointer.removeprefix('/facts').split('/')[2]}"
 
     def together(self, sites: Sequence[str], *, of: int) -> Markup:
         """A name, beside a chart's line, for the sites at these pointers, which are alike; `of` so many in all."""
@@ -109,18 +129,20 @@ class Words:
             json.dumps(value), pointer, kind, self.catalogue.figure(value, kind)
         )
 
-    def spent(self, site: str, at: str, kind: str = "epsilon") -> Markup:
+    def spent(self, pointer: str, kind: str = "epsilon") -> Markup:
         """A figure of a site's charges; "at most" where it fell silent."""
-        figure = self.figure(f"{site}/{at}", kind)
-        if not self.at(f"{site}/spent/upper_bound"):
+        figure = self.figure(pointer, kind)
+        if self.site_of(pointer) not in self.silent:
             return figure
         return Markup("<span>{}</span>").format(self.text("word.at_most", figure=figure))
 
     def rows(self, of: str) -> list[str]:
         """Pointers to the rows that a table has by a pattern of page.toml."""
+        if " and " in of:
+            return [row for one in of.split(" and ") for row in self.rows(one)]
         of, _, having = of.partition(" having ")
         start, *parts = of.split("/")
-        found = {"": [""], "sites": self.sites, "worst": [self.worst] if self.worst else []}[start]
+        found = [start and self.worst] if start in ("", "worst") else [self.place(start, site) for site in self.sites]
         for part in parts:
             entries = {one: range(len(self.at(one) or ())) if part == "*" else (part,) for one in found}
             found = [f"{one}/{entry}" for one, several in entries.items() for entry in several]
@@ -139,16 +161,16 @@ class Words:
 
     def by_subtraction(self) -> str | None:
         """How one of two sites sees the other's result: it takes its own from the average of both; None: it cannot."""
-        if self.is_ledger:
+        if isinstance(self.facts, LedgerFacts):
             return "if_two_sites"  # of its runs the ledger knows no others that took part
-        rounds = self.report.utility.rounds if self.report.utility else ()
+        rounds = self.facts.rounds
         took_part = [len(self.report.sites), *(len(one.sites) for one in rounds if one.sites)]
         return "by_subtraction" if min(took_part) <= _MOST_FOR_SUBTRACTION else None
 
     def limit(self) -> str | None:
         """Pointer to the limit that the result is judged by; None: there is none."""
-        found = f"{self.worst}/approved/max_epsilon" if self.is_ledger else "/target_epsilon"
-        return found if self.worst and self.at(found) is not None else None
+        found = "/facts/approved/max_epsilon" if self.is_ledger else "/facts/target_epsilon"
+        return None if self.at(found) is None else found
 
     def assumptions(self) -> tuple[Assumption, ...]:
         """All violated ones, and of those that nobody has stated as many as page 1 has room to ask for.
@@ -181,7 +203,7 @@ class Words:
     def people(self) -> list[tuple[Markup, str]]:
         """People by when they came, a line for all with the same figures, the newest last; and where these stand."""
         whom = Markup('<span data-at="{}">{}</span>').format
-        if (admitted := self.report.admits) and self.worst:
+        if admitted := self.report.admits:
             return [(whom("/admits", self.catalogue.arrivals([admitted])), f"{self.worst}/spent")]
         lines, told = [], enumerate(self.cohorts)
         for places in in_groups(((one.epsilon, one.with_set_aside, one.left), place) for place, one in told):

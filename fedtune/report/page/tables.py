@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from fedtune.report.facts import LedgerFacts
 from fedtune.report.page.report_words import Words, count_of_rows, data, in_groups, pointer
 from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
@@ -22,7 +23,9 @@ _TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "ye
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
-_ROUNDS = "/utility/rounds/*"
+_ROUNDS = "/facts/rounds/*"
+_OF_SITES = ("sites", "facts", "own", "life")
+_SITE = "@sites/site"
 _ABSENT = object()
 _ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: grey, since that changes no result
 
@@ -31,9 +34,9 @@ _ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: gre
 class Column:
     """A column of a table.
 
-    A cell's place is from its row on; "../" in front: from what holds the row; "@": from its site on.  A kind is one of
-    `Catalogue.figure`, or of `_TEXTS`, with a section: "code:SECTION"; a trailing "?" puts "at most" in front where the
-    site fell silent.
+    A cell's place is from its row on; "../" in front: from what holds the row; "@": from one of the `place`s of its
+    site on; "/": from the report on, where * is the row's own number.  A kind is one of `Catalogue.figure`, or of
+    `_TEXTS`, with a section: "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
     """
 
     heading: str  # key of its text, or, where it `is_named`, a name of the report
@@ -74,10 +77,13 @@ class Charts(Words):
 
     def cell(self, row: str, column: Column) -> Markup:
         """A cell of the row at a pointer."""
-        site = "/".join(row.split("/")[:3])
-        at, parents = column.at.removeprefix("@"), column.at.count("../")
-        start = site if column.at.startswith("@") else row.rsplit("/", parents)[0]
-        pointer = f"{start}/{at[3 * parents :]}"
+        parents = column.at.count("../")
+        pointer = f"{row.rsplit('/', parents)[0]}/{column.at[3 * parents :]}"
+        if column.at.startswith("@"):
+            start, _, at = column.at[1:].partition("/")
+            pointer = f"{self.place(start, self.site_of(row))}/{at}"
+        elif column.at.startswith("/"):
+            pointer = column.at.replace("*", row.rpartition("/")[2])
         kind = column.kind.removesuffix("?")
         found = self.at(pointer, absent=_ABSENT)
         if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
@@ -85,7 +91,7 @@ class Charts(Words):
         if column.zero and found == 0:
             return self.text(column.zero)
         if column.kind.endswith("?"):
-            return self.spent(site, pointer.removeprefix(f"{site}/"), kind)
+            return self.spent(pointer, kind)
         if column.is_figure:
             return self.figure(pointer, kind)
         return Markup('<span data-at="{}">{}</span>').format(pointer, self._as_text(found, kind))
@@ -133,21 +139,23 @@ class Charts(Words):
     def named(self, name: str, more: Sequence[Column] = ()) -> Table:
         """The table with a name, and perhaps more columns."""
         layout, columns = data()["table"][name], [*self._columns(name), *more]
-        caption = self.text(layout["caption"], delta=self.figure("/delta", "exact"))
+        caption = self.text(layout["caption"], delta=self.figure(self.delta_at, "exact"))
         of = layout["rows"]
-        rows, last = self.rows(of), of == _ROUNDS
-        if of.startswith("sites/"):
+        # A report of a ledger has nothing of what is about a run alone.
+        rows, last = [] if layout.get("of", self.facts.kind) != self.facts.kind else self.rows(of), of == _ROUNDS
+        if of.partition("/")[0] in _OF_SITES and "/*" in of:
             # A ledger's rows are one site's history, whose end matters most; a run's begin with its worst site.
             last, same = self.is_ledger, "page.site" if self.is_ledger else "page.run"
             columns = [column for column in columns if column.heading != same]
-        if columns[0].at == "@site" and len(self.sites) > 1:
+        if columns[0].at == _SITE and len(self.sites) > 1:
             return self._together(self.table(caption, columns, rows, most=len(rows)), named=name == "verdicts")
         return self.table(caption, columns, rows, last=last)
 
     def _columns(self, name: str) -> list[Column]:
-        layout, shown = data()["table"][name], ("", self.report.kind, self.report.unit)
+        layout, shown = data()["table"][name], ("", self.facts.kind, self.facts.unit)
         columns = [Column(*column) for column in layout["columns"]]
-        first = [Column("page.site", "@site", "text")] if layout["rows"].startswith("sites") else []
+        of_sites = layout["rows"].split("/")[0].split(" ")[0] in _OF_SITES
+        first = [Column("page.site", _SITE, "text")] if of_sites else []
         return first + [column for column in columns if column.only in shown]
 
     def _together(self, table: Table, *, named: bool) -> Table:
@@ -168,7 +176,7 @@ class Charts(Words):
 
     def budget(self) -> Table:
         """Page 1's table of sites, each by its name, without columns that hold nothing."""
-        columns = [replace(one, kind="name") if one.at == "@site" else one for one in self._columns("budget")]
+        columns = [replace(one, kind="name") if one.at == _SITE else one for one in self._columns("budget")]
         rows = [tuple(self.cell(site, column) for column in columns) for site in self.sites]
         used = [column for n, column in enumerate(columns) if not all(_ABSENT_CLASS in row[n] for row in rows)]
         return self.table(self.text("budget.heading"), used, self.sites, last=False, most=PAGE_ONE_SITES)
@@ -194,23 +202,23 @@ class Charts(Words):
 
     def by_round(self) -> Table:
         """Scores by round, beside what was spent by then."""
-        names, spent = self.score_names(), Column("utility.epsilon", "epsilon", "epsilon", "word.not_released")
-        scores = [Column(score_words(name), pointer("scores", name)[1:], "score", is_named=True) for name in names]
+        names, spent = self.score_names(), Column("utility.epsilon", "/utility/epsilons/*", "epsilon")
+        scores = [Column(score_words(name), pointer("metrics", name)[1:], "score", is_named=True) for name in names]
         columns = [Column("page.round", "round", "count"), *scores, spent]
         return self.table(self.text("utility.caption"), columns, self.rows(_ROUNDS))
 
     def score_names(self) -> list[str]:
         """Scores that every round has."""
-        rounds = self.report.utility.rounds if self.report.utility else ()
-        named = dict.fromkeys(name for one in rounds for name in one.scores)  # in their order
-        return [name for name in named if all(name in one.scores for one in rounds)]
+        rounds = () if isinstance(self.facts, LedgerFacts) else self.facts.rounds
+        named = dict.fromkeys(name for one in rounds for name in one.metrics)  # in their order
+        return [name for name in named if all(name in one.metrics for one in rounds)]
 
     def scores(self) -> Table:
         """Before and after training."""
         kinds, rows = ("before", "final"), []
-        known = {kind: (self.json["utility"] or {}).get(kind, {}) for kind in kinds}
+        known = {kind: self.json["facts"][kind] for kind in kinds}
         for name in known["before"] | known["final"]:
-            places = [pointer("utility", kind, name) if name in known[kind] else "" for kind in kinds]
+            places = [pointer("facts", kind, name) if name in known[kind] else "" for kind in kinds]
             found = [self.figure(place, "score") if place else self.text("word.unknown") for place in places]
             rows.append((Markup("{}").format(score_words(name)), *found))
         columns = ((self.text("utility.score"), False), *((self.text(f"utility.{kind}"), True) for kind in kinds))
@@ -224,14 +232,14 @@ class Charts(Words):
         if drawn := self.drawn:
             named = [(self._line("/sites/0", f"cohorts/{place}"), dates) for place, dates in drawn.items()]
         series = [Series(points=some, number=n, label=label) for n, (some, label) in enumerate(named) if some]
-        target, levels, axis = self.report.target_epsilon, [], "axis_round"
+        levels, axis = [], "axis_round"
         if self.is_ledger:
             series += [limit for site in lines if (limit := self._limit(site)).points]
             # It has a point for each round, or where they are too many for each run.
             rounds = [step["round"] is not None for site in lines for step in self.at(f"{site}/steps")]
             axis = "axis_day" if drawn else "axis_charged" if any(rounds) else "axis_run"
-        elif target is not None:
-            levels = [(target, self._said("limit"), LIMIT)]
+        elif target := self.limit():
+            levels = [(self.at(target), self._said("limit"), LIMIT)]
         x, y = self._said(axis), self._said("axis_epsilon")
         panel = Panel(series=series, levels=levels, x=x, y=y, scale="days" if drawn else "whole")
         return self._chart("epsilon_spent", self.steps(), panel, seen=self._rose(lines))
@@ -239,7 +247,7 @@ class Charts(Words):
     def _rose(self, lines: Iterable[str]) -> Markup | None:
         """How high the line of the site that spent most rises."""
         worst = self.worst
-        if worst is None or worst not in lines:
+        if worst not in lines:
             return None
         steps = self.at(f"{worst}/steps")
         last = max(place for place, step in enumerate(steps) if step["epsilon"] is not None)
@@ -264,10 +272,11 @@ class Charts(Words):
         names = self.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
         rows = self.rows(_ROUNDS) if name else []
-        keys = ("/epsilon", pointer("scores", name), "/round")
-        found = [tuple(self.at(row + key) for key in keys) for row in rows]
+        keys = (pointer("metrics", name), "/round")
+        spent = [self.at(f"/utility/epsilons/{place}") for place in range(len(rows))]
+        found = [(one, *(self.at(row + key) for key in keys)) for one, row in zip(spent, rows, strict=True)]
         found = [one for one in found if None not in one[:2]]
-        before = (self.at("/utility/before") or {}).get(name)
+        before = self.at("/facts/before").get(name)
         levels = [] if before is None else [(before, self.text("utility.before").unescape(), BEFORE)]
         round_, ends = self.text("page.round").unescape(), dict.fromkeys((found[0], found[-1])) if found else ()
         panel = Panel(
@@ -278,15 +287,15 @@ class Charts(Words):
             y=shortened(score_words(name), 30),
             from_zero=False,
         )
-        scored, seen = [row for row in rows if self.at(row + keys[1]) is not None], None
+        scored, seen = [row for row in rows if self.at(row + keys[0]) is not None], None
         if found and len(scored) > 1:
-            first, last = (self.figure(row + keys[1], "score") for row in (scored[0], scored[-1]))
+            first, last = (self.figure(row + keys[0], "score") for row in (scored[0], scored[-1]))
             seen = self.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
         return self._chart("utility", self.by_round(), panel, seen=seen)
 
     def reliability(self) -> Chart:
         """How often answers are right that the model was about equally sure of."""
-        detail = self.report.utility and self.report.utility.detail
+        detail = None if isinstance(self.facts, LedgerFacts) else self.facts.detail
         found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
         lines = {"reliability_found": found, "reliability_perfect": [(0.0, 0.0), (1.0, 1.0)]}
         series = [Series(points=some, number=n, label=self._said(key)) for n, (key, some) in enumerate(lines.items())]
@@ -312,7 +321,7 @@ class Charts(Words):
 
     def _limit(self, site: str) -> Series:
         """The lifetime limit that was in force at each step of a ledger; where none was yet, the first."""
-        caps, points = self.at(f"{site}/lifetime/caps") or [], []
+        caps, points = self.at("/facts/caps"), []
         for x, step in self._steps(site):
             time = self.at(f"{step}/time")
             begun = [cap for cap in caps if time is None or cap["time"][: len(time)] <= time] or caps[:1]
