@@ -31,7 +31,7 @@ from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
 from fedtune.report.checks import Check, check_report
-from fedtune.report.derive.verdicts import room_of
+from fedtune.report.derive.verdicts import outcome_of, room_of
 from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, schema_text
 from fedtune.report.page.catalogue import catalogue
@@ -205,7 +205,7 @@ def verdict_line(report: Report) -> tuple[str, str]:
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
     room = room_of(report)
     style = _NO_ROOM if room else _STYLES[report.verdict.state]
-    said = catalogue("en").texts["verdict"][room or f"{report.verdict.state}_{report.facts.kind}"]
+    said = catalogue("en").texts["verdict"][outcome_of(report)]
     shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
     return (
         f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.facts.delta:g} for each {report.facts.unit}",

@@ -19,7 +19,6 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
-from fedtune.privacy.proposal import UNVERIFIED
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import Reference
@@ -74,8 +73,6 @@ class LifetimeRun:
     epsilon: float | None
     planned_epsilon: float | None
     seeded_noise: bool
-    base_model: str = UNVERIFIED  # SHA-256 of the weights that the run named, or "unverified"
-    adapter_sha256: str | None = None  # of the final adapter, where the lead gave it to the site
 
 
 @spec

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # it imports torch, which takes seconds
 
 log = logging.getLogger(__name__)
 _SHARE = 20  # of the run's time, one part makes pages
+AGAIN_S = 15  # after this time the page loads itself again
 _FIRST_S = 1.0  # what the first page is thought to take
 
 
@@ -58,18 +59,17 @@ class UnfinishedReport:
         # These draw, which takes a while to import.
         from fedtune.federation.kept_round import rounds_in_all
         from fedtune.report import from_run
-        from fedtune.report.page.render import Unfinished, render
+        from fedtune.report.page.catalogue import catalogue
+        from fedtune.report.page.render import render
         from fedtune.report.rederive import derive
 
         record = from_run.read_run(self._folder, plan=self._plan)
         self._plan = record.plan
-        unfinished = Unfinished(
-            done=state.round,
-            planned=rounds_in_all(state.rounds, self._config.federation),
-            goes_on=goes_on,
-            written=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+        words, planned = catalogue(self._config.report.language), rounds_in_all(state.rounds, self._config.federation)
+        now = words.figure(datetime.now(UTC).isoformat(timespec="seconds"), "moment")
+        said = words.text("unfinished.running" if goes_on else "unfinished.stopped", done=state.round, planned=planned)
+        notice = said + " " + words.text("unfinished.written", time=now)
         # What sites released of their ledgers is joined when the run's own report is written.
         report = derive(from_run.facts_of(self._folder, record, own={}))
-        html = render(report, language=self._config.report.language, unfinished=unfinished)
+        html = render(report, language=words.language, notice=notice, again_s=AGAIN_S if goes_on else None)
         write_durably(self._folder / "report.html", html.encode())

@@ -177,7 +177,7 @@ def test_no_text_is_left_over() -> None:
     by_kind = [("verdict", "spent"), ("verdict", "to_do"), ("check", "owner"), ("label", "of_limit")]
     by_kind += [("budget", "two_figures"), ("sign_off", "heading"), *(("verdict", state) for state in STATES)]
     whole |= {(section, f"{key}_{kind}") for section, key in by_kind for kind in CODES["kind"]}
-    whole |= {("verdict", f"kept_{state}") for state in STATES}
+    whole |= {("verdict", f"{kept}{state}") for kept in ("", "kept_") for state in STATES}
     whole |= {("verdict", f"to_do_{code}") for code in (*STATES, "violated", "full", "closed")}
     whole |= {("verdict", room) for room in get_args(verdicts.Room)}
     whole |= {("question", code) for section, code in KEYS if section == "assumption"}

@@ -305,18 +305,19 @@ def test_page_one_says_with_what_and_with_whose_key_to_check(a_report: Make, lan
             assert [one.replace(" ", "") for one in of_key] == [whole[:16]]
 
 
-def test_equal_sites_are_one_line_in_the_annex_and_one_column_under_the_chart(language: str) -> None:
+def test_equal_sites_are_one_line_in_the_annex(language: str) -> None:
     engineer = by_id(main(page("alike", language)), "engineer")
     for at in ("spent/epsilon_pld", "verdict/state", "mechanisms/0/noise_multiplier", "meaning/hit_rates/0/ceiling"):
         shown = [place for place in range(33) if engineer.all(data_at=f"/sites/{place}/{at}")]
         assert shown in ([1], [0, 1], [1, 0]), f"of 32 equal sites the annex tells {at} once, of the other perhaps, too"
     table = by_id(by_id(main(page("alike", "en")), "engineer"), "chart-epsilon_spent").all("table")[0]
     headings = [words_of(one) for one in table.all("thead")[0].all("th")]
-    assert sorted(headings) == ["Round", "clinic-1 (+31)", "south-hospital"]
-    assert all(len(row.all("td")) == 2 for row in table.all("tbody")[0].all("tr"))
-    assert {one.attrib["data-label"] for one in table.all("td")} == set(headings) - {"Round"}
-    secure = by_id(main(page("secure", "en")), "chart-epsilon_spent").all("thead")[0]
-    assert [words_of(one) for one in secure.all("th")] == ["Round", "all 5 sites alike"]
+    assert headings == ["Site", "Round", "From", "Epsilon by then"]
+    sites = {words_of(row.all("th")[0]) for row in table.all("tbody")[0].all("tr")}
+    assert sites == {*(f"clinic-1 and {others} more, all alike" for others in (31, 32)), "south-hospital"}
+    assert {one.attrib["data-label"] for one in table.all("td")} == set(headings[1:])
+    secure = by_id(main(page("secure", "en")), "chart-epsilon_spent").all("tbody")[0]
+    assert all(words_of(row.all("th")[0]).endswith("and 4 more, all alike") for row in secure.all("tr"))
     assert len(reports()["secure"].sites) == 5
 
 

@@ -18,7 +18,7 @@ from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.privacy.release import Reason
 from fedtune.report import from_ledger, from_run, signing
-from fedtune.report.derive.verdicts import room_of
+from fedtune.report.derive.verdicts import outcome_of, room_of
 from fedtune.report.from_run import read_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import LANGUAGES, catalogue
@@ -42,7 +42,7 @@ def check(name: str, report: Report) -> Report:
     check_golden(name, report)
     words, verdict = catalogue("en"), report.verdict
     text = shown_text(render(report, language="en"))
-    heading = room_of(report) or f"{verdict.state}_{report.facts.kind}"
+    heading = outcome_of(report)
     for key in (f"verdict.{heading}", *(f"reason.{reason}" for reason in verdict.reasons)):
         assert html.unescape(str(words.text(key))) in text, key
     for site in report.sites:

@@ -16,7 +16,7 @@ from fedtune.cli.interruptible_run import run_simulation
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
-from fedtune.report.page.render import AGAIN_S, render
+from fedtune.report.page.render import render
 from fedtune.report.run_page import UnfinishedReport
 from fedtune.runs.place_of_run import folder_of
 from fedtune.show.run_progress import Display
@@ -50,7 +50,7 @@ def test_the_page_is_the_report_with_a_mark_and_loads_itself_again(folder: Path,
     assert mark[1].startswith("Unfinished and unsigned: this run goes on. ")
     assert f"{state.round} of {state.round} rounds are done." in mark[1]
     assert re.search(r"Written \d+ \w+ \d{4}", mark[1])
-    assert f'<meta http-equiv="refresh" content="{AGAIN_S}">' in html
+    assert f'<meta http-equiv="refresh" content="{run_page.AGAIN_S}">' in html
     plain = render(from_run.build(folder), language="en")
     assert html.endswith(plain[plain.index('<section id="page-1"') :]), "the page is a report's in all else"
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"

@@ -202,8 +202,6 @@ def lifetime(facts: LedgerFacts) -> Lifetime:
                 epsilon=profile.epsilon_pld([run.plan.event(rounds=rounds[run.run])], facts.delta),
                 planned_epsilon=profile.epsilon_pld([run.plan.whole], facts.delta),
                 seeded_noise=run.seeded_noise,
-                base_model=run.base_model,
-                adapter_sha256=run.adapter_sha256,
             )
             for run in facts.runs
         ),

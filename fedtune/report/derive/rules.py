@@ -195,11 +195,12 @@ def _of_figures(
 
 def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
     program, life = f"fedtune {', '.join(facts.provenance.fedtune_version.split(' / '))}", site.lifetime
+    assert life is not None, "a ledger's report has its figures"
     without = [row.run for row in site.mechanisms if row.noise_multiplier == 0]
     noise: tuple[Status, str] = ("violated", ", ".join(without)) if without else ("ensured", f"{program}: {_SAMPLED}")
     yield "noise_in_every_step", *noise
     yield "poisson_sampling", "ensured", f"{program}: {_SAMPLED}"
-    if life and life.seeded:
+    if life.seeded:
         seeded = [run.run for run in life.runs if run.seeded_noise]
         yield "unpredictable_randomness", "violated", ", ".join(seeded)
     elif not site.mechanisms or any(row.noise_multiplier > 0 for row in site.mechanisms):
@@ -219,8 +220,6 @@ def _of_ledger(facts: LedgerFacts, site: SiteReport) -> Iterator[_Found]:
         anchor = "none" if found.anchor_sequence is None else f"{found.anchor_sequence} / {found.num_events}"
         yield "no_event_missing", "violated" if facts.in_doubt else missing, f"anchor: {anchor}"
         yield "site_key_known", "verified" if found.key_expected else "assumed", found.site_key
-    if life is None:
-        return
     yield "order_fixed_beforehand", "verified", f"1: {life.order:g}"
     caps = ", ".join(f"{cap.time[:10]}: {cap.max_epsilon}" for cap in life.caps)
     yield "cap_never_raised", "violated" if life.cap_raised else "verified", caps

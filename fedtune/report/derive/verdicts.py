@@ -79,6 +79,13 @@ def room_of(report: Report) -> Room | None:
     return "no_run_fits" if life.reference_runs_left == 0 else None
 
 
+def outcome_of(report: Report) -> str:
+    """The code of a report's result, as page, label, cards and terminal say it."""
+    return room_of(report) or (
+        f"within_{report.facts.kind}" if report.verdict.state == "within" else report.verdict.state
+    )
+
+
 def judged(reasons: Iterable[str], spent: Spent, *, source: Source) -> Verdict:
     """The verdict for all reasons that hold at a site, and for accountants that contradict each other there."""
     agree = profile.accountants_agree(spent, width=profile.interval_of(source))

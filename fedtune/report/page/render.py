@@ -14,7 +14,6 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -40,25 +39,16 @@ _RIGHT_GUESSES = ("right_of_100_ceiling", "right_of_100_mechanism", "singling_ou
 _SCORES = ("scores_before", "scores_final")
 _NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
 _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # letters
-AGAIN_S = 15  # after this time a page of a run that goes on loads itself again
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unfinished:
-    """A run that is not at its end, `done` so many rounds of `planned` ones; it `goes_on` if a process works on it."""
-
-    done: int
-    planned: int
-    goes_on: bool
-    written: str
-
-
-def render(report: Report, *, language: str, fillable: bool = False, unfinished: Unfinished | None = None) -> str:
+def render(
+    report: Report, *, language: str, fillable: bool = False, notice: str = "", again_s: int | None = None
+) -> str:
     """The page of a report, in "en" or "de"; equal reports give equal pages.
 
     Every figure on it carries its place in report.json.  Where it is `fillable`, what a person fills in on page 1 are
-    fields, for `as_pdf`; otherwise they are drawn for the pen.  A page of an `unfinished` run says so, and loads itself
-    again while the run goes on.
+    fields, for `as_pdf`; otherwise they are drawn for the pen.  A `notice` stands first; with `again_s` the page loads
+    itself again after so many seconds.
     """
     words = Charts(report, catalogue(language))
     digest = signing.digest(report)
@@ -68,8 +58,8 @@ def render(report: Report, *, language: str, fillable: bool = False, unfinished:
     return page.render(
         language=language,
         fillable=fillable,
-        unfinished=unfinished,
-        again_s=AGAIN_S,
+        notice=notice,
+        again_s=again_s,
         report=report,
         facts=report.facts,
         words=words,

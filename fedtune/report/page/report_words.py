@@ -16,7 +16,7 @@ from fedtune.model.spec import NO_ADAPTER
 from fedtune.report import model
 from fedtune.report.derive.cells import rank_text
 from fedtune.report.derive.profile import BANDS, strength_band
-from fedtune.report.derive.verdicts import WORST_FIRST, room_of
+from fedtune.report.derive.verdicts import WORST_FIRST, outcome_of, room_of
 from fedtune.report.facts import CohortFigures, LedgerFacts
 from fedtune.report.model import Assumption, Report
 from fedtune.report.page.catalogue import MOST_RIGHT, Catalogue
@@ -42,7 +42,7 @@ class Words:
         self.catalogue = catalogue.instead(f"by_{facts.unit}").instead(f"where_{self.noise}")
         self.text, self.code, self.listed = self.catalogue.text, self.catalogue.code, self.catalogue.listed
         self.json = model.to_json(report)
-        self.room = room_of(report)
+        self.room, self.result = room_of(report), outcome_of(report)
         self.promises = report.verdict.state != "no_guarantee" and report.epsilon is not None
         self.band = strength_band(report.epsilon if self.promises else None)
         # A secure sum is part of it, whose noise several sites made together.
@@ -92,8 +92,7 @@ class Words:
         for part in pointer.split("/")[1:]:
             if found is None:
                 return absent
-            name = part.replace("~1", "/").replace("~0", "~")
-            found = found[int(name) if isinstance(found, list) else name]
+            found = found[int(part) if isinstance(found, list) else named_by(part)]
         return found
 
     def place(self, kind: str, site: str) -> str:
@@ -144,9 +143,14 @@ class Words:
         start, *parts = of.split("/")
         found = [start and self.worst] if start in ("", "worst") else [self.place(start, site) for site in self.sites]
         for part in parts:
-            entries = {one: range(len(self.at(one) or ())) if part == "*" else (part,) for one in found}
+            entries = {one: self._entries(one) if part == "*" else [part] for one in found}
             found = [f"{one}/{entry}" for one, several in entries.items() for entry in several]
         return [row for row in found if not having or self.at(f"{row}/{having}") is not None]
+
+    def _entries(self, at: str) -> list[str]:
+        """The last parts of the pointers to each entry of a list, or of a mapping."""
+        found = self.at(at) or ()
+        return [pointer(name)[1:] for name in (found if isinstance(found, dict) else range(len(found)))]
 
     # What page 1 says beyond single figures.
 
@@ -228,6 +232,11 @@ class Words:
 def pointer(*parts: str | int) -> str:
     """A JSON pointer (RFC 6901)."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def named_by(pointer: str) -> str:
+    """The name in the last part of a JSON pointer."""
+    return pointer.rpartition("/")[2].replace("~1", "/").replace("~0", "~")
 
 
 def in_groups(keyed: Iterable[tuple[Hashable, One]]) -> list[list[One]]:

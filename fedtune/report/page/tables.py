@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fedtune.report.facts import LedgerFacts
-from fedtune.report.page.report_words import Words, count_of_rows, data, in_groups, pointer
+from fedtune.report.page.report_words import Words, count_of_rows, data, in_groups, named_by, pointer
 from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
 from fedtune.words import score_words, shortened
@@ -35,8 +35,9 @@ class Column:
     """A column of a table.
 
     A cell's place is from its row on; "../" in front: from what holds the row; "@": from one of the `place`s of its
-    site on; "/": from the report on, where * is the row's own number.  A kind is one of `Catalogue.figure`, or of
-    `_TEXTS`, with a section: "code:SECTION"; a trailing "?" puts "at most" in front where the site fell silent.
+    site on; "/": from the report on, where * is the row's own number or name, which need not be there; "#": the score
+    that the row is of.  A kind is one of `Catalogue.figure`, or of `_TEXTS`, with a section: "code:SECTION"; a trailing
+    "?" puts "at most" in front where the site fell silent.
     """
 
     heading: str  # key of its text, or, where it `is_named`, a name of the report
@@ -54,22 +55,18 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Cells as they are shown; `all` rows where only some are."""
+    """Cells as they are shown; `all` rows where only some are.
+
+    Where its figures could be drawn, `seen` is the title of the drawing `svg`, or says why there is none.
+    """
 
     caption: Markup
     columns: tuple[tuple[Markup, bool], ...]
     rows: tuple[tuple[Markup, ...], ...]
     all: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chart:
-    """A drawing with its title, and the table of the same figures; without an `svg`, `seen` says why there is none."""
-
-    code: str
-    seen: Markup
-    svg: Markup | None
-    table: Table
+    chart: str = ""
+    seen: Markup | None = None
+    svg: Markup | None = None
 
 
 class Charts(Words):
@@ -84,8 +81,11 @@ class Charts(Words):
             pointer = f"{self.place(start, self.site_of(row))}/{at}"
         elif column.at.startswith("/"):
             pointer = column.at.replace("*", row.rpartition("/")[2])
-        kind = column.kind.removesuffix("?")
-        found = self.at(pointer, absent=_ABSENT)
+        if column.at == "#":
+            return Markup("{}").format(score_words(named_by(row)))
+        kind, of = column.kind.removesuffix("?"), self.at(column.at.removesuffix("/*")) if "*" in column.at else ()
+        is_there = not isinstance(of, dict) or named_by(row) in of
+        found = self.at(pointer, absent=_ABSENT) if is_there else _ABSENT
         if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
             return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(column.absent or "word.unknown"))
         if column.zero and found == 0:
@@ -182,23 +182,9 @@ class Charts(Words):
         return self.table(self.text("budget.heading"), used, self.sites, last=False, most=PAGE_ONE_SITES)
 
     def steps(self) -> Table:
-        """Epsilon after each run of a ledger; of a run, after each round at the sites that are drawn."""
-        if self.is_ledger:
-            drawn = self.drawn.items()
-            return self.named("steps", [Column(one, f"cohorts/{n}", "epsilon", is_named=True) for n, one in drawn])
-        known = {site: self.at(f"{site}/steps") for site in self.sites if self.at(f"{site}/steps")}
-        alike = in_groups((tuple((step["round"], step["epsilon"]) for step in of), site) for site, of in known.items())
-        names = {sites[0]: self.together(sites, of=len(known)) for sites in alike[:MOST_LINES]}
-        steps = {site: {step["round"]: n for n, step in enumerate(known[site])} for site in names}
-        rounds = sorted({number for known in steps.values() for number in known if number is not None})
-        text, figure, rows = self.text, self.figure, []
-        for number in rounds[-MOST_ROWS:]:
-            places = {site: f"{site}/steps/{known[number]}" for site, known in steps.items() if number in known}
-            found = {site: figure(f"{place}/epsilon", "epsilon") for site, place in places.items()}
-            first = figure(f"{next(iter(places.values()))}/round", "count")
-            rows.append((first, *(found.get(site, text("word.dash")) for site in steps)))
-        columns = ((text("page.round"), False), *((name, True) for name in names.values()))
-        return Table(caption=text("chart.epsilon_spent"), columns=columns, rows=tuple(rows), all=len(rounds))
+        """Epsilon after each run of a ledger, and for whom; of a run, after each round."""
+        drawn = self.drawn.items()
+        return self.named("steps", [Column(one, f"cohorts/{n}", "epsilon", is_named=True) for n, one in drawn])
 
     def by_round(self) -> Table:
         """Scores by round, beside what was spent by then."""
@@ -213,18 +199,7 @@ class Charts(Words):
         named = dict.fromkeys(name for one in rounds for name in one.metrics)  # in their order
         return [name for name in named if all(name in one.metrics for one in rounds)]
 
-    def scores(self) -> Table:
-        """Before and after training."""
-        kinds, rows = ("before", "final"), []
-        known = {kind: self.json["facts"][kind] for kind in kinds}
-        for name in known["before"] | known["final"]:
-            places = [pointer("facts", kind, name) if name in known[kind] else "" for kind in kinds]
-            found = [self.figure(place, "score") if place else self.text("word.unknown") for place in places]
-            rows.append((Markup("{}").format(score_words(name)), *found))
-        columns = ((self.text("utility.score"), False), *((self.text(f"utility.{kind}"), True) for kind in kinds))
-        return Table(caption=self.text("utility.scores_caption"), columns=columns, rows=tuple(rows), all=len(rows))
-
-    def epsilon_spent(self) -> Chart:
+    def epsilon_spent(self) -> Table:
         """By round, or by run where a ledger's rounds are too many, with the limit."""
         lines = {site: points for site in self.sites if (points := self._line(site))}
         alike = in_groups((tuple(points), site) for site, points in lines.items())
@@ -249,14 +224,12 @@ class Charts(Words):
         worst = self.worst
         if worst not in lines:
             return None
-        steps = self.at(f"{worst}/steps")
-        last = max(place for place, step in enumerate(steps) if step["epsilon"] is not None)
-        reached = self.figure(f"{worst}/steps/{last}/epsilon", "epsilon")
+        reached = self.figure(f"{worst}/spent/epsilon", "epsilon")
         if (limit := self.limit()) is None:
             return self.text("chart.rose", reached=reached)
         return self.text("chart.rose_of", reached=reached, limit=self.figure(limit, "cap"))
 
-    def profile(self) -> Chart:
+    def profile(self) -> Table:
         """Epsilon over delta, by both accountants, at the site that spent most."""
         series, at = list[Series](), self.at
         rows = self.rows("worst/curve/* having epsilon_pld")
@@ -267,7 +240,7 @@ class Charts(Words):
         panel = Panel(series=series, x=self._said("axis_delta"), y=self._said("axis_epsilon"), scale="powers")
         return self._chart("profile", self.named("curve"), panel)
 
-    def utility(self) -> Chart:
+    def utility(self) -> Table:
         """The first score that is no loss, against the epsilon spent by then."""
         names = self.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
@@ -293,7 +266,7 @@ class Charts(Words):
             seen = self.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
         return self._chart("utility", self.by_round(), panel, seen=seen)
 
-    def reliability(self) -> Chart:
+    def reliability(self) -> Table:
         """How often answers are right that the model was about equally sure of."""
         detail = None if isinstance(self.facts, LedgerFacts) else self.facts.detail
         found = [(one.confidence, one.right) for one in detail.reliability] if detail else []
@@ -329,12 +302,12 @@ class Charts(Words):
                 points.append((x, begun[-1]["max_epsilon"]))
         return Series(points=points, number=0, label=self._said("limit"), kind="limit")
 
-    def _chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Chart:
-        """A chart of what the panel has, unless that never changes."""
+    def _chart(self, code: str, table: Table, panel: Panel, *, seen: Markup | None = None) -> Table:
+        """The table with a chart of what the panel has, unless that never changes."""
         if not any(len({y for _, y in one.points}) > 1 for one in panel.series):
             why = (seen or self.text("chart.same")) if panel.series else self.text(f"chart.{code}_none")
-            return Chart(code=code, seen=why, svg=None, table=table)
+            return replace(table, chart=code, seen=why)
         named = self._said(code), self._said(f"{code}_desc")
         figure = self.catalogue.figure
         svg = chart(code, [panel], named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
-        return Chart(code=code, seen=seen or self.text(f"chart.{code}"), svg=svg, table=table)
+        return replace(table, chart=code, seen=seen or self.text(f"chart.{code}"), svg=svg)
