@@ -142,13 +142,13 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
         AuditBound(
             site=place,
             claimed_epsilon=claims[place],
-            lower_bound=epsilon_lower_bound(count.canaries, count.guesses, count.right, **known),
-            best_possible=best_possible(count.canaries, guesses=count.guesses, **known),
-            canaries=count.canaries,
-            guesses=count.guesses,
-            right=count.right,
+            lower_bound=epsilon_lower_bound(canaries, guesses, right, **known),
+            best_possible=best_possible(canaries, guesses=guesses, **known),
+            canaries=canaries,
+            guesses=guesses,
+            right=right,
         )
-        for place, count in counts.items()
+        for place, (canaries, guesses, right) in counts.items()
     )
     found = Audit(
         method="gradient_canaries" if spec.kind == "gradient" else "record_canaries",

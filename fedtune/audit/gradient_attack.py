@@ -131,20 +131,21 @@ class Observer:
 
 @dataclass(frozen=True, eq=False)
 class Canaries:
-    """A site's canaries that are in, as training meets them."""
+    """A site's canaries; training meets those that are in."""
 
-    coordinates: Places  # (n,) of each, in the joint vector
+    coordinates: Places  # (canaries,) of each in the joint vector, whether in or not
+    inserted: Coins  # (canaries,) the coins
     observer: Observer  # told of each step
-    tally: Tally  # of the site
+    tally: Tally  # of the site's steps
 
     def __len__(self) -> int:
-        return len(self.coordinates)
+        return int(self.inserted.sum())
 
     def parts(self, places: Places) -> Iterator[Places]:
         """The coordinates of the chosen canaries, as many at a time as a micro-batch of dense gradients holds."""
         size = max(1, _MOST_VALUES // sum(parameter.numel() for parameter in self.observer.parameters.values()))
         for first in range(0, len(places), size):
-            yield self.coordinates[places[first : first + size]]
+            yield self.coordinates[self.inserted][places[first : first + size]]
 
     def raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
         """Each canary's own direction, `RAW_SIZE` clip norms long."""
@@ -249,15 +250,6 @@ class CanaryUsers(_Behind, UserExamples):
         return with_canaries
 
 
-@dataclass(frozen=True, kw_only=True)
-class Planted:
-    """One site's canaries."""
-
-    coordinates: Places  # (canaries,) of each, whether in or not
-    inserted: Coins  # (canaries,) the coins
-    tally: Tally  # of the site's steps
-
-
 class GradientAttack:
     """Plants its canaries when it is made.
 
@@ -286,7 +278,7 @@ class GradientAttack:
             for number, site in enumerate(sites)
         }
 
-    def _plant(self, site: str, coordinates: Places, *, size: int) -> Planted:
+    def _plant(self, site: str, coordinates: Places, *, size: int) -> Canaries:
         everyone, work = self._everyone, self._everyone.work[site]
         randomness = randomness_of(everyone.config.runtime.seeded_noise, everyone.config.seed)
         inserted = randomness.stream(site, "audit", "coins").bernoulli(len(coordinates), 0.5)
@@ -295,7 +287,7 @@ class GradientAttack:
             denominator=everyone.plan.sampling_rate * work.declared_size,
             total=np.zeros(size),
         )
-        canaries = Canaries(coordinates[inserted], self._observer, tally)
+        canaries = Canaries(coordinates, inserted, self._observer, tally)
 
         def planted(units: TrainingUnits) -> TrainingUnits:
             if isinstance(units, UserExamples):
@@ -303,7 +295,7 @@ class GradientAttack:
             return CanaryExamples(units, canaries)
 
         everyone.work[site] = replace(work, around=planted)
-        return Planted(coordinates=coordinates, inserted=inserted, tally=tally)
+        return canaries
 
     def watching(self) -> AbstractContextManager[None]:
         """See every step meanwhile."""
@@ -321,7 +313,7 @@ class GradientAttack:
         together = list(self.planted.values())
         return {**counts, None: self._count(together, self._moves(adapters), least=0.0)}
 
-    def _count(self, planted: Sequence[Planted], vector: Vector, *, least: float) -> Count:
+    def _count(self, planted: Sequence[Canaries], vector: Vector, *, least: float) -> Count:
         coordinates = np.concatenate([one.coordinates for one in planted])
         evidence = by_likelihood(
             vector[coordinates],

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Values = npt.NDArray[np.float64]
 Coins = npt.NDArray[np.bool_]
+Count = tuple[int, int, int]  # canaries, guesses about them, and how many of these were right
 Place = str | None  # a site; None: the aggregated model, which the server and every other site see
 
 _LEAST_SPREAD = 1e-4  # in shares of what one draw of a canary adds: rounding, where nothing else moves a score
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Count:
-    """How the guesses went: `right` of `guesses`, about `canaries`."""
-
-    canaries: int
-    guesses: int
-    right: int
 
 
 def counted(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
@@ -34,7 +25,7 @@ def counted(evidence: Values, inserted: Coins, *, guesses: int) -> Count:
     """
     surest = np.argsort(-np.abs(evidence), kind="stable")[:guesses]
     right = (evidence[surest] > 0) == inserted[surest]
-    return Count(canaries=len(evidence), guesses=len(surest), right=int(right.sum()))
+    return len(evidence), len(surest), int(right.sum())
 
 
 def by_likelihood(scores: Values, controls: Values, *, steps: int, sampling_rate: float, least: float = 0.0) -> Values:

@@ -45,17 +45,10 @@ class PlantedRecords:
     never_used: list[Record]  # its held-out ones, which a keyed hash picked
 
 
-@dataclass(frozen=True)
-class _Losses:
-    """Of some records under the initial adapter and under the final one."""
-
-    before: Values
-    after: Values
-
-    @property
-    def gain(self) -> Values:
-        """How much likelier training has made each, as a log ratio of likelihoods."""
-        return self.before - self.after
+def _gain(losses: Values) -> Values:
+    """How much likelier training has made each record, as a log ratio of likelihoods."""
+    gain: Values = losses[0] - losses[1]
+    return gain
 
 
 class RecordAttack:
@@ -74,7 +67,7 @@ class RecordAttack:
         words = sorted({token for token in tokens if token.isascii() and token.isalpha() and len(token) > 2})
         self._words = words if len(words) >= _FEWEST_WORDS else [f"word{number}" for number in range(1000)]
         self.planted = {site: self._plant(site) for site in sites}
-        self._losses: dict[str, list[_Losses]] = {}
+        self._losses: dict[str, list[Values]] = {}  # as `_losses_at` has them
 
     def _plant(self, site: str) -> PlantedRecords:
         config, work = self._everyone.config, self._everyone.work[site]
@@ -114,33 +107,30 @@ class RecordAttack:
             adapters: the initial one, and the aggregated one after each round.
         """
         self._losses = {site: self._losses_at(planted, adapters) for site, planted in self.planted.items()}
-        evidence = {site: by_rank(losses[0].gain) for site, losses in self._losses.items()}
+        evidence = {site: by_rank(_gain(losses[0])) for site, losses in self._losses.items()}
         guesses = self._spec.guesses or self._spec.canaries
         counts: dict[Place, Count] = {
             site: counted(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence
         }
-        together = by_rank(np.concatenate([losses[0].gain for losses in self._losses.values()]))
+        together = by_rank(np.concatenate([_gain(losses[0]) for losses in self._losses.values()]))
         inserted = np.concatenate([planted.inserted for planted in self.planted.values()])
         return {**counts, None: counted(together, inserted, guesses=guesses * len(self.planted))}
 
     def membership(self) -> tuple[AuditMembership, ...]:
         """The baselines on real records, by site and over all sites; after `counts`."""
         by_site = list(self._losses.values())
-        pooled = [
-            _Losses(*(np.concatenate([getattr(one, when) for one in some]) for when in ("before", "after")))
-            for some in zip(*by_site, strict=True)
-        ]
+        pooled = [np.concatenate(some, axis=1) for some in zip(*by_site, strict=True)]
         return tuple(
             self._baseline(site, score, trained_on=losses[1], never_used=losses[2])
             for site, losses in [*self._losses.items(), (None, pooled)]
-            if len(losses[1].after) and len(losses[2].after)
+            if losses[1].size and losses[2].size
             for score in ("loss", "reference_ratio")
         )
 
     def _baseline(
-        self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: _Losses, never_used: _Losses
+        self, site: Place, score: Literal["loss", "reference_ratio"], *, trained_on: Values, never_used: Values
     ) -> AuditMembership:
-        members, others = (one.gain if score == "reference_ratio" else -one.after for one in (trained_on, never_used))
+        members, others = (_gain(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used))
         area, low, high = auroc(members, others, confidence=self._spec.confidence)
         rates = []
         for false_alarms in FALSE_ALARMS:
@@ -158,11 +148,11 @@ class RecordAttack:
             hit_rates=tuple(rates),
         )
 
-    def _losses_at(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[_Losses]:
-        """Of canaries, records trained on, and records never used."""
+    def _losses_at(self, planted: PlantedRecords, adapters: Sequence[Adapter]) -> list[Values]:
+        """(2, records) before training and after it: of canaries, records trained on, and records never used."""
         groups = (planted.canaries, planted.trained_on, planted.never_used)
         first, last = ([self._losses_of(some, adapter) for some in groups] for adapter in (adapters[0], adapters[-1]))
-        return [_Losses(before=before, after=after) for before, after in zip(first, last, strict=True)]
+        return [np.stack(both) for both in zip(first, last, strict=True)]
 
     def _losses_of(self, records: Sequence[Record], adapter: Adapter) -> Values:
         losses = np.zeros(len(records))

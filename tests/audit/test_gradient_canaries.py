@@ -142,7 +142,7 @@ def test_as_many_as_15000_canaries_go_through_in_small_dense_batches() -> None:
     size = sum(parameter.numel() for parameter in parameters.values())
     tally = Tally(max_grad_norm=2.0, denominator=1.0, total=np.zeros(size))
     coordinates = np.random.default_rng(0).permutation(size)[:15_000]
-    canaries = Canaries(coordinates, gradient_attack.Observer(parameters), tally)
+    canaries = Canaries(coordinates, np.ones(15_000, dtype=bool), gradient_attack.Observer(parameters), tally)
     examples = gradient_attack.CanaryExamples(NoRecords(), canaries)
     assert len(examples) == 15_000
     seen = np.zeros(size)
