@@ -20,7 +20,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.report.page.catalogue import catalogue
 from fedtune.show import budget_text
-from fedtune.show.budget_text import Amount, Beside, cap_text, mechanism_text, rounded_down
+from fedtune.show.budget_text import Amount, Differences, cap_text, mechanism_text, rounded_down
 from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
@@ -133,27 +133,28 @@ def check_policy(file: Path, *, as_json: bool) -> None:
         warnings = Section(
             title=counted(len(cautions), "warning"),
             headings=("key", "value, and what it means"),
-            rows=[(caution.key, caution.text) for caution in cautions],
+            rows=cautions,
             words={0, 1},
         )
         meaning = _meaning(policy, amount, folder=file.parent)
         show([meaning, warnings if cautions else Section(notes=["No warnings."])])
-    beside = budget_text.beside_of(files)
+    verified, differences = budget_text.beside_of(files)
     if as_json:
         ledger: dict[str, Any] | None = None
-        if beside.verified is not None:
-            differences = [{"key": key, "ledger": made, "policy": asked} for key, made, asked in beside.differences]
-            ledger = budget_text.identity_json(beside.path, beside.verified) | {
+        if verified is not None:
+            different = [{"key": key, "ledger": made, "policy": asked} for key, made, asked in differences]
+            ledger = budget_text.identity_json(files.ledger, verified) | {
                 "fits": not differences,
-                "differences": differences,
+                "differences": different,
             }
-            ledger["spending"] = spending_json(beside.verified)
+            ledger["spending"] = spending_json(verified)
         figures = {"schema_version": SCHEMA_VERSION, "path": str(file), "sha256": policy.digest()}
-        print_json(figures | {"policy": policy.to_json(), "amount": amount, "warnings": cautions, "ledger": ledger})
+        warned = [{"key": key, "text": text} for key, text in cautions]
+        print_json(figures | {"policy": policy.to_json(), "amount": amount, "warnings": warned, "ledger": ledger})
     else:
-        _show_beside(beside)
-    for key, made_for, asked in beside.differences:
-        bound = f"does not fit ledger {beside.path}, which was made for {made_for}; set it back"
+        _show_beside(files.ledger, verified, differences)
+    for key, made_for, asked in differences:
+        bound = f"does not fit ledger {files.ledger}, which was made for {made_for}; set it back"
         raise ConfigError(f"{file}: {key}", asked, bound)
 
 
@@ -203,27 +204,27 @@ def _templates() -> Environment:
     return made
 
 
-def _show_beside(beside: Beside) -> None:
+def _show_beside(ledger: Path, verified: Verified | None, differences: Differences) -> None:
     from fedtune.report.from_ledger import lifetime_of
 
     say("")
-    if beside.verified is None:
-        say(f"No ledger yet at {beside.path}; it is made when the site starts.")
+    if verified is None:
+        say(f"No ledger yet at {ledger}; it is made when the site starts.")
         return
-    figures, cap = lifetime_of(beside.verified), beside.verified.history.cap
+    figures, cap = lifetime_of(verified), verified.history.cap
     runs = figures.reference_runs_left
     fits = "" if runs is None else f", enough for {counted(runs, 'run')} like the reference"
     say(
-        f"Ledger {beside.path}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(cap)}, "
+        f"Ledger {ledger}: spent epsilon {epsilon_text(figures.epsilon)} of {cap_text(cap)}, "
         f"left for new runs {rounded_down(unbounded(figures.left))}{fits}."
     )
     if figures.frozen:
         say("It is FROZEN: all training on this population has ended for ever.")
     if not figures.has_guarantee:
         say("NO GUARANTEE: some of its runs had no noise, or noise from a seed.", style="bold yellow")
-    if beside.differences:
+    if differences:
         say("It does not fit this policy: the site would not start.", style="bold yellow")
-        for key, made_for, asked in beside.differences:
+        for key, made_for, asked in differences:
             say(f"  {key}: made for {printable(made_for)}, the policy says {printable(asked)}")
 
 

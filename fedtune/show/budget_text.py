@@ -28,6 +28,8 @@ from fedtune.spec import spec
 from fedtune.words import counted
 
 SCHEMA_VERSION = 1  # of what is said of a ledger as JSON
+Caution = tuple[str, str]  # a key of a policy, and what to think twice about there
+Differences = list[tuple[str, object, object]]  # key, what a ledger was made for, what the policy says
 LARGE_EPSILON = 10.0
 SMALL_NOISE = 0.3
 
@@ -43,24 +45,6 @@ class Amount:
     runs_in_lifetime: int | None  # reference runs that fit the lifetime cap, one after another; None: any number
     runs_in_period: int | None  # the same for the period's cap
     reference_fits: bool  # whether the reference run itself keeps to the cap of one run and to the limits
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caution:
-    """Something allowed, but to think twice about."""
-
-    key: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Beside:
-    """The ledger that a policy names."""
-
-    path: Path  # where it is or would be
-    verified: Verified | None  # None where there is none yet
-    # (key, what the ledger was made for, what the policy says): with any, the site cannot start
-    differences: tuple[tuple[str, object, object], ...]
 
 
 def amount_of(policy: Policy) -> Amount:
@@ -100,10 +84,10 @@ def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Cau
     yield from _cautions_of_requests(policy)
     yield from _cautions_of_amounts(policy, amount)
     if not policy.releases.reply_after_s:
-        yield Caution(key="releases.reply_after_s", text=f"0: {AT_ONCE}; choose more than a round takes")
+        yield "releases.reply_after_s", f"0: {AT_ONCE}; choose more than a round takes"
     if policy.asserted.no_person_at_another_site is False:
         text = "false: a person who is among several sites' records has to add up the epsilons of these sites"
-        yield Caution(key="asserted.no_person_at_another_site", text=text)
+        yield "asserted.no_person_at_another_site", text
     yield from _cautions_of_files(policy, folder)
 
 
@@ -115,34 +99,34 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
             "true: anybody who knows the seed can subtract the noise; for made-up records only. "
             "It marks the ledger for ever"
         )
-        yield Caution(key="allow.seeded_noise", text=text)
+        yield "allow.seeded_noise", text
     if policy.allow.inexact_gradients:
         text = (
             f"true: where gradients depend on the rest of the batch by rounding, the bound on one "
             f"{policy.population.unit}'s influence is measured, not proved; false accepts exact machines alone"
         )
-        yield Caution(key="allow.inexact_gradients", text=text)
+        yield "allow.inexact_gradients", text
     if math.isinf(budget.max_epsilon):
-        yield Caution(key="budget.max_epsilon", text="inf: nothing is promised to anybody")
+        yield "budget.max_epsilon", "inf: nothing is promised to anybody"
     elif budget.max_epsilon > LARGE_EPSILON:
         text = f"{budget.max_epsilon:g}: above {LARGE_EPSILON:g} a budget promises very little"
-        yield Caution(key="budget.max_epsilon", text=text)
+        yield "budget.max_epsilon", text
     if limits.min_noise_multiplier == 0:
         text = "0: a run without any noise is stopped by nothing but the caps"
-        yield Caution(key="limits.min_noise_multiplier", text=text)
+        yield "limits.min_noise_multiplier", text
     elif limits.min_noise_multiplier < SMALL_NOISE:
         text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can tell who is in the data"
-        yield Caution(key="limits.min_noise_multiplier", text=text)
+        yield "limits.min_noise_multiplier", text
     size = policy.population_size
     if budget.delta > 1 / (10 * size):
         text = (
             f"{budget.delta:g}: the chance, for each of {size:,} {policy.population.unit}s, of an outcome that "
             f"nothing else can have caused; choose at most {10.0 ** math.floor(-math.log10(10 * size)):.0e}"
         )
-        yield Caution(key="budget.delta", text=text)
+        yield "budget.delta", text
     if not policy.anchor:
         text = "empty: rollback is not excluded; nothing here notices when the ledger is put back to an older copy"
-        yield Caution(key="anchor", text=text)
+        yield "anchor", text
 
 
 def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
@@ -155,16 +139,16 @@ def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
         ("allow.target_modules", not allow.target_modules),
     ):
         if empty:
-            yield Caution(key=key, text="empty: every request is refused")
+            yield key, "empty: every request is refused"
     if not policy.releases.updates:
-        yield Caution(key="releases.updates", text="false: every request is refused")
+        yield "releases.updates", "false: every request is refused"
     if UNVERIFIED in allow.base_models:
-        yield Caution(key="allow.base_models", text='"unverified": accepts runs that do not say which model they train')
+        yield "allow.base_models", '"unverified": accepts runs that do not say which model they train'
     if "0" * 64 in allow.base_models:
-        yield Caution(key="allow.base_models", text="only zeros is a place to fill in: no model has this digest")
+        yield "allow.base_models", "only zeros is a place to fill in: no model has this digest"
     for dataset in policy.dataset:
         if not dataset.path:
-            yield Caution(key=f"dataset.{dataset.id}.path", text="empty: the site has nothing to train on")
+            yield f"dataset.{dataset.id}.path", "empty: the site has nothing to train on"
 
 
 def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
@@ -172,16 +156,16 @@ def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
     budget = policy.budget
     if budget.max_epsilon_per_run is None and budget.max_epsilon_per_period is None:
         text = "left out, as is max_epsilon_per_period: one run may use up the whole lifetime budget"
-        yield Caution(key="budget.max_epsilon_per_run", text=text)
+        yield "budget.max_epsilon_per_run", text
     if not amount.reference_fits:
         text = "would itself be refused by the limits or by max_epsilon_per_run; is it what you expect a run to be?"
-        yield Caution(key="budget.reference", text=text)
+        yield "budget.reference", text
     for key, runs in (
         ("budget.max_epsilon", amount.runs_in_lifetime),
         ("budget.max_epsilon_per_period", amount.runs_in_period),
     ):
         if runs == 0:
-            yield Caution(key=key, text="leaves no room for a single run like the reference")
+            yield key, "leaves no room for a single run like the reference"
 
 
 def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
@@ -189,29 +173,29 @@ def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
     if ledger.is_file() and not (folder / policy.site_key).is_file():
         text = "is missing, and a ledger needs the key that it was made with; restore it from its backup"
-        yield Caution(key="site_key", text=text)
+        yield "site_key", text
     if policy.anchor and ledger.is_file() and not anchor.is_file():
         text = "is missing, and the ledger is not new: nothing is trained (docs/site_policy.md says what to do)"
-        yield Caution(key="anchor", text=text)
+        yield "anchor", text
     if policy.anchor and anchor.is_file() and ledger.is_file() and anchor.stat().st_dev == ledger.stat().st_dev:
         text = "lies on the ledger's own disk: both can be put back together"
-        yield Caution(key="anchor", text=text)
+        yield "anchor", text
 
 
-def beside_of(files: SiteFiles) -> Beside:
-    """The ledger that the site's policy names.
+def beside_of(files: SiteFiles) -> tuple[Verified | None, Differences]:
+    """The ledger that the site's policy names, None where there is none yet, and what the policy says otherwise.
 
     Raises:
         RunError: it cannot be trusted.
     """
     verified = files.verified()
     if verified is None:
-        return Beside(path=files.ledger, verified=None, differences=())
+        return None, []
     opened = verified.history.opened
     differences = opened.differences(files.policy)
     if files.site_key.is_file() and (public := SigningKey.load(files.site_key).public) != opened.site_key:
         differences.append(("site_key", opened.site_key, public))
-    return Beside(path=files.ledger, verified=verified, differences=tuple(differences))
+    return verified, differences
 
 
 def epsilon_left(history: History) -> float:
