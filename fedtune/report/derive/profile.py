@@ -23,6 +23,7 @@ from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, from_mixture_gaussian_mechanism
+from scipy.optimize import minimize_scalar
 
 from fedtune.federation.secure.agreement import MOST_SITES_OF_SUM
 from fedtune.privacy import accountant, events
@@ -360,21 +361,9 @@ def as_stated(part: Any) -> Any:
 
 
 def _least(bound: Callable[[float], float]) -> float:
-    """The least of a `bound` over epsilon, by golden section; it falls, then rises, and holds at every epsilon."""
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = 0.0, _LARGEST_EPSILON
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = bound(left), bound(right)
-    while high - low > 1e-5:
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - ratio * (high - low)
-            at_left = bound(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + ratio * (high - low)
-            at_right = bound(right)
-    return min(at_left, at_right, bound(0.0))
+    """The least of a `bound` over epsilon, about; it falls, then rises, and holds at every epsilon."""
+    found = minimize_scalar(bound, bounds=(0.0, _LARGEST_EPSILON), method="bounded", options={"xatol": 1e-5})
+    return min(float(found.fun), bound(0.0))
 
 
 def _counted(spent: Spent) -> Counted:
