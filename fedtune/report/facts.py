@@ -26,6 +26,8 @@ from fedtune.show.budget_text import Arrivals
 from fedtune.spec import ConfigError, check_at_least, spec
 from fedtune.tasks.measures import Detail
 
+Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] | None
+"""Of a fact that a cell shows; None: it is not known."""
 State = Literal["within", "exceeded", "no_guarantee"]
 Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
 NOT_RECORDED = "not_recorded"  # for a fact that was not recorded at the time
@@ -287,7 +289,7 @@ class RunFacts:
     judged_by: str
     keep_round: Literal["last", "best"]
     stop_after: int | None
-    settings: Mapping[str, str]  # of the run, that its cells show
+    settings: Mapping[str, Value]  # of the run, that its cells show
     trained_parameters: int | None  # None: not known
     provenance: Provenance
     rounds: tuple[RoundResult, ...]  # the finished ones, without the sites' noised scores
@@ -384,7 +386,6 @@ class RunInLedger:
     max_epsilon: float | None  # the cap on one run that was in force when it was accepted; None: there was none
     seeded_noise: bool
     base_model: str
-    adapter_sha256: str | None
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)
@@ -418,7 +419,7 @@ class LedgerFacts:
     problem: str  # why the ledger does not verify
     releases: tuple[Release, ...]
     asserted: Mapping[str, bool]
-    settings: Mapping[str, str] = field(default_factory=dict)  # of its runs, that its cells show
+    settings: Mapping[str, Value] = field(default_factory=dict)  # of its runs, that its cells show
     limits_loosened: tuple[str, ...] = ()  # days on which a limit for a run or a period was loosened, after a charge
     provenance: Provenance
     arrivals: Calendar | None = None  # the calendar by which its people arrive; None: one budget for everybody

@@ -166,7 +166,6 @@ def facts_of(
                 max_epsilon=run_caps[name],
                 seeded_noise=run.proposal.seeded_noise,
                 base_model=run.proposal.base_model,
-                adapter_sha256=run.adapter or None,
             )
             for name, run in history.runs.items()
         ),

@@ -20,12 +20,12 @@ from fedtune.federation.drift import Fall
 from fedtune.federation.kept_round import Kept
 from fedtune.privacy.distributed_noise import Epsilons, SharedNoise
 from fedtune.privacy.events import Charge
-from fedtune.report.facts import Facts, Lifetime, Release, Source, Verdict
+from fedtune.report.facts import Facts, Lifetime, Release, Source, Value, Verdict
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA, ConfigError, check_schema, spec
 
 CellState = Literal["auto", "design", "site", "missing"]
-Cells = Mapping[str, Mapping[CellState, Mapping[str, str]]]
+Cells = Mapping[str, Mapping[CellState, Mapping[str, Value]]]
 """Field of an impact assessment or of technical documentation -> who fills in what -> fact -> value."""
 Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
 
@@ -177,10 +177,10 @@ class Report:
     signature: Signature | None = None
 
     @property
-    def known(self) -> Mapping[str, str]:
+    def known(self) -> Mapping[str, Value]:
         """Every fact that a cell shows."""
         of_states = (facts for states in self.cells.values() for facts in states.values())
-        return {name: value for facts in of_states for name, value in facts.items() if value}
+        return {name: value for facts in of_states for name, value in facts.items() if value is not None}
 
     @property
     def banners(self) -> tuple[str, ...]:

@@ -48,7 +48,6 @@ def derive(facts: Facts) -> Report:
     report = figures_of(facts)
     sites = (replace(site, meaning=profile.as_stated(site.meaning)) for site in report.sites)
     report = replace(report, sites=tuple(sites))
-    # Texts, so they are of the figures as they are stated.
     return replace(report, cells=cells.of_report(report))
 
 
@@ -64,16 +63,23 @@ def problems(report: Report) -> list[Problem]:
     """
     facts = report.facts
     try:
-        unknown = sorted(facts.settings.keys() - cells.SETTINGS)[:1]
-        denied = [Problem("settings", one, f"one of {', '.join(sorted(cells.SETTINGS))}") for one in unknown]
+        denied = list(_of_settings(facts))
         denied += map(Problem._make, _of_run(facts) if isinstance(facts, RunFacts) else _of_ledger(facts))
         if found := denied or [*_too_much_work(facts)] or [*_of_selection(facts)]:
             return found
-        # Cells are texts, in which a last digit would show: they are of the figures that the report states.
-        again = replace(figures_of(facts), cells=cells.of_report(report), signature=report.signature)
+        again = figures_of(facts)
+        again = replace(again, cells=cells.of_report(again), signature=report.signature)
         return [*_differences("", to_json(report), to_json(again)), *audit_problems(again)]
     except (ValueError, ArithmeticError, LookupError, RecursionError) as error:  # ValueError: a value out of its range
         return [Problem("facts", "figures", f"that cannot be computed: {error}")]
+
+
+def _of_settings(facts: Facts) -> Iterator[Problem]:
+    for key, value in facts.settings.items():
+        if key not in cells.SETTINGS:
+            yield Problem("settings", key, f"one of {', '.join(sorted(cells.SETTINGS))}")
+        elif isinstance(value, int | float) != (cells.KINDS.get(key) in ("count", "number")):
+            yield Problem(f"settings.{key}", value, "a number where it is one, and there alone")
 
 
 def _too_much_work(facts: Facts) -> Iterator[Problem]:

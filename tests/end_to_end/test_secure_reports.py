@@ -65,8 +65,8 @@ def test_a_report_has_three_figures_for_each_site_and_the_middle_one_is_its_own(
     assert from_json(json.dumps(to_json(report))) == report
     stated = report.known
     assert stated["secure_aggregation"] == "yes"
-    assert stated["technologies_on"] == "federated_learning, secure_aggregation, differential_privacy"
-    assert "technologies_off" not in stated
+    assert stated["technologies_on"] == ("federated_learning", "secure_aggregation", "differential_privacy")
+    assert stated["technologies_off"] == ()
     assert {"masked_updates", "updates"} & set(report.released) == {"masked_updates"}
     claimed = replace(report, released=tuple("updates" if one == "masked_updates" else one for one in report.released))
     assert "released.0" in {problem.where for problem in problems(claimed)}

@@ -44,8 +44,8 @@ def test_an_empty_ledger_has_spent_nothing_and_what_is_declared_names_the_site(b
     assert (site.steps, report.facts.releases, site.mechanisms, site.curve) == ((), (), (), ())
     made.charge(run_proposal(), 1)
     facts = from_ledger.build(made.ledger).known
-    assert facts["declared_sizes"] == "a: 150", "the sites of a ledger are one, whatever its data sets"
-    assert (facts["declared_total"], facts["dataset"]) == ("150", "patients, archive")
+    assert facts["declared_sizes"] == {"a": 150}, "the sites of a ledger are one, whatever its data sets"
+    assert (facts["declared_total"], facts["dataset"]) == (150, "patients, archive")
 
 
 def test_the_figures_are_the_ledgers_own(charged: Books) -> None:

@@ -45,7 +45,7 @@ ON_A_SIGNATURE = {
     # What a site decides, and what checking its ledger found.
     r"declared_size|sites\.\*\.declared_size|asserted\..*": "the site's own statement",
     r"approved\..*|reference\..*|caps.*|policy_.*|frozen|in_doubt": "its policy, and its ledger's state",
-    r"runs\.\*\.(run|lead|dataset|state|lost_rounds|max_epsilon|seeded_noise|base_model|adapter_sha256)": "ledger's",
+    r"runs\.\*\.(run|lead|dataset|state|lost_rounds|max_epsilon|seeded_noise|base_model)": "ledger's",
     r"charges\.\*\.(run|round|day|lost|entry)|releases.*|verification.*|problem": "its ledger's entries",
     r"sites\.\*\.(upper_bound|signed_rounds|key|believed|statement)|has_checkpoint": "receipts, which the lead holds",
     # Exact figures on the lead's own files, which no guarantee covers; an audit computes its bounds again.
@@ -293,6 +293,7 @@ def test_facts_of_a_run_that_deny_each_other(a_report: Make) -> None:
         ({"sites": (replace(north, rounds=5), south)}, "sites.north-hospital.rounds"),
         ({"has_checkpoint": False}, "sites.north-hospital.signed_rounds"),
         ({"settings": {"epsilon": "0.1"}}, "settings"),
+        ({"settings": {"labels": "many"}}, "settings.labels"),
         ({"settings": {}}, "settings.runtime"),
         ({"settings": {"runtime": "deployment"}}, "run"),
         ({"settings": {"runtime": "deployment"}, "run": f"{facts.run}1"}, "settings.runtime"),

@@ -64,8 +64,10 @@ class Catalogue:
         return self.text(f"{section}.{code}") if self.has(section, code) else Markup("<code>{}</code>").format(code)
 
     def listed(self, section: str, codes: Sequence[str]) -> Markup:
-        """Several codes as one phrase: a, b and c."""
+        """Several codes as one phrase: a, b and c; with semicolons where one of them has a comma."""
         words = [self.code(section, code) for code in codes]
+        if any(", " in word for word in words):
+            return Markup("; ").join(words)
         if len(words) < 2:
             return words[0] if words else self.text("word.none")
         return Markup(", ").join(words[:-1]) + self.text("word.list_end") + words[-1]
@@ -114,11 +116,6 @@ class Catalogue:
                 scaled = _significant(Decimal(value).scaleb(-3 * step), 3, "number")
                 return f"{self._plain(scaled)} {_PREFIXES[step]}B"
         raise ValueError(f"no kind of figure: {kind}")
-
-    def digits(self, text: str) -> str:
-        """A number that is written already, with this language's marks and every digit that it has."""
-        value = Decimal(text)
-        return self._plain(value) if "e" in text else self._marks(f"{value:,f}")
 
     def _plain(self, value: Decimal) -> str:
         """Without an exponent, unless it is tiny: then 1.5 × 10⁻⁹."""

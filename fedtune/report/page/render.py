@@ -23,21 +23,19 @@ from markupsafe import Markup
 
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
-from fedtune.report.derive.cells import CODES, NUMBERS
+from fedtune.report.derive.cells import KINDS
 from fedtune.report.derive.profile import TIERS_SOURCE
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words, data, pointer
-from fedtune.report.page.tables import Charts
+from fedtune.report.page.tables import Charts, Column
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import score_words, shortened, spoken
 
 TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 FONTS = Path(__file__).parent / "fonts"
 _GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # of fields, by how they begin
-_RIGHT_GUESSES = ("right_of_100_ceiling", "right_of_100_mechanism", "singling_out_bound", "linkability_bound")
-_SCORES = ("scores_before", "scores_final")
-_NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e-?\d+)?$")
+_OR_CODE = ("epsilon", "right_of_100_mechanism")  # facts that are a figure, or say why there is none
 _NARROW, _WIDE = "iljtfrI.,:;|!'()[] -/", "mwMWGOQ%@—"  # letters
 
 
@@ -149,7 +147,7 @@ def _weasyprint() -> Any:
         raise ConfigError("--pdf", NOT_GIVEN, bound) from None
 
 
-def fields_of(words: Words, group: str) -> list[Mapping[str, Any]]:
+def fields_of(words: Charts, group: str) -> list[Mapping[str, Any]]:
     """The fields of a group, in the report's order: the name of each, and its cells, `known` or `open` for the site.
 
     A cell is its state and its facts, each with what it is called and what it says.
@@ -161,40 +159,16 @@ def fields_of(words: Words, group: str) -> list[Mapping[str, Any]]:
         cells: dict[str, list[dict[str, Any]]] = {"known": [], "open": []}
         for state, facts in states.items():
             # Of two bounds on one figure the page names the better one, here as on page 1.
-            by_method = _NUMBER.fullmatch(facts.get("right_of_100_mechanism", ""))
+            by_method = isinstance(facts.get("right_of_100_mechanism"), float)
             worse = "right_of_100_ceiling" if by_method else "right_of_100_mechanism"
-            shown = [
-                (words.code("fact", key), _fact(words, pointer("cells", code, state, key)))
-                for key in facts
-                if key != worse
-            ]
+            row, shown = pointer("cells", code, state), []
+            for key, value in facts.items():
+                kind = "code:value" if key in _OR_CODE and isinstance(value, str) else KINDS.get(key, "text")
+                said = Markup("") if value is None else words.cell(row, Column(f"fact.{key}", key, kind))
+                shown += [(words.code("fact", key), said)] if key != worse else []
             cells["open" if state == "site" else "known"].append({"state": state, "facts": shown})
         found.append({"name": words.code("field", code), **cells})
     return found
-
-
-def _fact(words: Words, where: str) -> Markup:
-    """A fact as people read it: codes in words, numbers in the language's way, names as they are."""
-    key, value = where.rpartition("/")[2], words.at(where)
-    section = CODES.get(key)
-    if not value:
-        return Markup("")
-    if key == "date":
-        return words.figure(where, "moment")
-    said: list[str] = []
-    for token in value.split(", "):
-        if section and words.catalogue.has(section, token):
-            said.append(words.code(section, token))
-        elif key in _RIGHT_GUESSES:
-            said.append(words.catalogue.figure(float(token), "of_100"))
-        else:
-            if key in _SCORES:
-                name, _, score = token.rpartition(" ")
-                token = f"{score_words(name)} {score}"
-            in_its_marks = _NUMBER.sub(lambda found: words.catalogue.digits(found[0]), token)
-            said.append(in_its_marks if key in NUMBERS else token)
-    separator = Markup("; " if section == "not_protected" else ", ")
-    return Markup('<span data-at="{}" data-as="fact">{}</span>').format(where, separator.join(said))
 
 
 def as_svg(report: Report, *, language: str) -> str:

@@ -78,7 +78,7 @@ class Words:
     @property
     def without_base(self) -> bool:
         """Every run trained a head that is the whole model."""
-        return {*self.report.known.get("rank", "").split(", ")} == {rank_text(NO_ADAPTER, 0)}
+        return {*str(self.report.known.get("rank")).split(", ")} == {rank_text(NO_ADAPTER, 0)}
 
     def band_range(self, band: str) -> Markup:
         """For which epsilons the word for a strength stands."""

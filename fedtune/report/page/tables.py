@@ -19,7 +19,7 @@ from fedtune.words import score_words, shortened
 
 MOST_ROWS = 40  # rows of a table on the page; report.json holds the others
 PAGE_ONE_SITES = 8  # sites on page 1, the least favourable first; later tables list each
-_TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "code", "yes_no", "people")
+_TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "counts", "scores", "code", "yes_no", "people")
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
@@ -115,11 +115,18 @@ class Charts(Words):
             case ["failures_by_site"]:
                 one = Markup("{}: {}").format
                 return Markup(", ").join(one(site, self.code("refusal", why)) for site, why in value.items())
+            case ["counts"]:
+                return Markup(", ").join(
+                    f"{name}: {self.catalogue.figure(one, 'count')}" for name, one in value.items()
+                )
+            case ["scores"]:
+                said = ((score_words(name), self.catalogue.figure(one, "score")) for name, one in value.items())
+                return Markup(", ").join(map(" ".join, said))
             case ["code", section] if isinstance(value, list):
                 return self.listed(section, value)
             case ["code", section]:
                 return self.code(section, value)
-        return Markup("{}").format(value)
+        return Markup("{}").format(", ".join(value) if isinstance(value, list) else value)
 
     def table(
         self,
