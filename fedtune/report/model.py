@@ -77,11 +77,10 @@ class Mechanism:
     """What one run did at one site, and the events from which its epsilon can be computed again."""
 
     run: str
-    sampling_assumed: str
     sampling_run: str
     sampling_rate: float
     noise_multiplier: float  # that each step counts with
-    max_grad_norm: float | None
+    max_grad_norm: float | None  # None: nothing was clipped, or it is not known
     local_steps: int
     rounds: int
     metrics_noise_multiplier: float

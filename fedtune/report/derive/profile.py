@@ -67,7 +67,6 @@ def mechanism_of(plan: Plan, *, run: str, rounds: int, sampling: str) -> Mechani
     """`rounds` charged rounds, retries included, of a plan; `sampling` says how units really joined a step."""
     return Mechanism(
         run=run,
-        sampling_assumed="poisson",
         sampling_run=sampling,
         sampling_rate=plan.sampling_rate,
         noise_multiplier=plan.counted_noise,
@@ -88,7 +87,6 @@ def mechanism_of_lost_run(event: DpEvent, count: int) -> Mechanism:
     scores = noise if gaussian is event else 0.0
     return Mechanism(
         run="",
-        sampling_assumed="poisson",
         sampling_run=NOT_RECORDED,
         sampling_rate=rate,
         noise_multiplier=noise,

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedtune.report.facts import LedgerFacts
+from fedtune.report.facts import NOT_RECORDED, LedgerFacts
 from fedtune.report.page.report_words import Words, count_of_rows, data, in_groups, named_by, pointer
 from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
@@ -87,7 +87,9 @@ class Charts(Words):
         is_there = not isinstance(of, dict) or named_by(row) in of
         found = self.at(pointer, absent=_ABSENT) if is_there else _ABSENT
         if found is _ABSENT or (found is None and kind not in _SAYING_WHY):
-            return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(column.absent or "word.unknown"))
+            return self._grey(column.absent or "word.unknown")
+        if found == NOT_RECORDED:
+            return self._grey("value.not_recorded")
         if column.zero and found == 0:
             return self.text(column.zero)
         if column.kind.endswith("?"):
@@ -95,6 +97,13 @@ class Charts(Words):
         if column.is_figure:
             return self.figure(pointer, kind)
         return Markup('<span data-at="{}">{}</span>').format(pointer, self._as_text(found, kind))
+
+    def shown(self, at: str, kind: str) -> Markup:
+        """The value at a place in the report."""
+        return self.cell("", Column("", at, kind))
+
+    def _grey(self, key: str) -> Markup:
+        return Markup("<span {}>{}</span>").format(_ABSENT_CLASS, self.text(key))
 
     def _as_text(self, value: Any, kind: str) -> Markup:
         if value is None or value in ([], {}):
