@@ -125,10 +125,14 @@ def check_sections(checked: Checked) -> Iterator[Section]:
         title="Declared sizes",
         headings=("site", "declared", "to train on", "declared / true"),
         rows=[
-            (one.site, f"{one.declared:,}", f"{one.true:,}", f"{one.declared / max(1, one.true):.2f}")
-            for one in checked.sizes
+            (site, f"{one['declared']:,}", f"{one['true']:,}", f"{one['declared'] / max(1, one['true']):.2f}")
+            for site, one in checked.sizes.items()
         ],
-        styles={place: "bold yellow" for place, one in enumerate(checked.sizes) if is_far(one.true, one.declared)},
+        styles={
+            place: "bold yellow"
+            for place, one in enumerate(checked.sizes.values())
+            if is_far(one["true"], one["declared"])
+        },
         notes=(
             "Training divides by the declared size. If you declare too many records, each step is too small; if too "
             "few, too large.",

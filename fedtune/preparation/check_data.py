@@ -88,21 +88,13 @@ class FileCheck:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SiteSize:
-    """A site's declared size, and the records (or users) that it would train on."""
-
-    site: str
-    declared: int
-    true: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
     """All that was found: in the files of training, validation and test, and what was not looked at (`skipped`)."""
 
     max_length: int
     files: tuple[FileCheck, ...]
-    sizes: tuple[SiteSize, ...]
+    # by site its "declared" size, and the "true" number of records (or users) that it would train on
+    sizes: Mapping[str, Mapping[str, int]]
     skipped: tuple[str, ...]
 
 
@@ -114,7 +106,7 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     look = _Look(config, tokenizer, within)
     files = tuple(look.file(path, use, site) for path, use, site in _files(config))
     declared = config.declared_sizes().items()
-    sizes = tuple(SiteSize(site=site, declared=size, true=len(look.units[site])) for site, size in declared)
+    sizes = {site: {"declared": size, "true": len(look.units[site])} for site, size in declared}
     skipped = [] if duplicates.has_datasketch() else [f"near-duplicates: datasketch is not installed ({INSTALL})"]
     if look.earlier.is_full:
         most = f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"

@@ -176,19 +176,19 @@ def test_sizes_are_those_that_a_simulation_trains_on(tickets: Tickets) -> None:
     columns = task_named(config.task).columns(config.data, partition=True)
     dealt = deal(config.data, columns, config.federation.names, seed=config.seed)
     some = checked(config)
-    assert [one.true for one in some.sizes] == [len(site.training) for site in dealt.sites]
+    assert [one["true"] for one in some.sizes.values()] == [len(site.training) for site in dealt.sites]
     sites = {"train": sum(len(site.training) for site in dealt.sites)}
     sites |= {"held out": sum(len(site.heldout) for site in dealt.sites), "test": len(dealt.test)}
     assert some.files[0].uses == {**sites, "unused": 200 - sum(sites.values())}
     assert all(some.files[0].uses.values())
-    assert {one.declared for one in some.sizes} == {10}
+    assert {one["declared"] for one in some.sizes.values()} == {10}
 
 
 def test_sizes_count_users_where_they_are_protected(tmp_path: Path) -> None:
     rows = [{"body": f"post {place}", "who": f"u{place % 7}"} for place in range(50)]
     of_users = ("privacy.unit=user", "data.columns={text: body, user: who}", "federation.num_sites=2")
     config = over(tmp_path, rows, "experiment=own_text", "model=random_llama", *of_users)
-    assert sum(one.true for one in checked(config).sizes) == 7
+    assert sum(one["true"] for one in checked(config).sizes.values()) == 7
 
 
 def test_no_text_of_a_record_is_in_what_is_found(tickets: Tickets) -> None:
@@ -202,7 +202,7 @@ def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Ti
     overrides += ("data.partition.sites={north: 0, south: 1}",)
     some = checked(tickets("north,sales", "south,sales", "Xyzzy,sales", overrides=overrides))
     assert [what for _, what, _ in some.files[0].errors] == ["another site"]
-    assert [one.true for one in some.sizes] == [1, 1]
+    assert [one["true"] for one in some.sizes.values()] == [1, 1]
 
 
 def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_a_real_site_s_own_file(tickets: Tickets, tmp_path: Path, site_policy: A
     dataset = Dataset(id="letters", declared_size=500, path="own.csv", columns=columns)
     policy: Policy = replace(site_policy("north"), dataset=(dataset,), population=Population(name="letters"))
     some = checked(at_own_site(config, policy, folder=tmp_path))
-    assert [(one.site, one.declared, one.true) for one in some.sizes] == [("north", 500, 2)]
+    assert some.sizes == {"north": {"declared": 500, "true": 2}}
     assert [file.uses for file in some.files] == [{"train": 2}]
     strange = replace(config, data=replace(config.data, dataset="others"))
     with pytest.raises(
