@@ -171,15 +171,15 @@ class Provenance:
     """What the run was made of; None: not known, but of `start_adapter`: the run began in a new one."""
 
     fedtune_version: str
-    config_sha256: str | None
-    model: str | None
-    model_sha256: str | None
-    model_licence: str | None
-    dataset: str | None
-    task: str | None
+    config_sha256: str | None = None
+    model: str | None = None
+    model_sha256: str | None = None
+    model_licence: str | None = None
+    dataset: str | None = None
+    task: str | None = None
     libraries: Mapping[str, str]
-    python: str | None
-    machine: str | None
+    python: str | None = None
+    machine: str | None = None
     start_adapter: StartAdapter | None = None
     purpose: str | None = None  # of the training, in the words of a person
 

@@ -195,7 +195,6 @@ def facts_of(
         settings={name: ", ".join(said) for name, said in settings.items() if said},
         provenance=Provenance(  # the events do not name the machine that they came about on
             fedtune_version=" / ".join(dict.fromkeys(event.code for event in events)),
-            **dict.fromkeys(("config_sha256", "model", "model_licence", "python", "machine")),
             model_sha256=models.pop() if len(models) == 1 and models != {UNVERIFIED} else None,
             dataset=", ".join(dataset.id for dataset in noted.dataset),
             task=", ".join(dict.fromkeys(proposal.task for proposal in proposals)) or None,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +50,7 @@ def rows(known: Mapping[str, Value]) -> Cells:
 
 def of_report(report: Report) -> Cells:
     """The cells of a report; what its figures say is taken from the report, whose own cells are not looked at."""
-    facts, libraries = report.facts, report.facts.provenance.libraries
+    facts, made = report.facts, report.facts.provenance
     # What follows from the sites' own figures is of the worst site each.
     verdict = worst(site.verdict for site in report.sites)
     promised = verdict.state != "no_guarantee"
@@ -69,7 +68,20 @@ def of_report(report: Report) -> Cells:
     known: dict[str, Value] = {
         **BY_DESIGN,
         **facts.settings,
-        **{fact: attrgetter(place)(report) for fact, place in _DATA["places"].items()},
+        "unit": facts.unit,
+        "date": facts.date,
+        "declared_sizes": sizes,
+        "base_model": made.model,
+        "base_model_licence": made.model_licence,
+        "base_model_sha256": made.model_sha256,
+        "dataset": made.dataset,
+        "task": made.task,
+        "fedtune_version": made.fedtune_version,
+        "hardware": made.machine,
+        "delta": facts.delta,
+        "randomness": report.randomness,
+        "released": report.released,
+        "known_limits": report.not_protected,
         "verdict": verdict.state,
         "epsilon": "unbounded" if epsilon is None else epsilon,
         "expected_failures": max(failures, default=None),
@@ -81,8 +93,8 @@ def of_report(report: Report) -> Cells:
         "secure_aggregation": "yes" if summed else "no",
         "technologies_on": tuple(name for name, on in technologies.items() if on),
         "technologies_off": tuple(name for name, on in technologies.items() if not on),
-        "accountant": f"PLD, RDP: dp-accounting {libraries.get('dp-accounting', '')}".strip(),
-        "libraries": tuple(f"{name} {version}" for name, version in libraries.items()) or None,
+        "accountant": f"PLD, RDP: dp-accounting {made.libraries.get('dp-accounting', '')}".strip(),
+        "libraries": tuple(f"{name} {version}" for name, version in made.libraries.items()) or None,
         "declared_total": total,
         "num_sites": len(sizes),
     }
