@@ -6,11 +6,8 @@ import dataclasses
 import hashlib
 import json
 import stat
-from collections import Counter
-from collections.abc import Sequence
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn
 
 from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.report.facts import LedgerFacts
@@ -19,6 +16,7 @@ from fedtune.spec import ConfigError, RunError, errors_in
 
 PURPOSE = "report"  # purpose of the signature, so that one made for a receipt or a ledger does not pass here
 _MOST_DIGITS = 19
+_MOST_SHOWN = 100  # letters of a line
 MOST_BYTES = 64 << 20  # of a report's file
 
 
@@ -40,25 +38,25 @@ def digest(report: Report) -> str:
 
 
 def read(data: bytes) -> Report:
-    """The report in a `report.json`.
+    """The report in a `report.json`, which must be written as fedtune writes it, but for how its lines end.
 
-    Each number must be spelled as fedtune spells it, and each key may occur once only.  Otherwise a digit beyond a
-    float's precision, or a second value of a key, could be changed without changing the signed bytes.
+    Otherwise a digit beyond a float's precision, or a second value of a key, could be changed without changing the
+    signed bytes.
     """
     try:
-        json.loads(
-            data,
-            parse_float=lambda text: _spelled(text, repr(float(text))),
-            parse_int=_whole_number,
-            parse_constant=partial(_refuse, "must be a finite number, or null where nothing bounds it"),
-            object_pairs_hook=_without_repeats,
-        )
+        json.loads(data, parse_int=_whole_number)
+        report = from_json(data)
+        said, right = data.decode().splitlines(), to_text(report).splitlines()
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
         where = f"text that is no JSON from line {error.lineno} on" if isinstance(error, json.JSONDecodeError) else ""
         raise ConfigError("report", where or "no JSON in UTF-8", "must be a whole report.json") from None
-    return from_json(data)
+    for number, (one, other) in enumerate(zip_longest(said, right, fillvalue=""), start=1):
+        if one != other:
+            bound = f"must be as fedtune writes it: {other.strip()}"
+            raise ConfigError(f"report, line {number}", one.strip()[:_MOST_SHOWN], bound)
+    return report
 
 
 def read_file(path: Path, *, key: str, name: str, bound: str) -> bytes:
@@ -107,21 +105,8 @@ def check(report: Report, *, expected_key: str | None = None) -> str | None:
     return signature.key
 
 
-def _whole_number(text: str) -> str:
+def _whole_number(text: str) -> int:
     # Nothing that is counted needs more than 64 bits, and a sum of what has 4,300 digits cannot be written.
     if len(text) > _MOST_DIGITS:
-        _refuse(f"must be a number of at most {_MOST_DIGITS} digits", f"{text[:_MOST_DIGITS]}...")
-    return _spelled(text, str(int(text)))
-
-
-def _spelled(text: str, right: str) -> str:
-    return text if text == right else _refuse(f"must be a number as fedtune writes it: {right}", text)
-
-
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
-    return _refuse("must not stand twice among the keys of one object", repeated[0]) if repeated else dict(pairs)
-
-
-def _refuse(bound: str, text: str) -> NoReturn:
-    raise ConfigError("report", text, bound)
+        raise ConfigError("report", f"{text[:_MOST_DIGITS]}...", f"must be a number of at most {_MOST_DIGITS} digits")
+    return int(text)

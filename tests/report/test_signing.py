@@ -108,6 +108,17 @@ def test_no_edit_passes_for_another_report(text: str, data: st.DataObject) -> No
     assert replace(read, signature=None) == replace(signing.read(text.encode()), signature=None)
 
 
+def test_a_report_has_one_form(a_report: Make) -> None:
+    text = signing.to_text(a_report())
+    assert signing.read(text.replace("\n", "\r\n").encode()) == a_report()  # as a checkout on Windows has it
+    whole = json.loads(text)
+    for other in (json.dumps(whole), json.dumps(whole, indent=1, sort_keys=True), f"{text} "):
+        with pytest.raises(ConfigError, match="must be as fedtune writes it"):
+            signing.read(other.encode())
+    with pytest.raises(ConfigError, match=r"line \d+.*1\.0e-05.*as fedtune writes it: \"delta\": 1e-05"):
+        signing.read(text.replace('"delta": 1e-05', '"delta": 1.0e-05', 1).encode())
+
+
 def test_what_is_no_report_is_refused(a_report: Make) -> None:
     text = signing.to_text(a_report())
     for before, after in (
