@@ -11,6 +11,7 @@ from dataclasses import field
 from itertools import pairwise
 from typing import Literal
 
+from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
 from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
@@ -23,7 +24,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import Reference
 from fedtune.show.budget_text import Arrivals
-from fedtune.spec import ConfigError, check_at_least, spec
+from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 from fedtune.tasks.measures import Detail
 
 Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] | None
@@ -31,6 +32,7 @@ Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] |
 State = Literal["within", "exceeded", "no_guarantee"]
 Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
 NOT_RECORDED = "not_recorded"  # for a fact that was not recorded at the time
+_MOST_CANARIES = 10**6  # at one place
 
 
 @spec
@@ -211,6 +213,12 @@ class AuditBound:
     guesses: int
     right: int
 
+    def __post_init__(self) -> None:
+        check_at_least("claimed_epsilon", self.claimed_epsilon, 0)
+        if not 0 <= self.right <= self.guesses <= self.canaries <= _MOST_CANARIES:
+            said = f"{self.right} of {self.guesses} of {self.canaries}"
+            raise ConfigError("right", said, "must be no more than guessed, and guesses no more than canaries")
+
 
 @spec
 class AuditHitRate:
@@ -251,6 +259,10 @@ class Audit:
     exceeded: bool  # a lower bound is above its claim, so that the implementation or the claim is wrong
     bounds: tuple[AuditBound, ...]
     membership: tuple[AuditMembership, ...]
+
+    def __post_init__(self) -> None:
+        check_at_least("confidence", self.confidence, LEAST_CONFIDENCE)
+        check_fraction("confidence", self.confidence)
 
 
 @spec

@@ -112,9 +112,9 @@ def test_a_report_has_one_form(a_report: Make) -> None:
     text = signing.to_text(a_report())
     assert signing.read(text.replace("\n", "\r\n").encode()) == a_report()  # as a checkout on Windows has it
     whole = json.loads(text)
-    for other in (json.dumps(whole), json.dumps(whole, indent=1, sort_keys=True), f"{text} "):
+    for edited in (json.dumps(whole), json.dumps(whole, indent=1, sort_keys=True), f"{text} "):
         with pytest.raises(ConfigError, match="must be as fedtune writes it"):
-            signing.read(other.encode())
+            signing.read(edited.encode())
     with pytest.raises(ConfigError, match=r"line \d+.*1\.0e-05.*as fedtune writes it: \"delta\": 1e-05"):
         signing.read(text.replace('"delta": 1e-05', '"delta": 1.0e-05', 1).encode())
 
