@@ -3,7 +3,6 @@
 import os
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,19 +48,21 @@ def test_how_much_disk_is_enough(tmp_path: Path) -> None:
     assert set(asked) == {tmp_path}, "the disk of a folder that is yet to be made is its parent's"
 
 
-def test_where_the_ledger_and_its_anchor_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "share" / "north").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "share" / "north")
-    mounts = {"/": "ext4", "/proc": "proc", str(tmp_path / "share"): "cifs"}
-    found = [SimpleNamespace(mountpoint=point, fstype=kind) for point, kind in mounts.items()]
-    monkeypatch.setattr(machine.psutil, "disk_partitions", lambda *, all: found)
-    for place in ("share/north/ledger.db", "link/ledger.db", "share/not/yet/ledger.db"):
-        check = machine.ledger_place(tmp_path / place)
+def test_where_the_ledger_and_its_anchor_lie(tmp_path: Path) -> None:
+    share, mounts = tmp_path / "a share", tmp_path / "mounts"
+    (share / "north").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(share / "north")
+    escaped = str(share).replace(" ", r"\040")
+    rows = ("rootfs / ramfs rw", "/dev/vda / ext4 rw", f"old {escaped} xfs rw", f"//it/share {escaped} cifs rw 0 0")
+    mounts.write_text("".join(f"{row}\n" for row in rows))
+    for place in ("a share/north/ledger.db", "link/ledger.db", "a share/not/yet/ledger.db"):
+        check = machine.ledger_place(tmp_path / place, mounts=mounts)
         assert check.status is Status.WARNING
         assert check.found.startswith("cifs, over a network")
-    for place in ("ledger.db", "share2/ledger.db"):
-        check = machine.ledger_place(tmp_path / place)
+    for place in ("ledger.db", "a share2/ledger.db"):
+        check = machine.ledger_place(tmp_path / place, mounts=mounts)
         assert (check.status, check.found) == (Status.OK, "ext4, on this machine")
+    assert machine.ledger_place(tmp_path, mounts=tmp_path / "none").found.startswith("an unknown one")
     ledger = tmp_path / "ledger.db"
     assert "names no anchor" in machine.anchor_place(ledger, None).found
     here = machine.anchor_place(ledger, tmp_path / "other" / "anchor.json")
@@ -70,14 +71,15 @@ def test_where_the_ledger_and_its_anchor_lie(tmp_path: Path, monkeypatch: pytest
     assert machine.anchor_place(ledger, Path("/proc/anchor.json")).status is Status.OK
 
 
-def test_how_much_memory_a_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: SimpleNamespace(total=8 * GIB, available=4 * GIB))
+def test_how_much_memory_a_model_needs(tmp_path: Path) -> None:
+    figures = tmp_path / "meminfo"
+    figures.write_text("MemTotal:        8388608 kB\nMemFree:          102400 kB\nMemAvailable:    4194304 kB\n")
 
     def lines() -> dict[object, Check]:
         sizes = {None: None, "1 GiB": GIB, "1.01 GiB": int(1.01 * GIB)}
         in_four_bits = {"3 GiB in four bits": 3 * GIB, "3.01 GiB in four bits": int(3.01 * GIB)}  # its files once
         return {
-            name: machine.memory(size, in_four_bits=name in in_four_bits, cgroup=tmp_path)
+            name: machine.memory(size, in_four_bits=name in in_four_bits, machine=figures, cgroup=tmp_path)
             for name, size in (sizes | in_four_bits).items()
         }
 
@@ -86,7 +88,8 @@ def test_how_much_memory_a_model_needs(tmp_path: Path, monkeypatch: pytest.Monke
     check_lines("memory for a model of such a size", lines())
     (tmp_path / "memory.max").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.current").write_text(f"{GIB}\n")
-    assert machine.memory(None, cgroup=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
+    assert machine.memory(None, machine=figures, cgroup=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
+    assert machine.memory(GIB, machine=tmp_path / "none").status is Status.SKIPPED
 
 
 def test_whether_the_gpu_can_be_used(tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-
-import psutil
 
 from fedtune.ops.doctor.check import Check, failed, ok, skipped, warning
 from fedtune.ops.files import name_of, own_group
@@ -63,12 +62,18 @@ def disks(
             yield ok(name, found)
 
 
-def ledger_place(ledger: Path) -> Check:
-    """Check that the ledger lies on a disk of this machine: over a network, locks and syncs are a server's promises."""
-    name, place = "file system", os.path.realpath(existing(ledger))
-    mounts = [mount for mount in psutil.disk_partitions(all=True) if Path(place).is_relative_to(mount.mountpoint)]
-    # The deepest holds it, and of mounts at the same place the last one is seen.
-    kind = sorted(mounts, key=lambda mount: len(mount.mountpoint))[-1].fstype if mounts else "an unknown one"
+def ledger_place(ledger: Path, *, mounts: Path = Path("/proc/self/mounts")) -> Check:
+    """Check that the ledger lies on a disk of this machine: over a network, locks and syncs are a server's promises.
+
+    `mounts` is the kernel's table of mounted file systems: device, folder and kind in each line.
+    """
+    name, place, kind, deepest = "file system", Path(os.path.realpath(existing(ledger))), "an unknown one", 0
+    for line in _text(mounts).splitlines():
+        _, folder, found, *_ = line.split()
+        folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), folder)  # blanks are written as \040
+        # The deepest folder holds the ledger; the last of several mounts at one folder hides the others.
+        if place.is_relative_to(folder) and len(folder) >= deepest:
+            kind, deepest = found, len(folder)
     if kind in NETWORK_FILES:
         found = f"{kind}, over a network: SQLite's locks and syncs are not to be relied on there"
         return warning(name, found, fix="Move the ledger to a disk of this machine, and stop the site while you do.")
@@ -87,16 +92,25 @@ def anchor_place(ledger: Path, anchor: Path | None) -> Check:
     return ok(name, "on another disk than the ledger")
 
 
-def memory(model_bytes: int | None, *, in_four_bits: bool = False, cgroup: Path = Path("/sys/fs/cgroup")) -> Check:
+def memory(
+    model_bytes: int | None,
+    *,
+    in_four_bits: bool = False,
+    machine: Path = Path("/proc/meminfo"),
+    cgroup: Path = Path("/sys/fs/cgroup"),
+) -> Check:
     """Memory beside a rough need: three times the largest model's files (weights, activations, gradients), and 1 GiB.
 
     Args:
         model_bytes: size of the largest installed base model's weights; None: none is installed.
         in_four_bits: a run keeps no other base than that, of which the files are in memory once, while it is loaded.
+        machine: the kernel's figures of this machine's memory, each a name and a number of KiB.
         cgroup: that of the container, where this runs in one that is limited.
     """
-    name, machine = "memory", psutil.virtual_memory()
-    total, available = machine.total, machine.available
+    name, figures = "memory", dict(re.findall(r"^(\w+): +(\d+) kB$", _text(machine), re.MULTILINE))
+    if not {"MemTotal", "MemAvailable"} <= set(figures):
+        return skipped(name, f"{machine} does not say how much this machine has")
+    total, available = (1024 * int(figures[one]) for one in ("MemTotal", "MemAvailable"))
     if (limit := _number(cgroup / "memory.max")) is not None and limit < total:
         total, available = limit, min(available, limit - (_number(cgroup / "memory.current") or 0))
     found = f"{available / _GIB:.1f} GiB of {total / _GIB:.1f} GiB available"
@@ -109,12 +123,18 @@ def memory(model_bytes: int | None, *, in_four_bits: bool = False, cgroup: Path 
     return ok(name, found)
 
 
-def _number(file: Path) -> int | None:
-    """The number in a file; None where there is no such file, or a word in it."""
+def _text(file: Path) -> str:
+    """Return a file's text, or an empty text if the file cannot be read."""
     try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
+        return file.read_text("utf-8", "surrogateescape")
+    except OSError:
+        return ""
+
+
+def _number(file: Path) -> int | None:
+    """Return the number in a file, or None if the file is missing or contains a word."""
+    text = _text(file).strip()
+    return int(text) if text.isdecimal() else None
 
 
 def gpu(device: str, *, ask: Callable[[], str], driver: Path = Path("/proc/driver/nvidia/version")) -> Check:
