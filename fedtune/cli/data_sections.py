@@ -13,11 +13,12 @@ import numpy as np
 
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import is_far
+from fedtune.extras import install_command, is_installed
 from fedtune.preparation import starter
-from fedtune.preparation.check_data import INSTALL, Checked, FileCheck, Finding, Kind, Lengths
+from fedtune.preparation.check_data import Checked, FileCheck, Finding, Kind, Lengths
 from fedtune.preparation.clean import RULES, UNREADABLE, Cleaned
 from fedtune.preparation.detect import KINDS, Found
-from fedtune.preparation.duplicates import Near, has_datasketch
+from fedtune.preparation.duplicates import Near
 from fedtune.show.terminal_tables import Section, pairs
 from fedtune.spec import shown
 from fedtune.words import counted
@@ -274,8 +275,9 @@ def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[s
     details = [(kind, f"{count:,}", *places) for count, kind, *places in again[:10]]
     kinds = ("kind", "own records with it", "synthetic", "first own one")
     yield Section(title="Likely personal details", headings=kinds, rows=details, words={0, 2, 3})
-    missing = [f"Texts almost the same were not looked for: datasketch is not installed ({INSTALL})."]
-    yield Section(title="To know", notes=[*ABOUT_COPIES, *([] if has_datasketch() else missing)])
+    how = install_command("data")
+    missing = [f"Texts almost the same were not looked for: datasketch is not installed ({how})."]
+    yield Section(title="To know", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])
 
 
 def _of_another(one: Near) -> Iterator[str]:

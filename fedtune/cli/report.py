@@ -69,7 +69,7 @@ def build(
         Path | None, Option(metavar="DIR", help="where to write (default: the run folder, or <ledger>.report)")
     ] = None,
     language: Annotated[Language | None, Option("of the page (default: the run's setting, else en)")] = None,
-    pdf: Annotated[bool, Option("report.pdf too; needs pip install fedtune[pdf]")] = False,
+    pdf: Annotated[bool, Option("report.pdf too; needs the extra pdf")] = False,
     label: Annotated[bool, Option("label.svg too, to show around")] = False,
     registry: Annotated[bool, Option("registry.json too: an entry for a public registry of such runs")] = False,
     sign: Annotated[

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import io
 import json
 import stat
@@ -30,7 +29,8 @@ from fedtune.data.text_rows import (
     parsed,
     table_rows,
 )
-from fedtune.spec import DataError, check_name
+from fedtune.extras import require_extra
+from fedtune.spec import NOT_GIVEN, DataError, check_name
 from fedtune.words import counted
 
 SUFFIXES = "must end in .jsonl, .json, .csv, .tsv, .conll, .pubtator or .bioc, plain or with .gz behind, or in .parquet"
@@ -64,9 +64,11 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
     Raises:
         DataError: for what is a fault of the file and of no row: it cannot be opened, is no whole gzip, Parquet or
             Arrow file, holds no (whole) JSON array where it should, or its header cannot be read or lacks a column.
+        ConfigError: the package that reads the format is not installed.
     """
     if format_of(path) != _BRAT:
         require_file(path)
+    require_reader(path)
     match format_of(path):
         case ".jsonl":
             return line_rows(path)
@@ -102,6 +104,12 @@ def format_of(path: Path) -> str:
     if path.is_dir():  # by what is no record: that there are none yet, or no more, changes nothing
         return "folder" if any(next(path.glob(name), None) for name in _OF_A_SET) else _BRAT
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
+
+
+def require_reader(path: Path) -> None:
+    """Require the extra that reads a Parquet file or a saved set; files of other formats need none."""
+    if format_of(path) in (".parquet", "folder"):
+        require_extra(str(path), NOT_GIVEN, "data", "pyarrow")
 
 
 # What there is under a name.
@@ -269,9 +277,6 @@ def _replaced(kind: Any, others: Mapping[Any, Any], *, decode: bool = False) -> 
 
 
 def _arrow_rows(path: Path, batches: Iterator[Any]) -> RawRows:
-    if importlib.util.find_spec("pyarrow") is None:
-        bound = "needs a library that reads Parquet and Arrow: pip install 'fedtune[data]'"
-        raise DataError(str(path), "cannot be read", bound)
     number, names = 0, None
     for batch in batches:
         names = _label_names(batch.schema) if names is None else names

@@ -7,7 +7,6 @@ format, its number of pixels and its form are bounded, by what its header says, 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.text_rows import MOST_BYTES, json_type
-from fedtune.spec import ConfigError, DataError
+from fedtune.extras import require_extra
+from fedtune.spec import DataError
 
 FORMATS, SUFFIXES = ("JPEG", "PNG", "WEBP"), (".jpg", ".jpeg", ".png", ".webp")
 MOST_PIXELS = 50_000_000  # of an image: more than a camera's, and up to 1 GB while it is decoded
@@ -117,5 +117,4 @@ def noise(draw: Callable[[int], int]) -> str:
 
 def require_pillow() -> None:
     """Raise ConfigError where Pillow is not installed, so that no image can be decoded."""
-    if importlib.util.find_spec("PIL") is None:
-        raise ConfigError("data.input", "image", "needs Pillow: pip install 'fedtune[images]'")
+    require_extra("data.input", "image", "images", "PIL")

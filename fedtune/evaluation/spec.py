@@ -24,7 +24,8 @@ class EvaluationSpec:
     Attributes:
         max_tokens: the most padded tokens in a forward pass (rows times longest row); a longer
             example still runs, alone.  Without writing texts, a CPU takes 2048 at most.
-        generate: true lets a model whose task writes text also write texts, which BLEU and ROUGE-L score.
+        generate: true lets a model whose task writes text also write texts, which BLEU and ROUGE-L score (the extra
+            `text`).
         max_new_tokens: the longest text to write, in tokens.
         generation_rows: write texts for the first distinct prompts only, this many, each with all of its
             references; null: for every prompt.

@@ -31,6 +31,7 @@ from fedtune.data.features import FeatureSpec, vector_of
 from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
 from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantise, write_graph
+from fedtune.extras import require_extra
 from fedtune.federation.run_folder import CARD, LABEL
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
@@ -47,6 +48,7 @@ from fedtune.tasks.saved import SavedAdapter, load_task_model, write_task_model
 from fedtune.tasks.task_model import TaskModel
 
 _ROWS = 64  # of made-up features
+_ONNX = ("onnxscript", "onnxruntime")  # what writes a graph, and what runs it
 _MOST_APART = 1e-3
 """The largest difference of logits, as a share of the largest logit: kernels round otherwise, nothing else may."""
 
@@ -259,7 +261,8 @@ def _plain(source: Source, folder: Path) -> PreTrainedModel:
 
 
 def _write_sentence_transformers(source: Source, reference: Reference, folder: Path) -> None:
-    library = _needed("sentence_transformers", format="sentence-transformers")
+    require_extra("--format", "sentence-transformers", "export", "sentence_transformers")
+    library = importlib.import_module("sentence_transformers")
     modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
     with TemporaryDirectory() as scratch:
         _plain(source, Path(scratch))
@@ -282,7 +285,7 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
 
 
 def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
-    _needed("onnxscript", "onnxruntime", format="onnx")  # what writes a graph, and what runs it
+    require_extra("--format", "onnx", "export", *_ONNX)
     with TemporaryDirectory() as scratch:
         plain = source.scores(_plain(source, Path(scratch))).eval()
         source.base.config.save_pretrained(folder)
@@ -348,7 +351,7 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
         RunError: what was written computes something else than the run's model.
     """
     if format == "onnx":
-        _needed("onnxscript", "onnxruntime", format="onnx")  # what writes a graph, and what runs it
+        require_extra("--format", "onnx", "export", *_ONNX)
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]
@@ -369,17 +372,6 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
             theirs = RawScores(load_task_model(folder, private=True), features)(raw)
     Reference(vectors, batch.attention_mask, ours).require(theirs, form=format)
     (folder / "features.json").write_text(json.dumps([asdict(one) for one in features], indent=1) + "\n", "utf-8")
-
-
-def _needed(*libraries: str, format: str) -> Any:
-    """The last of the libraries that a format needs."""
-    for library in libraries:
-        try:
-            found = importlib.import_module(library)
-        except ImportError:
-            package = library.replace("_", "-")
-            raise ConfigError("--format", format, f"needs {package}: pip install 'fedtune[export]'") from None
-    return found
 
 
 def _write_whole(source: Source, reference: Reference, folder: Path) -> None:

@@ -13,9 +13,9 @@ import logging
 import re
 import time
 from contextlib import suppress
-from importlib.util import find_spec
 from typing import Any
 
+from fedtune.extras import require_extra
 from fedtune.spec import ConfigError, spec
 
 
@@ -45,8 +45,7 @@ class CostSpec:
         """
         if not self.energy:
             return
-        if find_spec("codecarbon") is None:
-            raise ConfigError("cost.energy", True, "needs the extra: pip install 'fedtune[cost]'")
+        require_extra("cost.energy", True, "cost", "codecarbon")
         if self.country is not None:
             from codecarbon.input import DataSource
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -42,8 +41,6 @@ def on_ray(
     config that `client_app` gets says by its `sites_per_gpu` how many share a GPU's memory; `sites` is the folder of
     the sites' ledgers, which every node must see.  A ConfigError says what the cluster lacks.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError("runtime", "ray", "needs the extra: pip install 'fedtune[ray]'")
     from flwr.simulation import run_simulation
 
     app, num_sites = ServerApp(), len(config.federation.active)

@@ -157,6 +157,7 @@ def model_sha256(spec: ModelSpec) -> str:
 @contextmanager
 def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
     """The folder to load from: the files of the manifest, whose hash is `spec.sha256`, and no others."""
+    spec.check_can_be_read()
     reads_weights = with_weights or bool(spec.gguf_file)
     with staged(model_folder(spec), gguf_file=spec.gguf_file, with_weights=reads_weights) as (own, manifest):
         _require_pinned(spec, manifest.sha256)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from fedtune.extras import require_extra
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_one_of, check_positive, spec
 
 _CPU, _GPUS = Path("/proc/cpuinfo"), (Path("/dev/nvidiactl"), Path("/dev/kfd"))
@@ -53,7 +54,7 @@ class ModelSpec:
             installed Python package, `random:bert` / `random:llama` for a tiny untrained model, or `none`: the head is
             all of the model (data.input=features).
         sha256: the hash that the model must have, as `fedtune model-hash` prints it; null accepts any model.
-        gguf_file: a GGUF file inside `path`; it is expanded to fp32 once and cached.
+        gguf_file: a GGUF file inside `path` (the extra `gguf`); it is expanded to fp32 once and cached.
         revision: the branch, tag or commit at the hub.
         dtype: the number format of the frozen base: "float32"; "bfloat16"; "mixed", which multiplies in bfloat16
             inside its layers and leaves all else in float32; "nf4", bfloat16 with the weights of its layers kept in
@@ -97,6 +98,11 @@ class ModelSpec:
             raise ConfigError("public_id", self.public_id, "must look like owner/name, an id at the Hugging Face hub")
         if self.dtype == "nf4" and self.gguf_file is not None:
             raise ConfigError("dtype", self.dtype, "cannot be had of a GGUF file, whose weights are rounded already")
+
+    def check_can_be_read(self) -> None:
+        """Require the extra that reads a GGUF file; other models need none."""
+        if self.gguf_file is not None:
+            require_extra("model.gguf_file", self.gguf_file, "gguf")
 
     @property
     def built_in(self) -> bool:

@@ -19,6 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedtune.extras import require_extra
 from fedtune.ops.health import Health, serve_locally
 from fedtune.ops.kits.certificates import Certificate, read_certificate
 from fedtune.ops.kits.kit_file import Kit, file_mark
@@ -91,10 +92,9 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
     """
     if address is None:
         return nullcontext("")
-    try:
-        from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-    except ImportError:
-        raise ConfigError(_KEY, address, "needs the extra: pip install 'fedtune[metrics]'") from None
+    require_extra(_KEY, address, "metrics", "prometheus_client")
+    from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
     collector = _Collector(values)
 
     async def respond(path: str) -> tuple[int, str, bytes]:

@@ -27,6 +27,7 @@ from fedtune.data.records import Record, chunks, judged, resolve_file
 from fedtune.data.spec import SITE, DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, TextDataset, Tokenizer
 from fedtune.data.values import split_labels
+from fedtune.extras import install_command, is_installed
 from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness, Twin, spelling
 from fedtune.preparation.patterns import damage, identifiers, odd_texts
@@ -38,7 +39,6 @@ SHOWN = 20  # errors that are kept of a file, and lines of a finding
 _MOST_TOKENS = 8_192  # up to which lengths are told apart
 _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
-INSTALL = "pip install 'fedtune[data]'"
 Kind = Literal[
     "cut", "lost", "unlearnt", "scheme", "hidden", "overlap", "near_overlap", "contradiction", "same", "alike",
     "shared", "declared", "personal", "damage",
@@ -107,7 +107,8 @@ def check(config: RunConfig, tokenizer: Tokenizer, *, within: int) -> Checked:
     files = tuple(look.file(path, use, site) for path, use, site in _files(config))
     declared = config.declared_sizes().items()
     sizes = {site: {"declared": size, "true": len(look.units[site])} for site, size in declared}
-    skipped = [] if duplicates.has_datasketch() else [f"near-duplicates: datasketch is not installed ({INSTALL})"]
+    missing = f"near-duplicates: datasketch is not installed ({install_command('data')})"
+    skipped = [] if is_installed("datasketch") else [missing]
     if look.earlier.is_full:
         most = f"{duplicates.MOST_ALIKE:,} or {duplicates.MOST_LETTERS:,} letters"
         skipped.append(f"duplicates beyond {duplicates.MOST_SAME:,} different records, near-duplicates beyond {most}")
@@ -141,7 +142,7 @@ class _Look:
         self.task.check_tokenizer(tokenizer, data=config.data)
         self._tokenizer, self._within = tokenizer, within
         self._fault, self._key = self.task.fault(config.data), split_key(config.seed)
-        self.earlier = Earlier(alike=duplicates.has_datasketch())
+        self.earlier = Earlier(alike=is_installed("datasketch"))
         self.units: defaultdict[str, set[object]] = defaultdict(set)  # that each site would train on: users, or numbers
 
     def file(self, path: Path, use: str, site: str) -> FileCheck:

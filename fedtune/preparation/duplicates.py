@@ -7,7 +7,6 @@ one record more would change what becomes of another.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 import unicodedata
 import zlib
@@ -18,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from fedtune.data.records import Record
 from fedtune.data.text_rows import at_line
 from fedtune.data.values import one_form
+from fedtune.extras import is_installed
 from fedtune.preparation.patterns import identifiers
 
 SAME = 0.8  # texts are alike that share so much of their runs of five letters (Jaccard)
@@ -97,11 +97,6 @@ def spelling(label: str) -> str:
     return "".join(re.sub(r"^([+-]?\d+)\.0+$", r"\1", text).split())
 
 
-def has_datasketch() -> bool:
-    """The library that finds near-duplicates is there."""
-    return importlib.util.find_spec("datasketch") is not None
-
-
 # Synthetic records beside a site's own, for the site alone.
 
 
@@ -169,7 +164,7 @@ def longest_runs(texts: Iterable[Words], others: Iterable[tuple[str, Words]]) ->
 def compare(records: Sequence[Record], others: Iterable[Record]) -> list[Near]:
     """Records beside others, which are read one after another and not kept; the longest runs come first."""
     texts, having = list(map(words_said, records)), {detail: list[str]() for one in records for detail in _details(one)}
-    earlier, twins = Earlier(alike=has_datasketch()), dict[str, tuple[str, str]]()
+    earlier, twins = Earlier(alike=is_installed("datasketch")), dict[str, tuple[str, str]]()
     for number, one in enumerate(records):
         earlier.twins(one, str(number))  # with a use of its own each is kept
 

@@ -109,7 +109,6 @@ class FederationRun:
             ConfigError: data, model or checkpoint don't fit the configuration; raised before any training.
             RunError: too few sites replied.
         """
-        self.config.cost.check_can_measure()
         with Meter(self.config.cost) as meter:
             return self._run(listener, meter)
 

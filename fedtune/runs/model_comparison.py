@@ -19,6 +19,7 @@ from fedtune.evaluation.generation import text_scores
 from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
+from fedtune.runs.needed_packages import require_to_score
 from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
@@ -125,6 +126,7 @@ def side_by_side(
     first, _ = next(iter(runs.values()))
     for name, (config, _) in runs.items():
         _require_comparable(name, config, first)
+        require_to_score(config)
     found: dict[str, Measured] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []

@@ -23,6 +23,7 @@ from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
 from fedtune.model.fits import usable_positions
 from fedtune.privacy.mechanism import Unit
+from fedtune.runs.needed_packages import require_to_score
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured, ready
 from fedtune.spec import ConfigError, DataError
@@ -173,6 +174,7 @@ def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
     Raises:
         ConfigError: the adapter or the file cannot be used.
     """
+    require_to_score(config)
     own, unit = LeadRecords.with_users(config, file)  # before the model, whose loading takes longer
     saved = SavedModel(config, {"tuned": adapter})
     data = LeadData.of(own, config, saved.tokenizer)

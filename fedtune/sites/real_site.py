@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtune.config import RunConfig, config_yaml
-from fedtune.data.formats import version_of
+from fedtune.data.formats import require_reader, version_of
 from fedtune.data.load import SiteRecords, own_records
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.secure.at_site import Parties
@@ -144,7 +144,9 @@ class RealSite(WorkingSite):
     def prepare(self, proposal: Proposal) -> Prepared:
         """Check the settings, and load and try the model where the process has not got it yet."""
         config = self._checked(proposal)
-        Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
+        file = Path(config.data.train_file)
+        file.stat()  # a file that is missing tells of no record, and need not cost a round; no more does its reader
+        require_reader(file)
         self._shared = self._process.shared_model(config, self._files.policy)
         return Prepared(
             proposal=proposal,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedtune.api.compose import Searched, compose_run, split_searched
 from fedtune.config import RunConfig, saved_config
 from fedtune.evaluation.bootstrap import direction
+from fedtune.extras import require_extra
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy import accountant
 from fedtune.privacy.accountant import epsilon_text
@@ -348,10 +349,8 @@ def _distribution(one: Searched) -> BaseDistribution:
 
 
 def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        bound = "needs Optuna: pip install 'fedtune[search]'; a grid does without"
-        raise ConfigError("--method", "random or tpe", bound) from None
+    require_extra("--method", "random or tpe", "search", "optuna", or_else="; a grid does without")
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
@@ -77,7 +78,8 @@ def test_what_is_printed_of_a_file(here: Path, narrow: None) -> None:
 
 
 def test_what_is_printed_of_records(made: Path, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedtune.preparation.duplicates.has_datasketch", lambda: False)
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    monkeypatch.setattr("fedtune.preparation.check_data.install_command", lambda extra: f"COMMAND FOR {extra}")
     before = files_in(made)
     shown, told = (command("data", "check", "tickets.yaml", *more).out for more in ((), ("--json",)))
     (file,) = json.loads(told)["checked"]["files"]

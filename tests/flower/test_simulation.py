@@ -94,7 +94,6 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
     ray = Ray()
     for name, part in ray.parts.items():
         monkeypatch.setitem(sys.modules, name, part)
-    monkeypatch.setattr(ray_engine.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(ray_engine.socket, "create_connection", lambda *_, **__: socket.socket())
     monkeypatch.setattr(ray_engine, "_FREE_WITHIN_S", 0.0)
     return ray
@@ -125,7 +124,7 @@ def on_ray(config: RunConfig, sites: Path, run: Any = lambda grid: STATE, of_sit
 
 
 def test_it_starts_a_node_for_each_participant_with_the_threads_of_the_run(
-    composed: Any, started: dict[str, Any], ray: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    composed: Any, started: dict[str, Any], ray: Ray, tmp_path: Path
 ) -> None:
     assert on_ray(composed(), tmp_path) is STATE
     assert started["num_supernodes"] == 2
@@ -134,9 +133,6 @@ def test_it_starts_a_node_for_each_participant_with_the_threads_of_the_run(
     assert joined.kwargs["address"] == "local"
     assert joined.kwargs["num_cpus"] >= 2
     ray.shutdown.assert_called_once()
-    monkeypatch.setattr(ray_engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the extra: pip install 'fedtune\[ray\]'"):
-        on_ray(composed(), tmp_path)
 
 
 @pytest.mark.parametrize("error", [RunError("too few"), ConfigError("a", 1, "b"), KeyboardInterrupt()])

@@ -104,8 +104,8 @@ def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
     assert re.search(r"^ARG FEDTUNE_UID=[1-9]\d{3,}$", final, re.M)
     assert "HEALTHCHECK" in final
     assert "fedtune.ops.health" in final
-    # `--metrics` needs the extra, and nobody can install it into the container.
-    assert "--constraint constraints.txt '.[metrics]'" in text
+    # Sites read GGUF models, leads score texts, all have metrics: nobody can install an extra into the container.
+    assert "--constraint constraints.txt '.[gguf,metrics,text]'" in text
     # torch in exactly the version that the tests ran with, from constraints.txt, as the Makefile reads it
     assert "s/^torch==//p" in text
     # The build sees only what the image is made of.

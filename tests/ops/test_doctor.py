@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,15 +21,16 @@ from safetensors.torch import save_file
 
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
+from fedtune.extras import install_command
 from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
 from fedtune.ops.doctor.check import Check, PrivateLog, Status, exit_code_of
 from fedtune.ops.doctor.examination import Examination
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.kit_file import Kit, model_place
 from fedtune.ops.kits.members import REQUEST, site_init
-from fedtune.ops.kits.models import install_model, model_place
+from fedtune.ops.kits.models import install_model
 from fedtune.ops.wire import bounded_http
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.keys import SigningKey
@@ -371,6 +374,26 @@ def test_a_file_without_a_header_is_quoted_in_the_site_s_own_log_alone(home: Hom
     log = home.kit / "state" / "doctor.log"
     assert log.stat().st_mode & 0o777 == 0o600
     assert CANARY in log.read_text(), "whoever may read the records can see what is wrong"
+
+
+def test_files_that_need_a_missing_package_are_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF model and a Parquet file, each in its own line with the command to install what reads it."""
+    place = model_place(home.kit, digest := hashlib.sha256(b"GGUF").hexdigest())
+    place.mkdir(parents=True)
+    (place / "tiny.gguf").write_bytes(b"GGUF")
+    (home.folder / "records.parquet").touch()
+    home.change(allow={"base_models": (digest,)})
+    home.change_data(path="records.parquet")
+    for module in ("gguf", "pyarrow"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = failures(checks := home.examined())
+    for name, extra, said in (
+        (f"base model {digest[:12]}", "gguf", f"base model = {digest}: needs gguf"),
+        ("data", "data", f"{home.folder / 'records.parquet'} needs pyarrow"),
+    ):
+        assert found[name] == said
+        assert checks[name].fix == f"Run `{install_command(extra)}`."
+    assert code(checks) == 2
 
 
 def test_by_user_the_declared_size_is_a_number_of_users(home: Home) -> None:

@@ -1,6 +1,7 @@
 """What is found in the files of an experiment, and that none of it is a record's text."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import deal
+from fedtune.extras import install_command
 from fedtune.model.base_model import load_tokenizer
-from fedtune.preparation import check_data, duplicates
+from fedtune.preparation import check_data
 from fedtune.preparation.check_data import Checked, check
 from fedtune.privacy.site_policy import Dataset, Policy, Population
 from fedtune.sites.shared_settings import at_own_site
@@ -206,11 +208,11 @@ def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Ti
 
 
 def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "has_datasketch", lambda: False)
+    monkeypatch.setitem(sys.modules, "datasketch", None)
     some = checked(tickets("same,sales", "same,sales"))
     (skipped,) = some.skipped
     assert skipped.startswith("near-duplicates: ")
-    assert check_data.INSTALL in skipped
+    assert install_command("data") in skipped
     assert summary(some) == ["same 3=2"]
 
 

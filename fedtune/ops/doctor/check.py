@@ -67,7 +67,7 @@ def from_error(name: str, error: FedtuneError, *, fix: str) -> Check:
         bound, remedy = error.bound, ""
     value = error.value if isinstance(error.value, str) else shown(error.value)
     given = "" if error.value is NOT_GIVEN else f" = {value}:"
-    if remedy.startswith("chmod "):
+    if remedy.startswith(("chmod ", "pip ")):
         remedy = f"run `{remedy}`"
     said = f"{remedy[0].upper()}{remedy[1:]}." if remedy else fix
     return failed(name, f"{error.key}{given} {bound}", fix=said)

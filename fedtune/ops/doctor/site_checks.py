@@ -19,13 +19,12 @@ from fedtune.federation import verdict
 from fedtune.federation.verdict import Verdict
 from fedtune.ops.doctor.check import REFUSED, Check, PrivateLog, failed, from_error, ok, warning
 from fedtune.ops.kits.certificates import SOON_DAYS, check_private
-from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.kit_file import Kit, model_place, require_model_reader
 from fedtune.ops.kits.models import (
     install_model,
     installed_model,
     is_made_here,
     licence_files,
-    model_place,
     verify_model,
 )
 from fedtune.privacy import accountant, events
@@ -119,6 +118,10 @@ def _installed(kit: Kit, sha256: str, *, name: str, licence: str) -> Check:
         why = "its files cannot be read" if isinstance(error, OSError) else error.bound
         fix = "Import it again with `fedtune site doctor ... --import-model PATH`, and find out what changed it."
         return failed(name, f"in {place}: {why}", fix=fix)
+    try:
+        require_model_reader(kit.folder, sha256)
+    except ConfigError as error:
+        return from_error(name, error, fix="Install what is named here, into the environment of the site's process.")
     papers = ", ".join(licence_files(kit.folder, sha256)) or "no licence file came with it"
     if not licence:
         fix = "Take it out of allow.base_models, or ask the lead to put it into the federation."

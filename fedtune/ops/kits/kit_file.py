@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from fedtune.codec import decode, parse_json, read_toml, to_toml
+from fedtune.extras import require_extra
 from fedtune.ops.kits.certificates import (
     Certificate,
     check_in_force,
@@ -270,6 +271,17 @@ class Kit(KitFile):
         check_in_force(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_in_force(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
         return found
+
+
+def model_place(kit_folder: Path, sha256: str) -> Path:
+    """Return the folder of an installed base model, which may be missing."""
+    return kit_folder / "models" / sha256
+
+
+def require_model_reader(kit_folder: Path, sha256: str) -> None:
+    """Require the extra that reads an installed GGUF model; a model that is missing or of safetensors needs none."""
+    if any(model_place(kit_folder, sha256).glob("*.gguf")):
+        require_extra("base model", sha256, "gguf")
 
 
 class KitCertificate:

@@ -12,7 +12,7 @@ from fedtune.federation.run_folder import locked
 from fedtune.model.manifest import Manifest, manifest_of
 from fedtune.model.source import model_folder, only_gguf
 from fedtune.model.spec import PACKAGE, RANDOM_MODELS, ModelSpec
-from fedtune.ops.kits.kit_file import Kit, KitModel
+from fedtune.ops.kits.kit_file import Kit, KitModel, model_place
 from fedtune.privacy.durable import fsync_folder
 from fedtune.spec import ConfigError, RunError
 
@@ -21,11 +21,6 @@ _KEPT_FREE_BYTES = 200 * 2**20
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _PAPER = re.compile(r"(LICEN[SC]E|NOTICE)([-_][\w-]*)?(\.(txt|md))?", re.IGNORECASE | re.ASCII)
 _MOST_PAPER_BYTES = 1 << 20
-
-
-def model_place(kit_folder: Path, sha256: str) -> Path:
-    """Where a model lies, or would."""
-    return kit_folder / "models" / sha256
 
 
 def installed_model(kit_folder: Path, sha256: str) -> Path:

@@ -20,9 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedtune.data.formats import require_reader
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
-from fedtune.ops.kits.kit_file import Kit, KitCertificate
+from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
 from fedtune.ops.services.site_state import SiteState, serving
 from fedtune.ops.wire.fleet import Dropped, Expired, Fleet, Message, SiteApp, Unauthorised, Unreachable
 from fedtune.ops.wire.waiting import Bell
@@ -58,7 +59,8 @@ class SiteService:
         """Serve until SIGTERM or SIGINT; a round that has begun is finished first, a second signal abandons it.
 
         Raises:
-            ConfigError: kit and policy do not fit, or another process serves the ledger.
+            ConfigError: kit and policy do not fit, another process serves the ledger, or a package that reads one of
+                the site's files or models is missing.
             RunError: the ledger cannot be trusted or written, or the site has left.
         """
         state = SiteState.of(self.kit.folder)
@@ -111,6 +113,10 @@ class SiteService:
         check_private(files.site_key)
         if state.left.exists():
             raise RunError(f"this site has left the federation; remove {state.left} to take part again")
+        for dataset in files.policy.dataset:
+            require_reader(self.site_toml.parent / dataset.path)
+        for sha256 in files.policy.allow.base_models:
+            require_model_reader(self.kit.folder, sha256)
         if self.kit.lead not in files.policy.allow.leads:
             log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
         return files

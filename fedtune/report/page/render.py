@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from fedtune.extras import require_extra
 from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
 from fedtune.report.derive.cells import KINDS
@@ -133,6 +134,7 @@ def as_pdf(html: str) -> bytes:
 
 
 def _weasyprint() -> Any:
+    require_extra("--pdf", NOT_GIVEN, "pdf", "weasyprint")
     try:
         with warnings.catch_warnings():
             # It makes the same pages without that library, and only says that a later version will not.
@@ -140,8 +142,6 @@ def _weasyprint() -> Any:
             warnings.filterwarnings("ignore", "No fonts configured", UserWarning)  # a page carries its own
             importlib.import_module("weasyprint.urls")
             return importlib.import_module("weasyprint")
-    except ImportError:
-        raise ConfigError("--pdf", NOT_GIVEN, "needs WeasyPrint: pip install 'fedtune[pdf]'") from None
     except OSError as error:  # the package is there, a library of the system is not
         bound = f"needs Pango (on Debian: apt-get install libpango-1.0-0 libpangoft2-1.0-0): {error}"
         raise ConfigError("--pdf", NOT_GIVEN, bound) from None

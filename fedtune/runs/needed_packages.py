@@ -1,0 +1,33 @@
+"""Packages of extras that a run's settings need: asked for before anything is read, loaded or charged."""
+
+from __future__ import annotations
+
+from fedtune.config import RunConfig
+from fedtune.extras import require_extra
+from fedtune.tasks.registry import task_named
+
+
+def require_for_run(config: RunConfig) -> None:
+    """Require the packages that a run needs on the machine that starts it.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    config.cost.check_can_measure()
+    config.model.check_can_be_read()
+    if config.tracking.tracker != "none":
+        require_extra("tracking.tracker", config.tracking.tracker, config.tracking.tracker)
+    if config.runtime.kind == "ray":
+        require_extra("runtime", "ray", "ray")
+    if config.data.test_file or config.data.test_fraction:
+        require_to_score(config)
+
+
+def require_to_score(config: RunConfig) -> None:
+    """Require the packages that score written texts, if a model with these settings writes any.
+
+    Raises:
+        ConfigError: a package is not installed.
+    """
+    if config.evaluation.generate and task_named(config.task).writes(config.data):
+        require_extra("evaluation.generate", True, "text", "sacrebleu", "rouge_score")

