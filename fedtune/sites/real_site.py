@@ -144,9 +144,8 @@ class RealSite(WorkingSite):
     def prepare(self, proposal: Proposal) -> Prepared:
         """Check the settings, and load and try the model where the process has not got it yet."""
         config = self._checked(proposal)
-        file = Path(config.data.train_file)
-        file.stat()  # a file that is missing tells of no record, and need not cost a round; no more does its reader
-        require_reader(file)
+        Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
+        require_reader(Path(config.data.train_file))
         self._shared = self._process.shared_model(config, self._files.policy)
         return Prepared(
             proposal=proposal,
