@@ -92,34 +92,9 @@ records.judged = _judged_once
 partition.record_key = lambda record: _keys.get(id(record)) or _record_key(record)  # type: ignore[attr-defined]
 
 
-_TRIED: set[tuple[Any, ...]] = set()
-
-
 def share_tiny_models() -> None:
-    """A tiny random model is built once in this process, of which each run gets a copy, and tried once for each task
-    and kind of adapter, not for each run's settings.
-
-    A run that may not train on what was not tried, with the shapes that it has room for, would otherwise take the tests
-    as long to try as to train.  What a trial finds is for tests/training; a test that empties `_measured` has it tried.
-    """
+    """Build each tiny random model once in this process; each run gets a copy, and tries it as every run does."""
     from fedtune.sites import shared_model
-
-    within_memory, moved_by_others = shared_model.within_memory, shared_model.moved_by_others
-
-    def known(model: Any, what: str, **settings: Any) -> bool:
-        spec = model.spec
-        kind = (what, spec.task, spec.model, spec.lora.kind, model.device.type, settings["keeps_states"])
-        seen = kind in _TRIED
-        _TRIED.add(kind)
-        return seen and bool(shared_model._measured) and spec.model.path.startswith("random:")
-
-    def within(model: Any, shapes: Any, *, most_bytes: int, **settings: Any) -> Any:
-        if most_bytes >= 1 << 30 and known(model, "memory", **settings):
-            return replace(shapes, most_rows=tuple(shapes.rows(length)[0] for length in shapes.lengths))
-        return within_memory(model, shapes, most_bytes=most_bytes, **settings)
-
-    def moved(model: Any, shapes: Any, **settings: Any) -> float:
-        return 0.0 if known(model, "moved", **settings) else moved_by_others(model, shapes, **settings)
 
     build = shared_model.build_task_model
     built = lru_cache(maxsize=64)(lambda spec, device: build(spec, device=device))
@@ -128,7 +103,6 @@ def share_tiny_models() -> None:
         random = spec.model.path.startswith("random:")
         return copy.deepcopy(built(spec, str(device))) if random else build(spec, device=device)
 
-    shared_model.within_memory, shared_model.moved_by_others = within, moved
     shared_model.build_task_model = copied
 
 

@@ -15,6 +15,7 @@ from fedtune.sites.session import Session
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
 from fedtune.tasks.saved import save_task_model
+from fedtune.training import preflight
 
 from .conftest import letters
 
@@ -52,6 +53,25 @@ def test_a_model_is_tried_once_for_private_runs_of_one_clip_norm(tries: Tries) -
     # The clip norm is what a move is measured in, and smaller ones bring other gradients below the bound.
     SharedModel(letters(privacy={"max_grad_norm": 0.25}))
     assert len(tries) == 2
+
+
+@pytest.mark.parametrize("other", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
+def test_another_setting_of_a_tried_model_is_tried_by_the_guard_itself(other: Any, monkeypatch: Any) -> None:
+    """Nothing here answers in its place: where the second setting alone mixes records, it is refused."""
+    assert shared_model.moved_by_others is preflight.moved_by_others
+    assert shared_model.within_memory is preflight.within_memory
+    SharedModel(letters())
+    build = shared_model.build_task_model
+
+    def mixing(spec: Any, *, device: Any) -> Any:
+        model = build(spec, device=device)
+        embeddings = model.base.get_base_model().embeddings
+        embeddings.register_forward_hook(lambda module, inputs, hidden: hidden + hidden.mean(dim=0, keepdim=True))
+        return model
+
+    monkeypatch.setattr(shared_model, "build_task_model", mixing)
+    with pytest.raises(ConfigError, match="mixes the examples"):
+        SharedModel(letters(**other))
 
 
 def test_a_model_that_cannot_be_tried_is_tried_and_refused_each_time(tries: Tries) -> None:
