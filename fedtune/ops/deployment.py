@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from flwr.app import Message
-
 from fedtune.config import RunConfig
 from fedtune.federation.invitation import ProposedRun, invite
 from fedtune.federation.lead import LeadState
@@ -24,6 +22,7 @@ from fedtune.federation.transport import Question, Transport
 from fedtune.flower import flower_records
 from fedtune.flower.averaging import Average
 from fedtune.flower.grid_transport import GridTransport
+from fedtune.flower.internals import Message
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.kits.members import Member
 from fedtune.ops.metrics import LeadMetrics

@@ -6,8 +6,11 @@ moves the sum by 1.  With every record in the step (`privacy.sampling_rate=1`) a
 candidates' shares of all votes, with the noise of one Gaussian mechanism (the private histogram of Lin et al. 2024,
 arXiv 2305.15560).  Rounds, secure sums, ledgers and reports are those of any run.
 
-Which candidate is nearest is computed by the frozen base, of the record alone, as its gradient would be: the trial
-before a run (`fedtune.training.preflight`) compares it alone and in company, bit for bit.
+The frozen base computes which candidate is nearest.  The trial before a run (`fedtune.training.preflight`) compares the
+gradients of made-up records alone and in company, bit for bit, and such a gradient shows the nearest candidate and
+nothing else: similarities that other records change by rounding stay unseen unless another candidate becomes the
+nearest.  So the trial proves less here than for other tasks: a record that is almost equally near to two candidates
+could vote by its company.  Its gradient still has norm 1, so clipping bounds what it adds itself.
 
 A histogram of a column, such as how frequent each label is, is a vote too: that column is the text, and its declared
 values are the candidates.
