@@ -22,7 +22,13 @@ FEATURES = (
     "[{columns: [age, crp], range: [0, 100], missing: indicator}, {columns: [ward], categories: [a, b]},"
     " {columns: [states], range: [-1, 1], size: 2}]"
 )
-SCORES = dict(zip(COLUMNS, ("accuracy", "micro_f1", "quadratic_kappa", "spearman"), strict=True))
+JUDGED = dict(zip(COLUMNS, ("accuracy", "micro_f1", "quadratic_kappa", "spearman"), strict=True))
+SCORES = {
+    "classification": ["accuracy", "macro_f1", "auroc", "ece", "loss"],
+    "multi_label": ["micro_f1", "macro_f1", "exact", "auroc", "ece", "loss"],
+    "ordinal": ["quadratic_kappa", "accuracy", "mae", "auroc", "ece", "loss"],
+    "regression": ["spearman", "pearson", "rmse", "mae", "loss"],
+}
 
 
 def rows(count: int, *, seed: int) -> list[dict[str, Any]]:
@@ -84,11 +90,16 @@ PLAIN = (
 )
 
 
+NOISED = (
+    *("data.validation_fraction=0.1", "data.heldout_fraction=0.2", "privacy.metrics=noised", "federation.num_rounds=2"),
+)
+
+
 @pytest.mark.by_day("classification", "regression")
 @pytest.mark.parametrize("task", COLUMNS)
 def test_without_privacy_it_is_learnt(run: Any, task: str) -> None:
     final = result_of(run(*PLAIN, task=task))["final"]
-    assert final["metrics"][SCORES[task]] > 0.8
+    assert final["metrics"][JUDGED[task]] > 0.8
     assert final["metrics"]["loss"] < final["metrics_before"]["loss"]
 
 
@@ -96,16 +107,41 @@ def test_a_private_run_is_planned_scored_charged_and_reported(run: Any, settings
     told = command("plan", *settings(), "--time")
     assert "the head 20 trained parameters" in (words := " ".join(told.printed.split()))
     assert "with every example of this size" in words
-    folder = run("data.heldout_fraction=0.2", "privacy.metrics=noised", "federation.num_rounds=2")
+    folder = run(*NOISED)
     result = result_of(folder)
-    assert 0 < result["privacy"]["epsilon"] < 8
     assert result["provenance"]["base_model"]["path"] == "none"
-    assert command("report", "verify", str(folder / "report.json")).code == 0
     page = (folder / "report.html").read_text()
     assert "training of a head, which is the whole model, without a base: each site" in page
     assert "LoRA" not in page
     names = {"README.md", "fedtune.json", "head.safetensors", "label.svg"}
     assert {path.name for path in (folder / "adapter").iterdir()} == names
+
+
+@pytest.mark.by_day("regression")
+@pytest.mark.parametrize("task", COLUMNS)
+def test_a_task_has_its_scores_and_their_detail_in_run_report_and_evaluation(
+    run: Any, tmp_path: Path, task: str
+) -> None:
+    folder = run(*NOISED, task=task)
+    result, report = result_of(folder), json.loads((folder / "report.json").read_text())
+    assert 0 < result["privacy"]["epsilon"] < 8
+    assert list(result["final"]["metrics"]) == SCORES[task]
+    assert set(result["rounds"][0]["metrics"]) == set(SCORES[task]) - {"auroc", "ece"}
+    assert command("report", "verify", str(folder / "report.json")).code == 0
+    asked = ("evaluate", str(run(*PLAIN, task=task)), "--data", str(write(tmp_path / "new.csv", rows(120, seed=7))))
+    found, shown = json.loads(command(*asked, "--json").printed), command(*asked).out
+    assert list(found["scores"]) == SCORES[task]
+    for score in (JUDGED[task], "loss"):
+        assert found["beside_base"][score]["verdict"] == "better", "of loss, the lower, the better"
+    detail, page = result["final"]["detail"], (folder / "report.html").read_text()
+    assert report["derived"]["utility"].get("detail") == detail
+    for there in ("detail" in found, "How sure the tuned model is" in shown, 'id="chart-reliability">' in page):
+        assert there == (task != "regression") == (detail is not None)
+    if detail is not None:
+        labels = LABELS[task].strip("[]").split(",")
+        assert [one["label"] for one in detail["classes"]] == labels
+        answers = sum(one["count"] for one in detail["reliability"])
+        assert answers == result["provenance"]["test_rows"] * (len(labels) if task == "multi_label" else 1)
 
 
 def test_it_is_evaluated_compared_and_used(run: Any, tmp_path: Path) -> None:
@@ -117,8 +153,6 @@ def test_it_is_evaluated_compared_and_used(run: Any, tmp_path: Path) -> None:
     assert (texts.code, texts.message.split(":")[0]) == (2, "--format = 'peft'")
     assert not (tmp_path / "folder").exists()
     new = write(tmp_path / "new.csv", rows(120, seed=7))
-    told = command("evaluate", str(folder), "--data", str(new), "--json")
-    assert json.loads(told.printed)["beside_base"]["accuracy"]["verdict"] == "better"
     assert command("compare", str(folder), str(other), "--data", str(new), "--json").code == 0
     asked = [{key: one[key] for key in ("age", "crp", "ward", "states")} for one in rows(120, seed=7)]
     told = command("generate", str(folder), "--file", str(write(tmp_path / "asked.csv", asked)), "--json")
