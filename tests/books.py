@@ -1,6 +1,7 @@
 """A site's folder with policy, key and ledger, written by the ledger itself, and what a stranger signs for one."""
 
-import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -68,7 +69,11 @@ class Books:
         self.open().refuse(Refused(reason, asked="more", allowed="less"), run=run, round=1, request="q")
 
     def copied(self, name: str) -> Path:
-        return Path(shutil.copy(self.ledger, self.folder / name))
+        """What `sqlite3 ledger.db ".backup NAME"` writes beside it, also while the site serves."""
+        copy = self.folder / name
+        with closing(sqlite3.connect(self.ledger)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        return copy
 
     def tamper(self, statement: str) -> None:
         """Run SQL on the file past its triggers, which are put back."""

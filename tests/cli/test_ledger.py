@@ -15,6 +15,7 @@ from fedtune.privacy import events
 from fedtune.privacy.accountant import epsilon_text, factor_text
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
+from fedtune.spec import RunError
 
 from ..conftest import command, files_in
 
@@ -167,6 +168,10 @@ def test_an_anchor_by_hand_is_the_ledger_s_own_by_its_key(lived: Any, tmp_path: 
     assert key.read_bytes() == before
     assert command(*words, "--key", str(key), "--output", str(made)).code == 0
     assert made.read_bytes() == lived.anchor.read_bytes()
+    key.unlink()
+    assert command("ledger", "show", str(lived.ledger)).code == 0
+    with pytest.raises(RunError, match="is not signed by the site's key"):  # no new key takes the place of the old one
+        lived.open()
 
 
 def restored(site: Any, *more: str) -> Any:

@@ -76,6 +76,11 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (GOOD, "", "'damaged'"),
         (in_parquet(pyarrow.table({"body": ["caf"], "intent": ["b"]})), ", column 'question'", OTHERS),
         (
+            in_parquet(pyarrow.table([["a"]] * 3, ["question", "intent", "intent"])),
+            ", column 'intent'",
+            "must appear once",
+        ),
+        (
             in_parquet(pyarrow.table({"question": ["a"] * 2, "intent": [1.5] * 2})),
             ":1, column 'intent'",
             "(2 rows cannot be used",

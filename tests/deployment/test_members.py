@@ -13,7 +13,6 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import Certificate
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.wire.fleet import Unauthorised, hello
 
 from ..processes import RUN_S, wait_for
 from .federation import Federation, settings
@@ -79,30 +78,3 @@ def test_certificates_are_renewed_while_server_site_and_lead_run(members: Federa
     assert (north.up.pid, server.pid) == pids
     assert north.up.code is None
     assert "no contact" not in north.up.text
-
-
-def test_a_site_that_is_revoked_is_out_within_seconds_and_no_older_roster_brings_it_back(members: Federation) -> None:
-    server, south, roster = members.address, site_kit(members, "south").tls(), members.home / "server/roster.json"
-    before = roster.read_bytes()
-    assert hello(server, south) == "south"
-    members.do("provision", "revoke-site", "south", "--federation", str(members.home))
-    newest = roster.read_bytes()
-
-    def is_out() -> bool:
-        try:
-            hello(server, south)
-        except Unauthorised as error:
-            return "revoked" in str(error)
-        return False
-
-    wait_for(is_out, seconds=15, what="the roster in the server's kit")
-    roster.write_bytes(before)
-    members.server.wait_for_text("must be higher than")
-    assert is_out()
-    # A server that starts again takes the older one, and its database still knows which key was revoked.
-    members.server.stop()
-    members.start_server()
-    members.server.wait_for_text("south: its connection key was revoked before")
-    members.sites["south"].up.wait_for_text("does not take this site's key")
-    roster.write_bytes(newest)
-    wait_for(is_out, seconds=15, what="the newest roster")

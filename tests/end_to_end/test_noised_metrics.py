@@ -1,15 +1,12 @@
 """Scores of held-out records that sites release with noise, in a whole run."""
 
 from pathlib import Path
-from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
-import fedtune.sites.work as site_work
 from fedtune.privacy.ledger.verify import verify
 
 from ..conftest import result_of, simulate
@@ -18,16 +15,6 @@ pytestmark = pytest.mark.nightly
 
 NOISE = 2.0
 NOISED = ("privacy.metrics=noised", f"privacy.metrics_noise_multiplier={NOISE}", "data.heldout_fraction=0.4")
-SITES = ("site-1", "site-2")
-
-
-def test_by_default_no_score_leaves_a_site(tmp_path: Path, everything_sent: list[bytes], monkeypatch: Any) -> None:
-    monkeypatch.setattr(site_work, "noised_scores", noised := Mock())
-    result = result_of(simulate("data.heldout_fraction=0.4", into=tmp_path))
-    noised.assert_not_called()
-    assert [entry["site_scores"] for entry in result["rounds"]] == [{}, {}]
-    assert b'"scores": null' in b"".join(everything_sent)
-    assert b'"scores": [' not in b"".join(everything_sent)
 
 
 def test_epsilon_covers_the_scores_and_keeps_below_its_target(tmp_path: Path) -> None:

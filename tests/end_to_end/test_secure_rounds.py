@@ -87,20 +87,6 @@ def test_the_lead_gets_the_sum_to_the_bit_and_nothing_sent_shows_a_share(
             assert values[:64].astype(kind).tobytes() not in sent
 
 
-@pytest.mark.nightly
-def test_it_is_one_step_of_sgd_on_the_mean(tmp_path: Path, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rate = ("training=sgd", "training.learning_rate=0.02", "training.head_learning_rate=0.02")
-    rate += ("training.momentum=0", "training.schedule=constant")
-    simulate(*SECURE, *THREE, *rate, into=tmp_path)
-    for adapter, total, after in steps:
-        ends = np.cumsum([value.size for value in adapter.tensors.values()])[:-1]
-        for (name, value), part in zip(adapter.tensors.items(), np.split(total, ends), strict=True):
-            moved = (after.tensors[name].astype(np.float64) - value).ravel()
-            multiple = moved @ part / (part @ part)
-            assert multiple < 0
-            np.testing.assert_allclose(moved, multiple * part, atol=1e-6, err_msg="each moves by the same multiple")
-
-
 def test_a_run_goes_on_without_a_site_and_ends_without_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing = {"bank-2"}
 

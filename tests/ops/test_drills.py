@@ -1,8 +1,6 @@
 """Procedures of docs/operations.md and docs/site_policy.md at a site, done as they are written there."""
 
-import os
 import shutil
-import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from fedtune.ops.services.site_state import SiteState, serving
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.release import Refused
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.spec import ConfigError, RunError
 
 from ..conftest import command, files_in, run_proposal
 from ..privacy.builders import train
@@ -76,40 +73,6 @@ def test_moving_a_site_to_another_machine(north: Path, tmp_path: Path) -> None:
     # Started again by mistake, the old one is found as soon as a lead shows it the new one's receipt.
     with pytest.raises(Refused, match="ledger_behind_receipt"):
         ledger_of(north).require_contains(there.receipt("r"))
-
-
-def test_a_backup_at_any_time_is_whole_and_is_put_back(north: Path) -> None:
-    opened, backup = ledger_of(north, 1), north / "copy.db"
-    # What `sqlite3 ledger.db ".backup copy.db"` does, while the site writes.
-    with sqlite3.connect(north / "ledger.db") as source, sqlite3.connect(backup) as target:
-        source.backup(target)
-    source.close()
-    target.close()
-    train(opened, run_proposal(), 2, 3)
-    spent = opened.history.epsilon()
-    (north / "ledger.db").unlink()
-    backup.rename(north / "ledger.db")
-    with pytest.raises(RunError, match="ledger restore"):
-        ledger_of(north)
-    assert command("ledger", "restore", "--policy", str(north / "site.toml")).code == 0
-    assert ledger_of(north).history.epsilon() >= spent
-    ledger_of(north, 1, run="another")
-
-
-def test_the_anchor_s_disk_and_the_site_key_are_lost(north: Path) -> None:
-    ledger_of(north, 1)
-    shutil.rmtree(north / "other disk")
-    (north / "other disk").mkdir()
-    with pytest.raises(RunError, match="is missing, and ledger"):
-        ledger_of(north)
-    words = ("ledger", "anchor", str(north / "ledger.db"), "--key", str(north / "site_key.pem"))
-    assert command(*words, "--output", str(north / "other disk/anchor.json")).code == 0
-    ledger_of(north, 2)
-    # Without its key a ledger can be shown, and not continued; no new key takes the place of the old one.
-    os.unlink(north / "site_key.pem")
-    assert SiteFiles.of(north / "site.toml").verified() is not None
-    with pytest.raises((RunError, ConfigError)):
-        SiteFiles.of(north / "site.toml").open()
 
 
 def test_the_doctor_changes_nothing_beside_a_running_site(north: Path) -> None:

@@ -1,7 +1,6 @@
 """What is found in the files of an experiment, and that none of it is a record's text."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.faults import LeftOut
 from fedtune.data.load import deal
-from fedtune.extras import install_command
 from fedtune.model.base_model import load_tokenizer
 from fedtune.preparation import check_data
 from fedtune.preparation.check_data import Checked, check
@@ -205,15 +203,6 @@ def test_a_site_that_is_not_declared_is_an_error_that_quotes_nothing(tickets: Ti
     some = checked(tickets("north,sales", "south,sales", "Xyzzy,sales", overrides=overrides))
     assert [what for _, what, _ in some.files[0].errors] == ["another site"]
     assert [one["true"] for one in some.sizes.values()] == [1, 1]
-
-
-def test_without_the_extra_it_says_what_was_skipped(tickets: Tickets, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasketch", None)
-    some = checked(tickets("same,sales", "same,sales"))
-    (skipped,) = some.skipped
-    assert skipped.startswith("near-duplicates: ")
-    assert install_command("data") in skipped
-    assert summary(some) == ["same 3=2"]
 
 
 def test_a_real_site_s_own_file(tickets: Tickets, tmp_path: Path, site_policy: Any) -> None:

@@ -165,6 +165,7 @@ SEVERAL = {"question": own, "answer": own, "doc": own, "tone": own, "n": lambda 
         (BOTH, "text=chosen", "text: text=chosen"),
         ({"sex": AB, "label": AB}, "text=sex", "text: text=sex"),
         ({"age": lambda n: n + 0.5, "dose": lambda n: n * 1.5}, "score=dose", "table: target=dose"),
+        ({"age": lambda n: n / 3, "week": int, "went": (1, 0)}, "time=week event=went", "table: time=week event=went"),
     ],
 )
 def test_each_role_can_be_chosen(tmp_path: Path, columns: dict[str, Any], chosen: str, expected: str) -> None:

@@ -111,10 +111,3 @@ def test_texts_with_time_and_event_are_survival(tmp_path: Path, command: Any) ->
     page = (tmp_path / "notes.yaml").read_text().replace('intervals: "???"', "intervals: [12, 24]")
     (tmp_path / "notes.yaml").write_text(page)
     assert command("plan", "experiment=./notes.yaml").printed
-
-
-def test_an_event_is_chosen(tmp_path: Path, command: Any) -> None:
-    table = {"age": TABLE["age"], "weeks": lambda number: number % 50 + 0.25, "went": (1, 0)}
-    (tmp_path / "trial.json").write_text(json.dumps(rows(table, 60)))
-    assert command("data", "init", "trial.json", "--time", "weeks", "--event", "went", "--out", "a.yaml").printed
-    assert "columns: {time: weeks, event: went} " in (tmp_path / "a.yaml").read_text()
