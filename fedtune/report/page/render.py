@@ -50,32 +50,31 @@ def render(
     itself again after so many seconds.
     """
     words = Charts(report, catalogue(language))
-    digest = signing.digest(report)
     # By whose beginning two people compare the key: `printf %s KEY | sha256sum`.
     of_key = hashlib.sha256(report.signature.key.encode()).hexdigest() if report.signature else ""
-    page = environment().get_template("report.html.j2")
-    return page.render(
-        language=language,
-        fillable=fillable,
-        notice=notice,
-        again_s=again_s,
-        report=report,
-        facts=report.facts,
-        words=words,
-        t=words.text,
-        figure=words.figure,
-        code=words.code,
-        spoken=score_words,
-        key_digest=spoken(of_key[:16]),
-        fields_of=partial(fields_of, words),
-        pointer=pointer,
-        parts=data(),
-        tiers_source=TIERS_SOURCE,
-        short=lambda name, most=28: shortened(name, most),
-        digest=digest,
-        css_string=css_string,
-        banner=Markup(" ").join(words.code("banner", code) for code in report.banners),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            _values(words),
+            fillable=fillable,
+            notice=notice,
+            again_s=again_s,
+            figure=words.figure,
+            code=words.code,
+            key_digest=spoken(of_key[:16]),
+            fields_of=partial(fields_of, words),
+            short=lambda name, most=28: shortened(name, most),
+            banner=Markup(" ").join(words.code("banner", code) for code in report.banners),
+        )
     )
+
+
+def _values(words: Words) -> dict[str, Any]:
+    """The values that the templates of the page and of the label both take."""
+    report, language = words.report, words.catalogue.language
+    of_report = {"report": report, "facts": report.facts, "digest": signing.digest(report)}
+    return {**of_report, "words": words, "t": words.text, "language": language}
 
 
 def css_string(text: str) -> Markup:
@@ -91,6 +90,9 @@ def environment() -> Environment:
         loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
+    made.globals |= {"css_string": css_string, "pointer": pointer, "parts": data(), "tiers_source": TIERS_SOURCE}
+    made.globals |= {"spoken": score_words, "plain": _plain, "short": _short, "wrapped": _wrapped, "said_in": _said_in}
+    made.globals["below"] = lambda size: round(1.3 * size)
     return made
 
 
@@ -176,37 +178,32 @@ def as_svg(report: Report, *, language: str) -> str:
     words = Words(report, catalogue(language))
     limits = [words.text("label.shared")] if words.shared and words.promises else []
     limits += [words.code("not_protected", code) for code in report.not_protected]
-    return _label(
-        "label.svg.j2",
-        language=language,
-        report=report,
-        facts=report.facts,
-        words=words,
-        t=words.text,
-        figure=words.catalogue.figure,
-        reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
-        data=report.known.get("dataset"),
-        limits=Markup("; ").join(limits),
-        digest=signing.digest(report),
+    return (
+        environment()
+        .get_template("label.svg.j2")
+        .render(
+            _values(words),
+            figure=words.catalogue.figure,
+            reasons=Markup(" ").join(words.code("reason", code) for code in report.verdict.reasons),
+            data=report.known.get("dataset"),
+            limits=Markup("; ").join(limits),
+        )
     )
 
 
 def as_svg_of_own(site: str, run: str) -> str:
     """The label of a site's own adapter, in English as its card: it has no guarantee, and so no figure."""
-    return _label("own_label.svg.j2", language="en", site=site, run=run)
+    return environment().get_template("own_label.svg.j2").render(language="en", site=site, run=run)
 
 
-def _label(file: str, **values: object) -> str:
-    """A label by its template; what its lines say is said again for who cannot see it."""
-    template = environment().get_template(file)
-    return template.render(
-        plain=_plain,
-        short=lambda name, most=32: shortened(name, most),
-        wrapped=_wrapped,
-        below=lambda size: round(1.3 * size),
-        said_in=lambda marks: Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks))),
-        **values,
-    )
+def _short(name: str, most: int = 32) -> str:
+    """A name that fits a line of a label."""
+    return shortened(name, most)
+
+
+def _said_in(marks: str) -> Markup:
+    """The text of a label's lines, for people who cannot see the label."""
+    return Markup(" ".join(re.findall("<text [^>]*>([^<]*)</text>", marks)))
 
 
 def _wrapped(text: str, size: float, width: float, *, font: str = "plain", most: int = 8) -> list[str]:
