@@ -127,25 +127,16 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
     searched = config.privacy.noise_multiplier is None and noise > 0
     if searched and -_CALIBRATED * noise <= noise - plan.noise_multiplier <= more:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
-    sizes, made, start = config.declared_sizes(), facts.provenance, facts.provenance.start_adapter
+    made, start = facts.provenance, facts.provenance.start_adapter
     began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
-        ("name", facts.name, config.name),
-        ("target_epsilon", facts.target_epsilon, config.privacy.epsilon if plan.private else None),
+        *((key, getattr(facts, key), asked) for key, asked in cells.facts_of(config, plan).items()),
+        *((f"provenance.{key}", getattr(made, key), asked) for key, asked in cells.provenance_of(config).items()),
         ("seeded_noise", facts.seeded_noise, facts.seeded_noise or config.runtime.seeded_noise),
-        ("keep_round", facts.keep_round, config.federation.keep_round),
-        ("stop_after", facts.stop_after, config.federation.stop_after),
-        ("judged_by", facts.judged_by, config.judged_by),
-        ("settings", dict(facts.settings), cells.settings_of(config, plan)),
-        ("provenance.model", made.model, config.model.shown_path),
-        ("provenance.model_licence", made.model_licence, config.model.licence),
-        ("provenance.dataset", made.dataset, config.data.dataset),
-        ("provenance.task", made.task, config.task),
-        ("provenance.purpose", made.purpose, config.report.about.purpose),
         ("provenance.start_adapter", start and start.digest, began),
         ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
-        ("sites", {site.site: site.declared_size for site in facts.sites}, dict(sizes)),
+        ("sites", facts.declared_sizes, dict(config.declared_sizes())),
     ):
         if is_so != asked:
             yield Problem(where, is_so, asked)

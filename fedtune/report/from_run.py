@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from fedtune.federation.earlier_debts import UNKNOWN
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
 from fedtune.federation.run_folder import RunFolder
+from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
@@ -174,12 +174,11 @@ def inexact_gradients(folder: Path, config: RunConfig) -> bool | None:
     if config.runtime.kind == "deployment":
         return None
     sites = Path(config.runtime.sites_dir) if config.runtime.sites_dir else RunFolder(folder).sites
-    try:
-        policies = [tomllib.loads((sites / name / "site.toml").read_text("utf-8")) for name in config.federation.active]
-        accepted = [policy["allow"]["inexact_gradients"] for policy in policies]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return all(accepted) if all(type(one) is bool for one in accepted) else None
+    policies = [sites / name / "site.toml" for name in config.federation.active]
+    with suppress(ConfigError):
+        accepted = [read_policy(policy).allow.inexact_gradients for policy in policies]  # each has to be read
+        return all(accepted)
+    return None
 
 
 def _result(folder: Path) -> RunResult | None:
@@ -246,10 +245,9 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
     times = [one.ended for one in record.rounds] + [one.since for one in record.environments]
     return RunFacts(
         kind="run",
-        name=config.name,
         run=record.run,
         plan=plan,
-        target_epsilon=config.privacy.epsilon if plan.private else None,
+        **cells.facts_of(config, plan),
         seeded_noise=config.runtime.seeded_noise or bool(record.result and record.result.privacy.seeded_noise),
         date=max(times, default=None),
         sampling=noted.sampling if noted else None,
@@ -257,10 +255,6 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         inexact_gradients=inexact_gradients(folder, config),
         has_checkpoint=state is not None,
         config_file_sha256=config.digest(),
-        judged_by=config.judged_by,
-        keep_round=config.federation.keep_round,
-        stop_after=config.federation.stop_after,
-        settings=cells.settings_of(config, plan),
         trained_parameters=state.adapter.num_values if state else None,
         provenance=_provenance(record),
         # What the rounds released of scores at the sites is no part of a report.
@@ -391,16 +385,12 @@ def _provenance(record: RunRecord) -> Provenance:
     return Provenance(
         fedtune_version=version or (record.result.fedtune_version if record.result else "") or NOT_RECORDED,
         config_sha256=record.config_sha256,
-        model=config.model.shown_path,
+        **cells.provenance_of(config),
         model_sha256=_one(environment.model_sha256 for environment in environments) or config.model.sha256,
-        model_licence=config.model.licence,
-        dataset=config.data.dataset,
-        task=config.task,
         libraries={name: version for name, version in libraries.items() if version},
         python=_one(environment.python for environment in environments),
         machine=_one(f"{one.system} {one.machine}, {one.device}" for one in environments),
         start_adapter=_start_adapter(record),
-        purpose=config.report.about.purpose,
     )
 
 

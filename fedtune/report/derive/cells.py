@@ -11,12 +11,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.privacy.run_plan import Plan
-from fedtune.report.derive.profile import claimed, largest
-from fedtune.report.derive.verdicts import worst
 from fedtune.report.facts import RunFacts, Value
 from fedtune.report.model import Cells, CellState, Report
 from fedtune.tasks.inputs import input_of
@@ -51,10 +49,9 @@ def rows(known: Mapping[str, Value]) -> Cells:
 def of_report(report: Report) -> Cells:
     """The cells of a report; what its figures say is taken from the report, whose own cells are not looked at."""
     facts, made = report.facts, report.facts.provenance
-    # What follows from the sites' own figures is of the worst site each.
-    verdict = worst(site.verdict for site in report.sites)
-    promised = verdict.state != "no_guarantee"
-    epsilon = largest(claimed(site.spent) for site in report.sites) if promised else None
+    # What follows from the sites' own figures is of the worst site each, as are the report's verdict and epsilon.
+    verdict, promised = report.verdict, report.verdict.state != "no_guarantee"
+    epsilon = report.epsilon if promised else None
     meanings = [site.meaning for site in report.sites if site.meaning]
     by_mechanism = [one.right_of_100_mechanism for one in meanings if one.right_of_100_mechanism is not None]
     ceiling = max((one.right_of_100_ceiling for one in meanings), default=None) if promised else 100.0
@@ -121,6 +118,21 @@ def of_report(report: Report) -> Cells:
             "rollback_excluded": "up_to_the_anchor" if up_to_there else "yes" if to_the_end else "no",
         }
     return rows(known)
+
+
+def facts_of(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """The fields of `RunFacts` that follow from a run's settings alone, beside its plan."""
+    federation, epsilon = config.federation, config.privacy.epsilon if plan.private else None
+    known = {"name": config.name, "target_epsilon": epsilon, "settings": settings_of(config, plan)}
+    judged = {"judged_by": config.judged_by, "keep_round": federation.keep_round, "stop_after": federation.stop_after}
+    return known | judged
+
+
+def provenance_of(config: RunConfig) -> dict[str, str | None]:
+    """The fields of `Provenance` that follow from a run's settings alone."""
+    model, data, purpose = config.model, config.data, config.report.about.purpose
+    base = {"model": model.shown_path, "model_licence": model.licence}
+    return {**base, "dataset": data.dataset, "task": config.task, "purpose": purpose}
 
 
 def settings_of(config: RunConfig, plan: Plan) -> dict[str, Value]:
