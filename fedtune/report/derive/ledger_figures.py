@@ -43,29 +43,20 @@ def report_of(facts: LedgerFacts) -> Report:
         reasons.append("above_run_cap")
     verdict = verdicts.judged(reasons, spent, source="own_ledger")
     trust = profile.by_trust(ran, lambda spent: _filtered(facts, Counter(events.grouped(spent))))
-    meaning = None
-    if verdicts.has_meaning(verdict):
-        meaning = profile.meaning(
-            charged,
-            epsilon=life.epsilon,
-            delta=delta,
-            declared_size=facts.declared_size,
-            fixed=_was_fixed(facts, ran),
-            others=profile.told_by_others(ran, trust),
-        )
     site = SiteReport(
         site=facts.site,
         source="own_ledger",
         verdict=verdict,
         spent=spent,
-        meaning=meaning,
+        meaning=None,
         mechanisms=ran,
         curve=profile.curve(charged, delta),
         steps=steps(facts, life),
         lifetime=life,
         by_trust=trust,
     )
-    return rules.report_of(facts, (site,))
+    fixed, size = _was_fixed(facts, ran), facts.declared_size
+    return rules.report_of(facts, (rules.explained(site, charged, delta=delta, declared_size=size, fixed=fixed),))
 
 
 def _was_fixed(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:

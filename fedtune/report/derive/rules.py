@@ -8,9 +8,12 @@ not to hold.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION
+from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
@@ -69,15 +72,25 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
         released=tuple(released),
         sites=sites,
         covers=("rounds_and_steps", "charged_retries", *scores, *covers),
-        leaves_out=listed["leaves_out"],
-        not_protected=listed["not_protected"],
-        unprotected_figures=listed["unprotected_figures"],
+        **listed,
         assumptions=assumptions(facts, sites),
         cells={},
         utility=utility,
         admits=admits,
         signature=None,
     )
+
+
+def explained(site: SiteReport, charged: Spent, *, delta: float, declared_size: int | None, fixed: bool) -> SiteReport:
+    """Add to a site what its epsilon means, where that can be said; `fixed` as of `profile.meaning`.
+
+    Without a guarantee nothing can be said of it, unless missing noise is the one reason.
+    """
+    if site.verdict.state == "no_guarantee" and site.verdict.reasons != ("no_noise",):
+        return site
+    epsilon, others = profile.claimed(site.spent), profile.told_by_others(site.mechanisms, site.by_trust)
+    known = partial(profile.meaning, charged, epsilon=epsilon, delta=delta, declared_size=declared_size)
+    return replace(site, meaning=known(fixed=fixed, others=others))
 
 
 def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, ...]:
@@ -94,11 +107,9 @@ def assumptions(facts: Facts, sites: Sequence[SiteReport]) -> tuple[Assumption, 
 
 def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     """Assumptions of a run, as its lead knows them: code, status, evidence."""
-    said = [site for site in facts.sites if site.statement]
-    yield from _of_mechanism(facts, sites, said=[site.site for site in said])
-    yield from _of_figures(
-        facts, sites, asserted={site.site: site.statement.asserted for site in said if site.statement}
-    )
+    said = {site.site: site.statement for site in facts.sites if site.statement}
+    yield from _of_mechanism(facts, sites, said=[*said])
+    yield from _of_figures(facts, sites, asserted={site: one.asserted for site, one in said.items()})
     # Whether the lead holds a signed receipt from every site that was charged.
     unsigned = [one.site for one in sites if one.source == "not_released" and one.spent.rounds]
     if doubtful := [site.site for site in facts.sites if not site.believed]:
@@ -124,9 +135,9 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     if said:
         disagree = [site.site for site in sites if "site_report_disagrees" in site.verdict.reasons]
         status: Status = "violated" if disagree else "verified"
-        yield "site_reports_agree", status, ", ".join(disagree or [site.site for site in said])
+        yield "site_reports_agree", status, ", ".join(disagree or said)
         # A lead may withhold a newer report; only the site knows.
-        days = ", ".join(f"{site.site}: {site.statement.date}" for site in said if site.statement)
+        days = ", ".join(f"{site}: {one.date}" for site, one in said.items())
         yield "site_reports_are_newest", "assumed", days
     if facts.deployed:
         yield "sites_run_their_own_software", "assumed", "tests/deployment"

@@ -49,8 +49,8 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
         source = "signed_site_report" if statement else "run_record"
     grid, charged = profile.interval_of(source), profile.charged_events(plan, site.rounds)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
-    ran = (facts.sampling if statement is None else "poisson" if known else None) or NOT_RECORDED
-    row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=ran)
+    ran = facts.sampling if statement is None else "poisson" if known else None
+    row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=ran or NOT_RECORDED)
     rows = (row,) if site.rounds else ()
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
     spent = Spent(
@@ -69,37 +69,24 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
     )
     verdict = verdicts.judged(verdicts.of_run(site, facts, spent, sampling=ran), spent, source=source)
     if statement is not None:
-        reasons = verdicts.of_ledger(
-            statement.lifetime,
-            statement.approved,
-            charges=statement.charges,
-            verified=statement.verification is not None,
-        )
-        words = [verdict, statement.verdict, verdicts.verdict_of(reasons)]
-        words += [] if agrees(facts, site, statement) else [verdicts.verdict_of(["site_report_disagrees"])]
-        verdict = verdicts.worst(words)
-    meaning = None
-    if verdicts.has_meaning(verdict):
-        meaning = profile.meaning(
-            charged,
-            epsilon=profile.claimed(spent),
-            delta=plan.delta,
-            declared_size=site.declared_size,
-            fixed=not spent.ended_by_scores,
-            others=profile.told_by_others(rows, trust),
-        )
-    return SiteReport(
+        life, limits, verified = statement.lifetime, statement.approved, statement.verification is not None
+        reasons = [*verdicts.of_ledger(life, limits, charges=statement.charges, verified=verified)]
+        reasons += [] if agrees(facts, site, statement) else ["site_report_disagrees"]
+        verdict = verdicts.worst([verdict, statement.verdict, verdicts.verdict_of(reasons)])
+    made = SiteReport(
         site=site.site,
         source=source,
         verdict=verdict,
         spent=spent,
-        meaning=meaning,
+        meaning=None,
         mechanisms=rows,
         curve=profile.curve(charged, plan.delta),
         steps=tuple(_steps(facts, site, by_pld)),
         releases=() if statement else tuple(_releases(facts, site)),
         by_trust=trust,
     )
+    fixed = not spent.ended_by_scores
+    return rules.explained(made, charged, delta=plan.delta, declared_size=site.declared_size, fixed=fixed)
 
 
 def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:

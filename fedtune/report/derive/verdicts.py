@@ -18,18 +18,7 @@ from fedtune.codec import decode, parse_json
 from fedtune.evaluation import audit_bound
 from fedtune.federation.run_folder import RunFolder
 from fedtune.report.derive import profile
-from fedtune.report.facts import (
-    NOT_RECORDED,
-    Approved,
-    Audit,
-    AuditBound,
-    Lifetime,
-    RunFacts,
-    SiteFacts,
-    Source,
-    State,
-    Verdict,
-)
+from fedtune.report.facts import Approved, Audit, AuditBound, Lifetime, RunFacts, SiteFacts, Source, State, Verdict
 from fedtune.report.model import Problem, Report, SiteReport, Spent
 from fedtune.spec import RUN_SCHEMA, RunError
 from fedtune.words import unbounded
@@ -91,12 +80,7 @@ def judged(reasons: Iterable[str], spent: Spent, *, source: Source) -> Verdict:
     return verdict_of([*reasons, *([] if agree else ["accountants_disagree"])])
 
 
-def has_meaning(verdict: Verdict) -> bool:
-    """Something can be said of what an epsilon means: without a guarantee only if missing noise is the one reason."""
-    return verdict.state != "no_guarantee" or verdict.reasons == ("no_noise",)
-
-
-def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str) -> Iterator[str]:
+def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | None) -> Iterator[str]:
     """The reasons at one site of a run.  The plan was fixed, so its whole epsilon is a proof whatever ended the run."""
     of_spending = _holding(
         no_noise=spent.epsilon is None,
@@ -105,7 +89,7 @@ def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str) -> 
         not_finished=not facts.finished,
         ended_by_scores=facts.ended_by_scores,
         site_silent=site.upper_bound,
-        sampling_not_recorded=sampling == NOT_RECORDED,
+        sampling_not_recorded=sampling is None,
     )
     yield from of_spending if spent.rounds > 0 else ["nothing_spent"]
     yield from _holding(
