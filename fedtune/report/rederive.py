@@ -7,7 +7,7 @@ again in the tests.  A figure that another machine rounds otherwise may differ i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from itertools import pairwise, takewhile
@@ -21,7 +21,7 @@ from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
 from fedtune.report.derive import cells, ledger_figures, profile, run_figures
 from fedtune.report.derive.verdicts import audit_problems
-from fedtune.report.facts import Approved, Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement, Verification
+from fedtune.report.facts import Cap, Facts, LedgerFacts, RunFacts, SiteFacts, SiteStatement
 from fedtune.report.model import Problem, Report, to_json
 from fedtune.spec import ConfigError
 from fedtune.words import finite, unbounded
@@ -246,8 +246,6 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
         yield "lifetime.epsilon", life.epsilon, "no less than in the period, and no more than with what is set aside"
     if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
         yield "lifetime.seeded", False, ", ".join(seeded)
-    if life.caps:
-        yield from _of_cap(said.approved, life.caps[-1])
     if life.frozen or life.in_doubt:
         left: float | None = 0.0
     elif cap is None or life.with_set_aside == 0:  # before the first charge a fixed part is still to come
@@ -256,29 +254,26 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
         left = max(0.0, cap - unbounded(life.with_set_aside))
     if (life.left is None) != (left is None) or (left is not None and not _near(life.left or 0.0, left)):
         yield "lifetime.left", life.left, left
-    yield from _of_caps([one.charges_before for one in life.caps], said.charges)
-    yield from _of_verification(said.verification)
+    yield from _of_any_ledger(said, life.caps, said.charges)
 
 
 def _of_selection(facts: Facts) -> Iterator[Problem]:
     """Compare the run's cost in sites' own reports with its plan, and the search's with all that it may do."""
     if not isinstance(facts, RunFacts):
         return
+    plan, told = facts.plan, facts.selection
     for site in facts.sites:
-        said = site.statement
-        plan = facts.plan
+        said, place = site.statement, f"sites.{site.site}.statement.lifetime.runs"
         for run in said.lifetime.runs if said and said.same_plan else ():
             for key, rounds in (("epsilon", run.rounds), ("planned_epsilon", plan.most_rounds)):
                 if run.run == facts.run:
                     found = profile.epsilon_pld(profile.charged_events(plan, rounds), plan.delta)
-                    yield from _differences(
-                        f"sites.{site.site}.statement.lifetime.runs.{key}", getattr(run, key), found
-                    )
-    if (told := facts.selection) is None:
+                    yield from _differences(f"{place}.{key}", getattr(run, key), found)
+    if told is None:
         return
-    charged, delta = profile.charges_of(told.charges), facts.plan.delta
-    if told.delta != delta:
-        yield Problem("selection.delta", told.delta, delta)
+    charged = profile.charges_of(told.charges)
+    if told.delta != plan.delta:
+        yield Problem("selection.delta", told.delta, plan.delta)
     yield from _differences("selection.epsilon", told.epsilon, finite(accountant.epsilon_pld(charged, told.delta)))
     if told.method not in ("grid", "random", "tpe"):
         yield Problem("selection.method", told.method, "grid, random or tpe")
@@ -324,27 +319,21 @@ def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
     days = [*(entry.day[:10] for entry in facts.charges), facts.date[:10]]
     if any(later < day for day, later in pairwise(days)):
         yield "charges", "days", "in order, none after the report's date"
-    yield from _of_caps([cap.charges_before for cap in facts.caps], ledger_figures.num_charges(facts))
-    if facts.caps:
-        yield from _of_cap(facts.approved, facts.caps[-1])
-    yield from _of_verification(facts.verification)
+    yield from _of_any_ledger(facts, facts.caps, ledger_figures.num_charges(facts))
 
 
-def _of_caps(places: list[int], charges: int) -> Iterator[_Found]:
+def _of_any_ledger(ledger: LedgerFacts | SiteStatement, caps: Sequence[Cap], charges: int) -> Iterator[_Found]:
+    """Check what a ledger says of its caps and of its own verification, by itself or in a site's statement."""
+    approved, found, places = ledger.approved, ledger.verification, [cap.charges_before for cap in caps]
     if not places or [0, *places, charges] != sorted([0, *places, charges]):
         yield "caps", ", ".join(map(str, places)), f"at least one, in order, up to the {charges} charges"
-
-
-def _of_cap(approved: Approved, newest: Cap) -> Iterator[_Found]:
-    """A cap that the policy in force has and the ledger has not noted yet is smaller, and nobody knows since when."""
-    if not _at_most(approved.max_epsilon, newest.max_epsilon):
-        yield "approved.max_epsilon", approved.max_epsilon, f"at most {newest.max_epsilon}, which the ledger noted"
-    since = newest.time if approved.max_epsilon == newest.max_epsilon else None
-    if approved.since != since:
-        yield "approved.since", approved.since, since
-
-
-def _of_verification(found: Verification | None) -> Iterator[_Found]:
+    for newest in caps[-1:]:
+        # A cap that the policy in force has and the ledger has not noted yet is smaller, and nobody knows since when.
+        if not _at_most(approved.max_epsilon, newest.max_epsilon):
+            yield "approved.max_epsilon", approved.max_epsilon, f"at most {newest.max_epsilon}, which the ledger noted"
+        since = newest.time if approved.max_epsilon == newest.max_epsilon else None
+        if approved.since != since:
+            yield "approved.since", approved.since, since
     if found and found.rollback_excluded != (found.anchor_sequence == found.num_events):
         yield "verification.rollback_excluded", found.rollback_excluded, f"an anchor at entry {found.anchor_sequence}"
 
