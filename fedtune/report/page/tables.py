@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts
+from fedtune.report.page.catalogue import Catalogue
 from fedtune.report.page.report_words import Words, count_of_rows, data, in_groups, named_by, pointer
 from fedtune.show.budget_text import Arrivals
 from fedtune.show.drawing import BEFORE, LIMIT, MOST_LINES, Panel, Series, chart
@@ -19,13 +20,33 @@ from fedtune.words import score_words, shortened
 
 MOST_ROWS = 40  # rows of a table on the page; report.json holds the others
 PAGE_ONE_SITES = 8  # sites on page 1, the least favourable first; later tables list each
-_TEXTS = ("text", "name", "hash", "key", "json", "failures_by_site", "counts", "scores", "code", "yes_no", "people")
 _LONGEST_NAME = 28  # where room is scarce; other tables show it whole
 _KEY_DIGITS = 12  # enough to tell keys apart; the whole key is in report.json
 _SAYING_WHY = ("epsilon", "cap", "left")  # of which None means something: unbounded, or no limit
 _ROUNDS = "/facts/rounds/*"
 _OF_SITES = ("sites", "facts", "own", "life")
 _SITE = "@sites/site"
+_PLAIN, _CODE, _COMMA = Markup("{}").format, Markup("<code>{}</code>").format, Markup(", ")
+_TEXTS: Mapping[str, Callable[[Catalogue, str, Any], Markup]] = {
+    "text": lambda words, of, value: _PLAIN(", ".join(value) if isinstance(value, list) else value),
+    "name": lambda words, of, value: _PLAIN(shortened(value, _LONGEST_NAME)),
+    "hash": lambda words, of, value: _CODE(value),
+    "key": lambda words, of, value: Markup('<code title="{}">{}</code>').format(value, value[:_KEY_DIGITS] + "…"),
+    "json": lambda words, of, value: _CODE(json.dumps(value, separators=(",", ":"))),
+    "failures_by_site": lambda words, of, value: _COMMA.join(
+        Markup("{}: {}").format(site, words.code("refusal", why)) for site, why in value.items()
+    ),
+    "counts": lambda words, of, value: _COMMA.join(
+        f"{name}: {words.figure(one, 'count')}" for name, one in value.items()
+    ),
+    "scores": lambda words, of, value: _COMMA.join(
+        f"{score_words(name)} {words.figure(one, 'score')}" for name, one in value.items()
+    ),
+    "code": lambda words, of, value: words.listed(of, value) if isinstance(value, list) else words.code(of, value),
+    "yes_no": lambda words, of, value: words.text("word.yes" if value else "word.no"),
+    "people": lambda words, of, value: words.arrivals([Arrivals(**value)]),
+}
+"""Kind of a cell that is no figure -> its text, from the words, the section of a code, and the value."""
 _ABSENT = object()
 _ABSENT_CLASS = Markup('class="absent"')  # of cells where there is nothing: grey, since that changes no result
 
@@ -108,34 +129,8 @@ class Charts(Words):
     def _as_text(self, value: Any, kind: str) -> Markup:
         if value is None or value in ([], {}):
             return self.text("word.unknown" if value is None else "word.none")
-        match kind.split(":"):
-            case ["name"]:
-                return Markup("{}").format(shortened(value, _LONGEST_NAME))
-            case ["hash"]:
-                return Markup("<code>{}</code>").format(value)
-            case ["key"]:
-                return Markup('<code title="{}">{}</code>').format(value, value[:_KEY_DIGITS] + "…")
-            case ["yes_no"]:
-                return self.text("word.yes" if value else "word.no")
-            case ["people"]:
-                return self.catalogue.arrivals([Arrivals(**value)])
-            case ["json"]:
-                return Markup("<code>{}</code>").format(json.dumps(value, separators=(",", ":")))
-            case ["failures_by_site"]:
-                one = Markup("{}: {}").format
-                return Markup(", ").join(one(site, self.code("refusal", why)) for site, why in value.items())
-            case ["counts"]:
-                return Markup(", ").join(
-                    f"{name}: {self.catalogue.figure(one, 'count')}" for name, one in value.items()
-                )
-            case ["scores"]:
-                said = ((score_words(name), self.catalogue.figure(one, "score")) for name, one in value.items())
-                return Markup(", ").join(map(" ".join, said))
-            case ["code", section] if isinstance(value, list):
-                return self.listed(section, value)
-            case ["code", section]:
-                return self.code(section, value)
-        return Markup("{}").format(", ".join(value) if isinstance(value, list) else value)
+        kind, _, section = kind.partition(":")
+        return _TEXTS[kind](self.catalogue, section, value)
 
     def table(
         self,
@@ -261,9 +256,8 @@ class Charts(Words):
         names = self.score_names()
         name = next((name for name in names if "loss" not in name), names[0] if names else "")
         rows = self.rows(_ROUNDS) if name else []
-        keys = (pointer("metrics", name), "/round")
-        spent = [self.at(f"/utility/epsilons/{place}") for place in range(len(rows))]
-        found = [(one, *(self.at(row + key) for key in keys)) for one, row in zip(spent, rows, strict=True)]
+        spent, score = self.at("/utility/epsilons"), pointer("metrics", name)
+        found = [(one, self.at(row + score), self.at(f"{row}/round")) for one, row in zip(spent, rows, strict=False)]
         found = [one for one in found if None not in one[:2]]
         before = self.at("/facts/before").get(name)
         levels = [] if before is None else [(before, self.text("utility.before").unescape(), BEFORE)]
@@ -271,14 +265,14 @@ class Charts(Words):
         panel = Panel(
             series=[Series(points=[one[:2] for one in found], number=0, label=score_words(name))] if found else [],
             levels=levels,
-            notes=[(spent, score, f"{round_} {number}") for spent, score, number in ends],
+            notes=[(x, y, f"{round_} {number}") for x, y, number in ends],
             x=self._said("axis_epsilon"),
             y=shortened(score_words(name), 30),
             from_zero=False,
         )
-        scored, seen = [row for row in rows if self.at(row + keys[0]) is not None], None
+        scored, seen = [row + score for row in rows if self.at(row + score) is not None], None
         if found and len(scored) > 1:
-            first, last = (self.figure(row + keys[0], "score") for row in (scored[0], scored[-1]))
+            first, last = (self.figure(place, "score") for place in (scored[0], scored[-1]))
             seen = self.text("chart.moved", name=shortened(score_words(name), 30), first=first, last=last)
         return self._chart("utility", self.by_round(), panel, seen=seen)
 
