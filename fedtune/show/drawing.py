@@ -26,6 +26,7 @@ MARKERS = (
 MOST_LINES = len(COLOURS)  # more lines in one chart could not be told apart
 LIMIT, BEFORE = "5 4", "1 2"  # dashes of levels that lines are compared with
 _WIDTH = 310.0  # at which text of 10 reads well at half a page's width and on a phone
+_HEIGHT, _PANEL_HEIGHT = 194.0, 154.0  # of a chart, and of what its axes enclose
 _LETTER = 5.6  # about the width of one
 _SMALL_LETTER, _LINE_HEIGHT = 5.0, 10.5  # of text of 9
 _MOST_MARKERS = 40  # so many that they touch say nothing
@@ -70,43 +71,30 @@ class _Axis:
         return round(self.start + (value - self.low) / (self.high - self.low) * self.length, 2)
 
 
-def chart(
-    code: str, panels: Sequence[Panel], *, named: tuple[str, str], number: Callable[[float], str], height: float = 0
-) -> Markup:
-    """Panels under each other, which share their x axis.
+def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[float], str]) -> Markup:
+    """Draw what a panel has.
 
     Args:
         code: for ids that no other chart has.
-        panels: one or two.
+        panel: the axes, and what is drawn on them.
         named: title and description, for screen readers.
         number: how the language writes a figure.
-        height: 0: by the number of panels.
     """
-    scale, height = panels[-1].scale, height or 86 + 108 * len(panels)
-    spans = [_span(panel) for panel in panels]
-    ticks = [_ticks(*span) for span in spans]
-    left = 22 + _LETTER * max(len(number(tick)) for tick in chain(*ticks))
-    ends = [list(_ends(panel)) for panel in panels]
-    right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in chain(*ends)], default=0.0)
-    places = [x for panel in panels for one in panel.series for x, _ in one.points]
-    low, high = _x_span(places, scale)
+    bottom, top = _span(panel)
+    marks, ends, scale = [(tick, number(tick)) for tick in _ticks(bottom, top)], list(_ends(panel)), panel.scale
+    left = 22 + _LETTER * max(len(text) for _, text in marks)
+    right = 8 + max([10 + _SMALL_LETTER * len(label) for _, label, _ in ends], default=0.0)
+    low, high = _x_span([x for one in panel.series for x, _ in one.points], scale)
     across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - right)
-    each = (height - 24 - 16 * len(panels)) / len(panels)
-    parts, top = list[str](), 8.0
-    for panel, span, marks, named_ends in zip(panels, spans, ticks, ends, strict=True):
-        down = _Axis(low=span[0], high=span[1], start=top + each, length=-each)
-        parts += _axes(panel, across, down, [(tick, number(tick)) for tick in marks])
-        for one in panel.series:
-            parts += _drawn(one, panel, across, down)
-        parts += _levels(panel, across, down)
-        parts += _end_labels(named_ends, across, down)
-        top += each + 16
-    labels = [
-        (tick, power_of_ten(round(tick)) if scale == "powers" else number(tick)) for tick in _x_ticks(low, high, scale)
-    ]
-    labels = _dates(low, high) if scale == "days" else labels
-    parts += _x_axis(panels[-1].x, across, height - 32, labels)
-    return _framed(code, parts, height=height, named=named)
+    down = _Axis(low=bottom, high=top, start=8 + _PANEL_HEIGHT, length=-_PANEL_HEIGHT)
+    parts = [*_axes(panel, across, down, marks)]
+    for one in panel.series:
+        parts += _drawn(one, panel, across, down)
+    parts += [*_levels(panel, across, down), *_end_labels(ends, across, down)]
+    write = (lambda tick: power_of_ten(round(tick))) if scale == "powers" else number
+    labels = _dates(low, high) if scale == "days" else [(tick, write(tick)) for tick in _x_ticks(low, high, scale)]
+    parts += _x_axis(panel.x, across, _HEIGHT - 32, labels)
+    return _framed(code, parts, height=_HEIGHT, named=named)
 
 
 def intervals(

@@ -23,7 +23,7 @@ def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
         "from fedtune.show.drawing import Panel, Series, chart\n"
         "one = Series(points=[(1, 3), (2, 4)], number=0, label='a')\n"
         "two = Series(points=[(1, 2)], number=1, kind='limit')\n"
-        "print(chart('x', [Panel(series=[one, two], y='y')], named=('t', 'd'), number=str))"
+        "print(chart('x', Panel(series=[one, two], y='y'), named=('t', 'd'), number=str))"
     )
     made = {
         subprocess.run(
@@ -55,7 +55,7 @@ def test_ticks_are_round_numbers() -> None:
 @example([(1.0, 5e-324)], "number", "line", True)
 def test_whatever_is_drawn_stays_on_its_axes(points: Any, scale: Any, kind: Any, from_zero: bool) -> None:
     panel = Panel(series=[Series(points=points, number=1, label="<b>", kind=kind)], scale=scale, from_zero=from_zero)
-    root = ElementTree.fromstring(str(drawing.chart("x", [panel], named=("t", "d"), number=str)))
+    root = ElementTree.fromstring(str(drawing.chart("x", panel, named=("t", "d"), number=str)))
     width, height = (float(side) for side in root.attrib["viewBox"].split()[2:])
     for path in root.iter(f"{SVG}path"):
         for x, y in re.findall(r"translate\(([-\d.]+) ([-\d.]+)\)", path.attrib.get("transform", "")):
@@ -75,7 +75,7 @@ def test_lines_differ_in_more_than_colour_and_colours_are_told_apart_in_grey() -
 def test_lines_are_named_beside_their_ends_and_names_do_not_touch() -> None:
     series = [Series(points=[(1, 0), (2, 5 + n / 100)], number=n, label=f"site-{n}") for n in range(drawing.MOST_LINES)]
     panel = Panel(series=series, levels=[(5.0, "limit", "1 2")])
-    root = ElementTree.fromstring(str(drawing.chart("x", [panel], named=("t", "d"), number=str)))
+    root = ElementTree.fromstring(str(drawing.chart("x", panel, named=("t", "d"), number=str)))
     places = {}
     for group in root.iter(f"{SVG}g"):
         x, y = map(float, re.fullmatch(r"translate\(([\d.]+) ([\d.]+)\)", group.attrib["transform"]).groups())

@@ -319,5 +319,5 @@ class Charts(Words):
             return replace(table, chart=code, seen=why)
         named = self._said(code), self._said(f"{code}_desc")
         figure = self.catalogue.figure
-        svg = chart(code, [panel], named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
+        svg = chart(code, panel, named=named, number=lambda tick: figure(float(f"{tick:.12g}"), "number"))
         return replace(table, chart=code, seen=seen or self.text(f"chart.{code}"), svg=svg)
