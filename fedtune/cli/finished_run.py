@@ -17,6 +17,7 @@ from fedtune.cli.command import Argument, Option
 from fedtune.config import RunConfig, parse
 from fedtune.evaluation.bootstrap import Comparison
 from fedtune.spec import ConfigError, DataError, check_at_least, check_name, check_one_of
+from fedtune.studies.comparison import changed
 from fedtune.tasks.registry import task_named
 
 _SETTING = re.compile(r"set data\.columns\.(\w+) to one of")
@@ -98,12 +99,8 @@ def columns_by_option() -> Iterator[None]:
 
 def compared_rows(scores: Mapping[str, Comparison]) -> list[tuple[str, ...]]:
     """Each score of two models, its difference with the interval, and what that says of the second."""
-    rows: list[tuple[str, ...]] = []
-    for name, one in scores.items():
-        difference, values = one.difference, (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}")
-        interval = f"{difference.low:+.4f} to {difference.high:+.4f}"
-        rows.append((name, *values, f"{difference.value:+.4f}", interval, one.verdict))
-    return rows
+    both = {name: (f"{one.base.value:.4f}", f"{one.tuned.value:.4f}") for name, one in scores.items()}
+    return [(name, *values, *changed(scores[name])) for name, values in both.items()]
 
 
 def warn_of_fixed_prompt(config: RunConfig) -> None:

@@ -169,9 +169,9 @@ class Compared:
         if plain in private_of:
             found = compare(plain, self.main)
             if found.verdict == NO_DIFFERENCE:
-                told.append(f"These records do not show what privacy costs it: {_interval(found)}.")
+                told.append(f"These records do not show what privacy costs it: {interval_text(found)}.")
             else:
-                told.append(f"With privacy it is {found.verdict} than without: {self._score} {_interval(found)}.")
+                told.append(f"With privacy it is {found.verdict} than without: {self._score} {interval_text(found)}.")
         pairs = combinations(self.sides.measured, 2)
         alike = [pair for pair in pairs if compare(*pair).verdict == NO_DIFFERENCE]
         if alike:
@@ -190,8 +190,8 @@ class Compared:
     def _sentence(self, base: str) -> str:
         found = self.sides.comparison(base, self.main)
         if found.verdict == NO_DIFFERENCE:
-            return f"{_capital(self.main)} cannot be told apart from {base} by {self._score}: {_interval(found)}."
-        return f"{_capital(self.main)} is {found.verdict} than {base}: {self._score} {_interval(found)}."
+            return f"{_capital(self.main)} cannot be told apart from {base} by {self._score}: {interval_text(found)}."
+        return f"{_capital(self.main)} is {found.verdict} than {base}: {self._score} {interval_text(found)}."
 
     def _fair(self, title: str, found: GroupScores) -> Iterator[str]:
         changes = {name: pairs[self.models[0], self.main] for name, pairs in found.changes.items()}
@@ -211,7 +211,7 @@ class Compared:
         return found
 
     def _own(self) -> Section:
-        rows = [(site, beside, *_changed(one)) for beside, at in self._own_beside().items() for site, one in at.items()]
+        rows = [(site, beside, *changed(one)) for beside, at in self._own_beside().items() for site, one in at.items()]
         where = "the records that the site would have" if AT_SITES in self.groups else "all records"
         headings = ("site", "compared with", "difference", "95 % interval", "own is")
         return Section(title=f"Own adapter minus each other, on {where}", headings=headings, rows=rows, words={0, 1, 4})
@@ -222,7 +222,7 @@ class Compared:
         rows = [(base, _figure(own.value), _ends(own), "", "", "")]
         for name in others:
             found = self.sides.comparison(base, name)
-            rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *_changed(found)))
+            rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *changed(found)))
         where = f" on {self.data}" if self.data else ""
         title = f"{_capital(self._score)}{where}: {counted(len(self.sides.records), 'record')}"
         headings = ("model", self._score, "95 % interval", f"minus {base}", "95 % interval", "compared with it")
@@ -230,7 +230,7 @@ class Compared:
 
     def _beside_main(self) -> Section:
         others = [name for name in self.models[1:] if name != self.main]
-        rows = [(name, *_changed(self.sides.comparison(name, self.main))) for name in others]
+        rows = [(name, *changed(self.sides.comparison(name, self.main))) for name in others]
         headings = ("compared with", "difference", "95 % interval", f"{self.main} is")
         return Section(title=f"{_capital(self.main)} minus each other", headings=headings, rows=rows, words={0, 3})
 
@@ -251,7 +251,7 @@ class Compared:
             change = found.changes[name][alone.get(name, base), self.main]
             values = [_figure(scores[base].value)]
             values += [_figure(scores[alone[name]].value) if name in alone else "-"] if alone else []
-            rows.append((name, f"{count:,}", *values, _figure(scores[self.main].value), *_changed(change)[1:]))
+            rows.append((name, f"{count:,}", *values, _figure(scores[self.main].value), *changed(change)[1:]))
         headings = ("group", f"{self.sides.unit}s", base, *(("alone",) if alone else ()), self.main)
         headings += (f"minus {'alone' if alone else base},\n95 % interval", "compared with it")
         merged = f"{OTHERS}: {counted(len(groups.merged), 'small group')}, merged by size alone."
@@ -440,9 +440,11 @@ def _range(estimate: Estimate) -> str:
     return f"{_figure(estimate.value)} ({_ends(estimate)})"
 
 
-def _changed(found: Comparison) -> tuple[str, str, str]:
+def changed(found: Comparison) -> tuple[str, str, str]:
+    """The difference between two models, its interval, and what that says of the second."""
     return f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"), found.verdict
 
 
-def _interval(found: Comparison) -> str:
-    return "{} ({})".format(*_changed(found))
+def interval_text(found: Comparison) -> str:
+    """The difference between two models with its interval."""
+    return "{} ({})".format(*changed(found))

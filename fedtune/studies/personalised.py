@@ -13,6 +13,7 @@ from fedtune.config import RunConfig
 from fedtune.evaluation.bootstrap import NO_DIFFERENCE
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError, check_one_of
+from fedtune.studies.comparison import interval_text
 from fedtune.words import counted, score_words
 
 if TYPE_CHECKING:  # they import torch, which takes seconds
@@ -118,10 +119,8 @@ def sections(made: Mapping[str, Personalised]) -> list[Section]:
     for site, one in made.items():
         sides, score = one.sides, one.sides.judged_by
         base = next(iter(sides.measured))
-        found = sides.comparison(SHARED, OWN)
         values = [f"{sides.estimate(name, score).value:.4f}" for name in (base, ALONE, SHARED, OWN)]
-        change = f"{found.difference.value:+.4f} ({found.difference.low:+.4f} to {found.difference.high:+.4f})"
-        rows.append((site, f"{sides.num_units:,}", *values, change))
+        rows.append((site, f"{sides.num_units:,}", *values, interval_text(sides.comparison(SHARED, OWN))))
         notes.append(_sentence(site, one))
     first = next(iter(made.values())).sides
     headings = ("site", f"{first.unit}s", "base", ALONE, SHARED, OWN, "own less shared,\n95 % interval")
