@@ -29,7 +29,7 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services.lead_and_server import everyone, latest_answers, members, run_named, running_process
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.runs.place_of_run import folder_of, is_finished
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
 
 _ACTIONS = ("status", "stop", "resume")
@@ -222,10 +222,10 @@ def show_status(folder: Path, *, as_json: bool) -> None:
     ended = kept is not None and kept.ended_early
     for site in config.federation.active:
         charge = site_charge(state, site, plan)
-        answer = answers.get(site, {})
+        last = answers.get(site, {})
         sites[site] = {
-            "last_answer": answer.get("what", "none yet"),
-            "at": answer.get("time"),
+            "last_answer": last.get("what", "none yet"),
+            "at": last.get("time"),
             "epsilon": charge.claim(ended_by_scores=ended),  # None: nothing bounds the loss
             "rounds_charged": charge.rounds,
             "upper_bound": charge.upper_bound,
@@ -239,14 +239,11 @@ def show_status(folder: Path, *, as_json: bool) -> None:
         "metrics": dict(state.rounds[-1].metrics) if state.rounds else {},
         "sites": sites,
     }
-    if as_json:
-        print_json(status)
-        return
     how = "running" if status["running"] else "finished" if status["finished"] else "stopped"
-    say(f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done")
+    heading = f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done"
     rows = []
     for site, about in sites.items():
         bound = " at most" if about["upper_bound"] else ""
         rows.append((site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}"))
-    headings = ("site", "last answer", "at", "epsilon so far")
-    show([Section(headings=headings, rows=rows, words=range(4))])
+    section = Section(headings=("site", "last answer", "at", "epsilon so far"), rows=rows, words=range(4))
+    answer(status, [section], as_json=as_json, heading=heading)
