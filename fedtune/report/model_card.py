@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment as Templates
-from jinja2 import StrictUndefined
 from markupsafe import Markup, escape
 
 from fedtune.config import RunConfig
@@ -27,7 +25,7 @@ from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build, read_run
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
-from fedtune.report.page.render import TEMPLATES, as_svg, write_files
+from fedtune.report.page.render import as_svg, environment, write_files
 from fedtune.report.page.report_words import Words
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
@@ -134,14 +132,9 @@ def owed(epsilon: float | None, delta: float | None) -> str:
 
 def rendered(file: str, **values: object) -> str:
     """A card by its template, whose values are escaped for Markdown."""
-    templates = Templates(
-        loader=TEMPLATES,
-        finalize=_escaped,
-        autoescape=False,  # it would escape for HTML
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
+    # For Markdown, where autoescape would escape for HTML.
+    markdown: dict[str, Any] = {"finalize": _escaped, "autoescape": False, "keep_trailing_newline": True}
+    templates = environment().overlay(**markdown, lstrip_blocks=False)
     named = {"score_words": score_words, "score_text": score_text, "figure": catalogue("en").figure, "owed": owed}
     return templates.get_template(file).render(**named, **values)
 

@@ -33,7 +33,6 @@ from fedtune.report.page.tables import Charts, Column
 from fedtune.spec import NOT_GIVEN, ConfigError
 from fedtune.words import score_words, shortened, spoken
 
-TEMPLATES = FileSystemLoader(Path(__file__).parent / "templates")
 FONTS = Path(__file__).parent / "fonts"
 _GROUPS = {"hipaa": "health", "ai_act": "documentation", "gpai": "documentation"}  # of fields, by how they begin
 _OR_CODE = ("epsilon", "right_of_100_mechanism")  # facts that are a figure, or say why there is none
@@ -86,9 +85,8 @@ def css_string(text: str) -> Markup:
 @lru_cache(maxsize=1)
 def environment() -> Environment:
     """The templates of all pages: everything that is filled in is escaped, and a name that is not there is an error."""
-    made = Environment(
-        loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.globals["font"] = lambda name: base64.b64encode((FONTS / f"{name}.woff2").read_bytes()).decode()
     made.globals |= {"css_string": css_string, "pointer": pointer, "parts": data(), "tiers_source": TIERS_SOURCE}
     made.globals |= {"spoken": score_words, "plain": _plain, "short": _short, "wrapped": _wrapped, "said_in": _said_in}
