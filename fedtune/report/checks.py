@@ -147,10 +147,9 @@ def _configuration(report: Report, sha256: str | None, config: RunConfig | None)
     facts, name = report.facts, "configuration"
     if not isinstance(facts, RunFacts):
         return Check(name, "not_checked", "A ledger covers many runs and has no single configuration.")
-    found = [*settings_problems(facts, config)] if config is not None else []
     said = facts.provenance.config_sha256
-    if sha256 not in (None, said):
-        found.insert(0, Problem("provenance.config_sha256", said, sha256))
+    found = [Problem("provenance.config_sha256", said, sha256)] if sha256 not in (None, said) else []
+    found += settings_problems(facts, config) if config is not None else ()
     if found:
         return Check(name, "wrong", "The run's settings say something else:", tuple(found))
     if config is not None:

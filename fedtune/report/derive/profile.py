@@ -137,9 +137,7 @@ def by_trust(rows: Sequence[Mechanism], epsilon: Callable[[Spent], float | None]
 
 def told_by_others(rows: Sequence[Mechanism], trust: Epsilons | None) -> tuple[Spent, float | None] | None:
     """What was spent where all other sites tell what they added, with its epsilon; None: the site made all noise."""
-    if trust is None:
-        return None
-    return charged_against(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others
+    return None if trust is None else (charged_against(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others)
 
 
 def claimed(spent: Figures) -> float | None:

@@ -46,9 +46,8 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
             randomness = "seeded" if facts.plan.private else "none"
         # Without attacks on training records, or a joined site's events, there are no figures of these.
         without = {"other_ledgers"} | (set() if facts.audit and facts.audit.membership else {"attack_on_real_records"})
-        without |= (
-            set() if any(one.statement and one.statement.verification for one in facts.sites) else {"counts_of_events"}
-        )
+        joined = any(one.statement and one.statement.verification for one in facts.sites)
+        without |= set() if joined else {"counts_of_events"}
     else:
         scores = ["noised_scores"] if any(run.plan.releases_metrics for run in facts.runs) else []
         masked = {run.run: run.plan.shared is not None for run in facts.runs}
