@@ -94,7 +94,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
         return _under(key, hint, value, default if isinstance(default, hint) else None)
-    if origin in (tuple, frozenset) or _is_named_tuple(hint):
+    if origin in (tuple, frozenset):
         return _sequence(key, value, hint)
     if origin is Literal:
         require(key, value, value in arguments, f"must be one of {', '.join(map(str, arguments))}")
@@ -121,21 +121,16 @@ def items_of(value: Any) -> Iterable[Any]:
 def _sequence(key: str, value: Any, hint: Any) -> Any:
     """A list as a tuple or a set of one type, or as a tuple of a fixed length."""
     require(key, value, isinstance(value, list), "must be a list")
-    arguments = list(_hints(hint).values()) if _is_named_tuple(hint) else list(typing.get_args(hint))
-    if _is_named_tuple(hint) or (typing.get_origin(hint) is tuple and arguments[-1] is not Ellipsis):
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and arguments[-1] is not Ellipsis:
         require(key, value, len(value) == len(arguments), f"must be a list of {len(arguments)}")
-        items = tuple(decode_value(key, item, argument) for item, argument in zip(value, arguments, strict=True))
-        return hint(*items) if _is_named_tuple(hint) else items
+        return tuple(decode_value(key, item, argument) for item, argument in zip(value, arguments, strict=True))
     if dataclasses.is_dataclass(arguments[0]):
         for item in value:
             require(key, item, isinstance(item, dict), f"must be tables, as in [[{key}]]")
         return tuple(_under(f"{key}[{number}]", arguments[0], item) for number, item in enumerate(value, 1))
     items = tuple(decode_value(key, item, arguments[0]) for item in value)
     return items if typing.get_origin(hint) is tuple else frozenset(items)
-
-
-def _is_named_tuple(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
 
 
 def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:

@@ -74,10 +74,10 @@ class TrackingSpec:
     def __post_init__(self) -> None:
         if not self.output_dir.strip():
             raise ConfigError("output_dir", self.output_dir, "must not be blank; '.' is the current folder")
-        if self.send_to is not None and self.tracker not in ("mlflow", "wandb"):
-            raise ConfigError("send_to", self.send_to, "must be null: only mlflow and wandb have servers")
-        if self.send_to is not None and not re.match("https?://", self.send_to):
-            raise ConfigError("send_to", self.send_to, "must be an address that begins with https:// or http://")
+        has_server = self.tracker in ("mlflow", "wandb")
+        if self.send_to is not None and not (has_server and re.match("https?://", self.send_to)):
+            bound = "must be null, or for mlflow and wandb an address that begins with https:// or http://"
+            raise ConfigError("send_to", self.send_to, bound)
 
 
 @spec
@@ -123,11 +123,9 @@ class RunConfig:
     resume: str | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.,=-]*", self.name, re.ASCII):
-            bound = "must be a plain folder name: letters, digits, '-', '_', '.', ',', '='"
+        if not re.fullmatch(r"[A-Za-z0-9][\w.,=-]*", self.name, re.ASCII) or len(self.name) > MOST_NAME:
+            bound = f"must be a plain folder name of at most {MOST_NAME} letters, digits, '-', '_', '.', ',', '='"
             raise ConfigError("name", self.name, bound)
-        if len(self.name) > MOST_NAME:
-            raise ConfigError("name", self.name, f"must have at most {MOST_NAME} characters")
         check_at_least("seed", self.seed, 0)
         if self.seed > MOST_SEED:
             raise ConfigError("seed", self.seed, f"must be at most {MOST_SEED}")

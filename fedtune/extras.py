@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from fedtune.spec import ConfigError
-
-_CHECKOUT = Path(__file__).parents[1]
 
 
 def is_installed(module: str) -> bool:
@@ -40,19 +34,11 @@ def require_extra(key: str, value: object, extra: str, *modules: str, or_else: s
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra from where this fedtune came from."""
-    if (_CHECKOUT / "pyproject.toml").is_file():
-        return f"pip install -e {shlex.quote(f'{_CHECKOUT}[{extra}]')}"
-    # PEP 610: pip writes direct_url.json for what it installs from a file or an address, and not from an index.
-    found = next(iter(metadata.distributions(name="fedtune")), None)
-    match json.loads((found and found.read_text("direct_url.json")) or "{}"):
-        case {"url": url, "vcs_info": {"vcs": kind, "commit_id": commit}}:
-            packages = [f"fedtune[{extra}] @ {kind}+{url}@{commit}"]
-        case {"url": url} if urlsplit(url).scheme != "file" or Path(url2pathname(urlsplit(url).path)).exists():
-            packages = [f"fedtune[{extra}] @ {url}"]
-        case {"url": _}:  # the file is gone, as in an image: the extra's packages by themselves
-            needed = [line.partition(";") for line in metadata.requires("fedtune") or ()]
-            packages = [package for package, _, when in needed if f"extra == '{extra}'" in when.replace('"', "'")]
-        case _:
-            packages = [f"fedtune[{extra}]"]
-    return shlex.join(["pip", "install", *packages])
+    """Return the command that installs an extra's packages.
+
+    It names the packages themselves, as this installation's metadata has them: that works wherever fedtune came from,
+    a checkout, a wheel, a repository or an image, of which no index need know.
+    """
+    needed = (line.partition(";") for line in metadata.requires("fedtune") or ())
+    packages = [package.strip() for package, _, when in needed if f"extra == '{extra}'" in when.replace('"', "'")]
+    return shlex.join(["pip", "install", *(packages or [f"fedtune[{extra}]"])])

@@ -165,13 +165,13 @@ def _literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
 
 def check_positive(key: str, value: float) -> None:
     """Require a finite `value` > 0."""
-    if not (_is_finite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ConfigError(key, value, "must be a finite number greater than 0")
 
 
 def check_at_least(key: str, value: float, least: float) -> None:
     """Require a finite `value` >= `least`."""
-    if not (_is_finite(value) and value >= least):
+    if not least <= value < math.inf:
         raise ConfigError(key, value, f"must be a finite number of at least {least:g}")
 
 
@@ -211,13 +211,6 @@ def check_name(key: str, name: str) -> None:
     """Require a name that can stand in a file, a message and a command line."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII):
         raise ConfigError(key, name, "must be made of at most 100 letters, digits, '-', '_' and '.'")
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
-        return False
 
 
 def shown(value: object, most: int = 120) -> str:

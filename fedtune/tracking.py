@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fedtune.config import RunConfig
+from fedtune.config import PATHS, RunConfig
 from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.runs.results import RunResult
@@ -32,8 +32,6 @@ Figures = Mapping[str, float]
 Ending = Literal["finished", "failed"]
 
 _PROJECT = "fedtune"
-_PLACES = ("model.path", "data.train_file", "data.validation_file", "data.test_file", "public.train_file")
-"""Settings of which only the last part is shown: the rest says how this machine is laid out."""
 
 
 class Tracker(Protocol):
@@ -211,8 +209,7 @@ class Tracked:
             tracker = _TRACKERS[name](self._config, folder)
             self._known = tracker.begin(settings_of(self._config))
         except Exception as error:
-            said = f"tracking={name} cannot begin at {spec.send_to or folder}: {_why(error)}"
-            raise RunError(said) from error
+            raise RunError(f"tracking={name} cannot begin at {spec.send_to or folder}: {_why(error)}") from error
         self._tracker = tracker
 
     def update(self, state: LeadState) -> None:
@@ -244,8 +241,7 @@ class Tracked:
 
 def _why(error: Exception) -> str:
     """The first line of what a library says."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first[:200]}"
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 def settings_of(config: RunConfig) -> Settings:
@@ -253,7 +249,8 @@ def settings_of(config: RunConfig) -> Settings:
     found: dict[str, str | int | float | bool] = {"config_sha256": config.digest(), "name": config.name}
     for key, value in dotted(config.decisive()):
         if value is not None:
-            shown = Path(value).name if key in _PLACES else value
+            # Of a path only the last part is shown: the rest says how this machine is laid out.
+            shown = Path(value).name if key in PATHS or key == "model.path" else value
             found[key] = shown if isinstance(shown, str | int | float | bool) else str(shown)
     return found
 

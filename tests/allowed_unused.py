@@ -28,6 +28,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {
         *("carbon_kg", "completion", "first_seconds", "frozen_states_kept", "lead_days"),
-        *("negative", "sampling_assumed", "server_days", "site_days"),
+        *("negative", "server_days", "site_days"),
     },
 }

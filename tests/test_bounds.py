@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from fedtune.federation.drift import HeldOut
-from fedtune.federation.secure.agreement import Limits
 from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.spec import ConfigError
@@ -29,7 +28,6 @@ WITH: dict[str, Callable[..., object]] = {
     "reference": lambda **value: replace(policy().budget.reference, **value),
     "federation": lambda **value: FederationSpec(**{"num_sites": 2, **value}),
     "sum_terms": lambda **value: replace(terms_of(3, 2), **value),
-    "sum_limits": Limits,
     "held_out": lambda **value: HeldOut(**{"run": "r", "date": "", "mean": 0.5, "deviation": 0.1, **value}),
 }
 """Something that has a value, beside others that are right; a table of a policy is of the shared one."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import pytest
 
@@ -14,11 +14,6 @@ class Colour(StrEnum):
     RED = "red"
 
 
-class Pair(NamedTuple):
-    number: int
-    name: str
-
-
 @dataclass(frozen=True)
 class Part:
     size: float = 1.0
@@ -27,7 +22,7 @@ class Part:
 @dataclass(frozen=True)
 class Whole:
     colour: Colour
-    pairs: tuple[Pair, ...]
+    pairs: tuple[tuple[int, str], ...]
     path: frozenset[tuple[int, str]]
     counts: dict[str, int]
     cap: float | None
@@ -40,7 +35,7 @@ JSON = {"colour": "red", "pairs": [[1, "a"]], "path": [[2, "b"]], "counts": {"r"
 
 def test_a_record_is_what_its_types_say() -> None:
     whole = decode(Whole, JSON)
-    assert whole == Whole(Colour.RED, (Pair(1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
+    assert whole == Whole(Colour.RED, ((1, "a"),), frozenset({(2, "b")}), {"r": 3}, 4.0)
     assert type(whole.cap) is float
     assert [decode(Whole, JSON | {"layers": given}).layers for given in ([1], "all")] == [(1,), "all"]
     assert decode(Whole, JSON | {"part": {}}).part == Part(2.0), "a table leaves out what its default has"

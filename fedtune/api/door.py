@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # they import torch, which takes seconds
     from fedtune.runs.federation_run import Listener
     from fedtune.runs.model_comparison import SideBySide
     from fedtune.runs.results import PrivacyResult, RunResult
-    from fedtune.runs.saved_model import BesideBase, SavedModel
+    from fedtune.runs.saved_model import SavedModel
     from fedtune.sites.session import Session
 
 Work = Callable[[RunConfig, Path, Any], "RunResult"]  # runs a configuration in its folder, and tells a listener
@@ -153,7 +153,7 @@ def load(folder: str | Path) -> Run:
     return Run(path, saved_config(path))
 
 
-def evaluate(run: Run, data: str | Path) -> BesideBase:
+def evaluate(run: Run, data: str | Path) -> SideBySide:
     """Score a run's adapter, and its base without one, on a file; intervals (95 %) draw the same records for both.
 
     The file has the columns that the run's settings name.  Scores are exact, and not covered by any guarantee.
@@ -161,9 +161,9 @@ def evaluate(run: Run, data: str | Path) -> BesideBase:
     Raises:
         ValueError: the run is not finished, or the file cannot be used.
     """
-    from fedtune.runs.saved_model import beside_base
+    from fedtune.runs.model_comparison import side_by_side
 
-    return beside_base(run.config, run.adapter, str(data))
+    return side_by_side({"tuned": (run.config, run.adapter)}, file=str(data), final=True)
 
 
 def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySide:

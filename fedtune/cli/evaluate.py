@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.tasks.measures import Detail
 from fedtune.words import counted
 
 if TYPE_CHECKING:  # it imports torch, which takes seconds
-    from fedtune.runs.saved_model import BesideBase
+    from fedtune.runs.model_comparison import SideBySide
 
 _MOST_LABELS = 20
 
@@ -32,35 +32,38 @@ def evaluate(
     Intervals come from drawing the records anew (users with all their records, where the run's unit is the user).
     """
     config, adapter = finished_run(run, device=device, columns=columns, generate=generate)
-    from fedtune.runs.saved_model import beside_base
+    from fedtune.runs.model_comparison import side_by_side
     from fedtune.sites.data_warnings import is_training_file
 
     with columns_by_option():
-        found = beside_base(config, adapter, data)
+        found = side_by_side({"tuned": (config, adapter)}, file=data, final=True)
+    scores = {name: found.comparison("base", "tuned", name) for name in found.scores}
+    tuned = found.measured["tuned"]
+    num_prompts, detail = len(tuned.texts.get("rouge_l", ())), found.detailed(tuned.examples)
     figures = {
         "schema_version": SCHEMA_VERSION,
         "run": str(run),
         "data": data,
-        "scores": {name: one.tuned.value for name, one in found.scores.items()},
-        "beside_base": found.scores,
-        "records": found.num_records,
+        "scores": {name: one.tuned.value for name, one in scores.items()},
+        "beside_base": scores,
+        "records": len(found.records),
         "unit": found.unit,
         "units": found.num_units,
-        "prompts": found.num_prompts,
+        "prompts": num_prompts,
     }
-    if found.detail is not None:
-        figures |= {"detail": found.detail}
-    notes = list(_notes(found))
+    if detail is not None:
+        figures |= {"detail": detail}
+    notes = list(_notes(found, scores, num_prompts=num_prompts))
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
     scores_first = Section(
-        title=f"{run} on {data}, {counted(found.num_records, 'record')}",
+        title=f"{run} on {data}, {counted(len(found.records), 'record')}",
         headings=("metric", "base", "tuned", "difference", "95 % interval", "tuned is"),
-        rows=compared_rows(found.scores),
+        rows=compared_rows(scores),
         words={0, 5},
         notes=notes,
     )
-    sections = [scores_first, *(() if found.detail is None else _detailed(found.detail))]
+    sections = [scores_first, *(() if detail is None else _detailed(detail))]
     answer(figures, sections, as_json=as_json)
 
 
@@ -87,8 +90,8 @@ def _detailed(detail: Detail) -> Iterator[Section]:
     )
 
 
-def _notes(found: BesideBase) -> Iterator[str]:
-    name, first = next(iter(found.scores.items()))
+def _notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: int) -> Iterator[str]:
+    name, first = next(iter(scores.items()))
     before, after = (f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in (first.base, first.tuned))
     told = f"{before} before training, {after} after it"
     if first.verdict == NO_DIFFERENCE:
@@ -96,10 +99,10 @@ def _notes(found: BesideBase) -> Iterator[str]:
     else:
         yield f"The tuned model is {first.verdict} than its base by {name}: {told}."
     drawn = counted(found.num_units, found.unit)
-    if found.num_prompts:
-        drawn += f" ({counted(found.num_prompts, 'prompt')} for texts)"
+    if num_prompts:
+        drawn += f" ({counted(num_prompts, 'prompt')} for texts)"
     yield f"Intervals: 95 %, from {RESAMPLES:,} draws of {drawn}, with replacement. Base: before training."
     few = [f"{found.unit}s"] if found.num_units < FEWEST_UNITS else []
-    few += ["prompts"] if 0 < found.num_prompts < FEWEST_UNITS else []
+    few += ["prompts"] if 0 < num_prompts < FEWEST_UNITS else []
     if few:
         yield f"Fewer than {FEWEST_UNITS} {' or '.join(few)} are too few to call a model better or worse."

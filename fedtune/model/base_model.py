@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedtune.extras import require_extra
 from fedtune.model.fits import check_ignores_batch_length, check_size, require_decoder, require_kind
 from fedtune.model.layers import compute_by_row, layer_stack
 from fedtune.model.manifest import manifest_of, staged
@@ -69,8 +70,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         bound = "its tokenizer is not one of the tokenizers library, so fedtune cannot bound what a record costs"
         raise ConfigError("model.path", spec.path, bound)
-    reason = tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))
-    if reason is not None:
+    if (reason := tokenizer_refusal(json.loads(tokenizer.backend_tokenizer.to_str()))) is not None:
         raise ConfigError("model.path", spec.path, f"its tokenizer {reason}")
     tokenizer.name_or_path = spec.path
     if tokenizer.pad_token is None:
@@ -157,7 +157,8 @@ def model_sha256(spec: ModelSpec) -> str:
 @contextmanager
 def _pinned_files(spec: ModelSpec, *, with_weights: bool = True) -> Iterator[Path]:
     """The folder to load from: the files of the manifest, whose hash is `spec.sha256`, and no others."""
-    spec.check_can_be_read()
+    if spec.gguf_file is not None:
+        require_extra("model.gguf_file", spec.gguf_file, "gguf")
     reads_weights = with_weights or bool(spec.gguf_file)
     with staged(model_folder(spec), gguf_file=spec.gguf_file, with_weights=reads_weights) as (own, manifest):
         _require_pinned(spec, manifest.sha256)
@@ -184,8 +185,7 @@ def _pretrained(spec: ModelSpec, folder: Path, *, predicts_tokens: bool, images:
         )
     model.config.name_or_path = spec.path
     # Transformers fills what a checkpoint lacks with random numbers. We pool ourselves, so a missing pooler is fine.
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:
+    if missing := sorted(name for name in report["missing_keys"] if "pooler" not in name):
         raise ConfigError("model.path", spec.path, f"must hold all weights for its task; it lacks {missing[0]}")
     if model.config.is_encoder_decoder:
         raise ConfigError("model.path", spec.path, "must be an encoder or a decoder, not both")

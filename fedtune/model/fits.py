@@ -51,8 +51,7 @@ def check_ignores_batch_length(base: nn.Module, *, path: str) -> None:
     for module in base.modules():
         kinds = getattr(module, "rope_type", None)
         for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
-            reason = rotary_refusal(kind)
-            if reason is not None:
+            if (reason := rotary_refusal(kind)) is not None:
                 raise ConfigError("model.path", path, reason)
 
 

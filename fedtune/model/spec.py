@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from fedtune.extras import require_extra
 from fedtune.spec import ConfigError, check_at_least, check_at_most, check_one_of, check_positive, spec
 
 _CPU, _GPUS = Path("/proc/cpuinfo"), (Path("/dev/nvidiactl"), Path("/dev/kfd"))
@@ -98,11 +97,6 @@ class ModelSpec:
             raise ConfigError("public_id", self.public_id, "must look like owner/name, an id at the Hugging Face hub")
         if self.dtype == "nf4" and self.gguf_file is not None:
             raise ConfigError("dtype", self.dtype, "cannot be had of a GGUF file, whose weights are rounded already")
-
-    def check_can_be_read(self) -> None:
-        """Require the extra that reads a GGUF file; other models need none."""
-        if self.gguf_file is not None:
-            require_extra("model.gguf_file", self.gguf_file, "gguf")
 
     @property
     def built_in(self) -> bool:

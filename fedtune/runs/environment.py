@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.codec import decode, parse_json
-from fedtune.config import saved_settings
+from fedtune.config import RunConfig, saved_settings
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import resolve_file
 from fedtune.federation.earlier_debts import SPENT, UNKNOWN, Debt, chain, debts_in, debts_of_base, debts_of_texts
@@ -29,7 +29,6 @@ from fedtune.version import __version__
 if TYPE_CHECKING:  # they import torch, which a reader does not need
     from transformers import PreTrainedConfig
 
-    from fedtune.config import RunConfig
     from fedtune.sites.shared_model import SharedModel
     from fedtune.tasks.saved import SavedAdapter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,16 +14,16 @@ import numpy.typing as npt
 from fedtune.config import RunConfig
 from fedtune.data import Record, users_of
 from fedtune.data.records import column_values
-from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Scores, drawn
+from fedtune.evaluation.bootstrap import Comparison, Drawn, Estimate, Figures, Scores, drawn
 from fedtune.evaluation.generation import text_scores
 from fedtune.evaluation.groups import Groups, GroupScores, by_group, merged
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.mechanism import Unit
-from fedtune.runs.needed_packages import require_to_score
 from fedtune.runs.saved_model import BASE, SavedModel
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.spec import ConfigError, DataError, check_one_of
+from fedtune.tasks.measures import Detail
 from fedtune.tasks.registry import task_named
 
 _MOST_GROUPS = 100
@@ -39,6 +39,7 @@ class SideBySide:
     measured: Mapping[str, Measured]  # by model; the model before training comes first
     means: Mapping[str, Sequence[str]]  # by name, models whose mean counts as one more
     score: Scores  # from figures to scores
+    detailed: Callable[[Figures], Detail | None]  # from figures to the detail behind the scores; None: nothing
 
     @property
     def unit(self) -> Unit:
@@ -108,6 +109,7 @@ def side_by_side(
     file: str | None = None,
     records: Sequence[Record] | None = None,
     means: Mapping[str, Sequence[str]] | None = None,
+    final: bool = False,
 ) -> SideBySide:
     """Score runs, and their base before training, on the same records.
 
@@ -119,6 +121,7 @@ def side_by_side(
         file: of records; None: the test records of the first run.
         records: to score instead, a site's own: none of them ends the scoring, whatever it holds.
         means: by name, runs whose mean counts as one more.
+        final: the scores of a finished run, of which some take longer; else those of a round.
 
     Raises:
         ConfigError: an adapter or the file cannot be used, or the runs' scores say nothing about each other.
@@ -126,7 +129,6 @@ def side_by_side(
     first, _ = next(iter(runs.values()))
     for name, (config, _) in runs.items():
         _require_comparable(name, config, first)
-        require_to_score(config)
     found: dict[str, Measured] = {}
     bases: dict[Hashable, str] = {}
     places: list[int] = []
@@ -159,13 +161,15 @@ def side_by_side(
         with suppress(DataError):  # where the records' file names no users
             who = column_values(data.records, first.data.columns["user"], key="data.columns.user", role="user")
             users = users_of([Record({"user": user}) for user in who])
+    scored = saved.model.task
     return SideBySide(
         records=data.records,
         users=users,
-        judged_by=saved.model.task.judged(first.data),
+        judged_by=scored.judged(first.data),
         measured={name: found[name] for name in (*bases.values(), *runs)},
         means=means or {},
-        score=partial(saved.model.task.scores, spec=saved.model.spec),
+        score=partial(scored.final_scores if final else scored.scores, spec=saved.model.spec),
+        detailed=partial(scored.detail, spec=saved.model.spec),
     )
 
 

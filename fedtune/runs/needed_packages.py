@@ -14,7 +14,8 @@ def require_for_run(config: RunConfig) -> None:
         ConfigError: a package is not installed.
     """
     config.cost.check_can_measure()
-    config.model.check_can_be_read()
+    if config.model.gguf_file is not None:
+        require_extra("model.gguf_file", config.model.gguf_file, "gguf")
     if config.tracking.tracker != "none":
         require_extra("tracking.tracker", config.tracking.tracker, config.tracking.tracker)
     if config.runtime.kind == "ray":
@@ -29,5 +30,6 @@ def require_to_score(config: RunConfig) -> None:
     Raises:
         ConfigError: a package is not installed.
     """
-    if config.evaluation.generate and task_named(config.task).writes(config.data):
+    plain = "text" in config.data.columns  # texts without a prompt, from which nothing is written
+    if config.evaluation.generate and task_named(config.task).predicts_tokens and not plain:
         require_extra("evaluation.generate", True, "text", "sacrebleu", "rouge_score")

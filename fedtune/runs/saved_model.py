@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,15 @@ import torch
 from fedtune.config import RunConfig
 from fedtune.data import Record
 from fedtune.data.batching import collate
-from fedtune.data.partition import users_of
 from fedtune.data.tokenise import UNSUPERVISED
-from fedtune.evaluation.bootstrap import Comparison, compared
-from fedtune.evaluation.generation import as_text, draw, text_scores, write
+from fedtune.evaluation.generation import as_text, draw, write
 from fedtune.evaluation.scoring import scoring
 from fedtune.evaluation.spec import WritingSpec
 from fedtune.model.adapter import AdapterError, copy_tensors
 from fedtune.model.fits import usable_positions
-from fedtune.privacy.mechanism import Unit
 from fedtune.runs.needed_packages import require_to_score
-from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured, ready
 from fedtune.spec import ConfigError, DataError
-from fedtune.tasks.measures import Detail
 from fedtune.tasks.saved import SavedAdapter
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.machine import device_for, keeps_frozen_states
@@ -50,16 +44,18 @@ class SavedModel:
         positions: how many tokens the model takes in all; None where nothing bounds it.
 
     Raises:
-        ConfigError: an adapter cannot be read, or is of another model.
+        ConfigError: an adapter cannot be read, or is of another model; a package that scores its texts is missing.
     """
 
     def __init__(self, config: RunConfig, adapters: Mapping[str, Path]) -> None:
+        require_to_score(config)
         self.config = config
         saved = {name: SavedAdapter.read(folder, model=config.model, private=True) for name, folder in adapters.items()}
         own = next(iter(saved.values()))
         device = device_for(config.runtime.device)
         self.tokenizer, self.model = ready(config, lambda: own.build(device=device))
         self.model.task.start_head(self.model)
+        self._end_ids = self.model.task.end_ids(self.tokenizer, data=config.data)
         self._tensors = {BASE: _tensors_of(self.model)}
         for name, adapter in saved.items():
             adapter.require_same_model(own.spec)
@@ -103,14 +99,12 @@ class SavedModel:
         """The tokens of records' answers, as training has them after the prompt's, without those that end them."""
         task, data = self.model.task, self.config.data
         examples = task.tokenise([Record(one) for one in fields], self.tokenizer, data=data)
-        ends = list(task.end_ids(self.tokenizer, data=data))
         pairs = zip(examples.input_ids, examples.targets, strict=True)
-        return [ids[(learnt != UNSUPERVISED) & ~np.isin(ids, ends)] for ids, learnt in pairs]
+        return [ids[(learnt != UNSUPERVISED) & ~np.isin(ids, list(self._end_ids))] for ids, learnt in pairs]
 
     def written(self, prompt: npt.NDArray[np.int32], spec: WritingSpec) -> Iterator[str]:
         """The answer to a prompt by the adapter in use, as it is written; see `as_text`."""
-        end_ids = self.model.task.end_ids(self.tokenizer, data=self.config.data)
-        return as_text(write(self.model, prompt, end_ids=end_ids, spec=spec), self.tokenizer)
+        return as_text(write(self.model, prompt, end_ids=self._end_ids, spec=spec), self.tokenizer)
 
     def drawn(
         self,
@@ -126,7 +120,7 @@ class SavedModel:
             self.model,
             prompts,
             tokenizer=self.tokenizer,
-            end_ids=self.model.task.end_ids(self.tokenizer, data=self.config.data),
+            end_ids=self._end_ids,
             spec=spec,
             first=first,
             max_tokens=_TIMES_AS_MANY * self.config.evaluation.max_tokens,
@@ -154,45 +148,6 @@ class SavedModel:
         with scoring(self.model):
             logits = self.model.logits(batch.to(self.model.device)).cpu()
         return task.answer_to(asked, logits, self.tokenizer, data=data, spec=self.model.spec)
-
-
-@dataclass(frozen=True)
-class BesideBase:
-    """A run's model and its base without an adapter, scored on the same records."""
-
-    num_records: int  # that were scored
-    unit: Unit  # which the intervals draw, "record" or "user"
-    num_units: int  # how many there are
-    num_prompts: int  # for which both wrote a text, each a unit of its own for the scores of texts; 0: they wrote none
-    scores: Mapping[str, Comparison]  # by name
-    detail: Detail | None = None  # what stands behind those of the tuned model; None: nothing
-
-
-def beside_base(config: RunConfig, adapter: Path, file: str) -> BesideBase:
-    """Score a saved adapter and its base without one on a file that has the columns of `config`.
-
-    Raises:
-        ConfigError: the adapter or the file cannot be used.
-    """
-    require_to_score(config)
-    own, unit = LeadRecords.with_users(config, file)  # before the model, whose loading takes longer
-    saved = SavedModel(config, {"tuned": adapter})
-    data = LeadData.of(own, config, saved.tokenizer)
-    measured, model = saved.measured(data), saved.model
-    base, tuned = measured[BASE], measured["tuned"]
-    users = users_of(data.records) if unit == "user" else None
-    final = partial(model.task.final_scores, spec=model.spec)
-    scores = compared(base.examples, tuned.examples, scores=final, units=users)
-    if tuned.texts:
-        scores |= compared(base.texts, tuned.texts, scores=text_scores)
-    return BesideBase(
-        num_records=len(data.records),
-        unit=unit,
-        num_units=len(data.records) if users is None else len(users),
-        num_prompts=len(tuned.texts.get("rouge_l", ())),
-        scores=scores,
-        detail=tuned.detail(model),
-    )
 
 
 def _places_in(model: TaskModel) -> dict[str, torch.Tensor]:

@@ -50,17 +50,6 @@ class LeadRecords:
         return cls(chosen_rows(records, rows), left_out)
 
     @classmethod
-    def with_users(cls, config: RunConfig, file: str) -> tuple[LeadRecords, Unit]:
-        """The records of a file, with users where the run's unit is the user and the file names them."""
-        if config.privacy.unit == "user":
-            try:
-                return cls.read(file, config, key="--data", unit="user"), "user"
-            except DataError as error:
-                if error.value != "absent":
-                    raise
-        return cls.read(file, config, key="--data"), "record"
-
-    @classmethod
     def to_score(cls, config: RunConfig, file: str | None) -> LeadRecords:
         """The records of a file, or those that the run keeps for its test."""
         if file is not None:

@@ -245,10 +245,6 @@ class Task(ABC):
         """The tokens that end what the model writes."""
         raise NotImplementedError
 
-    def writes(self, data: DataSpec) -> bool:
-        """Whether `written` has prompts for records with these columns."""
-        return False
-
     def written(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:

@@ -147,14 +147,11 @@ class CausalLM(Task):
         layout = Layout.of(tokenizer, data)
         return frozenset({layout.end, layout.chat.end} if layout.chat else {layout.end})
 
-    def writes(self, data: DataSpec) -> bool:
-        return "text" not in data.columns
-
     def written(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec
     ) -> tuple[Ids, Sequence[str]] | None:
         """Prompts, of `data.max_length` tokens at most, with the answers; None for plain texts."""
-        if not self.writes(data):
+        if "text" in data.columns:
             return None
         layout = Layout.of(tokenizer, data)
         examples = laid_out(layout, records, lenient=False)

@@ -93,8 +93,7 @@ def gaussian_bounds(sigma: float, trials: int, canaries: int, guesses: int) -> l
     for _ in range(trials):
         inserted = generator.random(canaries) < 0.5
         scores = inserted + sigma * generator.normal(size=canaries)
-        count = counted(scores - 0.5, inserted, guesses=guesses)
-        bounds.append(bound(count.canaries, count.guesses, count.right, DELTA))
+        bounds.append(bound(*counted(scores - 0.5, inserted, guesses=guesses), DELTA))
     return bounds
 
 

@@ -49,20 +49,21 @@ def test_how_much_disk_is_enough(tmp_path: Path) -> None:
 
 
 def test_where_the_ledger_and_its_anchor_lie(tmp_path: Path) -> None:
-    share, mounts = tmp_path / "a share", tmp_path / "mounts"
+    share, mounts = tmp_path / "a share", tmp_path / "proc/self/mounts"
+    mounts.parent.mkdir(parents=True)
     (share / "north").mkdir(parents=True)
     (tmp_path / "link").symlink_to(share / "north")
     escaped = str(share).replace(" ", r"\040")
     rows = ("rootfs / ramfs rw", "/dev/vda / ext4 rw", f"old {escaped} xfs rw", f"//it/share {escaped} cifs rw 0 0")
     mounts.write_text("".join(f"{row}\n" for row in rows))
     for place in ("a share/north/ledger.db", "link/ledger.db", "a share/not/yet/ledger.db"):
-        check = machine.ledger_place(tmp_path / place, mounts=mounts)
+        check = machine.ledger_place(tmp_path / place, system=tmp_path)
         assert check.status is Status.WARNING
         assert check.found.startswith("cifs, over a network")
     for place in ("ledger.db", "a share2/ledger.db"):
-        check = machine.ledger_place(tmp_path / place, mounts=mounts)
+        check = machine.ledger_place(tmp_path / place, system=tmp_path)
         assert (check.status, check.found) == (Status.OK, "ext4, on this machine")
-    assert machine.ledger_place(tmp_path, mounts=tmp_path / "none").found.startswith("an unknown one")
+    assert machine.ledger_place(tmp_path, system=tmp_path / "none").found.startswith("an unknown one")
     ledger = tmp_path / "ledger.db"
     assert "names no anchor" in machine.anchor_place(ledger, None).found
     here = machine.anchor_place(ledger, tmp_path / "other" / "anchor.json")
@@ -72,24 +73,25 @@ def test_where_the_ledger_and_its_anchor_lie(tmp_path: Path) -> None:
 
 
 def test_how_much_memory_a_model_needs(tmp_path: Path) -> None:
-    figures = tmp_path / "meminfo"
+    (figures := tmp_path / "proc/meminfo").parent.mkdir()
+    (cgroup := tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     figures.write_text("MemTotal:        8388608 kB\nMemFree:          102400 kB\nMemAvailable:    4194304 kB\n")
 
     def lines() -> dict[object, Check]:
         sizes = {None: None, "1 GiB": GIB, "1.01 GiB": int(1.01 * GIB)}
         in_four_bits = {"3 GiB in four bits": 3 * GIB, "3.01 GiB in four bits": int(3.01 * GIB)}  # its files once
         return {
-            name: machine.memory(size, in_four_bits=name in in_four_bits, machine=figures, cgroup=tmp_path)
+            name: machine.memory(size, in_four_bits=name in in_four_bits, system=tmp_path)
             for name, size in (sizes | in_four_bits).items()
         }
 
     check_lines("memory for a model of such a size", lines())
-    (tmp_path / "memory.max").write_text("max\n")
+    (cgroup / "memory.max").write_text("max\n")
     check_lines("memory for a model of such a size", lines())
-    (tmp_path / "memory.max").write_text(f"{3 * GIB}\n")
-    (tmp_path / "memory.current").write_text(f"{GIB}\n")
-    assert machine.memory(None, machine=figures, cgroup=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
-    assert machine.memory(GIB, machine=tmp_path / "none").status is Status.SKIPPED
+    (cgroup / "memory.max").write_text(f"{3 * GIB}\n")
+    (cgroup / "memory.current").write_text(f"{GIB}\n")
+    assert machine.memory(None, system=tmp_path).found.startswith("2.0 GiB of 3.0 GiB available")
+    assert machine.memory(GIB, system=tmp_path / "none").status is Status.SKIPPED
 
 
 def test_whether_the_gpu_can_be_used(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fedtune.model.adapter import Adapter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Reason, Refusal, Update
-from fedtune.runs.saved_model import beside_base
+from fedtune.runs.model_comparison import side_by_side
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, SharedModel
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
@@ -353,12 +353,12 @@ def test_a_final_adapter_is_kept_as_a_folder_that_can_be_scored(site: Any, resta
     assert site.end(final).charged_rounds == 1
     folder = Path(site.adapters / for_sites(site.config).run_id())
     config = saved_config(folder)
-    found = beside_base(config, folder / "adapter", str(site.data)).scores
+    found = side_by_side({"tuned": (config, folder / "adapter")}, file=str(site.data))
     shared = SharedModel(config)
     data = LeadData.of(LeadRecords.read(str(site.data), config, key="data"), config, shared.tokenizer)
     after, before = shared.score(final, data), shared.score(shared.initial_adapter, data)
-    assert {name: found[name].tuned.value for name in after} == after
-    assert {name: found[name].base.value for name in before} == before
+    assert {name: found.estimate("tuned", name).value for name in found.scores} == after
+    assert {name: found.estimate("base", name).value for name in found.scores} == before
 
 
 def test_an_adapter_that_is_declined_or_of_a_run_that_nobody_began_is_not_written(site: Any) -> None:

@@ -52,8 +52,7 @@ class Examination:
     def checks(self) -> Iterator[Check]:
         """One line after another."""
         for names, needs, look in self._looks():
-            missing = [need for need in needs if need not in self._read]
-            if missing:
+            if missing := [need for need in needs if need not in self._read]:
                 yield from (skipped(name, f"{missing[0]} cannot be used") for name in names)
                 continue
             try:

@@ -62,13 +62,13 @@ def disks(
             yield ok(name, found)
 
 
-def ledger_place(ledger: Path, *, mounts: Path = Path("/proc/self/mounts")) -> Check:
+def ledger_place(ledger: Path, *, system: Path = Path("/")) -> Check:
     """Check that the ledger lies on a disk of this machine: over a network, locks and syncs are a server's promises.
 
-    `mounts` is the kernel's table of mounted file systems: device, folder and kind in each line.
+    The kernel's table of mounted file systems below `system` says which: device, folder and kind in each line.
     """
     name, place, kind, deepest = "file system", Path(os.path.realpath(existing(ledger))), "an unknown one", 0
-    for line in _text(mounts).splitlines():
+    for line in _text(system / "proc/self/mounts").splitlines():
         _, folder, found, *_ = line.split()
         folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), folder)  # blanks are written as \040
         # The deepest folder holds the ledger; the last of several mounts at one folder hides the others.
@@ -92,22 +92,17 @@ def anchor_place(ledger: Path, anchor: Path | None) -> Check:
     return ok(name, "on another disk than the ledger")
 
 
-def memory(
-    model_bytes: int | None,
-    *,
-    in_four_bits: bool = False,
-    machine: Path = Path("/proc/meminfo"),
-    cgroup: Path = Path("/sys/fs/cgroup"),
-) -> Check:
+def memory(model_bytes: int | None, *, in_four_bits: bool = False, system: Path = Path("/")) -> Check:
     """Memory beside a rough need: three times the largest model's files (weights, activations, gradients), and 1 GiB.
 
     Args:
         model_bytes: size of the largest installed base model's weights; None: none is installed.
         in_four_bits: a run keeps no other base than that, of which the files are in memory once, while it is loaded.
-        machine: the kernel's figures of this machine's memory, each a name and a number of KiB.
-        cgroup: that of the container, where this runs in one that is limited.
+        system: the root, below which the kernel tells of this machine's memory, and of the container's where this runs
+            in one that is limited.
     """
-    name, figures = "memory", dict(re.findall(r"^(\w+): +(\d+) kB$", _text(machine), re.MULTILINE))
+    name, machine, cgroup = "memory", system / "proc/meminfo", system / "sys/fs/cgroup"
+    figures = dict(re.findall(r"^(\w+): +(\d+) kB$", _text(machine), re.MULTILINE))
     if not {"MemTotal", "MemAvailable"} <= set(figures):
         return skipped(name, f"{machine} does not say how much this machine has")
     total, available = (1024 * int(figures[one]) for one in ("MemTotal", "MemAvailable"))

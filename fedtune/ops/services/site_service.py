@@ -146,8 +146,7 @@ class _Loop:
     def run(self) -> None:
         while not self.stop.is_set() and not self.state.left.exists():
             self.bell.rung.clear()
-            message = self._next()
-            if message is not None:
+            if (message := self._next()) is not None:
                 self._poll_s = _POLL_S
                 try:
                     self._answer(message)

@@ -171,8 +171,7 @@ class Door:
 
     def _give_way(self, shaking: Iterable[asyncio.Task[None]]) -> bool:
         """End the oldest of those that have shown no certificate yet; whether there is one."""
-        oldest = next(iter(shaking), None)
-        if oldest is not None:
+        if (oldest := next(iter(shaking), None)) is not None:
             del self._shaking[oldest]
             oldest.cancel()
         return oldest is not None

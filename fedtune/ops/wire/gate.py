@@ -172,8 +172,7 @@ class Gate:
             name, number = "", 0
         if name != "heard":
             raise NotAllowed(400, "malformed")
-        node = await asyncio.to_thread(self._rules.node_of, member.node_key)
-        if node is None:
+        if (node := await asyncio.to_thread(self._rules.node_of, member.node_key)) is None:
             raise NotAllowed(403, "unknown")
         self._traffic.waiting += 1
         try:
@@ -249,8 +248,7 @@ class Gate:
             raise NotAllowed(401, "wrong signature")
         if not -constant.SYSTEM_TIME_TOLERANCE < age < constant.TIMESTAMP_TOLERANCE:
             raise NotAllowed(403, f"its clock is {abs(age):.0f} s {'behind' if age > 0 else 'ahead'}")
-        known = self._with(key)
-        if known is None:
+        if (known := self._with(key)) is None:
             raise NotAllowed(403, "unknown")
         if known.revoked:
             raise NotAllowed(403, "revoked")
