@@ -10,8 +10,10 @@ import pytest
 
 from fedtune.federation.drift import HeldOut
 from fedtune.federation.spec import FederationSpec
+from fedtune.model.spec import HeadSpec, LoraSpec, ModelSpec
 from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.spec import ConfigError
+from fedtune.training.spec import RuntimeSpec, TrainingSpec
 
 from .federation.secure.parties import terms_of
 from .privacy.builders import plan, policy, proposal
@@ -27,6 +29,11 @@ WITH: dict[str, Callable[..., object]] = {
     "dataset": lambda **value: replace(policy().dataset[0], **value),
     "reference": lambda **value: replace(policy().budget.reference, **value),
     "federation": lambda **value: FederationSpec(**{"num_sites": 2, **value}),
+    "model": lambda **value: ModelSpec(**{"path": "m", **value}),
+    "lora": LoraSpec,
+    "head": HeadSpec,
+    "training": TrainingSpec,
+    "runtime": RuntimeSpec,
     "sum_terms": lambda **value: replace(terms_of(3, 2), **value),
     "held_out": lambda **value: HeldOut(**{"run": "r", "date": "", "mean": 0.5, "deviation": 0.1, **value}),
 }
