@@ -188,18 +188,6 @@ def test_a_run_works_inside_a_running_event_loop_and_prints_nothing(
     assert tuple(capsys.readouterr()) == ("", "")
 
 
-def test_an_interrupt_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
-    def interrupt(progress: fedtune.Progress) -> None:
-        if progress.stage == "round":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fedtune.simulate("debug", tiny(tmp_path), progress=interrupt)
-    resumed = fedtune.simulate(settings={"resume": tmp_path / "run"})
-    assert [one.round for one in resumed.rounds] == [1, 2]
-    assert {site.rounds for site in resumed.privacy.sites.values()} == {2}
-
-
 def test_importing_fedtune_loads_no_library_and_settles_the_environment() -> None:
     code = (
         "import sys, fedtune, os;"

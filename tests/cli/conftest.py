@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,15 +12,14 @@ import pytest
 
 from fedtune.api.experiment_file import config_folder
 from fedtune.ops.kits import provisioning
-from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Refused
 
 from ..books import Books
-from ..conftest import command, own_logging, site_policy, tiny
+from ..conftest import command, own_logging, tiny
+from ..ops.conftest import Desk
 from ..privacy.builders import proposal
 from .snapshots import COLUMNS
 
@@ -115,14 +113,7 @@ def joined(tmp_path: Path) -> Callable[..., Here]:
         if not federation.exists():
             (tmp_path / "federation.toml").write_text('name = "cardiology"\nserver = "127.0.0.1:9"\n')
             provisioning.init(tmp_path / "federation.toml", out=federation, now=begun)
-        here = Here(tmp_path / name)
-        here.folder.mkdir()
-        write_policy(site_policy(name, approval="manual"), here.site_toml)
-        request = site_init(here.site_toml, out=None) / REQUEST
-        archive = provisioning.ask_to_add(federation, request=request, days=None, now=begun)[1]().archive
-        with zipfile.ZipFile(archive) as kit:
-            kit.extractall(request.parent)
-        return here
+        return Here(Desk(federation, begun).join(name, approval="manual").parent)
 
     return make
 

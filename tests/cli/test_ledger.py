@@ -79,16 +79,6 @@ def test_a_run_s_name_cannot_steer_the_terminal(site: Any) -> None:
     assert "\x1b" not in out
 
 
-def test_as_many_reference_runs_fit_as_spent_says(lived: Any) -> None:
-    lived.write_policy(max_epsilon_per_period=None)
-    lived.open()
-    left = json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)["reference_runs_left"]
-    for number in range(left):
-        lived.charge(lived.proposal(f"next-{number}", local_steps=20, num_rounds=10), 1)
-    lived.ask_too_much(lived.proposal("one-too-many", local_steps=20, num_rounds=10))
-    assert json.loads(command("ledger", "spent", str(lived.ledger), "--json").out)["reference_runs_left"] == 0
-
-
 def test_a_new_ledger_has_spent_nothing_and_seeded_noise_is_no_guarantee(site: Any) -> None:
     site.write_policy(seeded_noise="true")
     site.open()

@@ -3,15 +3,16 @@
 import io
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.ops.kits.members import JoinRequest, Roster, next_steps, site_init
-from fedtune.privacy.policy_file import write_policy
+from fedtune.ops.kits.members import JoinRequest, Roster, next_steps
 
-from ..conftest import command, files_in, parsed, site_policy
+from ..conftest import command, files_in, parsed
+from ..ops.conftest import Desk
 from . import snapshots
 
 
@@ -23,15 +24,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def request_of() -> Callable[..., Path]:
+def request_of(tmp_path: Path) -> Callable[..., Path]:
     """A site's keys and join request, in the folder `<site>/<kit>`."""
-
-    def make(site: str, *, kit: str = "kit") -> Path:
-        Path(site).mkdir(exist_ok=True)
-        write_policy(site_policy(site), Path(site) / "site.toml")
-        return site_init(Path(site) / "site.toml", out=Path(site) / kit) / "join_request.json"
-
-    return make
+    return Desk(tmp_path / "cardiology", datetime.now(UTC)).request
 
 
 @pytest.fixture

@@ -24,10 +24,8 @@ from fedtune.federation.spec import FederationSpec, PublicSpec
 from fedtune.ops.deployment import LeadService
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
-from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_policy import Dataset
 from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
@@ -35,6 +33,7 @@ from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import build_task_model
 
 from ..conftest import command, site_policy, write_config
+from ..ops.conftest import Desk
 from . import snapshots
 
 SIZES = {"north": 230, "south": 180, "west": 90}
@@ -45,16 +44,12 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     """The kit of a lead with three sites, and `gone`, which was revoked; west has no data set but banking77."""
     folder, now = tmp_path_factory.mktemp("federation"), datetime.now(UTC).replace(microsecond=0)
     (folder / "federation.toml").write_text('name = "banks"\nserver = "127.0.0.1:9"\n')
-    provisioning.init(folder / "federation.toml", out=folder / "banks", now=now)
+    desk = Desk(provisioning.init(folder / "federation.toml", out=folder / "banks", now=now).folder, now)
     for name, size in {**SIZES, "gone": 50}.items():
-        (folder / name).mkdir()
         others = [] if name == "west" else [Dataset(id="letters", declared_size=11)]
-        datasets = (*others, Dataset(id="banking77", declared_size=size))
-        write_policy(site_policy(name, dataset=datasets), folder / name / "site.toml")
-        request = site_init(folder / name / "site.toml", out=None) / REQUEST
-        provisioning.ask_to_add(folder / "banks", request=request, days=None, now=now)[1]()
-    provisioning.revoke_site(folder / "banks", "gone", now=now)
-    return Kit.read(folder / "banks" / "lead", kind="lead")
+        desk.add(desk.request(name, dataset=(*others, Dataset(id="banking77", declared_size=size))))
+    desk.revoke("gone")
+    return Kit.read(desk.folder / "lead", kind="lead")
 
 
 def words(*more: str) -> list[str]:

@@ -94,14 +94,9 @@ def test_a_run_is_fitted_to_what_every_site_has_room_for_before_anybody_pays(fed
     site.edit(limits={"max_rounds": 1})
     asked = settings("federation.num_rounds=3", "federation.min_sites=3")
     try:
-        refused = federation.lead("unfitted", *asked)
-        assert refused.end() == 3, refused.text
-        assert "2 of 3 sites would take part" in " ".join(refused.text.split())
-        assert "south: max_rounds, asked 3, allowed at most 1" in " ".join(refused.text.split())
         fitted = federation.finish("fitted", *asked, "federation.if_over_budget=fewer_rounds")
     finally:
         write_policy(policy, site.site_toml)
-    assert not any(each.events("unfitted", "plan") for each in federation.sites.values())
     assert "The sites' budgets have room for 1 rounds" in " ".join(fitted.text.split())
     (only,) = federation.result("fitted")["rounds"]
     assert only["sites"] == list(NAMES)

@@ -52,12 +52,6 @@ def test_a_malformed_line_is_named(refuse: Callable[..., str], tmp_path: Path, k
     assert bound in message
 
 
-def test_a_broken_config_in_a_folder_to_resume(folder: Path) -> None:
-    for text in ("a: [", "- 1\n", "name: x\n"):
-        (folder / "config.yaml").write_text(text)
-        assert command("simulate", f"resume={folder}").code == 2
-
-
 def test_evaluate_names_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text('{"text": "a", "label": "parking"}\n')

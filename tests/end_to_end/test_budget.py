@@ -94,26 +94,6 @@ def test_the_second_run_gets_what_is_left_and_the_third_is_refused(run: Any, kep
     assert not (tmp_path / "runs" / "third").exists()
 
 
-def test_a_run_that_is_too_expensive_is_refused_with_site_and_numbers(run: Any, kept: Path, tmp_path: Path) -> None:
-    before = events(kept)
-    second = run("second")
-    assert second.failed(3).startswith("0 of 2 sites would take part, and federation.min_sites = 1")
-    for site in SITES:
-        cap = read_policy(kept / site / "site.toml").budget.max_epsilon
-        spent = ledger(kept, site).history
-        assert f"{site}: max_epsilon, asked " in second.message
-        assert f"allowed at most {cap:g}, of which " in second.message
-        assert spent.charged() == {PoissonSampledDpEvent(0.2, GaussianDpEvent(4.0)): 2 * ROUNDS}
-        # Its ledger got nothing but the refusal.
-        after = ledger(kept, site).events
-        assert after[: len(before[site])] == before[site]
-        (added,) = after[len(before[site]) :]
-        assert (added.kind, added.detail["reason"]) == (Kind.REFUSAL, "max_epsilon")
-    run_json = result_of(tmp_path / "runs" / "second")
-    # The sites were asked before the first round, so that none of it can have been charged.
-    assert {(spent["rounds"], spent["upper_bound"]) for spent in run_json["privacy"]["sites"].values()} == {(0, False)}
-
-
 @pytest.mark.by_day("seed=5", "data.train_file=simulations/data/banking77/test.jsonl.gz")
 @snapshots.mistakes("mistakes-kept-sites")
 def test_a_record_stays_where_a_ledger_knows_it(run: Any, kept: Path, tmp_path: Path, typed: str) -> None:

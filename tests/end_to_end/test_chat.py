@@ -166,13 +166,6 @@ def test_going_on_keeps_the_base_as_reference(given: Any, private: Path, tmp_pat
     assert before["loss"] != pytest.approx(0.6931, abs=1e-4)
 
 
-def test_by_user_a_person_s_pairs_count_as_one(given: Any, tmp_path: Path) -> None:
-    by_user = ("+data.columns.user=asked", "privacy.unit=user", "data.declared_sizes=30", "federation.num_rounds=1")
-    result = result_of(simulate(*given("text", *by_user), into=tmp_path, name="users"))
-    assert result["privacy"]["unit"] == "user"
-    assert list(result["final"]["metrics"]) == SCORES
-
-
 @snapshots.mistakes("mistakes-preference")
 def test_settings_that_misfit_are_named(given: Any, tmp_path: Path, typed: str) -> None:
     message = command("simulate", *tiny(*given("text"), typed, into=tmp_path)).failed()

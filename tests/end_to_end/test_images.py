@@ -1,6 +1,5 @@
 """Images from their files to a model that is used: `data.input=image`, private and not."""
 
-import csv
 import json
 import re
 import shlex
@@ -67,17 +66,6 @@ def test_a_private_run_is_scored_charged_and_reported(run: Any) -> None:
     assert "image" in (folder / "report.json").read_text()
 
 
-def test_it_is_evaluated_and_asked_by_a_path(run: Any, tmp_path: Path) -> None:
-    folder, new = run(*PLAIN), write_pictures(tmp_path, "new.csv", 12, seed=5)
-    assert command("evaluate", str(folder), "--data", str(new), "--json").code == 0
-    told = command("generate", str(folder), "--file", str(new), "--json")
-    said = [next(iter(json.loads(line)["answers"].values()))[0]["label"] for line in told.printed.splitlines()]
-    truth = [line.split(",")[1] for line in new.read_text().splitlines()[1:]]
-    assert sum(one == other for one, other in zip(said, truth, strict=True)) > 8
-    told = command("generate", str(folder), "--prompt", str(tmp_path / "images" / "5-0.png"), "--json")
-    assert next(iter(json.loads(told.printed)["answers"].values()))[0]["label"] == said[0]
-
-
 @snapshots.mistakes("mistakes-images")
 def test_what_is_wrong_is_said_in_one_line(settings: Any, typed: str) -> None:
     given = settings(*shlex.split(typed), name="wrong")
@@ -104,25 +92,6 @@ def test_an_export_computes_the_same_where_fedtune_is_not(run: Any, tmp_path: Pa
     assert {name: round(one, 3) for name, one in found.items()} == {name: round(said[name], 3) for name in COLOURS}
 
 
-@pytest.mark.parametrize("task", [one for one in ANSWERS if one != "ordinal"])
-def test_init_tells_the_task_by_the_answer(tmp_path: Path, task: str) -> None:
-    model, table = vision_folder(tmp_path / "model"), tmp_path / "scans.jsonl"
-    with write_pictures(tmp_path, "scans.csv", 60, seed=3).open(newline="") as stream, table.open("w") as lines:
-        for place, row in enumerate(csv.DictReader(stream)):
-            several = COLOURS[: place % 3]
-            lines.write(json.dumps(row | {"number": place / 30, "several": several}) + "\n")
-    columns = yaml.safe_load(ANSWERS[task][0].removeprefix("data.columns="))
-    answer = {"labels": "label", "target": "score"}
-    chosen = [word for role, column in columns.items() for word in (f"--{answer.get(role, role)}", column)]
-    page = tmp_path / "scans.yaml"
-    assert command("data", "init", str(table), "--out", str(page), "--model", str(model), *chosen).code == 0
-    settings = yaml.safe_load(page.read_text())
-    assert (settings["task"], settings["data"]["columns"]) == (task, columns)
-    page.write_text(page.read_text().replace('intervals: "???"', "intervals: [2, 4]"))
-    (file,) = json.loads(command("data", "check", str(page), "--json").printed)["checked"]["files"]
-    assert (file["rows"], file["errors"]) == (60, [])
-
-
 def test_init_finds_images_in_rows_and_asks_for_a_model(tmp_path: Path) -> None:
     model = vision_folder(tmp_path / "model")
     rows = {
@@ -138,15 +107,6 @@ def test_init_finds_images_in_rows_and_asks_for_a_model(tmp_path: Path) -> None:
     assert (settings["data"]["max_length"], settings["data"]["labels"]) == (5, ["a", "b"])
     assert "lora" not in settings, "the recipe's, which leaves all layers but the last as they are"
     assert command("data", "check", str(tmp_path / "scans.yaml")).code == 0
-
-
-def test_a_malformed_image_is_one_message_and_nothing_else(settings: Any, tmp_path: Path) -> None:
-    """What else is no image: tests/data/test_images.py and test_values.py."""
-    (tmp_path / "cut.png").write_bytes(encoded(picture())[:-50])
-    (file := tmp_path / "rows.jsonl").write_text('{"image": "cut.png", "label": "red"}\n')
-    given = settings(f"data.train_file='{file}'", f"data.test_file='{file}'", name="malformed")
-    assert f"{file}:1, image = 'no image that can be decoded'" in command("simulate", *given).failed()
-    assert not folder_of(given).exists()
 
 
 @pytest.mark.nightly

@@ -20,9 +20,6 @@ from fedtune.flower.simulation import simulate as run_simulation
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Difference, Update
-from fedtune.runs.federation_run import FederationRun
-from fedtune.show.run_progress import Display
-from fedtune.sites.shared_model import SharedModel
 from fedtune.sites.virtual_site import Participants
 
 from ..conftest import adapter_of, command, fail_where, result_of, simulate, tiny, write_config
@@ -69,21 +66,6 @@ def test_stopped_at_each_boundary_and_resumed_gives_the_same_bytes(tmp_path: Pat
     assert [entry["metrics"] for entry in one["rounds"]] == [entry["metrics"] for entry in other["rounds"]]
 
 
-def test_ctrl_c_between_rounds_leaves_a_folder_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patched:
-        fail_where(patched, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
-        outcome = command("simulate", *tiny(into=tmp_path))
-    folder = tmp_path / "run"
-    assert outcome.code == 1
-    assert f"fedtune simulate resume={folder}\n" in outcome.out
-    early = result_of(folder)
-    assert len(early["rounds"]) == 1
-    assert early["final"]["metrics"] == {}
-    assert "resuming after round 1" in command("simulate", f"resume={folder}").printed
-    assert [entry["round"] for entry in result_of(folder)["rounds"]] == [1, 2]
-    assert result_of(folder)["privacy"]["sites"]["site-1"]["steps"] == 4
-
-
 def test_a_round_broken_off_stays_charged_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That a charge outlives SIGKILL at any moment: test_kill_points.py."""
     folder = tmp_path / "run"
@@ -107,15 +89,6 @@ def test_a_round_broken_off_stays_charged_and_is_tried_again(tmp_path: Path, mon
     assert [entry["failed_sites"] for entry in result["rounds"]] == [{}, {}]
     spent = {site: (one["steps"], one["upper_bound"]) for site, one in result["privacy"]["sites"].items()}
     assert spent == {"site-1": (4, False), "site-2": (6, False)}
-
-
-@pytest.mark.parametrize("where", [(FederationRun, "_first_state"), (SharedModel, "finally_measured")])
-def test_ctrl_c_before_anything_was_trained_leaves_nothing(tmp_path: Path, monkeypatch: Any, where: Any) -> None:
-    fail_where(monkeypatch, *where, lambda *_, **__: True, KeyboardInterrupt())
-    outcome = command("simulate", *tiny(into=tmp_path))
-    assert outcome.code == 1
-    assert "resume=" not in outcome.out
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_moved_keeps_its_budget(folder: Path, tmp_path: Path) -> None:

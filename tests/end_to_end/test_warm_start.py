@@ -100,23 +100,8 @@ def test_what_does_not_fit_is_refused_first(first: Path, tmp_path: Path, typed: 
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_no_file_tells_is_unknown(first: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(first / "adapter", tmp_path / "handed" / "on")
-    chosen = (f"model.adapter={copied}", "federation.num_rounds=1", "tracking.progress=true")
-    outcome = command("simulate", *tiny(*chosen, into=tmp_path))
-    about = result_of(tmp_path / "run")["provenance"]["start_adapter"]
-    assert {about[key] for key in ("from", "dataset", "unit", "delta", "epsilon")} == {"unknown"}
-    assert "what its training spent is unknown" in outcome.printed
-
-
 def test_an_adapter_with_canaries_begins_nothing(first: Path, tmp_path: Path) -> None:
     audited = shutil.copytree(first, tmp_path / "audited")
     (audited / "AUDIT.txt").write_text("canaries\n")
     outcome = command("simulate", *tiny(f"model.adapter={audited}", into=tmp_path / "runs"))
     assert (outcome.code, "is an audit" in outcome.message) == (2, True)
-
-
-def test_what_the_start_itself_began_in_is_told_too(second: Any, tmp_path: Path) -> None:
-    third = simulate(f"model.adapter={second[0]}", "federation.num_rounds=1", into=tmp_path, name="third")
-    about = result_of(third)["provenance"]["start_adapter"]
-    assert (about["from"], about["start_adapter"]["from"]) == ("second", "first")

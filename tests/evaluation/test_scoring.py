@@ -122,14 +122,6 @@ def test_frozen_layers_run_once_and_scores_are_the_same(request: pytest.FixtureR
     assert again != pytest.approx(expected, rel=1e-6), "what trains is scored anew"
 
 
-def test_macro_f1_by_hand() -> None:
-    truth, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 0])
-    # Class 0: TP 2, FP 1, FN 1; class 1: TP 1, FP 1, FN 1; class 2: TP 0, FP 1, FN 1.
-    assert macro_f1(truth, predicted, num_labels=3) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
-    # A declared class that occurs nowhere counts as 0.
-    assert macro_f1(truth, predicted, num_labels=4) == pytest.approx((2 / 3 + 1 / 2 + 0 + 0) / 4)
-
-
 @settings(deadline=None)  # importing scikit-learn takes the first example long
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
 def test_macro_f1_is_scikit_learns_over_the_declared_labels(pairs: list[tuple[int, int]]) -> None:

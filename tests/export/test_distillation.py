@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,6 +32,7 @@ from fedtune.sites.run_records import RunRecords
 from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 
+from ..cli import snapshots
 from ..conftest import command, result_of, simulate
 from .conftest import Runs, elsewhere, prices
 
@@ -184,30 +186,8 @@ def test_a_table_shows_teacher_and_student_and_a_seed_gives_one(finished: Path, 
     assert written[0] == written[1] != written[2], "Python and the command line teach one student"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--texts", "{test}"], "--texts = '{test}': {own} data.test_file has all texts of the other"),
-        (["--texts", "{part}"], "--texts = '{part}': {own} data.train_file has all texts of the other"),
-        (["--texts", "{renamed}", "--columns", "{{text: body}}"], "--texts = '{renamed}': {own} data.train_file has"),
-        (["--texts", "{none}"], "--texts = '{none}': must have a card with an epsilon for each record behind them:"),
-        (["--texts", "{user}"], "--texts = '{user}': must have a card with an epsilon for each record behind them:"),
-        (["--texts", "{changed}"], "--texts = '{changed}': must be as fedtune synthesize or choose wrote it, with its"),
-        (["--texts", "{brat}"], "--texts = '{brat}': must be one file, whose SHA-256 is noted (Is a directory)"),
-        (["--texts", "{few}"], f"--texts = '{FEWEST - 1} texts': must be at least {FEWEST}"),
-        (["--to", "{few}"], "--to = '{few}': must be a new folder; there is something of that name"),
-        (["--student", "2"], "--student = '2': must leave 1 to 1 of the base's 2 layers"),
-        (["--student", "{owing}"], "--student = '{owing}': must be no base that comes from a run, which its config"),
-        (["--student", "none"], "model.path = 'none': must be another one"),
-        (["--int8"], "--int8: goes with --format onnx"),
-        (["--passes", "0"], "--passes = 0: must be a finite number of at least 1"),
-        (["--passes", "1001"], "--passes = 1001: must be at most 1000"),
-        (["--columns", "[" * 20_000], "--columns = '[[[["),
-        (["--columns", "{{text: 2020-13-45}}"], "--columns = '{{text: 2020-13-45}}': must name the column of a role"),
-        (["--seed", "-1"], "--seed = -1: must be a finite number of at least 0"),
-    ],
-)
-def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, words: list[str], message: str) -> None:
+@snapshots.mistakes("mistakes-distil")
+def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, typed: str) -> None:
     config = saved_config(finished)
     # Of the training file, whatever the run uses of it.
     records = [record.fields["text"] for _, read in RunRecords(config).whole_files() for record in read]
@@ -226,10 +206,14 @@ def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, wor
     (owing / "model.safetensors").touch()
     (owing / "config.json").write_text(json.dumps({OWED: None}))
     places["owing"] = str(owing)
-    places["own"] = "must hold records of its own: one of it and"
-    given = ["--texts", str(texts), "--to", str(tmp_path / "new"), *(word.format(**places) for word in words)]
-    told = command("distil", str(finished), *given)
-    assert told.failed().startswith(message.format(**places))
+    words = [
+        {"DEEP": "[" * 20_000}.get(word, places.get(word.lower(), word) if word.isupper() else word)
+        for word in shlex.split(typed)
+    ]
+    told = command("distil", str(finished), "--texts", str(texts), "--to", str(tmp_path / "new"), *words).failed()
+    for name, place in places.items():
+        told = told.replace(place, name.upper())
+    snapshots.check_message("mistakes-distil", typed, told)
     assert not (tmp_path / "new").exists()
 
 

@@ -1,6 +1,6 @@
 """When a lead stops waiting: k of n and a grace period, and who is known to be away; and settings that misfit."""
 
-from typing import Any
+import json
 from unittest.mock import Mock
 
 import pytest
@@ -8,6 +8,8 @@ import pytest
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
 from fedtune.spec import ConfigError
+
+from ..cli import snapshots
 
 # What happens in a round of four sites, one line each time that a lead looks: the seconds since, good updates, sites at
 # work, others, and whether the round is over.
@@ -41,18 +43,11 @@ def test_names_and_who_takes_part() -> None:
     assert named.active == ("a", "c"), "in the order of the names, which the sum of updates keeps"
 
 
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("min_sites", {"num_sites": 3, "participants": ("site-1",), "min_sites": 2}),
-        ("enough_sites", {"min_sites": 2, "enough_sites": 1}),
-        ("strategy", {"num_sites": 3, "aggregation": "secure", "strategy": "fedavgm"}),
-    ],
-)
-def test_settings_that_do_not_go_together(key: str, changes: dict[str, Any]) -> None:
+@snapshots.mistakes("mistakes-closing")
+def test_settings_that_do_not_go_together(typed: str) -> None:
     with pytest.raises(ConfigError) as error:
-        FederationSpec(**({"num_sites": 2} | changes))
-    assert error.value.key == key
+        FederationSpec(**{"num_sites": 2} | json.loads(typed))
+    snapshots.check_message("mistakes-closing", typed, str(error.value))
 
 
 def test_a_secure_sum_needs_no_update_dtype() -> None:

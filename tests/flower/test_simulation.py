@@ -24,6 +24,8 @@ from fedtune.model.adapter import Adapter
 from fedtune.spec import ConfigError, RunError
 from fedtune.training.spec import RuntimeSpec
 
+from ..cli import snapshots
+
 
 def test_each_message_reaches_its_node_and_has_one_reply() -> None:
     app = ClientApp()
@@ -238,19 +240,8 @@ def test_nobody_knocks_for_long_where_there_is_no_cluster(composed: Any, ray: Ra
             on_ray(composed(f"runtime.ray_address={address}"), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (f"runtime=simulation {CLUSTER}", "runtime.ray_address = '10.1.2.3:6379': needs runtime=ray"),
-        ("runtime=simulation runtime.sites_per_gpu=2", "runtime.sites_per_gpu = 2: needs runtime=ray"),
-        ("runtime.ray_address=ray://a:1", "runtime.ray_address = .*: must be HOST:PORT, or auto"),
-        (f"{CLUSTER} runtime.num_threads=null", "runtime.num_threads = .*must be a number with runtime.ray_address"),
-        (f"{OF_GPU}=0", "runtime.sites_per_gpu = 0: must be a finite number of at least 1"),
-        ("runtime.sites_per_gpu=2", "runtime.sites_per_gpu = 2: must be null with runtime.device=cpu"),
-    ],
-)
-def test_settings_of_a_cluster_that_contradict_each_other_are_refused(
-    composed: Any, settings: str, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        composed(*settings.split())
+@snapshots.mistakes("mistakes-cluster")
+def test_settings_of_a_cluster_that_contradict_each_other_are_refused(composed: Any, typed: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        composed(*typed.split())
+    snapshots.check_message("mistakes-cluster", typed, str(error.value))

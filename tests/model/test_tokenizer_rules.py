@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,34 +52,19 @@ def words(**parts: Any) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a split that tries twice": (words(pre_tokenizer=splits(r"(?:a|a)*b")), "has the pattern .* linear time"),
-    "a split that looks ahead": (words(pre_tokenizer=splits(r"(?=[\s\S]*x)y")), "linear time"),
-    "a split that starts anew": (words(pre_tokenizer=splits(" +▁")), "linear time"),
-    "two repetitions": (words(pre_tokenizer=splits(r"\s+\s+x")), "linear time"),
-    "an empty pattern": (words(pre_tokenizer=splits("", "String")), "linear time"),
-    "a replacement that gives up": (words(normalizer=replaces("(?:|.){30}(?!)", "", kind="Regex")), "linear time"),
+    name: (words(**one["parts"]), one["told"])
+    for name, one in yaml.safe_load(Path(__file__).with_name("refused_tokenizers.yaml").read_text()).items()
+}
+REFUSED |= {
     "a word that grows": (words(normalizer=replaces("JANE", "X" * 1000)), "replaces 4 characters by 1000"),
-    "a match that grows": (words(normalizer=replaces(" {2,}", "xyz", kind="Regex")), "replaces 2 characters by 3"),
-    "a long beginning": (words(normalizer={"type": "Prepend", "prepend": "x" * 5}), "more than 4 characters before"),
     "a table that grows": (XLM_R | {"normalizer": precompiled(b"x" * 1000)}, "makes 1000 characters of one"),
     "a letter for nineteen digits": (XLM_R | {"normalizer": precompiled(b"7" * 19)}, "19 characters of one"),
-    "a table cut off": (words(normalizer={"type": "Precompiled", "precompiled_charsmap": "////fw=="}), "cut off"),
-    "a table that is none": (words(normalizer={"type": "Precompiled", "precompiled_charsmap": "?"}), "can read"),
     "a letter for eighteen, twice": (
         words(normalizer=sequence(*2 * [replaces("a", "\ufdfa"), {"type": "NFKC"}])),
         "324 characters of one",
     ),
-    "bytes of bytes": (words(pre_tokenizer={"type": "Sequence", "pretokenizers": 4 * [{"type": "ByteLevel"}]}), "300"),
     "many steps": (words(normalizer=sequence(*17 * [{"type": "Strip"}])), "more than 16 steps"),
     "sequences of sequences": (words(normalizer=sequence(sequence(*9 * [{"type": "Nmt"}]), *8 * [sequence()])), "16"),
-    "an unknown normalizer": (words(normalizer={"type": "Python"}), "a step Python, which fedtune does not know"),
-    "a normalizer without a type": (words(normalizer={"prepend": "x"}), "can read"),
-    "pieces of no length": (words(pre_tokenizer={"type": "FixedLength", "length": 0}), "a step FixedLength"),
-    "an unknown post-processor": (words(post_processor={"type": "Own"}), "a step Own"),
-    "a text that is repeated": (
-        words(post_processor={"type": "TemplateProcessing", "single": 2 * [{"Sequence": {"id": "A", "type_id": 0}}]}),
-        "repeats a text",
-    ),
     "many special tokens": (
         words(post_processor=TEMPLATE | {"special_tokens": TEMPLATE["special_tokens"] | {"[CLS]": {"ids": 17 * [1]}}}),
         "more than 16 special tokens",
@@ -90,7 +76,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "a piece of 129 characters, more than 128",
     ),
     "a long added token": (words(added_tokens=[{"id": 2, "content": "x" * 513}]), "a piece of 513 characters"),
-    "an unknown model": (words(model={"type": "Own"}), "a model Own"),
     "no model": ({"version": "1.0"}, "can read"),
     "drawn tokens": (GPT2 | {"model": GPT2["model"] | {"dropout": 0.1}}, r"has dropout = 0\.1"),
 }

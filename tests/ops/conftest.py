@@ -72,16 +72,16 @@ class Desk:
     folder: Path
     now: datetime
 
-    def request(self, site: str, *, kit: str = "kit", declared_size: int = 100) -> Path:
+    def request(self, site: str, *, kit: str = "kit", **policy: Any) -> Path:
         """The join request of a site in a folder named after it; `kit` names another folder for its keys."""
         folder = self.folder.parent / site
         folder.mkdir(exist_ok=True)
-        write_policy(site_policy(site, declared_size=declared_size), folder / "site.toml")
+        write_policy(site_policy(site, **policy), folder / "site.toml")
         return site_init(folder / "site.toml", out=folder / kit) / REQUEST
 
-    def join(self, site: str) -> Path:
+    def join(self, site: str, **policy: Any) -> Path:
         """Let a site in; its kit, unzipped where its keys are."""
-        request = self.request(site)
+        request = self.request(site, **policy)
         unpack(self.add(request).archive, request.parent)
         return request.parent
 

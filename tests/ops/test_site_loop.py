@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import threading
@@ -17,20 +16,16 @@ from unittest.mock import Mock
 
 import pytest
 from flwr.app import Message, RecordDict
-from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedtune.ops.services.site_service as site_service
 import fedtune.ops.services.site_state as site_state
-import fedtune.ops.wire.bounded_http as bounded_http
 from fedtune.ops.health import Health
 from fedtune.ops.services.site_service import _Loop, _until_stopped
 from fedtune.ops.services.site_state import MOST_WAITING, SiteState, serving
-from fedtune.ops.wire.fleet import Fleet, SiteApp
+from fedtune.ops.wire.fleet import Fleet, SiteApp, Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
-from tests.flower.certificates import LOOPBACK, Authority
-from tests.flower.hostile import Hostile, server_context, whole
 
 from ..conftest import files_in
 
@@ -65,25 +60,11 @@ def looped(fleet: Any, folder: Path, *, until: str, ends: datetime | None = None
     return health
 
 
-def test_a_dribbling_server_makes_a_site_disconnected(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
-    monkeypatch.setattr(bounded_http, "_OTHER", (1000, 0.5))
-    authority = Authority(tmp_path / "ca")
-
-    def dribble(to: ssl.SSLSocket, path: str) -> None:
-        if path.endswith("activate-node"):
-            to.sendall(whole(ActivateNodeResponse(node_id=7).SerializeToString()))
-            return
-        while True:
-            to.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            server.pause(0.1)
-
-    server = Hostile(server_context(authority.issue("server", address=LOOPBACK)), dribble)
-    fleet = Fleet(server.address, authority.issue("north"))
+def test_a_server_that_cannot_be_reached_makes_a_site_disconnected(tmp_path: Path, caplog: Any) -> None:
+    """In which ways: tests/flower/test_bounded_http.py."""
+    fleet = SimpleNamespace(activate=lambda: None, receive=Mock(side_effect=Unreachable("no connection to the server")))
     assert looped(fleet, tmp_path, until="disconnected").states == ["connected", "disconnected"]
-    assert "no contact: no connection to the server (ReadTimeout)" in caplog.text
-    fleet._stop.set()
-    fleet._client.close()
-    server.close()
+    assert "no contact: no connection to the server" in caplog.text
 
 
 def test_a_site_whose_certificate_has_ended_says_so(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:

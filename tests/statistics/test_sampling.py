@@ -113,17 +113,6 @@ def test_who_joins_is_a_poisson_sample(real: Joined) -> None:
     assert failed(real) == set()
 
 
-@pytest.mark.nightly
-def test_two_sites_draw_independently(real: Joined) -> None:
-    other = joined(steps=2000)
-    together = real[:2000] & other
-    test = Rate(together.size, RATE**2, FALSE_ALARM)
-    assert test.power(RATE**2 + 0.1 * RATE * (1 - RATE)) >= POWER, "a correlation of a tenth"
-    assert test.accepts(int(together.sum()))
-    same = real[:2000] & np.where(np.arange(UNITS) % 10, other, real[:2000])  # a tenth of the units as at the first
-    assert not test.accepts(int(same.sum()))
-
-
 def test_what_is_ten_percent_off_would_be_found() -> None:
     """The power of each question, from its own distribution."""
     trials = STEPS * UNITS
@@ -138,12 +127,6 @@ def test_what_is_ten_percent_off_would_be_found() -> None:
     sizes = np.arange(UNITS + 1)
     off = float(stats.binom.pmf(sizes - round(10 * RATE), UNITS - 10, RATE)[is_outside(sizes)].sum())
     assert Rate(STEPS, outside(), ALARM).power(off) >= POWER
-
-
-def a_fifth_of_fixed_size(count: int, rate: float, stream: RandomStream) -> npt.NDArray[np.int64]:
-    """The first ten units in a fixed number, the others rightly: the size's deviation is 10.6 % too small."""
-    chosen, fixed = poisson_sample(count, rate, stream), np.argsort(stream.uniform64(10))[: round(10 * rate)]
-    return np.concatenate([np.sort(fixed), chosen[chosen >= 10]])
 
 
 def copying(apart: int) -> Sampler:
@@ -164,9 +147,6 @@ def copying(apart: int) -> Sampler:
 
 
 WRONG: dict[str, tuple[Sampler, set[str]]] = {
-    "a fifth of a fixed size": (a_fifth_of_fixed_size, {"size_varies"}),
-    "a rate 10 % too low": (lambda count, rate, stream: poisson_sample(count, 0.9 * rate, stream), {"at_the_rate"}),
-    "a rate 10 % too high": (lambda count, rate, stream: poisson_sample(count, 1.1 * rate, stream), {"at_the_rate"}),
     "neighbours a tenth alike": (copying(0), {"units_apart"}),
     "steps a tenth alike": (copying(1), {"steps_apart"}),
     "steps a tenth alike, three apart": (copying(3), {"steps_apart"}),

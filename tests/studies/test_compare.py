@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from fedtune.show.run_progress import Display
 from fedtune.studies.comparison import plan_runs
 
 from ..cli import snapshots
-from ..conftest import REPOSITORY, command, result_of, tiny
+from ..conftest import REPOSITORY, command, fail_where, result_of, tiny
 
 pytestmark = pytest.mark.nightly
 
@@ -119,6 +120,18 @@ def test_the_same_command_runs_nothing_again_and_goes_on_where_it_stopped(
     assert about.endswith("one after the other: federated, pooled.")
     assert spends.startswith("Each spends epsilon ")
     assert [line.partition(":")[0] for line in lines[:2]] == ["1 of 2, federated", "2 of 2, pooled"]
+
+
+def test_after_ctrl_c_the_command_that_is_named_goes_on(tmp_path: Path) -> None:
+    words = ("compare", *tiny(*SHORT, *SITES, into=tmp_path, name="both"), "--leave-out", "alone")
+    with pytest.MonkeyPatch.context() as patched:
+        fail_where(patched, Display, "round_finished", lambda *_: True, KeyboardInterrupt())
+        stopped = command(*words)
+    assert (stopped.code, "Continue with: fedtune compare" in " ".join(stopped.out.split())) == (1, True)
+    assert not (tmp_path / "both" / "both-pooled").exists()
+    told = json.loads(command(*words, "--json").printed)
+    assert [model["name"] for model in told["models"]] == ["base", "federated", "pooled"]
+    assert [one["round"] for one in result_of(tmp_path / "both" / "both-federated")["rounds"]] == [1]
 
 
 def test_without_an_experiment_it_says_the_price_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
