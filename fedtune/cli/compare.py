@@ -44,7 +44,6 @@ def compare(
     by: Annotated[str | None, Option("also score by group: by the values of this column", metavar="COLUMN")] = None,
     smallest: Annotated[int, Option("merge groups with fewer records (users, where they are protected)")] = SMALLEST,
     generate: Annotated[int | None, Option("also write texts for the first N prompts", metavar="N")] = None,
-    output: Annotated[Path | None, Option(metavar="FILE", help="also write FILE.svg (the chart) or FILE.json")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the model before training, each site alone, the federation, and all records in one place.
@@ -58,10 +57,8 @@ def compare(
     The same records are scored under every model. Intervals (95 %) come from drawing these records anew, the same ones
     for all models; what they do not tell apart is said in words. The same command again goes on where it stopped.
     """
-    if output is not None and output.suffix not in (".svg", ".json"):
-        raise ConfigError("--output", str(output), "must end in .svg, .json")
     check_at_least("--smallest", smallest, FEWEST_UNITS)
-    console, folders, written = Console(stderr=as_json), _run_folders(words), [] if output is None else [output]
+    console, folders, written = Console(stderr=as_json), _run_folders(words), list[Path]()
     if folders:
         if without_privacy or personal or leave_out:
             key = "--without-privacy" if without_privacy else "--personal" if personal else "--leave-out"
@@ -77,7 +74,7 @@ def compare(
         if personal:
             parts_of(first.config)  # a site with too few records is told before anything is trained
         written.append(first.folder.parent / "compare.json")
-        given = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate, "--output": output}
+        given = {"--data": data, "--by": by, "--smallest": smallest, "--generate": generate}
         options = [word for key, value in given.items() if value is not None for word in (key, str(value))]
         options += ["--without-privacy"] * without_privacy + ["--personal"] * personal
         options += [f"--leave-out={kind}" for kind in leave_out]
@@ -91,8 +88,7 @@ def compare(
         finished = [finished_run(line.run.folder, generate=generate) for line in lines]
         compared = score_side_by_side(lines, finished, data=data, by=by, smallest=smallest)
     for path in written:
-        text = json_text(compared.to_json()) if path.suffix == ".json" else str(compared.chart())
-        write_file(path, text, option="--output")
+        write_file(path, json_text(compared.to_json()), option="compare.json")
     answer(compared.to_json(), compared.sections(), as_json=as_json)
     for path in [] if as_json else written:
         say(f"written: {path}", console=console)

@@ -117,16 +117,15 @@ def harmless(text: str) -> str:
     return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
 
 
-def print_streamed(parts: Iterator[str]) -> tuple[str, bool]:
-    """Print a text as it arrives; returns it, and whether Ctrl-C ended it."""
-    whole, stopped = "", False
+def print_streamed(parts: Iterator[str]) -> bool:
+    """Print a text as it arrives; returns whether Ctrl-C ended it."""
+    stopped = False
     try:
         for part in parts:
-            whole += part
             sys.stdout.write(harmless(part))
             sys.stdout.flush()
     except KeyboardInterrupt:
         stopped = True
     sys.stdout.write("\n")
     sys.stdout.flush()
-    return whole, stopped
+    return stopped

@@ -91,7 +91,7 @@ def generate(
     elif prompt is not None:
         for name in names:
             sys.stdout.write(f"[{name}]\n" if len(names) > 1 else "")
-            if runs.print_streamed(parts(0, name))[1]:
+            if runs.print_streamed(parts(0, name)):
                 raise KeyboardInterrupt
     else:
         for place, record in enumerate(records):

@@ -28,7 +28,6 @@ COMMANDS: Mapping[str, str] = {
     "plan": "what a run would cost, before any data is touched",
     "audit": "attack a run on this machine, to test its guarantee",
     "generate": "what a finished run's model answers to a prompt",
-    "chat": "talk with a finished run's model",
     "synthesize": "records that a finished run's model writes, to be read and shared",
     "choose": "of such records those that have most votes",
     "evaluate": "score a finished run's model beside its base",

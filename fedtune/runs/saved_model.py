@@ -76,22 +76,21 @@ class SavedModel:
         """A text as the fields of a record to be answered; see `Task.prompt_fields`."""
         return self.model.task.prompt_fields(text, self.config.data, at=at)
 
-    def prompt_ids(self, fields: Mapping[str, str], *, at: str, room: int = 1) -> npt.NDArray[np.int32]:
+    def prompt_ids(self, fields: Mapping[str, str], *, at: str) -> npt.NDArray[np.int32]:
         """The tokens from which an answer is written.
 
         Args:
             fields: role to text, without the role that is written.
             at: names the prompt in a message.
-            room: the positions that must be left for the answer.
 
         Raises:
-            DataError: there is no token to start from, or too few positions are left for the answer.
+            DataError: there is no token to start from, or no position is left for the answer.
         """
         ids = self.model.task.prompt_ids(fields, self.tokenizer, data=self.config.data)
         if not len(ids):
             raise DataError(at, "no tokens", "must give a token to write from")
-        if self.positions is not None and len(ids) + room > self.positions:
-            bound = f"must have at most {self.positions - room}: the model takes {self.positions} tokens in all"
+        if self.positions is not None and len(ids) >= self.positions:
+            bound = f"must have at most {self.positions - 1}: the model takes {self.positions} tokens in all"
             raise DataError(at, f"{len(ids)} tokens", bound)
         return ids
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from markupsafe import Markup, escape
 
-from fedtune.words import power_of_ten, shortened
+from fedtune.words import power_of_ten
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#9A6A00")
 DASHES = ("", "6 2", "2 1", "6 2 1 2", "10 3", "1 2")
@@ -94,46 +94,13 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
     write = (lambda tick: power_of_ten(round(tick))) if scale == "powers" else number
     labels = _dates(low, high) if scale == "days" else [(tick, write(tick)) for tick in _x_ticks(low, high, scale)]
     parts += _x_axis(panel.x, across, _HEIGHT - 32, labels)
-    return _framed(code, parts, height=_HEIGHT, named=named)
+    return _framed(code, parts, named=named)
 
 
-def intervals(
-    code: str,
-    rows: Sequence[tuple[str, float, float, float]],
-    *,
-    x: str,
-    named: tuple[str, str],
-    number: Callable[[float], str],
-) -> Markup:
-    """A row for each thing: its name, a dot at its value, and a line from the low end of its interval to the high one.
-
-    Args:
-        code: for ids that no other chart has.
-        rows: (name, low, value, high) of finite numbers.
-        x: name of the axis.
-        named: title and description, for screen readers.
-        number: how figures are written.
-    """
-    names = [shortened(name, 30) for name, *_ in rows]
-    left, step = 14 + _LETTER * max(map(len, names)), 15.0
-    low, high = _x_span([value for _, *ends in rows for value in ends], "number")
-    across = _Axis(low=low, high=high, start=left, length=_WIDTH - left - 10)
-    bottom, parts = step * len(rows) + 6, []
-    for tick in _ticks(low, high):
-        parts.append(f'<path d="M{across.at(tick):g} 2V{bottom:g}" stroke="#d9d9d9" stroke-width="0.6"/>')
-    for place, (name, (_, least, value, most)) in enumerate(zip(names, rows, strict=True)):
-        y = step * place + 11
-        parts.append(_text(left - 6, y + 3.5, name, anchor="end"))
-        parts.append(_line(f"M{across.at(least):g} {y:g}H{across.at(most):g}", COLOURS[0], ""))
-        parts.append(_marker(across.at(value), y, COLOURS[0], MARKERS[0]))
-    parts += _x_axis(x, across, bottom, [(tick, number(tick)) for tick in _ticks(low, high)])
-    return _framed(code, parts, height=bottom + 32, named=named)
-
-
-def _framed(code: str, parts: Sequence[str], *, height: float, named: tuple[str, str]) -> Markup:
+def _framed(code: str, parts: Sequence[str], *, named: tuple[str, str]) -> Markup:
     title, description = map(escape, named)
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {height:g}" role="img" font-size="10"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" font-size="10"'
         f' font-family="Fedtune Sans, sans-serif" stroke-linejoin="round" aria-labelledby="{code}-title {code}-desc">'
         f'<title id="{code}-title">{title}</title><desc id="{code}-desc">{description}</desc>'
     )

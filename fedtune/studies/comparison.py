@@ -9,15 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from markupsafe import Markup
-
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values
 from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, Estimate
 from fedtune.evaluation.groups import OTHERS, GroupScores
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.show.drawing import intervals
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trial
@@ -145,15 +142,6 @@ class Compared:
             self._cost(),
             Section(title="How to read this", notes=[*self.notes, *self._about()]),
         ]
-
-    def chart(self) -> Markup:
-        estimates = {name: self.sides.estimate(name, self.sides.judged_by) for name in self.models}
-        rows = [(name, one.low, one.value, one.high) for name, one in estimates.items()]
-        rows = [row for row in rows if all(map(math.isfinite, row[1:]))]
-        if not rows:
-            return Markup("")
-        named = (f"{self._score} of each model", "With 95 % intervals; the tables have the figures.")
-        return intervals("models", rows, x=f"{self._score}, with 95 % intervals", named=named, number="{:g}".format)
 
     def verdict(self) -> list[str]:
         """The result in sentences; the first is the one that matters most."""

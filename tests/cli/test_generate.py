@@ -1,6 +1,5 @@
 """`fedtune generate`, `chat` and `evaluate` on finished runs, in this process and on a terminal."""
 
-import io
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +41,6 @@ def chats(runs: Path) -> Path:
     settings["data"] |= {"columns": {"messages": "messages"}, "chat_template": "plain", "prompt_template": "{prompt}"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """What the next command reads."""
-    return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
 def test_adapters_of_one_base_answer_side_by_side(runs: Path) -> None:
@@ -134,42 +126,6 @@ def test_other_columns_name_the_option_once(asks: tuple[str, str], runs: Path, t
     wanted = "must be there (role text); name another with --columns '{text: COLUMN}', one of 'body', 'label'"
     assert outcome.message.count(wanted) == 1
     assert "data.columns" not in outcome.message
-
-
-def test_a_chat_answers_each_line(runs: Path, typed: Any) -> None:
-    assert f"fedtune generate {runs / 'intents'} --prompt" in command("chat", str(runs / "intents")).failed()
-    typed("name[The Eagle]\n\n/adapter\n/adapter nobody\n/adapter base\nname[The Eagle]\n/what\n/quit\nunread\n")
-    outcome = command("chat", str(runs / "tables"), "--max-new-tokens", "12")
-    assert outcome.code == 0
-    wanted = ("--prompt", "name[The Eagle]", "--max-new-tokens", "12", "--base", "--json")
-    answers = json.loads(command("generate", str(runs / "tables"), *wanted).out)["answers"]
-    for name, text in zip(("tables", "base"), outcome.out.splitlines(), strict=True):
-        assert text == "".join(one for one in answers[name] if one.isprintable())
-    said = outcome.err.splitlines()
-    assert "each message is a new prompt" in said[1]
-    assert said[2:5] == ["tables answers. There are: base, tables."] * 2 + ["base answers."]
-    assert said[5].startswith("/reset ")
-
-
-def test_a_conversation_keeps_its_turns_and_the_oldest_make_room(chats: Path, typed: Any) -> None:
-    def answers(*lines: str) -> tuple[list[str], str]:
-        typed("\n".join(lines))
-        outcome = command("chat", str(chats), "--max-new-tokens", "8")
-        assert outcome.code == 0, outcome.err
-        assert "new prompt" not in outcome.err
-        return outcome.out.splitlines(), outcome.err
-
-    (first, second), _ = answers("hello", "hello")
-    assert first != second, "the second answer follows the first"
-    assert answers("hello", "/reset", "hello")[0] == [first, first]
-    (alone,) = command("generate", str(chats), "--prompt", "hello", "--max-new-tokens", "8").out.splitlines()
-    assert alone == first
-    found, said = answers(*["a" * 120] * 6)
-    assert len(found) == 6
-    assert re.search(r"positions are full: the oldest \d+ turns are left out", said)
-    found, said = answers("a" * 5000, "short")
-    assert re.search(r"message = '50\d\d tokens': must have at most \d+", said)
-    assert len(found) == 1, "and the conversation goes on"
 
 
 @snapshots.mistakes("mistakes-generate")

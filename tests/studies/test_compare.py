@@ -152,15 +152,12 @@ def test_runs_that_are_there_are_scored_on_one_file(
         rows = [json.loads(next(file)) for _ in range(40)]
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps(row | {"where": number % 3 // 2}) + "\n" for number, row in enumerate(rows)))
-    page = tmp_path / "chart.svg"
     asked = (str(one), str(other), "--data", str(mine), "--by", "where")
-    found = command("compare", *asked, "--output", str(page))
+    found = command("compare", *asked)
     assert found.code == 0, found.err
     assert snapshots.too_wide(found.out) == []
     said = " ".join(found.out.split())
     assert "No scores by where: fewer than two groups have 20 records." in said
-    assert f"written: {page}" in said
-    assert page.read_text().startswith("<svg")
     assert "Both-federated minus each other" in said
     told = json.loads(command("compare", *asked, "--smallest", "10", "--json").out)
     assert [model["name"] for model in told["models"]] == ["base", "both-federated", "both-pooled"]
