@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,6 @@ class SavedModel:
         device = device_for(config.runtime.device)
         self.tokenizer, self.model = ready(config, lambda: own.build(device=device))
         self.model.task.start_head(self.model)
-        self._end_ids = self.model.task.end_ids(self.tokenizer, data=config.data)
         self._tensors = {BASE: _tensors_of(self.model)}
         for name, adapter in saved.items():
             adapter.require_same_model(own.spec)
@@ -67,6 +67,11 @@ class SavedModel:
             self._tensors[name] = _tensors_of(self.model)
         self.names = tuple(self._tensors)
         self.positions = usable_positions(self.model.base.get_base_model())
+
+    @cached_property
+    def _end_ids(self) -> frozenset[int]:
+        """The tokens that end what a language model writes."""
+        return self.model.task.end_ids(self.tokenizer, data=self.config.data)
 
     def use(self, name: str) -> None:
         """Put an adapter into the model."""
