@@ -96,6 +96,8 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
         return _under(key, hint, value, default if isinstance(default, hint) else None)
     if origin in (tuple, frozenset):
         return _sequence(key, value, hint)
+    if isinstance(hint, type) and issubclass(hint, tuple):  # a named tuple, which is written as a list
+        return hint(*_sequence(key, value, tuple[tuple(_hints(hint).values())]))  # type: ignore[misc]
     if origin is Literal:
         require(key, value, value in arguments, f"must be one of {', '.join(map(str, arguments))}")
         return value
