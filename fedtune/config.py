@@ -27,7 +27,7 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_at_least, check_schema, spec
+from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_schema, spec
 from fedtune.tasks.registry import task_named
 from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, automatic_rate
 
@@ -126,9 +126,8 @@ class RunConfig:
         if not re.fullmatch(r"[A-Za-z0-9][\w.,=-]*", self.name, re.ASCII) or len(self.name) > MOST_NAME:
             bound = f"must be a plain folder name of at most {MOST_NAME} letters, digits, '-', '_', '.', ',', '='"
             raise ConfigError("name", self.name, bound)
-        check_at_least("seed", self.seed, 0)
-        if self.seed > MOST_SEED:
-            raise ConfigError("seed", self.seed, f"must be at most {MOST_SEED}")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ConfigError("seed", self.seed, f"must be from 0 to {MOST_SEED}")
         task = task_named(self.task)
         try:
             if self.runtime.kind == "deployment":
@@ -499,8 +498,7 @@ def _first_error(error: ValidationError) -> ConfigError:
     loc, is_unknown = [str(part) for part in details["loc"]], details["type"] == "unexpected_keyword_argument"
     ours = (part for part in loc if re.fullmatch(r"\w+", part, re.ASCII) or (is_unknown and part is loc[-1]))
     location = ".".join(part for part in ours if part not in ("int", "str", "float", "tuple"))
-    raised = details.get("ctx", {}).get("error")
-    if isinstance(raised, ConfigError):
+    if isinstance(raised := details.get("ctx", {}).get("error"), ConfigError):
         return raised.under(location)
     if is_unknown:
         return ConfigError(location, details["input"], "is not a setting of fedtune")
