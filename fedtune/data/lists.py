@@ -7,7 +7,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_PRINTED = re.compile(r"""'((?:[^'\\]|\\['"\\])*+)'|"((?:[^"\\]|\\['"\\])*+)"|([+-]?\d+)(?:\.0*)?""", re.ASCII)
+_PRINTED = re.compile(
+    r"""'((?:[^'\\]|\\['"\\])*+)'|"((?:[^"\\]|\\['"\\])*+)"|([+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][+-]?\d++)?)""",
+    re.ASCII,
+)
 _ITEMS = rf"\s*+(?:(?:{_PRINTED.pattern})(?:[\s,]++|(?=[\])}}])))*+"
 _PRINTED_LIST = re.compile(
     rf"(?:array\()?\[(?:{_ITEMS})\](?:(?:, dtype=\w+)?\))?|\((?:{_ITEMS})\)|\{{(?:{_ITEMS})\}}|set\(\)", re.ASCII
@@ -26,8 +29,8 @@ def listed_in(value: object) -> list[Any] | None:
         if not _PRINTED_LIST.fullmatch(text):
             return None
         inner = text.removeprefix("array(").rpartition(", dtype=")[0] or text
-        found = ((one or other, number) for one, other, number in _PRINTED.findall(inner))
-        listed = [number or re.sub(r"\\(.)", r"\1", quoted) for quoted, number in found]
+        quoted = ((re.sub(r"\\(.)", r"\1", one or other), number) for one, other, number in _PRINTED.findall(inner))
+        listed = [float(number) if set(number) & set(".eE") else number or text for text, number in quoted]
     return listed if isinstance(listed, list) else [listed]
 
 
@@ -43,7 +46,12 @@ def json_list(text: str) -> list[Any] | None:
 
 
 def rows_of(value: object) -> object:
-    """The objects of one that holds a list under each name, as Hugging Face writes a list of objects; others stay."""
+    """The objects of one that holds a list under each name, as Hugging Face writes a list of objects; others stay.
+
+    So do those of an object of turns, as OpenAI writes what is asked, where no tools are beside them.
+    """
+    if isinstance(value, dict) and "messages" in value and not value.get("tools"):
+        return value["messages"]
     if not isinstance(value, dict) or not value or not all(isinstance(one, list) for one in value.values()):
         return value
     if len(set(map(len, value.values()))) > 1:

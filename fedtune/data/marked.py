@@ -22,6 +22,12 @@ _TAG = re.compile(r"([BIESLUM])[-_](.+)", re.DOTALL)  # a token's tag in a schem
 _BEGINS, _ENDS, _GOES_ON = frozenset("BSU"), frozenset("ELSU"), frozenset("ILEM")
 """Letters of the tags of an entity's first and last token, and of those behind the first (IOB2, BILOU, BIOES)."""
 _BEGINS_DOCUMENT, _LIKE_TAG = "-DOCSTART-", re.compile(r"O|[BIESLUM][-_].+")
+_PARTS = (
+    ("start", "start_offset", "begin", "start_char"),
+    ("end", "end_offset", "end_char"),
+    ("label", "type", "entity_group", "entity", "tag", "category"),
+)
+"""Names of a span's first character, of its end, and of its label."""
 DOCUMENTS = re.compile(rb'"(?:documents|PubTator3)"\s*:\s*\[')
 """Where the documents of a file of BioC as JSON begin; PubTator's own server calls them otherwise."""
 _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
@@ -30,6 +36,8 @@ _SPAN_OF_BRAT = re.compile(r"T\d+\t(\S+) (\d+) (\d+)((?:;\d+ \d+)*)\t(.*)")
 def words_of(value: object, at: str, role: str = "tokens") -> str:
     """The tokens of a record, or their tags, one a line, out of a list, which may also be text, as for `labels_of`."""
     listed = listed_in(value)
+    if role == "tags" and listed and any(type(one) is int for one in listed):
+        raise DataError(at, "numbers", "must be the names of tags, such as B-PER and O, which numbers lack (role tags)")
     if not listed or not all(isinstance(one, str) or type(one) is int for one in listed):
         found = "text that is no list" if listed is None else json_type(value) if listed else "an empty list"
         raise DataError(at, found, f"must be a list of texts (role {role})")
@@ -39,33 +47,60 @@ def words_of(value: object, at: str, role: str = "tokens") -> str:
 def spans_of(value: object, at: str) -> str:
     """The marked parts of a text as a JSON list of [first, end, label], `end` exclusive; none is fine.
 
-    They are such lists (doccano), or objects with `start` and `end` (Prodigy), `start_offset` and `end_offset`
-    (doccano), and `label`; or what Label Studio exports, whole or as its JSON_MIN: with a list `labels`.  Its offsets
-    count the units of UTF-16, and a fourth value says so.  Of several people's annotations there the first counts that
-    was not skipped; a text that nobody annotated is a fault.
+    They are such lists (doccano), or objects with the first, the end and the label under one of the names of `_PARTS`
+    (Prodigy, doccano, spaCy, pipelines of transformers); or what Label Studio exports, whole or as its JSON_MIN: with a
+    list `labels`.  Its offsets count the units of UTF-16, and a fourth value says so.  A label may be a whole number.
     """
     listed = listed_in(rows_of(value))
     if listed is None:
         raise DataError(at, "text that is no list", "must be a list of spans with start, end and label (role spans)")
-    annotations = [one for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
-    if annotations:
-        kept = next((one["result"] for one in annotations if not one.get("was_cancelled")), None)
-        if kept is None:
-            raise DataError(at, "skipped", "must have an annotation that nobody skipped (role spans)")
-        parts = [one["value"] for one in kept if isinstance(one, dict) and isinstance(one.get("value"), dict)]
-        listed = [one for one in parts if "labels" in one]  # others are choices and relations
+    annotated = _annotated(listed, at, "spans")
+    listed = listed if annotated is None else [one for one in annotated if "labels" in one]  # others are choices
     found = []
     for number, one in enumerate(listed, 1):
         given = one
         if isinstance(one, dict):
-            given = [one.get(key, one.get(f"{key}_offset")) for key in ("start", "end")]
+            given = [next((one[key] for key in keys if key in one), None) for keys in _PARTS]
             labels = one.get("labels")
-            given += labels if isinstance(labels, list) and len(labels) == 1 else [one.get("label")]
-        if not isinstance(given, list) or [type(part) for part in given] != [int, int, str]:
+            given[2] = labels[0] if isinstance(labels, list) and len(labels) == 1 else given[2]
+        kinds = [type(part) for part in given] if isinstance(given, list) else []
+        if kinds not in ([int, int, str], [int, int, int]):
             bound = "must have start and end, whole numbers, and label, a text (role spans)"
             raise DataError(f"{at}, span {number}", json_type(one), bound)
-        found.append([*given, "utf-16"] if isinstance(one, dict) and "labels" in one else given)
+        unit = ["utf-16"] if isinstance(one, dict) and "labels" in one else []
+        found.append([*given[:2], str(given[2]), *unit])
     return as_json(found)
+
+
+def names_in(value: object, at: str) -> object:
+    """The labels that a value names in the form of another program, as a list; any other value as it is.
+
+    They are spaCy's `cats`, an object of names with 1 or 0; Label Studio's choices; or doccano's objects with a label.
+    """
+    if isinstance(value, dict):
+        of_cats = value and all(isinstance(one, int | float) and one in (0, 1) for one in value.values())
+        return [name for name, one in value.items() if one] if of_cats else value.get("choices", value)
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        return value
+    annotated = _annotated(value, at, "labels")
+    if annotated is not None:
+        return [name for one in annotated for name in one.get("choices", ())]
+    is_span = any(key in one for one in value for keys in _PARTS[:2] for key in keys)
+    return value if is_span else [one.get("label") for one in value]
+
+
+def _annotated(listed: Sequence[Any], at: str, role: str) -> list[Mapping[str, Any]] | None:
+    """The values of Label Studio's first annotation that nobody skipped; None: `listed` has no annotations.
+
+    A text that nobody annotated is a fault.
+    """
+    annotations = [one for one in listed if isinstance(one, dict) and isinstance(one.get("result"), list)]
+    if not annotations:
+        return None
+    kept = next((one["result"] for one in annotations if not one.get("was_cancelled")), None)
+    if kept is None:
+        raise DataError(at, "skipped", f"must have an annotation that nobody skipped (role {role})")
+    return [one["value"] for one in kept if isinstance(one, dict) and isinstance(one.get("value"), dict)]
 
 
 def read_tag(tag: str, types: Collection[str] = ()) -> tuple[str, str]:
@@ -130,7 +165,26 @@ def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
     cells = [one for one, said in zip(cells, lines, strict=True) if not (said.startswith("# ") and is_comment(one))]
     if any(len(one) < 2 for one in cells):
         raise DataError(at_line(path, line), "a line of one column", "must have a token and its tag on each line")
-    return {"tokens": [one[0] for one in cells], "tags": [one[-1].strip() for one in cells]} if cells else None
+    return _tagged(cells, at=at_line(path, line)) if cells else None
+
+
+def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
+    """The tokens and tags of a sentence's lines: of the first and the last column, or the reverse.
+
+    In CoNLL-U and its kin the first column counts the tokens, of which the second has the words; tags are in the last
+    column that holds a scheme's.  Its lines 3-4 and 3.1 are of no token of their own.
+    """
+    lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])]
+    counted = [one[0] for one in lines] in ([str(place + first) for place in range(len(lines))] for first in (0, 1))
+    columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
+    tagged = [place for place, column in enumerate(columns) if all(map(_LIKE_TAG.fullmatch, column))]
+    if counted and len(columns) > (2 if len(lines) > 1 else 4):
+        if not tagged:
+            bound = "must have one such as B-PER and O, or a token and its tag alone on each line"
+            raise DataError(at, "no column of tags", bound)
+        return {"tokens": columns[1], "tags": columns[tagged[-1]]}
+    token, tag = (-1, 0) if tagged == [0] else (0, -1)
+    return {"tokens": [one[token] for one in cells], "tags": [one[tag].strip() for one in cells]}
 
 
 def document(path: Path, line: int, raw: bytes | None) -> Row:

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard, cast
 
 from fedtune.data.images import image_of
 from fedtune.data.lists import as_json, json_list, listed_in, rows_of
-from fedtune.data.marked import spans_of, words_of
+from fedtune.data.marked import names_in, spans_of, words_of
 from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError
 
@@ -34,6 +34,8 @@ _BETWEEN_NAMES, SEVERAL_USERS = ",;|", "a list of users"
 """Separators in lists of names, and so no part of a user's id; a message's word for a record of several."""
 NO_NAME = frozenset({"", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None", "none", "-", "?"})
 """Words that tables write where there is no value: all such rows together are of no one person."""
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Letters of scripts without spaces, such as Chinese, for a pattern's set."""
 _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
@@ -289,8 +291,9 @@ def labels_of(value: object, at: str) -> str:
 
     No label is `[]` or a blank text; null would be a record of which nobody said.  Lists are written anew, flat: how
     deep one may be depends on who reads it, and `split_labels` must find what was found here.  A list may also be text,
-    as JSON has it or as Python prints it.
+    as JSON has it or as Python prints it, or have the form of another program (`names_in`).
     """
+    value = names_in(value, at)
     listed = listed_in(value)
     if listed is None:
         return str(value).strip()

@@ -36,6 +36,12 @@ def conll(*tags: str, columns: str = "", comma: str = " ") -> str:
     return "".join(f"{token}{comma}{columns}{tag}\n" for token, tag in zip(TOKENS, tags, strict=True))
 
 
+def counted(*tags: str) -> str:
+    """Tokens with their numbers before them, of which 1-2 and 3.1 are of no token of its own."""
+    lines = [f"{place}\t{word}\tN\t{tag}\t_\n" for place, (word, tag) in enumerate(zip(TOKENS, tags, strict=True), 1)]
+    return "".join([lines[0].replace("1", "1-2", 1), *lines[:3], lines[0].replace("1", "3.1", 1), *lines[3:]])
+
+
 BIO = ("B-drug", "O", "O", "B-disease", "O", "O", "B-disease")
 BILOU = ("U-drug", "O", "O", "U-disease", "O", "O", "U-disease")
 STUDIO = as_objects("start", "end", "labels", IN_UNITS)
@@ -84,6 +90,8 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "lists in cells": ("a.tsv", f"tokens\ttags\n{TOKENS}\t{[*BILOU]}\n", TAGGED),
     "CoNLL": ("a.conll", "\n\n" + conll(*BIO) + "\n", TAGGED),
     "CoNLL of four columns": ("a.bio", f"-DOCSTART- -X- O O\n\n# a note\n{conll(*BIO, columns='NN B-NP ')}", TAGGED),
+    "CoNLL-U": ("a.conll", "# global.columns = ID\n" + counted(*BIO), TAGGED),
+    "CoNLL with the tag first": ("a.bio", "".join(f"{tag} 0 3 {TOKENS[n]}\n" for n, tag in enumerate(BIO)), TAGGED),
     "CoNLL in tabs": ("a.iob", conll(*BILOU, columns="NN\t", comma="\t").replace("\n", "\r\n"), TAGGED),
     "BioC": ("a.bioc", collection(bioc(*PLACES)), SPANNED),
     "BioC of PubTator's server": ("a.biocjson", collection(bioc(*PLACES), name="PubTator3"), SPANNED),
@@ -221,9 +229,20 @@ SPLIT = '"locations": [{"offset": 0, "length": 1}, '
 WHOLE, MOVED = collection(bioc(*PLACES)), collection(bioc((1, 8, "drug"))).replace("101", "102")
 # What is wrong with a record's own tags or spans is in tests/tasks/test_token_classification.py.
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
-    "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be one of the 2 in data.labels"),
+    "numbers for tags": (
+        "a.jsonl",
+        '{"tokens": ["my"], "tags": [3]}',
+        TAGGED,
+        "must be the names of tags, such as B-P",
+    ),
     "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "must be there (role tags)"),
     "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 in data.labels"),
+    "no tags among several columns": (
+        "a.conll",
+        "1\tmy\tDET\t_\n2\tcard\tN\t_\n",
+        TAGGED,
+        "must have one such as B-PER",
+    ),
     "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
     "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),
     "units beyond the text": ("a.json", CARD % json.dumps(BEYOND), SPANNED, "must have 0 <= start < end"),

@@ -63,6 +63,7 @@ READ: dict[str, list[tuple[object, str]]] = {
         *((said("here", **mark), NOT_LEARNT) for mark in ({"training": False}, {"loss": False, "train": True})),
         *((said("here", **mark), CHAT) for mark in ({"weight": 1}, {"train": None, "train_detail": None})),
         (NOT_LEARNT, NOT_LEARNT),
+        ({"messages": json.loads(CHAT), "tools": [], "parallel_tool_calls": True}, CHAT),
     ],
     "chosen": [
         ("lost ", "lost "),
@@ -75,6 +76,11 @@ READ: dict[str, list[tuple[object, str]]] = {
         ('[{"role": "tool", "content": "late"}]', '[{"role": "tool", "content": "late"}]'),
     ],
     "labels": [
+        *(
+            (value, '["a"]')
+            for value in ({"a": 1.0, "b": 0}, {"a": True, "b": False}, {"choices": ["a"]}, [{"label": "a"}])
+        ),
+        ([{"result": [{"value": {"choices": ["a"]}}]}, {"result": []}], '["a"]'),
         (["late", " lost "], LISTED),
         (["late", 3], '["late","3"]'),
         ('["late", 2.0]', '["late","2"]'),
@@ -138,7 +144,7 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
     ],
     "labels": [
         *((None, "must not be null"), (["\ud800"], "must be valid Unicode")),
-        *((value, "must be a text or a list of texts") for value in ([[SECRET]], [SECRET, ""], [True], {SECRET: True})),
+        *((value, "must be a text or a list of texts") for value in ([[SECRET]], [SECRET, ""], [True], {SECRET: 0.5})),
         ("[" * 100_000 + "]" * 100_000, "must be a text or a list of texts"),
         *((value, "must name each label once") for value in ([1, 0, 0], [1.0, 1.0], "[0, 0]", [SECRET, "secret "])),
         ("['secret', 'secret']", "must name each label once"),
