@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedtune.data import marked
+from fedtune.data import images, marked
 from fedtune.data.text_rows import (
     MOST_BYTES,
     RawRows,
@@ -40,7 +40,9 @@ _OF_A_SET = (_STATE, _SPLITS, "*.arrow", "*.parquet")
 """Files of a folder that is a set of Hugging Face's, or meant to be one; any other folder is brat's."""
 _PARQUET, _ARROW_TYPES, _NO_TYPES = b"PAR1", b"ARROW:schema", b"-----:schema"
 _LARGEST_FOOTER = 1 << 28
-_CONLL, _BIOC, _BRAT = (".conll", ".bio", ".iob"), (".bioc", ".biocjson"), "brat"
+_CONLL, _BIOC, _BRAT, _CLASSES = (".conll", ".bio", ".iob"), (".bioc", ".biocjson"), "brat", "classes"
+OF_RECORDS = frozenset({".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".json", ".ann"})
+"""Endings of files with records, beside which images are no records of their own."""
 _BATCH_ROWS = 256  # of Parquet, in memory at once
 
 
@@ -54,7 +56,8 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
 
     Args:
         path: `.jsonl`, `.json`, `.csv`, `.tsv`, `.conll`, `.pubtator` or `.bioc`, each also with `.gz` behind;
-            `.parquet`; a folder that `save_to_disk` of Hugging Face `datasets` wrote; or one of brat's.
+            `.parquet`; a folder that `save_to_disk` of Hugging Face `datasets` wrote; one of brat's; or one that has a
+            folder of images for each class.
         columns: role to column: what the header of a table must have, and all that is read of one.  None: everything.
         lenient: the end of a JSON array that breaks off is the fault of a row and not of the file, as at a real site.
 
@@ -66,7 +69,7 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
             Arrow file, holds no (whole) JSON array where it should, or its header cannot be read or lacks a column.
         ConfigError: the package that reads the format is not installed.
     """
-    if format_of(path) != _BRAT:
+    if format_of(path) not in (_BRAT, _CLASSES):
         require_file(path)
     require_reader(path)
     match format_of(path):
@@ -74,10 +77,8 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
             return line_rows(path)
         case ".json":
             return array_rows(path, lenient=lenient)
-        case ".csv":
-            return table_rows(path, columns, comma=",")
-        case ".tsv":
-            return table_rows(path, columns, comma="\t")
+        case ".csv" | ".tsv" as suffix:
+            return table_rows(path, columns, comma="," if suffix == ".csv" else "\t")
         case ".parquet" if path.suffix.lower() == ".gz":
             raise DataError(str(path), ".parquet.gz", "must end in .parquet: Parquet is packed in itself")
         case ".parquet":
@@ -93,6 +94,8 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
         case suffix if suffix in _BIOC:
             documents = array_rows(path, lenient=lenient, opens=marked.DOCUMENTS)
             return parsed(path, documents, partial(marked.of_passages, path))
+        case suffix if suffix == _CLASSES:
+            return parsed(path, enumerate(image_files(path), 1), partial(_of_class, path))
         case suffix if suffix == _BRAT:
             return parsed(path, enumerate(sorted(path.glob("*.ann")), 1), marked.of_two_files)
         case suffix:
@@ -100,9 +103,10 @@ def raw_rows(path: Path, columns: Mapping[str, str] | None = None, *, lenient: b
 
 
 def format_of(path: Path) -> str:
-    """The suffix that says the format, without `.gz`; or "folder" of a saved set, or "brat"."""
-    if path.is_dir():  # by what is no record: that there are none yet, or no more, changes nothing
-        return "folder" if any(next(path.glob(name), None) for name in _OF_A_SET) else _BRAT
+    """The suffix that says the format, without `.gz`; or "folder" of a saved set, "classes" of images, or "brat"."""
+    if path.is_dir():  # that there are no records yet, or no more, changes nothing: then brat's has none, either
+        others = _CLASSES if image_files(path) else _BRAT
+        return "folder" if any(next(path.glob(name), None) for name in _OF_A_SET) else others
     return (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
 
 
@@ -128,7 +132,8 @@ def what_is(path: Path) -> str | None:
     if stat.S_ISREG(mode):
         return None
     if stat.S_ISDIR(mode):
-        return None if (path / _STATE).is_file() or marked.brat_files(path) else "a folder"
+        is_one = (path / _STATE).is_file() or marked.brat_files(path) or image_files(path)
+        return None if is_one else "a folder"
     return {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}.get(stat.S_IFMT(mode), "a device")
 
 
@@ -155,8 +160,8 @@ def files_of(path: Path) -> list[Path]:
     """The files of a data set: the file itself, or those of the folder of a saved set, which must not lie outside."""
     if not path.is_dir():
         return [path]
-    if format_of(path) == _BRAT:
-        return marked.brat_files(path)
+    if format_of(path) in (_BRAT, _CLASSES):
+        return marked.brat_files(path) or image_files(path)
     try:
         state = json.loads((path / _STATE).read_bytes())
         names = [one["filename"] for one in state["_data_files"]]
@@ -170,6 +175,18 @@ def files_of(path: Path) -> list[Path]:
         bound = "must be written with all its rows: call flatten_indices() before save_to_disk"
         raise DataError(str(path), "a selection of rows that are stored beside it", bound)
     return [path / name for name in names]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder that has a folder for each class, by class and name; none beside other records."""
+    if any(file.suffix.lower() in OF_RECORDS for file in folder.glob("*")):
+        return []
+    return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in images.SUFFIXES)
+
+
+def _of_class(folder: Path, _: int, file: Path) -> Row:
+    """The row of an image, whose label is the name of its folder; a path as a table in `folder`'s place would have."""
+    return {"image": str(file.relative_to(folder.parent)), "label": file.parent.name}
 
 
 def version_of(path: Path) -> list[object]:

@@ -92,8 +92,7 @@ def _content(field: str, file: str, *, at: str) -> bytes:
             if file and not path.is_relative_to(folder):
                 raise DataError(at, "a path out of the folder", "must be a path below the folder of the record's file")
             if not path.is_file():
-                bound = "must be the path of an image, from the folder of the record's file"
-                raise DataError(at, "no such file", bound)
+                raise DataError(at, "no such file", _why_missing(folder / field, field))
             with path.open("rb") as stream:
                 found = stream.read(MOST_BYTES + 1)
     except DataError:
@@ -104,6 +103,15 @@ def _content(field: str, file: str, *, at: str) -> bytes:
     if len(found) > MOST_BYTES:
         raise DataError(at, f"more than {MOST_BYTES} bytes", f"must have at most {MOST_BYTES} bytes an image")
     return found
+
+
+def _why_missing(path: Path, field: str) -> str:
+    """The bound that a path without a file breaks, in the form that is likeliest to be meant."""
+    if "\\" in field:
+        return "must have / between its folders, and not \\ as in Windows"
+    spelt = {path.name.lower(), path.name.upper(), path.stem + path.suffix.lower(), path.stem + path.suffix.upper()}
+    case = " (a file's name differs in case alone)" * any(path.with_name(one).is_file() for one in spelt)
+    return f"must be the path of an image, from the folder of the record's file{case}"
 
 
 def noise(draw: Callable[[int], int]) -> str:

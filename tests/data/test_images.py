@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from pyarrow import parquet
 
 from fedtune.data import images
+from fedtune.data.formats import files_of, format_of
 from fedtune.data.images import image_of
 from fedtune.data.records import Record, iter_records, usable_records
 from fedtune.spec import ConfigError, DataError
@@ -140,6 +141,31 @@ def test_a_path_leads_to_a_file_below_the_table_s_folder(path: str, found: str, 
     with pytest.raises(DataError) as caught:
         decoded(Record({"image": path}, file=file, line=7))
     assert str(caught.value).startswith(f"{file}:7, image = '{found}': must ")
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("sub\\in.png", "must have / between"), ("sub/in.PNG", "in case alone"), ("sub/IN.png", "in case alone")],
+)
+def test_a_path_without_a_file_says_how_it_differs(tmp_path: Path, path: str, why: str) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "in.png").write_bytes(WHOLE)
+    with pytest.raises(DataError, match=why):
+        decoded(Record({"image": path}, file=str(tmp_path / "rows.csv"), line=7))
+
+
+def test_a_folder_of_classes_has_a_record_for_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sick/b.png", "sick/a.PNG", "well/c.png", "well/notes.txt"):
+        (tmp_path / "scans" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "scans" / name).write_bytes(WHOLE)
+    monkeypatch.chdir(tmp_path / "scans")
+    for folder in (tmp_path / "scans", Path()):
+        found = list(iter_records(folder, {"image": "image", "label": "label"}))
+        assert [record.fields["label"] for record in found] == ["sick", "sick", "well"]
+        assert [decoded(record).size for record in found] == [picture().size] * 3
+        assert [file.name for file in files_of(folder)] == ["a.PNG", "b.png", "c.png"]
+    (tmp_path / "scans" / "labels.csv").write_text("image,label\n")
+    assert format_of(tmp_path / "scans") == "brat", "beside a table they are no records of their own"
 
 
 def test_rows_of_parquet_hold_bytes_or_paths(tmp_path: Path) -> None:
