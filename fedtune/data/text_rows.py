@@ -100,9 +100,18 @@ def line_rows(path: Path) -> RawRows:
     return parsed(path, cut_rows(path), parse)
 
 
+def _once(pairs: list[tuple[str, object]]) -> Row:
+    """The object of these keys; KeyError where one comes twice, of which a reader would keep the last in silence."""
+    if len(row := dict(pairs)) < len(pairs):
+        raise KeyError
+    return row
+
+
 def _json_object(text: str, path: Path, line: int, *, bound: str) -> Row:
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_once)
+    except KeyError:
+        raise DataError(at_line(path, line), "a key twice in an object", "must have each key once") from None
     except json.JSONDecodeError as error:
         found = f"{error.msg} at place {error.pos + 1} of the record"
         raise DataError(at_line(path, line + error.lineno - 1), found, bound) from None
@@ -141,7 +150,10 @@ def _table_row(path: Path, line: int, raw: bytes | None, *, header: Sequence[str
     try:
         cells = _cells(text, comma=comma, at=at)
         if cells and len(cells) != len(header):
-            raise DataError(at, counted(len(cells), "cell"), f"must have {counted(len(header), 'cell')}, as the header")
+            hint = "; a quote behind a comma and a space opens no cell" if f'{comma} "' in text else ""
+            hint = "; the header begins with #, as a comment above it does" if header[0].startswith("#") else hint
+            bound = f"must have {counted(len(header), 'cell')}, as the header{hint}"
+            raise DataError(at, counted(len(cells), "cell"), bound)
     except DataError as error:
         if not (more := text.rstrip().count("\n")):
             raise
@@ -160,7 +172,10 @@ def _header(path: Path, rows: Cut, columns: Mapping[str, str], *, comma: str) ->
             header = [name.strip() or (f"(column {place})" if place > 1 else "") for place, name in enumerate(cells, 1)]
             _require_separated(header, comma=comma, at=at)
             check_header(header, columns, at=at)
-            return header
+            first = {name: place for place, name in reversed([*enumerate(header, 1)])}
+            return [
+                name if first[name] == place else f"{name} (column {place})" for place, name in enumerate(header, 1)
+            ]
     return ()
 
 

@@ -36,6 +36,11 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"\n\n", "", "'no records': must hold at least one record"),
         (b'{\n"question": "a"}', ":1", "must be one whole JSON object on a line (2 rows"),
         (b'{"question": "a"}', ":1, column 'intent'", "set data.columns.label to"),
+        (
+            b'{"question": "a", "intent": "b", "intent": "c"}',
+            ":1",
+            "'a key twice in an object': must have each key once",
+        ),
     ],
     "a.json": [
         (b" [ ] ", "", "'no records'"),
@@ -62,6 +67,12 @@ FILES: dict[str, list[tuple[bytes, str, str]]] = {
         (b"body,intent\na,b\n", ":1, column 'question'", OTHERS),
         (b"question,intent,intent\na,b,c\n", ":1, column 'intent'", "must appear once"),
         (b'"question,intent\na,b\n', ":1", "a quote that is not closed"),
+        (
+            HEAD + b'"a", "b, c"\n',
+            ":2",
+            "must have 2 cells, as the header; a quote behind a comma and a space opens no",
+        ),
+        (b"#question,intent,more\na,b\n", ":1, column 'question'", "must be there"),
         (b"x" * (1 << 24) + b"\n" + HEAD, ":1", "must have at most 16777216 bytes a record"),
     ],
     "a.tsv": [
