@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fedtune.data.features import MOST_VALUES, FeatureSpec, check_names, check_range, columns_of
 from fedtune.data.partition import PartitionSpec
-from fedtune.data.values import ANSWERS
+from fedtune.data.values import ANSWERS, FEATURE, OPTIONAL_ROLES
 from fedtune.privacy.mechanism import Unit
 from fedtune.privacy.site_policy import Dataset
 from fedtune.spec import (
@@ -100,10 +100,10 @@ class DataSpec:
         validation_file: the lead's own records, scored after each round; or none.
         test_file: the lead's own records, scored before and after the run only; or none.
         columns: the column name in the files for each role.  Roles: those of the task (`text`, or `image`, and `label`,
-            `labels` or `target`; `tokens` and `tags`, or `text` and `spans`; or `prompt`, `completion` and all other
-            names in `prompt_template`); `label` (partition "dirichlet"); `site` (partition "column"); `user`
-            (privacy.unit "user"), whose values are opaque ids, one for each record; `arrival` (`privacy.cohorts`), an
-            ISO date or month, of which each user's earliest counts.
+            `labels` or `target`, with `text_pair` where a record is two texts; `tokens` and `tags`, or `text` and
+            `spans`; or `prompt`, `completion` and all other names in `prompt_template`); `label` (partition
+            "dirichlet"); `site` (partition "column"); `user` (privacy.unit "user"), whose values are opaque ids, one
+            for each record; `arrival` (`privacy.cohorts`), an ISO date or month, of which each user's earliest counts.
         labels: the declared label set, in the order of the classes; never discovered from records.
         declared_sizes: the number of records (users, with privacy.unit "user") that each site publishes as its size;
             one number for all sites, or one for each site.
@@ -113,6 +113,8 @@ class DataSpec:
             never taken from records.  A record outside it cannot be used.  Of two texts with a score, an embedding
             learns the cosine 0 for the one and 1 for the other.
         intervals: the end of each interval in which an event may come, ascending, where the task learns when it does.
+        event_values: the two values of the role `event`: that of records that were followed no longer, and that of
+            records to which the event came; none: 0 and 1, or false and true.
         prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
@@ -154,6 +156,7 @@ class DataSpec:
     label_separator: str = ";"
     target_range: tuple[float, float] | None = None
     intervals: tuple[float, ...] = ()
+    event_values: tuple[str, ...] = ()
     prompt_template: str = "{prompt}"
     chat_template: Literal["none", "model", "plain"] = "none"
     pairs: PairsSpec = PairsSpec()
@@ -202,6 +205,8 @@ class DataSpec:
             raise ConfigError("intervals", list(self.intervals), bound)
         if self.intervals:
             check_range("intervals", (0.0, self.intervals[-1]))
+        if len(set(self.event_values)) != len(self.event_values) or len(self.event_values) not in (0, 2):
+            raise ConfigError("event_values", list(self.event_values), "must be two different values, or none")
         columns = [column for one in self.features for column in one.columns]
         check_names("features", columns)
         check_at_most("features", sum(one.width for one in self.features), MOST_VALUES)
@@ -274,9 +279,16 @@ class DataSpec:
         return replace(self, **unsaid, train_file=AT_SITE, columns={role: role for role in roles})
 
     def at_site(self, dataset: Dataset, *, folder: Path) -> DataSpec:
-        """These settings as they were sent, over a site's own file; paths of its policy start in `folder`."""
+        """These settings as they were sent, over a site's own file; paths of its policy start in `folder`.
+
+        ConfigError where the file has no column for a role of the run: without one of two texts, say, its records would
+        be of another kind.
+        """
         # Those of the run's roles: a data set may have columns for several tasks, or for several kinds of record.
         columns = {role: dataset.columns[role] for role in self.columns if role in dataset.columns}
+        for role in self.columns.keys() - columns.keys() - OPTIONAL_ROLES:
+            if not role.startswith(FEATURE):
+                raise ConfigError("columns", dict(dataset.columns), f"must name the column for role {role!r}")
         return replace(self, train_file=str(folder / dataset.path), columns=columns)
 
     def sizes(self, num_sites: int) -> tuple[int, ...]:

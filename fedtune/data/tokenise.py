@@ -31,6 +31,8 @@ _CHUNK_TEXTS, _CHUNK_CHARACTERS = 1024, 1 << 18
 UNSUPERVISED = -100  # target of a token without a loss; what torch's cross_entropy ignores by default
 
 
+Text: TypeAlias = str | tuple[str, ...]
+"""A text, or two that the tokenizer encodes as a pair, with its marks between them."""
 Encoded: TypeAlias = tuple[list[int], Sequence[tuple[int, int]]]
 """Of a text its token ids, and the characters (first, end) of each, where they were asked for."""
 Targets: TypeAlias = NDArray[np.int64] | NDArray[np.float32] | NDArray[np.int8] | tuple[NDArray[np.int64], ...]
@@ -49,7 +51,7 @@ class Tokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: int) -> str: ...
     def __hash__(self) -> int: ...  # of the tokenizer itself: what was made of it once is kept
-    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]: ...
+    def __call__(self, text: list[Text], **options: Any) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,21 +105,21 @@ def most_characters(max_length: int) -> int:
 
 
 def encode(
-    texts: Sequence[str],
+    texts: Sequence[Text],
     tokenizer: Tokenizer,
     *,
     special_tokens: bool,
     max_length: int | None = None,
     within: int | None = None,
 ) -> Iterator[list[int]]:
-    """Token ids of each text, encoded in chunks without padding, so that none depends on another.
+    """Token ids of each text or pair of texts, encoded in chunks without padding, so that none depends on another.
 
     With `within`, a text that cannot be encoded, or has an id of that number or above, has no ids; nor has one that the
     tokenizer's normaliser makes many times as long, which nothing could catch: its library ends the process where
     memory does.
     """
 
-    def encoded(some: Sequence[str]) -> list[Encoded]:
+    def encoded(some: Sequence[Text]) -> list[Encoded]:
         found = tokenizer(
             list(some),
             add_special_tokens=special_tokens,
@@ -219,21 +221,22 @@ class MarkedTokenizer:
 
 
 def _each(
-    texts: Sequence[str], encoded: Callable[[Sequence[str]], list[Encoded]], backend: Any, within: int | None
+    texts: Sequence[Any], encoded: Callable[[Sequence[Any]], list[Encoded]], backend: Any, within: int | None
 ) -> Iterator[Encoded]:
     encoded, normalizer = panics_as_errors()(encoded), getattr(backend, "normalizer", None)
     for some in _chunks(texts):
         if within is None:
             yield from encoded(some)
             continue
-        fits = [_stays_short(text, normalizer) for text in some]
-        bounded = [text if short else "" for text, short in zip(some, fits, strict=True)]
+        fits = [all(_stays_short(part, normalizer) for part in _parts(text)) for text in some]
+        bounded = [text for text, short in zip(some, fits, strict=True) if short]
         found = or_fault("", encoded, bounded)
         if isinstance(found, DataError):  # about one text, whatever the tokenizer's library raised
             alone = (or_fault("", encoded, [text]) for text in bounded)
             found = [([], ()) if isinstance(one, DataError) else one[0] for one in alone]
-        for one, short in zip(found, fits, strict=True):
-            yield one if short and all(0 <= number < within for number in one[0]) else ([], ())
+        left = iter(found)
+        for one in (next(left) if short else ([], ()) for short in fits):
+            yield one if all(0 <= number < within for number in one[0]) else ([], ())
 
 
 def _stays_short(text: str, normalizer: Any) -> bool:
@@ -244,13 +247,18 @@ def _stays_short(text: str, normalizer: Any) -> bool:
     return not isinstance(made, DataError) and len(made) <= _MOST_LONGER * len(text) + _ROOM
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def _parts(text: Text) -> tuple[str, ...]:
+    return (text,) if isinstance(text, str) else text
+
+
+def _chunks(texts: Sequence[Text]) -> Iterator[Sequence[Text]]:
     """The texts in order, a few at a time, so that a tokenizer's memory is bounded."""
     first, characters = 0, 0
     for place, text in enumerate(texts):
-        characters += len(text)
+        length = sum(map(len, _parts(text)))
+        characters += length
         if place > first and (place - first == _CHUNK_TEXTS or characters > _CHUNK_CHARACTERS):
             yield texts[first:place]
-            first, characters = place, len(text)
+            first, characters = place, length
     if first < len(texts):
         yield texts[first:]

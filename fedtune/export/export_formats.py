@@ -79,6 +79,8 @@ class Source:
             base.config.id2label = dict(enumerate(outputs))
             base.config.label2id = {label: place for place, label in enumerate(outputs)}
         tokenizer = input_of(config.data).reader(config.data, model.spec.model)
+        if "text_pair" in config.data.columns:  # trained without numbers of the texts that tokens are of
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
         if base.can_generate():
             base.generation_config.eos_token_id = sorted(model.task.end_ids(tokenizer, data=config.data))
         source = cls(

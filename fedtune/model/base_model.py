@@ -300,7 +300,9 @@ def tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     if path == "random:bert":
         ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
-        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+        )
         names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
         names["unk_token"] = "[UNK]"
     else:

@@ -148,7 +148,7 @@ class Coding(Cleaning):
         """The row with its codes; a ConfigError says that it has such a column."""
         record, places = record_of(row, self._columns, file="", line=0), dict[str, int]()
         if "topic" in self.codes:
-            said, within = [(Record({"text": record.said}), "text")], self._model.num_ids
+            said, within = [(Record({"text": record.said}), ("text",))], self._model.num_ids
             (ids,), _ = whole_texts(said, self._tokenizer, max_length=self._most, lenient_within=within)
             alone = torch.from_numpy(ids)[None]
             with torch.no_grad():

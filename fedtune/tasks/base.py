@@ -44,7 +44,7 @@ Ids: TypeAlias = Sequence[Row]  # token ids, (t_i,) of each example; or (1, w), 
 _ROLES_OF_ALL = ("label", "site", "user", "arrival")
 """Roles by which records can be dealt out or counted, whatever the task."""
 _OF_SOME_TASKS = frozenset({"prompt_template", "chat_template", "label_separator", "target_range", "intervals"})
-_OF_SOME_TASKS |= {"pairs", "preferences", "windows", "stride"}
+_OF_SOME_TASKS |= {"pairs", "preferences", "windows", "stride", "event_values"}
 """Settings that only tasks with them among their `own_settings` use; for others they keep their default."""
 FirstTarget: TypeAlias = Callable[[int], int]
 """From an example's length to the place of its first target, where targets belong to tokens."""
@@ -140,8 +140,8 @@ class Task(ABC):
 
         ConfigError where it is blank or no text, or a record of the run has more parts than one.
         """
-        if not text.strip():
-            raise ConfigError(at, text, "must not be blank")
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(at, text, "must not be blank" if isinstance(text, str) else "must be a text")
         try:
             text.encode()
         except UnicodeEncodeError:

@@ -100,7 +100,7 @@ class Embedding(Task):
         """
         texts = self.texts(data)
         roles = self.layouts[texts - 2][:texts]
-        fields = [(one, role) for one in map(_with_negative(data), records) for role in roles]
+        fields = [(one, (role,)) for one in map(_with_negative(data), records) for role in roles]
         ids, encoded = whole_texts(fields, tokenizer, max_length=data.max_length, lenient_within=lenient_within)
         wanted = [*map(_wanted(data), records)]
         complete = np.array(encoded, dtype=bool).reshape(-1, texts).all(axis=1)

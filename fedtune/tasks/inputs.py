@@ -143,7 +143,8 @@ class Text(Input):
         return tokenizer
 
     def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
-        fields = [(record, "text") for record in records]
+        roles = ("text", "text_pair") if "text_pair" in data.columns else ("text",)
+        fields = [(record, roles) for record in records]
         return whole_texts(fields, reader, max_length=data.max_length, lenient_within=lenient_within)
 
     def base(self, spec: TaskModelSpec, *, predicts_tokens: bool, check: Callable[[Any], None], device: Any) -> Any:
@@ -406,19 +407,24 @@ def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
 
 
 def whole_texts(
-    fields: Sequence[tuple[Record, str]], tokenizer: Tokenizer, *, max_length: int, lenient_within: int | None
+    fields: Sequence[tuple[Record, Sequence[str]]],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    lenient_within: int | None,
 ) -> Rows:
     """Token ids of the texts of some records' roles with the tokenizer's own special tokens, `max_length` at most.
 
-    And whether each could be encoded: with `lenient_within`, as `Task.tokenise` has it, what cannot is one token, 0;
-    otherwise it is a DataError.
+    Texts of two roles are encoded as a pair.  And whether each could be encoded: with `lenient_within`, as
+    `Task.tokenise` has it, what cannot is one token, 0; otherwise it is a DataError.
     """
-    texts = [cut(record.fields[role], max_length) for record, role in fields]
+    cuts = [tuple(cut(record.fields[role], max_length) for role in roles) for record, roles in fields]
+    texts = [one if len(one) > 1 else one[0] for one in cuts]
     encoded = encode(texts, tokenizer, special_tokens=True, max_length=max_length, within=lenient_within)
     input_ids, found = [], []
-    for (record, role), ids in zip(fields, encoded, strict=True):
+    for (record, roles), ids in zip(fields, encoded, strict=True):
         if not ids and lenient_within is None:
-            raise DataError(record.at(role), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
+            raise DataError(record.at(roles[0]), "no tokens", f"must have a token of {tokenizer.name_or_path!r}")
         # Cut once more: a tokenizer cuts nothing where its special tokens alone are more than `max_length`.
         input_ids.append(np.array(ids[:max_length] or [0], dtype=np.int32))
         found.append(bool(ids))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedtune.data.batching import Batch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer
+from fedtune.data.tokenise import UNSUPERVISED, Targets, Text, TextDataset, Tokenizer, encode
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -76,13 +76,25 @@ class PooledTask(Task):
 
     @property
     def layouts(self) -> tuple[tuple[str, ...], ...]:
-        return tuple(input_named(name).roles(self.roles) for name in sorted(self.inputs, reverse=True))
+        each = (input_named(name).roles(self.roles) for name in sorted(self.inputs, reverse=True))
+        return (*each, ("text", "text_pair", *self.roles[1:]))
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
-        return input_of(data).roles(self.roles)
+        is_pair = data.input == "text" and "text_pair" in data.columns
+        return self.layouts[-1] if is_pair else input_of(data).roles(self.roles)
 
     def check_model(self, spec: TaskModelSpec) -> None:
         require_no_labels(spec.head, f"for {self.name}, which has no labels")
+
+    def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
+        """Require a mark between the two texts of a record, without which the model could not tell them apart."""
+        if "text_pair" not in data.columns:
+            return
+        some: tuple[tuple[Text, bool], ...] = ((("a", "b"), True), ("a", True), ("b", False))
+        both, first, second = (len(next(encode([text], tokenizer, special_tokens=marks))) for text, marks in some)
+        if both <= first + second:
+            bound = "has a tokenizer without a mark between two texts, which data.columns.text_pair needs"
+            raise ConfigError("model.path", tokenizer.name_or_path, bound)
 
     def fault(self, data: DataSpec) -> Callable[[Record], DataError | None]:
         target, readable = self.target(data), input_of(data).check_record(data)
@@ -91,7 +103,10 @@ class PooledTask(Task):
     def tokenise(
         self, records: Sequence[Record], tokenizer: Tokenizer, *, data: DataSpec, lenient_within: int | None = None
     ) -> TextDataset:
-        """The role `text`, with the tokenizer's own special tokens, or the features; and each record's target."""
+        """The text (with `text_pair` the two as a pair) with the tokenizer's own special tokens, or the features.
+
+        Beside each record's target.
+        """
         ids, found = input_of(data).rows(records, tokenizer, data=data, lenient_within=lenient_within)
         target, shape = self.target(data), self.target_shape(data)
         targets: npt.NDArray[Any] = np.full((len(records), *shape), UNSUPERVISED, dtype=self.target_type)

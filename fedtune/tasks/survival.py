@@ -34,7 +34,7 @@ class Survival(PooledTask):
     name = "survival"
     roles = ("text", "time", "event")
     answers = frozenset({"time", "event"})
-    own_settings = frozenset({"intervals"})
+    own_settings = frozenset({"intervals", "event_values"})
     hub_name = ""
     judged_by = "concordance"
     reads = "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]"
@@ -47,11 +47,13 @@ class Survival(PooledTask):
 
     def target(self, data: DataSpec) -> TargetOf:
         ends = np.array(data.intervals)
+        came = dict(zip(data.event_values, (False, True), strict=False)) or _EVENTS
 
         def known(record: Record) -> npt.NDArray[np.int8]:
-            time, event = float(record.fields["time"]), _EVENTS.get(category_of(record.fields["event"]))
+            time, event = float(record.fields["time"]), came.get(category_of(record.fields["event"]))
             if event is None:
-                raise DataError(record.at("event"), "another value", "must be 1 or true where it came, else 0 or false")
+                bound = "must be 1 or true where it came, else 0 or false; or one of data.event_values"
+                raise DataError(record.at("event"), "another value", bound)
             if time < 0:
                 raise DataError(record.at("time"), "a number below 0", "must be the time since a record's beginning")
             found = np.full(len(ends), UNSUPERVISED, dtype=np.int8)
@@ -95,7 +97,8 @@ class Survival(PooledTask):
         return ", ".join(f"{one['survival']:.3f} until {one['until']:g}" for one in found), found
 
     def made_up(self, role: str, data: DataSpec, *, draw: Callable[[int], int]) -> str | None:
-        made = {"time": lambda: repr(data.intervals[draw(len(data.intervals))]), "event": lambda: str(draw(2))}
+        events = data.event_values or ("0", "1")
+        made = {"time": lambda: repr(data.intervals[draw(len(data.intervals))]), "event": lambda: events[draw(2)]}
         return made[role]() if role in made else None
 
     def made_up_targets(self, input_ids: Ids, *, spec: TaskModelSpec, draws: Draws, first: FirstTarget) -> Targets:

@@ -25,6 +25,7 @@ from fedtune.data.marked import entities_of
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer, cut, encode_words
+from fedtune.data.values import UNSPACED
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -383,3 +384,23 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     inner, whole = (tokenizer(["a"], add_special_tokens=given)["input_ids"][0] for given in (False, True))
     first = next((place for place in range(len(whole)) if whole[place : place + len(inner)] == inner), len(whole))
     return whole[:first], whole[first + len(inner) :]
+
+
+def misplaced(fields: Mapping[str, str]) -> list[str]:
+    """How a record's spans seem to be counted, if some begin or end within a word, as the end of a sentence."""
+    spans = json.loads(fields.get("spans", "[]"))
+    if not (places := [place for span in spans if len(span) == 3 for place in span[:2]]):
+        return []
+    text, within_word = fields["text"], re.compile(rf"(?<=[^\W_{UNSPACED}])(?=[^\W_{UNSPACED}])")
+
+    def torn(places: Sequence[int]) -> bool:
+        return any(within_word.match(text, place) for place in places)
+
+    ways = {", as if ends were inclusive": [place + number % 2 for number, place in enumerate(places)]}
+    for what, encoding, size in (
+        (", as if bytes counted", "utf-8", 1),
+        (", as if units of UTF-16 counted", "utf-16-le", 2),
+    ):
+        raw = text.encode(encoding)
+        ways[what] = [len(raw[: size * one].decode(encoding, "ignore")) for one in places]
+    return [next((way for way, some in ways.items() if not torn(some)), "")] if torn(places) else []

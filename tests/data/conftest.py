@@ -65,7 +65,8 @@ def make_tokenizer(*, post: str | None) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = WhitespaceSplit()
     if post is not None:
         used = [(token, id_) for token, id_ in specials.items() if token in post]
-        backend.post_processor = TemplateProcessing(single=post, special_tokens=used)
+        pair = f"{post} $B [SEP]" if "[SEP]" in post else None
+        backend.post_processor = TemplateProcessing(single=post, pair=pair, special_tokens=used)
     # As in many chat models, the padding token is the end-of-text token.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]", pad_token="[SEP]"

@@ -87,6 +87,14 @@ def test_of_the_site_s_columns_the_run_s_layout_is_read(policy: Policy) -> None:
     assert reason_of(here, for_sites(prompted), policy) is Reason.SETTINGS, "a role that the site's data has not got"
 
 
+def test_a_site_without_the_second_of_two_texts_is_no_site_of_the_run(policy: Policy) -> None:
+    columns = {"text": "t", "text_pair": "other", "label": "l"}
+    sent = for_sites(letters(data={"columns": columns}))
+    assert reason_of(here, sent, policy) is Reason.SETTINGS, "its single texts would be learnt in silence"
+    both = replace(policy, dataset=(policy.dataset[0], replace(policy.dataset[1], columns=columns)))
+    assert dict(here(sent, both).data.columns) == columns
+
+
 def test_the_data_set_is_the_one_that_the_run_names(policy: Policy) -> None:
     columns = {"columns": {"text": "t", "label": "l"}}
     notes = replace(policy, dataset=(replace(policy.dataset[0], **columns), policy.dataset[1]))

@@ -39,6 +39,17 @@ def test_what_is_known_of_a_record_by_its_time(time: str, event: str, known: lis
         assert SURVIVAL.fault(DATA)(Record({**record.fields, **wrong})) is not None, "what says nothing is a fault"
 
 
+@pytest.mark.parametrize("values", [("1", "2"), ("alive", "dead"), ("0:LIVING", "1:DECEASED")])
+def test_an_event_has_the_declared_values(values: tuple[str, str]) -> None:
+    data = data_spec("text", "time", "event", intervals=ENDS, event_values=values)
+    lost, came = (Record({"text": "a", "time": "1.5", "event": value}) for value in values)
+    assert [SURVIVAL.target(data)(one).tolist() for one in (lost, came)] == [[0, -100, -100], [0, 1, -100]]  # type: ignore[attr-defined]
+    assert SURVIVAL.fault(data)(Record({**lost.fields, "event": "0"})) is not None
+    assert SURVIVAL.made_up("event", data, draw=lambda _: 1) == values[1]
+    with pytest.raises(ConfigError, match=r"event_values = \['1'\]: must be two different values, or none"):
+        data_spec(event_values=("1",))
+
+
 def test_the_loss_is_that_of_the_known_intervals() -> None:
     logits, targets = torch.tensor([[0.3, -1.2, 2.0]] * 2), torch.tensor([[0, 1, -100], [-100] * 3], dtype=torch.int8)
     chance = torch.sigmoid(logits[0])

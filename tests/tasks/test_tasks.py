@@ -32,7 +32,7 @@ def negatives(*texts: str) -> dict[str, Any]:
 WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
     "classification": [
         (("text",), TWO, "columns = {'text': 'text'}: must name the column for role 'label'"),
-        ((*LABELLED, "text_pair"), TWO, "columns.text_pair = 'text_pair': is no role of this run: task classification"),
+        ((*LABELLED, "anchor"), TWO, "columns.anchor = 'anchor': is no role of this run: task classification"),
         (LABELLED, TWO | {"prompt_template": "{text}"}, "prompt_template = '{text}': must stay {prompt}"),
         (LABELLED, TWO | TURNS, "chat_template = 'plain': must stay none"),
     ],

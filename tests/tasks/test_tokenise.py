@@ -47,6 +47,31 @@ def test_classification(encoder_tokenizer: Any) -> None:
         assert dataset.lengths.max() <= 3
 
 
+PAIRED = {"columns": {"text": "text", "text_pair": "other", "label": "label"}, "labels": ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("length", "ids"), [(9, [CLS, WHERE, IS, MY, SEP, LOST, CARD, SEP]), (6, [CLS, WHERE, IS, SEP, LOST, SEP])]
+)
+def test_two_texts_are_encoded_as_a_pair_each_alone(encoder_tokenizer: Any, length: int, ids: list[int]) -> None:
+    records = [Record({"text": "where is my", "text_pair": "lost card", "label": "b"}) for _ in range(3)]
+    records[1] = Record({"text": "x" * 9, "text_pair": "\ud800", "label": "a"})  # what no tokenizer takes
+    found = tokenise_classification(records, encoder_tokenizer, max_length=length, within=99, **PAIRED)
+    assert [one.tolist() for one in found.input_ids] == [ids, [0], ids]
+    assert found.targets.tolist() == [1, UNSUPERVISED, 1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("task", ["classification", "ordinal", "multi_label", "regression", "survival"])
+def test_two_texts_need_a_mark_between_them(encoder_tokenizer: Any, leading_tokenizer: Any, task: str) -> None:
+    columns = {role: role for role in ("text_pair", *task_named(task).roles)}
+    settings, one = data_spec(columns=columns), data_spec(*task_named(task).roles)
+    assert task_named(task).roles_in(settings) == ("text", "text_pair", *task_named(task).roles[1:])
+    task_named(task).check_tokenizer(encoder_tokenizer, data=settings)
+    task_named(task).check_tokenizer(leading_tokenizer, data=one)
+    with pytest.raises(ConfigError, match="has a tokenizer without a mark between two texts"):
+        task_named(task).check_tokenizer(leading_tokenizer, data=settings)
+
+
 @pytest.mark.parametrize("within", [11, 6])
 def test_a_text_beyond_the_vocabulary_adds_nothing_where_that_is_asked(decoder_tokenizer: Any, within: int) -> None:
     rows = labelled(("where is my card", "b"), ("lost", "a"), (" ", "a"))
