@@ -27,7 +27,7 @@ from fedtune.privacy.mechanism import PrivacySpec
 from fedtune.privacy.proposal import UNVERIFIED, Proposal
 from fedtune.privacy.release import Offer
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_schema, spec
+from fedtune.spec import NOT_GIVEN, RUN_SCHEMA, ConfigError, check_schema, expand_home, spec
 from fedtune.tasks.registry import task_named
 from fedtune.training.spec import STUDIED_SCALE, RuntimeSpec, TrainingSpec, automatic_rate
 
@@ -405,9 +405,9 @@ def with_home(settings: Mapping[str, Any], *, within: str = "") -> dict[str, Any
     """The same with the home folder in place of a `~` at the beginning of a path."""
     found = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping):
-            value = with_home(value, within=f"{within}{key}.")
-        found[key] = os.path.expanduser(value) if f"{within}{key}" in PATHS and isinstance(value, str) else value
+        path = f"{within}{key}"
+        value = with_home(value, within=f"{path}.") if isinstance(value, Mapping) else value
+        found[key] = expand_home(value, key=path) if path in PATHS and isinstance(value, str) else value
     return found
 
 

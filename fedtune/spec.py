@@ -207,6 +207,14 @@ def check_schema(key: str, found: object, schema: int, *, of: str) -> None:
         raise ConfigError(key, found if type(found) is int else NOT_GIVEN, bound)
 
 
+def expand_home(path: str, *, key: str) -> str:
+    """The path with the home folder in place of a `~` at its beginning; ConfigError where nobody has such a home."""
+    found = os.path.expanduser(path)
+    if found.startswith("~") and not os.path.lexists(found):
+        raise ConfigError(key, path, "begins with the home folder of a user who is not on this machine")
+    return found
+
+
 def check_name(key: str, name: str) -> None:
     """Require a name that can stand in a file, a message and a command line."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name, re.ASCII):

@@ -25,7 +25,7 @@ from fedtune.runs.changed_settings import FREE_MAPS, put
 from fedtune.runs.place_of_run import time_stamp
 from fedtune.runs.public_stage import awaits_public_stage, with_public_stage
 from fedtune.runs.renewal import renewed, with_start
-from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.words import dotted
 
 Recipe = str | Path | RunConfig
@@ -96,7 +96,7 @@ def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real
             raise ConfigError(key, named[1], f"is one too many: {key}={named[0]} is given, too")
     if (resumed := typed.get("resume")) is not None:
         # A folder is resumed with its own settings and its name, by which ledgers know it, unless all are typed again.
-        folder = Path(str(resumed)).expanduser()
+        folder = Path(expand_home(str(resumed), key="resume"))
         if not folder.is_dir():
             raise ConfigError("resume", str(resumed), f"must be a run folder{run_folders_near(folder)}")
         saved = saved_config(folder)

@@ -12,7 +12,7 @@ from typing import Any
 from fedtune.config import plain_yaml
 from fedtune.data.load import shipped_folders
 from fedtune.runs.changed_settings import merged
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, expand_home
 from fedtune.words import dotted
 
 OPEN = "???"  # in place of a value, which must then be given
@@ -46,7 +46,7 @@ def composed(chosen: Mapping[str, str]) -> tuple[dict[str, Any], Path | None, se
     options = dict(pair for entry in settings.pop("defaults") if entry != "_self_" for pair in entry.items())
     name = chosen.get("experiment", options.pop("experiment"))
     is_file = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)
-    path = Path(name).expanduser() if is_file else _option("experiment", name)
+    path = Path(expand_home(name, key="experiment")) if is_file else _option("experiment", name)
     own, layers = _read(path, of_user=is_file)
     options |= own | {group: option for group, option in chosen.items() if group != "experiment"}
     of_groups = ({group: settings_of(group, option)} for group, option in options.items())

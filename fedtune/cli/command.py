@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import os
 import re
 import shlex
 import sys
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 import click
 
 from fedtune.show.lines import fold
+from fedtune.spec import expand_home
 
 if TYPE_CHECKING:
     from fedtune.show.terminal_tables import Section
@@ -67,7 +67,10 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A parameter that is told by its name: that of the function's parameter, unless `names` are given."""
+    """A parameter that is told by its name: that of the function's parameter, unless `names` are given.
+
+    Of a parameter for any other names (`**options`) these are `names`, without the marks before them.
+    """
 
     help: str = ""
     names: tuple[str, ...] = ()
@@ -205,6 +208,9 @@ def single(function: Callable[..., None], *, name: str | None = None, summary: s
 def _parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         hint, about = get_args(parameter.annotation)
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # options that are alike, by their names
+            yield from (click.Option([f"--{one}"], metavar=about.metavar) for one in about.names)
+            continue
         required = parameter.default is inspect.Parameter.empty
         several = get_origin(hint) is tuple
         kind = _click_type(hint)
@@ -244,4 +250,5 @@ class _HomePath(click.Path):
     """A path, with the home folder in place of ~: a shell puts it there for `--out ~/x`, and not for `--out=~/x`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(os.path.expanduser(value), param, ctx)
+        key = param.human_readable_name if param is not None else "path"
+        return super().convert(expand_home(value, key=key), param, ctx)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run, roles_of
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
-from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.tasks.registry import task_named
 from fedtune.words import counted, size
 
@@ -50,7 +49,7 @@ def distil(
             adapter,
             to,
             student=student,
-            texts=os.path.expanduser(texts),
+            texts=expand_home(texts, key="--texts"),
             columns=named,
             format=format,
             int8=int8,

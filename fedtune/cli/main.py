@@ -121,6 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     try:
+        os.getcwd()
+    except OSError:
+        _tell("the working folder is gone, or may not be read: change to one that is there")
+        return ConfigError.exit_code
+    try:
         with fedtune.make_context("fedtune", words) as context:
             fedtune.invoke(context)
     except click.exceptions.Exit as ended:

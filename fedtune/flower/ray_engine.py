@@ -195,7 +195,7 @@ def _check_seen(ray: Any, nodes: Sequence[RayNode], config: RunConfig, sites: Pa
     places = {"working folder": os.getcwd(), own: str(seen)}
     if config.data.train_file is not None:
         places["data.train_file"] = config.data.train_file
-    if Path(config.model.path).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(config.model.path)):
         places["model.path"] = config.model.path
     seen.parent.mkdir(parents=True, exist_ok=True)
     seen.write_bytes(secrets.token_bytes(32))

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, snapshot_download
 from fedtune.model.manifest import SETTINGS_FILES, SHARD_INDEX, WEIGHTS
 from fedtune.model.quiet import first_line
 from fedtune.model.spec import NO_BASE, PACKAGE, RANDOM, ModelSpec
-from fedtune.spec import ConfigError
+from fedtune.spec import ConfigError, expand_home
 
 _HUB_FILES = ["*.safetensors", SHARD_INDEX, *sorted(SETTINGS_FILES)]
 _HUB_TIMEOUT_S = 5.0
@@ -26,7 +26,7 @@ def model_folder(spec: ModelSpec) -> Path:
         ConfigError: for `model.path` or `model.gguf_file` when there is no such model or no safetensors
             weights in it.  Pickled weights are never read, for reading them runs code.
     """
-    local = Path(spec.path).expanduser()
+    local = Path(expand_home(spec.path, key="model.path"))
     if spec.path.startswith(PACKAGE):
         folder = _package_folder(spec.path)
     elif local.is_dir():
@@ -55,7 +55,7 @@ def locate(path: str) -> ModelSpec:
     """
     if path == NO_BASE or path.startswith(RANDOM):
         return ModelSpec(path=path)
-    place = Path(path).expanduser()
+    place = Path(expand_home(path, key="model.path"))
     if path.endswith(".gguf") and (path.startswith(PACKAGE) or place.is_file()):
         folder, _, name = path.rpartition("/")
         return ModelSpec(path=folder or ".", gguf_file=name)
@@ -80,7 +80,8 @@ def only_gguf(folder: Path) -> str | None:
 
 def cache_folder(spec: ModelSpec) -> Path:
     """Where fedtune keeps what it derives from downloads."""
-    return Path(spec.cache_dir or os.environ.get("FEDTUNE_CACHE") or "~/.cache/fedtune").expanduser()
+    folder = spec.cache_dir or os.environ.get("FEDTUNE_CACHE") or "~/.cache/fedtune"
+    return Path(expand_home(folder, key="model.cache_dir"))
 
 
 def _has_weights(folder: Path, spec: ModelSpec) -> bool:

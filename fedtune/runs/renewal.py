@@ -11,7 +11,7 @@ from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.calendar import moved
 from fedtune.federation.run_folder import RunFolder
 from fedtune.runs.changed_settings import put
-from fedtune.spec import NOT_GIVEN, ConfigError
+from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 
 def with_start(config: RunConfig) -> RunConfig:
@@ -49,7 +49,7 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     """
     if public := [key for key in said if key.partition(".")[0] == "public"]:
         raise ConfigError(public[0], said[public[0]], "cannot go with --renew: that run begins in the one before")
-    before = saved_config(last := Path(folder).expanduser())
+    before = saved_config(last := Path(expand_home(str(folder), key="renew")))
     RunFolder(last).finished_adapter()
     changes: dict[str, Any] = {"resume": None, "model.adapter": str(last), "model.adapter_sha256": None}
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:

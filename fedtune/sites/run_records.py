@@ -24,7 +24,7 @@ from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_
 from fedtune.data.spec import SITE
 from fedtune.evaluation.spec import no_test_records
 from fedtune.privacy.mechanism import Unit
-from fedtune.spec import ConfigError, DataError
+from fedtune.spec import ConfigError, DataError, expand_home
 from fedtune.tasks.registry import task_named
 
 
@@ -197,7 +197,7 @@ def card_of(file: Path, suffix: str) -> Path:
 
 def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
     """Check that a file declared public, or a site's own, is not one of synthetic records, which owe to some runs."""
-    path = resolve_file(os.path.expanduser(file), shipped_folders(), key=key).resolve()
+    path = resolve_file(expand_home(file, key=key), shipped_folders(), key=key).resolve()
     if os.path.lexists(card := card_of(path, ".json")):
         raise ConfigError(key, file, f"must hold {kind} records: {card.name} beside it says which runs these owe to")
 
@@ -218,7 +218,7 @@ def asked_records(config: RunConfig, name: str, *, key: str, columns: Mapping[st
     Raises:
         DataError: the file cannot be read, or has none.
     """
-    path, task = resolve_file(os.path.expanduser(name), shipped_folders(), key=key), task_named(config.task)
+    path, task = resolve_file(expand_home(name, key=key), shipped_folders(), key=key), task_named(config.task)
     if path.suffix.lower() == ".txt":
         records = list(_lines(config, path, key=key))
     else:

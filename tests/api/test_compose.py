@@ -269,6 +269,9 @@ def test_a_path_may_begin_at_home_and_hold_commas(tmp_path: Path, monkeypatch: p
     assert [run.data.train_file for run in runs] == ["a.csv", f"{tmp_path}/b.csv"]
     with pytest.raises(ConfigError, match="must be a run folder"):
         compose_run(["resume=~/none"])
+    for given in ("experiment=~no one/x.yaml", "tracking.output_dir=~no one/o", "resume=~no one/x"):
+        with pytest.raises(ConfigError, match="begins with the home folder of a user who is not on this machine"):
+            compose_run([given] if given[0] != "t" else ["experiment=own_data", *OWN, given])
     write_config(config, tmp_path / "r" / "x")
     assert compose_run(["resume=~/r/x"]).resume == str(tmp_path / "r" / "x")
 
