@@ -7,7 +7,7 @@ message; and nothing is printed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -295,16 +295,18 @@ class Run:
         """The final adapter's folder, which `peft.PeftModel.from_pretrained` loads; a ValueError if nobody may."""
         return RunFolder(self.folder).finished_adapter()
 
-    def predict(self, texts: Sequence[str]) -> list[object]:
-        """The tuned model's answer to each text: likeliest labels with probabilities, or a number.
+    def predict(self, texts: str | Iterable[str]) -> list[object]:
+        """The tuned model's answer to each text, or to one alone: likeliest labels with probabilities, or a number.
 
         Raises:
-            ValueError: the run's task writes or compares texts, or a record of it is more than one text.
+            ValueError: the run's task writes or compares texts, or a record of it is more than one text; or what was
+                given is no text.
         """
         task = self._model.model.task
         if not task.answers or task.predicts_tokens:
             raise ConfigError("task", self.config.task, "has no label or number to predict: see generate and evaluate")
-        return [self._model.answer(Record(self._model.fields_of(text, at="text")))[1] for text in texts]
+        each = texts if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+        return [self._model.answer(Record(self._model.fields_of(text, at="text")))[1] for text in each]
 
     def generate(
         self, prompt: str, *, max_new_tokens: int = 200, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0

@@ -68,6 +68,10 @@ def test_a_model_says_labels_with_probabilities_and_writes_no_text(run: fedtune.
         run.generate("Hello")
     with pytest.raises(ValueError, match="must not be blank"):
         run.predict([" "])
+    assert run.predict("Where is my money?") == [second], "one text is one"
+    for nothing in (None, [None], [3]):
+        with pytest.raises(ValueError, match="must be a text"):
+            run.predict(nothing)  # type: ignore[arg-type]
 
 
 def test_a_run_is_loaded_from_its_folder_or_its_adapters(run: fedtune.Run) -> None:
