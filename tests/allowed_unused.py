@@ -5,7 +5,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("add_site", "copies", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),
         *("model_hash", "renew_lead", "renew_server", "show_events", "write_anchor"),
     },
-    "cards show them": {"chosen_by", "codes_file", "codes_sha256", "distinct", "distinct_pairs"},
+    "cards show them": {"chosen_by", "codes_file", "codes_sha256", "distinct_pairs"},
     "people call them from Python": {"to_frame"},
     "Prometheus's client calls it": {"collect"},
     "Flower calls them": {"current_arrays", "intercept", "introduce"},
@@ -15,11 +15,23 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
         *("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_tf32"),
         *("compress_type", "create_system", "decoder", "_disable_adapters", "disabled", "external_attr"),
         "intra_op_num_threads",
-        *("fill_uninitialized_memory", "follow_redirects", "id2label", "intercepted_binops", "label2id", "num_tickets"),
+        *(
+            "fill_uninitialized_memory",
+            "follow_redirects",
+            "id2label",
+            "intercepted_binops",
+            "label2id",
+            "model_input_names",
+            "num_tickets",
+        ),
         *("post_processor", "pre_tokenizer", "prec", "_ssl_context", "use_cache", "writeable"),
     },
     "Python and pydantic read them; torch calls with it": {"__getattr__", "__pydantic_config__", "persistent"},
     "Opacus calls it": {"_of_scales"},
+    "names.toml and the layouts of files name them, of a column": {
+        *("is_asked", "is_completion", "is_context", "is_event", "is_of_persons", "is_rank", "is_score", "is_short"),
+        *("is_spans", "is_tags", "is_tokens", "is_whole_chat", "other_numbers", "parted"),
+    },
     "templates call them": {
         *("about_ceiling", "band_range", "epsilon_spent", "of_whom", "says_nothing", "without_base"),
         *("right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others", "held_out_epsilon"),
@@ -27,7 +39,6 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     },
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},
     "fields of what is written as JSON or taken from arguments": {
-        *("carbon_kg", "completion", "first_seconds", "frozen_states_kept", "lead_days"),
-        *("negative", "server_days", "site_days"),
+        *("carbon_kg", "first_seconds", "frozen_states_kept", "lead_days", "server_days", "site_days"),
     },
 }

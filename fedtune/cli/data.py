@@ -35,7 +35,7 @@ from fedtune.preparation import starter
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning, Coding
 from fedtune.preparation.clean import clean as write_clean
-from fedtune.preparation.detect import KINDS, OPTIONS, look_at
+from fedtune.preparation.detect import KINDS, OPTIONS, Form, look_at
 from fedtune.preparation.duplicates import compare
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files, new_streams, refused
@@ -50,7 +50,6 @@ Experiment = Annotated[
     tuple[str, ...],
     Argument("EXPERIMENT [KEY=VALUE]", help="a file as `data init` writes it, or a name; settings to change"),
 ]
-Column = Annotated[str | None, Option(metavar="COLUMN")]
 
 
 @command(app, "say what a file is, and write an experiment for it")
@@ -65,30 +64,12 @@ def init(
     out: Annotated[Path | None, Option(metavar="FILE.yaml", help="what to write (default: FILE's name here)")] = None,
     sites: Annotated[int | None, Option(metavar="N", help="simulated sites (default: 2 to 4, by size)")] = None,
     model: Annotated[str | None, Option("a name from conf/model, or a folder with a model")] = None,
-    text: Column = None,
-    label: Column = None,
-    image: Column = None,
-    tokens: Column = None,
-    tags: Column = None,
-    spans: Column = None,
-    time: Column = None,
-    event: Column = None,
-    prompt: Column = None,
-    context: Column = None,
-    system: Column = None,
-    completion: Column = None,
-    messages: Column = None,
-    chosen: Column = None,
-    rejected: Column = None,
-    anchor: Column = None,
-    positive: Column = None,
-    negative: Column = None,
-    other: Column = None,
-    score: Column = None,
-    user: Column = None,
     unit: Annotated[Literal["user", "record"], Option("what is protected, where a column says whose a record is")] = (
         "user"
     ),
+    table: Annotated[bool, Option("the answer is to numbers and categories, and not to a text or an image")] = False,
+    texts: Annotated[bool, Option("the answer is to a text")] = False,
+    **columns: Annotated[str | None, Option(names=(*OPTIONS,), metavar="COLUMN")],
 ) -> None:
     """Look at a file of records, say what it is, and write an experiment with a comment on each line.
 
@@ -98,18 +79,22 @@ def init(
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
     fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
     fedtune data init visits.csv --user patient          all records of one patient are protected together
+    fedtune data init nli.csv --text a --text-pair b      two texts with a label: whether one follows from the other
     fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
+    fedtune data init labs.csv --table                   the same, though a column reads like texts (--texts: not)
     fedtune data init scans.csv --model FOLDER           paths of images, and a vision transformer
     fedtune data init trial.csv --time months --event died  when an event comes, by a table, a text or an image
 
     Without an option a column is found by its name or its values, and shown with the option that chooses another.
     """
-    given = locals()
     target = out or Path(f"{starter.run_name(Path(file.name.split('.')[0]))}.yaml")
-    if user is not None and unit == "record":
-        raise ConfigError("--user", user, "says whose a record is, and --unit record that nobody asks")
-    chosen_columns = {option: given[option] for option in OPTIONS if given[option] is not None}
-    found = look_at(file, chosen_columns, by_person=unit == "user")
+    chosen = {option: name for option in OPTIONS if (name := columns[option.replace("-", "_")]) is not None}
+    if "user" in chosen and unit == "record":
+        raise ConfigError("--user", chosen["user"], "says whose a record is, and --unit record that nobody asks")
+    if table and texts:
+        raise ConfigError("--table", "", "does not go with --texts")
+    form: Form | None = "table" if table else "texts" if texts else None
+    found = look_at(file, chosen, by_person=unit == "user", form=form)
     if not str(target).isprintable():
         raise ConfigError("--out", str(target), "must be a name without control characters")
     _require_new(target, ".yaml", ".yml")

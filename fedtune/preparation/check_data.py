@@ -30,17 +30,18 @@ from fedtune.data.values import split_labels
 from fedtune.extras import install_command, is_installed
 from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness, Twin, spelling
-from fedtune.preparation.patterns import damage, identifiers, odd_texts
+from fedtune.preparation.patterns import ODD_TEXTS, damage, identifiers, odd_texts
 from fedtune.spec import DataError
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import task_named
+from fedtune.tasks.token_classification import misplaced
 
 SHOWN = 20  # errors that are kept of a file, and lines of a finding
 _MOST_TOKENS = 8_192  # up to which lengths are told apart
 _BINS = 10
 _USES = ("train", "held out", "validation", "test", "unused")
 Kind = Literal[
-    "cut", "lost", "unlearnt", "scheme", "hidden", "overlap", "near_overlap", "contradiction", "same", "alike",
+    "cut", "lost", "unlearnt", "scheme", "hidden", "torn", "overlap", "near_overlap", "contradiction", "same", "alike",
     "shared", "declared", "personal", "damage",
 ]  # fmt: skip
 _Likes: TypeAlias = tuple[tuple[Kind, list[Twin]], ...]
@@ -267,6 +268,8 @@ class _Look:
                 self._note(line, kind, twin.use if likes is elsewhere else "", like=twin.line)
         if entities_of(record.fields.get("tags", "O").split("\n"), data.labels)[1]:
             self._note(line, "scheme")
+        for way in misplaced(record.fields):
+            self._note(line, "torn", way)
         if self.task.texts(data) > data.windows:
             self._note_shared_texts(record)
         for what, column in input_of(data).odd(record, data):
@@ -274,7 +277,7 @@ class _Look:
         odd: dict[tuple[Kind, str, str], None] = {}
         for role, text in record.texts():
             odd |= dict.fromkeys(("personal", kind, data.columns[role]) for kind, *_ in identifiers(text))
-            odd |= dict.fromkeys(("damage", what, data.columns[role]) for what in damage(text))
+            odd |= dict.fromkeys(("damage", what, data.columns[role]) for what in damage(text) if what not in ODD_TEXTS)
         for one in odd:
             self._note(line, *one)
 

@@ -7,7 +7,7 @@ import re
 import tomllib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from fedtune.data import values as read
 from fedtune.data.images import SUFFIXES
+from fedtune.data.lists import listed_in
 from fedtune.data.marked import entity_types, read_tag, spans_of, words_of
 from fedtune.data.text_rows import json_type
 from fedtune.spec import DataError, shown
@@ -28,20 +29,26 @@ _SEPARATORS = ";|,"  # separators in a text of several labels
 _SCALES = ((0.0, 1.0), (0.0, 5.0), (1.0, 5.0), (-1.0, 1.0), (0.0, 10.0), (0.0, 100.0))
 """On which people score, the usual first."""
 _MOST_NUMBERS = 1_000_000
-_OUTSIDE = 0.005  # of the numbers at either end: so few do not decide a scale, which becomes public
+_OUTSIDE = 0.005  # of the numbers at either end: so few do not decide a scale
 _CODE = re.compile(r"[!-~]{5,}")
 """A text of one word of ASCII: a link, a path, a hash; no word of a language that has no spaces."""
-_WORDS_OF_A_NAME, _LONGEST_ID = 4, 64
+_WORD = re.compile(rf"[{read.UNSPACED}]{{2}}|[^\W\d_{read.UNSPACED}]{{2,}}")
+"""A word; of a script without spaces, two letters."""
+_LISTS, _BEGIN_NUMBERS = ("[", "(", "{", "array(", "set("), frozenset("+-.0123456789")
+"""How lists as text begin, and numbers."""
+_BARE = frozenset("OBIESLUM")
+"""Letters of tags of a scheme; one alone names no type."""
+_WORDS_OF_A_NAME, _LONGEST_ID, _HEAD, _LONGEST_DATE = 4, 64, 120, 40
+_WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # the fewest words of a text that is taken for one
+_FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
 _ODD_SHOWN = 3
 WORDS = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
 NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, words in WORDS["names"].items()}
 """By what a column is: how it may be called."""
-_BEFORE = (
-    "anon(?:ym(?:ous|i[sz]ed))?|pseudo(?:nym(?:ous|i[sz]ed))?|hash(?:ed)?|enc(?:rypted)?|masked|unique|study|id|fk"
-)
-_BEHIND = "id|ids|uuid|guid|key|no|nr|num|number|nummer|name|code|hash|handle|email|address|identifier|kennung"
-_OF_PEOPLE = re.compile(rf"(?:{_BEFORE})*(?P<who>{'|'.join(NAMES['people'])})(?:s|r|n|en)?(?:{_BEHIND})*")
-_OTHER_NUMBERS = "numbers in another form: write 3.5 and 1200, with a point before decimals and no other marks"
+_ENDINGS = (*SUFFIXES, *NAMES["endings"])
+_DATE, _MEASURE = (re.compile(WORDS["patterns"][what], re.IGNORECASE | re.VERBOSE) for what in ("date", "measure"))
+"""A day, a month or a time; and a number with a limit's sign, as laboratories write it, or with a unit."""
+_OF_PEOPLE = re.compile(WORDS["patterns"]["person"].format("|".join(NAMES["people"])), re.VERBOSE)
 
 
 class Column:
@@ -50,6 +57,13 @@ class Column:
     def __init__(self, name: str) -> None:
         self.name = name
         self.key = re.sub(r"[\W_]+", "", name).lower()  # `Patient ID`, `patient_id` and `PatientID` are one
+        self.words = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+        # The same with # in place of the numbers and single letters that tell it from others: `answer_a` is `answer#`.
+        self.stem = "".join("#" if len(word) == 1 or word.isdecimal() else word for word in self.words)
+        letters = [word for word in self.words if not word.isdecimal()]
+        found = _OF_PEOPLE.fullmatch(self.key) or (len(letters) > 2 and _OF_PEOPLE.fullmatch("".join(letters[-2:])))
+        # Where in the order of people it is, if it is called as people are (`tweet_author_id`).
+        self.person = NAMES["people"].index(found["who"]) if found else None
         self.filled = self.characters = 0  # rows with a value that is not blank; of all its texts together
         self.types = Counter[str]()  # how often each type of value came
         self.reads = Counter[str]()  # how many values a run can read in a role, or are of a kind that `note` names
@@ -62,9 +76,11 @@ class Column:
         self.sizes = Counter[int]()  # how many numbers lists hold that hold nothing else, also as JSON text
         # Entities of each type in spans or tags of a scheme, the same where each tag is a type, and schemes' letters.
         self.marked, self.plain, self.letters = Counter[str](), Counter[str](), set[str]()
+        self.fault = ""  # why the last list that is no tags and no spans is none
         self.beside = Counter[str]()  # what turns have beside what a run reads of them, such as "name"
         self._first = defaultdict[str, list[tuple[int, str]]](list)  # values of each type, with their rows
         self._open = True
+        self._ids: set[int] | None = set() if found else None  # of persons, as long as no two are the same
 
     def note(self, value: object, row: int) -> None:
         """Take the value of one row into account, whose number counts from 1."""
@@ -77,70 +93,84 @@ class Column:
         self.characters += len(text)
         kind = json_type(value)
         kind = {"boolean": "true or false", "string": "text", "array": "list"}.get(kind, kind)
-        with suppress(DataError):
-            number = float(read.number_of(value, self.name))
-            if len(self.numbers) < _MOST_NUMBERS:
-                self.numbers.append(number)
-            self.reads["target"] += 1
-            self.reads["whole"] += number.is_integer()
-            kind = "number as text" if text else kind
+        if not text or text[0] in _BEGIN_NUMBERS:
+            with suppress(DataError):
+                number = float(read.number_of(value, self.name))
+                if len(self.numbers) < _MOST_NUMBERS:
+                    self.numbers.append(number)
+                self.reads["target"] += 1
+                self.reads["whole"] += number.is_integer()
+                kind = "number as text" if text else kind
         self.types[kind] += 1
         if len(self._first[kind]) < _ODD_SHOWN:
             self._first[kind].append((row, shown(value)))
-        turns = read.turns_like(value)
-        self.beside.update(key for turn in turns for key in turn if key not in read.READ_OF_TURNS and turn[key])
-        first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
-        kinds = {
-            "messages": bool(turns),
-            "whole chat": read.speaker_of(first) != "assistant",  # it begins with what is answered
-            "code": _CODE.fullmatch(text) is not None,
-            "few words": isinstance(value, str) and len(text.split()) <= _WORDS_OF_A_NAME,
-            "other number": read.is_number_in_another_form(value),  # as people write it and runs do not
-            "vector": isinstance(value, list) and len(value) > 1 and all(one in (0, 1) for one in value),
-            "image": (isinstance(value, str) and value.lower().endswith(SUFFIXES))
-            or isinstance(value, bytes)
-            or (isinstance(value, dict) and "bytes" in value),
-        }
-        self.reads.update(what for what, holds in kinds.items() if holds)
-        self._note_lists(value)
-        if not self._open:
-            return
-        with suppress(DataError):
-            name = read.read_value(value, "label", at="")
-            self.reads["label"] += 1
-            self.values[kind][name] += 1
-            if len(self.values[kind]) > _MOST_VALUES or len(name) > LONGEST_LABEL:
-                self.values.clear()
-                self._open = False
+        self.reads["image"] += isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
+        for what in _kinds_of_text(text) if text else ():
+            self.reads[what] += 1
+        if text.startswith(_LISTS) or isinstance(value, list | dict):
+            self._note_objects(value)
+        self._note_labels(value, text)
+        if self._ids is not None:
+            self._ids.add(hash(text or str(value)))
+            self._ids = self._ids if len(self._ids) == self.filled else None
+        if self._open:
+            with suppress(DataError):
+                name = read.read_value(value, "label", at="")
+                self.reads["label"] += 1
+                self.values[kind][name] += 1
+                if len(self.values[kind]) > _MOST_VALUES or len(name) > LONGEST_LABEL:
+                    self.values.clear()
+                    self._open = False
 
-    def _note_lists(self, value: object) -> None:
-        """Of lists, and of lists as text, whether they are numbers, labels, tokens, tags of a scheme, or spans."""
-        with suppress(DataError):
-            self.sizes[len(read.numbers_of(read.feature_of(value, self.name), self.name))] += 1
+    def _note_labels(self, value: object, text: str) -> None:
+        """Of a list, and of a text with separators, which labels it may have."""
+        is_plain = bool(text) and not text.startswith(_LISTS)
+        if not self.parts or (is_plain and len(self.parts) == 1) or not isinstance(value, list | str | dict):
+            return
         with suppress(DataError):  # else it is odd
-            text = read.labels_of(value, self.name) if self.parts and isinstance(value, list | str) else ""
-            for mark in [one for one in self.parts if (one == "[") == text.startswith("[")]:
-                labels, counts = read.split_labels(text, separator=mark), self.parts[mark]
+            found = text if is_plain else read.labels_of(value, self.name)
+            for mark in [one for one in self.parts if (one == "[") == found.startswith("[")]:
+                labels, counts = read.split_labels(found, separator=mark), self.parts[mark]
                 counts.update(labels)
                 self.reads[mark] += 1
                 self.several[mark] += len(labels) > 1
                 if len(counts) > _MOST_LABELS or any(len(label) > LONGEST_LABEL for label in labels):
                     del self.parts[mark]
-        if not isinstance(value, list) and not (isinstance(value, str) and value.lstrip()[:1] == "["):
+
+    def _note_objects(self, value: object) -> None:
+        """Of lists and objects, also as text, whether they are turns, numbers, tokens, tags of a scheme, or spans."""
+        turns = read.turns_like(value)
+        self.beside.update(key for turn in turns for key in turn if key not in read.READ_OF_TURNS and turn[key])
+        first = turns[0].get("role") or turns[0].get("from") if turns else "assistant"
+        self.reads["messages"] += bool(turns)
+        self.reads["whole chat"] += read.speaker_of(first) != "assistant"  # it begins with what is answered
+        listed = None if turns or isinstance(value, dict) else listed_in(value)
+        if listed is None:
             return
+        self.reads["vector"] += len(listed) > 1 and all(one in (0, 1, "0", "1") for one in listed)
+        first = listed[0] if listed else ()
+        if not isinstance(first, str) or first[:1] in _BEGIN_NUMBERS:
+            with suppress(DataError):
+                self.sizes[len(read.numbers_of(read.feature_of(value, self.name), self.name))] += 1
         found, plain = Counter[str](), Counter[str]()
-        with suppress(DataError):
-            tags = words_of(value, self.name)
-            self.reads["tokens"] += 1
-            letters = {read_tag(one)[0] for one in tags.split("\n")}
-            if "" not in letters:
-                self.reads["tags"] += 1
-                self.letters |= letters
-                found.update(entity_types({"tags": tags}))
-                plain.update(entity_types({"tags": tags}, tags.split("\n")))
-        with suppress(DataError):
-            found.update(entity_types({"spans": spans_of(value, self.name)}))
-            self.reads["spans"] += 1
+        try:
+            if isinstance(first, str | int | float):
+                tags = words_of(value, self.name).split("\n")
+                self.reads["tokens"] += 1
+                words_of(value, self.name, "tags")
+                letters = {read_tag(one)[0] for one in tags}
+                if "" not in letters:
+                    self.reads["tags"] += 1
+                    self.letters |= letters
+                    found.update(entity_types({"tags": "\n".join(tags)}))
+                    plain.update(entity_types({"tags": "\n".join(tags)}, tags))
+                elif set(tags) <= _BARE:
+                    self.fault = "must have the type behind the letter, as B-name and I-name"
+            else:
+                found.update(entity_types({"spans": spans_of(value, self.name)}))
+                self.reads["spans"] += 1
+        except DataError as error:
+            self.fault = error.bound
         if max(len(self.marked), len(self.plain)) <= _MOST_LABELS:
             self.marked.update(found)
             self.plain.update(plain)
@@ -150,8 +180,12 @@ class Column:
         count = sum(self.types[kind] or self.reads[kind] for kind in kinds)
         return self.filled > 0 and count >= NEARLY * self.filled
 
-    def judge(self) -> None:
-        """Say what the column is, when all its values are noted."""
+    def mostly(self, kind: str) -> bool:
+        """Most values are of this kind."""
+        return 2 * self.reads[kind] > self.filled
+
+    def judge(self, rows: int) -> None:
+        """Say what the column is, when the values of all rows are noted."""
         most = (1 - NEARLY) * self.filled
         # The type of nearly all values, in words; where none is, the types in the order of their numbers.
         self.holds = ", ".join(kind for kind, count in self.types.most_common() if count >= most)
@@ -171,38 +205,83 @@ class Column:
         said, few = {label.lower() for label in self.labels}, 2 <= len(self.labels) <= _MOST_LABELS
         self.is_number = self.nearly("target") and min(self.numbers) < max(self.numbers)  # of more than one value
         self.is_text, self.is_chat = self.nearly("text", "number as text"), self.nearly("messages")
-        # Yes or no, or good or bad; and of each record that something came, or that it did not.
+        self.is_image, self.is_date = self.nearly("image", *SUFFIXES), self.nearly("date")
+        self.is_vector = self.nearly("vector")
+        self.is_constant, self.num_labels, self.is_empty = len(self.labels) == 1, len(self.labels), not self.filled
+        self.said = " or ".join(sorted(self.labels, reverse=True)[:5]) or self.holds
+        self.least, self.most = min(self.numbers, default=0), max(self.numbers, default=0)
+        self.is_said, self.is_context = self.is_text or self.is_chat, self.is_text or self.is_empty
+        self.is_tokens, self.is_whole_chat = self.nearly("tokens"), self.nearly("whole chat")
+        self.is_tags, self.is_spans = (self.nearly(role) and bool(self.entities) for role in ("tags", "spans"))
+        self.is_speaker = {"assistant"} < set(map(read.speaker_of, self.labels))
+        # Yes or no, or good or bad.
         self.is_flag = self.nearly("true or false") or (len(said) == 2 and said.issubset(NAMES["flags"]))
-        self.is_event = set(map(read.category_of, self.labels)) in ({"0", "1"}, {"false", "true"})
         # Few values, each of which comes often.
         often = self.filled >= _RECORDS_A_LABEL * len(self.labels) and self.nearly("label")
         fraction = self.is_number and self.reads["whole"] < NEARLY * self.filled
-        self.is_label = few and often and not fraction
+        is_label = few and often and not (fraction or self.is_date or self.is_vector)
+        # As people and laboratories write numbers, and as a run does not read them.
+        is_other = self.nearly("target", "other number", "measure") and not self.nearly("target")
+        self.is_other_number = is_other and (self.mostly("other number") or not is_label)
+        self.other_numbers = self.filled - self.reads["target"]
+        self.is_label = is_label and not self.is_other_number
+        self.is_binary = self.is_label and said <= {"0", "1", "true", "false"}
+        # A tag for a single word in each row, and a row for each word.
+        is_scheme = all(tag in _BARE or read_tag(tag)[0] for tag in self.labels)
+        self.is_tag = self.is_label and is_scheme and "O" in self.labels
         self.separator = self._separator()
-        self.is_answer = self.is_label or self.is_number or self.separator is not None
+        self.is_few, self.is_list = self.is_label or self.separator is not None, self.separator == "["
+        self.parted = "lists" if self.is_list else f"{self.separator} between several labels"
+        self.is_rank = self.is_number and len(self.labels) > 2
+        self.is_answer = self.is_few or self.is_number
+        self.is_event = self.event_values is not None
+        is_other = self.is_other_number or not (self.is_text or self.nearly("target"))
+        is_long = not self.is_text or self.mean_characters >= LONGEST_LABEL or self.is_constant
+        self.is_unread_answer = self.filled > 0 and not self.is_answer and (is_other or not is_long)
         self.is_score = self.is_number and (self.key in NAMES["scores"] or not self.is_label)
         self.is_code = self.is_text and self.nearly("code") and not self.is_label  # links, paths or other marks
-        # Texts written behind a prompt, and no label that is called so.
+        # Texts written behind a prompt, and no label that is called so; and what is asked, not who asks.
         self.is_completion = self.is_text and not (self.is_label and self.key in NAMES["often_labels"])
-        # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
-        self.is_category = self.size is None and not self.nearly("target")
-        self.is_feature = self.filled > 0 and (not self.is_category or self.is_label or self.is_flag)
-        words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", self.name).lower())
-        found = _OF_PEOPLE.fullmatch(self.key) or (len(words) > 2 and _OF_PEOPLE.fullmatch("".join(words[-2:])))
-        # Where in the order of people it is, if it is called as people are (`tweet_author_id`).
-        self.person = NAMES["people"].index(found["who"]) if found else None
+        self.is_asked = self.is_text and (self.person is None or self.mostly("phrase"))
+        # Texts that somebody wrote, by their words or with a usual name; and a few words each, which may be names.
+        is_words = self.is_text and not (self.nearly("target") or self.is_date or self.is_image or self.is_other_number)
+        is_words = is_words and not (self.is_code or {*self.words[-1:]} & {*NAMES["things"]})
+        is_named = self.key in NAMES["texts"]
+        self.is_prose = is_words and (self.mostly("prose") or (is_named and self.mostly("word")))
+        self.is_short = is_words and self.mostly("words") and not (self.is_label or self.is_prose)
+        # What a row is for, as whoever wrote the file marked it: for the test, rejected, or to count more than others.
+        self.is_split = self.is_label and (said.issubset(NAMES["parts"]) or self.key in NAMES["splits"])
+        self.is_review = self.is_label and "accept" in said and said.issubset(NAMES["reviews"])
+        self.is_weight = self.key in NAMES["weights"]
+        self.is_mark = self.is_split or self.is_review or self.is_weight
         # Ids or names of persons, not what somebody wrote; rows without an id are no matter, nor how a run reads them.
+        # An id that no two rows share says of no two that they are of one person.
         self.is_id = self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
         is_name = not self.is_text or (self.mean_characters <= _LONGEST_ID and self.nearly("few words"))
-        self.is_person = self.person is not None and self.is_id and is_name
-        self.is_place = not set(words).isdisjoint(NAMES["places"])  # its name says so, as `hospital_id` does
-        # It numbers the records, as `message_id` does, or has no name.
-        of_records = self.key in NAMES["ids"] or words[-1:] in (["id"], ["uuid"], ["guid"], ["idx"])
-        self.is_of_records = of_records or not self.name.strip()
+        self.is_once = self._ids is not None and self.is_id and self.filled == rows > 1
+        self.is_of_persons = self.person is not None and self.nearly("list")
+        self.is_person = self.person is not None and self.is_id and is_name and not self.is_once
+        self.is_place = not set(self.words).isdisjoint(NAMES["places"])  # its name says so, as `hospital_id` does
+        # It numbers the records, as `message_id` does, or has no name, or counts them.
+        of_records = self.key in NAMES["ids"] or self.words[-1:] in (["id"], ["uuid"], ["guid"], ["idx"])
+        self.is_of_records = of_records or not self.name.strip() or self.is_once or self._counts_rows()
+        of_a_row = self.is_mark or self.is_of_records or self.is_person or self.is_place
+        self.may_be_answer = self.is_answer and self.person is None and not of_a_row
+        self.may_be_answer = self.may_be_answer and not (self.is_prose and is_named)
+        # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
+        self.is_category = self.size is None and not self.nearly("target")
+        is_value = self.filled > 0 and (not self.is_category or self.is_label or self.is_flag)
+        self.is_feature = is_value and not of_a_row and not self.is_date
+
+    def _counts_rows(self) -> bool:
+        """Whole numbers of which nearly each comes once, in whatever order, and few are left out between."""
+        count, distinct = self.reads["whole"], np.unique(self.numbers)
+        is_whole = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
+        return is_whole and bool(distinct[-1] - distinct[0] < 2 * count)
 
     def _separator(self) -> str | None:
         """The separator of a column of several labels; "[": they are lists; None: it is no such column."""
-        if self.nearly("vector") or self.nearly("other number"):
+        if self.is_vector or self.is_other_number:
             return None
         for mark, counts in self.parts.items():
             often = self.filled >= _RECORDS_A_LABEL * len(counts) and len(counts) >= 2 and self.nearly(mark)
@@ -212,50 +291,50 @@ class Column:
         return None
 
     @property
-    def scale(self) -> tuple[float, float]:
-        """The first usual scale that nearly all numbers fit, else round numbers around them."""
+    def event_values(self) -> tuple[str, ...] | None:
+        """The values of those who were followed no longer, and of those to whom the event came; None: it tells not."""
+        said = sorted(set(map(read.category_of, self.labels)))
+        words = {one: set(re.findall(r"[a-z]+|\d+", one.lower())) for one in said}
+        pair = [one for course in ("stayed", "came") for one in said if words[one] & {*NAMES[course]}]
+        pair = said if said == ["1", "2"] else pair[::-1] if self.key in NAMES["inverted"] else pair
+        return tuple(pair) if len(said) == 2 and sorted(pair) == said else None
+
+    @property
+    def scale(self) -> tuple[float, float] | None:
+        """The first usual scale that nearly all numbers fit; None: there is none, and a person must say it."""
         numbers = np.sort(np.array(self.numbers))
         few = math.ceil(_OUTSIDE * len(numbers)) if len(numbers) > 1 / NEARLY * 10 else 0
-        low, high = float(numbers[few]), float(numbers[-1 - few])
-        if low == high:
-            low, high = float(numbers[0]), float(numbers[-1])
-        usual = (one for one in _SCALES if one[0] <= low and high <= one[1])
-        step = 10.0 ** math.floor(math.log10(high - low))
-        return next(usual, (math.floor(low / step) * step, math.ceil(high / step) * step))
+        low, high = numbers[few], numbers[-1 - few]
+        return next((one for one in _SCALES if one[0] <= low and high <= one[1]), None)
 
     @property
     def no_answer(self) -> str:
         """Why a column that was taken for an answer is none."""
-        if self.nearly("vector"):
-            return "must be lists of the labels' names: vectors of 0 and 1 name none"
-        if self.is_chat:
-            return "must be a text: write all turns of a record as one list in a column messages"
-        if self.nearly("other number"):
-            return f"must be a label or a number; it holds {_OTHER_NUMBERS}"
-        return (
-            f"must have 2 to {_MOST_LABELS} different texts or whole numbers of at most {LONGEST_LABEL} characters, on "
-            f"average in {_RECORDS_A_LABEL} rows or more"
-        )
+        return self._first_that_holds("no_answer")
 
     def why_unread(self, *, teaches: bool) -> str:
         """Why no run reads the column, and what chooses it; `teaches`: the file is one of prompts or conversations."""
-        name = self.name
-        more = f"--context {name}" if teaches else f"join the texts in one column, or --text {name}"
-        of_persons = "it may say whose a record is, and a record is of one person: write one id in each row"
-        reasons = (
-            (not self.filled, "it is empty"),
-            (self.key in WORDS["never_read"], WORDS["never_read"].get(self.key, "")),
-            (self.is_person, f"it may say whose a record is: --user {name}"),
-            (self.person is not None and self.nearly("list"), of_persons),
-            (self.is_place, "it may say at which site a record is"),
-            (self.nearly("vector"), "vectors of 0 and 1, which name no labels"),
-            (self.nearly("other number"), _OTHER_NUMBERS),
-            (self.is_label or self.separator is not None, f"few values; to learn them: --label {name}"),
-            (self.is_of_records, "numbers or ids of the records"),
-            (len(self.labels) == 1, "its value is always the same"),
-            (self.is_code, "links, or marks without a space"),
-            (self.is_number, f"numbers; to learn them: --score {name}"),
-            (self.is_text, f"a second text: {more}"),
-            (True, f"no role reads it so ({self.holds})"),
-        )
-        return next(why for holds, why in reasons if holds)
+        why = WORDS["never_read"].get(self.key) or self._first_that_holds("unread")
+        return why.replace("--text-pair", "--context") if teaches else why
+
+    def _first_that_holds(self, reasons: str) -> str:
+        """The first of some reasons in names.toml whose attribute holds."""
+        return str(next(why for what, why in WORDS[reasons].items() if getattr(self, what))).format(self)
+
+
+def _kinds_of_text(text: str) -> Iterator[str]:
+    """What a text is, by itself: words, as many as a name has or more, a date, a number in another form, a path."""
+    words = len(_WORD.findall(text[:_HEAD]))
+    yield from (kind for kind, least in _WORDS_OF.items() if words >= least)
+    if len(text.split(None, _WORDS_OF_A_NAME)) <= _WORDS_OF_A_NAME:
+        yield "few words"
+    if _CODE.fullmatch(text):
+        yield "code"
+    if len(text) <= _LONGEST_DATE and _DATE.fullmatch(text):
+        yield "date"
+    elif read.is_number_in_another_form(text):
+        yield "other number"
+    elif len(text) <= _LONGEST_DATE and _MEASURE.fullmatch(text):
+        yield "measure"
+    if (end := text[-9:].lower()).endswith(_ENDINGS) and "://" not in text:
+        yield next(one for one in _ENDINGS if end.endswith(one))

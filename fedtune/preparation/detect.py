@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-from fedtune.data.formats import format_of, raw_rows
+from fedtune.data.formats import OF_RECORDS, format_of, image_files, raw_rows
 from fedtune.data.text_rows import Row
-from fedtune.data.values import speaker_of
 from fedtune.preparation.columns import LONGEST_LABEL, NAMES, WORDS, Column
 from fedtune.preparation.patterns import ODD_TEXTS, odd_texts
 from fedtune.spec import ConfigError, DataError
-from fedtune.words import counted
 
 Kind: TypeAlias = str  # one of `KINDS`
 KINDS: Mapping[Kind, Sequence[str]] = WORDS["kind"]
 """In words, and the experiment of conf/ that such records begin in."""
 SHOWN_ROWS = 5
-
-_Fits: TypeAlias = Callable[[Column], bool]
+OPEN = "???"  # in place of a setting that a person must give
+Form: TypeAlias = Literal["table", "texts"]
 Roles: TypeAlias = dict[str, tuple[str, str]]  # by role the column that has it, and why
 
 
@@ -31,61 +29,62 @@ class _Part(NamedTuple):
 
     role: str  # of fedtune
     names: Sequence[str]  # that it may have, the usual first
-    fits: _Fits  # whether its values suit
-    bound: str = "must hold texts"  # what they must be, as the end of a message
+    fits: str = "is_text"  # the attribute of a column whose values suit
     optional: bool = False  # whether the kind can do without it
 
-
-_is_text: _Fits = attrgetter("is_text")
-_is_chat: _Fits = attrgetter("is_chat")
-_SYSTEM = _Part("system", ("system", "systemprompt"), _is_text, optional=True)
-_CONTEXT = _Part("input", NAMES["contexts"], lambda one: one.is_text or not one.filled, optional=True)
-_PROMPT, _TURNS = _Part("prompt", NAMES["prompts"], _is_text), "must hold turns of a conversation"
-_COMPLETION = _Part("completion", NAMES["completions"], _is_text)
-_SCORED = "must hold numbers, and not always the same"
-_SCORE = _Part("target", (*NAMES["scores"], "label", "target"), lambda one: one.is_score, _SCORED)
-_FOLLOWED = (
-    _Part("time", NAMES["times"], lambda one: one.is_number, "must hold numbers"),
-    _Part("event", NAMES["events"], lambda one: one.is_event, "must hold 1 or true where it came, else 0 or false"),
-)
+    @property
+    def bound(self) -> str:
+        """What its values must be, as the end of a message."""
+        words: str = WORDS["bounds"].get(self.fits, WORDS["bounds"]["is_text"])
+        return words
 
 
-def _parts(names: Mapping[str, str], fits: _Fits = _is_text, bound: str = "must hold texts") -> tuple[_Part, ...]:
-    return tuple(_Part(role, some.split(), fits, bound) for role, some in names.items())
+def _parts(names: Mapping[str, str], fits: str = "is_text") -> tuple[_Part, ...]:
+    return tuple(_Part(role, NAMES.get(some, ()), fits) for role, some in names.items())
 
 
-def _marked(role: str, names: Sequence[str]) -> _Part:
-    return _Part(role, names, lambda one: one.nearly(role) and bool(one.entities), f"must hold lists of {role}")
-
-
-_IMAGE = _Part("image", NAMES["images"], lambda one: one.nearly("image"), "must hold paths of images, or images")
-_BOTH = {"chosen": "chosen chosenresponse", "rejected": "rejected rejectedresponse"}
-_ASKED = NAMES["prompts"] + NAMES["chats"]
-_ALIKE = [one.split("/") for one in NAMES["alike"]]
-_ALONE = "what else this file has: a label, a score, or --time and --event stand beside a text, an image or a table"
-_INPUTS, _TIMED = frozenset({"text", "image"}), frozenset({"time", "event"})
+_SYSTEM = _Part("system", ("system", "systemprompt"), optional=True)
+_CONTEXT = _Part("input", NAMES["contexts"], "is_context", optional=True)
+_PROMPT, _COMPLETION = _Part("prompt", NAMES["prompts"], "is_asked"), _Part("completion", NAMES["completions"])
+_BOTH, _BELONGS = {"chosen": "chosen", "rejected": "rejected"}, {"anchor": "anchors", "positive": "positives"}
+_FOLLOWED = (_Part("time", NAMES["times"], "is_number"), _Part("event", NAMES["events"], "is_event"))
+_IMAGE, _ASKED = _Part("image", NAMES["images"], "is_image"), NAMES["prompts"] + NAMES["chats"]
+_INPUTS, _TIMED = frozenset({"text", "text_pair", "image"}), frozenset({"time", "event"})
 _ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)
 """What may be chosen of an answer, be it to a text, an image or a table; several labels are chosen as one is."""
-_LAYOUTS: tuple[tuple[Kind, tuple[_Part, ...]], ...] = (
-    ("entities", (_Part("tokens", NAMES["tokens"], lambda one: one.nearly("tokens")), _marked("tags", NAMES["tags"]))),
-    ("entities", (_Part("text", (*NAMES["texts"], "data"), _is_text), _marked("spans", NAMES["spans"]))),
-    ("preferences", _parts(_BOTH, lambda one: one.nearly("whole chat"), "must hold whole conversations")),
-    ("preferences", (_Part("messages", _ASKED, _is_chat, _TURNS), *_parts(_BOTH, _is_chat, _TURNS))),
-    ("preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_parts(_BOTH))),
-    ("chat", (_Part("messages", NAMES["chats"], _is_chat, _TURNS), _SYSTEM)),
-    ("triplets", _parts({"anchor": "anchor query question", "positive": "positive pos", "negative": "negative neg"})),
-    *(("scored", (*_parts({"text": one, "other": other}), _SCORE)) for one, other in _ALIKE),
-    ("pairs", (*_parts({"prompt": "user human prompt"}), _SYSTEM, *_parts({"completion": "assistant gpt bot model"}))),
+_BY_VALUES, _SCORES = "its values", (*NAMES["scores"], "label", "target")
+
+
+def _layouts(pair: Sequence[Column]) -> Iterator[tuple[Kind, tuple[_Part, ...]]]:
+    """Files that are known by the names of their columns, of which the first that fits counts; `pair`: of two texts."""
+    texts = [_Part(role, [one.key]) for role, one in zip(("text", "other"), pair, strict=False)]
+    yield "entities", (_Part("tokens", NAMES["tokens"], "is_tokens"), _Part("tags", NAMES["tags"], "is_tags"))
+    yield "entities", (_Part("text", (*NAMES["texts"], "data")), _Part("spans", NAMES["spans"], "is_spans"))
+    yield "preferences", _parts(_BOTH, "is_whole_chat")
+    yield "preferences", (_Part("messages", _ASKED, "is_chat"), *_parts(_BOTH, "is_chat"))
+    yield "preferences", (_PROMPT, _CONTEXT, _SYSTEM, *_parts(_BOTH))
+    yield "chat", (_Part("messages", NAMES["chats"], "is_chat"), _SYSTEM)
+    yield "triplets", _parts(_BELONGS | {"negative": "negatives"})
+    yield "scored", (*(texts or _parts({"text": "", "other": ""})), _Part("target", _SCORES, "is_score"))
     # What is asked of a text is answered in words, however few the answers are.
-    ("pairs", (_PROMPT, _CONTEXT._replace(fits=_is_text, optional=False), _SYSTEM, _COMPLETION)),
-    ("pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits=lambda one: one.is_completion))),
-)
-"""Files that are known by the names of their columns; the first that fits counts."""
+    yield "pairs", (_PROMPT, _Part("input", NAMES["contexts"]), _SYSTEM, _COMPLETION)
+    yield "pairs", (_PROMPT, _CONTEXT, _SYSTEM, _COMPLETION._replace(fits="is_completion"))
+
+
 _ROLES = "text label prompt completion system messages chosen rejected tokens tags spans time event image anchor "
 _ROLES += "positive negative other user"
-OPTIONS: Mapping[str, str] = {role: role for role in _ROLES.split()} | {"context": "input", "score": "target"}
+_OTHERWISE = {"context": "input", "score": "target", "text-pair": "text_pair"}
+OPTIONS: Mapping[str, str] = {role: role for role in _ROLES.split()} | _OTHERWISE
 """Role of a column: on the command line, and in settings."""
 _OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "label"}
+
+
+def _refusal(path: Path, what: str, columns: Sequence[Column], other: object = "") -> DataError:
+    """The error about some columns of a file, in the words of names.toml; `other` is a part of them."""
+    names = _listed(one.name for one in columns)
+    said = {"names": names, "values": columns[0].said, "holds": columns[0].holds, "other": other}
+    value, bound = (text.format(**said) for text in WORDS["refused"][what])
+    return DataError(f"{path}, column{'s' * (len(columns) > 1)} {names}", value, bound)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +117,10 @@ class Found:
     def settings(self) -> dict[str, Any]:
         """Settings of `data` about the answers, beside their labels."""
         if "target" in self.roles:
-            return {"target_range": self.columns[self.roles["target"]].scale}
+            return {"target_range": self.columns[self.roles["target"]].scale or OPEN}
+        if "event" in self.roles:
+            values = self.columns[self.roles["event"]].event_values
+            return {} if values in (("0", "1"), ("false", "true")) else {"event_values": values}
         separator = self.columns[self.roles["labels"]].separator if "labels" in self.roles else None
         return {"label_separator": separator} if separator not in (None, "[") else {}
 
@@ -126,16 +128,8 @@ class Found:
     def options(self) -> Iterator[tuple[str, str, str, str]]:
         """(role, column, why, what chooses another) of each role."""
         for role, one in ((role, self.columns[name]) for role, name in self.roles.items()):
-            why = self.why[role]
-            if role == "time":
-                why += f"; it holds numbers from {min(one.numbers):g} to {max(one.numbers):g}"
-            elif role == "target" and self.kind != "scored":
-                why += f"; it holds numbers, nearly all from {one.scale[0]:g} to {one.scale[1]:g}"
-            elif role == "labels":
-                why += f"; it has {'lists' if one.separator == '[' else f'{one.separator} between several labels'}"
-            elif role == "label":
-                why += f"; it has {counted(len(one.labels), 'value')} in {counted(one.filled, 'row')}"
-            yield role, one.name, why, f"--{_OPTION_OF[role]} COLUMN"
+            more = WORDS["of_role"].get(role, "").format(one)
+            yield role, one.name, self.why[role] + more, f"--{_OPTION_OF[role]} COLUMN"
 
     @property
     def unread(self) -> Iterator[tuple[str, str]]:
@@ -147,14 +141,15 @@ class Found:
                 yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
 
 
-def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) -> Found:
+def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None) -> Found:
     """Read a file once and say what it is.
 
     `chosen` is option (one of `OPTIONS`) to column, as a person says; `by_person`: a column that looks like persons is
-    taken for the unit.  A DataError is about the file, a ConfigError about what was chosen.
+    taken for the unit; `form`: what a file with an answer must be, as a person says.  A DataError is about the file, a
+    ConfigError about what was chosen.
     """
     columns, first, faults = dict[str, Column](), list[Row](), list[DataError]()
-    form, rows, num_faults = format_of(path), 0, 0
+    kind_of_file, rows, num_faults = format_of(path), 0, 0
     odd = defaultdict[tuple[str, str], list[int]](list)  # lines by what is odd, and column
     for number, (line, row) in enumerate(raw_rows(path), 1):
         if isinstance(row, DataError):
@@ -162,7 +157,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
             faults += [row] if num_faults <= SHOWN_ROWS else []
             continue
         rows += 1
-        for one in odd_texts(row, form):
+        for one in odd_texts(row, kind_of_file):
             odd[one].append(line)
         first += [row] if rows <= SHOWN_ROWS else []
         for name, value in row.items():
@@ -170,10 +165,12 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
                 columns[name] = Column(name)
             columns[name].note(value, number)
     if not rows:
-        raise faults[0] if faults else DataError(str(path), "no rows", "must hold at least one record")
+        below = [one for one in path.rglob("*") if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one))]
+        others = f": name one of {_listed(map(str, sorted(below)))}" if below else ""
+        raise faults[0] if faults else DataError(str(path), "no rows", f"must hold at least one record{others}")
     for column in columns.values():
-        column.judge()
-    if not chosen and form in (".csv", ".tsv"):
+        column.judge(rows)
+    if not chosen and kind_of_file in (".csv", ".tsv"):
         _require_header(columns, path)
     for option, name in chosen.items():
         if name not in columns:
@@ -184,8 +181,12 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
     user = chosen.get("user")
     if user is not None and not columns[user].is_id:
         raise ConfigError("--user", user, "must have an id of one person in its rows: a text or whole number")
-    guess = _Guess(columns, {OPTIONS[option]: name for option, name in chosen.items() if option != "user"}, path)
-    kind, found = guess.made()
+    roles = {OPTIONS[option]: name for option, name in chosen.items() if option != "user"}
+    kind, found = (guess := _Guess(columns, roles, path, form)).made()
+    for role, (name, why) in found.items():
+        alike = [one for one in columns.values() if one.key == columns[name].key and one.filled]
+        if len(alike) > 1 and why != "chosen":
+            raise _refusal(path, "alike", alike, _OPTION_OF[role])
     taken = [name for name, _ in found.values()]
     people = sorted((one.person, one.name) for one in columns.values() if one.is_person and one.name not in taken)
     if by_person and user is not None:
@@ -207,72 +208,79 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True) ->
         kind=kind,
         roles=roles,
         why={role: why for role, (_, why) in found.items()},
-        notes=(*guess.notes(kind, roles), *odd_notes),
+        notes=(*guess.notes(roles), *odd_notes),
         features=guess.features(but=roles.values()) if kind == "table" else (),
     )
 
 
 def _require_header(columns: Mapping[str, Column], path: Path) -> None:
-    """Refuse a table whose first row looks like a record: its texts would become the names of the columns."""
-    if sum(one.filled > 0 for one in columns.values() if one.name.startswith("(column ")) > 1:
-        bound = "must have a name for each in the first row: remove titles and notes above it"
-        raise DataError(str(path), "columns without a name", bound)
-    # One of them is then among the column's own values, and the texts' own header is as long as a text; a class may be
-    # called as its column is.
+    """Refuse a table whose first row looks like a record or a note: its texts would become the names of the columns."""
+    filled = [one for one in columns.values() if one.filled]
+    unnamed = [one for one in filled if one.name.startswith("(column ")]
+    # Where there is no header, one of them is among the column's own values, and the texts' is as long as a text; a
+    # class may be called as its column is.
     longest = max(columns.values(), key=lambda one: one.mean_characters)
-    if longest.key in NAMES["texts"] or 3 * len(longest.name) < longest.mean_characters:
-        return
-    for number, column in enumerate(columns.values(), 1):
-        if any(values[column.name.strip()] for values in column.values.values()):
-            found, bound = "among its own values", "must be in a header with names, or choose with --text and --label"
-            raise DataError(f"{path}: the name of column {number}", found, bound)
+    is_long = longest.key not in NAMES["texts"] and 3 * len(longest.name) >= longest.mean_characters
+    own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
+    for what, some in (
+        ("comment", [one for one in filled[:1] if one.name.startswith("# ")]),
+        ("twice", [one for one in filled if re.search(r" \(column \d+\)$", one.name)]),
+        ("unnamed", unnamed if len(unnamed) > 1 else []),
+        ("no_header", own[:1] if is_long else []),
+    ):
+        if some:
+            raise _refusal(path, what, some)
 
 
 @dataclass(frozen=True, slots=True)
 class _Guess:
-    """Guesses the roles of columns: by what was chosen, then by names that data sets share, then by values."""
+    """Guesses the roles of columns: by what was chosen, then by names that data sets share, then by values.
+
+    Where several columns could have a role and no name decides, a person is asked.
+    """
 
     columns: Mapping[str, Column]
     chosen: Mapping[str, str]
     path: Path
+    form: Form | None
 
     def made(self) -> tuple[Kind, Roles]:
-        roles = set(self.chosen)
+        roles, pair = set(self.chosen), self._pair()
         if roles == {"text"}:
             return "text", {"text": (self.chosen["text"], "chosen; without --label its texts alone are learnt")}
-        if not roles:
-            self._refuse_unwanted()
+        for what, some, other in self._unwanted() if not roles else ():
+            if some:
+                raise _refusal(self.path, what, some, other)
         for part in (_IMAGE, *_FOLLOWED):
-            if part.role in roles and not part.fits(self.columns[self.chosen[part.role]]):
+            if part.role in roles and not getattr(self.columns[self.chosen[part.role]], part.fits):
                 raise ConfigError(f"--{part.role}", self.chosen[part.role], part.bound)
-        layouts = [one for one in _LAYOUTS if roles <= {part.role for part in one[1]}]
-        for kind, parts in layouts:
+        layouts = [one for one in _layouts(pair) if roles <= {part.role for part in one[1]}]
+        for kind, parts in layouts if self.form is None else ():
             if found := self._laid_out(parts):
                 is_alpaca = kind == "pairs" and self.columns[found["prompt"][0]].key == "instruction"
                 return "instructions" if is_alpaca else kind, found
-        if len(roles & _INPUTS) < 2 and any(roles - _INPUTS <= answer for answer in _ANSWERS):
-            if answered := self._answered():
+        if not {"text", "image"} <= roles and any(roles - _INPUTS <= answer for answer in _ANSWERS):
+            if answered := self._answered([one.name for one in pair]):
                 return answered
-            if not roles and (text := self._text()):
+            text = self._text("is_prose") or (None if self.features() else self._text("is_short"))
+            if text and not roles and self.form != "table":
+                if text[0] in [one.name for one in pair]:
+                    raise _refusal(self.path, "two_texts", pair)
                 return "text", {"text": (text[0], f"{text[1]}; no label stands beside it")}
         raise self._misfit(layouts)
 
-    def notes(self, kind: Kind, roles: Mapping[str, str]) -> Iterator[str]:
+    def notes(self, roles: Mapping[str, str]) -> Iterator[str]:
         """What the person should know of the columns that have these roles, or could."""
-        if "completion" in roles and (few := self.columns[roles["completion"]]).is_label:
-            values = counted(len(few.labels), "value")
-            yield f"Column {few.name} has {values}: to learn it as a label, --label {few.name}."
-        if "label" in roles and (label := self.columns[roles["label"]]).is_number and len(label.labels) > 2:
-            yield "Its labels are numbers. If their order matters, run it with task=ordinal."
-        for pair in _ALIKE if kind in ("labelled", "tagged", "rated", "followed") else ():
-            if all(names := [self._named((name,), _is_text) for name in pair]):
-                both = " and ".join(map(str, names))
-                yield f"The file has pairs of texts, {both}, and a classifier reads one text: join both in one."
+        for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
+            if role in roles and getattr(self.columns[roles[role]], holds):
+                yield WORDS["notes"][role].format(self.columns[roles[role]])
+        yield from (WORDS["notes"]["split"].format(one) for one in self.columns.values() if one.is_split)
+        if shard := re.search(r"\d+[-_ ]of[-_ ]0*(\d+)", self.path.name):
+            yield WORDS["notes"]["shard"].format(shard[1])
 
-    def features(self, *, but: Collection[str]) -> tuple[str, ...]:
+    def features(self, *, but: Collection[str] = ()) -> tuple[str, ...]:
         """The columns that can be values of a table's vector, beside its answer and what names rows and persons."""
-        kept = [one for one in self.columns.values() if one.is_feature and one.name not in but]
-        return tuple(one.name for one in kept if not (one.is_person or one.is_of_records or one.is_place))
+        return tuple(one.name for one in self.columns.values() if one.is_feature and one.name not in but)
 
     def _laid_out(self, parts: Sequence[_Part]) -> Roles | None:
         """The columns of one layout; None: one that it needs is not there."""
@@ -282,134 +290,198 @@ class _Guess:
             name, why = self.chosen.get(part.role), "chosen"
             if name is None and not (part.optional and all(one.role in self.chosen for one in needed)):
                 but = (*(one for one, _ in found.values()), *self.chosen.values())
-                name, why = self._named(part.names, part.fits, but=but), "its name"
-            if name is not None and part.fits(self.columns[name]):
+                by_values = [one.key for one in self.columns.values()] if part.role in ("tags", "spans") else []
+                name, why = self._named([*part.names, *by_values], part.fits, but=but), "its name"
+            if name is not None and getattr(self.columns[name], part.fits):
                 found[part.role] = name, why
             elif not part.optional or name is not None:
                 return None
         return {part.role: found[part.role] for part in parts if part.role in found}
 
-    def _answered(self) -> tuple[Kind, Roles] | None:
-        """An image, a text or a table with an answer; which answer it is does not depend on which of them it is."""
-        chosen, named = set(self.chosen), self._named(NAMES["labels"][:2], lambda one: one.is_answer)
-        kind: Kind = "followed"
-        roles = self._laid_out(_FOLLOWED) if chosen & _TIMED or (chosen <= _INPUTS and not named) else None
-        if not roles and not chosen & _TIMED and (answer := self._answer()):
-            one = self.columns[answer[0]]
-            if one.separator is not None:
-                kind, roles = "tagged", {"labels": answer}
-            elif one.is_number and not one.is_label:
-                kind, roles = "rated", {"target": answer}
-            else:
-                kind, roles = "labelled", {"label": answer}
+    def _answered(self, pair: Sequence[str]) -> tuple[Kind, Roles] | None:
+        """An image, a text, two texts or a table with an answer; which answer it is does not depend on which it is."""
+        kind, roles = self._with_answer()
         if not roles:
             return None
-        if "text" not in chosen and (image := self._laid_out((_IMAGE,))):
-            return "images", image | roles
         but = [name for name, _ in roles.values()]
-        text = self._text(but=but)
-        if text is None or ("text" not in chosen and self.columns[text[0]].is_feature):
-            features = [self.columns[name] for name in self.features(but=but)]
-            few = [one for one in features if one.is_label and not one.is_number]
-            if len(few) < len(features) or (few and kind == "followed"):
-                return "table", roles
-        return (kind, {"text": text, **roles}) if text else None
+        features, text = self.features(but=but), self._text("is_prose", but=but) if self.form != "table" else None
+        if self.form is None and (image := self._image(text)):
+            return "images", {"image": image, **roles}
+        if text is None and self.form != "table":
+            text = self._text("is_text" if self.form else "is_short", but=but)
+            if text and features and self.form is None:
+                raise _refusal(self.path, "few_words", [self.columns[text[0]]], _listed(features))
+        if text is None:
+            return ("table", roles) if features and self.form != "texts" else None
+        if text[0] in pair:
+            return kind, {"text": (pair[0], text[1]), "text_pair": (pair[1], "its name beside the other's"), **roles}
+        return kind, {"text": text, **roles}
+
+    def _with_answer(self) -> tuple[Kind, Roles]:
+        """The columns of the answer, and the kind of texts that have it; none where the file has no answer."""
+        chosen, strong = set(self.chosen), self._named(NAMES["answers"], "is_answer")
+        timed = self._laid_out(_FOLLOWED) if chosen & _TIMED or (chosen <= _INPUTS and not strong) else None
+        if chosen & _TIMED:
+            return "followed", timed or {}
+        answer = None if timed else self._answer()
+        # A time beside what may be its event, but has other values, or may be the answer itself.
+        time, event = self._named(NAMES["times"], "is_number"), self._named(NAMES["events"], "filled")
+        is_open = answer is None or answer[0] == event or answer[1] == _BY_VALUES
+        if chosen <= _INPUTS and time and event and (self.columns[event] in self._usual() if timed else is_open):
+            raise _refusal(self.path, "event", [self.columns[event]], time)
+        if answer is None:
+            return "followed", timed or {}
+        one = self.columns[answer[0]]
+        if one.separator is not None:
+            return "tagged", {"labels": answer}
+        return ("rated", {"target": answer}) if one.is_number and not one.is_label else ("labelled", {"label": answer})
 
     def _answer(self) -> tuple[str, str] | None:
-        """The column of the answer, and why."""
-        name = self.chosen.get("label") or self.chosen.get("target")
-        if name is not None:
-            if not self.columns[name].is_answer:
-                raise ConfigError(
-                    "--label" if "label" in self.chosen else "--score", name, self.columns[name].no_answer
-                )
-            return name, "chosen"
-        taken = tuple(self.chosen.values())
-        usual = NAMES["labels"] + NAMES["numbers"]
-        name = self._named(usual, lambda one: one.is_answer and not one.nearly("other number"), but=taken)
-        if name is not None:
-            spelt_out = [f"{self.columns[name].key}{more}" for more in NAMES["names_of"]]
-            names = self._named(spelt_out, lambda one: one.is_label and not one.is_number)
-            return (names, f"the names of {name}") if names and self.columns[name].is_number else (name, "its name")
-        others = [one for one in self.columns.values() if one.name not in taken]
-        for one in others:  # what is called an answer and is none: others would be learnt in silence
-            is_named = one.key.removesuffix("s") in {*usual, *NAMES["completions"]}
-            is_other = one.nearly("other number") or not (one.is_text or one.nearly("target"))
-            too_many = one.key in ("label", "labels") and one.is_text and one.mean_characters < LONGEST_LABEL
-            if is_named and one.filled and (is_other or (too_many and len(one.labels) != 1)):
-                bound = f"{one.no_answer}; or choose with --text COLUMN"
-                raise DataError(f"{self.path}, column {one.name}", one.holds, bound)
-        few = [one for one in others if one.person is None]
-        lists = [one for one in few if one.separator == "[" and one.several["["]]
-        labels = sorted((one.is_place, len(one.labels), one.name) for one in few if one.is_label)
-        found = [one.name for one in lists] + [name for _, _, name in labels]
-        return (found[0], "its values") if found else None
+        """The column of the answer, and why; where several could be it, a person is asked."""
+        for role, option in (("label", "--label"), ("target", "--score")):
+            if name := self.chosen.get(role):
+                if not self.columns[name].is_answer:
+                    raise ConfigError(option, name, self.columns[name].no_answer)
+                return name, "chosen"
+        self._require_read(NAMES["answers"])
+        name = self._named(NAMES["answers"], "is_answer", but=self.chosen.values()) or self._only_answer()
+        if name is None:
+            return None
+        spelt_out = [f"{self.columns[name].key}{more}" for more in NAMES["names_of"]]
+        names = self._named(spelt_out, "is_category")
+        if names and self.columns[name].is_number:
+            return names, f"the names of {name}"
+        is_named = self.columns[name].key in (*NAMES["answers"], *NAMES["labels"], *NAMES["numbers"])
+        return name, "its name" if is_named else _BY_VALUES
 
-    def _text(self, *, but: Collection[str] = ()) -> tuple[str, str] | None:
+    def _only_answer(self) -> str | None:
+        """The one column that may be the answer: with a name that answers often have, or else by its values."""
+        usual, others = self._usual(), [one for one in self.columns.values() if one.name not in self.chosen.values()]
+        if not usual:
+            self._require_read((*NAMES["labels"], *NAMES["numbers"], *NAMES["completions"]))
+        few = [one for one in others if one.may_be_answer and (one.is_label or one.is_list)]
+        numbers = [one for one in others if one.may_be_answer and one.key in NAMES["numbers"] and one not in few]
+        binary = [one for one in few if one.is_binary]
+        if len(usual) == 1 < len(binary) and usual[0] in binary and self._text("is_prose"):
+            usual = binary  # marks of several labels beside a text
+        found = usual or [*few, *numbers] or [one for one in others if one.is_place and one.is_label]
+        if len(found) > 1:
+            raise _refusal(self.path, "marks" if len(binary) > 1 else "answers", found)
+        return found[0].name if found else None
+
+    def _usual(self) -> list[Column]:
+        """Columns of few values, or lists of such, with a name that answers often have."""
+        few = [one for one in self.columns.values() if one.is_few and one.may_be_answer]
+        return [one for one in few if one.key in NAMES["labels"] and one.name not in self.chosen.values()]
+
+    def _require_read(self, names: Sequence[str]) -> None:
+        """Refuse a column that is called an answer and is none, for others would be learnt in silence."""
+        for one in self.columns.values():
+            is_named = one.name not in self.chosen.values() and {one.key, one.key.removesuffix("s")} & set(names)
+            if is_named and one.is_unread_answer:
+                raise _refusal(self.path, "unread", [one], one.no_answer)
+
+    def _image(self, text: tuple[str, str] | None) -> tuple[str, str] | None:
+        """The column of images: by its name, or the only one where no text is beside it; of a kind that is read."""
+        if {"image", "text"} & set(self.chosen):
+            return (self.chosen["image"], "chosen") if "image" in self.chosen else None
+        others = [one for one in self.columns.values() if text is None or one.key in NAMES["images"]]
+        for one in others:
+            if ending := next(filter(one.nearly, NAMES["endings"]), None):
+                raise _refusal(self.path, "ending", [one], ending)
+        found = [one for one in others if one.is_image]
+        if name := self._named(NAMES["images"], "is_image"):
+            return name, "its name"
+        if len(found) > 1:
+            raise _refusal(self.path, "images", found)
+        return (found[0].name, _BY_VALUES) if found else None
+
+    def _text(self, fits: str, *, but: Collection[str] = ()) -> tuple[str, str] | None:
         """The column with the texts, by its name or else by their length, and why."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
-        others = [one for one in self.columns.values() if one.is_text and one.name not in but]
+        others = [one for one in self.columns.values() if getattr(one, fits) and one.name not in but]
         others = [one for one in others if not (one.is_person or one.is_of_records or one.key in WORDS["never_read"])]
-        texts = [one for one in others if not (one.is_label and one.key in NAMES["labels"])]
         # A remark that few rows have is not what they are about.
-        texts = [one for one in texts if 2 * one.filled >= max(other.filled for other in texts)]
-        words = [one for one in texts if not one.nearly("target")]
-        texts = [one for one in words if not (one.is_code or one.is_label)] or words or texts
+        others = [one for one in others if 2 * one.filled >= max(other.filled for other in others)]
+        texts = [one for one in others if not one.is_label] or others
         by_key = {one.key: one.name for one in reversed(texts)}
         if name := next((by_key[name] for name in NAMES["texts"] if name in by_key), None):
             return name, "its name"
         return (max(texts, key=lambda one: one.mean_characters).name, "the longest texts") if texts else None
 
-    def _named(self, names: Sequence[str], fits: _Fits, *, but: Iterable[str] = ()) -> str | None:
+    def _named(self, names: Sequence[str], fits: str, *, but: Iterable[str] = ()) -> str | None:
         """The column with the first of these names whose values suit."""
-        by_key = {one.key: one.name for one in self.columns.values() if one.name not in but and fits(one)}
+        some = [one for one in self.columns.values() if one.name not in but and getattr(one, fits)]
+        by_key = {one.key: one.name for one in some}
         return next((by_key[name] for name in names if name in by_key), None)
 
-    def _refuse_unwanted(self) -> None:
-        """Refuse what other programs learn not to write (KTO), and answers without what they answer."""
-        prompt = self._named(_ASKED, lambda one: one.is_text or one.is_chat)
-        answers = self._named(NAMES["chats"], _is_chat) or (
-            prompt and self._named(NAMES["completions"], lambda one: one.is_text or one.is_chat)
-        )
-        if answers and (flag := self._named(NAMES["wanted"], lambda one: one.is_flag)):
-            says = " or ".join(sorted(self.columns[flag].labels, reverse=True))
-            bound = (
-                f"may say in which rows {answers} is not wanted (KTO), and a run would learn all: write those that are "
-                "wanted to a file without this column, or choose with --prompt and --completion, --messages or --label"
-            )
-            raise DataError(f"{self.path}, column {flag}", says, bound)
-        if speaks := self._named(NAMES["speakers"], lambda one: {"assistant"} < set(map(speaker_of, one.labels))):
-            bound = "write the turns of each conversation as one list in a column messages, or choose with --text"
-            raise DataError(f"{self.path}, column {speaks}", "speakers", f"says who speaks: {bound}")
-        keys = {one.key for one in self.columns.values()}
-        two = next((key[:-1] for key in sorted(keys) if key[-1:] == "a" and f"{key[:-1]}b" in keys), None)
-        if two and (better := self._named(NAMES["better"], lambda one: one.is_label)):
-            bound = "write them as columns prompt, chosen and rejected, or choose with --text"
-            value = f"beside {two}a and {two}b"
-            raise DataError(f"{self.path}, column {better}", value, f"says which of two is better: {bound}")
-        pair = [self._named((role,), lambda one: one.is_text or one.is_chat) for role in ("chosen", "rejected")]
-        if all(pair) and not any(self._laid_out(parts) for kind, parts in _LAYOUTS if kind == "preferences"):
-            kind = "turns of a conversation" if self.columns[str(pair[0])].is_chat else "text"
-            bound = f"must stand beside what they answer, {kind} in a column prompt; or choose one to learn with --text"
-            raise DataError(f"columns {pair[0]} and {pair[1]}", f"answers in {kind}, and no prompt", bound)
+    def _pair(self) -> Sequence[Column]:
+        """Two columns of texts whose names belong together, the first one first; none: there are no such."""
+        if second := self.chosen.get("text_pair"):
+            text = self._text("is_text", but=[second])
+            return [self.columns[text[0]], self.columns[second]] if text else ()
+        alike = [[self._named([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
+        found = [[self.columns[str(name)] for name in names] for names in alike if all(names)]
+        others = {*NAMES["rivals"], *NAMES["turns"], *NAMES["negatives"]}
+        found += [some for some in self._numbered() if not others & set(some[0].words)]
+        two = [some for some in found if len(some) == 2 and not any(one.is_label for one in some)]
+        return two[0] if two and "text" not in self.chosen else ()
+
+    def _numbered(self) -> Iterator[list[Column]]:
+        """Columns of texts or turns whose names differ by a number or a letter alone, in its order."""
+        groups = defaultdict[str, list[Column]](list)
+        for one in sorted(self.columns.values(), key=lambda one: [word.zfill(9) for word in one.words]):
+            if "#" in one.stem and (one.is_text or one.is_chat):
+                groups[one.stem].append(one)
+        for some in groups.values():
+            if len(some) > 1 and any(one.is_chat or (one.mostly("words") and not one.is_label) for one in some):
+                yield some
+
+    def _unwanted(self) -> Iterator[tuple[str, Sequence[Column], object]]:
+        """What is not to be learnt as it stands, the columns that show it, if any do, and more of its message.
+
+        These are rows that somebody took back, and records that are spread over rows or columns.
+        """
+        every = self.columns.values()
+        prompt = self._named(_ASKED, "is_asked") or self._named(_ASKED, "is_chat")
+        answers = self._named(NAMES["chats"], "is_chat") or (prompt and self._named(NAMES["completions"], "is_said"))
+        yield "review", [one for one in every if one.is_review], ""
+        yield "unwanted", [one for one in every if answers and one.is_flag and one.key in NAMES["wanted"]][:1], answers
+        yield "speakers", [one for one in every if one.key in NAMES["speakers"] and one.is_speaker], ""
+        yield "word_rows", [one for one in every if one.is_tag], ""
+        judges = [one for one in every if one.is_label and set(one.words) & {*NAMES["better"]}]
+        for some in self._numbered():
+            rival, turn, other = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
+            yield "better", judges[:1] if rival else [], _listed(one.name for one in some)
+            yield "several", some if rival or turn or (len(some) > 2 and not other) else [], ""
+        laid_out = {kind for kind, parts in _layouts(()) if self._laid_out(parts)}
+        both = [self.columns[name] for role in _BOTH if (name := self._named([role], "is_said"))]
+        turns = "turns of a conversation" if both and both[0].is_chat else "text"
+        yield "no_prompt", both if len(both) > 1 and "preferences" not in laid_out else [], turns
+        belong = [self.columns[name] for some in _BELONGS.values() if (name := self._named(NAMES[some], "is_text"))]
+        yield "no_negative", belong if len(belong) > 1 and not laid_out & {"triplets", "preferences"} else [], ""
 
     def _misfit(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
         """Why what was chosen makes no kind of file, or why the file is none."""
         for part in (part for _, parts in layouts for part in parts if part.role in self.chosen):
-            if not part.fits(self.columns[self.chosen[part.role]]):
-                return ConfigError(f"--{_OPTION_OF[part.role]}", self.chosen[part.role], part.bound)
+            one = self.columns[self.chosen[part.role]]
+            if not getattr(one, part.fits):
+                bound = one.fault if part.role in ("tags", "spans") and one.fault else part.bound
+                return ConfigError(f"--{_OPTION_OF[part.role]}", one.name, bound)
         if self.chosen:
             role, name = list(self.chosen.items())[-1]
             beside = [[one.role for one in parts if not one.optional] for _, parts in layouts]
             missing = min(([one for one in roles if one not in self.chosen] for roles in beside), key=len, default=[])
             needs = " and ".join(f"--{_OPTION_OF[other]}" for other in missing)
-            others = ", ".join(f"--{_OPTION_OF[one]}" for one in self.chosen if one != role) or _ALONE
+            others = ", ".join(f"--{_OPTION_OF[one]}" for one in self.chosen if one != role) or WORDS["bounds"]["alone"]
             bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
             return ConfigError(f"--{_OPTION_OF[role]}", name, bound)
         listed = _listed(f"{one.name} ({one.holds})" for one in self.columns.values())
-        bound = "must hold a column of text"
-        if chat := self._named(NAMES["chats"], lambda one: True):
+        bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
+        for one in [*self.columns.values()][:SHOWN_ROWS]:
+            bound += f"; {one.name}: {one.why_unread(teaches=False)}" if one.filled and not one.is_feature else ""
+        if chat := self._named(NAMES["chats"], "filled"):
             bound += f", or in {chat} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {listed or 'without a name'}", bound)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from fedtune.data.records import Record
 from fedtune.data.text_rows import at_line
-from fedtune.data.values import one_form
+from fedtune.data.values import UNSPACED, one_form
 from fedtune.extras import is_installed
 from fedtune.preparation.patterns import identifiers
 
@@ -29,8 +29,7 @@ _LEAST, _FIRST = 20, 2_000
 _BANDS, _ROWS = 16, 6
 """Of a MinHash: texts as alike as `SAME` meet in a band 99 times of 100, and are then compared in whole."""
 _MOST_COMPARED = 50
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 """Letters and digits in a row; each letter of a script without spaces, such as Chinese."""
 Words = list[str | None]  # of a record; None ends each text
 Likeness = Literal["same", "alike"]

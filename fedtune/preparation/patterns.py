@@ -40,8 +40,8 @@ def damage(text: str) -> Iterator[str]:
     if text.isascii() and text.isprintable():
         return
     yield from (what for what, pattern in _DAMAGE.items() if pattern.search(text))
-    if any(_is_mojibake(match[0]) for match in _TWICE.finditer(text)):
-        yield "mojibake (UTF-8 that was read as Windows-1252)"
+    if _is_twice_encoded(text):
+        yield MOJIBAKE
 
 
 # Identifiers.
@@ -115,6 +115,7 @@ _CHECKS = {"IBAN": _iban, "card number": _card, "German tax id": _tax_id, "IP ad
 
 # Marks and rows within a text.
 
+MOJIBAKE = "mojibake (UTF-8 that was read as Windows-1252)"
 _MARK = re.compile(
     r"<\|[\w-]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk|begin|end)_?\w{0,9}>"
 )
@@ -126,18 +127,24 @@ ODD_TEXTS: Mapping[str, str] = {
     "quoting, these rows are lost; write it with quotes around cells, or as JSON lines",
     "marks of a chat template": "marks of a chat template: in a chat or a whole text they are learnt as letters, never "
     "as tokens of the template; take them out, or make turns of them",
+    "quotes behind a space": "quotes behind a space, which are learnt as letters: write no space before them",
+    MOJIBAKE: f"{MOJIBAKE}: read the file again from its source as UTF-8",
 }
 
 
 def odd_texts(row: Mapping[str, object], form: str) -> Iterator[tuple[str, str]]:
-    """(one of `ODD_TEXTS`, column) of each cell that took rows along, or was laid out for a model before."""
-    in_cell, rows_within, marks = ODD_TEXTS
+    """(one of `ODD_TEXTS`, column) of each cell that is no text as somebody wrote it, but one that a program spoilt."""
+    in_cell, rows_within, marks, quotes, mojibake = ODD_TEXTS
     commas = {".csv": ",;", ".tsv": "\t"}.get(form, "")
     for column, value in row.items():
         text = value if isinstance(value, str) else str(value) if isinstance(value, list | dict) else ""
         if _MARK.search(text):
             yield marks, column
-        if commas and "\n" in text:
+        if not text.isascii() and _is_twice_encoded(text):
+            yield mojibake, column
+        if commas and text.startswith(' "') and text.endswith('"'):
+            yield quotes, column
+        if commas and "\n" in text and not text.startswith("["):
             within = text.split("\n")[1:-1]
             is_row = any(inner.count(comma) == len(row) - 1 > 0 for inner in within for comma in commas)
             yield rows_within if is_row else in_cell, column
@@ -157,6 +164,10 @@ _TWICE = re.compile(
 )
 """The first letter stands for the first byte of a character in UTF-8, the others for the bytes behind it.  A capital
 with a mark before a quote, a dash or dots is French or German as it should be."""
+
+
+def _is_twice_encoded(text: str) -> bool:
+    return any(_is_mojibake(match[0]) for match in _TWICE.finditer(text))
 
 
 def _is_mojibake(text: str) -> bool:

@@ -25,11 +25,12 @@ from fedtune.data.tokenise import Tokenizer
 from fedtune.data.values import NO_NAME
 from fedtune.preparation.check_data import labels_of
 from fedtune.preparation.columns import Column
-from fedtune.preparation.detect import KINDS, Found
+from fedtune.preparation.detect import KINDS, OPEN, Found
 from fedtune.preparation.duplicates import spelling
 from fedtune.spec import ConfigError
 from fedtune.tasks.inputs import NoTokenizer
 from fedtune.tasks.registry import TASKS, task_named
+from fedtune.tasks.token_classification import misplaced
 from fedtune.words import counted
 
 _MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
@@ -45,7 +46,8 @@ _LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
 _SHARES = ((0.2, 0.1), (0.1, 0.05), (0.02, 0.01))  # for test and validation, smaller where there are more records
 _SMALLER_FROM = (1000, 10_000)
 _BEFORE_COMMENT = 34
-_OF_ANY_TASK = ("table", "images", "followed")
+_OF_ANY_TASK, _TURNS = ("table", "images", "followed"), ("instructions", "chat", "pairs", "preferences")
+_ANY_NUMBER = (-1e12, 1e12)
 _Setting: TypeAlias = tuple[str, Any, str]  # key, value (None: it is not written), comment
 
 
@@ -70,6 +72,7 @@ class Plan:
     unplaced: int  # records without such a value
     torn: int  # persons with records at several places
     alike: int  # persons whose id is another's but for case
+    misplaced: Mapping[str, int]  # records whose spans begin or end within words, by how they seem to be counted
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -93,7 +96,8 @@ def left_open(base: str) -> Sequence[str]:
 def filled(found: Found) -> list[str]:
     """Overrides in place of what the experiment of a file leaves to its owner."""
     features = ["data.features=[{columns: [x], range: [0, 1]}]"] if found.features else []
-    return [*features, "data.intervals=[1]"] if "time" in found.roles else features
+    by_role = {"time": "data.intervals=[1]", "target": "data.target_range=[0, 1]"}
+    return [*features, *(setting for role, setting in by_role.items() if role in found.roles)]
 
 
 def sites_for(units: int) -> int:
@@ -114,23 +118,27 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
     if found.features:  # by the file's own values: to look at its rows with, and for nothing that is written
         own |= {"features": tuple(_by_own_values(found.columns[name]) for name in found.features), "max_length": 1}
     own |= {"prompt_template": _template(found) or config.data.prompt_template}
-    own |= {"columns": dict(found.roles), "chat_template": "none", "intervals": (1.0,)}
-    data = replace(config.data, **own | found.settings)
+    own |= {"columns": dict(found.roles), "chat_template": "none", "intervals": (1.0,), **found.settings}
+    own |= {"target_range": _ANY_NUMBER} if own.get("target_range") == OPEN else {}
+    data = replace(config.data, **own)
     reader: Any = NoTokenizer() if found.features else tokenizer  # the base leaves the columns open
     roles = {**found.roles, **columns_of(data.features, {})}
-    if found.kind in ("instructions", "chat", "pairs", "preferences"):
+    if found.kind in _TURNS:
         try:  # the model's own template, if it has one that can be taken
             data = replace(data, chat_template="model")
             task.check_tokenizer(tokenizer, data=data)
         except ConfigError:
             data = replace(data, chat_template="plain")
+    elif config.data.input == "text":
+        task.check_tokenizer(tokenizer, data=data)
     faults, fault, places = Faults(), task.fault(data), _places(found)
-    counts, num_of, users, usable = list[int](), Counter[str](), set[str](), 0
+    counts, num_of, users, usable, cut_words = list[int](), Counter[str](), set[str](), 0, Counter[str]()
     for chunk in chunks(usable_records(found.path, roles, fault=fault, faults=faults, lenient=False)):
         usable += len(chunk)
         for record in chunk:
             users.add(record.fields.get("user", ""))
             num_of.update(labels_of(record, data))
+            cut_words.update(misplaced(record.fields))
         if len(counts) < _MEASURED_ROWS:
             counts += task.tokenise(chunk, reader, data=data, lenient_within=within).lengths.tolist()
     at = defaultdict[str, Counter[str]](Counter)  # by place, the records of each user
@@ -164,6 +172,7 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
         unplaced=0 if places is None else usable - sum(of_place.total() for of_place in at.values()),
         torn=sum(count > 1 for count in places_of.values()) if by_user else 0,
         alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
+        misplaced=cut_words,
     )
 
 
@@ -268,7 +277,7 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
     # without an ending, and change with its next version.
     folder, records = file.absolute().parent, found.path.absolute()
     path = records.relative_to(folder) if records.is_relative_to(folder) else records
-    lies_within = "numbers of the file lie within: it becomes PUBLIC, and records outside are left out"
+    lies_within = "the least and the largest number: it becomes PUBLIC, and records outside are left out"
     turns = "turns as the model's own template writes them (model), or in words (plain)"
     lacking = f"{counted(plan.left_out.count, 'row')} cannot be used"
     read = plan.max_length + (plan.windows - 1) * (plan.max_length - _STRIDE - 2)
@@ -284,6 +293,7 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
         ("train_file", str(path), "the records; relative paths begin at this page's folder"),
         ("columns", dict(found.roles), "role of fedtune: column of the file"),
         ("target_range", found.settings.get("target_range"), lies_within),
+        ("event_values", found.settings.get("event_values"), "that it did not come up to the time, and that it came"),
         ("label_separator", found.settings.get("label_separator"), "stands between the labels of a record"),
         ("prompt_template", _template(found), "what is asked; a part whose columns are blank is left out"),
         ("chat_template", plan.turns, turns),
@@ -399,6 +409,8 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
         yield f"No class, since one row alone or none that can be used has it: {counted(unusable, 'label')}."
     if about := _by_place(found, plan):
         yield f"{about[0].removesuffix('.')}: comments in the file say what to do."
+    for way, count in plan.misplaced.items():
+        yield f"{count:,} of {plan.usable:,} records have parts that begin or end within a word{way}."
     yield from found.notes
     if len(plan.lengths) == _MEASURED_ROWS:
         yield f"Lengths are of the first {_MEASURED_ROWS:,} rows."

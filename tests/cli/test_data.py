@@ -125,7 +125,7 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "\n".join(LINES), "a.csv: the name of column 2 = 'among its own values': must be in a header"),
+        ("a.csv", "\n".join(LINES), "a.csv, column billing = 'among its own values': must be in a header"),
         (
             "a.jsonl",
             '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9,

@@ -67,6 +67,22 @@ def test_rows_that_share_a_line_are_told_apart(tickets: Tickets, tmp_path: Path)
     assert some.files[0].errors[0][0].startswith("row 2 (")
 
 
+@pytest.mark.parametrize(
+    ("first", "end", "way"),
+    [
+        *((8, 13, None), (8, 12, ", as if ends were inclusive"), (12, 17, ", as if bytes counted")),
+        *((9, 14, ", as if units of UTF-16 counted"), (15, 16, "")),
+    ],
+)
+def test_spans_are_held_against_words(tmp_path: Path, first: int, end: int, way: str | None) -> None:
+    rows = [{"text": f"naïve 😀 cards are lost {number}", "spans": [[first, end, "x"]]} for number in range(3)]
+    columns = ("experiment=own_entities", "data.labels=[x]", "data.columns={text: text, spans: spans}")
+    found = summary(checked(over(tmp_path, rows, *columns, "model=random_bert")))
+    assert [line for line in found if "torn" in line] == (
+        [] if way is None else [" ".join(["torn", way, "1 2 3"]).replace("  ", " ")]
+    )
+
+
 def test_a_fault_of_the_whole_file_is_one_message(tickets: Tickets) -> None:
     config = tickets("a,sales")
     with pytest.raises(DataError, match=r"data.train_file = .*no such file"):

@@ -15,7 +15,7 @@ from .conftest import AB, ASK, SAY, own, seen
 PAIR, QUESTION = {"prompt": own, "completion": own}, {"question": own, "answer": own}
 YES = (True, False)
 LABELLED = {"text": own, "label": AB}
-NO_PROMPT = "columns chosen and rejected = 'answers in .*, and no prompt': must stand beside"
+NO_PROMPT = "columns chosen, rejected = 'answers in .*, and no prompt': must stand beside"
 
 
 def table(folder: Path, *lines: str) -> Path:
@@ -61,7 +61,7 @@ def test_what_would_be_learnt_wrongly_is_refused(tmp_path: Path, columns: dict[s
         ({"messages": [ASK, SAY | {"reasoning_content": "hm"}]}, "messages: reasoning_content", "no run"),
         ({"messages": [ASK, SAY | {"masked": 1}]}, "messages: masked", "no run"),
         ({"text": own, "label": "one"}, "label", "always the same"),
-        (LABELLED | {"age": str}, "age", "--score age"),
+        (LABELLED | {"age": lambda n: str(n % 40)}, "age", "--score age"),
         ({"text": own, "parent_id": own}, "parent_id", "ids of the records"),
         ({"text": own, "user_ids": ["a", "b"]}, "user_ids", "a record is of one person"),
         ({"query": own, "response": own, "rejected_response": own}, "rejected_response", "not"),

@@ -22,7 +22,7 @@ TABLE: dict[str, Any] = {
 
 def test_numbers_names_and_lists_are_told_apart(tmp_path: Path) -> None:
     found = seen(tmp_path, TABLE, label="diagnosis")
-    assert summary(found) == "table: label=diagnosis user=patient_id"
+    assert summary(found) == "table: label=diagnosis; not patient_id"
     assert found.features == ("age", "crp", "sex", "states")
     assert found.columns["states"].size == 3
 

@@ -1,0 +1,166 @@
+"""Rules by which a file is read: a decision depends on no order of columns or rows, and on no name without a meaning.
+
+Each case is a small file of one kind with what it is taken for, or the end of the message that refuses it.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.spec import DataError
+
+from .conftest import AB, ASK, SAY, few, own, rows, seen, summary
+
+AGE: Callable[[int], float] = lambda n: 20 + n * 0.75  # noqa: E731
+WARD, SHAPE = ("north", "south"), ("x", "y", "z")
+TABLE: dict[str, Any] = {"age": AGE, "kappa": WARD}
+PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
+
+
+def spans(keys: str) -> list[dict[str, Any]]:
+    return [dict(zip(keys.split(), (0, 1, "x"), strict=True))]
+
+
+def chosen_by(*names: str) -> list[dict[str, Any]]:
+    return [{"result": [{"type": "choices", "value": {"choices": [*names]}}]}]
+
+
+RULES: dict[str, tuple[dict[str, Any], str]] = {
+    # What reads like no text makes no file one of texts; it is named, and the numbers are a table.
+    "dates": (TABLE | {"sigma": "2024-03-{:02}".format}, "table: label=kappa; not sigma"),
+    "days and months": (
+        TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.1990"},
+        "table: label=kappa; not sigma",
+    ),
+    "names of months": (TABLE | {"sigma": lambda n: f"{1 + n % 28} March 20{n:02}"}, "table: label=kappa; not sigma"),
+    "times": (TABLE | {"sigma": lambda n: f"{n % 24}:{n:02}"}, "table: label=kappa; not sigma"),
+    "codes": (TABLE | {"sigma": "I10.{}".format}, "table: label=kappa; not sigma"),
+    "decimal commas": (TABLE | {"sigma": "17,{}".format}, "table: label=kappa; not sigma"),
+    "units": (TABLE | {"sigma": "17.{} mg/dl".format}, "table: label=kappa; not sigma"),
+    "limits": (TABLE | {"sigma": ("<0.5", "0.75", ">90", 12.5)}, "table: label=kappa; not sigma"),
+    "categories": (TABLE | {"sigma": ("left knee", "right knee")} | {"outcome": AB}, "table: label=outcome"),
+    "printed vectors": ({"sigma": "[0.{} -1.5\n 2e-3]".format, "kappa": WARD}, "table: label=kappa"),
+    "names": (
+        TABLE | {"sigma": "Anna Lind {}".format},
+        "sigma = 'a few words': may be texts, or names in a table of age",
+    ),
+    "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=kappa; not full_name"),
+    "texts": (TABLE | {"sigma": own}, "labelled: text=sigma label=kappa; not age"),
+    "codes alone": ({"sigma": "I10.{}".format, "kappa": WARD}, "links, or marks without a space"),
+    # Of two answers without a usual name a person is asked.
+    "two answers": (TABLE | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
+    "a usual name": (TABLE | {"lambda_": SHAPE, "species": AB}, "table: label=species"),
+    "marks of labels": ({"sigma": own, "kappa": (0, 1), "rho": (1, 0, 0)}, "whose names are written as one list"),
+    "and a usual one": ({"sigma": own, "spam": (0, 1), "rho": (1, 0, 0)}, "whose names are written as one list"),
+    # A time beside its event, in usual codes.
+    "alive or dead": (TABLE | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
+    "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
+    "of cBioPortal": ({"age": AGE, "os": AGE, "died": ("0:LIVING", "1:DECEASED")}, "table: time=os event=died"),
+    "another event": ({"age": AGE, "days": AGE, "status": ("open", "shut")}, "may say whether an event came by days"),
+    "event or label": ({"age": AGE, "tenure": AGE, "churn": ("No", "Yes")}, "may say whether an event came by tenure"),
+    # What a row is for.
+    "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=kappa; not sigma"),
+    "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=kappa; not fold"),
+    "reviews": (
+        {"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")},
+        "which rows were rejec",
+    ),
+    "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "which rows were rejected"),
+    # Answers in forms of other programs, and with a usual name in a form that is not read.
+    "types": ({"text": own, "sigma": spans("start end type")}, "entities: text spans=sigma"),
+    "groups": ({"text": own, "ents": spans("start_char end_char entity_group")}, "entities: text spans=ents"),
+    "numbers of types": ({"text": own, "ents": [{"start": 0, "end": 1, "label": 4}]}, "entities: text spans=ents"),
+    "cats": ({"text": own, "cats": ({"a": 1, "b": 0}, {"a": 0.0, "b": 1.0})}, "tagged: text labels=cats"),
+    "choices": (TASK | {"annotations": (chosen_by("a"), chosen_by("b"))}, "tagged: text=data labels=annotations"),
+    "ids of doccano": (
+        {"text": own, "annotations": ([{"label": 1}], [{"label": 2}])},
+        "tagged: text labels=annotations",
+    ),
+    "no type": (
+        {"text": own, "entities": [{"start": 0, "stop": 1}]},
+        "must have start and end, whole numbers, and label",
+    ),
+    "numbers for tags": (
+        {"tokens": ["a", "b", "c"], "ner_tags": [0, 3, 0]},
+        "must be the names of tags, such as B-PER and O",
+    ),
+    "tags without types": (
+        {"tokens": ["a", "b", "c"], "ner_tags": ["B", "O", "O"]},
+        "must have the type behind the letter",
+    ),
+    "a tag a row": ({"sigma": few(20), "kappa": ("B-x", "I-x", "O")}, "the tag of one word in each row"),
+    "many labels": ({"text": own, "intent": few(50)}, "column intent = 'text': must have 2 to 200 different texts"),
+    "marks as text": ({"text": own, "labels": ("[1, 0]", "[0, 1]")}, "vectors of 0 and 1 name none"),
+    # Columns that a number tells apart, and roles in turn names.
+    "two texts": (
+        {"clause_a": own, "clause_b": own, "kappa": WARD},
+        "labelled: text=clause_a text_pair=clause_b label=ka",
+    ),
+    "with a score": (
+        {"clause 1": own, "clause 2": own, "score": AGE},
+        "scored: text=clause 1 other=clause 2 target=score",
+    ),
+    "without an answer": ({"clause1": own, "clause2": own}, "two texts, and no answer"),
+    "three texts": ({"clause1": own, "clause2": own, "clause3": own}, "several texts"),
+    "questions": (
+        {"question": own, "sentence": own, "label": (0, 1)},
+        "labelled: text=question text_pair=sentence label",
+    ),
+    "answers": ({"prompt": own, "answer_0": own, "answer_1": own, "better_id": (0, 1)}, "says which of two is better"),
+    "a tournament": ({"prompt": own, "reply_1": own, "reply_2": own, "reply_3": own}, "several texts"),
+    "negatives": (
+        {"anchor": own, "positive": own, "negative_1": own, "negative_2": own},
+        "triplets: anchor positive negative=negative_1; not negative_2",
+    ),
+    "no negative": ({"anchor": own, "positive": own}, "must have a text beside them that does not"),
+    "turns": ({"user": own, "response": own}, "pairs: prompt=user completion=response"),
+    "turns in columns": ({"user_1": own, "bot_1": own, "user_2": own, "bot_2": own}, "several texts"),
+    "of OpenAI": (
+        {"input": {"messages": [ASK], "tools": []}, "preferred_output": [SAY], "non_preferred_output": [SAY]},
+        "preferences: messages=input chosen=preferred_output rejected=non_preferred_output",
+    ),
+    # Images are known by what they end in; rows by numbers that each have once.
+    "paths": ({"sigma": PNG, "kappa": WARD}, "images: image=sigma label=kappa"),
+    "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labelled: text label=kappa; not sigma"),
+    "another ending": (
+        {"sigma": "s{}.nii.gz".format, "kappa": WARD},
+        "column sigma = 'paths of .nii.gz files': must be",
+    ),
+    "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=kappa; not sigma"),
+    "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
+    "ids of persons": ({"text": own, "uid": few(30), "kappa": WARD}, "labelled: text label=kappa user=uid"),
+    "names that are one": ({"Text": own, "text": own, "kappa": WARD}, "must differ by more than case and marks"),
+}
+RENAMED = {"sigma": "tau", "kappa": "omega", "rho": "mu", "lambda_": "eta", "clause": "thesis"}
+"""Names that mean nothing, and others; the order of the alphabet is another one."""
+
+
+def decided(folder: Path, given: list[dict[str, Any]]) -> str:
+    try:
+        return summary(seen(folder, given))
+    except DataError as error:
+        return str(error).removeprefix(str(folder))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_decides_alike_for_other_orders_and_names(tmp_path: Path, name: str) -> None:
+    columns, expected = RULES[name]
+    given, draws = rows(columns, 60), random.Random(name)
+    before = decided(tmp_path, given)
+    assert expected in before
+    order = draws.sample(sorted(columns), len(columns))
+    mixed = [{name: row[name] for name in order} for row in draws.sample(given, len(given))]
+
+    def sorted_parts(said: str) -> list[str]:
+        return sorted(said.replace(",", " ").replace(";", " ").split())
+
+    after = decided(tmp_path, mixed)
+    assert sorted_parts(after) == sorted_parts(before), "the order of columns and rows"
+    text = json.dumps(mixed)
+    for old, new in RENAMED.items():
+        text, before = text.replace(f'"{old}', f'"{new}'), before.replace(old, new)
+    assert sorted_parts(decided(tmp_path, json.loads(text))) == sorted_parts(before), "names that mean nothing"
