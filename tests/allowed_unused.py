@@ -30,7 +30,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Opacus calls it": {"_of_scales"},
     "names.toml and the layouts of files name them, of a column": {
         *("is_asked", "is_completion", "is_context", "is_event", "is_of_persons", "is_rank", "is_score", "is_short"),
-        *("is_spans", "is_tags", "is_tokens", "is_whole_chat", "other_numbers", "parted"),
+        *("is_spans", "is_tags", "is_tokens", "is_whole_chat", "other_numbers"),
     },
     "templates call them": {
         *("about_ceiling", "band_range", "epsilon_spent", "of_whom", "says_nothing", "without_base"),

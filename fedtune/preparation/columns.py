@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -38,7 +39,7 @@ _LISTS, _BEGIN_NUMBERS = ("[", "(", "{", "array(", "set("), frozenset("+-.012345
 """How lists as text begin, and numbers."""
 _BARE = frozenset("OBIESLUM")
 """Letters of tags of a scheme; one alone names no type."""
-_WORDS_OF_A_NAME, _LONGEST_ID, _HEAD, _LONGEST_DATE = 4, 64, 120, 40
+_LONGEST_ID, _HEAD, _LONGEST_DATE = 64, 120, 40
 _WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # the fewest words of a text that is taken for one
 _FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
 _ODD_SHOWN = 3
@@ -231,7 +232,7 @@ class Column:
         self.is_tag = self.is_label and is_scheme and "O" in self.labels
         self.separator = self._separator()
         self.is_few, self.is_list = self.is_label or self.separator is not None, self.separator == "["
-        self.parted = "lists" if self.is_list else f"{self.separator} between several labels"
+        self.unread = WORDS["never_read"].get(self.key, "")
         self.is_rank = self.is_number and len(self.labels) > 2
         self.is_answer = self.is_few or self.is_number
         self.is_event = self.event_values is not None
@@ -257,7 +258,7 @@ class Column:
         # Ids or names of persons, not what somebody wrote; rows without an id are no matter, nor how a run reads them.
         # An id that no two rows share says of no two that they are of one person.
         self.is_id = self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
-        is_name = not self.is_text or (self.mean_characters <= _LONGEST_ID and self.nearly("few words"))
+        is_name = not self.is_text or (self.mean_characters <= _LONGEST_ID and self.reads["prose"] <= most)
         self.is_once = self._ids is not None and self.is_id and self.filled == rows > 1
         self.is_of_persons = self.person is not None and self.nearly("list")
         self.is_person = self.person is not None and self.is_id and is_name and not self.is_once
@@ -307,18 +308,8 @@ class Column:
         low, high = numbers[few], numbers[-1 - few]
         return next((one for one in _SCALES if one[0] <= low and high <= one[1]), None)
 
-    @property
-    def no_answer(self) -> str:
-        """Why a column that was taken for an answer is none."""
-        return self._first_that_holds("no_answer")
-
-    def why_unread(self, *, teaches: bool) -> str:
-        """Why no run reads the column, and what chooses it; `teaches`: the file is one of prompts or conversations."""
-        why = WORDS["never_read"].get(self.key) or self._first_that_holds("unread")
-        return why.replace("--text-pair", "--context") if teaches else why
-
-    def _first_that_holds(self, reasons: str) -> str:
-        """The first of some reasons in names.toml whose attribute holds."""
+    def why(self, reasons: Literal["unread", "no_answer"]) -> str:
+        """Why no run reads the column, or why it is no answer: the first of these reasons that holds (names.toml)."""
         return str(next(why for what, why in WORDS[reasons].items() if getattr(self, what))).format(self)
 
 
@@ -326,8 +317,6 @@ def _kinds_of_text(text: str) -> Iterator[str]:
     """What a text is, by itself: words, as many as a name has or more, a date, a number in another form, a path."""
     words = len(_WORD.findall(text[:_HEAD]))
     yield from (kind for kind, least in _WORDS_OF.items() if words >= least)
-    if len(text.split(None, _WORDS_OF_A_NAME)) <= _WORDS_OF_A_NAME:
-        yield "few words"
     if _CODE.fullmatch(text):
         yield "code"
     if len(text) <= _LONGEST_DATE and _DATE.fullmatch(text):

@@ -21,7 +21,7 @@ KINDS: Mapping[Kind, Sequence[str]] = WORDS["kind"]
 SHOWN_ROWS = 5
 OPEN = "???"  # in place of a setting that a person must give
 Form: TypeAlias = Literal["table", "texts"]
-Roles: TypeAlias = dict[str, tuple[str, str]]  # by role the column that has it, and why
+Roles: TypeAlias = dict[str, tuple[Column, str]]  # by role the column that has it, and why
 
 
 class _Part(NamedTuple):
@@ -136,7 +136,8 @@ class Found:
         """(column, why) of each that no run reads."""
         for one in self.columns.values():
             if one.name not in (*self.roles.values(), *self.features):
-                yield one.name, one.why_unread(teaches=bool({"prompt", "messages"} & set(self.roles)))
+                why, teaches = one.why("unread"), {"prompt", "messages"} & set(self.roles)
+                yield one.name, why.replace("--text-pair", "--context") if teaches else why
             elif one.is_chat:
                 yield from ((f"{one.name}: {key}", "no run reads it in a turn") for key in one.beside)
 
@@ -157,8 +158,8 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
             faults += [row] if num_faults <= SHOWN_ROWS else []
             continue
         rows += 1
-        for one in odd_texts(row, kind_of_file):
-            odd[one].append(line)
+        for place in odd_texts(row, kind_of_file):
+            odd[place].append(line)
         first += [row] if rows <= SHOWN_ROWS else []
         for name, value in row.items():
             if name not in columns:
@@ -181,19 +182,15 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
     user = chosen.get("user")
     if user is not None and not columns[user].is_id:
         raise ConfigError("--user", user, "must have an id of one person in its rows: a text or whole number")
-    roles = {OPTIONS[option]: name for option, name in chosen.items() if option != "user"}
-    kind, found = (guess := _Guess(columns, roles, path, form)).made()
-    for role, (name, why) in found.items():
-        alike = [one for one in columns.values() if one.key == columns[name].key and one.filled]
-        if len(alike) > 1 and why != "chosen":
-            raise _refusal(path, "alike", alike, _OPTION_OF[role])
-    taken = [name for name, _ in found.values()]
-    people = sorted((one.person, one.name) for one in columns.values() if one.is_person and one.name not in taken)
+    roles = {OPTIONS[option]: columns[name] for option, name in chosen.items() if option != "user"}
+    kind, found = (guess := _Guess([*columns.values()], roles, path, form)).made()
+    taken = [one for one, _ in found.values()]
+    people = sorted((one.person, one.name) for one in columns.values() if one.is_person and one not in taken)
     if by_person and user is not None:
-        found["user"] = user, "chosen"
+        found["user"] = columns[user], "chosen"
     elif by_person and people:  # where a column says whose a record is, the first that does
-        found["user"] = people[0][1], "its name: whose a record is (--unit record protects each record alone)"
-    roles = {role: name for role, (name, _) in found.items()}
+        why = "its name: whose a record is (--unit record protects each record alone)"
+        found["user"] = columns[people[0][1]], why
     odd_notes = (
         f"{column}: {len(lines):,} of its values have {ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
         for (what, column), lines in odd.items()
@@ -206,10 +203,10 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         columns=columns,
         first=first,
         kind=kind,
-        roles=roles,
+        roles={role: one.name for role, (one, _) in found.items()},
         why={role: why for role, (_, why) in found.items()},
-        notes=(*guess.notes(roles), *odd_notes),
-        features=guess.features(but=roles.values()) if kind == "table" else (),
+        notes=(*guess.notes(found), *odd_notes),
+        features=tuple(one.name for one in guess.features(but=taken)) if kind == "table" else (),
     )
 
 
@@ -239,8 +236,8 @@ class _Guess:
     Where several columns could have a role and no name decides, a person is asked.
     """
 
-    columns: Mapping[str, Column]
-    chosen: Mapping[str, str]
+    every: Sequence[Column]
+    chosen: Mapping[str, Column]
     path: Path
     form: Form | None
 
@@ -252,65 +249,64 @@ class _Guess:
             if some:
                 raise _refusal(self.path, what, some, other)
         for part in (_IMAGE, *_FOLLOWED):
-            if part.role in roles and not getattr(self.columns[self.chosen[part.role]], part.fits):
-                raise ConfigError(f"--{part.role}", self.chosen[part.role], part.bound)
+            if part.role in roles and not getattr(self.chosen[part.role], part.fits):
+                raise ConfigError(f"--{part.role}", self.chosen[part.role].name, part.bound)
         layouts = [one for one in _layouts(pair) if roles <= {part.role for part in one[1]}]
         for kind, parts in layouts if self.form is None else ():
             if found := self._laid_out(parts):
-                is_alpaca = kind == "pairs" and self.columns[found["prompt"][0]].key == "instruction"
-                return "instructions" if is_alpaca else kind, found
+                return "instructions" if kind == "pairs" and found["prompt"][0].key == "instruction" else kind, found
         if not {"text", "image"} <= roles and any(roles - _INPUTS <= answer for answer in _ANSWERS):
-            if answered := self._answered([one.name for one in pair]):
+            if answered := self._answered(pair):
                 return answered
             text = self._text("is_prose") or (None if self.features() else self._text("is_short"))
             if text and not roles and self.form != "table":
-                if text[0] in [one.name for one in pair]:
+                if text[0] in pair:
                     raise _refusal(self.path, "two_texts", pair)
                 return "text", {"text": (text[0], f"{text[1]}; no label stands beside it")}
         raise self._misfit(layouts)
 
-    def notes(self, roles: Mapping[str, str]) -> Iterator[str]:
+    def notes(self, found: Roles) -> Iterator[str]:
         """What the person should know of the columns that have these roles, or could."""
         for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
-            if role in roles and getattr(self.columns[roles[role]], holds):
-                yield WORDS["notes"][role].format(self.columns[roles[role]])
-        yield from (WORDS["notes"]["split"].format(one) for one in self.columns.values() if one.is_split)
+            if role in found and getattr(found[role][0], holds):
+                yield WORDS["notes"][role].format(found[role][0])
+        yield from (WORDS["notes"]["split"].format(one) for one in self.every if one.is_split)
         if shard := re.search(r"\d+[-_ ]of[-_ ]0*(\d+)", self.path.name):
             yield WORDS["notes"]["shard"].format(shard[1])
 
-    def features(self, *, but: Collection[str] = ()) -> tuple[str, ...]:
+    def features(self, *, but: Collection[Column] = ()) -> list[Column]:
         """The columns that can be values of a table's vector, beside its answer and what names rows and persons."""
-        return tuple(one.name for one in self.columns.values() if one.is_feature and one.name not in but)
+        return [one for one in self.every if one.is_feature and one not in but]
 
     def _laid_out(self, parts: Sequence[_Part]) -> Roles | None:
         """The columns of one layout; None: one that it needs is not there."""
         found: Roles = {}
         needed = [part for part in parts if not part.optional]
         for part in (*needed, *(part for part in parts if part.optional)):
-            name, why = self.chosen.get(part.role), "chosen"
-            if name is None and not (part.optional and all(one.role in self.chosen for one in needed)):
-                but = (*(one for one, _ in found.values()), *self.chosen.values())
-                by_values = [one.key for one in self.columns.values()] if part.role in ("tags", "spans") else []
-                name, why = self._named([*part.names, *by_values], part.fits, but=but), "its name"
-            if name is not None and getattr(self.columns[name], part.fits):
-                found[part.role] = name, why
-            elif not part.optional or name is not None:
+            one, why = self.chosen.get(part.role), "chosen"
+            if one is None and not (part.optional and all(other.role in self.chosen for other in needed)):
+                but = (*(other for other, _ in found.values()), *self.chosen.values())
+                by_values = [other.key for other in self.every] if part.role in ("tags", "spans") else []
+                one, why = self._named([*part.names, *by_values], part.fits, but=but), "its name"
+            if one is not None and getattr(one, part.fits):
+                found[part.role] = one, why
+            elif not part.optional or one is not None:
                 return None
         return {part.role: found[part.role] for part in parts if part.role in found}
 
-    def _answered(self, pair: Sequence[str]) -> tuple[Kind, Roles] | None:
+    def _answered(self, pair: Sequence[Column]) -> tuple[Kind, Roles] | None:
         """An image, a text, two texts or a table with an answer; which answer it is does not depend on which it is."""
         kind, roles = self._with_answer()
+        but = [one for one, _ in roles.values()]
+        features, text = self.features(but=but), None if self.form == "table" else self._text("is_prose", but=but)
         if not roles:
             return None
-        but = [name for name, _ in roles.values()]
-        features, text = self.features(but=but), self._text("is_prose", but=but) if self.form != "table" else None
         if self.form is None and (image := self._image(text)):
             return "images", {"image": image, **roles}
         if text is None and self.form != "table":
             text = self._text("is_text" if self.form else "is_short", but=but)
             if text and features and self.form is None:
-                raise _refusal(self.path, "few_words", [self.columns[text[0]]], _listed(features))
+                raise _refusal(self.path, "few_words", [text[0]], _listed(one.name for one in features))
         if text is None:
             return ("table", roles) if features and self.form != "texts" else None
         if text[0] in pair:
@@ -326,40 +322,37 @@ class _Guess:
         answer = None if timed else self._answer()
         # A time beside what may be its event, but has other values, or may be the answer itself.
         time, event = self._named(NAMES["times"], "is_number"), self._named(NAMES["events"], "filled")
-        is_open = answer is None or answer[0] == event or answer[1] == _BY_VALUES
-        if chosen <= _INPUTS and time and event and (self.columns[event] in self._usual() if timed else is_open):
-            raise _refusal(self.path, "event", [self.columns[event]], time)
+        is_open = answer is None or answer[0] is event or answer[1] == _BY_VALUES
+        if chosen <= _INPUTS and time and event and (event in self._usual() if timed else is_open):
+            raise _refusal(self.path, "event", [event], time.name)
         if answer is None:
             return "followed", timed or {}
-        one = self.columns[answer[0]]
-        if one.separator is not None:
+        if answer[0].separator is not None:
             return "tagged", {"labels": answer}
-        return ("rated", {"target": answer}) if one.is_number and not one.is_label else ("labelled", {"label": answer})
+        return ("labelled", {"label": answer}) if answer[0].is_label else ("rated", {"target": answer})
 
-    def _answer(self) -> tuple[str, str] | None:
+    def _answer(self) -> tuple[Column, str] | None:
         """The column of the answer, and why; where several could be it, a person is asked."""
-        for role, option in (("label", "--label"), ("target", "--score")):
-            if name := self.chosen.get(role):
-                if not self.columns[name].is_answer:
-                    raise ConfigError(option, name, self.columns[name].no_answer)
-                return name, "chosen"
+        if one := self.chosen.get("label") or self.chosen.get("target"):
+            if not one.is_answer:
+                raise ConfigError("--label" if "label" in self.chosen else "--score", one.name, one.why("no_answer"))
+            return one, "chosen"
         self._require_read(NAMES["answers"])
-        name = self._named(NAMES["answers"], "is_answer", but=self.chosen.values()) or self._only_answer()
-        if name is None:
+        one = self._named(NAMES["answers"], "is_answer", but=self.chosen.values()) or self._only_answer()
+        if one is None:
             return None
-        spelt_out = [f"{self.columns[name].key}{more}" for more in NAMES["names_of"]]
-        names = self._named(spelt_out, "is_category")
-        if names and self.columns[name].is_number:
-            return names, f"the names of {name}"
-        is_named = self.columns[name].key in (*NAMES["answers"], *NAMES["labels"], *NAMES["numbers"])
-        return name, "its name" if is_named else _BY_VALUES
+        names = self._named([f"{one.key}{more}" for more in NAMES["names_of"]], "is_category")
+        if names and names.is_label and one.is_number:
+            return names, f"the names of {one.name}"
+        is_named = one.key in (*NAMES["answers"], *NAMES["labels"], *NAMES["numbers"])
+        return one, "its name" if is_named else _BY_VALUES
 
-    def _only_answer(self) -> str | None:
+    def _only_answer(self) -> Column | None:
         """The one column that may be the answer: with a name that answers often have, or else by its values."""
-        usual, others = self._usual(), [one for one in self.columns.values() if one.name not in self.chosen.values()]
+        usual, others = self._usual(), [one for one in self.every if one not in self.chosen.values()]
         if not usual:
             self._require_read((*NAMES["labels"], *NAMES["numbers"], *NAMES["completions"]))
-        few = [one for one in others if one.may_be_answer and (one.is_label or one.is_list)]
+        few = [one for one in others if one.may_be_answer and (one.is_label or (one.is_list and one.several["["]))]
         numbers = [one for one in others if one.may_be_answer and one.key in NAMES["numbers"] and one not in few]
         binary = [one for one in few if one.is_binary]
         if len(usual) == 1 < len(binary) and usual[0] in binary and self._text("is_prose"):
@@ -367,62 +360,65 @@ class _Guess:
         found = usual or [*few, *numbers] or [one for one in others if one.is_place and one.is_label]
         if len(found) > 1:
             raise _refusal(self.path, "marks" if len(binary) > 1 else "answers", found)
-        return found[0].name if found else None
+        return found[0] if found else None
 
     def _usual(self) -> list[Column]:
         """Columns of few values, or lists of such, with a name that answers often have."""
-        few = [one for one in self.columns.values() if one.is_few and one.may_be_answer]
-        return [one for one in few if one.key in NAMES["labels"] and one.name not in self.chosen.values()]
+        few = [one for one in self.every if one.is_few and one.may_be_answer]
+        return [one for one in few if one.key in NAMES["labels"] and one not in self.chosen.values()]
 
     def _require_read(self, names: Sequence[str]) -> None:
         """Refuse a column that is called an answer and is none, for others would be learnt in silence."""
-        for one in self.columns.values():
-            is_named = one.name not in self.chosen.values() and {one.key, one.key.removesuffix("s")} & set(names)
+        for one in self.every:
+            is_named = one not in self.chosen.values() and {one.key, one.key.removesuffix("s")} & set(names)
             if is_named and one.is_unread_answer:
-                raise _refusal(self.path, "unread", [one], one.no_answer)
+                raise _refusal(self.path, "unread", [one], one.why("no_answer"))
 
-    def _image(self, text: tuple[str, str] | None) -> tuple[str, str] | None:
+    def _image(self, text: tuple[Column, str] | None) -> tuple[Column, str] | None:
         """The column of images: by its name, or the only one where no text is beside it; of a kind that is read."""
         if {"image", "text"} & set(self.chosen):
             return (self.chosen["image"], "chosen") if "image" in self.chosen else None
-        others = [one for one in self.columns.values() if text is None or one.key in NAMES["images"]]
+        others = [one for one in self.every if text is None or one.key in NAMES["images"]]
         for one in others:
             if ending := next(filter(one.nearly, NAMES["endings"]), None):
                 raise _refusal(self.path, "ending", [one], ending)
         found = [one for one in others if one.is_image]
-        if name := self._named(NAMES["images"], "is_image"):
-            return name, "its name"
+        if named := self._named(NAMES["images"], "is_image"):
+            return named, "its name"
         if len(found) > 1:
             raise _refusal(self.path, "images", found)
-        return (found[0].name, _BY_VALUES) if found else None
+        return (found[0], _BY_VALUES) if found else None
 
-    def _text(self, fits: str, *, but: Collection[str] = ()) -> tuple[str, str] | None:
+    def _text(self, fits: str, *, but: Collection[Column] = ()) -> tuple[Column, str] | None:
         """The column with the texts, by its name or else by their length, and why."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
-        others = [one for one in self.columns.values() if getattr(one, fits) and one.name not in but]
+        others = [one for one in self.every if getattr(one, fits) and one not in but]
         others = [one for one in others if not (one.is_person or one.is_of_records or one.key in WORDS["never_read"])]
         # A remark that few rows have is not what they are about.
         others = [one for one in others if 2 * one.filled >= max(other.filled for other in others)]
         texts = [one for one in others if not one.is_label] or others
-        by_key = {one.key: one.name for one in reversed(texts)}
-        if name := next((by_key[name] for name in NAMES["texts"] if name in by_key), None):
-            return name, "its name"
-        return (max(texts, key=lambda one: one.mean_characters).name, "the longest texts") if texts else None
+        if named := self._named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
+            return named, "its name"
+        return (max(texts, key=lambda one: one.mean_characters), "the longest texts") if texts else None
 
-    def _named(self, names: Sequence[str], fits: str, *, but: Iterable[str] = ()) -> str | None:
+    def _named(self, names: Sequence[str], fits: str, *, but: Iterable[Column] = ()) -> Column | None:
         """The column with the first of these names whose values suit."""
-        some = [one for one in self.columns.values() if one.name not in but and getattr(one, fits)]
-        by_key = {one.key: one.name for one in some}
-        return next((by_key[name] for name in names if name in by_key), None)
+        by_key = defaultdict[str, list[Column]](list)
+        for one in (one for one in self.every if getattr(one, fits) and one not in but):
+            by_key[one.key].append(one)
+        found = next((by_key[name] for name in names if name in by_key), [])
+        if len(found) > 1:
+            raise _refusal(self.path, "alike", found)
+        return found[0] if found else None
 
     def _pair(self) -> Sequence[Column]:
         """Two columns of texts whose names belong together, the first one first; none: there are no such."""
         if second := self.chosen.get("text_pair"):
             text = self._text("is_text", but=[second])
-            return [self.columns[text[0]], self.columns[second]] if text else ()
+            return [text[0], second] if text else ()
         alike = [[self._named([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
-        found = [[self.columns[str(name)] for name in names] for names in alike if all(names)]
+        found = [[one for one in some if one] for some in alike]
         others = {*NAMES["rivals"], *NAMES["turns"], *NAMES["negatives"]}
         found += [some for some in self._numbered() if not others & set(some[0].words)]
         two = [some for some in found if len(some) == 2 and not any(one.is_label for one in some)]
@@ -431,7 +427,7 @@ class _Guess:
     def _numbered(self) -> Iterator[list[Column]]:
         """Columns of texts or turns whose names differ by a number or a letter alone, in its order."""
         groups = defaultdict[str, list[Column]](list)
-        for one in sorted(self.columns.values(), key=lambda one: [word.zfill(9) for word in one.words]):
+        for one in sorted(self.every, key=lambda one: [word.zfill(9) for word in one.words]):
             if "#" in one.stem and (one.is_text or one.is_chat):
                 groups[one.stem].append(one)
         for some in groups.values():
@@ -443,46 +439,49 @@ class _Guess:
 
         These are rows that somebody took back, and records that are spread over rows or columns.
         """
-        every = self.columns.values()
         prompt = self._named(_ASKED, "is_asked") or self._named(_ASKED, "is_chat")
         answers = self._named(NAMES["chats"], "is_chat") or (prompt and self._named(NAMES["completions"], "is_said"))
-        yield "review", [one for one in every if one.is_review], ""
-        yield "unwanted", [one for one in every if answers and one.is_flag and one.key in NAMES["wanted"]][:1], answers
-        yield "speakers", [one for one in every if one.key in NAMES["speakers"] and one.is_speaker], ""
-        yield "word_rows", [one for one in every if one.is_tag], ""
-        judges = [one for one in every if one.is_label and set(one.words) & {*NAMES["better"]}]
+        flags = [one for one in self.every if one.is_flag and one.key in NAMES["wanted"]] if answers else []
+        yield "review", [one for one in self.every if one.is_review], ""
+        yield "unwanted", flags[:1], answers.name if answers else ""
+        yield "speakers", [one for one in self.every if one.key in NAMES["speakers"] and one.is_speaker], ""
+        yield "word_rows", [one for one in self.every if one.is_tag], ""
+        judges = [one for one in self.every if one.is_label and set(one.words) & {*NAMES["better"]}]
         for some in self._numbered():
             rival, turn, other = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
             yield "better", judges[:1] if rival else [], _listed(one.name for one in some)
             yield "several", some if rival or turn or (len(some) > 2 and not other) else [], ""
         laid_out = {kind for kind, parts in _layouts(()) if self._laid_out(parts)}
-        both = [self.columns[name] for role in _BOTH if (name := self._named([role], "is_said"))]
+        both = [one for role in _BOTH if (one := self._named([role], "is_said"))]
         turns = "turns of a conversation" if both and both[0].is_chat else "text"
         yield "no_prompt", both if len(both) > 1 and "preferences" not in laid_out else [], turns
-        belong = [self.columns[name] for some in _BELONGS.values() if (name := self._named(NAMES[some], "is_text"))]
+        belong = [one for some in _BELONGS.values() if (one := self._named(NAMES[some], "is_text"))]
         yield "no_negative", belong if len(belong) > 1 and not laid_out & {"triplets", "preferences"} else [], ""
 
     def _misfit(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
         """Why what was chosen makes no kind of file, or why the file is none."""
         for part in (part for _, parts in layouts for part in parts if part.role in self.chosen):
-            one = self.columns[self.chosen[part.role]]
+            one = self.chosen[part.role]
             if not getattr(one, part.fits):
                 bound = one.fault if part.role in ("tags", "spans") and one.fault else part.bound
                 return ConfigError(f"--{_OPTION_OF[part.role]}", one.name, bound)
         if self.chosen:
-            role, name = list(self.chosen.items())[-1]
-            beside = [[one.role for one in parts if not one.optional] for _, parts in layouts]
-            missing = min(([one for one in roles if one not in self.chosen] for roles in beside), key=len, default=[])
+            role, one = list(self.chosen.items())[-1]
+            beside = [[part.role for part in parts if not part.optional] for _, parts in layouts]
+            missing = min(
+                ([role for role in roles if role not in self.chosen] for roles in beside), key=len, default=[]
+            )
             needs = " and ".join(f"--{_OPTION_OF[other]}" for other in missing)
-            others = ", ".join(f"--{_OPTION_OF[one]}" for one in self.chosen if one != role) or WORDS["bounds"]["alone"]
+            others = ", ".join(f"--{_OPTION_OF[other]}" for other in self.chosen if other != role)
+            others = others or WORDS["bounds"]["alone"]
             bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
-            return ConfigError(f"--{_OPTION_OF[role]}", name, bound)
-        listed = _listed(f"{one.name} ({one.holds})" for one in self.columns.values())
+            return ConfigError(f"--{_OPTION_OF[role]}", one.name, bound)
+        listed = _listed(f"{one.name} ({one.holds})" for one in self.every)
         bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
-        for one in [*self.columns.values()][:SHOWN_ROWS]:
-            bound += f"; {one.name}: {one.why_unread(teaches=False)}" if one.filled and not one.is_feature else ""
+        for one in self.every[:SHOWN_ROWS]:
+            bound += f"; {one.name}: {one.why('unread')}" if one.filled and not one.is_feature else ""
         if chat := self._named(NAMES["chats"], "filled"):
-            bound += f", or in {chat} turns with role and content, or from and value"
+            bound += f", or in {chat.name} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {listed or 'without a name'}", bound)
 
 

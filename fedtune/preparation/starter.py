@@ -129,8 +129,6 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
             task.check_tokenizer(tokenizer, data=data)
         except ConfigError:
             data = replace(data, chat_template="plain")
-    elif config.data.input == "text":
-        task.check_tokenizer(tokenizer, data=data)
     faults, fault, places = Faults(), task.fault(data), _places(found)
     counts, num_of, users, usable, cut_words = list[int](), Counter[str](), set[str](), 0, Counter[str]()
     for chunk in chunks(usable_records(found.path, roles, fault=fault, faults=faults, lenient=False)):

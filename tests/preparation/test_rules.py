@@ -54,8 +54,14 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     # Of two answers without a usual name a person is asked.
     "two answers": (TABLE | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
     "a usual name": (TABLE | {"lambda_": SHAPE, "species": AB}, "table: label=species"),
-    "marks of labels": ({"sigma": own, "kappa": (0, 1), "rho": (1, 0, 0)}, "whose names are written as one list"),
-    "and a usual one": ({"sigma": own, "spam": (0, 1), "rho": (1, 0, 0)}, "whose names are written as one list"),
+    "marks of labels": (
+        {"sigma": own, "kappa": (0, 1), "rho": (1, 0, 0)},
+        "or one column of lists with the labels' names",
+    ),
+    "and a usual one": (
+        {"sigma": own, "spam": (0, 1), "rho": (1, 0, 0)},
+        "or one column of lists with the labels' names",
+    ),
     # A time beside its event, in usual codes.
     "alive or dead": (TABLE | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
     "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
