@@ -45,11 +45,44 @@ _FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
 _ODD_SHOWN = 3
 WORDS = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
 NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, words in WORDS["names"].items()}
-"""By what a column is: how it may be called."""
+"""By what a column is: how it may be called.  What is not of itself plain:
+
+`answers` are what nothing else is called, and `labels` answers of few values; `topics` are answers to a text and often
+a table's features; `numbers` may be answers.  `inverted` are columns of events that say of whom none is known, `stayed`
+and `came` words for those and for those to whom one came.  `names_of` stand behind the name of a column of numbers:
+what its labels are called.  `endings` are of images that no run reads.  `often_labels` are completions that are labels
+where they have few values.  `wanted` may say whether an answer is wanted, in words of `flags`; `better` which of two is
+better, of which there are several `rivals` to one prompt.  `alike` are pairs of texts beside those that a number or a
+letter tells apart; `turns` are of a conversation.  Of `people` the first counts.  `things` end the name of a column of
+names, which are no texts that somebody wrote.  `splits` and `marked` say what a row is for, with `helpers` and values
+of `parts` and `reviews`; `ids` and `numbered` are of records.
+"""
 _ENDINGS = (*SUFFIXES, *NAMES["endings"])
-_DATE, _MEASURE = (re.compile(WORDS["patterns"][what], re.IGNORECASE | re.VERBOSE) for what in ("date", "measure"))
-"""A day, a month or a time; and a number with a limit's sign, as laboratories write it, or with a unit."""
-_OF_PEOPLE = re.compile(WORDS["patterns"]["person"].format("|".join(NAMES["people"])), re.VERBOSE)
+_MONTHS = "jan|feb|m[aä]r|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz]"
+_CLOCK = r"\d{1,2}:\d{2}(?::\d{2})?\S{0,20}(?: [ap]m)?"
+_DATE = re.compile(
+    r"(?:\d{1,4}([-./])\d{1,2}\1\d{1,4}|\d{4}-\d{2}|(?:\d{1,2}[. -]{0,2})?"
+    rf"(?:{_MONTHS})[a-zä]{{0,6}}\.?[ -]?(?:\d{{1,2}},?[ ])?\d{{2,4}})(?:[T ,]+{_CLOCK})?|{_CLOCK}",
+    re.IGNORECASE,
+)
+"""A day, a month or a time."""
+_MEASURE = re.compile(r"[<>\u2264\u2265~]=? ?[+-]?\d[\d.,]*\S{0,9}|[+-]?\d[\d.,]* ?[^\W\d_]{1,6}(?:[/^]\S{1,9})?")
+"""A number with a limit's sign, as laboratories write it, or with a unit."""
+_OF_PEOPLE = re.compile(
+    "(?:anon(?:ym(?:ous|i[sz]ed))?|pseudo(?:nym(?:ous|i[sz]ed))?|hash(?:ed)?|enc(?:rypted)?|masked|unique|study|id|fk)*"
+    rf"(?P<who>{'|'.join(NAMES['people'])})(?:s|r|n|en)?"
+    "(?:id|ids|uuid|guid|key|no|nr|num|number|nummer|name|code|hash|handle|email|address|identifier|kennung)*"
+)
+_COURSE = "(?:os|pfs|dfs|efs|rfs|dss|vital|survival|followup|fu|relapse|recurrence|death|event)?"
+_OF_TIMES = re.compile(
+    rf"{_COURSE}(?:time|months|days|weeks|years|duration)(?:to[a-z]+)?|t|tte|os|pfs|fu|followup|tenure"
+)
+_OF_EVENTS = re.compile(
+    rf"(?:is)?{_COURSE}(?:status|events?|observed|cens\w*|died|dead|deceased|relapsed|progression|progressed)"
+    "|e|relapse|recurrence|death|fustat|(?:event|death)(?:observed|status|indicator)|churn(?:ed)?"
+)
+"""Names of columns of persons, of the time up to an event, and of whether it came."""
+_TAKEN_BACK = re.compile("reject|ignore|skip|discard")
 
 
 class Column:
@@ -58,7 +91,7 @@ class Column:
     def __init__(self, name: str) -> None:
         self.name = name
         self.key = re.sub(r"[\W_]+", "", name).lower()  # `Patient ID`, `patient_id` and `PatientID` are one
-        self.words = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+        self.words = _words(name)
         # The same with # in place of the numbers and single letters that tell it from others: `answer_a` is `answer#`.
         self.stem = "".join("#" if len(word) == 1 or word.isdecimal() else word for word in self.words)
         letters = [word for word in self.words if not word.isdecimal()]
@@ -68,6 +101,10 @@ class Column:
         self.filled = self.characters = 0  # rows with a value that is not blank; of all its texts together
         self.types = Counter[str]()  # how often each type of value came
         self.reads = Counter[str]()  # how many values a run can read in a role, or are of a kind that `note` names
+        self.is_time_name, self.is_event_name = (
+            bool(_OF_TIMES.fullmatch(self.key)),
+            bool(_OF_EVENTS.fullmatch(self.key)),
+        )
         # How often each label came, by the type of its values; empty where there are too many, or too long ones.
         self.values = defaultdict[str, Counter[str]](Counter)
         # The same where values are lists, by what separates them ("[": a list); not where there are too many.
@@ -204,10 +241,11 @@ class Column:
         self.size = size if size > 1 and count >= NEARLY * self.filled else None
 
         said, few = {label.lower() for label in self.labels}, 2 <= len(self.labels) <= _MOST_LABELS
+        self.is_nested = self.nearly("list", "object")
         self.is_number = self.nearly("target") and min(self.numbers) < max(self.numbers)  # of more than one value
         self.is_text, self.is_chat = self.nearly("text", "number as text"), self.nearly("messages")
         self.is_image, self.is_date = self.nearly("image", *SUFFIXES), self.nearly("date")
-        self.is_vector = self.nearly("vector")
+        self.is_vector = self.nearly("vector") or (self.size is not None and not self.mostly("tokens"))
         self.is_constant, self.num_labels, self.is_empty = len(self.labels) == 1, len(self.labels), not self.filled
         self.said = " or ".join(sorted(self.labels, reverse=True)[:5]) or self.holds
         self.least, self.most = min(self.numbers, default=0), max(self.numbers, default=0)
@@ -227,17 +265,19 @@ class Column:
         self.other_numbers = self.filled - self.reads["target"]
         self.is_label = is_label and not self.is_other_number
         self.is_binary = self.is_label and said <= {"0", "1", "true", "false"}
+        self.is_called_answer = not {self.key, *self.words[-1:]}.isdisjoint(NAMES["answers"] + NAMES["labels"])
         # A tag for a single word in each row, and a row for each word.
         is_scheme = all(tag in _BARE or read_tag(tag)[0] for tag in self.labels)
         self.is_tag = self.is_label and is_scheme and "O" in self.labels
         self.separator = self._separator()
         self.is_few, self.is_list = self.is_label or self.separator is not None, self.separator == "["
-        self.unread = WORDS["never_read"].get(self.key, "")
+        self.unread = WORDS["never_read"].get("rejected" if self.key in NAMES["rejected"] else self.key, "")
         self.is_rank = self.is_number and len(self.labels) > 2
         self.is_answer = self.is_few or self.is_number
         self.is_event = self.event_values is not None
         is_other = self.is_other_number or not (self.is_text or self.nearly("target"))
         is_long = not self.is_text or self.mean_characters >= LONGEST_LABEL or self.is_constant
+        self.may_be_time, self.may_be_event = self.is_time_name and self.is_number, self.is_event_name and self.is_label
         self.is_unread_answer = self.filled > 0 and not self.is_answer and (is_other or not is_long)
         self.is_score = self.is_number and (self.key in NAMES["scores"] or not self.is_label)
         self.is_code = self.is_text and self.nearly("code") and not self.is_label  # links, paths or other marks
@@ -251,22 +291,29 @@ class Column:
         self.is_prose = is_words and (self.mostly("prose") or (is_named and self.mostly("word")))
         self.is_short = is_words and self.mostly("words") and not (self.is_label or self.is_prose)
         # What a row is for, as whoever wrote the file marked it: for the test, rejected, or to count more than others.
-        self.is_split = self.is_label and (said.issubset(NAMES["parts"]) or self.key in NAMES["splits"])
-        self.is_review = self.is_label and "accept" in said and said.issubset(NAMES["reviews"])
-        self.is_weight = self.key in NAMES["weights"]
-        self.is_mark = self.is_split or self.is_review or self.is_weight
+        rest, all_parts = {*self.words} - {*NAMES["helpers"]}, {*NAMES["parts"]}
+        is_part = said <= all_parts or any(one.startswith("train") for one in said)
+        is_part = is_part and all(all_parts.intersection(_words(label)) for label in self.labels)
+        flag = rest if self.is_flag else set[str]()
+        is_called = bool(rest) and rest.issubset(NAMES["splits"])
+        is_called = is_called or (bool(flag) and flag <= all_parts and flag != {*self.words})
+        self.is_split = self.is_label and (is_part or is_called)
+        is_review = said.issubset(NAMES["reviews"]) and any(map(_TAKEN_BACK.match, said))
+        is_review = is_review and self.key not in {*NAMES["labels"]} - {"answer"}
+        self.is_review = self.is_label and (is_review or (bool(flag) and flag.issubset(NAMES["marked"])))
+        self.is_weight, self.is_mark = self.key in NAMES["weights"], self.is_split or self.is_review
         # Ids or names of persons, not what somebody wrote; rows without an id are no matter, nor how a run reads them.
         # An id that no two rows share says of no two that they are of one person.
         self.is_id = self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
         is_name = not self.is_text or (self.mean_characters <= _LONGEST_ID and self.reads["prose"] <= most)
-        self.is_once = self._ids is not None and self.is_id and self.filled == rows > 1
+        self.is_once = self._ids is not None and self.is_id and is_name and self.filled == rows > 1
         self.is_of_persons = self.person is not None and self.nearly("list")
         self.is_person = self.person is not None and self.is_id and is_name and not self.is_once
         self.is_place = not set(self.words).isdisjoint(NAMES["places"])  # its name says so, as `hospital_id` does
         # It numbers the records, as `message_id` does, or has no name, or counts them.
         of_records = self.key in NAMES["ids"] or self.words[-1:] in (["id"], ["uuid"], ["guid"], ["idx"])
         self.is_of_records = of_records or not self.name.strip() or self.is_once or self._counts_rows()
-        of_a_row = self.is_mark or self.is_of_records or self.is_person or self.is_place
+        of_a_row = self.is_mark or self.is_weight or self.is_of_records or self.is_person or self.is_place
         self.may_be_answer = self.is_answer and self.person is None and not of_a_row
         self.may_be_answer = self.may_be_answer and not (self.is_prose and is_named)
         # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
@@ -275,10 +322,11 @@ class Column:
         self.is_feature = is_value and not of_a_row and not self.is_date
 
     def _counts_rows(self) -> bool:
-        """Whole numbers of which nearly each comes once, in whatever order, and few are left out between."""
+        """Whole numbers of which nearly each comes once, in whatever order, by a name or with few left out between."""
         count, distinct = self.reads["whole"], np.unique(self.numbers)
         is_whole = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
-        return is_whole and bool(distinct[-1] - distinct[0] < 2 * count)
+        is_named = not {*self.words}.isdisjoint(NAMES["numbered"])
+        return is_whole and (is_named or bool(distinct[-1] - distinct[0] < 2 * count))
 
     def _separator(self) -> str | None:
         """The separator of a column of several labels; "[": they are lists; None: it is no such column."""
@@ -311,6 +359,11 @@ class Column:
     def why(self, reasons: Literal["unread", "no_answer"]) -> str:
         """Why no run reads the column, or why it is no answer: the first of these reasons that holds (names.toml)."""
         return str(next(why for what, why in WORDS[reasons].items() if getattr(self, what))).format(self)
+
+
+def _words(name: str) -> list[str]:
+    """The words and numbers of a name, in lower case."""
+    return re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
 
 
 def _kinds_of_text(text: str) -> Iterator[str]:

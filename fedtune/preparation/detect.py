@@ -47,11 +47,12 @@ _SYSTEM = _Part("system", ("system", "systemprompt"), optional=True)
 _CONTEXT = _Part("input", NAMES["contexts"], "is_context", optional=True)
 _PROMPT, _COMPLETION = _Part("prompt", NAMES["prompts"], "is_asked"), _Part("completion", NAMES["completions"])
 _BOTH, _BELONGS = {"chosen": "chosen", "rejected": "rejected"}, {"anchor": "anchors", "positive": "positives"}
-_FOLLOWED = (_Part("time", NAMES["times"], "is_number"), _Part("event", NAMES["events"], "is_event"))
+_FOLLOWED = (_Part("time", (), "is_number"), _Part("event", (), "is_event"))
 _IMAGE, _ASKED = _Part("image", NAMES["images"], "is_image"), NAMES["prompts"] + NAMES["chats"]
 _INPUTS, _TIMED = frozenset({"text", "text_pair", "image"}), frozenset({"time", "event"})
 _ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)
 """What may be chosen of an answer, be it to a text, an image or a table; several labels are chosen as one is."""
+_MAY_ANSWER = [*NAMES["labels"], *NAMES["topics"], *NAMES["numbers"], *NAMES["completions"], *NAMES["positives"]]
 _BY_VALUES, _SCORES = "its values", (*NAMES["scores"], "label", "target")
 
 
@@ -128,7 +129,7 @@ class Found:
     def options(self) -> Iterator[tuple[str, str, str, str]]:
         """(role, column, why, what chooses another) of each role."""
         for role, one in ((role, self.columns[name]) for role, name in self.roles.items()):
-            more = WORDS["of_role"].get(role, "").format(one)
+            more = f"; it holds numbers from {one.least:g} to {one.most:g}" if role in ("time", "target") else ""
             yield role, one.name, self.why[role] + more, f"--{_OPTION_OF[role]} COLUMN"
 
     @property
@@ -145,9 +146,8 @@ class Found:
 def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, form: Form | None = None) -> Found:
     """Read a file once and say what it is.
 
-    `chosen` is option (one of `OPTIONS`) to column, as a person says; `by_person`: a column that looks like persons is
-    taken for the unit; `form`: what a file with an answer must be, as a person says.  A DataError is about the file, a
-    ConfigError about what was chosen.
+    `chosen` (option to column) and `form` (of a file with an answer) are as a person says; `by_person`: a column that
+    looks like persons is taken for the unit.  A DataError is about the file, a ConfigError about what was chosen.
     """
     columns, first, faults = dict[str, Column](), list[Row](), list[DataError]()
     kind_of_file, rows, num_faults = format_of(path), 0, 0
@@ -214,19 +214,15 @@ def _require_header(columns: Mapping[str, Column], path: Path) -> None:
     """Refuse a table whose first row looks like a record or a note: its texts would become the names of the columns."""
     filled = [one for one in columns.values() if one.filled]
     unnamed = [one for one in filled if one.name.startswith("(column ")]
-    # Where there is no header, one of them is among the column's own values, and the texts' is as long as a text; a
-    # class may be called as its column is.
+    # Without a header one of them is among the column's values, and the texts' as long; a class may be called so, too.
     longest = max(columns.values(), key=lambda one: one.mean_characters)
     is_long = longest.key not in NAMES["texts"] and 3 * len(longest.name) >= longest.mean_characters
     own = [one for one in filled if any(some[one.name.strip()] for some in one.values.values())]
-    for what, some in (
-        ("comment", [one for one in filled[:1] if one.name.startswith("# ")]),
-        ("twice", [one for one in filled if re.search(r" \(column \d+\)$", one.name)]),
-        ("unnamed", unnamed if len(unnamed) > 1 else []),
-        ("no_header", own[:1] if is_long else []),
-    ):
-        if some:
-            raise _refusal(path, what, some)
+    odd = [one for one in filled if one.name.startswith("# ") or re.search(r" \(column \d+\)$", one.name)]
+    if odd or len(unnamed) > 1:
+        raise _refusal(path, "header", odd or unnamed)
+    if own and is_long:
+        raise _refusal(path, "no_header", own[:1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,17 +256,20 @@ class _Guess:
                 return answered
             text = self._text("is_prose") or (None if self.features() else self._text("is_short"))
             if text and not roles and self.form != "table":
-                if text[0] in pair:
-                    raise _refusal(self.path, "two_texts", pair)
+                others = [one for one in self._texts("is_prose") if 2 * one.mean_characters >= text[0].mean_characters]
+                others += [one for one in self.every if one.is_image]
+                if len(others) > 1:
+                    raise _refusal(self.path, "texts", others)
                 return "text", {"text": (text[0], f"{text[1]}; no label stands beside it")}
         raise self._misfit(layouts)
 
     def notes(self, found: Roles) -> Iterator[str]:
         """What the person should know of the columns that have these roles, or could."""
+        used = {one.name for one, _ in found.values()}
         for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
             if role in found and getattr(found[role][0], holds):
                 yield WORDS["notes"][role].format(found[role][0])
-        yield from (WORDS["notes"]["split"].format(one) for one in self.every if one.is_split)
+        yield from (WORDS["notes"]["mark"].format(one) for one in self.every if one.is_mark and one.name not in used)
         if shard := re.search(r"\d+[-_ ]of[-_ ]0*(\d+)", self.path.name):
             yield WORDS["notes"]["shard"].format(shard[1])
 
@@ -315,21 +314,27 @@ class _Guess:
 
     def _with_answer(self) -> tuple[Kind, Roles]:
         """The columns of the answer, and the kind of texts that have it; none where the file has no answer."""
-        chosen, strong = set(self.chosen), self._named(NAMES["answers"], "is_answer")
-        timed = self._laid_out(_FOLLOWED) if chosen & _TIMED or (chosen <= _INPUTS and not strong) else None
-        if chosen & _TIMED:
-            return "followed", timed or {}
-        answer = None if timed else self._answer()
-        # A time beside what may be its event, but has other values, or may be the answer itself.
-        time, event = self._named(NAMES["times"], "is_number"), self._named(NAMES["events"], "filled")
-        is_open = answer is None or answer[0] is event or answer[1] == _BY_VALUES
-        if chosen <= _INPUTS and time and event and (event in self._usual() if timed else is_open):
-            raise _refusal(self.path, "event", [event], time.name)
+        chosen = set(self.chosen)
+        is_open = chosen <= _INPUTS and not self._named(NAMES["answers"], "is_answer")
+        timed = self._followed() if chosen & _TIMED or is_open else None
+        answer = None if timed or chosen & _TIMED else self._answer()
         if answer is None:
             return "followed", timed or {}
         if answer[0].separator is not None:
             return "tagged", {"labels": answer}
         return ("labelled", {"label": answer}) if answer[0].is_label else ("rated", {"target": answer})
+
+    def _followed(self) -> Roles | None:
+        """A time and whether an event came by it; a person is asked where other values than an event's stand there."""
+        times = [one for one in self.every if one.may_be_time]
+        events = [one for one in self.every if one.may_be_event]
+        if not _TIMED & set(self.chosen):
+            if not times or not events or not {*self._usual()} <= {*events}:
+                return None
+            if len(times) + len(events) > 2 or not events[0].is_event or self._usual():
+                raise _refusal(self.path, "event", events, _listed(one.name for one in times))
+        named = zip(_FOLLOWED, (times, events), strict=True)
+        return self._laid_out([part._replace(names=[one.key for one in some]) for part, some in named])
 
     def _answer(self) -> tuple[Column, str] | None:
         """The column of the answer, and why; where several could be it, a person is asked."""
@@ -344,34 +349,37 @@ class _Guess:
         names = self._named([f"{one.key}{more}" for more in NAMES["names_of"]], "is_category")
         if names and names.is_label and one.is_number:
             return names, f"the names of {one.name}"
-        is_named = one.key in (*NAMES["answers"], *NAMES["labels"], *NAMES["numbers"])
+        is_named = one.is_called_answer or one.key in (*NAMES["topics"], *NAMES["numbers"])
         return one, "its name" if is_named else _BY_VALUES
 
     def _only_answer(self) -> Column | None:
         """The one column that may be the answer: with a name that answers often have, or else by its values."""
         usual, others = self._usual(), [one for one in self.every if one not in self.chosen.values()]
+        is_text = any(one.is_prose for one in self.every)
         if not usual:
-            self._require_read((*NAMES["labels"], *NAMES["numbers"], *NAMES["completions"]))
+            self._require_read(_MAY_ANSWER)
         few = [one for one in others if one.may_be_answer and (one.is_label or (one.is_list and one.several["["]))]
         numbers = [one for one in others if one.may_be_answer and one.key in NAMES["numbers"] and one not in few]
         binary = [one for one in few if one.is_binary]
-        if len(usual) == 1 < len(binary) and usual[0] in binary and self._text("is_prose"):
+        if len(usual) == 1 < len(binary) and usual[0] in binary and is_text:
             usual = binary  # marks of several labels beside a text
         found = usual or [*few, *numbers] or [one for one in others if one.is_place and one.is_label]
         if len(found) > 1:
-            raise _refusal(self.path, "marks" if len(binary) > 1 else "answers", found)
+            lists = ", or as one column of lists with the labels' names" * (len(binary) > 1 and is_text)
+            raise _refusal(self.path, "answers", found, lists)
         return found[0] if found else None
 
     def _usual(self) -> list[Column]:
-        """Columns of few values, or lists of such, with a name that answers often have."""
-        few = [one for one in self.every if one.is_few and one.may_be_answer]
-        return [one for one in few if one.key in NAMES["labels"] and one not in self.chosen.values()]
+        """Columns of few values, or lists of such, with a name that answers to such a record often have."""
+        of_texts = any(one.is_prose or one.is_short or one.is_image for one in self.every) and self.form != "table"
+        topics = NAMES["topics"] if of_texts else ()
+        few = [one for one in self.every if one.is_few and one.may_be_answer and one not in self.chosen.values()]
+        return [one for one in few if one.is_called_answer or one.key in topics]
 
     def _require_read(self, names: Sequence[str]) -> None:
         """Refuse a column that is called an answer and is none, for others would be learnt in silence."""
-        for one in self.every:
-            is_named = one not in self.chosen.values() and {one.key, one.key.removesuffix("s")} & set(names)
-            if is_named and one.is_unread_answer:
+        for one in (one for name in names for one in self.every if name in (one.key, one.key.removesuffix("s"))):
+            if one.is_unread_answer and one not in self.chosen.values():
                 raise _refusal(self.path, "unread", [one], one.why("no_answer"))
 
     def _image(self, text: tuple[Column, str] | None) -> tuple[Column, str] | None:
@@ -393,14 +401,18 @@ class _Guess:
         """The column with the texts, by its name or else by their length, and why."""
         if "text" in self.chosen:
             return self.chosen["text"], "chosen"
-        others = [one for one in self.every if getattr(one, fits) and one not in but]
-        others = [one for one in others if not (one.is_person or one.is_of_records or one.key in WORDS["never_read"])]
-        # A remark that few rows have is not what they are about.
-        others = [one for one in others if 2 * one.filled >= max(other.filled for other in others)]
+        others = self._texts(fits, but=but)
         texts = [one for one in others if not one.is_label] or others
         if named := self._named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
             return named, "its name"
         return (max(texts, key=lambda one: one.mean_characters), "the longest texts") if texts else None
+
+    def _texts(self, fits: str, *, but: Collection[Column] = ()) -> list[Column]:
+        """The columns that a record may be about; a remark that few rows have is not."""
+        others = [one for one in self.every if getattr(one, fits) and one not in but and not one.unread]
+        others = [one for one in others if not (one.is_person or one.is_of_records)]
+        most = max((one.filled for one in (*others, *self.features(but=but))), default=0)
+        return [one for one in others if 2 * one.filled >= most]
 
     def _named(self, names: Sequence[str], fits: str, *, but: Iterable[Column] = ()) -> Column | None:
         """The column with the first of these names whose values suit."""
@@ -441,22 +453,20 @@ class _Guess:
         """
         prompt = self._named(_ASKED, "is_asked") or self._named(_ASKED, "is_chat")
         answers = self._named(NAMES["chats"], "is_chat") or (prompt and self._named(NAMES["completions"], "is_said"))
-        flags = [one for one in self.every if one.is_flag and one.key in NAMES["wanted"]] if answers else []
-        yield "review", [one for one in self.every if one.is_review], ""
-        yield "unwanted", flags[:1], answers.name if answers else ""
-        yield "speakers", [one for one in self.every if one.key in NAMES["speakers"] and one.is_speaker], ""
-        yield "word_rows", [one for one in self.every if one.is_tag], ""
+        flags = [one for one in self.every if one.is_flag and {*one.words} & {*NAMES["wanted"]}] if answers else []
+        yield "unwanted", [one for one in self.every if one.is_review], "a record"
+        yield "unwanted", flags, answers.name if answers else ""
+        parts = [one for one in self.every if one.is_tag or (one.key in NAMES["speakers"] and one.is_speaker)]
+        yield "rows", parts, ""
         judges = [one for one in self.every if one.is_label and set(one.words) & {*NAMES["better"]}]
         for some in self._numbered():
-            rival, turn, other = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
-            yield "better", judges[:1] if rival else [], _listed(one.name for one in some)
-            yield "several", some if rival or turn or (len(some) > 2 and not other) else [], ""
+            rival, turn, negative = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
+            is_odd = rival or turn or (len(some) > 2 and not negative)
+            yield "several", [*some, *(judges[:1] if rival else [])] if is_odd else [], ""
         laid_out = {kind for kind, parts in _layouts(()) if self._laid_out(parts)}
-        both = [one for role in _BOTH if (one := self._named([role], "is_said"))]
-        turns = "turns of a conversation" if both and both[0].is_chat else "text"
-        yield "no_prompt", both if len(both) > 1 and "preferences" not in laid_out else [], turns
-        belong = [one for some in _BELONGS.values() if (one := self._named(NAMES[some], "is_text"))]
-        yield "no_negative", belong if len(belong) > 1 and not laid_out & {"triplets", "preferences"} else [], ""
+        for roles, other in ((_BOTH, "prompt, what they answer"), (_BELONGS, "negative, what does not belong to them")):
+            some = [one for what in roles.values() if (one := self._named(NAMES[what], "is_said"))]
+            yield "belong", some if len(some) > 1 and not laid_out & {"preferences", "triplets"} else [], other
 
     def _misfit(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
         """Why what was chosen makes no kind of file, or why the file is none."""
@@ -468,12 +478,11 @@ class _Guess:
         if self.chosen:
             role, one = list(self.chosen.items())[-1]
             beside = [[part.role for part in parts if not part.optional] for _, parts in layouts]
-            missing = min(
-                ([role for role in roles if role not in self.chosen] for roles in beside), key=len, default=[]
-            )
+            gaps = ([role for role in roles if role not in self.chosen] for roles in beside)
+            missing = min(gaps, key=len, default=[])
             needs = " and ".join(f"--{_OPTION_OF[other]}" for other in missing)
             others = ", ".join(f"--{_OPTION_OF[other]}" for other in self.chosen if other != role)
-            others = others or WORDS["bounds"]["alone"]
+            others = others or "what else this file has: an answer stands beside a text, an image or a table"
             bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
             return ConfigError(f"--{_OPTION_OF[role]}", one.name, bound)
         listed = _listed(f"{one.name} ({one.holds})" for one in self.every)

@@ -15,7 +15,7 @@ from .conftest import AB, ASK, SAY, own, seen
 PAIR, QUESTION = {"prompt": own, "completion": own}, {"question": own, "answer": own}
 YES = (True, False)
 LABELLED = {"text": own, "label": AB}
-NO_PROMPT = "columns chosen, rejected = 'answers in .*, and no prompt': must stand beside"
+NO_PROMPT = "columns chosen, rejected = 'texts that belong together': must have beside them a column prompt"
 
 
 def table(folder: Path, *lines: str) -> Path:
@@ -33,18 +33,18 @@ def table(folder: Path, *lines: str) -> Path:
         (QUESTION | {"accepted": YES}, "rows answer is not"),
         ({"instruction": own, "input": "", "output": own, "kto_tag": YES}, "rows output is"),
         ({"conversations": [ASK, SAY], "kto_tag": YES}, "rows conversations is not wanted"),
-        ({"prompt": own, "answer_a": "a", "answer_b": own, "winner": AB}, "which of two is"),
-        ({"role": ("prompter", "assistant"), "text": own}, "column role = 'speakers': says who"),
+        ({"prompt": own, "answer_a": "a", "answer_b": own, "winner": AB}, "must be one answer, chosen and rejected"),
+        ({"role": ("prompter", "assistant"), "text": own}, "column role = \"a word's tag, or who speaks"),
         ({"chosen": "Human: where Assistant: there", "rejected": "Human: where Assistant: no"}, NO_PROMPT),
         ({"prompt": "where", "chosen": [SAY], "rejected": [SAY]}, NO_PROMPT),
         ({"prompt": [ASK], "chosen": "there", "rejected": "no"}, NO_PROMPT),
         ({"prompt": [ASK], "completion": [SAY]}, "all turns of a record as one list in a column messages"),
         ({"prompt": own, "response": [SAY]}, "column response = 'list': must be a text: write all turns"),
-        ({"question": own, "answers": {"text": ["a"]}}, "column answers = 'object': must have 2 to"),
-        ({"text": own, "label": lambda n: {"id": n % 2}}, "column label = 'object': must have 2 to 200 different"),
+        ({"question": own, "answers": {"text": ["a"]}}, "column answers = 'object': must be a label, a number"),
+        ({"text": own, "label": lambda n: {"id": n % 2}}, "column label = 'object': must be a label, a number"),
         ({"text": own, "label": lambda n: f"c{n % 30}"}, "on average in 5 rows"),
-        ({"text": own, "labels": ([0, 1, 0], [1, 1, 0])}, "vectors of 0 and 1 name none"),
-        ({"text": own, "labels": ([0.0, 0.0], [1.0, 0.0])}, "vectors of 0 and 1 name none"),
+        ({"text": own, "labels": ([0, 1, 0], [1, 1, 0])}, "vectors of numbers name none"),
+        ({"text": own, "labels": ([0.0, 0.0], [1.0, 0.0])}, "vectors of numbers name none"),
         ({"text": own, "score": lambda n: f"{n % 9},5"}, r"column score = 'text': .* write 3\.5"),
         ({"text": own, "rating": "{} %".format}, r"column rating = 'text': .* write 3\.5"),
         ({"n": 1.5}, "a column of text"),
@@ -97,5 +97,5 @@ def test_columns_without_a_name_are_each_named_or_refused(tmp_path: Path) -> Non
     lines = [f"a text with number {n},{'ab'[n % 2]},,{n}" for n in range(60)]
     assert set(dict(look_at(table(tmp_path, "text,label,,", *lines), {}).unread)) == {"(column 3)", "(column 4)"}
     title = table(tmp_path, "Report of 2024,,,", "text,label,a,b", *lines)
-    with pytest.raises(ConfigError, match=r"columns without a name.*remove titles"):
+    with pytest.raises(ConfigError, match=r"a name twice or none.*must be a header with one name for each"):
         look_at(title, {})
