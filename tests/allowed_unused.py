@@ -29,17 +29,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "Python and pydantic read them; torch calls with it": {"__getattr__", "__pydantic_config__", "persistent"},
     "Opacus calls it": {"_of_scales"},
     "names.toml and the layouts of files name them, of a column": {
-        *(
-            "is_asked",
-            "is_completion",
-            "is_context",
-            "is_event",
-            "is_nested",
-            "is_of_persons",
-            "is_rank",
-            "is_score",
-            "is_short",
-        ),
+        *("is_asked", "is_completion", "is_context", "is_nested", "is_of_persons", "is_rank", "is_score"),
         *("is_spans", "is_tags", "is_tokens", "is_whole_chat", "other_numbers"),
     },
     "templates call them": {

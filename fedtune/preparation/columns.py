@@ -202,8 +202,8 @@ class Column:
                     self.letters |= letters
                     found.update(entity_types({"tags": "\n".join(tags)}))
                     plain.update(entity_types({"tags": "\n".join(tags)}, tags))
-                elif set(tags) <= _BARE:
-                    self.fault = "must have the type behind the letter, as B-name and I-name"
+                elif "O" in tags:
+                    self.fault = "must have a letter and the type, as B-name and I-name, or O"
             else:
                 found.update(entity_types({"spans": spans_of(value, self.name)}))
                 self.reads["spans"] += 1

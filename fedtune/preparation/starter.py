@@ -408,7 +408,7 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
     if about := _by_place(found, plan):
         yield f"{about[0].removesuffix('.')}: comments in the file say what to do."
     for way, count in plan.misplaced.items():
-        yield f"{count:,} of {plan.usable:,} records have parts that begin or end within a word{way}."
+        yield f"{count:,} of {plan.usable:,} records have parts that begin or end within a word{way and f' {way}'}."
     yield from found.notes
     if len(plan.lengths) == _MEASURED_ROWS:
         yield f"Lengths are of the first {_MEASURED_ROWS:,} rows."

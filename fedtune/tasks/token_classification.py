@@ -396,10 +396,10 @@ def misplaced(fields: Mapping[str, str]) -> list[str]:
     def torn(places: Sequence[int]) -> bool:
         return any(within_word.match(text, place) for place in places)
 
-    ways = {", as if ends were inclusive": [place + number % 2 for number, place in enumerate(places)]}
+    ways = {"(ends seem inclusive)": [place + number % 2 for number, place in enumerate(places)]}
     for what, encoding, size in (
-        (", as if bytes counted", "utf-8", 1),
-        (", as if units of UTF-16 counted", "utf-16-le", 2),
+        ("(bytes seem to be counted)", "utf-8", 1),
+        ("(units of UTF-16 seem to be counted)", "utf-16-le", 2),
     ):
         raw = text.encode(encoding)
         ways[what] = [len(raw[: size * one].decode(encoding, "ignore")) for one in places]

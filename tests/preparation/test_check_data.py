@@ -70,8 +70,8 @@ def test_rows_that_share_a_line_are_told_apart(tickets: Tickets, tmp_path: Path)
 @pytest.mark.parametrize(
     ("first", "end", "way"),
     [
-        *((8, 13, None), (8, 12, ", as if ends were inclusive"), (12, 17, ", as if bytes counted")),
-        *((9, 14, ", as if units of UTF-16 counted"), (15, 16, "")),
+        *((8, 13, None), (8, 12, "(ends seem inclusive)"), (12, 17, "(bytes seem to be counted)")),
+        *((9, 14, "(units of UTF-16 seem to be counted)"), (15, 16, "")),
     ],
 )
 def test_spans_are_held_against_words(tmp_path: Path, first: int, end: int, way: str | None) -> None:

@@ -123,7 +123,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tags without types": (
         {"tokens": ["a", "b", "c"], "ner_tags": ["B", "O", "O"]},
-        "must have the type behind the letter",
+        "must have a letter and the type",
     ),
     "a tag a row": ({"sigma": few(20), "kappa": ("B-x", "I-x", "O")}, "is of a part of a record"),
     "many labels": ({"text": own, "intent": few(50)}, "column intent = 'text': must have 2 to 200 different texts"),
