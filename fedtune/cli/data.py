@@ -64,6 +64,7 @@ def init(
     out: Annotated[Path | None, Option(metavar="FILE.yaml", help="what to write (default: FILE's name here)")] = None,
     sites: Annotated[int | None, Option(metavar="N", help="simulated sites (default: 2 to 4, by size)")] = None,
     model: Annotated[str | None, Option("a name from conf/model, or a folder with a model")] = None,
+    force: Annotated[bool, Option("write in place of an experiment that is there")] = False,
     unit: Annotated[Literal["user", "record"], Option("what is protected, where a column says whose a record is")] = (
         "user"
     ),
@@ -79,6 +80,7 @@ def init(
     fedtune data init qa.csv --prompt q --completion a   a language model on prompts and completions
     fedtune data init p.csv --text a --other b --score s  embeddings of pairs, by how alike people found them
     fedtune data init visits.csv --user patient          all records of one patient are protected together
+    fedtune data init tweets.csv --site airline          a simulation with a site for each value of this column
     fedtune data init nli.csv --text a --text-pair b      two texts with a label: whether one follows from the other
     fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
     fedtune data init labs.csv --table                   the same, though a column reads like texts (--texts: not)
@@ -97,9 +99,9 @@ def init(
     found = look_at(file, chosen, by_person=unit == "user", form=form)
     if not str(target).isprintable():
         raise ConfigError("--out", str(target), "must be a name without control characters")
-    _require_new(target, ".yaml", ".yml")
-    if sites is not None and sites < 1:
-        raise ConfigError("--sites", sites, "must be at least 1")
+    _require_new(target, ".yaml", ".yml", force=force)
+    if sites is not None and (sites < 1 or "site" in chosen):
+        raise ConfigError("--sites", sites, "must be at least 1, and without --site, which says how many there are")
     base = KINDS[found.kind][1]
     if base == "own_images" and model is None:
         raise ConfigError("--model", "", "must be a folder with a vision transformer: docs/images.md")
@@ -352,7 +354,7 @@ def _num_ids(tokenizer: Any) -> int:
     return 1 + int(max(tokenizer.get_vocab().values(), default=0))
 
 
-def _require_new(target: Path, *suffixes: str) -> None:
+def _require_new(target: Path, *suffixes: str, force: bool = False) -> None:
     if suffixes and target.suffix not in suffixes:
         raise ConfigError("--out", str(target), f"must end in {suffixes[0]}")
     try:
@@ -364,4 +366,6 @@ def _require_new(target: Path, *suffixes: str) -> None:
         why = getattr(error, "strerror", "") or "no name of a file"
         raise ConfigError("--out", str(target), f"must be a new file that can be written ({why})") from None
     else:
-        raise ConfigError("--out", str(target), "exists; choose another with --out, or move it away")
+        if not force or not target.is_file():
+            option = ", or use --force" if suffixes == (".yaml", ".yml") else ""
+            raise ConfigError("--out", str(target), f"exists; choose another with --out, or move it away{option}")

@@ -48,6 +48,7 @@ _CONTEXT = _Part("input", NAMES["contexts"], "is_context", optional=True)
 _PROMPT, _COMPLETION = _Part("prompt", NAMES["prompts"], "is_asked"), _Part("completion", NAMES["completions"])
 _BOTH, _BELONGS = {"chosen": "chosen", "rejected": "rejected"}, {"anchor": "anchors", "positive": "positives"}
 _FOLLOWED = (_Part("time", (), "is_number"), _Part("event", (), "is_event"))
+_BESIDE = (_Part("user", (), "is_id"), _Part("site", (), "is_label"))  # any kind of records
 _IMAGE, _ASKED = _Part("image", NAMES["images"], "is_image"), NAMES["prompts"] + NAMES["chats"]
 _INPUTS, _TIMED = frozenset({"text", "text_pair", "image"}), frozenset({"time", "event"})
 _ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)
@@ -73,7 +74,7 @@ def _layouts(pair: Sequence[Column]) -> Iterator[tuple[Kind, tuple[_Part, ...]]]
 
 
 _ROLES = "text label prompt completion system messages chosen rejected tokens tags spans time event image anchor "
-_ROLES += "positive negative other user"
+_ROLES += "positive negative other user site"
 _OTHERWISE = {"context": "input", "score": "target", "text-pair": "text_pair"}
 OPTIONS: Mapping[str, str] = {role: role for role in _ROLES.split()} | _OTHERWISE
 """Role of a column: on the command line, and in settings."""
@@ -179,16 +180,17 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
     if len(set(chosen.values())) < len(chosen):
         option, name = list(chosen.items())[-1]
         raise ConfigError(f"--{option}", name, "must be another column than the other options name")
-    user = chosen.get("user")
-    if user is not None and not columns[user].is_id:
-        raise ConfigError("--user", user, "must have an id of one person in its rows: a text or whole number")
-    roles = {OPTIONS[option]: columns[name] for option, name in chosen.items() if option != "user"}
-    kind, found = (guess := _Guess([*columns.values()], roles, path, form)).made()
+    beside = {part.role: columns[chosen[part.role]] for part in _BESIDE if part.role in chosen}
+    for part in _BESIDE:
+        if part.role in beside and not getattr(beside[part.role], part.fits):
+            raise ConfigError(f"--{part.role}", beside[part.role].name, part.bound)
+    roles = {OPTIONS[option]: columns[name] for option, name in chosen.items() if option not in beside}
+    free = [one for one in columns.values() if one not in beside.values()]
+    kind, found = (guess := _Guess(free, roles, path, form)).made()
+    found |= {role: (one, "chosen") for role, one in beside.items()}
     taken = [one for one, _ in found.values()]
     people = sorted((one.person, one.name) for one in columns.values() if one.is_person and one not in taken)
-    if by_person and user is not None:
-        found["user"] = columns[user], "chosen"
-    elif by_person and people:  # where a column says whose a record is, the first that does
+    if by_person and people and "user" not in beside:  # where a column says whose a record is, the first that does
         why = "its name: whose a record is (--unit record protects each record alone)"
         found["user"] = columns[people[0][1]], why
     odd_notes = (
@@ -227,10 +229,7 @@ def _require_header(columns: Mapping[str, Column], path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Guess:
-    """Guesses the roles of columns: by what was chosen, then by names that data sets share, then by values.
-
-    Where several columns could have a role and no name decides, a person is asked.
-    """
+    """Guesses the roles of columns by what was chosen, then names that data sets share, then values; or asks."""
 
     every: Sequence[Column]
     chosen: Mapping[str, Column]

@@ -41,7 +41,6 @@ _MOST_WINDOWS, _STRIDE = 4, 32
 _WHOLE = 0.99  # of the records are within `max_length`: the longest does not decide what is public
 _MORE_SITES = (1000, 3000)  # from each of these numbers of records on, a simulation has one site more than two
 _FEW_UNITS, _FEW_OF_LABEL = 200, 5
-_MOST_SITES = 20  # that a column is taken to name
 _LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
 _SHARES = ((0.2, 0.1), (0.1, 0.05), (0.02, 0.01))  # for test and validation, smaller where there are more records
 _SMALLER_FROM = (1000, 10_000)
@@ -68,9 +67,7 @@ class Plan:
     windows: int  # into how many pieces a record is cut, where the task does so
     turns: Literal["model", "plain"] | None  # whose template writes them: the model's own, where it can be taken
     labels: Mapping[str, int]  # how many of the records have each, if any has it
-    places: Mapping[str, int]  # units by the value of the column of places
-    unplaced: int  # records without such a value
-    torn: int  # persons with records at several places
+    places: Mapping[str, int]  # units by the value of the column that says at which site each is; none: it has no such
     alike: int  # persons whose id is another's but for case
     misplaced: Mapping[str, int]  # records whose spans begin or end within words, by how they seem to be counted
 
@@ -108,7 +105,7 @@ def sites_for(units: int) -> int:
 def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None) -> Plan:
     """Read the file once more, as a run would that begins with the settings of `config`, the base of its kind.
 
-    Token ids are below `within`.
+    Token ids are below `within`.  A ConfigError says why the file cannot be dealt out by the column of sites.
     """
     base = KINDS[found.kind][1]
     task = task_named(_task_of(found) or config.task)
@@ -129,26 +126,31 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
             task.check_tokenizer(tokenizer, data=data)
         except ConfigError:
             data = replace(data, chat_template="plain")
-    faults, fault, places = Faults(), task.fault(data), _places(found)
+    faults, at = Faults(), defaultdict[str, Counter[str]](Counter)  # by place, the records of each user
     counts, num_of, users, usable, cut_words = list[int](), Counter[str](), set[str](), 0, Counter[str]()
-    for chunk in chunks(usable_records(found.path, roles, fault=fault, faults=faults, lenient=False)):
+    for chunk in chunks(usable_records(found.path, roles, fault=task.fault(data), faults=faults, lenient=False)):
         usable += len(chunk)
         for record in chunk:
             users.add(record.fields.get("user", ""))
+            at[record.fields.get("site", "")][record.fields.get("user", "")] += 1
             num_of.update(labels_of(record, data))
             cut_words.update(misplaced(record.fields))
         if len(counts) < _MEASURED_ROWS:
             counts += task.tokenise(chunk, reader, data=data, lenient_within=within).lengths.tolist()
-    at = defaultdict[str, Counter[str]](Counter)  # by place, the records of each user
-    if places is not None:  # read again, since a record without a place is one to a run that does not ask for it
-        columns = {**roles, "site": places.name}
-        for record in usable_records(found.path, columns, fault=fault, lenient=False):
-            at[record.fields["site"]][record.fields.get("user", "")] += 1
-    places_of = Counter(user for of_place in at.values() for user in of_place)
     left_out = faults.left_out(used=usable)
     # Where each has one record, a record is a person; but of a row without an id nobody knows whose it is.
     by_user = "user" in found.roles and (len(users) < usable or any("(role user)" in why for why in left_out.reasons))
     units = len(users) if by_user and usable else usable
+    places = {
+        place: len(at[place]) if by_user else at[place].total() for place in in_order(at) if "site" in found.roles
+    }
+    if by_user and sum(places.values()) > units:
+        bound = "must be the same in all records of a person, who is protected at one site; or use --unit record"
+        raise ConfigError("--site", found.roles["site"], bound)
+    for place, count in places.items():
+        if count < _LEAST_UNITS:
+            bound = f"must have at least {_LEAST_UNITS} of what is protected at each site; {place} has {count}"
+            raise ConfigError("--site", found.roles["site"], bound)
     # The most tokens are those of nearly all, rounded up, within reason; of images just theirs.
     lengths = np.array(counts[:_MEASURED_ROWS], dtype=np.int64)
     longest = int(np.quantile(lengths, _WHOLE, method="lower")) if counts else 1
@@ -156,7 +158,7 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
     more = math.ceil((longest - most) / (most - _STRIDE - 2)) if base == "own_entities" and longest > most else 0
     return Plan(
         base=base,
-        num_sites=sites or sites_for(units),
+        num_sites=len(places) or sites or sites_for(units),
         usable=usable,
         units=units,
         by_user=by_user and usable > 0,
@@ -166,9 +168,7 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
         windows=min(_MOST_WINDOWS, 1 + more),
         turns=None if data.chat_template == "none" else data.chat_template,
         labels={label: num_of[label] for label in in_order(num_of)},
-        places={place: len(at[place]) if by_user else at[place].total() for place in at},
-        unplaced=0 if places is None else usable - sum(of_place.total() for of_place in at.values()),
-        torn=sum(count > 1 for count in places_of.values()) if by_user else 0,
+        places=places,
         alike=len(users) - len({user.casefold() for user in users}) if by_user else 0,
         misplaced=cut_words,
     )
@@ -181,7 +181,7 @@ def _by_own_values(column: Column) -> FeatureSpec:
 
 def _task_of(found: Found) -> str | None:
     """The first task that learns such an answer from such a record; None: that of its experiment in conf/."""
-    roles = tuple(role for role in found.roles if role != "user")
+    roles = tuple(role for role in found.roles if role not in ("user", "site"))
     return next((name for name, task in TASKS.items() if roles in task.layouts), None)
 
 
@@ -214,20 +214,26 @@ def declared_size(plan: Plan, units: int | None = None) -> int:
     return max(1, int(share // unit * unit))
 
 
+def _sizes(plan: Plan) -> list[int]:
+    """A declared size for each site."""
+    return [declared_size(plan, count) for count in plan.places.values()] or [declared_size(plan)]
+
+
 def experiment(found: Found, plan: Plan, *, file: Path) -> str:
     """The YAML of an experiment that is to lie at `file`; relative paths in it begin at its folder."""
     # A name may hold the end of a line, and what follows would be a setting.
     about = f"# An experiment for {found.path.name}.  Run it with: {next_line(file)}"
-    own, by_place = plan.model_path is not None, _by_place(found, plan)
+    own = plan.model_path is not None
     pinned = {"path": plan.model_path, **dict.fromkeys(("sha256", "gguf_file", "revision", "licence"))}
     adapted = {"target_modules": "all-linear", "layers": None}
     adapts = plan.base != "own_images" and (own or plan.model is not None)
     task = _task_of(found) if found.kind in _OF_ANY_TASK else None
     zero = {"centre": False, "init": "zero"} if found.kind == "followed" else None
     unit = "user" if plan.by_user else None
-    places = len(plan.places) if any(line.startswith("partition:") for line in by_place) else None
-    # The power of ten that is at most a tenth of 1 over a site's size.
-    delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * declared_size(plan))))
+    named = [re.sub(r"[^A-Za-z0-9_-]+", "-", place).strip("-_")[:100] for place in plan.places]
+    site_names = named if all(named) and len({*named}) == len(named) > 0 else None
+    # The power of ten that is at most a tenth of 1 over the largest site's size.
+    delta = min(1e-5, 10.0 ** -math.ceil(math.log10(10 * max(_sizes(plan)))))
     lines = [
         "".join(letter if letter.isprintable() else "?" for letter in about),
         "# docs/configuration.md explains every setting.  Labels and lengths were read from the file: look at them",
@@ -247,10 +253,11 @@ def experiment(found: Found, plan: Plan, *, file: Path) -> str:
         "data:",
         *_settings(*_data(found, plan, file)),
         *_public_lists(found, plan),
-        *(f"  # {line}" for line in by_place),
         "federation:",
-        *_settings(("num_sites", plan.num_sites, "a simulation deals the file out to this many sites")),
-        *_settings(("num_sites", places, "by the column of sites"), within="  # "),
+        *_settings(
+            ("num_sites", plan.num_sites, "a simulation deals the file out to this many sites"),
+            ("site_names", site_names, "in the order of partition"),
+        ),
         "privacy:",
         *_settings(
             ("unit", unit, "all records of one person are protected together: docs/user_level.md"),
@@ -287,6 +294,8 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
     of_a_record = f"of a record; each takes its time, also in short ones{are_cut}"
     stride = min(_STRIDE, (plan.max_length - 2) // 2) if plan.base == "own_entities" else None
     units = "persons" if plan.by_user else "records"
+    sites = {value: place for place, value in enumerate(plan.places)}
+    sizes = _sizes(plan) if plan.places else declared_size(plan)
     return [
         ("train_file", str(path), "the records; relative paths begin at this page's folder"),
         ("columns", dict(found.roles), "role of fedtune: column of the file"),
@@ -301,8 +310,13 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
         ("stride", stride, "tokens that two windows share"),
         ("test_fraction", test, "share of the file for the scores before and after: no site trains on it"),
         ("validation_fraction", validation, "share for the scores after each round"),
-        ("declared_sizes", declared_size(plan), f"each site publishes this number of {units}: it becomes PUBLIC"),
-        ("dataset", run_name(file), "the name by which sites and ledgers know these records"),
+        ("partition", {"kind": "column", "sites": sites} if sites else None, "the site of each value of its column"),
+        ("declared_sizes", sizes, f"each site publishes this number of {units}: it becomes PUBLIC"),
+        (
+            "dataset",
+            run_name(Path(found.path.name.split(".")[0])),
+            "the name by which sites and ledgers know these records",
+        ),
     ]
 
 
@@ -329,45 +343,6 @@ def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
         yield "  labels: []"
 
 
-def _places(found: Found) -> Column | None:
-    """A column that may name the site of each record."""
-    named = [one for one in found.columns.values() if one.is_place and one.name not in found.roles.values()]
-    few = [one for one in named if one.is_label and len(one.labels) <= _MOST_SITES]
-    # The lines are comments, which the end of a line in a name would end.
-    return next((one for one in few if all(map(str.isprintable, (one.name, *one.labels, *found.roles.values())))), None)
-
-
-def _by_place(found: Found, plan: Plan) -> list[str]:
-    """Settings by which a simulation gives each site the records that a column says; or why there are none."""
-    places = _places(found)
-    if places is None:
-        return []
-    about = f"Column {places.name} may say at which site each record is"
-    units = {place: plan.places[place] for place in in_order(plan.places)}
-    if plan.torn:
-        persons = counted(plan.units, "person")
-        return [
-            f"{about}, but {plan.torn:,} of {persons} have records at several.",
-            "A person is protected at one site.  What works: to deal persons out by chance, as num_sites does;",
-            f"to write one site for each person into {places.name};",
-            "or data init with --unit record, which protects each record.",
-        ]
-    if len(units) < 2 or min(units.values()) < _LEAST_UNITS:
-        return [f"{about}, but a site there has fewer than {_LEAST_UNITS} of what is protected: too few to train on."]
-    settings: dict[str, Any] = {
-        "columns": {**found.roles, "site": places.name},
-        "declared_sizes": [declared_size(plan, count) for count in units.values()],
-        "partition": {"kind": "column", "sites": {value: place for place, value in enumerate(units)}},
-    }
-    settings |= {"unusable": "leave_out"} if plan.unplaced and not plan.left_out.count else {}
-    return [
-        f"{about}.",
-        "To deal records out by it, put these lines in place of columns and declared_sizes, and the other num_sites in",
-        "place of the first.",
-        *(f"{key}: {_scalar(value)}" for key, value in settings.items()),
-    ]
-
-
 def about_spellings(labels: Iterable[str]) -> list[str]:
     """A sentence about each group of labels that are probably meant as one."""
     together = defaultdict[str, list[str]](list)
@@ -383,8 +358,8 @@ def about_spellings(labels: Iterable[str]) -> list[str]:
 
 def notes(found: Found, plan: Plan) -> Iterator[str]:
     """Notes for the person before the first run."""
-    public = "This number becomes public; at a real site, the site chooses it in its site.toml."
-    yield f"declared_sizes: {declared_size(plan):,} was set near a site's share. {public}"
+    public = "Sizes are public; at a real site, the site chooses its own in its site.toml."
+    yield f"declared_sizes: {', '.join(f'{one:,}' for one in _sizes(plan))}, near what each site trains on. {public}"
     proposed = "Labels, target_range and max_length were proposed from nearly all records of the file"
     yield f"{proposed}, and become public too: change what says more than it should."
     if plan.by_user:
@@ -405,8 +380,6 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
         yield f"Labels with fewer than {_FEW_OF_LABEL} records: {', '.join(rare[:10])}. Each becomes public."
     if unusable := len(found.labels) - len(plan.labels):
         yield f"No class, since one row alone or none that can be used has it: {counted(unusable, 'label')}."
-    if about := _by_place(found, plan):
-        yield f"{about[0].removesuffix('.')}: comments in the file say what to do."
     for way, count in plan.misplaced.items():
         yield f"{count:,} of {plan.usable:,} records have parts that begin or end within a word{way and f' {way}'}."
     yield from found.notes

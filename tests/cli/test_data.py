@@ -77,6 +77,19 @@ def test_what_is_printed_of_a_file(here: Path, narrow: None) -> None:
     assert "becomes PUBLIC" in (here / "tickets.yaml").read_text()
 
 
+def test_init_replaces_an_experiment_by_force_and_names_the_data_set_after_its_file(here: Path) -> None:
+    typed = ("data", "init", "tickets.csv", "--model", "random_bert", "--out", "first.yaml")
+    command(*typed)
+    written = (here / "first.yaml").read_text()
+    (here / "first.yaml").write_text("name: mine")
+    assert "exists; choose another with --out, or move it away, or use --force" in command(*typed).failed()
+    command(*typed, "--force")
+    assert (here / "first.yaml").read_text() == written
+    assert "dataset: tickets " in written
+    (here / "x.yaml").mkdir()
+    assert "exists" in command(*typed[:-1], "x.yaml", "--force").failed()
+
+
 def test_what_is_printed_of_records(made: Path, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
     monkeypatch.setattr("fedtune.preparation.check_data.install_command", lambda extra: f"COMMAND FOR {extra}")

@@ -16,6 +16,7 @@ from fedtune.data.records import iter_records
 from fedtune.model.base_model import load_tokenizer
 from fedtune.preparation import starter
 from fedtune.preparation.detect import KINDS, look_at
+from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import task_named
 
 from ..data.conftest import chat as turns
@@ -41,8 +42,8 @@ class Made:
             return compose_run(["experiment=./own.yaml"])
 
 
-def made_for(path: Path, *, model: str = "random_bert") -> Made:
-    found = look_at(path, {})
+def made_for(path: Path, *, model: str = "random_bert", **chosen: str) -> Made:
+    found = look_at(path, chosen)
     base = KINDS[found.kind][1]
     left_open = ["data.train_file=x", "data.declared_sizes=2", *starter.left_open(base)]
     config = compose_run([f"experiment={base}", f"model={model}", *left_open])
@@ -200,43 +201,45 @@ def test_one_long_record_does_not_decide_what_becomes_public(tmp_path: Path) -> 
 # Sites by a column, and persons.
 
 
-def visits(folder: Path, person: Callable[[int], str], *, blank: int = 0) -> Made:
+def visits(folder: Path, person: Callable[[int], str], *, blank: int = 0, **chosen: str) -> Made:
     rows = [
         f"text {number},{'ab'[number % 2]},{'' if number < blank else 'NS'[number // 100]},{person(number)}"
         for number in range(200)
     ]
     (folder / "visits.csv").write_text("\n".join(["body,team,org,PatientID", *rows]) + "\n")
-    return made_for(folder / "visits.csv")
+    return made_for(folder / "visits.csv", **chosen)
 
 
-def test_a_column_of_places_is_proposed_in_comments_that_compose(tmp_path: Path) -> None:
-    rows = [f"text {number},{'ab'[number % 2]},{'NSS'[number % 3]}" for number in range(120)]
-    (tmp_path / "visits.csv").write_text("\n".join(["body,team,Hospital_ID", *rows]) + "\n")
-    made = made_for(tmp_path / "visits.csv")
-    assert "Column Hospital_ID may say at which site" in made.notes
-    replaced = ("columns", "declared_sizes", "num_sites")
-    kept = [line for line in made.text.splitlines() if line.strip().partition(":")[0] not in replaced]
-    open_ones = tuple(f"  # {key}:" for key in (*replaced, "partition"))
-    chosen = [line.replace("  # ", "  ", 1) if line.startswith(open_ones) else line for line in kept]
-    config = made.composed("\n".join(chosen) + "\n")
-    assert dict(config.data.partition.sites) == {"N": 0, "S": 1}
-    assert (config.data.columns["site"], config.federation.num_sites) == ("Hospital_ID", 2)
-    assert config.data.declared_sizes == (28, 56)
+def test_a_chosen_column_of_sites_deals_the_file_out_with_names_and_sizes(tmp_path: Path) -> None:
+    sites = ("N Coast", "South", "South")
+    rows = [f"text {number},{'ab'[number % 2]},{sites[number % 3]}" for number in range(120)]
+    (tmp_path / "visits.csv").write_text("\n".join(["body,desk,carrier", *rows]) + "\n")
+    with pytest.raises(DataError, match="columns desk, carrier = 'answers that there may be'"):
+        made_for(tmp_path / "visits.csv")
+    config = made_for(tmp_path / "visits.csv", site="carrier").composed()
+    assert dict(config.data.partition.sites) == {"N Coast": 0, "South": 1}
+    assert (config.data.columns["site"], config.federation.names) == ("carrier", ("N-Coast", "South"))
+    assert (config.data.declared_sizes, config.data.dataset) == ((28, 56), "visits")
 
 
-def test_persons_at_several_places_are_counted_and_get_what_works(tmp_path: Path) -> None:
-    made = visits(tmp_path, lambda number: f"p{number % 60}")
-    assert made.plan.torn == 60
-    assert "Column org may say at which site each record is, but 60 of 60 persons have records at several." in made.text
-    assert "--unit record" in made.text
-    assert "# partition:" not in made.text
+def test_names_of_sites_that_no_site_can_have_are_numbers(tmp_path: Path) -> None:
+    rows = [f"text {number},{'ab'[number % 2]},{('Köln', 'K?ln')[number % 2]}" for number in range(120)]
+    (tmp_path / "visits.csv").write_text("\n".join(["body,team,carrier", *rows]) + "\n")
+    config = made_for(tmp_path / "visits.csv", site="carrier").composed()
+    assert (config.federation.names, len(config.data.partition.sites)) == (("site-1", "site-2"), 2)
 
 
-def test_places_get_the_number_of_their_persons(tmp_path: Path) -> None:
-    made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2)
-    assert (made.plan.torn, made.plan.units) == (0, 50)
-    assert (made.plan.places, made.plan.unplaced) == ({"N": 25, "S": 25}, 2)
-    assert {"  # declared_sizes: [17, 17]", "  # unusable: leave_out"} < set(made.text.splitlines())
+def test_a_column_of_sites_must_keep_persons_together_and_have_enough_at_each(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--site = 'org': must be the same in all records of a person"):
+        visits(tmp_path, lambda number: f"p{number % 60}", site="org")
+    with pytest.raises(ConfigError, match=r"--site = 'org': must have at least 20 of what is protected.*; N has 10"):
+        visits(tmp_path, lambda number: f"p{number // 10}", site="org")
+
+
+def test_sites_get_the_number_of_their_persons(tmp_path: Path) -> None:
+    made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
+    assert (made.plan.places, made.plan.units, made.plan.left_out.count) == ({"N": 25, "S": 25}, 50, 2)
+    assert (made.settings["data"]["declared_sizes"], made.settings["data"]["unusable"]) == ([17, 17], "leave_out")
 
 
 def test_ids_that_differ_in_case_alone_are_counted(tmp_path: Path) -> None:
