@@ -36,9 +36,11 @@ from fedtune.words import counted
 _MEASURED_ROWS = 20_000  # rows whose lengths are taken; more would say the same
 _LONGEST_TOLD = 4096  # tokens up to which lengths are told apart
 _STEP = 16
-_MOST_TOKENS = 256  # of an example, where the file has longer ones: time and memory grow with it
+_MOST_TOKENS, _MOST_OF_MOST = 256, 512
+"""Of an example, for all but 1 % and 10 % of the records: time and memory grow with it, and most bases take so many."""
 _MOST_WINDOWS, _STRIDE = 4, 32
-_WHOLE = 0.99  # of the records are within `max_length`: the longest does not decide what is public
+_WHOLE, _MOST_OF_THEM = 0.99, 0.9
+"""Of the records within `max_length`, where these are short, and at least: not the longest decides what is public."""
 _MORE_SITES = (1000, 3000)  # from each of these numbers of records on, a simulation has one site more than two
 _FEW_UNITS, _FEW_OF_LABEL = 200, 5
 _LEAST_UNITS = 20  # of a site: with fewer, all may be kept for the test
@@ -153,8 +155,10 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
             raise ConfigError("--site", found.roles["site"], bound)
     # The most tokens are those of nearly all, rounded up, within reason; of images just theirs.
     lengths = np.array(counts[:_MEASURED_ROWS], dtype=np.int64)
-    longest = int(np.quantile(lengths, _WHOLE, method="lower")) if counts else 1
-    most = longest if base == "own_images" else min(_MOST_TOKENS, max(_STEP, math.ceil(longest / _STEP) * _STEP))
+    longest, usual = (int(np.quantile(counts or [1], share, method="lower")) for share in (_WHOLE, _MOST_OF_THEM))
+    usual = min(usual, _MOST_OF_MOST) if base != "own_entities" else 0  # these have windows
+    most = max(_STEP, math.ceil(max(min(longest, _MOST_TOKENS), usual) / _STEP) * _STEP)
+    most = longest if base == "own_images" else most
     more = math.ceil((longest - most) / (most - _STRIDE - 2)) if base == "own_entities" and longest > most else 0
     return Plan(
         base=base,
@@ -217,6 +221,12 @@ def declared_size(plan: Plan, units: int | None = None) -> int:
 def _sizes(plan: Plan) -> list[int]:
     """A declared size for each site."""
     return [declared_size(plan, count) for count in plan.places.values()] or [declared_size(plan)]
+
+
+def _num_cut(plan: Plan) -> int:
+    """How many records are longer than what a run reads of them."""
+    read = plan.max_length + (plan.windows - 1) * (plan.max_length - _STRIDE - 2)
+    return int((plan.lengths > read).sum())
 
 
 def experiment(found: Found, plan: Plan, *, file: Path) -> str:
@@ -285,8 +295,7 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
     lies_within = "the least and the largest number: it becomes PUBLIC, and records outside are left out"
     turns = "turns as the model's own template writes them (model), or in words (plain)"
     lacking = f"{counted(plan.left_out.count, 'row')} cannot be used"
-    read = plan.max_length + (plan.windows - 1) * (plan.max_length - _STRIDE - 2)
-    cut = int((plan.lengths > read).sum())
+    cut = _num_cut(plan)
     are_cut = f"; {cut:,} of {len(plan.lengths):,} records are longer and are cut" if cut else ""
     most = f"places of an image in the model{are_cut}"
     if plan.base != "own_images":
@@ -383,6 +392,12 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
     for way, count in plan.misplaced.items():
         yield f"{count:,} of {plan.usable:,} records have parts that begin or end within a word{way and f' {way}'}."
     yield from found.notes
+    if cut := _num_cut(plan):
+        lost = "the beginning of what stands before their answer" if found.kind in _TURNS else "their end"
+        yield (
+            f"{cut:,} of {len(plan.lengths):,} records are longer than max_length ({plan.max_length} tokens) and lose "
+            f"{lost}: raise it, or shorten them."
+        )
     if len(plan.lengths) == _MEASURED_ROWS:
         yield f"Lengths are of the first {_MEASURED_ROWS:,} rows."
 

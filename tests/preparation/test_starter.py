@@ -191,6 +191,26 @@ def test_a_label_of_one_row_is_not_made_public(tmp_path: Path, separator: str) -
     assert "can be used has it: 1 label." in made.notes
 
 
+@pytest.mark.parametrize("words", [120, 5000])
+def test_long_texts_are_read_as_far_as_most_reach_and_what_is_lost_is_said_last(tmp_path: Path, words: int) -> None:
+    rows = [{"body": "ab " * (words if number % 20 else 3 * words), "kind": "ab"[number % 2]} for number in range(200)]
+    made = made_for(lines(tmp_path, *rows))
+    usual = int(made.plan.lengths[1])
+    assert usual > 256, "which a record of such a file has at most otherwise"
+    assert made.plan.max_length == min(512, -(-usual // 16) * 16)
+    lost = int((made.plan.lengths > made.plan.max_length).sum())
+    assert made.notes.splitlines()[-1].startswith(f"{lost:,} of 200 records are longer than max_length (")
+
+
+def test_a_long_context_is_said_to_cost_the_beginning_of_what_is_asked(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"what of {n}?", "context": "a " * (3000 if n % 5 else 3), "answer": f"it is {n}, and so"}
+        for n in range(60)
+    ]
+    made = made_for(lines(tmp_path, *rows), model="random_llama")
+    assert "and lose the beginning of what stands before their answer" in made.notes
+
+
 def test_one_long_record_does_not_decide_what_becomes_public(tmp_path: Path) -> None:
     before = made_for(table(tmp_path, 120)).plan.max_length
     made = made_for(table(tmp_path, 120, more=f"{'word ' * 200},yes\n"))
