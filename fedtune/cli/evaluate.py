@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fedtune.cli.command import AsJson, Option, answer
 from fedtune.cli.finished_run import Columns, Device, Run, columns_by_option, compared_rows, finished_run
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, constant_words
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
 from fedtune.tasks.measures import Detail
 from fedtune.words import counted
@@ -51,6 +51,8 @@ def evaluate(
         "units": found.num_units,
         "prompts": num_prompts,
     }
+    if found.constant is not None:
+        figures |= {"constant_answer": {found.judged_by: found.constant}}
     if detail is not None:
         figures |= {"detail": detail}
     notes = list(_notes(found, scores, num_prompts=num_prompts))
@@ -91,6 +93,9 @@ def _detailed(detail: Detail) -> Iterator[Section]:
 
 
 def _notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: int) -> Iterator[str]:
+    if found.constant is not None:
+        tuned = scores[found.judged_by].tuned
+        yield constant_words("the tuned model", tuned, found.constant, score=found.judged_by, num_units=found.num_units)
     name, first = next(iter(scores.items()))
     before, after = (f"{one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in (first.base, first.tuned))
     told = f"{before} before training, {after} after it"

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.spec import DataError
+from fedtune.words import score_words
 
 Figures: TypeAlias = Mapping[str, npt.NDArray[np.float64]]  # inputs of scores, by name: the first axis is the record
 Scores: TypeAlias = Callable[[Figures], Mapping[str, float]]
@@ -164,6 +165,15 @@ def _estimate(value: float, drawn: npt.NDArray[np.float64]) -> Estimate:
         return Estimate(value, math.nan, math.nan)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high))
+
+
+def constant_words(model: str, found: Estimate, constant: float, *, score: str, num_units: int) -> str:
+    """What a model's interval says of it beside a constant answer, whose score on the same units counts as known."""
+    ends = sorted(direction(score) * (end - constant) for end in (found.low, found.high))
+    is_told = num_units >= FEWEST_UNITS and (ends[0] > 0 or ends[1] < 0)
+    what = f"is {'better' if ends[0] > 0 else 'worse'} than" if is_told else f"{NO_DIFFERENCE} from"
+    told = f"{score_words(score)} {found.value:.4f} ({found.low:.4f} to {found.high:.4f}) against {constant:.4f}"
+    return f"{model[:1].upper()}{model[1:]} {what} the best constant answer, the same to each record: {told}."
 
 
 def direction(name: str) -> int:

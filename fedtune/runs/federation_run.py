@@ -198,17 +198,19 @@ class FederationRun:
         """Write `run.json`; `digest` is that of the final adapter, which is saved."""
         config, test = self.config, self.shared.test
         unit = 1 if sys.platform == "darwin" else 1024
+        guess = task_named(config.task).guess(test.examples) if test else None
         findings = findings_of(
             state.rounds,
             state.metrics_before,
             metrics,
             judged_by=config.judged_by,
-            guess=task_named(config.task).guess(test.examples) if test else None,
+            guess=guess,
             rows=len(test.records) if test else 0,
         )
         final = FinalResult(
             metrics=metrics,
             metrics_before=state.metrics_before,
+            constant=guess,
             seconds=seconds,
             # Of this process: Ray's actors are not its children.
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,

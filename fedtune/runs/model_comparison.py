@@ -40,6 +40,7 @@ class SideBySide:
     means: Mapping[str, Sequence[str]]  # by name, models whose mean counts as one more
     score: Scores  # from figures to scores
     detailed: Callable[[Figures], Detail | None]  # from figures to the detail behind the scores; None: nothing
+    constant: float | None = None  # the score that counts of the best constant answer; None: there is no such
 
     @property
     def unit(self) -> Unit:
@@ -170,6 +171,7 @@ def side_by_side(
         means=means or {},
         score=partial(scored.final_scores if final else scored.scores, spec=saved.model.spec),
         detailed=partial(scored.detail, spec=saved.model.spec),
+        constant=scored.guess(data.examples) if records is None else None,
     )
 
 

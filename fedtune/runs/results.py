@@ -38,6 +38,7 @@ class FinalResult:
     metrics_before: Scores = field(default_factory=dict)
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+    constant: float | None = None  # the score that counts of the best constant answer to the test file; None: no such
     findings: tuple[str, ...] = ()  # what the scores say against the training: codes, as `findings_of` gives them
     # whose round's adapter was scored, where the settings let validation scores decide; None: the last one's
     kept: Kept | None = None

@@ -231,6 +231,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
     if final.metrics:
         before = f" (before: {_scores(final.metrics_before)})" if final.metrics_before else ""
         say_here(f"test: {_scores(final.metrics)}{before}", style="bold")
+        if final.constant is not None:
+            say_here(f"best constant answer: {_scores({config.judged_by: final.constant})}")
     for code in final.findings:
         say_here(_finding(code, config), style="yellow")
     took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.data.records import Record, column_values
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, Estimate
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, NO_DIFFERENCE, RESAMPLES, Comparison, Estimate, constant_words
 from fedtune.evaluation.groups import OTHERS, GroupScores
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section
@@ -146,7 +146,10 @@ class Compared:
     def verdict(self) -> list[str]:
         """The result in sentences; the first is the one that matters most."""
         compare, base, private = self.sides.comparison, self.models[0], self.lines[0].private
-        told = [self._sentence(base)]
+        told, constant, score = [self._sentence(base)], self.sides.constant, self.sides.judged_by
+        if constant is not None:
+            mine = self.sides.estimate(self.main, score)
+            told.insert(0, constant_words(self.main, mine, constant, score=score, num_units=self.sides.num_units))
         others = [name for name in self.sides.measured if name not in (self.main, base)]
         for verdict in ("better", "worse"):
             if names := [name for name in others if compare(name, self.main).verdict == verdict]:
@@ -208,6 +211,8 @@ class Compared:
         base, *others = self.models
         own = self.sides.estimate(base, self.sides.judged_by)
         rows = [(base, _figure(own.value), _ends(own), "", "", "")]
+        if self.sides.constant is not None:
+            rows.append(("best constant answer", _figure(self.sides.constant), "", "", "", ""))
         for name in others:
             found = self.sides.comparison(base, name)
             rows.append((name, _figure(found.tuned.value), _ends(found.tuned), *changed(found)))
@@ -300,6 +305,7 @@ class Compared:
                 "unit": sides.unit,
                 "units": sides.num_units,
                 "judged_by": sides.judged_by,
+                "constant_answer": sides.constant,
                 "compared_with": self.main,
                 "verdict": self.verdict(),
                 "models": models,

@@ -208,6 +208,8 @@ def test_scores_stand_beside_those_of_the_base(runs: Path, tmp_path: Path) -> No
         assert one["difference"]["low"] <= one["difference"]["high"]
         assert re.search(rf"{name} +{one['base']['value']:.4f} +{one['tuned']['value']:.4f}", outcome.out)
         assert one["verdict"] in outcome.out
+    assert told["constant_answer"] == {"accuracy": 0.5}
+    assert "the best constant answer, the same to each record: accuracy" in " ".join(outcome.out.split())
     # Before training, the head is zero: every label is as likely as any other.
     assert told["beside_base"]["loss"]["base"]["value"] == pytest.approx(4.3438, abs=1e-4)
     trained_on = "trained on records of this file: these scores say nothing about new ones"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from fedtune.evaluation.bootstrap import FEWEST_UNITS, compared, drawn
+from fedtune.evaluation.bootstrap import FEWEST_UNITS, Estimate, compared, constant_words, drawn
 from fedtune.evaluation.groups import OTHERS, by_group, merged
 from fedtune.spec import DataError
 from fedtune.tasks.measures import macro_f1
@@ -62,6 +62,24 @@ def test_a_draw_takes_a_user_with_all_records() -> None:
     assert by_user.value == by_record.value
     ratio = (by_user.high - by_user.low) / (by_record.high - by_record.low)
     assert ratio == pytest.approx(math.sqrt(10), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("score", "constant", "num_units", "verdict"),
+    [
+        ("accuracy", 0.55, 40, "is better than"),
+        ("accuracy", 0.75, 40, "cannot be told apart from"),
+        ("accuracy", 0.95, 40, "is worse than"),
+        ("loss", 0.95, 40, "is better than"),
+        ("accuracy", 0.55, 9, "cannot be told apart from"),
+    ],
+)
+def test_model_is_judged_against_the_best_constant_answer(
+    score: str, constant: float, num_units: int, verdict: str
+) -> None:
+    said = constant_words("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
+    told = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
+    assert said == f"The run {verdict} the best constant answer, the same to each record: {told}"
 
 
 def test_few_units_prove_nothing_nor_does_a_group_of_few() -> None:

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def test_runs_of_one_base_share_it_whatever_their_adapters_are(runs: Runs) -> No
     found = side_by_side({name: runs[name] for name in ("four", "two")})
     assert list(found.measured) == ["base", "four", "two"]
     assert (found.num_units, found.unit, found.scores[0]) == (20, "record", "accuracy")
+    most = max(Counter(record.fields["label"] for record in found.records).values())
+    assert found.constant == most / 20
     for name in ("four", "two"):
         final = result_of(runs[name][1].parent)["final"]
         assert found.estimate(name, "loss").value == pytest.approx(final["metrics"]["loss"])

@@ -114,6 +114,7 @@ def results() -> Iterator[tuple[str, RunResult]]:
     yield "seeded noise", result(seeded_noise=True)
     rounds = tuple(round_of(n, site_scores={"site-1": (n / 8, 1.0)}) for n in (1, 2))
     yield "noised scores", replace(result(), rounds=rounds)
+    yield "a constant answer", replace(result(), final=replace(result().final, constant=0.552))
     for code in (DATA_CHANGED, DIVERGED, WORSE, GUESS):
         yield f"finding {code}", replace(result(), final=replace(result().final, findings=(code,)))
 
