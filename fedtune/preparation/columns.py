@@ -44,7 +44,8 @@ _WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # the fewest words
 _FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
 _ODD_SHOWN = 3
 WORDS = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
-NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, words in WORDS["names"].items()}
+_LISTS_OF_NAMES = (one.partition(":") for some in WORDS["names"].values() for one in some.split(";"))
+NAMES: Mapping[str, tuple[str, ...]] = {what.strip(): tuple(words.split()) for what, _, words in _LISTS_OF_NAMES}
 """By what a column is: how it may be called.  What is not of itself plain:
 
 `answers` are what nothing else is called, and `labels` answers of few values; `topics` are answers to a text and often

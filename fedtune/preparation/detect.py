@@ -51,8 +51,7 @@ _FOLLOWED = (_Part("time", (), "is_number"), _Part("event", (), "is_event"))
 _BESIDE = (_Part("user", (), "is_id"), _Part("site", (), "is_label"))  # any kind of records
 _IMAGE, _ASKED = _Part("image", NAMES["images"], "is_image"), NAMES["prompts"] + NAMES["chats"]
 _INPUTS, _TIMED = frozenset({"text", "text_pair", "image"}), frozenset({"time", "event"})
-_ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)
-"""What may be chosen of an answer, be it to a text, an image or a table; several labels are chosen as one is."""
+_ANSWERS = (frozenset({"label"}), frozenset({"target"}), _TIMED)  # what may be chosen of an answer
 _MAY_ANSWER = [*NAMES["labels"], *NAMES["topics"], *NAMES["numbers"], *NAMES["completions"], *NAMES["positives"]]
 _BY_VALUES, _SCORES = "its values", (*NAMES["scores"], "label", "target")
 
@@ -404,7 +403,9 @@ class _Guess:
         texts = [one for one in others if not one.is_label] or others
         if named := self._named(NAMES["texts"], fits, but=[one for one in self.every if one not in texts]):
             return named, "its name"
-        return (max(texts, key=lambda one: one.mean_characters), "the longest texts") if texts else None
+        if fits == "is_prose" and len(texts) > 1 and not {*texts} <= {*self._pair()}:
+            raise _refusal(self.path, "texts", texts)
+        return (max(texts, key=lambda one: one.mean_characters), "its texts") if texts else None
 
     def _texts(self, fits: str, *, but: Collection[Column] = ()) -> list[Column]:
         """The columns that a record may be about; a remark that few rows have is not."""

@@ -122,7 +122,7 @@ def test_a_score_has_the_usual_scale_that_holds_it(tmp_path: Path, scores: Any, 
     given = rows({"text1": own, "text2": own, "similarity": scores}, 9)
     found = seen(tmp_path, given)
     assert (found.kind, found.settings) == ("scored", {"target_range": scale})
-    with pytest.raises(DataError, match="columns text1, text2 = 'several texts or images, and no answer'"):
+    with pytest.raises(DataError, match="columns text1, text2 = 'several texts or images'"):
         seen(tmp_path, [row | {"similarity": 3} for row in given])  # what never changes is no score
     with pytest.raises(DataError, match=r"column similarity = '.*text': must have 2 to 200 different texts"):
         seen(tmp_path, [*given, given[0] | {"similarity": "very"}])

@@ -57,8 +57,10 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "a topic of a table": (TABLE | {"category": SHAPE}, "must be one: choose with --label COLUMN"),
     "a topic of texts": ({"text": own, "kappa": WARD, "category": SHAPE}, "labelled: text label=category; not kappa"),
     "a last word": ({"text": own, "kappa": WARD, "mu_sentiment": AB}, "labelled: text label=mu_sentiment; not kappa"),
-    "two texts alone": ({"sigma": own, "rho": lambda n: own(n) * 2}, "several texts or images, and no answer"),
-    "captions": ({"sigma": own, "rho": PNG}, "several texts or images, and no answer"),
+    "two texts alone": ({"sigma": own, "rho": lambda n: own(n) * 2}, "several texts or images"),
+    "two texts with an answer": ({"sigma": own, "rho": own, "kappa": WARD}, "several texts or images"),
+    "a usual name of two": ({"text": own, "rho": own, "kappa": WARD}, "labelled: text label=kappa; not rho"),
+    "captions": ({"sigma": own, "rho": PNG}, "several texts or images"),
     "lists of texts": (
         {"query": own, "pos": [own(1)], "neg": [own(2)]},
         "must be a label, a number, or a list of labels",
@@ -137,7 +139,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
         {"clause 1": own, "clause 2": own, "score": AGE},
         "scored: text=clause 1 other=clause 2 target=score",
     ),
-    "without an answer": ({"clause1": own, "clause2": own}, "several texts or images, and no answer"),
+    "without an answer": ({"clause1": own, "clause2": own}, "several texts or images"),
     "three texts": ({"clause1": own, "clause2": own, "clause3": own}, "several texts"),
     "questions": (
         {"question": own, "sentence": own, "label": (0, 1)},
