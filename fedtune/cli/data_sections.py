@@ -39,13 +39,8 @@ def file_sections(found: Found, plan: starter.Plan) -> Iterator[Section]:
     """The kind of the file, its columns, its first rows and its labels."""
     unread = f", and {counted(found.num_faults, 'row')} that cannot be read" if found.num_faults else ""
     yield pairs({"file": f"{found.path}, {counted(found.rows, 'row')}{unread}", "kind": KINDS[found.kind][0]})
-    yield Section(
-        title="What was chosen",
-        headings=("role", "column", "why", "another by"),
-        rows=tuple(found.options),
-        words={0, 1, 2, 3},
-        notes=found.notes,
-    )
+    headings: tuple[str, ...] = ("role", "column", "why", "another by")
+    yield Section("What was chosen", headings, tuple(found.options), words=range(4), notes=found.notes)
     yield _shortened("Columns that no run reads", ("column", "why"), tuple(found.unread))
     held = tuple(
         (one.name, f"{one.filled:,}", one.holds or "nothing", f"{len(one.labels):,}" if one.values else "many")
@@ -61,7 +56,7 @@ def file_sections(found: Found, plan: starter.Plan) -> Iterator[Section]:
     columns = found.roles.values()
     rows = [tuple(_short(_text(row.get(column, ""))) for column in columns) for row in found.first]
     headings = tuple(f"{role}: {column}" for role, column in found.roles.items())
-    yield Section(title="First rows", headings=headings, rows=rows, words=range(len(columns)))
+    yield Section("First rows", headings, rows, words=range(len(columns)))
     yield _labels(plan.labels, plan.usable)
     yield Section(title="Rows that cannot be read", notes=tuple(map(str, found.faults)))
 
@@ -82,13 +77,7 @@ def _shortened(
     title: str, headings: tuple[str, ...], rows: tuple[tuple[str, ...], ...], *, words: Collection[int] = range(4)
 ) -> Section:
     more = len(rows) - _MOST_COLUMNS
-    return Section(
-        title=title,
-        headings=headings,
-        rows=rows[:_MOST_COLUMNS],
-        words=words,
-        notes=(f"and {more:,} more",) if more > 0 else (),
-    )
+    return Section(title, headings, rows[:_MOST_COLUMNS], words=words, notes=[f"and {more:,} more"] if more > 0 else ())
 
 
 def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
@@ -104,41 +93,28 @@ def input_section(found: Found, plan: starter.Plan, model: str) -> Section:
                 holds = f"{min(one.numbers):g} to {max(one.numbers):g}" if one.size is None else ""
             lacking = f"{found.rows - one.filled:,}" if one.filled < found.rows else ""
             rows.append((one.name, what, holds, lacking))
-        return Section(
-            title="Features, and the file's own values: shown here alone",
-            headings=("column", "seems to be", "in the file", "rows without"),
-            rows=rows,
-            words={0, 1, 2},
-            notes=_WORDS["about_features"],
+        title, headings = (
+            "Features, and the file's own values: shown here alone",
+            ("column", "seems to be", "in the file"),
         )
+        return Section(title, (*headings, "rows without"), rows, words={0, 1, 2}, notes=_WORDS["about_features"])
     shares = (int(np.quantile(plan.lengths, share)) for share in (0.5, 0.9, 1.0))
     row = tuple(f"{count:,}" for count in (*shares, plan.max_length))
-    headings = ("median", "90 % have at most", "longest", "max_length")
-    title = f"Tokens of a record, by the tokenizer of {model}"
-    return Section(title=title, headings=headings, rows=(row,), words=())
+    of_lengths = ("median", "90 % have at most", "longest", "max_length")
+    return Section(f"Tokens of a record, by the tokenizer of {model}", of_lengths, [row], words=())
 
 
 def check_sections(checked: Checked) -> Iterator[Section]:
     """Findings in an experiment's files."""
     for file in checked.files:
         yield from _file_check(file, checked.max_length)
-    yield Section(
-        title="Declared sizes",
-        headings=("site", "declared", "to train on", "declared / true"),
-        rows=[
-            (site, f"{one['declared']:,}", f"{one['true']:,}", f"{one['declared'] / max(1, one['true']):.2f}")
-            for site, one in checked.sizes.items()
-        ],
-        styles={
-            place: "bold yellow"
-            for place, one in enumerate(checked.sizes.values())
-            if is_far(one["true"], one["declared"])
-        },
-        notes=(
-            "Training divides by the declared size. If you declare too many records, each step is too small; if too "
-            "few, too large.",
-        ),
-    )
+    rows, far = list[tuple[str, ...]](), dict[int, str]()
+    for place, (site, one) in enumerate(checked.sizes.items()):
+        declared, true = one["declared"], one["true"]
+        rows.append((site, f"{declared:,}", f"{true:,}", f"{declared / max(1, true):.2f}"))
+        far |= {place: "bold yellow"} if is_far(true, declared) else {}
+    headings = ("site", "declared", "to train on", "declared / true")
+    yield Section("Declared sizes", headings, rows, styles=far, notes=[_WORDS["about_sizes"]])
     yield Section(title="Not looked at", notes=checked.skipped)
 
 
@@ -153,20 +129,12 @@ def _file_check(file: FileCheck, max_length: int) -> Iterator[Section]:
     yield Section(notes=(f"{left_out}.",) if left_out.is_much else ())
     left = left_out.count - len(file.errors)
     in_all = f"and {left:,} more; in all:" if left else "In all:"
-    yield Section(
-        title="Errors",
-        headings=("where", "what is there", "what a run needs"),
-        rows=file.errors,
-        words={0, 1, 2},
-        notes=[in_all, *(f"{count:,} {why}" for why, count in file.num_errors.items())] if file.errors else (),
-    )
-    yield Section(
-        title="Findings",
-        headings=("what", "column", "records", "share", file.places),
-        rows=tuple(_finding(one, usable) for one in file.findings) or (("nothing", "", "", "", ""),),
-        words={0, 1, 4},
-        notes=tuple(dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)),
-    )
+    why = [in_all, *(f"{count:,} {why}" for why, count in file.num_errors.items())] if file.errors else ()
+    yield Section("Errors", ("where", "what is there", "what a run needs"), file.errors, words={0, 1, 2}, notes=why)
+    headings = ("what", "column", "records", "share", file.places)
+    rows = [_finding(one, usable) for one in file.findings] or [("nothing", "", "", "", "")]
+    meanings = [*dict.fromkeys(_FOUND[one.kind][1] for one in file.findings)]
+    yield Section("Findings", headings, rows, words={0, 1, 4}, notes=meanings)
     yield _labels(file.labels, usable)
     notes = starter.about_spellings(file.labels)
     for label, count in file.spelt_otherwise.items():
@@ -189,30 +157,17 @@ def _labels(labels: Mapping[str, int], records: int, word: str = "label") -> Sec
     notes = [f"and {counted(len(left), 'other')} with {sum(count for _, count in left):,} records"] if left else []
     if missing := sum(not count for count in labels.values()):
         notes.append(f"{counted(missing, f'declared {word}')} without a record")
-    return Section(
-        title=f"{word.capitalize()}s",
-        headings=(word, "records", "share"),
-        rows=tuple((label, f"{count:,}", f"{count / max(1, records):.1%}") for label, count in most[:_MOST_LABELS]),
-        notes=notes,
-    )
+    rows = [(label, f"{count:,}", f"{count / max(1, records):.1%}") for label, count in most[:_MOST_LABELS]]
+    return Section(f"{word.capitalize()}s", (word, "records", "share"), rows, notes=notes)
 
 
 def _histogram(found: Lengths, max_length: int) -> Section:
     most = max(count for *_, count in found.bins)
-    return Section(
-        title="Tokens of a record",
-        headings=("tokens", "records", ""),
-        rows=tuple(
-            (f"{start:,} to {end:,}", f"{count:,}", "\u2588" * -(-_BAR * count // most))
-            for start, end, count in found.bins
-        ),
-        words={0, 2},
-        whole={0, 2},
-        notes=(
-            f"Half have at most {found.median:,}, nine of ten {found.most_of_them:,}, the longest {found.longest:,}. "
-            f"data.max_length is {max_length:,}.",
-        ),
-    )
+    bars = ((f"{start:,} to {end:,}", count, "\u2588" * -(-_BAR * count // most)) for start, end, count in found.bins)
+    rows = [(tokens, f"{count:,}", bar) for tokens, count, bar in bars]
+    told = f"Half have at most {found.median:,}, nine of ten {found.most_of_them:,}, the longest {found.longest:,}. "
+    told += f"data.max_length is {max_length:,}."
+    return Section("Tokens of a record", ("tokens", "records", ""), rows, words={0, 2}, whole={0, 2}, notes=[told])
 
 
 def clean_sections(done: Cleaned) -> Iterator[Section]:
@@ -220,23 +175,11 @@ def clean_sections(done: Cleaned) -> Iterator[Section]:
     dropped = done.dropped.total()
     yield pairs({"rows": f"{done.kept + dropped:,}", "kept": f"{done.kept:,}", "dropped": f"{dropped:,}"})
     why = {**RULES, UNREADABLE: "the row cannot be read"}
-    yield Section(
-        title="Dropped",
-        headings=("rule", "rows", ""),
-        rows=tuple((rule, f"{count:,}", why[rule]) for rule, count in done.dropped.items()),
-        words={0, 2},
-    )
-    yield Section(
-        title="Masked",
-        headings=("identifier", "places"),
-        rows=tuple((kind, f"{count:,}") for kind, count in done.masked.items()),
-        notes=(_FOUND["personal"][1],) if done.masked else (),
-    )
-    text = (
-        "Whether a duplicate was kept went by the records before it: the guarantee is about the records of the new "
-        "file, not about those that were dropped."
-    )
-    yield Section(notes=[text] if {"duplicates", "near-duplicates"} & set(done.dropped) else ())
+    by_rule = [(rule, f"{count:,}", why[rule]) for rule, count in done.dropped.items()]
+    yield Section("Dropped", ("rule", "rows", ""), by_rule, words={0, 2})
+    places = [(kind, f"{count:,}") for kind, count in done.masked.items()]
+    yield Section("Masked", ("identifier", "places"), places, notes=[_FOUND["personal"][1]] if places else ())
+    yield Section(notes=[_WORDS["about_dropped"]] if {"duplicates", "near-duplicates"} & set(done.dropped) else ())
 
 
 def codes_sections(done: Cleaned, codes: Mapping[str, Sequence[str]], same: Mapping[str, str]) -> Iterator[Section]:
@@ -266,15 +209,18 @@ def copies_sections(near: Sequence[Near], usual: Sequence[Near], read: Mapping[s
         notes.append(f"WARNING, at least twice what is ordinary: {', '.join(rows[at][0] for at in warned)}.")
     yield pairs({at.rpartition("/")[2]: f"{n.rows - n.count:,} of {counted(n.rows, 'row')}" for at, n in read.items()})
     what_again = ("synthetic records with", "records", "share", "ordinary", "longest run / text")
-    yield Section(title="What comes up again", headings=what_again, rows=rows, styles=warned, notes=notes)
-    headings, longest = ("words", "of text", "synthetic", "own", "run"), []
-    for one in [one for one in near[:10] if one.words]:
-        longest.append((f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _short(one.run, 300)))
-    yield Section(title="Longest runs of words", headings=headings, rows=longest, words={2, 3, 4}, whole={2, 3})
+    yield Section("What comes up again", what_again, rows, styles=warned, notes=notes)
+    longest = [
+        (f"{one.words:,}", f"{one.share:.0%}", one.place, one.of, _short(one.run, 300))
+        for one in near[:10]
+        if one.words
+    ]
+    headings = ("words", "of text", "synthetic", "own", "run")
+    yield Section("Longest runs of words", headings, longest, words={2, 3, 4}, whole={2, 3})
     again = sorted((count, kind, one.place, own) for one in near for kind, count, own in one.details)
     details = [(kind, f"{count:,}", *places) for count, kind, *places in again[:10]]
     kinds = ("kind", "own records with it", "synthetic", "first own one")
-    yield Section(title="Likely personal details", headings=kinds, rows=details, words={0, 2, 3})
+    yield Section("Likely personal details", kinds, details, words={0, 2, 3})
     how = install_command("data")
     missing = [f"Texts almost the same were not looked for: datasketch is not installed ({how})."]
     yield Section(title="To know", notes=[*ABOUT_COPIES, *([] if is_installed("datasketch") else missing)])

@@ -25,13 +25,14 @@ SCHEMA_VERSION = 1  # of what `--json` prints
 _NARROWEST = 8  # column of words
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Section:
     """A table with what is to be said about it."""
 
     title: str = ""
     headings: tuple[str, ...] = ()  # of the columns; empty: without headings
     rows: Sequence[tuple[str, ...]] = ()
+    _: dataclasses.KW_ONLY
     # numbers of the columns that hold words, which stand on the left and may be broken; the others hold
     # numbers, which are never broken
     words: Collection[int] = (0,)
