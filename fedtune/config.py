@@ -36,17 +36,9 @@ MOST_NAME = 200
 the process that writes them, and no file system takes more than 255."""
 
 MOST_SEED = 2**63 - 1  # generators take no more bits
-PATHS = frozenset(
-    {
-        "resume",
-        "tracking.output_dir",
-        "model.adapter",
-        "model.cache_dir",
-        "runtime.sites_dir",
-        "runtime.kept_states_folder",
-    }
-    | {"public.train_file", *(f"data.{part}_file" for part in ("train", "validation", "test"))}
-)
+_FILES = frozenset({"public.train_file", *(f"data.{part}_file" for part in ("train", "validation", "test"))})
+_FOLDERS = {"resume", "tracking.output_dir", "model.adapter", "model.cache_dir", "runtime.sites_dir"}
+PATHS = _FILES | _FOLDERS | {"runtime.kept_states_folder"}
 """Settings that are paths on this machine.  `model.path` may be another name, and is looked up in `fedtune/model`."""
 _MOST_YAML = 1 << 24  # bytes of a file of settings
 

@@ -11,6 +11,7 @@ Nothing of it leaves this machine, and no run reads any of it but a file that yo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,19 +56,13 @@ Experiment = Annotated[
 @command(app, "say what a file is, and write an experiment for it")
 def init(
     file: Annotated[
-        Path,
-        Argument(
-            "FILE",
-            help=".csv .tsv .jsonl .json .parquet .conll .pubtator .bioc, a saved Hugging Face set, brat's folder",
-        ),
+        Path, Argument("FILE", help=".csv .tsv .jsonl .json .parquet .conll .pubtator .bioc, or a folder of a data set")
     ],
     out: Annotated[Path | None, Option(metavar="FILE.yaml", help="what to write (default: FILE's name here)")] = None,
     sites: Annotated[int | None, Option(metavar="N", help="simulated sites (default: 2 to 4, by size)")] = None,
     model: Annotated[str | None, Option("a name from conf/model, or a folder with a model")] = None,
     force: Annotated[bool, Option("write in place of an experiment that is there")] = False,
-    unit: Annotated[Literal["user", "record"], Option("what is protected, where a column says whose a record is")] = (
-        "user"
-    ),
+    unit: Annotated[Literal["user", "record"], Option("what is protected, if a column names persons")] = "user",
     table: Annotated[bool, Option("the answer is to numbers and categories, and not to a text or an image")] = False,
     texts: Annotated[bool, Option("the answer is to a text")] = False,
     **columns: Annotated[str | None, Option(names=(*OPTIONS,), metavar="COLUMN")],
@@ -112,8 +107,9 @@ def init(
         raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
     if sites is not None and sites > plan.units:
         raise ConfigError("--sites", sites, f"must be at most {plan.units}, the records or persons of the file")
-    named: dict[str, Any] = {"model" if spec is config.model else "model_path": model}
-    plan = replace(plan, **named)
+    plan = replace(
+        plan, model=model if spec is config.model else None, model_path=None if spec is config.model else model
+    )
     write_file(target, starter.experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
         compose_run([f"experiment={target.absolute()}", *starter.filled(found)])
@@ -187,9 +183,8 @@ def clean(
         require_extra("--drop", "near-duplicates", "data", "datasketch")
     task, unit = task_named(config.task), config.privacy.unit
     columns = task.columns(config.data, partition=of == "train", unit=unit)
-    cleaning = Cleaning(
-        columns, task.fault(config.data), drop=rules, mask=mask == "personal", named=config.data.columns
-    )
+    fault, named = task.fault(config.data), config.data.columns
+    cleaning = Cleaning(columns, fault, drop=rules, mask=mask == "personal", named=named)
     with new_streams(("--out", out)) as (stream,), refused(out, "--out"):
         done = write_clean(source, stream, cleaning)
     show(data_sections.clean_sections(done))
@@ -314,9 +309,7 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
         raise ConfigError("experiment", word, f"must be one experiment: {names[0]} is given, too")
     for word in names:
         if Path(word).is_file() and Path(word).suffix not in (".yaml", ".yml"):
-            bound = (
-                "must be a file of settings that ends in .yaml: `fedtune data init` writes one for a file of records"
-            )
+            bound = "must be settings in a file *.yaml: `fedtune data init` writes one for a file of records"
             raise ConfigError("experiment", word, bound)
     config = compose_run([f"experiment={word}" if word in names else word for word in settings])
     if site is None:
@@ -355,17 +348,12 @@ def _num_ids(tokenizer: Any) -> int:
 
 
 def _require_new(target: Path, *suffixes: str, force: bool = False) -> None:
-    if suffixes and target.suffix not in suffixes:
-        raise ConfigError("--out", str(target), f"must end in {suffixes[0]}")
-    try:
-        target.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        if not target.parent.is_dir():
-            raise ConfigError("--out", str(target), "must lie in a folder that is there") from None
-    except (OSError, ValueError) as error:  # a name that is too long, or has a null byte
-        why = getattr(error, "strerror", "") or "no name of a file"
-        raise ConfigError("--out", str(target), f"must be a new file that can be written ({why})") from None
-    else:
-        if not force or not target.is_file():
-            option = ", or use --force" if suffixes == (".yaml", ".yml") else ""
-            raise ConfigError("--out", str(target), f"exists; choose another with --out, or move it away{option}")
+    """Require a new file, or with `force` any file, before the work: what cannot be written is said when it is."""
+    is_there, option = os.path.lexists(target), ", or use --force" if suffixes == (".yaml", ".yml") else ""
+    for is_wrong, bound in (
+        (suffixes and target.suffix not in suffixes, f"must end in {' or '.join(suffixes)}"),
+        (not os.path.isdir(target.parent), "must lie in a folder that is there"),
+        (is_there and not (force and target.is_file()), f"exists; choose another with --out, or move it away{option}"),
+    ):
+        if is_wrong:
+            raise ConfigError("--out", str(target), bound)

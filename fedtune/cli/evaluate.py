@@ -58,13 +58,9 @@ def evaluate(
     notes = list(_notes(found, scores, num_prompts=num_prompts))
     if is_training_file(config, data):
         notes.append("The run trained on records of this file: these scores say nothing about new ones.")
-    scores_first = Section(
-        title=f"{run} on {data}, {counted(len(found.records), 'record')}",
-        headings=("metric", "base", "tuned", "difference", "95 % interval", "tuned is"),
-        rows=compared_rows(scores),
-        words={0, 5},
-        notes=notes,
-    )
+    title = f"{run} on {data}, {counted(len(found.records), 'record')}"
+    headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
+    scores_first = Section(title, headings, compared_rows(scores), words={0, 5}, notes=notes)
     sections = [scores_first, *(() if detail is None else _detailed(detail))]
     answer(figures, sections, as_json=as_json)
 
@@ -72,24 +68,19 @@ def evaluate(
 def _detailed(detail: Detail) -> Iterator[Section]:
     most = sorted(detail.classes, key=lambda one: -one.support)
     left = len(most) - _MOST_LABELS
-    yield Section(
-        title="Labels of the tuned model",
-        headings=("label", "precision", "recall", "F1", "there are"),
-        rows=tuple(
-            (one.label, *(f"{value:.4f}" for value in (one.precision, one.recall, one.f1)), f"{one.support:,}")
-            for one in most[:_MOST_LABELS]
-        ),
-        notes=(f"and {left} more, which --json has",) if left > 0 else (),
+    rows = [
+        (one.label, *(f"{value:.4f}" for value in (one.precision, one.recall, one.f1)), f"{one.support:,}")
+        for one in most[:_MOST_LABELS]
+    ]
+    notes = [f"and {left} more, which --json has"] if left > 0 else []
+    yield Section("Labels of the tuned model", ("label", "precision", "recall", "F1", "there are"), rows, notes=notes)
+    bins = [(f"{one.confidence:.4f}", f"{one.right:.4f}", f"{one.count:,}") for one in detail.reliability]
+    title, headings = (
+        "How sure the tuned model is, and how often it is right",
+        ("mean probability", "share right", "answers"),
     )
-    if not detail.reliability:
-        return
-    yield Section(
-        title="How sure the tuned model is, and how often it is right",
-        headings=("mean probability", "share right", "answers"),
-        rows=tuple((f"{one.confidence:.4f}", f"{one.right:.4f}", f"{one.count:,}") for one in detail.reliability),
-        words=(),
-        notes=("Bins of equally many answers, from the least sure to the surest; ece is their mean distance.",),
-    )
+    notes = ["Bins of equally many answers, from the least sure to the surest; ece is their mean distance."]
+    yield Section(title, headings, bins, words=(), notes=notes if bins else ())
 
 
 def _notes(found: SideBySide, scores: Mapping[str, Comparison], *, num_prompts: int) -> Iterator[str]:

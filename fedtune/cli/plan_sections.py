@@ -230,26 +230,18 @@ def _accountants(outlook: Outlook) -> Section:
     price = outlook.price
     if not outlook.plan.private:
         return Section()
-    return Section(
-        title="What each accountant would say of the whole run",
-        headings=("accountant", "epsilon", "what it is"),
-        rows=(
-            ("PLD", epsilon_text(price.epsilon), "the run's figure: a bound for a plan that was fixed beforehand"),
-            ("RDP", epsilon_text(price.epsilon_rdp), "a looser bound on the same, kept as an independent check"),
-            (
-                "Renyi filter",
-                epsilon_text(price.epsilon_filter),
-                f"the least lifetime cap with room for the plan (order {price.filter_order:g}); a ledger whose order "
-                "was fixed for other runs takes more of its cap",
-            ),
-            (
-                "starts anew each round",
-                epsilon_text(price.epsilon_of_one_round),
-                "WRONG for the run: one round only, as where the privacy engine is built again every round",
-            ),
-        ),
-        words={0, 2},
+    cap = (
+        f"the least lifetime cap with room for the plan (order {price.filter_order:g}); a ledger whose order was fixed "
     )
+    anew = "WRONG for the run: one round only, as where the privacy engine is built again every round"
+    rows = (
+        ("PLD", price.epsilon, "the run's figure: a bound for a plan that was fixed beforehand"),
+        ("RDP", price.epsilon_rdp, "a looser bound on the same, kept as an independent check"),
+        ("Renyi filter", price.epsilon_filter, f"{cap}for other runs takes more of its cap"),
+        ("starts anew each round", price.epsilon_of_one_round, anew),
+    )
+    title, headings = "What each accountant would say of the whole run", ("accountant", "epsilon", "what it is")
+    return Section(title, headings, [(name, epsilon_text(found), what) for name, found, what in rows], words={0, 2})
 
 
 def _calendar(outlook: Outlook) -> Section:
@@ -257,9 +249,7 @@ def _calendar(outlook: Outlook) -> Section:
         return Section()
     title, *notes = about_calendar(outlook.plan)
     headings = ("run", "admits", "epsilon of\nit alone", "oldest\nafter it", "newest\nafter it")
-    return Section(
-        title=title, headings=headings, rows=tuple(calendar_rows(outlook.plan, runs)), words={1}, notes=notes
-    )
+    return Section(title, headings, tuple(calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
 
 
 def _what_if(outlook: Outlook) -> Section:
@@ -272,15 +262,11 @@ def _what_if(outlook: Outlook) -> Section:
         needed = "none suffices" if change.noise_needed is None else f"{change.noise_needed:.4f}"
         noise = "-" if change.step_noise is None else f"{change.step_noise:.0%}"
         rows.append((change.what, needed, noise, epsilon_text(change.same_noise_epsilon)))
-    headings = ("change", f"noise multiplier\nfor epsilon {outlook.epsilon:.4g}")
-    return Section(
-        title="What if" if outlook.plan.runs == 1 else f"What if: epsilon of all {outlook.plan.runs} runs",
-        headings=(*headings, "noise in a\nmean gradient", "epsilon at\nthis noise"),
-        rows=rows,
-        notes=(
-            "A larger batch needs more noise in its sum but divides it by more, so its mean gradient can be better.",
-        ),
-    )
+    noise = f"noise multiplier\nfor epsilon {outlook.epsilon:.4g}"
+    headings = ("change", noise, "noise in a\nmean gradient", "epsilon at\nthis noise")
+    title = "What if" if outlook.plan.runs == 1 else f"What if: epsilon of all {outlook.plan.runs} runs"
+    note = "A larger batch needs more noise in its sum but divides it by more, so its mean gradient can be better."
+    return Section(title, headings, rows, notes=[note])
 
 
 def _bytes_and_time(outlook: Outlook) -> Section:
@@ -296,23 +282,17 @@ def _bytes_and_time(outlook: Outlook) -> Section:
     full = f"at its full {data.max_length} tokens" if input_of(data).modality is None else "of this size"
     whole = f"{counted(num_sites, 'site')} and {counted(plan.num_rounds, 'round')}"
     alone = duration(found.seconds_one_after_another)
-    return Section(
-        title="Bytes and time",
-        headings=("what", "how much"),
-        words={0, 1},
-        rows=(
-            (trained, f"{found.values:,} trained parameters, {ways} for each site and round"),
-            ("the model", f"{size(found.model_bytes)} of memory"),
-            ("whole run", f"{size(found.bytes_total)} both ways for {whole}"),
-            ("a step", f"at most about {duration(found.step_seconds[slowest])}{at}"),
-            ("a round", f"at most about {duration(found.round_seconds[slowest])}{at}"),
-            ("all training", f"at most about {alone} where one machine is all sites"),
-        ),
-        notes=(
-            f"Times are for this machine ({outlook.device}) with every example {full}{users}; "
-            "evaluation and start-up come on top.",
-        ),
+    rows = (
+        (trained, f"{found.values:,} trained parameters, {ways} for each site and round"),
+        ("the model", f"{size(found.model_bytes)} of memory"),
+        ("whole run", f"{size(found.bytes_total)} both ways for {whole}"),
+        ("a step", f"at most about {duration(found.step_seconds[slowest])}{at}"),
+        ("a round", f"at most about {duration(found.round_seconds[slowest])}{at}"),
+        ("all training", f"at most about {alone} where one machine is all sites"),
     )
+    machine = f"Times are for this machine ({outlook.device}) with every example {full}{users}"
+    notes = [f"{machine}; evaluation and start-up come on top."]
+    return Section("Bytes and time", ("what", "how much"), rows, words={0, 1}, notes=notes)
 
 
 def _policy(verdict: Verdict, outlook: Outlook) -> Section:
@@ -340,13 +320,8 @@ def _policy(verdict: Verdict, outlook: Outlook) -> Section:
     if verdict.note:
         notes.append(f"Note: {verdict.note}.")
     answer = "would accept the run" if verdict.allowed else "would refuse the run"
-    return Section(
-        title=f"{verdict.site} {answer} ({verdict.policy})",
-        headings=("broken rule", "asked for", "allowed"),
-        rows=rows,
-        words={0, 1, 2},
-        notes=notes,
-    )
+    title, headings = f"{verdict.site} {answer} ({verdict.policy})", ("broken rule", "asked for", "allowed")
+    return Section(title, headings, rows, words={0, 1, 2}, notes=notes)
 
 
 def _strictest(outlook: Outlook) -> Section:

@@ -403,14 +403,14 @@ model = AutoModelForCausalLM.from_pretrained("folder")
 from sentence_transformers import SentenceTransformer
 
 LABELSmodel = SentenceTransformer("folder")
-scores = model.encode("a text")
+scores = model.encode(["a text"])[0]
 print(READS)
 """,
     "onnx": """\
 import onnxruntime
 from transformers import AutoTokenizer
 
-tokens = AutoTokenizer.from_pretrained("folder")("a text", return_tensors="np")
+tokens = AutoTokenizer.from_pretrained("folder")(["a text"], return_tensors="np")
 session = onnxruntime.InferenceSession("folder/model.onnx")
 logits = session.run(None, {name: tokens[name] for name in ("input_ids", "attention_mask")})[0]
 """,

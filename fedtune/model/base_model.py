@@ -300,11 +300,9 @@ def tiny_tokenizer(path: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     if path == "random:bert":
         ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
-        )
-        names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-        names["unk_token"] = "[UNK]"
+        one, two = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]"
+        tokenizer.post_processor = processors.TemplateProcessing(single=one, pair=two, special_tokens=ends)
+        names = {f"{token[1:-1].lower()}_token": token for token in _BERT_SPECIAL}
     else:
         names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     takes = ["input_ids", "attention_mask"]  # more than these the llama refuses

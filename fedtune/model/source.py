@@ -80,8 +80,7 @@ def only_gguf(folder: Path) -> str | None:
 
 def cache_folder(spec: ModelSpec) -> Path:
     """Where fedtune keeps what it derives from downloads."""
-    folder = spec.cache_dir or os.environ.get("FEDTUNE_CACHE") or "~/.cache/fedtune"
-    return Path(expand_home(folder, key="model.cache_dir"))
+    return Path(expand_home(spec.cache_dir or os.getenv("FEDTUNE_CACHE") or "~/.cache/fedtune", key="model.cache_dir"))
 
 
 def _has_weights(folder: Path, spec: ModelSpec) -> bool:

@@ -43,9 +43,12 @@ _LONGEST_ID, _HEAD, _LONGEST_DATE = 64, 120, 40
 _WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # the fewest words of a text that is taken for one
 _FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
 _ODD_SHOWN = 3
-WORDS = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
-_LISTS_OF_NAMES = (one.partition(":") for some in WORDS["names"].values() for one in some.split(";"))
-NAMES: Mapping[str, tuple[str, ...]] = {what.strip(): tuple(words.split()) for what, _, words in _LISTS_OF_NAMES}
+WORDS: Mapping[str, Mapping[str, str]] = {
+    section: dict(part.split(": ", 1) for part in " ".join(text.split()).split(" | "))
+    for section, text in tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8")).items()
+}
+"""Names and messages by section and what they are of: `what: words | what: words`."""
+NAMES: Mapping[str, tuple[str, ...]] = {what: tuple(words.split()) for what, words in WORDS["names"].items()}
 """By what a column is: how it may be called.  What is not of itself plain:
 
 `answers` are what nothing else is called, and `labels` answers of few values; `topics` are answers to a text and often
@@ -359,7 +362,7 @@ class Column:
 
     def why(self, reasons: Literal["unread", "no_answer"]) -> str:
         """Why no run reads the column, or why it is no answer: the first of these reasons that holds (names.toml)."""
-        return str(next(why for what, why in WORDS[reasons].items() if getattr(self, what))).format(self)
+        return next(why for what, why in WORDS[reasons].items() if getattr(self, what)).format(self)
 
 
 def _words(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from fedtune.preparation.patterns import ODD_TEXTS, odd_texts
 from fedtune.spec import ConfigError, DataError
 
 Kind: TypeAlias = str  # one of `KINDS`
-KINDS: Mapping[Kind, Sequence[str]] = WORDS["kind"]
+KINDS: Mapping[Kind, Sequence[str]] = {kind: said.split(" = ") for kind, said in WORDS["kind"].items()}
 """In words, and the experiment of conf/ that such records begin in."""
 SHOWN_ROWS = 5
 OPEN = "???"  # in place of a setting that a person must give
@@ -35,8 +35,7 @@ class _Part(NamedTuple):
     @property
     def bound(self) -> str:
         """What its values must be, as the end of a message."""
-        words: str = WORDS["bounds"].get(self.fits, WORDS["bounds"]["is_text"])
-        return words
+        return f"must hold {WORDS['bounds'].get(self.fits, WORDS['bounds']['is_text'])}"
 
 
 def _parts(names: Mapping[str, str], fits: str = "is_text") -> tuple[_Part, ...]:
@@ -83,8 +82,8 @@ _OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "la
 def _refusal(path: Path, what: str, columns: Sequence[Column], other: object = "") -> DataError:
     """The error about some columns of a file, in the words of names.toml; `other` is a part of them."""
     names = _listed(one.name for one in columns)
-    said = {"names": names, "values": columns[0].said, "holds": columns[0].holds, "other": other}
-    value, bound = (text.format(**said) for text in WORDS["refused"][what])
+    said = {"names": names, "other": other, "event": WORDS["bounds"]["is_event"]}
+    value, bound = (text.format(columns[0], **said) for text in WORDS["refused"][what].split(" = "))
     return DataError(f"{path}, column{'s' * (len(columns) > 1)} {names}", value, bound)
 
 
@@ -177,13 +176,10 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         if name not in columns:
             raise ConfigError(f"--{option}", name, f"must be one of the columns {_listed(columns)}")
     if len(set(chosen.values())) < len(chosen):
-        option, name = list(chosen.items())[-1]
         raise ConfigError(f"--{option}", name, "must be another column than the other options name")
-    beside = {part.role: columns[chosen[part.role]] for part in _BESIDE if part.role in chosen}
-    for part in _BESIDE:
-        if part.role in beside and not getattr(beside[part.role], part.fits):
-            raise ConfigError(f"--{part.role}", beside[part.role].name, part.bound)
-    roles = {OPTIONS[option]: columns[name] for option, name in chosen.items() if option not in beside}
+    roles = {OPTIONS[option]: columns[name] for option, name in chosen.items()}
+    _require_fit([*_BESIDE, _IMAGE, *_FOLLOWED], roles)
+    beside = {part.role: roles.pop(part.role) for part in _BESIDE if part.role in roles}
     free = [one for one in columns.values() if one not in beside.values()]
     kind, found = (guess := _Guess(free, roles, path, form)).made()
     found |= {role: (one, "chosen") for role, one in beside.items()}
@@ -209,6 +205,15 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         notes=(*guess.notes(found), *odd_notes),
         features=tuple(one.name for one in guess.features(but=taken)) if kind == "table" else (),
     )
+
+
+def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, Column]) -> None:
+    """Refuse a chosen column whose values are not what its role needs."""
+    for part in parts:
+        one = chosen.get(part.role)
+        if one is not None and not getattr(one, part.fits):
+            bound = one.fault if part.role in ("tags", "spans") and one.fault else part.bound
+            raise ConfigError(f"--{_OPTION_OF[part.role]}", one.name, bound)
 
 
 def _require_header(columns: Mapping[str, Column], path: Path) -> None:
@@ -242,9 +247,6 @@ class _Guess:
         for what, some, other in self._unwanted() if not roles else ():
             if some:
                 raise _refusal(self.path, what, some, other)
-        for part in (_IMAGE, *_FOLLOWED):
-            if part.role in roles and not getattr(self.chosen[part.role], part.fits):
-                raise ConfigError(f"--{part.role}", self.chosen[part.role].name, part.bound)
         layouts = [one for one in _layouts(pair) if roles <= {part.role for part in one[1]}]
         for kind, parts in layouts if self.form is None else ():
             if found := self._laid_out(parts):
@@ -267,7 +269,7 @@ class _Guess:
         for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
             if role in found and getattr(found[role][0], holds):
                 yield WORDS["notes"][role].format(found[role][0])
-        yield from (WORDS["notes"]["mark"].format(one) for one in self.every if one.is_mark and one.name not in used)
+        yield from (f"{one.name}: {one.why('unread')}." for one in self.every if one.is_mark and one.name not in used)
         if shard := re.search(r"\d+[-_ ]of[-_ ]0*(\d+)", self.path.name):
             yield WORDS["notes"]["shard"].format(shard[1])
 
@@ -470,11 +472,7 @@ class _Guess:
 
     def _misfit(self, layouts: Sequence[tuple[Kind, tuple[_Part, ...]]]) -> ConfigError:
         """Why what was chosen makes no kind of file, or why the file is none."""
-        for part in (part for _, parts in layouts for part in parts if part.role in self.chosen):
-            one = self.chosen[part.role]
-            if not getattr(one, part.fits):
-                bound = one.fault if part.role in ("tags", "spans") and one.fault else part.bound
-                return ConfigError(f"--{_OPTION_OF[part.role]}", one.name, bound)
+        _require_fit((part for _, parts in layouts for part in parts), self.chosen)
         if self.chosen:
             role, one = list(self.chosen.items())[-1]
             beside = [[part.role for part in parts if not part.optional] for _, parts in layouts]

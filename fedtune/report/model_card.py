@@ -69,10 +69,7 @@ def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, by
 def card_text(record: RunRecord, report: Report, form: Form) -> str:
     """The card of a finished run's model; equal runs give equal cards."""
     model, made = record.config.model, record.result and record.result.provenance
-    loading = form.loading.strip()
-    if "text_pair" in record.config.data.columns:  # in each form of an example, the two texts of a record
-        loading = re.sub(r'\["a text"\]|(?<=encode\()"a text"', '[("a text", "another")]', loading)
-        loading = loading.replace('("a text", return', '("a text", "another", return')
+    example = '[("a text", "another")]' if "text_pair" in record.config.data.columns else '["a text"]'
     words, template = Words(report, catalogue("en")), made and made.template
     body = rendered(
         "model_card.md.j2",
@@ -87,7 +84,7 @@ def card_text(record: RunRecord, report: Report, form: Form) -> str:
         prompt=json.dumps(template.prompt, ensure_ascii=False) if template else None,
         rows=made.test_rows if made else None,
         scores=_scores(report),
-        loading=None if form.needs_base and model.built_in else escape(loading),
+        loading=None if form.needs_base and model.built_in else escape(form.loading.replace('["a text"]', example)),
     )
     return f"---\n{_front_matter(record, words, form).to_yaml()}\n---\n\n{body}"
 

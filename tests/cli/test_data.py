@@ -106,7 +106,7 @@ def test_what_is_printed_of_records(made: Path, narrow: None, monkeypatch: pytes
 
 def test_a_cleaned_file_serves_the_same_experiment(made: Path) -> None:
     words = ("--out", "kept.jsonl", "--drop", "unusable,duplicates", "--mask", "personal")
-    assert "went by the records before it" in " ".join(command("data", "clean", "tickets.yaml", *words).printed.split())
+    assert "depends on earlier records" in " ".join(command("data", "clean", "tickets.yaml", *words).printed.split())
     again = command("data", "check", "tickets.yaml", "data.train_file=kept.jsonl", "--json")
     (file,) = json.loads(again.out)["checked"]["files"]
     assert (file["rows"], file["num_errors"]) == (61, {})

@@ -32,10 +32,7 @@ def chosen_by(*names: str) -> list[dict[str, Any]]:
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     # What reads like no text makes no file one of texts; it is named, and the numbers are a table.
     "dates": (TABLE | {"sigma": "2024-03-{:02}".format}, "table: label=kappa; not sigma"),
-    "days and months": (
-        TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.1990"},
-        "table: label=kappa; not sigma",
-    ),
+    "days and months": (TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.90"}, "table: label=kappa; not sigma"),
     "names of months": (TABLE | {"sigma": lambda n: f"{1 + n % 28} March 20{n:02}"}, "table: label=kappa; not sigma"),
     "times": (TABLE | {"sigma": lambda n: f"{n % 24}:{n:02}"}, "table: label=kappa; not sigma"),
     "codes": (TABLE | {"sigma": "I10.{}".format}, "table: label=kappa; not sigma"),
@@ -44,10 +41,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "limits": (TABLE | {"sigma": ("<0.5", "0.75", ">90", 12.5)}, "table: label=kappa; not sigma"),
     "categories": (TABLE | {"sigma": ("left knee", "right knee")} | {"outcome": AB}, "table: label=outcome"),
     "printed vectors": ({"sigma": "[0.{} -1.5\n 2e-3]".format, "kappa": WARD}, "table: label=kappa"),
-    "names": (
-        TABLE | {"sigma": "Anna Lind {}".format},
-        "sigma = 'a few words': may be texts, or names in a table of age",
-    ),
+    "names": (TABLE | {"sigma": "Anna Lind {}".format}, "'a few words': may be texts, or names in a table of age"),
     "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=kappa; not full_name"),
     "remarks of a few": (TABLE | {"sigma": lambda n: own(n) if n % 3 == 0 else ""}, "table: label=kappa; not sigma"),
     "texts": (TABLE | {"sigma": own}, "labelled: text=sigma label=kappa; not age"),
@@ -61,32 +55,23 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "two texts with an answer": ({"sigma": own, "rho": own, "kappa": WARD}, "several texts or images"),
     "a usual name of two": ({"text": own, "rho": own, "kappa": WARD}, "labelled: text label=kappa; not rho"),
     "captions": ({"sigma": own, "rho": PNG}, "several texts or images"),
-    "lists of texts": (
-        {"query": own, "pos": [own(1)], "neg": [own(2)]},
-        "must be a label, a number, or a list of labels",
-    ),
+    "lists of texts": ({"query": own, "pos": [own(1)], "neg": [own(2)]}, "must be a label, a number, or a list"),
     "lists of numbers": ({"text": own, "label": [0.25, 0.75]}, "vectors of numbers name none"),
     "a usual name": (TABLE | {"lambda_": SHAPE, "species": AB}, "table: label=species"),
-    "marks of labels": (
-        {"sigma": own, "kappa": (0, 1), "rho": (1, 0, 0)},
-        "or as one column of lists with the labels' names",
-    ),
-    "and a usual one": (
-        {"sigma": own, "spam": (0, 1), "rho": (1, 0, 0)},
-        "or as one column of lists with the labels' names",
-    ),
+    "marks of labels": ({"sigma": own, "kappa": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
+    "and a usual one": ({"sigma": own, "spam": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
     # A time beside its event, in usual codes.
     "alive or dead": (TABLE | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
     "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
     "of cBioPortal": ({"age": AGE, "os": AGE, "died": ("0:LIVING", "1:DECEASED")}, "table: time=os event=died"),
     "of a study": (
         {"age": AGE, "dfs_months": AGE, "dfs_status": ("0:DiseaseFree", "1:Recurred/Progressed")},
-        "table: time=dfs_months event=dfs_status",
+        "time=dfs_months event=dfs_status",
     ),
     "three courses": ({"age": AGE, "time": AGE, "status": (0, 1, 2)}, "may say whether an event came by time"),
     "two events": (
         {"os_months": AGE, "os_status": (0, 1), "pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)},
-        "may say whether an event came by ",
+        "may say whether an event came",
     ),
     "another event": ({"age": AGE, "days": AGE, "status": ("open", "shut")}, "may say whether an event came by days"),
     "event or label": ({"age": AGE, "tenure": AGE, "churn": ("No", "Yes")}, "may say whether an event came by tenure"),
@@ -94,61 +79,34 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=kappa; not sigma"),
     "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=kappa; not sigma"),
     "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=kappa; not in_train"),
-    "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a record is not wanted"),
+    "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a record is"),
     "thumbs": ({"prompt": own, "response": own, "thumbs_up": (0, 1)}, "in which rows response is not wanted"),
     "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=kappa; not fold"),
     "reviews": (
         {"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")},
-        "in which rows a record is not wanted",
+        "in which rows a record is",
     ),
-    "reviews of chats": (
-        {"messages": [ASK, SAY], "sigma": ("accept", "ignore")},
-        "in which rows a record is not wanted",
-    ),
+    "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a record is"),
     # Answers in forms of other programs, and with a usual name in a form that is not read.
     "types": ({"text": own, "sigma": spans("start end type")}, "entities: text spans=sigma"),
     "groups": ({"text": own, "ents": spans("start_char end_char entity_group")}, "entities: text spans=ents"),
     "numbers of types": ({"text": own, "ents": [{"start": 0, "end": 1, "label": 4}]}, "entities: text spans=ents"),
     "cats": ({"text": own, "cats": ({"a": 1, "b": 0}, {"a": 0.0, "b": 1.0})}, "tagged: text labels=cats"),
     "choices": (TASK | {"annotations": (chosen_by("a"), chosen_by("b"))}, "tagged: text=data labels=annotations"),
-    "ids of doccano": (
-        {"text": own, "annotations": ([{"label": 1}], [{"label": 2}])},
-        "tagged: text labels=annotations",
-    ),
-    "no type": (
-        {"text": own, "entities": [{"start": 0, "stop": 1}]},
-        "must have start and end, whole numbers, and label",
-    ),
-    "numbers for tags": (
-        {"tokens": ["a", "b", "c"], "ner_tags": [0, 3, 0]},
-        "must be the names of tags, such as B-PER and O",
-    ),
-    "tags without types": (
-        {"tokens": ["a", "b", "c"], "ner_tags": ["B", "O", "O"]},
-        "must have a letter and the type",
-    ),
+    "ids of doccano": ({"text": own, "annotations": ([{"label": 1}], [{"label": 2}])}, "labels=annotations"),
+    "no type": ({"text": own, "entities": [{"start": 0, "stop": 1}]}, "must have start and end, whole numbers"),
+    "numbers for tags": ({"tokens": [*"abc"], "ner_tags": [0, 3, 0]}, "must be the names of tags, such as B-PER"),
+    "tags without types": ({"tokens": [*"abc"], "ner_tags": ["B", "O", "O"]}, "must have a letter and"),
     "a tag a row": ({"sigma": few(20), "kappa": ("B-x", "I-x", "O")}, "is of a part of a record"),
     "many labels": ({"text": own, "intent": few(50)}, "column intent = 'text': must have 2 to 200 different texts"),
     "marks as text": ({"text": own, "labels": ("[1, 0]", "[0, 1]")}, "vectors of numbers name none"),
     # Columns that a number tells apart, and roles in turn names.
-    "two texts": (
-        {"clause_a": own, "clause_b": own, "kappa": WARD},
-        "labelled: text=clause_a text_pair=clause_b label=ka",
-    ),
-    "with a score": (
-        {"clause 1": own, "clause 2": own, "score": AGE},
-        "scored: text=clause 1 other=clause 2 target=score",
-    ),
+    "two texts": ({"clause_a": own, "clause_b": own, "kappa": WARD}, "text=clause_a text_pair=clause_b label=ka"),
+    "with a score": ({"clause 1": own, "clause 2": own, "score": AGE}, "text=clause 1 other=clause 2 target=score"),
     "without an answer": ({"clause1": own, "clause2": own}, "several texts or images"),
     "three texts": ({"clause1": own, "clause2": own, "clause3": own}, "several texts"),
-    "questions": (
-        {"question": own, "sentence": own, "label": (0, 1)},
-        "labelled: text=question text_pair=sentence label",
-    ),
-    "answers": (
-        {"prompt": own, "answer_0": own, "answer_1": own, "better_id": (0, 1)},
-        "must be one answer, chosen and rejected",
-    ),
+    "questions": ({"question": own, "sentence": own, "label": (0, 1)}, "text=question text_pair=sentence label"),
+    "answers": ({"prompt": own, "answer_0": own, "answer_1": own, "better_id": (0, 1)}, "must be one answer, chosen"),
     "a tournament": ({"prompt": own, "reply_1": own, "reply_2": own, "reply_3": own}, "several texts"),
     "negatives": (
         {"anchor": own, "positive": own, "negative_1": own, "negative_2": own},
@@ -164,10 +122,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     # Images are known by what they end in; rows by numbers that each have once.
     "paths": ({"sigma": PNG, "kappa": WARD}, "images: image=sigma label=kappa"),
     "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labelled: text label=kappa; not sigma"),
-    "another ending": (
-        {"sigma": "s{}.nii.gz".format, "kappa": WARD},
-        "column sigma = 'paths of .nii.gz files': must be",
-    ),
+    "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of .nii.gz files': must be"),
     "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=kappa; not sigma"),
     "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=kappa; not order_nr"),
     "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),

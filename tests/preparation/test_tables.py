@@ -77,7 +77,7 @@ def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: An
     found = {(one["what"], one["column"]): one["count"] for one in file["findings"] if one["kind"] == "declared"}
     assert found == {("beyond its range", "age"): 40, ("missing", "crp"): 18, ("not declared", "sex"): 60}
     told = command("data", "check", "labs.yaml")
-    assert "a name that is not declared as other" in told.out
+    assert "an undeclared name as other" in told.out
     assert command("plan", "experiment=./labs.yaml", "--json").printed
 
 
