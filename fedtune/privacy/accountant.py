@@ -14,7 +14,15 @@ from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
 import numpy as np
-from dp_accounting import DpEvent, GaussianDpEvent, NeighboringRelation, NonPrivateDpEvent, PoissonSampledDpEvent
+from dp_accounting import (
+    ComposedDpEvent,
+    DpEvent,
+    GaussianDpEvent,
+    NeighboringRelation,
+    NonPrivateDpEvent,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 
 from fedtune.privacy import events
@@ -34,9 +42,10 @@ LEAST_NOISE = 1e-2  # of a plan, but for none: below it, a privacy loss distribu
 LEAST_SOUGHT = 0.1  # by calibration: where delta alone covers the loss, any noise would do
 _TOLERANCE = 1e-5  # relative
 MOST_STEPS = 10**8  # of all rounds of a plan together
+_RDP_ROUNDING = 2.0**-48  # of dp-accounting's log A, for each unit of the order: of log A itself, and absolutely
 _TYPICAL_SLOPE = 1.2  # of log epsilon over the log of noise or rate; a wrong guess costs a step or two
 
-# dp-accounting's notes on orders that do not converge: skipping an order only raises the bound.
+# dp-accounting's notes on orders at which its series does not converge; `renyi_divergence` bounds these otherwise.
 logging.getLogger("absl").addFilter(lambda note: "_compute_log_a_frac failed to converge" not in note.getMessage())
 
 
@@ -123,22 +132,28 @@ def composed_rdp(counted: Counted) -> Callable[[float], float]:
     orders = RdpAccountant().orders
     divergences = np.zeros_like(orders)
     for event, count in counted:
-        if isinstance(event, PoissonSampledDpEvent):
-            # A sampled step is slow to compute: once, and then multiplied by its count.
-            divergences += count * np.array([renyi_divergence(event, order) for order in orders.tolist()])
-        else:
-            alone = RdpAccountant(neighboring_relation=NEIGHBOURING_RELATION)
-            alone.compose(event, count)
-            divergences += alone.rdp
+        divergences += count * np.array([renyi_divergence(event, order) for order in orders.tolist()])
     return lambda delta: float(compute_epsilon(orders, divergences, delta)[0])
 
 
 @lru_cache(maxsize=16384)
 def renyi_divergence(event: DpEvent, order: float) -> float:
-    """Renyi divergence of one `event`, in nats, by dp-accounting; rounding may make a tiny one negative."""
-    rdp = RdpAccountant(orders=[order], neighboring_relation=NEIGHBOURING_RELATION)
-    rdp.compose(event)
-    return float(rdp.rdp[0])
+    """Upper bound on the Renyi divergence of one mechanism, in nats; infinite for one without a guarantee.
+
+    dp-accounting computes log A = (order - 1) times the divergence.  `_RDP_ROUNDING` covers what its floats lose.
+
+    Where its series does not converge, at fractional orders, the bound is the chord between the two whole orders
+    around `order`: log A is a convex function of the order, and 0 at order 1 (docs/guarantee.md).
+    """
+    assert not isinstance(event, ComposedDpEvent | SelfComposedDpEvent), "each mechanism has rounding of its own"
+    accounted = RdpAccountant(orders=[order], neighboring_relation=NEIGHBOURING_RELATION)
+    accounted.compose(event)
+    found, below = float(accounted.rdp[0]), math.floor(order)
+    if math.isinf(found) and below < order:
+        ends = [(whole - 1) * renyi_divergence(event, whole) if whole > 1 else 0.0 for whole in (below, below + 1)]
+        return (ends[0] * (below + 1 - order) + ends[1] * (order - below)) / (order - 1)
+    lost = _RDP_ROUNDING * order
+    return found * (1 + lost) + lost / (order - 1)
 
 
 def calibrate_noise(

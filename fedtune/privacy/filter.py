@@ -25,9 +25,8 @@ ORDERS = tuple(
 
 
 def divergence(event: DpEvent, order: float) -> float:
-    """Renyi divergence of `order` that one `event` can cause, in nats; infinite for an event without a guarantee."""
-    found = accountant.renyi_divergence(event, order)
-    return 0.0 if found < 0 else found  # and NaN stays NaN, which fits no cap
+    """Renyi divergence of `order` that one mechanism can cause, in nats; infinite for one without a guarantee."""
+    return accountant.renyi_divergence(event, order)
 
 
 def total_divergence(spent: Spent, order: float) -> float:
@@ -57,6 +56,14 @@ def epsilon_filter(spent: Spent, *, order: float, delta: float) -> float:
 def most_divergence(epsilon: float, *, order: float, delta: float) -> float:
     """The divergence of `order` that a cap of (`epsilon`, `delta`) leaves room for; below 0 where it leaves none."""
     return epsilon - surcharge(order, delta)
+
+
+def most_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
+    """How often `event` fits into a divergence of `room`; None: any number of times."""
+    if math.isinf(room):
+        return None
+    count = max(0, math.floor(room / total_divergence([event], order)))
+    return count - (total_divergence({event: count}, order) > room)  # the division rounds
 
 
 @lru_cache(maxsize=256)  # a ledger asks for it with each of its notes of the policy

@@ -53,12 +53,10 @@ def amount_of(policy: Policy) -> Amount:
     typical, delta = budget.reference, budget.delta
     reference = typical.event
     order = budget.order()
-    each = filter.divergence(reference, order)
 
     def fitting(cap: float | None) -> int | None:
-        if cap is None or math.isinf(cap) or each == 0:
-            return None
-        return max(0, math.floor(filter.most_divergence(cap, order=order, delta=delta) / each))
+        room = math.inf if cap is None else filter.most_divergence(cap, order=order, delta=delta)
+        return filter.most_repeats(reference, room, order=order)
 
     alone = accountant.epsilon_pld([reference], delta)
     within = (

@@ -50,6 +50,25 @@ def _log_means(rate: float, noise: float, orders: np.ndarray, tilt: float, *, ad
     return largest + np.log(np.exp(exponents - largest).sum(axis=1))
 
 
+def log_moment(rate: float, noise: float, order: float) -> mpmath.mpf:
+    """(order - 1) times the Renyi divergence of one sampled Gaussian mechanism; call it with 60 digits or so."""
+    q, sigma, a = mpmath.mpf(rate), mpmath.mpf(noise), mpmath.mpf(order)
+    if float(order).is_integer():
+        parts = range(int(order) + 1)
+        weights = (mpmath.binomial(int(order), i) * q**i * (1 - q) ** (int(order) - i) for i in parts)
+        growth = (mpmath.exp((mpmath.mpf(i) ** 2 - i) / (2 * sigma**2)) for i in parts)
+        return mpmath.log(mpmath.fsum(w * g for w, g in zip(weights, growth, strict=True)))
+
+    def above_the_chord(x: mpmath.mpf) -> mpmath.mpf:  # 1 + order (ratio - 1), whose mean is 1
+        ratio = 1 - q + q * mpmath.exp((2 * x * sigma - 1) / (2 * sigma**2))
+        return (ratio**a - 1 - a * (ratio - 1)) * mpmath.npdf(x)
+
+    bends = {0.0, order / noise, noise * math.log(1 / rate - 1) + 0.5 / noise}
+    ends = {-16.0, order / noise + 16}
+    near = {bend + step for bend in bends for step in (-16, -8, -4, 0, 4, 8, 16)}
+    return mpmath.log1p(mpmath.quad(above_the_chord, sorted(ends | {x for x in near if min(ends) < x < max(ends)})))
+
+
 def best_tilt(rate: float, noise: float, steps: int, epsilon: float, *, adding: bool) -> float:
     """Where Chernoff's bound at `epsilon` is least."""
 

@@ -3,14 +3,17 @@
 import logging
 import math
 
+import mpmath
 import pytest
-from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting import GaussianDpEvent, NeighboringRelation, NonPrivateDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from fedtune.privacy import accountant, events
 from fedtune.privacy.accountant import COARSE, calibrate_noise, epsilon_above, epsilon_pld, epsilon_rdp
 from fedtune.spec import ConfigError
+
+from . import exact_delta
 
 # sampling rate, noise multiplier, steps, delta, epsilon; checked outside fedtune.
 GOLDEN_PLD = [
@@ -51,7 +54,52 @@ def test_where_deltas_are_usual_the_figures_are_those_of_dp_accounting(rate: flo
     for epsilon in (0.0, 0.1, 1.0):
         assert ours.delta(epsilon) == pytest.approx(pld.get_delta(epsilon), abs=2e-9)
     for _ in range(2):  # divergences of steps are kept
-        assert accountant.composed_rdp(((step, count), (score, 2)))(1e-5) == rdp.get_epsilon(1e-5)
+        found, theirs = accountant.composed_rdp(((step, count), (score, 2)))(1e-5), rdp.get_epsilon(1e-5)
+        assert theirs <= found == pytest.approx(theirs, rel=1e-9)
+
+
+_NOISES = (0.1, 0.5, 1.0, 4.0, 30.0, 1e3, 1e4)
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e-5, 0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999, 1.0])
+def test_a_divergence_is_never_below_the_exact_one_and_little_above(rate: float) -> None:
+    """Also where dp-accounting's own is mostly rounding; measured, a quarter of what is added for it is enough."""
+    with mpmath.workdps(60):
+        for noise in _NOISES:
+            event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
+            for order in (2.0, 3.0, 6.0, 17.0, 59.0, 64.0, 128.0, 192.0, 256.0, 512.0):
+                found = mpmath.mpf(accountant.renyi_divergence(event, order)) * (mpmath.mpf(order) - 1)
+                exact = exact_delta.log_moment(rate, noise, order)
+                added = mpmath.mpf(2) ** -48 * order * (1 + exact)
+                assert 3 / 4 * added <= found - exact <= 3 / 2 * added, (noise, order)
+
+
+@pytest.mark.parametrize(("rate", "noise"), [(1e-9, 1e4), (1e-5, 0.1), (0.01, 30.0), (0.3, 0.5), (0.9, 1e3)])
+@pytest.mark.parametrize("order", [1.1, 1.5, 2.5, 5.95])
+def test_a_divergence_of_a_fractional_order_is_never_below_the_exact_one(
+    rate: float, noise: float, order: float
+) -> None:
+    event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
+    with mpmath.workdps(40):
+        exact = exact_delta.log_moment(rate, noise, order)
+        assert accountant.renyi_divergence(event, order) >= exact / (mpmath.mpf(order) - 1)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "order"),
+    [(0.1, 0.5, 1.6), (0.3, 1.5, 1.1), (0.5, 1.0, 1.8), (0.5, 4.0, 1.9), (0.5, 10.0, 2.2), (0.5, 100.0, 2.6)],
+)
+def test_where_the_series_does_not_converge_the_divergence_is_bounded(rate: float, noise: float, order: float) -> None:
+    event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
+    rdp = RdpAccountant(orders=[order])
+    rdp.compose(event)
+    assert rdp.rdp[0] == math.inf, "dp-accounting converges here now: name an order at which it does not"
+    with mpmath.workdps(40):
+        exact = float(exact_delta.log_moment(rate, noise, order) / (mpmath.mpf(order) - 1))
+    found = accountant.renyi_divergence(event, order)
+    assert exact < found < accountant.renyi_divergence(event, math.ceil(order)) * (1 + 1e-9)
+    assert found < 2.5 * exact
+    assert accountant.renyi_divergence(NonPrivateDpEvent(), order) == math.inf
 
 
 def test_neighbours_differ_by_one_record_more() -> None:

@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.privacy import accountant, events, filter
+from fedtune.privacy.ledger.history import History
+from fedtune.privacy.site_policy import Reference
+from fedtune.show.budget_text import amount_of
 from fedtune.spec import ConfigError
+
+from .builders import policy
 
 DELTA = 1e-5
 # PITFALLS: what a plan of PLD epsilon 8 costs by Renyi divergence.
@@ -68,12 +73,45 @@ def test_no_order_that_is_passed_over_would_cost_less() -> None:
 def test_the_best_order_is_the_one_that_lets_the_reference_repeat_most_often(reference: DpEvent, cap: float) -> None:
     def repeats(order: float) -> float:
         room = filter.most_divergence(cap, order=order, delta=DELTA)
-        return room / filter.divergence(reference, order) if room > 0 else 0.0
+        return room / filter.total_divergence([reference], order) if room > 0 else 0.0
 
     chosen = filter.best_order(reference, epsilon=cap, delta=DELTA)
     assert chosen in filter.ORDERS
     assert repeats(chosen) == max(map(repeats, filter.ORDERS))
     assert repeats(chosen) >= 1
+
+
+_CAPS = (0.5, 1.0, 2.0, 5.0, 8.0, 20.0, 50.0, 100.0, 200.0, 500.0, math.inf)
+_REFERENCES = [
+    *((0.2, 0.949, 25), (0.01, 1.0, 500), (0.5, 0.4, 100), (0.5, 2.0, 100)),
+    *((0.1, 0.3, 40), (0.3, 1.5, 2000), (0.9, 1.0, 20), (1.0, 3.0, 1)),
+]
+_PLANS = [
+    (rate, noise, steps)
+    for rate in (1e-4, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+    for noise, steps in ((0.4, 1), (0.8, 20), (2.0, 100), (10.0, 1000), (100.0, 10_000))
+]
+"""Sampling rate, noise multiplier, steps."""
+
+
+@pytest.mark.parametrize("cap", _CAPS)
+@pytest.mark.parametrize("reference", _REFERENCES, ids=str)
+def test_a_ledger_counts_every_plan_and_allows_the_runs_that_its_policy_promises(
+    reference: tuple[float, float, int], cap: float
+) -> None:
+    """Before: at caps of 50 and more the order could be one at which a plan of epsilon 2 asked for infinity."""
+    rate, noise, steps = reference
+    typical = Reference(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+    caps = {"max_epsilon": cap, "max_epsilon_per_period": cap if math.isfinite(cap) else None}
+    site = policy(budget={"reference": typical, **caps})
+    history, amount = History.before(site), amount_of(site)
+    room = filter.most_divergence(cap, order=history.order, delta=history.delta)
+    for rate, noise, steps in _PLANS:
+        asked = events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)
+        assert 0 < history.divergence([asked]) < math.inf, (asked, history.order)
+    assert amount.runs_in_lifetime == amount.runs_in_period
+    if (runs := amount.runs_in_lifetime) is not None:
+        assert history.divergence({typical.event: runs}) <= room < history.divergence({typical.event: runs + 1})
 
 
 # Rates and noises from useful to absurd; few of each, so that divergences are computed once.
@@ -112,7 +150,7 @@ def test_rounding_makes_no_event_a_refund(order: float) -> None:
     for rate in (1e-300, 1e-9, 0.1, 0.9):
         for noise in (1e3, 1e10, 1e150):
             event = events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=1)
-            assert filter.divergence(event, order) >= 0
+            assert filter.total_divergence([event], order) > 0
 
 
 # A few settings and counts, so that slow loss distributions are few.

@@ -36,7 +36,7 @@ def test_a_share_is_of_the_caps_divergence(opened: Any) -> None:
     train(ledger, proposal(plan={"num_rounds": 10}), 1)
     history = ledger.history
     room = filter.most_divergence(11.0, order=history.order, delta=DELTA)
-    one = filter.divergence(proposal().plan.event(), history.order)
+    one = history.divergence([proposal().plan.event()])
     assert spending.share_of_cap(history, history.charged(), cap=11.0) == pytest.approx(one / room)
     assert spending.share_of_cap(history, history.charged(), cap=math.inf) is None
     # At a small order turning divergence into epsilon costs more than such a cap is.
@@ -61,7 +61,7 @@ def test_what_is_left_is_what_would_be_accepted(opened: Any) -> None:
     train(ledger, proposal(run="2"), 1)
     assert spending.runs_left(ledger.history, policy(), five, now) == 0
     left = spending.divergence_left(ledger.history, policy(), now)
-    assert 0 < left < filter.divergence(proposal().plan.event(), ledger.history.order)
+    assert 0 < left < ledger.history.divergence([proposal().plan.event()])
     assert spending.runs_left(ledger.history, policy(budget={"max_epsilon": math.inf}), five, now) is None
     assert spending.divergence_left(ledger.history, policy(budget={"max_epsilon": 6.0}), now) == 0
     ledger.freeze("for this test")

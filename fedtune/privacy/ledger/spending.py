@@ -70,8 +70,8 @@ def runs_left(
     history: History, policy: Policy, plan: DpEvent, now: datetime, *, admitted: Cohorts | None = None
 ) -> int | None:
     """How many runs that cost `plan` the lifetime cap still has room for; None: any number."""
-    left, each = divergence_left(history, policy, now, admitted=admitted), history.divergence([plan])
-    return None if math.isinf(left) or each == 0 else math.floor(left / each)
+    left = divergence_left(history, policy, now, admitted=admitted)
+    return filter.most_repeats(plan, left, order=history.order)
 
 
 def require_room(
