@@ -74,6 +74,9 @@ def check_delta(key: str, value: float, *, steps: int) -> None:
 def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) -> float:
     """Epsilon at `delta` of everything in `spent` by privacy loss distributions; infinite without noise.
 
+    On the `FINE` grid it is the smaller figure of both grids: losses lie closer there, but rounding weighs more.
+    A search, and a figure that is shown for each round, asks for the `COARSE` grid alone, which is fast.
+
     Guarantee: an upper bound, since losses are rounded up to multiples of `interval` and the rounding of all floats is
     added to delta (`loss_distribution`), for a plan that was fixed before its first output was seen.
     """
@@ -83,7 +86,8 @@ def epsilon_pld(spent: events.Spent, delta: float, *, interval: float = FINE) ->
 # Cached, because a run's sites spend alike, and the gate, the ledger and the report ask for the same epsilon.
 @lru_cache(maxsize=4096)
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float:
-    return composed_pld(counted, interval).epsilon(delta)
+    found = composed_pld(counted, interval).epsilon(delta)
+    return min(found, _epsilon_pld(counted, delta, COARSE)) if interval == FINE else found
 
 
 def composed_pld(counted: Counted, interval: float) -> Composition:
@@ -109,11 +113,11 @@ def composed_pld(counted: Counted, interval: float) -> Composition:
 def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
     """Epsilon by PLD where it is above `limit`, else None.
 
-    The coarse grid overestimates only slightly, so the slower fine grid is used for a close call alone.  There it
-    decides, since reports show its figure.
+    The slower fine grid is asked only for a close call: the coarse one overestimates by about its width at the most, and
+    the square of its width for each step.
     """
-    epsilon = epsilon_pld(spent, delta, interval=COARSE)
-    if 0.99 * limit < epsilon < 1.01 * limit:
+    epsilon, steps = epsilon_pld(spent, delta, interval=COARSE), sum(events.grouped(spent).values())
+    if limit < epsilon < max(1.01 * limit, limit + COARSE + COARSE**2 * steps):
         epsilon = epsilon_pld(spent, delta)
     return None if epsilon <= limit else epsilon  # NaN counts as above the limit
 
@@ -163,8 +167,8 @@ def calibrate_noise(
 
     `also` are other events that the same epsilon must cover.
 
-    Guarantee: `epsilon_pld` of the result never exceeds `epsilon`: the search ends on the side of more noise, on a
-    coarser and so more pessimistic grid, rounds the noise up, and checks the result on both grids.
+    Guarantee: `epsilon_pld` of the result never exceeds `epsilon`: the search ends on the side of more noise, on the
+    coarse grid, rounds the noise up, and checks the result.
 
     Raises:
         ConfigError: no noise multiplier up to 10,000 reaches the target.
@@ -200,7 +204,7 @@ def calibrate_noise(
         middle = max((low + high) / 2, LEAST_SOUGHT)
         low, high = (low, middle) if within(middle) else (middle, high)
     noise = math.ceil(high * 1e4) / 1e4
-    while epsilon_at(noise) > epsilon or epsilon_pld([at_noise(noise), *also], delta) > epsilon:
+    while epsilon_at(noise) > epsilon:
         noise = round(noise + 1e-4, 4)
     return noise
 

@@ -13,6 +13,7 @@ from fedtune.privacy import events
 from fedtune.privacy.accountant import COARSE, FINE, epsilon_above, epsilon_pld
 from fedtune.privacy.loss_distribution import UNIT, Composition, hockey_stick, sampled_gaussian
 from fedtune.privacy.run_plan import Plan
+from fedtune.report.derive import profile
 from fedtune.spec import ConfigError
 
 from . import exact_delta
@@ -114,3 +115,24 @@ def test_a_delta_that_the_arithmetic_does_not_carry_is_refused() -> None:
         Plan(**settings, delta=1e-19, local_steps=10, num_rounds=100)
     thousand = events.dp_sgd(sampling_rate=0.1, noise_multiplier=1.0, steps=1000)
     assert epsilon_pld([thousand], 1e-21, interval=COARSE) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps", "delta", "coarse_is_less"),
+    [
+        (0.0002, 1.0, 4, 3e-11, True),
+        (0.0001, 1.05, 1357, 1.4e-16, True),
+        (0.01, 1.0, 10_000, 1e-13, False),
+        (0.0001, 1.0, 1_000_000, 1e-5, False),
+    ],
+)
+def test_epsilon_is_the_smaller_one_of_both_grids(
+    rate: float, noise: float, steps: int, delta: float, coarse_is_less: bool
+) -> None:
+    """Rounding can outweigh the finer grid; before, the larger figure was shown, and a cap between both refused."""
+    spent = [events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)]
+    coarse, fine = (Composition([(rate, noise, steps)], width).epsilon(delta) for width in (COARSE, FINE))
+    assert (coarse < fine) == coarse_is_less
+    assert epsilon_pld(spent, delta) == profile.epsilon_pld(spent, delta, interval=FINE) == min(coarse, fine)
+    assert epsilon_above(spent, delta, limit=min(coarse, fine)) is None
+    assert epsilon_above(spent, delta, limit=0.99 * min(coarse, fine)) is not None

@@ -246,7 +246,7 @@ def epsilon_pld(spent: Spent, delta: float, *, interval: float = accountant.COAR
 
 @lru_cache(maxsize=1024)  # most sites of a run were charged alike
 def _epsilon_pld(counted: Counted, delta: float, interval: float) -> float | None:
-    return finite(_pld(counted, interval).epsilon(delta))
+    return finite(accountant.epsilon_pld(dict(counted), delta, interval=interval))
 
 
 def epsilon_rdp(spent: Spent, delta: float) -> float | None:
