@@ -113,8 +113,8 @@ def composed_pld(counted: Counted, interval: float) -> Composition:
 def epsilon_above(spent: events.Spent, delta: float, *, limit: float) -> float | None:
     """Epsilon by PLD where it is above `limit`, else None.
 
-    The slower fine grid is asked only for a close call: the coarse one overestimates by about its width at the most, and
-    the square of its width for each step.
+    The slower fine grid is asked only for a close call: the coarse one overestimates by about its width at the most,
+    and the square of its width for each step.
     """
     epsilon, steps = epsilon_pld(spent, delta, interval=COARSE), sum(events.grouped(spent).values())
     if limit < epsilon < max(1.01 * limit, limit + COARSE + COARSE**2 * steps):

@@ -54,12 +54,18 @@ Readout: TypeAlias = "tuple[tuple[torch.Tensor, torch.Tensor | None], ...]"
 
 
 class Model(Protocol):
-    """The part of a `fedtune.tasks.task_model.TaskModel` that a task uses."""
+    """The part of a `fedtune.tasks.task_model.TaskModel` that a task uses.
+
+    A task that makes a discrete choice for an example, such as an argmax, stores every float that it chooses by in
+    `decided_by`: (rows, ...), a row for each example of the batch, and then for each row of filling.  Gradients show
+    the choice alone, so the trial before a run compares these floats, too (`fedtune.training.preflight`).
+    """
 
     spec: TaskModelSpec
     base: PeftModel
     head: torch.nn.Module | None
     output: OutputLayer | None
+    decided_by: torch.Tensor | None
 
     @property
     def device(self) -> torch.device: ...

@@ -34,9 +34,11 @@ class TaskModel(nn.Module):
         head: tensors of the task's own; None where it has none.
         output: the base's output layer, where it predicts tokens.
         round: the round being trained (`in_round`); 0 otherwise.
+        decided_by: as `tasks.base.Model` has it.
     """
 
     head: nn.Module | None
+    decided_by: torch.Tensor | None = None
     round: int = 0
 
     def __init__(self, spec: TaskModelSpec, task: Task, base: PeftModel) -> None:
@@ -63,8 +65,7 @@ class TaskModel(nn.Module):
             return torch.zeros(0, device=self.device, requires_grad=torch.is_grad_enabled())
         batch = self._with_reference(batch)
         with self._prefix.given(batch.prefix):
-            losses = self.task.losses(self, batch)
-        return losses[: len(batch)]
+            return self.task.losses(self, batch)[: len(batch)]
 
     def figures(self, batch: Batch) -> dict[str, torch.Tensor]:
         """As `Task.figures`."""
@@ -92,8 +93,7 @@ class TaskModel(nn.Module):
 
         A batch that carries it as `prefix` skips those layers.  None when there are none to skip.
         """
-        run = input_of(self.spec).pooled
-        return self._prefix.states(lambda: run(self.base, batch.input_ids, batch.attention_mask))
+        return self._prefix.states(lambda: input_of(self.spec).pooled(self.base, batch.input_ids, batch.attention_mask))
 
     def train(self, mode: bool = True) -> TaskModel:
         """Set training mode for the modules with trainable parameters of their own, evaluation mode elsewhere."""

@@ -6,11 +6,10 @@ moves the sum by 1.  With every record in the step (`privacy.sampling_rate=1`) a
 candidates' shares of all votes, with the noise of one Gaussian mechanism (the private histogram of Lin et al. 2024,
 arXiv 2305.15560).  Rounds, secure sums, ledgers and reports are those of any run.
 
-The frozen base computes which candidate is nearest.  The trial before a run (`fedtune.training.preflight`) compares the
-gradients of made-up records alone and in company, bit for bit, and such a gradient shows the nearest candidate and
-nothing else: similarities that other records change by rounding stay unseen unless another candidate becomes the
-nearest.  So the trial proves less here than for other tasks: a record that is almost equally near to two candidates
-could vote by its company.  Its gradient still has norm 1, so clipping bounds what it adds itself.
+The frozen base computes which candidate is nearest.  A record that is almost equally near to two candidates could vote
+by its company, if other records changed its similarities by rounding.  Its gradient shows the nearest candidate and
+nothing else, so the trial before a run (`fedtune.training.preflight`) compares the similarities of made-up records
+alone and in company, bit for bit.  A machine on which one bit differs is refused, whatever a site's policy accepts.
 
 A histogram of a column, such as how frequent each label is, is a vote too: that column is the text, and its declared
 values are the candidates.
@@ -61,8 +60,8 @@ class Votes(LabelTask):
     def scored(self, model: Model, embeddings: torch.Tensor) -> torch.Tensor:
         """(rows, 1): the weight of each row's nearest candidate."""
         assert model.head is not None
-        nearest = torch.nn.functional.linear(embeddings, model.get_buffer("candidates")).argmax(dim=1)
-        votes = torch.nn.functional.one_hot(nearest, len(model.spec.labels))
+        model.decided_by = torch.nn.functional.linear(embeddings, model.get_buffer("candidates")).detach()
+        votes = torch.nn.functional.one_hot(model.decided_by.argmax(dim=1), len(model.spec.labels))
         weights: torch.Tensor = model.head(votes.to(embeddings.dtype))
         return weights
 

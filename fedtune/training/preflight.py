@@ -41,6 +41,8 @@ def unseen(gradients: Mapping[str, torch.Tensor]) -> None:
     """Looks at nothing."""
 
 
+_DECIDED_BY = "decided_by"
+"""Beside gradients' names: what a discrete choice was made by.  Another choice moves a whole contribution."""
 _LARGEST_ROUNDING = 0.05
 """In clip norms.  Rounding moves an example by less; one that moves further is mixed with others."""
 _SIZE = 0.2
@@ -199,9 +201,8 @@ def require_alone(moved: float, *, path: str, inexact_allowed: bool) -> None:
         ConfigError: for `model.path`.
     """
     if moved > _LARGEST_ROUNDING:
-        raise ConfigError(
-            "model.path", path, "mixes the examples of a batch, so that no example can be clipped by itself"
-        )
+        bound = "mixes the examples of a batch, or chooses by what they round, so that none can be clipped by itself"
+        raise ConfigError("model.path", path, bound)
     if moved > 0 and not inexact_allowed:
         bound = (
             "has another gradient for an example when other examples share its micro-batch on this machine (by up to "
@@ -303,18 +304,20 @@ class _Trial:
     def _added(self, gradients: PerExampleGradients, batch: Batch, max_grad_norm: float) -> _Added:
         """Clipped on the model's device and among the rows that a step clips together, as it clips them."""
         there = gradients.of_all(batch)
-        found = {name: one.cpu() for name, one in there.items()}, contributions(there, max_grad_norm)
+        chosen = {} if self._model.decided_by is None else {_DECIDED_BY: self._model.decided_by}
+        found = {name: one.cpu() for name, one in (there | chosen).items()}, contributions(there, max_grad_norm)
         for one in found:
             self.see(one)
         return found
 
     def _copies(self, length: int) -> TextDataset:
-        one = _longest(self._model, self._shapes.most_tokens(length), self._draws)
-        return one.chosen([0] * self._most_room(length))
+        return _longest(self._model, self._shapes.most_tokens(length), self._draws).chosen(
+            [0] * self._most_room(length)
+        )
 
 
 _Added: TypeAlias = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
-"""Gradients of n examples, by name, and what each of them adds to a sum (`dp_step.contributions`); on the CPU."""
+"""Gradients of n examples and what was chosen by, by name; what each adds (`dp_step.contributions`); on the CPU."""
 
 
 def _distance(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tensor) -> float:
@@ -322,9 +325,10 @@ def _distance(one: _Added, rows: torch.Tensor, other: _Added, others: torch.Tens
     (gradients, cells), (other_gradients, other_cells) = one, other
     squares = [(added[rows] - other_cells[name][others]).square().sum(dim=1) for name, added in cells.items()]
     moved = float(torch.stack(squares).sum(dim=0).sqrt().max()) / CLIP_NORM_CELLS
-    if all(torch.equal(found[rows], other_gradients[name][others]) for name, found in gradients.items()):
-        return moved
-    return max(moved, 1 / CLIP_NORM_CELLS)  # bits that clipping happens to hide here
+    differ = [name for name, found in gradients.items() if not torch.equal(found[rows], other_gradients[name][others])]
+    if _DECIDED_BY in differ:
+        return 1.0
+    return max(moved, 1 / CLIP_NORM_CELLS) if differ else moved  # bits that clipping happens to hide here
 
 
 def _longest(model: TaskModel, length: int, draws: np.random.Generator) -> TextDataset:

@@ -187,6 +187,38 @@ def test_one_whose_effect_is_a_last_bit_is_refused_or_measured() -> None:
     assert Adapter.of(model).digest() == before
 
 
+@pytest.mark.parametrize("accepted", [False, True], ids=["", "inexact gradients are accepted"])
+@pytest.mark.parametrize("task", ["classification", "votes"])
+def test_a_coupling_by_rounding_is_found_whatever_the_task_learns(task: str, accepted: bool) -> None:
+    """A vote's gradient shows the nearest candidate alone, which so little changes for next to no made-up record."""
+
+    def rounds_by_company(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * (1 + 2.0**-22) if len(hidden) >= 6 else hidden
+
+    for _ in range(9):
+        model = with_layer(fresh("random:bert", task), rounds_by_company, number=0)
+        if task == "votes":
+            require_refused(model, r"model\.path .*mixes the examples", inexact_allowed=accepted)
+        elif not accepted:
+            require_refused(model, r"model\.path .*another gradient")
+    assert check(fresh("random:bert", task)) == 0.0
+
+
+@pytest.mark.parametrize("candidate", [0, 1, 2])
+def test_one_last_bit_of_what_a_vote_is_chosen_by_is_enough(monkeypatch: pytest.MonkeyPatch, candidate: int) -> None:
+    original = PerExampleGradients.of_all
+
+    def nudged(self: PerExampleGradients, batch: Any) -> dict[str, torch.Tensor]:
+        found = original(self, batch)
+        if len(batch.input_ids) == SHAPES.rows(batch.input_ids.shape[1])[0]:
+            value = self._model.decided_by[-1 - batch.empty_rows - (-len(batch.input_ids) % 32), candidate]
+            value.copy_(torch.nextafter(value, torch.tensor(torch.inf)))
+        return found
+
+    monkeypatch.setattr(PerExampleGradients, "of_all", nudged)
+    require_refused(fresh("random:bert", "votes"), "mixes the examples", inexact_allowed=True)
+
+
 def test_one_last_bit_of_one_gradient_value_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     original = PerExampleGradients.of_all
 
