@@ -15,7 +15,7 @@ from fedtune.data.load import shipped_folders
 from fedtune.data.records import iter_records, resolve_file
 from fedtune.show.new_files import new_files
 from fedtune.show.terminal_tables import Section, pairs
-from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, require_apart
+from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, note_written, require_apart
 from fedtune.spec import ConfigError, check_at_least, check_at_most
 from fedtune.studies import synthetic
 from fedtune.tasks.measures import classified
@@ -109,6 +109,7 @@ class SyntheticFile:
             figures[self.beside.name] = variety(theirs)
             told["beside"] = {"file": self.beside.name, "shared_pairs": shared_pairs(said, theirs)}
         texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
+        note_written(self.writer.folder, said)
         card = synthetic_card.as_json(self.to, lines.encode(), self.behind, made=told, figures=figures)
         texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"
         texts[self.card[".md"]] = synthetic_card.card(self.reports, card)

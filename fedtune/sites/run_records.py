@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,17 @@ from fedtune.data.load import Dealt, chosen_rows, deal, lead_records, shipped_fo
 from fedtune.data.partition import assign_site
 from fedtune.data.records import NO_VALUE, column_values, iter_records, resolve_file
 from fedtune.data.spec import SITE
+from fedtune.data.values import one_form
 from fedtune.evaluation.spec import no_test_records
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.mechanism import Unit
 from fedtune.spec import ConfigError, DataError, expand_home
 from fedtune.tasks.registry import task_named
+from fedtune.words import counted
+
+MOST_SHARED = 1 / 20
+"""Of a file's texts, those that a public file may have, too: public sets of one field share up to 1.5 %."""
+WRITTEN = "written.sha256"  # in a run's folder: digests of the texts that it wrote
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,11 @@ class RunRecords:
             return LeadRecords(chosen_rows(self.dealt.test, data.test_rows))
         return self._of(data.test_file, rows=data.test_rows, key="data.test_file")
 
+    @property
+    def folders(self) -> Path:
+        """Where the run's folder is, and those of others."""
+        return Path(self._config.tracking.output_dir)
+
     def by_setting(self) -> dict[str, list[Record]]:
         """All that the run reads here, by the setting that names its file; the records of real sites are not here."""
         sites = () if self._config.runtime.kind == "deployment" else self.dealt.sites
@@ -154,35 +167,41 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
 
 
 def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file: str, may_owe: bool = False) -> None:
-    """Check that public records, of the file that `key` names, are not those of a file of the run, in whatever form.
+    """Check that public records, of the file that `key` names, are neither a run's own nor what a run here wrote.
 
-    They are told by what they say in the role that tells most of the run's apart: many share a code, which may be given
-    anew, or an answer of one word.
+    Texts are compared in one form (`in_one_form`), each role of the file with the role that tells most of the run's
+    records apart: many share a code, which may be given anew, or an answer of one word.
 
     Raises:
-        ConfigError: they have all texts that the run uses of a file, or none but texts of its files; the records of
-            real sites are not here.  Or a card beside them says to which runs they owe, unless they `may_owe`.
+        ConfigError: more than `MOST_SHARED` of the texts that the run uses of a file, of all texts of such a file, or
+            of the public ones are both; the records of real sites are not here.  As many of the public ones were
+            written by a run, or a card beside them says so, unless they `may_owe` and have their card.
     """
-    public = said_by_role(records).values()
-    used = {of: telling(others) for of, others in own.by_setting().items()}
-    found = [of for of, texts in used.items() if texts and any(texts <= said for said in public)]
-    whole = [(of, telling(others)) for of, others in own.whole_files()]
-    every = set().union(*(texts for _, texts in whole))
-    found += [of for said in public if said <= every for of, texts in whole if texts & said]
-    if found:
-        bound = f"must hold records of its own: one of it and {found[0]} has all texts of the other"
-        raise ConfigError(key, file, bound)
-    if not may_owe:
+    private = [(of, telling(others)) for of, others in (*own.by_setting().items(), *own.whole_files())]
+    every = set[str]().union(*(texts for _, texts in private))
+    for said in said_by_role(records).values():
+        for of, texts in private:
+            shared = len(said & texts)
+            if shared > MOST_SHARED * len(texts) or (shared and len(said & every) > MOST_SHARED * len(said)):
+                bound = f"must hold records of its own: it shares {counted(shared, 'text')} with {of}"
+                raise ConfigError(key, file, bound)
+    if not (may_owe and has_card(file, key=key)):
         require_no_card(file, key=key)
+        require_not_written(records, own.folders, key=key, file=file)
 
 
 def said_by_role(records: Iterable[Record]) -> dict[str, set[str]]:
-    """Role -> all different texts; features and images, which are none, stand as one."""
+    """Role -> all different texts in one form; features and images, which are none, stand as one."""
     found = defaultdict[str, set[str]](set)
     for record in records:
         for role, text in [*record.texts()] or [("", record.said)]:
-            found[role].add(" ".join(text.split()))
+            found[role].add(in_one_form(text))
     return found
+
+
+def in_one_form(text: str) -> str:
+    """A text without differences of case, blanks, form or invisible letters, which no copy is told apart by."""
+    return unicodedata.normalize("NFKC", one_form(text)).casefold()
 
 
 def telling(records: Iterable[Record]) -> set[str]:
@@ -195,11 +214,44 @@ def card_of(file: Path, suffix: str) -> Path:
     return file.with_name(f"{file.name}.card{suffix}")
 
 
+def has_card(file: str, *, key: str) -> bool:
+    """Whether a file of records has a card beside it, in whatever form."""
+    path = resolve_file(expand_home(file, key=key), shipped_folders(), key=key).resolve()
+    return os.path.lexists(card_of(path, ".json"))
+
+
 def require_no_card(file: str, *, key: str, kind: str = "public") -> None:
     """Check that a file declared public, or a site's own, is not one of synthetic records, which owe to some runs."""
-    path = resolve_file(expand_home(file, key=key), shipped_folders(), key=key).resolve()
-    if os.path.lexists(card := card_of(path, ".json")):
-        raise ConfigError(key, file, f"must hold {kind} records: {card.name} beside it says which runs these owe to")
+    if has_card(file, key=key):
+        card = card_of(Path(file), ".json").name
+        raise ConfigError(key, file, f"must hold {kind} records: {card} beside it says which runs these owe to")
+
+
+def note_written(run: Path, texts: Iterable[str]) -> None:
+    """Keep digests of texts that a run wrote in its folder, so that a copy without its card passes for public nowhere.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    try:
+        known = (run / WRITTEN).read_text().split() if (run / WRITTEN).exists() else []
+        write_durably(run / WRITTEN, "\n".join(sorted({*known, *map(_digest_of, texts)})).encode())
+    except OSError as error:
+        raise ConfigError("RUN", str(run), f"must be a folder that can be written to ({error.strerror})") from None
+
+
+def require_not_written(records: Iterable[Record], folder: Path, *, key: str, file: str) -> None:
+    """Check that records are not synthetic ones of a run in `folder`: of its texts no role may have more than a few."""
+    found = {role: {_digest_of(text) for text in texts} for role, texts in said_by_role(records).items()}
+    for place in sorted(folder.glob(f"*/{WRITTEN}")):
+        written = set(place.read_text().split())
+        if any(len(said & written) > MOST_SHARED * len(said) for said in found.values()):
+            bound = f"must hold public records: {place.parent} wrote some of them. Put their card beside them"
+            raise ConfigError(key, file, bound)
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(in_one_form(text).encode()).hexdigest()[:16]
 
 
 def file_sha256(file: Path, *, key: str) -> str:

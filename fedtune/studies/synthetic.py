@@ -23,7 +23,7 @@ from fedtune.api.experiment_file import OPEN
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file, without_records
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.sites.run_records import RunRecords, require_no_card
+from fedtune.sites.run_records import RunRecords, in_one_form, require_apart
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
 
@@ -166,15 +166,16 @@ def columns_of(run: Run) -> dict[str, str]:
 
 def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords) -> dict[Code, float]:
     """Each code with how often it stands in a public file; a run's own prompts mostly come once there."""
-    require_no_card(str(codes), key="--codes")
     path = resolve_file(str(codes), shipped_folders(), key="--codes")
 
     def counts(records: Iterable[Record]) -> Counter[Code]:
-        return Counter(tuple(one.fields[role] for role in roles) for one in records)
+        return Counter(tuple(in_one_form(one.fields[role]) for role in roles) for one in records)
 
-    found = counts(iter_records(path, {role: run.config.data.columns[role] for role in roles}))
-    if not found:
+    listed = list(iter_records(path, {role: run.config.data.columns[role] for role in roles}))
+    if not listed:
         raise without_records(path)
+    require_apart(listed, own, key="--codes", file=str(codes))
+    found = counts(listed)
     times = Counter[Code]()
     for key, records in own.whole_files():
         times += (theirs := counts(records))
@@ -183,7 +184,7 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords
     if 2 * (once := sum(times[code] == 1 for code in found)) > len(found):
         bound = f"must be a public list: {once} of its {len(found)} prompts come once in the run's own files"
         raise ConfigError("--codes", str(codes), bound)
-    return dict(found)
+    return dict(Counter(tuple(one.fields[role] for role in roles) for one in listed))
 
 
 def weights_of(votes: Run) -> dict[str, float]:

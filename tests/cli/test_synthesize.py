@@ -121,6 +121,11 @@ def test_codes_have_shares_and_cards(runs: Path, tmp_path: Path, monkeypatch: py
     assert "no more about a unit than the promises below allow.**" in text
     assert f"| texts | 9 | {beside} |" in text
     assert "learnt from these records gives 0.0 % of public.jsonl their code. The code" in text, "which none here has"
+    copy = shutil.copy(to, tmp_path / "copy.jsonl")  # without its card
+    asked = ("--to", str(tmp_path / "more.jsonl"), "--rows", "2", "--beside", str(copy))
+    message = command("synthesize", str(runs / "writer"), "--codes", str(runs / "codes.jsonl"), *asked).failed()
+    assert "must hold public records" in message
+    assert "writer wrote some of them. Put their card beside them" in message
 
 
 def test_votes_are_shares_and_choose_candidates(runs: Path, tmp_path: Path) -> None:
@@ -165,7 +170,7 @@ def test_votes_are_shares_and_choose_candidates(runs: Path, tmp_path: Path) -> N
         (("--rows", "0"), "--rows = 0: must be a finite number of at least 1"),
         (("--rows", "2", "--to", str(best)), "must be a new file"),
         (("--rows", "2", "--votes", str(runs / "shares")), "must have all texts as candidates; 4 are none"),
-        (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "one of it and data.train_file has all texts of the"),
+        (("--rows", "2", "--beside", str(runs / "tables.jsonl")), "it shares 103 texts with data.train_file"),
         (("--rows", "2", "--candidates", str(public)), "must be as fedtune synthesize or choose wrote it"),
     ):
         assert said in command(*refused, *options).failed()

@@ -1,0 +1,108 @@
+"""Public records are refused if they share more than a few texts with a run's own, or were written by a run."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.data import Record
+from fedtune.sites.run_records import RunRecords, card_of, note_written, require_apart
+from fedtune.spec import ConfigError
+
+PRIVATE = [f"The {n}th Café visit of Straße {n}" for n in range(200)]
+FOREIGN = [f"Nobody's text {n}" for n in range(400)]
+COPIES: dict[str, Any] = {
+    "as they are": str,
+    "in capitals": str.upper,
+    "with an invisible letter": lambda text: text.replace("e", "e\u200b"),
+    "with other blanks": lambda text: text.replace(" ", " \u00a0\n"),
+    "in another form": lambda text: text.replace("é", "e\u0301").replace("C", "\uff23"),
+}
+
+
+def records(texts: Sequence[str], role: str = "text") -> list[Record]:
+    return [Record({role: text, "label": "a"}) for text in texts]
+
+
+class Own(RunRecords):
+    """The files of a run, by name."""
+
+    def __init__(self, folder: Path, **files: Sequence[str]) -> None:
+        self.folder, self.texts = folder, files
+
+    @property
+    def folders(self) -> Path:
+        return self.folder
+
+    def by_setting(self) -> dict[str, list[Record]]:
+        return {name: records(texts[:100]) for name, texts in self.texts.items()}
+
+    def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
+        yield from ((name, records(texts)) for name, texts in self.texts.items())
+
+
+def check(public: Sequence[str], own: Own, *, role: str = "text", may_owe: bool = False) -> None:
+    file = own.folder / "public.jsonl"
+    file.touch()
+    require_apart(records(public, role), own, key="public.train_file", file=str(file), may_owe=may_owe)
+
+
+@pytest.mark.parametrize("role", ["text", "prompt"])
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_all_private_texts_but_one_beside_a_foreign_one_are_refused(copied: Any, role: str, tmp_path: Path) -> None:
+    """Before, a file that was neither a part of the run's nor the whole of it passed for public."""
+    own = Own(tmp_path, sites=PRIVATE)
+    with pytest.raises(ConfigError, match=r"must hold records of its own: it shares 9\d+ texts with sites"):
+        check([*map(copied, PRIVATE[1:]), FOREIGN[0]], own, role=role)
+    check(FOREIGN, own, role=role)
+
+
+@pytest.mark.parametrize(
+    ("private", "foreign", "refused"),
+    [
+        (slice(0, 5), 400, False),  # as any two files of one field may have: 5 of the 100 that the run uses
+        (slice(0, 6), 400, True),
+        (slice(100, 110), 400, False),  # 10 of the file's 200, which the run does not use
+        (slice(100, 111), 400, True),
+        (slice(100, 105), 95, False),  # 5 of 100 public ones
+        (slice(100, 106), 94, True),
+        (slice(0, 1), 0, True),
+    ],
+)
+def test_a_twentieth_of_either_may_be_shared(private: slice, foreign: int, refused: bool, tmp_path: Path) -> None:
+    public, own = [*PRIVATE[private], *FOREIGN[:foreign]], Own(tmp_path, sites=PRIVATE)
+    if refused:
+        with pytest.raises(ConfigError, match="must hold records of its own"):
+            check(public, own)
+    else:
+        check(public, own)
+
+
+def test_a_few_texts_of_each_of_many_sites_add_up(tmp_path: Path) -> None:
+    sites = {f"site{n}": [f"Site {n}, text {m}" for m in range(100)] for n in range(30)}
+    few = [texts[-1] for texts in sites.values()]
+    with pytest.raises(ConfigError, match="it shares 1 text with site0"):
+        check([*few, *FOREIGN[:70]], Own(tmp_path, **sites))
+    check([*few[:2], *FOREIGN[:70]], Own(tmp_path, **sites))
+
+
+def test_a_copy_of_synthetic_texts_without_its_card_is_known_by_its_run(tmp_path: Path) -> None:
+    written, own = [f"A model wrote {n}" for n in range(40)], Own(tmp_path, sites=PRIVATE)
+    (tmp_path / "writer").mkdir()
+    note_written(tmp_path / "writer", written[:20])
+    note_written(tmp_path / "writer", written[20:])
+    for may_owe in (False, True):
+        with pytest.raises(ConfigError, match=r"must hold public records: .*writer wrote some of them"):
+            check([*map(str.upper, written[15:25]), *FOREIGN[:90]], own, may_owe=may_owe)
+    check([*written[:2], *FOREIGN[:90]], own)
+    card_of(tmp_path / "public.jsonl", ".json").touch()
+    check(written, own, may_owe=True)  # whose epsilon is read from it
+    with pytest.raises(ConfigError, match=r"public\.jsonl\.card\.json beside it says which runs"):
+        check(written, own)
+
+
+def test_what_a_run_wrote_is_noted_or_not_given(tmp_path: Path) -> None:
+    (tmp_path / "writer").touch()  # no folder
+    with pytest.raises(ConfigError, match="must be a folder that can be written to"):
+        note_written(tmp_path / "writer", ["a text"])
