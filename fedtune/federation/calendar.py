@@ -98,8 +98,9 @@ def about_calendar(plan: Plan) -> Iterator[str]:
     who = "a person is in at most" if plan.cohorts else "everybody is in at most"
     alone, whole = (epsilon_text(epsilon_of(plan, runs=runs)) for runs in (1, most))
     yield f"{often} at epsilon {alone} each: {who} {counted(most, 'run')}, epsilon {whole} in all."
-    cap, _ = filter.cheapest(plan.event(rounds=plan.most_rounds * most), delta=plan.delta)
-    yield f"A ledger made for such runs needs a lifetime cap (max_epsilon) of {epsilon_text(cap)}, by its filter."
+    many = plan.event(rounds=plan.most_rounds * most)
+    cap = filter.least_cap(many, more=plan.whole, reference=plan.whole, delta=plan.delta, digits=3)
+    yield f"A ledger made for such runs needs a lifetime cap (max_epsilon) of {cap:.12g}, by its filter."
     if plan.cohorts and (window is None or window > plan.runs):
         who = "who have no date or came before it" if window is None else f"of {counted(window, 'period')}"
         yield (

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from functools import lru_cache
+from itertools import count
 
-from dp_accounting import DpEvent
+from dp_accounting import ComposedDpEvent, DpEvent
 
 from fedtune.privacy import accountant
 from fedtune.privacy.events import Spent, grouped
@@ -22,6 +23,7 @@ ORDERS = tuple(
     sorted({1 + x / 20 for x in range(2, 100)} | {*map(float, range(6, 65))} | {80.0, 96.0, 128.0, 192.0, 256.0, 512.0})
 )
 """Orders to choose from when a ledger is made: 1.1, 1.15, ... 5.95, then whole numbers."""
+_MOST_DIGITS = 12  # of a cap
 
 
 def divergence(event: DpEvent, order: float) -> float:
@@ -88,6 +90,26 @@ def best_order(reference: DpEvent, *, epsilon: float, delta: float) -> float:
 def cheapest(plan: DpEvent, *, delta: float) -> tuple[float, float]:
     """The smallest cap that the whole of `plan` fits under, and the order at which it does."""
     return _least(plan, ORDERS, lambda order, divergence: divergence + surcharge(order, delta))
+
+
+def least_cap(spent: DpEvent, *, more: DpEvent, reference: DpEvent, delta: float, digits: int = 1) -> float:
+    """The least cap under which `spent` fits, and `more` besides it does not, in a ledger made for `reference`.
+
+    It has `digits` decimals, or as many more as it takes to keep `more` out: a ledger counts runs by its cap alone.
+    """
+    cap, least, both = math.inf, cheapest(spent, delta=delta)[0], ComposedDpEvent((spent, more))
+
+    def fits(event: DpEvent, cap: float) -> bool:
+        order = best_order(reference, epsilon=cap, delta=delta)
+        return total_divergence([event], order) <= most_divergence(cap, order=order, delta=delta)
+
+    for scale in (10**number for number in range(digits, _MOST_DIGITS)):
+        below = 0 if math.isinf(cap) else math.floor((cap - 10 / scale) * scale)  # the cap with a digit less did fit
+        caps = (number / scale for number in count(max(math.ceil(least * scale), below)))
+        cap = next(each for each in caps if fits(spent, each))
+        if not fits(both, cap):
+            break
+    return cap
 
 
 def _least(plan: DpEvent, orders: Collection[float], cost: Callable[[float, float], float]) -> tuple[float, float]:

@@ -10,6 +10,8 @@ from typing import Any
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.calendar import moved
 from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.verdict import history_of
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.runs.changed_settings import put
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
@@ -38,6 +40,8 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
 
     It is that run's but for the start, which is its final adapter, and the window of cohorts, which moves on by one
     period.  The seed stays, since simulated sites were dealt their records by it, and so do these sites' ledgers.
+    Where ledgers are here they say how many runs came before, whichever of these renewed which; of real sites the
+    chain of renewals does.
 
     Args:
         folder: of a finished run.
@@ -61,10 +65,16 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
         if isinstance(settings.get(key), dict) or key == "federation.renewal" or not put(settings, key, value):
             raise ConfigError(key, value, "must be one setting of the run that is renewed, such as privacy.epsilon")
-    settings["federation"]["renewal"] += 1
+    settings["federation"]["renewal"] = max(before.federation.renewal + 1, _runs_of(settings["runtime"]["sites_dir"]))
     after = parse(settings)
     _check_left(before, after, last)
     return after
+
+
+def _runs_of(sites: str | None) -> int:
+    """The most runs that a ledger in the folder of simulated `sites` was charged for; 0 where none is here."""
+    histories = [history_of(SiteFiles.of(path)) for path in Path(sites).glob("*/site.toml")] if sites else []
+    return max((sum(map(bool, map(one.charged_rounds, {*one.runs, *one.lost_runs}))) for one in histories), default=0)
 
 
 def _check_left(before: RunConfig, after: RunConfig, last: Path) -> None:

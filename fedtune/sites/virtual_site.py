@@ -268,27 +268,20 @@ def generated_policy(config: RunConfig, plan: Plan, site: str, *, lead: str) -> 
 
 
 def budget_for(plans: Sequence[Plan]) -> Budget:
-    """A budget that these plans fit one after another, and little more; all of one delta, private or not."""
+    """A budget that these plans fit one after another, and none of them once more; all of one delta, private or not."""
     first = plans[0]
     if not first.private:
         typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=1.0, steps=1)
         return Budget(delta=first.delta, max_epsilon=math.inf, reference=typical)
     steps = first.local_steps * first.most_rounds
     typical = Reference(sampling_rate=first.sampling_rate, noise_multiplier=first.counted_noise, steps=steps)
-    return Budget(delta=first.delta, max_epsilon=_cap(plans), reference=typical)
+    whole, cheapest = ComposedDpEvent(tuple(plan.whole for plan in plans)), min(plans, key=_price)
+    cap = filter.least_cap(whole, more=cheapest.whole, reference=typical.event, delta=first.delta)
+    return Budget(delta=first.delta, max_epsilon=cap, reference=typical)
 
 
-def _cap(plans: Sequence[Plan]) -> float:
-    """The least cap, in tenths, under which all of them fit at the order that a ledger chooses for the first."""
-    whole, delta = ComposedDpEvent(tuple(plan.whole for plan in plans)), plans[0].delta
-    training = replace(plans[0], metrics_noise_multiplier=0.0).event(rounds=plans[0].most_rounds)
-    tenths = math.ceil(filter.cheapest(whole, delta=delta)[0] * 10)
-    while True:
-        order = filter.best_order(training, epsilon=tenths / 10, delta=delta)
-        room = filter.most_divergence(tenths / 10, order=order, delta=delta)
-        if filter.total_divergence([whole], order) <= room:
-            return tenths / 10
-        tenths += 1
+def _price(plan: Plan) -> float:
+    return filter.cheapest(plan.whole, delta=plan.delta)[0]
 
 
 def dealt_out(config: RunConfig) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from fedtune.config import saved_config
 from fedtune.data.partition import PartitionSpec
 from fedtune.privacy.cohorts import Cohorts
 from fedtune.runs.renewal import renewed
+from fedtune.sites.virtual_site import VirtualSites
 from fedtune.spec import ConfigError
 
 from ..conftest import write_config
@@ -70,6 +72,23 @@ def test_where_everybody_is_admitted_runs_end(last: Any, groups: dict[str, Any])
     # Of a window that moves on the sites' ledgers know; and without privacy nothing is spent.
     assert renewed(last(**by_cohort("2026"), federation={"renewal": 9}), {"privacy.runs": 4}).federation.renewal == 10
     assert renewed(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
+
+
+def test_ledgers_count_the_runs_whichever_renewed_which(last: Any) -> None:
+    """Before, the chain of renewals counted: two runs that renewed the same one were one run."""
+    folder = last(runtime={"kind": "simulation"})
+    config = saved_config(folder)
+    plan = config.plan()
+    sites = VirtualSites.of(config, folder, plan)
+    ledger, lead = sites.files("north").open(), sites.lead_key().public
+    proposal = config.proposal(lead=lead, plan=plan)
+    for runs, name in enumerate(("last", "branch", "another branch"), 1):
+        ledger.reserve(replace(proposal, run=name), round=1, request="a request")
+        ledger.end(name)
+        if runs < 3:
+            assert renewed(folder, {}).federation.renewal == runs
+    with pytest.raises(ConfigError, match=r"renew = .*was the last of privacy\.runs = 3.*Nothing was charged"):
+        renewed(folder, {})
 
 
 def test_other_words_and_folders_of_no_finished_run_are_refused(last: Any, tmp_path: Path) -> None:

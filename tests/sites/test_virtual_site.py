@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,12 @@ import fedtune.sites.shared_model as shared_model
 import fedtune.sites.work as site_work
 from fedtune.config import RunConfig
 from fedtune.evaluation.scoring import unit_scores
+from fedtune.federation.calendar import about_calendar
 from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.secure.party import Promise
 from fedtune.federation.site_round import Trained
+from fedtune.privacy import filter
+from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.filter import cheapest, surcharge, total_divergence
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -28,7 +32,7 @@ from fedtune.privacy.randomness import SeededRandomness
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import Policy, Releases
-from fedtune.sites.virtual_site import DEALT, POLICY, Participants, VirtualSites, fitted, generated_policy
+from fedtune.sites.virtual_site import DEALT, POLICY, Participants, VirtualSites, budget_for, fitted, generated_policy
 from fedtune.spec import ConfigError, RefusedError, RunError
 
 from ..conftest import command, files_in, simulate, tiny
@@ -54,6 +58,23 @@ def policy_and_proposal(config: RunConfig) -> tuple[Policy, Proposal]:
 def planned(proposal: Proposal, **changes: Any) -> Proposal:
     """The same with other numbers in its plan."""
     return replace(proposal, plan=replace(proposal.plan, **changes))
+
+
+@pytest.mark.parametrize("runs", [1, 12, 120])
+def test_a_generated_cap_has_room_for_the_runs_that_share_it_and_for_none_more(config: Any, runs: int) -> None:
+    """Before, the cap was in tenths, and 121 of 120 runs were let in: epsilon 8.039 for 8."""
+    plan = config(f"privacy.runs={runs}", "privacy.epsilon=8").plan()
+    budget = budget_for([plan] * plan.runs)
+    room = filter.most_divergence(budget.max_epsilon, order=budget.order(), delta=plan.delta)
+    assert filter.most_repeats(plan.whole, room, order=budget.order()) == runs
+    assert epsilon_pld({plan.whole: runs}, plan.delta) <= 8.0
+    if runs > 1:
+        title, said, *_ = about_calendar(plan)
+        assert f"epsilon {epsilon_text(epsilon_pld({plan.whole: runs}, plan.delta))} in all" in title
+        cap = float(re.findall(r"\(max_epsilon\) of ([\d.]+),", said)[0])
+        order = filter.best_order(plan.whole, epsilon=cap, delta=plan.delta)
+        room = filter.most_divergence(cap, order=order, delta=plan.delta)
+        assert filter.most_repeats(plan.whole, room, order=order) == runs
 
 
 BY_USER = ("privacy.unit=user", "+data.columns.user=label")
