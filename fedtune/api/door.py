@@ -191,7 +191,7 @@ def compare(runs: Mapping[str, Run], data: str | Path | None = None) -> SideBySi
 def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
     """Check a report.json: form, signature, every epsilon again from its events, verdict, settings beside it.
 
-    Each check's `state` is "right", "wrong" or "not_checked".
+    Each check's `state` is "right", "wrong", "missing" or "not_checked".
 
     Args:
         file: the report, or the folder that holds it.
@@ -200,13 +200,13 @@ def verify(file: str | Path, *, key: str | None = None) -> tuple[Check, ...]:
     Raises:
         ValueError: there is no report.
     """
-    from fedtune.report.checks import check_report
+    from fedtune.report.checks import Known, check_report
     from fedtune.report.signing import read_report
 
     if key is not None:
         check_public_key("key", key)
     path, report = read_report(str(file))
-    return check_report(path, report, key=key)
+    return check_report(path, report, Known(key=key))
 
 
 def run_in_folder(config: RunConfig, folder: Path, listener: Listener, *, work: Work) -> RunResult:

@@ -23,14 +23,14 @@ import click
 from fedtune.cli.command import Argument, AsJson, Group, Language, Option, answer, command, group
 from fedtune.cli.ledger import ledger_file
 from fedtune.config import saved_config
-from fedtune.federation.run_folder import LABEL
+from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import SigningKey, check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
-from fedtune.report.checks import Check, check_report
+from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.derive.verdicts import outcome_of, room_of
 from fedtune.report.facts import LedgerFacts, State
 from fedtune.report.model import Report, schema_text
@@ -57,9 +57,11 @@ _LOUD = re.compile("^(Exceeded|No guarantee|Closed|Used up)")
 _MARKS: Mapping[str, tuple[str, str]] = {
     "right": ("right", ""),
     "wrong": ("WRONG", "bold red"),
+    "missing": ("NOT COMPARED", "bold yellow"),
     "not_checked": ("not checked", "yellow"),
 }
 _MOST_PROBLEMS = 12
+_VERIFIER = "verify_report.py"
 
 
 @command(app, "write a report; the word may be left out")
@@ -72,6 +74,7 @@ def build(
     pdf: Annotated[bool, Option("report.pdf too; needs the extra pdf")] = False,
     label: Annotated[bool, Option("label.svg too, to show around")] = False,
     registry: Annotated[bool, Option("registry.json too: an entry for a public registry of such runs")] = False,
+    verifier: Annotated[bool, Option("verify_report.py too: a program without fedtune that checks the report")] = False,
     sign: Annotated[
         Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem, or the lead's lead_key.pem")
     ] = None,
@@ -104,6 +107,8 @@ def build(
     if key is not None:
         report = signing.signed(report, key)
         signing.check(report)  # a ledger's report is signed by the key that its events are signed by
+    from fedtune.data.load import shipped_folders
+    from fedtune.data.records import resolve_file
     from fedtune.report.page.render import as_svg, write_files
     from fedtune.report.registry_entry import REGISTRY, entry, to_text
 
@@ -111,6 +116,15 @@ def build(
     beside = {LABEL: as_svg(report, language=spoken).encode()} if label else {}
     if registry:
         beside[REGISTRY] = to_text(report, about).encode()
+    if verifier:
+        beside[_VERIFIER] = resolve_file(f"verifier/{_VERIFIER}", shipped_folders(), key="--verifier").read_bytes()
+    if output is None and (RunFolder(folder).adapter / CARD).is_file() and not isinstance(report.facts, LedgerFacts):
+        from fedtune.report.model_card import card_of_adapter
+
+        # Its label names this report.json.
+        beside |= {
+            f"{RunFolder(folder).adapter.name}/{name}": data for name, data in card_of_adapter(folder, report).items()
+        }
     paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     for code in report.banners:
         say(catalogue("en").code("banner", code).unescape(), style="bold yellow")
@@ -118,7 +132,7 @@ def build(
     say(verdict, style=style)
     if report.epsilon:
         say(catalogue("en").text(f"budget.two_figures_{report.facts.kind}").unescape())
-    for written in paths:
+    for written in (path for path in paths if path.parent == (output or folder)):
         say(f"{written.name + ':':<12} {written}")
     if registry and (missing := entry(report, about)["missing"]):
         text = f"{REGISTRY} lacks what only a person can say, in {place}: {', '.join(missing)}"
@@ -138,23 +152,31 @@ def verify(
     config: Annotated[
         str | None, Option(metavar="SHA", help="the SHA-256 that the run's configuration must have")
     ] = None,
+    model: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="the model's folder, or an export's (default: adapter/ beside the report)"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a report: signature, form, every epsilon again from the events in it, verdict, and the run's plan.
+    """Check a report: signatures, form, every epsilon again from what sites signed, verdict, settings and model.
 
-    Exit code 1 if anything differs. Without --key or --roster nobody knows whose signature it is. The plan is derived
-    from the config.yaml that lies beside a run's report.
+    Exit code 1 if anything differs, or was asked for and could not be compared. The report of real sites is compared
+    with the keys that you give (--key, or --roster with the sites' keys), and with the run's config.yaml and model
+    beside it; what is not there is not compared.
     """
     if key is not None:
         check_public_key("--key", key)
     if config is not None and (len(config) != 64 or set(config) - set("0123456789abcdef")):
         raise ConfigError("--config", config, "must be a SHA-256 of 64 lower-case hex digits")
     path, report = signing.read_report(file)
-    of_roster: list[Check] = []
-    if roster and not key:
-        key, check = _key_by_roster(report, roster)
+    of_roster, site_keys = list[Check](), None
+    if model is not None and not model.is_dir():
+        raise ConfigError("--model", str(model), "must be a folder")
+    if roster:
+        key, site_keys, check = _keys_by_roster(report, roster, key)
         of_roster.append(check)
-    found = (*check_report(path, report, key=key, config_sha256=config), *of_roster)
+    known = Known(key=key, site_keys=site_keys, config_sha256=config, model=model)
+    found = (*check_report(path, report, known), *of_roster)
     rows, styles = list[tuple[str, ...]](), dict[int, str]()
     for check in found:
         mark, styles[len(rows)] = _MARKS[check.state]
@@ -167,9 +189,9 @@ def verify(
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)
     heading = f"{path}: report of {report.facts.kind} {printable(report.facts.name)}"
     answer({"file": str(path), "checks": found}, [section], as_json=as_json, heading=heading)
-    wrong = [check.name for check in found if check.state == "wrong"]
-    if wrong:
-        raise RunError(f"{path} does not hold: {', '.join(wrong)}")
+    for state, said in (("wrong", "does not hold"), ("missing", "is not shown to hold; not compared")):
+        if names := [check.name for check in found if check.state == state]:
+            raise RunError(f"{path} {said}: {', '.join(names)}")
 
 
 @command(app, "the JSON schema of report.json")
@@ -178,11 +200,15 @@ def schema() -> None:
     sys.stdout.write(schema_text())
 
 
-def _key_by_roster(report: Report, path: Path) -> tuple[str, Check]:
-    """The key that must have signed: for a ledger its site's, for a run that of the lead, who signed the roster too."""
+def _keys_by_roster(report: Report, path: Path, key: str | None) -> tuple[str, Mapping[str, str], Check]:
+    """The key that must have signed, and those of the sites, by a roster.
+
+    A ledger's report is signed by its site, and a run's by the lead, who signed the roster too.
+    """
     from fedtune.ops.kits.members import Roster
 
     roster = Roster.read(path)
+    keys = {member.site: member.site_key for member in roster.sites}
     if isinstance(report.facts, LedgerFacts):
         site = report.facts.site
         member = next((one for one in roster.sites if one.site == site), None)
@@ -191,13 +217,13 @@ def _key_by_roster(report: Report, path: Path) -> tuple[str, Check]:
         text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked."
         if member.revoked:
             text += f" {site} was revoked at {member.revoked}; a later report is none of this federation."
-        return member.site_key, Check(name="roster", state="not_checked", text=printable(text))
-    signer = report.signature.key if report.signature else ""
+        return key or member.site_key, keys, Check(name="roster", state="not_checked", text=printable(text))
+    signer = key or (report.signature.key if report.signature else "")
     try:
         roster.check_signed(signer)
     except ConfigError:
         raise RunError(f"the report is not signed by the lead, who signed {path}") from None
-    return signer, Check(name="roster", state="right", text=f"The key that signed the report signed {path}, too.")
+    return signer, keys, Check(name="roster", state="right", text=f"The key that signed the report signed {path}, too.")
 
 
 def verdict_line(report: Report) -> tuple[str, str]:

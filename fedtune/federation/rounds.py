@@ -24,7 +24,7 @@ from fedtune.federation.secure_rounds import SecureSums
 from fedtune.federation.transport import Question, Transport
 from fedtune.federation.update_store import Arrived
 from fedtune.model.adapter import Adapter
-from fedtune.privacy.release import Reason, Receipt, Update
+from fedtune.privacy.release import Reason, Update
 from fedtune.spec import RefusedError, RunError, StuckError
 from fedtune.training.reach import reach
 
@@ -59,11 +59,10 @@ def run_rounds(transport: Transport, lead: Lead, state: LeadState) -> LeadState:
             lead.finished(state)
     except (RefusedError, StuckError):
         # No round can succeed any more: let the sites that accepted release the budget they set aside.
-        _tell_the_end(transport, lead, adapter=None)
+        lead.checkpoints.save(_ended(transport, lead, state, adapter=None))
         raise
     trained = any(result.sites for result in state.rounds)
-    for site, receipt in _tell_the_end(transport, lead, adapter=state.kept if trained else None).items():
-        state = state.with_receipt(site, receipt, run=lead.run, plan=lead.plan) or state
+    state = _ended(transport, lead, state, adapter=state.kept if trained else None)
     lead.checkpoints.save(state)
     if not trained:
         raise RunError(f"no round of {lead.run} had a result; nothing was trained")
@@ -192,14 +191,14 @@ def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
     raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
 
 
-def _tell_the_end(transport: Transport, lead: Lead, *, adapter: Adapter | None) -> dict[str, Receipt]:
-    """Tell every site that the run is over, and return the answers' receipts.  Other sites let the run expire."""
+def _ended(transport: Transport, lead: Lead, state: LeadState, *, adapter: Adapter | None) -> LeadState:
+    """Tell every site that the run is over, and add the answers' receipts; other sites let the run expire."""
     given = adapter if lead.gives_adapter else None
     notice = EndOfRun(run=lead.run, lead=lead.key.public, adapter_digest=given.digest() if given else "")
     signed = notice.signed(lead.key)
     questions = [Question(site=site, signed=signed, adapter=given) for site in lead.federation.active]
-    return {
-        site: receipt
-        for site, receipt in transport.end(questions, timeout_s=min(lead.federation.round_timeout_s, _END_TIMEOUT_S))
-        if receipt and not receipt.reply and receipt.site_key == lead.site_keys.get(site, receipt.site_key)
-    }
+    timeout_s = min(lead.federation.round_timeout_s, _END_TIMEOUT_S)
+    for site, receipt in transport.end(questions, timeout_s=timeout_s):
+        if receipt and not receipt.reply and receipt.site_key == lead.site_keys.get(site, receipt.site_key):
+            state = state.with_receipt(site, receipt, run=lead.run, plan=lead.plan) or state
+    return state

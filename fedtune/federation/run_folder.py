@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -32,6 +34,16 @@ def saved_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in the folder of a run's checkpoints, oldest first."""
     # By length first: after round 9999 come names with a digit more.
     return sorted(folder.glob(checkpoint_name()), key=lambda path: (len(path.name), path.name))
+
+
+def hashes(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
+    """File in `folder`, or below it -> its SHA-256, in hex; without those of the names `besides`."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in besides:
+            with path.open("rb") as stream:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def run_folders_near(folder: Path) -> str:
@@ -108,6 +120,7 @@ class RunFolder:
         site_reports: the folder of the reports that sites released.
         selection: of which search the run is a trial (`fedtune.privacy.selection`); beside trials, what each owes.
         audit: what an audit of the run found.
+        exports: what `fedtune export` wrote: file -> its SHA-256.
         audit_mark: there from before an audit trains: canaries are among the training data.
     """
 
@@ -125,6 +138,7 @@ class RunFolder:
         self.site_reports = path / "site_reports"
         self.selection = path / "selection.json"
         self.audit = path / "audit.json"
+        self.exports = path / "exports.json"
         self.audit_mark = path / "AUDIT.txt"
 
     def create(self, config: bytes) -> list[Path]:
@@ -164,6 +178,19 @@ class RunFolder:
             raise ConfigError("run folder", str(self.path), "must hold a finished adapter/; resume the run first")
         self.require_own(_digest_in(self.adapter / "fedtune.json"))
         return self.adapter
+
+    def exported(self) -> dict[str, str]:
+        """File of each export, below its folder's name -> its SHA-256."""
+        if not self.exports.is_file():
+            return {}
+        noted = parse_json(self.exports.read_bytes(), key=str(self.exports), bound="must be an object")
+        return {str(name): str(digest) for name, digest in noted.items()}
+
+    def note_export(self, target: Path) -> None:
+        """Note the hashes of an export's files, so that the run's report names them."""
+        new = hashes(target, besides=(CARD, LABEL))
+        noted = self.exported() | {f"{target.name}/{name}": digest for name, digest in new.items()}
+        write_durably(self.exports, json.dumps(noted, indent=1).encode() + b"\n")
 
     def require_own(self, digest: str | None, *, key: str = "run folder", value: str | None = None) -> None:
         """Raise ConfigError for an audit's adapter, and for one that run.json does not name."""

@@ -217,19 +217,20 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
         adapter: the final adapter, if it came with the notice; kept if the policy says so.
 
     Returns:
-        A receipt for all that the run was charged; None if the site took no part in it.
+        A receipt for all that the run was charged, and that it is over; None if the site was never asked.
     """
     notice = EndOfRun.of(signed)
     known = site.ledger.history.runs.get(notice.run)
-    if known is None:
+    if known is None and not site.ledger.history.has_refused(notice.run):
         return None
-    if known.proposal.lead != notice.lead or notice.lead not in site.ledger.policy.allow.leads:
+    if (known and known.proposal.lead != notice.lead) or notice.lead not in site.ledger.policy.allow.leads:
         raise Refused(Reason.LEADS, asked=notice.lead)
     if adapter is not None and adapter.digest() != notice.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=notice.adapter_digest, allowed=adapter.digest())
     site.ledger.end(notice.run, adapter_sha256=notice.adapter_digest)
     # The first notice counts, so that the kept adapter is the one that the ledger names.
-    if adapter is not None and known.adapter == notice.adapter_digest and site.ledger.policy.final_adapter == "keep":
+    kept = known is not None and known.adapter == notice.adapter_digest
+    if adapter is not None and kept and site.ledger.policy.final_adapter == "keep":
         site.keep(notice.run, adapter)
     return _receipt(site, notice.run)
 

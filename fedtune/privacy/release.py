@@ -293,6 +293,10 @@ class Receipt(_Plain):
 
     Attributes:
         charged_rounds: rounds reserved, whether or not a reply came of them.
+        ended: whether the ledger charges the run nothing more, whatever is asked of it.
+        plan: digest of the plan that the ledger accepted; empty for a run that it never accepted.
+        seeded_noise: whether that run takes its noise from a seed.
+        simulated: whether the site is one of a simulation's.
         sequence: number of the ledger's newest lasting event, which is a charge or a note.
         head: that event's hash under a secret salt, so that nobody can test a guess of what the ledger holds.  The lead
             returns the receipt with its next request; a ledger that does not contain it was rolled back.
@@ -308,6 +312,10 @@ class Receipt(_Plain):
     head: str
     site_key: str
     signature: str
+    ended: bool
+    plan: str
+    seeded_noise: bool
+    simulated: bool
     reply: str = ""
 
     def message(self) -> bytes:

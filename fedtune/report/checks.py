@@ -3,50 +3,90 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fedtune.config import RunConfig, saved_config
-from fedtune.federation.run_folder import LABEL, RunFolder
+from fedtune.federation.run_folder import CARD, LABEL, RunFolder, hashes
+from fedtune.privacy.run_plan import Plan
 from fedtune.report import signing
 from fedtune.report.derive import cells
-from fedtune.report.facts import RunFacts
+from fedtune.report.facts import LedgerFacts, RunFacts
+from fedtune.report.from_run import sent_to_sites, statement_of
 from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
 from fedtune.spec import REPORT_SCHEMA, RunError
 from fedtune.version import __version__
-from fedtune.words import counted
+from fedtune.words import counted, spoken
 
 _CALIBRATED, _STEP = 1e-3, 1e-4
 """How much less noise than searched for here another version may have found, relatively, and how much more: a step."""
 
 
+State = Literal["right", "wrong", "missing", "not_checked"]
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check with its result in a sentence; `name` is what was checked, or the file drawn from the report."""
+    """One check with its result in a sentence; `name` is what was checked, or the file drawn from the report.
+
+    "missing": nobody compared it, although somebody asked for that, or the report speaks for real sites; so the report
+    as a whole is not shown to hold.
+    """
 
     name: str
-    state: Literal["right", "wrong", "not_checked"]
+    state: State
     text: str
     problems: tuple[Problem, ...] = ()
 
+    @property
+    def holds(self) -> bool:
+        """It stands in the way of nothing."""
+        return self.state in ("right", "not_checked")
 
-def check_report(path: Path, report: Report, *, key: str | None, config_sha256: str | None = None) -> tuple[Check, ...]:
-    """All checks of a report that was read from `path`; its run's settings and its drawings may lie beside it.
 
-    Where they are known from elsewhere: the `key` that must have signed it, and the hash that the settings must have.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What is known from elsewhere, and so is asked for; None: it is not.
+
+    Attributes:
+        key: that must have signed the report.
+        site_keys: site -> its public key.
+        config_sha256: that the run's settings must have.
+        model: the folder of the run's model, or of an export of it.
     """
-    of_run = isinstance(report.facts, RunFacts) and RunFolder(path.parent).config.is_file()
-    found = (
+
+    key: str | None = None
+    site_keys: Mapping[str, str] | None = None
+    config_sha256: str | None = None
+    model: Path | None = None
+
+
+def check_report(path: Path, report: Report, known: Known) -> tuple[Check, ...]:
+    """All checks of a report that was read from `path`; settings, model, card and drawings may lie beside it."""
+    facts, folder = report.facts, path.parent
+    of_run = isinstance(facts, RunFacts) and RunFolder(folder).config.is_file()
+    found = [
         Check("schema", "right", f"It is a report of schema version {REPORT_SCHEMA}."),
-        _signature(report, key),
+        _signature(report, known.key),
         *_figures(report),
-        *_taken(report),
-        _configuration(report, config_sha256, saved_config(path.parent) if of_run else None),
-    )
-    return (*found, *_drawn(path, report)) if all(check.state != "wrong" for check in found) else found
+    ]
+    if isinstance(facts, RunFacts):
+        found += _taken(facts, folder)
+        found.append(_site_keys(facts, known.site_keys))
+        found.append(_configuration(facts, known.config_sha256, saved_config(folder) if of_run else None))
+        found += _files(facts, known.model, RunFolder(folder).adapter)
+    if all(check.state != "wrong" for check in found):
+        found += _drawn(path, report)
+        found += _told(folder, report, of_run=of_run)
+    return tuple(found)
+
+
+def _open(report: RunFacts | LedgerFacts, *asked: object) -> State:
+    """The state of what was not compared."""
+    return "not_checked" if report.simulated and not any(asked) else "missing"
 
 
 def _signature(report: Report, key: str | None) -> Check:
@@ -55,14 +95,14 @@ def _signature(report: Report, key: str | None) -> Check:
     except RunError as error:
         return Check("signature", "wrong", f"{str(error)[0].upper()}{str(error)[1:]}.")
     if signer is not None and key is not None:
-        return Check("signature", "right", f"It is signed with the key {key}, and nothing was changed.")
+        return Check("signature", "right", f"It is signed with the key {spoken(key)}, and nothing was changed.")
     text = "It is not signed: anybody could have changed what cannot be computed again."
     if signer is not None:
         text = (
-            f"It was made with the key in the file, {signer}: not checked. Anybody can sign with a key of their own; "
-            "give the key that you know with --key."
+            f"It was made with the key in the file, {spoken(signer)}: not checked. Anybody can sign with a key of "
+            "their own; give the key that you know with --key."
         )
-    return Check("signature", "not_checked", text)
+    return Check("signature", _open(report.facts), text)
 
 
 def _figures(report: Report) -> Iterator[Check]:
@@ -79,16 +119,106 @@ def _figures(report: Report) -> Iterator[Check]:
         yield Check(name, "wrong" if those else "right", if_wrong if those else if_right, those)
 
 
-def _taken(report: Report) -> Iterator[Check]:
-    """Name the figures of joined ledgers over all their runs, which no fact in the report gives."""
-    sites = report.facts.sites if isinstance(report.facts, RunFacts) else ()
-    told = [(site.site, site.statement.date) for site in sites if site.statement]
-    if joined := [f"{site} ({day or 'undated'})" for site, day in told]:
-        text = (
-            f"Not computed again: the figures over all runs of {', '.join(joined)} (spent, set aside, left, period, "
-            "runs). The lead took them from the site's own report, whose signature is not in this file."
-        )
-        yield Check("taken", "not_checked", text)
+def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
+    """Compare the figures of joined ledgers over all their runs with the sites' signed reports, where these are."""
+    joined = [site for site in facts.sites if site.statement]
+    if not joined:
+        return
+    own = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
+    signed = {one.facts.name if one.facts.kind == "run" else one.facts.site: one for one in own if one.signature}
+    names = ", ".join(f"{site.site} ({site.statement.date or 'undated'})" for site in joined if site.statement)
+    found, absent = list[Problem](), [site.site for site in joined if site.site not in signed]
+    for site in joined:
+        if (report := signed.get(site.site)) is not None and isinstance(report.facts, LedgerFacts):
+            fits = site.receipt and report.signature and report.signature.key == site.receipt.site_key
+            if not fits or problems(report) or _wrongly_signed(report):
+                found.append(Problem(f"site_reports.{site.site}", "a report", "none that the site signed"))
+            elif statement_of(report, run=facts.run, plan=facts.plan) != site.statement:
+                found.append(Problem(f"sites.{site.site}.statement", "figures", "others, in the site's own report"))
+    if found:
+        yield Check("taken", "wrong", "The sites' own reports say something else:", tuple(found))
+    elif absent:
+        text = f"Not compared: the figures over all runs of {names}, which rest on reports that the sites signed."
+        yield Check("taken", _open(facts), f"{text} Put these into site_reports/ beside the report.")
+    else:
+        yield Check("taken", "right", f"The figures over all runs are those that the sites signed: {names}.")
+
+
+def _wrongly_signed(report: Report) -> bool:
+    try:
+        return signing.check(report) is None
+    except RunError:
+        return True
+
+
+def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
+    """Compare the keys of the receipts with those of the sites: anybody can make keys, and sign receipts with them."""
+    held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
+    if facts.simulated:
+        text = "One machine held all keys of this simulation: its signatures show nothing of real sites."
+        return Check(name, _open(facts, keys), text)
+    if not held:
+        return Check(name, "missing", "No site signed any of it: there is no receipt.")
+    if keys is None:
+        return Check(name, "missing", "Nobody compared the keys that signed the receipts: give --roster.")
+    found = [
+        Problem(f"sites.{site.site}", held.get(site.site, "no receipt"), keys.get(site.site, "no such site"))
+        for site in facts.sites
+        if site.site not in keys or held.get(site.site, keys[site.site]) != keys[site.site]
+    ]
+    if found:
+        return Check(name, "wrong", "The receipts are signed by others than the roster names:", tuple(found))
+    without = sorted({site.site for site in facts.sites} - set(held))
+    said = f"; of {', '.join(without)} there is none, and the whole plan counts" if without else ""
+    return Check(name, "right", f"Each receipt is signed with the key that the roster names for its site{said}.")
+
+
+def _files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
+    """Compare the model's files with those that the report names."""
+    folder = model or own
+    if not folder.is_dir():
+        if facts.files:
+            text = f"Nobody compared the model with the {counted(len(facts.files), 'file')} that the report names."
+            yield Check("files", _open(facts, model), text)
+        return
+    named = (
+        facts.files if model else {name: one for name, one in facts.files.items() if name.startswith(f"{own.name}/")}
+    )
+    there = {f"{folder.name}/{name}": one for name, one in hashes(folder, besides=(CARD, LABEL)).items()}
+    by_hash = {digest: name for name, digest in named.items()}
+    found = [Problem(name, "another file", digest) for name, digest in there.items() if digest not in by_hash]
+    if not model:
+        found += [Problem(name, digest, "no such file") for name, digest in named.items() if name not in there]
+    if found:
+        yield Check("files", "wrong", f"{folder} is not the model that the report is about:", tuple(found))
+    else:
+        yield Check("files", "right", f"The {counted(len(there), 'file')} in {folder} are those that it names.")
+
+
+def _told(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
+    """Compare model card and registry entry with what fedtune writes of the report."""
+    from fedtune.report.registry_entry import REGISTRY, by_people, to_text
+
+    written: dict[Path, bytes] = {}
+    if (entry := folder / REGISTRY).is_file():
+        written[entry] = to_text(report, by_people(entry.read_bytes())).encode()
+    if of_run and (RunFolder(folder).adapter / CARD).is_file():
+        from fedtune.report.model_card import card_of_adapter
+
+        written |= {RunFolder(folder).adapter / name: data for name, data in card_of_adapter(folder, report).items()}
+    for path, right in written.items():
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or path.read_bytes() == right:
+            yield Check(name, "right", "It says what the report says.")
+        else:
+            yield _differs(name, folder, report)
+
+
+def _differs(name: str, folder: Path, report: Report) -> Check:
+    if report.facts.provenance.fedtune_version == __version__:
+        text = f"It is not what fedtune draws of this report: write it anew with fedtune report {folder}."
+        return Check(name, "wrong", text)
+    return Check(name, "not_checked", f"Not compared: fedtune {__version__} may draw it in another form.")
 
 
 def _drawn(path: Path, report: Report) -> Iterator[Check]:
@@ -103,12 +233,8 @@ def _drawn(path: Path, report: Report) -> Iterator[Check]:
         content = file.read_bytes() if file.stat().st_size <= signing.MOST_BYTES else b""
         if any(draw(report, language=language).encode() == content for language in LANGUAGES):
             yield Check(name, "right", "It shows what the report says, byte for byte.")
-        elif report.facts.provenance.fedtune_version == __version__:
-            text = f"It is not what fedtune draws of this report: write it anew with fedtune report {path.parent}."
-            yield Check(name, "wrong", text)
         else:
-            text = f"Not compared: fedtune {__version__} may draw it in another form."
-            yield Check(name, "not_checked", text)
+            yield _differs(name, path.parent, report)
 
 
 def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
@@ -137,17 +263,22 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         ("provenance.start_adapter", start and start.digest, began),
         ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
         ("sites", facts.declared_sizes, dict(config.declared_sizes())),
+        ("provenance.model_sha256", made.model_sha256, config.model.sha256 or made.model_sha256),
+        ("run", facts.run, _name_of(facts, config, plan) if facts.deployed else facts.run),
     ):
         if is_so != asked:
             yield Problem(where, is_so, asked)
 
 
-def _configuration(report: Report, sha256: str | None, config: RunConfig | None) -> Check:
+def _name_of(facts: RunFacts, config: RunConfig, plan: Plan) -> str:
+    """The run's name in real sites' ledgers, by its settings."""
+    sha256 = facts.provenance.model_sha256
+    return "" if sha256 is None else sent_to_sites(config, plan, model_sha256=sha256).run_id()
+
+
+def _configuration(facts: RunFacts, sha256: str | None, config: RunConfig | None) -> Check:
     """The run's settings against the report: their digest, and the plan that they give."""
-    facts, name = report.facts, "configuration"
-    if not isinstance(facts, RunFacts):
-        return Check(name, "not_checked", "A ledger covers many runs and has no single configuration.")
-    said = facts.provenance.config_sha256
+    name, said = "configuration", facts.provenance.config_sha256
     found = [Problem("provenance.config_sha256", said, sha256)] if sha256 not in (None, said) else []
     found += settings_problems(facts, config) if config is not None else ()
     if found:
@@ -157,4 +288,4 @@ def _configuration(report: Report, sha256: str | None, config: RunConfig | None)
         return Check(name, "right", text)
     first = "The" if sha256 is None else f"It is of the configuration {sha256}, whose settings are not at hand: the"
     text = "run's config.yaml does not lie beside the report: nobody compared noise, sampling rate and steps with it."
-    return Check(name, "not_checked", f"{first} {text}")
+    return Check(name, _open(facts, sha256), f"{first} {text}")

@@ -20,6 +20,7 @@ from fedtune.federation.spec import FederationSpec
 from fedtune.privacy.cohorts import Calendar
 from fedtune.privacy.events import Charge
 from fedtune.privacy.mechanism import Unit
+from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import Selection
 from fedtune.privacy.site_policy import Reference
@@ -30,7 +31,7 @@ from fedtune.tasks.measures import Detail
 Value = str | int | float | tuple[str, ...] | Mapping[str, int | float | None] | None
 """Of a fact that a cell shows; None: it is not known."""
 State = Literal["within", "exceeded", "no_guarantee"]
-Source = Literal["charged_by_receipts", "run_record", "own_ledger", "signed_site_report", "not_released"]
+Source = Literal["charged_by_receipts", "own_ledger", "signed_site_report", "not_released"]
 NOT_RECORDED = "not_recorded"  # for a fact that was not recorded at the time
 _MOST_CANARIES = 10**6  # at one place
 
@@ -51,7 +52,6 @@ class Approved:
     max_epsilon_per_run: float | None
     max_epsilon_per_period: float | None
     period: Calendar
-    since: str | None  # when the newest lifetime cap was noted; None: so far it stands in the policy alone
 
 
 @spec
@@ -136,11 +136,16 @@ class Verification:
     """What checking a ledger found."""
 
     num_events: int
-    head: str
+    first: str  # hash of the ledger's first event, which no other ledger has
+    head: str  # of its newest
     site_key: str
     key_expected: bool
-    rollback_excluded: bool
     anchor_sequence: int | None
+
+    @property
+    def rollback_excluded(self) -> bool:
+        """An anchor shows that no event is missing, or none up to its own."""
+        return (self.anchor_sequence or 0) >= self.num_events
 
 
 @spec
@@ -271,15 +276,13 @@ class SiteFacts:
 
     site: str
     declared_size: int | None
-    rounds: int  # charged to the run, retries included
-    upper_bound: bool  # it fell silent, or its receipts are missing: every round that may be charged is counted
-    signed_rounds: int | None  # that its newest receipt names; None: the lead holds no receipt of its
-    key: str  # that signed the receipt, shortened
-    believed: bool  # whether its receipts fit what is known beside them
+    receipt: Receipt | None  # its newest of this run, as it signed it; None: the lead has none
     statement: SiteStatement | None = None  # from a report that it signed
 
-    def __post_init__(self) -> None:
-        check_at_least("rounds", self.rounds, 0)
+    @property
+    def final(self) -> bool:
+        """The site signed that the run is charged nothing more."""
+        return self.receipt is not None and self.receipt.ended
 
 
 @spec
@@ -289,6 +292,7 @@ class RunFacts:
     kind: Literal["run"]
     name: str
     run: str  # as the sites' ledgers call it
+    sent: str  # the settings that real sites were sent, of which the run's name has the digest; "" for a simulation
     plan: Plan
     target_epsilon: float | None  # that the run was given
     seeded_noise: bool
@@ -296,7 +300,6 @@ class RunFacts:
     sampling: str | None  # how the process that trained says units joined a step; None: nobody noted it
     randomness: str | None  # where it says noise came from, likewise
     inexact_gradients: bool | None  # whether the policies of all simulated sites accept them; None: not on file
-    has_checkpoint: bool  # whether one is left; else `run.json` is all that tells of receipts
     config_file_sha256: str  # of the `config.yaml` in the folder; `provenance` has that of the run's
     judged_by: str
     keep_round: Literal["last", "best"]
@@ -315,6 +318,7 @@ class RunFacts:
     audit: Audit | None  # what an attack found
     canaries_planted: bool  # one was begun
     sites: tuple[SiteFacts, ...]
+    files: Mapping[str, str]  # file of the finished model, and of each export -> its SHA-256
     held_out: tuple[HeldOut, ...] | None = None  # noised scores of runs up to this one, each begun in the one before
 
     @property
@@ -365,7 +369,23 @@ class RunFacts:
 
     @property
     def simulated(self) -> bool:
-        return self.settings.get("runtime") in ("simulation", "ray")
+        """All keys lie in one place, as the settings or any site's own signature say."""
+        return not self.deployed or any(site.receipt and site.receipt.simulated for site in self.sites)
+
+    def rounds_of(self, site: SiteFacts) -> int:
+        """Rounds that count as charged at a site, retries included.
+
+        Guarantee: fewer than the whole plan only where the site signed that it charged no more, and that the run has
+        ended in its ledger.  What the lead says a site's own report says can only make them more.
+        """
+        told = [run.rounds for run in site.statement.lifetime.runs if run.run == self.run] if site.statement else []
+        return max(
+            site.receipt.charged_rounds if site.receipt and site.receipt.ended else self.plan.most_rounds, *told, 0
+        )
+
+    def is_upper_bound(self, site: SiteFacts) -> bool:
+        """The site may have charged fewer rounds: it did not sign that the run has ended there."""
+        return not site.final and (site.receipt is None or site.receipt.charged_rounds < self.plan.most_rounds)
 
 
 @spec
@@ -428,7 +448,7 @@ class LedgerFacts:
     policy_noted: bool | None  # the ledger has noted the policy in force, with its digest; None: it was not given
     policy_digest: str
     verification: Verification | None
-    problem: str  # why the ledger does not verify
+    problem: str  # why the ledger does not verify; "": it does
     releases: tuple[Release, ...]
     asserted: Mapping[str, bool]
     settings: Mapping[str, Value] = field(default_factory=dict)  # of its runs, that its cells show

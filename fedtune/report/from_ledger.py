@@ -150,7 +150,6 @@ def facts_of(
             max_epsilon_per_run=budget.max_epsilon_per_run,
             max_epsilon_per_period=budget.max_epsilon_per_period,
             period=budget.period,
-            since=caps[-1].time if caps[-1].max_epsilon == cap else None,
         ),
         reference=budget.reference,
         caps=caps,
@@ -181,11 +180,10 @@ def facts_of(
         if verified is None
         else Verification(
             num_events=len(verified.events),
+            first=verified.events[0].hash,
             head=verified.history.hash,
             site_key=verified.site_key,
             key_expected=verified.key_expected,
-            # An anchor shows that no event is missing, or none up to its own.
-            rollback_excluded=(verified.anchor_sequence or 0) >= len(verified.events),
             anchor_sequence=verified.anchor_sequence,
         ),
         problem=problem,

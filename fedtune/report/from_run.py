@@ -26,7 +26,7 @@ from fedtune.federation.drift import HeldOut, held_out_of
 from fedtune.federation.earlier_debts import UNKNOWN
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
-from fedtune.federation.run_folder import RunFolder
+from fedtune.federation.run_folder import CARD, LABEL, RunFolder, hashes
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan
@@ -34,6 +34,7 @@ from fedtune.privacy.selection import Selection
 from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.derive.ledger_figures import num_charges
+from fedtune.report.derive.run_figures import denied
 from fedtune.report.derive.verdicts import read_audit
 from fedtune.report.facts import NOT_RECORDED, LedgerFacts, Provenance, RunFacts, SiteFacts, SiteStatement, StartAdapter
 from fedtune.report.model import Report
@@ -67,80 +68,43 @@ class RunRecord:
 
     @cached_property
     def receipts(self) -> Mapping[str, Receipt]:
-        """Site -> its newest receipt of this run, where it is the site's own word."""
+        """Site -> its newest receipt of this run; any that is not the site's own word counts as none."""
         stored = (self.state.receipts if self.state else {}).items()
-        return {site: one for site, one in stored if (one.site, one.run) == (site, self.run) and one.is_signed()}
+        return {site: one for site, one in stored if not denied(one, site=site, run=self.run, plan=self.plan)}
 
     @cached_property
-    def doubtful(self) -> tuple[str, ...]:
-        """Sites with a receipt on file that is not signed, of something else, or older than what is known beside it.
-
-        As rounds come in, an older receipt counts as none, and the round as unanswered: what is missing in both was
-        put there later.  A checkpoint is written before `run.json` is, so one that knows less was put there, too.
-        """
-        if self.state is None:
-            return ()
-        receipts, put_back = self.receipts, len(self.state.rounds) < len(self.rounds)
-        # Rounds that the newest checkpoint says may have been charged.
-        known = dict(self.state.unanswered)
-        for site, receipt in receipts.items():
-            known[site] = known.get(site, 0) + receipt.charged_rounds
-        found = [site for site in self.state.receipts if site not in receipts or known[site] < self.updates(site)]
-        stale = [site for site in self.config.federation.active if put_back or known.get(site, 0) < self._noted(site)]
-        return tuple(dict.fromkeys([*found, *stale]))
-
-    def _noted(self, site: str) -> int:
-        """Rounds that were charged according to `run.json`, where no later receipt can have said that it were fewer."""
-        if self.result is None:
-            return 0
-        spent, state = self.result.privacy.sites[site], self.state
-        resumed_since = state is not None and len(state.rounds) > len(self.result.rounds)
-        return 0 if spent.upper_bound and resumed_since else spent.rounds
+    def sent(self) -> RunConfig | None:
+        """The settings that real sites were sent; None for a simulation, and where they can't be computed."""
+        config = self.config
+        sha256 = config.model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
+        if not self.deployed or config.digest() != self.config_sha256 or sha256 is None:
+            return None
+        return sent_to_sites(config, self.plan, model_sha256=sha256)
 
     @cached_property
     def run(self) -> str:
         """The run's name in the sites' ledgers; its own, where that can't be computed and no receipt says it."""
-        config, model, privacy = self.config, self.config.model, self.config.privacy
         if not self.deployed:
-            return f"{config.name}-{self.config_sha256[:32]}"
-        sha256 = model.sha256 or next((one.model_sha256 for one in reversed(self.environments)), None)
-        if config.digest() == self.config_sha256 and sha256 is not None:
-            # The noise that was calibrated then, so that it is not searched for again.
-            noise = self.plan.noise_multiplier if self.plan.private else privacy.noise_multiplier
-            privacy = replace(privacy, noise_multiplier=noise)
-            return for_sites(replace(config, model=replace(model, sha256=sha256), privacy=privacy)).run_id()
+            return f"{self.config.name}-{self.config_sha256[:32]}"
+        if self.sent is not None:
+            return self.sent.run_id()
         # Real sites are sent other settings than the lead's, and what is missing of these has a digest all the same.
-        form = re.compile(re.escape(config.name) + "-[0-9a-f]{32}")
+        form = re.compile(re.escape(self.config.name) + "-[0-9a-f]{32}")
         for site, receipt in (self.state.receipts if self.state else {}).items():
             if receipt.site == site and form.fullmatch(receipt.run) and receipt.is_signed():
                 return receipt.run
-        return config.name
-
-    def updates(self, site: str) -> int:
-        """Finished rounds in which an update left the site: each of them was charged."""
-        return sum(result.has_update_of(site) for result in self.rounds)
+        return self.config.name
 
     @property
     def deployed(self) -> bool:
         return self.config.runtime.kind == "deployment"
 
-    def charged(self, site: str) -> tuple[int, bool]:
-        """Rounds charged to this run at a site, and whether that is an upper bound because the site's word is missing.
 
-        From its receipts; `run.json` says the same where no checkpoint is left.  Where neither covers the site's
-        updates, its whole plan counts: the site's ledger grants no more, and less is nobody's word.
-        """
-        updates, receipt = self.updates(site), self.receipts.get(site)
-        if self.state is None:
-            known, silent = self._noted(site), 0
-            upper_bound = self.result is not None and self.result.privacy.sites[site].upper_bound
-        else:
-            known, silent = receipt.charged_rounds if receipt else 0, self.state.unanswered.get(site, 0)
-            upper_bound = silent > 0
-        # A receipt came with each update: where there is none, no count since it covers them.
-        if known + (silent if receipt else 0) < updates or site in self.doubtful:
-            return max(known, updates, self._noted(site), self.plan.most_rounds), True
-        return max(known, min(known + silent, self.plan.most_rounds)), upper_bound
+def sent_to_sites(config: RunConfig, plan: Plan, *, model_sha256: str) -> RunConfig:
+    """The settings that real sites were sent, with the noise that was calibrated then: it is not searched for again."""
+    noise = plan.noise_multiplier if plan.private else config.privacy.noise_multiplier
+    privacy = replace(config.privacy, noise_multiplier=noise)
+    return for_sites(replace(config, model=replace(config.model, sha256=model_sha256), privacy=privacy))
 
 
 def read_run(folder: Path, *, plan: Plan | None = None) -> RunRecord:
@@ -246,6 +210,7 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
     return RunFacts(
         kind="run",
         run=record.run,
+        sent=json.dumps(record.sent.decisive(), sort_keys=True) if record.sent else "",
         plan=plan,
         **cells.facts_of(config, plan),
         seeded_noise=config.runtime.seeded_noise or bool(record.result and record.result.privacy.seeded_noise),
@@ -253,7 +218,6 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         sampling=noted.sampling if noted else None,
         randomness=noted.randomness if noted else None,
         inexact_gradients=inexact_gradients(folder, config),
-        has_checkpoint=state is not None,
         config_file_sha256=config.digest(),
         trained_parameters=state.adapter.num_values if state else None,
         provenance=_provenance(record),
@@ -273,6 +237,7 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         canaries_planted=RunFolder(folder).audit_mark.exists(),
         held_out=_held_out(record),
         sites=tuple(_site(record, site, own.get(site)) for site in config.federation.active),
+        files=files_of(folder) if record.finished else {},
     )
 
 
@@ -291,43 +256,43 @@ def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
     return (*before, *((own,) if own else ())) or None
 
 
+def files_of(folder: Path) -> Mapping[str, str]:
+    """File of a run's finished model, and of each export that the run's folder tells of -> its SHA-256."""
+    run = RunFolder(folder)
+    own = {f"{run.adapter.name}/{name}": digest for name, digest in hashes(run.adapter, besides=(CARD, LABEL)).items()}
+    return {**own, **run.exported()}
+
+
 def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:
     """A site as the lead knows it, and what it said in a report of its own, where it gave one."""
-    receipt, (rounds, upper_bound) = record.receipts.get(site), record.charged(site)
-    plan, statement = record.plan, None
-    if report is not None:
-        (own,), facts = report.sites, report.facts
-        assert isinstance(facts, LedgerFacts)
-        assert own.lifetime is not None
-        known = next((run for run in facts.runs if run.run == record.run), None)  # None: the site refused all of it
-        if known and upper_bound and known.state != "open":
-            # The ledger can charge nothing more to the run: its own word counts, and no longer the larger of both.
-            rounds, upper_bound = _by_receipt(record, site), False
-        rounds = max([rounds, *(one.rounds for one in own.lifetime.runs if one.run == record.run)])
-        same_plan = known is None or (  # which of its rounds are spare ones makes no difference
-            known.plan.most_rounds == plan.most_rounds
-            and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
-        )
-        statement = SiteStatement(
-            date=facts.date[:10],
-            same_plan=same_plan,
-            verdict=own.verdict,
-            approved=facts.approved,
-            lifetime=own.lifetime,
-            charges=num_charges(facts),
-            verification=facts.verification,
-            releases=tuple(release for release in facts.releases if release.run == record.run),
-            asserted=facts.asserted,
-        )
     return SiteFacts(
         site=site,
         declared_size=record.config.declared_sizes()[site],
-        rounds=rounds,
-        upper_bound=upper_bound,
-        signed_rounds=receipt.charged_rounds if receipt else None,
-        key=receipt.site_key[:16] if receipt else "",
-        believed=site not in record.doubtful,
-        statement=statement,
+        receipt=record.receipts.get(site),
+        statement=None if report is None else statement_of(report, run=record.run, plan=record.plan),
+    )
+
+
+def statement_of(report: Report, *, run: str, plan: Plan) -> SiteStatement:
+    """What a run's report repeats of a site's own one."""
+    (own,), facts = report.sites, report.facts
+    assert isinstance(facts, LedgerFacts)
+    assert own.lifetime is not None
+    known = next((one for one in facts.runs if one.run == run), None)  # None: the site refused all of it
+    same_plan = known is None or (  # which of its rounds are spare ones makes no difference
+        known.plan.most_rounds == plan.most_rounds
+        and replace(known.plan, num_rounds=plan.num_rounds, spare_rounds=plan.spare_rounds) == plan
+    )
+    return SiteStatement(
+        date=facts.date[:10],
+        same_plan=same_plan,
+        verdict=own.verdict,
+        approved=facts.approved,
+        lifetime=own.lifetime,
+        charges=num_charges(facts),
+        verification=facts.verification,
+        releases=tuple(release for release in facts.releases if release.run == run),
+        asserted=facts.asserted,
     )
 
 
@@ -356,7 +321,7 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
         if key != receipt.site_key:
             by = f"is signed by {key}" if key else "is not signed"
             raise refused(f"must be signed by {receipt.site_key}, as the receipts of {site} are; it {by}")
-        if _by_receipt(record, site) and all(run.run != record.run for run in facts.runs):
+        if receipt.charged_rounds and all(run.run != record.run for run in facts.runs):
             raise refused(f"must be of a ledger that knows the run {record.run}")
         if facts.verification is not None and facts.verification.num_events < receipt.sequence:
             had = (
@@ -369,12 +334,6 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
         if found.setdefault(site, report) != report:
             raise refused(f"must be the only report of {site}: it gave another one, too")
     return found
-
-
-def _by_receipt(record: RunRecord, site: str) -> int:
-    """Rounds that the site signed for; no fewer than the updates that it gave."""
-    receipt = record.receipts.get(site)
-    return max(record.updates(site), receipt.charged_rounds if receipt else 0)
 
 
 def _provenance(record: RunRecord) -> Provenance:

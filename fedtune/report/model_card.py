@@ -55,10 +55,16 @@ class Form:
 
 def write_report_and_card(run: Path, *, language: str) -> None:
     """Write a run's report into its folder, and into its adapter's the card with the label; errors as `build` has."""
-    report, record, adapter = build(run), read_run(run), RunFolder(run).adapter
+    report = build(run)
     write_files(run, report, language=language)
-    for name, data in card_files(record, report, Form.adapter(record.config, folder=adapter.name)).items():
-        write_durably(adapter / name, data)
+    for name, data in card_of_adapter(run, report).items():
+        write_durably(RunFolder(run).adapter / name, data)
+
+
+def card_of_adapter(run: Path, report: Report) -> Mapping[str, bytes]:
+    """The card of the adapter in a run's folder, and its label, by the names of their files."""
+    record = read_run(run)
+    return card_files(record, report, Form.adapter(record.config, folder=RunFolder(run).adapter.name))
 
 
 def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:

@@ -6,16 +6,18 @@ again in the tests.  A figure that another machine rounds otherwise may differ i
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
-from fedtune.federation.replies import LEFT_OUT, NO_REPLY, NOT_SUMMED, UNSIGNED_REPLY
+from fedtune.federation.replies import NOT_SUMMED
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
 from fedtune.privacy.selection import MOST_TRIALS
@@ -120,7 +122,7 @@ def _parts(facts: Facts) -> Iterator[tuple[Charges, float, int]]:
     if isinstance(facts, RunFacts):
         # The whole plan, and what each site was charged, with what it came to after earlier rounds.
         most = facts.plan.most_rounds
-        for rounds in {most, *(site.rounds for site in facts.sites)}:
+        for rounds in {most, *map(facts.rounds_of, facts.sites)}:
             yield events.grouped([facts.plan.event(rounds=rounds)]), accountant.FINE, 4
         if facts.selection:
             yield profile.charges_of(facts.selection.charges), accountant.FINE, 1
@@ -162,11 +164,16 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
             yield place, "no update", "at least one: a round without any is none"
     if (facts.final or facts.detail) and not (facts.finished and any(result.sites for result in facts.rounds)):
         yield "rounds", facts.progress, "finished with an adapter: its final scores are there"
-    runtime, simulated = facts.settings.get("runtime"), f"{facts.name}-{(facts.provenance.config_sha256 or '')[:32]}"
+    runtime, receipts = facts.settings.get("runtime"), [site.receipt for site in facts.sites if site.receipt]
     if runtime not in cells.TRANSPORT:
         yield "settings.runtime", runtime, f"one of {', '.join(cells.TRANSPORT)}"
-    elif (facts.run == simulated) == facts.deployed:
-        yield "run", facts.run, f"{'another than ' if facts.deployed else ''}{simulated}, as a simulation is called"
+    elif any(receipt.simulated == facts.deployed for receipt in receipts):
+        yield "settings.runtime", runtime, "what each site signed of itself: that it is simulated, or not"
+    if any(receipt.seeded_noise for receipt in receipts) > facts.seeded_noise:
+        yield "seeded_noise", False, "true, as a site signed"
+    yield from _of_sent(facts)
+    if facts.files and not facts.finished:
+        yield "files", ", ".join(facts.files), "none: the run is not finished"
     if facts.deployed and (facts.sampling, facts.randomness, facts.inexact_gradients) != (None, None, None):
         yield "settings.runtime", runtime, "a simulation: the lead of real sites trains nothing, and knows no policies"
     if shared := plan.shared:
@@ -184,33 +191,46 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
             yield f"sites.{site.site}.{key}", said, bound
 
 
+def _of_sent(facts: RunFacts) -> Iterator[_Found]:
+    """Compare what a report says of sites, records and model with the settings that the run's name is the digest of."""
+    digest = hashlib.sha256(facts.sent.encode()).hexdigest() if facts.deployed else facts.provenance.config_sha256 or ""
+    if facts.sent and not facts.deployed:
+        yield "sent", "settings", "none: a simulation sends them nowhere"
+    if facts.deployed and not facts.sent:  # of settings that were changed nothing follows, and nothing is promised
+        yield from [("sent", "nothing", "the settings that the sites were sent")] if facts.unchanged else []
+    elif facts.run != f"{facts.name}-{digest[:32]}":
+        yield "run", facts.run, f"{facts.name}-{digest[:32]}, by the settings of the run"
+    elif facts.deployed:
+        sent = json.loads(facts.sent)
+        data, federation, made = sent["data"], sent["federation"], facts.provenance
+        names, sizes, start = federation["site_names"], data["declared_sizes"], made.start_adapter
+        sizes = sizes if isinstance(sizes, list) else [sizes] * len(names)
+        active = federation["participants"] or names
+        declared = {name: size for name, size in zip(names, sizes, strict=True) if name in active}
+        for where, said, asked in (
+            ("sites", dict(facts.declared_sizes), declared),
+            ("provenance.model_sha256", made.model_sha256, sent["model"]["sha256"]),
+            ("provenance.dataset", made.dataset, data["dataset"]),
+            ("provenance.task", made.task, sent["task"]),
+            (
+                "provenance.start_adapter",
+                start and start.digest,
+                sent["model"]["adapter_sha256"] or (start and start.digest),
+            ),
+        ):
+            if said != asked:
+                yield where, said, asked
+
+
 def _of_site(facts: RunFacts, site: SiteFacts) -> Iterator[_Found]:
-    least, most, signed = run_figures.least_rounds(facts, site), facts.plan.most_rounds, site.signed_rounds or 0
-    by_receipts, asked = facts.has_checkpoint and not site.statement, min(most, signed + _unheard(facts, site))
-    if not least <= site.rounds <= most:
-        yield "rounds", site.rounds, f"from {least}, which left the site, to the plan's {most}"
-    if by_receipts and not site.upper_bound and site.rounds != signed:
-        yield "rounds", site.rounds, f"{signed}, as its receipt says, or an upper bound"
-    if by_receipts and site.rounds < asked:
-        yield "rounds", site.rounds, f"at least {asked}, with what it was asked since its receipt"
-    if not facts.has_checkpoint and site.signed_rounds is not None:
-        yield "signed_rounds", site.signed_rounds, "none: receipts stand in a checkpoint"
-    if bool(site.key) != (site.signed_rounds is not None):
-        yield "key", site.key, "the key of its receipt, where there is one, and there alone"
+    receipt, least = site.receipt, run_figures.least_rounds(facts, site)
+    if receipt and (key := run_figures.denied(receipt, site=site.site, run=facts.run, plan=facts.plan)):
+        yield f"receipt.{key}", getattr(receipt, key), "what this site signed of this run and its plan"
+    if least > facts.rounds_of(site):
+        yield "receipt.charged_rounds", facts.rounds_of(site), f"at least {least}, which left the site"
     if site.statement:
         for key, said, bound in _of_statement(facts, site, site.statement):
             yield f"statement.{key}", said, bound
-
-
-def _unheard(facts: RunFacts, site: SiteFacts) -> int:
-    """Finished rounds that a site was asked for since it last signed a receipt, as far as the facts tell."""
-    # Of a sum, sites that were in no session are not asked, and count among those that gave no reply.
-    never = (LEFT_OUT, NO_REPLY) if facts.plan.shared else (LEFT_OUT,)
-    asked = [why for result in facts.rounds if (why := result.failed_sites.get(site.site)) not in never]
-    if site.signed_rounds is None:
-        return len(asked)
-    # At a run's end each site is asked for another receipt, which covers all of it.
-    return 0 if facts.finished else len([*takewhile((NO_REPLY, UNSIGNED_REPLY).__contains__, reversed(asked))])
 
 
 def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iterator[_Found]:
@@ -220,11 +240,12 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
         yield "lifetime.order", life.order, "a number above 1 that can be computed"
         return
     mine, least = [run.rounds for run in life.runs if run.run == facts.run], run_figures.least_rounds(facts, site)
-    key = said.verification.site_key if said.verification else site.key
-    if site.signed_rounds is None or not key.startswith(site.key):
-        yield "verification.site_key", key, f"that of its receipt, {site.key}"
-    if len(mine) > 1 or (not mine and least) or sum(mine) > site.rounds:
-        yield "lifetime.runs", mine, f"{facts.run} once, with {least} to {site.rounds} rounds"
+    signed = site.receipt.site_key if site.receipt else None
+    key = said.verification.site_key if said.verification else signed
+    if signed is None or key != signed:
+        yield "verification.site_key", key, f"that of its receipt, {signed}"
+    if len(mine) > 1 or (not mine and least) or sum(mine) > plan.most_rounds:
+        yield "lifetime.runs", mine, f"{facts.run} once, with {least} to {plan.most_rounds} rounds"
     sent = sum(one.count for one in said.releases if one.kind == "update")
     if sent > sum(mine) or {one.run for one in said.releases} - {facts.run}:
         yield "releases", sent, f"at most {sum(mine)} updates, and of {facts.run} alone"
@@ -236,10 +257,10 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
     if begun and (said.date or "") < str(date.fromisoformat(begun) - timedelta(days=1)):
         yield "date", said.date, f"no day before {begun}, when the run went on"
     if run_figures.agrees(facts, site, said):
-        # The ledger counts this run, too; of one that is open and fell silent, in what it has set aside.
-        charged = events.grouped([plan.event(rounds=site.rounds)])
+        # The ledger counts this run, too.
+        charged = events.grouped([plan.event(rounds=max(mine, default=0))])
         alone = finite(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
-        most = life.with_set_aside if site.upper_bound else life.epsilon
+        most = life.epsilon
         if not _at_most(alone, most):
             yield "lifetime.epsilon", most, f"at least {alone}, by this run alone"
     if not _at_most(life.epsilon, life.with_set_aside) or not _at_most(life.period_epsilon, life.epsilon):
@@ -280,7 +301,7 @@ def _of_selection(facts: Facts) -> Iterator[Problem]:
     if not 1 <= told.trials <= min(sum(charged.values()), MOST_TRIALS):
         yield Problem("selection.trials", told.trials, "no more trials than what they were charged")
     for site in facts.sites:
-        if events.grouped([facts.plan.event(rounds=site.rounds)]) - charged:
+        if events.grouped([facts.plan.event(rounds=facts.rounds_of(site))]) - charged:
             listed = "; ".join(f"{count} x {event}" for event, count in events.counted(charged))
             yield Problem("selection.charges", listed, f"at least what {site.site} was charged for this run")
 
@@ -323,19 +344,17 @@ def _of_ledger(facts: LedgerFacts) -> Iterator[_Found]:
 
 
 def _of_any_ledger(ledger: LedgerFacts | SiteStatement, caps: Sequence[Cap], charges: int) -> Iterator[_Found]:
-    """Check what a ledger says of its caps and of its own verification, by itself or in a site's statement."""
+    """Check what a ledger says of its caps and of its entries, by itself or in a site's statement."""
     approved, found, places = ledger.approved, ledger.verification, [cap.charges_before for cap in caps]
+    # It opens with two notes, and each charge is an entry.
+    if found and (found.num_events < charges + 2 or (found.anchor_sequence or 0) > found.num_events):
+        yield "verification.num_events", found.num_events, f"more than the {charges} charges, and all of the anchor's"
     if not places or [0, *places, charges] != sorted([0, *places, charges]):
         yield "caps", ", ".join(map(str, places)), f"at least one, in order, up to the {charges} charges"
     for newest in caps[-1:]:
         # A cap that the policy in force has and the ledger has not noted yet is smaller, and nobody knows since when.
         if not _at_most(approved.max_epsilon, newest.max_epsilon):
             yield "approved.max_epsilon", approved.max_epsilon, f"at most {newest.max_epsilon}, which the ledger noted"
-        since = newest.time if approved.max_epsilon == newest.max_epsilon else None
-        if approved.since != since:
-            yield "approved.since", approved.since, since
-    if found and found.rollback_excluded != (found.anchor_sequence == found.num_events):
-        yield "verification.rollback_excluded", found.rollback_excluded, f"an anchor at entry {found.anchor_sequence}"
 
 
 def _differences(where: str, said: Any, found: Any, *, under: float = _LAST_DIGITS) -> Iterator[Problem]:

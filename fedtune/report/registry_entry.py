@@ -58,6 +58,7 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
             "released": said("released", report.released),
             "release": "one run" if of_run else "all runs of one site so far",
             "access": about.access,
+            "files": dict(facts.files) if isinstance(facts, RunFacts) else {},
         },
         "data": {"name": known.get("dataset"), "dynamics": about.dynamics, "preprocessing": about.preprocessing},
         "privacy": {
@@ -91,6 +92,16 @@ def entry(report: Report, about: AboutSpec) -> dict[str, Any]:
         "report_sha256": signing.digest(report),
         "missing": [name for name, value in by_people.items() if not value.strip()],
     }
+
+
+def by_people(data: bytes) -> AboutSpec:
+    """What people said in an entry, by its file; nothing where it is none."""
+    try:
+        fields = json.loads(data)
+        places = {**fields, **fields["data"], "access": fields["data_product"]["access"]}
+        return AboutSpec(**{key.name: str(places[key.name]) for key in dataclasses.fields(AboutSpec)})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return AboutSpec()
 
 
 def to_text(report: Report, about: AboutSpec) -> str:

@@ -24,6 +24,7 @@ from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.rederive import derive
 from fedtune.spec import REPORT_SCHEMA
+from fedtune.words import spoken
 
 from ..conftest import command, parsed, run_proposal, simulate
 from ..privacy.builders import stranger_key as other
@@ -40,18 +41,11 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def once_signed(finished: Path, key_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("signed")
-    assert command("report", str(finished), "--sign", str(key_file), "--output", str(folder)).code == 0
-    return folder / "report.json"
-
-
 @pytest.fixture
-def signed(run_folder: Path, once_signed: Path) -> Path:
-    """The signed report of a run, its page and its configuration beside it."""
-    shutil.copytree(once_signed.parent, run_folder, dirs_exist_ok=True)
-    return run_folder / once_signed.name
+def signed(run_folder: Path, key_file: Path) -> Path:
+    """The signed report of a run, with its page, its settings, its model and the model's card beside it."""
+    assert command("report", str(run_folder), "--sign", str(key_file)).code == 0
+    return run_folder / "report.json"
 
 
 def report_in(folder: Path) -> Report:
@@ -65,7 +59,7 @@ def edit(path: Path, *keys: Any, to: Any) -> None:
     for key in keys[:-1]:
         part = part[key]
     part[keys[-1]] = to(part[keys[-1]]) if callable(to) else to
-    path.write_text(json.dumps(data, indent=1))
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")  # as fedtune writes it
 
 
 @pytest.mark.parametrize("said", ["runs/a", "build runs/a", "./verify", "--pdf runs/a"])
@@ -163,7 +157,8 @@ def test_a_ledger_s_report_lies_beside_it_signed_by_its_site_or_not_at_all(lived
         report = report_in(folder)
         assert (report.facts.kind, report.sites[0].source) == ("ledger", "own_ledger")
         assert report.facts.verification.rollback_excluded is bool(signed), "by the anchor alone"
-        assert command("report", "verify", str(folder), *(key if signed else ())).printed
+        outcome = command("report", "verify", str(folder), *(key if signed else ()))
+        assert (outcome.code == 0) == bool(signed), "unsigned, it is nobody's word"
     assert lived.ledger.read_bytes() == before
 
 
@@ -180,9 +175,10 @@ def test_a_missing_signature_and_another_one_are_found(signed: Path, key_file: P
     assert signing.check(whole, expected_key=key) == key
     assert command(*verified, "--key", key).code == 0
     assert command(*verified, "--key", other.public).code == 1
-    made = f"made with the key in the file, {key}: not checked"
-    assert re.search(f"signature +not checked +It was {made}", command(*verified).printed)
-    (signed.parent / "report.html").unlink()  # it was drawn of the signed one
+    made = f"made with the key in the file, {spoken(key)}: not checked"
+    assert re.search(f"signature +not checked +It was {made}", " ".join(command(*verified).printed.split()))
+    for of_the_signed in ("report.html", "adapter/README.md"):
+        (signed.parent / of_the_signed).unlink()
     edit(signed, "signature", to=None)
     assert re.search("signature +not checked +It is not signed", command(*verified).printed)
     assert command(*verified, "--key", key).code == 1
@@ -203,7 +199,8 @@ def test_what_was_changed_is_found(signature: str, state: str, signed: Path) -> 
     assert "does not hold" in outcome.failed(1)
     assert "found" in outcome.out  # both figures, whatever became of the signature
     checks = {one["name"]: one for one in json.loads(command("report", "verify", str(signed), "--json").out)["checks"]}
-    states = {"schema": "right", "signature": state, "figures": "wrong", "verdict": "right", "configuration": "right"}
+    states = {"schema": "right", "signature": state, "figures": "wrong", "verdict": "right"}
+    states |= {"site keys": "not_checked", "configuration": "right", "files": "right"}
     assert {name: check["state"] for name, check in checks.items()} == states
     where, said, found = checks["figures"]["problems"][0]
     assert (where, said) == ("sites.site-1.spent.epsilon_pld", 0.25)
@@ -213,7 +210,7 @@ def test_what_was_changed_is_found(signature: str, state: str, signed: Path) -> 
 def test_another_configuration_is_found(signed: Path, looser: Path, tmp_path: Path) -> None:
     of_another = shutil.copytree(looser, tmp_path / "two")
     shutil.copy(signed, of_another)
-    assert command("report", "verify", str(of_another)).failed(1).endswith("does not hold: configuration")
+    assert command("report", "verify", str(of_another)).failed(1).endswith("does not hold: configuration, files")
     said = signing.read(signed.read_bytes()).facts.provenance.config_sha256
     assert said
     assert command("report", "verify", str(signed), "--config", said).code == 0
@@ -251,15 +248,18 @@ def test_a_report_is_by_the_key_of_the_roster(joined: Any, signed: Path, key_fil
     facts = report.facts
     verification = replace(facts.verification, site_key=other.public)
     forged = replace(facts, approved=replace(facts.approved, max_epsilon_per_run=99.0), verification=verification)
-    path.write_text(signing.to_text(signing.signed(replace(report, facts=forged), other)))
-    assert re.search("signature +not checked", command("report", "verify", str(path)).out)
+    path.write_text(signing.to_text(signing.signed(derive(forged), other)))
+    path.with_name("report.html").unlink()
+    assert command("report", "verify", str(path)).failed(1).endswith("is not shown to hold; not compared: signature")
     outcome = command("report", "verify", str(path), *by_roster)
     assert outcome.code == 1
     assert re.search("signature +WRONG", outcome.out)
     message = command("report", "verify", str(signed), *by_roster).failed(1)
     assert "not signed by the lead, who signed" in message
     roster.write_bytes(Roster.read(roster).signed(SigningKey.load(key_file)).to_bytes())
-    assert re.search("signature +right", command("report", "verify", str(signed), *by_roster).out)
+    outcome = command("report", "verify", str(signed), *by_roster)
+    assert re.search("signature +right", outcome.out)
+    assert outcome.failed(1).endswith("not compared: site keys"), "a simulation's keys are no real site's"
 
 
 def test_a_name_cannot_steer_the_terminal(signed: Path) -> None:

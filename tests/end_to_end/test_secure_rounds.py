@@ -320,7 +320,7 @@ def test_the_lead_s_adapter_stays_within_the_sites_bound(tmp_path: Path, steps: 
 
 def test_a_run_that_is_over_ends_without_all_sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
-        fail_where(patched, lead_rounds, "_tell_the_end", lambda *_, **__: True, KeyboardInterrupt())
+        fail_where(patched, lead_rounds, "_ended", lambda *_, **__: True, KeyboardInterrupt())
         assert command("simulate", *tiny(*SECURE, *THREE, into=tmp_path)).code == 1
     be_away(monkeypatch, "announce", "site-3")
     assert command("simulate", f"resume={tmp_path / 'run'}").code == 0

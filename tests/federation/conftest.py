@@ -58,8 +58,9 @@ def key_of(site: str) -> SigningKey:
 def receipt_of(site: str = "a", *, charged: int = 1, run: str = "r", key: Any = None, **more: Any) -> Receipt:
     """A receipt that its site signed; `key` signs in its place."""
     key = key or key_of(site)
-    counts = {"charged_rounds": charged, "sequence": 3 * charged}
-    unsigned = Receipt(site=site, run=run, head="00" * 32, site_key=key.public, signature="", **counts, **more)
+    said: dict[str, Any] = {"charged_rounds": charged, "sequence": 3 * charged}
+    said |= {"ended": False, "plan": "", "seeded_noise": False, "simulated": False} | more
+    unsigned = Receipt(site=site, run=run, head="00" * 32, site_key=key.public, signature="", **said)
     return replace(unsigned, signature=key.sign(RECEIPT, unsigned.message()))
 
 

@@ -21,7 +21,7 @@ from ..builders import round_request
 from ..conftest import run_proposal
 from ..privacy.builders import lead_key
 
-COUNTS = {"charged_rounds": 1, "sequence": 3}
+COUNTS = {"charged_rounds": 1, "sequence": 3, "ended": False, "plan": "", "seeded_noise": False, "simulated": False}
 RECEIPT = Receipt(site="a", run="r", head="ab" * 32, site_key="cd" * 32, signature="ef" * 64, **COUNTS)
 
 

@@ -73,6 +73,7 @@ def adapter() -> Adapter:
 
 def receipt() -> Receipt:
     fields = {"site": "north", "run": "r", "charged_rounds": 1, "sequence": 4, "head": "ab" * 32}
+    fields |= {"ended": False, "plan": "12" * 32, "seeded_noise": False, "simulated": False}
     return Receipt(**fields, site_key=key(2).public, signature="cd" * 64)
 
 

@@ -174,7 +174,8 @@ def test_a_refusal_is_raised_with_numbers_of_the_request_and_the_plan() -> None:
 
 def signed(key: SigningKey, **changes: object) -> Receipt:
     fields: dict[str, Any] = {"site": "a", "run": "r", "charged_rounds": 2, "sequence": 9}
-    fields |= {"head": "0" * 64, "site_key": key.public} | changes
+    fields |= {"head": "0" * 64, "site_key": key.public, "ended": False, "plan": "", "seeded_noise": False}
+    fields |= {"simulated": False} | changes
     return Receipt(**fields, signature=key.sign(RECEIPT, Receipt(**fields, signature="").message()))
 
 
@@ -183,7 +184,7 @@ def test_a_receipt_is_signed_on_every_field() -> None:
     assert receipt.is_signed()
     changes: dict[str, object] = {"site": "b", "run": "s", "charged_rounds": 1, "sequence": 8}
     changes |= {"head": "1" * 64, "site_key": make_key(7).public, "signature": signed(make_key(7)).signature}
-    changes |= {"reply": "2" * 64}
+    changes |= {"reply": "2" * 64, "ended": True, "plan": "3" * 64, "seeded_noise": True, "simulated": True}
     assert set(changes) == {field.name for field in dataclasses.fields(Receipt)}
     for name, value in changes.items():
         assert not dataclasses.replace(receipt, **{name: value}).is_signed(), name

@@ -16,7 +16,9 @@ ABSENT = "absent"
 _TEXTS = (
     (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00"), "TIME"),
     (re.compile(r"\d{4}-\d\d-\d\d"), "DAY"),
+    (re.compile(r"\b[0-9a-f]{128}\b"), "SIGNATURE"),
     (re.compile(r"\b[0-9a-f]{64}\b"), "HASH"),
+    (re.compile(r"\b([0-9a-f]{4} ){4}\.\.\."), "KEY"),
     (re.compile(r"\b(run|first|second)-[0-9a-f]{16,}\b"), r"\1-DIGEST"),
     (re.compile(r"\b[0-9a-f]{16}\b"), "KEY"),
     (re.compile(r"\bfedtune \d+(\.\w+)*"), "fedtune VERSION"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +12,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import TypeAdapter
 
 from fedtune.federation.cost import Energy
 from fedtune.federation.drift import HeldOut
 from fedtune.privacy.cohorts import Cohorts
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import RECEIPT, Receipt
 from fedtune.report.derive import cells
 from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import Cap, LedgerFacts, Release, RunFacts, SiteStatement, Verdict
@@ -40,9 +44,30 @@ LONG = "university-hospital-of-the-northern-region-cardiology-and-internal-medic
 
 @cache
 def on_file(name: str) -> Make:
-    """`on_file(name)(**changes)`: the report of which reports/ has the facts."""
+    """`on_file(name)(**changes)`: the report of which reports/ has the facts; its sites sign their receipts here."""
     text = (Path(__file__).parent / "reports" / f"{name}.json").read_bytes()
-    return partial(replace, derive(TypeAdapter(RunFacts | LedgerFacts).validate_json(text, strict=True)))
+    facts = TypeAdapter(RunFacts | LedgerFacts).validate_json(text, strict=True)
+    return partial(replace, derive(signed_by_sites(facts) if isinstance(facts, RunFacts) else facts))
+
+
+def key_of(site: str) -> SigningKey:
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(site.encode()).digest()))
+
+
+def signed_by_sites(facts: RunFacts, **changes: Any) -> RunFacts:
+    """The facts of a run whose sites signed receipts of this run and plan, with the `changes` in each."""
+    usual = {"run": facts.run, "plan": facts.plan.digest(), "seeded_noise": facts.seeded_noise} | changes
+    sites = (
+        site if site.receipt is None else replace(site, receipt=signed_receipt(site.receipt, site.site, **usual))
+        for site in facts.sites
+    )
+    return replace(facts, sites=tuple(sites))
+
+
+def signed_receipt(receipt: Receipt, signer: str, **changes: Any) -> Receipt:
+    """The receipt with changes, signed with the key of a site."""
+    receipt = replace(receipt, site_key=key_of(signer).public, **changes)
+    return replace(receipt, signature=key_of(signer).sign(RECEIPT, receipt.message()))
 
 
 def where(report: Report) -> set[str]:
@@ -145,7 +170,7 @@ def reports() -> dict[str, Report]:
             on_file("run_without_privacy")(verdict=Verdict(state="no_guarantee", reasons=("no_noise",)))
         ),
         "upper_bound": filled(
-            with_site_facts(with_site(run, verdict=silent, source="not_released"), upper_bound=True), verdict=silent
+            with_site_facts(with_site(run, verdict=silent, source="not_released"), receipt=None), verdict=silent
         ),
         "ledger": filled(ledger),
         "by_user": by_user(run),
@@ -208,10 +233,15 @@ def periods(report: Report) -> list[Arrivals]:
     return [*found, report.admits] if report.admits else found
 
 
+def of_plan(run: Report, **changes: Any) -> Report:
+    """The run with another plan, of which its sites signed receipts."""
+    return derive(signed_by_sites(replace(run.facts, plan=replace(run.facts.plan, **changes))))
+
+
 def admitting(run: Report) -> Report:
     """A run that admits people of two years alone."""
     cohorts = Cohorts(period="year", first="2025", last="2026")
-    return derive(replace(run.facts, plan=replace(run.facts.plan, unit="user", cohorts=cohorts)))
+    return of_plan(run, unit="user", cohorts=cohorts)
 
 
 def drifting(run: Report) -> Report:
@@ -219,7 +249,7 @@ def drifting(run: Report) -> Report:
     plan = replace(run.facts.plan, metrics_noise_multiplier=20.0)
     means = {"spring": 0.82, "summer": 0.83, "autumn": 0.81, run.facts.name: 0.7}
     line = [HeldOut(run=name, date="2026-03-01", mean=mean, deviation=0.02) for name, mean in means.items()]
-    return derive(replace(run.facts, plan=plan, held_out=tuple(line)))
+    return derive(signed_by_sites(replace(run.facts, plan=plan, held_out=tuple(line))))
 
 
 def without_room(ledger: Report, *, left: float) -> Report:

@@ -19,6 +19,7 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.release import Receipt
 from fedtune.report import from_run, signing
 from fedtune.report.derive import run_figures
+from fedtune.report.facts import Verdict
 from fedtune.report.model import Report
 from fedtune.report.rederive import problems
 from fedtune.spec import RUN_SCHEMA, ConfigError, RunError
@@ -46,7 +47,7 @@ def test_the_figures_are_those_of_run_json(run_folder: Path) -> None:
         assert (spent.rounds, spent.steps) == (said["rounds"], said["steps"])
         assert spent.planned_epsilon == said["planned_epsilon"]
         assert site.source == "charged_by_receipts"
-    assert [(one.upper_bound, one.statement) for one in facts.sites] == [(False, None)] * 2, "the sites have not told"
+    assert [(facts.is_upper_bound(one), one.statement) for one in facts.sites] == [(False, None)] * 2
     assert facts.declared_sizes == {"site-1": 80, "site-2": 90}
     assert problems(report) == []
     assert not any(str(folder) in signing.to_text(report) for folder in (run_folder, run_folder.parent))
@@ -67,7 +68,8 @@ def test_many_rounds_cost_a_bounded_number_of_compositions(run_folder: Path, mon
     facts = replace(facts, rounds=tuple(replace(facts.rounds[0], round=number) for number in range(1, 5001)))
     composed = Mock(side_effect=itertools.count(0.1, 0.1))
     monkeypatch.setattr(run_figures.profile, "epsilon_pld", composed)
-    shown = [step.epsilon for step in run_figures._steps(facts, replace(facts.sites[0], rounds=5000), 5.0)]
+    of_all = replace(facts.sites[0], receipt=replace(facts.sites[0].receipt, charged_rounds=5000))
+    shown = [step.epsilon for step in run_figures._steps(facts, of_all, 5.0)]
     assert run_figures._MOST_FIGURES / 2 < composed.call_count <= run_figures._MOST_FIGURES
     assert shown == sorted(shown)
     assert (len(shown), shown[0], shown[-1]) == (5000, 0.1, 5.0)
@@ -102,14 +104,14 @@ def test_a_run_that_noted_no_environment_says_so(folder: Path) -> None:
         assert status(report, code) == "assumed"
 
 
-def test_without_checkpoints_run_json_is_what_is_known_and_without_both_nothing(folder: Path) -> None:
+def test_without_checkpoints_the_whole_plan_counts_and_without_run_json_nothing_is_known(folder: Path) -> None:
     whole = from_run.build(folder)
     shutil.rmtree(folder / "checkpoints")
     report = sound(from_run.build(folder))
-    assert (report.epsilon, report.verdict) == (whole.epsilon, whole.verdict)
-    assert [site.spent for site in report.sites] == [site.spent for site in whole.sites]
+    assert report.epsilon == whole.sites[0].spent.planned_epsilon
+    assert report.verdict == Verdict(state="within", reasons=("site_silent",))
     assert status(report, "receipts_signed") == "assumed"
-    assert [site.source for site in report.sites] == ["run_record"] * 2, "no receipt was read"
+    assert [site.source for site in report.sites] == ["not_released"] * 2, "no receipt was read"
     (folder / "run.json").unlink()
     with pytest.raises(ConfigError, match="has begun"):
         from_run.build(folder)
@@ -125,10 +127,13 @@ def change_receipts(folder: Path, change: Callable[[Receipt], Receipt], *, taken
 
 
 def doubted(folder: Path) -> Report:
-    """The report of a run whose receipts are not believed."""
-    report = sound(from_run.build(folder))
-    assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("receipts_not_believed",))
-    assert status(report, "receipts_signed") == "violated"
+    """The report of a run whose receipts do not show what was charged: each site counts the whole plan."""
+    report, most = sound(from_run.build(folder)), from_run.read_run(folder).plan.most_rounds
+    assert report.verdict == Verdict(state="within", reasons=("site_silent",))
+    assert status(report, "every_site_answered") == "violated"
+    facts = report.facts
+    assert [(facts.rounds_of(site), facts.is_upper_bound(site)) for site in facts.sites] == [(most, True)] * 2
+    assert report.epsilon == report.sites[0].spent.planned_epsilon
     return report
 
 
@@ -142,10 +147,9 @@ def doubted(folder: Path) -> Report:
 def test_a_receipt_that_is_not_the_sites_word_counts_as_none(folder: Path, changed: Any, changes: Any) -> None:
     whole = from_run.build(folder)
     change_receipts(folder, lambda receipt: changed(receipt, **changes))
-    report, most = doubted(folder), from_run.read_run(folder).plan.most_rounds
-    assert [(site.rounds, site.upper_bound) for site in report.facts.sites] == [(most, True)] * 2
-    assert report.epsilon == report.sites[0].spent.planned_epsilon >= whole.epsilon
-    assert [site.meaning for site in report.sites] == [None, None]
+    report = doubted(folder)
+    assert report.epsilon >= whole.epsilon
+    assert [site.receipt for site in report.facts.sites] == [None, None]
     assert {one.run for site in report.sites for one in site.mechanisms} == {saved_config(folder).run_id()}
 
 
@@ -157,27 +161,24 @@ def test_a_genuine_receipt_that_is_older_than_the_updates_counts_as_none(folder:
     (folder / "kept").rename(newest)
     assert {site: receipt.charged_rounds for site, receipt in older.items()} == dict.fromkeys(SITES, 1)
     change_receipts(folder, lambda receipt: older[receipt.site])
-    assert all(site.rounds >= 2 and site.upper_bound for site in doubted(folder).facts.sites)
+    doubted(folder)
 
 
 @pytest.mark.parametrize("journal", [True, False])
-def test_a_checkpoint_that_knows_less_than_run_json_is_not_believed(folder: Path, journal: bool) -> None:
+def test_a_checkpoint_from_before_the_end_counts_the_whole_plan(folder: Path, journal: bool) -> None:
     whole = from_run.build(folder)
     (newest,) = folder.glob("checkpoints/round-0002*")
     newest.unlink()
     if not journal:
         (folder / "checkpoints" / "asked.jsonl").unlink()
     report = doubted(folder)
-    assert all(site.rounds >= 2 and site.upper_bound for site in report.facts.sites)
     assert report.epsilon >= whole.epsilon
     assert report.facts.rounds == whole.facts.rounds, "run.json has all of them"
 
 
 def test_updates_without_any_receipt_are_charged_as_the_whole_plan(folder: Path) -> None:
     change_receipts(folder, lambda receipt: receipt, taken=True)
-    report, most = doubted(folder), from_run.read_run(folder).plan.most_rounds  # run.json was written with receipts
-    assert [(site.source, site.spent.rounds) for site in report.sites] == [("not_released", most)] * 2
-    assert all(site.upper_bound for site in report.facts.sites)
+    assert [site.source for site in doubted(folder).sites] == ["not_released"] * 2
     (folder / "run.json").unlink()
     assert status(from_run.build(folder), "receipts_signed") == "assumed"
 
@@ -275,7 +276,6 @@ def test_a_configuration_that_was_changed_after_the_run_is_marked(folder: Path) 
         report = sound(from_run.build(folder))
         assert status(report, "configuration_unchanged") == "violated"
         assert (report.verdict.state, report.verdict.reasons) == ("no_guarantee", ("configuration_changed",))
-        assert [site.source for site in report.sites] == ["charged_by_receipts"] * 2, "they are still this run's"
         assert report.facts.provenance.config_sha256 == result_of(folder)["config_sha256"]
 
 

@@ -19,7 +19,19 @@ from fedtune.report.rederive import derive, problems
 from fedtune.spec import ConfigError
 
 from .by_hand import WIDTH, epsilon
-from .shown import Make, admitting, arrivals, drifting, put, status, where, with_site
+from .shown import (
+    Make,
+    admitting,
+    arrivals,
+    drifting,
+    of_plan,
+    put,
+    signed_by_sites,
+    signed_receipt,
+    status,
+    where,
+    with_site,
+)
 
 ON_FILE = ("a_report", "a_report_without_privacy", "a_secure_report", "a_ledger_report")
 
@@ -30,6 +42,7 @@ OF_NO_EFFECT = {
     r"plan\.(max_grad_norm|spare_rounds)|randomness": "settings, where there is no noise",
     r"rounds\.\*\.(diverged|site_scores|seconds|bytes_\w+|metrics\..*)|detail.*": "exact figures of the lead's own",
     r"population|provenance\.(config_sha256|model|python|purpose)": "what the report is of, which nothing follows from",
+    r"verification\.first|files.*": "names of things: of the ledger, and of the model's files, which are compared",
     r"releases.*|asserted\..*": "what the ledger lists, and what the site states",
     r"approved\.max_epsilon_per_run": "the cap on one run, which each run has as it was then",
 }
@@ -38,16 +51,16 @@ OF_NO_EFFECT = {
 ON_A_SIGNATURE = {
     # What the report is of, and by what it was made; the settings beside a run are compared.
     r"name|run|site|population|date|sites\.\*\.site": "names and times",
-    r"provenance\..*|settings\..*|trained_parameters|config_file_sha256": "what the run was made of",
+    r"provenance\..*|settings\..*|trained_parameters|config_file_sha256|files.*": "what the run was made of",
     r"sampling|randomness|seeded_noise|inexact_gradients|simulated|lost_seed": "said by the process that trained",
     r"target_epsilon|judged_by|keep_round|stop_after": "what the lead asked for",
-    r"plan\..*|runs\.\*\.plan\..*|(sites|charges)\.\*\.rounds|unit|delta|order": "what ran; the sites' ledgers show it",
+    r"plan\..*|runs\.\*\.plan\..*|charges\.\*\.rounds|unit|delta|order": "what ran; the sites' ledgers show it",
     # What a site decides, and what checking its ledger found.
     r"declared_size|sites\.\*\.declared_size|asserted\..*": "the site's own statement",
     r"approved\..*|reference\..*|caps.*|policy_.*|frozen|in_doubt": "its policy, and its ledger's state",
     r"runs\.\*\.(run|lead|dataset|state|lost_rounds|max_epsilon|seeded_noise|base_model)": "ledger's",
     r"charges\.\*\.(run|round|day|lost|entry)|releases.*|verification.*|problem": "its ledger's entries",
-    r"sites\.\*\.(upper_bound|signed_rounds|key|believed|statement)|has_checkpoint": "receipts, which the lead holds",
+    r"sites\.\*\.(receipt|statement)": "of a site that gave none, all rounds count",
     # Exact figures on the lead's own files, which no guarantee covers; an audit computes its bounds again.
     r"rounds.*|before.*|final.*|seconds|findings.*|energy|detail.*|selection|audit|canaries_planted": "the lead's own",
 }
@@ -180,7 +193,7 @@ def test_a_changed_epsilon_says_both_figures(a_report: Make) -> None:
 
 
 def test_no_tolerance_lets_through_less(a_report: Make, a_ledger_report: Make) -> None:
-    tiny = with_facts(a_report(), plan=replace(a_report().facts.plan, delta=1e-13))
+    tiny = of_plan(a_report(), delta=1e-13)
     site = tiny.sites[0]
     *others, last = site.curve
     for factor, fine in ((1 - 1e-5, True), (0.98, False)):
@@ -190,7 +203,7 @@ def test_no_tolerance_lets_through_less(a_report: Make, a_ledger_report: Make) -
     assert where(with_site(tiny, mechanisms=(noisier,)))
     # Nor is more left than the cap leaves.
     report = a_ledger_report()
-    used_up = with_facts(report, **approved(report.facts, max_epsilon=1.0, since=None))
+    used_up = with_facts(report, **approved(report.facts, max_epsilon=1.0))
     assert (used_up.sites[0].lifetime.left, where(used_up)) == (0.0, set())
     for of, more, wrong in ((used_up, 1e-10, True), (report, 1e-6, True), (report, 0.1, True), (report, -1e-7, False)):
         life = of.sites[0].lifetime
@@ -206,6 +219,8 @@ def of_many_plans(report: Report, count: int) -> LedgerFacts:
     ]
     return replace(
         report.facts,
+        verification=None,
+        problem="not looked at",
         runs=tuple(replace(run, run=name, plan=plan) for name, plan in zip(noises, plans, strict=True)),
         charges=tuple(ChargedRounds(run=name, rounds=3, round=None, day="2026-01-01") for name in noises),
     )
@@ -245,7 +260,7 @@ def test_a_charge_that_cannot_be_computed_is_a_problem_and_no_crash(a_ledger_rep
 def test_facts_out_of_range_are_no_report(a_report: Make) -> None:
     wrong = {"delta": (0.0, 1.0), "sampling_rate": (-0.1,), "noise_multiplier": (-1.5,)}
     of_plan = [(("plan", key), value) for key, values in wrong.items() for value in values]
-    for path, value in (*of_plan, (("sites", 0, "rounds"), -4)):
+    for path, value in (*of_plan, (("sites", 0, "receipt", "sequence"), "x")):
         whole = to_json(a_report())
         put(whole["facts"], path, value)
         with pytest.raises(ConfigError, match="facts"):
@@ -258,20 +273,28 @@ SITES = ("north-hospital", "south-hospital")
 def spent_nothing(facts: RunFacts, left: tuple[str, ...] = (), *, reasons: dict[str, str]) -> dict[str, Any]:
     """A run whose rounds hold the updates of the sites in `left` alone, since of the others the lead has no receipt."""
     rounds = tuple(replace(one, sites=left, failed_sites=reasons) for one in facts.rounds)
-    none = {"rounds": 0, "signed_rounds": None, "key": ""}
-    sites = tuple(site if site.site in left else replace(site, **none) for site in facts.sites)
+    sites = tuple(site if site.site in left else replace(site, receipt=None) for site in facts.sites)
     return {"rounds": rounds, "sites": sites}
 
 
 def in_round_4(facts: RunFacts, why: str) -> dict[str, Any]:
     """What came of the site whose receipt is of three rounds, in a run that is not over."""
     last = replace(facts.rounds[3], failed_sites={SITES[1]: why})
-    return {"rounds": (*facts.rounds[:3], last), "plan": replace(facts.plan, num_rounds=5), "final": {}}
+    return {"rounds": (*facts.rounds[:3], last), "final": {}, "files": {}}
 
 
 def test_facts_of_a_run_that_deny_each_other(a_report: Make) -> None:
     facts = a_report().facts
     north, south = facts.sites
+    real, seeded = (
+        tuple(replace(one, receipt=signed_receipt(one.receipt, one.site, **said)) for one in facts.sites)
+        for said in ({"simulated": False}, {"seeded_noise": True})
+    )
+    by_itself = {"run": "another", "site": SITES[1], "plan": "12" * 32, "charged_rounds": 5}
+    wrong = [(key, signed_receipt(north.receipt, north.site, **{key: said})) for key, said in by_itself.items()]
+    wrong += [("plan", signed_receipt(north.receipt, north.site, plan=""))]
+    wrong += [("signature", replace(north.receipt, sequence=8))]
+    wrong += [("charged_rounds", signed_receipt(north.receipt, north.site, charged_rounds=3))]
     for changes, place in (
         ({"held_out": (HeldOut(run="r", date="", mean=0.5, deviation=0.1),)}, "held_out"),
         ({"sites": ()}, "sites"),
@@ -281,24 +304,25 @@ def test_facts_of_a_run_that_deny_each_other(a_report: Make) -> None:
         ({"randomness": "seeded"}, "seeded_noise"),
         ({"rounds": facts.rounds * 2}, "rounds"),
         ({"rounds": facts.rounds[1:], "final": {}}, "rounds"),
+        ({"rounds": facts.rounds[:3], "final": {}}, "files"),
         ({"rounds": facts.rounds[:3]}, "rounds"),  # an adapter was scored at the end
         (spent_nothing(facts, reasons={}), "rounds.1"),
         (spent_nothing(facts, reasons=dict.fromkeys(SITES, "max_epsilon")), "rounds.4"),
         (spent_nothing(facts, SITES[:1], reasons={}), "rounds.2"),
-        (spent_nothing(facts, SITES[:1], reasons={SITES[1]: "no_reply"}), f"sites.{SITES[1]}.rounds"),
-        (in_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.rounds"),
-        (in_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.rounds"),
-        (in_round_4(facts, "no_reply"), f"sites.{SITES[1]}.rounds"),
-        ({"sites": (replace(north, rounds=3), south)}, "sites.north-hospital.rounds"),
-        ({"sites": (replace(north, rounds=5), south)}, "sites.north-hospital.rounds"),
-        ({"has_checkpoint": False}, "sites.north-hospital.signed_rounds"),
+        (in_round_4(facts, "beyond_plan"), f"sites.{SITES[1]}.receipt.charged_rounds"),
+        (in_round_4(facts, "invalid_update"), f"sites.{SITES[1]}.receipt.charged_rounds"),
+        *(({"sites": (replace(north, receipt=one), south)}, f"sites.{SITES[0]}.receipt.{key}") for key, one in wrong),
         ({"settings": {"epsilon": "0.1"}}, "settings"),
         ({"settings": {"labels": "many"}}, "settings.labels"),
         ({"settings": {}}, "settings.runtime"),
-        ({"settings": {"runtime": "deployment"}}, "run"),
+        ({"settings": {"runtime": "deployment"}}, "sent"),
+        ({"settings": {"runtime": "deployment"}, "sent": "{}"}, "run"),
         ({"settings": {"runtime": "deployment"}, "run": f"{facts.run}1"}, "settings.runtime"),
+        ({"settings": {"runtime": "deployment"}, "sites": real}, "sent"),
+        ({"sites": real}, "settings.runtime"),
+        ({"sites": seeded}, "seeded_noise"),
+        ({"sent": "{}"}, "sent"),
         ({"run": f"{facts.run}1"}, "run"),
-        ({"sites": (replace(north, key=""), south)}, f"sites.{SITES[0]}.key"),
     ):
         assert place in where(a_report(facts=replace(facts, **changes))), changes
 
@@ -309,7 +333,8 @@ def test_secure_sums_have_the_sites_that_took_part(a_secure_report: Make) -> Non
     rounds = (replace(facts.rounds[0], sites=tuple(sites), failed_sites={last: lost}), *facts.rounds[1:])
     for changes, place in (({"num_sites": 6}, "num_sites"), ({"threshold": 5, "num_sites": 5}, "threshold")):
         plan = replace(facts.plan, shared=replace(facts.plan.shared, **changes))
-        assert where(a_secure_report(facts=replace(facts, plan=plan, rounds=rounds))) == {f"plan.shared.{place}"}
+        facts = signed_by_sites(replace(facts, plan=plan, rounds=rounds))
+        assert where(a_secure_report(facts=facts)) == {f"plan.shared.{place}"}
 
 
 def approved(facts: LedgerFacts, **changes: Any) -> dict[str, Any]:
@@ -319,7 +344,7 @@ def approved(facts: LedgerFacts, **changes: Any) -> dict[str, Any]:
 def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make) -> None:
     facts = a_ledger_report().facts
     first, second = facts.charges
-    rolled = replace(facts.verification, rollback_excluded=True, anchor_sequence=3)
+    rolled = replace(facts.verification, anchor_sequence=41)
     for changes, place in (
         ({"delta": 0.0}, "delta"),
         ({"delta": 1e-6}, "runs.diagnosis.plan"),
@@ -334,8 +359,8 @@ def test_facts_of_a_ledger_that_deny_each_other(a_ledger_report: Make) -> None:
         ({"caps": (replace(facts.caps[0], charges_before=8),)}, "caps"),
         (approved(facts, max_epsilon=7.0), "approved.max_epsilon"),
         (approved(facts, max_epsilon=None), "approved.max_epsilon"),
-        (approved(facts, since=None), "approved.since"),
-        ({"verification": rolled}, "verification.rollback_excluded"),
+        ({"verification": rolled}, "verification.num_events"),
+        ({"verification": replace(facts.verification, num_events=6)}, "verification.num_events"),
     ):
         assert place in where(a_ledger_report(facts=replace(facts, **changes))), changes
 
@@ -378,13 +403,16 @@ def test_a_seed_is_predictable(of_run: Report) -> None:
 def test_a_plan_above_the_target_is_exceeded_although_less_was_charged(a_report: Make) -> None:
     facts = a_report().facts
     planned = replace(facts.plan, num_rounds=12)
-    report = with_facts(a_report(), plan=planned, target_epsilon=1.2)
+    report = derive(signed_by_sites(replace(facts, plan=planned, target_epsilon=1.2)))
     assert report.epsilon < 1.2 < report.sites[0].spent.planned_epsilon
     assert report.verdict.state == "exceeded"
 
 
 def test_a_simulation_is_no_run_of_real_sites(of_run: Report) -> None:
-    real = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"})
+    posing = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"})
+    assert posing.banners == of_run.banners == ("simulation",), "its sites signed that they are simulated"
+    without = tuple(replace(site, receipt=None) for site in of_run.facts.sites)
+    real = with_facts(of_run, settings={**of_run.facts.settings, "runtime": "deployment"}, sites=without)
     for report, simulated in ((of_run, True), (real, False)):
         assert ("sites_run_their_own_software" in {one.code for one in report.assumptions}) != simulated
         assert ("simulation" in report.banners) == simulated

@@ -11,7 +11,7 @@ from fedtune.federation.lead import Checkpoints
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.release import RECEIPT
 from fedtune.report import from_ledger, from_run, signing
-from fedtune.report.checks import check_report
+from fedtune.report.checks import Check, Known, check_report
 from fedtune.report.model import Report
 from fedtune.report.page import render
 from fedtune.report.rederive import derive
@@ -190,7 +190,7 @@ def test_a_statement_that_no_site_can_have_made_is_found(folder: Path) -> None:
         forged = replace(site, statement=replace(said, **change))
         rounds = (*facts.rounds, *([replace(facts.rounds[0], round=2)] if place == "date" else []))
         assert f"sites.site-1.statement.{place}" in where(derive(replace(facts, rounds=rounds, sites=(forged, other))))
-    unsigned = replace(facts, sites=(replace(site, signed_rounds=None, key=""), other))
+    unsigned = replace(facts, sites=(replace(site, receipt=None), other))
     assert "sites.site-1.statement.verification.site_key" in where(derive(unsigned))
     # Of a seeded run it is said of the ledger, too.
     first, *runs = said.lifetime.runs
@@ -213,11 +213,27 @@ def of_its_runs(said: Any, **changes: Any) -> dict[str, Any]:
 
 def test_verify_says_which_figures_are_a_sites_word(folder: Path) -> None:
     joined = joined_by(folder, signed_report(folder))
-    (taken,) = [one for one in check_report(folder, joined, key=None) if one.name == "taken"]
-    assert taken.state == "not_checked"
-    assert "site-1" in taken.text
-    assert "all runs" in taken.text
-    assert "taken" not in {one.name for one in check_report(folder, from_run.build(folder / "second"), key=None)}
+    path = folder / "second" / "report.json"
+
+    def taken(report: Report) -> Check | None:
+        return next((one for one in check_report(path, report, Known()) if one.name == "taken"), None)
+
+    found = taken(joined)
+    assert found.state == "not_checked"
+    assert "site-1" in found.text
+    assert "all runs" in found.text
+    assert taken(from_run.build(folder / "second")) is None
+    # Beside the reports that the sites signed, they are compared.
+    (path.parent / "site_reports").mkdir()
+    own = path.parent / "site_reports" / "site-1.json"
+    own.write_text(signing.to_text(signed_report(folder)))
+    assert taken(joined).state == "right"
+    first, *others = joined.facts.sites
+    cheaper = replace(first.statement, approved=replace(first.statement.approved, max_epsilon_per_run=0.1))
+    forged = replace(joined.facts, sites=(replace(first, statement=cheaper), *others))
+    assert taken(derive(forged)).state == "wrong"
+    own.write_text(signing.to_text(signing.signed(report_of(folder), key_of(folder, "site-2"))))
+    assert taken(joined).state == "wrong"
 
 
 def test_a_report_that_says_more_is_believed(folder: Path) -> None:
@@ -229,7 +245,7 @@ def test_a_report_that_says_more_is_believed(folder: Path) -> None:
     state = replace(record.state, receipts={**record.state.receipts, "site-1": less}, rounds=rounds)
     Checkpoints(folder / "second" / "checkpoints", record.config_sha256).save(state)
     (folder / "second" / "run.json").unlink()  # which says what the receipts said
-    assert from_run.build(folder / "second").sites[0].spent.rounds == 0
+    assert from_run.build(folder / "second").sites[0].spent.rounds == 0, "its receipt says so, and that the run is over"
     report = joined_by(folder, signed_report(folder))
     assert report.sites[0].spent.rounds == 1
     assert report.sites[0].spent.epsilon == report.sites[1].spent.epsilon

@@ -95,7 +95,10 @@ def test_no_vote_of_more_units_than_the_usual_bound_on_a_sum_is_lost(tmp_path: P
     more = ("data.declared_sizes=800", f"federation.aggregation={aggregation}")
     more += ("data.columns={text: code, site: of}", "data.partition={kind: column, sites: {a: 0, b: 1}}")
     folder = simulate(*overrides(file), *more, into=tmp_path)
-    weights = load_file(folder / "adapter" / "head.safetensors")["weight"][0] / saved_config(folder).training.head_learning_rate
+    weights = (
+        load_file(folder / "adapter" / "head.safetensors")["weight"][0]
+        / saved_config(folder).training.head_learning_rate
+    )
     assert weights * 1600 == pytest.approx([1400, 0, 0], abs=12)  # 700 at each site, with noise of 1
 
 

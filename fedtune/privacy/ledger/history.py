@@ -109,6 +109,7 @@ class History:
         refused: (day, run, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> when.
         denied: digest of each proposal that one denied.
+        never: runs that were refused here until their lead ended them, and that no proposal can begin any more.
         last_time: of the newest event.
         register: digest of the register of arrivals.
         lost_rows: of each restore after which rows may be missing: the newest event whose rows count, and its own.
@@ -133,6 +134,7 @@ class History:
         self.refused: set[tuple[date, str, str]] = set()
         self.approved: dict[str, datetime] = {}
         self.denied: set[str] = set()
+        self.never: set[str] = set()
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         # Sequence, time, mechanism, count, and whom it was charged to; None: everybody.
         self._charges: list[tuple[int, datetime, DpEvent, int, Cohorts | None]] = []
@@ -228,8 +230,11 @@ class History:
             case "denied":
                 self.denied.add(decode(Proposal, event.detail["proposal"]).digest())
             case "run_ended":
-                ended = self.runs[event.run]
-                ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
+                if event.run not in self.runs and self.has_refused(event.run):
+                    self.never.add(event.run)
+                else:
+                    ended = self.runs[event.run]
+                    ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
             case "date_confirmed":
                 pass  # its time is what it says
             case "restored":
@@ -309,6 +314,10 @@ class History:
         """Rounds that a run was charged for, on a lost branch too."""
         known = self.runs.get(run)
         return (known.charged_rounds if known else 0) + self.lost_runs.get(run, 0)
+
+    def has_refused(self, run: str) -> bool:
+        """Whether a proposal of this name was refused."""
+        return any(name == run for _, name, _ in self.refused)
 
     def rounds_up_to(self, sequence: int) -> Counter[str]:
         """Run -> rounds charged by events up to `sequence`, here."""

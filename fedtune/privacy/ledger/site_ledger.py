@@ -184,13 +184,17 @@ class Ledger:
     def end(self, run: str, *, adapter_sha256: str = "") -> None:
         """Note that a run is over: what its plan had set aside and not spent is free again.
 
+        A run that was refused here, and never accepted, can't be accepted any more: a receipt can then say that it is
+        charged nothing, for good.
+
         Args:
             run: the one that ended.
             adapter_sha256: digest of the final adapter, where the lead sent it.
         """
         with self._store.transaction():
             known = self.history.runs.get(run)
-            if known is not None and known.expires is not None:
+            refused = known is None and run not in self.history.never and self.history.has_refused(run)
+            if refused or (known is not None and known.expires is not None):
                 self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256)
 
     def approve(self, proposal: Proposal) -> None:
@@ -240,10 +244,15 @@ class Ledger:
 
     def receipt(self, run: str, *, reply: str = "") -> Receipt:
         """The charges of `run` so far, signed together with the digest of the reply that they travel with."""
+        known = self.history.runs.get(run)
         fields: dict[str, Any] = {
             "site": self.policy.site,
             "run": run,
             "charged_rounds": self.history.charged_rounds(run),
+            "ended": run in self.history.never if known is None else not known.is_open(self.history.clock),
+            "plan": known.plan.digest() if known else "",
+            "seeded_noise": bool(known and known.proposal.seeded_noise),
+            "simulated": self.policy.simulated,
             "sequence": self.history.path[-1][0],
             "head": self._store.salted_head(),
             "site_key": self._key.public,
@@ -351,6 +360,8 @@ class Ledger:
             return
         if proposal.digest() in self.history.denied:
             raise Refused(Reason.DENIED)
+        if proposal.run in self.history.never:
+            raise Refused(Reason.RUN_ENDED)
         self.require_acceptable(proposal)
         if approved and self.policy.approval == "manual":
             since = self.history.approved.get(proposal.digest())

@@ -20,6 +20,7 @@ from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
 from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
+from fedtune.words import spoken_start
 
 _WORST_FIRST = get_args(Status)
 _Found = tuple[str, Status, str]
@@ -111,16 +112,12 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     yield from _of_figures(facts, sites, asserted={site: one.asserted for site, one in said.items()})
     # Whether the lead holds a signed receipt from every site that was charged.
     unsigned = [one.site for one in sites if one.source == "not_released" and one.spent.rounds]
-    if doubtful := [site.site for site in facts.sites if not site.believed]:
-        yield "receipts_signed", "violated", ", ".join(doubtful)
-    elif any(site.source == "run_record" for site in sites):
-        yield "receipts_signed", "assumed", "run.json"
-    elif unsigned:
+    if unsigned:
         yield "receipts_signed", "assumed", ", ".join(unsigned)
     else:
-        keys = [f"{one.site} {one.key}" for one in facts.sites if one.signed_rounds is not None]
+        keys = [f"{one.site} {spoken_start(one.receipt.site_key)}" for one in facts.sites if one.receipt]
         yield "receipts_signed", "verified", ", ".join(keys)
-    if silent := [site.site for site in facts.sites if site.upper_bound]:
+    if silent := [site.site for site in facts.sites if facts.is_upper_bound(site)]:
         yield "every_site_answered", "violated", ", ".join(silent)
     if not facts.finished:
         yield "end_independent_of_releases", "assumed", facts.progress

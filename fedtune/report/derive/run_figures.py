@@ -11,6 +11,8 @@ from dp_accounting import GaussianDpEvent
 
 from fedtune.federation.drift import fall_of
 from fedtune.federation.replies import LEFT_OUT, NO_REPLY, UNSIGNED_REPLY
+from fedtune.privacy.release import Receipt
+from fedtune.privacy.run_plan import Plan
 from fedtune.report.derive import profile, rules, verdicts
 from fedtune.report.facts import NOT_RECORDED, Release, RunFacts, SiteFacts, SiteStatement, Source
 from fedtune.report.model import Report, SiteReport, Spent, Step, Utility
@@ -26,9 +28,21 @@ def report_of(facts: RunFacts) -> Report:
     return rules.report_of(facts, sites, utility=_utility(facts, sites))
 
 
+def denied(receipt: Receipt, *, site: str, run: str, plan: Plan) -> str:
+    """The field by which a receipt is not what this site charged to this run under this plan; "": none is.
+
+    A ledger that never accepted the run has no plan of it, and charged nothing.
+    """
+    of_plan = receipt.plan == plan.digest() or (not receipt.plan and not receipt.charged_rounds)
+    fits = {"site": receipt.site == site, "run": receipt.run == run, "plan": of_plan}
+    fits |= {"charged_rounds": 0 <= receipt.charged_rounds <= plan.most_rounds, "signature": receipt.is_signed()}
+    return next((key for key, right in fits.items() if not right), "")
+
+
 def least_rounds(facts: RunFacts, site: SiteFacts) -> int:
     """Rounds that a site was charged at the least: it signed for them, or an update left it."""
-    return max(site.signed_rounds or 0, sum(result.has_update_of(site.site) for result in facts.rounds))
+    signed = site.receipt.charged_rounds if site.receipt else 0
+    return max(signed, sum(result.has_update_of(site.site) for result in facts.rounds))
 
 
 def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
@@ -43,24 +57,23 @@ def agrees(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> bool:
 
 
 def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
-    plan, statement = facts.plan, site.statement
-    source: Source = "not_released" if site.signed_rounds is None else "charged_by_receipts"
-    if statement or not facts.has_checkpoint:
-        source = "signed_site_report" if statement else "run_record"
-    grid, charged = profile.interval_of(source), profile.charged_events(plan, site.rounds)
+    plan, statement, rounds = facts.plan, site.statement, facts.rounds_of(site)
+    source: Source = "not_released" if site.receipt is None else "charged_by_receipts"
+    source = "signed_site_report" if statement else source
+    grid, charged = profile.interval_of(source), profile.charged_events(plan, rounds)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
     ran = facts.sampling if statement is None else "poisson" if known else None
-    row = profile.mechanism_of(plan, run=facts.run, rounds=site.rounds, sampling=ran or NOT_RECORDED)
-    rows = (row,) if site.rounds else ()
+    row = profile.mechanism_of(plan, run=facts.run, rounds=rounds, sampling=ran or NOT_RECORDED)
+    rows = (row,) if rounds else ()
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
     spent = Spent(
         epsilon=by_pld,
         epsilon_pld=by_pld,
         epsilon_rdp=profile.epsilon_rdp(charged, plan.delta),
         planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
-        rounds=site.rounds,
-        steps=site.rounds * plan.local_steps,
-        ended_by_scores=facts.ended_by_scores and site.rounds > 0,
+        rounds=rounds,
+        steps=rounds * plan.local_steps,
+        ended_by_scores=facts.ended_by_scores and rounds > 0,
     )
     trust = profile.by_trust(
         # What scores ended claims its whole plan.
@@ -93,7 +106,7 @@ def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
     line, epsilons = facts.held_out or (), defaultdict[int | None, list[float | None]](list)
     for step in (step for site in sites for step in site.steps):
         epsilons[step.round].append(step.epsilon)
-    releases = max((site.rounds for site in facts.sites), default=0)
+    releases = max(map(facts.rounds_of, facts.sites), default=0)
     price = Counter({GaussianDpEvent(facts.plan.metrics_noise_multiplier): releases}) if line else Counter()
     return Utility(
         epsilons=tuple(profile.largest(epsilons[result.round]) for result in facts.rounds),
@@ -106,13 +119,16 @@ def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:
 def _steps(facts: RunFacts, site: SiteFacts, final: float | None) -> Iterator[Step]:
     """Epsilon after each round: at most all that was charged, but for one round for each later update of the site.
 
-    `final` is its epsilon at the end; those before are on the coarse grid, and none is larger.
+    `final` is its epsilon at the end; those before are on the coarse grid, and none is larger.  Of a run that has not
+    ended at the site, the rounds so far count, and each that it left without an update.
     """
     plan, later = facts.plan, sum(result.has_update_of(site.site) for result in facts.rounds)
-    every, epsilons = math.ceil(site.rounds / _MOST_FIGURES) or 1, {site.rounds: final}
+    charged, silent = facts.rounds_of(site), len(facts.rounds) - later
+    most = charged if site.final else min(charged, least_rounds(facts, site) + silent)
+    every, epsilons = math.ceil(most / _MOST_FIGURES) or 1, {charged: final}
     for result in facts.rounds:
         later -= result.has_update_of(site.site)
-        shown = min(site.rounds, math.ceil(max(0, site.rounds - later) / every) * every)
+        shown = min(most, math.ceil(max(0, most - later) / every) * every)
         if shown not in epsilons:
             found = profile.epsilon_pld(profile.charged_events(plan, shown), plan.delta)
             epsilons[shown] = finite(min(unbounded(final), unbounded(found)))
@@ -136,5 +152,5 @@ def _releases(facts: RunFacts, site: SiteFacts) -> Iterator[Release]:
         times = [time for time in ended if time]
         first, last = min(times, default=None), max(times, default=None)
         yield Release(kind=kind, run=facts.run, reason=reason, count=len(ended), first=first, last=last)
-    if (more := (site.signed_rounds or 0) - came) > 0:  # nobody noted when
+    if (more := (site.receipt.charged_rounds if site.receipt else 0) - came) > 0:  # nobody noted when
         yield Release(kind="reservation_without_update", run=facts.run, reason=None, count=more, first=None, last=None)

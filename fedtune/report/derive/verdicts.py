@@ -88,14 +88,13 @@ def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | No
         above_target=any(above(epsilon, facts.target_epsilon) for epsilon in (spent.epsilon, spent.planned_epsilon)),
         not_finished=not facts.finished,
         ended_by_scores=facts.ended_by_scores,
-        site_silent=site.upper_bound,
+        site_silent=facts.is_upper_bound(site),
         sampling_not_recorded=sampling is None,
     )
     yield from of_spending if spent.rounds > 0 else ["nothing_spent"]
     yield from _holding(
         began_in_an_adapter=facts.provenance.start_adapter is not None,
         configuration_changed=not facts.unchanged,
-        receipts_not_believed=not site.believed,
     )
 
 
