@@ -168,9 +168,10 @@ def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
     ]
     if found:
         return Check(name, "wrong", "The receipts are signed by others than the roster names:", tuple(found))
-    without = sorted({site.site for site in facts.sites} - set(held))
-    said = f"; of {', '.join(without)} there is none, and the whole plan counts" if without else ""
-    return Check(name, "right", f"Each receipt is signed with the key that the roster names for its site{said}.")
+    if silent := [site.site for site in facts.sites if not site.final]:
+        text = f"{', '.join(silent)} did not sign that the run is over, so that the whole plan counts there."
+        return Check(name, "missing", text)
+    return Check(name, "right", "Each receipt is signed with the key that the roster names for its site.")
 
 
 def _files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:

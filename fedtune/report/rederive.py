@@ -209,6 +209,7 @@ def _of_sent(facts: RunFacts) -> Iterator[_Found]:
         declared = {name: size for name, size in zip(names, sizes, strict=True) if name in active}
         for where, said, asked in (
             ("sites", dict(facts.declared_sizes), declared),
+            ("target_epsilon", facts.target_epsilon, sent["privacy"]["epsilon"] if facts.plan.private else None),
             ("provenance.model_sha256", made.model_sha256, sent["model"]["sha256"]),
             ("provenance.dataset", made.dataset, data["dataset"]),
             ("provenance.task", made.task, sent["task"]),

@@ -1,0 +1,358 @@
+"""What a lead who signs may try on the report of real sites: `report verify` and the independent program find it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.privacy import accountant, events
+from fedtune.privacy.keys import SigningKey
+from fedtune.report import from_ledger, from_run, signing
+from fedtune.report.checks import Check, Known, check_report
+from fedtune.report.facts import RunFacts, SiteFacts
+from fedtune.report.model import Report
+from fedtune.report.rederive import derive
+
+from ..conftest import REPOSITORY, simulate, write_config
+from ..privacy.builders import make_key
+from .shown import admitting, arrivals, drifting, key_of, on_file, signed_by_sites, signed_receipt
+
+SPECIFICATION = importlib.util.spec_from_file_location("verify_report", REPOSITORY / "verifier" / "verify_report.py")
+verify_report: Any = importlib.util.module_from_spec(SPECIFICATION)
+SPECIFICATION.loader.exec_module(verify_report)
+SITES = ("north", "south", "west")
+LEAD, STRANGER = make_key(21), make_key(22)
+ROUNDS = 3
+
+
+@dataclass
+class Deployed:
+    """The folder of a finished run of real sites, and the lead's signed report of it."""
+
+    folder: Path
+    report: Report
+
+    @property
+    def facts(self) -> RunFacts:
+        assert isinstance(self.report.facts, RunFacts)
+        return self.report.facts
+
+    @property
+    def roster(self) -> Path:
+        return self.folder.parent / "roster.json"
+
+    def write(self, report: Report) -> None:
+        (self.folder / "report.json").write_text(signing.to_text(report))
+
+    def checks(self, **known: Any) -> tuple[Check, ...]:
+        path, report = signing.read_report(str(self.folder))
+        return check_report(path, report, Known(**known))
+
+    def holds(self) -> bool:
+        """With all that there is to compare it with."""
+        keys = {site: key_of(site).public for site in SITES}
+        return all(check.holds for check in self.checks(key=LEAD.public, site_keys=keys))
+
+    def holds_by_the_other_program(self, *more: str) -> bool:
+        given = more or ("--key", LEAD.public, "--roster", str(self.roster))
+        return verify_report.main([str(self.folder), *given]) == 0
+
+
+def write_roster(path: Path) -> None:
+    """As much of a roster as the other program reads."""
+    fields = {"sites": [{"site": site, "site_key": key_of(site).public} for site in SITES]}
+    message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    path.write_text(json.dumps(fields | {"signature": LEAD.sign("roster", message)}))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """A run whose sites' receipts, settings and report are those of real sites."""
+    into = tmp_path_factory.mktemp("runs")
+    rounds = (f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1", "federation.num_sites=3")
+    folder = simulate(*rounds, f"federation.site_names=[{','.join(SITES)}]", into=into)
+    record = from_run.read_run(folder)
+    config = replace(record.config, runtime=replace(record.config.runtime, kind="deployment"))
+    write_config(config, folder)
+    record = replace(
+        record,
+        config=config,
+        config_sha256=config.digest(),
+        environments=tuple(replace(one, sampling=None, randomness=None) for one in record.environments),
+    )
+    assert record.state is not None
+    receipts = {
+        site: signed_receipt(receipt, site, run=record.run, simulated=False)
+        for site, receipt in record.state.receipts.items()
+    }
+    record = replace(record, state=replace(record.state, receipts=receipts))
+    for name in ("report.html", "adapter/README.md", "adapter/label.svg"):
+        (folder / name).unlink()
+    write_roster(into / "roster.json")
+    deployed = Deployed(folder, signing.signed(derive(from_run.facts_of(folder, record, own={})), LEAD))
+    deployed.write(deployed.report)
+    return deployed
+
+
+@pytest.fixture
+def run(made: Deployed, tmp_path: Path) -> Deployed:
+    shutil.copytree(made.folder.parent, tmp_path / "runs")
+    return replace(made, folder=tmp_path / "runs" / made.folder.name)
+
+
+def test_an_honest_report_holds_in_both_programs(run: Deployed) -> None:
+    assert [facts.receipt.charged_rounds for facts in run.facts.sites] == [ROUNDS] * 3
+    assert {check.name: check.state for check in run.checks()} == {
+        **dict.fromkeys(("schema", "figures", "verdict", "configuration", "files"), "right"),
+        **dict.fromkeys(("signature", "site keys"), "missing"),
+    }
+    assert run.holds()
+    assert run.holds_by_the_other_program()
+    assert not run.holds_by_the_other_program("--key", LEAD.public), "whose keys they are was not compared"
+
+
+def of_sites(facts: RunFacts, change: Callable[[SiteFacts], SiteFacts], *names: str) -> RunFacts:
+    """The facts with some sites changed; without names, all."""
+    return replace(facts, sites=tuple(change(one) if one.site in (names or SITES) else one for one in facts.sites))
+
+
+def receipts(facts: RunFacts, *names: str, key: str = "", **changes: Any) -> RunFacts:
+    """The facts with receipts that the sites signed so, or the holder of another key."""
+    return of_sites(
+        facts, lambda one: replace(one, receipt=signed_receipt(one.receipt, key or one.site, **changes)), *names
+    )
+
+
+def edited(facts: RunFacts, *names: str, **changes: Any) -> RunFacts:
+    """The facts with receipts that were changed after they were signed."""
+    return of_sites(facts, lambda one: replace(one, receipt=replace(one.receipt, **changes)), *names)
+
+
+def without(facts: RunFacts, *names: str) -> RunFacts:
+    return of_sites(facts, lambda one: replace(one, receipt=None), *names)
+
+
+def shorter(facts: RunFacts, rounds: int, **changes: Any) -> RunFacts:
+    return replace(facts, rounds=facts.rounds[:rounds], **changes)
+
+
+def of_plan(facts: RunFacts, **changes: Any) -> RunFacts:
+    return replace(facts, plan=replace(facts.plan, **changes))
+
+
+def made_up(facts: RunFacts, **changes: Any) -> RunFacts:
+    """With keys of the lead's own, which signed whatever it takes."""
+    return receipts(facts, key="made up", run=facts.run, plan=facts.plan.digest(), **changes)
+
+
+def resent(facts: RunFacts, change: Callable[[dict[str, Any]], object]) -> RunFacts:
+    """With other settings, of which the run's name has the digest."""
+    sent = json.loads(facts.sent)
+    change(sent)
+    text = json.dumps(sent, sort_keys=True)
+    return replace(facts, sent=text, run=f"{facts.name}-{verify_report.hashlib.sha256(text.encode()).hexdigest()[:32]}")
+
+
+def left_out(facts: RunFacts, site: str, why: str) -> RunFacts:
+    """A site whose updates of all rounds but the first are called something else."""
+    first, *others = facts.rounds
+    said = [replace(one, sites=tuple(s for s in one.sites if s != site), failed_sites={site: why}) for one in others]
+    return replace(facts, rounds=(first, *said))
+
+
+def without_site(facts: RunFacts, site: str) -> RunFacts:
+    rounds = tuple(replace(one, sites=tuple(s for s in one.sites if s != site)) for one in facts.rounds)
+    return replace(facts, rounds=rounds, sites=tuple(one for one in facts.sites if one.site != site))
+
+
+def of_model(facts: RunFacts, sha256: str) -> RunFacts:
+    return replace(facts, provenance=replace(facts.provenance, model_sha256=sha256))
+
+
+def swapped(facts: RunFacts) -> RunFacts:
+    first, second, *others = facts.sites
+    pair = replace(first, receipt=second.receipt), replace(second, receipt=first.receipt)
+    return replace(facts, sites=(*pair, *others))
+
+
+def simulated(facts: RunFacts) -> RunFacts:
+    """A simulation's receipts, which its one process can sign."""
+    return receipts(facts, simulated=True)
+
+
+OTHER = "56" * 32
+LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
+    # Fewer rounds.
+    "a receipt edited": lambda facts: edited(facts, charged_rounds=1),
+    "one receipt edited": lambda facts: edited(facts, "south", charged_rounds=1),
+    "an older receipt called the last": lambda facts: edited(
+        receipts(facts, charged_rounds=1, ended=False), ended=True
+    ),
+    "an older receipt, others left out": lambda facts: left_out(
+        receipts(facts, "south", charged_rounds=1, ended=False), "south", "left_out"
+    ),
+    "an older receipt, others refused": lambda facts: left_out(
+        receipts(facts, "south", charged_rounds=0, ended=False, plan=""), "south", "max_epsilon"
+    ),
+    "an older report beside the newer model": lambda facts: shorter(
+        receipts(facts, charged_rounds=1, ended=False), 1, final={}, detail=None
+    ),
+    "an older report without the model": lambda facts: shorter(
+        receipts(facts, charged_rounds=1, ended=False), 1, final={}, detail=None, files={}
+    ),
+    "fewer rounds with the last receipts": lambda facts: shorter(facts, 1, final={}, detail=None, files={}),
+    "fewer rounds planned": lambda facts: of_plan(shorter(facts, 1), num_rounds=1),
+    "no spare rounds": lambda facts: of_plan(facts, spare_rounds=0),
+    # Receipts of others.
+    "a receipt dropped": lambda facts: without(facts, "south"),
+    "all receipts dropped": without,
+    "a receipt of another run": lambda facts: receipts(facts, "south", run=f"{facts.name}-{'0' * 32}"),
+    "receipts swapped between sites": swapped,
+    "a site's receipt for all": lambda facts: of_sites(facts, lambda one: replace(one, receipt=facts.sites[0].receipt)),
+    "keys of the lead's own": lambda facts: made_up(facts, charged_rounds=1),
+    "keys of the lead's own for one site": lambda facts: receipts(facts, "south", key="made up", charged_rounds=3),
+    "keys of the lead's own, same rounds": made_up,
+    # Another plan.
+    "more noise": lambda facts: of_plan(facts, noise_multiplier=8.0),
+    "more noise, receipts dropped": lambda facts: of_plan(without(facts), noise_multiplier=8.0),
+    "more noise, keys of the lead's own": lambda facts: made_up(of_plan(facts, noise_multiplier=8.0)),
+    "a lower sampling rate": lambda facts: of_plan(facts, sampling_rate=0.01),
+    "a larger delta": lambda facts: of_plan(facts, delta=1e-3),
+    "fewer steps": lambda facts: of_plan(facts, local_steps=1),
+    "a higher target": lambda facts: replace(facts, target_epsilon=80.0),
+    # Another run.
+    "a site dropped": lambda facts: without_site(facts, "west"),
+    "a site dropped from the settings, too": lambda facts: without_site(
+        resent(facts, lambda sent: sent["federation"].update(site_names=["north", "south"])), "west"
+    ),
+    "a declared size changed": lambda facts: of_sites(facts, lambda one: replace(one, declared_size=9)),
+    "another base model": lambda facts: of_model(facts, OTHER),
+    "another base model in the settings, too": lambda facts: of_model(
+        resent(facts, lambda sent: sent["model"].update(sha256=OTHER)), OTHER
+    ),
+    "another data set": lambda facts: replace(facts, provenance=replace(facts.provenance, dataset="public")),
+    "another run's name": lambda facts: replace(facts, run=f"{facts.name}-{'1' * 32}"),
+    "a simulation as real": simulated,
+    "a simulation as real, keys of the lead's own": lambda facts: made_up(facts, simulated=False),
+    "real sites as a simulation": lambda facts: replace(
+        facts, settings={**facts.settings, "runtime": "simulation"}, sent=""
+    ),
+    "a seed hidden": lambda facts: receipts(facts, seeded_noise=True),
+    "a seed hidden in a receipt edited": lambda facts: edited(receipts(facts, seeded_noise=True), seeded_noise=False),
+    "another adapter named": lambda facts: replace(facts, files=dict.fromkeys(facts.files, OTHER)),
+    "no adapter named": lambda facts: replace(facts, files={}),
+}
+"""What a lead may change in the facts, before all else is derived from them and signed."""
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_no_forgery_by_a_lead_who_signs_passes(run: Deployed, lie: str) -> None:
+    run.write(signing.signed(derive(LIES[lie](run.facts)), LEAD))
+    assert not run.holds()
+    assert not run.holds_by_the_other_program()
+    # Nor with less beside it.
+    (run.folder / "config.yaml").unlink()
+    shutil.rmtree(run.folder / "adapter")
+    assert not all(check.holds for check in run.checks())
+    assert not run.holds_by_the_other_program("--key", LEAD.public)
+
+
+@pytest.mark.parametrize("key", [None, STRANGER])
+def test_a_report_that_the_lead_did_not_sign_does_not_pass(run: Deployed, key: SigningKey | None) -> None:
+    run.write(replace(run.report, signature=None) if key is None else signing.signed(run.report, key))
+    assert not run.holds()
+    assert not run.holds_by_the_other_program()
+
+
+@pytest.mark.parametrize("figures", [{"epsilon": 0.01}, {"verdict": {"state": "exceeded", "reasons": []}}])
+def test_figures_that_nothing_gives_do_not_pass(run: Deployed, figures: dict[str, Any]) -> None:
+    text = json.loads(signing.to_text(run.report)) | figures
+    report = signing.from_json(json.dumps(text))
+    run.write(signing.signed(report, LEAD))
+    assert not run.holds()
+    assert not run.holds_by_the_other_program()
+
+
+def write_over(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"another adapter")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        write_over,
+        lambda folder: (folder / "pytorch_model.bin").write_bytes(b"a second one"),
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        lambda folder: (folder / "fedtune.json").write_text("{}"),
+    ],
+)
+def test_a_report_beside_another_model_does_not_pass(run: Deployed, change: Callable[[Path], None]) -> None:
+    change(run.folder / "adapter")
+    (files,) = [check for check in run.checks() if check.name == "files"]
+    assert files.state == "wrong"
+    assert not run.holds_by_the_other_program()
+
+
+HONEST = ("run", "run_without_privacy", "secure", "ledger")
+
+
+def without_files(report: Report) -> Report:
+    return derive(replace(report.facts, files={})) if isinstance(report.facts, RunFacts) else report
+
+
+def exceeded(report: Report) -> Report:
+    return derive(replace(report.facts, target_epsilon=0.5))
+
+
+def seeded(report: Report) -> Report:
+    return derive(signed_by_sites(replace(report.facts, seeded_noise=True, randomness="seeded")))
+
+
+def silent(report: Report) -> Report:
+    return derive(without(report.facts, "south-hospital"))
+
+
+@pytest.mark.parametrize("name", [*HONEST, "arrivals", "admitting", "drifting", "exceeded", "seeded", "silent"])
+def test_the_other_program_says_the_same_of_honest_reports(name: str, tmp_path: Path, capsys: Any) -> None:
+    change = {"exceeded": exceeded, "seeded": seeded, "silent": silent}.get(name)
+    base = on_file(name)() if name in HONEST else on_file("ledger" if name == "arrivals" else "run")()
+    made = {"arrivals": arrivals, "admitting": admitting, "drifting": drifting}.get(name, change)
+    report = without_files(made(base) if made else base)
+    if name in ("ledger", "arrivals"):
+        report = derive(replace(report.facts, simulated=True))
+    (tmp_path / "report.json").write_text(signing.to_text(report))
+    assert verify_report.main([str(tmp_path)]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"HOLDS {report.verdict.state}: epsilon ")
+    assert all(check.holds for check in check_report(tmp_path / "report.json", report, Known()))
+
+
+def test_the_other_program_checks_a_simulation_and_a_sites_own_report(folder: Path) -> None:
+    assert verify_report.main([str(folder)]) == 0
+    site = folder / "sites" / "site-1"
+    report = signing.signed(from_ledger.build(site / "site.toml"), SigningKey.load(site / "site_key.pem"))
+    (site / "report.json").write_text(signing.to_text(report))
+    for key, code in ((report.signature.key, 0), (LEAD.public, 1)):
+        assert verify_report.main([str(site), "--key", key]) == code
+    cheaper = replace(report.facts, charges=report.facts.charges[:1])
+    assert report.facts.verification.num_events > len(cheaper.charges)
+    (site / "report.json").write_text(signing.to_text(replace(report, facts=cheaper)))
+    assert verify_report.main([str(site)]) == 1, "it is not what the site signed"
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps", "delta"),
+    [(0.05, 1.5, 40, 1e-5), (0.01, 1.0, 1000, 1e-6), (0.2, 4.0, 4, 1e-5), (1.0, 5.0, 10, 1e-5), (0.02, 0.7, 300, 1e-6)],
+)
+def test_the_other_program_s_epsilon_is_an_upper_bound_and_near(
+    rate: float, noise: float, steps: int, delta: float
+) -> None:
+    found = verify_report.epsilon_of({(rate, noise): steps}, delta)
+    tight = accountant.epsilon_pld([events.dp_sgd(sampling_rate=rate, noise_multiplier=noise, steps=steps)], delta)
+    assert (1 - 1e-4) * tight <= found <= 1.02 * tight

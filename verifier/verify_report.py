@@ -1,0 +1,522 @@
+#!/usr/bin/env python3
+"""Check a fedtune report.json without fedtune: signatures, epsilon from what the sites signed, verdict, model files.
+
+    python verify_report.py runs/tickets --key HEX --roster roster.json
+
+It needs numpy, scipy and cryptography.  It reads the report's facts and the sites' signed receipts, computes the
+privacy loss by itself (a pessimistic discretization of the privacy loss distribution, composed by FFT; for a ledger the
+Renyi divergence at the ledger's order), and compares epsilon and verdict with what the report says.  Exit code 0: all
+of it holds.  Exit code 1: something is wrong, or could not be compared.  It checks neither the report's other figures,
+as `fedtune report verify` does, nor that a site's ledger is true.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from datetime import date
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from scipy.optimize import brentq
+from scipy.special import expit, ndtr
+from scipy.stats import binom
+
+SCHEMA = 7
+SLACK = 0.02  # this program's epsilon is an upper bound, and may be so much larger than the report's
+LAST_DIGITS = 1e-9
+MONTHS = {"month": 1, "quarter": 3, "year": 12}
+BOUND = 60.0  # no loss beyond it is told from another
+FAR = 14.0  # standard deviations, beyond which nothing is that a delta could see
+BESIDE_MODEL = {"README.md", "label.svg"}  # the model's card
+Json = dict[str, Any]
+Event = tuple[float, float]  # sampling rate and noise multiplier of a Gaussian mechanism
+
+
+class Wrong(Exception):
+    """Something in the report does not hold, or can't be compared."""
+
+
+def require(right: bool, text: str) -> None:
+    if not right:
+        raise Wrong(text)
+
+
+def is_signed(key: str, purpose: str, message: bytes, signature: str) -> bool:
+    """Whether `signature` is an Ed25519 signature by `key`, in the frame that names its purpose.
+
+    No roster has a key of small order, under which anybody can sign.
+    """
+    try:
+        holder = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
+        holder.verify(bytes.fromhex(signature), b"fedtune " + purpose.encode() + b"\0" + message)
+    except (InvalidSignature, ValueError):
+        return False
+    return key == key.lower()
+
+
+def signer_of(report: Json) -> str:
+    require(report["signature"] is not None, "the report is not signed")
+    fields = {key: value for key, value in report.items() if key != "signature"}
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    key, signature = report["signature"]["key"], report["signature"]["signature"]
+    require(is_signed(key, "report", text.encode(), signature), "its signature does not fit the report")
+    return str(key)
+
+
+def site_keys(path: Path, signer: str) -> dict[str, str]:
+    """Site -> public key by a roster, which the `signer` must have signed if the report is a run's."""
+    roster = json.loads(path.read_bytes())
+    fields = {key: value for key, value in roster.items() if key != "signature"}
+    message = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+    require(not signer or is_signed(signer, "roster", message, roster["signature"]), f"{signer} did not sign {path}")
+    return {member["site"]: member["site_key"] for member in roster["sites"]}
+
+
+def plan_digest(plan: Json) -> str:
+    """SHA-256 of a plan as a site signs it: without what is usual."""
+    fields = dict(plan)
+    if fields["unit"] == "record":
+        del fields["records_per_user"]
+    for key, usual in (("shared", None), ("cohorts", None), ("runs", 1)):
+        if fields.get(key) == usual:
+            fields.pop(key, None)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def counted_noise(plan: Json) -> float:
+    """The noise multiplier that hides a step: of a secure sum that of the fewest honest shares."""
+    if (shared := plan["shared"]) is None:
+        return float(plan["noise_multiplier"])
+    honest = max(1, shared["threshold"] - shared["colluders"])
+    return float(shared["noise_multiplier"] * math.sqrt(honest))
+
+
+def events_of(plan: Json, rounds: int) -> dict[Event, int]:
+    """The mechanisms of so many rounds of a plan, counted."""
+    found = {(float(plan["sampling_rate"]), counted_noise(plan)): plan["local_steps"] * rounds}
+    if plan["metrics_noise_multiplier"] > 0:
+        event = (1.0, float(plan["metrics_noise_multiplier"]))
+        found[event] = found.get(event, 0) + rounds
+    return {event: count for event, count in found.items() if count}
+
+
+def most_rounds(plan: Json) -> int:
+    return int(plan["num_rounds"] + plan["spare_rounds"])
+
+
+def between(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Normal probability of (low, high], from the tail that keeps its digits."""
+    return np.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
+
+
+def loss_distribution(event: Event, width: float, *, removed: bool) -> tuple[np.ndarray, int, float]:
+    """The privacy loss of one step on a grid of `width`: chances, number of the first point, chance of infinity.
+
+    Each cell's mass is split over its two ends so that both distributions of the pair keep theirs; the hockey-stick
+    divergence is convex, so the result dominates the mechanism ("connect the dots", Doroshenko et al. 2022).
+    """
+    rate, sigma = event
+    span = np.array([-FAR * sigma, FAR * sigma + 1])
+    losses = loss_at(span, rate, sigma)
+    least, most = (losses if removed else -losses[::-1]) / width
+    first, last = math.floor(max(least, -BOUND / width)) - 1, math.ceil(min(most, BOUND / width)) + 1
+    grid = np.arange(first, last + 1) * width
+    # Where on the line each loss of the grid is; the loss rises with x if removed, else it falls.
+    x = place_of(grid if removed else -grid, rate, sigma)
+    low, high = (x[:-1], x[1:]) if removed else (x[1:], x[:-1])
+    none = between(low / sigma, high / sigma)
+    mixed = (1 - rate) * none + rate * between((low - 1) / sigma, (high - 1) / sigma)
+    upper, other = (mixed, none) if removed else (none, mixed)
+    # p(low) + p(high) = upper; p(low) e^-low + p(high) e^-high = other
+    high_part = (upper - other * np.exp(grid[:-1])) / -np.expm1(-width)
+    high_part = np.clip(high_part, 0.0, upper)
+    chances = np.zeros(len(grid))
+    chances[1:] += high_part
+    chances[:-1] += upper - high_part
+    # All below the grid counts at its first point, all above as certain to give the record away.
+    chances[0] += mass_of(x[0], rate, sigma, removed=removed, above=False)
+    return chances, first, mass_of(x[-1], rate, sigma, removed=removed, above=True)
+
+
+def loss_at(x: np.ndarray, rate: float, sigma: float) -> np.ndarray:
+    """Log of the mixture's density over that without the record."""
+    shifted = (2 * x - 1) / (2 * sigma**2)
+    return shifted if rate == 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + shifted)
+
+
+def place_of(losses: np.ndarray, rate: float, sigma: float) -> np.ndarray:
+    """Where on the line a loss is reached; -inf below all of them."""
+    if rate == 1:
+        return losses * sigma**2 + 0.5
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inside = np.where(losses > 0, losses + np.log1p(-(1 - rate) * np.exp(-losses)), np.log(np.expm1(losses) + rate))
+        found = sigma**2 * (inside - math.log(rate)) + 0.5
+    return np.where(np.isnan(found), -np.inf, found)
+
+
+def mass_of(x: float, rate: float, sigma: float, *, removed: bool, above: bool) -> float:
+    """Mass of the losses above or below the one at x; the loss rises with x if removed, else it falls."""
+    side = -1.0 if above == removed else 1.0  # the right tail, or the left one
+    if not removed:
+        return float(ndtr(side * x / sigma))
+    return float((1 - rate) * ndtr(side * x / sigma) + rate * ndtr(side * (x - 1) / sigma))
+
+
+def epsilon_of(charged: dict[Event, int], delta: float) -> float:
+    """An upper bound on epsilon at `delta` of all that was charged; infinite without noise."""
+    if not charged:
+        return 0.0
+    if any(sigma <= 0 for _, sigma in charged):
+        return math.inf
+    # About the standard deviation of each loss, and of their sum.
+    each = {event: event[0] * math.sqrt(math.expm1(min(event[1] ** -2, 8.0))) for event in charged}
+    spread = math.sqrt(sum(count * each[event] ** 2 for event, count in charged.items()))
+    single = min(each.values())
+    width = min(2e-3, max(single / 20, spread / 50_000))
+    return max(epsilon_one_way(charged, delta, width, removed=removed) for removed in (True, False))
+
+
+def epsilon_one_way(charged: dict[Event, int], delta: float, width: float, *, removed: bool) -> float:
+    parts = [(*loss_distribution(event, width, removed=removed), count) for event, count in charged.items()]
+    log_finite = sum(count * math.log1p(-infinite) for _, _, infinite, count in parts)
+    small = math.log(delta) - 20
+
+    def reach(side: int) -> float:
+        """How far from 0 the sum is, but for a chance that delta does not see: by Chernoff's bound."""
+        found = []
+        for order in (side * 2.0**power for power in range(-6, 9)):
+            moment = 0.0
+            for chances, first, _, count in parts:
+                with np.errstate(divide="ignore"):
+                    exponents = np.log(chances) + order * (np.arange(len(chances)) + first) * width
+                moment += count * float(np.logaddexp.reduce(exponents))
+            found.append((moment - small) / abs(order))
+        return min(found)
+
+    low, high = math.floor(-reach(-1) / width) - 1, math.ceil(reach(1) / width) + 1
+    size = 1 << max(1, high - low + 1, *(len(chances) for chances, _, _, _ in parts)).bit_length()
+    require(size <= 1 << 25, "a plan that would take hours to compute")
+    product, offset = np.ones(size // 2 + 1, dtype=complex), 0
+    for chances, first, _, count in parts:
+        product *= np.fft.rfft(chances, size) ** count
+        offset += first * count
+    summed = np.clip(np.fft.irfft(product, size), 0.0, None)
+    # Point n of the circle is the loss low, low + 1, ... of the sum.
+    losses = (np.arange(size) + low) * width
+    summed = summed[(np.arange(size) + low - offset) % size]
+    beyond = -math.expm1(log_finite) + 2 * math.exp(small)
+
+    def excess(epsilon: float) -> float:
+        above = losses > epsilon
+        return float((summed[above] * -np.expm1(epsilon - losses[above])).sum()) + beyond - delta
+
+    if excess(0.0) <= 0:
+        return 0.0
+    if excess(losses[-1]) > 0:
+        return math.inf
+    return float(brentq(excess, 0.0, losses[-1], xtol=1e-9)) + 1e-9
+
+
+def divergence(event: Event, order: float) -> float:
+    """The Renyi divergence of one step, by quadrature: the sum of a Gaussian's smooth values converges at once."""
+    rate, sigma = event
+    if sigma <= 0:
+        return math.inf
+    x = np.linspace(-40 * sigma, order + 40 * sigma, 200_001)
+    log_normal = -(x**2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi))
+    values = log_normal + order * loss_at(x, rate, sigma)
+    return max(0.0, float(np.logaddexp.reduce(values)) + math.log(x[1] - x[0])) / (order - 1)
+
+
+def filter_epsilon(charged: dict[Event, int], order: float, delta: float) -> float:
+    """Epsilon of a ledger by its Renyi filter."""
+    total = sum(count * divergence(event, order) for event, count in charged.items())
+    return 0.0 if not charged else max(0.0, total + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
+
+
+def rounds_of(facts: Json, site: Json) -> int:
+    """Rounds that count as charged: what the site signed once the run had ended there, else the whole plan."""
+    plan, receipt = facts["plan"], site["receipt"]
+    most = most_rounds(plan)
+    if receipt is None:
+        return most
+    name, charged = site["site"], receipt["charged_rounds"]
+    message = json.dumps({key: value for key, value in receipt.items() if key != "signature"}, sort_keys=True).encode()
+    signed = is_signed(receipt["site_key"], "receipt", message, receipt["signature"])
+    require(signed, f"{name} did not sign its receipt")
+    require((receipt["site"], receipt["run"]) == (name, facts["run"]), f"the receipt of {name} is of something else")
+    of_plan = receipt["plan"] == plan_digest(plan) or (not receipt["plan"] and not charged)
+    require(of_plan, f"{name} signed another plan")
+    require(0 <= charged <= most, f"{name} signed more rounds than the plan has")
+    require(receipt["seeded_noise"] <= facts["seeded_noise"], f"{name} signed that its noise came from a seed")
+    updates = sum(
+        name in one["sites"] or one["failed_sites"].get(name) in ("invalid_update", "beyond_plan")
+        for one in facts["rounds"]
+    )
+    runs = site["statement"]["lifetime"]["runs"] if site["statement"] else []
+    told = [one["rounds"] for one in runs if one["run"] == facts["run"]]
+    rounds = max([int(charged if receipt["ended"] else most), *told])
+    require(max(updates, charged) <= rounds, f"more left {name} than it was charged for")
+    return rounds
+
+
+def check_sent(facts: Json) -> None:
+    """Compare sites, records and model with the settings that the run's name is the digest of."""
+    deployed, made = facts["settings"].get("runtime") == "deployment", facts["provenance"]
+    digest = hashlib.sha256(facts["sent"].encode()).hexdigest() if deployed else made["config_sha256"]
+    require(facts["run"] == f"{facts['name']}-{digest[:32]}", "the run's name is not the digest of its settings")
+    if not deployed:
+        return
+    sent = json.loads(facts["sent"])
+    federation, sizes = sent["federation"], sent["data"]["declared_sizes"]
+    names = federation["site_names"]
+    sizes = sizes if isinstance(sizes, list) else [sizes] * len(names)
+    active = federation["participants"] or names
+    declared = {name: size for name, size in zip(names, sizes, strict=True) if name in active}
+    said = {site["site"]: site["declared_size"] for site in facts["sites"]}
+    require(said == declared and len(facts["sites"]) == len(declared), "its sites are not those that were asked")
+    require(facts["target_epsilon"] in (sent["privacy"]["epsilon"], None), "its target is not what the run was given")
+    require(made["model_sha256"] == sent["model"]["sha256"], "its base model is not the one that the sites were sent")
+    require(made["dataset"] == sent["data"]["dataset"] and made["task"] == sent["task"], "its records are others")
+
+
+def check_statements(facts: Json, folder: Path) -> None:
+    """Compare what the report repeats of sites' own reports with these, which the sites signed."""
+    own = [json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+    signed = {one["facts"]["site"]: one for one in own if one["facts"]["kind"] == "ledger"}
+    for site in facts["sites"]:
+        if (said := site["statement"]) is not None:
+            name = site["site"]
+            require(name in signed, f"the figures of {name} over all its runs were not compared: give its own report")
+            report, receipt = signed[name], site["receipt"]
+            require(receipt and signer_of(report) == receipt["site_key"], f"the report of {name} is another's")
+            made, theirs = report["sites"][0], report["facts"]
+            right = {"verdict": made["verdict"], "lifetime": made["lifetime"], "date": theirs["date"][:10]}
+            right |= {key: theirs[key] for key in ("approved", "verification", "asserted")}
+            require(right == {key: said[key] for key in right}, f"{name} signed other figures over all its runs")
+
+
+def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[str, float]:
+    """The verdict and the epsilon of a run."""
+    facts = report["facts"]
+    plan, delta = facts["plan"], facts["plan"]["delta"]
+    receipts = {site["site"]: site["receipt"] for site in facts["sites"] if site["receipt"]}
+    deployed = facts["settings"].get("runtime") == "deployment"
+    said_so = all(receipt["simulated"] != deployed for receipt in receipts.values())
+    require(said_so, "the sites signed whether they are simulated, and the report denies it")
+    require(not deployed or bool(receipts), "no site signed any of it")
+    require(not deployed or keys is not None, "the sites' keys were not compared: give --roster")
+    for name in (site["site"] for site in facts["sites"] if deployed):
+        require(name in receipts and receipts[name]["ended"], f"{name} did not sign that the run is over")
+        require((keys or {}).get(name) == receipts[name]["site_key"], f"the roster has another key of {name}")
+    require(keys is None or deployed, "a simulation's keys are no real sites'")
+    check_sent(facts)
+    check_statements(facts, folder / "site_reports")
+    over = (len(facts["rounds"]) >= plan["num_rounds"]) or facts["stop_after"] is not None
+    require(over or not (facts["files"] or facts["final"]), "it is not finished, and names a model")
+    states, epsilons = [], []
+    reported = {site["site"]: site for site in report["sites"]}
+    require([*reported] == [site["site"] for site in facts["sites"]], "figures of other sites")
+    of_rounds = cache(lambda rounds: epsilon_of(events_of(plan, rounds), delta))
+    for site in facts["sites"]:
+        rounds, spent = rounds_of(facts, site), reported[site["site"]]["spent"]
+        check_epsilon(f"{site['site']}: epsilon", spent["epsilon"], of_rounds(rounds))
+        check_epsilon(f"{site['site']}: the plan's epsilon", spent["planned_epsilon"], of_rounds(most_rounds(plan)))
+        require(spent["rounds"] == rounds, f"{site['site']} was charged {rounds} rounds")
+        ended = bool(report["utility"]["kept"] and report["utility"]["kept"]["ended_early"]) and rounds > 0
+        epsilons.append(number(spent["planned_epsilon"] if ended else spent["epsilon"]))
+        states.append(state_at(facts, site, spent, rounds))
+    state = min(states, key=("no_guarantee", "exceeded", "within").index)
+    return state, max(epsilons)
+
+
+def state_at(facts: Json, site: Json, spent: Json, rounds: int) -> str:
+    """The verdict at one site of a run."""
+    target, made, audit = number(facts["target_epsilon"]), facts["provenance"], facts["audit"]
+    nothing = [
+        rounds > 0 and (spent["epsilon"] is None or facts["seeded_noise"]),
+        facts["config_file_sha256"] != made["config_sha256"],
+        audit is None and facts["canaries_planted"],
+        audit is not None and is_refuted(audit, site["site"], number(spent["epsilon"])),
+    ]
+    statement = site["statement"]
+    told = statement["verdict"]["state"] if statement else "within"
+    if any(nothing) or told == "no_guarantee" or (statement and not statement["same_plan"]):
+        return "no_guarantee"
+    above = rounds > 0 and max(number(spent["epsilon"]), number(spent["planned_epsilon"])) > target * (1 + LAST_DIGITS)
+    return "exceeded" if above or told == "exceeded" else "within"
+
+
+def is_refuted(audit: Json, site: str, epsilon: float) -> bool:
+    """Whether an attack's right guesses deny the epsilon (Steinke, Nasr and Jagielski 2023, Theorem 5.2)."""
+    for bound in audit["bounds"]:
+        if bound["site"] in (site, None):
+            guesses, right = bound["guesses"], bound["right"]
+            hits = binom.pmf(np.arange(guesses + 1), guesses, expit(min(epsilon, bound["claimed_epsilon"])))
+            below = np.cumsum(hits[:right][::-1]) / np.arange(1, right + 1)
+            chance = hits[right:].sum() + 2 * bound["canaries"] * audit["delta"] * below.max(initial=0.0)
+            if chance < (1 - audit["confidence"]) / len(audit["bounds"]):
+                return True
+    return bool(audit["exceeded"])
+
+
+def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tuple[str, float]:
+    """The verdict and the epsilon of a ledger."""
+    facts = report["facts"]
+    site, found, delta = facts["site"], facts["verification"], facts["delta"]
+    require(found is None or not signer or found["site_key"] == signer, "its ledger is another key's")
+    require(keys is None or keys.get(site) == signer, f"the roster has another key of {site}")
+    epsilon_by_filter = partial(filter_epsilon, order=facts["order"], delta=delta)
+
+    def cost(charged: dict[Event, int]) -> float:
+        return sum(count * divergence(event, facts["order"]) for event, count in charged.items())
+
+    cohorts = [0, *(span_of(run["plan"])[0] for run in facts["runs"])]
+    spent, in_period = (
+        max((charged_to(facts, cohort, period=period) for cohort in cohorts), key=cost) for period in (False, True)
+    )
+    epsilon = epsilon_by_filter(spent)
+    life = report["sites"][0]["lifetime"]
+    check_epsilon("epsilon of all runs", life["epsilon"], epsilon)
+    check_epsilon("epsilon of the period", life["period_epsilon"], epsilon_by_filter(in_period))
+    caps, something = facts["caps"], bool(spent)
+    charges = sum(entry["rounds"] if entry["run"] else 1 for entry in facts["charges"])
+    ends = zip(caps, [*(cap["charges_before"] for cap in caps[1:]), charges], strict=True)
+    without_cap = any(cap["max_epsilon"] is None and cap["charges_before"] < end for cap, end in ends)
+    most, of_period = (number(facts["approved"][key]) for key in ("max_epsilon", "max_epsilon_per_period"))
+    seeded = facts["lost_seed"] or any(run["seeded_noise"] for run in facts["runs"])
+    without_cap |= facts["approved"]["max_epsilon"] is None and something
+    if found is None or facts["in_doubt"] or seeded or without_cap or math.isinf(epsilon):
+        return "no_guarantee", epsilon
+    planned = {run["run"]: number(run["planned_epsilon"]) for run in life["runs"]}
+    for run in facts["runs"]:
+        whole = epsilon_of(events_of(run["plan"], most_rounds(run["plan"])), delta)
+        check_epsilon(f"the plan of {run['run']}", planned[run["run"]], whole)
+    above = [
+        something and number(life["epsilon"]) > most * (1 + LAST_DIGITS),
+        something and number(life["period_epsilon"]) > of_period * (1 + LAST_DIGITS),
+        any(planned[run["run"]] > number(run["max_epsilon"]) * (1 + 1e-3) for run in facts["runs"]),
+    ]
+    return ("exceeded" if any(above) else "within"), epsilon
+
+
+def charged_to(facts: Json, cohort: int, *, period: bool) -> dict[Event, int]:
+    """All that was charged to people of a cohort, perhaps in the newest entry's calendar period alone."""
+    plans, total = {run["run"]: run["plan"] for run in facts["runs"]}, dict[Event, int]()
+
+    def period_of(day: str) -> int:
+        moment = date.fromisoformat(day[:10])
+        return (12 * moment.year + moment.month - 1) // MONTHS[facts["approved"]["period"]]
+
+    rows = [number for number, entry in enumerate(facts["charges"]) if entry["lost_rows"]]
+    for place, entry in enumerate(facts["charges"]):
+        if period and period_of(entry["day"]) != period_of(facts["date"]):
+            continue
+        owed = cohort == 0 and bool(rows) and place <= rows[-1]
+        found = [(event_of(one["event"]), one["count"]) for one in entry["lost"]]  # counted for everybody
+        if entry["run"]:
+            first, last = span_of(plans[entry["run"]])
+            if owed or first <= cohort <= last:
+                found += events_of(plans[entry["run"]], entry["rounds"]).items()
+        for event, count in found:
+            total[event] = total.get(event, 0) + count
+    return total
+
+
+def span_of(plan: Json) -> tuple[int, float]:
+    """The first and the last cohort that a plan admits; everybody, where people have no arrivals."""
+    if (cohorts := plan["cohorts"]) is None:
+        return 0, math.inf
+    first, last = (cohorts[key] and number_of(cohorts[key]) for key in ("first", "last"))
+    return int(first or 0), float(last)
+
+
+def number_of(name: str) -> int:
+    """The number of a calendar period: 2026, 2026-Q1 or 2026-03."""
+    year, _, part = name.partition("-")
+    if part.startswith("Q"):
+        return 4 * int(year) + int(part[1:]) - 1
+    return 12 * int(year) + int(part) - 1 if part else int(year)
+
+
+def event_of(event: Json) -> Event:
+    if event["kind"] == "poisson_sampled":
+        return float(event["sampling_probability"]), float(event["event"]["noise_multiplier"])
+    return 1.0, float(event.get("noise_multiplier", 0.0))
+
+
+def number(epsilon: float | None) -> float:
+    return math.inf if epsilon is None else float(epsilon)
+
+
+def check_epsilon(name: str, said: float | None, found: float) -> None:
+    """A report may say more; less than this upper bound only by what that is too large."""
+    least = found * (1 - SLACK) - 1e-6
+    require(number(said) >= least, f"{name}: the report says {said}, found at most {found:.6g}")
+
+
+def check_files(facts: Json, folder: Path) -> None:
+    """Compare the model's files with those that the report names."""
+    if not facts["files"]:
+        require(not folder.is_dir(), f"{folder} is there, and the report names no model")
+        return
+    require(folder.is_dir(), f"the model was not compared: there is no {folder}; give --model")
+    there = {
+        hashlib.sha256(path.read_bytes()).hexdigest(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in BESIDE_MODEL
+    }
+    for digest, path in there.items():
+        require(digest in facts["files"].values(), f"{path} is not a file of the model that the report is about")
+    named = {digest for name, digest in facts["files"].items() if name.startswith("adapter/")}
+    require(folder.name != "adapter" or named <= set(there), f"a file of the model is missing in {folder}")
+
+
+def verified(path: Path, *, key: str | None, roster: Path | None, model: Path | None) -> str:
+    """What holds, in a sentence; raises Wrong where anything does not."""
+    report = json.loads(path.read_bytes())
+    require(report.get("schema_version") == SCHEMA, f"it is no report of schema version {SCHEMA}")
+    facts = report["facts"]
+    of_run, settings = facts["kind"] == "run", facts["settings"]
+    simulated = settings.get("runtime") != "deployment" if of_run else facts["simulated"]
+    signer = "" if simulated and report["signature"] is None and key is None else signer_of(report)
+    require(key in (None, signer), f"it is signed by {signer}")
+    require(simulated or key is not None or roster is not None, "nobody compared whose signature it is: give --key")
+    keys = site_keys(roster, signer if of_run else "") if roster else None
+    state, epsilon = check_run(report, keys, path.parent) if of_run else check_ledger(report, keys, signer)
+    said = report["verdict"]["state"]
+    require(said == state, f"its verdict is {said}, found {state}")
+    check_epsilon("epsilon", report["epsilon"], epsilon if of_run else number(report["sites"][0]["spent"]["epsilon"]))
+    if of_run:
+        check_files(facts, model or path.parent / "adapter")
+    whose = "a simulation: one machine held all keys" if simulated else f"signed by {signer}"
+    delta = facts["plan"]["delta"] if of_run else facts["delta"]
+    return f"{said}: epsilon {number(report['epsilon']):.6g} at delta {delta:g} ({whose})"
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check a fedtune report.json without fedtune.")
+    parser.add_argument("report", type=Path, help="a report.json, or a folder that holds one")
+    parser.add_argument("--key", help="the public key that must have signed it, from a source that you trust")
+    parser.add_argument("--roster", type=Path, help="the federation's roster.json, with the sites' keys")
+    parser.add_argument("--model", type=Path, help="the model's folder (default: adapter/ beside the report)")
+    given = parser.parse_args(words)
+    path = given.report / "report.json" if given.report.is_dir() else given.report
+    try:
+        print("HOLDS", verified(path, key=given.key, roster=given.roster, model=given.model))
+    except (Wrong, OSError, ValueError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError) as error:
+        print(f"DOES NOT HOLD: {error if isinstance(error, Wrong) else f'{type(error).__name__}: {error}'}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
