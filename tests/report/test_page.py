@@ -21,7 +21,7 @@ from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import as_svg
 from fedtune.report.page.report_words import Words, pointer
 from fedtune.report.page.tables import MOST_ROWS
-from fedtune.words import shortened
+from fedtune.words import shortened, spoken
 
 from . import shown as made
 from .shown import HOSTILE, NAMES, Element, Make, lookup, numbers, page, parsed, reports, with_site
@@ -296,13 +296,13 @@ def test_page_one_says_with_what_and_with_whose_key_to_check(a_report: Make, lan
     texts, key = catalogue(language).texts["check"], SigningKey.load_or_make(tmp_path / "key.pem")
     for report in (a_report(), signing.signed(a_report(), key)):
         html = by_id(main(render.render(report, language=language)), "check-one")
-        command, digest, verify, *of_key = [one.said for one in html.all("code")]
+        command, digest, verify, *of_key, model, begins = [one.said for one in html.all("code")]
+        assert (model, begins) == ("adapter/adapter_model.safetensors", "5656 5656 5656 5656")
         assert (command, len(digest)) == ("sha256sum report.json", 64)
         assert verify == "fedtune report verify report.json --key KEY"
         assert (texts["unsigned"] in words_of(html)) == (report.signature is None)
         if report.signature:
-            whole = hashlib.sha256(key.public.encode()).hexdigest()
-            assert [one.replace(" ", "") for one in of_key] == [whole[:16]]
+            assert of_key == [spoken(key.public[:16])], "as kits and `report verify` write it"
 
 
 def test_equal_sites_are_one_line_in_the_annex(language: str) -> None:

@@ -16,6 +16,7 @@ from fedtune.cli.interruptible_run import run_simulation
 from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, LeadState
 from fedtune.report import from_run, run_page
+from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.render import render
 from fedtune.report.run_page import UnfinishedReport
 from fedtune.runs.place_of_run import folder_of
@@ -51,8 +52,13 @@ def test_the_page_is_the_report_with_a_mark_and_loads_itself_again(folder: Path,
     assert f"{state.round} of {state.round} rounds are done." in mark[1]
     assert re.search(r"Written \d+ \w+ \d{4}", mark[1])
     assert f'<meta http-equiv="refresh" content="{run_page.AGAIN_S}">' in html
-    plain = render(from_run.build(folder), language="en")
-    assert html.endswith(plain[plain.index('<section id="page-1"') :]), "the page is a report's in all else"
+    plain, rest = render(from_run.build(folder), language="en"), '<nav aria-labelledby="contents">'
+    assert html.endswith(plain[plain.index(rest) :]), "the annex is a report's"
+    first, of_report = (page[: page.index(rest)] for page in (html, plain))
+    assert catalogue("en").texts["unfinished"]["no_verdict"] in first
+    for part in ('id="sign-off"', 'id="to-do"', str(catalogue("en").text("verdict.within_run"))):
+        assert part in of_report
+        assert part not in first, "a run that goes on has neither a verdict nor lines to sign"
     assert (folder / "report.json").read_bytes() == before, "figures are written once, at the end"
 
 

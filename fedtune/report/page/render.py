@@ -26,6 +26,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.report import signing
 from fedtune.report.derive.cells import KINDS
 from fedtune.report.derive.profile import TIERS_SOURCE
+from fedtune.report.facts import RunFacts
 from fedtune.report.model import Report
 from fedtune.report.page.catalogue import catalogue
 from fedtune.report.page.report_words import Words, data, pointer
@@ -49,8 +50,8 @@ def render(
     itself again after so many seconds.
     """
     words = Charts(report, catalogue(language))
-    # By whose beginning two people compare the key: `printf %s KEY | sha256sum`.
-    of_key = hashlib.sha256(report.signature.key.encode()).hexdigest() if report.signature else ""
+    files = report.facts.files if isinstance(report.facts, RunFacts) else {}
+    model = next((one for one in files.items() if one[0].endswith(".safetensors")), None)
     return (
         environment()
         .get_template("report.html.j2")
@@ -61,7 +62,9 @@ def render(
             again_s=again_s,
             figure=words.figure,
             code=words.code,
-            key_digest=spoken(of_key[:16]),
+            # By the beginning that two people compare.
+            key_begins=spoken(report.signature.key[:16]) if report.signature else "",
+            model=model and (model[0], spoken(model[1][:16])),
             fields_of=partial(fields_of, words),
             short=lambda name, most=28: shortened(name, most),
             banner=Markup(" ").join(words.code("banner", code) for code in report.banners),
