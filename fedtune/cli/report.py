@@ -122,9 +122,7 @@ def build(
         from fedtune.report.model_card import card_of_adapter
 
         # Its label names this report.json.
-        beside |= {
-            f"{RunFolder(folder).adapter.name}/{name}": data for name, data in card_of_adapter(folder, report).items()
-        }
+        beside |= card_of_adapter(folder, report)
     paths = write_files(output or folder, report, language=spoken, pdf=pdf, beside=beside)
     for code in report.banners:
         say(catalogue("en").code("banner", code).unescape(), style="bold yellow")

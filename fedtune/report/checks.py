@@ -10,10 +10,9 @@ from typing import Literal
 
 from fedtune.config import RunConfig, saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder, hashes
-from fedtune.privacy.run_plan import Plan
 from fedtune.report import signing
 from fedtune.report.derive import cells
-from fedtune.report.facts import LedgerFacts, RunFacts
+from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts
 from fedtune.report.from_run import sent_to_sites, statement_of
 from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
@@ -40,11 +39,6 @@ class Check:
     state: State
     text: str
     problems: tuple[Problem, ...] = ()
-
-    @property
-    def holds(self) -> bool:
-        """It stands in the way of nothing."""
-        return self.state in ("right", "not_checked")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,19 +118,17 @@ def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
     joined = [site for site in facts.sites if site.statement]
     if not joined:
         return
-    own = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
-    signed = {one.facts.name if one.facts.kind == "run" else one.facts.site: one for one in own if one.signature}
+    read = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
+    own = {report.facts.site: report for report in read if isinstance(report.facts, LedgerFacts)}
     names = ", ".join(f"{site.site} ({site.statement.date or 'undated'})" for site in joined if site.statement)
-    found, absent = list[Problem](), [site.site for site in joined if site.site not in signed]
-    for site in joined:
-        if (report := signed.get(site.site)) is not None and isinstance(report.facts, LedgerFacts):
-            fits = site.receipt and report.signature and report.signature.key == site.receipt.site_key
-            if not fits or problems(report) or _wrongly_signed(report):
-                found.append(Problem(f"site_reports.{site.site}", "a report", "none that the site signed"))
-            elif statement_of(report, run=facts.run, plan=facts.plan) != site.statement:
-                found.append(Problem(f"sites.{site.site}.statement", "figures", "others, in the site's own report"))
+    absent = [site.site for site in joined if site.site not in own]
+    found = tuple(
+        Problem(f"sites.{site.site}.statement", "figures", "none like these in a report that the site signed")
+        for site in joined
+        if site.site in own and not _is_of(own[site.site], site, facts)
+    )
     if found:
-        yield Check("taken", "wrong", "The sites' own reports say something else:", tuple(found))
+        yield Check("taken", "wrong", "The sites' own reports say something else:", found)
     elif absent:
         text = f"Not compared: the figures over all runs of {names}, which rest on reports that the sites signed."
         yield Check("taken", _open(facts), f"{text} Put these into site_reports/ beside the report.")
@@ -144,21 +136,20 @@ def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
         yield Check("taken", "right", f"The figures over all runs are those that the sites signed: {names}.")
 
 
-def _wrongly_signed(report: Report) -> bool:
+def _is_of(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
+    """The site signed the report, which agrees with itself, and gives what the run's report repeats of it."""
     try:
-        return signing.check(report) is None
+        signing.check(report, expected_key=site.receipt.site_key if site.receipt else "")
     except RunError:
-        return True
+        return False
+    return not problems(report) and statement_of(report, run=facts.run, plan=facts.plan) == site.statement
 
 
 def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
     """Compare the keys of the receipts with those of the sites: anybody can make keys, and sign receipts with them."""
     held, name = {site.site: site.receipt.site_key for site in facts.sites if site.receipt}, "site keys"
     if facts.simulated:
-        text = "One machine held all keys of this simulation: its signatures show nothing of real sites."
-        return Check(name, _open(facts, keys), text)
-    if not held:
-        return Check(name, "missing", "No site signed any of it: there is no receipt.")
+        return Check(name, _open(facts, keys), "One machine held all keys: they show nothing of real sites.")
     if keys is None:
         return Check(name, "missing", "Nobody compared the keys that signed the receipts: give --roster.")
     found = [
@@ -206,7 +197,7 @@ def _told(folder: Path, report: Report, *, of_run: bool) -> Iterator[Check]:
     if of_run and (RunFolder(folder).adapter / CARD).is_file():
         from fedtune.report.model_card import card_of_adapter
 
-        written |= {RunFolder(folder).adapter / name: data for name, data in card_of_adapter(folder, report).items()}
+        written |= {folder / name: data for name, data in card_of_adapter(folder, report).items()}
     for path, right in written.items():
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or path.read_bytes() == right:
@@ -254,7 +245,9 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
     searched = config.privacy.noise_multiplier is None and noise > 0
     if searched and -_CALIBRATED * noise <= noise - plan.noise_multiplier <= more:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
-    made, start = facts.provenance, facts.provenance.start_adapter
+    made, start, run = facts.provenance, facts.provenance.start_adapter, facts.run
+    if facts.deployed:
+        run = sent_to_sites(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
     began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
     for where, is_so, asked in (
         *((f"plan.{key.name}", getattr(said, key.name), getattr(plan, key.name)) for key in dataclasses.fields(plan)),
@@ -265,16 +258,10 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         ("provenance.start_adapter.public", bool(start and start.public), config.public.train_file is not None),
         ("sites", facts.declared_sizes, dict(config.declared_sizes())),
         ("provenance.model_sha256", made.model_sha256, config.model.sha256 or made.model_sha256),
-        ("run", facts.run, _name_of(facts, config, plan) if facts.deployed else facts.run),
+        ("run", facts.run, run),
     ):
         if is_so != asked:
             yield Problem(where, is_so, asked)
-
-
-def _name_of(facts: RunFacts, config: RunConfig, plan: Plan) -> str:
-    """The run's name in real sites' ledgers, by its settings."""
-    sha256 = facts.provenance.model_sha256
-    return "" if sha256 is None else sent_to_sites(config, plan, model_sha256=sha256).run_id()
 
 
 def _configuration(facts: RunFacts, sha256: str | None, config: RunConfig | None) -> Check:

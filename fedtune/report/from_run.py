@@ -259,8 +259,8 @@ def _held_out(record: RunRecord) -> tuple[HeldOut, ...] | None:
 def files_of(folder: Path) -> Mapping[str, str]:
     """File of a run's finished model, and of each export that the run's folder tells of -> its SHA-256."""
     run = RunFolder(folder)
-    own = {f"{run.adapter.name}/{name}": digest for name, digest in hashes(run.adapter, besides=(CARD, LABEL)).items()}
-    return {**own, **run.exported()}
+    own = hashes(run.adapter, besides=(CARD, LABEL))
+    return {**{f"{run.adapter.name}/{name}": digest for name, digest in own.items()}, **run.exported()}
 
 
 def _site(record: RunRecord, site: str, report: Report | None) -> SiteFacts:

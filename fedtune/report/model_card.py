@@ -20,7 +20,6 @@ from fedtune.config import RunConfig
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.model.source import public_place
 from fedtune.model.spec import ADAPTERS, NO_ADAPTER, NO_BASE
-from fedtune.privacy.durable import write_durably
 from fedtune.report.facts import RunFacts
 from fedtune.report.from_run import RunRecord, build, read_run
 from fedtune.report.model import Report
@@ -56,15 +55,14 @@ class Form:
 def write_report_and_card(run: Path, *, language: str) -> None:
     """Write a run's report into its folder, and into its adapter's the card with the label; errors as `build` has."""
     report = build(run)
-    write_files(run, report, language=language)
-    for name, data in card_of_adapter(run, report).items():
-        write_durably(RunFolder(run).adapter / name, data)
+    write_files(run, report, language=language, beside=card_of_adapter(run, report))
 
 
 def card_of_adapter(run: Path, report: Report) -> Mapping[str, bytes]:
-    """The card of the adapter in a run's folder, and its label, by the names of their files."""
-    record = read_run(run)
-    return card_files(record, report, Form.adapter(record.config, folder=RunFolder(run).adapter.name))
+    """The card of the adapter in a run's folder, and its label, by the names of their files there."""
+    record, adapter = read_run(run), RunFolder(run).adapter.name
+    files = card_files(record, report, Form.adapter(record.config, folder=adapter))
+    return {f"{adapter}/{name}": data for name, data in files.items()}
 
 
 def card_files(record: RunRecord, report: Report, form: Form) -> Mapping[str, bytes]:

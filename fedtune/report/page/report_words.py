@@ -51,11 +51,9 @@ class Words:
         life = report.sites[0].lifetime
         self.cohorts: tuple[CohortFigures, ...] = (life and life.cohorts) or ()
         self.delta_at = "/facts/delta" if isinstance(facts, LedgerFacts) else "/facts/plan/delta"
-        self.silent, self.audit = set[str](), None
-        if not isinstance(facts, LedgerFacts):
-            self.audit = facts.audit
-            # Of which "at most" is said.
-            self.silent = {f"/sites/{n}" for n, site in enumerate(facts.sites) if facts.is_upper_bound(site)}
+        self.audit = None if isinstance(facts, LedgerFacts) else facts.audit
+        at_most = [] if isinstance(facts, LedgerFacts) else [facts.is_upper_bound(site) for site in facts.sites]
+        self.silent = {f"/sites/{n}" for n, is_so in enumerate(at_most) if is_so}
         losses = {f"/sites/{n}": unbounded(one.spent.epsilon) for n, one in enumerate(report.sites)}
         # The site that the headline's epsilon is of; of several, the first that signed for it.
         self.worst = max(losses, key=lambda site: (losses[site], site not in self.silent))
