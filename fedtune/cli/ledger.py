@@ -301,8 +301,9 @@ def charged_runs(verified: Verified, *, last: int | None) -> Section:
 
 
 def _state(run: LifetimeRun, history: History) -> str:
+    people = [f"{what} by {printable(by)}" for what, _, by, _ in history.decided.get(run.run, []) if by]
     has_none = run.seeded_noise or not history.runs[run.run].plan.private
-    return f"{run.state}\nNO GUARANTEE" if has_none else run.state
+    return "\n".join([run.state, *people, *(["NO GUARANTEE"] if has_none else [])])
 
 
 def show_spent(history: History, figures: Lifetime) -> None:

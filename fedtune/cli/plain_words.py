@@ -114,13 +114,24 @@ def _note_text(detail: dict[str, Any]) -> str:
                 "nothing is trained until the ledger is restored"
             )
         case "approved":
-            return "a person at the site approved the run as it was proposed"
+            return f"{_person(detail)} approved the run as it was proposed{_reason(detail)}"
         case "denied":
-            return f"a person at the site denied the run as it was proposed: {printable(detail['why'])}"
+            return f"{_person(detail)} denied the run as it was proposed{_reason(detail)}"
         case "frozen":
             return f"FROZEN, all training has ended: {printable(detail['why'])}"
         case other:
             return f"unknown note {printable(other)}"
+
+
+def _person(detail: dict[str, Any]) -> str:
+    return printable(detail["by"]) or "a person at the site"
+
+
+def _reason(detail: dict[str, Any]) -> str:
+    """The ticket and the reason of a person's decision, as the end of a sentence."""
+    said = [f"ticket {printable(detail['ticket'])}"] if detail["ticket"] else []
+    said += [printable(detail["why"])] if detail["why"] else []
+    return ": ".join(["", "; ".join(said)]) if said else ""
 
 
 def check_policy(file: Path, *, as_json: bool) -> None:

@@ -6,7 +6,7 @@
   fedtune site doctor --kit kit --site site.toml          what is still missing, and how to fix it
   fedtune site start --kit kit --site site.toml           take part, until stopped
   fedtune site approve [RUN] --kit kit --site site.toml   what a run would cost; let it start
-  fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run that waits, for good
+  fedtune site deny RUN --reason TEXT --kit kit --site site.toml     refuse a run for good, also one that has begun
   fedtune site members ROSTER --kit kit --site site.toml  the lead's roster, beside those that this one sums with
   fedtune site score RUN --kit kit --site site.toml       what a final adapter does on records held out here
   fedtune site personalise RUN --kit kit --site site.toml  the site's own model, which stays here
@@ -40,6 +40,8 @@ _IMPORT = (
 )
 KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
+By = Annotated[str | None, Option("who decides, for the ledger (default: your account)", metavar="NAME")]
+Ticket = Annotated[str | None, Option("its number in your own records, for the ledger", metavar="TEXT")]
 KeptRun = Annotated[str, Argument("RUN", help="a run whose final adapter the site keeps, or the folder of one")]
 
 
@@ -143,6 +145,9 @@ def approve(
     site: PolicyFile,
     run: Annotated[str | None, Argument("RUN", help="the run to approve; without it, list the runs that wait")] = None,
     yes: Annotated[bool, Option("do not ask")] = False,
+    by: By = None,
+    ticket: Ticket = None,
+    reason: Annotated[str | None, Option("why, for the ledger", metavar="TEXT")] = None,
     as_json: Annotated[bool, Option("without RUN: for machines", names=("--json",))] = False,
 ) -> None:
     """Show the runs that wait for approval and what they would cost, or let one start.
@@ -154,22 +159,27 @@ def approve(
     elif as_json:
         raise ConfigError("--json", NOT_GIVEN, "does not go with RUN")
     else:
-        _at_site(kit, site).approve(run, yes=yes)
+        _at_site(kit, site).approve(run, yes=yes, by=by, ticket=ticket, reason=reason)
 
 
-@command(app, "refuse a run that waits, for good")
+@command(app, "refuse a run for good, also one that has begun")
 def deny(
-    run: Annotated[str, Argument("RUN", help="a run that waits for approval")],
+    run: Annotated[str, Argument("RUN", help="a run that waits for approval, or that has begun")],
     kit: KitFolder,
     site: PolicyFile,
     reason: Annotated[str, Option("why; the ledger keeps it, and nobody else is told", metavar="TEXT")],
+    by: By = None,
+    ticket: Ticket = None,
 ) -> None:
-    """Refuse a run that waits for approval, for good. The ledger notes it, and nothing is charged.
+    """Refuse a run for good, and note that in the ledger. A run that waits for approval is charged nothing.
+
+    A run that has begun ends at this site alone: what it was charged stays charged, no further round is charged, and no
+    reply leaves, not even that of a round in progress. Other runs go on.
 
     The lead is told 'denied', and no more: the reason stays at the site. A run with other settings is another run,
     which waits for approval anew.
     """
-    _at_site(kit, site).deny(run, reason)
+    _at_site(kit, site).deny(run, reason, by=by, ticket=ticket)
 
 
 @command(app, "the federation's sites, beside those that this one sums with")

@@ -21,11 +21,13 @@ from fedtune.federation.verdict import Verdict, ask
 from fedtune.model.spec import NO_ADAPTER
 from fedtune.ops.doctor.check import REFUSED, SETTINGS, Check, exit_code_of
 from fedtune.ops.doctor.examination import Examination
+from fedtune.ops.files import person
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import Member, Roster
-from fedtune.ops.services.site_state import Pending, SiteState
+from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import asked_and_allowed
 from fedtune.show.budget_text import contribution, noise_words, trust_words
@@ -81,8 +83,10 @@ class AtSite:
         if not (rows or as_json):
             say("No run waits for approval.")
 
-    def approve(self, run: str, *, yes: bool) -> None:
-        pending = _chosen(self.state.waiting(), run)
+    def approve(self, run: str, *, yes: bool, by: str | None, ticket: str | None, reason: str | None) -> None:
+        said, waiting = _decision(by, ticket, reason), self.state.waiting()
+        asked = _chosen([pending.proposal for pending in waiting], run, "waits for approval")
+        pending = next(pending for pending in waiting if pending.proposal == asked)
         verdict = ask(self.site_toml, pending.proposal, declared_sizes={})
         # Every other setting that the run's name stands for; the site understood them before the run was put up.
         settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
@@ -102,17 +106,21 @@ class AtSite:
             raise RefusedError(f"policy or budget refuse this run: {'; '.join(rules)}")
         if not yes:
             require_agreed("Let it start?", otherwise="not approved: the run still waits")
-        self.files.open().approve(pending.proposal)
+        self.files.open().approve(pending.proposal, **said)
         self.state.forget(pending.proposal)
         say("Approved, and noted in the ledger. It begins with the lead's next request.")
 
-    def deny(self, run: str, reason: str) -> None:
-        if not (reason.strip() and reason.isprintable() and len(reason) <= _MOST_REASON):
-            raise ConfigError("--reason", reason, f"must be one line of at most {_MOST_REASON} characters")
-        pending = _chosen(self.state.waiting(), run)
-        self.files.open().deny(pending.proposal, reason)
-        self.state.forget(pending.proposal)
+    def deny(self, run: str, reason: str, *, by: str | None, ticket: str | None) -> None:
+        said, verified = _decision(by, ticket, reason), self.files.verified()
+        history = verified.history if verified else History()
+        begun = [one.proposal for one in history.runs.values() if one.is_open(history.clock)]
+        waiting = [pending.proposal for pending in self.state.waiting()]
+        asked = _chosen([*waiting, *begun], run, "waits for approval or has begun")
+        self.files.open().deny(asked, **said)
+        self.state.forget(asked)
         say("Denied, and noted in the ledger. The lead is told 'denied' when it asks again; the reason stays here.")
+        if asked in begun:
+            say("The run ends at this site: no further round is charged, and no reply of it leaves.")
 
     def show_members(self, path: Path, *, as_json: bool) -> None:
         trusted = dict(self.files.policy.trust.members)
@@ -186,14 +194,22 @@ def _state(member: Member, trusted: str | None) -> str:
     return "in [trust].members, with this key"
 
 
-def _chosen(waiting: list[Pending], run: str) -> Pending:
+def _decision(by: str | None, ticket: str | None, reason: str | None) -> dict[str, str]:
+    """Check what a person says of a decision, and return the fields that the ledger notes of it."""
+    for option, given in (("--by", by), ("--ticket", ticket), ("--reason", reason)):
+        if given is not None and not (given.strip() and given.isprintable() and len(given) <= _MOST_REASON):
+            raise ConfigError(option, given, f"must be one line of at most {_MOST_REASON} characters")
+    return {"by": by or person(), "ticket": ticket or "", "why": reason or ""}
+
+
+def _chosen(proposals: list[Proposal], run: str, state: str) -> Proposal:
     """The run with this name, or with a proposal whose digest begins so: two leads may use one name."""
-    found = [p for p in waiting if p.proposal.run == run or (len(run) >= 12 and p.proposal.digest().startswith(run))]
+    found = [p for p in proposals if p.run == run or (len(run) >= 12 and p.digest().startswith(run))]
     if not found:
-        names = ", ".join(printable(pending.proposal.run) for pending in waiting) or "none"
-        raise ConfigError("RUN", run, f"must be a run that waits for approval: {names}")
+        names = ", ".join(printable(one.run) for one in proposals) or "none"
+        raise ConfigError("RUN", run, f"must be a run that {state}: {names}")
     if len(found) > 1:
-        digests = ", ".join(f"{p.proposal.digest()[:12]} (lead {spoken_start(p.proposal.lead)})" for p in found)
+        digests = ", ".join(f"{one.digest()[:12]} (lead {spoken_start(one.lead)})" for one in found)
         raise ConfigError("RUN", run, f"was proposed in {len(found)} ways; name one by its digest: {digests}")
     return found[0]
 

@@ -110,6 +110,11 @@ def name_of(uid: int) -> str:
     return known.pw_name if known else str(uid)
 
 
+def person() -> str:
+    """The account of whoever runs this command: with sudo, the one that called it."""
+    return os.environ.get("SUDO_USER") or name_of(os.getuid())
+
+
 def own_group(uid: int) -> int | None:
     """The account's own group; None for an account without a name."""
     known = _known(uid)

@@ -163,6 +163,31 @@ def test_denying_notes_a_reason_and_the_run_waits_no_longer(north: Here) -> None
     assert approve(north, "triage", "--yes").code == 2
 
 
+def test_a_site_ends_one_run_that_has_begun_and_the_ledger_names_who_decided(north: Here, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SUDO_USER", "mkeller")
+    asked, other = run_proposal(run="triage"), run_proposal(run="other")
+    for proposal in (asked, other):
+        north.state.wait_for_approval(proposal, SETTINGS)
+    for option in ("--by", "--ticket", "--reason"):
+        assert "must be one line" in approve(north, "triage", "--yes", option, " ").failed()
+    words = ("--by", "Anna Weber", "--ticket", "DPO-7", "--reason", "ethics vote of May")
+    assert approve(north, "triage", "--yes", *words).code == 0
+    assert approve(north, "other", "--yes").code == 0
+    north.charge(asked, 1, committed=False)
+    north.charge(other, 1, committed=False)
+    said = approve(north, "triage", "--reason", "consent withdrawn", by="deny")
+    assert "no further round is charged, and no reply of it leaves" in " ".join(said.printed.split())
+    assert reason_of(reserve, north.open(), asked, 2) is Reason.DENIED
+    reserve(north.open(), other, 2)
+    assert "waits for approval or has begun: other" in approve(north, "triage", "--reason", "x", by="deny").failed()
+    ledger = str(north.folder / "ledger.db")
+    shown = " ".join(command("ledger", "show", ledger, "--rounds").out.split())
+    assert "Anna Weber approved the run as it was proposed: ticket DPO-7; ethics vote of May" in shown
+    assert "mkeller denied the run as it was proposed: consent withdrawn" in shown
+    runs = command("ledger", "show", ledger).out
+    assert all(who in runs for who in ("approved by Anna Weber", "denied by mkeller", "approved by mkeller"))
+
+
 def test_pausing_and_resuming_say_what_they_do_and_do_it_twice(north: Here) -> None:
     for _ in range(2):
         assert command("site", "pause", *north.kit).printed[:8] == "Paused: "

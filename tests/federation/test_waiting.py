@@ -6,9 +6,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from fedtune.federation.site_round import Trained, answer
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Reason, Refused, Update
-from fedtune.spec import RunError
 
 from ..builders import MadeSite
 from ..privacy.builders import stranger_key
@@ -139,11 +139,38 @@ def test_what_preparing_refuses_is_a_reason_and_what_it_raises_is_none(site: Any
         assert reply.receipt.charged_rounds == 0
 
 
-def test_a_denial_is_of_one_plan_and_comes_before_it_begins(manual: Any) -> None:
+def test_a_denial_is_of_one_plan_alone(manual: Any) -> None:
     manual.ledger().deny(manual.request().proposal, "too many rounds")
     assert reason(manual.ask(num_rounds=2)) is Reason.AWAITING_APPROVAL
-    begun = replace(manual.request().proposal, run="begun")
-    manual.ledger().approve(begun)
-    manual.ledger().reserve(begun, round=1, request="0" * 64)
-    with pytest.raises(RunError, match=r"run begun has begun; `fedtune site pause`"):
-        manual.ledger().deny(begun, "too late")
+
+
+def test_a_denied_run_that_has_begun_is_charged_no_further_round_and_no_reply_leaves(site: Any) -> None:
+    asked, other = site.request().proposal, replace(site.request().proposal, run="other")
+    first = site.request(1).signed(site.lead)
+    assert isinstance(site.send(first).body, Update)
+    site.ledger().reserve(other, round=1, request="0" * 64)
+    site.ledger().deny(asked, "the board asks to stop", by="Anna Weber", ticket="DPO-7")
+    for signed in (first, site.request(2).signed(site.lead)):  # also the reply that the ledger has stored
+        reply = site.send(signed)
+        assert reason(reply) is Reason.DENIED
+        assert reply.receipt.charged_rounds == 1
+        assert b"board" not in reply.body.to_bytes()
+    history = site.ledger().history
+    assert not history.runs["r"].set_aside(history.clock), "what its plan had set aside is free"
+    assert history.decided == {"r": [("denied", history.last_time.date().isoformat(), "Anna Weber", "DPO-7")]}
+    assert site.end().charged_rounds == 1, "the lead still gets its receipt"
+    assert history.runs["other"].is_open(history.clock), "other runs go on"
+    site.ledger().reserve(other, round=2, request="1" * 64)
+    site.ledger().deny(replace(other, lead=stranger_key.public), "another lead's run of this name")
+    assert site.ledger().history.runs["other"].is_open(history.clock)
+
+
+def test_a_run_that_is_denied_while_its_round_trains_sends_nothing(site: Any) -> None:
+    def train(*asked: Any) -> Trained:
+        site.ledger().deny(site.request().proposal, "stop")
+        return Trained(adapter=site.template)
+
+    reply = answer(site.open(train), site.request().signed(site.lead), site.template)
+    assert reason(reply) is Reason.DENIED
+    assert reply.receipt.charged_rounds == 1
+    assert site.kinds().count(Kind.COMMIT) == 0

@@ -110,6 +110,7 @@ class History:
         approved: digest of each proposal that a person at the site approved -> when.
         denied: digest of each proposal that one denied.
         never: runs that were refused here until their lead ended them, and that no proposal can begin any more.
+        decided: run -> each decision of a person on it: "approved" or "denied", day, name, ticket.
         last_time: of the newest event.
         register: digest of the register of arrivals.
         lost_rows: of each restore after which rows may be missing: the newest event whose rows count, and its own.
@@ -135,6 +136,7 @@ class History:
         self.approved: dict[str, datetime] = {}
         self.denied: set[str] = set()
         self.never: set[str] = set()
+        self.decided: dict[str, list[tuple[str, str, str, str]]] = {}
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         # Sequence, time, mechanism, count, and whom it was charged to; None: everybody.
         self._charges: list[tuple[int, datetime, DpEvent, int, Cohorts | None]] = []
@@ -226,9 +228,12 @@ class History:
                     (event.time, self.policy.budget.max_epsilon, len(self._rounds) + len(self.restored))
                 )
             case "approved":
-                self.approved[decode(Proposal, event.detail["proposal"]).digest()] = moment
+                self.approved[self._decided(event).digest()] = moment
             case "denied":
-                self.denied.add(decode(Proposal, event.detail["proposal"]).digest())
+                denied = self._decided(event)
+                self.denied.add(denied.digest())
+                if (run := self.runs.get(event.run)) is not None and run.proposal == denied:
+                    run.expires = None
             case "run_ended":
                 if event.run not in self.runs and self.has_refused(event.run):
                     self.never.add(event.run)
@@ -246,6 +251,12 @@ class History:
                 self.frozen = True
             case other:
                 raise ValueError(f"unknown note {other!r}")
+
+    def _decided(self, event: Event) -> Proposal:
+        """Follow a person's decision, and return the proposal that it is about."""
+        by, ticket, _ = (decode_value(key, event.detail[key], str) for key in ("by", "ticket", "why"))
+        self.decided.setdefault(event.run, []).append((str(event.detail["what"]), event.time[:10], by, ticket))
+        return decode(Proposal, event.detail["proposal"])
 
     def _restore(self, restored: Restored, sequence: int, moment: datetime) -> None:
         self.restored.append(restored)

@@ -157,12 +157,13 @@ class Ledger:
         `fingerprint` is an HMAC of the records trained on, under `fingerprint_key`; it stays in the ledger.
 
         Raises:
-            Refused: the population was frozen meanwhile, so the reply must not leave.
+            Refused: the population was frozen or the run denied meanwhile, so the reply must not leave.
         """
         with self._store.transaction():
+            run = self.history.runs[reservation.run]
             if self.history.frozen:
                 raise Refused(Reason.FROZEN)
-            run = self.history.runs[reservation.run]
+            self._require_undenied(run.proposal)
             newest = run.attempts[reservation.round] == reservation.attempt
             assert newest, "only the newest reservation of a round is committed"
             assert reservation.request not in run.replies, "a request is committed once"
@@ -197,8 +198,14 @@ class Ledger:
             if refused or (known is not None and known.expires is not None):
                 self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256)
 
-    def approve(self, proposal: Proposal) -> None:
+    def approve(self, proposal: Proposal, *, by: str = "", ticket: str = "", why: str = "") -> None:
         """Note that a person at the site approves this proposal, to the letter.
+
+        Args:
+            proposal: of the run.
+            by: the person's name.
+            ticket: number of the request in the site's own records.
+            why: the reason.
 
         Raises:
             Refused: policy or budget would refuse it all the same.
@@ -207,18 +214,18 @@ class Ledger:
             self._require_newest_policy()
             if proposal.run not in self.history.runs:
                 self.require_acceptable(proposal)
-            self._store.note("approved", run=proposal.run, proposal=proposal.to_json())
+            about = proposal.to_json()
+            self._store.note("approved", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
-    def deny(self, proposal: Proposal, why: str) -> None:
+    def deny(self, proposal: Proposal, why: str, *, by: str = "", ticket: str = "") -> None:
         """Note that a person at the site denies this proposal, to the letter and for good; `why` leaves with nothing.
 
-        Raises:
-            RunError: the run has begun.
+        Guarantee: from then on no round of the run is charged here, and no reply of it leaves, not even that of a
+        round in progress.  A run that had begun ends at this site, and what its plan had set aside is free.
         """
         with self._store.transaction():
-            if proposal.run in self.history.runs:
-                raise RunError(f"run {proposal.run} has begun; `fedtune site pause` keeps it from going on")
-            self._store.note("denied", run=proposal.run, proposal=proposal.to_json(), why=why)
+            about = proposal.to_json()
+            self._store.note("denied", run=proposal.run, proposal=about, by=by, ticket=ticket, why=why)
 
     def freeze(self, why: str) -> None:
         """End all training on the population, for ever."""
@@ -352,14 +359,13 @@ class Ledger:
     def require_startable(self, proposal: Proposal, *, approved: bool = True) -> None:
         """The same for a run that is new to this ledger; unless not `approved` yet, a person must have approved it.
 
-        One that was accepted may go on as it was proposed, while anything may be trained here.
+        One that was accepted may go on as it was proposed, while anything may be trained here and nobody denied it.
         """
+        self._require_undenied(proposal)
         if (known := self.history.runs.get(proposal.run)) is not None:
             spending.require_usable(self.history)
             _require_same(known, proposal)
             return
-        if proposal.digest() in self.history.denied:
-            raise Refused(Reason.DENIED)
         if proposal.run in self.history.never:
             raise Refused(Reason.RUN_ENDED)
         self.require_acceptable(proposal)
@@ -418,8 +424,7 @@ class Ledger:
 
     def _repeated(self, run: Run, proposal: Proposal, round: int, request: str) -> bytes | None:
         """The stored reply to a request that was answered before; None for a round still to be trained."""
-        spending.require_usable(self.history)
-        _require_same(run, proposal)
+        self.require_startable(proposal)
         if run.reserved.get(round, request) != request:
             raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, asked=request, allowed=run.reserved[round])
         if request not in run.replies:
@@ -428,6 +433,10 @@ class Ledger:
         if reply is None or hashlib.sha256(reply).hexdigest() != run.replies[request]:
             raise Refused(Reason.REPLY_NO_LONGER_STORED, asked=round)
         return reply
+
+    def _require_undenied(self, proposal: Proposal) -> None:
+        if proposal.digest() in self.history.denied:
+            raise Refused(Reason.DENIED)
 
     def _has_room_for_answer(self, *, stranger: bool = False) -> bool:
         most = MOST_STRANGERS_A_DAY if stranger else MOST_ANSWERS_A_DAY
