@@ -94,7 +94,7 @@ def decode_value(key: str, value: Any, hint: Any, default: Any = None) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         require(key, value, isinstance(value, dict), f"must be a table, as in [{key}]")
         return _under(key, hint, value, default if isinstance(default, hint) else None)
-    if origin in (tuple, frozenset):
+    if origin in (tuple, frozenset) or hasattr(hint, "_fields"):
         return _sequence(key, value, hint)
     if isinstance(hint, type) and issubclass(hint, tuple):  # a named tuple, which is written as a list
         return hint(*_sequence(key, value, tuple[tuple(_hints(hint).values())]))  # type: ignore[misc]
@@ -123,6 +123,8 @@ def items_of(value: Any) -> Iterable[Any]:
 def _sequence(key: str, value: Any, hint: Any) -> Any:
     """A list as a tuple or a set of one type, or as a tuple of a fixed length."""
     require(key, value, isinstance(value, list), "must be a list")
+    if hasattr(hint, "_fields"):  # a NamedTuple
+        return hint(*_sequence(key, value, types.GenericAlias(tuple, (*_hints(hint).values(),))))
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple and arguments[-1] is not Ellipsis:
         require(key, value, len(value) == len(arguments), f"must be a list of {len(arguments)}")
@@ -131,8 +133,7 @@ def _sequence(key: str, value: Any, hint: Any) -> Any:
         for item in value:
             require(key, item, isinstance(item, dict), f"must be tables, as in [[{key}]]")
         return tuple(_under(f"{key}[{number}]", arguments[0], item) for number, item in enumerate(value, 1))
-    items = tuple(decode_value(key, item, arguments[0]) for item in value)
-    return items if typing.get_origin(hint) is tuple else frozenset(items)
+    return typing.get_origin(hint)(decode_value(key, item, arguments[0]) for item in value)
 
 
 def _under(key: str, cls: Any, table: Mapping[str, Any], default: Any = None) -> Any:
