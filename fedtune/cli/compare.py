@@ -24,7 +24,7 @@ from fedtune.evaluation.spec import SMALLEST, no_test_records
 from fedtune.federation.run_folder import RunFolder, run_folders_near
 from fedtune.show.terminal_tables import json_text, require_agreed, say, write_file
 from fedtune.sites.session import Session
-from fedtune.spec import NOT_GIVEN, ConfigError, check_at_least
+from fedtune.spec import NOT_GIVEN, ConfigError, RefusedError, check_at_least
 from fedtune.studies.comparison import Line, plan_runs, score_side_by_side
 from fedtune.studies.personalised import parts_of, personalise
 from fedtune.studies.trials import Trial, price_text, result_in
@@ -135,13 +135,20 @@ def _check_data(config: RunConfig, file: str | None, by: str | None) -> None:
 
 
 def _run_all(lines: Sequence[Line], console: Console, *, again: str, personal: bool) -> list[Line]:
-    """Run what is not finished yet, and make own adapters where they are asked for; the first error ends it."""
-    done = []
+    """Run what is not finished yet, and make own adapters where they are asked for; the first error ends it.
+
+    A run beside the first one that is refused is left out: the plan of its one site was used up before any round had a
+    result.
+    """
+    done: list[Line] = []
     try:
         with Session() as session:
             for number, line in enumerate(lines, start=1):
                 name = f"{number} of {len(lines)}, {line.name}"
                 ran = line.run.run(partial(run_in_a_line, console=console, name=name, session=session))
+                if isinstance(ran.error, RefusedError) and done:  # it blocks none of the others
+                    say(f"{name} is left out: {ran.error}", console=console)
+                    continue
                 if ran.error is not None:
                     raise ran.error
                 done.append(replace(line, run=ran))

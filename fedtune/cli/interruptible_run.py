@@ -20,6 +20,7 @@ from rich.console import Console
 from fedtune.api.door import Work, after_public_stage, run_in_folder
 from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
+from fedtune.federation.kept_round import used_up_text
 from fedtune.federation.run_folder import RunFolder
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.process import signals_handled
@@ -105,6 +106,8 @@ def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session
     scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
     parts = [*scores[:1], f"epsilon {epsilon_text(result.privacy.epsilon)}", *result.final.findings]
     say(f"{name}: {', '.join(parts)}, {time.monotonic() - began:.0f} s", console=console)
+    if missing := used_up_text(result.rounds, trial.config.federation):
+        say(f"{name}: {missing}.", console=console)
     return result
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.evaluation.bootstrap import direction
 from fedtune.federation.spec import FederationSpec
+from fedtune.privacy.release import Reason
 from fedtune.spec import spec
 from fedtune.words import finite
 
@@ -66,5 +67,29 @@ def rounds_in_all(rounds: Sequence[RoundResult], federation: FederationSpec) -> 
 
 def is_over(rounds: Sequence[RoundResult], federation: FederationSpec, *, judged_by: str) -> bool:
     """A run with these finished rounds has no other to come."""
+    if is_used_up(rounds):
+        return True
     kept = kept_of(rounds, federation, judged_by=judged_by)
     return len(rounds) >= rounds_in_all(rounds, federation) or (kept is not None and kept.ended_early)
+
+
+def is_used_up(rounds: Sequence[RoundResult]) -> bool:
+    """The newest round brought nothing, because too few sites had a round of the run's plan left.
+
+    A site charges a round before it trains, so a round that was interrupted counts, and is charged again when it is
+    trained again.  The plan's last round is then missing, unless it has a spare one.
+    """
+    return bool(rounds) and not rounds[-1].sites and Reason.PLAN_EXHAUSTED in rounds[-1].failed_sites.values()
+
+
+def used_up_text(rounds: Sequence[RoundResult], federation: FederationSpec) -> str:
+    """Which round of a run is missing because its plan was used up, and what would have kept it; empty if none is."""
+    if not is_used_up(rounds):
+        return ""
+    missing, spare = rounds[-1], federation.spare_rounds
+    sites = ", ".join(site for site, reason in missing.failed_sites.items() if reason == Reason.PLAN_EXHAUSTED)
+    return (
+        f"Round {missing.round} of {federation.num_rounds + spare} is missing, and the run is over without it: an "
+        f"earlier round was interrupted after it was charged, and charged again, so the plan of {sites} is used up. "
+        f"federation.spare_rounds={spare + 1} would have kept it"
+    )

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from fedtune.federation.aggregation import Aggregation
+from fedtune.federation.aggregation import Aggregation, Made
 from fedtune.federation.invitation import Lead, invite
 from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import LeadState, RoundResult, Scores, newest_of
@@ -101,8 +101,12 @@ def _run_round(transport: Transport, lead: Lead, state: LeadState, aggregation: 
             # An update without its receipt does not count: the lead could not derive the site's epsilon.
             replies.take(site, replace(reply, receipt=receipt if after or not own else None))
             state = after or state
-        _require_enough(replies, lead, round)
-        made = aggregation.combine(state, replies)
+        if any(result.sites for result in state.rounds) and _is_spent(replies, lead):
+            # The rounds before are the run: resumed, it would be refused for ever.
+            made = Made(state.adapter, (), replies.failures, state.strategy)
+        else:
+            _require_enough(replies, lead, round)
+            made = aggregation.combine(state, replies)
     bytes_down, bytes_up = transport.traffic()
     metrics: Scores = lead.evaluate(adapter := made.adapter)
     if diverged := not _is_sound(adapter, metrics):
@@ -176,6 +180,12 @@ def _requests(lead: Lead, state: LeadState, *, session: str, sites: Sequence[str
     return questions
 
 
+def _is_spent(replies: RoundReplies, lead: Lead) -> bool:
+    """So many sites have used up the run's plan that no further round can succeed."""
+    spent = sum(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
+    return len(lead.declared_sizes) - spent < lead.federation.least_sites
+
+
 def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
     least = lead.federation.least_sites
     if len(replies.sites) >= least:
@@ -185,8 +195,7 @@ def _require_enough(replies: RoundReplies, lead: Lead, round: int) -> None:
     too_few = lead.federation.too_few(len(replies.sites), "sent an update", others=others)
     final = [site for site, refusal in replies.refusals.items() if refusal.reason.is_final]
     if len(lead.declared_sizes) - len(final) < least:
-        exhausted = any(refusal.reason is Reason.PLAN_EXHAUSTED for refusal in replies.refusals.values())
-        hint = "; interrupted rounds count, plan with federation.spare_rounds" if exhausted else ""
+        hint = "; interrupted rounds count, plan with federation.spare_rounds" if _is_spent(replies, lead) else ""
         raise RefusedError(f"round {round}: refused by policy or budget; {too_few}{hint}")
     raise RunError(f"round {round}: {too_few}; the checkpoint of round {round - 1} can be resumed")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 
+from fedtune.federation.kept_round import is_used_up
 from fedtune.federation.replies import NOT_SUMMED
 from fedtune.privacy import accountant, events, filter
 from fedtune.privacy.mechanism import LEAST_SAMPLING_RATE
@@ -160,7 +161,8 @@ def _of_run(facts: RunFacts) -> Iterator[_Found]:
         place, told = f"rounds.{result.round}", {*result.sites, *result.failed_sites}
         if told != everybody:
             yield place, ", ".join(sorted(told)), "each site of the run: that its update was used, or why not"
-        if not (result.sites or (plan.shared and NOT_SUMMED in result.failed_sites.values())):
+        lost = plan.shared and NOT_SUMMED in result.failed_sites.values()
+        if not (result.sites or lost or (result is facts.rounds[-1] and is_used_up(facts.rounds))):
             yield place, "no update", "at least one: a round without any is none"
     if (facts.final or facts.detail) and not (facts.finished and any(result.sites for result in facts.rounds)):
         yield "rounds", facts.progress, "finished with an adapter: its final scores are there"

@@ -175,6 +175,8 @@ class FederationRun:
         for text in (*lead_notes(self.config, validation=validation, test=test), *notes):
             listener.note(text)
         if self.config.resume is not None:
+            for round in dict(self._checkpoints.asked(after=state.round)):
+                listener.note(_again_text(round))
             return replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
         adapter = self.shared.first_adapter()
         listener.preparing("scoring the model before training", 0, 0)
@@ -247,3 +249,10 @@ class FederationRun:
             template=template,
             test_rows=len(shared.test.records) if shared.test else None,
         )
+
+
+def _again_text(round: int) -> str:
+    return (
+        f"Round {round} was interrupted: a site that was charged for it and had no answer yet is charged again. If no "
+        "spare round is left (federation.spare_rounds), the last round of its plan will be missing."
+    )

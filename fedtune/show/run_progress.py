@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedtune.config import RunConfig
 from fedtune.federation.earlier_debts import UNKNOWN
-from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all
+from fedtune.federation.kept_round import Kept, is_over, kept_of, rounds_in_all, used_up_text
 from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.federation.planner import signal_to_noise
 from fedtune.model.products import is_slow_on_cpu
@@ -233,6 +233,8 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         say_here(f"test: {_scores(final.metrics)}{before}", style="bold")
         if final.constant is not None:
             say_here(f"best constant answer: {_scores({config.judged_by: final.constant})}")
+    if missing := used_up_text(result.rounds, config.federation):
+        say_here(f"{missing}.", style="yellow")
     for code in final.findings:
         say_here(_finding(code, config), style="yellow")
     took = f"rounds and scores {_duration(final.seconds or 0.0)}, with loading {_duration(whole_s)}"

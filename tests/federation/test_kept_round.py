@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.kept_round import Kept, is_over, kept_of
+from fedtune.federation.kept_round import Kept, is_over, kept_of, used_up_text
 from fedtune.federation.lead import RoundResult
 from fedtune.federation.spec import FederationSpec
 
@@ -71,3 +71,20 @@ def test_when_a_run_is_over() -> None:
     assert over == [False, False, False, True]
     plain = FederationSpec(num_rounds=3)
     assert [is_over(rounds(*scores[:count]), plain, judged_by="accuracy") for count in (2, 3)] == [False, True]
+
+
+def test_a_used_up_plan_ends_a_run_and_the_missing_round_is_told_in_words() -> None:
+    federation = FederationSpec(num_rounds=3, spare_rounds=1)
+    last = round_of(3, sites=(), failed_sites={"a": "plan_exhausted", "b": "no_reply"}, metrics={"accuracy": 0.5})
+    assert is_over([*rounds(0.5, 0.5), last], federation, judged_by="accuracy")
+    said = used_up_text([*rounds(0.5, 0.5), last], federation)
+    assert "Round 3 of 4 is missing" in said
+    assert "the plan of a is used up" in said
+    assert "federation.spare_rounds=2 would have kept it" in said
+    for others in (
+        rounds(0.5, 0.5),
+        rounds(0.5, 0.5, 0.5, lost=(3,)),
+        [round_of(1, sites=("b",), failed_sites={"a": "plan_exhausted"}, metrics={})],
+    ):
+        assert not is_over(others, federation, judged_by="accuracy")
+        assert used_up_text(others, federation) == ""

@@ -116,11 +116,14 @@ def test_a_missing_node_is_waited_for_until_the_timeout(federation: Any) -> None
         made.run(declared_sizes=sizes)
 
 
-def test_a_spent_plan_is_a_refusal_and_no_failure(federation: Any) -> None:
+def test_a_spent_plan_ends_a_run_with_the_rounds_that_it_has(federation: Any) -> None:
     many = federation(num_rounds=run_plan().most_rounds + 1, min_sites=3)
-    with pytest.raises(RefusedError, match=r"round 5: refused .*\(site-1: plan_exhausted, .*spare_rounds"):
-        many.run()
-    assert len(many.finished) == run_plan().most_rounds
+    state = many.run()
+    *rounds, last = state.rounds
+    assert len(rounds) == run_plan().most_rounds
+    assert all(one.sites for one in rounds)
+    assert (last.sites, set(last.failed_sites.values())) == ((), {"plan_exhausted"})
+    assert state.adapter.digest() == many.finished[-2].adapter.digest(), "the rounds that it has are the run"
 
 
 def test_a_site_that_moves_what_rests_in_a_round_is_not_averaged(federation: Any) -> None:

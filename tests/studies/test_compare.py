@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.show.run_progress import Display
+from fedtune.sites import work as site_work
 from fedtune.studies.comparison import plan_runs
 
 from ..cli import snapshots
@@ -132,6 +133,44 @@ def test_after_ctrl_c_the_command_that_is_named_goes_on(tmp_path: Path) -> None:
     told = json.loads(command(*words, "--json").printed)
     assert [model["name"] for model in told["models"]] == ["base", "federated", "pooled"]
     assert [one["round"] for one in result_of(tmp_path / "both" / "both-federated")["rounds"]] == [1]
+
+
+def test_a_run_alone_that_was_interrupted_after_its_charge_keeps_the_rounds_that_it_has(tmp_path: Path) -> None:
+    """Its plan is used up one round early: that ends it, is said in words, and blocks no other run."""
+    words = ("compare", *tiny("federation.num_rounds=2", *SHORT[1:], *SITES, into=tmp_path, name="both"))
+    alone = tmp_path / "both" / "both-alone-site-1"
+
+    def in_its_second_round(model: Any, adapter: Any, examples: Any, work: Any, **_: Any) -> bool:
+        return bool((work.site, work.round, alone.exists()) == ("site-1", 2, True))
+
+    with pytest.MonkeyPatch.context() as patched:
+        fail_where(patched, site_work, "train_round", in_its_second_round, KeyboardInterrupt())
+        assert command(*words).code == 1
+    again = command(*words, "--json")
+    assert again.code == 0, again.err
+    said = " ".join(again.err.split())
+    assert "site-1 alone: Round 2 of 2 is missing, and the run is over without it: an earlier round was" in said
+    assert "federation.spare_rounds=1 would have kept it" in said
+    assert [one["name"] for one in json.loads(again.out)["models"]][:5] == MODELS
+    run = result_of(alone)
+    assert [(one["round"], one["sites"]) for one in run["rounds"]] == [(1, ["site-1"]), (2, [])]
+    assert run["privacy"]["sites"]["site-1"]["rounds"] == 2, "what was interrupted stays charged"
+    told = command(*words, "--json")
+    assert (told.code, "of 4, " in told.err, json.loads(told.out)) == (0, False, json.loads(again.out))
+    assert command("report", "verify", str(alone)).code == 0
+
+
+def test_a_run_alone_without_any_round_is_left_out(tmp_path: Path) -> None:
+    words = ("compare", *tiny(*SHORT, *SITES, into=tmp_path, name="both"))
+    alone = tmp_path / "both" / "both-alone-site-1"
+    with pytest.MonkeyPatch.context() as patched:
+        fail_where(patched, site_work, "train_round", lambda *_, **__: alone.exists(), KeyboardInterrupt())
+        assert command(*words).code == 1
+    again = command(*words, "--json")
+    assert again.code == 0, again.err
+    said = " ".join(again.err.split())
+    assert "site-1 alone is left out: round 1: refused by policy or budget" in said
+    assert "site-1 alone" not in [one["name"] for one in json.loads(again.out)["models"]]
 
 
 def test_without_an_experiment_it_says_the_price_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
