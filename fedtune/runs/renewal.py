@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fedtune.config import RunConfig, parse, saved_config
 from fedtune.federation.calendar import moved
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.verdict import history_of
+from fedtune.privacy.cohorts import Cohorts, period_of
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.runs.changed_settings import put
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
@@ -48,8 +50,8 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
         said: a name, and settings by dotted key that take the place of these.
 
     Raises:
-        ConfigError: it is no finished run, everybody was in as many runs as share the budget, or a public stage is
-            asked for.
+        ConfigError: it is no finished run, everybody was in as many runs as share the budget, a public stage is asked
+            for, or the window would move into a period that has not begun.
     """
     if public := [key for key in said if key.partition(".")[0] == "public"]:
         raise ConfigError(public[0], said[public[0]], "cannot go with --renew: that run begins in the one before")
@@ -59,7 +61,7 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
         changes["runtime.sites_dir"] = str(RunFolder(last).sites)
     if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in said):
-        changes["privacy.cohorts"] = asdict(moved(before.privacy.cohorts))
+        changes["privacy.cohorts"] = asdict(_next_window(before))
     settings = before.to_json() | {"public": {}}
     for key, value in (changes | dict(said)).items():
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
@@ -75,6 +77,23 @@ def _runs_of(sites: str | None) -> int:
     """The most runs that a ledger in the folder of simulated `sites` was charged for; 0 where none is here."""
     histories = [history_of(SiteFiles.of(path)) for path in Path(sites).glob("*/site.toml")] if sites else []
     return max((sum(map(bool, map(one.charged_rounds, {*one.runs, *one.lost_runs}))) for one in histories), default=0)
+
+
+def _next_window(before: RunConfig) -> Cohorts:
+    """The window of cohorts moved on by one period; at real sites only into one that has begun.
+
+    Whoever wants to charge people of a later period names the window, so that nobody does so by a command given twice.
+    """
+    assert before.privacy.cohorts is not None
+    after = moved(before.privacy.cohorts)
+    if before.runtime.kind == "deployment" and after.span[1] > period_of(datetime.now(UTC), after.period):
+        first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
+        bound = (
+            f"has not begun: the {after.period} that --renew would charge next. If you want to charge it now, name the "
+            f"window: {first}privacy.cohorts.last={after.last}"
+        )
+        raise ConfigError("privacy.cohorts.last", after.last, bound)
+    return after
 
 
 def _check_left(before: RunConfig, after: RunConfig, last: Path) -> None:

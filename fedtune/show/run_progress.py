@@ -21,6 +21,7 @@ from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.federation.planner import signal_to_noise
 from fedtune.model.products import is_slow_on_cpu
 from fedtune.privacy.accountant import epsilon_text
+from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult
@@ -292,6 +293,8 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
             f"epsilon at most {epsilon} at delta {plan.delta:g} for each {plan.unit}: "
             f"clip {plan.max_grad_norm:g}, noise {noise_words(plan)}{most}"
         )
+        if plan.cohorts is not None:
+            rows["people"] = f"charged are those who arrived {_window(plan.cohorts)}, and nobody else"
         if config.runtime.seeded_noise:
             rows["privacy"] += "; seeded noise: a study without a guarantee"
             warnings.add("privacy")
@@ -316,6 +319,10 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
         )
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
     return replace(pairs(rows), styles=styles)
+
+
+def _window(cohorts: Cohorts) -> str:
+    return f"from {cohorts.first} to {cohorts.last}" if cohorts.first else f"up to {cohorts.last} or without a date"
 
 
 def _start(about: Mapping[str, Any]) -> str:

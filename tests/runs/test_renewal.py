@@ -1,8 +1,10 @@
 """What a renewed run takes over from the last one, and which run has no next."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -29,9 +31,9 @@ def last(tmp_path: Path) -> Any:
     return made
 
 
-def by_cohort(first: str | None) -> dict[str, Any]:
+def by_cohort(first: str | None, last: str = "2024") -> dict[str, Any]:
     columns = {"text": "a", "label": "b", "user": "c", "arrival": "d"}
-    cohorts = Cohorts(period="year", last="2026", first=first)
+    cohorts = Cohorts(period="year", last=last, first=first)
     return {"data": {"columns": columns}, "privacy": {"unit": "user", "cohorts": cohorts}}
 
 
@@ -56,9 +58,28 @@ def test_what_is_not_said_of_an_inner_group_stays(last: Any) -> None:
 
 
 def test_the_window_moves_on_unless_it_is_given(last: Any) -> None:
-    assert str(renewed(last(**by_cohort(None)), {}).privacy.cohorts) == "..2027"
-    assert str(renewed(last(**by_cohort("2025")), {}).privacy.cohorts) == "2026..2027"
-    assert str(renewed(last(**by_cohort("2025")), {"privacy.cohorts.last": "2027"}).privacy.cohorts) == "2025..2027"
+    assert str(renewed(last(**by_cohort(None)), {}).privacy.cohorts) == "..2025"
+    assert str(renewed(last(**by_cohort("2023")), {}).privacy.cohorts) == "2024..2025"
+    assert str(renewed(last(**by_cohort("2023")), {"privacy.cohorts.last": "2025"}).privacy.cohorts) == "2023..2025"
+
+
+@pytest.mark.parametrize(("first", "named"), [(None, ""), ("2025", "privacy.cohorts.first=2026 ")])
+def test_a_period_of_real_people_that_has_not_begun_is_charged_only_where_it_is_named(
+    last: Any, first: str | None, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune.runs.renewal.datetime", Mock(now=lambda _: datetime(2026, 12, 31, 23, tzinfo=UTC)))
+    real = {"runtime": {"kind": "deployment"}}
+    assert renewed(last(**by_cohort(first, "2025" if first else "2024"), **real), {}).privacy.cohorts is not None
+    folder = last(**by_cohort(first, "2026"), **real)
+    words = (
+        f"has not begun: the year that --renew would charge next.* name the window: {named}privacy.cohorts.last=2027$"
+    )
+    with pytest.raises(ConfigError, match=words):
+        renewed(folder, {})
+    wanted = {"privacy.cohorts.last": "2027"} | ({"privacy.cohorts.first": "2026"} if first else {})
+    assert str(renewed(folder, wanted).privacy.cohorts) == f"{'2026' if first else ''}..2027"
+    simulated = last(**by_cohort(first, "2026"), runtime={"kind": "simulation"})
+    assert renewed(simulated, {}).privacy.cohorts is not None, "its people are made up"
 
 
 @pytest.mark.parametrize("groups", [{}, by_cohort(None)], ids=["everybody", "no beginning"])
@@ -70,7 +91,7 @@ def test_where_everybody_is_admitted_runs_end(last: Any, groups: dict[str, Any])
         with pytest.raises(ConfigError, match=rf"privacy\.{key} = .*: must be .*, as in the runs before"):
             renewed(last(**groups), {f"privacy.{key}": value})
     # Of a window that moves on the sites' ledgers know; and without privacy nothing is spent.
-    assert renewed(last(**by_cohort("2026"), federation={"renewal": 9}), {"privacy.runs": 4}).federation.renewal == 10
+    assert renewed(last(**by_cohort("2024"), federation={"renewal": 9}), {"privacy.runs": 4}).federation.renewal == 10
     assert renewed(last(privacy={"mechanism": "none", "runs": 1}), {}).federation.renewal == 1
 
 
