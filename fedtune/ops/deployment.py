@@ -89,7 +89,8 @@ class LeadService:
         with running(folder):
             records.read()
             asked = self._invited(config)
-            grid = self.grid(noted, most_rounds=asked.proposal.plan.most_rounds)
+            patience_s = self.federation.round_timeout_s
+            grid = self.grid(noted, most_rounds=asked.proposal.plan.most_rounds, patience_s=patience_s)
 
             def over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
                 with grid:
@@ -119,7 +120,7 @@ class LeadService:
         """
         if not config.may_be_fitted:
             return config
-        with self.grid() as grid:
+        with self.grid(patience_s=self.federation.round_timeout_s) as grid:
             found = invite(self._transport(grid), self._invited(config), less=True)
         found.require_enough(config.federation, takes_part=config.can_use)
         return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
@@ -142,8 +143,13 @@ class LeadService:
             found = grid.online()
         return {member.site: number in found for number, member in enumerate(self.sites, 1)}
 
-    def grid(self, listener: DeployedListener | None = None, *, most_rounds: int = 0) -> RemoteGrid:
-        """A connection to the sites, which a certificate that is copied into the kit meanwhile is used for, too."""
+    def grid(
+        self, listener: DeployedListener | None = None, *, most_rounds: int = 0, patience_s: float = 0.0
+    ) -> RemoteGrid:
+        """A connection to the sites, which a certificate that is copied into the kit meanwhile is used for, too.
+
+        A server that is away is waited for `patience_s` seconds.
+        """
         certificate = KitCertificate(self.kit)
         return RemoteGrid(
             self.kit.server,
@@ -153,6 +159,7 @@ class LeadService:
             hear=_Ears(self.sites, listener, most_rounds=most_rounds),
             closing=lambda: Closing(self.federation),
             has_new_certificate=certificate.is_new,
+            patience_s=patience_s,
         )
 
     def _transport(self, grid: RemoteGrid) -> GridTransport:

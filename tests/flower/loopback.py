@@ -121,12 +121,21 @@ class Loopback:
         self._sites.append(Program("site_process.py", folder))
         return self._sites[-1]
 
-    def grid(self, names: Any, *, hear: Any = lambda *_: Heard(good=True), closing: Any = None, **waiting: Any) -> Any:
+    def grid(
+        self,
+        names: Any,
+        *,
+        hear: Any = lambda *_: Heard(good=True),
+        closing: Any = None,
+        patience_s: float = 0.0,
+        **waiting: Any,
+    ) -> Any:
         """The lead's connection to the sites with these names, in this order; `waiting` are settings of a round."""
         keys = {name: public_pem(self.tls[name]) for name in names}
         spec = FederationSpec(num_sites=len(names), **waiting)
         closing = closing or (lambda: Closing(spec))
-        return RemoteGrid(self.address, self.lead_tls, sites=keys, key=self.lead_key, hear=hear, closing=closing)
+        more: dict[str, Any] = {"hear": hear, "closing": closing, "patience_s": patience_s}
+        return RemoteGrid(self.address, self.lead_tls, sites=keys, key=self.lead_key, **more)
 
     def stop_sites(self) -> None:
         while self._sites:

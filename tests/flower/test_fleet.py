@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -17,6 +18,7 @@ from flwr.supercore.date import now
 
 import fedtune.ops.wire.fleet as fleet_module
 import fedtune.ops.wire.waiting as waiting
+from fedtune.ops.wire import identity
 from fedtune.ops.wire.fleet import Fleet, Unauthorised, Unreachable, hello
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.waiting import WAIT, Bell, Questions
@@ -73,6 +75,18 @@ def test_a_wrong_clock_is_named(network: Loopback, monkeypatch: pytest.MonkeyPat
         hello(network.address, network.tls["a"])
 
 
+@pytest.mark.parametrize(("kept", "whose"), [(True, "so the server's is wrong"), (False, "one of them is wrong")])
+def test_a_server_s_wrong_clock_is_named_as_the_server_s(
+    network: Loopback, kept: bool, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything here is ten minutes ahead of the server, which a server that is behind looks like."""
+    monkeypatch.setattr(fleet_module, "now", lambda: now() + datetime.timedelta(seconds=600))
+    monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + 600))
+    monkeypatch.setattr(identity, "clock_is_kept", lambda: kept)
+    with pytest.raises(Unreachable, match=rf"the server's clock is (59|60)\d s behind this machine's: .*{whose}"):
+        hello(network.address, network.tls["a"])
+
+
 def test_a_site_is_added_and_revoked_while_the_server_runs(network: Loopback, joined: Any) -> None:
     bystander = joined(network.tls["a"])
     bystander.activate()
@@ -83,7 +97,18 @@ def test_a_site_is_added_and_revoked_while_the_server_runs(network: Loopback, jo
     assert fleet.receive() is None
 
     network.set_revoked("guest")
-    wait_for(lambda: not works(fleet.receive), what="the roster")
+    said = ""
+
+    def refused() -> bool:
+        nonlocal said
+        try:
+            fleet.receive()
+        except Unauthorised as error:
+            said = str(error)
+        return bool(said)
+
+    wait_for(refused, what="the roster")
+    assert said == "the server does not take this site's key (401): revoked"
     for call in (lambda: hello(network.address, tls), fleet.activate):
         with pytest.raises(Unauthorised, match="the server refused this site: revoked"):
             call()

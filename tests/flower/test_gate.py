@@ -318,3 +318,24 @@ def test_a_signature_passes_once_while_it_is_good_and_few_are_remembered() -> No
 
 def test_after_all_that_the_server_still_serves(network: Loopback) -> None:
     network.site("a").wait_for("activated")
+
+
+def test_the_body_of_a_call_that_is_refused_is_not_read(network: Loopback, caller: Any) -> None:
+    """Whoever holds a certificate of the federation could have the server take in a gigabyte, call after call."""
+    sent = 0
+
+    def body() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(256):
+            sent += 1
+            yield bytes(1 << 20)
+
+    for path, headers in (
+        ("/v1/runtime/push-object", {"content-type": PROTOBUF_MEDIA_TYPE}),
+        ("/v1/fleet/push-object", by_site(network.tls["b"])),  # signed by another than the connection's certificate
+    ):
+        sent = 0
+        with contextlib.suppress(httpx.TransportError):  # it is cut, or answered first
+            answer = caller(network.tls["a"]).post(path, content=body(), headers=headers)
+            assert answer.status_code == 401
+        assert sent < 128, path

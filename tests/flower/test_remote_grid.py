@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 
 from fedtune.flower.flower_records import ARRAYS
-from fedtune.ops.wire import bounded_http, remote_grid
+from fedtune.ops.wire import bounded_http, identity, remote_grid
 from fedtune.ops.wire.lead_session import LeadSession
 from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.spec import RunError
@@ -270,6 +271,41 @@ def test_a_server_that_lost_its_database_is_asked_anew(network: Loopback, meanwh
 def test_without_a_server_there_is_no_run(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "port", free_port())
     with pytest.raises(RunError, match=r"127\.0\.0\.1:\d+ cannot be reached \(ConnectError"), network.grid(["a"]):
+        pass
+
+
+def test_a_lead_that_starts_while_the_server_is_away_waits(network: Loopback, caplog: Any) -> None:
+    network.stop_sites()
+    network.stop()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: _ask_once(network))
+        wait_for(lambda: "cannot be reached (ConnectError); trying again" in caplog.text, what="the lead to wait")
+        network.start()
+        network.site("a")
+        assert asked.result(timeout=60) == {1: "a"}
+    assert caplog.text.count("trying again") == 1, "it says so once"
+
+
+def _ask_once(network: Loopback) -> dict[int, str]:
+    with network.grid(["a"], patience_s=60) as grid:
+        return sites_of(list(grid.receive(questions(1), timeout=60)))
+
+
+def test_a_wrong_clock_ends_no_run_and_is_named(
+    network: Loopback, meanwhile: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    """The lead is an hour ahead of the server for a while, in the middle of an exchange and at its beginning."""
+    apart = 0.0
+    monkeypatch.setattr(identity, "time", Mock(time=lambda: time.time() + apart))
+    with network.grid(["a"]) as grid:
+        asked = meanwhile(grid, 1)
+        apart = 3600.0
+        wait_for(lambda: "the server's clock is" in caplog.text, what="the clock to be named")
+        apart = 0.0
+        network.site("a")
+        assert sites_of(asked.result()) == {1: "a"}
+    apart = 3600.0
+    with pytest.raises(RunError, match=r"the server's clock is 3[56]\d\d s behind this machine's"), network.grid(["a"]):
         pass
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fedtune.ops.doctor import machine_checks as machine
 from fedtune.ops.doctor import site_checks
-from fedtune.ops.doctor.check import Check, Status
+from fedtune.ops.doctor.check import SERVER, Check, Status
 from fedtune.ops.files import name_of
 from fedtune.privacy.policy_file import write_policy
 from fedtune.privacy.site_files import SiteFiles
@@ -34,6 +34,10 @@ def test_how_far_off_a_clock_may_be() -> None:
     check_lines(
         "a clock that is so far ahead", {f"{ahead} +- {off} s": machine.clock((ahead, off)) for ahead, off in cases}
     )
+    # Where this machine's clock is kept, the server's is the wrong one.
+    assert [machine.clock(case, kept=True).status for case in cases] == [machine.clock(case).status for case in cases]
+    theirs = machine.clock((-61.0, 0.5), kept=True)
+    assert (theirs.found, theirs.exit_code) == ("the server's is 61 s ahead, and this machine's is kept", SERVER)
 
 
 def test_how_much_disk_is_enough(tmp_path: Path) -> None:

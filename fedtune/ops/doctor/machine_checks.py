@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from fedtune.ops.doctor.check import Check, failed, ok, skipped, warning
+from fedtune.ops.doctor.check import SERVER, Check, failed, ok, skipped, warning
 from fedtune.ops.files import name_of, own_group
 from fedtune.privacy.site_files import SiteFiles
 
@@ -25,18 +25,23 @@ _NAME = "files"
 _ROOT = 0
 
 
-def clock(ahead_s: tuple[float, float] | None) -> Check:
+def clock(ahead_s: tuple[float, float] | None, *, kept: bool = False) -> Check:
     """The clock here beside the server's.
 
     Args:
         ahead_s: by how much it is ahead of the server's, and how far off that may be; None where the server is out of
             reach.
+        kept: something synchronizes the clock here, so that the server's is at fault where they differ.
     """
     name, fix = "clock", "Turn on time synchronisation, for instance with `timedatectl set-ntp true`."
     if ahead_s is None:
         return skipped(name, "the server's clock could not be asked")
     ahead, unsure = ahead_s
     off = max(0.0, abs(ahead) - unsure)
+    if kept and off > MOST_AHEAD_S:
+        found = f"the server's is {abs(ahead):.0f} s {'behind' if ahead > 0 else 'ahead'}, and this machine's is kept"
+        fix = "Ask the people who run the server to turn on its time synchronization."
+        return failed(name, found, fix=fix, exit_code=SERVER) if off > WRONG_S else warning(name, found, fix=fix)
     shown = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
     if off > WRONG_S:
         return failed(name, shown, fix=fix)

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+import h11
 from cryptography import x509
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -251,6 +252,9 @@ class Http(H11Protocol):
             timer.cancel()
 
     def on_response_complete(self) -> None:
+        if self.conn.their_state is h11.SEND_BODY:
+            # A call was refused whose body still comes: closing TLS in order would read on for seconds.
+            self.transport.abort()
         self._at("head", self._door.limits.idle_s, self._hang_up)
         super().on_response_complete()
         self._unset_keepalive_if_required()

@@ -42,7 +42,7 @@ from fedtune.flower.internals import (
 )
 from fedtune.ops.kits.certificates import read_connection_key
 from fedtune.ops.wire.bounded_http import OutOfBounds, bounded, show
-from fedtune.ops.wire.identity import Tls, refusal, staying
+from fedtune.ops.wire.identity import Tls, clocks_apart, refusal, staying
 from fedtune.ops.wire.message_objects import pull_message
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, RunError, panics_as_errors
@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 HELLO = "/v1/fedtune/hello"  # where the server tells a site how it knows it; not Flower's
 _MOST_REASON = 300
 _CALL_TIMEOUT_S = 30.0
+_MOST_APART_S = 3.0  # below all that a gate refuses
 _LONGEST_S = 30 * 86400.0  # no lead waits longer for an answer
 _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
 
@@ -285,7 +286,8 @@ def hello(server: str, tls: Tls) -> str:
         bounded(client)
         answer = client.get(f"https://{server}{HELLO}", headers=headers)
     if answer.status_code != httpx.codes.OK:
-        raise Unauthorised(f"the server refused this site: {reason_in(answer, server)}")
+        reason_in(answer, server)  # of fedtune's own server
+        raise _refused(answer, "the server refused this site")
     return said_in(answer, "site", server)
 
 
@@ -323,6 +325,19 @@ def signed_headers(tls: Tls) -> dict[str, str]:
     }
 
 
+def _refused(answer: httpx.Response, what: str) -> Unauthorised | Unreachable:
+    """The error of a call that a server refused, with the reason, such as "revoked", if it says one.
+
+    Two clocks that are too far apart may be in step again soon, whichever is wrong.
+    """
+    with contextlib.suppress(Foreign, httpx.StreamError):
+        reason = reason_in(answer, "")
+        if "clock" in reason and (apart := clocks_apart(answer, most_s=_MOST_APART_S)):
+            return Unreachable(apart)
+        what += f": {reason}"
+    return Unauthorised(what)
+
+
 @contextmanager
 def in_our_words() -> Iterator[None]:
     """Flower's and httpx's errors as the few that a site can do something about."""
@@ -333,7 +348,7 @@ def in_our_words() -> Iterator[None]:
         if error.response.is_redirect:
             raise Unreachable(f"the server sends elsewhere ({status}), which is never followed") from error
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
-            raise Unauthorised(f"the server does not take this site's key ({status})") from error
+            raise _refused(error.response, f"the server does not take this site's key ({status})") from error
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             raise Dropped(f"the server no longer needs this message ({status})") from error
         raise Unreachable(f"the server answered {status}") from error

@@ -369,7 +369,7 @@ async def answer(send: Send, status: int, content: dict[str, object]) -> None:
     """Answer with JSON."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status in (408, 413):  # the rest of the body is not waited for
+    if status >= 400:  # the body of a call that is refused is not waited for
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

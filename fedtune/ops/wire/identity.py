@@ -7,12 +7,14 @@ its time and its body.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -94,6 +96,7 @@ class NotAllowed(Exception):
         self.status, self.reason = status, reason
 
 
+_TIME_ERROR, _TIMEX_BYTES = 5, 1024  # what adjtimex(2) answers of a clock that nothing keeps; more than its struct
 _MOST_SEEN = 1 << 17  # two minutes of a lead that calls five hundred times a second
 
 
@@ -155,6 +158,27 @@ def body_of_lead(headers: Mapping[str, str], *, path: str, lead: str, now: float
     if not (math.isfinite(age) and abs(age) <= TOLERANCE_S):
         return None
     return body if is_signed(lead, CALL, _message(path, moment, body), headers.get(SIGNATURE, "")) else None
+
+
+def clocks_apart(answer: httpx.Response, *, most_s: float) -> str:
+    """What a server's answer shows of its clock, if that and this machine's differ by more than `most_s`; or nothing.
+
+    The server's clock is at fault where this machine's is kept by time synchronization.
+    """
+    try:
+        ahead = parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()
+    except (KeyError, ValueError):
+        return ""
+    if abs(ahead) <= most_s:
+        return ""
+    whose = "this machine's is synchronized, so the server's is wrong" if clock_is_kept() else "one of them is wrong"
+    return f"the server's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's: {whose}"
+
+
+def clock_is_kept() -> bool:
+    """Whether this machine's kernel says that something synchronizes its clock; False where it cannot say."""
+    adjtimex = getattr(ctypes.CDLL(None), "adjtimex", None)
+    return adjtimex is not None and adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)) not in (-1, _TIME_ERROR)
 
 
 def _message(path: str, moment: str, body: str) -> bytes:

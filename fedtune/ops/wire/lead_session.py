@@ -34,7 +34,7 @@ from fedtune.flower.internals import (
     runtime_pb2,
 )
 from fedtune.ops.wire.bounded_http import show
-from fedtune.ops.wire.identity import LeadSignature, Tls, staying
+from fedtune.ops.wire.identity import TOLERANCE_S, LeadSignature, Tls, clocks_apart, staying
 from fedtune.ops.wire.message_objects import NotWhole, pull_message
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
@@ -186,11 +186,20 @@ def readable() -> Iterator[None]:
 
 def not_started(server: str, error: httpx.HTTPStatusError) -> RunError:
     """What it says of a lead and its server that this starts no run."""
+    if apart := clock_of(error):
+        return RunError(f"{server}: {apart}")
     if error.response.status_code == httpx.codes.UNAUTHORIZED:
         return RunError(f"{server} does not take this lead's signature: another federation's kit, or a wrong clock")
     if error.response.is_redirect:
         return RunError(f"{server} sends elsewhere ({error.response.status_code}), which is never followed")
     return RunError(f"{server} cannot start a run ({error.response.status_code})")
+
+
+def clock_of(error: Exception) -> str:
+    """What to say of the clocks where they are why a server refused the lead's call; or nothing."""
+    if not (isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED):
+        return ""
+    return clocks_apart(error.response, most_s=TOLERANCE_S - 1)
 
 
 def _bundle() -> bytes:

@@ -17,8 +17,8 @@ from flwr.app import Message
 from fedtune.federation.replies import Closing
 from fedtune.flower.flower_records import num_bytes
 from fedtune.flower.internals import inflating, set_metadata
-from fedtune.ops.wire.identity import TOLERANCE_S, Tls
-from fedtune.ops.wire.lead_session import LeadSession, Pulled, not_started
+from fedtune.ops.wire.identity import TOLERANCE_S, Tls, refusal
+from fedtune.ops.wire.lead_session import LeadSession, Pulled, clock_of, not_started
 from fedtune.privacy.keys import SigningKey
 from fedtune.spec import RunError
 
@@ -69,6 +69,7 @@ class RemoteGrid:
         hear: says of a node, what it was asked and its answer what the answer means.
         closing: makes the rule by which one exchange ends before its time is up.
         has_new_certificate: asked during an exchange whether the files of `tls` have another one than before.
+        patience_s: how long to wait for a server that is away when the first connection is made.
     """
 
     def __init__(
@@ -81,19 +82,27 @@ class RemoteGrid:
         hear: Callable[[int, Message, Message], Heard],
         closing: Callable[[], Closing],
         has_new_certificate: Callable[[], bool] = lambda: False,
+        patience_s: float = 0.0,
     ) -> None:
         self._server, self._tls, self._key = server, tls, key
         self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
         self._hear, self._closing, self._has_new_certificate = hear, closing, has_new_certificate
         self._session: LeadSession | None = None
+        self._patience_s, self._said = patience_s, ""
 
     def __enter__(self) -> RemoteGrid:
-        try:
-            self._open()
-        except httpx.HTTPStatusError as error:
-            raise not_started(self._server, error) from error
-        except httpx.HTTPError as error:
-            raise RunError(f"{self._server} cannot be reached ({type(error).__name__}: {error})") from error
+        deadline = time.monotonic() + self._patience_s
+        while self._session is None:
+            try:
+                self._open()
+            except httpx.HTTPError as error:
+                may_pass = _is_away(error) if isinstance(error, httpx.HTTPStatusError) else refusal(error) is None
+                if may_pass and time.monotonic() < deadline:
+                    self._wait_for_server(error)
+                    continue
+                if isinstance(error, httpx.HTTPStatusError):
+                    raise not_started(self._server, error) from error
+                raise RunError(f"{self._server} cannot be reached ({type(error).__name__}: {error})") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,7 +133,7 @@ class RemoteGrid:
                 if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
                     break
             except httpx.HTTPStatusError as error:
-                if error.response.is_redirect or error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+                if error.response.is_redirect or _is_away(error):
                     self._wait_for_server(error)
                 elif self._session is None:
                     raise not_started(self._server, error) from error
@@ -137,6 +146,7 @@ class RemoteGrid:
             except (httpx.HTTPError, inflating.ObjectPushError) as error:
                 self._wait_for_server(error)
             else:
+                self._said = ""
                 time.sleep(_POLL_S)
         yield from [one.provisional for one in open_.values() if one.provisional and not one.has_begun]
 
@@ -222,5 +232,13 @@ class RemoteGrid:
             self._session = None
 
     def _wait_for_server(self, error: Exception) -> None:
-        log.warning("%s cannot be reached (%s); trying again", self._server, type(error).__name__)
+        said = clock_of(error) or f"cannot be reached ({type(error).__name__})"
+        if said != self._said:  # once, however long it lasts
+            log.warning("%s %s; trying again", self._server, said)
+        self._said = said
         time.sleep(_RECONNECT_S)
+
+
+def _is_away(error: httpx.HTTPStatusError) -> bool:
+    """The server is out of order, or its clock is: waiting may help, and no run need end."""
+    return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or bool(clock_of(error))
