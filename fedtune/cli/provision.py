@@ -215,7 +215,10 @@ def _require_compared(folder: Path, request: JoinRequest, *, already: bool) -> N
     _compare("Read out these; the site notes them, and later compares them with its kit's README.md.", _keys_of(made))
     say("")
     if not already:
-        otherwise = f"nothing is changed: {request.site} comes in once its keys are compared"
+        otherwise = (
+            f"nothing is changed: {request.site} comes in once its keys are compared. If one differed, the request is "
+            "somebody else's: have the site send its own again, over another way"
+        )
         require_agreed("Did the site read out the same?", otherwise=otherwise)
 
 

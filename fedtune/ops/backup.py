@@ -60,11 +60,13 @@ def write_backup(target: Path, *, kind: Kind, files: Mapping[str, Path]) -> None
         hashes = {}
         with zipfile.ZipFile(building, "x", zipfile.ZIP_DEFLATED) as archive:
             for name, path in sorted(files.items()):
+                about_file = zipfile.ZipInfo(name)
+                about_file.compress_type, about_file.external_attr = zipfile.ZIP_DEFLATED, path.stat().st_mode << 16
                 if path.suffix == ".db":
                     copy.unlink(missing_ok=True)
                     copy_database(path, copy)
                     path = copy
-                with path.open("rb") as source, archive.open(name, "w", force_zip64=True) as entry:
+                with path.open("rb") as source, archive.open(about_file, "w", force_zip64=True) as entry:
                     hashes[name] = _copied(source, entry)
             made = datetime.now(UTC).isoformat(timespec="seconds")
             about = {"kind": kind, "made": made, "fedtune_version": __version__, "sha256": hashes}
@@ -104,12 +106,15 @@ def _put(name: str, archive: zipfile.ZipFile, target: Path) -> None:
     if os.path.lexists(target):
         return
     with writing(target, key="restore"):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        missing = [folder for folder in target.parents if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=0o700)
         descriptor, building = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
         try:
             with os.fdopen(descriptor, "wb") as file, archive.open(name) as entry:
                 _copied(entry, file)
                 file.flush()
+                os.fchmod(descriptor, 0o600 | archive.getinfo(name).external_attr >> 16 & 0o044)  # as it was
                 os.fsync(file.fileno())
             os.link(building, target)
         finally:

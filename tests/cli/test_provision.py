@@ -77,7 +77,8 @@ def test_nothing_is_changed_before_a_person_has_compared(
     before = files_in(Path("cardiology"))
     words = [*what.split(), str(request), "--federation", "cardiology"]
     outcome = command("provision", *words)
-    assert (outcome.code, outcome.message) == (1, "nothing is changed: north comes in once its keys are compared")
+    assert outcome.code == 1
+    assert outcome.message.startswith("nothing is changed: north comes in once its keys are compared. If one differed")
     assert files_in(Path("cardiology")) == before
     assert "Did the site read out the same? [y/N]" in outcome.out
     assert groups(next_steps(request.parent)) < groups(outcome.out)

@@ -259,12 +259,18 @@ def test_a_server_s_database_is_copied_while_it_is_written(federation: Path, tmp
     assert "exists already" in command("server", "restore", *backup, str(new)).failed()
 
 
+def modes_in(folder: Path) -> dict[str, int]:
+    found = (path for path in folder.rglob("*") if path.is_file() or any(path.iterdir()))
+    return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in found}
+
+
 def test_a_federation_s_folder_is_backed_up_whole(federation: Path, north: Path, tmp_path: Path) -> None:
     file, new = tmp_path / "lead.zip", tmp_path / "new"
     assert command("provision", "backup", str(file), "--federation", str(federation)).code == 0
     assert file.stat().st_mode & 0o777 == 0o600, "it holds the authority's key"
     assert command("provision", "restore", str(file), "--out", str(new)).code == 0
     assert files_in(new) == files_in(federation)
+    assert modes_in(new) == modes_in(federation), "a server's account reads what it read, and nobody a key"
     Kit.read(new / "lead", kind="lead")
     assert command("provision", "renew-site", "north", "--federation", str(new)).code == 0
     assert "exists already" in command("provision", "restore", str(file), "--out", str(new)).failed()
