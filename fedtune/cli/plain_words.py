@@ -136,7 +136,7 @@ def _reason(detail: dict[str, Any]) -> str:
 
 def check_policy(file: Path, *, as_json: bool) -> None:
     """Print what the policy in `file` means, and whether the ledger that it names fits it."""
-    files = SiteFiles.of(file)
+    files = SiteFiles.of(file, may_be_unanswered=True)
     policy, amount = files.policy, budget_text.amount_of(files.policy)
     cautions = tuple(budget_text.cautions_of(policy, amount, folder=file.parent))
     if not as_json:  # first, since the ledger beside it may not be what it should be

@@ -11,6 +11,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import Verified, verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_policy import Policy
+from fedtune.spec import errors_in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,13 +28,19 @@ class SiteFiles:
     anchor: Path | None
 
     @classmethod
-    def of(cls, site_toml: Path) -> SiteFiles:
+    def of(cls, site_toml: Path, *, may_be_unanswered: bool = False) -> SiteFiles:
         """The files of the site whose policy is `site_toml`.
+
+        Guarantee: nothing trains, or opens a ledger, under a policy without the answers that a person owes; to look at
+        one that `may_be_unanswered` is all that is possible.
 
         Raises:
             ConfigError: the file is no policy.
         """
         policy, folder = read_policy(site_toml), site_toml.parent
+        if not may_be_unanswered:
+            with errors_in(site_toml):
+                policy.require_answers()
         return cls(
             policy=policy,
             ledger=folder / policy.ledger,

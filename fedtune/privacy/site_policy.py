@@ -363,9 +363,6 @@ class Policy:
         ids = [dataset.id for dataset in self.dataset]
         if len(set(ids)) != len(ids):
             raise ConfigError("dataset", ids, "must not repeat an id")
-        if not self.simulated and self.asserted.no_person_at_another_site is None:
-            bound = "must be true (nobody of this population is among another site's records) or false (or not known)"
-            raise ConfigError("asserted.no_person_at_another_site", NOT_GIVEN, bound)
         for dataset in self.dataset:
             for role, needed, why in (
                 ("user", self.population.unit == "user", "unit is user"),
@@ -379,6 +376,12 @@ class Policy:
         if self.budget.delta >= 1 / size and math.isfinite(self.budget.max_epsilon):
             bound = f"must be below 1 / {size:,} = {1 / size:.3g}, with the declared sizes of all data sets added up"
             raise ConfigError("budget.delta", self.budget.delta, bound)
+
+    def require_answers(self) -> None:
+        """Require what a person has to state, which the template leaves open; a simulation has nobody to ask."""
+        if not self.simulated and self.asserted.no_person_at_another_site is None:
+            bound = "must be true (nobody of this population is among another site's records) or false (or not known)"
+            raise ConfigError("asserted.no_person_at_another_site", NOT_GIVEN, bound)
 
     @property
     def population_size(self) -> int:

@@ -78,6 +78,8 @@ def amount_of(policy: Policy) -> Amount:
 
 def cautions_of(policy: Policy, amount: Amount, *, folder: Path) -> Iterator[Caution]:
     """Points of a policy to think twice about, most serious first; `folder` holds its file."""
+    if not policy.simulated and policy.asserted.no_person_at_another_site is None:
+        yield "asserted.no_person_at_another_site", "no answer yet: true or false; the site does not start without one"
     yield from _cautions_of_promise(policy)
     yield from _cautions_of_requests(policy)
     yield from _cautions_of_amounts(policy, amount)

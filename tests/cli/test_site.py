@@ -31,6 +31,10 @@ def keys_in(table: Any, prefix: str = "") -> set[str]:
 def test_the_template_is_a_policy_that_lets_nobody_ask_until_it_is_filled_in(tmp_path: Path) -> None:
     out, file = command("site", "template").printed, tmp_path / "site.toml"
     assert out == (config_folder() / "site.toml").read_text(encoding="utf-8")
+    file.write_text(out)
+    fresh = command("site", "check-policy", str(file), "--json")
+    open_ = {"asserted.no_person_at_another_site", "allow.leads", "allow.base_models"}
+    assert (fresh.code, {one["key"] for one in json.loads(fresh.out)["warnings"]}) == (0, open_)
     answered = out.replace("# no_person_at_another_site = ?", "no_person_at_another_site = true")
     file.write_text(answered)
     assert read_policy(file).site == "north-hospital"
@@ -47,8 +51,8 @@ def test_the_template_is_a_policy_that_lets_nobody_ask_until_it_is_filled_in(tmp
         assert explained or not re.match(r"\w+ = ", line), line
 
 
-@pytest.mark.parametrize("words", [("check-policy",), ("init", "--site"), ("doctor", "--kit", "kit", "--site")])
-def test_no_command_takes_a_policy_without_answers(words: tuple[str, ...], site: Any) -> None:
+@pytest.mark.parametrize("words", [("init", "--site"), ("doctor", "--kit", "kit", "--site")])
+def test_no_command_but_check_policy_takes_a_policy_without_answers(words: tuple[str, ...], site: Any) -> None:
     site.write_policy(no_person_at_another_site=None)
     outcome = command("site", *words, str(site.site_toml))
     said = " ".join((outcome.out + outcome.err).split())
