@@ -20,7 +20,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedtune.ops.services.site_service as site_service
 import fedtune.ops.services.site_state as site_state
-from fedtune.ops.health import Health
+from fedtune.ops.health import READY, Health
 from fedtune.ops.services.site_service import _Loop, _until_stopped
 from fedtune.ops.services.site_state import MOST_WAITING, SiteState, serving
 from fedtune.ops.wire.fleet import Fleet, SiteApp, Unreachable
@@ -257,3 +257,47 @@ def test_the_lock_is_given_back_and_its_file_stays(tmp_path: Path) -> None:
     # Were it removed, two processes could hold two files of one name.
     assert file.stat().st_ino == inode
     assert not ledger.exists()
+
+
+_FULL = """
+import os, sys
+from pathlib import Path
+from fedtune.ops.services.site_state import trouble_of
+folder = Path(sys.argv[1])
+os.system(f"mount -t tmpfs -o size=2m none {folder}") and sys.exit(77)
+ledger = folder / "ledger.db"
+print(trouble_of(ledger))
+(folder / "other").write_bytes(bytes(3 << 19))
+print(trouble_of(ledger))
+os.system(f"mount -o remount,ro {folder}")
+print(trouble_of(ledger))
+"""
+
+
+def test_a_ledger_on_a_full_or_read_only_disk_is_named_with_the_disk(tmp_path: Path) -> None:
+    """On a real file system of two megabytes, which is filled, then made read-only."""
+    words = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", _FULL, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("no file system can be mounted here")
+    works, full, closed = done.stdout.splitlines()
+    assert works == ""
+    about = f"on the disk at {tmp_path}): no round can be charged"
+    assert full == f"{tmp_path}/ledger.db cannot be written (No space left on device, {about}"
+    assert closed.endswith(about)
+
+
+def test_a_site_whose_ledger_cannot_be_written_is_not_ready_until_it_can(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site_service, "_LEDGER_S", 0.0)
+    said = iter(["", "ledger.db is full", "ledger.db is full", ""])
+    loop = loop_of(None, tmp_path, threading.Event())
+    loop.trouble = lambda: next(said)
+    states = [loop._online() for _ in range(4)]
+    assert states == ["connected", "failing", "failing", "connected"]
+    assert "failing" not in READY
+    assert [record.getMessage() for record in caplog.records] == [
+        "ledger.db is full",
+        "the ledger can be written again",
+    ]

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedtune.data.formats import require_reader
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
-from fedtune.ops.services.site_state import SiteState, serving
+from fedtune.ops.services.site_state import SiteState, serving, trouble_of
 from fedtune.ops.wire.fleet import Dropped, Expired, Fleet, Message, SiteApp, Unauthorised, Unreachable
 from fedtune.ops.wire.waiting import Bell
 from fedtune.privacy.proposal import Proposal
@@ -42,6 +42,7 @@ _MOST_WAIT_S, _UNAUTHORISED_S, _FETCHED_S = 15.0, 30.0, 3.0
 _POLL_S, _MOST_POLL_S = 0.3, 1.0
 """How soon to ask again where nothing waits: right after a message, and in the end.  Between them it is stretched."""
 _RUNG_POLL_S = 30.0  # the same where the server says when there is a question
+_LEDGER_S = 15.0  # how often to try whether the ledger can be written
 _LOOK_S = 0.25  # how soon a stop, a leave or a pause is seen meanwhile
 
 
@@ -75,6 +76,7 @@ class SiteService:
                 self.kit.server, self.kit.tls(), heard=lambda: self.health.update(last_contact=datetime.now(UTC))
             )
             log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
+            kept = [files.ledger, *([files.anchor] if files.anchor else [])]
             bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
 
             def until() -> datetime:
@@ -84,7 +86,12 @@ class SiteService:
                 return certificate.certificate.not_after
 
             try:
-                _Loop(fleet, bell, app, state, self.health, stop, until=until, answered=self.answered).run()
+                about: dict[str, Any] = {
+                    "until": until,
+                    "answered": self.answered,
+                    "trouble": partial(trouble_of, *kept),
+                }
+                _Loop(fleet, bell, app, state, self.health, stop, **about).run()
             finally:
                 self.health.update(state="stopping")
                 bell.close()
@@ -139,7 +146,9 @@ class _Loop:
     stop: threading.Event
     until: Callable[[], datetime]
     answered: Callable[[str], None] = lambda _: None
+    trouble: Callable[[], str] = lambda: ""  # why the ledger cannot be written; empty if it can
 
+    _looked, _said = -math.inf, ""
     _active, _rounds, _sent = False, 0, -math.inf
     _wait_s, _poll_s = 1.0, _POLL_S
 
@@ -199,7 +208,13 @@ class _Loop:
         self.health.update(state=self._online(), last_contact=datetime.now(UTC))
 
     def _online(self) -> State:
-        return "paused" if self.state.paused.exists() else "connected"
+        if self.state.paused.exists():
+            return "paused"
+        if time.monotonic() - self._looked > _LEDGER_S:
+            before, self._said, self._looked = self._said, self.trouble(), time.monotonic()
+            if self._said != before:
+                log.error("%s", self._said or "the ledger can be written again")
+        return "failing" if self._said else "connected"
 
     def _answer(self, message: Message) -> None:
         self.health.update(state="training")

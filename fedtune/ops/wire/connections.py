@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import h11
 from cryptography import x509
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -252,7 +251,7 @@ class Http(H11Protocol):
             timer.cancel()
 
     def on_response_complete(self) -> None:
-        if self.conn.their_state is h11.SEND_BODY:
+        if self.cycle is not None and self.cycle.more_body:
             # A call was refused whose body still comes: closing TLS in order would read on for seconds.
             self.transport.abort()
         self._at("head", self._door.limits.idle_s, self._hang_up)
