@@ -28,7 +28,8 @@ Fault: TypeAlias = Callable[["Record"], DataError | None]  # record -> the reaso
 class Record:
     """One example as it was read."""
 
-    fields: Mapping[str, str]  # role (`text`, `label`, `prompt`, ...) to text
+    # role (`text`, `label`, `prompt`, ...) to text; no repr shows it, nor one of what holds records
+    fields: Mapping[str, str] = field(repr=False)
     # the file it was read from, for messages only; not part of the record's identity
     file: str = field(default="", compare=False)
     line: int = field(default=0, compare=False)  # the line on which it starts, counted from 1

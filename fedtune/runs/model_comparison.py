@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -33,10 +33,10 @@ _MOST_GROUPS = 100
 class SideBySide:
     """Models on the same records."""
 
-    records: Sequence[Record]  # that were scored
+    records: Sequence[Record] = field(repr=False)  # that were scored
     users: list[npt.NDArray[np.int64]] | None  # for each user the places of its records; None: each record is a unit
     judged_by: str  # the score that counts
-    measured: Mapping[str, Measured]  # by model; the model before training comes first
+    measured: Mapping[str, Measured] = field(repr=False)  # by model; the model before training comes first
     means: Mapping[str, Sequence[str]]  # by name, models whose mean counts as one more
     score: Scores  # from figures to scores
     detailed: Callable[[Figures], Detail | None]  # from figures to the detail behind the scores; None: nothing

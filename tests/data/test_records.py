@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data import Record, text_rows
+from fedtune.data.load import SiteRecords
 from fedtune.data.records import iter_records, record_key, resolve_file, usable_records
+from fedtune.runs.model_comparison import SideBySide
 from fedtune.spec import DataError
 
 COLUMNS = {"text": "question", "label": "intent"}
@@ -203,3 +205,14 @@ def test_csv_is_cut_as_the_csv_module_does(content: str, piece: int, tmp_path_fa
         patch.setattr(text_rows, "_BLOCK_BYTES", piece)
         texts = [raw.decode() for _, raw in text_rows.cut_rows(path, comma=b",") if raw is not None]
     assert [next(csv.reader([text], strict=True)) for text in texts] == expected
+
+
+def test_no_repr_shows_a_record() -> None:
+    """A notebook cell or a log line that ends in a comparison would print every record that was scored."""
+    record = Record({"text": "canary of patient 4711", "label": "canary"}, file="a.csv", line=3)
+    comparison = SideBySide(
+        records=[record], users=None, judged_by="loss", measured={}, means={}, score=dict, detailed=lambda _: None
+    )
+    for holder in (record, [record], SiteRecords([record], [record]), comparison):
+        assert "canary" not in f"{holder!r}{holder}"
+    assert "a.csv" in repr(record), "where it was read stays"
