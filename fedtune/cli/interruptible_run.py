@@ -104,7 +104,8 @@ def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session
         unseen = Console(file=io.StringIO(), width=console.width)
         result = run_simulation(trial.config, trial.folder, unseen, session=session)
     scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
-    parts = [*scores[:1], f"epsilon {epsilon_text(result.privacy.epsilon)}", *result.final.findings]
+    said = (code.replace("_", " ") for code in result.final.findings)
+    parts = [*scores[:1], f"epsilon {epsilon_text(result.privacy.epsilon)}", *said]
     say(f"{name}: {', '.join(parts)}, {time.monotonic() - began:.0f} s", console=console)
     if missing := used_up_text(result.rounds, trial.config.federation):
         say(f"{name}: {missing}.", console=console)

@@ -87,10 +87,22 @@ def _table(section: Section, width: int) -> Text:
         style = "dim" if number < 0 else section.styles.get(number, "")
         if number < 0:  # what is said of a column stands right above it
             cells = [[""] * (max(map(len, cells)) - len(cell)) + cell for cell in cells]
-        for line in zip_longest(*cells, fillvalue=""):
+        for line in zip_longest(*_apart(cells, widths), fillvalue=""):
             placed = (_placed(text, widths[at], left=at in section.words) for at, text in enumerate(line))
             said.append("  " + (" " * gap).join(placed).rstrip() + "\n", style=style)
     return said[:-1]
+
+
+def _apart(cells: list[list[str]], widths: Sequence[int]) -> list[list[str]]:
+    """The cells of a row; what stands behind one that is wider than its column, and never broken, goes below it.
+
+    Otherwise the terminal breaks the line wherever it ends, in the middle of a figure.
+    """
+    for at, cell in enumerate(cells[:-1], start=1):
+        beside = max(map(len, cells[at:]))
+        if any(cell_len(line) > widths[at - 1] for line in cell[:beside]):
+            return [*cells[:at], *([""] * len(cell) + other for other in cells[at:])]
+    return cells
 
 
 def _widths(section: Section, rows: Sequence[tuple[str, ...]], headings: tuple[str, ...], *, room: int) -> list[int]:

@@ -421,13 +421,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "not finite"
+    return f"{value:z.4f}" if math.isfinite(value) else "not finite"
 
 
 def _ends(estimate: Estimate, *, sign: str = "") -> str:
     if math.isnan(estimate.low):
         return "unknown"
-    return f"{estimate.low:{sign}.4f} to {estimate.high:{sign}.4f}"
+    return f"{estimate.low:{sign}z.4f} to {estimate.high:{sign}z.4f}"
 
 
 def _range(estimate: Estimate) -> str:
@@ -436,7 +436,7 @@ def _range(estimate: Estimate) -> str:
 
 def changed(found: Comparison) -> tuple[str, str, str]:
     """The difference between two models, its interval, and what that says of the second."""
-    return f"{found.difference.value:+.4f}", _ends(found.difference, sign="+"), found.verdict
+    return f"{found.difference.value:+z.4f}", _ends(found.difference, sign="+"), found.verdict
 
 
 def interval_text(found: Comparison) -> str:

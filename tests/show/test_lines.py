@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.show.lines import fold, printable
-from fedtune.show.terminal_tables import Section, show
+from fedtune.show.terminal_tables import Section, _table, show
 
 
 def test_what_is_copied_is_never_cut() -> None:
@@ -41,3 +41,16 @@ def test_a_command_is_the_same_when_it_is_copied(front: str) -> None:
 def test_text_from_outside_is_made_harmless_and_short() -> None:
     assert printable("a\x1b[2Jb\u202e") == "a?[2Jb?"
     assert printable("x" * 500) == "x" * 197 + "..."
+
+
+def test_a_figure_behind_a_long_name_is_never_broken_by_the_terminal() -> None:
+    """A run's name is copied, so never broken: figures stand on the line below it, within the terminal's width."""
+    name = f"a-long-name-of-a-run-{'0123456789abcdef' * 2}"
+    row = (name, "ended", "20/20", "1.23457", "0.0123457", "8.000", "8.000")
+    headings = ("run", "state", "rounds", "noise", "rate", "epsilon", "planned")
+    lines = _table(Section(headings=headings, rows=[row], words={0, 1}), 80).plain.split("\n")
+    assert lines[1] == f"  {name}"
+    assert lines[2].split() == list(row[1:])
+    assert max(map(len, lines)) <= 80
+    short = ("short", *row[1:])
+    assert _table(Section(headings=headings, rows=[short], words={0, 1}), 80).plain.split("\n")[1].split() == [*short]

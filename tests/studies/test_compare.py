@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from fedtune.evaluation.bootstrap import NO_DIFFERENCE, Comparison, Estimate
 from fedtune.show.run_progress import Display
 from fedtune.sites import work as site_work
-from fedtune.studies.comparison import plan_runs
+from fedtune.studies.comparison import changed, plan_runs
 
 from ..cli import snapshots
 from ..conftest import REPOSITORY, command, fail_where, result_of, tiny
@@ -171,6 +172,13 @@ def test_a_run_alone_without_any_round_is_left_out(tmp_path: Path) -> None:
     said = " ".join(again.err.split())
     assert "site-1 alone is left out: round 1: refused by policy or budget" in said
     assert "site-1 alone" not in [one["name"] for one in json.loads(again.out)["models"]]
+
+
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    """A difference that is rounded away would read -0.0000."""
+    nothing = Estimate(-1e-6, -2e-6, 1e-6)
+    found = Comparison(base=nothing, tuned=nothing, difference=nothing, verdict=NO_DIFFERENCE)
+    assert changed(found)[:2] == ("+0.0000", "+0.0000 to +0.0000")
 
 
 def test_without_an_experiment_it_says_the_price_and_asks(monkeypatch: pytest.MonkeyPatch) -> None:
