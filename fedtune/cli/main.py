@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from threading import Timer
-from typing import TextIO
+from typing import Any, TextIO
 
 # Flower reads it when it is imported: nothing is told to anybody outside the federation.
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
@@ -20,7 +20,6 @@ import click
 from fedtune.cli.command import SETTINGS, InterruptTold, importing, single
 from fedtune.show.lines import fold
 from fedtune.spec import ConfigError, FedtuneError, full_disk
-from fedtune.version import __version__
 
 COMMANDS: Mapping[str, str] = {
     "data": "look at your data, and write a first experiment for it",
@@ -81,7 +80,18 @@ fedtune = _Fedtune(
     context_settings=SETTINGS,
     no_args_is_help=False,
 )
-fedtune = click.version_option(__version__, message="fedtune %(version)s")(fedtune)
+
+
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from fedtune.ops.files import build  # reads all files of the package
+
+        click.echo(f"fedtune {build()}")
+        context.exit()
+
+
+_about: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": _show_version}
+fedtune = click.option("--version", **_about, help="Show the version and exit.")(fedtune)
 
 
 def _tell(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pwd
@@ -12,10 +13,12 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from fedtune.privacy.durable import fsync_folder
 from fedtune.spec import ConfigError
+from fedtune.version import __version__
 
 
 @contextmanager
@@ -108,6 +111,15 @@ def name_of(uid: int) -> str:
     """The account's name; its number where it has none."""
     known = _known(uid)
     return known.pw_name if known else str(uid)
+
+
+@cache
+def build() -> str:
+    """The version with a digest of the package's files: builds of one version, and changed ones, are told apart."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
 
 
 def person() -> str:

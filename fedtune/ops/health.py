@@ -26,8 +26,8 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Literal, TypedDict, get_args
 
+from fedtune.ops.files import build
 from fedtune.spec import ConfigError, check_one_of
-from fedtune.version import __version__
 
 State = Literal["starting", "connected", "disconnected", "expired", "failing", "training", "paused", "stopping"]
 READY: frozenset[State] = frozenset({"connected", "training"})
@@ -49,7 +49,7 @@ class Snapshot(TypedDict):
     since: str  # when the state was entered
     last_contact: str | None  # when the server last answered a site, or when a server began to listen; None before that
     rounds_answered: int  # by a site, since its process started
-    version: str
+    version: str  # with the build, as `fedtune --version` says it
 
 
 class Health:
@@ -58,7 +58,7 @@ class Health:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._told = Snapshot(
-            state="starting", since=_spelt(datetime.now(UTC)), last_contact=None, rounds_answered=0, version=__version__
+            state="starting", since=_spelt(datetime.now(UTC)), last_contact=None, rounds_answered=0, version=build()
         )
 
     def update(

@@ -28,6 +28,7 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import task_named
 from fedtune.training.spec import RuntimeSpec
+from fedtune.version import __version__
 
 MOST_CHARACTERS = 1 << 20
 _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
@@ -78,7 +79,9 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
             raise Refused(Reason.PLAN_CHANGED)
         return parse(fields)
     except _NO_SETTINGS as error:
-        raise Refused(Reason.SETTINGS) from error
+        # The lead's own word, in a file that two versions of fedtune read differently.
+        asked = error.key[:100] if isinstance(error, ConfigError) else None
+        raise Refused(Reason.SETTINGS, asked=asked, allowed=f"what fedtune {__version__} knows") from error
 
 
 def _plan_of(fields: dict[str, Any], *, bound: int) -> Plan:

@@ -5,6 +5,8 @@ import importlib
 import inspect
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,8 +26,20 @@ from ..conftest import REPOSITORY, command, parsed
 from . import snapshots
 
 
-def test_version() -> None:
-    assert command("--version").printed == f"fedtune {__version__}\n"
+def test_version_tells_builds_apart(tmp_path: Path) -> None:
+    assert re.fullmatch(rf"fedtune {re.escape(__version__)}\+[0-9a-f]{{12}}\n", command("--version").printed)
+    package = shutil.copytree(REPOSITORY / "fedtune", tmp_path / "fedtune")
+    told = "from fedtune.ops.files import build; print(build())"
+
+    def built() -> str:
+        run = subprocess.run([sys.executable, "-c", told], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    same = built()
+    assert command("--version").printed == f"fedtune {same}\n"
+    with (package / "words.py").open("a") as file:
+        file.write("# another build\n")
+    assert built() != same
 
 
 @snapshots.mistakes("mistakes-words")

@@ -14,9 +14,9 @@ from typing import get_args
 import pytest
 
 from fedtune.ops import health as module
+from fedtune.ops.files import build
 from fedtune.ops.health import Health, State, ask, serve_health
 from fedtune.spec import ConfigError
-from fedtune.version import __version__
 
 from .deployment_files import run
 
@@ -44,7 +44,7 @@ def test_health_has_fixed_keys(address: str, health: Health) -> None:
     told = json.loads(body)
     assert set(told) == KEYS
     assert (told["state"], told["last_contact"], told["rounds_answered"]) == ("starting", None, 0)
-    assert told["version"] == __version__
+    assert told["version"] == build()
     with pytest.raises(TypeError):
         health.update(records=3)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="state"):

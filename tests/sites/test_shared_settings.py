@@ -14,9 +14,10 @@ from fedtune.config import RunConfig, parse
 from fedtune.model.base_model import model_sha256
 from fedtune.model.spec import ModelSpec
 from fedtune.privacy import accountant
-from fedtune.privacy.release import Reason
+from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
 from fedtune.spec import ConfigError
+from fedtune.version import __version__
 
 from ..privacy.builders import reason_of
 from .conftest import letters
@@ -161,6 +162,13 @@ def test_what_is_no_settings_is_refused_as_such(sent: RunConfig, text: str) -> N
 )
 def test_settings_of_a_newer_version_or_of_nonsense_are_refused(sent: RunConfig, path: str, value: object) -> None:
     assert reason_of(read_settings, text_of(sent, **{path: value}), plan=sent.plan()) is Reason.SETTINGS
+
+
+def test_a_refusal_of_settings_names_the_key_and_the_site_s_version(sent: RunConfig) -> None:
+    with pytest.raises(Refused) as caught:
+        read_settings(text_of(sent, **{"training.newer_key": 1}), plan=sent.plan())
+    assert caught.value.asked == "training.newer_key"
+    assert caught.value.allowed == f"what fedtune {__version__} knows"
 
 
 def test_the_cost_of_another_plan_than_was_signed_is_never_computed(sent: RunConfig, monkeypatch: Any) -> None:
