@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import RunConfig, parse, saved_config
-from fedtune.federation.calendar import moved
+from fedtune.federation.calendar import next_window
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.verdict import history_of
-from fedtune.privacy.cohorts import Cohorts, period_of
-from fedtune.privacy.site_files import SiteFiles
+from fedtune.federation.verdict import runs_of_sites
 from fedtune.runs.changed_settings import put
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
@@ -24,15 +21,15 @@ def with_start(config: RunConfig) -> RunConfig:
     if name is None and expected is None:
         return config
     if name is None:
-        bound = "is required with model.adapter_sha256: the folder of that adapter"
-        raise ConfigError("model.adapter", NOT_GIVEN, bound)
+        raise ConfigError(
+            "model.adapter", NOT_GIVEN, "is required with model.adapter_sha256: the folder of that adapter"
+        )
     from fedtune.tasks.saved import SavedAdapter  # torch takes seconds to import
 
     start = SavedAdapter.to_begin_in(name)
     RunFolder(start.folder.parent).require_own(start.digest, key="model.adapter", value=name)
     if expected not in (None, start.digest):
-        bound = f"is not the digest of the adapter, which is {start.digest}"
-        raise ConfigError("model.adapter_sha256", expected, bound)
+        raise ConfigError("model.adapter_sha256", expected, f"is not the digest of the adapter, {start.digest}")
     start.require_fits(config.task_model())
     return replace(config, model=replace(config.model, adapter_sha256=start.digest))
 
@@ -61,38 +58,19 @@ def renewed(folder: str | Path, said: Mapping[str, Any]) -> RunConfig:
     if before.runtime.kind != "deployment" and before.runtime.sites_dir is None:
         changes["runtime.sites_dir"] = str(RunFolder(last).sites)
     if before.privacy.cohorts is not None and not any(key.startswith("privacy.cohorts") for key in said):
-        changes["privacy.cohorts"] = asdict(_next_window(before))
+        changes["privacy.cohorts"] = asdict(
+            next_window(before.privacy.cohorts, real=before.runtime.kind == "deployment")
+        )
     settings = before.to_json() | {"public": {}}
     for key, value in (changes | dict(said)).items():
         # A whole group would bring defaults for all that it leaves out, and with another count runs would begin anew.
         if isinstance(settings.get(key), dict) or key == "federation.renewal" or not put(settings, key, value):
             raise ConfigError(key, value, "must be one setting of the run that is renewed, such as privacy.epsilon")
-    settings["federation"]["renewal"] = max(before.federation.renewal + 1, _runs_of(settings["runtime"]["sites_dir"]))
+    settings["federation"]["renewal"] = max(
+        before.federation.renewal + 1, runs_of_sites(settings["runtime"]["sites_dir"])
+    )
     after = parse(settings)
     _check_left(before, after, last)
-    return after
-
-
-def _runs_of(sites: str | None) -> int:
-    """The most runs that a ledger in the folder of simulated `sites` was charged for; 0 where none is here."""
-    histories = [history_of(SiteFiles.of(path)) for path in Path(sites).glob("*/site.toml")] if sites else []
-    return max((sum(map(bool, map(one.charged_rounds, {*one.runs, *one.lost_runs}))) for one in histories), default=0)
-
-
-def _next_window(before: RunConfig) -> Cohorts:
-    """The window of cohorts moved on by one period; at real sites only into one that has begun.
-
-    Whoever wants to charge people of a later period names the window, so that nobody does so by a command given twice.
-    """
-    assert before.privacy.cohorts is not None
-    after = moved(before.privacy.cohorts)
-    if before.runtime.kind == "deployment" and after.span[1] > period_of(datetime.now(UTC), after.period):
-        first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
-        bound = (
-            f"has not begun: the {after.period} that --renew would charge next. If you want to charge it now, name the "
-            f"window: {first}privacy.cohorts.last={after.last}"
-        )
-        raise ConfigError("privacy.cohorts.last", after.last, bound)
     return after
 
 
