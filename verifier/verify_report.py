@@ -50,10 +50,7 @@ def require(right: bool, text: str) -> None:
 
 
 def is_signed(key: str, purpose: str, message: bytes, signature: str) -> bool:
-    """Whether `signature` is an Ed25519 signature by `key`, in the frame that names its purpose.
-
-    No roster has a key of small order, under which anybody can sign.
-    """
+    """Whether `signature` is an Ed25519 signature by `key`, in the frame that names its purpose."""
     try:
         holder = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
         holder.verify(bytes.fromhex(signature), b"fedtune " + purpose.encode() + b"\0" + message)
@@ -91,17 +88,12 @@ def plan_digest(plan: Json) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def counted_noise(plan: Json) -> float:
-    """The noise multiplier that hides a step: of a secure sum that of the fewest honest shares."""
-    if (shared := plan["shared"]) is None:
-        return float(plan["noise_multiplier"])
-    honest = max(1, shared["threshold"] - shared["colluders"])
-    return float(shared["noise_multiplier"] * math.sqrt(honest))
-
-
 def events_of(plan: Json, rounds: int) -> dict[Event, int]:
-    """The mechanisms of so many rounds of a plan, counted."""
-    found = {(float(plan["sampling_rate"]), counted_noise(plan)): plan["local_steps"] * rounds}
+    """The mechanisms of so many rounds of a plan, counted; of a secure sum the fewest honest shares are its noise."""
+    noise, shared = float(plan["noise_multiplier"]), plan["shared"]
+    if shared is not None:
+        noise = shared["noise_multiplier"] * math.sqrt(max(1, shared["threshold"] - shared["colluders"]))
+    found = {(float(plan["sampling_rate"]), noise): plan["local_steps"] * rounds}
     if plan["metrics_noise_multiplier"] > 0:
         event = (1.0, float(plan["metrics_noise_multiplier"]))
         found[event] = found.get(event, 0) + rounds
@@ -124,8 +116,7 @@ def loss_distribution(event: Event, width: float, *, removed: bool) -> tuple[np.
     divergence is convex, so the result dominates the mechanism ("connect the dots", Doroshenko et al. 2022).
     """
     rate, sigma = event
-    span = np.array([-FAR * sigma, FAR * sigma + 1])
-    losses = loss_at(span, rate, sigma)
+    losses = loss_at(np.array([-FAR * sigma, FAR * sigma + 1]), rate, sigma)
     least, most = (losses if removed else -losses[::-1]) / width
     first, last = math.floor(max(least, -BOUND / width)) - 1, math.ceil(min(most, BOUND / width)) + 1
     grid = np.arange(first, last + 1) * width
@@ -136,8 +127,7 @@ def loss_distribution(event: Event, width: float, *, removed: bool) -> tuple[np.
     mixed = (1 - rate) * none + rate * between((low - 1) / sigma, (high - 1) / sigma)
     upper, other = (mixed, none) if removed else (none, mixed)
     # p(low) + p(high) = upper; p(low) e^-low + p(high) e^-high = other
-    high_part = (upper - other * np.exp(grid[:-1])) / -np.expm1(-width)
-    high_part = np.clip(high_part, 0.0, upper)
+    high_part = np.clip((upper - other * np.exp(grid[:-1])) / -np.expm1(-width), 0.0, upper)
     chances = np.zeros(len(grid))
     chances[1:] += high_part
     chances[:-1] += upper - high_part
@@ -218,10 +208,8 @@ def epsilon_one_way(charged: dict[Event, int], delta: float, width: float, *, re
         above = losses > epsilon
         return float((summed[above] * -np.expm1(epsilon - losses[above])).sum()) + beyond - delta
 
-    if excess(0.0) <= 0:
-        return 0.0
-    if excess(losses[-1]) > 0:
-        return math.inf
+    if excess(0.0) <= 0 or excess(losses[-1]) > 0:
+        return 0.0 if excess(0.0) <= 0 else math.inf
     return float(brentq(excess, 0.0, losses[-1], xtol=1e-9)) + 1e-9
 
 
@@ -250,8 +238,8 @@ def rounds_of(facts: Json, site: Json) -> int:
         return most
     name, charged = site["site"], receipt["charged_rounds"]
     message = json.dumps({key: value for key, value in receipt.items() if key != "signature"}, sort_keys=True).encode()
-    signed = is_signed(receipt["site_key"], "receipt", message, receipt["signature"])
-    require(signed, f"{name} did not sign its receipt")
+    right = is_signed(receipt["site_key"], "receipt", message, receipt["signature"])
+    require(right, f"{name} did not sign its receipt")
     require((receipt["site"], receipt["run"]) == (name, facts["run"]), f"the receipt of {name} is of something else")
     of_plan = receipt["plan"] == plan_digest(plan) or (not receipt["plan"] and not charged)
     require(of_plan, f"{name} signed another plan")
@@ -307,7 +295,7 @@ def check_statements(facts: Json, folder: Path) -> None:
 def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[str, float]:
     """The verdict and the epsilon of a run."""
     facts = report["facts"]
-    plan, delta = facts["plan"], facts["plan"]["delta"]
+    plan, delta, states, epsilons = facts["plan"], facts["plan"]["delta"], [], []
     receipts = {site["site"]: site["receipt"] for site in facts["sites"] if site["receipt"]}
     deployed = facts["settings"].get("runtime") == "deployment"
     said_so = all(receipt["simulated"] != deployed for receipt in receipts.values())
@@ -320,9 +308,8 @@ def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[
     require(keys is None or deployed, "a simulation's keys are no real sites'")
     check_sent(facts)
     check_statements(facts, folder / "site_reports")
-    over = (len(facts["rounds"]) >= plan["num_rounds"]) or facts["stop_after"] is not None
+    over = len(facts["rounds"]) >= plan["num_rounds"] or facts["stop_after"] is not None
     require(over or not (facts["files"] or facts["final"]), "it is not finished, and names a model")
-    states, epsilons = [], []
     reported = {site["site"]: site for site in report["sites"]}
     require([*reported] == [site["site"] for site in facts["sites"]], "figures of other sites")
     of_rounds = cache(lambda rounds: epsilon_of(events_of(plan, rounds), delta))
@@ -334,8 +321,7 @@ def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[
         ended = bool(report["utility"]["kept"] and report["utility"]["kept"]["ended_early"]) and rounds > 0
         epsilons.append(number(spent["planned_epsilon"] if ended else spent["epsilon"]))
         states.append(state_at(facts, site, spent, rounds))
-    state = min(states, key=("no_guarantee", "exceeded", "within").index)
-    return state, max(epsilons)
+    return min(states, key=("no_guarantee", "exceeded", "within").index), max(epsilons)
 
 
 def state_at(facts: Json, site: Json, spent: Json, rounds: int) -> str:
@@ -375,25 +361,20 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
     require(found is None or not signer or found["site_key"] == signer, "its ledger is another key's")
     require(keys is None or keys.get(site) == signer, f"the roster has another key of {site}")
     epsilon_by_filter = partial(filter_epsilon, order=facts["order"], delta=delta)
-
-    def cost(charged: dict[Event, int]) -> float:
-        return sum(count * divergence(event, facts["order"]) for event, count in charged.items())
-
     cohorts = [0, *(span_of(run["plan"])[0] for run in facts["runs"])]
     spent, in_period = (
-        max((charged_to(facts, cohort, period=period) for cohort in cohorts), key=cost) for period in (False, True)
+        max((charged_to(facts, cohort, period=period) for cohort in cohorts), key=epsilon_by_filter)
+        for period in (False, True)
     )
-    epsilon = epsilon_by_filter(spent)
-    life = report["sites"][0]["lifetime"]
+    epsilon, life = epsilon_by_filter(spent), report["sites"][0]["lifetime"]
     check_epsilon("epsilon of all runs", life["epsilon"], epsilon)
     check_epsilon("epsilon of the period", life["period_epsilon"], epsilon_by_filter(in_period))
-    caps, something = facts["caps"], bool(spent)
+    caps, something, approved = facts["caps"], bool(spent), facts["approved"]
     charges = sum(entry["rounds"] if entry["run"] else 1 for entry in facts["charges"])
     ends = zip(caps, [*(cap["charges_before"] for cap in caps[1:]), charges], strict=True)
-    without_cap = any(cap["max_epsilon"] is None and cap["charges_before"] < end for cap, end in ends)
-    most, of_period = (number(facts["approved"][key]) for key in ("max_epsilon", "max_epsilon_per_period"))
+    without_cap = something and approved["max_epsilon"] is None
+    without_cap |= any(cap["max_epsilon"] is None and cap["charges_before"] < end for cap, end in ends)
     seeded = facts["lost_seed"] or any(run["seeded_noise"] for run in facts["runs"])
-    without_cap |= facts["approved"]["max_epsilon"] is None and something
     if found is None or facts["in_doubt"] or seeded or without_cap or math.isinf(epsilon):
         return "no_guarantee", epsilon
     planned = {run["run"]: number(run["planned_epsilon"]) for run in life["runs"]}
@@ -401,8 +382,8 @@ def check_ledger(report: Json, keys: dict[str, str] | None, signer: str) -> tupl
         whole = epsilon_of(events_of(run["plan"], most_rounds(run["plan"])), delta)
         check_epsilon(f"the plan of {run['run']}", planned[run["run"]], whole)
     above = [
-        something and number(life["epsilon"]) > most * (1 + LAST_DIGITS),
-        something and number(life["period_epsilon"]) > of_period * (1 + LAST_DIGITS),
+        number(life["epsilon"]) > number(approved["max_epsilon"]) * (1 + LAST_DIGITS),
+        number(life["period_epsilon"]) > number(approved["max_epsilon_per_period"]) * (1 + LAST_DIGITS),
         any(planned[run["run"]] > number(run["max_epsilon"]) * (1 + 1e-3) for run in facts["runs"]),
     ]
     return ("exceeded" if any(above) else "within"), epsilon
@@ -459,8 +440,8 @@ def number(epsilon: float | None) -> float:
 
 def check_epsilon(name: str, said: float | None, found: float) -> None:
     """A report may say more; less than this upper bound only by what that is too large."""
-    least = found * (1 - SLACK) - 1e-6
-    require(number(said) >= least, f"{name}: the report says {said}, found at most {found:.6g}")
+    right = number(said) >= found * (1 - SLACK) - 1e-6
+    require(right, f"{name}: the report says {said}, found at most {found:.6g}")
 
 
 def check_files(facts: Json, folder: Path) -> None:
@@ -469,11 +450,8 @@ def check_files(facts: Json, folder: Path) -> None:
         require(not folder.is_dir(), f"{folder} is there, and the report names no model")
         return
     require(folder.is_dir(), f"the model was not compared: there is no {folder}; give --model")
-    there = {
-        hashlib.sha256(path.read_bytes()).hexdigest(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in BESIDE_MODEL
-    }
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in BESIDE_MODEL]
+    there = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in files}
     for digest, path in there.items():
         require(digest in facts["files"].values(), f"{path} is not a file of the model that the report is about")
     named = {digest for name, digest in facts["files"].items() if name.startswith("adapter/")}

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -304,3 +306,34 @@ def test_what_is_no_report(run_folder: Path, tmp_path: Path) -> None:
             os.truncate(path, 20 << 30)
         for file in (path,) if content else (path, tmp_path / "pipe"):
             assert message in command("report", "verify", str(file)).failed()
+
+
+def test_a_verifier_lies_beside_the_report_and_needs_no_fedtune(run_folder: Path, tmp_path: Path) -> None:
+    assert command("report", str(run_folder), "--verifier").code == 0
+    program = run_folder / "verify_report.py"
+    text = program.read_text()
+    assert len(text.splitlines()) <= 500
+    assert not re.search(r"^\s*(from|import) fedtune", text, re.MULTILINE)
+    blocked = tmp_path / "fedtune.py"
+    blocked.write_text("raise ImportError('fedtune')")
+    words = [sys.executable, "-P", str(program), str(run_folder)]
+    done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}, check=False)
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["HOLDS", "within:"]), done.stdout + done.stderr
+    edit(run_folder / "report.json", *_EPSILON[:-1], "epsilon", to=0.01)
+    done = subprocess.run(words, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)}, check=False)
+    assert (done.returncode, done.stdout.split()[:3]) == (1, ["DOES", "NOT", "HOLD:"])
+
+
+def test_what_lies_beside_a_report_is_compared_with_it(run_folder: Path, looser: Path, tmp_path: Path) -> None:
+    assert command("report", str(run_folder), "--registry").code == 0
+    assert command("report", "verify", str(run_folder)).code == 0
+    for name in ("registry.json", "adapter/README.md"):
+        path = run_folder / name
+        right = path.read_bytes()
+        path.write_bytes(right.replace(b"simulat", b"deploy"))
+        assert command("report", "verify", str(run_folder)).failed(1).endswith(f"does not hold: {name}")
+        path.write_bytes(right)
+    copy = shutil.copytree(run_folder / "adapter", tmp_path / "model")
+    assert command("report", "verify", str(run_folder), "--model", str(copy)).code == 0
+    other = ("report", "verify", str(run_folder), "--model", str(looser / "adapter"))
+    assert command(*other).failed(1).endswith("does not hold: files")

@@ -238,3 +238,11 @@ def test_axe_finds_nothing(name: str, language: str, scheme: str, opened: Any) -
     for width in (DESKTOP, PHONE):
         found = axe.Axe().run(resized(page.tab, width))
         assert found.violations_count == 0, found.generate_report()
+
+
+def test_answers_of_page_one_are_as_wide_as_a_phone(browser: Any, language: str) -> None:
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.set_content(shown.page("within", language))
+    widths = tab.evaluate("[...document.querySelectorAll('.answer > :last-child')].map(e => e.clientWidth)")
+    tab.close()
+    assert min(widths) > 300, "each answer is below its question"
