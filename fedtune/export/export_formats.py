@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,7 @@ from fedtune.data.records import Record
 from fedtune.data.values import FEATURE
 from fedtune.export.onnx_graphs import INT8, WHOLE, load_graph, quantise, write_graph
 from fedtune.extras import require_extra
-from fedtune.federation.run_folder import CARD, LABEL
+from fedtune.federation.run_folder import CARD, LABEL, RunFolder
 from fedtune.model.base_model import load_base, save_plain
 from fedtune.model.ia3_and_dora import merged
 from fedtune.model.quiet import quiet
@@ -206,6 +206,9 @@ def export(
             source, reference = Source.of(model, config, adapter, private_to=private_to)
             source.tokenizer.save_pretrained(folder)
             WRITERS[format](source, reference, folder)
+    if private_to is None:
+        with suppress(OSError):  # a run's folder that cannot be written tells nothing of its exports
+            RunFolder(run).note_export(target)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 

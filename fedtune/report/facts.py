@@ -379,9 +379,8 @@ class RunFacts:
         ended in its ledger.  What the lead says a site's own report says can only make them more.
         """
         told = [run.rounds for run in site.statement.lifetime.runs if run.run == self.run] if site.statement else []
-        return max(
-            site.receipt.charged_rounds if site.receipt and site.receipt.ended else self.plan.most_rounds, *told, 0
-        )
+        signed = site.receipt.charged_rounds if site.receipt and site.receipt.ended else self.plan.most_rounds
+        return max(signed, *told, 0)
 
     def is_upper_bound(self, site: SiteFacts) -> bool:
         """The site may have charged fewer rounds: it did not sign that the run has ended there."""

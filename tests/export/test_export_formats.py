@@ -1,5 +1,6 @@
 """Exports compute what the run's model computes, in libraries that know nothing of fedtune."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from fedtune.export.onnx_graphs import served
 from fedtune.federation.earlier_debts import debts_of_base
 from fedtune.model.base_model import load_tokenizer
 from fedtune.model.spec import ModelSpec
+from fedtune.report import from_run
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
 from fedtune.tasks.inputs import INPUTS
@@ -225,6 +227,11 @@ def test_an_adapter_is_written_from_what_was_loaded_not_from_its_files(runs: Run
     assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == sorted(names)
     assert json.loads((out / config).read_text()) == settings
     assert (out / "fedtune.json").read_text() == (run / "adapter" / "fedtune.json").read_text()
+    # From now on the run's report names the export's files; of the link it says nothing.
+    files = from_run.build(run).facts.files
+    weights = hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert files["out/adapter_model.safetensors"] == weights
+    assert not {"adapter/head.safetensors", "out/README.md", "out/label.svg"} & set(files)
 
 
 @pytest.mark.parametrize("library", ["onnxscript", "onnxruntime", "sentence_transformers"])

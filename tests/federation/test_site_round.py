@@ -154,6 +154,26 @@ def test_the_final_adapter_is_kept_and_its_digest_is_in_the_ledger(site: Any, fi
     assert receipt.sequence == len(site.events()), "it covers the note of the end"
 
 
+def test_receipts_say_of_which_plan_and_whether_the_run_is_over(site: Any) -> None:
+    plan = site.propose().plan.digest()
+    said = [(one.ended, one.plan, one.simulated, one.seeded_noise) for one in (site.ask().receipt, site.end())]
+    assert said == [(False, plan, False, False), (True, plan, False, False)]
+
+
+def test_a_run_that_was_refused_cannot_begin_once_its_lead_ended_it(station: Any) -> None:
+    site = station(approval="manual")
+    assert site.end() is None, "it was never asked"
+    assert reason(site.ask()) is Reason.AWAITING_APPROVAL
+    receipt = site.end()
+    assert (receipt.charged_rounds, receipt.ended, receipt.plan) == (0, True, "")
+    assert receipt.is_signed()
+    site.ledger().approve(site.propose())
+    assert reason(site.ask()) is Reason.RUN_ENDED, "the receipt said that it is charged nothing"
+    again = site.end()
+    assert (again.ended, again.charged_rounds) == (True, 0)
+    assert len(ends(site)) == 1
+
+
 @pytest.mark.parametrize("declines", [True, False], ids=["declined", "none came"])
 def test_without_an_adapter_the_end_is_noted_all_the_same(station: Any, final: Adapter, declines: bool) -> None:
     site = station(final_adapter="decline") if declines else station()
