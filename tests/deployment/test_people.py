@@ -75,6 +75,29 @@ def test_a_run_that_is_denied_ends(federation: Federation, careful: SiteFolder) 
     assert not [each for each in federation.sites.values() if each.events("denied", "plan")]
 
 
+def test_a_site_ends_one_run_that_it_accepted_and_the_other_site_goes_on(federation: Federation) -> None:
+    """While its first round trains: that round stays charged, its update does not leave, and no other is charged."""
+    site, other = federation.sites["north"], federation.sites["south"]
+    lead = site.held_in("ended", *settings("federation.num_rounds=2", "federation.min_sites=1", "federation.grace_s=3"))
+    (run,) = (event.run for event in site.events("ended", "plan"))
+    words = [*FEDTUNE, "site", "deny", run, "--reason", "consent withdrawn", "--by", "Anna Weber", "--ticket", "DPO-7"]
+    denial = federation.run("ending", "north", [*words, *site.own])
+    assert denial.end() == 0, denial.text
+    site.hold(False)
+    assert lead.end() == 0, lead.text
+    assert "consent" not in lead.text + (federation.run_folder("ended") / "answers.json").read_text()
+    assert "north: denied" in " ".join(lead.text.split())
+    order = [event.detail.get("what", event.kind.value) for event in site.events("ended")]
+    assert order[:3] == ["plan", "reserve", "denied"]
+    assert set(order[3:]) == {"refusal"}, "nothing else of it: no reply, and no further round"
+    history = site.verified().history
+    assert history.runs[run].charged_rounds == 1
+    assert not history.set_aside(history.clock), "what its plan had set aside is free"
+    assert history.decided[run] == [("denied", history.decided[run][0][1], "Anna Weber", "DPO-7")]
+    assert other.verified().history.runs[run].charged_rounds == 2
+    check_books(federation, "ended")
+
+
 def test_a_run_is_looked_at_stopped_and_resumed(federation: Federation) -> None:
     site, run = federation.sites["south"], "stopped"
     folder = federation.run_folder(run)
