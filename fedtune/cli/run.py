@@ -21,6 +21,7 @@ from fedtune.cli.command import Argument, Metrics, Option, Renew, answer
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import PartitionSpec
+from fedtune.data.spec import AT_SITE
 from fedtune.federation.kept_round import is_over, kept_of
 from fedtune.federation.lead import Checkpoints, site_charge
 from fedtune.federation.run_folder import RunFolder
@@ -147,13 +148,15 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
         if key in _OURS:
             bound = "is always deployment here" if key.startswith("runtime") else "is set by sites=[a,b,...] here"
             raise ConfigError(key, value, bound)
-    chosen = members(kit, _names(wanted[-1]) if wanted else config.federation.active if begun else ())
-    names = ",".join(f"'{member.site}'" for member in chosen)
-    given = [*others, f"federation.num_sites={len(chosen)}", f"federation.site_names=[{names}]"]
-    given.append("federation.participants=[]")
-    if not begun:  # how a simulation deals out its file says nothing of real sites
+    if not begun:  # a simulation's file, and how that is dealt out, say nothing of real sites
+        if (file := typed.get("data.train_file")) is not None:
+            raise ConfigError("data.train_file", file, "is each site's own, by its policy: leave it out")
         usual = asdict(PartitionSpec()).items()
-        given += ["runtime=deployment", *(f"data.partition.{key}={json.dumps(value)}" for key, value in usual)]
+        others += ["runtime=deployment", f"data.train_file={AT_SITE}"]
+        others += [f"data.partition.{key}={json.dumps(value)}" for key, value in usual]
+    named = _names(wanted[-1]) if wanted else config.federation.active if begun else _in_experiment(others, kit)
+    chosen = members(kit, named)
+    given = [*others, *_of_sites([member.site for member in chosen]), "federation.participants=[]"]
     if "data.declared_sizes" in typed:
         return compose_run(given)
     # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
@@ -164,6 +167,18 @@ def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
             raise ConfigError("data.dataset", dataset, bound)
     sizes = ",".join(str(member.datasets[dataset]) for member in chosen)
     return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
+
+
+def _of_sites(names: Sequence[str]) -> list[str]:
+    listed = ",".join(f"'{name}'" for name in names)
+    return [f"federation.num_sites={len(names)}", f"federation.site_names=[{listed}]"]
+
+
+def _in_experiment(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
+    """The sites that an experiment file names, as `federation.participants`; none: all of the roster take part."""
+    others = [word for word in words if not word.startswith("data.declared_sizes=")]
+    known = _of_sites([member.site for member in members(kit, ())])
+    return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
 
 
 def _names(override: str) -> list[str]:

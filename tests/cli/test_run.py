@@ -18,6 +18,7 @@ import pytest
 from fedtune.api.compose import compose_run
 from fedtune.cli.run import _start, compose_for_sites
 from fedtune.config import RunConfig, parse, saved_config
+from fedtune.data.spec import AT_SITE
 from fedtune.federation.lead import keep_receipts
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec, PublicSpec
@@ -32,7 +33,7 @@ from fedtune.spec import ConfigError
 from fedtune.tasks.saved import SavedAdapter, save_task_model
 from fedtune.tasks.task_model import build_task_model
 
-from ..conftest import command, site_policy, write_config
+from ..conftest import REPOSITORY, command, site_policy, write_config
 from ..ops.conftest import Desk
 from . import snapshots
 
@@ -64,6 +65,24 @@ def test_sites_may_be_written_in_any_of_these_ways(kit: Kit, sites: str) -> None
     assert config.federation.active == ("west", "north")
     assert config.declared_sizes() == {"west": 90, "north": 230}
     assert (config.runtime.kind, config.federation.num_sites) == ("deployment", 2)
+
+
+def test_a_lead_s_own_kind_of_data_needs_no_file_and_its_experiment_names_the_sites(kit: Kit, tmp_path: Path) -> None:
+    """The experiment file that docs/own_data.md shows, with the names of these sites and of their data set."""
+    page = (REPOSITORY / "docs" / "own_data.md").read_text(encoding="utf-8").partition("## Your own kind of data")[2]
+    text = page.partition("```yaml\n")[2].partition("```")[0]
+    for shown, here in (("north-hospital", "north"), ("south-hospital", "west"), ("triage_notes", "banking77")):
+        assert shown in text
+        text = text.replace(shown, here)
+    (tmp_path / "triage.yaml").write_text(text)
+    own = [f"experiment={tmp_path / 'triage.yaml'}", "name=one", "privacy.noise_multiplier=4.0"]
+    config = compose_for_sites(own, kit=kit)
+    assert config.declared_sizes() == {"north": 230, "west": 90}
+    assert (config.data.train_file, config.data.test_file, config.data.labels) == (AT_SITE, None, ("urgent", "routine"))
+    assert for_sites(config).data.train_file == AT_SITE
+    assert compose_for_sites([*own, "sites=[south]"], kit=kit).declared_sizes() == {"south": 180}
+    with pytest.raises(ConfigError, match=r"data\.train_file = 'gone\.csv': is each site's own, by its policy"):
+        compose_for_sites([*own, "data.train_file=gone.csv"], kit=kit)
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
@@ -105,14 +124,16 @@ def test_without_a_word_all_sites_take_part_that_are_not_revoked_and_other_setti
 
 def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(kit: Kit, tmp_path: Path) -> None:
     small = ("sites=[north]", "data.validation_rows=2", "data.test_rows=2", f"tracking.output_dir='{tmp_path}'")
+    small += ("federation.round_timeout_s=1",)  # for so long it is waited for
     outcome = command("run", "--kit", str(kit.folder), *words(*small))
-    assert "127.0.0.1:9 cannot be reached" in outcome.failed(1)
+    assert outcome.code == 1
+    assert "127.0.0.1:9 cannot be reached" in outcome.err.splitlines()[-1]
     assert f"Continue with: fedtune run resume {tmp_path / 'one'} --kit {kit.folder}" in outcome.out
     assert saved_config(tmp_path / "one").federation.active == ("north",)
     assert not (tmp_path / "one" / "running.json").exists()
     assert "name = 'one': is taken" in command("run", "--kit", str(kit.folder), *words(*small)).failed()
-    message = command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder)).failed(1)
-    assert "127.0.0.1:9 cannot be reached" in message
+    again = command("run", "resume", str(tmp_path / "one"), "--kit", str(kit.folder))
+    assert (again.code, "127.0.0.1:9 cannot be reached" in again.err.splitlines()[-1]) == (1, True)
     other = ("training.local_steps=9", "--kit", str(kit.folder))
     message = command("run", "resume", str(tmp_path / "one"), *other).failed()
     assert "was made with another configuration (training.local_steps was 2, is 9)" in message
