@@ -13,7 +13,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     "logging and Python call them in the place of their own": {"handleError", "showwarning"},
     "settings of objects that belong to a library": {
         *("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_tf32"),
-        *("compress_type", "create_system", "decoder", "_disable_adapters", "disabled", "external_attr"),
+        *("compress_type", "create_system", "decoder", "_disable_adapters", "disabled"),
         "intra_op_num_threads",
         *(
             "fill_uninitialized_memory",

@@ -93,3 +93,11 @@ def used_up_text(rounds: Sequence[RoundResult], federation: FederationSpec) -> s
         f"earlier round was interrupted after it was charged, and charged again, so the plan of {sites} is used up. "
         f"federation.spare_rounds={spare + 1} would have kept it"
     )
+
+
+def again_text(round: int) -> str:
+    """What a run that is resumed says of a round that was asked for and is not over."""
+    return (
+        f"Round {round} was interrupted: a site that was charged for it and had no answer yet is charged again. If no "
+        "spare round is left (federation.spare_rounds), the last round of its plan will be missing."
+    )

@@ -16,7 +16,7 @@ from fedtune.config import RunConfig
 from fedtune.federation.aggregation import Aggregation
 from fedtune.federation.cost import Meter
 from fedtune.federation.invitation import Lead, ProposedRun
-from fedtune.federation.kept_round import kept_of
+from fedtune.federation.kept_round import again_text, kept_of
 from fedtune.federation.lead import Checkpoints, LeadState, keep_receipts, read_receipts
 from fedtune.federation.planner import check_signal
 from fedtune.federation.rounds import run_rounds
@@ -176,7 +176,7 @@ class FederationRun:
             listener.note(text)
         if self.config.resume is not None:
             for round in dict(self._checkpoints.asked(after=state.round)):
-                listener.note(_again_text(round))
+                listener.note(again_text(round))
             return replace(state, data_changed=tuple(sorted({*state.data_changed, *changed})))
         adapter = self.shared.first_adapter()
         listener.preparing("scoring the model before training", 0, 0)
@@ -249,10 +249,3 @@ class FederationRun:
             template=template,
             test_rows=len(shared.test.records) if shared.test else None,
         )
-
-
-def _again_text(round: int) -> str:
-    return (
-        f"Round {round} was interrupted: a site that was charged for it and had no answer yet is charged again. If no "
-        "spare round is left (federation.spare_rounds), the last round of its plan will be missing."
-    )

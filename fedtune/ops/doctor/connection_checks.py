@@ -19,7 +19,6 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from fedtune.ops.doctor.check import SERVER, Check, Status, failed, ok, skipped, warning
-from fedtune.ops.doctor.machine_checks import MOST_AHEAD_S
 from fedtune.ops.kits.certificates import SOON_DAYS, ip_address
 from fedtune.ops.kits.kit_file import Address, Kit
 from fedtune.spec import ConfigError, causes_of
@@ -182,7 +181,6 @@ class Connection:
 
     def _known(self, answer: httpx.Response) -> Check:
         from fedtune.ops.wire.fleet import Foreign, reason_in, said_in
-        from fedtune.ops.wire.identity import clocks_apart
 
         site = self._kit.site or ""
         fix = f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server has that roster."
@@ -191,8 +189,6 @@ class Connection:
                 reason = reason_in(answer, self._server)
                 if "revoked" in reason:
                     fix = "Ask the lead why this site was revoked, and for a new kit if it is to come back."
-                elif apart := clocks_apart(answer, most_s=MOST_AHEAD_S) if "clock" in reason else "":
-                    reason, fix = apart, "Have the clock that is wrong synchronized; the line on the clock says which."
                 elif "clock" in reason:
                     fix = "Turn on time synchronisation on this machine, for instance with `timedatectl set-ntp true`."
                 return _failed(AUTHENTICATION, f"the server refused this site: {reason}", fix=fix)

@@ -24,9 +24,10 @@ from fedtune.data.formats import require_reader
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
-from fedtune.ops.services.site_state import SiteState, serving, trouble_of
+from fedtune.ops.services.site_state import SiteState, serving
 from fedtune.ops.wire.fleet import Dropped, Expired, Fleet, Message, SiteApp, Unauthorised, Unreachable
 from fedtune.ops.wire.waiting import Bell
+from fedtune.privacy.durable import trouble_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles

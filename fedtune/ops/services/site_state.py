@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedtune.codec import decode, parse_json
-from fedtune.privacy.durable import require_room, write_durably
+from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 
 MOST_WAITING = 100
-_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,24 +129,6 @@ class SiteState:
         except ConfigError as error:
             raise RunError(f"{path} is damaged; remove it, and the lead's next request writes it anew") from error
         return pending
-
-
-def trouble_of(*files: Path) -> str:
-    """Why a ledger or its anchor cannot be written now, with file and disk; empty if all can.
-
-    A page is written and synced beside each: a disk that is full, read-only or over a quota says so only then.
-    """
-    for file in files:
-        try:
-            require_room(file.parent, _PAGE_BYTES)
-            with tempfile.TemporaryFile(dir=file.parent) as page:
-                page.write(bytes(_PAGE_BYTES))
-                page.flush()
-                os.fsync(page.fileno())
-        except OSError as error:
-            disk = next(folder for folder in file.resolve().parents if folder.is_mount())
-            return f"{file} cannot be written ({error.strerror}, on the disk at {disk}): no round can be charged"
-    return ""
 
 
 @contextmanager

@@ -184,8 +184,10 @@ def readable() -> Iterator[None]:
         raise httpx.TransportError(f"an answer that cannot be read ({type(error).__name__})") from error
 
 
-def not_started(server: str, error: httpx.HTTPStatusError) -> RunError:
+def not_started(server: str, error: httpx.HTTPError) -> RunError:
     """What it says of a lead and its server that this starts no run."""
+    if not isinstance(error, httpx.HTTPStatusError):
+        return RunError(f"{server} cannot be reached ({type(error).__name__}: {error})")
     if apart := clock_of(error):
         return RunError(f"{server}: {apart}")
     if error.response.status_code == httpx.codes.UNAUTHORIZED:

@@ -96,13 +96,10 @@ class RemoteGrid:
             try:
                 self._open()
             except httpx.HTTPError as error:
-                may_pass = _is_away(error) if isinstance(error, httpx.HTTPStatusError) else refusal(error) is None
-                if may_pass and time.monotonic() < deadline:
+                if _is_away(error) and time.monotonic() < deadline:
                     self._wait_for_server(error)
                     continue
-                if isinstance(error, httpx.HTTPStatusError):
-                    raise not_started(self._server, error) from error
-                raise RunError(f"{self._server} cannot be reached ({type(error).__name__}: {error})") from error
+                raise not_started(self._server, error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -239,6 +236,8 @@ class RemoteGrid:
         time.sleep(_RECONNECT_S)
 
 
-def _is_away(error: httpx.HTTPStatusError) -> bool:
-    """The server is out of order, or its clock is: waiting may help, and no run need end."""
+def _is_away(error: httpx.HTTPError) -> bool:
+    """The server is out of reach or out of order, or its clock is: waiting may help, and no run need end."""
+    if not isinstance(error, httpx.HTTPStatusError):
+        return refusal(error) is None
     return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR or bool(clock_of(error))
