@@ -83,10 +83,12 @@ AsJson = Annotated[bool, Option("for machines", names=("--json",))]
 Language = Literal["en", "de"]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], Option()]
 Health = Annotated[
-    str | None, Option("answer GET /health and GET /ready at this loopback address", metavar="HOST:PORT")
+    str | None,
+    Option("answer GET /health and GET /ready at this loopback address or unix:PATH", metavar="HOST:PORT"),
 ]
 Metrics = Annotated[
-    str | None, Option("answer GET /metrics, for Prometheus, at this loopback address", metavar="HOST:PORT")
+    str | None,
+    Option("answer GET /metrics, for Prometheus, at this loopback address, or write a .prom file", metavar="HOST:PORT"),
 ]
 HealthAnywhere = Annotated[bool, Option("--health may be reached from other machines")]
 

@@ -5,6 +5,8 @@ answered (state "connected" or "training"), else 503.  Both give the same five v
 Still, the time that a site spends in state "training" reveals roughly how many records it has, like the time of a reply
 (docs/site_policy.md, `reply_after_s`).  So an address that other machines can reach needs an explicit option.
 
+A process without a network answers at a Unix socket: `unix:/run/fedtune/health.sock`.
+
     python -m fedtune.ops.health 127.0.0.1:8089 [/health | /ready]
 
 asks, prints the answer and ends with 0 for 200, else with 1: a probe for containers without any other client in them.
@@ -24,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from fedtune.ops.files import build
@@ -32,8 +35,8 @@ from fedtune.spec import ConfigError, check_one_of
 State = Literal["starting", "connected", "disconnected", "expired", "failing", "training", "paused", "stopping"]
 READY: frozenset[State] = frozenset({"connected", "training"})
 
-_KEY = "--health"
-_BOUND = "must be host:port on this machine, such as 127.0.0.1:8089"
+_KEY, _UNIX = "--health", "unix:"
+_BOUND = "must be host:port on this machine, such as 127.0.0.1:8089, or unix:PATH"
 _REQUEST_S = 2.0  # for all of a connection
 _REQUEST_BYTES = 4096
 _PLACES = 4
@@ -94,7 +97,7 @@ def serve_health(address: str | None, health: Health, *, anywhere: bool = False)
     """Answer at `address` while the block runs; yields the address, with its port where 0 was asked for.
 
     Args:
-        address: host:port; an IP address (an IPv6 one in brackets) or localhost; None: nowhere.
+        address: host:port; an IP address (an IPv6 one in brackets) or localhost; or unix:PATH; None: nowhere.
         health: the state to report.
         anywhere: also accept an address that other machines can reach.
 
@@ -119,7 +122,8 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
     """Answer GET at `address` while the block runs; yields the address, with its port where 0 was asked for.
 
     Args:
-        address: host:port; an IP address (an IPv6 one in brackets) or localhost.
+        address: host:port; an IP address (an IPv6 one in brackets) or localhost; or unix:PATH, a socket for the same
+            user and group.
         respond: makes the answer.
         key: the option that named the address.
         most_s: longest duration of a connection, so that a slow caller cannot hold a place.
@@ -128,12 +132,10 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
     Raises:
         ConfigError: the address is invalid, is refused, or cannot be bound.
     """
-    host, port = _parse(address, key=key, far=far)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=16)
+        listening, told = _listen(address, key=key, far=far)
     except OSError as error:
-        raise ConfigError(key, address, f"cannot be listened on ({error.strerror})") from None
+        raise ConfigError(key, address, f"cannot be listened on ({error.strerror or error})") from None
     stop, callers = asyncio.Event(), list[asyncio.StreamWriter]()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -170,12 +172,34 @@ def serve_locally(address: str, respond: Respond, *, key: str, most_s: float, fa
     thread = threading.Thread(target=run, name=key.lstrip("-"), daemon=True)
     thread.start()
     try:
-        bound = listening.getsockname()[1]
-        yield f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+        yield told
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join()
         listening.close()
+
+
+def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, str]:
+    """A socket that listens at an address, and the address with its port."""
+    if not address.startswith(_UNIX):
+        host, port = _parse(address, key=key, far=far)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=16)
+        bound = listening.getsockname()[1]
+        return listening, f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+    place = Path(address.removeprefix(_UNIX))
+    if place.exists() and not place.is_socket():
+        raise ConfigError(key, address, "must be the place of a socket; another file is there")
+    place.unlink(missing_ok=True)  # a killed process leaves its socket
+    listening = socket.socket(socket.AF_UNIX)
+    try:
+        listening.bind(str(place))
+        place.chmod(0o660)
+        listening.listen(16)
+    except OSError:
+        listening.close()
+        raise
+    return listening, address
 
 
 async def _answer(head: bytes, respond: Respond) -> bytes:
@@ -204,9 +228,14 @@ def ask(address: str, path: str = "/health") -> tuple[int, str]:
         OSError: nothing answers.
         http.client.HTTPException: the answer is not HTTP.
     """
-    host, port = _parse(address, key=_KEY, far=None)
+    is_unix = address.startswith(_UNIX)
+    host, port = ("localhost", 80) if is_unix else _parse(address, key=_KEY, far=None)
     connection = http.client.HTTPConnection(host, port, timeout=_REQUEST_S)
     try:
+        if is_unix:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(_REQUEST_S)
+            connection.sock.connect(address.removeprefix(_UNIX))
         connection.request("GET", path)
         answer = connection.getresponse()
         return answer.status, answer.read(_REQUEST_BYTES).decode("utf-8", "replace")

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,7 +36,7 @@ if TYPE_CHECKING:  # Flower takes seconds to import, and prometheus-client may b
     from fedtune.ops.wire.gate import Traffic
     from fedtune.privacy.ledger.history import History
 
-_KEY = "--metrics"
+_KEY, _TEXT_FILE, _FILE_S = "--metrics", ".prom", 15.0
 _ANSWER_S = 20.0  # a scrape may take so long: a ledger that has changed is verified from its first event on
 
 
@@ -85,7 +86,8 @@ Values = Iterable[tuple[str, float | Mapping[str, float]]]
 def serve_metrics(address: str | None, values: Callable[[], Values]) -> AbstractContextManager[str]:
     """Answer `GET /metrics` at `address` while the block runs; yields the address, with its port where 0 was asked for.
 
-    Nothing is served where the address is None.
+    Nothing is served where the address is None.  A name that ends in .prom is a file, written again and again, which
+    node_exporter reads: a process without a network shows its figures so.
 
     Raises:
         ConfigError: the address is none, is not loopback, or cannot be had; or prometheus-client is not installed.
@@ -96,6 +98,8 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
     from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
     collector = _Collector(values)
+    if address.endswith(_TEXT_FILE):
+        return _written(Path(address), lambda: generate_latest(collector))
 
     async def respond(path: str) -> tuple[int, str, bytes]:
         if path != "/metrics":
@@ -104,6 +108,35 @@ def serve_metrics(address: str | None, values: Callable[[], Values]) -> Abstract
 
     far = "could be read by other machines: give a loopback address, and let Prometheus's agent read it on this machine"
     return serve_locally(address, respond, key=_KEY, most_s=_ANSWER_S, far=far)
+
+
+@contextmanager
+def _written(file: Path, figures: Callable[[], bytes]) -> Iterator[str]:
+    """Write figures into a file now and every few seconds, each time whole; remove it at the end."""
+    stop, new = threading.Event(), file.with_name(f"{file.name}.new")
+
+    def write() -> None:
+        new.write_bytes(figures())
+        new.chmod(0o644)  # for node_exporter, which is another user
+        new.replace(file)
+
+    def write_on() -> None:
+        while not stop.wait(_FILE_S):
+            with suppress(OSError):  # the disk may be full for a while
+                write()
+
+    try:
+        write()
+    except OSError as error:
+        raise ConfigError(_KEY, str(file), f"must be a file that can be written ({error.strerror})") from None
+    thread = threading.Thread(target=write_on, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield str(file)
+    finally:
+        stop.set()
+        thread.join()
+        file.unlink(missing_ok=True)
 
 
 class _Collector:

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -162,3 +164,23 @@ def test_the_probe_of_containers(address: str, health: Health) -> None:
     assert (done.returncode, json.loads(done.stdout)["state"], done.stderr) == (0, "connected", "")
     assert probe("127.0.0.1:1").returncode == 1
     assert probe().returncode == 2
+
+
+def test_a_process_without_a_network_answers_at_a_unix_socket(tmp_path: Path, health: Health) -> None:
+    address = f"unix:{tmp_path / 'health.sock'}"
+    for _ in range(2):  # a killed process leaves its socket
+        with serve_health(address, health) as told:
+            assert told == address
+            assert stat.S_IMODE((tmp_path / "health.sock").stat().st_mode) == 0o660
+            health.update(state="training")
+            assert ask(address, "/ready")[0] == 200
+            assert module.main([address]) == 0
+    (tmp_path / "notes").write_text("x")
+    for place, bound in (
+        ("notes", "another file is there"),
+        ("missing/x.sock", "No such file"),
+        ("x" * 200, "too long"),
+    ):
+        with pytest.raises(ConfigError, match=bound), serve_health(f"unix:{tmp_path / place}", health):
+            pass
+    assert module.main([address]) == 1

@@ -16,6 +16,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from fedtune.ops import metrics
 from fedtune.ops.health import Health, ask
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.metrics import FIGURES, LeadMetrics, ServerMetrics, SiteMetrics, Values, serve_metrics
@@ -25,6 +26,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
 
+from ..processes import wait_for
 from .deployment_files import passed, run, tool
 
 MONITORING = Path(__file__).parents[2] / "deployment/monitoring"
@@ -71,6 +73,19 @@ def test_no_address_that_other_machines_reach_and_nothing_without_the_extra(monk
 def of_site(folder: Path, health: Health | None = None) -> SiteMetrics:
     kit = Kit.read(folder / "kit", kind="site")
     return SiteMetrics(kit=kit, site_toml=folder / "site.toml", health=health or Health())
+
+
+def test_figures_are_written_into_a_file_whole_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_FILE_S", 0.02)
+    file, rounds = tmp_path / "fedtune.prom", iter(range(10_000))
+    figures: Callable[[], Values] = lambda: [("fedtune_lead_round_seconds", float(next(rounds)))]  # noqa: E731
+    with serve_metrics(str(file), figures) as told:
+        assert told == str(file)
+        assert file.stat().st_mode & 0o777 == 0o644
+        wait_for(lambda: "fedtune_lead_round_seconds 2.0" in file.read_text(), what="the third writing")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="must be a file that can be written"), serve_metrics("/x/y.prom", figures):
+        pass
 
 
 def test_a_site_s_budget_is_that_of_its_ledger(north: Path, run_proposal: Any, command: Any) -> None:
