@@ -1,19 +1,18 @@
-"""A site's end of Flower: the ClientApp of every site, real or simulated."""
+"""A site's answers to the lead's messages: the same functions for a real site, a simulated one, and one at a socket."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 
 from fedtune.federation.protocol import Reply
 from fedtune.federation.site_round import Site, answer, consider, end_run, take_step
 from fedtune.flower import flower_records
-from fedtune.privacy.release import Reason, Refusal
-from fedtune.spec import panics_as_errors
+from fedtune.flower.site_socket import Answering
+from fedtune.privacy.release import Offer, Reason, Refusal, Update
+from fedtune.spec import ConfigError, panics_as_errors
 
 log = logging.getLogger(__name__)
 
@@ -25,49 +24,66 @@ def context_of(run_id: int, node_id: int, node_config: Mapping[str, int]) -> Con
     return Context(run_id, node_id, dict(node_config), state=RecordDict(), run_config={})
 
 
-def make_client_app(site_of: Callable[[Context, str], Site], name_of: Callable[[Context], str]) -> ClientApp:
-    """A ClientApp that answers as the site that `site_of` finds for a node, by the public name of `name_of`.
+def answering(site_of: Callable[[str], Site], *, name: str) -> Answering:
+    """Return the function that answers as the site `name`, which `site_of` opens.
 
     `site_of` opens the site with its ledger, for a run with these settings (JSON, unchecked; empty where a site has
-    them already), and may fail; `name_of` cannot.  Nothing the app does can raise into Flower, which would send an
-    exception's type and text to the server.
+    them already), and may fail.  The function raises nothing, whatever it is asked: Flower would send an exception's
+    type and text to the server.
     """
-    app = ClientApp()
 
-    @app.query()
-    def introduce(message: Message, context: Context) -> Message:
-        return Message(RecordDict({flower_records.SITE: ConfigRecord({"name": name_of(context)})}), reply_to=message)
-
-    @app.query(flower_records.END)
-    def end(message: Message, context: Context) -> Message:
-        content, receipt = message.content, None
-        try:
-            with panics_as_errors():
-                signed = flower_records.to_signed(content)
-                adapter = flower_records.to_adapter(content) if flower_records.ADAPTER in content else None
-                receipt = end_run(site_of(context, ""), signed, adapter)
-        except Exception:
-            log.exception("%s could not end a run", name_of(context))
-        return Message(flower_records.from_receipt(receipt), reply_to=message)
-
-    def reply(message: Message, context: Context, *, read: Callable[[RecordDict], _Answer]) -> Message:
+    def reply(kind: str, created_at: float, content: RecordDict) -> RecordDict:
+        if kind == "query":
+            return RecordDict({flower_records.SITE: ConfigRecord({"name": name})})
+        if kind == f"query.{flower_records.END}":
+            return _end(site_of, content, name=name)
         reason = Reason.MALFORMED_REQUEST
         try:
             with panics_as_errors():
-                answer, settings = read(message.content), flower_records.to_settings(message.content)
+                answer, settings = _READERS[kind](content), flower_records.to_settings(content)
                 reason = Reason.SITE_ERROR
-                site = site_of(context, settings)
-                site.ledger.asked_at(message.metadata.created_at)
-                return Message(answer(site), reply_to=message)
+                site = site_of(settings)
+                site.ledger.asked_at(created_at)
+                return answer(site)
         except Exception:
-            log.exception("%s could not answer", name_of(context))
-        refusal = Refusal(site=name_of(context), run="", round=0, reason=reason)
-        return Message(flower_records.from_reply(Reply(body=refusal, receipt=None)), reply_to=message)
+            log.exception("%s could not answer", name)
+        refusal = Refusal(site=name, run="", round=0, reason=reason)
+        return flower_records.from_reply(Reply(body=refusal, receipt=None))
 
-    app.train()(partial(reply, read=_to_round))
-    app.query(flower_records.INVITE)(partial(reply, read=_to_invitation))
-    app.query(flower_records.SUM)(partial(reply, read=_to_sum))
-    return app
+    return reply
+
+
+class SiteApp:
+    """The answers of a real site, which `site_of` opens, as messages of Flower's."""
+
+    def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
+        self.answering = answering(site_of, name=name)
+
+    def answer(self, message: Message) -> Message:
+        """Answer a message, whatever it holds; nothing is raised but for a kind that has no answer in Flower."""
+        about = message.metadata
+        content = message.content if message.has_content() else RecordDict()
+        return Message(self.answering(about.message_type, about.created_at, content), reply_to=message)
+
+    @staticmethod
+    def answer_in(content: RecordDict) -> Update | Refusal | Offer | None:
+        """Return the answer to a round or an invitation that a reply holds; None: it is of another kind."""
+        try:
+            return flower_records.to_reply(content).body
+        except ConfigError:
+            return None
+
+
+def _end(site_of: Callable[[str], Site], content: RecordDict, *, name: str) -> RecordDict:
+    receipt = None
+    try:
+        with panics_as_errors():
+            signed = flower_records.to_signed(content)
+            adapter = flower_records.to_adapter(content) if flower_records.ADAPTER in content else None
+            receipt = end_run(site_of(""), signed, adapter)
+    except Exception:
+        log.exception("%s could not end a run", name)
+    return flower_records.from_receipt(receipt)
 
 
 def _to_round(content: RecordDict) -> _Answer:
@@ -83,3 +99,10 @@ def _to_invitation(content: RecordDict) -> _Answer:
 def _to_sum(content: RecordDict) -> _Answer:
     signed, parts = flower_records.to_signed(content), flower_records.to_parts(content)
     return lambda site: flower_records.from_step(take_step(site, signed, parts))
+
+
+_READERS: Mapping[str, Callable[[RecordDict], _Answer]] = {
+    "train": _to_round,
+    f"query.{flower_records.INVITE}": _to_invitation,
+    f"query.{flower_records.SUM}": _to_sum,
+}

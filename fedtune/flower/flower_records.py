@@ -20,6 +20,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedtune.federation.protocol import Reply, Signed
 from fedtune.federation.transport import Question
+from fedtune.flower.site_socket import END as END
+from fedtune.flower.site_socket import INVITE as INVITE
+from fedtune.flower.site_socket import SUM as SUM
+from fedtune.flower.site_socket import bytes_of, record_of
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.release import Answer, Offer, Receipt, Refusal, Update
 from fedtune.spec import ConfigError
@@ -28,12 +32,8 @@ ADAPTER, UPDATE = "adapter", "update"
 REQUEST, SETTINGS, REPLY, RECEIPT = "request", "settings", "reply", "receipt"
 ARRAYS = "arrays"  # what Flower's strategies average, within the lead's process
 WEIGHT, SITE = "weight", "site"
-_BYTES = "bytes"
 _AS_JSON: Mapping[str, type[Refusal | Offer]] = {"refusal": Refusal, "offer": Offer}
 """Answers that travel as the JSON of their fields, by name; an update travels as its bytes."""
-END, INVITE, SUM = "end", "invite", "sum"
-"""Flower's actions of the queries that tell a site that a run is over, ask whether it would take part in one, and
-for a step of a secure sum."""
 PARTS = "parts"
 WEIGHT_KEY = "num-examples"  # Flower's name for an average's weight.  Here it always holds the declared size.
 
@@ -46,19 +46,6 @@ def to_arrays(tensors: Mapping[str, npt.NDArray[np.float32]]) -> ArrayRecord:
 def from_arrays(arrays: ArrayRecord) -> dict[str, npt.NDArray[np.float32]]:
     """The inverse of `to_arrays`."""
     return {name: array.numpy() for name, array in arrays.items()}
-
-
-def _from_bytes(data: bytes) -> ArrayRecord:
-    """A record that holds exactly these bytes."""
-    return ArrayRecord({_BYTES: Array(dtype="uint8", shape=(len(data),), stype=_BYTES, data=data)})
-
-
-def _to_bytes(record: ArrayRecord) -> bytes:
-    """The inverse of `_from_bytes`; raises for every other record."""
-    (array,) = record.values()
-    if (list(record), array.stype, array.dtype, array.shape) != ([_BYTES], _BYTES, "uint8", (len(array.data),)):
-        raise ValueError("not bytes")  # whatever else it says would be no part of what is signed
-    return array.data
 
 
 def num_bytes(content: RecordDict) -> int:
@@ -79,13 +66,13 @@ def _reading(content: RecordDict, key: str, bound: str) -> Iterator[None]:
 
 def from_adapter(adapter: Adapter) -> ArrayRecord:
     """An adapter as it travels; one record serves all messages that bring it."""
-    return _from_bytes(adapter.to_bytes())
+    return record_of(adapter.to_bytes())
 
 
 def to_adapter(content: RecordDict) -> Adapter:
     """The adapter in a message."""
     with _reading(content, "message", "must hold an adapter"):
-        return Adapter.from_bytes(_to_bytes(content.array_records[ADAPTER]))
+        return Adapter.from_bytes(bytes_of(content.array_records[ADAPTER]))
 
 
 def from_question(question: Question, adapter: ArrayRecord | None) -> RecordDict:
@@ -164,7 +151,7 @@ def from_reply(reply: Reply) -> RecordDict:
     body, receipt = reply.body, None if reply.receipt is None else reply.receipt.to_json()
     if isinstance(body, Update):
         text = json.dumps({"kind": UPDATE, "receipt": receipt})
-        return RecordDict({UPDATE: _from_bytes(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
+        return RecordDict({UPDATE: record_of(body.to_bytes()), REPLY: ConfigRecord({"json": text})})
     kind = next(kind for kind, release in _AS_JSON.items() if isinstance(body, release))
     return RecordDict({REPLY: ConfigRecord({"json": json.dumps({"kind": kind, "receipt": receipt, **body.to_json()})})})
 
@@ -178,7 +165,7 @@ def to_reply(content: RecordDict) -> Reply:
         if kind in _AS_JSON:
             body = _AS_JSON[kind].from_json(fields)
         else:
-            body = Update.from_bytes(_to_bytes(content.array_records[UPDATE]))
+            body = Update.from_bytes(bytes_of(content.array_records[UPDATE]))
         return Reply(body=body, receipt=None if receipt is None else Receipt.from_json(receipt))
 
 

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord
+from flwr.app import Message as Message
+from flwr.app import RecordDict as RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.federation.protocol import Reply

@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from flwr.app import Context, Message, MessageType
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.config import RunConfig, parse
 from fedtune.federation.invitation import ProposedRun
 from fedtune.federation.site_round import Site
 from fedtune.flower.averaging import Average
-from fedtune.flower.client import context_of, make_client_app
+from fedtune.flower.client import answering, context_of
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import identify, set_metadata
 from fedtune.flower.ray_engine import on_ray
+from fedtune.flower.site_socket import make_client_app
 from fedtune.runs.federation_run import Engine, FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.data_warnings import site_notes
@@ -100,10 +101,11 @@ def _of_this_actor(config_json: str, folder: str) -> Participants:
 
 
 def _client_app(names: Sequence[str], site: Callable[[int], Site]) -> ClientApp:
-    def index(context: Context) -> int:
-        return int(context.node_config["partition-id"])
+    def answer(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
+        index = int(context.node_config["partition-id"])
+        return answering(lambda _: site(index), name=names[index])(kind, created_at, content)
 
-    return make_client_app(lambda context, _: site(index(context)), lambda context: names[index(context)])
+    return make_client_app(answer)
 
 
 class InProcessGrid:

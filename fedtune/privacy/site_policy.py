@@ -334,6 +334,8 @@ class Policy:
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
         simulated: the site is made up, on the machine of the person who simulates it; its ledger and reports say so.
         about: what persons say of the site's records, for a public registry; in no digest, and in no ledger.
+        socket: path of the Unix socket at which a stock SuperNode's app asks this site, beside the policy file unless
+            absolute; empty: the site asks the federation's own server.  In no digest, and in no ledger.
     """
 
     site: str
@@ -355,6 +357,7 @@ class Policy:
     anchor: str = ""
     simulated: bool = False
     about: AboutSpec = field(default=AboutSpec(), compare=False)  # words for a register, which decide nothing
+    socket: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         check_name("site", self.site)
@@ -417,7 +420,7 @@ class Policy:
             fields["budget"]["max_epsilon"] = None
         if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
-        del fields["about"]
+        del fields["about"], fields["socket"]
         if not self.population.arrivals:  # so that other policies keep their digests
             del fields["population"]["arrivals"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from fedtune.federation.rounds import run_rounds
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.spec import FederationSpec
 from fedtune.flower.averaging import Average
-from fedtune.flower.client import make_client_app
+from fedtune.flower.client import answering
 from fedtune.flower.grid_transport import GridTransport
 from fedtune.flower.internals import superlink_app
 from fedtune.flower.simulation import InProcessGrid
+from fedtune.flower.site_socket import make_client_app
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.keys import SigningKey
@@ -61,7 +63,9 @@ class Federation:
         self.asked: list[tuple[str, str]] = []  # sites as they were asked anything, with the settings that came
         self.trained: list[str] = []  # sites as they trained
         self.kept: dict[str, tuple[str, str]] = {}  # of a site, the run and the digest of the adapter that it got
-        app = make_client_app(self._site, self._name)
+        app = make_client_app(
+            lambda context, *asked: answering(partial(self._site, context), name=self._name(context))(*asked)
+        )
         self.grid = InProcessGrid(app, spec.num_sites, replied=lambda number: None)
         self.transport = GridTransport(self.grid)
         self.finished: list[LeadState] = []

@@ -16,9 +16,10 @@ from fedtune.federation.protocol import EndOfRun, RoundRequest
 from fedtune.federation.site_round import Prepared, Site, Trained
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
+from fedtune.flower.client import SiteApp
 from fedtune.flower.internals import identify
 from fedtune.model.adapter import Adapter
-from fedtune.ops.wire.fleet import Fleet, SiteApp
+from fedtune.ops.wire.fleet import Fleet
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -83,7 +84,7 @@ def asked(app: SiteApp, content: RecordDict | Error, kind: str = "train") -> Exc
         message.content = content
     message.metadata.__dict__["_message_id"] = "m-1"
     reply = app.answer(message)
-    return Exchange(message, reply, SiteApp.answer_in(reply))
+    return Exchange(message, reply, SiteApp.answer_in(reply.content))
 
 
 def test_a_round_is_answered_with_the_bytes_that_the_ledger_stores(
@@ -164,7 +165,7 @@ def test_another_action_than_a_rounds_is_malformed_even_with_a_good_request(
     app: SiteApp, request_: RecordDict, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert asked(app, request_, kind).answered.reason is Reason.MALFORMED_REQUEST
-    assert "could not be answered" in caplog.text
+    assert "could not answer" in caplog.text
 
 
 class Panic(BaseException):

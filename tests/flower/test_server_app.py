@@ -16,6 +16,7 @@ from fedtune.federation.protocol import RoundRequest
 from fedtune.federation.replies import BEYOND_PLAN
 from fedtune.federation.site_round import Trained
 from fedtune.flower import flower_records
+from fedtune.flower.site_socket import record_of
 from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.events import grouped
@@ -90,7 +91,7 @@ def test_a_bad_reply_is_dropped_and_the_round_goes_on(federation: Any, tamper: A
         if fault == "a value changed":
             (array,) = content.array_records[flower_records.UPDATE].values()
             nan = array.data[:-2] + b"\xc0\x7f"
-            content[flower_records.UPDATE] = flower_records._from_bytes(nan)
+            content[flower_records.UPDATE] = record_of(nan)
         elif fault == "nothing":
             content.clear()
         else:

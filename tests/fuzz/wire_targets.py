@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fedtune.federation.protocol import EndOfRun, RoundRequest, Signed
 from fedtune.federation.site_round import Prepared, Trained, answer
 from fedtune.flower import flower_records
+from fedtune.flower.site_socket import record_of
 from fedtune.model.adapter import Adapter, AdapterError
 from fedtune.ops.kits.members import PURPOSE, JoinRequest, site_init
 from fedtune.ops.wire.audit_log import AuditLog
@@ -68,7 +69,7 @@ def _settings(data: bytes) -> object:
 
 def _adapter(data: bytes) -> object:
     """Bytes in the place of an adapter, as they travel."""
-    return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: flower_records._from_bytes(data)}))
+    return flower_records.to_adapter(RecordDict({flower_records.ADAPTER: record_of(data)}))
 
 
 def _reply(data: bytes) -> object:

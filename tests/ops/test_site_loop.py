@@ -20,10 +20,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import fedtune.ops.services.site_service as site_service
 import fedtune.ops.services.site_state as site_state
+from fedtune.flower.client import SiteApp
 from fedtune.ops.health import READY, Health
 from fedtune.ops.services.site_service import _Loop, _until_stopped
 from fedtune.ops.services.site_state import MOST_WAITING, SiteState, serving
-from fedtune.ops.wire.fleet import Fleet, SiteApp, Unreachable
+from fedtune.ops.wire.fleet import Fleet
+from fedtune.ops.wire.line_errors import Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 
@@ -93,10 +95,10 @@ def test_a_round_that_has_begun_is_finished_and_sent(tmp_path: Path, monkeypatch
     """The signal comes while the site trains."""
     done, stop = list[str](), threading.Event()
 
-    def answer(message: Any) -> object:
+    def answer(message: Any) -> Mock:
         stop.set()
         done.append("answered")
-        return object()
+        return Mock()
 
     monkeypatch.setattr(SiteApp, "answer_in", lambda reply: None)
     monkeypatch.setattr(Fleet, "is_void", lambda *_, **__: False)

@@ -180,7 +180,8 @@ class Connection:
         self.clock_ahead_s = ((asked + answered) / 2 - theirs, (answered - asked) / 2 + 0.5)
 
     def _known(self, answer: httpx.Response) -> Check:
-        from fedtune.ops.wire.fleet import Foreign, reason_in, said_in
+        from fedtune.ops.wire.fleet import reason_in, said_in
+        from fedtune.ops.wire.line_errors import Foreign
 
         site = self._kit.site or ""
         fix = f"Ask the lead whether `fedtune provision list` shows {site}, and whether the server has that roster."

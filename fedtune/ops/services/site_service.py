@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.data.formats import require_reader
+from fedtune.flower.client import SiteApp
+from fedtune.flower.site_socket import listening, serve_one
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
 from fedtune.ops.services.site_state import SiteState, serving
-from fedtune.ops.wire.fleet import Dropped, Expired, Fleet, Message, SiteApp, Unauthorised, Unreachable
-from fedtune.ops.wire.waiting import Bell
+from fedtune.ops.wire.line_errors import Dropped, Expired, Unauthorised, Unreachable
 from fedtune.privacy.durable import trouble_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
@@ -34,7 +35,10 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.process import signals_handled
 from fedtune.spec import ConfigError, RunError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # our own wire needs Flower's inside, which a site behind a socket does without
+    from fedtune.flower.grid_transport import Message, RecordDict
+    from fedtune.ops.wire.fleet import Fleet
+    from fedtune.ops.wire.waiting import Bell
     from fedtune.sites.real_site import SiteProcess
 
 log = logging.getLogger(__name__)
@@ -66,38 +70,46 @@ class SiteService:
             RunError: the ledger cannot be trusted or written, or the site has left.
         """
         state = SiteState.of(self.kit.folder)
-        certificate, files = KitCertificate(self.kit), self._checked(state)
+        files = self._checked(state)
         with serving(files.ledger), _until_stopped() as stop:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
             state.check_ledger(files.open().history.opened.ledger)
             process = cache(lambda: self._site_process(state))
             app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
-            fleet = Fleet(
-                self.kit.server, self.kit.tls(), heard=lambda: self.health.update(last_contact=datetime.now(UTC))
-            )
-            log.info("the site is up", extra={"site": files.policy.site, "server": self.kit.server})
-            kept = [files.ledger, *([files.anchor] if files.anchor else [])]
-            bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
-
-            def until() -> datetime:
-                if certificate.is_new():
-                    fleet.show_certificate()
-                    bell.show_certificate()
-                return certificate.certificate.not_after
-
-            try:
-                about: dict[str, Any] = {
-                    "until": until,
-                    "answered": self.answered,
-                    "trouble": partial(trouble_of, *kept),
-                }
-                _Loop(fleet, bell, app, state, self.health, stop, **about).run()
-            finally:
-                self.health.update(state="stopping")
-                bell.close()
-                fleet.close()
+            if files.policy.socket:
+                place = self.site_toml.parent / files.policy.socket
+                _AtSocket(app, state, self.health, stop, self.answered).run(place)
+            else:
+                kept = [files.ledger, *([files.anchor] if files.anchor else [])]
+                self._at_server(app, state, stop, trouble=partial(trouble_of, *kept))
             log.info("the site is down", extra={"site": files.policy.site})
+
+    def _at_server(
+        self, app: SiteApp, state: SiteState, stop: threading.Event, *, trouble: Callable[[], str | None]
+    ) -> None:
+        """Answer over a connection to the server."""
+        from fedtune.ops.wire.fleet import Fleet
+        from fedtune.ops.wire.waiting import Bell
+
+        certificate = KitCertificate(self.kit)
+        fleet = Fleet(self.kit.server, self.kit.tls(), heard=lambda: self.health.update(last_contact=datetime.now(UTC)))
+        log.info("the site is up", extra={"site": self.kit.site, "server": self.kit.server})
+        bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
+
+        def until() -> datetime:
+            if certificate.is_new():
+                fleet.show_certificate()
+                bell.show_certificate()
+            return certificate.certificate.not_after
+
+        try:
+            about: dict[str, Any] = {"until": until, "answered": self.answered, "trouble": trouble}
+            _Loop(fleet, bell, app, state, self.health, stop, **about).run()
+        finally:
+            self.health.update(state="stopping")
+            bell.close()
+            fleet.close()
 
     def _site_process(self, state: SiteState) -> SiteProcess:
         """The process's state, made when the first message comes: its libraries take seconds and most of the memory."""
@@ -221,11 +233,15 @@ class _Loop:
         self.health.update(state="training")
         began = time.monotonic()
         reply = self.app.answer(message)
-        self._note(message, reply, seconds=time.monotonic() - began)
+        about, seconds = message.metadata.message_type, time.monotonic() - began
+        self._rounds += _note(about, reply.content, seconds=seconds, answered=self.answered)
+        self.health.update(rounds_answered=self._rounds)
         self._send(message, reply)
 
     def _send(self, message: Message, reply: Message) -> None:
         """Send the answer, again and again while the server is away: it may be the only copy outside the ledger."""
+        from fedtune.ops.wire.fleet import Fleet
+
         while not Fleet.is_void(message, now=time.time()):
             try:
                 self._require_certificate()
@@ -249,20 +265,45 @@ class _Loop:
         self.stop.wait(wait_s)
         self._wait_s = min(2 * self._wait_s, _MOST_WAIT_S)
 
-    def _note(self, message: Message, reply: Message, *, seconds: float) -> None:
-        """Say in the log what was answered, and put a run that waits where `fedtune site approve` finds it."""
-        answered = SiteApp.answer_in(reply)
-        if answered is None or isinstance(answered, Offer):
-            log.info("answered", extra={"what": message.metadata.message_type})
-            self.answered("offer" if answered else "other")
-            return
-        refused = answered.reason if isinstance(answered, Refusal) else None
-        self._rounds += refused is None
-        self.health.update(rounds_answered=self._rounds)
-        what = "update" if refused is None else refused.value
-        self.answered(what)
-        about = {"run": answered.run, "round": answered.round, "seconds": round(seconds, 2)}
-        log.info("answered", extra={"what": what, **about})
+
+class _AtSocket:
+    """Take a message from a Unix socket, answer it there, until told to stop; this process needs no network."""
+
+    def __init__(
+        self, app: SiteApp, state: SiteState, health: Health, stop: threading.Event, answered: Callable[[str], None]
+    ) -> None:
+        self._app, self._state, self._health, self._stop, self._answered = app, state, health, stop, answered
+        self._rounds = 0
+
+    def run(self, place: Path) -> None:
+        with listening(place) as server:
+            log.info("the site is up", extra={"socket": str(place)})
+            while not self._stop.is_set() and not self._state.left.exists():
+                self._health.update(state="paused" if self._state.paused.exists() else "connected")
+                serve_one(server, self._answer, wait_s=_LOOK_S)
+            self._health.update(state="stopping")
+
+    def _answer(self, kind: str, created_at: float, content: RecordDict) -> RecordDict:
+        began = time.monotonic()
+        self._health.update(state="training", last_contact=datetime.now(UTC))
+        reply = self._app.answering(kind, created_at, content)
+        self._rounds += _note(kind, reply, seconds=time.monotonic() - began, answered=self._answered)
+        self._health.update(rounds_answered=self._rounds)
+        return reply
+
+
+def _note(kind: str, reply: RecordDict, *, seconds: float, answered: Callable[[str], None]) -> bool:
+    """Say in the log what was answered; return whether it is an update."""
+    found = SiteApp.answer_in(reply)
+    if found is None or isinstance(found, Offer):
+        log.info("answered", extra={"what": kind})
+        answered("offer" if found else "other")
+        return False
+    refused = found.reason if isinstance(found, Refusal) else None
+    what = "update" if refused is None else refused.value
+    answered(what)
+    log.info("answered", extra={"what": what, "run": found.run, "round": found.round, "seconds": round(seconds, 2)})
+    return refused is None
 
 
 @contextmanager

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
-from flwr.app import Message as Message  # the loop of a site passes messages on
+from flwr.app import Message
 
-from fedtune.federation.protocol import Reply
-from fedtune.federation.site_round import Site
-from fedtune.flower import flower_records
-from fedtune.flower.client import context_of, make_client_app
 from fedtune.flower.internals import (
     FleetHttpClient,
     RuntimeVersionHttpInterceptor,
@@ -43,11 +38,8 @@ from fedtune.flower.internals import (
 from fedtune.ops.kits.certificates import read_connection_key
 from fedtune.ops.wire.bounded_http import OutOfBounds, bounded, show
 from fedtune.ops.wire.identity import Tls, clocks_apart, refusal, staying
+from fedtune.ops.wire.line_errors import Dropped, Foreign, Unauthorised, Unreachable
 from fedtune.ops.wire.message_objects import pull_message
-from fedtune.privacy.release import Offer, Reason, Refusal, Update
-from fedtune.spec import ConfigError, RunError, panics_as_errors
-
-log = logging.getLogger(__name__)
 
 HELLO = "/v1/fedtune/hello"  # where the server tells a site how it knows it; not Flower's
 _MOST_REASON = 300
@@ -55,54 +47,6 @@ _CALL_TIMEOUT_S = 30.0
 _MOST_APART_S = 3.0  # below all that a gate refuses
 _LONGEST_S = 30 * 86400.0  # no lead waits longer for an answer
 _HEARTBEAT_S = constant.HEARTBEAT_MIN_INTERVAL / 2
-
-
-class SiteApp:
-    """The ClientApp of a real site, which `site_of` opens for a run with these settings."""
-
-    def __init__(self, site_of: Callable[[str], Site], *, name: str) -> None:
-        self._app = make_client_app(lambda _, settings: site_of(settings), lambda _: name)
-        self._name = name
-
-    def answer(self, message: Message) -> Message:
-        """Answer a message, whatever it is; nothing is raised, and no text of an exception leaves."""
-        context = context_of(message.metadata.run_id, message.metadata.dst_node_id, {})
-        try:
-            with panics_as_errors():
-                return self._app(message, context)
-        except Exception:  # an action that this app does not have, for instance
-            log.exception("a message could not be answered")
-            refusal = Refusal(site=self._name, run="", round=0, reason=Reason.MALFORMED_REQUEST)
-            content = flower_records.from_reply(Reply(body=refusal, receipt=None))
-            return Message(content, reply_to=message)
-
-    @staticmethod
-    def answer_in(reply: Message) -> Update | Refusal | Offer | None:
-        """Return the answer to a round or an invitation that a reply holds; None: it is of another kind."""
-        try:
-            return flower_records.to_reply(reply.content).body
-        except ConfigError:
-            return None
-
-
-class Unauthorised(RunError):
-    """The server does not take this node: its key is unknown, or was revoked."""
-
-
-class Expired(Unauthorised):
-    """The certificate of this node has ended."""
-
-
-class Unreachable(RunError):
-    """The server cannot be reached, or has no time; asking again later may help."""
-
-
-class Foreign(Unreachable):
-    """The answer comes from no server of fedtune's."""
-
-
-class Dropped(RunError):
-    """The server takes no answer to this message any more; the lead that asked will ask again."""
 
 
 class Fleet:

@@ -1,0 +1,33 @@
+"""The ClientApp that a stock SuperNode starts for each message: it hands the message to the site's own process.
+
+It holds no record, no model and no key, and imports neither torch nor fedtune's own layers.  The socket is named by the
+site's operator, in `--node-config`, and never by a run, whose lead could otherwise have it write to any socket of the
+machine.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Context, RecordDict
+
+from fedtune.flower.site_socket import ask, make_client_app
+
+SOCKET = "/run/fedtune/site.sock"
+
+
+class SiteAway(Exception):
+    """The site's process gave no answer; the lead asks again."""
+
+
+def hand_over(context: Context, kind: str, created_at: float, content: RecordDict) -> RecordDict:
+    """Return the answer of the site's process.
+
+    Raises:
+        SiteAway: there is none.  Flower sends the text to its server, so it is the name of a class alone.
+    """
+    try:
+        return ask(str(context.node_config.get("fedtune-socket", SOCKET)), kind, created_at, content)
+    except Exception as error:
+        raise SiteAway(type(error).__name__) from None
+
+
+app = make_client_app(hand_over)

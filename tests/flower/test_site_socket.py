@@ -1,0 +1,314 @@
+"""The socket between Flower's app process and the site's: what crosses it, who is heard, and what hostile bytes do."""
+
+import logging
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedtune.federation.protocol import Signed
+from fedtune.federation.transport import Question
+from fedtune.flower import flower_records, site_app, site_socket
+from fedtune.flower.client import context_of
+from fedtune.flower.internals import identify, set_metadata
+from fedtune.flower.site_socket import ask, listening, pack, record_of, serve_one, unpack
+from fedtune.model.adapter import Adapter
+from fedtune.spec import ConfigError
+
+QUESTION = Question(
+    site="a", signed=Signed(text="{}", signature="ab"), settings='{"name": "é"}', parts=[b"\0\xff", b""]
+)
+CONTENTS = {
+    "nothing": lambda adapter: RecordDict(),
+    "a round": lambda adapter: flower_records.from_question(QUESTION, flower_records.from_adapter(adapter)),
+    "no parts": lambda adapter: RecordDict({flower_records.PARTS: ConfigRecord({})}),
+    "no receipt": lambda adapter: flower_records.from_receipt(None),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_contents_cross_unchanged(name: str, adapter: Adapter) -> None:
+    content = CONTENTS[name](adapter)
+    head, body, crossed = _parts(pack("query.sum", 12.5, content))
+    assert unpack(head, body) == ("query.sum", 12.5, content)
+    assert crossed == unpack(head, body)[2]
+
+
+def _parts(data: bytes) -> tuple[bytes, bytes, RecordDict]:
+    lengths = site_socket._LENGTHS
+    head, body = lengths.unpack_from(data)
+    rest = data[lengths.size :]
+    assert len(rest) == head + body
+    return rest[:head], rest[head:], unpack(rest[:head], rest[head:])[2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict({"m": MetricRecord({"a": 1.0})}),
+        RecordDict({"a": ArrayRecord([np.ones(2, np.float32)])}),
+        RecordDict({"c": ConfigRecord({"a": 1.0})}),
+        RecordDict({"c": ConfigRecord({"a": ["x"]})}),
+    ],
+    ids=["metrics", "an array of numbers", "a number", "a list"],
+)
+def test_contents_of_other_forms_do_not_cross(content: RecordDict) -> None:
+    with pytest.raises(ValueError, match=r"^(metrics|not bytes|neither text nor bytes)$"):
+        pack("train", 0.0, content)
+
+
+def test_messages_above_the_bounds_do_not_cross(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_socket, "MOST_BODY_BYTES", 10)
+    pack("train", 0.0, RecordDict({"a": record_of(bytes(10))}))
+    with pytest.raises(ValueError, match="too large"):
+        pack("train", 0.0, RecordDict({"a": record_of(bytes(11))}))
+
+
+class Site:
+    """A site's process at a socket, in a thread, which answers with what it was asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.asked = path, list[str]()
+        self._stop, self._up = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+
+    def answer(self, kind: str, created_at: float, content: RecordDict) -> RecordDict:
+        self.asked.append(kind)
+        return content
+
+    def _serve(self) -> None:
+        with listening(self.path) as server:
+            self._up.set()
+            while not self._stop.is_set():
+                serve_one(server, self.answer, wait_s=0.05)
+
+    def __enter__(self) -> "Site":
+        self._thread.start()
+        assert self._up.wait(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+    def says_hello(self) -> bool:
+        content = RecordDict({"a": record_of(b"hello")})
+        return ask(str(self.path), "train", 1.0, content) == content
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with Site(tmp_path / "site.sock") as made:
+        yield made
+
+
+def test_a_message_is_answered_and_the_socket_is_for_user_and_group(site: Site) -> None:
+    assert site.says_hello()
+    assert stat.S_IMODE(site.path.stat().st_mode) == 0o660
+    large = RecordDict({"a": record_of(os.urandom(5 << 20))})
+    assert ask(str(site.path), "query.end", 1.0, large) == large, "more than a socket holds at once"
+    assert site.asked == ["train", "query.end"]
+
+
+def frame(head: bytes, body: bytes = b"") -> bytes:
+    return site_socket._LENGTHS.pack(len(head), len(body)) + head + body
+
+
+def said(records: str, **changed: str) -> bytes:
+    words = {"kind": '"train"', "created_at": "1.0", "records": records} | changed
+    return ("{" + ", ".join(f'"{key}": {value}' for key, value in words.items()) + "}").encode()
+
+
+HOSTILE = {
+    "nothing": b"",
+    "half a length": b"\0\0",
+    "an endless head": struct.pack(">IQ", (1 << 32) - 1, 0),
+    "an endless body": struct.pack(">IQ", 2, (1 << 64) - 1) + b"{}",
+    "a head cut off": struct.pack(">IQ", 100, 0) + b"{",
+    "a body cut off": struct.pack(">IQ", 2, 100) + b"{}",
+    "no JSON": frame(b"\xff\xfe"),
+    "a list": frame(b"[]"),
+    "deep JSON": frame(b"[" * 100_000),
+    "a key is missing": frame(b'{"kind": "train"}'),
+    "records that are none": frame(said("3")),
+    "more than there is": frame(said('{"a": 10}'), b"123"),
+    "less than there is": frame(said('{"a": 1}'), b"123"),
+    "a negative length": frame(said('{"a": -1, "b": 2}'), b"1"),
+    "a length that is a truth": frame(said('{"a": true}'), b"1"),
+    "a length that is a fraction": frame(said('{"a": 1.0}'), b"1"),
+    "a text that is none": frame(said('{"a": {"b": [true, 1]}}'), b"\xff"),
+    "a field without a length": frame(said('{"a": {"b": [true]}}')),
+    "a time that is none": frame(said("{}", created_at='"soon"')),
+    "HTTP": b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bytes_end_in_one_closed_connection_and_one_line(
+    site: Site, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(str(site.path))
+        line.settimeout(10)
+        line.sendall(HOSTILE[name])
+        line.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionResetError):  # some of it was not even read
+            assert line.recv(1) == b"", "it is closed without an answer"
+    assert site.says_hello(), "the next one is answered"
+    assert site.asked == ["train"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("a connection to the socket was closed (")
+    assert record.exc_info is None
+
+
+def test_a_peer_that_sends_nothing_does_not_hold_the_socket(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(site_socket, "_TRANSFER_S", 0.2)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(site.path))
+        silent.sendall(b"\0")
+        assert site.says_hello()
+    assert "closed (TimeoutError)" in caplog.text
+
+
+def test_an_app_that_goes_away_loses_its_answer_alone(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    message = pack("train", 1.0, RecordDict({"a": record_of(bytes(4 << 20))}))
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(str(site.path))
+        line.sendall(message)
+    assert site.says_hello()
+    assert "nobody waits for this answer" in caplog.text
+    assert site.asked == ["train", "train"]
+
+
+def test_another_user_is_heard_as_a_member_of_the_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the user and the groups of the peer as Linux tells them."""
+    line, peer = socket.socketpair(socket.AF_UNIX)
+    with line, peer:
+        site_socket._check_peer(line, group=54321)  # the same user
+        own = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+        for group in {os.getegid(), *os.getgroups()}:
+            site_socket._check_peer(line, group=group)
+        with pytest.raises(PermissionError):
+            site_socket._check_peer(line, group=54321)
+
+
+_AS_NOBODY = """
+import os, socket, sys
+os.setgroups([int(group) for group in sys.argv[2:]])
+os.setgid(65534)
+os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as line:
+    line.connect(sys.argv[1])
+    try:
+        line.sendall(bytes.fromhex(sys.stdin.read()))
+        print(len(line.recv(1)))
+    except (BrokenPipeError, ConnectionResetError):
+        print(0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_nobody_is_heard_only_as_a_member_of_the_group(caplog: pytest.LogCaptureFixture) -> None:
+    def heard(site: Site, *groups: int) -> str:
+        words = [sys.executable, "-c", _AS_NOBODY, str(site.path), *map(str, groups)]
+        sent = pack("train", 1.0, RecordDict()).hex()
+        done = subprocess.run(words, input=sent, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # another user reaches the socket
+        with Site(Path(folder) / "site.sock") as site:
+            assert "PermissionError" in heard(site, 4321), "the file's mode alone keeps others out"
+            os.chmod(site.path, 0o666)
+            os.chown(site.path, -1, 4321)
+            assert (heard(site, 4321), site.asked) == ("1", ["train"])
+            assert (heard(site, 99), site.asked) == ("0", ["train"])
+    assert "closed (PermissionError)" in caplog.text
+
+
+def test_a_place_that_cannot_be_a_socket_is_refused(tmp_path: Path, site: Site) -> None:
+    (tmp_path / "notes").write_text("x")
+    for place, bound in (
+        (tmp_path / "notes", "must be the place of a socket"),
+        (tmp_path / "missing" / "site.sock", r"must be a place for a socket in a folder .*No such file"),
+        (tmp_path / ("x" * 200), r"must be a place for a socket .*too long"),
+        (site.path, "another process listens there"),
+    ):
+        with pytest.raises(ConfigError, match=bound), listening(place):
+            pass
+    assert (tmp_path / "notes").read_text() == "x"
+    assert site.says_hello()
+
+
+def test_a_socket_that_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "site.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with Site(path) as site:
+        assert site.says_hello()
+    assert not path.exists()
+
+
+def app_asked(path: Path, content: RecordDict, kind: str = "train") -> Message:
+    """What the ClientApp answers that a SuperNode starts, at a site whose operator names this socket."""
+    identify(run_id=7, node_id=0, task_id=0)
+    message = Message(content, 5, kind)
+    set_metadata(message, message_id="m-1")
+    context = context_of(7, 5, {})
+    context.node_config = {"fedtune-socket": str(path)}
+    return site_app.app(message, context)
+
+
+@pytest.mark.parametrize("kind", ["train", "query", "query.invite", "query.sum", "query.end"])
+def test_the_app_hands_every_kind_of_message_over(site: Site, kind: str) -> None:
+    content = RecordDict({"a": record_of(b"hello")})
+    reply = app_asked(site.path, content, kind)
+    assert (reply.content, site.asked) == (content, [kind])
+
+
+def away(path: Path) -> RecordDict:
+    return RecordDict()
+
+
+def foreign(path: Path) -> RecordDict:
+    return RecordDict({"canary-31": MetricRecord({"canary-31": 1.0})})
+
+
+@pytest.mark.parametrize(("content", "name"), [(away, "FileNotFoundError"), (foreign, "FileNotFoundError")])
+def test_an_app_without_a_site_says_the_name_of_a_class_alone(
+    tmp_path: Path, content: Callable[[Path], RecordDict], name: str
+) -> None:
+    with pytest.raises(site_app.SiteAway) as raised:
+        app_asked(tmp_path / "canary-31.sock", content(tmp_path))
+    assert str(raised.value) == name
+    assert raised.value.__cause__ is None
+
+
+def test_an_app_is_told_nothing_where_the_site_closes_the_line(site: Site) -> None:
+    with pytest.raises(site_app.SiteAway) as raised:
+        app_asked(site.path, foreign(site.path))
+    assert str(raised.value) == "ValueError"
+
+
+def test_the_app_takes_the_socket_of_the_site_s_operator_and_no_other(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(site_app, "ask", lambda path, *asked: RecordDict({"at": ConfigRecord({"path": path})}))
+    context = context_of(7, 5, {})
+    context.run_config = {"fedtune-socket": "/run/docker.sock"}
+    answered = site_app.hand_over(context, "train", 0.0, RecordDict())
+    assert answered.config_records["at"]["path"] == "/run/fedtune/site.sock"
