@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,14 +20,13 @@ from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.federation.transport import Question, Transport
 from fedtune.flower import flower_records
+from fedtune.flower.asking_grid import AskingGrid, FlowerGrid, Heard
 from fedtune.flower.averaging import Average
-from fedtune.flower.grid_transport import GridTransport
-from fedtune.flower.internals import Message
+from fedtune.flower.grid_transport import GridTransport, Message
 from fedtune.ops.kits.kit_file import Kit, KitCertificate
 from fedtune.ops.kits.members import Member
 from fedtune.ops.metrics import LeadMetrics
 from fedtune.ops.services.lead_and_server import RECEIPTS, latest_answers, members, running
-from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
 from fedtune.privacy.durable import write_durably
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
@@ -56,6 +55,8 @@ class LeadService:
 
     kit: Kit
     federation: FederationSpec  # the run's; it names the sites
+    # makes the grid in a process that Flower started; None: our own connection to the federation's server
+    over: Callable[..., FlowerGrid] | None = None
 
     @cached_property
     def metrics(self) -> LeadMetrics:
@@ -83,7 +84,8 @@ class LeadService:
             RunError: the server cannot be reached, or too few sites replied.
             RefusedError: too many sites' policies or budgets refuse the run.
         """
-        self.kit.check_certificate(datetime.now(UTC))  # before anything else can go wrong
+        if self.over is None:
+            self.kit.check_certificate(datetime.now(UTC))  # before anything else can go wrong
         members(self.kit, self.federation.active)  # and where a site was revoked meanwhile
         noted, records = _Noted(listener, folder, self.metrics), RunRecords(config)
         with running(folder):
@@ -93,8 +95,8 @@ class LeadService:
             grid = self.grid(noted, most_rounds=asked.proposal.plan.most_rounds, patience_s=patience_s)
 
             def over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
-                with grid:
-                    return run(self._transport(grid))
+                with grid as opened:
+                    return run(self._transport(opened))
 
             return FederationRun(
                 config=config,
@@ -145,24 +147,29 @@ class LeadService:
 
     def grid(
         self, listener: DeployedListener | None = None, *, most_rounds: int = 0, patience_s: float = 0.0
-    ) -> RemoteGrid:
-        """A connection to the sites, which a certificate that is copied into the kit meanwhile is used for, too.
+    ) -> AbstractContextManager[AskingGrid]:
+        """Return the connection to the sites.  Our own picks up a renewed certificate of the kit while it is open.
 
-        A server that is away is waited for `patience_s` seconds.
+        A server of our own that is away is waited for `patience_s` seconds.
         """
-        certificate = KitCertificate(self.kit)
+        sites = {member.site: member.node_key for member in self.sites}
+        ears, closing = _Ears(self.sites, listener, most_rounds=most_rounds), partial(Closing, self.federation)
+        if self.over is not None:
+            return self.over(sites, hear=ears, closing=closing)
+        from fedtune.ops.wire.remote_grid import RemoteGrid  # it needs Flower's inside
+
         return RemoteGrid(
             self.kit.server,
             self.kit.tls(),
-            sites={member.site: member.node_key for member in self.sites},
+            sites=sites,
             key=self.key,
-            hear=_Ears(self.sites, listener, most_rounds=most_rounds),
-            closing=lambda: Closing(self.federation),
-            has_new_certificate=certificate.is_new,
+            hear=ears,
+            closing=closing,
+            has_new_certificate=KitCertificate(self.kit).is_new,
             patience_s=patience_s,
         )
 
-    def _transport(self, grid: RemoteGrid) -> GridTransport:
+    def _transport(self, grid: AskingGrid) -> GridTransport:
         return GridTransport(grid, {number: member.site for number, member in enumerate(self.sites, 1)})
 
     def _invited(self, config: RunConfig) -> ProposedRun:

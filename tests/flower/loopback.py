@@ -20,8 +20,9 @@ from sqlalchemy import create_engine
 
 from fedtune.federation.replies import Closing
 from fedtune.federation.spec import FederationSpec
+from fedtune.flower.asking_grid import Heard
 from fedtune.ops.wire.identity import Tls
-from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
+from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.privacy.keys import SigningKey
 
 from ..processes import Process, wait_for

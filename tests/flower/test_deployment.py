@@ -15,10 +15,10 @@ from fedtune.config import RunConfig
 from fedtune.federation.protocol import Invitation, Reply, digest_of
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
+from fedtune.flower.asking_grid import Heard as Answered
 from fedtune.flower.internals import identify
 from fedtune.model.adapter import Adapter
 from fedtune.ops.deployment import _ASK_AGAIN_S, OFFER, LeadService, _Ears
-from fedtune.ops.wire.remote_grid import Heard as Answered
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.release import Offer, Reason, Refusal, Update

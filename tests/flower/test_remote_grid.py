@@ -13,10 +13,12 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 
+from fedtune.flower import asking_grid
+from fedtune.flower.asking_grid import Heard
 from fedtune.flower.flower_records import ARRAYS
-from fedtune.ops.wire import bounded_http, identity, remote_grid
+from fedtune.ops.wire import bounded_http, identity
 from fedtune.ops.wire.lead_session import LeadSession
-from fedtune.ops.wire.remote_grid import Heard, RemoteGrid
+from fedtune.ops.wire.remote_grid import RemoteGrid
 from fedtune.spec import RunError
 
 from ..privacy.builders import stranger_key
@@ -29,8 +31,8 @@ VALUES = {"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.f
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lead that tries again soon: what is waited for is polled for, by everybody."""
-    monkeypatch.setattr(remote_grid, "_RECONNECT_S", 0.2)
-    monkeypatch.setattr(remote_grid, "_LOST_S", 0.5)
+    monkeypatch.setattr(asking_grid, "_RECONNECT_S", 0.2)
+    monkeypatch.setattr(asking_grid, "_LOST_S", 0.5)
     monkeypatch.setattr(bounded_http, "_ALERT_S", 0.05)
 
 
@@ -176,7 +178,7 @@ def test_a_provisional_answer_is_better_than_none_and_enough_in_a_pause(network:
 
 def test_what_a_site_said_before_it_began_is_no_answer(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was paused when it was asked first; by the second time it may have been charged, and the lead must ask."""
-    monkeypatch.setattr(remote_grid, "_SAYS_SO_AGAIN_S", 1.0)
+    monkeypatch.setattr(asking_grid, "_SAYS_SO_AGAIN_S", 1.0)
     site = network.site("a", dies_on=2)
     with network.grid(["a"], hear=lambda *_: Heard(good=False, again_s=0.2, idle=True)) as grid:
         assert list(grid.receive(questions(1), timeout=8)) == []

@@ -1,0 +1,252 @@
+"""The lead's questions to its sites, each open until it is answered or its time is up: over any server of Flower's.
+
+A question is asked again when its site comes back, when its answer was lost on the way, or when a person at the site
+has not decided yet.  That is safe, because a site answers the same request twice with the same bytes, charged once.
+
+`AskingGrid` is the rule; its subclasses carry the messages.  `FlowerGrid` uses Flower's public Grid alone, in a
+ServerApp that a SuperExec starts (`bundle.py`).  `fedtune.ops.wire.remote_grid` is our own wire.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedtune.federation.replies import Closing
+from fedtune.spec import RunError
+
+log = logging.getLogger(__name__)
+
+_POLL_S, _RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
+_LOST_S = 3.0  # how soon to ask again for an answer that did not come whole
+CLOCKS_S = 120.0  # how far the clocks of lead and server may differ
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """The meaning of an answer for the exchange that it belongs to."""
+
+    good: bool  # it is of the kind that was hoped for
+    again_s: float | None = None  # seconds after which to ask once more, since it may change; None: it is final
+    idle: bool = False  # until it changes, the exchange need not wait for this site
+
+
+@dataclass
+class OpenQuestion:
+    """The question to one site, until it has answered."""
+
+    question: Message
+    message_ids: set[str]  # under which it was asked; an answer to any of them will do
+    # when the site had last come online as it was asked; a later one means that it may have forgotten
+    activation: str = ""
+    # a message that may have reached the server in part: the site waits for the rest of it
+    unsent: Message | None = None
+    not_before: float = 0.0  # earliest moment, by the monotonic clock, to ask again
+    asked: float = 0.0  # by the monotonic clock, when it was asked last
+    provisional: Message | None = None  # an answer that asking again may change
+    idle: bool = False  # so far it says that nobody needs to wait
+
+    @property
+    def has_begun(self) -> bool:
+        """The site, asked again, has not said the same again: it works, and may be charged by now."""
+        return bool(self.message_ids) and time.monotonic() - self.asked >= _SAYS_SO_AGAIN_S
+
+
+Questions = Mapping[int, OpenQuestion]
+Pulled = tuple[str, Message | None, bool]
+"""The id of a question, as the server says, and its answer; None where it is none, or a part of it did not come: then
+it is lost, and who sent it can send it again."""
+
+
+class AskingGrid(ABC):
+    """The lead's open questions.  Nodes are numbered 1, 2, ... in the order of `sites`, online or not.
+
+    Args:
+        sites: name -> PEM of its connection key's public half, as the roster has them.
+        hear: says of a node, what it was asked and its answer what the answer means.
+        closing: makes the rule by which one exchange ends before its time is up.
+    """
+
+    troubles: tuple[type[Exception], ...]
+    """What the methods below raise while the server is away, or has no time."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, bytes],
+        *,
+        hear: Callable[[int, Message, Message], Heard],
+        closing: Callable[[], Closing],
+    ) -> None:
+        self._numbers = {node_key: number for number, node_key in enumerate(sites.values(), 1)}
+        self._hear, self._closing = hear, closing
+
+    @abstractmethod
+    def _nodes(self) -> Mapping[int, Any]:
+        """Return Flower's information on the nodes that are online, by number."""
+
+    @abstractmethod
+    def _push(self, message: Message) -> str | None:
+        """Ask; return the question's id, empty if its node is gone, None if the server takes none of its size."""
+
+    @abstractmethod
+    def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
+        """Yield the answers that are there."""
+
+    @abstractmethod
+    def _mend(self, trouble: Exception, questions: Questions) -> None:
+        """Wait, or connect anew, after one of `troubles`; raise an error if no waiting helps."""
+
+    def get_node_ids(self) -> Sequence[int]:
+        return list(self._numbers.values())
+
+    def online(self) -> list[int]:
+        """Return the nodes that the server hears now."""
+        return sorted(self._nodes())
+
+    def receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """The answers that come within `timeout` seconds, or until the rule closes, each from the node asked."""
+        open_ = {message.metadata.dst_node_id: OpenQuestion(message, set()) for message in messages}
+        closing, good = self._closing(), 0
+        deadline = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        while open_ and (left := deadline - time.monotonic()) > 0:
+            try:
+                online = self._ask(open_, ttl=left)
+                for answer, heard in self._collect(open_, left_s=left):
+                    good += heard.good
+                    yield answer
+                at_work = sum(n in online and (one.has_begun or not one.idle) for n, one in open_.items())
+                if closing.is_over(good=good, at_work=at_work, others=len(open_) - at_work):
+                    break
+            except self.troubles as trouble:
+                self._mend(trouble, open_)
+            else:
+                time.sleep(_POLL_S)
+        yield from [one.provisional for one in open_.values() if one.provisional and not one.has_begun]
+
+    def _ask(self, questions: Questions, *, ttl: float) -> Mapping[int, Any]:
+        """Send what was not sent yet, or may have been forgotten, to the sites that are online; returns these."""
+        online, now = self._nodes(), time.monotonic()
+        for number, node in online.items():
+            question = questions.get(number)
+            if question is None or now < question.not_before:
+                continue
+            if question.message_ids and node.last_activated_at == question.activation:
+                continue
+            about = question.question.metadata
+            question.unsent = question.unsent or Message(
+                question.question.content,
+                node.node_id,
+                about.message_type,
+                group_id=about.group_id,
+                ttl=ttl + CLOCKS_S,
+            )
+            message_id = self._push(question.unsent)
+            if message_id is None:
+                raise RunError("the server, or a proxy in between, takes no message of this size")
+            question.unsent = None
+            if message_id:
+                question.message_ids.add(message_id)
+                question.asked = now
+                question.activation = node.last_activated_at
+        return online
+
+    def _collect(self, questions: dict[int, OpenQuestion], *, left_s: float) -> Iterator[tuple[Message, Heard]]:
+        """The final answers that are there, one after the other; the question of each is closed before it is given."""
+        asked = {id: number for number, question in questions.items() for id in question.message_ids}
+        if not asked:
+            return
+        for message_id, found, is_lost in self._pulled(list(asked), questions, left_s=left_s):
+            number = asked.get(message_id)
+            if number is None:
+                log.warning("an answer to no question of this run's is left aside")
+                continue
+            question = questions.get(number)
+            if question is None:
+                continue  # its second answer
+            question.message_ids.discard(message_id)
+            if is_lost:  # by now it may have begun, whatever it said before
+                question.provisional, question.not_before = None, time.monotonic() + _LOST_S
+                continue
+            if found is None:
+                del questions[number]  # what it sent is no reply, and would be none again
+                continue
+            if found.has_error():
+                question.provisional = None
+                continue  # the site is offline, or what it was asked was lost: it is asked again when it is there
+            # Its sender is the node by our own number, whatever number it has at the server now.
+            answer = Message(found.content, reply_to=question.question)
+            heard = self._hear(number, question.question, answer)
+            if heard.again_s is None:
+                del questions[number]
+                yield answer, heard
+            else:
+                question.provisional, question.idle = answer, heard.idle
+                question.not_before = time.monotonic() + heard.again_s
+
+    def _pulled(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
+        try:
+            yield from self._pull(message_ids, questions, left_s=left_s)
+        except self.troubles:
+            # The server gives an answer once: one that was on its way is lost, unless its site is asked again.
+            for question in questions.values():
+                question.activation = ""
+            raise
+
+
+class _Away(Exception):
+    """The SuperLink cannot be reached, or its answer cannot be read."""
+
+
+class FlowerGrid(AskingGrid):
+    """Sites behind stock SuperNodes, asked over the public Grid that Flower gives a ServerApp."""
+
+    troubles = (_Away,)
+
+    def __init__(self, grid: Grid, sites: Mapping[str, bytes], **rules: Any) -> None:
+        super().__init__(sites, **rules)
+        self._grid = grid
+
+    def __enter__(self) -> FlowerGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The connection is Flower's own."""
+
+    def _nodes(self) -> Mapping[int, Any]:
+        with _read():
+            online = {bytes(node.public_key): node for node in self._grid.get_nodes()}
+        return {number: online[key] for key, number in self._numbers.items() if key in online}
+
+    def _push(self, message: Message) -> str | None:
+        with _read():
+            ids = list(self._grid.push_messages([message]))
+        return (ids[0] or "") if ids else None  # the public Grid gives no id at all for what is too large
+
+    def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
+        with _read():
+            found = list(self._grid.pull_messages(message_ids))
+        for answer in found:
+            if answer.has_error():  # its app failed: the site's process was away, for one
+                log.info("no answer came (error %d of Flower's); asking again", answer.error.code)
+            yield answer.metadata.reply_to_message_id, answer, answer.has_error()
+
+    def _mend(self, trouble: Exception, questions: Questions) -> None:
+        log.warning("the SuperLink cannot be reached (%s); trying again", trouble)
+        time.sleep(_RECONNECT_S)
+
+
+@contextmanager
+def _read() -> Iterator[None]:
+    """Turn all errors of Flower's client, whose classes are not public, into one."""
+    try:
+        yield
+    except Exception as error:
+        raise _Away(type(error).__name__) from error

@@ -1,0 +1,168 @@
+"""The lead's questions over Flower's public Grid, here one that a test holds: asked again, and answered once."""
+
+import time
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.federation.replies import Closing
+from fedtune.federation.spec import FederationSpec
+from fedtune.flower import asking_grid
+from fedtune.flower.asking_grid import FlowerGrid, Heard
+from fedtune.flower.internals import identify, set_metadata
+from fedtune.spec import RunError
+
+KEYS = {"north": b"key of north", "south": b"key of south"}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    identify(run_id=7, node_id=1, task_id=0)
+    for name, value in (("_POLL_S", 0.01), ("_RECONNECT_S", 0.01), ("_LOST_S", 0.05)):
+        monkeypatch.setattr(asking_grid, name, value)
+
+
+class FakeGrid(Grid):
+    """A SuperLink with nodes of these keys, numbered as it likes; `answer` makes a node's answer, or fails."""
+
+    def __init__(self, answer: Callable[[Message, int], Any], **activated: str) -> None:
+        self.answer, self.asked = answer, list[tuple[int, str]]()
+        self.activated = activated or {"south": "1", "north": "1", "stranger": "1"}
+        self.replies: dict[str, Any] = {}
+        self.fails: list[Exception] = []
+        self.takes = True
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any:
+        raise AssertionError("not needed")
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise AssertionError("deprecated")
+
+    def send_and_receive(self, *_: Any, **__: Any) -> Iterable[Message]:
+        raise AssertionError("asks once")
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node.node_id for node in self.get_nodes()]
+
+    def get_nodes(self) -> Iterable[Any]:
+        if self.fails:
+            raise self.fails.pop()
+        for number, (name, when) in enumerate(self.activated.items(), 700):
+            key = KEYS.get(name, b"?")
+            yield SimpleNamespace(node_id=number, public_key=key, last_activated_at=when)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[Any]:
+        (message,) = messages
+        if not self.takes:
+            return []
+        id = f"m-{len(self.asked)}"
+        set_metadata(message, message_id=id)
+        node = message.metadata.dst_node_id
+        self.asked.append((node, message.metadata.message_type))
+        made = self.answer(message, len(self.asked))
+        if made is not None:
+            self.replies[id] = made
+        return [id]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for id in message_ids:
+            if isinstance(self.replies.get(id), Exception):
+                raise self.replies.pop(id)
+        return [self.replies.pop(id) for id in list(message_ids) if id in self.replies]
+
+
+def says(message: Message, word: str) -> Message:
+    return Message(RecordDict({"said": ConfigRecord({"word": word})}), reply_to=message)
+
+
+def word_of(answer: Message) -> str:
+    return str(answer.content.config_records["said"]["word"])
+
+
+def grid_of(fake: FakeGrid, *, hear: Any = lambda *_: Heard(good=True)) -> FlowerGrid:
+    spec = FederationSpec(num_sites=2, site_names=tuple(KEYS))
+    return FlowerGrid(fake, KEYS, hear=hear, closing=lambda: Closing(spec))
+
+
+def questions(*numbers: int) -> list[Message]:
+    return [Message(RecordDict(), number, "train") for number in numbers]
+
+
+def received(grid: FlowerGrid, *numbers: int, timeout: float = 20) -> dict[int, str]:
+    return {one.metadata.src_node_id: word_of(one) for one in grid.receive(questions(*numbers), timeout=timeout)}
+
+
+def test_sites_are_numbered_by_the_roster_whatever_the_server_calls_them() -> None:
+    fake = FakeGrid(lambda message, _: says(message, str(message.metadata.dst_node_id)))
+    grid = grid_of(fake)
+    assert (list(grid.get_node_ids()), grid.online()) == ([1, 2], [1, 2])
+    assert received(grid, 1, 2) == {1: "701", 2: "700"}
+    assert sorted(fake.asked) == [(700, "train"), (701, "train")], "a stranger's node is asked nothing"
+
+
+def test_a_site_that_comes_back_is_asked_again_and_answers_once() -> None:
+    fake = FakeGrid(lambda message, number: says(message, "again") if number > 1 else None, north="1")
+
+    def activate() -> list[Any]:
+        fake.activated = {"north": "2"} if fake.asked else {"north": "1"}
+        return list(FakeGrid.get_nodes(fake))
+
+    fake.get_nodes = activate  # type: ignore[method-assign]
+    assert received(grid_of(fake), 1) == {1: "again"}
+    assert len(fake.asked) == 2
+
+
+def test_a_site_whose_app_failed_is_asked_again_a_little_later(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    fake = FakeGrid(
+        lambda message, number: (
+            says(message, "yes") if number == 3 else Message(Error(0, "canary-31"), reply_to=message)
+        ),
+        north="1",
+    )
+    began = time.monotonic()
+    assert received(grid_of(fake), 1) == {1: "yes"}
+    assert time.monotonic() - began >= 2 * asking_grid._LOST_S
+    assert "no answer came" in caplog.text
+    assert "canary-31" not in caplog.text
+
+
+def test_what_a_site_said_before_its_app_failed_is_no_answer() -> None:
+    def answer(message: Message, number: int) -> Message:
+        return says(message, "paused") if number == 1 else Message(Error(0, "x"), reply_to=message)
+
+    waits = grid_of(FakeGrid(answer, north="1"), hear=lambda *_: Heard(good=False, again_s=0.05))
+    assert received(waits, 1, timeout=0.5) == {}
+
+
+def test_a_provisional_answer_is_asked_for_again_until_it_is_final() -> None:
+    def hear(number: int, question: Message, answer: Message) -> Heard:
+        assert (number, question.metadata.dst_node_id) == (1, 1)
+        return Heard(good=True, again_s=None if word_of(answer) == "3" else 0.01)
+
+    fake = FakeGrid(lambda message, number: says(message, str(number)), north="1")
+    assert received(grid_of(fake, hear=hear), 1) == {1: "3"}
+
+
+@pytest.mark.parametrize("lost", [OSError("x"), ValueError("no protobuf"), KeyError("x")])
+def test_a_server_that_is_away_loses_no_question_and_no_answer(lost: Exception, caplog: Any) -> None:
+    fake = FakeGrid(lambda message, number: lost if number == 1 else says(message, "yes"), north="1")
+    fake.fails = [RuntimeError("away"), RuntimeError("away")]
+    assert received(grid_of(fake), 1) == {1: "yes"}
+    assert len(fake.asked) == 2, "the answer was lost on its way, and Flower gives it once"
+    assert caplog.text.count("cannot be reached (RuntimeError); trying again") == 2
+    assert f"({type(lost).__name__})" in caplog.text
+
+
+def test_a_message_that_the_server_does_not_take_ends_the_run() -> None:
+    fake = FakeGrid(lambda *_: None, north="1")
+    fake.takes = False
+    with pytest.raises(RunError, match="takes no message of this size"):
+        received(grid_of(fake), 1)
