@@ -3,12 +3,12 @@
 ALLOWED_UNUSED: dict[str, set[str]] = {
     "Click calls the functions of commands by their decorators, or by a module's name": {
         *("add_site", "copies", "doctor", "format_help_text", "get_command", "list_commands", "list_sites", "pause"),
-        *("model_hash", "renew_lead", "renew_server", "show_events", "write_anchor"),
+        *("flower_app", "model_hash", "renew_lead", "renew_server", "show_events", "write_anchor"),
     },
     "cards show them": {"chosen_by", "codes_file", "codes_sha256", "distinct_pairs"},
     "people call them from Python": {"to_frame"},
     "Prometheus's client calls it": {"collect"},
-    "Flower calls them": {"current_arrays", "intercept", "introduce"},
+    "Flower calls them": {"current_arrays", "intercept"},
     "Python itself: a module's names, and one of another class": {"__class__", "__dir__"},
     "logging and Python call them in the place of their own": {"handleError", "showwarning"},
     "settings of objects that belong to a library": {

@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, str] = {
     "provision": "make a federation of real sites",
     "server": "a federation's server",
     "run": "run a federation over real sites",
+    "flower-app": "a bundle to run fedtune in a Flower federation that stands",
 }
 """Each is the module of its name, imported when it is called, which holds a function of that name, or a group `app`."""
 _LOADING_S = 0.5

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,7 +82,7 @@ def run(
                     say(f"{folder} is finished.")
                     return
                 words = (f"resume={quoted(str(folder))}",)
-        _start(words, kit=_lead_kit(kit), metrics=metrics)
+        start_run(words, kit=_lead_kit(kit), metrics=metrics)
         return
     if first == "status" and not rest and kit is not None:
         from fedtune.ops.deployment import LeadService
@@ -101,7 +101,7 @@ def run(
         case "stop":
             _stop(folder, kit=_lead_kit(kit) if for_good else None)
         case _:
-            _start([f"resume={quoted(str(folder))}", *rest[1:]], kit=_lead_kit(kit), metrics=metrics)
+            start_run([f"resume={quoted(str(folder))}", *rest[1:]], kit=_lead_kit(kit), metrics=metrics)
 
 
 def _lead_kit(folder: Path | None) -> Kit:
@@ -110,11 +110,15 @@ def _lead_kit(folder: Path | None) -> Kit:
     return Kit.read(folder, kind="lead")
 
 
-def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
+def start_run(
+    words: Sequence[str], *, kit: Kit, metrics: str | None = None, over: Callable[..., Any] | None = None
+) -> None:
+    """Begin a run or go on with it, over our own connection or, where Flower started this process, `over` its Grid."""
     began = time.monotonic()
     # Before torch and Flower are imported, which takes seconds: a mistake in a setting is told of at once.
     config = compose_for_sites(words, kit=kit)
-    kit.check_certificate(datetime.now(UTC))
+    if over is None:
+        kit.check_certificate(datetime.now(UTC))
     same_again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
     config = after_shown_public_stage(config, console := Console(), again=same_again)
     folder = folder_of(config)
@@ -122,11 +126,13 @@ def _start(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
     from fedtune.ops.deployment import LeadService
     from fedtune.ops.metrics import serve_metrics
 
-    lead = LeadService(kit=kit, federation=config.federation)
+    lead = LeadService(kit=kit, federation=config.federation, over=over)
     with serve_metrics(metrics, lead.metrics.figures):
         if config.resume is None:
             config = say_fitted(console, config, lead.fitted(config))
         again = f"fedtune run resume {folder} --kit {kit.folder}"
+        if over is not None:
+            again = f'flwr run, with settings = ["resume={folder}"] in the run\'s file'
         show_run(config, folder, console, work=lead.run, again=again, began=began)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.run import _start, compose_for_sites
+from fedtune.cli.run import compose_for_sites, start_run
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.data.spec import AT_SITE
 from fedtune.federation.lead import keep_receipts
@@ -176,7 +176,7 @@ def test_going_on_by_the_same_words_asks_nothing_of_the_number_of_sites(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[Any] = []
-    monkeypatch.setattr("fedtune.cli.run._start", lambda words, **_: begun.append(words))
+    monkeypatch.setattr("fedtune.cli.run.start_run", lambda words, **_: begun.append(words))
     typed = words(f"tracking.output_dir='{tmp_path}'", "data.declared_sizes=[9,8,7]", "federation.min_sites=3")
     assert command("run", "--kit", str(kit.folder), "--or-resume", *typed).code == 0
     assert begun == [tuple(typed)]
@@ -322,7 +322,7 @@ def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeyp
     monkeypatch.setattr("fedtune.cli.interruptible_run.run_simulation", trained)
     monkeypatch.setattr(LeadService, "fitted", lambda self, config: config)
     monkeypatch.setattr("fedtune.cli.run.show_run", lambda config, *arguments, **others: begun.append(config))
-    _start(typed, kit=kit, metrics=None)
+    start_run(typed, kit=kit, metrics=None)
     stage, run = begun
     assert (stage.declared_sizes(), stage.runtime.kind, stage.privacy.private) == ({"lead": 3}, "simulation", False)
     assert stage.runtime.sites_dir is None, "the lead's ledger is none of the sites'"

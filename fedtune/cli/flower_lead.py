@@ -1,0 +1,23 @@
+"""The lead's rounds as a ServerApp, where `flower-superexec` runs: on the lead's machine, or on the server's.
+
+`flwr run --run-config 'run="FILE"'` names a TOML file on that machine: `kit`, the folder of the lead's kit, and
+`settings`, a list of the words that `fedtune run` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtune.flower.bundle import make_server_app
+
+
+def _lead(kit: Path, settings: Sequence[str], over: Callable[..., Any]) -> None:
+    from fedtune.cli.run import start_run  # Hydra and the accountants take seconds to import
+    from fedtune.ops.kits.kit_file import Kit
+
+    start_run(settings, kit=Kit.read(kit, kind="lead"), over=over)
+
+
+app = make_server_app(_lead)

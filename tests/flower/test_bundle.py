@@ -1,0 +1,135 @@
+"""The bundle for `flwr run` and its ServerApp; and that neither needs a name that Flower calls private."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from fedtune.flower.asking_grid import FlowerGrid
+from fedtune.flower.bundle import make_server_app, read_run_file, write_bundle
+from fedtune.spec import ConfigError
+
+from ..processes import REPOSITORY, environment
+from .test_asking_grid import KEYS, FakeGrid
+
+
+def built(app: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    env = environment(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", FLWR_HOME=str(home))
+    words = [str(Path(sys.executable).parent / "flwr"), "build", "--app", str(app)]
+    return subprocess.run(words, cwd=app.parent, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_flower_builds_the_bundle_which_holds_no_code(tmp_path: Path) -> None:
+    file = write_bundle(tmp_path / "app")
+    done = built(file.parent, tmp_path / "home")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (bundle,) = tmp_path.glob("*.fab")
+    with zipfile.ZipFile(bundle) as archive:
+        assert {name for name in archive.namelist() if not name.startswith(".info")} == {"pyproject.toml"}
+    bundle.unlink()
+    file.write_text(file.read_text().replace("site_app:app", "site_apps:app"))
+    assert built(file.parent, tmp_path / "home").returncode != 0, "it looks for what the bundle names"
+    assert list(tmp_path.glob("*.fab")) == []
+
+
+def test_a_bundle_is_written_into_an_empty_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    write_bundle(tmp_path / "app")
+    for place in (tmp_path / "app", tmp_path / "app" / "pyproject.toml"):
+        with pytest.raises(ConfigError, match="must be a new folder, or an empty one"):
+            write_bundle(place)
+
+
+GOOD = 'kit = "banks/lead"\nsettings = ["name=spring", "experiment=debug"]\n'
+
+
+def asked(file: str, grid: Any) -> list[Any]:
+    got: list[Any] = []
+
+    def lead(kit: Path, settings: Any, over: Any) -> None:
+        with over(KEYS, hear=None, closing=None) as made:
+            assert isinstance(made, FlowerGrid)
+            got.append((made.online(), kit, settings))
+
+    make_server_app(lead)(grid, Context(7, 1, {}, state=RecordDict(), run_config={"run": file}))
+    return got
+
+
+def test_the_server_app_gives_the_lead_its_kit_its_settings_and_its_grid(tmp_path: Path) -> None:
+    (tmp_path / "spring.toml").write_text(GOOD)
+    ((online, kit, settings),) = asked(str(tmp_path / "spring.toml"), FakeGrid(lambda *_: None))
+    assert online == [1, 2]
+    assert (kit, settings) == (tmp_path / "banks/lead", ("name=spring", "experiment=debug"))
+    with pytest.raises(ConfigError, match=r"run.*is required: --run-config"):
+        asked("", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "kit: is required"),
+        ('kit = "x"', "settings: is required"),
+        (GOOD + "name = 3", "name: is not a key here"),
+        (GOOD.replace('"banks/lead"', "3"), "kit = 3: must be a text"),
+        ('kit = "x"\nsettings = "name=x"', "settings = 'name=x': must be a list"),
+        ("kit = ", "must be TOML"),
+    ],
+)
+def test_a_wrong_file_of_a_run_is_named_with_its_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "spring.toml").write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        read_run_file(tmp_path / "spring.toml")
+    assert message in str(raised.value)
+    assert "spring.toml" in str(raised.value)
+
+
+_RECORDS = """
+import builtins, json, sys
+public = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
+wanted, original = [], builtins.__import__
+def record(name, globals=None, locals=None, fromlist=(), level=0):
+    module = original(name, globals, locals, fromlist, level)
+    importer = (globals or {}).get("__name__", "")
+    if importer.partition(".")[0] == "fedtune" and name.partition(".")[0] == "flwr":
+        known = getattr(sys.modules[name], "__all__", ())
+        wanted.extend([importer, name, word, name in public and word in known] for word in fromlist or ("",))
+    return module
+builtins.__import__ = record
+"""
+
+
+def imported(code: str) -> list[Any]:
+    """(importer, module, name, is public) of everything that fedtune's modules take from Flower while `code` runs."""
+    words = [sys.executable, "-c", f"{_RECORDS}\n{code}\nprint(json.dumps(wanted))"]
+    env = environment(HF_HUB_OFFLINE="1")
+    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=200, check=True)
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+LEAD = "import fedtune.cli.flower_lead, fedtune.cli.run, fedtune.ops.deployment, fedtune.api.door, fedtune.ops.metrics"
+SITE = "import fedtune.cli.site, fedtune.ops.services.site_service, fedtune.sites.real_site, fedtune.ops.kits.models"
+
+
+@pytest.mark.parametrize("code", ["import fedtune.flower.site_app", LEAD, SITE], ids=["app", "lead", "site"])
+def test_nothing_private_of_flower_is_imported(code: str) -> None:
+    found = imported(code)
+    assert {name for _, _, name, _ in found} >= {"RecordDict"}, "the recorder records"
+    assert [one for one in found if not one[3]] == []
+
+
+def test_the_recorder_finds_private_names() -> None:
+    assert not all(public for *_, public in imported("import fedtune.ops.wire.fleet"))
+
+
+def test_the_app_of_a_site_loads_neither_torch_nor_records() -> None:
+    large = ("torch", "transformers", "dp_accounting", "fedtune.sites", "fedtune.privacy", "fedtune.flower.internals")
+    code = f"import sys, fedtune.flower.site_app; print([name for name in {large} if name in sys.modules])"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
