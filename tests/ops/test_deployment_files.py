@@ -4,6 +4,7 @@ import configparser
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
+import flwr
 import pytest
 import yaml
 
@@ -84,6 +86,44 @@ def test_a_site_s_records_lie_in_neither_swap_nor_a_core_file_and_it_cannot_writ
     # It lets the GPU through.
     assert service["PrivateDevices"] == "no"
     assert not {"DevicePolicy", "MemoryDenyWriteExecute", "ProcSubset"} & service.keys()
+
+
+FLOWER = DEPLOYMENT / "flower"
+
+
+def test_systemd_takes_the_supernode_s_unit_which_starts_again_whatever_happened(tmp_path: Path) -> None:
+    path = FLOWER / "flower-supernode.service"
+    assert verify(path.read_text().replace("/opt/fedtune/bin/flower-supernode", EXECUTABLE), tmp_path / path.name) == ""
+    command = (tool("systemd-analyze"), "security", "--offline=true", "--threshold=25", "--no-pager")
+    passed(*command, path)
+    service = unit(path)
+    # Exit code 1: still online (2004); 0: its key was unregistered.
+    assert (service["Restart"], service["RestartSec"]) == ("always", "5s")
+    assert "StartLimitIntervalSec=0" in path.read_text()
+    assert service["User"] not in ("root", "fedtune-site")
+    home = next(one for one in shlex.split(path.read_text()) if one.startswith("FLWR_HOME=")).partition("=")[2]
+    assert service["ReadOnlyPaths"] == home
+
+
+def test_a_site_behind_a_supernode_has_no_network(tmp_path: Path) -> None:
+    drop_in, whole = FLOWER / "site-without-network.conf", DEPLOYMENT / "systemd/fedtune-site.service"
+    service, node = unit(drop_in), unit(FLOWER / "flower-supernode.service")
+    assert (service["PrivateNetwork"], service["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
+    assert service["Group"] == node["SupplementaryGroups"]
+    text = whole.read_text().replace("[Install]", f"{drop_in.read_text()}\n[Install]")
+    assert verify(text, tmp_path / whole.name) == ""
+
+
+def test_nginx_passes_the_calls_of_a_registered_supernode_and_no_others() -> None:
+    client = (Path(flwr.__file__).parent / "supernode/fleet_http_client.py").read_text()
+    own = set(re.findall(r'path="/v1/fleet/([\w-]+)"', client)) - {"register-node", "unregister-node"}
+    passed_on, refused = re.findall(r"^    location (.*?) \{", (FLOWER / "nginx.conf").read_text(), re.MULTILINE)
+    (pattern,) = re.findall(r"^~ (\S+)$", passed_on)
+    assert len(own) == 10
+    assert {name for name in own if re.search(pattern, f"/v1/fleet/{name}")} == own
+    others = ("/v1/control/list-nodes", "/v1/fleet/register-node", "/v1/runtime/get-nodes", "/v1/fleet/get-run/x", "/")
+    assert [path for path in others if re.search(pattern, path)] == []
+    assert refused == "/"
 
 
 # Docker
