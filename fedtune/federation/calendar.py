@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
 
 from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.cohorts import OLDEST, Cohorts, cohort_name, period_of
+from fedtune.privacy.cohorts import Cohorts, moved
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import ConfigError
 from fedtune.words import counted
 
 _OFTEN = {"month": "Twelve runs a year", "quarter": "Four runs a year", "year": "One run a year"}
@@ -30,32 +28,6 @@ class CalendarRun:
     cohorts: Cohorts | None  # that it admits; None: everybody
     oldest: float  # epsilon by PLD, after it, of the admitted who were in most runs; `newest` of those in fewest
     newest: float
-
-
-def moved(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
-    """The window so many periods later, as long as before; one that begins with the oldest cohort grows instead.
-
-    >>> str(moved(Cohorts(period="quarter", first="2025-Q4", last="2026-Q3")))
-    '2026-Q1..2026-Q4'
-    """
-    (first, last), period = cohorts.span, cohorts.period
-    # No period comes after the year 9999: a window up to there, which has no end, keeps it.
-    begins, ends = (cohort_name(min(one + by, period_of(date.max, period)), period) for one in (first, last))
-    return Cohorts(period=period, first=None if first == OLDEST else begins, last=ends)
-
-
-def next_window(before: Cohorts, *, real: bool) -> Cohorts:
-    """The window moved on by one period; at `real` sites only into one that has begun.
-
-    Whoever wants to charge people of a later period names the window, so that nobody does so by a command given twice.
-    """
-    after = moved(before)
-    if real and after.span[1] > period_of(datetime.now(UTC), after.period):
-        first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
-        bound = f"has not begun: the {after.period} that --renew would charge next. If you want to charge it now, name"
-        bound += f" the window: {first}privacy.cohorts.last={after.last}"
-        raise ConfigError("privacy.cohorts.last", after.last, bound)
-    return after
 
 
 def most_of_one(plan: Plan) -> int | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedtune.codec import parse_json
-from fedtune.privacy.durable import write_durably
+from fedtune.privacy.durable import hashes, write_durably
 from fedtune.spec import ConfigError, RunError, StuckError, full_disk
 
 _MOST_NAMED = 10
@@ -34,16 +33,6 @@ def saved_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in the folder of a run's checkpoints, oldest first."""
     # By length first: after round 9999 come names with a digit more.
     return sorted(folder.glob(checkpoint_name()), key=lambda path: (len(path.name), path.name))
-
-
-def hashes(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
-    """File in `folder`, or below it -> its SHA-256, in hex; without those of the names `besides`."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink() and path.name not in besides:  # a link may lead to any secret
-            with path.open("rb") as stream:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
 
 
 def run_folders_near(folder: Path) -> str:

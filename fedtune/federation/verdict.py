@@ -213,12 +213,6 @@ def history_of(files: SiteFiles) -> History:
     return verified.history
 
 
-def runs_of_sites(folder: str | None) -> int:
-    """The most runs that a ledger in the folder of simulated sites was charged for; 0 where none is here."""
-    histories = [history_of(SiteFiles.of(path)) for path in Path(folder).glob("*/site.toml")] if folder else []
-    return max((sum(map(bool, map(one.charged_rounds, {*one.runs, *one.lost_runs}))) for one in histories), default=0)
-
-
 def _wrong_size(policy: Policy, proposal: Proposal, declared_sizes: Mapping[str, int]) -> list[Refused]:
     """The refusal of a run that takes the site for another size than it declares; both publish it."""
     own = {dataset.id: dataset.declared_size for dataset in policy.dataset}.get(proposal.dataset)

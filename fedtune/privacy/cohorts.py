@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Literal
 
@@ -109,3 +109,29 @@ def groups(admissions: Iterable[Cohorts | None], *, oldest_apart: bool = False) 
             first, last = admitted.span
             begins |= {first, last + 1}
     return sorted(begins)
+
+
+def moved(cohorts: Cohorts, *, by: int = 1) -> Cohorts:
+    """The window so many periods later, as long as before; one that begins with the oldest cohort grows instead.
+
+    >>> str(moved(Cohorts(period="quarter", first="2025-Q4", last="2026-Q3")))
+    '2026-Q1..2026-Q4'
+    """
+    (first, last), period = cohorts.span, cohorts.period
+    # No period comes after the year 9999: a window up to there, which has no end, keeps it.
+    begins, ends = (cohort_name(min(one + by, period_of(date.max, period)), period) for one in (first, last))
+    return Cohorts(period=period, first=None if first == OLDEST else begins, last=ends)
+
+
+def next_window(before: Cohorts, *, real: bool) -> Cohorts:
+    """The window moved on by one period; at `real` sites only into one that has begun.
+
+    Whoever wants to charge people of a later period names the window, so that nobody does so by a command given twice.
+    """
+    after = moved(before)
+    if real and after.span[1] > period_of(datetime.now(UTC), after.period):
+        first = "" if after.first is None else f"privacy.cohorts.first={after.first} "
+        bound = f"has not begun: the {after.period} that --renew would charge next. If you want to charge it now, name"
+        bound += f" the window: {first}privacy.cohorts.last={after.last}"
+        raise ConfigError("privacy.cohorts.last", after.last, bound)
+    return after

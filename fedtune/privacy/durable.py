@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 _PAGE_BYTES = 4096
@@ -85,3 +87,13 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hashes(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
+    """File in `folder`, or below it -> its SHA-256, in hex; without those of the names `besides`."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path.name not in besides:  # a link may lead to any secret
+            with path.open("rb") as stream:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found

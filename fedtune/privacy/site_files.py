@@ -62,3 +62,10 @@ class SiteFiles:
             return None
         at_hand = self.anchor is not None and self.anchor.is_file()
         return verify(self.ledger, anchor=Head.read(self.anchor) if self.anchor and at_hand else None)
+
+
+def runs_of_sites(folder: str | None) -> int:
+    """The most runs that a ledger in the folder of simulated sites was charged for; 0 where none is here."""
+    verified = [SiteFiles.of(path).verified() for path in Path(folder).glob("*/site.toml")] if folder else []
+    ledgers = [one.history for one in verified if one is not None]
+    return max((sum(map(bool, map(one.charged_rounds, {*one.runs, *one.lost_runs}))) for one in ledgers), default=0)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from fedtune.config import RunConfig, saved_config
-from fedtune.federation.run_folder import CARD, LABEL, RunFolder, hashes
+from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.privacy.durable import hashes
 from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts

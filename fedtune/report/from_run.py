@@ -26,7 +26,8 @@ from fedtune.federation.drift import HeldOut, held_out_of
 from fedtune.federation.earlier_debts import UNKNOWN
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, LeadState, RoundResult
-from fedtune.federation.run_folder import CARD, LABEL, RunFolder, hashes
+from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.privacy.durable import hashes
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Receipt
 from fedtune.privacy.run_plan import Plan

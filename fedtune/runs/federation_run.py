@@ -199,7 +199,6 @@ class FederationRun:
     ) -> RunResult:
         """Write `run.json`; `digest` is that of the final adapter, which is saved."""
         config, test = self.config, self.shared.test
-        unit = 1 if sys.platform == "darwin" else 1024
         guess = task_named(config.task).guess(test.examples) if test else None
         findings = findings_of(
             state.rounds,
@@ -215,14 +214,14 @@ class FederationRun:
             constant=guess,
             seconds=seconds,
             # Of this process: Ray's actors are not its children.
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024),
             findings=(DATA_CHANGED, *findings) if state.data_changed else findings,
             kept=kept_of(state.rounds, config.federation, judged_by=config.judged_by),
             energy=meter.stop(),
             detail=detail,
         )
-        plan = self.asked.proposal.plan
-        result = RunResult.of(config, plan, state, final=final, provenance=self._provenance(state))
+        result = RunResult.of(config, self.asked.proposal.plan, state, final=final, provenance=self._provenance(state))
         result = replace(result, adapter_digest=digest)
         write_durably(RunFolder(self.folder).result, json.dumps(asdict(result), indent=2).encode() + b"\n")
         return result

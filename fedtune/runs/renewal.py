@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import RunConfig, parse, saved_config
-from fedtune.federation.calendar import next_window
 from fedtune.federation.run_folder import RunFolder
-from fedtune.federation.verdict import runs_of_sites
+from fedtune.privacy.cohorts import next_window
+from fedtune.privacy.site_files import runs_of_sites
 from fedtune.runs.changed_settings import put
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 

@@ -63,10 +63,9 @@ def findings_of(
         guess: that score for the best constant answer; None: it has none.
         rows: of the test file.
     """
-    if any(result.diverged for result in rounds) or any(finite(score) is None for score in after.values()):
-        return (DIVERGED,)
     loss, was = after.get("loss"), before.get("loss")
-    if loss and was and loss > _LOST * was:
+    lost = bool(loss and was and loss > _LOST * was) or any(finite(score) is None for score in after.values())
+    if lost or any(result.diverged for result in rounds):
         return (DIVERGED,)
     score, started = after.get(judged_by), before.get(judged_by)
     if score is None:

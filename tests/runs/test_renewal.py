@@ -67,9 +67,7 @@ def test_the_window_moves_on_unless_it_is_given(last: Any) -> None:
 def test_a_period_of_real_people_that_has_not_begun_is_charged_only_where_it_is_named(
     last: Any, first: str | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "fedtune.federation.calendar.datetime", Mock(now=lambda _: datetime(2026, 12, 31, 23, tzinfo=UTC))
-    )
+    monkeypatch.setattr("fedtune.privacy.cohorts.datetime", Mock(now=lambda _: datetime(2026, 12, 31, 23, tzinfo=UTC)))
     real = {"runtime": {"kind": "deployment"}}
     assert renewed(last(**by_cohort(first, "2025" if first else "2024"), **real), {}).privacy.cohorts is not None
     folder = last(**by_cohort(first, "2026"), **real)
