@@ -271,8 +271,7 @@ class Run:
         """The content of run.json; a ValueError where the run has come to nothing yet."""
         from fedtune.report.from_run import read_run
 
-        result = read_run(self.folder).result
-        if result is None:
+        if (result := read_run(self.folder).result) is None:
             raise ConfigError("run folder", str(self.folder), "must hold a run.json; resume the run first")
         return result
 

@@ -155,8 +155,7 @@ def _run_all(lines: Sequence[Line], console: Console, *, again: str, personal: b
         if personal:
             run = load(lines[0].run.folder)
             folders = {site: run.folder / f"private_to_{site}" for site in run.config.federation.active}
-            missing = [site for site, folder in folders.items() if not RunFolder(folder).adapter.is_dir()]
-            if missing:
+            if missing := [site for site, folder in folders.items() if not RunFolder(folder).adapter.is_dir()]:
                 with shown_progress() as progress:
                     personalise(run, missing, progress=progress)
             for site, folder in folders.items():

@@ -167,8 +167,7 @@ def clean(
     of the new file, not about those that were dropped.
     """
     config, key = _experiment(settings, None), f"data.{of}_file"
-    name = getattr(config.data, f"{of}_file")
-    if name is None:
+    if (name := getattr(config.data, f"{of}_file")) is None:
         raise ConfigError(key, None, f"must name the file that --of {of} is about")
     if SITE in name:
         bound = f"must be one file: put a site's name in place of {SITE}, with data.partition.kind=iid"

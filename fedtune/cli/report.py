@@ -209,8 +209,7 @@ def _keys_by_roster(report: Report, path: Path, key: str | None) -> tuple[str, M
     keys = {member.site: member.site_key for member in roster.sites}
     if isinstance(report.facts, LedgerFacts):
         site = report.facts.site
-        member = next((one for one in roster.sites if one.site == site), None)
-        if member is None:
+        if (member := next((one for one in roster.sites if one.site == site), None)) is None:
             raise ConfigError("--roster", str(path), f"must list the site {printable(site)}")
         text = f"{path} names this key for {site}. Whether the lead signed that roster is not checked."
         if member.revoked:

@@ -203,8 +203,7 @@ def _stop(folder: Path, *, kit: Kit | None) -> None:
         return
     config = saved_config(folder)
     if files.is_running:
-        pid = running_process(folder)
-        if pid is None:
+        if (pid := running_process(folder)) is None:
             raise RunError(f"{folder} is running, and does not say in which process; stop it where it was started")
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(pid, signal.SIGTERM)

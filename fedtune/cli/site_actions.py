@@ -152,8 +152,7 @@ class AtSite:
         if config.data.heldout_fraction == 0:
             bound = "held nothing out: score it on other records with fedtune evaluate FOLDER --data FILE"
             raise ConfigError("data.heldout_fraction", 0, bound)
-        records = site_records(config, self.files).heldout
-        if not records:
+        if not (records := site_records(config, self.files).heldout):
             raise ConfigError("data.heldout_fraction", config.data.heldout_fraction, "held out no record of this site")
         lines = [Line(name="tuned", kind="run", run=Trial(config=config, folder=folder))]
         runs = [(config, adapter)]
@@ -204,8 +203,7 @@ def _decision(by: str | None, ticket: str | None, reason: str | None) -> dict[st
 
 def _chosen(proposals: list[Proposal], run: str, state: str) -> Proposal:
     """The run with this name, or with a proposal whose digest begins so: two leads may use one name."""
-    found = [p for p in proposals if p.run == run or (len(run) >= 12 and p.digest().startswith(run))]
-    if not found:
+    if not (found := [p for p in proposals if p.run == run or (len(run) >= 12 and p.digest().startswith(run))]):
         names = ", ".join(printable(one.run) for one in proposals) or "none"
         raise ConfigError("RUN", run, f"must be a run that {state}: {names}")
     if len(found) > 1:

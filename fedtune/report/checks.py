@@ -116,8 +116,7 @@ def _figures(report: Report) -> Iterator[Check]:
 
 def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
     """Compare the figures of joined ledgers over all their runs with the sites' signed reports, where these are."""
-    joined = [site for site in facts.sites if site.statement]
-    if not joined:
+    if not (joined := [site for site in facts.sites if site.statement]):
         return
     read = [signing.read_report(str(path))[1] for path in sorted(RunFolder(folder).site_reports.glob("*.json"))]
     own = {report.facts.site: report for report in read if isinstance(report.facts, LedgerFacts)}

@@ -312,8 +312,7 @@ def by_site(record: RunRecord, reports: Iterable[Report]) -> Mapping[str, Report
             raise refused("must be a site's report of its own ledger")
         if (site := facts.site) not in (sites := record.config.federation.active):
             raise refused(f"must be about a site of this run ({', '.join(sites)}), not {site}")
-        receipt = record.receipts.get(site)
-        if receipt is None:
+        if (receipt := record.receipts.get(site)) is None:
             raise refused(f"cannot be checked: {site} gave this run no receipt, so its key is not known")
         try:
             key = signing.check(report)

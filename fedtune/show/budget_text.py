@@ -188,8 +188,7 @@ def beside_of(files: SiteFiles) -> tuple[Verified | None, Differences]:
     Raises:
         RunError: it cannot be trusted.
     """
-    verified = files.verified()
-    if verified is None:
+    if (verified := files.verified()) is None:
         return None, []
     opened = verified.history.opened
     differences = opened.differences(files.policy)

@@ -164,8 +164,7 @@ class Compared:
             else:
                 told.append(f"With privacy it is {found.verdict} than without: {self._score} {interval_text(found)}.")
         pairs = combinations(self.sides.measured, 2)
-        alike = [pair for pair in pairs if compare(*pair).verdict == NO_DIFFERENCE]
-        if alike:
+        if alike := [pair for pair in pairs if compare(*pair).verdict == NO_DIFFERENCE]:
             alike.sort(key=lambda pair: self.main not in pair)
             shown = "; ".join(map(" and ".join, alike[:_MOST_NAMED]))
             more = f"; and {counted(len(alike) - _MOST_NAMED, 'more pair')}" if len(alike) > _MOST_NAMED else ""
@@ -384,8 +383,7 @@ def score_side_by_side(
         values = {AT_SITES: at_sites, **values}
     groups = {}
     for title, of_records in values.items():
-        found = sides.by(of_records, smallest=smallest, pairs=pairs)
-        if found is None:
+        if (found := sides.by(of_records, smallest=smallest, pairs=pairs)) is None:
             notes.append(f"No scores {title}: fewer than two groups have {smallest} {sides.unit}s.")
         else:
             groups[title] = found

@@ -171,8 +171,7 @@ def _declared(run: Run, codes: str | Path, roles: Sequence[str], own: RunRecords
     def counts(records: Iterable[Record]) -> Counter[Code]:
         return Counter(tuple(in_one_form(one.fields[role]) for role in roles) for one in records)
 
-    listed = list(iter_records(path, {role: run.config.data.columns[role] for role in roles}))
-    if not listed:
+    if not (listed := list(iter_records(path, {role: run.config.data.columns[role] for role in roles}))):
         raise without_records(path)
     require_apart(listed, own, key="--codes", file=str(codes))
     found = counts(listed)

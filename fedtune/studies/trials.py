@@ -113,8 +113,7 @@ class Trial:
 
 def price_text(runs: Mapping[str, Trial]) -> Iterator[str]:
     """How many runs (by name) are still to make, and what each of them spends; nothing where all are finished."""
-    waiting = {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}
-    if not waiting:
+    if not (waiting := {name: trial.config.plan() for name, trial in runs.items() if not trial.earlier}):
         return
     names = [*waiting][:_MOST_NAMED]
     names += [f"and {len(waiting) - _MOST_NAMED} more"] if len(waiting) > _MOST_NAMED else []

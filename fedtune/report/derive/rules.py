@@ -111,8 +111,7 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
     yield from _of_mechanism(facts, sites, said=[*said])
     yield from _of_figures(facts, sites, asserted={site: one.asserted for site, one in said.items()})
     # Whether the lead holds a signed receipt from every site that was charged.
-    unsigned = [one.site for one in sites if one.source == "not_released" and one.spent.rounds]
-    if unsigned:
+    if unsigned := [one.site for one in sites if one.source == "not_released" and one.spent.rounds]:
         yield "receipts_signed", "assumed", ", ".join(unsigned)
     else:
         keys = [f"{one.site} {spoken_start(one.receipt.site_key)}" for one in facts.sites if one.receipt]
