@@ -14,7 +14,6 @@ from fedtune.privacy.durable import hashes
 from fedtune.report import signing
 from fedtune.report.derive import cells
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts
-from fedtune.report.from_run import sent_to_sites, statement_of
 from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
 from fedtune.spec import REPORT_SCHEMA, RunError
@@ -138,6 +137,8 @@ def _taken(facts: RunFacts, folder: Path) -> Iterator[Check]:
 
 def _is_of(report: Report, site: SiteFacts, facts: RunFacts) -> bool:
     """The site signed the report, which agrees with itself, and gives what the run's report repeats of it."""
+    from fedtune.report.from_run import statement_of
+
     try:
         signing.check(report, expected_key=site.receipt.site_key if site.receipt else "")
     except RunError:
@@ -247,6 +248,8 @@ def settings_problems(facts: RunFacts, config: RunConfig) -> Iterator[Problem]:
         plan = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, noise_multiplier=noise)).plan()
     made, start, run = facts.provenance, facts.provenance.start_adapter, facts.run
     if facts.deployed:
+        from fedtune.report.from_run import sent_to_sites
+
         run = sent_to_sites(config, plan, model_sha256=config.model.sha256 or str(made.model_sha256)).run_id()
     began = config.model.adapter_sha256 or (start and start.digest)  # what a base or records owe stands in no settings
     for where, is_so, asked in (
