@@ -168,15 +168,13 @@ def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
 
 def _files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
     """Compare the model's files with those that the report names."""
-    folder = model or own
-    if not folder.is_dir():
+    if not (folder := model or own).is_dir():
         if facts.files:
             text = f"Nobody compared the model with the {counted(len(facts.files), 'file')} that the report names."
             yield Check("files", _open(facts, model), text)
         return
-    named = (
-        facts.files if model else {name: one for name, one in facts.files.items() if name.startswith(f"{own.name}/")}
-    )
+    of_adapter = {name: one for name, one in facts.files.items() if name.startswith(f"{own.name}/")}
+    named = facts.files if model else of_adapter
     there = {f"{folder.name}/{name}": one for name, one in hashes(folder, besides=(CARD, LABEL)).items()}
     by_hash = {digest: name for name, digest in named.items()}
     found = [Problem(name, "another file", digest) for name, digest in there.items() if digest not in by_hash]

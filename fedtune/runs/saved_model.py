@@ -53,8 +53,7 @@ class SavedModel:
         self.config = config
         saved = {name: SavedAdapter.read(folder, model=config.model, private=True) for name, folder in adapters.items()}
         own = next(iter(saved.values()))
-        device = device_for(config.runtime.device)
-        self.tokenizer, self.model = ready(config, lambda: own.build(device=device))
+        self.tokenizer, self.model = ready(config, lambda: own.build(device=device_for(config.runtime.device)))
         self.model.task.start_head(self.model)
         self._tensors = {BASE: _tensors_of(self.model)}
         for name, adapter in saved.items():

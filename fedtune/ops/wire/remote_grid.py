@@ -86,12 +86,10 @@ class RemoteGrid(AskingGrid):
         return self._opened().answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
 
     def _mend(self, trouble: Exception, questions: Questions) -> None:
-        is_refusal = isinstance(trouble, httpx.HTTPStatusError) and not trouble.response.is_redirect
-        if not is_refusal or _is_away(trouble):
+        if not isinstance(trouble, httpx.HTTPStatusError) or trouble.response.is_redirect or _is_away(trouble):
             self._wait_for_server(trouble)
             return
         if self._session is None:
-            assert isinstance(trouble, httpx.HTTPStatusError)
             raise not_started(self._server, trouble) from trouble
         log.warning("the server forgot this run (%s); asking again", trouble.response.status_code)
         self._close()
