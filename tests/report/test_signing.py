@@ -1,7 +1,9 @@
 """A signature covers every value of a report, and each value has one spelling."""
 
 import json
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -86,16 +88,6 @@ def test_each_value_is_covered(a_ledger_report: Make, a_report: Make) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_digit_can_be_changed_anywhere(text: str, data: st.DataObject) -> None:
-    places = [place for place, letter in enumerate(text) if letter in "0123456789"]
-    place = data.draw(st.sampled_from(places))
-    digit = data.draw(st.sampled_from([digit for digit in "0123456789" if digit != text[place]]))
-    with pytest.raises(FedtuneError):
-        signing.check(signing.read(f"{text[:place]}{digit}{text[place + 1 :]}".encode()))
-
-
-@given(data=st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_edit_passes_for_another_report(text: str, data: st.DataObject) -> None:
     begin = data.draw(st.integers(0, len(text)))
@@ -122,22 +114,10 @@ def test_a_report_has_one_form(a_report: Make) -> None:
 
 def test_what_is_no_report_is_refused(a_report: Make) -> None:
     text = signing.to_text(a_report())
+    refused = tomllib.loads(Path(__file__).with_name("no_reports.toml").read_text())
     for before, after in (
-        ('"delta": 1e-05', '"delta": 1.0e-05'),  # one value, two spellings
-        ('"delta": 1e-05', '"delta": 0.00001'),
-        ('"delta": 1e-05', '"delta": 1.0000000000000000001e-05'),
-        ('"delta": 1e-05', '"delta": NaN'),
-        ('"epsilon": ', '"epsilon": Infinity, "epsilon_before": '),
-        ('"delta": 1e-05', '"delta": 1e-05, "delta": 1e-05'),
-        ('"delta": 1e-05', '"delta": "1e-05"'),
-        ('"seeded_noise": false', '"seeded_noise": 0'),
-        ('"rounds": 4', '"rounds": true'),
-        ('"rounds": 4', '"rounds": "4"'),
-        ('"rounds": 4', '"rounds": 4.0'),
+        *((before, after) for before, found in refused.items() for after in found),
         (f'"schema_version": {REPORT_SCHEMA}', f'"schema_version": {REPORT_SCHEMA - 1}'),
-        ('"kind": "run"', '"kind": "rum"'),
-        ('"kind": "run"', '"kind": "run", "note": "x"'),
-        ("{", "["),
         ("{", '{"a": ' * 100_000),
     ):
         assert before in text
