@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,7 @@ FEATURES = (
     " {columns: [states], range: [-1, 1], size: 2}]"
 )
 JUDGED = dict(zip(COLUMNS, ("accuracy", "micro_f1", "quadratic_kappa", "spearman"), strict=True))
-SCORES = {
-    "classification": ["accuracy", "macro_f1", "auroc", "ece", "loss"],
-    "multi_label": ["micro_f1", "macro_f1", "exact", "auroc", "ece", "loss"],
-    "ordinal": ["quadratic_kappa", "accuracy", "mae", "auroc", "ece", "loss"],
-    "regression": ["spearman", "pearson", "rmse", "mae", "loss"],
-}
+SCORES = tomllib.loads(Path(__file__).with_name("scores_of_features.toml").read_text())
 
 
 def rows(count: int, *, seed: int) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -39,18 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 ALL = {"data init", "data check", "simulate", "generate", "evaluate", "export"}
-# Of each file, scores that its run has and how what its model says begins.
-FILES: dict[str, tuple[set[str], str]] = {
-    "tickets.csv": ({"accuracy", "macro_f1"}, r"card_arrival [01]\.\d{3} \("),  # MiniLM knows the label by its name
-    "places.json": ({"loss"}, r"\s*\S"),
-    "chats.jsonl": ({"loss"}, r"\s*\S"),
-    "speeches.parquet": ({"loss"}, r"\s*\S"),
-    "features.csv": ({"micro_f1", "macro_f1", "auroc"}, r"none|coffee shop|cheap|families|riverside"),
-    "stars.csv": ({"quadratic_kappa", "accuracy", "mae"}, r"[135] [01]\.\d{3} \("),
-    "shares.csv": ({"spearman", "pearson", "rmse", "mae"}, r"[01]"),
-    "same_facts.jsonl": ({"ndcg_at_10", "recall_at_1", "nearer"}, ""),
-    "answers.jsonl": ({"accuracy", "margin"}, r"\s*\S"),
-}
+FILES = tomllib.loads(Path(__file__).with_name("examples.toml").read_text())
 
 
 @pytest.mark.parametrize("file", [file.name for file in EXAMPLES.iterdir() if file.name != "README.md"])
@@ -61,9 +51,9 @@ def test_every_line_as_it_stands(folder: Path, file: str) -> None:
         assert outcome.code == 0, (words, outcome.err)
         told[" ".join(words[:2]) if words[0] == "data" else words[0]] = outcome
     assert {"data init", "simulate", "evaluate"} <= set(told) <= ALL
-    name, (scores, answer) = file.partition(".")[0], FILES[file]
+    name, answer = file.partition(".")[0], FILES[file]["answer"]
     result = json.loads((folder / "runs" / name / "run.json").read_text())
-    assert scores <= set(result["final"]["metrics"])
+    assert set(FILES[file]["scores"]) <= set(result["final"]["metrics"])
     assert ("generate" in told) == (answer != "")
     assert not answer or re.match(answer, told["generate"].out), told["generate"].out
     assert ("unit: user" in (folder / f"{name}.yaml").read_text()) == (name == "speeches")

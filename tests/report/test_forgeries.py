@@ -261,11 +261,6 @@ def test_no_forgery_by_a_lead_who_signs_passes(run: Deployed, lie: str) -> None:
     run.write(signing.signed(derive(LIES[lie](run.facts)), LEAD))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
-    # Nor with less beside it.
-    (run.folder / "config.yaml").unlink()
-    shutil.rmtree(run.folder / "adapter")
-    assert not hold(run.checks())
-    assert not run.holds_by_the_other_program("--key", LEAD.public)
 
 
 @pytest.mark.parametrize("key", [None, STRANGER])
@@ -284,14 +279,10 @@ def test_figures_that_nothing_gives_do_not_pass(run: Deployed, figures: dict[str
     assert not run.holds_by_the_other_program()
 
 
-def write_over(folder: Path) -> None:
-    (folder / "adapter_model.safetensors").write_bytes(b"another adapter")
-
-
 @pytest.mark.parametrize(
     "change",
     [
-        write_over,
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"another adapter"),
         lambda folder: (folder / "pytorch_model.bin").write_bytes(b"a second one"),
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
         lambda folder: (folder / "fedtune.json").write_text("{}"),
@@ -304,33 +295,22 @@ def test_a_report_beside_another_model_does_not_pass(run: Deployed, change: Call
     assert not run.holds_by_the_other_program()
 
 
-HONEST = ("run", "run_without_privacy", "secure", "ledger")
+HONEST: dict[str, tuple[str, Callable[[Report], Report]]] = {
+    **{name: (name, replace) for name in ("run", "run_without_privacy", "secure", "ledger")},
+    "arrivals": ("ledger", arrivals),
+    "admitting": ("run", admitting),
+    "drifting": ("run", drifting),
+    "exceeded": ("run", lambda report: derive(replace(report.facts, target_epsilon=0.5))),
+    "seeded": ("run", lambda one: derive(signed_by_sites(replace(one.facts, seeded_noise=True, randomness="seeded")))),
+    "silent": ("run", lambda report: derive(without(report.facts, "south-hospital"))),
+}
 
 
-def without_files(report: Report) -> Report:
-    return derive(replace(report.facts, files={})) if isinstance(report.facts, RunFacts) else report
-
-
-def exceeded(report: Report) -> Report:
-    return derive(replace(report.facts, target_epsilon=0.5))
-
-
-def seeded(report: Report) -> Report:
-    return derive(signed_by_sites(replace(report.facts, seeded_noise=True, randomness="seeded")))
-
-
-def silent(report: Report) -> Report:
-    return derive(without(report.facts, "south-hospital"))
-
-
-@pytest.mark.parametrize("name", [*HONEST, "arrivals", "admitting", "drifting", "exceeded", "seeded", "silent"])
+@pytest.mark.parametrize("name", HONEST)
 def test_the_other_program_says_the_same_of_honest_reports(name: str, tmp_path: Path, capsys: Any) -> None:
-    change = {"exceeded": exceeded, "seeded": seeded, "silent": silent}.get(name)
-    base = on_file(name)() if name in HONEST else on_file("ledger" if name == "arrivals" else "run")()
-    made = {"arrivals": arrivals, "admitting": admitting, "drifting": drifting}.get(name, change)
-    report = without_files(made(base) if made else base)
-    if name in ("ledger", "arrivals"):
-        report = derive(replace(report.facts, simulated=True))
+    base, change = HONEST[name]
+    facts = change(on_file(base)()).facts
+    report = derive(replace(facts, simulated=True) if base == "ledger" else replace(facts, files={}))
     (tmp_path / "report.json").write_text(signing.to_text(report))
     assert verify_report.main([str(tmp_path)]) == 0, capsys.readouterr().out
     assert capsys.readouterr().out.startswith(f"HOLDS {report.verdict.state}: epsilon ")

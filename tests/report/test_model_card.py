@@ -1,6 +1,7 @@
 """The card of a finished run: what it says, that tools read it, that it is text alone; the sum of synthetic records."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedtune.report.synthetic_card import together
 from ..conftest import simulate
 from .shown import status, with_facts
 
+STARTS = json.loads(Path(__file__).with_name("starts.json").read_text())
 FORM = Form(what="An adapter", library="peft", relation="adapter", loading="import peft", needs_base=True)
 
 
@@ -134,25 +136,14 @@ def test_a_start_adapter_is_named(record: RunRecord, of_run: Report) -> None:
 
 
 def test_what_a_start_began_in_adds_up() -> None:
-    for before, spent in (
-        (None, (2.0, 0.25)),
-        ({"epsilon": 1.0, "delta": 0.5, "unit": "record"}, (3.0, 0.75)),
-        ({"epsilon": 1.0, "delta": 0.5, "unit": "record", "start_adapter": {"delta": "unknown"}}, (None, None)),
-        ({"epsilon": None, "delta": 0.5, "unit": "record"}, (None, 0.75)),
-        ({"epsilon": 1.0, "delta": 0.5, "unit": "user"}, (None, None)),
-        ({"epsilon": None, "delta": "unknown", "public": True}, (2.0, 0.25)),
-    ):
-        assert spent_on_start({"epsilon": 2.0, "delta": 0.25, "unit": "record", "start_adapter": before}) == spent
+    for before, spent in STARTS["of one start: what it began in, and epsilon and delta of both"]:
+        assert spent_on_start({"epsilon": 2.0, "delta": 0.25, "unit": "record", "start_adapter": before}) == tuple(
+            spent
+        )
 
 
 def test_what_runs_of_synthetic_records_began_in_adds_up_with_them() -> None:
-    for start, epsilon in (
-        (None, 0.3),
-        ({"epsilon": 2.0, "delta": 0.1, "unit": "record", "public": False}, 2.3),
-        ({"epsilon": None, "delta": None, "unit": None, "public": True}, 0.3),
-        ({"epsilon": None, "delta": None, "unit": None, "public": False}, None),
-        ({"epsilon": 2.0, "delta": 0.1, "unit": "user", "public": False}, None),
-    ):
+    for start, epsilon in STARTS["of two runs: the start of the first, and epsilon of all"]:
         runs = [{"epsilon": 0.1, "delta": 1e-5, "unit": "record", "start": start}]
         runs.append({"epsilon": 0.2, "delta": 2e-5, "unit": "record", "start": None})
         assert together(runs)[0] == epsilon, "as a person adds it up"
