@@ -2,6 +2,7 @@
 
 import asyncio
 import doctest
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,16 +17,7 @@ from fedtune.api.compose import compose_recipe
 from fedtune.audit.experiment import audit as audit_run
 from fedtune.spec import ConfigError
 
-TINY: Mapping[str, Any] = {
-    "runtime.device": "cpu",
-    "runtime.num_threads": 1,
-    "privacy.noise_multiplier": 4.0,
-    "data.train_fraction": 0.02,
-    "data.declared_sizes": 90,
-    "data.max_length": 16,
-    "data.validation_rows": 10,
-    "data.test_rows": 10,
-}
+TINY: Mapping[str, Any] = json.loads(Path(__file__).with_name("tiny.json").read_text())
 
 
 def tiny(folder: Path, **others: Any) -> dict[str, Any]:

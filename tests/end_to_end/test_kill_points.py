@@ -2,6 +2,8 @@
 
 import json
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,15 +50,7 @@ def test_the_kills_are_spread_over_everything_that_is_written_trained_and_sent(s
     assert any(hit["setting"] == "arrivals" and any(hit["begun"].values()) for hit in sample["hits"]), "nobody arrived"
 
 
-ORDERS = {
-    "charged after training": ["records were read for 1 rounds, 0 are charged"],
-    "charged after the reply": [
-        "an observer has 1 different updates, 0 rounds are charged",
-        "epsilon spent by PLD is below",
-    ],
-    "stored after the reply": ["does not know as committed"],
-    "admitted before the charge": ["it has rows that no event knows"],
-}
+ORDERS = tomllib.loads(Path(__file__).with_name("wrong_orders.toml").read_text())
 
 
 @pytest.mark.parametrize("order", ORDERS)
