@@ -19,6 +19,7 @@ from fedtune.data.formats import files_of, raw_rows
 from fedtune.data.records import iter_records, usable_records
 from fedtune.spec import ConfigError, DataError
 
+from ..cases import cases_of
 from .conftest import in_parquet
 
 SAVED = Path(__file__).parent / "fixtures" / "saved_set"  # by save_to_disk of datasets 5.2
@@ -195,17 +196,7 @@ def test_input_and_system_may_be_absent_or_blank(tmp_path: Path, row: dict[str, 
         list(iter_records(tmp_path / "a.csv", columns))
 
 
-@pytest.mark.parametrize(
-    ("text", "rows"),
-    [
-        ("a;b\nx, y;1,5\n", [{"a": "x, y", "b": "1,5"}]),
-        ('\ufeff;;\n"a";"b"\r\n"x;\ny";2\r\n', [{"a": "x;\ny", "b": "2"}]),
-        ("a,b;c\nx;y,2\n", [{"a": "x;y", "b;c": "2"}]),
-        ("a,b\nx;y,2\n", [{"a": "x;y", "b": "2"}]),
-        ('Text;"Alter, Jahre"\na, b;3,5\n', [{"Text": "a, b", "Alter, Jahre": "3,5"}]),
-        ('"a;b;c",label\nx;y,1\n', [{"a;b;c": "x;y", "label": "1"}]),
-    ],
-)
+@pytest.mark.parametrize(("text", "rows"), cases_of(__file__, "headers"))
 def test_the_header_line_alone_says_whether_cells_end_in_semicolons(tmp_path: Path, text: str, rows: Any) -> None:
     path = tmp_path / "german.csv"
     path.write_bytes(text.encode())

@@ -19,6 +19,7 @@ from fedtune.data.partition import (
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import task_named
 
+from ..cases import cases_of
 from .conftest import data_spec
 
 KEY = b"a key of these tests"
@@ -137,18 +138,7 @@ def test_fractions() -> None:
     assert smaller != {i for i, record in enumerate(rows) if is_selected(record, fraction=0.1, key=b"another")}
 
 
-@pytest.mark.parametrize(
-    ("settings_", "message"),
-    [
-        ({"kind": "random"}, "kind = 'random': must be one of iid, dirichlet, column"),
-        ({"kind": "dirichlet", "alpha": 0.0}, "alpha = 0.0: must be a finite number greater than 0"),
-        ({"proportions": (1.0, -1.0)}, "proportions = -1.0: must be a finite number greater than 0"),
-        ({"kind": "file", "proportions": (1.0,)}, 'proportions = [1.0]: must be empty for kind "file"'),
-        ({"kind": "column"}, "sites = {}: must map each value to a site"),
-        ({"sites": {"a": 0}}, "sites = {'a': 0}: must map each value to a site"),
-        ({"kind": "column", "sites": {"a": 0}, "proportions": (1.0,)}, "proportions = [1.0]: must be empty"),
-    ],
-)
+@pytest.mark.parametrize(("settings_", "message"), cases_of(__file__, "partitions"))
 def test_wrong_settings(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         PartitionSpec(**settings_)

@@ -9,6 +9,7 @@ import pytest
 from fedtune.preparation.detect import look_at
 from fedtune.spec import ConfigError, DataError
 
+from ..cases import cases_of
 from .conftest import AB, ASK, SAY, TURNS, YES_NO, few, own, rows, seen, summary
 
 SHARED = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
@@ -169,35 +170,7 @@ def test_each_role_can_be_chosen(tmp_path: Path, columns: dict[str, Any], chosen
     assert summary(seen(tmp_path, columns, **options)).partition(";")[0] == expected
 
 
-@pytest.mark.parametrize(
-    ("chosen", "message"),
-    [
-        ({"label": "gone"}, "--label = 'gone': must be one of the columns body, n"),
-        (
-            {"label": "body"},
-            "--label = 'body': must have 2 to 200 different texts or whole numbers of at most 80 characters, on "
-            "average in 5 rows or more",
-        ),
-        ({"score": "n", "prompt": "body"}, "--prompt = 'body': does not go with --score"),
-        ({"score": "body", "other": "n"}, "--other = 'n': must hold texts"),
-        ({"prompt": "body"}, "--prompt = 'body': goes with --completion, and no column is called so"),
-        (
-            {"image": "body"},
-            "--image = 'body': must hold paths of images that end in .jpg, .jpeg, .png or .webp, or images",
-        ),
-        (
-            {"event": "body"},
-            "--event = 'body': must hold 1 or true where it came, else 0 or false; or two words such as dead and alive",
-        ),
-        (
-            {"time": "n"},
-            "--time = 'n': does not go with what else this file has: an answer stands beside a text, an image "
-            "or a table",
-        ),
-        ({"messages": "body"}, "--messages = 'body': must hold turns of a conversation"),
-        ({"user": "x"}, "--user = 'x': must be one of the columns body, n"),
-    ],
-)
+@pytest.mark.parametrize(("chosen", "message"), cases_of(__file__, "choices_that_do_not_fit"))
 def test_a_choice_that_does_not_fit(tmp_path: Path, chosen: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         seen(tmp_path, rows({"body": own, "n": int}, 400), **chosen)

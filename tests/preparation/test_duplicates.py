@@ -12,6 +12,8 @@ from fedtune.preparation import duplicates
 from fedtune.preparation.duplicates import Earlier, Likeness, Near, Words, compare, longest_runs
 from fedtune.tasks.registry import TASKS
 
+from ..cases import cases_of
+
 TURNS = '[{"role":"user","content":"b"}]'
 
 
@@ -162,22 +164,9 @@ def test_each_record_of_many_alike_has_its_twin_and_the_same_is_more_than_alike(
     assert near(text, f"{text} Indeed.").likeness == "alike"
 
 
-@pytest.mark.parametrize(
-    ("text", "others", "details"),
-    [
-        ("card 4111-1111-1111-1111", ["x", "my 4111 1111 1111 1111."], [("card number", 1, "own:2")]),
-        ("ask A.B@Example.org", ["a.b@example.org", "a.b@example.org twice a.b@example.org"], [("e-mail", 2, "own:1")]),
-        ("ask ab@example.org", ["a.b@example.org"], []),
-        (
-            "+49 170 1234567 and a@b.org",
-            ["a@b.org, +49 (170) 123-4567"],
-            [("e-mail", 1, "own:1"), ("phone number", 1, "own:1")],
-        ),
-        ("+49 170 1234568", ["+49 170 1234567"], []),
-    ],
-)
-def test_details_are_the_same_in_any_spaces(text: str, others: list[str], details: list[tuple[str, int, str]]) -> None:
-    assert near(text, *others).details == details
+@pytest.mark.parametrize(("text", "others", "details"), cases_of(__file__, "details"))
+def test_details_are_the_same_in_any_spaces(text: str, others: list[str], details: list[list[object]]) -> None:
+    assert [list(one) for one in near(text, *others).details] == details
 
 
 def test_nothing_is_like_nothing() -> None:

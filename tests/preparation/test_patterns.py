@@ -4,6 +4,8 @@ import pytest
 
 from fedtune.preparation.patterns import damage, identifiers, masked
 
+from ..cases import cases_of
+
 
 @pytest.mark.parametrize(
     ("text", "kind", "whole"),
@@ -28,23 +30,7 @@ def test_an_identifier_is_found_whole_and_once(text: str, kind: str, whole: str)
     assert masked(text) == (text.replace(whole, f"[{kind}]"), [kind])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "DE88 3704 0044 0532 0130 00",  # the checksum
-        "4111 1111 1111 1112",
-        "0000 0000 0000 0000",
-        "86 095 742 718",
-        "12 345 678 901",  # no digit twice
-        "000-12-3456",
-        "300.1.1.1",
-        "version 1.2.3.4.5",
-        "std::vector at 12:30:45",
-        "on 12.03.1980",  # no word about a birth
-        "order 1234567890123 of 2020-01-02 for 1,000,000 euros",
-        "me@home",
-    ],
-)
+@pytest.mark.parametrize("text", cases_of(__file__, "no_identifiers"))
 def test_what_is_none_is_left_alone(text: str) -> None:
     assert masked(text) == (text, [])
 
@@ -59,16 +45,7 @@ def test_a_long_text_takes_no_time_beyond_its_length(evil: str) -> None:
     identifiers(evil * 50_000)  # what looks back over the whole text would take hours
 
 
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("F\u00c3\u00bcr Sie", "mojibake (UTF-8 that was read as Windows-1252)"),
-        ("it\u00e2\u20ac\u2122s", "mojibake (UTF-8 that was read as Windows-1252)"),
-        ("caf\ufffd", "replacement characters (U+FFFD)"),
-        ("a\x00b", "control characters"),
-        ("a\u200bb", "invisible characters"),
-    ],
-)
+@pytest.mark.parametrize(("text", "kind"), cases_of(__file__, "damaged"))
 def test_damage(text: str, kind: str) -> None:
     assert list(damage(text)) == [kind]
 

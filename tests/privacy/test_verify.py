@@ -18,6 +18,7 @@ from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import RunError
 from fedtune.words import spoken_start
 
+from ..cases import cases_of
 from .builders import make_key, policy, proposal, reserve, site_key, tamper
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(chain.Event))
@@ -150,20 +151,7 @@ def test_a_changed_value_is_found_in_every_column_of_every_kind_of_event(whole: 
     assert tried >= len(stored(whole))
 
 
-@pytest.mark.parametrize(
-    "sql",
-    [
-        "UPDATE replies SET reply = x'00' WHERE run = 'r'",
-        "UPDATE replies SET reply = x'' WHERE run = '2'",
-        "UPDATE replies SET request = 'another' WHERE run = 'r'",
-        "UPDATE replies SET run = 'another' WHERE run = 'r'",
-        "UPDATE replies SET run = CASE run WHEN 'r' THEN 'x' ELSE run END",
-        "DELETE FROM replies WHERE run = '2'",
-        "DELETE FROM replies",
-        "INSERT INTO replies VALUES ('3', 'q', x'00')",
-        "INSERT INTO replies SELECT 'another', request, reply FROM replies WHERE run = 'r'",
-    ],
-)
+@pytest.mark.parametrize("sql", cases_of(__file__, "replies"))
 def test_a_changed_reply_is_found(victim: Path, sql: str) -> None:
     tamper(victim, sql)
     assert found(victim) == "the stored replies are not the newest ones that were committed"

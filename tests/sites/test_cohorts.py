@@ -24,19 +24,13 @@ from fedtune.sites.shared_settings import for_sites
 from fedtune.spec import ConfigError
 from fedtune.training.users import UserExamples
 
+from ..cases import cases_of
 from .conftest import LABELS, letters, write_records
 from .test_work import do
 
 COLUMNS = {"text": "text", "label": "label", "user": "id", "arrival": "since"}
 """Of the lead's files."""
-PEOPLE = {
-    "ann": ["2025-05-01", "2024-03-01", "soon"],  # the earliest counts
-    "ben": ["2025-12-31T23:59:59"],
-    "cy": ["", ""],
-    "dora": ["31.12.2025"],
-    "eve": ["2026-01"],
-    "fay": ["2026-02-30"],
-}
+PEOPLE = cases_of(__file__, "people")
 
 
 def by_cohorts(first: str | None, last: str, **privacy: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fedtune.tasks.base import error_of
 from fedtune.tasks.pooled import binary_losses
 from fedtune.tasks.registry import TASKS, task_named
 
+from ..cases import cases_of
 from ..data.conftest import data_spec
 
 LABELS = ("low", "mid", "high")
@@ -150,18 +151,7 @@ def test_an_answer_in_labels(task: str, logits: list[float], text: str, told: li
     assert [one["label"] for one in objects] == told  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    ("task", "logits", "target", "score"),
-    [
-        ("multi_label", [1.0, -1, 1], [1.0, 1, 0], 0.5),
-        ("multi_label", [-1.0, -1, -1], [0.0, 0, 0], 1.0),
-        ("multi_label", [-1.0, -1, -1], [0.0, 1, 0], 0.0),
-        ("ordinal", [1.0, 1.0], 0, 0.0),
-        ("ordinal", [1.0, -1.0], 2, 0.5),
-        ("regression", [9.0], -1.0, 0.0),
-        ("regression", [0.5], 0.0, 0.75),
-    ],
-)
+@pytest.mark.parametrize(("task", "logits", "target", "score"), cases_of(__file__, "scores_of_a_unit"))
 def test_one_unit_scores_between_0_and_1(task: str, logits: list[float], target: Any, score: float) -> None:
     model: Any = SimpleNamespace(spec=spec_of(task), logits=lambda batch: torch.tensor([logits]))
     batch: Any = SimpleNamespace(targets=torch.tensor([target]))

@@ -91,7 +91,7 @@ def test_it_is_simulated_and_reported(folder: Path) -> None:
     assert 0 < result["privacy"]["epsilon"] < 8
     assert {path.name for path in (folder / "adapter").iterdir()} >= {"head.safetensors", "fedtune.json"}
     assert command("report", str(folder)).printed
-    assert json.loads((folder / "report.json").read_text())["facts"]["task"] == "text_length"
+    assert json.loads((folder / "report.json").read_text())["facts"]["provenance"]["task"] == "text_length"
     assert command("report", "verify", str(folder / "report.json")).code == 0
     assert "text_length" in (folder / "report.html").read_text()
 
