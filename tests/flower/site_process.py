@@ -4,7 +4,6 @@ It answers every message with the arrays that came, and says who it is.  It prin
 """
 
 import json
-import os
 import signal
 import sys
 import time
@@ -40,7 +39,6 @@ from fedtune.ops.wire.identity import Tls  # noqa: E402
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
     works_s: float = 0.0  # how long it takes to answer
-    dies_on: int = 0  # number of the message on which it dies before it answers; 0: none
     replies: int = 1  # how often it sends each answer
     # (end of a path, "before" or "after"): each breaks one call, and the next one only after an answer was sent
     faults: tuple[tuple[str, str], ...] = ()
@@ -69,8 +67,6 @@ class Polling:
             return
         self._number += 1
         note("received", type=message.metadata.message_type, number=self._number)
-        if self._number == self._behaviour.dies_on:
-            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self._behaviour.works_s)
         reply = answer(message, self._name, self._number)
         for _ in range(self._behaviour.replies):

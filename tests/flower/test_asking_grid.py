@@ -86,8 +86,8 @@ def word_of(answer: Message) -> str:
     return str(answer.content.config_records["said"]["word"])
 
 
-def grid_of(fake: FakeGrid, *, hear: Any = lambda *_: Heard(good=True)) -> FlowerGrid:
-    spec = FederationSpec(num_sites=2, site_names=tuple(KEYS))
+def grid_of(fake: FakeGrid, *, hear: Any = lambda *_: Heard(good=True), **waiting: Any) -> FlowerGrid:
+    spec = FederationSpec(num_sites=2, site_names=tuple(KEYS), **waiting)
     return FlowerGrid(fake, KEYS, hear=hear, closing=lambda: Closing(spec))
 
 
@@ -140,6 +140,38 @@ def test_what_a_site_said_before_its_app_failed_is_no_answer() -> None:
 
     waits = grid_of(FakeGrid(answer, north="1"), hear=lambda *_: Heard(good=False, again_s=0.05))
     assert received(waits, 1, timeout=0.5) == {}
+
+
+def test_a_site_that_comes_late_is_asked_when_it_is_there_and_nobody_else_again() -> None:
+    fake = FakeGrid(lambda message, _: says(message, "yes"), north="1")
+
+    def hear(*_: Any) -> Heard:
+        fake.activated = {"north": "2", "south": "1"}
+        return Heard(good=True)
+
+    assert received(grid_of(fake, hear=hear), 1, 2) == {1: "yes", 2: "yes"}
+    assert [node for node, _ in fake.asked] == [700, 701]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_provisional_answer_is_better_than_none_and_enough_in_a_pause(*, paused: bool) -> None:
+    heard = {1: Heard(good=False, again_s=60.0, idle=paused), 2: Heard(good=True)}
+    waiting = grid_of(
+        FakeGrid(lambda message, number: says(message, f"{number}")), hear=lambda site, *_: heard[site], grace_s=0.05
+    )
+    began = time.monotonic()
+    assert sorted(received(waiting, 1, 2, timeout=10 if paused else 0.5)) == [1, 2], "too early to ask again"
+    waited_s = time.monotonic() - began
+    assert waited_s < 5 if paused else waited_s >= 0.5
+
+
+def test_what_a_site_said_before_it_began_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was paused when it was asked first; by the second time it may have been charged, and the lead must ask."""
+    monkeypatch.setattr(asking_grid, "_SAYS_SO_AGAIN_S", 0.1)
+    fake = FakeGrid(lambda message, number: says(message, "paused") if number == 1 else None, north="1")
+    grid = grid_of(fake, hear=lambda *_: Heard(good=False, again_s=0.02, idle=True))
+    assert received(grid, 1, timeout=1) == {}
+    assert len(fake.asked) == 2
 
 
 def test_a_provisional_answer_is_asked_for_again_until_it_is_final() -> None:

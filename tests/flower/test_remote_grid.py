@@ -1,4 +1,7 @@
-"""The lead's grid against a real server and real sites, each a process of its own that may die."""
+"""The lead's grid against a real server and real sites, each a process of its own that may die.
+
+When a question is asked again, and what an answer is worth until then: test_asking_grid.py.
+"""
 
 import itertools
 import socket
@@ -14,7 +17,6 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 
 from fedtune.flower import asking_grid
-from fedtune.flower.asking_grid import Heard
 from fedtune.flower.flower_records import ARRAYS
 from fedtune.ops.wire import bounded_http, identity
 from fedtune.ops.wire.lead_session import LeadSession
@@ -141,73 +143,6 @@ def test_nobody_calls_anybody_but_the_server(network: Loopback, monkeypatch: pyt
     site.stop()
     assert {tuple(event["address"]) for event in site.lines("outbound")} == {(LOOPBACK, network.port)}, "the site"
     assert not (network.folder / "outbound.log").exists(), "the server calls nobody at all"
-
-
-def test_a_provisional_answer_is_asked_for_again_until_it_is_final(network: Loopback) -> None:
-    heard = []
-
-    def hear(number: int, question: Message, answer: Message) -> Heard:
-        heard.append((number, about(answer)["number"]))
-        return Heard(good=True, again_s=0.2 if about(answer)["number"] < 3 else None)
-
-    network.site("a")
-    with network.grid(["b", "a"], hear=hear) as grid:
-        (answer,) = list(grid.receive(questions(2), timeout=30))
-    # A server that is slow to answer makes the lead ask once more, so a number may be left out, but none comes twice.
-    numbers = [told for _, told in heard]
-    assert numbers == sorted(set(numbers))
-    assert len(numbers) > 1
-    assert [told >= 3 for told in numbers] == [False] * (len(heard) - 1) + [True]
-    assert heard[-1] == (2, about(answer)["number"])
-
-
-@pytest.mark.parametrize("paused", [False, True])
-def test_a_provisional_answer_is_better_than_none_and_enough_in_a_pause(network: Loopback, *, paused: bool) -> None:
-    for name in ("a", "b"):
-        network.site(name).wait_for("activated")
-    hear = {1: Heard(good=False, again_s=60.0, idle=paused), 2: Heard(good=True)}
-    waiting: dict[str, Any] = {"grace_s": 1.0} if paused else {}
-    with network.grid(["a", "b"], hear=lambda number, *_: hear[number], **waiting) as grid:
-        began = time.monotonic()
-        answers = list(grid.receive(questions(1, 2), timeout=60 if paused else 6))
-        waited_s = time.monotonic() - began
-    assert sites_of(answers) == {1: "a", 2: "b"}
-    assert about(answers[0])["number"] == 1, "too early to ask again"
-    assert waited_s < 30 if paused else waited_s >= 6
-
-
-def test_what_a_site_said_before_it_began_is_no_answer(network: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was paused when it was asked first; by the second time it may have been charged, and the lead must ask."""
-    monkeypatch.setattr(asking_grid, "_SAYS_SO_AGAIN_S", 1.0)
-    site = network.site("a", dies_on=2)
-    with network.grid(["a"], hear=lambda *_: Heard(good=False, again_s=0.2, idle=True)) as grid:
-        assert list(grid.receive(questions(1), timeout=8)) == []
-    assert len(site.lines("received")) == 2
-
-
-def test_a_site_that_comes_late_is_asked_when_it_is_there(
-    network: Loopback, meanwhile: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[int] = []
-    asked_of: list[tuple[int, bool]] = []  # the node, and whether the first answer was there when it was asked
-    push = LeadSession.push
-
-    def note(self: LeadSession, question: Message) -> Any:
-        asked_of.append((question.metadata.dst_node_id, bool(heard)))
-        return push(self, question)
-
-    monkeypatch.setattr(LeadSession, "push", note)
-    on_time = network.site("a")
-    with network.grid(["a", "b"], hear=lambda number, *_: heard.append(number) or Heard(good=True)) as grid:
-        asked = meanwhile(grid, 1, 2)
-        on_time.wait_for("replied")
-        wait_for(lambda: heard, what="the first answer")
-        network.site("b")
-        assert sites_of(asked.result(timeout=60)) == {1: "a", 2: "b"}
-    # A server that is slow to answer makes the lead ask again, but not for an answer that it has.
-    early, late = ({node for node, answered in asked_of if answered is late} for late in (False, True))
-    assert len(early) == len(late) == 1
-    assert early != late
 
 
 def test_an_answer_sent_twice_is_harmless(network: Loopback) -> None:
