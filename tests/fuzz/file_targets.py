@@ -49,19 +49,6 @@ COLUMNS = {"text": "body", "label": "kind"}
 _SAVED, _ARROW = Path(__file__).parents[1] / "data" / "fixtures" / "saved_set", "data-00000-of-00001.arrow"
 _OURS, _OF_ALL = (ConfigError, RunError), (FedtuneError,)
 
-_OF_A_MODEL: dict[str, Any] = {
-    "config.json": {
-        "model_type": "llama",
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "attn_implementation": "eager",
-        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}},
-        "text_config": {"quantization_config": None, "layer_types": ["full_attention"]},
-    },
-    "tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "tokenizer_file": "x", "auto_map": None},
-    "tokenizer.json": {"model": {"type": "BPE", "dropout": None, "vocab": {"a": 0}, "merges": []}},
-}
-
 
 def _model_of(index: Path) -> object:
     """The manifest of a folder that this index of shards lies in."""
@@ -227,30 +214,13 @@ def _kit_seed() -> str:
     return kit.to_toml() + '\n[[model]]\nname = "m"\nsha256 = "' + "ab" * 32 + '"\nlicence = "MIT"\n'
 
 
-_FEDERATION = """name = "clinics"
-server = "a.example:8443"
-also_known_as = ["b.example", "10.0.0.1"]
-
-[certificates]
-server_days = 30
-
-[[model]]
-name = "m"
-sha256 = "ab"
-licence = "MIT"
-""".replace('"ab"', f'"{"ab" * 32}"')
+_SEEDS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("file_seeds.yaml").read_text())
+_OF_A_MODEL, _SHARDS, _CHATS, _BIOC, _ANSWERS, _DEALT_OUT, _FEDERATION = _SEEDS.values()
 _JSONL = b'{"body": "a letter", "kind": "praise"}\n{"body": "another", "kind": 3, "x": [1, {"y": null}]}\n\n'
 _ARRAY = b"[" + b",\n".join(_JSONL.splitlines()) + b"]"
 _CSV = b'body,kind,x\r\n"a ""letter""\r\nof two lines",praise,1\r\nanother,3,\r\n'
-_OF_BIOC = {"text": "my", "infons": {"type": "x"}, "locations": [{"offset": 3, "length": 2}]}
-_PASSAGE = {"offset": 3, "text": "my card", "annotations": [_OF_BIOC]}
-_BIOC = json.dumps({"documents": [{"passages": [_PASSAGE]}]}).encode()
-_ANSWERS = {"north": {"what": "update", "time": "2026-11-20T10:00:00+00:00"}}
-_DEALT_OUT = {"seed": 1, "federation.site_names": ["north"], "data.partition": {"kind": "hash"}}
 _RETIRED = {"version": KIT_SCHEMA, "fingerprints": ["ab" * 32]}
 _TABLE = pyarrow.table({"body": ["good morning", "good night"] * 9, "kind": ["a", "b"] * 9})
-_SHARDS = {"metadata": {}, "weight_map": {"w": "a.safetensors", "v": "b.safetensors"}}
-_CHATS = [{"chat": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]}]
 _RECEIPTS = {"north": json.loads(json.dumps({k: getattr(seeds.receipt(), k) for k in seeds.receipt().__slots__}))}
 
 
@@ -322,7 +292,7 @@ TARGETS = (
         for kind, data, columns in (
             ("conll", b"# a\nmy B-drug\ncard O\n\n\xc2\xa0\n\nlost\tO\n", {"tokens": "tokens", "tags": "tags"}),
             ("pubtator", b"1|t|my card\n1|a|lost\n1\t0\t2\tmy\tdrug\n\n2|t|x\n", {"text": "text", "spans": "spans"}),
-            ("bioc", _BIOC, {"text": "text", "spans": "spans"}),
+            ("bioc", json.dumps(_BIOC).encode(), {"text": "text", "spans": "spans"}),
         )
     ),
     _json("conversations", _CHATS, _rows("chats.json", {"messages": "chat"}), (DataError,)),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -11,12 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from fedtune.api.compose import compose_run
@@ -49,12 +52,7 @@ pytestmark = pytest.mark.usefixtures("no_proxy")
 
 CANARY = "Xylander-7391"
 """Stands in the records, and must stand in nothing that is printed."""
-LINES = [
-    *("policy", "kit", "files", "certificate", "site's name", "lead"),
-    *("name (DNS)", "connection (TCP)", "encryption (TLS)", "authentication", "clock"),
-    *("disk of the kit", "disk of the ledger", "file system", "anchor's place"),
-    *("base model tiny", "memory", "GPU", "data patients", "ledger", "site key", "budget", "serving", "run"),
-]
+TOLD: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("doctor.yaml").read_text())
 
 
 @dataclass
@@ -147,14 +145,9 @@ class Home(Books):
     def run(self, *overrides: str) -> RunConfig:
         return compose_run(
             [
-                *("name=study", "model=minilm", "data=banking77", "lora=all_linear", f"model.path={self.model}"),
+                *itertools.chain(*TOLD["run"]),
+                f"model.path={self.model}",
                 f"model.sha256={self.policy.allow.base_models[0]}",
-                *("data.dataset=patients", "data.labels=[well,ill]", "head.init=zero", "head.label_texts=[]"),
-                *("data.partition.kind=iid", "data.declared_sizes=100", "data.max_length=16"),
-                *("lora.rank=4", "lora.target_modules=[query,value]"),
-                *("federation.num_sites=1", "federation.site_names=[north]", "federation.num_rounds=3"),
-                *("federation.spare_rounds=1", "training.local_steps=2"),
-                *("privacy.sampling_rate=0.2", "privacy.noise_multiplier=4.0", "privacy.max_grad_norm=1.0"),
                 *overrides,
             ],
             for_real_sites=True,
@@ -224,7 +217,7 @@ def code(checks: dict[str, Check]) -> int:
 def test_a_site_that_lacks_nothing(home: Home) -> None:
     home.write_records(count=113)
     checks = home.examined(run=True)
-    assert list(checks) == LINES
+    assert list(checks) == [*itertools.chain(*TOLD["lines"])]
     assert not failures(checks)
     assert code(checks) == 0
     assert [name for name, check in checks.items() if check.status is Status.WARNING] == ["anchor's place"]
@@ -279,20 +272,13 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "a key that others can read": lambda home: (home.kit / "connection_key.pem").chmod(0o644),
     "a kit without its key": lambda home: (home.kit / "connection_key.pem").unlink(),
     "a kit of another key": Home.take_another_key,
-    "a kit of another site": lambda home: home.change(site="south"),
     "a policy with a misspelt key": lambda home: changed_in(home.site_toml, "max_rank = 4", "max_rnak = 4"),
-    "a lead that the policy does not know": lambda home: home.change(allow={"leads": ("ab" * 32,)}),
-    "a column that is missing": lambda home: home.change_data(columns={"text": "letter", "label": "department"}),
-    "columns of no task": lambda home: home.change_data(columns={"prompt": "letter"}),
     "columns of one task of two": lambda home: (
         home.change_data(columns={"text": "letter"}),
         home.change(allow={"tasks": ("classification", "causal_lm")}),
     ),
     "no UTF-8": lambda home: home.records.write_bytes(b'letter,outcome\n"Xylander-7391 \xff",well\n'),
     "a blank value": lambda home: home.records.write_bytes(b"letter,outcome\nXylander-7391,\n"),
-    "a file that is not there": lambda home: home.change_data(path="gone.csv"),
-    "a folder for a file": lambda home: home.change_data(path="."),
-    "no file": lambda home: home.change_data(path=""),
     "a file without records": lambda home: home.records.write_bytes(b"letter,outcome\n"),
     "a second data set without its file": lambda home: home.change(dataset=(*home.policy.dataset, SECOND)),
     "a record of several users": lambda home: home.have_users(more=f'ours,well,"{CANARY} 1; {CANARY} 2"\n'),
@@ -300,10 +286,6 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "users of whom few have a date": lambda home: home.have_arrivals(49),
     "a model with a changed byte": Home.damage_model,
     "a model that is not installed": lambda home: shutil.rmtree(home.kit / "models"),
-    "models that kit and policy see differently": lambda home: home.change(
-        allow={"base_models": ("ab" * 32, "unverified")}
-    ),
-    "no model that is allowed": lambda home: home.change(allow={"base_models": ()}),
     "a ledger that was changed": charged(lambda home: changed_in(home.ledger, '"rank":4', '"rank":5'), anchor=""),
     "a ledger of another number": charged(
         lambda home: home.tamper(f"PRAGMA user_version = {LEDGER_SCHEMA - 1}"), anchor=""
@@ -327,18 +309,9 @@ FAULTS: dict[str, Callable[[Home], Any]] = {
     "a site that is paused": lambda home: home.mark("paused"),
     "a site that has left": lambda home: home.mark("left"),
 }
-RUNS: dict[str, tuple[str, ...]] = {
-    "a policy with a misspelt key": (),
-    "a ledger that was changed": (),
-    "a run: max_rank": ("lora.rank=8",),
-    "a run: declared_size": ("data.declared_sizes=90",),
-    "a run: max_rounds": ("federation.num_rounds=9",),
-    "a run: min_noise_multiplier": ("privacy.noise_multiplier=3.0",),
-    "a run: base_models": ("model.sha256=null",),
-    "a run: site_names": ("federation.site_names=[south]",),
-    "a run: misspelt": ("lora.rnak=8",),
-}
-"""Situations in which a run is tried out, which breaks a rule where it has settings of its own."""
+FAULTS |= {name: partial(Home.change, **changes) for name, changes in TOLD["of_the_policy"].items()}
+FAULTS |= {name: partial(Home.change_data, **changes) for name, changes in TOLD["of_the_data"].items()}
+RUNS: dict[str, list[str]] = TOLD["runs"]
 
 
 @pytest.mark.parametrize("fault", FAULTS | RUNS)
