@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,18 +40,12 @@ CONTENTS = {
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_contents_cross_unchanged(name: str, adapter: Adapter) -> None:
-    content = CONTENTS[name](adapter)
-    head, body, crossed = _parts(pack("query.sum", 12.5, content))
-    assert unpack(head, body) == ("query.sum", 12.5, content)
-    assert crossed == unpack(head, body)[2]
-
-
-def _parts(data: bytes) -> tuple[bytes, bytes, RecordDict]:
-    lengths = site_socket._LENGTHS
+    content, lengths = CONTENTS[name](adapter), site_socket._LENGTHS
+    data = pack("query.sum", 12.5, content)
     head, body = lengths.unpack_from(data)
     rest = data[lengths.size :]
     assert len(rest) == head + body
-    return rest[:head], rest[head:], unpack(rest[:head], rest[head:])[2]
+    assert unpack(rest[:head], rest[head:]) == ("query.sum", 12.5, content)
 
 
 @pytest.mark.parametrize(
@@ -282,28 +276,13 @@ def test_the_app_hands_every_kind_of_message_over(site: Site, kind: str) -> None
     assert (reply.content, site.asked) == (content, [kind])
 
 
-def away(path: Path) -> RecordDict:
-    return RecordDict()
-
-
-def foreign(path: Path) -> RecordDict:
-    return RecordDict({"canary-31": MetricRecord({"canary-31": 1.0})})
-
-
-@pytest.mark.parametrize(("content", "name"), [(away, "FileNotFoundError"), (foreign, "FileNotFoundError")])
-def test_an_app_without_a_site_says_the_name_of_a_class_alone(
-    tmp_path: Path, content: Callable[[Path], RecordDict], name: str
-) -> None:
-    with pytest.raises(site_app.SiteAway) as raised:
-        app_asked(tmp_path / "canary-31.sock", content(tmp_path))
-    assert str(raised.value) == name
-    assert raised.value.__cause__ is None
-
-
-def test_an_app_is_told_nothing_where_the_site_closes_the_line(site: Site) -> None:
-    with pytest.raises(site_app.SiteAway) as raised:
-        app_asked(site.path, foreign(site.path))
-    assert str(raised.value) == "ValueError"
+def test_an_app_whose_site_does_not_answer_says_the_name_of_a_class_alone(tmp_path: Path, site: Site) -> None:
+    foreign = RecordDict({"canary-31": MetricRecord({"canary-31": 1.0})})
+    for path, name in ((tmp_path / "canary-31.sock", "FileNotFoundError"), (site.path, "ValueError")):
+        with pytest.raises(site_app.SiteAway) as raised:
+            app_asked(path, foreign)
+        assert str(raised.value) == name
+        assert raised.value.__cause__ is None
 
 
 def test_the_app_takes_the_socket_of_the_site_s_operator_and_no_other(tmp_path: Path, monkeypatch: Any) -> None:

@@ -26,7 +26,8 @@ UNITS = sorted((DEPLOYMENT / "systemd").glob("*.service"))
 COMPOSE = sorted((DEPLOYMENT / "docker").glob("compose*.yaml"))
 COMPOSE_YAML = DEPLOYMENT / "docker/compose.yaml"
 SBATCH = DEPLOYMENT / "slurm/fedtune_site.sbatch"
-EXECUTABLE = "/opt/fedtune/bin/fedtune"
+FLOWER = DEPLOYMENT / "flower"
+SUPERNODE = FLOWER / "flower-supernode.service"
 
 
 # systemd
@@ -42,12 +43,12 @@ def unit(path: Path) -> configparser.SectionProxy:
 
 def verify(text: str, file: Path) -> str:
     """What `systemd-analyze verify` has to say; it ends with 0 also when it ignored a line."""
-    file.write_text(text.replace(EXECUTABLE, shutil.which("true") or "/bin/true"))
+    file.write_text(re.sub(r"/opt/fedtune/bin/[\w-]+", shutil.which("true") or "/bin/true", text))
     done = run(tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", file)
     return done.stdout + done.stderr + ("" if done.returncode == 0 else f"exit code {done.returncode}")
 
 
-@pytest.mark.parametrize("path", UNITS, ids=name_of)
+@pytest.mark.parametrize("path", [*UNITS, SUPERNODE], ids=name_of)
 def test_systemd_takes_the_unit_and_finds_it_hardened(path: Path, tmp_path: Path) -> None:
     text = path.read_text()
     assert verify(text, tmp_path / path.name) == ""
@@ -64,9 +65,8 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(path: Path, tmp_path: Path
 @pytest.mark.parametrize("path", UNITS, ids=name_of)
 def test_a_unit_starts_again_but_not_after_a_wrong_setting(path: Path) -> None:
     service = unit(path)
-    assert service["Restart"] == "on-failure"
-    assert service["RestartPreventExitStatus"] == "2 3"
-    assert service["KillSignal"] == "SIGTERM"
+    ends = {"Restart": "on-failure", "RestartPreventExitStatus": "2 3", "KillSignal": "SIGTERM"}
+    assert ends.items() <= service.items()
     assert service["TimeoutStopSec"]
     assert "StartLimitBurst=" in path.read_text()
     assert service["User"] not in ("", "root")
@@ -88,26 +88,19 @@ def test_a_site_s_records_lie_in_neither_swap_nor_a_core_file_and_it_cannot_writ
     assert not {"DevicePolicy", "MemoryDenyWriteExecute", "ProcSubset"} & service.keys()
 
 
-FLOWER = DEPLOYMENT / "flower"
-
-
-def test_systemd_takes_the_supernode_s_unit_which_starts_again_whatever_happened(tmp_path: Path) -> None:
-    path = FLOWER / "flower-supernode.service"
-    assert verify(path.read_text().replace("/opt/fedtune/bin/flower-supernode", EXECUTABLE), tmp_path / path.name) == ""
-    command = (tool("systemd-analyze"), "security", "--offline=true", "--threshold=25", "--no-pager")
-    passed(*command, path)
-    service = unit(path)
+def test_a_supernode_starts_again_whatever_happened() -> None:
+    service, text = unit(SUPERNODE), SUPERNODE.read_text()
     # Exit code 1: still online (2004); 0: its key was unregistered.
     assert (service["Restart"], service["RestartSec"]) == ("always", "5s")
-    assert "StartLimitIntervalSec=0" in path.read_text()
+    assert "StartLimitIntervalSec=0" in text
     assert service["User"] not in ("root", "fedtune-site")
-    home = next(one for one in shlex.split(path.read_text()) if one.startswith("FLWR_HOME=")).partition("=")[2]
+    home = next(one for one in shlex.split(text) if one.startswith("FLWR_HOME=")).partition("=")[2]
     assert service["ReadOnlyPaths"] == home
 
 
 def test_a_site_behind_a_supernode_has_no_network(tmp_path: Path) -> None:
     drop_in, whole = FLOWER / "site-without-network.conf", DEPLOYMENT / "systemd/fedtune-site.service"
-    service, node = unit(drop_in), unit(FLOWER / "flower-supernode.service")
+    service, node = unit(drop_in), unit(SUPERNODE)
     assert (service["PrivateNetwork"], service["RestrictAddressFamilies"]) == ("yes", "AF_UNIX")
     assert service["Group"] == node["SupplementaryGroups"]
     text = whole.read_text().replace("[Install]", f"{drop_in.read_text()}\n[Install]")
