@@ -4,15 +4,14 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dp_accounting import DpEvent
 
-from fedtune.privacy import events, filter
-from fedtune.privacy.cohorts import OLDEST, Cohorts, period_of
+from fedtune.privacy import events
+from fedtune.privacy.cohorts import OLDEST, Cohorts
 from fedtune.privacy.ledger import register, store
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
@@ -23,7 +22,6 @@ from fedtune.privacy.site_policy import Dataset, Policy
 from fedtune.spec import RunError
 
 from .builders import policy, proposal, site_key
-from .conftest import Clock
 
 YEARS = range(2024, 2029)
 PLANS: list[dict[str, Any]] = [{"num_rounds": 2}, {"num_rounds": 3, "noise_multiplier": 0.8, "local_steps": 1}]
@@ -150,53 +148,6 @@ class Site:
             assert lost <= figures[cohort], (person, cohort, self.done)
             assert history.divergence(lost) <= history.divergence(figures[cohort]) * (1 + 1e-12)
             assert history.divergence(lost) <= history.divergence(history.charged()) * (1 + 1e-12), "spent: the largest"
-
-
-class ForgedDates(Site):
-    """The same where clock and server say any time before each move, and each month has a cap."""
-
-    def __init__(self, folder: Path, policy: Policy, chance: random.Random, clock: Clock) -> None:
-        self.clock, self.begun = clock, 0
-        super().__init__(folder, policy, chance)
-
-    def move(self) -> None:
-        newest = self.ledger.history.last_time
-        self.clock.time = newest + timedelta(days=self.chance.choice([0, 0, 1, 9, 31, 31, 62, -31, -400, 4000]))
-        server = self.clock.time + timedelta(days=self.chance.choice([0, 0, 0, 31, -31, 365, -9000]))
-        self.ledger.asked_at(server.timestamp())
-        super().move()
-
-    def check(self) -> None:
-        super().check()
-        history = self.ledger.history
-        now = period_of(history.last_time, "month")
-        if not self.done["restore"]:  # which charges all that was lost at once, to the month in which it is made up for
-            assert self.begun == 0 or now <= self.begun + 1, "no move opens two months"
-            for cohort in history.cohorts():
-                charged = history.charged_in_period("month", history.last_time, cohort)
-                room = filter.most_divergence(16.0, order=history.order, delta=history.delta)
-                assert history.divergence(charged) <= room
-        self.done["months"] += now > self.begun > 0
-        self.begun = max(now, self.begun)
-
-
-@pytest.mark.parametrize("seeds", [range(40), pytest.param(range(1000, 3000), marks=pytest.mark.nightly)])
-def test_no_forged_date_opens_a_month_that_has_not_begun_or_a_cohort_anew(
-    tmp_path: Path, clock: Clock, seeds: range
-) -> None:
-    budget = {"max_epsilon": 60.0, "max_epsilon_per_period": 16.0, "period": "month"}
-    people, done = {"unit": "user", "arrivals": "year"}, Counter[str]()
-    site = policy(population=people, dataset=(Dataset(id="notes", declared_size=2000),), budget=budget)
-    for seed in seeds:
-        (folder := tmp_path / f"{seed}").mkdir()
-        clock.time = datetime(2028, 1, 10, tzinfo=UTC)
-        game = ForgedDates(folder, site, random.Random(seed), clock)
-        for _ in range(25):
-            game.move()
-        verify(game.path, anchor=Head.read(game.anchor))
-        done += game.done
-        shutil.rmtree(folder)
-    assert min(done[name] for name in ("months", "restore", "cut")) > 10, done
 
 
 @pytest.mark.parametrize("seeds", [range(60), pytest.param(range(1000, 11_000), marks=pytest.mark.nightly)])

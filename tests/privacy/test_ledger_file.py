@@ -5,8 +5,6 @@ import errno
 import multiprocessing
 import os
 import re
-import shlex
-import shutil
 import signal
 import sqlite3
 import stat
@@ -23,15 +21,13 @@ import pytest
 from fedtune.privacy import durable, events
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Head, Kind
-from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import ConfigError, RunError
 from fedtune.spec import full_disk as what_is_full
 
-from ..conftest import REPOSITORY
-from .builders import kinds_of, policy, proposal, reason_of, reserve, site_key, tamper, train
+from .builders import kinds_of, proposal, reason_of, reserve, tamper, train
 
 
 class PowerCut(Exception):
@@ -363,64 +359,3 @@ def test_a_refusal_leaves_file_and_anchor_as_they_are(opened: Any, path: Path) -
     before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in (path, anchor)]
     assert reason_of(ledger.reserve, proposal(rank=9), round=1, request="q") is Reason.MAX_RANK
     assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in (path, anchor)] == before
-
-
-def _as_long_as_it_is_full(disk: Path, work: Any) -> None:
-    """Do some work while a file takes all the room that is left on a disk."""
-    with (disk / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
-        while True:
-            rest.write(bytes(512))
-    try:
-        work()
-    finally:
-        (disk / "rest").unlink()
-
-
-def use_a_real_disk(disk: Path) -> None:
-    """A site's ledger and anchor on a disk that fills up, and that is then mounted to be read alone."""
-    path, anchor = disk / "site" / "ledger.db", disk / "site" / "anchor.json"
-    ledger = Ledger(path, policy(), site_key, anchor=anchor)
-    granted, once = reserve(ledger, proposal(), 1), events.grouped([proposal().plan.event()])
-    charged = [once]
-
-    def refuse_all() -> None:
-        with pytest.raises(RunError, match=r"ledger .*ledger\.db cannot be "):
-            ledger.commit(granted, bytes(50_000))
-        with pytest.raises(RunError, match=r"cannot be|is full"):
-            ledger.reserve(proposal(run="second"), round=1, request="y" * 50_000)
-        on_disk = verify(path, anchor=Head.read(anchor)).history
-        assert on_disk.charged() == ledger.history.charged() == once
-        assert on_disk.runs["r"].replies == {}
-        assert set(on_disk.runs) == {"r"}
-
-    def charge_what_there_is_room_for() -> None:
-        for round in (2, 3, 4, 5):
-            try:
-                reserve(ledger, proposal(), round)
-            except RunError:
-                break
-            charged.append(once)
-
-    for remounted in ("ro", "rw"):
-        if remounted == "ro":
-            _as_long_as_it_is_full(disk, refuse_all)
-        subprocess.run(["mount", "-o", f"remount,{remounted}", str(disk)], check=True)
-        if remounted == "ro":
-            refuse_all()
-    _as_long_as_it_is_full(disk, charge_what_there_is_room_for)
-    ledger.commit(granted, bytes(50_000))
-    again = Ledger(path, policy(), site_key, anchor=anchor)
-    assert again.reserve(proposal(), round=1, request="digest r 1") == bytes(50_000)
-    assert again.history.charged() == sum(charged, Counter())
-    assert verify(path, anchor=Head.read(anchor)).history.charged() == sum(charged, Counter())
-
-
-def test_a_truly_full_disk_and_one_to_be_read_alone_charge_nothing_and_lose_nothing(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    space = ["unshare", "--map-root-user", "--mount"]
-    if shutil.which("unshare") is None or subprocess.run([*space, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a disk of their own")
-    use = f"from pathlib import Path; from {__name__} import use_a_real_disk; use_a_real_disk(Path({str(disk)!r}))"
-    mounted = f'mount -t tmpfs -o size=256k none {shlex.quote(str(disk))} && exec {shlex.quote(sys.executable)} -c "$1"'
-    subprocess.run([*space, "sh", "-c", mounted, "sh", use], check=True, cwd=REPOSITORY)
