@@ -86,22 +86,6 @@ def test_several_votes_in_one_run_are_shares_and_each_is_charged(
         assert site.charged() == events.grouped([plan.whole])
 
 
-@pytest.mark.parametrize("secure", [True, False])
-def test_no_vote_of_more_units_than_the_usual_bound_on_a_sum_is_lost(tmp_path: Path, secure: bool) -> None:
-    file = tmp_path / "alike.jsonl"
-    rows = [{"code": "card", "number": str(number), "of": "ab"[number % 2]} for number in range(1400)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    aggregation = "secure" if secure else "plain"
-    more = ("data.declared_sizes=800", f"federation.aggregation={aggregation}")
-    more += ("data.columns={text: code, site: of}", "data.partition={kind: column, sites: {a: 0, b: 1}}")
-    folder = simulate(*overrides(file), *more, into=tmp_path)
-    weights = (
-        load_file(folder / "adapter" / "head.safetensors")["weight"][0]
-        / saved_config(folder).training.head_learning_rate
-    )
-    assert weights * 1600 == pytest.approx([1400, 0, 0], abs=12)  # 700 at each site, with noise of 1
-
-
 def test_all_records_of_a_site_may_vote_for_one_candidate(shares: Path) -> None:
     many = [*overrides(shares), "data.declared_sizes=70000", "federation.aggregation=secure"]
     plan = compose_run(many).plan()
