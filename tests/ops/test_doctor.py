@@ -25,10 +25,12 @@ from safetensors.torch import save_file
 from fedtune.api.compose import compose_run
 from fedtune.config import RunConfig
 from fedtune.extras import install_command
+from fedtune.flower.site_socket import listening
 from fedtune.model.base_model import model_sha256
 from fedtune.model.manifest import manifest_of
 from fedtune.model.spec import ModelSpec
-from fedtune.ops.doctor.check import Check, PrivateLog, Status, exit_code_of
+from fedtune.ops.doctor import examination
+from fedtune.ops.doctor.check import Check, PrivateLog, Status, exit_code_of, ok
 from fedtune.ops.doctor.examination import Examination
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.kit_file import Kit, model_place
@@ -481,3 +483,20 @@ def test_a_log_begins_anew_and_is_private(tmp_path: Path) -> None:
         log.keep(f"{text} again")
     assert path.read_text() == "second\nsecond again\n"
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_site_at_a_socket_is_not_asked_for_a_connection(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "control", lambda server, timeout_s: ok("Flower's control", server))
+    place = home.site_toml.parent / "s" / "site.sock"
+    write_policy(dataclasses.replace(home.policy, socket="s/site.sock"), home.site_toml)
+    assert "its folder is missing" in home.examined()["socket"].found
+    place.parent.mkdir()
+    checks = home.examined()
+    assert not {"connection (TCP)", "clock"} & checks.keys()
+    assert "not there until the site starts" in checks["socket"].found
+    with listening(place):
+        assert "members of the group" in home.examined()["socket"].found
+        place.chmod(0o666)
+        assert home.examined()["socket"].status == "failed"
+    place.write_text("x")
+    assert "another file" in home.examined()["socket"].found

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fedtune.ops.doctor.check import Check
-from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection
+from fedtune.ops.doctor.connection_checks import AUTHENTICATION, DNS, TCP, TLS, Connection, control
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.wire import bounded_http
 from fedtune.spec import KIT_SCHEMA
@@ -181,3 +182,27 @@ def test_a_proxy_that_connects_and_a_host_that_it_exempts(world: World) -> None:
     checks = world.by_proxy("http://proxy.nowhere.invalid:3128", address)
     assert marks(checks) == "oooo"
     assert "proxy" not in checks[TCP].found
+
+
+@pytest.mark.parametrize(("answered", "status"), [(404, "ok"), (401, "ok"), (200, "failed"), (400, "failed")])
+def test_a_superlink_that_takes_control_calls_from_outside_fails_loudly(
+    answered: int, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def post(address: str, **_: Any) -> httpx.Response:
+        asked.append(address)
+        return httpx.Response(answered)
+
+    monkeypatch.setattr(httpx, "post", post)
+    check = control("fl.example.org:443", timeout_s=1.0)
+    assert asked == ["https://fl.example.org:443/v1/control/list-nodes"]
+    assert check.status == status
+    assert ("ANYBODY WHO REACHES IT CAN START CODE" in check.found) == (status == "failed")
+    assert check.exit_code == 2
+
+
+def test_a_superlink_that_is_away_is_said_to_be() -> None:
+    check = control(f"{LOOPBACK}:{free_port()}", timeout_s=1.0)
+    assert (check.status, check.exit_code) == ("failed", 1)
+    assert "cannot be reached (ConnectError)" in check.found

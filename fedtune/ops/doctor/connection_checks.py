@@ -203,6 +203,28 @@ class Connection:
         return ok(AUTHENTICATION, f"the server knows this key as {site}")
 
 
+_CONTROL = "Flower's control"
+_CLOSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN, httpx.codes.NOT_FOUND)
+
+
+def control(server: str, *, timeout_s: float) -> Check:
+    """Check that no caller from outside can start code at the sites, through the Control API of a stock SuperLink."""
+    try:
+        # Whose certificate it is changes nothing about what a stranger may call.
+        answer = httpx.post(f"https://{server}/v1/control/list-nodes", verify=False, timeout=timeout_s)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError) as error:
+        fix = "Ask the server's people whether it runs: this site's SuperNode needs it, its own process does not."
+        return _failed(_CONTROL, f"{server} cannot be reached ({type(error).__name__})", fix=fix)
+    if answer.status_code in _CLOSED:
+        return ok(_CONTROL, f"{server} does not take calls of its Control API from outside ({answer.status_code})")
+    found = (
+        f"{server} answers calls of its Control API ({answer.status_code}): ANYBODY WHO REACHES IT CAN START CODE AT "
+        "EVERY SITE'S SUPERNODE, and remove or add sites"
+    )
+    fix = "Stop this site's SuperNode, and have deployment/flower/nginx.conf put in front of it (docs/stock_flower.md)."
+    return failed(_CONTROL, found, fix=fix)
+
+
 def _proxy_for(host: str) -> str:
     """The proxy for `host` as host:port, without user and password; empty where there is none.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedtune.config import RunConfig
 from fedtune.ops.doctor import machine_checks, site_checks
 from fedtune.ops.doctor.check import Check, PrivateLog, from_error, ok, skipped
-from fedtune.ops.doctor.connection_checks import STEPS, Connection
+from fedtune.ops.doctor.connection_checks import STEPS, Connection, control
 from fedtune.ops.kits.kit_file import Kit
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.site_files import SiteFiles
@@ -73,7 +73,11 @@ class Examination:
         yield (("certificate",), (_KIT,), lambda: [site_checks.certificate(self.kit, now)])
         yield (("site's name",), (_KIT, _POLICY), lambda: [site_checks.names(self.kit, self.policy)])
         yield (("lead",), (_KIT, _POLICY), lambda: [site_checks.lead(self.kit, self.policy)])
-        yield ((*STEPS, "clock"), (_KIT,), self._connect)
+        if self._files_if_read is not None and self.policy.socket:
+            yield (("Flower's control",), (_KIT,), lambda: [control(self.kit.server, timeout_s=self.timeout_s)])
+            yield (("socket",), (), lambda: [machine_checks.socket_place(self.site_toml.parent / self.policy.socket)])
+        else:
+            yield ((*STEPS, "clock"), (_KIT,), self._connect)
         yield (("disks",), (), self._disks)
         if (model := self.model) is not None:
             yield (("import",), (_KIT,), lambda: [site_checks.imported(model, self.kit)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 import shutil
@@ -83,6 +84,24 @@ def ledger_place(ledger: Path, *, system: Path = Path("/")) -> Check:
         found = f"{kind}, over a network: SQLite's locks and syncs are not to be relied on there"
         return warning(name, found, fix="Move the ledger to a disk of this machine, and stop the site while you do.")
     return ok(name, f"{kind}, on this machine")
+
+
+def socket_place(place: Path) -> Check:
+    """Check who may ask a site at its Unix socket: its own user and one group."""
+    name = "socket"
+    if not place.parent.is_dir():
+        fix = "Make it, for the site's user and the SuperNode's group; RuntimeDirectory= of systemd does at each start."
+        return warning(name, "its folder is missing", fix=fix)
+    if not os.path.lexists(place):
+        return ok(name, "not there until the site starts")
+    found = place.lstat()
+    if not stat.S_ISSOCK(found.st_mode):
+        return failed(name, "another file is in its place", fix="Name another place as `socket` in site.toml.")
+    if found.st_mode & stat.S_IRWXO:
+        fix = "Stop the site, remove the socket, and start the site again."
+        return failed(name, "every user of this machine may open it", fix=fix)
+    group = next((one.gr_name for one in grp.getgrall() if one.gr_gid == found.st_gid), str(found.st_gid))
+    return ok(name, f"for the site's user and members of the group {group}")
 
 
 def anchor_place(ledger: Path, anchor: Path | None) -> Check:
