@@ -7,8 +7,10 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,10 @@ from typing import Any
 from fedtune.privacy.policy_file import read_policy, write_policy
 
 from ..flower.loopback import free_port
-from ..processes import FEDTUNE, Process, environment, wait_for
+from ..processes import Process, environment, wait_for
 from .federation import Federation
 from .networks import Network
-from .site_folder import SiteFolder
+from .site_folder import HELD_SITE, SiteFolder
 
 BIN = Path(sys.executable).parent
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -75,18 +77,17 @@ class StockFederation(Federation):
         )
         self.server.wait_for_text("Uvicorn running")
 
-    def start_lead(self) -> Process:
-        return self.flower(
+    def start_lead(self) -> None:
+        self.superexec = self.flower(
             *("superexec", "flower-superexec", "--runtime-api-address", self.address),
             *("--root-certificates", str(self.ca), "--superexec-auth-secret-file", str(self.secret)),
         )
 
     def start_site(self, site: SiteFolder) -> None:
-        """The site's process, which has no interface of any network; then its SuperNode."""
-        policy = read_policy(site.site_toml)
-        write_policy(replace(policy, socket=SOCKET), site.site_toml)
-        words = ["unshare", "--net", *FEDTUNE, "site", "start", *site.own]
-        site.up = self.run(site.name, site.name, words)
+        """The site's process, which has no interface of any network, and whose training a test can hold up."""
+        write_policy(replace(read_policy(site.site_toml), socket=SOCKET), site.site_toml)
+        program = [sys.executable, str(HELD_SITE), str(site.folder)]
+        site.up = self.run(site.name, site.name, ["unshare", "--net", *program, "site", "start", *site.own])
 
     def start_node(self, site: SiteFolder) -> None:
         self.nodes[site.name] = self.flower(
@@ -95,6 +96,19 @@ class StockFederation(Federation):
             *("--auth-supernode-private-key", str(site.folder / "node_key")),
             *("--node-config", f'fedtune-socket="{site.folder / SOCKET}"'),
         )
+
+    def kill(self, process: Process) -> None:
+        """Kill one of Flower's processes with all that it started."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.end(seconds=30)
+
+    def bring_back(self, site: SiteFolder) -> None:
+        """Start a SuperNode as its unit does: again and again, while the server counts the killed one as online."""
+        self.start_node(site)
+        while "SuperNode ID" not in (node := self.nodes[site.name]).text:
+            if node.code is not None:
+                self.start_node(site)
+            time.sleep(0.5)
 
     def start(self, *names: str, held: bool = False) -> None:
         self.start_superlink()

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from fedtune.ops.doctor.connection_checks import control
+
 from .books import check_same_adapter, check_whole
 from .federation import NAMES
 from .stock import StockFederation
@@ -36,3 +38,38 @@ def test_three_stock_supernodes_come_to_the_adapter_of_the_simulation(
     check_whole(stock, "one", rounds=2)
     assert [site.answered("update", "one") for site in stock.sites.values()] == [2, 2, 2]
     assert set(stock.sites) == set(NAMES)
+    assert control(stock.address, timeout_s=10.0).status == "failed", "it must never be exposed like this"
+
+
+def test_kills_of_flower_s_processes_lose_nothing_and_charge_nothing_twice(
+    stock: StockFederation, in_one_process: Callable[..., Path]
+) -> None:
+    north = stock.sites["north"]
+    north.hold(True)
+    run = stock.submit("two", DEBUG)
+    north.wait_for("two", "reserve", round=1)
+    stock.kill(stock.nodes["north"])
+    stock.bring_back(north)
+    stock.kill(stock.server)
+    stock.start_superlink()
+    north.hold(False)
+    north.wait_for("two", "commit", round=1)
+    stock.kill(stock.superexec)
+    assert stock.until_over(run) == "finished:failed"
+    stock.start_lead()
+    again = stock.submit("two-again", [f"resume={stock.run_folder('two')}"], begins=False)
+    assert stock.until_over(again) == "finished:completed", stock.call("flwr", "log", again, "banks", "--show")
+    check_same_adapter(stock, "two", in_one_process("two", *DEBUG), tolerance=0)
+    check_whole(stock, "two", rounds=2)
+
+
+def test_a_killed_site_is_asked_again_and_charged_for_what_it_began(stock: StockFederation) -> None:
+    north = stock.sites["north"]
+    north.hold(True)
+    run = stock.submit("three", DEBUG)
+    north.wait_for("three", "reserve", round=1)
+    north.up.kill()
+    north.hold(False)
+    stock.start_site(north)
+    assert stock.until_over(run) == "finished:completed", stock.call("flwr", "log", run, "banks", "--show")
+    check_whole(stock, "three", charged={"north": 3, "south": 2, "west": 2})
