@@ -108,7 +108,7 @@ def imported(code: str) -> list[Any]:
     """(importer, module, name, is public) of everything that fedtune's modules take from Flower while `code` runs."""
     words = [sys.executable, "-c", f"{_RECORDS}\n{code}\nprint(json.dumps(wanted))"]
     env = environment(HF_HUB_OFFLINE="1")
-    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=200, check=True)
+    done = subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=600, check=True)
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 

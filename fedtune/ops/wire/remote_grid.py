@@ -61,7 +61,7 @@ class RemoteGrid(AskingGrid):
         deadline = time.monotonic() + self._patience_s
         while self._session is None:
             try:
-                self._opened()
+                self._open()
             except httpx.HTTPError as error:
                 if not (_is_away(error) and time.monotonic() < deadline):
                     raise not_started(self._server, error) from error
@@ -74,16 +74,17 @@ class RemoteGrid(AskingGrid):
     def _nodes(self) -> Mapping[int, Any]:
         if self._has_new_certificate() and self._session is not None:
             self._session.show_certificate()
-        return self._opened().nodes(self._numbers)
+        self._open()
+        return self._opened.nodes(self._numbers)
 
     def _push(self, message: Message) -> str | None:
-        return self._opened().push(message)
+        return self._opened.push(message)
 
     def _pull(self, message_ids: Sequence[str], questions: Questions, *, left_s: float) -> Iterator[Pulled]:
         self._said = ""
         # An answer holds what its question holds, with other numbers: an adapter, or words.
         asked_bytes = max(num_bytes(question.question.content) for question in questions.values())
-        return self._opened().answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
+        return self._opened.answers(message_ids, most_bytes=2 * asked_bytes + _SLACK_BYTES, most_s=left_s)
 
     def _mend(self, trouble: Exception, questions: Questions) -> None:
         if not isinstance(trouble, httpx.HTTPStatusError) or trouble.response.is_redirect or _is_away(trouble):
@@ -97,10 +98,14 @@ class RemoteGrid(AskingGrid):
             one.message_ids.clear()
             one.unsent = None
 
+    @property
     def _opened(self) -> LeadSession:
+        assert self._session is not None, "used as a context manager"
+        return self._session
+
+    def _open(self) -> None:
         if self._session is None:
             self._session = LeadSession(self._server, self._tls, self._key)
-        return self._session
 
     def _close(self) -> None:
         if self._session is not None:
