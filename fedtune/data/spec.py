@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from string import Formatter
@@ -215,7 +216,7 @@ class DataSpec:
         if twice := [column for column in of_features if times[column] > 1]:
             bound = "must be the column of one feature, and not of the answer, which would be learnt from itself"
             raise ConfigError("features", twice[0], bound)
-        _template_roles(self.prompt_template)
+        template_roles(self.prompt_template)
         role, kind = _ROLE_OF_PARTITION.get(self.partition.kind), self.partition.kind
         if role is not None and role not in self.columns:
             raise ConfigError("partition.kind", kind, f"needs data.columns.{role}")
@@ -225,7 +226,7 @@ class DataSpec:
 
     @property
     def template_roles(self) -> tuple[str, ...]:
-        return _template_roles(self.prompt_template)
+        return template_roles(self.prompt_template)
 
     @property
     def skips_unusable(self) -> bool:
@@ -305,7 +306,8 @@ class DataSpec:
         return self.declared_sizes
 
 
-def _template_roles(template: str) -> tuple[str, ...]:
+@lru_cache(maxsize=64)
+def template_roles(template: str) -> tuple[str, ...]:
     """The roles that a template names, in plain braces: more of `str.format` would reach into attributes."""
     if len(template) > _MOST_TEMPLATE:
         raise ConfigError("prompt_template", f"{len(template)} characters", f"must have at most {_MOST_TEMPLATE}")

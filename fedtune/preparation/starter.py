@@ -394,6 +394,7 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
     yield from found.notes
     if cut := _num_cut(plan):
         lost = "the beginning of what stands before their answer" if found.kind in _TURNS else "their end"
+        lost = "the middle of their longest text" if "prompt" in found.roles else lost
         yield (
             f"{cut:,} of {len(plan.lengths):,} records are longer than max_length ({plan.max_length} tokens) and lose "
             f"{lost}: raise it, or shorten them."

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from string import Formatter
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from fedtune.data.batching import Batch
 from fedtune.data.faults import Faults
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec
+from fedtune.data.spec import DataSpec, template_roles
 from fedtune.data.tokenise import (
     UNSUPERVISED,
     MarkedTokenizer,
@@ -109,8 +108,8 @@ class CausalLM(Task):
 
         A chat is encoded whole, as its template writes it, and a prompt and its completion apart.  The
         tokenizer's begin-of-text token leads where it is one that adds it.  Of an example that exceeds
-        `data.max_length` the answer stays, and what is before it is cut at its beginning; of a chat, that is all before
-        its last answer.  An answer that alone exceeds it, and a plain text, are cut at their end.
+        `data.max_length` the answer stays.  A prompt is cut in the middle of its longest text, and what is before a
+        chat's last answer at its beginning.  An answer that alone exceeds it, and a plain text, are cut at their end.
 
         Raises:
             ConfigError: the tokenizer has no end-of-text token, or the model's chat template cannot be taken.
@@ -235,6 +234,14 @@ class _Example:
     context: Sequence[Piece]  # what stands before the last answer; a plain text has nothing
     answer: Sequence[Piece] = ()  # what is learnt last; in a chat with what ends it
     reference: str = ""  # the answer as the record has it
+    longest: str = ""  # of the texts of a prompt
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """The context up to the middle of its longest text, if there is such; the context; the answer."""
+        context, answer = ("".join(piece.text for piece in part) for part in (self.context, self.answer))
+        at = context.find(self.longest) if self.longest else -1
+        return context[: at + len(self.longest) // 2] if at >= 0 else "", context, answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +252,7 @@ class _Tokens:
     learnt: Sequence[bool] = ()  # (t,) whether each is supervised
     context: int = 0  # how many stand before the last answer
     start: int = 0  # how many of these stay in any case
+    half: int = 0  # how many stand up to the middle of the longest text of a prompt
 
     @property
     def answer(self) -> int:
@@ -254,13 +262,15 @@ class _Tokens:
     def fitted(self, length: int, *, room_for: int = 0) -> _Tokens:
         """At most `length` tokens, of which one stands before the answer if there is any.
 
-        The context is cut as for an answer of at least `room_for` tokens, so that it is the same before several.
+        A prompt is cut in the middle of its longest text, so that what is asked before or behind it stays, and a
+        conversation at its beginning; as for an answer of at least `room_for` tokens, so that both are cut alike.
         """
         most = length - max(self.start, min(1, self.context))
         answer = min(self.answer, most)
         room = length - self.start - max(answer, min(room_for, most))
         cut = max(0, self.context - self.start - room)
-        kept = [*range(self.start), *range(self.start + cut, self.context + answer)]
+        begin = min(max(self.start, self.half - (cut + 1) // 2), self.context - cut)
+        kept = [*range(begin), *range(begin + cut, self.context + answer)]
         numbers, learnt = [self.numbers[place] for place in kept], [self.learnt[place] for place in kept]
         return _Tokens(numbers, learnt, self.context - cut, self.start)
 
@@ -298,8 +308,7 @@ class Layout:
             prompt = fields["text"] if "text" in fields else _filled(self.data.prompt_template, fields)
             if self.chat is None:
                 return [Piece(prompt, said=True)]
-            turns = [Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())]
-            return self.chat.prompt(turns, answer=answer)
+            return self.chat.prompt([Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())], answer=answer)
         if self.chat is None:
             raise ConfigError("data.chat_template", "none", "must be model or plain for a conversation")
         return self.chat.prompt(_turns(fields))
@@ -309,18 +318,22 @@ class Layout:
 
         NoConversation for messages that are no turns, or that hold no answer.
         """
-        length = self.data.max_length
+        length, longest = self.data.max_length, ""
         if "text" in fields:
             return _Example((), [Piece(cut(fields["text"], length), said=True, learnt=True)])
         if self.chat is None or "messages" not in fields:
-            reference = fields["completion"]
+            reference, most = fields["completion"], most_characters(length) // (2 * len(fields))
+            fields = {
+                role: text if len(text) <= 2 * most else text[:most] + text[-most:] for role, text in fields.items()
+            }
+            longest = max((fields.get(role, "").strip() for role in self.data.template_roles), key=len)
             context = self.prompt(fields, answer=reference)
         else:
             asked, reference = before_last_answer(_turns(fields))
             context = self.chat.prompt(asked, answer=reference)
         said = cut(reference, length)
         answer = [Piece(said, said=True, learnt=True)] if self.chat is None else self.chat.answer(said)
-        return _Example(_last(context, length), answer, reference)
+        return _Example(_last(context, length), answer, reference, longest)
 
     def encoded(
         self, examples: Sequence[_Example], tokenizer: Tokenizer, *, within: int | None = None
@@ -331,7 +344,7 @@ class Layout:
         and its completion are encoded apart: there nothing says where one ends but that.
         """
         if self.chat is not None:
-            texts = ["".join(piece.text for piece in (*one.context, *one.answer)) for one in examples]
+            texts = ["".join(one.texts[1:]) for one in examples]
             encoded = self.chat.tokenizer.encode(texts, within=within)
             lead, begins = self.chat.lead, len(self.chat.lead) + bool(self.chat.start)
             for example, (ids, places) in zip(examples, encoded, strict=True):
@@ -339,17 +352,18 @@ class Layout:
                 places = [*[(0, 0)] * len(lead), *places]
                 yield _placed(example, [*lead, *ids], places, start=begins) if ids else _Tokens()
             return
-        parts = ["".join(piece.text for piece in part) for one in examples for part in (one.context, one.answer)]
+        parts = [text for one in examples for text in one.texts]
         if self.literal is not None:
             ids_of_parts: Iterator[list[int]] = (ids for ids, _ in self.literal.encode(parts, within=within))
         else:
             # These may hold special tokens by name: a template may write turns so.
             ids_of_parts = (ids for ids in encode(parts, tokenizer, special_tokens=False, within=within))
         whole = ((ids, bool(ids) or not part.strip()) for ids, part in zip(ids_of_parts, parts, strict=True))
-        for (context, one), (answer, other) in zip(whole, whole, strict=True):
+        for (half, _), (context, one), (answer, other) in zip(whole, whole, whole, strict=True):
             before = [*self.start, *context]
             learnt = [False] * len(before) + [True] * (len(answer) + 1)
-            found = _Tokens([*before, *answer, self.end], learnt, len(before), len(self.start))
+            first = len(self.start)
+            found = _Tokens([*before, *answer, self.end], learnt, len(before), first, first + len(half))
             yield found if one and other else _Tokens()
 
 
@@ -367,7 +381,7 @@ def _placed(example: _Example, ids: Sequence[int], places: Sequence[tuple[int, i
     of_piece = np.searchsorted(ends, np.maximum(first, end - 1), side="right").clip(max=len(pieces) - 1)
     learnt = np.array([piece.learnt for piece in pieces])[of_piece]
     context = int(np.searchsorted(of_piece, len(example.context)))
-    return _Tokens(ids, learnt.tolist(), context, start)
+    return _Tokens(ids, learnt.tolist(), context, start, int(np.searchsorted(end, len(example.texts[0]))))
 
 
 def _require_answer(record: Record) -> None:
@@ -419,7 +433,8 @@ def _last(pieces: Sequence[Piece], length: int) -> list[Piece]:
 def _filled(template: str, fields: Mapping[str, str]) -> str:
     """The template with a record's texts, without the paragraphs whose roles are all blank."""
     paragraphs = []
-    for paragraph, roles in _paragraphs(template):
+    for paragraph in template.split(_BLANK_LINE):
+        roles = template_roles(paragraph)
         texts = {role: fields.get(role, "") for role in roles}
         if not roles or any(text.strip() for text in texts.values()):
             paragraphs.append(paragraph.format_map(texts))
@@ -427,15 +442,6 @@ def _filled(template: str, fields: Mapping[str, str]) -> str:
 
 
 _BLANK_LINE = "\n\n"
-
-
-@lru_cache(maxsize=16)
-def _paragraphs(template: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Each paragraph of a template with its roles."""
-    return tuple(
-        (paragraph, tuple(name for _, name, _, _ in Formatter().parse(paragraph) if name is not None))
-        for paragraph in template.split(_BLANK_LINE)
-    )
 
 
 @lru_cache(maxsize=4)

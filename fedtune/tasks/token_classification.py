@@ -76,6 +76,7 @@ class TokenClassification(Task):
     reads_tokens = True
     auto = "AutoModelForTokenClassification"
     judged_by = "strict_f1"
+    studied = {10: "three fifths", 5: "three eighths", 2.4: "a fifth"}  # noqa: RUF012
     lines = WITH_HEAD + _LINES
     layouts = (roles, ("text", "spans"))
 
@@ -388,19 +389,14 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 def misplaced(fields: Mapping[str, str]) -> list[str]:
     """How a record's spans seem to be counted, if some begin or end within a word, as the end of a sentence."""
-    spans = json.loads(fields.get("spans", "[]"))
-    if not (places := [place for span in spans if len(span) == 3 for place in span[:2]]):
-        return []
-    text, within_word = fields["text"], re.compile(rf"(?<=[^\W_{UNSPACED}])(?=[^\W_{UNSPACED}])")
+    places = [place for span in json.loads(fields.get("spans", "[]")) if len(span) == 3 for place in span[:2]]
+    text, within_word = fields.get("text", ""), re.compile(rf"(?<=[^\W_{UNSPACED}])(?=[^\W_{UNSPACED}])")
 
     def torn(places: Sequence[int]) -> bool:
         return any(within_word.match(text, place) for place in places)
 
     ways = {"(ends seem inclusive)": [place + number % 2 for number, place in enumerate(places)]}
-    for what, encoding, size in (
-        ("(bytes seem to be counted)", "utf-8", 1),
-        ("(units of UTF-16 seem to be counted)", "utf-16-le", 2),
-    ):
-        raw = text.encode(encoding)
-        ways[what] = [len(raw[: size * one].decode(encoding, "ignore")) for one in places]
+    for what, encoding in (("bytes", "utf-8"), ("units of UTF-16", "utf-16-le")):
+        raw, size = text.encode(encoding), len("a".encode(encoding))
+        ways[f"({what} seem to be counted)"] = [len(raw[: size * one].decode(encoding, "ignore")) for one in places]
     return [next((way for way, some in ways.items() if not torn(some)), "")] if torn(places) else []

@@ -202,13 +202,13 @@ def test_long_texts_are_read_as_far_as_most_reach_and_what_is_lost_is_said_last(
     assert made.notes.splitlines()[-1].startswith(f"{lost:,} of 200 records are longer than max_length (")
 
 
-def test_a_long_context_is_said_to_cost_the_beginning_of_what_is_asked(tmp_path: Path) -> None:
+def test_a_long_context_is_said_to_lose_its_middle(tmp_path: Path) -> None:
     rows = [
         {"question": f"what of {n}?", "context": "a " * (3000 if n % 5 else 3), "answer": f"it is {n}, and so"}
         for n in range(60)
     ]
     made = made_for(lines(tmp_path, *rows), model="random_llama")
-    assert "and lose the beginning of what stands before their answer" in made.notes
+    assert "and lose the middle of their longest text" in made.notes
 
 
 def test_one_long_record_does_not_decide_what_becomes_public(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fedtune.model.base_model import tiny_tokenizer
 from fedtune.spec import ConfigError, DataError
 from fedtune.tasks.registry import task_named
 
-from ..data.conftest import CARD, CLS, IS, LOST, MY, NAME, SEP, THERE, WHERE, data_spec, in_json, make_tokenizer, rows
+from ..data.conftest import CARD, CLS, IS, LOST, MY, SEP, THERE, WHERE, data_spec, in_json, make_tokenizer, rows
 from ..data.conftest import chat as turns_of
 
 LM = task_named("causal_lm")
@@ -51,12 +51,12 @@ def test_a_text_is_learnt_whole_and_ends(decoder_tokenizer: Any, leading_tokeniz
     ("max_length", "expected"),
     [
         (7, [CLS, WHERE, IS, MY, CARD, LOST, SEP]),
-        (6, [CLS, IS, MY, CARD, LOST, SEP]),
+        (6, [CLS, WHERE, MY, CARD, LOST, SEP]),
         (4, [CLS, CARD, LOST, SEP]),
         (3, [CLS, LOST, SEP]),
     ],
 )
-def test_a_prompt_is_cut_from_the_left(
+def test_a_prompt_is_cut_in_its_middle(
     leading_tokenizer: Any, decoder_tokenizer: Any, max_length: int, expected: list[int]
 ) -> None:
     record = {"prompt": "where is my card", "completion": "lost"}
@@ -141,6 +141,17 @@ def test_a_record_is_bounded_before_it_is_encoded(fields: dict[str, str], monkey
     assert targets[-1] == LOST
 
 
+@pytest.mark.parametrize("turns", ["none", "plain"])
+@pytest.mark.parametrize("template", ["{prompt} {input}", "{input} {prompt}"])
+def test_the_longest_text_of_a_prompt_is_cut_and_what_is_asked_stays(template: str, turns: str) -> None:
+    text = f"It began. {'On it went. ' * 99}Here."
+    record = {"prompt": "Where did it end?", "input": text, "completion": "There"}
+    tokenizer = tiny_tokenizer("random:llama")
+    data = settings(max_length=90, prompt_template=template, chat_template=turns)
+    said = tokenizer.decode(one(record, tokenizer, data)[0])
+    assert all(kept in said for kept in ("Where did it end?", "It began.", "Here.", "There</s>"))
+
+
 def test_a_chat_of_many_turns_and_a_prompt_that_is_cut_in_characters_keep_their_end(leading_tokenizer: Any) -> None:
     turns = chat(*["a"] * 40_000, *["my", "lost"])
     tokenizer = tiny_tokenizer("random:llama")
@@ -150,7 +161,7 @@ def test_a_chat_of_many_turns_and_a_prompt_that_is_cut_in_characters_keep_their_
     assert tokenizer.decode([target for target in targets if target >= 0]).endswith(" lost</s>")
     record = {"prompt": "my " * 1000 + "name", "completion": "lost"}
     data = settings(max_length=5, prompt_template="where {prompt} there")
-    assert one(record, leading_tokenizer, data)[0] == [CLS, NAME, THERE, LOST, SEP]
+    assert one(record, leading_tokenizer, data)[0] == [CLS, WHERE, THERE, LOST, SEP]
 
 
 ALPACA = "Task:\n{prompt}\n\nInput:\n{input} {context}\n\nAnswer:\n"
