@@ -160,7 +160,7 @@ def _facts(outlook: Outlook) -> dict[str, str]:
         contribution=contribution(plan) if plan.unit == "user" else "",
         noise=noise_words(plan),
         trust=trust_words(price.by_trust) if price.by_trust is not None else "",
-        signal=signal_words(ratio) if ratio is not None and plan.private else "",
+        signal=signal_words(ratio, outlook.config.task) if ratio is not None and plan.private else "",
     )
 
 

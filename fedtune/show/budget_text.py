@@ -25,6 +25,7 @@ from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import AT_ONCE, Policy
 from fedtune.spec import spec
+from fedtune.tasks.registry import task_named
 from fedtune.words import counted
 
 SCHEMA_VERSION = 1  # of what is said of a ledger as JSON
@@ -282,14 +283,18 @@ WEAK_SIGNAL = 1.0
 """Below it, noise moves the adapter further than all records together can; docs/planning.md has the runs behind it."""
 
 
-def signal_words(ratio: float) -> str:
-    """The meaning of a run's signal-to-noise ratio, `planner.signal_to_noise`."""
+def signal_words(ratio: float, task: str) -> str:
+    """The meaning of a run's signal-to-noise ratio, `planner.signal_to_noise`, for a task."""
     times = f"noise moves the adapter {1 / max(ratio, 1e-99):.3g} times as far as all records together can"
     if ratio < LEAST_SIGNAL:
         return f"{times}: nothing is likely to be learnt; a run wants training.go_on_without_signal=true"
     if ratio < WEAK_SIGNAL:
         return f"{times}: this run is likely to learn little, and costs its epsilon all the same"
-    return f"records can move the adapter at most {ratio:.2g} times as far as noise does"
+    furthest = f"records can move the adapter at most {ratio:.2g} times as far as noise does"
+    if not (studied := task_named(task).studied):
+        return f"{furthest}; no study says how much of task {task} is learnt at that"
+    nearest = min(studied, key=lambda one: abs(math.log(one / ratio)))
+    return f"{furthest}; a study at {nearest:g} kept {studied[nearest]} of what training gains without privacy"
 
 
 def contribution(plan: Plan) -> str:

@@ -23,6 +23,7 @@ from fedtune.evaluation.bootstrap import Figures
 from fedtune.evaluation.generation import by_prompt, text_figures, text_scores
 from fedtune.evaluation.generation import generate as generate_texts
 from fedtune.evaluation.scoring import KeptBatches, figures_of
+from fedtune.federation.planner import check_signal
 from fedtune.model.adapter import Adapter
 from fedtune.model.products import goes_by_rows
 from fedtune.sites.run_records import LeadRecords, RunRecords
@@ -119,6 +120,9 @@ class SharedModel:
         self._facts = self._facts_of(given, declared_size)
         self.moved = 0.0
         self._devices: Devices | None = None
+        # A simulation's lead; trying the model takes minutes.
+        if tried and records is not None and config.resume is None and not config.training.go_on_without_signal:
+            check_signal(config.plan(), config.declared_sizes(), values=self.initial_adapter.num_values)
         if tried and config.runtime.devices > 1:  # so that the others load the model while it is tried here
             length = config.data.max_length
             self._devices = Devices(self.model, config.task_model(), config.runtime, max_length=length)

@@ -106,6 +106,8 @@ class Task(ABC):
     judged_by: ClassVar[str] = "loss"
     # what LoRA and the head take of the automatic learning rate; None: it was not studied for the task
     rate_shares: ClassVar[tuple[float, float] | None] = None
+    studied: ClassVar[Mapping[float, str]] = {}
+    """By a run's signal to noise: what studies kept of the gain of training without privacy (docs/planning.md)."""
     # a line of Python that makes the answer of `scores`, a vector, and `labels`, where the task has a readout
     reads: ClassVar[str] = "scores"
     reads_tokens: ClassVar[bool] = False  # whether the readout is of each token's hidden state, and not of their mean

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedtune.data.batching import Batch
 from fedtune.data.records import Record
 from fedtune.data.spec import DataSpec
-from fedtune.data.tokenise import UNSUPERVISED, Targets, Text, TextDataset, Tokenizer, encode
+from fedtune.data.tokenise import UNSUPERVISED, Targets, TextDataset, Tokenizer
 from fedtune.model.spec import TaskModelSpec
 from fedtune.process import torch
 from fedtune.spec import ConfigError, DataError
@@ -88,11 +88,8 @@ class PooledTask(Task):
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, data: DataSpec) -> None:
         """Require a mark between the two texts of a record, without which the model could not tell them apart."""
-        if "text_pair" not in data.columns:
-            return
-        some: tuple[tuple[Text, bool], ...] = ((("a", "b"), True), ("a", True), ("b", False))
-        both, first, second = (len(next(encode([text], tokenizer, special_tokens=marks))) for text, marks in some)
-        if both <= first + second:
+        marks = tokenizer.num_special_tokens_to_add if "text_pair" in data.columns else None
+        if marks and marks(pair=True) <= marks(pair=False):
             bound = "has a tokenizer without a mark between two texts, which data.columns.text_pair needs"
             raise ConfigError("model.path", tokenizer.name_or_path, bound)
 

@@ -11,6 +11,7 @@ import pytest
 from fedtune.data import Shapes
 from fedtune.privacy.release import Reason, Refusal
 from fedtune.sites import shared_model
+from fedtune.sites.run_records import RunRecords
 from fedtune.sites.session import Session
 from fedtune.sites.shared_model import SharedModel
 from fedtune.spec import ConfigError
@@ -53,6 +54,16 @@ def test_a_model_is_tried_once_for_private_runs_of_one_clip_norm(tries: Tries) -
     # The clip norm is what a move is measured in, and smaller ones bring other gradients below the bound.
     SharedModel(letters(privacy={"max_grad_norm": 0.25}))
     assert len(tries) == 2
+
+
+def test_a_simulation_with_too_weak_a_signal_is_refused_before_the_model_is_tried(tries: Tries) -> None:
+    noise = {"noise_multiplier": 400.0}
+    weak, allowed = (letters(privacy=noise, training={"go_on_without_signal": on}) for on in (False, True))
+    with pytest.raises(ConfigError, match=r"training\.go_on_without_signal"):
+        SharedModel(weak, records=RunRecords(weak))
+    assert tries == []
+    SharedModel(allowed, records=RunRecords(allowed))
+    assert len(tries) == 1
 
 
 @pytest.mark.parametrize("other", [{"lora": {"rank": 3}}, {"privacy": {"max_grad_norm": 0.25}}], ids=["rank", "clip"])
