@@ -50,7 +50,7 @@ class TrackingSpec:
     Attributes:
         progress: show rounds, sites, scores, epsilon and time left on the terminal.
         output_dir: folder in which run folders are made.
-        log_level: the level of `log.txt`.
+        log_level: the level of `log.txt`; "debug" also says at the end of a run what epsilon by RDP is.
         tracker: also show the run in "mlflow", "tensorboard" or "wandb" (each an extra), in a folder of that name in
             `output_dir`; "none": in no tracker.
         send_to: the address of an MLflow or wandb server to which it is sent in place of that folder.  That is a

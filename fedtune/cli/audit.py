@@ -134,27 +134,20 @@ def _bounds(result: Audit) -> Section:
         figures = (epsilon_text(bound.claimed_epsilon), f"{bound.lower_bound:.3f}", f"{bound.best_possible:.3f}")
         guesses = f"{bound.right:,} of {bound.guesses:,}"
         rows.append((place(bound.site), *figures, guesses, f"{bound.canaries:,}"))
-    return Section(
-        title="Epsilon: claimed, and shown by the attack",
-        headings=("", "claimed", "shown", "ceiling", "right guesses", "canaries"),
-        rows=rows,
-        styles={number: "red" for number, bound in enumerate(result.bounds) if bound in wrong},
-        notes=(
-            f"claimed: at most; shown: at least, at {result.confidence:.0%} confidence; ceiling: the most that these "
-            "guesses about these canaries can show",
-        ),
-    )
+    headings = ("", "claimed", "shown", "ceiling", "right guesses", "canaries")
+    styles = {number: "red" for number, bound in enumerate(result.bounds) if bound in wrong}
+    shown = f"claimed: at most; shown: at least, at {result.confidence:.0%} confidence"
+    notes = [f"{shown}; ceiling: the most that these guesses about these canaries can show"]
+    return Section("Epsilon: claimed, and shown by the attack", headings, rows, styles=styles, notes=notes)
 
 
 def _meaning(result: Audit) -> str:
     attacker = f"The attacker is one {_ATTACKER[result.method]}."
     if result.exceeded:
         worst = max(refuted(result), key=lambda bound: bound.lower_bound - bound.claimed_epsilon)
-        return (
-            f"{attacker} At {place(worst.site)} the attack shows an epsilon of at least {worst.lower_bound:.3f}, "
-            f"and the run claims at most {epsilon_text(worst.claimed_epsilon)}: the implementation or the claim is "
-            "wrong."
-        )
+        shown = f"{attacker} At {place(worst.site)} the attack shows an epsilon of at least {worst.lower_bound:.3f}"
+        claimed = f"the run claims at most {epsilon_text(worst.claimed_epsilon)}"
+        return f"{shown}, and {claimed}: the implementation or the claim is wrong."
     blind = [place(bound.site) for bound in result.bounds if bound.best_possible <= bound.claimed_epsilon]
     limit = (
         f" Even with every guess right it could not have refuted the claim at {', '.join(blind)}: that takes more "
@@ -185,16 +178,11 @@ def _membership(result: Audit) -> Section:
     for one in result.membership:
         area = f"{one.auroc:.3f} [{one.auroc_low:.2f}, {one.auroc_high:.2f}]"
         rows.append((place(one.site), _SCORES[one.score], area, *map(_rate, one.hit_rates)))
-    return Section(
-        title="Real records: trained on, or never used?",
-        headings=("", "by", "AUROC", *(f"found at {rate}" for rate in rates)),
-        rows=rows,
-        words={0, 1},
-        notes=(
-            f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: the loss against that before training; "
-            "the share found among those trained on, at that share of false alarms among those never used",
-        ),
-    )
+    headings = ("", "by", "AUROC", *(f"found at {rate}" for rate in rates))
+    guessing = f"AUROC 0.5 is guessing; {result.confidence:.0%} intervals; ratio: the loss against that before training"
+    found = "the share found among those trained on, at that share of false alarms among those never used"
+    notes = [f"{guessing}; {found}"]
+    return Section("Real records: trained on, or never used?", headings, rows, words={0, 1}, notes=notes)
 
 
 def _rate(rate: AuditHitRate) -> str:

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from fedtune.api.door import Work, after_public_stage, run_in_folder
 from fedtune.cli.command import InterruptTold, importing
@@ -98,10 +100,19 @@ def say_fitted(console: Console, asked: RunConfig, fits: RunConfig) -> RunConfig
 
 
 def run_in_a_line(trial: Trial, *, console: Console, name: str, session: Session) -> RunResult:
-    """Do one of several runs, and print its result in one line; its folder has the details."""
+    """Do one of several runs, and print its result in one line; its folder has the details.
+
+    On a terminal the newest line of the run's own progress stands below.
+    """
     began = time.monotonic()
-    with console.status(f"{name} ..."):
-        unseen = Console(file=io.StringIO(), width=console.width)
+    with console.status(f"{name} ...") as status:
+
+        def told(text: str) -> None:
+            for line in text.split("\n")[-2:-1]:
+                status.update(Text(f"{name}: {line.strip()}"[: console.width - 3]))
+
+        lines: Any = SimpleNamespace(write=told, flush=io.StringIO().flush)
+        unseen = Console(file=lines, width=10 * console.width)
         result = run_simulation(trial.config, trial.folder, unseen, session=session)
     scores = [f"test {kind} {value:.3f}" for kind, value in result.final.metrics.items() if value is not None]
     said = (code.replace("_", " ") for code in result.final.findings)

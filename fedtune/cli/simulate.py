@@ -23,6 +23,7 @@ def simulate(
         bool, Option(names=("-m", "--multirun"), help="run every combination of comma-separated values")
     ] = False,
     renew: Renew = None,
+    verbose: Annotated[bool, Option("tracking.log_level=debug: also say what figures at the end mean")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a federation on this machine.
@@ -40,6 +41,7 @@ def simulate(
     """
     console = Console(stderr=as_json)
     overrides = overrides if renew is None else (*overrides, f"renew={quoted(str(renew))}")
+    overrides = (*overrides, "tracking.log_level=debug") if verbose else overrides
     trials = Trials.of_sweep(overrides) if multirun else None
     runs = [trial.config for trial in trials.rows.values()] if trials else [compose_run(overrides)]
     if any(config.runtime.kind == "deployment" for config in runs):

@@ -105,10 +105,6 @@ class Column:
         self.filled = self.characters = 0  # rows with a value that is not blank; of all its texts together
         self.types = Counter[str]()  # how often each type of value came
         self.reads = Counter[str]()  # how many values a run can read in a role, or are of a kind that `note` names
-        self.is_time_name, self.is_event_name = (
-            bool(_OF_TIMES.fullmatch(self.key)),
-            bool(_OF_EVENTS.fullmatch(self.key)),
-        )
         # How often each label came, by the type of its values; empty where there are too many, or too long ones.
         self.values = defaultdict[str, Counter[str]](Counter)
         # The same where values are lists, by what separates them ("[": a list); not where there are too many.
@@ -122,7 +118,7 @@ class Column:
         self.beside = Counter[str]()  # what turns have beside what a run reads of them, such as "name"
         self._first = defaultdict[str, list[tuple[int, str]]](list)  # values of each type, with their rows
         self._open = True
-        self._ids: set[int] | None = set() if found else None  # of persons, as long as no two are the same
+        self._ids = set[int]()  # of persons
 
     def note(self, value: object, row: int) -> None:
         """Take the value of one row into account, whose number counts from 1."""
@@ -152,9 +148,8 @@ class Column:
         if text.startswith(_LISTS) or isinstance(value, list | dict):
             self._note_objects(value)
         self._note_labels(value, text)
-        if self._ids is not None:
+        if self.person is not None and len(self._ids) == self.filled - 1:  # as long as no two are the same
             self._ids.add(hash(text or str(value)))
-            self._ids = self._ids if len(self._ids) == self.filled else None
         if self._open:
             with suppress(DataError):
                 name = read.read_value(value, "label", at="")
@@ -281,7 +276,8 @@ class Column:
         self.is_event = self.event_values is not None
         is_other = self.is_other_number or not (self.is_text or self.nearly("target"))
         is_long = not self.is_text or self.mean_characters >= LONGEST_LABEL or self.is_constant
-        self.may_be_time, self.may_be_event = self.is_time_name and self.is_number, self.is_event_name and self.is_label
+        self.may_be_time = self.is_number and bool(_OF_TIMES.fullmatch(self.key))
+        self.may_be_event = self.is_label and bool(_OF_EVENTS.fullmatch(self.key))
         self.is_unread_answer = self.filled > 0 and not self.is_answer and (is_other or not is_long)
         self.is_score = self.is_number and (self.key in NAMES["scores"] or not self.is_label)
         self.is_code = self.is_text and self.nearly("code") and not self.is_label  # links, paths or other marks
@@ -310,7 +306,7 @@ class Column:
         # An id that no two rows share says of no two that they are of one person.
         self.is_id = self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
         is_name = not self.is_text or (self.mean_characters <= _LONGEST_ID and self.reads["prose"] <= most)
-        self.is_once = self._ids is not None and self.is_id and is_name and self.filled == rows > 1
+        self.is_once = self.is_id and is_name and len(self._ids) == self.filled == rows > 1
         self.is_of_persons = self.person is not None and self.nearly("list")
         self.is_person = self.person is not None and self.is_id and is_name and not self.is_once
         self.is_place = not set(self.words).isdisjoint(NAMES["places"])  # its name says so, as `hospital_id` does

@@ -200,7 +200,10 @@ def _left(seconds: float | None) -> str:
 
 
 def show_result(console: Console, config: RunConfig, result: RunResult, *, whole_s: float) -> None:
-    """The table of sites, and the scores; `whole_s` is how long it took with what came before training."""
+    """The table of sites, and the scores; `whole_s` is how long it took with what came before training.
+
+    With `tracking.log_level=debug` (`--verbose`) it says what epsilon by RDP is.
+    """
     say_here = partial(say, console=console)
     privacy, final = result.privacy, result.final
     rows = [
@@ -214,8 +217,9 @@ def show_result(console: Console, config: RunConfig, result: RunResult, *, whole
         for site, spent in privacy.sites.items()
     ]
     headings = ("site", "declared size", "steps", "epsilon", "epsilon by RDP")
-    notes = [] if privacy.epsilon is None else [ABOUT_RDP.format(counts="epsilon")]
-    show([Section(title="What each site has spent", headings=headings, rows=rows, notes=notes)], console=console)
+    explained = config.tracking.log_level == "debug" and privacy.epsilon is not None
+    notes = [ABOUT_RDP.format(counts="epsilon")] if explained else []
+    show([Section("What each site has spent", headings, rows, notes=notes)], console=console)
     if privacy.epsilon is None:
         say_here("No privacy guarantee: this run added no noise.", style="yellow")
     elif not privacy.seeded_noise:
@@ -303,7 +307,7 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
         warnings.add("privacy")
     if plan.private and trained:
         ratio = signal_to_noise(plan, config.declared_sizes(), values=trained)
-        rows["signal"] = signal_words(ratio)
+        rows["signal"] = signal_words(ratio, config.task)
         warnings |= {"signal"} if ratio < WEAK_SIGNAL else set()
     dtype = config.model.dtype
     if str(shared.device) == "cpu" and is_slow_on_cpu(dtype):

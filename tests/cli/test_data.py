@@ -142,7 +142,7 @@ LINES = [f"ticket {number},{TEAMS[number % 2]}" for number in range(60)]
         (
             "a.jsonl",
             '{"n": {"text": "a"}, "label": "b"}\n{"n": 1, "label": "c"}\n' * 9,
-            "= 'columns n (object, number), l",
+            "= 'columns n (object, number)",
         ),
     ],
 )

@@ -143,10 +143,7 @@ def test_a_path_leads_to_a_file_below_the_table_s_folder(path: str, found: str, 
     assert str(caught.value).startswith(f"{file}:7, image = '{found}': must ")
 
 
-@pytest.mark.parametrize(
-    ("path", "why"),
-    [("sub\\in.png", "must have / between"), ("sub/in.PNG", "in case alone"), ("sub/IN.png", "in case alone")],
-)
+@pytest.mark.parametrize(("path", "why"), [("sub\\in.png", "must have / between"), ("sub/IN.PNG", "in case alone")])
 def test_a_path_without_a_file_says_how_it_differs(tmp_path: Path, path: str, why: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "in.png").write_bytes(WHOLE)

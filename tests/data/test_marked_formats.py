@@ -229,20 +229,10 @@ SPLIT = '"locations": [{"offset": 0, "length": 1}, '
 WHOLE, MOVED = collection(bioc(*PLACES)), collection(bioc((1, 8, "drug"))).replace("101", "102")
 # What is wrong with a record's own tags or spans is in tests/tasks/test_token_classification.py.
 WRONG: dict[str, tuple[str, str, dict[str, str], str]] = {
-    "numbers for tags": (
-        "a.jsonl",
-        '{"tokens": ["my"], "tags": [3]}',
-        TAGGED,
-        "must be the names of tags, such as B-P",
-    ),
+    "numbers for tags": ("a.jsonl", '{"tokens": ["my"], "tags": [3]}', TAGGED, "must be the names of tags"),
     "no tags": ("a.jsonl", '{"tokens": ["my"]}', TAGGED, "must be there (role tags)"),
     "a label that nobody declared": ("a.conll", "my B-other\n", TAGGED, "must be one of the 2 in data.labels"),
-    "no tags among several columns": (
-        "a.conll",
-        "1\tmy\tDET\t_\n2\tcard\tN\t_\n",
-        TAGGED,
-        "must have one such as B-PER",
-    ),
+    "no tags in columns": ("a.conll", "1\tmy\tDET\t_\n2\tcard\tN\t_\n", TAGGED, "must have one such as B-PER"),
     "one column": ("a.conll", "my\ncard\n", TAGGED, "must have a token and its tag on each line"),
     "another encoding": ("a.conll", "caf\udce9 O\n", TAGGED, "must be UTF-8 text"),
     "units beyond the text": ("a.json", CARD % json.dumps(BEYOND), SPANNED, "must have 0 <= start < end"),

@@ -74,9 +74,7 @@ def test_a_draw_takes_a_user_with_all_records() -> None:
         ("accuracy", 0.55, 9, "cannot be told apart from"),
     ],
 )
-def test_model_is_judged_against_the_best_constant_answer(
-    score: str, constant: float, num_units: int, verdict: str
-) -> None:
+def test_model_is_judged_against_a_constant_answer(score: str, constant: float, num_units: int, verdict: str) -> None:
     said = constant_words("the run", Estimate(0.8, 0.7, 0.9), constant, score=score, num_units=num_units)
     told = f"{score} 0.8000 (0.7000 to 0.9000) against {constant:.4f}."
     assert said == f"The run {verdict} the best constant answer, the same to each record: {told}"

@@ -79,14 +79,11 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=kappa; not sigma"),
     "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=kappa; not sigma"),
     "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=kappa; not in_train"),
-    "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a record is"),
+    "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a"),
     "thumbs": ({"prompt": own, "response": own, "thumbs_up": (0, 1)}, "in which rows response is not wanted"),
     "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=kappa; not fold"),
-    "reviews": (
-        {"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")},
-        "in which rows a record is",
-    ),
-    "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a record is"),
+    "reviews": ({"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")}, "in which rows a"),
+    "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a"),
     # Answers in forms of other programs, and with a usual name in a form that is not read.
     "types": ({"text": own, "sigma": spans("start end type")}, "entities: text spans=sigma"),
     "groups": ({"text": own, "ents": spans("start_char end_char entity_group")}, "entities: text spans=ents"),

@@ -2,8 +2,10 @@
 
 import io
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +15,16 @@ import torch
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
+from fedtune.cli import interruptible_run
 from fedtune.config import RunConfig
 from fedtune.federation.lead import LeadState, SiteCharge
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, FinalResult, PrivacyResult, RunResult
+from fedtune.show.budget_text import ABOUT_RDP, signal_words
 from fedtune.show.run_progress import Display, show_result
+from fedtune.sites.session import Session
+from fedtune.studies.trials import Trial
 
 from ..builders import run_result
 from ..cli import snapshots
@@ -133,6 +139,31 @@ def test_what_a_person_sees(config: RunConfig, tmp_path: Any, monkeypatch: pytes
     told = [f"# A run\n{run}", *(f"# {name}\n{beside(run, text)}" for name, text in of_runs)]
     of_results = [f"# {name}\n{beside(end, table(config, other))}" for name, other in results()]
     snapshots.check_output("run-progress", "".join([*told, f"# Its end\n{end}", *of_results]))
+
+
+def test_a_signal_is_told_by_what_studies_of_the_task_kept() -> None:
+    assert "a study at 17 kept three quarters of what" in signal_words(22.0, "classification")
+    assert "a study at 5 kept three eighths of what" in signal_words(5.2, "token_classification")
+    assert "no study says how much of task survival is learnt" in signal_words(5.2, "survival")
+
+
+def test_one_of_several_runs_shows_its_newest_line(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(config: RunConfig, folder: Path, console: Console, *, session: Session) -> RunResult:
+        for line in ("round 1/2 | validation: loss 4.3", "round 2/2 | about 3 s left"):
+            console.print(line)
+            time.sleep(0.2)  # the terminal is drawn ten times a second
+        return result()
+
+    monkeypatch.setattr(interruptible_run, "run_simulation", trained)
+    console, trial = Console(file=io.StringIO(), force_terminal=True, width=60), Trial(config=config, folder=Path())
+    interruptible_run.run_in_a_line(trial, console=console, name="2 of 3", session=Session())
+    for line in ("round 1/2 | validation: loss 4.3", "round 2/2 | about 3 s left"):
+        assert f"2 of 3: {line}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_verbose_explains_epsilon_by_rdp(config: RunConfig) -> None:
+    verbose = replace(config, tracking=replace(config.tracking, log_level="debug"))
+    assert [ABOUT_RDP.format(counts="epsilon") in table(one, result()) for one in (config, verbose)] == [False, True]
 
 
 def test_a_shown_epsilon_is_its_own_and_never_below_the_true_one(config: RunConfig) -> None:
