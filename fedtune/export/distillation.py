@@ -110,8 +110,7 @@ def distil(
     model = load_task_model(adapter, model=replace(config.model, dtype="float32"))  # refuses what is private to a site
     owed, behind = _owed(file, adapter)
     teacher, reference = Source.of(model, config, adapter, private_to=None)
-    base = None if student == HALF or student.isdecimal() else ModelSpec(path=student)
-    if base is None:
+    if (base := None if student == HALF or student.isdecimal() else ModelSpec(path=student)) is None:
         own = _lower(student, teacher)
     elif debts_of_base(base):
         raise ConfigError("--student", student, "must be no base that comes from a run, which its config.json tells of")

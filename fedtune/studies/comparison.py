@@ -68,8 +68,7 @@ def plan_runs(words: Sequence[str], *, without_privacy: bool, leave_out: Sequenc
     if asked.federation.num_sites > 1:
         kinds += [("alone", site) for site in asked.federation.names]
         kinds += [("pooled", None)] if asked.data.partition.kind != "file" else []
-    kinds = [(kind, site) for kind, site in kinds if kind not in leave_out]
-    if not kinds:
+    if not (kinds := [(kind, site) for kind, site in kinds if kind not in leave_out]):
         raise ConfigError("--leave-out", ", ".join(leave_out), "must leave something to run")
     plain: list[dict[str, Any]] = [{}]
     if without_privacy and asked.privacy.private:

@@ -1,6 +1,5 @@
 """A ledger's report: against the ledger itself, and for ledgers that promise nothing."""
 
-import hashlib
 import shutil
 from datetime import timedelta
 from pathlib import Path
@@ -8,17 +7,15 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy import accountant, filter
-from fedtune.privacy import events as dp_events
+from fedtune.privacy import filter
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset
 from fedtune.report import from_ledger, signing
-from fedtune.report.derive import ledger_figures, profile
+from fedtune.report.derive import ledger_figures
 from fedtune.spec import ConfigError, RunError
 
 from ..books import Books
@@ -317,34 +314,3 @@ def test_rounds_of_a_lost_branch_are_in_its_run(books: Any) -> None:
     assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("", 1, 6.0)]
     assert [(run.run, run.rounds) for run in site.lifetime.runs] == [("r", 2)]
     assert site.steps[-1].run == ""
-
-
-@pytest.mark.nightly
-def test_ten_thousand_events_are_composed_once_a_setting(books: Any) -> None:
-    made = books(limits={"max_rounds": 250, "min_noise_multiplier": 1.0}, budget={"max_epsilon": 50.0})
-    store = EventStore(made.ledger, made.key, None)
-    with store.transaction():  # one for all of them: to write them as a site does takes minutes
-        for number in range(20):
-            costs = {"sampling_rate": 0.01 + 0.002 * number, "noise_multiplier": 4.0 + 0.1 * number}
-            rounds = {"local_steps": 1, "num_rounds": 250, "spare_rounds": 0}
-            proposal = run_proposal(run=f"run-{number}", **costs, **rounds)
-            expires = (store.history.now() + timedelta(days=30)).isoformat()
-            store.append(Kind.PLAN, {"proposal": proposal.to_json(), "expires": expires}, run=proposal.run)
-            charge = {"event": dp_events.to_json(proposal.plan.event())}
-            for round in range(1, 251):
-                place = {"run": proposal.run, "round": round, "request": f"{number}-{round}", "attempt": 1}
-                store.append(Kind.RESERVE, charge, **place)
-                store.append(Kind.COMMIT, {"reply_sha256": hashlib.sha256(b"").hexdigest()}, **place)
-            store.store_reply(run=proposal.run, request=f"{number}-250", reply=b"")
-    profile._pld.cache_clear()
-    accountant.composed_rdp.cache_clear()
-    report = from_ledger.build(made.ledger)
-    # What takes the time: simulations/report has the seconds.
-    assert profile._pld.cache_info().misses <= 2 * 20 + 2
-    assert accountant.composed_rdp.cache_info().misses <= 2 * 20 + 2
-    (site,) = report.sites
-    assert report.facts.verification.num_events == 10_022
-    assert (len(site.mechanisms), site.spent.rounds) == (20, 5000)
-    assert len(site.steps) <= from_ledger.MOST_STEPS
-    assert {(one.kind, one.count) for one in report.facts.releases} == {("update", 250)}
-    assert len(signing.to_text(report)) < 200_000
