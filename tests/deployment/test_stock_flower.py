@@ -66,7 +66,7 @@ def test_kills_of_flower_s_processes_lose_nothing_and_charge_nothing_twice(
 def test_a_killed_site_is_asked_again_and_charged_for_what_it_began(stock: StockFederation) -> None:
     north = stock.sites["north"]
     north.hold(True)
-    run = stock.submit("three", DEBUG)
+    run = stock.submit("three", [*DEBUG, "federation.spare_rounds=1"])  # for what the killed round cost
     north.wait_for("three", "reserve", round=1)
     north.up.kill()
     north.hold(False)
