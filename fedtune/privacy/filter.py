@@ -65,7 +65,7 @@ def most_repeats(event: DpEvent, room: float, *, order: float) -> int | None:
     if math.isinf(room):
         return None
     count = max(0, math.floor(room / total_divergence([event], order)))
-    return count - (total_divergence({event: count}, order) > room)  # the division rounds
+    return max(0, count - (total_divergence({event: count}, order) > room))  # the division rounds
 
 
 @lru_cache(maxsize=256)  # a ledger asks for it with each of its notes of the policy

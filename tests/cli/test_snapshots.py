@@ -14,6 +14,7 @@ import pytest
 
 from fedtune.cli.main import fedtune, main
 from fedtune.ops.kits.members import REQUEST, site_init
+from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 
 from ..conftest import command, files_in, run_proposal, site_policy, tiny
@@ -84,9 +85,10 @@ def test_json_of_a_policy_a_ledger_and_a_plan(lived: Any, tmp_path: Path) -> Non
 def test_reports(lived: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lived.folder)
     assert command("report", "site.toml", "--sign", "site_key.pem", "--output", "before").code == 0
-    snapshots.check_output("report", shown("report verify before"))
+    key = SigningKey.load(lived.folder / "site_key.pem").public
+    snapshots.check_output("report", shown(f"report verify before --key {key}"))
     assert json.loads(command("report", "schema").printed)["title"] == "fedtune report"
-    verified = command("report", "verify", "before", "--json")
+    verified = command("report", "verify", "before", "--key", key, "--json")
     snapshots.check_json("report-verify", verified.out, folder=lived.folder)
 
 
