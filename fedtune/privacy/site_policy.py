@@ -334,8 +334,7 @@ class Policy:
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
         simulated: the site is made up, on the machine of the person who simulates it; its ledger and reports say so.
         about: what persons say of the site's records, for a public registry; in no digest, and in no ledger.
-        socket: path of the Unix socket at which a stock SuperNode's app asks this site, beside the policy file unless
-            absolute; empty: the site asks the federation's own server.  In no digest, and in no ledger.
+        socket: the Unix socket at which a stock SuperNode's app asks this site; empty: none.  In no digest or ledger.
     """
 
     site: str
