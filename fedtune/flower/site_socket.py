@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import socket
-import stat
 import struct
 import time
 from array import array
@@ -30,7 +29,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from fedtune.codec import parse_json
-from fedtune.spec import ConfigError
+from fedtune.flower.unix_socket import bind_socket
 
 log = logging.getLogger(__name__)
 
@@ -148,27 +147,11 @@ def listening(path: Path) -> Iterator[socket.socket]:
         ConfigError: something else is there, another process listens there, or the folder is missing or closed.
     """
     with socket.socket(socket.AF_UNIX) as server:
-        _bind(server, path)
+        bind_socket(server, path, key="socket", backlog=_WAITING)
         try:
             yield server
         finally:
             path.unlink(missing_ok=True)
-
-
-def _bind(server: socket.socket, path: Path) -> None:
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as other:
-        other.connect(str(path))
-        raise ConfigError("socket", str(path), "is in use: another process listens there")
-    try:
-        if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-            raise ConfigError("socket", str(path), "must be the place of a socket; another file is there")
-        path.unlink(missing_ok=True)
-        server.bind(str(path))
-        path.chmod(0o660)
-        server.listen(_WAITING)
-    except OSError as error:
-        bound = f"must be a place for a socket in a folder of this account ({error.strerror or error})"
-        raise ConfigError("socket", str(path), bound) from None
 
 
 def serve_one(server: socket.socket, answer: Answering, *, wait_s: float) -> None:

@@ -29,6 +29,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
+from fedtune.flower.unix_socket import bind_socket
 from fedtune.ops.files import build
 from fedtune.spec import ConfigError, check_one_of
 
@@ -39,7 +40,7 @@ _KEY, _UNIX = "--health", "unix:"
 _BOUND = "must be host:port on this machine, such as 127.0.0.1:8089, or unix:PATH"
 _REQUEST_S = 2.0  # for all of a connection
 _REQUEST_BYTES = 4096
-_PLACES = 4
+_PLACES, _BACKLOG = 4, 16
 _FAR = "could be read by other machines; if you want that, add --health-anywhere"
 
 Respond = Callable[[str], Awaitable[tuple[int, str, bytes]]]  # path of a GET -> status, content type and body
@@ -184,19 +185,13 @@ def _listen(address: str, *, key: str, far: str | None) -> tuple[socket.socket, 
     if not address.startswith(_UNIX):
         host, port = _parse(address, key=key, far=far)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=16)
+        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         bound = listening.getsockname()[1]
         return listening, f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
-    place = Path(address.removeprefix(_UNIX))
-    if place.exists() and not place.is_socket():
-        raise ConfigError(key, address, "must be the place of a socket; another file is there")
-    place.unlink(missing_ok=True)  # a killed process leaves its socket
     listening = socket.socket(socket.AF_UNIX)
     try:
-        listening.bind(str(place))
-        place.chmod(0o660)
-        listening.listen(16)
-    except OSError:
+        bind_socket(listening, Path(address.removeprefix(_UNIX)), key=key, backlog=_BACKLOG)
+    except ConfigError:
         listening.close()
         raise
     return listening, address

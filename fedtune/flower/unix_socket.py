@@ -1,0 +1,33 @@
+"""Unix sockets of this account: the site's own, and that of its health.  Nothing slow is imported here."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from fedtune.spec import ConfigError
+
+
+def bind_socket(server: socket.socket, path: Path, *, key: str, backlog: int) -> None:
+    """Listen at `path`, for the same user and the group of the process; a killed process's socket makes room.
+
+    At most `backlog` connections wait to be taken.
+
+    Raises:
+        ConfigError: about `key`: something else is there, another process listens there, or the folder is missing or
+            closed.
+    """
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(path))
+        raise ConfigError(key, str(path), "is in use: another process listens there")
+    try:
+        if path.exists() and not path.is_socket():
+            raise ConfigError(key, str(path), "must be the place of a socket; another file is there")
+        path.unlink(missing_ok=True)
+        server.bind(str(path))
+        path.chmod(0o660)
+        server.listen(backlog)
+    except OSError as error:
+        bound = f"must be a place for a socket in a folder of this account ({error.strerror or error})"
+        raise ConfigError(key, str(path), bound) from None
