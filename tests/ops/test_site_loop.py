@@ -296,7 +296,7 @@ def test_a_site_whose_ledger_cannot_be_written_is_not_ready_until_it_can(
     said = iter(["", "ledger.db is full", "ledger.db is full", ""])
     loop = loop_of(None, tmp_path, threading.Event())
     loop.trouble = lambda: next(said)
-    states = [loop._online() for _ in range(4)]
+    states = [loop._standing.now() for _ in range(4)]
     assert states == ["connected", "failing", "failing", "connected"]
     assert "failing" not in READY
     assert [record.getMessage() for record in caplog.records] == [

@@ -71,28 +71,36 @@ class SiteService:
         """
         state = SiteState.of(self.kit.folder)
         files = self._checked(state)
+        certificate = None if files.policy.socket else KitCertificate(self.kit)  # a socket's peer needs none
+        if self.kit.lead not in files.policy.allow.leads:
+            log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
         with serving(files.ledger), _until_stopped() as stop:
             if state.has_served() and not files.ledger.is_file():
                 raise RunError(f"ledger {files.ledger} is gone, and this site has served one; put it back")
             state.check_ledger(files.open().history.opened.ledger)
             process = cache(lambda: self._site_process(state))
             app = SiteApp(lambda settings: process().site(settings), name=files.policy.site)
-            if files.policy.socket:
+            trouble = partial(trouble_of, files.ledger, *([files.anchor] if files.anchor else []))
+            if certificate is None:
                 place = self.site_toml.parent / files.policy.socket
-                _AtSocket(app, state, self.health, stop, self.answered).run(place)
+                _AtSocket(app, state, self.health, stop, self.answered, trouble).run(place)
             else:
-                kept = [files.ledger, *([files.anchor] if files.anchor else [])]
-                self._at_server(app, state, stop, trouble=partial(trouble_of, *kept))
+                self._at_server(app, state, stop, certificate=certificate, trouble=trouble)
             log.info("the site is down", extra={"site": files.policy.site})
 
     def _at_server(
-        self, app: SiteApp, state: SiteState, stop: threading.Event, *, trouble: Callable[[], str | None]
+        self,
+        app: SiteApp,
+        state: SiteState,
+        stop: threading.Event,
+        *,
+        certificate: KitCertificate,
+        trouble: Callable[[], str],
     ) -> None:
         """Answer over a connection to the server."""
         from fedtune.ops.wire.fleet import Fleet
         from fedtune.ops.wire.waiting import Bell
 
-        certificate = KitCertificate(self.kit)
         fleet = Fleet(self.kit.server, self.kit.tls(), heard=lambda: self.health.update(last_contact=datetime.now(UTC)))
         log.info("the site is up", extra={"site": self.kit.site, "server": self.kit.server})
         bell = Bell(self.kit.server, self.kit.tls(), threading.Event())
@@ -137,14 +145,35 @@ class SiteService:
             require_reader(self.site_toml.parent / dataset.path)
         for sha256 in files.policy.allow.base_models:
             require_model_reader(self.kit.folder, sha256)
-        if self.kit.lead not in files.policy.allow.leads:
-            log.warning("the kit's lead is not among the policy's allow.leads: all its requests will be refused")
         return files
 
 
 def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) -> None:
     if state.wait_for_approval(proposal, settings):
         log.warning("a run waits for approval", extra={"run": proposal.run})
+
+
+class _Standing:
+    """The state of a site that answers: paused, or failing while its ledger cannot be written, however it is asked.
+
+    Args:
+        state: of the site.
+        trouble: says why the ledger cannot be written; empty if it can.
+    """
+
+    def __init__(self, state: SiteState, trouble: Callable[[], str]) -> None:
+        self._state, self._trouble = state, trouble
+        self._looked, self._said = -math.inf, ""
+
+    def now(self) -> State:
+        """Return the state; the ledger is tried anew every few seconds, and a change of what it says is logged."""
+        if self._state.paused.exists():
+            return "paused"
+        if time.monotonic() - self._looked > _LEDGER_S:
+            before, self._said, self._looked = self._said, self._trouble(), time.monotonic()
+            if self._said != before:
+                log.error("%s", self._said or "the ledger can be written again")
+        return "failing" if self._said else "connected"
 
 
 @dataclass
@@ -161,9 +190,11 @@ class _Loop:
     answered: Callable[[str], None] = lambda _: None
     trouble: Callable[[], str] = lambda: ""  # why the ledger cannot be written; empty if it can
 
-    _looked, _said = -math.inf, ""
     _active, _rounds, _sent = False, 0, -math.inf
     _wait_s, _poll_s = 1.0, _POLL_S
+
+    def __post_init__(self) -> None:
+        self._standing = _Standing(self.state, lambda: self.trouble())
 
     def run(self) -> None:
         while not self.stop.is_set() and not self.state.left.exists():
@@ -186,7 +217,7 @@ class _Loop:
         while not (self.stop.is_set() or self.state.left.exists() or self.bell.rung.is_set()):
             if (left := until - time.monotonic()) <= 0:
                 return
-            self.health.update(state=self._online())
+            self.health.update(state=self._standing.now())
             self.until()
             self.bell.rung.wait(min(left, _LOOK_S))
 
@@ -218,16 +249,7 @@ class _Loop:
             )
 
     def _connected(self) -> None:
-        self.health.update(state=self._online(), last_contact=datetime.now(UTC))
-
-    def _online(self) -> State:
-        if self.state.paused.exists():
-            return "paused"
-        if time.monotonic() - self._looked > _LEDGER_S:
-            before, self._said, self._looked = self._said, self.trouble(), time.monotonic()
-            if self._said != before:
-                log.error("%s", self._said or "the ledger can be written again")
-        return "failing" if self._said else "connected"
+        self.health.update(state=self._standing.now(), last_contact=datetime.now(UTC))
 
     def _answer(self, message: Message) -> None:
         self.health.update(state="training")
@@ -270,16 +292,22 @@ class _AtSocket:
     """Take a message from a Unix socket, answer it there, until told to stop; this process needs no network."""
 
     def __init__(
-        self, app: SiteApp, state: SiteState, health: Health, stop: threading.Event, answered: Callable[[str], None]
+        self,
+        app: SiteApp,
+        state: SiteState,
+        health: Health,
+        stop: threading.Event,
+        answered: Callable[[str], None],
+        trouble: Callable[[], str],
     ) -> None:
         self._app, self._state, self._health, self._stop, self._answered = app, state, health, stop, answered
-        self._rounds = 0
+        self._standing, self._rounds = _Standing(state, trouble), 0
 
     def run(self, place: Path) -> None:
         with listening(place) as server:
             log.info("the site is up", extra={"socket": str(place)})
             while not self._stop.is_set() and not self._state.left.exists():
-                self._health.update(state="paused" if self._state.paused.exists() else "connected")
+                self._health.update(state=self._standing.now())
                 serve_one(server, self._answer, wait_s=_LOOK_S)
             self._health.update(state="stopping")
 
