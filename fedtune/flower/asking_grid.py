@@ -25,7 +25,7 @@ from fedtune.spec import RunError
 
 log = logging.getLogger(__name__)
 
-_POLL_S, _RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
+_POLL_S, RECONNECT_S, _SAYS_SO_AGAIN_S = 0.2, 1.0, 15.0
 _LOST_S = 3.0  # how soon to ask again for an answer that did not come whole
 CLOCKS_S = 120.0  # how far the clocks of lead and server may differ
 
@@ -240,7 +240,7 @@ class FlowerGrid(AskingGrid):
 
     def _mend(self, trouble: Exception, questions: Questions) -> None:
         log.warning("the SuperLink cannot be reached (%s); trying again", trouble)
-        time.sleep(_RECONNECT_S)
+        time.sleep(RECONNECT_S)
 
 
 @contextmanager

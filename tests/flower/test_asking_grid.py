@@ -22,7 +22,7 @@ KEYS = {"north": b"key of north", "south": b"key of south"}
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     identify(run_id=7, node_id=1, task_id=0)
-    for name, value in (("_POLL_S", 0.01), ("_RECONNECT_S", 0.01), ("_LOST_S", 0.05)):
+    for name, value in (("_POLL_S", 0.01), ("RECONNECT_S", 0.01), ("_LOST_S", 0.05)):
         monkeypatch.setattr(asking_grid, name, value)
 
 

@@ -33,7 +33,7 @@ VALUES = {"b.lora_A": np.arange(6, dtype=np.float32).reshape(2, 3), "head": np.f
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lead that tries again soon: what is waited for is polled for, by everybody."""
-    monkeypatch.setattr(asking_grid, "_RECONNECT_S", 0.2)
+    monkeypatch.setattr(asking_grid, "RECONNECT_S", 0.2)
     monkeypatch.setattr(asking_grid, "_LOST_S", 0.5)
     monkeypatch.setattr(bounded_http, "_ALERT_S", 0.05)
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import httpx
 
+from fedtune.flower.asking_grid import CLOCKS_S
 from fedtune.flower.internals import add_headers, http_client, rpc
 from fedtune.ops.wire.bounded_http import HungUp, bounded
 from fedtune.privacy.keys import SigningKey, is_signed
@@ -85,7 +86,7 @@ def refusal(error: BaseException) -> str | None:
 
 CALL = "call"  # purpose of the lead's signatures
 TIME, BODY, SIGNATURE = "fedtune-time", "fedtune-body", "fedtune-signature"
-TOLERANCE_S = 120.0  # how far the clocks of lead and server may differ; a signature is good for so long
+TOLERANCE_S = CLOCKS_S  # a signature of the lead's is good for so long, either way
 
 
 class NotAllowed(Exception):

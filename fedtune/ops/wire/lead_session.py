@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import httpx
 from flwr.app import Message
 
+from fedtune.flower.asking_grid import Pulled
 from fedtune.flower.internals import (
     RunStarter,
     RuntimeTokenHttpInterceptor,
@@ -54,11 +55,6 @@ clientapp = "none:none"
 [tool.flwr.app.config]
 """
 """Flower wants a bundle for every run.  This one holds no code, and nobody fetches it."""
-
-
-Pulled = tuple[str, Message | None, bool]
-"""The id of a question, as the server says, and its answer; None where it is none, or a part of it did not come: then
-it is lost, and who sent it can send it again."""
 
 
 class LeadSession:

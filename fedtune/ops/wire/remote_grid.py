@@ -117,7 +117,7 @@ class RemoteGrid(AskingGrid):
         if said != self._said:  # once, however long it lasts
             log.warning("%s %s; trying again", self._server, said)
         self._said = said
-        time.sleep(asking_grid._RECONNECT_S)
+        time.sleep(asking_grid.RECONNECT_S)
 
 
 def _is_away(error: httpx.HTTPError) -> bool:
