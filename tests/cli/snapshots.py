@@ -21,7 +21,7 @@ COLUMNS = 80
 _COPIED = re.compile(r"[^\s]*(?:/|[0-9a-f]{32,})[^\s]*")
 _VARYING = (
     (re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\d(\.\d+)?(\+00:00|Z)?)?"), "<time>"),
-    (re.compile(r"\b[0-9a-f]{64,}\b"), "<hex>"),
+    (re.compile(r"\b[0-9a-f]{64,}\b|\b(?:[0-9a-f]{4} ){15}[0-9a-f]{4}\b"), "<hex>"),
     (re.compile(r"\b[0-9a-f]{32}\b"), "<hex>"),
     (re.compile(rf"^{re.escape(fedtune.__version__)}$"), "<version>"),
 )
