@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from types import NoneType
 from typing import Any, ClassVar, Final, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-_BEYOND: Final = 2**1024  # above every finite float, and not above infinity or an integer that no float holds
 
 # One number for each format.  A change of what is written takes a new one, or a migration; a reader refuses all others.
 LEDGER_SCHEMA: Final = 4  # ledger.db and its anchor
@@ -165,13 +165,13 @@ def _literals(cls: type) -> tuple[tuple[str, tuple[object, ...]], ...]:
 
 def check_positive(key: str, value: float) -> None:
     """Require a finite `value` > 0."""
-    if not 0 < value < _BEYOND:
+    if not 0 < value <= sys.float_info.max:
         raise ConfigError(key, value, "must be a finite number greater than 0")
 
 
 def check_at_least(key: str, value: float, least: float) -> None:
     """Require a finite `value` >= `least`."""
-    if not least <= value < _BEYOND:
+    if not least <= value <= sys.float_info.max:
         raise ConfigError(key, value, f"must be a finite number of at least {least:g}")
 
 
