@@ -74,7 +74,7 @@ def compose_run(
 
 
 def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> RunConfig:
-    """Compose and validate one run, from values in place of typed words; without a recipe, the default one."""
+    """Compose and validate one run from Python values; without a recipe, the default run."""
     given = [_said(str(key), value) for key, value in (settings or {}).items()]
     if isinstance(recipe, RunConfig):
         config = _changed(recipe, given)

@@ -106,7 +106,7 @@ def answer(figures: Mapping[str, Any], sections: Iterable[Section], *, as_json: 
 
 
 def same_command(command: str, *words: str, name: str, options: Sequence[str]) -> str:
-    """The command line that goes on with a run, under the name that it was given."""
+    """Return the command line that resumes a run under the same name."""
     named = [word for word in words if not word.startswith("name=")]
     return shlex.join(["fedtune", command, *named, f"name={name}", *options])
 

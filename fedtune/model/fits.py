@@ -147,7 +147,7 @@ def check_examples_apart(base: nn.Module, run: Callable[[], Any] | None = None, 
 
 
 def check_causal(base: PreTrainedModel, *, path: str) -> None:
-    """Require that a token's logits don't depend on later tokens, which are what it is to predict.
+    """Require that a token's logits do not depend on later tokens, which the model learns to predict.
 
     An encoder that says of itself that it is a decoder is refused as well: its head computes GELU in a function, which
     cannot be made to round by row (`fedtune.model.layers`).

@@ -144,7 +144,7 @@ def carded(file: Path, *others: Any, epsilon: float | None = 2.0, unit: str = "r
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_what_texts_cost_is_added_on_its_card(finished: Path, teach: Any, tmp_path: Path, labelled: bool) -> None:
+def test_a_card_adds_what_its_texts_cost(finished: Path, teach: Any, tmp_path: Path, labelled: bool) -> None:
     """If the teacher has labelled them it is behind them, too, and owes once."""
     run = fedtune.load(finished)
     teacher = run_of(run.report(), SavedAdapter.read(run.adapter).digest)

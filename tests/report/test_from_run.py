@@ -235,7 +235,7 @@ def test_a_run_that_holds_canaries_says_so_and_without_findings_promises_nothing
         from_run.build(folder)
 
 
-def test_damaged_files_are_said(folder: Path) -> None:
+def test_damaged_files_are_named(folder: Path) -> None:
     for name, damage, error, match in (
         ("config.yaml", lambda data: b"[1", ConfigError, "must hold a configuration"),
         ("config.yaml", lambda data: b"- 1", ConfigError, "must hold a configuration"),

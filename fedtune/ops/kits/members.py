@@ -321,6 +321,6 @@ def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[s
 
 
 def signed_bytes(fields: Mapping[str, Any]) -> bytes:
-    """The bytes to sign of these fields: all but the signature."""
+    """Return the bytes to sign: all fields except the signature, as canonical JSON."""
     signed = {key: value for key, value in fields.items() if key != "signature"}
     return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()

@@ -298,7 +298,7 @@ class History:
 
     @property
     def caps(self) -> tuple[float | None, ...]:
-        """All lifetime caps that were in force, the newest last; None: no cap."""
+        """All lifetime caps so far, the newest last; None stands for no cap."""
         return tuple(None if math.isinf(cap) else float(cap) for cap, _ in groupby(cap for _, cap, _ in self.policies))
 
     @property

@@ -78,7 +78,7 @@ class Words:
 
     @property
     def without_base(self) -> bool:
-        """Every run trained a head that is the whole model."""
+        """Whether every run trained a head without a base model."""
         return {*str(self.report.known.get("rank")).split(", ")} == {rank_text(NO_ADAPTER, 0)}
 
     def band_range(self, band: str) -> Markup:
@@ -206,7 +206,7 @@ class Words:
         return self.text(key, section=self.text("curve.heading"))
 
     def people(self) -> list[tuple[Markup, str]]:
-        """People by when they came, a line for all with the same figures, the newest last; and where these stand."""
+        """Group people by arrival, the newest last: a line for all with the same figures, and the fact behind it."""
         whom = Markup('<span data-at="{}">{}</span>').format
         if admitted := self.report.admits:
             return [(whom("/admits", self.catalogue.arrivals([admitted])), f"{self.worst}/spent")]
