@@ -84,7 +84,7 @@ def test_a_long_name_costs_no_round_without_an_update(station: Any, length: int)
         assert isinstance(reply.body, Update)
         assert charged(reply) == 1
         return
-    with pytest.raises(ConfigError, match="must have at most 200 characters"):
+    with pytest.raises(ConfigError, match="of at most 200 letters"):
         letters(name=named)
     # A lead that does not look is refused before anything is charged.
     digest = for_sites(plain).digest()[:32]
