@@ -37,8 +37,9 @@ def evaluate(
 
     with columns_by_option():
         found = side_by_side({"tuned": (config, adapter)}, file=data, final=True)
-    scores = {name: found.comparison("base", "tuned", name) for name in found.scores}
     tuned = found.measured["tuned"]
+    in_order = dict.fromkeys((*found.score(tuned.examples), *found.scores))  # the task's own order
+    scores = {name: found.comparison("base", "tuned", name) for name in in_order}
     num_prompts, detail = len(tuned.texts.get("rouge_l", ())), found.detailed(tuned.examples)
     figures = {
         "schema_version": SCHEMA_VERSION,
@@ -61,8 +62,7 @@ def evaluate(
     title = f"{run} on {data}, {counted(len(found.records), 'record')}"
     headings = ("metric", "base", "tuned", "difference", "95 % interval", "tuned is")
     scores_first = Section(title, headings, compared_rows(scores), words={0, 5}, notes=notes)
-    sections = [scores_first, *(() if detail is None else _detailed(detail))]
-    answer(figures, sections, as_json=as_json)
+    answer(figures, [scores_first, *(() if detail is None else _detailed(detail))], as_json=as_json)
 
 
 def _detailed(detail: Detail) -> Iterator[Section]:
