@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import hashlib
 import io
 import json
 import logging
@@ -304,6 +305,11 @@ def run_proposal(**changes: Any) -> Proposal:
     plan = replace(run_plan(), **{key: value for key, value in changes.items() if key in of_plan})
     of_run = {"dataset": "patients", "base_model": "ab" * 32, "target_modules": ("query", "value"), "plan": plan}
     return replace(proposal(), **of_run | {key: value for key, value in changes.items() if key not in of_plan})
+
+
+def named(run: str, settings: str) -> str:
+    """A run's name as a lead makes it of the run's settings."""
+    return f"{run}-{hashlib.sha256(settings.encode()).hexdigest()[:32]}"
 
 
 def site_policy(site: str = "a", *, declared_size: int = 100, **changes: Any) -> Policy:

@@ -39,8 +39,8 @@ from fedtune.studies.personalised import make
 from fedtune.studies.trials import Trial
 from fedtune.words import counted, dotted, spoken, spoken_start
 
-_SHOWN_ABOVE = ("name", "privacy", "federation", "tracking", "resume", "runtime", "task", "cost")
-"""Groups of settings that the proposal's own rows say already, or that are not the run's."""
+_SHOWN_ABOVE = ("privacy", "federation", "runtime", "task")
+"""Groups of settings that the proposal's own rows say already."""
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
 _NAME, _FOUND, _FIX = 8, 28, 11  # columns at which a check's name, what was found and what to do about it begin
 _NARROWEST = 20
@@ -75,10 +75,10 @@ class AtSite:
                     "delta": asked.plan.delta,
                 }
             )
-            about = (printable(asked.run), pending.since, printable(asked.dataset))
+            about = (printable(asked.run), pending.since[:10], printable(asked.dataset))
             rows.append((*about, _price(epsilon), spoken_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "asked by lead")
-        section = Section(headings=headings, rows=rows, words=range(5), whole={0})
+        section = Section(headings=headings, rows=rows, words=range(5), whole={0, 1})
         answer({"schema_version": SCHEMA_VERSION, "waiting": told}, [section], as_json=as_json)
         if not (rows or as_json):
             say("No run waits for approval.")
@@ -88,13 +88,13 @@ class AtSite:
         asked = _chosen([pending.proposal for pending in waiting], run, "waits for approval")
         pending = next(pending for pending in waiting if pending.proposal == asked)
         verdict = ask(self.site_toml, pending.proposal, declared_sizes={})
-        # Every other setting that the run's name stands for; the site understood them before the run was put up.
+        # Every other setting that the run's name stands for, whole: the end of a list may be what matters.
         settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
         rows = {}
         for key, value in dotted(settings):
             listed = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
             if value not in (None, [], ""):
-                rows[key] = printable(listed, 1000)
+                rows[key] = printable(listed, len(str(listed)))
         show([_price_and_plan(pending.proposal, verdict), pairs(rows)])
         if verdict.ledger == "in doubt":
             raise RunError(verdict.note)

@@ -125,6 +125,10 @@ class RealSite(WorkingSite):
 
     def _checked(self, asked: Proposal) -> RunConfig:
         """The settings that were sent, with the site's own files in them."""
+        return self._at_site(self._as_named(asked))
+
+    def _as_named(self, asked: Proposal) -> RunConfig:
+        """The settings that were sent, which are those that the run was named after."""
         sent, site = read_settings(self._settings, plan=asked.plan), self._files.policy.site
         if sent.run_id() != asked.run:
             # The run's name holds a digest of its settings, so that the lead's signature covers them.
@@ -135,7 +139,7 @@ class RealSite(WorkingSite):
         proposal = sent.proposal(lead=asked.lead, plan=sent.plan())
         if proposal != asked:
             raise Refused(Reason.PLAN_CHANGED, asked=asked.digest(), allowed=proposal.digest())
-        return self._at_site(sent)
+        return sent
 
     def _at_site(self, sent: RunConfig) -> RunConfig:
         folder = self._process.site_toml.parent
@@ -182,8 +186,12 @@ class RealSite(WorkingSite):
         log.info("the final adapter is kept", extra={"run": run})
 
     def await_approval(self, proposal: Proposal) -> None:
-        """Put the run before a person here, with its settings."""
-        self._process.awaits(proposal, self._settings)
+        """Put the run before a person here, with the settings that it was named after.
+
+        Raises:
+            Refused: other settings came with the request, whatever it asks for, so that there is nothing to show.
+        """
+        self._process.awaits(proposal, json.dumps(self._as_named(proposal).decisive(), sort_keys=True))
 
 
 def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:

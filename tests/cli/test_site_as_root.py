@@ -23,7 +23,7 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.ledger.verify import verify
 from fedtune.privacy.proposal import Proposal
 
-from ..conftest import run_proposal
+from ..conftest import named, run_proposal
 from .conftest import Here
 
 SERVICE = 54321
@@ -83,7 +83,7 @@ def owners(folder: Path) -> set[int]:
 
 @pytest.fixture
 def waiting(served: Here) -> Proposal:
-    proposal = run_proposal(run="r")
+    proposal = run_proposal(run=named("r", "{}"))
     assert in_child(lambda: served.state.wait_for_approval(proposal, "{}") and None, account=SERVICE) == 0
     return proposal
 
@@ -91,7 +91,7 @@ def waiting(served: Here) -> Proposal:
 @pytest.mark.parametrize("command", ["approve", "pause", "resume", "leave", "doctor", "init"])
 def test_commands_of_the_site(served: Here, waiting: Proposal, command: str) -> None:
     words = served.kit if command in ("pause", "resume") else served.words[2:] if command == "init" else served.words
-    more = {"approve": ("r", "--yes"), "init": ("--out", str(served.folder / "new-kit"))}.get(command, ())
+    more = {"approve": (waiting.run, "--yes"), "init": ("--out", str(served.folder / "new-kit"))}.get(command, ())
     code = called("site", command, *more, *words)
     if command == "approve":
         assert (code, served.state.waiting()) == (0, [])

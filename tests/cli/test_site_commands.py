@@ -20,15 +20,21 @@ from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.words import spoken_start
 
-from ..conftest import command, run_proposal, stranger_key
+from ..conftest import command, named, run_proposal, stranger_key
 from ..privacy.builders import reason_of, reserve
 from . import snapshots
 from .conftest import Here
 
 Propose = Callable[..., Proposal]
-SETTINGS = json.dumps({"name": "r", "seed": 3, "training": {"learning_rate": 0.25}, "data": {"labels": ["a[/]", "b"]}})
+SETTINGS = json.dumps({"seed": 3, "training": {"learning_rate": 0.25}, "data": {"labels": ["a[/]", "b"]}})
+R, TRIAGE, OTHER = (named(run, SETTINGS) for run in ("r", "triage", "other"))
 
 pytestmark = pytest.mark.usefixtures("own_process")
+
+
+def proposed(run: str = "r", **changes: Any) -> Proposal:
+    """What a lead proposes for a run with these settings."""
+    return run_proposal(run=named(run, SETTINGS), **changes)
 
 
 @pytest.fixture
@@ -37,24 +43,24 @@ def north(joined: Any) -> Here:
 
 
 def test_what_waits_is_listed_with_its_price(north: Here) -> None:
-    assert approve(north, "other", "--yes").failed().endswith("must be a run that waits for approval: none")
-    north.state.wait_for_approval(run_proposal(run="triage"), SETTINGS)
-    message = approve(north, "other", "--yes").failed()
-    assert message == "RUN = 'other': must be a run that waits for approval: triage"
-    north.state.wait_for_approval(run_proposal(run="follow-up"), SETTINGS)
-    plan = run_proposal().plan
+    assert approve(north, OTHER, "--yes").failed().endswith("must be a run that waits for approval: none")
+    north.state.wait_for_approval(proposed("triage"), SETTINGS)
+    message = approve(north, OTHER, "--yes").failed()
+    assert message == f"RUN = '{OTHER}': must be a run that waits for approval: {TRIAGE}"
+    north.state.wait_for_approval(proposed("follow-up"), SETTINGS)
+    plan = proposed().plan
     listed = json.loads(approve(north, "--json").out)["waiting"]
-    assert {one["run"] for one in listed} == {"triage", "follow-up"}
+    assert {one["run"] for one in listed} == {TRIAGE, named("follow-up", SETTINGS)}
     assert {one["epsilon"] for one in listed} == {epsilon_pld([plan.whole], plan.delta)}
-    assert approve(north, "triage", "--json").code == 2
+    assert approve(north, TRIAGE, "--json").code == 2
 
 
 def test_approval_shows_the_price_and_lets_the_run_start(north: Here) -> None:
-    earlier, asked = run_proposal(run="earlier"), run_proposal(run="triage", spare_rounds=0)
+    earlier, asked = proposed("earlier"), proposed("triage", spare_rounds=0)
     north.start_run(earlier, 1)
     north.state.wait_for_approval(asked, SETTINGS)
     assert reason_of(reserve, north.open(), asked) is Reason.AWAITING_APPROVAL
-    out = approve(north, "triage", "--yes").printed
+    out = approve(north, TRIAGE, "--yes").printed
     ledger = north.open()
     delta, order = asked.plan.delta, ledger.history.order
     before = epsilon_filter([earlier.plan.whole], order=order, delta=delta)
@@ -84,17 +90,23 @@ def test_what_is_said_of_a_policy_and_a_run(north: Here, name: str, policy: Any,
     """A run that trains its head alone, and runs without a guarantee, which are not given a price."""
     monkeypatch.chdir(north.folder)
     north.edit(**policy)
-    north.state.wait_for_approval(run_proposal(**asked), SETTINGS)
+    north.state.wait_for_approval(proposed(**asked), SETTINGS)
     said = command("site", "check-policy", "site.toml").printed
-    said += "".join(approve(north, *words).printed for words in ((), ("r", "--yes")))
+    said += "".join(approve(north, *words).printed for words in ((), (R, "--yes")))
     snapshots.check_output(f"site-approve-{name}", said)
+
+
+def test_a_long_list_is_shown_to_its_end(north: Here) -> None:
+    settings = json.dumps({"data": {"labels": [*(f"ordinary subject {n}" for n in range(60)), "is HIV positive"]}})
+    north.state.wait_for_approval(run_proposal(run=named("r", settings)), settings)
+    assert "is HIV positive" in " ".join(approve(north, named("r", settings), "--yes").printed.split())
 
 
 @pytest.mark.parametrize(("typed", "yes"), [("y\n", True), ("YES\n", True), ("n\n", False), ("\n", False), ("", False)])
 def test_a_person_is_asked(north: Here, typed: str, yes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    north.state.wait_for_approval(run_proposal(), SETTINGS)
+    north.state.wait_for_approval(proposed(), SETTINGS)
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    outcome = approve(north, "r")
+    outcome = approve(north, R)
     assert (outcome.code, "not approved: the run still waits" in outcome.err) == ((0, False) if yes else (1, True))
     assert "Let it start? [y/N]" in outcome.out
     assert bool(north.open().history.approved) is yes
@@ -102,9 +114,9 @@ def test_a_person_is_asked(north: Here, typed: str, yes: bool, monkeypatch: pyte
 
 
 def test_what_the_budget_refuses_is_not_approved_and_waits(north: Here) -> None:
-    north.state.wait_for_approval(run_proposal(), SETTINGS)
+    north.state.wait_for_approval(proposed(), SETTINGS)
     north.edit(budget={"max_epsilon": 0.5}, limits={"max_rounds": 2})
-    outcome = approve(north, "r", "--yes")
+    outcome = approve(north, R, "--yes")
     assert outcome.failed(3).startswith("policy or budget refuse this run: ")
     for words in ("the lifetime budget would be passed", "too many rounds (asked 4, allowed at most 2)"):
         assert words in outcome.message
@@ -112,17 +124,17 @@ def test_what_the_budget_refuses_is_not_approved_and_waits(north: Here) -> None:
     assert len(north.state.waiting()) == 1
     assert not (north.folder / "ledger.db").exists(), "asking made no ledger"
     north.edit(dataset=(replace(read_policy(north.site_toml).dataset[0], id="others"),))
-    assert "the site has no such data set (asked patients" in approve(north, "r", "--yes").failed(3)
+    assert "the site has no such data set (asked patients" in approve(north, R, "--yes").failed(3)
     (north.folder / "ledger.db").write_bytes(b"no ledger" * 1000)
-    assert "the site would not start" in approve(north, "r", "--yes").failed(1)
+    assert "the site would not start" in approve(north, R, "--yes").failed(1)
 
 
 def test_of_two_runs_with_one_name_one_is_approved(north: Here) -> None:
-    one, other = run_proposal(), run_proposal(lead=stranger_key.public)
+    one, other = proposed(), proposed(lead=stranger_key.public)
     north.edit(allow={"leads": (one.lead, other.lead)})
     for proposal in (one, other):
         north.state.wait_for_approval(proposal, SETTINGS)
-    message = approve(north, "r", "--yes").failed()
+    message = approve(north, R, "--yes").failed()
     assert "was proposed in 2 ways" in message
     for proposal in (one, other):
         assert f"{proposal.digest()[:12]} (lead {spoken_start(proposal.lead)})" in message
@@ -133,9 +145,9 @@ def test_of_two_runs_with_one_name_one_is_approved(north: Here) -> None:
 
 @pytest.mark.parametrize("name", ["[bold]r[/bold]", "[/]", "a [red]b", "r\\"])
 def test_a_leads_brackets_are_shown_as_they_are(north: Here, name: str) -> None:
-    north.state.wait_for_approval(run_proposal(run=name), SETTINGS)
+    north.state.wait_for_approval(proposed(name), SETTINGS)
     assert name in approve(north).out
-    assert name in approve(north, name, "--yes").printed
+    assert name in approve(north, named(name, SETTINGS), "--yes").printed
 
 
 def approve(here: Here, *words: str, by: str = "approve") -> Any:
@@ -143,15 +155,15 @@ def approve(here: Here, *words: str, by: str = "approve") -> Any:
 
 
 def test_denying_notes_a_reason_and_the_run_waits_no_longer(north: Here) -> None:
-    denied, other = run_proposal(run="triage"), run_proposal(run="other")
+    denied, other = proposed("triage"), proposed("other")
     for proposal in (denied, other):
         north.state.wait_for_approval(proposal, SETTINGS)
     for reason in ("", " ", "two\nlines", "x" * 301):
-        message = approve(north, "triage", "--reason", reason, by="deny").failed()
+        message = approve(north, TRIAGE, "--reason", reason, by="deny").failed()
         assert "must be one line of at most 300 characters" in message
-    assert approve(north, "triage", by="deny").code == 2
+    assert approve(north, TRIAGE, by="deny").code == 2
     assert len(north.state.waiting()) == 2
-    told = approve(north, "triage", "--reason", "not [red] in summer", by="deny")
+    told = approve(north, TRIAGE, "--reason", "not [red] in summer", by="deny")
     assert told.printed[:30] == "Denied, and noted in the ledge"
     assert [pending.proposal for pending in north.state.waiting()] == [other]
     for proposal, why in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
@@ -159,27 +171,27 @@ def test_denying_notes_a_reason_and_the_run_waits_no_longer(north: Here) -> None
     shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db"), "--rounds").out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
     assert not north.open().history.charged()
-    assert approve(north, "triage", "--reason", "again", by="deny").code == 2
-    assert approve(north, "triage", "--yes").code == 2
+    assert approve(north, TRIAGE, "--reason", "again", by="deny").code == 2
+    assert approve(north, TRIAGE, "--yes").code == 2
 
 
 def test_a_site_ends_one_run_that_has_begun_and_the_ledger_names_who_decided(north: Here, monkeypatch: Any) -> None:
     monkeypatch.setenv("SUDO_USER", "mkeller")
-    asked, other = run_proposal(run="triage"), run_proposal(run="other")
+    asked, other = proposed("triage"), proposed("other")
     for proposal in (asked, other):
         north.state.wait_for_approval(proposal, SETTINGS)
     for option in ("--by", "--ticket", "--reason"):
-        assert "must be one line" in approve(north, "triage", "--yes", option, " ").failed()
+        assert "must be one line" in approve(north, TRIAGE, "--yes", option, " ").failed()
     words = ("--by", "Anna Weber", "--ticket", "DPO-7", "--reason", "ethics vote of May")
-    assert approve(north, "triage", "--yes", *words).code == 0
-    assert approve(north, "other", "--yes").code == 0
+    assert approve(north, TRIAGE, "--yes", *words).code == 0
+    assert approve(north, OTHER, "--yes").code == 0
     north.charge(asked, 1, committed=False)
     north.charge(other, 1, committed=False)
-    said = approve(north, "triage", "--reason", "consent withdrawn", by="deny")
+    said = approve(north, TRIAGE, "--reason", "consent withdrawn", by="deny")
     assert "no further round is charged, and no reply of it leaves" in " ".join(said.printed.split())
     assert reason_of(reserve, north.open(), asked, 2) is Reason.DENIED
     reserve(north.open(), other, 2)
-    assert "waits for approval or has begun: other" in approve(north, "triage", "--reason", "x", by="deny").failed()
+    assert f"waits for approval or has begun: {OTHER}" in approve(north, TRIAGE, "--reason", "x", by="deny").failed()
     ledger = str(north.folder / "ledger.db")
     shown = " ".join(command("ledger", "show", ledger, "--rounds").out.split())
     assert "Anna Weber approved the run as it was proposed: ticket DPO-7; ethics vote of May" in shown
@@ -218,7 +230,7 @@ def test_leaving_ends_open_runs_and_frees_what_they_set_aside(north: Here) -> No
 
 def test_another_site_s_policy_is_refused_by_all_who_read_it(joined: Any) -> None:
     north, south = joined("north"), joined("south")
-    north.state.wait_for_approval(run_proposal(), SETTINGS)
+    north.state.wait_for_approval(proposed(), SETTINGS)
     told = f"{south.site_toml}: site = 'south': must be north, as in the kit"
     for words in (("start",), ("approve", "r", "--yes"), ("leave",)):
         assert command("site", *words, *north.kit, "--site", str(south.site_toml)).failed() == told

@@ -17,7 +17,7 @@ from fedtune.ops.kits.members import REQUEST, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.policy_file import write_policy
 
-from ..conftest import command, files_in, run_proposal, site_policy, tiny
+from ..conftest import command, files_in, named, run_proposal, site_policy, tiny
 from . import snapshots
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -102,11 +102,12 @@ def test_a_calendar(tmp_path: Path) -> None:
 
 def test_runs_that_wait(joined: Any) -> None:
     here = joined("north")
-    settings = '{"name": "r", "training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}'
-    here.state.wait_for_approval(run_proposal(run="triage"), settings)
-    said = shown("site approve", "site approve triage --yes", options=here.words)
-    here.state.wait_for_approval(run_proposal(run="follow-up"), settings)
-    said += shown("site deny follow-up --reason x", "site approve", options=here.words)
+    settings = '{"training": {"learning_rate": 0.5}, "data": {"labels": ["a", "b"]}}'
+    triage, later = named("triage", settings), named("follow-up", settings)
+    here.state.wait_for_approval(run_proposal(run=triage), settings)
+    said = shown("site approve", f"site approve {triage} --yes", options=here.words)
+    here.state.wait_for_approval(run_proposal(run=later), settings)
+    said += shown(f"site deny {later} --reason x", "site approve", options=here.words)
     snapshots.check_output("site-approve", said)
 
 

@@ -191,7 +191,7 @@ def _waiting(data: bytes) -> object:
 
 def _pending_seed() -> dict[str, object]:
     proposal = json.loads(json.dumps(seeds.request().proposal.to_json()))
-    return {"proposal": proposal, "settings": json.dumps(seeds.settings()), "since": "2026-11-20T10:00:00+00:00"}
+    return {"proposal": proposal, "settings": seeds.decisive(), "since": "2026-11-20T10:00:00+00:00"}
 
 
 def _retired(path: Path) -> object:

@@ -47,6 +47,11 @@ def settings() -> dict[str, Any]:
     return sent
 
 
+def decisive() -> str:
+    """What of that its digest, which the run's name holds, is made of."""
+    return json.dumps(for_sites(config()).decisive(), sort_keys=True)
+
+
 def plan() -> Any:
     return for_sites(config()).plan()
 

@@ -11,7 +11,7 @@ from fedtune.ops.kits.certificates import read_certificate, read_connection_key
 from fedtune.ops.kits.federation_folder import FederationFile, FederationFolder
 from fedtune.ops.kits.kit_file import Kit, read_spec
 from fedtune.ops.kits.members import JoinRequest, Roster
-from fedtune.ops.services.site_state import SiteState, serving
+from fedtune.ops.services.site_state import serving
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.verify import verify
@@ -39,13 +39,6 @@ def _retired(path: Path) -> object:
     return FederationFolder(folder=folder, settings=SETTINGS, lead_key="").retired()
 
 
-def _pending(path: Path) -> object:
-    state = SiteState.of(path.parent)
-    (state.folder / "pending").mkdir()
-    path.rename(state.folder / "pending" / "a.json")
-    return state.waiting()
-
-
 READERS: dict[str, Callable[[Path], object]] = {
     "site.toml": read_policy,
     "federation.toml": lambda path: read_spec(FederationFile, path),
@@ -53,7 +46,6 @@ READERS: dict[str, Callable[[Path], object]] = {
     "join_request.json": JoinRequest.read,
     "roster.json": Roster.read,
     "retired_keys.json": _retired,
-    "a run that waits": _pending,
     "certificate": read_certificate,
     "connection key": read_connection_key,
     "site key": SigningKey.load,

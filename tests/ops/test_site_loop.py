@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +28,7 @@ from fedtune.ops.wire.line_errors import Unreachable
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 
-from ..conftest import files_in
+from ..conftest import files_in, named, run_proposal
 
 
 class Told(Health):
@@ -146,8 +145,12 @@ def test_a_site_rests_until_the_bell_rings(tmp_path: Path) -> None:
 
 # What its commands tell it: runs that wait for approval.
 
-Propose = Callable[..., Proposal]
 SETTINGS = '{"seed": 3}'
+
+
+def proposed(run: str = "r", **changes: Any) -> Proposal:
+    """What a lead proposes for a run with these settings."""
+    return run_proposal(run=named(run, SETTINGS), **changes)
 
 
 @pytest.fixture
@@ -156,37 +159,37 @@ def state(tmp_path: Path) -> SiteState:
     return SiteState.of(tmp_path / "kit")
 
 
-def test_a_waiting_run_keeps_the_time_of_its_first_request(state: Any, run_proposal: Any, monkeypatch: Any) -> None:
+def test_a_waiting_run_keeps_the_time_of_its_first_request(state: Any, monkeypatch: Any) -> None:
     for day, run, is_new in ((2, "second", True), (1, "first", True), (3, "second", False)):
         now = datetime(2030, 1, day, tzinfo=UTC)
         monkeypatch.setattr(site_state, "datetime", SimpleNamespace(now=lambda zone, now=now: now))
-        assert state.wait_for_approval(run_proposal(run=run), SETTINGS) is is_new
+        assert state.wait_for_approval(proposed(run), SETTINGS) is is_new
     waiting = [(one.proposal.run, one.since[:10]) for one in state.waiting()]
-    assert waiting == [("first", "2030-01-01"), ("second", "2030-01-02")]
+    assert waiting == [(named("first", SETTINGS), "2030-01-01"), (named("second", SETTINGS), "2030-01-02")]
 
 
-def test_a_waiting_run_is_kept_to_the_letter_until_it_is_forgotten(state: SiteState, run_proposal: Propose) -> None:
-    proposal = run_proposal(target_modules=("query", "value"), spare_rounds=1)
+def test_a_waiting_run_is_kept_to_the_letter_until_it_is_forgotten(state: SiteState) -> None:
+    proposal = proposed(target_modules=("query",), spare_rounds=0)
     assert state.waiting() == []
     state.wait_for_approval(proposal, SETTINGS)
     (pending,) = SiteState.of(state.folder.parent).waiting()
     assert (pending.proposal, pending.settings) == (proposal, SETTINGS)
     assert pending.proposal.digest() == proposal.digest()
-    state.forget(run_proposal(run="another"))
+    state.forget(proposed("another"))
     assert len(state.waiting()) == 1
     for _ in range(2):
         state.forget(proposal)
         assert state.waiting() == []
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "x" * 300, "con: *?"])
-def test_a_run_by_any_name_stays_inside(tmp_path: Path, state: SiteState, run_proposal: Propose, name: str) -> None:
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "x" * 267, "con: *?"])
+def test_a_run_by_any_name_stays_inside(tmp_path: Path, state: SiteState, name: str) -> None:
     before = files_in(tmp_path)
-    state.wait_for_approval(run_proposal(run=name), SETTINGS)
+    state.wait_for_approval(proposed(name), SETTINGS)
     (made,) = files_in(tmp_path).keys() - before.keys()
     assert Path(made).parent == Path("kit/state/pending")
-    assert [pending.proposal.run for pending in state.waiting()] == [name]
-    state.forget(run_proposal(run=name))
+    assert [pending.proposal.run for pending in state.waiting()] == [named(name, SETTINGS)]
+    state.forget(proposed(name))
     assert files_in(tmp_path) == before
 
 
@@ -194,28 +197,35 @@ def test_a_run_by_any_name_stays_inside(tmp_path: Path, state: SiteState, run_pr
     "damage",
     [
         *("", "{", "[]", '{"since": "x"}', '{"proposal": null, "since": "x"}'),
-        *({"settings": "no JSON"}, {"settings": "[]"}, {"settings": None}),  # which cannot be shown
+        *({"settings": "no JSON"}, {"settings": "\ud800"}, {"settings": None}),
+        {"settings": '{"seed": 4}'},  # readable, and not what the run was named after
     ],
 )
-def test_a_damaged_file_says_what_to_do_and_is_mended(state: SiteState, run_proposal: Propose, damage: Any) -> None:
-    state.wait_for_approval(run_proposal(), SETTINGS)
+def test_a_damaged_file_hides_no_other_run_and_is_mended(state: SiteState, damage: Any, caplog: Any) -> None:
+    state.wait_for_approval(proposed(), SETTINGS)
     (path,) = (state.folder / "pending").iterdir()
     path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
-    with pytest.raises(RunError) as caught:
-        state.waiting()
-    assert str(caught.value) == f"{path} is damaged; remove it, and the lead's next request writes it anew"
-    assert state.wait_for_approval(run_proposal(), SETTINGS) is True, "the lead asks again every few seconds"
-    assert [pending.proposal for pending in state.waiting()] == [run_proposal()]
+    state.wait_for_approval(proposed("other"), SETTINGS)
+    assert [pending.proposal for pending in state.waiting()] == [proposed("other")]
+    assert f"{path} is damaged; remove it" in caplog.text
+    assert state.wait_for_approval(proposed(), SETTINGS) is True, "the lead asks again every few seconds"
+    assert {pending.proposal for pending in state.waiting()} == {proposed(), proposed("other")}
 
 
-def test_so_many_runs_wait_and_no_more(state: SiteState, run_proposal: Propose) -> None:
+def test_no_run_is_put_up_with_settings_that_it_was_not_named_after(state: SiteState) -> None:
+    with pytest.raises(ConfigError, match="must be those whose digest is in the run's name"):
+        state.wait_for_approval(proposed(), '{"seed": 4}')
+    assert state.waiting() == []
+
+
+def test_so_many_runs_wait_and_no_more(state: SiteState) -> None:
     for number in range(MOST_WAITING):
-        state.wait_for_approval(run_proposal(run=f"run-{number}"), SETTINGS)
+        state.wait_for_approval(proposed(f"run-{number}"), SETTINGS)
     with pytest.raises(RunError, match="100 runs wait for approval already"):
-        state.wait_for_approval(run_proposal(run="one more"), SETTINGS)
-    assert state.wait_for_approval(run_proposal(run="run-0"), SETTINGS) is False, "one of them may ask again"
-    state.forget(run_proposal(run="run-7"))
-    assert state.wait_for_approval(run_proposal(run="one more"), SETTINGS) is True
+        state.wait_for_approval(proposed("one more"), SETTINGS)
+    assert state.wait_for_approval(proposed("run-0"), SETTINGS) is False, "one of them may ask again"
+    state.forget(proposed("run-7"))
+    assert state.wait_for_approval(proposed("one more"), SETTINGS) is True
 
 
 # Who serves a ledger.

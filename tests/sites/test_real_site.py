@@ -14,11 +14,12 @@ import pytest
 import fedtune.sites.real_site as real_site
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
-from fedtune.federation.protocol import Reply
+from fedtune.federation.protocol import Reply, SumRequest, digest_of_parts
 from fedtune.federation.rounding import rounded_difference
+from fedtune.federation.site_round import take_step
 from fedtune.model.adapter import Adapter
+from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.runs.model_comparison import side_by_side
 from fedtune.sites.run_records import LeadRecords
@@ -195,20 +196,44 @@ def test_for_a_refused_request_no_model_is_loaded_and_no_record_opened(
 def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_named_after(
     site: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    put_up: list[tuple[Proposal, str]] = []
-    site.waits = lambda *about: put_up.append(about)
+    state = SiteState.of(site.folder)
+    site.waits = state.wait_for_approval
     site.edit(approval="manual")
     assert site.refusal() is Reason.AWAITING_APPROVAL
-    assert put_up == [(site.request().proposal, sent_text(site.config))]
+    (put_up,) = state.waiting()
+    assert put_up.proposal == site.request().proposal
+    assert json.loads(put_up.settings) == json.loads(json.dumps(for_sites(site.config).decisive()))
     # What nobody can approve is not put up: a run that is refused, or whose settings are not what was signed.
     assert site.refusal(settings=sent_text(site.config, training={"learning_rate": 1.0})) is Reason.WRONG_RUN
     site.paused.touch()
     assert site.refusal() is Reason.PAUSED
-    assert len(put_up) == 1
+    assert state.waiting() == [put_up]
     site.paused.unlink()
     site.waits = Mock(side_effect=OSError("no space left"))
     assert site.refusal() is Reason.AWAITING_APPROVAL, "also where it cannot be put up"
     assert "no space left" in caplog.text
+
+
+def test_a_step_of_a_sum_puts_up_no_other_settings(station: Any, tmp_path: Path) -> None:
+    names = ("north", "south", "east")
+    site = station(
+        federation={"aggregation": "secure", "num_sites": 3, "site_names": names}, training={"local_steps": 1}
+    )
+    members = {name: SigningKey.load_or_make(tmp_path / f"{name}.pem").public for name in names[1:]}
+    site.edit(trust={"secure": True, "members": members, "max_epsilon_if_all_collude": None}, approval="manual")
+    state = SiteState.of(site.folder)
+    site.waits = state.wait_for_approval
+    assert site.refusal(session="1" * 32) is Reason.AWAITING_APPROVAL
+    shown = state.waiting()
+    request = site.request(session="1" * 32)
+    about = {"proposal": request.proposal, "site": "north", "expires": 1e12, "parts_digest": digest_of_parts([])}
+    join = SumRequest(**about, step="join", session="1" * 32).signed(site.lead)
+    other = sent_text(site.config, data={"labels": ["invoice", "complaint", "harmless"]})
+    for text in (other, '{"data": {"note": "everything is fine"}}', ""):
+        said = take_step(site.real.site(text), join, [])
+        assert isinstance(said, Refusal)
+        assert said.reason is Reason.AWAITING_APPROVAL
+        assert state.waiting() == shown
 
 
 def test_an_allowed_request_does_reach_for_the_model(site: Any, untouchable: list[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +18,26 @@ from fedtune.privacy.durable import write_durably
 from fedtune.privacy.proposal import Proposal
 from fedtune.spec import ConfigError, RunError
 
+log = logging.getLogger(__name__)
+
 MOST_WAITING = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
-    """A run that waits for a person's approval."""
+    """A run that waits for a person's approval.
+
+    Guarantee: nobody is shown other settings than those that the run was named after, whoever wrote them.
+    """
 
     proposal: Proposal  # exactly what is to be approved
-    settings: str  # JSON of the run's configuration; its digest is in the name of the proposal's run
+    settings: str  # JSON of all that can change the run's result, as `RunConfig.digest` hashes it
     since: str  # when it was first asked for, in UTC
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(self.settings.encode(errors="surrogatepass")).hexdigest()
+        if not self.proposal.run.endswith(f"-{digest[:32]}"):
+            raise ConfigError("settings", "others", "must be those whose digest is in the run's name")
 
 
 @dataclass(frozen=True)
@@ -69,26 +81,22 @@ class SiteState:
         """Queue a run for a person's approval; returns whether it is new.
 
         Raises:
+            ConfigError: these are not the settings that the run was named after.
             RunError: too many runs wait already.
         """
         path, waiting = self._pending(proposal), self._waiting_files()
-        try:
-            since = self._read(path).since if path in waiting else None  # a repeated request keeps its place
-        except RunError:
-            since = None  # damaged, so that it is written anew
         if path not in waiting and len(waiting) >= MOST_WAITING:
             raise RunError(f"{MOST_WAITING} runs wait for approval already; approve some, or remove {path.parent}")
-        fields = {
-            "proposal": proposal.to_json(),
-            "settings": settings,
-            "since": since or datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        known = self._read(path) if path in waiting else None  # a repeated request keeps its place
+        since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
+        made = Pending(proposal=proposal, settings=settings, since=since)
+        fields = {"proposal": proposal.to_json(), "settings": made.settings, "since": made.since}
         write_durably(path, json.dumps(fields, indent=1).encode() + b"\n")
-        return since is None
+        return known is None
 
     def waiting(self) -> list[Pending]:
-        """The runs that wait, oldest first."""
-        return sorted(map(self._read, self._waiting_files()), key=lambda pending: pending.since)
+        """The runs that wait, oldest first; a file that cannot be read hides none of them."""
+        return sorted(filter(None, map(self._read, self._waiting_files())), key=lambda pending: pending.since)
 
     def forget(self, proposal: Proposal) -> None:
         """Remove a run from the queue."""
@@ -122,13 +130,12 @@ class SiteState:
         return folder / f"{proposal.digest()[:32]}.json"
 
     @staticmethod
-    def _read(path: Path) -> Pending:
+    def _read(path: Path) -> Pending | None:
         try:
-            pending = decode(Pending, parse_json(path.read_bytes(), key="file", bound="must be JSON"))
-            parse_json(pending.settings, key="settings", bound="must be JSON")
-        except ConfigError as error:
-            raise RunError(f"{path} is damaged; remove it, and the lead's next request writes it anew") from error
-        return pending
+            return decode(Pending, parse_json(path.read_bytes(), key="file", bound="must be JSON"))
+        except (ConfigError, OSError):
+            log.warning("%s is damaged; remove it, or wait for the lead's next request, which writes it anew", path)
+            return None
 
 
 @contextmanager
