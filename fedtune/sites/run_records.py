@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 from fedtune.config import RunConfig
@@ -169,20 +170,25 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
 def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file: str, may_owe: bool = False) -> None:
     """Check that public records, of the file that `key` names, are neither a run's own nor what a run here wrote.
 
-    Texts are compared in one form (`in_one_form`), each role of the file with the role that tells most of the run's
-    records apart: many share a code, which may be given anew, or an answer of one word.
+    Texts are compared in one form (`in_one_form`), each role of the file with each role that tells the run's records
+    apart (`telling`): a prompt may be new beside an answer that is not.
 
     Raises:
         ConfigError: more than `MOST_SHARED` of the texts that the run uses of a file, of all texts of such a file, or
             of the public ones are both; the records of real sites are not here.  As many of the public ones were
             written by a run, or a card beside them says so, unless they `may_owe` and have their card.
     """
-    private = [(of, telling(others)) for of, others in (*own.by_setting().items(), *own.whole_files())]
+    whole = [(of, said_by_role(others)) for of, others in own.whole_files()]
+    used = [(of, said_by_role(others)) for of, others in own.by_setting().items()]
+    together = defaultdict[str, Counter[str]](Counter)
+    for role, texts in chain.from_iterable(said.items() for _, said in whole):
+        together[role].update(texts)
+    private = [(of, said[role].keys()) for of, said in (*used, *whole) for role in telling(together)]
     every = set[str]().union(*(texts for _, texts in private))
     for said in said_by_role(records).values():
         for of, texts in private:
-            shared = len(said & texts)
-            if shared > MOST_SHARED * len(texts) or (shared and len(said & every) > MOST_SHARED * len(said)):
+            shared = len(said.keys() & texts)
+            if shared > MOST_SHARED * len(texts) or (shared and len(said.keys() & every) > MOST_SHARED * len(said)):
                 bound = f"must hold records of its own: it shares {counted(shared, 'text')} with {of}"
                 raise ConfigError(key, file, bound)
     if not (may_owe and has_card(file, key=key)):
@@ -190,12 +196,12 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
         require_not_written(records, own.folders, key=key, file=file)
 
 
-def said_by_role(records: Iterable[Record]) -> dict[str, set[str]]:
-    """Role -> all different texts in one form; features and images, which are none, stand as one."""
-    found = defaultdict[str, set[str]](set)
+def said_by_role(records: Iterable[Record]) -> Mapping[str, Counter[str]]:
+    """Role -> all texts in one form, counted; features and images, which are none, stand as one."""
+    found = defaultdict[str, Counter[str]](Counter)
     for record in records:
         for role, text in [*record.texts()] or [("", record.said)]:
-            found[role].add(in_one_form(text))
+            found[role][in_one_form(text)] += 1
     return found
 
 
@@ -204,9 +210,13 @@ def in_one_form(text: str) -> str:
     return unicodedata.normalize("NFKC", one_form(text)).casefold()
 
 
-def telling(records: Iterable[Record]) -> set[str]:
-    """The different texts of the role that has most of them."""
-    return max(said_by_role(records).values(), key=len, default=set())
+def telling(said: Mapping[str, Counter[str]]) -> list[str]:
+    """The roles that tell records apart: those whose texts mostly come once, and the role with most different texts.
+
+    Others hold what many records share: a code, which may be given anew, or an answer of one word.
+    """
+    most = max(map(len, said.values()), default=0)
+    return [role for role, texts in said.items() if len(texts) == most or 2 * len(texts) > texts.total()]
 
 
 def card_of(file: Path, suffix: str) -> Path:

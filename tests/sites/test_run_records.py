@@ -58,6 +58,29 @@ def test_all_private_texts_but_one_beside_a_foreign_one_are_refused(copied: Any,
     check(FOREIGN, own, role=role)
 
 
+class Answered(Own):
+    """Texts as completions, each under a prompt of its own or under one of four codes."""
+
+    def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
+        coded = self.texts["codes"]
+        yield "sites", [Record({"prompt": coded[n % len(coded)], "completion": one}) for n, one in enumerate(PRIVATE)]
+
+    def by_setting(self) -> dict[str, list[Record]]:
+        return {name: found[:4] for name, found in self.whole_files()}
+
+
+@pytest.mark.parametrize("prompts", [200, 4])
+def test_private_completions_under_other_prompts_are_refused_and_shared_codes_are_not(
+    prompts: int, tmp_path: Path
+) -> None:
+    """Before, one role of the run's records was compared: of two that differ everywhere, the first."""
+    own = Answered(tmp_path, codes=[f"Code {n}" for n in range(prompts)])
+    with pytest.raises(ConfigError, match="it shares 4 texts with sites"):
+        check([*PRIVATE[:40], *FOREIGN[:160]], own, role="completion")
+    if prompts == 4:
+        check([f"Code {n}" for n in range(4)], own, role="prompt")
+
+
 @pytest.mark.parametrize(
     ("private", "foreign", "refused"),
     [
