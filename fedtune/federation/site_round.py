@@ -184,7 +184,7 @@ def _reply(site: Site, signed: Signed, read: Callable[[Signed], _R], body_for: C
     request, body = _attempt(site, signed, read, body_for)
     if request is None or (isinstance(body, Refusal) and body.reason.is_of_a_stranger):
         return Reply(body=body, receipt=None)  # a receipt would tell a stranger what the ledger holds
-    return Reply(body=body, receipt=_receipt(site, request.run, reply=digest_of(body)))
+    return Reply(body=body, receipt=_receipt(site, request.run, request.speaker, reply=digest_of(body)))
 
 
 def _attempt(
@@ -221,23 +221,23 @@ def end_run(site: Site, signed: Signed, adapter: Adapter | None) -> Receipt | No
     """
     notice = EndOfRun.of(signed)
     known = site.ledger.history.runs.get(notice.run)
-    if known is None and not site.ledger.history.has_refused(notice.run):
+    if known is None and not site.ledger.history.has_refused(notice.run, notice.lead):
         return None
     if (known and known.proposal.lead != notice.lead) or notice.lead not in site.ledger.policy.allow.leads:
         raise Refused(Reason.LEADS, asked=notice.lead)
     if adapter is not None and adapter.digest() != notice.adapter_digest:
         raise Refused(Reason.ADAPTER_DIFFERS, asked=notice.adapter_digest, allowed=adapter.digest())
-    site.ledger.end(notice.run, adapter_sha256=notice.adapter_digest)
+    site.ledger.end(notice.run, lead=notice.lead, adapter_sha256=notice.adapter_digest)
     # The first notice counts, so that the kept adapter is the one that the ledger names.
     kept = known is not None and known.adapter == notice.adapter_digest
     if adapter is not None and kept and site.ledger.policy.final_adapter == "keep":
         site.keep(notice.run, adapter)
-    return _receipt(site, notice.run)
+    return _receipt(site, notice.run, notice.lead)
 
 
-def _receipt(site: Site, run: str, *, reply: str = "") -> Receipt | None:
+def _receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receipt | None:
     # After a failed write the ledger has forgotten what it read; it must not claim that nothing was charged.
-    return site.ledger.receipt(run, reply=reply) if site.ledger.history.length else None
+    return site.ledger.receipt(run, lead=lead, reply=reply) if site.ledger.history.length else None
 
 
 def _offer(site: Site, asked: Invitation) -> Offer:
@@ -354,19 +354,19 @@ def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter
         raise Refused(Reason.MAX_ADAPTER_VALUE, asked="values that are not finite", allowed="finite values")
 
 
-def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
+def _refuse(site: Site, asked: Request | None, refused: Refused) -> Refusal:
     """Note the refusal in the log and the ledger, and make it a reply."""
-    log.warning("%s refused %s: %s", site.name, _about(request), refused)
+    log.warning("%s refused %s: %s", site.name, _about(asked), refused)
     if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.held_back):
         log.warning("%s: %s", site.name, why)
-    if request is not None:
+    if asked is not None:
         try:
-            site.ledger.refuse(refused, run=request.run, round=request.round, request=request.digest())
+            site.ledger.refuse(refused, run=asked.run, lead=asked.speaker, round=asked.round, request=asked.digest())
             if refused.reason is Reason.AWAITING_APPROVAL:
-                site.await_approval(request.proposal)
+                site.await_approval(asked.proposal)
         except Exception:  # the refusal stands, even if it cannot be recorded
             log.exception("%s could not record a refusal", site.name)
-    return _refusal(site, request, refused)
+    return _refusal(site, asked, refused)
 
 
 def _about(request: Request | None) -> str:

@@ -293,7 +293,7 @@ class Receipt(_Plain):
 
     Attributes:
         charged_rounds: rounds reserved, whether or not a reply came of them.
-        ended: whether the ledger charges the run nothing more, whatever is asked of it.
+        ended: whether the ledger charges the run nothing more, whatever its lead asks.
         plan: digest of the plan that the ledger accepted; empty for a run that it never accepted.
         seeded_noise: whether that run takes its noise from a seed.
         simulated: whether the site is one of a simulation's.

@@ -174,6 +174,18 @@ def test_a_run_that_was_refused_cannot_begin_once_its_lead_ended_it(station: Any
     assert len(ends(site)) == 1
 
 
+def test_a_lead_ends_no_run_of_another_lead_under_its_name(station: Any) -> None:
+    site = station(allow={"leads": (stranger_key.public, lead_key.public)})
+    assert reason(site.ask(key=stranger_key, lead=stranger_key.public, rank=64)) is Reason.MAX_RANK
+    assert site.end() is None, "its own lead was never here"
+    assert site.end(key=stranger_key).ended
+    assert reason(site.ask(key=stranger_key, lead=stranger_key.public)) is Reason.RUN_ENDED
+    reply = site.ask()
+    assert isinstance(reply.body, Update)
+    assert (reply.receipt.charged_rounds, reply.receipt.ended) == (1, False)
+    assert reason_of(site.end, key=stranger_key) is Reason.LEADS
+
+
 @pytest.mark.parametrize("declines", [True, False], ids=["declined", "none came"])
 def test_without_an_adapter_the_end_is_noted_all_the_same(station: Any, final: Adapter, declines: bool) -> None:
     site = station(final_adapter="decline") if declines else station()

@@ -141,10 +141,10 @@ def test_a_receipt_does_not_show_the_head_that_it_proves(opened: Any, path: Path
 
 
 def test_a_refusal_is_recorded_and_costs_nothing(opened: Any, path: Path) -> None:
-    opened().refuse(refusal_of(opened(), proposal(rank=9)), run="r", round=1, request="digest r 1")
+    opened().refuse(refusal_of(opened(), proposal(rank=9)), run="r", round=1, request="digest r 1", lead="ab")
     last = verify(path).events[-1]
     assert (last.kind, last.run, last.round, last.request) == (Kind.REFUSAL, "r", 1, "digest r 1")
-    assert last.detail == {"reason": "max_rank", "asked": "9", "allowed": "at most 8"}
+    assert last.detail == {"reason": "max_rank", "asked": "9", "allowed": "at most 8", "lead": "ab"}
     assert not opened().history.charged()
 
 

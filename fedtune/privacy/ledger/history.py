@@ -106,10 +106,11 @@ class History:
         policies: caps in force, oldest first, as (time, max_epsilon, how many rounds were charged and backups put back
             before); those of a lost branch as of when it was made up for.
         answers: refusals and offers of each day, and whether a stranger got them.
-        refused: (day, run, reason) of each refusal.
+        refused: (day, run, lead, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> when.
         denied: digest of each proposal that one denied.
-        never: runs that were refused here until their lead ended them, and that no proposal can begin any more.
+        never: (run, lead) of runs that were refused here until that lead ended them, and that no proposal of that lead
+            can begin any more.
         decided: run -> each decision of a person on it: "approved" or "denied", day, name, ticket.
         last_time: of the newest event.
         register: digest of the register of arrivals.
@@ -132,10 +133,10 @@ class History:
         self.path: list[tuple[int, str]] = []
         self.last_time: datetime | None = None
         self.answers: Counter[tuple[date, bool]] = Counter()
-        self.refused: set[tuple[date, str, str]] = set()
+        self.refused: set[tuple[date, str, str, str]] = set()
         self.approved: dict[str, datetime] = {}
         self.denied: set[str] = set()
-        self.never: set[str] = set()
+        self.never: set[tuple[str, str]] = set()
         self.decided: dict[str, list[tuple[str, str, str, str]]] = {}
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         # Sequence, time, mechanism, count, and whom it was charged to; None: everybody.
@@ -190,7 +191,8 @@ class History:
             case Kind.REFUSAL | Kind.RELEASE:
                 stranger = Reason(event.detail.get("reason", Reason.SITE_ERROR)).is_of_a_stranger
                 self.answers[moment.date(), stranger] += 1
-                self.refused.add((moment.date(), event.run, str(event.detail.get("reason"))))
+                lead, reason = str(event.detail.get("lead", "")), str(event.detail.get("reason"))
+                self.refused.add((moment.date(), event.run, lead, reason))
             case Kind.NOTE:
                 self._note(event, moment)
 
@@ -235,8 +237,9 @@ class History:
                 if (run := self.runs.get(event.run)) is not None and run.proposal == denied:
                     run.expires = None
             case "run_ended":
-                if event.run not in self.runs and self.has_refused(event.run):
-                    self.never.add(event.run)
+                lead = str(event.detail.get("lead", ""))
+                if event.run not in self.runs and self.has_refused(event.run, lead):
+                    self.never.add((event.run, lead))
                 else:
                     ended = self.runs[event.run]
                     ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
@@ -326,9 +329,9 @@ class History:
         known = self.runs.get(run)
         return (known.charged_rounds if known else 0) + self.lost_runs.get(run, 0)
 
-    def has_refused(self, run: str) -> bool:
-        """Whether a proposal of this name was refused."""
-        return any(name == run for _, name, _ in self.refused)
+    def has_refused(self, run: str, lead: str) -> bool:
+        """Whether this lead's proposal of a run of this name was refused."""
+        return any((name, who) == (run, lead) for _, name, who, _ in self.refused)
 
     def rounds_up_to(self, sequence: int) -> Counter[str]:
         """Run -> rounds charged by events up to `sequence`, here."""

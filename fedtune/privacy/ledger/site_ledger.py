@@ -171,32 +171,34 @@ class Ledger:
             detail = {"reply_sha256": hashlib.sha256(reply).hexdigest(), "fingerprint": fingerprint}
             self._store.append(Kind.COMMIT, detail, **reservation.of_events, dataset=run.proposal.dataset)
 
-    def refuse(self, refused: Refused, *, run: str, round: int, request: str) -> None:
-        """Record that a request was refused, and why; that it still waits for a person, once a day."""
+    def refuse(self, refused: Refused, *, run: str, round: int, request: str, lead: str = "") -> None:
+        """Record that a lead's request was refused, and why; that it still waits for a person, once a day."""
         with self._store.transaction():
             today = self._store.now().date()
-            if refused.reason.is_waiting and (today, run, refused.reason.value) in self.history.refused:
+            if refused.reason.is_waiting and (today, run, lead, refused.reason.value) in self.history.refused:
                 return
             asked = refused.asked and refused.asked[:_MOST_TEXT]  # what is asked for comes from a server
-            detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed}
+            detail = {"reason": refused.reason.value, "asked": asked, "allowed": refused.allowed, "lead": lead}
             if self._has_room_for_answer(stranger=refused.reason.is_of_a_stranger):
                 self._store.append(Kind.REFUSAL, detail, run=run, round=round, request=request)
 
-    def end(self, run: str, *, adapter_sha256: str = "") -> None:
+    def end(self, run: str, *, lead: str = "", adapter_sha256: str = "") -> None:
         """Note that a run is over: what its plan had set aside and not spent is free again.
 
-        A run that was refused here, and never accepted, can't be accepted any more: a receipt can then say that it is
-        charged nothing, for good.
+        A run that was refused here, and never accepted, can't be accepted from that lead any more: a receipt can then
+        say that the lead's run is charged nothing, for good.  Another lead's run of the same name is another run.
 
         Args:
             run: the one that ended.
+            lead: public key of the lead that says so; only a run that was never accepted needs it.
             adapter_sha256: digest of the final adapter, where the lead sent it.
         """
         with self._store.transaction():
-            known = self.history.runs.get(run)
-            refused = known is None and run not in self.history.never and self.history.has_refused(run)
-            if refused or (known is not None and known.expires is not None):
-                self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256)
+            if (known := self.history.runs.get(run)) is not None:
+                if known.expires is not None:
+                    self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256)
+            elif (run, lead) not in self.history.never and self.history.has_refused(run, lead):
+                self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256, lead=lead)
 
     def approve(self, proposal: Proposal, *, by: str = "", ticket: str = "", why: str = "") -> None:
         """Note that a person at the site approves this proposal, to the letter.
@@ -249,14 +251,14 @@ class Ledger:
         """Why a period of the budget that this machine's clock is in has not begun, and what to do; or nothing."""
         return self.history.held_back(server=self._store.server_time)
 
-    def receipt(self, run: str, *, reply: str = "") -> Receipt:
-        """The charges of `run` so far, signed together with the digest of the reply that they travel with."""
+    def receipt(self, run: str, *, lead: str = "", reply: str = "") -> Receipt:
+        """The charges of a lead's `run` so far, signed together with the digest of the reply that they travel with."""
         known = self.history.runs.get(run)
         fields: dict[str, Any] = {
             "site": self.policy.site,
             "run": run,
             "charged_rounds": self.history.charged_rounds(run),
-            "ended": run in self.history.never if known is None else not known.is_open(self.history.clock),
+            "ended": (run, lead) in self.history.never if known is None else not known.is_open(self.history.clock),
             "plan": known.plan.digest() if known else "",
             "seeded_noise": bool(known and known.proposal.seeded_noise),
             "simulated": self.policy.simulated,
@@ -348,7 +350,7 @@ class Ledger:
             noise = spending.least_noise(proposal, self._would_accept)
             if not rounds and noise is None:
                 self.require_acceptable(proposal)
-            detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise}
+            detail = {"what": "offer", "most_rounds": rounds, "least_noise": noise, "lead": proposal.lead}
             self._store.append(Kind.RELEASE, detail, run=proposal.run)
         return Offer(site=self.policy.site, run=proposal.run, most_rounds=rounds, least_noise=noise)
 
@@ -366,7 +368,7 @@ class Ledger:
             spending.require_usable(self.history)
             _require_same(known, proposal)
             return
-        if proposal.run in self.history.never:
+        if (proposal.run, proposal.lead) in self.history.never:
             raise Refused(Reason.RUN_ENDED)
         self.require_acceptable(proposal)
         if approved and self.policy.approval == "manual":
