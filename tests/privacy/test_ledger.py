@@ -109,6 +109,19 @@ def test_the_newest_reply_of_a_run_is_kept_and_given_again_for_nothing(opened: A
     assert len(verify(path).events) == length
 
 
+@pytest.mark.parametrize("kept_back", [1, 2], ids=["interrupted", "never asked"])
+def test_a_question_that_was_kept_back_is_not_charged_after_a_later_round(opened: Any, kept_back: int) -> None:
+    reserve(opened(), proposal(), 1)
+    train(
+        opened(), proposal(), 1 if kept_back == 2 else 2
+    )  # an interrupted round is charged again, before any later one
+    train(opened(), proposal(), 3)
+    before = opened().history.charged_rounds("r")
+    refused = refusal_of(opened(), proposal(), kept_back)
+    assert (refused.reason, refused.asked) == (Reason.REPLY_NO_LONGER_STORED, str(kept_back))
+    assert opened().history.charged_rounds("r") == before == 3
+
+
 @pytest.mark.parametrize("sql", ["UPDATE replies SET reply = x'00'", "DELETE FROM replies"])
 def test_a_reply_that_was_changed_is_not_sent(opened: Any, path: Path, sql: str) -> None:
     train(opened(), proposal(), 1)

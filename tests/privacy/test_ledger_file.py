@@ -259,14 +259,14 @@ def test_of_eight_processes_that_race_for_the_last_slot_one_gets_it(opened: Any,
     processes, anchor = multiprocessing.get_context("fork"), path.with_name("anchor.json")
     gate, told = processes.Barrier(8), processes.SimpleQueue()
     shared = proposal(run="shared", plan={"num_rounds": 2})
-    train(opened(anchor=anchor), shared, 100)  # of ten rounds two are held: one plan of five fits
+    train(opened(anchor=anchor), shared, 1)  # of ten rounds two are held: one plan of five fits
 
     def race(number: int) -> None:
         ledger = opened(anchor=anchor)
-        for asked, round in ((proposal(run=f"own {number}"), 1), (shared, number)):
+        for asked, round in ((proposal(run=f"own {number}"), 1), (shared, 2)):
             gate.wait(60)
             try:
-                train(ledger, asked, round)
+                reserve(ledger, asked, round)
                 told.put((asked.run.split()[0], "granted"))
             except Refused as refused:
                 told.put((asked.run.split()[0], refused.reason.value))

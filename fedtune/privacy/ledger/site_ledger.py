@@ -425,11 +425,15 @@ class Ledger:
         return Arrivals(ranges=tuple(ranges), lost_after=min(unsure, default=None))
 
     def _repeated(self, run: Run, proposal: Proposal, round: int, request: str) -> bytes | None:
-        """The stored reply to a request that was answered before; None for a round still to be trained."""
+        """The stored reply to a request that was answered before; None for a round still to be trained.
+
+        Guarantee: rounds never go back.  Of a round before the newest charged one there is the stored reply or none,
+        so nobody who kept a lead's question back can have it charged after the lead went on.
+        """
         self.require_startable(proposal)
         if run.reserved.get(round, request) != request:
             raise Refused(Reason.ROUND_REQUESTED_DIFFERENTLY, asked=request, allowed=run.reserved[round])
-        if request not in run.replies:
+        if request not in run.replies and round >= max(run.reserved, default=0):
             return None
         reply = self._store.reply_to(request)
         if reply is None or hashlib.sha256(reply).hexdigest() != run.replies[request]:
