@@ -279,6 +279,17 @@ def test_a_run_ends_once_and_an_unknown_one_never_and_a_round_in_flight_is_commi
     assert opened().reserve(proposal(), round=1, request="digest r 1") == b"reply"
 
 
+def test_no_receipt_says_that_a_run_has_ended_by_the_clock_alone(opened: Any, clock: Any) -> None:
+    train(opened(), proposal(), 1)
+    clock.forward(days=31)
+    assert refusal_of(opened(), proposal(), 2).reason is Reason.RUN_ENDED
+    assert not opened().receipt("r").ended
+    clock.forward(days=-31)
+    train(opened(), proposal(), 2)
+    opened().end("r")
+    assert opened().receipt("r").ended
+
+
 def test_a_clock_set_back_reopens_no_expired_run(opened: Any, clock: Any) -> None:
     train(opened(), proposal(), 1)
     clock.forward(days=31)

@@ -175,6 +175,14 @@ def test_a_forged_receipt_is_refused_for_its_signature(opened: Any, tmp_path: Pa
         assert reason_of(ledger.require_contains, forged) is Reason.WRONG_SIGNATURE
 
 
+def test_a_receipt_of_another_population_under_the_same_key_puts_nothing_in_doubt(opened: Any, tmp_path: Path) -> None:
+    ledger, other = opened(), opened(path=tmp_path / "staff.db", policy=policy(site="north-staff"))
+    for one in (ledger, other):
+        train(one, proposal(), 1)
+    assert reason_of(ledger.require_contains, other.receipt("r")) is Reason.WRONG_SITE
+    train(ledger, proposal(), 2)
+
+
 def test_a_ledger_swapped_while_it_is_open_stops(backups: Backups) -> None:
     ledger = backups.open()
     train(ledger, proposal(), 2)

@@ -258,7 +258,8 @@ class Ledger:
             "site": self.policy.site,
             "run": run,
             "charged_rounds": self.history.charged_rounds(run),
-            "ended": (run, lead) in self.history.never if known is None else not known.is_open(self.history.clock),
+            # By an event alone: a clock that is ahead is set right again, and what is signed stays.
+            "ended": (run, lead) in self.history.never if known is None else known.expires is None,
             "plan": known.plan.digest() if known else "",
             "seeded_noise": bool(known and known.proposal.seeded_noise),
             "simulated": self.policy.simulated,
@@ -276,10 +277,12 @@ class Ledger:
         Then nothing is trained any more, for whatever lead, until the ledger is made up for (`charge_gap`).
 
         Raises:
-            Refused: the ledger does not contain the receipt's head.
+            Refused: the receipt is not this site's, or the ledger does not contain its head.
         """
         if receipt.site_key != self._key.public or not receipt.is_signed():
             raise Refused(Reason.WRONG_SIGNATURE)
+        if receipt.site != self.policy.site:  # of another population's ledger under the same key
+            raise Refused(Reason.WRONG_SITE, asked=receipt.site, allowed=self.policy.site)
         shown = Doubt(receipt.sequence, receipt.head, receipt.run, receipt.charged_rounds)
         with self._store.transaction():
             doubts = self.history.doubts
