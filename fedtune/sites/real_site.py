@@ -43,6 +43,7 @@ class SiteProcess:
     adapters: Path  # folder for final adapters
     awaits: Callable[[Proposal, str], None]  # called for each run that waits for a person's approval, with its settings
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
+    _spent: object = field(default=None, init=False)  # what is left of the records of a run whose model made room
     _shared: SharedModel | None = field(default=None, init=False)
     parties: Parties = field(default_factory=Parties, init=False)
 
@@ -64,7 +65,7 @@ class SiteProcess:
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:
-            self._warm = None  # first, so that two runs' records never fill the memory together
+            self._warm = self._spent = None  # first, so that two runs' records never fill the memory together
             self._warm = key, self._loaded(shared, files)
             log.info("ready for a run", extra={"run": run})
         return self._warm[1]
@@ -88,12 +89,18 @@ class SiteProcess:
         )
 
     def shared_model(self, config: RunConfig, policy: Policy) -> SharedModel:
-        """The model, kept while runs want the same one on the same machine; only one that passed its try is kept."""
+        """The model, kept while runs want the same one on the same machine; only one that passed its try is kept.
+
+        Guarantee: no record is freed here, since that takes as long as there are records, and whoever asks may be
+        charged nothing.  `work` frees them, which is held to the schedule of a charged round's answers.
+        """
         size, inexact = policy.declared_size(config.data.dataset), policy.allow.inexact_gradients
         kept = self._shared
         if kept is not None and kept.serves(config, declared_size=size, inexact_allowed=inexact):
             self._shared = kept.for_run(config)
             return self._shared
+        if self._warm is not None:
+            self._spent = _without_model(self._warm[1])
         kept = self._shared = self._warm = None  # the old one goes before the new one comes
         began = time.monotonic()
         self._shared = SharedModel(config, declared_size=size, inexact_allowed=inexact)
@@ -192,6 +199,13 @@ class RealSite(WorkingSite):
             Refused: other settings came with the request, whatever it asks for, so that there is nothing to show.
         """
         self._process.awaits(proposal, json.dumps(self._as_named(proposal).decisive(), sort_keys=True))
+
+
+def _without_model(work: SiteWork) -> list[object]:
+    """All that is there of a run's records, for as long as it is not to be freed."""
+    limited = vars(work).get("_limited", {})
+    own = [value for name, value in vars(work).items() if name not in ("shared", "_divided", "_limited")]
+    return [*own, *limited, *map(_without_model, limited.values())]
 
 
 def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:

@@ -181,8 +181,8 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
     whole = [(of, said_by_role(others)) for of, others in own.whole_files()]
     used = [(of, said_by_role(others)) for of, others in own.by_setting().items()]
     together = defaultdict[str, Counter[str]](Counter)
-    for role, texts in chain.from_iterable(said.items() for _, said in whole):
-        together[role].update(texts)
+    for role, counts in chain.from_iterable(said.items() for _, said in whole):
+        together[role].update(counts)
     private = [(of, said[role].keys()) for of, said in (*used, *whole) for role in telling(together)]
     every = set[str]().union(*(texts for _, texts in private))
     for said in said_by_role(records).values():

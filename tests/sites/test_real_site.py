@@ -1,7 +1,9 @@
 """A real site: whose settings, records and models it takes, what it refuses before it opens anything, what it keeps."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +16,13 @@ import pytest
 import fedtune.sites.real_site as real_site
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
-from fedtune.federation.protocol import Reply, SumRequest, digest_of_parts
+from fedtune.federation.protocol import Invitation, Reply, SumRequest, digest_of_parts
 from fedtune.federation.rounding import rounded_difference
-from fedtune.federation.site_round import take_step
+from fedtune.federation.site_round import consider, take_step
 from fedtune.model.adapter import Adapter
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import Difference, Reason, Refusal, Update
+from fedtune.privacy.release import Difference, Offer, Reason, Refusal, Update
 from fedtune.runs.model_comparison import side_by_side
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, SharedModel
@@ -281,6 +283,25 @@ def test_model_and_records_stay_for_a_run_and_the_model_for_others_of_it(site: A
     other = letters(name="third", seed=5)
     site.update(other, adapter=SharedModel(for_sites(other)).initial_adapter)
     assert loaded[4:] == ["model", "records"]
+
+
+def test_no_record_is_freed_for_a_question_that_is_charged_nothing(site: Any) -> None:
+    """How long that takes tells how many there are, and no schedule holds such an answer back."""
+    site.update()
+    work = site.real._warm[1]
+    model, examples, records = weakref.ref(work.shared.model), weakref.ref(work.examples), id(work.records)
+    del work
+    other = letters(seed=5)  # another model, which the policy allows
+    proposal = for_sites(other).proposal(lead=site.lead.public, plan=for_sites(other).plan())
+    asked = Invitation(proposal=proposal, site="north", expires=1e12, nonce="0" * 32).signed(site.lead)
+    assert isinstance(consider(site.real.site(sent_text(other)), asked).body, Offer)
+    gc.collect()
+    assert model() is None, "two models would fill the memory"
+    assert examples()
+    assert records in map(id, site.real._spent)
+    site.update(round=2)
+    gc.collect()
+    assert examples() is site.real._spent is None
 
 
 @pytest.mark.by_day("machine0")
