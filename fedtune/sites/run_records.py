@@ -178,12 +178,10 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
             of the public ones are both; the records of real sites are not here.  As many of the public ones were
             written by a run, or a card beside them says so, unless they `may_owe` and have their card.
     """
-    whole = [(of, said_by_role(others)) for of, others in own.whole_files()]
-    used = [(of, said_by_role(others)) for of, others in own.by_setting().items()]
-    together = defaultdict[str, Counter[str]](Counter)
-    for role, counts in chain.from_iterable(said.items() for _, said in whole):
-        together[role].update(counts)
-    private = [(of, said[role].keys()) for of, said in (*used, *whole) for role in telling(together)]
+    files = [*own.whole_files()]
+    roles = telling(said_by_role(chain.from_iterable(others for _, others in files)))
+    said_of = [(of, said_by_role(others)) for of, others in (*own.by_setting().items(), *files)]
+    private = [(of, said[role].keys()) for of, said in said_of for role in roles]
     every = set[str]().union(*(texts for _, texts in private))
     for said in said_by_role(records).values():
         for of, texts in private:

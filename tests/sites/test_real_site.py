@@ -16,13 +16,13 @@ import pytest
 import fedtune.sites.real_site as real_site
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import split_heldout
-from fedtune.federation.protocol import Invitation, Reply, SumRequest, digest_of_parts
+from fedtune.federation.protocol import Reply, SumRequest, digest_of_parts
 from fedtune.federation.rounding import rounded_difference
-from fedtune.federation.site_round import consider, take_step
+from fedtune.federation.site_round import take_step
 from fedtune.model.adapter import Adapter
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey
-from fedtune.privacy.release import Difference, Offer, Reason, Refusal, Update
+from fedtune.privacy.release import Difference, Reason, Refusal, Update
 from fedtune.runs.model_comparison import side_by_side
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, SharedModel
@@ -108,13 +108,20 @@ def test_a_site_that_cannot_keep_settings_or_reply_charges_nothing(site: Any, mo
 # What a lead can make a site keep.
 
 
-def test_a_request_that_is_refused_leaves_nothing_on_the_disk(station: Any, tmp_path: Path) -> None:
-    """An allowed lead asked for rounds of sums in sessions that never began, each of a run of its own."""
+@pytest.fixture
+def summing(station: Any, tmp_path: Path) -> Any:
+    """The site north, which may take part in sums with two others."""
     names = ("north", "south", "east")
     secure = {"aggregation": "secure", "num_sites": 3, "site_names": names}
     site = station(federation=secure, training={"local_steps": 1})
     members = {name: SigningKey.load_or_make(tmp_path / f"{name}.pem").public for name in names[1:]}
     site.edit(trust={"secure": True, "members": members, "max_epsilon_if_all_collude": None})
+    return site
+
+
+def test_a_request_that_is_refused_leaves_nothing_on_the_disk(summing: Any) -> None:
+    """An allowed lead asked for rounds of sums in sessions that never began, each of a run of its own."""
+    site = summing
     for number in range(3):
         config = replace(site.config, seed=1000 + number)
         assert site.refusal(config, session=f"{number:032x}") is Reason.SECURE_SUM
@@ -216,25 +223,18 @@ def test_a_run_that_waits_for_a_person_is_put_up_with_the_settings_that_it_is_na
     assert "no space left" in caplog.text
 
 
-def test_a_step_of_a_sum_puts_up_no_other_settings(station: Any, tmp_path: Path) -> None:
-    names = ("north", "south", "east")
-    site = station(
-        federation={"aggregation": "secure", "num_sites": 3, "site_names": names}, training={"local_steps": 1}
-    )
-    members = {name: SigningKey.load_or_make(tmp_path / f"{name}.pem").public for name in names[1:]}
-    site.edit(trust={"secure": True, "members": members, "max_epsilon_if_all_collude": None}, approval="manual")
-    state = SiteState.of(site.folder)
+def test_a_step_of_a_sum_puts_up_no_other_settings(summing: Any) -> None:
+    site, state = summing, SiteState.of(summing.folder)
     site.waits = state.wait_for_approval
-    assert site.refusal(session="1" * 32) is Reason.AWAITING_APPROVAL
-    shown = state.waiting()
-    request = site.request(session="1" * 32)
-    about = {"proposal": request.proposal, "site": "north", "expires": 1e12, "parts_digest": digest_of_parts([])}
-    join = SumRequest(**about, step="join", session="1" * 32).signed(site.lead)
+    site.edit(approval="manual")
+    session = {"session": "1" * 32}
+    assert site.refusal(**session) is Reason.AWAITING_APPROVAL
+    shown, proposal = state.waiting(), site.request(**session).proposal
+    about = {"proposal": proposal, "site": "north", "expires": 1e12, "parts_digest": digest_of_parts([])}
+    join = SumRequest(**about, **session, step="join").signed(site.lead)
     other = sent_text(site.config, data={"labels": ["invoice", "complaint", "harmless"]})
     for text in (other, '{"data": {"note": "everything is fine"}}', ""):
-        said = take_step(site.real.site(text), join, [])
-        assert isinstance(said, Refusal)
-        assert said.reason is Reason.AWAITING_APPROVAL
+        assert take_step(site.real.site(text), join, []).reason is Reason.AWAITING_APPROVAL
         assert state.waiting() == shown
 
 
@@ -291,10 +291,8 @@ def test_no_record_is_freed_for_a_question_that_is_charged_nothing(site: Any) ->
     work = site.real._warm[1]
     model, examples, records = weakref.ref(work.shared.model), weakref.ref(work.examples), id(work.records)
     del work
-    other = letters(seed=5)  # another model, which the policy allows
-    proposal = for_sites(other).proposal(lead=site.lead.public, plan=for_sites(other).plan())
-    asked = Invitation(proposal=proposal, site="north", expires=1e12, nonce="0" * 32).signed(site.lead)
-    assert isinstance(consider(site.real.site(sent_text(other)), asked).body, Offer)
+    shapeless = Adapter({"other": np.zeros(1, np.float32)})  # so that all is made ready for a round that is not charged
+    assert site.refusal(letters(seed=5), adapter=shapeless) is Reason.ADAPTER_SHAPE
     gc.collect()
     assert model() is None, "two models would fill the memory"
     assert examples()

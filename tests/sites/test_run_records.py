@@ -21,14 +21,14 @@ COPIES: dict[str, Any] = {
 }
 
 
-def records(texts: Sequence[str], role: str = "text") -> list[Record]:
-    return [Record({role: text, "label": "a"}) for text in texts]
+def records(texts: Sequence[str | Record], role: str = "text") -> list[Record]:
+    return [one if isinstance(one, Record) else Record({role: one, "label": "a"}) for one in texts]
 
 
 class Own(RunRecords):
     """The files of a run, by name."""
 
-    def __init__(self, folder: Path, **files: Sequence[str]) -> None:
+    def __init__(self, folder: Path, **files: Sequence[str | Record]) -> None:
         self.folder, self.texts = folder, files
 
     @property
@@ -58,27 +58,18 @@ def test_all_private_texts_but_one_beside_a_foreign_one_are_refused(copied: Any,
     check(FOREIGN, own, role=role)
 
 
-class Answered(Own):
-    """Texts as completions, each under a prompt of its own or under one of four codes."""
-
-    def whole_files(self) -> Iterator[tuple[str, list[Record]]]:
-        coded = self.texts["codes"]
-        yield "sites", [Record({"prompt": coded[n % len(coded)], "completion": one}) for n, one in enumerate(PRIVATE)]
-
-    def by_setting(self) -> dict[str, list[Record]]:
-        return {name: found[:4] for name, found in self.whole_files()}
-
-
-@pytest.mark.parametrize("prompts", [200, 4])
+@pytest.mark.parametrize("codes", [4, 200])
 def test_private_completions_under_other_prompts_are_refused_and_shared_codes_are_not(
-    prompts: int, tmp_path: Path
+    codes: int, tmp_path: Path
 ) -> None:
     """Before, one role of the run's records was compared: of two that differ everywhere, the first."""
-    own = Answered(tmp_path, codes=[f"Code {n}" for n in range(prompts)])
-    with pytest.raises(ConfigError, match="it shares 4 texts with sites"):
+    prompts = [f"Code {n % codes}" for n in range(200)]
+    pairs = zip(prompts, PRIVATE, strict=True)
+    own = Own(tmp_path, sites=[Record({"prompt": prompt, "completion": said}) for prompt, said in pairs])
+    with pytest.raises(ConfigError, match="it shares 40 texts with sites"):
         check([*PRIVATE[:40], *FOREIGN[:160]], own, role="completion")
-    if prompts == 4:
-        check([f"Code {n}" for n in range(4)], own, role="prompt")
+    if codes == 4:
+        check(prompts, own, role="prompt")
 
 
 @pytest.mark.parametrize(
