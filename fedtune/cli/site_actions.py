@@ -26,7 +26,6 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import asked_and_allowed
@@ -165,7 +164,7 @@ class AtSite:
         from fedtune.sites.personal import Parts
         from fedtune.sites.real_site import site_records
 
-        key, site = SigningKey.load(files.site_key).secret("own adapter"), files.policy.site
+        key, site = files.key().secret("own adapter"), files.policy.site
         parts = Parts.of(site_records(config, files), key=key, unit=config.privacy.unit)
         into, beside = self.kit.folder / f"private_to_{site}" / folder.name, files.ledger.parent
         own = partial(make, config, adapter, parts, site=site, into=into, beside_ledger=beside, lenient=True)

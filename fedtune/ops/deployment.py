@@ -71,7 +71,7 @@ class LeadService:
     @cached_property
     def key(self) -> SigningKey:
         """The key that signs requests and calls."""
-        return SigningKey.load(self.kit.lead_key)
+        return self.kit.load_key()
 
     def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
         """Run `config` at its sites to its end, or from its newest checkpoint on, and write the run folder.

@@ -16,9 +16,11 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from fedtune.privacy.durable import fsync_folder
+from fedtune.privacy.durable import fsync_folder, require_room
 from fedtune.spec import ConfigError
 from fedtune.version import __version__
+
+_PAGE_BYTES = 4096
 
 
 @contextmanager
@@ -62,6 +64,24 @@ def write_secret(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def trouble_of(*files: Path) -> str:
+    """Why a ledger or its anchor cannot be written now, with file and disk; empty if all can.
+
+    A page is written and synced beside each: a disk that is full, read-only or over a quota says so only then.
+    """
+    for file in files:
+        try:
+            require_room(file.parent, _PAGE_BYTES)
+            with tempfile.TemporaryFile(dir=file.parent) as page:
+                page.write(bytes(_PAGE_BYTES))
+                page.flush()
+                os.fsync(page.fileno())
+        except OSError as error:
+            disk = next(folder for folder in file.resolve().parents if folder.is_mount())
+            return f"{file} cannot be written ({error.strerror}, on the disk at {disk}): no round can be charged"
+    return ""
 
 
 def zip_of(files: Mapping[str, bytes], *, moment: datetime) -> bytes:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.events import Charge
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.privacy.ledger.history import History
@@ -59,7 +58,7 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
     if anchor is None and files and files.anchor and files.anchor.is_file():
         anchor = files.anchor
     head, own = Head.read(anchor) if anchor else None, files.policy if files else None
-    key = SigningKey.load(files.site_key).public if files and files.site_key.is_file() else None
+    key = files.public_key if files else None
     verified, problem = None, ""
     try:
         verified = verify(ledger, anchor=head, site_key=key)

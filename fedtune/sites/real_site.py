@@ -17,7 +17,6 @@ from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
@@ -193,6 +192,6 @@ def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
         config: of the run, with the site's own files in it.
         files: of the site, whose key decides what is held out: nobody outside knows of a record which it is.
     """
-    key = SigningKey.load(files.site_key).secret("held-out split")
+    key = files.key().secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, task_named(config.task)
     return own_records(data, columns=task.columns(data, unit=unit), fault=task.fault(data), key=key, unit=unit)

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 from fedtune.data.formats import require_reader
 from fedtune.flower.client import SiteApp
 from fedtune.flower.site_socket import listening, serve_one
+from fedtune.ops.files import trouble_of
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
 from fedtune.ops.services.site_state import SiteState, serving
 from fedtune.ops.wire.line_errors import Dropped, Expired, Unauthorised, Unreachable
-from fedtune.privacy.durable import trouble_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
@@ -135,10 +135,12 @@ class SiteService:
 
     def _checked(self, state: SiteState) -> SiteFiles:
         files = self.kit.site_files(self.site_toml)
-        if not files.site_key.is_file():
+        if not (files.policy.key_command or files.site_key.is_file()):
             bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
             raise ConfigError("site_key", str(files.site_key), bound)
-        check_private(files.site_key)
+        if files.site_key.is_file():
+            check_private(files.site_key)
+        files.key()  # so that a passphrase or a command that does not work is found before anything is answered
         if state.left.exists():
             raise RunError(f"this site has left the federation; remove {state.left} to take part again")
         for dataset in files.policy.dataset:
