@@ -8,13 +8,17 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import flwr
 import pytest
 import yaml
+from packaging.utils import canonicalize_name
 
 from fedtune.ops.health import READY, Health, State
 
@@ -154,6 +158,39 @@ def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
     last_let_in = max(number for number, pattern in enumerate(patterns) if pattern.startswith("!"))
     for secret in ("**/*.pem", "**/*.db"):
         assert patterns.index(secret) > last_let_in
+
+
+# a release
+
+PIN = re.compile(r"^([\w.-]+)==([^\s\\]+)", re.M)
+
+
+def pins(text: str) -> dict[str, str]:
+    return {canonicalize_name(name): version for name, version in PIN.findall(text)}
+
+
+def test_every_constraint_has_its_files_hashes() -> None:
+    plain, hashed = ((ROOT / f"constraints{kind}.txt").read_text() for kind in ("", ".hashed"))
+    assert pins(hashed) == pins(plain), "run `make constraints`"
+    header, *entries = re.split(r"^(?=[^\s#])", hashed, flags=re.M)
+    assert "make constraints" in header
+    assert len(entries) == len(pins(plain))
+    for entry in entries:
+        assert re.fullmatch(r"[\w.-]+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry), entry
+
+
+@pytest.mark.nightly
+def test_the_sbom_names_every_runtime_dependency(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/cyclonedx-py").symlink_to(tool("cyclonedx-py"))
+    (tmp_path / ".made").touch()  # so that nothing is installed
+    passed("make", "-C", ROOT, "sbom", f"TOOLS={tmp_path}", f"SBOM={tmp_path}/sbom.json", f"SBOM_OF={sys.executable}")
+    said = json.loads((tmp_path / "sbom.json").read_text())
+    found = {canonicalize_name(one["name"]): one["version"] for one in said["components"]}
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = [re.split(r"[><=~\[; ]", one)[0] for one in needed]
+    assert {name: found.get(canonicalize_name(name)) for name in names} == {name: version(name) for name in names}
+    assert (said["bomFormat"], said["metadata"]["component"]["name"]) == ("CycloneDX", "fedtune")
 
 
 def test_the_compose_files_fit_the_specification(tmp_path: Path) -> None:
