@@ -302,9 +302,9 @@ def charged_runs(verified: Verified, *, last: int | None) -> Section:
 
 
 def _state(run: LifetimeRun, history: History) -> str:
-    people = [f"{what} by {printable(by)}" for what, _, by, _ in history.decided.get(run.run, []) if by]
-    has_none = run.seeded_noise or not history.runs[run.run].plan.private
-    return "\n".join([run.state, *people, *(["NO GUARANTEE"] if has_none else [])])
+    proposal = history.runs[run.run].proposal
+    people = [f"{one['what']} by {printable(one['by'])}" for one in history.decided[proposal.digest()] if one["by"]]
+    return "\n".join([run.state, *people, *(["NO GUARANTEE"] if run.seeded_noise or not proposal.plan.private else [])])
 
 
 def show_spent(history: History, figures: Lifetime) -> None:

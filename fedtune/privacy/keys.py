@@ -10,13 +10,13 @@ import hashlib
 import hmac
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from threading import Timer
 
 from cryptography.exceptions import InvalidSignature
@@ -138,8 +138,7 @@ def _printed_by(command: tuple[str, ...]) -> bytes:
     The command has no terminal and reads nothing.  After `_COMMAND_S` it is killed with all that it started, and so is
     one that prints `_MOST_PEM` bytes.  Messages show the program alone, since an argument may be a secret.
     """
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True)
+    process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
     timer = Timer(_COMMAND_S, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     with process:

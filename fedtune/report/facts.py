@@ -417,6 +417,7 @@ class RunInLedger:
     max_epsilon: float | None  # the cap on one run that was in force when it was accepted; None: there was none
     seeded_noise: bool
     base_model: str
+    approvals: tuple[Mapping[str, str | None], ...] = ()  # when, by whom, by which ticket and why; None: not on record
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)

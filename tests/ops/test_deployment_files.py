@@ -162,11 +162,9 @@ def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
 
 # a release
 
-PIN = re.compile(r"^([\w.-]+)==([^\s\\]+)", re.M)
-
 
 def pins(text: str) -> dict[str, str]:
-    return {canonicalize_name(name): version for name, version in PIN.findall(text)}
+    return {canonicalize_name(name): pin for name, pin in re.findall(r"^([\w.-]+)==([^\s\\]+)", text, re.M)}
 
 
 def test_every_constraint_has_its_files_hashes() -> None:
@@ -185,12 +183,11 @@ def test_the_sbom_names_every_runtime_dependency(tmp_path: Path) -> None:
     (tmp_path / "bin/cyclonedx-py").symlink_to(tool("cyclonedx-py"))
     (tmp_path / ".made").touch()  # so that nothing is installed
     passed("make", "-C", ROOT, "sbom", f"TOOLS={tmp_path}", f"SBOM={tmp_path}/sbom.json", f"SBOM_OF={sys.executable}")
-    said = json.loads((tmp_path / "sbom.json").read_text())
-    found = {canonicalize_name(one["name"]): one["version"] for one in said["components"]}
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = [re.split(r"[><=~\[; ]", one)[0] for one in needed]
-    assert {name: found.get(canonicalize_name(name)) for name in names} == {name: version(name) for name in names}
-    assert (said["bomFormat"], said["metadata"]["component"]["name"]) == ("CycloneDX", "fedtune")
+    found = json.loads((tmp_path / "sbom.json").read_text())["components"]
+    versions = {canonicalize_name(one["name"]): one["version"] for one in found}
+    for needed in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        name = re.split(r"[><=~\[; ]", needed)[0]
+        assert versions[canonicalize_name(name)] == version(name)
 
 
 def test_the_compose_files_fit_the_specification(tmp_path: Path) -> None:
