@@ -89,7 +89,7 @@ class AtSite:
         verdict = ask(self.site_toml, pending.proposal, declared_sizes={})
         # Every other setting that the run's name stands for; the site understood them before the run was put up.
         settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
-        rows = {}
+        rows = {"fedtune at the lead": printable(pending.software)} if pending.software else {}
         for key, value in dotted(settings):
             listed = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
             if value not in (None, [], ""):

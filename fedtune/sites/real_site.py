@@ -40,7 +40,8 @@ class SiteProcess:
     paused: Callable[[], bool]  # whether the site is paused
     runs: Path  # folder for the settings that leads sent
     adapters: Path  # folder for final adapters
-    awaits: Callable[[Proposal, str], None]  # called for each run that waits for a person's approval, with its settings
+    # called for each run that waits for a person's approval, with its settings and its lead's version of fedtune
+    awaits: Callable[[Proposal, str, str], None]
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
     _shared: SharedModel | None = field(default=None, init=False)
     parties: Parties = field(default_factory=Parties, init=False)
@@ -180,9 +181,9 @@ class RealSite(WorkingSite):
         write_durably(folder.config, config_yaml(config))
         log.info("the final adapter is kept", extra={"run": run})
 
-    def await_approval(self, proposal: Proposal) -> None:
-        """Put the run before a person here, with its settings."""
-        self._process.awaits(proposal, self._settings)
+    def await_approval(self, proposal: Proposal, *, software: str) -> None:
+        """Put the run before a person here, with its settings and its lead's version of fedtune."""
+        self._process.awaits(proposal, self._settings, software)
 
 
 def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:

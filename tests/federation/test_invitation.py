@@ -11,6 +11,7 @@ from fedtune.federation.protocol import Invitation, Signed
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Offer, Reason
 from fedtune.spec import ConfigError
+from fedtune.version import build
 
 from ..builders import MadeSite
 from ..privacy.builders import lead_key, stranger_key
@@ -20,9 +21,8 @@ from .conftest import NONCE, reason
 def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
     reply = site.invite()
     plan = site.propose().plan
-    assert reply.body == Offer(
-        site="a", run="r", most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier, nonce=NONCE
-    )
+    whole = {"most_rounds": plan.num_rounds, "least_noise": plan.noise_multiplier}
+    assert reply.body == Offer(site="a", run="r", nonce=NONCE, software=build(), **whole)
     assert reply.is_signed()
     assert reply.receipt.charged_rounds == 0
     assert site.kinds() == [], "nothing is charged, set aside or noted"

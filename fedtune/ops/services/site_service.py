@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.data.formats import require_reader
 from fedtune.flower.client import SiteApp
 from fedtune.flower.site_socket import listening, serve_one
-from fedtune.ops.files import trouble_of
+from fedtune.ops.files import signals_handled, trouble_of
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
@@ -32,7 +32,6 @@ from fedtune.ops.wire.line_errors import Dropped, Expired, Unauthorised, Unreach
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.process import signals_handled
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # our own wire needs Flower's inside, which a site behind a socket does without
@@ -130,7 +129,7 @@ class SiteService:
             paused=lambda: state.paused.exists() or state.left.exists(),
             runs=state.runs,
             adapters=self.kit.folder / "adapters",
-            awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
+            awaits=partial(_put_up_for_approval, state),
         )
 
     def _checked(self, state: SiteState) -> SiteFiles:
@@ -150,9 +149,9 @@ class SiteService:
         return files
 
 
-def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) -> None:
-    if state.wait_for_approval(proposal, settings):
-        log.warning("a run waits for approval", extra={"run": proposal.run})
+def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str, software: str) -> None:
+    if state.wait_for_approval(proposal, settings, software=software):
+        log.warning("a run waits for approval", extra={"run": proposal.run, "lead_software": software})
 
 
 class _Standing:

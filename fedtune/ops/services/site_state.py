@@ -26,6 +26,7 @@ class Pending:
     proposal: Proposal  # exactly what is to be approved
     settings: str  # JSON of the run's configuration; its digest is in the name of the proposal's run
     since: str  # when it was first asked for, in UTC
+    software: str = ""  # the lead's fedtune, version and build, by its own word
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SiteState:
         else:
             self.paused.unlink(missing_ok=True)
 
-    def wait_for_approval(self, proposal: Proposal, settings: str) -> bool:
+    def wait_for_approval(self, proposal: Proposal, settings: str, *, software: str = "") -> bool:
         """Queue a run for a person's approval; returns whether it is new.
 
         Raises:
@@ -82,6 +83,7 @@ class SiteState:
             "proposal": proposal.to_json(),
             "settings": settings,
             "since": since or datetime.now(UTC).isoformat(timespec="seconds"),
+            "software": software,
         }
         write_durably(path, json.dumps(fields, indent=1).encode() + b"\n")
         return since is None
