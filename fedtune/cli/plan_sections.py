@@ -274,8 +274,7 @@ def _bytes_and_time(outlook: Outlook) -> Section:
     if found is None:
         return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
-    down, up = size(found.bytes_down), size(found.bytes_up)
-    ways = f"{down} each way" if down == up else f"{down} down and {up} up"
+    ways = f"{size(found.bytes_down)} down and {size(found.bytes_up)} up"
     at = f" at {slowest}" if num_sites > 1 else ""
     users = f" and {counted(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
     data, trained = outlook.config.data, "the head" if outlook.config.lora.kind == NO_ADAPTER else "adapter"

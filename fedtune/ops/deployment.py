@@ -35,7 +35,7 @@ from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, text_for_sites
 from fedtune.spec import ConfigError, RunError
 from fedtune.version import build
 
@@ -178,7 +178,7 @@ class LeadService:
     def _invited(self, config: RunConfig) -> ProposedRun:
         """Every site, about the run as it is sent to them."""
         sent = for_sites(config)
-        settings = json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
+        settings = text_for_sites(sent)
         if len(settings) > MOST_CHARACTERS:
             bound = f"must have at most {MOST_CHARACTERS:,} characters, which sites read: take fewer or shorter texts"
             raise ConfigError("settings", f"{len(settings):,} characters", bound)

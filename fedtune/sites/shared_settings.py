@@ -59,6 +59,11 @@ def for_sites(config: RunConfig) -> RunConfig:
     )
 
 
+def text_for_sites(sent: RunConfig) -> str:
+    """The settings as they travel, of a configuration that `for_sites` made."""
+    return json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
+
+
 @lru_cache(maxsize=4)
 def read_settings(text: str, *, plan: Plan) -> RunConfig:
     """The configuration that a lead sent.
