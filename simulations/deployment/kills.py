@@ -197,10 +197,10 @@ def table(lines: Mapping[str, study.Found]) -> str:
     apart = sum(not book["charged"] == book["stated"] == book["receipt"] for book in books)
     words = [
         f"{len(kills)} kills, {between} of them while a site had charged a round and not committed it ({open_site} of",
-        f"that site itself). {ended} of {len(lines)} runs ended with all {ROUNDS} rounds. {charged} rounds were charged,",
-        f"{free} of them without a reply; {twice} were committed twice, {lost} committed updates are in no round,",
-        f"{unpaid} are in a round without a charge, and at {apart} of {len(books)} sites ledger, run.json and signed",
-        "receipt differ.",
+        f"that site itself). {ended} of {len(lines)} runs ended with all {ROUNDS} rounds. {charged} rounds were",
+        f"charged, {free} of them without a reply; {twice} were committed twice, {lost} committed updates are in no",
+        f"round, {unpaid} are in a round without a charge, and at {apart} of {len(books)} sites ledger, run.json and",
+        "signed receipt differ.",
     ]
     return "\n".join([*rows, "", *words])
 
