@@ -78,7 +78,7 @@ class GridTransport:
             if isinstance(error, StuckError) or not self._apart:
                 raise
             sites = "; ".join(f"{site} speaks {spoken}" for site, spoken in self._apart.items())
-            bound = f"is that of this lead (fedtune {build()}), and not of all its sites: {sites}; {error}"
+            bound = f"is not spoken by all sites, and this lead runs fedtune {build()}: {sites}; {error}"
             raise ConfigError("protocol", WIRE_SCHEMA, bound) from error
 
     def _exchange(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -41,7 +42,18 @@ SECURE = [
     *(word for word in TRAINING if not word.startswith("training.local_steps")),
     *("training.local_steps=1", "federation.aggregation=secure", "federation.threshold=2"),
 ]
-RUNS = {**{f"plain-{seed}": TRAINING for seed in range(4)}, **{f"secure-{seed}": SECURE for seed in range(2)}}
+KINDS = {"plain": TRAINING, "upgraded": TRAINING, "secure": SECURE}
+"""Where runs are upgraded, each killed process comes back as the next version, of the same protocol."""
+RUNS = {f"{kind}-{seed}": words for kind, words in KINDS.items() for seed in range(2)}
+AS_VERSION = """
+import sys
+import fedtune.spec, fedtune.version
+fedtune.version.__version__, protocol = sys.argv[1:3]
+fedtune.spec.WIRE_SCHEMA += int(protocol)
+from fedtune.cli.main import main
+sys.exit(main(sys.argv[3:]))
+"""
+"""`fedtune` of another version, whose protocol's number is so much higher."""
 WHO = ("site", "server", "lead")
 MOMENTS = ("charged", "committed", "any")
 """When a process dies: a site has charged a round and not committed it, has just committed it, or a random moment."""
@@ -54,8 +66,9 @@ class Drill:
         self.made, self.run = made, run
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(self, name: str) -> None:
-        """Start a process by the words that its service manager has."""
+    def start(self, name: str, *, version: str = "", protocol: int = 0) -> None:
+        """Start a process by the words that its service manager has; of another version, if one is given."""
+        program = ["-c", AS_VERSION, version, str(protocol)] if version else ["-m", "fedtune"]
         own = [f"{name}/kit", "--site", f"{name}/site.toml"]
         words = {
             "server": ["server", "start", "--kit", "fed/server", "--host", "127.0.0.1"],
@@ -63,7 +76,7 @@ class Drill:
         }.get(name, ["site", "start", "--kit", *own])
         with (self.made.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "fedtune", *words],
+                [sys.executable, *program, *words],
                 cwd=self.made.folder,
                 stdout=log,
                 stderr=log,
@@ -103,7 +116,7 @@ class Drill:
         found = {"who": who, "moment": moment, "victim": victim, "killed": died, "round": self.round_of(site)}
         found |= {"left_open": [name for name in SITES if self.is_open(name)]}
         time.sleep(chance.uniform(0.0, 2.0))
-        self.start(victim)
+        self.start(victim, version="0.2.1" if self.run.startswith("upgraded") else "")
         return found
 
     def round_of(self, site: str) -> int:
@@ -150,6 +163,29 @@ def drill(runs: Path, *, name: str, overrides: list[str]) -> study.Found:
     return {"kills": kills, "exit_code": code, **books(run)}
 
 
+def apart(runs: Path, *, protocol: int) -> study.Found:
+    """One site whose protocol is another than the lead's: what both say, and what is charged."""
+    shutil.rmtree(folder := runs / f"apart{protocol:+}", ignore_errors=True)
+    folder.mkdir()
+    run = Drill(LocalFederation(folder, [*TRAINING, "federation.min_sites=3"]), "apart")
+    try:
+        run.start("server")
+        for site in SITES:
+            run.start(site, version="0.3.0" if site == SITES[0] else "", protocol=protocol)
+        run.start("lead")
+        code = run.processes["lead"].wait(timeout=PATIENCE_S)
+    finally:
+        run.stop()
+    said = {one: " ".join((folder / f"{one}.log").read_text().split()) for one in ("lead", SITES[0])}
+    sentences = {one: re.findall(r"protocol \d+ \(fedtune \S+\): upgrade the \w+", text) for one, text in said.items()}
+    charged = sum(event.kind in (Kind.PLAN, Kind.RESERVE) for site in SITES for event in run.events(site))
+    return {
+        "exit_code": code,
+        "said": {one: sorted(set(found)) for one, found in sentences.items()},
+        "charged": charged,
+    }
+
+
 def books(run: Drill) -> study.Found:
     """Compare the run's result with its sites' ledgers and with the receipts that the lead has."""
     folder = run.made.folder
@@ -178,6 +214,7 @@ def books(run: Drill) -> study.Found:
 
 def table(lines: Mapping[str, study.Found]) -> str:
     """One row for each process and moment, and what the books of all runs say."""
+    lines = {name: line for name, line in lines.items() if name in RUNS}
     kills = [kill for line in lines.values() for kill in line["kills"]]
     rows = [
         "| killed | a round charged, not committed | just committed | at a random moment |",
@@ -208,4 +245,5 @@ def table(lines: Mapping[str, study.Found]) -> str:
 if __name__ == "__main__":
     given = study.parser(__doc__, Path(__file__).parent).parse_args()
     every: dict[str, study.Line] = {name: partial(drill, name=name, overrides=words) for name, words in RUNS.items()}
+    every |= {f"apart{protocol:+}": partial(apart, protocol=protocol) for protocol in (-1, 1)}
     study.carry_out(__file__, every, table, asked=given, file="kills.json")

@@ -62,6 +62,14 @@ def test_a_lead_of_another_protocol_ends_with_who_must_be_upgraded(
     assert [made.events(site) for site in SITES] == before, "nothing was charged"
 
 
+def test_a_lead_of_another_version_goes_on_with_a_run(federation: Any, monkeypatch: Any) -> None:
+    made, to_json = federation(num_rounds=2), _Question._to_json
+    made.run_until(1)
+    monkeypatch.setattr(_Question, "_to_json", lambda asked: to_json(asked) | {"software": "0.2.1+7c1f09a4e2b5"})
+    assert len(made.run().rounds) == 2
+    assert sorted(made.trained) == sorted([*SITES, *SITES]), "round 1 was answered from the ledgers"
+
+
 def test_a_site_that_waits_for_a_person_may_still_come(federation: Any) -> None:
     made = federation(min_sites=3, policies={"site-2": {"approval": "manual"}})
     with pytest.raises(RunError, match=r"2 of 3 sites.*site-2: awaiting_approval") as raised:
