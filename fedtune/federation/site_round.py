@@ -374,7 +374,7 @@ def _about(request: Request | None) -> str:
         return "to take part"
     if isinstance(request, SumRequest):
         return f"a secure sum's step {request.step}"
-    return f"round {request.round if request else 0}"
+    return f"round {request.round}" if request else "a question"
 
 
 def _refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:
