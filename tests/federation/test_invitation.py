@@ -39,7 +39,7 @@ def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
         ({}, {}, {"expires": 1.0}, Reason.REQUEST_EXPIRED),
         ({"budget": {"max_epsilon": 0.4}}, {}, {}, Reason.MAX_EPSILON),
         ({"approval": "manual"}, {}, {}, Reason.AWAITING_APPROVAL),
-        ({}, {"num_sites": 99}, {}, Reason.PLAN_CHANGED),
+        ({}, {"num_sites": 99}, {"software": "0.3.0+7c1f"}, Reason.PLAN_CHANGED),
     ],
     ids=str,
 )
@@ -49,6 +49,9 @@ def test_what_a_round_would_be_refused_for_is_said_beforehand(
     site = station(**policy)
     reply = site.invite(about=about, **changes)
     assert reason(reply) is rule
+    if "software" in about:
+        assert "(fedtune 0.3.0+7c1f)" in reply.body.asked
+        assert f"(fedtune {build()})" in reply.body.allowed
     assert reply.is_signed()
     assert site.kinds() == [Kind.REFUSAL]
     assert (len(site.awaited) == 1) is (rule is Reason.AWAITING_APPROVAL)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.federation.protocol import OTHER_PROTOCOL, EndOfRun, Invitation, RoundRequest, Signed
+from fedtune.federation.protocol import EndOfRun, Invitation, RoundRequest, Signed
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError
@@ -123,7 +123,6 @@ def test_another_protocol_is_refused_with_who_must_be_upgraded(request_: RoundRe
         assert refused.value.reason is Reason.MALFORMED_REQUEST
         assert refused.value.asked == f"protocol {spoken} (fedtune 0.3.0+7c1f)"
         assert refused.value.allowed == f"protocol {WIRE_SCHEMA} (fedtune {build()}): upgrade the {older}"
-        assert OTHER_PROTOCOL.fullmatch(refused.value.allowed)
     for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
             RoundRequest.of(resigned(request_, lambda f, n=nonsense: json.dumps(f | {"protocol": n})))

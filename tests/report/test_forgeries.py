@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,19 +88,18 @@ class KnownKeys(Federation):
         return super().join(name, records)
 
 
-@pytest.fixture(scope="module", params=["by one process", pytest.param("deployed", marks=pytest.mark.nightly)])
-def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
-    """A run of real sites, or one whose sites' receipts, settings and report are those of real sites."""
-    into = tmp_path_factory.mktemp("runs")
-    if request.param == "deployed":
-        with contextlib.closing(KnownKeys(into, command)) as federation:
-            federation.start()
-            federation.finish("forged", *settings(f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1"))
-        folder, lead = federation.run_folder("forged"), SigningKey.load(federation.lead_kit / "lead_key.pem")
-        shutil.copy(federation.lead_kit / "roster.json", folder.parent)
-        deployed = Deployed(folder, signing.signed(signing.read_report(str(folder))[1], lead), lead)
-        yield without_pages(deployed)
-        return
+def deployed_in(into: Path) -> Deployed:
+    """A run of these processes, with the report that its lead wrote."""
+    with contextlib.closing(KnownKeys(into, command)) as federation:
+        federation.start()
+        federation.finish("forged", *settings(f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1"))
+    folder, lead = federation.run_folder("forged"), SigningKey.load(federation.lead_kit / "lead_key.pem")
+    shutil.copy(federation.lead_kit / "roster.json", folder.parent)
+    return Deployed(folder, signing.signed(signing.read_report(str(folder))[1], lead), lead)
+
+
+def simulated_in(into: Path) -> Deployed:
+    """A simulation whose sites' receipts, settings and report are those of real sites."""
     rounds = (f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1", "federation.num_sites=3")
     folder = simulate(*rounds, f"federation.site_names=[{','.join(SITES)}]", into=into)
     record = from_run.read_run(folder)
@@ -119,11 +118,14 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dep
     }
     record = replace(record, state=replace(record.state, receipts=receipts))
     write_roster(into / "roster.json")
-    yield without_pages(Deployed(folder, signing.signed(derive(from_run.facts_of(folder, record, own={})), LEAD)))
+    return Deployed(folder, signing.signed(derive(from_run.facts_of(folder, record, own={})), LEAD))
 
 
-def without_pages(run: Deployed) -> Deployed:
-    """The report alone, since a page of another report would show any lie."""
+@pytest.fixture(scope="module", params=["simulated", pytest.param("deployed", marks=pytest.mark.nightly)])
+def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """A run with its report alone, since a page of another report would show any lie."""
+    into = tmp_path_factory.mktemp("runs")
+    run = deployed_in(into) if request.param == "deployed" else simulated_in(into)
     for name in ("report.html", "adapter/README.md", "adapter/label.svg"):
         (run.folder / name).unlink(missing_ok=True)
     run.write(run.report)
