@@ -79,18 +79,12 @@ def write_roster(path: Path) -> None:
     path.write_text(json.dumps(fields | {"signature": LEAD.sign("roster", message)}))
 
 
-class KnownKeys(Federation):
-    """Server, lead and sites as processes, over TLS; each site has the key of its name."""
-
-    def join(self, name: str, records: Any) -> Any:
-        (folder := self.folder / "sites" / name).mkdir(parents=True)
-        keys._write_new(folder / "site_key.pem", key_of(name)._private)
-        return super().join(name, records)
-
-
 def deployed_in(into: Path) -> Deployed:
-    """A run of these processes, with the report that its lead wrote."""
-    with contextlib.closing(KnownKeys(into, command)) as federation:
+    """A run of server, lead and sites as processes over TLS, with its lead's report; each site has its name's key."""
+    for name in SITES:
+        (folder := into / "sites" / name).mkdir(parents=True)
+        keys._write_new(folder / "site_key.pem", key_of(name)._private)
+    with contextlib.closing(Federation(into, command)) as federation:
         federation.start()
         federation.finish("forged", *settings(f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1"))
     folder, lead = federation.run_folder("forged"), SigningKey.load(federation.lead_kit / "lead_key.pem")
