@@ -199,17 +199,19 @@ def books(run: Drill) -> study.Found:
         reserved = [(event.round, event.attempt) for event in events if event.kind is Kind.RESERVE]
         committed = Counter(event.round for event in events if event.kind is Kind.COMMIT)
         counted = Counter(round["round"] for round in result["rounds"] if site in round["sites"])
+        unread = Counter(one["round"] for one in result["rounds"] if one["failed_sites"].get(site) == "not_summed")
         receipt = Receipt.from_json(receipts[site])
         sites[site] = {
             "charged": len(reserved),
             "charged_without_reply": len(reserved) - committed.total(),
             "committed_twice": [round for round, times in committed.items() if times > 1],
-            "lost": sorted((committed - counted).elements()),
+            "not_summed": sorted((committed & unread).elements()),
+            "lost": sorted((committed - counted - unread).elements()),
             "counted_without_charge": sorted((counted - committed).elements()),
             "stated": result["privacy"]["sites"][site]["rounds"],
             "receipt": receipt.charged_rounds if receipt.is_signed() and receipt.ended else None,
         }
-    return {"rounds": len(result["rounds"]), "sites": sites}
+    return {"rounds": sum(bool(round["sites"]) for round in result["rounds"]), "sites": sites}
 
 
 def table(lines: Mapping[str, study.Found]) -> str:
@@ -228,16 +230,17 @@ def table(lines: Mapping[str, study.Found]) -> str:
     between = sum(bool(kill["left_open"]) for kill in kills)
     ended = sum(line["exit_code"] == 0 and line["rounds"] == ROUNDS for line in lines.values())
     charged, free = (sum(book[key] for book in books) for key in ("charged", "charged_without_reply"))
-    twice, lost, unpaid = (
-        sum(len(book[key]) for book in books) for key in ("committed_twice", "lost", "counted_without_charge")
+    twice, lost, unread, unpaid = (
+        sum(len(book[key]) for book in books)
+        for key in ("committed_twice", "lost", "not_summed", "counted_without_charge")
     )
     apart = sum(not book["charged"] == book["stated"] == book["receipt"] for book in books)
     words = [
         f"{len(kills)} kills, {between} of them while a site had charged a round and not committed it ({open_site} of",
-        f"that site itself). {ended} of {len(lines)} runs ended with all {ROUNDS} rounds. {charged} rounds were",
+        f"that site itself). {ended} of {len(lines)} runs ended with results of {ROUNDS} rounds. {charged} rounds were",
         f"charged, {free} of them without a reply; {twice} were committed twice, {lost} committed updates are in no",
-        f"round, {unpaid} are in a round without a charge, and at {apart} of {len(books)} sites ledger, run.json and",
-        "signed receipt differ.",
+        f"round, {unread} are in a sum that run.json says was not read, {unpaid} are in a round without a charge, and",
+        f"at {apart} of {len(books)} sites ledger, run.json and signed receipt differ.",
     ]
     return "\n".join([*rows, "", *words])
 
