@@ -320,6 +320,7 @@ class RunFacts:
     sites: tuple[SiteFacts, ...]
     files: Mapping[str, str]  # file of the finished model, and of each export -> its SHA-256
     held_out: tuple[HeldOut, ...] | None = None  # noised scores of runs up to this one, each begun in the one before
+    constant: float | None = None  # `judged_by` of the best constant answer to the test file; None: there is no such
 
     @property
     def unit(self) -> Unit:
