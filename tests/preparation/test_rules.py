@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from fedtune.data.formats import raw_rows
 from fedtune.spec import DataError
 
 from .conftest import AB, ASK, SAY, few, own, rows, seen, summary
+from .test_starter import made_for
 
 AGE: Callable[[int], float] = lambda n: 20 + n * 0.75  # noqa: E731
 WARD, SHAPE = ("north", "south"), ("x", "y", "z")
@@ -140,11 +144,11 @@ def decided(folder: Path, given: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("name", RULES)
 def test_rule_decides_alike_for_other_orders_and_names(tmp_path: Path, name: str) -> None:
     columns, expected = RULES[name]
-    given, draws = rows(columns, 60), random.Random(name)
-    before = decided(tmp_path, given)
+    rows_of, draws = rows(columns, 60), random.Random(name)
+    before = decided(tmp_path, rows_of)
     assert expected in before
     order = draws.sample(sorted(columns), len(columns))
-    mixed = [{name: row[name] for name in order} for row in draws.sample(given, len(given))]
+    mixed = [{name: row[name] for name in order} for row in draws.sample(rows_of, len(rows_of))]
 
     def sorted_parts(said: str) -> list[str]:
         return sorted(said.replace(",", " ").replace(";", " ").split())
@@ -155,3 +159,31 @@ def test_rule_decides_alike_for_other_orders_and_names(tmp_path: Path, name: str
     for old, new in RENAMED.items():
         text, before = text.replace(f'"{old}', f'"{new}'), before.replace(old, new)
     assert sorted_parts(decided(tmp_path, json.loads(text))) == sorted_parts(before), "names that mean nothing"
+
+
+KINDS = st.lists(st.sampled_from(["whole", "torn", "damaged"]), min_size=12, max_size=20)
+NOTED = {"torn": "records have parts that begin or end within a word", "damaged": "of its values have mojibake"}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kinds=KINDS, names=st.sampled_from([("text", "spans"), ("content", "entities")]))
+def test_torn_and_damaged_rows_are_counted_whatever_their_order(tmp_path: Path, kinds: Any, names: Any) -> None:
+    """Offsets are held against words, and what an encoding spoiled is told."""
+    texts = {"whole": "cards are lost", "torn": "cards are lost", "damaged": "f\u00c3\u00bcr are lost"}
+    made = [[f"{texts[kind]} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in made))
+    told = made_for(tmp_path / "rows.jsonl").notes
+    for kind, said in NOTED.items():
+        counted = [line for line in told.splitlines() if said in line]
+        assert bool(counted) == (kind in kinds)
+        assert all(f"{kinds.count(kind)} of " in line for line in counted)
+
+
+@given(order=st.permutations(["NOUN", "_", "B-x"]), first=st.integers(0, 1))
+def test_a_counter_is_no_token_wherever_tags_stand(tmp_path_factory: Any, order: list[str], first: int) -> None:
+    rows = [f"{first + n}\tw{n}\t" + "\t".join(order).replace("B-x", "B-x" if n else "O") for n in range(3)]
+    path = tmp_path_factory.mktemp("marked") / "train.conll"
+    path.write_text("\n\n".join(["\n".join(rows)] * 5) + "\n")
+    ((_, row), *_) = raw_rows(path)
+    assert row["tokens"] == ["w0", "w1", "w2"]
+    assert row["tags"] == ["O", "B-x", "B-x"]

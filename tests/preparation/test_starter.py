@@ -72,8 +72,19 @@ def test_labels_that_yaml_would_take_for_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
-def test_a_site_gets_a_few_hundred_records(rows: int, sites: int) -> None:
-    assert starter.sites_for(rows) == sites
+def test_a_site_gets_a_few_hundred_records(tmp_path: Path, rows: int, sites: int) -> None:
+    assert made_for(table(tmp_path, rows)).plan.num_sites == sites
+
+
+def test_a_template_of_all_texts_is_proposed_as_a_comment_that_composes(tmp_path: Path) -> None:
+    columns = ("title", "summary", "text")
+    given = [{name: f"{name} of {n} in some words" * 2**at for at, name in enumerate(columns)} for n in range(40)]
+    made = made_for(lines(tmp_path, *({**row, "label": "ab"[n % 2]} for n, row in enumerate(given))))
+    assert made.composed().data.prompt_template == "{prompt}"
+    page = made.text.replace("  columns:", "  # was:").replace("  # columns:", "  columns:")
+    data = made.composed(page.replace("  # prompt_template", "  prompt_template")).data
+    assert data.columns == {"text": "text", "label": "label", "input": "title", "part_2": "summary"}
+    assert data.prompt_template == "{input}\n\n{part_2}\n\n{text}"
 
 
 @pytest.mark.parametrize(("words", "length", "windows"), [(9, 32, 1), (200, 256, 2), (5000, 256, 4)])
