@@ -187,14 +187,16 @@ def test_the_best_run_is_told_by_validation_alone(row: Any) -> None:
     assert best_of(losses) is losses[1], "the smallest"
 
 
-def test_neither_a_run_that_failed_nor_scores_on_the_sites_records_make_a_best(row: Any) -> None:
+def test_neither_a_run_that_failed_nor_scores_on_training_records_make_a_best(row: Any) -> None:
     rows = [row(0.4), row(0.3), row(0.9, findings=(DIVERGED,)), replace(row(0.8), error=RunError("x"))]
     assert [one.state for one in rows] == ["finished", "finished", "diverged", "failed"]
     assert best_of(rows) is rows[0]
-    share = "data.validation_fraction=0.2", "data.validation_file=null"
     train = (f"data.validation_file={row(0.4).config.data.train_file}",)
-    for settings in (share, train):
-        assert best_of([row(0.4, *settings), row(0.6, *settings)]) is None
+    assert best_of([row(0.4, *train), row(0.6, *train)]) is None
+    share = ("data.validation_fraction=0.2", "data.validation_file=null")
+    rows = [row(0.4, *share, test=0.9), row(0.6, *share, test=0.1)]
+    assert best_of(rows) is rows[1], "no site trains on a simulation's share"
+    assert best_of([row(0.4, *share), row(0.6, *share, "seed=7")]) is None, "other records"
     assert best_of([row(0.4), row(0.6, "data.unusable=leave_out")]) is None
 
 
