@@ -121,13 +121,9 @@ def export(
     if output is not None and output.exists():  # it might be the ledger, or the key
         raise ConfigError("--output", str(output), "exists already; choose a new file")
     file, verified = _verified(path, anchor=anchor, site_key=site_key)
-    whole = {
-        **budget_text.identity_json(file, verified),
-        "head": verified.events[-1],
-        "verification": budget_text.verification_json(verified),
-        "spending": spending_json(verified),
-        "events": verified.events,
-    }
+    proved = {"head": verified.events[-1], "verification": budget_text.verification_json(verified)}
+    told = {"spending": spending_json(verified), "events": verified.events}
+    whole = {**budget_text.identity_json(file, verified), **proved, **told}
     if output is None:
         print_json(whole)
         return

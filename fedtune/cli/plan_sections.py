@@ -83,14 +83,8 @@ class Outlook:
         """Every figure as plain JSON; null stands for no bound."""
         config, price, plan = self.config, self.price, self.plan
         strictest, sums = self.strictest, self.secure_sums
-        common = {
-            "steps": price.steps,
-            "sampling_rate": plan.sampling_rate,
-            "noise_multiplier": plan.noise_multiplier,
-            "epsilon": price.epsilon,
-            "epsilon_rdp": price.epsilon_rdp,
-            "epsilon_filter": price.epsilon_filter,
-        }
+        common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
+        common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
         figures: dict[str, Any] = jsonable(
             {
                 "schema_version": SCHEMA_VERSION,

@@ -61,19 +61,10 @@ class AtSite:
         """List the runs that wait, with what each would cost; null: it promises nothing."""
         told, rows = [], []
         for pending in self.state.waiting():
-            asked = pending.proposal
-            epsilon = _epsilon(asked)
-            told.append(
-                {
-                    "run": asked.run,
-                    "digest": asked.digest(),
-                    "since": pending.since,
-                    "dataset": asked.dataset,
-                    "lead": asked.lead,
-                    "epsilon": epsilon,
-                    "delta": asked.plan.delta,
-                }
-            )
+            asked, since = pending.proposal, pending.since
+            spent = {"epsilon": (epsilon := _epsilon(asked)), "delta": asked.plan.delta}
+            about_run = {"run": asked.run, "digest": asked.digest(), "since": since, "dataset": asked.dataset}
+            told.append({**about_run, "lead": asked.lead, **spent})
             about = (printable(asked.run), pending.since, printable(asked.dataset))
             rows.append((*about, _price(epsilon), spoken_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "asked by lead")
@@ -130,17 +121,13 @@ class AtSite:
         found.pop(self.kit.site or "", None)
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
         rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
-        answer(
-            {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members},
-            [Section(headings=("site", "here", "site key by the roster"), rows=rows, words=range(3))],
-            as_json=as_json,
-            heading=f"Sites of {roster.federation}, by the lead's roster number {roster.number}:",
-        )
-        if not as_json:
-            say(
-                "Nothing is changed here. To sum with another site, compare its key with that site itself, not with "
-                "the lead, and write it into [trust].members of site.toml."
-            )
+        note = "Nothing is changed here. To sum with another site, compare its key with that site itself, not with "
+        note += "the lead, and write it into [trust].members of site.toml."
+        headings = ("site", "here", "site key by the roster")
+        told = {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members}
+        heading = f"Sites of {roster.federation}, by the lead's roster number {roster.number}:"
+        section = Section(headings=headings, rows=rows, words=range(3), notes=[note])
+        answer(told, [section], as_json=as_json, heading=heading)
 
     def score(self, run: str, *, by: str | None, smallest: int, as_json: bool) -> None:
         check_at_least("--smallest", smallest, FEWEST_UNITS)
