@@ -67,7 +67,7 @@ def init(
     table: Annotated[bool, Option("the answer is to numbers and categories, and not to a text or an image")] = False,
     texts: Annotated[bool, Option("the answer is to a text")] = False,
     ranges: Annotated[
-        str | None, Option("of a table's numbers: one for all, or a file of column, low, high", metavar="LOW,HIGH|FILE")
+        str | None, Option("LOW,HIGH of all numbers, or a file of column,low,high", metavar="RANGE")
     ] = None,
     **columns: Annotated[str | None, Option(names=(*OPTIONS,), metavar="COLUMN")],
 ) -> None:
@@ -82,8 +82,7 @@ def init(
     fedtune data init tweets.csv --site airline          a simulation with a site for each value of this column
     fedtune data init nli.csv --text a --text-pair b      two texts with a label: whether one follows from the other
     fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
-    fedtune data init scaled.csv --ranges=-5,5           a table whose numbers all have this public range
-    fedtune data init labs.csv --ranges units.csv        ranges by column: the columns column, low and high
+    fedtune data init labs.csv --ranges=-5,5             a table whose numbers all have this public range
     fedtune data init labs.csv --table                   the same, though a column reads like texts (--texts: not)
     fedtune data init scans.csv --model FOLDER           paths of images, and a vision transformer
     fedtune data init trial.csv --time months --event died  when an event comes, by a table, a text or an image
