@@ -66,9 +66,7 @@ def init(
     unit: Annotated[Literal["user", "record"], Option("what is protected, if a column names persons")] = "user",
     table: Annotated[bool, Option("the answer is to numbers and categories, and not to a text or an image")] = False,
     texts: Annotated[bool, Option("the answer is to a text")] = False,
-    ranges: Annotated[
-        str | None, Option("LOW,HIGH of all numbers, or a file of column,low,high", metavar="RANGE")
-    ] = None,
+    ranges: Annotated[str | None, Option("LOW,HIGH for all numbers, or a file by column", metavar="RANGE")] = None,
     **columns: Annotated[str | None, Option(names=(*OPTIONS,), metavar="COLUMN")],
 ) -> None:
     """Look at a file of records, say what it is, and write an experiment with a comment on each line.

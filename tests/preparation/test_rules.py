@@ -20,6 +20,9 @@ from .conftest import AB, ASK, SAY, few, own, rows, seen, summary
 from .test_starter import made_for
 
 AGE: Callable[[int], float] = lambda n: 20 + n * 0.75  # noqa: E731
+BELONG: dict[str, Any] = {"anchor": own, "positive": own}
+SURVIVED: dict[str, Any] = {"os_months": AGE, "os_status": (0, 1)}
+FREE = ("0:DiseaseFree", "1:Recurred/Progressed")
 WARD, SHAPE = ("north", "south"), ("x", "y", "z")
 TABLE: dict[str, Any] = {"age": AGE, "kappa": WARD}
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
@@ -68,13 +71,10 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "alive or dead": (TABLE | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
     "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
     "of cBioPortal": ({"age": AGE, "os": AGE, "died": ("0:LIVING", "1:DECEASED")}, "table: time=os event=died"),
-    "of a study": (
-        {"age": AGE, "dfs_months": AGE, "dfs_status": ("0:DiseaseFree", "1:Recurred/Progressed")},
-        "time=dfs_months event=dfs_status",
-    ),
+    "of a study": ({"age": AGE, "dfs_months": AGE, "dfs_status": FREE}, "time=dfs_months event=dfs_status"),
     "three courses": ({"age": AGE, "time": AGE, "status": (0, 1, 2)}, "may say whether an event came by time"),
     "two events": (
-        {"os_months": AGE, "os_status": (0, 1), "pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)},
+        SURVIVED | {"pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)},
         "may say whether an event came",
     ),
     "another event": ({"age": AGE, "days": AGE, "status": ("open", "shut")}, "may say whether an event came by days"),
@@ -109,11 +109,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "questions": ({"question": own, "sentence": own, "label": (0, 1)}, "text=question text_pair=sentence label"),
     "answers": ({"prompt": own, "answer_0": own, "answer_1": own, "better_id": (0, 1)}, "must be one answer, chosen"),
     "a tournament": ({"prompt": own, "reply_1": own, "reply_2": own, "reply_3": own}, "several texts"),
-    "negatives": (
-        {"anchor": own, "positive": own, "negative_1": own, "negative_2": own},
-        "triplets: anchor positive negative=negative_1; not negative_2",
-    ),
-    "no negative": ({"anchor": own, "positive": own}, "must have beside them a column negative"),
+    "negatives": (BELONG | {"negative_1": own, "negative_2": own}, "positive negative=negative_1; not negative_2"),
+    "no negative": (BELONG, "must have beside them a column negative"),
     "turns": ({"user": own, "response": own}, "pairs: prompt=user completion=response"),
     "turns in columns": ({"user_1": own, "bot_1": own, "user_2": own, "bot_2": own}, "several texts"),
     "of OpenAI": (

@@ -204,10 +204,8 @@ def test_neither_a_run_that_failed_nor_scores_on_training_records_make_a_best(ro
     ("one", "other", "comparable"),
     [
         ((), ("lora.rank=2", "privacy.epsilon=3", "data.max_length=8"), True),
-        (("data.validation_rows=5",), ("data.validation_rows=6",), False),
-        ((), WRITES, False),
-        (WRITES, (*WRITES, "lora.rank=2"), True),
-        (WRITES, (*WRITES, "data.max_length=9"), False),
+        *((("data.validation_rows=5",), ("data.validation_rows=6",), False), ((), WRITES, False)),
+        *((WRITES, (*WRITES, "lora.rank=2"), True), (WRITES, (*WRITES, "data.max_length=9"), False)),
     ],
 )
 def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other: Any, comparable: bool) -> None:
