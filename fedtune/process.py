@@ -1,10 +1,7 @@
 """Settings of a process, made once, before torch first computes."""
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -38,14 +35,3 @@ if TYPE_CHECKING:
     import torch as torch
 else:
     torch = _WhenUsed("torch")
-
-
-@contextmanager
-def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let SIGTERM and SIGINT call `handler` while the block runs."""
-    before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for each, known in before.items():
-            signal.signal(each, known)

@@ -25,7 +25,7 @@ LEDGER_SCHEMA: Final = 4  # ledger.db and its anchor
 REPORT_SCHEMA: Final = 7  # report.json
 RUN_SCHEMA: Final = 3  # a run folder's config.yaml, run.json, environment.json, audit.json, and adapter/fedtune.json
 KIT_SCHEMA: Final = 3  # kit.toml, roster.json, join requests, and the lead's own files beside them
-WIRE_SCHEMA: Final = 6  # what lead and sites say to each other
+WIRE_SCHEMA: Final = 7  # what lead and sites say to each other
 
 
 class FedtuneError(Exception):

@@ -72,7 +72,7 @@ class MadeSite(Site):
     def keep(self, run: str, adapter: Adapter) -> None:
         self.kept.append((run, adapter.digest()))
 
-    def await_approval(self, proposal: Proposal) -> None:
+    def await_approval(self, proposal: Proposal, *, software: str) -> None:
         self.awaited.append(proposal)
 
 

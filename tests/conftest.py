@@ -26,7 +26,7 @@ import pytest
 
 from fedtune.api import compose, experiment_file
 from fedtune.cli.main import fedtune, main
-from fedtune.config import RunConfig, config_yaml
+from fedtune.config import RunConfig, config_yaml, saved_config
 from fedtune.data import partition, records
 from fedtune.data.records import Record
 from fedtune.federation.run_folder import RunFolder
@@ -276,6 +276,20 @@ def simulate(*overrides: str, into: Path, name: str = "run") -> Path:
 def write_config(config: RunConfig, folder: Path) -> None:
     """The config.yaml of a run folder, which is made where there is none."""
     write_durably(RunFolder(folder).config, config_yaml(config))
+
+
+def check_planned_bytes(folder: Path) -> None:
+    """Check that the rounds of a simulation moved what `fedtune plan` says; its sites have their settings already."""
+    from fedtune.ops.round_bytes import round_bytes
+    from fedtune.sites.shared_settings import for_sites, text_for_sites
+    from fedtune.tasks.task_model import build_task_model
+
+    config, rounds = saved_config(folder), result_of(folder)["rounds"]
+    down, up = round_bytes(config, config.plan(), build_task_model(config.task_model()))
+    down -= len(text_for_sites(for_sites(config)).encode())
+    for entry in rounds[1:]:  # in the first one a session of secure sums begins
+        sites = len(entry["sites"])
+        assert (entry["bytes_down"], entry["bytes_up"]) == pytest.approx((sites * down, sites * up), rel=0.02)
 
 
 def result_of(folder: Path) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedtune.api.compose import Recipe, Settings, compose_recipe
 from fedtune.config import RunConfig, config_yaml, saved_config
@@ -85,7 +85,7 @@ def simulate(
     recipe: Recipe | None = None,
     settings: Settings | None = None,
     *,
-    progress: Callable[[Progress], None] = lambda told: None,
+    progress: Callable[[Progress], None] | Literal[True] = lambda told: None,
     session: Session | None = None,
 ) -> Run:
     """Run a federation on this machine to its end: simulated sites, each with a ledger and DP-SGD of its own.
@@ -99,13 +99,17 @@ def simulate(
         recipe: what to run; None: the default, four banks on Banking77.
         settings: that differ from the recipe's.
         progress: is called as the run goes on, in this thread; what it raises ends the run as an interrupt does.
+            True: the lines and the bar of the command, on standard error.
         session: keeps the loaded model and what it made of records for the next run that is given it; None: nothing.
 
     Raises:
         ValueError: a setting, a file or the model cannot be used; nothing was trained or charged.
         RunError: too few sites replied.
     """
+    from rich.console import Console
+
     from fedtune.flower import simulation
+    from fedtune.show.run_progress import Display
     from fedtune.sites.virtual_site import fitted
 
     config = compose_recipe(recipe, settings)
@@ -117,7 +121,11 @@ def simulate(
     work = partial(simulation.simulate, session=session)
 
     def run(config: RunConfig, folder: Path) -> None:
-        run_in_folder(config, folder, Teller(config, progress), work=work)
+        if progress is not True:
+            run_in_folder(config, folder, Teller(config, progress), work=work)
+            return
+        with Display(Console(stderr=True), config, shown=True) as display:
+            run_in_folder(config, folder, display, work=work)
 
     config = after_public_stage(config, run)
     folder = folder_of(config)

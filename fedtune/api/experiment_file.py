@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import reduce
 from pathlib import Path
@@ -54,14 +54,25 @@ def composed(chosen: Mapping[str, str]) -> tuple[dict[str, Any], Path | None, se
     return (found, path, {key for key, _ in dotted(layers[-1])}) if is_file else (found, None, set())
 
 
-def check_nothing_open(value: Any, key: str = "") -> None:
-    """Require a value for whatever an experiment leaves open."""
-    if value == OPEN:
+def check_nothing_open(settings: Mapping[str, Any]) -> None:
+    """Require a value for whatever an experiment leaves open; all that lacks one is named together."""
+    if left := [*_left_open(settings)]:
+        key, *others = left
         bound = "write it where the file has ???" if "[" in key else f"give it as {key}=VALUE"
-        raise ConfigError(key, "", f"is required: {bound}")
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, inner in parts:
-        check_nothing_open(inner, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip("."))
+        more = f", and so are {', '.join(others)}" if others else ""
+        raise ConfigError(key, "", f"is required{more}: {bound}")
+
+
+def _left_open(value: Any, key: str = "") -> Iterator[str]:
+    """The keys of settings without a value; an entry of a list is called by its columns, where it has any."""
+    if value == OPEN:
+        yield key
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        yield from _left_open(inner, f"{key}.{name}".lstrip("."))
+    for place, inner in enumerate(value) if isinstance(value, list) else ():
+        columns = inner.get("columns") if isinstance(inner, dict) else None
+        name = ", ".join(map(str, columns)) if isinstance(columns, list) else place
+        yield from _left_open(inner, f"{key}[{name}]")
 
 
 def settings_of(group: str, option: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedtune.api.compose import compose_run, value_of
 from fedtune.audit.spec import AuditSpec
-from fedtune.cli.command import AsJson, Overrides
+from fedtune.cli.command import AsJson, Overrides, answer
 from fedtune.cli.interruptible_run import show_run
 from fedtune.config import RunConfig, config_yaml
 from fedtune.federation.run_folder import RunFolder
@@ -19,7 +19,7 @@ from fedtune.privacy.accountant import epsilon_text
 from fedtune.report.derive.verdicts import read_audit, refuted
 from fedtune.report.facts import Audit, AuditHitRate
 from fedtune.runs.place_of_run import folder_of
-from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, print_json, say, show
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError, RunError
 
 _PREFIX = "audit."
@@ -90,16 +90,10 @@ def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
     folder = folder_of(config)
     RunFolder(folder).create(config_yaml(config))
     found = sensitivity.search(config, spec, folder, seed=config.seed)
-    text = (
-        f"{found.tries} cases, one {found.unit} more in each: the sum moved by at most {found.moved:.6f} clip norms\n"
-        f"  above one clip norm           {found.exceeded}\n"
-        f"  other {found.unit}s moved, by a cell or more   {found.others_moved}\n"
-        f"{folder / sensitivity.FILE}"
-    )
-    if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found})
-    else:
-        say(text)
+    title = f"{found.tries} cases, one {found.unit} more in each: the sum moved by at most {found.moved:.6f} clip norms"
+    moved = {"above one clip norm": f"{found.exceeded}", f"other {found.unit}s, by a cell": f"{found.others_moved}"}
+    told = {"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": found}
+    answer(told, [pairs({**moved, "written": str(folder / sensitivity.FILE)}, title=title)], as_json=as_json)
     if found.exceeded or found.others_moved:
         raise RunError(
             "one unit moved a sum by more than its own clipped contribution: no epsilon holds on this machine"

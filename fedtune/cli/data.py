@@ -24,6 +24,7 @@ from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
 from fedtune.cli.finished_run import columns_by_option, roles_of
 from fedtune.config import RunConfig
 from fedtune.data.faults import Faults, LeftOut
+from fedtune.data.features import check_range
 from fedtune.data.formats import format_of
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file, usable_records, without_records
@@ -36,13 +37,13 @@ from fedtune.preparation import starter
 from fedtune.preparation.check_data import check as examine
 from fedtune.preparation.clean import RULES, Cleaning, Coding
 from fedtune.preparation.clean import clean as write_clean
-from fedtune.preparation.detect import KINDS, OPTIONS, Form, look_at
+from fedtune.preparation.detect import KINDS, OPTIONS, Form, Found, look_at
 from fedtune.preparation.duplicates import compare
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.new_files import new_files, new_streams, refused
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, json_text, say, show, write_file
 from fedtune.sites.run_records import file_sha256, require_no_card
-from fedtune.spec import ConfigError, DataError, check_one_of
+from fedtune.spec import ConfigError, DataError, check_one_of, expand_home
 from fedtune.tasks.inputs import input_of
 from fedtune.tasks.registry import TASKS, task_named
 
@@ -65,6 +66,7 @@ def init(
     unit: Annotated[Literal["user", "record"], Option("what is protected, if a column names persons")] = "user",
     table: Annotated[bool, Option("the answer is to numbers and categories, and not to a text or an image")] = False,
     texts: Annotated[bool, Option("the answer is to a text")] = False,
+    ranges: Annotated[str | None, Option("LOW,HIGH for all numbers, or a file by column", metavar="RANGE")] = None,
     **columns: Annotated[str | None, Option(names=(*OPTIONS,), metavar="COLUMN")],
 ) -> None:
     """Look at a file of records, say what it is, and write an experiment with a comment on each line.
@@ -78,6 +80,7 @@ def init(
     fedtune data init tweets.csv --site airline          a simulation with a site for each value of this column
     fedtune data init nli.csv --text a --text-pair b      two texts with a label: whether one follows from the other
     fedtune data init labs.csv --label diagnosis         a table: numbers and categories, and what is learnt of them
+    fedtune data init labs.csv --ranges=-5,5             a table whose numbers all have this public range
     fedtune data init labs.csv --table                   the same, though a column reads like texts (--texts: not)
     fedtune data init scans.csv --model FOLDER           paths of images, and a vision transformer
     fedtune data init trial.csv --time months --event died  when an event comes, by a table, a text or an image
@@ -107,9 +110,8 @@ def init(
         raise DataError(str(found.path), "no records", f"must have rows that a run can use: {plan.left_out}")
     if sites is not None and sites > plan.units:
         raise ConfigError("--sites", sites, f"must be at most {plan.units}, the records or persons of the file")
-    plan = replace(
-        plan, model=model if spec is config.model else None, model_path=None if spec is config.model else model
-    )
+    named, path = (model, None) if spec is config.model else (None, model)
+    plan = replace(plan, model=named, model_path=path, ranges=_ranges(ranges, found) if ranges is not None else {})
     write_file(target, starter.experiment(found, plan, file=target), option="--out")
     try:  # a label or column may be what a file of settings cannot hold
         compose_run([f"experiment={target.absolute()}", *starter.filled(found)])
@@ -121,6 +123,26 @@ def init(
     show([*data_sections.file_sections(found, plan), about_input, to_know])
     say(f"\nWritten: {target}. Read it, then type:")
     say(f"  {starter.next_line(target)}", style="bold")
+
+
+def _ranges(given: str, found: Found) -> dict[str, tuple[float, float]]:
+    """By column of numbers the range that a person declares: one for all of them, or each by a line of a file."""
+    numbers = [name for name in found.features if not found.columns[name].is_category]
+    bound = "must be LOW,HIGH, or a file with the columns column, low and high, for a table's numbers"
+    lines = [(name, *given.split(",")) for name in numbers]
+    if os.path.exists(path := expand_home(given, key="--ranges")):
+        roles = ("column", "low", "high")
+        records = iter_records(Path(path), dict(zip(roles, roles, strict=True)))
+        lines = [tuple(one.fields[role] for role in roles) for one in records if one.fields["column"] in numbers]
+    try:
+        declared = {name: (float(low), float(high)) for name, low, high in lines}
+    except ValueError:
+        declared = {}
+    if not declared:
+        raise ConfigError("--ranges", given, bound)
+    for pair in declared.values():
+        check_range("--ranges", pair)
+    return declared
 
 
 @command(app, "say what is wrong or odd with the records of an experiment")

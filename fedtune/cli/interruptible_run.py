@@ -24,8 +24,8 @@ from fedtune.cli.command import InterruptTold, importing
 from fedtune.config import RunConfig
 from fedtune.federation.kept_round import used_up_text
 from fedtune.federation.run_folder import RunFolder
+from fedtune.ops.files import signals_handled
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.process import signals_handled
 from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import say, show
 from fedtune.sites.session import Session

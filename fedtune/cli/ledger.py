@@ -28,9 +28,10 @@ from fedtune.cli.plain_words import event_text, filled, promise_text, spending_j
 from fedtune.federation.run_folder import run_folders_near
 from fedtune.ops.backup import MadeUp, anchors_at_hand, make_up_for
 from fedtune.ops.files import act_as_owner
+from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.keys import SigningKey, check_public_key
+from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import share_of_cap
@@ -120,13 +121,9 @@ def export(
     if output is not None and output.exists():  # it might be the ledger, or the key
         raise ConfigError("--output", str(output), "exists already; choose a new file")
     file, verified = _verified(path, anchor=anchor, site_key=site_key)
-    whole = {
-        **budget_text.identity_json(file, verified),
-        "head": verified.events[-1],
-        "verification": budget_text.verification_json(verified),
-        "spending": spending_json(verified),
-        "events": verified.events,
-    }
+    proved = {"head": verified.events[-1], "verification": budget_text.verification_json(verified)}
+    told = {"spending": spending_json(verified), "events": verified.events}
+    whole = {**budget_text.identity_json(file, verified), **proved, **told}
     if output is None:
         print_json(whole)
         return
@@ -137,14 +134,14 @@ def export(
 @command(app, "write a signed head, to be kept elsewhere", name="anchor")
 def write_anchor(
     path: LedgerPath,
-    key: Annotated[Path, Option(metavar="FILE", help="the site's private key, site_key.pem")],
+    key: Annotated[Path, Option(metavar="FILE", help="the site's private key: site_key.pem, or site.toml")],
     output: Annotated[Path, Option(metavar="FILE", help="where the anchor is kept")],
 ) -> None:
     """Write the ledger's newest head, signed, into an anchor file: keep it on another disk or machine.
 
     If the file exists, the ledger must contain its anchor; otherwise an older ledger was put back.
     """
-    file, own = ledger_file(path), SigningKey.load(key)
+    file, own = ledger_file(path), read_signing_key(key)
     before = Head.read(output) if output.exists() else None
     verified = verify(file, anchor=before, site_key=own.public)
     write_file(output, verified.history.head(own).to_bytes(), option="--output")
@@ -229,7 +226,7 @@ def _own_site(policy: Path, path: str | None) -> SiteFiles:
     if not files.ledger.is_file() or not given.samefile(files.ledger):
         raise ConfigError("ledger", str(given), f"must be the policy's own ledger, {files.ledger}")
     act_as_owner(files.site_key, files.ledger)
-    SigningKey.load(files.site_key)  # a missing one would be made
+    files.key()  # a missing one would be made
     return files
 
 
@@ -301,9 +298,9 @@ def charged_runs(verified: Verified, *, last: int | None) -> Section:
 
 
 def _state(run: LifetimeRun, history: History) -> str:
-    people = [f"{what} by {printable(by)}" for what, _, by, _ in history.decided.get(run.run, []) if by]
-    has_none = run.seeded_noise or not history.runs[run.run].plan.private
-    return "\n".join([run.state, *people, *(["NO GUARANTEE"] if has_none else [])])
+    proposal = history.runs[run.run].proposal
+    people = [f"{one['what']} by {printable(one['by'])}" for one in history.decided[proposal.digest()] if one["by"]]
+    return "\n".join([run.state, *people, *(["NO GUARANTEE"] if run.seeded_noise or not proposal.plan.private else [])])
 
 
 def show_spent(history: History, figures: Lifetime) -> None:

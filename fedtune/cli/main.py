@@ -85,7 +85,7 @@ fedtune = _Fedtune(
 
 def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        from fedtune.ops.files import build  # reads all files of the package
+        from fedtune.version import build  # reads all files of the package
 
         click.echo(f"fedtune {build()}")
         context.exit()

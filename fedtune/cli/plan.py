@@ -146,6 +146,7 @@ def _planned(compose: Compose, overrides: Sequence[str], target: Target | None) 
 def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     """Bytes and time, and the kind of device that they hold for."""
     # Imported here, because torch and transformers take seconds, and a typing mistake should not wait for them.
+    from fedtune.ops.round_bytes import round_bytes
     from fedtune.runs.forecast import forecast
     from fedtune.tasks.task_model import build_task_model
     from fedtune.training.machine import device_for, ready_model
@@ -154,6 +155,6 @@ def _forecast(config: RunConfig, plan: Plan) -> tuple[Forecast, str]:
     # A plan for a GPU can be made on a machine without one.
     device = device_for(runtime.device, must_exist=False)
     model = ready_model(lambda: build_task_model(config.task_model(), device=device), runtime, max_length=length)
-    sizes, dtype = config.declared_sizes(), config.federation.update_dtype
-    made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, update_dtype=dtype)
+    sizes, traffic = config.declared_sizes(), round_bytes(config, plan, model)
+    made = forecast(plan, model, declared_sizes=sizes, max_length=length, runtime=runtime, traffic=traffic)
     return made, device.type

@@ -83,14 +83,8 @@ class Outlook:
         """Every figure as plain JSON; null stands for no bound."""
         config, price, plan = self.config, self.price, self.plan
         strictest, sums = self.strictest, self.secure_sums
-        common = {
-            "steps": price.steps,
-            "sampling_rate": plan.sampling_rate,
-            "noise_multiplier": plan.noise_multiplier,
-            "epsilon": price.epsilon,
-            "epsilon_rdp": price.epsilon_rdp,
-            "epsilon_filter": price.epsilon_filter,
-        }
+        common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
+        common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
         figures: dict[str, Any] = jsonable(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -274,8 +268,7 @@ def _bytes_and_time(outlook: Outlook) -> Section:
     if found is None:
         return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
     slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
-    down, up = size(found.bytes_down), size(found.bytes_up)
-    ways = f"{down} each way" if down == up else f"{down} down and {up} up"
+    ways = f"{size(found.bytes_down)} down and {size(found.bytes_up)} up"
     at = f" at {slowest}" if num_sites > 1 else ""
     users = f" and {counted(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
     data, trained = outlook.config.data, "the head" if outlook.config.lora.kind == NO_ADAPTER else "adapter"

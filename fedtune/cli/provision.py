@@ -278,31 +278,24 @@ def _warnings(made: FederationFolder, now: datetime) -> list[str]:
 
 
 def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
+    sites = []
+    for member in made.roster.sites:
+        certificate = _certificate_json(Certificate.of(member.issued), now)
+        keys = {"connection_key_sha256": fingerprint_of(member.node_key), "site_key": member.site_key}
+        datasets = [{"id": name, "declared_size": size} for name, size in member.datasets.items()]
+        about = {"site": member.site, "revoked": member.revoked, "certificate": certificate}
+        sites.append({**about, **keys, "datasets": datasets})
     return {
         "schema_version": SCHEMA_VERSION,
         "federation": made.settings.name,
         "server": made.settings.server,
         "lead": made.lead_key,
         "certificates": {name: _certificate_json(certificate, now) for name, certificate in made.certificates.items()},
-        "sites": [
-            {
-                "site": member.site,
-                "revoked": member.revoked,
-                "certificate": _certificate_json(Certificate.of(member.issued), now),
-                "connection_key_sha256": fingerprint_of(member.node_key),
-                "site_key": member.site_key,
-                "datasets": [{"id": name, "declared_size": size} for name, size in member.datasets.items()],
-            }
-            for member in made.roster.sites
-        ],
+        "sites": sites,
         "warnings": _warnings(made, now),
     }
 
 
 def _certificate_json(certificate: Certificate, now: datetime) -> dict[str, Any]:
-    return {
-        "not_before": certificate.not_before.isoformat(),
-        "not_after": certificate.not_after.isoformat(),
-        "days_left": certificate.days_left(now),
-        "public_key_sha256": certificate.fingerprint,
-    }
+    valid = {"not_before": certificate.not_before.isoformat(), "not_after": certificate.not_after.isoformat()}
+    return {**valid, "days_left": certificate.days_left(now), "public_key_sha256": certificate.fingerprint}

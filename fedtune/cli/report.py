@@ -24,9 +24,10 @@ from fedtune.cli.command import Argument, AsJson, Group, Language, Option, answe
 from fedtune.cli.ledger import ledger_file
 from fedtune.config import saved_config
 from fedtune.federation.run_folder import CARD, LABEL, RunFolder
+from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy.about import AboutSpec
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.keys import SigningKey, check_public_key
+from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.site_files import SiteFiles
 from fedtune.report import signing
@@ -76,7 +77,7 @@ def build(
     registry: Annotated[bool, Option("registry.json too: an entry for a public registry of such runs")] = False,
     verifier: Annotated[bool, Option("verify_report.py too: a program without fedtune that checks the report")] = False,
     sign: Annotated[
-        Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem, or the lead's lead_key.pem")
+        Path | None, Option(metavar="KEY", help="sign it: the site's site_key.pem or site.toml, or a lead's kit.toml")
     ] = None,
     anchor: Annotated[
         Path | None, Option(metavar="FILE", help="of a ledger: its anchor, which shows that no event is missing")
@@ -88,7 +89,7 @@ def build(
     first, with a site.toml also against the site's key and anchor. Nothing is written into it, and the report reveals
     no more about the records than what was released.
     """
-    key = None if sign is None else SigningKey.load(sign)
+    key = None if sign is None else read_signing_key(sign)
     of_policy = path.suffix == ".toml"
     if (path / "config.yaml").is_file():
         from fedtune.report import from_run

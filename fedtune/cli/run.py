@@ -243,22 +243,13 @@ def show_status(folder: Path, *, as_json: bool) -> None:
     for site in config.federation.active:
         charge = site_charge(state, site, plan)
         last = answers.get(site, {})
-        sites[site] = {
-            "last_answer": last.get("what", "none yet"),
-            "at": last.get("time"),
-            "epsilon": charge.claim(ended_by_scores=ended),  # None: nothing bounds the loss
-            "rounds_charged": charge.rounds,
-            "upper_bound": charge.upper_bound,
-        }
-    status = {
-        "name": config.name,
-        "running": RunFolder(folder).is_running,
-        "finished": is_over(state.rounds, config.federation, judged_by=config.judged_by),
-        "round": state.round,
-        "num_rounds": config.federation.num_rounds,
-        "metrics": dict(state.rounds[-1].metrics) if state.rounds else {},
-        "sites": sites,
-    }
+        epsilon = charge.claim(ended_by_scores=ended)  # None: nothing bounds the loss
+        heard = {"last_answer": last.get("what", "none yet"), "at": last.get("time"), "epsilon": epsilon}
+        sites[site] = heard | {"rounds_charged": charge.rounds, "upper_bound": charge.upper_bound}
+    over = is_over(state.rounds, config.federation, judged_by=config.judged_by)
+    status: dict[str, Any] = {"name": config.name, "running": RunFolder(folder).is_running, "finished": over}
+    status |= {"round": state.round, "num_rounds": config.federation.num_rounds}
+    status |= {"metrics": dict(state.rounds[-1].metrics) if state.rounds else {}, "sites": sites}
     how = "running" if status["running"] else "finished" if status["finished"] else "stopped"
     heading = f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done"
     rows = []

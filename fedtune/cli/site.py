@@ -40,8 +40,8 @@ _IMPORT = (
 )
 KitFolder = Annotated[Path, Option(metavar="DIR", help="the site's kit")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
-By = Annotated[str | None, Option("who decides, for the ledger (default: your account)", metavar="NAME")]
-Ticket = Annotated[str | None, Option("its number in your own records, for the ledger", metavar="TEXT")]
+By = Annotated[str | None, Option("who decides, for ledger and report (default: your account)", metavar="NAME")]
+Ticket = Annotated[str | None, Option("its number in your own records, for ledger and report", metavar="TEXT")]
 KeptRun = Annotated[str, Argument("RUN", help="a run whose final adapter the site keeps, or the folder of one")]
 
 
@@ -147,7 +147,7 @@ def approve(
     yes: Annotated[bool, Option("do not ask")] = False,
     by: By = None,
     ticket: Ticket = None,
-    reason: Annotated[str | None, Option("why, for the ledger", metavar="TEXT")] = None,
+    reason: Annotated[str | None, Option("why, for ledger and report", metavar="TEXT")] = None,
     as_json: Annotated[bool, Option("without RUN: for machines", names=("--json",))] = False,
 ) -> None:
     """Show the runs that wait for approval and what they would cost, or let one start.

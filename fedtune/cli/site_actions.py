@@ -26,7 +26,6 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.kits.members import Member, Roster
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.accountant import epsilon_pld, epsilon_text
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import asked_and_allowed
@@ -62,20 +61,11 @@ class AtSite:
         """List the runs that wait, with what each would cost; null: it promises nothing."""
         told, rows = [], []
         for pending in self.state.waiting():
-            asked = pending.proposal
-            epsilon = _epsilon(asked)
-            told.append(
-                {
-                    "run": asked.run,
-                    "digest": asked.digest(),
-                    "since": pending.since,
-                    "dataset": asked.dataset,
-                    "lead": asked.lead,
-                    "epsilon": epsilon,
-                    "delta": asked.plan.delta,
-                }
-            )
-            about = (printable(asked.run), pending.since[:10], printable(asked.dataset))
+            asked, since = pending.proposal, pending.since
+            spent = {"epsilon": (epsilon := _epsilon(asked)), "delta": asked.plan.delta}
+            about_run = {"run": asked.run, "digest": asked.digest(), "since": since, "dataset": asked.dataset}
+            told.append({**about_run, "lead": asked.lead, **spent})
+            about = (printable(asked.run), since[:10], printable(asked.dataset))
             rows.append((*about, _price(epsilon), spoken_start(asked.lead)))
         headings = ("run", "since", "data set", "epsilon", "asked by lead")
         section = Section(headings=headings, rows=rows, words=range(5), whole={0, 1})
@@ -90,7 +80,7 @@ class AtSite:
         verdict = ask(self.site_toml, pending.proposal, declared_sizes={})
         # Every other setting that the run's name stands for, whole: the end of a list may be what matters.
         settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
-        rows = {}
+        rows = {"fedtune at the lead": printable(pending.software)} if pending.software else {}
         for key, value in dotted(settings):
             listed = f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list) else value
             if value not in (None, [], ""):
@@ -131,17 +121,13 @@ class AtSite:
         found.pop(self.kit.site or "", None)
         members = [{"site": name, "site_key": key, "state": state} for name, (key, state) in found.items()]
         rows = [(name, state, spoken(key)) for name, (key, state) in found.items()]
-        answer(
-            {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members},
-            [Section(headings=("site", "here", "site key by the roster"), rows=rows, words=range(3))],
-            as_json=as_json,
-            heading=f"Sites of {roster.federation}, by the lead's roster number {roster.number}:",
-        )
-        if not as_json:
-            say(
-                "Nothing is changed here. To sum with another site, compare its key with that site itself, not with "
-                "the lead, and write it into [trust].members of site.toml."
-            )
+        note = "Nothing is changed here. To sum with another site, compare its key with that site itself, not with "
+        note += "the lead, and write it into [trust].members of site.toml."
+        headings = ("site", "here", "site key by the roster")
+        told = {"schema_version": SCHEMA_VERSION, "number": roster.number, "members": members}
+        heading = f"Sites of {roster.federation}, by the lead's roster number {roster.number}:"
+        section = Section(headings=headings, rows=rows, words=range(3), notes=[note])
+        answer(told, [section], as_json=as_json, heading=heading)
 
     def score(self, run: str, *, by: str | None, smallest: int, as_json: bool) -> None:
         check_at_least("--smallest", smallest, FEWEST_UNITS)
@@ -165,7 +151,7 @@ class AtSite:
         from fedtune.sites.personal import Parts
         from fedtune.sites.real_site import site_records
 
-        key, site = SigningKey.load(files.site_key).secret("own adapter"), files.policy.site
+        key, site = files.key().secret("own adapter"), files.policy.site
         parts = Parts.of(site_records(config, files), key=key, unit=config.privacy.unit)
         into, beside = self.kit.folder / f"private_to_{site}" / folder.name, files.ledger.parent
         own = partial(make, config, adapter, parts, site=site, into=into, beside_ledger=beside, lenient=True)

@@ -30,7 +30,7 @@ class Record:
 
     # role (`text`, `label`, `prompt`, ...) to text; no repr shows it, nor one of what holds records
     fields: Mapping[str, str] = field(repr=False)
-    # the file it was read from, for messages only; not part of the record's identity
+    # the file it was read from, for messages and scores by site; not part of the record's identity
     file: str = field(default="", compare=False)
     line: int = field(default=0, compare=False)  # the line on which it starts, counted from 1
 

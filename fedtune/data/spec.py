@@ -116,7 +116,8 @@ class DataSpec:
         intervals: the end of each interval in which an event may come, ascending, where the task learns when it does.
         event_values: the two values of the role `event`: that of records that were followed no longer, and that of
             records to which the event came; none: 0 and 1, or false and true.
-        prompt_template: the text before the completion, with roles in braces; write a literal brace twice.
+        prompt_template: the text before the completion, with roles in braces; write a literal brace twice.  Of a task
+            that answers to one text, `{text}` and other roles in it: all that is read.
         chat_template: what turns a conversation into text: "model" (the turns of the model's own template), "plain"
             (User and Assistant, in words), or "none" (a prompt and its completion as they are).
         input: what a record is to the model: "text"; "features", the columns that `features` declares; or "image", in a

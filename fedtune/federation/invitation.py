@@ -18,9 +18,9 @@ from fedtune.model.adapter import Adapter
 from fedtune.model.spec import LoraSpec
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
-from fedtune.privacy.release import Offer, Reason, Receipt, Refusal
+from fedtune.privacy.release import Offer, Receipt, Refusal
 from fedtune.privacy.run_plan import Plan
-from fedtune.spec import WIRE_SCHEMA, RefusedError, RunError
+from fedtune.spec import RefusedError, RunError
 from fedtune.training.spec import TrainingSpec
 
 log = logging.getLogger(__name__)
@@ -98,13 +98,11 @@ def invite(transport: Transport, asked: ProposedRun, *, less: bool = False) -> A
         own = reply.is_signed() and reply.about == (site, asked.proposal.run, 0)
         if own and isinstance(reply.body, Offer) and reply.body.nonce == nonce:
             offers[site] = reply.body
+            log.info("%s would take part, with fedtune %s", site, reply.body.software)
         elif own and isinstance(reply.body, Refusal):
             refusals[site] = reply.body
         elif isinstance(reply.body, Refusal) and not reply.receipt:
             silent[site] = reply.body.reason.value  # it is shown, and may change
-            if reply.body.reason is Reason.MALFORMED_REQUEST:
-                here = f"this lead, which speaks protocol {WIRE_SCHEMA}"
-                silent[site] += f", so it may run another version of fedtune than {here}"
         else:
             silent[site] = UNSIGNED_REPLY
     for site, why in {**{site: body.in_words for site, body in refusals.items()}, **silent}.items():

@@ -8,7 +8,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
 
 from fedtune.codec import decode, parse_json
@@ -17,11 +17,23 @@ from fedtune.privacy.keys import SigningKey, is_signed
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Answer, Reason, Receipt, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError, check_name
+from fedtune.version import build
 
 _MOST_CHARACTERS = 1 << 16
 """Of a signed text: what a server asks for is kept in the ledger, and must not fill a site's disk."""
 _MOST_ROUNDS = 1 << 31  # far beyond any plan's, and what every table can hold
 _SHA256, _NONCE = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{32}")
+_SOFTWARE = re.compile(r"[\w.+-]{1,80}", re.ASCII)
+OTHER_PROTOCOL = re.compile(r"protocol \d{1,10} \(fedtune [\w.+-]{1,80}\): upgrade the (site|lead)", re.ASCII)
+"""What a site says it speaks where it refuses another protocol; without a signature, so that no other text is shown."""
+
+
+def upgrade_needed(*, site: int, lead: int) -> str:
+    """Say who must be upgraded for a site and a lead to understand each other; empty where both speak one protocol.
+
+    The protocol's number alone decides: versions and builds of one number go on with each other's runs.
+    """
+    return "" if site == lead else f"upgrade the {'site' if site < lead else 'lead'}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +95,7 @@ class _Question(_Word):
     proposal: Proposal  # of the run
     site: str  # who is asked
     expires: float  # seconds since 1970 after which the question is void
+    software: str = field(default_factory=build)  # the lead's fedtune, version and build; nothing depends on it
 
     @property
     def run(self) -> str:
@@ -103,11 +116,13 @@ class _Question(_Word):
 
     @classmethod
     def _from_json(cls, fields: dict[str, Any]) -> Self:
-        spoken = fields.pop("protocol", None)
+        # Whatever else a later protocol changes, these two fields and the form of a refusal stay as they are.
+        spoken, software = fields.pop("protocol", None), fields.setdefault("software", "unknown")
         _require("protocol", type(spoken) is int and 0 < spoken < _MOST_ROUNDS)
-        if spoken != WIRE_SCHEMA:
-            here = f"protocol {WIRE_SCHEMA}: lead and site run different versions of fedtune"
-            raise Refused(Reason.MALFORMED_REQUEST, asked=f"protocol {spoken}", allowed=here)
+        _require("software", type(software) is str and _SOFTWARE.fullmatch(software))
+        if needed := upgrade_needed(site=WIRE_SCHEMA, lead=spoken):
+            here = f"protocol {WIRE_SCHEMA} (fedtune {build()}): {needed}"
+            raise Refused(Reason.MALFORMED_REQUEST, asked=f"protocol {spoken} (fedtune {software})", allowed=here)
         asked = decode(cls, fields)
         check_name("site", asked.site)  # it goes into a site's log
         _require("expires", math.isfinite(asked.expires))
@@ -155,9 +170,10 @@ class RoundRequest(_Question):
     def digest(self) -> str:
         """SHA-256, in hex, of what is asked for: two requests with one digest ask for the same thing.
 
-        Receipt and expiry are no part of it, and may differ when the lead asks again.
+        Receipt, expiry and the lead's version are no part of it, and may differ when the lead asks again.
         """
         asked = self._to_json() | dict.fromkeys(("protocol", "receipt", "expires"))
+        del asked["software"]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 

@@ -38,6 +38,7 @@ from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Difference, Masked, Offer, Reason, Receipt, Refusal, Refused, Tensors, Update
 from fedtune.spec import ConfigError, panics_as_errors
+from fedtune.version import build
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,8 @@ class Site(ABC):
     def keep(self, run: str, adapter: Adapter) -> None:  # noqa: B027
         """Store a run's final adapter."""
 
-    def await_approval(self, proposal: Proposal) -> None:  # noqa: B027
-        """Ask a person at the site to approve a run."""
+    def await_approval(self, proposal: Proposal, *, software: str) -> None:  # noqa: B027
+        """Ask a person at the site to approve a run, which a lead with this version of fedtune proposes."""
 
 
 def answer(site: Site, signed: Signed, adapter: Adapter) -> Reply:
@@ -241,20 +242,16 @@ def _receipt(site: Site, run: str, lead: str, *, reply: str = "") -> Receipt | N
 
 
 def _offer(site: Site, asked: Invitation) -> Offer:
-    proposal = asked.proposal
+    proposal, plan = asked.proposal, asked.proposal.plan
+    offer = Offer(site=site.name, run=proposal.run, most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier)
     try:
         _prepared(site, asked)
     except Refused as refused:
-        if asked.less and refused.reason.is_about_budget:
-            return replace(site.ledger.offer(proposal), nonce=asked.nonce)
-        raise
-    return Offer(
-        site=site.name,
-        run=proposal.run,
-        most_rounds=proposal.plan.num_rounds,
-        least_noise=proposal.plan.noise_multiplier,
-        nonce=asked.nonce,
-    )
+        if not (asked.less and refused.reason.is_about_budget):
+            raise
+        offer = site.ledger.offer(proposal)
+    log.info("%s would take part in %s, which a lead with fedtune %s asks", site.name, asked.run, asked.software)
+    return replace(offer, nonce=asked.nonce, software=build())
 
 
 def _prepared(site: Site, request: Request) -> Prepared:
@@ -354,19 +351,24 @@ def _check_adapter(request: RoundRequest, adapter: Adapter, *, template: Adapter
         raise Refused(Reason.MAX_ADAPTER_VALUE, asked="values that are not finite", allowed="finite values")
 
 
-def _refuse(site: Site, asked: Request | None, refused: Refused) -> Refusal:
+def _refuse(site: Site, request: Request | None, refused: Refused) -> Refusal:
     """Note the refusal in the log and the ledger, and make it a reply."""
-    log.warning("%s refused %s: %s", site.name, _about(asked), refused)
+    if request and refused.reason in (Reason.SETTINGS, Reason.PLAN_CHANGED) and request.software != build():
+        asked = f"{refused.asked or 'these settings'} (fedtune {request.software})"
+        refused = Refused(refused.reason, asked=asked, allowed=f"{refused.allowed or 'others'} (fedtune {build()})")
+    log.warning("%s refused %s: %s", site.name, _about(request), refused)
     if refused.reason is Reason.MAX_EPSILON_PER_PERIOD and (why := site.ledger.held_back):
         log.warning("%s: %s", site.name, why)
-    if asked is not None:
+    if request is not None:
         try:
-            site.ledger.refuse(refused, run=asked.run, lead=asked.speaker, round=asked.round, request=asked.digest())
+            site.ledger.refuse(
+                refused, run=request.run, lead=request.speaker, round=request.round, request=request.digest()
+            )
             if refused.reason is Reason.AWAITING_APPROVAL:
-                site.await_approval(asked.proposal)
+                site.await_approval(request.proposal, software=request.software)
         except Exception:  # the refusal stands, even if it cannot be recorded
             log.exception("%s could not record a refusal", site.name)
-    return _refusal(site, asked, refused)
+    return _refusal(site, request, refused)
 
 
 def _about(request: Request | None) -> str:
@@ -374,7 +376,7 @@ def _about(request: Request | None) -> str:
         return "to take part"
     if isinstance(request, SumRequest):
         return f"a secure sum's step {request.step}"
-    return f"round {request.round if request else 0}"
+    return f"round {request.round}" if request else "a question"
 
 
 def _refusal(site: Site, request: Request | None, refused: Refused) -> Refusal:

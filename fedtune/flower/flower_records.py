@@ -49,10 +49,10 @@ def from_arrays(arrays: ArrayRecord) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def num_bytes(content: RecordDict) -> int:
-    """Payload of a message: array bytes, and texts."""
+    """Payload of a message: array bytes, other bytes, and texts."""
     arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
-    texts = sum(len(str(value)) for record in content.config_records.values() for value in record.values())
-    return arrays + texts
+    others = [value for record in content.config_records.values() for value in record.values()]
+    return arrays + sum(len(value if isinstance(value, bytes) else str(value).encode()) for value in others)
 
 
 @contextmanager

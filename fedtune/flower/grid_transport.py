@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from flwr.app import ArrayRecord
@@ -12,11 +13,12 @@ from flwr.app import Message as Message
 from flwr.app import RecordDict as RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.federation.protocol import Reply
+from fedtune.federation.protocol import OTHER_PROTOCOL, Reply
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
 from fedtune.privacy.release import Receipt, Refusal
-from fedtune.spec import ConfigError
+from fedtune.spec import WIRE_SCHEMA, ConfigError, RunError, StuckError
+from fedtune.version import build
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -37,6 +39,7 @@ class GridTransport:
 
     def __init__(self, grid: Grid | StreamingGrid, nodes: Mapping[int, str] | None = None) -> None:
         self._grid, self._nodes, self._traffic = grid, dict(nodes or {}), [0, 0]
+        self._apart: dict[str, str] = {}  # sites that refused the last exchange for its protocol, with what they speak
 
     def reach(self, sites: Collection[str], *, timeout_s: float) -> Collection[str]:
         if not self._nodes:
@@ -66,10 +69,23 @@ class GridTransport:
         (down, up), self._traffic = self._traffic, [0, 0]
         return down, up
 
+    @contextmanager
+    def one_protocol(self) -> Iterator[None]:
+        """Turn a run's end for want of sites into a ConfigError where sites speak another protocol; it names them."""
+        try:
+            yield
+        except RunError as error:
+            if isinstance(error, StuckError) or not self._apart:
+                raise
+            sites = "; ".join(f"{site} speaks {spoken}" for site, spoken in self._apart.items())
+            bound = f"is not spoken by all sites, and this lead runs fedtune {build()}: {sites}; {error}"
+            raise ConfigError("protocol", WIRE_SCHEMA, bound) from error
+
     def _exchange(
         self, kind: str, questions: Sequence[Question], read: Callable[[RecordDict], _T], timeout_s: float
     ) -> Iterator[tuple[str, _T]]:
         numbers = {site: node_id for node_id, site in self._nodes.items()}
+        self._apart = {}
         # An adapter is encoded once, whomever it is sent to.
         adapters: dict[int, ArrayRecord] = {}
         messages = []
@@ -90,6 +106,9 @@ class GridTransport:
                 log.warning("%s sent an unreadable answer: %s", site, error)
                 continue
             self._traffic[1] += flower_records.num_bytes(message.content)
+            said = getattr(answer, "body", answer)
+            if isinstance(said, Refusal) and OTHER_PROTOCOL.fullmatch(said.allowed or ""):
+                self._apart[site] = said.allowed or ""
             # Flower's records hold each other in a circle, and would wait for the collector.
             for record in message.content.array_records.values():
                 record.clear()

@@ -27,7 +27,6 @@ from fedtune.ops.kits.federation_folder import FederationFolder
 from fedtune.ops.kits.kit_file import DATABASE
 from fedtune.ops.services.site_state import serving
 from fedtune.privacy.durable import fsync_folder, write_durably
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.ledger.verify import verify
@@ -225,7 +224,7 @@ def make_up_for(path: Path, site: SiteFiles, anchors: Sequence[Path]) -> MadeUp:
         RunError: the ledger was changed, or an anchor is of another one.
     """
     verify(path)  # an older ledger is what is expected here; one that was changed is not
-    ledger = Ledger(path, site.policy, SigningKey.load(site.site_key))
+    ledger = Ledger(path, site.policy, site.key())
     # The policy's own anchor is the one that knows most, whichever was given.
     heads = sorted((Head.read(anchor) for anchor in anchors), key=lambda head: head.sequence, reverse=True)
     gap: Counter[DpEvent] = Counter()
@@ -259,7 +258,7 @@ def put_back_site(source: Path, *, kit: Path, site_toml: Path, anchor: Path | No
 
 
 def _put_ledger(archive: zipfile.ZipFile, files: SiteFiles, anchor: Path | None) -> MadeUp | None:
-    key = SigningKey.load(files.site_key)
+    key = files.key()
     with tempfile.TemporaryDirectory(prefix=".restore.", dir=files.ledger.parent) as folder:
         copy = Path(folder) / "ledger.db"
         _put("ledger.db", archive, copy)

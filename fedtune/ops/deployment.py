@@ -35,8 +35,9 @@ from fedtune.runs.federation_run import FederationRun, Listener
 from fedtune.runs.results import RunResult
 from fedtune.sites.run_records import RunRecords
 from fedtune.sites.shared_model import SharedModel
-from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites
+from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, text_for_sites
 from fedtune.spec import ConfigError, RunError
+from fedtune.version import build
 
 OFFER = "would_take_part"  # what a listener hears of a site that would take part
 _ASK_AGAIN_S = 5.0  # how soon to ask a site again that waits for a person there
@@ -71,7 +72,7 @@ class LeadService:
     @cached_property
     def key(self) -> SigningKey:
         """The key that signs requests and calls."""
-        return SigningKey.load(self.kit.lead_key)
+        return self.kit.load_key()
 
     def run(self, config: RunConfig, folder: Path, listener: DeployedListener) -> RunResult:
         """Run `config` at its sites to its end, or from its newest checkpoint on, and write the run folder.
@@ -80,7 +81,8 @@ class LeadService:
             The content of `run.json`.
 
         Raises:
-            ConfigError: kit, roster, data, model or checkpoint don't fit the settings; raised before any site is asked.
+            ConfigError: kit, roster, data, model or checkpoint don't fit the settings, which is raised before any site
+                is asked; or too few sites speak this lead's protocol.
             RunError: the server cannot be reached, or too few sites replied.
             RefusedError: too many sites' policies or budgets refuse the run.
         """
@@ -95,8 +97,8 @@ class LeadService:
             grid = self.grid(noted, most_rounds=asked.proposal.plan.most_rounds, patience_s=patience_s)
 
             def over_sites(run: Callable[[Transport], LeadState]) -> LeadState:
-                with grid as opened:
-                    return run(self._transport(opened))
+                with grid as opened, (transport := self._transport(opened)).one_protocol():
+                    return run(transport)
 
             return FederationRun(
                 config=config,
@@ -116,15 +118,16 @@ class LeadService:
         Nothing is charged.  A site that is away, paused or waits for a person is left to answer by itself later.
 
         Raises:
-            ConfigError: the model cannot be had.
+            ConfigError: the model cannot be had, or too few sites speak this lead's protocol.
             RunError: the server cannot be reached, or fewer than `min_sites` sites answered.
             RefusedError: too few sites have room for anything.
         """
         if not config.may_be_fitted:
             return config
-        with self.grid(patience_s=self.federation.round_timeout_s) as grid:
-            found = invite(self._transport(grid), self._invited(config), less=True)
-        found.require_enough(config.federation, takes_part=config.can_use)
+        grid = self.grid(patience_s=self.federation.round_timeout_s)
+        with grid as opened, (transport := self._transport(opened)).one_protocol():
+            found = invite(transport, self._invited(config), less=True)
+            found.require_enough(config.federation, takes_part=config.can_use)
         return config.fitted_to([offer for offer in found.offers.values() if config.can_use(offer)])
 
     def end(self, run: str, *, timeout_s: float) -> list[str]:
@@ -175,7 +178,7 @@ class LeadService:
     def _invited(self, config: RunConfig) -> ProposedRun:
         """Every site, about the run as it is sent to them."""
         sent = for_sites(config)
-        settings = json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
+        settings = text_for_sites(sent)
         if len(settings) > MOST_CHARACTERS:
             bound = f"must have at most {MOST_CHARACTERS:,} characters, which sites read: take fewer or shorter texts"
             raise ConfigError("settings", f"{len(settings):,} characters", bound)
@@ -257,6 +260,8 @@ class _Ears:
             believed = signed and receipt is not None and receipt.charged_rounds <= self._most_rounds
             charged = receipt.charged_rounds if receipt and believed else None
             self._listener.site_answered(site, what, num_bytes=num_bytes, charged_rounds=charged)
+            if isinstance(body, Offer) and signed and body.software != build():
+                self._listener.note(f"{site} runs fedtune {body.software}, and this lead {build()}")
         self._said[site] = what
 
 

@@ -1,24 +1,25 @@
-"""Files of a kit or a federation: written whole or not at all, and in the hands of the account that they belong to."""
+"""Files of a kit or a federation, written whole or not at all, and the account and the signals of who writes them."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pwd
 import shutil
+import signal
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from functools import cache
 from pathlib import Path
+from typing import Any
 
-from fedtune.privacy.durable import fsync_folder
+from fedtune.privacy.durable import fsync_folder, require_room
 from fedtune.spec import ConfigError
-from fedtune.version import __version__
+
+_PAGE_BYTES = 4096
 
 
 @contextmanager
@@ -62,6 +63,24 @@ def write_secret(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def trouble_of(*files: Path) -> str:
+    """Why a ledger or its anchor cannot be written now, with file and disk; empty if all can.
+
+    A page is written and synced beside each: a disk that is full, read-only or over a quota says so only then.
+    """
+    for file in files:
+        try:
+            require_room(file.parent, _PAGE_BYTES)
+            with tempfile.TemporaryFile(dir=file.parent) as page:
+                page.write(bytes(_PAGE_BYTES))
+                page.flush()
+                os.fsync(page.fileno())
+        except OSError as error:
+            disk = next(folder for folder in file.resolve().parents if folder.is_mount())
+            return f"{file} cannot be written ({error.strerror}, on the disk at {disk}): no round can be charged"
+    return ""
 
 
 def zip_of(files: Mapping[str, bytes], *, moment: datetime) -> bytes:
@@ -113,13 +132,15 @@ def name_of(uid: int) -> str:
     return known.pw_name if known else str(uid)
 
 
-@cache
-def build() -> str:
-    """The version with a digest of the package's files: builds of one version, and changed ones, are told apart."""
-    package, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"{__version__}+{digest.hexdigest()[:12]}"
+@contextmanager
+def signals_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let SIGTERM and SIGINT call `handler` while the block runs."""
+    before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, known in before.items():
+            signal.signal(each, known)
 
 
 def person() -> str:

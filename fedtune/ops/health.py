@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Literal, TypedDict, get_args
 
 from fedtune.flower.unix_socket import bind_socket
-from fedtune.ops.files import build
 from fedtune.spec import ConfigError, check_one_of
+from fedtune.version import build
 
 State = Literal["starting", "connected", "disconnected", "expired", "failing", "training", "paused", "stopping"]
 READY: frozenset[State] = frozenset({"connected", "training"})

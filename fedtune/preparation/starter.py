@@ -9,7 +9,7 @@ import shlex
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -48,6 +48,7 @@ _SHARES = ((0.2, 0.1), (0.1, 0.05), (0.02, 0.01))  # for test and validation, sm
 _SMALLER_FROM = (1000, 10_000)
 _BEFORE_COMMENT = 34
 _OF_ANY_TASK, _TURNS = ("table", "images", "followed"), ("instructions", "chat", "pairs", "preferences")
+_ANSWERED = ("labelled", "tagged", "rated")
 _ANY_NUMBER = (-1e12, 1e12)
 _Setting: TypeAlias = tuple[str, Any, str]  # key, value (None: it is not written), comment
 
@@ -72,6 +73,7 @@ class Plan:
     places: Mapping[str, int]  # units by the value of the column that says at which site each is; none: it has no such
     alike: int  # persons whose id is another's but for case
     misplaced: Mapping[str, int]  # records whose spans begin or end within words, by how they seem to be counted
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of columns, as a person declared them
 
     @property
     def shares(self) -> tuple[float, float]:
@@ -97,11 +99,6 @@ def filled(found: Found) -> list[str]:
     features = ["data.features=[{columns: [x], range: [0, 1]}]"] if found.features else []
     by_role = {"time": "data.intervals=[1]", "target": "data.target_range=[0, 1]"}
     return [*features, *(setting for role, setting in by_role.items() if role in found.roles)]
-
-
-def sites_for(units: int) -> int:
-    """How many sites a simulation on this many records or persons has."""
-    return 2 + bisect_right(_MORE_SITES, units)
 
 
 def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: int, sites: int | None = None) -> Plan:
@@ -162,7 +159,7 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
     more = math.ceil((longest - most) / (most - _STRIDE - 2)) if base == "own_entities" and longest > most else 0
     return Plan(
         base=base,
-        num_sites=len(places) or sites or sites_for(units),
+        num_sites=len(places) or sites or 2 + bisect_right(_MORE_SITES, units),
         usable=usable,
         units=units,
         by_user=by_user and usable > 0,
@@ -262,6 +259,7 @@ def experiment(found: Found, plan: Plan, *, file: Path) -> str:
         ),
         "data:",
         *_settings(*_data(found, plan, file)),
+        *_all_texts(found),
         *_public_lists(found, plan),
         "federation:",
         *_settings(
@@ -329,6 +327,19 @@ def _data(found: Found, plan: Plan, file: Path) -> list[_Setting]:
     ]
 
 
+def _all_texts(found: Found) -> Iterator[str]:
+    """Lines by which a model reads all columns of texts beside an answer, as a comment: a person decides."""
+    others = [one for one in found.columns.values() if one.is_prose and one.name not in found.roles.values()]
+    if found.kind not in _ANSWERED or "text_pair" in found.roles or not others:
+        return
+    others.sort(key=lambda one: (one.filled, one.mean_characters, one.name))
+    beside = dict(zip(["input", *(f"part_{n}" for n in range(2, 99))], (one.name for one in others), strict=False))
+    yield "  # Other columns hold texts, too.  A model reads them all with these two lines in place of columns above:"
+    yield f"  # columns: {_scalar({**found.roles, **beside})}"
+    template = "\n\n".join(f"{{{role}}}" for role in (*beside, "text"))
+    yield f"  # prompt_template: {_scalar(template)}"
+
+
 def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
     """The features, intervals and labels of `data`."""
     # A range or a list of categories that was taken from the records would publish something of them: the largest value
@@ -337,10 +348,12 @@ def _public_lists(found: Found, plan: Plan) -> Iterator[str]:
         yield "  # ??? is yours to say, from what you know and not from the file: it becomes PUBLIC.  docs/features.md"
         yield "  features:"
     for name in found.features:
-        column, declared = found.columns[name], "categories" if found.columns[name].is_category else "range"
+        column = found.columns[name]
+        declared = f'{"categories" if column.is_category else "range"}: "???"'
+        declared = f"range: {_scalar([*plan.ranges[name]])}" if name in plan.ranges else declared
         size = f", size: {column.size}" if column.size else ""
         # All may lack values: whether a row of the file does would be told by the model's shape.
-        what = f'columns: [{json.dumps(name, ensure_ascii=False)}], {declared}: "???"{size}, missing: indicator'
+        what = f"columns: [{json.dumps(name, ensure_ascii=False)}], {declared}{size}, missing: indicator"
         yield f"    - {{{what}}}"
     if "time" in found.roles:
         yield f'  intervals: "???"  # yours to say: the end of each, in the unit of {_scalar(found.roles["time"])}'

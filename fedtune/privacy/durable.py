@@ -8,35 +8,14 @@ import hashlib
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-_PAGE_BYTES = 4096
 
 
 def require_room(folder: Path, num_bytes: int) -> None:
     """Raise the error of a full disk, unless a file of `num_bytes` has room in `folder`, with a MiB to spare."""
     if shutil.disk_usage(folder).free < num_bytes + (1 << 20):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-
-
-def trouble_of(*files: Path) -> str:
-    """Why a ledger or its anchor cannot be written now, with file and disk; empty if all can.
-
-    A page is written and synced beside each: a disk that is full, read-only or over a quota says so only then.
-    """
-    for file in files:
-        try:
-            require_room(file.parent, _PAGE_BYTES)
-            with tempfile.TemporaryFile(dir=file.parent) as page:
-                page.write(bytes(_PAGE_BYTES))
-                page.flush()
-                os.fsync(page.fileno())
-        except OSError as error:
-            disk = next(folder for folder in file.resolve().parents if folder.is_mount())
-            return f"{file} cannot be written ({error.strerror}, on the disk at {disk}): no round can be charged"
-    return ""
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -1,19 +1,34 @@
-"""Ed25519 keys: a site's, under which it signs its ledger and its receipts, and a lead's, for its requests."""
+"""Ed25519 keys: a site's, under which it signs its ledger and its receipts, and a lead's, for its requests.
+
+Every private key that signs is read here: from a PEM file, which may be encrypted, or from a command that prints it.
+"""
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import hmac
 import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
+from threading import Timer
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedtune.privacy.durable import fsync_folder
-from fedtune.spec import ConfigError
+from fedtune.privacy.durable import fsync_folder, write_durably
+from fedtune.spec import ConfigError, shown
 
+PASSPHRASE_FILE = "FEDTUNE_KEY_PASSPHRASE_FILE"  # environment variable: a file whose first line is the passphrase
+_COMMAND_S = 10.0  # after which a command that prints a key is killed, with what it started
+_MOST_PEM = 1 << 14  # bytes that are read of what it prints
 # Every encoding, its sign bit left out, of the points whose order divides 8.
 _SMALL_ORDER = {
     "00" * 32,
@@ -34,25 +49,38 @@ class SigningKey:
         self._raw = private.private_bytes_raw()
 
     @classmethod
-    def load_or_make(cls, path: Path) -> SigningKey:
-        """The key in the PEM file `path`, which is made, for its owner alone to read, when it is missing."""
-        if not path.exists():
+    def load_or_make(cls, path: Path, *, command: Sequence[str] = ()) -> SigningKey:
+        """Load a key as `load` does; without a command, make the file when it is missing, for its owner alone to read.
+
+        A new key is encrypted with the passphrase in the file that `PASSPHRASE_FILE` names, if it names one.
+        """
+        if not command and not path.exists():
             _write_new(path, Ed25519PrivateKey.generate())
-        return cls.load(path)
+        return cls.load(path, command=command)
 
     @classmethod
-    def load(cls, path: Path) -> SigningKey:
-        """The key in the PEM file `path`.
+    def load(cls, path: Path, *, command: Sequence[str] = ()) -> SigningKey:
+        """Load the key in the PEM file `path`; with a `command`, the PEM that it prints, which is written nowhere.
 
         Raises:
-            ConfigError: the file is missing or holds no Ed25519 key.
+            ConfigError: there is no Ed25519 key, or its passphrase is missing or wrong.  The message has neither the
+                key nor the passphrase.
         """
+        key, value = ("key_command", command[0]) if command else ("key", str(path))
+        bound, passphrase = "must give an Ed25519 private key in PEM form", None
         try:
-            private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+            pem = _printed_by(tuple(command)) if command else path.read_bytes()
+        except OSError as error:
+            raise ConfigError(key, value, f"{bound} ({error.strerror})") from None
+        if b"ENCRYPTED" in pem:
+            bound = "is encrypted with another passphrase, or is no Ed25519 private key"
+            passphrase = _passphrase_in_file() or _typed_passphrase(key, value)
+        try:
+            private = serialization.load_pem_private_key(pem, password=passphrase)
             if not isinstance(private, Ed25519PrivateKey):
                 raise TypeError("another kind of key")
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError("key", str(path), "must be a PEM file with an Ed25519 private key") from error
+        except (ValueError, TypeError):  # their words could quote what they read
+            raise ConfigError(key, value, bound) from None
         return cls(private)
 
     @property
@@ -103,21 +131,60 @@ def _framed(purpose: str, message: bytes) -> bytes:
     return b"fedtune " + purpose.encode() + b"\0" + message
 
 
-def _write_new(path: Path, private: Ed25519PrivateKey) -> None:
-    pem = private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(file.fileno())
+@cache
+def _printed_by(command: tuple[str, ...]) -> bytes:
+    """Run a command without a shell, and return what it prints, once in a process.
+
+    The command has no terminal and reads nothing.  After `_COMMAND_S` it is killed with all that it started, and so is
+    one that prints `_MOST_PEM` bytes.  Messages show the program alone, since an argument may be a secret.
+    """
+    process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
+    timer = Timer(_COMMAND_S, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        pem, said = process.stdout.read(_MOST_PEM), process.stderr.readline(_MOST_PEM)
+        code = process.wait()
+    timer.cancel()
+    if code or len(pem) == _MOST_PEM:
+        ended = f"it ended with {code} and said {shown(said.decode(errors='replace').strip())}"
+        bound = f"must print less than {_MOST_PEM:,} bytes within {_COMMAND_S:g} seconds and end with 0; {ended}"
+        raise ConfigError("key_command", command[0], bound)
+    return pem
+
+
+def _passphrase_in_file() -> bytes | None:
+    """Read the passphrase from the file that the environment names; None: it names none."""
+    if not (name := os.environ.get(PASSPHRASE_FILE)):
+        return None
     try:
-        os.link(temporary, path)  # fails where another process was first: then its key is the one
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()
+        with open(name, "rb") as file:
+            passphrase = file.readline(2000).rstrip(b"\r\n")
+    except OSError as error:
+        raise ConfigError(PASSPHRASE_FILE, name, f"must be a readable file ({error.strerror})") from None
+    if not 12 <= len(passphrase) <= 1023:  # PKCS #8 makes each guess fast; 1023: the library's bound
+        raise ConfigError(PASSPHRASE_FILE, name, "must have a passphrase of 12 to 1023 bytes on its first line")
+    return passphrase
+
+
+@cache
+def _typed_passphrase(key: str, value: str) -> bytes:
+    """Ask for a key's passphrase on the terminal, once in a process."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise ConfigError(key, value, f"is encrypted: set {PASSPHRASE_FILE} to a file with its passphrase")
+    return getpass.getpass(f"Passphrase of {value}: ").encode()
+
+
+def _write_new(path: Path, private: Ed25519PrivateKey) -> None:
+    passphrase = _passphrase_in_file()
+    encryption = serialization.BestAvailableEncryption(passphrase) if passphrase else serialization.NoEncryption()
+    pem = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as closed:
+        building = Path(closed) / path.name  # nobody else can look into this folder
+        write_durably(building, pem)
+        building.chmod(0o600)
+        with suppress(FileExistsError):  # another process was first: then its key is the one
+            os.link(building, path)
     fsync_folder(path.parent)

@@ -1,7 +1,8 @@
 """Everything that may leave a site besides its name: updates, refusals, receipts and offers, and nothing else.
 
-Each field is either noised (the update's tensors and scores) or computed from the request, the plan and the ledger's
-own events.  No field holds an exact count, loss, gradient norm, file name or exception text.
+Each field is either noised (the update's tensors and scores) or computed from the request, the plan, the ledger's
+own events and the files of fedtune itself.  No field holds an exact count, loss, gradient norm, file name or exception
+text.
 """
 
 from __future__ import annotations
@@ -356,6 +357,7 @@ class Offer(_Plain):
         most_rounds: accepted at the proposal's noise; 0: none.
         least_noise: the smallest noise multiplier accepted for the proposal's rounds; None: no noise suffices.
         nonce: the invitation's, so that an old offer cannot answer a new invitation.
+        software: the site's fedtune, version and build.
     """
 
     site: str
@@ -363,6 +365,7 @@ class Offer(_Plain):
     most_rounds: int
     least_noise: float | None
     nonce: str = ""
+    software: str = ""
     round: ClassVar[int] = 0  # an offer comes before the first round
     _magic: ClassVar[bytes] = b"fedtune-offer-1\n"
 

@@ -48,9 +48,26 @@ class SiteFiles:
             anchor=folder / policy.anchor if policy.anchor else None,
         )
 
+    @property
+    def public_key(self) -> str | None:
+        """The public key of the site's key file; None without one, or where a command has the key.
+
+        Guarantee: who only looks at a policy, which may be another's, runs no command that it names.
+        """
+        return None if self.policy.key_command or not self.site_key.is_file() else self.key().public
+
+    def key(self, *, make: bool = False) -> SigningKey:
+        """The site's signing key, from its file or its command; with `make`, a file that is missing is made.
+
+        Raises:
+            ConfigError: the key is missing, or cannot be read.
+        """
+        read = SigningKey.load_or_make if make else SigningKey.load
+        return read(self.site_key, command=self.policy.key_command)
+
     def open(self) -> Ledger:
         """The ledger, for training; ledger and key are made when missing."""
-        return Ledger(self.ledger, self.policy, SigningKey.load_or_make(self.site_key), anchor=self.anchor)
+        return Ledger(self.ledger, self.policy, self.key(make=True), anchor=self.anchor)
 
     def verified(self) -> Verified | None:
         """The ledger as anybody can check it, against its anchor where that is at hand; None where there is none yet.
@@ -60,8 +77,7 @@ class SiteFiles:
         """
         if not self.ledger.is_file():
             return None
-        at_hand = self.anchor is not None and self.anchor.is_file()
-        return verify(self.ledger, anchor=Head.read(self.anchor) if self.anchor and at_hand else None)
+        return verify(self.ledger, anchor=Head.read(self.anchor) if self.anchor and self.anchor.is_file() else None)
 
 
 def runs_of_sites(folder: str | None) -> int:

@@ -1,8 +1,7 @@
 """A site's own limits: what it lets happen to its records, whoever asks.
 
-One class for each table of a `site.toml`.  `fedtune.privacy.policy_file` reads the file; `conf/site.toml` is a template
-that explains every key.  A policy is checked inside the ledger's transaction, against what a lead proposes and what was
-spent before.
+One class for each table of a `site.toml`, which `policy_file` reads and the template `conf/site.toml` explains.  A
+policy is checked inside the ledger's transaction, against what a lead proposes and what was spent before.
 """
 
 from __future__ import annotations
@@ -155,8 +154,7 @@ class Limits:
         max_rounds: most rounds in a run, spare ones included.
         max_adapter_value: largest absolute value in an adapter, divided by the root of its scale where that is above 1.
             Larger values are brought down to it, in an adapter that is sent and after each training step; one that is
-            not finite is refused.  Rounding grows with the adapter (docs/threat_model.md); trained adapters stay below
-            1.5.
+            not finite is refused.  Rounding grows with the adapter (docs/threat_model.md); trained ones stay below 1.5.
         max_lora_scale: largest factor of an adapter's product of matrices.
         max_head_scale: largest factor of a task head's scores.
         max_records_per_user: where the unit is "user", most records of one person in a step.  No epsilon depends on
@@ -334,6 +332,7 @@ class Policy:
         anchor: path of a file, best on another disk, that always holds the newest signed head; empty: none is kept.
         simulated: the site is made up, on the machine of the person who simulates it; its ledger and reports say so.
         about: what persons say of the site's records, for a public registry; in no digest, and in no ledger.
+        key_command: command that prints the private key in PEM, in place of `site_key`; empty: none.  Likewise in none.
         socket: the Unix socket at which a stock SuperNode's app asks this site; empty: none.  In no digest or ledger.
     """
 
@@ -356,6 +355,7 @@ class Policy:
     anchor: str = ""
     simulated: bool = False
     about: AboutSpec = field(default=AboutSpec(), compare=False)  # words for a register, which decide nothing
+    key_command: tuple[str, ...] = field(default=(), compare=False)
     socket: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -419,7 +419,7 @@ class Policy:
             fields["budget"]["max_epsilon"] = None
         if not self.simulated:  # a real site's policy says nothing of it
             del fields["simulated"]
-        del fields["about"], fields["socket"]
+        del fields["about"], fields["socket"], fields["key_command"]
         if not self.population.arrivals:  # so that other policies keep their digests
             del fields["population"]["arrivals"]
         # Lists for tuples, as it comes back from a file: a ledger compares the two.

@@ -320,6 +320,7 @@ class RunFacts:
     sites: tuple[SiteFacts, ...]
     files: Mapping[str, str]  # file of the finished model, and of each export -> its SHA-256
     held_out: tuple[HeldOut, ...] | None = None  # noised scores of runs up to this one, each begun in the one before
+    constant: float | None = None  # `judged_by` of the best constant answer to the test file; None: there is no such
 
     @property
     def unit(self) -> Unit:
@@ -417,6 +418,7 @@ class RunInLedger:
     max_epsilon: float | None  # the cap on one run that was in force when it was accepted; None: there was none
     seeded_noise: bool
     base_model: str
+    approvals: tuple[Mapping[str, str | None], ...] = ()  # when, by whom, by which ticket and why; None: not on record
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)

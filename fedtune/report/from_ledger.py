@@ -14,7 +14,6 @@ from pathlib import Path
 
 from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.events import Charge
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head, Kind
 from fedtune.privacy.ledger.history import History
@@ -59,10 +58,9 @@ def build(site_toml_or_ledger: Path, *, anchor: Path | None = None) -> Report:
     if anchor is None and files and files.anchor and files.anchor.is_file():
         anchor = files.anchor
     head, own = Head.read(anchor) if anchor else None, files.policy if files else None
-    key = SigningKey.load(files.site_key).public if files and files.site_key.is_file() else None
     verified, problem = None, ""
     try:
-        verified = verify(ledger, anchor=head, site_key=key)
+        verified = verify(ledger, anchor=head, site_key=files.public_key if files else None)
         events, history = verified.events, verified.history
     except RunError as error:
         events, history = _followed(ledger)
@@ -135,7 +133,7 @@ def facts_of(
     caps = tuple(
         Cap(time=day_of(time), max_epsilon=finite(cap), charges_before=before) for time, cap, before in changes
     )
-    opened, cap = history.opened, finite(budget.max_epsilon)
+    opened, decided, cap = history.opened, history.decided, finite(budget.max_epsilon)
     return LedgerFacts(
         kind="ledger",
         site=opened.site,
@@ -165,6 +163,7 @@ def facts_of(
                 max_epsilon=run_caps[name],
                 seeded_noise=run.proposal.seeded_noise,
                 base_model=run.proposal.base_model,
+                approvals=tuple(one for one in decided[run.proposal.digest()] if one["what"] == "approved"),
             )
             for name, run in history.runs.items()
         ),

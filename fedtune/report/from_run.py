@@ -229,6 +229,7 @@ def facts_of(folder: Path, record: RunRecord, *, own: Mapping[str, Report]) -> R
         ),
         before=finite_scores(state.metrics_before if state else final.metrics_before),
         final=finite_scores(final.metrics),
+        constant=finite(final.constant),
         seconds=final.seconds,
         findings=final.findings,
         energy=final.energy,

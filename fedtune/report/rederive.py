@@ -260,9 +260,8 @@ def _of_statement(facts: RunFacts, site: SiteFacts, said: SiteStatement) -> Iter
         # The ledger counts this run, too.
         charged = events.grouped([plan.event(rounds=max(mine, default=0))])
         alone = finite(filter.epsilon_filter(charged, order=life.order, delta=plan.delta))
-        most = life.epsilon
-        if not _at_most(alone, most):
-            yield "lifetime.epsilon", most, f"at least {alone}, by this run alone"
+        if not _at_most(alone, life.epsilon):
+            yield "lifetime.epsilon", life.epsilon, f"at least {alone}, by this run alone"
     if not life.seeded and (seeded := [one.run for one in life.runs if one.seeded_noise]):
         yield "lifetime.seeded", False, ", ".join(seeded)
     yield from _of_any_ledger(said, life.caps, said.charges)

@@ -230,7 +230,7 @@ class FederationRun:
         """The origins of the adapter, with the model as it is loaded here."""
         data, shared, model = self.config.data, self.shared, self.config.model
         template = None
-        if shared.model.task.predicts_tokens:
+        if shared.model.task.predicts_tokens or "text" in data.template_roles:
             text = str(shared.tokenizer.chat_template) if data.chat_template == "model" else data.prompt_template
             digest = hashlib.sha256(text.encode()).hexdigest()
             template = Template(prompt=data.prompt_template, chat=data.chat_template, sha256=digest)

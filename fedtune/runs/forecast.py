@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.federation.secure.agreement import bits_needed
-from fedtune.federation.secure.messages import upload_bytes
 from fedtune.privacy.run_plan import Plan
 from fedtune.tasks.task_model import TaskModel
 from fedtune.training.machine import model_bytes, place_for_states, seconds_per_example
@@ -25,11 +23,9 @@ class Forecast:
 
     values: int  # trained parameters
     model_bytes: int  # of memory that base, adapter and head take where they lie, in the run's number format
-    bytes_down: int  # of one adapter to a site, without headers of a few kB; the first one of a run comes whole
-    # of one update, or of one part of a secure sum with its sealed shares; the three further exchanges of a
-    # secure round have some kB more
-    bytes_up: int
-    bytes_total: int  # both ways, all sites and rounds
+    bytes_down: int  # of all messages of a round to a site, with settings and signatures
+    bytes_up: int  # of all its answers in a round
+    bytes_total: int  # both ways, all sites and rounds; without invitation and end
     # whether the layers below the first adapter run once for each record, and not in each step
     frozen_states_kept: bool
     first_seconds: float  # of what is computed once, for all sites
@@ -45,7 +41,7 @@ def forecast(
     declared_sizes: Mapping[str, int],
     max_length: int,
     runtime: RuntimeSpec,
-    update_dtype: str = "bfloat16",
+    traffic: tuple[int, int],
 ) -> Forecast:
     """Bytes and time for `plan` at sites of these declared sizes.
 
@@ -55,15 +51,12 @@ def forecast(
         declared_sizes: of the sites that take part.
         max_length: tokens of each text of a full example.
         runtime: how this machine trains.
-        update_dtype: the number format of plain updates; a secure sum has its own.
+        traffic: bytes of a round to a site and from it.
 
     Raises:
         ConfigError: for `runtime.kept_states_folder`.
     """
     num_values, draws = sum(one.numel() for one in model.trainable().values()), np.random.default_rng(0)
-    down, up = 4 * num_values, num_values * (2 if update_dtype == "bfloat16" else 4)
-    if (shared := plan.shared) is not None:
-        up = upload_bytes(shared.num_sites, length=num_values, bits=bits_needed(shared.num_sites, shared.largest_value))
     num_records = sum(declared_sizes.values()) * plan.records_per_user
     kept, _ = place_for_states(model, runtime, num_tokens=num_records * max_length * model.spec.texts)
     below, above = seconds_per_example(model, max_length=max_length, runtime=runtime, kept=kept, draws=draws)
@@ -73,9 +66,9 @@ def forecast(
     return Forecast(
         values=num_values,
         model_bytes=model_bytes(model),
-        bytes_down=down,
-        bytes_up=up,
-        bytes_total=(down + up) * len(declared_sizes) * plan.num_rounds,
+        bytes_down=traffic[0],
+        bytes_up=traffic[1],
+        bytes_total=sum(traffic) * len(declared_sizes) * plan.num_rounds,
         frozen_states_kept=kept and model.skips_layers,
         first_seconds=num_records * below,
         step_seconds=steps,

@@ -16,7 +16,6 @@ from fedtune.privacy import accountant, filter
 from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.cohorts import OLDEST, cohort_name
 from fedtune.privacy.distributed_noise import Epsilons
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import divergence_left, runs_left
 from fedtune.privacy.ledger.verify import Verified
@@ -172,7 +171,7 @@ def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
 def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
     """Faults of the files that the policy names; nothing where they are yet to be made."""
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
-    if ledger.is_file() and not (folder / policy.site_key).is_file():
+    if ledger.is_file() and not policy.key_command and not (folder / policy.site_key).is_file():
         text = "is missing, and a ledger needs the key that it was made with; restore it from its backup"
         yield "site_key", text
     if policy.anchor and ledger.is_file() and not anchor.is_file():
@@ -193,7 +192,7 @@ def beside_of(files: SiteFiles) -> tuple[Verified | None, Differences]:
         return None, []
     opened = verified.history.opened
     differences = opened.differences(files.policy)
-    if files.site_key.is_file() and (public := SigningKey.load(files.site_key).public) != opened.site_key:
+    if (public := files.public_key) not in (None, opened.site_key):
         differences.append(("site_key", opened.site_key, public))
     return verified, differences
 

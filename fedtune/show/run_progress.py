@@ -49,7 +49,7 @@ class Display:
         self._done = 0
         self._task: TaskID | None = None
         self._preparing: TaskID | None = None
-        self._stage, self._stage_began, self._told = "", 0.0, 0.0
+        self._stage, self._stage_began, self._first, self._told = "", 0.0, 0, 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -75,10 +75,11 @@ class Display:
     def preparing(self, what: str, done: int, total: int) -> None:
         """Show what takes long: on a terminal with a bar, elsewhere as a line now and then."""
         now, new = time.monotonic(), what != self._stage
-        if new:
-            self._stage, self._stage_began = what, now
+        if new or not self._first:  # the first part has work that is done once, and tells nothing of the pace
+            self._stage, self._stage_began, self._first = what, now, done
         so_far = f"{what}: {done:,} of {total:,}" if done else f"{what} ..."
-        left = _left((total - done) * (now - self._stage_began) / done if done else None)
+        since = done - self._first
+        left = _left((total - done) * (now - self._stage_began) / since if since > 0 else None)
         if self._console.is_terminal:
             self._remove_bar(new or 0 < total <= done)
             if done < total or not total:

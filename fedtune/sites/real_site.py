@@ -17,7 +17,6 @@ from fedtune.federation.secure.at_site import Parties
 from fedtune.federation.site_round import Prepared, Site
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason, Refused
 from fedtune.privacy.site_files import SiteFiles
@@ -41,9 +40,10 @@ class SiteProcess:
     paused: Callable[[], bool]  # whether the site is paused
     runs: Path  # folder for the settings that leads sent
     adapters: Path  # folder for final adapters
-    awaits: Callable[[Proposal, str], None]  # called for each run that waits for a person's approval, with its settings
+    # called for each run that waits for a person's approval, with its settings and its lead's version of fedtune
+    awaits: Callable[[Proposal, str, str], None]
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
-    _spent: object = field(default=None, init=False)  # what is left of the records of a run whose model made room
+    _spent: SiteWork | None = field(default=None, init=False)  # records of a run whose model made room for another
     _shared: SharedModel | None = field(default=None, init=False)
     parties: Parties = field(default_factory=Parties, init=False)
 
@@ -100,7 +100,9 @@ class SiteProcess:
             self._shared = kept.for_run(config)
             return self._shared
         if self._warm is not None:
-            self._spent = _without_model(self._warm[1])
+            self._spent = self._warm[1]
+            vars(self._spent).pop("_divided", None)  # has a model on each other device
+            vars(self._spent.shared).clear()
         kept = self._shared = self._warm = None  # the old one goes before the new one comes
         began = time.monotonic()
         self._shared = SharedModel(config, declared_size=size, inexact_allowed=inexact)
@@ -128,11 +130,7 @@ class RealSite(WorkingSite):
 
     def check_settings(self, proposal: Proposal) -> None:
         """Check the settings that came with the request; loads nothing."""
-        self._checked(proposal)
-
-    def _checked(self, asked: Proposal) -> RunConfig:
-        """The settings that were sent, with the site's own files in them."""
-        return self._at_site(self._as_named(asked))
+        self._at_site(self._as_named(proposal))
 
     def _as_named(self, asked: Proposal) -> RunConfig:
         """The settings that were sent, which are those that the run was named after."""
@@ -154,7 +152,7 @@ class RealSite(WorkingSite):
 
     def prepare(self, proposal: Proposal) -> Prepared:
         """Check the settings, and load and try the model where the process has not got it yet."""
-        config = self._checked(proposal)
+        config = self._at_site(self._as_named(proposal))
         Path(config.data.train_file).stat()  # a file that is missing tells of no record, and need not cost a round
         require_reader(Path(config.data.train_file))
         self._shared = self._process.shared_model(config, self._files.policy)
@@ -192,20 +190,13 @@ class RealSite(WorkingSite):
         write_durably(folder.config, config_yaml(config))
         log.info("the final adapter is kept", extra={"run": run})
 
-    def await_approval(self, proposal: Proposal) -> None:
-        """Put the run before a person here, with the settings that it was named after.
+    def await_approval(self, proposal: Proposal, *, software: str) -> None:
+        """Put the run before a person here, with the settings it was named after and its lead's version of fedtune.
 
         Raises:
             Refused: other settings came with the request, whatever it asks for, so that there is nothing to show.
         """
-        self._process.awaits(proposal, json.dumps(self._as_named(proposal).decisive(), sort_keys=True))
-
-
-def _without_model(work: SiteWork) -> list[object]:
-    """All that is there of a run's records, for as long as it is not to be freed."""
-    limited = vars(work).get("_limited", {})
-    own = [value for name, value in vars(work).items() if name not in ("shared", "_divided", "_limited")]
-    return [*own, *limited, *map(_without_model, limited.values())]
+        self._process.awaits(proposal, json.dumps(self._as_named(proposal).decisive(), sort_keys=True), software)
 
 
 def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
@@ -215,6 +206,6 @@ def site_records(config: RunConfig, files: SiteFiles) -> SiteRecords:
         config: of the run, with the site's own files in it.
         files: of the site, whose key decides what is held out: nobody outside knows of a record which it is.
     """
-    key = SigningKey.load(files.site_key).secret("held-out split")
+    key = files.key().secret("held-out split")
     data, unit, task = config.data, config.privacy.unit, task_named(config.task)
     return own_records(data, columns=task.columns(data, unit=unit), fault=task.fault(data), key=key, unit=unit)

@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 
 from fedtune.config import RunConfig
@@ -143,9 +142,9 @@ def deal_out(config: RunConfig) -> Dealt:
 
 
 def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
-    """The simulated site that each test record would be at, dealt out as the training records were.
+    """The simulated site that each test record is of, or would be at, dealt out as the training records were.
 
-    None where that says nothing of a record: sites whose records are alike, or have files of their own.
+    None where that says nothing of a record: sites whose records are alike, or a test file beside the sites' own files.
 
     Raises:
         DataError: the records' file lacks the column that the partition goes by.
@@ -164,6 +163,13 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
             )
             place = partial(assign_site, spec=partition, num_sites=len(names), key=key)
             return [names[place(record)] for record in labelled]
+        case "file" if config.data.test_fraction:
+            files = {name: config.data.train_file.replace(SITE, name) for name in names}
+            at = {
+                str(resolve_file(file, shipped_folders(), key="data.train_file")): name for name, file in files.items()
+            }
+            found = [at.get(record.file, NO_VALUE) for record in records]
+            return found if {*found} & {*names} else None
     return None
 
 
@@ -179,7 +185,7 @@ def require_apart(records: Sequence[Record], own: RunRecords, *, key: str, file:
             written by a run, or a card beside them says so, unless they `may_owe` and have their card.
     """
     files = [*own.whole_files()]
-    roles = telling(said_by_role(chain.from_iterable(others for _, others in files)))
+    roles = telling(said_by_role(record for _, others in files for record in others))
     said_of = [(of, said_by_role(others)) for of, others in (*own.by_setting().items(), *files)]
     private = [(of, said[role].keys()) for of, said in said_of for role in roles]
     every = set[str]().union(*(texts for _, texts in private))

@@ -6,11 +6,12 @@ A lead names a data set, a task, a template and a model by its hash.  Files, col
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass, replace
+from dataclasses import fields as dataclass_fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from fedtune.codec import decode
 from fedtune.config import ReportSpec, RunConfig, TrackingSpec, parse
@@ -28,9 +29,9 @@ from fedtune.privacy.site_policy import Policy
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import task_named
 from fedtune.training.spec import RuntimeSpec
-from fedtune.version import __version__
 
 MOST_CHARACTERS = 1 << 20
+_MOST_KEYS = 8  # that a refusal names
 _NO_SETTINGS = (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ArithmeticError)
 
 
@@ -58,6 +59,11 @@ def for_sites(config: RunConfig) -> RunConfig:
     )
 
 
+def text_for_sites(sent: RunConfig) -> str:
+    """The settings as they travel, of a configuration that `for_sites` made."""
+    return json.dumps(sent.to_json(), ensure_ascii=False, separators=(",", ":"))
+
+
 @lru_cache(maxsize=4)
 def read_settings(text: str, *, plan: Plan) -> RunConfig:
     """The configuration that a lead sent.
@@ -69,6 +75,7 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
     Raises:
         Refused: this version of fedtune does not know the settings, or they are not those of `plan`.
     """
+    fields: dict[str, Any] = {}
     try:
         if len(text) > MOST_CHARACTERS:
             raise ValueError("too long")
@@ -80,8 +87,18 @@ def read_settings(text: str, *, plan: Plan) -> RunConfig:
         return parse(fields)
     except _NO_SETTINGS as error:
         # The lead's own word, in a file that two versions of fedtune read differently.
-        asked = error.key[:100] if isinstance(error, ConfigError) else None
-        raise Refused(Reason.SETTINGS, asked=asked, allowed=f"what fedtune {__version__} knows") from error
+        asked = _keys_apart(fields) or (error.key[:100] if isinstance(error, ConfigError) else None)
+        raise Refused(Reason.SETTINGS, asked=asked, allowed="what this site's fedtune knows") from error
+
+
+def _keys_apart(sent: Mapping[str, Any]) -> str:
+    """The settings that only one of two versions knows: the lead's, which sent these, or this one."""
+    hints = get_type_hints(RunConfig)
+    apart = {*hints} ^ {*sent} if sent else set()
+    for group, spec in hints.items():
+        if is_dataclass(spec) and type(own := sent.get(group)) is dict:
+            apart |= {f"{group}.{key}" for key in {one.name for one in dataclass_fields(spec)} ^ {*own}}
+    return ", ".join(sorted(str(key)[:100] for key in apart)[:_MOST_KEYS])
 
 
 def _plan_of(fields: dict[str, Any], *, bound: int) -> Plan:

@@ -339,7 +339,7 @@ class Participants:
     def identities(self) -> dict[str, str]:
         """The public key of each active site."""
         files = {name: self.sites.files(name) for name in self.config.federation.active}
-        return {name: SigningKey.load_or_make(own.site_key).public for name, own in files.items()}
+        return {name: own.key(make=True).public for name, own in files.items()}
 
     @cached_property
     def shared(self) -> SharedModel:

@@ -21,7 +21,6 @@ from fedtune.federation.secure.at_site import Parties, SumsAtSite, kept_in
 from fedtune.federation.site_round import Site, Trained
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.cohorts import cohort_of
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.mechanism import noised_scores
 from fedtune.privacy.randomness import Randomness, SeededRandomness, SystemRandomness
@@ -207,7 +206,7 @@ def sums_of(files: SiteFiles, parties: Parties, *, members: Mapping[str, str]) -
         parties: of the site's process.
         members: site -> public key of the other sites that it may sum with.
     """
-    trust, identity = files.policy.trust, SigningKey.load_or_make(files.site_key)
+    trust, identity = files.policy.trust, files.key(make=True)
     return SumsAtSite(
         site=files.policy.site,
         identity=identity,

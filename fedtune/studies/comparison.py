@@ -149,6 +149,7 @@ class Compared:
         if constant is not None:
             mine = self.sides.estimate(self.main, score)
             told.insert(0, constant_words(self.main, mine, constant, score=score, num_units=self.sides.num_units))
+        told[-1:-1] = self._against_alone()
         others = [name for name in self.sides.measured if name not in (self.main, base)]
         for verdict in ("better", "worse"):
             if names := [name for name in others if compare(name, self.main).verdict == verdict]:
@@ -175,6 +176,24 @@ class Compared:
         if own := [line.name for line in self.lines if line.kind == "own"]:
             told.append(f"No guarantee covers what is said of {_listed(own)}: trained without noise at one site.")
         return told
+
+    @property
+    def _alone(self) -> Mapping[str, str]:
+        """By site the run that it made alone, as private as the one that all others are compared with."""
+        first = self.lines[0]
+        return {str(one.site): one.name for one in self.lines if one.kind == "alone" and one.private == first.private}
+
+    def _against_alone(self) -> Iterator[str]:
+        """What decides for each site: together against alone, on its own records where it is known which these are."""
+        at_sites, each = self.groups.get(AT_SITES), dict[str, Comparison]()
+        for site, name in self._alone.items():
+            if at_sites is None:
+                each[site] = self.sides.comparison(name, self.main)
+            elif site in at_sites.changes:
+                each[site] = at_sites.changes[site][name, self.main]
+        if each and self.lines[0].kind == "federated":
+            where = "on all records" if at_sites is None else "on each site's own test records"
+            yield f"Compared with each site alone, {where}, {self.main} is {_by_verdict(each, 'at')}."
 
     def _sentence(self, base: str) -> str:
         found = self.sides.comparison(base, self.main)
@@ -234,8 +253,7 @@ class Compared:
     def _by_group(self, title: str, found: GroupScores) -> Section:
         """At sites beside each site's own run alone, else beside the model before training."""
         base, groups = self.models[0], found.groups
-        own = {one.site: one.name for one in self.lines if one.kind == "alone" and one.private == self.lines[0].private}
-        alone = {name: own[name] for name in groups.names if title == AT_SITES and name in own}
+        alone = {name: self._alone[name] for name in groups.names if title == AT_SITES and name in self._alone}
         rows = []
         for name, count in zip(groups.names, groups.sizes, strict=True):
             scores = found.scores[name]
@@ -280,15 +298,11 @@ class Compared:
 
     def to_json(self) -> dict[str, Any]:
         sides, lines = self.sides, {line.name: line for line in self.lines}
-        models = [
-            {
-                "name": name,
-                "mean_of": list(self.means.get(name, ())) or None,
-                "scores": {score: sides.estimate(name, score) for score in sides.scores},
-                **(_run_json(lines[name]) if name in lines else {}),
-            }
-            for name in self.models
-        ]
+        models = []
+        for name in self.models:
+            scores = {score: sides.estimate(name, score) for score in sides.scores}
+            about = {"name": name, "mean_of": list(self.means.get(name, ())) or None, "scores": scores}
+            models.append(about | (_run_json(lines[name]) if name in lines else {}))
         pairs = [
             {"base": one, "tuned": other, "score": score, **_pair_json(sides.comparison(one, other, score))}
             for one, other in combinations(self.models, 2)
@@ -329,24 +343,13 @@ def _pair_json(found: Comparison) -> dict[str, Any]:
 
 
 def _groups_json(found: GroupScores) -> dict[str, Any]:
-    groups = found.groups
-    return {
-        "merged": groups.merged,
-        "smallest": groups.smallest,
-        "groups": [
-            {
-                "name": name,
-                "units": count,
-                "scores": found.scores[name],
-                "gaps": found.gaps[name],
-                "changes": [
-                    {"base": base, "tuned": tuned, **_pair_json(one)}
-                    for (base, tuned), one in found.changes[name].items()
-                ],
-            }
-            for name, count in zip(groups.names, groups.sizes, strict=True)
-        ],
-    }
+    groups, each = found.groups, list[dict[str, Any]]()
+    for name, count in zip(groups.names, groups.sizes, strict=True):
+        pairs = found.changes[name].items()
+        changes = [{"base": base, "tuned": tuned, **_pair_json(one)} for (base, tuned), one in pairs]
+        scores = {"scores": found.scores[name], "gaps": found.gaps[name], "changes": changes}
+        each.append({"name": name, "units": count, **scores})
+    return {"merged": groups.merged, "smallest": groups.smallest, "groups": each}
 
 
 def score_side_by_side(
@@ -389,7 +392,9 @@ def score_side_by_side(
     if first.model.adapter_sha256 is not None:
         notes.append(f"Training began in another adapter; {base} is the model without any.")
     if is_federated and first.data.partition.kind == "file":
-        notes.append("There is no pooled run and no score by site: the sites' records are in files of their own.")
+        notes.append("There is no pooled run: the sites' records are in files of their own.")
+    if AT_SITES in groups:
+        notes.append("A simulation has the test records of all sites in one place: scores by site release nothing.")
     return Compared(lines=lines, means=means, sides=sides, groups=groups, data=data, notes=notes)
 
 

@@ -32,6 +32,7 @@ from fedtune.words import counted, unbounded
 
 _FIRST_COLUMNS = ("run", "folder", "state", "reason", "best")
 """Of the CSV; the settings that differ follow, then what was spent, then the scores."""
+_IN_JSON = ("values", "state", "reason", "result")  # of a trial, as it has them
 _MOST_NAMED = 12  # runs that are named before the first one begins
 
 Values = Mapping[str, str]  # of one run: the settings that differ between the runs with their values, as they are typed
@@ -104,10 +105,14 @@ class Trial:
 
     @property
     def score(self) -> float | None:
-        """The validation score of a run that is finished and did not diverge; None where its scores may not decide."""
+        """The validation score of a run that is finished and did not diverge; None where it must not compare runs.
+
+        A simulation's share, which no site trains on, may: a sweep marks the best run of a table that shows all scores,
+        and nothing else says so.  What picks for a report (`fedtune search`) needs a file of the lead's beforehand.
+        """
         from fedtune.sites.data_warnings import may_decide
 
-        usable = self.state == "finished" and may_decide(self.config)
+        usable = self.state == "finished" and (self.config.data.validation_fraction > 0 or may_decide(self.config))
         return self.validation.get(self.config.judged_by) if usable else None
 
 
@@ -142,10 +147,13 @@ def compared_on(config: RunConfig) -> tuple[Any, ...]:
     """All that runs must have in common for their validation scores to say which is better."""
     data = config.data
     read = (tuple(sorted(data.columns.items())), data.unusable, data.labels)
+    # The records of a share follow from these.
+    share = (data.validation_fraction, data.test_fraction, data.train_file, config.privacy.unit, config.seed)
     # A loss is one of tokens: model, template and length decide which these are.
     tokens = (config.model.path, data.prompt_template, data.chat_template, data.max_length)
     on_tokens = tokens if config.judged_by == "loss" else ()
-    return (config.task, data.validation_file, data.validation_rows, *read, *on_tokens)
+    chosen = (data.validation_file, data.validation_rows, *(share if data.validation_fraction else ()))
+    return (config.task, *chosen, *read, *on_tokens)
 
 
 def result_in(folder: Path, *, finished: bool = False) -> RunResult | None:
@@ -281,13 +289,7 @@ class Trials:
             "table": str(self.table) if self.table.is_file() else None,
             "best": str(best.folder) if best else None,
             "runs": [
-                {
-                    "folder": str(trial.folder),
-                    "values": trial.values,
-                    "state": trial.state,
-                    "reason": trial.reason,
-                    "result": trial.result,
-                }
+                {"folder": str(trial.folder)} | {key: getattr(trial, key) for key in _IN_JSON}
                 for trial in self.rows.values()
             ],
         }

@@ -177,6 +177,8 @@ class Task(ABC):
                 raise ConfigError("columns", dict(data.columns), f"must name the column for role {role!r}")
         if data.labels and not self.has_labels:
             raise ConfigError("labels", data.labels, f"must be empty for task {self.name}")
+        if answer := [role for role in data.template_roles if role in self.answers | {"completion"}]:
+            raise ConfigError("prompt_template", data.prompt_template, f"must not name the answer, {{{answer[0]}}}")
         known = {*self.roles_in(data), *_ROLES_OF_ALL, *columns_of(data.features, {})}
         if unknown := [role for role in data.columns if role not in known]:
             bound = f"is no role of this run: task {self.name} with these settings reads {', '.join(sorted(known))}"
@@ -190,8 +192,7 @@ class Task(ABC):
     def check_input(self, data: DataSpec) -> None:
         """Check that the task reads such records, and that their settings are whole; errors name keys of `data`."""
         if data.input not in self.inputs:
-            bound = f"must be {' or '.join(sorted(self.inputs))} for task {self.name}"
-            raise ConfigError("input", data.input, bound)
+            raise ConfigError("input", data.input, f"must be {' or '.join(sorted(self.inputs))} for task {self.name}")
         input_of(data).check_data(data)
 
     def check_spec(self, spec: TaskModelSpec) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedtune.data.batching import Batch
 from fedtune.data.faults import Faults
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec, template_roles
+from fedtune.data.spec import DataSpec
 from fedtune.data.tokenise import (
     UNSUPERVISED,
     MarkedTokenizer,
@@ -41,6 +41,7 @@ from fedtune.tasks.chat_template import (
     chat_format,
     turns_in,
 )
+from fedtune.tasks.inputs import fill_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,9 +79,6 @@ class CausalLM(Task):
             bound = f"must name one of {', '.join(named)}: what is learnt is a chat, a text, or an answer to a prompt"
             raise ConfigError("columns", dict(data.columns), bound)
         super().check_data(data)
-        if answer := [role for role in data.template_roles if role in self.answers | {"completion"}]:
-            bound = f"must not name the answer, {{{answer[0]}}}"
-            raise ConfigError("prompt_template", data.prompt_template, bound)
         if named == ["text"] and data.chat_template != "none":
             raise ConfigError("chat_template", data.chat_template, "must be none for a text, which has no turns")
         if named not in (["text"], ["prompt"]) and data.chat_template == "none":
@@ -305,7 +303,7 @@ class Layout:
             ConfigError: for messages where there are no turns.
         """
         if "messages" not in fields:
-            prompt = fields["text"] if "text" in fields else _filled(self.data.prompt_template, fields)
+            prompt = fields["text"] if "text" in fields else fill_template(self.data.prompt_template, fields)
             if self.chat is None:
                 return [Piece(prompt, said=True)]
             return self.chat.prompt([Turn(SYSTEM, fields.get(SYSTEM, "")), Turn(USER, prompt.strip())], answer=answer)
@@ -428,20 +426,6 @@ def _last(pieces: Sequence[Piece], length: int) -> list[Piece]:
         room -= len(piece.text)
     start = [] if pieces[0].said or len(kept) == len(pieces) else [pieces[0]]
     return [*start, *kept[::-1]]
-
-
-def _filled(template: str, fields: Mapping[str, str]) -> str:
-    """The template with a record's texts, without the paragraphs whose roles are all blank."""
-    paragraphs = []
-    for paragraph in template.split(_BLANK_LINE):
-        roles = template_roles(paragraph)
-        texts = {role: fields.get(role, "") for role in roles}
-        if not roles or any(text.strip() for text in texts.values()):
-            paragraphs.append(paragraph.format_map(texts))
-    return _BLANK_LINE.join(paragraphs)
-
-
-_BLANK_LINE = "\n\n"
 
 
 @lru_cache(maxsize=4)

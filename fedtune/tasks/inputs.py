@@ -11,7 +11,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, ClassVar, TypeAlias
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fedtune.data.features import vector_of
 from fedtune.data.records import Record
-from fedtune.data.spec import DataSpec
+from fedtune.data.spec import DataSpec, template_roles
 from fedtune.data.text_rows import or_fault
 from fedtune.data.tokenise import Tokenizer, cut, encode
 from fedtune.data.values import FEATURE, NO_NAME, NUMBER
@@ -144,6 +144,9 @@ class Text(Input):
 
     def rows(self, records: Sequence[Record], reader: Any, *, data: DataSpec, lenient_within: int | None) -> Rows:
         roles = ("text", "text_pair") if "text_pair" in data.columns else ("text",)
+        if "text" in data.template_roles:
+            joined = partial(fill_template, data.prompt_template)
+            records = [replace(one, fields={**one.fields, "text": joined(one.fields)}) for one in records]
         fields = [(record, roles) for record in records]
         return whole_texts(fields, reader, max_length=data.max_length, lenient_within=lenient_within)
 
@@ -394,6 +397,14 @@ def each_alone(read: Callable[[Record], Row], records: Sequence[Record], *, noth
     made = [or_fault("", read, record) if lenient else read(record) for record in records]
     rows = [nothing if isinstance(row, DataError) else row for row in made]
     return rows, [not isinstance(row, DataError) for row in made]
+
+
+def fill_template(template: str, fields: Mapping[str, str]) -> str:
+    """The template with a record's texts, without the paragraphs whose roles are all blank."""
+    texts = {role: fields.get(role, "") for role in template_roles(template)}
+    paragraphs = [(one, template_roles(one)) for one in template.split("\n\n")]
+    kept = (one for one, roles in paragraphs if not roles or any(texts[role].strip() for role in roles))
+    return "\n\n".join(kept).format_map(texts)
 
 
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ class MultiLabel(LabelTask):
     name = "multi_label"
     roles = ("text", "labels")
     answers = frozenset({"labels"})
-    own_settings = frozenset({"label_separator"})
+    own_settings = LabelTask.own_settings | {"label_separator"}
     judged_by = "micro_f1"
     reads = "[label for label, score in zip(labels, scores) if score > 0]"
     target_type = np.int8

@@ -44,6 +44,7 @@ class PooledTask(Task):
     """
 
     has_head = True
+    own_settings = frozenset({"prompt_template"})
     inputs = frozenset({"text", "features", "image"})
     hub_name = "text-classification"
     formats: ClassVar[tuple[str, ...]] = ("peft", "sentence-transformers", "onnx")
@@ -81,7 +82,14 @@ class PooledTask(Task):
 
     def roles_in(self, data: DataSpec) -> tuple[str, ...]:
         is_pair = data.input == "text" and "text_pair" in data.columns
-        return self.layouts[-1] if is_pair else input_of(data).roles(self.roles)
+        roles = self.layouts[-1] if is_pair else input_of(data).roles(self.roles)
+        return tuple(dict.fromkeys((*roles, *(data.template_roles if "text" in data.template_roles else ()))))
+
+    def check_data(self, data: DataSpec) -> None:
+        if data.prompt_template != "{prompt}" and (data.input != "text" or "text" not in data.template_roles):
+            bound = "must stay {prompt}, or for texts name {text} and the roles of the texts that stand beside it"
+            raise ConfigError("prompt_template", data.prompt_template, bound)
+        super().check_data(data)
 
     def check_model(self, spec: TaskModelSpec) -> None:
         require_no_labels(spec.head, f"for {self.name}, which has no labels")

@@ -34,7 +34,7 @@ class Regression(PooledTask):
     name = "regression"
     roles = ("text", "target")
     answers = frozenset({"target"})
-    own_settings = frozenset({"target_range"})
+    own_settings = PooledTask.own_settings | {"target_range"}
     scales = _SCALED
     reads = "float(scores[0])"
     target_type = np.float32

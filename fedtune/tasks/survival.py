@@ -34,7 +34,7 @@ class Survival(PooledTask):
     name = "survival"
     roles = ("text", "time", "event")
     answers = frozenset({"time", "event"})
-    own_settings = frozenset({"intervals", "event_values"})
+    own_settings = PooledTask.own_settings | {"intervals", "event_values"}
     hub_name = ""
     judged_by = "concordance"
     reads = "[float(one) for one in (1 / (1 + 2.718281828459045 ** scores)).cumprod(0)]"

@@ -336,8 +336,7 @@ def marks(data: DataSpec) -> Callable[[Record], Marked]:
     places = {label: place for place, label in enumerate(data.labels)}
 
     def of_tokens(record: Record) -> Marked:
-        tokens = record.fields["tokens"].split("\n")
-        tags = record.fields["tags"].split("\n")
+        tokens, tags = (record.fields[role].split("\n") for role in ("tokens", "tags"))
         if len(tags) != len(tokens):
             raise DataError(record.at("tags"), "another number of tags", "must be one for each of the tokens")
         if "" in tags:

@@ -132,10 +132,11 @@ def test_a_ledger_is_read_and_nothing_is_written(run: fedtune.Run) -> None:
         fedtune.Ledger(run.folder / "none.db")
 
 
-def test_a_finished_run_is_renewed_at_the_same_ledgers(run: fedtune.Run) -> None:
+def test_a_finished_run_is_renewed_at_the_same_ledgers(run: fedtune.Run, capfd: pytest.CaptureFixture[str]) -> None:
     settings = {"renew": run.folder, "name": "later"}
     assert [one.number for one in fedtune.plan(settings=settings).calendar] == [2]
-    later = fedtune.simulate(settings=settings)
+    later = fedtune.simulate(settings=settings, progress=True)
+    assert "round 2/2 | 2/2 sites | validation: " in capfd.readouterr().err, "the lines of the command"
     known = fedtune.Ledger(run.folder / "sites" / "site-1" / "ledger.db").spending.runs
     assert [one.run for one in known] == [run.config.run_id(), later.config.run_id()]
     with pytest.raises(ValueError, match=r"renew = .*was the last of privacy\.runs = 2"):

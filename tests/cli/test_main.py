@@ -29,7 +29,7 @@ from . import snapshots
 def test_version_tells_builds_apart(tmp_path: Path) -> None:
     assert re.fullmatch(rf"fedtune {re.escape(__version__)}\+[0-9a-f]{{12}}\n", command("--version").printed)
     package = shutil.copytree(REPOSITORY / "fedtune", tmp_path / "fedtune")
-    told = "from fedtune.ops.files import build; print(build())"
+    told = "from fedtune.version import build; print(build())"
 
     def built() -> str:
         run = subprocess.run([sys.executable, "-c", told], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -53,12 +53,8 @@ def shown(*lines: str, options: tuple[str, ...] = ()) -> str:
 
 
 OF_A_SITE = [
-    "ledger show ledger.db",
-    "ledger show ledger.db --rounds",
-    "ledger spent ledger.db",
-    "ledger verify ledger.db",
-    "ledger verify ledger.db --anchor anchor.json",
-    "site check-policy site.toml",
+    *("ledger show ledger.db", "ledger show ledger.db --rounds", "ledger spent ledger.db", "ledger verify ledger.db"),
+    *("ledger verify ledger.db --anchor anchor.json", "site check-policy site.toml"),
 ]
 
 
@@ -120,16 +116,13 @@ def test_a_federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kit in ("kit", "new"):  # a site that comes in again brings another connection key
         site_init(tmp_path / "south" / "site.toml", out=tmp_path / "south" / kit)
     said = shown(
-        "provision init federation.toml",
-        "site init --site north/site.toml",
+        *("provision init federation.toml", "site init --site north/site.toml"),
         f"provision add-site north/kit/{REQUEST} --federation cardiology --days 20 --compared",
         f"provision add-site south/kit/{REQUEST} --federation cardiology --days 40 --compared",
-        "provision list --federation cardiology",
-        "provision renew-site north --federation cardiology --days 40",
+        *("provision list --federation cardiology", "provision renew-site north --federation cardiology --days 40"),
         "provision renew-server --federation cardiology --days 1",
         "provision renew-lead --federation cardiology --days 60",
-        "provision revoke-site south --federation cardiology",
-        "provision list --federation cardiology",
+        *("provision revoke-site south --federation cardiology", "provision list --federation cardiology"),
         f"provision renew-site south south/new/{REQUEST} --federation cardiology --compared",
     )
     snapshots.check_output("provision", said)

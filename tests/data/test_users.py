@@ -61,10 +61,8 @@ def test_users_go_where_their_own_hash_says_and_come_in_order_of_first_appearanc
     hashes = [
         unit_hash(Record(fields), purpose="site", key=key, unit="user")
         for fields, key in (
-            ({"user": "ann", "text": "a"}, KEY),
-            ({"user": "ann", "text": "b", "label": "c"}, KEY),
-            ({"user": "bob", "text": "a"}, KEY),
-            ({"user": "ann", "text": "a"}, b"another"),
+            *(({"user": "ann", "text": "a"}, KEY), ({"user": "ann", "text": "b", "label": "c"}, KEY)),
+            *(({"user": "bob", "text": "a"}, KEY), ({"user": "ann", "text": "a"}, b"another")),
         )
     ]
     assert hashes[0] == hashes[1]

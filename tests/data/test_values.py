@@ -66,13 +66,9 @@ READ: dict[str, list[tuple[object, str]]] = {
         ({"messages": json.loads(CHAT), "tools": [], "parallel_tool_calls": True}, CHAT),
     ],
     "chosen": [
-        ("lost ", "lost "),
-        ([{"from": "gpt", "value": "here"}], ONE),
-        ('[ {"role": "bot", "content": "here"} ]', ONE),
-        (f"\n {ONE}", ONE),
-        ({"from": "gpt", "value": "here"}, ONE),
-        (json.loads(ONE) * 2, f"{ONE[:-1]},{ONE[1:]}"),
-        ("[1, 2]", "[1, 2]"),
+        *(("lost ", "lost "), ([{"from": "gpt", "value": "here"}], ONE)),
+        *(('[ {"role": "bot", "content": "here"} ]', ONE), (f"\n {ONE}", ONE), ({"from": "gpt", "value": "here"}, ONE)),
+        *((json.loads(ONE) * 2, f"{ONE[:-1]},{ONE[1:]}"), ("[1, 2]", "[1, 2]")),
         ('[{"role": "tool", "content": "late"}]', '[{"role": "tool", "content": "late"}]'),
     ],
     "labels": [
@@ -104,9 +100,7 @@ NOT_READ: dict[str, list[tuple[object, str]]] = {
         *((None, "must not be null"), (" ", "must not be blank"), ("secret\ud800", "must be valid Unicode")),
     ],
     "label": [
-        (None, "must not be null (role label)"),
-        (NAN, "must not be null"),
-        (1.5, "text or an integer"),
+        *((None, "must not be null (role label)"), (NAN, "must not be null"), (1.5, "text or an integer")),
         (2.0**53, "text"),
     ],
     "user": [

@@ -131,7 +131,7 @@ class Federation:
     def join(self, name: str, records: Sequence[Record]) -> SiteFolder:
         """Let a site in, as lead and site do it, once its keys are compared."""
         site = SiteFolder(self.folder / "sites" / name, name, self)
-        site.folder.mkdir(parents=True)
+        site.folder.mkdir(parents=True, exist_ok=True)
         write_records(site.folder / "questions.csv", records)
         write_policy(policy_for(name, lead=self.lead_key), site.site_toml)
         self.do("site", "init", "--site", str(site.site_toml))

@@ -93,7 +93,8 @@ def test_a_site_ends_one_run_that_it_accepted_and_the_other_site_goes_on(federat
     history = site.verified().history
     assert history.runs[run].charged_rounds == 1
     assert not history.set_aside(history.clock), "what its plan had set aside is free"
-    assert history.decided[run] == [("denied", history.decided[run][0][1], "Anna Weber", "DPO-7")]
+    ((denied,),) = history.decided.values()
+    assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert other.verified().history.runs[run].charged_rounds == 2
     check_books(federation, "ended")
 

@@ -10,14 +10,13 @@ import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
-from safetensors.numpy import load_file
 
 from fedtune.config import saved_config
 from fedtune.data.load import chosen_rows, lead_records
 from fedtune.privacy.ledger.verify import verify
 
 from ..cli import snapshots
-from ..conftest import command, result_of, tiny
+from ..conftest import check_planned_bytes, command, result_of, tiny
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +62,8 @@ def test_run_json_has_the_keys_that_others_rely_on_and_the_bytes_of_the_adapter(
     about = json.loads((folder / "adapter" / "fedtune.json").read_text())
     assert result["provenance"]["base_model"]["sha256"] == about["model"]["sha256"]
     assert result["config_sha256"] == saved_config(folder).digest()
-    tensors = [*load_file(folder / "adapter" / "adapter_model.safetensors").values()]
-    tensors.append(load_file(folder / "adapter" / "head.safetensors")["weight"])
-    values, sites = sum(tensor.size for tensor in tensors), 2
-    for entry in result["rounds"]:
-        assert entry["seconds"] > 0
-        # Four bytes a value down, and two up; the rest is names, settings and signatures.
-        assert sites * 4 * values < entry["bytes_down"] < sites * (4 * values + 8_000)
-        assert sites * 2 * values < entry["bytes_up"] < sites * (2 * values + 4_000)
+    assert all(entry["seconds"] > 0 for entry in result["rounds"])
+    check_planned_bytes(folder)
     assert result["final"]["seconds"] > 0
     assert result["final"]["peak_memory_bytes"] > 50 * 2**20
     assert result["final"]["metrics"] != result["final"]["metrics_before"]

@@ -26,7 +26,7 @@ from fedtune.privacy.site_files import SiteFiles
 from fedtune.privacy.site_policy import DEFAULT_MAX_ADAPTER_VALUE
 from fedtune.training.lead_step import lead_step
 
-from ..conftest import command, fail_where, result_of, simulate, tiny
+from ..conftest import check_planned_bytes, command, fail_where, result_of, simulate, tiny
 
 SECURE = ("federation.aggregation=secure", "training.local_steps=1", "federation.num_rounds=3")
 FOUR = ("federation.num_sites=4", "federation.threshold=3")
@@ -71,7 +71,7 @@ def test_the_lead_gets_the_sum_to_the_bit_and_nothing_sent_shows_a_share(
 
     monkeypatch.setattr(site_work, "share_of_round", share)
     monkeypatch.setattr(Upload, "from_bytes", upload)
-    simulate(*SECURE, *THREE, into=tmp_path)
+    check_planned_bytes(simulate(*SECURE, *THREE, into=tmp_path))
     assert len(steps) == 3
     for number, (adapter, total, after) in enumerate(steps):
         of_round = shares[3 * number : 3 * number + 3]

@@ -11,6 +11,7 @@ from fedtune.federation.protocol import Invitation, Signed
 from fedtune.privacy.ledger.chain import Kind
 from fedtune.privacy.release import Offer, Reason
 from fedtune.spec import ConfigError
+from fedtune.version import build
 
 from ..builders import MadeSite
 from ..privacy.builders import lead_key, stranger_key
@@ -20,9 +21,8 @@ from .conftest import NONCE, reason
 def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
     reply = site.invite()
     plan = site.propose().plan
-    assert reply.body == Offer(
-        site="a", run="r", most_rounds=plan.num_rounds, least_noise=plan.noise_multiplier, nonce=NONCE
-    )
+    whole = {"most_rounds": plan.num_rounds, "least_noise": plan.noise_multiplier}
+    assert reply.body == Offer(site="a", run="r", nonce=NONCE, software=build(), **whole)
     assert reply.is_signed()
     assert reply.receipt.charged_rounds == 0
     assert site.kinds() == [], "nothing is charged, set aside or noted"
@@ -39,7 +39,7 @@ def test_a_site_that_may_take_part_offers_the_whole_run(site: Any) -> None:
         ({}, {}, {"expires": 1.0}, Reason.REQUEST_EXPIRED),
         ({"budget": {"max_epsilon": 0.4}}, {}, {}, Reason.MAX_EPSILON),
         ({"approval": "manual"}, {}, {}, Reason.AWAITING_APPROVAL),
-        ({}, {"num_sites": 99}, {}, Reason.PLAN_CHANGED),
+        ({}, {"num_sites": 99}, {"software": "0.3.0+7c1f"}, Reason.PLAN_CHANGED),
     ],
     ids=str,
 )
@@ -49,6 +49,9 @@ def test_what_a_round_would_be_refused_for_is_said_beforehand(
     site = station(**policy)
     reply = site.invite(about=about, **changes)
     assert reason(reply) is rule
+    if "software" in about:
+        assert "(fedtune 0.3.0+7c1f)" in reply.body.asked
+        assert f"(fedtune {build()})" in reply.body.allowed
     assert reply.is_signed()
     assert site.kinds() == [Kind.REFUSAL]
     assert (len(site.awaited) == 1) is (rule is Reason.AWAITING_APPROVAL)

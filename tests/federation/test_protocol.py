@@ -9,6 +9,7 @@ from fedtune.federation.protocol import EndOfRun, Invitation, RoundRequest, Sign
 from fedtune.privacy.distributed_noise import Together
 from fedtune.privacy.release import Reason, Refused
 from fedtune.spec import WIRE_SCHEMA, ConfigError
+from fedtune.version import build
 
 from ..builders import round_request
 from ..conftest import run_proposal
@@ -34,7 +35,7 @@ def test_every_field_that_is_asked_for_is_in_the_digest(request_: RoundRequest) 
     digests = {replace(request_, **change).digest() for change in changes}
     assert len(digests | {request_.digest()}) == 6
     assert RoundRequest.of(request_.signed(lead_key)).digest() == request_.digest()
-    again = replace(request_, receipt=None, expires=2e9)
+    again = replace(request_, receipt=None, expires=2e9, software="0.2.1+7c1f09a4e2b5")
     assert again.digest() == request_.digest(), "the lead may ask for the same thing again"
 
 
@@ -69,6 +70,7 @@ _FAULTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "no expiry": lambda fields: json.dumps(fields | {"expires": float("inf")}),
     "an expiry that is no number": lambda fields: json.dumps(fields | {"expires": float("nan")}),
     "a receipt of texts": lambda fields: json.dumps(fields | {"receipt": fields["receipt"] | {"sequence": "3"}}),
+    "a version of two lines": lambda fields: json.dumps(fields | {"software": "0.2.0\nanother line"}),
     "no proposal": lambda fields: json.dumps(fields | {"proposal": None}),
     "an empty plan": lambda fields: json.dumps(fields | {"proposal": fields["proposal"] | {"plan": {}}}),
 }
@@ -107,19 +109,20 @@ def test_a_notice_of_the_end_is_the_word_of_its_lead_too() -> None:
             EndOfRun.of(Signed(text=text, signature=lead_key.sign(EndOfRun.purpose, text.encode())))
 
 
-@pytest.mark.parametrize("spoken", [1, WIRE_SCHEMA - 1, WIRE_SCHEMA + 1])
-def test_a_lead_of_another_version_is_told_that_versions_differ(request_: RoundRequest, spoken: int) -> None:
+@pytest.mark.parametrize(("spoken", "older"), [(1, "lead"), (WIRE_SCHEMA - 1, "lead"), (WIRE_SCHEMA + 1, "site")])
+def test_another_protocol_is_refused_with_who_must_be_upgraded(request_: RoundRequest, spoken: int, older: str) -> None:
     asked = Invitation(proposal=request_.proposal, site="a", expires=1e9, nonce="0a" * 16)
-    question = json.loads(asked.signed(lead_key).text)
+    other = {"protocol": spoken, "software": "0.3.0+7c1f", "what": "only a later protocol knows"}
+    invitation = json.dumps(json.loads(asked.signed(lead_key).text) | other)
     for read, signed in (
-        (RoundRequest.of, resigned(request_, lambda fields: json.dumps(fields | {"protocol": spoken}))),
-        (Invitation.of, Signed(text=json.dumps(question | {"protocol": spoken}), signature="")),
+        (RoundRequest.of, resigned(request_, lambda fields: json.dumps(fields | other))),
+        (Invitation.of, Signed(text=invitation, signature="")),
     ):
         with pytest.raises(Refused) as refused:
             read(signed)
         assert refused.value.reason is Reason.MALFORMED_REQUEST
-        assert refused.value.asked == f"protocol {spoken}"
-        assert refused.value.allowed == f"protocol {WIRE_SCHEMA}: lead and site run different versions of fedtune"
+        assert refused.value.asked == f"protocol {spoken} (fedtune 0.3.0+7c1f)"
+        assert refused.value.allowed == f"protocol {WIRE_SCHEMA} (fedtune {build()}): upgrade the {older}"
     for nonsense in (True, 2.0, "2", 0, -1, [], 10**30):
         with pytest.raises(ConfigError, match="must be a lead's round request"):
             RoundRequest.of(resigned(request_, lambda f, n=nonsense: json.dumps(f | {"protocol": n})))

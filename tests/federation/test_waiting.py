@@ -157,7 +157,8 @@ def test_a_denied_run_that_has_begun_is_charged_no_further_round_and_no_reply_le
         assert b"board" not in reply.body.to_bytes()
     history = site.ledger().history
     assert not history.runs["r"].set_aside(history.clock), "what its plan had set aside is free"
-    assert history.decided == {"r": [("denied", history.last_time.date().isoformat(), "Anna Weber", "DPO-7")]}
+    ((denied,),) = history.decided.values()
+    assert (denied["what"], denied["by"], denied["ticket"]) == ("denied", "Anna Weber", "DPO-7")
     assert site.end().charged_rounds == 1, "the lead still gets its receipt"
     assert history.runs["other"].is_open(history.clock), "other runs go on"
     site.ledger().reserve(other, round=2, request="1" * 64)

@@ -85,7 +85,8 @@ class Federation:
         self.start = LeadState(round=0, adapter=adapter)
 
     def run(self, state: LeadState | None = None, **changes: Any) -> LeadState:
-        return run_rounds(self.transport, replace(self.lead, **changes), state or self.start)
+        with self.transport.one_protocol():
+            return run_rounds(self.transport, replace(self.lead, **changes), state or self.start)
 
     def run_until(self, round: int, state: LeadState | None = None) -> LeadState:
         """Run on to the end of `round`, where the lead's process dies, and return what its checkpoint says."""

@@ -23,6 +23,7 @@ from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.release import Offer, Reason, Refusal, Update
 from fedtune.spec import ConfigError, RunError
+from fedtune.version import build
 
 from ..builders import round_request
 from ..conftest import run_proposal, site_policy
@@ -172,10 +173,11 @@ def test_before_a_run_begins_people_are_waited_for_and_a_pause_is_not(line: Line
 
 
 def test_an_offer_to_this_question_is_good_and_news(line: Line) -> None:
-    offer = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE)
+    offer = Offer(site="north", run="r", most_rounds=3, least_noise=1.0, nonce=NONCE, software="0.2.1+7c1f")
     kind = f"query.{flower_records.INVITE}"
     assert line.hears(1, line.signed(offer), kind) == Answered(good=True)
     assert line.words == [("north", OFFER)]
+    line.listener.note.assert_called_once_with(f"north runs fedtune 0.2.1+7c1f, and this lead {build()}")
     for other in (replace(offer, nonce="1b" * 16), replace(offer, run="s"), replace(offer, site="south")):
         assert line.hears(1, line.signed(other), kind) == Answered(good=False)
     assert line.hears(1, line.signed(offer)) == Answered(good=False), "a round hopes for an update"

@@ -11,12 +11,11 @@ import pytest
 from flwr.app import ConfigRecord, Message
 
 from fedtune.federation.lead import LeadState, site_charge
-from fedtune.federation.protocol import Reply
+from fedtune.federation.protocol import _Question
 from fedtune.flower import flower_records
 from fedtune.model.adapter import Adapter
 from fedtune.privacy.ledger.chain import Kind
-from fedtune.privacy.release import Reason, Refusal
-from fedtune.spec import RefusedError, RunError, StuckError
+from fedtune.spec import WIRE_SCHEMA, ConfigError, RefusedError, RunError, StuckError
 
 from .conftest import STEPS
 
@@ -49,18 +48,19 @@ def test_a_run_with_enough_sites_begins_and_the_refusing_one_is_asked_all_the_sa
     np.testing.assert_allclose(moved, (STEPS["site-1"] + STEPS["site-3"]) / 2, atol=1e-6)
 
 
-def test_a_site_of_another_version_is_named_before_anybody_pays(federation: Any, tamper: Any) -> None:
-    def older(messages: list[Message]) -> list[Message]:
-        (message,) = [message for message in messages if message.metadata.src_node_id == 2]
-        refusal = Refusal(site="site-2", run="", round=0, reason=Reason.MALFORMED_REQUEST)
-        message.content = flower_records.from_reply(Reply(body=refusal, receipt=None))
-        return messages
-
-    made = federation(min_sites=3)
-    tamper(older, ("query.invite",))
-    with pytest.raises(RunError, match="site-2: malformed_request, so it may run another version of fedtune"):
-        made.run()
-    assert charged(made) == []
+@pytest.mark.parametrize(("ahead", "older"), [(0, ""), (-1, "lead"), (1, "site")])
+def test_only_another_protocol_ends_a_run(federation: Any, monkeypatch: Any, ahead: int, older: str) -> None:
+    made, to_json = federation(num_rounds=2), _Question._to_json
+    state, other = made.run_until(1), {"protocol": WIRE_SCHEMA + ahead, "software": "0.2.1+7c1f09a4e2b5"}
+    before = [made.events(site) for site in SITES]
+    monkeypatch.setattr(_Question, "_to_json", lambda asked: to_json(asked) | other)
+    for begun in (None, state) if older else ():
+        with pytest.raises(ConfigError, match=f"site-1 speaks protocol .*: upgrade the {older}"):
+            made.run(begun)
+        assert [made.events(site) for site in SITES] == before, "nothing was charged"
+    if not older:
+        assert len(made.run().rounds) == 2
+        assert sorted(made.trained) == sorted([*SITES, *SITES]), "round 1 was answered from the ledgers"
 
 
 def test_a_site_that_waits_for_a_person_may_still_come(federation: Any) -> None:

@@ -42,7 +42,6 @@ def test_a_round_is_recorded(federation: Any) -> None:
     for result in state.rounds:
         assert result.sites == ("site-1", "site-2", "site-3")
         assert result.failed_sites == {}
-        assert min(result.bytes_down, result.bytes_up) > 3 * 4 * 10
         assert set(result.metrics) == {"sum"}
     assert made.trained == ["site-1", "site-2", "site-3"] * 2
     assert site_charge(state, "site-2", made.plan).steps == 4

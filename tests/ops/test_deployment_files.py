@@ -8,13 +8,17 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import flwr
 import pytest
 import yaml
+from packaging.utils import canonicalize_name
 
 from fedtune.ops.health import READY, Health, State
 
@@ -154,6 +158,36 @@ def test_the_image_runs_without_privileges_and_asks_for_its_health() -> None:
     last_let_in = max(number for number, pattern in enumerate(patterns) if pattern.startswith("!"))
     for secret in ("**/*.pem", "**/*.db"):
         assert patterns.index(secret) > last_let_in
+
+
+# a release
+
+
+def pins(text: str) -> dict[str, str]:
+    return {canonicalize_name(name): pin for name, pin in re.findall(r"^([\w.-]+)==([^\s\\]+)", text, re.M)}
+
+
+def test_every_constraint_has_its_files_hashes() -> None:
+    plain, hashed = ((ROOT / f"constraints{kind}.txt").read_text() for kind in ("", ".hashed"))
+    assert pins(hashed) == pins(plain), "run `make constraints`"
+    header, *entries = re.split(r"^(?=[^\s#])", hashed, flags=re.M)
+    assert "make constraints" in header
+    assert len(entries) == len(pins(plain))
+    for entry in entries:
+        assert re.fullmatch(r"[\w.-]+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry), entry
+
+
+@pytest.mark.nightly
+def test_the_sbom_names_every_runtime_dependency(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/cyclonedx-py").symlink_to(tool("cyclonedx-py"))
+    (tmp_path / ".made").touch()  # so that nothing is installed
+    passed("make", "-C", ROOT, "sbom", f"TOOLS={tmp_path}", f"SBOM={tmp_path}/sbom.json", f"SBOM_OF={sys.executable}")
+    found = json.loads((tmp_path / "sbom.json").read_text())["components"]
+    versions = {canonicalize_name(one["name"]): one["version"] for one in found}
+    for needed in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        name = re.split(r"[><=~\[; ]", needed)[0]
+        assert versions[canonicalize_name(name)] == version(name)
 
 
 def test_the_compose_files_fit_the_specification(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from typing import get_args
 import pytest
 
 from fedtune.ops import health as module
-from fedtune.ops.files import build
 from fedtune.ops.health import Health, State, ask, serve_health
 from fedtune.spec import ConfigError
+from fedtune.version import build
 
 from .deployment_files import run
 

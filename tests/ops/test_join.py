@@ -13,10 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedtune.ops.kits.certificates import public_pem, read_connection_key
+from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.ops.kits.members import JoinRequest, site_init
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.site_ledger import Ledger
 from fedtune.privacy.policy_file import read_policy, write_policy
+from fedtune.privacy.site_files import SiteFiles
 from fedtune.spec import ConfigError
 
 from .conftest import Desk
@@ -70,6 +72,18 @@ def test_a_site_key_that_others_can_read_or_that_was_lost_is_refused(tmp_path: P
     with pytest.raises(ConfigError, match="restore it from its backup"):
         site_init(site_toml, out=None)
     assert not file.exists()
+
+
+def test_a_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: Any) -> None:
+    site_toml, kept = tmp_path / "site.toml", tmp_path / "kept.pem"
+    public = SigningKey.load_or_make(kept).public
+    write_policy(site_policy("north", key_command=("cat", str(kept))), site_toml)
+    kit = site_init(site_toml, out=None)
+    assert JoinRequest.read(kit / "join_request.json").site_key == read_signing_key(site_toml).public == public
+    assert SiteFiles.of(site_toml).open().history.opened.site_key == public
+    assert SiteFiles.of(site_toml).public_key is None, "to look at a policy runs nothing"
+    secret = {path.name for path in tmp_path.rglob("*") if path.is_file() and b"PRIVATE" in path.read_bytes()}
+    assert secret == {"kept.pem", "connection_key.pem"}
 
 
 def resigned(path: Path, **changes: Any) -> bytes:

@@ -28,22 +28,6 @@ def kits(federation: Path, joined: Any) -> dict[str, Path]:
     return {"site": joined("north"), "server": federation / "server", "lead": federation / "lead"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kit_says_where_its_files_are(kits: dict[str, Path], kind: str, now: datetime) -> None:
-    kit = Kit.read(kits[kind], kind=kind)
-    assert (kit.kind, kit.federation, kit.server) == (kind, "cardiology-2026", "127.0.0.1:9092")
-    assert kit.model == (KitModel(name="minilm", sha256="53" * 32, licence="Apache-2.0"),)
-    assert kit.site == ("north" if kind == "site" else None)
-    assert kit.lead == SigningKey.load(kits["lead"] / "lead_key.pem").public
-    assert kit.certificate.name == f"{kind}.pem"
-    assert kit.key.name == ("server_key.pem" if kind == "server" else "connection_key.pem")
-    for path in (kit.ca, kit.certificate, kit.key, *([] if kind == "site" else [kit.roster])):
-        assert path.is_file()
-    found = kit.check_certificate(now)
-    assert found.name == ("north" if kind == "site" else kind)
-    assert found.not_before < now < found.not_after
-
-
 FILES = [
     *(("site", name) for name in ("kit.toml", "ca.pem", "site.pem", "connection_key.pem")),
     *(("server", name) for name in ("kit.toml", "ca.pem", "server.pem", "server_key.pem", "roster.json")),

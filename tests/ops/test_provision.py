@@ -12,7 +12,8 @@ import pytest
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import names_of, read_certificate
 from fedtune.ops.kits.federation_folder import FederationFolder
-from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.kits.kit_file import Kit, read_signing_key
+from fedtune.privacy.keys import SigningKey
 from fedtune.spec import ConfigError
 
 from ..conftest import files_in
@@ -35,6 +36,18 @@ def test_init_makes_all_folders_with_secrets_for_their_owner_alone(federation: P
         assert private == (name in SECRETS), name
         assert not private or stat.S_IMODE((federation / name).stat().st_mode) == 0o600
     assert stat.S_IMODE(federation.stat().st_mode) == 0o700
+
+
+def test_a_lead_with_a_key_command_has_no_key_file(federation_toml: Path, now: datetime) -> None:
+    public = SigningKey.load_or_make(kept := federation_toml.with_name("kept.pem")).public
+    federation_toml.write_text(f'key_command = ["cat", "{kept}"]\n{federation_toml.read_text()}')
+    made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
+    assert made.lead_key == read_signing_key(made.folder / "lead" / "kit.toml").public == public
+    assert not (made.folder / "lead" / "lead_key.pem").exists()
+    text = (file := made.folder / "server" / "kit.toml").read_text()
+    file.write_text(f'key_command = ["true"]\n{text}')
+    with pytest.raises(ConfigError, match=r"key_command = \['true'\]: has no place in a kit that is not the lead's"):
+        Kit.read(file.parent, kind="server")
 
 
 def test_certificates_have_the_days_and_names_that_the_file_says(federation_toml: Path, now: datetime) -> None:

@@ -265,7 +265,7 @@ def test_the_lock_is_given_back_and_its_file_stays(tmp_path: Path) -> None:
 _FULL = """
 import os, sys
 from pathlib import Path
-from fedtune.privacy.durable import trouble_of
+from fedtune.ops.files import trouble_of
 folder = Path(sys.argv[1])
 os.system(f"mount -t tmpfs -o size=2m none {folder}") and sys.exit(77)
 ledger = folder / "ledger.db"

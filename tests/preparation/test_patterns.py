@@ -18,11 +18,9 @@ from ..cases import cases_of
         ("Steuer-ID 86 095 742 719", "German tax id", "86 095 742 719"),
         ("Anna, geb. 12.03.1980, sagt", "date of birth", "geb. 12.03.1980"),
         ("she was born on 3 May 1971", "date of birth", "born on 3 May 1971"),
-        ("from 192.168.17.4:", "IP address", "192.168.17.4"),
-        ("at 2001:db8::1 it", "IP address", "2001:db8::1"),
+        *(("from 192.168.17.4:", "IP address", "192.168.17.4"), ("at 2001:db8::1 it", "IP address", "2001:db8::1")),
         ("call +49 171 1234567", "phone number", "+49 171 1234567"),
-        ("Tel. 0171/1234567", "phone number", "0171/1234567"),
-        ("(555) 234-5678", "phone number", "(555) 234-5678"),
+        *(("Tel. 0171/1234567", "phone number", "0171/1234567"), ("(555) 234-5678", "phone number", "(555) 234-5678")),
     ],
 )
 def test_an_identifier_is_found_whole_and_once(text: str, kind: str, whole: str) -> None:

@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from fedtune.data.formats import raw_rows
 from fedtune.spec import DataError
 
 from .conftest import AB, ASK, SAY, few, own, rows, seen, summary
+from .test_starter import made_for
 
 AGE: Callable[[int], float] = lambda n: 20 + n * 0.75  # noqa: E731
+BELONG: dict[str, Any] = {"anchor": own, "positive": own}
+SURVIVED: dict[str, Any] = {"os_months": AGE, "os_status": (0, 1)}
+FREE = ("0:DiseaseFree", "1:Recurred/Progressed")
 WARD, SHAPE = ("north", "south"), ("x", "y", "z")
 TABLE: dict[str, Any] = {"age": AGE, "kappa": WARD}
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
@@ -64,13 +71,10 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "alive or dead": (TABLE | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
     "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
     "of cBioPortal": ({"age": AGE, "os": AGE, "died": ("0:LIVING", "1:DECEASED")}, "table: time=os event=died"),
-    "of a study": (
-        {"age": AGE, "dfs_months": AGE, "dfs_status": ("0:DiseaseFree", "1:Recurred/Progressed")},
-        "time=dfs_months event=dfs_status",
-    ),
+    "of a study": ({"age": AGE, "dfs_months": AGE, "dfs_status": FREE}, "time=dfs_months event=dfs_status"),
     "three courses": ({"age": AGE, "time": AGE, "status": (0, 1, 2)}, "may say whether an event came by time"),
     "two events": (
-        {"os_months": AGE, "os_status": (0, 1), "pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)},
+        SURVIVED | {"pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)},
         "may say whether an event came",
     ),
     "another event": ({"age": AGE, "days": AGE, "status": ("open", "shut")}, "may say whether an event came by days"),
@@ -105,11 +109,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "questions": ({"question": own, "sentence": own, "label": (0, 1)}, "text=question text_pair=sentence label"),
     "answers": ({"prompt": own, "answer_0": own, "answer_1": own, "better_id": (0, 1)}, "must be one answer, chosen"),
     "a tournament": ({"prompt": own, "reply_1": own, "reply_2": own, "reply_3": own}, "several texts"),
-    "negatives": (
-        {"anchor": own, "positive": own, "negative_1": own, "negative_2": own},
-        "triplets: anchor positive negative=negative_1; not negative_2",
-    ),
-    "no negative": ({"anchor": own, "positive": own}, "must have beside them a column negative"),
+    "negatives": (BELONG | {"negative_1": own, "negative_2": own}, "positive negative=negative_1; not negative_2"),
+    "no negative": (BELONG, "must have beside them a column negative"),
     "turns": ({"user": own, "response": own}, "pairs: prompt=user completion=response"),
     "turns in columns": ({"user_1": own, "bot_1": own, "user_2": own, "bot_2": own}, "several texts"),
     "of OpenAI": (
@@ -140,11 +141,11 @@ def decided(folder: Path, given: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("name", RULES)
 def test_rule_decides_alike_for_other_orders_and_names(tmp_path: Path, name: str) -> None:
     columns, expected = RULES[name]
-    given, draws = rows(columns, 60), random.Random(name)
-    before = decided(tmp_path, given)
+    rows_of, draws = rows(columns, 60), random.Random(name)
+    before = decided(tmp_path, rows_of)
     assert expected in before
     order = draws.sample(sorted(columns), len(columns))
-    mixed = [{name: row[name] for name in order} for row in draws.sample(given, len(given))]
+    mixed = [{name: row[name] for name in order} for row in draws.sample(rows_of, len(rows_of))]
 
     def sorted_parts(said: str) -> list[str]:
         return sorted(said.replace(",", " ").replace(";", " ").split())
@@ -155,3 +156,31 @@ def test_rule_decides_alike_for_other_orders_and_names(tmp_path: Path, name: str
     for old, new in RENAMED.items():
         text, before = text.replace(f'"{old}', f'"{new}'), before.replace(old, new)
     assert sorted_parts(decided(tmp_path, json.loads(text))) == sorted_parts(before), "names that mean nothing"
+
+
+KINDS = st.lists(st.sampled_from(["whole", "torn", "damaged"]), min_size=12, max_size=20)
+NOTED = {"torn": "records have parts that begin or end within a word", "damaged": "of its values have mojibake"}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kinds=KINDS, names=st.sampled_from([("text", "spans"), ("content", "entities")]))
+def test_torn_and_damaged_rows_are_counted_whatever_their_order(tmp_path: Path, kinds: Any, names: Any) -> None:
+    """Offsets are held against words, and what an encoding spoiled is told."""
+    texts = {"whole": "cards are lost", "torn": "cards are lost", "damaged": "f\u00c3\u00bcr are lost"}
+    made = [[f"{texts[kind]} {n}", [[0, 4 if kind == "torn" else 9, "x"]]] for n, kind in enumerate(kinds)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in made))
+    told = made_for(tmp_path / "rows.jsonl").notes
+    for kind, said in NOTED.items():
+        counted = [line for line in told.splitlines() if said in line]
+        assert bool(counted) == (kind in kinds)
+        assert all(f"{kinds.count(kind)} of " in line for line in counted)
+
+
+@given(order=st.permutations(["NOUN", "_", "B-x"]), first=st.integers(0, 1))
+def test_a_counter_is_no_token_wherever_tags_stand(tmp_path_factory: Any, order: list[str], first: int) -> None:
+    rows = [f"{first + n}\tw{n}\t" + "\t".join(order).replace("B-x", "B-x" if n else "O") for n in range(3)]
+    path = tmp_path_factory.mktemp("marked") / "train.conll"
+    path.write_text("\n\n".join(["\n".join(rows)] * 5) + "\n")
+    ((_, row), *_) = raw_rows(path)
+    assert row["tokens"] == ["w0", "w1", "w2"]
+    assert row["tags"] == ["O", "B-x", "B-x"]

@@ -72,8 +72,19 @@ def test_labels_that_yaml_would_take_for_something_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "sites"), [(100, 2), (999, 2), (1000, 3), (5000, 4)])
-def test_a_site_gets_a_few_hundred_records(rows: int, sites: int) -> None:
-    assert starter.sites_for(rows) == sites
+def test_a_site_gets_a_few_hundred_records(tmp_path: Path, rows: int, sites: int) -> None:
+    assert made_for(table(tmp_path, rows)).plan.num_sites == sites
+
+
+def test_a_template_of_all_texts_is_proposed_as_a_comment_that_composes(tmp_path: Path) -> None:
+    columns = ("title", "summary", "text")
+    given = [{name: f"{name} of {n} in some words" * 2**at for at, name in enumerate(columns)} for n in range(40)]
+    made = made_for(lines(tmp_path, *({**row, "label": "ab"[n % 2]} for n, row in enumerate(given))))
+    assert made.composed().data.prompt_template == "{prompt}"
+    page = made.text.replace("  columns:", "  # was:").replace("  # columns:", "  columns:")
+    data = made.composed(page.replace("  # prompt_template", "  prompt_template")).data
+    assert data.columns == {"text": "text", "label": "label", "input": "title", "part_2": "summary"}
+    assert data.prompt_template == "{input}\n\n{part_2}\n\n{text}"
 
 
 @pytest.mark.parametrize(("words", "length", "windows"), [(9, 32, 1), (200, 256, 2), (5000, 256, 4)])
@@ -137,17 +148,16 @@ def test_rows_that_cannot_be_used_are_said_and_left_out(tmp_path: Path) -> None:
     assert made.settings["data"]["unusable"] == "leave_out"
 
 
-@pytest.mark.parametrize(("name", "run"), [("a b(1).yaml", "a-b-1"), ("...yaml", "own"), ("Ärger.yaml", "rger")])
-def test_a_run_s_name_from_that_of_a_file(name: str, run: str) -> None:
-    assert starter.run_name(Path(name)) == run
-
-
-@pytest.mark.parametrize(
-    ("file", "line"),
-    [("a.yaml", "experiment=./a.yaml"), ("in/a.yaml", "experiment=in/a.yaml"), ("a b.yaml", "'experiment=./a b.yaml'")],
-)
-def test_the_next_line_can_be_typed(file: str, line: str) -> None:
-    assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
+def test_a_file_names_its_run_and_the_next_line_can_be_typed() -> None:
+    names = {"a b(1).yaml": "a-b-1", "...yaml": "own", "Ärger.yaml": "rger"}
+    assert {file: starter.run_name(Path(file)) for file in names} == names
+    typed = {
+        "a.yaml": "experiment=./a.yaml",
+        "in/a.yaml": "experiment=in/a.yaml",
+        "a b.yaml": "'experiment=./a b.yaml'",
+    }
+    for file, line in typed.items():
+        assert starter.next_line(Path(file)) == f"fedtune simulate {line}"
 
 
 def test_lengths_are_those_of_a_run_s_examples(tmp_path: Path) -> None:
@@ -240,13 +250,10 @@ def test_a_chosen_column_of_sites_deals_the_file_out_with_names_and_sizes(tmp_pa
     assert dict(config.data.partition.sites) == {"N Coast": 0, "South": 1}
     assert (config.data.columns["site"], config.federation.names) == ("carrier", ("N-Coast", "South"))
     assert (config.data.declared_sizes, config.data.dataset) == ((28, 56), "visits")
-
-
-def test_names_of_sites_that_no_site_can_have_are_numbers(tmp_path: Path) -> None:
-    rows = [f"text {number},{'ab'[number % 2]},{('Köln', 'K?ln')[number % 2]}" for number in range(120)]
-    (tmp_path / "visits.csv").write_text("\n".join(["body,team,carrier", *rows]) + "\n")
+    text = (tmp_path / "visits.csv").read_text().replace("N Coast", "Köln").replace("South", "K?ln")
+    (tmp_path / "visits.csv").write_text(text)
     config = made_for(tmp_path / "visits.csv", site="carrier").composed()
-    assert (config.federation.names, len(config.data.partition.sites)) == (("site-1", "site-2"), 2)
+    assert (config.federation.names, len(config.data.partition.sites)) == (("site-1", "site-2"), 2), "alike as names"
 
 
 def test_a_column_of_sites_must_keep_persons_together_and_have_enough_at_each(tmp_path: Path) -> None:
@@ -256,19 +263,18 @@ def test_a_column_of_sites_must_keep_persons_together_and_have_enough_at_each(tm
         visits(tmp_path, lambda number: f"p{number // 10}", site="org")
 
 
-def test_sites_get_the_number_of_their_persons(tmp_path: Path) -> None:
+def test_sites_get_the_number_of_their_persons_and_rows_without_an_id_are_left_out(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"p{number // 4}", blank=2, site="org")
     assert (made.plan.places, made.plan.units, made.plan.left_out.count) == ({"N": 25, "S": 25}, 50, 2)
     assert (made.settings["data"]["declared_sizes"], made.settings["data"]["unusable"]) == ([17, 17], "leave_out")
+    made = visits(tmp_path, lambda number: f"p{number}" if number else "")
+    assert (made.plan.units, made.plan.usable, made.plan.left_out.count) == (199, 199, 1)
+    assert (made.settings["privacy"]["unit"], made.settings["data"]["unusable"]) == ("user", "leave_out"), (
+        "one has no id"
+    )
 
 
 def test_ids_that_differ_in_case_alone_are_counted(tmp_path: Path) -> None:
     made = visits(tmp_path, lambda number: f"{'Pp'[number % 2]}{number // 2 % 50}@example.org")
     assert (made.plan.units, made.plan.alike) == (100, 50)
     assert "50 ids of persons are like another" in made.notes
-
-
-def test_rows_without_an_id_keep_the_unit(tmp_path: Path) -> None:
-    made = visits(tmp_path, lambda number: f"p{number}" if number else "")
-    assert (made.plan.units, made.plan.usable, made.plan.left_out.count) == (199, 199, 1)
-    assert (made.settings["privacy"]["unit"], made.settings["data"]["unusable"]) == ("user", "leave_out")

@@ -63,9 +63,23 @@ def test_one_row_without_a_value_changes_nothing_that_is_written(tmp_path: Path,
     assert (tmp_path / "more.yaml").read_text().replace("more", "labs") == labs.read_text()
 
 
+def test_ranges_are_declared_for_all_numbers_or_by_column(tmp_path: Path, labs: Path, command: Any) -> None:
+    asked = ("data", "init", "labs.json", "--label", "diagnosis", "--force")
+    assert command(*asked, "--ranges=-5,5").code == 0
+    assert labs.read_text().count("range: [-5.0, 5.0], ") == 3
+    assert labs.read_text().count("???") == 2, "categories, and what the comment says of them"
+    (tmp_path / "units.csv").write_text("column,low,high,unit\nage,0,110,years\nsex,0,1,\ncrp,0,500,mg/l\n")
+    assert command(*asked, "--ranges", "units.csv").code == 0
+    for line in ('["age"], range: [0.0, 110.0], ', '["crp"], range: [0.0, 500.0], ', '["states"], range: "???", '):
+        assert line in labs.read_text()
+    for wrong in ("none.csv", "a,b", "5,-5", "1,2,3"):
+        assert command(*asked, f"--ranges={wrong}").failed().startswith("--ranges = ")
+
+
 def test_what_is_left_open_is_asked_for_and_then_it_runs(labs: Path, command: Any) -> None:
     assert command("data", "init", "labs.json", "--label", "diagnosis").code == 0
-    said = "data.features[0].range = '': is required: write it where the file has ???"
+    others = ", ".join(f"data.features[{one}" for one in ("crp].range", "sex].categories", "states].range"))
+    said = f"data.features[age].range = '': is required, and so are {others}: write it where the file has ???"
     assert command("simulate", "experiment=./labs.yaml").failed().startswith(said)
     page = labs.read_text().replace('"age"], range: "???"', '"age"], range: [0, 60]')
     page = page.replace('"crp"], range: "???"', '"crp"], range: [0, 2000]')

@@ -1,12 +1,17 @@
 """Keys: made once, kept private, and every signature good for one key, one purpose and one message."""
 
 import stat
+import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
+from fedtune.privacy import keys
 from fedtune.privacy.keys import SigningKey, is_public_key, is_signed
 from fedtune.spec import ConfigError
 
@@ -30,19 +35,77 @@ def test_the_key_of_a_process_that_was_first_is_kept(tmp_path: Path, monkeypatch
     assert SigningKey.load_or_make(path).public == first.public
 
 
-@pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\n", b"\xff\xfe", "rsa", "encrypted", None])
+@pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\n", b"\xff\xfe", "rsa", None])
 def test_what_is_no_ed25519_key_is_a_config_error(tmp_path: Path, content: object) -> None:
     path = tmp_path / "key.pem"
     pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
     if content == "rsa":
         key = generate_private_key(public_exponent=65537, key_size=1024)
         content = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
-    elif content == "encrypted":
-        content = make_key(1)._private.private_bytes(pem, pkcs8, serialization.BestAvailableEncryption(b"secret"))
     if isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"key\.pem.*must be a PEM file with an Ed25519 private key"):
+    with pytest.raises(ConfigError, match=r"key\.pem.*must give an Ed25519 private key"):
         SigningKey.load(path)
+
+
+@pytest.fixture
+def encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A key that was made with the passphrase in the file beside it."""
+    (tmp_path / "passphrase").write_text("correct horse battery\nnothing\n")
+    monkeypatch.setenv(keys.PASSPHRASE_FILE, str(tmp_path / "passphrase"))
+    SigningKey.load_or_make(tmp_path / "key.pem")
+    return tmp_path / "key.pem"
+
+
+def test_a_new_key_is_encrypted_with_the_passphrase_in_the_file(encrypted: Path, monkeypatch: Any) -> None:
+    private: Any = serialization.load_pem_private_key(encrypted.read_bytes(), password=b"correct horse battery")
+    assert SigningKey.load(encrypted).public == private.public_key().public_bytes_raw().hex()
+    monkeypatch.delenv(keys.PASSPHRASE_FILE)
+    with pytest.raises(ConfigError, match="is encrypted: set FEDTUNE_KEY_PASSPHRASE_FILE to a file"):
+        SigningKey.load(encrypted)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    asked = iter(["correct horse battery"])
+    monkeypatch.setattr(keys.getpass, "getpass", lambda prompt: next(asked))
+    assert SigningKey.load(encrypted).public == SigningKey.load(encrypted).public, "and asked for once"
+
+
+@pytest.mark.parametrize(
+    ("passphrase", "bound"),
+    [("wrong horse battery", "with another passphrase"), ("too short", "12 to 1023 bytes"), (None, "readable file")],
+)
+def test_a_wrong_passphrase_is_refused_and_shown_nowhere(encrypted: Path, passphrase: Any, bound: str) -> None:
+    encrypted.with_name("passphrase").unlink()
+    if passphrase:
+        encrypted.with_name("passphrase").write_text(passphrase)
+    with pytest.raises(ConfigError, match=bound) as caught:
+        SigningKey.load(encrypted)
+    assert passphrase is None or passphrase not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_command_gives_the_key_which_is_written_nowhere(tmp_path: Path) -> None:
+    kept = tmp_path / "vault" / "key.pem"
+    public, command = SigningKey.load_or_make(kept).public, ("cat", str(kept))
+    assert SigningKey.load_or_make(tmp_path / "key.pem", command=command).public == public
+    kept.unlink()
+    assert SigningKey.load(tmp_path / "key.pem", command=command).public == public, "it runs once in a process"
+    assert list(tmp_path.rglob("*")) == [kept.parent]
+
+
+@pytest.mark.parametrize(
+    ("script", "bound"),
+    [
+        ("echo locked >&2; echo more >&2; exit 3", "and end with 0; it ended with 3 and said 'locked'$"),
+        ("sleep 600 & exit 3", "it ended with 3 and said ''$"),  # what it started is killed, too
+        ("sleep 600", "within 0.5 seconds .* it ended with -9"),
+        ("head -c 20000 /dev/zero", "must print less than 16,384 bytes"),
+        ("yes", "must print less than 16,384 bytes .* it ended with -9"),
+        ("echo rubbish", "must give an Ed25519 private key in PEM form$"),
+    ],
+)
+def test_a_command_that_gives_no_key_is_refused(script: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "_COMMAND_S", 0.5)
+    with pytest.raises(ConfigError, match=f"^key_command = 'sh': .*{bound}"):
+        SigningKey.load(Path("key.pem"), command=("sh", "-c", script))
 
 
 def test_a_signature_is_good_for_its_key_purpose_and_message_alone() -> None:

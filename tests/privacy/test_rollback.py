@@ -179,7 +179,7 @@ def test_a_receipt_of_another_population_under_the_same_key_puts_nothing_in_doub
     ledger, other = opened(), opened(path=tmp_path / "staff.db", policy=policy(site="north-staff"))
     for one in (ledger, other):
         train(one, proposal(), 1)
-    assert reason_of(ledger.require_contains, other.receipt("r")) is Reason.WRONG_SITE
+    assert reason_of(ledger.require_contains, other.receipt("r")) is Reason.WRONG_SIGNATURE
     train(ledger, proposal(), 2)
 
 

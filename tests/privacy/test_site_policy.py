@@ -164,10 +164,11 @@ def test_every_key_is_in_the_digest() -> None:
     changes |= {"allow": {"leads": (make_key(3).public,)}, "machine": Machine(device="cpu")}
     changes |= {"dataset": (Dataset(id="notes", declared_size=2000, path="elsewhere.csv"),)}
     changes |= {"trust": Trust(secure=True)}
-    assert set(changes) == {field.name for field in fields(Policy)} - {"about", "socket"}
+    assert set(changes) == {field.name for field in fields(Policy)} - {"about", "socket", "key_command"}
     assert policy(about=AboutSpec(curator="north")).digest() == policy().digest(), "it decides on nothing"
-    assert policy(socket="site.sock") == policy(), "nor does the way that messages take"
-    assert policy(socket="site.sock").digest() == policy().digest()
+    of_this_machine = policy(socket="site.sock", key_command=("/usr/bin/pass", "show", "site_key"))
+    assert of_this_machine == policy(), "nor does the way that messages take, or where the key is"
+    assert of_this_machine.to_json() == policy().to_json()
     digests = {policy(**{key: value}).digest() for key, value in changes.items()}
     assert len(digests | {policy().digest()}) == len(changes) + 1
 

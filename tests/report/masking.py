@@ -26,7 +26,7 @@ _TEXTS = (
 )
 _NAMES = ("code", "state", "kind", "reason", "delta", "given")
 """Keys that tell the parts of a list apart."""
-_MEASURED = {"seconds", "bytes_down", "bytes_up", "accuracy", "macro_f1", "auroc", "ece", "loss", "detail"}
+_MEASURED = {"seconds", "bytes_down", "bytes_up", "constant", "accuracy", "macro_f1", "auroc", "ece", "loss", "detail"}
 _SHOWN_BY_FIGURES = {"plan", "runs", "charges", "caps", "reference", "settings"}
 _OF_THE_MACHINE = {"libraries", "python", "machine", "hardware", "fedtune_version"}
 

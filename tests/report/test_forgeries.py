@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.privacy import accountant, events
+from fedtune.privacy import accountant, events, keys
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import Check, Known, check_report
@@ -20,7 +21,8 @@ from fedtune.report.facts import RunFacts, SiteFacts
 from fedtune.report.model import Report
 from fedtune.report.rederive import derive
 
-from ..conftest import REPOSITORY, simulate, write_config
+from ..conftest import REPOSITORY, command, simulate, write_config
+from ..deployment.federation import Federation, settings
 from ..privacy.builders import make_key
 from .shown import admitting, arrivals, drifting, key_of, on_file, signed_by_sites, signed_receipt
 
@@ -42,6 +44,7 @@ class Deployed:
 
     folder: Path
     report: Report
+    lead: SigningKey = LEAD
 
     @property
     def facts(self) -> RunFacts:
@@ -62,10 +65,10 @@ class Deployed:
     def holds(self) -> bool:
         """With all that there is to compare it with."""
         keys = {site: key_of(site).public for site in SITES}
-        return hold(self.checks(key=LEAD.public, site_keys=keys))
+        return hold(self.checks(key=self.lead.public, site_keys=keys))
 
     def holds_by_the_other_program(self, *more: str) -> bool:
-        given = more or ("--key", LEAD.public, "--roster", str(self.roster))
+        given = more or ("--key", self.lead.public, "--roster", str(self.roster))
         return verify_report.main([str(self.folder), *given]) == 0
 
 
@@ -76,10 +79,21 @@ def write_roster(path: Path) -> None:
     path.write_text(json.dumps(fields | {"signature": LEAD.sign("roster", message)}))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
-    """A run whose sites' receipts, settings and report are those of real sites."""
-    into = tmp_path_factory.mktemp("runs")
+def deployed_in(into: Path) -> Deployed:
+    """A run of server, lead and sites as processes over TLS, with its lead's report; each site has its name's key."""
+    for name in SITES:
+        (folder := into / "sites" / name).mkdir(parents=True)
+        keys._write_new(folder / "site_key.pem", key_of(name)._private)
+    with contextlib.closing(Federation(into, command)) as federation:
+        federation.start()
+        federation.finish("forged", *settings(f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1"))
+    folder, lead = federation.run_folder("forged"), SigningKey.load(federation.lead_kit / "lead_key.pem")
+    shutil.copy(federation.lead_kit / "roster.json", folder.parent)
+    return Deployed(folder, signing.signed(signing.read_report(str(folder))[1], lead), lead)
+
+
+def simulated_in(into: Path) -> Deployed:
+    """A simulation whose sites' receipts, settings and report are those of real sites."""
     rounds = (f"federation.num_rounds={ROUNDS}", "federation.spare_rounds=1", "federation.num_sites=3")
     folder = simulate(*rounds, f"federation.site_names=[{','.join(SITES)}]", into=into)
     record = from_run.read_run(folder)
@@ -97,12 +111,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
         for site, receipt in record.state.receipts.items()
     }
     record = replace(record, state=replace(record.state, receipts=receipts))
-    for name in ("report.html", "adapter/README.md", "adapter/label.svg"):
-        (folder / name).unlink()
     write_roster(into / "roster.json")
-    deployed = Deployed(folder, signing.signed(derive(from_run.facts_of(folder, record, own={})), LEAD))
-    deployed.write(deployed.report)
-    return deployed
+    return Deployed(folder, signing.signed(derive(from_run.facts_of(folder, record, own={})), LEAD))
+
+
+@pytest.fixture(scope="module", params=["simulated", pytest.param("deployed", marks=pytest.mark.nightly)])
+def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """A run with its report alone, since a page of another report would show any lie."""
+    into = tmp_path_factory.mktemp("runs")
+    run = deployed_in(into) if request.param == "deployed" else simulated_in(into)
+    for name in ("report.html", "adapter/README.md", "adapter/label.svg"):
+        (run.folder / name).unlink(missing_ok=True)
+    run.write(run.report)
+    return run
 
 
 @pytest.fixture
@@ -119,7 +140,7 @@ def test_an_honest_report_holds_in_both_programs(run: Deployed) -> None:
     }
     assert run.holds()
     assert run.holds_by_the_other_program()
-    assert not run.holds_by_the_other_program("--key", LEAD.public), "whose keys they are was not compared"
+    assert not run.holds_by_the_other_program("--key", run.lead.public), "whose keys they are was not compared"
 
 
 def of_sites(facts: RunFacts, change: Callable[[SiteFacts], SiteFacts], *names: str) -> RunFacts:
@@ -258,7 +279,7 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_no_forgery_by_a_lead_who_signs_passes(run: Deployed, lie: str) -> None:
-    run.write(signing.signed(derive(LIES[lie](run.facts)), LEAD))
+    run.write(signing.signed(derive(LIES[lie](run.facts)), run.lead))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 
@@ -274,7 +295,7 @@ def test_a_report_that_the_lead_did_not_sign_does_not_pass(run: Deployed, key: S
 def test_figures_that_nothing_gives_do_not_pass(run: Deployed, figures: dict[str, Any]) -> None:
     text = json.loads(signing.to_text(run.report)) | figures
     report = signing.from_json(json.dumps(text))
-    run.write(signing.signed(report, LEAD))
+    run.write(signing.signed(report, run.lead))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 

@@ -1,5 +1,6 @@
 """A ledger's report: against the ledger itself, and for ledgers that promise nothing."""
 
+import json
 import shutil
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedtune.privacy.release import Reason
 from fedtune.privacy.site_policy import Dataset
 from fedtune.report import from_ledger, signing
 from fedtune.report.derive import ledger_figures
+from fedtune.report.model import to_json
 from fedtune.spec import ConfigError, RunError
 
 from ..books import Books
@@ -61,6 +63,19 @@ def test_the_figures_are_the_ledgers_own(charged: Books) -> None:
     assert report.verdict.state == "within"
 
 
+def test_approvals_name_person_ticket_and_reason_and_a_denials_reason_stays(books: Any) -> None:
+    made = books()
+    made.open().approve(run_proposal(), by="Anna Weber", ticket="DPO-7", why="agreed")
+    made.open().approve(run_proposal(noise_multiplier=5.0), by="somebody else")
+    made.charge(run_proposal(), 1)
+    made.open().deny(run_proposal(), "not told", by="Bo Lind")
+    report = sound(from_ledger.build(made.ledger))
+    (run,) = report.facts.runs
+    said = {"what": "approved", "by": "Anna Weber", "ticket": "DPO-7", "why": "agreed", "day": report.facts.date}
+    assert run.approvals == (said,)
+    assert "not told" not in json.dumps(to_json(report)), "a denial's reason stays in the ledger"
+
+
 def test_figures_by_now_know_what_expired_and_which_period_it_is(charged: Books) -> None:
     verified = verify(charged.ledger)
     life = from_ledger.lifetime_of(verified)
@@ -101,6 +116,7 @@ def test_releases_and_refusals_are_counted_by_run_and_reason(charged: Books) -> 
         ("", "refusal", "max_rank"): 2,
         ("", "offer", None): 1,
     }
+    assert report.sites[0].spent.rounds == 4, "a round that was reserved is charged"
     days = {event.time[:10] for event in verify(charged.ledger).events}
     assert all(one.first in days and one.last in days and one.first <= one.last for one in report.facts.releases)
 
@@ -293,24 +309,3 @@ def test_what_is_missing_cannot_be_read_or_is_of_another_site_is_said(charged: B
     charged.ledger.unlink()
     with pytest.raises(ConfigError, match=r"ledger\.db.*there is no such file"):
         from_ledger.build(charged.site_toml)
-
-
-def test_rounds_of_a_lost_branch_are_in_its_run(books: Any) -> None:
-    made = books()
-    made.charge(run_proposal(), 1)
-    backup = made.copied("backup.db")
-    made.charge(run_proposal(), 2)
-    made.charge(run_proposal(run="lost", noise_multiplier=6.0), 1)
-    head = made.open().head()
-    before = from_ledger.build(made.ledger).epsilon
-    shutil.copy(backup, made.ledger)
-    made.open().charge_gap(head)
-    report = sound(from_ledger.build(made.ledger))
-    (site,) = report.sites
-    assert report.epsilon == before
-    assert (site.lifetime.restored, status(report, "lost_events_made_up_for")) == (1, "verified")
-    assert "lost_branches" in report.covers
-    # The second round of `r` is one of its rounds; what the unknown run did stands by itself.
-    assert [(m.run, m.rounds, m.noise_multiplier) for m in site.mechanisms] == [("r", 2, 4.0), ("", 1, 6.0)]
-    assert [(run.run, run.rounds) for run in site.lifetime.runs] == [("r", 2)]
-    assert site.steps[-1].run == ""

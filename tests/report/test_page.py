@@ -328,8 +328,8 @@ def test_what_is_not_known_is_grey_in_the_annex_too(a_report: Make, language: st
     html = main(render.render(made.with_facts(a_report(), provenance=unknown), language=language))
     (machine,) = [one for one in html.all("div") if words_of(one).startswith(texts["provenance"]["machine"])]
     assert words_of(machine.all("span", **{"class": "absent"})[0]) == texts["value"]["not_recorded"]
-    for field in ("model", "config_sha256", "libraries"):
-        name = texts["provenance"][field]
+    for section, field in (("fact", "base_model"), ("provenance", "config_sha256"), ("fact", "libraries")):
+        name = texts[section][field]
         found = [one for one in html.all("div") if [words_of(dt) for dt in one.all("dt")] == [name]]
         assert [words_of(grey) for grey in found[0].all("span", **{"class": "absent"})] == [texts["word"]["unknown"]]
 

@@ -18,7 +18,7 @@ from fedtune.report.page import render
 from fedtune.report.page.catalogue import catalogue
 from fedtune.spec import ConfigError
 
-from .shown import LONG, NAMES, Make, page, reports
+from .shown import LONG, NAMES, Make, page, reports, with_facts
 
 pytestmark = pytest.mark.nightly
 
@@ -130,7 +130,7 @@ def printed(page: Any, *, below: float = 0, above: float = math.inf) -> str:
 
 @needs_weasyprint
 def test_each_page_names_the_report_and_its_hash(a_report: Make) -> None:
-    html = render.render(a_report(name=LONG), language="en")
+    html = render.render(with_facts(a_report(), name=LONG), language="en")
     digest = re.findall(r"\b[0-9a-f]{64}\b", html)[-1]
     for one in pages(html):
         footer = printed(one, below=one.height - 60)

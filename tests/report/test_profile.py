@@ -170,21 +170,6 @@ def test_equal_histories_give_equal_digits() -> None:
     assert first == (profile.meaning(other, epsilon=2.0, delta=1e-5, declared_size=1000), profile.curve(other, 1e-5))
 
 
-@pytest.mark.by_day("one Gaussian", "a run")
-def test_what_it_means(spent: dict[DpEvent, int]) -> None:
-    epsilon = profile.epsilon_pld(spent, 1e-5)
-    meant = profile.meaning(spent, epsilon=epsilon, delta=1e-5, declared_size=2000)
-    assert meant.right_of_100_ceiling == profile.right_of_100_ceiling(epsilon, 1e-5)
-    assert meant.right_of_100_mechanism == profile.right_of_100(spent)
-    assert meant.expected_failures == pytest.approx(0.02)
-    assert [(one.given, one.ceiling) for one in meant.posterior] == [
-        (prior, profile.posterior(epsilon, prior=prior)) for prior in profile.PRIORS
-    ]
-    assert [one.given for one in meant.hit_rates] == list(profile.FALSE_ALARMS)
-    for one in meant.hit_rates:
-        assert one.given < one.mechanism <= one.ceiling
-
-
 def test_the_mechanism_never_looks_worse_than_its_ceiling() -> None:
     # An epsilon by the fine grid may be a little below what the coarse one, of the curve, says.
     meant = profile.meaning([GaussianDpEvent(1.0)], epsilon=0.0, delta=1e-5, declared_size=None)

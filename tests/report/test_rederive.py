@@ -20,7 +20,6 @@ from fedtune.report.model import Problem, Report, from_json, to_json
 from fedtune.report.rederive import derive, problems
 from fedtune.spec import ConfigError
 
-from .by_hand import WIDTH, epsilon
 from .shown import (
     Make,
     admitting,
@@ -135,14 +134,6 @@ def test_a_forger_who_derives_all_again_changes_only_what_a_signature_shows(repo
             continue
         passed += [] if problems(forged) else [name]
     assert [name for name in passed if not listed(name, UNCHECKED["on_a_signature"])] == []
-
-
-@pytest.mark.parametrize("report", ["a_report", "a_secure_report", "a_ledger_report"], indirect=True)
-def test_another_program_finds_the_same_epsilon(report: Report) -> None:
-    site = report.sites[0]
-    charges = [{"event": one.event, "count": one.count} for row in site.mechanisms for one in row.charges]
-    most = epsilon(charges, report.facts.delta)
-    assert most - WIDTH * sum(one["count"] for one in charges) <= site.spent.epsilon_pld <= most
 
 
 def with_facts(report: Report, **changes: Any) -> Report:

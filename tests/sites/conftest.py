@@ -141,7 +141,7 @@ class Station:
             paused=self.paused.exists,
             runs=self.folder / "runs",
             adapters=self.adapters,
-            awaits=lambda proposal, settings: self.waits(proposal, settings),
+            awaits=lambda proposal, settings, software: self.waits(proposal, settings),
         )
 
     def installed(self, sha256: str) -> Path:

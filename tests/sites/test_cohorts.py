@@ -73,11 +73,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
 @pytest.mark.parametrize(
     ("first", "last", "whom"),
     [
-        ("2024", "2025", {"ann", "ben"}),
-        ("2025", "2025", {"ben"}),
-        (None, "2024", {"ann", "cy", "dora", "fay"}),
-        ("2026", "2030", {"eve"}),
-        ("2030", "2030", set()),
+        *(("2024", "2025", {"ann", "ben"}), ("2025", "2025", {"ben"}), (None, "2024", {"ann", "cy", "dora", "fay"})),
+        *(("2026", "2030", {"eve"}), ("2030", "2030", set())),
     ],
 )
 def test_a_round_samples_whom_the_run_admits(station: Any, sampled: Any, first: Any, last: str, whom: set[str]) -> None:

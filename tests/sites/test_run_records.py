@@ -1,13 +1,15 @@
-"""Public records are refused if they share more than a few texts with a run's own, or were written by a run."""
+"""Public records are refused if they share texts with a run's own, or were written by a run; test records by site."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedtune.api.compose import compose_run
 from fedtune.data import Record
-from fedtune.sites.run_records import RunRecords, card_of, note_written, require_apart
+from fedtune.sites.run_records import RunRecords, card_of, note_written, require_apart, sites_of
 from fedtune.spec import ConfigError
 
 PRIVATE = [f"The {n}th Café visit of Straße {n}" for n in range(200)]
@@ -120,3 +122,16 @@ def test_what_a_run_wrote_is_noted_or_not_given(tmp_path: Path) -> None:
     (tmp_path / "writer").touch()  # no folder
     with pytest.raises(ConfigError, match="must be a folder that can be written to"):
         note_written(tmp_path / "writer", ["a text"])
+
+
+def test_test_records_of_sites_with_files_of_their_own_are_of_the_site_that_holds_the_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = (json.dumps({"text": f"{name} {n}", "label": "xy"[n % 2]}) for n in range(40))
+        (tmp_path / f"of-{name}.jsonl").write_text("\n".join(rows))
+    files = ("data.partition.kind=file", f"data.train_file='{tmp_path}/of-{{site}}.jsonl'", "data.labels=[x,y]")
+    sites = ("federation.num_sites=2", "federation.site_names=[a,b]", "data.test_file=null", "data.test_fraction=0.3")
+    config = compose_run(["experiment=own_data", "data.declared_sizes=20", *files, *sites])
+    tested = RunRecords(config).dealt.test
+    assert sites_of(config, tested) == [record.fields["text"][0] for record in tested]
+    assert {*(record.fields["text"][0] for record in tested)} == {"a", "b"}
+    assert sites_of(config, records(FOREIGN)) is None, "of another file"

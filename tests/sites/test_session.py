@@ -55,9 +55,7 @@ def runs(into: Path, *variants: tuple[str, ...], session: Session | None = None)
 
 def test_runs_that_hand_on_come_to_what_each_comes_to_alone(tmp_path: Path, worked: dict[str, int]) -> None:
     variants = (
-        (),
-        ("training.learning_rate=0.5",),
-        ("federation.participants=[site-2]",),
+        *((), ("training.learning_rate=0.5",), ("federation.participants=[site-2]",)),
         ("privacy.noise_multiplier=6.0", "federation.num_rounds=1"),
     )
     alone = runs(tmp_path / "alone", *variants)

@@ -17,7 +17,6 @@ from fedtune.privacy import accountant
 from fedtune.privacy.release import Reason, Refused
 from fedtune.sites.shared_settings import MOST_CHARACTERS, for_sites, read_settings
 from fedtune.spec import ConfigError
-from fedtune.version import __version__
 
 from ..privacy.builders import reason_of
 from .conftest import letters
@@ -164,11 +163,12 @@ def test_settings_of_a_newer_version_or_of_nonsense_are_refused(sent: RunConfig,
     assert reason_of(read_settings, text_of(sent, **{path: value}), plan=sent.plan()) is Reason.SETTINGS
 
 
-def test_a_refusal_of_settings_names_the_key_and_the_site_s_version(sent: RunConfig) -> None:
+def test_a_refusal_of_settings_names_the_keys_that_one_side_lacks(sent: RunConfig) -> None:
+    fields = json.loads(text_of(sent, **{"training.newer_key": 1, "privacy.newer": 2}))
+    del fields["training"]["optimizer"], fields["seed"]
     with pytest.raises(Refused) as caught:
-        read_settings(text_of(sent, **{"training.newer_key": 1}), plan=sent.plan())
-    assert caught.value.asked == "training.newer_key"
-    assert caught.value.allowed == f"what fedtune {__version__} knows"
+        read_settings(json.dumps(fields), plan=sent.plan())
+    assert caught.value.asked == "privacy.newer, seed, training.newer_key, training.optimizer"
 
 
 def test_the_cost_of_another_plan_than_was_signed_is_never_computed(sent: RunConfig, monkeypatch: Any) -> None:

@@ -141,14 +141,10 @@ def test_with_noised_metrics_their_noise_is_bounded_too(config: Any) -> None:
 def test_what_is_trained_and_for_whom_is_bounded(config: Any) -> None:
     policy, proposal = policy_and_proposal(config("head.train=false"))
     for key, value, rule in (
-        ("lead", "00" * 32, Reason.LEADS),
-        ("dataset", "letters", Reason.DATASET),
-        ("task", "causal_lm", Reason.TASKS),
-        ("base_model", "cd" * 32, Reason.BASE_MODELS),
-        ("target_modules", ("all-linear", "embeddings"), Reason.TARGET_MODULES),
-        ("rank", 5, Reason.MAX_RANK),
-        ("adapter", "ia3", Reason.ADAPTERS),
-        ("seeded_noise", True, Reason.SEEDED_NOISE),
+        *(("lead", "00" * 32, Reason.LEADS), ("dataset", "letters", Reason.DATASET)),
+        *(("task", "causal_lm", Reason.TASKS), ("base_model", "cd" * 32, Reason.BASE_MODELS)),
+        *(("target_modules", ("all-linear", "embeddings"), Reason.TARGET_MODULES), ("rank", 5, Reason.MAX_RANK)),
+        *(("adapter", "ia3", Reason.ADAPTERS), ("seeded_noise", True, Reason.SEEDED_NOISE)),
         ("train_head", True, Reason.TRAIN_HEAD),
     ):
         assert reason_of(policy.check, replace(proposal, **{key: value})) is rule

@@ -84,6 +84,8 @@ def test_pairs_hold_every_difference_and_words_say_what_cannot_be_told_apart(tol
         assert (pair["verdict"] != "cannot be told apart") == apart
     first, *others = told["verdict"]
     assert first.startswith("Federated ")
+    assert others[0].startswith("Compared with each site alone, on each site's own test records, federated is ")
+    assert others[0].count("site-1") == others[0].count("site-2") == 1
     for said in ("These records do not tell apart: ", "The smallest group is "):
         assert any(sentence.startswith(said) for sentence in others)
 

@@ -187,14 +187,16 @@ def test_the_best_run_is_told_by_validation_alone(row: Any) -> None:
     assert best_of(losses) is losses[1], "the smallest"
 
 
-def test_neither_a_run_that_failed_nor_scores_on_the_sites_records_make_a_best(row: Any) -> None:
+def test_neither_a_run_that_failed_nor_scores_on_training_records_make_a_best(row: Any) -> None:
     rows = [row(0.4), row(0.3), row(0.9, findings=(DIVERGED,)), replace(row(0.8), error=RunError("x"))]
     assert [one.state for one in rows] == ["finished", "finished", "diverged", "failed"]
     assert best_of(rows) is rows[0]
-    share = "data.validation_fraction=0.2", "data.validation_file=null"
     train = (f"data.validation_file={row(0.4).config.data.train_file}",)
-    for settings in (share, train):
-        assert best_of([row(0.4, *settings), row(0.6, *settings)]) is None
+    assert best_of([row(0.4, *train), row(0.6, *train)]) is None
+    share = ("data.validation_fraction=0.2", "data.validation_file=null")
+    rows = [row(0.4, *share, test=0.9), row(0.6, *share, test=0.1)]
+    assert best_of(rows) is rows[1], "no site trains on a simulation's share"
+    assert best_of([row(0.4, *share), row(0.6, *share, "seed=7")]) is None, "other records"
     assert best_of([row(0.4), row(0.6, "data.unusable=leave_out")]) is None
 
 
@@ -202,10 +204,8 @@ def test_neither_a_run_that_failed_nor_scores_on_the_sites_records_make_a_best(r
     ("one", "other", "comparable"),
     [
         ((), ("lora.rank=2", "privacy.epsilon=3", "data.max_length=8"), True),
-        (("data.validation_rows=5",), ("data.validation_rows=6",), False),
-        ((), WRITES, False),
-        (WRITES, (*WRITES, "lora.rank=2"), True),
-        (WRITES, (*WRITES, "data.max_length=9"), False),
+        *((("data.validation_rows=5",), ("data.validation_rows=6",), False), ((), WRITES, False)),
+        *((WRITES, (*WRITES, "lora.rank=2"), True), (WRITES, (*WRITES, "data.max_length=9"), False)),
     ],
 )
 def test_only_scores_on_the_same_records_are_compared(row: Any, one: Any, other: Any, comparable: bool) -> None:

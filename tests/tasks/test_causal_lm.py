@@ -50,10 +50,8 @@ def test_a_text_is_learnt_whole_and_ends(decoder_tokenizer: Any, leading_tokeniz
 @pytest.mark.parametrize(
     ("max_length", "expected"),
     [
-        (7, [CLS, WHERE, IS, MY, CARD, LOST, SEP]),
-        (6, [CLS, WHERE, MY, CARD, LOST, SEP]),
-        (4, [CLS, CARD, LOST, SEP]),
-        (3, [CLS, LOST, SEP]),
+        *((7, [CLS, WHERE, IS, MY, CARD, LOST, SEP]), (6, [CLS, WHERE, MY, CARD, LOST, SEP])),
+        *((4, [CLS, CARD, LOST, SEP]), (3, [CLS, LOST, SEP])),
     ],
 )
 def test_a_prompt_is_cut_in_its_middle(

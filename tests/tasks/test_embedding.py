@@ -194,8 +194,7 @@ def pairs_run(folder: Path, layout: str, *overrides: str) -> list[str]:
 @pytest.mark.parametrize(
     ("layout", "more"),
     [
-        ("scored", ()),
-        ("scored", ("privacy=none",)),
+        *(("scored", ()), ("scored", ("privacy=none",))),
         ("triplets", ("data.heldout_fraction=0.2", "privacy.metrics=noised")),
         ("listed", ("lora=last_layer", "lora.target_modules=all-linear")),
     ],

@@ -94,10 +94,8 @@ def test_a_prompt_and_conversations_say_the_same(leading_tokenizer: Any) -> None
 @pytest.mark.parametrize(
     ("record", "max_length"),
     [
-        (pair("where", "lost", "lost"), 30),
-        (pair("where", "lost there is my card", "lost there is a place"), 4),
-        (pair("where", "lost", "\ud800"), 30),
-        (pair("\ud800", "lost", "card"), 30),
+        *((pair("where", "lost", "lost"), 30), (pair("where", "lost there is my card", "lost there is a place"), 4)),
+        *((pair("where", "lost", "\ud800"), 30), (pair("\ud800", "lost", "card"), 30)),
     ],
     ids=["the same", "the same as far as it is read", "an answer that cannot be encoded", "such a prompt"],
 )

@@ -33,7 +33,7 @@ WRONG: dict[str, list[tuple[tuple[str, ...], dict[str, Any], str]]] = {
     "classification": [
         (("text",), TWO, "columns = {'text': 'text'}: must name the column for role 'label'"),
         ((*LABELLED, "anchor"), TWO, "columns.anchor = 'anchor': is no role of this run: task classification"),
-        (LABELLED, TWO | {"prompt_template": "{text}"}, "prompt_template = '{text}': must stay {prompt}"),
+        (LABELLED, TWO | {"prompt_template": "{other}"}, "prompt_template = '{other}': must stay {prompt}"),
         (LABELLED, TWO | TURNS, "chat_template = 'plain': must stay none"),
     ],
     "token_classification": [

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,22 @@ def test_two_texts_are_encoded_as_a_pair_each_alone(encoder_tokenizer: Any, leng
     found = tokenise_classification(records, encoder_tokenizer, max_length=length, within=99, **PAIRED)
     assert [one.tolist() for one in found.input_ids] == [ids, [0], ids]
     assert found.targets.tolist() == [1, UNSUPERVISED, 1]  # type: ignore[union-attr]
+
+
+def test_a_template_joins_texts_before_they_are_encoded(encoder_tokenizer: Any) -> None:
+    columns = {"text": "body", "input": "title", "label": "label"}
+    joined = {"columns": columns, "prompt_template": "{input} is\n\n{text}", "max_length": 9, "labels": ("a", "b")}
+    records = [Record({"text": "my card", "input": title, "label": "b"}) for title in ("lost", "")]
+    found = tokenise_classification(records, encoder_tokenizer, within=99, **joined)
+    assert [one.tolist() for one in found.input_ids] == [[CLS, LOST, IS, MY, CARD, SEP], [CLS, MY, CARD, SEP]]
+    task, settings = task_named("classification"), data_spec(**joined)
+    task.check_data(settings)
+    assert task.roles_in(settings) == ("text", "label", "input")
+    for template in ("{input}", "{text} {label}"):
+        with pytest.raises(ConfigError, match=r"^prompt_template = "):
+            task.check_data(replace(settings, prompt_template=template))
+    with pytest.raises(ConfigError, match=r"^columns = .*must name the column for role 'other_text'"):
+        task.check_data(replace(settings, prompt_template="{text} {other_text}"))
 
 
 @pytest.mark.parametrize("task", ["classification", "ordinal", "multi_label", "regression", "survival"])

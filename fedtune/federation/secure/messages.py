@@ -203,7 +203,7 @@ class Upload:
             raise Rejected(Wrong.MALFORMED)
         num_sites, start = len(terms.sites), len(_UPLOAD) + _HEAD.size
         digests, start = _cut(data, start, num_sites * (num_sites + 1), _DIGEST_BYTES)
-        sealed, start = _cut(data, start, num_sites, _sealed_bytes(num_sites))
+        sealed, start = _cut(data, start, num_sites, sealed_bytes(num_sites))
         rows = tuple(digests[row : row + num_sites + 1] for row in range(0, len(digests), num_sites + 1))
         site, vector = terms.sites[index], data[start:]
         return cls(session=session.digest, release=release, site=site, digests=rows, sealed=sealed, vector=vector)
@@ -211,11 +211,11 @@ class Upload:
 
 def upload_bytes(num_sites: int, *, length: int, bits: int) -> int:
     """Of an upload of `length` values; all of a run are equally long."""
-    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + _sealed_bytes(num_sites))
+    shares = num_sites * ((num_sites + 1) * _DIGEST_BYTES + sealed_bytes(num_sites))
     return len(_UPLOAD) + _HEAD.size + shares + packed_bytes(length, bits)
 
 
-def _sealed_bytes(num_sites: int) -> int:
+def sealed_bytes(num_sites: int) -> int:
     """Of what one site seals for another: a share of each of its seeds."""
     return num_sites * SHARE_BYTES + TAG_BYTES
 

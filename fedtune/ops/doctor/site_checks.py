@@ -28,7 +28,6 @@ from fedtune.ops.kits.models import (
     verify_model,
 )
 from fedtune.privacy import accountant, events
-from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Head
 from fedtune.privacy.ledger.history import History
@@ -281,21 +280,22 @@ def _unfit(files: SiteFiles, history: History) -> Iterator[Check]:
 
 def site_key(files: SiteFiles, history: History | None) -> Check:
     """Check that the key that signs the ledger is there, private, and the ledger's own."""
-    name, path = "site key", files.site_key
-    if not path.is_file():
+    name, path, command = "site key", files.site_key, files.policy.key_command
+    if not (command or path.is_file()):
         if not files.ledger.is_file():
             return ok(name, "none yet; it is made with the ledger")
         fix = "Restore it from its backup: the ledger needs the key that it was made with."
         return failed(name, f"{path} is missing", fix=fix)
     try:
-        public = SigningKey.load(path).public
-        check_private(path)
+        public = files.key().public
+        if path.is_file():
+            check_private(path)
     except ConfigError as error:
-        return from_error(name, error, fix="Restore it from its backup.")
+        return from_error(name, error, fix="Restore it from its backup, or mend what the message names.")
     if history is not None and history.length and history.opened.site_key != public:
         fix = "Restore the key that the ledger was made with from its backup."
-        return failed(name, f"{path} is not the key that the ledger was made with", fix=fix)
-    return ok(name, f"{spoken_start(public)}, readable by its owner alone")
+        return failed(name, f"{command[0] if command else path} is not the key that the ledger was made with", fix=fix)
+    return ok(name, f"{spoken_start(public)}, {'from its command' if command else 'readable by its owner alone'}")
 
 
 def serving(state: Path) -> Check:

@@ -63,11 +63,13 @@ class FederationFile:
     Attributes:
         server: host:port as the sites reach it.
         also_known_as: further names or IP addresses of the server, for its certificate.
+        key_command: command that prints the lead's private key in PEM, in place of lead/lead_key.pem.
         model: base models that runs may name.
     """
 
     name: str
     server: str
+    key_command: tuple[str, ...] = ()
     also_known_as: tuple[str, ...] = ()
     certificates: CertificateDays = CertificateDays()
     model: tuple[KitModel, ...] = ()
@@ -195,7 +197,7 @@ class FederationFolder:
             federation=self.settings.name,
             sites=tuple(members),
             number=max(before + 1, int(time.time())),
-        ).signed(SigningKey.load(self.folder / "lead" / "lead_key.pem"))
+        ).signed(SigningKey.load(self.folder / "lead" / "lead_key.pem", command=self.settings.key_command))
         both = {f"{kind}/roster.json": roster.to_bytes() for kind in ("lead", "server")}
         encoded = {path: base64.b64encode(data).decode() for path, data in {**files, **both}.items()}
         with writing(self.folder, key="--federation"):
@@ -227,6 +229,7 @@ class FederationFolder:
             federation=self.settings.name,
             server=self.settings.server,
             lead=self.lead_key,
+            key_command=self.settings.key_command if kind == "lead" else (),
             site=site,
             model=self.settings.model,
         )

@@ -148,6 +148,7 @@ class KitFile:
     Attributes:
         server: host:port as the sites reach it.
         lead: public key of the lead, 64 hex digits.
+        key_command: command that prints the lead's private key in PEM, in place of lead_key.pem; in a lead's kit alone.
         site: name of the site; None in other kits.
         model: base models that runs may name.
     """
@@ -157,6 +158,7 @@ class KitFile:
     federation: str
     server: str
     lead: str
+    key_command: tuple[str, ...] = ()
     site: str | None = None
     model: tuple[KitModel, ...] = ()
 
@@ -164,6 +166,8 @@ class KitFile:
         check_name("federation", self.federation)
         Address.of(self.server)
         check_public_key("lead", self.lead)
+        if self.key_command and self.kind != "lead":  # a site runs no command that its lead names
+            raise ConfigError("key_command", list(self.key_command), "has no place in a kit that is not the lead's")
         check_models(self.model)
         if self.kind == "site":
             if self.site is None:
@@ -200,14 +204,15 @@ class Kit(KitFile):
         if read.kind != kind:
             raise ConfigError("kind", read.kind, f"must be {kind!r} here").in_file(file)
         kit = cls(folder=folder, **{field.name: getattr(read, field.name) for field in fields(read)})
-        secrets = [kit.key, *([kit.lead_key] if kind == "lead" else [])]
+        secrets = [kit.key, *([kit.lead_key] if kind == "lead" and not kit.key_command else [])]
         for path in (kit.ca, kit.certificate, *secrets, *([] if kind == "site" else [kit.roster])):
             if not os.path.isfile(path):
                 raise ConfigError(str(path), NOT_GIVEN, _MISSING.get(path.name, f"is missing from the {kind}'s kit"))
         for path in secrets:
             check_private(path)
-        if kind == "lead" and (public := SigningKey.load(kit.lead_key).public) != kit.lead:
-            raise ConfigError("lead", kit.lead, f"must be the public key of {kit.lead_key}, {public}").in_file(file)
+        if kind == "lead" and (public := kit.load_key().public) != kit.lead:
+            found = "the command's key" if kit.key_command else kit.lead_key
+            raise ConfigError("lead", kit.lead, f"must be the public key of {found}, {public}").in_file(file)
         return kit
 
     def site_files(self, site_toml: Path) -> SiteFiles:
@@ -241,6 +246,14 @@ class Kit(KitFile):
         """Private Ed25519 key of the lead, which signs requests; only a lead's kit has it."""
         return self.folder / "lead_key.pem"
 
+    def load_key(self) -> SigningKey:
+        """The lead's signing key, from its file or its command.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return SigningKey.load(self.lead_key, command=self.key_command)
+
     @property
     def roster(self) -> Path:
         """The federation's sites; in a server's and a lead's kit."""
@@ -271,6 +284,17 @@ class Kit(KitFile):
         check_in_force(ca, now=now, key=str(self.ca), renewal="provision the federation again")
         check_in_force(certificate, now=now, key=key, renewal=_RENEWAL[self.kind])
         return found
+
+
+def read_signing_key(path: Path) -> SigningKey:
+    """The signing key in a PEM file, or that of the site or the lead whose site.toml or kit.toml `path` is.
+
+    Raises:
+        ConfigError: it is missing, or cannot be read.
+    """
+    if path.name == "kit.toml":
+        return Kit.read(path.parent, kind="lead").load_key()
+    return SiteFiles.of(path).key() if path.suffix == ".toml" else SigningKey.load(path)
 
 
 def model_place(kit_folder: Path, sha256: str) -> Path:

@@ -302,12 +302,13 @@ Keep a backup of the site key that site.toml names; without it the ledger cannot
 def _request(files: SiteFiles, connection: ec.EllipticCurvePrivateKey) -> dict[str, Any]:
     """The fields of `JoinRequest`; the site's key is made where there is none, and no ledger that needs another."""
     policy, path = files.policy, files.site_key
-    if files.ledger.is_file() and not path.is_file():
+    if files.ledger.is_file() and not (policy.key_command or path.is_file()):
         bound = f"is missing, and ledger {files.ledger} needs the key that it was made with: restore it from its backup"
         raise ConfigError("site_key", str(path), bound)
     with writing(path, key="site_key"):
-        site_key = SigningKey.load_or_make(path)
-    check_private(path)
+        site_key = files.key(make=True)
+    if path.is_file():
+        check_private(path)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, policy.site)])
     csr = x509.CertificateSigningRequestBuilder(name).sign(connection, hashes.SHA384())
     fields = {

@@ -52,7 +52,7 @@ def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
         write_secret(building / "authority" / "ca_key.pem", private_pem(authority.key))
         write_secret(building / "server" / "server_key.pem", private_pem(server))
         write_secret(building / "lead" / "connection_key.pem", private_pem(lead))
-        lead_key = SigningKey.load_or_make(building / "lead" / "lead_key.pem").public
+        lead_key = SigningKey.load_or_make(building / "lead" / "lead_key.pem", command=settings.key_command).public
         write_durably(building / SETTINGS, file.read_bytes())
         for name in ("authority", "server"):
             write_durably(building / name / "ca.pem", certificate_pem(authority.certificate))

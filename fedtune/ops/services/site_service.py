@@ -23,16 +23,15 @@ from typing import TYPE_CHECKING, Any
 from fedtune.data.formats import require_reader
 from fedtune.flower.client import SiteApp
 from fedtune.flower.site_socket import listening, serve_one
+from fedtune.ops.files import signals_handled, trouble_of
 from fedtune.ops.health import Health, State
 from fedtune.ops.kits.certificates import check_private
 from fedtune.ops.kits.kit_file import Kit, KitCertificate, require_model_reader
 from fedtune.ops.services.site_state import SiteState, serving
 from fedtune.ops.wire.line_errors import Dropped, Expired, Unauthorised, Unreachable
-from fedtune.privacy.durable import trouble_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Offer, Refusal
 from fedtune.privacy.site_files import SiteFiles
-from fedtune.process import signals_handled
 from fedtune.spec import ConfigError, RunError
 
 if TYPE_CHECKING:  # our own wire needs Flower's inside, which a site behind a socket does without
@@ -130,15 +129,17 @@ class SiteService:
             paused=lambda: state.paused.exists() or state.left.exists(),
             runs=state.runs,
             adapters=self.kit.folder / "adapters",
-            awaits=lambda proposal, settings: _put_up_for_approval(state, proposal, settings),
+            awaits=partial(_put_up_for_approval, state),
         )
 
     def _checked(self, state: SiteState) -> SiteFiles:
         files = self.kit.site_files(self.site_toml)
-        if not files.site_key.is_file():
+        if not (files.policy.key_command or files.site_key.is_file()):
             bound = "is missing: `fedtune site init` made it, and without it the ledger cannot go on"
             raise ConfigError("site_key", str(files.site_key), bound)
-        check_private(files.site_key)
+        if files.site_key.is_file():
+            check_private(files.site_key)
+        files.key()  # so that a passphrase or a command that does not work is found before anything is answered
         if state.left.exists():
             raise RunError(f"this site has left the federation; remove {state.left} to take part again")
         for dataset in files.policy.dataset:
@@ -148,9 +149,9 @@ class SiteService:
         return files
 
 
-def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str) -> None:
-    if state.wait_for_approval(proposal, settings):
-        log.warning("a run waits for approval", extra={"run": proposal.run})
+def _put_up_for_approval(state: SiteState, proposal: Proposal, settings: str, software: str) -> None:
+    if state.wait_for_approval(proposal, settings, software=software):
+        log.warning("a run waits for approval", extra={"run": proposal.run, "lead_software": software})
 
 
 class _Standing:

@@ -33,6 +33,7 @@ class Pending:
     proposal: Proposal  # exactly what is to be approved
     settings: str  # JSON of all that can change the run's result, as `RunConfig.digest` hashes it
     since: str  # when it was first asked for, in UTC
+    software: str = ""  # the lead's fedtune, version and build, by its own word
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256(self.settings.encode(errors="surrogatepass")).hexdigest()
@@ -77,7 +78,7 @@ class SiteState:
         else:
             self.paused.unlink(missing_ok=True)
 
-    def wait_for_approval(self, proposal: Proposal, settings: str) -> bool:
+    def wait_for_approval(self, proposal: Proposal, settings: str, *, software: str = "") -> bool:
         """Queue a run for a person's approval; returns whether it is new.
 
         Raises:
@@ -89,8 +90,8 @@ class SiteState:
             raise RunError(f"{MOST_WAITING} runs wait for approval already; approve some, or remove {path.parent}")
         known = self._read(path) if path in waiting else None  # a repeated request keeps its place
         since = known.since if known else datetime.now(UTC).isoformat(timespec="seconds")
-        made = Pending(proposal=proposal, settings=settings, since=since)
-        fields = {"proposal": proposal.to_json(), "settings": made.settings, "since": made.since}
+        made = Pending(proposal=proposal, settings=settings, since=since, software=software)
+        fields = {"proposal": proposal.to_json(), "settings": made.settings, "since": since, "software": software}
         write_durably(path, json.dumps(fields, indent=1).encode() + b"\n")
         return known is None
 

@@ -25,13 +25,13 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from fedtune.flower.internals import constant, superlink_app
+from fedtune.ops.files import signals_handled
 from fedtune.ops.kits.members import Member
 from fedtune.ops.wire.audit_log import AuditLog
 from fedtune.ops.wire.connections import Door, Http, Limits, server_context
 from fedtune.ops.wire.gate import Gate, Roster, Traffic
 from fedtune.ops.wire.identity import Tls
 from fedtune.ops.wire.site_calls import SiteCalls
-from fedtune.process import signals_handled
 
 if TYPE_CHECKING:
     from fedtune.flower.internals import SqlLinkState

@@ -61,12 +61,12 @@ class Event:
     sequence: int
     kind: Kind
     time: str
-    run: str
-    round: int
-    request: str
-    attempt: int
-    dataset: str
-    cohort: str
+    run: str = ""
+    round: int = 0
+    request: str = ""
+    attempt: int = 0
+    dataset: str = ""
+    cohort: str = ""
     code: str
     detail: dict[str, Any]
     hash: str = ""

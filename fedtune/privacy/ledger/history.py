@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
@@ -111,7 +111,8 @@ class History:
         denied: digest of each proposal that one denied.
         never: (run, lead) of runs that were refused here until that lead ended them, and that no proposal of that lead
             can begin any more.
-        decided: run -> each decision of a person on it: "approved" or "denied", day, name, ticket.
+        decided: digest of a proposal -> each decision of a person on it: `what` ("approved" or "denied"), the `day`,
+            and `by`, `ticket` and `why`; None: the person did not say.
         last_time: of the newest event.
         register: digest of the register of arrivals.
         lost_rows: of each restore after which rows may be missing: the newest event whose rows count, and its own.
@@ -137,7 +138,7 @@ class History:
         self.approved: dict[str, datetime] = {}
         self.denied: set[str] = set()
         self.never: set[tuple[str, str]] = set()
-        self.decided: dict[str, list[tuple[str, str, str, str]]] = {}
+        self.decided = defaultdict[str, list[dict[str, str | None]]](list)
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         # Sequence, time, mechanism, count, and whom it was charged to; None: everybody.
         self._charges: list[tuple[int, datetime, DpEvent, int, Cohorts | None]] = []
@@ -257,9 +258,10 @@ class History:
 
     def _decided(self, event: Event) -> Proposal:
         """Follow a person's decision, and return the proposal that it is about."""
-        by, ticket, _ = (decode_value(key, event.detail[key], str) for key in ("by", "ticket", "why"))
-        self.decided.setdefault(event.run, []).append((str(event.detail["what"]), event.time[:10], by, ticket))
-        return decode(Proposal, event.detail["proposal"])
+        proposal = decode(Proposal, event.detail["proposal"])
+        said = {key: decode_value(key, event.detail[key], str) or None for key in ("what", "by", "ticket", "why")}
+        self.decided[proposal.digest()].append({**said, "day": event.time[:10]})
+        return proposal
 
     def _restore(self, restored: Restored, sequence: int, moment: datetime) -> None:
         self.restored.append(restored)

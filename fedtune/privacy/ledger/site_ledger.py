@@ -279,10 +279,9 @@ class Ledger:
         Raises:
             Refused: the receipt is not this site's, or the ledger does not contain its head.
         """
-        if receipt.site_key != self._key.public or not receipt.is_signed():
+        # The name, too, since populations of one organization may have ledgers under one key.
+        if (receipt.site, receipt.site_key) != (self.policy.site, self._key.public) or not receipt.is_signed():
             raise Refused(Reason.WRONG_SIGNATURE)
-        if receipt.site != self.policy.site:  # of another population's ledger under the same key
-            raise Refused(Reason.WRONG_SITE, asked=receipt.site, allowed=self.policy.site)
         shown = Doubt(receipt.sequence, receipt.head, receipt.run, receipt.charged_rounds)
         with self._store.transaction():
             doubts = self.history.doubts

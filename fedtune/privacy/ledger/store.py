@@ -237,32 +237,17 @@ class EventStore:
         return self.history.now(server=self.server_time or self.history.last_time)
 
     def append(
-        self,
-        kind: Kind,
-        detail: dict[str, Any],
-        *,
-        run: str = "",
-        round: int = 0,
-        request: str = "",
-        attempt: int = 0,
-        dataset: str = "",
-        cohort: str = "",
-        not_before: datetime | None = None,
+        self, kind: Kind, detail: dict[str, Any], *, not_before: datetime | None = None, **about: str | int
     ) -> None:
-        """Write one event behind the newest one, and follow it."""
+        """Write one event behind the newest one, and follow it; `about`: fields of `Event` that say what it is on."""
         now = self.now()
         unsigned: dict[str, Any] = {
             "sequence": self.history.length + 1,
             "kind": kind,
             "time": max(now, not_before or now).isoformat(),
-            "run": run,
-            "round": round,
-            "request": request,
-            "attempt": attempt,
-            "dataset": dataset,
-            "cohort": cohort,
             "code": __version__,
             "detail": json.loads(canonical(detail)),
+            **about,
         }
         hash = Event(**unsigned).hash_after(self.history.hash)
         event = Event(**unsigned, hash=hash, signature=self._key.sign(EVENT, hash.encode()))

@@ -96,12 +96,11 @@ def of_report(report: Report) -> Cells:
         "num_sites": len(sizes),
     }
     if isinstance(facts, RunFacts):
-        parameters = facts.trained_parameters
         known |= {
             "mechanism": "dp_sgd" if facts.plan.private else "none",
             "transport": TRANSPORT.get(str(facts.settings.get("runtime"))),
-            "trained_parameters": parameters,
-            "parameters_per_record": None if parameters is None else parameters / total,
+            "trained_parameters": facts.trained_parameters,
+            "parameters_per_record": None if facts.trained_parameters is None else facts.trained_parameters / total,
             "seconds": facts.seconds,
             "scores_before": facts.before or None,
             "scores_final": facts.final or None,

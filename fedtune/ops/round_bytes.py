@@ -1,0 +1,87 @@
+"""The bytes of one round of a run over real sites, before it runs: its own messages, with values made up."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedtune.config import RunConfig
+from fedtune.federation.protocol import CONFIRM, JOIN, UNMASK, Reply, RoundRequest, SumRequest
+from fedtune.federation.secure import messages
+from fedtune.federation.secure.agreement import Announcement, bits_needed
+from fedtune.federation.secure.shares import SHARE_BYTES
+from fedtune.federation.transport import Question
+from fedtune.flower.flower_records import from_adapter, from_question, from_reply, from_step, num_bytes
+from fedtune.model.adapter import Adapter
+from fedtune.privacy.keys import SigningKey
+from fedtune.privacy.release import Difference, Masked, Receipt, Tensors, Update
+from fedtune.privacy.run_plan import Plan
+from fedtune.sites.shared_settings import for_sites, text_for_sites
+from fedtune.tasks.task_model import TaskModel
+
+_SESSION, _DIGEST, _SIGNATURE = "0" * 32, "0" * 64, "0" * 128
+_FRACTION = 1 / 3  # with as many digits as noise and clocks have
+
+
+def round_bytes(config: RunConfig, plan: Plan, model: TaskModel) -> tuple[int, int]:
+    """Compute the payload of a round to one site and from it, as run.json counts both.
+
+    A secure round has four exchanges; its session is taken to have begun, and no site to drop out.  HTTP, TLS and
+    Flower's own records of a message are left out.
+
+    Args:
+        config: of the run.
+        plan: the run's.
+        model: whose adapter is trained.
+
+    Raises:
+        ConfigError: the model cannot be had, so that it cannot be named by its hash.
+    """
+    sent, key, sites = for_sites(config), SigningKey(Ed25519PrivateKey.generate()), config.federation.active
+    adapter, site, proposal = Adapter.of(model), max(sites, key=len), sent.proposal(lead=key.public, plan=plan)
+    about: dict[str, Any] = {"proposal": proposal, "site": site, "expires": 1e9 + _FRACTION}
+    own: dict[str, Any] = {"site": site, "run": proposal.run}
+    made_up: dict[str, Any] = dict.fromkeys(("head", "site_key", "plan", "reply"), _DIGEST)
+    made_up |= dict.fromkeys(("ended", "seeded_noise", "simulated"), False) | {"signature": _SIGNATURE}
+    receipt = Receipt(**own, **made_up, charged_rounds=plan.num_rounds, sequence=100)
+    session = "" if plan.shared is None else _SESSION
+    request = RoundRequest(**about, round=plan.num_rounds, adapter_digest=_DIGEST, receipt=receipt, session=session)
+    question = Question(site=site, signed=request.signed(key), settings=text_for_sites(sent))
+    scores = (_FRACTION, _FRACTION) if plan.releases_metrics else None
+    update = Update(**own, round=plan.num_rounds, tensors=_tensors(config, plan, adapter), scores=scores)
+    down = num_bytes(from_question(question, from_adapter(adapter)))
+    up = num_bytes(from_reply(Reply(body=update, receipt=receipt)))
+    for step, parts, answer in _steps(sites, site) if plan.shared else ():
+        asked = SumRequest(**about, step=step, session=session, parts_digest=_DIGEST).signed(key)
+        down += num_bytes(from_question(Question(site=site, signed=asked, parts=parts), None))
+        up += num_bytes(from_step(answer))
+    return down, up
+
+
+def _tensors(config: RunConfig, plan: Plan, adapter: Adapter) -> Tensors | Difference | Masked:
+    """The values of an update, all of them 0."""
+    if (shared := plan.shared) is not None:
+        bits = bits_needed(shared.num_sites, shared.largest_value)
+        return Masked(messages.upload_bytes(shared.num_sites, length=adapter.num_values, bits=bits))
+    if config.federation.update_dtype == "bfloat16":
+        return Difference({name: np.zeros(value.shape, np.uint16) for name, value in adapter.tensors.items()})
+    return adapter.tensors
+
+
+def _steps(sites: Sequence[str], site: str) -> Iterator[tuple[str, list[bytes], bytes]]:
+    """A secure sum's steps beside the upload: name, the lead's messages to a site, its answer."""
+    asked = messages.ConfirmRequest(session=_DIGEST, release=1, survivors=sorted(sites))
+    own = {**asdict(asked), "site": site, "signature": _SIGNATURE}
+    announced = [Announcement(site=one, terms=_DIGEST, key=_DIGEST, signature=_SIGNATURE) for one in sites]
+    sealed = base64.b64encode(bytes(messages.sealed_bytes(len(sites)))).decode()
+    helped: dict[str, Any] = {"confirmations": dict.fromkeys(sites, _SIGNATURE), "sealed": dict.fromkeys(sites, sealed)}
+    shares = {one: {one: "0" * 2 * SHARE_BYTES} for one in sites}
+    yield JOIN, [one.to_bytes() for one in announced], _DIGEST.encode()
+    yield CONFIRM, [asked.to_bytes()], messages.Confirmation(**own).to_bytes()
+    unmask, revealed = messages.UnmaskRequest(**asdict(asked), **helped), messages.Revealed(**own, shares=shares)
+    yield UNMASK, [unmask.to_bytes()], revealed.to_bytes()
