@@ -95,11 +95,10 @@ def _same_bytes(one: Path, other: Path) -> bool:
 def _has_records_of(config: RunConfig, names: Sequence[str], file: str) -> bool:
     """All records of `file` are among those of the others, or the other way round, as far as texts tell them apart."""
     own = [one for name in names for one in LeadRecords.read(name, config, key="data.train_file").records]
-    theirs = LeadRecords.read(file, config, key="data.train_file").records
-    said, others = said_by_role(own), [texts.keys() for texts in said_by_role(theirs).values()]
+    said, theirs = said_by_role(own), said_by_role(LeadRecords.read(file, config, key="data.train_file").records)
     # Not of fewer, such as features of two values: others have the same by chance.
     trained = [said[role].keys() for role in telling(said) if len(said[role]) > len(own) / 2]
-    return any(other <= texts or texts <= other for texts in trained for other in others)
+    return any(other.keys() <= texts or texts <= other.keys() for texts in trained for other in theirs.values())
 
 
 def site_notes(config: RunConfig, dealt: Dealt) -> Iterator[str]:

@@ -43,7 +43,6 @@ class SiteProcess:
     # called for each run that waits for a person's approval, with its settings and its lead's version of fedtune
     awaits: Callable[[Proposal, str, str], None]
     _warm: tuple[str, SiteWork] | None = field(default=None, init=False)
-    _spent: SiteWork | None = field(default=None, init=False)  # records of a run whose model made room for another
     _shared: SharedModel | None = field(default=None, init=False)
     parties: Parties = field(default_factory=Parties, init=False)
 
@@ -65,7 +64,7 @@ class SiteProcess:
         # The whole policy, so that no figure of it is forgotten that a round goes by: it seldom changes.
         key = json.dumps([run, version, shared.config.to_json(), files.policy.digest()], sort_keys=True)
         if self._warm is None or self._warm[0] != key:
-            self._warm = self._spent = None  # first, so that two runs' records never fill the memory together
+            self._warm = None  # first, so that two runs' records never fill the memory together
             self._warm = key, self._loaded(shared, files)
             log.info("ready for a run", extra={"run": run})
         return self._warm[1]
@@ -99,11 +98,11 @@ class SiteProcess:
         if kept is not None and kept.serves(config, declared_size=size, inexact_allowed=inexact):
             self._shared = kept.for_run(config)
             return self._shared
-        if self._warm is not None:
-            self._spent = self._warm[1]
-            vars(self._spent).pop("_divided", None)  # has a model on each other device
-            vars(self._spent.shared).clear()
-        kept = self._shared = self._warm = None  # the old one goes before the new one comes
+        if self._warm is not None:  # under no run's key any more, and without a model, also on other devices
+            self._warm = "", self._warm[1]
+            vars(self._warm[1]).pop("_divided", None)
+            vars(self._warm[1].shared).clear()
+        kept = self._shared = None  # the old one goes before the new one comes
         began = time.monotonic()
         self._shared = SharedModel(config, declared_size=size, inexact_allowed=inexact)
         about = {"sha256": config.model.sha256, "model_s": round(time.monotonic() - began, 3)}

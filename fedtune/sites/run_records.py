@@ -164,10 +164,8 @@ def sites_of(config: RunConfig, records: Sequence[Record]) -> list[str] | None:
             place = partial(assign_site, spec=partition, num_sites=len(names), key=key)
             return [names[place(record)] for record in labelled]
         case "file" if config.data.test_fraction:
-            files = {name: config.data.train_file.replace(SITE, name) for name in names}
-            at = {
-                str(resolve_file(file, shipped_folders(), key="data.train_file")): name for name, file in files.items()
-            }
+            own = {name: config.data.train_file.replace(SITE, name) for name in names}
+            at = {str(resolve_file(one, shipped_folders(), key="data.train_file")): name for name, one in own.items()}
             found = [at.get(record.file, NO_VALUE) for record in records]
             return found if {*found} & {*names} else None
     return None

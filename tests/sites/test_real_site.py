@@ -295,11 +295,11 @@ def test_no_record_is_freed_for_a_question_that_is_charged_nothing(site: Any) ->
     assert site.refusal(letters(seed=5), adapter=shapeless) is Reason.ADAPTER_SHAPE
     gc.collect()
     assert model() is None, "two models would fill the memory"
-    assert site.real._spent.records
+    assert site.real._warm[1].records.training
     assert examples()
     site.update(round=2)
     gc.collect()
-    assert examples() is site.real._spent is None
+    assert examples() is None
 
 
 @pytest.mark.by_day("machine0")
