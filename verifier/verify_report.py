@@ -29,7 +29,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, ndtr
 from scipy.stats import binom
 
-SCHEMA = 7
+SCHEMA = 8
 SLACK = 0.02  # this program's epsilon is an upper bound, and may be so much larger than the report's
 LAST_DIGITS = 1e-9
 MONTHS = {"month": 1, "quarter": 3, "year": 12}
@@ -261,6 +261,8 @@ def check_sent(facts: Json) -> None:
     deployed, made = facts["settings"].get("runtime") == "deployment", facts["provenance"]
     digest = hashlib.sha256(facts["sent"].encode()).hexdigest() if deployed else made["config_sha256"]
     require(facts["run"] == f"{facts['name']}-{digest[:32]}", "the run's name is not the digest of its settings")
+    private = facts["plan"]["noise_multiplier"] > 0
+    require((facts["target_epsilon"] is not None) == private, "a run has a target exactly if it adds noise")
     if not deployed:
         return
     sent = json.loads(facts["sent"])
@@ -274,6 +276,9 @@ def check_sent(facts: Json) -> None:
     require(facts["target_epsilon"] in (sent["privacy"]["epsilon"], None), "its target is not what the run was given")
     require(made["model_sha256"] == sent["model"]["sha256"], "its base model is not the one that the sites were sent")
     require(made["dataset"] == sent["data"]["dataset"] and made["task"] == sent["task"], "its records are others")
+    start, asked = made["start_adapter"], sent["model"]["adapter_sha256"]
+    require(asked in (None, start and start["digest"]), "it began in another adapter")
+    require(bool(start and start["public"]) == ("public" in sent), "the sites were sent another origin of its start")
 
 
 def check_statements(facts: Json, folder: Path) -> None:
@@ -315,11 +320,12 @@ def check_run(report: Json, keys: dict[str, str] | None, folder: Path) -> tuple[
     of_rounds = cache(lambda rounds: epsilon_of(events_of(plan, rounds), delta))
     for site in facts["sites"]:
         rounds, spent = rounds_of(facts, site), reported[site["site"]]["spent"]
-        check_epsilon(f"{site['site']}: epsilon", spent["epsilon"], of_rounds(rounds))
+        # What ends a run may depend on what it released, so whatever was charged claims the whole plan.
+        check_epsilon(f"{site['site']}: epsilon", spent["epsilon"], of_rounds(most_rounds(plan) if rounds else 0))
+        check_epsilon(f"{site['site']}: the charged epsilon", spent["epsilon_pld"], of_rounds(rounds))
         check_epsilon(f"{site['site']}: the plan's epsilon", spent["planned_epsilon"], of_rounds(most_rounds(plan)))
         require(spent["rounds"] == rounds, f"{site['site']} was charged {rounds} rounds")
-        ended = bool(report["utility"]["kept"] and report["utility"]["kept"]["ended_early"]) and rounds > 0
-        epsilons.append(number(spent["planned_epsilon"] if ended else spent["epsilon"]))
+        epsilons.append(number(spent["epsilon"]))
         states.append(state_at(facts, site, spent, rounds))
     return min(states, key=("no_guarantee", "exceeded", "within").index), max(epsilons)
 
@@ -337,7 +343,7 @@ def state_at(facts: Json, site: Json, spent: Json, rounds: int) -> str:
     told = statement["verdict"]["state"] if statement else "within"
     if any(nothing) or told == "no_guarantee" or (statement and not statement["same_plan"]):
         return "no_guarantee"
-    above = rounds > 0 and max(number(spent["epsilon"]), number(spent["planned_epsilon"])) > target * (1 + LAST_DIGITS)
+    above = rounds > 0 and number(spent["epsilon"]) > target * (1 + LAST_DIGITS)
     return "exceeded" if above or told == "exceeded" else "within"
 
 

@@ -22,7 +22,7 @@ from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, 
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import AT_SITE
-from fedtune.federation.kept_round import is_over, kept_of
+from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
@@ -238,15 +238,13 @@ def show_status(folder: Path, *, as_json: bool) -> None:
     config = saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
     plan, answers, sites = config.plan(), latest_answers(folder), dict[str, dict[str, Any]]()
-    kept = kept_of(state.rounds, config.federation, judged_by=config.judged_by)
-    ended = kept is not None and kept.ended_early
+    over = is_over(state.rounds, config.federation, judged_by=config.judged_by)
     for site in config.federation.active:
         charge = site_charge(state, site, plan)
         last = answers.get(site, {})
-        epsilon = charge.claim(ended_by_scores=ended)  # None: nothing bounds the loss
+        epsilon = charge.claim if over else charge.epsilon  # None: nothing bounds the loss
         heard = {"last_answer": last.get("what", "none yet"), "at": last.get("time"), "epsilon": epsilon}
         sites[site] = heard | {"rounds_charged": charge.rounds, "upper_bound": charge.upper_bound}
-    over = is_over(state.rounds, config.federation, judged_by=config.judged_by)
     status: dict[str, Any] = {"name": config.name, "running": RunFolder(folder).is_running, "finished": over}
     status |= {"round": state.round, "num_rounds": config.federation.num_rounds}
     status |= {"metrics": dict(state.rounds[-1].metrics) if state.rounds else {}, "sites": sites}

@@ -169,8 +169,8 @@ class SiteCharge:
     epsilon: float | None = None  # by PLD, at the plan's delta; `epsilon_rdp` by RDP
     epsilon_rdp: float | None = None
     rounds: int  # charged, retries included; `steps` are theirs
-    # of the whole plan, by PLD.  For a run that ended early this is the figure that is proved whatever made it
-    # end: `epsilon` is one only where that did not depend on what the run had released.
+    # of the whole plan, by PLD: the figure that is proved whatever made the run end.  `epsilon` is one only where that
+    # did not depend on what the run had released.
     planned_epsilon: float | None = None
     steps: int
     sampling_rate: float
@@ -178,9 +178,10 @@ class SiteCharge:
     metrics_noise_multiplier: float
     upper_bound: bool  # the site fell silent, so every round asked of it since its last receipt is counted as charged
 
-    def claim(self, *, ended_by_scores: bool) -> float | None:
-        """The epsilon that is proved for a run that ended so."""
-        return self.planned_epsilon if ended_by_scores and self.rounds else self.epsilon
+    @property
+    def claim(self) -> float | None:
+        """The epsilon that is proved, whatever ended the run: the whole plan's, unless nothing was charged."""
+        return self.planned_epsilon if self.rounds else self.epsilon
 
 
 def site_charge(state: LeadState, site: str, plan: Plan) -> SiteCharge:

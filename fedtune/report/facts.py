@@ -356,10 +356,6 @@ class RunFacts:
         return kept_of(self.rounds, self._federation, judged_by=self.judged_by)
 
     @property
-    def ended_by_scores(self) -> bool:
-        return self.kept is not None and self.kept.ended_early
-
-    @property
     def unchanged(self) -> bool:
         """`config.yaml` is the one that the run had."""
         return self.config_file_sha256 == self.provenance.config_sha256

@@ -32,15 +32,16 @@ Status = Literal["violated", "assumed", "asserted", "ensured", "verified"]
 
 @spec
 class Spent:
-    """What was charged."""
+    """What is promised, and what was charged."""
 
-    epsilon: float | None  # the figure that the verdict uses: of a run by PLD, of a ledger by the filter
-    epsilon_pld: float | None  # the same charges by PLD
+    # The figure that is proved, and that the verdict uses: of a run its whole plan's, unless nothing was charged, since
+    # its end and a site's part in each round may depend on what it released; of a ledger that of the filter.
+    epsilon: float | None
+    epsilon_pld: float | None  # of what was charged, by PLD
     epsilon_rdp: float | None  # by RDP
     planned_epsilon: float | None  # of the whole plan by PLD; None for a ledger
     rounds: int
     steps: int
-    ended_by_scores: bool = False  # the run's scores ended it after some of these charges, and picked the moment
 
 
 @spec

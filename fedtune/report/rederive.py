@@ -217,6 +217,7 @@ def _of_sent(facts: RunFacts) -> Iterator[_Found]:
             ("provenance.dataset", made.dataset, data["dataset"]),
             ("provenance.task", made.task, sent["task"]),
             ("provenance.start_adapter", began, sent["model"]["adapter_sha256"] or began),
+            ("provenance.start_adapter.public", bool(start and start.public), "public" in sent),
         ):
             if said != asked:
                 yield where, said, asked

@@ -149,7 +149,6 @@ class RunResult:
     ) -> RunResult:
         """The result of the run in `state`; every epsilon is derived here from charged rounds and the plan."""
         charges = {site: site_charge(state, site, plan) for site in config.federation.active}
-        ended_by_scores = final.kept is not None and final.kept.ended_early
         before, after = finite_scores(final.metrics_before), finite_scores(final.metrics)
         detail = final.detail if final.detail is None or final.detail.is_finite else None
         return cls(
@@ -163,7 +162,7 @@ class RunResult:
                 unit=plan.unit,
                 records_per_user=plan.records_per_user,
                 delta=plan.delta,
-                epsilon=finite(max(unbounded(one.claim(ended_by_scores=ended_by_scores)) for one in charges.values())),
+                epsilon=finite(max(unbounded(one.claim) for one in charges.values())),
                 seeded_noise=config.runtime.seeded_noise,
                 sites=charges,
             ),

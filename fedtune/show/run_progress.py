@@ -172,15 +172,16 @@ class Display:
         yield f"{len(last.sites)}/{len(federation.active)} sites", ""
         yield f"validation: {_scores(last.metrics)}" if last.metrics else "no validation records", ""
         kept = kept_of(state.rounds, federation, judged_by=self._config.judged_by)
-        ended = kept is not None and kept.ended_early
-        charges = (site_charge(state, site, self._plan).claim(ended_by_scores=ended) for site in federation.active)
-        yield f"epsilon {epsilon_text(max(map(unbounded, charges)))}", ""
+        over = is_over(state.rounds, federation, judged_by=self._config.judged_by)
+        charges = [site_charge(state, site, self._plan) for site in federation.active]
+        epsilons = [one.claim if over else one.epsilon for one in charges]
+        yield f"epsilon {epsilon_text(max(map(unbounded, epsilons)))}", ""
         yield f"{last.seconds:.1f} s", ""
         if kept is not None and kept.round < last.round:
             yield f"kept so far: round {kept.round}", ""
         # Rounds still to come at this run's own pace, so that also a log without a bar says how long.
         left = _left(self._left_s(state))
-        if left and not (kept is not None and kept.ended_early):
+        if left and not over:
             yield left, ""
         if last.diverged:
             yield "diverged: back to the adapter before", "red"

@@ -54,7 +54,8 @@ def for_sites(config: RunConfig) -> RunConfig:
         tracking=TrackingSpec(output_dir=AT_SITE),
         report=ReportSpec(),
         cost=CostSpec(),
-        public=PublicSpec(),
+        # That the first adapter learnt from public records alone is the lead's word, which the run's name then holds.
+        public=PublicSpec(train_file=AT_SITE) if config.public.train_file else PublicSpec(),
         resume=None,
     )
 

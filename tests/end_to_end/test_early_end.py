@@ -10,6 +10,7 @@ from fedtune.config import saved_config
 from fedtune.federation.lead import Checkpoints, charged_epsilons
 from fedtune.privacy.ledger.verify import verify
 from fedtune.report import from_run
+from fedtune.report.derive import profile
 from fedtune.report.rederive import problems
 from fedtune.tasks.saved import SavedAdapter
 
@@ -43,16 +44,16 @@ def test_the_adapter_is_the_kept_round_s_and_the_claim_stays_the_planned_epsilon
 def test_report_and_card_say_what_was_kept_and_both_epsilons(stopped: Path) -> None:
     report = from_run.build(stopped)
     assert problems(report) == []
-    assert report.verdict.reasons == ("ended_by_scores",)
+    assert report.verdict.reasons == ("charged_less",)
     assert (report.utility.kept.round, report.utility.kept.ended_early) == (1, True)
     for site in report.sites:
-        assert site.spent.epsilon < report.epsilon == site.spent.planned_epsilon
-        assert site.meaning.right_of_100_mechanism is None, "it bounds nothing that scores ended"
+        assert site.spent.epsilon_pld < report.epsilon == site.spent.epsilon == site.spent.planned_epsilon
+        whole = profile.right_of_100(profile.charged_events(report.facts.plan, 5))
+        assert site.meaning.right_of_100_mechanism == pytest.approx(whole), "of the rounds it had it bounds nothing"
     (chosen,) = [one for one in report.assumptions if one.code == "chosen_by_the_leads_own_records"]
     assert (chosen.status, chosen.evidence) == ("assumed", "accuracy, round 1; 3 / 5")
-    assert "end_independent_of_releases" not in {one.code for one in report.assumptions}
     page = (stopped / "report.html").read_text()
-    assert "So the promise is the epsilon that was planned" in page
+    assert "The promise is the planned epsilon all the same" in page
     assert "later rounds brought no better score" in page
     card = (stopped / "adapter" / "README.md").read_text()
     assert "Kept is what round 1 of 3 gave, by accuracy on the lead's own validation file" in card
@@ -62,11 +63,11 @@ def test_a_report_that_claims_the_smaller_epsilon_is_found_out(stopped: Path) ->
     report = from_run.build(stopped)
     (site, *others), utility = report.sites, report.utility
     spent, kept = site.spent, utility.kept
-    for claimed in (replace(spent, ended_by_scores=False), replace(spent, planned_epsilon=spent.epsilon)):
+    for claimed in (replace(spent, epsilon=spent.epsilon_pld), replace(spent, planned_epsilon=spent.epsilon_pld)):
         assert problems(replace(report, sites=(replace(site, spent=claimed), *others))) != []
     for told in (replace(kept, ended_early=False), replace(kept, round=2, score=0.999)):
         assert problems(replace(report, utility=replace(utility, kept=told))) != []
-    assert problems(replace(report, epsilon=spent.epsilon)) != []
+    assert problems(replace(report, epsilon=spent.epsilon_pld)) != []
 
 
 def test_resuming_it_charges_nothing(stopped: Path, tmp_path: Path) -> None:

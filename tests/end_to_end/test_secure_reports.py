@@ -104,11 +104,10 @@ def test_of_a_run_that_scores_ended_all_three_figures_are_those_of_the_whole_pla
     folder = simulate(*SECURE, *still, "federation.num_rounds=5", "federation.stop_after=1", into=tmp_path)
     report = from_run.build(folder)
     (site, *_) = report.sites
-    assert site.spent.ended_by_scores
     assert site.by_trust.with_colluders == report.epsilon == site.spent.planned_epsilon
     assert site.by_trust.server_alone < report.epsilon < site.by_trust.with_all_others
     assert problems(report) == []
-    low = replace(site.by_trust, with_colluders=site.spent.epsilon)
+    low = replace(site.by_trust, with_colluders=site.spent.epsilon_pld)
     assert problems(replace(report, sites=(replace(site, by_trust=low), *report.sites[1:]))) != []
 
 

@@ -168,8 +168,7 @@ def test_the_best_round_is_kept_and_sites_learn_the_end_and_save_the_rest(federa
         assert not history.set_aside(datetime.now(UTC))
         charge = site_charge(state, site, made.plan)
         assert charge.rounds == 3
-        assert 0 < charge.epsilon < charge.planned_epsilon == charge.claim(ended_by_scores=True)
-        assert charge.claim(ended_by_scores=False) == charge.epsilon
+        assert 0 < charge.epsilon < charge.planned_epsilon == charge.claim
 
 
 def test_a_run_that_crashed_keeps_the_best_of_all_its_rounds(federation: Any) -> None:

@@ -17,7 +17,7 @@ from fedtune.privacy import accountant, events, keys
 from fedtune.privacy.keys import SigningKey
 from fedtune.report import from_ledger, from_run, signing
 from fedtune.report.checks import Check, Known, check_report
-from fedtune.report.facts import RunFacts, SiteFacts
+from fedtune.report.facts import RunFacts, SiteFacts, StartAdapter
 from fedtune.report.model import Report
 from fedtune.report.rederive import derive
 
@@ -212,6 +212,14 @@ def simulated(facts: RunFacts) -> RunFacts:
     return receipts(facts, simulated=True)
 
 
+def begun(facts: RunFacts, **changes: Any) -> RunFacts:
+    """A run that began in an adapter, as its sites were asked and signed; the report changes what it says of that."""
+    facts = resent(facts, lambda sent: sent["model"].update(adapter_sha256=OTHER))
+    about = dict.fromkeys(("run", "dataset", "unit", "delta", "epsilon"))
+    start = StartAdapter(**{"digest": OTHER, **about, **changes})
+    return receipts(replace(facts, provenance=replace(facts.provenance, start_adapter=start)), run=facts.run)
+
+
 OTHER = "56" * 32
 LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
     # Fewer rounds.
@@ -252,6 +260,7 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
     "a larger delta": lambda facts: of_plan(facts, delta=1e-3),
     "fewer steps": lambda facts: of_plan(facts, local_steps=1),
     "a higher target": lambda facts: replace(facts, target_epsilon=80.0),
+    "no target": lambda facts: replace(facts, target_epsilon=None),
     # Another run.
     "a site dropped": lambda facts: without_site(facts, "west"),
     "a site dropped from the settings, too": lambda facts: without_site(
@@ -262,6 +271,8 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
     "another base model in the settings, too": lambda facts: of_model(
         resent(facts, lambda sent: sent["model"].update(sha256=OTHER)), OTHER
     ),
+    "a private start called public": lambda facts: begun(facts, public=True),
+    "another start": lambda facts: begun(facts, digest="78" * 32),
     "another data set": lambda facts: replace(facts, provenance=replace(facts.provenance, dataset="public")),
     "another run's name": lambda facts: replace(facts, run=f"{facts.name}-{'1' * 32}"),
     "a simulation as real": simulated,
@@ -280,6 +291,30 @@ LIES: dict[str, Callable[[RunFacts], RunFacts]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_no_forgery_by_a_lead_who_signs_passes(run: Deployed, lie: str) -> None:
     run.write(signing.signed(derive(LIES[lie](run.facts)), run.lead))
+    assert not run.holds()
+    assert not run.holds_by_the_other_program()
+
+
+def used_up(facts: RunFacts) -> RunFacts:
+    """With a made-up last round, in which every site's plan was used up."""
+    last = facts.rounds[-1]
+    made_up = replace(last, round=last.round + 1, sites=(), failed_sites=dict.fromkeys(SITES, "plan_exhausted"))
+    return replace(facts, rounds=(*facts.rounds, made_up))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [replace, used_up, lambda facts: replace(facts, stop_after=1, keep_round="best")],
+    ids=["none", "plan", "scores"],
+)
+def test_no_reason_that_a_lead_gives_for_an_early_end_lowers_an_epsilon(run: Deployed, told: Any) -> None:
+    report = derive(told(receipts(shorter(run.facts, 1, final={}, detail=None), charged_rounds=1)))
+    whole = accountant.epsilon_pld([run.facts.plan.whole], run.facts.delta)
+    assert [site.spent.epsilon for site in report.sites] == [report.epsilon] * 3 == [pytest.approx(whole, abs=1e-3)] * 3
+    low = report.sites[0].spent.epsilon_pld
+    assert low < 0.7 * whole
+    sites = tuple(replace(site, spent=replace(site.spent, epsilon=low)) for site in report.sites)
+    run.write(signing.signed(replace(report, sites=sites, epsilon=low), LEAD))
     assert not run.holds()
     assert not run.holds_by_the_other_program()
 

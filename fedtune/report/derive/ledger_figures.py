@@ -56,7 +56,7 @@ def report_of(facts: LedgerFacts) -> Report:
         by_trust=trust,
     )
     fixed, size = _was_fixed(facts, ran), facts.declared_size
-    return rules.report_of(facts, (rules.explained(site, charged, delta=delta, declared_size=size, fixed=fixed),))
+    return rules.report_of(facts, (rules.explained(site, ran, charged, delta=delta, declared_size=size, fixed=fixed),))
 
 
 def _was_fixed(facts: LedgerFacts, ran: Sequence[Mechanism]) -> bool:

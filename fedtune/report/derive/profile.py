@@ -140,11 +140,6 @@ def told_by_others(rows: Sequence[Mechanism], trust: Epsilons | None) -> tuple[S
     return None if trust is None else (charged_against(rows, colluders=MOST_SITES_OF_SUM), trust.with_all_others)
 
 
-def claimed(spent: Figures) -> float | None:
-    """The epsilon that is proved: of a run that its scores ended, its whole plan's."""
-    return spent.planned_epsilon if spent.ended_by_scores else spent.epsilon
-
-
 def largest(epsilons: Iterable[float | None]) -> float | None:
     """The worst of some epsilons; None, which nothing bounds, is worse than all."""
     values = list(epsilons)

@@ -17,7 +17,7 @@ from fedtune.privacy.events import Spent
 from fedtune.report.derive import profile, verdicts
 from fedtune.report.derive.verdicts import CODES
 from fedtune.report.facts import NOT_RECORDED, Facts, LedgerFacts, RunFacts
-from fedtune.report.model import Assumption, Report, SiteReport, Status, Utility
+from fedtune.report.model import Assumption, Mechanism, Report, SiteReport, Status, Utility
 from fedtune.show.budget_text import Arrivals
 from fedtune.spec import REPORT_SCHEMA
 from fedtune.words import spoken_start
@@ -67,7 +67,7 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
         facts=facts,
         verdict=verdicts.worst(site.verdict for site in sites),
         neighbouring_relation=NEIGHBOURING_RELATION.name.lower(),
-        epsilon=profile.largest(profile.claimed(site.spent) for site in sites),
+        epsilon=profile.largest(site.spent.epsilon for site in sites),
         randomness=randomness,
         released=tuple(released),
         sites=sites,
@@ -81,14 +81,16 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
     )
 
 
-def explained(site: SiteReport, charged: Spent, *, delta: float, declared_size: int | None, fixed: bool) -> SiteReport:
-    """Add to a site what its epsilon means, where that can be said; `fixed` as of `profile.meaning`.
+def explained(
+    site: SiteReport, rows: Sequence[Mechanism], charged: Spent, *, declared_size: int | None, delta: float, fixed: bool
+) -> SiteReport:
+    """Add to a site what its epsilon means, where that can be said; `charged` is of `rows`, `fixed` as `meaning` has it.
 
     Without a guarantee nothing can be said of it, unless missing noise is the one reason.
     """
     if site.verdict.state == "no_guarantee" and site.verdict.reasons != ("no_noise",):
         return site
-    epsilon, others = profile.claimed(site.spent), profile.told_by_others(site.mechanisms, site.by_trust)
+    epsilon, others = site.spent.epsilon, profile.told_by_others(rows, site.by_trust)
     known = partial(profile.meaning, charged, epsilon=epsilon, delta=delta, declared_size=declared_size)
     return replace(site, meaning=known(fixed=fixed, others=others))
 
@@ -118,8 +120,6 @@ def _of_run(facts: RunFacts, sites: Sequence[SiteReport]) -> Iterator[_Found]:
         yield "receipts_signed", "verified", ", ".join(keys)
     if silent := [site.site for site in facts.sites if facts.is_upper_bound(site)]:
         yield "every_site_answered", "violated", ", ".join(silent)
-    if not facts.finished:
-        yield "end_independent_of_releases", "assumed", facts.progress
     if kept := facts.kept:
         yield "chosen_by_the_leads_own_records", "assumed", f"{kept.judged_by}, round {kept.round}; {facts.progress}"
     if start := facts.provenance.start_adapter:

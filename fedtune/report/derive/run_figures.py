@@ -60,26 +60,22 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
     plan, statement, rounds = facts.plan, site.statement, facts.rounds_of(site)
     source: Source = "not_released" if site.receipt is None else "charged_by_receipts"
     source = "signed_site_report" if statement else source
-    grid, charged = profile.interval_of(source), profile.charged_events(plan, rounds)
+    grid, whole = profile.interval_of(source), plan.most_rounds if rounds else 0
+    charged, promised = profile.charged_events(plan, rounds), profile.charged_events(plan, whole)
     known = statement is not None and any(run.run == facts.run for run in statement.lifetime.runs)
     ran = facts.sampling if statement is None else "poisson" if known else None
     row = profile.mechanism_of(plan, run=facts.run, rounds=rounds, sampling=ran or NOT_RECORDED)
-    rows = (row,) if rounds else ()
+    rows, of_plan = ((row,), (replace(row, rounds=whole),)) if rounds else ((), ())
     by_pld = profile.epsilon_pld(charged, plan.delta, interval=grid)
     spent = Spent(
-        epsilon=by_pld,
+        epsilon=profile.epsilon_pld(promised, plan.delta, interval=grid),
         epsilon_pld=by_pld,
         epsilon_rdp=profile.epsilon_rdp(charged, plan.delta),
         planned_epsilon=profile.epsilon_pld([plan.whole], plan.delta, interval=grid),
         rounds=rounds,
         steps=rounds * plan.local_steps,
-        ended_by_scores=facts.ended_by_scores and rounds > 0,
     )
-    trust = profile.by_trust(
-        # What scores ended claims its whole plan.
-        [replace(row, rounds=plan.most_rounds) for row in rows] if facts.ended_by_scores else rows,
-        lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid),
-    )
+    trust = profile.by_trust(of_plan, lambda spent: profile.epsilon_pld(spent, plan.delta, interval=grid))
     verdict = verdicts.judged(verdicts.of_run(site, facts, spent, sampling=ran), spent, source=source)
     if statement is not None:
         life, limits, verified = statement.lifetime, statement.approved, statement.verification is not None
@@ -93,13 +89,12 @@ def _site(facts: RunFacts, site: SiteFacts) -> SiteReport:
         spent=spent,
         meaning=None,
         mechanisms=rows,
-        curve=profile.curve(charged, plan.delta),
+        curve=profile.curve(promised, plan.delta),
         steps=tuple(_steps(facts, site, by_pld)),
         releases=() if statement else tuple(_releases(facts, site)),
         by_trust=trust,
     )
-    fixed = not spent.ended_by_scores
-    return rules.explained(made, charged, delta=plan.delta, declared_size=site.declared_size, fixed=fixed)
+    return rules.explained(made, of_plan, promised, delta=plan.delta, declared_size=site.declared_size, fixed=True)
 
 
 def _utility(facts: RunFacts, sites: Sequence[SiteReport]) -> Utility:

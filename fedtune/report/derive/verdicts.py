@@ -85,9 +85,9 @@ def of_run(site: SiteFacts, facts: RunFacts, spent: Spent, *, sampling: str | No
     of_spending = _holding(
         no_noise=spent.epsilon is None,
         seeded_noise=facts.seeded_noise,
-        above_target=any(above(epsilon, facts.target_epsilon) for epsilon in (spent.epsilon, spent.planned_epsilon)),
+        above_target=above(spent.epsilon, facts.target_epsilon),
         not_finished=not facts.finished,
-        ended_by_scores=facts.ended_by_scores,
+        charged_less=spent.rounds < facts.plan.most_rounds,
         site_silent=facts.is_upper_bound(site),
         sampling_not_recorded=sampling is None,
     )
@@ -180,7 +180,7 @@ def refuted(audit: Audit, sites: Iterable[SiteReport] = ()) -> tuple[AuditBound,
 def _charged(audit: Audit, sites: Iterable[SiteReport]) -> dict[str | None, float]:
     """Place -> epsilon of the report, as far as it has one: for all audited sites together, the largest of theirs."""
     audited = {bound.site for bound in audit.bounds if bound.site}
-    spent = {site.site: profile.claimed(site.spent) for site in sites}
+    spent = {site.site: site.spent.epsilon for site in sites}
     known: dict[str | None, float] = {site: epsilon for site, epsilon in spent.items() if epsilon is not None}
     together = [spent[site] for site in spent if site in audited or not audited]
     epsilons = [epsilon for epsilon in together if epsilon is not None]

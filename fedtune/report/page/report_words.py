@@ -54,12 +54,13 @@ class Words:
         self.audit = None if isinstance(facts, LedgerFacts) else facts.audit
         at_most = [] if isinstance(facts, LedgerFacts) else [facts.is_upper_bound(site) for site in facts.sites]
         self.silent = {f"/sites/{n}" for n, is_so in enumerate(at_most) if is_so}
-        losses = {f"/sites/{n}": unbounded(one.spent.epsilon) for n, one in enumerate(report.sites)}
+        figures = ((unbounded(one.spent.epsilon), unbounded(one.spent.epsilon_pld)) for one in report.sites)
+        losses = {f"/sites/{n}": both for n, both in enumerate(figures)}
         # The site that the headline's epsilon is of; of several, the first that signed for it.
         self.worst = max(losses, key=lambda site: (losses[site], site not in self.silent))
         states = {f"/sites/{n}": WORST_FIRST.index(one.verdict.state) for n, one in enumerate(report.sites)}
         # The least favourable result first.
-        self.sites = sorted(losses, key=lambda site: (states[site], -losses[site]))
+        self.sites = sorted(losses, key=lambda site: (states[site], *(-loss for loss in losses[site])))
 
     @property
     def noise(self) -> str:

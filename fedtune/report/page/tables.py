@@ -235,7 +235,7 @@ class Charts(Words):
         worst = self.worst
         if worst not in lines:
             return None
-        reached = self.figure(f"{worst}/spent/epsilon", "epsilon")
+        reached = self.figure(f"{worst}/spent/{'epsilon' if self.is_ledger else 'epsilon_pld'}", "epsilon")
         if (limit := self.limit()) is None:
             return self.text("chart.rose", reached=reached)
         return self.text("chart.rose_of", reached=reached, limit=self.figure(limit, "cap"))
