@@ -168,15 +168,14 @@ def verify(
     if config is not None and (len(config) != 64 or set(config) - set("0123456789abcdef")):
         raise ConfigError("--config", config, "must be a SHA-256 of 64 lower-case hex digits")
     path, report = signing.read_report(file)
-    of_roster, site_keys = list[Check](), None
     if model is not None and not model.is_dir():
         raise ConfigError("--model", str(model), "must be a folder")
-    if roster:
-        key, site_keys, check = _keys_by_roster(report, roster, key)
-        of_roster.append(check)
+    key, site_keys, *of_roster = _keys_by_roster(report, roster, key) if roster else (key, None)
     known = Known(key=key, site_keys=site_keys, config_sha256=config, model=model)
     found = (*check_report(path, report, known), *of_roster)
     rows, styles = list[tuple[str, ...]](), dict[int, str]()
+    about = f"{report.verdict.state}, epsilon {epsilon_text(report.epsilon)} at delta {report.facts.delta:g}"
+    rows.append(("it says", "", about))
     for check in found:
         mark, styles[len(rows)] = _MARKS[check.state]
         rows.append((check.name, mark, check.text))
@@ -187,7 +186,8 @@ def verify(
             rows.append(("", "", f"and {len(check.problems) - _MOST_PROBLEMS:,} more"))
     section = Section(rows=rows, words={0, 1, 2}, whole={0, 1}, styles=styles)
     heading = f"{path}: report of {report.facts.kind} {printable(report.facts.name)}"
-    answer({"file": str(path), "checks": found}, [section], as_json=as_json, heading=heading)
+    figures = {"verdict": report.verdict.state, "epsilon": report.epsilon}
+    answer({"file": str(path), **figures, "checks": found}, [section], as_json=as_json, heading=heading)
     for state, said in (("wrong", "does not hold"), ("missing", "is not shown to hold; not compared")):
         if names := [check.name for check in found if check.state == state]:
             raise RunError(f"{path} {said}: {', '.join(names)}")
@@ -227,8 +227,7 @@ def _keys_by_roster(report: Report, path: Path, key: str | None) -> tuple[str, M
 def verdict_line(report: Report) -> tuple[str, str]:
     """The verdict with the figure behind it, and its style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
-    room = room_of(report)
-    style = _NO_ROOM if room else _STYLES[report.verdict.state]
+    style = _NO_ROOM if room_of(report) else _STYLES[report.verdict.state]
     said = catalogue("en").texts["verdict"][outcome_of(report)]
     shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
     return (

@@ -11,6 +11,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedtune.spec import ConfigError
+
 
 def require_room(folder: Path, num_bytes: int) -> None:
     """Raise the error of a full disk, unless a file of `num_bytes` has room in `folder`, with a MiB to spare."""
@@ -69,10 +71,18 @@ def fsync_folder(folder: Path) -> None:
 
 
 def hashes(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
-    """File in `folder`, or below it -> its SHA-256, in hex; without those of the names `besides`."""
+    """File in `folder`, or below it -> its SHA-256, in hex; without those of the names `besides`.
+
+    Raises:
+        ConfigError: something there is neither a plain file nor a folder: a link may lead to any secret, and be turned.
+    """
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_symlink() and path.name not in besides:  # a link may lead to any secret
-            with path.open("rb") as stream:
-                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+        mode = path.lstat().st_mode
+        if path.name in besides or stat.S_ISDIR(mode):
+            continue
+        if not stat.S_ISREG(mode):
+            raise ConfigError("model", str(path), "must be a plain file, as all in a model's folder")
+        with path.open("rb") as stream:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found

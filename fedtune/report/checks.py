@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedtune.report.derive import cells
 from fedtune.report.facts import LedgerFacts, RunFacts, SiteFacts
 from fedtune.report.model import Problem, Report
 from fedtune.report.rederive import problems
-from fedtune.spec import REPORT_SCHEMA, RunError
+from fedtune.spec import REPORT_SCHEMA, ConfigError, RunError
 from fedtune.version import __version__
 from fedtune.words import counted, spoken
 
@@ -167,20 +168,27 @@ def _site_keys(facts: RunFacts, keys: Mapping[str, str] | None) -> Check:
 
 
 def _files(facts: RunFacts, model: Path | None, own: Path) -> Iterator[Check]:
-    """Compare the model's files with those that the report names."""
+    """Compare the model's folder with one that the report names: the same files, by name and hash, and no other."""
     if not (folder := model or own).is_dir():
         if facts.files:
             text = f"Nobody compared the model with the {counted(len(facts.files), 'file')} that the report names."
             yield Check("files", _open(facts, model), text)
         return
-    of_adapter = {name: one for name, one in facts.files.items() if name.startswith(f"{own.name}/")}
-    named = facts.files if model else of_adapter
-    there = {f"{folder.name}/{name}": one for name, one in hashes(folder, besides=(CARD, LABEL)).items()}
-    by_hash = {digest: name for name, digest in named.items()}
-    found = [Problem(name, "another file", digest) for name, digest in there.items() if digest not in by_hash]
-    if not model:
-        found += [Problem(name, digest, "no such file") for name, digest in named.items() if name not in there]
-    if found:
+    try:
+        there = hashes(folder, besides=(CARD, LABEL))
+    except ConfigError as error:
+        yield Check("files", "wrong", f"{error}.")
+        return
+    folders = defaultdict[str, dict[str, str]](dict)
+    for name, digest in facts.files.items():
+        top, _, below = name.partition("/")
+        folders[top][below] = digest
+    # An export may have been renamed since.
+    named = there if model and there in folders.values() else folders.get(folder.name, folders[own.name])
+    both = (
+        (name, named.get(name, "no such file"), there.get(name, "no such file")) for name in sorted({*named, *there})
+    )
+    if found := [Problem(f"{folder.name}/{name}", said, is_so) for name, said, is_so in both if said != is_so]:
         yield Check("files", "wrong", f"{folder} is not the model that the report is about:", tuple(found))
     else:
         yield Check("files", "right", f"The {counted(len(there), 'file')} in {folder} are those that it names.")
@@ -209,7 +217,8 @@ def _differs(name: str, folder: Path, report: Report) -> Check:
     if report.facts.provenance.fedtune_version == __version__:
         text = f"It is not what fedtune draws of this report: write it anew with fedtune report {folder}."
         return Check(name, "wrong", text)
-    return Check(name, "not_checked", f"Not compared: fedtune {__version__} may draw it in another form.")
+    text = f"Not compared: fedtune {__version__} may draw it in another form; check it with the report's version."
+    return Check(name, _open(report.facts), text)
 
 
 def _drawn(path: Path, report: Report) -> Iterator[Check]:

@@ -173,9 +173,8 @@ class Display:
         yield f"validation: {_scores(last.metrics)}" if last.metrics else "no validation records", ""
         kept = kept_of(state.rounds, federation, judged_by=self._config.judged_by)
         over = is_over(state.rounds, federation, judged_by=self._config.judged_by)
-        charges = [site_charge(state, site, self._plan) for site in federation.active]
-        epsilons = [one.claim if over else one.epsilon for one in charges]
-        yield f"epsilon {epsilon_text(max(map(unbounded, epsilons)))}", ""
+        charges = (site_charge(state, site, self._plan) for site in federation.active)
+        yield f"epsilon {epsilon_text(max(unbounded(one.claim if over else one.epsilon) for one in charges))}", ""
         yield f"{last.seconds:.1f} s", ""
         if kept is not None and kept.round < last.round:
             yield f"kept so far: round {kept.round}", ""

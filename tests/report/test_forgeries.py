@@ -342,6 +342,7 @@ def test_figures_that_nothing_gives_do_not_pass(run: Deployed, figures: dict[str
         lambda folder: (folder / "pytorch_model.bin").write_bytes(b"a second one"),
         lambda folder: (folder / "adapter_model.safetensors").unlink(),
         lambda folder: (folder / "fedtune.json").write_text("{}"),
+        lambda folder: (folder / "model.safetensors").symlink_to("adapter_model.safetensors"),
     ],
 )
 def test_a_report_beside_another_model_does_not_pass(run: Deployed, change: Callable[[Path], None]) -> None:
@@ -349,6 +350,24 @@ def test_a_report_beside_another_model_does_not_pass(run: Deployed, change: Call
     (files,) = [check for check in run.checks() if check.name == "files"]
     assert files.state == "wrong"
     assert not run.holds_by_the_other_program()
+
+
+def test_a_given_folder_must_have_every_file_of_the_model(run: Deployed, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run.folder / "adapter", tmp_path / "copy"))
+    given = ("--key", LEAD.public, "--roster", str(run.roster), "--model", str(copy))
+    for holds in (True, False):
+        assert [check.state == "right" for check in run.checks(model=copy) if check.name == "files"] == [holds]
+        assert run.holds_by_the_other_program(*given) == holds
+        shutil.rmtree(copy)
+        copy.mkdir()
+
+
+def test_a_page_that_only_another_version_could_draw_is_not_shown_to_hold(run: Deployed) -> None:
+    provenance = replace(run.facts.provenance, fedtune_version="0.0.1")
+    run.write(signing.signed(derive(replace(run.facts, provenance=provenance)), LEAD))
+    assert run.holds()
+    (run.folder / "report.html").write_text("another page")
+    assert not run.holds()
 
 
 HONEST: dict[str, tuple[str, Callable[[Report], Report]]] = {

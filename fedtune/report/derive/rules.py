@@ -84,7 +84,7 @@ def report_of(facts: Facts, sites: tuple[SiteReport, ...], *, utility: Utility |
 def explained(
     site: SiteReport, rows: Sequence[Mechanism], charged: Spent, *, declared_size: int | None, delta: float, fixed: bool
 ) -> SiteReport:
-    """Add to a site what its epsilon means, where that can be said; `charged` is of `rows`, `fixed` as `meaning` has it.
+    """Add to a site what its epsilon means, where that can be said; `charged` is of `rows`, `fixed` as of `meaning`.
 
     Without a guarantee nothing can be said of it, unless missing noise is the one reason.
     """
