@@ -74,15 +74,13 @@ def hashes(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, str]:
     """File in `folder`, or below it -> its SHA-256, in hex; without those of the names `besides`.
 
     Raises:
-        ConfigError: something there is neither a plain file nor a folder: a link may lead to any secret, and be turned.
+        ConfigError: a link is there, which may lead to any secret, and to another one later.
     """
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        if path.name in besides or stat.S_ISDIR(mode):
-            continue
-        if not stat.S_ISREG(mode):
+        if path.is_symlink():
             raise ConfigError("model", str(path), "must be a plain file, as all in a model's folder")
-        with path.open("rb") as stream:
-            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+        if path.is_file() and path.name not in besides:
+            with path.open("rb") as stream:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.codec import decode, read_toml, to_toml
+from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.durable import write_durably
-from fedtune.privacy.site_policy import Policy
+from fedtune.privacy.site_policy import Budget, Policy
 from fedtune.spec import errors_in
+from fedtune.words import unbounded
 
 
 def read_policy(path: Path) -> Policy:
@@ -33,6 +36,18 @@ def policy_of(fields: object) -> Policy:
         case {"budget": {"max_epsilon": None, **budget}, **rest}:  # JSON has no infinity
             fields = {**rest, "budget": {**budget, "max_epsilon": math.inf}}
     return decode(Policy, fields)
+
+
+def marks_of(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tuple[str, str]]:
+    """What a policy that a ledger notes marks it with for good; `before`: the last budget, if anything was charged."""
+    kinds = {"inexact_gradients": policy.allow.inexact_gradients, "simulated": policy.simulated}
+    yield from ((kind, "") for kind, is_so in kinds.items() if is_so)
+    if before is not None:
+        now = policy.budget
+        shorter = MONTHS[now.period] < MONTHS[before.period] and before.max_epsilon_per_period is not None
+        of_run = unbounded(now.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
+        if shorter or of_run or unbounded(now.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period):
+            yield "limits_loosened", time[:10]
 
 
 def write_policy(policy: Policy, path: Path) -> None:

@@ -12,7 +12,6 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
-from fedtune.privacy.cohorts import MONTHS
 from fedtune.privacy.events import Charge
 from fedtune.privacy.ledger import store
 from fedtune.privacy.ledger.chain import Event, Head, Kind
@@ -38,7 +37,7 @@ from fedtune.report.facts import (
 from fedtune.report.model import Report
 from fedtune.report.rederive import derive
 from fedtune.spec import ConfigError, RunError
-from fedtune.words import finite, unbounded
+from fedtune.words import finite
 
 MOST_STEPS = 400  # charged rounds that a report shows by themselves; of more it shows one charge for each run and month
 
@@ -118,11 +117,10 @@ def facts_of(
     assert now is not None, "a ledger has events"
     assert noted is not None, "a ledger begins with its policy"
     budget = _in_force(noted.budget, own.budget if own else None)
-    policies = [event.detail["policy"] for event in events if event.detail.get("what") == "policy"]
-    simulated = any(policy.get("simulated") for policy in policies)
+    simulated = ("simulated", "") in history.marks
     # A simulation notes that it is one, whatever the file says.
     own = own and replace(own, simulated=noted.simulated)
-    run_caps, loosened = _limits(events)
+    run_caps = _run_caps(events)
     proposals = [run.proposal for run in history.runs.values()]
     models = {proposal.base_model for proposal in proposals}
     settings = {
@@ -151,7 +149,7 @@ def facts_of(
         ),
         reference=budget.reference,
         caps=caps,
-        limits_loosened=loosened,
+        limits_loosened=tuple(sorted(day for kind, day in history.marks if kind == "limits_loosened")),
         runs=tuple(
             RunInLedger(
                 run=name,
@@ -168,11 +166,11 @@ def facts_of(
             for name, run in history.runs.items()
         ),
         charges=charges(events, history, most=most),
-        lost_seed=any(restored.seeded for restored in history.restored),
+        lost_seed=any(("seeded", "") in restored.marks for restored in history.restored),
         frozen=history.frozen,
         in_doubt=history.in_doubt is not None,
         simulated=simulated,
-        inexact_gradients=any(policy["allow"]["inexact_gradients"] is not False for policy in policies),
+        inexact_gradients=("inexact_gradients", "") in history.marks,
         policy_noted=None if own is None else own.to_json() == noted.to_json(),
         policy_digest=own.digest() if own else "",
         verification=None
@@ -222,24 +220,16 @@ def _in_force(noted: Budget, own: Budget | None) -> Budget:
     )
 
 
-def _limits(events: Sequence[Event]) -> tuple[dict[str, float | None], tuple[str, ...]]:
-    """Run -> the cap on one run that was in force when it was accepted; and days of looser limits, after a charge."""
+def _run_caps(events: Sequence[Event]) -> dict[str, float | None]:
+    """Run -> the cap on one run that was in force when it was accepted."""
     run_caps: dict[str, float | None] = {}
-    loosened: dict[str, None] = {}
-    charged, budget = False, None
+    budget = None
     for event in events:
         if event.kind is Kind.PLAN:
             run_caps[event.run] = budget.max_epsilon_per_run if budget else None
-        elif event.kind is Kind.RESERVE:
-            charged = True
         elif event.kind is Kind.NOTE and event.detail["what"] == "policy":
-            before, budget = budget, policy_of(event.detail["policy"]).budget
-            if charged and before is not None:
-                shorter = MONTHS[budget.period] < MONTHS[before.period] and before.max_epsilon_per_period is not None
-                of_run = unbounded(budget.max_epsilon_per_run) > unbounded(before.max_epsilon_per_run)
-                of_period = unbounded(budget.max_epsilon_per_period) > unbounded(before.max_epsilon_per_period)
-                loosened |= {day_of(event.time): None} if shorter or of_run or of_period else {}
-    return run_caps, tuple(loosened)
+            budget = policy_of(event.detail["policy"]).budget
+    return run_caps
 
 
 def day_of(time: str) -> str:

@@ -245,7 +245,7 @@ def test_no_entry_of_the_sites_own_lowers_what_was_charged(backups: Backups, key
     ledger = backups.open()
     ((one, _),) = ledger.history.charged().items()
     detail = {"shared": 1, "end": 1, "path": [], "gap": [[events.to_json(one), 1]], "runs": {"s": 1}}
-    detail |= {"seeded": False, "frozen": False, "denied": [], "caps": [], "users": [], "doubts": []}
+    detail |= {"marks": [], "denied": [], "caps": [], "users": [], "doubts": []}
     forged = {"gap": [[events.to_json(one), value]], "runs": {"s": value}}.get(key, value)
     with ledger._store.transaction():
         ledger._store.note("restored", **detail)

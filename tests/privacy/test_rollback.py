@@ -52,7 +52,7 @@ def test_the_anchor_is_the_newest_head_after_every_transaction(anchored: Any, an
         assert (head.sequence, head.hash, head.time) == (newest.sequence, newest.hash, newest.time)
         assert head.site_key == site_key.public
         assert head == ledger.head()
-    assert head.frozen
+    assert ("frozen", "") in head.marks
     ((mechanism, count),) = head.charged
     assert {events.from_json(mechanism): count} == events.grouped([proposal().plan.event()])
 
@@ -98,7 +98,7 @@ def test_a_lost_ledger_with_an_anchor_stops_and_so_does_a_lost_anchor(anchored: 
         lambda data: b"null",
         lambda data: data[:-40],
         lambda data: data.replace(b'"sequence": 2', b'"sequence": 1'),
-        lambda data: data.replace(b'"frozen": false', b'"frozen": true'),
+        lambda data: data.replace(b'"marks": []', b'"marks": [["frozen", ""]]'),
         lambda data: json.dumps(json.loads(data) | {"site_key": "0" * 64}).encode(),
     ],
 )
@@ -206,11 +206,11 @@ def test_a_ledger_swapped_while_it_is_open_stops(backups: Backups) -> None:
 class Lost:
     """What a ledger of three rounds knew when it was put back to its first: two heads, a receipt and what it lost."""
 
-    def __init__(self, backups: Backups, **changes: Any) -> None:
+    def __init__(self, backups: Backups) -> None:
         ledger, self.path = backups.open(), backups.path
         train(ledger, proposal(), 2)
         self.earlier = ledger.head()
-        train(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}, **changes), 1)
+        train(ledger, proposal(run="2", plan={"noise_multiplier": 2.0}), 1)
         self.newest, self.receipt = ledger.head(), ledger.receipt("r")
         self.spent = ledger.history.epsilon()
         self.charged = ledger.history.charged() - events.grouped([proposal().plan.event()])
@@ -305,17 +305,23 @@ def test_a_backup_put_back_after_a_restore_is_found(
     assert reason_of(backups.open().require_contains, receipt) is Reason.LEDGER_BEHIND_RECEIPT
 
 
-def test_a_restore_forgets_neither_a_seeded_run_nor_a_freeze(opened: Any, backups: Backups) -> None:
-    study = Backups(partial(opened, policy=policy(allow={"seeded_noise": True})), backups.path)
-    newest = Lost(study, seeded_noise=True).newest
-    assert not study.open().history.seeded
-    ledger = study.put_back(anchor=newest)
-    assert ledger.history.seeded
-    study.back_up()
+def test_a_restore_forgets_nothing_that_marks_a_ledger_for_good(opened: Any, path: Path) -> None:
+    backups = Backups(partial(opened, policy=policy(budget={"max_epsilon_per_run": 8.0})), path)
+    train(backups.open(), proposal(), 1)
+    backups.back_up()
+    ledger = opened(policy=policy(allow={"inexact_gradients": True, "seeded_noise": True}))
+    train(ledger, proposal(run="2", seeded_noise=True), 1)
+    ledger.refuse(Refused(Reason.PAUSED), run="3", round=1, request="q")
+    ledger.end("3")
     ledger.freeze("why")
-    assert not study.put_back().history.frozen
-    assert study.put_back(anchor=ledger.head()).history.frozen
-    assert verify(backups.path).history.seeded
+    marks, newest = ledger.history.marks, ledger.head()
+    assert {kind for kind, _ in marks} == {"inexact_gradients", "seeded", "limits_loosened", "never", "frozen"}
+    assert ledger.receipt("3").ended
+    assert not backups.put_back().history.marks
+    assert reason_of(reserve, backups.put_back(anchor=newest), proposal(run="3"), 1) is Reason.RUN_ENDED
+    history = verify(path).history
+    assert history.marks == marks
+    assert (history.seeded, history.frozen) == (True, True)
 
 
 def test_an_anchor_of_another_ledger_charges_nothing(backups: Backups, opened: Any, tmp_path: Path) -> None:

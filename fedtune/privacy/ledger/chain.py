@@ -144,10 +144,9 @@ class Head:
         path: (sequence, hash) of each lasting event so far: what a ledger that was put back is compared with, to find
             where it left this chain.
         made_up: (sequence, hash) of events of lost branches that this one was made up for.
-        seeded: whether any run so far took its noise from a seed.
-        frozen: whether all training on the population has ended for ever.
         doubts: receipts that showed that events are missing, and that nothing has made up for.
         denied: digest of each proposal that a person at the site denied.
+        marks: what marks the ledger for good, as `History` has it.
         policy: digest of the policy.
         caps: lifetime caps so far, the newest last; None: no cap.
         users: which column says who a user is, by data set and by file, as policies named them.
@@ -166,10 +165,9 @@ class Head:
     runs: tuple[tuple[str, int], ...]
     path: tuple[tuple[int, str], ...]
     made_up: tuple[tuple[int, str], ...]
-    seeded: bool
-    frozen: bool
     doubts: tuple[Doubt, ...]
     denied: tuple[str, ...]
+    marks: tuple[tuple[str, str], ...]
     policy: str
     caps: tuple[float | None, ...]
     users: tuple[tuple[str, str, str], ...]
@@ -230,6 +228,7 @@ class Restored:
         gap: what was charged there beyond `shared`: mechanisms as `privacy.events` writes them, and how often they ran.
         runs: run -> rounds that it was charged there beyond `shared`; none of them goes on.
         denied: digests of proposals that a person denied there.
+        marks: that the other branch had.
         caps: lifetime caps that were in force on the lost branch alone; None: no cap.
         users: which column says who a user is, by that branch's policies.
         doubts: receipts of either branch that are still not made up for.
@@ -241,9 +240,8 @@ class Restored:
     path: frozenset[tuple[int, str]]
     gap: tuple[tuple[dict[str, Any], int], ...]
     runs: dict[str, int]
-    seeded: bool
-    frozen: bool
     denied: frozenset[str]
+    marks: frozenset[tuple[str, str]]
     caps: tuple[float | None, ...]
     users: frozenset[tuple[str, str, str]]
     doubts: frozenset[Doubt]

@@ -23,7 +23,7 @@ from fedtune.privacy.cohorts import OLDEST, Cohorts, groups, period_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import LASTING, START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, table
 from fedtune.privacy.ledger.register import Opened, Row
-from fedtune.privacy.policy_file import policy_of
+from fedtune.privacy.policy_file import marks_of, policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
@@ -83,6 +83,11 @@ def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
                 yield "file", posixpath.normpath(dataset.path), column
 
 
+def never(run: str, lead: str) -> tuple[str, str]:
+    """The mark of a run that its lead ended before this ledger accepted it."""
+    return "never", f"{run} of {lead}"
+
+
 class History:
     """The sum of a ledger's events.
 
@@ -96,8 +101,6 @@ class History:
         delta: at which every figure of the ledger is stated.
         order: of the filter.
         runs: run -> what became of it.
-        seeded: whether any accepted run took its noise from a seed.
-        frozen: whether all training on the population has ended for ever.
         doubts: genuine receipts that show that events are missing, each until they are made up for.
         restored: what was made up for, each time a backup was put back.
         lost_runs: run -> rounds that it was charged on lost branches alone.
@@ -109,8 +112,9 @@ class History:
         refused: (day, run, lead, reason) of each refusal.
         approved: digest of each proposal that a person at the site approved -> when.
         denied: digest of each proposal that one denied.
-        never: (run, lead) of runs that were refused here until that lead ended them, and that no proposal of that lead
-            can begin any more.
+        marks: what marks the ledger for good: ("seeded", ""), ("frozen", ""), what `marks_of` says of each policy, and
+            `never(run, lead)` for a run that was refused here until that lead ended it: no proposal of that lead can
+            begin it any more.
         decided: digest of a proposal -> each decision of a person on it: `what` ("approved" or "denied"), the `day`,
             and `by`, `ticket` and `why`; None: the person did not say.
         last_time: of the newest event.
@@ -124,8 +128,6 @@ class History:
         self.users: set[tuple[str, str, str]] = set()
         self.delta = self.order = math.nan
         self.runs: dict[str, Run] = {}
-        self.seeded = False
-        self.frozen = False
         self.doubts: frozenset[Doubt] = frozenset()
         self.restored: list[Restored] = []
         self.lost_runs: dict[str, int] = {}
@@ -137,7 +139,7 @@ class History:
         self.refused: set[tuple[date, str, str, str]] = set()
         self.approved: dict[str, datetime] = {}
         self.denied: set[str] = set()
-        self.never: set[tuple[str, str]] = set()
+        self.marks: set[tuple[str, str]] = set()
         self.decided = defaultdict[str, list[dict[str, str | None]]](list)
         self._rounds: list[tuple[int, str]] = []  # sequence, run
         # Sequence, time, mechanism, count, and whom it was charged to; None: everybody.
@@ -181,7 +183,7 @@ class History:
                     raise ValueError("its cohorts are not those of the ledger's calendar")
                 expires = datetime.fromisoformat(event.detail["expires"])
                 self.runs[event.run] = Run(proposal=proposal, expires=expires)
-                self.seeded |= proposal.seeded_noise
+                self.marks |= {("seeded", "")} if proposal.seeded_noise else set()
             case Kind.RESERVE:
                 self._reserve(event, moment)
             case Kind.COMMIT:
@@ -225,7 +227,9 @@ class History:
                 self._opened = Opened.of(event.detail)
                 self.delta, self.order = self._opened.delta, self._opened.order
             case "policy":
-                self.policy = policy_of(event.detail["policy"])
+                before, self.policy = self.policy, policy_of(event.detail["policy"])
+                loosens = before.budget if before and self._charges else None
+                self.marks.update(marks_of(self.policy, before=loosens, time=event.time))
                 self.users.update(_user_columns(self.policy))
                 self.policies.append(
                     (event.time, self.policy.budget.max_epsilon, len(self._rounds) + len(self.restored))
@@ -240,7 +244,7 @@ class History:
             case "run_ended":
                 lead = str(event.detail.get("lead", ""))
                 if event.run not in self.runs and self.has_refused(event.run, lead):
-                    self.never.add((event.run, lead))
+                    self.marks.add(never(event.run, lead))
                 else:
                     ended = self.runs[event.run]
                     ended.expires, ended.adapter = None, str(event.detail["adapter_sha256"])
@@ -252,7 +256,7 @@ class History:
                 shown = [event.detail["sequence"], event.detail["head"], event.run, event.detail["rounds"]]
                 self.doubts |= {decode_value("in_doubt", shown, Doubt)}
             case "frozen":
-                self.frozen = True
+                self.marks.add(("frozen", ""))
             case other:
                 raise ValueError(f"unknown note {other!r}")
 
@@ -271,10 +275,9 @@ class History:
         ]
         if restored.arrivals is not None and restored.arrivals.lost_after is not None:
             self.lost_rows.append((restored.arrivals.lost_after, sequence))
-        self.seeded |= restored.seeded
-        self.frozen |= restored.frozen
         self.doubts = restored.doubts
         self.denied |= restored.denied
+        self.marks |= restored.marks
         self.users |= restored.users
         for cap in (*(math.inf if cap is None else cap for cap in restored.caps), self.cap):
             if cap != self.cap:
@@ -290,6 +293,16 @@ class History:
         """The ledger's first event."""
         assert self._opened is not None, "an empty history has not been opened"
         return self._opened
+
+    @property
+    def seeded(self) -> bool:
+        """Any accepted run took its noise from a seed."""
+        return ("seeded", "") in self.marks
+
+    @property
+    def frozen(self) -> bool:
+        """All training on the population has ended for ever."""
+        return ("frozen", "") in self.marks
 
     @property
     def in_doubt(self) -> Doubt | None:
@@ -481,10 +494,9 @@ class History:
             runs=tuple((name, self.charged_rounds(name)) for name in sorted({*self.runs, *self.lost_runs})),
             path=tuple(self.path),
             made_up=tuple(sorted({pair for restored in self.restored for pair in restored.path})),
-            seeded=self.seeded,
-            frozen=self.frozen,
             doubts=tuple(sorted(self.doubts)),
             denied=tuple(sorted(self.denied)),
+            marks=tuple(sorted(self.marks)),
             policy=self.policy.digest(),
             caps=self.caps,
             users=tuple(sorted(self.users)),

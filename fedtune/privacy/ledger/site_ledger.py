@@ -25,7 +25,7 @@ from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charges_of, table
-from fedtune.privacy.ledger.history import History, Run
+from fedtune.privacy.ledger.history import History, never, Run
 from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
@@ -197,7 +197,7 @@ class Ledger:
             if (known := self.history.runs.get(run)) is not None:
                 if known.expires is not None:
                     self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256)
-            elif (run, lead) not in self.history.never and self.history.has_refused(run, lead):
+            elif never(run, lead) not in self.history.marks and self.history.has_refused(run, lead):
                 self._store.note("run_ended", run=run, adapter_sha256=adapter_sha256, lead=lead)
 
     def approve(self, proposal: Proposal, *, by: str = "", ticket: str = "", why: str = "") -> None:
@@ -259,7 +259,7 @@ class Ledger:
             "run": run,
             "charged_rounds": self.history.charged_rounds(run),
             # By an event alone: a clock that is ahead is set right again, and what is signed stays.
-            "ended": (run, lead) in self.history.never if known is None else known.expires is None,
+            "ended": never(run, lead) in self.history.marks if known is None else known.expires is None,
             "plan": known.plan.digest() if known else "",
             "seeded_noise": bool(known and known.proposal.seeded_noise),
             "simulated": self.policy.simulated,
@@ -317,9 +317,8 @@ class Ledger:
                 path=frozenset(anchor.path + anchor.made_up),
                 gap=tuple((event, count) for event, count, _ in lost),
                 runs=dict(Counter(dict(anchor.runs)) - self.history.rounds_up_to(shared)),
-                seeded=anchor.seeded,
-                frozen=anchor.frozen,
                 denied=frozenset(anchor.denied),
+                marks=frozenset(anchor.marks),
                 caps=_beyond(self.history.caps, anchor.caps),
                 users=frozenset(anchor.users),
                 doubts=frozenset(anchor.doubts),
@@ -370,7 +369,7 @@ class Ledger:
             spending.require_usable(self.history)
             _require_same(known, proposal)
             return
-        if (proposal.run, proposal.lead) in self.history.never:
+        if never(proposal.run, proposal.lead) in self.history.marks:
             raise Refused(Reason.RUN_ENDED)
         self.require_acceptable(proposal)
         if approved and self.policy.approval == "manual":
