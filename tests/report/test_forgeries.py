@@ -341,14 +341,11 @@ def test_a_report_beside_another_model_does_not_pass(run: Deployed, change: Call
     assert not run.holds_by_the_other_program()
 
 
-def test_a_given_folder_must_have_every_file_of_the_model(run: Deployed, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run.folder / "adapter", tmp_path / "copy"))
-    given = ("--key", LEAD.public, "--roster", str(run.roster), "--model", str(copy))
-    for holds in (True, False):
-        assert [check.state == "right" for check in run.checks(model=copy) if check.name == "files"] == [holds]
-        assert run.holds_by_the_other_program(*given) == holds
-        shutil.rmtree(copy)
-        copy.mkdir()
+def test_an_empty_folder_is_not_the_model(run: Deployed) -> None:
+    empty = run.folder.parent / "empty"
+    empty.mkdir()
+    assert [check.state for check in run.checks(model=empty) if check.name == "files"] == ["wrong"]
+    assert not run.holds_by_the_other_program("--key", LEAD.public, "--roster", str(run.roster), "--model", str(empty))
 
 
 def test_a_page_that_only_another_version_could_draw_is_not_shown_to_hold(run: Deployed) -> None:
