@@ -328,7 +328,7 @@ def test_a_public_stage_runs_at_the_lead_alone(kit: Kit, tmp_path: Path, monkeyp
     assert stage.runtime.sites_dir is None, "the lead's ledger is none of the sites'"
     assert (run.declared_sizes(), run.runtime.kind) == ({"north": 230, "west": 90}, "deployment")
     assert run.model.adapter_sha256 == SavedAdapter.read(tmp_path / "one-public" / "adapter").digest
-    assert for_sites(run).public == PublicSpec(), "the file stays with the lead"
+    assert for_sites(run).public == PublicSpec(train_file=AT_SITE), "the file stays with the lead"
 
 
 def test_a_renewed_run_has_the_sites_of_the_last_one_and_their_sizes_of_today(kit: Kit, tmp_path: Path) -> None:
