@@ -25,7 +25,7 @@ from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charges_of, table
-from fedtune.privacy.ledger.history import History, never, Run
+from fedtune.privacy.ledger.history import History, Run, never
 from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
 from fedtune.privacy.proposal import Proposal
