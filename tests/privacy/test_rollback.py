@@ -311,12 +311,13 @@ def test_a_restore_forgets_nothing_that_marks_a_ledger_for_good(opened: Any, pat
     backups.back_up()
     ledger = opened(policy=policy(allow={"inexact_gradients": True, "seeded_noise": True}))
     train(ledger, proposal(run="2", seeded_noise=True), 1)
-    ledger.refuse(Refused(Reason.PAUSED), run="3", round=1, request="q")
-    ledger.end("3")
+    lead = proposal().lead
+    ledger.refuse(Refused(Reason.PAUSED), run="3", round=1, request="q", lead=lead)
+    ledger.end("3", lead=lead)
     ledger.freeze("why")
     marks, newest = ledger.history.marks, ledger.head()
     assert {kind for kind, _ in marks} == {"inexact_gradients", "seeded", "limits_loosened", "never", "frozen"}
-    assert ledger.receipt("3").ended
+    assert ledger.receipt("3", lead=lead).ended
     assert not backups.put_back().history.marks
     assert reason_of(reserve, backups.put_back(anchor=newest), proposal(run="3"), 1) is Reason.RUN_ENDED
     assert verify(path).history.marks == marks
