@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,22 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString, ValueType
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from fedtune.api.experiment_file import check_nothing_open, composed, experiment_meant, options_of, settings_of
+from fedtune.api.experiment_file import (
+    check_nothing_open,
+    composed,
+    default_settings,
+    experiment_meant,
+    is_path,
+    no_option,
+    options_of,
+    own_settings,
+    plain,
+    settings_of,
+)
 from fedtune.config import PATHS, RunConfig, parse, saved_config, with_secure_sums
 from fedtune.federation.run_folder import run_folders_near
 from fedtune.runs.changed_settings import FREE_MAPS, put
@@ -28,7 +41,7 @@ from fedtune.runs.renewal import renewed, with_start
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 from fedtune.words import dotted
 
-Recipe = str | Path | RunConfig
+Recipe = str | Path | RunConfig | DictConfig
 """A recipe of conf/experiment by its name, an experiment file, or a run's whole configuration."""
 Settings = Mapping[str, Any]
 """Values by dotted key, `{"privacy.epsilon": 3}`, and options of groups, `{"privacy": "none"}`."""
@@ -52,6 +65,8 @@ _OTHER_WORDS = {
 _UNKNOWN = "is not a setting of fedtune"
 _FORM = "must look like key=value, and a value with signs of its own like key='...'"
 _OF_A_SPACE = "must be values with commas between them, interval(LOW,HIGH), log(LOW,HIGH), or int(...) of one of these"
+_OF_THIS_MACHINE = ("name", "seed", "runtime.", "tracking.", "report.", "cost.", "model.cache_dir")
+"""Beginnings of keys that are not sent to sites."""
 _SEVERAL = "is several values: add -m to run each of them, or write [a,b] for a list"
 MOST_RUNS = 1000  # of a sweep or a search: more than anybody means
 
@@ -70,45 +85,98 @@ def compose_run(
     `changed` has settings by dotted key in place of composed ones; `for_real_sites` is as of `fedtune.config.parse`.
     """
     given = [_parsed(override) for override in overrides if override.strip()]
-    return _composed(given, changed or {}, for_real_sites=for_real_sites)
+    return _composed(given, [], changed or {}, for_real_sites=for_real_sites)
 
 
 def compose_recipe(recipe: Recipe | None, settings: Settings | None = None) -> RunConfig:
-    """Compose and validate one run from Python values; without a recipe, the default run."""
-    given = [_said(str(key), value) for key, value in (settings or {}).items()]
+    """Compose and validate one run from Python values; without a recipe, the default run.
+
+    A DictConfig is a whole configuration, which an application of Hydra's composed of fedtune's groups.
+    """
+    said = {str(key): value for key, value in (settings or {}).items()}
     if isinstance(recipe, RunConfig):
-        config = _changed(recipe, given)
+        config = _changed(recipe, list(itertools.starmap(_said, said.items())))
         return config if config.resume else with_start(config)
-    return _composed(given if recipe is None else [_said("experiment", recipe), *given], {})
+    if isinstance(recipe, DictConfig):
+        known = _applied(_resolved(recipe), list(itertools.starmap(_said, said.items())))
+        return _finished(known, values={key for key, _ in dotted(said)})
+    said |= {} if recipe is None else {"experiment": os.fspath(recipe)}
+    options = {key: value for key, value in said.items() if options_of(key) and not isinstance(value, Mapping)}
+    words = [_parsed(f"{group}={quoted(str(option))}") for group, option in options.items()]
+    others = [_said(key, value) for key, value in said.items() if key not in options]
+    return _composed(words, others, {})
 
 
-def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False) -> RunConfig:
-    typed = {one.key_or_group: _value(one) for one in given}
-    of_groups = [one for one in given if options_of(one.key_or_group) and not isinstance(one.value(), dict)]
-    for one in of_groups:
-        if one.is_add() or one.is_force_add():
-            raise ConfigError("override", one.input_line, _FORM)
-    groups = {one.key_or_group: str(one.value()) for one in of_groups}
-    others = [one for one in given if one not in of_groups]
+def _composed(
+    typed: Sequence[Override], others: Sequence[Override], changed: Mapping[str, Any], *, for_real_sites: bool = False
+) -> RunConfig:
+    """Compose a run: Hydra takes the options of groups and what is typed, and `others` are laid over that."""
+    given = [*typed, *others]
+    options = {one.key_or_group: one for one in typed if _is_option(one)}
+    for group, one in options.items():
+        if not isinstance(_value(one), str):
+            raise no_option(group, _value(one))
+        if one.is_add():
+            raise ConfigError("override", str(one.input_line), "must be without its +: the group has an option already")
     for key in ("experiment", "resume"):
         named = [one.value() for one in given if one.key_or_group == key]
         if len(named) > 1:  # the last would be all that counts
             raise ConfigError(key, named[1], f"is one too many: {key}={named[0]} is given, too")
-    if (resumed := typed.get("resume")) is not None:
+    values = {one.key_or_group: _value(one) for one in given if one not in options.values()}
+    if ours := [key for key in values if re.match("hydra[./]", key) and key != "hydra.searchpath"]:
+        bound = "has no effect here: fedtune.simulate(cfg) in an application of your own has all of Hydra's"
+        raise ConfigError(ours[0], values[ours[0]], bound)
+    if (resumed := values.get("resume")) is not None:
         # A folder is resumed with its own settings and its name, by which ledgers know it, unless all are typed again.
         folder = Path(expand_home(str(resumed), key="resume"))
         if not folder.is_dir():
             raise ConfigError("resume", str(resumed), f"must be a run folder{run_folders_near(folder)}")
         saved = saved_config(folder)
-        others += [_said("resume", folder), _said("name", saved.name)]
-        if "experiment" not in groups:
-            options = {group: settings_of(group, option) for group, option in groups.items()}
-            return _changed(saved, [*itertools.starmap(_said, options.items()), *others])
-    if "renew" in typed:
-        return with_start(renewed(str(typed.pop("renew")), {"name": time_stamp(), **typed, **changed}))
-    settings, file, of_file = composed(groups)
-    settings = plain = _applied(settings, others)
-    values = {key for key, _ in dotted({one.key_or_group: _value(one) for one in others})}
+        others = [*others, _said("resume", folder), _said("name", saved.name)]
+        if "experiment" not in options:
+            of_groups = [_said(group, settings_of(group, str(one.value()))) for group, one in options.items()]
+            return _changed(saved, [*of_groups, *(one for one in given if one not in options.values()), *others])
+    if "renew" in values:
+        named_options = {group: one.value() for group, one in options.items()}
+        said = named_options | {key: value for key, value in values.items() if key != "renew"}
+        return with_start(renewed(str(values["renew"]), {"name": time_stamp(), **said, **changed}))
+    chosen = options["experiment"].value() if "experiment" in options else None
+    file = Path(expand_home(str(chosen), key="experiment")) if is_path(chosen) else None
+    of_file = {key for key, _ in dotted(own_settings(file)) if key != "defaults"} if file else set[str]()
+    later = [one for one in typed if _replaces_a_map(one) or one.key_or_group == "resume"]
+    words = [str(one.input_line) for one in typed if one not in later]
+    by_person = {key for key, _ in dotted(values)}
+    try:
+        settings = _applied(_by_hydra(words, file), [*later, *others])
+        return _finished(settings, changed, values=by_person, of_file=of_file, for_real_sites=for_real_sites)
+    except ConfigError as error:
+        raise error.in_file(file) if _among(error.key, of_file - set(values)) else error from None
+
+
+def _is_option(one: Override) -> bool:
+    """Whether an override chooses an option of a group."""
+    return not one.is_delete() and bool(options_of(one.key_or_group)) and not isinstance(one.value(), dict)
+
+
+def _replaces_a_map(one: Override) -> bool:
+    """Whether an override gives a group as a map, or a map whose keys are the user's own, which Hydra would merge."""
+    is_group = bool(options_of(one.key_or_group)) and isinstance(one.value(), dict)
+    return is_group or any(f"{one.key_or_group}.".startswith(f"{key}.") for key in FREE_MAPS)
+
+
+def _finished(
+    settings: dict[str, Any],
+    changed: Mapping[str, Any] | None = None,
+    *,
+    values: set[str],
+    of_file: Set[str] = frozenset(),
+    for_real_sites: bool = False,
+) -> RunConfig:
+    """Validate a run's settings, with what follows from them: secure sums' own defaults, a public stage, a start.
+
+    `values` are the keys that a person gave, and `of_file` those of their file.
+    """
+    as_given = deepcopy(settings)
 
     def said_beside(key: str) -> set[str]:
         # What was said where secure sums or a public stage were asked for, or later, stays: the rest had none in mind.
@@ -118,16 +186,56 @@ def _composed(given: Sequence[Override], changed: Mapping[str, Any], *, for_real
         settings = with_secure_sums(settings, keep=said_beside("federation.aggregation"))
     if settings.get("name") is None:
         settings["name"] = time_stamp()
-    settings = _applied(settings, [_said(key, value) for key, value in changed.items()])
+    settings = _applied(settings, [_said(key, value) for key, value in (changed or {}).items()])
     try:
         check_nothing_open(settings)
         config = parse(settings, for_real_sites=for_real_sites)
         if config.public.train_file is not None:
-            config = with_public_stage(config, plain, keep=said_beside("public.train_file"))
+            config = with_public_stage(config, as_given, keep=said_beside("public.train_file"))
         return with_start(config)
     except ConfigError as error:
-        found = _unknown(error.key, error.value) if error.bound == _UNKNOWN else error
-        raise found.in_file(file) if _among(error.key, of_file - values) else found from None
+        raise _unknown(error.key, error.value) if error.bound == _UNKNOWN else error from None
+
+
+def _by_hydra(words: Sequence[str], file: Path | None) -> dict[str, Any]:
+    """The settings that Hydra composes of overrides and a file of the user's; a ConfigError in place of its errors."""
+    try:
+        return _resolved(composed(words))
+    except MissingConfigException as error:
+        group, _, option = str(error.missing_cfg_file).removesuffix(".yaml").rpartition("/")
+        is_typed = any(key_of(word) == group for word in words)
+        raise no_option(group, option, key=None if is_typed else f"{file}: defaults, {group}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        told = " ".join(str(error).split())
+        word = next((word for word in words if f"'{key_of(word)}'" in told or word in told), " ".join(words))
+        if told.startswith("Could not override"):
+            raise _unknown(key_of(word), word.partition("=")[2]) from None
+        of_file = file is not None and told.startswith("Multiple values")
+        key, value = (f"{file}: defaults", NOT_GIVEN) if of_file else ("override", word)
+        raise ConfigError(key, value, f"cannot be composed by Hydra: {told}") from None
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    """Settings with every interpolation resolved.
+
+    Raises:
+        ConfigError: an interpolation leads nowhere, or would send what this machine's environment holds to sites; or
+            something would become code.
+    """
+    raw: Any = OmegaConf.to_container(config)
+    written = dict(dotted(raw))
+    for key, value in written.items():
+        if "${oc.env:" in str(value) and not (key in PATHS or key.startswith(_OF_THIS_MACHINE)):
+            bound = "must not come from the environment, since it is sent to the sites: write the value"
+            raise ConfigError(key, value, bound)
+        if key.rpartition(".")[2] == "_target_":
+            raise ConfigError(key, value, "must not be there: no setting of fedtune becomes code")
+    try:
+        return plain(config)
+    except OmegaConfBaseException as error:
+        key = error.full_key or "override"
+        bound = f"must lead to a value, or have a backslash before its $ ({str(error).splitlines()[0]})"
+        raise ConfigError(key, written.get(key), bound) from None
 
 
 def _among(key: str, keys: Iterable[str]) -> bool:
@@ -208,11 +316,9 @@ def _parsed(override: str, *, swept: bool = False) -> Override:
     """An override as it was typed; `swept`: it may have several values."""
     word = _in_grammar(override, swept=swept)
     key, equals, value = word.partition("=")
-    if word.startswith("~"):
-        raise ConfigError("override", word, "must be key=value: nothing can be taken out")
     try:
         parsed = _PARSER.parse_override(word)
-        if parsed.key_or_group and parsed.package is None:
+        if parsed.key_or_group:
             return parsed
     except (HydraException, ValueError):  # the latter of a number with more digits than Python takes
         if swept and re.match(r"\w+\(", value):
@@ -274,7 +380,7 @@ def value_of(override: str) -> Any:
 def _unknown(key: str, value: object) -> ConfigError:
     """The error about an unknown setting, with a hint: its name here, or the known key most like it."""
     last = key.rpartition(".")[2]
-    paths = [path.split(".") for path, _ in dotted(composed({})[0])]
+    paths = [path.split(".") for path, _ in dotted(default_settings())]
     every = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)} | {*FREE_MAPS}
     known = sorted(every, key=lambda path: (path.startswith("public."), path))  # those are seldom what is meant
     meant = (ours for ours, theirs in _OTHER_WORDS.items() if last in theirs.split())

@@ -1,21 +1,33 @@
-"""What conf/ and a file of the user's own say: plain data, by experiment and by option of a group of settings."""
+"""What conf/ and a file of the user's own say, composed by Hydra; a file of the user's own is an experiment, too."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from functools import reduce
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
 from fedtune.config import plain_yaml
 from fedtune.data.load import shipped_folders
-from fedtune.runs.changed_settings import merged
-from fedtune.spec import ConfigError, expand_home
-from fedtune.words import dotted
+from fedtune.runs.changed_settings import FREE_MAPS
+from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 OPEN = "???"  # in place of a value, which must then be given
+_SCHEME = "fedtune"
+_PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
+_SEAL = "\ufdd0"  # stands before a sealed map, and in no text
 
 
 def config_folder() -> Path:
@@ -36,22 +48,111 @@ def experiment_meant(word: str) -> str:
     return f"; did you mean experiment={path if named or '/' in path else f'./{path}'}?" if path else ""
 
 
-def composed(chosen: Mapping[str, str]) -> tuple[dict[str, Any], Path | None, set[str]]:
-    """An experiment's settings over those of the groups' options; its file, if it is the user's, and the keys it sets.
+class _Settings(ConfigSource):
+    """conf/, and a file of the user's own where the experiment that is chosen is the path of one.
 
-    `chosen` has options by group in place of the experiment's; and as "experiment" the experiment, a name of
-    conf/experiment or a file.
+    A map whose keys are the user's own is sealed as one text while Hydra composes: OmegaConf merges maps, and of two
+    files the later one's columns count whole.
     """
-    settings = plain_yaml(config_folder() / "config.yaml", key="conf")
-    options = dict(pair for entry in settings.pop("defaults") if entry != "_self_" for pair in entry.items())
-    name = chosen.get("experiment", options.pop("experiment"))
-    is_file = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name)
-    path = Path(expand_home(name, key="experiment")) if is_file else _option("experiment", name)
-    own, layers = _read(path, of_user=is_file)
-    options |= own | {group: option for group, option in chosen.items() if group != "experiment"}
-    of_groups = ({group: settings_of(group, option)} for group, option in options.items())
-    found = reduce(merged, (*of_groups, *layers), settings)
-    return (found, path, {key for key, _ in dotted(layers[-1])}) if is_file else (found, None, set())
+
+    @staticmethod
+    def scheme() -> str:
+        return _SCHEME
+
+    def available(self) -> bool:
+        return True
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        group, path = _file_of(config_path)
+        if path is None:
+            raise ConfigLoadError(config_path)
+        is_own = config_folder() not in path.parents
+        settings = own_settings(path) if is_own else plain_yaml(path, key=group or "conf")
+        package = _PACKAGE.search(path.read_text(encoding="utf-8"))
+        header = {"package": package[1] if package else "_global_" if is_own else None}
+        sealed = _sealed(settings, within="" if header["package"] == "_global_" else group)
+        return ConfigResult(provider=self.provider, path=str(path), config=OmegaConf.create(sealed), header=header)
+
+    def is_group(self, config_path: str) -> bool:
+        return (config_folder() / config_path).is_dir()
+
+    def is_config(self, config_path: str) -> bool:
+        return _file_of(config_path)[1] is not None
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if results_filter is ObjectType.CONFIG:
+            return options_of(config_path)
+        return sorted(one.name for one in (config_folder() / config_path).iterdir() if one.is_dir())
+
+
+class _OurPath(SearchPathPlugin):
+    """Puts conf/ on Hydra's search path while fedtune composes, and on no other application's."""
+
+    composes = False
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.composes:
+            search_path.append("fedtune", f"{_SCHEME}://conf")
+
+
+for _plugin in (_Settings, _OurPath):
+    Plugins.instance().register(_plugin)
+
+
+@contextmanager
+def our_hydra() -> Iterator[None]:
+    """Hydra over conf/ and files of the user's own; what another application has begun is put back."""
+    _OurPath.composes = True
+    try:
+        with initialize(config_path=None, job_name="fedtune", version_base="1.3"):
+            yield
+    finally:
+        _OurPath.composes = False
+
+
+def composed(words: Sequence[str] = ()) -> DictConfig:
+    """Compose a run's settings from overrides in Hydra's grammar, with maps of the user's own keys as they are.
+
+    Raises:
+        HydraException: an override or a file is none that Hydra can use.
+        OmegaConfBaseException: an interpolation is none.
+    """
+    with our_hydra():
+        config = compose("config", overrides=[*words])
+    OmegaConf.set_struct(config, False)
+    for key in FREE_MAPS:
+        sealed = OmegaConf.select(config, key)
+        if isinstance(sealed, str) and sealed.startswith(_SEAL):
+            OmegaConf.update(config, key, json.loads(sealed[1:]), merge=False)
+    return config
+
+
+@cache
+def default_settings() -> Mapping[str, Any]:
+    """The settings of the default run, which nobody changes."""
+    return plain(composed())
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Settings with every interpolation resolved; what is open is `OPEN`."""
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def is_path(option: object) -> bool:
+    """Whether an experiment is named by the path of its file."""
+    return isinstance(option, str) and (option.endswith((".yaml", ".yml")) or "/" in option)
+
+
+def own_settings(path: Path) -> dict[str, Any]:
+    """What a file of the user's own says, with data files that lie beside it named by their paths."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
+    settings = plain_yaml(path, key="experiment")
+    if wrong := sorted({"experiment", "resume", "hydra"} & settings.keys()):
+        raise ConfigError(f"{path}: {wrong[0]}", "...", "must not be there: a file holds an experiment's settings")
+    for group in ("data", "public"):
+        _find_files_beside(settings.get(group), path.parent)
+    return settings
 
 
 def check_nothing_open(settings: Mapping[str, Any]) -> None:
@@ -77,44 +178,41 @@ def _left_open(value: Any, key: str = "") -> Iterator[str]:
 
 def settings_of(group: str, option: str) -> dict[str, Any]:
     """What an option of a group sets."""
-    return plain_yaml(_option(group, option), key=group)
+    if option not in options_of(group):
+        raise no_option(group, option)
+    return plain_yaml(config_folder() / group / f"{option}.yaml", key=group)
 
 
-def _option(group: str, option: Any, *, key: str | None = None) -> Path:
-    """The file of an option of a group, or else a ConfigError about `key`."""
+def no_option(group: str, option: Any, *, key: str | None = None) -> ConfigError:
+    """The error about an option that a group has not; `key` chose it, by default the group's own."""
     choices = options_of(group)
-    if option not in choices:
-        meant = experiment_meant(str(option)) if group == "experiment" else ""
-        bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is no group of settings"
-        raise ConfigError(key or group, option, bound)
-    return config_folder() / group / f"{option}.yaml"
+    meant = experiment_meant(str(option)) if group == "experiment" else ""
+    bound = f"must be one of {', '.join(choices)}{meant}" if choices else "is no group of settings"
+    return ConfigError(key or group, option, bound)
 
 
-def _read(path: Path, *, of_user: bool) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """An experiment: options by group, and its settings, last, after those of the experiments that it builds on."""
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
-    settings = plain_yaml(path, key="experiment")
-    listed = settings.pop("defaults", [])
-    if of_user:
-        if wrong := sorted({"experiment", "resume"} & settings.keys()):
-            raise ConfigError(f"{path}: {wrong[0]}", "...", "must not be there: a file holds an experiment's settings")
-        for group in ("data", "public"):
-            _find_files_beside(settings.get(group), path.parent)
-    options, of_bases, layers = dict[str, str](), dict[str, str](), list[dict[str, Any]]()
-    for entry in listed if isinstance(listed, list) else [listed]:
-        alone = isinstance(entry, dict) and len(entry) == 1
-        ((group, option),) = entry.items() if alone else [("experiment", entry)]
-        group = str(group).removeprefix("override ").lstrip("/")
-        if entry == "_self_":
-            continue
-        file = _option(group, option, key=f"{path}: defaults, {group}")
-        if group == "experiment":
-            more, below = _read(file, of_user=False)
-            of_bases, layers = of_bases | more, layers + below
-        else:
-            options[group] = option
-    return of_bases | options, [*layers, settings]
+def _file_of(config_path: str) -> tuple[str, Path | None]:
+    """The group of a config in Hydra's words, and its file; None where there is none."""
+    group, _, option = config_path.rpartition("/")
+    if config_path.startswith("experiment/"):
+        group, option = "experiment", config_path.removeprefix("experiment/")
+    if group == "experiment" and is_path(option):
+        path = Path(expand_home(option, key="experiment"))  # Hydra adds an ending
+        return group, path if path.is_file() else None
+    path = config_folder() / group / f"{option.removesuffix('.yaml')}.yaml"
+    return group, path if path.is_file() else None
+
+
+def _sealed(settings: Any, *, within: str) -> Any:
+    """The same with each map in `FREE_MAPS` as one text; `within`: the key of these settings."""
+    if not isinstance(settings, dict):
+        return settings
+    if within in FREE_MAPS:
+        for key in settings:
+            if not isinstance(key, str):
+                raise ConfigError(f"{within}.{key}", NOT_GIVEN, "must be text; put quotes around it")
+        return _SEAL + json.dumps(settings, ensure_ascii=False)
+    return {key: _sealed(one, within=f"{within}.{key}".lstrip(".")) for key, one in settings.items()}
 
 
 def _find_files_beside(group: Any, folder: Path) -> None:

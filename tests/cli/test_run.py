@@ -85,7 +85,7 @@ def test_a_lead_s_own_kind_of_data_needs_no_file_and_its_experiment_names_the_si
         compose_for_sites([*own, "data.train_file=gone.csv"], kit=kit)
 
 
-@pytest.mark.parametrize("prefix", ["", "+", "++"])
+@pytest.mark.parametrize("prefix", ["", "++"])
 def test_sizes_that_are_given_win(kit: Kit, prefix: str) -> None:
     for sizes, found in (("70", {"west": 70, "north": 70}), ("[70,80]", {"west": 70, "north": 80})):
         config = compose_for_sites(words(f"{prefix}data.declared_sizes={sizes}", "sites=[west,north]"), kit=kit)
