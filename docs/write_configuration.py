@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from fedtune import config
 from fedtune.api.compose import compose_run
-from fedtune.api.experiment_file import config_folder
+from fedtune.api.config_groups import config_folder
 from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import PairsSpec, PartitionSpec, PreferenceSpec
 from fedtune.privacy.about import AboutSpec

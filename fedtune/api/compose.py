@@ -20,14 +20,13 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedtune.api.config_groups import experiment_meant, options_of
 from fedtune.api.experiment_file import (
     check_nothing_open,
     composed,
     default_settings,
-    experiment_meant,
     is_path,
     no_option,
-    options_of,
     own_settings,
     plain,
     settings_of,
@@ -151,6 +150,24 @@ def _composed(
         return _finished(settings, changed, values=by_person, of_file=of_file, for_real_sites=for_real_sites)
     except ConfigError as error:
         raise error.in_file(file) if _among(error.key, of_file - set(values)) else error from None
+
+
+def for_hydra(overrides: Sequence[str]) -> list[str]:
+    """The overrides that Hydra itself composes, in its grammar; the others are laid over what it has composed."""
+    typed = [_parsed(override) for override in overrides]
+    ours = ("resume", "renew")
+    return [str(one.input_line) for one in typed if not (_replaces_a_map(one) or one.key_or_group in ours)]
+
+
+def with_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """A run's settings, with interpolations as they are written, where what they lead to is what runs."""
+    settings, composed_of = config.to_json(), composed(for_hydra(overrides))
+    raw: Any = OmegaConf.to_container(composed_of)
+    written, found = dict(dotted(raw)), dict(dotted(plain(composed_of)))
+    for key, value in dotted(settings):
+        if "${" in str(written.get(key)) and found[key] == value:
+            put(settings, key, written[key])
+    return settings
 
 
 def _is_option(one: Override) -> bool:

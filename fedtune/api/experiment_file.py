@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,14 +12,17 @@ from typing import Any
 
 from hydra import compose, initialize
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
+from fedtune.api.config_groups import config_folder, config_groups, experiment_meant, options_of
 from fedtune.config import plain_yaml
-from fedtune.data.load import shipped_folders
 from fedtune.runs.changed_settings import FREE_MAPS
 from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
@@ -28,24 +30,6 @@ OPEN = "???"  # in place of a value, which must then be given
 _SCHEME = "fedtune"
 _PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
 _SEAL = "\ufdd0"  # stands before a sealed map, and in no text
-
-
-def config_folder() -> Path:
-    """The folder `conf/`, in a checkout or inside the installed package."""
-    return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
-
-
-def options_of(group: str) -> list[str]:
-    """The options of a group; none if conf/ has no such group."""
-    return sorted(one.stem for one in (config_folder() / group).glob("*.yaml")) if group.isidentifier() else []
-
-
-def experiment_meant(word: str) -> str:
-    """The end of a message: the experiment that may be meant, of conf/ or in a file, with its ending or without."""
-    named = word in options_of("experiment")
-    endings = ("",) if named or word.endswith((".yaml", ".yml")) else (".yaml", ".yml")
-    path = next((f"{word}{ending}" for ending in endings if named or os.path.isfile(f"{word}{ending}")), None)
-    return f"; did you mean experiment={path if named or '/' in path else f'./{path}'}?" if path else ""
 
 
 class _Settings(ConfigSource):
@@ -82,7 +66,7 @@ class _Settings(ConfigSource):
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if results_filter is ObjectType.CONFIG:
             return options_of(config_path)
-        return sorted(one.name for one in (config_folder() / config_path).iterdir() if one.is_dir())
+        return [] if config_path else config_groups()
 
 
 class _OurPath(SearchPathPlugin):
@@ -102,29 +86,50 @@ for _plugin in (_Settings, _OurPath):
 @contextmanager
 def our_hydra() -> Iterator[None]:
     """Hydra over conf/ and files of the user's own; what another application has begun is put back."""
+    other, base = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
+    GlobalHydra.instance().clear()
     _OurPath.composes = True
     try:
         with initialize(config_path=None, job_name="fedtune", version_base="1.3"):
             yield
     finally:
         _OurPath.composes = False
+        GlobalHydra.instance().hydra = other
+        VersionBase.instance().version_base = base
 
 
-def composed(words: Sequence[str] = ()) -> DictConfig:
+def composed(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
     """Compose a run's settings from overrides in Hydra's grammar, with maps of the user's own keys as they are.
+
+    `name` is the file of conf/ that composition begins with.
 
     Raises:
         HydraException: an override or a file is none that Hydra can use.
         OmegaConfBaseException: an interpolation is none.
     """
     with our_hydra():
-        config = compose("config", overrides=[*words])
+        config = compose(name, overrides=[*words])
     OmegaConf.set_struct(config, False)
     for key in FREE_MAPS:
         sealed = OmegaConf.select(config, key)
         if isinstance(sealed, str) and sealed.startswith(_SEAL):
             OmegaConf.update(config, key, json.loads(sealed[1:]), merge=False)
     return config
+
+
+def hydra_node(words: Sequence[str]) -> dict[str, Any]:
+    """What Hydra itself is set to while it composes these overrides; what only a job of its own has is open."""
+    with our_hydra():
+        node = compose("config", overrides=[*words], return_hydra_config=True).hydra
+    return OmegaConf.to_container(node)  # type: ignore[return-value]
+
+
+def composed_files(words: Sequence[str]) -> list[tuple[str, str, str]]:
+    """The files that Hydra composes, in their order: each with its package and the file that names it."""
+    with our_hydra():
+        files = GlobalHydra.instance().config_loader().compute_defaults_list("config", [*words], RunMode.RUN).defaults
+    ours = [one for one in files if not str(one.package).startswith("hydra") and one.parent != "<root>"]
+    return [(str(one.config_path), one.package or "_global_", str(one.parent)) for one in ours]
 
 
 @cache
@@ -148,7 +153,9 @@ def own_settings(path: Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
     settings = plain_yaml(path, key="experiment")
-    if wrong := sorted({"experiment", "resume", "hydra"} & settings.keys()):
+    named = {str(key) for entry in settings.get("defaults") or () if isinstance(entry, dict) for key in entry}
+    hydras = {key for key in named if re.match("(override +)?/?hydra(/|@|$)", key)}
+    if wrong := sorted(({"experiment", "resume", "hydra"} & settings.keys()) | hydras):
         raise ConfigError(f"{path}: {wrong[0]}", "...", "must not be there: a file holds an experiment's settings")
     for group in ("data", "public"):
         _find_files_beside(settings.get(group), path.parent)
@@ -180,7 +187,7 @@ def settings_of(group: str, option: str) -> dict[str, Any]:
     """What an option of a group sets."""
     if option not in options_of(group):
         raise no_option(group, option)
-    return plain_yaml(config_folder() / group / f"{option}.yaml", key=group)
+    return plain(composed(name=f"{group}/{option}"))[group]  # type: ignore[no-any-return]
 
 
 def no_option(group: str, option: Any, *, key: str | None = None) -> ConfigError:

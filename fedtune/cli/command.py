@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 import click
 
 from fedtune.show.lines import fold
-from fedtune.spec import expand_home
+from fedtune.spec import NOT_GIVEN, ConfigError, expand_home
 
 if TYPE_CHECKING:
     from fedtune.show.terminal_tables import Section
@@ -77,7 +77,13 @@ class Option:
     metavar: str | None = None
 
 
-Overrides = Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings to change")]
+@dataclass(frozen=True, slots=True)
+class SettingsArgument(Argument):
+    """Settings in Hydra's grammar: their command also has Hydra's options, which print the settings and run nothing."""
+
+
+Overrides = Annotated[tuple[str, ...], SettingsArgument("KEY=VALUE", help="settings to change")]
+Multirun = Annotated[bool, Option("run every combination of comma-separated values", names=("-m", "--multirun"))]
 Renew = Annotated[Path | None, Option("the run after this finished one, for the next period", metavar="LAST_RUN")]
 AsJson = Annotated[bool, Option("for machines", names=("--json",))]
 Language = Literal["en", "de"]
@@ -114,7 +120,7 @@ def same_command(command: str, *words: str, name: str, options: Sequence[str]) -
 class _Argument(click.Argument):
     """An argument with a line in the help."""
 
-    def __init__(self, *declared: Any, about: str, **options: Any) -> None:
+    def __init__(self, *declared: Any, about: Argument, **options: Any) -> None:
         super().__init__(*declared, **options)
         self.about = about
 
@@ -134,7 +140,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         params = self.get_params(ctx)
-        arguments = [(each.make_metavar(ctx), each.about) for each in params if isinstance(each, _Argument)]
+        arguments = [(each.make_metavar(ctx), each.about.help) for each in params if isinstance(each, _Argument)]
         options = [
             record for each in params if isinstance(each, click.Option) and (record := each.get_help_record(ctx))
         ]
@@ -169,6 +175,53 @@ def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
             yield from fold(f"      {does}", width=width) if does else ()
 
 
+_HYDRA_OPTIONS = (
+    click.Option(
+        ["--config-dir", "-cd"],
+        type=click.Path(exists=True, file_okay=False, resolve_path=True),
+        metavar="DIR",
+        help="a folder with more options of groups",
+    ),
+    click.Option(["--cfg", "-c"], type=click.Choice(["job", "hydra", "all"]), help="print the settings; run nothing"),
+    click.Option(["--resolve"], is_flag=True, help="with --cfg: interpolations resolved"),
+    click.Option(["--package", "-p"], metavar="KEY", help="with --cfg: this part alone"),
+    click.Option(
+        ["--info"],
+        is_flag=False,
+        flag_value="all",
+        type=click.Choice(["all", "defaults", "searchpath"]),
+        help="print where settings come from; run nothing",
+    ),
+)
+
+
+class _ComposedCommand(Command):
+    """A command over composed settings: options of Hydra's that print them, and the groups in the help."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        folder, cfg, resolve, package, info = (ctx.params.pop(str(option.name)) for option in _HYDRA_OPTIONS)
+        settings = next(str(one.name) for one in self.params if isinstance(one, _Argument))
+        if folder is not None:
+            ctx.params[settings] = (*ctx.params[settings], f"hydra.searchpath=['file://{folder}']")
+        if cfg is None and info is None:
+            if given := "--resolve" * resolve or "--package" * (package is not None):
+                raise ConfigError(given, NOT_GIVEN if resolve else package, "needs --cfg job, hydra or all")
+            return super().invoke(ctx)
+        from fedtune.cli.show_config import show_config  # Hydra and the accountants take seconds to import
+
+        show_config(
+            ctx.params[settings], kit=ctx.params.get("kit"), cfg=cfg, package=package, resolve=resolve, info=info
+        )
+        return None
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        from fedtune.api.config_groups import config_groups, options_of
+
+        with formatter.section("Groups (key=option)"):
+            formatter.write_dl([(group, ", ".join(options_of(group))) for group in config_groups()])
+
+
 class Group(Command, click.Group):
     """A command of commands, which its help lists in the order of the file."""
 
@@ -197,10 +250,12 @@ def command(app: Group, summary: str, *, name: str | None = None) -> Callable[[F
 
 def single(function: Callable[..., None], *, name: str | None = None, summary: str = "") -> Command:
     """A function as a command."""
-    return Command(
+    params = list(_parameters(function))
+    is_composed = any(isinstance(one, _Argument) and isinstance(one.about, SettingsArgument) for one in params)
+    return (_ComposedCommand if is_composed else Command)(
         name=name or function.__name__,
         callback=function,
-        params=list(_parameters(function)),
+        params=[*params, *(_HYDRA_OPTIONS if is_composed else ())],
         help=function.__doc__,
         short_help=summary,
         context_settings=SETTINGS,
@@ -221,9 +276,7 @@ def _parameters(function: Callable[..., None]) -> Iterator[click.Parameter]:
             nargs = -1 if several else 1
             shown = about.metavar if required else f"[{about.metavar}]"
             metavar = f"{shown}..." if several else shown
-            yield _Argument(
-                [name], type=kind, nargs=nargs, required=required, metavar=metavar, about=about.help, **given
-            )
+            yield _Argument([name], type=kind, nargs=nargs, required=required, metavar=metavar, about=about, **given)
             continue
         yield click.Option(
             [name, *(about.names or (f"--{name.replace('_', '-')}",))],

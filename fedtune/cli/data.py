@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fedtune.api.compose import compose_run
-from fedtune.api.experiment_file import config_folder
+from fedtune.api.config_groups import options_of
 from fedtune.cli import data_sections
 from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
 from fedtune.cli.finished_run import columns_by_option, roles_of
@@ -342,7 +342,7 @@ def _experiment(settings: tuple[str, ...], site: Path | None) -> RunConfig:
 
 def _with_model(base: str, model: str | None) -> tuple[RunConfig, ModelSpec]:
     """A recipe, with a model that a person names: that of the recipe, or of a name from conf/model, is its own."""
-    names = sorted(one.stem for one in (config_folder() / "model").glob("*.yaml"))
+    names = options_of("model")
     known = model is None or model in names
     if not known and "/" not in str(model) and not (str(model).strip() and Path(str(model)).is_dir()):
         bound = f"must be one of {', '.join(names)}, or a folder with a model, or an id at the hub (owner/name)"

@@ -6,19 +6,21 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
-from fedtune.cli.command import Argument, Metrics, Option, Renew, answer
-from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run
+from fedtune.cli.command import Metrics, Multirun, Option, Renew, SettingsArgument, answer
+from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run, show_trials
 from fedtune.config import RunConfig, saved_config
 from fedtune.data.partition import PartitionSpec
 from fedtune.data.spec import AT_SITE
@@ -30,8 +32,10 @@ from fedtune.ops.kits.kit_file import Kit
 from fedtune.ops.services.lead_and_server import everyone, latest_answers, members, run_named, running_process
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.runs.place_of_run import folder_of, is_finished
+from fedtune.runs.results import RunResult
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, say
 from fedtune.spec import NOT_GIVEN, ConfigError, RunError
+from fedtune.studies.trials import Trials, price_text
 
 _ACTIONS = ("status", "stop", "resume")
 _STOP_S = 60.0
@@ -40,13 +44,15 @@ _OURS = ("federation.num_sites", "federation.site_names", "federation.participan
 
 def run(
     words: Annotated[
-        tuple[str, ...], Argument("KEY=VALUE", help="settings to change; or status, stop or resume, and a run folder")
+        tuple[str, ...],
+        SettingsArgument("KEY=VALUE", help="settings to change; or status, stop or resume, and a run folder"),
     ] = (),
     kit: Annotated[Path | None, Option(metavar="DIR", help="the lead's kit")] = None,
     for_good: Annotated[bool, Option("with stop: free what the sites had set aside")] = False,
     as_json: Annotated[bool, Option(names=("--json",), help="with status: for machines")] = False,
     metrics: Metrics = None,
     renew: Renew = None,
+    multirun: Multirun = False,
     or_resume: Annotated[
         bool, Option("if the run of this name has begun, go on with it; if it is finished, do nothing")
     ] = False,
@@ -55,6 +61,7 @@ def run(
 
       fedtune run --kit LEAD experiment=banks_intents sites=[north,south]     only these sites take part
       fedtune run --kit LEAD name=trial federation.min_sites=2                 all sites; a round needs two of them
+      fedtune run --kit LEAD -m privacy.epsilon=1,3                            one run for each value, after their price
       fedtune run status runs/trial                                            how far it is, what each site has spent
       fedtune run stop runs/trial                                              stop; what was charged stays charged
       fedtune run stop runs/trial --for-good --kit LEAD                        also tell the sites; needs no folder
@@ -82,7 +89,10 @@ def run(
                     say(f"{folder} is finished.")
                     return
                 words = (f"resume={quoted(str(folder))}",)
-        start_run(words, kit=_lead_kit(kit), metrics=metrics)
+        if multirun:
+            _start_each(words, kit=_lead_kit(kit), metrics=metrics)
+        else:
+            start_run(words, kit=_lead_kit(kit), metrics=metrics)
         return
     if first == "status" and not rest and kit is not None:
         from fedtune.ops.deployment import LeadService
@@ -114,12 +124,34 @@ def start_run(
     words: Sequence[str], *, kit: Kit, metrics: str | None = None, over: Callable[..., Any] | None = None
 ) -> None:
     """Begin a run or go on with it, over our own connection or, where Flower started this process, `over` its Grid."""
-    began = time.monotonic()
     # Before torch and Flower are imported, which takes seconds: a mistake in a setting is told of at once.
-    config = compose_for_sites(words, kit=kit)
+    again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
+    _start(compose_for_sites(words, kit=kit), again, kit=kit, metrics=metrics, over=over)
+
+
+def _start_each(words: Sequence[str], *, kit: Kit, metrics: str | None) -> None:
+    """Begin each run of a sweep, or go on with it, one after the other, after saying what all of them spend."""
+    trials = Trials.of_sweep(words, partial(compose_for_sites, kit=kit))
+    for text in price_text({folder.name: trial for folder, trial in trials.rows.items()}):
+        say(text)
+    again = ["run", "--kit", str(kit.folder), "-m", *trials.again]
+    try:
+        trials.run(lambda trial: _start(trial.config, again, kit=kit, metrics=metrics))
+    finally:
+        show_trials(Console(), trials, again=shlex.join(["fedtune", *again]))
+
+
+def _start(
+    config: RunConfig,
+    same_again: Sequence[str],
+    *,
+    kit: Kit,
+    metrics: str | None,
+    over: Callable[..., Any] | None = None,
+) -> RunResult:
+    began = time.monotonic()
     if over is None:
         kit.check_certificate(datetime.now(UTC))
-    same_again = ["run", "--kit", str(kit.folder), "--or-resume", *words]
     config = after_shown_public_stage(config, console := Console(), again=same_again)
     folder = folder_of(config)
     # Before the run's log takes the place of what Flower's import sets up.
@@ -133,7 +165,7 @@ def start_run(
         again = f"fedtune run resume {folder} --kit {kit.folder}"
         if over is not None:
             again = f'flwr run, with settings = ["resume={folder}"] in the run\'s file'
-        show_run(config, folder, console, work=lead.run, again=again, began=began)
+        return show_run(config, folder, console, work=lead.run, again=again, began=began)
 
 
 def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:

@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.console import Console
 
 from fedtune.api.compose import compose_run, quoted
-from fedtune.cli.command import AsJson, Option, Overrides, Renew
+from fedtune.cli.command import AsJson, Multirun, Option, Overrides, Renew
 from fedtune.cli.interruptible_run import after_shown_public_stage, run_in_a_line, run_simulation, show_trials
 from fedtune.runs.place_of_run import folder_of
 from fedtune.show.terminal_tables import SCHEMA_VERSION, print_json, say
@@ -19,9 +19,7 @@ from fedtune.studies.trials import Trials, price_text
 
 def simulate(
     overrides: Overrides = (),
-    multirun: Annotated[
-        bool, Option(names=("-m", "--multirun"), help="run every combination of comma-separated values")
-    ] = False,
+    multirun: Multirun = False,
     renew: Renew = None,
     verbose: Annotated[bool, Option("tracking.log_level=debug: also say what figures at the end mean")] = False,
     as_json: AsJson = False,

@@ -189,7 +189,7 @@ class Trials:
     again: tuple[str, ...] = ()  # overrides that make the same sweep again, under the same name
 
     @classmethod
-    def of_sweep(cls, overrides: Sequence[str]) -> Trials:
+    def of_sweep(cls, overrides: Sequence[str], compose: Callable[[list[str]], RunConfig] = compose_run) -> Trials:
         """One run for each combination of comma-separated values; names begin with the sweep's, unless swept."""
         fixed, searched = split_searched(overrides)
         given = [str(value_of(override)) for override in fixed if key_of(override) == "name"]
@@ -203,7 +203,7 @@ class Trials:
                 chosen = ",".join(f"{key}={value}" for key, value in values.items())
                 suffix = re.sub(r"[^A-Za-z0-9_.,=-]+", "-", chosen).strip("-") or "run"
                 words.append(f"name='{name}-{suffix}'")
-            trial = Trial.of(compose_run(words), {key: values[key].strip("'\"") for key in differ})
+            trial = Trial.of(compose(words), {key: values[key].strip("'\"") for key in differ})
             if trial.folder in trials.rows:
                 raise ConfigError("name", trial.config.name, "is the name of two runs of the sweep; choose others")
             trials.rows[trial.folder] = trial

@@ -43,7 +43,9 @@ def test_a_file_is_composed_as_an_experiment_of_conf(page: Path) -> None:
 
 def test_a_value_with_a_backslash_before_its_dollar_stands_for_itself(page: Path) -> None:
     page.write_text(PAGE.replace("[0, 1]", "['\\${seed}', 2026-11-28, 010, 1:30, 0x1F, 1_000, yes, 3.0.0]"))
-    config = compose_run([f"experiment={page}", "report.about.curator='\\${name}'", "data.columns.site='${oc.env:HOME}'"])
+    config = compose_run(
+        [f"experiment={page}", "report.about.curator='\\${name}'", "data.columns.site='${oc.env:HOME}'"]
+    )
     assert config.data.labels == ("${seed}", "2026-11-28", "010", "1:30", "0x1F", "1_000", "yes", "3.0.0")
     assert (config.report.about.curator, config.data.columns["site"]) == ("${name}", "${oc.env:HOME}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.api.experiment_file import config_folder
+from fedtune.api.config_groups import config_folder
 from fedtune.ops.kits import provisioning
 from fedtune.ops.services.site_state import SiteState
 from fedtune.privacy.keys import SigningKey

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.api.experiment_file import config_folder
+from fedtune.api.config_groups import config_folder
 from fedtune.privacy import accountant
 from fedtune.privacy.policy_file import read_policy
 from fedtune.show.budget_text import amount_of

@@ -1,0 +1,32 @@
+"""The groups of conf/ and their options, read from the names of its files: nothing slow is imported here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedtune.data.load import shipped_folders
+
+
+def config_folder() -> Path:
+    """The folder `conf/`, in a checkout or inside the installed package."""
+    return next(folder / "conf" for folder in shipped_folders() if (folder / "conf" / "config.yaml").is_file())
+
+
+def config_groups() -> list[str]:
+    """The groups of settings, by name."""
+    return sorted(one.name for one in config_folder().iterdir() if one.is_dir())
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group, without files that only others build on; none if conf/ has no such group."""
+    found = (config_folder() / group).glob("[!_]*.yaml") if group.isidentifier() else ()
+    return sorted(one.stem for one in found)
+
+
+def experiment_meant(word: str) -> str:
+    """The end of a message: the experiment that may be meant, of conf/ or in a file, with its ending or without."""
+    named = word in options_of("experiment")
+    endings = ("",) if named or word.endswith((".yaml", ".yml")) else (".yaml", ".yml")
+    path = next((f"{word}{ending}" for ending in endings if named or os.path.isfile(f"{word}{ending}")), None)
+    return f"; did you mean experiment={path if named or '/' in path else f'./{path}'}?" if path else ""

@@ -1,0 +1,51 @@
+"""conf/ for a Hydra application of one's own: `pkg://fedtune.conf` on its search path, and a schema in its store.
+
+A configuration whose defaults list begins with `fedtune_schema` has the type of each setting checked by Hydra; what
+values mean, and which go together, `fedtune.simulate` checks in any case.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from fedtune.api.config_groups import config_folder
+from fedtune.config import RunConfig
+
+_PLAIN = (bool, int, float, str)
+
+
+class _Reader:
+    """Resources of this package are the files of conf/, as importlib.resources asks for them."""
+
+    def get_resource_reader(self, name: str) -> Any:
+        return self
+
+    def files(self) -> Path:
+        return config_folder()
+
+
+def schema(cls: type = RunConfig) -> type:
+    """Return a dataclass with the fields of `cls`, all of them open, in types that OmegaConf knows; others are Any."""
+    hints = typing.get_type_hints(cls)
+    fields = [
+        (one.name, _known(hints[one.name]), dataclasses.field(default=MISSING)) for one in dataclasses.fields(cls)
+    ]
+    return dataclasses.make_dataclass(cls.__name__, fields)
+
+
+def _known(hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return schema(typing.cast(type, hint))
+    plain = [one for one in typing.get_args(hint) or (hint,) if one is not type(None)]
+    return plain[0] | None if len(plain) == 1 and plain[0] in _PLAIN else Any
+
+
+assert __spec__ is not None
+__spec__.loader = _Reader()  # type: ignore[assignment]
+ConfigStore.instance().store(name="fedtune_schema", node=schema(), provider="fedtune")
