@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from fedtune import config
 from fedtune.api.compose import compose_run
-from fedtune.api.config_groups import config_folder
+from fedtune.api.config_groups import config_groups, options_of
 from fedtune.data.features import FeatureSpec
 from fedtune.data.spec import PairsSpec, PartitionSpec, PreferenceSpec
 from fedtune.privacy.about import AboutSpec
@@ -42,8 +42,8 @@ HEAD = """\
 
 <!-- Written by docs/write_configuration.py from the settings classes; `make test` checks that it is up to date. -->
 
-`fedtune simulate` composes `conf/` as [Hydra](https://hydra.cc) would: choose an option of a group with `group=option`
-(`privacy=none`, `experiment=debug`), change one value with `key=value` (`privacy.epsilon=3`), sweep with
+[Hydra](hydra.md) composes the settings of `fedtune simulate` from `conf/`: choose an option of a group with
+`group=option` (`privacy=none`, `experiment=debug`), change one value with `key=value` (`privacy.epsilon=3`), sweep with
 `-m key=1,2,3`. The defaults below are those of the experiment `banks_intents`. If a value breaks a bound, the command
 ends with exit code 2 and a message that names key, value and bound.
 
@@ -74,8 +74,8 @@ def page() -> str:
 
 def _options() -> str:
     rows = ["| group | options |", "| --- | --- |"]
-    for folder in sorted(path for path in config_folder().iterdir() if path.is_dir()):
-        rows.append(f"| `{folder.name}` | {', '.join(f'`{path.stem}`' for path in sorted(folder.glob('*.yaml')))} |")
+    for group in config_groups():
+        rows.append(f"| `{group}` | {', '.join(f'`{option}`' for option in options_of(group))} |")
     return "\n".join(rows) + "\n"
 
 

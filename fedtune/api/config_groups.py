@@ -15,7 +15,7 @@ def config_folder() -> Path:
 
 def config_groups() -> list[str]:
     """The groups of settings, by name."""
-    return sorted(one.name for one in config_folder().iterdir() if one.is_dir())
+    return sorted(one.name for one in config_folder().iterdir() if options_of(one.name))
 
 
 def options_of(group: str) -> list[str]:

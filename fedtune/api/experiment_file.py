@@ -54,6 +54,8 @@ class _Settings(ConfigSource):
         settings = own_settings(path) if is_own else plain_yaml(path, key=group or "conf")
         package = _PACKAGE.search(path.read_text(encoding="utf-8"))
         header = {"package": package[1] if package else "_global_" if is_own else None}
+        if is_own and package and package[1].startswith("hydra"):
+            raise ConfigError(f"{path}: @package", package[1], "must not be there: only the command line sets Hydra")
         sealed = _sealed(settings, within="" if header["package"] == "_global_" else group)
         return ConfigResult(provider=self.provider, path=str(path), config=OmegaConf.create(sealed), header=header)
 
@@ -154,7 +156,7 @@ def own_settings(path: Path) -> dict[str, Any]:
         raise ConfigError("experiment", str(path), "must be a name from conf/experiment, or a file that ends in .yaml")
     settings = plain_yaml(path, key="experiment")
     named = {str(key) for entry in settings.get("defaults") or () if isinstance(entry, dict) for key in entry}
-    hydras = {key for key in named if re.match("(override +)?/?hydra(/|@|$)", key)}
+    hydras = {key for key in named if re.search("(^|[ /@])hydra([./@]|$)", key)}
     if wrong := sorted(({"experiment", "resume", "hydra"} & settings.keys()) | hydras):
         raise ConfigError(f"{path}: {wrong[0]}", "...", "must not be there: a file holds an experiment's settings")
     for group in ("data", "public"):
@@ -218,7 +220,8 @@ def _sealed(settings: Any, *, within: str) -> Any:
         for key in settings:
             if not isinstance(key, str):
                 raise ConfigError(f"{within}.{key}", NOT_GIVEN, "must be text; put quotes around it")
-        return _SEAL + json.dumps(settings, ensure_ascii=False)
+        # Without a dollar: an interpolation in it is resolved where the map stands, when it is opened.
+        return _SEAL + json.dumps(settings, ensure_ascii=False).replace("$", "\\u0024")
     return {key: _sealed(one, within=f"{within}.{key}".lstrip(".")) for key, one in settings.items()}
 
 

@@ -77,7 +77,6 @@ class Option:
     metavar: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class SettingsArgument(Argument):
     """Settings in Hydra's grammar: their command also has Hydra's options, which print the settings and run nothing."""
 
@@ -207,7 +206,7 @@ class _ComposedCommand(Command):
             if given := "--resolve" * resolve or "--package" * (package is not None):
                 raise ConfigError(given, NOT_GIVEN if resolve else package, "needs --cfg job, hydra or all")
             return super().invoke(ctx)
-        from fedtune.cli.show_config import show_config  # Hydra and the accountants take seconds to import
+        from fedtune.cli.run_settings import show_config  # Hydra and the accountants take seconds to import
 
         show_config(
             ctx.params[settings], kit=ctx.params.get("kit"), cfg=cfg, package=package, resolve=resolve, info=info

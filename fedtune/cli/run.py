@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import shlex
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,15 +19,14 @@ from rich.console import Console
 from fedtune.api.compose import compose_run, quoted
 from fedtune.cli.command import Metrics, Multirun, Option, Renew, SettingsArgument, answer
 from fedtune.cli.interruptible_run import after_shown_public_stage, say_fitted, show_run, show_trials
+from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, saved_config
-from fedtune.data.partition import PartitionSpec
-from fedtune.data.spec import AT_SITE
 from fedtune.federation.kept_round import is_over
 from fedtune.federation.lead import Checkpoints, site_charge
 from fedtune.federation.run_folder import RunFolder
 from fedtune.federation.spec import FederationSpec
 from fedtune.ops.kits.kit_file import Kit
-from fedtune.ops.services.lead_and_server import everyone, latest_answers, members, run_named, running_process
+from fedtune.ops.services.lead_and_server import everyone, latest_answers, run_named, running_process
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.runs.place_of_run import folder_of, is_finished
 from fedtune.runs.results import RunResult
@@ -39,7 +36,6 @@ from fedtune.studies.trials import Trials, price_text
 
 _ACTIONS = ("status", "stop", "resume")
 _STOP_S = 60.0
-_OURS = ("federation.num_sites", "federation.site_names", "federation.participants", "runtime", "runtime.kind")
 
 
 def run(
@@ -166,66 +162,6 @@ def _start(
         if over is not None:
             again = f'flwr run, with settings = ["resume={folder}"] in the run\'s file'
         return show_run(config, folder, console, work=lead.run, again=again, began=began)
-
-
-def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
-    """The run's configuration, with the sites that `sites=[a,b]` names, and their sizes from the roster."""
-    wanted = [word for word in words if word.startswith("sites=")]
-    others = [word for word in words if not word.startswith("sites=")]
-    typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
-    if wanted and "resume" in typed:
-        raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot change in a run that is resumed")
-    if begun := {"resume", "renew"} & {*typed}:
-        config, key = compose_run(others), next(iter(begun))
-        if config.runtime.kind != "deployment":
-            bound = f"must be a run over real sites: fedtune simulate {key}={typed[key]} goes on with this one"
-            raise ConfigError(key, typed[key].strip("'"), bound)
-        if key == "resume":
-            return config
-    for key, value in typed.items():
-        if key in _OURS:
-            bound = "is always deployment here" if key.startswith("runtime") else "is set by sites=[a,b,...] here"
-            raise ConfigError(key, value, bound)
-    if not begun:  # a simulation's file, and how that is dealt out, say nothing of real sites
-        if (file := typed.get("data.train_file")) is not None:
-            raise ConfigError("data.train_file", file, "is each site's own, by its policy: leave it out")
-        usual = asdict(PartitionSpec()).items()
-        others += ["runtime=deployment", f"data.train_file={AT_SITE}"]
-        others += [f"data.partition.{key}={json.dumps(value)}" for key, value in usual]
-    named = _names(wanted[-1]) if wanted else config.federation.active if begun else _in_experiment(others, kit)
-    chosen = members(kit, named)
-    given = [*others, *_of_sites([member.site for member in chosen]), "federation.participants=[]"]
-    if "data.declared_sizes" in typed:
-        return compose_run(given)
-    # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
-    dataset = compose_run([*given, "data.declared_sizes=2"]).data.dataset
-    for member in chosen:
-        if dataset not in member.datasets:
-            bound = f"is no data set of {member.site}, which declared {', '.join(member.datasets)}"
-            raise ConfigError("data.dataset", dataset, bound)
-    sizes = ",".join(str(member.datasets[dataset]) for member in chosen)
-    return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
-
-
-def _of_sites(names: Sequence[str]) -> list[str]:
-    listed = ",".join(f"'{name}'" for name in names)
-    return [f"federation.num_sites={len(names)}", f"federation.site_names=[{listed}]"]
-
-
-def _in_experiment(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
-    """The sites that an experiment file names, as `federation.participants`; none: all of the roster take part."""
-    others = [word for word in words if not word.startswith("data.declared_sizes=")]
-    known = _of_sites([member.site for member in members(kit, ())])
-    return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
-
-
-def _names(override: str) -> list[str]:
-    value = override.partition("=")[2]
-    found = re.fullmatch(r"\[(.*)\]", value.strip())
-    names = [name.strip().strip("'\"") for name in (found[1] if found else value).split(",")]
-    if not all(names):
-        raise ConfigError("sites", value, "must look like [north,south]")
-    return names
 
 
 def _stop(folder: Path, *, kit: Kit | None) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from fedtune.api.compose import compose_run
-from fedtune.cli.run import compose_for_sites, start_run
+from fedtune.cli.run import start_run
+from fedtune.cli.run_settings import compose_for_sites
 from fedtune.config import RunConfig, parse, saved_config
 from fedtune.data.spec import AT_SITE
 from fedtune.federation.lead import keep_receipts

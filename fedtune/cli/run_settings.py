@@ -1,0 +1,115 @@
+"""From a command's words to a run's settings, at real sites too; and what `--cfg` and `--info` print of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedtune.api.compose import compose_run, for_hydra, with_interpolations
+from fedtune.api.experiment_file import composed_files, hydra_node
+from fedtune.config import RunConfig
+from fedtune.data.partition import PartitionSpec
+from fedtune.data.spec import AT_SITE
+from fedtune.ops.kits.kit_file import Kit
+from fedtune.ops.services.lead_and_server import members
+from fedtune.show.terminal_tables import Section, show
+from fedtune.spec import ConfigError
+
+_OURS = ("federation.num_sites", "federation.site_names", "federation.participants", "runtime", "runtime.kind")
+
+
+def compose_for_sites(words: Sequence[str], *, kit: Kit) -> RunConfig:
+    """The run's configuration, with the sites that `sites=[a,b]` names, and their sizes from the roster."""
+    wanted = [word for word in words if word.startswith("sites=")]
+    others = [word for word in words if not word.startswith("sites=")]
+    typed = dict(word.lstrip("+~").partition("=")[::2] for word in others)
+    if wanted and "resume" in typed:
+        raise ConfigError("sites", wanted[-1].partition("=")[2], "cannot change in a run that is resumed")
+    if begun := {"resume", "renew"} & {*typed}:
+        config, key = compose_run(others), next(iter(begun))
+        if config.runtime.kind != "deployment":
+            bound = f"must be a run over real sites: fedtune simulate {key}={typed[key]} goes on with this one"
+            raise ConfigError(key, typed[key].strip("'"), bound)
+        if key == "resume":
+            return config
+    for key, value in typed.items():
+        if key in _OURS:
+            bound = "is always deployment here" if key.startswith("runtime") else "is set by sites=[a,b,...] here"
+            raise ConfigError(key, value, bound)
+    if not begun:  # a simulation's file, and how that is dealt out, say nothing of real sites
+        if (file := typed.get("data.train_file")) is not None:
+            raise ConfigError("data.train_file", file, "is each site's own, by its policy: leave it out")
+        usual = asdict(PartitionSpec()).items()
+        others += ["runtime=deployment", f"data.train_file={AT_SITE}"]
+        others += [f"data.partition.{key}={json.dumps(value)}" for key, value in usual]
+    named = _names(wanted[-1]) if wanted else config.federation.active if begun else _in_experiment(others, kit)
+    chosen = members(kit, named)
+    given = [*others, *_of_sites([member.site for member in chosen]), "federation.participants=[]"]
+    if "data.declared_sizes" in typed:
+        return compose_run(given)
+    # Which data set it is, and so how large the sites declare it, is known once the rest is composed.
+    dataset = compose_run([*given, "data.declared_sizes=2"]).data.dataset
+    for member in chosen:
+        if dataset not in member.datasets:
+            bound = f"is no data set of {member.site}, which declared {', '.join(member.datasets)}"
+            raise ConfigError("data.dataset", dataset, bound)
+    sizes = ",".join(str(member.datasets[dataset]) for member in chosen)
+    return compose_run([*given, f"data.declared_sizes=[{sizes}]"])
+
+
+def _of_sites(names: Sequence[str]) -> list[str]:
+    listed = ",".join(f"'{name}'" for name in names)
+    return [f"federation.num_sites={len(names)}", f"federation.site_names=[{listed}]"]
+
+
+def _in_experiment(words: Sequence[str], kit: Kit) -> tuple[str, ...]:
+    """The sites that an experiment file names, as `federation.participants`; none: all of the roster take part."""
+    others = [word for word in words if not word.startswith("data.declared_sizes=")]
+    known = _of_sites([member.site for member in members(kit, ())])
+    return compose_run([*others, *known, "data.declared_sizes=2"]).federation.participants
+
+
+def _names(override: str) -> list[str]:
+    value = override.partition("=")[2]
+    found = re.fullmatch(r"\[(.*)\]", value.strip())
+    names = [name.strip().strip("'\"") for name in (found[1] if found else value).split(",")]
+    if not all(names):
+        raise ConfigError("sites", value, "must look like [north,south]")
+    return names
+
+
+def show_config(
+    words: Sequence[str], *, kit: Path | None, cfg: str | None, package: str | None, resolve: bool, info: str | None
+) -> None:
+    """Print what these overrides come to, and run nothing."""
+    words = [word for word in words if not word.lstrip("+").startswith("audit.")]
+    config = compose_run(words) if kit is None else compose_for_sites(words, kit=Kit.read(kit, kind="lead"))
+    ours = [word for word in words if not (kit and word.startswith("sites="))]
+    hydras = for_hydra(ours)
+    if info is not None:
+        node = hydra_node(hydras)
+        path = [(one["provider"], f"{one['schema']}://{one['path']}") for one in node["runtime"]["config_sources"]]
+        tables = {
+            "searchpath": Section("Search path", ("provider", "path"), path, words={0, 1}),
+            "defaults": Section(
+                "Files, in their order", ("file", "package", "named by"), composed_files(hydras), words={0, 1, 2}
+            ),
+        }
+        show(table for name, table in tables.items() if info in (name, "all"))
+        return
+    begun = any(word.startswith(("resume=", "renew=")) for word in words)
+    job = config.to_json() if resolve or begun else with_interpolations(config, ours)
+    found: Any = ({} if cfg == "job" else {"hydra": hydra_node(hydras)}) | ({} if cfg == "hydra" else job)
+    for name in package.split(".") if package else ():
+        if not (isinstance(found, dict) and name in found):
+            raise ConfigError("--package", package, f"must be one of {', '.join(found)}")
+        found = found[name]
+    text = yaml.safe_dump(found, allow_unicode=True, sort_keys=False)
+    sys.stdout.write(f"# @package {package}\n{text}" if package else text)

@@ -1,0 +1,99 @@
+"""docs/hydra.md: what Hydra's documentation shows works here, or is refused in one sentence."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune.api.compose import compose_run
+from fedtune.cli.main import main
+from fedtune.spec import ConfigError
+from fedtune.studies.trials import Trials
+from fedtune.words import dotted
+
+from ..conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "hydra.md").read_text(encoding="utf-8")
+ROWS = [
+    tuple(cell.strip() for cell in row.strip("| ").split(" | ")) for row in re.findall(r"^\| .*`.* \|$", PAGE, re.M)
+]
+FILES = re.findall(r"```yaml\n# (\S+)\n(.*?)```", PAGE, re.S)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TODAY", "monday")
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_at_most_six_things_of_hydra_are_refused() -> None:
+    assert len(ROWS) - 1 >= 30
+    assert sum(row[2].startswith("refused: ") for row in ROWS[1:]) <= 6
+
+
+@pytest.mark.parametrize(("what", "typed", "expected"), ROWS[1:], ids=lambda value: str(value)[:40])
+def test_words_of_hydra_come_to_what_the_page_says(what: str, typed: str, expected: str, capsys: Any) -> None:
+    words = shlex.split(typed.strip("`"))
+    if expected.startswith(("refused: ", "open: ")):
+        with pytest.raises(ConfigError) as caught:
+            compose_run(words)
+        assert "\n" not in str(caught.value)
+    elif words[0] == "-m":
+        assert f"{len(Trials.of_sweep(words[1:]).rows)} runs" == expected
+    elif any(word.startswith("--") for word in words):
+        assert main(["simulate", *words]) == 0
+        assert expected.strip("`") in capsys.readouterr().out
+    else:
+        key, _, value = expected.strip("`").partition(": ")
+        config = compose_run([*words, *([] if "name" in typed else ["name=x"])])
+        found = dict(dotted(config.to_json()))[key]
+        found = list(found) if isinstance(found, tuple) else found
+        assert found == (value if "$" in value else yaml.safe_load(value)), what
+
+
+def test_a_literal_interpolation_that_data_init_has_written_is_read_back() -> None:
+    table = "${note},team\nhow do I pay,a${x}\nwhere is my card,b\n" + "a word or two more,b\n" * 20
+    Path("${in}.csv").write_text(table)
+    words = ["data", "init", "${in}.csv", "--out", "own.yaml", "--text", "${note}", "--label", "team"]
+    assert main(words) == 0
+    config = compose_run(["experiment=./own.yaml"])
+    assert config.data.columns == {"text": "${note}", "label": "team"}
+    assert config.data.labels == ("a${x}", "b")
+    assert Path(str(config.data.train_file)).name == "${in}.csv"
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", pytest.param("submitit_local", marks=pytest.mark.nightly)])
+def test_an_application_of_one_s_own_has_hydra_s_launchers(launcher: str, tmp_path: Path) -> None:
+    script = REPOSITORY / "simulations" / "hydra_application" / "application.py"
+    words = ["-m", "experiment=debug", "seed=0,1", "federation.num_rounds=1", "name=job-${seed}"]
+    ran = subprocess.run(
+        [sys.executable, script, *words, f"hydra/launcher={launcher}"], capture_output=True, text=True, timeout=500
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(one.name for one in (tmp_path / "runs").iterdir()) == ["job-0", "job-1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("hydra: {run: {dir: x}}\n", "hydra"),
+        ("defaults:\n  - override /hydra/launcher: joblib\n", "override /hydra/launcher"),
+        ("defaults: [debug]\nprivacy: {_target_: os.system}\n", "_target_"),
+        ("defaults: [debug]\ndata: {labels: [{_target_: os.system}]}\n", "data.labels"),
+        ("# @package hydra\nlauncher: {_target_: os.system}\n", "@package"),
+    ],
+)
+def test_no_file_becomes_code(text: str, key: str) -> None:
+    Path("own.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        compose_run(["experiment=./own.yaml", "name=x"])
+    assert key in str(caught.value)
