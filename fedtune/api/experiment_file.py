@@ -114,7 +114,7 @@ def composed(words: Sequence[str] = (), *, name: str = "config") -> DictConfig:
     OmegaConf.set_struct(config, False)
     for key in FREE_MAPS:
         sealed = OmegaConf.select(config, key)
-        if isinstance(sealed, str) and sealed.startswith(_SEAL):
+        if isinstance(sealed, str) and sealed.startswith(_SEAL) and sealed != _SEAL + OPEN:
             OmegaConf.update(config, key, json.loads(sealed[1:]), merge=False)
     return config
 
@@ -142,7 +142,13 @@ def default_settings() -> Mapping[str, Any]:
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """Settings with every interpolation resolved; what is open is `OPEN`."""
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    return _opened(OmegaConf.to_container(config, resolve=True))  # type: ignore[no-any-return]
+
+
+def _opened(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _opened(one) for key, one in value.items()}
+    return OPEN if value == _SEAL + OPEN else value
 
 
 def is_path(option: object) -> bool:
@@ -213,9 +219,11 @@ def _file_of(config_path: str) -> tuple[str, Path | None]:
 
 
 def _sealed(settings: Any, *, within: str) -> Any:
-    """The same with each map in `FREE_MAPS` as one text; `within`: the key of these settings."""
+    """The same with each map in `FREE_MAPS` as one text, and what is open as another: OmegaConf would keep the value
+    that it replaces.  `within`: the key of these settings.
+    """
     if not isinstance(settings, dict):
-        return settings
+        return _SEAL + OPEN if settings == OPEN else settings
     if within in FREE_MAPS:
         for key in settings:
             if not isinstance(key, str):

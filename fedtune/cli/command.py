@@ -174,7 +174,7 @@ def _examples(lines: Iterable[str], width: int) -> Iterator[str]:
             yield from fold(f"      {does}", width=width) if does else ()
 
 
-_HYDRA_OPTIONS = (
+HYDRA_OPTIONS = (
     click.Option(
         ["--config-dir", "-cd"],
         type=click.Path(exists=True, file_okay=False, resolve_path=True),
@@ -198,7 +198,7 @@ class _ComposedCommand(Command):
     """A command over composed settings: options of Hydra's that print them, and the groups in the help."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        folder, cfg, resolve, package, info = (ctx.params.pop(str(option.name)) for option in _HYDRA_OPTIONS)
+        folder, cfg, resolve, package, info = (ctx.params.pop(str(option.name)) for option in HYDRA_OPTIONS)
         settings = next(str(one.name) for one in self.params if isinstance(one, _Argument))
         if folder is not None:
             ctx.params[settings] = (*ctx.params[settings], f"hydra.searchpath=['file://{folder}']")
@@ -254,7 +254,7 @@ def single(function: Callable[..., None], *, name: str | None = None, summary: s
     return (_ComposedCommand if is_composed else Command)(
         name=name or function.__name__,
         callback=function,
-        params=[*params, *(_HYDRA_OPTIONS if is_composed else ())],
+        params=[*params, *(HYDRA_OPTIONS if is_composed else ())],
         help=function.__doc__,
         short_help=summary,
         context_settings=SETTINGS,

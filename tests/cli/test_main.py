@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import click
 import pytest
 
-from fedtune.cli.command import importing
+from fedtune.cli.command import HYDRA_OPTIONS, importing
 from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 from fedtune.version import __version__
@@ -60,7 +60,9 @@ def test_each_command_gets_what_its_function_takes() -> None:
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
         for one in found.commands.values() if isinstance(found, click.Group) else [found]:
-            given, taken = inspect.signature(one.callback).parameters, [each.name for each in one.params]
+            hydras = {option.name for option in HYDRA_OPTIONS}
+            given = inspect.signature(one.callback).parameters
+            taken = [each.name for each in one.params if each.name not in hydras]
             names = [name for name, each in given.items() if each.kind is not each.VAR_KEYWORD]
             assert taken[: len(names)] == names
             assert len(taken) == len(names) or len(names) < len(given), "others by their names"
