@@ -28,9 +28,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     },
     "Python and pydantic read them; torch calls with it": {"__getattr__", "__pydantic_config__", "persistent"},
     "Hydra calls them": {
-        "available",
         "is_config",
-        "is_group",
         "load_config",
         "manipulate_search_path",
         "scheme",

@@ -140,6 +140,17 @@ def test_a_server_that_is_not_there_leaves_a_run_that_can_go_on(kit: Kit, tmp_pa
     assert "was made with another configuration (training.local_steps was 2, is 9)" in message
 
 
+def test_a_sweep_over_real_sites_says_its_price_first_and_how_to_go_on(kit: Kit, tmp_path: Path) -> None:
+    swept = ["experiment=debug", "name=s", "sites=[north]", "seed=1,2", f"tracking.output_dir='{tmp_path}'"]
+    small = ("data.validation_rows=2", "data.test_rows=2", "federation.round_timeout_s=1")
+    outcome = command("run", "--kit", str(kit.folder), "-m", *swept, *small)
+    assert (outcome.code, "127.0.0.1:9 cannot be reached" in outcome.err.splitlines()[-1]) == (1, True)
+    first, second, *_ = outcome.out.splitlines()
+    assert first == "2 runs of 2 rounds, one after the other: s-seed=1, s-seed=2."
+    assert second.startswith("Each spends epsilon 7.998 at delta 1e-05 of its records; together")
+    assert f"Continue the sweep with: fedtune run --kit {kit.folder} -m" in " ".join(outcome.out.split())
+
+
 @pytest.fixture
 def folder(tmp_path: Path, kit: Kit) -> Path:
     """The folder of a deployed run that has just been made."""
