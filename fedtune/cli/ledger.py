@@ -1,8 +1,7 @@
 """Read a site's ledger, which records for ever what was done to the records of one population.
 
-  fedtune ledger show ledger.db                           a line for each run, newest last
-  fedtune ledger show ledger.db --rounds --last 20        each entry: rounds, refusals, changes of the policy
-  fedtune ledger spent ledger.db                          what was spent, what is left
+  fedtune ledger show ledger.db --last 20                 each entry: rounds, refusals, changes of the policy
+  fedtune ledger spent ledger.db                          what was spent, in all and by each run, and what is left
   fedtune ledger verify ledger.db --anchor anchor.json    was it changed, or an older copy put back?
   fedtune ledger export ledger.db --output ledger.json    everything, for an auditor
 These write nothing into the ledger. PATH is the file, or a folder with a ledger.db in it.
@@ -32,7 +31,7 @@ from fedtune.ops.kits.kit_file import read_signing_key
 from fedtune.privacy import events, filter
 from fedtune.privacy.accountant import epsilon_text
 from fedtune.privacy.keys import check_public_key
-from fedtune.privacy.ledger.chain import Event, Head, Kind
+from fedtune.privacy.ledger.chain import Event, Head
 from fedtune.privacy.ledger.history import History
 from fedtune.privacy.ledger.spending import share_of_cap
 from fedtune.privacy.ledger.verify import Verified, verify
@@ -52,7 +51,6 @@ app = group(__doc__)
 
 _UNITS = {"record": "one record", "user": "one person with all records of theirs"}
 LedgerPath = Annotated[str, Argument("PATH", help="a ledger.db, or a folder that holds one")]
-OwnLedger = Annotated[str | None, Argument("PATH", help="the policy's ledger; may be left out")]
 PolicyFile = Annotated[Path, Option(metavar="FILE", help="the site's site.toml")]
 AnchorFile = Annotated[Path | None, Option(metavar="FILE", help="an anchor file, kept outside the ledger")]
 SiteKey = Annotated[str | None, Option(metavar="HEX", help="the site's public key, from a source you trust")]
@@ -61,11 +59,10 @@ SiteKey = Annotated[str | None, Option(metavar="HEX", help="the site's public ke
 @command(app, "what happened", name="show")
 def show_events(
     path: LedgerPath,
-    rounds: Annotated[bool, Option("each entry: rounds, refusals, changes of the policy")] = False,
-    last: Annotated[int | None, Option(metavar="N", help="only the newest N lines")] = None,
+    last: Annotated[int | None, Option(metavar="N", help="only the newest N entries")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a ledger's runs, oldest first, a line each; with --rounds or --json each entry of the ledger."""
+    """Show a ledger's entries, oldest first: rounds, refusals, approvals, changes of the policy."""
     if last is not None and last < 1:
         raise ConfigError("--last", last, "must be at least 1")
     file, verified = _verified(path)
@@ -74,7 +71,7 @@ def show_events(
         print_json({**budget_text.identity_json(file, verified), "events": chosen})
         return
     show_identity(file, verified)
-    show([entries(verified, chosen) if rounds else charged_runs(verified, last=last)])
+    show([entries(verified, chosen)])
 
 
 @command(app, "what was spent and what is left")
@@ -151,14 +148,13 @@ def write_anchor(
 @command(app, "continue from a backup")
 def restore(
     policy: PolicyFile,
-    path: OwnLedger = None,
     anchor: Annotated[Path | None, Option("the newest anchor (default: the policy's own)", metavar="FILE")] = None,
 ) -> None:
     """Charge what the anchor knows and a restored backup lacks.
 
     Stop training, copy the backup to the place that the policy names, run this, start again.
     """
-    site = _own_site(policy, path)
+    site = _own_site(policy)
     anchors = anchors_at_hand(site, anchor)
     made_up = make_up_for(site.ledger, site, anchors)
     if made_up.last is not None and site.anchor is not None:
@@ -169,9 +165,7 @@ def restore(
 
 @command(app, "end all training on a population")
 def freeze(
-    policy: PolicyFile,
-    why: Annotated[str, Option(metavar="TEXT", help="the reason; the ledger keeps it")],
-    path: OwnLedger = None,
+    policy: PolicyFile, why: Annotated[str, Option(metavar="TEXT", help="the reason; the ledger keeps it")]
 ) -> None:
     """Take the population of a ledger out of all training, for ever. There is no way back.
 
@@ -179,23 +173,21 @@ def freeze(
     """
     if not why.strip():
         raise ConfigError("--why", why, "must say why; the ledger keeps it")
-    site = _own_site(policy, path)
+    site = _own_site(policy)
     verify(site.ledger)
     site.open().freeze(why)
     say(f"{site.ledger} is frozen: all training on this population has ended for ever.")
 
 
 @command(app, "say that this machine's date is right", name="confirm-date")
-def confirm_date(
-    policy: PolicyFile, path: OwnLedger = None, yes: Annotated[bool, Option("do not ask")] = False
-) -> None:
+def confirm_date(policy: PolicyFile, yes: Annotated[bool, Option("do not ask")] = False) -> None:
     """Let the period of the budget begin that this machine's date is in.
 
     A clock that was set forward would open a new period, whose budget is unspent. So a site opens only the next one by
     itself, and only if the server's time is in it too; any other waits for this command. Compare the date with a clock
     that neither this machine nor the federation sets.
     """
-    site = _own_site(policy, path)
+    site = _own_site(policy)
     history = verify(site.ledger).history
     say(
         f"This machine's clock says {history.clock:%Y-%m-%d %H:%M} UTC; the ledger's newest event is of "
@@ -219,12 +211,10 @@ def ledger_file(name: str) -> Path:
     raise ConfigError("ledger", name, bound)
 
 
-def _own_site(policy: Path, path: str | None) -> SiteFiles:
+def _own_site(policy: Path) -> SiteFiles:
     files = SiteFiles.of(policy)
-    # A ledger that does not exist would be made, and a copy beside the real one would be of no use.
-    given = files.ledger if path is None else ledger_file(path)
-    if not files.ledger.is_file() or not given.samefile(files.ledger):
-        raise ConfigError("ledger", str(given), f"must be the policy's own ledger, {files.ledger}")
+    if not files.ledger.is_file():  # it would be made
+        raise ConfigError("ledger", str(files.ledger), f"must be a ledger: {policy} names it, and it is missing")
     act_as_owner(files.site_key, files.ledger)
     files.key()  # a missing one would be made
     return files
@@ -260,39 +250,6 @@ def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
         notes=(
             f"rate: probability with which each {unit} joins a step; noise: in units of the most that one {unit} can "
             "move a step's sum",
-        ),
-    )
-
-
-def charged_runs(verified: Verified, *, last: int | None) -> Section:
-    """A line for each run, and for each backup that was put back, by when it was last charged."""
-    from fedtune.report.derive import ledger_figures  # what other commands can do without
-    from fedtune.report.from_ledger import day_of, facts_by_now
-
-    history, facts = verified.history, facts_by_now(verified)
-    figures = ledger_figures.lifetime(facts)
-    runs = {run.run: run for run in figures.runs}
-    totals = ledger_figures.steps(facts, figures)
-    lines = [(one.time or "", runs.get(one.run), epsilon_text(one.epsilon)) for one in totals]
-    accepted = {event.run: day_of(event.time) for event in verified.events if event.kind is Kind.PLAN}
-    lines += [(day, runs[run], "") for run, day in accepted.items() if not runs[run].rounds]
-    rows = [
-        (day, printable(run.run), printable(run.dataset), epsilon_text(run.epsilon), total, _state(run, history))
-        if run
-        else (day, "(a backup put back)", "", "", total, "")
-        for day, run, total in lines
-    ]
-    refused = sum(event.kind is Kind.REFUSAL for event in verified.events)
-    return Section(
-        title=counted(len(runs), "run") if runs else "No run was accepted yet.",
-        headings=("charged last", "run", "data set", "epsilon", "in all", "state"),
-        rows=rows[-last:] if last else rows,
-        words={0, 1, 2, 5},
-        whole={0},
-        notes=(
-            f"Spent in all: epsilon {epsilon_text(figures.epsilon)} of {cap_text(history.cap)}.",
-            "epsilon: of this run alone, by PLD; in all: of all charged by then, by the filter, which is stricter.",
-            f"{counted(refused, 'refusal')}; --rounds shows each entry.",
         ),
     )
 

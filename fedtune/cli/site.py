@@ -84,9 +84,6 @@ def doctor(
     site: PolicyFile,
     overrides: Annotated[tuple[str, ...], Argument("KEY=VALUE", help="settings of the run to try out")] = (),
     import_model: Annotated[str | None, Option(_IMPORT, metavar="PATH")] = None,
-    experiment: Annotated[
-        str | None, Option("try out whether this experiment would be accepted", metavar="NAME")
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check everything that a site needs before it starts, one line for each check: clock, kit, connection, disk,
@@ -94,7 +91,7 @@ def doctor(
 
       fedtune site doctor --kit kit --site site.toml
       fedtune site doctor --kit kit --site site.toml --import-model ~/MiniLM        install a base model first
-      fedtune site doctor --kit kit --site site.toml --experiment banks_intents     would this run be accepted?
+      fedtune site doctor --kit kit --site site.toml experiment=banks_intents       would this run be accepted?
 
     The lines hold no record, no count of records and no path of their files, so that they can be shown to others.
     Exit codes: 0 nothing failed, 2 something at the site, 3 the run would be refused, 1 the server cannot be reached.
@@ -104,9 +101,8 @@ def doctor(
     act_as_owner(kit / "connection_key.pem", kit)
     from fedtune.cli.site_actions import examine_site
 
-    run = [*([f"experiment={experiment}"] if experiment else []), *overrides]
     model = Path(import_model) if import_model else None
-    examine_site(kit=kit, site_toml=site, model=model, run=run, as_json=as_json)
+    examine_site(kit=kit, site_toml=site, model=model, run=overrides, as_json=as_json)
 
 
 @command(app, "take part, until stopped")

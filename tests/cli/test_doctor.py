@@ -63,15 +63,15 @@ def test_settings_of_a_run_may_stand_anywhere_and_a_misspelt_one_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = ["--kit", str(tmp_path), "--site", "site.toml"]
-    seen = parsed("site", "doctor", "lora.rank=4", *named, "seed=1", "--experiment", "debug")
-    assert (seen["overrides"], seen["experiment"]) == (("lora.rank=4", "seed=1"), "debug")
+    seen = parsed("site", "doctor", "lora.rank=4", *named, "experiment=debug")
+    assert seen["overrides"] == ("lora.rank=4", "experiment=debug")
     seen = parsed("site", "doctor", *named)
-    assert (seen["overrides"], seen["experiment"], seen["import_model"]) == ((), None, None)
+    assert (seen["overrides"], seen["import_model"]) == ((), None)
     visits: list[Any] = []
     monkeypatch.setattr(site_actions.Examination, "checks", lambda visit: visits.append(visit) or [])
     monkeypatch.setattr("fedtune.config.fastest_dtype", lambda _: "mixed")  # of this machine, and not of every site
     for word in ("lora.rnak=4", "model.dtype=auto"):
-        assert command("site", "doctor", word, *named, "--experiment", "debug").code == 0
+        assert command("site", "doctor", word, *named, "experiment=debug").code == 0
     with pytest.raises(FedtuneError, match=r"lora\.rnak"):
         visits[0].run()
     assert visits[1].run().model.dtype == "float32"

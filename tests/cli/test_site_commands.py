@@ -168,7 +168,7 @@ def test_denying_notes_a_reason_and_the_run_waits_no_longer(north: Here) -> None
     assert [pending.proposal for pending in north.state.waiting()] == [other]
     for proposal, why in ((denied, Reason.DENIED), (other, Reason.AWAITING_APPROVAL)):
         assert reason_of(reserve, north.open(), proposal) is why
-    shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db"), "--rounds").out.split())
+    shown = " ".join(command("ledger", "show", str(north.folder / "ledger.db")).out.split())
     assert "denied the run as it was proposed: not [red] in summer" in shown
     assert not north.open().history.charged()
     assert approve(north, TRIAGE, "--reason", "again", by="deny").code == 2
@@ -193,7 +193,7 @@ def test_a_site_ends_one_run_that_has_begun_and_the_ledger_names_who_decided(nor
     reserve(north.open(), other, 2)
     assert f"waits for approval or has begun: {OTHER}" in approve(north, TRIAGE, "--reason", "x", by="deny").failed()
     ledger = str(north.folder / "ledger.db")
-    shown = " ".join(command("ledger", "show", ledger, "--rounds").out.split())
+    shown = " ".join(command("ledger", "show", ledger).out.split())
     assert "Anna Weber approved the run as it was proposed: ticket DPO-7; ethics vote of May" in shown
     assert "mkeller denied the run as it was proposed: consent withdrawn" in shown
     runs = command("ledger", "show", ledger).out

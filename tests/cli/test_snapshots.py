@@ -55,8 +55,11 @@ def shown(*lines: str, options: tuple[str, ...] = ()) -> str:
 
 
 OF_A_SITE = [
-    *("ledger show ledger.db", "ledger show ledger.db --rounds", "ledger spent ledger.db", "ledger verify ledger.db"),
-    *("ledger verify ledger.db --anchor anchor.json", "site check-policy site.toml"),
+    "ledger show ledger.db",
+    "ledger spent ledger.db",
+    "ledger verify ledger.db",
+    "ledger verify ledger.db --anchor anchor.json",
+    "site check-policy site.toml",
 ]
 
 
