@@ -384,7 +384,7 @@ def parse(settings: Mapping[str, Any], *, for_real_sites: bool = False) -> RunCo
     try:
         config = _ADAPTER.validate_python(_with_label_texts(with_home(settings)))
     except ValidationError as error:
-        raise _first_error(error) from None
+        raise first_error(error) from None
     _check_switches(settings, config.to_json())
     if config.model.dtype == "auto":
         here = not for_real_sites and config.runtime.kind == "simulation"  # real sites have machines of their own
@@ -483,7 +483,7 @@ def _check_switches(given: Any, taken: Any, key: str = "") -> None:
         _check_switches(value, taken[name], f"{key}.{name}".lstrip("."))
 
 
-def _first_error(error: ValidationError) -> ConfigError:
+def first_error(error: ValidationError) -> ConfigError:
     """The first of pydantic's errors in our own words."""
     details = error.errors(include_url=False)[0]
     # pydantic adds the branch of a union that it tried to the location.
@@ -496,12 +496,8 @@ def _first_error(error: ValidationError) -> ConfigError:
         return ConfigError(location, details["input"], "is not a setting of fedtune")
     if details["type"] == "missing":
         return ConfigError(location, NOT_GIVEN, "is required")
-    return ConfigError(location, details["input"], bound_in(details))
-
-
-def bound_in(details: Mapping[str, Any]) -> str:
-    """The bound that pydantic names in one of its errors' details."""
-    return _BOUNDS.get(details["type"]) or f"must be {details['msg'].removeprefix('Input should be ')}"
+    bound = _BOUNDS.get(details["type"]) or f"must be {details['msg'].removeprefix('Input should be ')}"
+    return ConfigError(location, details["input"], bound)
 
 
 _BOUNDS = {

@@ -70,21 +70,18 @@ def auditable(config: RunConfig, spec: AuditSpec) -> RunConfig:
     """
     if spec.kind == "sensitivity":
         raise ConfigError("audit.kind", spec.kind, "makes no run: fedtune audit audit.kind=sensitivity searches")
-    if config.runtime.sites_dir is not None:
-        bound = "must be null: an audit plants made-up records and is never charged to a ledger that is kept"
-        raise ConfigError("runtime.sites_dir", config.runtime.sites_dir, bound)
-    if config.runtime.kind != "simulation":
-        raise ConfigError("runtime", config.runtime.kind, "must be simulation: an audit plants made-up records")
-    if config.runtime.devices > 1:
-        bound = "must be 1: an audit watches each step in one process"
-        raise ConfigError("runtime.num_devices", config.runtime.num_devices, bound)
-    if config.lora.alternate:
-        raise ConfigError("lora.alternate", True, "must be false: an audit watches all tensors in each step")
-    if config.resume is not None:
-        raise ConfigError("resume", config.resume, "must be null: an audit runs from its start, with coins of its own")
-    if config.federation.stop_after is not None:
-        bound = "must be null: an audit attacks all rounds of the plan"
-        raise ConfigError("federation.stop_after", config.federation.stop_after, bound)
+    runtime = config.runtime
+    for key, given, only, why in (
+        ("runtime.sites_dir", runtime.sites_dir, None, "plants made-up records, and charges no ledger that is kept"),
+        ("runtime", runtime.kind, "simulation", "plants made-up records"),
+        ("runtime.num_devices", runtime.devices, 1, "watches each step in one process"),
+        ("lora.alternate", config.lora.alternate, False, "watches all tensors in each step"),
+        ("resume", config.resume, None, "runs from its start, with coins of its own"),
+        ("federation.stop_after", config.federation.stop_after, None, "attacks all rounds of the plan"),
+    ):
+        if given != only:
+            wanted = "simulation" if key == "runtime" else json.dumps(only)
+            raise ConfigError(key, given, f"must be {wanted}: an audit {why}")
     if not config.privacy.private:
         raise ConfigError("privacy", config.privacy.mechanism, "claims nothing that could be audited")
     if config.privacy.unit != "record" and spec.kind == "records":

@@ -71,19 +71,13 @@ class Tally:
     denominator: float  # of the site's steps
     total: Vector  # (parameters,) over all steps so far
     steps: int = 0  # how many
-
-    def __post_init__(self) -> None:
-        self._records: dp_step.TensorSums = {}
-
-    def begin(self) -> None:
-        """A step has sampled."""
-        self._records = {}
+    records: dp_step.TensorSums = field(default_factory=dict)  # their clean sum in the step that is taken
 
     def add_records(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """A micro-batch of records takes part."""
-        if not self._records:
-            self._records = {name: g.new_zeros(g.shape[1:], dtype=torch.int64) for name, g in gradients.items()}
-        dp_step.add_clipped(self._records, gradients, self.max_grad_norm)
+        if not self.records:
+            self.records = {name: g.new_zeros(g.shape[1:], dtype=torch.int64) for name, g in gradients.items()}
+        dp_step.add_clipped(self.records, gradients, self.max_grad_norm)
 
     def end(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """The optimizer is about to step with the noisy mean as its gradient."""
@@ -91,7 +85,7 @@ class Tally:
         for name, parameter in parameters.items():
             assert parameter.grad is not None, "a step comes with a gradient for every trainable tensor"
             noisy = parameter.grad.double() * (self.denominator / self.max_grad_norm)
-            known = self._records[name] * cell(1.0) if self._records else 0.0
+            known = self.records[name] * cell(1.0) if self.records else 0.0
             parts.append((noisy - known).flatten().cpu())
         self.total += torch.cat(parts).numpy()
         self.steps += 1
@@ -110,8 +104,7 @@ class Observer:
 
     def begin(self, tally: Tally) -> None:
         """The site with this tally has sampled a step."""
-        self._training = tally
-        tally.begin()
+        self._training, tally.records = tally, {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -149,16 +142,14 @@ class Canaries:
 
     def raw_gradients(self, batch: CanaryBatch) -> dict[str, torch.Tensor]:
         """Each canary's own direction, `RAW_SIZE` clip norms long."""
-        size = RAW_SIZE * self.tally.max_grad_norm
-        gradients, first = {}, 0
-        for name, parameter in self.observer.parameters.items():
-            end = first + parameter.numel()
-            rows = torch.nonzero((batch.coordinates >= first) & (batch.coordinates < end)).squeeze(1)
-            dense = torch.zeros(len(batch), parameter.numel(), device=parameter.device)
-            dense[rows.to(parameter.device), (batch.coordinates[rows] - first).to(parameter.device)] = size
-            gradients[name] = dense.view(len(batch), *parameter.shape)
-            first = end
-        return gradients
+        parameters = self.observer.parameters
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        dense = torch.zeros(len(batch), sum(sizes))
+        dense[torch.arange(len(batch)), batch.coordinates.cpu()] = RAW_SIZE * self.tally.max_grad_norm
+        return {
+            name: part.reshape(len(batch), *parameter.shape).to(parameter.device)
+            for (name, parameter), part in zip(parameters.items(), torch.split(dense, sizes, dim=1), strict=True)
+        }
 
     def gradients(self, units: TrainingUnits, of_each: UnitGradients) -> UnitGradients:
         """Gradients of `units`, of which the tally is told, and canaries' made up, dense, like what the hooks give."""
@@ -290,9 +281,7 @@ class GradientAttack:
         canaries = Canaries(coordinates, inserted, self._observer, tally)
 
         def planted(units: TrainingUnits) -> TrainingUnits:
-            if isinstance(units, UserExamples):
-                return CanaryUsers(units, canaries)
-            return CanaryExamples(units, canaries)
+            return (CanaryUsers if isinstance(units, UserExamples) else CanaryExamples)(units, canaries)
 
         everyone.work[site] = replace(work, around=planted)
         return canaries
@@ -307,11 +296,9 @@ class GradientAttack:
         Args:
             adapters: the initial one, and the aggregated one after each round.
         """
-        counts: dict[Place, Count] = {
-            site: self._count([planted], planted.tally.total, least=1.0) for site, planted in self.planted.items()
-        }
-        together = list(self.planted.values())
-        return {**counts, None: self._count(together, self._moves(adapters), least=0.0)}
+        counts: dict[Place, Count] = {None: self._count([*self.planted.values()], self._moves(adapters), least=0.0)}
+        of_sites = {site: self._count([one], one.tally.total, least=1.0) for site, one in self.planted.items()}
+        return of_sites | counts
 
     def _count(self, planted: Sequence[Canaries], vector: Vector, *, least: float) -> Count:
         coordinates = np.concatenate([one.coordinates for one in planted])

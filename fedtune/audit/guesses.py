@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binom, rankdata
 
 Values = npt.NDArray[np.float64]
 Coins = npt.NDArray[np.bool_]
@@ -48,18 +47,12 @@ def by_likelihood(scores: Values, controls: Values, *, steps: int, sampling_rate
     spread = max(float(controls.std()), _LEAST_SPREAD * draw)
     inside = np.full_like(above, -np.inf)
     for drawn in range(steps + 1):
-        if sampling_rate < 1:  # the chance of Binomial(steps, rate) = drawn
-            ways = math.lgamma(steps + 1) - math.lgamma(drawn + 1) - math.lgamma(steps - drawn + 1)
-            chance = ways + drawn * math.log(sampling_rate) + (steps - drawn) * math.log1p(-sampling_rate)
-        else:
-            chance = 0.0 if drawn == steps else -math.inf
-        density = chance - (above - drawn * draw) ** 2 / (2 * spread**2)
-        inside = np.logaddexp(inside, density)
+        chance = binom.logpmf(drawn, steps, sampling_rate)
+        inside = np.logaddexp(inside, chance - (above - drawn * draw) ** 2 / (2 * spread**2))
     return inside + above**2 / (2 * spread**2)
 
 
 def by_rank(scores: Values) -> Values:
     """(canaries,) places around the median: the upper half is taken for in, the ends with most confidence."""
-    ranks = np.empty(len(scores))
-    ranks[np.argsort(scores, kind="stable")] = np.arange(len(scores))
-    return ranks - (len(scores) - 1) / 2
+    places: Values = rankdata(scores, method="ordinal") - (len(scores) + 1) / 2
+    return places

@@ -133,10 +133,10 @@ class RecordAttack:
         members, others = (_gain(one) if score == "reference_ratio" else -one[1] for one in (trained_on, never_used))
         area, low, high = auroc(members, others, confidence=self._spec.confidence)
         rates = []
-        for false_alarms in FALSE_ALARMS:
-            found = hit_rate(members, others, false_alarms=false_alarms, confidence=self._spec.confidence)
-            share, least, most = found or (None, None, None)
-            rates.append(AuditHitRate(false_alarms=false_alarms, found=share, low=least, high=most))
+        for share in FALSE_ALARMS:
+            found = hit_rate(members, others, false_alarms=share, confidence=self._spec.confidence)
+            rate, least, most = found or (None, None, None)
+            rates.append(AuditHitRate(false_alarms=share, found=rate, low=least, high=most))
         return AuditMembership(
             site=site,
             score=score,
@@ -155,9 +155,9 @@ class RecordAttack:
         return [np.stack(both) for both in zip(first, last, strict=True)]
 
     def _losses_of(self, records: Sequence[Record], adapter: Adapter) -> Values:
-        losses = np.zeros(len(records))
         if not records:
-            return losses
+            return np.zeros(0)
+        losses = np.zeros(len(records))
         shared, evaluation = self._everyone.shared, self._everyone.config.evaluation
         adapter.load_into(shared.model)
         examples = shared.tokenised(records)

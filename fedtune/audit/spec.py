@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedtune.config import bound_in
+from fedtune.config import first_error
 from fedtune.evaluation.audit_bound import LEAST_CONFIDENCE
 from fedtune.spec import ConfigError, check_at_least, check_fraction, spec
 
@@ -50,11 +50,7 @@ class AuditSpec:
         try:
             return TypeAdapter(cls).validate_python(dict(given))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raised = first.get("ctx", {}).get("error")
-            if isinstance(raised, ConfigError):
-                raise raised.under("audit") from None
-            raise ConfigError(f"audit.{first['loc'][0]}", first["input"], bound_in(first)) from None
+            raise first_error(error).under("audit") from None
 
     def __post_init__(self) -> None:
         check_at_least("tries", self.tries, 1)
