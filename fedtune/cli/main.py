@@ -44,7 +44,9 @@ COMMANDS: Mapping[str, str] = {
     "run": "run a federation over real sites",
     "flower-app": "a bundle to run fedtune in a Flower federation that stands",
 }
-"""Each is the module of its name, imported when it is called, which holds a function of that name, or a group `app`."""
+"""Each is a module, imported when it is called, which holds a function of the command's name, or a group `app`."""
+_MODULES = {"choose": "synthesize", "distil": "export"}
+"""The module of each command whose name is not the module's."""
 _LOADING_S = 0.5
 
 
@@ -63,7 +65,7 @@ class _Fedtune(click.Group):
             timer.start()
         try:
             with importing():
-                module = import_module(f"fedtune.cli.{cmd_name.replace('-', '_')}")
+                module = import_module(f"fedtune.cli.{_MODULES.get(cmd_name, cmd_name).replace('-', '_')}")
         finally:
             timer.cancel()
         found: click.Command = getattr(module, "app", None) or single(getattr(module, cmd_name.replace("-", "_")))

@@ -2,29 +2,324 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
 from fedtune.api.compose import compose_run
 from fedtune.cli.command import Option, Overrides
-from fedtune.cli.plan_sections import Outlook, show_outlook
+from fedtune.cli.plain_words import filled, reason_text
 from fedtune.config import RunConfig, parse, with_secure_sums
 from fedtune.federation import planner, verdict
+from fedtune.federation.calendar import about_calendar, calendar_rows
+from fedtune.federation.planner import Change, Price, signal_to_noise
+from fedtune.federation.verdict import Verdict, strictest_of
+from fedtune.model.spec import NO_ADAPTER
+from fedtune.privacy.accountant import NEIGHBOURING_RELATION, epsilon_text
 from fedtune.privacy.keys import check_public_key
 from fedtune.privacy.policy_file import read_policy
 from fedtune.privacy.run_plan import Plan
 from fedtune.privacy.selection import price_of
-from fedtune.show.terminal_tables import print_json, show
+from fedtune.show.budget_text import SEEDED, contribution, noise_words, signal_words, trust_words
+from fedtune.show.lines import printable
+from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, pairs, print_json, say, show
 from fedtune.spec import ConfigError
 from fedtune.studies.trial_search import check_trials, price_section
-from fedtune.words import jsonable
+from fedtune.tasks.inputs import input_of
+from fedtune.version import __version__
+from fedtune.words import counted, duration, jsonable, size, spoken_start
 
 if TYPE_CHECKING:
-    from fedtune.runs.forecast import Forecast
+    from fedtune.runs.forecast import Forecast  # which imports torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """A run before any data is touched."""
+
+    config: RunConfig  # the run's settings; where something was solved for, `price.plan` has the answer.
+    price: Price
+    solved: str | None  # "noise", "rounds" or "sampling_rate", if the plan was solved for it
+    epsilon: float  # that `changes` keep within
+    changes: tuple[Change, ...]
+    forecast: Forecast | None
+    device: str
+    verdicts: tuple[Verdict, ...]
+    lead_assumed: bool  # policies were asked for the first lead that each allows
+    # of the base model's weights; None: the settings do not pin it, and no model was loaded
+    model_sha256: str | None = None
+    # what they would give in place of a plain run; None: they are planned, or cannot be
+    secure_sums: Plan | None = None
+
+    @property
+    def plan(self) -> Plan:
+        return self.price.plan
+
+    @property
+    def signal_to_noise(self) -> float | None:
+        """See `planner.signal_to_noise`; None: no model was loaded, so nobody counted what is trained."""
+        sizes = {name: site.declared_size for name, site in self.price.sites.items()}
+        return signal_to_noise(self.plan, sizes, values=self.forecast.values) if self.forecast else None
+
+    @property
+    def noise_of_sums(self) -> float | None:
+        """The noise in an average by `secure_sums`, over that of the plan; None: they are not offered.
+
+        Each site's noise has the same weight in the average, so the ratio of averages is that of the multipliers.  With
+        sums of all sites it is the noise of central training on all records.
+        """
+        return None if self.secure_sums is None else self.secure_sums.noise_multiplier / self.plan.noise_multiplier
+
+    @property
+    def strictest(self) -> Verdict | None:
+        """The verdict of the strictest site; None: no policy was given, or the run has no epsilon."""
+        return strictest_of(self.verdicts) if self.verdicts and self.plan.private else None
+
+    @property
+    def calibrated(self) -> bool:
+        return self.config.privacy.noise_multiplier is None and self.solved in (None, "noise")
+
+    @property
+    def guaranteed(self) -> bool:
+        return self.plan.private and not self.config.runtime.seeded_noise
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure as plain JSON; null stands for no bound."""
+        config, price, plan = self.config, self.price, self.plan
+        strictest, sums = self.strictest, self.secure_sums
+        common = {key: getattr(plan, key) for key in ("sampling_rate", "noise_multiplier")}
+        common |= {key: getattr(price, key) for key in ("steps", "epsilon", "epsilon_rdp", "epsilon_filter")}
+        figures: dict[str, Any] = jsonable(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "fedtune_version": __version__,
+                "run": config.name,
+                "config_sha256": config.digest(),
+                "model": config.model.path,
+                "model_sha256": self.model_sha256,
+                "dataset": config.data.dataset,
+                "public_stage": config.public if config.public.train_file else None,
+                "solved_for": self.solved,
+                "target_epsilon": config.privacy.epsilon if plan.private else None,
+                "guaranteed": self.guaranteed,
+                "seeded_noise": config.runtime.seeded_noise,
+                "neighbouring_relation": NEIGHBOURING_RELATION.name.lower(),
+                "noise_calibrated": self.calibrated,
+                **dataclasses.asdict(price),
+                "sites": {name: dataclasses.asdict(site) | common for name, site in price.sites.items()},
+                "steps": price.steps,
+                "signal_to_noise": self.signal_to_noise,
+                "what_if_epsilon": self.epsilon,
+                "what_if": self.changes,
+                "secure_sums": sums and {"plan": sums, "noise_in_average": self.noise_of_sums},
+                "forecast": self.forecast and dataclasses.asdict(self.forecast) | {"device": self.device},
+                "lead_assumed": self.lead_assumed,
+                "strictest_site": strictest.site if strictest else None,
+                "epsilon_for_all_sites": strictest.most_epsilon if strictest else None,
+                "policies": [one.to_json() for one in self.verdicts],
+            }
+        )
+        return figures
+
+
+def show_outlook(console: Console, outlook: Outlook) -> None:
+    """Print everything that is known of a run."""
+    say(f"fedtune plan {outlook.config.name}", style="bold", console=console)
+    plan, style = outlook.plan, "bold" if outlook.guaranteed else "bold yellow"
+    promise = "No epsilon is promised: privacy=none adds no noise, and the sites' records are not protected."
+    if plan.private:
+        rounds = counted(plan.num_rounds, "round") + (f" and {plan.spare_rounds} spare" if plan.spare_rounds else "")
+        bound = f"epsilon at most {epsilon_text(outlook.price.epsilon)} at delta {plan.delta:g} for each {plan.unit}"
+        promise = f"{SEEDED if not outlook.guaranteed else ''} After {rounds}: {bound}, at every site.".strip()
+    console.print(promise, style=style, markup=False, highlight=False)
+    sections = [
+        pairs(_facts(outlook)),
+        _sites(outlook),
+        _rounds(outlook),
+        _accountants(outlook),
+        _calendar(outlook),
+        _what_if(outlook),
+        _bytes_and_time(outlook),
+        *(_policy(verdict, outlook) for verdict in outlook.verdicts),
+        _strictest(outlook),
+    ]
+    show(sections, console=console)
+
+
+def _facts(outlook: Outlook) -> dict[str, str]:
+    plan, price, ratio = outlook.plan, outlook.price, outlook.signal_to_noise
+    rate, head_rate = outlook.config.training.peak_rates(clipped=plan.private)
+    return filled(
+        "plan",
+        outlook=outlook,
+        sites=price.sites,
+        rate=rate,
+        head_rate=head_rate,
+        contribution=contribution(plan) if plan.unit == "user" else "",
+        noise=noise_words(plan),
+        trust=trust_words(price.by_trust) if price.by_trust is not None else "",
+        signal=signal_words(ratio, outlook.config.task) if ratio is not None and plan.private else "",
+    )
+
+
+def _sites(outlook: Outlook) -> Section:
+    rows = []
+    for name, site in outlook.price.sites.items():
+        batch = f"{site.expected_batch:,.0f}" if site.expected_batch >= 100 else f"{site.expected_batch:.3g}"
+        failures = f"{site.expected_failures:.3g}" if outlook.plan.private else "-"
+        rows.append((name, f"{site.declared_size:,}", f"{site.weight:.0%}", batch, failures))
+    headings = ("site", "declared\nsize", "weight", "mean\nbatch", "delta\nx size")
+    return Section(title="Sites", headings=headings, rows=rows, notes=list(_about_sites(outlook)))
+
+
+def _about_sites(outlook: Outlook) -> Iterator[str]:
+    price, plan = outlook.price, outlook.plan
+    if not plan.private:
+        yield "Nothing bounds epsilon at any site."
+        return
+    yield "Rate, noise and steps are common to all sites, so epsilon is the same at each that takes every round."
+    largest = price.largest[0]
+    size = price.sites[largest].declared_size
+    bound = f"delta must stay below 1 / {size:,} = {1 / size:.3g}"
+    if len(price.sites) == 1:
+        yield f"There is one site: {bound}."
+    elif len(price.largest) == len(price.sites):
+        yield f"None dominates: all declare {size:,}, so {bound}."
+    else:
+        who = ", ".join(price.largest)
+        verb = "dominates" if len(price.largest) == 1 else "dominate"
+        yield f"{who} {verb}: most weight in the average, most expected failures, and {bound}."
+        noisiest = min(price.sites, key=lambda name: price.sites[name].declared_size)
+        ratio = price.sites[noisiest].step_noise / price.sites[largest].step_noise
+        yield f"The mean gradient of {noisiest} is the noisiest: {ratio:.3g} times the noise of {who}."
+    yield (
+        f"delta x size: the expected number of {plan.unit}s, at most, that give away something only they could have "
+        "caused; keep it far below 1."
+    )
+
+
+def _rounds(outlook: Outlook) -> Section:
+    rounds, most, rows, notes = outlook.price.rounds, outlook.plan.most_rounds, [], []
+    for one in rounds:
+        epsilons = map(epsilon_text, (one.pld, one.rdp, one.filter))
+        rows.append((f"{one.round:,}{'*' if one.spare else ''}", f"{one.steps:,}", *epsilons))
+    if any(one.spare for one in rounds):
+        notes.append("* a spare round: charged only when an interrupted one is tried again.")
+    if 0 < len(rounds) < most:
+        notes.append(f"{len(rounds)} of {most:,} rounds are shown.")
+    headings = ("round", "steps", "PLD", "RDP", "filter")
+    return Section(title="Epsilon after each round", headings=headings, rows=rows, words=(), notes=notes)
+
+
+def _accountants(outlook: Outlook) -> Section:
+    price = outlook.price
+    if not outlook.plan.private:
+        return Section()
+    cap = f"the least lifetime cap with room for the plan (order {price.filter_order:g})"
+    other = "a ledger whose order was fixed for other runs takes more of its cap"
+    anew = "WRONG for the run: one round only, as where the privacy engine is built again every round"
+    rows = (
+        ("PLD", price.epsilon, "the run's figure: a bound for a plan that was fixed beforehand"),
+        ("RDP", price.epsilon_rdp, "a looser bound on the same, kept as an independent check"),
+        ("Renyi filter", price.epsilon_filter, f"{cap}; {other}"),
+        ("starts anew each round", price.epsilon_of_one_round, anew),
+    )
+    title, headings = "What each accountant would say of the whole run", ("accountant", "epsilon", "what it is")
+    return Section(title, headings, [(name, epsilon_text(found), what) for name, found, what in rows], words={0, 2})
+
+
+def _calendar(outlook: Outlook) -> Section:
+    if not (runs := outlook.price.calendar):
+        return Section()
+    title, *notes = about_calendar(outlook.plan)
+    headings = ("run", "admits", "epsilon of\nit alone", "oldest\nafter it", "newest\nafter it")
+    return Section(title, headings, tuple(calendar_rows(outlook.plan, runs)), words={1}, notes=notes)
+
+
+def _what_if(outlook: Outlook) -> Section:
+    if not outlook.changes:
+        return Section()
+    epsilon = epsilon_text(outlook.price.epsilon_of_all_runs)
+    rows = [("as planned", f"{outlook.plan.noise_multiplier:.4f}", "100%", epsilon)]
+    for change in outlook.changes:
+        needed = "none suffices" if change.noise_needed is None else f"{change.noise_needed:.4f}"
+        noise = "-" if change.step_noise is None else f"{change.step_noise:.0%}"
+        rows.append((change.what, needed, noise, epsilon_text(change.same_noise_epsilon)))
+    noise = f"noise multiplier\nfor epsilon {outlook.epsilon:.4g}"
+    headings = ("change", noise, "noise in a\nmean gradient", "epsilon at\nthis noise")
+    title = "What if" if outlook.plan.runs == 1 else f"What if: epsilon of all {outlook.plan.runs} runs"
+    note = "A larger batch needs more noise in its sum but divides it by more, so its mean gradient can be better."
+    return Section(title, headings, rows, notes=[note])
+
+
+def _bytes_and_time(outlook: Outlook) -> Section:
+    found, plan, num_sites = outlook.forecast, outlook.plan, len(outlook.price.sites)
+    if found is None:
+        return Section(title="Bytes and time", notes=("Left out: no model was loaded. --time loads it.",))
+    slowest = max(found.round_seconds, key=lambda site: found.round_seconds[site])
+    ways = f"{size(found.bytes_down)} down and {size(found.bytes_up)} up"
+    at = f" at {slowest}" if num_sites > 1 else ""
+    users = f" and {counted(plan.records_per_user, 'record')} of each user" if plan.unit == "user" else ""
+    data, trained = outlook.config.data, "the head" if outlook.config.lora.kind == NO_ADAPTER else "adapter"
+    full = f"at its full {data.max_length} tokens" if input_of(data).modality is None else "of this size"
+    whole = f"{counted(num_sites, 'site')} and {counted(plan.num_rounds, 'round')}"
+    alone = duration(found.seconds_one_after_another)
+    rows = (
+        (trained, f"{found.values:,} trained parameters, {ways} for each site and round"),
+        ("the model", f"{size(found.model_bytes)} of memory"),
+        ("whole run", f"{size(found.bytes_total)} both ways for {whole}"),
+        ("a step", f"at most about {duration(found.step_seconds[slowest])}{at}"),
+        ("a round", f"at most about {duration(found.round_seconds[slowest])}{at}"),
+        ("all training", f"at most about {alone} where one machine is all sites"),
+    )
+    machine = f"Times are for this machine ({outlook.device}) with every example {full}{users}"
+    notes = [f"{machine}; evaluation and start-up come on top."]
+    return Section("Bytes and time", ("what", "how much"), rows, words={0, 1}, notes=notes)
+
+
+def _policy(verdict: Verdict, outlook: Outlook) -> Section:
+    rows = []
+    for one in verdict.broken:
+        asked, allowed = printable(one.asked or "-", 40), printable(one.allowed or "-", 60)
+        rows.append((f"{reason_text(one.reason)} ({one.reason})", asked, allowed))
+    lead = f"Asked by lead {spoken_start(verdict.lead)}"
+    notes = [f"{lead} (assumed: --lead was not given)." if outlook.lead_assumed else lead]
+    if verdict.taken is not None and verdict.would_be is not None:
+        of = "no lifetime cap" if math.isinf(verdict.max_epsilon) else f"a lifetime cap of {verdict.max_epsilon:g}"
+        ledger = "Its ledger" if verdict.ledger == "read" else "No ledger beside the policy; a new one"
+        left = "" if verdict.runs_left is None else f" Room for {counted(verdict.runs_left, 'run')} like this one."
+        taken, would_be = epsilon_text(verdict.taken), epsilon_text(verdict.would_be)
+        notes.append(f"{ledger}: epsilon {taken} taken, {would_be} with this run, by the filter; {of}.{left}")
+    if rows:
+        ways = [counted(verdict.most_rounds, "round")] if verdict.most_rounds else []
+        ways += [f"noise multiplier {verdict.least_noise:g}"] if verdict.least_noise is not None else []
+        accepted = f"Would be accepted: {' or '.join(ways)}, all else as planned."
+        notes.append(accepted if ways else "Neither fewer rounds nor more noise alone would be accepted.")
+    if verdict.note:
+        notes.append(f"Note: {verdict.note}.")
+    answer = "would accept the run" if verdict.allowed else "would refuse the run"
+    title, headings = f"{verdict.site} {answer} ({verdict.policy})", ("broken rule", "asked for", "allowed")
+    return Section(title, headings, rows, words={0, 1, 2}, notes=notes)
+
+
+def _strictest(outlook: Outlook) -> Section:
+    if (strictest := outlook.strictest) is None:
+        return Section()
+    if strictest.most_epsilon is None:
+        never = ", ".join(one.site for one in outlook.verdicts if one.most_epsilon is None)
+        return Section(notes=[f"Strictest: {never} would refuse this run at every epsilon, by the rules above."])
+    limit = strictest.limit
+    why = "" if limit is None else f" ({limit.reason}: {printable(limit.allowed or '-', 60)})"
+    everybody = "it accepts" if len(outlook.verdicts) == 1 else f"all {len(outlook.verdicts)} sites accept"
+    most = f"{everybody} this run up to privacy.epsilon={strictest.most_epsilon:g}"
+    return Section(notes=[f"Strictest site: {strictest.site}{why}; {most}."])
+
 
 Target = Literal["noise", "rounds", "sampling_rate"]
 Compose = Callable[[Sequence[str]], RunConfig]
@@ -75,6 +370,7 @@ def plan(
             from fedtune.model.base_model import model_sha256  # transformers takes seconds to import
 
             sha256 = model_sha256(config.model)
+        ask = partial(verdict.ask, declared_sizes=sizes, find_most_epsilon=planned.private)
         outlook = Outlook(
             config=config,
             price=planner.price(planned, sizes, before=config.federation.renewal),
@@ -83,15 +379,7 @@ def plan(
             changes=planner.what_if(planned, epsilon=epsilon) if planned.private else (),
             forecast=forecast,
             device=device,
-            verdicts=tuple(
-                verdict.ask(
-                    path,
-                    config.proposal(lead=asks, plan=planned),
-                    declared_sizes=sizes,
-                    find_most_epsilon=planned.private,
-                )
-                for path, asks in leads.items()
-            ),
+            verdicts=tuple(ask(path, config.proposal(lead=asks, plan=planned)) for path, asks in leads.items()),
             lead_assumed=lead is None,
             model_sha256=sha256,
             secure_sums=_secure_sums(config, planned, epsilon),

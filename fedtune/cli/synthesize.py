@@ -1,22 +1,131 @@
-"""`fedtune synthesize`: records that a finished run's language model writes, with a card of what they promise."""
+"""`fedtune synthesize` and `choose`: synthetic records of a finished run's model, in a new file with a card."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fedtune.api import door
 from fedtune.cli.command import AsJson, Option, answer
-from fedtune.cli.finished_run import Device, MaxNewTokens, Run, Seed, Temperature, TopP
+from fedtune.cli.finished_run import Device, MaxNewTokens, Run, Seed, Temperature, TopP, finished_run, harmless
 from fedtune.cli.personalise import shown_progress
-from fedtune.cli.synthetic_file import Beside, SyntheticFile, To
 from fedtune.data.load import shipped_folders
-from fedtune.data.records import resolve_file
+from fedtune.data.records import iter_records, resolve_file
 from fedtune.evaluation.spec import WritingSpec
-from fedtune.sites.run_records import file_sha256
+from fedtune.show.new_files import new_files
+from fedtune.show.terminal_tables import Section, pairs
+from fedtune.sites.run_records import LeadRecords, RunRecords, card_of, file_sha256, note_written, require_apart
+from fedtune.spec import ConfigError, check_at_least, check_at_most
 from fedtune.studies import synthetic
+from fedtune.tasks.measures import classified
+from fedtune.words import counted
+
+To = Annotated[Path, Option(metavar="FILE", help="a new .jsonl of JSON lines, with the columns of the run")]
+Beside = Annotated[Path | None, Option("public records, with whose figures the card compares", metavar="FILE")]
+_SHOWN = 5
+_MOST_ROWS = 100_000
+
+
+class SyntheticFile:
+    """A new file of synthetic records of a run, with its card."""
+
+    def __init__(
+        self,
+        to: Path,
+        run: Path,
+        others: Mapping[str, door.Run],
+        *,
+        rows: int | None,
+        beside: Path | None,
+        ballot: Path | None = None,
+        device: str = "auto",
+    ) -> None:
+        """Check what takes no model; `others`: by option, the runs beside the writer's that the records owe to."""
+        if rows is not None:
+            check_at_least("--rows", rows, 1)
+            check_at_most("--rows", rows, _MOST_ROWS)
+        if to.suffix != ".jsonl":
+            raise ConfigError("--to", str(to), "must be a new file of JSON lines: its name must end in .jsonl")
+        config, adapter = finished_run(run, device=device)
+        self.to, self.rows, self.beside, self.ballot, self.own = to, rows, beside, ballot, RunRecords(config)
+        self.writer = door.Run(folder=adapter.absolute().parent, config=config)
+        self.columns = tuple(synthetic.columns_of(self.writer).values())
+        for option, other in others.items():
+            if other.config.privacy.unit != config.privacy.unit:
+                bound = f"must be of privacy.unit={config.privacy.unit}, as RUN is: other epsilons do not add up"
+                raise ConfigError(option, str(other.folder), bound)
+        self.card = {suffix: card_of(to, suffix) for suffix in (".json", ".md")}
+        from fedtune.report.synthetic_card import run_of  # it imports torch, which takes seconds
+
+        runs = (self.writer, *others.values())
+        digests = [synthetic.adapter_of(one).digest for one in runs]  # first: of a private one no report would be found
+        self.reports = [one.report() for one in runs]
+        self.behind = list(map(run_of, self.reports, digests))
+        self._public: list[tuple[str, ...]] = []
+        if beside is not None:
+            records = LeadRecords.read(str(beside), config, key="--beside").records
+            for own in (self.own, *(RunRecords(other.config) for other in others.values())):
+                require_apart(records, own, key="--beside", file=str(beside))
+            roles = synthetic.columns_of(self.writer)
+            self._public = [tuple(record.fields[role] for role in roles) for record in records]
+
+    def read(self, file: Path, *, option: str) -> tuple[list[dict[str, str]], Mapping[str, Any]]:
+        """Records that the writer wrote, with their labels, and their card; what is made of them owes to its runs."""
+        from fedtune.report.synthetic_card import read_card  # it imports torch, which takes seconds
+
+        place = resolve_file(str(file), shipped_folders(), key=option)
+        known = read_card(place, self.behind[0], option=option)
+        self.behind += known["runs"][1:]
+        labels = [one["column"] for one in known["made"].get("labels", ())]
+        columns = synthetic.columns_of(self.writer)
+        columns |= {f"label {column}": column for column in labels if column not in self.columns}
+        records = iter_records(place, columns)
+        return [{column: one.fields[role] for role, column in columns.items()} for one in records], known
+
+    def opened(self) -> AbstractContextManager[dict[Path, str]]:
+        """The new files for `fill`, the records behind their card: without it they would pass for public ones."""
+        places = [("--to", path) for path in (*self.card.values(), self.to)]
+        return new_files(*places, *([("--ballot", self.ballot)] if self.ballot else []))
+
+    def fill(
+        self, texts: dict[Path, str], found: synthetic.Synthetic, made: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Any], Sequence[Section]]:
+        """Put records and card, with how they were `made`, into the texts of new files, and tell what is shown."""
+        from fedtune.evaluation.generation import shared_pairs, variety
+        from fedtune.report import synthetic_card
+
+        left_out = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
+        if not found.rows:
+            raise ConfigError("--rows", self.rows, f"gave none that keeps the format: {left_out or 'no text'}")
+        written = [tuple(row[column] for column in self.columns) for row in found.rows]
+        said, theirs = ([text for *_, text in records] for records in (written, self._public))
+        missing = 0 if self.rows is None else self.rows - len(written)
+        counts = {"rows": len(written), "codes": len(found.wanted), "missing": missing}
+        told = {"candidates": None, "chosen_by": None, "labels": [], **made, **counts, "beside": None}
+        told["classified"] = classified(written, self._public)
+        figures = {"these records": variety(said)}
+        if self.beside is not None:
+            figures[self.beside.name] = variety(theirs)
+            told["beside"] = {"file": self.beside.name, "shared_pairs": shared_pairs(said, theirs)}
+        texts[self.to] = lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
+        note_written(self.writer.folder, said)
+        card = synthetic_card.as_json(self.to, lines.encode(), self.behind, made=told, figures=figures)
+        texts[self.card[".json"]] = json.dumps(card, indent=1) + "\n"
+        texts[self.card[".md"]] = synthetic_card.card(self.reports, card)
+        if self.ballot is not None:
+            texts[self.ballot] = synthetic.ballot(found.rows, self.columns[-1], self.writer.config)
+        some = found.rows[:: max(1, len(found.rows) // _SHOWN)][:_SHOWN]
+        rows = tuple(tuple(map(harmless, row.values())) for row in some)
+        facts = {"records": f"{len(found.rows):,} of {counted(len(found.wanted), 'code')}"}
+        facts |= ({"drawn again": left_out} if left_out else {}) | {"card": str(self.card[".md"])}
+        facts |= {"missing": f"{missing:,}: the model wrote no more that keep the format"} if missing else {}
+        examples = Section(title="Some of them", headings=tuple(some[0]), rows=rows)
+        return card, [pairs(facts, title=str(self.to)), examples]
 
 
 def synthesize(
@@ -62,4 +171,45 @@ def synthesize(
         write = partial(synthetic.synthesize, file.writer, codes, rows=rows, votes=others.get("--votes"))
         found = write(beginnings=begun, spec=spec, pattern=pattern, own=file.own, progress=progress)
         told = file.fill(texts, found, made | {"left_out": dict(found.left_out)})
+    answer(*told, as_json=as_json)
+
+
+def choose(
+    run: Run,
+    candidates: Annotated[Path, Option("records of fedtune synthesize with RUN, and their card", metavar="FILE")],
+    to: To,
+    votes: Annotated[Path | None, Option("a run of task votes on these records; with --rows", metavar="RUN")] = None,
+    rows: Annotated[int | None, Option("how many records stay, by --votes")] = None,
+    labels: Annotated[Path | None, Option("a classifier of the sites, which labels what stays", metavar="RUN")] = None,
+    beside: Beside = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep synthetic records that most of the sites' own are nearest to, or label them by a classifier of the sites.
+
+      fedtune choose runs/writer --candidates texts.jsonl --votes runs/liked --rows 500 --to best.jsonl
+      fedtune choose runs/writer --candidates texts.jsonl --labels runs/classifier --to labelled.jsonl
+
+    RUN wrote them with fedtune synthesize, whose --ballot is the experiment of the votes. FILE.card.md and
+    FILE.card.json say how the records were made and chosen, and what all runs behind them promise together. Nothing is
+    charged. docs/synthetic_texts.md says more.
+    """
+    if votes is None and labels is None:
+        raise ConfigError("--votes", None, "must be given, or --labels: what records are chosen or labelled by")
+    if (votes is None) != (rows is None):
+        raise ConfigError("--rows", rows, "must be given with --votes, and only there")
+    by = {"--votes": votes, "--labels": labels}
+    others = {option: door.load(folder) for option, folder in by.items() if folder is not None}
+    file = SyntheticFile(to, run, others, rows=rows, beside=beside)
+    written, known = file.read(candidates, option="--candidates")
+    made = {"labels": [], **known["made"]}
+    with file.opened() as texts:
+        found = synthetic.as_written(written, file.columns)
+        if rows is not None:
+            made |= {"candidates": len(found.rows), "chosen_by": others["--votes"].config.name}
+            found = synthetic.chosen(found, file.columns[-1], others["--votes"], keep=rows)
+        if classifier := others.get("--labels"):
+            found = synthetic.labelled(found, file.columns[-1], classifier)
+            new = {"column": classifier.config.data.columns["label"], "by": classifier.config.name}
+            made["labels"] = [*(one for one in made["labels"] if one["column"] != new["column"]), new]
+        told = file.fill(texts, found, made)
     answer(*told, as_json=as_json)
