@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 
 from fedtune.api import compose, experiment_file
 from fedtune.cli.main import fedtune, main
@@ -235,6 +236,14 @@ def command(*arguments: str) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def python(*words: str | Path, **how: Any) -> str:
+    """What Python prints in a process of its own, which must end well."""
+    run = {"capture_output": True, "text": True, "timeout": 600, "check": False}
+    done = subprocess.run([sys.executable, *words], **run | how)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
 @contextlib.contextmanager
 def own_logging() -> Iterator[None]:
     """Afterwards the process logs as it did before, whatever took its logging over in the block."""
@@ -290,6 +299,17 @@ def check_planned_bytes(folder: Path) -> None:
     for entry in rounds[1:]:  # in the first one a session of secure sums begins
         sites = len(entry["sites"])
         assert (entry["bytes_down"], entry["bytes_up"]) == pytest.approx((sites * down, sites * up), rel=0.02)
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def edit_config(folder: Path, **groups: Mapping[str, Any]) -> None:
+    """Change settings in a run folder's config.yaml, by group."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    changed = {group: settings[group] | values for group, values in groups.items()}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings | changed))
 
 
 def result_of(folder: Path) -> Any:

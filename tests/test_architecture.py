@@ -2,8 +2,6 @@
 
 import ast
 import graphlib
-import subprocess
-import sys
 import tomllib
 from collections import Counter
 from functools import cache
@@ -14,6 +12,7 @@ import pytest
 from vulture import Vulture
 
 from tests.allowed_unused import ALLOWED_UNUSED
+from tests.conftest import python
 from tests.weights import weights
 
 REPOSITORY = Path(__file__).parents[1]
@@ -119,10 +118,7 @@ def test_what_a_command_takes_is_typed() -> None:
 def test_it_runs_without_a_framework(modules: str, libraries: str) -> None:
     imported = ", ".join(f"fedtune.{module}" for module in modules.split())
     code = f"import sys, {imported}; print([name for name in {libraries.split()} if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert done.stdout == "[]\n"
+    assert python("-c", code, cwd=REPOSITORY) == "[]\n"
 
 
 def test_tests_mirror_the_package() -> None:

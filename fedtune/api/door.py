@@ -124,7 +124,8 @@ def simulate(
         if progress is not True:
             run_in_folder(config, folder, Teller(config, progress), work=work)
             return
-        with Display(Console(stderr=True), config, shown=True) as display:
+        display = Display(Console(stderr=True), config, shown=True)
+        with display.following():
             run_in_folder(config, folder, display, work=work)
 
     config = after_public_stage(config, run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,6 +31,7 @@ from fedtune.runs.place_of_run import folder_of
 from fedtune.runs.results import RunResult
 from fedtune.sites.virtual_site import POLICY, Participants, generated_policy
 from fedtune.spec import RUN_SCHEMA, ConfigError
+from fedtune.words import unbounded
 
 _LARGEST_ADAPTER = 1e6
 """Canaries move an adapter further than records do, and without clipping a thousand times further."""
@@ -131,8 +131,7 @@ def run_audit(config: RunConfig, folder: Path, listener: Listener, *, spec: Audi
     counts = attack.counts(adapters)
     membership = attack.membership() if isinstance(attack, RecordAttack) else ()
     # What the run charged each audited site; of the average, which is made of all, the most that any of them did.
-    charged = {site: run.privacy.sites[site].epsilon for site in sites}
-    claims: dict[Place, float] = {site: math.inf if one is None else one for site, one in charged.items()}
+    claims: dict[Place, float] = {site: unbounded(run.privacy.sites[site].epsilon) for site in sites}
     claims[None] = max(claims.values())
     known = {"delta": config.privacy.delta, "confidence": spec.confidence}
     bounds = tuple(

@@ -100,20 +100,16 @@ class Observer:
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         self.parameters = parameters
-        self._training: Tally | None = None
-
-    def begin(self, tally: Tally) -> None:
-        """The site with this tally has sampled a step."""
-        self._training, tally.records = tally, {}
+        self.training: Tally | None = None  # of the site that has sampled a step
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """See the steps that are taken meanwhile."""
 
         def before_step(*_: object) -> None:
-            if self._training is not None:  # a site without canaries is not watched
-                self._training.end(self.parameters)
-                self._training = None
+            if self.training is not None:  # a site without canaries is not watched
+                self.training.end(self.parameters)
+                self.training = None
 
         handle = register_optimizer_step_pre_hook(before_step)
         try:
@@ -172,7 +168,7 @@ class Canaries:
 
     def sampled(self, indices: Places, num_real: int) -> tuple[Places, Iterator[Places]]:
         """A step has sampled: its places among the real units, and the coordinates of its canaries behind them."""
-        self.observer.begin(self.tally)
+        self.observer.training, self.tally.records = self.tally, {}
         return indices[indices < num_real], self.parts(indices[indices >= num_real] - num_real)
 
 
@@ -270,14 +266,11 @@ class GradientAttack:
         }
 
     def _plant(self, site: str, coordinates: Places, *, size: int) -> Canaries:
-        everyone, work = self._everyone, self._everyone.work[site]
+        everyone, plan, work = self._everyone, self._everyone.plan, self._everyone.work[site]
         randomness = randomness_of(everyone.config.runtime.seeded_noise, everyone.config.seed)
         inserted = randomness.stream(site, "audit", "coins").bernoulli(len(coordinates), 0.5)
-        tally = Tally(
-            max_grad_norm=everyone.plan.max_grad_norm,
-            denominator=everyone.plan.sampling_rate * work.declared_size,
-            total=np.zeros(size),
-        )
+        denominator = plan.sampling_rate * work.declared_size
+        tally = Tally(max_grad_norm=plan.max_grad_norm, denominator=denominator, total=np.zeros(size))
         canaries = Canaries(coordinates, inserted, self._observer, tally)
 
         def planted(units: TrainingUnits) -> TrainingUnits:
@@ -302,13 +295,9 @@ class GradientAttack:
 
     def _count(self, planted: Sequence[Canaries], vector: Vector, *, least: float) -> Count:
         coordinates = np.concatenate([one.coordinates for one in planted])
-        evidence = by_likelihood(
-            vector[coordinates],
-            np.delete(vector, coordinates),
-            steps=planted[0].tally.steps,
-            sampling_rate=self._everyone.plan.sampling_rate,
-            least=least,
-        )
+        scores, controls = vector[coordinates], np.delete(vector, coordinates)
+        steps, rate = planted[0].tally.steps, self._everyone.plan.sampling_rate
+        evidence = by_likelihood(scores, controls, steps=steps, sampling_rate=rate, least=least)
         inserted = np.concatenate([one.inserted for one in planted])
         guesses = (self._spec.guesses or self._spec.canaries) * len(planted)
         return counted(evidence, inserted, guesses=guesses)

@@ -109,12 +109,11 @@ class RecordAttack:
         self._losses = {site: self._losses_at(planted, adapters) for site, planted in self.planted.items()}
         evidence = {site: by_rank(_gain(losses[0])) for site, losses in self._losses.items()}
         guesses = self._spec.guesses or self._spec.canaries
-        counts: dict[Place, Count] = {
-            site: counted(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence
-        }
+        of_sites = {site: counted(evidence[site], self.planted[site].inserted, guesses=guesses) for site in evidence}
         together = by_rank(np.concatenate([_gain(losses[0]) for losses in self._losses.values()]))
         inserted = np.concatenate([planted.inserted for planted in self.planted.values()])
-        return {**counts, None: counted(together, inserted, guesses=guesses * len(self.planted))}
+        counts: dict[Place, Count] = {None: counted(together, inserted, guesses=guesses * len(self.planted))}
+        return of_sites | counts
 
     def membership(self) -> tuple[AuditMembership, ...]:
         """The baselines on real records, by site and over all sites; after `counts`."""

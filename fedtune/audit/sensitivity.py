@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from fedtune.tasks.task_model import TaskModel
 from fedtune.training import dp_step
 from fedtune.training.examples import SiteExamples
 from fedtune.training.local import project
-from fedtune.training.per_example import PerExampleGradients, attached
+from fedtune.training.per_example import attached
 from fedtune.training.preflight import lengths_of_texts
 from fedtune.training.users import UserExamples
 
@@ -89,18 +90,13 @@ class _Search:
         self._draws = np.random.default_rng(seed)
 
     def over(self, tries: int) -> Worst:
-        worst, exceeded, others_moved = None, 0, 0
-        with attached(self._shared.model) as gradients:
-            for _ in range(tries):
-                one = self._one(gradients)
-                exceeded += one.exceeded
-                others_moved += one.others_moved
-                if worst is None or one.moved > worst.moved:
-                    worst = one
-        assert worst is not None
+        with attached(self._shared.model) as self._gradients:
+            cases = [self._one() for _ in range(tries)]
+        exceeded, others_moved = (sum(map(attrgetter(name), cases)) for name in ("exceeded", "others_moved"))
+        worst = max(cases, key=attrgetter("moved"))
         return replace(worst, tries=tries, exceeded=exceeded, others_moved=others_moved)
 
-    def _one(self, gradients: PerExampleGradients) -> Worst:
+    def _one(self) -> Worst:
         """One case: others, one unit more, an adapter and a clip norm."""
         num_others = int(self._draws.integers(0, _MOST_OTHERS, endpoint=True))
         by_user, most = self._unit == "user", _MOST_OF_A_USER
@@ -115,15 +111,14 @@ class _Search:
         if self._shared.keeps_states:
             examples.keep_frozen_states(self._shared.model)
         examples.keep_reference(self._shared.model)
-        adapter = self._fill(gradients, examples)
+        adapter = self._fill(examples)
         max_grad_norm = float(10.0 ** self._draws.uniform(_SMALLEST_LOG_NORM, _LARGEST_LOG_NORM))
 
-        summed = partial(self._sum, gradients, examples, units, max_grad_norm)
+        summed = partial(self._sum, examples, units, max_grad_norm)
         # The one more has any place among the others, so that it changes rows, shapes and company.
         one_more = int(self._draws.integers(0, num_others, endpoint=True))
         everyone = list(range(num_others + 1))
-        without = [unit for unit in everyone if unit != one_more]
-        change = summed(everyone) - summed(without)
+        change = summed(everyone) - summed([unit for unit in everyone if unit != one_more])
         square = sum(int(value) ** 2 for value in change[change != 0])
         return Worst(
             unit=self._unit,
@@ -136,7 +131,7 @@ class _Search:
             others=num_others,
         )
 
-    def _fill(self, gradients: PerExampleGradients, examples: SiteExamples) -> str:
+    def _fill(self, examples: SiteExamples) -> str:
         """Give the adapter values that a lead might send; returns how they were made."""
         how = str(self._draws.choice(["small", "random", "at the bound", "by ascent"]))
         parameters = self._shared.model.trainable()
@@ -150,7 +145,7 @@ class _Search:
         # To where losses are large: there attention saturates and gradients are mostly rounding.
         for _ in range(_ASCENT_STEPS if how == "by ascent" else 0):
             batch = next(iter(examples.cut(np.arange(min(8, len(examples)), dtype=np.int64))))
-            slopes = {name: gradient.sum(dim=0) for name, gradient in gradients.of(batch).items()}
+            slopes = {name: gradient.sum(dim=0) for name, gradient in self._gradients.of(batch).items()}
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.add_(slopes[name].sign() * self._bound / _ASCENT_STEPS)
@@ -158,25 +153,18 @@ class _Search:
         project(parameters, self._bound)
         return how
 
-    def _sum(
-        self,
-        gradients: PerExampleGradients,
-        examples: SiteExamples,
-        units: list[int],
-        max_grad_norm: float,
-        chosen: list[int],
-    ) -> Integers:
+    def _sum(self, examples: SiteExamples, units: list[int], max_grad_norm: float, chosen: list[int]) -> Integers:
         """The clean sum of the chosen units, in cells, by the code of a step."""
         sums = dp_step.zeros(self._shared.model.trainable())
         places = np.array(chosen, dtype=np.int64)
         if self._unit == "record":
             batches: Iterator[object] = iter(examples.cut(places))
-            of_units: dp_step.UnitGradients = gradients
+            of_units: dp_step.UnitGradients = self._gradients
         else:
             users = np.split(np.arange(sum(units), dtype=np.int64), np.cumsum(units)[:-1])
             everyone = UserExamples(examples, users, most_records=_MOST_OF_A_USER, most_users=16)
             batches = everyone.cut_drawn([users[place] for place in chosen])
-            of_units = everyone.gradients(gradients)
+            of_units = everyone.gradients(self._gradients)
         for batch in batches:
             dp_step.add_clipped(sums, of_units.of(batch), max_grad_norm)
         return np.concatenate([total.cpu().numpy().ravel() for total in sums.values()])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedtune.api.compose import compose_run, value_of
+from fedtune.api.compose import compose_run, key_of, value_of
 from fedtune.audit.spec import AuditSpec
 from fedtune.cli.command import AsJson, Overrides, answer
 from fedtune.cli.interruptible_run import show_run
@@ -72,11 +72,10 @@ def audit(overrides: Overrides = (), as_json: AsJson = False) -> None:
         print_json({"schema_version": SCHEMA_VERSION, "folder": str(folder), "result": result})
     else:
         show_findings(console, result, folder)
-    wrong = [
-        f"{place(bound.site)}: epsilon is at least {bound.lower_bound:.3f} with {result.confidence:.0%} confidence, "
-        f"above the claimed {epsilon_text(bound.claimed_epsilon)}"
-        for bound in refuted(result)
-    ]
+    sure, wrong = f"with {result.confidence:.0%} confidence, above the claimed", []
+    for bound in refuted(result):
+        shown = f"{place(bound.site)}: epsilon is at least {bound.lower_bound:.3f}"
+        wrong.append(f"{shown} {sure} {epsilon_text(bound.claimed_epsilon)}")
     if wrong:
         raise RunError(f"the audit refutes the claim, so the implementation or the claim is wrong ({'; '.join(wrong)})")
 
@@ -102,15 +101,11 @@ def _search(config: RunConfig, spec: AuditSpec, *, as_json: bool) -> None:
 
 def audit_spec(overrides: Sequence[str]) -> AuditSpec:
     """The audit's own settings, from overrides such as `audit.canaries=500`."""
-    given = {}
-    for override in overrides:
-        word, equals, _ = override.lstrip("+").partition("=")
-        if not equals:
-            raise ConfigError("override", override, f"must look like {_PREFIX}key=value")
-        if isinstance(value := value_of(override), bool):
-            raise ConfigError(word, str(value), "must be one plain value")
-        given[word.removeprefix(_PREFIX)] = value
-    return AuditSpec.of(given)
+    given = {key_of(override): value_of(override) for override in overrides}
+    for key, value in given.items():
+        if isinstance(value, bool):
+            raise ConfigError(key, str(value), "must be one plain value")
+    return AuditSpec.of({key.removeprefix(_PREFIX): value for key, value in given.items()})
 
 
 def show_findings(console: Console, result: Audit, folder: Path) -> None:
@@ -143,20 +138,15 @@ def _meaning(result: Audit) -> str:
         claimed = f"the run claims at most {epsilon_text(worst.claimed_epsilon)}"
         return f"{shown}, and {claimed}: the implementation or the claim is wrong."
     blind = [place(bound.site) for bound in result.bounds if bound.best_possible <= bound.claimed_epsilon]
-    limit = (
-        f" Even with every guess right it could not have refuted the claim at {', '.join(blind)}: that takes more "
-        "canaries or guesses, or a smaller delta (docs/audit.md)."
-        if blind
-        else ""
-    )
+    more = "that takes more canaries or guesses, or a smaller delta (docs/audit.md)"
+    limit = f" Even with every guess right it could not have refuted the claim at {', '.join(blind)}: {more}."
     above = [place(bound.site) for bound in result.bounds if bound.lower_bound > bound.claimed_epsilon]
-    found = (
-        f"The bound at {', '.join(above)} is above its claim by itself, but so little that it may be by chance: taken "
-        f"together, the {len(result.bounds)} bounds refute no claim at {result.confidence:.0%} confidence."
-        if above
-        else "No bound is above its claim, so nothing contradicts the guarantee."
-    )
-    return f"{attacker} {found} That is no proof of it: another attack may show more.{limit}"
+    found = "No bound is above its claim, so nothing contradicts the guarantee."
+    if above:
+        found = f"The bound at {', '.join(above)} is above its claim by itself, but so little that it may be by chance"
+        bounds = f"the {len(result.bounds)} bounds refute no claim at {result.confidence:.0%} confidence"
+        found = f"{found}: taken together, {bounds}."
+    return f"{attacker} {found} That is no proof of it: another attack may show more.{limit if blind else ''}"
 
 
 def place(site: str | None) -> str:

@@ -41,17 +41,10 @@ def evaluate(
     in_order = dict.fromkeys((*found.score(tuned.examples), *found.scores))  # the task's own order
     scores = {name: found.comparison("base", "tuned", name) for name in in_order}
     num_prompts, detail = len(tuned.texts.get("rouge_l", ())), found.detailed(tuned.examples)
-    figures = {
-        "schema_version": SCHEMA_VERSION,
-        "run": str(run),
-        "data": data,
-        "scores": {name: one.tuned.value for name, one in scores.items()},
-        "beside_base": scores,
-        "records": len(found.records),
-        "unit": found.unit,
-        "units": found.num_units,
-        "prompts": num_prompts,
-    }
+    of_tuned = {name: one.tuned.value for name, one in scores.items()}
+    figures = {"schema_version": SCHEMA_VERSION, "run": str(run), "data": data, "scores": of_tuned}
+    figures |= {"beside_base": scores, "records": len(found.records)}
+    figures |= {"unit": found.unit, "units": found.num_units, "prompts": num_prompts}
     if found.constant is not None:
         figures |= {"constant_answer": {found.judged_by: found.constant}}
     if detail is not None:
@@ -68,17 +61,14 @@ def evaluate(
 def _detailed(detail: Detail) -> Iterator[Section]:
     most = sorted(detail.classes, key=lambda one: -one.support)
     left = len(most) - _MOST_LABELS
-    rows = [
-        (one.label, *(f"{value:.4f}" for value in (one.precision, one.recall, one.f1)), f"{one.support:,}")
-        for one in most[:_MOST_LABELS]
-    ]
+    rows = []
+    for one in most[:_MOST_LABELS]:
+        rows.append((one.label, *map("{:.4f}".format, (one.precision, one.recall, one.f1)), f"{one.support:,}"))
     notes = [f"and {left} more, which --json has"] if left > 0 else []
     yield Section("Labels of the tuned model", ("label", "precision", "recall", "F1", "there are"), rows, notes=notes)
     bins = [(f"{one.confidence:.4f}", f"{one.right:.4f}", f"{one.count:,}") for one in detail.reliability]
-    title, headings = (
-        "How sure the tuned model is, and how often it is right",
-        ("mean probability", "share right", "answers"),
-    )
+    title = "How sure the tuned model is, and how often it is right"
+    headings = ("mean probability", "share right", "answers")
     notes = ["Bins of equally many answers, from the least sure to the surest; ece is their mean distance."]
     yield Section(title, headings, bins, words=(), notes=notes if bins else ())
 

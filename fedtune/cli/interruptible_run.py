@@ -40,7 +40,7 @@ def show_run(config: RunConfig, folder: Path, console: Console, *, work: Work, a
     display = Display(console, config, shown=config.tracking.progress)
 
     def shown(config: RunConfig, folder: Path, listener: Any) -> RunResult:
-        with display:
+        with display.following():
             result = work(config, folder, listener)
         # Before more files are written, because the disk may be full.
         show_result(console, config, result, whole_s=display.earlier_s + time.monotonic() - began)

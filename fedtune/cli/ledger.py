@@ -20,8 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-
 from fedtune.cli.command import Argument, AsJson, Option, command, group
 from fedtune.cli.plain_words import event_text, filled, promise_text, spending_json
 from fedtune.federation.run_folder import run_folders_near
@@ -241,17 +239,11 @@ def entries(verified: Verified, chosen: Sequence[Event]) -> Section:
     for event in chosen:
         when = (str(event.sequence), event.time[:16].replace("T", " "), event.kind.value)
         rows.append((*when, printable(event.run), str(event.round or ""), event_text(event)))
-    return Section(
-        title=f"{len(chosen)} of {counted(len(verified.events), 'event')}",
-        headings=("no.", "time (UTC)", "kind", "run", "round", "what"),
-        rows=rows,
-        words={1, 2, 3, 5},
-        whole={2},
-        notes=(
-            f"rate: probability with which each {unit} joins a step; noise: in units of the most that one {unit} can "
-            "move a step's sum",
-        ),
-    )
+    title = f"{len(chosen)} of {counted(len(verified.events), 'event')}"
+    headings = ("no.", "time (UTC)", "kind", "run", "round", "what")
+    noise = f"noise: in units of the most that one {unit} can move a step's sum"
+    notes = [f"rate: probability with which each {unit} joins a step; {noise}"]
+    return Section(title, headings, rows, words={1, 2, 3, 5}, whole={2}, notes=notes)
 
 
 def _state(run: LifetimeRun, history: History) -> str:
@@ -270,14 +262,10 @@ def show_spent(history: History, figures: Lifetime) -> None:
         unit=_UNITS.get(unit, "one unit"),
         promised=promise_text(unit, epsilon=figures.epsilon, delta=history.delta) if figures.epsilon else "",
     )
-    Console().print()
-    Console().print(
-        said.pop("in a word"), style="" if figures.has_guarantee else "bold yellow", markup=False, highlight=False
-    )
+    say("\n" + said.pop("in a word"), style="" if figures.has_guarantee else "bold yellow")
     if figures.frozen:
         say("FROZEN: all training on this population has ended for ever.", style="bold")
-    tables = [_lifetime(history, figures), *_by_arrival(figures), _methods(figures, said)]
-    show([*tables, _each_run(figures.runs, history)])
+    show([_lifetime(history, figures), _by_arrival(figures), _methods(figures, said), _each_run(figures.runs, history)])
     if history.restored:
         say(
             f"Backups put back so far: {len(history.restored)}. What they lacked is in the figures for all events, but "
@@ -305,43 +293,33 @@ def _lifetime(history: History, figures: Lifetime) -> Section:
     runs = figures.reference_runs_left
     fits = "" if runs is None else f": {counted(runs, 'run')} like the policy's reference"
     fits = ": nothing, since it is frozen" if history.frozen else fits
-    return Section(
-        title=f"Lifetime budget of each {history.opened.unit}, by the filter",
-        headings=("", "epsilon", "share of cap"),
-        rows=(
-            ("charged so far", epsilon_text(figures.epsilon), _share(share)),
-            (with_set_aside, epsilon_text(figures.with_set_aside), _share(set_aside)),
-            ("cap", cap, "100 %" if share is not None else ""),
-            (f"left for new runs{fits}", rounded_down(unbounded(figures.left)), left),
-            (period, epsilon_text(figures.period_epsilon), ""),
-        ),
-        notes=[] if share is None else [note],
+    rows = (
+        ("charged so far", epsilon_text(figures.epsilon), _share(share)),
+        (with_set_aside, epsilon_text(figures.with_set_aside), _share(set_aside)),
+        ("cap", cap, "100 %" if share is not None else ""),
+        (f"left for new runs{fits}", rounded_down(unbounded(figures.left)), left),
+        (period, epsilon_text(figures.period_epsilon), ""),
     )
+    title, headings = f"Lifetime budget of each {history.opened.unit}, by the filter", ("", "epsilon", "share of cap")
+    return Section(title, headings, rows, notes=[] if share is None else [note])
 
 
-def _by_arrival(figures: Lifetime) -> Iterator[Section]:
+def _by_arrival(figures: Lifetime) -> Section:
     """The epsilon of people by when they came; nothing where one figure holds for everybody."""
     rows = []
     for one in figures.cohorts or ():
         spent = (epsilon_text(one.epsilon), epsilon_text(one.with_set_aside), rounded_down(unbounded(one.left)))
         rows.append((catalogue("en").arrivals([one.people]).unescape(), *spent))
-    yield Section(
-        title="By arrival",
-        headings=("who", "charged", "with what open runs\nhave set aside", "left for new runs"),
-        rows=rows,
-        notes=["The cap holds for each line; the figures above are the largest of them."] if rows else (),
-    )
+    headings = ("who", "charged", "with what open runs\nhave set aside", "left for new runs")
+    note = "The cap holds for each line; the figures above are the largest of them."
+    return Section("By arrival", headings, rows, notes=[note] if rows else [])
 
 
 def _methods(figures: Lifetime, said: Mapping[str, str]) -> Section:
     epsilons = {"filter": figures.epsilon, "PLD": figures.epsilon_pld, "RDP": figures.epsilon_rdp}
-    return Section(
-        title="What the figures for all events mean",
-        headings=("method", "epsilon", "meaning"),
-        words={0, 2},
-        whole={0},
-        rows=[(method, epsilon_text(epsilons[method]), meaning) for method, meaning in said.items()],
-    )
+    rows = [(method, epsilon_text(epsilons[method]), meaning) for method, meaning in said.items()]
+    title, headings = "What the figures for all events mean", ("method", "epsilon", "meaning")
+    return Section(title, headings, rows, words={0, 2}, whole={0})
 
 
 def _each_run(runs: Sequence[LifetimeRun], history: History) -> Section:

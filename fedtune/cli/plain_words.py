@@ -113,25 +113,14 @@ def _note_text(detail: dict[str, Any]) -> str:
                 f"IN DOUBT: a receipt of this site's own knows event {detail['sequence']}, which is missing; "
                 "nothing is trained until the ledger is restored"
             )
-        case "approved":
-            return f"{_person(detail)} approved the run as it was proposed{_reason(detail)}"
-        case "denied":
-            return f"{_person(detail)} denied the run as it was proposed{_reason(detail)}"
+        case "approved" | "denied" as decided:
+            who, ticket = printable(detail["by"]) or "a person at the site", printable(detail["ticket"])
+            why = "; ".join(filter(None, (ticket and f"ticket {ticket}", printable(detail["why"]))))
+            return f"{who} {decided} the run as it was proposed{why and f': {why}'}"
         case "frozen":
             return f"FROZEN, all training has ended: {printable(detail['why'])}"
         case other:
             return f"unknown note {printable(other)}"
-
-
-def _person(detail: dict[str, Any]) -> str:
-    return printable(detail["by"]) or "a person at the site"
-
-
-def _reason(detail: dict[str, Any]) -> str:
-    """The ticket and the reason of a person's decision, as the end of a sentence."""
-    said = [f"ticket {printable(detail['ticket'])}"] if detail["ticket"] else []
-    said += [printable(detail["why"])] if detail["why"] else []
-    return ": ".join(["", "; ".join(said)]) if said else ""
 
 
 def check_policy(file: Path, *, as_json: bool) -> None:
@@ -141,12 +130,8 @@ def check_policy(file: Path, *, as_json: bool) -> None:
     cautions = tuple(budget_text.cautions_of(policy, amount, folder=file.parent))
     if not as_json:  # first, since the ledger beside it may not be what it should be
         say(f"Policy of site {policy.site} ({file})", style="bold")
-        warnings = Section(
-            title=counted(len(cautions), "warning"),
-            headings=("key", "value, and what it means"),
-            rows=cautions,
-            words={0, 1},
-        )
+        headings = ("key", "value, and what it means")
+        warnings = Section(counted(len(cautions), "warning"), headings, cautions, words={0, 1})
         meaning = _meaning(policy, amount, folder=file.parent)
         show([meaning, warnings if cautions else Section(notes=["No warnings."])])
     verified, differences = budget_text.beside_of(files)
@@ -154,11 +139,8 @@ def check_policy(file: Path, *, as_json: bool) -> None:
         ledger: dict[str, Any] | None = None
         if verified is not None:
             different = [{"key": key, "ledger": made, "policy": asked} for key, made, asked in differences]
-            ledger = budget_text.identity_json(files.ledger, verified) | {
-                "fits": not differences,
-                "differences": different,
-            }
-            ledger["spending"] = spending_json(verified)
+            ledger = {**budget_text.identity_json(files.ledger, verified), "fits": not differences}
+            ledger |= {"differences": different, "spending": spending_json(verified)}
         figures = {"schema_version": SCHEMA_VERSION, "path": str(file), "sha256": policy.digest()}
         warned = [{"key": key, "text": text} for key, text in cautions]
         print_json(figures | {"policy": policy.to_json(), "amount": amount, "warnings": warned, "ledger": ledger})
@@ -171,14 +153,13 @@ def check_policy(file: Path, *, as_json: bool) -> None:
 
 def _meaning(policy: Policy, amount: Amount, *, folder: Path) -> Section:
     shown = [model if len(model) <= 16 else f"{model[:16]}..." for model in policy.allow.base_models]
-    unit, budget = policy.population.unit, policy.budget
     said = filled(
         "policy",
         policy=policy,
         amount=amount,
         folder=folder,
         models=shown,
-        promised=promise_text(unit, epsilon=budget.max_epsilon, delta=budget.delta),
+        promised=promise_text(policy.population.unit, epsilon=policy.budget.max_epsilon, delta=policy.budget.delta),
         no_adapter=NO_ADAPTER,
         at_once=AT_ONCE,
     )

@@ -14,7 +14,7 @@ renew-site for each site.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ from fedtune.cli.command import Argument, AsJson, Option, answer, command, group
 from fedtune.ops.kits import provisioning
 from fedtune.ops.kits.certificates import SOON_DAYS, Certificate, fingerprint_of
 from fedtune.ops.kits.federation_folder import FederationFolder
-from fedtune.ops.kits.members import JoinRequest
+from fedtune.ops.kits.members import JoinRequest, Member
 from fedtune.ops.kits.provisioning import Admitted
 from fedtune.show.lines import printable
 from fedtune.show.terminal_tables import SCHEMA_VERSION, Section, require_agreed, say, show
@@ -155,16 +155,10 @@ def list_sites(federation: Federation = Path("."), as_json: AsJson = False) -> N
         datasets = "\n".join(f"{name} ({size:,})" for name, size in member.datasets.items())
         state = f"revoked {member.revoked[:10]}" if member.revoked else "takes part"
         rows.append((member.site, state, _until(Certificate.of(member.issued), now), datasets))
-    sites = Section(
-        title=counted(len(made.roster.sites), "site"),
-        headings=("site", "state", "certificate until", "data sets (declared size)"),
-        rows=rows,
-        words=range(4),
-        notes=() if rows else ("None has joined yet.",),
-    )
+    headings, none = ("site", "state", "certificate until", "data sets (declared size)"), ["None has joined yet."]
+    sites = Section(counted(len(rows), "site"), headings, rows, words=range(4), notes=[] if rows else none)
     own = [(name, _until(certificate, now)) for name, certificate in made.certificates.items()]
-    title = "The federation's own certificates"
-    sections = [sites, Section(title=title, headings=("of", "until"), rows=own, words={0, 1})]
+    sections = [sites, Section("The federation's own certificates", ("of", "until"), own, words={0, 1})]
     heading = f"Federation {made.settings.name}, server {made.settings.server}"
     answer(_to_json(made, now), sections, as_json=as_json, heading=heading)
     for warning in [] if as_json else _warnings(made, now):
@@ -261,39 +255,36 @@ def _left(certificate: Certificate, now: datetime) -> str:
     return "expired" if now > certificate.not_after else f"{counted(certificate.days_left(now), 'day')} left"
 
 
-def _warnings(made: FederationFolder, now: datetime) -> list[str]:
+def _warnings(made: FederationFolder, now: datetime) -> Iterator[str]:
     """The certificates that are about to expire, or have, each with the command that renews it."""
     members = [one for one in made.roster.sites if not one.revoked]
     found = [(f"site {one.site}", Certificate.of(one.issued), f"renew-site {one.site}") for one in members]
     own = made.certificates
     found += [(f"the {kind}", own[kind], f"renew-{kind}") for kind in ("server", "lead")]
-    warnings = [
-        f"The certificate of {name}: {_left(certificate, now)}. Renew it: fedtune provision {command}"
-        for name, certificate, command in found
-        if certificate.days_left(now) < SOON_DAYS
-    ]
+    for name, certificate, renewal in found:
+        if certificate.days_left(now) < SOON_DAYS:
+            yield f"The certificate of {name}: {_left(certificate, now)}. Renew it: fedtune provision {renewal}"
     if own["authority"].days_left(now) < SOON_DAYS:
-        warnings.append(f"The authority: {_left(own['authority'], now)}. Provision the federation again.")
-    return warnings
+        yield f"The authority: {_left(own['authority'], now)}. Provision the federation again."
 
 
 def _to_json(made: FederationFolder, now: datetime) -> dict[str, Any]:
-    sites = []
-    for member in made.roster.sites:
-        certificate = _certificate_json(Certificate.of(member.issued), now)
-        keys = {"connection_key_sha256": fingerprint_of(member.node_key), "site_key": member.site_key}
-        datasets = [{"id": name, "declared_size": size} for name, size in member.datasets.items()]
-        about = {"site": member.site, "revoked": member.revoked, "certificate": certificate}
-        sites.append({**about, **keys, "datasets": datasets})
     return {
         "schema_version": SCHEMA_VERSION,
         "federation": made.settings.name,
         "server": made.settings.server,
         "lead": made.lead_key,
         "certificates": {name: _certificate_json(certificate, now) for name, certificate in made.certificates.items()},
-        "sites": sites,
-        "warnings": _warnings(made, now),
+        "sites": [_member_json(member, now) for member in made.roster.sites],
+        "warnings": [*_warnings(made, now)],
     }
+
+
+def _member_json(member: Member, now: datetime) -> dict[str, Any]:
+    certificate = _certificate_json(Certificate.of(member.issued), now)
+    keys = {"connection_key_sha256": fingerprint_of(member.node_key), "site_key": member.site_key}
+    datasets = [{"id": name, "declared_size": size} for name, size in member.datasets.items()]
+    return {"site": member.site, "revoked": member.revoked, "certificate": certificate, **keys, "datasets": datasets}
 
 
 def _certificate_json(certificate: Certificate, now: datetime) -> dict[str, Any]:

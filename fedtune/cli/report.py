@@ -227,10 +227,7 @@ def _keys_by_roster(report: Report, path: Path, key: str | None) -> tuple[str, M
 def verdict_line(report: Report) -> tuple[str, str]:
     """The verdict with the figure behind it, and its style."""
     reasons = ", ".join(code.replace("_", " ") for code in report.verdict.reasons)
-    style = _NO_ROOM if room_of(report) else _STYLES[report.verdict.state]
+    style, facts = _NO_ROOM if room_of(report) else _STYLES[report.verdict.state], report.facts
     said = catalogue("en").texts["verdict"][outcome_of(report)]
     shown = _LOUD.sub(lambda found: found.group().upper(), said) + (f" ({reasons})" if reasons else "")
-    return (
-        f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {report.facts.delta:g} for each {report.facts.unit}",
-        style,
-    )
+    return f"{shown}: epsilon {epsilon_text(report.epsilon)} at delta {facts.delta:g} for each {facts.unit}", style

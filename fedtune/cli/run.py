@@ -205,22 +205,19 @@ def show_status(folder: Path, *, as_json: bool) -> None:
     """Print how far a run is, and what each site has spent."""
     config = saved_config(folder)
     state = Checkpoints(RunFolder(folder).checkpoints, config.digest()).load()
-    plan, answers, sites = config.plan(), latest_answers(folder), dict[str, dict[str, Any]]()
+    plan, answers, sites, rows = config.plan(), latest_answers(folder), dict[str, dict[str, Any]](), []
     over = is_over(state.rounds, config.federation, judged_by=config.judged_by)
     for site in config.federation.active:
-        charge = site_charge(state, site, plan)
-        last = answers.get(site, {})
+        charge, last = site_charge(state, site, plan), answers.get(site, {})
+        what, at = last.get("what", "none yet"), last.get("time")
         epsilon = charge.claim if over else charge.epsilon  # None: nothing bounds the loss
-        heard = {"last_answer": last.get("what", "none yet"), "at": last.get("time"), "epsilon": epsilon}
-        sites[site] = heard | {"rounds_charged": charge.rounds, "upper_bound": charge.upper_bound}
+        sites[site] = {"last_answer": what, "at": at, "epsilon": epsilon}
+        sites[site] |= {"rounds_charged": charge.rounds, "upper_bound": charge.upper_bound}
+        rows.append((site, what, at or "-", f"{epsilon_text(epsilon)}{' at most' if charge.upper_bound else ''}"))
     status: dict[str, Any] = {"name": config.name, "running": RunFolder(folder).is_running, "finished": over}
     status |= {"round": state.round, "num_rounds": config.federation.num_rounds}
     status |= {"metrics": dict(state.rounds[-1].metrics) if state.rounds else {}, "sites": sites}
     how = "running" if status["running"] else "finished" if status["finished"] else "stopped"
     heading = f"{folder}: {how}, {status['round']} of {status['num_rounds']} rounds are done"
-    rows = []
-    for site, about in sites.items():
-        bound = " at most" if about["upper_bound"] else ""
-        rows.append((site, about["last_answer"], about["at"] or "-", f"{epsilon_text(about['epsilon'])}{bound}"))
     section = Section(headings=("site", "last answer", "at", "epsilon so far"), rows=rows, words=range(4))
     answer(status, [section], as_json=as_json, heading=heading)

@@ -96,12 +96,9 @@ def show_config(
     if info is not None:
         node = hydra_node(hydras)
         path = [(one["provider"], f"{one['schema']}://{one['path']}") for one in node["runtime"]["config_sources"]]
-        tables = {
-            "searchpath": Section("Search path", ("provider", "path"), path, words={0, 1}),
-            "defaults": Section(
-                "Files, in their order", ("file", "package", "named by"), composed_files(hydras), words={0, 1, 2}
-            ),
-        }
+        headings, files = ("file", "package", "named by"), composed_files(hydras)
+        tables = {"searchpath": Section("Search path", ("provider", "path"), path, words={0, 1})}
+        tables["defaults"] = Section("Files, in their order", headings, files, words={0, 1, 2})
         show(table for name, table in tables.items() if info in (name, "all"))
         return
     begun = any(word.startswith(("resume=", "renew=")) for word in words)

@@ -77,7 +77,7 @@ class AtSite:
         said, waiting = _decision(by, ticket, reason), self.state.waiting()
         asked = _chosen([pending.proposal for pending in waiting], run, "waits for approval")
         pending = next(pending for pending in waiting if pending.proposal == asked)
-        verdict = ask(self.site_toml, pending.proposal, declared_sizes={})
+        verdict = ask(self.site_toml, asked, declared_sizes={})
         # Every other setting that the run's name stands for, whole: the end of a list may be what matters.
         settings = {key: value for key, value in json.loads(pending.settings).items() if key not in _SHOWN_ABOVE}
         rows = {"fedtune at the lead": printable(pending.software)} if pending.software else {}
@@ -89,11 +89,9 @@ class AtSite:
         if verdict.ledger == "in doubt":
             raise RunError(verdict.note)
         if not verdict.allowed:
-            rules = []
-            for broken in verdict.broken:
-                known = asked_and_allowed(broken.asked, broken.allowed)
-                rules.append(reason_text(broken.reason) + (f" ({known})" if known else ""))
-            raise RefusedError(f"policy or budget refuse this run: {'; '.join(rules)}")
+            known = [(one.reason, asked_and_allowed(one.asked, one.allowed)) for one in verdict.broken]
+            rules = "; ".join(reason_text(reason) + (f" ({numbers})" if numbers else "") for reason, numbers in known)
+            raise RefusedError(f"policy or budget refuse this run: {rules}")
         if not yes:
             require_agreed("Let it start?", otherwise="not approved: the run still waits")
         self.files.open().approve(pending.proposal, **said)

@@ -48,7 +48,6 @@ from fedtune.tasks.saved import SavedAdapter, load_task_model, write_task_model
 from fedtune.tasks.task_model import TaskModel
 
 _ROWS = 64  # of made-up features
-_ONNX = ("onnxscript", "onnxruntime")  # what writes a graph, and what runs it
 _MOST_APART = 1e-3
 """The largest difference of logits, as a share of the largest logit: kernels round otherwise, nothing else may."""
 
@@ -290,7 +289,6 @@ def _write_sentence_transformers(source: Source, reference: Reference, folder: P
 
 
 def _write_onnx(source: Source, reference: Reference, folder: Path) -> None:
-    require_extra("--format", "onnx", "export", *_ONNX)
     with TemporaryDirectory() as scratch:
         plain = source.scores(_plain(source, Path(scratch))).eval()
         source.base.config.save_pretrained(folder)
@@ -355,8 +353,6 @@ def _write_features(adapter: Path, config: RunConfig, folder: Path, *, format: s
         ConfigError: the adapter cannot be loaded.
         RunError: what was written computes something else than the run's model.
     """
-    if format == "onnx":
-        require_extra("--format", "onnx", "export", *_ONNX)
     model = load_task_model(adapter, model=config.model, private=private_to is not None)
     draws, features = np.random.default_rng(0), config.data.features
     columns = [(one, FEATURE + name) for one in features for name in one.columns]

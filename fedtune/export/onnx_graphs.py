@@ -20,6 +20,7 @@ from torch import nn
 from fedtune.config import RunConfig
 from fedtune.data.batching import Batch, collate
 from fedtune.evaluation.bootstrap import Figures
+from fedtune.extras import require_extra
 from fedtune.model.quiet import quiet
 from fedtune.sites.run_records import LeadRecords
 from fedtune.sites.shared_model import LeadData, Measured
@@ -53,7 +54,11 @@ def write_graph(
         given: its arguments in order, by name: an example of each, and which of its axes may have another size.
         output: the name of what it returns.
         file: to write.
+
+    Raises:
+        ConfigError: a library that writes or runs graphs is missing.
     """
+    require_extra("--format", "onnx", "export", "onnxscript", "onnxruntime")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that are not installed
     with quiet(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

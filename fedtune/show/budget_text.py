@@ -95,35 +95,26 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
     """Where little or nothing is promised."""
     budget, limits = policy.budget, policy.limits
     if policy.allow.seeded_noise:
-        text = (
-            "true: anybody who knows the seed can subtract the noise; for made-up records only. "
-            "It marks the ledger for ever"
-        )
-        yield "allow.seeded_noise", text
+        text = "true: anybody who knows the seed can subtract the noise; for made-up records only"
+        yield "allow.seeded_noise", f"{text}. It marks the ledger for ever"
     if policy.allow.inexact_gradients:
-        text = (
-            f"true: where gradients depend on the rest of the batch by rounding, the bound on one "
-            f"{policy.population.unit}'s influence is measured, not proved; false accepts exact machines alone"
-        )
-        yield "allow.inexact_gradients", text
+        bound = f"the bound on one {policy.population.unit}'s influence is measured, not proved"
+        text = f"true: where gradients depend on the rest of the batch by rounding, {bound}"
+        yield "allow.inexact_gradients", f"{text}; false accepts exact machines alone"
     if math.isinf(budget.max_epsilon):
         yield "budget.max_epsilon", "inf: nothing is promised to anybody"
     elif budget.max_epsilon > LARGE_EPSILON:
-        text = f"{budget.max_epsilon:g}: above {LARGE_EPSILON:g} a budget promises very little"
-        yield "budget.max_epsilon", text
+        yield "budget.max_epsilon", f"{budget.max_epsilon:g}: above {LARGE_EPSILON:g} a budget promises very little"
     if limits.min_noise_multiplier == 0:
-        text = "0: a run without any noise is stopped by nothing but the caps"
-        yield "limits.min_noise_multiplier", text
+        yield "limits.min_noise_multiplier", "0: a run without any noise is stopped by nothing but the caps"
     elif limits.min_noise_multiplier < SMALL_NOISE:
         text = f"{limits.min_noise_multiplier:g}: below {SMALL_NOISE:g} a single step can tell who is in the data"
         yield "limits.min_noise_multiplier", text
     size = policy.population_size
     if budget.delta > 1 / (10 * size):
-        text = (
-            f"{budget.delta:g}: the chance, for each of {size:,} {policy.population.unit}s, of an outcome that "
-            f"nothing else can have caused; choose at most {10.0 ** math.floor(-math.log10(10 * size)):.0e}"
-        )
-        yield "budget.delta", text
+        chance = f"{budget.delta:g}: the chance, for each of {size:,} {policy.population.unit}s, of an outcome"
+        most = f"{10.0 ** math.floor(-math.log10(10 * size)):.0e}"
+        yield "budget.delta", f"{chance} that nothing else can have caused; choose at most {most}"
     if not policy.anchor:
         text = "empty: rollback is not excluded; nothing here notices when the ledger is put back to an older copy"
         yield "anchor", text
@@ -132,14 +123,9 @@ def _cautions_of_promise(policy: Policy) -> Iterator[Caution]:
 def _cautions_of_requests(policy: Policy) -> Iterator[Caution]:
     """Where every request would be refused, or more of them accepted than it seems."""
     allow = policy.allow
-    for key, empty in (
-        ("allow.leads", not allow.leads),
-        ("allow.tasks", not allow.tasks),
-        ("allow.base_models", not allow.base_models),
-        ("allow.target_modules", not allow.target_modules),
-    ):
-        if empty:
-            yield key, "empty: every request is refused"
+    for name in ("leads", "tasks", "base_models", "target_modules"):
+        if not getattr(allow, name):
+            yield f"allow.{name}", "empty: every request is refused"
     if not policy.releases.updates:
         yield "releases.updates", "false: every request is refused"
     if UNVERIFIED in allow.base_models:
@@ -160,26 +146,24 @@ def _cautions_of_amounts(policy: Policy, amount: Amount) -> Iterator[Caution]:
     if not amount.reference_fits:
         text = "would itself be refused by the limits or by max_epsilon_per_run; is it what you expect a run to be?"
         yield "budget.reference", text
-    for key, runs in (
-        ("budget.max_epsilon", amount.runs_in_lifetime),
-        ("budget.max_epsilon_per_period", amount.runs_in_period),
-    ):
+    fitting = {"max_epsilon": amount.runs_in_lifetime, "max_epsilon_per_period": amount.runs_in_period}
+    for key, runs in fitting.items():
         if runs == 0:
-            yield key, "leaves no room for a single run like the reference"
+            yield f"budget.{key}", "leaves no room for a single run like the reference"
 
 
 def _cautions_of_files(policy: Policy, folder: Path) -> Iterator[Caution]:
     """Faults of the files that the policy names; nothing where they are yet to be made."""
     ledger, anchor = folder / policy.ledger, folder / policy.anchor
-    if ledger.is_file() and not policy.key_command and not (folder / policy.site_key).is_file():
-        text = "is missing, and a ledger needs the key that it was made with; restore it from its backup"
-        yield "site_key", text
-    if policy.anchor and ledger.is_file() and not anchor.is_file():
+    if not ledger.is_file():
+        return
+    if not policy.key_command and not (folder / policy.site_key).is_file():
+        yield "site_key", "is missing, and a ledger needs the key that it was made with; restore it from its backup"
+    if policy.anchor and not anchor.is_file():
         text = "is missing, and the ledger is not new: nothing is trained (docs/site_policy.md says what to do)"
         yield "anchor", text
-    if policy.anchor and anchor.is_file() and ledger.is_file() and anchor.stat().st_dev == ledger.stat().st_dev:
-        text = "lies on the ledger's own disk: both can be put back together"
-        yield "anchor", text
+    elif policy.anchor and anchor.stat().st_dev == ledger.stat().st_dev:
+        yield "anchor", "lies on the ledger's own disk: both can be put back together"
 
 
 def beside_of(files: SiteFiles) -> tuple[Verified | None, Differences]:
@@ -258,10 +242,9 @@ def noise_words(plan: Plan) -> str:
     if (shared := plan.shared) is None:
         return f"multiplier {plan.noise_multiplier:g}{runs_words(plan)}"
     less = f", less {shared.colluders} that may collude" if shared.colluders else ""
-    return (
-        f"multiplier {plan.noise_multiplier:g} at each site, {plan.counted_noise:.4g} in a secure sum of at least "
-        f"{shared.threshold} of {counted(shared.num_sites, 'site')}{less}{runs_words(plan)}"
-    )
+    least = f"at least {shared.threshold} of {counted(shared.num_sites, 'site')}{less}"
+    each = f"multiplier {plan.noise_multiplier:g} at each site"
+    return f"{each}, {plan.counted_noise:.4g} in a secure sum of {least}{runs_words(plan)}"
 
 
 def trust_words(by_trust: Epsilons) -> str:

@@ -94,10 +94,6 @@ def chart(code: str, panel: Panel, *, named: tuple[str, str], number: Callable[[
     write = (lambda tick: power_of_ten(round(tick))) if scale == "powers" else number
     labels = _dates(low, high) if scale == "days" else [(tick, write(tick)) for tick in _x_ticks(low, high, scale)]
     parts += _x_axis(panel.x, across, _HEIGHT - 32, labels)
-    return _framed(code, parts, named=named)
-
-
-def _framed(code: str, parts: Sequence[str], *, named: tuple[str, str]) -> Markup:
     title, description = map(escape, named)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" font-size="10"'

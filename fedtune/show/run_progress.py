@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +21,6 @@ from fedtune.federation.lead import LeadState, charged_epsilons, site_charge
 from fedtune.federation.planner import signal_to_noise
 from fedtune.model.products import is_slow_on_cpu
 from fedtune.privacy.accountant import epsilon_text
-from fedtune.privacy.cohorts import Cohorts
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.run_plan import Plan
 from fedtune.runs.results import DATA_CHANGED, DIVERGED, GUESS, WORSE, RunResult
@@ -61,16 +60,13 @@ class Display:
             disable=not shown or not console.is_terminal,
         )
 
-    def __enter__(self) -> Display:
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Say what begins, and keep the bar on the terminal until the run has ended."""
         if self._shown:
             self._console.print(f"[bold]fedtune[/bold] {self._config.name}: loading model and data ...")
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+        with self._progress:
+            yield
 
     def preparing(self, what: str, done: int, total: int) -> None:
         """Show what takes long: on a terminal with a bar, elsewhere as a line now and then."""
@@ -203,20 +199,14 @@ def _left(seconds: float | None) -> str:
 def show_result(console: Console, config: RunConfig, result: RunResult, *, whole_s: float) -> None:
     """The table of sites, and the scores; `whole_s` is how long it took with what came before training.
 
-    With `tracking.log_level=debug` (`--verbose`) it says what epsilon by RDP is.
+    With `tracking.log_level=debug` it says what epsilon by RDP is.
     """
     say_here = partial(say, console=console)
     privacy, final = result.privacy, result.final
-    rows = [
-        (
-            site,
-            f"{config.declared_sizes()[site]:,}",
-            f"{spent.steps}{' at most' if spent.upper_bound else ''}",
-            epsilon_text(spent.epsilon),
-            epsilon_text(spent.epsilon_rdp),
-        )
-        for site, spent in privacy.sites.items()
-    ]
+    rows, sizes = [], config.declared_sizes()
+    for site, spent in privacy.sites.items():
+        steps = f"{spent.steps}{' at most' if spent.upper_bound else ''}"
+        rows.append((site, f"{sizes[site]:,}", steps, *map(epsilon_text, (spent.epsilon, spent.epsilon_rdp))))
     headings = ("site", "declared size", "steps", "epsilon", "epsilon by RDP")
     explained = config.tracking.log_level == "debug" and privacy.epsilon is not None
     notes = [ABOUT_RDP.format(counts="epsilon")] if explained else []
@@ -257,11 +247,9 @@ def _kept(kept: Kept, result: RunResult, *, planned: int) -> str:
     text += f"; no later round was better, so the run ended {counted(planned - len(result.rounds), 'round')} early"
     if privacy.epsilon is None:
         return text
-    charged = max(unbounded(site.epsilon) for site in privacy.sites.values())
-    return (
-        f"{text}. The sites were charged epsilon {epsilon_text(charged)}; the claim stays the planned "
-        f"{epsilon_text(privacy.epsilon)}, since the scores picked the moment"
-    )
+    charged = epsilon_text(max(unbounded(site.epsilon) for site in privacy.sites.values()))
+    claim = f"the claim stays the planned {epsilon_text(privacy.epsilon)}, since the scores picked the moment"
+    return f"{text}. The sites were charged epsilon {charged}; {claim}"
 
 
 def _finding(code: str, config: RunConfig) -> str:
@@ -291,15 +279,13 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
     }
     if plan.private:
         epsilon = epsilon_text(charged_epsilons(plan, plan.most_rounds)[0])
-        most = (
-            f", at most {counted(plan.records_per_user, 'record')} of a user in a step" if plan.unit == "user" else ""
-        )
-        rows["privacy"] = (
-            f"epsilon at most {epsilon} at delta {plan.delta:g} for each {plan.unit}: "
-            f"clip {plan.max_grad_norm:g}, noise {noise_words(plan)}{most}"
-        )
-        if plan.cohorts is not None:
-            rows["people"] = f"charged are those who arrived {_window(plan.cohorts)}, and nobody else"
+        bound = f"epsilon at most {epsilon} at delta {plan.delta:g} for each {plan.unit}"
+        rows["privacy"] = f"{bound}: clip {plan.max_grad_norm:g}, noise {noise_words(plan)}"
+        if plan.unit == "user":
+            rows["privacy"] += f", at most {counted(plan.records_per_user, 'record')} of a user in a step"
+        if (people := plan.cohorts) is not None:
+            came = f"from {people.first} to {people.last}" if people.first else f"up to {people.last} or without a date"
+            rows["people"] = f"charged are those who arrived {came}, and nobody else"
         if config.runtime.seeded_noise:
             rows["privacy"] += "; seeded noise: a study without a guarantee"
             warnings.add("privacy")
@@ -312,10 +298,8 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
         warnings |= {"signal"} if ratio < WEAK_SIGNAL else set()
     dtype = config.model.dtype
     if str(shared.device) == "cpu" and is_slow_on_cpu(dtype):
-        rows["format"] = (
-            f"model.dtype={dtype} makes this run slower: this CPU has no instructions for bfloat16, "
-            "and model.dtype=float32 needs less time here"
-        )
+        slower = f"model.dtype={dtype} makes this run slower: this CPU has no instructions for bfloat16"
+        rows["format"] = f"{slower}, and model.dtype=float32 needs less time here"
     if not shared.keeps_states:
         rows["memory"] = (
             f"runtime.kept_states_mib is too small to keep what the frozen layers make of the records, which takes "
@@ -324,10 +308,6 @@ def _settings(config: RunConfig, shared: SharedModel, plan: Plan) -> Section:
         )
     styles = {place: "yellow" for place, name in enumerate(rows) if name in warnings | {"format", "memory"}}
     return replace(pairs(rows), styles=styles)
-
-
-def _window(cohorts: Cohorts) -> str:
-    return f"from {cohorts.first} to {cohorts.last}" if cohorts.first else f"up to {cohorts.last} or without a date"
 
 
 def _start(about: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -69,15 +70,9 @@ def test_blank_overrides_are_nothing() -> None:
 
 def test_a_sweep_is_every_combination_with_a_name_that_says_which() -> None:
     runs = swept(["experiment=debug", "name=s", "privacy.epsilon=1,3", "training=adamw,sgd"])
-    assert [(run.privacy.epsilon, run.training.optimizer) for run in runs] == [
-        (1.0, "adamw"),
-        (1.0, "sgd"),
-        (3.0, "adamw"),
-        (3.0, "sgd"),
-    ]
-    assert [run.name for run in runs] == [
-        f"s-privacy.epsilon={epsilon},training={training}" for epsilon in (1, 3) for training in ("adamw", "sgd")
-    ]
+    wanted = [*product((1, 3), ("adamw", "sgd"))]
+    assert [(run.privacy.epsilon, run.training.optimizer) for run in runs] == wanted
+    assert [run.name for run in runs] == [f"s-privacy.epsilon={one},training={other}" for one, other in wanted]
     (run,) = swept(["experiment=debug", "privacy.epsilon=3"])
     assert run.name.endswith("-run"), "one value each makes one run"
 
@@ -103,10 +98,8 @@ def test_runs_of_a_sweep_never_share_a_folder() -> None:
 
 
 def test_a_resumed_run_takes_single_values_on_top_of_its_own_and_no_other_name(tmp_path: Path) -> None:
-    folder, words = (
-        tmp_path / "renamed, first's",
-        ["experiment=debug", "privacy.epsilon=2.5", "federation.num_rounds=7"],
-    )
+    folder = tmp_path / "renamed, first's"
+    words = ["experiment=debug", "privacy.epsilon=2.5", "federation.num_rounds=7"]
     config = compose_run([*words, "name=first"])
     write_config(config, folder)
     resume = f'resume="{folder}"'
@@ -178,10 +171,8 @@ def test_secure_sums_choose_their_rounds_steps_and_rates() -> None:
 
 
 def test_values_that_are_given_with_secure_sums_stay(tmp_path: Path) -> None:
-    assert chosen_for_sums(SECURE, "federation.num_rounds=7", "training.head_learning_rate=9") == (
-        *(7, 1, 4, "linear"),
-        *(5.0, 9.0),
-    )
+    given = ("federation.num_rounds=7", "training.head_learning_rate=9")
+    assert chosen_for_sums(SECURE, *given) == (7, 1, 4, "linear", 5.0, 9.0)
     assert chosen_for_sums(SECURE, "training.local_steps=1") == (10, 1, None, "linear", 3.0, 24.0), "all by hand"
     with pytest.raises(ConfigError, match=r"training\.local_steps = 5: must be 1 with federation\.aggregation"):
         compose_run([SECURE, "training.local_steps=5", "name=x"])
@@ -190,9 +181,8 @@ def test_values_that_are_given_with_secure_sums_stay(tmp_path: Path) -> None:
     secure.write_text("defaults: [banks_intents]\nfederation: {aggregation: secure, num_rounds: 3}\n")
     assert chosen_for_sums(f"experiment={plain}", SECURE)[0] == 15, "the file had plain rounds in mind"
     assert chosen_for_sums(f"experiment={secure}")[:3] == (3, 1, 4)
-    assert chosen_for_sums("federation={aggregation: secure, num_rounds: 7}", "training={learning_rate: 1.5}")[-2:] == (
-        *(1.5, 40.0),
-    )
+    maps = ("federation={aggregation: secure, num_rounds: 7}", "training={learning_rate: 1.5}")
+    assert chosen_for_sums(*maps)[-2:] == (1.5, 40.0)
     said = {"federation": {"aggregation": "secure", "num_rounds": 7}, "training": {"learning_rate": 1.5}}
     config = compose_recipe("banks_intents", said)
     assert (config.federation.num_rounds, config.training.learning_rate) == (7, 1.5)

@@ -3,8 +3,6 @@
 import asyncio
 import doctest
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from fedtune.api import door
 from fedtune.api.compose import compose_recipe
 from fedtune.audit.experiment import audit as audit_run
 from fedtune.spec import ConfigError
+
+from ..conftest import python
 
 TINY: Mapping[str, Any] = json.loads(Path(__file__).with_name("tiny.json").read_text())
 
@@ -193,8 +193,7 @@ def test_importing_fedtune_loads_no_library_and_settles_the_environment() -> Non
         "import torch; del sys.modules['fedtune.process'], os.environ['MKL_CBWR']; import fedtune.process as late;"
         "print(late.torch_came_first)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "[]\nAUTO,STRICT False\nTrue\n"
+    assert python("-c", code) == "[]\nAUTO,STRICT False\nTrue\n"
 
 
 def test_each_name_of_the_door_is_documented_and_no_room() -> None:

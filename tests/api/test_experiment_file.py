@@ -102,8 +102,8 @@ def test_values_as_they_are_typed(page: Path) -> None:
     assert made(*writes, "data.prompt_template=Q: {prompt}\\nA:").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
     assert made(*writes, "data.prompt_template='Q: {prompt}\\nA:'").prompt_template == "Q: {prompt}\nA:"  # type: ignore[attr-defined]
     assert made("data.labels=[Störung,'a ä']").labels == ("Störung", "a ä")  # type: ignore[attr-defined]
-    by_site = ("data.columns.site=org", "data.partition.kind=column", "data.partition.sites={o: 0, p: 1, q: 2, r: 3}")
-    columns = made("data.columns={text: a, label: b}", *by_site).columns  # type: ignore[attr-defined]
+    by_column = ("data.columns.site=org", "data.partition.kind=column", "data.partition.sites={o: 0, p: 1, q: 2, r: 3}")
+    columns = made("data.columns={text: a, label: b}", *by_column).columns  # type: ignore[attr-defined]
     assert columns == {"text": "a", "label": "b", "site": "org"}
 
 

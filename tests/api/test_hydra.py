@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from fedtune.spec import ConfigError
 from fedtune.studies.trials import Trials
 from fedtune.words import dotted
 
-from ..conftest import REPOSITORY
+from ..conftest import REPOSITORY, python
 
 PAGE = (REPOSITORY / "docs" / "hydra.md").read_text(encoding="utf-8")
 ROWS = [
@@ -75,10 +73,7 @@ def test_a_literal_interpolation_that_data_init_has_written_is_read_back() -> No
 def test_an_application_of_one_s_own_has_hydra_s_launchers(launcher: str, tmp_path: Path) -> None:
     script = REPOSITORY / "simulations" / "hydra_application" / "application.py"
     words = ["-m", "experiment=debug", "seed=0,1", "federation.num_rounds=1", "name=job-${seed}"]
-    ran = subprocess.run(
-        [sys.executable, script, *words, f"hydra/launcher={launcher}"], capture_output=True, text=True, timeout=500
-    )
-    assert ran.returncode == 0, ran.stderr
+    python(script, *words, f"hydra/launcher={launcher}")
     assert sorted(one.name for one in (tmp_path / "runs").iterdir()) == ["job-0", "job-1"]
 
 

@@ -1,13 +1,14 @@
 """docs/notebooks as their readers run them, and an application that uses fedtune as a library."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from ..conftest import python
 
 DOCS = Path(__file__).parents[2] / "docs"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
@@ -31,15 +32,7 @@ def test_a_notebook_runs_from_its_first_cell_to_its_last(
 def test_an_application_of_forty_lines_picks_the_strongest_promise_that_serves(tmp_path: Path) -> None:
     application = shutil.copy(DOCS / "notebooks" / "application.py", tmp_path)
     assert len(Path(application).read_text().splitlines()) <= 40
-    done = subprocess.run(
-        [sys.executable, application, "debug", "--needs", "0", "--epsilon", "1", "8"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("epsilon 1: ")
+    printed = python(application, "debug", "--needs", "0", "--epsilon", "1", "8", cwd=tmp_path)
+    assert printed.splitlines()[-1].startswith("epsilon 1: ")
     assert (tmp_path / "runs" / "debug-at-1" / "report.html").is_file()
     assert not (tmp_path / "runs" / "debug-at-8").exists(), "a weaker promise was not needed"

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from ..conftest import REPOSITORY, command, simulate
+from ..conftest import REPOSITORY, command, edit_config, simulate
 from ..forked import Forked
 from . import snapshots
 
@@ -37,9 +36,8 @@ def chats(runs: Path) -> Path:
     """The language model as if it had been tuned on conversations."""
     folder = runs.with_name("conversations") / "chats"  # a message names what lies in `runs`
     shutil.copytree(runs / "tables", folder)
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
-    settings["data"] |= {"columns": {"messages": "messages"}, "chat_template": "plain", "prompt_template": "{prompt}"}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    chats = {"columns": {"messages": "messages"}, "chat_template": "plain", "prompt_template": "{prompt}"}
+    edit_config(folder, data=chats)
     return folder
 
 
@@ -215,9 +213,7 @@ def test_scores_stand_beside_those_of_the_base(runs: Path, tmp_path: Path) -> No
     trained_on = "trained on records of this file: these scores say nothing about new ones"
     assert trained_on not in " ".join(outcome.out.split())
     run = Path(shutil.copytree(runs / "intents", tmp_path / "run"))
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings["data"] |= {"train_file": str(rows), "columns": {"text": "body", "label": "label"}}
-    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    edit_config(run, data={"train_file": str(rows), "columns": {"text": "body", "label": "label"}})
     assert trained_on in " ".join(command("evaluate", str(run), "--data", str(rows)).printed.split())
 
 

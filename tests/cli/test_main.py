@@ -22,7 +22,7 @@ from fedtune.cli.main import fedtune, main
 from fedtune.spec import RefusedError, RunError
 from fedtune.version import __version__
 
-from ..conftest import REPOSITORY, command, parsed
+from ..conftest import REPOSITORY, command, parsed, python
 from . import snapshots
 
 
@@ -32,8 +32,7 @@ def test_version_tells_builds_apart(tmp_path: Path) -> None:
     told = "from fedtune.version import build; print(build())"
 
     def built() -> str:
-        run = subprocess.run([sys.executable, "-c", told], cwd=tmp_path, capture_output=True, text=True, check=True)
-        return run.stdout.strip()
+        return python("-c", told, cwd=tmp_path).strip()
 
     same = built()
     assert command("--version").printed == f"fedtune {same}\n"
@@ -60,9 +59,8 @@ def test_each_command_gets_what_its_function_takes() -> None:
     for name in fedtune.list_commands(context):
         found = fedtune.get_command(context, name)
         for one in found.commands.values() if isinstance(found, click.Group) else [found]:
-            hydras = {option.name for option in HYDRA_OPTIONS}
             given = inspect.signature(one.callback).parameters
-            taken = [each.name for each in one.params if each.name not in hydras]
+            taken = [each.name for each in one.params if each not in HYDRA_OPTIONS]
             names = [name for name, each in given.items() if each.kind is not each.VAR_KEYWORD]
             assert taken[: len(names)] == names
             assert len(taken) == len(names) or len(names) < len(given), "others by their names"

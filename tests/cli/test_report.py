@@ -7,12 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fedtune.cli.report import verdict_line
 from fedtune.ops.kits.members import Roster
@@ -27,7 +26,7 @@ from fedtune.report.rederive import derive
 from fedtune.spec import REPORT_SCHEMA
 from fedtune.words import spoken
 
-from ..conftest import command, parsed, run_proposal, simulate
+from ..conftest import command, edit_config, parsed, run_proposal, simulate
 from ..privacy.builders import stranger_key as other
 from . import snapshots
 
@@ -104,9 +103,7 @@ def test_a_registry_entry_names_what_only_a_person_can_say(run_folder: Path, tmp
     out = command("report", str(run_folder), "--registry", "--output", str(tmp_path / "before")).printed
     assert "lacks what only a person can say, in report.about: curator" in " ".join(out.split())
     folder = shutil.copytree(run_folder, tmp_path / "run")
-    settings = yaml.safe_load((folder / "config.yaml").read_text())
-    settings["report"]["about"]["curator"] = "Hospital of the North"
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    edit_config(folder, report={"about": asdict(AboutSpec(curator="Hospital of the North"))})
     assert command("report", str(folder), "--registry").code == 0
     entry = json.loads((folder / "registry.json").read_text())
     assert entry["curator"] == "Hospital of the North"

