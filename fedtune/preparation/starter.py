@@ -419,7 +419,7 @@ def notes(found: Found, plan: Plan) -> Iterator[str]:
 def _scalar(value: Any) -> str:
     quotes = '"' if isinstance(value, str) and not value.isprintable() else None
     text: str = yaml.safe_dump(
-        _literal(value),
+        literal(value),
         default_flow_style=True,
         default_style=quotes,
         allow_unicode=True,
@@ -429,13 +429,13 @@ def _scalar(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
     """The same with a backslash before each `${` of a text, which Hydra would take for an interpolation."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     if isinstance(value, dict):
-        return {key: _literal(one) for key, one in value.items()}
-    return [_literal(one) for one in value] if isinstance(value, list | tuple) else value
+        return {key: literal(one) for key, one in value.items()}
+    return [literal(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def next_line(file: Path) -> str:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedtune.config import RunConfig
 from fedtune.federation.aggregation import Aggregation
@@ -66,19 +66,16 @@ class Followed:
 
     def __init__(self, listener: Listener, *updates: Callable[[LeadState], None]) -> None:
         self._listener, self._updates = listener, updates
-        self.preparing, self.note, self.site_replied = listener.preparing, listener.note, listener.site_replied
 
-    def prepared(self, shared: SharedModel, proposal: Proposal, state: LeadState) -> None:
-        self._update(state)
-        self._listener.prepared(shared, proposal, state)
+    def __getattr__(self, name: str) -> Any:
+        told, updates = getattr(self._listener, name), self._updates
 
-    def round_finished(self, state: LeadState) -> None:
-        self._update(state)
-        self._listener.round_finished(state)
+        def follow(*given: Any) -> None:
+            for update in updates:
+                update(given[-1])
+            told(*given)
 
-    def _update(self, state: LeadState) -> None:
-        for update in self._updates:
-            update(state)
+        return follow if name in ("prepared", "round_finished") else told  # which end with the state
 
 
 Engine = Callable[[Callable[[Transport], LeadState]], LeadState]

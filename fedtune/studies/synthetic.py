@@ -23,6 +23,7 @@ from fedtune.api.experiment_file import OPEN
 from fedtune.data.load import shipped_folders
 from fedtune.data.records import Record, iter_records, resolve_file, without_records
 from fedtune.evaluation.spec import WritingSpec
+from fedtune.preparation.starter import literal
 from fedtune.sites.run_records import RunRecords, in_one_form, require_apart
 from fedtune.spec import ConfigError
 from fedtune.tasks.registry import TASKS, task_named
@@ -257,6 +258,6 @@ def ballot(rows: Sequence[Mapping[str, str]], column: str, config: Any) -> str:
     names = {"num_sites": config.federation.num_sites, "site_names": list(config.federation.names)}
     settings = {"data": data, "head": {"label_texts": texts}, "federation": names}
     settings |= {"privacy": {"unit": config.privacy.unit}, "seed": config.seed}
-    plain = json.loads(json.dumps(settings))
+    plain = literal(json.loads(json.dumps(settings)))
     recipe = next(name for name, task in TASKS.items() if task.counts_units)  # conf/experiment calls it as the task
     return str(yaml.safe_dump({"defaults": [recipe, "_self_"], **plain}, sort_keys=False))
