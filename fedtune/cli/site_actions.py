@@ -179,10 +179,11 @@ def _state(member: Member, trusted: str | None) -> str:
 
 def _decision(by: str | None, ticket: str | None, reason: str | None) -> dict[str, str]:
     """Check what a person says of a decision, and return the fields that the ledger notes of it."""
+    by = by or person()
     for option, given in (("--by", by), ("--ticket", ticket), ("--reason", reason)):
         if given is not None and not (given.strip() and given.isprintable() and len(given) <= _MOST_REASON):
             raise ConfigError(option, given, f"must be one line of at most {_MOST_REASON} characters")
-    return {"by": by or person(), "ticket": ticket or "", "why": reason or ""}
+    return {"by": by, "ticket": ticket or "", "why": reason or ""}
 
 
 def _chosen(proposals: list[Proposal], run: str, state: str) -> Proposal:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedtune.federation.protocol import OTHER_PROTOCOL, Reply
 from fedtune.federation.transport import Question
 from fedtune.flower import flower_records
-from fedtune.privacy.release import Receipt, Refusal
+from fedtune.privacy.release import Reason, Receipt, Refusal
 from fedtune.spec import WIRE_SCHEMA, ConfigError, RunError, StuckError
 from fedtune.version import build
 
@@ -107,8 +107,9 @@ class GridTransport:
                 continue
             self._traffic[1] += flower_records.num_bytes(message.content)
             said = getattr(answer, "body", answer)
-            if isinstance(said, Refusal) and OTHER_PROTOCOL.fullmatch(said.allowed or ""):
-                self._apart[site] = said.allowed or ""
+            unread = said.allowed or "" if isinstance(said, Refusal) and said.reason is Reason.MALFORMED_REQUEST else ""
+            if OTHER_PROTOCOL.fullmatch(unread):
+                self._apart[site] = unread
             # Flower's records hold each other in a circle, and would wait for the collector.
             for record in message.content.array_records.values():
                 record.clear()

@@ -5,21 +5,18 @@ Every private key that signs is read here: from a PEM file, which may be encrypt
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import hmac
 import os
-import signal
-import sys
+import stat
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen
-from threading import Timer
+from subprocess import DEVNULL, TimeoutExpired, run
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -27,8 +24,7 @@ from fedtune.privacy.durable import fsync_folder, write_durably
 from fedtune.spec import ConfigError, shown
 
 PASSPHRASE_FILE = "FEDTUNE_KEY_PASSPHRASE_FILE"  # environment variable: a file whose first line is the passphrase
-_COMMAND_S = 10.0  # after which a command that prints a key is killed, with what it started
-_MOST_PEM = 1 << 14  # bytes that are read of what it prints
+_COMMAND_S = 10.0  # after which a command that prints a key is killed
 # Every encoding, its sign bit left out, of the points whose order divides 8.
 _SMALL_ORDER = {
     "00" * 32,
@@ -49,18 +45,21 @@ class SigningKey:
         self._raw = private.private_bytes_raw()
 
     @classmethod
-    def load_or_make(cls, path: Path, *, command: Sequence[str] = ()) -> SigningKey:
+    def load_or_make(cls, path: Path, *, command: Sequence[str] = (), named_in: Path | None = None) -> SigningKey:
         """Load a key as `load` does; without a command, make the file when it is missing, for its owner alone to read.
 
         A new key is encrypted with the passphrase in the file that `PASSPHRASE_FILE` names, if it names one.
         """
         if not command and not path.exists():
             _write_new(path, Ed25519PrivateKey.generate())
-        return cls.load(path, command=command)
+        return cls.load(path, command=command, named_in=named_in)
 
     @classmethod
-    def load(cls, path: Path, *, command: Sequence[str] = ()) -> SigningKey:
+    def load(cls, path: Path, *, command: Sequence[str] = (), named_in: Path | None = None) -> SigningKey:
         """Load the key in the PEM file `path`; with a `command`, the PEM that it prints, which is written nowhere.
+
+        Guarantee: a command runs as the account that the file `named_in`, which names it, belongs to, and only if
+        nobody else may write that file.
 
         Raises:
             ConfigError: there is no Ed25519 key, or its passphrase is missing or wrong.  The message has neither the
@@ -69,17 +68,20 @@ class SigningKey:
         key, value = ("key_command", command[0]) if command else ("key", str(path))
         bound, passphrase = "must give an Ed25519 private key in PEM form", None
         try:
+            if command:
+                _check_command(command, named_in)
             pem = _printed_by(tuple(command)) if command else path.read_bytes()
         except OSError as error:
             raise ConfigError(key, value, f"{bound} ({error.strerror})") from None
         if b"ENCRYPTED" in pem:
             bound = "is encrypted with another passphrase, or is no Ed25519 private key"
-            passphrase = _passphrase_in_file() or _typed_passphrase(key, value)
+            if (passphrase := _passphrase_in_file()) is None:
+                raise ConfigError(key, value, f"is encrypted: set {PASSPHRASE_FILE} to a file with its passphrase")
         try:
             private = serialization.load_pem_private_key(pem, password=passphrase)
             if not isinstance(private, Ed25519PrivateKey):
                 raise TypeError("another kind of key")
-        except (ValueError, TypeError):  # their words could quote what they read
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # their words could quote what they read
             raise ConfigError(key, value, bound) from None
         return cls(private)
 
@@ -131,27 +133,30 @@ def _framed(purpose: str, message: bytes) -> bytes:
     return b"fedtune " + purpose.encode() + b"\0" + message
 
 
+def _check_command(command: Sequence[str], named_in: Path | None) -> None:
+    about = None if named_in is None else named_in.stat()
+    if about is None or about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        bound = "runs only for the account that the file with it belongs to, which alone may write that file"
+        raise ConfigError(f"{named_in}: key_command", command[0], bound)
+    if not os.path.isabs(command[0]) or "\0" in "".join(command):
+        raise ConfigError("key_command", command[0], "must begin with the absolute path of a program, and hold no NUL")
+
+
 @cache
 def _printed_by(command: tuple[str, ...]) -> bytes:
     """Run a command without a shell, and return what it prints, once in a process.
 
-    The command has no terminal and reads nothing.  After `_COMMAND_S` it is killed with all that it started, and so is
-    one that prints `_MOST_PEM` bytes.  Messages show the program alone, since an argument may be a secret.
+    Messages show the program alone, since an argument may be a secret.
     """
-    process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
-    timer = Timer(_COMMAND_S, os.killpg, (process.pid, signal.SIGKILL))
-    timer.start()
-    with process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        pem, said = process.stdout.read(_MOST_PEM), process.stderr.readline(_MOST_PEM)
-        code = process.wait()
-    timer.cancel()
-    if code or len(pem) == _MOST_PEM:
-        ended = f"it ended with {code} and said {shown(said.decode(errors='replace').strip())}"
-        bound = f"must print less than {_MOST_PEM:,} bytes within {_COMMAND_S:g} seconds and end with 0; {ended}"
-        raise ConfigError("key_command", command[0], bound)
-    return pem
+    try:
+        ran = run(command, stdin=DEVNULL, capture_output=True, timeout=_COMMAND_S, check=False)
+    except TimeoutExpired:
+        bound = f"must end within {_COMMAND_S:g} seconds, and so must all that it starts"
+        raise ConfigError("key_command", command[0], bound) from None
+    if ran.returncode:
+        said, _, _ = ran.stderr.decode(errors="replace").strip().partition("\n")
+        raise ConfigError("key_command", command[0], f"must end with 0; it ended with {ran.returncode}: {shown(said)}")
+    return ran.stdout
 
 
 def _passphrase_in_file() -> bytes | None:
@@ -159,6 +164,8 @@ def _passphrase_in_file() -> bytes | None:
     if not (name := os.environ.get(PASSPHRASE_FILE)):
         return None
     try:
+        if not stat.S_ISREG(mode := os.stat(name).st_mode) or mode & 0o077:
+            raise ConfigError(PASSPHRASE_FILE, name, "must be a file that its owner alone may read (mode 600)")
         with open(name, "rb") as file:
             passphrase = file.readline(2000).rstrip(b"\r\n")
     except OSError as error:
@@ -166,14 +173,6 @@ def _passphrase_in_file() -> bytes | None:
     if not 12 <= len(passphrase) <= 1023:  # PKCS #8 makes each guess fast; 1023: the library's bound
         raise ConfigError(PASSPHRASE_FILE, name, "must have a passphrase of 12 to 1023 bytes on its first line")
     return passphrase
-
-
-@cache
-def _typed_passphrase(key: str, value: str) -> bytes:
-    """Ask for a key's passphrase on the terminal, once in a process."""
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise ConfigError(key, value, f"is encrypted: set {PASSPHRASE_FILE} to a file with its passphrase")
-    return getpass.getpass(f"Passphrase of {value}: ").encode()
 
 
 def _write_new(path: Path, private: Ed25519PrivateKey) -> None:

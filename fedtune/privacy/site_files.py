@@ -19,10 +19,12 @@ class SiteFiles:
     """Paths start at the policy's folder unless they are absolute.
 
     Attributes:
+        site_toml: the policy's own file.
         anchor: None where the policy names none.
     """
 
     policy: Policy
+    site_toml: Path
     ledger: Path
     site_key: Path
     anchor: Path | None
@@ -43,6 +45,7 @@ class SiteFiles:
                 policy.require_answers()
         return cls(
             policy=policy,
+            site_toml=site_toml,
             ledger=folder / policy.ledger,
             site_key=folder / policy.site_key,
             anchor=folder / policy.anchor if policy.anchor else None,
@@ -63,7 +66,8 @@ class SiteFiles:
             ConfigError: the key is missing, or cannot be read.
         """
         read = SigningKey.load_or_make if make else SigningKey.load
-        return read(self.site_key, command=self.policy.key_command)
+        command = () if self.policy.simulated else self.policy.key_command  # a run folder may be a stranger's
+        return read(self.site_key, command=command, named_in=self.site_toml)
 
     def open(self) -> Ledger:
         """The ledger, for training; ledger and key are made when missing."""

@@ -418,6 +418,8 @@ class RunInLedger:
 
     def __post_init__(self) -> None:
         check_at_least("lost_rounds", self.lost_rounds, 0)
+        if any({*one} != {"what", "day", "by", "ticket", "why"} for one in self.approvals):
+            raise ConfigError("approvals", list(self.approvals), "must each have what, day, by, ticket and why")
 
 
 @spec

@@ -77,7 +77,7 @@ def test_a_site_key_that_others_can_read_or_that_was_lost_is_refused(tmp_path: P
 def test_a_site_with_a_key_command_has_no_key_file(tmp_path: Path, site_policy: Any) -> None:
     site_toml, kept = tmp_path / "site.toml", tmp_path / "kept.pem"
     public = SigningKey.load_or_make(kept).public
-    write_policy(site_policy("north", key_command=("cat", str(kept))), site_toml)
+    write_policy(site_policy("north", key_command=("/bin/cat", str(kept))), site_toml)
     kit = site_init(site_toml, out=None)
     assert JoinRequest.read(kit / "join_request.json").site_key == read_signing_key(site_toml).public == public
     assert SiteFiles.of(site_toml).open().history.opened.site_key == public

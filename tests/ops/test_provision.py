@@ -40,7 +40,7 @@ def test_init_makes_all_folders_with_secrets_for_their_owner_alone(federation: P
 
 def test_a_lead_with_a_key_command_has_no_key_file(federation_toml: Path, now: datetime) -> None:
     public = SigningKey.load_or_make(kept := federation_toml.with_name("kept.pem")).public
-    federation_toml.write_text(f'key_command = ["cat", "{kept}"]\n{federation_toml.read_text()}')
+    federation_toml.write_text(f'key_command = ["/bin/cat", "{kept}"]\n{federation_toml.read_text()}')
     made = provisioning.init(federation_toml, out=federation_toml.parent / "made", now=now)
     assert made.lead_key == read_signing_key(made.folder / "lead" / "kit.toml").public == public
     assert not (made.folder / "lead" / "lead_key.pem").exists()

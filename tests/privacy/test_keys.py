@@ -1,10 +1,8 @@
 """Keys: made once, kept private, and every signature good for one key, one purpose and one message."""
 
 import stat
-import sys
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +50,7 @@ def test_what_is_no_ed25519_key_is_a_config_error(tmp_path: Path, content: objec
 def encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A key that was made with the passphrase in the file beside it."""
     (tmp_path / "passphrase").write_text("correct horse battery\nnothing\n")
+    (tmp_path / "passphrase").chmod(0o600)
     monkeypatch.setenv(keys.PASSPHRASE_FILE, str(tmp_path / "passphrase"))
     SigningKey.load_or_make(tmp_path / "key.pem")
     return tmp_path / "key.pem"
@@ -63,49 +62,74 @@ def test_a_new_key_is_encrypted_with_the_passphrase_in_the_file(encrypted: Path,
     monkeypatch.delenv(keys.PASSPHRASE_FILE)
     with pytest.raises(ConfigError, match="is encrypted: set FEDTUNE_KEY_PASSPHRASE_FILE to a file"):
         SigningKey.load(encrypted)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    asked = iter(["correct horse battery"])
-    monkeypatch.setattr(keys.getpass, "getpass", lambda prompt: next(asked))
-    assert SigningKey.load(encrypted).public == SigningKey.load(encrypted).public, "and asked for once"
 
 
 @pytest.mark.parametrize(
     ("passphrase", "bound"),
-    [("wrong horse battery", "with another passphrase"), ("too short", "12 to 1023 bytes"), (None, "readable file")],
+    [
+        *(
+            ("wrong horse battery", "with another passphrase"),
+            ("too short", "12 to 1023 bytes"),
+            (None, "readable file"),
+        ),
+        ("correct horse battery", "its owner alone may read"),
+    ],
 )
 def test_a_wrong_passphrase_is_refused_and_shown_nowhere(encrypted: Path, passphrase: Any, bound: str) -> None:
     encrypted.with_name("passphrase").unlink()
     if passphrase:
         encrypted.with_name("passphrase").write_text(passphrase)
+        encrypted.with_name("passphrase").chmod(0o644 if "owner" in bound else 0o600)
     with pytest.raises(ConfigError, match=bound) as caught:
         SigningKey.load(encrypted)
     assert passphrase is None or passphrase not in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_command_gives_the_key_which_is_written_nowhere(tmp_path: Path) -> None:
+@pytest.fixture
+def named_in(tmp_path: Path) -> Path:
+    """The file that names a command, of mode 600."""
+    (tmp_path / "site.toml").touch(mode=0o600)
+    return tmp_path / "site.toml"
+
+
+def test_a_command_gives_the_key_which_is_written_nowhere(tmp_path: Path, named_in: Path) -> None:
     kept = tmp_path / "vault" / "key.pem"
-    public, command = SigningKey.load_or_make(kept).public, ("cat", str(kept))
-    assert SigningKey.load_or_make(tmp_path / "key.pem", command=command).public == public
+    public, command = SigningKey.load_or_make(kept).public, ("/bin/cat", str(kept))
+    assert SigningKey.load_or_make(tmp_path / "key.pem", command=command, named_in=named_in).public == public
     kept.unlink()
-    assert SigningKey.load(tmp_path / "key.pem", command=command).public == public, "it runs once in a process"
-    assert list(tmp_path.rglob("*")) == [kept.parent]
+    again = SigningKey.load(tmp_path / "key.pem", command=command, named_in=named_in)
+    assert again.public == public, "it runs once in a process"
+    assert {*tmp_path.rglob("*")} == {kept.parent, named_in}
 
 
 @pytest.mark.parametrize(
     ("script", "bound"),
     [
-        ("echo locked >&2; echo more >&2; exit 3", "and end with 0; it ended with 3 and said 'locked'$"),
-        ("sleep 600 & exit 3", "it ended with 3 and said ''$"),  # what it started is killed, too
-        ("sleep 600", "within 0.5 seconds .* it ended with -9"),
-        ("head -c 20000 /dev/zero", "must print less than 16,384 bytes"),
-        ("yes", "must print less than 16,384 bytes .* it ended with -9"),
+        ("echo locked >&2; echo more >&2; exit 3", "must end with 0; it ended with 3: 'locked'$"),
+        ("sleep 600", "must end within 0.5 seconds, and so must all that it starts$"),
+        ("echo key; setsid sleep 5 &", "must end within 0.5 seconds, and so must all that it starts$"),
         ("echo rubbish", "must give an Ed25519 private key in PEM form$"),
     ],
 )
-def test_a_command_that_gives_no_key_is_refused(script: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_gives_no_key_is_refused(
+    script: str, bound: str, named_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(keys, "_COMMAND_S", 0.5)
-    with pytest.raises(ConfigError, match=f"^key_command = 'sh': .*{bound}"):
-        SigningKey.load(Path("key.pem"), command=("sh", "-c", script))
+    with pytest.raises(ConfigError, match=f"^key_command = '/bin/sh': .*{bound}"):
+        SigningKey.load(Path("key.pem"), command=("/bin/sh", "-c", script), named_in=named_in)
+
+
+def test_a_command_runs_for_the_owner_of_the_file_that_names_it_alone(named_in: Path, monkeypatch: Any) -> None:
+    for command in (("sh",), ("./sh",), ("/bin/sh", "a\0b")):
+        with pytest.raises(ConfigError, match="must begin with the absolute path of a program, and hold no NUL"):
+            SigningKey.load(Path("key.pem"), command=command, named_in=named_in)
+    monkeypatch.setattr(keys.os, "geteuid", lambda: named_in.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match=r"site\.toml: key_command = '/bin/cat': runs only for the account"):
+        SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
+    monkeypatch.undo()
+    named_in.chmod(0o666)
+    with pytest.raises(ConfigError, match="which alone may write that file"):
+        SigningKey.load(Path("key.pem"), command=("/bin/cat",), named_in=named_in)
 
 
 def test_a_signature_is_good_for_its_key_purpose_and_message_alone() -> None:

@@ -197,12 +197,19 @@ class FederationFolder:
             federation=self.settings.name,
             sites=tuple(members),
             number=max(before + 1, int(time.time())),
-        ).signed(SigningKey.load(self.folder / "lead" / "lead_key.pem", command=self.settings.key_command))
+        ).signed(self._signing_key())
         both = {f"{kind}/roster.json": roster.to_bytes() for kind in ("lead", "server")}
         encoded = {path: base64.b64encode(data).decode() for path, data in {**files, **both}.items()}
         with writing(self.folder, key="--federation"):
             write_durably(self.folder / CHANGE, _json_of(_Change(version=KIT_SCHEMA, files=encoded)))
         _complete(self.folder)
+
+    def _signing_key(self) -> SigningKey:
+        command, file = self.settings.key_command, self.folder / SETTINGS
+        own = SigningKey.load(self.folder / "lead" / "lead_key.pem", command=command, named_in=file)
+        if own.public != self.lead_key:  # the server would take no roster that it signs
+            raise ConfigError("lead key", own.public, f"must be the federation's, {self.lead_key}")
+        return own
 
     def retired(self) -> frozenset[str]:
         """Fingerprints of connection keys that a site had and has no more: Flower takes none of them back."""

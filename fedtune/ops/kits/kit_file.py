@@ -252,7 +252,7 @@ class Kit(KitFile):
         Raises:
             ConfigError: it cannot be read.
         """
-        return SigningKey.load(self.lead_key, command=self.key_command)
+        return SigningKey.load(self.lead_key, command=self.key_command, named_in=self.folder / "kit.toml")
 
     @property
     def roster(self) -> Path:

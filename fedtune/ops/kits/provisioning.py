@@ -52,11 +52,12 @@ def init(file: Path, *, out: Path | None, now: datetime) -> FederationFolder:
         write_secret(building / "authority" / "ca_key.pem", private_pem(authority.key))
         write_secret(building / "server" / "server_key.pem", private_pem(server))
         write_secret(building / "lead" / "connection_key.pem", private_pem(lead))
-        lead_key = SigningKey.load_or_make(building / "lead" / "lead_key.pem", command=settings.key_command).public
+        command, lead_key = settings.key_command, building / "lead" / "lead_key.pem"
+        public = SigningKey.load_or_make(lead_key, command=command, named_in=file).public
         write_durably(building / SETTINGS, file.read_bytes())
         for name in ("authority", "server"):
             write_durably(building / name / "ca.pem", certificate_pem(authority.certificate))
-        federation = FederationFolder(folder=building, settings=settings, lead_key=lead_key)
+        federation = FederationFolder(folder=building, settings=settings, lead_key=public)
         kits = _kit(federation, "server", server.public_key(), days=None, now=now)
         federation.change((), {**kits, **_kit(federation, "lead", lead.public_key(), days=None, now=now)})
     return FederationFolder.open(target)
