@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from omegaconf import OmegaConf
 
-from fedtune.api.compose import _applied, _parsed, compose_run
+from fedtune.api.compose import compose_run
 from fedtune.api.config_groups import config_folder
-from fedtune.api.experiment_file import composed, plain, settings_of
+from fedtune.api.experiment_file import settings_of
 from fedtune.config import RunConfig, saved_config
 from fedtune.preparation.starter import left_open
 
@@ -114,23 +111,3 @@ def test_every_option_composes_and_is_read_again_as_it_was(group: str, option: s
     for key in ("path", "target_modules", "mechanism", "optimizer", "kind", "progress"):
         if (value := settings.get(key, "???")) != "???":
             assert getattr(getattr(config, group), key) == (tuple(value) if isinstance(value, list) else value)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        *([f"experiment={path.stem}"] for path in (CONF / "experiment").glob("*.yaml")),
-        ["experiment=debug", "name=a", "lora=all_linear", "seed=3", "lora.layers=null", "report.about={curator: Ann}"],
-        ["privacy=none", "data.labels=['x','y']", "model.path='random:llama'"],
-        ["experiment=own_text", "privacy={epsilon: 1e-1}", "++cost.country=DEU", "task=a b"],
-    ],
-    ids=" ".join,
-)
-def test_settings_are_what_hydra_composes_also_while_another_program_s_hydra_is_at_work(overrides: list[str]) -> None:
-    ours = [one for one in overrides if "{" not in one]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        expected = OmegaConf.to_container(hydra_compose("config", overrides=overrides))
-        if "experiment=votes" in overrides:
-            expected["data"]["labels"] = "???"  # type: ignore[index]  # OmegaConf lets the value below it stay
-        later = [_parsed(one) for one in overrides if one not in ours]
-        assert _applied(plain(composed(ours)), later) == expected

@@ -80,7 +80,7 @@ def findings_of(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivacyResult:
-    """The run's promise: `epsilon` is the largest of what its sites were charged.
+    """The run's promise: `epsilon` is the largest of what its plan costs each site that was charged.
 
     If scores ended the run, it is that of the whole plan: they chose the moment, so nothing smaller is proved.
     """
