@@ -359,7 +359,9 @@ class _Guess:
         if not usual:
             self._require_read(_MAY_ANSWER)
         few = [one for one in others if one.may_be_answer and (one.is_label or (one.is_list and one.several["["]))]
-        numbers = [one for one in others if one.may_be_answer and one.key in NAMES["numbers"] and one not in few]
+        numbers = [one for one in others if one.may_be_answer and one.is_number and one not in few]
+        if not few or self._is_of_texts():  # in a table, one column of few values among numbers is not yet the answer
+            numbers = [one for one in numbers if one.key in NAMES["numbers"]]
         binary = [one for one in few if one.is_binary]
         if len(usual) == 1 < len(binary) and usual[0] in binary and is_text:
             usual = binary  # marks of several labels beside a text
@@ -371,10 +373,15 @@ class _Guess:
 
     def _usual(self) -> list[Column]:
         """Columns of few values, or lists of such, with a name that answers to such a record often have."""
-        of_texts = any(one.is_prose or one.is_short or one.is_image for one in self.every) and self.form != "table"
-        topics = NAMES["topics"] if of_texts else ()
+        topics = NAMES["topics"] if self._is_of_texts() else ()
         few = [one for one in self.every if one.is_few and one.may_be_answer and one not in self.chosen.values()]
         return [one for one in few if one.is_called_answer or one.key in topics]
+
+    def _is_of_texts(self) -> bool:
+        """Its records are texts or images, and no rows of a table."""
+        return self.form != "table" and any(
+            one.is_image or one in (*self._texts("is_prose"), *self._texts("is_short")) for one in self.every
+        )
 
     def _require_read(self, names: Sequence[str]) -> None:
         """Refuse a column that is called an answer and is none, for others would be learnt in silence."""

@@ -24,7 +24,8 @@ BELONG: dict[str, Any] = {"anchor": own, "positive": own}
 SURVIVED: dict[str, Any] = {"os_months": AGE, "os_status": (0, 1)}
 FREE = ("0:DiseaseFree", "1:Recurred/Progressed")
 WARD, SHAPE = ("north", "south"), ("x", "y", "z")
-TABLE: dict[str, Any] = {"age": AGE, "kappa": WARD}
+TABLE: dict[str, Any] = {"age": AGE, "outcome": WARD}
+MIXED: dict[str, Any] = {"age": AGE, "kappa": WARD}
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
 
 
@@ -38,24 +39,26 @@ def chosen_by(*names: str) -> list[dict[str, Any]]:
 
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     # What reads like no text makes no file one of texts; it is named, and the numbers are a table.
-    "dates": (TABLE | {"sigma": "2024-03-{:02}".format}, "table: label=kappa; not sigma"),
-    "days and months": (TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.90"}, "table: label=kappa; not sigma"),
-    "names of months": (TABLE | {"sigma": lambda n: f"{1 + n % 28} March 20{n:02}"}, "table: label=kappa; not sigma"),
-    "times": (TABLE | {"sigma": lambda n: f"{n % 24}:{n:02}"}, "table: label=kappa; not sigma"),
-    "codes": (TABLE | {"sigma": "I10.{}".format}, "table: label=kappa; not sigma"),
-    "decimal commas": (TABLE | {"sigma": "17,{}".format}, "table: label=kappa; not sigma"),
-    "units": (TABLE | {"sigma": "17.{} mg/dl".format}, "table: label=kappa; not sigma"),
-    "limits": (TABLE | {"sigma": ("<0.5", "0.75", ">90", 12.5)}, "table: label=kappa; not sigma"),
+    "dates": (TABLE | {"sigma": "2024-03-{:02}".format}, "table: label=outcome; not sigma"),
+    "days and months": (TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.90"}, "table: label=outcome; not sigma"),
+    "names of months": (TABLE | {"sigma": lambda n: f"{1 + n % 28} March 20{n:02}"}, "table: label=outcome; not sigma"),
+    "times": (TABLE | {"sigma": lambda n: f"{n % 24}:{n:02}"}, "table: label=outcome; not sigma"),
+    "codes": (TABLE | {"sigma": "I10.{}".format}, "table: label=outcome; not sigma"),
+    "decimal commas": (TABLE | {"sigma": "17,{}".format}, "table: label=outcome; not sigma"),
+    "units": (TABLE | {"sigma": "17.{} mg/dl".format}, "table: label=outcome; not sigma"),
+    "limits": (TABLE | {"sigma": ("<0.5", "0.75", ">90", 12.5)}, "table: label=outcome; not sigma"),
     "categories": (TABLE | {"sigma": ("left knee", "right knee")} | {"outcome": AB}, "table: label=outcome"),
     "printed vectors": ({"sigma": "[0.{} -1.5\n 2e-3]".format, "kappa": WARD}, "table: label=kappa"),
-    "names": (TABLE | {"sigma": "Anna Lind {}".format}, "'a few words': may be texts, or names in a table of age"),
-    "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=kappa; not full_name"),
-    "remarks of a few": (TABLE | {"sigma": lambda n: own(n) if n % 3 == 0 else ""}, "table: label=kappa; not sigma"),
-    "texts": (TABLE | {"sigma": own}, "labelled: text=sigma label=kappa; not age"),
+    "names": (MIXED | {"sigma": "Anna Lind {}".format}, "'a few words': may be texts, or names in a table of age"),
+    "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=outcome; not full_name"),
+    "remarks of a few": (TABLE | {"sigma": lambda n: own(n) if n % 3 == 0 else ""}, "table: label=outcome; not sigma"),
+    "texts": (TABLE | {"sigma": own}, "labelled: text=sigma label=outcome; not age"),
     "codes alone": ({"sigma": "I10.{}".format, "kappa": WARD}, "links, or marks without a space"),
     # Of two answers without a usual name a person is asked.
-    "two answers": (TABLE | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
-    "a topic of a table": (TABLE | {"category": SHAPE}, "must be one: choose with --label COLUMN"),
+    "two answers": (MIXED | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
+    "one among numbers": (MIXED, "or --score COLUMN for a number"),
+    "an answer by a time": (MIXED | {"churned_in_30d": AB}, "table: label=churned_in_30d"),
+    "a topic of a table": (MIXED | {"category": SHAPE}, "must be one: choose with --label COLUMN"),
     "a topic of texts": ({"text": own, "kappa": WARD, "category": SHAPE}, "labelled: text label=category; not kappa"),
     "a last word": ({"text": own, "kappa": WARD, "mu_sentiment": AB}, "labelled: text label=mu_sentiment; not kappa"),
     "two texts alone": ({"sigma": own, "rho": lambda n: own(n) * 2}, "several texts or images"),
@@ -64,11 +67,11 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "captions": ({"sigma": own, "rho": PNG}, "several texts or images"),
     "lists of texts": ({"query": own, "pos": [own(1)], "neg": [own(2)]}, "must be a label, a number, or a list"),
     "lists of numbers": ({"text": own, "label": [0.25, 0.75]}, "vectors of numbers name none"),
-    "a usual name": (TABLE | {"lambda_": SHAPE, "species": AB}, "table: label=species"),
+    "a usual name": (MIXED | {"lambda_": SHAPE, "species": AB}, "table: label=species"),
     "marks of labels": ({"sigma": own, "kappa": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
     "and a usual one": ({"sigma": own, "spam": (0, 1), "rho": (1, 0, 0)}, "or as one column of lists with"),
     # A time beside its event, in usual codes.
-    "alive or dead": (TABLE | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
+    "alive or dead": (MIXED | {"months": AGE, "status": ("Alive", "dead")}, "table: time=months event=status"),
     "codes of R": ({"age": AGE, "days": AGE, "status": (1, 2)}, "table: time=days event=status"),
     "of cBioPortal": ({"age": AGE, "os": AGE, "died": ("0:LIVING", "1:DECEASED")}, "table: time=os event=died"),
     "of a study": ({"age": AGE, "dfs_months": AGE, "dfs_status": FREE}, "time=dfs_months event=dfs_status"),
@@ -80,12 +83,12 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "another event": ({"age": AGE, "days": AGE, "status": ("open", "shut")}, "may say whether an event came by days"),
     "event or label": ({"age": AGE, "tenure": AGE, "churn": ("No", "Yes")}, "may say whether an event came by tenure"),
     # What a row is for.
-    "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=kappa; not sigma"),
-    "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=kappa; not sigma"),
-    "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=kappa; not in_train"),
+    "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=outcome; not sigma"),
+    "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=outcome; not sigma"),
+    "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=outcome; not in_train"),
     "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a"),
     "thumbs": ({"prompt": own, "response": own, "thumbs_up": (0, 1)}, "in which rows response is not wanted"),
-    "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=kappa; not fold"),
+    "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=outcome; not fold"),
     "reviews": ({"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")}, "in which rows a"),
     "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a"),
     # Answers in forms of other programs, and with a usual name in a form that is not read.
@@ -121,8 +124,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "paths": ({"sigma": PNG, "kappa": WARD}, "images: image=sigma label=kappa"),
     "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labelled: text label=kappa; not sigma"),
     "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of .nii.gz files': must be"),
-    "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=kappa; not sigma"),
-    "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=kappa; not order_nr"),
+    "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=outcome; not sigma"),
+    "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=outcome; not order_nr"),
     "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
     "ids of persons": ({"text": own, "uid": few(30), "kappa": WARD}, "labelled: text label=kappa user=uid"),
     "names that are one": ({"Text": own, "text": own, "kappa": WARD}, "must differ by more than case and marks"),
