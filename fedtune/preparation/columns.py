@@ -58,8 +58,8 @@ what its labels are called.  `endings` are of images that no run reads.  `often_
 where they have few values.  `wanted` may say whether an answer is wanted, in words of `flags`; `better` which of two is
 better, of which there are several `rivals` to one prompt.  `alike` are pairs of texts beside those that a number or a
 letter tells apart; `turns` are of a conversation.  Of `people` the first counts.  `things` end the name of a column of
-names, which are no texts that somebody wrote.  `splits` and `marked` say what a row is for, with `helpers` and values
-of `parts` and `reviews`; `ids` and `numbered` are of records.
+names, which are no texts that somebody wrote.  `splits`, `marked` and `checks` say what a row is for, with `helpers` and
+values of `parts`, `reviews` and `passed`; `ids` and `numbered` are of records.
 """
 _ENDINGS = (*SUFFIXES, *NAMES["endings"])
 _MONTHS = "jan|feb|m[aä]r|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz]"
@@ -86,6 +86,8 @@ _OF_EVENTS = re.compile(
     "|e|relapse|recurrence|death|fustat|(?:event|death)(?:observed|status|indicator)|churn(?:ed)?"
 )
 """Names of columns of persons, of the time up to an event, and of whether it came."""
+_OF_WEIGHTS = re.compile(rf"(?:{'|'.join(NAMES['weights'])})(?:weight|wg?t)s?|weights")
+"""Of rows; what weighs in kilograms (`birth_weight`) is another thing."""
 _TAKEN_BACK = re.compile("reject|ignore|skip|discard")
 
 
@@ -303,8 +305,12 @@ class Column:
         self.is_split = self.is_label and (is_part or is_called)
         is_review = said.issubset(NAMES["reviews"]) and any(map(_TAKEN_BACK.match, said))
         is_review = is_review and self.key not in {*NAMES["labels"]} - {"answer"}
+        is_review = is_review or (said.issubset(NAMES["passed"]) and not {*self.words}.isdisjoint(NAMES["checks"]))
+        is_needed = self.words[:1] == ["needs"] or self.words[-1:] in (["review"], ["flag"])
+        is_review = is_review or (said == {"true", "false"} and is_needed and not self.is_called_answer)
         self.is_review = self.is_label and (is_review or (bool(flag) and flag.issubset(NAMES["marked"])))
-        self.is_weight, self.is_mark = self.key in NAMES["weights"], self.is_split or self.is_review
+        self.is_weight = bool(_OF_WEIGHTS.fullmatch(self.key))
+        self.is_mark = self.is_split or self.is_review
         # Ids or names of persons, not what somebody wrote; rows without an id are no matter, nor how a run reads them.
         # An id that no two rows share says of no two that they are of one person.
         self.is_id = self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)

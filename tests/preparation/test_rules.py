@@ -23,7 +23,7 @@ AGE: Callable[[int], float] = lambda n: 20 + n * 0.75  # noqa: E731
 BELONG: dict[str, Any] = {"anchor": own, "positive": own}
 SURVIVED: dict[str, Any] = {"os_months": AGE, "os_status": (0, 1)}
 FREE = ("0:DiseaseFree", "1:Recurred/Progressed")
-WARD, SHAPE = ("north", "south"), ("x", "y", "z")
+WARD, SHAPE, YES = ("north", "south"), ("x", "y", "z"), (True, False)
 TABLE: dict[str, Any] = {"age": AGE, "outcome": WARD}
 MIXED: dict[str, Any] = {"age": AGE, "kappa": WARD}
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
@@ -91,6 +91,10 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=outcome; not fold"),
     "reviews": ({"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")}, "in which rows a"),
     "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a"),
+    "checks": (TABLE | {"sample_quality": ("pass", "fail", "pass")}, "in which rows a record is not wanted"),
+    "a need": (TABLE | {"needs_repair": YES}, "in which rows a record is not wanted"),
+    "a split abroad": (TABLE | {"sigma": ("treino", "Validierung", "teste")}, "table: label=outcome; not sigma"),
+    "weights of rows": (TABLE | {"survey_wt": AGE, "birth_weight": AGE}, "table: label=outcome; not survey_wt"),
     # Answers in forms of other programs, and with a usual name in a form that is not read.
     "types": ({"text": own, "sigma": spans("start end type")}, "entities: text spans=sigma"),
     "groups": ({"text": own, "ents": spans("start_char end_char entity_group")}, "entities: text spans=ents"),
