@@ -223,8 +223,8 @@ class Column:
         """Most values are of this kind."""
         return 2 * self.reads[kind] > self.filled
 
-    def judge(self, rows: int) -> None:
-        """Say what the column is, when the values of all rows are noted."""
+    def judge(self, rows: int, *, may_be_label: bool = True) -> None:
+        """Say what the column is, when the values of all rows are noted; no label: it stands beside texts."""
         most = (1 - NEARLY) * self.filled
         # The type of nearly all values, in words; where none is, the types in the order of their numbers.
         self.holds = ", ".join(kind for kind, count in self.types.most_common() if count >= most)
@@ -241,7 +241,8 @@ class Column:
         size, count = (self.sizes.most_common(1) or [(0, 0)])[0]
         self.size = size if size > 1 and count >= NEARLY * self.filled else None
 
-        said, few = {label.lower() for label in self.labels}, 2 <= len(self.labels) <= _MOST_LABELS
+        said = {label.lower() for label in self.labels}
+        few = may_be_label and 2 <= len(self.labels) <= _MOST_LABELS
         self.is_nested = self.nearly("list", "object")
         self.is_number = self.nearly("target") and min(self.numbers) < max(self.numbers)  # of more than one value
         self.is_text, self.is_chat = self.nearly("text", "number as text"), self.nearly("messages")

@@ -170,6 +170,9 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         raise faults[0] if faults else DataError(str(path), "no rows", f"must hold at least one record{others}")
     for column in columns.values():
         column.judge(rows)
+    for some in _numbered(columns.values()):  # as one of them is, so are the others
+        for column in some:
+            column.judge(rows, may_be_label=False)
     if not chosen and kind_of_file in (".csv", ".tsv"):
         _require_header(columns, path)
     for option, name in chosen.items():
@@ -205,6 +208,18 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         notes=(*guess.notes(found), *odd_notes),
         features=tuple(one.name for one in guess.features(but=taken)) if kind == "table" else (),
     )
+
+
+def _numbered(every: Iterable[Column]) -> Iterator[list[Column]]:
+    """Columns whose names differ by a number or a letter alone, in its order, of which one holds texts or turns."""
+    groups = defaultdict[str, list[Column]](list)
+    for one in sorted(every, key=lambda one: [word.zfill(9) for word in one.words]):
+        if "#" in one.stem and (one.is_text or one.is_chat):
+            groups[one.stem].append(one)
+    for some in groups.values():
+        is_texts = (one.is_chat or one.mostly("words" if not one.is_label else "prose") for one in some)
+        if len(some) > 1 and any(is_texts):
+            yield some
 
 
 def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, Column]) -> None:
@@ -441,19 +456,9 @@ class _Guess:
         alike = [[self._named([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
         found = [[one for one in some if one] for some in alike]
         others = {*NAMES["rivals"], *NAMES["turns"], *NAMES["negatives"]}
-        found += [some for some in self._numbered() if not others & set(some[0].words)]
+        found += [some for some in _numbered(self.every) if not others & set(some[0].words)]
         two = [some for some in found if len(some) == 2 and not any(one.is_label for one in some)]
         return two[0] if two and "text" not in self.chosen else ()
-
-    def _numbered(self) -> Iterator[list[Column]]:
-        """Columns of texts or turns whose names differ by a number or a letter alone, in its order."""
-        groups = defaultdict[str, list[Column]](list)
-        for one in sorted(self.every, key=lambda one: [word.zfill(9) for word in one.words]):
-            if "#" in one.stem and (one.is_text or one.is_chat):
-                groups[one.stem].append(one)
-        for some in groups.values():
-            if len(some) > 1 and any(one.is_chat or (one.mostly("words") and not one.is_label) for one in some):
-                yield some
 
     def _unwanted(self) -> Iterator[tuple[str, Sequence[Column], object]]:
         """What is not to be learnt as it stands, the columns that show it, if any do, and more of its message.
@@ -468,10 +473,10 @@ class _Guess:
         parts = [one for one in self.every if one.is_tag or (one.key in NAMES["speakers"] and one.is_speaker)]
         yield "rows", parts, ""
         judges = [one for one in self.every if one.is_label and set(one.words) & {*NAMES["better"]}]
-        for some in self._numbered():
+        for some in _numbered(self.every):
             rival, turn, negative = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
-            is_odd = rival or turn or (len(some) > 2 and not negative)
-            yield "several", [*some, *(judges[:1] if rival else [])] if is_odd else [], ""
+            is_odd = rival or turn or judges or (len(some) > 2 and not negative)
+            yield "several", [*some, *(judges[:1] if not turn else [])] if is_odd else [], ""
         laid_out = {kind for kind, parts in _layouts(()) if self._laid_out(parts)}
         for roles, other in ((_BOTH, "prompt, what they answer"), (_BELONGS, "negative, what does not belong to them")):
             some = [one for what in roles.values() if (one := self._named(NAMES[what], "is_said"))]

@@ -26,6 +26,7 @@ FREE = ("0:DiseaseFree", "1:Recurred/Progressed")
 WARD, SHAPE, YES = ("north", "south"), ("x", "y", "z"), (True, False)
 TABLE: dict[str, Any] = {"age": AGE, "outcome": WARD}
 MIXED: dict[str, Any] = {"age": AGE, "kappa": WARD}
+REMARKS = ("all of it was seen before", "none of it was ever seen")
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
 
 
@@ -111,6 +112,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     # Columns that a number tells apart, and roles in turn names.
     "two texts": ({"clause_a": own, "clause_b": own, "kappa": WARD}, "text=clause_a text_pair=clause_b label=ka"),
     "with a score": ({"clause 1": own, "clause 2": own, "score": AGE}, "text=clause 1 other=clause 2 target=score"),
+    "one of few texts": ({"clause1": own, "clause2": REMARKS, "kappa": WARD}, "text=clause1 text_pair=clause2 label=ka"),
+    "few texts of two": ({"clause1": REMARKS, "clause2": REMARKS, "judge": AB}, "must be one answer, chosen"),
     "without an answer": ({"clause1": own, "clause2": own}, "several texts or images"),
     "three texts": ({"clause1": own, "clause2": own, "clause3": own}, "several texts"),
     "questions": ({"question": own, "sentence": own, "label": (0, 1)}, "text=question text_pair=sentence label"),
