@@ -81,9 +81,15 @@ _COURSE = "(?:os|pfs|dfs|efs|rfs|dss|vital|survival|followup|fu|relapse|recurren
 _OF_TIMES = re.compile(
     rf"{_COURSE}(?:time|months|days|weeks|years|duration)(?:to[a-z]+)?|t|tte|os|pfs|fu|followup|tenure"
 )
+_WORDS_OF_TIMES = re.compile(
+    r"(?!.*\b(?:age|alter)\b).*(?:\b(?:time|fu|follow|followup|survival|\w*zeit)\b"
+    r"|\b(?:days?|h|hours?|weeks?|months?|years?|tage|wochen|monate|jahre)$)"
+)
+"""Words of a time in a name, or a unit of it at the end."""
 _OF_EVENTS = re.compile(
     rf"(?:is)?{_COURSE}(?:status|events?|observed|cens\w*|died|dead|deceased|relapsed|progression|progressed)"
-    "|e|relapse|recurrence|death|fustat|(?:event|death)(?:observed|status|indicator)|churn(?:ed)?"
+    "|e|relapse|recurrence|death|fustat|verstorben|gestorben|tod|fallecido|muerto"
+    "|(?:event|death)(?:observed|status|indicator)|churn(?:ed)?"
 )
 """Names of columns of persons, of the time up to an event, and of whether it came."""
 _OF_WEIGHTS = re.compile(rf"(?:{'|'.join(NAMES['weights'])})(?:weight|wg?t)s?|weights")
@@ -282,8 +288,11 @@ class Column:
         self.is_event = self.event_values is not None
         is_other = self.is_other_number or not (self.is_text or self.nearly("target"))
         is_long = not self.is_text or self.mean_characters >= LONGEST_LABEL or self.is_constant
-        self.may_be_time = self.is_number and bool(_OF_TIMES.fullmatch(self.key))
-        self.may_be_event = self.is_label and bool(_OF_EVENTS.fullmatch(self.key))
+        self.is_called_time = self.is_number and bool(_OF_TIMES.fullmatch(self.key))
+        is_of_time = bool(_WORDS_OF_TIMES.match(" ".join(self.words)))
+        self.may_be_time = self.is_number and (self.is_called_time or is_of_time)
+        is_usual = self.is_event and said.isdisjoint(NAMES["flags"])  # alive or dead, whatever the column is called
+        self.may_be_event = self.is_label and (is_usual or bool(_OF_EVENTS.fullmatch(self.key)))
         self.is_unread_answer = self.filled > 0 and not self.is_answer and (is_other or not is_long)
         self.is_score = self.is_number and (self.key in NAMES["scores"] or not self.is_label)
         self.is_code = self.is_text and self.nearly("code") and not self.is_label  # links, paths or other marks
@@ -353,7 +362,7 @@ class Column:
     def event_values(self) -> tuple[str, ...] | None:
         """The values of those who were followed no longer, and of those to whom the event came; None: it tells not."""
         said = sorted(set(map(read.category_of, self.labels)))
-        words = {one: set(re.findall(r"[a-z]+|\d+", one.lower())) for one in said}
+        words = {one: set(_words(one)) for one in said}
         pair = [one for course in ("stayed", "came") for one in said if words[one] & {*NAMES[course]}]
         pair = said if said == ["1", "2"] else pair[::-1] if self.key in NAMES["inverted"] else pair
         return tuple(pair) if len(said) == 2 and sorted(pair) == said else None

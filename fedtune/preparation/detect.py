@@ -284,6 +284,9 @@ class _Guess:
         for role, holds in (("completion", "is_label"), ("label", "is_rank"), ("event", "is_event")):
             if role in found and getattr(found[role][0], holds):
                 yield WORDS["notes"][role].format(found[role][0])
+        times, events = self._timed()
+        if times and "label" in found and found["label"][0] in events:
+            yield WORDS["notes"]["followed"].format(found["label"][0], times[0])
         yield from (f"{one.name}: {one.why('unread')}." for one in self.every if one.is_mark and one.name not in used)
         if shard := re.search(r"\d+[-_ ]of[-_ ]0*(\d+)", self.path.name):
             yield WORDS["notes"]["shard"].format(shard[1])
@@ -341,15 +344,21 @@ class _Guess:
 
     def _followed(self) -> Roles | None:
         """A time and whether an event came by it; a person is asked where other values than an event's stand there."""
-        times = [one for one in self.every if one.may_be_time]
-        events = [one for one in self.every if one.may_be_event]
+        times, events = self._timed()
         if not _TIMED & set(self.chosen):
             if not times or not events or not {*self._usual()} <= {*events}:
                 return None
-            if len(times) + len(events) > 2 or not events[0].is_event or self._usual():
+            is_sure = len(times) == len(events) == 1 and times[0].is_called_time and events[0].is_event
+            if not is_sure or self._usual():
                 raise _refusal(self.path, "event", events, _listed(one.name for one in times))
         named = zip(_FOLLOWED, (times, events), strict=True)
         return self._laid_out([part._replace(names=[one.key for one in some]) for part, some in named])
+
+    def _timed(self) -> tuple[list[Column], list[Column]]:
+        """The columns that may be a time up to an event, those that are called so before others, and the events."""
+        events = [one for one in self.every if one.may_be_event]
+        times = [one for one in self.every if one.may_be_time and any(event.is_event for event in events)]
+        return [one for one in self.every if one.is_called_time] or times, events
 
     def _answer(self) -> tuple[Column, str] | None:
         """The column of the answer, and why; where several could be it, a person is asked."""

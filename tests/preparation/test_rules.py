@@ -83,6 +83,9 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another event": ({"age": AGE, "days": AGE, "status": ("open", "shut")}, "may say whether an event came by days"),
     "event or label": ({"age": AGE, "tenure": AGE, "churn": ("No", "Yes")}, "may say whether an event came by tenure"),
+    "another unit": (MIXED | {"run_h": AGE, "pump": ("functioning", "failed")}, "whether an event came by run_h"),
+    "no event": (MIXED | {"run_h": AGE, "pump": ("left", "right")}, "kappa, pump, age, run_h = 'answers that"),
+    "an age": (MIXED | {"age_years": AGE, "died": (0, 1)}, "= 'answers that"),
     # What a row is for.
     "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=outcome; not sigma"),
     "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=outcome; not sigma"),
