@@ -41,8 +41,10 @@ _BARE = frozenset("OBIESLUM")
 """Letters of tags of a scheme; one alone names no type."""
 _LONGEST_ID, _HEAD, _LONGEST_DATE = 64, 120, 40
 _WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # the fewest words of a text that is taken for one
+_LEAST_ID = 1_000_000  # of numbers of one length that name records
 _FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
 _ODD_SHOWN = 3
+_MANY, _MANY_OF_ROWS = 20, 0.2  # different values of a column of persons, from either of which on it is nothing else
 WORDS: Mapping[str, Mapping[str, str]] = {
     section: dict(part.split(": ", 1) for part in " ".join(text.split()).split(" | "))
     for section, text in tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8")).items()
@@ -333,6 +335,9 @@ class Column:
         of_records = self.key in NAMES["ids"] or self.words[-1:] in (["id"], ["uuid"], ["guid"], ["idx"])
         self.is_of_records = of_records or not self.name.strip() or self.is_once or self._counts_rows()
         of_a_row = self.is_mark or self.is_weight or self.is_of_records or self.is_person or self.is_place
+        # Few values under a bare name (`author`, `account`), which may be an answer; each stays a person's until then.
+        is_bare = self.is_label and self.words[-1:] == [NAMES["people"][self.person or 0]]
+        self.may_be_one_of_few = self.is_person and is_bare and len(self.labels) < min(_MANY, _MANY_OF_ROWS * self.filled)
         self.may_be_answer = self.is_answer and self.person is None and not of_a_row
         self.may_be_answer = self.may_be_answer and not (self.is_prose and is_named)
         # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
@@ -341,11 +346,13 @@ class Column:
         self.is_feature = is_value and not of_a_row and not self.is_date
 
     def _counts_rows(self) -> bool:
-        """Whole numbers of which nearly each comes once, in whatever order, by a name or with few left out between."""
+        """Whole numbers that nearly all come once: by a name, with few left out between, or all of one length, as ids."""
         count, distinct = self.reads["whole"], np.unique(self.numbers)
         is_whole = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
         is_named = not {*self.words}.isdisjoint(NAMES["numbered"])
-        return is_whole and (is_named or bool(distinct[-1] - distinct[0] < 2 * count))
+        is_id = is_whole and len(distinct) == self.filled and distinct[0] >= _LEAST_ID
+        is_id = is_id and len(f"{distinct[0]:.0f}") == len(f"{distinct[-1]:.0f}")
+        return is_whole and (is_named or is_id or bool(distinct[-1] - distinct[0] < 2 * count))
 
     def _separator(self) -> str | None:
         """The separator of a column of several labels; "[": they are lists; None: it is no such column."""

@@ -389,7 +389,8 @@ class _Guess:
         binary = [one for one in few if one.is_binary]
         if len(usual) == 1 < len(binary) and usual[0] in binary and is_text:
             usual = binary  # marks of several labels beside a text
-        found = usual or [*few, *numbers] or [one for one in others if one.is_place and one.is_label]
+        people = [one for one in others if one.may_be_one_of_few] if few or numbers else []
+        found = usual or [*few, *people, *numbers] or [one for one in others if one.is_place and one.is_label]
         if len(found) > 1:
             lists = ", or as one column of lists with the labels' names" * (len(binary) > 1 and is_text)
             raise _refusal(self.path, "answers", found, lists)

@@ -138,6 +138,11 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=outcome; not order_nr"),
     "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
     "ids of persons": ({"text": own, "uid": few(30), "kappa": WARD}, "labelled: text label=kappa user=uid"),
+    "few persons": ({"text": own, "author": few(4), "kappa": WARD}, "columns kappa, author = 'answers"),
+    "persons": ({"text": own, "author": few(30), "kappa": WARD}, "labelled: text label=kappa user=author"),
+    "ids of one length": (TABLE | {"sigma": lambda n: 4_000_000 + n * n * 999}, "table: label=outcome; not sigma"),
+    "numbers of another": (TABLE | {"sigma": lambda n: 400_000 + n * n * 999}, "table: label=outcome"),
+    "codes of goods": (TABLE | {"ean": lambda n: 400 + n * n}, "table: label=outcome; not ean"),
     "names that are one": ({"Text": own, "text": own, "kappa": WARD}, "must differ by more than case and marks"),
 }
 RENAMED = {"sigma": "tau", "kappa": "omega", "rho": "mu", "lambda_": "eta", "clause": "thesis"}
