@@ -169,22 +169,23 @@ def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
 
 
 def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
-    """The tokens and tags of a sentence's lines: of the first and the last column, or the reverse.
+    """The tokens and tags of a sentence's lines: tags are in the last column that holds a scheme's, or else the last.
 
-    In CoNLL-U and its kin the first column counts the tokens, of which the second has the words; tags are in the last
-    column that holds a scheme's.  Its lines 3-4 and 3.1 are of no token of their own.
+    Tokens are in the first column, or in the last where tags are first.  A column that counts them is dropped before, as
+    in CoNLL-U and its kin, where lines 3-4 and 3.1 are of no token of their own.
     """
     lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])]
     counted = [one[0] for one in lines] in ([str(place + first) for place in range(len(lines))] for first in (0, 1))
     columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
     tagged = [place for place, column in enumerate(columns) if all(map(_LIKE_TAG.fullmatch, column))]
-    if counted and len(columns) > (2 if len(lines) > 1 else 4):
-        if not tagged:
-            bound = "must have one such as B-PER and O, or a token and its tag alone on each line"
-            raise DataError(at, "no column of tags", bound)
-        return {"tokens": columns[1], "tags": columns[tagged[-1]]}
-    token, tag = (-1, 0) if tagged == [0] else (0, -1)
-    return {"tokens": [one[token] for one in cells], "tags": [one[tag].strip() for one in cells]}
+    counted = counted and len(columns) > (2 if len(lines) > 1 else 4)
+    if counted and not tagged:
+        bound = "must have one such as B-PER and O, or a token and its tag alone on each line"
+        raise DataError(at, "no column of tags", bound)
+    tag = tagged[-1] if tagged else -1
+    token = -1 if tag == int(counted) else int(counted)
+    kept = lines if counted else cells
+    return {"tokens": [one[token] for one in kept], "tags": [one[tag].strip() for one in kept]}
 
 
 def document(path: Path, line: int, raw: bytes | None) -> Row:

@@ -92,6 +92,8 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "CoNLL of four columns": ("a.bio", f"-DOCSTART- -X- O O\n\n# a note\n{conll(*BIO, columns='NN B-NP ')}", TAGGED),
     "CoNLL-U": ("a.conll", "# global.columns = ID\n" + counted(*BIO), TAGGED),
     "CoNLL with the tag first": ("a.bio", "".join(f"{tag} 0 3 {TOKENS[n]}\n" for n, tag in enumerate(BIO)), TAGGED),
+    "CoNLL with a score": ("a.bio", "".join(f"{TOKENS[n]} {tag} 0.5\n" for n, tag in enumerate(BIO)), TAGGED),
+    "CoNLL of a number first": ("a.bio", "".join(f"{n} {tag} {TOKENS[n]}\n" for n, tag in enumerate(BIO)), TAGGED),
     "CoNLL in tabs": ("a.iob", conll(*BILOU, columns="NN\t", comma="\t").replace("\n", "\r\n"), TAGGED),
     "BioC": ("a.bioc", collection(bioc(*PLACES)), SPANNED),
     "BioC of PubTator's server": ("a.biocjson", collection(bioc(*PLACES), name="PubTator3"), SPANNED),
