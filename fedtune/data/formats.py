@@ -151,8 +151,11 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
     if found == "a folder" and splits:
         bound = f"holds several sets, of which one is needed: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
-        bound = f"holds {counted(len(parts), 'part')} of a table: write them as one file, by one name or with pandas: "
-        bound += "pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
+        tables = ", ".join(sorted({part.name.partition("-0")[0] for part in parts}))
+        bound = (
+            f"holds {counted(len(parts), 'part')} of a table ({tables}): write those of one name as one file, from a "
+        )
+        bound += "folder of their own: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
 
 

@@ -144,7 +144,7 @@ def entity_types(fields: Mapping[str, str], types: Collection[str] = ()) -> dict
 
 
 def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
-    """A sentence of CoNLL, with a token and its tag on each line, first and last of its columns.
+    """A sentence of CoNLL, with a token and its tag on each line (`_tagged`).
 
     Columns are separated by tabs, or by spaces.  Lines -DOCSTART- belong to no sentence, nor do comments: # and a
     space, in another number of columns than the sentence's other lines have, or without a tag of a scheme where those
@@ -178,13 +178,12 @@ def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     counted = [one[0] for one in lines] in ([str(place + first) for place in range(len(lines))] for first in (0, 1))
     columns = [[one.strip() for one in column] for column in zip(*lines, strict=False)]
     tagged = [place for place, column in enumerate(columns) if all(map(_LIKE_TAG.fullmatch, column))]
-    counted = counted and len(columns) > (2 if len(lines) > 1 else 4)
-    if counted and not tagged:
+    first = int(counted and len(columns) > (2 if len(lines) > 1 else 4))
+    if first and not tagged:
         bound = "must have one such as B-PER and O, or a token and its tag alone on each line"
         raise DataError(at, "no column of tags", bound)
     tag = tagged[-1] if tagged else -1
-    token = -1 if tag == int(counted) else int(counted)
-    kept = lines if counted else cells
+    token, kept = -1 if tag == first else first, lines if first else cells
     return {"tokens": [one[token] for one in kept], "tags": [one[tag].strip() for one in kept]}
 
 

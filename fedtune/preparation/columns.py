@@ -255,6 +255,10 @@ class Column:
         self.is_number = self.nearly("target") and min(self.numbers) < max(self.numbers)  # of more than one value
         self.is_text, self.is_chat = self.nearly("text", "number as text"), self.nearly("messages")
         self.is_image, self.is_date = self.nearly("image", *SUFFIXES), self.nearly("date")
+        others = {end: self.reads[end] for end in NAMES["endings"] if self.reads[end]}
+        is_other = self.nearly(*_ENDINGS) and not self.is_image
+        # How many paths of images end otherwise than in what a run reads, where nearly all are such paths.
+        self.other_images = ", ".join(f"{count:,} {end}" for end, count in others.items()) if is_other else ""
         self.is_vector = self.nearly("vector") or (self.size is not None and not self.mostly("tokens"))
         self.is_constant, self.num_labels, self.is_empty = len(self.labels) == 1, len(self.labels), not self.filled
         self.said = " or ".join(sorted(self.labels, reverse=True)[:5]) or self.holds
@@ -337,7 +341,9 @@ class Column:
         of_a_row = self.is_mark or self.is_weight or self.is_of_records or self.is_person or self.is_place
         # Few values under a bare name (`author`, `account`), which may be an answer; each stays a person's until then.
         is_bare = self.is_label and self.words[-1:] == [NAMES["people"][self.person or 0]]
-        self.may_be_one_of_few = self.is_person and is_bare and len(self.labels) < min(_MANY, _MANY_OF_ROWS * self.filled)
+        self.may_be_one_of_few = (
+            self.is_person and is_bare and len(self.labels) < min(_MANY, _MANY_OF_ROWS * self.filled)
+        )
         self.may_be_answer = self.is_answer and self.person is None and not of_a_row
         self.may_be_answer = self.may_be_answer and not (self.is_prose and is_named)
         # A value of a table's vector: numbers, lists of as many, or few names, which are categories.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +165,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
                 columns[name] = Column(name)
             columns[name].note(value, number)
     if not rows:
-        below = [one for one in path.rglob("*") if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one))]
-        others = f": name one of {_listed(map(str, sorted(below)))}" if below else ""
-        raise faults[0] if faults else DataError(str(path), "no rows", f"must hold at least one record{others}")
+        raise faults[0] if faults else _no_rows(path)
     for column in columns.values():
         column.judge(rows)
     for some in _numbered(columns.values()):  # as one of them is, so are the others
@@ -195,6 +193,8 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         f"{column}: {len(lines):,} of its values have {ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
         for (what, column), lines in odd.items()
     )
+    images = _other_images(path) if kind_of_file == "classes" else ""
+    skipped = [f"{images} images beside them are not read: convert them to PNG, JPEG or WebP."] if images else []
     return Found(
         path=path,
         rows=rows,
@@ -205,9 +205,30 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         kind=kind,
         roles={role: one.name for role, (one, _) in found.items()},
         why={role: why for role, (_, why) in found.items()},
-        notes=(*guess.notes(found), *odd_notes),
+        notes=(*guess.notes(found), *odd_notes, *skipped),
         features=tuple(one.name for one in guess.features(but=taken)) if kind == "table" else (),
     )
+
+
+def _no_rows(path: Path) -> DataError:
+    """The error about a file or folder without records, with what lies below it."""
+    tables = defaultdict[str, list[str]](list)  # parts of one, such as train-00000-of-00002, together
+    for one in sorted(path.rglob("*")):
+        if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one)):
+            tables[str(one).partition("-0")[0]].append(str(one))
+    if images := "" if tables else _other_images(path):
+        return DataError(str(path), f"{images} images", "must be PNG, JPEG or WebP images: convert them")
+    below = [
+        parts[0] if len(parts) == 1 else f"the {len(parts)} parts of {name} as one" for name, parts in tables.items()
+    ]
+    files = ("a folder of several files", "must be one file") if below else ("no rows", "must hold at least one record")
+    return DataError(str(path), files[0], f"{files[1]}{': name ' * bool(below)}{_listed(below)}")
+
+
+def _other_images(folder: Path) -> str:
+    """How many images below a folder have each ending that is not read."""
+    endings = (next(filter(one.name.lower().endswith, NAMES["endings"]), "") for one in folder.rglob("*"))
+    return ", ".join(f"{count:,} {end}" for end, count in Counter(endings).items() if end)
 
 
 def _numbered(every: Iterable[Column]) -> Iterator[list[Column]]:
@@ -420,8 +441,8 @@ class _Guess:
             return (self.chosen["image"], "chosen") if "image" in self.chosen else None
         others = [one for one in self.every if text is None or one.key in NAMES["images"]]
         for one in others:
-            if ending := next(filter(one.nearly, NAMES["endings"]), None):
-                raise _refusal(self.path, "ending", [one], ending)
+            if one.other_images:
+                raise _refusal(self.path, "ending", [one], one.other_images)
         found = [one for one in others if one.is_image]
         if named := self._named(NAMES["images"], "is_image"):
             return named, "its name"

@@ -41,7 +41,10 @@ def chosen_by(*names: str) -> list[dict[str, Any]]:
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     # What reads like no text makes no file one of texts; it is named, and the numbers are a table.
     "dates": (TABLE | {"sigma": "2024-03-{:02}".format}, "table: label=outcome; not sigma"),
-    "days and months": (TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.90"}, "table: label=outcome; not sigma"),
+    "days and months": (
+        TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.90"},
+        "table: label=outcome; not sigma",
+    ),
     "names of months": (TABLE | {"sigma": lambda n: f"{1 + n % 28} March 20{n:02}"}, "table: label=outcome; not sigma"),
     "times": (TABLE | {"sigma": lambda n: f"{n % 24}:{n:02}"}, "table: label=outcome; not sigma"),
     "codes": (TABLE | {"sigma": "I10.{}".format}, "table: label=outcome; not sigma"),
@@ -88,7 +91,10 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "an age": (MIXED | {"age_years": AGE, "died": (0, 1)}, "= 'answers that"),
     # What a row is for.
     "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=outcome; not sigma"),
-    "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=outcome; not sigma"),
+    "a split in words": (
+        TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")},
+        "table: label=outcome; not sigma",
+    ),
     "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=outcome; not in_train"),
     "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a"),
     "thumbs": ({"prompt": own, "response": own, "thumbs_up": (0, 1)}, "in which rows response is not wanted"),
@@ -115,7 +121,10 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     # Columns that a number tells apart, and roles in turn names.
     "two texts": ({"clause_a": own, "clause_b": own, "kappa": WARD}, "text=clause_a text_pair=clause_b label=ka"),
     "with a score": ({"clause 1": own, "clause 2": own, "score": AGE}, "text=clause 1 other=clause 2 target=score"),
-    "one of few texts": ({"clause1": own, "clause2": REMARKS, "kappa": WARD}, "text=clause1 text_pair=clause2 label=ka"),
+    "one of few texts": (
+        {"clause1": own, "clause2": REMARKS, "kappa": WARD},
+        "text=clause1 text_pair=clause2 label=ka",
+    ),
     "few texts of two": ({"clause1": REMARKS, "clause2": REMARKS, "judge": AB}, "must be one answer, chosen"),
     "without an answer": ({"clause1": own, "clause2": own}, "several texts or images"),
     "three texts": ({"clause1": own, "clause2": own, "clause3": own}, "several texts"),
@@ -133,7 +142,12 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     # Images are known by what they end in; rows by numbers that each have once.
     "paths": ({"sigma": PNG, "kappa": WARD}, "images: image=sigma label=kappa"),
     "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labelled: text label=kappa; not sigma"),
-    "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of .nii.gz files': must be"),
+    "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of 60 .nii.gz files': must be"),
+    "several endings": (
+        {"sigma": lambda n: f"s{n}.{'jp2' if n % 3 else 'png'}", "kappa": WARD},
+        "'paths of 40 .jp2 files'",
+    ),
+    "an ending alone": ({"sigma": "s{}.jp2".format}, "sigma: paths of 60 .jp2 images: convert"),
     "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=outcome; not sigma"),
     "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=outcome; not order_nr"),
     "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
