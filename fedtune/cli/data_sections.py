@@ -43,8 +43,7 @@ def file_sections(found: Found, plan: starter.Plan) -> Iterator[Section]:
     yield Section("What was chosen", headings, tuple(found.options), words=range(4), notes=found.notes)
     yield _shortened("Columns that no run reads", ("column", "why"), tuple(found.unread))
     held = tuple(
-        (one.name, f"{one.filled:,}", one.holds or "nothing", f"{len(one.labels):,}" if one.values else "many")
-        for one in found.columns.values()
+        (one.name, f"{one.filled:,}", one.holds or "nothing", one.num_values) for one in found.columns.values()
     )
     yield _shortened("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
     odd = tuple(

@@ -151,11 +151,8 @@ def require_file(path: Path, *, key: str | None = None, value: str | None = None
     if found == "a folder" and splits:
         bound = f"holds several sets, of which one is needed: {', '.join(splits)}"
     elif found == "a folder" and (parts := sorted(path.glob("*.parquet"))):
-        tables = ", ".join(sorted({part.name.partition("-0")[0] for part in parts}))
-        bound = (
-            f"holds {counted(len(parts), 'part')} of a table ({tables}): write those of one name as one file, from a "
-        )
-        bound += "folder of their own: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
+        bound = f"holds {counted(len(parts), 'part')} of a table, or of several: write those of one (train-*) as one "
+        bound += "file, from a folder of their own: pandas.read_parquet(FOLDER).to_parquet('one.parquet')"
     raise DataError(key or str(path), value or found, f"is {found}; {bound}" if value else bound)
 
 

@@ -171,8 +171,8 @@ def sentence(path: Path, line: int, raw: bytes | None) -> Row | None:
 def _tagged(cells: Sequence[Sequence[str]], *, at: str) -> Row:
     """The tokens and tags of a sentence's lines: tags are in the last column that holds a scheme's, or else the last.
 
-    Tokens are in the first column, or in the last where tags are first.  A column that counts them is dropped before, as
-    in CoNLL-U and its kin, where lines 3-4 and 3.1 are of no token of their own.
+    Tokens are in the first column, or in the last where tags are first.  A column that counts them is dropped before,
+    as in CoNLL-U and its kin, where lines 3-4 and 3.1 are of no token of their own.
     """
     lines = [one for one in cells if not re.fullmatch(r"\d+[-.]\d+", one[0])]
     counted = [one[0] for one in lines] in ([str(place + first) for place in range(len(lines))] for first in (0, 1))

@@ -44,7 +44,7 @@ _WORDS_OF = {"word": 1, "words": 2, "phrase": 3, "prose": 5}  # the fewest words
 _LEAST_ID = 1_000_000  # of numbers of one length that name records
 _FEWEST_COUNTED = 10  # rows that a column of row numbers has at least
 _ODD_SHOWN = 3
-_MANY, _MANY_OF_ROWS = 20, 0.2  # different values of a column of persons, from either of which on it is nothing else
+_MANY_PERSONS = 20  # a column of so many is of nothing else
 WORDS: Mapping[str, Mapping[str, str]] = {
     section: dict(part.split(": ", 1) for part in " ".join(text.split()).split(" | "))
     for section, text in tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8")).items()
@@ -60,8 +60,8 @@ what its labels are called.  `endings` are of images that no run reads.  `often_
 where they have few values.  `wanted` may say whether an answer is wanted, in words of `flags`; `better` which of two is
 better, of which there are several `rivals` to one prompt.  `alike` are pairs of texts beside those that a number or a
 letter tells apart; `turns` are of a conversation.  Of `people` the first counts.  `things` end the name of a column of
-names, which are no texts that somebody wrote.  `splits`, `marked` and `checks` say what a row is for, with `helpers` and
-values of `parts`, `reviews` and `passed`; `ids` and `numbered` are of records.
+names, which are no texts that somebody wrote.  `splits`, `marked` and `checks` say what a row is for, with `helpers`
+and values of `parts`, `reviews` and `passed`; `ids` and `numbered` are of records.
 """
 _ENDINGS = (*SUFFIXES, *NAMES["endings"])
 _MONTHS = "jan|feb|m[aä]r|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz]"
@@ -125,6 +125,7 @@ class Column:
         # Entities of each type in spans or tags of a scheme, the same where each tag is a type, and schemes' letters.
         self.marked, self.plain, self.letters = Counter[str](), Counter[str](), set[str]()
         self.fault = ""  # why the last list that is no tags and no spans is none
+        self.keys = Counter[str]()  # of the first object of each list
         self.beside = Counter[str]()  # what turns have beside what a run reads of them, such as "name"
         self._first = defaultdict[str, list[tuple[int, str]]](list)  # values of each type, with their rows
         self._open = True
@@ -196,6 +197,7 @@ class Column:
             return
         self.reads["vector"] += len(listed) > 1 and all(one in (0, 1, "0", "1") for one in listed)
         first = listed[0] if listed else ()
+        self.keys.update(first if isinstance(first, dict) else ())
         if not isinstance(first, str) or first[:1] in _BEGIN_NUMBERS:
             with suppress(DataError):
                 self.sizes[len(read.numbers_of(read.feature_of(value, self.name), self.name))] += 1
@@ -252,13 +254,14 @@ class Column:
         said = {label.lower() for label in self.labels}
         few = may_be_label and 2 <= len(self.labels) <= _MOST_LABELS
         self.is_nested = self.nearly("list", "object")
+        wanted = "; turns have role and content, or from and value"
+        self.with_keys = f" of objects with {', '.join([*self.keys][:5])}{wanted}" if self.keys else ""
         self.is_number = self.nearly("target") and min(self.numbers) < max(self.numbers)  # of more than one value
         self.is_text, self.is_chat = self.nearly("text", "number as text"), self.nearly("messages")
         self.is_image, self.is_date = self.nearly("image", *SUFFIXES), self.nearly("date")
-        others = {end: self.reads[end] for end in NAMES["endings"] if self.reads[end]}
-        is_other = self.nearly(*_ENDINGS) and not self.is_image
         # How many paths of images end otherwise than in what a run reads, where nearly all are such paths.
-        self.other_images = ", ".join(f"{count:,} {end}" for end, count in others.items()) if is_other else ""
+        others = ", ".join(f"{self.reads[end]:,} {end}" for end in NAMES["endings"] if self.reads[end])
+        self.other_images = others if self.nearly(*_ENDINGS) and not self.is_image else ""
         self.is_vector = self.nearly("vector") or (self.size is not None and not self.mostly("tokens"))
         self.is_constant, self.num_labels, self.is_empty = len(self.labels) == 1, len(self.labels), not self.filled
         self.said = " or ".join(sorted(self.labels, reverse=True)[:5]) or self.holds
@@ -325,8 +328,7 @@ class Column:
         is_needed = self.words[:1] == ["needs"] or self.words[-1:] in (["review"], ["flag"])
         is_review = is_review or (said == {"true", "false"} and is_needed and not self.is_called_answer)
         self.is_review = self.is_label and (is_review or (bool(flag) and flag.issubset(NAMES["marked"])))
-        self.is_weight = bool(_OF_WEIGHTS.fullmatch(self.key))
-        self.is_mark = self.is_split or self.is_review
+        self.is_weight, self.is_mark = bool(_OF_WEIGHTS.fullmatch(self.key)), self.is_split or self.is_review
         # Ids or names of persons, not what somebody wrote; rows without an id are no matter, nor how a run reads them.
         # An id that no two rows share says of no two that they are of one person.
         self.is_id = self.filled > 0 and not (self.nearly("list", "object") or self.is_flag)
@@ -340,10 +342,8 @@ class Column:
         self.is_of_records = of_records or not self.name.strip() or self.is_once or self._counts_rows()
         of_a_row = self.is_mark or self.is_weight or self.is_of_records or self.is_person or self.is_place
         # Few values under a bare name (`author`, `account`), which may be an answer; each stays a person's until then.
-        is_bare = self.is_label and self.words[-1:] == [NAMES["people"][self.person or 0]]
-        self.may_be_one_of_few = (
-            self.is_person and is_bare and len(self.labels) < min(_MANY, _MANY_OF_ROWS * self.filled)
-        )
+        is_bare = self.is_person and self.words[-1:] == [NAMES["people"][self.person or 0]]
+        self.may_be_one_of_few = is_bare and self.is_label and len(self.labels) < _MANY_PERSONS
         self.may_be_answer = self.is_answer and self.person is None and not of_a_row
         self.may_be_answer = self.may_be_answer and not (self.is_prose and is_named)
         # A value of a table's vector: numbers, lists of as many, or few names, which are categories.
@@ -352,7 +352,7 @@ class Column:
         self.is_feature = is_value and not of_a_row and not self.is_date
 
     def _counts_rows(self) -> bool:
-        """Whole numbers that nearly all come once: by a name, with few left out between, or all of one length, as ids."""
+        """Whole numbers that nearly all come once: by a name, with few left out between, or of one length, as ids."""
         count, distinct = self.reads["whole"], np.unique(self.numbers)
         is_whole = count >= max(_FEWEST_COUNTED, NEARLY * self.filled) and len(distinct) >= NEARLY * count
         is_named = not {*self.words}.isdisjoint(NAMES["numbered"])
@@ -370,6 +370,12 @@ class Column:
             if often and (mark == "[" or (self.several[mark] and not (self._open and len(self.labels) < len(counts)))):
                 return mark
         return None
+
+    @property
+    def num_values(self) -> str:
+        """How many different values it has, where these are counted."""
+        count = len(set(self.numbers)) if self.nearly("target") else len(self.labels)
+        return f"{count:,}" if count and (self.values or self.nearly("target")) else "many"
 
     @property
     def event_values(self) -> tuple[str, ...] | None:

@@ -215,12 +215,10 @@ def _no_rows(path: Path) -> DataError:
     tables = defaultdict[str, list[str]](list)  # parts of one, such as train-00000-of-00002, together
     for one in sorted(path.rglob("*")):
         if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one)):
-            tables[str(one).partition("-0")[0]].append(str(one))
+            tables[str(one.parent / one.name.partition("-0")[0])].append(str(one))
     if images := "" if tables else _other_images(path):
         return DataError(str(path), f"{images} images", "must be PNG, JPEG or WebP images: convert them")
-    below = [
-        parts[0] if len(parts) == 1 else f"the {len(parts)} parts of {name} as one" for name, parts in tables.items()
-    ]
+    below = [some[0] if len(some) == 1 else f"the {len(some)} parts of {one} as one" for one, some in tables.items()]
     files = ("a folder of several files", "must be one file") if below else ("no rows", "must hold at least one record")
     return DataError(str(path), files[0], f"{files[1]}{': name ' * bool(below)}{_listed(below)}")
 
@@ -425,9 +423,8 @@ class _Guess:
 
     def _is_of_texts(self) -> bool:
         """Its records are texts or images, and no rows of a table."""
-        return self.form != "table" and any(
-            one.is_image or one in (*self._texts("is_prose"), *self._texts("is_short")) for one in self.every
-        )
+        texts = (*self._texts("is_prose"), *self._texts("is_short"), *(one for one in self.every if one.is_image))
+        return bool(texts) and self.form != "table"
 
     def _require_read(self, names: Sequence[str]) -> None:
         """Refuse a column that is called an answer and is none, for others would be learnt in silence."""

@@ -133,10 +133,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing": (lambda path: None, "no such file"),
     "a folder": (Path.mkdir, "is a folder; must be a file, or a folder that save_to_disk of Hugging Face datasets"),
     "several saved sets": (SEVERAL, "holds several sets, of which one is needed: {path}/train, {path}/test"),
-    "parts of a table": (
-        holding("part-0.parquet", WHOLE),
-        "is a folder; holds 1 part of a table (part): write those of one",
-    ),
+    "parts of a table": (holding("part-0.parquet", WHOLE), "is a folder; holds 1 part of a table, or of several"),
     "a pipe": (lambda path: os.mkfifo(path), "is a pipe; must be a file"),
     "a socket": (listening, "is a socket; must be a file"),
     "a link to itself": (lambda path: path.symlink_to(path), "is a link that leads to itself; must be a file"),

@@ -24,9 +24,9 @@ BELONG: dict[str, Any] = {"anchor": own, "positive": own}
 SURVIVED: dict[str, Any] = {"os_months": AGE, "os_status": (0, 1)}
 FREE = ("0:DiseaseFree", "1:Recurred/Progressed")
 WARD, SHAPE, YES = ("north", "south"), ("x", "y", "z"), (True, False)
-TABLE: dict[str, Any] = {"age": AGE, "outcome": WARD}
+TABLE: dict[str, Any] = {"age": AGE, "dx": WARD}
 MIXED: dict[str, Any] = {"age": AGE, "kappa": WARD}
-REMARKS = ("all of it was seen before", "none of it was ever seen")
+FEW = ("all of it was seen before", "none of it was ever seen")
 PNG, TASK = "scans/s{}.png".format, {"data": {"text": "a note of six words or more"}}
 
 
@@ -40,23 +40,23 @@ def chosen_by(*names: str) -> list[dict[str, Any]]:
 
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     # What reads like no text makes no file one of texts; it is named, and the numbers are a table.
-    "dates": (TABLE | {"sigma": "2024-03-{:02}".format}, "table: label=outcome; not sigma"),
+    "dates": (TABLE | {"sigma": "2024-03-{:02}".format}, "table: label=dx; not sigma"),
     "days and months": (
         TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.90"},
-        "table: label=outcome; not sigma",
+        "table: label=dx; not sigma",
     ),
-    "names of months": (TABLE | {"sigma": lambda n: f"{1 + n % 28} March 20{n:02}"}, "table: label=outcome; not sigma"),
-    "times": (TABLE | {"sigma": lambda n: f"{n % 24}:{n:02}"}, "table: label=outcome; not sigma"),
-    "codes": (TABLE | {"sigma": "I10.{}".format}, "table: label=outcome; not sigma"),
-    "decimal commas": (TABLE | {"sigma": "17,{}".format}, "table: label=outcome; not sigma"),
-    "units": (TABLE | {"sigma": "17.{} mg/dl".format}, "table: label=outcome; not sigma"),
-    "limits": (TABLE | {"sigma": ("<0.5", "0.75", ">90", 12.5)}, "table: label=outcome; not sigma"),
-    "categories": (TABLE | {"sigma": ("left knee", "right knee")} | {"outcome": AB}, "table: label=outcome"),
+    "names of months": (TABLE | {"sigma": lambda n: f"{1 + n % 28} March 20{n:02}"}, "table: label=dx; not sigma"),
+    "times": (TABLE | {"sigma": lambda n: f"{n % 24}:{n:02}"}, "table: label=dx; not sigma"),
+    "codes": (TABLE | {"sigma": "I10.{}".format}, "table: label=dx; not sigma"),
+    "decimal commas": (TABLE | {"sigma": "17,{}".format}, "table: label=dx; not sigma"),
+    "units": (TABLE | {"sigma": "17.{} mg/dl".format}, "table: label=dx; not sigma"),
+    "limits": (TABLE | {"sigma": ("<0.5", "0.75", ">90", 12.5)}, "table: label=dx; not sigma"),
+    "categories": (TABLE | {"sigma": ("left knee", "right knee")} | {"dx": AB}, "table: label=dx"),
     "printed vectors": ({"sigma": "[0.{} -1.5\n 2e-3]".format, "kappa": WARD}, "table: label=kappa"),
     "names": (MIXED | {"sigma": "Anna Lind {}".format}, "'a few words': may be texts, or names in a table of age"),
-    "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=outcome; not full_name"),
-    "remarks of a few": (TABLE | {"sigma": lambda n: own(n) if n % 3 == 0 else ""}, "table: label=outcome; not sigma"),
-    "texts": (TABLE | {"sigma": own}, "labelled: text=sigma label=outcome; not age"),
+    "names by name": (TABLE | {"full_name": "Anna Lind {}".format}, "table: label=dx; not full_name"),
+    "remarks of a few": (TABLE | {"sigma": lambda n: own(n) if n % 3 == 0 else ""}, "table: label=dx; not sigma"),
+    "texts": (TABLE | {"sigma": own}, "labelled: text=sigma label=dx; not age"),
     "codes alone": ({"sigma": "I10.{}".format, "kappa": WARD}, "links, or marks without a space"),
     # Of two answers without a usual name a person is asked.
     "two answers": (MIXED | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
@@ -90,21 +90,21 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "no event": (MIXED | {"run_h": AGE, "pump": ("left", "right")}, "kappa, pump, age, run_h = 'answers that"),
     "an age": (MIXED | {"age_years": AGE, "died": (0, 1)}, "= 'answers that"),
     # What a row is for.
-    "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=outcome; not sigma"),
+    "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=dx; not sigma"),
     "a split in words": (
         TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")},
-        "table: label=outcome; not sigma",
+        "table: label=dx; not sigma",
     ),
-    "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=outcome; not in_train"),
+    "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=dx; not in_train"),
     "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a"),
     "thumbs": ({"prompt": own, "response": own, "thumbs_up": (0, 1)}, "in which rows response is not wanted"),
-    "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=outcome; not fold"),
+    "folds": (TABLE | {"fold": (0, 1, 2)}, "table: label=dx; not fold"),
     "reviews": ({"text": own, "spans": spans("start end label"), "sigma": ("accept", "reject")}, "in which rows a"),
     "reviews of chats": ({"messages": [ASK, SAY], "sigma": ("accept", "ignore")}, "in which rows a"),
     "checks": (TABLE | {"sample_quality": ("pass", "fail", "pass")}, "in which rows a record is not wanted"),
     "a need": (TABLE | {"needs_repair": YES}, "in which rows a record is not wanted"),
-    "a split abroad": (TABLE | {"sigma": ("treino", "Validierung", "teste")}, "table: label=outcome; not sigma"),
-    "weights of rows": (TABLE | {"survey_wt": AGE, "birth_weight": AGE}, "table: label=outcome; not survey_wt"),
+    "a split abroad": (TABLE | {"sigma": ("treino", "Validierung", "teste")}, "table: label=dx; not sigma"),
+    "weights of rows": (TABLE | {"survey_wt": AGE, "birth_weight": AGE}, "table: label=dx; not survey_wt"),
     # Answers in forms of other programs, and with a usual name in a form that is not read.
     "types": ({"text": own, "sigma": spans("start end type")}, "entities: text spans=sigma"),
     "groups": ({"text": own, "ents": spans("start_char end_char entity_group")}, "entities: text spans=ents"),
@@ -121,11 +121,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     # Columns that a number tells apart, and roles in turn names.
     "two texts": ({"clause_a": own, "clause_b": own, "kappa": WARD}, "text=clause_a text_pair=clause_b label=ka"),
     "with a score": ({"clause 1": own, "clause 2": own, "score": AGE}, "text=clause 1 other=clause 2 target=score"),
-    "one of few texts": (
-        {"clause1": own, "clause2": REMARKS, "kappa": WARD},
-        "text=clause1 text_pair=clause2 label=ka",
-    ),
-    "few texts of two": ({"clause1": REMARKS, "clause2": REMARKS, "judge": AB}, "must be one answer, chosen"),
+    "one of few texts": ({"clause1": own, "clause2": FEW, "dx": WARD}, "text=clause1 text_pair=clause2 label=dx"),
+    "few texts of two": ({"clause1": FEW, "clause2": FEW, "judge": AB}, "must be one answer, chosen"),
     "without an answer": ({"clause1": own, "clause2": own}, "several texts or images"),
     "three texts": ({"clause1": own, "clause2": own, "clause3": own}, "several texts"),
     "questions": ({"question": own, "sentence": own, "label": (0, 1)}, "text=question text_pair=sentence label"),
@@ -143,20 +140,17 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "paths": ({"sigma": PNG, "kappa": WARD}, "images: image=sigma label=kappa"),
     "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labelled: text label=kappa; not sigma"),
     "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of 60 .nii.gz files': must be"),
-    "several endings": (
-        {"sigma": lambda n: f"s{n}.{'jp2' if n % 3 else 'png'}", "kappa": WARD},
-        "'paths of 40 .jp2 files'",
-    ),
+    "several endings": ({"sigma": lambda n: f"{n}.{'jp2' if n % 3 else 'png'}", "dx": AB}, "paths of 40 .jp2 f"),
     "an ending alone": ({"sigma": "s{}.jp2".format}, "sigma: paths of 60 .jp2 images: convert"),
-    "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=outcome; not sigma"),
-    "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=outcome; not order_nr"),
+    "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=dx; not sigma"),
+    "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=dx; not order_nr"),
     "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
     "ids of persons": ({"text": own, "uid": few(30), "kappa": WARD}, "labelled: text label=kappa user=uid"),
     "few persons": ({"text": own, "author": few(4), "kappa": WARD}, "columns kappa, author = 'answers"),
     "persons": ({"text": own, "author": few(30), "kappa": WARD}, "labelled: text label=kappa user=author"),
-    "ids of one length": (TABLE | {"sigma": lambda n: 4_000_000 + n * n * 999}, "table: label=outcome; not sigma"),
-    "numbers of another": (TABLE | {"sigma": lambda n: 400_000 + n * n * 999}, "table: label=outcome"),
-    "codes of goods": (TABLE | {"ean": lambda n: 400 + n * n}, "table: label=outcome; not ean"),
+    "ids of one length": (TABLE | {"sigma": lambda n: 4_000_000 + n * n * 999}, "table: label=dx; not sigma"),
+    "numbers of another": (TABLE | {"sigma": lambda n: 400_000 + n * n * 999}, "table: label=dx"),
+    "codes of goods": (TABLE | {"ean": lambda n: 400 + n * n}, "table: label=dx; not ean"),
     "names that are one": ({"Text": own, "text": own, "kappa": WARD}, "must differ by more than case and marks"),
 }
 RENAMED = {"sigma": "tau", "kappa": "omega", "rho": "mu", "lambda_": "eta", "clause": "thesis"}
