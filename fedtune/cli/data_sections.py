@@ -42,8 +42,9 @@ def file_sections(found: Found, plan: starter.Plan) -> Iterator[Section]:
     headings: tuple[str, ...] = ("role", "column", "why", "another by")
     yield Section("What was chosen", headings, tuple(found.options), words=range(4), notes=found.notes)
     yield _shortened("Columns that no run reads", ("column", "why"), tuple(found.unread))
+    counts = {name: f"{one.num_values:,}" if one.num_values else "many" for name, one in found.columns.items()}
     held = tuple(
-        (one.name, f"{one.filled:,}", one.holds or "nothing", one.num_values) for one in found.columns.values()
+        (one.name, f"{one.filled:,}", one.holds or "nothing", counts[one.name]) for one in found.columns.values()
     )
     yield _shortened("Columns", ("name", "filled", "holds", "different values"), held, words={0, 2})
     odd = tuple(

@@ -84,14 +84,12 @@ _OF_TIMES = re.compile(
     rf"{_COURSE}(?:time|months|days|weeks|years|duration)(?:to[a-z]+)?|t|tte|os|pfs|fu|followup|tenure"
 )
 _WORDS_OF_TIMES = re.compile(
-    r"(?!.*\b(?:age|alter)\b).*(?:\b(?:time|fu|follow|followup|survival|\w*zeit)\b"
-    r"|\b(?:days?|h|hours?|weeks?|months?|years?|tage|wochen|monate|jahre)$)"
+    r"(?!.*\bage\b).*\b(?:(?:time|fu|follow|survival|\w*zeit)\b|(?:days?|h|hours?|months?|years?|tage)$)"
 )
 """Words of a time in a name, or a unit of it at the end."""
 _OF_EVENTS = re.compile(
     rf"(?:is)?{_COURSE}(?:status|events?|observed|cens\w*|died|dead|deceased|relapsed|progression|progressed)"
-    "|e|relapse|recurrence|death|fustat|verstorben|gestorben|tod|fallecido|muerto"
-    "|(?:event|death)(?:observed|status|indicator)|churn(?:ed)?"
+    "|e|relapse|recurrence|death|fustat|verstorben|(?:event|death)(?:observed|status|indicator)|churn(?:ed)?"
 )
 """Names of columns of persons, of the time up to an event, and of whether it came."""
 _OF_WEIGHTS = re.compile(rf"(?:{'|'.join(NAMES['weights'])})(?:weight|wg?t)s?|weights")
@@ -251,11 +249,9 @@ class Column:
         size, count = (self.sizes.most_common(1) or [(0, 0)])[0]
         self.size = size if size > 1 and count >= NEARLY * self.filled else None
 
-        said = {label.lower() for label in self.labels}
-        few = may_be_label and 2 <= len(self.labels) <= _MOST_LABELS
+        said, few = {label.lower() for label in self.labels}, 2 <= len(self.labels) <= _MOST_LABELS
         self.is_nested = self.nearly("list", "object")
-        wanted = "; turns have role and content, or from and value"
-        self.with_keys = f" of objects with {', '.join([*self.keys][:5])}{wanted}" if self.keys else ""
+        self.with_keys = f" of objects with {', '.join([*self.keys][:5])}" if self.keys else ""
         self.is_number = self.nearly("target") and min(self.numbers) < max(self.numbers)  # of more than one value
         self.is_text, self.is_chat = self.nearly("text", "number as text"), self.nearly("messages")
         self.is_image, self.is_date = self.nearly("image", *SUFFIXES), self.nearly("date")
@@ -263,7 +259,9 @@ class Column:
         others = ", ".join(f"{self.reads[end]:,} {end}" for end in NAMES["endings"] if self.reads[end])
         self.other_images = others if self.nearly(*_ENDINGS) and not self.is_image else ""
         self.is_vector = self.nearly("vector") or (self.size is not None and not self.mostly("tokens"))
-        self.is_constant, self.num_labels, self.is_empty = len(self.labels) == 1, len(self.labels), not self.filled
+        self.is_constant, self.is_empty = len(self.labels) == 1, not self.filled
+        # How many different values it has; 0: they are not counted.
+        self.num_values = len(set(self.numbers)) if self.nearly("target") else len(self.labels)
         self.said = " or ".join(sorted(self.labels, reverse=True)[:5]) or self.holds
         self.least, self.most = min(self.numbers, default=0), max(self.numbers, default=0)
         self.is_said, self.is_context = self.is_text or self.is_chat, self.is_text or self.is_empty
@@ -275,7 +273,7 @@ class Column:
         # Few values, each of which comes often.
         often = self.filled >= _RECORDS_A_LABEL * len(self.labels) and self.nearly("label")
         fraction = self.is_number and self.reads["whole"] < NEARLY * self.filled
-        is_label = few and often and not (fraction or self.is_date or self.is_vector)
+        is_label = may_be_label and few and often and not (fraction or self.is_date or self.is_vector)
         # As people and laboratories write numbers, and as a run does not read them.
         is_other = self.nearly("target", "other number", "measure") and not self.nearly("target")
         self.is_other_number = is_other and (self.mostly("other number") or not is_label)
@@ -298,8 +296,8 @@ class Column:
         is_other = self.is_other_number or not (self.is_text or self.nearly("target"))
         is_long = not self.is_text or self.mean_characters >= LONGEST_LABEL or self.is_constant
         self.is_called_time = self.is_number and bool(_OF_TIMES.fullmatch(self.key))
-        is_of_time = bool(_WORDS_OF_TIMES.match(" ".join(self.words)))
-        self.may_be_time = self.is_number and (self.is_called_time or is_of_time)
+        is_of_time = self.is_called_time or _WORDS_OF_TIMES.match(" ".join(self.words))
+        self.may_be_time = self.is_number and bool(is_of_time)
         is_usual = self.is_event and said.isdisjoint(NAMES["flags"])  # alive or dead, whatever the column is called
         self.may_be_event = self.is_label and (is_usual or bool(_OF_EVENTS.fullmatch(self.key)))
         self.is_unread_answer = self.filled > 0 and not self.is_answer and (is_other or not is_long)
@@ -370,12 +368,6 @@ class Column:
             if often and (mark == "[" or (self.several[mark] and not (self._open and len(self.labels) < len(counts)))):
                 return mark
         return None
-
-    @property
-    def num_values(self) -> str:
-        """How many different values it has, where these are counted."""
-        count = len(set(self.numbers)) if self.nearly("target") else len(self.labels)
-        return f"{count:,}" if count and (self.values or self.nearly("target")) else "many"
 
     @property
     def event_values(self) -> tuple[str, ...] | None:

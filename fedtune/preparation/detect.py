@@ -212,15 +212,16 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
 
 def _no_rows(path: Path) -> DataError:
     """The error about a file or folder without records, with what lies below it."""
-    tables = defaultdict[str, list[str]](list)  # parts of one, such as train-00000-of-00002, together
+    tables = defaultdict[Path, list[Path]](list)  # parts of one, such as train-00000-of-00002, together
     for one in sorted(path.rglob("*")):
         if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one)):
-            tables[str(one.parent / one.name.partition("-0")[0])].append(str(one))
-    if images := "" if tables else _other_images(path):
+            tables[one.parent / one.name.partition("-0")[0]].append(one)
+    below = (str(parts[0]) if len(parts) == 1 else f"all parts of {one} as one" for one, parts in tables.items())
+    if tables:
+        return DataError(str(path), "a folder of several files", f"must be one file: name {_listed(below)}")
+    if images := _other_images(path):
         return DataError(str(path), f"{images} images", "must be PNG, JPEG or WebP images: convert them")
-    below = [some[0] if len(some) == 1 else f"the {len(some)} parts of {one} as one" for one, some in tables.items()]
-    files = ("a folder of several files", "must be one file") if below else ("no rows", "must hold at least one record")
-    return DataError(str(path), files[0], f"{files[1]}{': name ' * bool(below)}{_listed(below)}")
+    return DataError(str(path), "no rows", "must hold at least one record")
 
 
 def _other_images(folder: Path) -> str:
@@ -527,7 +528,7 @@ class _Guess:
         bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:
             bound += f"; {one.name}: {one.why('unread')}" if one.filled and not one.is_feature else ""
-        if chat := self._named(NAMES["chats"], "filled"):
+        if chat := self._named(NAMES["chats"], "filled") or next((one for one in self.every if one.keys), None):
             bound += f", or in {chat.name} turns with role and content, or from and value"
         return DataError(str(self.path), f"columns {listed or 'without a name'}", bound)
 

@@ -41,10 +41,7 @@ def chosen_by(*names: str) -> list[dict[str, Any]]:
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     # What reads like no text makes no file one of texts; it is named, and the numbers are a table.
     "dates": (TABLE | {"sigma": "2024-03-{:02}".format}, "table: label=dx; not sigma"),
-    "days and months": (
-        TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.90"},
-        "table: label=dx; not sigma",
-    ),
+    "days and months": (TABLE | {"sigma": lambda n: f"{1 + n % 28}.{1 + n % 12}.90"}, "table: label=dx; not sigma"),
     "names of months": (TABLE | {"sigma": lambda n: f"{1 + n % 28} March 20{n:02}"}, "table: label=dx; not sigma"),
     "times": (TABLE | {"sigma": lambda n: f"{n % 24}:{n:02}"}, "table: label=dx; not sigma"),
     "codes": (TABLE | {"sigma": "I10.{}".format}, "table: label=dx; not sigma"),
@@ -80,10 +77,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "of cBioPortal": ({"age": AGE, "os": AGE, "died": ("0:LIVING", "1:DECEASED")}, "table: time=os event=died"),
     "of a study": ({"age": AGE, "dfs_months": AGE, "dfs_status": FREE}, "time=dfs_months event=dfs_status"),
     "three courses": ({"age": AGE, "time": AGE, "status": (0, 1, 2)}, "may say whether an event came by time"),
-    "two events": (
-        SURVIVED | {"pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)},
-        "may say whether an event came",
-    ),
+    "two events": (SURVIVED | {"pfs_months": lambda n: n / 3, "pfs_status": (1, 0, 0)}, "may say whether an event"),
     "another event": ({"age": AGE, "days": AGE, "status": ("open", "shut")}, "may say whether an event came by days"),
     "event or label": ({"age": AGE, "tenure": AGE, "churn": ("No", "Yes")}, "may say whether an event came by tenure"),
     "another unit": (MIXED | {"run_h": AGE, "pump": ("functioning", "failed")}, "whether an event came by run_h"),
@@ -91,10 +85,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "an age": (MIXED | {"age_years": AGE, "died": (0, 1)}, "= 'answers that"),
     # What a row is for.
     "a split": (TABLE | {"sigma": ("train", "train", "test")}, "table: label=dx; not sigma"),
-    "a split in words": (
-        TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")},
-        "table: label=dx; not sigma",
-    ),
+    "a split in words": (TABLE | {"sigma": ("Training", "PublicTest", "PrivateTest")}, "table: label=dx; not sigma"),
     "a flag of a split": (TABLE | {"in_train": (0, 1)}, "table: label=dx; not in_train"),
     "flags of rows": (TABLE | {"is_excluded": (0, 1)}, "in which rows a"),
     "thumbs": ({"prompt": own, "response": own, "thumbs_up": (0, 1)}, "in which rows response is not wanted"),
