@@ -57,7 +57,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "codes alone": ({"sigma": "I10.{}".format, "kappa": WARD}, "links, or marks without a space"),
     # Of two answers without a usual name a person is asked.
     "two answers": (MIXED | {"lambda_": SHAPE}, "must be one: choose with --label COLUMN"),
-    "one among numbers": (MIXED, "or --score COLUMN for a number"),
+    "one among numbers": (MIXED, "or --score COLUMN"),
     "an answer by a time": (MIXED | {"churned_in_30d": AB}, "table: label=churned_in_30d"),
     "a topic of a table": (MIXED | {"category": SHAPE}, "must be one: choose with --label COLUMN"),
     "a topic of texts": ({"text": own, "kappa": WARD, "category": SHAPE}, "labelled: text label=category; not kappa"),
@@ -132,7 +132,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "paths beside texts": ({"sigma": PNG, "text": own, "kappa": WARD}, "labelled: text label=kappa; not sigma"),
     "another ending": ({"sigma": "s{}.nii.gz".format, "kappa": WARD}, "sigma = 'paths of 60 .nii.gz files': must be"),
     "several endings": ({"sigma": lambda n: f"{n}.{'jp2' if n % 3 else 'png'}", "dx": AB}, "paths of 40 .jp2 f"),
-    "an ending alone": ({"sigma": "s{}.jp2".format}, "sigma: paths of 60 .jp2 images: convert"),
+    "an ending alone": ({"sigma": "s{}.jp2".format}, "sigma: paths of images of 60 .jp2"),
     "row numbers": (TABLE | {"sigma": lambda n: 1000 + n}, "table: label=dx; not sigma"),
     "numbers with gaps": (TABLE | {"order_nr": lambda n: 1000 + n * n}, "table: label=dx; not order_nr"),
     "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
