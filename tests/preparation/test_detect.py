@@ -263,3 +263,9 @@ def test_a_scheme_is_one_of_the_whole_column(tmp_path: Path, tags: Any, labels: 
 def test_a_label_that_may_be_an_event_by_a_time_is_told(tmp_path: Path) -> None:
     found = seen(tmp_path, {"run_hours": lambda n: n / 7, "censored": (0, 1)}, label="censored")
     assert "censored may be an event: --time run_hours --event censored." in found.notes
+
+
+def test_images_that_no_run_reads_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "scan.bmp").touch()
+    with pytest.raises(DataError, match="1 .bmp images.: must be PNG"):
+        look_at(tmp_path, {})

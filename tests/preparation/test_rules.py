@@ -138,7 +138,6 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     "ids of rows": ({"text": own, "uid": "r{}".format, "kappa": WARD}, "labelled: text label=kappa; not uid"),
     "ids of persons": ({"text": own, "uid": few(30), "kappa": WARD}, "labelled: text label=kappa user=uid"),
     "few persons": ({"text": own, "author": few(4), "kappa": WARD}, "columns kappa, author = 'answers"),
-    "persons": ({"text": own, "author": few(30), "kappa": WARD}, "labelled: text label=kappa user=author"),
     "ids of one length": (TABLE | {"sigma": lambda n: 4_000_000 + n * n * 999}, "table: label=dx; not sigma"),
     "numbers of another": (TABLE | {"sigma": lambda n: 400_000 + n * n * 999}, "table: label=dx"),
     "codes of goods": (TABLE | {"ean": lambda n: 400 + n * n}, "table: label=dx; not ean"),
