@@ -7,7 +7,7 @@ import re
 import tomllib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from fedtune.data import values as read
+from fedtune.data.formats import OF_RECORDS, image_files
 from fedtune.data.images import SUFFIXES
 from fedtune.data.lists import listed_in
 from fedtune.data.marked import entity_types, read_tag, spans_of, words_of
@@ -388,6 +389,44 @@ class Column:
     def why(self, reasons: Literal["unread", "no_answer"]) -> str:
         """Why no run reads the column, or why it is no answer: the first of these reasons that holds (names.toml)."""
         return next(why for what, why in WORDS[reasons].items() if getattr(self, what)).format(self)
+
+
+def numbered(every: Iterable[Column]) -> Iterator[list[Column]]:
+    """Columns whose names differ by a number or a letter alone, in its order, of which one holds texts or turns."""
+    groups = defaultdict[str, list[Column]](list)
+    for one in sorted(every, key=lambda one: [word.zfill(9) for word in one.words]):
+        if "#" in one.stem and (one.is_text or one.is_chat):
+            groups[one.stem].append(one)
+    for some in groups.values():
+        is_texts = (one.is_chat or one.mostly("words" if not one.is_label else "prose") for one in some)
+        if len(some) > 1 and any(is_texts):
+            yield some
+
+
+def no_rows(path: Path) -> DataError:
+    """The error about a file or folder without records, with what lies below it."""
+    tables = defaultdict[Path, list[Path]](list)  # parts of one, such as train-00000-of-00002, together
+    for one in sorted(path.rglob("*")):
+        if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one)):
+            tables[one.parent / one.name.partition("-0")[0]].append(one)
+    below = [str(parts[0]) if len(parts) == 1 else f"all parts of {one} as one" for one, parts in tables.items()]
+    if tables:
+        return DataError(str(path), "a folder of several files", f"must be one file: name {listed(below)}")
+    if images := other_images(path):
+        return DataError(str(path), f"{images} images", "must be PNG, JPEG or WebP images: convert them")
+    return DataError(str(path), "no rows", "must hold at least one record")
+
+
+def other_images(folder: Path) -> str:
+    """How many images below a folder have each ending that is not read."""
+    endings = (next(filter(one.name.lower().endswith, NAMES["endings"]), "") for one in folder.rglob("*"))
+    return ", ".join(f"{count:,} {end}" for end, count in Counter(endings).items() if end)
+
+
+def listed(columns: Iterable[str]) -> str:
+    """Names of columns for a message: a file may have thousands, and without a header they are texts."""
+    names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}\u2026" for name in columns]
+    return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
 
 
 def _words(name: str) -> list[str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from fedtune.data.formats import OF_RECORDS, format_of, image_files, raw_rows
+from fedtune.data.formats import format_of, raw_rows
 from fedtune.data.text_rows import Row
-from fedtune.preparation.columns import LONGEST_LABEL, NAMES, WORDS, Column
+from fedtune.preparation.columns import NAMES, WORDS, Column, listed, no_rows, numbered, other_images
 from fedtune.preparation.patterns import ODD_TEXTS, odd_texts
 from fedtune.spec import ConfigError, DataError
 
@@ -81,7 +81,7 @@ _OPTION_OF = {role: option for option, role in OPTIONS.items()} | {"labels": "la
 
 def _refusal(path: Path, what: str, columns: Sequence[Column], other: object = "") -> DataError:
     """The error about some columns of a file, in the words of names.toml; `other` is a part of them."""
-    names = _listed(one.name for one in columns)
+    names = listed(one.name for one in columns)
     said = {"names": names, "other": other, "event": WORDS["bounds"]["is_event"]}
     value, bound = (text.format(columns[0], **said) for text in WORDS["refused"][what].split(" = "))
     return DataError(f"{path}, column{'s' * (len(columns) > 1)} {names}", value, bound)
@@ -165,17 +165,17 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
                 columns[name] = Column(name)
             columns[name].note(value, number)
     if not rows:
-        raise faults[0] if faults else _no_rows(path)
+        raise faults[0] if faults else no_rows(path)
     for column in columns.values():
         column.judge(rows)
-    for some in _numbered(columns.values()):  # as one of them is, so are the others
+    for some in numbered(columns.values()):  # as one of them is, so are the others
         for column in some:
             column.judge(rows, may_be_label=False)
     if not chosen and kind_of_file in (".csv", ".tsv"):
         _require_header(columns, path)
     for option, name in chosen.items():
         if name not in columns:
-            raise ConfigError(f"--{option}", name, f"must be one of the columns {_listed(columns)}")
+            raise ConfigError(f"--{option}", name, f"must be one of the columns {listed(columns)}")
     if len(set(chosen.values())) < len(chosen):
         raise ConfigError(f"--{option}", name, "must be another column than the other options name")
     roles = {OPTIONS[option]: columns[name] for option, name in chosen.items()}
@@ -193,7 +193,7 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         f"{column}: {len(lines):,} of its values have {ODD_TEXTS[what]} (line {', '.join(map(str, lines[:3]))})."
         for (what, column), lines in odd.items()
     )
-    images = _other_images(path) if kind_of_file == "classes" else ""
+    images = other_images(path) if kind_of_file == "classes" else ""
     skipped = [f"{images} images beside them are not read: convert them to PNG, JPEG or WebP."] if images else []
     return Found(
         path=path,
@@ -208,38 +208,6 @@ def look_at(path: Path, chosen: Mapping[str, str], *, by_person: bool = True, fo
         notes=(*guess.notes(found), *odd_notes, *skipped),
         features=tuple(one.name for one in guess.features(but=taken)) if kind == "table" else (),
     )
-
-
-def _no_rows(path: Path) -> DataError:
-    """The error about a file or folder without records, with what lies below it."""
-    tables = defaultdict[Path, list[Path]](list)  # parts of one, such as train-00000-of-00002, together
-    for one in sorted(path.rglob("*")):
-        if one.suffix in OF_RECORDS or (one.is_dir() and image_files(one)):
-            tables[one.parent / one.name.partition("-0")[0]].append(one)
-    below = (str(parts[0]) if len(parts) == 1 else f"all parts of {one} as one" for one, parts in tables.items())
-    if tables:
-        return DataError(str(path), "a folder of several files", f"must be one file: name {_listed(below)}")
-    if images := _other_images(path):
-        return DataError(str(path), f"{images} images", "must be PNG, JPEG or WebP images: convert them")
-    return DataError(str(path), "no rows", "must hold at least one record")
-
-
-def _other_images(folder: Path) -> str:
-    """How many images below a folder have each ending that is not read."""
-    endings = (next(filter(one.name.lower().endswith, NAMES["endings"]), "") for one in folder.rglob("*"))
-    return ", ".join(f"{count:,} {end}" for end, count in Counter(endings).items() if end)
-
-
-def _numbered(every: Iterable[Column]) -> Iterator[list[Column]]:
-    """Columns whose names differ by a number or a letter alone, in its order, of which one holds texts or turns."""
-    groups = defaultdict[str, list[Column]](list)
-    for one in sorted(every, key=lambda one: [word.zfill(9) for word in one.words]):
-        if "#" in one.stem and (one.is_text or one.is_chat):
-            groups[one.stem].append(one)
-    for some in groups.values():
-        is_texts = (one.is_chat or one.mostly("words" if not one.is_label else "prose") for one in some)
-        if len(some) > 1 and any(is_texts):
-            yield some
 
 
 def _require_fit(parts: Iterable[_Part], chosen: Mapping[str, Column]) -> None:
@@ -343,7 +311,7 @@ class _Guess:
         if text is None and self.form != "table":
             text = self._text("is_text" if self.form else "is_short", but=but)
             if text and features and self.form is None:
-                raise _refusal(self.path, "few_words", [text[0]], _listed(one.name for one in features))
+                raise _refusal(self.path, "few_words", [text[0]], listed(one.name for one in features))
         if text is None:
             return ("table", roles) if features and self.form != "texts" else None
         if text[0] in pair:
@@ -368,9 +336,9 @@ class _Guess:
         if not _TIMED & set(self.chosen):
             if not times or not events or not {*self._usual()} <= {*events}:
                 return None
-            is_sure = len(times) == len(events) == 1 and times[0].is_called_time and events[0].is_event
-            if not is_sure or self._usual():
-                raise _refusal(self.path, "event", events, _listed(one.name for one in times))
+            is_one = len(times) == len(events) == 1 and not self._usual()
+            if not (is_one and times[0].is_called_time and events[0].is_event):
+                raise _refusal(self.path, "event", events, listed(one.name for one in times))
         named = zip(_FOLLOWED, (times, events), strict=True)
         return self._laid_out([part._replace(names=[one.key for one in some]) for part, some in named])
 
@@ -424,8 +392,8 @@ class _Guess:
 
     def _is_of_texts(self) -> bool:
         """Its records are texts or images, and no rows of a table."""
-        texts = (*self._texts("is_prose"), *self._texts("is_short"), *(one for one in self.every if one.is_image))
-        return bool(texts) and self.form != "table"
+        others = any(one.is_short or one.is_image for one in self.every)
+        return self.form != "table" and (others or bool(self._texts("is_prose")))
 
     def _require_read(self, names: Sequence[str]) -> None:
         """Refuse a column that is called an answer and is none, for others would be learnt in silence."""
@@ -485,15 +453,12 @@ class _Guess:
         alike = [[self._named([key], "is_text") for key in keys.split("/")] for keys in NAMES["alike"]]
         found = [[one for one in some if one] for some in alike]
         others = {*NAMES["rivals"], *NAMES["turns"], *NAMES["negatives"]}
-        found += [some for some in _numbered(self.every) if not others & set(some[0].words)]
+        found += [some for some in numbered(self.every) if not others & set(some[0].words)]
         two = [some for some in found if len(some) == 2 and not any(one.is_label for one in some)]
         return two[0] if two and "text" not in self.chosen else ()
 
     def _unwanted(self) -> Iterator[tuple[str, Sequence[Column], object]]:
-        """What is not to be learnt as it stands, the columns that show it, if any do, and more of its message.
-
-        These are rows that somebody took back, and records that are spread over rows or columns.
-        """
+        """What is not to be learnt as it stands (taken back, or spread over rows or columns), what shows it, and more."""
         prompt = self._named(_ASKED, "is_asked") or self._named(_ASKED, "is_chat")
         answers = self._named(NAMES["chats"], "is_chat") or (prompt and self._named(NAMES["completions"], "is_said"))
         flags = [one for one in self.every if one.is_flag and {*one.words} & {*NAMES["wanted"]}] if answers else []
@@ -502,7 +467,7 @@ class _Guess:
         parts = [one for one in self.every if one.is_tag or (one.key in NAMES["speakers"] and one.is_speaker)]
         yield "rows", parts, ""
         judges = [one for one in self.every if one.is_label and set(one.words) & {*NAMES["better"]}]
-        for some in _numbered(self.every):
+        for some in numbered(self.every):
             rival, turn, negative = (set(some[0].words) & {*NAMES[what]} for what in ("rivals", "turns", "negatives"))
             is_odd = rival or turn or judges or (len(some) > 2 and not negative)
             yield "several", [*some, *(judges[:1] if not turn else [])] if is_odd else [], ""
@@ -524,16 +489,10 @@ class _Guess:
             others = others or "what else this file has: an answer stands beside a text, an image or a table"
             bound = f"goes with {needs}, and no column is called so" if needs else f"does not go with {others}"
             return ConfigError(f"--{_OPTION_OF[role]}", one.name, bound)
-        listed = _listed(f"{one.name} ({one.holds})" for one in self.every)
+        named = listed(f"{one.name} ({one.holds})" for one in self.every)
         bound = "must hold a column of text, or numbers or categories with an answer (--label, --score)"
         for one in self.every[:SHOWN_ROWS]:
             bound += f"; {one.name}: {one.why('unread')}" if one.filled and not one.is_feature else ""
         if chat := self._named(NAMES["chats"], "filled") or next((one for one in self.every if one.keys), None):
             bound += f", or in {chat.name} turns with role and content, or from and value"
-        return DataError(str(self.path), f"columns {listed or 'without a name'}", bound)
-
-
-def _listed(columns: Iterable[str]) -> str:
-    """Names of columns for a message: a file may have thousands, and without a header they are texts."""
-    names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}\u2026" for name in columns]
-    return ", ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
+        return DataError(str(self.path), f"columns {named or 'without a name'}", bound)

@@ -267,5 +267,5 @@ def test_a_label_that_may_be_an_event_by_a_time_is_told(tmp_path: Path) -> None:
 
 def test_images_that_no_run_reads_are_counted(tmp_path: Path) -> None:
     (tmp_path / "scan.bmp").touch()
-    with pytest.raises(DataError, match="1 .bmp images.: must be PNG"):
+    with pytest.raises(DataError, match=r"1 \.bmp images.: must be PNG"):
         look_at(tmp_path, {})
