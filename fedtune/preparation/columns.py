@@ -282,8 +282,10 @@ class Column:
         self.is_label = is_label and not self.is_other_number
         self.is_binary = self.is_label and said <= {"0", "1", "true", "false"}
         # A last word may call it an answer, or all words but such as in 90 days (`churned_in_90d`).
-        rest = "".join(word for word in self.words if len(word) > 1 and word.isalpha() and word not in NAMES["helpers"])
-        self.is_called_answer = not {self.key, rest, *self.words[-1:]}.isdisjoint(NAMES["answers"] + NAMES["labels"])
+        plain = "".join(
+            word for word in self.words if len(word) > 1 and word.isalpha() and word not in NAMES["helpers"]
+        )
+        self.is_called_answer = not {self.key, plain, *self.words[-1:]}.isdisjoint(NAMES["answers"] + NAMES["labels"])
         # A tag for a single word in each row, and a row for each word.
         is_scheme = all(tag in _BARE or read_tag(tag)[0] for tag in self.labels)
         self.is_tag = self.is_label and is_scheme and "O" in self.labels

@@ -458,7 +458,7 @@ class _Guess:
         return two[0] if two and "text" not in self.chosen else ()
 
     def _unwanted(self) -> Iterator[tuple[str, Sequence[Column], object]]:
-        """What is not to be learnt as it stands (taken back, or spread over rows or columns), what shows it, and more."""
+        """What is not to be learnt as it stands (taken back, or spread over rows or columns), and what shows it."""
         prompt = self._named(_ASKED, "is_asked") or self._named(_ASKED, "is_chat")
         answers = self._named(NAMES["chats"], "is_chat") or (prompt and self._named(NAMES["completions"], "is_said"))
         flags = [one for one in self.every if one.is_flag and {*one.words} & {*NAMES["wanted"]}] if answers else []
