@@ -42,7 +42,7 @@ ALLOWED_UNUSED: dict[str, set[str]] = {
     },
     "templates call them": {
         *("about_ceiling", "band_range", "epsilon_spent", "of_whom", "says_nothing", "without_base"),
-        *("approvals", "right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others", "held_out_epsilon"),
+        *("right_of_100_for_2", "right_of_100_for_5", "right_of_100_with_all_others", "held_out_epsilon"),
         *("fixed_part", "reference_filter", "reference_pld"),
     },
     "settings of libraries": {"LOAD_TRUNCATED_IMAGES"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom, rankdata
+from scipy.stats import binom
 
 Values = npt.NDArray[np.float64]
 Coins = npt.NDArray[np.bool_]
@@ -54,5 +54,5 @@ def by_likelihood(scores: Values, controls: Values, *, steps: int, sampling_rate
 
 def by_rank(scores: Values) -> Values:
     """(canaries,) places around the median: the upper half is taken for in, the ends with most confidence."""
-    places: Values = rankdata(scores, method="ordinal") - (len(scores) + 1) / 2
+    places: Values = np.argsort(np.argsort(scores, kind="stable")).astype(np.float64) - (len(scores) - 1) / 2
     return places

@@ -50,6 +50,11 @@ def marks_of(policy: Policy, *, before: Budget | None, time: str) -> Iterator[tu
             yield "limits_loosened", time[:10]
 
 
+def never(run: str, lead: str) -> tuple[str, str]:
+    """The mark of a run that its lead ended before this ledger accepted it."""
+    return "never", f"{run} of {lead}"
+
+
 def write_policy(policy: Policy, path: Path) -> None:
     """Write `policy` so that `read_policy` gives it back."""
     write_durably(path, to_toml(dataclasses.asdict(policy)).encode())

@@ -23,7 +23,7 @@ from fedtune.privacy.cohorts import OLDEST, Cohorts, groups, period_of
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger.chain import LASTING, START, Arrivals, Doubt, Event, Head, Kind, Restored, charges_of, table
 from fedtune.privacy.ledger.register import Opened, Row
-from fedtune.privacy.policy_file import marks_of, policy_of
+from fedtune.privacy.policy_file import marks_of, never, policy_of
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import Reason
 from fedtune.privacy.run_plan import Plan
@@ -83,21 +83,13 @@ def _user_columns(policy: Policy) -> Iterator[tuple[str, str, str]]:
                 yield "file", posixpath.normpath(dataset.path), column
 
 
-def never(run: str, lead: str) -> tuple[str, str]:
-    """The mark of a run that its lead ended before this ledger accepted it."""
-    return "never", f"{run} of {lead}"
-
-
 class History:
-    """The sum of a ledger's events.
-
-    Where people arrive over time, a figure is that of the cohort with the most, unless one is named.
+    """The sum of a ledger's events; where people arrive over time, a figure is that of the cohort with the most.
 
     Attributes:
         policy: the newest one.
-        users: which column says whose a record is, for every data set's id and file that a policy ever named.  A
-            budget of persons that another column turns into one of visits would protect nobody: not after the data set
-            was left out for a while, not under another id, and not after a restore.
+        users: which column says whose a record is, for every data set's id and file that a policy ever named: another
+            column would turn a budget of persons into one of visits.
         delta: at which every figure of the ledger is stated.
         order: of the filter.
         runs: run -> what became of it.
@@ -113,8 +105,7 @@ class History:
         approved: digest of each proposal that a person at the site approved -> when.
         denied: digest of each proposal that one denied.
         marks: what marks the ledger for good: ("seeded", ""), ("frozen", ""), what `marks_of` says of each policy, and
-            `never(run, lead)` for a run that was refused here until that lead ended it: no proposal of that lead can
-            begin it any more.
+            `never(run, lead)` for a run that was refused here until that lead ended it.
         decided: digest of a proposal -> each decision of a person on it: `what` ("approved" or "denied"), the `day`,
             and `by`, `ticket` and `why`; None: the person did not say.
         last_time: of the newest event.
@@ -301,7 +292,7 @@ class History:
 
     @property
     def frozen(self) -> bool:
-        """All training on the population has ended for ever."""
+        """All training has ended for ever."""
         return ("frozen", "") in self.marks
 
     @property

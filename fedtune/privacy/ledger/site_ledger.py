@@ -25,9 +25,10 @@ from fedtune.privacy import events
 from fedtune.privacy.keys import SigningKey
 from fedtune.privacy.ledger import spending
 from fedtune.privacy.ledger.chain import Arrivals, Doubt, Head, Kind, Restored, charges_of, table
-from fedtune.privacy.ledger.history import History, Run, never
+from fedtune.privacy.ledger.history import History, Run
 from fedtune.privacy.ledger.register import Opened
 from fedtune.privacy.ledger.store import EventStore
+from fedtune.privacy.policy_file import never
 from fedtune.privacy.proposal import Proposal
 from fedtune.privacy.release import RECEIPT, Offer, Reason, Receipt, Refused
 from fedtune.privacy.site_policy import Policy
