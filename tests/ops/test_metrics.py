@@ -82,7 +82,7 @@ def test_figures_are_written_into_a_file_whole_and_again(tmp_path: Path, monkeyp
     with serve_metrics(str(file), figures) as told:
         assert told == str(file)
         assert file.stat().st_mode & 0o777 == 0o644
-        wait_for(lambda: "fedtune_lead_round_seconds 2.0" in file.read_text(), what="the third writing")
+        wait_for(lambda: float(file.read_text().split()[-1]) >= 2, what="the third writing")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="must be a file that can be written"), serve_metrics("/x/y.prom", figures):
         pass
