@@ -238,8 +238,8 @@ def _find_files_beside(group: Any, folder: Path) -> None:
     for key in ("train_file", "validation_file", "test_file"):
         name = group.get(key) if isinstance(group, dict) else None
         if isinstance(name, str) and name.strip():
-            path = folder / name
+            path = folder / name.replace(r"\${", "${")  # as the file is called
             with suppress(OSError, ValueError):  # of a name that no file can have: its reader says so
                 # With {site} in its name, one for any site.
                 if path.exists() or ("{site}" in path.name and any(path.parent.glob(path.name.replace("{site}", "*")))):
-                    group[key] = str(path)
+                    group[key] = str(path).replace("${", r"\${")

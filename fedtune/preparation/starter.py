@@ -22,7 +22,7 @@ from fedtune.data.faults import Faults, LeftOut
 from fedtune.data.features import FeatureSpec, columns_of
 from fedtune.data.records import chunks, usable_records
 from fedtune.data.tokenise import Tokenizer
-from fedtune.data.values import NO_NAME
+from fedtune.data.values import NO_NAME, category_of
 from fedtune.preparation.check_data import labels_of
 from fedtune.preparation.columns import Column
 from fedtune.preparation.detect import KINDS, OPEN, Found
@@ -176,7 +176,9 @@ def planned(found: Found, tokenizer: Tokenizer, config: RunConfig, *, within: in
 
 
 def _by_own_values(column: Column) -> FeatureSpec:
-    declared: Any = {"categories": tuple(column.labels)[:1] or ("x",)} if column.is_category else {"range": (-1.0, 1.0)}
+    declared: Any = (
+        {"categories": (*map(category_of, column.labels), "x")[:1]} if column.is_category else {"range": (-1.0, 1.0)}
+    )
     return FeatureSpec(columns=(column.name,), size=column.size, missing="indicator", **declared)
 
 

@@ -60,13 +60,24 @@ def test_words_of_hydra_come_to_what_the_page_says(what: str, typed: str, expect
 
 def test_a_literal_interpolation_that_data_init_has_written_is_read_back() -> None:
     table = "${note},team\nhow do I pay,a${x}\nwhere is my card,b\n" + "a word or two more,b\n" * 20
-    Path("${in}.csv").write_text(table)
-    words = ["data", "init", "${in}.csv", "--out", "own.yaml", "--text", "${note}", "--label", "team"]
+    Path("elsewhere").mkdir()
+    Path("elsewhere/${in}.csv").write_text(table)
+    words = [
+        "data",
+        "init",
+        "elsewhere/${in}.csv",
+        "--out",
+        "elsewhere/own.yaml",
+        "--text",
+        "${note}",
+        "--label",
+        "team",
+    ]
     assert main(words) == 0
-    config = compose_run(["experiment=./own.yaml"])
+    config = compose_run(["experiment=elsewhere/own.yaml"])
     assert config.data.columns == {"text": "${note}", "label": "team"}
     assert config.data.labels == ("a${x}", "b")
-    assert Path(str(config.data.train_file)).name == "${in}.csv"
+    assert config.data.train_file == "elsewhere/${in}.csv"
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", pytest.param("submitit_local", marks=pytest.mark.nightly)])

@@ -118,6 +118,13 @@ def test_a_time_with_an_event_is_survival_whose_intervals_a_person_declares(
     assert (file["rows"], file["errors"]) == (60, [])
 
 
+def test_true_and_false_of_a_spreadsheet_are_categories(tmp_path: Path, command: Any) -> None:
+    rows = "".join(f"{n / 7:.2f},{('TRUE', 'FALSE')[n % 2]},{('clay', 'sand')[n % 3 == 0]}\n" for n in range(40))
+    (tmp_path / "soil.csv").write_text(f"moisture,irrigated,soil\n{rows}")
+    assert command("data", "init", "soil.csv", "--table", "--label", "soil").code == 0
+    assert "irrigated" in (tmp_path / "soil.yaml").read_text()
+
+
 def test_texts_with_time_and_event_are_survival(tmp_path: Path, command: Any) -> None:
     given = {"text": own, "months": lambda number: number % 50 + 0.25, "died": (1, 0)}
     (tmp_path / "notes.json").write_text(json.dumps(rows(given, 60)))
