@@ -142,21 +142,22 @@ def _composed(
     chosen = options["experiment"].value() if "experiment" in options else None
     file = Path(expand_home(str(chosen), key="experiment")) if is_path(chosen) else None
     of_file = {key for key, _ in dotted(own_settings(file)) if key != "defaults"} if file else set[str]()
-    later = [one for one in typed if _replaces_a_map(one) or one.key_or_group == "resume"]
-    words = [str(one.input_line) for one in typed if one not in later]
+    later = [one for one in typed if _is_laid_over(one)]
     by_person = {key for key, _ in dotted(values)}
     try:
-        settings = _applied(_by_hydra(words, file), [*later, *others])
+        settings = _applied(_by_hydra(_words_for_hydra(typed), file), [*later, *others])
         return _finished(settings, changed, values=by_person, of_file=of_file, for_real_sites=for_real_sites)
     except ConfigError as error:
         raise error.in_file(file) if _among(error.key, of_file - set(values)) else error from None
 
 
 def for_hydra(overrides: Sequence[str]) -> list[str]:
-    """The overrides that Hydra itself composes, in its grammar; the others are laid over what it has composed."""
-    typed = [_parsed(override) for override in overrides]
-    ours = ("resume", "renew")
-    return [str(one.input_line) for one in typed if not (_replaces_a_map(one) or one.key_or_group in ours)]
+    """Return the overrides that Hydra itself composes, in its grammar; others are laid over what it has composed."""
+    return _words_for_hydra([_parsed(override) for override in overrides])
+
+
+def _words_for_hydra(typed: Sequence[Override]) -> list[str]:
+    return [str(one.input_line) for one in typed if not _is_laid_over(one)]
 
 
 def with_interpolations(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
@@ -175,10 +176,18 @@ def _is_option(one: Override) -> bool:
     return not one.is_delete() and bool(options_of(one.key_or_group)) and not isinstance(one.value(), dict)
 
 
-def _replaces_a_map(one: Override) -> bool:
-    """Whether an override gives a group as a map, or a map whose keys are the user's own, which Hydra would merge."""
+def _is_laid_over(one: Override) -> bool:
+    """Return whether an override is laid over what Hydra has composed.
+
+    Such are a folder to go on with, a group given as a map, and a map whose keys are the user's own, which Hydra would
+    merge.
+    """
     is_group = bool(options_of(one.key_or_group)) and isinstance(one.value(), dict)
-    return is_group or any(f"{one.key_or_group}.".startswith(f"{key}.") for key in FREE_MAPS)
+    return (
+        is_group
+        or one.key_or_group in ("resume", "renew")
+        or any(f"{one.key_or_group}.".startswith(f"{key}.") for key in FREE_MAPS)
+    )
 
 
 def _finished(
